@@ -1,0 +1,69 @@
+//! How long to wait before the next try.
+
+use std::time::Duration;
+
+/// Exponential backoff with full jitter: each wait is random between half and the whole of a step that doubles up to a bound.
+///
+/// The caller resets it after *health*, not after a mere connect: a peer that accepts and fails at once would otherwise be tried at the
+/// first interval for ever.
+#[derive(Clone, Debug)]
+pub(crate) struct Backoff {
+    first: Duration,
+    max: Duration,
+    next: Duration,
+}
+
+impl Backoff {
+    pub(crate) fn new(first: Duration, max: Duration) -> Self {
+        Self {
+            first,
+            max,
+            next: first.min(max),
+        }
+    }
+
+    /// The next wait.
+    pub(crate) fn next(&mut self, rng: &mut fastrand::Rng) -> Duration {
+        let step = self.next;
+        self.next = (step * 2).min(self.max);
+        jittered(step, rng)
+    }
+
+    pub(crate) fn reset(&mut self) {
+        self.next = self.first.min(self.max);
+    }
+}
+
+/// A random duration between half of `step` and `step`.
+pub(crate) fn jittered(step: Duration, rng: &mut fastrand::Rng) -> Duration {
+    step.mul_f64(0.5 + rng.f64() / 2.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_grow_to_the_bound_and_never_fall_under_half_a_step() {
+        let mut rng = fastrand::Rng::with_seed(7);
+        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(3));
+        let mut step = Duration::from_millis(100);
+        for _ in 0..20 {
+            let wait = backoff.next(&mut rng);
+            assert!(
+                wait >= step / 2 && wait <= step,
+                "{wait:?} is outside {step:?}"
+            );
+            step = (step * 2).min(Duration::from_secs(3));
+        }
+        backoff.reset();
+        assert!(backoff.next(&mut rng) <= Duration::from_millis(100));
+    }
+
+    #[test]
+    fn the_bound_holds_from_the_first_wait() {
+        let mut rng = fastrand::Rng::with_seed(7);
+        let mut backoff = Backoff::new(Duration::from_secs(5), Duration::from_secs(1));
+        assert!(backoff.next(&mut rng) <= Duration::from_secs(1));
+    }
+}

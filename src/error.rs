@@ -1,0 +1,339 @@
+//! The errors of the public operations, one type each, and what etcd can answer.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::address::AddressError;
+
+/// A failed exchange with etcd: what was asked, of which member, and what came back.
+///
+/// Cloning is a reference count, so that a status can keep the last one.
+#[derive(Clone, Debug)]
+pub struct EtcdError(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    kind: EtcdErrorKind,
+    operation: &'static str,
+    endpoint: String,
+    source: Box<dyn std::error::Error + Send + Sync>,
+}
+
+impl EtcdError {
+    pub(crate) fn new(
+        kind: EtcdErrorKind,
+        operation: &'static str,
+        endpoint: &str,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self(Arc::new(Inner {
+            kind,
+            operation,
+            endpoint: endpoint.to_owned(),
+            source: source.into(),
+        }))
+    }
+
+    /// What it means.
+    #[must_use]
+    pub fn kind(&self) -> EtcdErrorKind {
+        self.0.kind
+    }
+
+    /// The member that was asked.
+    #[must_use]
+    pub fn endpoint(&self) -> &str {
+        &self.0.endpoint
+    }
+}
+
+impl fmt::Display for EtcdError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Inner {
+            kind,
+            operation,
+            endpoint,
+            ..
+        } = &*self.0;
+        write!(f, "{operation} at etcd {endpoint} failed: {kind}")
+    }
+}
+
+impl std::error::Error for EtcdError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&*self.0.source)
+    }
+}
+
+/// What an [`EtcdError`] means. Told by etcd's texts, not by gRPC codes: `OutOfRange` alone has four meanings there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum EtcdErrorKind {
+    /// The member could not be reached, or the connection broke. Everything that is not known to mean something else is this, and is
+    /// tried again.
+    Unavailable,
+    /// The member did not answer in time.
+    DeadlineExceeded,
+    /// The member has lost its cluster.
+    NoLeader,
+    /// The store is full; it may be compacted any moment.
+    NoSpace,
+    /// The revision asked for is compacted away.
+    Compacted,
+    /// The revision asked for is not reached: the store was wiped or restored.
+    FutureRevision,
+    /// The answer is larger than the limit for one message.
+    ResponseTooLarge,
+    /// The request is larger than etcd accepts (1.5 MiB by default).
+    RequestTooLarge,
+    /// The lease has expired or was revoked.
+    LeaseNotFound,
+    /// A lease of this id exists.
+    LeaseExists,
+    /// The TTL is above etcd's maximum.
+    LeaseTtlTooLarge,
+    /// The user may not read or write this key. Older servers say it for an expired token as well.
+    PermissionDenied,
+    /// The token is expired, or the store's users have changed since it was issued.
+    InvalidToken,
+    /// Name and password are refused.
+    BadCredentials,
+    /// etcd wants a user, and none is configured.
+    CredentialsRequired,
+    /// Credentials are configured, but etcd has authentication switched off.
+    AuthNotEnabled,
+    /// The peer speaks gRPC but is not etcd.
+    Unimplemented,
+}
+
+impl EtcdErrorKind {
+    /// Whether the same request can succeed at another member, or later.
+    pub(crate) fn is_transient(self) -> bool {
+        matches!(
+            self,
+            Self::Unavailable | Self::DeadlineExceeded | Self::NoLeader | Self::NoSpace
+        )
+    }
+
+    /// Whether a fresh token may help.
+    pub(crate) fn is_refusal(self) -> bool {
+        matches!(
+            self,
+            Self::InvalidToken | Self::PermissionDenied | Self::CredentialsRequired
+        )
+    }
+
+    /// Whether nothing but an operator can help. Such a failure is final at start and retried slowly later.
+    pub(crate) fn needs_operator(self) -> bool {
+        self.is_refusal()
+            || matches!(
+                self,
+                Self::BadCredentials
+                    | Self::Unimplemented
+                    | Self::RequestTooLarge
+                    | Self::LeaseTtlTooLarge
+            )
+    }
+}
+
+impl fmt::Display for EtcdErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Unavailable => "the member is unavailable",
+            Self::DeadlineExceeded => "no answer in time",
+            Self::NoLeader => "the member has no leader",
+            Self::NoSpace => "the database space is exceeded",
+            Self::Compacted => "the revision is compacted",
+            Self::FutureRevision => "the revision is not reached yet",
+            Self::ResponseTooLarge => "the answer is too large",
+            Self::RequestTooLarge => "the request is too large",
+            Self::LeaseNotFound => "the lease is gone",
+            Self::LeaseExists => "the lease exists already",
+            Self::LeaseTtlTooLarge => "the lease TTL is too large",
+            Self::PermissionDenied => "permission denied",
+            Self::InvalidToken => "the token is not valid any more",
+            Self::BadCredentials => "user name or password is wrong",
+            Self::CredentialsRequired => "a user name and password are required",
+            Self::AuthNotEnabled => "authentication is not enabled",
+            Self::Unimplemented => "the peer is not an etcd",
+        })
+    }
+}
+
+/// Why no connection to etcd could be made.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// No endpoint was given.
+    #[error("no etcd endpoint given; pass at least one, such as 127.0.0.1:2379")]
+    NoEndpoints,
+    /// An endpoint is not of the form `[http[s]://]host:port`.
+    #[error(
+        "etcd endpoint {endpoint:?} is not valid: {reason}; write host:port, http://host:port or https://host:port"
+    )]
+    #[non_exhaustive]
+    InvalidEndpoint {
+        /// The endpoint as it was given.
+        endpoint: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// No member answered.
+    #[error(
+        "no etcd answered at {endpoints}; check that it runs there and that the port (2379 by default) is right and open"
+    )]
+    #[non_exhaustive]
+    Unreachable {
+        /// All endpoints tried.
+        endpoints: Endpoints,
+        /// The last failure.
+        source: EtcdError,
+    },
+    /// One side speaks TLS and the other does not, or the certificates do not fit.
+    #[error("no secure connection to etcd at {endpoints}: {reason}")]
+    #[non_exhaustive]
+    Tls {
+        /// All endpoints tried.
+        endpoints: Endpoints,
+        /// What was seen, and what to do.
+        reason: String,
+        /// The last failure.
+        source: EtcdError,
+    },
+    /// Something answers, but not etcd.
+    #[error(
+        "the server at {endpoints} is not an etcd ({reason}); check host and port, etcd's client port is 2379 by default"
+    )]
+    #[non_exhaustive]
+    NotEtcd {
+        /// All endpoints tried.
+        endpoints: Endpoints,
+        /// What was seen.
+        reason: String,
+        /// The last failure.
+        source: EtcdError,
+    },
+    /// etcd refused the user.
+    #[error(
+        "etcd at {endpoints} refused {user}; check name and password given to `.user(name, password)`"
+    )]
+    #[non_exhaustive]
+    Credentials {
+        /// All endpoints tried.
+        endpoints: Endpoints,
+        /// The user, in words, never with the password.
+        user: String,
+        /// etcd's answer.
+        source: EtcdError,
+    },
+    /// etcd answered something else.
+    #[error("etcd at {endpoints} refused the connection check")]
+    #[non_exhaustive]
+    Refused {
+        /// All endpoints tried.
+        endpoints: Endpoints,
+        /// etcd's answer.
+        source: EtcdError,
+    },
+}
+
+/// A list of etcd endpoints, displayed with commas.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoints(pub(crate) Vec<String>);
+
+impl fmt::Display for Endpoints {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join(", "))
+    }
+}
+
+/// Why a server could not be registered, or its registration not be changed.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RegisterError {
+    /// A service name, id, weight, TTL or other value is not valid. Nothing was sent to etcd.
+    #[error("registration of {service:?} is not valid: {reason}")]
+    #[non_exhaustive]
+    Invalid {
+        /// The service, or the exact key.
+        service: String,
+        /// Which value, and what is wrong with it.
+        reason: String,
+    },
+    /// The address to advertise is not valid. Nothing was sent to etcd.
+    #[error(
+        "registration of {service:?} has no address that clients can dial; set one with `.address(\"host:port\")`"
+    )]
+    #[non_exhaustive]
+    Address {
+        /// The service, or the exact key.
+        service: String,
+        /// What is wrong with it.
+        source: AddressError,
+    },
+    /// etcd refused for good: credentials, permission, size.
+    #[error("etcd refused to register {key:?}")]
+    #[non_exhaustive]
+    Refused {
+        /// The key.
+        key: String,
+        /// etcd's answer.
+        source: EtcdError,
+    },
+    /// etcd did not take the write within the bound. A registration that is up goes on trying.
+    #[error("{key:?} could not be written to etcd at {endpoints} within {} s", bound.as_secs_f64())]
+    #[non_exhaustive]
+    TimedOut {
+        /// The key.
+        key: String,
+        /// All endpoints tried.
+        endpoints: Endpoints,
+        /// The bound that has passed.
+        bound: Duration,
+        /// The last failure, if there was one.
+        source: Option<EtcdError>,
+    },
+    /// Another server has taken the key over.
+    #[error("{key:?} is registered by another server, under lease {lease}")]
+    #[non_exhaustive]
+    Superseded {
+        /// The key.
+        key: String,
+        /// The other's lease.
+        lease: crate::keyspace::LeaseId,
+    },
+    /// The registration has ended.
+    #[error("the registration of {key:?} has ended")]
+    #[non_exhaustive]
+    Ended {
+        /// The key.
+        key: String,
+    },
+}
+
+/// Why a registered server ended.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// The listening socket could not be bound. Nothing was registered.
+    #[error("could not listen on {address}")]
+    #[non_exhaustive]
+    Bind {
+        /// The address asked for.
+        address: SocketAddr,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+    /// The registration was refused. The server was stopped.
+    #[error("the server was stopped because it could not be registered")]
+    Register(#[from] RegisterError),
+    /// The server failed. It was deregistered.
+    #[error("the server failed")]
+    Serve(#[from] tonic::transport::Error),
+    /// The signal handlers could not be installed. Nothing was registered.
+    #[error("could not listen for SIGTERM and SIGINT")]
+    Signal(#[source] io::Error),
+}

@@ -1,0 +1,219 @@
+//! One registered server of a service, as the registry describes it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use crate::address::Address;
+use crate::keyspace::{LeaseId, Revision};
+
+/// One registered server of a service.
+///
+/// The *address* is its identity: it is what a balancer connects to. Everything else is an attribute that may change in place without a
+/// reconnect. Cloning is a reference count.
+///
+/// An instance read from etcd knows its key, its lease and its revisions; one made by hand with [`Instance::new`] has none of them.
+///
+/// ```
+/// use tonic_etcd::Instance;
+///
+/// let instance = Instance::new("10.0.0.5:50051".parse()?).with_weight(3).with_zone("eu-1a");
+/// assert_eq!(instance.weight(), 3);
+/// # Ok::<(), tonic_etcd::AddressError>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Instance {
+    data: Arc<Data>,
+    last_resort: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Data {
+    advertisement: Advertisement,
+    id: String,
+    key: String,
+    lease: LeaseId,
+    create_revision: Revision,
+    mod_revision: Revision,
+}
+
+impl Instance {
+    /// Describes a server at `address` with the default attributes: weight 1, no zone, no version, no metadata.
+    #[must_use]
+    pub fn new(address: Address) -> Self {
+        Self::registered(Advertisement::new(address), Registered::default())
+    }
+
+    pub(crate) fn registered(advertisement: Advertisement, registered: Registered) -> Self {
+        let Registered {
+            id,
+            key,
+            lease,
+            create_revision,
+            mod_revision,
+        } = registered;
+        let data = Data {
+            advertisement,
+            id,
+            key,
+            lease,
+            create_revision,
+            mod_revision,
+        };
+        Self {
+            data: Arc::new(data),
+            last_resort: false,
+        }
+    }
+
+    /// Sets the weight: its share of the calls relative to the others'. 0 counts as 1.
+    #[must_use]
+    pub fn with_weight(mut self, weight: u32) -> Self {
+        self.advertisement_mut().weight = weight.max(1);
+        self
+    }
+
+    /// Sets the zone.
+    #[must_use]
+    pub fn with_zone(mut self, zone: impl Into<String>) -> Self {
+        self.advertisement_mut().zone = Some(zone.into());
+        self
+    }
+
+    /// Sets the version.
+    #[must_use]
+    pub fn with_version(mut self, version: impl Into<String>) -> Self {
+        self.advertisement_mut().version = Some(version.into());
+        self
+    }
+
+    /// Adds one pair of metadata.
+    #[must_use]
+    pub fn with_metadata(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.advertisement_mut()
+            .metadata
+            .insert(name.into(), value.into());
+        self
+    }
+
+    /// Marks the instance as one that has vanished from the registry together with most others and is kept for a while: to be used only
+    /// while nothing else is ready, and only over a connection that is already there.
+    #[must_use]
+    pub fn with_last_resort(mut self, last_resort: bool) -> Self {
+        self.last_resort = last_resort;
+        self
+    }
+
+    fn advertisement_mut(&mut self) -> &mut Advertisement {
+        &mut Arc::make_mut(&mut self.data).advertisement
+    }
+
+    /// The address to connect to.
+    #[must_use]
+    pub fn address(&self) -> &Address {
+        &self.data.advertisement.address
+    }
+
+    /// The weight, at least 1; 1 if the registry says nothing.
+    #[must_use]
+    pub fn weight(&self) -> u32 {
+        self.data.advertisement.weight
+    }
+
+    /// The zone, if the registry names one.
+    #[must_use]
+    pub fn zone(&self) -> Option<&str> {
+        self.data.advertisement.zone.as_deref()
+    }
+
+    /// The version, if the registry names one.
+    #[must_use]
+    pub fn version(&self) -> Option<&str> {
+        self.data.advertisement.version.as_deref()
+    }
+
+    /// Further metadata. Values that are not strings in the registry are their JSON text here.
+    #[must_use]
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.data.advertisement.metadata
+    }
+
+    /// Whether the instance said, in its last value, that it is about to leave.
+    #[must_use]
+    pub fn is_leaving(&self) -> bool {
+        self.data.advertisement.leaving
+    }
+
+    /// Whether the instance is kept as a last resort only, see [`Instance::with_last_resort`].
+    #[must_use]
+    pub fn is_last_resort(&self) -> bool {
+        self.last_resort
+    }
+
+    /// The instance id: what follows the service's prefix in the key. It is opaque; empty if made by hand.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.data.id
+    }
+
+    /// The whole etcd key (bytes that are not UTF-8 are replaced); empty if made by hand.
+    #[must_use]
+    pub fn key(&self) -> &str {
+        &self.data.key
+    }
+
+    /// The lease the key hangs on; 0 for a key without one, and for an instance made by hand. A new lease at the same address is a
+    /// fresh registration: the server was restarted, or registered again.
+    #[must_use]
+    pub fn lease(&self) -> LeaseId {
+        self.data.lease
+    }
+
+    /// The revision at which the key was created; 0 if made by hand.
+    #[must_use]
+    pub fn create_revision(&self) -> Revision {
+        self.data.create_revision
+    }
+
+    /// The revision at which the key was last written; 0 if made by hand.
+    #[must_use]
+    pub fn mod_revision(&self) -> Revision {
+        self.data.mod_revision
+    }
+}
+
+/// Where in etcd an instance was found.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Registered {
+    pub(crate) id: String,
+    pub(crate) key: String,
+    pub(crate) lease: LeaseId,
+    pub(crate) create_revision: Revision,
+    pub(crate) mod_revision: Revision,
+}
+
+/// What a server says of itself: the content of a registry value, whatever its format.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Advertisement {
+    pub(crate) address: Address,
+    pub(crate) weight: u32,
+    pub(crate) zone: Option<String>,
+    pub(crate) version: Option<String>,
+    pub(crate) metadata: BTreeMap<String, String>,
+    pub(crate) leaving: bool,
+}
+
+impl Advertisement {
+    pub(crate) fn new(address: Address) -> Self {
+        Self {
+            address,
+            weight: DEFAULT_WEIGHT,
+            zone: None,
+            version: None,
+            metadata: BTreeMap::new(),
+            leaving: false,
+        }
+    }
+}
+
+/// The weight of an instance that names none.
+pub(crate) const DEFAULT_WEIGHT: u32 = 1;
