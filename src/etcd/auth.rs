@@ -1,0 +1,158 @@
+//! The token that etcd wants on every request, and the service that adds it.
+//!
+//! `etcd-client` can do this by itself, but renews a token only for `Unauthenticated` on a unary call: not when the store's users have
+//! changed (`InvalidArgument`), and not when a watch is cancelled for it. So credentials stay here.
+
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+use http::HeaderValue;
+use tonic::body::Body;
+use tonic::transport;
+use tower::Service;
+
+use super::{error, rpc};
+use crate::error::{EtcdError, EtcdErrorKind};
+
+/// Name, password, and the token they were last exchanged for.
+pub(super) struct Auth {
+    credentials: Option<Credentials>,
+    token: Token,
+    /// Held while a token is fetched: etcd spends 50-130 ms of bcrypt on each, so a fleet of tasks must ask once.
+    refreshing: tokio::sync::Mutex<()>,
+}
+
+/// A token as it stands in a header. Which allocation it is tells one token from the next.
+type Token = Arc<ArcSwapOption<HeaderValue>>;
+
+#[derive(Clone)]
+pub(crate) struct Credentials {
+    pub(crate) user: String,
+    pub(crate) password: String,
+}
+
+impl Auth {
+    pub(super) fn new(credentials: Option<Credentials>) -> Self {
+        Self {
+            credentials,
+            token: Token::default(),
+            refreshing: tokio::sync::Mutex::default(),
+        }
+    }
+
+    pub(super) fn user(&self) -> Option<&str> {
+        self.credentials
+            .as_ref()
+            .map(|credentials| credentials.user.as_str())
+    }
+
+    /// The token in use, to be handed to [`Auth::refresh`] if etcd refuses it.
+    pub(super) fn token(&self) -> Option<Arc<HeaderValue>> {
+        self.token.load_full()
+    }
+
+    /// A channel that sends the token along.
+    pub(super) fn service(&self, channel: transport::Channel) -> MemberService {
+        MemberService {
+            channel,
+            token: Arc::clone(&self.token),
+        }
+    }
+
+    /// Exchanges the credentials for a new token, unless `refused` is not the token in use any more: then somebody else just did.
+    ///
+    /// Says whether there is a new token to try.
+    pub(super) async fn refresh(
+        &self,
+        refused: Option<&Arc<HeaderValue>>,
+        member: &MemberService,
+        endpoint: &str,
+        deadline: Duration,
+    ) -> Result<bool, EtcdError> {
+        let Some(credentials) = &self.credentials else {
+            return Ok(false);
+        };
+        let _refreshing = self.refreshing.lock().await;
+        let current = self.token.load_full();
+        let same = match (&current, refused) {
+            (Some(current), Some(refused)) => Arc::ptr_eq(current, refused),
+            (None, None) => true,
+            _ => false,
+        };
+        if !same {
+            return Ok(true);
+        }
+        match rpc::authenticate(member, endpoint, credentials, deadline).await {
+            Ok(token) => {
+                let header = HeaderValue::from_str(&token).map_err(|source| {
+                    EtcdError::new(EtcdErrorKind::Unavailable, "authenticate", endpoint, source)
+                })?;
+                self.token.store(Some(Arc::new(header)));
+                Ok(true)
+            }
+            Err(error) if error.kind() == EtcdErrorKind::AuthNotEnabled => {
+                tracing::warn!(
+                    endpoint,
+                    "credentials are configured, but etcd has authentication switched off: going on without a token"
+                );
+                self.token.store(None);
+                Ok(current.is_some())
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl std::fmt::Debug for Auth {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Auth")
+            .field("user", &self.user())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A channel to one member that adds the token, and asks to be refused by a member that has lost its cluster.
+#[derive(Clone)]
+pub(super) struct MemberService {
+    channel: transport::Channel,
+    token: Token,
+}
+
+impl Service<http::Request<Body>> for MemberService {
+    type Response = http::Response<Body>;
+    type Error = transport::Error;
+    type Future = <transport::Channel as Service<http::Request<Body>>>::Future;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.channel.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
+        let headers = request.headers_mut();
+        headers.insert("hasleader", HeaderValue::from_static("true"));
+        // A token sent along with the request for a new one would have that refused as well.
+        if let Some(token) = &*self.token.load()
+            && request.uri().path() != rpc::AUTHENTICATE
+        {
+            request
+                .headers_mut()
+                .insert("token", HeaderValue::clone(token));
+        }
+        self.channel.call(request)
+    }
+}
+
+/// The error of a service that is not ready, as etcd's own.
+pub(super) fn not_ready(
+    operation: &'static str,
+    endpoint: &str,
+    source: transport::Error,
+) -> EtcdError {
+    error::of_status(
+        operation,
+        endpoint,
+        tonic::Status::from_error(Box::new(source)),
+    )
+}

@@ -1,0 +1,239 @@
+//! Connecting to etcd, and saying what is wrong when that fails.
+
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tonic::transport;
+
+use super::auth::{Auth, Credentials};
+use super::{DEADLINE, Etcd, MemberEndpoint};
+use crate::error::{ConnectError, Endpoints, EtcdError, EtcdErrorKind};
+use crate::keyspace::Key;
+
+/// How to connect.
+#[derive(Clone, Default)]
+pub(crate) struct Config {
+    pub(crate) endpoints: Vec<String>,
+    pub(crate) credentials: Option<Credentials>,
+    pub(crate) tls: Option<Tls>,
+}
+
+#[cfg(feature = "tls")]
+pub(crate) type Tls = tonic::transport::ClientTlsConfig;
+/// Without the feature there is no such thing.
+#[cfg(not(feature = "tls"))]
+pub(crate) type Tls = std::convert::Infallible;
+
+impl Config {
+    fn members(&self) -> Result<Vec<MemberEndpoint>, ConnectError> {
+        if self.endpoints.is_empty() {
+            return Err(ConnectError::NoEndpoints);
+        }
+        let tls = self.tls.is_some();
+        self.endpoints
+            .iter()
+            .map(|endpoint| MemberEndpoint::parse(endpoint, tls))
+            .collect()
+    }
+
+    fn channel(&self, member: &MemberEndpoint) -> Result<transport::Channel, ConnectError> {
+        let endpoint = member.transport();
+        let endpoint = if member.is_tls() {
+            secured(endpoint, self.tls.clone())
+        } else {
+            Ok(endpoint)
+        };
+        let endpoint = endpoint.map_err(|error| ConnectError::InvalidEndpoint {
+            endpoint: member.authority().to_owned(),
+            reason: format!("the TLS configuration is not valid: {}", causes(&error)),
+        })?;
+        Ok(endpoint.connect_lazy())
+    }
+}
+
+#[cfg(feature = "tls")]
+fn secured(
+    endpoint: transport::Endpoint,
+    tls: Option<Tls>,
+) -> Result<transport::Endpoint, transport::Error> {
+    endpoint.tls_config(tls.unwrap_or_else(|| Tls::new().with_enabled_roots()))
+}
+
+#[cfg(not(feature = "tls"))]
+#[expect(
+    clippy::unnecessary_wraps,
+    reason = "the same signature as with the feature"
+)]
+fn secured(
+    endpoint: transport::Endpoint,
+    _: Option<Tls>,
+) -> Result<transport::Endpoint, transport::Error> {
+    Ok(endpoint)
+}
+
+impl Etcd {
+    /// Connects, and reads one key to know that it is true. Permission denied counts as connected: users who may read only their own
+    /// services are the rule.
+    pub(crate) async fn connect(config: &Config, key: &Key) -> Result<Self, ConnectError> {
+        let members = config.members()?;
+        let mut channels = Vec::with_capacity(members.len());
+        for member in &members {
+            channels.push((member.authority().to_owned(), config.channel(member)?));
+        }
+        let auth = Auth::new(config.credentials.clone());
+        let checked = async {
+            let etcd = Self::lazy(channels, auth).await?;
+            if etcd.0.auth.user().is_some() {
+                etcd.authenticate().await?;
+            }
+            match etcd.read(key).await {
+                Err(error) if error.kind() == EtcdErrorKind::PermissionDenied => Ok(etcd),
+                outcome => outcome.map(|_| etcd),
+            }
+        };
+        match checked.await {
+            Ok(etcd) => Ok(etcd),
+            Err(error) => Err(explain(config, &members, error).await),
+        }
+    }
+
+    /// Fetches the first token, from whichever member answers.
+    async fn authenticate(&self) -> Result<(), EtcdError> {
+        self.call("authenticate", |member| async move {
+            self.renew_token(&member, self.0.auth.token().as_ref(), DEADLINE)
+                .await
+                .map(drop)
+        })
+        .await
+    }
+}
+
+/// Makes the error that tells the user what to do.
+async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError) -> ConnectError {
+    let endpoints = Endpoints(
+        members
+            .iter()
+            .map(|member| member.authority().to_owned())
+            .collect(),
+    );
+    match source.kind() {
+        EtcdErrorKind::BadCredentials
+        | EtcdErrorKind::CredentialsRequired
+        | EtcdErrorKind::InvalidToken => {
+            let user = config.credentials.as_ref();
+            let user = user.map_or_else(
+                || "a client without user".to_owned(),
+                |user| format!("user {:?}", user.user),
+            );
+            return ConnectError::Credentials {
+                endpoints,
+                user,
+                source,
+            };
+        }
+        EtcdErrorKind::Unimplemented => {
+            let reason = "it speaks gRPC but does not know etcd's services".to_owned();
+            return ConnectError::NotEtcd {
+                endpoints,
+                reason,
+                source,
+            };
+        }
+        kind if !kind.is_transient() => return ConnectError::Refused { endpoints, source },
+        _ => {}
+    }
+    // The failure says little of what is at the other end: hyper reports a TLS alert as a broken frame. Ask the peer itself.
+    let failed = members
+        .iter()
+        .find(|member| member.authority() == source.endpoint());
+    let Some(member) = failed.or(members.first()) else {
+        return ConnectError::Unreachable { endpoints, source };
+    };
+    let cause = causes(&source);
+    if member.is_tls()
+        && [
+            "InvalidContentType",
+            "certificate",
+            "CertificateRequired",
+            "HandshakeFailure",
+        ]
+        .iter()
+        .any(|word| cause.contains(word))
+    {
+        let reason = if cause.contains("InvalidContentType") {
+            "the server does not speak TLS; write http:// or leave the TLS configuration out"
+                .to_owned()
+        } else {
+            format!(
+                "the TLS handshake failed ({cause}); check the CA, the server's name and the client certificate"
+            )
+        };
+        return ConnectError::Tls {
+            endpoints,
+            reason,
+            source,
+        };
+    }
+    match first_bytes(member).await.as_deref() {
+        Some([0x15, 0x03, ..]) if !member.is_tls() => {
+            let reason = "the server speaks TLS and the client does not; write https:// and configure `.tls(..)` (feature `tls`)".to_owned();
+            ConnectError::Tls {
+                endpoints,
+                reason,
+                source,
+            }
+        }
+        Some(bytes) if bytes.starts_with(b"HTTP/1.") => {
+            let reason = "it speaks HTTP/1 and no gRPC".to_owned();
+            ConnectError::NotEtcd {
+                endpoints,
+                reason,
+                source,
+            }
+        }
+        Some(bytes) if !bytes.is_empty() && !member.is_tls() && !is_http2(bytes) => {
+            let reason = "it does not speak HTTP/2".to_owned();
+            ConnectError::NotEtcd {
+                endpoints,
+                reason,
+                source,
+            }
+        }
+        _ => ConnectError::Unreachable { endpoints, source },
+    }
+}
+
+/// The first bytes a peer answers to an HTTP/2 preface with, if it answers within a second.
+async fn first_bytes(member: &MemberEndpoint) -> Option<Vec<u8>> {
+    // The preface and an empty SETTINGS frame.
+    const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    let exchange = async {
+        let mut socket = TcpStream::connect(member.authority()).await.ok()?;
+        socket.write_all(HELLO).await.ok()?;
+        let mut bytes = vec![0; 16];
+        let length = socket.read(&mut bytes).await.ok()?;
+        bytes.truncate(length);
+        Some(bytes)
+    };
+    tokio::time::timeout(Duration::from_secs(1), exchange)
+        .await
+        .ok()
+        .flatten()
+}
+
+/// A server's HTTP/2 connection begins with a SETTINGS frame: type 4 on stream 0.
+fn is_http2(bytes: &[u8]) -> bool {
+    matches!(bytes, [_, _, _, 4, _, 0, 0, 0, 0, ..])
+}
+
+/// An error with all its causes, in one line.
+fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,178 @@
+//! Tells what an etcd answer means, by its text.
+
+use std::time::Duration;
+
+use crate::error::{EtcdError, EtcdErrorKind};
+
+/// Classifies a failure of `etcd-client`.
+pub(super) fn of_client(
+    operation: &'static str,
+    endpoint: &str,
+    error: etcd_client::Error,
+) -> EtcdError {
+    match error {
+        etcd_client::Error::GRpcStatus(status) => of_status(operation, endpoint, status),
+        // The first answer of a keep-alive had a TTL of 0; etcd-client says so in this text alone.
+        etcd_client::Error::LeaseKeepAliveError(text) if text == "lease not found" => {
+            EtcdError::new(EtcdErrorKind::LeaseNotFound, operation, endpoint, text)
+        }
+        other => EtcdError::new(EtcdErrorKind::Unavailable, operation, endpoint, other),
+    }
+}
+
+/// Classifies a gRPC status.
+pub(super) fn of_status(
+    operation: &'static str,
+    endpoint: &str,
+    status: tonic::Status,
+) -> EtcdError {
+    let kind = match of_text(status.message()) {
+        // Only a server that has no such service says this, and says it in words of its own.
+        EtcdErrorKind::Unavailable if status.code() == tonic::Code::Unimplemented => {
+            EtcdErrorKind::Unimplemented
+        }
+        kind => kind,
+    };
+    EtcdError::new(kind, operation, endpoint, status)
+}
+
+/// Classifies the reason a server gives for cancelling a watch.
+pub(super) fn of_reason(operation: &'static str, endpoint: &str, reason: &str) -> EtcdError {
+    EtcdError::new(
+        of_text(reason),
+        operation,
+        endpoint,
+        format!("watch cancelled: {reason:?}"),
+    )
+}
+
+pub(super) fn deadline(operation: &'static str, endpoint: &str, deadline: Duration) -> EtcdError {
+    let source = format!("no answer within {} s", deadline.as_secs_f64());
+    EtcdError::new(EtcdErrorKind::DeadlineExceeded, operation, endpoint, source)
+}
+
+/// The texts of etcd's `rpctypes`, the same from 3.4 to 3.7, and tonic's own for a message over the limit. Services built on etcd's Go
+/// client prefix or wrap them, hence `contains`.
+const TEXTS: &[(&str, EtcdErrorKind)] = &[
+    (
+        "required revision has been compacted",
+        EtcdErrorKind::Compacted,
+    ),
+    (
+        "required revision is a future revision",
+        EtcdErrorKind::FutureRevision,
+    ),
+    (
+        "decoded message length too large",
+        EtcdErrorKind::ResponseTooLarge,
+    ),
+    ("request is too large", EtcdErrorKind::RequestTooLarge),
+    ("requested lease not found", EtcdErrorKind::LeaseNotFound),
+    ("lease already exists", EtcdErrorKind::LeaseExists),
+    ("too large lease TTL", EtcdErrorKind::LeaseTtlTooLarge),
+    ("database space exceeded", EtcdErrorKind::NoSpace),
+    ("no leader", EtcdErrorKind::NoLeader),
+    ("permission denied", EtcdErrorKind::PermissionDenied),
+    ("invalid auth token", EtcdErrorKind::InvalidToken),
+    ("revision of auth store is old", EtcdErrorKind::InvalidToken),
+    ("user name is empty", EtcdErrorKind::CredentialsRequired),
+    ("invalid user ID or password", EtcdErrorKind::BadCredentials),
+    ("user name not found", EtcdErrorKind::BadCredentials),
+    (
+        "authentication is not enabled",
+        EtcdErrorKind::AuthNotEnabled,
+    ),
+];
+
+fn of_text(text: &str) -> EtcdErrorKind {
+    TEXTS
+        .iter()
+        .find_map(|(part, kind)| text.contains(part).then_some(*kind))
+        .unwrap_or(EtcdErrorKind::Unavailable)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_decides_and_not_the_code() {
+        use tonic::{Code, Status};
+        for (code, text, kind) in [
+            (
+                Code::OutOfRange,
+                "etcdserver: mvcc: required revision has been compacted",
+                EtcdErrorKind::Compacted,
+            ),
+            (
+                Code::OutOfRange,
+                "etcdserver: mvcc: required revision is a future revision",
+                EtcdErrorKind::FutureRevision,
+            ),
+            (
+                Code::OutOfRange,
+                "Error, decoded message length too large: found 5 bytes, the limit is: 4 bytes",
+                EtcdErrorKind::ResponseTooLarge,
+            ),
+            (
+                Code::OutOfRange,
+                "etcdserver: too large lease TTL",
+                EtcdErrorKind::LeaseTtlTooLarge,
+            ),
+            (
+                Code::InvalidArgument,
+                "etcdserver: revision of auth store is old",
+                EtcdErrorKind::InvalidToken,
+            ),
+            (
+                Code::InvalidArgument,
+                "etcdserver: authentication failed, invalid user ID or password",
+                EtcdErrorKind::BadCredentials,
+            ),
+            (
+                Code::InvalidArgument,
+                "etcdserver: user name is empty",
+                EtcdErrorKind::CredentialsRequired,
+            ),
+            (
+                Code::Unauthenticated,
+                "etcdserver: invalid auth token",
+                EtcdErrorKind::InvalidToken,
+            ),
+            (
+                Code::Unknown,
+                "etcdserver: invalid auth token",
+                EtcdErrorKind::InvalidToken,
+            ),
+            (
+                Code::FailedPrecondition,
+                "etcdserver: authentication is not enabled",
+                EtcdErrorKind::AuthNotEnabled,
+            ),
+            (
+                Code::FailedPrecondition,
+                "etcdserver: lease already exists",
+                EtcdErrorKind::LeaseExists,
+            ),
+            (
+                Code::Unavailable,
+                "etcdserver: no leader",
+                EtcdErrorKind::NoLeader,
+            ),
+            (
+                Code::ResourceExhausted,
+                "etcdserver: mvcc: database space exceeded",
+                EtcdErrorKind::NoSpace,
+            ),
+            (Code::Unknown, "transport error", EtcdErrorKind::Unavailable),
+            (
+                Code::Unimplemented,
+                "unknown service etcdserverpb.KV",
+                EtcdErrorKind::Unimplemented,
+            ),
+        ] {
+            let error = of_status("range", "127.0.0.1:2379", Status::new(code, text));
+            assert_eq!(error.kind(), kind, "{text}");
+        }
+    }
+}

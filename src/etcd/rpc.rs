@@ -1,0 +1,138 @@
+//! The two calls that `etcd-client` does not offer the way we need them: a single keep-alive whose answer's raft term can be seen, and
+//! the exchange of credentials for a token. The messages are etcd's, cut down to the fields in use.
+
+use std::time::Duration;
+
+use http::uri::PathAndQuery;
+use tonic::Request;
+use tonic::client::Grpc;
+use tonic_prost::ProstCodec;
+
+use super::auth::{Credentials, MemberService, not_ready};
+use super::error;
+use crate::error::{EtcdError, EtcdErrorKind};
+use crate::keyspace::{Header, KeepAlive, LeaseId, Revision};
+
+pub(super) const AUTHENTICATE: &str = "/etcdserverpb.Auth/Authenticate";
+const LEASE_KEEP_ALIVE: &str = "/etcdserverpb.Lease/LeaseKeepAlive";
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct ResponseHeader {
+    #[prost(uint64, tag = "1")]
+    cluster_id: u64,
+    #[prost(int64, tag = "3")]
+    revision: i64,
+    #[prost(uint64, tag = "4")]
+    raft_term: u64,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct AuthenticateRequest {
+    #[prost(string, tag = "1")]
+    name: String,
+    #[prost(string, tag = "2")]
+    password: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct AuthenticateResponse {
+    #[prost(string, tag = "2")]
+    token: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct LeaseKeepAliveRequest {
+    #[prost(int64, tag = "1")]
+    id: i64,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct LeaseKeepAliveResponse {
+    #[prost(message, optional, tag = "1")]
+    header: Option<ResponseHeader>,
+    #[prost(int64, tag = "3")]
+    ttl: i64,
+}
+
+/// Exchanges name and password for a token.
+pub(super) async fn authenticate(
+    member: &MemberService,
+    endpoint: &str,
+    credentials: &Credentials,
+    deadline: Duration,
+) -> Result<String, EtcdError> {
+    const OPERATION: &str = "authenticate";
+    let request = AuthenticateRequest {
+        name: credentials.user.clone(),
+        password: credentials.password.clone(),
+    };
+    let call = async {
+        let mut grpc = Grpc::new(member.clone());
+        grpc.ready()
+            .await
+            .map_err(|source| not_ready(OPERATION, endpoint, source))?;
+        let codec = ProstCodec::<AuthenticateRequest, AuthenticateResponse>::default();
+        let path = PathAndQuery::from_static(AUTHENTICATE);
+        let response = grpc.unary(Request::new(request), path, codec).await;
+        response.map_err(|status| error::of_status(OPERATION, endpoint, status))
+    };
+    let response = tokio::time::timeout(deadline, call)
+        .await
+        .map_err(|_| error::deadline(OPERATION, endpoint, deadline))??;
+    Ok(response.into_inner().token)
+}
+
+/// Renews a lease over a stream of its own: one request, one answer, closed. An open stream to a healthy follower hangs for seconds
+/// behind a frozen leader, where a fresh one is answered at once.
+pub(super) async fn keep_alive(
+    member: &MemberService,
+    endpoint: &str,
+    lease: LeaseId,
+) -> Result<KeepAlive, EtcdError> {
+    const OPERATION: &str = "lease keep-alive";
+    let failed = |status| error::of_status(OPERATION, endpoint, status);
+    let mut grpc = Grpc::new(member.clone());
+    grpc.ready()
+        .await
+        .map_err(|source| not_ready(OPERATION, endpoint, source))?;
+    let codec = ProstCodec::<LeaseKeepAliveRequest, LeaseKeepAliveResponse>::default();
+    let path = PathAndQuery::from_static(LEASE_KEEP_ALIVE);
+    let request = Request::new(tokio_stream::once(LeaseKeepAliveRequest {
+        id: lease.get(),
+    }));
+    let mut answers = grpc
+        .streaming(request, path, codec)
+        .await
+        .map_err(failed)?
+        .into_inner();
+    let answer = answers.message().await.map_err(failed)?;
+    let answer = answer.ok_or_else(|| {
+        EtcdError::new(
+            EtcdErrorKind::Unavailable,
+            OPERATION,
+            endpoint,
+            "the stream ended without an answer",
+        )
+    })?;
+    // Etcd says that a lease is gone by a TTL that is not positive.
+    let ttl = u64::try_from(answer.ttl)
+        .ok()
+        .filter(|ttl| *ttl > 0)
+        .ok_or_else(|| {
+            EtcdError::new(
+                EtcdErrorKind::LeaseNotFound,
+                OPERATION,
+                endpoint,
+                format!("lease {lease} has no time left"),
+            )
+        })?;
+    let header = answer.header.map(|header| Header {
+        cluster_id: header.cluster_id,
+        revision: Revision::new(header.revision),
+        raft_term: header.raft_term,
+    });
+    Ok(KeepAlive {
+        header,
+        ttl: Duration::from_secs(ttl),
+    })
+}
