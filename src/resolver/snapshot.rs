@@ -1,0 +1,251 @@
+//! The set of instances: pure. Keys go in, addresses come out.
+//!
+//! The unit of balancing is the address. Several keys may name one address, after a restart under a new id for instance; then the one
+//! created last describes it, and the address goes away with its last key.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use crate::address::Address;
+use crate::format::{DecodeError, Decoder};
+use crate::instance::{Instance, Registered};
+use crate::keyspace::{Event, Key, KeyValue, LeaseId, Range, Revision};
+
+/// What is registered, by key and by address.
+#[derive(Debug, Default)]
+pub(super) struct Snapshot {
+    keys: BTreeMap<Key, Entry>,
+    /// The keys that name an address, the one created last at the end.
+    addresses: HashMap<Address, BTreeSet<(Revision, Key)>>,
+}
+
+/// What is known of a key.
+#[derive(Debug, Default)]
+struct Entry {
+    /// The key's last value that could be read, if there was one.
+    instance: Option<Instance>,
+    /// The write that could not be read, if it is the last one.
+    rejected: Option<(Revision, LeaseId)>,
+}
+
+/// What came of a batch of events.
+#[derive(Debug, Default)]
+pub(super) struct Applied {
+    /// Addresses whose instance may be another now, or gone.
+    pub(super) changed: Vec<Address>,
+    /// How many writes could not be read, and the first of them.
+    pub(super) rejected: u64,
+    pub(super) first_rejected: Option<(Key, Revision, DecodeError)>,
+}
+
+impl Snapshot {
+    /// Applies one prefix's events in order.
+    pub(super) fn apply(
+        &mut self,
+        events: Vec<Event>,
+        range: &Range,
+        decoder: &Decoder,
+    ) -> Applied {
+        let mut applied = Applied::default();
+        for event in events {
+            match event {
+                Event::Put(kv) => self.put(kv, range, decoder, &mut applied),
+                Event::Delete { key, .. } => self.delete(&key, &mut applied),
+            }
+        }
+        applied
+    }
+
+    fn put(&mut self, kv: KeyValue, range: &Range, decoder: &Decoder, applied: &mut Applied) {
+        let advertisement = match decoder.decode(&kv.value) {
+            Ok(advertisement) => advertisement,
+            Err(error) => return self.reject(kv, error, applied),
+        };
+        let registered = Registered {
+            id: String::from_utf8_lossy(range.suffix(&kv.key)).into_owned(),
+            key: kv.key.to_string(),
+            lease: kv.lease,
+            create_revision: kv.create_revision,
+            mod_revision: kv.mod_revision,
+        };
+        let instance = Instance::registered(advertisement, registered);
+        let entry = self.keys.entry(kv.key.clone()).or_default();
+        entry.rejected = None;
+        if entry.instance.as_ref() == Some(&instance) {
+            return;
+        }
+        let before = entry.instance.replace(instance.clone());
+        if let Some(before) = before {
+            self.unname(&before, &kv.key);
+            if before.address() != instance.address() {
+                applied.changed.push(before.address().clone());
+            }
+        }
+        self.addresses
+            .entry(instance.address().clone())
+            .or_default()
+            .insert((instance.create_revision(), kv.key));
+        applied.changed.push(instance.address().clone());
+    }
+
+    /// A value that cannot be read changes nothing: the key's last good value stays. Each write is counted once, however often it is
+    /// listed.
+    fn reject(&mut self, kv: KeyValue, error: DecodeError, applied: &mut Applied) {
+        let write = (kv.mod_revision, kv.lease);
+        let entry = self.keys.entry(kv.key.clone()).or_default();
+        if entry.rejected.replace(write) != Some(write) {
+            applied.rejected += 1;
+            applied
+                .first_rejected
+                .get_or_insert((kv.key, kv.mod_revision, error));
+        }
+    }
+
+    fn delete(&mut self, key: &Key, applied: &mut Applied) {
+        let entry = self.keys.remove(key);
+        if let Some(before) = entry.and_then(|entry| entry.instance) {
+            self.unname(&before, key);
+            applied.changed.push(before.address().clone());
+        }
+    }
+
+    fn unname(&mut self, before: &Instance, key: &Key) {
+        if let Some(keys) = self.addresses.get_mut(before.address()) {
+            keys.remove(&(before.create_revision(), key.clone()));
+            if keys.is_empty() {
+                self.addresses.remove(before.address());
+            }
+        }
+    }
+
+    /// The instance at an address, if there is one.
+    pub(super) fn get(&self, address: &Address) -> Option<&Instance> {
+        let (_, key) = self.addresses.get(address)?.last()?;
+        self.keys.get(key)?.instance.as_ref()
+    }
+
+    /// One instance per address, in no order.
+    pub(super) fn instances(&self) -> impl Iterator<Item = &Instance> {
+        self.addresses
+            .keys()
+            .filter_map(|address| self.get(address))
+    }
+
+    pub(super) fn addresses(&self) -> impl Iterator<Item = &Address> {
+        self.addresses.keys()
+    }
+
+    /// The number of addresses.
+    pub(super) fn len(&self) -> usize {
+        self.addresses.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn put(key: &str, value: &str, create: i64, modified: i64, lease: i64) -> Event {
+        Event::Put(KeyValue {
+            key: key.into(),
+            value: value.as_bytes().to_vec(),
+            create_revision: Revision::new(create),
+            mod_revision: Revision::new(modified),
+            lease: LeaseId::new(lease),
+        })
+    }
+
+    fn delete(key: &str, revision: i64) -> Event {
+        Event::Delete {
+            key: key.into(),
+            mod_revision: Revision::new(revision),
+        }
+    }
+
+    fn apply(snapshot: &mut Snapshot, events: impl IntoIterator<Item = Event>) -> Applied {
+        snapshot.apply(
+            events.into_iter().collect(),
+            &Range::prefix("/s/"),
+            &Decoder::default(),
+        )
+    }
+
+    fn known(snapshot: &Snapshot) -> Vec<String> {
+        let mut known: Vec<_> = snapshot
+            .instances()
+            .map(|instance| format!("{}={}", instance.id(), instance.address()))
+            .collect();
+        known.sort();
+        known
+    }
+
+    #[test]
+    fn keys_that_name_one_address_are_one_instance_until_the_last_goes() {
+        let mut snapshot = Snapshot::default();
+        apply(
+            &mut snapshot,
+            [
+                put("/s/a", "1.1.1.1:1", 2, 2, 7),
+                put("/s/b", "1.1.1.1:1", 3, 3, 8),
+            ],
+        );
+        assert_eq!(
+            known(&snapshot),
+            ["b=1.1.1.1:1"],
+            "the key created last describes the address"
+        );
+        apply(&mut snapshot, [delete("/s/b", 4)]);
+        assert_eq!(
+            known(&snapshot),
+            ["a=1.1.1.1:1"],
+            "the address stays with the other key"
+        );
+        let applied = apply(&mut snapshot, [delete("/s/a", 5)]);
+        assert_eq!(known(&snapshot), [""; 0]);
+        assert_eq!(applied.changed.len(), 1);
+    }
+
+    #[test]
+    fn a_key_that_moves_to_another_address_takes_the_old_one_away() {
+        let mut snapshot = Snapshot::default();
+        apply(&mut snapshot, [put("/s/a", "1.1.1.1:1", 2, 2, 7)]);
+        let applied = apply(&mut snapshot, [put("/s/a", "2.2.2.2:2", 2, 3, 7)]);
+        assert_eq!(known(&snapshot), ["a=2.2.2.2:2"]);
+        assert_eq!(applied.changed.len(), 2, "both addresses have changed");
+    }
+
+    #[test]
+    fn a_bad_value_leaves_the_last_good_one_and_is_counted_once_per_write() {
+        let mut snapshot = Snapshot::default();
+        apply(&mut snapshot, [put("/s/a", "1.1.1.1:1", 2, 2, 7)]);
+        let garbage = || put("/s/a", "{", 2, 3, 7);
+        let applied = apply(&mut snapshot, [garbage(), garbage()]);
+        assert_eq!((applied.rejected, applied.changed.len()), (1, 0));
+        assert_eq!(
+            apply(&mut snapshot, [garbage()]).rejected,
+            0,
+            "a relist must not count it again"
+        );
+        assert_eq!(known(&snapshot), ["a=1.1.1.1:1"]);
+        let applied = apply(&mut snapshot, [put("/s/a", "{", 2, 4, 7)]);
+        assert_eq!(applied.rejected, 1, "the next write is another one");
+        apply(&mut snapshot, [delete("/s/a", 5)]);
+        assert_eq!(snapshot.len(), 0);
+    }
+
+    #[test]
+    fn what_is_listed_again_unchanged_is_no_change() {
+        let mut snapshot = Snapshot::default();
+        apply(&mut snapshot, [put("/s/a", "1.1.1.1:1", 2, 2, 7)]);
+        assert!(
+            apply(&mut snapshot, [put("/s/a", "1.1.1.1:1", 2, 2, 7)])
+                .changed
+                .is_empty()
+        );
+        let again = apply(&mut snapshot, [put("/s/a", "1.1.1.1:1", 2, 2, 8)]);
+        assert_eq!(
+            again.changed.len(),
+            1,
+            "another lease is a fresh registration"
+        );
+    }
+}
