@@ -1,0 +1,475 @@
+//! The options of a registration, and their check.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::{Entry, Registration, RegistrationState};
+use crate::address::{Address, AddressError, AddressPolicy};
+use crate::error::RegisterError;
+use crate::etcd::Etcd;
+use crate::format::etcd_naming::{MAX_WEIGHT, RESERVED};
+use crate::format::{Format, MAX_VALUE};
+use crate::instance::{Advertisement, DEFAULT_WEIGHT};
+use crate::keyspace::{Key, Keyspace, check_service};
+
+/// A registration that is being described; made by [`Registry::registration`](crate::Registry::registration) and
+/// [`Registry::registration_at`](crate::Registry::registration_at).
+///
+/// Nothing is checked and nothing sent before [`register`](Self::register), or before the server that it is handed to has bound its
+/// socket.
+#[derive(Debug)]
+#[must_use = "nothing is registered before `register` is awaited"]
+pub struct RegistrationBuilder {
+    etcd: Etcd,
+    policy: AddressPolicy,
+    target: Target,
+    address: Option<String>,
+    host: Option<String>,
+    advertisement: Attributes,
+    ttl: Duration,
+    format: Format,
+    startup_timeout: Duration,
+    pub(super) deregister_timeout: Duration,
+    pub(crate) grace_period: Duration,
+    pub(crate) drain_timeout: Duration,
+    pub(super) states: watch::Sender<RegistrationState>,
+}
+
+/// Where the registration goes.
+#[derive(Debug)]
+enum Target {
+    Service {
+        keyspace: Keyspace,
+        service: String,
+        id: Option<String>,
+    },
+    Key(String),
+}
+
+#[derive(Debug)]
+struct Attributes {
+    weight: u32,
+    zone: Option<String>,
+    version: Option<String>,
+    metadata: Vec<(String, String)>,
+}
+
+impl RegistrationBuilder {
+    pub(crate) fn service(
+        etcd: Etcd,
+        policy: AddressPolicy,
+        keyspace: Keyspace,
+        service: &str,
+    ) -> Self {
+        Self::new(
+            etcd,
+            policy,
+            Target::Service {
+                keyspace,
+                service: service.to_owned(),
+                id: None,
+            },
+        )
+    }
+
+    pub(crate) fn key(etcd: Etcd, policy: AddressPolicy, key: &str) -> Self {
+        Self::new(etcd, policy, Target::Key(key.to_owned()))
+    }
+
+    fn new(etcd: Etcd, policy: AddressPolicy, target: Target) -> Self {
+        Self {
+            etcd,
+            policy,
+            target,
+            address: None,
+            host: None,
+            advertisement: Attributes {
+                weight: DEFAULT_WEIGHT,
+                zone: None,
+                version: None,
+                metadata: Vec::new(),
+            },
+            ttl: DEFAULT_TTL,
+            format: Format::default(),
+            startup_timeout: STARTUP_TIMEOUT,
+            deregister_timeout: DEREGISTER_TIMEOUT,
+            grace_period: GRACE_PERIOD,
+            drain_timeout: DRAIN_TIMEOUT,
+            states: watch::Sender::new(RegistrationState::Registering { last_error: None }),
+        }
+    }
+
+    /// The address that clients are to dial, as `host:port`; IPv6 in brackets.
+    ///
+    /// A server that registers itself ([`ServeRegistered`](crate::ServeRegistered)) needs none: it advertises what it has bound, and
+    /// where that is unspecified (`0.0.0.0`, `::`) the local address that routes to etcd.
+    pub fn address(mut self, address: impl Into<String>) -> Self {
+        self.address = Some(address.into());
+        self
+    }
+
+    /// The host that clients are to dial, with the port that the server has bound. By default the bound address decides.
+    pub fn host(mut self, host: impl Into<String>) -> Self {
+        self.host = Some(host.into());
+        self
+    }
+
+    /// The instance's id, the last part of its key. By default the address, so that a restarted server overwrites its old entry. No
+    /// effect on a registration at an exact key.
+    pub fn instance_id(mut self, instance_id: impl Into<String>) -> Self {
+        if let Target::Service { id, .. } = &mut self.target {
+            *id = Some(instance_id.into());
+        }
+        self
+    }
+
+    /// The weight, 1 to 1 000 000: the share of calls relative to the other instances'. Default 1.
+    pub fn weight(mut self, weight: u32) -> Self {
+        self.advertisement.weight = weight;
+        self
+    }
+
+    /// The zone. None by default.
+    pub fn zone(mut self, zone: impl Into<String>) -> Self {
+        self.advertisement.zone = Some(zone.into());
+        self
+    }
+
+    /// The version. None by default.
+    pub fn version(mut self, version: impl Into<String>) -> Self {
+        self.advertisement.version = Some(version.into());
+        self
+    }
+
+    /// Adds one pair of metadata. The names `weight`, `zone`, `version` and `leaving` have setters or a meaning of their own, and are
+    /// refused.
+    pub fn metadata(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.advertisement
+            .metadata
+            .push((name.into(), value.into()));
+        self
+    }
+
+    /// How long etcd keeps the entry of a server that has died, at least 2 s (etcd's own minimum with default settings); parts of a
+    /// second are rounded up. Default 15 s. The lease is renewed at a third of what etcd grants.
+    pub fn ttl(mut self, ttl: Duration) -> Self {
+        self.ttl = ttl;
+        self
+    }
+
+    /// The form of the value. Default [`Format::EtcdNaming`].
+    pub fn format(mut self, format: Format) -> Self {
+        self.format = format;
+        self
+    }
+
+    /// How long [`register`](Self::register) goes on trying while etcd cannot be reached. Default 30 s. A registration that has once
+    /// succeeded tries for ever.
+    pub fn startup_timeout(mut self, timeout: Duration) -> Self {
+        self.startup_timeout = timeout;
+        self
+    }
+
+    /// How long [`deregister`](Registration::deregister), and a change of a registration, go on trying while etcd cannot be reached.
+    /// Default 5 s. What a deregistration could not remove goes with its lease.
+    pub fn deregister_timeout(mut self, timeout: Duration) -> Self {
+        self.deregister_timeout = timeout;
+        self
+    }
+
+    /// Only for [`ServeRegistered`](crate::ServeRegistered): how long a server goes on accepting connections after it was
+    /// deregistered, so that every client has learned of it first. Default 1 s, many times what a watch event takes.
+    pub fn grace_period(mut self, grace: Duration) -> Self {
+        self.grace_period = grace;
+        self
+    }
+
+    /// Only for [`ServeRegistered`](crate::ServeRegistered): how long calls in flight may take after the listener was closed; what is
+    /// left then is cut. Default 30 s, as Kubernetes grants a pod to end.
+    pub fn drain_timeout(mut self, timeout: Duration) -> Self {
+        self.drain_timeout = timeout;
+        self
+    }
+
+    /// The registration's state as a watch, from before it is registered: for those who hand the builder to a server and keep this.
+    #[must_use]
+    pub fn states(&self) -> watch::Receiver<RegistrationState> {
+        self.states.subscribe()
+    }
+
+    /// Registers the server and keeps it registered until [`Registration::deregister`].
+    ///
+    /// Returns once the key is in etcd. An entry that somebody left under the same key, by crashing for instance, is overwritten.
+    ///
+    /// # Errors
+    ///
+    /// What is not valid is refused by name before etcd is touched. What only an operator can mend (permission denied, credentials) is
+    /// returned at once, and an etcd that cannot be reached after [`startup_timeout`](Self::startup_timeout). Then nothing stays
+    /// registered.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future takes back what has been done, in the background.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    pub async fn register(self) -> Result<Registration, RegisterError> {
+        let entry = self.entry(None)?;
+        Registration::start(
+            self.etcd,
+            entry,
+            self.startup_timeout,
+            self.deregister_timeout,
+            self.states,
+        )
+        .await
+    }
+
+    /// As [`register`](Self::register), for a server that listens on `bound`.
+    pub(crate) async fn register_bound(
+        self,
+        bound: SocketAddr,
+    ) -> Result<Registration, RegisterError> {
+        let entry = self.entry(Some(bound))?;
+        Registration::start(
+            self.etcd,
+            entry,
+            self.startup_timeout,
+            self.deregister_timeout,
+            self.states,
+        )
+        .await
+    }
+
+    /// Checks everything that can be known to be wrong without etcd, and for a server before it has a port.
+    pub(crate) fn check(&self) -> Result<(), RegisterError> {
+        self.entry(Some(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 1)))
+            .map(drop)
+    }
+
+    fn name(&self) -> &str {
+        match &self.target {
+            Target::Service { service, .. } => service,
+            Target::Key(key) => key,
+        }
+    }
+
+    fn entry(&self, bound: Option<SocketAddr>) -> Result<Entry, RegisterError> {
+        let invalid = |reason: String| RegisterError::Invalid {
+            service: self.name().to_owned(),
+            reason,
+        };
+        self.check_values().map_err(invalid)?;
+        let address = self.advertised(bound)?;
+        let key = self.instance_key(&address).map_err(invalid)?;
+        let Attributes {
+            weight,
+            zone,
+            version,
+            metadata,
+        } = &self.advertisement;
+        let advertisement = Advertisement {
+            address,
+            weight: *weight,
+            zone: zone.clone(),
+            version: version.clone(),
+            metadata: metadata.iter().cloned().collect(),
+            leaving: false,
+        };
+        let size = self.format.encode(&advertisement).len();
+        if size > MAX_VALUE {
+            return Err(invalid(format!(
+                "the value is {size} bytes long, over the limit of {MAX_VALUE}; use less metadata"
+            )));
+        }
+        Ok(Entry {
+            key,
+            advertisement,
+            format: self.format,
+            ttl: whole_seconds(self.ttl),
+        })
+    }
+
+    fn check_values(&self) -> Result<(), String> {
+        let Attributes {
+            weight,
+            zone,
+            version,
+            metadata,
+        } = &self.advertisement;
+        if let Target::Service { service, .. } = &self.target {
+            check_service(service).map_err(|reason| format!("the service name {reason}"))?;
+        }
+        check_weight(*weight)?;
+        if self.ttl < MIN_TTL || self.ttl > MAX_TTL {
+            return Err(format!(
+                "the TTL is {} s; it must be from 2 s to 1 day",
+                self.ttl.as_secs_f64()
+            ));
+        }
+        for (name, _) in metadata {
+            if name.is_empty() {
+                return Err("a metadata name is empty".to_owned());
+            }
+            if RESERVED.contains(&name.as_str()) {
+                return Err(format!(
+                    "the metadata name {name:?} is reserved; use the setter of that name"
+                ));
+            }
+        }
+        let plain =
+            *weight == DEFAULT_WEIGHT && zone.is_none() && version.is_none() && metadata.is_empty();
+        if !plain && !self.format.carries_attributes() {
+            return Err(format!(
+                "the format {:?} has no room for weight, zone, version or metadata",
+                self.format
+            ));
+        }
+        Ok(())
+    }
+
+    fn instance_key(&self, address: &Address) -> Result<Key, String> {
+        match &self.target {
+            Target::Service {
+                keyspace,
+                service,
+                id,
+            } => {
+                let id = id.as_deref().unwrap_or(address.as_str());
+                if id.is_empty() || id.contains('/') || id.chars().any(char::is_control) {
+                    return Err(format!(
+                        "the instance id {id:?} is empty, or contains a slash or a control character"
+                    ));
+                }
+                Ok(keyspace.instance(service, id))
+            }
+            Target::Key(key) if key.is_empty() || key.ends_with('/') => {
+                Err("the key is empty or ends in a slash, and so names no instance".to_owned())
+            }
+            Target::Key(key) => Ok(Key::from(key.as_str())),
+        }
+    }
+
+    fn advertised(&self, bound: Option<SocketAddr>) -> Result<Address, RegisterError> {
+        let address = match (&self.address, &self.host, bound) {
+            (Some(address), _, _) => address.parse(),
+            (None, Some(host), Some(bound)) => with_port(host, bound.port()),
+            (None, None, Some(bound)) if bound.ip().is_unspecified() => self.routed(bound),
+            (None, None, Some(bound)) => Ok(bound.into()),
+            (None, _, None) => Err(AddressError::new("", "is not given")),
+        };
+        let checked = address.and_then(|address| self.policy.check(&address).map(|()| address));
+        checked.map_err(|source| RegisterError::Address {
+            service: self.name().to_owned(),
+            source,
+        })
+    }
+
+    /// The local address that routes to etcd: peers that reach the same etcd are most likely to reach us there.
+    fn routed(&self, bound: SocketAddr) -> Result<Address, AddressError> {
+        let endpoints = self.etcd.endpoints();
+        // A client of the user's own does not say where its etcd is; the default route is the next best.
+        let fallback = ["192.0.2.1:9", "[2001:db8::1]:9"].map(String::from);
+        let targets = endpoints.iter().chain(&fallback);
+        let ip = targets
+            .filter_map(|target| local_ip(target, bound.ip()))
+            .find(|ip| !ip.is_unspecified());
+        ip.map(|ip| SocketAddr::new(ip, bound.port()).into())
+            .ok_or_else(|| {
+                AddressError::new(
+                    &bound.to_string(),
+                    "is unspecified, and no local address routes to etcd",
+                )
+            })
+    }
+}
+
+/// The local address from which the kernel would send to `target`. Connecting a UDP socket sends nothing.
+fn local_ip(target: &str, bound: IpAddr) -> Option<IpAddr> {
+    use std::net::ToSocketAddrs;
+    // A socket bound to 0.0.0.0 takes no IPv6; one bound to [::] takes both.
+    let mut targets = target
+        .to_socket_addrs()
+        .ok()?
+        .filter(|target| target.is_ipv4() || bound.is_ipv6());
+    let target = targets.next()?;
+    let any: SocketAddr = if target.is_ipv4() {
+        (Ipv4Addr::UNSPECIFIED, 0).into()
+    } else {
+        (std::net::Ipv6Addr::UNSPECIFIED, 0).into()
+    };
+    let socket = UdpSocket::bind(any).ok()?;
+    socket.connect(target).ok()?;
+    Some(socket.local_addr().ok()?.ip())
+}
+
+fn with_port(host: &str, port: u16) -> Result<Address, AddressError> {
+    match host.trim_matches(['[', ']']).parse::<IpAddr>() {
+        Ok(ip) => Ok(SocketAddr::new(ip, port).into()),
+        Err(_) => format!("{host}:{port}").parse(),
+    }
+}
+
+pub(super) fn check_weight(weight: u32) -> Result<(), String> {
+    if (1..=MAX_WEIGHT).contains(&weight) {
+        return Ok(());
+    }
+    Err(format!(
+        "the weight is {weight}; it must be from 1 to {MAX_WEIGHT}. To get no calls, pause the registration"
+    ))
+}
+
+fn whole_seconds(ttl: Duration) -> Duration {
+    Duration::from_secs(ttl.as_secs() + u64::from(ttl.subsec_nanos() > 0))
+}
+
+const DEFAULT_TTL: Duration = Duration::from_secs(15);
+/// The smallest that etcd grants with its default election timeout (measured on 3.4.23).
+const MIN_TTL: Duration = Duration::from_secs(2);
+/// An entry that outlives its server for longer helps nobody; it is a mistake of units.
+const MAX_TTL: Duration = Duration::from_secs(24 * 60 * 60);
+const STARTUP_TIMEOUT: Duration = Duration::from_secs(30);
+const DEREGISTER_TIMEOUT: Duration = Duration::from_secs(5);
+const GRACE_PERIOD: Duration = Duration::from_secs(1);
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_get_the_bound_port() {
+        for (host, address) in [
+            ("10.0.0.5", "10.0.0.5:80"),
+            ("::1", "[::1]:80"),
+            ("[::1]", "[::1]:80"),
+            ("greeter", "greeter:80"),
+        ] {
+            assert_eq!(with_port(host, 80).expect("valid").as_str(), address);
+        }
+        assert!(with_port("a:1", 80).is_err());
+    }
+
+    #[test]
+    fn ttls_are_rounded_up() {
+        assert_eq!(
+            whole_seconds(Duration::from_millis(2_001)),
+            Duration::from_secs(3)
+        );
+        assert_eq!(
+            whole_seconds(Duration::from_secs(2)),
+            Duration::from_secs(2)
+        );
+    }
+
+    #[test]
+    fn the_route_to_a_loopback_etcd_is_loopback() {
+        assert_eq!(
+            local_ip("127.0.0.1:2379", Ipv4Addr::UNSPECIFIED.into()),
+            Some(Ipv4Addr::LOCALHOST.into())
+        );
+    }
+}
