@@ -1,0 +1,3 @@
+//! Channels: where the resolver's instances meet connections.
+
+mod stock;

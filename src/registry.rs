@@ -1,0 +1,228 @@
+//! The door to everything: one etcd cluster, and where services live in it.
+
+use crate::address::AddressPolicy;
+use crate::error::ConnectError;
+use crate::etcd::{Config, Credentials, Etcd};
+use crate::keyspace::{Key, Keyspace};
+use crate::registration::RegistrationBuilder;
+use crate::resolver::{Resolver, ResolverBuilder};
+
+/// A registry of services in etcd. Cloning is cheap, and all clones share the connections.
+///
+/// ```no_run
+/// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+/// use tonic_etcd::Registry;
+///
+/// let registry = Registry::connect(["127.0.0.1:2379"]).await?;
+/// let channel = registry.resolver("helloworld.Greeter").into_tonic_channel();
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Registry {
+    etcd: Etcd,
+    keyspace: Keyspace,
+    policy: AddressPolicy,
+}
+
+impl Registry {
+    /// Connects to etcd with default options, and makes one round trip: a wrong address or a missing password is an error here.
+    ///
+    /// An endpoint is `host:port`, `http://host:port` or `https://host:port` (feature `tls`), IPv6 in brackets. Give all members: one
+    /// that fails is left for the next within 2 s.
+    ///
+    /// # Errors
+    ///
+    /// Tells by its variant, and in words, whether nothing answers, something else than etcd answers, one side speaks TLS, or the user
+    /// is refused. It takes about half a second to say that nothing listens, and up to 10 s that nothing answers.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes what it has opened.
+    pub async fn connect<I>(endpoints: I) -> Result<Self, ConnectError>
+    where
+        I: IntoIterator,
+        I::Item: Into<String>,
+    {
+        Self::builder(endpoints).connect().await
+    }
+
+    /// Connects with options.
+    ///
+    /// ```no_run
+    /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+    /// let registry = tonic_etcd::Registry::builder(["10.0.0.1:2379", "10.0.0.2:2379", "10.0.0.3:2379"])
+    ///     .prefix("/production/")
+    ///     .user("greeter", std::env::var("ETCD_PASSWORD")?)
+    ///     .connect()
+    ///     .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn builder<I>(endpoints: I) -> RegistryBuilder
+    where
+        I: IntoIterator,
+        I::Item: Into<String>,
+    {
+        let endpoints = endpoints.into_iter().map(Into::into).collect();
+        let config = Config {
+            endpoints,
+            ..Config::default()
+        };
+        RegistryBuilder {
+            config,
+            prefix: DEFAULT_PREFIX.to_owned(),
+            policy: AddressPolicy::default(),
+        }
+    }
+
+    /// Takes a client of your own, under the default prefix.
+    ///
+    /// Build it with `with_require_leader(true)` and `with_auto_token_refresh(true)`: without them a member that is cut off from its
+    /// cluster stays silent, and an expired token is not renewed. Such a client balances by itself; failing over from a frozen member is
+    /// then up to it.
+    #[must_use]
+    pub fn from_client(client: etcd_client::Client) -> Self {
+        let keyspace = Keyspace::new(DEFAULT_PREFIX);
+        Self {
+            etcd: Etcd::from_client(client),
+            keyspace,
+            policy: AddressPolicy::default(),
+        }
+    }
+
+    /// The prefix under which services live.
+    #[must_use]
+    pub fn prefix(&self) -> &str {
+        self.keyspace.prefix()
+    }
+
+    /// Describes a registration of a server for a service; the key will be `<prefix><service>/<instance id>`.
+    ///
+    /// The service's name is not empty and has no slash; what is wrong with it is said when the registration is made.
+    pub fn registration(&self, service: impl AsRef<str>) -> RegistrationBuilder {
+        RegistrationBuilder::service(
+            self.etcd.clone(),
+            self.policy.clone(),
+            self.keyspace.clone(),
+            service.as_ref(),
+        )
+    }
+
+    /// Describes a registration at an exact key, whatever the prefix.
+    pub fn registration_at(&self, key: impl AsRef<str>) -> RegistrationBuilder {
+        RegistrationBuilder::key(self.etcd.clone(), self.policy.clone(), key.as_ref())
+    }
+
+    /// Starts watching the instances of a service.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    #[must_use]
+    pub fn resolver(&self, service: impl AsRef<str>) -> Resolver {
+        self.resolver_builder(service).start()
+    }
+
+    /// Starts watching everything under some prefixes, each taken as it is but for a trailing slash, which is added if it is missing:
+    /// `/web/node1` is under `/web`, `/webs/node1` is not.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    #[must_use]
+    pub fn resolver_at<I>(&self, prefixes: I) -> Resolver
+    where
+        I: IntoIterator,
+        I::Item: Into<String>,
+    {
+        self.resolver_at_builder(prefixes).start()
+    }
+
+    /// As [`resolver`](Self::resolver), with options.
+    pub fn resolver_builder(&self, service: impl AsRef<str>) -> ResolverBuilder {
+        ResolverBuilder::service(
+            self.etcd.clone(),
+            &self.keyspace,
+            service.as_ref(),
+            self.policy.clone(),
+        )
+    }
+
+    /// As [`resolver_at`](Self::resolver_at), with options.
+    pub fn resolver_at_builder<I>(&self, prefixes: I) -> ResolverBuilder
+    where
+        I: IntoIterator,
+        I::Item: Into<String>,
+    {
+        let prefixes: Vec<_> = prefixes.into_iter().map(Into::into).collect();
+        ResolverBuilder::prefixes(self.etcd.clone(), &prefixes, self.policy.clone())
+    }
+}
+
+/// A [`Registry`] with options; made by [`Registry::builder`].
+#[must_use = "nothing is connected before `connect` is awaited"]
+pub struct RegistryBuilder {
+    config: Config,
+    prefix: String,
+    policy: AddressPolicy,
+}
+
+impl RegistryBuilder {
+    /// The prefix under which services live; a trailing slash is added if it is missing. Default `/gRPC/`.
+    pub fn prefix(mut self, prefix: impl AsRef<str>) -> Self {
+        prefix.as_ref().clone_into(&mut self.prefix);
+        self
+    }
+
+    /// The etcd user. None by default. The token that etcd issues for it is renewed whenever etcd refuses it.
+    pub fn user(mut self, name: impl Into<String>, password: impl Into<String>) -> Self {
+        self.config.credentials = Some(Credentials {
+            user: name.into(),
+            password: password.into(),
+        });
+        self
+    }
+
+    /// Speaks TLS to etcd. By default endpoints that say `https://` are spoken to with the system's root certificates.
+    #[cfg(feature = "tls")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
+    pub fn tls(mut self, tls: tonic::transport::ClientTlsConfig) -> Self {
+        self.config.tls = Some(tls);
+        self
+    }
+
+    /// Which addresses resolvers accept and registrations may advertise. See [`AddressPolicy`] for the default.
+    pub fn address_policy(mut self, policy: AddressPolicy) -> Self {
+        self.policy = policy;
+        self
+    }
+
+    /// Connects, and makes one round trip.
+    ///
+    /// # Errors
+    ///
+    /// As [`Registry::connect`].
+    pub async fn connect(self) -> Result<Registry, ConnectError> {
+        let keyspace = Keyspace::new(&self.prefix);
+        // The prefix itself is a key that nobody writes, and that whoever may read the prefix may read.
+        let etcd = Etcd::connect(&self.config, &Key::from(keyspace.prefix())).await?;
+        Ok(Registry {
+            etcd,
+            keyspace,
+            policy: self.policy,
+        })
+    }
+}
+
+impl std::fmt::Debug for RegistryBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RegistryBuilder")
+            .field("endpoints", &self.config.endpoints)
+            .field("prefix", &self.prefix)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Where the services of this library live unless told otherwise.
+const DEFAULT_PREFIX: &str = "/gRPC/";
