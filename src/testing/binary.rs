@@ -1,0 +1,90 @@
+//! The etcd binary: where it is, which version it is, and how it is called.
+
+use std::{
+    env,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use tokio::task::spawn_blocking;
+
+use super::error::ProcessError;
+
+/// The binary named by `ETCD_BIN`, or else the `etcd` on `PATH`.
+pub(super) fn find() -> Result<PathBuf, ProcessError> {
+    let named = env::var_os("ETCD_BIN").filter(|path| !path.is_empty());
+    let found = named.map(PathBuf::from).or_else(on_path);
+    found.ok_or(ProcessError::NoBinary)
+}
+
+/// The first executable file called `etcd` on `PATH`.
+fn on_path() -> Option<PathBuf> {
+    let path = env::var_os("PATH")?;
+    let mut candidates = env::split_paths(&path).map(|folder| folder.join("etcd"));
+    candidates.find(|candidate| is_executable(candidate))
+}
+
+/// Whether the path is a file that somebody may execute.
+fn is_executable(path: &Path) -> bool {
+    path.metadata()
+        .is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
+}
+
+/// A command that runs the binary without what it would read from our environment.
+///
+/// etcd takes every flag from an `ETCD_*` variable too; the one that stays is no flag, but what
+/// some releases ask for on an architecture that they do not support.
+pub(super) fn command(binary: &Path) -> Command {
+    let mut command = Command::new(binary);
+    command.stdin(Stdio::null());
+    for (name, _) in env::vars_os() {
+        if name.as_encoded_bytes().starts_with(b"ETCD_") && name != "ETCD_UNSUPPORTED_ARCH" {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
+/// Asks the binary for its version, such as `3.4.23`.
+pub(super) async fn version(binary: &Path) -> Result<String, ProcessError> {
+    let mut ask = command(binary);
+    ask.arg("--version");
+    let output = spawn_blocking(move || ask.output()).await;
+    match output.unwrap_or_else(|error| Err(error.into())) {
+        Ok(output) => Ok(parse_version(&String::from_utf8_lossy(&output.stdout))),
+        Err(source) => Err(ProcessError::Spawn {
+            program: binary.to_owned(),
+            source,
+        }),
+    }
+}
+
+/// Reads the version out of what `etcd --version` prints.
+fn parse_version(printed: &str) -> String {
+    let mut lines = printed.lines();
+    let version = lines.find_map(|line| line.strip_prefix("etcd Version:"));
+    version.map_or("unknown", str::trim).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_is_read_from_its_line() {
+        let printed = "etcd Version: 3.4.23\nGit SHA: Not provided\nGo Version: go1.19.8\n";
+        assert_eq!(parse_version(printed), "3.4.23");
+        assert_eq!(parse_version("usage: something else"), "unknown");
+    }
+
+    #[test]
+    fn a_folder_or_a_plain_file_is_no_binary() {
+        assert!(is_executable(Path::new("/bin/sh")));
+        assert!(!is_executable(Path::new("/bin")));
+        assert!(!is_executable(Path::new(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/Cargo.toml"
+        ))));
+    }
+}

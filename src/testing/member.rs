@@ -1,0 +1,281 @@
+//! One member of the cluster: its ports, its files, and its process while it runs.
+
+use std::{
+    ffi::OsString,
+    fs::{self, OpenOptions},
+    io,
+    path::PathBuf,
+    time::Duration,
+};
+
+use nix::sys::signal::Signal;
+use tokio::task::spawn_blocking;
+
+use super::{binary, error::ProcessError, port::Port, process::Process};
+
+/// How long an etcd that was asked to end may take. One that hands its leadership to a member that
+/// is ending too needs 7 s.
+const STOP_BOUND: Duration = Duration::from_secs(10);
+
+/// How long the system may take to carry out a signal that cannot be ignored.
+const SIGNAL_BOUND: Duration = Duration::from_secs(5);
+
+/// How many lines of the log an error shows.
+const TAIL_LINES: usize = 20;
+
+/// Where a member listens.
+#[derive(Debug)]
+pub(super) struct Ports {
+    /// For clients.
+    pub(super) client: Port,
+    /// For the other members.
+    pub(super) peer: Port,
+}
+
+impl Ports {
+    /// Draws two free ports.
+    pub(super) fn draw() -> io::Result<Self> {
+        Ok(Self {
+            client: Port::draw()?,
+            peer: Port::draw()?,
+        })
+    }
+}
+
+/// One member, running or stopped.
+#[derive(Debug)]
+pub(super) struct Member {
+    /// Its place among the members.
+    pub(super) index: usize,
+    /// The etcd binary.
+    pub(super) binary: PathBuf,
+    /// The temporary directory of the whole cluster.
+    pub(super) directory: PathBuf,
+    /// Where it listens.
+    pub(super) ports: Ports,
+    /// The flags it is always started with, the data directory excepted.
+    pub(super) flags: Vec<OsString>,
+    /// Its process, until it was seen to have ended.
+    pub(super) process: Option<Process>,
+}
+
+impl Member {
+    /// The name of the member with this index, which is also the name of its data directory.
+    pub(super) fn name(index: usize) -> String {
+        format!("m{index}")
+    }
+
+    /// Where clients connect to.
+    pub(super) fn endpoint(&self) -> String {
+        format!("127.0.0.1:{}", self.client_port())
+    }
+
+    /// The port for clients.
+    pub(super) fn client_port(&self) -> u16 {
+        self.ports.client.number()
+    }
+
+    /// Everything that the member has logged so far.
+    pub(super) fn log(&self) -> String {
+        let bytes = fs::read(self.log_path()).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// The end of the log.
+    pub(super) fn log_tail(&self) -> String {
+        tail(&self.log(), TAIL_LINES).to_owned()
+    }
+
+    /// Starts the process, without waiting for anything.
+    pub(super) fn start(&mut self) -> Result<(), ProcessError> {
+        let path = self.log_path();
+        let log = OpenOptions::new().create(true).append(true).open(path);
+        let log = log.map_err(ProcessError::Prepare)?;
+        let mut command = binary::command(&self.binary);
+        command
+            .arg("--data-dir")
+            .arg(self.data_directory())
+            .args(&self.flags)
+            .stdout(log.try_clone().map_err(ProcessError::Prepare)?)
+            .stderr(log);
+        self.process = Some(Process::start(&mut command, &self.directory)?);
+        Ok(())
+    }
+
+    /// Fails if the process has exited by itself since it was started.
+    pub(super) fn check_running(&mut self) -> Result<(), ProcessError> {
+        let Some(exited) = self.process.take_if(Process::has_exited) else {
+            return Ok(());
+        };
+        let status = exited.reap().map_err(signal_error(self.index))?;
+        Err(ProcessError::ExitedEarly {
+            member: self.index,
+            status,
+            log: self.log_tail(),
+        })
+    }
+
+    /// Asks the process to end, and kills it if it does not.
+    pub(super) async fn stop(&mut self) -> Result<(), ProcessError> {
+        let failed = signal_error(self.index);
+        let Some(process) = self.running() else {
+            return Ok(());
+        };
+        process.signal(Signal::SIGTERM).map_err(&failed)?;
+        // A frozen process would notice the request only once it is thawed.
+        process.signal(Signal::SIGCONT).map_err(&failed)?;
+        if process.exits_within(STOP_BOUND).await {
+            self.process = None;
+            return Ok(());
+        }
+        tracing::warn!(member = self.index, "etcd ignores SIGTERM and is killed");
+        self.kill().await
+    }
+
+    /// Kills the process and waits for its end.
+    pub(super) async fn kill(&mut self) -> Result<(), ProcessError> {
+        let failed = signal_error(self.index);
+        let Some(process) = self.running() else {
+            return Ok(());
+        };
+        process.signal(Signal::SIGKILL).map_err(failed)?;
+        if !process.exits_within(SIGNAL_BOUND).await {
+            return Err(ProcessError::StillRunning { member: self.index });
+        }
+        self.process = None;
+        Ok(())
+    }
+
+    /// Stops (`frozen`) or continues the process, and waits until that has taken effect.
+    pub(super) async fn set_frozen(&mut self, frozen: bool) -> Result<(), ProcessError> {
+        let member = self.index;
+        let process = self.running().ok_or(ProcessError::NotRunning { member })?;
+        let signal = if frozen {
+            Signal::SIGSTOP
+        } else {
+            Signal::SIGCONT
+        };
+        process.signal(signal).map_err(signal_error(member))?;
+        if process.is_frozen_within(frozen, SIGNAL_BOUND).await {
+            return Ok(());
+        }
+        Err(signal_error(member)(io::ErrorKind::TimedOut.into()))
+    }
+
+    /// Deletes the data directory.
+    pub(super) async fn wipe(&mut self) -> Result<(), ProcessError> {
+        self.check_stopped()?;
+        let data = self.data_directory();
+        let removal = spawn_blocking(move || fs::remove_dir_all(data)).await;
+        match removal.unwrap_or_else(|error| Err(error.into())) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(ProcessError::Prepare(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Fails if the process runs.
+    pub(super) fn check_stopped(&mut self) -> Result<(), ProcessError> {
+        let member = self.index;
+        match self.running() {
+            Some(_) => Err(ProcessError::StillRunning { member }),
+            None => Ok(()),
+        }
+    }
+
+    /// The process, unless it was stopped or has exited by itself.
+    fn running(&mut self) -> Option<&mut Process> {
+        // Dropping what has exited reaps it.
+        drop(self.process.take_if(Process::has_exited));
+        self.process.as_mut()
+    }
+
+    /// Where etcd keeps its data.
+    fn data_directory(&self) -> PathBuf {
+        self.directory.join(Self::name(self.index))
+    }
+
+    /// Where etcd logs to.
+    fn log_path(&self) -> PathBuf {
+        self.data_directory().with_extension("log")
+    }
+}
+
+/// Everything that tells one member how to form the cluster, apart from its data directory.
+pub(super) fn flags(index: usize, ports: &[Ports], token: &str) -> Vec<OsString> {
+    let url = |port: &Port| format!("http://127.0.0.1:{}", port.number());
+    let cluster: Vec<_> = ports
+        .iter()
+        .enumerate()
+        .map(|(index, ports)| format!("{}={}", Member::name(index), url(&ports.peer)))
+        .collect();
+    let mut flags = vec![
+        format!("--name={}", Member::name(index)),
+        format!("--initial-cluster={}", cluster.join(",")),
+        format!("--initial-cluster-token={token}"),
+        "--initial-cluster-state=new".to_owned(),
+    ];
+    if let Some(ports) = ports.get(index) {
+        let (client, peer) = (url(&ports.client), url(&ports.peer));
+        flags.extend([
+            format!("--listen-client-urls={client}"),
+            format!("--advertise-client-urls={client}"),
+            format!("--listen-peer-urls={peer}"),
+            format!("--initial-advertise-peer-urls={peer}"),
+        ]);
+    }
+    flags.into_iter().map(OsString::from).collect()
+}
+
+/// Wraps what the system answers to a signal.
+fn signal_error(member: usize) -> impl Fn(io::Error) -> ProcessError {
+    move |source| ProcessError::Signal { member, source }
+}
+
+/// The last lines of a text.
+fn tail(text: &str, lines: usize) -> &str {
+    let text = text.trim_end();
+    let mut breaks = text.rmatch_indices('\n');
+    match breaks.nth(lines.saturating_sub(1)) {
+        Some((at, _)) => &text[at + 1..],
+        None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tail_has_at_most_the_lines_asked_for() {
+        assert_eq!(tail("a\nb\nc\n", 2), "b\nc");
+        assert_eq!(tail("a\nb\nc", 3), "a\nb\nc");
+        assert_eq!(tail("a\nb", 9), "a\nb");
+        assert_eq!(tail("\n", 2), "");
+    }
+
+    #[test]
+    fn every_member_is_told_of_all_peers_and_of_its_own_ports() {
+        let ports = [Ports::draw(), Ports::draw()].map(|ports| ports.expect("ports are free"));
+        let flags = flags(1, &ports, "a-token");
+        let [first, second] = ports.map(|ports| (ports.client.number(), ports.peer.number()));
+        let expected = [
+            "--name=m1".to_owned(),
+            format!(
+                "--initial-cluster=m0=http://127.0.0.1:{},m1=http://127.0.0.1:{}",
+                first.1, second.1
+            ),
+            "--initial-cluster-token=a-token".to_owned(),
+            "--initial-cluster-state=new".to_owned(),
+            format!("--listen-client-urls=http://127.0.0.1:{}", second.0),
+            format!("--advertise-client-urls=http://127.0.0.1:{}", second.0),
+            format!("--listen-peer-urls=http://127.0.0.1:{}", second.1),
+            format!(
+                "--initial-advertise-peer-urls=http://127.0.0.1:{}",
+                second.1
+            ),
+        ];
+        assert_eq!(flags, expected.map(OsString::from));
+    }
+}

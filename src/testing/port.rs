@@ -1,0 +1,88 @@
+//! Free loopback ports.
+
+use std::{
+    collections::BTreeSet,
+    io,
+    net::{Ipv4Addr, TcpListener},
+    ops::Range,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+/// Below the ephemeral ports of every common system, so that no outgoing connection takes a port
+/// before etcd has bound it, or while its member is stopped.
+const CANDIDATES: Range<u16> = 10_000..30_000;
+
+/// How many candidates are tried before the last error is handed out.
+const ATTEMPTS: usize = 1_000;
+
+/// The ports of every [`Port`] alive: one that belongs to a stopped member looks free to the system.
+static TAKEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
+
+/// A loopback port that nobody listened on when it was drawn, and that this process does not draw
+/// again while the value lives.
+#[derive(Debug)]
+pub(super) struct Port(u16);
+
+impl Port {
+    /// Draws a random free port.
+    pub(super) fn draw() -> io::Result<Self> {
+        let mut last = io::Error::from(io::ErrorKind::AddrInUse);
+        for _ in 0..ATTEMPTS {
+            let Some(port) = Self::reserve(fastrand::u16(CANDIDATES)) else {
+                continue;
+            };
+            match TcpListener::bind((Ipv4Addr::LOCALHOST, port.0)) {
+                Ok(_) => return Ok(port),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    /// The port, unless another value already stands for it.
+    fn reserve(number: u16) -> Option<Self> {
+        taken().insert(number).then(|| Self(number))
+    }
+
+    /// The number of the port.
+    pub(super) fn number(&self) -> u16 {
+        self.0
+    }
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        taken().remove(&self.0);
+    }
+}
+
+/// Locks the set of taken ports, which a panic elsewhere cannot have left half changed.
+fn taken() -> MutexGuard<'static, BTreeSet<u16>> {
+    TAKEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_port_is_reserved_while_it_lives_and_free_after() {
+        // Outside of the candidates, so that no parallel draw can hit it.
+        let port = Port::reserve(9_999).expect("nobody draws it");
+        assert!(
+            Port::reserve(9_999).is_none(),
+            "a live port is not handed out again"
+        );
+        drop(port);
+        assert!(
+            Port::reserve(9_999).is_some(),
+            "a dropped port is free again"
+        );
+    }
+
+    #[test]
+    fn drawn_ports_lie_below_the_ephemeral_range() {
+        let port = Port::draw().expect("some port is free");
+        assert!(CANDIDATES.contains(&port.number()));
+    }
+}

@@ -1,0 +1,100 @@
+//! Questions to a member over HTTP, written by hand: a whole HTTP client is not needed for two.
+
+use std::{io, net::Ipv4Addr, time::Duration};
+
+use serde::Deserialize;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    time::timeout,
+};
+
+/// The bound of one request: a frozen member accepts connections and never answers.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// What the status call answers, as far as it is read; 64-bit numbers are strings in its JSON.
+#[derive(Debug, Deserialize)]
+struct Status {
+    /// Who answers.
+    header: Header,
+    /// The member id of the leader; absent while there is none.
+    #[serde(default)]
+    leader: String,
+}
+
+/// The header of a [`Status`].
+#[derive(Debug, Deserialize)]
+struct Header {
+    /// The id of the member that answers.
+    member_id: String,
+    /// The raft term it is in.
+    #[serde(default)]
+    raft_term: String,
+}
+
+/// Whether the member has a leader and answers a read through consensus, which is what its health
+/// check does.
+pub(super) async fn is_healthy(port: u16) -> bool {
+    let body = request(port, "GET /health", "").await;
+    body.is_some_and(|body| body.contains(r#""health":"true""#))
+}
+
+/// The raft term in which the member holds itself to be the leader, if it does.
+pub(super) async fn leading_term(port: u16) -> Option<u64> {
+    let body = request(port, "POST /v3/maintenance/status", "{}").await?;
+    parse_leading_term(&body)
+}
+
+/// Reads [`leading_term`] out of the answer's body.
+fn parse_leading_term(body: &str) -> Option<u64> {
+    let status: Status = serde_json::from_str(body).ok()?;
+    let leads = status.leader == status.header.member_id;
+    leads.then(|| status.header.raft_term.parse().unwrap_or(0))
+}
+
+/// Sends one request on a connection of its own and returns the body of the answer.
+async fn request(port: u16, target: &str, body: &str) -> Option<String> {
+    let exchange = async {
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await?;
+        let request = format!(
+            "{target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+            body.len()
+        );
+        stream.write_all(request.as_bytes()).await?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        Ok::<_, io::Error>(answer)
+    };
+    let answer = timeout(REQUEST_TIMEOUT, exchange).await.ok()?.ok()?;
+    let (_head, body) = answer.split_once("\r\n\r\n")?;
+    Some(body.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A status as etcd 3.4 words it, shortened.
+    fn status(member_id: &str, leader: &str) -> String {
+        format!(
+            r#"{{"header":{{"cluster_id":"9","member_id":"{member_id}","revision":"1","raft_term":"7"}},"version":"3.4.23"{leader},"raftIndex":"6"}}"#
+        )
+    }
+
+    #[test]
+    fn only_the_member_named_as_leader_leads() {
+        let term = parse_leading_term(&status("12", r#","leader":"12""#));
+        assert_eq!(term, Some(7));
+        let term = parse_leading_term(&status("12", r#","leader":"13""#));
+        assert_eq!(term, None, "a follower names somebody else");
+        let term = parse_leading_term(&status("12", ""));
+        assert_eq!(term, None, "no leader is known");
+    }
+
+    #[test]
+    fn an_error_body_names_no_leader() {
+        let body = r#"{"error":"etcdserver: user name is empty","code":3}"#;
+        assert_eq!(parse_leading_term(body), None);
+        assert_eq!(parse_leading_term(""), None);
+    }
+}
