@@ -1,0 +1,80 @@
+//! The greeter that the examples serve and call.
+#![allow(
+    dead_code,
+    missing_docs,
+    clippy::pedantic,
+    unused_qualifications,
+    unreachable_pub,
+    clippy::allow_attributes_without_reason,
+    reason = "each example uses its part of the generated code"
+)]
+
+use tonic::{Request, Response, Status, Streaming};
+
+tonic::include_proto!("helloworld");
+
+/// Greets in the name of one server.
+#[derive(Debug, Clone)]
+pub struct NamedGreeter(pub String);
+
+#[tonic::async_trait]
+impl greeter_server::Greeter for NamedGreeter {
+    async fn say_hello(
+        &self,
+        request: Request<HelloRequest>,
+    ) -> Result<Response<HelloReply>, Status> {
+        Ok(Response::new(self.greet(&request.into_inner().name)))
+    }
+
+    type SayHellosStream = tokio_stream::Iter<std::vec::IntoIter<Result<HelloReply, Status>>>;
+
+    async fn say_hellos(
+        &self,
+        request: Request<HelloRequest>,
+    ) -> Result<Response<Self::SayHellosStream>, Status> {
+        let HelloRequest { name, replies } = request.into_inner();
+        let replies: Vec<_> = (0..replies.max(1)).map(|_| Ok(self.greet(&name))).collect();
+        Ok(Response::new(tokio_stream::iter(replies)))
+    }
+
+    async fn greet_all(
+        &self,
+        request: Request<Streaming<HelloRequest>>,
+    ) -> Result<Response<HelloReply>, Status> {
+        let mut requests = request.into_inner();
+        let mut names = Vec::new();
+        while let Some(request) = requests.message().await? {
+            names.push(request.name);
+        }
+        Ok(Response::new(self.greet(&names.join(", "))))
+    }
+
+    type ChatStream =
+        std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<HelloReply, Status>> + Send>>;
+
+    async fn chat(
+        &self,
+        request: Request<Streaming<HelloRequest>>,
+    ) -> Result<Response<Self::ChatStream>, Status> {
+        use tokio_stream::StreamExt;
+        let greeter = self.clone();
+        let replies = request
+            .into_inner()
+            .map(move |request| Ok(greeter.greet(&request?.name)));
+        Ok(Response::new(Box::pin(replies)))
+    }
+}
+
+impl NamedGreeter {
+    fn greet(&self, name: &str) -> HelloReply {
+        HelloReply {
+            message: format!("Hello {name}, this is {}", self.0),
+        }
+    }
+}
+
+/// The etcd to use: `ETCD_ENDPOINTS`, separated by commas, or the usual port on this machine.
+pub fn etcd_endpoints() -> Vec<String> {
+    let endpoints = std::env::var("ETCD_ENDPOINTS").unwrap_or_else(|_| "127.0.0.1:2379".to_owned());
+    endpoints.split(',').map(str::to_owned).collect()
+}

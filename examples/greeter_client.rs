@@ -1,0 +1,33 @@
+//! A gRPC client that finds its servers through etcd, and greets one of them every second:
+//!
+//! ```sh
+//! cargo run --example greeter_client
+//! ```
+#![allow(clippy::print_stdout, reason = "it is what the example is for")]
+
+mod greeter;
+
+use std::time::Duration;
+
+use greeter::{HelloRequest, etcd_endpoints, greeter_client::GreeterClient};
+use tonic_etcd::Registry;
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let registry = Registry::connect(etcd_endpoints()).await?;
+    let channel = registry.resolver("helloworld.Greeter").into_tonic_channel();
+    let mut client = GreeterClient::new(channel);
+
+    loop {
+        let mut request = tonic::Request::new(HelloRequest {
+            name: "world".to_owned(),
+            replies: 1,
+        });
+        request.set_timeout(Duration::from_secs(5));
+        match client.say_hello(request).await {
+            Ok(reply) => println!("{}", reply.into_inner().message),
+            Err(status) => println!("failed: {status}"),
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}

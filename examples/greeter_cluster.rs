@@ -1,0 +1,298 @@
+//! A whole cluster on this machine: an etcd (its own, or the one at `ETCD_ENDPOINTS`), three servers, a client under steady load. Then a
+//! fourth server joins, and the first one leaves.
+//!
+//! ```sh
+//! cargo run --example greeter_cluster
+//! ```
+//!
+//! It ends by itself after about fifteen seconds, and fails if a join or leave was not followed, or if 1 % of the calls failed.
+#![allow(clippy::print_stdout, reason = "it is what the example is for")]
+
+mod greeter;
+
+use std::collections::BTreeMap;
+use std::io::{IsTerminal, Read, Write};
+use std::process::Stdio;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use greeter::{
+    HelloRequest, NamedGreeter, greeter_client::GreeterClient, greeter_server::GreeterServer,
+};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::process::{Child, ChildStdin, Command};
+use tokio::time::{Instant, sleep, timeout};
+use tonic::transport::{Channel, Server};
+use tonic_etcd::testing::Etcd;
+use tonic_etcd::{Registry, Resolver, ServeRegistered};
+
+type Error = Box<dyn std::error::Error + Send + Sync>;
+
+const SERVICE: &str = "helloworld.Greeter";
+const CALLERS: usize = 8;
+
+#[tokio::main]
+async fn main() -> Result<(), Error> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if let [serve, name, endpoints] = &args[..]
+        && serve == "serve"
+    {
+        return serve_greeter(name, endpoints).await;
+    }
+    // The whole show takes fifteen seconds; a machine that needs a minute has a fault worth failing for.
+    timeout(Duration::from_secs(60), show()).await?
+}
+
+async fn show() -> Result<(), Error> {
+    let given = std::env::var("ETCD_ENDPOINTS").ok();
+    let own = if given.is_none() {
+        Some(Etcd::start().await?)
+    } else {
+        None
+    };
+    let endpoints = given
+        .or(own.as_ref().map(|etcd| etcd.endpoint(0)))
+        .unwrap_or_default();
+    println!(
+        "etcd {} at {endpoints}",
+        own.as_ref().map_or_else(String::new, Etcd::version)
+    );
+
+    let registry = Registry::builder(endpoints.split(','))
+        .prefix("/greeter-cluster/")
+        .connect()
+        .await?;
+    let resolver = registry.resolver(SERVICE);
+    let tally = Arc::new(Mutex::new(Tally::default()));
+    let mut servers = BTreeMap::new();
+    for name in ["alpha", "beta", "gamma"] {
+        servers.insert(name, ServerProcess::start(name, &endpoints)?);
+    }
+    until("three servers are found", || {
+        resolver.instances().len() == 3
+    })
+    .await?;
+
+    let channel = resolver.clone().into_tonic_channel();
+    let callers: Vec<_> = (0..CALLERS)
+        .map(|_| tokio::spawn(call(channel.clone(), Arc::clone(&tally))))
+        .collect();
+    until("all three serve", || {
+        tally.lock().is_ok_and(|tally| tally.servers() == 3)
+    })
+    .await?;
+    watch("three servers", &tally, &resolver, Duration::from_secs(2)).await;
+
+    servers.insert("delta", ServerProcess::start("delta", &endpoints)?);
+    until("delta serves", || {
+        tally
+            .lock()
+            .is_ok_and(|tally| tally.served.contains_key("delta"))
+    })
+    .await?;
+    watch(
+        "delta has joined",
+        &tally,
+        &resolver,
+        Duration::from_secs(2),
+    )
+    .await;
+
+    let mut alpha = servers.remove("alpha").ok_or("alpha is there")?;
+    alpha.terminate()?;
+    until("alpha is no longer found", || {
+        resolver.instances().len() == 3
+    })
+    .await?;
+    alpha.ended().await?;
+    let served = tally.lock().map_or(0, |tally| tally.count("alpha"));
+    watch("alpha has left", &tally, &resolver, Duration::from_secs(2)).await;
+
+    for caller in &callers {
+        caller.abort();
+    }
+    for server in servers.values_mut() {
+        server.terminate()?;
+        server.ended().await?;
+    }
+    let tally = tally.lock().map_err(|_| "a caller has panicked")?;
+    if tally.count("alpha") != served {
+        return Err("alpha was called after it had left".into());
+    }
+    if tally.failed > 0 {
+        println!("the last failure: {}", tally.last_failure);
+    }
+    println!(
+        "greeter cluster: {} calls, {} failed, {} servers seen",
+        tally.calls(),
+        tally.failed,
+        tally.servers()
+    );
+    if tally.failed * 100 >= tally.calls() {
+        return Err(format!(
+            "too many calls failed, the last with: {}",
+            tally.last_failure
+        )
+        .into());
+    }
+    Ok(())
+}
+
+/// Who served how many calls.
+#[derive(Default)]
+struct Tally {
+    served: BTreeMap<String, u64>,
+    failed: u64,
+    last_failure: String,
+}
+
+impl Tally {
+    fn servers(&self) -> usize {
+        self.served.len()
+    }
+
+    fn calls(&self) -> u64 {
+        self.served.values().sum::<u64>() + self.failed
+    }
+
+    fn count(&self, name: &str) -> u64 {
+        self.served.get(name).copied().unwrap_or_default()
+    }
+}
+
+/// Calls at a steady pace, for ever.
+async fn call(channel: Channel, tally: Arc<Mutex<Tally>>) {
+    let mut client = GreeterClient::new(channel);
+    loop {
+        let mut request = tonic::Request::new(HelloRequest {
+            name: "world".to_owned(),
+            replies: 1,
+        });
+        request.set_timeout(Duration::from_secs(5));
+        let outcome = client.say_hello(request).await;
+        if let Ok(mut tally) = tally.lock() {
+            match outcome {
+                Ok(reply) => {
+                    let name = reply
+                        .into_inner()
+                        .message
+                        .rsplit(' ')
+                        .next()
+                        .unwrap_or_default()
+                        .to_owned();
+                    *tally.served.entry(name).or_default() += 1;
+                }
+                Err(status) => {
+                    tally.failed += 1;
+                    tally.last_failure = format!("{status:?}");
+                }
+            }
+        }
+        sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Shows for a while who serves: in a terminal as one line that moves, elsewhere as one line at the end.
+async fn watch(title: &str, tally: &Mutex<Tally>, resolver: &Resolver, time: Duration) {
+    let end = Instant::now() + time;
+    let live = std::io::stdout().is_terminal();
+    let show = || {
+        let Ok(tally) = tally.lock() else {
+            return String::new();
+        };
+        let served: Vec<_> = tally
+            .served
+            .iter()
+            .map(|(name, calls)| format!("{name} {calls:>6}"))
+            .collect();
+        format!(
+            "{title:<17} registered {}   {}   failed {}",
+            resolver.instances().len(),
+            served.join("   "),
+            tally.failed
+        )
+    };
+    while Instant::now() < end {
+        sleep(Duration::from_millis(100)).await;
+        if live {
+            print!("\r\x1b[K{}", show());
+            // A terminal that cannot be written to is no reason to fail.
+            let _ = std::io::stdout().flush();
+        }
+    }
+    println!("{}{}", if live { "\r\x1b[K" } else { "" }, show());
+}
+
+async fn until(what: &str, condition: impl Fn() -> bool) -> Result<(), Error> {
+    let poll = async {
+        while !condition() {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(Duration::from_secs(15), poll)
+        .await
+        .map_err(|_| format!("waited in vain until {what}").into())
+}
+
+/// A server in a process of its own.
+struct ServerProcess {
+    child: Child,
+    /// Tells the process that we live. `Child::wait` would close it.
+    _stdin: Option<ChildStdin>,
+}
+
+impl ServerProcess {
+    /// Starts this program again as a server.
+    fn start(name: &str, endpoints: &str) -> Result<Self, Error> {
+        let mut command = Command::new(std::env::current_exe()?);
+        let mut child = command
+            .args(["serve", name, endpoints])
+            .stdin(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()?;
+        let stdin = child.stdin.take();
+        Ok(Self {
+            child,
+            _stdin: stdin,
+        })
+    }
+
+    /// Asks it to end, as Kubernetes and systemd do.
+    fn terminate(&self) -> Result<(), Error> {
+        if let Some(pid) = self.child.id() {
+            kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGTERM)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for its end in good order.
+    async fn ended(&mut self) -> Result<(), Error> {
+        let status = timeout(Duration::from_secs(10), self.child.wait()).await??;
+        if status.success() {
+            Ok(())
+        } else {
+            Err(format!("a server ended with {status}").into())
+        }
+    }
+}
+
+async fn serve_greeter(name: &str, endpoints: &str) -> Result<(), Error> {
+    // The parent holds the other end of our standard input: when it dies, so do we. A thread of our own, since the runtime would wait
+    // for the read when it ends.
+    std::thread::spawn(|| {
+        let _ = std::io::stdin().read(&mut [0]);
+        std::process::exit(1);
+    });
+    let registry = Registry::builder(endpoints.split(','))
+        .prefix("/greeter-cluster/")
+        .connect()
+        .await?;
+    let registration = registry.registration(SERVICE).ttl(Duration::from_secs(5));
+    let greeter = GreeterServer::new(NamedGreeter(name.to_owned()));
+    Server::builder()
+        .add_service(greeter)
+        .serve_registered("127.0.0.1:0".parse()?, registration)
+        .await?;
+    Ok(())
+}

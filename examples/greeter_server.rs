@@ -1,0 +1,25 @@
+//! A gRPC server that is found through etcd. Start as many as you like, each takes a free port:
+//!
+//! ```sh
+//! cargo run --example greeter_server
+//! ```
+
+mod greeter;
+
+use greeter::{NamedGreeter, etcd_endpoints, greeter_server::GreeterServer};
+use tonic::transport::Server;
+use tonic_etcd::{Registry, ServeRegistered};
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    tracing_subscriber::fmt::init();
+    let greeter = NamedGreeter(format!("server {}", std::process::id()));
+
+    let registry = Registry::connect(etcd_endpoints()).await?;
+    let registration = registry.registration("helloworld.Greeter");
+    Server::builder()
+        .add_service(GreeterServer::new(greeter))
+        .serve_registered("0.0.0.0:0".parse()?, registration)
+        .await?;
+    Ok(())
+}
