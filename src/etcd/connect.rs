@@ -20,10 +20,11 @@ pub(crate) struct Config {
 }
 
 #[cfg(feature = "tls")]
-pub(crate) type Tls = tonic::transport::ClientTlsConfig;
+pub(crate) type Tls = transport::ClientTlsConfig;
 /// Without the feature there is no such thing.
 #[cfg(not(feature = "tls"))]
-pub(crate) type Tls = std::convert::Infallible;
+#[derive(Clone)]
+pub(crate) enum Tls {}
 
 impl Config {
     fn members(&self) -> Result<Vec<MemberEndpoint>, ConnectError> {
