@@ -315,7 +315,7 @@ async fn run(etcd: Etcd, mut machine: Machine, core: Arc<Core>, index: usize) {
         command = match command {
             Command::List(request) => {
                 let page = etcd.list(&request).await;
-                machine.on_page(page, Instant::now())
+                machine.on_page(page)
             }
             Command::Watch(revision) => {
                 // The old stream goes first, so that a member never serves two of ours.
@@ -323,7 +323,7 @@ async fn run(etcd: Etcd, mut machine: Machine, core: Arc<Core>, index: usize) {
                 match etcd.watch(machine.range(), Some(revision)).await {
                     Ok(opened) => {
                         watch = Some(opened);
-                        machine.on_watch_opened()
+                        machine.on_watch_opened(Instant::now())
                     }
                     Err(error) => machine.on_watch_ended(error, Instant::now()),
                 }

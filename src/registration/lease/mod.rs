@@ -554,6 +554,9 @@ impl Machine {
                     ..
                 }
         ) {
+            // The revoke may be under way: the lease it takes is no lease to go on with.
+            self.lease = None;
+            self.held = false;
             self.register();
         }
     }

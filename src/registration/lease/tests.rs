@@ -1,1 +1,514 @@
+//! Plays an etcd to the machine: one that loses answers, forgets leases, restarts, and lets others write the key.
 
+use proptest::prelude::{ProptestConfig, any, proptest};
+
+use super::*;
+use crate::keyspace::{Header, Key};
+
+const TTL: Duration = Duration::from_secs(6);
+
+/// One key and the leases, as etcd keeps them.
+#[derive(Debug)]
+struct Store {
+    revision: i64,
+    term: u64,
+    key: Option<KeyValue>,
+    leases: Vec<(LeaseId, Instant)>,
+    /// Who wrote the key, one after another.
+    owners: Vec<LeaseId>,
+    events: Vec<Event>,
+}
+
+impl Store {
+    fn new() -> Self {
+        Self {
+            revision: 1,
+            term: 2,
+            key: None,
+            leases: Vec::new(),
+            owners: Vec::new(),
+            events: Vec::new(),
+        }
+    }
+
+    fn expire(&mut self, now: Instant) {
+        self.leases.retain(|(_, expires)| *expires > now);
+        if let Some(kv) = &self.key
+            && kv.lease != LeaseId::NONE
+            && !self.leases.iter().any(|(lease, _)| *lease == kv.lease)
+        {
+            self.delete();
+        }
+    }
+
+    fn delete(&mut self) {
+        if self.key.take().is_some() {
+            self.revision += 1;
+            self.events.push(Event::Delete {
+                key: key(),
+                mod_revision: Revision::new(self.revision),
+            });
+        }
+    }
+
+    fn put(&mut self, lease: LeaseId) -> Revision {
+        self.revision += 1;
+        let revision = Revision::new(self.revision);
+        let kv = KeyValue {
+            key: key(),
+            value: Vec::new(),
+            create_revision: self.key.as_ref().map_or(revision, |kv| kv.create_revision),
+            mod_revision: revision,
+            lease,
+        };
+        self.key = Some(kv.clone());
+        self.owners.push(lease);
+        self.events.push(Event::Put(kv));
+        revision
+    }
+
+    fn mod_revision(&self) -> Revision {
+        self.key
+            .as_ref()
+            .map_or(Revision::ZERO, |kv| kv.mod_revision)
+    }
+
+    fn renewal(&mut self, lease: LeaseId, now: Instant) -> Result<KeepAlive, EtcdError> {
+        let header = Some(Header {
+            cluster_id: 7,
+            revision: Revision::new(self.revision),
+            raft_term: self.term,
+        });
+        let found = self.leases.iter_mut().find(|(known, _)| *known == lease);
+        let (_, expires) = found.ok_or_else(|| error(EtcdErrorKind::LeaseNotFound))?;
+        *expires = now + TTL;
+        Ok(KeepAlive { header, ttl: TTL })
+    }
+}
+
+fn key() -> Key {
+    Key::from("/gRPC/greeter/a")
+}
+
+fn error(kind: EtcdErrorKind) -> EtcdError {
+    EtcdError::new(kind, "test", "127.0.0.1:1", "scripted")
+}
+
+/// Whether an exchange gets through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Good,
+    /// etcd never sees it.
+    Lost,
+    /// etcd does it, and the answer is lost.
+    AnswerLost,
+}
+
+fn delivered<T>(fate: Fate, answer: T) -> Result<T, EtcdError> {
+    match fate {
+        Fate::Good => Ok(answer),
+        Fate::Lost | Fate::AnswerLost => Err(error(EtcdErrorKind::DeadlineExceeded)),
+    }
+}
+
+struct Player {
+    store: Store,
+    machine: Machine,
+    now: Instant,
+    rng: fastrand::Rng,
+    /// Events go to the machine up to here.
+    seen: usize,
+}
+
+impl Player {
+    fn new(seed: u64) -> Self {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        Self {
+            store: Store::new(),
+            machine: Machine::new(TTL, rng.fork()),
+            now: Instant::now(),
+            rng,
+            seen: 0,
+        }
+    }
+
+    fn step(&mut self, fate: Fate) -> Command {
+        self.store.expire(self.now);
+        let command = self.machine.command(self.now);
+        let sent = self.now;
+        if !matches!(command, Command::Wait { .. } | Command::End) {
+            let took = if fate == Fate::Good {
+                Duration::from_millis(2)
+            } else {
+                Duration::from_millis(500)
+            };
+            self.now += took;
+        }
+        let bad = || error(EtcdErrorKind::DeadlineExceeded);
+        let reached = fate != Fate::Lost;
+        match command {
+            Command::Grant { lease, .. } => {
+                if reached && !self.store.leases.iter().any(|(known, _)| *known == lease) {
+                    self.store.leases.push((lease, sent + TTL));
+                }
+                self.machine
+                    .on_granted(lease, delivered(fate, TTL), sent, self.now);
+            }
+            Command::Read { .. } => {
+                let found = self.store.key.clone();
+                self.machine.on_read(delivered(fate, found), self.now);
+            }
+            Command::Put {
+                lease,
+                expected,
+                leaving,
+                ..
+            } => {
+                let mut outcome = Ok(None);
+                if reached && !self.store.leases.iter().any(|(known, _)| *known == lease) {
+                    outcome = Err(error(EtcdErrorKind::LeaseNotFound));
+                } else if reached && self.store.mod_revision() == expected {
+                    outcome = Ok(Some(self.store.put(lease)));
+                }
+                let outcome = if fate == Fate::Good {
+                    outcome
+                } else {
+                    Err(bad())
+                };
+                self.machine.on_put(leaving, outcome, self.now);
+            }
+            Command::Renew { lease, .. } => {
+                let mut outcome = Err(bad());
+                if reached {
+                    outcome = self.store.renewal(lease, sent);
+                }
+                let outcome = if fate == Fate::Good {
+                    outcome
+                } else {
+                    Err(bad())
+                };
+                self.machine.on_renewed(outcome, sent, self.now);
+            }
+            Command::Revoke { lease, .. } => {
+                if reached {
+                    self.store.leases.retain(|(known, _)| *known != lease);
+                    self.store.expire(self.now);
+                }
+                self.machine.on_revoked(delivered(fate, ()), self.now);
+            }
+            Command::Wait { until } => {
+                let bound = self.now + TTL;
+                self.now = until.map_or(bound, |until| until.min(bound)).max(self.now);
+            }
+            Command::End => {}
+        }
+        command
+    }
+
+    fn deliver(&mut self) {
+        for event in self.store.events[self.seen..].to_vec() {
+            self.machine.on_event(&event, self.now);
+        }
+        self.seen = self.store.events.len();
+    }
+
+    fn is_registered(&self) -> bool {
+        matches!(self.machine.phase(self.now), Phase::Registered { .. })
+    }
+
+    fn registered(seed: u64) -> Self {
+        let mut player = Self::new(seed);
+        for _ in 0..3 {
+            player.step(Fate::Good);
+        }
+        assert!(player.is_registered());
+        player.deliver();
+        player
+    }
+
+    /// Lets everything go well until the key is registered, and says how long that took.
+    fn settle(&mut self) -> Duration {
+        let start = self.now;
+        for _ in 0..200 {
+            self.store.expire(self.now);
+            self.deliver();
+            let held = self
+                .store
+                .key
+                .as_ref()
+                .is_some_and(|kv| self.machine.granted.contains(&kv.lease));
+            if self.is_registered() && held {
+                return self.now.saturating_duration_since(start);
+            }
+            self.step(Fate::Good);
+        }
+        panic!(
+            "never registered again: {:?} {:?}",
+            self.machine, self.store
+        );
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1_000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_etcd_does_the_key_is_back_within_a_ttl(seed in any::<u64>()) {
+        let mut player = Player::new(seed);
+        for _ in 0..150 {
+            match player.rng.u8(..) {
+                0..4 => player.store.delete(),
+                4..8 => player.store.leases.clear(),
+                8..10 => {
+                    // Wiped.
+                    player.store.leases.clear();
+                    player.store.key = None;
+                    player.store.revision = 1;
+                    player.store.events.clear();
+                    player.seen = 0;
+                    player.machine.key_watched = false;
+                    player.machine.on_watch_opened();
+                }
+                10..12 => player.store.term += 1,
+                12..16 => player.machine.on_new_value(),
+                16..40 => player.deliver(),
+                40..44 => {
+                    player.machine.on_pause(player.now);
+                    player.machine.on_resume();
+                }
+                _ => {}
+            }
+            let fate = match player.rng.u8(..) {
+                0..80 => Fate::Lost,
+                80..120 => Fate::AnswerLost,
+                _ => Fate::Good,
+            };
+            player.step(fate);
+            assert_ne!(player.store.key.as_ref().map(|kv| kv.lease), Some(LeaseId::NONE), "never without a lease");
+        }
+        // The watch on the key was lost and comes back with the rest.
+        player.seen = player.store.events.len();
+        player.machine.on_watch_opened();
+        let took = player.settle();
+        assert!(took <= TTL, "{took:?}");
+    }
+
+    #[test]
+    fn two_owners_never_alternate(seed in any::<u64>()) {
+        let mut player = Player::registered(seed);
+        let other = LeaseId::new(42);
+        for round in 0..60 {
+            if round == 20 {
+                player.store.leases.push((other, player.now + Duration::from_secs(1_000_000)));
+                player.store.put(other);
+            }
+            if player.rng.bool() {
+                player.deliver();
+            }
+            if player.rng.u8(..) < 30 {
+                player.machine.on_new_value();
+            }
+            let fate = if player.rng.u8(..) < 60 { Fate::AnswerLost } else { Fate::Good };
+            player.step(fate);
+        }
+        let first = player.store.owners.iter().position(|owner| *owner == other).expect("it has written");
+        assert!(player.store.owners[first..].iter().all(|owner| *owner == other), "nobody writes over the other");
+        for _ in 0..20 {
+            player.deliver();
+            player.step(Fate::Good);
+        }
+        assert_eq!(player.machine.phase(player.now), Phase::Superseded(other));
+        // When the other goes, the key is claimed.
+        player.store.leases.retain(|(lease, _)| *lease != other);
+        assert!(player.settle() <= TTL);
+    }
+
+    #[test]
+    fn nothing_is_left_after_a_deregistration(seed in any::<u64>()) {
+        let mut player = Player::new(seed);
+        for _ in 0..player.rng.u8(0..8) {
+            let fate = if player.rng.bool() { Fate::AnswerLost } else { Fate::Good };
+            player.step(fate);
+        }
+        player.machine.on_deregister(player.now);
+        for _ in 0..10 {
+            let fate = if player.rng.u8(..) < 60 { Fate::Lost } else { Fate::Good };
+            player.step(fate);
+        }
+        let mut steps = 0;
+        while player.step(Fate::Good) != Command::End {
+            steps += 1;
+            assert!(steps < 20, "it does not end: {:?}", player.machine);
+        }
+        assert_eq!(player.store.key, None);
+        assert_eq!(player.machine.phase(player.now), Phase::Deregistered);
+    }
+}
+
+#[test]
+fn a_server_start_takes_its_key_over_at_once() {
+    let mut player = Player::new(1);
+    player
+        .store
+        .leases
+        .push((LeaseId::new(9), player.now + TTL));
+    player.store.put(LeaseId::new(9));
+    for _ in 0..3 {
+        player.step(Fate::Good);
+    }
+    assert!(player.is_registered());
+}
+
+#[test]
+fn a_lease_is_renewed_at_a_third_of_its_ttl_and_again_at_once_if_that_fails() {
+    let mut player = Player::registered(2);
+    let granted = player.now;
+    while !matches!(player.machine.command(player.now), Command::Renew { .. }) {
+        player.step(Fate::Good);
+    }
+    let waited = player.now.saturating_duration_since(granted);
+    assert!(
+        waited <= TTL / 3 && waited + Duration::from_millis(20) >= TTL / 3,
+        "{waited:?}"
+    );
+    player.step(Fate::Lost);
+    let Command::Renew { deadline, .. } = player.machine.command(player.now) else {
+        panic!("the second try follows at once")
+    };
+    assert_eq!(deadline, TTL / 6);
+}
+
+#[test]
+fn while_etcd_is_silent_the_old_lease_is_tried_at_least_every_quarter_of_the_ttl() {
+    let mut player = Player::registered(3);
+    let start = player.now;
+    let mut last = None;
+    while player.now.saturating_duration_since(start) < TTL * 20 {
+        if let Command::Renew { .. } = player.step(Fate::Lost) {
+            if let Some(last) = last.replace(player.now) {
+                let gap = player.now.saturating_duration_since(last);
+                assert!(gap <= TTL / 4 + TTL / 6, "{gap:?} between two tries");
+            } else {
+                // The first one was due after a third of the TTL.
+            }
+        }
+    }
+    assert_eq!(
+        player.machine.phase(player.now),
+        Phase::Registering,
+        "after a TTL of silence nobody can know"
+    );
+    assert!(
+        player.machine.lease.is_some(),
+        "only etcd can say that a lease is gone"
+    );
+}
+
+#[test]
+fn a_fleet_comes_back_spread_over_a_third_of_the_ttl_and_a_single_loss_at_once() {
+    let mut waits = Vec::new();
+    for seed in 0..200 {
+        let mut player = Player::registered(seed);
+        let start = player.now;
+        while player.now.saturating_duration_since(start) < TTL * 2 {
+            player.step(Fate::Lost);
+        }
+        waits.push(player.settle());
+    }
+    let late = waits.iter().filter(|wait| **wait > TTL / 6).count();
+    assert!(
+        (40..160).contains(&late),
+        "{late} of 200 waited for more than half of the spread"
+    );
+
+    let mut player = Player::registered(1);
+    player.store.leases.clear();
+    let took = player.settle();
+    assert!(
+        took <= Duration::from_millis(50),
+        "a lease that was revoked by hand is replaced at once, not after {took:?}"
+    );
+    player.store.delete();
+    let took = player.settle();
+    assert!(
+        took <= Duration::from_millis(50),
+        "a key that was deleted is put back at once, not after {took:?}"
+    );
+}
+
+#[test]
+fn an_answer_out_of_an_old_raft_term_renews_nothing() {
+    let mut player = Player::registered(4);
+    let keep_alive = |raft_term| KeepAlive {
+        header: Some(Header {
+            cluster_id: 7,
+            revision: Revision::new(1),
+            raft_term,
+        }),
+        ttl: TTL,
+    };
+    player
+        .machine
+        .on_renewed(Ok(keep_alive(5)), player.now, player.now);
+    let expires = player.machine.expires();
+    let later = player.now + Duration::from_secs(1);
+    player.machine.on_renewed(Ok(keep_alive(4)), later, later);
+    assert_eq!(player.machine.expires(), expires);
+    assert!(
+        matches!(player.machine.command(later), Command::Renew { .. }),
+        "it is renewed again at once"
+    );
+}
+
+#[test]
+fn a_renewal_counts_from_when_it_was_sent() {
+    let mut player = Player::registered(5);
+    let sent = player.now;
+    let answered = sent + Duration::from_secs(1);
+    let answer = KeepAlive {
+        header: None,
+        ttl: TTL,
+    };
+    player.machine.on_renewed(Ok(answer), sent, answered);
+    assert_eq!(player.machine.expires(), Some(sent + TTL));
+}
+
+#[test]
+fn a_full_store_and_a_lost_leader_are_passing_errors() {
+    for kind in [
+        EtcdErrorKind::NoSpace,
+        EtcdErrorKind::NoLeader,
+        EtcdErrorKind::Unavailable,
+    ] {
+        let mut player = Player::registered(6);
+        let lease = player.machine.lease.map(|lease| lease.id);
+        player
+            .machine
+            .on_renewed(Err(error(kind)), player.now, player.now);
+        assert_eq!(
+            player.machine.lease.map(|lease| lease.id),
+            lease,
+            "{kind:?} must not give the lease up"
+        );
+        assert!(player.is_registered());
+    }
+}
+
+#[test]
+fn a_pause_says_goodbye_and_a_resume_comes_back_under_a_new_lease() {
+    let mut player = Player::registered(7);
+    player.machine.on_pause(player.now);
+    assert!(matches!(
+        player.step(Fate::Good),
+        Command::Put { leaving: true, .. }
+    ));
+    assert!(matches!(player.step(Fate::Good), Command::Revoke { .. }));
+    assert_eq!(player.machine.phase(player.now), Phase::Paused);
+    assert_eq!(player.store.key, None);
+    assert_eq!(
+        player.machine.command(player.now),
+        Command::Wait { until: None }
+    );
+    player.machine.on_resume();
+    assert!(player.settle() <= Duration::from_millis(50));
+}

@@ -1,15 +1,21 @@
 //! The list-and-watch machine of one prefix: pure, so that every order of answers can be played to it.
 //!
 //! ```text
-//!            ┌────────────── too large: smaller pages ─────────────┐
-//!            │              compacted: from the start              │
-//!            ▼                                                     │
+//!            ┌─────── too large: smaller pages ──────┐
+//!            │   compacted, failed: from the start   │
+//!            ▼                                       │
 //!   ┌─▶ Listing ── last page ──▶ Watching{R} ── end, error ──▶ Resuming{R}
-//!   │      ▲                        ▲   │ ▲                        │
-//!   │      └────── compacted ───────│───┘ └─ lower header: check ──┤
-//!   │                               └── newest key unchanged ──────┤
-//!   └────── newest key differs, store went back, set empty ────────┘
+//!   │      ▲                       │  │  ▲                          │
+//!   │      └── compacted, or the ──┘  │  └─────── after a wait ─────┤
+//!   │       store is another one      └ check when opened, or when  │
+//!   │                                   the header is below R       │
+//!   └───────────────────────── set empty ───────────────────────────┘
 //! ```
+//!
+//! A store that was wiped or restored keeps its cluster id, and often its term and revisions: that R means the same there is only
+//! known by a key. So whenever a watch is opened the key written last is read linearizably, before any message of the watch is
+//! looked at. After the opening and not before it: the stream dies with the server process, so what is true then stays true for as
+//! long as the stream lasts.
 //!
 //! R is the header revision of the list, then the mod revision of the last event applied. The header of a watch message never moves
 //! it: in catch-up batches it runs ahead of the events. A watch is opened at R itself, since a revision may have been cut in two by
@@ -37,7 +43,7 @@ pub(super) enum Command {
     Watch(Revision),
     /// Take the next message of the watch; answer with [`Machine::on_message`] or [`Machine::on_watch_ended`].
     Receive,
-    /// Read a key linearizably, keeping the watch if there is one; answer with [`Machine::on_checked`].
+    /// Read a key linearizably, keeping the watch; answer with [`Machine::on_checked`].
     Check(Key),
     /// Fetch a fresh token, then as for `Wait`.
     RenewToken(Duration),
@@ -106,16 +112,23 @@ struct Listing {
     compacted: u32,
     /// The next request asks for the name alone of a key that is too large to be read.
     naming: bool,
+    /// The key written last among those of the first page.
+    check: Option<KeyVersion>,
+    /// The list before this one did not stand up to the check. This one is not checked again: where keys change all the time, a
+    /// check would find them changed after every list.
+    distrusted: bool,
 }
 
 #[derive(Debug)]
 struct Watching {
     revision: Revision,
-    opened: Instant,
+    opened: Option<Instant>,
     /// Events of a revision that is not complete yet.
     pending: Vec<Event>,
+    /// The key that tells whether this is the store that the set came from, until it was asked.
+    check: Option<Key>,
     /// Whether a header below R has been looked into on this stream.
-    checked: bool,
+    suspected: bool,
 }
 
 impl Machine {
@@ -148,20 +161,25 @@ impl Machine {
         match &self.state {
             State::Listing(listing) => Command::List(self.request(listing)),
             State::Watching(watching) => Command::Watch(watching.revision),
-            State::Resuming { .. } => self.check(),
+            State::Resuming { revision } => {
+                let revision = *revision;
+                match self.newest() {
+                    Some(key) => self.watch(revision, Some(key)),
+                    // An empty set has no key to tell one store from another by.
+                    None => self.relist(false),
+                }
+            }
         }
     }
 
-    fn check(&mut self) -> Command {
-        // The key written last is the one that a store with another history is least likely to have.
-        match self.keys.iter().max_by_key(|(_, state)| state.mod_revision) {
-            Some((newest, _)) => Command::Check(newest.clone()),
-            None => self.relist(),
-        }
+    /// The key written last: the one that a store with another history is least likely to have.
+    fn newest(&self) -> Option<Key> {
+        let newest = self.keys.iter().max_by_key(|(_, state)| state.mod_revision);
+        newest.map(|(key, _)| key.clone())
     }
 
     /// Takes the answer to [`Command::List`].
-    pub(super) fn on_page(&mut self, answer: Result<Page, EtcdError>, now: Instant) -> Command {
+    pub(super) fn on_page(&mut self, answer: Result<Page, EtcdError>) -> Command {
         let State::Listing(listing) = &mut self.state else {
             return self.on_wake();
         };
@@ -171,6 +189,10 @@ impl Machine {
                 let header = *listing.header.get_or_insert(page.header);
                 let more = page.more && !page.kvs.is_empty();
                 listing.next = page.kvs.last().map(|kv| kv.key.successor());
+                if listing.check.is_none() {
+                    let newest = page.kvs.iter().max_by_key(|kv| kv.mod_revision);
+                    listing.check = newest.map(KeyValue::version);
+                }
                 if std::mem::take(&mut listing.naming) {
                     self.report.oversized += page.kvs.len() as u64;
                 } else {
@@ -180,7 +202,10 @@ impl Machine {
                     return self.on_wake();
                 }
                 let kvs = std::mem::take(&mut listing.kvs);
-                self.complete(header, kvs, now)
+                // One of the first page: a store that is wiped between two pages has another last one.
+                let check = listing.check.take().filter(|_| !listing.distrusted);
+                self.complete(header, kvs);
+                self.watch(header.revision, check.map(|check| check.key))
             }
             Err(error) => self.on_list_failed(error),
         }
@@ -202,12 +227,20 @@ impl Machine {
             EtcdErrorKind::Compacted | EtcdErrorKind::FutureRevision => {
                 *listing = Listing {
                     compacted: listing.compacted + 1,
+                    distrusted: listing.distrusted,
                     ..Listing::default()
                 };
                 let wait = self.backoff.next(&mut self.rng);
                 Command::Wait(wait)
             }
-            _ => self.wait(error),
+            _ => {
+                // The pages at hand may be those of a store that is gone when the next one is asked for.
+                *listing = Listing {
+                    distrusted: listing.distrusted,
+                    ..Listing::default()
+                };
+                self.wait(error)
+            }
         }
     }
 
@@ -231,7 +264,7 @@ impl Machine {
     }
 
     /// Takes a whole list over: what is in it is put, what is not is deleted.
-    fn complete(&mut self, header: Header, kvs: Vec<KeyValue>, now: Instant) -> Command {
+    fn complete(&mut self, header: Header, kvs: Vec<KeyValue>) {
         // Not the maximum: after a wipe the store's history begins anew, and with it what can be held against it.
         self.seen = header;
         self.report.listed = true;
@@ -254,24 +287,31 @@ impl Machine {
             mod_revision: header.revision,
         });
         self.update.extend(deleted);
-        self.watch(header.revision, now)
     }
 
-    fn watch(&mut self, revision: Revision, now: Instant) -> Command {
+    fn watch(&mut self, revision: Revision, check: Option<Key>) -> Command {
         self.report.revision = revision;
         self.state = State::Watching(Watching {
             revision,
-            opened: now,
+            opened: None,
             pending: Vec::new(),
-            checked: false,
+            check,
+            suspected: false,
         });
         Command::Watch(revision)
     }
 
     /// Takes the good answer to [`Command::Watch`].
-    pub(super) fn on_watch_opened(&mut self) -> Command {
+    pub(super) fn on_watch_opened(&mut self, now: Instant) -> Command {
         self.report.watches += 1;
-        Command::Receive
+        let State::Watching(watching) = &mut self.state else {
+            return self.on_wake();
+        };
+        watching.opened = Some(now);
+        match watching.check.take() {
+            Some(key) => Command::Check(key),
+            None => Command::Receive,
+        }
     }
 
     /// Takes a message that does not cancel the watch.
@@ -286,7 +326,7 @@ impl Machine {
             && message.header.revision < watching.revision;
         let foreign =
             message.header.cluster_id != 0 && message.header.cluster_id != self.seen.cluster_id;
-        let suspicious = (behind || foreign) && !std::mem::replace(&mut watching.checked, true);
+        let suspicious = (behind || foreign) && !std::mem::replace(&mut watching.suspected, true);
 
         // Below R is history that a lagging member replays.
         let floor = watching.revision;
@@ -320,7 +360,10 @@ impl Machine {
             return Command::Receive;
         }
         // A member that lags looks like this, and so does a store that was wiped: a linearizable read tells.
-        self.check()
+        match self.newest() {
+            Some(key) => Command::Check(key),
+            None => self.relist(false),
+        }
     }
 
     fn apply(&mut self, event: Event) {
@@ -360,7 +403,8 @@ impl Machine {
         let State::Watching(watching) = &self.state else {
             return self.wait(error);
         };
-        if now.saturating_duration_since(watching.opened) >= HEALTHY_AFTER {
+        let healthy = |opened| now.saturating_duration_since(opened) >= HEALTHY_AFTER;
+        if watching.opened.is_some_and(healthy) {
             self.backoff.reset();
         }
         let revision = watching.revision;
@@ -388,34 +432,35 @@ impl Machine {
     ) -> Command {
         let (header, found) = match answer {
             Ok(answer) => answer,
-            // While watching, the check can wait for the next stream; the watch at hand goes on.
-            Err(_) if matches!(self.state, State::Watching(_)) => return Command::Receive,
-            Err(error) => return self.wait(error),
+            // What cannot be checked is not believed.
+            Err(error) => return self.on_watch_ended(error, now),
+        };
+        let State::Watching(watching) = &self.state else {
+            return self.on_wake();
         };
         let went_back = header.cluster_id != self.seen.cluster_id
             || header.revision < self.seen.revision
             || header.raft_term < self.seen.raft_term;
+        let floor = watching.revision;
         let same = found.is_some_and(|found| {
             self.keys.get(&found.key).is_some_and(|known| {
-                known.mod_revision == found.mod_revision && known.lease == found.lease
+                // Written again under the same lease, by its owner, is the same store: the watch brings the write.
+                let later = found.mod_revision > floor && known.lease != LeaseId::NONE;
+                known.lease == found.lease && (later || known.mod_revision == found.mod_revision)
             })
         });
         if went_back || !same {
-            return self.relist();
+            return self.relist(true);
         }
         self.seen = header;
-        match &self.state {
-            State::Resuming { revision } => {
-                let revision = *revision;
-                self.watch(revision, now)
-            }
-            State::Watching(_) => Command::Receive,
-            State::Listing(_) => self.on_wake(),
-        }
+        Command::Receive
     }
 
-    fn relist(&mut self) -> Command {
-        self.state = State::Listing(Listing::default());
+    fn relist(&mut self, distrusted: bool) -> Command {
+        self.state = State::Listing(Listing {
+            distrusted,
+            ..Listing::default()
+        });
         self.on_wake()
     }
 

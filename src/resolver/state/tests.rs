@@ -1,1 +1,699 @@
+//! Plays a store to the machine: one that changes, compacts, lags, cuts streams anywhere, splits revisions over fragments, and is
+//! wiped. Whatever the order, what is known in the end is what the store holds.
 
+use std::collections::{BTreeMap, VecDeque};
+
+use proptest::prelude::{ProptestConfig, any, proptest};
+
+use super::super::snapshot::Snapshot;
+use super::*;
+use crate::format::Decoder;
+
+const PREFIX: &str = "/gRPC/greeter/";
+
+/// An etcd store with its whole history, compacted or not.
+#[derive(Debug)]
+struct Store {
+    rng: fastrand::Rng,
+    history: Vec<Event>,
+    revision: i64,
+    compacted: i64,
+    term: u64,
+}
+
+impl Store {
+    fn new(rng: fastrand::Rng) -> Self {
+        Self {
+            rng,
+            history: Vec::new(),
+            revision: 1,
+            compacted: 0,
+            term: 2,
+        }
+    }
+
+    fn header(&self) -> Header {
+        Header {
+            cluster_id: 7,
+            revision: Revision::new(self.revision),
+            raft_term: self.term,
+        }
+    }
+
+    /// The keys as they were at a revision.
+    fn at(&self, revision: i64) -> BTreeMap<Key, KeyValue> {
+        let mut keys = BTreeMap::new();
+        for event in &self.history {
+            if event.mod_revision().get() > revision {
+                break;
+            }
+            match event {
+                Event::Put(kv) => keys.insert(kv.key.clone(), kv.clone()),
+                Event::Delete { key, .. } => keys.remove(key),
+            };
+        }
+        keys
+    }
+
+    /// One transaction of puts and deletes.
+    fn change(&mut self) {
+        let now = self.at(self.revision);
+        self.revision += 1;
+        let revision = Revision::new(self.revision);
+        for number in (0..60).filter(|_| self.rng.u8(..) < 12).collect::<Vec<_>>() {
+            let key = Key::from(format!("{PREFIX}{number:02}").as_str());
+            if now.contains_key(&key) && self.rng.u8(..) < 100 {
+                self.history.push(Event::Delete {
+                    key,
+                    mod_revision: revision,
+                });
+                continue;
+            }
+            let value = match self.rng.u8(..) {
+                0..20 => "garbage".to_owned(),
+                host => format!("10.0.{}.{}:80", number % 50, host % 4),
+            };
+            self.history.push(Event::Put(KeyValue {
+                create_revision: now.get(&key).map_or(revision, |kv| kv.create_revision),
+                key,
+                value: value.into_bytes(),
+                mod_revision: revision,
+                lease: LeaseId::random(&mut self.rng),
+            }));
+        }
+    }
+
+    fn compact(&mut self) {
+        self.compacted = self.rng.i64(self.compacted..=self.revision);
+    }
+
+    /// Starts again empty, with the same cluster id, and often with more revisions than before.
+    fn wipe(&mut self) {
+        self.history.clear();
+        self.revision = 1;
+        self.compacted = 0;
+        for _ in 0..self.rng.u8(..60) {
+            self.change();
+        }
+    }
+
+    fn list(&mut self, request: &ListRequest) -> Result<Page, EtcdError> {
+        let revision = match request.revision.get() {
+            0 => self.revision,
+            pinned if pinned < self.compacted => return Err(error(EtcdErrorKind::Compacted)),
+            pinned if pinned > self.revision => {
+                return Err(error(EtcdErrorKind::FutureRevision));
+            }
+            pinned => pinned,
+        };
+        match self.rng.u8(..) {
+            0..20 => return Err(error(EtcdErrorKind::Unavailable)),
+            20..40 if request.limit > 1 => return Err(error(EtcdErrorKind::ResponseTooLarge)),
+            _ => {}
+        }
+        // The server may send less than was asked for, as a smaller limit of its own would.
+        let limit = self
+            .rng
+            .usize(1..20)
+            .min(usize::try_from(request.limit).expect("positive"));
+        let keys = self.at(revision);
+        let mut rest = keys.range(request.range.start.clone()..request.range.end.clone());
+        let kvs: Vec<_> = rest
+            .by_ref()
+            .take(limit)
+            .map(|(_, kv)| kv.clone())
+            .collect();
+        Ok(Page {
+            header: self.header(),
+            kvs,
+            more: rest.next().is_some(),
+        })
+    }
+
+    fn read(&self, key: &Key) -> (Header, Option<KeyVersion>) {
+        (
+            self.header(),
+            self.at(self.revision).get(key).map(KeyValue::version),
+        )
+    }
+
+    /// What a watch from a revision sends, message by message.
+    fn watch(&mut self, from: i64) -> VecDeque<Result<WatchMessage, EtcdErrorKind>> {
+        let lag = i64::from(self.rng.u8(..3));
+        let mut header = self.header();
+        header.revision = Revision::new((self.revision - lag).max(1));
+        let mut messages = VecDeque::from([Ok(WatchMessage {
+            header,
+            created: true,
+            ..WatchMessage::default()
+        })]);
+        if from < self.compacted {
+            messages.push_back(Err(EtcdErrorKind::Compacted));
+            return messages;
+        }
+        // A member that lags replays what was not asked for.
+        let from = from - i64::from(self.rng.u8(..3)).min(from);
+        let events: Vec<_> = self
+            .history
+            .iter()
+            .filter(|event| event.mod_revision().get() >= from)
+            .cloned()
+            .collect();
+        let mut events = &events[..];
+        while !events.is_empty() {
+            let (batch, rest) = events.split_at(self.rng.usize(1..=events.len().min(30)));
+            let cut = rest.first().is_some_and(|next| {
+                batch.last().map(Event::mod_revision) == Some(next.mod_revision())
+            });
+            messages.push_back(Ok(WatchMessage {
+                header: self.header(),
+                events: batch.to_vec(),
+                fragment: cut,
+                ..WatchMessage::default()
+            }));
+            events = rest;
+        }
+        messages
+    }
+}
+
+fn error(kind: EtcdErrorKind) -> EtcdError {
+    EtcdError::new(kind, "test", "127.0.0.1:1", "scripted")
+}
+
+/// The machine with the set that is made of its updates.
+struct Player {
+    store: Store,
+    machine: Machine,
+    snapshot: Snapshot,
+    stream: VecDeque<Result<WatchMessage, EtcdErrorKind>>,
+    /// From where the stream at hand has sent everything.
+    sent: i64,
+    now: Instant,
+    command: Command,
+    /// The server was restarted, and the next exchange is the first to notice.
+    restarted: bool,
+}
+
+impl Player {
+    fn new(seed: u64) -> Self {
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let mut machine = Machine::new(Range::prefix(PREFIX), rng.fork());
+        let command = machine.on_wake();
+        Self {
+            store: Store::new(rng),
+            machine,
+            snapshot: Snapshot::default(),
+            stream: VecDeque::new(),
+            sent: 0,
+            now: Instant::now(),
+            command,
+            restarted: false,
+        }
+    }
+
+    /// Answers one command. With `faults`, anything may fail.
+    fn step(&mut self, faults: bool) {
+        let waiting = matches!(self.command, Command::Wait(_) | Command::RenewToken(_));
+        let restarted = !waiting && std::mem::take(&mut self.restarted);
+        let fault = restarted || faults && self.store.rng.u8(..) < 25;
+        self.now += Duration::from_millis(self.store.rng.u64(..2_000));
+        let machine = &mut self.machine;
+        self.command = match &self.command {
+            Command::List(request) => {
+                let mut page = self.store.list(request);
+                if fault {
+                    page = Err(error(EtcdErrorKind::DeadlineExceeded));
+                }
+                machine.on_page(page)
+            }
+            Command::Watch(_) if fault => {
+                machine.on_watch_ended(error(EtcdErrorKind::NoLeader), self.now)
+            }
+            Command::Watch(revision) => {
+                self.stream = self.store.watch(revision.get());
+                self.sent = self.store.revision;
+                machine.on_watch_opened(self.now)
+            }
+            Command::Receive if fault => {
+                machine.on_watch_ended(error(EtcdErrorKind::Unavailable), self.now)
+            }
+            Command::Receive => match self.stream.pop_front() {
+                Some(Ok(message)) => machine.on_message(message),
+                Some(Err(kind)) => machine.on_watch_ended(error(kind), self.now),
+                None if self.sent < self.store.revision => {
+                    let more = self.store.watch(self.sent + 1);
+                    self.stream.extend(more.into_iter().skip(1));
+                    self.sent = self.store.revision;
+                    Command::Receive
+                }
+                None => Command::Receive,
+            },
+            Command::Check(_) if fault => {
+                machine.on_checked(Err(error(EtcdErrorKind::Unavailable)), self.now)
+            }
+            Command::Check(key) => machine.on_checked(Ok(self.store.read(key)), self.now),
+            Command::RenewToken(wait) | Command::Wait(wait) => {
+                assert!(
+                    *wait >= BACKOFF_FIRST / 2,
+                    "waits have a floor, or a failure becomes a loop"
+                );
+                self.now += *wait;
+                machine.on_wake()
+            }
+        };
+        let before = self.snapshot.len();
+        let update = self.machine.take_update();
+        let silent = update.is_empty();
+        self.snapshot
+            .apply(update, self.machine.range(), &Decoder::default());
+        assert!(
+            !silent || self.snapshot.len() == before,
+            "only changes of the store change the set"
+        );
+    }
+
+    fn is_idle(&self) -> bool {
+        self.command == Command::Receive
+            && self.stream.is_empty()
+            && self.sent == self.store.revision
+    }
+
+    /// The set is right if each key's last good value is there. What was good before a key was listed for the first time nobody
+    /// knows, so only keys whose value is good now, and keys that are gone, are compared.
+    fn check(&mut self) {
+        for _ in 0..10_000 {
+            if self.is_idle() {
+                break;
+            }
+            self.step(false);
+        }
+        assert!(
+            self.is_idle(),
+            "the machine does not come to rest: {:?}",
+            self.command
+        );
+        let decoder = Decoder::default();
+        let listed = self.store.at(self.store.revision);
+        let good: BTreeMap<_, _> = listed
+            .iter()
+            .filter_map(|(key, kv)| Some((key.clone(), decoder.decode(&kv.value).ok()?.address)))
+            .collect();
+        for address in good.values() {
+            assert!(self.snapshot.get(address).is_some(), "{address} is lost");
+        }
+        for instance in self.snapshot.instances() {
+            let key = Key::from(instance.key());
+            assert!(listed.contains_key(&key), "{key} is a ghost");
+            if let Some(address) = good.get(&key) {
+                assert_eq!(instance.address(), address, "{key} has an old value");
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 500, ..ProptestConfig::default() })]
+
+    #[test]
+    fn whatever_happens_the_set_converges(seed in any::<u64>()) {
+        let mut player = Player::new(seed);
+        for _ in 0..200 {
+            match player.store.rng.u8(..) {
+                0..90 => player.store.change(),
+                90..94 => player.store.compact(),
+                94..96 => player.store.term += 1,
+                96 => {
+                    // A wiped server is a restarted one: whatever is under way fails.
+                    player.store.wipe();
+                    player.restarted = true;
+                }
+                _ => player.step(true),
+            }
+            player.step(true);
+        }
+        player.check();
+    }
+}
+
+fn listed(player: &mut Player) {
+    for _ in 0..1_000 {
+        if player.is_idle() {
+            return;
+        }
+        player.step(false);
+    }
+    panic!("the machine does not come to rest");
+}
+
+fn populated(seed: u64) -> Player {
+    let mut player = Player::new(seed);
+    for _ in 0..10 {
+        player.store.change();
+    }
+    listed(&mut player);
+    assert!(player.snapshot.len() > 0);
+    player
+}
+
+fn put(key: &str, revision: i64) -> Event {
+    Event::Put(KeyValue {
+        key: Key::from(format!("{PREFIX}{key}").as_str()),
+        value: b"10.9.9.9:80".to_vec(),
+        create_revision: Revision::new(revision),
+        mod_revision: Revision::new(revision),
+        lease: LeaseId::new(1),
+    })
+}
+
+fn message(revision: i64, events: Vec<Event>, fragment: bool) -> WatchMessage {
+    let header = Header {
+        cluster_id: 7,
+        revision: Revision::new(revision),
+        raft_term: 2,
+    };
+    WatchMessage {
+        header,
+        events,
+        fragment,
+        ..WatchMessage::default()
+    }
+}
+
+/// Ends the watch and opens it again, up to the check of the newest key.
+fn reopened(player: &mut Player) -> Key {
+    let revision = player.machine.report.revision;
+    let wait = player
+        .machine
+        .on_watch_ended(error(EtcdErrorKind::Unavailable), player.now);
+    assert!(matches!(wait, Command::Wait(_)));
+    assert!(
+        player.machine.report.trouble.is_some(),
+        "the trouble is visible"
+    );
+    assert_eq!(player.machine.on_wake(), Command::Watch(revision));
+    match player.machine.on_watch_opened(player.now) {
+        Command::Check(key) => key,
+        other => panic!("a watch is checked when it is opened, not {other:?}"),
+    }
+}
+
+#[test]
+fn a_watch_that_ends_is_resumed_without_a_list() {
+    let mut player = populated(1);
+    let lists = player.machine.report.lists;
+    let key = reopened(&mut player);
+    let answer = player.store.read(&key);
+    assert_eq!(
+        player.machine.on_checked(Ok(answer), player.now),
+        Command::Receive
+    );
+    assert_eq!(player.machine.report.lists, lists);
+}
+
+#[test]
+fn a_store_that_went_back_or_forgot_is_listed_anew() {
+    for damage in [
+        "revision",
+        "term",
+        "cluster",
+        "gone",
+        "lease",
+        "mod revision",
+    ] {
+        let mut player = populated(2);
+        let key = reopened(&mut player);
+        let (mut header, found) = player.store.read(&key);
+        let mut found = found.expect("it is there");
+        match damage {
+            "revision" => header.revision = Revision::new(header.revision.get() - 1),
+            "term" => header.raft_term -= 1,
+            "cluster" => header.cluster_id += 1,
+            "lease" => found.lease = LeaseId::new(1),
+            "mod revision" => found.mod_revision = Revision::new(1),
+            _ => {}
+        }
+        let answer = (header, (damage != "gone").then_some(found));
+        let next = player.machine.on_checked(Ok(answer), player.now);
+        assert!(matches!(next, Command::List(_)), "{damage}: {next:?}");
+    }
+}
+
+#[test]
+fn a_list_that_did_not_stand_up_to_the_check_is_made_again_once() {
+    let mut player = populated(2);
+    let key = reopened(&mut player);
+    let (header, _) = player.store.read(&key);
+    let mut command = player.machine.on_checked(Ok((header, None)), player.now);
+    while let Command::List(request) = &command {
+        let page = loop {
+            if let Ok(page) = player.store.list(request) {
+                break page;
+            }
+        };
+        command = player.machine.on_page(Ok(page));
+    }
+    assert!(matches!(command, Command::Watch(_)));
+    let next = player.machine.on_watch_opened(player.now);
+    assert_eq!(
+        next,
+        Command::Receive,
+        "or a set that changes all the time would be listed for ever"
+    );
+}
+
+#[test]
+fn a_key_that_its_owner_has_written_again_is_no_other_store() {
+    let mut player = populated(2);
+    let key = reopened(&mut player);
+    let (header, found) = player.store.read(&key);
+    let mut found = found.expect("it is there");
+    found.mod_revision = Revision::new(header.revision.get() + 5);
+    assert_eq!(
+        player
+            .machine
+            .on_checked(Ok((header, Some(found))), player.now),
+        Command::Receive
+    );
+}
+
+#[test]
+fn what_cannot_be_checked_is_not_believed() {
+    let mut player = populated(2);
+    reopened(&mut player);
+    let next = player
+        .machine
+        .on_checked(Err(error(EtcdErrorKind::Unavailable)), player.now);
+    assert!(matches!(next, Command::Wait(_)), "{next:?}");
+    let again = player.machine.on_wake();
+    assert!(matches!(again, Command::Watch(_)), "{again:?}");
+    assert!(matches!(
+        player.machine.on_watch_opened(player.now),
+        Command::Check(_)
+    ));
+}
+
+#[test]
+fn an_empty_set_is_listed_anew() {
+    let mut player = Player::new(3);
+    listed(&mut player);
+    player
+        .machine
+        .on_watch_ended(error(EtcdErrorKind::Unavailable), player.now);
+    assert!(matches!(player.machine.on_wake(), Command::List(_)));
+}
+
+#[test]
+fn the_header_of_a_watch_never_moves_the_revision() {
+    let mut player = populated(4);
+    let revision = player.machine.report.revision.get();
+    player
+        .machine
+        .on_message(message(revision + 1_000, Vec::new(), false));
+    assert_eq!(player.machine.report.revision.get(), revision);
+    player.machine.on_message(message(
+        revision + 1_000,
+        vec![put("a", revision + 5)],
+        false,
+    ));
+    assert_eq!(player.machine.report.revision.get(), revision + 5);
+}
+
+#[test]
+fn a_revision_in_fragments_is_seen_whole_or_not_at_all() {
+    let mut player = populated(5);
+    let revision = player.machine.report.revision.get();
+    let events = vec![put("a", revision + 1), put("b", revision + 2)];
+    player
+        .machine
+        .on_message(message(revision + 2, events, true));
+    assert_eq!(
+        player.machine.take_update(),
+        [put("a", revision + 1)],
+        "the second revision is not complete"
+    );
+    player
+        .machine
+        .on_watch_ended(error(EtcdErrorKind::Unavailable), player.now);
+    assert_eq!(
+        player.machine.report.revision.get(),
+        revision + 1,
+        "it is asked for again"
+    );
+
+    let mut player = populated(5);
+    player
+        .machine
+        .on_message(message(revision + 2, vec![put("b", revision + 2)], true));
+    assert!(player.machine.take_update().is_empty());
+    player
+        .machine
+        .on_message(message(revision + 2, vec![put("c", revision + 2)], false));
+    assert_eq!(
+        player.machine.take_update(),
+        [put("b", revision + 2), put("c", revision + 2)]
+    );
+}
+
+#[test]
+fn events_of_the_past_change_nothing() {
+    let mut player = populated(6);
+    let revision = player.machine.report.revision.get();
+    player
+        .machine
+        .on_message(message(revision, vec![put("old", revision - 1)], false));
+    assert!(player.machine.take_update().is_empty());
+}
+
+#[test]
+fn a_member_that_lags_causes_one_check_and_no_list() {
+    let mut player = populated(7);
+    // On a stream of its own: the one at hand may have lagged already.
+    let key = reopened(&mut player);
+    let answer = player.store.read(&key);
+    player.machine.on_checked(Ok(answer), player.now);
+    let revision = player.machine.report.revision.get();
+    let Command::Check(key) = player
+        .machine
+        .on_message(message(revision - 1, Vec::new(), false))
+    else {
+        panic!("a lower header is looked into")
+    };
+    let answer = player.store.read(&key);
+    assert_eq!(
+        player.machine.on_checked(Ok(answer), player.now),
+        Command::Receive
+    );
+    assert_eq!(
+        player
+            .machine
+            .on_message(message(revision - 1, Vec::new(), false)),
+        Command::Receive,
+        "once per stream"
+    );
+}
+
+#[test]
+fn a_list_that_compaction_overtakes_three_times_is_no_longer_pinned() {
+    let mut machine = Machine::new(Range::prefix(PREFIX), fastrand::Rng::with_seed(8));
+    let page = |revision: i64| {
+        let Event::Put(kv) = put("a", 1) else {
+            panic!("a put")
+        };
+        let header = Header {
+            cluster_id: 7,
+            revision: Revision::new(revision),
+            raft_term: 2,
+        };
+        Page {
+            header,
+            kvs: vec![kv],
+            more: true,
+        }
+    };
+    machine.on_wake();
+    for round in 0..4 {
+        let Command::List(second) = machine.on_page(Ok(page(10 + round))) else {
+            panic!("there is more")
+        };
+        let pinned = if round < 3 { 10 + round } else { 0 };
+        assert_eq!(second.revision.get(), pinned, "round {round}");
+        if round < 3 {
+            assert!(matches!(
+                machine.on_page(Err(error(EtcdErrorKind::Compacted))),
+                Command::Wait(_)
+            ));
+            machine.on_wake();
+        }
+    }
+    let last = Page {
+        more: false,
+        ..page(99)
+    };
+    assert_eq!(
+        machine.on_page(Ok(last)),
+        Command::Watch(Revision::new(13)),
+        "the watch begins where the first page was"
+    );
+}
+
+#[test]
+fn a_page_that_is_too_large_is_halved_down_to_one_key_that_is_skipped() {
+    let mut machine = Machine::new(Range::prefix(PREFIX), fastrand::Rng::with_seed(9));
+    let mut command = machine.on_wake();
+    let mut limits = Vec::new();
+    let naming = loop {
+        let Command::List(request) = command else {
+            panic!("{command:?}")
+        };
+        if request.keys_only {
+            break request;
+        }
+        limits.push(request.limit);
+        command = machine.on_page(Err(error(EtcdErrorKind::ResponseTooLarge)));
+    };
+    assert_eq!(limits, [500, 250, 125, 62, 31, 15, 7, 3, 1]);
+    assert_eq!(naming.limit, 1);
+    let Event::Put(kv) = put("huge", 1) else {
+        panic!("a put")
+    };
+    let next = machine.on_page(Ok(Page {
+        kvs: vec![kv.clone()],
+        more: true,
+        ..Page::default()
+    }));
+    let Command::List(next) = next else {
+        panic!("{next:?}")
+    };
+    assert_eq!(
+        next.range.start,
+        kv.key.successor(),
+        "it goes on after the key"
+    );
+    assert!(!next.keys_only);
+    machine.on_page(Ok(Page::default()));
+    assert_eq!(
+        (machine.report.oversized, machine.take_update().len()),
+        (1, 0)
+    );
+}
+
+#[test]
+fn refusals_renew_the_token_once_and_are_then_retried_slowly() {
+    let mut player = populated(10);
+    let first = player
+        .machine
+        .on_watch_ended(error(EtcdErrorKind::PermissionDenied), player.now);
+    assert!(
+        matches!(first, Command::RenewToken(wait) if wait < Duration::from_secs(1)),
+        "{first:?}"
+    );
+    assert!(matches!(player.machine.on_wake(), Command::Watch(_)));
+    let second = player
+        .machine
+        .on_watch_ended(error(EtcdErrorKind::PermissionDenied), player.now);
+    assert!(
+        matches!(second, Command::Wait(wait) if wait >= OPERATOR_WAIT / 2),
+        "{second:?}"
+    );
+}
