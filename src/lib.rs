@@ -66,7 +66,7 @@
 //! | Lease lost, key deleted | The server puts its key back. | At once, or at the next renewal (5 s); after an outage up to 5 s more, at random. |
 //! | Key taken by another server | It is left alone ([`Superseded`](RegistrationState::Superseded)), and claimed again when it disappears. | At once |
 //! | A server is killed | Its key goes with its lease. Until then its share of the calls fails with `UNAVAILABLE`. | 10 to 15 s, and about 1 s of etcd's own |
-//! | A server is told to stop | Deregisters, accepts on for a [grace period](RegistrationBuilder::grace_period), closes the listener, [drains](RegistrationBuilder::drain_timeout), cuts what is left. | At once (up to 5 s without etcd), 1 s, up to 30 s |
+//! | A server is told to stop | Deregisters, accepts on for a [grace period](RegistrationBuilder::grace_period), closes the listener, [drains](RegistrationBuilder::drain_timeout), cuts what is left. | At once (up to 5 s without etcd), 1 s, up to 20 s |
 //! | Nothing is registered | A call on tonic's channel waits until something is, past its own deadline: put `tokio::time::timeout` around it. | No bound |
 //! | All servers are down but registered | Calls fail with `UNAVAILABLE`. | At once if refused, else after 10 s |
 //! | A value cannot be read | It is skipped, [counted](ResolverStatus::rejected_values) and logged; the key's last good value stays. | - |

@@ -17,8 +17,9 @@ impl Resolver {
     /// The channel follows the registry for as long as it, or a clone of it, lives; then the watch ends. Attributes that change in place
     /// (weight, metadata, a renewed lease) reconnect nothing.
     ///
-    /// The channel is tonic's, with its limits: it chooses at random, takes an endpoint that refuses connections for one that is ready,
-    /// and with no endpoint at all a call waits for its deadline.
+    /// The channel is tonic's, with its limits: it chooses at random, takes an endpoint that refuses connections for one that is
+    /// ready, and with no endpoint at all a call waits until there is one, past the deadline it may have been given: put calls under
+    /// [`tokio::time::timeout`] where that matters.
     ///
     /// # Panics
     ///
@@ -28,7 +29,11 @@ impl Resolver {
         self.into_tonic_channel_with(|endpoint| endpoint)
     }
 
-    /// As [`into_tonic_channel`](Self::into_tonic_channel), with options for each endpoint. Its connect timeout is 10 s unless changed here.
+    /// As [`into_tonic_channel`](Self::into_tonic_channel), with options for each endpoint. Its connect timeout is 10 s unless changed
+    /// here.
+    ///
+    /// The endpoint's URI is `http://host:port`. For TLS the function has to return one that says `https`: tonic ignores a TLS
+    /// configuration otherwise.
     ///
     /// ```no_run
     /// # use std::time::Duration;
@@ -95,6 +100,6 @@ fn endpoint(address: &Address) -> Result<transport::Endpoint, transport::Error> 
 
 /// Changes on their way to the channel. The resolver keeps what does not fit, so the number decides nothing.
 const CHANGES: usize = 64;
-/// gRPC's connection backoff document gives a connection at most this long on its first try (20 s), halved as tonic-xds does: an address
-/// whose packets are dropped holds its share of calls up for no longer.
+/// As tonic-xds has it, half of what gRPC's connection backoff document gives a first try: an address whose packets are dropped is
+/// known to be dead after it.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);

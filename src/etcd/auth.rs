@@ -19,13 +19,13 @@ use crate::error::{EtcdError, EtcdErrorKind};
 /// Name, password, and the token they were last exchanged for.
 pub(super) struct Auth {
     credentials: Option<Credentials>,
-    token: Token,
+    token: Arc<ArcSwapOption<HeaderValue>>,
     /// Held while a token is fetched: etcd spends 50-130 ms of bcrypt on each, so a fleet of tasks must ask once.
     refreshing: tokio::sync::Mutex<()>,
 }
 
 /// A token as it stands in a header. Which allocation it is tells one token from the next.
-type Token = Arc<ArcSwapOption<HeaderValue>>;
+pub(crate) type Token = Arc<HeaderValue>;
 
 #[derive(Clone)]
 pub(crate) struct Credentials {
@@ -37,7 +37,7 @@ impl Auth {
     pub(super) fn new(credentials: Option<Credentials>) -> Self {
         Self {
             credentials,
-            token: Token::default(),
+            token: Arc::default(),
             refreshing: tokio::sync::Mutex::default(),
         }
     }
@@ -49,7 +49,7 @@ impl Auth {
     }
 
     /// The token in use, to be handed to [`Auth::refresh`] if etcd refuses it.
-    pub(super) fn token(&self) -> Option<Arc<HeaderValue>> {
+    pub(super) fn token(&self) -> Option<Token> {
         self.token.load_full()
     }
 
@@ -66,7 +66,7 @@ impl Auth {
     /// Says whether there is a new token to try.
     pub(super) async fn refresh(
         &self,
-        refused: Option<&Arc<HeaderValue>>,
+        refused: Option<&Token>,
         member: &MemberService,
         endpoint: &str,
         deadline: Duration,
@@ -117,7 +117,7 @@ impl std::fmt::Debug for Auth {
 #[derive(Clone)]
 pub(super) struct MemberService {
     channel: transport::Channel,
-    token: Token,
+    token: Arc<ArcSwapOption<HeaderValue>>,
 }
 
 impl Service<http::Request<Body>> for MemberService {

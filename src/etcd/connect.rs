@@ -151,59 +151,55 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
     let Some(member) = failed.or(members.first()) else {
         return ConnectError::Unreachable { endpoints, source };
     };
+    let tls = |reason: String, source| ConnectError::Tls {
+        endpoints: endpoints.clone(),
+        reason,
+        source,
+    };
+    let bytes = first_bytes(member).await.unwrap_or_default();
     let cause = causes(&source);
-    if member.is_tls()
-        && [
-            "InvalidContentType",
-            "certificate",
-            "CertificateRequired",
-            "HandshakeFailure",
-        ]
-        .iter()
-        .any(|word| cause.contains(word))
-    {
-        let reason = if cause.contains("InvalidContentType") {
-            "the server does not speak TLS; write http:// or leave the TLS configuration out"
-                .to_owned()
-        } else {
-            format!(
-                "the TLS handshake failed ({cause}); check the CA, the server's name and the client certificate"
-            )
-        };
-        return ConnectError::Tls {
-            endpoints,
-            reason,
-            source,
-        };
+    if member.is_tls() {
+        if is_http2(&bytes) || cause.contains("InvalidContentType") {
+            return tls(
+                "the server does not speak TLS; write http:// or leave the TLS configuration out"
+                    .to_owned(),
+                source,
+            );
+        }
+        if TLS_WORDS.iter().any(|word| cause.contains(word)) {
+            let advice = "check the CA, the server's name and the client certificate";
+            return tls(
+                format!("the TLS handshake failed ({cause}); {advice}"),
+                source,
+            );
+        }
+        return ConnectError::Unreachable { endpoints, source };
     }
-    match first_bytes(member).await.as_deref() {
-        Some([0x15, 0x03, ..]) if !member.is_tls() => {
-            let reason = "the server speaks TLS and the client does not; write https:// and configure `.tls(..)` (feature `tls`)".to_owned();
-            ConnectError::Tls {
-                endpoints,
-                reason,
-                source,
-            }
+    let not_etcd = |reason: &str, source| ConnectError::NotEtcd {
+        endpoints: endpoints.clone(),
+        reason: reason.to_owned(),
+        source,
+    };
+    match &bytes[..] {
+        [0x15, 0x03, ..] => {
+            let reason = "the server speaks TLS and the client does not; write https:// and configure `.tls(..)` (feature `tls`)";
+            tls(reason.to_owned(), source)
         }
-        Some(bytes) if bytes.starts_with(b"HTTP/1.") => {
-            let reason = "it speaks HTTP/1 and no gRPC".to_owned();
-            ConnectError::NotEtcd {
-                endpoints,
-                reason,
-                source,
-            }
-        }
-        Some(bytes) if !bytes.is_empty() && !member.is_tls() && !is_http2(bytes) => {
-            let reason = "it does not speak HTTP/2".to_owned();
-            ConnectError::NotEtcd {
-                endpoints,
-                reason,
-                source,
-            }
+        bytes if bytes.starts_with(b"HTTP/1.") => not_etcd("it speaks HTTP/1 and no gRPC", source),
+        bytes if !bytes.is_empty() && !is_http2(bytes) => {
+            not_etcd("it does not speak HTTP/2", source)
         }
         _ => ConnectError::Unreachable { endpoints, source },
     }
 }
+
+/// What rustls says where a handshake fails for what somebody configured.
+const TLS_WORDS: [&str; 4] = [
+    "certificate",
+    "CertificateRequired",
+    "HandshakeFailure",
+    "UnknownIssuer",
+];
 
 /// The first bytes a peer answers to an HTTP/2 preface with, if it answers within a second.
 async fn first_bytes(member: &MemberEndpoint) -> Option<Vec<u8>> {

@@ -26,7 +26,7 @@ mod error;
 mod rpc;
 mod watch;
 
-pub(crate) use auth::Credentials;
+pub(crate) use auth::{Credentials, Token};
 pub(crate) use connect::Config;
 pub(crate) use endpoint::MemberEndpoint;
 pub(crate) use watch::Watch;
@@ -127,14 +127,17 @@ impl Etcd {
             match self.attempt(operation, DEADLINE, &request).await {
                 Err(error) if error.kind().is_transient() && tries < TRIES => {
                     tracing::debug!(%error, tries, "etcd call failed, trying again");
-                    // The first try at each further member costs no wait; the member may just have been closed for good.
-                    if tries as usize >= self.members() {
-                        tokio::time::sleep(crate::backoff::jittered(
-                            RETRY_STEP * tries,
-                            &mut fastrand::Rng::new(),
-                        ))
-                        .await;
-                    }
+                    let step = match error.kind() {
+                        EtcdErrorKind::NoLeader => ELECTION_STEP,
+                        // The first try at each further member costs no wait.
+                        _ if (tries as usize) < self.members() => Duration::ZERO,
+                        _ => RETRY_STEP,
+                    };
+                    let wait = crate::backoff::jittered(
+                        step * 2u32.pow(tries - 1),
+                        &mut fastrand::Rng::new(),
+                    );
+                    tokio::time::sleep(wait).await;
                     tries += 1;
                 }
                 outcome => return outcome,
@@ -203,7 +206,7 @@ impl Etcd {
     async fn renew_token(
         &self,
         member: &Member,
-        refused: Option<&Arc<http::HeaderValue>>,
+        refused: Option<&Token>,
         deadline: Duration,
     ) -> Result<bool, EtcdError> {
         match &member.service {
@@ -294,12 +297,15 @@ impl Etcd {
         }
     }
 
-    /// Answers a refusal that came in a watch's messages: fetches a fresh token.
-    pub(crate) async fn refused(&self) -> Result<(), EtcdError> {
+    /// The token in use, to be handed to [`Etcd::refused`] if a watch that is opened now is refused later.
+    pub(crate) fn token(&self) -> Option<Token> {
+        self.0.auth.token()
+    }
+
+    /// Answers a refusal that came in a watch's messages: fetches a fresh token, unless somebody else has done so since.
+    pub(crate) async fn refused(&self, token: Option<&Token>) -> Result<(), EtcdError> {
         let (_, member) = self.member("authenticate")?;
-        self.renew_token(member, self.0.auth.token().as_ref(), DEADLINE)
-            .await
-            .map(drop)
+        self.renew_token(member, token, DEADLINE).await.map(drop)
     }
 
     /// Grants a lease under a chosen id, and says its time to live, which may be longer than asked. Tried once.
@@ -471,7 +477,10 @@ fn key_value(kv: etcd_client::proto::PbKeyValue) -> KeyValue {
 pub(crate) const DEADLINE: Duration = Duration::from_secs(2);
 /// With three members, five tries pass a dead one and a frozen one and still see the third twice.
 const TRIES: u32 = 5;
-/// Times the number of tries so far, jittered: five tries at a refused port take about half a second.
-const RETRY_STEP: Duration = Duration::from_millis(50);
+/// Doubled after each try and jittered: the waits of five tries make 1.1 to 2.2 s together.
+const RETRY_STEP: Duration = Duration::from_millis(150);
+/// The same while there is no leader: 3 to 6 s, in which a cluster with the default election timeout of 1 s has found one even if the
+/// first vote is split.
+const ELECTION_STEP: Duration = Duration::from_millis(400);
 /// The limit on one message: a page of 500 values and a watch's fragments stay far below, a hostile prefix does not get more memory.
 const MAX_MESSAGE: usize = 16 << 20;

@@ -10,7 +10,7 @@ use tracing::Instrument;
 
 use crate::address::Address;
 use crate::error::{Endpoints, EtcdError, RegisterError};
-use crate::etcd::{Etcd, Watch};
+use crate::etcd::{Etcd, Token, Watch};
 use crate::format::Format;
 use crate::instance::Advertisement;
 use crate::keyspace::{Event, GuardedPut, Key, Range};
@@ -486,6 +486,8 @@ async fn execute(
 #[derive(Debug, Default)]
 struct KeyWatch {
     open: Option<Watch>,
+    /// What the watch was opened with.
+    token: Option<Token>,
     not_before: Option<Instant>,
 }
 
@@ -509,6 +511,7 @@ impl KeyWatch {
                 if let Some(not_before) = self.not_before {
                     sleep_until(not_before).await;
                 }
+                self.token = etcd.token();
                 match etcd.watch(&Range::key(key), None).await {
                     Ok(watch) => {
                         self.open = Some(watch);
@@ -528,7 +531,7 @@ impl KeyWatch {
         self.not_before = Some(Instant::now() + REWATCH);
         if error.kind().is_refusal() {
             // Calls renew their token by themselves; a watch is told in a message. A failure shows in the next renewal.
-            let _ = etcd.refused().await;
+            let _ = etcd.refused(self.token.as_ref()).await;
         }
         News::Lost(error)
     }

@@ -309,6 +309,8 @@ impl Core {
 /// Carries a machine's commands out, for ever.
 async fn run(etcd: Etcd, mut machine: Machine, core: Arc<Core>, index: usize) {
     let mut watch: Option<Watch> = None;
+    // What the watch was opened with.
+    let mut token = None;
     let mut command = machine.on_wake();
     loop {
         tracing::trace!(?command, "next");
@@ -320,6 +322,7 @@ async fn run(etcd: Etcd, mut machine: Machine, core: Arc<Core>, index: usize) {
             Command::Watch(revision) => {
                 // The old stream goes first, so that a member never serves two of ours.
                 watch = None;
+                token = etcd.token();
                 match etcd.watch(machine.range(), Some(revision)).await {
                     Ok(opened) => {
                         watch = Some(opened);
@@ -337,7 +340,7 @@ async fn run(etcd: Etcd, mut machine: Machine, core: Arc<Core>, index: usize) {
             Command::RenewToken(wait) => {
                 watch = None;
                 tokio::time::sleep(wait).await;
-                if let Err(error) = etcd.refused().await {
+                if let Err(error) = etcd.refused(token.as_ref()).await {
                     tracing::debug!(%error, "no fresh token");
                 }
                 machine.on_wake()

@@ -206,8 +206,8 @@ impl Player {
     }
 
     fn deliver(&mut self) {
-        for event in self.store.events[self.seen..].to_vec() {
-            self.machine.on_event(&event, self.now);
+        for event in &self.store.events[self.seen..] {
+            self.machine.on_event(event, self.now);
         }
         self.seen = self.store.events.len();
     }

@@ -1,0 +1,362 @@
+//! What `connect` says when etcd is not where, or what, it should be.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a failed step is a failed test"
+)]
+
+mod support;
+
+use std::error::Error;
+use std::time::Duration;
+
+use etcd_client::{Client, ConnectOptions, Permission, PermissionType};
+use support::proxy::Proxy;
+use support::{client, etcd, greeter, knows, registry};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+use tokio::time::timeout;
+use tonic_etcd::testing::Etcd;
+use tonic_etcd::{ConnectError, RegisterError, Registry};
+
+/// Connects in vain, within a bound.
+async fn refused(endpoints: &[&str]) -> ConnectError {
+    let connecting = Registry::connect(endpoints.iter().copied());
+    timeout(Duration::from_secs(30), connecting)
+        .await
+        .expect("an answer in time")
+        .expect_err("there is no etcd")
+}
+
+/// A server that answers the first bytes of each connection with bytes of its own and hangs up.
+async fn answers(bytes: &'static [u8]) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut socket, _)) = listener.accept().await {
+            let _ = socket.read(&mut [0; 64]).await;
+            let _ = socket.write_all(bytes).await;
+        }
+    });
+    address.to_string()
+}
+
+#[tokio::test]
+async fn nothing_listening_is_said_with_the_endpoints_tried() {
+    let error = refused(&["127.0.0.1:1", "http://127.0.0.1:2"]).await;
+    assert!(
+        matches!(error, ConnectError::Unreachable { .. }),
+        "{error:?}"
+    );
+    let text = error.to_string();
+    assert!(
+        text.contains("127.0.0.1:1, 127.0.0.1:2") && text.contains("check that it runs"),
+        "{text}"
+    );
+    assert!(error.source().is_some());
+}
+
+#[tokio::test]
+async fn a_server_that_accepts_and_says_nothing_is_given_up() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let error = refused(&[&address]).await;
+    assert!(
+        matches!(error, ConnectError::Unreachable { .. }),
+        "{error:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_web_server_is_no_etcd() {
+    let address = answers(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n").await;
+    let error = refused(&[&address]).await;
+    assert!(matches!(error, ConnectError::NotEtcd { .. }), "{error:?}");
+    assert!(
+        error.to_string().contains("HTTP/1") && error.to_string().contains(&address),
+        "{error}"
+    );
+}
+
+#[tokio::test]
+async fn something_else_altogether_is_no_etcd() {
+    let address = answers(b"SSH-2.0-OpenSSH_9.2\r\n").await;
+    let error = refused(&[&address]).await;
+    assert!(matches!(error, ConnectError::NotEtcd { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn another_grpc_server_is_no_etcd() {
+    let (address, _server) = greeter("alpha").await;
+    let error = refused(&[&address.to_string()]).await;
+    assert!(matches!(error, ConnectError::NotEtcd { .. }), "{error:?}");
+    assert!(error.to_string().contains("etcd's services"), "{error}");
+}
+
+#[tokio::test]
+async fn a_tls_server_is_told_from_a_dead_one() {
+    // The alert `unexpected_message`, which is how a TLS server answers to an HTTP/2 preface.
+    let address = answers(&[0x15, 0x03, 0x03, 0x00, 0x02, 0x02, 0x0a]).await;
+    let error = refused(&[&address]).await;
+    assert!(matches!(error, ConnectError::Tls { .. }), "{error:?}");
+    assert!(error.to_string().contains("https://"), "{error}");
+}
+
+#[cfg(feature = "tls")]
+#[tokio::test]
+async fn a_plain_etcd_is_told_from_a_tls_one() {
+    let etcd = etcd().await;
+    let endpoint = format!("https://{}", etcd.endpoint(0));
+    let error = refused(&[&endpoint]).await;
+    assert!(matches!(error, ConnectError::Tls { .. }), "{error:?}");
+    assert!(error.to_string().contains("http://"), "{error}");
+}
+
+#[tokio::test]
+async fn malformed_endpoints_are_refused_by_name() {
+    for endpoint in [
+        "127.0.0.1",
+        "ftp://127.0.0.1:2379",
+        "127.0.0.1:2379/path",
+        "",
+    ] {
+        let error = refused(&[endpoint]).await;
+        assert!(
+            matches!(error, ConnectError::InvalidEndpoint { .. }),
+            "{error:?}"
+        );
+        assert!(
+            error.to_string().contains(&format!("{endpoint:?}")),
+            "{error}"
+        );
+    }
+    let error = Registry::connect(Vec::<String>::new())
+        .await
+        .expect_err("no endpoint");
+    assert!(matches!(error, ConnectError::NoEndpoints));
+}
+
+#[tokio::test]
+async fn a_dead_member_among_the_endpoints_does_no_harm() {
+    let etcd = etcd().await;
+    for _ in 0..10 {
+        let endpoints = [
+            "127.0.0.1:1".to_owned(),
+            etcd.endpoint(0),
+            "127.0.0.1:2".to_owned(),
+        ];
+        Registry::connect(endpoints)
+            .await
+            .expect("one of them answers");
+    }
+}
+
+#[tokio::test]
+async fn endpoints_are_taken_with_a_scheme_and_over_ipv6() {
+    let etcd = etcd().await;
+    Registry::connect([format!("http://{}", etcd.endpoint(0))])
+        .await
+        .unwrap();
+    let v6 = Proxy::start("[::1]:0", etcd.endpoint(0)).await;
+    let registry = Registry::connect([v6.address.to_string()]).await.unwrap();
+    let registration = registry
+        .registration("greeter")
+        .address("[::1]:50051")
+        .register()
+        .await
+        .unwrap();
+    let resolver = registry.resolver("greeter");
+    knows(&resolver, &["[::1]:50051"]).await;
+    registration.deregister().await.unwrap();
+    knows(&resolver, &[]).await;
+}
+
+#[tokio::test]
+async fn a_client_of_the_users_own_works_as_well() {
+    let etcd = etcd().await;
+    let options = ConnectOptions::new().with_require_leader(true);
+    let client = Client::connect(etcd.endpoints(), Some(options))
+        .await
+        .unwrap();
+    let registry = Registry::from_client(client);
+    let registration = registry
+        .registration("greeter")
+        .address("127.0.0.1:80")
+        .ttl(Duration::from_secs(2))
+        .register()
+        .await
+        .unwrap();
+    let resolver = registry.resolver("greeter");
+    knows(&resolver, &["127.0.0.1:80"]).await;
+    // Through a few renewals.
+    let mut states = registration.states();
+    for _ in 0..4 {
+        states.changed().await.unwrap();
+        assert!(states.borrow_and_update().is_registered());
+    }
+    registration.deregister().await.unwrap();
+    knows(&resolver, &[]).await;
+}
+
+/// Switches authentication on: root, a server `writer` with its own prefix, a client `reader`.
+async fn protect(etcd: &Etcd) {
+    let mut root = client(etcd).await;
+    root.role_add("root").await.unwrap();
+    for (user, role) in [
+        ("root", "root"),
+        ("writer", "writer"),
+        ("reader", "reader"),
+        ("nobody", "nobody"),
+    ] {
+        root.user_add(user, format!("{user}-password"), None)
+            .await
+            .unwrap();
+        if role != "root" {
+            root.role_add(role).await.unwrap();
+        }
+        root.user_grant_role(user, role).await.unwrap();
+    }
+    let own = |kind| Permission::new(kind, "/gRPC/greeter/").with_prefix();
+    root.role_grant_permission("writer", own(PermissionType::Readwrite))
+        .await
+        .unwrap();
+    root.role_grant_permission("reader", own(PermissionType::Read))
+        .await
+        .unwrap();
+    root.auth_enable().await.unwrap();
+}
+
+async fn user(etcd: &Etcd, user: &str) -> Result<Registry, ConnectError> {
+    Registry::builder(etcd.endpoints())
+        .user(user, format!("{user}-password"))
+        .connect()
+        .await
+}
+
+#[tokio::test]
+async fn authentication_from_connect_to_registration() {
+    // Tokens that expire within the test.
+    let etcd = Etcd::builder()
+        .arg("--auth-token-ttl=1")
+        .start()
+        .await
+        .unwrap();
+    // Credentials for an etcd that wants none are no error.
+    let early = user(&etcd, "writer")
+        .await
+        .expect("goes on without a token");
+    protect(&etcd).await;
+
+    let wrong = Registry::builder(etcd.endpoints())
+        .user("writer", "wrong")
+        .connect()
+        .await
+        .expect_err("wrong password");
+    assert!(
+        matches!(wrong, ConnectError::Credentials { .. }),
+        "{wrong:?}"
+    );
+    assert!(
+        wrong.to_string().contains("\"writer\"") && !wrong.to_string().contains("wrong"),
+        "{wrong}"
+    );
+    let missing = refused(&[&etcd.endpoint(0)]).await;
+    assert!(
+        matches!(missing, ConnectError::Credentials { .. }),
+        "{missing:?}"
+    );
+    user(&etcd, "nobody")
+        .await
+        .expect("permission denied counts as connected");
+
+    // A server needs to read and write its own prefix, a client to read it; and both outlive their tokens.
+    let writer = user(&etcd, "writer").await.unwrap();
+    let reader = user(&etcd, "reader").await.unwrap();
+    let resolver = reader.resolver("greeter");
+    let registration = writer
+        .registration("greeter")
+        .address("127.0.0.1:80")
+        .ttl(Duration::from_secs(3))
+        .register()
+        .await
+        .unwrap();
+    knows(&resolver, &["127.0.0.1:80"]).await;
+    let mut states = registration.states();
+    for _ in 0..6 {
+        states.changed().await.unwrap();
+        assert!(
+            states.borrow_and_update().is_registered(),
+            "{:?}",
+            registration.state()
+        );
+    }
+    // Authentication was switched on behind this one's back.
+    let second = early
+        .registration("greeter")
+        .address("127.0.0.1:81")
+        .register()
+        .await
+        .unwrap();
+    knows(&resolver, &["127.0.0.1:80", "127.0.0.1:81"]).await;
+    second.deregister().await.unwrap();
+    registration.deregister().await.unwrap();
+    knows(&resolver, &[]).await;
+
+    // Who may not write is told at once, with etcd's reason.
+    let denied = reader
+        .registration("greeter")
+        .address("127.0.0.1:80")
+        .register();
+    let denied = timeout(Duration::from_secs(5), denied)
+        .await
+        .expect("at once")
+        .expect_err("read only");
+    assert!(
+        matches!(denied, RegisterError::Refused { .. }),
+        "{denied:?}"
+    );
+    assert!(
+        denied
+            .source()
+            .expect("a cause")
+            .to_string()
+            .contains("permission denied"),
+        "{denied:?}"
+    );
+}
+
+#[tokio::test]
+async fn the_prefix_is_an_option() {
+    let etcd = etcd().await;
+    let registry = Registry::builder(etcd.endpoints())
+        .prefix("/production")
+        .connect()
+        .await
+        .unwrap();
+    assert_eq!(registry.prefix(), "/production/");
+    let registration = registry
+        .registration("greeter")
+        .address("127.0.0.1:80")
+        .register()
+        .await
+        .unwrap();
+    assert_eq!(registration.key(), "/production/greeter/127.0.0.1:80");
+    let other = support::registry(&etcd).await.resolver("greeter");
+    other.ready().await;
+    assert!(other.instances().is_empty());
+}
+
+#[tokio::test]
+async fn an_etcd_is_found_after_it_was_restarted() {
+    let mut etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    etcd.kill(0).await.unwrap();
+    etcd.restart(0).await.unwrap();
+    let registration = registry
+        .registration("greeter")
+        .address("127.0.0.1:80")
+        .register()
+        .await
+        .unwrap();
+    registration.deregister().await.unwrap();
+}

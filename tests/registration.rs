@@ -1,0 +1,533 @@
+//! What keeps a server registered, against a real etcd.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a failed step is a failed test"
+)]
+
+mod support;
+
+use std::error::Error;
+use std::time::Duration;
+
+use etcd_client::PutOptions;
+use support::{SOON, addresses, client, etcd, eventually, knows, list, registry, within};
+use tokio::time::timeout;
+use tonic_etcd::testing::Etcd;
+use tonic_etcd::{
+    Format, LeaseId, RegisterError, Registration, RegistrationBuilder, RegistrationState, Registry,
+};
+
+const TTL: Duration = Duration::from_secs(3);
+
+fn describe(registry: &Registry) -> RegistrationBuilder {
+    registry
+        .registration("greeter")
+        .address("127.0.0.1:80")
+        .ttl(TTL)
+}
+
+async fn register(registry: &Registry) -> Registration {
+    describe(registry).register().await.unwrap()
+}
+
+/// The lease a registration says it has.
+fn lease(registration: &Registration) -> Option<LeaseId> {
+    match registration.state() {
+        RegistrationState::Registered { lease, .. } => Some(lease),
+        _ => None,
+    }
+}
+
+/// Whether the key is in etcd under the lease that the registration says it has.
+async fn is_kept(etcd: &etcd_client::Client, registration: &Registration) -> bool {
+    let listed = list(etcd, registration.key()).await;
+    listed.len() == 1 && lease(registration).is_some_and(|lease| lease.get() == listed[0].2)
+}
+
+#[tokio::test]
+async fn what_is_registered_is_what_was_said() {
+    let etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let by_hand = client(&etcd).await;
+    let plain = register(&registry).await;
+    assert_eq!(plain.key(), "/gRPC/greeter/127.0.0.1:80");
+    let rich = describe(&registry)
+        .address("10.0.0.5:50051")
+        .instance_id("node1")
+        .weight(3)
+        .zone("eu-1a")
+        .version("1.2.0")
+        .metadata("rack", "7");
+    let rich = rich.register().await.unwrap();
+    let exact = registry
+        .registration_at("/web/node1")
+        .address("10.0.0.5:8000")
+        .format(Format::Plain)
+        .register()
+        .await
+        .unwrap();
+
+    let values: Vec<_> = list(&by_hand, "/")
+        .await
+        .into_iter()
+        .map(|(key, value, lease)| (key, value, lease != 0))
+        .collect();
+    let expected = [
+        (
+            "/gRPC/greeter/127.0.0.1:80",
+            r#"{"Op":0,"Addr":"127.0.0.1:80","Metadata":null}"#,
+        ),
+        (
+            "/gRPC/greeter/node1",
+            r#"{"Op":0,"Addr":"10.0.0.5:50051","Metadata":{"rack":"7","version":"1.2.0","weight":3,"zone":"eu-1a"}}"#,
+        ),
+        ("/web/node1", "10.0.0.5:8000"),
+    ];
+    assert_eq!(
+        values,
+        expected.map(|(key, value)| (key.to_owned(), value.to_owned(), true))
+    );
+
+    let resolver = registry.resolver("greeter");
+    knows(&resolver, &["10.0.0.5:50051", "127.0.0.1:80"]).await;
+    let found = &resolver.instances()[0];
+    assert_eq!(
+        (found.id(), found.weight(), found.zone(), found.version()),
+        ("node1", 3, Some("eu-1a"), Some("1.2.0"))
+    );
+    assert_eq!(
+        (found.metadata()["rack"].as_str(), Some(found.lease())),
+        ("7", lease(&rich))
+    );
+
+    plain.deregister().await.unwrap();
+    rich.deregister().await.unwrap();
+    exact.deregister().await.unwrap();
+    assert!(list(&by_hand, "/").await.is_empty());
+    assert!(
+        by_hand
+            .lease_client()
+            .leases()
+            .await
+            .unwrap()
+            .leases()
+            .is_empty(),
+        "no lease is left"
+    );
+}
+
+#[tokio::test]
+async fn a_lease_is_renewed_for_as_long_as_the_server_lives() {
+    let etcd = etcd().await;
+    let by_hand = client(&etcd).await;
+    let registration = register(&registry(&etcd).await).await;
+    let first = lease(&registration);
+    let before = list(&by_hand, registration.key()).await;
+    let mut states = registration.states();
+    let mut renewed = 0;
+    while renewed < 8 {
+        timeout(TTL, states.changed())
+            .await
+            .expect("a renewal each third of the TTL")
+            .unwrap();
+        assert!(states.borrow_and_update().is_registered());
+        renewed += 1;
+    }
+    assert_eq!(lease(&registration), first);
+    assert_eq!(
+        list(&by_hand, registration.key()).await,
+        before,
+        "renewals write nothing"
+    );
+}
+
+#[tokio::test]
+async fn a_lease_revoked_by_hand_is_replaced_within_a_ttl() {
+    let etcd = etcd().await;
+    let by_hand = client(&etcd).await;
+    let registration = register(&registry(&etcd).await).await;
+    for _ in 0..3 {
+        let lease = lease(&registration).expect("registered");
+        by_hand.lease_client().revoke(lease.get()).await.unwrap();
+        within(TTL, "registered again", async || {
+            is_kept(&by_hand, &registration).await
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn a_key_deleted_by_hand_is_put_back_within_a_ttl() {
+    let etcd = etcd().await;
+    let by_hand = client(&etcd).await;
+    let registration = register(&registry(&etcd).await).await;
+    for _ in 0..3 {
+        by_hand
+            .kv_client()
+            .delete(registration.key(), None)
+            .await
+            .unwrap();
+        within(TTL, "registered again", async || {
+            is_kept(&by_hand, &registration).await
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn an_outage_longer_than_the_ttl_is_survived() {
+    let mut etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let registration = register(&registry).await;
+    let resolver = registry.resolver("greeter");
+    knows(&resolver, &["127.0.0.1:80"]).await;
+    etcd.kill(0).await.unwrap();
+    let mut states = registration.states();
+    timeout(SOON, states.wait_for(|state| !state.is_registered()))
+        .await
+        .expect("after a TTL it is not known to be registered")
+        .unwrap();
+    assert_eq!(addresses(&resolver), ["127.0.0.1:80"]);
+    etcd.restart(0).await.unwrap();
+    let by_hand = client(&etcd).await;
+    within(TTL, "registered again", async || {
+        is_kept(&by_hand, &registration).await
+    })
+    .await;
+    // And it stays: etcd gives old leases one more TTL.
+    for _ in 0..5 {
+        timeout(TTL, states.changed())
+            .await
+            .expect("renewals go on")
+            .unwrap();
+        assert!(is_kept(&by_hand, &registration).await);
+    }
+}
+
+#[tokio::test]
+async fn a_wiped_etcd_is_filled_again_within_a_ttl() {
+    let mut etcd = etcd().await;
+    let registration = register(&registry(&etcd).await).await;
+    etcd.kill(0).await.unwrap();
+    etcd.wipe(0).await.unwrap();
+    etcd.restart(0).await.unwrap();
+    let by_hand = client(&etcd).await;
+    within(TTL, "registered again", async || {
+        is_kept(&by_hand, &registration).await
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_frozen_etcd_is_survived() {
+    let mut etcd = Etcd::start_cluster(3).await.unwrap();
+    let registration = register(&registry(&etcd).await).await;
+    let by_hand = Registry::connect(etcd.endpoints()).await.unwrap();
+    let resolver = by_hand.resolver("greeter");
+    knows(&resolver, &["127.0.0.1:80"]).await;
+    let first = lease(&registration);
+    for member in 0..3 {
+        etcd.freeze(member).await.unwrap();
+        let mut states = registration.states();
+        // Three renewals, whichever member is frozen.
+        for _ in 0..3 {
+            timeout(TTL * 2, states.changed())
+                .await
+                .expect("renewals go on")
+                .unwrap();
+            assert!(
+                states.borrow_and_update().is_registered(),
+                "member {member} is frozen: {:?}",
+                registration.state()
+            );
+        }
+        etcd.thaw(member).await.unwrap();
+    }
+    assert_eq!(lease(&registration), first, "the lease was never lost");
+}
+
+#[tokio::test]
+async fn a_key_taken_over_is_left_alone_until_it_goes() {
+    let etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let by_hand = client(&etcd).await;
+    let old = register(&registry).await;
+    // Another process starts on the same address: it has the key at once.
+    let new = timeout(Duration::from_secs(5), register(&registry))
+        .await
+        .expect("at once");
+    let mut states = old.states();
+    let superseded =
+        |state: &RegistrationState| matches!(state, RegistrationState::Superseded { .. });
+    timeout(SOON, states.wait_for(superseded))
+        .await
+        .expect("the old one is told")
+        .unwrap();
+    assert!(matches!(
+        old.set_weight(5).await,
+        Err(RegisterError::Superseded { .. })
+    ));
+    let mut renewals = new.states();
+    for _ in 0..6 {
+        timeout(TTL, renewals.changed())
+            .await
+            .expect("a renewal")
+            .unwrap();
+        assert!(is_kept(&by_hand, &new).await, "nobody fights for the key");
+    }
+    new.deregister().await.unwrap();
+    within(TTL, "the old one is back", async || {
+        is_kept(&by_hand, &old).await
+    })
+    .await;
+    // A key without a lease is another owner's as well.
+    by_hand
+        .kv_client()
+        .put(old.key(), "127.0.0.1:99", None)
+        .await
+        .unwrap();
+    timeout(SOON, states.wait_for(superseded))
+        .await
+        .expect("the old one is told")
+        .unwrap();
+    old.deregister().await.unwrap();
+    assert_eq!(
+        list(&by_hand, "/").await.len(),
+        1,
+        "what is not ours is not deleted"
+    );
+}
+
+#[tokio::test]
+async fn a_value_edited_by_hand_under_our_lease_stays() {
+    let etcd = etcd().await;
+    let by_hand = client(&etcd).await;
+    let registration = register(&registry(&etcd).await).await;
+    let options = PutOptions::new().with_ignore_lease();
+    by_hand
+        .kv_client()
+        .put(registration.key(), "127.0.0.1:99", Some(options))
+        .await
+        .unwrap();
+    let mut states = registration.states();
+    for _ in 0..5 {
+        timeout(TTL, states.changed())
+            .await
+            .expect("a renewal")
+            .unwrap();
+    }
+    assert_eq!(list(&by_hand, "/").await[0].1, "127.0.0.1:99");
+    assert!(registration.state().is_registered());
+}
+
+#[tokio::test]
+async fn a_pause_takes_the_server_out_and_a_resume_brings_it_back() {
+    let etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let resolver = registry.resolver("greeter");
+    let registration = register(&registry).await;
+    knows(&resolver, &["127.0.0.1:80"]).await;
+    for weight in 2..5 {
+        registration.pause().await.unwrap();
+        assert!(matches!(registration.state(), RegistrationState::Paused));
+        knows(&resolver, &[]).await;
+        registration
+            .pause()
+            .await
+            .expect("a second pause is no error");
+        registration
+            .set_weight(weight)
+            .await
+            .expect("kept for the resume");
+        registration.resume().await.unwrap();
+        registration
+            .resume()
+            .await
+            .expect("a second resume is no error");
+        knows(&resolver, &["127.0.0.1:80"]).await;
+        assert_eq!(resolver.instances()[0].weight(), weight);
+    }
+}
+
+#[tokio::test]
+async fn a_weight_changes_in_place() {
+    let etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let resolver = registry.resolver("greeter");
+    let registration = register(&registry).await;
+    let before = lease(&registration);
+    for weight in [7, 1, 1_000_000] {
+        registration.set_weight(weight).await.unwrap();
+        eventually("the weight arrives", async || {
+            resolver
+                .instances()
+                .first()
+                .is_some_and(|instance| instance.weight() == weight)
+        })
+        .await;
+    }
+    assert_eq!(lease(&registration), before);
+    assert!(matches!(
+        registration.set_weight(0).await,
+        Err(RegisterError::Invalid { .. })
+    ));
+}
+
+#[tokio::test]
+async fn changes_while_etcd_is_away_are_made_when_it_is_back() {
+    let mut etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let registration = describe(&registry)
+        .deregister_timeout(Duration::from_millis(300))
+        .register()
+        .await
+        .unwrap();
+    etcd.kill(0).await.unwrap();
+    let error = registration.set_weight(9).await.expect_err("etcd is down");
+    assert!(matches!(error, RegisterError::TimedOut { .. }), "{error:?}");
+    assert!(
+        error.to_string().contains(&etcd.endpoint(0)) && error.source().is_some(),
+        "{error}"
+    );
+    etcd.restart(0).await.unwrap();
+    let by_hand = client(&etcd).await;
+    eventually("the weight is written", async || {
+        list(&by_hand, registration.key())
+            .await
+            .iter()
+            .any(|(_, value, _)| value.contains("\"weight\":9"))
+    })
+    .await;
+
+    // A deregistration is not made later: the lease does it.
+    let key = registration.key().to_owned();
+    etcd.freeze(0).await.unwrap();
+    let error = timeout(Duration::from_secs(2), registration.deregister())
+        .await
+        .expect("within its bound");
+    assert!(
+        matches!(error, Err(RegisterError::TimedOut { .. })),
+        "{error:?}"
+    );
+    etcd.thaw(0).await.unwrap();
+    within(TTL * 2, "the key goes with its lease", async || {
+        list(&by_hand, &key).await.is_empty()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_registration_that_is_dropped_is_taken_back() {
+    let etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let by_hand = client(&etcd).await;
+    drop(
+        describe(&registry)
+            .ttl(Duration::from_secs(60))
+            .register()
+            .await
+            .unwrap(),
+    );
+    eventually("the key is gone", async || {
+        list(&by_hand, "/").await.is_empty()
+    })
+    .await;
+    // Also half way.
+    for _ in 0..20 {
+        let registering = describe(&registry).ttl(Duration::from_secs(60)).register();
+        let _ = timeout(Duration::from_micros(fastrand::u64(..4_000)), registering).await;
+    }
+    eventually("no lease is left", async || {
+        by_hand
+            .lease_client()
+            .leases()
+            .await
+            .unwrap()
+            .leases()
+            .is_empty()
+    })
+    .await;
+    assert!(list(&by_hand, "/").await.is_empty());
+}
+
+#[tokio::test]
+async fn bad_input_is_refused_by_name_before_etcd_is_touched() {
+    let mut etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    // Whatever reached etcd would now fail in another way, and later.
+    etcd.kill(0).await.unwrap();
+    let service = |name: &str| registry.registration(name).address("127.0.0.1:80");
+    let greeter = || service("greeter");
+    for (builder, word) in [
+        (service(""), "service name is empty"),
+        (service("a/b"), "slash"),
+        (greeter().address("127.0.0.1:0"), "port 0"),
+        (greeter().address("127.0.0.1"), "no port"),
+        (greeter().address("0.0.0.0:80"), "unspecified"),
+        (greeter().address("[::]:80"), "unspecified"),
+        (greeter().address("169.254.1.1:80"), "link-local"),
+        (registry.registration("greeter"), "not given"),
+        (
+            greeter().ttl(Duration::from_millis(1_999)),
+            "TTL is 1.999 s",
+        ),
+        (greeter().ttl(Duration::MAX), "TTL"),
+        (greeter().weight(0), "weight is 0"),
+        (greeter().weight(u32::MAX), "weight is"),
+        (greeter().instance_id("a/b"), "instance id"),
+        (greeter().instance_id(""), "instance id"),
+        (greeter().metadata("weight", "1"), "reserved"),
+        (greeter().metadata("", "1"), "metadata name is empty"),
+        (
+            greeter().metadata("large", "x".repeat(64 * 1024)),
+            "over the limit",
+        ),
+        (greeter().format(Format::Plain).zone("a"), "no room"),
+        (
+            registry.registration_at("").address("127.0.0.1:80"),
+            "names no instance",
+        ),
+        (
+            registry.registration_at("/web/").address("127.0.0.1:80"),
+            "names no instance",
+        ),
+    ] {
+        let refused = timeout(Duration::from_millis(100), builder.register())
+            .await
+            .expect("without a round trip");
+        let error = refused.expect_err(word);
+        let cause = error.source().map(ToString::to_string).unwrap_or_default();
+        assert!(
+            format!("{error}: {cause}").contains(word),
+            "{error}: {cause} should say {word:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn an_etcd_that_stays_away_fails_the_registration_at_the_bound() {
+    let mut etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    etcd.kill(0).await.unwrap();
+    let registering = describe(&registry)
+        .startup_timeout(Duration::from_millis(700))
+        .register();
+    let error = timeout(Duration::from_secs(3), registering)
+        .await
+        .expect("at the bound")
+        .expect_err("no etcd");
+    assert!(matches!(error, RegisterError::TimedOut { .. }), "{error:?}");
+    assert!(
+        error.to_string().contains("0.7 s") && error.to_string().contains(&etcd.endpoint(0)),
+        "{error}"
+    );
+    // One that comes back in time does not.
+    let registering = tokio::spawn(describe(&registry).register());
+    etcd.restart(0).await.unwrap();
+    timeout(SOON, registering)
+        .await
+        .unwrap()
+        .unwrap()
+        .expect("registered as soon as etcd is there");
+}

@@ -1,0 +1,636 @@
+//! What a resolver knows, against a real etcd.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a failed step is a failed test"
+)]
+
+mod support;
+
+use std::time::Duration;
+
+use etcd_client::PutOptions;
+use support::greeter::HelloRequest;
+use support::greeter::greeter_client::GreeterClient;
+use support::proxy::Proxy;
+use support::{addresses, client, etcd, eventually, greeter, knows, list, registry};
+use tokio::time::{Instant, timeout};
+use tokio_stream::StreamExt;
+use tonic_etcd::testing::Etcd;
+use tonic_etcd::{Address, Format, Registry, Resolver, ResolverState};
+use tower::discover::Change;
+
+async fn call(client: &mut GreeterClient<tonic::transport::Channel>) -> Option<String> {
+    let request = HelloRequest {
+        name: "test".to_owned(),
+        replies: 1,
+    };
+    // tonic's own deadline does not cover the wait for an endpoint.
+    let reply = timeout(Duration::from_millis(500), client.say_hello(request))
+        .await
+        .ok()?
+        .ok()?;
+    Some(reply.into_inner().message.rsplit(' ').next()?.to_owned())
+}
+
+#[tokio::test]
+async fn values_put_by_hand_are_called_until_their_key_goes() {
+    let etcd = etcd().await;
+    let (alpha, _alpha) = greeter("alpha").await;
+    let (beta, _beta) = greeter("beta").await;
+    let mut by_hand = client(&etcd).await;
+    by_hand
+        .put("/gRPC/greeter/1", alpha.to_string(), None)
+        .await
+        .unwrap();
+    let naming = format!(r#"{{"Op":0,"Addr":"{beta}","Metadata":null}}"#);
+    by_hand.put("/gRPC/greeter/2", naming, None).await.unwrap();
+    by_hand
+        .put("/gRPC/greeter-admin/3", "127.0.0.1:1", None)
+        .await
+        .unwrap();
+
+    let resolver = registry(&etcd).await.resolver("greeter");
+    knows(&resolver, &[&alpha.to_string(), &beta.to_string()]).await;
+    let mut greeter = GreeterClient::new(resolver.clone().into_tonic_channel());
+    for server in ["alpha", "beta"] {
+        eventually(server, async || {
+            call(&mut greeter).await.as_deref() == Some(server)
+        })
+        .await;
+    }
+
+    by_hand.delete("/gRPC/greeter/1", None).await.unwrap();
+    knows(&resolver, &[&beta.to_string()]).await;
+    // The channel's own step follows the resolver's; from the first call that only beta can serve, all are beta's.
+    eventually("twenty calls in a row for beta", async || {
+        for _ in 0..20 {
+            if call(&mut greeter).await.as_deref() != Some("beta") {
+                return false;
+            }
+        }
+        true
+    })
+    .await;
+    by_hand.delete("/gRPC/greeter/2", None).await.unwrap();
+    knows(&resolver, &[]).await;
+    eventually("nobody is called any more", async || {
+        call(&mut greeter).await.is_none()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn empty_is_a_state_like_any_other() {
+    let etcd = etcd().await;
+    let resolver = registry(&etcd).await.resolver("greeter");
+    timeout(support::SOON, resolver.ready())
+        .await
+        .expect("an empty set is known as well");
+    assert_eq!(resolver.status().state, ResolverState::Fresh);
+    assert!(resolver.instances().is_empty());
+    let mut by_hand = client(&etcd).await;
+    for _ in 0..3 {
+        by_hand
+            .put("/gRPC/greeter/1", "127.0.0.1:1", None)
+            .await
+            .unwrap();
+        knows(&resolver, &["127.0.0.1:1"]).await;
+        by_hand.delete("/gRPC/greeter/1", None).await.unwrap();
+        knows(&resolver, &[]).await;
+    }
+}
+
+#[tokio::test]
+async fn several_prefixes_make_one_set() {
+    let etcd = etcd().await;
+    let mut by_hand = client(&etcd).await;
+    by_hand
+        .put("/web/node1", "127.0.0.1:1", None)
+        .await
+        .unwrap();
+    let resolver = registry(&etcd)
+        .await
+        .resolver_at(["/web", "/gRPC/", "/web/inner/"]);
+    knows(&resolver, &["127.0.0.1:1"]).await;
+    by_hand.put("/gRPC/a/1", "127.0.0.1:2", None).await.unwrap();
+    by_hand
+        .put("/web/inner/x", "127.0.0.1:3", None)
+        .await
+        .unwrap();
+    by_hand
+        .put("/webs/node1", "127.0.0.1:4", None)
+        .await
+        .unwrap();
+    knows(&resolver, &["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"]).await;
+    // The same address under another prefix keeps it alive.
+    by_hand.put("/gRPC/a/2", "127.0.0.1:1", None).await.unwrap();
+    by_hand.delete("/web/node1", None).await.unwrap();
+    by_hand.delete("/web/inner/x", None).await.unwrap();
+    knows(&resolver, &["127.0.0.1:1", "127.0.0.1:2"]).await;
+    assert_eq!(resolver.status().state, ResolverState::Fresh);
+}
+
+#[tokio::test]
+async fn garbage_beside_good_values_changes_a_counter_and_nothing_else() {
+    let etcd = etcd().await;
+    let mut by_hand = client(&etcd).await;
+    let large = vec![b'x'; 70_000];
+    let garbage: [&[u8]; 8] = [
+        b"",
+        b"{",
+        b"not an address",
+        b"\xff\xfe",
+        b"0.0.0.0:80",
+        b"169.254.169.254:80",
+        br#"{"Addr":""}"#,
+        &large,
+    ];
+    for (number, value) in garbage.iter().enumerate() {
+        by_hand
+            .put(format!("/gRPC/greeter/bad{number}"), *value, None)
+            .await
+            .unwrap();
+    }
+    for number in 1..=3 {
+        by_hand
+            .put(
+                format!("/gRPC/greeter/good{number}"),
+                format!("127.0.0.1:{number}"),
+                None,
+            )
+            .await
+            .unwrap();
+    }
+    let resolver = registry(&etcd).await.resolver("greeter");
+    let good = ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"];
+    knows(&resolver, &good).await;
+    assert_eq!(resolver.status().rejected_values, 8);
+    assert_eq!(resolver.status().state, ResolverState::Fresh);
+    // A good value that turns bad: the last good one stays.
+    by_hand.put("/gRPC/greeter/good2", "{", None).await.unwrap();
+    eventually("the bad value is counted", async || {
+        resolver.status().rejected_values == 9
+    })
+    .await;
+    assert_eq!(addresses(&resolver), good);
+    by_hand
+        .put("/gRPC/greeter/good2", "127.0.0.1:22", None)
+        .await
+        .unwrap();
+    knows(&resolver, &["127.0.0.1:1", "127.0.0.1:22", "127.0.0.1:3"]).await;
+}
+
+#[tokio::test]
+async fn ten_thousand_bad_values_hold_up_nobody() {
+    let etcd = etcd().await;
+    let by_hand = client(&etcd).await;
+    for batch in 0..100 {
+        let puts: Vec<_> = (0..100)
+            .map(|number| {
+                etcd_client::TxnOp::put(
+                    format!("/gRPC/greeter/{batch:02}{number:02}"),
+                    "garbage",
+                    None,
+                )
+            })
+            .collect();
+        by_hand
+            .kv_client()
+            .txn(etcd_client::Txn::new().and_then(puts))
+            .await
+            .unwrap();
+    }
+    by_hand
+        .kv_client()
+        .put("/gRPC/greeter/good", "127.0.0.1:1", None)
+        .await
+        .unwrap();
+    let resolver = registry(&etcd).await.resolver("greeter");
+    knows(&resolver, &["127.0.0.1:1"]).await;
+    assert_eq!(resolver.status().rejected_values, 10_000);
+    assert_eq!(resolver.status().lists, 1, "one list, in pages");
+}
+
+#[tokio::test]
+async fn a_reader_can_be_held_to_one_format() {
+    let etcd = etcd().await;
+    let mut by_hand = client(&etcd).await;
+    by_hand
+        .put("/gRPC/greeter/1", "127.0.0.1:1", None)
+        .await
+        .unwrap();
+    by_hand
+        .put("/gRPC/greeter/2", r#"{"Addr":"127.0.0.1:2"}"#, None)
+        .await
+        .unwrap();
+    let resolver = registry(&etcd)
+        .await
+        .resolver_builder("greeter")
+        .format(Format::EtcdNaming)
+        .start();
+    knows(&resolver, &["127.0.0.1:2"]).await;
+}
+
+#[tokio::test]
+async fn a_service_name_that_cannot_be_right_is_known_and_empty() {
+    let etcd = etcd().await;
+    for service in ["", "a/b"] {
+        let resolver = registry(&etcd).await.resolver(service);
+        timeout(support::SOON, resolver.ready())
+            .await
+            .expect("nothing to wait for");
+        let error = resolver.status().last_error.expect("the status says why");
+        assert!(
+            std::error::Error::source(&error)
+                .is_some_and(|cause| cause.to_string().contains("service name")),
+            "{error:?}"
+        );
+    }
+}
+
+/// How many watchers etcd serves.
+async fn watchers(etcd: &Etcd) -> u64 {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut socket = tokio::net::TcpStream::connect(etcd.endpoint(0))
+        .await
+        .unwrap();
+    socket
+        .write_all(b"GET /metrics HTTP/1.0\r\n\r\n")
+        .await
+        .unwrap();
+    let mut text = String::new();
+    socket.read_to_string(&mut text).await.unwrap();
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("etcd_debugging_mvcc_watcher_total "));
+    line.unwrap().rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+#[tokio::test]
+async fn the_watch_ends_with_the_last_handle() {
+    let etcd = etcd().await;
+    let before = watchers(&etcd).await;
+    let resolver = registry(&etcd).await.resolver("greeter");
+    resolver.ready().await;
+    eventually("the watch is open", async || {
+        watchers(&etcd).await == before + 1
+    })
+    .await;
+    let second = resolver.clone();
+    let channel = resolver.into_tonic_channel();
+    eventually("still one watch", async || {
+        watchers(&etcd).await == before + 1
+    })
+    .await;
+    drop(second);
+    assert_eq!(
+        watchers(&etcd).await,
+        before + 1,
+        "the channel holds the watch"
+    );
+    drop(channel);
+    eventually("the watch has ended", async || {
+        watchers(&etcd).await == before
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn each_clone_sees_every_change_from_the_beginning() {
+    let etcd = etcd().await;
+    let mut by_hand = client(&etcd).await;
+    by_hand
+        .put("/gRPC/greeter/1", "127.0.0.1:1", None)
+        .await
+        .unwrap();
+    let mut first = registry(&etcd).await.resolver("greeter");
+    let change = async |resolver: &mut Resolver| match timeout(support::SOON, resolver.next()).await
+    {
+        Ok(Some(Ok(Change::Insert(address, instance)))) => {
+            (address.to_string(), Some(instance.weight()))
+        }
+        Ok(Some(Ok(Change::Remove(address)))) => (address.to_string(), None),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(
+        change(&mut first).await,
+        ("127.0.0.1:1".to_owned(), Some(1))
+    );
+    let mut second = first.clone();
+    assert_eq!(
+        change(&mut second).await,
+        ("127.0.0.1:1".to_owned(), Some(1))
+    );
+    // Ten changes of one instance are one piece of news for who did not look.
+    for weight in 2..=11 {
+        let value = format!(r#"{{"Addr":"127.0.0.1:1","Metadata":{{"weight":{weight}}}}}"#);
+        by_hand.put("/gRPC/greeter/1", value, None).await.unwrap();
+    }
+    eventually("the last weight", async || {
+        first.instances()[0].weight() == 11
+    })
+    .await;
+    assert_eq!(
+        change(&mut second).await,
+        ("127.0.0.1:1".to_owned(), Some(11))
+    );
+    by_hand.delete("/gRPC/greeter/1", None).await.unwrap();
+    knows(&first, &[]).await;
+    assert_eq!(change(&mut second).await, ("127.0.0.1:1".to_owned(), None));
+}
+
+#[tokio::test]
+async fn nothing_is_removed_while_etcd_is_down() {
+    let mut etcd = etcd().await;
+    let mut by_hand = client(&etcd).await;
+    by_hand
+        .put("/gRPC/greeter/1", "127.0.0.1:1", None)
+        .await
+        .unwrap();
+    let resolver = registry(&etcd).await.resolver("greeter");
+    knows(&resolver, &["127.0.0.1:1"]).await;
+    let lists = resolver.status().lists;
+    etcd.kill(0).await.unwrap();
+    eventually("the status says so", async || {
+        resolver.status().state == ResolverState::Stale
+    })
+    .await;
+    assert!(resolver.status().last_error.is_some());
+    assert_eq!(addresses(&resolver), ["127.0.0.1:1"]);
+    etcd.restart(0).await.unwrap();
+    eventually("it is fresh again", async || {
+        resolver.status().state == ResolverState::Fresh
+    })
+    .await;
+    by_hand
+        .put("/gRPC/greeter/2", "127.0.0.1:2", None)
+        .await
+        .unwrap();
+    knows(&resolver, &["127.0.0.1:1", "127.0.0.1:2"]).await;
+    assert_eq!(
+        resolver.status().lists,
+        lists,
+        "the watch was resumed and not the set listed anew"
+    );
+}
+
+#[tokio::test]
+async fn a_resolver_that_starts_before_etcd_waits_for_it() {
+    let mut etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    client(&etcd)
+        .await
+        .put("/gRPC/greeter/1", "127.0.0.1:1", None)
+        .await
+        .unwrap();
+    etcd.kill(0).await.unwrap();
+    let resolver = registry.resolver("greeter");
+    eventually("the status says why", async || {
+        resolver.status().last_error.is_some()
+    })
+    .await;
+    assert_eq!(resolver.status().state, ResolverState::Unknown);
+    etcd.restart(0).await.unwrap();
+    knows(&resolver, &["127.0.0.1:1"]).await;
+}
+
+#[tokio::test]
+async fn a_wiped_etcd_leaves_no_ghost() {
+    for later_writes in [0, 50] {
+        let mut etcd = etcd().await;
+        let mut by_hand = client(&etcd).await;
+        for number in 1..=3 {
+            let lease = by_hand.lease_client().grant(600, None).await.unwrap().id();
+            let options = PutOptions::new().with_lease(lease);
+            by_hand
+                .put(
+                    format!("/gRPC/greeter/{number}"),
+                    format!("127.0.0.1:{number}"),
+                    Some(options),
+                )
+                .await
+                .unwrap();
+        }
+        let proxy = Proxy::start("127.0.0.1:0", etcd.endpoint(0)).await;
+        let registry = Registry::connect([proxy.address.to_string()])
+            .await
+            .unwrap();
+        let resolver = registry.resolver("greeter");
+        knows(&resolver, &["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"]).await;
+        proxy.cut();
+        etcd.kill(0).await.unwrap();
+        etcd.wipe(0).await.unwrap();
+        etcd.restart(0).await.unwrap();
+        // The second and third come back, at the very revisions they had; the first never does.
+        let mut by_hand = client(&etcd).await;
+        by_hand.put("/other", "", None).await.unwrap();
+        for number in 2..=3 {
+            let lease = by_hand.lease_client().grant(600, None).await.unwrap().id();
+            let options = PutOptions::new().with_lease(lease);
+            by_hand
+                .put(
+                    format!("/gRPC/greeter/{number}"),
+                    format!("127.0.0.1:{number}"),
+                    Some(options),
+                )
+                .await
+                .unwrap();
+        }
+        for _ in 0..later_writes {
+            by_hand.put("/other", "", None).await.unwrap();
+        }
+        proxy.heal();
+        knows(&resolver, &["127.0.0.1:2", "127.0.0.1:3"]).await;
+    }
+}
+
+#[tokio::test]
+async fn changes_behind_a_cut_and_a_compaction_are_all_found() {
+    let etcd = etcd().await;
+    let by_hand = client(&etcd).await;
+    let proxy = Proxy::start("127.0.0.1:0", etcd.endpoint(0)).await;
+    let registry = Registry::connect([proxy.address.to_string()])
+        .await
+        .unwrap();
+    let resolver = registry.resolver("greeter");
+    resolver.ready().await;
+    for compact in [false, true] {
+        proxy.cut();
+        let mut revision = 0;
+        for round in 0..60 {
+            let puts: Vec<_> = (0..50)
+                .map(|number| {
+                    let key = format!("/gRPC/greeter/{number}");
+                    if (number + round) % 3 == 0 {
+                        etcd_client::TxnOp::delete(key, None)
+                    } else {
+                        etcd_client::TxnOp::put(
+                            key,
+                            format!("127.0.0.1:{}", 1000 + number * 100 + round),
+                            None,
+                        )
+                    }
+                })
+                .collect();
+            let response = by_hand
+                .kv_client()
+                .txn(etcd_client::Txn::new().and_then(puts))
+                .await
+                .unwrap();
+            revision = response.header().unwrap().revision();
+        }
+        if compact {
+            by_hand.kv_client().compact(revision, None).await.unwrap();
+        }
+        proxy.heal();
+        let listed = list(&by_hand, "/gRPC/greeter/").await;
+        let expected: Vec<_> = listed.iter().map(|(_, value, _)| value.as_str()).collect();
+        knows(&resolver, &expected).await;
+    }
+}
+
+#[tokio::test]
+async fn members_that_die_or_freeze_are_left_for_the_others() {
+    let mut etcd = Etcd::start_cluster(3).await.unwrap();
+    let registry = Registry::connect(etcd.endpoints()).await.unwrap();
+    let resolver = registry.resolver("greeter");
+    resolver.ready().await;
+    let write = async |etcd: &Etcd, down: usize, port: u16| {
+        let alive: Vec<_> = (0..3)
+            .filter(|member| *member != down)
+            .map(|member| etcd.endpoint(member))
+            .collect();
+        let writer = Registry::connect(alive).await.unwrap();
+        let registering = writer
+            .registration("greeter")
+            .address(format!("127.0.0.1:{port}"));
+        registering
+            .ttl(Duration::from_secs(60))
+            .register()
+            .await
+            .unwrap()
+    };
+    let mut kept = Vec::new();
+    for member in 0..3 {
+        etcd.kill(member).await.unwrap();
+        kept.push(write(&etcd, member, 100 + u16::try_from(member).unwrap()).await);
+        eventually("the change arrives", async || {
+            addresses(&resolver).len() == kept.len()
+        })
+        .await;
+        etcd.restart(member).await.unwrap();
+    }
+    for member in 0..3 {
+        etcd.freeze(member).await.unwrap();
+        kept.push(write(&etcd, member, 200 + u16::try_from(member).unwrap()).await);
+        let start = Instant::now();
+        // HTTP/2 pings find a frozen member: 10 s to the ping, 5 s for its answer.
+        eventually("the change arrives", async || {
+            addresses(&resolver).len() == kept.len()
+        })
+        .await;
+        assert!(Instant::now().saturating_duration_since(start) < Duration::from_secs(18));
+        etcd.thaw(member).await.unwrap();
+    }
+}
+
+/// Whether a resolver knows what is listed. A key whose value turned bad keeps its last good one, so
+/// for such a key more may be known than is listed.
+fn is_what_is_listed(resolver: &Resolver, listed: &[(String, String, i64)]) -> bool {
+    let (good, bad): (Vec<_>, Vec<_>) = listed
+        .iter()
+        .partition(|(_, value, _)| value.parse::<Address>().is_ok());
+    let mut known = addresses(resolver);
+    for instance in resolver.instances() {
+        let last_good = bad.iter().any(|(key, ..)| key == instance.key());
+        let address = instance.address().as_str();
+        if last_good && !good.iter().any(|(_, value, _)| value == address) {
+            known.retain(|known| known != address);
+        }
+    }
+    let mut expected: Vec<_> = good.iter().map(|(_, value, _)| value.clone()).collect();
+    expected.sort();
+    expected.dedup();
+    known.sort();
+    known == expected
+}
+
+/// Ten thousand random steps: puts, deletes, expiries.
+#[tokio::test]
+async fn ten_thousand_random_steps_leave_what_etcd_lists() {
+    let seed = std::env::var("TEST_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or_else(|| fastrand::u64(..));
+    println!("TEST_SEED={seed}");
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let etcd = etcd().await;
+    let by_hand = client(&etcd).await;
+    let proxy = Proxy::start("127.0.0.1:0", etcd.endpoint(0)).await;
+    let registry = Registry::connect([proxy.address.to_string()])
+        .await
+        .unwrap();
+    let resolver = registry.resolver("greeter");
+    let mut views = Vec::new();
+    let mut leases = Vec::new();
+    for round in 0..100 {
+        if leases.len() < 5 {
+            leases.push(
+                by_hand
+                    .lease_client()
+                    .grant(3_600, None)
+                    .await
+                    .unwrap()
+                    .id(),
+            );
+        }
+        let mut steps = tokio::task::JoinSet::new();
+        for _ in 0..100 {
+            let key = format!("/gRPC/greeter/{}", rng.u8(..100));
+            let value = match rng.u8(..10) {
+                0 => "garbage".to_owned(),
+                _ => format!("127.0.0.1:{}", rng.u16(1..200)),
+            };
+            let lease = leases[rng.usize(..leases.len())];
+            let mut kv = by_hand.kv_client();
+            match rng.u8(..10) {
+                0..3 => steps.spawn(async move { kv.delete(key, None).await.map(drop) }),
+                3 => steps.spawn(async move { kv.put(key, value, None).await.map(drop) }),
+                _ => steps.spawn(async move {
+                    kv.put(key, value, Some(PutOptions::new().with_lease(lease)))
+                        .await
+                        .map(drop)
+                }),
+            };
+        }
+        // A put may find its lease expired.
+        let expire = (round % 10 == 9).then(|| leases.swap_remove(rng.usize(..leases.len())));
+        if let Some(lease) = expire {
+            by_hand.lease_client().revoke(lease).await.unwrap();
+        }
+        if round % 7 == 3 {
+            proxy.reset();
+        }
+        if round % 25 == 24 {
+            views.push(resolver.clone());
+        }
+        steps.join_all().await;
+    }
+    let decodable = |value: &str| value.parse::<Address>().is_ok();
+    eventually("the set is what etcd lists", async || {
+        is_what_is_listed(&resolver, &list(&by_hand, "/gRPC/greeter/").await)
+    })
+    .await;
+    for mut view in views {
+        let mut told = std::collections::BTreeSet::new();
+        let all = resolver.instances().len();
+        while let Ok(Some(Ok(change))) = timeout(Duration::from_millis(200), view.next()).await {
+            match change {
+                Change::Insert(address, _) => told.insert(address.to_string()),
+                Change::Remove(address) => told.remove(address.as_str()),
+            };
+        }
+        assert_eq!(told.len(), all, "a view of the set sees all of it");
+    }
+}

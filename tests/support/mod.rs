@@ -1,0 +1,151 @@
+//! What the tests share: an etcd with a client of its own, greeters that count, and polling with a deadline.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::missing_panics_doc,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "each test file uses its part; a failed step here is a failed test"
+)]
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
+use tonic::transport::Server;
+use tonic_etcd::testing::Etcd;
+use tonic_etcd::{RegistrationBuilder, Registry, Resolver, ServeError, ServeRegistered};
+
+#[path = "../../examples/greeter/mod.rs"]
+pub mod greeter;
+pub mod proxy;
+
+use greeter::NamedGreeter;
+use greeter::greeter_server::GreeterServer;
+
+pub const SERVICE: &str = "helloworld.Greeter";
+
+/// How long anything may take that ought to happen at once, on a machine that does other things as well.
+pub const SOON: Duration = Duration::from_secs(20);
+
+/// An etcd with one member.
+pub async fn etcd() -> Etcd {
+    Etcd::start().await.unwrap()
+}
+
+pub async fn registry(etcd: &Etcd) -> Registry {
+    Registry::connect(etcd.endpoints()).await.unwrap()
+}
+
+/// A plain client, for what `etcdctl` would do.
+pub async fn client(etcd: &Etcd) -> etcd_client::Client {
+    etcd_client::Client::connect(etcd.endpoints(), None)
+        .await
+        .unwrap()
+}
+
+/// Polls until the condition holds; fails with the words given after [`SOON`].
+pub async fn eventually(what: &str, condition: impl AsyncFnMut() -> bool) {
+    within(SOON, what, condition).await;
+}
+
+/// Polls until the condition holds, and says how long that took.
+pub async fn within(
+    bound: Duration,
+    what: &str,
+    mut condition: impl AsyncFnMut() -> bool,
+) -> Duration {
+    let start = Instant::now();
+    loop {
+        if timeout(bound, condition()).await.unwrap_or_default() {
+            return Instant::now().saturating_duration_since(start);
+        }
+        let waited = Instant::now().saturating_duration_since(start);
+        assert!(waited < bound, "not within {bound:?}: {what}");
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// The addresses that a resolver knows, in order.
+pub fn addresses(resolver: &Resolver) -> Vec<String> {
+    resolver
+        .instances()
+        .iter()
+        .map(|instance| instance.address().to_string())
+        .collect()
+}
+
+/// Waits until a resolver knows exactly these addresses.
+pub async fn knows(resolver: &Resolver, expected: &[&str]) {
+    let mut expected: Vec<_> = expected.iter().map(ToString::to_string).collect();
+    expected.sort();
+    let what = format!("the resolver knows {expected:?}");
+    eventually(&what, async || {
+        let mut known = addresses(resolver);
+        known.sort();
+        known == expected
+    })
+    .await;
+}
+
+/// A greeter in this process that is not registered.
+pub async fn greeter(name: &str) -> (SocketAddr, JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let incoming = tonic::transport::server::TcpIncoming::from(listener);
+    let router = Server::builder().add_service(GreeterServer::new(NamedGreeter(name.to_owned())));
+    let task = tokio::spawn(async move { router.serve_with_incoming(incoming).await.unwrap() });
+    (address, task)
+}
+
+/// A greeter in this process that is registered.
+pub struct Registered {
+    pub stop: Option<oneshot::Sender<()>>,
+    pub task: JoinHandle<Result<(), ServeError>>,
+}
+
+impl Registered {
+    pub fn start(name: &str, address: &str, registration: RegistrationBuilder) -> Self {
+        let (stop, stopped) = oneshot::channel();
+        let router =
+            Server::builder().add_service(GreeterServer::new(NamedGreeter(name.to_owned())));
+        let address = address.parse().unwrap();
+        let task = tokio::spawn(async move {
+            router
+                .serve_registered_with_shutdown(address, registration, async {
+                    drop(stopped.await);
+                })
+                .await
+        });
+        Self {
+            stop: Some(stop),
+            task,
+        }
+    }
+
+    pub fn stop(&mut self) {
+        drop(self.stop.take());
+    }
+
+    pub async fn stopped(mut self) -> Result<(), ServeError> {
+        self.stop();
+        timeout(SOON, self.task).await.unwrap().unwrap()
+    }
+}
+
+/// The keys and values under a prefix, as etcd lists them.
+pub async fn list(client: &etcd_client::Client, prefix: &str) -> Vec<(String, String, i64)> {
+    let options = etcd_client::GetOptions::new().with_prefix();
+    let response = client.kv_client().get(prefix, Some(options)).await.unwrap();
+    let pair = |kv: &etcd_client::KeyValue| {
+        (
+            kv.key_str().unwrap().to_owned(),
+            String::from_utf8_lossy(kv.value()).into_owned(),
+            kv.lease(),
+        )
+    };
+    response.kvs().iter().map(pair).collect()
+}
