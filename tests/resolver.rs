@@ -617,7 +617,6 @@ async fn ten_thousand_random_steps_leave_what_etcd_lists() {
         }
         steps.join_all().await;
     }
-    let decodable = |value: &str| value.parse::<Address>().is_ok();
     eventually("the set is what etcd lists", async || {
         is_what_is_listed(&resolver, &list(&by_hand, "/gRPC/greeter/").await)
     })
