@@ -1,6 +1,6 @@
 //! The options of a registration, and their check.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -30,7 +30,7 @@ pub struct RegistrationBuilder {
     advertisement: Attributes,
     ttl: Duration,
     format: Format,
-    startup_timeout: Duration,
+    pub(crate) startup_timeout: Duration,
     pub(super) deregister_timeout: Duration,
     pub(crate) grace_period: Duration,
     pub(crate) drain_timeout: Duration,
@@ -218,37 +218,56 @@ impl RegistrationBuilder {
     ///
     /// Outside a tokio runtime.
     pub async fn register(self) -> Result<Registration, RegisterError> {
-        let entry = self.entry(None)?;
-        Registration::start(
-            self.etcd,
-            entry,
-            self.startup_timeout,
-            self.deregister_timeout,
-            self.states,
-        )
-        .await
+        let startup_timeout = self.startup_timeout;
+        let registration = self.start(None).await?;
+        if let Err(error) = registration.registered(startup_timeout).await {
+            // What may have reached etcd is taken back before anybody is told that it failed.
+            if let Err(error) = registration.deregister().await {
+                tracing::debug!(%error, "could not take the registration back; it goes with its lease");
+            }
+            return Err(error);
+        }
+        Ok(registration)
     }
 
-    /// As [`register`](Self::register), for a server that listens on `bound`.
-    pub(crate) async fn register_bound(
+    /// Starts to register a server that listens on `bound`.
+    pub(crate) async fn start(
         self,
-        bound: SocketAddr,
+        bound: Option<SocketAddr>,
     ) -> Result<Registration, RegisterError> {
-        let entry = self.entry(Some(bound))?;
-        Registration::start(
+        self.check()?;
+        let entry = self.entry(self.advertised(bound).await?)?;
+        Ok(Registration::start(
             self.etcd,
             entry,
-            self.startup_timeout,
             self.deregister_timeout,
             self.states,
-        )
-        .await
+        ))
     }
 
     /// Checks everything that can be known to be wrong without etcd, and for a server before it has a port.
     pub(crate) fn check(&self) -> Result<(), RegisterError> {
-        self.entry(Some(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 1)))
-            .map(drop)
+        self.check_values().map_err(|reason| self.invalid(reason))?;
+        let address = match &self.address {
+            Some(address) => self.accepted(address.parse())?,
+            None => SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 1).into(),
+        };
+        self.entry(address).map(drop)
+    }
+
+    fn invalid(&self, reason: String) -> RegisterError {
+        RegisterError::Invalid {
+            service: self.name().to_owned(),
+            reason,
+        }
+    }
+
+    fn accepted(&self, address: Result<Address, AddressError>) -> Result<Address, RegisterError> {
+        let checked = address.and_then(|address| self.policy.check(&address).map(|()| address));
+        checked.map_err(|source| RegisterError::Address {
+            service: self.name().to_owned(),
+            source,
+        })
     }
 
     fn name(&self) -> &str {
@@ -258,14 +277,10 @@ impl RegistrationBuilder {
         }
     }
 
-    fn entry(&self, bound: Option<SocketAddr>) -> Result<Entry, RegisterError> {
-        let invalid = |reason: String| RegisterError::Invalid {
-            service: self.name().to_owned(),
-            reason,
-        };
-        self.check_values().map_err(invalid)?;
-        let address = self.advertised(bound)?;
-        let key = self.instance_key(&address).map_err(invalid)?;
+    fn entry(&self, address: Address) -> Result<Entry, RegisterError> {
+        let key = self
+            .instance_key(&address)
+            .map_err(|reason| self.invalid(reason))?;
         let Attributes {
             weight,
             zone,
@@ -280,10 +295,16 @@ impl RegistrationBuilder {
             metadata: metadata.iter().cloned().collect(),
             leaving: false,
         };
-        let size = self.format.encode(&advertisement).len();
+        // As large as it can become: what is written later must not be refused by its readers.
+        let largest = Advertisement {
+            weight: MAX_WEIGHT,
+            leaving: true,
+            ..advertisement.clone()
+        };
+        let size = self.format.encode(&largest).len();
         if size > MAX_VALUE {
-            return Err(invalid(format!(
-                "the value is {size} bytes long, over the limit of {MAX_VALUE}; use less metadata"
+            return Err(self.invalid(format!(
+                "the value can be {size} bytes long, over the limit of {MAX_VALUE}; use less metadata"
             )));
         }
         Ok(Entry {
@@ -354,57 +375,52 @@ impl RegistrationBuilder {
         }
     }
 
-    fn advertised(&self, bound: Option<SocketAddr>) -> Result<Address, RegisterError> {
+    async fn advertised(&self, bound: Option<SocketAddr>) -> Result<Address, RegisterError> {
         let address = match (&self.address, &self.host, bound) {
             (Some(address), _, _) => address.parse(),
             (None, Some(host), Some(bound)) => with_port(host, bound.port()),
-            (None, None, Some(bound)) if bound.ip().is_unspecified() => self.routed(bound),
+            (None, None, Some(bound)) if bound.ip().is_unspecified() => self.routed(bound).await,
             (None, None, Some(bound)) => Ok(bound.into()),
             (None, _, None) => Err(AddressError::new("", "is not given")),
         };
-        let checked = address.and_then(|address| self.policy.check(&address).map(|()| address));
-        checked.map_err(|source| RegisterError::Address {
-            service: self.name().to_owned(),
-            source,
-        })
+        self.accepted(address)
     }
 
     /// The local address that routes to etcd: peers that reach the same etcd are most likely to reach us there.
-    fn routed(&self, bound: SocketAddr) -> Result<Address, AddressError> {
-        let endpoints = self.etcd.endpoints();
+    async fn routed(&self, bound: SocketAddr) -> Result<Address, AddressError> {
         // A client of the user's own does not say where its etcd is; the default route is the next best.
         let fallback = ["192.0.2.1:9", "[2001:db8::1]:9"].map(String::from);
-        let targets = endpoints.iter().chain(&fallback);
-        let ip = targets
-            .filter_map(|target| local_ip(target, bound.ip()))
-            .find(|ip| !ip.is_unspecified());
-        ip.map(|ip| SocketAddr::new(ip, bound.port()).into())
-            .ok_or_else(|| {
-                AddressError::new(
-                    &bound.to_string(),
-                    "is unspecified, and no local address routes to etcd",
-                )
-            })
+        for target in self.etcd.endpoints().into_iter().chain(fallback) {
+            if let Some(ip) = local_ip(target, bound.ip()).await {
+                return Ok(SocketAddr::new(ip, bound.port()).into());
+            }
+        }
+        let reason = "is unspecified, and no local address routes to etcd";
+        Err(AddressError::new(&bound.to_string(), reason))
     }
 }
 
 /// The local address from which the kernel would send to `target`. Connecting a UDP socket sends nothing.
-fn local_ip(target: &str, bound: IpAddr) -> Option<IpAddr> {
-    use std::net::ToSocketAddrs;
-    // A socket bound to 0.0.0.0 takes no IPv6; one bound to [::] takes both.
-    let mut targets = target
-        .to_socket_addrs()
-        .ok()?
-        .filter(|target| target.is_ipv4() || bound.is_ipv6());
-    let target = targets.next()?;
-    let any: SocketAddr = if target.is_ipv4() {
-        (Ipv4Addr::UNSPECIFIED, 0).into()
-    } else {
-        (std::net::Ipv6Addr::UNSPECIFIED, 0).into()
-    };
-    let socket = UdpSocket::bind(any).ok()?;
-    socket.connect(target).ok()?;
-    Some(socket.local_addr().ok()?.ip())
+async fn local_ip(target: String, bound: IpAddr) -> Option<IpAddr> {
+    let targets = tokio::net::lookup_host(target).await.ok()?;
+    for target in targets {
+        let any: SocketAddr = match target {
+            SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+            // A socket bound to 0.0.0.0 takes no IPv6; one bound to [::] takes both.
+            SocketAddr::V6(_) if bound.is_ipv4() => continue,
+            SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+        };
+        let local = UdpSocket::bind(any).and_then(|socket| {
+            socket.connect(target)?;
+            socket.local_addr()
+        });
+        if let Ok(local) = local
+            && !local.ip().is_unspecified()
+        {
+            return Some(local.ip());
+        }
+    }
+    None
 }
 
 fn with_port(host: &str, port: u16) -> Result<Address, AddressError> {
@@ -466,11 +482,9 @@ mod tests {
         );
     }
 
-    #[test]
-    fn the_route_to_a_loopback_etcd_is_loopback() {
-        assert_eq!(
-            local_ip("127.0.0.1:2379", Ipv4Addr::UNSPECIFIED.into()),
-            Some(Ipv4Addr::LOCALHOST.into())
-        );
+    #[tokio::test]
+    async fn the_route_to_a_loopback_etcd_is_loopback() {
+        let local = local_ip("127.0.0.1:2379".to_owned(), Ipv4Addr::UNSPECIFIED.into()).await;
+        assert_eq!(local, Some(Ipv4Addr::LOCALHOST.into()));
     }
 }

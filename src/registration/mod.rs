@@ -9,11 +9,12 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tracing::Instrument;
 
 use crate::address::Address;
+use crate::backoff::jittered;
 use crate::error::{Endpoints, EtcdError, RegisterError};
 use crate::etcd::{Etcd, Token, Watch};
 use crate::format::Format;
 use crate::instance::Advertisement;
-use crate::keyspace::{Event, GuardedPut, Key, Range};
+use crate::keyspace::{Event, GuardedPut, Key, LeaseId, Range};
 
 mod builder;
 mod lease;
@@ -62,6 +63,17 @@ struct Entry {
     ttl: Duration,
 }
 
+impl Entry {
+    fn encode(&self, leaving: bool) -> Vec<u8> {
+        if !leaving {
+            return self.format.encode(&self.advertisement);
+        }
+        let mut advertisement = self.advertisement.clone();
+        advertisement.leaving = true;
+        self.format.encode(&advertisement)
+    }
+}
+
 /// What the owner asks of the task. The answer comes when it is done.
 #[derive(Debug)]
 enum Request {
@@ -76,18 +88,19 @@ type Answer = oneshot::Sender<Result<(), Failure>>;
 /// Why the task could not do what was asked.
 #[derive(Debug)]
 enum Failure {
-    Superseded(crate::keyspace::LeaseId),
+    Superseded(LeaseId),
+    GaveUp,
     Ended,
 }
 
 impl Registration {
-    async fn start(
+    /// Starts to register; the outcome is that of [`registered`](Self::registered).
+    fn start(
         etcd: Etcd,
         entry: Entry,
-        startup_timeout: Duration,
         change_timeout: Duration,
         states: watch::Sender<RegistrationState>,
-    ) -> Result<Self, RegisterError> {
+    ) -> Self {
         let (requests, inbox) = mpsc::channel(8);
         let registration = Self {
             key: entry.key.to_string(),
@@ -99,8 +112,9 @@ impl Registration {
             states: states.subscribe(),
         };
         let span = tracing::info_span!("registration", key = %entry.key);
+        let says_goodbye = entry.format.carries_attributes();
         let task = Task {
-            machine: Machine::new(entry.ttl, fastrand::Rng::new()),
+            machine: Machine::new(entry.ttl, says_goodbye, fastrand::Rng::new()),
             etcd,
             entry,
             inbox,
@@ -108,16 +122,15 @@ impl Registration {
             waiting: Vec::new(),
             key_watch: KeyWatch::default(),
             published: None,
-            budget: change_timeout,
+            budget: change_timeout.min(NEVER),
             give_up: None,
         };
         tokio::spawn(task.run().instrument(span));
-        registration.registered(startup_timeout).await?;
-        Ok(registration)
+        registration
     }
 
     /// Waits for the first success, or for what rules it out.
-    async fn registered(&self, bound: Duration) -> Result<(), RegisterError> {
+    pub(crate) async fn registered(&self, bound: Duration) -> Result<(), RegisterError> {
         let mut states = self.states.clone();
         let first = async {
             loop {
@@ -240,14 +253,15 @@ impl Registration {
         if self.requests.send(request(answer)).await.is_err() {
             return Err(self.ended());
         }
-        match timeout(self.change_timeout, outcome).await {
+        // The task gives a deregistration up by itself, and says so; it is only waited for a little longer.
+        match timeout(self.change_timeout.saturating_add(ANSWER_SLACK), outcome).await {
             Ok(Ok(Ok(()))) => Ok(()),
             Ok(Ok(Err(Failure::Superseded(lease)))) => Err(RegisterError::Superseded {
                 key: self.key.clone(),
                 lease,
             }),
             Ok(Ok(Err(Failure::Ended)) | Err(_)) => Err(self.ended()),
-            Err(_) => Err(self.timed_out(self.change_timeout)),
+            Ok(Ok(Err(Failure::GaveUp))) | Err(_) => Err(self.timed_out(self.change_timeout)),
         }
     }
 
@@ -311,6 +325,10 @@ impl Task {
             }
             self.step(command).await;
         }
+        for (_, answer) in self.waiting.drain(..) {
+            // The asker may have gone.
+            let _ = answer.send(Err(Failure::GaveUp));
+        }
         self.states.send_replace(RegistrationState::Deregistered);
     }
 
@@ -341,20 +359,21 @@ impl Task {
             }
             return;
         }
+        // A grant is waited for: one that reaches etcd after the revoke would leave a lease behind.
+        let interruptible = listening && !matches!(command, Command::Grant { .. });
         let sent = Instant::now();
         tokio::select! {
             biased;
-            request = self.inbox.recv(), if listening => self.on_request(request),
+            request = self.inbox.recv(), if interruptible => self.on_request(request),
             () = execute(&self.etcd, &self.entry, &mut self.machine, command, sent) => {}
             () = sleep_until(give_up) => {}
         }
     }
 
     fn on_request(&mut self, request: Option<Request>) {
-        let now = Instant::now();
         match request {
             Some(Request::Pause(answer)) => {
-                self.machine.on_pause(now);
+                self.machine.on_pause();
                 self.waiting.push((Goal::Paused, answer));
             }
             Some(Request::Resume(answer)) => {
@@ -367,16 +386,16 @@ impl Task {
                 self.waiting.push((Goal::Written, answer));
             }
             Some(Request::Deregister(answer)) => {
-                self.deregister(now);
+                self.deregister();
                 self.waiting.push((Goal::Deregistered, answer));
             }
-            None => self.deregister(now),
+            None => self.deregister(),
         }
     }
 
-    fn deregister(&mut self, now: Instant) {
-        self.machine.on_deregister(now);
-        self.give_up = Some(now + self.budget);
+    fn deregister(&mut self) {
+        self.machine.on_deregister();
+        self.give_up = Some(Instant::now() + self.budget);
     }
 
     fn on_news(&mut self, news: News) {
@@ -390,19 +409,20 @@ impl Task {
             }
             News::Lost(error) => {
                 tracing::debug!(%error, "the watch on our own key ended");
-                self.machine.key_watched = false;
+                self.machine.on_watch_lost();
             }
         }
     }
 
     /// Answers the requests whose goal is reached, or out of reach.
     fn answer(&mut self, now: Instant) {
+        self.waiting.retain(|(_, answer)| !answer.is_closed());
         let phase = self.machine.phase(now);
         let written = self.machine.is_written();
         for index in (0..self.waiting.len()).rev() {
             let outcome = match (self.waiting[index].0, phase) {
                 // A resume may have overtaken a pause, and a pause a change of the value.
-                (Goal::Paused, Phase::Paused | Phase::Registered { .. })
+                (Goal::Paused, Phase::Paused | Phase::Registered { .. } | Phase::Superseded(_))
                 | (Goal::Written, Phase::Paused)
                 | (Goal::Deregistered, Phase::Deregistered) => Ok(()),
                 (Goal::Written, Phase::Registered { .. }) if written => Ok(()),
@@ -451,7 +471,15 @@ async fn execute(
         }
         Command::Read { deadline } => {
             let answer = etcd.read_once(&entry.key, deadline).await;
-            machine.on_read(answer.map(|(_, found)| found), Instant::now());
+            let mut current = false;
+            let found = answer.map(|(header, found)| {
+                machine.on_term(header.raft_term);
+                current = found
+                    .as_ref()
+                    .is_some_and(|kv| kv.value == entry.encode(false));
+                found
+            });
+            machine.on_read(found, current, Instant::now());
         }
         Command::Put {
             lease,
@@ -459,11 +487,9 @@ async fn execute(
             leaving,
             deadline,
         } => {
-            let mut advertisement = entry.advertisement.clone();
-            advertisement.leaving = leaving && entry.format.carries_attributes();
             let put = GuardedPut {
                 key: entry.key.clone(),
-                value: entry.format.encode(&advertisement),
+                value: entry.encode(leaving),
                 lease,
                 expected,
             };
@@ -489,6 +515,8 @@ struct KeyWatch {
     /// What the watch was opened with.
     token: Option<Token>,
     not_before: Option<Instant>,
+    /// How often in a row it was refused.
+    refusals: u32,
 }
 
 /// What the watch on our own key has to say.
@@ -507,37 +535,49 @@ impl KeyWatch {
     /// Dropping the future loses no news; a watch that was being opened is opened anew.
     async fn next(&mut self, etcd: &Etcd, key: &Key) -> News {
         let error = match &mut self.open {
-            None => {
-                if let Some(not_before) = self.not_before {
-                    sleep_until(not_before).await;
-                }
-                self.token = etcd.token();
-                match etcd.watch(&Range::key(key), None).await {
-                    Ok(watch) => {
-                        self.open = Some(watch);
-                        return News::Opened;
-                    }
-                    Err(error) => error,
-                }
-            }
+            None => match self.reopen(etcd, key).await {
+                Ok(()) => return News::Opened,
+                Err(error) => error,
+            },
             Some(watch) => match watch.message().await {
                 Ok(message) if message.canceled => watch.cancel_error(&message),
-                Ok(message) => return News::Events(message.events),
+                Ok(message) => {
+                    self.refusals = 0;
+                    return News::Events(message.events);
+                }
                 Err(error) => error,
             },
         };
         etcd.report(&error);
         self.open = None;
-        self.not_before = Some(Instant::now() + REWATCH);
-        if error.kind().is_refusal() {
-            // Calls renew their token by themselves; a watch is told in a message. A failure shows in the next renewal.
-            let _ = etcd.refused(self.token.as_ref()).await;
-        }
+        let refused = error.kind().is_refusal();
+        self.refusals = if refused { self.refusals + 1 } else { 0 };
+        // Once refused, a fresh token may help; then only an operator can.
+        let wait = if self.refusals > 1 { REFUSED } else { REWATCH };
+        let wait = jittered(wait, &mut fastrand::Rng::new());
+        self.not_before = Some(Instant::now() + wait);
         News::Lost(error)
+    }
+
+    async fn reopen(&mut self, etcd: &Etcd, key: &Key) -> Result<(), EtcdError> {
+        if let Some(not_before) = self.not_before {
+            sleep_until(not_before).await;
+        }
+        if self.refusals == 1 {
+            // Calls renew their token by themselves; a watch is told in a message.
+            etcd.refused(self.token.as_ref()).await?;
+        }
+        self.token = etcd.token();
+        self.open = Some(etcd.watch(&Range::key(key), None).await?);
+        Ok(())
     }
 }
 
 /// Between two tries to watch our own key. It is only a short cut: the key is read at each renewal meanwhile.
 const REWATCH: Duration = Duration::from_secs(1);
+/// The same while it is refused.
+const REFUSED: Duration = Duration::from_secs(30);
+/// An answer that is due at a bound may be this late.
+const ANSWER_SLACK: Duration = Duration::from_secs(1);
 /// Far enough away for a timer that is not to fire.
 const NEVER: Duration = Duration::from_secs(24 * 60 * 60);

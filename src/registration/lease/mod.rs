@@ -63,12 +63,16 @@ pub(super) struct Machine {
     term: u64,
     /// Whether the next write takes the key over from whoever holds it: true until the first one.
     claiming: bool,
-    /// Whether the key was there, under our lease, when last heard of.
-    held: bool,
+    /// Where the key was last written under our lease, while it is there.
+    held: Option<Revision>,
     /// Whether the value at hand is newer than the one in etcd.
     dirty: bool,
     /// Whether the owner task watches the key, so that a loss is seen at once.
-    pub(super) key_watched: bool,
+    key_watched: bool,
+    /// Whether etcd was out of reach, for a renewal or for the watch, since the last good renewal.
+    disturbed: bool,
+    /// Whether the value can say that the instance is leaving.
+    says_goodbye: bool,
     /// Nothing but renewals is sent before it.
     not_before: Option<Instant>,
     backoff: Backoff,
@@ -133,7 +137,7 @@ pub(super) enum Phase {
 }
 
 impl Machine {
-    pub(super) fn new(ttl: Duration, mut rng: fastrand::Rng) -> Self {
+    pub(super) fn new(ttl: Duration, says_goodbye: bool, mut rng: fastrand::Rng) -> Self {
         let bound = (ttl / 4).min(RETRY_MAX);
         Self {
             ttl,
@@ -144,9 +148,11 @@ impl Machine {
             granted: Vec::new(),
             term: 0,
             claiming: true,
-            held: false,
+            held: None,
             dirty: true,
             key_watched: false,
+            disturbed: false,
+            says_goodbye,
             not_before: None,
             backoff: Backoff::new(RETRY_FIRST, bound),
             rng,
@@ -165,7 +171,7 @@ impl Machine {
             State::Deregistered => Phase::Deregistered,
             // Verifying, and writing a new value, leave the old one where it is.
             _ => match &self.lease {
-                Some(lease) if self.held && now < lease.expires => Phase::Registered {
+                Some(lease) if self.held.is_some() && now < lease.expires => Phase::Registered {
                     lease: lease.id,
                     expires: lease.expires,
                 },
@@ -226,8 +232,10 @@ impl Machine {
             (State::Registered { .. }, _) => Command::Wait { until: renew_at },
             // The watch on the key says when the other is gone; the slow reads are for a watch that cannot be had.
             (State::Superseded { .. }, _) => match self.not_before {
-                Some(not_before) if not_before <= now => Command::Read { deadline },
-                until => Command::Wait { until },
+                Some(not_before) if not_before > now => Command::Wait {
+                    until: Some(not_before),
+                },
+                _ => Command::Read { deadline },
             },
             (State::Paused | State::Leaving { .. }, _) => Command::Wait { until: None },
             (State::Deregistered, _) => Command::End,
@@ -279,13 +287,16 @@ impl Machine {
         sent: Instant,
         now: Instant,
     ) {
-        let ttl = match answer {
-            Ok(ttl) => ttl,
-            // Our own grant, whose answer was lost; the next renewal says how long it lives.
-            Err(error) if error.kind() == EtcdErrorKind::LeaseExists => self.ttl,
+        let (ttl, renew_at) = match answer {
+            Ok(ttl) => (ttl.min(TTL_MAX), sent + ttl.min(TTL_MAX) / 3),
+            // Our own grant, whose answer was lost: how long it has left only a renewal tells.
+            Err(error) if error.kind() == EtcdErrorKind::LeaseExists => (self.ttl, now),
             Err(error) => return self.failed(error, now),
         };
-        self.succeeded();
+        self.not_before = None;
+        self.last_error = None;
+        // The store may be another one than that of the lease before, and its raft terms have begun anew.
+        self.term = 0;
         self.granted.push(lease);
         if self.granted.len() > GRANTED_KEPT {
             self.granted.remove(0);
@@ -294,20 +305,27 @@ impl Machine {
             id: lease,
             ttl,
             expires: sent + ttl,
-            renew_at: sent + ttl / 3,
+            renew_at,
             failed: 0,
             unverified: 0,
         });
         self.state = State::Reading;
     }
 
-    /// Takes the key as it was read.
-    pub(super) fn on_read(&mut self, answer: Result<Option<KeyValue>, EtcdError>, now: Instant) {
+    /// Takes the key as it was read. `current`: its value is the one at hand.
+    pub(super) fn on_read(
+        &mut self,
+        answer: Result<Option<KeyValue>, EtcdError>,
+        current: bool,
+        now: Instant,
+    ) {
         let found = match answer {
             Ok(found) => found,
             Err(error) => return self.failed(error, now),
         };
-        self.succeeded();
+        // Not the backoff: a read that works before a put that fails would make a loop of them.
+        self.not_before = None;
+        self.dirty &= !current;
         if let Some(lease) = &mut self.lease {
             lease.unverified = 0;
         }
@@ -322,10 +340,11 @@ impl Machine {
     }
 
     fn on_own_read(&mut self, found: Option<KeyValue>, now: Instant) {
-        let Some(lease) = &self.lease else {
+        let Some(lease) = self.lease else {
             return self.register();
         };
-        self.held = found.as_ref().is_some_and(|kv| kv.lease == lease.id);
+        let ours = found.as_ref().filter(|kv| kv.lease == lease.id);
+        self.held = ours.map(|kv| kv.mod_revision);
         match found {
             None => {
                 self.state = State::Putting {
@@ -334,6 +353,7 @@ impl Machine {
             }
             Some(kv) if kv.lease == lease.id && !self.dirty => {
                 self.claiming = false;
+                self.succeeded();
                 self.state = State::Registered {
                     mod_revision: kv.mod_revision,
                 };
@@ -366,7 +386,7 @@ impl Machine {
             Ok(Some(mod_revision)) => {
                 self.succeeded();
                 self.claiming = false;
-                self.held = true;
+                self.held = Some(mod_revision);
                 self.dirty = false;
                 self.state = State::Registered { mod_revision };
             }
@@ -402,10 +422,12 @@ impl Machine {
             Ok(KeepAlive { header, ttl }) => {
                 self.term = header.map_or(term, |header| header.raft_term.max(term));
                 let outage = lease.failed > 0;
+                let ttl = ttl.min(TTL_MAX);
                 lease.ttl = ttl;
                 lease.expires = sent + ttl;
                 lease.renew_at = sent + ttl / 3;
                 lease.failed = 0;
+                self.disturbed = false;
                 lease.unverified += 1;
                 let overdue = lease.unverified >= if self.key_watched { VERIFY_EVERY } else { 1 };
                 if matches!(self.state, State::Registered { .. }) {
@@ -428,12 +450,14 @@ impl Machine {
 
     fn renewal_failed(&mut self, needs_operator: bool, now: Instant) {
         self.failures += 1;
+        self.disturbed = true;
         let Some(lease) = &mut self.lease else {
             return;
         };
         lease.failed += 1;
-        let wait = if needs_operator {
-            jittered(lease.ttl.min(OPERATOR_WAIT), &mut self.rng)
+        // While the lease lives it is tried at the usual pace, whatever the answer: what an operator sets right in time has cost nothing.
+        let wait = if needs_operator && lease.expires <= now {
+            jittered(OPERATOR_WAIT, &mut self.rng)
         } else if lease.failed == 1 {
             // The first time at once, and on another member if there is one: it may be this one's trouble alone.
             Duration::ZERO
@@ -445,18 +469,16 @@ impl Machine {
 
     /// The lease is gone for good, and with it the key.
     fn lease_lost(&mut self, error: EtcdError, now: Instant) {
-        let expired = self
-            .lease
-            .is_some_and(|lease| lease.failed > 0 && lease.expires <= now);
         self.lease = None;
-        self.held = false;
+        self.held = None;
         self.state = State::Granting {
             lease: LeaseId::random(&mut self.rng),
         };
         self.failures += 1;
         self.last_error = Some(error);
         // After an outage the whole fleet is here at once; a lease that was revoked by hand is one server's matter.
-        self.not_before = expired.then(|| now + self.ttl.mul_f64(self.rng.f64() / 3.0));
+        let spread = self.ttl.mul_f64(self.rng.f64() / 3.0);
+        self.not_before = self.disturbed.then(|| now + spread);
     }
 
     /// Takes the answer to a revoke.
@@ -472,7 +494,7 @@ impl Machine {
 
     fn left(&mut self, next: After) {
         self.lease = None;
-        self.held = false;
+        self.held = None;
         self.last_error = None;
         self.state = match next {
             After::Pause => State::Paused,
@@ -485,14 +507,19 @@ impl Machine {
         match (self.state, event) {
             (State::Registered { mod_revision }, event) if event.mod_revision() > mod_revision => {
                 match event {
-                    Event::Put(kv) if self.granted.contains(&kv.lease) => {
+                    Event::Put(kv) if self.lease.is_some_and(|lease| lease.id == kv.lease) => {
+                        self.held = Some(kv.mod_revision);
                         self.state = State::Registered {
                             mod_revision: kv.mod_revision,
                         };
                     }
+                    // A put of ours from before the last loss, late.
+                    Event::Put(kv) if self.granted.contains(&kv.lease) => {
+                        self.state = State::Reading;
+                    }
                     Event::Put(kv) => self.supersede(kv.lease, now),
                     Event::Delete { .. } => {
-                        self.held = false;
+                        self.held = None;
                         self.state = State::Reading;
                     }
                 }
@@ -515,11 +542,22 @@ impl Machine {
         }
     }
 
+    /// The watch on the key has ended.
+    pub(super) fn on_watch_lost(&mut self) {
+        self.key_watched = false;
+        self.disturbed = true;
+    }
+
+    /// A linearizable answer was given in this raft term.
+    pub(super) fn on_term(&mut self, term: u64) {
+        self.term = self.term.max(term);
+    }
+
     fn supersede(&mut self, lease: LeaseId, now: Instant) {
         // The lease has nothing left to hold: it runs out by itself, or holds what `register` claims in time.
         self.state = State::Superseded { lease };
         self.lease = None;
-        self.held = false;
+        self.held = None;
         self.not_before = Some(now + jittered(SUPERSEDED_READ, &mut self.rng));
     }
 
@@ -540,8 +578,8 @@ impl Machine {
     }
 
     /// The key is to go, and to come back with [`on_resume`](Self::on_resume).
-    pub(super) fn on_pause(&mut self, now: Instant) {
-        self.take_away(After::Pause, now);
+    pub(super) fn on_pause(&mut self) {
+        self.take_away(After::Pause);
     }
 
     /// The key is to come back.
@@ -556,37 +594,25 @@ impl Machine {
         ) {
             // The revoke may be under way: the lease it takes is no lease to go on with.
             self.lease = None;
-            self.held = false;
+            self.held = None;
             self.register();
         }
     }
 
     /// The key is to go for good.
-    pub(super) fn on_deregister(&mut self, now: Instant) {
-        self.take_away(After::Deregister, now);
+    pub(super) fn on_deregister(&mut self) {
+        self.take_away(After::Deregister);
     }
 
-    fn take_away(&mut self, next: After, now: Instant) {
+    fn take_away(&mut self, next: After) {
         let mod_revision = match self.state {
             State::Deregistered => return,
-            State::Registered { mod_revision } => Some(mod_revision),
             State::Leaving { mod_revision, .. } => mod_revision,
-            _ => None,
+            _ => self.held.filter(|_| self.says_goodbye),
         };
-        // A grant under way may have reached etcd: then its lease is to be revoked as well.
-        if let State::Granting { lease } = self.state {
-            let unknown = Lease {
-                id: lease,
-                ttl: self.ttl,
-                expires: now,
-                renew_at: now,
-                failed: 0,
-                unverified: 0,
-            };
-            self.lease.get_or_insert(unknown);
-        }
         self.not_before = None;
         self.state = State::Leaving { mod_revision, next };
+        // Without a lease there is no key. A grant whose answer was lost leaves a lease that nothing hangs on.
         if self.lease.is_none() {
             self.left(next);
         }
@@ -622,6 +648,8 @@ const RETRY_MAX: Duration = Duration::from_secs(3);
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 /// A healthy member answers in milliseconds.
 const DEADLINE_MAX: Duration = Duration::from_secs(2);
+/// No lease of ours is asked to live longer; a server that says otherwise is not believed.
+const TTL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// Between tries where credentials or permissions are refused.
 const OPERATOR_WAIT: Duration = Duration::from_secs(30);
 /// A third of the TTL each: the key is read once per TTL while it is watched, and at each renewal while it is not.

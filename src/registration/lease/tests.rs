@@ -125,7 +125,7 @@ impl Player {
         let mut rng = fastrand::Rng::with_seed(seed);
         Self {
             store: Store::new(),
-            machine: Machine::new(TTL, rng.fork()),
+            machine: Machine::new(TTL, true, rng.fork()),
             now: Instant::now(),
             rng,
             seen: 0,
@@ -156,7 +156,8 @@ impl Player {
             }
             Command::Read { .. } => {
                 let found = self.store.key.clone();
-                self.machine.on_read(delivered(fate, found), self.now);
+                self.machine
+                    .on_read(delivered(fate, found), false, self.now);
             }
             Command::Put {
                 lease,
@@ -264,16 +265,17 @@ proptest! {
                     player.store.leases.clear();
                     player.store.key = None;
                     player.store.revision = 1;
+                    player.store.term = 2;
                     player.store.events.clear();
                     player.seen = 0;
-                    player.machine.key_watched = false;
+                    player.machine.on_watch_lost();
                     player.machine.on_watch_opened();
                 }
                 10..12 => player.store.term += 1,
                 12..16 => player.machine.on_new_value(),
                 16..40 => player.deliver(),
                 40..44 => {
-                    player.machine.on_pause(player.now);
+                    player.machine.on_pause();
                     player.machine.on_resume();
                 }
                 _ => {}
@@ -330,7 +332,7 @@ proptest! {
             let fate = if player.rng.bool() { Fate::AnswerLost } else { Fate::Good };
             player.step(fate);
         }
-        player.machine.on_deregister(player.now);
+        player.machine.on_deregister();
         for _ in 0..10 {
             let fate = if player.rng.u8(..) < 60 { Fate::Lost } else { Fate::Good };
             player.step(fate);
@@ -497,7 +499,7 @@ fn a_full_store_and_a_lost_leader_are_passing_errors() {
 #[test]
 fn a_pause_says_goodbye_and_a_resume_comes_back_under_a_new_lease() {
     let mut player = Player::registered(7);
-    player.machine.on_pause(player.now);
+    player.machine.on_pause();
     assert!(matches!(
         player.step(Fate::Good),
         Command::Put { leaving: true, .. }
@@ -511,4 +513,107 @@ fn a_pause_says_goodbye_and_a_resume_comes_back_under_a_new_lease() {
     );
     player.machine.on_resume();
     assert!(player.settle() <= Duration::from_millis(50));
+}
+
+#[test]
+fn what_happened_while_the_key_was_not_watched_is_found_by_a_read() {
+    let mut player = Player::registered(8);
+    let other = LeaseId::new(42);
+    player.store.leases.push((other, player.now + TTL * 1_000));
+    player.store.put(other);
+    player.deliver();
+    assert_eq!(player.machine.phase(player.now), Phase::Superseded(other));
+    player.machine.on_watch_lost();
+    player.store.leases.clear();
+    player.store.expire(player.now);
+    // The event is missed: the watch that is opened now shows what comes after it.
+    player.seen = player.store.events.len();
+    player.machine.on_watch_opened();
+    assert!(player.settle() <= Duration::from_millis(50));
+}
+
+#[test]
+fn a_key_that_another_has_is_read_now_and_then_even_if_it_cannot_be_watched() {
+    let mut player = Player::registered(9);
+    player.store.put(LeaseId::NONE);
+    player.deliver();
+    player.machine.on_watch_lost();
+    player.store.key = None;
+    player.store.revision += 1;
+    assert!(player.settle() <= SUPERSEDED_READ + Duration::from_secs(1));
+}
+
+#[test]
+fn the_raft_terms_of_a_store_that_was_wiped_begin_anew() {
+    let mut player = Player::registered(10);
+    player.store.term = 9;
+    while player.machine.term != 9 {
+        player.step(Fate::Good);
+    }
+    player.store.term = 2;
+    player.store.leases.clear();
+    player.store.key = None;
+    let expires = {
+        player.settle();
+        player.machine.expires()
+    };
+    for _ in 0..10 {
+        player.step(Fate::Good);
+    }
+    assert!(player.machine.expires() > expires, "renewals count");
+    assert!(player.is_registered());
+}
+
+#[test]
+fn a_renewal_that_is_refused_is_tried_again_while_the_lease_lives() {
+    let mut player = Player::registered(11);
+    let start = player.now;
+    let mut tries = 0;
+    while player.now < start + TTL / 2 {
+        match player.machine.command(player.now) {
+            Command::Renew { .. } => {
+                tries += 1;
+                let refused = Err(error(EtcdErrorKind::PermissionDenied));
+                player.machine.on_renewed(refused, player.now, player.now);
+            }
+            Command::Wait { until: Some(until) } => player.now = until,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(tries >= 3, "{tries} tries");
+    assert!(
+        player.settle() <= TTL / 4,
+        "what is set right in time has cost nothing"
+    );
+    assert_eq!(player.store.owners.len(), 1, "the key was never lost");
+}
+
+#[test]
+fn a_put_whose_answer_was_lost_is_not_repeated() {
+    let mut player = Player::new(12);
+    player.step(Fate::Good);
+    player.step(Fate::Good);
+    assert!(matches!(player.step(Fate::AnswerLost), Command::Put { .. }));
+    let found = player.store.key.clone();
+    player.machine.on_read(Ok(found), true, player.now);
+    assert!(player.is_registered() && player.machine.is_written());
+}
+
+#[test]
+fn a_full_store_is_not_tried_again_and_again_without_a_growing_wait() {
+    let mut player = Player::registered(13);
+    player.machine.on_new_value();
+    let start = player.now;
+    let mut puts = 0;
+    while player.now < start + TTL {
+        if let Command::Put { .. } = player.machine.command(player.now) {
+            puts += 1;
+            player
+                .machine
+                .on_put(false, Err(error(EtcdErrorKind::NoSpace)), player.now);
+        } else {
+            player.step(Fate::Good);
+        }
+    }
+    assert!((3..15).contains(&puts), "{puts} puts");
 }
