@@ -4,13 +4,12 @@
 //! Consumers get the newest state and never a queue: each [`Resolver`] remembers which addresses have changed since it was last asked,
 //! so a slow one sees fewer steps, and can neither lose one nor hold anybody up.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
-use indexmap::IndexSet;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
@@ -92,8 +91,25 @@ struct Shared {
 /// What one consumer has yet to be told. It is a set: however many changes an address sees, it is told once, of the newest.
 #[derive(Debug)]
 struct View {
-    pending: IndexSet<Address>,
+    pending: VecDeque<Address>,
+    /// What is in `pending`.
+    queued: HashSet<Address>,
     waker: Option<Waker>,
+}
+
+impl View {
+    fn tell(&mut self, address: &Address) {
+        if self.queued.insert(address.clone()) {
+            self.pending.push_back(address.clone());
+        }
+    }
+
+    /// First come, first told: an address that changes all the time holds up no other.
+    fn next(&mut self) -> Option<Address> {
+        let address = self.pending.pop_front()?;
+        self.queued.remove(&address);
+        Some(address)
+    }
 }
 
 /// Ends the tasks when the last view goes.
@@ -231,7 +247,7 @@ impl Stream for Resolver {
         let Some(Some(view)) = views.get_mut(this.view) else {
             return Poll::Pending;
         };
-        while let Some(address) = view.pending.pop() {
+        while let Some(address) = view.next() {
             if let Some(instance) = snapshot.get(&address) {
                 this.announced.insert(address.clone());
                 return Poll::Ready(Some(Ok(Change::Insert(address, instance.clone()))));
@@ -254,9 +270,11 @@ impl Core {
 
     fn open_view(&self) -> usize {
         let mut shared = self.lock();
-        let pending = shared.snapshot.addresses().cloned().collect();
+        let pending: VecDeque<_> = shared.snapshot.addresses().cloned().collect();
+        let queued = pending.iter().cloned().collect();
         let view = Some(View {
             pending,
+            queued,
             waker: None,
         });
         if let Some(free) = shared.views.iter().position(Option::is_none) {
@@ -280,7 +298,9 @@ impl Core {
         let mut wakers = Vec::new();
         if !applied.changed.is_empty() {
             for view in shared.views.iter_mut().flatten() {
-                view.pending.extend(applied.changed.iter().cloned());
+                for address in &applied.changed {
+                    view.tell(address);
+                }
                 wakers.extend(view.waker.take());
             }
         }
@@ -289,17 +309,20 @@ impl Core {
         if let Some(report) = shared.reports.get_mut(index) {
             report.clone_from(&machine.report);
         }
+        drop(shared);
         self.status.send_if_modified(|status| {
+            // Locked inside the status and never around it: who looks at a status may ask for the instances meanwhile.
+            let shared = self.lock();
             let next = ResolverStatus::of(&shared.reports, shared.rejected, Some(status));
-            let moved = next.state != status.state;
-            if moved {
-                tracing::info!(state = ?next.state, instances, revision = %next.revision, error = next.last_error.as_ref().map(tracing::field::display), "resolver state changed");
+            drop(shared);
+            if next.state != status.state {
+                let error = next.last_error.as_ref().map(tracing::field::display);
+                tracing::info!(state = ?next.state, instances, revision = %next.revision, error, "resolver state changed");
             }
-            let modified = moved || next.rejected_values != status.rejected_values || next.revision != status.revision || next.lists != status.lists || next.watches != status.watches;
+            let modified = !next.says_the_same(status);
             *status = next;
             modified
         });
-        drop(shared);
         for waker in wakers {
             waker.wake();
         }
@@ -333,17 +356,17 @@ async fn run(etcd: Etcd, mut machine: Machine, core: Arc<Core>, index: usize) {
             }
             Command::Receive => receive(&etcd, &mut machine, &mut watch).await,
             Command::Check(key) => {
-                let answer = etcd.read(&key).await;
-                let answer = answer.map(|(header, kv)| (header, kv.map(|kv| kv.version())));
+                let answer = etcd.version(&key).await;
                 machine.on_checked(answer, Instant::now())
             }
             Command::RenewToken(wait) => {
                 watch = None;
                 tokio::time::sleep(wait).await;
-                if let Err(error) = etcd.refused(token.as_ref()).await {
+                let renewed = etcd.refused(token.as_ref()).await;
+                if let Err(error) = &renewed {
                     tracing::debug!(%error, "no fresh token");
                 }
-                machine.on_wake()
+                machine.on_token(renewed.is_ok())
             }
             Command::Wait(wait) => {
                 watch = None;
@@ -402,6 +425,23 @@ pub enum ResolverState {
 }
 
 impl ResolverStatus {
+    fn says_the_same(&self, other: &Self) -> bool {
+        let same_error = match (&self.last_error, &other.last_error) {
+            (Some(a), Some(b)) => a.is(b),
+            (a, b) => a.is_none() && b.is_none(),
+        };
+        let told = |status: &Self| {
+            (
+                status.state,
+                status.revision,
+                status.rejected_values,
+                status.lists,
+                status.watches,
+            )
+        };
+        same_error && told(self) == told(other)
+    }
+
     fn of(reports: &[Report], rejected_values: u64, before: Option<&Self>) -> Self {
         let last_error = reports.iter().find_map(|report| report.trouble.clone());
         let state = if !reports.iter().all(|report| report.listed) {

@@ -45,7 +45,7 @@ pub(super) enum Command {
     Receive,
     /// Read a key linearizably, keeping the watch; answer with [`Machine::on_checked`].
     Check(Key),
-    /// Fetch a fresh token, then as for `Wait`.
+    /// Drop the watch, wait, and fetch a fresh token; answer with [`Machine::on_token`].
     RenewToken(Duration),
     /// Drop the watch and wait; answer with [`Machine::on_wake`].
     Wait(Duration),
@@ -66,8 +66,10 @@ pub(super) struct Machine {
     rng: fastrand::Rng,
     /// Whether the last watch was refused.
     refused: bool,
-    /// The number of keys asked for at once.
+    /// The number of keys asked for at once: halved when an answer is too large, and grown again.
     page_limit: i64,
+    /// What it may grow to: halved when an answer takes too long.
+    page_cap: i64,
     pub(super) report: Report,
 }
 
@@ -114,6 +116,10 @@ struct Listing {
     naming: bool,
     /// The key written last among those of the first page.
     check: Option<KeyVersion>,
+    /// Keys that are there with a value that cannot be read.
+    oversized: Vec<KeyVersion>,
+    /// An event was too large to be received: the watch begins after the list's revision, or it would come again.
+    skipping: bool,
     /// The list before this one did not stand up to the check. This one is not checked again: where keys change all the time, a
     /// check would find them changed after every list.
     distrusted: bool,
@@ -143,6 +149,7 @@ impl Machine {
             rng,
             refused: false,
             page_limit: PAGE_LIMIT,
+            page_cap: PAGE_LIMIT,
             report: Report::default(),
         }
     }
@@ -154,6 +161,13 @@ impl Machine {
     /// The changes since the last call, in order.
     pub(super) fn take_update(&mut self) -> Vec<Event> {
         std::mem::take(&mut self.update)
+    }
+
+    /// Takes the outcome of [`Command::RenewToken`].
+    pub(super) fn on_token(&mut self, renewed: bool) -> Command {
+        // Without a fresh token the last refusal said nothing of it.
+        self.refused = renewed;
+        self.on_wake()
     }
 
     /// The first command, and the one after a wait.
@@ -185,27 +199,36 @@ impl Machine {
         };
         match answer {
             Ok(page) => {
-                self.page_limit = (self.page_limit * 2).min(PAGE_LIMIT);
+                self.page_limit = (self.page_limit * 2).min(self.page_cap);
                 let header = *listing.header.get_or_insert(page.header);
                 let more = page.more && !page.kvs.is_empty();
                 listing.next = page.kvs.last().map(|kv| kv.key.successor());
-                if listing.check.is_none() {
-                    let newest = page.kvs.iter().max_by_key(|kv| kv.mod_revision);
-                    listing.check = newest.map(KeyValue::version);
-                }
                 if std::mem::take(&mut listing.naming) {
-                    self.report.oversized += page.kvs.len() as u64;
+                    listing
+                        .oversized
+                        .extend(page.kvs.iter().map(KeyValue::version));
                 } else {
+                    if listing.kvs.is_empty() {
+                        let newest = page.kvs.iter().max_by_key(|kv| kv.mod_revision);
+                        listing.check = newest.map(KeyValue::version);
+                    }
                     listing.kvs.extend(page.kvs);
                 }
                 if more {
                     return self.on_wake();
                 }
-                let kvs = std::mem::take(&mut listing.kvs);
+                let listing = std::mem::take(listing);
                 // One of the first page: a store that is wiped between two pages has another last one.
-                let check = listing.check.take().filter(|_| !listing.distrusted);
-                self.complete(header, kvs);
-                self.watch(header.revision, check.map(|check| check.key))
+                let check = listing.check.filter(|_| !listing.distrusted);
+                self.complete(header, listing.kvs, listing.oversized);
+                self.page_cap = PAGE_LIMIT;
+                let command = self.watch(header.revision, check.map(|check| check.key));
+                match command {
+                    Command::Watch(revision) if listing.skipping => {
+                        Command::Watch(Revision::new(revision.get() + 1))
+                    }
+                    command => command,
+                }
             }
             Err(error) => self.on_list_failed(error),
         }
@@ -228,6 +251,7 @@ impl Machine {
                 *listing = Listing {
                     compacted: listing.compacted + 1,
                     distrusted: listing.distrusted,
+                    skipping: listing.skipping,
                     ..Listing::default()
                 };
                 let wait = self.backoff.next(&mut self.rng);
@@ -237,8 +261,14 @@ impl Machine {
                 // The pages at hand may be those of a store that is gone when the next one is asked for.
                 *listing = Listing {
                     distrusted: listing.distrusted,
+                    skipping: listing.skipping,
                     ..Listing::default()
                 };
+                if error.kind() == EtcdErrorKind::DeadlineExceeded {
+                    // Over a slow link, a page of large values takes longer than a call may.
+                    self.page_cap = (self.page_cap / 2).max(PAGE_CAP_MIN);
+                    self.page_limit = self.page_limit.min(self.page_cap);
+                }
                 self.wait(error)
             }
         }
@@ -264,7 +294,7 @@ impl Machine {
     }
 
     /// Takes a whole list over: what is in it is put, what is not is deleted.
-    fn complete(&mut self, header: Header, kvs: Vec<KeyValue>) {
+    fn complete(&mut self, header: Header, kvs: Vec<KeyValue>, oversized: Vec<KeyVersion>) {
         // Not the maximum: after a wipe the store's history begins anew, and with it what can be held against it.
         self.seen = header;
         self.report.listed = true;
@@ -281,6 +311,26 @@ impl Machine {
                 },
             );
             self.update.push(Event::Put(kv));
+        }
+        for KeyVersion {
+            key,
+            mod_revision,
+            lease,
+        } in oversized
+        {
+            // Its last good value, if there was one, stays.
+            let before = gone.remove(&key);
+            if before.is_none_or(|before| before.mod_revision != mod_revision) {
+                tracing::warn!(%key, revision = %mod_revision, "skipped a value that is too large to be received");
+                self.report.oversized += 1;
+            }
+            self.keys.insert(
+                key,
+                KeyState {
+                    mod_revision,
+                    lease,
+                },
+            );
         }
         let deleted = gone.into_keys().map(|key| Event::Delete {
             key,
@@ -409,11 +459,18 @@ impl Machine {
         }
         let revision = watching.revision;
         self.state = State::Resuming { revision };
-        if matches!(
-            error.kind(),
-            EtcdErrorKind::Compacted | EtcdErrorKind::FutureRevision
-        ) {
-            self.state = State::Listing(Listing::default());
+        match error.kind() {
+            EtcdErrorKind::Compacted | EtcdErrorKind::FutureRevision => {
+                self.state = State::Listing(Listing::default());
+            }
+            EtcdErrorKind::ResponseTooLarge => {
+                let listing = Listing {
+                    skipping: true,
+                    ..Listing::default()
+                };
+                self.state = State::Listing(listing);
+            }
+            _ => {}
         }
         // Calls renew a refused token by themselves. A watch is refused in a message, and by older servers with the words of a missing
         // permission; the second time it is meant.
@@ -477,6 +534,8 @@ impl Machine {
 
 /// Keys per page: 500 values of the usual 150 bytes are 75 KiB, and a page halves itself where values are large.
 const PAGE_LIMIT: i64 = 500;
+/// Small enough for any link that carries a call's answer at all.
+const PAGE_CAP_MIN: i64 = 10;
 /// Lists that compaction overtook before pages are no longer pinned to one revision.
 const UNPINNED_AFTER: u32 = 3;
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);

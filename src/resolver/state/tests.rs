@@ -259,7 +259,10 @@ impl Player {
                     "waits have a floor, or a failure becomes a loop"
                 );
                 self.now += *wait;
-                machine.on_wake()
+                match self.command {
+                    Command::RenewToken(_) => machine.on_token(!fault),
+                    _ => machine.on_wake(),
+                }
             }
         };
         let before = self.snapshot.len();
@@ -696,4 +699,95 @@ fn refusals_renew_the_token_once_and_are_then_retried_slowly() {
         matches!(second, Command::Wait(wait) if wait >= OPERATOR_WAIT / 2),
         "{second:?}"
     );
+}
+
+#[test]
+fn a_token_that_could_not_be_renewed_is_no_reason_to_wait_for_an_operator() {
+    let mut player = populated(11);
+    player
+        .machine
+        .on_watch_ended(error(EtcdErrorKind::InvalidToken), player.now);
+    assert!(matches!(player.machine.on_token(false), Command::Watch(_)));
+    let next = player
+        .machine
+        .on_watch_ended(error(EtcdErrorKind::InvalidToken), player.now);
+    assert!(matches!(next, Command::RenewToken(_)), "{next:?}");
+}
+
+#[test]
+fn an_event_that_is_too_large_is_listed_and_skipped() {
+    let mut player = populated(12);
+    let revision = player.machine.report.revision.get();
+    player
+        .machine
+        .on_watch_ended(error(EtcdErrorKind::ResponseTooLarge), player.now);
+    let Command::List(_) = player.machine.on_wake() else {
+        panic!("a list")
+    };
+    let header = Header {
+        cluster_id: 7,
+        revision: Revision::new(revision + 1),
+        raft_term: 2,
+    };
+    let page = Page {
+        header,
+        ..Page::default()
+    };
+    let next = player.machine.on_page(Ok(page));
+    assert_eq!(
+        next,
+        Command::Watch(Revision::new(revision + 2)),
+        "at the revision itself it would come again"
+    );
+}
+
+#[test]
+fn a_key_whose_new_value_is_too_large_keeps_its_last_good_one() {
+    let mut machine = Machine::new(Range::prefix(PREFIX), fastrand::Rng::with_seed(13));
+    let Event::Put(kv) = put("a", 2) else {
+        panic!("a put")
+    };
+    let header = Header {
+        cluster_id: 7,
+        revision: Revision::new(5),
+        raft_term: 2,
+    };
+    let page = |kv: &KeyValue| Page {
+        header,
+        kvs: vec![kv.clone()],
+        more: false,
+    };
+    machine.on_wake();
+    machine.on_page(Ok(page(&kv)));
+    assert_eq!(machine.take_update().len(), 1);
+    machine.on_watch_ended(error(EtcdErrorKind::Compacted), Instant::now());
+    for _ in 0..2 {
+        machine.on_wake();
+        let mut next = machine.on_page(Err(error(EtcdErrorKind::ResponseTooLarge)));
+        while !matches!(&next, Command::List(request) if request.keys_only) {
+            next = machine.on_page(Err(error(EtcdErrorKind::ResponseTooLarge)));
+        }
+        let larger = KeyValue {
+            mod_revision: Revision::new(4),
+            ..kv.clone()
+        };
+        machine.on_page(Ok(page(&larger)));
+        assert!(machine.take_update().is_empty(), "nothing is deleted");
+        assert_eq!(machine.report.oversized, 1, "it is counted once");
+        machine.on_watch_ended(error(EtcdErrorKind::Compacted), Instant::now());
+    }
+}
+
+#[test]
+fn pages_that_take_too_long_become_smaller() {
+    let mut machine = Machine::new(Range::prefix(PREFIX), fastrand::Rng::with_seed(14));
+    let mut command = machine.on_wake();
+    for _ in 0..10 {
+        machine.on_page(Err(error(EtcdErrorKind::DeadlineExceeded)));
+        command = machine.on_wake();
+    }
+    let Command::List(request) = command else {
+        panic!("{command:?}")
+    };
+    assert_eq!(request.limit, PAGE_CAP_MIN);
 }
