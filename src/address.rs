@@ -156,6 +156,10 @@ pub struct AddressError {
 }
 
 impl AddressError {
+    pub(crate) fn reason(&self) -> &'static str {
+        self.reason
+    }
+
     pub(crate) fn new(address: &str, reason: &'static str) -> Self {
         // A hostile value may be 64 KiB long; the head of it is enough to find it.
         let end = address

@@ -43,6 +43,11 @@ impl EtcdError {
         self.0.kind
     }
 
+    /// Whether it is the same failure, and not only one like it.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     /// The member that was asked.
     #[must_use]
     pub fn endpoint(&self) -> &str {

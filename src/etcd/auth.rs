@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use http::HeaderValue;
+use tokio::time::Instant;
 use tonic::body::Body;
 use tonic::transport;
 use tower::Service;
@@ -20,8 +21,9 @@ use crate::error::{EtcdError, EtcdErrorKind};
 pub(super) struct Auth {
     credentials: Option<Credentials>,
     token: Arc<ArcSwapOption<HeaderValue>>,
-    /// Held while a token is fetched: etcd spends 50-130 ms of bcrypt on each, so a fleet of tasks must ask once.
-    refreshing: tokio::sync::Mutex<()>,
+    /// Held while a token is fetched: etcd spends 50-130 ms of bcrypt on each, so a fleet of tasks must ask once. In it, when a client
+    /// that the user made has last fetched one.
+    refreshing: tokio::sync::Mutex<Option<Instant>>,
 }
 
 /// A token as it stands in a header. Which allocation it is tells one token from the next.
@@ -103,7 +105,28 @@ impl Auth {
             Err(error) => Err(error),
         }
     }
+
+    /// Makes a client that the user made exchange its credentials, if it has any, for a new token. It renews a token that has expired by
+    /// itself, but not one that a change of the store's users has made invalid.
+    pub(super) async fn refresh_client(
+        &self,
+        client: &etcd_client::Client,
+        endpoint: &str,
+    ) -> Result<bool, EtcdError> {
+        let mut refreshed = self.refreshing.lock().await;
+        let now = Instant::now();
+        // Its token cannot be seen: whoever waited for somebody else's renewal has got it.
+        if refreshed.is_some_and(|at| now.saturating_duration_since(at) < JUST_NOW) {
+            return Ok(true);
+        }
+        let outcome = client.refresh_token().await;
+        outcome.map_err(|source| error::of_client("authenticate", endpoint, source))?;
+        *refreshed = Some(Instant::now());
+        Ok(true)
+    }
 }
+
+const JUST_NOW: Duration = Duration::from_secs(1);
 
 impl std::fmt::Debug for Auth {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

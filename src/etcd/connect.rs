@@ -7,6 +7,8 @@ use tokio::net::TcpStream;
 use tonic::transport;
 
 use super::auth::{Auth, Credentials};
+#[cfg(feature = "tls")]
+use super::endpoint::CONNECT_TIMEOUT;
 use super::{DEADLINE, Etcd, MemberEndpoint};
 use crate::error::{ConnectError, Endpoints, EtcdError, EtcdErrorKind};
 use crate::keyspace::Key;
@@ -58,7 +60,9 @@ fn secured(
     endpoint: transport::Endpoint,
     tls: Option<Tls>,
 ) -> Result<transport::Endpoint, transport::Error> {
-    endpoint.tls_config(tls.unwrap_or_else(|| Tls::new().with_enabled_roots()))
+    let tls = tls.unwrap_or_else(|| Tls::new().with_enabled_roots());
+    // tonic's connect timeout ends with TCP.
+    endpoint.tls_config(tls.timeout(CONNECT_TIMEOUT))
 }
 
 #[cfg(not(feature = "tls"))]

@@ -88,7 +88,7 @@ impl MemberEndpoint {
 }
 
 /// Within a call's deadline of 2 s, so that a member whose packets are dropped is told from one that is slow.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
 /// HTTP/2 pings go out only while a stream is open: etcd closes connections that ping while idle, and watches that ping more often
 /// than every 5 s (measured on 3.4.23 and 3.5.30).

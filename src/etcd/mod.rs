@@ -15,8 +15,10 @@ use etcd_client::{
 use tower::util::BoxCloneSyncService;
 
 use crate::error::{EtcdError, EtcdErrorKind};
+use crate::format::MAX_VALUE;
 use crate::keyspace::{
-    GuardedPut, Header, KeepAlive, Key, KeyValue, LeaseId, ListRequest, Page, Range, Revision,
+    GuardedPut, Header, KeepAlive, Key, KeyValue, KeyVersion, LeaseId, ListRequest, Page, Range,
+    Revision,
 };
 
 mod auth;
@@ -125,7 +127,7 @@ impl Etcd {
         let mut tries = 1;
         loop {
             match self.attempt(operation, DEADLINE, &request).await {
-                Err(error) if error.kind().is_transient() && tries < TRIES => {
+                Err(error) if self.may_succeed(&error) && tries < TRIES => {
                     tracing::debug!(%error, tries, "etcd call failed, trying again");
                     let step = match error.kind() {
                         EtcdErrorKind::NoLeader => ELECTION_STEP,
@@ -158,22 +160,37 @@ impl Etcd {
     {
         let (index, member) = self.member(operation)?;
         let token = self.0.auth.token();
-        let outcome = match bounded(operation, deadline, member, request(member.clone())).await {
-            Err(error)
-                if error.kind().is_refusal()
-                    && self.renew_token(member, token.as_ref(), deadline).await? =>
-            {
-                tracing::debug!(%error, "etcd refused the token, trying again with a fresh one");
-                bounded(operation, deadline, member, request(member.clone())).await
-            }
-            outcome => outcome,
-        };
+        let mut outcome = bounded(operation, deadline, member, request(member.clone())).await;
         if let Err(error) = &outcome
-            && error.kind().is_transient()
+            && error.kind().is_refusal()
         {
-            self.move_on(index);
+            match self.renew_token(member, token.as_ref(), deadline).await {
+                Ok(true) => {
+                    tracing::debug!(%error, "etcd refused the token, trying again with a fresh one");
+                    outcome = bounded(operation, deadline, member, request(member.clone())).await;
+                }
+                Ok(false) => {}
+                Err(error) => outcome = Err(error),
+            }
+        }
+        if let Err(error) = &outcome {
+            self.report_at(index, error);
         }
         outcome
+    }
+
+    /// Whether the same request may succeed later, or at another member.
+    fn may_succeed(&self, error: &EtcdError) -> bool {
+        // One wrong endpoint among good ones must not be the end.
+        let elsewhere = error.kind() == EtcdErrorKind::Unimplemented && self.members() > 1;
+        error.kind().is_transient() || elsewhere
+    }
+
+    fn report_at(&self, index: usize, error: &EtcdError) {
+        // A full store is full at every member.
+        if self.may_succeed(error) && error.kind() != EtcdErrorKind::NoSpace {
+            self.move_on(index);
+        }
     }
 
     fn member(&self, operation: &'static str) -> Result<(usize, &Member), EtcdError> {
@@ -209,15 +226,25 @@ impl Etcd {
         refused: Option<&Token>,
         deadline: Duration,
     ) -> Result<bool, EtcdError> {
-        match &member.service {
-            Some(service) => {
-                self.0
-                    .auth
-                    .refresh(refused, service, &member.endpoint, deadline.max(DEADLINE))
-                    .await
+        let deadline = deadline.max(DEADLINE);
+        let renewal = async {
+            match &member.service {
+                Some(service) => {
+                    self.0
+                        .auth
+                        .refresh(refused, service, &member.endpoint, deadline)
+                        .await
+                }
+                None => {
+                    self.0
+                        .auth
+                        .refresh_client(&member.client, &member.endpoint)
+                        .await
+                }
             }
-            None => Ok(false),
-        }
+        };
+        // The wait for somebody else's renewal included.
+        bounded("authenticate", deadline, member, renewal).await
     }
 
     /// Reads up to `limit` keys of a range, linearizably: at `revision`, or at the newest.
@@ -256,6 +283,21 @@ impl Etcd {
         self.call("read", |member| read(member, key.clone())).await
     }
 
+    /// Reads which write of a key is the last, linearizably and without its value.
+    pub(crate) async fn version(
+        &self,
+        key: &Key,
+    ) -> Result<(Header, Option<KeyVersion>), EtcdError> {
+        let request = ListRequest {
+            range: Range::key(key),
+            limit: 1,
+            revision: Revision::ZERO,
+            keys_only: true,
+        };
+        let page = self.list(&request).await?;
+        Ok((page.header, page.kvs.first().map(KeyValue::version)))
+    }
+
     /// As [`Etcd::read`], tried once.
     pub(crate) async fn read_once(
         &self,
@@ -285,15 +327,9 @@ impl Etcd {
 
     /// Answers a watch's end for the member's fault: the next one goes elsewhere.
     pub(crate) fn report(&self, error: &EtcdError) {
-        let index = self
-            .0
-            .members
-            .iter()
-            .position(|member| *member.endpoint == *error.endpoint());
-        if let Some(index) = index
-            && error.kind().is_transient()
-        {
-            self.move_on(index);
+        let mut members = self.0.members.iter();
+        if let Some(index) = members.position(|member| *member.endpoint == *error.endpoint()) {
+            self.report_at(index, error);
         }
     }
 
@@ -464,9 +500,15 @@ fn header(header: Option<&etcd_client::proto::PbResponseHeader>) -> Header {
 }
 
 fn key_value(kv: etcd_client::proto::PbKeyValue) -> KeyValue {
+    let mut value = kv.value;
+    if value.len() > MAX_VALUE {
+        // It will be refused; until then a list of many must not fill the memory.
+        value.truncate(MAX_VALUE + 1);
+        value.shrink_to_fit();
+    }
     KeyValue {
         key: kv.key.into(),
-        value: kv.value,
+        value,
         create_revision: Revision::new(kv.create_revision),
         mod_revision: Revision::new(kv.mod_revision),
         lease: LeaseId::new(kv.lease),

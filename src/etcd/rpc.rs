@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use http::uri::PathAndQuery;
+use tokio_stream::StreamExt;
 use tonic::Request;
 use tonic::client::Grpc;
 use tonic_prost::ProstCodec;
@@ -97,9 +98,9 @@ pub(super) async fn keep_alive(
         .map_err(|source| not_ready(OPERATION, endpoint, source))?;
     let codec = ProstCodec::<LeaseKeepAliveRequest, LeaseKeepAliveResponse>::default();
     let path = PathAndQuery::from_static(LEASE_KEEP_ALIVE);
-    let request = Request::new(tokio_stream::once(LeaseKeepAliveRequest {
-        id: lease.get(),
-    }));
+    // Not closed after the one request: `etcd grpc-proxy` takes that for the end and gives no answer. Dropping the answers ends it.
+    let requests = tokio_stream::once(LeaseKeepAliveRequest { id: lease.get() });
+    let request = Request::new(requests.chain(tokio_stream::pending()));
     let mut answers = grpc
         .streaming(request, path, codec)
         .await

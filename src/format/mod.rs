@@ -58,7 +58,7 @@ impl Decoder {
     /// Whatever the bytes are, the outcome is an advertisement or an error, never a panic.
     pub(crate) fn decode(&self, value: &[u8]) -> Result<Advertisement, DecodeError> {
         if value.len() > MAX_VALUE {
-            return Err(DecodeError::TooLarge(value.len()));
+            return Err(DecodeError::TooLarge);
         }
         let text = str::from_utf8(value)
             .map_err(|_| DecodeError::Form("is not UTF-8"))?
@@ -68,7 +68,9 @@ impl Decoder {
             Some(Format::EtcdNaming) => etcd_naming::decode(text),
             Some(Format::Plain) => plain::decode(text),
         }?;
-        self.policy.check(&advertisement.address)?;
+        self.policy
+            .check(&advertisement.address)
+            .map_err(DecodeError::Address)?;
         Ok(advertisement)
     }
 }
@@ -80,7 +82,7 @@ pub(crate) const MAX_VALUE: usize = 64 * 1024;
 /// Why a value could not be read. It never shows the value: values may hold what logs must not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum DecodeError {
-    TooLarge(usize),
+    TooLarge,
     Form(&'static str),
     Address(AddressError),
     Json { line: usize, column: usize },
@@ -89,9 +91,7 @@ pub(crate) enum DecodeError {
 impl fmt::Display for DecodeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::TooLarge(size) => {
-                write!(f, "is {size} bytes long, over the limit of {MAX_VALUE}")
-            }
+            Self::TooLarge => write!(f, "is over the limit of {MAX_VALUE} bytes"),
             Self::Form(reason) => f.write_str(reason),
             Self::Address(error) => write!(f, "names a refused address: {error}"),
             Self::Json { line, column } => {
@@ -103,7 +103,8 @@ impl fmt::Display for DecodeError {
 
 impl From<AddressError> for DecodeError {
     fn from(error: AddressError) -> Self {
-        Self::Address(error)
+        // What could not be parsed may be anything, a password for instance.
+        Self::Form(error.reason())
     }
 }
 
