@@ -5,7 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -19,17 +19,40 @@ use tonic::transport::server::{Connected, TcpConnectInfo};
 /// What the server and its connections share.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Connections {
-    /// The listener is closed and connections end by themselves; those that never began are ended.
-    pub(super) draining: CancellationToken,
-    /// Every connection is ended.
-    pub(super) cut: CancellationToken,
-    open: Arc<AtomicUsize>,
+    draining: CancellationToken,
+    cut: CancellationToken,
+    gauges: Arc<Gauges>,
+}
+
+#[derive(Debug, Default)]
+struct Gauges {
+    open: AtomicUsize,
+    /// Set before `draining` or `cut` is cancelled: a connection looks at it on every operation, and at the tokens, which lock, only
+    /// when it is set or when it has to wait.
+    ending: AtomicBool,
 }
 
 impl Connections {
     /// How many connections are open.
     pub(super) fn open(&self) -> usize {
-        self.open.load(Ordering::Relaxed)
+        self.gauges.open.load(Ordering::Relaxed)
+    }
+
+    /// Ends connections that have never begun; the others end by themselves.
+    pub(super) fn drain(&self) {
+        self.gauges.ending.store(true, Ordering::Release);
+        self.draining.cancel();
+    }
+
+    /// Ends every connection.
+    pub(super) fn cut(&self) {
+        self.gauges.ending.store(true, Ordering::Release);
+        self.cut.cancel();
+    }
+
+    /// Completes when the connections are drained.
+    pub(super) fn drained(&self) -> WaitForCancellationFutureOwned {
+        self.draining.clone().cancelled_owned()
     }
 }
 
@@ -94,7 +117,7 @@ pub(super) struct Connection {
     info: TcpConnectInfo,
     draining: Pin<Box<WaitForCancellationFutureOwned>>,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
-    open: Arc<AtomicUsize>,
+    gauges: Arc<Gauges>,
     /// How many bytes of the client's HTTP/2 preface are still to come.
     preface_left: usize,
 }
@@ -109,25 +132,39 @@ impl Connection {
         if let Err(error) = socket2::SockRef::from(&stream).set_tcp_keepalive(&keepalive) {
             tracing::debug!(%error, "could not set TCP keep-alive");
         }
-        connections.open.fetch_add(1, Ordering::Relaxed);
+        connections.gauges.open.fetch_add(1, Ordering::Relaxed);
         Self {
             info: stream.connect_info(),
             stream,
             draining: Box::pin(connections.draining.clone().cancelled_owned()),
             cut: Box::pin(connections.cut.clone().cancelled_owned()),
-            open: Arc::clone(&connections.open),
+            gauges: Arc::clone(&connections.gauges),
             preface_left: PREFACE,
         }
     }
 
-    /// Fails if the connection is cut, and otherwise wakes the caller when it is.
-    fn poll_cut(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+    /// Carries an operation on the socket out, unless the connection is ended; one that has to wait is woken by that, too.
+    fn poll_unless_ended<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        operation: impl FnOnce(Pin<&mut TcpStream>, &mut Context<'_>) -> Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        if self.gauges.ending.load(Ordering::Acquire) {
+            self.check_ended(cx)?;
+        }
+        let outcome = operation(Pin::new(&mut self.stream), cx);
+        if outcome.is_pending() {
+            self.check_ended(cx)?;
+        }
+        outcome
+    }
+
+    /// Fails if the connection is ended, and otherwise has the task woken when it is.
+    fn check_ended(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let unused = self.preface_left > 0 && self.draining.as_mut().poll(cx).is_ready();
         if unused || self.cut.as_mut().poll(cx).is_ready() {
-            return Err(io::Error::new(
-                io::ErrorKind::ConnectionAborted,
-                "the server is shutting down",
-            ));
+            let reason = "the server is shutting down";
+            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, reason));
         }
         Ok(())
     }
@@ -135,7 +172,7 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.open.fetch_sub(1, Ordering::Relaxed);
+        self.gauges.open.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -153,9 +190,8 @@ impl AsyncRead for Connection {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        self.poll_cut(cx)?;
         let before = buf.filled().len();
-        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        ready!(self.poll_unless_ended(cx, |stream, cx| stream.poll_read(cx, buf)))?;
         self.preface_left = self
             .preface_left
             .saturating_sub(buf.filled().len() - before);
@@ -169,8 +205,7 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.poll_cut(cx)?;
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+        self.poll_unless_ended(cx, |stream, cx| stream.poll_write(cx, buf))
     }
 
     fn poll_write_vectored(
@@ -178,8 +213,7 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.poll_cut(cx)?;
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+        self.poll_unless_ended(cx, |stream, cx| stream.poll_write_vectored(cx, bufs))
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -187,13 +221,11 @@ impl AsyncWrite for Connection {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.poll_cut(cx)?;
-        Pin::new(&mut self.stream).poll_flush(cx)
+        self.poll_unless_ended(cx, AsyncWrite::poll_flush)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.poll_cut(cx)?;
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        self.poll_unless_ended(cx, AsyncWrite::poll_shutdown)
     }
 }
 

@@ -137,9 +137,9 @@ where
         let connections = Connections::default();
         let incoming = Incoming::bind(address, connections.clone()).map_err(bind)?;
         let bound = incoming.local_addr().map_err(bind)?;
-        let close = connections.draining.clone();
+        let close = connections.drained();
         let server = tokio::spawn(
-            self.serve_with_incoming_shutdown(incoming, close.cancelled_owned())
+            self.serve_with_incoming_shutdown(incoming, close)
                 .in_current_span(),
         );
         let server = Serving {
@@ -163,8 +163,8 @@ struct Serving {
 impl Drop for Serving {
     fn drop(&mut self) {
         // Ends the accept loop and the connections as well, where the task alone would leave those to themselves.
-        self.connections.draining.cancel();
-        self.connections.cut.cancel();
+        self.connections.drain();
+        self.connections.cut();
     }
 }
 
@@ -175,25 +175,28 @@ impl Serving {
         registration: RegistrationBuilder,
         signal: impl Future<Output = ()>,
     ) -> Result<(), ServeError> {
-        let mut signal = std::pin::pin!(signal);
         tracing::info!(%bound, "serving");
-        let registered = tokio::select! {
-            registered = registration.register_bound(bound) => registered,
-            outcome = self.ended() => return outcome,
-            // The registration is taken back as its future is dropped.
-            () = &mut signal => return self.shut_down(None).await,
-        };
-        let registration = match registered {
+        let startup_timeout = registration.startup_timeout;
+        let registration = match registration.start(Some(bound)).await {
             Ok(registration) => registration,
             Err(error) => return Err(self.stop(error).await),
         };
-        tracing::info!(%bound, key = registration.key(), address = %registration.address(), "registered");
+        let registered = async {
+            registration.registered(startup_timeout).await?;
+            tracing::info!(%bound, key = registration.key(), address = %registration.address(), "registered");
+            pending::<Result<Infallible, RegisterError>>().await
+        };
         tokio::select! {
             outcome = self.ended() => {
                 deregister(registration).await;
                 outcome
             }
-            () = signal => self.shut_down(Some(registration)).await,
+            // It has either failed or goes on for ever.
+            Err(error) = registered => {
+                deregister(registration).await;
+                Err(self.stop(error).await)
+            }
+            () = signal => self.shut_down(registration).await,
         }
     }
 
@@ -209,24 +212,22 @@ impl Serving {
 
     /// Ends the server because it could not be registered. No client has been told of it, so nobody is waited for.
     async fn stop(mut self, error: RegisterError) -> ServeError {
-        self.connections.draining.cancel();
-        self.connections.cut.cancel();
+        self.connections.drain();
+        self.connections.cut();
         match self.ended().await {
             Ok(()) => error.into(),
             Err(failed) => failed,
         }
     }
 
-    async fn shut_down(mut self, registration: Option<Registration>) -> Result<(), ServeError> {
-        if let Some(registration) = registration {
-            deregister(registration).await;
-            tracing::info!(grace = ?self.grace, "accepting on while clients learn");
-            tokio::select! {
-                () = sleep(self.grace) => {}
-                outcome = self.ended() => return outcome,
-            }
+    async fn shut_down(mut self, registration: Registration) -> Result<(), ServeError> {
+        deregister(registration).await;
+        tracing::info!(grace = ?self.grace, "accepting on while clients learn");
+        tokio::select! {
+            () = sleep(self.grace) => {}
+            outcome = self.ended() => return outcome,
         }
-        self.connections.draining.cancel();
+        self.connections.drain();
         tracing::info!(connections = self.connections.open(), timeout = ?self.drain, "draining");
         if let Ok(outcome) = timeout(self.drain, self.ended()).await {
             return outcome;
@@ -235,7 +236,7 @@ impl Serving {
             connections = self.connections.open(),
             "the drain timeout has passed: cutting the connections that are left"
         );
-        self.connections.cut.cancel();
+        self.connections.cut();
         self.ended().await
     }
 }
