@@ -1,0 +1,233 @@
+//! The etcd of the `testing` feature, and the examples as programs.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a failed step is a failed test"
+)]
+
+mod support;
+
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use support::{SOON, client, etcd, eventually, list};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+use tokio::time::timeout;
+use tonic_etcd::testing::{Etcd, ProcessError};
+
+fn is_alive(pid: u32) -> bool {
+    // A process that was reaped has no entry any more.
+    PathBuf::from(format!("/proc/{pid}")).exists()
+}
+
+#[tokio::test]
+async fn an_etcd_that_is_dropped_leaves_nothing() {
+    let cluster = Etcd::start_cluster(3).await.unwrap();
+    let pids: Vec<_> = (0..3).map(|member| cluster.pid(member).unwrap()).collect();
+    let command_line = std::fs::read_to_string(format!("/proc/{}/cmdline", pids[0])).unwrap();
+    let arguments: Vec<_> = command_line.split('\0').collect();
+    let data = arguments
+        .iter()
+        .position(|argument| argument.starts_with("--data-dir"))
+        .unwrap();
+    let data = arguments[data]
+        .strip_prefix("--data-dir=")
+        .unwrap_or(arguments[data + 1]);
+    let data = PathBuf::from(data);
+    assert!(data.exists());
+    assert!(cluster.leader().await.is_some());
+    drop(cluster);
+    assert!(pids.iter().all(|pid| !is_alive(*pid)), "a process is left");
+    assert!(
+        !data.exists() && !data.parent().unwrap().exists(),
+        "a directory is left"
+    );
+}
+
+#[tokio::test]
+async fn members_are_stopped_killed_frozen_wiped_and_restarted() {
+    let mut etcd = etcd().await;
+    client(&etcd).await.put("/a", "1", None).await.unwrap();
+    for kill in [false, true] {
+        if kill {
+            etcd.kill(0).await.unwrap();
+        } else {
+            etcd.stop(0).await.unwrap();
+        }
+        assert_eq!(etcd.pid(0), None);
+        etcd.restart(0).await.unwrap();
+        assert_eq!(
+            list(&client(&etcd).await, "/").await.len(),
+            1,
+            "the data is still there"
+        );
+    }
+    assert!(matches!(
+        etcd.wipe(0).await,
+        Err(ProcessError::StillRunning { .. })
+    ));
+    etcd.freeze(0).await.unwrap();
+    let reading = async { client(&etcd).await.kv_client().get("/a", None).await };
+    assert!(
+        timeout(Duration::from_millis(300), reading).await.is_err(),
+        "a frozen member answers nothing"
+    );
+    etcd.thaw(0).await.unwrap();
+    etcd.stop(0).await.unwrap();
+    etcd.wipe(0).await.unwrap();
+    etcd.restart(0).await.unwrap();
+    assert!(list(&client(&etcd).await, "/").await.is_empty());
+    assert!(matches!(
+        etcd.stop(7).await,
+        Err(ProcessError::NoSuchMember { .. })
+    ));
+}
+
+#[tokio::test]
+async fn without_a_binary_the_error_says_how_to_get_one() {
+    let error = Etcd::builder()
+        .binary("/nonexistent/etcd")
+        .start()
+        .await
+        .unwrap_err();
+    let text = error.to_string();
+    assert!(
+        text.contains("ETCD_BIN") || text.contains("/nonexistent/etcd"),
+        "{text}"
+    );
+    assert!(
+        ProcessError::NoBinary.to_string().contains("ETCD_BIN"),
+        "{}",
+        ProcessError::NoBinary
+    );
+}
+
+/// An example, built along with the tests.
+fn example(name: &str) -> Command {
+    let mut folder = std::env::current_exe().unwrap();
+    folder.pop();
+    folder.pop();
+    let mut command = Command::new(folder.join("examples").join(name));
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit())
+        .kill_on_drop(true);
+    command
+}
+
+/// Reads a program's lines up to one that contains a text.
+async fn line_with(
+    lines: &mut tokio::io::Lines<BufReader<tokio::process::ChildStdout>>,
+    text: &str,
+) -> String {
+    let found = async {
+        while let Some(line) = lines.next_line().await.unwrap() {
+            if line.contains(text) {
+                return line;
+            }
+        }
+        panic!("no line with {text:?}");
+    };
+    timeout(SOON, found)
+        .await
+        .unwrap_or_else(|_| panic!("no line with {text:?} in time"))
+}
+
+fn lines(child: &mut Child) -> tokio::io::Lines<BufReader<tokio::process::ChildStdout>> {
+    BufReader::new(child.stdout.take().unwrap()).lines()
+}
+
+fn signal(child: &Child, signal: Signal) {
+    kill(
+        Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap()),
+        signal,
+    )
+    .unwrap();
+}
+
+#[tokio::test]
+async fn the_register_and_discover_examples_follow_each_other() {
+    let etcd = etcd().await;
+    let mut discover = example("discover")
+        .env("ETCD_ENDPOINTS", etcd.endpoint(0))
+        .spawn()
+        .unwrap();
+    let mut found = lines(&mut discover);
+    line_with(&mut found, "0 servers").await;
+    let mut register = example("register")
+        .args(["/web/node1", "localhost:8000"])
+        .env("ETCD_ENDPOINTS", etcd.endpoint(0))
+        .spawn()
+        .unwrap();
+    let mut log = lines(&mut register);
+    line_with(&mut log, "localhost:8000 is registered as /web/node1").await;
+    line_with(&mut found, "+ localhost:8000").await;
+    line_with(&mut log, "Registered").await;
+    line_with(&mut log, "Registered").await;
+    signal(&register, Signal::SIGINT);
+    line_with(&mut log, "deregistered").await;
+    assert!(
+        timeout(SOON, register.wait())
+            .await
+            .unwrap()
+            .unwrap()
+            .success()
+    );
+    line_with(&mut found, "- localhost:8000").await;
+    assert!(list(&client(&etcd).await, "/").await.is_empty());
+}
+
+#[tokio::test]
+async fn the_greeter_examples_find_each_other() {
+    let etcd = etcd().await;
+    let mut server = example("greeter_server")
+        .env("ETCD_ENDPOINTS", etcd.endpoint(0))
+        .spawn()
+        .unwrap();
+    let by_hand = client(&etcd).await;
+    eventually("the server is registered", async || {
+        list(&by_hand, "/gRPC/helloworld.Greeter/").await.len() == 1
+    })
+    .await;
+    let mut caller = example("greeter_client")
+        .env("ETCD_ENDPOINTS", etcd.endpoint(0))
+        .spawn()
+        .unwrap();
+    let mut replies = lines(&mut caller);
+    let name = format!("Hello world, this is server {}", server.id().unwrap());
+    assert_eq!(line_with(&mut replies, "Hello").await, name);
+    signal(&server, Signal::SIGTERM);
+    assert!(
+        timeout(SOON, server.wait())
+            .await
+            .unwrap()
+            .unwrap()
+            .success()
+    );
+    assert!(list(&by_hand, "/").await.is_empty());
+}
+
+#[tokio::test]
+async fn the_greeter_cluster_ends_well() {
+    let output = timeout(
+        Duration::from_secs(90),
+        example("greeter_cluster")
+            .env_remove("ETCD_ENDPOINTS")
+            .output(),
+    )
+    .await
+    .unwrap()
+    .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{text}");
+    let last = text.lines().last().unwrap();
+    assert!(
+        last.starts_with("greeter cluster: ") && last.ends_with(" failed, 4 servers seen"),
+        "{last}"
+    );
+}
