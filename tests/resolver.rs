@@ -501,7 +501,14 @@ async fn members_that_die_or_freeze_are_left_for_the_others() {
             .filter(|member| *member != down)
             .map(|member| etcd.endpoint(member))
             .collect();
-        let writer = Registry::connect(alive).await.unwrap();
+        // An election may take longer than one call's tries.
+        let mut writer = None;
+        eventually("somebody leads", async || {
+            writer = Registry::connect(alive.clone()).await.ok();
+            writer.is_some()
+        })
+        .await;
+        let writer = writer.unwrap();
         let registering = writer
             .registration("greeter")
             .address(format!("127.0.0.1:{port}"));
