@@ -61,7 +61,7 @@
 //! |---|---|---|
 //! | etcd is down | Clients keep the last set and say [`Stale`](ResolverState::Stale); servers serve on and retry. | With etcd back: watching within about 5 s, renewed within about 3 s. |
 //! | etcd is wiped | Servers register again. Clients follow the store, and until then their set is smaller or empty. | About 8 s at most; clients about 5 s. |
-//! | One of several members is dead or frozen | What fails there moves on to the next. | Dead: at once. Frozen: 2 s for a request, 15 s for a watch. |
+//! | One of several members is dead or frozen | What fails there moves on to the next. | Dead: at once. Frozen: 2 s for a request, 8 s for a watch. |
 //! | The watch was compacted away | Lists again and hands on the differences only. | 0.1 s |
 //! | Lease lost, key deleted | The server puts its key back. | At once, or at the next renewal (5 s); after an outage up to 5 s more, at random. |
 //! | Key taken by another server | It is left alone ([`Superseded`](RegistrationState::Superseded)), and claimed again when it disappears. | At once |
