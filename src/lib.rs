@@ -16,6 +16,8 @@ mod server;
 #[cfg(all(feature = "testing", unix))]
 #[cfg_attr(docsrs, doc(cfg(feature = "testing")))]
 pub mod testing;
+#[allow(dead_code, reason = "the channel over it follows")]
+mod transport;
 
 pub use address::{Address, AddressError, AddressPolicy};
 pub use error::{ConnectError, Endpoints, EtcdError, EtcdErrorKind, RegisterError, ServeError};
