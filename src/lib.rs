@@ -3,6 +3,8 @@
 
 mod address;
 mod backoff;
+#[allow(dead_code, reason = "the channel over it follows")]
+mod balance;
 mod channel;
 mod error;
 mod etcd;
