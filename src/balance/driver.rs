@@ -154,7 +154,7 @@ impl Driver {
     {
         for change in batch.changes {
             match change {
-                Ok(Change::Insert(address, instance)) => self.insert(address, instance),
+                Ok(Change::Insert(address, instance)) => self.insert(&address, &instance),
                 Ok(Change::Remove(address)) => self.remove(&address),
                 Err(error) => {
                     let error = error.into();
@@ -172,9 +172,9 @@ impl Driver {
         }
     }
 
-    fn insert(&mut self, address: Address, instance: Instance) {
-        let Some(known) = self.known.get_mut(&address) else {
-            return self.add(address, instance);
+    fn insert(&mut self, address: &Address, instance: &Instance) {
+        let Some(known) = self.known.get_mut(address) else {
+            return self.add(address, instance.clone());
         };
         let before = std::mem::replace(&mut known.instance, instance.clone());
         let (weight, last_resort) = (instance.weight(), instance.is_last_resort());
@@ -192,10 +192,10 @@ impl Driver {
             }
             self.update(id, weight, last_resort, fresh);
         }
-        self.reclassify(&address);
+        self.reclassify(address);
     }
 
-    fn add(&mut self, address: Address, instance: Instance) {
+    fn add(&mut self, address: &Address, instance: Instance) {
         let endpoint = Arc::new(Endpoint::new(address.clone()));
         endpoint.set_attributes(instance.weight(), instance.is_last_resort());
         self.shared
@@ -211,8 +211,8 @@ impl Driver {
         };
         self.known.insert(address.clone(), known);
         self.summary.endpoints = self.known.len();
-        self.add_subchannel(&address, dial);
-        self.reclassify(&address);
+        self.add_subchannel(address, dial);
+        self.reclassify(address);
         self.publish_soon();
     }
 
@@ -647,12 +647,10 @@ impl Driver {
     fn publish(&mut self) {
         self.publish_at = None;
         self.summary.pending = self.pending;
-        let last_resort = self.primary.len() == 0;
-        let ready = if last_resort {
-            self.last_resort.freeze()
-        } else {
-            self.primary.freeze()
-        };
+        // Both, since a roster holds on to what it has frozen last.
+        let (primary, held) = (self.primary.freeze(), self.last_resort.freeze());
+        let last_resort = primary.len() == 0;
+        let ready = if last_resort { held } else { primary };
         let were_ready = std::mem::replace(&mut self.summary.ready, ready.len());
         if (were_ready == 0) != (ready.len() == 0) {
             tracing::info!(

@@ -210,7 +210,7 @@ impl Member {
         &self.load
     }
 
-    pub(super) fn endpoint(&self) -> &Arc<Endpoint> {
+    pub(crate) fn endpoint(&self) -> &Arc<Endpoint> {
         &self.endpoint
     }
 
@@ -253,6 +253,10 @@ impl Ticket {
 
     pub(crate) fn connection(&self) -> &Connection {
         &self.member.connection
+    }
+
+    pub(crate) fn member(&self) -> &Arc<Member> {
+        &self.member
     }
 
     pub(crate) fn endpoint(&self) -> &Arc<Endpoint> {

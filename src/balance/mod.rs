@@ -27,13 +27,14 @@ mod picker;
 mod pool;
 mod subchannel;
 
-pub(crate) use endpoint::{Endpoint, Member, Ticket, Waiters, Waiting};
+pub(crate) use endpoint::{Endpoint, Member, Ticket, Waiters};
 pub use endpoint::{EndpointState, EndpointStatus};
 pub(crate) use feed::Feed;
+pub(crate) use picker::Pick;
 pub use picker::Policy;
-pub(crate) use picker::{Pick, Picker};
 
 use driver::Driver;
+use picker::Picker;
 use pool::ReadySet;
 
 /// The options of a balancer.
@@ -126,21 +127,16 @@ impl Shared {
         }
     }
 
-    /// Takes a place on a connection, of an endpoint that is not among `tried`.
+    /// Takes a place on a `usable` connection.
     ///
     /// The place is on a connection and not at an index: whatever is removed between the pick and the send, the call can reach no other
     /// endpoint.
-    pub(crate) fn pick(&self, tried: &[Arc<Endpoint>]) -> Pick<Ticket> {
+    pub(crate) fn pick(&self, usable: impl Fn(&Arc<Member>) -> bool) -> Pick<Ticket> {
         let published = self.published.load();
-        let usable = |member: &Arc<Member>| {
-            tried.is_empty()
-                || !tried
-                    .iter()
-                    .any(|tried| Arc::ptr_eq(tried, member.endpoint()))
-        };
         match self.picker.pick(&published.ready, usable) {
             Pick::Taken(member) => Pick::Taken(Ticket::taken(member)),
             Pick::Full => Pick::Full,
+            Pick::Excluded => Pick::Excluded,
             Pick::Empty => Pick::Empty,
         }
     }

@@ -1,5 +1,6 @@
 //! Picking: pure, without a lock, an allocation or a clock, and at a cost that does not depend on the number of endpoints.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::pool::{ReadySet, Slot, below};
@@ -32,8 +33,10 @@ pub(crate) trait Candidate {
 pub(crate) enum Pick<T> {
     /// A place is taken for the call.
     Taken(T),
-    /// Connections are ready, but those that were looked at are full, or may not be used for this call.
+    /// Connections are ready, but those that were looked at are full.
     Full,
+    /// Connections are ready, but none that was looked at may be used for this call.
+    Excluded,
     /// No connection is ready.
     Empty,
 }
@@ -65,18 +68,19 @@ impl Picker {
         set: &'a ReadySet<M>,
         usable: impl Fn(&M) -> bool,
     ) -> Pick<&'a M> {
-        let taken = |slot: &Slot<M>| usable(&slot.member) && slot.member.acquire();
-        match set.len() {
-            0 => return Pick::Empty,
-            1 => {
-                let only = set.get(0).filter(|only| taken(only));
-                return only.map_or(Pick::Full, |only| Pick::Taken(&only.member));
-            }
-            _ => {}
+        if set.len() == 0 {
+            return Pick::Empty;
         }
+        let full = Cell::new(false);
+        let taken = |slot: &Slot<M>| {
+            let usable = usable(&slot.member);
+            let taken = usable && slot.member.acquire();
+            full.set(full.get() || (usable && !taken));
+            taken
+        };
         for _ in 0..DRAWS {
             let Some((first, second)) = self.draw(set) else {
-                continue;
+                break;
             };
             if taken(first) {
                 return Pick::Taken(&first.member);
@@ -85,7 +89,7 @@ impl Picker {
                 return Pick::Taken(&second.member);
             }
         }
-        // Nearly all are full. A place somewhere is worth a look around, but not at everyone.
+        // There is one only, or nearly all are full: a place somewhere is worth a look around, but not at everyone.
         let start = below(self.rng.next(), set.len());
         for step in 0..set.len().min(LOOK_AROUND) {
             let slot = set.get((start + step) % set.len());
@@ -93,11 +97,18 @@ impl Picker {
                 return Pick::Taken(&slot.member);
             }
         }
-        Pick::Full
+        if full.get() {
+            Pick::Full
+        } else {
+            Pick::Excluded
+        }
     }
 
-    /// Two places to try, the better one first.
+    /// Two places to try, the better one first; none if there are not two.
     fn draw<'a, M: Candidate>(&self, set: &'a ReadySet<M>) -> Option<(&'a Slot<M>, &'a Slot<M>)> {
+        if set.len() == 1 {
+            return None;
+        }
         if self.policy == Policy::WeightedRoundRobin {
             let next = self.next_in_turn(set)?;
             return Some((next, next));
@@ -390,6 +401,7 @@ mod tests {
             }
         }
         assert_eq!(picker.pick(&set, |fake| fake.name != 0), Pick::Full);
+        assert_eq!(picker.pick(&set, |_| false), Pick::Excluded);
         assert_eq!(fakes[0].in_flight(), 0);
     }
 

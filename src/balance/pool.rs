@@ -182,10 +182,6 @@ impl<K, M> Default for Roster<K, M> {
 }
 
 impl<K: Clone + Eq + Hash, M: Clone> Roster<K, M> {
-    pub(crate) fn len(&self) -> usize {
-        self.slots.len()
-    }
-
     pub(crate) fn members(&self) -> impl Iterator<Item = &M> {
         self.slots.iter().map(|(_, slot)| &slot.member)
     }
@@ -354,7 +350,7 @@ mod tests {
     #[test]
     fn draws_follow_the_weights() {
         let mut roster = Roster::default();
-        for key in 0..200 {
+        for key in 0..200_u32 {
             roster.insert(key, key, if key < 100 { 1 } else { 3 });
         }
         let set = roster.freeze();

@@ -68,12 +68,17 @@ impl Connector {
         }));
     }
 
-    /// Whether connections are encrypted.
-    pub(crate) fn is_tls(&self) -> bool {
-        #[cfg(feature = "tls")]
-        return self.tls.is_some();
-        #[cfg(not(feature = "tls"))]
-        return false;
+    /// The name that servers prove to be theirs; none if connections are not encrypted.
+    #[cfg(feature = "tls")]
+    pub(crate) fn server_name(&self) -> Option<&str> {
+        self.tls.as_ref().map(Tls::server_name)
+    }
+
+    /// Without the feature there is no such thing.
+    #[cfg(not(feature = "tls"))]
+    #[expect(clippy::unused_self, reason = "the same signature as with the feature")]
+    pub(crate) fn server_name(&self) -> Option<&str> {
+        None
     }
 
     /// Makes a connection whose peer has answered. `on_leave` is called when it takes no more streams.
@@ -154,7 +159,7 @@ impl fmt::Debug for Connector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Connector")
             .field("custom", &self.dial.is_some())
-            .field("tls", &self.is_tls())
+            .field("tls", &self.server_name())
             .field("http2", &self.http2)
             .field("timeout", &self.timeout)
             .finish_non_exhaustive()

@@ -77,7 +77,7 @@ impl Pair {
     }
 
     fn order(&self, order: Order) {
-        self.control.send(order).ok().expect("a live server");
+        assert!(self.control.send(order).is_ok(), "a live server");
     }
 }
 
