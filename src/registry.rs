@@ -1,6 +1,7 @@
 //! The door to everything: one etcd cluster, and where services live in it.
 
 use crate::address::AddressPolicy;
+use crate::channel::ChannelBuilder;
 use crate::error::ConnectError;
 use crate::etcd::{Config, Credentials, Etcd};
 use crate::keyspace::{Key, Keyspace};
@@ -147,6 +148,20 @@ impl Registry {
             service.as_ref(),
             self.policy.clone(),
         )
+    }
+
+    /// Describes a channel that is balanced over the instances of a service.
+    ///
+    /// ```no_run
+    /// # async fn run(registry: tonic_etcd::Registry) -> Result<(), Box<dyn std::error::Error>> {
+    /// use tonic_etcd::Policy;
+    ///
+    /// let channel = registry.channel("helloworld.Greeter").policy(Policy::LeastRequest).connect().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn channel(&self, service: impl AsRef<str>) -> ChannelBuilder<ResolverBuilder> {
+        ChannelBuilder::over(self.resolver_builder(service)).address_policy(self.policy.clone())
     }
 
     /// As [`resolver_at`](Self::resolver_at), with options.

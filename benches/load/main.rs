@@ -1,0 +1,216 @@
+//! Load: calls per second, client CPU per call and latency, against the peers and in the same run.
+//!
+//! ```sh
+//! cargo bench --bench load              # everything, about five minutes
+//! cargo bench --bench load -- L1 L2     # some of it
+//! ```
+//!
+//! Each server is a process of its own. The peers take turns, round after round, so that a machine whose speed drifts treats them
+//! alike; what is printed are medians of the rounds' ratios. CPU is the operating system's account of this process.
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::cast_precision_loss,
+    clippy::pedantic,
+    reason = "a bench; a failed step ends it"
+)]
+
+#[path = "../../examples/greeter/mod.rs"]
+mod greeter;
+mod measure;
+mod peers;
+mod server;
+
+use std::time::Duration;
+
+use greeter::HelloRequest;
+use measure::{Load, Table, compare};
+use peers::Peer;
+use server::ServerProcess;
+use tonic_etcd::Policy;
+
+fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(position) = args.iter().position(|arg| arg == "serve") {
+        return server::serve(args[position + 1].parse().unwrap());
+    }
+    let wanted: Vec<_> = args
+        .into_iter()
+        .filter(|arg| arg.starts_with('L'))
+        .collect();
+    let wants = |name: &str| wanted.is_empty() || wanted.iter().any(|wanted| wanted == name);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        if wants("L1") {
+            unary().await;
+        }
+        if wants("L1c") {
+            streams().await;
+        }
+        if wants("L1d") {
+            one_endpoint().await;
+        }
+        if wants("L2") {
+            unequal().await;
+        }
+    });
+}
+
+fn ping() -> HelloRequest {
+    HelloRequest {
+        name: "x".repeat(16),
+        replies: 0,
+    }
+}
+
+/// L1 and L1b: four endpoints, unary.
+async fn unary() {
+    let servers = ServerProcess::start_many(&[0; 4]);
+    let addresses = ServerProcess::addresses(&servers);
+    for callers in [1, 16, 256] {
+        let load = Load::unary(callers, ping());
+        let peers = [
+            Peer::stock(&addresses).await,
+            Peer::plain(&addresses[0]).await,
+            Peer::bare_hyper(&addresses).await,
+            Peer::bare_h2(&addresses).await,
+            Peer::balanced("BalancedChannel", &addresses, Policy::default(), 1).await,
+        ];
+        compare(
+            &format!("L1: 4 endpoints, unary, {callers} callers"),
+            &load,
+            &peers,
+            Table::Ratios,
+        )
+        .await;
+    }
+}
+
+/// L1c: streams, and large messages.
+async fn streams() {
+    let servers = ServerProcess::start_many(&[0; 4]);
+    let addresses = ServerProcess::addresses(&servers);
+    for (title, load) in [
+        (
+            "server streaming, 1 000 messages of 1 KiB",
+            Load::server_streaming(4, 1_000, 1 << 10),
+        ),
+        (
+            "unary of 1 MiB",
+            Load::unary(
+                4,
+                HelloRequest {
+                    name: "x".repeat(1 << 20),
+                    replies: 0,
+                },
+            ),
+        ),
+        (
+            "client streaming, 1 000 messages of 1 KiB",
+            Load::client_streaming(4, 1_000, 1 << 10),
+        ),
+        (
+            "bidi, 1 000 messages of 1 KiB",
+            Load::bidi(4, 1_000, 1 << 10),
+        ),
+    ] {
+        let peers = [
+            Peer::stock(&addresses).await,
+            Peer::balanced("BalancedChannel", &addresses, Policy::default(), 1).await,
+        ];
+        compare(
+            &format!("L1c: {title}, 4 callers"),
+            &load,
+            &peers,
+            Table::Ratios,
+        )
+        .await;
+    }
+}
+
+/// L1d: one endpoint, against a single plain channel.
+async fn one_endpoint() {
+    let servers = ServerProcess::start_many(&[0]);
+    let addresses = ServerProcess::addresses(&servers);
+    let load = Load::unary(256, ping());
+    let peers = [
+        Peer::plain(&addresses[0]).await,
+        Peer::balanced(
+            "BalancedChannel, 1 connection",
+            &addresses,
+            Policy::default(),
+            1,
+        )
+        .await,
+        Peer::balanced(
+            "BalancedChannel, 2 connections",
+            &addresses,
+            Policy::default(),
+            2,
+        )
+        .await,
+        Peer::balanced(
+            "BalancedChannel, 4 connections",
+            &addresses,
+            Policy::default(),
+            4,
+        )
+        .await,
+    ];
+    compare(
+        "L1d: one endpoint, unary, 256 callers",
+        &load,
+        &peers,
+        Table::Ratios,
+    )
+    .await;
+}
+
+/// L2: unequal endpoints, and unequal methods over equal endpoints.
+async fn unequal() {
+    let servers = ServerProcess::start_many(&[1_000, 1_000, 1_000, 50_000]);
+    let addresses = ServerProcess::addresses(&servers);
+    let peers = [
+        Peer::stock(&addresses).await,
+        Peer::balanced("BalancedChannel, default", &addresses, Policy::default(), 1).await,
+        Peer::balanced(
+            "BalancedChannel, least request",
+            &addresses,
+            Policy::LeastRequest,
+            1,
+        )
+        .await,
+    ];
+    let load = Load::unary(32, ping()).warm_up(Duration::from_secs(1));
+    compare(
+        "L2: 4 endpoints, one answers in 50 ms, the others in 1 ms, 32 callers",
+        &load,
+        &peers,
+        Table::Latencies,
+    )
+    .await;
+    drop(servers);
+
+    let servers = ServerProcess::start_many(&[0; 4]);
+    let addresses = ServerProcess::addresses(&servers);
+    let peers = [
+        Peer::stock(&addresses).await,
+        Peer::balanced("BalancedChannel, default", &addresses, Policy::default(), 1).await,
+        Peer::balanced(
+            "BalancedChannel, least request",
+            &addresses,
+            Policy::LeastRequest,
+            1,
+        )
+        .await,
+    ];
+    let load = Load::mixed(32, 1_000, 100_000).warm_up(Duration::from_secs(1));
+    compare("L2: 4 equal endpoints, 90 % of the calls take 1 ms and 10 % 100 ms, 32 callers (latency of the short ones)", &load, &peers, Table::Latencies).await;
+}

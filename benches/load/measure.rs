@@ -1,0 +1,305 @@
+//! Drives a load against each peer in turn, and prints how they compare.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use nix::sys::resource::{UsageWho, getrusage};
+use tokio::time::Instant;
+use tokio_stream::StreamExt;
+
+use super::greeter::HelloRequest;
+use super::greeter::greeter_client::GreeterClient;
+use super::peers::{Peer, Target};
+
+const ROUNDS: usize = 7;
+const ROUND: Duration = Duration::from_millis(1_200);
+
+#[derive(Clone)]
+pub struct Load {
+    callers: usize,
+    warm_up: Duration,
+    kind: Kind,
+}
+
+#[derive(Clone)]
+enum Kind {
+    Unary(HelloRequest),
+    /// Nine calls in ten take the first time, one the second, in microseconds.
+    Mixed(u32, u32),
+    ServerStreaming(HelloRequest),
+    ClientStreaming(usize, HelloRequest),
+    Bidi(usize, HelloRequest),
+}
+
+impl Load {
+    fn new(callers: usize, kind: Kind) -> Self {
+        Self {
+            callers,
+            warm_up: Duration::from_millis(200),
+            kind,
+        }
+    }
+
+    pub fn unary(callers: usize, request: HelloRequest) -> Self {
+        Self::new(callers, Kind::Unary(request))
+    }
+
+    pub fn mixed(callers: usize, short: u32, long: u32) -> Self {
+        Self::new(callers, Kind::Mixed(short, long))
+    }
+
+    pub fn server_streaming(callers: usize, messages: u32, size: usize) -> Self {
+        Self::new(
+            callers,
+            Kind::ServerStreaming(HelloRequest {
+                name: "x".repeat(size),
+                replies: messages,
+            }),
+        )
+    }
+
+    pub fn client_streaming(callers: usize, messages: usize, size: usize) -> Self {
+        Self::new(
+            callers,
+            Kind::ClientStreaming(
+                messages,
+                HelloRequest {
+                    name: "x".repeat(size),
+                    replies: 0,
+                },
+            ),
+        )
+    }
+
+    pub fn bidi(callers: usize, messages: usize, size: usize) -> Self {
+        Self::new(
+            callers,
+            Kind::Bidi(
+                messages,
+                HelloRequest {
+                    name: "x".repeat(size),
+                    replies: 0,
+                },
+            ),
+        )
+    }
+
+    pub fn warm_up(mut self, warm_up: Duration) -> Self {
+        self.warm_up = warm_up;
+        self
+    }
+}
+
+/// One call. Says whether its latency is to be counted.
+async fn call<S: Target>(
+    client: &mut GreeterClient<S>,
+    kind: &Kind,
+    rng: &mut fastrand::Rng,
+) -> Result<bool, tonic::Status> {
+    match kind {
+        Kind::Unary(request) => client.say_hello(request.clone()).await.map(|_| true),
+        Kind::Mixed(short, long) => {
+            let is_long = rng.u8(..10) == 0;
+            let replies = if is_long { *long } else { *short };
+            client
+                .say_hello(HelloRequest {
+                    name: String::new(),
+                    replies,
+                })
+                .await
+                .map(|_| !is_long)
+        }
+        Kind::ServerStreaming(request) => {
+            let mut replies = client.say_hellos(request.clone()).await?.into_inner();
+            let mut received = 0;
+            while replies.message().await?.is_some() {
+                received += 1;
+            }
+            assert_eq!(received, request.replies);
+            Ok(true)
+        }
+        Kind::ClientStreaming(messages, request) => {
+            let requests = vec![request.clone(); *messages];
+            client
+                .greet_all(tokio_stream::iter(requests))
+                .await
+                .map(|_| true)
+        }
+        Kind::Bidi(messages, request) => {
+            let requests = vec![request.clone(); *messages];
+            let replies = client
+                .chat(tokio_stream::iter(requests))
+                .await?
+                .into_inner();
+            assert_eq!(replies.fold(0, |received, _| received + 1).await, *messages);
+            Ok(true)
+        }
+    }
+}
+
+/// What one round of one peer came to.
+#[derive(Default)]
+pub struct Sample {
+    calls: f64,
+    cpu: f64,
+    failed: u64,
+    /// In microseconds, sorted.
+    latencies: Vec<u32>,
+}
+
+impl Sample {
+    fn rate(&self) -> f64 {
+        self.calls / ROUND.as_secs_f64()
+    }
+
+    fn cpu_per_call(&self) -> f64 {
+        self.cpu / self.calls
+    }
+
+    fn percentile(&self, share: f64) -> f64 {
+        let index = ((self.latencies.len() as f64 * share) as usize)
+            .min(self.latencies.len().saturating_sub(1));
+        self.latencies
+            .get(index)
+            .copied()
+            .unwrap_or_default()
+            .into()
+    }
+}
+
+fn cpu() -> f64 {
+    let usage = getrusage(UsageWho::RUSAGE_SELF).unwrap();
+    let seconds =
+        |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+    seconds(usage.user_time()) + seconds(usage.system_time())
+}
+
+pub async fn round<S: Target>(load: Load, service: S) -> Sample {
+    let counting = Arc::new(AtomicBool::new(false));
+    let stop = Arc::new(AtomicBool::new(false));
+    let calls = Arc::new(AtomicU64::new(0));
+    let failed = Arc::new(AtomicU64::new(0));
+    let callers: Vec<_> = (0..load.callers)
+        .map(|_| {
+            let client = GreeterClient::new(service.clone());
+            let mut client = client
+                .max_decoding_message_size(64 << 20)
+                .max_encoding_message_size(64 << 20);
+            let kind = load.kind.clone();
+            let (counting, stop, calls, failed) = (
+                counting.clone(),
+                stop.clone(),
+                calls.clone(),
+                failed.clone(),
+            );
+            tokio::spawn(async move {
+                let mut latencies = Vec::new();
+                let mut rng = fastrand::Rng::new();
+                while !stop.load(Ordering::Relaxed) {
+                    let start = Instant::now();
+                    let outcome = call(&mut client, &kind, &mut rng).await;
+                    if !counting.load(Ordering::Relaxed) {
+                        continue;
+                    }
+                    calls.fetch_add(1, Ordering::Relaxed);
+                    match outcome {
+                        Ok(true) => {
+                            let took = Instant::now().saturating_duration_since(start).as_micros();
+                            latencies.push(u32::try_from(took).unwrap_or(u32::MAX));
+                        }
+                        Ok(false) => {}
+                        Err(_) => {
+                            failed.fetch_add(1, Ordering::Relaxed);
+                        }
+                    }
+                }
+                latencies
+            })
+        })
+        .collect();
+    tokio::time::sleep(load.warm_up).await;
+    let before = cpu();
+    counting.store(true, Ordering::Relaxed);
+    tokio::time::sleep(ROUND).await;
+    counting.store(false, Ordering::Relaxed);
+    let cpu = cpu() - before;
+    stop.store(true, Ordering::Relaxed);
+    let mut sample = Sample {
+        calls: calls.load(Ordering::Relaxed) as f64,
+        cpu,
+        failed: failed.load(Ordering::Relaxed),
+        ..Sample::default()
+    };
+    for caller in callers {
+        sample.latencies.extend(caller.await.unwrap());
+    }
+    sample.latencies.sort_unstable();
+    sample
+}
+
+/// Which columns are worth a look.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Table {
+    Ratios,
+    Latencies,
+}
+
+/// Lets the peers take turns and prints the medians; the first peer is the measure of the others.
+pub async fn compare(title: &str, load: &Load, peers: &[Peer], table: Table) {
+    let mut samples: Vec<Vec<Sample>> = peers.iter().map(|_| Vec::new()).collect();
+    for turn in 0..ROUNDS {
+        for step in 0..peers.len() {
+            // Each round begins with another peer.
+            let index = (turn + step) % peers.len();
+            samples[index].push(peers[index].round(load.clone()).await);
+        }
+    }
+    println!("\n{title}\n");
+    match table {
+        Table::Ratios => println!(
+            "| peer | calls/s | CPU per call | p50 | calls/s x | CPU x | p50 x | failed |\n|---|---|---|---|---|---|---|---|"
+        ),
+        Table::Latencies => println!(
+            "| peer | calls/s | p50 | p99 | p99.9 | calls/s x | failed |\n|---|---|---|---|---|---|---|"
+        ),
+    }
+    for (peer, own) in peers.iter().zip(&samples) {
+        let ratio = |figure: &dyn Fn(&Sample) -> f64| {
+            median(
+                own.iter()
+                    .zip(&samples[0])
+                    .map(|(own, base)| figure(own) / figure(base))
+                    .collect(),
+            )
+        };
+        let middle = |figure: &dyn Fn(&Sample) -> f64| median(own.iter().map(figure).collect());
+        let failed: u64 = own.iter().map(|sample| sample.failed).sum();
+        let (rate, p50) = (
+            middle(&Sample::rate),
+            middle(&|sample| sample.percentile(0.5)),
+        );
+        let name = peer.name();
+        match table {
+            Table::Ratios => println!(
+                "| {name} | {rate:.0} | {:.1} us | {p50:.0} us | {:.2} | {:.2} | {:.2} | {failed} |",
+                middle(&Sample::cpu_per_call) * 1e6,
+                ratio(&Sample::rate),
+                ratio(&Sample::cpu_per_call),
+                ratio(&|sample| sample.percentile(0.5)),
+            ),
+            Table::Latencies => println!(
+                "| {name} | {rate:.0} | {:.2} ms | {:.2} ms | {:.2} ms | {:.2} | {failed} |",
+                p50 / 1e3,
+                middle(&|sample| sample.percentile(0.99)) / 1e3,
+                middle(&|sample| sample.percentile(0.999)) / 1e3,
+                ratio(&Sample::rate),
+            ),
+        }
+    }
+}
+
+fn median(mut figures: Vec<f64>) -> f64 {
+    figures.sort_unstable_by(f64::total_cmp);
+    figures[figures.len() / 2]
+}

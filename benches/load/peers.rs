@@ -1,0 +1,299 @@
+//! What is compared: tonic's own channels, hand-wired P2C over bare hyper and bare `h2` connections, and `BalancedChannel`.
+
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response};
+use http_body::{Body as HttpBody, Frame};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::net::TcpStream;
+use tonic::body::Body;
+use tonic::client::GrpcService;
+use tonic::transport::{Channel, Endpoint};
+use tonic_etcd::{BalancedChannel, EndpointState, Policy};
+use tower::Service;
+
+use super::measure::{self, Load, Sample};
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// What a generated client can be made of.
+pub trait Target:
+    GrpcService<
+        Body,
+        ResponseBody: HttpBody<Data = Bytes, Error: Into<BoxError> + Send> + Send + 'static,
+        Error: Into<BoxError>,
+        Future: Send,
+    > + Clone
+    + Send
+    + Sync
+    + 'static
+{
+}
+
+impl<S> Target for S
+where
+    S: GrpcService<Body> + Clone + Send + Sync + 'static,
+    S::ResponseBody: HttpBody<Data = Bytes> + Send + 'static,
+    <S::ResponseBody as HttpBody>::Error: Into<BoxError> + Send,
+    S::Error: Into<BoxError>,
+    S::Future: Send,
+{
+}
+
+type Round = Box<dyn Fn(Load) -> Pin<Box<dyn Future<Output = Sample>>>>;
+
+/// One of those that are compared. Its calls run without a box that the others do not need: only a round as a whole is one.
+pub struct Peer {
+    name: String,
+    round: Round,
+}
+
+impl Peer {
+    fn new<S: Target>(name: &str, service: S) -> Self {
+        Self {
+            name: name.to_owned(),
+            round: Box::new(move |load| Box::pin(measure::round(load, service.clone()))),
+        }
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub async fn round(&self, load: Load) -> Sample {
+        (self.round)(load).await
+    }
+
+    pub async fn stock(addresses: &[String]) -> Self {
+        let endpoints = addresses
+            .iter()
+            .map(|address| Endpoint::from_shared(format!("http://{address}")).unwrap());
+        Self::new(
+            "stock `Channel::balance_list`",
+            Channel::balance_list(endpoints),
+        )
+    }
+
+    pub async fn plain(address: &str) -> Self {
+        let channel = Endpoint::from_shared(format!("http://{address}"))
+            .unwrap()
+            .connect()
+            .await
+            .unwrap();
+        Self::new("one plain `Channel`", channel)
+    }
+
+    pub async fn bare_hyper(addresses: &[String]) -> Self {
+        let mut connections = Vec::new();
+        for address in addresses {
+            let mut builder = hyper::client::conn::http2::Builder::new(TokioExecutor::new());
+            builder
+                .initial_stream_window_size(1 << 20)
+                .initial_connection_window_size(64 << 20);
+            let (send, connection) = builder
+                .handshake(TokioIo::new(connect(address).await))
+                .await
+                .unwrap();
+            tokio::spawn(connection);
+            connections.push((send, AtomicUsize::new(0)));
+        }
+        Self::new("P2C over bare hyper", Hyper(connections.into()))
+    }
+
+    pub async fn bare_h2(addresses: &[String]) -> Self {
+        let mut connections = Vec::new();
+        for address in addresses {
+            let mut builder = h2::client::Builder::new();
+            builder
+                .initial_window_size(1 << 20)
+                .initial_connection_window_size(64 << 20)
+                .max_frame_size(256 << 10)
+                .enable_push(false);
+            let (send, connection) = builder.handshake(connect(address).await).await.unwrap();
+            tokio::spawn(connection);
+            connections.push((send, AtomicUsize::new(0)));
+        }
+        Self::new("P2C over bare `h2`", H2(connections.into()))
+    }
+
+    pub async fn balanced(
+        name: &str,
+        addresses: &[String],
+        policy: Policy,
+        connections: usize,
+    ) -> Self {
+        let builder = BalancedChannel::builder()
+            .policy(policy)
+            .connections_per_endpoint(connections);
+        let channel = builder.from_addresses(addresses.iter().cloned());
+        // All of them are to be there before anything is counted.
+        let ready = async {
+            while channel
+                .endpoints()
+                .iter()
+                .filter(|endpoint| endpoint.state == EndpointState::Ready)
+                .count()
+                < addresses.len()
+            {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), ready)
+            .await
+            .unwrap();
+        Self::new(name, channel)
+    }
+}
+
+async fn connect(address: &str) -> TcpStream {
+    let io = TcpStream::connect(address).await.unwrap();
+    io.set_nodelay(true).unwrap();
+    io
+}
+
+/// The less loaded of two at random.
+fn pick<T>(connections: &[(T, AtomicUsize)]) -> usize {
+    let (a, b) = (
+        fastrand::usize(..connections.len()),
+        fastrand::usize(..connections.len()),
+    );
+    let load = |index: usize| connections[index].1.load(Ordering::Relaxed);
+    if load(a) <= load(b) { a } else { b }
+}
+
+/// Counts a call for as long as its response is there.
+struct Ticket<T> {
+    connections: Arc<[(T, AtomicUsize)]>,
+    index: usize,
+}
+
+impl<T> Ticket<T> {
+    fn new(connections: &Arc<[(T, AtomicUsize)]>, index: usize) -> Self {
+        connections[index].1.fetch_add(1, Ordering::Relaxed);
+        Self {
+            connections: Arc::clone(connections),
+            index,
+        }
+    }
+}
+
+impl<T> Drop for Ticket<T> {
+    fn drop(&mut self) {
+        self.connections[self.index]
+            .1
+            .fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+type HyperSend = hyper::client::conn::http2::SendRequest<Body>;
+
+/// P2C over hyper's connections, and nothing else.
+#[derive(Clone)]
+pub struct Hyper(Arc<[(HyperSend, AtomicUsize)]>);
+
+impl Service<Request<Body>> for Hyper {
+    type Response = Response<hyper::body::Incoming>;
+    type Error = hyper::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        let index = pick(&self.0);
+        let ticket = Ticket::new(&self.0, index);
+        *request.uri_mut() = absolute(request.uri());
+        let response = self.0[index].0.clone().send_request(request);
+        Box::pin(async move {
+            let response = response.await;
+            drop(ticket);
+            response
+        })
+    }
+}
+
+/// P2C over `h2`'s connections, and nothing else: unary calls only. The limit of what can be had.
+#[derive(Clone)]
+pub struct H2(Arc<[(h2::client::SendRequest<Bytes>, AtomicUsize)]>);
+
+impl Service<Request<Body>> for H2 {
+    type Response = Response<H2Body>;
+    type Error = h2::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let index = pick(&self.0);
+        let ticket = Ticket::new(&self.0, index);
+        let mut send = self.0[index].0.clone();
+        Box::pin(async move {
+            let (mut head, mut body) = request.into_parts();
+            head.uri = absolute(&head.uri);
+            let (response, mut stream) = send.send_request(Request::from_parts(head, ()), false)?;
+            while let Some(Ok(frame)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
+                if let Ok(data) = frame.into_data() {
+                    let end = body.is_end_stream();
+                    stream.send_data(data, end)?;
+                    if end {
+                        break;
+                    }
+                }
+            }
+            let (head, body) = response.await?.into_parts();
+            Ok(Response::from_parts(
+                head,
+                H2Body {
+                    stream: body,
+                    trailers: false,
+                    _ticket: ticket,
+                },
+            ))
+        })
+    }
+}
+
+fn absolute(uri: &http::Uri) -> http::Uri {
+    let mut parts = uri.clone().into_parts();
+    parts.scheme = Some(http::uri::Scheme::HTTP);
+    parts.authority = Some(http::uri::Authority::from_static("localhost"));
+    http::Uri::from_parts(parts).unwrap()
+}
+
+pub struct H2Body {
+    stream: h2::RecvStream,
+    trailers: bool,
+    _ticket: Ticket<h2::client::SendRequest<Bytes>>,
+}
+
+impl HttpBody for H2Body {
+    type Data = Bytes;
+    type Error = h2::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
+        if !self.trailers {
+            match ready!(self.stream.poll_data(cx)) {
+                Some(Ok(data)) => {
+                    let _ = self.stream.flow_control().release_capacity(data.len());
+                    return Poll::Ready(Some(Ok(Frame::data(data))));
+                }
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                None => self.trailers = true,
+            }
+        }
+        let trailers: Option<HeaderMap> = ready!(self.stream.poll_trailers(cx))?;
+        Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))))
+    }
+}

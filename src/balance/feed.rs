@@ -1,0 +1,163 @@
+//! The stream of changes, taken in batches and never trusted.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use tokio_stream::Stream;
+
+/// Where changes come from, and when they have told the whole set for the first time.
+pub(crate) struct Feed<S> {
+    changes: Option<Pin<Box<S>>>,
+    known: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+    settling: bool,
+}
+
+/// Changes that were there at one time.
+#[derive(Debug)]
+pub(super) struct Batch<T> {
+    pub(super) changes: Vec<T>,
+    /// Whether the set is known with these.
+    pub(super) known: bool,
+}
+
+impl<S: Stream> Feed<S> {
+    /// Takes a stream whose set is known with its first change, or its end.
+    pub(crate) fn new(changes: S) -> Self {
+        Self {
+            changes: Some(Box::pin(changes)),
+            known: None,
+            settling: false,
+        }
+    }
+
+    /// Takes a stream whose set is known when `known` has ended and what was ready then is read.
+    pub(crate) fn known_after(
+        changes: S,
+        known: impl Future<Output = ()> + Send + 'static,
+    ) -> Self {
+        Self {
+            known: Some(Box::pin(known)),
+            ..Self::new(changes)
+        }
+    }
+
+    /// Waits for changes, and takes all that are there up to a bound, so that they are seen together.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses nothing.
+    pub(super) async fn next(&mut self) -> Batch<S::Item> {
+        std::future::poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Batch<S::Item>> {
+        // Asked before the stream: what it says is known has then been handed to the stream, and is read below.
+        if let Some(known) = &mut self.known
+            && known.as_mut().poll(cx).is_ready()
+        {
+            self.known = None;
+            self.settling = true;
+        }
+        let mut changes = Vec::new();
+        while changes.len() < BATCH {
+            match self.poll_change(cx) {
+                Poll::Ready(Some(change)) => changes.push(change),
+                Poll::Ready(None) => {
+                    if self.changes.take().is_some() {
+                        self.known = None;
+                        return Poll::Ready(Batch {
+                            changes,
+                            known: true,
+                        });
+                    }
+                    return Poll::Pending;
+                }
+                Poll::Pending if changes.is_empty() && !self.settling => return Poll::Pending,
+                Poll::Pending => {
+                    let known = self.known.is_none();
+                    self.settling = false;
+                    return Poll::Ready(Batch { changes, known });
+                }
+            }
+        }
+        Poll::Ready(Batch {
+            changes,
+            known: false,
+        })
+    }
+
+    /// A stream that panics counts as ended: the driver must live on, with the set it has.
+    fn poll_change(&mut self, cx: &mut Context<'_>) -> Poll<Option<S::Item>> {
+        let Some(changes) = &mut self.changes else {
+            return Poll::Ready(None);
+        };
+        let polled = catch_unwind(AssertUnwindSafe(|| changes.as_mut().poll_next(cx)));
+        polled.unwrap_or_else(|_| {
+            tracing::error!("the stream of changes has panicked; the set stays as it is");
+            Poll::Ready(None)
+        })
+    }
+}
+
+/// Changes taken before the driver looks at its connections again.
+const BATCH: usize = 1024;
+
+#[cfg(test)]
+mod tests {
+    use tokio_test::{assert_pending, assert_ready, task};
+
+    use super::*;
+
+    #[test]
+    fn all_that_is_there_is_one_batch() {
+        let (sender, changes) = tokio::sync::mpsc::unbounded_channel();
+        let mut feed = Feed::new(tokio_stream::wrappers::UnboundedReceiverStream::new(
+            changes,
+        ));
+        let mut next = task::spawn(feed.next());
+        assert_pending!(next.poll());
+        sender.send(1).expect("open");
+        sender.send(2).expect("open");
+        assert!(next.is_woken());
+        let batch = assert_ready!(next.poll());
+        assert_eq!((batch.changes, batch.known), (vec![1, 2], true));
+        drop(next);
+        drop(sender);
+        let batch = assert_ready!(task::spawn(feed.next()).poll());
+        assert!(batch.known && batch.changes.is_empty());
+        assert_pending!(task::spawn(feed.next()).poll());
+    }
+
+    #[test]
+    fn an_empty_set_is_known_when_its_source_says_so() {
+        let (told, known) = tokio::sync::oneshot::channel::<()>();
+        let known = async {
+            let _ = known.await;
+        };
+        let mut feed = Feed::known_after(tokio_stream::pending::<u8>(), known);
+        let mut next = task::spawn(feed.next());
+        assert_pending!(next.poll());
+        told.send(()).expect("open");
+        assert!(assert_ready!(next.poll()).known);
+    }
+
+    #[test]
+    fn a_part_of_a_set_is_not_known() {
+        let known = std::future::pending();
+        let (sender, changes) = tokio::sync::mpsc::unbounded_channel();
+        let changes = tokio_stream::wrappers::UnboundedReceiverStream::new(changes);
+        let mut feed = Feed::known_after(changes, known);
+        sender.send(1).expect("open");
+        assert!(!assert_ready!(task::spawn(feed.next()).poll()).known);
+    }
+
+    #[test]
+    fn a_stream_that_panics_has_ended() {
+        let feed = tokio_stream::StreamExt::map(tokio_stream::once(1), |_: u8| -> u8 {
+            panic!("a stream of the user's")
+        });
+        let mut feed = Feed::new(feed);
+        assert!(assert_ready!(task::spawn(feed.next()).poll()).known);
+    }
+}

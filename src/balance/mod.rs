@@ -1,0 +1,215 @@
+//! Balancing: from a stream of changes to connections that are ready, and from those to a pick.
+//!
+//! One task per channel, the *driver*, owns every subchannel and is polled whether calls run or not. It publishes an immutable ready set;
+//! a call picks from it in its caller's task. Nothing here knows where the changes come from.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use tokio::sync::Notify;
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+use tokio_stream::Stream;
+use tower::discover::Change;
+use tracing::Instrument;
+
+use crate::address::Address;
+use crate::instance::Instance;
+use crate::transport::connect::Connector;
+
+mod driver;
+mod endpoint;
+mod feed;
+mod load;
+mod picker;
+mod pool;
+mod subchannel;
+
+pub(crate) use endpoint::{Endpoint, Member, Ticket, Waiters};
+pub use endpoint::{EndpointState, EndpointStatus};
+pub(crate) use feed::Feed;
+pub(crate) use picker::Pick;
+pub use picker::Policy;
+
+use driver::Driver;
+use picker::Picker;
+use pool::ReadySet;
+
+/// The options of a balancer.
+#[derive(Clone, Debug)]
+pub(crate) struct Options {
+    pub(crate) policy: Policy,
+    pub(crate) seed: Option<u64>,
+    pub(crate) connections_per_endpoint: usize,
+    pub(crate) max_backoff: Duration,
+    pub(crate) max_waiters: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            policy: Policy::default(),
+            seed: None,
+            connections_per_endpoint: 1,
+            max_backoff: MAX_BACKOFF,
+            max_waiters: MAX_WAITERS,
+        }
+    }
+}
+
+/// The driver's task. It ends when this goes; calls in flight finish.
+#[derive(Debug)]
+pub(crate) struct Balancer {
+    shared: Arc<Shared>,
+    driver: AbortHandle,
+}
+
+impl Balancer {
+    /// Starts the driver.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    pub(crate) fn start<S, E>(
+        service: &str,
+        changes: Feed<S>,
+        connector: Connector,
+        options: Options,
+    ) -> Self
+    where
+        S: Stream<Item = Result<Change<Address, Instance>, E>> + Send + 'static,
+        E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
+    {
+        let shared = Arc::new(Shared::new(&options));
+        let span = tracing::info_span!("balancer", service);
+        let driver = Driver::new(Arc::clone(&shared), connector, options);
+        let driver = tokio::spawn(driver.run(changes).instrument(span)).abort_handle();
+        Self { shared, driver }
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+}
+
+impl Drop for Balancer {
+    fn drop(&mut self) {
+        self.driver.abort();
+    }
+}
+
+/// What calls see of the balancer.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    published: ArcSwap<Published>,
+    /// Tells those that wait for a connection of every new set.
+    changed: Notify,
+    /// Tells the driver that a call found every connection full.
+    demand: Notify,
+    waiters: Arc<Waiters>,
+    picker: Picker,
+    directory: Mutex<HashMap<Address, Arc<Endpoint>>>,
+    started: Instant,
+}
+
+impl Shared {
+    fn new(options: &Options) -> Self {
+        Self {
+            published: ArcSwap::from_pointee(Published::default()),
+            changed: Notify::new(),
+            demand: Notify::new(),
+            waiters: Arc::new(Waiters::new(options.max_waiters)),
+            picker: Picker::new(options.policy, options.seed),
+            directory: Mutex::new(HashMap::new()),
+            started: Instant::now(),
+        }
+    }
+
+    /// Takes a place on a `usable` connection.
+    ///
+    /// The place is on a connection and not at an index: whatever is removed between the pick and the send, the call can reach no other
+    /// endpoint.
+    pub(crate) fn pick(&self, usable: impl Fn(&Arc<Member>) -> bool) -> Pick<Ticket> {
+        let published = self.published.load();
+        match self.picker.pick(&published.ready, usable) {
+            Pick::Taken(member) => Pick::Taken(Ticket::taken(member)),
+            Pick::Full => Pick::Full,
+            Pick::Excluded => Pick::Excluded,
+            Pick::Empty => Pick::Empty,
+        }
+    }
+
+    /// How the set of endpoints is.
+    pub(crate) fn summary(&self) -> Summary {
+        self.published.load().summary.clone()
+    }
+
+    pub(crate) fn changed(&self) -> &Notify {
+        &self.changed
+    }
+
+    pub(crate) fn waiters(&self) -> &Arc<Waiters> {
+        &self.waiters
+    }
+
+    /// Asks the driver for more connections to endpoints whose streams are all in use.
+    pub(crate) fn demand(&self) {
+        self.demand.notify_one();
+    }
+
+    /// When the channel was made.
+    pub(crate) fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// Every endpoint as it is now, sorted by address.
+    pub(crate) fn endpoints(&self) -> Vec<EndpointStatus> {
+        let known: Vec<_> = self.directory().values().cloned().collect();
+        let mut statuses: Vec<_> = known.iter().map(|endpoint| endpoint.status()).collect();
+        statuses.sort_by(|a, b| a.address.cmp(&b.address));
+        statuses
+    }
+
+    fn directory(&self) -> MutexGuard<'_, HashMap<Address, Arc<Endpoint>>> {
+        // Nothing panics while it is held; and the data would be whole even then.
+        self.directory
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One state of the set of endpoints.
+#[derive(Debug, Default)]
+struct Published {
+    ready: ReadySet<Arc<Member>>,
+    summary: Summary,
+}
+
+/// The numbers behind an error message.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Summary {
+    /// Whether the set of endpoints is known: a first list is in.
+    pub(crate) known: bool,
+    pub(crate) endpoints: usize,
+    pub(crate) ready: usize,
+    /// Endpoints that are neither ready nor failing: a connection may be there any moment.
+    pub(crate) pending: usize,
+    /// The last failure to connect, or loss of a connection.
+    pub(crate) last_error: Option<Arc<EndpointError>>,
+}
+
+/// What happened to an endpoint's connection.
+#[derive(Debug, thiserror::Error)]
+#[error("endpoint {address}: {reason}")]
+pub(crate) struct EndpointError {
+    pub(crate) address: Address,
+    /// The failure with all its causes, in one line.
+    pub(crate) reason: Arc<str>,
+}
+
+/// gRPC's connection backoff document.
+const MAX_BACKOFF: Duration = Duration::from_secs(120);
+/// Each waiting call holds its request, a few kilobytes at least: more than this would be memory spent on calls that have no chance.
+const MAX_WAITERS: usize = 32_768;

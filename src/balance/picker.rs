@@ -1,0 +1,430 @@
+//! Picking: pure, without a lock, an allocation or a clock, and at a cost that does not depend on the number of endpoints.
+
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::pool::{ReadySet, Slot, below};
+
+/// How a channel chooses among the endpoints that are ready. Weights count in all of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Policy {
+    /// Of two endpoints drawn at random, the one with the smaller product of latency and calls in flight. The latency is a mean over a
+    /// few seconds of the time to the response's head. The default.
+    #[default]
+    Latency,
+    /// Of two endpoints drawn at random, the one with fewer calls in flight.
+    LeastRequest,
+    /// One endpoint after the other, each as often as its weight says.
+    WeightedRoundRobin,
+}
+
+/// What a pick wants to know of a connection.
+pub(crate) trait Candidate {
+    /// In microseconds; 0 if unknown.
+    fn latency(&self) -> f32;
+    fn in_flight(&self) -> u32;
+    /// Takes a place for a call, if there is one.
+    fn acquire(&self) -> bool;
+}
+
+/// What came of a pick.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Pick<T> {
+    /// A place is taken for the call.
+    Taken(T),
+    /// Connections are ready, but those that were looked at are full.
+    Full,
+    /// Connections are ready, but none that was looked at may be used for this call.
+    Excluded,
+    /// No connection is ready.
+    Empty,
+}
+
+/// Chooses connections.
+#[derive(Debug)]
+pub(crate) struct Picker {
+    policy: Policy,
+    rng: Rng,
+    /// How many round-robin picks were made.
+    cursor: AtomicU64,
+}
+
+impl Picker {
+    pub(crate) fn new(policy: Policy, seed: Option<u64>) -> Self {
+        let rng = seed.map_or(Rng::Thread, |seed| Rng::Seeded(AtomicU64::new(seed)));
+        // Clients that all start at the first endpoint are a stampede after each deployment.
+        let cursor = AtomicU64::new(rng.next() >> 32);
+        Self {
+            policy,
+            rng,
+            cursor,
+        }
+    }
+
+    /// Picks a connection that is `usable` for a call and takes a place on it.
+    pub(crate) fn pick<'a, M: Candidate>(
+        &self,
+        set: &'a ReadySet<M>,
+        usable: impl Fn(&M) -> bool,
+    ) -> Pick<&'a M> {
+        if set.len() == 0 {
+            return Pick::Empty;
+        }
+        let full = Cell::new(false);
+        let taken = |slot: &Slot<M>| {
+            let usable = usable(&slot.member);
+            let taken = usable && slot.member.acquire();
+            full.set(full.get() || (usable && !taken));
+            taken
+        };
+        for _ in 0..DRAWS {
+            let Some((first, second)) = self.draw(set) else {
+                break;
+            };
+            if taken(first) {
+                return Pick::Taken(&first.member);
+            }
+            if taken(second) {
+                return Pick::Taken(&second.member);
+            }
+        }
+        // There is one only, or nearly all are full: a place somewhere is worth a look around, but not at everyone.
+        let start = below(self.rng.next(), set.len());
+        for step in 0..set.len().min(LOOK_AROUND) {
+            let slot = set.get((start + step) % set.len());
+            if let Some(slot) = slot.filter(|slot| taken(slot)) {
+                return Pick::Taken(&slot.member);
+            }
+        }
+        if full.get() {
+            Pick::Full
+        } else {
+            Pick::Excluded
+        }
+    }
+
+    /// Two places to try, the better one first; none if there are not two.
+    fn draw<'a, M: Candidate>(&self, set: &'a ReadySet<M>) -> Option<(&'a Slot<M>, &'a Slot<M>)> {
+        if set.len() == 1 {
+            return None;
+        }
+        if self.policy == Policy::WeightedRoundRobin {
+            let next = self.next_in_turn(set)?;
+            return Some((next, next));
+        }
+        let (first, second) = self.two(set)?;
+        let (left, right) = (load(first, set), load(second, set));
+        let second_is_better = match self.policy {
+            Policy::Latency => {
+                is_slower(left, first.member.latency(), right, second.member.latency())
+            }
+            _ => left > right,
+        };
+        Some(if second_is_better {
+            (second, first)
+        } else {
+            (first, second)
+        })
+    }
+
+    /// Two places at random; two different ones unless weights decide.
+    fn two<'a, M>(&self, set: &'a ReadySet<M>) -> Option<(&'a Slot<M>, &'a Slot<M>)> {
+        if !set.is_uniform() {
+            let first = set.draw(self.rng.next(), self.rng.next())?;
+            return Some((first, set.draw(self.rng.next(), self.rng.next())?));
+        }
+        let random = self.rng.next();
+        let first = below(random, set.len());
+        // The lower half of the word is as random as the upper.
+        let step = 1 + below(random << 32, set.len() - 1);
+        let second = first + step;
+        let second = if second < set.len() {
+            second
+        } else {
+            second - set.len()
+        };
+        Some((set.get(first)?, set.get(second)?))
+    }
+
+    /// The next place in turn. In each round a place is passed over as often as it is lighter than the heaviest, evenly spread: nothing has
+    /// to be stored or locked but the number of the pick.
+    fn next_in_turn<'a, M>(&self, set: &'a ReadySet<M>) -> Option<&'a Slot<M>> {
+        let len = u64::try_from(set.len()).ok()?;
+        let heaviest = u64::from(set.heaviest()).max(1);
+        let mut slot = None;
+        for _ in 0..PASSES {
+            let turn = self.cursor.fetch_add(1, Ordering::Relaxed);
+            let (round, index) = (turn / len, turn % len);
+            let found = set.get(usize::try_from(index).ok()?)?;
+            slot = Some(found);
+            let weight = u64::from(found.weight);
+            // Neighbours of one weight take their turns in different rounds.
+            let phase = weight * ((round + index) % heaviest) % heaviest;
+            if phase + weight >= heaviest {
+                break;
+            }
+        }
+        slot
+    }
+}
+
+/// Calls in flight, one more, in relation to the weight.
+fn load<M: Candidate>(slot: &Slot<M>, set: &ReadySet<M>) -> f32 {
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "after 16 million calls in flight"
+    )]
+    let in_flight = slot.member.in_flight() as f32;
+    if set.is_uniform() {
+        return in_flight + 1.0;
+    }
+    #[expect(clippy::cast_precision_loss, reason = "a weight needs no more digits")]
+    let weight = slot.weight as f32;
+    // Idle places cost the same, so that the draw alone decides, which is by weight already; the busier they are the more it is their
+    // share that counts. Dividing the sum by the weight would give all calls of an idle channel to the heaviest.
+    in_flight * set.mean_weight() / weight + 1.0
+}
+
+/// Whether the left one is the worse choice. Latencies that differ by less than noise are one: else a channel with one caller would use
+/// one of its equal endpoints only.
+fn is_slower(left_load: f32, left: f32, right_load: f32, right: f32) -> bool {
+    let unknown = left <= 0.0 || right <= 0.0;
+    let alike = left <= right * NOISE && right <= left * NOISE;
+    if unknown || alike {
+        left_load > right_load
+    } else {
+        left_load * left > right_load * right
+    }
+}
+
+/// Where random numbers come from.
+#[derive(Debug)]
+enum Rng {
+    /// Each thread has a generator of its own, so callers do not meet.
+    Thread,
+    /// One sequence for the channel, for picks that can be repeated.
+    Seeded(AtomicU64),
+}
+
+impl Rng {
+    fn next(&self) -> u64 {
+        match self {
+            Self::Thread => fastrand::u64(..),
+            Self::Seeded(state) => {
+                // SplitMix64: the state only counts, so that one atomic addition is all the sharing there is.
+                let mut word = state.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
+                word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+                word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+                word ^ (word >> 31)
+            }
+        }
+    }
+}
+
+/// Pairs drawn before looking around.
+const DRAWS: usize = 4;
+/// How many places are looked at when the draws found none.
+const LOOK_AROUND: usize = 128;
+/// How many places round robin passes over at most. Only weights a thousandfold apart come near it.
+const PASSES: usize = 4096;
+/// Latencies within this factor of one another are alike.
+const NOISE: f32 = 1.25;
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicU32;
+
+    use super::super::pool::Roster;
+    use super::*;
+
+    /// A connection that only counts.
+    #[derive(Debug, Default)]
+    struct Fake {
+        name: u32,
+        latency: f32,
+        in_flight: AtomicU32,
+        calls: AtomicU32,
+        limit: u32,
+    }
+
+    impl Candidate for Arc<Fake> {
+        fn latency(&self) -> f32 {
+            self.latency
+        }
+
+        fn in_flight(&self) -> u32 {
+            self.in_flight.load(Ordering::Relaxed)
+        }
+
+        fn acquire(&self) -> bool {
+            let free = self.in_flight() < self.limit;
+            if free {
+                self.in_flight.fetch_add(1, Ordering::Relaxed);
+                self.calls.fetch_add(1, Ordering::Relaxed);
+            }
+            free
+        }
+    }
+
+    fn set(
+        fakes: impl IntoIterator<Item = (f32, u32, u32)>,
+    ) -> (Vec<Arc<Fake>>, ReadySet<Arc<Fake>>) {
+        let mut roster = Roster::default();
+        let mut all = Vec::new();
+        for (name, (latency, weight, limit)) in (0..).zip(fakes) {
+            let fake = Arc::new(Fake {
+                name,
+                latency,
+                limit,
+                ..Fake::default()
+            });
+            roster.insert(name, Arc::clone(&fake), weight);
+            all.push(fake);
+        }
+        (all, roster.freeze())
+    }
+
+    /// Calls one after the other, each ended before the next. The share of each.
+    fn shares(picker: &Picker, fakes: &[Arc<Fake>], set: &ReadySet<Arc<Fake>>) -> Vec<f64> {
+        const CALLS: u32 = 40_000;
+        for _ in 0..CALLS {
+            match picker.pick(set, |_| true) {
+                Pick::Taken(fake) => fake.in_flight.store(0, Ordering::Relaxed),
+                other => panic!("everyone is free, but {other:?}"),
+            }
+        }
+        let share =
+            |fake: &Arc<Fake>| f64::from(fake.calls.load(Ordering::Relaxed)) / f64::from(CALLS);
+        fakes.iter().map(share).collect()
+    }
+
+    fn assert_near(shares: &[f64], expected: &[f64]) {
+        for (share, expected) in shares.iter().zip(expected) {
+            assert!((share - expected).abs() < 0.015, "{shares:?}");
+        }
+    }
+
+    const POLICIES: [Policy; 3] = [
+        Policy::Latency,
+        Policy::LeastRequest,
+        Policy::WeightedRoundRobin,
+    ];
+
+    #[test]
+    fn equal_endpoints_get_equal_shares_also_from_one_caller() {
+        for policy in POLICIES {
+            // As near to one another as measurements of equal servers are.
+            let (fakes, set) = set([(100.0, 1, 9), (110.0, 1, 9), (95.0, 1, 9), (102.0, 1, 9)]);
+            let picker = Picker::new(policy, Some(7));
+            assert_near(&shares(&picker, &fakes, &set), &[0.25; 4]);
+        }
+    }
+
+    #[test]
+    fn shares_follow_the_weights_in_every_policy() {
+        for policy in POLICIES {
+            let (fakes, set) = set([(100.0, 1, 9), (100.0, 3, 9), (100.0, 4, 9)]);
+            let picker = Picker::new(policy, Some(7));
+            assert_near(&shares(&picker, &fakes, &set), &[0.125, 0.375, 0.5]);
+        }
+    }
+
+    #[test]
+    fn busy_endpoints_share_by_weight_as_well() {
+        for policy in [Policy::Latency, Policy::LeastRequest] {
+            let (fakes, set) = set([(100.0, 1, u32::MAX), (100.0, 3, u32::MAX)]);
+            let picker = Picker::new(policy, Some(7));
+            for _ in 0..4_000 {
+                assert!(matches!(picker.pick(&set, |_| true), Pick::Taken(_)));
+            }
+            let share = f64::from(fakes[1].in_flight()) / 4_000.0;
+            assert!((share - 0.75).abs() < 0.02, "{share}");
+        }
+    }
+
+    #[test]
+    fn the_slow_one_is_left_alone_while_the_others_are_free() {
+        let (fakes, set) = set([(50_000.0, 1, 9), (1_000.0, 1, 9), (1_000.0, 1, 9)]);
+        let picker = Picker::new(Policy::Latency, Some(7));
+        assert_near(&shares(&picker, &fakes, &set), &[0.0, 0.5, 0.5]);
+    }
+
+    #[test]
+    fn an_endpoint_nothing_is_known_of_is_not_flooded() {
+        let (fakes, set) = set([(0.0, 1, u32::MAX), (1_000.0, 1, u32::MAX)]);
+        let picker = Picker::new(Policy::Latency, Some(7));
+        for _ in 0..1_000 {
+            picker.pick(&set, |_| true);
+        }
+        assert_eq!(fakes[0].in_flight(), 500);
+    }
+
+    #[test]
+    fn round_robin_takes_turns() {
+        let (fakes, set) = set([(0.0, 1, u32::MAX), (0.0, 1, u32::MAX), (0.0, 1, u32::MAX)]);
+        let picker = Picker::new(Policy::WeightedRoundRobin, Some(7));
+        for _ in 0..3 {
+            assert!(matches!(picker.pick(&set, |_| true), Pick::Taken(_)));
+        }
+        assert!(fakes.iter().all(|fake| fake.in_flight() == 1));
+    }
+
+    #[test]
+    fn full_connections_are_passed_over_and_the_last_free_one_is_found() {
+        for policy in POLICIES {
+            let (_, set) = set((0..100).map(|name| (100.0, 1, u32::from(name == 63))));
+            let picker = Picker::new(policy, Some(7));
+            match picker.pick(&set, |_| true) {
+                Pick::Taken(fake) => assert_eq!(fake.name, 63),
+                other => panic!("one was free, but {other:?}"),
+            }
+            assert_eq!(picker.pick(&set, |_| true), Pick::Full);
+        }
+    }
+
+    impl PartialEq for Fake {
+        fn eq(&self, other: &Self) -> bool {
+            self.name == other.name
+        }
+    }
+
+    #[test]
+    fn what_may_not_be_used_is_not_taken() {
+        let (fakes, set) = set([(100.0, 1, 9), (100.0, 1, 9)]);
+        let picker = Picker::new(Policy::Latency, Some(7));
+        for _ in 0..9 {
+            match picker.pick(&set, |fake| fake.name != 0) {
+                Pick::Taken(fake) => assert_eq!(fake.name, 1),
+                other => panic!("one is usable, but {other:?}"),
+            }
+        }
+        assert_eq!(picker.pick(&set, |fake| fake.name != 0), Pick::Full);
+        assert_eq!(picker.pick(&set, |_| false), Pick::Excluded);
+        assert_eq!(fakes[0].in_flight(), 0);
+    }
+
+    #[test]
+    fn an_empty_set_has_nothing_to_pick() {
+        let (_, set) = set([]);
+        assert_eq!(
+            Picker::new(Policy::Latency, None).pick(&set, |_| true),
+            Pick::Empty
+        );
+    }
+
+    #[test]
+    fn a_seed_repeats_the_picks() {
+        let picks = || {
+            let (_, set) = set((0..10).map(|_| (100.0, 1, u32::MAX)));
+            let picker = Picker::new(Policy::LeastRequest, Some(42));
+            let pick = || match picker.pick(&set, |_| true) {
+                Pick::Taken(fake) => fake.name,
+                other => panic!("everyone is free, but {other:?}"),
+            };
+            (0..100).map(|_| pick()).collect::<Vec<_>>()
+        };
+        assert_eq!(picks(), picks());
+    }
+}

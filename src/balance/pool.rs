@@ -1,0 +1,378 @@
+//! The ready set: immutable, read by every call without a lock, and cheap to replace.
+//!
+//! It is a list of chunks that successive sets share. A join or a leave rebuilds the chunks it touches and the short list of chunks, not the
+//! whole: with 10 000 connections that is some microseconds in place of a hundred.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::Hash;
+use std::sync::Arc;
+
+/// The connections that can take calls, as of one moment.
+#[derive(Debug)]
+pub(crate) struct ReadySet<M> {
+    chunks: Box<[Chunk<M>]>,
+    len: usize,
+    /// Draws a chunk by its weight; none if all connections have the same weight.
+    alias: Option<Alias>,
+    heaviest: u32,
+    mean_weight: f32,
+}
+
+/// A run of the set; all but the last are full.
+#[derive(Debug)]
+struct Chunk<M> {
+    slots: Arc<[Slot<M>]>,
+    alias: Arc<Alias>,
+    weight: u64,
+}
+
+impl<M> Clone for Chunk<M> {
+    fn clone(&self) -> Self {
+        Self {
+            slots: Arc::clone(&self.slots),
+            alias: Arc::clone(&self.alias),
+            weight: self.weight,
+        }
+    }
+}
+
+/// A place in the set.
+#[derive(Clone, Debug)]
+pub(crate) struct Slot<M> {
+    pub(crate) member: M,
+    pub(crate) weight: u32,
+}
+
+impl<M> ReadySet<M> {
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(crate) fn is_uniform(&self) -> bool {
+        self.alias.is_none()
+    }
+
+    pub(crate) fn heaviest(&self) -> u32 {
+        self.heaviest
+    }
+
+    pub(crate) fn mean_weight(&self) -> f32 {
+        self.mean_weight
+    }
+
+    pub(crate) fn get(&self, index: usize) -> Option<&Slot<M>> {
+        self.chunks
+            .get(index / CHUNK)
+            .and_then(|chunk| chunk.slots.get(index % CHUNK))
+    }
+
+    /// Draws a place by weight, from two random words.
+    pub(crate) fn draw(&self, outer: u64, inner: u64) -> Option<&Slot<M>> {
+        match &self.alias {
+            None => self.get(below(outer, self.len)),
+            Some(alias) => {
+                let chunk = self.chunks.get(alias.draw(outer))?;
+                chunk.slots.get(chunk.alias.draw(inner))
+            }
+        }
+    }
+}
+
+impl<M> Default for ReadySet<M> {
+    fn default() -> Self {
+        Self {
+            chunks: Box::default(),
+            len: 0,
+            alias: None,
+            heaviest: 0,
+            mean_weight: 1.0,
+        }
+    }
+}
+
+/// A random number under `len`, from the upper half of a random word.
+pub(super) fn below(random: u64, len: usize) -> usize {
+    // A product of two 32-bit numbers, shifted, is under the second: no division, and a bias nobody can see.
+    let len = u64::try_from(len).unwrap_or(u64::MAX) & 0xffff_ffff;
+    usize::try_from(((random >> 32) * len) >> 32).unwrap_or_default()
+}
+
+/// Draws an index by weight in constant time (Walker's alias method, in Vose's form).
+#[derive(Debug)]
+struct Alias(Box<[Column]>);
+
+#[derive(Clone, Copy, Debug)]
+struct Column {
+    /// Random numbers under this one mean the column itself.
+    keep: u32,
+    /// The others mean this one.
+    other: u32,
+}
+
+impl Alias {
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_precision_loss,
+        reason = "shares of one are scaled to 32 bits, and a set has fewer places than that"
+    )]
+    fn new(weights: impl Iterator<Item = u64>) -> Self {
+        let mut shares: Vec<f64> = weights.map(|weight| weight as f64).collect();
+        let mean = shares.iter().sum::<f64>() / shares.len().max(1) as f64;
+        let mut columns = Vec::with_capacity(shares.len());
+        let (mut small, mut large) = (Vec::new(), Vec::new());
+        for (index, share) in shares.iter_mut().enumerate() {
+            *share /= mean.max(f64::MIN_POSITIVE);
+            columns.push(Column {
+                keep: u32::MAX,
+                other: index as u32,
+            });
+            if *share < 1.0 {
+                small.push(index);
+            } else {
+                large.push(index);
+            }
+        }
+        // What is left over on either side is a whole share but for rounding.
+        while let (Some(&poor), Some(&rich)) = (small.last(), large.last()) {
+            small.pop();
+            columns[poor] = Column {
+                keep: (shares[poor] * f64::from(u32::MAX)) as u32,
+                other: rich as u32,
+            };
+            shares[rich] -= 1.0 - shares[poor];
+            if shares[rich] < 1.0 {
+                large.pop();
+                small.push(rich);
+            }
+        }
+        Self(columns.into())
+    }
+
+    fn draw(&self, random: u64) -> usize {
+        let index = below(random, self.0.len());
+        match self.0.get(index) {
+            Some(column) if random & 0xffff_ffff >= u64::from(column.keep) => column.other as usize,
+            _ => index,
+        }
+    }
+}
+
+/// The driver's own copy of a ready set, from which it makes the next.
+#[derive(Debug)]
+pub(crate) struct Roster<K, M> {
+    slots: Vec<(K, Slot<M>)>,
+    places: HashMap<K, usize>,
+    /// How many places have which weight.
+    weights: BTreeMap<u32, usize>,
+    chunks: Vec<Chunk<M>>,
+    stale: BTreeSet<usize>,
+}
+
+impl<K, M> Default for Roster<K, M> {
+    fn default() -> Self {
+        Self {
+            slots: Vec::new(),
+            places: HashMap::new(),
+            weights: BTreeMap::new(),
+            chunks: Vec::new(),
+            stale: BTreeSet::new(),
+        }
+    }
+}
+
+impl<K: Clone + Eq + Hash, M: Clone> Roster<K, M> {
+    pub(crate) fn members(&self) -> impl Iterator<Item = &M> {
+        self.slots.iter().map(|(_, slot)| &slot.member)
+    }
+
+    /// Adds a member, or replaces the one of this key.
+    pub(crate) fn insert(&mut self, key: K, member: M, weight: u32) {
+        self.remove(&key);
+        let weight = weight.max(1);
+        self.places.insert(key.clone(), self.slots.len());
+        self.stale.insert(self.slots.len() / CHUNK);
+        self.slots.push((key, Slot { member, weight }));
+        *self.weights.entry(weight).or_default() += 1;
+    }
+
+    /// Takes a member out. Says whether it was there.
+    pub(crate) fn remove(&mut self, key: &K) -> bool {
+        let Some(place) = self.places.remove(key) else {
+            return false;
+        };
+        let (_, slot) = self.slots.swap_remove(place);
+        self.forget_weight(slot.weight);
+        if let Some((moved, _)) = self.slots.get(place) {
+            self.places.insert(moved.clone(), place);
+        }
+        self.stale.insert(place / CHUNK);
+        self.stale.insert(self.slots.len() / CHUNK);
+        true
+    }
+
+    /// Changes a member's weight in place. Says whether that changes anything.
+    pub(crate) fn reweigh(&mut self, key: &K, weight: u32) -> bool {
+        let weight = weight.max(1);
+        let Some(&place) = self.places.get(key) else {
+            return false;
+        };
+        let Some((_, slot)) = self.slots.get_mut(place) else {
+            return false;
+        };
+        let before = std::mem::replace(&mut slot.weight, weight);
+        if before == weight {
+            return false;
+        }
+        self.forget_weight(before);
+        *self.weights.entry(weight).or_default() += 1;
+        self.stale.insert(place / CHUNK);
+        true
+    }
+
+    fn forget_weight(&mut self, weight: u32) {
+        if let Some(count) = self.weights.get_mut(&weight) {
+            *count -= 1;
+            if *count == 0 {
+                self.weights.remove(&weight);
+            }
+        }
+    }
+
+    /// The set as it is now. Only what has changed since the last one is built anew.
+    pub(crate) fn freeze(&mut self) -> ReadySet<M> {
+        self.chunks.truncate(self.slots.len().div_ceil(CHUNK));
+        for index in std::mem::take(&mut self.stale) {
+            let start = index * CHUNK;
+            let end = (start + CHUNK).min(self.slots.len());
+            if start >= end {
+                continue;
+            }
+            let chunk = Chunk::new(&self.slots[start..end]);
+            match self.chunks.get_mut(index) {
+                Some(stale) => *stale = chunk,
+                None => self.chunks.push(chunk),
+            }
+        }
+        let total: u64 = self.chunks.iter().map(|chunk| chunk.weight).sum();
+        let uniform = self.weights.len() <= 1;
+        let alias = || Alias::new(self.chunks.iter().map(|chunk| chunk.weight));
+        #[expect(clippy::cast_precision_loss, reason = "a mean needs no more digits")]
+        let mean_weight = total as f32 / self.slots.len().max(1) as f32;
+        ReadySet {
+            chunks: self.chunks.clone().into(),
+            len: self.slots.len(),
+            alias: (!uniform).then(alias),
+            heaviest: self
+                .weights
+                .last_key_value()
+                .map_or(0, |(heaviest, _)| *heaviest),
+            mean_weight,
+        }
+    }
+}
+
+impl<M: Clone> Chunk<M> {
+    fn new<K>(slots: &[(K, Slot<M>)]) -> Self {
+        let weights = || slots.iter().map(|(_, slot)| u64::from(slot.weight));
+        Self {
+            slots: slots.iter().map(|(_, slot)| slot.clone()).collect(),
+            alias: Arc::new(Alias::new(weights())),
+            weight: weights().sum(),
+        }
+    }
+}
+
+/// Places per chunk: the cost of a change is this many copies, plus one copy for each chunk.
+const CHUNK: usize = 64;
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn members(set: &ReadySet<u32>) -> BTreeMap<u32, u32> {
+        (0..set.len())
+            .map(|index| set.get(index).expect("below the length"))
+            .map(|slot| (slot.member, slot.weight))
+            .collect()
+    }
+
+    #[derive(Clone, Debug)]
+    enum Op {
+        Insert(u32, u32),
+        Remove(u32),
+        Reweigh(u32, u32),
+        Freeze,
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        let key = 0..300_u32;
+        prop_oneof![
+            4 => (key.clone(), 1..5_u32).prop_map(|(key, weight)| Op::Insert(key, weight)),
+            2 => key.clone().prop_map(Op::Remove),
+            1 => (key, 1..5_u32).prop_map(|(key, weight)| Op::Reweigh(key, weight)),
+            1 => Just(Op::Freeze),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn a_frozen_set_is_what_the_changes_say(ops in proptest::collection::vec(op(), 0..600)) {
+            let mut roster = Roster::default();
+            let mut model = BTreeMap::new();
+            for op in ops {
+                match op {
+                    Op::Insert(key, weight) => {
+                        roster.insert(key, key, weight);
+                        model.insert(key, weight);
+                    }
+                    Op::Remove(key) => {
+                        prop_assert_eq!(roster.remove(&key), model.remove(&key).is_some());
+                    }
+                    Op::Reweigh(key, weight) => {
+                        roster.reweigh(&key, weight);
+                        model.entry(key).and_modify(|old| *old = weight);
+                    }
+                    Op::Freeze => {
+                        prop_assert_eq!(&members(&roster.freeze()), &model);
+                    }
+                }
+            }
+            let set = roster.freeze();
+            prop_assert_eq!(set.len(), model.len());
+            prop_assert_eq!(&members(&set), &model);
+            prop_assert_eq!(set.heaviest(), model.values().copied().max().unwrap_or(0));
+        }
+    }
+
+    #[test]
+    fn draws_follow_the_weights() {
+        let mut roster = Roster::default();
+        for key in 0..200_u32 {
+            roster.insert(key, key, if key < 100 { 1 } else { 3 });
+        }
+        let set = roster.freeze();
+        let mut rng = fastrand::Rng::with_seed(7);
+        let mut heavy = 0_u32;
+        let mut each = vec![0_u32; 200];
+        for _ in 0..200_000 {
+            let slot = set.draw(rng.u64(..), rng.u64(..)).expect("not empty");
+            heavy += u32::from(slot.weight == 3);
+            each[slot.member as usize] += 1;
+        }
+        let share = f64::from(heavy) / 200_000.0;
+        assert!((share - 0.75).abs() < 0.01, "{share}");
+        assert!(each.iter().all(|&drawn| drawn > 300), "everybody is drawn");
+    }
+
+    #[test]
+    fn an_empty_set_draws_nothing() {
+        assert!(
+            ReadySet::<u32>::default()
+                .draw(u64::MAX, u64::MAX)
+                .is_none()
+        );
+    }
+}

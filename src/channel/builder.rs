@@ -1,0 +1,384 @@
+//! The options of a channel, and where its endpoints come from.
+
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::uri::Scheme;
+use http::{HeaderValue, Uri};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_stream::Stream;
+use tower::discover::Change;
+
+use super::{BalancedChannel, ChannelError, Core};
+use crate::address::{Address, AddressPolicy};
+use crate::balance::{Balancer, Feed, Options, Policy};
+use crate::instance::Instance;
+use crate::resolver::{Resolver, ResolverBuilder, ResolverState};
+use crate::transport::connect::Connector;
+use crate::transport::deadline;
+use crate::transport::http2::KeepAlive;
+#[cfg(feature = "tls")]
+use crate::transport::tls::{Tls, TlsConfig};
+
+/// A [`BalancedChannel`] with options; made by [`Registry::channel`](crate::Registry::channel), where `S` is the service's
+/// [`ResolverBuilder`], or by [`BalancedChannel::builder`].
+#[derive(Debug)]
+#[must_use = "there is no channel before it is connected or given endpoints"]
+pub struct ChannelBuilder<S = ()> {
+    source: S,
+    service: Option<String>,
+    options: Options,
+    connector: Connector,
+    user_agent: Option<HeaderValue>,
+    origin: Option<Uri>,
+    timeout: Option<Duration>,
+    wait_for_ready: bool,
+    start_up_bound: Duration,
+}
+
+impl<S> ChannelBuilder<S> {
+    pub(super) fn new(source: S) -> Self {
+        Self {
+            source,
+            service: None,
+            options: Options::default(),
+            connector: Connector::default(),
+            user_agent: None,
+            origin: None,
+            timeout: None,
+            wait_for_ready: false,
+            start_up_bound: START_UP_BOUND,
+        }
+    }
+
+    /// How an endpoint is chosen. Default [`Policy::Latency`].
+    pub fn policy(mut self, policy: Policy) -> Self {
+        self.options.policy = policy;
+        self
+    }
+
+    /// Makes the channel's choices repeatable. By default they are random.
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.options.seed = Some(seed);
+        self
+    }
+
+    /// The deadline of calls that name none. None by default.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = Some(timeout);
+        self
+    }
+
+    /// Whether calls wait for an endpoint where they would fail at once. Not by default; a call can say otherwise with
+    /// [`WaitForReady`](crate::WaitForReady).
+    pub fn wait_for_ready(mut self, wait: bool) -> Self {
+        self.wait_for_ready = wait;
+        self
+    }
+
+    /// How long after its start the channel waits for the registry's first answer. Later, calls fail at once until it has come. Default
+    /// 10 s.
+    pub fn start_up_bound(mut self, bound: Duration) -> Self {
+        self.start_up_bound = bound;
+        self
+    }
+
+    /// How many calls may wait at once for an endpoint or a free stream; further ones fail with `RESOURCE_EXHAUSTED`. Default 32 768.
+    pub fn max_waiters(mut self, waiters: usize) -> Self {
+        self.options.max_waiters = waiters;
+        self
+    }
+
+    /// How many connections each endpoint gets. One more is made while every stream that an endpoint allows is in use. Default 1; 0 counts
+    /// as 1. A client of few endpoints and many threads gains by more.
+    pub fn connections_per_endpoint(mut self, connections: usize) -> Self {
+        self.options.connections_per_endpoint = connections.max(1);
+        self
+    }
+
+    /// How long a connection may take: TCP, TLS and the peer's first answer. Default 10 s.
+    pub fn connect_timeout(mut self, timeout: Duration) -> Self {
+        self.connector.timeout = timeout;
+        self
+    }
+
+    /// The longest wait between two attempts to connect to an endpoint. Default 120 s, as in gRPC's connection backoff document. A fresh
+    /// registration ends the wait in any case.
+    pub fn max_backoff(mut self, backoff: Duration) -> Self {
+        self.options.max_backoff = backoff;
+        self
+    }
+
+    /// Pings idle connections every `interval`, and gives up one that does not answer within `timeout`. Off by default: many servers close
+    /// the connection of a client that pings more often than every five minutes, and TCP's own keep-alive is on.
+    pub fn http2_keep_alive(mut self, interval: Duration, timeout: Duration) -> Self {
+        self.connector.http2.keep_alive = Some(KeepAlive { interval, timeout });
+        self
+    }
+
+    /// How many bytes a server may send ahead: on one response stream, and on a connection. Default 1 MiB and 64 MiB. A connection's window
+    /// of less than many streams' lets a few responses that nobody reads stop every other call.
+    pub fn windows(mut self, stream: u32, connection: u32) -> Self {
+        self.connector.http2.stream_window = stream.min(MAX_WINDOW);
+        self.connector.http2.connection_window = connection.min(MAX_WINDOW);
+        self
+    }
+
+    /// Whether HTTP/2's limits against hostile servers are in force. Off by default: within a thousand calls that were cancelled they end
+    /// the connection, and with it everybody's calls.
+    pub fn abuse_limits(mut self, limits: bool) -> Self {
+        self.connector.http2.abuse_limits = limits;
+        self
+    }
+
+    /// Speaks TLS to the endpoints. Plaintext by default.
+    #[cfg(feature = "tls")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
+    pub fn tls(mut self, tls: TlsConfig) -> Self {
+        self.connector.tls = Some(Tls::new(tls));
+        self
+    }
+
+    /// Makes connections with a function of your own: through a proxy, over a Unix socket, in memory. TLS, if configured, goes on top.
+    ///
+    /// ```no_run
+    /// # #[cfg(unix)]
+    /// # fn run() {
+    /// use tokio::net::UnixStream;
+    /// use tonic_etcd::BalancedChannel;
+    ///
+    /// let channel = BalancedChannel::builder()
+    ///     .connector(|_address| UnixStream::connect("/run/greeter.sock"))
+    ///     .from_addresses(["localhost:1"]);
+    /// # }
+    /// ```
+    pub fn connector<F, Fut, T>(mut self, connect: F) -> Self
+    where
+        F: Fn(Address) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = io::Result<T>> + Send + 'static,
+        T: AsyncRead + AsyncWrite + Send + 'static,
+    {
+        self.connector.dial_with(connect);
+        self
+    }
+
+    /// What the client calls itself, ahead of the library's own name. Text that a header cannot carry is left out.
+    pub fn user_agent(mut self, user_agent: impl AsRef<str>) -> Self {
+        self.user_agent = HeaderValue::from_str(user_agent.as_ref()).ok();
+        self
+    }
+
+    /// The scheme and authority that calls are addressed to. By default the endpoint's address, or TLS's server name.
+    pub fn origin(mut self, origin: Uri) -> Self {
+        self.origin = Some(origin);
+        self
+    }
+
+    /// The service's name in messages and logs.
+    pub fn service(mut self, service: impl Into<String>) -> Self {
+        self.service = Some(service.into());
+        self
+    }
+
+    /// Which addresses host names may resolve to. By default the registry's policy, or [`AddressPolicy::default`].
+    pub(crate) fn address_policy(mut self, policy: AddressPolicy) -> Self {
+        self.connector.policy = policy;
+        self
+    }
+
+    fn build<C, E>(
+        self,
+        changes: Feed<C>,
+        trouble: Option<Box<dyn Fn() -> Option<String> + Send + Sync>>,
+    ) -> BalancedChannel
+    where
+        C: Stream<Item = Result<Change<Address, Instance>, E>> + Send + 'static,
+        E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
+    {
+        let service = self.service.unwrap_or_else(|| "(unnamed)".to_owned());
+        // The name that was proven is the one that is called; a registry has no say in it.
+        let (mut scheme, mut authority) = match self.connector.server_name() {
+            Some(name) => (Scheme::HTTPS, name.parse().ok()),
+            None => (Scheme::HTTP, None),
+        };
+        if let Some(origin) = self.origin {
+            let origin = origin.into_parts();
+            scheme = origin.scheme.unwrap_or(scheme);
+            authority = origin.authority.or(authority);
+        }
+        let balancer = Balancer::start(&service, changes, self.connector, self.options);
+        BalancedChannel(Arc::new(Core {
+            balancer,
+            service,
+            user_agent: user_agent(self.user_agent),
+            scheme,
+            authority,
+            timeout: self
+                .timeout
+                .map(|timeout| (timeout, deadline::format(timeout))),
+            wait_for_ready: self.wait_for_ready,
+            start_up_bound: self.start_up_bound,
+            trouble,
+        }))
+    }
+
+    fn resolved(self, resolver: Resolver) -> BalancedChannel {
+        let mut statuses = resolver.statuses();
+        let watched = statuses.clone();
+        let known = async move {
+            // It fails when the resolver is gone, and then nothing will be known any more.
+            let known = statuses.wait_for(|status| status.state != ResolverState::Unknown);
+            if known.await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        let trouble = move || {
+            let status = watched.borrow();
+            let error = status.last_error.as_ref()?;
+            Some(format!("registry: {error}"))
+        };
+        let named = self
+            .service
+            .is_none()
+            .then(|| resolver.service().to_owned());
+        let this = Self {
+            service: self.service.or(named),
+            source: self.source,
+            ..self
+        };
+        this.build(Feed::known_after(resolver, known), Some(Box::new(trouble)))
+    }
+}
+
+impl ChannelBuilder<ResolverBuilder> {
+    /// Changes how the service is looked for.
+    ///
+    /// ```no_run
+    /// # fn run(registry: tonic_etcd::Registry) {
+    /// use tonic_etcd::Format;
+    ///
+    /// let channel = registry
+    ///     .channel("helloworld.Greeter")
+    ///     .resolver(|resolver| resolver.format(Format::Plain))
+    ///     .connect_lazy();
+    /// # }
+    /// ```
+    pub fn resolver(mut self, configure: impl FnOnce(ResolverBuilder) -> ResolverBuilder) -> Self {
+        self.source = configure(self.source);
+        self
+    }
+
+    /// Makes the channel, and waits until its first endpoint is ready.
+    ///
+    /// # Errors
+    ///
+    /// If there is none: nothing is registered, no endpoint can be reached, or etcd has not answered within the start-up bound. With
+    /// [`wait_for_ready`](Self::wait_for_ready) it waits for that bound in the first two cases as well.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes what it has opened.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    pub async fn connect(self) -> Result<BalancedChannel, ChannelError> {
+        let channel = self.connect_lazy();
+        channel.ready().await?;
+        Ok(channel)
+    }
+
+    /// Makes the channel, and does not wait. Connections are made at once all the same; calls wait for the first.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    #[must_use]
+    pub fn connect_lazy(self) -> BalancedChannel {
+        let resolver = self.source.clone().start();
+        self.resolved(resolver)
+    }
+}
+
+impl ChannelBuilder {
+    /// Takes the endpoints from a stream of changes, of a [`Resolver`] or of any other source. What it says first makes the set known; an
+    /// error changes nothing but the log; at its end the set stays as it is.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    #[must_use]
+    pub fn from_discover<D, E>(self, discover: D) -> BalancedChannel
+    where
+        D: Stream<Item = Result<Change<Address, Instance>, E>> + Send + 'static,
+        E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
+    {
+        self.build(Feed::new(discover), None)
+    }
+
+    /// Takes the endpoints from a resolver. Other than with [`from_discover`](Self::from_discover) the channel knows when a first list has
+    /// come, also an empty one, and its errors say what ails etcd.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    #[must_use]
+    pub fn from_resolver(self, resolver: Resolver) -> BalancedChannel {
+        self.resolved(resolver)
+    }
+
+    /// Takes fixed endpoints, each `host:port`. What is not an address is left out, and named by the error of a call that finds no other.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    #[must_use]
+    pub fn from_addresses<I>(self, addresses: I) -> BalancedChannel
+    where
+        I: IntoIterator,
+        I::Item: AsRef<str>,
+    {
+        let mut inserts = Vec::new();
+        let mut refused = Vec::new();
+        for address in addresses {
+            match address.as_ref().parse::<Address>() {
+                Ok(address) => {
+                    let instance = Instance::new(address.clone());
+                    inserts.push(Ok::<_, std::convert::Infallible>(Change::Insert(
+                        address, instance,
+                    )));
+                }
+                Err(error) => {
+                    tracing::error!(%error, "left out an endpoint");
+                    refused.push(error.to_string());
+                }
+            }
+        }
+        let refused = (!refused.is_empty()).then(|| refused.join("; "));
+        let trouble = Box::new(move || refused.clone());
+        self.build(Feed::new(tokio_stream::iter(inserts)), Some(trouble))
+    }
+}
+
+impl ChannelBuilder<ResolverBuilder> {
+    pub(crate) fn over(resolver: ResolverBuilder) -> Self {
+        Self::new(resolver)
+    }
+}
+
+/// The user's name, if any, and ours.
+fn user_agent(user_agent: Option<HeaderValue>) -> HeaderValue {
+    let Some(theirs) = user_agent else {
+        return HeaderValue::from_static(USER_AGENT);
+    };
+    let both = [theirs.as_bytes(), b" ", USER_AGENT.as_bytes()].concat();
+    HeaderValue::try_from(both).unwrap_or_else(|_| HeaderValue::from_static(USER_AGENT))
+}
+
+const USER_AGENT: &str = concat!("tonic-etcd/", env!("CARGO_PKG_VERSION"));
+/// Long enough for an etcd that elects a leader, short enough for a user at a screen.
+const START_UP_BOUND: Duration = Duration::from_secs(10);
+/// HTTP/2's largest window.
+const MAX_WINDOW: u32 = (1 << 31) - 1;

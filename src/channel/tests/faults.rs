@@ -1,0 +1,284 @@
+//! Restarts, kills, refusals: what is replayed and what is not, and that no call runs twice.
+
+use super::*;
+
+/// A server that counts the calls it has processed.
+fn counting(processed: &Arc<AtomicUsize>) -> support::Cut {
+    let processed = Arc::clone(processed);
+    Raw::answering(
+        |_| (),
+        move |call| {
+            processed.fetch_add(1, Ordering::SeqCst);
+            reply(call)
+        },
+    )
+}
+
+/// A server that resets every call, and counts them.
+fn resetting(reason: Reason, seen: &Arc<AtomicUsize>) -> support::Cut {
+    let seen = Arc::clone(seen);
+    Raw::answering(
+        |_| (),
+        move |(_, mut respond)| {
+            seen.fetch_add(1, Ordering::SeqCst);
+            respond.send_reset(reason);
+            async {}
+        },
+    )
+}
+
+#[tokio::test]
+async fn a_refused_call_goes_elsewhere_and_runs_once() {
+    let (refused, processed) = (Arc::default(), Arc::default());
+    let servers = [
+        resetting(Reason::REFUSED_STREAM, &refused),
+        counting(&processed),
+    ];
+    let channel = over(servers.iter().map(support::Cut::address));
+    ready(&channel, 2).await;
+    for _ in 0..200 {
+        say(&channel).await.expect("the other one serves");
+    }
+    assert_eq!(processed.load(Ordering::SeqCst), 200, "no call runs twice");
+    assert!(
+        refused.load(Ordering::SeqCst) > 0,
+        "the refusing one was asked"
+    );
+    assert!(
+        channel
+            .endpoints()
+            .iter()
+            .all(|status| status.failures == 0),
+        "a refusal is no failure"
+    );
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn a_call_refused_everywhere_fails_after_four_tries() {
+    let seen = Arc::default();
+    let servers: Vec<_> = (0..6)
+        .map(|_| resetting(Reason::REFUSED_STREAM, &seen))
+        .collect();
+    let channel = over(servers.iter().map(support::Cut::address));
+    ready(&channel, 6).await;
+    let status = say(&channel).await.expect_err("everybody refuses");
+    assert_eq!(status.code(), Code::Unavailable);
+    assert!(status.message().contains("endpoint 127.0.0.1"), "{status}");
+    assert_eq!(
+        seen.load(Ordering::SeqCst),
+        4,
+        "once, and three times again"
+    );
+}
+
+#[tokio::test]
+async fn one_server_that_refuses_is_asked_once() {
+    let seen = Arc::default();
+    let server = resetting(Reason::REFUSED_STREAM, &seen);
+    let channel = over([server.address()]);
+    let (outcome, took) = timed(say(&channel)).await;
+    assert_eq!(outcome.expect_err("refused").code(), Code::Unavailable);
+    assert_eq!(seen.load(Ordering::SeqCst), 1);
+    assert!(took < Duration::from_secs(1), "{took:?}");
+}
+
+#[tokio::test]
+async fn other_resets_are_not_replayed_and_have_their_code() {
+    for (reason, code) in [
+        (Reason::CANCEL, Code::Cancelled),
+        (Reason::INTERNAL_ERROR, Code::Internal),
+        (Reason::ENHANCE_YOUR_CALM, Code::ResourceExhausted),
+        (Reason::INADEQUATE_SECURITY, Code::PermissionDenied),
+    ] {
+        let seen = Arc::default();
+        let servers = [resetting(reason, &seen), resetting(reason, &seen)];
+        let channel = over(servers.iter().map(support::Cut::address));
+        ready(&channel, 2).await;
+        let status = say(&channel).await.expect_err("reset");
+        assert_eq!(status.code(), code, "{status}");
+        assert_eq!(
+            seen.load(Ordering::SeqCst),
+            1,
+            "{reason:?} may have been processed"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_refusal_after_the_head_is_not_replayed() {
+    let seen = Arc::new(AtomicUsize::new(0));
+    let answer = |seen: Arc<AtomicUsize>| {
+        move |(_, mut respond): support::Accepted| {
+            seen.fetch_add(1, Ordering::SeqCst);
+            async move {
+                let mut stream = respond
+                    .send_response(Response::new(()), false)
+                    .expect("a head");
+                // The head has to be out before the reset, which would take it along.
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                stream.send_reset(Reason::REFUSED_STREAM);
+            }
+        }
+    };
+    let servers = [
+        Raw::answering(|_| (), answer(Arc::clone(&seen))),
+        Raw::answering(|_| (), answer(Arc::clone(&seen))),
+    ];
+    let channel = over(servers.iter().map(support::Cut::address));
+    ready(&channel, 2).await;
+    let status = say(&channel).await.expect_err("reset");
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    assert_eq!(seen.load(Ordering::SeqCst), 1);
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn a_streamed_call_is_replayed_while_its_beginning_is_at_hand() {
+    let (refused, processed) = (Arc::default(), Arc::default());
+    let servers = [
+        resetting(Reason::REFUSED_STREAM, &refused),
+        counting(&processed),
+    ];
+    let channel = over(servers.iter().map(support::Cut::address));
+    ready(&channel, 2).await;
+    let mut client = GreeterClient::new(channel.clone());
+    for _ in 0..50 {
+        let (feed, requests) = mpsc::unbounded_channel();
+        feed.send(hello("one")).expect("open");
+        let call = client.greet_all(UnboundedReceiverStream::new(requests));
+        let (outcome, ()) = tokio::join!(in_time("a call", call), async {
+            tokio::task::yield_now().await;
+            let _ = feed.send(hello("two"));
+            drop(feed);
+        });
+        outcome.expect("the other one serves");
+    }
+    assert_eq!(processed.load(Ordering::SeqCst), 50);
+    assert!(refused.load(Ordering::SeqCst) > 0);
+}
+
+#[tokio::test]
+async fn a_connection_that_breaks_in_a_call_is_unavailable_and_names_the_endpoint() {
+    let mut raw = Raw::start(|_| ());
+    let processed = Arc::default();
+    let other = counting(&processed);
+    let channel = over([raw.address()]);
+    let call = tokio::spawn({
+        let channel = channel.clone();
+        async move { say(&channel).await }
+    });
+    let _accepted = raw.accept().await;
+    raw.cut();
+    let status = in_time("a call", call)
+        .await
+        .expect("no panic")
+        .expect_err("cut");
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    assert!(status.message().contains(&raw.address()), "{status}");
+    assert_eq!(
+        processed.load(Ordering::SeqCst),
+        0,
+        "it may have been processed"
+    );
+    until("the loss is seen", || {
+        channel
+            .endpoints()
+            .iter()
+            .all(|status| status.connections == 0)
+    })
+    .await;
+    drop(other);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn graceful_restarts_fail_no_call_and_run_none_twice() {
+    let mut servers: Vec<_> = (0..3).map(|_| Greeter::start("one")).collect();
+    let channel = over(servers.iter().map(Greeter::address));
+    ready(&channel, 3).await;
+    let stop = tokio_util::sync::CancellationToken::new();
+    let mut callers = JoinSet::new();
+    for _ in 0..32 {
+        let (channel, stop) = (channel.clone(), stop.clone());
+        callers.spawn(async move {
+            let mut calls = 0_usize;
+            while !stop.is_cancelled() {
+                say(&channel).await.expect("no call fails");
+                calls += 1;
+            }
+            calls
+        });
+    }
+    for round in 0..9 {
+        let server = servers.remove(0);
+        let port = server.address.port();
+        server.shut_down().await;
+        let name = format!("round-{round}");
+        servers.push(Greeter::start_with(&name, port, |server| server));
+        ready(&channel, 3).await;
+    }
+    stop.cancel();
+    let calls: usize = in_time("the callers", callers.join_all())
+        .await
+        .iter()
+        .sum();
+    assert!(calls > 1_000, "{calls}");
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn a_lone_server_may_restart_between_calls_in_flight() {
+    let server = Greeter::start("before");
+    let channel = over([server.address()]);
+    say(&channel).await.expect("an answer");
+    let port = server.address.port();
+    server.shut_down().await;
+    let _server = Greeter::start_with("after", port, |server| server);
+    let mut client = GreeterClient::new(channel.clone());
+    let mut request = Request::new(hello("patient"));
+    request.extensions_mut().insert(WaitForReady::new(true));
+    let reply = in_time("a call", client.say_hello(request))
+        .await
+        .expect("an answer");
+    assert!(reply.into_inner().message.ends_with("after"));
+}
+
+#[tokio::test]
+async fn a_server_killed_again_and_again_fails_only_what_was_in_flight() {
+    let steady = Greeter::start("steady");
+    let shaky = Raw::start(|_| ());
+    let port = shaky.address.port();
+    let channel = over([steady.address(), shaky.address()]);
+    ready(&channel, 2).await;
+    shaky.cut();
+    until("the loss is seen", || {
+        channel
+            .endpoints()
+            .iter()
+            .any(|status| status.state != EndpointState::Ready)
+    })
+    .await;
+    assert_eq!(tally(&channel, 100).await["steady"], 100);
+    drop(shaky);
+    let _back = Greeter::start_with("back", port, |server| server);
+    ready(&channel, 2).await;
+    assert_eq!(tally(&channel, 100).await.len(), 2, "it is used again");
+}
+
+#[tokio::test]
+async fn a_malformed_request_is_internal_and_costs_no_endpoint() {
+    use tower::Service;
+    let server = Greeter::start("alpha");
+    let mut channel = over([server.address()]);
+    let request = http::Request::post("/helloworld.Greeter/SayHello")
+        .header("connection", "close")
+        .body(tonic::body::Body::empty())
+        .expect("a request");
+    let status = in_time("a call", channel.call(request))
+        .await
+        .expect_err("malformed");
+    assert_eq!(status.code(), Code::Internal, "{status}");
+    say(&channel)
+        .await
+        .expect("the connection is as good as before");
+}

@@ -1,0 +1,273 @@
+//! Bodies at the edges: unread, dropped, parked, answered early, stalled.
+
+use super::*;
+
+/// Answers every call with this many messages of this size, under flow control.
+fn streaming(messages: usize, size: usize) -> support::Cut {
+    Raw::answering(
+        |_| (),
+        move |(request, mut respond)| async move {
+            drop(request);
+            let Ok(mut stream) = respond.send_response(Response::new(()), false) else {
+                return;
+            };
+            let message = Bytes::from(vec![0; size]);
+            for _ in 0..messages {
+                stream.reserve_capacity(size);
+                while stream.capacity() < size {
+                    match std::future::poll_fn(|cx| stream.poll_capacity(cx)).await {
+                        Some(Ok(_)) => {}
+                        _ => return,
+                    }
+                }
+                if stream.send_data(message.clone(), false).is_err() {
+                    return;
+                }
+            }
+            let _ = stream.send_trailers(support::ok());
+        },
+    )
+}
+
+type Body = std::pin::Pin<Box<super::super::ResponseBody>>;
+
+async fn open(channel: &BalancedChannel) -> Body {
+    use tower::Service;
+    let request = http::Request::post("/helloworld.Greeter/SayHellos")
+        .body(tonic::body::Body::empty())
+        .expect("a request");
+    let response = in_time("a head", channel.clone().call(request)).await;
+    Box::pin(response.expect("a response").into_body())
+}
+
+async fn frame(body: &mut Body) -> Option<Result<http_body::Frame<Bytes>, tonic::Status>> {
+    let frame = std::future::poll_fn(|cx| http_body::Body::poll_frame(body.as_mut(), cx));
+    in_time("a frame", frame).await
+}
+
+#[tokio::test]
+async fn streams_nobody_reads_stop_nobody_else() {
+    let unread = streaming(100_000, 1024);
+    let channel = over([unread.address()]);
+    let mut parked = Vec::new();
+    for _ in 0..20 {
+        parked.push(open(&channel).await);
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let mut body = open(&channel).await;
+    for _ in 0..100 {
+        frame(&mut body).await.expect("a frame").expect("no error");
+    }
+    assert_eq!(channel.endpoints()[0].in_flight, 21);
+    drop((parked, body));
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn one_stream_of_small_messages_may_wait_to_be_read() {
+    let server = streaming(40_000, 10);
+    let channel = over([server.address()]);
+    let mut body = open(&channel).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let mut bytes = 0;
+    while let Some(frame) = frame(&mut body).await {
+        bytes += frame
+            .expect("no error")
+            .into_data()
+            .map_or(0, |data| data.len());
+    }
+    assert_eq!(bytes, 400_000);
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn thousands_of_dropped_streams_cost_no_call() {
+    let server = streaming(1_000, 1024);
+    let channel = over([server.address()]);
+    for _ in 0..3_000 {
+        let mut body = open(&channel).await;
+        frame(&mut body).await.expect("a frame").expect("no error");
+    }
+    let mut body = open(&channel).await;
+    let mut bytes = 0;
+    while let Some(frame) = frame(&mut body).await {
+        bytes += frame
+            .expect("no error")
+            .into_data()
+            .map_or(0, |data| data.len());
+    }
+    assert_eq!(bytes, 1_000 * 1024);
+    assert_eq!(channel.endpoints()[0].failures, 0);
+    assert_eq!(
+        channel.endpoints()[0].connections,
+        1,
+        "the connection has lived through it"
+    );
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn the_deadline_holds_over_the_response_stream() {
+    use tower::Service;
+    let server = Raw::answering(
+        |_| (),
+        |(_, mut respond)| async move {
+            let mut stream = respond
+                .send_response(Response::new(()), false)
+                .expect("a head");
+            let _ = stream.send_data(Bytes::from_static(&[0; 8]), false);
+            std::future::pending::<()>().await;
+        },
+    );
+    let channel = over([server.address()]);
+    let request = http::Request::post("/helloworld.Greeter/SayHellos")
+        .header("grpc-timeout", "150m")
+        .body(tonic::body::Body::empty())
+        .expect("a request");
+    let response = in_time("a head", channel.clone().call(request)).await;
+    let mut body = Box::pin(response.expect("a response").into_body());
+    let mut next = async || {
+        let frame = std::future::poll_fn(|cx| http_body::Body::poll_frame(body.as_mut(), cx));
+        in_time("a frame", frame).await
+    };
+    next().await.expect("a frame").expect("the first message");
+    let status = next().await.expect("a frame").expect_err("overdue");
+    assert_eq!(status.code(), Code::DeadlineExceeded);
+    assert!(
+        status.message().contains("reading the response"),
+        "{status}"
+    );
+    assert!(next().await.is_none(), "the stream is over");
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn parked_uploads_stop_nobody_else() {
+    let server = Raw::answering(|_| (), reply);
+    let channel = over([server.address()]);
+    let mut parked = Vec::new();
+    for _ in 0..100 {
+        let (feed, requests) = mpsc::unbounded_channel();
+        feed.send(hello(&"x".repeat(100_000))).expect("open");
+        let mut client = GreeterClient::new(channel.clone());
+        let mut call = Box::pin(async move {
+            let requests = UnboundedReceiverStream::new(requests);
+            client.greet_all(requests).await.map(drop)
+        });
+        // Polled for a moment in mid-upload, then left.
+        let moment = tokio::time::timeout(Duration::from_millis(2), &mut call);
+        assert!(moment.await.is_err(), "the upload has not ended");
+        parked.push((feed, call));
+    }
+    say(&channel).await.expect("an answer");
+    assert_eq!(channel.endpoints()[0].in_flight, 100);
+    for (feed, call) in parked {
+        drop(feed);
+        in_time("an upload", call)
+            .await
+            .expect("it goes on where it was left");
+    }
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn an_answer_in_the_middle_of_an_upload_is_delivered() {
+    let server = Raw::answering(
+        |_| (),
+        |(request, mut respond)| async move {
+            let mut body = request.into_body();
+            let _ = body.data().await;
+            let mut head = Response::new(());
+            head.headers_mut()
+                .insert("grpc-status", "8".parse().expect("a value"));
+            head.headers_mut()
+                .insert("grpc-message", "enough".parse().expect("a value"));
+            let _ = respond.send_response(head, true);
+        },
+    );
+    let channel = over([server.address()]);
+    let mut client = GreeterClient::new(channel.clone());
+    let (feed, requests) = mpsc::unbounded_channel();
+    let call = client.greet_all(UnboundedReceiverStream::new(requests));
+    let feeding = tokio::spawn(async move {
+        while feed.send(hello(&"x".repeat(1_000))).is_ok() {
+            tokio::time::sleep(Duration::from_micros(100)).await;
+        }
+    });
+    let status = in_time("a call", call).await.expect_err("an early answer");
+    assert_eq!(
+        (status.code(), status.message()),
+        (Code::ResourceExhausted, "enough")
+    );
+    in_time("the upload's end", feeding)
+        .await
+        .expect("no panic");
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn a_server_that_never_reads_holds_little_of_an_upload() {
+    let mut raw = Raw::start(|_| ());
+    let channel = over([raw.address()]);
+    let mut client = GreeterClient::new(channel.clone());
+    let produced = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&produced);
+    let requests = tokio_stream::iter(0..200).map(move |_| {
+        counter.fetch_add(1, Ordering::SeqCst);
+        hello(&"x".repeat(1 << 20))
+    });
+    let call = tokio::spawn(async move { client.greet_all(requests).await.map(drop) });
+    let accepted = raw.accept().await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let produced = produced.load(Ordering::SeqCst);
+    assert!(
+        produced < 4,
+        "{produced} MiB were taken for a window of 64 KiB"
+    );
+    call.abort();
+    drop(accepted);
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn half_a_response_dropped_cancels_the_call_and_its_upload() {
+    let mut raw = Raw::start(|_| ());
+    let channel = over([raw.address()]);
+    let mut client = GreeterClient::new(channel.clone());
+    let (feed, requests) = mpsc::unbounded_channel();
+    let call =
+        tokio::spawn(async move { client.chat(UnboundedReceiverStream::new(requests)).await });
+    let (request, mut respond) = raw.accept().await;
+    let mut stream = respond
+        .send_response(Response::new(()), false)
+        .expect("a head");
+    let replies = in_time("a head", call)
+        .await
+        .expect("no panic")
+        .expect("a stream");
+    drop(replies);
+    let reset = in_time("a reset", std::future::poll_fn(|cx| stream.poll_reset(cx))).await;
+    assert_eq!(reset.expect("a reset"), Reason::CANCEL);
+    in_time("the upload's end", feed.closed()).await;
+    drop(request);
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn cancelled_calls_beside_ordinary_ones_cost_nothing() {
+    let server = Greeter::start("alpha");
+    let channel = over([server.address()]);
+    ready(&channel, 1).await;
+    for _ in 0..300 {
+        let mut cancelled = JoinSet::new();
+        for _ in 0..10 {
+            let channel = channel.clone();
+            cancelled.spawn(async move { say(&channel).await.map(drop) });
+        }
+        tokio::task::yield_now().await;
+        cancelled.abort_all();
+        say(&channel).await.expect("an ordinary call");
+    }
+    assert_eq!(channel.endpoints()[0].connections, 1);
+    idle(&channel).await;
+}

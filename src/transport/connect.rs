@@ -1,0 +1,261 @@
+//! From an address to a connection that is known to work: resolve, dial, TLS, HTTP/2, first answer.
+//!
+//! An [`Address`] is `host:port`, so what is dialled here is TCP. Anything else, Unix sockets for one, comes in through a custom dialler.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+use super::http2::{Connection, Leave, Settings};
+#[cfg(feature = "tls")]
+use super::tls::Tls;
+use crate::address::{Address, AddressPolicy};
+
+/// A byte stream to a peer.
+pub(crate) trait Io: AsyncRead + AsyncWrite + Send {}
+
+impl<T: AsyncRead + AsyncWrite + Send> Io for T {}
+
+pub(crate) type BoxIo = Pin<Box<dyn Io>>;
+type Dialling = Pin<Box<dyn Future<Output = io::Result<BoxIo>> + Send>>;
+type Dial = Arc<dyn Fn(Address) -> Dialling + Send + Sync>;
+
+/// How connections are made.
+#[derive(Clone)]
+pub(crate) struct Connector {
+    /// Dials in place of TCP.
+    pub(crate) dial: Option<Dial>,
+    #[cfg(feature = "tls")]
+    pub(crate) tls: Option<Tls>,
+    pub(crate) http2: Settings,
+    /// For TCP, TLS and the peer's first answer together.
+    pub(crate) timeout: Duration,
+    /// Judges what a host name resolves to. The addresses themselves were judged where they came from.
+    pub(crate) policy: AddressPolicy,
+}
+
+impl Default for Connector {
+    fn default() -> Self {
+        Self {
+            dial: None,
+            #[cfg(feature = "tls")]
+            tls: None,
+            http2: Settings::default(),
+            timeout: CONNECT_TIMEOUT,
+            policy: AddressPolicy::default(),
+        }
+    }
+}
+
+impl Connector {
+    /// Takes a dialler of the user's.
+    pub(crate) fn dial_with<F, Fut, T>(&mut self, dial: F)
+    where
+        F: Fn(Address) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = io::Result<T>> + Send + 'static,
+        T: AsyncRead + AsyncWrite + Send + 'static,
+    {
+        self.dial = Some(Arc::new(move |address| {
+            let io = dial(address);
+            Box::pin(async move { Ok(Box::pin(io.await?) as BoxIo) })
+        }));
+    }
+
+    /// The name that servers prove to be theirs; none if connections are not encrypted.
+    #[cfg(feature = "tls")]
+    pub(crate) fn server_name(&self) -> Option<&str> {
+        self.tls.as_ref().map(Tls::server_name)
+    }
+
+    /// Without the feature there is no such thing.
+    #[cfg(not(feature = "tls"))]
+    #[expect(clippy::unused_self, reason = "the same signature as with the feature")]
+    pub(crate) fn server_name(&self) -> Option<&str> {
+        None
+    }
+
+    /// Makes a connection whose peer has answered. `on_leave` is called when it takes no more streams.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes what it has opened.
+    pub(crate) async fn connect<F>(
+        &self,
+        address: &Address,
+        on_leave: F,
+    ) -> Result<Connection, DialError>
+    where
+        F: FnOnce(Leave) + Send + Unpin + 'static,
+    {
+        let connected = tokio::time::timeout(self.timeout, self.try_connect(address, on_leave));
+        match connected.await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(DialError::TimedOut(self.timeout)),
+        }
+    }
+
+    async fn try_connect<F>(&self, address: &Address, on_leave: F) -> Result<Connection, DialError>
+    where
+        F: FnOnce(Leave) + Send + Unpin + 'static,
+    {
+        match &self.dial {
+            Some(dial) => {
+                let io = dial(address.clone()).await.map_err(DialError::Dial)?;
+                self.secure(io, on_leave).await
+            }
+            None => self.secure(self.tcp(address).await?, on_leave).await,
+        }
+    }
+
+    async fn secure<T, F>(&self, io: T, on_leave: F) -> Result<Connection, DialError>
+    where
+        T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        F: FnOnce(Leave) + Send + Unpin + 'static,
+    {
+        #[cfg(feature = "tls")]
+        if let Some(tls) = &self.tls {
+            let io = tls.handshake(io).await.map_err(DialError::Tls)?;
+            return Ok(Connection::establish(io, &self.http2, on_leave).await?);
+        }
+        Ok(Connection::establish(io, &self.http2, on_leave).await?)
+    }
+
+    async fn tcp(&self, address: &Address) -> Result<TcpStream, DialError> {
+        let resolved = match address.ip() {
+            Some(ip) => vec![SocketAddr::new(ip, address.port())],
+            None => self.resolve(address).await?,
+        };
+        let stream = race(resolved).await.map_err(DialError::Dial)?;
+        tune(&stream);
+        Ok(stream)
+    }
+
+    async fn resolve(&self, address: &Address) -> Result<Vec<SocketAddr>, DialError> {
+        let found = tokio::net::lookup_host((address.host(), address.port())).await;
+        let found: Vec<_> = found.map_err(DialError::Resolve)?.collect();
+        // A name may resolve to what its registration could not have named.
+        let allowed = |found: &SocketAddr| self.policy.check(&Address::from(*found)).is_ok();
+        let (allowed, refused): (Vec<_>, Vec<_>) = found.into_iter().partition(allowed);
+        if allowed.is_empty() {
+            let reason = if refused.is_empty() {
+                "the name has no address"
+            } else {
+                "the address policy refuses all addresses of the name"
+            };
+            return Err(DialError::Resolve(io::Error::other(reason)));
+        }
+        Ok(alternating(allowed))
+    }
+}
+
+impl fmt::Debug for Connector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connector")
+            .field("custom", &self.dial.is_some())
+            .field("tls", &self.server_name())
+            .field("http2", &self.http2)
+            .field("timeout", &self.timeout)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The addresses of a name, the families in turn, the resolver's first choice first.
+fn alternating(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
+    let v6_first = addresses.first().is_some_and(SocketAddr::is_ipv6);
+    let (v6, v4): (Vec<_>, Vec<_>) = addresses.into_iter().partition(SocketAddr::is_ipv6);
+    let (first, second) = if v6_first { (v6, v4) } else { (v4, v6) };
+    let mut second = second.into_iter();
+    let mut mixed = Vec::new();
+    for address in first {
+        mixed.push(address);
+        mixed.extend(second.next());
+    }
+    mixed.extend(second);
+    mixed
+}
+
+/// Dials the addresses one after the other, each with a head start before the next, and takes whichever answers first.
+async fn race(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
+    let mut addresses = addresses.into_iter();
+    if addresses.len() == 1
+        && let Some(only) = addresses.next()
+    {
+        return TcpStream::connect(only).await;
+    }
+    let mut dials = JoinSet::new();
+    let mut failure = io::Error::other("there is no address to dial");
+    loop {
+        let more = addresses
+            .next()
+            .map(|next| dials.spawn(TcpStream::connect(next)));
+        let outcome = if more.is_some() {
+            let started = tokio::time::timeout(HEAD_START, dials.join_next());
+            let Ok(outcome) = started.await else {
+                continue;
+            };
+            outcome
+        } else {
+            dials.join_next().await
+        };
+        match outcome {
+            Some(Ok(Ok(stream))) => return Ok(stream),
+            Some(Ok(Err(error))) => failure = error,
+            Some(Err(panic)) => failure = io::Error::other(panic),
+            None => return Err(failure),
+        }
+    }
+}
+
+/// Sets what a connection that lives for days needs. A socket that takes an option ill works without it.
+fn tune(stream: &TcpStream) {
+    let socket = socket2::SockRef::from(stream);
+    let keepalive = socket2::TcpKeepalive::new()
+        .with_time(TCP_KEEPALIVE)
+        .with_interval(TCP_KEEPALIVE_INTERVAL);
+    let set = stream
+        .set_nodelay(true)
+        .and_then(|()| socket.set_tcp_keepalive(&keepalive));
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    let set = set.and_then(|()| socket.set_tcp_user_timeout(Some(TCP_USER_TIMEOUT)));
+    if let Err(error) = set {
+        tracing::debug!(%error, "could not set a socket option");
+    }
+}
+
+/// Why no connection was made. Nothing was sent on it.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DialError {
+    #[error("the host name could not be resolved")]
+    Resolve(#[source] io::Error),
+    #[error("could not connect")]
+    Dial(#[source] io::Error),
+    #[cfg(feature = "tls")]
+    #[error("the TLS handshake failed")]
+    Tls(#[source] io::Error),
+    #[error("the peer does not answer on HTTP/2")]
+    Http2(#[from] h2::Error),
+    #[error("no answer within {} s", .0.as_secs_f64())]
+    TimedOut(Duration),
+    /// A custom dialler has panicked.
+    #[error("the dialler panicked")]
+    Panicked(#[source] tokio::task::JoinError),
+}
+
+/// gRPC's connection backoff document gives a connection 20 s on its first try; halved, since an address whose packets are dropped holds
+/// its share of a starting channel up for no longer.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// RFC 8305, section 5, recommends 250 ms.
+const HEAD_START: Duration = Duration::from_millis(250);
+const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
+const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// How long sent bytes may stay unacknowledged: without it a peer whose packets are dropped holds its calls for a quarter of an hour.
+/// gRFC A18 has 20 s; a little more lets a process that was stopped for that long live.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);

@@ -1,0 +1,13 @@
+//! HTTP/2 connections, directly over the `h2` crate: one task drives each connection, and calls send and read in their caller's task.
+//!
+//! Nothing here knows of endpoints' states, of picking or of retrying; it says what happened, and whether a peer can have seen it.
+
+pub(crate) mod connect;
+pub(crate) mod deadline;
+pub(crate) mod http2;
+pub(crate) mod pump;
+#[cfg(feature = "tls")]
+pub(crate) mod tls;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,338 @@
+//! Request bodies on their way out, and response bodies on their way in.
+
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use h2::client::ResponseFuture;
+use h2::{Reason, RecvStream, SendStream};
+use http::{HeaderMap, Request, Response};
+use http_body::{Body as _, Frame};
+use tokio::task::JoinHandle;
+use tonic::Status;
+use tonic::body::Body;
+
+use super::http2::{Connection, OpenError};
+
+/// A request body, as far as it was read in the caller's task.
+#[derive(Debug)]
+pub(crate) enum Outgoing {
+    /// Nothing; the head ends the stream.
+    Empty,
+    /// One frame at the end of the body: every unary call.
+    Single(Bytes),
+    /// Anything else.
+    Stream {
+        /// What was read already, in order.
+        read: Vec<Bytes>,
+        rest: Body,
+    },
+}
+
+impl Outgoing {
+    /// Reads what the body has to give right now: two polls are enough to know a unary call.
+    pub(crate) fn gather(mut body: Body, cx: &mut Context<'_>) -> Result<Self, Status> {
+        if body.is_end_stream() {
+            return Ok(Self::Empty);
+        }
+        let first = match poll_data(&mut body, cx)? {
+            Poll::Ready(None) => return Ok(Self::Empty),
+            Poll::Ready(Some(first)) => first,
+            Poll::Pending => {
+                let read = Vec::new();
+                return Ok(Self::Stream { read, rest: body });
+            }
+        };
+        if body.is_end_stream() {
+            return Ok(Self::Single(first));
+        }
+        let read = match poll_data(&mut body, cx)? {
+            Poll::Ready(None) => return Ok(Self::Single(first)),
+            Poll::Ready(Some(second)) => vec![first, second],
+            Poll::Pending => vec![first],
+        };
+        Ok(Self::Stream { read, rest: body })
+    }
+}
+
+/// The next data frame. gRPC requests have no trailers.
+fn poll_data(body: &mut Body, cx: &mut Context<'_>) -> Result<Poll<Option<Bytes>>, Status> {
+    loop {
+        return match Pin::new(&mut *body).poll_frame(cx) {
+            Poll::Pending => Ok(Poll::Pending),
+            Poll::Ready(None) => Ok(Poll::Ready(None)),
+            Poll::Ready(Some(Err(status))) => Err(status),
+            Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                Ok(data) if data.is_empty() => continue,
+                Ok(data) => Ok(Poll::Ready(Some(data))),
+                Err(_) => Ok(Poll::Ready(None)),
+            },
+        };
+    }
+}
+
+/// A request that was sent, up to its response's head. Dropping it resets the stream.
+#[derive(Debug)]
+pub(crate) struct Exchange {
+    response: ResponseFuture,
+    pump: Option<Pump>,
+}
+
+impl Exchange {
+    /// Sends a request. A body of one frame goes out here and now; any other has a task of its own, under flow control.
+    ///
+    /// What was not sent comes back.
+    pub(crate) fn start(
+        connection: &Connection,
+        head: Request<()>,
+        body: Outgoing,
+    ) -> Result<Self, (OpenError, Outgoing)> {
+        let end_of_stream = matches!(body, Outgoing::Empty);
+        let (response, mut stream) = match connection.open(head, end_of_stream) {
+            Ok(opened) => opened,
+            Err(error) => return Err((error, body)),
+        };
+        let pump = match body {
+            Outgoing::Empty => None,
+            Outgoing::Single(frame) => {
+                // An error decides nothing (the stream may be closed by an early answer): the response knows.
+                let _ = stream.send_data(frame, true);
+                None
+            }
+            Outgoing::Stream { read, rest } => Some(Pump::start(stream, read, rest)),
+        };
+        Ok(Self { response, pump })
+    }
+
+    /// Polls for the response's head.
+    pub(crate) fn poll_head(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Response<Incoming>, h2::Error>> {
+        let response = ready!(Pin::new(&mut self.response).poll(cx))?;
+        let pump = self.pump.take();
+        Poll::Ready(Ok(response.map(|stream| Incoming::new(stream, pump))))
+    }
+
+    /// After a failure: what became of the body, for a second try or for the reason. None if the body was not pumped.
+    pub(crate) async fn into_pumped(self) -> Option<Pumped> {
+        self.pump?.finish().await
+    }
+}
+
+/// The task that sends a request body. Dropping it ends the task, and resets the stream if its end was not sent.
+#[derive(Debug)]
+pub(crate) struct Pump(JoinHandle<Pumped>);
+
+impl Pump {
+    fn start(stream: SendStream<Bytes>, read: Vec<Bytes>, rest: Body) -> Self {
+        Self(tokio::spawn(pump(stream, read, rest)))
+    }
+
+    /// Waits for the end of a pump whose stream is dead. None if the body has panicked.
+    async fn finish(mut self) -> Option<Pumped> {
+        (&mut self.0).await.ok()
+    }
+
+    /// The error of the caller's body, if that is what ended the call.
+    fn poll_error(&mut self, cx: &mut Context<'_>) -> Option<Status> {
+        match Pin::new(&mut self.0).poll(cx) {
+            Poll::Ready(Ok(Pumped::Failed(status))) => Some(status),
+            _ => None,
+        }
+    }
+}
+
+impl Drop for Pump {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// How a pump ended.
+#[derive(Debug)]
+pub(crate) enum Pumped {
+    /// The whole body is sent, or the stream died after more of it was sent than is kept.
+    Spent,
+    /// The stream died, and this is the whole body again.
+    Returned(Outgoing),
+    /// The caller's body failed.
+    Failed(Status),
+}
+
+async fn pump(mut stream: SendStream<Bytes>, read: Vec<Bytes>, mut rest: Body) -> Pumped {
+    let mut kept = Kept::default();
+    let mut ended = false;
+    for frame in &read {
+        kept.keep(frame);
+    }
+    for frame in read {
+        if !send(&mut stream, frame).await {
+            return kept.give_back(rest, ended);
+        }
+    }
+    loop {
+        let frame = std::future::poll_fn(|cx| {
+            // Asked first: it also registers for the wake-up that the end of the stream is.
+            if stream.poll_reset(cx).is_ready() {
+                return Poll::Ready(None);
+            }
+            match poll_data(&mut rest, cx) {
+                Ok(Poll::Pending) => Poll::Pending,
+                Ok(Poll::Ready(frame)) => Poll::Ready(Some(Ok(frame))),
+                Err(status) => Poll::Ready(Some(Err(status))),
+            }
+        });
+        match frame.await {
+            None => return kept.give_back(rest, ended),
+            Some(Ok(Some(frame))) => {
+                kept.keep(&frame);
+                if !send(&mut stream, frame).await {
+                    return kept.give_back(rest, ended);
+                }
+            }
+            Some(Ok(None)) => {
+                ended = true;
+                let _ = stream.send_data(Bytes::new(), true);
+                // It stays for the case that the peer refuses the whole call.
+                let _ = std::future::poll_fn(|cx| stream.poll_reset(cx)).await;
+                return kept.give_back(rest, ended);
+            }
+            Some(Err(status)) => {
+                stream.send_reset(Reason::CANCEL);
+                return Pumped::Failed(status);
+            }
+        }
+    }
+}
+
+/// Sends a frame as the peer makes room for it. False if the stream is dead.
+async fn send(stream: &mut SendStream<Bytes>, mut frame: Bytes) -> bool {
+    while !frame.is_empty() {
+        // Capacity is reserved only for bytes in hand, and little of it: what a parked call holds, the other calls on the connection lack.
+        stream.reserve_capacity(frame.len().min(RESERVE));
+        let capacity = std::future::poll_fn(|cx| {
+            if stream.poll_reset(cx).is_ready() {
+                return Poll::Ready(None);
+            }
+            stream.poll_capacity(cx)
+        });
+        let Some(Ok(capacity)) = capacity.await else {
+            return false;
+        };
+        let part = frame.split_to(capacity.min(frame.len()));
+        if !part.is_empty() && stream.send_data(part, false).is_err() {
+            return false;
+        }
+    }
+    true
+}
+
+/// The beginning of a body, kept for a second try: its first frame, and more while it is small.
+#[derive(Debug, Default)]
+struct Kept {
+    frames: Vec<Bytes>,
+    bytes: usize,
+    overflown: bool,
+}
+
+impl Kept {
+    fn keep(&mut self, frame: &Bytes) {
+        self.bytes += frame.len();
+        if self.overflown || (!self.frames.is_empty() && self.bytes > KEPT) {
+            self.overflown = true;
+            self.frames = Vec::new();
+            return;
+        }
+        self.frames.push(frame.clone());
+    }
+
+    fn give_back(self, rest: Body, ended: bool) -> Pumped {
+        if self.overflown {
+            return Pumped::Spent;
+        }
+        // A body must not be polled after its end.
+        let rest = if ended { Body::empty() } else { rest };
+        let read = self.frames;
+        Pumped::Returned(Outgoing::Stream { read, rest })
+    }
+}
+
+/// A response's body. Dropping it resets the stream unless it has ended.
+#[derive(Debug)]
+pub(crate) struct Incoming {
+    stream: RecvStream,
+    /// The request body ends with the response.
+    pump: Option<Pump>,
+    data_ended: bool,
+}
+
+impl Incoming {
+    fn new(stream: RecvStream, pump: Option<Pump>) -> Self {
+        let mut incoming = Self {
+            stream,
+            pump,
+            data_ended: false,
+        };
+        incoming.end_pump();
+        incoming
+    }
+
+    /// Whether the peer has sent everything, read or not.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.stream.is_end_stream()
+    }
+
+    /// The next frame; its room in the windows is given back at once.
+    pub(crate) fn poll_frame(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        while !self.data_ended {
+            match ready!(self.stream.poll_data(cx)) {
+                Some(Ok(data)) => {
+                    // It fails only on a stream that is gone already.
+                    let _ = self.stream.flow_control().release_capacity(data.len());
+                    self.end_pump();
+                    if !data.is_empty() {
+                        return Poll::Ready(Some(Ok(Frame::data(data))));
+                    }
+                }
+                Some(Err(error)) => return Poll::Ready(Some(Err(self.broken(error, cx)))),
+                None => self.data_ended = true,
+            }
+        }
+        match ready!(self.stream.poll_trailers(cx)) {
+            Ok(trailers) => {
+                self.pump = None;
+                Poll::Ready(trailers.map(|trailers: HeaderMap| Ok(Frame::trailers(trailers))))
+            }
+            Err(error) => Poll::Ready(Some(Err(self.broken(error, cx)))),
+        }
+    }
+
+    /// The request is over when its response is: the server's handler is not kept waiting for the rest.
+    fn end_pump(&mut self) {
+        if self.stream.is_end_stream() {
+            self.pump = None;
+        }
+    }
+
+    fn broken(&mut self, error: h2::Error, cx: &mut Context<'_>) -> Broken {
+        let status = self.pump.take().and_then(|mut pump| pump.poll_error(cx));
+        status.map_or(Broken::Stream(error), Broken::Request)
+    }
+}
+
+/// What ended a response before its end.
+#[derive(Debug)]
+pub(crate) enum Broken {
+    Stream(h2::Error),
+    /// The caller's own request body.
+    Request(Status),
+}
+
+/// What is reserved of a connection's send window at a time.
+const RESERVE: usize = 64 << 10;
+/// What is kept of a streamed request body beyond its first frame.
+const KEPT: usize = 64 << 10;
