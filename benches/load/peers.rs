@@ -240,14 +240,17 @@ impl Service<Request<Body>> for H2 {
             let (mut head, mut body) = request.into_parts();
             head.uri = absolute(&head.uri);
             let (response, mut stream) = send.send_request(Request::from_parts(head, ()), false)?;
-            while let Some(Ok(frame)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {
+            let mut ended = false;
+            while !ended
+                && let Some(Ok(frame)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await
+            {
                 if let Ok(data) = frame.into_data() {
-                    let end = body.is_end_stream();
-                    stream.send_data(data, end)?;
-                    if end {
-                        break;
-                    }
+                    ended = body.is_end_stream();
+                    stream.send_data(data, ended)?;
                 }
+            }
+            if !ended {
+                stream.send_data(Bytes::new(), true)?;
             }
             let (head, body) = response.await?.into_parts();
             Ok(Response::from_parts(
