@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep};
@@ -40,12 +40,13 @@ struct Stream {
 impl ResponseBody {
     pub(super) fn new(
         incoming: Incoming,
+        ended: bool,
         ticket: Ticket,
         core: Arc<Core>,
         deadline: Option<Deadline>,
     ) -> Self {
-        // A response that is all head, an error for the most part, has left the endpoint's load already.
-        let stream = (!incoming.is_complete()).then_some(Stream {
+        // A response that is all head, an error for the most part, is over and leaves the endpoint's load here.
+        let stream = (!ended).then_some(Stream {
             incoming,
             ticket,
             core,
@@ -127,21 +128,24 @@ impl Stream {
         match frame {
             None | Some(Err(_)) => true,
             Some(Ok(frame)) => {
-                let failed = frame.trailers_ref().is_some_and(is_failure);
-                if failed {
+                let code = frame.trailers_ref().and_then(code);
+                if code.is_some_and(status::is_server_failure) {
                     self.ticket.on_failure(Instant::now());
                 }
-                frame.is_trailers() || self.incoming.is_complete()
+                frame.is_trailers()
             }
         }
     }
 }
 
-/// Whether headers or trailers carry a status that says the server is at fault.
-pub(super) fn is_failure(headers: &HeaderMap) -> bool {
-    let code = headers.get("grpc-status");
-    code.is_some_and(|code| status::is_server_failure(Code::from_bytes(code.as_bytes())))
+/// The status that headers or trailers carry.
+pub(super) fn code(headers: &HeaderMap) -> Option<Code> {
+    let code = headers.get(GRPC_STATUS)?;
+    Some(Code::from_bytes(code.as_bytes()))
 }
+
+/// Carried by a response's head only if there are no trailers.
+const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
 impl fmt::Debug for ResponseBody {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -14,7 +14,7 @@ use tokio::time::{Instant, Sleep};
 use tonic::Status;
 use tonic::body::Body;
 
-use super::body::{ResponseBody, is_failure};
+use super::body::{ResponseBody, code};
 use super::retry::{self, Tried};
 use super::{Core, status};
 use crate::address::Address;
@@ -316,7 +316,9 @@ pub(super) fn answer(
     mut ticket: Ticket,
     deadline: Option<Deadline>,
 ) -> Response<ResponseBody> {
-    let failed = !response.status().is_success() || is_failure(response.headers());
+    let status_code = code(response.headers());
+    let failed =
+        !response.status().is_success() || status_code.is_some_and(status::is_server_failure);
     ticket.on_head(Instant::now(), failed);
     let served_by = ServedBy(ticket.endpoint().address().clone());
     let (mut parts, incoming) = response.into_parts();
@@ -324,7 +326,9 @@ pub(super) fn answer(
     std::mem::swap(&mut parts.extensions, &mut call.head.extensions);
     parts.extensions.clear();
     parts.extensions.insert(served_by);
-    let body = ResponseBody::new(incoming, ticket, core, deadline);
+    // A gRPC response that does not end with its head has its status in its trailers; h2 is asked, under its lock, about the others.
+    let ended = status_code.is_some() && incoming.is_complete();
+    let body = ResponseBody::new(incoming, ended, ticket, core, deadline);
     Response::from_parts(parts, body)
 }
 

@@ -313,7 +313,8 @@ impl Incoming {
 
     /// The request is over when its response is: the server's handler is not kept waiting for the rest.
     fn end_pump(&mut self) {
-        if self.stream.is_end_stream() {
+        // Asked only where it matters: it takes h2's lock.
+        if self.pump.is_some() && self.stream.is_end_stream() {
             self.pump = None;
         }
     }

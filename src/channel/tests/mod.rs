@@ -25,6 +25,8 @@ mod faults;
 mod greeter;
 mod streams;
 mod support;
+#[cfg(feature = "tls")]
+mod tls;
 
 use greeter::HelloRequest;
 use greeter::greeter_client::GreeterClient;

@@ -1,0 +1,192 @@
+//! What the registry says: endpoints come, change in place, and go.
+
+use std::sync::Arc;
+
+use tower::discover::Change;
+
+use super::{Class, Driver, Known, State, SubchannelId};
+use crate::address::Address;
+use crate::balance::endpoint::{Endpoint, EndpointState, Member};
+use crate::balance::feed::Batch;
+use crate::balance::subchannel::{ConnectBackoff, Subchannel};
+use crate::instance::Instance;
+
+impl Driver {
+    pub(super) fn on_batch<E>(&mut self, batch: Batch<Result<Change<Address, Instance>, E>>)
+    where
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        for change in batch.changes {
+            match change {
+                Ok(Change::Insert(address, instance)) => self.insert(&address, &instance),
+                Ok(Change::Remove(address)) => self.remove(&address),
+                Err(error) => {
+                    let error = error.into();
+                    tracing::warn!(%error, "discovery failed; the set stays as it is");
+                }
+            }
+        }
+        if batch.known && !self.summary.known {
+            self.summary.known = true;
+            tracing::info!(
+                endpoints = self.known.len(),
+                "the set of endpoints is known"
+            );
+            self.publish_now();
+        }
+    }
+
+    pub(super) fn insert(&mut self, address: &Address, instance: &Instance) {
+        let Some(known) = self.known.get_mut(address) else {
+            return self.add(address, instance.clone());
+        };
+        let before = std::mem::replace(&mut known.instance, instance.clone());
+        let (weight, last_resort) = (instance.weight(), instance.is_last_resort());
+        known.endpoint.set_attributes(weight, last_resort);
+        let subchannels = known.subchannels.clone();
+        // A new lease or a new key at an old address is another server, or the same one after a restart.
+        let fresh = before.lease() != instance.lease()
+            || before.create_revision() != instance.create_revision();
+        if before.is_last_resort() != last_resort {
+            tracing::info!(%address, last_resort, "endpoint changed its rank");
+        }
+        for id in subchannels {
+            if before.is_last_resort() && !last_resort {
+                self.enqueue(id);
+            }
+            self.update(id, weight, last_resort, fresh);
+        }
+        self.reclassify(address);
+    }
+
+    pub(super) fn add(&mut self, address: &Address, instance: Instance) {
+        let endpoint = Arc::new(Endpoint::new(address.clone()));
+        endpoint.set_attributes(instance.weight(), instance.is_last_resort());
+        self.shared
+            .directory()
+            .insert(address.clone(), Arc::clone(&endpoint));
+        tracing::info!(%address, weight = instance.weight(), "endpoint added");
+        let dial = !instance.is_last_resort();
+        let known = Known {
+            endpoint,
+            instance,
+            subchannels: Vec::new(),
+            class: Class::Failing,
+        };
+        self.known.insert(address.clone(), known);
+        self.summary.endpoints = self.known.len();
+        self.add_subchannel(address, dial);
+        self.reclassify(address);
+        self.publish_soon();
+    }
+
+    pub(super) fn add_subchannel(&mut self, address: &Address, dial: bool) {
+        let Some(known) = self.known.get_mut(address) else {
+            return;
+        };
+        self.next_id += 1;
+        let id = self.next_id;
+        known.subchannels.push(id);
+        let subchannel = Subchannel::new(ConnectBackoff::new(self.options.max_backoff));
+        self.subchannels
+            .insert(id, (address.clone(), State::Idle(subchannel)));
+        if dial {
+            self.enqueue(id);
+        }
+    }
+
+    pub(super) fn update(&mut self, id: SubchannelId, weight: u32, last_resort: bool, fresh: bool) {
+        let Some((address, state)) = self.subchannels.remove(&id) else {
+            return;
+        };
+        let state = match state {
+            State::Ready(subchannel) => {
+                self.enlist(id, subchannel.member(), weight, last_resort);
+                State::Ready(subchannel)
+            }
+            State::Connecting(subchannel) if last_resort => State::Idle(subchannel.cancel()),
+            State::TransientFailure(subchannel) if last_resort => State::Idle(subchannel.retry()),
+            State::Connecting(subchannel) if fresh => State::Connecting(subchannel.refreshed()),
+            State::TransientFailure(subchannel) if fresh => {
+                tracing::debug!(%address, "fresh registration: connecting at once");
+                self.enqueue(id);
+                State::Idle(subchannel.reset())
+            }
+            state => state,
+        };
+        self.subchannels.insert(id, (address, state));
+    }
+
+    pub(super) fn enlist(
+        &mut self,
+        id: SubchannelId,
+        member: &Arc<Member>,
+        weight: u32,
+        last_resort: bool,
+    ) {
+        let (here, there) = if last_resort {
+            (&mut self.last_resort, &mut self.primary)
+        } else {
+            (&mut self.primary, &mut self.last_resort)
+        };
+        if there.remove(&id) {
+            here.insert(id, Arc::clone(member), weight);
+            self.publish_now();
+        } else if here.reweigh(&id, weight) {
+            self.publish_soon();
+        }
+    }
+
+    pub(super) fn remove(&mut self, address: &Address) {
+        let Some(known) = self.known.remove(address) else {
+            return;
+        };
+        tracing::info!(%address, "endpoint removed");
+        if known.class == Class::Pending {
+            self.pending -= 1;
+        }
+        let mut drains = false;
+        for id in known.subchannels {
+            // Dropping the other states ends what they do.
+            if let Some((_, State::Ready(subchannel))) = self.subchannels.remove(&id) {
+                self.evict(id);
+                drains |= subchannel.member().load().in_flight() > 0;
+                let draining = subchannel.drain();
+                self.draining.push((Arc::clone(&known.endpoint), draining));
+            }
+        }
+        if drains {
+            known.endpoint.set_state(EndpointState::Draining);
+        } else {
+            self.shared.directory().remove(address);
+        }
+        self.summary.endpoints = self.known.len();
+        self.publish_now();
+    }
+
+    pub(super) fn evict(&mut self, id: SubchannelId) {
+        if self.primary.remove(&id) || self.last_resort.remove(&id) {
+            self.publish_now();
+        }
+    }
+
+    pub(super) fn grow(&mut self) {
+        let limit = self.options.connections_per_endpoint + 1;
+        let full = |known: &Known| {
+            !known.instance.is_last_resort()
+                && known.subchannels.len() < limit
+                && known.subchannels.iter().all(|id| {
+                    matches!(self.subchannels.get(id), Some((_, State::Ready(ready))) if ready.member().is_full())
+                })
+        };
+        let full: Vec<_> = self.known.iter().filter(|(_, known)| full(known)).collect();
+        let full: Vec<_> = full
+            .into_iter()
+            .map(|(address, _)| address.clone())
+            .collect();
+        for address in full {
+            tracing::debug!(%address, "every stream is in use: one more connection");
+            self.add_subchannel(&address, true);
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! Connections: made, refused, lost, and made again.
+
+use std::cmp::Reverse;
+use std::sync::Arc;
+
+use tokio::task::{AbortHandle, Id, JoinError};
+use tokio::time::Instant;
+
+use super::{Driver, Left, State, SubchannelId};
+use crate::address::Address;
+use crate::balance::EndpointError;
+use crate::balance::endpoint::Member;
+use crate::balance::load::Load;
+use crate::balance::subchannel::{Connecting, Lost, Subchannel};
+use crate::transport::connect::DialError;
+use crate::transport::http2::{Connection, Leave};
+
+impl Driver {
+    pub(super) fn enqueue(&mut self, id: SubchannelId) {
+        self.queue.push_back(id);
+        let place = self.rng.usize(..self.queue.len());
+        let last = self.queue.len() - 1;
+        self.queue.swap(place, last);
+    }
+
+    pub(super) fn dial_queued(&mut self) {
+        while self.dials.len() < DIALS {
+            let Some(id) = self.queue.pop_front() else {
+                return;
+            };
+            let Some((address, state)) = self.subchannels.remove(&id) else {
+                continue;
+            };
+            let state = match state {
+                State::Idle(subchannel) if self.is_dialled(&address) => {
+                    let dial = self.dial(id, &address);
+                    State::Connecting(subchannel.connect(dial, Instant::now()))
+                }
+                state => state,
+            };
+            self.subchannels.insert(id, (address.clone(), state));
+            self.reclassify(&address);
+        }
+    }
+
+    pub(super) fn is_dialled(&self, address: &Address) -> bool {
+        let known = self.known.get(address);
+        known.is_some_and(|known| !known.instance.is_last_resort())
+    }
+
+    pub(super) fn dial(&mut self, id: SubchannelId, address: &Address) -> AbortHandle {
+        tracing::debug!(%address, "connecting");
+        self.next_id += 1;
+        let dial_id = self.next_id;
+        let leaves = self.on_leave.clone();
+        let on_leave = move |leave| {
+            // The driver may be gone, and then nobody cares.
+            let _ = leaves.send(Left(dial_id, leave));
+        };
+        let (connector, address) = (Arc::clone(&self.connector), address.clone());
+        let dial = async move { connector.connect(&address, on_leave).await };
+        let dial = self.dials.spawn(dial);
+        self.dialling.insert(dial.id(), (id, dial_id));
+        dial
+    }
+
+    pub(super) fn on_dialled(
+        &mut self,
+        dialled: Result<(Id, Result<Connection, DialError>), JoinError>,
+    ) {
+        let (task, outcome) = match dialled {
+            Ok((task, outcome)) => (task, outcome),
+            Err(error) => (error.id(), Err(DialError::Panicked(error))),
+        };
+        let Some((id, dial_id)) = self.dialling.remove(&task) else {
+            return;
+        };
+        let lost_early = self.lost_early.remove(&dial_id);
+        let Some((address, state)) = self.subchannels.remove(&id) else {
+            return;
+        };
+        let State::Connecting(subchannel) = state else {
+            // Cancelled meanwhile.
+            self.subchannels.insert(id, (address, state));
+            return;
+        };
+        match outcome {
+            Ok(connection) => {
+                self.connected.insert(dial_id, id);
+                self.on_connected(id, &address, subchannel, connection);
+                if lost_early {
+                    self.on_left(Left(dial_id, Leave::Closed));
+                }
+            }
+            Err(error) => self.on_refused(id, &address, subchannel, &error),
+        }
+    }
+
+    pub(super) fn on_connected(
+        &mut self,
+        id: SubchannelId,
+        address: &Address,
+        subchannel: Subchannel<Connecting>,
+        connection: Connection,
+    ) {
+        let Some(known) = self.known.get(address) else {
+            return;
+        };
+        tracing::info!(%address, round_trip = ?connection.round_trip(), "endpoint ready");
+        let median = self.median();
+        let member = Arc::new(Member::new(
+            connection,
+            Arc::clone(&known.endpoint),
+            Load::new(known.endpoint.estimate(), median),
+            Arc::clone(&self.shared.waiters),
+            self.shared.started,
+        ));
+        known.endpoint.add_connection(&member);
+        let (weight, last_resort) = (known.instance.weight(), known.instance.is_last_resort());
+        let missing = self
+            .options
+            .connections_per_endpoint
+            .saturating_sub(known.subchannels.len());
+        let roster = if last_resort {
+            &mut self.last_resort
+        } else {
+            &mut self.primary
+        };
+        roster.insert(id, Arc::clone(&member), weight);
+        let ready = State::Ready(subchannel.connected(member));
+        self.subchannels.insert(id, (address.clone(), ready));
+        // Only an endpoint that answers is worth its other connections.
+        for _ in 0..missing {
+            self.add_subchannel(address, !last_resort);
+        }
+        self.reclassify(address);
+        self.publish_soon();
+    }
+
+    pub(super) fn on_refused(
+        &mut self,
+        id: SubchannelId,
+        address: &Address,
+        subchannel: Subchannel<Connecting>,
+        error: &DialError,
+    ) {
+        let first = !subchannel.is_failing();
+        let failed = subchannel.failed(&mut self.rng, Instant::now());
+        let reason = causes(error);
+        if first {
+            tracing::info!(%address, %reason, "endpoint failing: no connection");
+        } else {
+            tracing::debug!(%address, %reason, "endpoint still failing");
+        }
+        self.note(address, reason.into());
+        self.timers.push(Reverse((failed.until(), id)));
+        let failed = State::TransientFailure(failed);
+        self.subchannels.insert(id, (address.clone(), failed));
+        self.reclassify(address);
+    }
+
+    pub(super) fn on_left(&mut self, Left(dial_id, leave): Left) {
+        let Some(id) = self.connected.remove(&dial_id) else {
+            if self
+                .dialling
+                .values()
+                .any(|(_, dialling)| *dialling == dial_id)
+            {
+                self.lost_early.insert(dial_id);
+            }
+            return;
+        };
+        // A removed endpoint's connection leaves as well, and nobody minds.
+        let Some((address, State::Ready(subchannel))) = self.subchannels.remove(&id) else {
+            return;
+        };
+        self.evict(id);
+        if leave.is_graceful() {
+            tracing::info!(%address, reason = %leave, "endpoint is leaving");
+        } else {
+            tracing::info!(%address, reason = %leave, "connection lost");
+        }
+        self.note(&address, leave.to_string().into());
+        let known = self.known.get(&address);
+        if let Some(known) = known {
+            let estimate = subchannel.member().load().estimate();
+            known.endpoint.keep_estimate(estimate);
+        }
+        let last_resort = known.is_some_and(|known| known.instance.is_last_resort());
+        let state = match subchannel.lost(&mut self.rng, Instant::now()) {
+            Lost::Idle(subchannel) => {
+                if !last_resort {
+                    self.enqueue(id);
+                }
+                State::Idle(subchannel)
+            }
+            Lost::TransientFailure(subchannel) if last_resort => State::Idle(subchannel.retry()),
+            Lost::TransientFailure(subchannel) => {
+                self.timers.push(Reverse((subchannel.until(), id)));
+                State::TransientFailure(subchannel)
+            }
+        };
+        self.subchannels.insert(id, (address.clone(), state));
+        self.reclassify(&address);
+    }
+
+    pub(super) fn note(&mut self, address: &Address, reason: Arc<str>) {
+        if let Some(known) = self.known.get(address) {
+            known.endpoint.set_last_error(Arc::clone(&reason));
+        }
+        let address = address.clone();
+        self.summary.last_error = Some(Arc::new(EndpointError { address, reason }));
+        self.publish_soon();
+    }
+
+    pub(super) fn on_backoff_over(&mut self, id: SubchannelId, now: Instant) {
+        let Some((address, state)) = self.subchannels.remove(&id) else {
+            return;
+        };
+        let state = match state {
+            // A timer of an earlier wait finds another one running.
+            State::TransientFailure(subchannel) if subchannel.until() <= now => {
+                self.enqueue(id);
+                State::Idle(subchannel.retry())
+            }
+            state => state,
+        };
+        self.subchannels.insert(id, (address, state));
+    }
+}
+
+/// An error with all its causes, in one line.
+fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        // Some errors of the libraries below repeat their cause.
+        if !text.ends_with(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// Connections made at once: enough for a set of thousands to come up in a second, few enough for a limit on open files.
+const DIALS: usize = 256;

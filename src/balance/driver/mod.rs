@@ -1,0 +1,175 @@
+//! The driver: the one task that dials, loses and retires connections, and says which are ready.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::task::{Id, JoinSet};
+use tokio::time::Instant;
+use tokio_stream::Stream;
+use tower::discover::Change;
+
+use super::endpoint::{Endpoint, Member};
+use super::feed::Feed;
+use super::pool::Roster;
+use super::subchannel::{Connecting, Draining, Idle, Ready, Subchannel, TransientFailure};
+use super::{Options, Shared, Summary};
+use crate::address::Address;
+use crate::instance::Instance;
+use crate::transport::connect::{Connector, DialError};
+use crate::transport::http2::{Connection, Leave};
+
+mod changes;
+mod dialling;
+mod publish;
+
+/// A subchannel's number, never used twice.
+type SubchannelId = u64;
+
+/// A subchannel in whichever state.
+#[derive(Debug)]
+enum State {
+    Idle(Subchannel<Idle>),
+    Connecting(Subchannel<Connecting>),
+    Ready(Subchannel<Ready>),
+    TransientFailure(Subchannel<TransientFailure>),
+}
+
+/// An address that the registry names.
+#[derive(Debug)]
+struct Known {
+    endpoint: Arc<Endpoint>,
+    instance: Instance,
+    subchannels: Vec<SubchannelId>,
+    class: Class,
+}
+
+/// What an endpoint counts as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Class {
+    Ready,
+    Pending,
+    Failing,
+}
+
+/// A dial's number, and that of the connection that came of it.
+type DialId = u64;
+
+/// A connection takes no more calls.
+#[derive(Debug)]
+struct Left(DialId, Leave);
+
+/// Owns the subchannels of a channel.
+#[derive(Debug)]
+pub(super) struct Driver {
+    shared: Arc<Shared>,
+    connector: Arc<Connector>,
+    options: Options,
+    rng: fastrand::Rng,
+
+    known: HashMap<Address, Known>,
+    /// Each state apart from its endpoint, so that a transition takes it out and puts the next one in.
+    subchannels: HashMap<SubchannelId, (Address, State)>,
+    next_id: SubchannelId,
+    draining: Vec<(Arc<Endpoint>, Subchannel<Draining>)>,
+
+    /// Idle subchannels that want a connection.
+    queue: VecDeque<SubchannelId>,
+    dials: JoinSet<Result<Connection, DialError>>,
+    dialling: HashMap<Id, (SubchannelId, DialId)>,
+    connected: HashMap<DialId, SubchannelId>,
+    timers: BinaryHeap<Reverse<(Instant, SubchannelId)>>,
+    leaves: mpsc::UnboundedReceiver<Left>,
+    on_leave: mpsc::UnboundedSender<Left>,
+    /// Connections that were lost before we heard that they were made.
+    lost_early: HashSet<DialId>,
+
+    primary: Roster<SubchannelId, Arc<Member>>,
+    last_resort: Roster<SubchannelId, Arc<Member>>,
+    summary: Summary,
+    pending: usize,
+    /// When the set is to be published, if it has changed.
+    publish_at: Option<Instant>,
+    refresh_at: Instant,
+}
+
+impl Driver {
+    pub(super) fn new(shared: Arc<Shared>, connector: Connector, options: Options) -> Self {
+        let (on_leave, leaves) = mpsc::unbounded_channel();
+        let rng = options
+            .seed
+            .map_or_else(fastrand::Rng::new, fastrand::Rng::with_seed);
+        Self {
+            shared,
+            connector: Arc::new(connector),
+            options,
+            rng,
+            known: HashMap::new(),
+            subchannels: HashMap::new(),
+            next_id: 0,
+            draining: Vec::new(),
+            queue: VecDeque::new(),
+            dials: JoinSet::new(),
+            dialling: HashMap::new(),
+            connected: HashMap::new(),
+            timers: BinaryHeap::new(),
+            leaves,
+            on_leave,
+            lost_early: HashSet::new(),
+            primary: Roster::default(),
+            last_resort: Roster::default(),
+            summary: Summary::default(),
+            pending: 0,
+            publish_at: None,
+            refresh_at: Instant::now() + REFRESH,
+        }
+    }
+
+    pub(super) async fn run<S, E>(mut self, mut changes: Feed<S>)
+    where
+        S: Stream<Item = Result<Change<Address, Instance>, E>> + Send,
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        loop {
+            self.on_time(Instant::now());
+            self.dial_queued();
+            let wake = self.wake_at();
+            // What is lost comes first, and what might never end, the stream, last.
+            tokio::select! {
+                biased;
+                Some(left) = self.leaves.recv() => self.on_left(left),
+                Some(dialled) = self.dials.join_next_with_id() => self.on_dialled(dialled),
+                () = self.shared.demand.notified() => self.grow(),
+                () = tokio::time::sleep_until(wake) => {}
+                batch = changes.next() => self.on_batch(batch),
+            }
+        }
+    }
+
+    fn on_time(&mut self, now: Instant) {
+        while let Some(Reverse((until, id))) = self.timers.peek().copied()
+            && until <= now
+        {
+            self.timers.pop();
+            self.on_backoff_over(id, now);
+        }
+        if self.refresh_at <= now {
+            self.refresh_at = now + REFRESH;
+            self.refresh(now);
+        }
+        if self.publish_at.is_some_and(|at| at <= now) {
+            self.publish();
+        }
+    }
+
+    fn wake_at(&self) -> Instant {
+        let timer = self.timers.peek().map(|Reverse((until, _))| *until);
+        let wakes = [Some(self.refresh_at), timer, self.publish_at];
+        wakes.into_iter().flatten().min().unwrap_or(self.refresh_at)
+    }
+}
+
+/// How often estimates are brought up to date.
+const REFRESH: Duration = Duration::from_millis(200);

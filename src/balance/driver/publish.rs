@@ -1,0 +1,125 @@
+//! What calls get to see: the ready set, the numbers, and estimates that keep up with time.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{Class, Driver, State};
+use crate::address::Address;
+use crate::balance::Published;
+use crate::balance::endpoint::EndpointState;
+use crate::balance::load::{Ticks, median};
+
+impl Driver {
+    pub(super) fn refresh(&mut self, now: Instant) {
+        let median = self.median();
+        let now = Ticks::at(now, self.shared.started);
+        for member in self.primary.members().chain(self.last_resort.members()) {
+            member.load().refresh(median, now);
+        }
+        let mut directory = self.shared.directory();
+        self.draining.retain(|(endpoint, subchannel)| {
+            let drained = subchannel.is_drained();
+            // The address may have been registered again, with an endpoint of its own.
+            if drained
+                && directory
+                    .get(endpoint.address())
+                    .is_some_and(|known| Arc::ptr_eq(known, endpoint))
+            {
+                directory.remove(endpoint.address());
+            }
+            !drained
+        });
+    }
+
+    pub(super) fn median(&self) -> f32 {
+        let estimates = self
+            .primary
+            .members()
+            .filter_map(|member| member.load().estimate());
+        let mut latencies: Vec<_> = estimates.map(|estimate| estimate.mean()).collect();
+        median(&mut latencies)
+    }
+
+    pub(super) fn reclassify(&mut self, address: &Address) {
+        let Some(known) = self.known.get_mut(address) else {
+            return;
+        };
+        let states = known
+            .subchannels
+            .iter()
+            .filter_map(|id| self.subchannels.get(id));
+        let mut class = Class::Failing;
+        let mut shown = EndpointState::Idle;
+        for (_, state) in states {
+            let (of_one, seen) = match state {
+                State::Ready(_) => (Class::Ready, EndpointState::Ready),
+                State::Connecting(one) if one.is_failing() => {
+                    (Class::Failing, EndpointState::Connecting)
+                }
+                State::Connecting(_) => (Class::Pending, EndpointState::Connecting),
+                State::Idle(one) if one.is_failing() || known.instance.is_last_resort() => {
+                    (Class::Failing, EndpointState::Idle)
+                }
+                State::Idle(_) => (Class::Pending, EndpointState::Idle),
+                State::TransientFailure(_) => (Class::Failing, EndpointState::TransientFailure),
+            };
+            if class == Class::Failing || of_one == Class::Ready {
+                (class, shown) = (of_one, seen);
+            }
+        }
+        known.endpoint.set_state(shown);
+        let before = std::mem::replace(&mut known.class, class);
+        self.pending += usize::from(class == Class::Pending);
+        self.pending -= usize::from(before == Class::Pending);
+        if before != class {
+            self.publish_soon();
+        }
+    }
+
+    pub(super) fn publish_soon(&mut self) {
+        let delay = if self.summary.ready == 0 {
+            Duration::ZERO
+        } else {
+            GATHER
+        };
+        self.publish_at
+            .get_or_insert_with(|| Instant::now() + delay);
+    }
+
+    pub(super) fn publish_now(&mut self) {
+        self.publish_at = Some(Instant::now());
+    }
+
+    pub(super) fn publish(&mut self) {
+        self.publish_at = None;
+        self.summary.pending = self.pending;
+        // Both, since a roster holds on to what it has frozen last.
+        let (primary, held) = (self.primary.freeze(), self.last_resort.freeze());
+        let last_resort = primary.len() == 0;
+        let ready = if last_resort { held } else { primary };
+        let were_ready = std::mem::replace(&mut self.summary.ready, ready.len());
+        if (were_ready == 0) != (ready.len() == 0) {
+            tracing::info!(
+                ready = ready.len(),
+                endpoints = self.summary.endpoints,
+                last_resort = last_resort && ready.len() > 0,
+                "channel {}",
+                if ready.len() > 0 {
+                    "ready"
+                } else {
+                    "has no ready endpoint"
+                }
+            );
+        }
+        let summary = self.summary.clone();
+        self.shared
+            .published
+            .store(Arc::new(Published { ready, summary }));
+        self.shared.changed.notify_waiters();
+    }
+}
+
+/// How long joins are gathered before they are published.
+const GATHER: Duration = Duration::from_millis(1);
