@@ -15,7 +15,7 @@ use tonic_etcd::Registry;
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let registry = Registry::connect(etcd_endpoints()).await?;
-    let channel = registry.resolver("helloworld.Greeter").into_tonic_channel();
+    let channel = registry.channel("helloworld.Greeter").connect().await?;
     let mut client = GreeterClient::new(channel);
 
     loop {

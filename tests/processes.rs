@@ -227,7 +227,7 @@ async fn the_greeter_cluster_ends_well() {
     assert!(output.status.success(), "{text}");
     let last = text.lines().last().unwrap();
     assert!(
-        last.starts_with("greeter cluster: ") && last.ends_with(" failed, 4 servers seen"),
+        last.starts_with("greeter cluster: ") && last.ends_with(" calls, 0 failed, 4 servers seen"),
         "{last}"
     );
 }
