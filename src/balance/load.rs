@@ -218,10 +218,11 @@ fn micros(duration: Duration) -> f32 {
 
 /// The pool's median of those that know their latency; 0 if none does.
 pub(crate) fn median(latencies: &mut [f32]) -> f32 {
-    if latencies.is_empty() {
+    let Some(last) = latencies.len().checked_sub(1) else {
         return 0.0;
-    }
-    let middle = latencies.len() / 2;
+    };
+    // The lower of two: the slower one of a pair must have something better to fade to than itself.
+    let middle = last / 2;
     *latencies.select_nth_unstable_by(middle, f32::total_cmp).1
 }
 
@@ -366,5 +367,6 @@ mod tests {
     fn the_median_of_none_is_nothing() {
         assert!(median(&mut []).abs() < f32::EPSILON);
         assert!(near(median(&mut [3.0, 1.0, 2.0]), 2.0));
+        assert!(near(median(&mut [3.0, 1.0]), 1.0));
     }
 }
