@@ -5,8 +5,8 @@
 //! cargo run --example greeter_cluster
 //! ```
 //!
-//! It ends by itself after about twenty seconds, and fails if a join or leave was not followed, or if a call failed that was not in
-//! flight at a server when that was killed.
+//! It ends by itself after about twenty seconds, and fails if a join or leave was not followed, or if a call failed that was not on its
+//! way to a server when that was killed: of those at most one per caller.
 #![allow(clippy::print_stdout, reason = "it is what the example is for")]
 
 mod greeter;
@@ -110,18 +110,9 @@ async fn show() -> Result<(), Error> {
     let served = tally.lock().map_or(0, |tally| tally.count("alpha"));
     watch("alpha has left", &tally, &resolver, Duration::from_secs(2)).await;
 
-    let mut beta = servers.remove("beta").ok_or("beta is there")?;
-    let killed = tally.lock().map_or(0, |tally| tally.count("beta"));
-    beta.kill(&tally).await?;
-    watch("beta is killed", &tally, &resolver, Duration::from_secs(2)).await;
-    servers.insert("beta", ServerProcess::start("beta", &endpoints)?);
-    until("beta serves again", || {
-        tally
-            .lock()
-            .is_ok_and(|tally| tally.count("beta") > killed + 100)
-    })
-    .await?;
-    watch("beta is back", &tally, &resolver, Duration::from_secs(2)).await;
+    let beta = servers.remove("beta").ok_or("beta is there")?;
+    let beta = kill_and_restart(beta, &endpoints, &tally, &resolver).await?;
+    servers.insert("beta", beta);
 
     for caller in &callers {
         caller.abort();
@@ -138,7 +129,7 @@ async fn show() -> Result<(), Error> {
         println!("the last failure: {}", tally.last_failure);
     }
     println!(
-        "{} calls were in flight at beta when it was killed, and failed",
+        "{} calls were on their way to beta when it was killed, and failed",
         tally.caught
     );
     println!(
@@ -151,6 +142,23 @@ async fn show() -> Result<(), Error> {
         return Err("calls failed that need not have".into());
     }
     Ok(())
+}
+
+/// Kills beta under load, and brings it back.
+async fn kill_and_restart(
+    mut beta: ServerProcess,
+    endpoints: &str,
+    tally: &Mutex<Tally>,
+    resolver: &Resolver,
+) -> Result<ServerProcess, Error> {
+    let served = || tally.lock().map_or(0, |tally| tally.count("beta"));
+    beta.kill(tally).await?;
+    let before = served();
+    watch("beta is killed", tally, resolver, Duration::from_secs(2)).await;
+    let beta = ServerProcess::start("beta", endpoints)?;
+    until("beta serves again", || served() > before + 100).await?;
+    watch("beta is back", tally, resolver, Duration::from_secs(2)).await;
+    Ok(beta)
 }
 
 /// Who served how many calls.
@@ -178,7 +186,7 @@ impl Tally {
     }
 }
 
-/// When a server was killed: from just before the signal until the process was gone.
+/// When a server was killed: from just before the signal until everybody knows.
 struct Kill {
     from: Instant,
     until: Option<Instant>,
@@ -307,7 +315,8 @@ impl ServerProcess {
             tally.kill = Some(Kill { from, until: None });
         }
         self.child.kill().await?;
-        let until = Some(Instant::now());
+        // The kernel has closed its sockets by now; until our runtime has read that, a call may still be sent on one of them.
+        let until = Some(Instant::now() + Duration::from_millis(250));
         if let Ok(mut tally) = tally.lock() {
             tally.kill = Some(Kill { from, until });
         }

@@ -75,7 +75,8 @@ fn imports_go_one_way() {
     assert!(files.len() > 20, "the sources are found");
     let mut wrong = Vec::new();
     for (file, text) in &files {
-        if file == "lib" {
+        // Tests may look at anything.
+        if file == "lib" || file.split('/').any(|part| part == "tests") {
             continue;
         }
         let vocabulary = VOCABULARY

@@ -1,0 +1,348 @@
+//! Calls over the balanced channel while servers and etcd come and go, all of them real.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a failed step is a failed test"
+)]
+
+mod support;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use support::greeter::greeter_client::GreeterClient;
+use support::greeter::greeter_server::{Greeter, GreeterServer};
+use support::greeter::{HelloReply, HelloRequest};
+use support::{SOON, etcd, eventually, registry};
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout};
+use tonic::transport::Server;
+use tonic::{Code, Request, Response, Status, Streaming};
+use tonic_etcd::{BalancedChannel, RegistrationBuilder, Registry, ServeRegistered};
+
+fn hello() -> HelloRequest {
+    HelloRequest {
+        name: "test".to_owned(),
+        replies: 1,
+    }
+}
+
+/// A greeter that counts the calls it runs.
+#[derive(Clone, Default)]
+struct Counting(Arc<AtomicU64>);
+
+#[tonic::async_trait]
+impl Greeter for Counting {
+    async fn say_hello(
+        &self,
+        request: Request<HelloRequest>,
+    ) -> Result<Response<HelloReply>, Status> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        let message = request.into_inner().name;
+        Ok(Response::new(HelloReply { message }))
+    }
+
+    type SayHellosStream = tokio_stream::Empty<Result<HelloReply, Status>>;
+
+    async fn say_hellos(
+        &self,
+        _: Request<HelloRequest>,
+    ) -> Result<Response<Self::SayHellosStream>, Status> {
+        Err(Status::unimplemented("not here"))
+    }
+
+    async fn greet_all(
+        &self,
+        _: Request<Streaming<HelloRequest>>,
+    ) -> Result<Response<HelloReply>, Status> {
+        Err(Status::unimplemented("not here"))
+    }
+
+    type ChatStream = tokio_stream::Empty<Result<HelloReply, Status>>;
+
+    async fn chat(
+        &self,
+        _: Request<Streaming<HelloRequest>>,
+    ) -> Result<Response<Self::ChatStream>, Status> {
+        Err(Status::unimplemented("not here"))
+    }
+}
+
+/// A registered server with the counter.
+struct Counted {
+    stop: oneshot::Sender<()>,
+    task: JoinHandle<()>,
+}
+
+impl Counted {
+    fn start(counter: &Counting, registration: RegistrationBuilder) -> Self {
+        let (stop, stopped) = oneshot::channel();
+        let router = Server::builder().add_service(GreeterServer::new(counter.clone()));
+        let task = tokio::spawn(async move {
+            let signal = async { drop(stopped.await) };
+            router
+                .serve_registered_with_shutdown(
+                    "127.0.0.1:0".parse().unwrap(),
+                    registration,
+                    signal,
+                )
+                .await
+                .unwrap();
+        });
+        Self { stop, task }
+    }
+
+    async fn stopped(self) {
+        drop(self.stop);
+        timeout(SOON, self.task).await.unwrap().unwrap();
+    }
+}
+
+/// Callers that never pause.
+struct Callers {
+    stop: watch::Sender<bool>,
+    tasks: Vec<JoinHandle<(u64, Vec<Status>)>>,
+}
+
+impl Callers {
+    fn start(channel: &BalancedChannel, callers: usize) -> Self {
+        let (stop, stopped) = watch::channel(false);
+        let call = |stopped: watch::Receiver<bool>| {
+            let mut client = GreeterClient::new(channel.clone());
+            async move {
+                let (mut calls, mut failed) = (0, Vec::new());
+                while !*stopped.borrow() {
+                    calls += 1;
+                    let mut request = Request::new(hello());
+                    request.set_timeout(Duration::from_secs(5));
+                    if let Err(status) = client.say_hello(request).await {
+                        failed.push(status);
+                    }
+                }
+                (calls, failed)
+            }
+        };
+        let tasks = (0..callers)
+            .map(|_| tokio::spawn(call(stopped.clone())))
+            .collect();
+        Self { stop, tasks }
+    }
+
+    /// Stops them; says how many calls there were, and which failed.
+    async fn stopped(self) -> (u64, Vec<Status>) {
+        self.stop.send_replace(true);
+        let (mut calls, mut failed) = (0, Vec::new());
+        for task in self.tasks {
+            let (its_calls, its_failed) = timeout(SOON, task).await.unwrap().unwrap();
+            calls += its_calls;
+            failed.extend(its_failed);
+        }
+        (calls, failed)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rolling_graceful_restart_under_load_fails_no_call_and_runs_none_twice() {
+    let etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let resolver = registry.resolver("greeter");
+    let counter = Counting::default();
+    let start = || {
+        let registration = registry
+            .registration("greeter")
+            .grace_period(Duration::from_millis(100));
+        Counted::start(&counter, registration)
+    };
+    let mut servers: Vec<_> = (0..4).map(|_| start()).collect();
+    eventually("four are registered", async || {
+        resolver.instances().len() == 4
+    })
+    .await;
+    let channel = registry.channel("greeter").connect().await.unwrap();
+    let callers = Callers::start(&channel, 32);
+    for _ in 0..12 {
+        servers.remove(0).stopped().await;
+        servers.push(start());
+        eventually("four are registered", async || {
+            resolver.instances().len() == 4
+        })
+        .await;
+    }
+    let (calls, failed) = callers.stopped().await;
+    assert!(
+        failed.is_empty(),
+        "{} of {calls} calls failed: {:?}",
+        failed.len(),
+        failed.first()
+    );
+    assert_eq!(
+        counter.0.load(Ordering::SeqCst),
+        calls,
+        "each call ran once"
+    );
+    assert!(calls > 1_000, "{calls}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn endpoints_that_refuse_or_swallow_connections_fail_no_call() {
+    let etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let counter = Counting::default();
+    let _servers: Vec<_> = (0..3)
+        .map(|_| Counted::start(&counter, registry.registration("greeter")))
+        .collect();
+    let refusing = registry
+        .registration("greeter")
+        .address("127.0.0.1:1")
+        .register()
+        .await
+        .unwrap();
+    // It accepts and never says a word, as a frozen process does.
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let silent = silent
+        .local_addr()
+        .map(|address| (silent, address.to_string()))
+        .unwrap();
+    let swallowing = registry
+        .registration("greeter")
+        .address(silent.1)
+        .register()
+        .await
+        .unwrap();
+    let resolver = registry.resolver("greeter");
+    eventually("five are registered", async || {
+        resolver.instances().len() == 5
+    })
+    .await;
+    let channel = registry.channel("greeter").connect().await.unwrap();
+    let callers = Callers::start(&channel, 8);
+    eventually("two thousand calls", async || {
+        counter.0.load(Ordering::SeqCst) > 2_000
+    })
+    .await;
+    let (calls, failed) = callers.stopped().await;
+    assert!(
+        failed.is_empty(),
+        "{} of {calls} calls failed: {:?}",
+        failed.len(),
+        failed.first()
+    );
+    refusing.deregister().await.unwrap();
+    swallowing.deregister().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_do_not_notice_that_etcd_is_gone() {
+    let mut etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let counter = Counting::default();
+    let ttl = Duration::from_secs(2);
+    let _servers: Vec<_> = (0..3)
+        .map(|_| Counted::start(&counter, registry.registration("greeter").ttl(ttl)))
+        .collect();
+    let resolver = registry.resolver("greeter");
+    eventually("three are registered", async || {
+        resolver.instances().len() == 3
+    })
+    .await;
+    let channel = registry.channel("greeter").connect().await.unwrap();
+    let callers = Callers::start(&channel, 8);
+    etcd.kill(0).await.unwrap();
+    // Twice the TTL. What is waited for is that nothing happens.
+    tokio::time::sleep(ttl * 2).await;
+    assert_eq!(resolver.instances().len(), 3);
+    etcd.restart(0).await.unwrap();
+    eventually("the resolver is fresh again", async || {
+        resolver.status().state == tonic_etcd::ResolverState::Fresh
+    })
+    .await;
+    let (calls, failed) = callers.stopped().await;
+    assert!(
+        failed.is_empty(),
+        "{} of {calls} calls failed: {:?}",
+        failed.len(),
+        failed.first()
+    );
+}
+
+/// One call, which is to fail soon.
+async fn refused(channel: &BalancedChannel) -> Status {
+    let mut client = GreeterClient::new(channel.clone());
+    let call = timeout(SOON, client.say_hello(hello()));
+    call.await
+        .expect("an answer in time")
+        .expect_err("nobody can serve it")
+}
+
+#[tokio::test]
+async fn without_a_server_the_error_says_what_is_missing() {
+    let mut etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    // Nothing registered: at once.
+    let empty = registry.channel("greeter").connect_lazy();
+    registry.resolver("greeter").ready().await;
+    eventually("it is known to be empty", async || {
+        let start = Instant::now();
+        let status = refused(&empty).await;
+        let took = Instant::now().saturating_duration_since(start);
+        status.code() == Code::Unavailable
+            && status.message().contains("greeter")
+            && took < Duration::from_millis(100)
+    })
+    .await;
+    assert!(
+        registry.channel("greeter").connect().await.is_err(),
+        "connect says the same"
+    );
+    // All down: with the last cause.
+    let dead = registry
+        .registration("greeter")
+        .address("127.0.0.1:1")
+        .register()
+        .await
+        .unwrap();
+    eventually("the connection was refused", async || {
+        let status = refused(&empty).await;
+        status.code() == Code::Unavailable
+            && status.message().contains("127.0.0.1:1")
+            && status.message().contains("refused")
+    })
+    .await;
+    dead.deregister().await.unwrap();
+    // etcd away from the start: at the start-up bound.
+    etcd.kill(0).await.unwrap();
+    let unknown = registry
+        .channel("other")
+        .start_up_bound(Duration::from_millis(300))
+        .connect_lazy();
+    let status = refused(&unknown).await;
+    assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+    assert!(status.message().contains("other"), "{status:?}");
+}
+
+#[tokio::test]
+async fn one_line_is_enough() {
+    let etcd = etcd().await;
+    let registry: Registry = registry(&etcd).await;
+    let counter = Counting::default();
+    let server = Counted::start(&counter, registry.registration("helloworld.Greeter"));
+    let resolver = registry.resolver("helloworld.Greeter");
+    eventually("it is registered", async || resolver.instances().len() == 1).await;
+    let target = format!("etcd://{}/helloworld.Greeter", etcd.endpoint(0));
+    let channel = BalancedChannel::connect(&target).await.unwrap();
+    GreeterClient::new(channel.clone())
+        .say_hello(hello())
+        .await
+        .unwrap();
+    let known = channel.endpoints();
+    assert_eq!(known.len(), 1);
+    server.stopped().await;
+    eventually("the endpoint is gone", async || {
+        channel.endpoints().is_empty()
+    })
+    .await;
+    let nowhere = BalancedChannel::connect("etcd://127.0.0.1:1/helloworld.Greeter").await;
+    assert!(nowhere.is_err());
+}
