@@ -15,7 +15,7 @@ use crate::resolver::{Resolver, ResolverBuilder};
 /// use tonic_etcd::Registry;
 ///
 /// let registry = Registry::connect(["127.0.0.1:2379"]).await?;
-/// let channel = registry.resolver("helloworld.Greeter").into_tonic_channel();
+/// let channel = registry.channel("helloworld.Greeter").connect().await?;
 /// # Ok(())
 /// # }
 /// ```

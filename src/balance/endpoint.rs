@@ -156,7 +156,7 @@ pub struct EndpointStatus {
     pub calls: u64,
     /// Calls that it failed: connection lost, or a status that says the server is at fault.
     pub failures: u64,
-    /// Whether it is ready but gets no calls, because it failed too many.
+    /// Whether it is ready but gets no calls, because it failed too many. Nothing ejects yet, so it is always `false`.
     pub ejected: bool,
     /// Why the last connection attempt failed, or the last connection was lost.
     pub last_error: Option<String>,
