@@ -129,7 +129,7 @@ async fn show() -> Result<(), Error> {
         println!("the last failure: {}", tally.last_failure);
     }
     println!(
-        "{} calls were on their way to beta when it was killed, and failed",
+        "{} calls were on their way to beta when it was killed; they failed and are not counted below",
         tally.caught
     );
     println!(

@@ -12,7 +12,9 @@ use tonic_etcd::{Registry, ServeRegistered};
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    tracing_subscriber::fmt::init();
+    tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::INFO)
+        .init();
     let greeter = NamedGreeter(format!("server {}", std::process::id()));
 
     let registry = Registry::connect(etcd_endpoints()).await?;

@@ -450,7 +450,21 @@ impl Task {
         if before.is_none_or(|(phase, ..)| {
             std::mem::discriminant(&phase) != std::mem::discriminant(&seen.0)
         }) {
-            tracing::info!(state = ?next, failures = seen.1, "registration state changed");
+            let lost = matches!(before, Some((Phase::Registered { .. }, ..)))
+                && matches!(seen.0, Phase::Registering | Phase::Superseded(_));
+            if lost {
+                tracing::warn!(state = ?next, failures = seen.1, "the registration is lost");
+            } else {
+                tracing::info!(state = ?next, failures = seen.1, "registration state changed");
+            }
+        } else if seen.2 && before.is_some_and(|(.., failing)| !failing) {
+            // Once per series: the tries go on for as long as it takes.
+            let error = self.machine.last_error.as_ref();
+            let error = error.map(tracing::field::display);
+            tracing::warn!(
+                error,
+                "etcd does not answer for the registration; trying on"
+            );
         }
         self.states.send_replace(next);
     }

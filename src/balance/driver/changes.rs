@@ -142,6 +142,10 @@ impl Driver {
             return;
         };
         tracing::info!(%address, "endpoint removed");
+        // What ailed an endpoint that is gone explains nothing any more.
+        self.summary
+            .last_error
+            .take_if(|error| error.address == *address);
         if known.class == Class::Pending {
             self.pending -= 1;
         }

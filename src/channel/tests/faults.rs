@@ -68,7 +68,7 @@ async fn a_call_refused_everywhere_fails_after_four_tries() {
     assert_eq!(
         seen.load(Ordering::SeqCst),
         4,
-        "once, and three times again"
+        "once, and three times again: {status:?}"
     );
 }
 

@@ -265,6 +265,8 @@ pub(super) async fn ready(channel: &BalancedChannel, endpoints: usize) {
             == endpoints
     })
     .await;
+    // An endpoint says that it is ready up to a millisecond before calls can be given to it: joins are published together.
+    sleep(Duration::from_millis(20)).await;
 }
 
 /// Waits until no call is in flight on any endpoint.
