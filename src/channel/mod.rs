@@ -17,6 +17,7 @@ mod body;
 mod builder;
 mod call;
 mod error;
+mod headers;
 mod retry;
 mod status;
 mod stock;
