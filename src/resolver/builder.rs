@@ -66,6 +66,10 @@ impl ResolverBuilder {
         self
     }
 
+    pub(crate) fn policy(&self) -> &AddressPolicy {
+        &self.decoder.policy
+    }
+
     /// Which addresses are accepted. By default the registry's policy.
     pub fn address_policy(mut self, policy: AddressPolicy) -> Self {
         self.decoder.policy = policy;

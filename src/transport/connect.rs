@@ -1,10 +1,11 @@
 //! From an address to a connection that is known to work: resolve, dial, TLS, HTTP/2, first answer.
 //!
-//! An [`Address`] is `host:port`, so what is dialled here is TCP. Anything else, Unix sockets for one, comes in through a custom dialler.
+//! What is dialled here is TCP and Unix sockets. Anything else comes in through a custom dialler.
 
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -105,9 +106,13 @@ impl Connector {
     where
         F: FnOnce(Leave) + Send + Unpin + 'static,
     {
-        match &self.dial {
-            Some(dial) => {
-                let io = dial(address.clone()).await.map_err(DialError::Dial)?;
+        if let Some(dial) = &self.dial {
+            let io = dial(address.clone()).await.map_err(DialError::Dial)?;
+            return self.secure(io, on_leave).await;
+        }
+        match address.socket_path() {
+            Some(path) => {
+                let io = unix(path).await.map_err(DialError::Dial)?;
                 self.secure(io, on_leave).await
             }
             None => self.secure(self.tcp(address).await?, on_leave).await,
@@ -164,6 +169,16 @@ impl fmt::Debug for Connector {
             .field("timeout", &self.timeout)
             .finish_non_exhaustive()
     }
+}
+
+#[cfg(unix)]
+async fn unix(path: &Path) -> io::Result<tokio::net::UnixStream> {
+    tokio::net::UnixStream::connect(path).await
+}
+
+#[cfg(not(unix))]
+async fn unix(_: &Path) -> io::Result<TcpStream> {
+    Err(io::ErrorKind::Unsupported.into())
 }
 
 /// The addresses of a name, the families in turn, the resolver's first choice first.

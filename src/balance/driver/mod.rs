@@ -90,6 +90,8 @@ pub(super) struct Driver {
     last_resort: Roster<SubchannelId, Arc<Member>>,
     summary: Summary,
     pending: usize,
+    /// Endpoints that are ready and not published yet.
+    joined: Vec<Address>,
     /// When the set is to be published, if it has changed.
     publish_at: Option<Instant>,
     refresh_at: Instant,
@@ -122,6 +124,7 @@ impl Driver {
             last_resort: Roster::default(),
             summary: Summary::default(),
             pending: 0,
+            joined: Vec::new(),
             publish_at: None,
             refresh_at: Instant::now() + REFRESH,
         }
