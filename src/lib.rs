@@ -116,7 +116,7 @@ pub mod testing;
 mod transport;
 
 pub use address::{Address, AddressError, AddressPolicy};
-pub use balance::{EndpointState, EndpointStatus, Policy};
+pub use balance::{EndpointState, EndpointStatus, OutlierDetection, Policy};
 pub use channel::{
     BalancedChannel, ChannelBuilder, ChannelError, ResponseBody, ResponseFuture, ServedBy,
     WaitForReady,

@@ -13,12 +13,12 @@ use tower::discover::Change;
 
 use super::{BalancedChannel, ChannelError, Core};
 use crate::address::{Address, AddressPolicy};
-use crate::balance::{Balancer, Feed, Options, Policy};
+use crate::balance::{Balancer, Feed, Options, OutlierDetection, Policy};
 use crate::instance::Instance;
 use crate::resolver::{Resolver, ResolverBuilder, ResolverState};
 use crate::transport::connect::Connector;
 use crate::transport::deadline;
-use crate::transport::http2::KeepAlive;
+use crate::transport::pings::KeepAlive;
 #[cfg(feature = "tls")]
 use crate::transport::tls::{Tls, TlsConfig};
 
@@ -58,6 +58,13 @@ impl<S> ChannelBuilder<S> {
     /// How an endpoint is chosen. Default [`Policy::Latency`].
     pub fn policy(mut self, policy: Policy) -> Self {
         self.options.policy = policy;
+        self
+    }
+
+    /// Takes endpoints that fail much more than the others out of use for a while. Off by default; that an endpoint does not answer any more
+    /// is noticed in any case.
+    pub fn outlier_detection(mut self, detection: OutlierDetection) -> Self {
+        self.options.outlier_detection = Some(detection);
         self
     }
 

@@ -18,7 +18,7 @@ use super::headers::{self, Headers};
 use super::retry::{self, Tried};
 use super::{Core, status};
 use crate::address::Address;
-use crate::balance::{Pick, Ticket};
+use crate::balance::{Blame, Pick, Ticket};
 use crate::transport::deadline::{self, Deadline, GRPC_TIMEOUT};
 use crate::transport::http2::OpenError;
 use crate::transport::pump::{Exchange, Incoming, Outgoing};
@@ -181,6 +181,10 @@ impl Future for ResponseFuture {
         // The attempt goes with the state, which resets the stream.
         let (core, doing) = match std::mem::replace(this.state, State::Done) {
             State::Retry(core, _) => (Some(core), "waiting for an endpoint"),
+            State::Sent(mut attempt) => {
+                attempt.ticket.on_overdue(Instant::now());
+                (this.core.take(), "waiting for the response")
+            }
             _ => (this.core.take(), "waiting for the response"),
         };
         match core {
@@ -334,9 +338,12 @@ pub(super) fn answer(
     deadline: Option<Deadline>,
 ) -> Response<ResponseBody> {
     let status_code = code(response.headers());
-    let failed =
-        !response.status().is_success() || status_code.is_some_and(status::is_server_failure);
-    ticket.on_head(Instant::now(), failed);
+    let failure = if response.status().is_success() {
+        status_code.and_then(status::blame)
+    } else {
+        Some(Blame::Connection)
+    };
+    ticket.on_head(Instant::now(), failure);
     let served_by = ServedBy(ticket.endpoint().address().clone());
     let (mut parts, incoming) = response.into_parts();
     // The request's extensions are of no use any more, but their memory is.

@@ -11,7 +11,7 @@ use super::body::ResponseBody;
 use super::call::{Attempt, Call, Kept, Retrying, Try, answer};
 use super::{Core, status};
 use crate::address::Address;
-use crate::balance::{Endpoint, Member, Pick, Summary, Ticket};
+use crate::balance::{Blame, Endpoint, Member, Pick, Summary, Ticket};
 use crate::transport::deadline::Deadline;
 use crate::transport::http2::is_unprocessed;
 use crate::transport::pump::{Outgoing, Pumped};
@@ -164,7 +164,7 @@ async fn recover(
         }
         _ => {
             let status = status::broken(&core.service, address, error);
-            ticket.on_failure(Instant::now());
+            ticket.on_failure(Instant::now(), Blame::Connection);
             Err(status)
         }
     }

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use tonic::Status;
 use tonic::body::Body;
 
-use super::http2::{Connection, Leave, OpenError, Settings, is_unprocessed};
+use super::http2::{Connection, Leave, OpenError, Report, Settings, is_unprocessed};
 use super::pump::{Exchange, Incoming, Outgoing, Pumped};
 
 type Accepted = (Request<RecvStream>, SendResponse<Bytes>);
@@ -49,10 +49,12 @@ impl Pair {
         let (control, orders) = mpsc::unbounded_channel();
         tokio::spawn(serve(far, builder, accepts, orders));
         let (leaves, left) = mpsc::unbounded_channel();
-        let on_leave = move |leave| {
-            let _ = leaves.send(leave);
+        let on_report = move |report| {
+            if let Report::Left(leave) = report {
+                let _ = leaves.send(leave);
+            }
         };
-        let client = Connection::establish(near, &DEFAULTS, on_leave);
+        let client = Connection::establish(near, &DEFAULTS, on_report);
         let client = timeout(PATIENCE, client)
             .await
             .expect("in time")
