@@ -93,6 +93,8 @@ pub(super) struct Driver {
     /// When the set is to be published, if it has changed.
     publish_at: Option<Instant>,
     refresh_at: Instant,
+    /// The pool's median latency as of the last refresh: looked for at each join it would make loading a large set quadratic.
+    median: f32,
 }
 
 impl Driver {
@@ -124,6 +126,7 @@ impl Driver {
             pending: 0,
             publish_at: None,
             refresh_at: Instant::now() + REFRESH,
+            median: 0.0,
         }
     }
 
