@@ -71,9 +71,10 @@ pub(crate) struct KeepAlive {
 
 /// A connection whose peer has answered on HTTP/2. Dropping it closes the connection once its streams have ended.
 #[derive(Debug)]
+#[repr(C)]
 pub(crate) struct Connection {
-    send: SendRequest<Bytes>,
     limit: Arc<AtomicUsize>,
+    send: SendRequest<Bytes>,
     round_trip: Duration,
     /// Its drop tells the connection's task that nobody will send any more.
     _alive: oneshot::Sender<()>,
