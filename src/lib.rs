@@ -117,6 +117,9 @@ mod transport;
 
 pub use address::{Address, AddressError, AddressPolicy};
 pub use balance::{EndpointState, EndpointStatus, OutlierDetection, Policy};
+#[cfg(feature = "__bench")]
+#[doc(hidden)]
+pub use channel::bench as __bench;
 pub use channel::{
     BalancedChannel, ChannelBuilder, ChannelError, ResponseBody, ResponseFuture, ServedBy,
     WaitForReady,

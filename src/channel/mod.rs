@@ -13,6 +13,8 @@ use tower::Service;
 
 use crate::balance::{Balancer, EndpointStatus, Shared};
 
+#[cfg(feature = "__bench")]
+pub mod bench;
 mod body;
 mod builder;
 mod call;

@@ -197,7 +197,7 @@ fn alternating(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
 }
 
 /// Dials the addresses one after the other, each with a head start before the next, and takes whichever answers first.
-async fn race(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
+pub(super) async fn race(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
     let mut addresses = addresses.into_iter();
     if addresses.len() == 1
         && let Some(only) = addresses.next()

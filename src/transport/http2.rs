@@ -66,9 +66,10 @@ impl Settings {
 
 /// A connection whose peer has answered on HTTP/2. Dropping it closes the connection once its streams have ended.
 #[derive(Debug)]
+#[repr(C)]
 pub(crate) struct Connection {
-    send: SendRequest<Bytes>,
     limit: Arc<AtomicUsize>,
+    send: SendRequest<Bytes>,
     round_trip: Duration,
     activity: Arc<Activity>,
     /// Tells the connection's task of calls that took too long. Its drop says that nobody will send any more.
@@ -139,8 +140,8 @@ impl Connection {
         };
         tokio::spawn(task);
         Ok(Self {
-            send,
             limit,
+            send,
             round_trip,
             activity,
             suspicions,

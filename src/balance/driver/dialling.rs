@@ -107,11 +107,10 @@ impl Driver {
             return;
         };
         tracing::info!(%address, round_trip = ?connection.round_trip(), "endpoint ready");
-        let median = self.median();
         let member = Arc::new(Member::new(
             connection,
             Arc::clone(&known.endpoint),
-            Load::new(known.endpoint.estimate(), median),
+            Load::new(known.endpoint.estimate(), self.median),
             Arc::clone(&self.shared.waiters),
             self.shared.started,
         ));

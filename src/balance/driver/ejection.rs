@@ -23,7 +23,7 @@ impl Driver {
         let Some(&id) = self.connected.get(&dial_id) else {
             return;
         };
-        let median = self.median();
+        let median = self.median;
         let Some((address, State::Ready(subchannel))) = self.subchannels.get_mut(&id) else {
             return;
         };

@@ -98,6 +98,8 @@ pub(super) struct Driver {
     refresh_at: Instant,
     /// When outliers are looked for next, if they are.
     sweep_at: Option<Instant>,
+    /// The pool's median latency as of the last refresh: looked for at each join it would make loading a large set quadratic.
+    median: f32,
 }
 
 impl Driver {
@@ -133,6 +135,7 @@ impl Driver {
             joined: Vec::new(),
             publish_at: None,
             refresh_at: Instant::now() + REFRESH,
+            median: 0.0,
         }
     }
 

@@ -13,10 +13,10 @@ use crate::balance::load::{Ticks, median};
 
 impl Driver {
     pub(super) fn refresh(&mut self, now: Instant) {
-        let median = self.median();
+        self.median = self.find_median();
         let now = Ticks::at(now, self.shared.started);
         for member in self.primary.members().chain(self.last_resort.members()) {
-            member.load().refresh(median, now);
+            member.load().refresh(self.median, now);
         }
         let mut directory = self.shared.directory();
         self.draining.retain(|(endpoint, subchannel)| {
@@ -33,7 +33,7 @@ impl Driver {
         });
     }
 
-    pub(super) fn median(&self) -> f32 {
+    fn find_median(&self) -> f32 {
         let estimates = self
             .primary
             .members()
