@@ -5,9 +5,14 @@ use std::collections::{BTreeMap, VecDeque};
 
 use proptest::prelude::{ProptestConfig, any, proptest};
 
+use tokio::time::Instant;
+
 use super::super::snapshot::Snapshot;
+use super::listing::PAGE_CAP_MIN;
 use super::*;
+use crate::error::EtcdErrorKind;
 use crate::format::Decoder;
+use crate::keyspace::{KeyValue, KeyVersion, Page, WatchMessage};
 
 const PREFIX: &str = "/gRPC/greeter/";
 
