@@ -50,7 +50,12 @@ async fn values_put_by_hand_are_called_until_their_key_goes() {
         .await
         .unwrap();
 
-    let resolver = registry(&etcd).await.resolver("greeter");
+    // With a hold, the second of two that go within seconds would be kept.
+    let resolver = registry(&etcd)
+        .await
+        .resolver_builder("greeter")
+        .mass_removal_hold(None)
+        .start();
     knows(&resolver, &[&alpha.to_string(), &beta.to_string()]).await;
     let mut greeter = GreeterClient::new(resolver.clone().into_tonic_channel());
     for server in ["alpha", "beta"] {

@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 use std::convert::Infallible;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use tokio::sync::watch;
@@ -19,12 +19,12 @@ use tracing::Instrument;
 use crate::address::Address;
 use crate::error::EtcdError;
 use crate::etcd::Etcd;
-use crate::format::Decoder;
 use crate::instance::Instance;
 use crate::keyspace::Range;
 
 mod builder;
 mod core;
+mod hold;
 mod snapshot;
 mod state;
 mod status;
@@ -33,8 +33,9 @@ mod task;
 pub use builder::ResolverBuilder;
 pub use status::{ResolverState, ResolverStatus};
 
-use self::core::{Core, Shared};
-use state::{Machine, Report};
+use self::core::Core;
+use builder::Options;
+use state::Machine;
 
 /// The instances of a service, kept up to date: a `Stream` of [`Change`]s, and so a [`tower::discover::Discover`].
 ///
@@ -95,46 +96,22 @@ impl Resolver {
         etcd: &Etcd,
         service: String,
         ranges: Vec<Range>,
-        decoder: Decoder,
+        options: Options,
         trouble: Option<EtcdError>,
     ) -> Self {
-        let mut first = Report {
-            trouble,
-            ..Report::default()
-        };
-        let mut reports = vec![Report::default(); ranges.len()];
-        if ranges.is_empty() {
-            // There is nothing to ask etcd for, so the set is known: it is empty, and the status says why.
-            first.listed = true;
-            reports.push(first);
-        }
-        let status = watch::Sender::new(ResolverStatus::of(&reports, 0, None));
-        let shared = Mutex::new(Shared {
-            reports,
-            ..Shared::default()
-        });
-        let core = Arc::new(Core {
-            service,
-            decoder,
-            shared,
-            status,
-        });
-        let tasks = ranges.into_iter().enumerate().map(|(index, range)| {
+        let core = Arc::new(Core::new(service, ranges.len(), options, trouble));
+        let mut tasks = vec![tokio::spawn(task::release(Arc::clone(&core))).abort_handle()];
+        for (index, range) in ranges.into_iter().enumerate() {
             let span = tracing::info_span!("resolver", prefix = %range.start);
-            let task = task::run(
-                etcd.clone(),
-                Machine::new(range, fastrand::Rng::new()),
-                Arc::clone(&core),
-                index,
-            );
-            tokio::spawn(task.instrument(span)).abort_handle()
-        });
-        let tasks = Arc::new(Tasks(tasks.collect()));
+            let machine = Machine::new(range, fastrand::Rng::new());
+            let task = task::run(etcd.clone(), machine, Arc::clone(&core), index);
+            tasks.push(tokio::spawn(task.instrument(span)).abort_handle());
+        }
         Self {
             view: core.open_view(),
             announced: HashSet::new(),
             core,
-            tasks,
+            tasks: Arc::new(Tasks(tasks)),
         }
     }
 
@@ -144,10 +121,12 @@ impl Resolver {
         &self.core.service
     }
 
-    /// The instances known now, one per address, sorted by address. Empty until the first list is in; see [`ready`](Self::ready).
+    /// The instances known now, one per address, sorted by address; those that are
+    /// [held](ResolverBuilder::mass_removal_hold) say so with [`Instance::is_last_resort`]. Empty until the first list is in; see
+    /// [`ready`](Self::ready).
     #[must_use]
     pub fn instances(&self) -> Vec<Instance> {
-        let mut instances: Vec<_> = self.core.lock().snapshot.instances().cloned().collect();
+        let mut instances: Vec<_> = self.core.lock().instances().cloned().collect();
         instances.sort_by(|a, b| a.address().cmp(b.address()));
         instances
     }
@@ -202,14 +181,8 @@ impl Stream for Resolver {
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let this = &mut *self;
         let mut shared = this.core.lock();
-        let Shared {
-            snapshot, views, ..
-        } = &mut *shared;
-        let Some(Some(view)) = views.get_mut(this.view) else {
-            return Poll::Pending;
-        };
-        while let Some(address) = view.next() {
-            if let Some(instance) = snapshot.get(&address) {
+        while let Some(address) = shared.next(this.view) {
+            if let Some(instance) = shared.get(&address) {
                 this.announced.insert(address.clone());
                 return Poll::Ready(Some(Ok(Change::Insert(address, instance.clone()))));
             }
@@ -218,7 +191,7 @@ impl Stream for Resolver {
                 return Poll::Ready(Some(Ok(Change::Remove(address))));
             }
         }
-        view.waker = Some(cx.waker().clone());
+        shared.wake_later(this.view, cx.waker());
         Poll::Pending
     }
 }

@@ -2,7 +2,7 @@
 
 use tokio::time::Instant;
 
-use super::state::Report;
+use super::core::Shared;
 use crate::error::EtcdError;
 use crate::keyspace::Revision;
 
@@ -24,6 +24,10 @@ pub struct ResolverStatus {
     pub lists: u64,
     /// Watch streams opened since the start.
     pub watches: u64,
+    /// Instances that have vanished together with most others, and are [held](crate::ResolverBuilder::mass_removal_hold) for now.
+    pub held: usize,
+    /// How often instances began to be held, since the start.
+    pub mass_removals: u64,
 }
 
 /// Whether a set of instances is known and up to date.
@@ -51,12 +55,15 @@ impl ResolverStatus {
                 status.rejected_values,
                 status.lists,
                 status.watches,
+                status.held,
+                status.mass_removals,
             )
         };
         same_error && told(self) == told(other)
     }
 
-    pub(super) fn of(reports: &[Report], rejected_values: u64, before: Option<&Self>) -> Self {
+    pub(super) fn of(shared: &Shared, before: Option<&Self>) -> Self {
+        let reports = &shared.reports;
         let last_error = reports.iter().find_map(|report| report.trouble.clone());
         let state = if !reports.iter().all(|report| report.listed) {
             ResolverState::Unknown
@@ -77,10 +84,12 @@ impl ResolverStatus {
                 .min()
                 .unwrap_or_default(),
             last_error,
-            rejected_values: rejected_values
+            rejected_values: shared.rejected
                 + reports.iter().map(|report| report.oversized).sum::<u64>(),
             lists: reports.iter().map(|report| report.lists).sum(),
             watches: reports.iter().map(|report| report.watches).sum(),
+            held: shared.hold.len(),
+            mass_removals: shared.hold.episodes(),
         }
     }
 }

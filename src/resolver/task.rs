@@ -1,4 +1,4 @@
-//! The task of one prefix.
+//! The tasks of a resolver: one for each prefix, and one that ends holds.
 
 use std::sync::Arc;
 
@@ -53,7 +53,25 @@ pub(super) async fn run(etcd: Etcd, mut machine: Machine, core: Arc<Core>, index
                 machine.on_wake()
             }
         };
-        core.publish(index, &mut machine);
+        core.publish(index, &mut machine, Instant::now());
+    }
+}
+
+/// Ends holds when they are over, for ever.
+pub(super) async fn release(core: Arc<Core>) {
+    loop {
+        let next = core.release(Instant::now());
+        let over = async {
+            match next {
+                Some(until) => tokio::time::sleep_until(until).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = core.held.notified() => {}
+            () = over => {}
+        }
     }
 }
 
