@@ -24,6 +24,7 @@ use crate::keyspace::Range;
 
 mod builder;
 mod core;
+mod feedback;
 mod hold;
 mod snapshot;
 mod state;
@@ -31,6 +32,7 @@ mod status;
 mod task;
 
 pub use builder::ResolverBuilder;
+pub use feedback::Feedback;
 pub use status::{ResolverState, ResolverStatus};
 
 use self::core::Core;
@@ -72,6 +74,7 @@ pub struct Resolver {
     announced: HashSet<Address>,
     core: Arc<Core>,
     tasks: Arc<Tasks>,
+    feedback: Feedback,
 }
 
 /// Ends the tasks when the last view goes.
@@ -99,12 +102,16 @@ impl Resolver {
         options: Options,
         trouble: Option<EtcdError>,
     ) -> Self {
+        let reconcile = options.reconcile;
         let core = Arc::new(Core::new(service, ranges.len(), options, trouble));
         let mut tasks = vec![tokio::spawn(task::release(Arc::clone(&core))).abort_handle()];
+        let mut prefixes = Vec::with_capacity(ranges.len());
         for (index, range) in ranges.into_iter().enumerate() {
             let span = tracing::info_span!("resolver", prefix = %range.start);
-            let machine = Machine::new(range, fastrand::Rng::new());
-            let task = task::run(etcd.clone(), machine, Arc::clone(&core), index);
+            let machine = Machine::new(range, reconcile, fastrand::Rng::new());
+            let (reports, reported) = feedback::channel();
+            prefixes.push(reports);
+            let task = task::run(etcd.clone(), machine, Arc::clone(&core), index, reported);
             tasks.push(tokio::spawn(task.instrument(span)).abort_handle());
         }
         Self {
@@ -112,6 +119,7 @@ impl Resolver {
             announced: HashSet::new(),
             core,
             tasks: Arc::new(Tasks(tasks)),
+            feedback: Feedback::new(prefixes),
         }
     }
 
@@ -143,6 +151,13 @@ impl Resolver {
         self.core.status.subscribe()
     }
 
+    /// Where to report addresses that refuse connections. Whoever dials the instances of a resolver by other means than a
+    /// [`BalancedChannel`](crate::BalancedChannel) may report them there.
+    #[must_use]
+    pub fn feedback(&self) -> Feedback {
+        self.feedback.clone()
+    }
+
     /// Waits until the instances are known: until every prefix has been listed once. It waits for ever if etcd never answers; put it
     /// under [`tokio::time::timeout`], and look at the [`status`](Self::status) for the reason.
     ///
@@ -165,6 +180,7 @@ impl Clone for Resolver {
             announced: HashSet::new(),
             core: Arc::clone(&self.core),
             tasks: Arc::clone(&self.tasks),
+            feedback: self.feedback.clone(),
         }
     }
 }

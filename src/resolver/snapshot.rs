@@ -128,6 +128,12 @@ impl Snapshot {
         unnamed
     }
 
+    /// The keys that name an address.
+    pub(super) fn keys(&self, address: &Address) -> impl Iterator<Item = &Key> {
+        let keys = self.addresses.get(address).into_iter().flatten();
+        keys.map(|(_, key)| key)
+    }
+
     /// The instance at an address, if there is one.
     pub(super) fn get(&self, address: &Address) -> Option<&Instance> {
         let (_, key) = self.addresses.get(address)?.last()?;

@@ -3,6 +3,7 @@
 use tokio::time::Instant;
 
 use super::core::Shared;
+use super::state::Report;
 use crate::error::EtcdError;
 use crate::keyspace::Revision;
 
@@ -24,6 +25,12 @@ pub struct ResolverStatus {
     pub lists: u64,
     /// Watch streams opened since the start.
     pub watches: u64,
+    /// How often the keys have been compared with a list of their names, since the start.
+    pub reconciliations: u64,
+    /// Keys read one by one, since the start: a comparison had them otherwise, or [`Feedback`](crate::Feedback) had put them in doubt.
+    pub reads: u64,
+    /// Those of them that were not as the watch had told.
+    pub repaired: u64,
     /// Instances that have vanished together with most others, and are [held](crate::ResolverBuilder::mass_removal_hold) for now.
     pub held: usize,
     /// How often instances began to be held, since the start.
@@ -55,6 +62,7 @@ impl ResolverStatus {
                 status.rejected_values,
                 status.lists,
                 status.watches,
+                (status.reconciliations, status.reads, status.repaired),
                 status.held,
                 status.mass_removals,
             )
@@ -64,6 +72,7 @@ impl ResolverStatus {
 
     pub(super) fn of(shared: &Shared, before: Option<&Self>) -> Self {
         let reports = &shared.reports;
+        let sum = |count: fn(&Report) -> u64| reports.iter().map(count).sum::<u64>();
         let last_error = reports.iter().find_map(|report| report.trouble.clone());
         let state = if !reports.iter().all(|report| report.listed) {
             ResolverState::Unknown
@@ -84,10 +93,12 @@ impl ResolverStatus {
                 .min()
                 .unwrap_or_default(),
             last_error,
-            rejected_values: shared.rejected
-                + reports.iter().map(|report| report.oversized).sum::<u64>(),
-            lists: reports.iter().map(|report| report.lists).sum(),
-            watches: reports.iter().map(|report| report.watches).sum(),
+            rejected_values: shared.rejected + sum(|report| report.oversized),
+            lists: sum(|report| report.lists),
+            watches: sum(|report| report.watches),
+            reconciliations: sum(|report| report.reconciliations),
+            reads: sum(|report| report.reads),
+            repaired: sum(|report| report.repaired),
             held: shared.hold.len(),
             mass_removals: shared.hold.episodes(),
         }

@@ -2,14 +2,22 @@
 
 use std::sync::Arc;
 
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::core::Core;
 use super::state::{Command, Machine};
-use crate::etcd::{Etcd, Watch};
+use crate::address::Address;
+use crate::etcd::{DEADLINE, Etcd, Watch};
 
 /// Carries a machine's commands out, for ever.
-pub(super) async fn run(etcd: Etcd, mut machine: Machine, core: Arc<Core>, index: usize) {
+pub(super) async fn run(
+    etcd: Etcd,
+    mut machine: Machine,
+    core: Arc<Core>,
+    index: usize,
+    mut reported: mpsc::Receiver<Address>,
+) {
     let mut watch: Option<Watch> = None;
     // What the watch was opened with.
     let mut token = None;
@@ -33,10 +41,21 @@ pub(super) async fn run(etcd: Etcd, mut machine: Machine, core: Arc<Core>, index
                     Err(error) => machine.on_watch_ended(error, Instant::now()),
                 }
             }
-            Command::Receive => receive(&etcd, &mut machine, &mut watch).await,
+            Command::Receive => {
+                receive(&etcd, &mut machine, &mut watch, &core, &mut reported).await
+            }
             Command::Check(key) => {
                 let answer = etcd.version(&key).await;
                 machine.on_checked(answer, Instant::now())
+            }
+            Command::Reconcile(request) => {
+                let page = etcd.list(&request).await;
+                machine.on_names(page, Instant::now())
+            }
+            Command::Read(key) => {
+                // Once: the watch waits meanwhile, and what matters is asked again.
+                let answer = etcd.read_once(&key, DEADLINE).await;
+                machine.on_read(key, answer)
             }
             Command::RenewToken(wait) => {
                 watch = None;
@@ -61,25 +80,45 @@ pub(super) async fn run(etcd: Etcd, mut machine: Machine, core: Arc<Core>, index
 pub(super) async fn release(core: Arc<Core>) {
     loop {
         let next = core.release(Instant::now());
-        let over = async {
-            match next {
-                Some(until) => tokio::time::sleep_until(until).await,
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
             biased;
             () = core.held.notified() => {}
-            () = over => {}
+            () = until(next) => {}
         }
     }
 }
 
-async fn receive(etcd: &Etcd, machine: &mut Machine, watch: &mut Option<Watch>) -> Command {
+async fn until(instant: Option<Instant>) {
+    match instant {
+        Some(instant) => tokio::time::sleep_until(instant).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn receive(
+    etcd: &Etcd,
+    machine: &mut Machine,
+    watch: &mut Option<Watch>,
+    core: &Core,
+    reported: &mut mpsc::Receiver<Address>,
+) -> Command {
     let Some(open) = watch else {
         return machine.on_wake();
     };
-    let error = match open.message().await {
+    let due = until(machine.due());
+    let message = tokio::select! {
+        biased;
+        // What is due is then due again much later, so it cannot keep the messages waiting; they could keep it waiting for ever.
+        () = due => return machine.on_time(Instant::now()),
+        message = open.message() => message,
+        Some(address) = reported.recv() => {
+            for key in core.lock().snapshot.keys(&address) {
+                machine.on_doubt(key, Instant::now());
+            }
+            return Command::Receive;
+        }
+    };
+    let error = match message {
         Ok(message) if message.canceled => open.cancel_error(&message),
         Ok(message) => return machine.on_message(message),
         Err(error) => error,

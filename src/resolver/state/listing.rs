@@ -1,6 +1,6 @@
 //! A list under way, and how it becomes the set.
 
-use super::{Command, KeyState, Machine, PAGE_LIMIT, State};
+use super::{Command, KeyState, Machine, State};
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{
     Event, Header, Key, KeyValue, KeyVersion, ListRequest, Page, Range, Revision,
@@ -141,19 +141,15 @@ impl Machine {
     ) {
         // Not the maximum: after a wipe the store's history begins anew, and with it what can be held against it.
         self.seen = header;
+        self.tombstones.clear();
+        self.audit.on_listed();
         self.report.listed = true;
         self.report.lists += 1;
         self.report.trouble = None;
         let mut gone = std::mem::take(&mut self.keys);
         for kv in kvs {
             gone.remove(&kv.key);
-            self.keys.insert(
-                kv.key.clone(),
-                KeyState {
-                    mod_revision: kv.mod_revision,
-                    lease: kv.lease,
-                },
-            );
+            self.keys.insert(kv.key.clone(), KeyState::of(&kv));
             self.update.push(Event::Put(kv));
         }
         for KeyVersion {
@@ -184,6 +180,8 @@ impl Machine {
     }
 }
 
+/// Keys per page: 500 values of the usual 150 bytes are 75 KiB, and a page halves itself where values are large.
+pub(super) const PAGE_LIMIT: i64 = 500;
 /// Small enough for any link that carries a call's answer at all.
 pub(super) const PAGE_CAP_MIN: i64 = 10;
 /// Lists that compaction overtook before pages are no longer pinned to one revision.

@@ -20,18 +20,22 @@
 //! R is the header revision of the list, then the mod revision of the last event applied. The header of a watch message never moves
 //! it: in catch-up batches it runs ahead of the events. A watch is opened at R itself, since a revision may have been cut in two by
 //! fragments; what is then seen twice changes nothing.
+//!
+//! While it watches, [`audit`] asks now and then whether the watch has brought everything.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use crate::backoff::{Backoff, jittered};
 use crate::error::EtcdError;
-use crate::keyspace::{Event, Header, Key, LeaseId, ListRequest, Range, Revision};
+use crate::keyspace::{Event, Header, Key, KeyValue, LeaseId, ListRequest, Range, Revision};
 
+mod audit;
 mod listing;
 mod watching;
 
-use listing::Listing;
+use audit::Audit;
+use listing::{Listing, PAGE_LIMIT};
 use watching::Watching;
 
 /// What the owner task is to do next. Each is answered by one call of the machine.
@@ -42,10 +46,15 @@ pub(super) enum Command {
     /// Open a watch at this revision in place of the one at hand; answer with [`Machine::on_watch_opened`] or
     /// [`Machine::on_watch_ended`].
     Watch(Revision),
-    /// Take the next message of the watch; answer with [`Machine::on_message`] or [`Machine::on_watch_ended`].
+    /// Take the next message of the watch; answer with [`Machine::on_message`] or [`Machine::on_watch_ended`], or at the time of
+    /// [`Machine::due`] with [`Machine::on_time`].
     Receive,
     /// Read a key linearizably, keeping the watch; answer with [`Machine::on_checked`].
     Check(Key),
+    /// Ask for a page of names, keeping the watch; answer with [`Machine::on_names`].
+    Reconcile(ListRequest),
+    /// Read a key with its value, linearizably, keeping the watch; answer with [`Machine::on_read`].
+    Read(Key),
     /// Drop the watch, wait, and fetch a fresh token; answer with [`Machine::on_token`].
     RenewToken(Duration),
     /// Drop the watch and wait; answer with [`Machine::on_wake`].
@@ -61,6 +70,9 @@ pub(super) struct Machine {
     seen: Header,
     /// Every key of the prefix as last applied, decodable or not.
     keys: BTreeMap<Key, KeyState>,
+    /// Keys that a read has found gone, and when, until the watch is past that.
+    tombstones: HashMap<Key, Revision>,
+    audit: Audit,
     /// Changes that are to be published.
     update: Vec<Event>,
     backoff: Backoff,
@@ -85,14 +97,29 @@ pub(super) struct Report {
     pub(super) trouble: Option<EtcdError>,
     pub(super) lists: u64,
     pub(super) watches: u64,
+    /// Comparisons with a list of names.
+    pub(super) reconciliations: u64,
+    /// Keys read one by one.
+    pub(super) reads: u64,
+    /// Keys that were not as a read has found them.
+    pub(super) repaired: u64,
     /// Keys whose value alone is above the message limit.
     pub(super) oversized: u64,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct KeyState {
     mod_revision: Revision,
     lease: LeaseId,
+}
+
+impl KeyState {
+    fn of(kv: &KeyValue) -> Self {
+        Self {
+            mod_revision: kv.mod_revision,
+            lease: kv.lease,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -103,12 +130,15 @@ enum State {
 }
 
 impl Machine {
-    pub(super) fn new(range: Range, rng: fastrand::Rng) -> Self {
+    /// Begins with a list; `reconcile` is the longest time between comparisons with another one.
+    pub(super) fn new(range: Range, reconcile: Option<Duration>, rng: fastrand::Rng) -> Self {
         Self {
             range,
             state: State::Listing(Listing::default()),
             seen: Header::default(),
             keys: BTreeMap::new(),
+            tombstones: HashMap::new(),
+            audit: Audit::new(reconcile),
             update: Vec::new(),
             backoff: Backoff::new(BACKOFF_FIRST, BACKOFF_MAX),
             rng,
@@ -157,6 +187,13 @@ impl Machine {
         newest.map(|(key, _)| key.clone())
     }
 
+    /// Whether a linearizable answer comes from another store than the last one: on a healthy cluster they never go back.
+    fn is_other_store(&self, header: Header) -> bool {
+        header.cluster_id != self.seen.cluster_id
+            || header.revision < self.seen.revision
+            || header.raft_term < self.seen.raft_term
+    }
+
     fn relist(&mut self, distrusted: bool) -> Command {
         self.state = State::Listing(Listing {
             distrusted,
@@ -176,8 +213,6 @@ impl Machine {
     }
 }
 
-/// Keys per page: 500 values of the usual 150 bytes are 75 KiB, and a page halves itself where values are large.
-const PAGE_LIMIT: i64 = 500;
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// Between tries where credentials or permissions are refused.

@@ -12,7 +12,7 @@ use crate::keyspace::{Event, Header, Key, KeyVersion, LeaseId, Revision, WatchMe
 #[derive(Debug)]
 pub(super) struct Watching {
     pub(super) revision: Revision,
-    opened: Option<Instant>,
+    pub(super) opened: Option<Instant>,
     /// Events of a revision that is not complete yet.
     pending: Vec<Event>,
     /// The key that tells whether this is the store that the set came from, until it was asked.
@@ -41,6 +41,7 @@ impl Machine {
             return self.on_wake();
         };
         watching.opened = Some(now);
+        self.audit.on_watch_opened(now, &mut self.rng);
         match watching.check.take() {
             Some(key) => Command::Check(key),
             None => Command::Receive,
@@ -82,13 +83,14 @@ impl Machine {
             _ => 0,
         };
         let ready: Vec<_> = pending.drain(..pending.len() - incomplete).collect();
-        if let Some(last) = ready.last() {
-            watching.revision = last.mod_revision();
-            self.report.revision = watching.revision;
-        }
+        let passed = ready.last().map_or(watching.revision, Event::mod_revision);
+        watching.revision = passed;
+        self.report.revision = passed;
         for event in ready {
             self.apply(event);
         }
+        // Afterwards: one message may hold what a tombstone overtook, and what is past it.
+        self.tombstones.retain(|_, gone| *gone > passed);
         if !suspicious {
             return Command::Receive;
         }
@@ -102,20 +104,15 @@ impl Machine {
     pub(super) fn apply(&mut self, event: Event) {
         match &event {
             Event::Put(kv) => {
-                if self
-                    .keys
-                    .get(&kv.key)
-                    .is_some_and(|known| known.mod_revision > kv.mod_revision)
+                let later = |known: &KeyState| known.mod_revision > kv.mod_revision;
+                let buried = |gone: &Revision| *gone >= kv.mod_revision;
+                if self.keys.get(&kv.key).is_some_and(later)
+                    || self.tombstones.get(&kv.key).is_some_and(buried)
                 {
                     return;
                 }
-                self.keys.insert(
-                    kv.key.clone(),
-                    KeyState {
-                        mod_revision: kv.mod_revision,
-                        lease: kv.lease,
-                    },
-                );
+                self.tombstones.remove(&kv.key);
+                self.keys.insert(kv.key.clone(), KeyState::of(kv));
             }
             Event::Delete { key, mod_revision } => {
                 if self
@@ -182,9 +179,6 @@ impl Machine {
         let State::Watching(watching) = &self.state else {
             return self.on_wake();
         };
-        let went_back = header.cluster_id != self.seen.cluster_id
-            || header.revision < self.seen.revision
-            || header.raft_term < self.seen.raft_term;
         let floor = watching.revision;
         let same = found.is_some_and(|found| {
             self.keys.get(&found.key).is_some_and(|known| {
@@ -193,7 +187,7 @@ impl Machine {
                 known.lease == found.lease && (later || known.mod_revision == found.mod_revision)
             })
         });
-        if went_back || !same {
+        if self.is_other_store(header) || !same {
             return self.relist(true);
         }
         self.seen = header;
