@@ -15,6 +15,7 @@ use crate::format::Decoder;
 use crate::keyspace::{KeyValue, KeyVersion, Page, WatchMessage};
 
 mod audit;
+mod table;
 
 const PREFIX: &str = "/gRPC/greeter/";
 const RECONCILE: Duration = Duration::from_secs(60);
