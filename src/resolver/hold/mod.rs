@@ -91,7 +91,9 @@ pub(super) enum News {
 impl Hold {
     pub(super) fn new(length: Option<Duration>, rng: fastrand::Rng) -> Self {
         Self {
-            length: length.filter(|length| !length.is_zero()),
+            length: length
+                .filter(|length| !length.is_zero())
+                .map(|length| length.min(LENGTH_MAX)),
             rng,
             registered: HashSet::new(),
             left: 0,
@@ -296,6 +298,8 @@ impl Hold {
     }
 }
 
+/// A time to come has to fit into an `Instant`.
+const LENGTH_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Longer than leases of the default TTL of 15 s need to expire one after another when all are lost at once: they are renewed at a third
 /// of it, so that is how far apart their ends are.
 const WINDOW: Duration = Duration::from_secs(10);

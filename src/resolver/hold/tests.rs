@@ -212,6 +212,15 @@ fn nothing_is_held_when_the_hold_is_off() {
 }
 
 #[test]
+fn a_length_beyond_all_time_is_no_panic() {
+    let mut hold = Hold::new(Some(Duration::MAX), fastrand::Rng::with_seed(1));
+    let now = Instant::now();
+    hold.on_changes((0..9).map(address).collect::<Vec<_>>(), Vec::new(), now);
+    hold.on_changes([], (0..9).map(instance).collect(), now);
+    assert_eq!(hold.len(), 5);
+}
+
+#[test]
 fn chance_decides_who_of_those_that_vanish_together_is_held() {
     let kept = |seed| {
         let mut fleet = Fleet::of(20);

@@ -58,7 +58,7 @@ struct Suspect {
 impl Audit {
     pub(super) fn new(interval: Option<Duration>) -> Self {
         Self {
-            interval: interval.map(|interval| interval.max(INTERVAL_MIN)),
+            interval: interval.map(|interval| interval.clamp(INTERVAL_MIN, INTERVAL_MAX)),
             next_list: None,
             cursor: None,
             suspects: Vec::new(),
@@ -331,6 +331,8 @@ impl Machine {
 
 /// Under it, clients would list without a pause.
 const INTERVAL_MIN: Duration = Duration::from_millis(100);
+/// A time to come has to fit into an `Instant`.
+const INTERVAL_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 /// As long as a watch may be silent before it is probed.
 const SETTLE: Duration = Duration::from_secs(5);
 /// From here on a list costs less than that many reads.

@@ -273,6 +273,19 @@ fn a_list_that_fails_changes_nothing_and_is_made_again_later() {
 }
 
 #[test]
+fn intervals_of_any_length_are_taken() {
+    for interval in [Duration::ZERO, Duration::MAX] {
+        let range = Range::prefix(PREFIX);
+        let mut machine = Machine::new(range, Some(interval), fastrand::Rng::with_seed(30));
+        machine.on_wake();
+        machine.on_page(Ok(whole(&Store::new(fastrand::Rng::with_seed(30)))));
+        let now = Instant::now();
+        machine.on_watch_opened(now);
+        assert!(machine.due() > Some(now), "{interval:?}");
+    }
+}
+
+#[test]
 fn a_watch_that_has_lost_most_is_replaced_by_a_list() {
     let mut player = populated(29);
     player.change_unseen(|store| {
