@@ -36,10 +36,13 @@ fn hello() -> Request<HelloRequest> {
     request
 }
 
+/// How many calls there were, and when which of them failed.
+type Calls = (u64, Vec<(Instant, Status)>);
+
 /// Callers that hardly pause, and note when which call failed.
 struct Callers {
     stop: watch::Sender<bool>,
-    tasks: Vec<JoinHandle<(u64, Vec<(Instant, Status)>)>>,
+    tasks: Vec<JoinHandle<Calls>>,
 }
 
 impl Callers {
@@ -67,7 +70,7 @@ impl Callers {
     }
 
     /// Stops them; says how many calls there were, and which failed, the first of them first.
-    async fn stopped(self) -> (u64, Vec<(Instant, Status)>) {
+    async fn stopped(self) -> Calls {
         self.stop.send_replace(true);
         let (mut calls, mut failed) = (0, Vec::new());
         for task in self.tasks {

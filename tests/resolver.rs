@@ -7,6 +7,7 @@
 
 mod support;
 
+use std::io::Write;
 use std::time::Duration;
 
 use etcd_client::PutOptions;
@@ -385,7 +386,9 @@ fn length(short: u64, soak: u64) -> Duration {
     if std::env::var_os("TEST_SOAK").is_some() {
         return Duration::from_secs(soak);
     }
-    println!("{short} s; TEST_SOAK=1 makes them {soak} s");
+    // Past the capture of the test harness: what is left out is to be seen.
+    let left_out = format!("{short} s of {soak} s; all of them with TEST_SOAK=1\n");
+    std::io::stderr().write_all(left_out.as_bytes()).unwrap();
     Duration::from_secs(short)
 }
 
@@ -428,11 +431,11 @@ async fn a_thousand_writes_a_second_beside_us_cause_no_list() {
         .unwrap();
     // Several, so that some are likely to watch at a member that lags behind the one that was listed.
     let resolvers: Vec<_> = (0..5).map(|_| registry.resolver("greeter")).collect();
-    let mut writers = tokio::task::JoinSet::new();
+    let mut tasks = tokio::task::JoinSet::new();
     let end = Instant::now() + length(6, 120);
     for writer in 0..16 {
         let mut kv = by_hand.kv_client();
-        writers.spawn(async move {
+        tasks.spawn(async move {
             let mut writes = 0_u32;
             // Sixteen of them, each every 16 ms.
             let mut pace = tokio::time::interval(Duration::from_millis(16));
@@ -447,7 +450,7 @@ async fn a_thousand_writes_a_second_beside_us_cause_no_list() {
     for resolver in &resolvers {
         knows(resolver, &["127.0.0.1:1"]).await;
     }
-    let writes: u32 = writers.join_all().await.iter().sum();
+    let writes: u32 = tasks.join_all().await.iter().sum();
     println!("{writes} writes");
     assert!(writes > 500, "{writes}");
     by_hand

@@ -1,6 +1,6 @@
 //! Losses of every shape, and random ones against a model that keeps the whole history.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::{ProptestConfig, any, prop_assert, prop_assert_eq, proptest};
 
@@ -247,7 +247,7 @@ fn chance_decides_who_of_those_that_vanish_together_is_held() {
 struct Model {
     /// When each step was, and how large the set was after it: the size, and how many had left on purpose by then.
     history: Vec<(Instant, usize, usize)>,
-    registered: BTreeMap<Address, ()>,
+    registered: BTreeSet<Address>,
     held: BTreeMap<Address, Instant>,
     left: usize,
     /// The strength of the set before the loss, while anyone is held.
@@ -270,12 +270,12 @@ impl Model {
     fn step(&mut self, here: &[u16], gone: &[(u16, bool)], now: Instant) -> usize {
         let largest = self.largest(now);
         for number in here {
-            self.registered.insert(address(*number), ());
+            self.registered.insert(address(*number));
             self.held.remove(&address(*number));
         }
         let mut vanished = 0;
         for (number, planned) in gone {
-            if self.registered.remove(&address(*number)).is_some() {
+            if self.registered.remove(&address(*number)) {
                 self.left += usize::from(*planned);
                 vanished += usize::from(!planned);
             }
@@ -327,7 +327,7 @@ proptest! {
             let (mut here, mut gone) = (Vec::new(), Vec::new());
             let (joins, leaves) = (rng.u8(..4), rng.u8(..4));
             for number in 0..universe {
-                let there = model.registered.contains_key(&address(number));
+                let there = model.registered.contains(&address(number));
                 if rng.u8(..10) < if there { leaves } else { joins } {
                     if there { gone.push((number, rng.u8(..8) == 0)) } else { here.push(number) }
                 }
@@ -349,7 +349,7 @@ proptest! {
             let mut known: Vec<_> = hold.instances().map(Instance::address).cloned().collect();
             known.sort();
             prop_assert_eq!(&known, &model.held.keys().cloned().collect::<Vec<_>>());
-            prop_assert!(known.iter().all(|address| !model.registered.contains_key(address)));
+            prop_assert!(known.iter().all(|address| !model.registered.contains(address)));
             prop_assert_eq!(hold.deadline().is_some(), !known.is_empty());
             prop_assert!(outcome.released.iter().all(|address| hold.get(address).is_none()));
         }

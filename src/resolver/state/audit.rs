@@ -177,7 +177,7 @@ impl Machine {
             cursor.unwrap_or_else(|| (self.range.start.clone(), page.header.revision));
         let next = page.kvs.last().filter(|_| page.more);
         let next = next.map(|kv| kv.key.successor());
-        self.compare(start, next.as_ref(), &page, revision);
+        self.compare(&start, next.as_ref(), &page, revision);
         match next {
             // With too many suspects the outcome is clear.
             Some(next) if self.audit.suspects.len() <= SUSPECTS_MAX => {
@@ -199,10 +199,10 @@ impl Machine {
     }
 
     /// Looks for keys from `start` up to `end` that a page has otherwise.
-    fn compare(&mut self, start: Key, end: Option<&Key>, page: &Page, at: Revision) {
+    fn compare(&mut self, start: &Key, end: Option<&Key>, page: &Page, at: Revision) {
         let mut listed: HashMap<_, _> = page.kvs.iter().map(|kv| (&kv.key, kv)).collect();
         let end = end.map_or(Bound::Unbounded, Bound::Excluded);
-        for (key, known) in self.keys.range((Bound::Included(&start), end)) {
+        for (key, known) in self.keys.range((Bound::Included(start), end)) {
             let found = listed.remove(key).map(KeyState::of);
             if found != Some(*known) {
                 let key = key.clone();
@@ -298,16 +298,14 @@ impl Machine {
     }
 
     fn believe(&mut self, key: Key, found: Option<KeyValue>, revision: Revision) {
-        match found {
-            Some(kv) => self.apply(Event::Put(kv)),
-            None => {
-                self.apply(Event::Delete {
-                    key: key.clone(),
-                    mod_revision: revision,
-                });
-                self.bury(key, revision);
-            }
+        if let Some(kv) = found {
+            return self.apply(Event::Put(kv));
         }
+        self.apply(Event::Delete {
+            key: key.clone(),
+            mod_revision: revision,
+        });
+        self.bury(key, revision);
     }
 
     /// Remembers that a key was gone at a revision. Without it, a put that was overtaken by the read would bring the key back, and the
