@@ -172,6 +172,18 @@ impl Shared {
         statuses
     }
 
+    /// Shows an endpoint no more.
+    fn forget(&self, endpoint: &Arc<Endpoint>) {
+        let mut directory = self.directory();
+        // The address may have been registered again, with an endpoint of its own.
+        if directory
+            .get(endpoint.address())
+            .is_some_and(|known| Arc::ptr_eq(known, endpoint))
+        {
+            directory.remove(endpoint.address());
+        }
+    }
+
     fn directory(&self) -> MutexGuard<'_, HashMap<Address, Arc<Endpoint>>> {
         // Nothing panics while it is held; and the data would be whole even then.
         self.directory

@@ -6,7 +6,7 @@ use tower::discover::Change;
 
 use super::{Class, Driver, Known, State, SubchannelId};
 use crate::address::Address;
-use crate::balance::endpoint::{Endpoint, EndpointState, Member};
+use crate::balance::endpoint::{Endpoint, Member};
 use crate::balance::feed::Batch;
 use crate::balance::subchannel::{ConnectBackoff, Subchannel};
 use crate::instance::Instance;
@@ -159,11 +159,7 @@ impl Driver {
                 self.draining.push((Arc::clone(&known.endpoint), draining));
             }
         }
-        if drains {
-            known.endpoint.set_state(EndpointState::Draining);
-        } else {
-            self.shared.directory().remove(address);
-        }
+        self.removed.push((known.endpoint, drains));
         self.summary.endpoints = self.known.len();
         self.publish_now();
     }

@@ -74,6 +74,8 @@ pub(super) struct Driver {
     subchannels: HashMap<SubchannelId, (Address, State)>,
     next_id: SubchannelId,
     draining: Vec<(Arc<Endpoint>, Subchannel<Draining>)>,
+    /// Removed since the last set was published, and whether calls are in flight there. They are shown until no pick can find them.
+    removed: Vec<(Arc<Endpoint>, bool)>,
 
     /// Idle subchannels that want a connection.
     queue: VecDeque<SubchannelId>,
@@ -112,6 +114,7 @@ impl Driver {
             subchannels: HashMap::new(),
             next_id: 0,
             draining: Vec::new(),
+            removed: Vec::new(),
             queue: VecDeque::new(),
             dials: JoinSet::new(),
             dialling: HashMap::new(),

@@ -18,16 +18,10 @@ impl Driver {
         for member in self.primary.members().chain(self.last_resort.members()) {
             member.load().refresh(self.median, now);
         }
-        let mut directory = self.shared.directory();
         self.draining.retain(|(endpoint, subchannel)| {
             let drained = subchannel.is_drained();
-            // The address may have been registered again, with an endpoint of its own.
-            if drained
-                && directory
-                    .get(endpoint.address())
-                    .is_some_and(|known| Arc::ptr_eq(known, endpoint))
-            {
-                directory.remove(endpoint.address());
+            if drained {
+                self.shared.forget(endpoint);
             }
             !drained
         });
@@ -118,6 +112,13 @@ impl Driver {
             .published
             .store(Arc::new(Published { ready, summary }));
         self.shared.changed.notify_waiters();
+        for (endpoint, drains) in self.removed.drain(..) {
+            if drains {
+                endpoint.set_state(EndpointState::Draining);
+            } else {
+                self.shared.forget(&endpoint);
+            }
+        }
     }
 }
 
