@@ -20,6 +20,7 @@ use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::{Code, Request, Status};
+use tonic_etcd::testing::Etcd;
 use tonic_etcd::{BalancedChannel, EndpointState, ResolverState, WaitForReady};
 
 const SERVERS: usize = 6;
@@ -99,30 +100,87 @@ fn resident() -> u64 {
     figure.parse().unwrap()
 }
 
+/// What the channel stands against.
+struct World {
+    etcd: Etcd,
+    writer: etcd_client::Client,
+    fleet: Fleet,
+    tally: Arc<Tally>,
+    rng: fastrand::Rng,
+    etcd_restarts: u32,
+}
+
+impl World {
+    async fn start(seed: u64) -> Self {
+        let etcd = etcd().await;
+        let world = Self {
+            writer: client(&etcd).await,
+            etcd,
+            fleet: Fleet::start(SERVERS).await,
+            tally: Arc::default(),
+            rng: fastrand::Rng::with_seed(seed),
+            etcd_restarts: 0,
+        };
+        world.heal().await;
+        world
+    }
+
+    async fn put(&self, server: usize) {
+        let address = self.fleet.get(server).address.to_string();
+        let mut store = self.writer.kv_client();
+        store.put(key(server), address, None).await.unwrap();
+    }
+
+    /// One thing happens to one of them.
+    async fn stir(&mut self, passed: Duration) {
+        let server = self.rng.usize(STEADY + 1..SERVERS);
+        let backend = self.fleet.get(server);
+        match self.rng.u8(..20) {
+            0..4 if backend.is_up() => {
+                self.tally.kills.fetch_add(1, Ordering::SeqCst);
+                backend.kill();
+            }
+            0..8 => backend.recover(),
+            8..12 => {
+                let mut store = self.writer.kv_client();
+                store.delete(key(server), None).await.unwrap();
+            }
+            12..19 => self.put(server).await,
+            _ if passed > Duration::from_secs(2) * (self.etcd_restarts + 1) => {
+                self.etcd_restarts += 1;
+                self.etcd.kill(0).await.unwrap();
+                self.etcd.restart(0).await.unwrap();
+            }
+            _ => {}
+        }
+        sleep(Duration::from_millis(self.rng.u64(..20))).await;
+    }
+
+    /// Everybody is up and registered.
+    async fn heal(&self) {
+        for server in 0..SERVERS {
+            self.fleet.get(server).recover();
+            self.put(server).await;
+        }
+    }
+}
+
+fn key(server: usize) -> String {
+    format!("/gRPC/soak/{server}")
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn everything_at_once_for_a_while_leaves_nothing_behind() {
     let seed =
         std::env::var("SOAK_SEED").map_or_else(|_| fastrand::u64(..), |seed| seed.parse().unwrap());
     println!("SOAK_SEED={seed} repeats it");
-    let mut rng = fastrand::Rng::with_seed(seed);
-    let mut etcd = etcd().await;
-    let writer = client(&etcd).await;
-    let fleet = Fleet::start(SERVERS).await;
-    let key = |server: usize| format!("/gRPC/soak/{server}");
-    let address = |server: usize| fleet.get(server).address.to_string();
-    for server in 0..SERVERS {
-        writer
-            .kv_client()
-            .put(key(server), address(server), None)
-            .await
-            .unwrap();
-    }
-    let metrics = Handle::current().metrics();
-    let registry = registry(&etcd).await;
+    let mut world = World::start(seed).await;
+    let registry = registry(&world.etcd).await;
     let resolver = registry.resolver("soak");
     resolver.ready().await;
+    let metrics = Handle::current().metrics();
     let (tasks, files) = (metrics.num_alive_tasks(), open_files());
-    let dialler = fleet.clone();
+    let dialler = world.fleet.clone();
     let channel = registry
         .channel("soak")
         .max_backoff(Duration::from_millis(20))
@@ -131,54 +189,27 @@ async fn everything_at_once_for_a_while_leaves_nothing_behind() {
         .connect()
         .await
         .unwrap();
-    let tally = Arc::new(Tally::default());
     let mut callers = JoinSet::new();
-    for caller_seed in 0..CALLERS {
+    for number in 0..CALLERS {
         callers.spawn(caller(
             channel.clone(),
-            Arc::clone(&tally),
-            seed ^ caller_seed,
+            Arc::clone(&world.tally),
+            seed ^ number,
         ));
     }
-    let seconds = soak("seconds", 6, 1_800) as u64;
+    let whole = Duration::from_secs(soak("seconds", 6, 1_800) as u64);
     let start = Instant::now();
     let passed = || Instant::now().saturating_duration_since(start);
-    let (mut early, mut etcd_restarts) = (None, 0);
-    while passed() < Duration::from_secs(seconds) {
-        let server = rng.usize(STEADY + 1..SERVERS);
-        match rng.u8(..20) {
-            0..4 if fleet.get(server).is_up() => {
-                tally.kills.fetch_add(1, Ordering::SeqCst);
-                fleet.get(server).kill();
-            }
-            0..8 => fleet.get(server).recover(),
-            8..12 => drop(writer.kv_client().delete(key(server), None).await.unwrap()),
-            12..19 => {
-                let mut store = writer.kv_client();
-                let put = store.put(key(server), address(server), None);
-                drop(put.await.unwrap());
-            }
-            _ if passed() > Duration::from_secs(2) * (etcd_restarts + 1) => {
-                etcd_restarts += 1;
-                etcd.kill(0).await.unwrap();
-                etcd.restart(0).await.unwrap();
-            }
-            _ => {}
-        }
-        sleep(Duration::from_millis(rng.u64(..20))).await;
-        if passed() > Duration::from_secs(seconds) / 3 {
+    let mut early = None;
+    while passed() < whole {
+        world.stir(passed()).await;
+        if passed() > whole / 3 {
             early.get_or_insert_with(resident);
         }
     }
     let late = resident();
     let early = early.unwrap_or(late);
-    // The world comes to rest, and the channel sees it as it is.
-    for server in 0..SERVERS {
-        fleet.get(server).recover();
-        let mut store = writer.kv_client();
-        let put = store.put(key(server), address(server), None);
-        put.await.unwrap();
-    }
+    world.heal().await;
     eventually("everybody is known and ready", async || {
         let statuses = channel.endpoints();
         let ready = statuses
@@ -187,23 +218,23 @@ async fn everything_at_once_for_a_while_leaves_nothing_behind() {
         ready.count() == SERVERS && resolver.status().state == ResolverState::Fresh
     })
     .await;
+    let tally = &world.tally;
     tally.stop.store(true, Ordering::SeqCst);
     while let Some(outcome) = callers.join_next().await {
         outcome.unwrap();
     }
     eventually("nothing is in flight", async || {
-        channel
-            .endpoints()
-            .iter()
-            .all(|status| status.in_flight == 0)
+        let statuses = channel.endpoints();
+        statuses.iter().all(|status| status.in_flight == 0)
     })
     .await;
     let count = |counter: &AtomicU64| counter.load(Ordering::SeqCst);
     println!(
-        "{} calls, {} lost in {} kills, {etcd_restarts} restarts of etcd, {early} KiB after a third, {late} KiB at the end",
+        "{} calls, {} lost in {} kills, {} restarts of etcd, {early} KiB after a third, {late} KiB at the end",
         count(&tally.calls),
         count(&tally.lost),
-        count(&tally.kills)
+        count(&tally.kills),
+        world.etcd_restarts,
     );
     assert!(count(&tally.calls) > 1_000);
     assert!(
@@ -211,7 +242,7 @@ async fn everything_at_once_for_a_while_leaves_nothing_behind() {
         "{early} KiB grew to {late} KiB"
     );
     drop(channel);
-    // A few more belong to the other resolver's watch, which etcd's restart has replaced.
+    // A few more belong to the other resolver, whose watch each restart of etcd has replaced.
     eventually("tasks and sockets are gone", async || {
         metrics.num_alive_tasks() <= tasks + 4 && open_files() <= files + 2
     })
