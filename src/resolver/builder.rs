@@ -84,7 +84,7 @@ impl ResolverBuilder {
     }
 
     pub(crate) fn policy(&self) -> &AddressPolicy {
-        &self.decoder.policy
+        &self.options.decoder.policy
     }
 
     /// Which addresses are accepted. By default the registry's policy.

@@ -3,9 +3,9 @@
     dead_code,
     unreachable_pub,
     clippy::missing_panics_doc,
+    clippy::print_stdout,
     clippy::unwrap_used,
     clippy::panic,
-    clippy::print_stdout,
     reason = "each test file uses its part; a failed step here is a failed test"
 )]
 
