@@ -18,7 +18,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let greeter = NamedGreeter(format!("server {}", std::process::id()));
 
     let registry = Registry::connect(etcd_endpoints()).await?;
-    let registration = registry.registration("helloworld.Greeter");
+    let registration = registry.registration("helloworld.Greeter").health();
     Server::builder()
         .add_service(GreeterServer::new(greeter))
         .serve_registered("0.0.0.0:0".parse()?, registration)

@@ -8,14 +8,11 @@
 mod support;
 
 use std::path::PathBuf;
-use std::process::Stdio;
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
+use support::program::{example, line_with, lines, signal};
 use support::{SOON, client, etcd, eventually, list};
-use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
 use tokio::time::timeout;
 use tonic_etcd::testing::{Etcd, ProcessError};
 
@@ -104,50 +101,6 @@ async fn without_a_binary_the_error_says_how_to_get_one() {
         "{}",
         ProcessError::NoBinary
     );
-}
-
-/// An example, built along with the tests.
-fn example(name: &str) -> Command {
-    let mut folder = std::env::current_exe().unwrap();
-    folder.pop();
-    folder.pop();
-    let mut command = Command::new(folder.join("examples").join(name));
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::inherit())
-        .kill_on_drop(true);
-    command
-}
-
-/// Reads a program's lines up to one that contains a text.
-async fn line_with(
-    lines: &mut tokio::io::Lines<BufReader<tokio::process::ChildStdout>>,
-    text: &str,
-) -> String {
-    let found = async {
-        while let Some(line) = lines.next_line().await.unwrap() {
-            if line.contains(text) {
-                return line;
-            }
-        }
-        panic!("no line with {text:?}");
-    };
-    timeout(SOON, found)
-        .await
-        .unwrap_or_else(|_| panic!("no line with {text:?} in time"))
-}
-
-fn lines(child: &mut Child) -> tokio::io::Lines<BufReader<tokio::process::ChildStdout>> {
-    BufReader::new(child.stdout.take().unwrap()).lines()
-}
-
-fn signal(child: &Child, signal: Signal) {
-    kill(
-        Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap()),
-        signal,
-    )
-    .unwrap();
 }
 
 #[tokio::test]
