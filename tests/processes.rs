@@ -120,8 +120,11 @@ async fn the_register_and_discover_examples_follow_each_other() {
     let mut log = lines(&mut register);
     line_with(&mut log, "localhost:8000 is registered as /web/node1").await;
     line_with(&mut found, "+ localhost:8000").await;
-    line_with(&mut log, "Registered").await;
-    line_with(&mut log, "Registered").await;
+    // Two renewals.
+    for _ in 0..2 {
+        let line = line_with(&mut log, "registered under lease").await;
+        assert!(line.ends_with(" s left"), "{line}");
+    }
     signal(&register, Signal::SIGINT);
     line_with(&mut log, "deregistered").await;
     assert!(
@@ -133,6 +136,64 @@ async fn the_register_and_discover_examples_follow_each_other() {
     );
     line_with(&mut found, "- localhost:8000").await;
     assert!(list(&client(&etcd).await, "/").await.is_empty());
+}
+
+#[tokio::test]
+async fn the_discover_example_tells_a_change_from_a_newcomer() {
+    let etcd = etcd().await;
+    let mut discover = example("discover")
+        .env("ETCD_ENDPOINTS", etcd.endpoint(0))
+        .spawn()
+        .unwrap();
+    let mut found = lines(&mut discover);
+    line_with(&mut found, "0 servers").await;
+    let registry = support::registry(&etcd).await;
+    let registration = registry
+        .registration("greeter")
+        .address("10.0.0.5:1")
+        .zone("eu-1a")
+        .register()
+        .await
+        .unwrap();
+    let line = line_with(&mut found, "10.0.0.5:1  /gRPC/").await;
+    assert!(
+        line.starts_with("+ ") && line.ends_with("  zone eu-1a"),
+        "{line}"
+    );
+    registration.set_weight(3).await.unwrap();
+    let line = line_with(&mut found, "weight 3").await;
+    assert!(line.starts_with("~ "), "{line}");
+    registration.deregister().await.unwrap();
+    // What says that it leaves may be gone before anybody looks.
+    line_with(&mut found, "- 10.0.0.5:1").await;
+}
+
+#[tokio::test]
+async fn the_register_example_leaves_on_sigterm_and_says_what_is_wrong_in_words() {
+    let etcd = etcd().await;
+    let mut register = example("register")
+        .args(["/web/node1", "localhost:8000"])
+        .env("ETCD_ENDPOINTS", etcd.endpoint(0))
+        .spawn()
+        .unwrap();
+    let mut log = lines(&mut register);
+    line_with(&mut log, "is registered").await;
+    signal(&register, Signal::SIGTERM);
+    let status = timeout(SOON, register.wait()).await.unwrap().unwrap();
+    assert!(status.success());
+    assert!(list(&client(&etcd).await, "/").await.is_empty());
+    let failing = example("register")
+        .args(["/web/node1", "localhost:8000"])
+        .env("ETCD_ENDPOINTS", "127.0.0.1:1")
+        .stderr(std::process::Stdio::piped())
+        .output();
+    let output = timeout(SOON, failing).await.unwrap().unwrap();
+    assert!(!output.status.success());
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        text.starts_with("error: no etcd answered at 127.0.0.1:1") && text.contains("refused"),
+        "{text}"
+    );
 }
 
 #[tokio::test]

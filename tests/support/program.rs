@@ -17,6 +17,7 @@ pub fn example(name: &str) -> Command {
     folder.pop();
     let mut command = Command::new(folder.join("examples").join(name));
     command
+        .env("NO_COLOR", "1")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit())
