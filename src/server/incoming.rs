@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::time::Sleep;
 use tokio_stream::Stream;
 use tokio_util::sync::WaitForCancellationFutureOwned;
@@ -20,7 +20,7 @@ pub(super) struct Incoming {
     connections: Connections,
     closing: Pin<Box<WaitForCancellationFutureOwned>>,
     /// How many connections are still accepted after that, at most.
-    remainder: i32,
+    remainder: u32,
     /// Set after an accept error: most of them (no file descriptor left) come back at once.
     pause: Option<Pin<Box<Sleep>>>,
 }
@@ -42,13 +42,23 @@ impl Incoming {
             listener: TcpListener::from_std(socket.into())?,
             closing: Box::pin(connections.draining()),
             connections,
-            remainder: BACKLOG,
+            remainder: BACKLOG.unsigned_abs(),
             pause: None,
         })
     }
 
     pub(super) fn local_addr(&self) -> io::Result<SocketAddr> {
         self.listener.local_addr()
+    }
+
+    /// A connection that is there already. The kernel is asked itself: the runtime may not have heard of it yet.
+    fn remaining(&mut self) -> Option<Connection> {
+        // A flood of connections is not to keep the socket open.
+        self.remainder = self.remainder.checked_sub(1)?;
+        let (socket, _) = socket2::SockRef::from(&self.listener).accept().ok()?;
+        socket.set_nonblocking(true).ok()?;
+        let stream = TcpStream::from_std(socket.into()).ok()?;
+        Some(Connection::new(stream, &self.connections))
     }
 }
 
@@ -58,29 +68,20 @@ impl Stream for Incoming {
     /// Ends when the connections drain, and with that closes the socket: with what the kernel has accepted already handed on, since
     /// closing it would reset those whose clients may have sent a call.
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let closing = self.closing.as_mut().poll(cx).is_ready();
-        if closing && self.remainder == 0 {
-            return Poll::Ready(None);
+        if self.closing.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(self.remaining().map(Ok));
         }
-        if let Some(pause) = &mut self.pause
-            && !closing
-        {
+        if let Some(pause) = &mut self.pause {
             ready!(pause.as_mut().poll(cx));
             self.pause = None;
         }
-        match self.listener.poll_accept(cx) {
-            Poll::Ready(Ok((stream, _))) => {
-                // A flood of connections is not to keep the socket open.
-                self.remainder -= i32::from(closing);
-                Poll::Ready(Some(Ok(Connection::new(stream, &self.connections))))
-            }
-            _ if closing => Poll::Ready(None),
-            Poll::Ready(Err(error)) => {
+        match ready!(self.listener.poll_accept(cx)) {
+            Ok((stream, _)) => Poll::Ready(Some(Ok(Connection::new(stream, &self.connections)))),
+            Err(error) => {
                 tracing::warn!(%error, "could not accept a connection");
                 self.pause = Some(Box::pin(tokio::time::sleep(ACCEPT_PAUSE)));
                 Poll::Ready(Some(Err(error)))
             }
-            Poll::Pending => Poll::Pending,
         }
     }
 }
@@ -91,8 +92,6 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpStream;
-
     use tokio_stream::StreamExt;
 
     use super::*;
@@ -104,7 +103,7 @@ mod tests {
         let mut incoming = Incoming::bind(address, connections.clone()).expect("a socket");
         let bound = incoming.local_addr().expect("an address");
         let clients: Vec<_> = (0..3)
-            .map(|_| TcpStream::connect(bound).expect("connects"))
+            .map(|_| std::net::TcpStream::connect(bound).expect("connects"))
             .collect();
         connections.drain();
         for _ in &clients {
@@ -112,6 +111,9 @@ mod tests {
         }
         assert!(incoming.next().await.is_none());
         drop(incoming);
-        assert!(TcpStream::connect(bound).is_err(), "nobody listens");
+        assert!(
+            std::net::TcpStream::connect(bound).is_err(),
+            "nobody listens"
+        );
     }
 }

@@ -204,3 +204,39 @@ const OPENING: Duration = Duration::from_millis(200);
 const CUT: Duration = Duration::from_secs(1);
 /// How long a deregistration under way may still take when the server is to end at once: many times what it takes an etcd that answers.
 const LAST_CHANCE: Duration = Duration::from_millis(500);
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::Instant;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn connections_that_do_not_even_end_when_cut_are_left_behind() {
+        let options = ServeOptions {
+            drain_timeout: Duration::from_secs(5),
+            ..ServeOptions::default()
+        };
+        let task = tokio::spawn(pending());
+        let mut server = Serving::new(task, Connections::default(), &options);
+        let start = Instant::now();
+        server.drain().await.expect("that is no error");
+        let took = Instant::now().saturating_duration_since(start);
+        let bound = options.drain_timeout + CUT;
+        assert!(took >= bound && took < bound + CUT, "{took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_drain_that_has_no_time_takes_none() {
+        let options = ServeOptions {
+            drain_timeout: Duration::ZERO,
+            ..ServeOptions::default()
+        };
+        let task = tokio::spawn(pending());
+        let mut server = Serving::new(task, Connections::default(), &options);
+        let start = Instant::now();
+        server.drain().await.expect("that is no error");
+        let took = Instant::now().saturating_duration_since(start);
+        assert!(took < CUT + OPENING, "{took:?}");
+    }
+}
