@@ -55,20 +55,18 @@ async fn run() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 fn describe(instance: &Instance) -> String {
-    let mut text = format!("{}  {}", instance.address(), instance.key());
+    let mut parts = vec![instance.address().to_string(), instance.key().to_owned()];
     if instance.weight() != 1 {
-        text += &format!("  weight {}", instance.weight());
+        parts.push(format!("weight {}", instance.weight()));
     }
     for (name, value) in [("zone", instance.zone()), ("version", instance.version())] {
-        if let Some(value) = value {
-            text += &format!("  {name} {value}");
-        }
+        parts.extend(value.map(|value| format!("{name} {value}")));
     }
     if instance.is_leaving() {
-        text += "  (leaving)";
+        parts.push("(leaving)".to_owned());
     }
     if instance.is_last_resort() {
-        text += "  (gone from etcd, kept as a last resort)";
+        parts.push("(gone from etcd, kept as a last resort)".to_owned());
     }
-    text
+    parts.join("  ")
 }

@@ -222,6 +222,40 @@ async fn connections_that_never_began_are_ended_while_calls_go_on() {
     assert_eq!(connections_cut(&states), 0);
 }
 
+/// Reads frames of HTTP/2 up to a GOAWAY; says whether there was one.
+async fn is_told_to_go_away(connection: &mut TcpStream) -> bool {
+    let mut header = [0; 9];
+    while connection.read_exact(&mut header).await.is_ok() {
+        if header[3] == 7 {
+            return true;
+        }
+        let length = usize::from(header[1]) << 8 | usize::from(header[2]);
+        let mut payload = vec![0; length];
+        connection.read_exact(&mut payload).await.unwrap();
+    }
+    false
+}
+
+#[tokio::test]
+async fn who_begins_just_after_the_listener_closed_is_still_heard() {
+    let world = World::new().await;
+    let registration = world.registration();
+    let mut states = registration.server_states();
+    let (mut server, address) = world.start(registration).await;
+    let mut late = TcpStream::connect(&address).await.unwrap();
+    server.stop();
+    reaches(&mut states, ServerState::is_draining).await;
+    late.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        .await
+        .unwrap();
+    // Settings, none of them.
+    late.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
+    let told = timeout(SOON, is_told_to_go_away(&mut late)).await;
+    assert!(told.unwrap(), "a connection that is cut loses its calls");
+    drop(late);
+    server.stopped().await.unwrap();
+}
+
 #[cfg(feature = "tls")]
 #[tokio::test]
 async fn under_tls_connections_that_never_began_are_ended_while_calls_go_on() {
