@@ -54,6 +54,7 @@ async fn watchers_are_told_before_the_entry_leaves_etcd_and_do_not_hold_up_the_e
     reporter.set_service_status("other", serving).await;
     let registration = world
         .registration()
+        .deregister_timeout(Duration::from_secs(600))
         .drain_timeout(Duration::from_secs(600))
         .health_reporter(reporter.clone());
     let states = registration.server_states();

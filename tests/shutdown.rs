@@ -245,6 +245,8 @@ async fn who_begins_just_after_the_listener_closed_is_still_heard() {
     let mut late = TcpStream::connect(&address).await.unwrap();
     server.stop();
     reaches(&mut states, ServerState::is_draining).await;
+    // A round trip or two. What is waited for is that nothing happens.
+    tokio::time::sleep(Duration::from_millis(50)).await;
     late.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
         .await
         .unwrap();

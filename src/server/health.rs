@@ -127,3 +127,30 @@ fn not_serving() -> HealthCheckResponse {
         status: Wire::NotServing.into(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio_stream::StreamExt;
+    use tonic_health::server::HealthReporter;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_watcher_that_was_not_polled_meanwhile_is_told_before_its_stream_ends() {
+        let (states, receiver) = watch::channel(ServerState::Serving);
+        let health = LameDuck {
+            reported: HealthService::from_health_reporter(HealthReporter::new()),
+            states: receiver,
+        };
+        let request = Request::new(HealthCheckRequest::default());
+        let response = Health::watch(&health, request).await.expect("a watch");
+        let mut watching = response.into_inner();
+        let first = watching.next().await.expect("a status").expect("no error");
+        assert_eq!(first.status(), Wire::Serving);
+        states.send_replace(ServerState::LameDuck);
+        states.send_replace(ServerState::Draining);
+        let last = watching.next().await.expect("a status").expect("no error");
+        assert_eq!(last, not_serving());
+        assert!(watching.next().await.is_none());
+    }
+}
