@@ -122,7 +122,7 @@ pub use channel::{
     WaitForReady,
 };
 pub use error::{ConnectError, Endpoints, EtcdError, EtcdErrorKind, RegisterError, ServeError};
-pub use format::Format;
+pub use format::{Format, FormatError, InstanceFormat};
 pub use instance::Instance;
 pub use ipnet::IpNet;
 pub use keyspace::{LeaseId, Revision};

@@ -72,7 +72,7 @@ impl Registry {
         };
         RegistryBuilder {
             config,
-            prefix: DEFAULT_PREFIX.to_owned(),
+            keyspace: Keyspace::default(),
             policy: AddressPolicy::default(),
         }
     }
@@ -84,21 +84,21 @@ impl Registry {
     /// then up to it.
     #[must_use]
     pub fn from_client(client: etcd_client::Client) -> Self {
-        let keyspace = Keyspace::new(DEFAULT_PREFIX);
         Self {
             etcd: Etcd::from_client(client),
-            keyspace,
+            keyspace: Keyspace::default(),
             policy: AddressPolicy::default(),
         }
     }
 
-    /// The prefix under which services live.
+    /// The prefix under which services live: the one that was given, or `/gRPC/`.
     #[must_use]
     pub fn prefix(&self) -> &str {
         self.keyspace.prefix()
     }
 
-    /// Describes a registration of a server for a service; the key will be `<prefix><service>/<instance id>`.
+    /// Describes a registration of a server for a service; the key will be `<prefix><service>/<instance id>`, or what its
+    /// [`Format`](crate::Format) makes of it.
     ///
     /// The service's name is not empty and has no slash; what is wrong with it is said when the registration is made.
     pub fn registration(&self, service: impl AsRef<str>) -> RegistrationBuilder {
@@ -179,14 +179,16 @@ impl Registry {
 #[must_use = "nothing is connected before `connect` is awaited"]
 pub struct RegistryBuilder {
     config: Config,
-    prefix: String,
+    keyspace: Keyspace,
     policy: AddressPolicy,
 }
 
 impl RegistryBuilder {
-    /// The prefix under which services live; a trailing slash is added if it is missing. Default `/gRPC/`.
+    /// The prefix under which services live; a trailing slash is added if it is missing. Default `/gRPC/`, and for each
+    /// [`Format`](crate::Format) of another library what that library writes. Empty, keys begin with the service's name: that is where
+    /// `etcd:///service` of grpc-go looks.
     pub fn prefix(mut self, prefix: impl AsRef<str>) -> Self {
-        prefix.as_ref().clone_into(&mut self.prefix);
+        self.keyspace = Keyspace::new(prefix.as_ref());
         self
     }
 
@@ -219,12 +221,15 @@ impl RegistryBuilder {
     ///
     /// As [`Registry::connect`].
     pub async fn connect(self) -> Result<Registry, ConnectError> {
-        let keyspace = Keyspace::new(&self.prefix);
-        // The prefix itself is a key that nobody writes, and that whoever may read the prefix may read.
-        let etcd = Etcd::connect(&self.config, &Key::from(keyspace.prefix())).await?;
+        // The prefix itself is a key that nobody writes, and that whoever may read the prefix may read. An empty key is none.
+        let probe = match self.keyspace.prefix() {
+            "" => "/",
+            prefix => prefix,
+        };
+        let etcd = Etcd::connect(&self.config, &Key::from(probe)).await?;
         Ok(Registry {
             etcd,
-            keyspace,
+            keyspace: self.keyspace,
             policy: self.policy,
         })
     }
@@ -234,10 +239,7 @@ impl std::fmt::Debug for RegistryBuilder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("RegistryBuilder")
             .field("endpoints", &self.config.endpoints)
-            .field("prefix", &self.prefix)
+            .field("prefix", &self.keyspace.prefix())
             .finish_non_exhaustive()
     }
 }
-
-/// Where the services of this library live unless told otherwise.
-const DEFAULT_PREFIX: &str = "/gRPC/";

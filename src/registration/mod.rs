@@ -12,8 +12,8 @@ use crate::address::Address;
 use crate::backoff::jittered;
 use crate::error::{Endpoints, EtcdError, RegisterError};
 use crate::etcd::{Etcd, Token, Watch};
-use crate::format::Format;
-use crate::instance::Advertisement;
+use crate::format::{Format, FormatError, MAX_VALUE, MAX_WEIGHT};
+use crate::instance::{Advertisement, Instance};
 use crate::keyspace::{Event, GuardedPut, Key, LeaseId, Range};
 
 mod builder;
@@ -46,8 +46,7 @@ use lease::{Command, Machine, Phase};
 #[derive(Debug)]
 pub struct Registration {
     key: String,
-    address: Address,
-    format: Format,
+    entry: Entry,
     endpoints: Endpoints,
     change_timeout: Duration,
     requests: mpsc::Sender<Request>,
@@ -55,22 +54,80 @@ pub struct Registration {
 }
 
 /// What is kept in etcd.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Entry {
     key: Key,
-    advertisement: Advertisement,
+    instance: Instance,
     format: Format,
     ttl: Duration,
+    /// The value that was checked.
+    value: Vec<u8>,
 }
 
 impl Entry {
+    /// Checks that the format has room for all of it.
+    fn new(
+        key: &str,
+        advertisement: Advertisement,
+        format: Format,
+        ttl: Duration,
+    ) -> Result<Self, FormatError> {
+        let instance = Instance::from(advertisement);
+        let value = format.encode(key, &instance)?;
+        let entry = Self {
+            key: Key::from(key),
+            instance,
+            format,
+            ttl,
+            value,
+        };
+        entry.check_room()?;
+        Ok(entry)
+    }
+
+    /// As large as it can become: what is written later must not be refused by its readers.
+    fn check_room(&self) -> Result<(), FormatError> {
+        let mut largest = self.instance.clone();
+        largest.advertisement_mut().weight = MAX_WEIGHT;
+        largest.advertisement_mut().leaving = true;
+        let size = self.format.write(&self.key.to_string(), &largest)?.len();
+        if size > MAX_VALUE {
+            return Err(FormatError::new(format!(
+                "can make the value {size} bytes long, over the limit of {MAX_VALUE}; use less metadata"
+            )));
+        }
+        Ok(())
+    }
+
+    /// The entry with another weight, if its format has room for that.
+    fn weighted(&self, weight: u32) -> Result<Self, FormatError> {
+        let instance = self.instance.clone().with_weight(weight);
+        let value = self.format.encode(&self.key.to_string(), &instance)?;
+        Ok(Self {
+            instance,
+            value,
+            ..self.clone()
+        })
+    }
+
+    fn leaving(&self) -> Instance {
+        let mut leaving = self.instance.clone();
+        leaving.advertisement_mut().leaving = true;
+        leaving
+    }
+
+    /// Whether the format can say that the server is leaving.
+    fn says_goodbye(&self) -> bool {
+        let key = self.key.to_string();
+        self.format.encode(&key, &self.leaving()).is_ok()
+    }
+
     fn encode(&self, leaving: bool) -> Vec<u8> {
         if !leaving {
-            return self.format.encode(&self.advertisement);
+            return self.value.clone();
         }
-        let mut advertisement = self.advertisement.clone();
-        advertisement.leaving = true;
-        self.format.encode(&advertisement)
+        let value = self.format.write(&self.key.to_string(), &self.leaving());
+        value.unwrap_or_else(|_| self.value.clone())
     }
 }
 
@@ -79,7 +136,7 @@ impl Entry {
 enum Request {
     Pause(Answer),
     Resume(Answer),
-    SetWeight(u32, Answer),
+    SetWeight(Entry, Answer),
     Deregister(Answer),
 }
 
@@ -104,15 +161,14 @@ impl Registration {
         let (requests, inbox) = mpsc::channel(8);
         let registration = Self {
             key: entry.key.to_string(),
-            address: entry.advertisement.address.clone(),
-            format: entry.format,
+            entry: entry.clone(),
             endpoints: Endpoints(etcd.endpoints()),
             change_timeout,
             requests,
             states: states.subscribe(),
         };
         let span = tracing::info_span!("registration", key = %entry.key);
-        let says_goodbye = entry.format.carries_attributes();
+        let says_goodbye = entry.says_goodbye();
         let task = Task {
             machine: Machine::new(entry.ttl, says_goodbye, fastrand::Rng::new()),
             etcd,
@@ -168,7 +224,7 @@ impl Registration {
     /// The advertised address.
     #[must_use]
     pub fn address(&self) -> &Address {
-        &self.address
+        self.entry.instance.address()
     }
 
     /// Where the registration stands now.
@@ -226,13 +282,10 @@ impl Registration {
             reason,
         };
         builder::check_weight(weight).map_err(invalid)?;
-        if !self.format.carries_attributes() {
-            return Err(invalid(format!(
-                "the format {:?} has no room for a weight",
-                self.format
-            )));
-        }
-        self.ask(|answer| Request::SetWeight(weight, answer)).await
+        let entry = self.entry.weighted(weight);
+        let entry = entry
+            .map_err(|error| invalid(format!("the format {:?} {error}", self.entry.format)))?;
+        self.ask(|answer| Request::SetWeight(entry, answer)).await
     }
 
     /// Removes the entry and ends the registration. The lease is revoked; it is never registered again after that.
@@ -380,8 +433,8 @@ impl Task {
                 self.machine.on_resume();
                 self.waiting.push((Goal::Written, answer));
             }
-            Some(Request::SetWeight(weight, answer)) => {
-                self.entry.advertisement.weight = weight;
+            Some(Request::SetWeight(entry, answer)) => {
+                self.entry = entry;
                 self.machine.on_new_value();
                 self.waiting.push((Goal::Written, answer));
             }
