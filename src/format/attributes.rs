@@ -67,9 +67,7 @@ impl Attributes {
     ) -> Map<String, Value> {
         let mut map = self.plain(advertisement);
         for (name, value) in kept {
-            let as_kept = self.said(&advertisement.address, name, Some(value));
-            let as_written = self.said(&advertisement.address, name, map.get(name));
-            if as_kept == as_written {
+            if self.said(&advertisement.address, name, value) == self.of(advertisement, name) {
                 map.insert(name.clone(), value.clone());
             }
         }
@@ -119,13 +117,29 @@ impl Attributes {
         map
     }
 
-    fn said(&self, address: &Address, name: &str, value: Option<&Value>) -> Advertisement {
-        let mut advertisement = Advertisement::new(address.clone());
-        advertisement.weight = self.weight;
-        if let Some(value) = value {
-            self.read_one(&mut advertisement, name, value);
+    /// What one entry of a map says.
+    fn said(&self, address: &Address, name: &str, value: &Value) -> Advertisement {
+        let mut said = Advertisement::new(address.clone());
+        said.weight = self.weight;
+        self.read_one(&mut said, name, value);
+        said
+    }
+
+    /// What an advertisement says in the entry of that name.
+    fn of(&self, advertisement: &Advertisement, name: &str) -> Advertisement {
+        let mut said = Advertisement::new(advertisement.address.clone());
+        said.weight = self.weight;
+        if let Some((name, value)) = advertisement.metadata.get_key_value(name) {
+            said.metadata.insert(name.clone(), value.clone());
         }
-        advertisement
+        match name {
+            _ if !self.has(name) => {}
+            "weight" => said.weight = advertisement.weight,
+            "zone" => said.zone.clone_from(&advertisement.zone),
+            "version" => said.version.clone_from(&advertisement.version),
+            _ => said.leaving = advertisement.leaving,
+        }
+        said
     }
 
     fn has(&self, name: &str) -> bool {

@@ -30,12 +30,11 @@ impl InstanceFormat for DubboApplication {
         let advertisement = instance.advertisement();
         let address = &advertisement.address;
         let mut kept = Object::from(advertisement.kept(NAME));
+        let weight = kept.take_weight("Weight", advertisement.weight, WEIGHT);
+        let place = Place::kept(&mut kept, address).unwrap_or_else(|| Place::of(address));
         let mut metadata = ATTRIBUTES.write(advertisement, &kept.take_map("Metadata"));
-        let endpoints = kept
-            .take_text("endpoints")
-            .filter(|text| ports(text) == Ports::Grpc(address.port().into()))
-            .unwrap_or_else(|| endpoints(address));
-        metadata.insert(ENDPOINTS.to_owned(), endpoints.into());
+        metadata.insert(ENDPOINTS.to_owned(), place.endpoints);
+        let service = kept.take("ServiceMetadata").unwrap_or_default();
         let mut said = |name, default: &str| match kept.take_text(name) {
             Some(text) => text,
             None => default.to_owned(),
@@ -46,19 +45,16 @@ impl InstanceFormat for DubboApplication {
                 "ServiceName",
                 said("ServiceName", last_segment(parent(key))),
             )
-            .field("Host", address.host())
-            .field("Port", address.port())
-            .field("Weight", advertisement.weight)
+            .field("Host", place.host)
+            .field("Port", place.port)
+            .field("Weight", weight)
             .field("Enable", true)
             .field("Healthy", true)
             .field("Metadata", metadata)
+            .field("ServiceMetadata", service)
+            .field("Address", place.address)
             .field("GroupName", said("GroupName", ""))
             .field("Tag", said("Tag", ""))
-            .field(
-                "ServiceMetadata",
-                kept.take("ServiceMetadata").unwrap_or_default(),
-            )
-            .field("Address", address.as_str())
             .rest(kept.rest());
         Ok((value.to_json() + "\n").into_bytes())
     }
@@ -75,22 +71,24 @@ pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, Fo
         }
     }
     let mut metadata = object.take_map("Metadata");
-    let endpoints_said = match metadata.remove(ENDPOINTS) {
-        Some(Value::String(text)) => text,
-        _ => String::new(),
+    let said = Place {
+        host: object.take("Host").unwrap_or_default(),
+        port: object.take("Port").unwrap_or_default(),
+        address: object.take("Address").unwrap_or_default(),
+        endpoints: metadata.remove(ENDPOINTS).unwrap_or_default(),
     };
-    let ports = ports(&endpoints_said);
-    if ports == Ports::Foreign {
+    let Some(address) = said.called()? else {
         return Ok(None);
-    }
-    let mut advertisement = Advertisement::new(address(&mut object, ports)?);
+    };
+    let mut advertisement = Advertisement::new(address);
     ATTRIBUTES.read(&mut advertisement, &metadata);
-    let said = object.take("Weight").unwrap_or_default();
-    advertisement.weight = weight(&said, WEIGHT);
+    let weight_said = object.take("Weight");
+    let said_weight = weight_said.as_ref();
+    advertisement.weight = said_weight.map_or(WEIGHT, |said| weight(said, WEIGHT));
+    object.keep("Weight", weight_said, &advertisement.weight.into());
     let leftover = ATTRIBUTES.leftover(&advertisement, metadata);
     object.keep_map("Metadata", leftover);
-    let written = endpoints(&advertisement.address);
-    object.keep("endpoints", Some(endpoints_said.into()), &written.into());
+    said.keep(&mut object, &Place::of(&advertisement.address));
     for (name, written) in [
         ("ID", last_segment(key)),
         ("ServiceName", last_segment(parent(key))),
@@ -100,35 +98,86 @@ pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, Fo
         let said = object.take(name);
         object.keep(name, said, &written.into());
     }
+    let service = object.take("ServiceMetadata");
+    object.keep("ServiceMetadata", service, &Value::Null);
     advertisement.keep(NAME, object.rest());
     Ok(Some(advertisement.into()))
 }
 
-/// The host with the gRPC endpoint's port if one is named; else the address as it is, or the host with its port.
-fn address(object: &mut Object, ports: Ports) -> Result<Address, FormatError> {
-    let whole = object.take_text("Address");
-    let host = object.take_text("Host");
-    let port = object.take("Port").and_then(|port| port.as_u64());
-    let (host, port) = match (whole, host, ports) {
-        (_, Some(host), Ports::Grpc(port)) => (host, Some(port)),
-        (Some(whole), None, Ports::Grpc(port)) => {
-            let whole: Address = whole.parse()?;
-            (whole.host().to_owned(), Some(port))
+/// The fields that say together where an instance is.
+#[derive(Debug)]
+struct Place {
+    host: Value,
+    port: Value,
+    address: Value,
+    /// A text of JSON.
+    endpoints: Value,
+}
+
+impl Place {
+    fn of(address: &Address) -> Self {
+        let endpoints = json!([{ "port": address.port(), "protocol": "tri" }]);
+        Self {
+            host: address.host().into(),
+            port: address.port().into(),
+            address: address.as_str().into(),
+            endpoints: endpoints.to_string().into(),
         }
-        (Some(whole), ..) => return Ok(whole.parse()?),
-        (None, host, _) => (host.unwrap_or_default(), port),
-    };
-    let Some(port) = port else {
-        return Err(FormatError::of(
-            "has neither an address nor a host and a port",
-        ));
-    };
-    let address = if host.contains(':') {
-        format!("[{host}]:{port}")
-    } else {
-        format!("{host}:{port}")
-    };
-    Ok(address.parse()?)
+    }
+
+    /// The address that is ours to call: the host with the gRPC endpoint's port if one is named; else the address as it is, or the host
+    /// with its port. `None` if there are endpoints, and none of gRPC.
+    fn called(&self) -> Result<Option<Address>, FormatError> {
+        let text = |value: &Value| {
+            let text = value.as_str().filter(|text| !text.is_empty());
+            text.map(str::to_owned)
+        };
+        let whole = text(&self.address);
+        let (host, port) = match (ports(&self.endpoints), text(&self.host), whole) {
+            (Ports::Foreign, ..) => return Ok(None),
+            (Ports::Grpc(port), Some(host), _) => (host, Some(port)),
+            (Ports::Grpc(port), None, Some(whole)) => {
+                let whole: Address = whole.parse()?;
+                (whole.host().to_owned(), Some(port))
+            }
+            (_, _, Some(whole)) => return Ok(Some(whole.parse()?)),
+            (_, host, None) => (host.unwrap_or_default(), self.port.as_u64()),
+        };
+        let Some(port) = port else {
+            let reason = "has neither an address nor a host and a port";
+            return Err(FormatError::of(reason));
+        };
+        let address = if host.contains(':') {
+            format!("[{host}]:{port}")
+        } else {
+            format!("{host}:{port}")
+        };
+        Ok(Some(address.parse()?))
+    }
+
+    /// What was kept, if the address to call is still the one that it says.
+    fn kept(object: &mut Object, address: &Address) -> Option<Self> {
+        let written = Self::of(address);
+        let place = Self {
+            host: object.take("Host").unwrap_or(written.host),
+            port: object.take("Port").unwrap_or(written.port),
+            address: object.take("Address").unwrap_or(written.address),
+            endpoints: object.take("endpoints").unwrap_or(written.endpoints),
+        };
+        let called = place.called().ok().flatten();
+        (called.as_ref() == Some(address)).then_some(place)
+    }
+
+    fn keep(self, object: &mut Object, written: &Self) {
+        for (name, said, written) in [
+            ("Host", self.host, &written.host),
+            ("Port", self.port, &written.port),
+            ("Address", self.address, &written.address),
+            ("endpoints", self.endpoints, &written.endpoints),
+        ] {
+            object.keep(name, Some(said).filter(|said| !said.is_null()), written);
+        }
+    }
 }
 
 /// What the list of endpoints says, which is JSON inside JSON.
@@ -141,8 +190,9 @@ enum Ports {
     Grpc(u64),
 }
 
-fn ports(endpoints: &str) -> Ports {
-    let Ok(Value::Array(endpoints)) = serde_json::from_str(endpoints) else {
+fn ports(endpoints: &Value) -> Ports {
+    let text = endpoints.as_str().unwrap_or_default();
+    let Ok(Value::Array(endpoints)) = serde_json::from_str(text) else {
         return Ports::Unknown;
     };
     let ours = endpoints.iter().find(|endpoint| {
@@ -155,10 +205,6 @@ fn ports(endpoints: &str) -> Ports {
         None if !endpoints.is_empty() => Ports::Foreign,
         _ => Ports::Unknown,
     }
-}
-
-fn endpoints(address: &Address) -> String {
-    json!([{ "port": address.port(), "protocol": "tri" }]).to_string()
 }
 
 const NAME: &str = "DubboApplication";

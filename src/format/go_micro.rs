@@ -76,6 +76,10 @@ pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, Fo
     let id = node.take("id");
     node.keep("id", id, &last_segment(key).into());
     object.keep_map("node", node.rest());
+    let described = object.take("endpoints");
+    object.keep("endpoints", described, &Value::Array(Vec::new()));
+    let service = object.take_map("metadata");
+    object.keep_map("metadata", service);
     let name = object.take("name");
     object.keep("name", name, &last_segment(parent(key)).into());
     advertisement.keep(NAME, object.rest());

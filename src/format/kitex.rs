@@ -28,11 +28,12 @@ impl InstanceFormat for Kitex {
         let advertisement = instance.advertisement();
         let mut kept = Object::from(advertisement.kept(NAME));
         let network = kept.take_text("network");
+        let weight = kept.take_weight("weight", advertisement.weight, WEIGHT);
         let tags = ATTRIBUTES.write(advertisement, &kept.take_map("tags"));
         let value = Written::default()
             .field("network", network.as_deref().unwrap_or("tcp"))
             .field("address", advertisement.address.as_str())
-            .field("weight", advertisement.weight)
+            .field("weight", weight)
             .field("tags", map_or_null(tags))
             .rest(kept.rest());
         Ok(value.to_json().into_bytes())
@@ -50,8 +51,9 @@ pub(super) fn read(mut object: Object) -> Result<Instance, FormatError> {
     let mut advertisement = Advertisement::new(address.parse()?);
     let tags = object.take_map("tags");
     ATTRIBUTES.read(&mut advertisement, &tags);
-    let said = object.take("weight").unwrap_or_default();
-    advertisement.weight = weight(&said, WEIGHT);
+    let said = object.take("weight");
+    advertisement.weight = said.as_ref().map_or(WEIGHT, |said| weight(said, WEIGHT));
+    object.keep("weight", said, &advertisement.weight.into());
     let leftover = ATTRIBUTES.leftover(&advertisement, tags);
     object.keep_map("tags", leftover);
     let network = object.take("network");

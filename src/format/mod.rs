@@ -100,7 +100,7 @@ pub enum Format {
     /// the value has no address, the key is looked at for one.
     ///
     /// It guesses. An empty value whose key ends in `host:port` is an instance, whoever wrote it; JSON without an address under such a
-    /// key is `GoFrame`'s; an `@` in the key is rpcx'. Weights are as each value says, and a kitex instance (10) gets ten times the calls
+    /// key is `GoFrame`'s; an `@` in the key is rpcx', and so is a `=` in the value. Weights are as each value says, and a kitex instance (10) gets ten times the calls
     /// of one of etcd's own format (1). Name the format wherever there is only one.
     Mixed,
     /// A format of your own; see [`InstanceFormat`].

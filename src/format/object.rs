@@ -60,6 +60,13 @@ impl Object {
         }
     }
 
+    /// Takes a weight out that was kept because it is said in another way, if it still says the same.
+    pub(super) fn take_weight(&mut self, name: &str, weight: u32, default: u32) -> Value {
+        self.take(name)
+            .filter(|kept| super::attributes::weight(kept, default) == weight)
+            .unwrap_or(weight.into())
+    }
+
     /// Keeps a map under a name, unless nothing is in it.
     pub(super) fn keep_map(&mut self, name: &str, map: Map<String, Value>) {
         self.keep(name, Some(map.into()), &Map::new().into());

@@ -82,6 +82,7 @@ fn by_key(key: &str, value: &[u8]) -> Option<Format> {
     let is_address = first.parse::<Address>().is_ok();
     match value.first() {
         Some(b'{') if is_address => Some(Format::GoFrame),
+        Some(_) if is_address && value.contains(&b'=') => Some(Format::Rpcx),
         None if is_address => Some(Format::AddressInKey),
         _ => None,
     }
