@@ -1,9 +1,10 @@
 //! The door to everything: one etcd cluster, and where services live in it.
 
 use crate::address::AddressPolicy;
-use crate::channel::ChannelBuilder;
+use crate::channel::{ChannelBuilder, ChannelError, Place, Target};
 use crate::error::ConnectError;
 use crate::etcd::{Config, Credentials, Etcd};
+use crate::format::Format;
 use crate::keyspace::{Key, Keyspace};
 use crate::registration::RegistrationBuilder;
 use crate::resolver::{Resolver, ResolverBuilder};
@@ -98,7 +99,7 @@ impl Registry {
     }
 
     /// Describes a registration of a server for a service; the key will be `<prefix><service>/<instance id>`, or what its
-    /// [`Format`](crate::Format) makes of it.
+    /// [`Format`] makes of it.
     ///
     /// The service's name is not empty and has no slash; what is wrong with it is said when the registration is made.
     pub fn registration(&self, service: impl AsRef<str>) -> RegistrationBuilder {
@@ -164,6 +165,42 @@ impl Registry {
         ChannelBuilder::over(self.resolver_builder(service)).address_policy(self.policy.clone())
     }
 
+    /// Describes a channel to what grpc-go calls `etcd:///service`: the keys `service/<instance id>`, whatever the registry's prefix. With
+    /// four slashes, `etcd:////gRPC/service`, the path begins with one.
+    ///
+    /// ```no_run
+    /// # async fn run(registry: tonic_etcd::Registry) -> Result<(), Box<dyn std::error::Error>> {
+    /// let channel = registry.channel_to("etcd:///helloworld.Greeter")?.connect().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// If the target is of another form: one that names etcd members is for
+    /// [`BalancedChannel::connect`](crate::BalancedChannel::connect).
+    pub fn channel_to(
+        &self,
+        target: impl AsRef<str>,
+    ) -> Result<ChannelBuilder<ResolverBuilder>, ChannelError> {
+        Target::of_registry(target.as_ref()).map(|place| self.channel_at(place))
+    }
+
+    pub(crate) fn channel_at(&self, place: Place) -> ChannelBuilder<ResolverBuilder> {
+        let (path, format) = match place {
+            Place::Service(service) => return self.channel(service),
+            Place::Path(path) => (path, None),
+            Place::GoZero(key) => (key, Some(Format::GoZero)),
+        };
+        let mut resolver = self.resolver_at_builder([path.as_str()]);
+        if let Some(format) = format {
+            resolver = resolver.format(format);
+        }
+        ChannelBuilder::over(resolver)
+            .address_policy(self.policy.clone())
+            .service(path)
+    }
+
     /// As [`resolver_at`](Self::resolver_at), with options.
     pub fn resolver_at_builder<I>(&self, prefixes: I) -> ResolverBuilder
     where
@@ -185,7 +222,7 @@ pub struct RegistryBuilder {
 
 impl RegistryBuilder {
     /// The prefix under which services live; a trailing slash is added if it is missing. Default `/gRPC/`, and for each
-    /// [`Format`](crate::Format) of another library what that library writes. Empty, keys begin with the service's name: that is where
+    /// [`Format`] of another library what that library writes. Empty, keys begin with the service's name: that is where
     /// `etcd:///service` of grpc-go looks.
     pub fn prefix(mut self, prefix: impl AsRef<str>) -> Self {
         self.keyspace = Keyspace::new(prefix.as_ref());

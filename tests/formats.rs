@@ -23,7 +23,9 @@ use decode::{FORMATS, check};
 use proptest::prelude::*;
 use support::{client, etcd, eventually, knows, list};
 use tokio::time::Instant;
-use tonic_etcd::{AddressPolicy, Format, FormatError, Instance, InstanceFormat, Registry};
+use tonic_etcd::{
+    AddressPolicy, BalancedChannel, Format, FormatError, Instance, InstanceFormat, Registry,
+};
 
 /// A key and its value from a golden file, and what is to be read of them.
 struct Golden {
@@ -1013,4 +1015,30 @@ async fn a_mixed_prefix_is_read_whole() {
     )
     .await;
     assert_eq!(resolver.status().rejected_values, 0);
+}
+
+#[tokio::test]
+async fn go_zeros_targets_find_what_go_zero_has_registered() {
+    let etcd = etcd().await;
+    let (address, server) = support::greeter("alpha").await;
+    let key = "team/user.rpc/7587870460981677828";
+    let mut by_hand = client(&etcd).await;
+    by_hand.put(key, address.to_string(), None).await.unwrap();
+    let members = etcd.endpoints().join(",");
+    let members = members.replace("http://", "");
+    for target in [
+        format!("discov://{members}/team/user.rpc"),
+        format!("etcd:///{members}?key=team%2Fuser.rpc"),
+    ] {
+        let channel = BalancedChannel::connect(&target).await.unwrap();
+        assert_eq!(
+            channel.endpoints()[0].address.to_string(),
+            address.to_string()
+        );
+    }
+    let error = BalancedChannel::connect("etcd:///user.rpc")
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("channel_to"), "{error}");
+    server.abort();
 }

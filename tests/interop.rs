@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use interop_greeter::{BINARY, BadRequest, Details, InteropGreeter, TEXT};
+use interop_greeter::{BINARY, BadRequest, InteropGreeter, RpcStatus, TEXT};
 use nix::sys::signal::Signal;
 use peer::{Load, example, go};
 use prost::Message;
@@ -62,11 +62,11 @@ fn hello(name: &str) -> Request<HelloRequest> {
     request
 }
 
-/// A channel to servers that Go has registered, under keys that begin with the service's name.
+/// A channel to servers that Go has registered, by the target that a client in Go would have.
 async fn channel_to_go(etcd: &Etcd) -> BalancedChannel {
-    let registry = Registry::builder(etcd.endpoints()).prefix("");
-    let registry = registry.connect().await.unwrap();
-    registry.channel(SERVICE).connect().await.unwrap()
+    let registry = Registry::connect(etcd.endpoints()).await.unwrap();
+    let channel = registry.channel_to(TARGET).unwrap();
+    channel.connect().await.unwrap()
 }
 
 #[tokio::test]
@@ -87,11 +87,11 @@ async fn go_clients_follow_our_servers_through_joins_restarts_and_kills() {
         .await;
     assert_eq!(joined.failed, 0, "{joined:?}");
 
-    for index in 0..2 {
-        servers[index].signal(Signal::SIGTERM);
-        servers[index].ended().await;
-        servers[index] = example("greeter_server", &etcd);
-        let name = servers[index].name();
+    for server in &mut servers[..2] {
+        server.signal(Signal::SIGTERM);
+        server.ended().await;
+        *server = example("greeter_server", &etcd);
+        let name = server.name();
         let restarted = load.until("the new one serves", |tally| {
             tally.servers.contains_key(&name)
         });
@@ -272,7 +272,7 @@ async fn our_channel_follows_go_servers_through_joins_restarts_and_kills() {
     ];
     let channel = channel_to_go(&etcd).await;
     let callers = Callers::start(&channel);
-    let serves = async |address: &str| {
+    let is_called = async |address: &str| {
         eventually("it is called", async || {
             let endpoints = channel.endpoints();
             endpoints
@@ -283,13 +283,13 @@ async fn our_channel_follows_go_servers_through_joins_restarts_and_kills() {
     };
     servers.push(go.server(&etcd, SERVICE, "c", None).await);
     for server in &servers {
-        serves(server.address()).await;
+        is_called(server.address()).await;
     }
-    for index in 0..2 {
-        servers[index].signal(Signal::SIGTERM);
-        servers[index].ended().await;
-        servers[index] = go.server(&etcd, SERVICE, "again", None).await;
-        serves(servers[index].address()).await;
+    for server in &mut servers[..2] {
+        server.signal(Signal::SIGTERM);
+        server.ended().await;
+        *server = go.server(&etcd, SERVICE, "again", None).await;
+        is_called(server.address()).await;
     }
     assert_eq!(callers.failed(), 0, "joins and graceful restarts");
     servers[2].signal(Signal::SIGKILL);
@@ -377,7 +377,7 @@ async fn every_way(channel: BalancedChannel) {
         (status.code(), status.message()),
         (Code::InvalidArgument, "no such name: \u{fc}%")
     );
-    let details = Details::decode(status.details()).unwrap();
+    let details = RpcStatus::decode(status.details()).unwrap();
     let bad_request = BadRequest::decode(&*details.details[0].value).unwrap();
     assert_eq!(bad_request.field_violations[0].field, "name");
 

@@ -12,7 +12,7 @@ pub const BINARY: &[u8] = b"\x00\xff";
 
 /// `google.rpc.Status`.
 #[derive(Clone, PartialEq, Message)]
-pub struct Details {
+pub struct RpcStatus {
     #[prost(int32, tag = "1")]
     pub code: i32,
     #[prost(string, tag = "2")]
@@ -118,7 +118,7 @@ fn details() -> Status {
         value: bad_request.encode_to_vec(),
     };
     let message = "no such name: \u{fc}%".to_owned();
-    let details = Details {
+    let details = RpcStatus {
         code: Code::InvalidArgument as i32,
         message: message.clone(),
         details: vec![any],

@@ -29,19 +29,19 @@ pub async fn go() -> Option<Go> {
 async fn build() -> Option<Go> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/interop");
     let program = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("interop-peer");
-    let mut build = Command::new("go");
-    build.args(["build", "-o"]).arg(&program).arg(".");
+    let mut command = Command::new("go");
+    command.args(["build", "-o"]).arg(&program).arg(".");
     // The Go that is there, or none: no other is fetched.
-    build.current_dir(folder).env("GOTOOLCHAIN", "local");
-    let built = match build.output().await {
-        Ok(built) => built,
+    command.current_dir(folder).env("GOTOOLCHAIN", "local");
+    let output = match command.output().await {
+        Ok(output) => output,
         Err(error) => return left_out(&format!("no Go: {error}")),
     };
-    let said = String::from_utf8_lossy(&built.stderr);
-    if !built.status.success() && said.contains("requires go >=") {
+    let said = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() && said.contains("requires go >=") {
         return left_out(said.trim());
     }
-    assert!(built.status.success(), "go build: {said}");
+    assert!(output.status.success(), "go build: {said}");
     Some(Go(program))
 }
 
@@ -101,7 +101,7 @@ impl Go {
         let line = timeout(SOON, peer.lines.next_line()).await.unwrap();
         let line = line.unwrap().expect("it has started");
         let address = line.strip_prefix("serving ").expect("it serves");
-        peer.address = address.to_owned();
+        address.clone_into(&mut peer.address);
         peer
     }
 }
