@@ -12,17 +12,17 @@ use crate::address::Address;
 use crate::backoff::jittered;
 use crate::error::{Endpoints, EtcdError, RegisterError};
 use crate::etcd::{Etcd, Token, Watch};
-use crate::format::{Format, FormatError, MAX_VALUE, MAX_WEIGHT};
-use crate::instance::{Advertisement, Instance};
 use crate::keyspace::{Event, GuardedPut, Key, LeaseId, Range};
 
 mod builder;
+mod entry;
 mod lease;
 mod state;
 
 pub use builder::RegistrationBuilder;
 pub use state::RegistrationState;
 
+use entry::Entry;
 use lease::{Command, Machine, Phase};
 
 /// A registered server. It stays registered, whatever happens to etcd, until it is [deregistered](Self::deregister).
@@ -51,84 +51,6 @@ pub struct Registration {
     change_timeout: Duration,
     requests: mpsc::Sender<Request>,
     states: watch::Receiver<RegistrationState>,
-}
-
-/// What is kept in etcd.
-#[derive(Clone, Debug)]
-struct Entry {
-    key: Key,
-    instance: Instance,
-    format: Format,
-    ttl: Duration,
-    /// The value that was checked.
-    value: Vec<u8>,
-}
-
-impl Entry {
-    /// Checks that the format has room for all of it.
-    fn new(
-        key: &str,
-        advertisement: Advertisement,
-        format: Format,
-        ttl: Duration,
-    ) -> Result<Self, FormatError> {
-        let instance = Instance::from(advertisement);
-        let value = format.encode(key, &instance)?;
-        let entry = Self {
-            key: Key::from(key),
-            instance,
-            format,
-            ttl,
-            value,
-        };
-        entry.check_room()?;
-        Ok(entry)
-    }
-
-    /// As large as it can become: what is written later must not be refused by its readers.
-    fn check_room(&self) -> Result<(), FormatError> {
-        let mut largest = self.instance.clone();
-        largest.advertisement_mut().weight = MAX_WEIGHT;
-        largest.advertisement_mut().leaving = true;
-        let size = self.format.write(&self.key.to_string(), &largest)?.len();
-        if size > MAX_VALUE {
-            return Err(FormatError::new(format!(
-                "can make the value {size} bytes long, over the limit of {MAX_VALUE}; use less metadata"
-            )));
-        }
-        Ok(())
-    }
-
-    /// The entry with another weight, if its format has room for that.
-    fn weighted(&self, weight: u32) -> Result<Self, FormatError> {
-        let instance = self.instance.clone().with_weight(weight);
-        let value = self.format.encode(&self.key.to_string(), &instance)?;
-        Ok(Self {
-            instance,
-            value,
-            ..self.clone()
-        })
-    }
-
-    fn leaving(&self) -> Instance {
-        let mut leaving = self.instance.clone();
-        leaving.advertisement_mut().leaving = true;
-        leaving
-    }
-
-    /// Whether the format can say that the server is leaving.
-    fn says_goodbye(&self) -> bool {
-        let key = self.key.to_string();
-        self.format.encode(&key, &self.leaving()).is_ok()
-    }
-
-    fn encode(&self, leaving: bool) -> Vec<u8> {
-        if !leaving {
-            return self.value.clone();
-        }
-        let value = self.format.write(&self.key.to_string(), &self.leaving());
-        value.unwrap_or_else(|_| self.value.clone())
-    }
 }
 
 /// What the owner asks of the task. The answer comes when it is done.
