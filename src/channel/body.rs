@@ -131,6 +131,8 @@ impl Stream {
                 let code = frame.trailers_ref().and_then(code);
                 if code.is_some_and(status::is_server_failure) {
                     self.ticket.on_failure(Instant::now());
+                } else if code == Some(Code::Ok) {
+                    self.core.on_success();
                 }
                 frame.is_trailers()
             }

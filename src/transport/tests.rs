@@ -17,7 +17,7 @@ use tonic::Status;
 use tonic::body::Body;
 
 use super::http2::{Connection, Leave, OpenError, Settings, is_unprocessed};
-use super::pump::{Exchange, Incoming, Outgoing, Pumped};
+use super::pump::{Exchange, Incoming, Outgoing, Pumped, Recall};
 
 type Accepted = (Request<RecvStream>, SendResponse<Bytes>);
 
@@ -66,7 +66,7 @@ impl Pair {
     }
 
     fn send(&self, body: Outgoing) -> Exchange {
-        Exchange::start(&self.client, request(), body).expect("sent")
+        Exchange::start(&self.client, request(), body, Recall::Never).expect("sent")
     }
 
     async fn accept(&mut self) -> Accepted {
@@ -227,7 +227,7 @@ async fn calls_above_a_goaway_are_unprocessed_and_the_connection_leaves() {
     pair.order(Order::GoAway(Reason::NO_ERROR));
     let left = timeout(PATIENCE, pair.left.recv()).await.expect("in time");
     assert!(left.expect("a reason").is_graceful());
-    match Exchange::start(&pair.client, request(), single()) {
+    match Exchange::start(&pair.client, request(), single(), Recall::Never) {
         Err((OpenError::Gone(_), Outgoing::Single(_))) => {}
         other => panic!("nothing can be sent any more, but {other:?}"),
     }
@@ -335,7 +335,7 @@ async fn an_error_that_h2_detects_itself_proves_nothing() {
         .await
         .expect("in time")
         .expect("a connection");
-    let mut exchange = Exchange::start(&client, request(), single()).expect("sent");
+    let mut exchange = Exchange::start(&client, request(), single(), Recall::Never).expect("sent");
     let error = head(&mut exchange).await.expect_err("a protocol error");
     assert!(
         error.is_go_away(),
@@ -352,7 +352,7 @@ async fn a_malformed_request_is_told_from_a_lost_connection() {
     malformed
         .headers_mut()
         .insert("connection", "close".parse().expect("a value"));
-    match Exchange::start(&pair.client, malformed, single()) {
+    match Exchange::start(&pair.client, malformed, single(), Recall::Never) {
         Err((OpenError::Malformed(_), _)) => {}
         other => panic!("HTTP/2 has no such header, but {other:?}"),
     }

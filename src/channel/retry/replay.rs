@@ -1,4 +1,4 @@
-//! Sending again what was certainly not processed.
+//! One attempt, as the policy counts: sending again what was certainly not processed.
 
 use std::sync::Arc;
 
@@ -8,77 +8,91 @@ use tonic::Status;
 
 use super::tried::Tried;
 use super::wait::wait;
-use crate::channel::body::ResponseBody;
-use crate::channel::call::{Attempt, Call, Kept, Retrying, Try, answer};
+use crate::balance::Endpoint;
+use crate::channel::call::{Attempt, Call, Try};
 use crate::channel::{Core, status};
 use crate::transport::deadline::Deadline;
 use crate::transport::http2::is_unprocessed;
-use crate::transport::pump::{Outgoing, Pumped};
+use crate::transport::pump::{Incoming, Outgoing, Pumped};
 
-/// Goes on after the first try has failed before its response's head.
-pub(in crate::channel) fn after_failure(
-    core: Arc<Core>,
-    call: Call,
-    attempt: Attempt,
-    error: h2::Error,
-    deadline: Option<Deadline>,
-) -> Retrying {
-    Box::pin(async move {
-        let mut tried = Tried::default();
-        let body = recover(&core, attempt, error, &mut tried).await?;
-        run(core, call, body, tried, deadline).await
-    })
+/// An attempt whose response's head is here, whatever it says.
+pub(super) struct Answered {
+    pub(super) attempt: Attempt,
+    pub(super) head: Response<Incoming>,
 }
 
-/// Picks, sends, and does it again, until there is a response or no hope of one. Who polls this keeps the deadline.
-pub(in crate::channel) async fn run(
-    core: Arc<Core>,
-    mut call: Call,
-    mut body: Outgoing,
-    mut tried: Tried,
-    deadline: Option<Deadline>,
-) -> Result<Response<ResponseBody>, Status> {
-    loop {
-        if tried.is_exhausted() {
-            return Err(tried.into_status(&core, &core.shared().summary(), "refused"));
+/// An attempt without a response.
+pub(super) struct Failed {
+    pub(super) status: Status,
+    /// Where, if it got anywhere.
+    pub(super) endpoint: Option<Arc<Endpoint>>,
+    /// For another attempt, if there can be one.
+    pub(super) body: Option<Outgoing>,
+}
+
+impl Failed {
+    /// No other attempt would end otherwise.
+    fn for_good(status: Status) -> Self {
+        Self {
+            status,
+            endpoint: None,
+            body: None,
         }
-        let (ticket, rest) = wait(&core, tried, call.wait_for_ready).await?;
-        tried = rest;
-        let mut attempt = match Attempt::start(&core, &mut call, ticket, body, deadline, Try::Later)
-        {
-            Ok(attempt) => attempt,
-            Err(unsent) => {
-                body = unsent.into_retry(&core, &mut tried)?;
-                continue;
-            }
-        };
-        match std::future::poll_fn(|cx| attempt.exchange.poll_head(cx)).await {
-            Ok(response) => return Ok(answer(core, &mut call, response, attempt.ticket, deadline)),
-            Err(error) => body = recover(&core, attempt, error, &mut tried).await?,
+    }
+
+    fn unsent(status: Status, body: Outgoing) -> Self {
+        Self {
+            status,
+            endpoint: None,
+            body: Some(body),
         }
     }
 }
 
-/// After a try that has failed before its head: the body for another one, or what the caller is told.
-async fn recover(
+/// Picks, sends, and does it again, until there is a response or no hope of one. Who polls this keeps the deadline.
+pub(super) async fn send(
+    core: &Core,
+    call: &mut Call,
+    mut body: Outgoing,
+    tried: &mut Tried,
+    which: Try,
+    deadline: Option<Deadline>,
+) -> Result<Answered, Failed> {
+    loop {
+        let ticket = match wait(core, tried, call.wait_for_ready).await {
+            Ok(ticket) => ticket,
+            Err(status) => return Err(Failed::unsent(status, body)),
+        };
+        let mut attempt = match Attempt::start(core, call, ticket, body, deadline, which) {
+            Ok(attempt) => attempt,
+            Err(unsent) => {
+                let rest = unsent.into_retry(core, tried);
+                body = rest.map_err(Failed::for_good)?;
+                continue;
+            }
+        };
+        match std::future::poll_fn(|cx| attempt.exchange.poll_head(cx)).await {
+            Ok(head) => return Ok(Answered { attempt, head }),
+            Err(error) => body = recover(core, attempt, error, tried).await?,
+        }
+    }
+}
+
+/// After a try that has failed before its head: the body for another one, or how the attempt has ended.
+pub(super) async fn recover(
     core: &Core,
     attempt: Attempt,
     error: h2::Error,
     tried: &mut Tried,
-) -> Result<Outgoing, Status> {
+) -> Result<Outgoing, Failed> {
     let Attempt {
         exchange,
         mut ticket,
         kept,
     } = attempt;
-    let body = match kept {
-        Kept::Empty => Some(Outgoing::Empty),
-        Kept::Single(frame) => Some(Outgoing::Single(frame)),
-        Kept::Pumped => match exchange.into_pumped().await {
-            Some(Pumped::Returned(body)) => Some(body),
-            Some(Pumped::Failed(status)) => return Err(status),
-            Some(Pumped::Spent) | None => None,
-        },
+    let body = match kept.body() {
+        Some(body) => Some(body),
+        None => given_back(exchange.into_pumped().await).map_err(Failed::for_good)?,
     };
     let address = ticket.endpoint().address();
     match body {
@@ -88,10 +102,32 @@ async fn recover(
             tried.add_refused(&ticket, error);
             Ok(body)
         }
-        _ => {
+        body => {
             let status = status::broken(&core.service, address, error);
             ticket.on_failure(Instant::now());
-            Err(status)
+            Err(Failed {
+                status,
+                endpoint: Some(Arc::clone(ticket.endpoint())),
+                body,
+            })
         }
+    }
+}
+
+impl Answered {
+    /// The body for another attempt. None if it cannot be had again; the caller's own failure, if that is what became of it.
+    pub(super) async fn take_body(&mut self) -> Result<Option<Outgoing>, Status> {
+        match self.attempt.kept.body() {
+            Some(body) => Ok(Some(body)),
+            None => given_back(self.head.body_mut().recall().await),
+        }
+    }
+}
+
+fn given_back(pumped: Option<Pumped>) -> Result<Option<Outgoing>, Status> {
+    match pumped {
+        Some(Pumped::Returned(body)) => Ok(Some(body)),
+        Some(Pumped::Failed(status)) => Err(status),
+        Some(Pumped::Spent) | None => Ok(None),
     }
 }

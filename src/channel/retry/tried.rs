@@ -8,12 +8,14 @@ use crate::address::Address;
 use crate::balance::{Endpoint, Member, Pick, Summary, Ticket};
 use crate::channel::{Core, status};
 
-/// Where a call has been without being processed.
+/// Where a call has been: without being processed in this attempt, and at all in earlier ones.
 #[derive(Default)]
 pub(in crate::channel) struct Tried {
     endpoints: Vec<Arc<Endpoint>>,
     connections: Vec<Arc<Member>>,
     last: Option<Failure>,
+    /// Endpoints of attempts before this one, or beside it, the latest last. They are used again only where no other is ready.
+    avoided: Vec<Arc<Endpoint>>,
 }
 
 /// How a try ended.
@@ -38,6 +40,19 @@ impl Tried {
         self.add_gone(ticket, error);
     }
 
+    /// Notes an endpoint that is to be used for another attempt only where no other is ready.
+    pub(super) fn avoid(&mut self, endpoint: Arc<Endpoint>) {
+        self.avoided.push(endpoint);
+    }
+
+    /// Begins another attempt. What has refused the last one is not forgotten, but not ruled out any more.
+    pub(super) fn next_attempt(&mut self, failed: Option<Arc<Endpoint>>) {
+        let refused = std::mem::take(&mut self.endpoints);
+        self.avoided.extend(refused.into_iter().chain(failed));
+        self.connections.clear();
+        self.last = None;
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.connections.is_empty()
     }
@@ -53,32 +68,56 @@ impl Tried {
 
     pub(super) fn pick(&self, core: &Core, summary: &Summary) -> Pick<Ticket> {
         let shared = core.shared();
-        let not_tried = |member: &Arc<Member>| {
-            !self
-                .connections
-                .iter()
-                .any(|tried| Arc::ptr_eq(tried, member))
-        };
-        let elsewhere = |member: &Arc<Member>| {
-            not_tried(member)
-                && !self
-                    .endpoints
-                    .iter()
-                    .any(|tried| tried.address() == member.endpoint().address())
-        };
-        match shared.pick(elsewhere) {
+        if !self.avoided.is_empty() {
+            let last = self.avoided.last();
+            let is_last = |member: &Arc<Member>| last.is_some_and(|last| is_at(last, member));
+            match self.pick_new(core) {
+                Pick::Excluded => {}
+                pick => return pick,
+            }
+            match shared.pick(|member| self.is_open(member) && !is_last(member)) {
+                Pick::Excluded => {}
+                pick => return pick,
+            }
+        }
+        match shared.pick(|member| self.is_open(member)) {
             // Where every endpoint has been tried, another connection to one of them is another server more often than not.
-            Pick::Excluded if self.endpoints.len() >= summary.endpoints => shared.pick(not_tried),
+            Pick::Excluded if self.endpoints.len() >= summary.endpoints => {
+                shared.pick(|member| self.is_untried(member))
+            }
             pick => pick,
         }
     }
 
-    pub(super) fn into_status(self, core: &Core, summary: &Summary, why: &str) -> Status {
-        match self.last {
+    /// Picks an endpoint that the call has not been to in any attempt.
+    pub(super) fn pick_new(&self, core: &Core) -> Pick<Ticket> {
+        let avoided = |member: &Arc<Member>| self.avoided.iter().any(|one| is_at(one, member));
+        core.shared()
+            .pick(|member| self.is_open(member) && !avoided(member))
+    }
+
+    /// Whether neither the connection nor its endpoint was tried in this attempt.
+    fn is_open(&self, member: &Arc<Member>) -> bool {
+        self.is_untried(member) && !self.endpoints.iter().any(|tried| is_at(tried, member))
+    }
+
+    fn is_untried(&self, member: &Arc<Member>) -> bool {
+        let mut tried = self.connections.iter();
+        !tried.any(|tried| Arc::ptr_eq(tried, member))
+    }
+
+    /// What the caller is told if there is no way on. Asked once.
+    pub(super) fn take_status(&mut self, core: &Core, summary: &Summary, why: &str) -> Status {
+        match self.last.take() {
             Some(Failure { address, error }) => status::broken(&core.service, &address, error),
             None => status::unready(core, summary, why),
         }
     }
+}
+
+/// Whether a connection is to this endpoint, or to one of the same address that has been registered anew.
+fn is_at(endpoint: &Endpoint, member: &Member) -> bool {
+    endpoint.address() == member.endpoint().address()
 }
 
 /// How often a call is sent again at most.

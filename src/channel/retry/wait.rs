@@ -12,10 +12,13 @@ use crate::channel::{Core, status};
 /// Waits for a place on a connection that was not tried, as long as there is reason to.
 pub(super) async fn wait(
     core: &Core,
-    tried: Tried,
+    tried: &mut Tried,
     wait_for_ready: bool,
-) -> Result<(Ticket, Tried), Status> {
+) -> Result<Ticket, Status> {
     let shared = core.shared();
+    if tried.is_exhausted() {
+        return Err(tried.take_status(core, &shared.summary(), "refused"));
+    }
     let mut place = None;
     loop {
         // Registered before the look, so that nothing that happens after it is missed.
@@ -28,7 +31,7 @@ pub(super) async fn wait(
         }
         let summary = shared.summary();
         let verdict = match tried.pick(core, &summary) {
-            Pick::Taken(ticket) => return Ok((ticket, tried)),
+            Pick::Taken(ticket) => return Ok(ticket),
             Pick::Full => {
                 shared.demand();
                 Verdict::Wait(None)
@@ -38,7 +41,7 @@ pub(super) async fn wait(
             Pick::Empty => Verdict::without_ready(core, &summary, wait_for_ready),
         };
         let until = match verdict {
-            Verdict::Fail(why) => return Err(tried.into_status(core, &summary, why)),
+            Verdict::Fail(why) => return Err(tried.take_status(core, &summary, why)),
             Verdict::Wait(until) => until,
         };
         if place.is_none() {
@@ -116,7 +119,8 @@ impl Verdict {
     }
 }
 
-async fn sleep_until(until: Option<Instant>) {
+/// Waits until then, or for ever.
+pub(super) async fn sleep_until(until: Option<Instant>) {
     match until {
         Some(until) => tokio::time::sleep_until(until).await,
         None => std::future::pending().await,
