@@ -67,7 +67,9 @@
 //! | When | What the library does | How soon |
 //! |---|---|---|
 //! | etcd is down | Clients keep the last set and say [`Stale`](ResolverState::Stale); servers serve on and retry. | With etcd back: watching within about 5 s, renewed within about 3 s. |
-//! | etcd is wiped | Servers register again. Clients follow the store, and until then their set is smaller or empty; calls in flight finish. | About 8 s at most; clients about 5 s. |
+//! | etcd is wiped | Servers register again. Clients follow the store, and hold what they miss there as in the next row. | About 8 s at most; clients about 5 s. |
+//! | Most instances vanish from etcd at once | Those beyond half of the set are [held](ResolverBuilder::mass_removal_hold): called while nothing else is ready, over the connections that are there. Who deregisters or pauses is not held. | Until half is back, or for 30 s |
+//! | etcd loses events of a watch | A comparison with a list of the keys finds it. | [5 minutes](ResolverBuilder::reconcile_interval) at most |
 //! | One of several members is dead or frozen | What fails there moves on to the next. | Dead: at once. Frozen: 2 s for a request, 8 s for a watch. |
 //! | The watch was compacted away | Lists again and hands on the differences only. | 0.1 s |
 //! | Lease lost, key deleted | The server puts its key back. | At once, or at the next renewal (5 s); after an outage up to 5 s more, at random. |
@@ -90,6 +92,7 @@
 //!
 //! - none by default: all of the above over plaintext;
 //! - `tls`: TLS to etcd and to servers, with rustls;
+//! - `health`: the gRPC health service of a registered server, [`RegistrationBuilder::health`];
 //! - `testing`: a real etcd for tests, in the module `testing` (Unix only).
 //!
 //! # Requirements
@@ -116,7 +119,10 @@ pub mod testing;
 mod transport;
 
 pub use address::{Address, AddressError, AddressPolicy};
-pub use balance::{EndpointState, EndpointStatus, Policy};
+pub use balance::{EndpointState, EndpointStatus, OutlierDetection, Policy};
+#[cfg(feature = "__bench")]
+#[doc(hidden)]
+pub use channel::bench as __bench;
 pub use channel::{
     BalancedChannel, ChannelBuilder, ChannelError, HedgingPolicy, ResponseBody, ResponseFuture,
     RetryBudget, RetryPolicy, ServedBy, WaitForReady,
@@ -126,9 +132,9 @@ pub use format::Format;
 pub use instance::Instance;
 pub use ipnet::IpNet;
 pub use keyspace::{LeaseId, Revision};
-pub use registration::{Registration, RegistrationBuilder, RegistrationState};
+pub use registration::{Registration, RegistrationBuilder, RegistrationState, ServerState};
 pub use registry::{Registry, RegistryBuilder};
-pub use resolver::{Resolver, ResolverBuilder, ResolverState, ResolverStatus};
+pub use resolver::{Feedback, Resolver, ResolverBuilder, ResolverState, ResolverStatus};
 pub use server::ServeRegistered;
 #[cfg(feature = "tls")]
 #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]

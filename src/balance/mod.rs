@@ -23,13 +23,15 @@ mod driver;
 mod endpoint;
 mod feed;
 mod load;
+mod outlier;
 mod picker;
 mod pool;
 mod subchannel;
 
-pub(crate) use endpoint::{Endpoint, Member, Ticket, Waiters};
+pub(crate) use endpoint::{Blame, Endpoint, Member, Ticket, Waiters};
 pub use endpoint::{EndpointState, EndpointStatus};
 pub(crate) use feed::Feed;
+pub use outlier::OutlierDetection;
 pub(crate) use picker::Pick;
 pub use picker::Policy;
 
@@ -45,6 +47,20 @@ pub(crate) struct Options {
     pub(crate) connections_per_endpoint: usize,
     pub(crate) max_backoff: Duration,
     pub(crate) max_waiters: usize,
+    pub(crate) outlier_detection: Option<OutlierDetection>,
+    /// How long a new endpoint takes to its full share.
+    pub(crate) slow_start: Option<Duration>,
+    pub(crate) on_refused: Option<OnRefused>,
+}
+
+/// Whom to tell that an address, though it is announced, takes no connections. Called by the driver for each attempt, so it never waits.
+#[derive(Clone)]
+pub(crate) struct OnRefused(pub(crate) Arc<dyn Fn(&Address) + Send + Sync>);
+
+impl std::fmt::Debug for OnRefused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("OnRefused").finish_non_exhaustive()
+    }
 }
 
 impl Default for Options {
@@ -55,6 +71,9 @@ impl Default for Options {
             connections_per_endpoint: 1,
             max_backoff: MAX_BACKOFF,
             max_waiters: MAX_WAITERS,
+            outlier_detection: None,
+            slow_start: None,
+            on_refused: None,
         }
     }
 }
@@ -170,6 +189,18 @@ impl Shared {
         let mut statuses: Vec<_> = known.iter().map(|endpoint| endpoint.status()).collect();
         statuses.sort_by(|a, b| a.address.cmp(&b.address));
         statuses
+    }
+
+    /// Shows an endpoint no more.
+    fn forget(&self, endpoint: &Arc<Endpoint>) {
+        let mut directory = self.directory();
+        // The address may have been registered again, with an endpoint of its own.
+        if directory
+            .get(endpoint.address())
+            .is_some_and(|known| Arc::ptr_eq(known, endpoint))
+        {
+            directory.remove(endpoint.address());
+        }
     }
 
     fn directory(&self) -> MutexGuard<'_, HashMap<Address, Arc<Endpoint>>> {

@@ -14,12 +14,12 @@ use tower::discover::Change;
 use super::retry::Plans;
 use super::{BalancedChannel, ChannelError, Core};
 use crate::address::{Address, AddressPolicy};
-use crate::balance::{Balancer, Feed, Options, Policy};
+use crate::balance::{Balancer, Feed, OnRefused, Options, OutlierDetection, Policy};
 use crate::instance::Instance;
 use crate::resolver::{Resolver, ResolverBuilder, ResolverState};
 use crate::transport::connect::Connector;
 use crate::transport::deadline;
-use crate::transport::http2::KeepAlive;
+use crate::transport::pings::KeepAlive;
 #[cfg(feature = "tls")]
 use crate::transport::tls::{Tls, TlsConfig};
 
@@ -61,6 +61,21 @@ impl<S> ChannelBuilder<S> {
     /// How an endpoint is chosen. Default [`Policy::Latency`].
     pub fn policy(mut self, policy: Policy) -> Self {
         self.options.policy = policy;
+        self
+    }
+
+    /// Takes endpoints that fail much more than the others out of use for a while. Off by default; that an endpoint does not answer any more
+    /// is noticed in any case.
+    pub fn outlier_detection(mut self, detection: OutlierDetection) -> Self {
+        self.options.outlier_detection = Some(detection);
+        self
+    }
+
+    /// How long an endpoint that has just become ready takes to its full share: its weight grows from a tenth, as Envoy's slow start has it.
+    /// Off by default: a new endpoint counts as no faster than the others, which keeps it from being flooded. For servers that are slow
+    /// while they are cold.
+    pub fn slow_start(mut self, window: Duration) -> Self {
+        self.options.slow_start = (!window.is_zero()).then_some(window);
         self
     }
 
@@ -256,11 +271,14 @@ impl<S> ChannelBuilder<S> {
             .service
             .is_none()
             .then(|| resolver.service().to_owned());
-        let this = Self {
+        let feedback = resolver.feedback();
+        let mut this = Self {
             service: self.service.or(named),
-            source: self.source,
             ..self
         };
+        this.options.on_refused = Some(OnRefused(Arc::new(move |address| {
+            feedback.refused(address);
+        })));
         this.build(Feed::known_after(resolver, known), Some(Box::new(trouble)))
     }
 }

@@ -14,57 +14,14 @@ use tonic::body::Body;
 use tonic::{Code, Status};
 
 use super::body::{ResponseBody, code};
+use super::extension::{ServedBy, WaitForReady};
 use super::headers::{self, Headers};
 use super::retry::{self, Tried};
 use super::{Core, status};
-use crate::address::Address;
 use crate::balance::{Pick, Ticket};
 use crate::transport::deadline::{self, Deadline, GRPC_TIMEOUT};
 use crate::transport::http2::OpenError;
 use crate::transport::pump::{Exchange, Incoming, Outgoing, Recall};
-
-/// A request extension: whether this call waits for an endpoint where it would fail at once, whatever the channel's default.
-///
-/// The deadline still holds; without one, the call may wait for ever.
-///
-/// ```
-/// use tonic_etcd::WaitForReady;
-///
-/// let mut request = tonic::Request::new("world");
-/// request.extensions_mut().insert(WaitForReady::new(true));
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WaitForReady(bool);
-
-impl WaitForReady {
-    /// Waits, or does not.
-    #[must_use]
-    pub const fn new(wait: bool) -> Self {
-        Self(wait)
-    }
-}
-
-/// A response extension: the endpoint that has served the call.
-///
-/// ```
-/// use tonic_etcd::ServedBy;
-///
-/// fn log<T>(response: &tonic::Response<T>) {
-///     if let Some(served_by) = response.extensions().get::<ServedBy>() {
-///         println!("served by {}", served_by.address());
-///     }
-/// }
-/// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ServedBy(Address);
-
-impl ServedBy {
-    /// The endpoint's address.
-    #[must_use]
-    pub fn address(&self) -> &Address {
-        &self.0
-    }
-}
 
 pin_project! {
     /// The future of a call's response. Dropping it cancels the call at the server.
@@ -207,6 +164,10 @@ impl Future for ResponseFuture {
         // The attempt goes with the state, which resets the stream.
         let (core, doing) = match std::mem::replace(this.state, State::Done) {
             State::Retry(core, _) => (Some(core), "waiting for an endpoint"),
+            State::Sent(mut attempt) => {
+                attempt.ticket.on_overdue(Instant::now());
+                (this.core.take(), "waiting for the response")
+            }
             _ => (this.core.take(), "waiting for the response"),
         };
         match core {
@@ -377,9 +338,7 @@ pub(super) fn answer(
     deadline: Option<Deadline>,
 ) -> Response<ResponseBody> {
     let status_code = code(response.headers());
-    let failed =
-        !response.status().is_success() || status_code.is_some_and(status::is_server_failure);
-    ticket.on_head(Instant::now(), failed);
+    ticket.on_head(Instant::now(), status::head_blame(&response, status_code));
     if status_code == Some(Code::Ok) {
         core.on_success();
     }

@@ -13,10 +13,13 @@ use tower::Service;
 
 use crate::balance::{Balancer, EndpointStatus, Shared};
 
+#[cfg(feature = "__bench")]
+pub mod bench;
 mod body;
 mod builder;
 mod call;
 mod error;
+mod extension;
 mod headers;
 mod retry;
 mod status;
@@ -25,8 +28,9 @@ mod target;
 
 pub use body::ResponseBody;
 pub use builder::ChannelBuilder;
-pub use call::{ResponseFuture, ServedBy, WaitForReady};
+pub use call::ResponseFuture;
 pub use error::ChannelError;
+pub use extension::{ServedBy, WaitForReady};
 pub use retry::{HedgingPolicy, RetryBudget, RetryPolicy};
 
 use call::Call;

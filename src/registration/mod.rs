@@ -18,9 +18,14 @@ use crate::keyspace::{Event, GuardedPut, Key, LeaseId, Range};
 
 mod builder;
 mod lease;
+mod serve;
 mod state;
 
 pub use builder::RegistrationBuilder;
+#[cfg(feature = "health")]
+pub(crate) use serve::Health;
+pub(crate) use serve::ServeOptions;
+pub use serve::ServerState;
 pub use state::RegistrationState;
 
 use lease::{Command, Machine, Phase};

@@ -333,7 +333,8 @@ async fn the_deadline_spans_all_attempts() {
     let status = say_within(&channel, Some(Duration::from_millis(400))).await;
     let status = status.unwrap_err();
     assert_eq!(status.code(), Code::DeadlineExceeded);
-    let listed = format!("(1 attempt: {} Unavailable; another", servers[0].address);
+    let address = &servers[0].address;
+    let listed = format!("(2 attempts: {address} Unavailable, {address} DeadlineExceeded)");
     assert!(status.message().contains("400ms"), "{status}");
     assert!(status.message().contains(&listed), "{status}");
     let left = |seen: &script::Seen| seen.timeout.clone().expect("a timeout");

@@ -6,8 +6,9 @@ use tower::discover::Change;
 
 use super::{Class, Driver, Known, State, SubchannelId};
 use crate::address::Address;
-use crate::balance::endpoint::{Endpoint, EndpointState, Member};
+use crate::balance::endpoint::{Endpoint, Tally};
 use crate::balance::feed::Batch;
+use crate::balance::outlier::Ejection;
 use crate::balance::subchannel::{ConnectBackoff, Subchannel};
 use crate::instance::Instance;
 
@@ -50,11 +51,14 @@ impl Driver {
         if before.is_last_resort() != last_resort {
             tracing::info!(%address, last_resort, "endpoint changed its rank");
         }
+        if fresh {
+            known.ejection = Ejection::default();
+        }
         for id in subchannels {
             if before.is_last_resort() && !last_resort {
                 self.enqueue(id);
             }
-            self.update(id, weight, last_resort, fresh);
+            self.update(id, last_resort, fresh);
         }
         self.reclassify(address);
     }
@@ -72,6 +76,9 @@ impl Driver {
             instance,
             subchannels: Vec::new(),
             class: Class::Failing,
+            ejection: Ejection::default(),
+            started: None,
+            judged: Tally::default(),
         };
         self.known.insert(address.clone(), known);
         self.summary.endpoints = self.known.len();
@@ -95,14 +102,14 @@ impl Driver {
         }
     }
 
-    pub(super) fn update(&mut self, id: SubchannelId, weight: u32, last_resort: bool, fresh: bool) {
+    pub(super) fn update(&mut self, id: SubchannelId, last_resort: bool, fresh: bool) {
         let Some((address, state)) = self.subchannels.remove(&id) else {
             return;
         };
         let state = match state {
-            State::Ready(subchannel) => {
-                self.enlist(id, subchannel.member(), weight, last_resort);
-                State::Ready(subchannel)
+            State::Ready(subchannel) if fresh && subchannel.is_stalled() => {
+                // Whoever is registered now is not the one that does not answer.
+                State::Idle(self.abandon(id, &address, subchannel))
             }
             State::Connecting(subchannel) if last_resort => State::Idle(subchannel.cancel()),
             State::TransientFailure(subchannel) if last_resort => State::Idle(subchannel.retry()),
@@ -115,26 +122,7 @@ impl Driver {
             state => state,
         };
         self.subchannels.insert(id, (address, state));
-    }
-
-    pub(super) fn enlist(
-        &mut self,
-        id: SubchannelId,
-        member: &Arc<Member>,
-        weight: u32,
-        last_resort: bool,
-    ) {
-        let (here, there) = if last_resort {
-            (&mut self.last_resort, &mut self.primary)
-        } else {
-            (&mut self.primary, &mut self.last_resort)
-        };
-        if there.remove(&id) {
-            here.insert(id, Arc::clone(member), weight);
-            self.publish_now();
-        } else if here.reweigh(&id, weight) {
-            self.publish_soon();
-        }
+        self.place(id);
     }
 
     pub(super) fn remove(&mut self, address: &Address) {
@@ -159,11 +147,7 @@ impl Driver {
                 self.draining.push((Arc::clone(&known.endpoint), draining));
             }
         }
-        if drains {
-            known.endpoint.set_state(EndpointState::Draining);
-        } else {
-            self.shared.directory().remove(address);
-        }
+        self.removed.push((known.endpoint, drains));
         self.summary.endpoints = self.known.len();
         self.publish_now();
     }
@@ -171,26 +155,6 @@ impl Driver {
     pub(super) fn evict(&mut self, id: SubchannelId) {
         if self.primary.remove(&id) || self.last_resort.remove(&id) {
             self.publish_now();
-        }
-    }
-
-    pub(super) fn grow(&mut self) {
-        let limit = self.options.connections_per_endpoint + 1;
-        let full = |known: &Known| {
-            !known.instance.is_last_resort()
-                && known.subchannels.len() < limit
-                && known.subchannels.iter().all(|id| {
-                    matches!(self.subchannels.get(id), Some((_, State::Ready(ready))) if ready.member().is_full())
-                })
-        };
-        let full: Vec<_> = self.known.iter().filter(|(_, known)| full(known)).collect();
-        let full: Vec<_> = full
-            .into_iter()
-            .map(|(address, _)| address.clone())
-            .collect();
-        for address in full {
-            tracing::debug!(%address, "every stream is in use: one more connection");
-            self.add_subchannel(&address, true);
         }
     }
 }

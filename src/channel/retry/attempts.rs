@@ -1,8 +1,6 @@
 //! The attempts of a call, one after the other.
 
-use std::pin::pin;
 use std::sync::Arc;
-use std::task::Poll;
 
 use http::{HeaderName, Response};
 use tokio::time::Instant;
@@ -49,10 +47,8 @@ pub(in crate::channel) async fn run(
     deadline: Option<Deadline>,
 ) -> Result<Response<ResponseBody>, Status> {
     let mut attempts = Attempts::new(core, call, tried, deadline);
-    match attempts.attempt(body).await {
-        Some(outcome) => attempts.go_on(outcome).await,
-        None => Err(attempts.closing.overdue("waiting for an endpoint", None)),
-    }
+    let outcome = attempts.attempt(body).await;
+    attempts.go_on(outcome).await
 }
 
 /// What one attempt came to.
@@ -91,16 +87,11 @@ impl Attempts {
             self.leave(outcome);
             tokio::time::sleep_until(resume).await;
             self.progress.advance();
-            let Some(next) = self.attempt(body).await else {
-                let why = Some("another was under way");
-                return Err(self.closing.overdue("trying again", why));
-            };
-            outcome = next;
+            outcome = self.attempt(body).await;
         }
     }
 
-    /// One attempt. None if the deadline has passed meanwhile.
-    async fn attempt(&mut self, body: Outgoing) -> Option<Outcome> {
+    async fn attempt(&mut self, body: Outgoing) -> Outcome {
         let which = Try::Later {
             previous: self.progress.previous(),
         };
@@ -110,8 +101,7 @@ impl Attempts {
             deadline,
             ..
         } = &mut self.closing;
-        let sent = send(core, call, body, &mut self.tried, which, *deadline);
-        unless_late(*deadline, sent).await
+        send(core, call, body, &mut self.tried, which, *deadline).await
     }
 
     /// Notes a failure, and says what is to be done about it.
@@ -137,8 +127,8 @@ impl Attempts {
         let endpoint = match outcome {
             Ok(Answered { attempt, head }) => {
                 let mut ticket = attempt.ticket;
-                let code = failure(&head).unwrap_or(Code::Ok);
-                ticket.on_head(Instant::now(), status::is_server_failure(code));
+                let blame = status::head_blame(&head, failure(&head));
+                ticket.on_head(Instant::now(), blame);
                 Some(Arc::clone(ticket.endpoint()))
             }
             Err(failed) => failed.endpoint,
@@ -220,33 +210,6 @@ impl Closing {
     fn is_late(&self, at: Instant) -> bool {
         self.deadline.is_some_and(|deadline| at >= deadline.at())
     }
-
-    /// The deadline has passed.
-    pub(super) fn overdue(self, doing: &str, why: Option<&str>) -> Status {
-        match self.deadline {
-            Some(deadline) => {
-                let status = status::overdue(&self.core, deadline, doing);
-                self.journal.into_status(status, why)
-            }
-            None => Status::deadline_exceeded(doing),
-        }
-    }
-}
-
-/// The outcome of a future that is ready before the deadline. Who polls this has a timer for it, so that none is needed here.
-pub(super) async fn unless_late<F: Future>(
-    deadline: Option<Deadline>,
-    future: F,
-) -> Option<F::Output> {
-    let mut future = pin!(future);
-    std::future::poll_fn(|cx| match future.as_mut().poll(cx) {
-        Poll::Ready(output) => Poll::Ready(Some(output)),
-        Poll::Pending => match deadline {
-            Some(deadline) if Instant::now() >= deadline.at() => Poll::Ready(None),
-            _ => Poll::Pending,
-        },
-    })
-    .await
 }
 
 /// "Exposed Retry Metadata" in gRPC's retry design (A6).

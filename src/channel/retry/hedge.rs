@@ -8,9 +8,9 @@ use http::Response;
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
-use super::attempts::{Closing, Outcome, unless_late};
+use super::attempts::{Closing, Outcome};
 use super::policy::HedgingPolicy;
-use super::replay::{Answered, recover};
+use super::replay::{Answered, Failed, recover, unless_late};
 use super::tried::Tried;
 use super::verdict::Pushback;
 use super::wait::{sleep_until, wait};
@@ -68,19 +68,20 @@ impl Hedging {
                 if let Some(last) = self.last.take() {
                     return self.finish(last);
                 }
-                let Some(ticket) = self.first_place().await else {
-                    return Err(self.overdue("waiting for an endpoint"));
+                let ticket = match self.first_place().await {
+                    Ok(ticket) => ticket?,
+                    Err(late) => return self.overdue(late, "waiting for an endpoint"),
                 };
-                if self.send(ticket?)? {
+                if self.send(ticket)? {
                     self.schedule(self.policy.delay());
                 }
                 continue;
             }
             let event = event(&mut self.flights, self.next);
             match unless_late(self.closing.deadline, event).await {
-                None => return Err(self.overdue("waiting for the response")),
-                Some(None) => self.send_another()?,
-                Some(Some(landed)) => {
+                Err(late) => return self.overdue(late, "waiting for the response"),
+                Ok(None) => self.send_another()?,
+                Ok(Some(landed)) => {
                     if let Some(outcome) = self.land(landed).await {
                         return self.finish(outcome);
                     }
@@ -89,8 +90,8 @@ impl Hedging {
         }
     }
 
-    /// A place for the only copy, which waits for an endpoint as any call does. None if the deadline has passed meanwhile.
-    async fn first_place(&mut self) -> Option<Result<Ticket, Status>> {
+    /// A place for the only copy, which waits for an endpoint as any call does.
+    async fn first_place(&mut self) -> Result<Result<Ticket, Status>, Deadline> {
         let Closing { core, call, .. } = &self.closing;
         let waiting = wait(core, &mut self.tried, call.wait_for_ready);
         unless_late(self.closing.deadline, waiting).await
@@ -174,8 +175,8 @@ impl Hedging {
             return Some(outcome);
         };
         if let Ok(answered) = &mut outcome {
-            let failed = status::is_server_failure(code);
-            answered.attempt.ticket.on_head(Instant::now(), failed);
+            let blame = status::head_blame(&answered.head, Some(code));
+            answered.attempt.ticket.on_head(Instant::now(), blame);
         }
         let is_fatal = self.policy.is_fatal(code);
         if let Some(retries) = self.closing.core.retries.as_deref()
@@ -203,13 +204,17 @@ impl Hedging {
         self.closing.finish(outcome, previous, None)
     }
 
-    fn overdue(mut self, doing: &str) -> Status {
-        for attempt in &self.flights {
+    /// The deadline has passed. Whatever has not answered is named, and asked whether it is there at all.
+    fn overdue(mut self, late: Deadline, doing: &str) -> Result<Response<ResponseBody>, Status> {
+        for attempt in &mut self.flights {
+            attempt.ticket.on_overdue(Instant::now());
             let address = attempt.ticket.endpoint().address().clone();
-            let code = Code::DeadlineExceeded;
-            self.closing.journal.add(Some(address), code);
+            self.closing
+                .journal
+                .add(Some(address), Code::DeadlineExceeded);
         }
-        self.closing.overdue(doing, None)
+        let status = status::overdue(&self.closing.core, late, doing);
+        self.finish(Err(Failed::for_good(status)))
     }
 }
 

@@ -1,6 +1,8 @@
 //! One attempt, as the policy counts: sending again what was certainly not processed.
 
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 
 use http::Response;
 use tokio::time::Instant;
@@ -8,7 +10,7 @@ use tonic::Status;
 
 use super::tried::Tried;
 use super::wait::wait;
-use crate::balance::Endpoint;
+use crate::balance::{Blame, Endpoint};
 use crate::channel::call::{Attempt, Call, Try};
 use crate::channel::{Core, status};
 use crate::transport::deadline::Deadline;
@@ -32,7 +34,7 @@ pub(super) struct Failed {
 
 impl Failed {
     /// No other attempt would end otherwise.
-    fn for_good(status: Status) -> Self {
+    pub(super) fn for_good(status: Status) -> Self {
         Self {
             status,
             endpoint: None,
@@ -49,7 +51,7 @@ impl Failed {
     }
 }
 
-/// Picks, sends, and does it again, until there is a response or no hope of one. Who polls this keeps the deadline.
+/// Picks, sends, and does it again, until there is a response or no hope of one.
 pub(super) async fn send(
     core: &Core,
     call: &mut Call,
@@ -59,9 +61,13 @@ pub(super) async fn send(
     deadline: Option<Deadline>,
 ) -> Result<Answered, Failed> {
     loop {
-        let ticket = match wait(core, tried, call.wait_for_ready).await {
-            Ok(ticket) => ticket,
-            Err(status) => return Err(Failed::unsent(status, body)),
+        let ticket = match unless_late(deadline, wait(core, tried, call.wait_for_ready)).await {
+            Ok(Ok(ticket)) => ticket,
+            Ok(Err(status)) => return Err(Failed::unsent(status, body)),
+            Err(late) => {
+                let status = status::overdue(core, late, "waiting for an endpoint");
+                return Err(Failed::for_good(status));
+            }
         };
         let mut attempt = match Attempt::start(core, call, ticket, body, deadline, which) {
             Ok(attempt) => attempt,
@@ -71,9 +77,20 @@ pub(super) async fn send(
                 continue;
             }
         };
-        match std::future::poll_fn(|cx| attempt.exchange.poll_head(cx)).await {
-            Ok(head) => return Ok(Answered { attempt, head }),
-            Err(error) => body = recover(core, attempt, error, tried).await?,
+        let head = std::future::poll_fn(|cx| attempt.exchange.poll_head(cx));
+        match unless_late(deadline, head).await {
+            Ok(Ok(head)) => return Ok(Answered { attempt, head }),
+            Ok(Err(error)) => body = recover(core, attempt, error, tried).await?,
+            Err(late) => {
+                attempt.ticket.on_overdue(Instant::now());
+                let status = status::overdue(core, late, "waiting for the response");
+                let endpoint = Some(Arc::clone(attempt.ticket.endpoint()));
+                return Err(Failed {
+                    status,
+                    endpoint,
+                    body: None,
+                });
+            }
         }
     }
 }
@@ -104,7 +121,7 @@ pub(super) async fn recover(
         }
         body => {
             let status = status::broken(&core.service, address, error);
-            ticket.on_failure(Instant::now());
+            ticket.on_failure(Instant::now(), Blame::Connection);
             Err(Failed {
                 status,
                 endpoint: Some(Arc::clone(ticket.endpoint())),
@@ -130,4 +147,21 @@ fn given_back(pumped: Option<Pumped>) -> Result<Option<Outgoing>, Status> {
         Some(Pumped::Failed(status)) => Err(status),
         Some(Pumped::Spent) | None => Ok(None),
     }
+}
+
+/// The output of a future that is ready before the deadline, or else the deadline. Who polls this has a timer for it, so that none is
+/// needed here.
+pub(super) async fn unless_late<F: Future>(
+    deadline: Option<Deadline>,
+    future: F,
+) -> Result<F::Output, Deadline> {
+    let mut future = pin!(future);
+    std::future::poll_fn(|cx| match future.as_mut().poll(cx) {
+        Poll::Ready(output) => Poll::Ready(Ok(output)),
+        Poll::Pending => match deadline {
+            Some(deadline) if Instant::now() >= deadline.at() => Poll::Ready(Err(deadline)),
+            _ => Poll::Pending,
+        },
+    })
+    .await
 }
