@@ -74,7 +74,7 @@
 //! | The watch was compacted away | Lists again and hands on the differences only. | 0.1 s |
 //! | Lease lost, key deleted | The server puts its key back. | At once, or at the next renewal (5 s); after an outage up to 5 s more, at random. |
 //! | Key taken by another server | It is left alone ([`Superseded`](RegistrationState::Superseded)), and claimed again when it disappears. | At once |
-//! | A server is killed | Calls in flight on it fail with `UNAVAILABLE`, all others go elsewhere. It is dialled again, with a backoff of 1 s to [120 s](ChannelBuilder::max_backoff). | At once. Its key goes after 10 to 15 s, and about 1 s of etcd's own. |
+//! | A server is killed | Calls in flight on it fail with `UNAVAILABLE`, or are sent again where a [policy](RetryPolicy) says so; all others go elsewhere. It is dialled again, with a backoff of 1 s to [120 s](ChannelBuilder::max_backoff). | At once. Its key goes after 10 to 15 s, and about 1 s of etcd's own. |
 //! | A server is told to stop | Deregisters, accepts on for a [grace period](RegistrationBuilder::grace_period), closes the listener, [drains](RegistrationBuilder::drain_timeout), cuts what is left. Calls in flight finish; one that was sent but certainly not processed goes to another server by itself. | At once (up to 5 s without etcd), 1 s, up to 20 s |
 //! | A server refuses connections, or does not answer on HTTP/2 | It is never picked. | Noticed at once, or after [10 s](ChannelBuilder::connect_timeout). |
 //! | A server's packets vanish | The connection is given up (on Linux), its calls fail with `UNAVAILABLE`; a call's [deadline](ChannelBuilder::timeout) may end it before. | About 30 s with calls open, 40 s without. |
@@ -131,8 +131,8 @@ pub use balance::{EndpointState, EndpointStatus, OutlierDetection, Policy};
 #[doc(hidden)]
 pub use channel::bench as __bench;
 pub use channel::{
-    BalancedChannel, ChannelBuilder, ChannelError, ResponseBody, ResponseFuture, ServedBy,
-    WaitForReady,
+    BalancedChannel, ChannelBuilder, ChannelError, HedgingPolicy, ResponseBody, ResponseFuture,
+    RetryBudget, RetryPolicy, ServedBy, WaitForReady,
 };
 pub use error::{ConnectError, Endpoints, EtcdError, EtcdErrorKind, RegisterError, ServeError};
 pub use format::{Format, FormatError, InstanceFormat};

@@ -132,6 +132,8 @@ impl Stream {
                 let code = frame.trailers_ref().and_then(code);
                 if let Some(blame) = code.and_then(status::blame) {
                     self.ticket.on_failure(Instant::now(), blame);
+                } else if code == Some(Code::Ok) {
+                    self.core.on_success();
                 }
                 frame.is_trailers()
             }

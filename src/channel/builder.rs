@@ -11,6 +11,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_stream::Stream;
 use tower::discover::Change;
 
+use super::retry::Plans;
 use super::{BalancedChannel, ChannelError, Core};
 use crate::address::{Address, AddressPolicy};
 use crate::balance::{Balancer, Feed, OnRefused, Options, OutlierDetection, Policy};
@@ -36,6 +37,7 @@ pub struct ChannelBuilder<S = ()> {
     timeout: Option<Duration>,
     wait_for_ready: bool,
     start_up_bound: Duration,
+    pub(super) plans: Plans,
     address_policy: Option<AddressPolicy>,
 }
 
@@ -51,6 +53,7 @@ impl<S> ChannelBuilder<S> {
             timeout: None,
             wait_for_ready: false,
             start_up_bound: START_UP_BOUND,
+            plans: Plans::default(),
             address_policy: None,
         }
     }
@@ -244,6 +247,7 @@ impl<S> ChannelBuilder<S> {
                 .map(|timeout| (timeout, deadline::format(timeout))),
             wait_for_ready: self.wait_for_ready,
             start_up_bound: self.start_up_bound,
+            retries: self.plans.build(),
             trouble,
         }))
     }

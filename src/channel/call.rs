@@ -10,61 +10,18 @@ use bytes::Bytes;
 use http::{Extensions, Method, Request, Response, Uri, Version};
 use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep};
-use tonic::Status;
 use tonic::body::Body;
+use tonic::{Code, Status};
 
 use super::body::{ResponseBody, code};
+use super::extension::{ServedBy, WaitForReady};
 use super::headers::{self, Headers};
 use super::retry::{self, Tried};
 use super::{Core, status};
-use crate::address::Address;
-use crate::balance::{Blame, Pick, Ticket};
+use crate::balance::{Pick, Ticket};
 use crate::transport::deadline::{self, Deadline, GRPC_TIMEOUT};
 use crate::transport::http2::OpenError;
-use crate::transport::pump::{Exchange, Incoming, Outgoing};
-
-/// A request extension: whether this call waits for an endpoint where it would fail at once, whatever the channel's default.
-///
-/// The deadline still holds; without one, the call may wait for ever.
-///
-/// ```
-/// use tonic_etcd::WaitForReady;
-///
-/// let mut request = tonic::Request::new("world");
-/// request.extensions_mut().insert(WaitForReady::new(true));
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WaitForReady(bool);
-
-impl WaitForReady {
-    /// Waits, or does not.
-    #[must_use]
-    pub const fn new(wait: bool) -> Self {
-        Self(wait)
-    }
-}
-
-/// A response extension: the endpoint that has served the call.
-///
-/// ```
-/// use tonic_etcd::ServedBy;
-///
-/// fn log<T>(response: &tonic::Response<T>) {
-///     if let Some(served_by) = response.extensions().get::<ServedBy>() {
-///         println!("served by {}", served_by.address());
-///     }
-/// }
-/// ```
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ServedBy(Address);
-
-impl ServedBy {
-    /// The endpoint's address.
-    #[must_use]
-    pub fn address(&self) -> &Address {
-        &self.0
-    }
-}
+use crate::transport::pump::{Exchange, Incoming, Outgoing, Recall};
 
 pin_project! {
     /// The future of a call's response. Dropping it cancels the call at the server.
@@ -115,8 +72,8 @@ pub(super) struct Attempt {
 pub(super) enum Try {
     /// At once: the timeout in the headers is what is left of the deadline.
     First,
-    /// After a wait or another try.
-    Later,
+    /// After a wait or another try. Attempts that the server may have seen came before it.
+    Later { previous: u32 },
 }
 
 /// What is left of a body after it was sent.
@@ -125,6 +82,32 @@ pub(super) enum Kept {
     Single(Bytes),
     /// In the hands of its pump.
     Pumped,
+}
+
+impl Kept {
+    fn of(body: &Outgoing) -> Self {
+        match body {
+            Outgoing::Empty => Self::Empty,
+            Outgoing::Single(frame) => Self::Single(frame.clone()),
+            Outgoing::Stream { .. } => Self::Pumped,
+        }
+    }
+
+    /// The body again, unless its pump has it.
+    pub(super) fn body(&self) -> Option<Outgoing> {
+        match self {
+            Self::Empty => Some(Outgoing::Empty),
+            Self::Single(frame) => Some(Outgoing::Single(frame.clone())),
+            Self::Pumped => None,
+        }
+    }
+}
+
+impl Call {
+    /// The method's path.
+    pub(super) fn path(&self) -> &str {
+        self.uri.path()
+    }
 }
 
 impl ResponseFuture {
@@ -220,14 +203,14 @@ impl State {
                         return Poll::Pending;
                     };
                     match head {
-                        Ok(head) => {
+                        Ok(head) if !core.is_retried(&call, &head) => {
                             let ticket = attempt.ticket;
                             let response = answer(core, &mut call, head, ticket, deadline);
                             return Poll::Ready(Ok(response));
                         }
-                        Err(error) => {
+                        outcome => {
                             let shared = Arc::clone(&core);
-                            let retry = retry::after_failure(core, call, attempt, error, deadline);
+                            let retry = retry::after_first(core, call, attempt, outcome, deadline);
                             Self::Retry(shared, retry)
                         }
                     }
@@ -248,6 +231,17 @@ impl State {
         let (Some(channel), Some(request)) = (core.as_ref(), call.as_mut()) else {
             return Ok(Self::Done);
         };
+        if let Some(policy) = channel.hedging(request)
+            && !matches!(body, Outgoing::Stream { .. })
+        {
+            let policy = policy.clone();
+            let (Some(channel), Some(request)) = (core.take(), call.take()) else {
+                return Ok(Self::Done);
+            };
+            let (shared, kept) = (Arc::clone(&channel), Kept::of(&body));
+            let hedged = retry::hedge(shared, request, kept, policy, deadline);
+            return Ok(Self::Retry(channel, hedged));
+        }
         let mut tried = Tried::default();
         let body = match channel.shared().pick(|_| true) {
             Pick::Taken(ticket) => {
@@ -303,15 +297,21 @@ impl Attempt {
         let uri = core.uri(&call.uri, ticket.endpoint().authority());
         *head.uri_mut() = uri.unwrap_or_else(|| call.uri.clone());
         *head.headers_mut() = call.headers.take(&core.user_agent, deadline.is_some());
-        if let (Some(deadline), Try::Later) = (deadline, which) {
-            deadline.rewrite(head.headers_mut(), now);
+        if let Try::Later { previous } = which {
+            if let Some(deadline) = deadline {
+                deadline.rewrite(head.headers_mut(), now);
+            }
+            if previous > 0 {
+                head.headers_mut()
+                    .insert(retry::PREVIOUS_ATTEMPTS, previous.into());
+            }
         }
-        let kept = match &body {
-            Outgoing::Empty => Kept::Empty,
-            Outgoing::Single(frame) => Kept::Single(frame.clone()),
-            Outgoing::Stream { .. } => Kept::Pumped,
+        let kept = Kept::of(&body);
+        let recall = match &kept {
+            Kept::Pumped if core.retry(call).is_some() => Recall::Possible,
+            _ => Recall::Never,
         };
-        match Exchange::start(ticket.connection(), head, body) {
+        match Exchange::start(ticket.connection(), head, body, recall) {
             Ok(exchange) => {
                 ticket.on_sent(now);
                 Ok(Self {
@@ -338,12 +338,10 @@ pub(super) fn answer(
     deadline: Option<Deadline>,
 ) -> Response<ResponseBody> {
     let status_code = code(response.headers());
-    let failure = if response.status().is_success() {
-        status_code.and_then(status::blame)
-    } else {
-        Some(Blame::Connection)
-    };
-    ticket.on_head(Instant::now(), failure);
+    ticket.on_head(Instant::now(), status::head_blame(&response, status_code));
+    if status_code == Some(Code::Ok) {
+        core.on_success();
+    }
     let served_by = ServedBy(ticket.endpoint().address().clone());
     let (mut parts, incoming) = response.into_parts();
     // The request's extensions are of no use any more, but their memory is.

@@ -19,6 +19,7 @@ mod body;
 mod builder;
 mod call;
 mod error;
+mod extension;
 mod headers;
 mod retry;
 mod status;
@@ -27,10 +28,15 @@ mod target;
 
 pub use body::ResponseBody;
 pub use builder::ChannelBuilder;
-pub use call::{ResponseFuture, ServedBy, WaitForReady};
+pub use call::ResponseFuture;
 pub use error::ChannelError;
+pub use extension::{ServedBy, WaitForReady};
+pub use retry::{HedgingPolicy, RetryBudget, RetryPolicy};
 
 pub(crate) use target::{Place, Target};
+
+use call::Call;
+use retry::Retries;
 
 /// A gRPC channel that is balanced over the instances of a service that are registered *and answer*.
 ///
@@ -45,7 +51,7 @@ pub(crate) use target::{Place, Target};
 /// | endpoints are ready | one is chosen by the [`Policy`](crate::Policy), by its weight and by how it answers |
 /// | an endpoint is down, or accepts and says nothing | it is not chosen; the others serve |
 /// | the call was sent but certainly not processed (a server that shuts down) | it goes to another endpoint by itself |
-/// | the connection breaks in the middle of a call | `UNAVAILABLE`: the call may have been processed |
+/// | the connection breaks in the middle of a call | `UNAVAILABLE`: the call may have been processed. A [`RetryPolicy`] sends it again |
 /// | connections are being made | the call waits for the first |
 /// | nothing is registered, or no endpoint can be reached | `UNAVAILABLE` at once, with the numbers and the last cause |
 /// | the registry has not answered yet | the call waits, up to a bound from the channel's start |
@@ -159,6 +165,8 @@ struct Core {
     timeout: Option<(Duration, HeaderValue)>,
     wait_for_ready: bool,
     start_up_bound: Duration,
+    /// None without a policy, which is then all that it costs.
+    retries: Option<Box<Retries>>,
     /// What ails the source of endpoints, if anything.
     trouble: Option<Box<dyn Fn() -> Option<String> + Send + Sync>>,
 }
@@ -176,6 +184,28 @@ impl Core {
         parts.authority = Some(authority.unwrap_or(endpoint).clone());
         parts.path_and_query = request.path_and_query().cloned();
         Uri::from_parts(parts).ok()
+    }
+
+    /// The policy by which a call is retried.
+    fn retry(&self, call: &Call) -> Option<&RetryPolicy> {
+        self.retries.as_ref()?.retry(call.path())
+    }
+
+    /// The policy by which a call is hedged.
+    fn hedging(&self, call: &Call) -> Option<&HedgingPolicy> {
+        self.retries.as_ref()?.hedging(call.path())
+    }
+
+    /// Whether a policy has a say in what comes after this head.
+    fn is_retried<T>(&self, call: &Call, head: &Response<T>) -> bool {
+        self.retries.is_some() && retry::failure(head).is_some() && self.retry(call).is_some()
+    }
+
+    /// A call went well.
+    fn on_success(&self) {
+        if let Some(retries) = &self.retries {
+            retries.on_success();
+        }
     }
 
     fn trouble(&self) -> Option<String> {

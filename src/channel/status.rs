@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use h2::Reason;
+use http::Response;
 use tonic::{Code, Status};
 
 use super::Core;
@@ -111,6 +112,15 @@ fn with_source(
     let mut status = Status::new(code, message);
     status.set_source(source);
     status
+}
+
+/// What a response's head says against the endpoint, if anything; `code` is the gRPC status in it.
+pub(super) fn head_blame<T>(response: &Response<T>, code: Option<Code>) -> Option<Blame> {
+    if response.status().is_success() {
+        code.and_then(blame)
+    } else {
+        Some(Blame::Connection)
+    }
 }
 
 /// What a response's status says against the endpoint, if anything.

@@ -8,6 +8,7 @@ use h2::client::ResponseFuture;
 use h2::{Reason, RecvStream, SendStream};
 use http::{HeaderMap, Request, Response};
 use http_body::{Body as _, Frame};
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tonic::Status;
 use tonic::body::Body;
@@ -86,6 +87,7 @@ impl Exchange {
         connection: &Connection,
         head: Request<()>,
         body: Outgoing,
+        recall: Recall,
     ) -> Result<Self, (OpenError, Outgoing)> {
         let end_of_stream = matches!(body, Outgoing::Empty);
         let (response, mut stream) = match connection.open(head, end_of_stream) {
@@ -99,7 +101,7 @@ impl Exchange {
                 let _ = stream.send_data(frame, true);
                 None
             }
-            Outgoing::Stream { read, rest } => Some(Pump::start(stream, read, rest)),
+            Outgoing::Stream { read, rest } => Some(Pump::start(stream, read, rest, recall)),
         };
         Ok(Self { response, pump })
     }
@@ -120,23 +122,43 @@ impl Exchange {
     }
 }
 
+/// Whether a body that has a pump may be wanted back although its stream is alive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Recall {
+    Never,
+    /// The answer may be an error after which the call is sent again.
+    Possible,
+}
+
 /// The task that sends a request body. Dropping it ends the task, and resets the stream if its end was not sent.
 #[derive(Debug)]
-pub(crate) struct Pump(JoinHandle<Pumped>);
+pub(crate) struct Pump {
+    task: JoinHandle<Pumped>,
+    recall: Option<oneshot::Sender<()>>,
+}
 
 impl Pump {
-    fn start(stream: SendStream<Bytes>, read: Vec<Bytes>, rest: Body) -> Self {
-        Self(tokio::spawn(pump(stream, read, rest)))
+    fn start(stream: SendStream<Bytes>, read: Vec<Bytes>, rest: Body, recall: Recall) -> Self {
+        let (recall, recalled) = match recall {
+            Recall::Never => (None, None),
+            Recall::Possible => {
+                let (recall, recalled) = oneshot::channel();
+                (Some(recall), Some(recalled))
+            }
+        };
+        let sending = Sending { stream, recalled };
+        let task = tokio::spawn(pump(sending, read, rest));
+        Self { task, recall }
     }
 
     /// Waits for the end of a pump whose stream is dead. None if the body has panicked.
     async fn finish(mut self) -> Option<Pumped> {
-        (&mut self.0).await.ok()
+        (&mut self.task).await.ok()
     }
 
     /// The error of the caller's body, if that is what ended the call.
     fn poll_error(&mut self, cx: &mut Context<'_>) -> Option<Status> {
-        match Pin::new(&mut self.0).poll(cx) {
+        match Pin::new(&mut self.task).poll(cx) {
             Poll::Ready(Ok(Pumped::Failed(status))) => Some(status),
             _ => None,
         }
@@ -145,7 +167,7 @@ impl Pump {
 
 impl Drop for Pump {
     fn drop(&mut self) {
-        self.0.abort();
+        self.task.abort();
     }
 }
 
@@ -160,21 +182,39 @@ pub(crate) enum Pumped {
     Failed(Status),
 }
 
-async fn pump(mut stream: SendStream<Bytes>, read: Vec<Bytes>, mut rest: Body) -> Pumped {
+/// A stream that a request is sent on.
+struct Sending {
+    stream: SendStream<Bytes>,
+    recalled: Option<oneshot::Receiver<()>>,
+}
+
+impl Sending {
+    /// Ready when nothing more is to be sent: the stream is dead, or the body is wanted back. It is not to be polled after that.
+    fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Some(recalled) = &mut self.recalled
+            && Pin::new(recalled).poll(cx).is_ready()
+        {
+            return Poll::Ready(());
+        }
+        self.stream.poll_reset(cx).map(drop)
+    }
+}
+
+async fn pump(mut sending: Sending, read: Vec<Bytes>, mut rest: Body) -> Pumped {
     let mut kept = Kept::default();
     let mut ended = false;
     for frame in &read {
         kept.keep(frame);
     }
     for frame in read {
-        if !send(&mut stream, frame).await {
+        if !send(&mut sending, frame).await {
             return kept.give_back(rest, ended);
         }
     }
     loop {
         let frame = std::future::poll_fn(|cx| {
             // Asked first: it also registers for the wake-up that the end of the stream is.
-            if stream.poll_reset(cx).is_ready() {
+            if sending.poll_over(cx).is_ready() {
                 return Poll::Ready(None);
             }
             match poll_data(&mut rest, cx) {
@@ -187,19 +227,19 @@ async fn pump(mut stream: SendStream<Bytes>, read: Vec<Bytes>, mut rest: Body) -
             None => return kept.give_back(rest, ended),
             Some(Ok(Some(frame))) => {
                 kept.keep(&frame);
-                if !send(&mut stream, frame).await {
+                if !send(&mut sending, frame).await {
                     return kept.give_back(rest, ended);
                 }
             }
             Some(Ok(None)) => {
                 ended = true;
-                let _ = stream.send_data(Bytes::new(), true);
+                let _ = sending.stream.send_data(Bytes::new(), true);
                 // It stays for the case that the peer refuses the whole call.
-                let _ = std::future::poll_fn(|cx| stream.poll_reset(cx)).await;
+                std::future::poll_fn(|cx| sending.poll_over(cx)).await;
                 return kept.give_back(rest, ended);
             }
             Some(Err(status)) => {
-                stream.send_reset(Reason::CANCEL);
+                sending.stream.send_reset(Reason::CANCEL);
                 return Pumped::Failed(status);
             }
         }
@@ -207,21 +247,22 @@ async fn pump(mut stream: SendStream<Bytes>, read: Vec<Bytes>, mut rest: Body) -
 }
 
 /// Sends a frame as the peer makes room for it. False if the stream is dead.
-async fn send(stream: &mut SendStream<Bytes>, mut frame: Bytes) -> bool {
+async fn send(sending: &mut Sending, mut frame: Bytes) -> bool {
     while !frame.is_empty() {
         // Capacity is reserved only for bytes in hand, and little of it: what a parked call holds, the other calls on the connection lack.
-        stream.reserve_capacity(frame.len().min(RESERVE));
+        let wanted = frame.len().min(RESERVE);
+        sending.stream.reserve_capacity(wanted);
         let capacity = std::future::poll_fn(|cx| {
-            if stream.poll_reset(cx).is_ready() {
+            if sending.poll_over(cx).is_ready() {
                 return Poll::Ready(None);
             }
-            stream.poll_capacity(cx)
+            sending.stream.poll_capacity(cx)
         });
         let Some(Ok(capacity)) = capacity.await else {
             return false;
         };
         let part = frame.split_to(capacity.min(frame.len()));
-        if !part.is_empty() && stream.send_data(part, false).is_err() {
+        if !part.is_empty() && sending.stream.send_data(part, false).is_err() {
             return false;
         }
     }
@@ -274,8 +315,19 @@ impl Incoming {
             pump,
             data_ended: false,
         };
-        incoming.end_pump();
+        let recall = incoming.pump.as_ref().and_then(|pump| pump.recall.as_ref());
+        if recall.is_none() {
+            incoming.end_pump();
+        }
         incoming
+    }
+
+    /// Takes the request's body back, for another try. None if there is no pump, or nobody said when it started that this might come.
+    pub(crate) async fn recall(&mut self) -> Option<Pumped> {
+        let mut pump = self.pump.take()?;
+        // A pump that has ended by itself has its say all the same.
+        let _ = pump.recall.take()?.send(());
+        pump.finish().await
     }
 
     /// Whether the peer has sent everything, read or not.

@@ -18,7 +18,7 @@ use tonic::body::Body;
 
 use super::connect::race;
 use super::http2::{Connection, Leave, OpenError, Report, Settings, is_unprocessed};
-use super::pump::{Exchange, Incoming, Outgoing, Pumped};
+use super::pump::{Exchange, Incoming, Outgoing, Pumped, Recall};
 
 type Accepted = (Request<RecvStream>, SendResponse<Bytes>);
 
@@ -69,7 +69,7 @@ impl Pair {
     }
 
     fn send(&self, body: Outgoing) -> Exchange {
-        Exchange::start(&self.client, request(), body).expect("sent")
+        Exchange::start(&self.client, request(), body, Recall::Never).expect("sent")
     }
 
     async fn accept(&mut self) -> Accepted {
@@ -230,7 +230,7 @@ async fn calls_above_a_goaway_are_unprocessed_and_the_connection_leaves() {
     pair.order(Order::GoAway(Reason::NO_ERROR));
     let left = timeout(PATIENCE, pair.left.recv()).await.expect("in time");
     assert!(left.expect("a reason").is_graceful());
-    match Exchange::start(&pair.client, request(), single()) {
+    match Exchange::start(&pair.client, request(), single(), Recall::Never) {
         Err((OpenError::Gone(_), Outgoing::Single(_))) => {}
         other => panic!("nothing can be sent any more, but {other:?}"),
     }
@@ -338,7 +338,7 @@ async fn an_error_that_h2_detects_itself_proves_nothing() {
         .await
         .expect("in time")
         .expect("a connection");
-    let mut exchange = Exchange::start(&client, request(), single()).expect("sent");
+    let mut exchange = Exchange::start(&client, request(), single(), Recall::Never).expect("sent");
     let error = head(&mut exchange).await.expect_err("a protocol error");
     assert!(
         error.is_go_away(),
@@ -355,7 +355,7 @@ async fn a_malformed_request_is_told_from_a_lost_connection() {
     malformed
         .headers_mut()
         .insert("connection", "close".parse().expect("a value"));
-    match Exchange::start(&pair.client, malformed, single()) {
+    match Exchange::start(&pair.client, malformed, single(), Recall::Never) {
         Err((OpenError::Malformed(_), _)) => {}
         other => panic!("HTTP/2 has no such header, but {other:?}"),
     }
@@ -618,7 +618,8 @@ async fn a_call_that_was_sent_above_a_goaway_is_unprocessed_whatever_its_code() 
         b"\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\x02",
     ] {
         let (client, _left) = scripted(frames, true).await;
-        let mut exchange = Exchange::start(&client, request(), single()).expect("sent");
+        let mut exchange =
+            Exchange::start(&client, request(), single(), Recall::Never).expect("sent");
         let error = head(&mut exchange).await.expect_err("not taken");
         assert!(error.is_go_away() && error.is_remote(), "{error:?}");
         assert!(is_unprocessed(&error), "{error}");
@@ -629,7 +630,7 @@ async fn a_call_that_was_sent_above_a_goaway_is_unprocessed_whatever_its_code() 
 async fn a_call_at_a_goaways_last_stream_ends_with_the_connection_and_may_have_run() {
     // The last stream is 1, the call's.
     let (client, mut left) = scripted(b"\0\0\x08\x07\0\0\0\0\0\0\0\0\x01\0\0\0\0", true).await;
-    let mut exchange = Exchange::start(&client, request(), single()).expect("sent");
+    let mut exchange = Exchange::start(&client, request(), single(), Recall::Never).expect("sent");
     let error = head(&mut exchange)
         .await
         .expect_err("the connection is gone");
@@ -684,7 +685,7 @@ async fn the_limit_on_streams_follows_the_peers_settings() {
     let settings = b"\0\0\x06\x04\0\0\0\0\0\0\x03\0\0\0\x03";
     let (client, _left) = scripted(settings, false).await;
     assert!(client.max_streams() > 3, "no limit was named");
-    let _exchange = Exchange::start(&client, request(), single()).expect("sent");
+    let _exchange = Exchange::start(&client, request(), single(), Recall::Never).expect("sent");
     let known = async {
         while client.max_streams() != 3 {
             tokio::task::yield_now().await;

@@ -1,0 +1,217 @@
+//! The attempts of a call, one after the other.
+
+use std::sync::Arc;
+
+use http::{HeaderName, Response};
+use tokio::time::Instant;
+use tonic::{Code, Status};
+
+use super::journal::Journal;
+use super::replay::{Answered, Failed, recover, send};
+use super::tried::Tried;
+use super::verdict::{Progress, Pushback, Verdict, failure};
+use crate::channel::body::ResponseBody;
+use crate::channel::call::{Attempt, Call, Retrying, Try, answer};
+use crate::channel::{Core, status};
+use crate::transport::deadline::Deadline;
+use crate::transport::pump::{Incoming, Outgoing};
+
+/// Goes on after the first try has failed before its response's head, or with a head that a policy may not leave at that.
+pub(in crate::channel) fn after_first(
+    core: Arc<Core>,
+    call: Call,
+    attempt: Attempt,
+    outcome: Result<Response<Incoming>, h2::Error>,
+    deadline: Option<Deadline>,
+) -> Retrying {
+    Box::pin(async move {
+        let mut tried = Tried::default();
+        let outcome = match outcome {
+            Ok(head) => Ok(Answered { attempt, head }),
+            Err(error) => match recover(&core, attempt, error, &mut tried).await {
+                Ok(body) => return run(core, call, body, tried, deadline).await,
+                Err(failed) => Err(failed),
+            },
+        };
+        let attempts = Attempts::new(core, call, tried, deadline);
+        attempts.go_on(outcome).await
+    })
+}
+
+/// Makes a call that has not been sent, or was refused.
+pub(in crate::channel) async fn run(
+    core: Arc<Core>,
+    call: Call,
+    body: Outgoing,
+    tried: Tried,
+    deadline: Option<Deadline>,
+) -> Result<Response<ResponseBody>, Status> {
+    let mut attempts = Attempts::new(core, call, tried, deadline);
+    let outcome = attempts.attempt(body).await;
+    attempts.go_on(outcome).await
+}
+
+/// What one attempt came to.
+pub(super) type Outcome = Result<Answered, Failed>;
+
+/// A call that may take several attempts.
+struct Attempts {
+    closing: Closing,
+    tried: Tried,
+    progress: Progress,
+}
+
+impl Attempts {
+    fn new(core: Arc<Core>, call: Call, tried: Tried, deadline: Option<Deadline>) -> Self {
+        Self {
+            closing: Closing::new(core, call, deadline),
+            tried,
+            progress: Progress::new(),
+        }
+    }
+
+    /// Makes attempts until one is the last.
+    async fn go_on(mut self, mut outcome: Outcome) -> Result<Response<ResponseBody>, Status> {
+        loop {
+            let wait = match self.judge(&outcome) {
+                Verdict::Again(wait) => wait,
+                Verdict::GiveUp(why) => return self.finish(outcome, why),
+            };
+            let resume = Instant::now().checked_add(wait);
+            let Some(resume) = resume.filter(|at| !self.closing.is_late(*at)) else {
+                return self.finish(outcome, Some("the deadline leaves no time for another"));
+            };
+            let Some(body) = take_body(&mut outcome).await? else {
+                return self.finish(outcome, Some("more of the request was sent than is kept"));
+            };
+            self.leave(outcome);
+            tokio::time::sleep_until(resume).await;
+            self.progress.advance();
+            outcome = self.attempt(body).await;
+        }
+    }
+
+    async fn attempt(&mut self, body: Outgoing) -> Outcome {
+        let which = Try::Later {
+            previous: self.progress.previous(),
+        };
+        let Closing {
+            core,
+            call,
+            deadline,
+            ..
+        } = &mut self.closing;
+        send(core, call, body, &mut self.tried, which, *deadline).await
+    }
+
+    /// Notes a failure, and says what is to be done about it.
+    fn judge(&mut self, outcome: &Outcome) -> Verdict {
+        let Some((code, pushback)) = self.closing.note(outcome) else {
+            return Verdict::GiveUp(None);
+        };
+        let Closing { core, call, .. } = &self.closing;
+        let retries = core.retries.as_deref();
+        let policy = retries.and_then(|retries| Some((retries, retries.retry(call.path())?)));
+        let Some((retries, policy)) = policy else {
+            return Verdict::GiveUp(None);
+        };
+        let random = fastrand::f64();
+        let tokens = retries.tokens();
+        let verdict = self.progress.next(policy, code, pushback, tokens, random);
+        tracing::debug!(?code, ?verdict, "an attempt has failed");
+        verdict
+    }
+
+    /// After an attempt that is not the last: its place is given up, and its endpoint avoided.
+    fn leave(&mut self, outcome: Outcome) {
+        let endpoint = match outcome {
+            Ok(Answered { attempt, head }) => {
+                let mut ticket = attempt.ticket;
+                let blame = status::head_blame(&head, failure(&head));
+                ticket.on_head(Instant::now(), blame);
+                Some(Arc::clone(ticket.endpoint()))
+            }
+            Err(failed) => failed.endpoint,
+        };
+        self.tried.next_attempt(endpoint);
+    }
+
+    fn finish(self, outcome: Outcome, why: Option<&str>) -> Result<Response<ResponseBody>, Status> {
+        self.closing.finish(outcome, self.progress.previous(), why)
+    }
+}
+
+/// The body for another attempt.
+async fn take_body(outcome: &mut Outcome) -> Result<Option<Outgoing>, Status> {
+    match outcome {
+        Ok(answered) => answered.take_body().await,
+        Err(failed) => Ok(failed.body.take()),
+    }
+}
+
+/// What a call ends with, however many attempts it takes.
+pub(super) struct Closing {
+    pub(super) core: Arc<Core>,
+    pub(super) call: Call,
+    pub(super) deadline: Option<Deadline>,
+    pub(super) journal: Journal,
+}
+
+impl Closing {
+    pub(super) fn new(core: Arc<Core>, call: Call, deadline: Option<Deadline>) -> Self {
+        Self {
+            core,
+            call,
+            deadline,
+            journal: Journal::default(),
+        }
+    }
+
+    /// Notes a failure: its code, and what the server says of another attempt. None if the attempt is no failure.
+    pub(super) fn note(&mut self, outcome: &Outcome) -> Option<(Code, Pushback)> {
+        let (code, endpoint, pushback) = match outcome {
+            Ok(answered) => {
+                let code = failure(&answered.head)?;
+                let pushback = Pushback::of(answered.head.headers());
+                (code, Some(answered.attempt.ticket.endpoint()), pushback)
+            }
+            Err(failed) => {
+                let endpoint = failed.endpoint.as_ref();
+                (failed.status.code(), endpoint, Pushback::None)
+            }
+        };
+        let address = endpoint.map(|endpoint| endpoint.address().clone());
+        self.journal.add(address, code);
+        Some((code, pushback))
+    }
+
+    /// The caller gets the last attempt's outcome.
+    pub(super) fn finish(
+        mut self,
+        outcome: Outcome,
+        previous: u32,
+        why: Option<&str>,
+    ) -> Result<Response<ResponseBody>, Status> {
+        let Answered { attempt, mut head } = match outcome {
+            Ok(answered) => answered,
+            Err(failed) => return Err(self.journal.into_status(failed.status, why)),
+        };
+        if failure(&head).is_some() {
+            self.journal.annotate(&mut head, why);
+        }
+        if previous > 0 {
+            head.headers_mut()
+                .insert(PREVIOUS_ATTEMPTS, previous.into());
+        }
+        let (core, ticket) = (self.core, attempt.ticket);
+        Ok(answer(core, &mut self.call, head, ticket, self.deadline))
+    }
+
+    fn is_late(&self, at: Instant) -> bool {
+        self.deadline.is_some_and(|deadline| at >= deadline.at())
+    }
+}
+
+/// "Exposed Retry Metadata" in gRPC's retry design (A6).
+pub(in crate::channel) const PREVIOUS_ATTEMPTS: HeaderName =
+    HeaderName::from_static("grpc-previous-rpc-attempts");

@@ -1,0 +1,158 @@
+//! Copies of calls that take long.
+
+use super::*;
+
+const DELAY: Duration = Duration::from_millis(20);
+/// Longer than any test.
+const NEVER: Duration = Duration::from_secs(60);
+
+fn hedged(attempts: u32, delay: Duration) -> ChannelBuilder {
+    BalancedChannel::builder().hedge(HedgingPolicy::new(attempts, delay))
+}
+
+#[tokio::test]
+async fn a_slow_server_costs_a_delay_and_what_it_loses_is_cancelled() {
+    let servers = [
+        Server::always(Act::Hang).await,
+        Server::always(Act::Reply).await,
+    ];
+    let channel = over(hedged(2, DELAY), &servers).await;
+    for _ in 0..30 {
+        let start = Instant::now();
+        say(&channel).await.expect("the other one answers");
+        let took = Instant::now().saturating_duration_since(start);
+        assert!(took < Duration::from_secs(5), "{took:?}");
+    }
+    assert!(servers[0].count() > 0);
+    assert_eq!(
+        servers[1].count(),
+        30,
+        "one copy each, and no two at one server"
+    );
+    let lost = servers[0].count();
+    eventually("the lost copies are cancelled", || {
+        servers[0].cancelled() == lost
+    })
+    .await;
+    let copies = servers[1].calls();
+    let copies = copies
+        .iter()
+        .filter(|seen| seen.previous.as_deref() == Some("1"));
+    assert_eq!(copies.count(), lost);
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn no_more_copies_than_the_policy_says_and_each_at_another_server() {
+    let mut servers = Vec::new();
+    for _ in 0..5 {
+        servers.push(Server::always(Act::Hang).await);
+    }
+    let channel = over(hedged(3, Duration::ZERO), &servers).await;
+    let status = say_within(&channel, Some(Duration::from_millis(300))).await;
+    let status = status.unwrap_err();
+    assert_eq!(status.code(), Code::DeadlineExceeded);
+    assert!(status.message().contains("(3 attempts: "), "{status}");
+    assert_eq!(count(&servers), 3);
+    assert!(servers.iter().all(|server| server.count() <= 1));
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn one_server_gets_one_copy() {
+    let servers = [Server::always(Act::Slow(DELAY * 5)).await];
+    let channel = over(hedged(5, DELAY), &servers).await;
+    say(&channel).await.unwrap();
+    assert_eq!(count(&servers), 1);
+}
+
+#[tokio::test]
+async fn a_failure_that_is_not_fatal_sends_the_next_at_once() {
+    let servers = [
+        Server::always(DOWN).await,
+        Server::always(Act::Reset(Reason::REFUSED_STREAM)).await,
+        Server::always(Act::Reply).await,
+    ];
+    // What was refused was not processed, and does not count as one of the two.
+    let channel = over(hedged(2, NEVER), &servers).await;
+    for _ in 0..30 {
+        say(&channel).await.expect("the last one serves");
+    }
+    assert!(servers[0].count() > 0 && servers[1].count() > 0);
+    idle(&channel).await;
+
+    let servers = [Server::always(DOWN).await, Server::always(DOWN).await];
+    let channel = over(hedged(5, NEVER), &servers).await;
+    let status = say(&channel).await.unwrap_err();
+    assert!(
+        status.message().starts_with("as told (2 attempts: "),
+        "{status}"
+    );
+}
+
+#[tokio::test]
+async fn a_fatal_failure_ends_the_call() {
+    let fatal = Act::Fail(Code::InvalidArgument, &[]);
+    let servers = [Server::always(fatal).await, Server::always(Act::Hang).await];
+    let channel = over(hedged(2, Duration::ZERO), &servers).await;
+    for _ in 0..10 {
+        let status = say(&channel).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument, "{status}");
+    }
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn a_server_says_when_and_whether_there_is_another() {
+    let later = Act::Fail(Code::Unavailable, &[("grpc-retry-pushback-ms", "200")]);
+    let servers = [
+        Server::always(later.clone()).await,
+        Server::always(later).await,
+    ];
+    let channel = over(hedged(2, NEVER), &servers).await;
+    say(&channel).await.unwrap_err();
+    let (one, other) = (servers[0].calls()[0].at, servers[1].calls()[0].at);
+    let apart = one.max(other).saturating_duration_since(one.min(other));
+    assert!(apart >= Duration::from_millis(200), "{apart:?}");
+
+    let never = Act::Fail(Code::Unavailable, &[("grpc-retry-pushback-ms", "-1")]);
+    let servers = [
+        Server::always(never.clone()).await,
+        Server::always(never).await,
+    ];
+    let channel = over(hedged(2, DELAY), &servers).await;
+    say(&channel).await.unwrap_err();
+    assert_eq!(count(&servers), 1);
+}
+
+#[tokio::test]
+async fn the_budget_limits_copies() {
+    let servers = [Server::always(DOWN).await, Server::always(DOWN).await];
+    let builder = hedged(2, DELAY).retry_budget(RetryBudget::new(10, 0.001));
+    let channel = over(builder, &servers).await;
+    for _ in 0..50 {
+        say(&channel).await.unwrap_err();
+    }
+    let copies = count(&servers) - 50;
+    assert!((1..=4).contains(&copies), "{copies} copies");
+}
+
+#[tokio::test]
+async fn a_stream_of_requests_that_goes_on_is_not_hedged() {
+    let servers = [
+        Server::always(Act::Slow(DELAY * 5)).await,
+        Server::always(Act::Slow(DELAY * 5)).await,
+    ];
+    let channel = over(hedged(2, DELAY), &servers).await;
+    let mut client = GreeterClient::new(channel.clone());
+    let (feed, requests) = mpsc::unbounded_channel();
+    feed.send(hello("one")).unwrap();
+    let call = client.greet_all(UnboundedReceiverStream::new(requests));
+    let (outcome, ()) = tokio::join!(call, async {
+        eventually("it is sent", || count(&servers) > 0).await;
+        sleep(DELAY * 2).await;
+        drop(feed);
+    });
+    outcome.unwrap();
+    assert_eq!(count(&servers), 1);
+}

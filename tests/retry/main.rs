@@ -1,0 +1,477 @@
+//! Calls that are sent again: what a retry policy does, and what it does not.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a failed step is a failed test"
+)]
+
+#[path = "../../examples/greeter/mod.rs"]
+mod greeter;
+mod hedging;
+mod kills;
+mod script;
+
+use std::time::Duration;
+
+use greeter::HelloRequest;
+use greeter::greeter_client::GreeterClient;
+use h2::Reason;
+use script::{Act, Server};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::{Code, Request, Response, Status};
+use tonic_etcd::{
+    BalancedChannel, ChannelBuilder, EndpointState, HedgingPolicy, RetryBudget, RetryPolicy,
+};
+
+/// How long anything may take that ought to happen at once, on a machine that does other things as well.
+const SOON: Duration = Duration::from_secs(20);
+
+async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let poll = async {
+        while !condition() {
+            sleep(Duration::from_millis(2)).await;
+        }
+    };
+    assert!(timeout(SOON, poll).await.is_ok(), "in vain: {what}");
+}
+
+/// A channel over these servers, all of them ready.
+async fn over(builder: ChannelBuilder, servers: &[Server]) -> BalancedChannel {
+    let addresses = servers.iter().map(|server| &server.address);
+    let channel = builder.service("greeter").seed(7).from_addresses(addresses);
+    ready(&channel, servers.len()).await;
+    channel
+}
+
+async fn ready(channel: &BalancedChannel, endpoints: usize) {
+    eventually("the endpoints are ready", || {
+        let known = channel.endpoints();
+        let ready = known
+            .iter()
+            .filter(|endpoint| endpoint.state == EndpointState::Ready);
+        ready.count() == endpoints
+    })
+    .await;
+}
+
+/// Waits until no call is in flight.
+async fn idle(channel: &BalancedChannel) {
+    eventually("no call is in flight", || {
+        let known = channel.endpoints();
+        known.iter().all(|endpoint| endpoint.in_flight == 0)
+    })
+    .await;
+}
+
+/// A policy that does not keep a test waiting.
+fn policy() -> RetryPolicy {
+    let (first, max) = (Duration::from_millis(1), Duration::from_millis(5));
+    RetryPolicy::new([Code::Unavailable]).backoff(first, max)
+}
+
+fn retrying(policy: RetryPolicy) -> ChannelBuilder {
+    BalancedChannel::builder().retry(policy)
+}
+
+fn hello(name: &str) -> HelloRequest {
+    HelloRequest {
+        name: name.to_owned(),
+        replies: 1,
+    }
+}
+
+async fn say_within(
+    channel: &BalancedChannel,
+    deadline: Option<Duration>,
+) -> Result<Response<()>, Status> {
+    let mut client = GreeterClient::new(channel.clone());
+    let mut request = Request::new(hello("world"));
+    if let Some(deadline) = deadline {
+        request.set_timeout(deadline);
+    }
+    let call = timeout(SOON, client.say_hello(request));
+    let response = call.await.expect("an answer in time")?;
+    Ok(response.map(drop))
+}
+
+async fn say(channel: &BalancedChannel) -> Result<Response<()>, Status> {
+    say_within(channel, None).await
+}
+
+fn count(servers: &[Server]) -> usize {
+    servers.iter().map(Server::count).sum()
+}
+
+const DOWN: Act = Act::Fail(Code::Unavailable, &[]);
+
+#[tokio::test]
+async fn a_call_goes_on_to_a_server_that_serves_it_and_both_sides_know() {
+    let servers = [Server::always(DOWN).await, Server::always(Act::Reply).await];
+    let channel = over(retrying(policy()), &servers).await;
+    let mut retried = 0;
+    for _ in 0..50 {
+        let response = say(&channel).await.expect("the other one serves");
+        retried += usize::from(
+            response
+                .metadata()
+                .contains_key("grpc-previous-rpc-attempts"),
+        );
+    }
+    assert!(retried > 0);
+    assert_eq!(servers[0].count(), retried, "one failure each");
+    assert_eq!(servers[1].count(), 50);
+    let seconds = servers[1].calls();
+    let seconds: Vec<_> = seconds
+        .iter()
+        .filter_map(|seen| seen.previous.as_deref())
+        .collect();
+    assert_eq!(seconds.len(), retried);
+    assert!(seconds.iter().all(|previous| *previous == "1"));
+    assert!(
+        servers[0]
+            .calls()
+            .iter()
+            .all(|seen| seen.previous.is_none())
+    );
+    idle(&channel).await;
+    let failures: u64 = channel.endpoints().iter().map(|one| one.failures).sum();
+    assert_eq!(failures, u64::try_from(retried).unwrap(), "all are counted");
+}
+
+#[tokio::test]
+async fn the_error_lists_every_attempt_and_no_server_is_asked_twice() {
+    let mut servers = Vec::new();
+    for _ in 0..4 {
+        servers.push(Server::always(DOWN).await);
+    }
+    let channel = over(retrying(policy()), &servers).await;
+    let status = say(&channel).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable);
+    assert!(
+        status.message().starts_with("as told (4 attempts: "),
+        "{status}"
+    );
+    for server in &servers {
+        assert_eq!(server.count(), 1, "each one once");
+        let listed = format!("{} Unavailable", server.address);
+        assert!(status.message().contains(&listed), "{status}");
+    }
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn where_all_have_failed_it_is_never_the_one_that_just_has() {
+    let servers = [Server::always(DOWN).await, Server::always(DOWN).await];
+    let channel = over(retrying(policy().attempts(5)), &servers).await;
+    for _ in 0..10 {
+        say(&channel).await.unwrap_err();
+    }
+    let numbered = |server: usize| {
+        let calls = servers[server].calls();
+        calls
+            .into_iter()
+            .map(move |seen| (seen.at, server, seen.previous))
+    };
+    let mut all: Vec<_> = numbered(0).chain(numbered(1)).collect();
+    all.sort();
+    assert_eq!(all.len(), 50);
+    for pair in all.windows(2) {
+        let is_retry = pair[1].2.is_some();
+        assert!(!is_retry || pair[0].1 != pair[1].1, "{pair:?}");
+    }
+}
+
+#[tokio::test]
+async fn one_server_alone_is_asked_again() {
+    let acts = |call| if call < 2 { DOWN } else { Act::Reply };
+    let servers = [Server::start(acts).await];
+    let channel = over(retrying(policy()), &servers).await;
+    say(&channel).await.expect("at the third attempt");
+    let previous: Vec<_> = servers[0]
+        .calls()
+        .into_iter()
+        .map(|seen| seen.previous)
+        .collect();
+    let number = |number: &str| Some(number.to_owned());
+    assert_eq!(previous, [None, number("1"), number("2")]);
+}
+
+#[tokio::test]
+async fn what_the_policy_does_not_name_is_the_callers() {
+    let refused = Act::Fail(Code::NotFound, &[("grpc-status-details-bin", "AQID")]);
+    let servers = [Server::always(refused).await];
+    let channel = over(retrying(policy()), &servers).await;
+    let status = say(&channel).await.unwrap_err();
+    assert_eq!(
+        (status.code(), status.message()),
+        (Code::NotFound, "as told")
+    );
+    assert_eq!(status.details(), [1, 2, 3]);
+    assert_eq!(servers[0].count(), 1);
+}
+
+#[tokio::test]
+async fn without_a_policy_nothing_is_retried_or_touched() {
+    let servers = [Server::always(DOWN).await];
+    let elsewhere = BalancedChannel::builder()
+        .retry_method("other.Service", policy())
+        .retry_method("helloworld.Greeter/SayHellos", policy());
+    for builder in [BalancedChannel::builder(), elsewhere] {
+        let channel = over(builder, &servers).await;
+        let before = count(&servers);
+        let status = say(&channel).await.unwrap_err();
+        assert_eq!(status.message(), "as told");
+        assert_eq!(count(&servers), before + 1);
+    }
+}
+
+#[tokio::test]
+async fn each_method_has_its_own_policy() {
+    let servers = [Server::always(DOWN).await];
+    let builder = retrying(policy().attempts(5))
+        .retry_method("helloworld.Greeter", policy().attempts(3))
+        .retry_method("/helloworld.Greeter/SayHellos", policy().attempts(1));
+    let channel = over(builder, &servers).await;
+    say(&channel).await.unwrap_err();
+    assert_eq!(count(&servers), 3, "by the service's name");
+    let mut client = GreeterClient::new(channel.clone());
+    let status = client.say_hellos(hello("stream")).await.unwrap_err();
+    assert_eq!(status.message(), "as told");
+    assert_eq!(count(&servers), 4, "by the method's own");
+}
+
+#[tokio::test]
+async fn a_server_says_when_and_whether() {
+    let later = Act::Fail(Code::Unavailable, &[("grpc-retry-pushback-ms", "300")]);
+    let acts = move |call| if call == 0 { later.clone() } else { Act::Reply };
+    let servers = [Server::start(acts).await];
+    let channel = over(retrying(policy()), &servers).await;
+    say(&channel).await.expect("after the wait");
+    let calls = servers[0].calls();
+    let waited = calls[1].at.saturating_duration_since(calls[0].at);
+    assert!(waited >= Duration::from_millis(300), "{waited:?}");
+
+    for never in ["-1", "later"] {
+        let headers: &[_] = Box::leak(Box::new([("grpc-retry-pushback-ms", never)]));
+        let servers = [Server::always(Act::Fail(Code::Unavailable, headers)).await];
+        let channel = over(retrying(policy()), &servers).await;
+        let status = say(&channel).await.unwrap_err();
+        assert!(
+            status.message().contains("asks not to be tried"),
+            "{status}"
+        );
+        assert_eq!(count(&servers), 1, "{never}");
+    }
+}
+
+#[tokio::test]
+async fn the_wait_grows_by_default_as_in_the_design() {
+    let servers = [Server::always(DOWN).await];
+    let channel = over(retrying(RetryPolicy::new([Code::Unavailable])), &servers).await;
+    say(&channel).await.unwrap_err();
+    let calls = servers[0].calls();
+    assert_eq!(calls.len(), 4);
+    for (pair, least) in calls.windows(2).zip([80, 160, 320]) {
+        let waited = pair[1].at.saturating_duration_since(pair[0].at);
+        assert!(waited >= Duration::from_millis(least), "{waited:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_storm_is_stopped_by_the_budget_and_forgotten_by_good_calls() {
+    let down = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let is_down = std::sync::Arc::clone(&down);
+    let acts = move |_| {
+        let is_down = is_down.load(std::sync::atomic::Ordering::SeqCst);
+        if is_down { DOWN } else { Act::Reply }
+    };
+    let servers = [Server::start(acts).await];
+    let builder = retrying(policy()).retry_budget(RetryBudget::new(20, 0.5));
+    let channel = over(builder, &servers).await;
+    for _ in 0..100 {
+        say(&channel).await.unwrap_err();
+    }
+    // 20 tokens, 10 of which are for retries: the tenth failure is the first that is not repeated.
+    assert!(count(&servers) < 110, "{} attempts", count(&servers));
+    let status = say(&channel).await.unwrap_err();
+    assert!(
+        status.message().contains("retry budget is used up"),
+        "{status}"
+    );
+    down.store(false, std::sync::atomic::Ordering::SeqCst);
+    for _ in 0..40 {
+        say(&channel).await.expect("it serves again");
+    }
+    down.store(true, std::sync::atomic::Ordering::SeqCst);
+    let before = count(&servers);
+    say(&channel).await.unwrap_err();
+    assert_eq!(count(&servers), before + 4, "the budget is full again");
+}
+
+#[tokio::test]
+async fn the_deadline_spans_all_attempts() {
+    // The wait would end after it: told at once.
+    let servers = [Server::always(DOWN).await];
+    let minute = Duration::from_secs(60);
+    let channel = over(retrying(policy().backoff(minute, minute)), &servers).await;
+    let status = say_within(&channel, Some(Duration::from_secs(10))).await;
+    let status = status.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable);
+    assert!(
+        status.message().contains("deadline leaves no time"),
+        "{status}"
+    );
+    let previous = status.metadata().get("grpc-previous-rpc-attempts");
+    assert!(previous.is_none(), "there was one attempt");
+
+    // It passes during the second attempt.
+    let acts = |call| if call == 0 { DOWN } else { Act::Hang };
+    let servers = [Server::start(acts).await];
+    let channel = over(retrying(policy()), &servers).await;
+    let status = say_within(&channel, Some(Duration::from_millis(400))).await;
+    let status = status.unwrap_err();
+    assert_eq!(status.code(), Code::DeadlineExceeded);
+    let address = &servers[0].address;
+    let listed = format!("(2 attempts: {address} Unavailable, {address} DeadlineExceeded)");
+    assert!(status.message().contains("400ms"), "{status}");
+    assert!(status.message().contains(&listed), "{status}");
+    let left = |seen: &script::Seen| seen.timeout.clone().expect("a timeout");
+    let calls = servers[0].calls();
+    assert_ne!(left(&calls[0]), left(&calls[1]), "written anew");
+    eventually("the second is cancelled", || servers[0].cancelled() == 1).await;
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn a_response_that_has_begun_is_the_callers() {
+    for act in [Act::HeadThenReset, Act::FailLate(Code::Unavailable)] {
+        let servers = [Server::always(act.clone()).await];
+        let codes = [Code::Unavailable, Code::Internal];
+        let channel = over(retrying(RetryPolicy::new(codes)), &servers).await;
+        say(&channel).await.unwrap_err();
+        assert_eq!(count(&servers), 1, "{act:?}");
+        idle(&channel).await;
+    }
+}
+
+#[tokio::test]
+async fn resets_and_foreign_errors_count_by_their_codes() {
+    for (act, code) in [
+        (Act::Reset(Reason::INTERNAL_ERROR), Code::Internal),
+        (
+            Act::Reset(Reason::ENHANCE_YOUR_CALM),
+            Code::ResourceExhausted,
+        ),
+        (Act::Http(503), Code::Unavailable),
+    ] {
+        let servers = [
+            Server::always(act.clone()).await,
+            Server::always(Act::Reply).await,
+        ];
+        let (first, max) = (Duration::from_millis(1), Duration::from_millis(5));
+        let named = RetryPolicy::new([code]).backoff(first, max);
+        let channel = over(retrying(named), &servers).await;
+        for _ in 0..20 {
+            say(&channel).await.expect("the other one serves");
+        }
+        assert!(servers[0].count() > 0);
+        let other = RetryPolicy::new([Code::Aborted]);
+        let channel = over(retrying(other), &servers[..1]).await;
+        let before = servers[0].count();
+        let status = say(&channel).await.unwrap_err();
+        assert_eq!(status.code(), code, "{act:?}: {status}");
+        assert_eq!(servers[0].count(), before + 1);
+    }
+}
+
+#[tokio::test]
+async fn no_endpoint_is_a_failure_like_another() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let refusing = listener.local_addr().unwrap().to_string();
+    drop(listener);
+    let channel = retrying(policy()).from_addresses([&refusing]);
+    let status = say(&channel).await.unwrap_err();
+    assert_eq!(status.code(), Code::Unavailable);
+    let list = "(4 attempts: no endpoint Unavailable, no endpoint Unavailable, ";
+    assert!(status.message().contains(list), "{status}");
+    assert!(status.message().contains(&refusing), "{status}");
+}
+
+#[tokio::test]
+async fn a_request_is_sent_again_whole_whatever_its_size() {
+    let servers = [Server::always(DOWN).await];
+    let channel = over(retrying(policy()), &servers).await;
+    let mut client = GreeterClient::new(channel);
+    let large = hello(&"x".repeat(1 << 20));
+    client.say_hello(large).await.unwrap_err();
+    let calls = servers[0].calls();
+    assert_eq!(calls.len(), 4);
+    assert!(calls[0].body.len() > 1 << 20);
+    assert!(calls.iter().all(|seen| seen.body == calls[0].body));
+}
+
+/// A stream of requests whose first two are sent and whose third follows after the first attempt has failed.
+async fn stream(act: Act, size: usize) -> (Result<Response<()>, Status>, Vec<script::Seen>) {
+    let acts = move |call| if call == 0 { act.clone() } else { Act::Reply };
+    let servers = [Server::start(acts).await];
+    let channel = over(retrying(policy()), &servers).await;
+    let mut client = GreeterClient::new(channel.clone());
+    let (feed, requests) = mpsc::unbounded_channel();
+    for name in ["a", "b"] {
+        feed.send(hello(&name.repeat(size))).unwrap();
+    }
+    let call = tokio::spawn(async move {
+        let call = client.greet_all(UnboundedReceiverStream::new(requests));
+        timeout(SOON, call)
+            .await
+            .expect("an answer in time")
+            .map(|reply| reply.map(drop))
+    });
+    eventually("another attempt, or the end", || {
+        servers[0].count() == 2 || call.is_finished()
+    })
+    .await;
+    let _ = feed.send(hello("last"));
+    drop(feed);
+    let outcome = timeout(SOON, call).await.unwrap().unwrap();
+    idle(&channel).await;
+    (outcome, servers[0].calls())
+}
+
+#[tokio::test]
+async fn a_stream_of_requests_is_sent_again_from_its_beginning() {
+    let (outcome, calls) = stream(Act::FailEarly(Code::Unavailable), 10).await;
+    outcome.expect("at the second attempt");
+    assert_eq!(calls.len(), 2);
+    let text = String::from_utf8_lossy(&calls[1].body).into_owned();
+    for name in ["aaaaaaaaaa", "bbbbbbbbbb", "last"] {
+        assert_eq!(text.matches(name).count(), 1, "{text:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_stream_of_which_too_much_was_sent_is_not_sent_again() {
+    let (outcome, calls) = stream(Act::FailEarly(Code::Unavailable), 50_000).await;
+    let status = outcome.unwrap_err();
+    assert_eq!(calls.len(), 1);
+    assert!(status.message().contains("than is kept"), "{status}");
+}
+
+#[tokio::test]
+async fn a_stream_of_replies_is_retried_until_it_begins() {
+    let servers = [Server::start(|call| if call == 0 { DOWN } else { Act::Reply }).await];
+    let channel = over(retrying(policy()), &servers).await;
+    let mut client = GreeterClient::new(channel.clone());
+    let mut replies = client
+        .say_hellos(hello("stream"))
+        .await
+        .unwrap()
+        .into_inner();
+    assert!(replies.message().await.unwrap().is_some());
+    assert!(replies.message().await.unwrap().is_none());
+    assert_eq!(count(&servers), 2);
+    drop(replies);
+    idle(&channel).await;
+}

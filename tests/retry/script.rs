@@ -1,0 +1,221 @@
+//! A bare `h2` server that answers each call as the test says.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::server::SendResponse;
+use h2::{Reason, RecvStream};
+use http::{HeaderMap, Request, Response};
+use tokio::net::TcpListener;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, sleep};
+use tonic::Code;
+
+/// What becomes of a call.
+#[derive(Clone, Debug)]
+pub(super) enum Act {
+    /// The request is read, and answered with an empty message.
+    Reply,
+    /// The same, after a while.
+    Slow(Duration),
+    /// The request is read; the response is one head, with these headers besides.
+    Fail(Code, &'static [(&'static str, &'static str)]),
+    /// As `Fail`, after the request's first frame. The stream stays open for the rest.
+    FailEarly(Code),
+    /// No gRPC at all.
+    Http(u16),
+    /// A head and a message, and then this status.
+    FailLate(Code),
+    /// A head, and then a reset.
+    HeadThenReset,
+    /// The stream is reset before any answer.
+    Reset(Reason),
+    /// No answer until the client goes away, which is counted.
+    Hang,
+}
+
+/// What the server has seen of a call.
+#[derive(Clone, Debug)]
+pub(super) struct Seen {
+    pub(super) at: Instant,
+    pub(super) previous: Option<String>,
+    pub(super) timeout: Option<String>,
+    pub(super) body: Vec<u8>,
+}
+
+pub(super) struct Server {
+    pub(super) address: String,
+    calls: Arc<Mutex<Vec<Seen>>>,
+    cancelled: Arc<AtomicUsize>,
+    task: AbortHandle,
+}
+
+impl Server {
+    /// Answers the n-th call as the function says.
+    pub(super) async fn start(script: impl Fn(usize) -> Act + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let calls = Arc::<Mutex<Vec<Seen>>>::default();
+        let cancelled = Arc::<AtomicUsize>::default();
+        let shared = (Arc::clone(&calls), Arc::clone(&cancelled), Arc::new(script));
+        let task = tokio::spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((socket, _)) = listener.accept().await {
+                let (calls, cancelled, script) = shared.clone();
+                connections.spawn(async move {
+                    let Ok(mut connection) = h2::server::handshake(socket).await else {
+                        return;
+                    };
+                    let mut answers = JoinSet::new();
+                    while let Some(Ok((request, respond))) = connection.accept().await {
+                        let (index, act) = {
+                            let mut calls = calls.lock().unwrap();
+                            calls.push(Seen::new(&request));
+                            (calls.len() - 1, script(calls.len() - 1))
+                        };
+                        let record = Record(Arc::clone(&calls), index);
+                        let answer = answer(act, request, respond, record, Arc::clone(&cancelled));
+                        answers.spawn(answer);
+                    }
+                });
+            }
+        });
+        Self {
+            address,
+            calls,
+            cancelled,
+            task: task.abort_handle(),
+        }
+    }
+
+    pub(super) async fn always(act: Act) -> Self {
+        Self::start(move |_| act.clone()).await
+    }
+
+    pub(super) fn calls(&self) -> Vec<Seen> {
+        self.calls.lock().unwrap().clone()
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.calls.lock().unwrap().len()
+    }
+
+    /// Calls that the client has given up.
+    pub(super) fn cancelled(&self) -> usize {
+        self.cancelled.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Seen {
+    fn new(request: &Request<RecvStream>) -> Self {
+        let header = |name: &str| {
+            let value = request.headers().get(name)?;
+            value.to_str().ok().map(str::to_owned)
+        };
+        Self {
+            at: Instant::now(),
+            previous: header("grpc-previous-rpc-attempts"),
+            timeout: header("grpc-timeout"),
+            body: Vec::new(),
+        }
+    }
+}
+
+/// Where the body of a call is noted.
+struct Record(Arc<Mutex<Vec<Seen>>>, usize);
+
+impl Record {
+    /// Reads a frame of a request. False at its end.
+    async fn read(&self, body: &mut RecvStream) -> bool {
+        let Some(Ok(data)) = body.data().await else {
+            return false;
+        };
+        let _ = body.flow_control().release_capacity(data.len());
+        self.0.lock().unwrap()[self.1].body.extend_from_slice(&data);
+        true
+    }
+}
+
+async fn answer(
+    act: Act,
+    request: Request<RecvStream>,
+    mut respond: SendResponse<Bytes>,
+    record: Record,
+    cancelled: Arc<AtomicUsize>,
+) {
+    let mut body = request.into_body();
+    match act {
+        Act::Reset(reason) => return respond.send_reset(reason),
+        Act::FailEarly(code) => {
+            record.read(&mut body).await;
+            let _ = respond.send_response(failed(code, &[]), true);
+            // The client ends it.
+            while record.read(&mut body).await {}
+            return;
+        }
+        Act::Hang => {
+            let reset = std::future::poll_fn(|cx| respond.poll_reset(cx)).await;
+            if matches!(reset, Ok(Reason::CANCEL)) {
+                cancelled.fetch_add(1, Ordering::SeqCst);
+            }
+            return;
+        }
+        _ => while record.read(&mut body).await {},
+    }
+    match act {
+        Act::Fail(code, headers) => {
+            let _ = respond.send_response(failed(code, headers), true);
+        }
+        Act::Http(status) => {
+            let head = Response::builder().status(status).body(()).unwrap();
+            let _ = respond.send_response(head, true);
+        }
+        Act::HeadThenReset => {
+            let mut stream = respond.send_response(head(), false).unwrap();
+            // The head has to be out before the reset, which would take it along.
+            sleep(Duration::from_millis(20)).await;
+            stream.send_reset(Reason::INTERNAL_ERROR);
+        }
+        Act::FailLate(code) => reply(&mut respond, code),
+        Act::Slow(delay) => {
+            sleep(delay).await;
+            reply(&mut respond, Code::Ok);
+        }
+        _ => reply(&mut respond, Code::Ok),
+    }
+}
+
+fn reply(respond: &mut SendResponse<Bytes>, code: Code) {
+    let Ok(mut stream) = respond.send_response(head(), false) else {
+        return;
+    };
+    let _ = stream.send_data(Bytes::from_static(&[0, 0, 0, 0, 0]), false);
+    let mut trailers = HeaderMap::new();
+    trailers.insert("grpc-status", i32::from(code).into());
+    let _ = stream.send_trailers(trailers);
+}
+
+fn head() -> Response<()> {
+    let head = Response::builder().header("content-type", "application/grpc");
+    head.body(()).unwrap()
+}
+
+fn failed(code: Code, headers: &[(&'static str, &'static str)]) -> Response<()> {
+    let mut head = head();
+    head.headers_mut()
+        .insert("grpc-status", i32::from(code).into());
+    head.headers_mut()
+        .insert("grpc-message", "as%20told".parse().unwrap());
+    for (name, value) in headers {
+        head.headers_mut().insert(*name, value.parse().unwrap());
+    }
+    head
+}
