@@ -19,9 +19,11 @@ use tonic::transport::Server;
 use tonic_etcd::testing::Etcd;
 use tonic_etcd::{RegistrationBuilder, Registry, Resolver, ServeError, ServeRegistered};
 
+pub mod callers;
 #[path = "../../examples/greeter/mod.rs"]
 pub mod greeter;
 pub mod proxy;
+pub mod relay;
 
 use greeter::NamedGreeter;
 use greeter::greeter_server::GreeterServer;
