@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use super::{DEADLINE, Etcd, Member, error};
+use super::member::{Link, Traffic};
+use super::{DEADLINE, Etcd, error};
 use crate::error::{EtcdError, EtcdErrorKind};
 
 impl Etcd {
@@ -10,14 +11,17 @@ impl Etcd {
     pub(super) async fn call<T, Fut>(
         &self,
         operation: &'static str,
-        request: impl Fn(Member) -> Fut,
+        request: impl Fn(Link) -> Fut,
     ) -> Result<T, EtcdError>
     where
         Fut: Future<Output = Result<T, EtcdError>>,
     {
         let mut tries = 1;
         loop {
-            match self.attempt(operation, DEADLINE, &request).await {
+            match self
+                .attempt(Traffic::Keys, operation, DEADLINE, &request)
+                .await
+            {
                 Err(error) if self.may_succeed(&error) && tries < TRIES => {
                     tracing::debug!(%error, tries, "etcd call failed, trying again");
                     let step = match error.kind() {
@@ -42,28 +46,31 @@ impl Etcd {
     /// answered with a fresh token and a second try.
     pub(super) async fn attempt<T, Fut>(
         &self,
+        traffic: Traffic,
         operation: &'static str,
         deadline: Duration,
-        request: impl Fn(Member) -> Fut,
+        request: impl Fn(Link) -> Fut,
     ) -> Result<T, EtcdError>
     where
         Fut: Future<Output = Result<T, EtcdError>>,
     {
         let (index, member) = self.member(operation)?;
+        let link = member.link(traffic);
         let token = self.0.auth.token();
-        let mut outcome = bounded(operation, deadline, member, request(member.clone())).await;
+        let mut outcome = bounded(operation, deadline, link, request(link.clone())).await;
         if let Err(error) = &outcome
             && error.kind().is_refusal()
         {
-            match self.renew_token(member, token.as_ref(), deadline).await {
+            match self.renew_token(link, token.as_ref(), deadline).await {
                 Ok(true) => {
                     tracing::debug!(%error, "etcd refused the token, trying again with a fresh one");
-                    outcome = bounded(operation, deadline, member, request(member.clone())).await;
+                    outcome = bounded(operation, deadline, link, request(link.clone())).await;
                 }
                 Ok(false) => {}
                 Err(error) => outcome = Err(error),
             }
         }
+        link.on_outcome(outcome.as_ref().err());
         if let Err(error) = &outcome {
             self.report_at(index, error);
         }
@@ -74,13 +81,13 @@ impl Etcd {
 pub(super) async fn bounded<T>(
     operation: &'static str,
     deadline: Duration,
-    member: &Member,
+    link: &Link,
     request: impl Future<Output = Result<T, EtcdError>>,
 ) -> Result<T, EtcdError> {
     // Boxed, for `etcd-client`'s futures are 20 KiB large, and every task of ours would be.
     tokio::time::timeout(deadline, Box::pin(request))
         .await
-        .unwrap_or_else(|_| Err(error::deadline(operation, &member.endpoint, deadline)))
+        .unwrap_or_else(|_| Err(error::deadline(operation, &link.endpoint, deadline)))
 }
 
 /// With three members, five tries pass a dead one and a frozen one and still see the third twice.

@@ -1,5 +1,6 @@
 //! Connecting to etcd, and saying what is wrong when that fails.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -9,6 +10,7 @@ use tonic::transport;
 use super::auth::{Auth, Credentials};
 #[cfg(feature = "tls")]
 use super::endpoint::CONNECT_TIMEOUT;
+use super::member::Open;
 use super::{DEADLINE, Etcd, MemberEndpoint};
 use crate::error::{ConnectError, Endpoints, EtcdError, EtcdErrorKind};
 use crate::keyspace::Key;
@@ -21,8 +23,13 @@ pub(crate) struct Config {
     pub(crate) tls: Option<Tls>,
 }
 
+/// TLS to etcd: as tonic has it, or with certificates in files that are read again at each handshake.
 #[cfg(feature = "tls")]
-pub(crate) type Tls = transport::ClientTlsConfig;
+#[derive(Clone)]
+pub(crate) enum Tls {
+    Fixed(transport::ClientTlsConfig),
+    Files(crate::transport::tls::Tls),
+}
 /// Without the feature there is no such thing.
 #[cfg(not(feature = "tls"))]
 #[derive(Clone)]
@@ -40,7 +47,11 @@ impl Config {
             .collect()
     }
 
-    fn channel(&self, member: &MemberEndpoint) -> Result<transport::Channel, ConnectError> {
+    fn open(&self, member: &MemberEndpoint) -> Result<Open, ConnectError> {
+        #[cfg(feature = "tls")]
+        if let Some(Tls::Files(tls)) = &self.tls {
+            return Ok(secured_from_files(member.clone(), tls.clone()));
+        }
         let endpoint = member.transport();
         let endpoint = if member.is_tls() {
             secured(endpoint, self.tls.clone())
@@ -51,7 +62,7 @@ impl Config {
             endpoint: member.authority().to_owned(),
             reason: format!("the TLS configuration is not valid: {}", causes(&error)),
         })?;
-        Ok(endpoint.connect_lazy())
+        Ok(Arc::new(move || endpoint.connect_lazy()))
     }
 }
 
@@ -60,9 +71,30 @@ fn secured(
     endpoint: transport::Endpoint,
     tls: Option<Tls>,
 ) -> Result<transport::Endpoint, transport::Error> {
-    let tls = tls.unwrap_or_else(|| Tls::new().with_enabled_roots());
+    let tls = match tls {
+        Some(Tls::Fixed(tls)) => tls,
+        _ => transport::ClientTlsConfig::new().with_enabled_roots(),
+    };
     // tonic's connect timeout ends with TCP.
     endpoint.tls_config(tls.timeout(CONNECT_TIMEOUT))
+}
+
+#[cfg(feature = "tls")]
+fn secured_from_files(member: MemberEndpoint, tls: crate::transport::tls::Tls) -> Open {
+    let endpoint = member.transport_over_own_tls();
+    Arc::new(move || {
+        let (authority, tls) = (member.authority().to_owned(), tls.clone());
+        let dial = move |_| {
+            let (authority, tls) = (authority.clone(), tls.clone());
+            async move {
+                let tcp = TcpStream::connect(authority).await?;
+                tcp.set_nodelay(true)?;
+                let secure = tls.handshake(tcp).await?;
+                Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(secure))
+            }
+        };
+        endpoint.connect_with_connector_lazy(tower::service_fn(dial))
+    })
 }
 
 #[cfg(not(feature = "tls"))]
@@ -84,7 +116,7 @@ impl Etcd {
         let members = config.members()?;
         let mut channels = Vec::with_capacity(members.len());
         for member in &members {
-            channels.push((member.authority().to_owned(), config.channel(member)?));
+            channels.push((member.authority().to_owned(), config.open(member)?));
         }
         let auth = Auth::new(config.credentials.clone());
         let checked = async {
@@ -105,8 +137,8 @@ impl Etcd {
 
     /// Fetches the first token, from whichever member answers.
     async fn authenticate(&self) -> Result<(), EtcdError> {
-        self.call("authenticate", |member| async move {
-            self.renew_token(&member, self.0.auth.token().as_ref(), DEADLINE)
+        self.call("authenticate", |link| async move {
+            self.renew_token(&link, self.0.auth.token().as_ref(), DEADLINE)
                 .await
                 .map(drop)
         })

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, SortOrder, SortTarget, Txn, TxnOp};
 
-use super::{Etcd, MAX_MESSAGE, Member, error, header, key_value};
+use super::member::{Link, Traffic};
+use super::{Etcd, MAX_MESSAGE, error, header, key_value};
 use crate::error::EtcdError;
 use crate::keyspace::{
     GuardedPut, Header, Key, KeyValue, KeyVersion, ListRequest, Page, Range, Revision,
@@ -14,7 +15,7 @@ impl Etcd {
     /// Reads up to `limit` keys of a range, linearizably: at `revision`, or at the newest.
     pub(crate) async fn list(&self, request: &ListRequest) -> Result<Page, EtcdError> {
         const OPERATION: &str = "list";
-        self.call(OPERATION, |member| {
+        self.call(OPERATION, |link| {
             let mut options = GetOptions::new()
                 .with_range(request.range.end.as_bytes())
                 .with_limit(request.limit)
@@ -25,13 +26,13 @@ impl Etcd {
             }
             let start = request.range.start.as_bytes().to_vec();
             async move {
-                let mut kv = member
+                let mut kv = link
                     .client
                     .kv_client()
                     .max_decoding_message_size(MAX_MESSAGE);
                 let response = kv.get(start, Some(options)).await;
                 let response = response
-                    .map_err(|source| error::of_client(OPERATION, &member.endpoint, source))?;
+                    .map_err(|source| error::of_client(OPERATION, &link.endpoint, source))?;
                 Ok(Page {
                     header: header(response.0.header.as_ref()),
                     more: response.0.more,
@@ -44,7 +45,7 @@ impl Etcd {
 
     /// Reads one key, linearizably.
     pub(crate) async fn read(&self, key: &Key) -> Result<(Header, Option<KeyValue>), EtcdError> {
-        self.call("read", |member| read(member, key.clone())).await
+        self.call("read", |link| read(link, key.clone())).await
     }
 
     /// Reads which write of a key is the last, linearizably and without its value.
@@ -68,8 +69,10 @@ impl Etcd {
         key: &Key,
         deadline: Duration,
     ) -> Result<(Header, Option<KeyValue>), EtcdError> {
-        self.attempt("read", deadline, |member| read(member, key.clone()))
-            .await
+        self.attempt(Traffic::Keys, "read", deadline, |link| {
+            read(link, key.clone())
+        })
+        .await
     }
 
     /// Puts a key under a lease if nobody has written it since `expected` (zero: if it does not exist). Says the new revision, or
@@ -80,7 +83,7 @@ impl Etcd {
         deadline: Duration,
     ) -> Result<Option<Revision>, EtcdError> {
         const OPERATION: &str = "put";
-        self.attempt(OPERATION, deadline, |member| {
+        self.attempt(Traffic::Keys, OPERATION, deadline, |link| {
             let key = || put.key.as_bytes().to_vec();
             let compare = Compare::mod_revision(key(), CompareOp::Equal, put.expected.get());
             let options = PutOptions::new().with_lease(put.lease.get());
@@ -90,9 +93,9 @@ impl Etcd {
                 Some(options),
             )]);
             async move {
-                let response = member.client.kv_client().txn(txn).await;
+                let response = link.client.kv_client().txn(txn).await;
                 let response = response
-                    .map_err(|source| error::of_client(OPERATION, &member.endpoint, source))?;
+                    .map_err(|source| error::of_client(OPERATION, &link.endpoint, source))?;
                 Ok(response
                     .succeeded()
                     .then(|| header(response.0.header.as_ref()).revision))
@@ -102,13 +105,13 @@ impl Etcd {
     }
 }
 
-async fn read(member: Member, key: Key) -> Result<(Header, Option<KeyValue>), EtcdError> {
-    let mut kv = member
+async fn read(link: Link, key: Key) -> Result<(Header, Option<KeyValue>), EtcdError> {
+    let mut kv = link
         .client
         .kv_client()
         .max_decoding_message_size(MAX_MESSAGE);
     let response = kv.get(key.as_bytes(), None).await;
-    let response = response.map_err(|source| error::of_client("read", &member.endpoint, source))?;
+    let response = response.map_err(|source| error::of_client("read", &link.endpoint, source))?;
     Ok((
         header(response.0.header.as_ref()),
         response.0.kvs.into_iter().next().map(key_value),

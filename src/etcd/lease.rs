@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use etcd_client::LeaseGrantOptions;
 
+use super::member::Traffic;
 use super::{Etcd, error, header, rpc};
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{KeepAlive, LeaseId};
@@ -18,15 +19,15 @@ impl Etcd {
     ) -> Result<Duration, EtcdError> {
         const OPERATION: &str = "lease grant";
         let seconds = i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX);
-        self.attempt(OPERATION, deadline, |member| async move {
+        self.attempt(Traffic::Leases, OPERATION, deadline, |link| async move {
             let options = LeaseGrantOptions::new().with_id(lease.get());
-            let response = member
+            let response = link
                 .client
                 .lease_client()
                 .grant(seconds, Some(options))
                 .await;
             let response =
-                response.map_err(|source| error::of_client(OPERATION, &member.endpoint, source))?;
+                response.map_err(|source| error::of_client(OPERATION, &link.endpoint, source))?;
             Ok(u64::try_from(response.ttl()).map_or(ttl, Duration::from_secs))
         })
         .await
@@ -39,12 +40,12 @@ impl Etcd {
         deadline: Duration,
     ) -> Result<KeepAlive, EtcdError> {
         const OPERATION: &str = "lease keep-alive";
-        self.attempt(OPERATION, deadline, |member| async move {
-            if let Some(service) = &member.service {
-                return rpc::keep_alive(service, &member.endpoint, lease).await;
+        self.attempt(Traffic::Leases, OPERATION, deadline, |link| async move {
+            if let Some(service) = &link.service {
+                return rpc::keep_alive(service, &link.endpoint, lease).await;
             }
-            let failed = |source| error::of_client(OPERATION, &member.endpoint, source);
-            let (mut keeper, mut answers) = member
+            let failed = |source| error::of_client(OPERATION, &link.endpoint, source);
+            let (mut keeper, mut answers) = link
                 .client
                 .lease_client()
                 .keep_alive(lease.get())
@@ -57,7 +58,7 @@ impl Etcd {
                 EtcdError::new(
                     EtcdErrorKind::LeaseNotFound,
                     OPERATION,
-                    &member.endpoint,
+                    &link.endpoint,
                     format!("lease {lease} has no time left"),
                 )
             })?;
@@ -74,11 +75,11 @@ impl Etcd {
     pub(crate) async fn revoke(&self, lease: LeaseId, deadline: Duration) -> Result<(), EtcdError> {
         const OPERATION: &str = "lease revoke";
         let outcome = self
-            .attempt(OPERATION, deadline, |member| async move {
-                let response = member.client.lease_client().revoke(lease.get()).await;
+            .attempt(Traffic::Leases, OPERATION, deadline, |link| async move {
+                let response = link.client.lease_client().revoke(lease.get()).await;
                 response
                     .map(drop)
-                    .map_err(|source| error::of_client(OPERATION, &member.endpoint, source))
+                    .map_err(|source| error::of_client(OPERATION, &link.endpoint, source))
             })
             .await;
         match outcome {

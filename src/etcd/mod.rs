@@ -8,8 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use etcd_client::{Client, ConnectOptions};
-use tower::util::BoxCloneSyncService;
+use etcd_client::Client;
 
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::format::MAX_VALUE;
@@ -22,16 +21,20 @@ mod endpoint;
 mod error;
 mod kv;
 mod lease;
+mod member;
 mod rpc;
 mod watch;
 
 pub(crate) use auth::{Credentials, Token};
 pub(crate) use connect::Config;
+#[cfg(feature = "tls")]
+pub(crate) use connect::Tls;
 pub(crate) use endpoint::MemberEndpoint;
 pub(crate) use watch::Watch;
 
-use auth::{Auth, MemberService};
+use auth::Auth;
 use call::bounded;
+use member::{Link, Member, Open, Traffic};
 
 /// A handle on an etcd cluster. Cloning is a reference count.
 #[derive(Clone, Debug)]
@@ -44,49 +47,19 @@ struct Cluster {
     auth: Auth,
 }
 
-/// One member and its clients.
-#[derive(Clone)]
-struct Member {
-    endpoint: Arc<str>,
-    client: Client,
-    /// The channel under the client; `None` for a client that the user made.
-    service: Option<MemberService>,
-}
-
 impl Etcd {
     /// Makes the clients without a round trip.
-    async fn lazy(
-        members: Vec<(String, tonic::transport::Channel)>,
-        auth: Auth,
-    ) -> Result<Self, EtcdError> {
+    async fn lazy(members: Vec<(String, Open)>, auth: Auth) -> Result<Self, EtcdError> {
         let mut list = Vec::with_capacity(members.len());
-        for (endpoint, channel) in members {
-            let service = auth.service(channel);
-            let custom =
-                etcd_client::Channel::Custom(BoxCloneSyncService::new(tower::util::MapErr::new(
-                    service.clone(),
-                    tower::BoxError::from as fn(tonic::transport::Error) -> tower::BoxError,
-                )));
-            let client = Client::from_channel(custom, Some(ConnectOptions::new()))
-                .await
-                .map_err(|source| error::of_client("connect", &endpoint, source))?;
-            list.push(Member {
-                endpoint: endpoint.into(),
-                client,
-                service: Some(service),
-            });
+        for (endpoint, open) in members {
+            list.push(Member::lazy(endpoint, open, &auth).await?);
         }
         Ok(Self::of_members(list, auth))
     }
 
     /// Takes a client that the user made.
     pub(crate) fn from_client(client: Client) -> Self {
-        let member = Member {
-            endpoint: "(the given client)".into(),
-            client,
-            service: None,
-        };
-        Self::of_members(vec![member], Auth::new(None))
+        Self::of_members(vec![Member::given(client)], Auth::new(None))
     }
 
     fn of_members(members: Vec<Member>, auth: Auth) -> Self {
@@ -101,11 +74,7 @@ impl Etcd {
 
     /// The members' addresses as `host:port`; none for a client that the user made.
     pub(crate) fn endpoints(&self) -> Vec<String> {
-        let members = self
-            .0
-            .members
-            .iter()
-            .filter(|member| member.service.is_some());
+        let members = self.0.members.iter().filter(|member| !member.is_given());
         members.map(|member| member.endpoint.to_string()).collect()
     }
 
@@ -156,29 +125,29 @@ impl Etcd {
 
     async fn renew_token(
         &self,
-        member: &Member,
+        link: &Link,
         refused: Option<&Token>,
         deadline: Duration,
     ) -> Result<bool, EtcdError> {
         let deadline = deadline.max(DEADLINE);
         let renewal = async {
-            match &member.service {
+            match &link.service {
                 Some(service) => {
                     self.0
                         .auth
-                        .refresh(refused, service, &member.endpoint, deadline)
+                        .refresh(refused, service, &link.endpoint, deadline)
                         .await
                 }
                 None => {
                     self.0
                         .auth
-                        .refresh_client(&member.client, &member.endpoint)
+                        .refresh_client(&link.client, &link.endpoint)
                         .await
                 }
             }
         };
         // The wait for somebody else's renewal included.
-        bounded("authenticate", deadline, member, renewal).await
+        bounded("authenticate", deadline, link, renewal).await
     }
 
     /// Opens a watch on a range; `None` watches from now. Waits for the first message's head, up to 2 s; tried once.
@@ -187,21 +156,18 @@ impl Etcd {
         range: &Range,
         from: Option<Revision>,
     ) -> Result<Watch, EtcdError> {
-        let open = |member: Member| {
-            watch::open(
-                member.client,
-                Arc::clone(&member.endpoint),
-                range.clone(),
-                from,
-            )
-        };
-        self.attempt("watch", DEADLINE, open).await
+        let open = |link: Link| watch::open(link.client, link.endpoint, range.clone(), from);
+        self.attempt(Traffic::Keys, "watch", DEADLINE, open).await
     }
 
     /// Answers a watch's end for the member's fault: the next one goes elsewhere.
     pub(crate) fn report(&self, error: &EtcdError) {
         let mut members = self.0.members.iter();
         if let Some(index) = members.position(|member| *member.endpoint == *error.endpoint()) {
+            if error.kind() == EtcdErrorKind::DeadlineExceeded {
+                // The watchdog has waited for long enough for both.
+                self.0.members[index].link(Traffic::Keys).replace();
+            }
             self.report_at(index, error);
         }
     }
@@ -214,7 +180,9 @@ impl Etcd {
     /// Answers a refusal that came in a watch's messages: fetches a fresh token, unless somebody else has done so since.
     pub(crate) async fn refused(&self, token: Option<&Token>) -> Result<(), EtcdError> {
         let (_, member) = self.member("authenticate")?;
-        self.renew_token(member, token, DEADLINE).await.map(drop)
+        self.renew_token(member.link(Traffic::Keys), token, DEADLINE)
+            .await
+            .map(drop)
     }
 }
 
