@@ -3,7 +3,8 @@
 use proptest::prelude::{ProptestConfig, any, proptest};
 
 use super::*;
-use crate::keyspace::{Header, Key};
+use crate::error::EtcdErrorKind;
+use crate::keyspace::{Event, Header, KeepAlive, Key, KeyValue};
 
 const TTL: Duration = Duration::from_secs(6);
 
