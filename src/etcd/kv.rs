@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
+use etcd_client::proto::PbTxnOpResponse;
 use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, SortOrder, SortTarget, Txn, TxnOp};
 
 use super::member::{Link, Traffic};
 use super::{Etcd, MAX_MESSAGE, error, header, key_value};
 use crate::error::EtcdError;
 use crate::keyspace::{
-    GuardedPut, Header, Key, KeyValue, KeyVersion, ListRequest, Page, Range, Revision,
+    GuardedPut, Header, Key, KeyValue, KeyVersion, LeaseId, ListRequest, Page, Range, Revision,
 };
 
 impl Etcd {
@@ -63,46 +64,113 @@ impl Etcd {
         Ok((page.header, page.kvs.first().map(KeyValue::version)))
     }
 
-    /// As [`Etcd::read`], tried once.
+    /// Reads keys in their order, linearizably; each hundred at one revision. Tried once.
     pub(crate) async fn read_once(
         &self,
-        key: &Key,
+        keys: &[Key],
         deadline: Duration,
-    ) -> Result<(Header, Option<KeyValue>), EtcdError> {
-        self.attempt(Traffic::Keys, "read", deadline, |link| {
-            read(link, key.clone())
-        })
-        .await
+    ) -> Result<(Header, Vec<Option<KeyValue>>), EtcdError> {
+        let mut head = Header::default();
+        let mut found = Vec::with_capacity(keys.len());
+        for chunk in keys.chunks(OPERATIONS_MAX) {
+            let answer = self.attempt(Traffic::Keys, "read", deadline, |link| {
+                read_all(link, chunk.to_vec())
+            });
+            let (header, chunk) = answer.await?;
+            head = header;
+            found.extend(chunk);
+        }
+        Ok((head, found))
     }
 
-    /// Puts a key under a lease if nobody has written it since `expected` (zero: if it does not exist). Says the new revision, or
-    /// `None` if somebody has. Tried once.
+    /// Puts keys under a lease, all of them or none, if nobody has written them since `expected` (zero: if it does not exist). Says the
+    /// new revision, or `None` if somebody has. Tried once.
     pub(crate) async fn put_if(
         &self,
-        put: &GuardedPut,
+        puts: &[GuardedPut],
         deadline: Duration,
     ) -> Result<Option<Revision>, EtcdError> {
         const OPERATION: &str = "put";
-        self.attempt(Traffic::Keys, OPERATION, deadline, |link| {
-            let key = || put.key.as_bytes().to_vec();
-            let compare = Compare::mod_revision(key(), CompareOp::Equal, put.expected.get());
+        let unchanged = |put: &GuardedPut| {
+            let key = put.key.as_bytes().to_vec();
+            Compare::mod_revision(key, CompareOp::Equal, put.expected.get())
+        };
+        let write = |put: &GuardedPut| {
             let options = PutOptions::new().with_lease(put.lease.get());
-            let txn = Txn::new().when([compare]).and_then([TxnOp::put(
-                key(),
-                put.value.clone(),
-                Some(options),
-            )]);
+            TxnOp::put(put.key.as_bytes(), put.value.clone(), Some(options))
+        };
+        self.attempt(Traffic::Keys, OPERATION, deadline, |link| {
+            let txn = Txn::new()
+                .when(puts.iter().map(unchanged).collect::<Vec<_>>())
+                .and_then(puts.iter().map(write).collect::<Vec<_>>());
             async move {
                 let response = link.client.kv_client().txn(txn).await;
                 let response = response
                     .map_err(|source| error::of_client(OPERATION, &link.endpoint, source))?;
-                Ok(response
-                    .succeeded()
-                    .then(|| header(response.0.header.as_ref()).revision))
+                let revision = header(response.0.header.as_ref()).revision;
+                Ok(response.succeeded().then_some(revision))
             }
         })
         .await
     }
+
+    /// Deletes a key if it is under this lease; else there is nothing to do. Tried once.
+    pub(crate) async fn delete_if(
+        &self,
+        key: &Key,
+        lease: LeaseId,
+        deadline: Duration,
+    ) -> Result<(), EtcdError> {
+        const OPERATION: &str = "delete";
+        self.attempt(Traffic::Keys, OPERATION, deadline, |link| {
+            let txn = Txn::new()
+                .when([Compare::lease(
+                    key.as_bytes(),
+                    CompareOp::Equal,
+                    lease.get(),
+                )])
+                .and_then([TxnOp::delete(key.as_bytes(), None)]);
+            async move {
+                let response = link.client.kv_client().txn(txn).await;
+                let deleted = response.map(drop);
+                deleted.map_err(|source| error::of_client(OPERATION, &link.endpoint, source))
+            }
+        })
+        .await
+    }
+}
+
+/// Reads up to [`OPERATIONS_MAX`] keys at one revision.
+async fn read_all(
+    link: Link,
+    keys: Vec<Key>,
+) -> Result<(Header, Vec<Option<KeyValue>>), EtcdError> {
+    if let [key] = &keys[..] {
+        let (header, found) = read(link, key.clone()).await?;
+        return Ok((header, vec![found]));
+    }
+    let gets = keys.iter().map(|key| TxnOp::get(key.as_bytes(), None));
+    let txn = Txn::new().and_then(gets.collect::<Vec<_>>());
+    let mut kv = link
+        .client
+        .kv_client()
+        .max_decoding_message_size(MAX_MESSAGE);
+    let response = kv.txn(txn).await;
+    let response = response.map_err(|source| error::of_client("read", &link.endpoint, source))?;
+    let found = response
+        .0
+        .responses
+        .into_iter()
+        .map(|answer| match answer.response {
+            Some(PbTxnOpResponse::ResponseRange(range)) => {
+                range.kvs.into_iter().next().map(key_value)
+            }
+            _ => None,
+        });
+    let mut found: Vec<_> = found.collect();
+    // As many answers as questions, whatever came.
+    found.resize(keys.len(), None);
+    Ok((header(response.0.header.as_ref()), found))
 }
 
 async fn read(link: Link, key: Key) -> Result<(Header, Option<KeyValue>), EtcdError> {
@@ -117,3 +185,6 @@ async fn read(link: Link, key: Key) -> Result<(Header, Option<KeyValue>), EtcdEr
         response.0.kvs.into_iter().next().map(key_value),
     ))
 }
+
+/// Operations in one transaction: etcd refuses more than 128 with its default settings.
+const OPERATIONS_MAX: usize = 100;

@@ -69,6 +69,16 @@ impl Member {
         }
     }
 
+    /// The same member over connections of the runtime that this is called on; a client that the user made stays on its own.
+    pub(super) async fn apart(&self, auth: &Auth) -> Result<Self, EtcdError> {
+        match &self.keys.service {
+            Some(service) => {
+                Self::lazy(self.endpoint.to_string(), Arc::clone(&service.open), auth).await
+            }
+            None => Ok(Self::given(self.keys.client.clone())),
+        }
+    }
+
     pub(super) fn is_given(&self) -> bool {
         self.keys.service.is_none()
     }

@@ -62,6 +62,15 @@ impl Etcd {
         Self::of_members(vec![Member::given(client)], Auth::new(None))
     }
 
+    /// The same cluster over connections of the runtime that this is called on.
+    pub(crate) async fn apart(&self) -> Result<Self, EtcdError> {
+        let mut members = Vec::with_capacity(self.members());
+        for member in &self.0.members {
+            members.push(member.apart(&self.0.auth).await?);
+        }
+        Ok(Self::of_members(members, self.0.auth.clone()))
+    }
+
     fn of_members(members: Vec<Member>, auth: Auth) -> Self {
         // All clients of a fleet are given the same list; the random start keeps them off its first member.
         let current = AtomicUsize::new(fastrand::usize(..members.len().max(1)));

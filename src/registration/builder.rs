@@ -25,6 +25,8 @@ pub struct RegistrationBuilder {
     etcd: Etcd,
     policy: AddressPolicy,
     target: Target,
+    further: Vec<String>,
+    own_thread: bool,
     address: Option<String>,
     host: Option<String>,
     advertisement: Attributes,
@@ -83,6 +85,8 @@ impl RegistrationBuilder {
             etcd,
             policy,
             target,
+            further: Vec::new(),
+            own_thread: false,
             address: None,
             host: None,
             advertisement: Attributes {
@@ -99,6 +103,36 @@ impl RegistrationBuilder {
             drain_timeout: DRAIN_TIMEOUT,
             states: watch::Sender::new(RegistrationState::Registering { last_error: None }),
         }
+    }
+
+    /// Registers the server for one more service, with the same address, id, attributes and lease. Call it once for each.
+    ///
+    /// A server of many services so costs etcd one lease and one renewal. What is done to the registration is done to all of them;
+    /// [`Registration::deregister_service`] takes a single one out. A registration at an exact key has no further services.
+    ///
+    /// ```no_run
+    /// # async fn run(registry: tonic_etcd::Registry) -> Result<(), tonic_etcd::RegisterError> {
+    /// let registration = registry
+    ///     .registration("helloworld.Greeter")
+    ///     .and_service("routeguide.RouteGuide")
+    ///     .address("10.0.0.5:50051")
+    ///     .register()
+    ///     .await?;
+    /// registration.deregister_service("routeguide.RouteGuide").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn and_service(mut self, service: impl Into<String>) -> Self {
+        self.further.push(service.into());
+        self
+    }
+
+    /// Keeps the registration on a thread and over connections of its own: the lease is renewed even while calls keep every thread of
+    /// the runtime busy for longer than the TTL. Off by default. A client given to [`Registry::from_client`](crate::Registry::from_client)
+    /// keeps its connections where it has them.
+    pub fn own_thread(mut self, own_thread: bool) -> Self {
+        self.own_thread = own_thread;
+        self
     }
 
     /// The address that clients are to dial, as `host:port`; IPv6 in brackets.
@@ -237,12 +271,13 @@ impl RegistrationBuilder {
     ) -> Result<Registration, RegisterError> {
         self.check()?;
         let entry = self.entry(self.advertised(bound).await?)?;
-        Ok(Registration::start(
+        Registration::start(
             self.etcd,
             entry,
             self.deregister_timeout,
+            self.own_thread,
             self.states,
-        ))
+        )
     }
 
     /// Checks everything that can be known to be wrong without etcd, and for a server before it has a port.
@@ -278,9 +313,8 @@ impl RegistrationBuilder {
     }
 
     fn entry(&self, address: Address) -> Result<Entry, RegisterError> {
-        let key = self
-            .instance_key(&address)
-            .map_err(|reason| self.invalid(reason))?;
+        let keys = self.instance_keys(&address);
+        let keys = keys.map_err(|reason| self.invalid(reason))?;
         let Attributes {
             weight,
             zone,
@@ -308,7 +342,8 @@ impl RegistrationBuilder {
             )));
         }
         Ok(Entry {
-            key,
+            keys,
+            services: self.services(),
             advertisement,
             format: self.format,
             ttl: whole_seconds(self.ttl),
@@ -325,6 +360,7 @@ impl RegistrationBuilder {
         if let Target::Service { service, .. } = &self.target {
             check_service(service).map_err(|reason| format!("the service name {reason}"))?;
         }
+        self.check_further()?;
         check_weight(*weight)?;
         if self.ttl < MIN_TTL || self.ttl > MAX_TTL {
             return Err(format!(
@@ -353,25 +389,51 @@ impl RegistrationBuilder {
         Ok(())
     }
 
-    fn instance_key(&self, address: &Address) -> Result<Key, String> {
+    fn check_further(&self) -> Result<(), String> {
+        if let (Target::Key(_), Some(service)) = (&self.target, self.further.first()) {
+            return Err(format!(
+                "a registration at an exact key has no further service such as {service:?}"
+            ));
+        }
+        let services = self.services();
+        for (index, service) in services.iter().enumerate() {
+            check_service(service)
+                .map_err(|reason| format!("the service name {service:?} {reason}"))?;
+            if services[..index].contains(service) {
+                return Err(format!("the service {service:?} is named twice"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The services by name; none for an exact key.
+    fn services(&self) -> Vec<String> {
         match &self.target {
-            Target::Service {
-                keyspace,
-                service,
-                id,
-            } => {
+            Target::Service { service, .. } => {
+                let further = self.further.iter().cloned();
+                std::iter::once(service.clone()).chain(further).collect()
+            }
+            Target::Key(_) => Vec::new(),
+        }
+    }
+
+    fn instance_keys(&self, address: &Address) -> Result<Vec<Key>, String> {
+        match &self.target {
+            Target::Service { keyspace, id, .. } => {
                 let id = id.as_deref().unwrap_or(address.as_str());
                 if id.is_empty() || id.contains('/') || id.chars().any(char::is_control) {
                     return Err(format!(
                         "the instance id {id:?} is empty, or contains a slash or a control character"
                     ));
                 }
-                Ok(keyspace.instance(service, id))
+                let services = self.services();
+                let key = |service: &String| keyspace.instance(service, id);
+                Ok(services.iter().map(key).collect())
             }
             Target::Key(key) if key.is_empty() || key.ends_with('/') => {
                 Err("the key is empty or ends in a slash, and so names no instance".to_owned())
             }
-            Target::Key(key) => Ok(Key::from(key.as_str())),
+            Target::Key(key) => Ok(vec![Key::from(key.as_str())]),
         }
     }
 

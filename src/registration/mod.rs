@@ -2,6 +2,8 @@
 //!
 //! One task owns the pure machine of [`lease`] and carries out its commands.
 
+use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -46,7 +48,8 @@ use task::{Answer, Failure, Request, Task};
 /// ```
 #[derive(Debug)]
 pub struct Registration {
-    key: String,
+    /// The key of each service, and the service's name; the name is empty for an exact key.
+    keys: Vec<(String, String)>,
     address: Address,
     format: Format,
     endpoints: Endpoints,
@@ -58,7 +61,10 @@ pub struct Registration {
 /// What is kept in etcd.
 #[derive(Debug)]
 struct Entry {
-    key: Key,
+    /// At least one.
+    keys: Vec<Key>,
+    /// The services that the keys are of, in the same order; none for an exact key.
+    services: Vec<String>,
     advertisement: Advertisement,
     format: Format,
     ttl: Duration,
@@ -81,11 +87,15 @@ impl Registration {
         etcd: Etcd,
         entry: Entry,
         change_timeout: Duration,
+        own_thread: bool,
         states: watch::Sender<RegistrationState>,
-    ) -> Self {
+    ) -> Result<Self, RegisterError> {
         let (requests, inbox) = mpsc::channel(8);
+        let services = entry.services.iter().cloned();
+        let services = services.chain(std::iter::repeat(String::new()));
+        let keys = entry.keys.iter().map(ToString::to_string);
         let registration = Self {
-            key: entry.key.to_string(),
+            keys: keys.zip(services).collect(),
             address: entry.advertisement.address.clone(),
             format: entry.format,
             endpoints: Endpoints(etcd.endpoints()),
@@ -93,10 +103,21 @@ impl Registration {
             requests,
             states: states.subscribe(),
         };
-        let span = tracing::info_span!("registration", key = %entry.key);
-        let task = Task::new(etcd, entry, inbox, states, change_timeout);
-        tokio::spawn(task.run().instrument(span));
-        registration
+        let span = tracing::info_span!("registration", key = registration.key());
+        let run = async move |etcd| {
+            let task = Task::new(etcd, entry, inbox, states, change_timeout);
+            task.run().instrument(span).await;
+        };
+        if own_thread {
+            let started = apart(etcd, run);
+            started.map_err(|source| RegisterError::Thread {
+                key: registration.key().to_owned(),
+                source: Arc::new(source),
+            })?;
+        } else {
+            tokio::spawn(async move { run(etcd).await });
+        }
+        Ok(registration)
     }
 
     /// Waits for the first success, or for what rules it out.
@@ -111,7 +132,7 @@ impl Registration {
                         last_error: Some(source),
                     } if source.kind().needs_operator() => {
                         return Err(RegisterError::Refused {
-                            key: self.key.clone(),
+                            key: self.key().to_owned(),
                             source,
                         });
                     }
@@ -129,10 +150,15 @@ impl Registration {
         }
     }
 
-    /// The key in etcd.
+    /// The key in etcd: the first one, if there are [several](Self::keys).
     #[must_use]
     pub fn key(&self) -> &str {
-        &self.key
+        self.keys.first().map_or("", |(key, _)| key)
+    }
+
+    /// The keys in etcd, one for each service, in the order in which the services were named.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.keys.iter().map(|(key, _)| key.as_str())
     }
 
     /// The advertised address.
@@ -192,7 +218,7 @@ impl Registration {
     /// Once sent, the request is carried out even if the future is dropped.
     pub async fn set_weight(&self, weight: u32) -> Result<(), RegisterError> {
         let invalid = |reason| RegisterError::Invalid {
-            service: self.key.clone(),
+            service: self.key().to_owned(),
             reason,
         };
         builder::check_weight(weight).map_err(invalid)?;
@@ -203,6 +229,28 @@ impl Registration {
             )));
         }
         self.ask(|answer| Request::SetWeight(weight, answer)).await
+    }
+
+    /// Removes the entry of one of [several services](RegistrationBuilder::and_service); the others stay. The last one ends the
+    /// registration, as [`deregister`](Self::deregister) does. For a service that was removed before there is nothing to do.
+    ///
+    /// # Errors
+    ///
+    /// If the registration is not of this service. If etcd could not be told within the bound (5 s by default); the attempt goes on.
+    ///
+    /// # Cancel safety
+    ///
+    /// Once sent, the request is carried out even if the future is dropped.
+    pub async fn deregister_service(&self, service: &str) -> Result<(), RegisterError> {
+        let index = self.keys.iter().position(|(_, name)| name == service);
+        let index = index.ok_or_else(|| RegisterError::Invalid {
+            service: service.to_owned(),
+            reason: format!(
+                "the registration of {:?} is not of this service",
+                self.key()
+            ),
+        })?;
+        self.ask(|answer| Request::Remove(index, answer)).await
     }
 
     /// Removes the entry and ends the registration. The lease is revoked; it is never registered again after that.
@@ -227,7 +275,7 @@ impl Registration {
         match timeout(self.change_timeout.saturating_add(ANSWER_SLACK), outcome).await {
             Ok(Ok(Ok(()))) => Ok(()),
             Ok(Ok(Err(Failure::Superseded(lease)))) => Err(RegisterError::Superseded {
-                key: self.key.clone(),
+                key: self.key().to_owned(),
                 lease,
             }),
             Ok(Ok(Err(Failure::Ended)) | Err(_)) => Err(self.ended()),
@@ -237,7 +285,7 @@ impl Registration {
 
     fn ended(&self) -> RegisterError {
         RegisterError::Ended {
-            key: self.key.clone(),
+            key: self.key().to_owned(),
         }
     }
 
@@ -249,12 +297,31 @@ impl Registration {
             _ => None,
         };
         RegisterError::TimedOut {
-            key: self.key.clone(),
+            key: self.key().to_owned(),
             endpoints: self.endpoints.clone(),
             bound,
             source,
         }
     }
+}
+
+/// Runs a registration on a thread and over connections of its own.
+fn apart<Run>(etcd: Etcd, run: Run) -> io::Result<()>
+where
+    Run: AsyncFnOnce(Etcd) + Send + 'static,
+{
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let thread = std::thread::Builder::new().name("registration".to_owned());
+    let body = move || {
+        runtime.block_on(async move {
+            // Clients are made without a round trip; it cannot fail, and if it does the shared ones will do.
+            let own = etcd.apart().await.unwrap_or(etcd);
+            run(own).await;
+        });
+    };
+    thread.spawn(body).map(drop)
 }
 
 /// An answer that is due at a bound may be this late.

@@ -6,10 +6,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
 use super::key_watch::{KeyWatch, News};
-use super::lease::{Command, Machine, Phase};
+use super::lease::{Command, Found, Machine, Phase, Put};
 use super::{Entry, RegistrationState};
 use crate::etcd::Etcd;
-use crate::keyspace::{GuardedPut, LeaseId};
+use crate::keyspace::{GuardedPut, Key, KeyValue, LeaseId};
 
 /// What the owner asks of the task. The answer comes when it is done.
 #[derive(Debug)]
@@ -17,6 +17,8 @@ pub(super) enum Request {
     Pause(Answer),
     Resume(Answer),
     SetWeight(u32, Answer),
+    /// The key with this index is to go.
+    Remove(usize, Answer),
     Deregister(Answer),
 }
 
@@ -52,6 +54,7 @@ pub(super) struct Task {
 enum Goal {
     Paused,
     Written,
+    Removed(usize),
     Deregistered,
 }
 
@@ -65,7 +68,12 @@ impl Task {
     ) -> Self {
         let says_goodbye = entry.format.carries_attributes();
         Self {
-            machine: Machine::new(entry.ttl, says_goodbye, fastrand::Rng::new()),
+            machine: Machine::new(
+                entry.ttl,
+                entry.keys.len(),
+                says_goodbye,
+                fastrand::Rng::new(),
+            ),
             etcd,
             entry,
             inbox,
@@ -119,7 +127,7 @@ impl Task {
             tokio::select! {
                 biased;
                 request = self.inbox.recv(), if listening => self.on_request(request),
-                news = self.key_watch.next(&self.etcd, &self.entry.key), if watched => self.on_news(news),
+                news = self.key_watch.next(&self.etcd, &self.entry.keys[0]), if watched => self.on_news(news),
                 () = sleep_until(until) => {}
             }
             return;
@@ -150,6 +158,14 @@ impl Task {
                 self.machine.on_new_value();
                 self.waiting.push((Goal::Written, answer));
             }
+            Some(Request::Remove(index, answer)) => {
+                if self.machine.live().eq([index]) {
+                    self.deregister();
+                } else {
+                    self.machine.on_remove(index);
+                }
+                self.waiting.push((Goal::Removed(index), answer));
+            }
             Some(Request::Deregister(answer)) => {
                 self.deregister();
                 self.waiting.push((Goal::Deregistered, answer));
@@ -169,7 +185,10 @@ impl Task {
             News::Events(events) => {
                 let now = Instant::now();
                 for event in events {
-                    self.machine.on_event(&event, now);
+                    let mut keys = self.entry.keys.iter();
+                    if let Some(index) = keys.position(|key| key == event.key()) {
+                        self.machine.on_event(index, &event, now);
+                    }
                 }
             }
             News::Lost(error) => {
@@ -190,6 +209,7 @@ impl Task {
                 (Goal::Paused, Phase::Paused | Phase::Registered { .. } | Phase::Superseded(_))
                 | (Goal::Written, Phase::Paused)
                 | (Goal::Deregistered, Phase::Deregistered) => Ok(()),
+                (Goal::Removed(index), _) if self.machine.is_gone(index) => Ok(()),
                 (Goal::Written, Phase::Registered { .. }) if written => Ok(()),
                 (Goal::Written, Phase::Superseded(lease)) => Err(Failure::Superseded(lease)),
                 (Goal::Paused | Goal::Written, Phase::Deregistered) => Err(Failure::Ended),
@@ -235,6 +255,36 @@ impl Task {
     }
 }
 
+impl Entry {
+    fn keys(&self, indexes: &[usize]) -> Vec<Key> {
+        indexes
+            .iter()
+            .map(|index| self.keys[*index].clone())
+            .collect()
+    }
+
+    fn found(&self, indexes: &[usize], found: Vec<Option<KeyValue>>) -> Vec<Found> {
+        let value = self.encode(false);
+        let found = indexes.iter().zip(found);
+        let found = found.map(|(index, kv)| Found {
+            index: *index,
+            current: kv.as_ref().is_some_and(|kv| kv.value == value),
+            kv,
+        });
+        found.collect()
+    }
+
+    fn guarded(&self, puts: &[Put], value: &[u8], lease: LeaseId) -> Vec<GuardedPut> {
+        let put = |put: &Put| GuardedPut {
+            key: self.keys[put.index].clone(),
+            value: value.to_vec(),
+            lease,
+            expected: put.expected,
+        };
+        puts.iter().map(put).collect()
+    }
+}
+
 /// Carries one command out.
 async fn execute(
     etcd: &Etcd,
@@ -249,31 +299,31 @@ async fn execute(
             machine.on_granted(lease, answer, sent, Instant::now());
         }
         Command::Read { deadline } => {
-            let answer = etcd.read_once(&entry.key, deadline).await;
-            let mut current = false;
+            let live: Vec<_> = machine.live().collect();
+            let answer = etcd.read_once(&entry.keys(&live), deadline).await;
             let found = answer.map(|(header, found)| {
                 machine.on_term(header.raft_term);
-                current = found
-                    .as_ref()
-                    .is_some_and(|kv| kv.value == entry.encode(false));
-                found
+                entry.found(&live, found)
             });
-            machine.on_read(found, current, Instant::now());
+            machine.on_read(found, Instant::now());
         }
         Command::Put {
             lease,
-            expected,
             leaving,
             deadline,
         } => {
-            let put = GuardedPut {
-                key: entry.key.clone(),
-                value: entry.encode(leaving),
-                lease,
-                expected,
-            };
-            let answer = etcd.put_if(&put, deadline).await;
+            let value = entry.encode(leaving);
+            let puts = entry.guarded(&machine.puts(), &value, lease);
+            let answer = etcd.put_if(&puts, deadline).await;
             machine.on_put(leaving, answer, Instant::now());
+        }
+        Command::Delete {
+            index,
+            lease,
+            deadline,
+        } => {
+            let answer = etcd.delete_if(&entry.keys[index], lease, deadline).await;
+            machine.on_deleted(index, answer, Instant::now());
         }
         Command::Renew { lease, deadline } => {
             let answer = etcd.keep_alive(lease, deadline).await;

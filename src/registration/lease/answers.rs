@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
-    After, GRANTED_KEPT, Lease, Machine, OPERATOR_WAIT, SUPERSEDED_READ, State, TTL_MAX,
+    After, Found, GRANTED_KEPT, Lease, Machine, OPERATOR_WAIT, SUPERSEDED_READ, State, TTL_MAX,
     VERIFY_EVERY,
 };
 use crate::backoff::jittered;
@@ -46,11 +46,10 @@ impl Machine {
         self.state = State::Reading;
     }
 
-    /// Takes the key as it was read. `current`: its value is the one at hand.
+    /// Takes the keys as they were read.
     pub(in crate::registration) fn on_read(
         &mut self,
-        answer: Result<Option<KeyValue>, EtcdError>,
-        current: bool,
+        answer: Result<Vec<Found>, EtcdError>,
         now: Instant,
     ) {
         let found = match answer {
@@ -59,50 +58,62 @@ impl Machine {
         };
         // Not the backoff: a read that works before a put that fails would make a loop of them.
         self.not_before = None;
-        self.dirty &= !current;
         if let Some(lease) = &mut self.lease {
             lease.unverified = 0;
         }
-        match (self.state, found) {
-            (State::Superseded { .. }, None) => self.register(),
-            (State::Superseded { .. }, Some(kv)) => self.supersede(kv.lease, now),
-            (State::Reading | State::Registered { .. } | State::Putting { .. }, found) => {
-                self.on_own_read(found, now);
+        let reading = matches!(
+            self.state,
+            State::Reading | State::Putting | State::Registered | State::Superseded
+        );
+        if reading {
+            for found in found {
+                self.on_found(&found);
             }
-            _ => {}
+            self.judge(now);
         }
     }
 
-    fn on_own_read(&mut self, found: Option<KeyValue>, now: Instant) {
-        let Some(lease) = self.lease else {
-            return self.register();
+    fn on_found(&mut self, found: &Found) {
+        let lease = self.lease.map(|lease| lease.id);
+        let Some(place) = self.keys.get_mut(found.index) else {
+            return;
         };
-        let ours = found.as_ref().filter(|kv| kv.lease == lease.id);
-        self.held = ours.map(|kv| kv.mod_revision);
-        match found {
-            None => {
-                self.state = State::Putting {
-                    expected: Revision::ZERO,
-                }
-            }
-            Some(kv) if kv.lease == lease.id && !self.dirty => {
-                self.claiming = false;
-                self.succeeded();
-                self.state = State::Registered {
-                    mod_revision: kv.mod_revision,
-                };
-            }
+        place.dirty &= !found.current;
+        place.foreign = None;
+        place.expected = None;
+        let Some(kv) = &found.kv else {
+            place.held = None;
+            place.expected = Some(Revision::ZERO);
+            return;
+        };
+        let ours = Some(kv.lease) == lease;
+        place.held = ours.then_some(kv.mod_revision);
+        if ours && !place.dirty {
+            place.claiming = false;
+        } else if place.claiming || self.granted.contains(&kv.lease) {
+            place.expected = Some(kv.mod_revision);
+        } else {
             // A key without a lease was put by somebody else too: nobody here ever does that.
-            Some(kv) if self.claiming || self.granted.contains(&kv.lease) => {
-                self.state = State::Putting {
-                    expected: kv.mod_revision,
-                };
-            }
-            Some(kv) => self.supersede(kv.lease, now),
+            place.foreign = Some(kv.lease);
         }
     }
 
-    /// Takes the answer to a put: the key's new revision, or nothing if somebody else was faster.
+    /// What the keys as they are now call for.
+    fn judge(&mut self, now: Instant) {
+        if self.places().any(|place| place.expected.is_some()) {
+            match &self.lease {
+                Some(_) => self.state = State::Putting,
+                None => self.register(),
+            }
+        } else if self.places().all(|place| place.foreign.is_some()) {
+            self.supersede(now);
+        } else {
+            self.succeeded();
+            self.state = State::Registered;
+        }
+    }
+
+    /// Takes the answer to a put: the keys' new revision, or nothing if somebody else was faster.
     pub(in crate::registration) fn on_put(
         &mut self,
         leaving: bool,
@@ -111,18 +122,21 @@ impl Machine {
     ) {
         if leaving {
             // The last word is a courtesy; whatever came of it, the revoke is next.
-            if let State::Leaving { mod_revision, .. } = &mut self.state {
-                *mod_revision = None;
+            if let State::Leaving { goodbye, .. } = &mut self.state {
+                *goodbye = false;
             }
             return;
         }
         match answer {
             Ok(Some(mod_revision)) => {
-                self.succeeded();
-                self.claiming = false;
-                self.held = Some(mod_revision);
-                self.dirty = false;
-                self.state = State::Registered { mod_revision };
+                for put in self.puts() {
+                    let place = &mut self.keys[put.index];
+                    place.claiming = false;
+                    place.dirty = false;
+                    place.expected = None;
+                    place.held = Some(mod_revision);
+                }
+                self.judge(now);
             }
             Ok(None) => self.state = State::Reading,
             Err(error) if error.kind() == EtcdErrorKind::LeaseNotFound => {
@@ -133,6 +147,24 @@ impl Machine {
                 self.state = State::Reading;
                 self.failed(error, now);
             }
+        }
+    }
+
+    /// Takes the answer to a delete. A key that is not ours any more counts as deleted.
+    pub(in crate::registration) fn on_deleted(
+        &mut self,
+        index: usize,
+        answer: Result<(), EtcdError>,
+        now: Instant,
+    ) {
+        match answer {
+            Ok(()) => {
+                self.succeeded();
+                if let Some(place) = self.keys.get_mut(index) {
+                    place.lose();
+                }
+            }
+            Err(error) => self.failed(error, now),
         }
     }
 
@@ -163,8 +195,10 @@ impl Machine {
                 lease.failed = 0;
                 self.disturbed = false;
                 lease.unverified += 1;
-                let overdue = lease.unverified >= if self.key_watched { VERIFY_EVERY } else { 1 };
-                if matches!(self.state, State::Registered { .. }) {
+                // Of several keys only the first is watched.
+                let watched = self.key_watched && self.keys.len() == 1;
+                let overdue = lease.unverified >= if watched { VERIFY_EVERY } else { 1 };
+                if self.state == State::Registered {
                     self.succeeded();
                     // An answer is no proof that the key is still there.
                     if overdue || outage {
@@ -203,8 +237,7 @@ impl Machine {
 
     /// The lease is gone for good, and with it the key.
     fn lease_lost(&mut self, error: EtcdError, now: Instant) {
-        self.lease = None;
-        self.held = None;
+        self.lose_lease();
         self.state = State::Granting {
             lease: LeaseId::random(&mut self.rng),
         };
@@ -231,8 +264,10 @@ impl Machine {
     }
 
     pub(super) fn left(&mut self, next: After) {
-        self.lease = None;
-        self.held = None;
+        self.lose_lease();
+        for place in &mut self.keys {
+            place.foreign = None;
+        }
         self.last_error = None;
         self.state = match next {
             After::Pause => State::Paused,
@@ -240,32 +275,43 @@ impl Machine {
         };
     }
 
-    /// Takes an event of the key's watch.
-    pub(in crate::registration) fn on_event(&mut self, event: &Event, now: Instant) {
+    /// Takes an event of a key's watch.
+    pub(in crate::registration) fn on_event(&mut self, index: usize, event: &Event, now: Instant) {
+        let Some(place) = self.keys.get_mut(index).filter(|place| place.is_live()) else {
+            return;
+        };
+        let own = |kv: &KeyValue| self.granted.contains(&kv.lease);
         match (self.state, event) {
-            (State::Registered { mod_revision }, event) if event.mod_revision() > mod_revision => {
+            (State::Registered, event)
+                if place.held.is_none_or(|held| event.mod_revision() > held) =>
+            {
                 match event {
                     Event::Put(kv) if self.lease.is_some_and(|lease| lease.id == kv.lease) => {
-                        self.held = Some(kv.mod_revision);
-                        self.state = State::Registered {
-                            mod_revision: kv.mod_revision,
-                        };
+                        place.held = Some(kv.mod_revision);
+                        place.foreign = None;
+                    }
+                    Event::Put(kv) if !own(kv) => {
+                        place.held = None;
+                        place.foreign = Some(kv.lease);
+                        self.judge(now);
                     }
                     // A put of ours from before the last loss, late.
-                    Event::Put(kv) if self.granted.contains(&kv.lease) => {
-                        self.state = State::Reading;
-                    }
-                    Event::Put(kv) => self.supersede(kv.lease, now),
+                    Event::Put(_) => self.state = State::Reading,
                     Event::Delete { .. } => {
-                        self.held = None;
+                        place.held = None;
+                        place.foreign = None;
                         self.state = State::Reading;
                     }
                 }
             }
-            (State::Superseded { .. }, Event::Put(kv)) if !self.granted.contains(&kv.lease) => {
-                self.supersede(kv.lease, now);
+            (State::Superseded, Event::Put(kv)) if !own(kv) => {
+                place.foreign = Some(kv.lease);
+                self.supersede(now);
             }
-            (State::Superseded { .. }, Event::Delete { .. }) => self.register(),
+            (State::Superseded, Event::Delete { .. }) => {
+                place.foreign = None;
+                self.register();
+            }
             _ => {}
         }
     }
@@ -273,9 +319,9 @@ impl Machine {
     /// The watch on the key was opened anew: what happened before is only known by a read.
     pub(in crate::registration) fn on_watch_opened(&mut self) {
         self.key_watched = true;
-        match &mut self.state {
-            State::Registered { .. } => self.state = State::Reading,
-            State::Superseded { .. } => self.not_before = None,
+        match self.state {
+            State::Registered => self.state = State::Reading,
+            State::Superseded => self.not_before = None,
             _ => {}
         }
     }
@@ -291,17 +337,16 @@ impl Machine {
         self.term = self.term.max(term);
     }
 
-    pub(super) fn supersede(&mut self, lease: LeaseId, now: Instant) {
+    fn supersede(&mut self, now: Instant) {
         // The lease has nothing left to hold: it runs out by itself, or holds what `register` claims in time.
-        self.state = State::Superseded { lease };
-        self.lease = None;
-        self.held = None;
+        self.state = State::Superseded;
+        self.lose_lease();
         self.not_before = Some(now + jittered(SUPERSEDED_READ, &mut self.rng));
     }
 
     pub(super) fn register(&mut self) {
         self.not_before = None;
-        self.dirty = true;
+        self.on_new_value();
         self.state = match &self.lease {
             Some(_) => State::Reading,
             None => State::Granting {

@@ -5,14 +5,13 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{Command, DEADLINE_MAX, Machine, State};
-use crate::keyspace::Revision;
 
 impl Machine {
     /// What to do now.
     pub(in crate::registration) fn command(&self, now: Instant) -> Command {
         let deadline = self.deadline();
-        if let State::Leaving { mod_revision, .. } = self.state {
-            return self.leave(mod_revision, now);
+        if let State::Leaving { goodbye, .. } = self.state {
+            return self.leave(goodbye, now);
         }
         if let Some(lease) = &self.lease
             && self.keeps_lease()
@@ -30,26 +29,42 @@ impl Machine {
         if let Some(not_before) = self.not_before.filter(|not_before| *not_before > now)
             && !matches!(
                 self.state,
-                State::Superseded { .. } | State::Paused | State::Deregistered
+                State::Superseded | State::Paused | State::Deregistered
             )
         {
             return Command::Wait {
                 until: earliest(Some(not_before), renew_at),
             };
         }
+        let leaving = self
+            .keys
+            .iter()
+            .position(|place| place.leaving && !place.gone);
+        if let (Some(index), Some(lease)) = (leaving, &self.lease) {
+            return Command::Delete {
+                index,
+                lease: lease.id,
+                deadline,
+            };
+        }
         match (self.state, &self.lease) {
             (State::Granting { lease }, _) => Command::Grant { lease, deadline },
-            (State::Putting { expected }, Some(lease)) => Command::Put {
+            (State::Putting, Some(lease)) => Command::Put {
                 lease: lease.id,
-                expected,
                 leaving: false,
                 deadline,
             },
-            (State::Registered { .. }, Some(_)) if self.dirty => Command::Read { deadline },
-            (State::Reading | State::Putting { .. }, _) => Command::Read { deadline },
-            (State::Registered { .. }, _) => Command::Wait { until: renew_at },
+            (State::Registered, Some(_))
+                if self
+                    .places()
+                    .any(|place| place.dirty && place.foreign.is_none()) =>
+            {
+                Command::Read { deadline }
+            }
+            (State::Reading | State::Putting, _) => Command::Read { deadline },
+            (State::Registered, _) => Command::Wait { until: renew_at },
             // The watch on the key says when the other is gone; the slow reads are for a watch that cannot be had.
-            (State::Superseded { .. }, _) => match self.not_before {
+            (State::Superseded, _) => match self.not_before {
                 Some(not_before) if not_before > now => Command::Wait {
                     until: Some(not_before),
                 },
@@ -60,7 +75,7 @@ impl Machine {
         }
     }
 
-    fn leave(&self, mod_revision: Option<Revision>, now: Instant) -> Command {
+    fn leave(&self, goodbye: bool, now: Instant) -> Command {
         let deadline = self.deadline();
         let Some(lease) = &self.lease else {
             return Command::Wait { until: None };
@@ -70,18 +85,15 @@ impl Machine {
                 until: Some(not_before),
             };
         }
-        match mod_revision {
-            Some(expected) => Command::Put {
-                lease: lease.id,
-                expected,
+        let lease = lease.id;
+        if goodbye {
+            return Command::Put {
+                lease,
                 leaving: true,
                 deadline,
-            },
-            None => Command::Revoke {
-                lease: lease.id,
-                deadline,
-            },
+            };
         }
+        Command::Revoke { lease, deadline }
     }
 
     /// A renewal that misses a sixth of the TTL is sent again elsewhere while there is time.
@@ -93,7 +105,7 @@ impl Machine {
     fn keeps_lease(&self) -> bool {
         matches!(
             self.state,
-            State::Reading | State::Putting { .. } | State::Registered { .. }
+            State::Reading | State::Putting | State::Registered
         )
     }
 }

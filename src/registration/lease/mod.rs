@@ -1,4 +1,4 @@
-//! The machine of one registration: pure, so that every order of answers can be played to it.
+//! The machine of one registration, of one key or of several under one lease: pure, so that every order of answers can be played to it.
 //!
 //! ```text
 //!                    ┌──────────── lease gone ────────────┐
@@ -21,7 +21,7 @@ use tokio::time::Instant;
 
 use crate::backoff::Backoff;
 use crate::error::EtcdError;
-use crate::keyspace::{LeaseId, Revision};
+use crate::keyspace::{KeyValue, LeaseId, Revision};
 
 mod answers;
 mod command;
@@ -31,13 +31,19 @@ mod command;
 pub(super) enum Command {
     /// Grant this lease; answer with [`Machine::on_granted`].
     Grant { lease: LeaseId, deadline: Duration },
-    /// Read the key linearizably; answer with [`Machine::on_read`].
+    /// Read the keys of [`Machine::live`] linearizably; answer with [`Machine::on_read`].
     Read { deadline: Duration },
-    /// Put the value, marked as leaving or not, if the key's mod revision is as expected; answer with [`Machine::on_put`].
+    /// Put the value, marked as leaving or not, under the keys of [`Machine::puts`], all of them or none, if the mod revision of each is
+    /// as expected; answer with [`Machine::on_put`].
     Put {
         lease: LeaseId,
-        expected: Revision,
         leaving: bool,
+        deadline: Duration,
+    },
+    /// Delete this key if it is under this lease; answer with [`Machine::on_deleted`].
+    Delete {
+        index: usize,
+        lease: LeaseId,
         deadline: Duration,
     },
     /// Renew the lease; answer with [`Machine::on_renewed`].
@@ -51,10 +57,6 @@ pub(super) enum Command {
 }
 
 /// The machine.
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "each holds in several states, and is true or false in all of them"
-)]
 #[derive(Debug)]
 pub(super) struct Machine {
     ttl: Duration,
@@ -64,12 +66,7 @@ pub(super) struct Machine {
     granted: Vec<LeaseId>,
     /// The highest raft term seen.
     term: u64,
-    /// Whether the next write takes the key over from whoever holds it: true until the first one.
-    claiming: bool,
-    /// Where the key was last written under our lease, while it is there.
-    held: Option<Revision>,
-    /// Whether the value at hand is newer than the one in etcd.
-    dirty: bool,
+    keys: Vec<Place>,
     /// Whether the owner task watches the key, so that a loss is seen at once.
     key_watched: bool,
     /// Whether etcd was out of reach, for a renewal or for the watch, since the last good renewal.
@@ -90,22 +87,78 @@ enum State {
         lease: LeaseId,
     },
     Reading,
-    Putting {
-        expected: Revision,
-    },
-    Registered {
-        mod_revision: Revision,
-    },
-    Superseded {
-        lease: LeaseId,
-    },
-    /// Taking the key away. `mod_revision` is where the last word, that the instance is leaving, can be written.
+    Putting,
+    Registered,
+    /// Others have every key.
+    Superseded,
+    /// Taking the keys away. `goodbye`: the last word, that the instance is leaving, is still to be written.
     Leaving {
-        mod_revision: Option<Revision>,
+        goodbye: bool,
         next: After,
     },
     Paused,
     Deregistered,
+}
+
+/// One key, and what is known of it.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each holds in several states, and is true or false in all of them"
+)]
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    /// Where the key was last written under our lease, while it is there.
+    held: Option<Revision>,
+    /// The mod revision at which the key is to be written over.
+    expected: Option<Revision>,
+    /// Under whose lease the key is, if another has it.
+    foreign: Option<LeaseId>,
+    /// Whether the next write takes the key over from whoever holds it: true until the first one.
+    claiming: bool,
+    /// Whether the value at hand is newer than the one in etcd.
+    dirty: bool,
+    /// Whether the key is to go while others stay.
+    leaving: bool,
+    gone: bool,
+}
+
+impl Place {
+    const NEW: Self = Self {
+        held: None,
+        expected: None,
+        foreign: None,
+        claiming: true,
+        dirty: true,
+        leaving: false,
+        gone: false,
+    };
+
+    fn is_live(&self) -> bool {
+        !self.leaving && !self.gone
+    }
+
+    /// The key has gone with its lease.
+    fn lose(&mut self) {
+        self.held = None;
+        self.expected = None;
+        self.gone |= self.leaving;
+    }
+}
+
+/// A key as it was read.
+#[derive(Clone, Debug)]
+pub(super) struct Found {
+    pub(super) index: usize,
+    pub(super) kv: Option<KeyValue>,
+    /// Whether its value is the one at hand.
+    pub(super) current: bool,
+}
+
+/// A key that is to be written if its mod revision is as expected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Put {
+    pub(super) index: usize,
+    pub(super) expected: Revision,
 }
 
 /// What comes after the lease is revoked.
@@ -124,7 +177,7 @@ struct Lease {
     renew_at: Instant,
     /// Failed renewals since the last good one.
     failed: u32,
-    /// Good renewals since the key was last read.
+    /// Good renewals since the keys were last read.
     unverified: u32,
 }
 
@@ -140,7 +193,12 @@ pub(super) enum Phase {
 }
 
 impl Machine {
-    pub(super) fn new(ttl: Duration, says_goodbye: bool, mut rng: fastrand::Rng) -> Self {
+    pub(super) fn new(
+        ttl: Duration,
+        keys: usize,
+        says_goodbye: bool,
+        mut rng: fastrand::Rng,
+    ) -> Self {
         let bound = (ttl / 4).min(RETRY_MAX);
         Self {
             ttl,
@@ -150,9 +208,7 @@ impl Machine {
             lease: None,
             granted: Vec::new(),
             term: 0,
-            claiming: true,
-            held: None,
-            dirty: true,
+            keys: vec![Place::NEW; keys],
             key_watched: false,
             disturbed: false,
             says_goodbye,
@@ -164,28 +220,61 @@ impl Machine {
         }
     }
 
-    /// Where the registration stands. Registered means: the key is known to be there under our lease, and the lease cannot have run
-    /// out yet.
+    /// Where the registration stands. Registered means: every key is known to be there under our lease, and the lease cannot have run
+    /// out yet. One that another has is the news, even if the rest is well.
     pub(super) fn phase(&self, now: Instant) -> Phase {
         match self.state {
-            State::Superseded { lease } => Phase::Superseded(lease),
-            State::Leaving { .. } => Phase::Leaving,
-            State::Paused => Phase::Paused,
-            State::Deregistered => Phase::Deregistered,
-            // Verifying, and writing a new value, leave the old one where it is.
-            _ => match &self.lease {
-                Some(lease) if self.held.is_some() && now < lease.expires => Phase::Registered {
+            State::Leaving { .. } => return Phase::Leaving,
+            State::Paused => return Phase::Paused,
+            State::Deregistered => return Phase::Deregistered,
+            _ => {}
+        }
+        if let Some(lease) = self.places().find_map(|place| place.foreign) {
+            return Phase::Superseded(lease);
+        }
+        // Verifying, and writing a new value, leave the old one where it is.
+        match &self.lease {
+            Some(lease)
+                if self.places().all(|place| place.held.is_some()) && now < lease.expires =>
+            {
+                Phase::Registered {
                     lease: lease.id,
                     expires: lease.expires,
-                },
-                _ => Phase::Registering,
-            },
+                }
+            }
+            _ => Phase::Registering,
         }
     }
 
     /// Whether the newest value is in etcd.
     pub(super) fn is_written(&self) -> bool {
-        matches!(self.state, State::Registered { .. }) && !self.dirty
+        self.state == State::Registered && !self.places().any(|place| place.dirty)
+    }
+
+    /// Whether a key has gone for good.
+    pub(super) fn is_gone(&self, index: usize) -> bool {
+        self.state == State::Deregistered || self.keys.get(index).is_none_or(|place| place.gone)
+    }
+
+    /// The keys that are to be kept.
+    pub(super) fn live(&self) -> impl Iterator<Item = usize> {
+        let live = |(index, place): (usize, &Place)| place.is_live().then_some(index);
+        self.keys.iter().enumerate().filter_map(live)
+    }
+
+    /// What [`Command::Put`] is to write.
+    pub(super) fn puts(&self) -> Vec<Put> {
+        let leaving = matches!(self.state, State::Leaving { .. });
+        let puts = self.keys.iter().enumerate().filter_map(|(index, place)| {
+            let expected = if leaving { place.held } else { place.expected };
+            let expected = expected.filter(|_| place.is_live())?;
+            Some(Put { index, expected })
+        });
+        puts.take(PUTS_MAX).collect()
+    }
+
+    fn places(&self) -> impl Iterator<Item = &Place> {
+        self.keys.iter().filter(|place| place.is_live())
     }
 
     /// When the phase may change without an input.
@@ -195,7 +284,23 @@ impl Machine {
 
     /// The value has changed.
     pub(super) fn on_new_value(&mut self) {
-        self.dirty = true;
+        for place in &mut self.keys {
+            place.dirty = true;
+        }
+    }
+
+    /// One key is to go for good. The last one takes the registration with it.
+    pub(super) fn on_remove(&mut self, index: usize) {
+        if self.live().eq([index]) {
+            return self.take_away(After::Deregister);
+        }
+        if let Some(place) = self.keys.get_mut(index) {
+            place.leaving = true;
+            // Where there is no lease there is no key of ours.
+            if self.lease.is_none() {
+                place.lose();
+            }
+        }
     }
 
     /// The key is to go, and to come back with [`on_resume`](Self::on_resume).
@@ -214,8 +319,7 @@ impl Machine {
                 }
         ) {
             // The revoke may be under way: the lease it takes is no lease to go on with.
-            self.lease = None;
-            self.held = None;
+            self.lose_lease();
             self.register();
         }
     }
@@ -226,16 +330,24 @@ impl Machine {
     }
 
     fn take_away(&mut self, next: After) {
-        let mod_revision = match self.state {
+        let goodbye = match self.state {
             State::Deregistered => return,
-            State::Leaving { mod_revision, .. } => mod_revision,
-            _ => self.held.filter(|_| self.says_goodbye),
+            State::Leaving { goodbye, .. } => goodbye,
+            _ => self.says_goodbye && self.places().any(|place| place.held.is_some()),
         };
         self.not_before = None;
-        self.state = State::Leaving { mod_revision, next };
+        self.state = State::Leaving { goodbye, next };
         // Without a lease there is no key. A grant whose answer was lost leaves a lease that nothing hangs on.
         if self.lease.is_none() {
             self.left(next);
+        }
+    }
+
+    /// There is no lease any more, and no key under it.
+    fn lose_lease(&mut self) {
+        self.lease = None;
+        for place in &mut self.keys {
+            place.lose();
         }
     }
 }
@@ -253,6 +365,8 @@ const OPERATOR_WAIT: Duration = Duration::from_secs(30);
 const VERIFY_EVERY: u32 = 3;
 /// Reads of a key that another server holds, while it cannot be watched.
 const SUPERSEDED_READ: Duration = Duration::from_secs(10);
+/// Puts in one transaction: etcd refuses more than 128 operations with its default settings.
+const PUTS_MAX: usize = 100;
 /// Own leases that are remembered. Each stands for a loss of the one before.
 const GRANTED_KEPT: usize = 64;
 
