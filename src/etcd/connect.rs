@@ -192,7 +192,8 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
         reason,
         source,
     };
-    let bytes = first_bytes(member).await.unwrap_or_default();
+    let answer = first_bytes(member).await;
+    let bytes = answer.clone().unwrap_or_default();
     let cause = causes(&source);
     if member.is_tls() {
         if is_http2(&bytes) || cause.contains("InvalidContentType") {
@@ -202,7 +203,10 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
                 source,
             );
         }
-        if TLS_WORDS.iter().any(|word| cause.contains(word)) {
+        // A server that wants a certificate says so after the handshake, and may have hung up before that is read.
+        let hung_up = source.kind() == EtcdErrorKind::Unavailable
+            && answer.is_some_and(|bytes| is_tls(&bytes));
+        if hung_up || TLS_WORDS.iter().any(|word| cause.contains(word)) {
             let advice = "check the CA, the server's name and the client certificate";
             return tls(
                 format!("the TLS handshake failed ({cause}); {advice}"),
@@ -230,7 +234,8 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
 }
 
 /// What rustls says where a handshake fails for what somebody configured.
-const TLS_WORDS: [&str; 4] = [
+const TLS_WORDS: [&str; 5] = [
+    "fatal alert",
     "certificate",
     "CertificateRequired",
     "HandshakeFailure",
@@ -258,6 +263,11 @@ async fn first_bytes(member: &MemberEndpoint) -> Option<Vec<u8>> {
 /// A server's HTTP/2 connection begins with a SETTINGS frame: type 4 on stream 0.
 fn is_http2(bytes: &[u8]) -> bool {
     matches!(bytes, [_, _, _, 4, _, 0, 0, 0, 0, ..])
+}
+
+/// A TLS server answers what is no TLS with an alert, a line of HTTP/1, or by hanging up, as etcd does.
+fn is_tls(bytes: &[u8]) -> bool {
+    bytes.is_empty() || bytes.starts_with(&[0x15, 0x03]) || bytes.starts_with(b"HTTP/1.")
 }
 
 /// An error with all its causes, in one line.
