@@ -87,6 +87,13 @@ impl Etcd {
         members.map(|member| member.endpoint.to_string()).collect()
     }
 
+    /// The member that the next request goes to.
+    #[cfg(test)]
+    pub(crate) fn endpoint_in_use(&self) -> String {
+        let member = self.member("test");
+        member.map_or_else(|_| String::new(), |(_, member)| member.endpoint.to_string())
+    }
+
     pub(crate) fn members(&self) -> usize {
         self.0.members.len()
     }
@@ -237,3 +244,6 @@ fn key_value(kv: etcd_client::proto::PbKeyValue) -> KeyValue {
 pub(crate) const DEADLINE: Duration = Duration::from_secs(2);
 /// The limit on one message: a page of 500 values and a watch's fragments stay far below, a hostile prefix does not get more memory.
 const MAX_MESSAGE: usize = 16 << 20;
+
+#[cfg(test)]
+mod tests;
