@@ -106,7 +106,8 @@ impl Registration {
         let span = tracing::info_span!("registration", key = registration.key());
         let run = async move |etcd| {
             let task = Task::new(etcd, entry, inbox, states, change_timeout);
-            task.run().instrument(span).await;
+            // The futures of etcd's client are large.
+            Box::pin(task.run().instrument(span)).await;
         };
         if own_thread {
             let started = apart(etcd, run);
@@ -115,7 +116,7 @@ impl Registration {
                 source: Arc::new(source),
             })?;
         } else {
-            tokio::spawn(async move { run(etcd).await });
+            tokio::spawn(Box::pin(run(etcd)));
         }
         Ok(registration)
     }
