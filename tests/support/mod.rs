@@ -24,6 +24,8 @@ pub mod callers;
 pub mod greeter;
 pub mod proxy;
 pub mod relay;
+pub mod roles;
+pub mod tls;
 
 use greeter::NamedGreeter;
 use greeter::greeter_server::GreeterServer;
