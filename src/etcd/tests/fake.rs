@@ -176,10 +176,11 @@ fn range(store: &Store, request: &PbRangeRequest) -> Result<PbRangeResponse, Sta
         let text = "etcdserver: mvcc: required revision has been compacted";
         return Err(Status::out_of_range(text));
     }
-    let one = request.range_end.is_empty();
-    let within = |key: &[u8]| match one {
-        true => key == request.key,
-        false => key >= request.key.as_slice() && key < request.range_end.as_slice(),
+    let within = |key: &[u8]| {
+        if request.range_end.is_empty() {
+            return key == request.key;
+        }
+        key >= request.key.as_slice() && key < request.range_end.as_slice()
     };
     let found = store.keys.values().filter(|kv| within(&kv.key));
     let mut kvs: Vec<_> = found.cloned().collect();
@@ -189,7 +190,9 @@ fn range(store: &Store, request: &PbRangeRequest) -> Result<PbRangeResponse, Sta
         kvs.truncate(limit);
     }
     if request.keys_only {
-        kvs.iter_mut().for_each(|kv| kv.value.clear());
+        for kv in &mut kvs {
+            kv.value.clear();
+        }
     }
     Ok(PbRangeResponse {
         header: Some(store.header()),

@@ -35,7 +35,7 @@ async fn ours(etcd: &Etcd, reads: u32) -> (u32, Duration, Duration) {
         slowest = slowest.max(took);
         total += took;
     }
-    (failed, slowest, (total - slowest) / reads)
+    (failed, slowest, total.saturating_sub(slowest) / reads)
 }
 
 /// The same over one client for all endpoints: how many fail, and how many hang.

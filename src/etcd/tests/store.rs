@@ -6,6 +6,9 @@ use std::time::Duration;
 use etcd_client::proto::{PbEvent, PbKeyValue, PbResponseHeader};
 use tokio::time::Instant;
 
+/// A key with its new value and lease, or none to delete it.
+pub(super) type Change = (Vec<u8>, Option<(Vec<u8>, i64)>);
+
 #[derive(Debug, Default)]
 pub(super) struct Store {
     pub(super) revision: i64,
@@ -37,7 +40,7 @@ impl Store {
     }
 
     /// One transaction of puts (with a value and a lease) and deletes.
-    pub(super) fn apply(&mut self, changes: Vec<(Vec<u8>, Option<(Vec<u8>, i64)>)>) {
+    pub(super) fn apply(&mut self, changes: Vec<Change>) {
         let revision = self.revision + 1;
         let mut events = Vec::new();
         for (key, change) in changes {
