@@ -2,12 +2,13 @@
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
 
-/// A network address of an instance: `host:port`, in canonical form.
+/// Where an instance listens: `host:port`, or `unix:/path` for a Unix socket on this machine, in canonical form.
 ///
 /// The host is an IPv4 address, an IPv6 address in brackets, or a host name in lower case. Two addresses are equal exactly if their
 /// canonical forms are, so `[::ffff:10.0.0.5]:80` and `10.0.0.5:80` are one address. Cloning is a reference count.
@@ -19,31 +20,46 @@ use ipnet::IpNet;
 /// assert_eq!(address.host(), "::1");
 /// assert_eq!(address.port(), 50051);
 /// assert!("10.0.0.5".parse::<Address>().is_err()); // a port is required
+///
+/// let socket: Address = "unix:///run/greeter.sock".parse()?;
+/// assert_eq!(socket.as_str(), "unix:/run/greeter.sock");
 /// # Ok::<(), tonic_etcd::AddressError>(())
 /// ```
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Address(Arc<str>);
 
 impl Address {
-    /// The host: an IP address without brackets, or a name.
+    /// The host: an IP address without brackets, or a name; `localhost` for a Unix socket.
     #[must_use]
     pub fn host(&self) -> &str {
+        if self.socket_path().is_some() {
+            return "localhost";
+        }
         let host = self.0.rsplit_once(':').map_or(&*self.0, |(host, _)| host);
         host.strip_prefix('[')
             .and_then(|host| host.strip_suffix(']'))
             .unwrap_or(host)
     }
 
-    /// The TCP port, never 0.
+    /// The TCP port; 0 for a Unix socket and for nothing else.
     #[must_use]
     pub fn port(&self) -> u16 {
+        if self.socket_path().is_some() {
+            return 0;
+        }
         self.0
             .rsplit_once(':')
             .and_then(|(_, port)| port.parse().ok())
             .unwrap_or_default()
     }
 
-    /// The address as `host:port`, IPv6 in brackets.
+    /// The path of a Unix socket; none for anything else.
+    #[must_use]
+    pub fn socket_path(&self) -> Option<&Path> {
+        self.0.strip_prefix(UNIX).map(Path::new)
+    }
+
+    /// The address as `host:port`, IPv6 in brackets, or as `unix:/path`.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
@@ -61,6 +77,10 @@ impl FromStr for Address {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let invalid = |reason| AddressError::new(text, reason);
+        if let Some(path) = text.strip_prefix(UNIX) {
+            let path = check_path(path).map_err(invalid)?;
+            return Ok(Self(format!("{UNIX}{path}").into()));
+        }
         let (host, port) = text
             .rsplit_once(':')
             .ok_or_else(|| invalid("has no port; write host:port"))?;
@@ -120,6 +140,21 @@ fn parse_port(port: &str) -> Result<u16, &'static str> {
     }
 }
 
+/// The path of a Unix socket, from either form of gRPC's naming document: `unix:/path` or `unix:///path`.
+fn check_path(path: &str) -> Result<&str, &'static str> {
+    let path = path.strip_prefix("//").unwrap_or(path);
+    if !path.starts_with('/') || path.starts_with("//") {
+        return Err("names a Unix socket by a path that is not absolute; write unix:/path");
+    }
+    if path.len() > SOCKET_PATH {
+        return Err("names a Unix socket by a path of more than 107 bytes");
+    }
+    if path.ends_with('/') || path.chars().any(char::is_control) {
+        return Err("names a Unix socket by a path that no socket can have");
+    }
+    Ok(path)
+}
+
 fn check_name(host: &str) -> Result<(), &'static str> {
     let name = host.strip_suffix('.').unwrap_or(host);
     let label = |label: &str| {
@@ -177,7 +212,7 @@ impl AddressError {
 ///
 /// A registry that anybody may write to can aim a client's traffic anywhere. Always refused: unspecified (`0.0.0.0/8`, `::`),
 /// multicast, broadcast and link-local (`169.254.0.0/16`, where clouds keep their metadata service, and `fe80::/10`) addresses.
-/// By default everything else is accepted, loopback included.
+/// By default everything else is accepted, loopback included, but for Unix sockets: a path means something else on every machine.
 ///
 /// ```
 /// use tonic_etcd::AddressPolicy;
@@ -190,6 +225,7 @@ impl AddressError {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct AddressPolicy {
     loopback_forbidden: bool,
+    sockets_allowed: bool,
     networks: Vec<IpNet>,
 }
 
@@ -209,11 +245,21 @@ impl AddressPolicy {
         self
     }
 
+    /// Accepts Unix sockets. Refused by default. An address that a program gives by itself, and does not find in the registry, is dialled in
+    /// any case.
+    #[must_use]
+    pub fn allow_unix_sockets(mut self) -> Self {
+        self.sockets_allowed = true;
+        self
+    }
+
     /// Says whether the policy accepts an address.
     pub fn check(&self, address: &Address) -> Result<(), AddressError> {
-        let verdict = match address.ip() {
-            Some(ip) => self.check_ip(ip),
-            None => self.check_host(address.host()),
+        let verdict = match (address.socket_path(), address.ip()) {
+            (Some(_), _) if self.sockets_allowed => Ok(()),
+            (Some(_), _) => Err("is a Unix socket, which the address policy does not allow"),
+            (None, Some(ip)) => self.check_ip(ip),
+            (None, None) => self.check_host(address.host()),
         };
         verdict.map_err(|reason| AddressError::new(address.as_str(), reason))
     }
@@ -275,6 +321,11 @@ fn is_link_local(ip: IpAddr) -> bool {
     }
 }
 
+/// The scheme of gRPC's naming document.
+const UNIX: &str = "unix:";
+/// `sun_path` of unix(7) has 108 bytes, one of them for the end.
+const SOCKET_PATH: usize = 107;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -294,6 +345,8 @@ mod tests {
             ("[::ffff:10.0.0.5]:80", "10.0.0.5:80"),
             ("Greeter.Example.ORG:443", "greeter.example.org:443"),
             ("my_service-1:1", "my_service-1:1"),
+            ("unix:/run/a.sock", "unix:/run/a.sock"),
+            ("unix:///run/a.sock", "unix:/run/a.sock"),
         ] {
             assert_eq!(parse(text).as_deref(), Ok(canonical));
         }
@@ -322,6 +375,13 @@ mod tests {
             "user@host:80",
             "host/path:80",
             "1.2.3.4.5:80",
+            "unix:",
+            "unix:a.sock",
+            "unix://host/a.sock",
+            "unix:////a.sock",
+            "unix:/run/",
+            "unix:/run/a\0.sock",
+            "UNIX:/run/a.sock",
         ] {
             assert!(parse(text).is_err(), "{text:?} must be refused");
         }
@@ -355,6 +415,20 @@ mod tests {
             let address = text.parse().expect("valid form");
             assert_eq!(policy.check(&address), Ok(()));
         }
+    }
+
+    #[test]
+    fn sockets_are_refused_unless_allowed_and_no_longer_than_the_system_takes() {
+        let longest = format!("unix:/{}", "a".repeat(106));
+        let socket: Address = longest.parse().expect("valid form");
+        assert!(AddressPolicy::default().check(&socket).is_err());
+        let policy = AddressPolicy::default().allow_unix_sockets();
+        assert_eq!(policy.check(&socket), Ok(()));
+        assert!(parse(&format!("{longest}a")).is_err());
+        assert_eq!(
+            (socket.host(), socket.port(), socket.ip()),
+            ("localhost", 0, None)
+        );
     }
 
     #[test]

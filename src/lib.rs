@@ -91,7 +91,10 @@ pub mod testing;
 mod transport;
 
 pub use address::{Address, AddressError, AddressPolicy};
-pub use balance::{EndpointState, EndpointStatus, Policy};
+pub use balance::{EndpointState, EndpointStatus, OutlierDetection, Policy};
+#[cfg(feature = "__bench")]
+#[doc(hidden)]
+pub use channel::bench as __bench;
 pub use channel::{
     BalancedChannel, ChannelBuilder, ChannelError, ResponseBody, ResponseFuture, ServedBy,
     WaitForReady,
@@ -103,7 +106,7 @@ pub use ipnet::IpNet;
 pub use keyspace::{LeaseId, Revision};
 pub use registration::{Registration, RegistrationBuilder, RegistrationState};
 pub use registry::{Registry, RegistryBuilder};
-pub use resolver::{Resolver, ResolverBuilder, ResolverState, ResolverStatus};
+pub use resolver::{Feedback, Resolver, ResolverBuilder, ResolverState, ResolverStatus};
 pub use server::ServeRegistered;
 #[cfg(feature = "tls")]
 #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]

@@ -161,7 +161,7 @@ impl Registry {
     /// # }
     /// ```
     pub fn channel(&self, service: impl AsRef<str>) -> ChannelBuilder<ResolverBuilder> {
-        ChannelBuilder::over(self.resolver_builder(service)).address_policy(self.policy.clone())
+        ChannelBuilder::over(self.resolver_builder(service))
     }
 
     /// As [`resolver_at`](Self::resolver_at), with options.

@@ -1,4 +1,4 @@
-//! What is logged of a bad value. In a process of its own: a subscriber for one thread misses events while other tests' threads
+//! What is logged of a bad value and of a mass removal. In a process of its own: a subscriber for one thread misses events while other tests' threads
 //! register the same call sites without one.
 #![allow(
     clippy::unwrap_used,
@@ -7,6 +7,8 @@
 )]
 
 mod support;
+
+use std::time::Duration;
 
 use support::{client, etcd, eventually, knows, registry};
 
@@ -26,7 +28,7 @@ impl std::io::Write for Log {
 }
 
 #[tokio::test]
-async fn a_garbage_value_is_one_log_line_that_does_not_show_it() {
+async fn a_garbage_value_is_one_log_line_that_does_not_show_it_and_a_hold_is_two() {
     let log = Log::default();
     let writer = log.clone();
     let subscriber = tracing_subscriber::fmt()
@@ -41,7 +43,11 @@ async fn a_garbage_value_is_one_log_line_that_does_not_show_it() {
         .put("/gRPC/greeter/1", "password=secret", None)
         .await
         .unwrap();
-    let resolver = registry(&etcd).await.resolver("greeter");
+    let resolver = registry(&etcd)
+        .await
+        .resolver_builder("greeter")
+        .mass_removal_hold(Some(Duration::from_millis(500)))
+        .start();
     eventually("it is counted", async || {
         resolver.status().rejected_values == 1
     })
@@ -57,6 +63,21 @@ async fn a_garbage_value_is_one_log_line_that_does_not_show_it() {
         .unwrap();
     knows(&resolver, &["127.0.0.1:1"]).await;
     assert!(resolver.status().lists >= lists);
+    let mut by_hand = client(&etcd).await;
+    for number in 3..=5 {
+        let key = format!("/gRPC/greeter/{number}");
+        by_hand
+            .put(key, format!("127.0.0.1:{number}"), None)
+            .await
+            .unwrap();
+    }
+    let options = etcd_client::DeleteOptions::new().with_prefix();
+    eventually("four are known", async || resolver.instances().len() == 4).await;
+    by_hand.delete("/gRPC/", Some(options)).await.unwrap();
+    eventually("two are held, and let go", async || {
+        resolver.status().mass_removals == 1 && resolver.instances().is_empty()
+    })
+    .await;
     let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
     let warnings: Vec<_> = text
         .lines()
@@ -67,4 +88,21 @@ async fn a_garbage_value_is_one_log_line_that_does_not_show_it() {
         "{warnings:#?}"
     );
     assert!(!text.contains("secret"), "{text}");
+    let warned = |words: &[&str]| {
+        let all = |line: &&str| words.iter().all(|word| line.contains(word));
+        text.lines()
+            .filter(|line| line.contains("WARN"))
+            .filter(all)
+            .count()
+    };
+    let service = r#"service="greeter""#;
+    let began = [
+        service,
+        "registered=0",
+        "of=4",
+        "length=500ms",
+        "as a last resort",
+    ];
+    assert_eq!(warned(&began), 1, "{text}");
+    assert_eq!(warned(&[service, "removed=2", "are not back"]), 1, "{text}");
 }

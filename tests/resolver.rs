@@ -7,6 +7,7 @@
 
 mod support;
 
+use std::io::Write;
 use std::time::Duration;
 
 use etcd_client::PutOptions;
@@ -50,7 +51,12 @@ async fn values_put_by_hand_are_called_until_their_key_goes() {
         .await
         .unwrap();
 
-    let resolver = registry(&etcd).await.resolver("greeter");
+    // With a hold, the second of two that go within seconds would be kept.
+    let resolver = registry(&etcd)
+        .await
+        .resolver_builder("greeter")
+        .mass_removal_hold(None)
+        .start();
     knows(&resolver, &[&alpha.to_string(), &beta.to_string()]).await;
     let mut greeter = GreeterClient::new(resolver.clone().into_tonic_channel());
     for server in ["alpha", "beta"] {
@@ -375,6 +381,17 @@ async fn nothing_is_removed_while_etcd_is_down() {
     );
 }
 
+/// How long something that never happens is waited for: longer if `TEST_SOAK` is set.
+fn length(short: u64, soak: u64) -> Duration {
+    if std::env::var_os("TEST_SOAK").is_some() {
+        return Duration::from_secs(soak);
+    }
+    // Past the capture of the test harness: what is left out is to be seen.
+    let left_out = format!("{short} s of {soak} s; all of them with TEST_SOAK=1\n");
+    std::io::stderr().write_all(left_out.as_bytes()).unwrap();
+    Duration::from_secs(short)
+}
+
 #[tokio::test]
 async fn a_quiet_watch_is_probed_and_not_rebuilt() {
     let etcd = etcd().await;
@@ -383,7 +400,7 @@ async fn a_quiet_watch_is_probed_and_not_rebuilt() {
     eventually("the watch is open", async || resolver.status().watches == 1).await;
     let before = watchers(&etcd).await;
     // Two probes long. What is waited for is that nothing happens.
-    tokio::time::sleep(Duration::from_secs(12)).await;
+    tokio::time::sleep(length(12, 60)).await;
     let status = resolver.status();
     assert_eq!(
         (status.watches, status.lists, status.state),
@@ -401,6 +418,130 @@ async fn a_quiet_watch_is_probed_and_not_rebuilt() {
         .unwrap();
     knows(&resolver, &["127.0.0.1:1"]).await;
     assert_eq!(resolver.status().watches, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_writes_a_second_beside_us_cause_no_list() {
+    let etcd = Etcd::start_cluster(3).await.unwrap();
+    let registry = Registry::connect(etcd.endpoints()).await.unwrap();
+    let mut by_hand = client(&etcd).await;
+    by_hand
+        .put("/gRPC/greeter/1", "127.0.0.1:1", None)
+        .await
+        .unwrap();
+    // Several, so that some are likely to watch at a member that lags behind the one that was listed.
+    let resolvers: Vec<_> = (0..5).map(|_| registry.resolver("greeter")).collect();
+    let mut tasks = tokio::task::JoinSet::new();
+    let end = Instant::now() + length(6, 120);
+    for writer in 0..16 {
+        let mut kv = by_hand.kv_client();
+        tasks.spawn(async move {
+            let mut writes = 0_u32;
+            // Sixteen of them, each every 16 ms.
+            let mut pace = tokio::time::interval(Duration::from_millis(16));
+            while Instant::now() < end {
+                pace.tick().await;
+                let written = kv.put(format!("/other/{writer}"), "x", None).await;
+                writes += u32::from(written.is_ok());
+            }
+            writes
+        });
+    }
+    for resolver in &resolvers {
+        knows(resolver, &["127.0.0.1:1"]).await;
+    }
+    let writes: u32 = tasks.join_all().await.iter().sum();
+    println!("{writes} writes");
+    assert!(writes > 500, "{writes}");
+    by_hand
+        .put("/gRPC/greeter/2", "127.0.0.1:2", None)
+        .await
+        .unwrap();
+    for resolver in &resolvers {
+        knows(resolver, &["127.0.0.1:1", "127.0.0.1:2"]).await;
+        let status = resolver.status();
+        assert_eq!((status.lists, status.watches), (1, 1));
+    }
+}
+
+#[tokio::test]
+async fn comparisons_with_a_list_find_nothing_amiss_while_keys_change() {
+    let etcd = etcd().await;
+    let mut by_hand = client(&etcd).await;
+    let resolver = registry(&etcd)
+        .await
+        .resolver_builder("greeter")
+        .reconcile_interval(Some(Duration::from_millis(200)))
+        .start();
+    resolver.ready().await;
+    for round in 0..600 {
+        let key = format!("/gRPC/greeter/{}", round % 7);
+        if round % 3 == 0 {
+            by_hand.delete(key, None).await.unwrap();
+        } else {
+            let value = format!("127.0.0.1:{}", 1 + round % 100);
+            by_hand.put(key, value, None).await.unwrap();
+        }
+    }
+    let compared = resolver.status().reconciliations;
+    // Suspects of the last comparison among the changes have to be dispelled first.
+    eventually("compared again and again", async || {
+        resolver.status().reconciliations >= compared + 10
+    })
+    .await;
+    let listed = list(&by_hand, "/gRPC/greeter/").await;
+    assert!(is_what_is_listed(&resolver, &listed));
+    let status = resolver.status();
+    assert_eq!((status.repaired, status.lists, status.watches), (0, 1, 1));
+}
+
+#[tokio::test]
+async fn what_refuses_connections_is_read_seldom_and_stays_while_it_is_registered() {
+    let etcd = etcd().await;
+    let mut by_hand = client(&etcd).await;
+    for batch in 0..10 {
+        let puts: Vec<_> = (1..=100)
+            .map(|number| {
+                let port = batch * 100 + number;
+                let key = format!("/gRPC/greeter/{port}");
+                etcd_client::TxnOp::put(key, format!("127.0.0.1:{port}"), None)
+            })
+            .collect();
+        by_hand
+            .txn(etcd_client::Txn::new().and_then(puts))
+            .await
+            .unwrap();
+    }
+    let resolver = registry(&etcd).await.resolver("greeter");
+    eventually("a thousand are known", async || {
+        resolver.instances().len() == 1_000
+    })
+    .await;
+    let feedback = resolver.feedback();
+    feedback.refused(&"127.0.0.1:60000".parse().unwrap());
+    let first = resolver.instances()[0].address().clone();
+    feedback.refused(&first);
+    feedback.refused(&first);
+    let read = support::within(Duration::from_secs(5), "it is read", async || {
+        resolver.status().reads > 0
+    });
+    assert!(read.await < Duration::from_secs(4));
+    let start = Instant::now();
+    for instance in resolver.instances() {
+        feedback.refused(instance.address());
+    }
+    eventually("some are read", async || resolver.status().reads >= 25).await;
+    let elapsed = Instant::now().saturating_duration_since(start);
+    assert!(
+        elapsed >= Duration::from_secs(2),
+        "25 reads within {elapsed:?}"
+    );
+    let status = resolver.status();
+    assert_eq!((status.repaired, status.lists), (0, 1));
+    assert_eq!(resolver.instances().len(), 1_000);
+    drop(resolver);
+    // Its end is not the handle's.
+    feedback.refused(&first);
 }
 
 #[tokio::test]

@@ -9,6 +9,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::load::{Estimate, Load, Ticks};
+use super::outlier::Counts;
 use super::picker::Candidate;
 use crate::address::Address;
 use crate::transport::http2::Connection;
@@ -20,6 +21,11 @@ pub(crate) struct Endpoint {
     authority: Authority,
     calls: AtomicU64,
     failures: AtomicU64,
+    /// Of the failures, those of the connection.
+    faults: AtomicU64,
+    overruns: AtomicU64,
+    /// Calls that say nothing of the endpoint: refused unseen, or dropped by the caller.
+    unjudged: AtomicU64,
     described: Mutex<Described>,
 }
 
@@ -29,6 +35,7 @@ struct Described {
     state: EndpointState,
     weight: u32,
     last_resort: bool,
+    ejected: bool,
     last_error: Option<Arc<str>>,
     connections: Vec<Weak<Member>>,
     /// What the last connection knew of the latency.
@@ -45,10 +52,14 @@ impl Endpoint {
             authority,
             calls: AtomicU64::new(0),
             failures: AtomicU64::new(0),
+            faults: AtomicU64::new(0),
+            overruns: AtomicU64::new(0),
+            unjudged: AtomicU64::new(0),
             described: Mutex::new(Described {
                 state: EndpointState::Idle,
                 weight: 1,
                 last_resort: false,
+                ejected: false,
                 last_error: None,
                 connections: Vec::new(),
                 estimate: None,
@@ -72,6 +83,25 @@ impl Endpoint {
         let mut described = self.lock();
         described.weight = weight;
         described.last_resort = last_resort;
+    }
+
+    pub(super) fn set_ejected(&self, ejected: bool) {
+        self.lock().ejected = ejected;
+    }
+
+    /// All that was counted so far, for whoever takes the difference.
+    pub(super) fn tally(&self) -> Tally {
+        let described = self.lock();
+        let members = described.connections.iter().filter_map(Weak::upgrade);
+        let in_flight = members.map(|member| u64::from(member.load.in_flight()));
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Tally {
+            judged: count(&self.calls)
+                .saturating_sub(in_flight.sum())
+                .saturating_sub(count(&self.unjudged)),
+            faults: count(&self.faults),
+            overruns: count(&self.overruns),
+        }
     }
 
     pub(super) fn set_last_error(&self, error: Arc<str>) {
@@ -119,7 +149,7 @@ impl Endpoint {
             round_trip: members.last().map(|member| member.connection.round_trip()),
             calls: self.calls.load(Ordering::Relaxed),
             failures: self.failures.load(Ordering::Relaxed),
-            ejected: false,
+            ejected: described.ejected,
             last_error: described.last_error.as_deref().map(str::to_owned),
         }
     }
@@ -130,6 +160,37 @@ impl Endpoint {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What an endpoint has done since it is known.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Tally {
+    judged: u64,
+    faults: u64,
+    overruns: u64,
+}
+
+impl Tally {
+    /// What was done since an earlier time.
+    pub(super) fn since(self, earlier: Self) -> Counts {
+        let faults = self.faults.saturating_sub(earlier.faults);
+        let overruns = self.overruns.saturating_sub(earlier.overruns);
+        let judged = self.judged.saturating_sub(earlier.judged);
+        Counts {
+            successes: judged.saturating_sub(faults + overruns),
+            failures: faults,
+            overruns,
+        }
+    }
+}
+
+/// Who is to blame for a failed call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Blame {
+    /// The connection, or the server as a whole.
+    Connection,
+    /// The server, in what it did for this call.
+    Server,
 }
 
 /// An endpoint of a channel, as it was at one moment.
@@ -156,7 +217,8 @@ pub struct EndpointStatus {
     pub calls: u64,
     /// Calls that it failed: connection lost, or a status that says the server is at fault.
     pub failures: u64,
-    /// Whether it is ready but gets no calls, because it failed too many. Nothing ejects yet, so it is always `false`.
+    /// Whether it is ready but gets calls only while nothing else is, because it does not answer any more or has failed too many
+    /// ([`OutlierDetection`](crate::OutlierDetection)).
     pub ejected: bool,
     /// Why the last connection attempt failed, or the last connection was lost.
     pub last_error: Option<String>,
@@ -179,7 +241,9 @@ pub enum EndpointState {
 }
 
 /// One connection to an endpoint that is in the ready set, or was when a call took it.
+// In this order: a pick then finds all it needs of a member in one line of the cache, with the reference count.
 #[derive(Debug)]
+#[repr(C)]
 pub(crate) struct Member {
     load: Load,
     connection: Connection,
@@ -269,36 +333,58 @@ impl Ticket {
         self.member.endpoint.calls.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// The response's head is here. `failed` if it is a failure of the server.
-    pub(crate) fn on_head(&mut self, now: Instant, failed: bool) {
+    /// The response's head is here, and with it perhaps a failure already.
+    pub(crate) fn on_head(&mut self, now: Instant, failure: Option<Blame>) {
         let Some(sent) = self.sent.take() else {
             return;
         };
         let elapsed = now.saturating_duration_since(sent);
-        if failed {
-            self.fail(elapsed, now);
-        } else {
-            self.member.load.on_head(elapsed, self.ticks(now));
+        match failure {
+            Some(blame) => self.fail(elapsed, now, blame),
+            None => self.member.load.on_head(elapsed, self.ticks(now)),
         }
     }
 
     /// The server, or the connection to it, has failed the call, before the head or after it.
-    pub(crate) fn on_failure(&mut self, now: Instant) {
+    pub(crate) fn on_failure(&mut self, now: Instant, blame: Blame) {
         let sent = self.sent.take().unwrap_or(now);
-        self.fail(now.saturating_duration_since(sent), now);
+        self.fail(now.saturating_duration_since(sent), now, blame);
+    }
+
+    /// The call has overrun its deadline. Whether the server is slow or not there any more, a PING will tell.
+    pub(crate) fn on_overdue(&mut self, now: Instant) {
+        self.member
+            .endpoint
+            .overruns
+            .fetch_add(1, Ordering::Relaxed);
+        // A response that has stopped coming is suspect from when the last of it came, which the connection knows.
+        let silent_since = now.checked_sub(SUSPECT).unwrap_or(now);
+        let sent = self.sent.take();
+        self.member.connection.suspect(sent.unwrap_or(silent_since));
+        if let Some(sent) = sent {
+            let elapsed = now.saturating_duration_since(sent);
+            self.member.load.on_abandoned(elapsed, self.ticks(now));
+        }
     }
 
     /// The server has refused to look at the call: that says nothing of how fast it answers.
     pub(crate) fn on_refused(&mut self) {
         self.sent = None;
+        self.unjudge();
     }
 
-    fn fail(&self, elapsed: Duration, now: Instant) {
-        self.member
-            .endpoint
-            .failures
-            .fetch_add(1, Ordering::Relaxed);
+    fn fail(&self, elapsed: Duration, now: Instant, blame: Blame) {
+        let endpoint = &self.member.endpoint;
+        endpoint.failures.fetch_add(1, Ordering::Relaxed);
+        if blame == Blame::Connection {
+            endpoint.faults.fetch_add(1, Ordering::Relaxed);
+        }
         self.member.load.on_failure(elapsed, self.ticks(now));
+    }
+
+    fn unjudge(&self) {
+        let unjudged = &self.member.endpoint.unjudged;
+        unjudged.fetch_add(1, Ordering::Relaxed);
     }
 
     fn ticks(&self, now: Instant) -> Ticks {
@@ -312,11 +398,19 @@ impl Drop for Ticket {
             let now = Instant::now();
             let elapsed = now.saturating_duration_since(sent);
             self.member.load.on_abandoned(elapsed, self.ticks(now));
+            self.unjudge();
+            // Callers that keep the time themselves drop the call.
+            if elapsed >= SUSPECT {
+                self.member.connection.suspect(sent);
+            }
         }
         self.member.load.release();
         self.member.waiters.on_release();
     }
 }
+
+/// A call that was dropped earlier than this was not dropped because it took too long. Half of the shortest deadlines that are in use.
+const SUSPECT: Duration = Duration::from_millis(100);
 
 /// Calls that wait for a free place.
 #[derive(Debug)]

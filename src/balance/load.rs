@@ -104,6 +104,14 @@ impl Load {
         self.shown.store(shown.to_bits(), Ordering::Relaxed);
     }
 
+    /// Forgets what was measured: the peer was away, and is taken for as fast as the pool.
+    pub(crate) fn forget(&self, median: f32) {
+        let nothing = Estimate::default();
+        self.estimate.store(nothing.pack(), Ordering::Relaxed);
+        self.seed.store(median.to_bits(), Ordering::Relaxed);
+        self.shown.store(median.to_bits(), Ordering::Relaxed);
+    }
+
     /// The estimate, if there are samples.
     pub(crate) fn estimate(&self) -> Option<Estimate> {
         let estimate = Estimate::unpack(self.estimate.load(Ordering::Relaxed));

@@ -23,13 +23,15 @@ mod driver;
 mod endpoint;
 mod feed;
 mod load;
+mod outlier;
 mod picker;
 mod pool;
 mod subchannel;
 
-pub(crate) use endpoint::{Endpoint, Member, Ticket, Waiters};
+pub(crate) use endpoint::{Blame, Endpoint, Member, Ticket, Waiters};
 pub use endpoint::{EndpointState, EndpointStatus};
 pub(crate) use feed::Feed;
+pub use outlier::OutlierDetection;
 pub(crate) use picker::Pick;
 pub use picker::Policy;
 
@@ -45,6 +47,7 @@ pub(crate) struct Options {
     pub(crate) connections_per_endpoint: usize,
     pub(crate) max_backoff: Duration,
     pub(crate) max_waiters: usize,
+    pub(crate) outlier_detection: Option<OutlierDetection>,
 }
 
 impl Default for Options {
@@ -55,6 +58,7 @@ impl Default for Options {
             connections_per_endpoint: 1,
             max_backoff: MAX_BACKOFF,
             max_waiters: MAX_WAITERS,
+            outlier_detection: None,
         }
     }
 }

@@ -186,6 +186,10 @@ impl<K: Clone + Eq + Hash, M: Clone> Roster<K, M> {
         self.slots.iter().map(|(_, slot)| &slot.member)
     }
 
+    pub(crate) fn contains(&self, key: &K) -> bool {
+        self.places.contains_key(key)
+    }
+
     /// Adds a member, or replaces the one of this key.
     pub(crate) fn insert(&mut self, key: K, member: M, weight: u32) {
         self.remove(&key);

@@ -45,6 +45,8 @@ pub(super) struct Connecting {
 pub(super) struct Ready {
     started: Instant,
     member: Arc<Member>,
+    /// The peer has stopped answering, and the connection is there all the same.
+    stalled: bool,
 }
 
 /// Waiting for the next attempt.
@@ -112,7 +114,11 @@ impl Subchannel<Connecting> {
     pub(super) fn connected(mut self, member: Arc<Member>) -> Subchannel<Ready> {
         self.failing = false;
         let started = self.state.started;
-        self.become_(Ready { started, member })
+        self.become_(Ready {
+            started,
+            member,
+            stalled: false,
+        })
     }
 
     pub(super) fn failed(
@@ -152,6 +158,14 @@ pub(super) enum Lost {
 impl Subchannel<Ready> {
     pub(super) fn member(&self) -> &Arc<Member> {
         &self.state.member
+    }
+
+    pub(super) fn is_stalled(&self) -> bool {
+        self.state.stalled
+    }
+
+    pub(super) fn set_stalled(&mut self, stalled: bool) {
+        self.state.stalled = stalled;
     }
 
     /// The backoff is reset by health and not by a mere connect: a peer that answers once and goes would otherwise be dialled in a loop.

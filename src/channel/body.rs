@@ -13,7 +13,7 @@ use tokio::time::{Instant, Sleep};
 use tonic::{Code, Status};
 
 use super::{Core, status};
-use crate::balance::Ticket;
+use crate::balance::{Blame, Ticket};
 use crate::transport::deadline::Deadline;
 use crate::transport::pump::{Broken, Incoming};
 
@@ -86,6 +86,7 @@ impl Body for ResponseBody {
                 if timer.is_none_or(|timer| timer.poll(cx).is_pending()) {
                     return Poll::Pending;
                 }
+                stream.ticket.on_overdue(Instant::now());
                 let overdue = status::overdue(&stream.core, deadline, "reading the response");
                 *this.stream = None;
                 return Poll::Ready(Some(Err(overdue)));
@@ -116,7 +117,7 @@ impl Stream {
         match broken {
             Broken::Request(status) => status,
             Broken::Stream(error) => {
-                self.ticket.on_failure(Instant::now());
+                self.ticket.on_failure(Instant::now(), Blame::Connection);
                 let address = self.ticket.endpoint().address();
                 status::broken(&self.core.service, address, error)
             }
@@ -129,8 +130,8 @@ impl Stream {
             None | Some(Err(_)) => true,
             Some(Ok(frame)) => {
                 let code = frame.trailers_ref().and_then(code);
-                if code.is_some_and(status::is_server_failure) {
-                    self.ticket.on_failure(Instant::now());
+                if let Some(blame) = code.and_then(status::blame) {
+                    self.ticket.on_failure(Instant::now(), blame);
                 }
                 frame.is_trailers()
             }

@@ -13,12 +13,12 @@ use tower::discover::Change;
 
 use super::{BalancedChannel, ChannelError, Core};
 use crate::address::{Address, AddressPolicy};
-use crate::balance::{Balancer, Feed, Options, Policy};
+use crate::balance::{Balancer, Feed, Options, OutlierDetection, Policy};
 use crate::instance::Instance;
 use crate::resolver::{Resolver, ResolverBuilder, ResolverState};
 use crate::transport::connect::Connector;
 use crate::transport::deadline;
-use crate::transport::http2::KeepAlive;
+use crate::transport::pings::KeepAlive;
 #[cfg(feature = "tls")]
 use crate::transport::tls::{Tls, TlsConfig};
 
@@ -36,6 +36,7 @@ pub struct ChannelBuilder<S = ()> {
     timeout: Option<Duration>,
     wait_for_ready: bool,
     start_up_bound: Duration,
+    address_policy: Option<AddressPolicy>,
 }
 
 impl<S> ChannelBuilder<S> {
@@ -50,12 +51,20 @@ impl<S> ChannelBuilder<S> {
             timeout: None,
             wait_for_ready: false,
             start_up_bound: START_UP_BOUND,
+            address_policy: None,
         }
     }
 
     /// How an endpoint is chosen. Default [`Policy::Latency`].
     pub fn policy(mut self, policy: Policy) -> Self {
         self.options.policy = policy;
+        self
+    }
+
+    /// Takes endpoints that fail much more than the others out of use for a while. Off by default; that an endpoint does not answer any more
+    /// is noticed in any case.
+    pub fn outlier_detection(mut self, detection: OutlierDetection) -> Self {
+        self.options.outlier_detection = Some(detection);
         self
     }
 
@@ -141,17 +150,16 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Makes connections with a function of your own: through a proxy, over a Unix socket, in memory. TLS, if configured, goes on top.
+    /// Makes connections with a function of your own: through a proxy, in memory. TLS, if configured, goes on top.
     ///
     /// ```no_run
-    /// # #[cfg(unix)]
-    /// # fn run() {
-    /// use tokio::net::UnixStream;
+    /// use tokio::net::TcpStream;
     /// use tonic_etcd::BalancedChannel;
     ///
+    /// # fn run() {
     /// let channel = BalancedChannel::builder()
-    ///     .connector(|_address| UnixStream::connect("/run/greeter.sock"))
-    ///     .from_addresses(["localhost:1"]);
+    ///     .connector(|address| async move { TcpStream::connect(("gateway", address.port())).await })
+    ///     .from_addresses(["greeter:50051"]);
     /// # }
     /// ```
     pub fn connector<F, Fut, T>(mut self, connect: F) -> Self
@@ -164,9 +172,13 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// What the client calls itself, ahead of the library's own name. Text that a header cannot carry is left out.
+    /// What the client calls itself, ahead of the library's own name. Text that a header cannot carry is left out, with a warning.
     pub fn user_agent(mut self, user_agent: impl AsRef<str>) -> Self {
-        self.user_agent = HeaderValue::from_str(user_agent.as_ref()).ok();
+        let user_agent = user_agent.as_ref();
+        self.user_agent = HeaderValue::from_str(user_agent).ok();
+        if self.user_agent.is_none() {
+            tracing::warn!(user_agent, "left out a user agent: no header can carry it");
+        }
         self
     }
 
@@ -182,9 +194,9 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Which addresses host names may resolve to. By default the registry's policy, or [`AddressPolicy::default`].
-    pub(crate) fn address_policy(mut self, policy: AddressPolicy) -> Self {
-        self.connector.policy = policy;
+    /// Which addresses host names may resolve to. By default what the resolver may find, or else [`AddressPolicy::default`].
+    pub fn address_policy(mut self, policy: AddressPolicy) -> Self {
+        self.address_policy = Some(policy);
         self
     }
 
@@ -198,8 +210,12 @@ impl<S> ChannelBuilder<S> {
         E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
     {
         let service = self.service.unwrap_or_else(|| "(unnamed)".to_owned());
+        let mut connector = self.connector;
+        if let Some(policy) = self.address_policy {
+            connector.policy = policy;
+        }
         // The name that was proven is the one that is called; a registry has no say in it.
-        let (mut scheme, mut authority) = match self.connector.server_name() {
+        let (mut scheme, mut authority) = match connector.server_name() {
             Some(name) => (Scheme::HTTPS, name.parse().ok()),
             None => (Scheme::HTTP, None),
         };
@@ -208,7 +224,7 @@ impl<S> ChannelBuilder<S> {
             scheme = origin.scheme.unwrap_or(scheme);
             authority = origin.authority.or(authority);
         }
-        let balancer = Balancer::start(&service, changes, self.connector, self.options);
+        let balancer = Balancer::start(&service, changes, connector, self.options);
         BalancedChannel(Arc::new(Core {
             balancer,
             service,
@@ -298,7 +314,10 @@ impl ChannelBuilder<ResolverBuilder> {
     #[must_use]
     pub fn connect_lazy(self) -> BalancedChannel {
         let resolver = self.source.clone().start();
-        self.resolved(resolver)
+        let mut this = self;
+        // What a name resolves to is judged like the names themselves.
+        this.connector.policy = this.source.policy().clone();
+        this.resolved(resolver)
     }
 }
 
@@ -329,7 +348,7 @@ impl ChannelBuilder {
         self.resolved(resolver)
     }
 
-    /// Takes fixed endpoints, each `host:port`. What is not an address is left out, and named by the error of a call that finds no other.
+    /// Takes fixed endpoints, each `host:port` or `unix:/path`. What is not an address is left out, and named by the error of a call that finds no other.
     ///
     /// # Panics
     ///

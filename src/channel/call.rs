@@ -7,18 +7,18 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
-use http::header::USER_AGENT;
-use http::{HeaderValue, Request, Response, Version, request};
+use http::{Extensions, Method, Request, Response, Uri, Version};
 use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep};
 use tonic::Status;
 use tonic::body::Body;
 
 use super::body::{ResponseBody, code};
+use super::headers::{self, Headers};
 use super::retry::{self, Tried};
 use super::{Core, status};
 use crate::address::Address;
-use crate::balance::{Pick, Ticket};
+use crate::balance::{Blame, Pick, Ticket};
 use crate::transport::deadline::{self, Deadline, GRPC_TIMEOUT};
 use crate::transport::http2::OpenError;
 use crate::transport::pump::{Exchange, Incoming, Outgoing};
@@ -96,7 +96,10 @@ pub(super) type Retrying =
 
 /// What is kept of a request for sending it, and for sending it again.
 pub(super) struct Call {
-    pub(super) head: request::Parts,
+    method: Method,
+    uri: Uri,
+    headers: Headers,
+    extensions: Extensions,
     pub(super) wait_for_ready: bool,
 }
 
@@ -105,6 +108,15 @@ pub(super) struct Attempt {
     pub(super) exchange: Exchange,
     pub(super) ticket: Ticket,
     pub(super) kept: Kept,
+}
+
+/// Which try of a call this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Try {
+    /// At once: the timeout in the headers is what is left of the deadline.
+    First,
+    /// After a wait or another try.
+    Later,
 }
 
 /// What is left of a body after it was sent.
@@ -118,7 +130,7 @@ pub(super) enum Kept {
 impl ResponseFuture {
     pub(super) fn new(core: Arc<Core>, request: Request<Body>) -> Self {
         let (mut head, body) = request.into_parts();
-        set_user_agent(&core.user_agent, &mut head.headers);
+        headers::set_user_agent(&core.user_agent, &mut head.headers);
         let timeout = deadline::parse(&head.headers);
         let timeout = timeout.or_else(|| {
             let (timeout, header) = core.timeout.as_ref()?;
@@ -129,7 +141,10 @@ impl ResponseFuture {
         let wait = head.extensions.get::<WaitForReady>();
         let wait_for_ready = wait.map_or(core.wait_for_ready, |wait| wait.0);
         let call = Call {
-            head,
+            method: head.method,
+            uri: head.uri,
+            headers: Headers::new(head.headers),
+            extensions: head.extensions,
             wait_for_ready,
         };
         Self {
@@ -166,6 +181,10 @@ impl Future for ResponseFuture {
         // The attempt goes with the state, which resets the stream.
         let (core, doing) = match std::mem::replace(this.state, State::Done) {
             State::Retry(core, _) => (Some(core), "waiting for an endpoint"),
+            State::Sent(mut attempt) => {
+                attempt.ticket.on_overdue(Instant::now());
+                (this.core.take(), "waiting for the response")
+            }
             _ => (this.core.take(), "waiting for the response"),
         };
         match core {
@@ -226,15 +245,17 @@ impl State {
         deadline: Option<Deadline>,
         body: Outgoing,
     ) -> Result<Self, Status> {
-        let (Some(channel), Some(request)) = (core.as_ref(), call.as_ref()) else {
+        let (Some(channel), Some(request)) = (core.as_ref(), call.as_mut()) else {
             return Ok(Self::Done);
         };
         let mut tried = Tried::default();
         let body = match channel.shared().pick(|_| true) {
-            Pick::Taken(ticket) => match Attempt::start(channel, request, ticket, body, None) {
-                Ok(attempt) => return Ok(Self::Sent(attempt)),
-                Err(unsent) => unsent.into_retry(channel, &mut tried)?,
-            },
+            Pick::Taken(ticket) => {
+                match Attempt::start(channel, request, ticket, body, deadline, Try::First) {
+                    Ok(attempt) => return Ok(Self::Sent(attempt)),
+                    Err(unsent) => unsent.into_retry(channel, &mut tried)?,
+                }
+            }
             _ => body,
         };
         let (Some(channel), Some(request)) = (core.take(), call.take()) else {
@@ -269,20 +290,20 @@ impl Attempt {
     /// Sends the request on the connection that was picked. Between the pick and this nothing is awaited.
     pub(super) fn start(
         core: &Core,
-        call: &Call,
+        call: &mut Call,
         mut ticket: Ticket,
         body: Outgoing,
-        rewritten: Option<Deadline>,
+        deadline: Option<Deadline>,
+        which: Try,
     ) -> Result<Self, Box<Unsent>> {
         let now = Instant::now();
         let mut head = Request::new(());
-        head.method_mut().clone_from(&call.head.method);
+        head.method_mut().clone_from(&call.method);
         *head.version_mut() = Version::HTTP_2;
-        let uri = core.uri(&call.head.uri, ticket.endpoint().authority());
-        *head.uri_mut() = uri.unwrap_or_else(|| call.head.uri.clone());
-        // h2 takes the headers; these stay for a second try.
-        head.headers_mut().clone_from(&call.head.headers);
-        if let Some(deadline) = rewritten {
+        let uri = core.uri(&call.uri, ticket.endpoint().authority());
+        *head.uri_mut() = uri.unwrap_or_else(|| call.uri.clone());
+        *head.headers_mut() = call.headers.take(&core.user_agent, deadline.is_some());
+        if let (Some(deadline), Try::Later) = (deadline, which) {
             deadline.rewrite(head.headers_mut(), now);
         }
         let kept = match &body {
@@ -317,29 +338,22 @@ pub(super) fn answer(
     deadline: Option<Deadline>,
 ) -> Response<ResponseBody> {
     let status_code = code(response.headers());
-    let failed =
-        !response.status().is_success() || status_code.is_some_and(status::is_server_failure);
-    ticket.on_head(Instant::now(), failed);
+    let failure = if response.status().is_success() {
+        status_code.and_then(status::blame)
+    } else {
+        Some(Blame::Connection)
+    };
+    ticket.on_head(Instant::now(), failure);
     let served_by = ServedBy(ticket.endpoint().address().clone());
     let (mut parts, incoming) = response.into_parts();
     // The request's extensions are of no use any more, but their memory is.
-    std::mem::swap(&mut parts.extensions, &mut call.head.extensions);
+    std::mem::swap(&mut parts.extensions, &mut call.extensions);
     parts.extensions.clear();
     parts.extensions.insert(served_by);
     // A gRPC response that does not end with its head has its status in its trailers; h2 is asked, under its lock, about the others.
     let ended = status_code.is_some() && incoming.is_complete();
     let body = ResponseBody::new(incoming, ended, ticket, core, deadline);
     Response::from_parts(parts, body)
-}
-
-/// Names the client, after whatever the caller calls itself.
-fn set_user_agent(ours: &HeaderValue, headers: &mut http::HeaderMap) {
-    if let Some(theirs) = headers.insert(USER_AGENT, ours.clone()) {
-        let both = [theirs.as_bytes(), b" ", ours.as_bytes()].concat();
-        if let Ok(both) = HeaderValue::try_from(both) {
-            headers.insert(USER_AGENT, both);
-        }
-    }
 }
 
 impl fmt::Debug for ResponseFuture {

@@ -13,10 +13,13 @@ use tower::Service;
 
 use crate::balance::{Balancer, EndpointStatus, Shared};
 
+#[cfg(feature = "__bench")]
+pub mod bench;
 mod body;
 mod builder;
 mod call;
 mod error;
+mod headers;
 mod retry;
 mod status;
 mod stock;

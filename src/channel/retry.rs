@@ -8,10 +8,10 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use super::body::ResponseBody;
-use super::call::{Attempt, Call, Kept, Retrying, answer};
+use super::call::{Attempt, Call, Kept, Retrying, Try, answer};
 use super::{Core, status};
 use crate::address::Address;
-use crate::balance::{Endpoint, Member, Pick, Summary, Ticket};
+use crate::balance::{Blame, Endpoint, Member, Pick, Summary, Ticket};
 use crate::transport::deadline::Deadline;
 use crate::transport::http2::is_unprocessed;
 use crate::transport::pump::{Outgoing, Pumped};
@@ -118,7 +118,8 @@ pub(super) async fn run(
         }
         let (ticket, rest) = wait(&core, tried, call.wait_for_ready).await?;
         tried = rest;
-        let mut attempt = match Attempt::start(&core, &call, ticket, body, deadline) {
+        let mut attempt = match Attempt::start(&core, &mut call, ticket, body, deadline, Try::Later)
+        {
             Ok(attempt) => attempt,
             Err(unsent) => {
                 body = unsent.into_retry(&core, &mut tried)?;
@@ -163,7 +164,7 @@ async fn recover(
         }
         _ => {
             let status = status::broken(&core.service, address, error);
-            ticket.on_failure(Instant::now());
+            ticket.on_failure(Instant::now(), Blame::Connection);
             Err(status)
         }
     }

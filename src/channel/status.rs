@@ -7,7 +7,7 @@ use tonic::{Code, Status};
 
 use super::Core;
 use crate::address::Address;
-use crate::balance::Summary;
+use crate::balance::{Blame, Summary};
 use crate::transport::deadline::Deadline;
 use crate::transport::http2::is_unprocessed;
 
@@ -113,14 +113,14 @@ fn with_source(
     status
 }
 
-/// Whether a response's status says that the server is at fault, so that it counts against the endpoint.
-pub(super) fn is_server_failure(code: Code) -> bool {
-    matches!(
-        code,
-        Code::Unavailable
-            | Code::Internal
-            | Code::Unknown
-            | Code::DataLoss
-            | Code::ResourceExhausted
-    )
+/// What a response's status says against the endpoint, if anything.
+pub(super) fn blame(code: Code) -> Option<Blame> {
+    match code {
+        // What gRPC says of a connection that is gone, and proxies of a server behind them.
+        Code::Unavailable => Some(Blame::Connection),
+        Code::Internal | Code::Unknown | Code::DataLoss | Code::ResourceExhausted => {
+            Some(Blame::Server)
+        }
+        _ => None,
+    }
 }

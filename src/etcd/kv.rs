@@ -64,8 +64,20 @@ impl Etcd {
         Ok((page.header, page.kvs.first().map(KeyValue::version)))
     }
 
-    /// Reads keys in their order, linearizably; each hundred at one revision. Tried once.
+    /// As [`Etcd::read`], tried once.
     pub(crate) async fn read_once(
+        &self,
+        key: &Key,
+        deadline: Duration,
+    ) -> Result<(Header, Option<KeyValue>), EtcdError> {
+        self.attempt(Traffic::Keys, "read", deadline, |link| {
+            read(link, key.clone())
+        })
+        .await
+    }
+
+    /// Reads keys in their order, linearizably; each hundred at one revision. Tried once.
+    pub(crate) async fn read_each(
         &self,
         keys: &[Key],
         deadline: Duration,

@@ -300,7 +300,7 @@ async fn execute(
         }
         Command::Read { deadline } => {
             let live: Vec<_> = machine.live().collect();
-            let answer = etcd.read_once(&entry.keys(&live), deadline).await;
+            let answer = etcd.read_each(&entry.keys(&live), deadline).await;
             let found = answer.map(|(header, found)| {
                 machine.on_term(header.raft_term);
                 entry.found(&live, found)

@@ -1,5 +1,7 @@
 //! The options of a resolver.
 
+use std::time::Duration;
+
 use super::Resolver;
 use crate::address::AddressPolicy;
 use crate::error::{EtcdError, EtcdErrorKind};
@@ -15,7 +17,28 @@ pub struct ResolverBuilder {
     service: String,
     /// The prefixes to watch, or why there are none.
     prefixes: Result<Vec<String>, String>,
-    decoder: Decoder,
+    options: Options,
+}
+
+/// What a resolver does in its own way.
+#[derive(Clone, Debug)]
+pub(super) struct Options {
+    pub(super) decoder: Decoder,
+    pub(super) hold: Option<Duration>,
+    pub(super) reconcile: Option<Duration>,
+}
+
+impl Options {
+    fn new(policy: AddressPolicy) -> Self {
+        Self {
+            decoder: Decoder {
+                format: None,
+                policy,
+            },
+            hold: Some(HOLD),
+            reconcile: Some(RECONCILE),
+        }
+    }
 }
 
 impl ResolverBuilder {
@@ -33,10 +56,7 @@ impl ResolverBuilder {
             etcd,
             service: service.to_owned(),
             prefixes,
-            decoder: Decoder {
-                format: None,
-                policy,
-            },
+            options: Options::new(policy),
         }
     }
 
@@ -53,22 +73,53 @@ impl ResolverBuilder {
             etcd,
             service,
             prefixes,
-            decoder: Decoder {
-                format: None,
-                policy,
-            },
+            options: Options::new(policy),
         }
     }
 
     /// Reads values of this format only. By default every known format is recognised by its looks.
     pub fn format(mut self, format: Format) -> Self {
-        self.decoder.format = Some(format);
+        self.options.decoder.format = Some(format);
         self
+    }
+
+    pub(crate) fn policy(&self) -> &AddressPolicy {
+        &self.options.decoder.policy
     }
 
     /// Which addresses are accepted. By default the registry's policy.
     pub fn address_policy(mut self, policy: AddressPolicy) -> Self {
-        self.decoder.policy = policy;
+        self.options.decoder.policy = policy;
+        self
+    }
+
+    /// How long an instance is kept as a last resort when most instances vanish from the registry at once; `None`, or zero, for not at
+    /// all. Default 30 s: twice the default TTL, in which every server that lives has registered again.
+    ///
+    /// When removals within 10 s leave fewer than half of the largest set of those 10 s, and at least two instances have gone, each one
+    /// that would vanish from then on stays for this long, or until half of the set is back, with
+    /// [`is_last_resort`](crate::Instance::is_last_resort) set. An operator's slip or a fault in etcd looks like this, and a fleet that
+    /// really ends at once does as well: a [`BalancedChannel`](crate::BalancedChannel) therefore calls such an instance only while no
+    /// other is ready, over the connection that is there, and never dials it. `Resolver::into_tonic_channel` keeps them only while
+    /// its set would otherwise be empty.
+    ///
+    /// An instance that deregisters or pauses is never held, where its format can say that it leaves: [`Format::EtcdNaming`] can,
+    /// [`Format::Plain`] cannot. Each hold's begin and end is logged; [`ResolverStatus::held`](crate::ResolverStatus::held) and
+    /// [`mass_removals`](crate::ResolverStatus::mass_removals) count them.
+    pub fn mass_removal_hold(mut self, hold: Option<Duration>) -> Self {
+        self.options.hold = hold;
+        self
+    }
+
+    /// How often, at most, the keys are compared with a list of their names; `None` for never. Default 5 minutes. Each wait is random
+    /// between half of it and the whole, so that clients that start together do not ask together. Under 100 ms it counts as that.
+    ///
+    /// It is for faults in etcd, of which several have lost events of a watch without an error. A list has no values in it: names,
+    /// revisions and leases of 10 000 instances are about a megabyte. Keys that it has otherwise are given 5 s, in which the watch may
+    /// bring what is on its way, and are then read one by one. [`ResolverStatus::repaired`](crate::ResolverStatus::repaired) counts those
+    /// that were put right.
+    pub fn reconcile_interval(mut self, interval: Option<Duration>) -> Self {
+        self.options.reconcile = interval;
         self
     }
 
@@ -86,7 +137,7 @@ impl ResolverBuilder {
             etcd,
             service,
             prefixes,
-            decoder,
+            options,
         } = self;
         let (prefixes, trouble) = match prefixes {
             Ok(prefixes) => (prefixes, None),
@@ -107,9 +158,14 @@ impl ResolverBuilder {
             .iter()
             .map(|prefix| Range::prefix(prefix))
             .collect();
-        Resolver::start(&etcd, service, ranges, decoder, trouble)
+        Resolver::start(&etcd, service, ranges, options, trouble)
     }
 }
+
+/// Seldom enough to be no load: a thousand clients of a service with a hundred instances list 0.3 MB a second together.
+const RECONCILE: Duration = Duration::from_secs(300);
+/// Twice the default TTL: a server whose registration was lost has it back within a TTL.
+const HOLD: Duration = Duration::from_secs(30);
 
 /// The prefixes without those that lie inside another: a key must have one watch, or a delete on one would be undone by the other.
 fn disjoint(mut prefixes: Vec<String>) -> Vec<String> {

@@ -32,6 +32,8 @@ struct Entry {
 pub(super) struct Applied {
     /// Addresses whose instance may be another now, or gone.
     pub(super) changed: Vec<Address>,
+    /// The last instance of each address that lost its last key; the address may have been named again since.
+    pub(super) vanished: HashMap<Address, Instance>,
     /// How many writes could not be read, and the first of them.
     pub(super) rejected: u64,
     pub(super) first_rejected: Option<(Key, Revision, DecodeError)>,
@@ -75,9 +77,12 @@ impl Snapshot {
         }
         let before = entry.instance.replace(instance.clone());
         if let Some(before) = before {
-            self.unname(&before, &kv.key);
+            let unnamed = self.unname(&before, &kv.key);
             if before.address() != instance.address() {
                 applied.changed.push(before.address().clone());
+                if unnamed {
+                    applied.vanished.insert(before.address().clone(), before);
+                }
             }
         }
         self.addresses
@@ -103,18 +108,30 @@ impl Snapshot {
     fn delete(&mut self, key: &Key, applied: &mut Applied) {
         let entry = self.keys.remove(key);
         if let Some(before) = entry.and_then(|entry| entry.instance) {
-            self.unname(&before, key);
             applied.changed.push(before.address().clone());
+            if self.unname(&before, key) {
+                applied.vanished.insert(before.address().clone(), before);
+            }
         }
     }
 
-    fn unname(&mut self, before: &Instance, key: &Key) {
-        if let Some(keys) = self.addresses.get_mut(before.address()) {
-            keys.remove(&(before.create_revision(), key.clone()));
-            if keys.is_empty() {
-                self.addresses.remove(before.address());
-            }
+    /// Takes a key from the address that it names; says whether no other names it.
+    fn unname(&mut self, before: &Instance, key: &Key) -> bool {
+        let Some(keys) = self.addresses.get_mut(before.address()) else {
+            return false;
+        };
+        keys.remove(&(before.create_revision(), key.clone()));
+        let unnamed = keys.is_empty();
+        if unnamed {
+            self.addresses.remove(before.address());
         }
+        unnamed
+    }
+
+    /// The keys that name an address.
+    pub(super) fn keys(&self, address: &Address) -> impl Iterator<Item = &Key> {
+        let keys = self.addresses.get(address).into_iter().flatten();
+        keys.map(|(_, key)| key)
     }
 
     /// The instance at an address, if there is one.
@@ -128,10 +145,6 @@ impl Snapshot {
         self.addresses
             .keys()
             .filter_map(|address| self.get(address))
-    }
-
-    pub(super) fn addresses(&self) -> impl Iterator<Item = &Address> {
-        self.addresses.keys()
     }
 
     /// The number of addresses.

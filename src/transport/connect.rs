@@ -1,10 +1,11 @@
 //! From an address to a connection that is known to work: resolve, dial, TLS, HTTP/2, first answer.
 //!
-//! An [`Address`] is `host:port`, so what is dialled here is TCP. Anything else, Unix sockets for one, comes in through a custom dialler.
+//! What is dialled here is TCP and Unix sockets. Anything else comes in through a custom dialler.
 
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
-use super::http2::{Connection, Leave, Settings};
+use super::http2::{Connection, Report, Settings};
 #[cfg(feature = "tls")]
 use super::tls::Tls;
 use crate::address::{Address, AddressPolicy};
@@ -81,7 +82,7 @@ impl Connector {
         None
     }
 
-    /// Makes a connection whose peer has answered. `on_leave` is called when it takes no more streams.
+    /// Makes a connection whose peer has answered. `on_report` is called with what becomes of it.
     ///
     /// # Cancel safety
     ///
@@ -89,42 +90,46 @@ impl Connector {
     pub(crate) async fn connect<F>(
         &self,
         address: &Address,
-        on_leave: F,
+        on_report: F,
     ) -> Result<Connection, DialError>
     where
-        F: FnOnce(Leave) + Send + Unpin + 'static,
+        F: FnMut(Report) + Send + Unpin + 'static,
     {
-        let connected = tokio::time::timeout(self.timeout, self.try_connect(address, on_leave));
+        let connected = tokio::time::timeout(self.timeout, self.try_connect(address, on_report));
         match connected.await {
             Ok(outcome) => outcome,
             Err(_) => Err(DialError::TimedOut(self.timeout)),
         }
     }
 
-    async fn try_connect<F>(&self, address: &Address, on_leave: F) -> Result<Connection, DialError>
+    async fn try_connect<F>(&self, address: &Address, on_report: F) -> Result<Connection, DialError>
     where
-        F: FnOnce(Leave) + Send + Unpin + 'static,
+        F: FnMut(Report) + Send + Unpin + 'static,
     {
-        match &self.dial {
-            Some(dial) => {
-                let io = dial(address.clone()).await.map_err(DialError::Dial)?;
-                self.secure(io, on_leave).await
+        if let Some(dial) = &self.dial {
+            let io = dial(address.clone()).await.map_err(DialError::Dial)?;
+            return self.secure(io, on_report).await;
+        }
+        match address.socket_path() {
+            Some(path) => {
+                let io = unix(path).await.map_err(DialError::Dial)?;
+                self.secure(io, on_report).await
             }
-            None => self.secure(self.tcp(address).await?, on_leave).await,
+            None => self.secure(self.tcp(address).await?, on_report).await,
         }
     }
 
-    async fn secure<T, F>(&self, io: T, on_leave: F) -> Result<Connection, DialError>
+    async fn secure<T, F>(&self, io: T, on_report: F) -> Result<Connection, DialError>
     where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-        F: FnOnce(Leave) + Send + Unpin + 'static,
+        F: FnMut(Report) + Send + Unpin + 'static,
     {
         #[cfg(feature = "tls")]
         if let Some(tls) = &self.tls {
             let io = tls.handshake(io).await.map_err(DialError::Tls)?;
-            return Ok(Connection::establish(io, &self.http2, on_leave).await?);
+            return Ok(Connection::establish(io, &self.http2, on_report).await?);
         }
-        Ok(Connection::establish(io, &self.http2, on_leave).await?)
+        Ok(Connection::establish(io, &self.http2, on_report).await?)
     }
 
     async fn tcp(&self, address: &Address) -> Result<TcpStream, DialError> {
@@ -166,6 +171,16 @@ impl fmt::Debug for Connector {
     }
 }
 
+#[cfg(unix)]
+async fn unix(path: &Path) -> io::Result<tokio::net::UnixStream> {
+    tokio::net::UnixStream::connect(path).await
+}
+
+#[cfg(not(unix))]
+async fn unix(_: &Path) -> io::Result<TcpStream> {
+    Err(io::ErrorKind::Unsupported.into())
+}
+
 /// The addresses of a name, the families in turn, the resolver's first choice first.
 fn alternating(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     let v6_first = addresses.first().is_some_and(SocketAddr::is_ipv6);
@@ -182,7 +197,7 @@ fn alternating(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
 }
 
 /// Dials the addresses one after the other, each with a head start before the next, and takes whichever answers first.
-async fn race(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
+pub(super) async fn race(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
     let mut addresses = addresses.into_iter();
     if addresses.len() == 1
         && let Some(only) = addresses.next()

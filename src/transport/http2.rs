@@ -8,11 +8,15 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
-use h2::{Ping, PingPong, Reason, SendStream};
+use h2::{Ping, Reason, SendStream};
 use http::Request;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::oneshot;
-use tokio::time::{Instant, Sleep};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::activity::{Activity, Watched};
+use super::pinger::Pinger;
+use super::pings::{Action, KeepAlive, Pings};
 
 /// The options of a connection.
 #[derive(Clone, Debug)]
@@ -60,28 +64,21 @@ impl Settings {
     }
 }
 
-/// Pings that keep a connection alive, whether calls are open or not.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct KeepAlive {
-    /// From one ping's answer to the next ping.
-    pub(crate) interval: Duration,
-    /// How long an answer may take; then the connection counts as lost.
-    pub(crate) timeout: Duration,
-}
-
 /// A connection whose peer has answered on HTTP/2. Dropping it closes the connection once its streams have ended.
 #[derive(Debug)]
+#[repr(C)]
 pub(crate) struct Connection {
-    send: SendRequest<Bytes>,
     limit: Arc<AtomicUsize>,
+    send: SendRequest<Bytes>,
     round_trip: Duration,
-    /// Its drop tells the connection's task that nobody will send any more.
-    _alive: oneshot::Sender<()>,
+    activity: Arc<Activity>,
+    /// Tells the connection's task of calls that took too long. Its drop says that nobody will send any more.
+    suspicions: mpsc::UnboundedSender<()>,
 }
 
 impl Connection {
-    /// Shakes hands, waits until the peer has answered a PING, and spawns the task that drives the connection. `on_leave` is called once,
-    /// from that task, when the connection can take no more streams.
+    /// Shakes hands, waits until the peer has answered a PING, and spawns the task that drives the connection. From that task `on_report`
+    /// is called with what becomes of the connection.
     ///
     /// The handshake alone proves nothing: it succeeds before anybody has accepted the connection.
     ///
@@ -91,13 +88,16 @@ impl Connection {
     pub(crate) async fn establish<T, F>(
         io: T,
         settings: &Settings,
-        on_leave: F,
+        on_report: F,
     ) -> Result<Self, h2::Error>
     where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-        F: FnOnce(Leave) + Send + Unpin + 'static,
+        F: FnMut(Report) + Send + Unpin + 'static,
     {
-        let (send, mut connection) = settings.builder().handshake::<T, Bytes>(io).await?;
+        let activity = Activity::new();
+        let io = Watched::new(io, Arc::clone(&activity));
+        let handshake = settings.builder().handshake::<_, Bytes>(io);
+        let (send, mut connection) = handshake.await?;
         let started = Instant::now();
         let mut pings = connection.ping_pong();
         if let Some(pings) = &mut pings {
@@ -127,21 +127,24 @@ impl Connection {
         })
         .await?;
         let limit = Arc::new(AtomicUsize::new(send.current_max_send_streams()));
-        let (alive, released) = oneshot::channel();
+        let (suspicions, suspected) = mpsc::unbounded_channel();
+        let decided = Pings::new(settings.keep_alive, round_trip, Instant::now());
         let task = Task {
             connection,
             probe: Some(send.clone()),
-            released,
+            suspected,
             limit: Arc::clone(&limit),
-            pinger: Pinger::new(pings, settings.keep_alive),
-            on_leave: Some(on_leave),
+            pinger: pings.map(|pings| Pinger::new(pings, decided, Arc::clone(&activity))),
+            left: false,
+            on_report,
         };
         tokio::spawn(task);
         Ok(Self {
-            send,
             limit,
+            send,
             round_trip,
-            _alive: alive,
+            activity,
+            suspicions,
         })
     }
 
@@ -154,6 +157,14 @@ impl Connection {
     /// The first PING's round trip.
     pub(crate) fn round_trip(&self) -> Duration {
         self.round_trip
+    }
+
+    /// A call that was sent `then` has taken too long. Unless the peer was heard of since, it is asked whether it is there.
+    pub(crate) fn suspect(&self, then: Instant) {
+        if !self.activity.is_heard_since(then) {
+            // The task may be gone, and then the connection is as well.
+            let _ = self.suspicions.send(());
+        }
     }
 
     /// Opens a stream. It never waits; the caller has made sure that a stream is free.
@@ -181,6 +192,17 @@ pub(crate) enum OpenError {
     Gone(h2::Error),
     /// The request breaks HTTP/2's rules, on this connection and any other.
     Malformed(h2::Error),
+}
+
+/// What becomes of a connection.
+#[derive(Debug)]
+pub(crate) enum Report {
+    /// The peer does not answer, though nothing says that the connection is gone.
+    Stalled,
+    /// The peer has answered after all.
+    Recovered,
+    /// The connection takes no more streams. Nothing comes after this.
+    Left(Leave),
 }
 
 /// Why a connection takes no more streams.
@@ -228,20 +250,21 @@ struct Task<T, F>
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
-    connection: h2::client::Connection<T, Bytes>,
+    connection: h2::client::Connection<Watched<T>, Bytes>,
     /// Asks, after every poll, whether streams can still be opened. It would keep the connection open, so it goes when the last sender
     /// does.
     probe: Option<SendRequest<Bytes>>,
-    released: oneshot::Receiver<()>,
+    suspected: mpsc::UnboundedReceiver<()>,
     limit: Arc<AtomicUsize>,
     pinger: Option<Pinger>,
-    on_leave: Option<F>,
+    left: bool,
+    on_report: F,
 }
 
 impl<T, F> Future for Task<T, F>
 where
     T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    F: FnOnce(Leave) + Send + Unpin + 'static,
+    F: FnMut(Report) + Send + Unpin + 'static,
 {
     type Output = ();
 
@@ -251,8 +274,14 @@ where
             this.leave(Leave::new(outcome));
             return Poll::Ready(());
         }
-        if this.probe.is_some() && Pin::new(&mut this.released).poll(cx).is_ready() {
-            this.probe = None;
+        while let Poll::Ready(suspicion) = this.suspected.poll_recv(cx) {
+            if suspicion.is_none() {
+                this.probe = None;
+                break;
+            }
+            if let Some(pinger) = &mut this.pinger {
+                pinger.suspect();
+            }
         }
         if let Some(probe) = &mut this.probe {
             this.limit
@@ -262,12 +291,19 @@ where
                 this.leave(Leave::Failed(error));
             }
         }
-        if let Some(pinger) = &mut this.pinger
-            && pinger.poll_lost(cx).is_ready()
+        while let Some(pinger) = &mut this.pinger
+            && let Poll::Ready(action) = pinger.poll(cx)
         {
-            // Dropping the connection fails its streams with an I/O error, which is what happened to them.
-            this.leave(Leave::Unresponsive);
-            return Poll::Ready(());
+            match action {
+                Action::Stalled if !this.left => (this.on_report)(Report::Stalled),
+                Action::Recovered if !this.left => (this.on_report)(Report::Recovered),
+                Action::Lost => {
+                    // Dropping the connection fails its streams with an I/O error, which is what happened to them.
+                    this.leave(Leave::Unresponsive);
+                    return Poll::Ready(());
+                }
+                _ => {}
+            }
         }
         Poll::Pending
     }
@@ -276,56 +312,12 @@ where
 impl<T, F> Task<T, F>
 where
     T: AsyncRead + AsyncWrite + Unpin,
-    F: FnOnce(Leave),
+    F: FnMut(Report),
 {
     fn leave(&mut self, why: Leave) {
-        if let Some(on_leave) = self.on_leave.take() {
-            on_leave(why);
+        if !std::mem::replace(&mut self.left, true) {
+            (self.on_report)(Report::Left(why));
         }
-    }
-}
-
-/// The one sender of PINGs on a connection: h2 holds one at a time. After the ready check it serves the keep-alive.
-struct Pinger {
-    pings: PingPong,
-    keep_alive: KeepAlive,
-    timer: Pin<Box<Sleep>>,
-    waiting: bool,
-}
-
-impl Pinger {
-    fn new(pings: Option<PingPong>, keep_alive: Option<KeepAlive>) -> Option<Self> {
-        let keep_alive = keep_alive?;
-        Some(Self {
-            pings: pings?,
-            keep_alive,
-            timer: Box::pin(tokio::time::sleep(keep_alive.interval)),
-            waiting: false,
-        })
-    }
-
-    /// Ready when a ping was not answered in time.
-    fn poll_lost(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        loop {
-            if self.waiting && self.pings.poll_pong(cx).is_ready() {
-                self.waiting = false;
-                self.arm(self.keep_alive.interval);
-            }
-            ready!(self.timer.as_mut().poll(cx));
-            // A ping that cannot be sent belongs to a connection that ends by itself.
-            if self.waiting || self.pings.send_ping(Ping::opaque()).is_err() {
-                return Poll::Ready(());
-            }
-            self.waiting = true;
-            self.arm(self.keep_alive.timeout);
-        }
-    }
-
-    fn arm(&mut self, wait: Duration) {
-        let now = Instant::now();
-        self.timer
-            .as_mut()
-            .reset(now.checked_add(wait).unwrap_or(now));
     }
 }
 

@@ -2,9 +2,12 @@
 //!
 //! Nothing here knows of endpoints' states, of picking or of retrying; it says what happened, and whether a peer can have seen it.
 
+mod activity;
 pub(crate) mod connect;
 pub(crate) mod deadline;
 pub(crate) mod http2;
+mod pinger;
+pub(crate) mod pings;
 pub(crate) mod pump;
 #[cfg(feature = "tls")]
 pub(crate) mod tls;

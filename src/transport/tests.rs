@@ -16,7 +16,8 @@ use tokio::time::timeout;
 use tonic::Status;
 use tonic::body::Body;
 
-use super::http2::{Connection, Leave, OpenError, Settings, is_unprocessed};
+use super::connect::race;
+use super::http2::{Connection, Leave, OpenError, Report, Settings, is_unprocessed};
 use super::pump::{Exchange, Incoming, Outgoing, Pumped};
 
 type Accepted = (Request<RecvStream>, SendResponse<Bytes>);
@@ -49,10 +50,12 @@ impl Pair {
         let (control, orders) = mpsc::unbounded_channel();
         tokio::spawn(serve(far, builder, accepts, orders));
         let (leaves, left) = mpsc::unbounded_channel();
-        let on_leave = move |leave| {
-            let _ = leaves.send(leave);
+        let on_report = move |report| {
+            if let Report::Left(leave) = report {
+                let _ = leaves.send(leave);
+            }
         };
-        let client = Connection::establish(near, &DEFAULTS, on_leave);
+        let client = Connection::establish(near, &DEFAULTS, on_report);
         let client = timeout(PATIENCE, client)
             .await
             .expect("in time")
@@ -561,4 +564,166 @@ async fn a_connection_nobody_holds_is_closed_after_its_last_call() {
     drop(exchange);
     let closed = timeout(PATIENCE, pair.left.recv()).await;
     assert!(closed.is_ok(), "the connection's task ends");
+}
+
+/// A server of bytes: it answers PINGs, and the first request with these frames. Then it hangs up, or does nothing more.
+async fn scripted(
+    frames: &'static [u8],
+    hangs_up: bool,
+) -> (Connection, mpsc::UnboundedReceiver<Leave>) {
+    let (near, mut far) = duplex(1 << 16);
+    tokio::spawn(async move {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let mut preface = [0; 24];
+        far.read_exact(&mut preface).await.expect("a preface");
+        far.write_all(b"\0\0\0\x04\0\0\0\0\0\0\0\0\x04\x01\0\0\0\0")
+            .await
+            .expect("settings");
+        loop {
+            let mut head = [0; 9];
+            far.read_exact(&mut head).await.expect("a frame");
+            let mut payload = vec![0; usize::from(head[1]) << 8 | usize::from(head[2])];
+            far.read_exact(&mut payload).await.expect("a payload");
+            match head[3] {
+                6 if head[4] == 0 => {
+                    let pong = [b"\0\0\x08\x06\x01\0\0\0\0", &payload[..]].concat();
+                    far.write_all(&pong).await.expect("a pong");
+                }
+                1 => break,
+                _ => {}
+            }
+        }
+        far.write_all(frames).await.expect("frames");
+        if !hangs_up {
+            std::future::pending::<()>().await;
+        }
+    });
+    let (leaves, left) = mpsc::unbounded_channel();
+    let establishing = Connection::establish(near, &DEFAULTS, move |report| {
+        if let Report::Left(leave) = report {
+            let _ = leaves.send(leave);
+        }
+    });
+    let client = timeout(PATIENCE, establishing).await.expect("in time");
+    (client.expect("a connection"), left)
+}
+
+#[tokio::test]
+async fn a_call_that_was_sent_above_a_goaway_is_unprocessed_whatever_its_code() {
+    for frames in [
+        // The last stream is 0, the code NO_ERROR.
+        b"\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\0",
+        // The same with ENHANCE_YOUR_CALM, and with INTERNAL_ERROR.
+        b"\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\x0b",
+        b"\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\x02",
+    ] {
+        let (client, _left) = scripted(frames, true).await;
+        let mut exchange = Exchange::start(&client, request(), single()).expect("sent");
+        let error = head(&mut exchange).await.expect_err("not taken");
+        assert!(error.is_go_away() && error.is_remote(), "{error:?}");
+        assert!(is_unprocessed(&error), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn a_call_at_a_goaways_last_stream_ends_with_the_connection_and_may_have_run() {
+    // The last stream is 1, the call's.
+    let (client, mut left) = scripted(b"\0\0\x08\x07\0\0\0\0\0\0\0\0\x01\0\0\0\0", true).await;
+    let mut exchange = Exchange::start(&client, request(), single()).expect("sent");
+    let error = head(&mut exchange)
+        .await
+        .expect_err("the connection is gone");
+    assert!(
+        error.is_io() && !error.is_go_away(),
+        "never the GOAWAY: {error:?}"
+    );
+    assert!(!is_unprocessed(&error), "{error}");
+    assert!(left.recv().await.is_some());
+}
+
+#[tokio::test]
+async fn a_refusal_after_the_head_is_the_bodys_error_and_looks_the_same() {
+    let mut pair = Pair::new(|_| ()).await;
+    let mut exchange = pair.send(single());
+    let (_request, mut respond) = pair.accept().await;
+    let mut stream = respond
+        .send_response(Response::new(()), false)
+        .expect("a head");
+    let mut body = head(&mut exchange).await.expect("a head").into_body();
+    stream.send_reset(Reason::REFUSED_STREAM);
+    let frame = timeout(PATIENCE, poll_fn(|cx| body.poll_frame(cx))).await;
+    match frame.expect("in time") {
+        // It was processed: that there was a head is what tells, not the error.
+        Some(Err(super::pump::Broken::Stream(error))) => assert!(is_unprocessed(&error)),
+        other => panic!("the stream was reset, but {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_call_queued_inside_h2_cannot_be_told_from_one_that_was_sent() {
+    let mut pair = Pair::new(|builder| {
+        builder.max_concurrent_streams(1);
+    })
+    .await;
+    // The balancer counts streams and never does this.
+    let mut sent = pair.send(single());
+    let mut queued = pair.send(single());
+    let _accepted = pair.accept().await;
+    pair.order(Order::Vanish);
+    let sent = head(&mut sent).await.expect_err("the peer is gone");
+    let queued = head(&mut queued).await.expect_err("the peer is gone");
+    assert!(pair.accepted.try_recv().is_err(), "it never got there");
+    for error in [sent, queued] {
+        assert!(error.is_io() && !is_unprocessed(&error), "{error:?}");
+    }
+}
+
+#[tokio::test]
+async fn the_limit_on_streams_follows_the_peers_settings() {
+    // SETTINGS with MAX_CONCURRENT_STREAMS of 3.
+    let settings = b"\0\0\x06\x04\0\0\0\0\0\0\x03\0\0\0\x03";
+    let (client, _left) = scripted(settings, false).await;
+    assert!(client.max_streams() > 3, "no limit was named");
+    let _exchange = Exchange::start(&client, request(), single()).expect("sent");
+    let known = async {
+        while client.max_streams() != 3 {
+            tokio::task::yield_now().await;
+        }
+    };
+    assert!(timeout(PATIENCE, known).await.is_ok());
+}
+
+#[tokio::test]
+async fn of_two_addresses_of_which_the_first_is_dead_the_second_is_taken() {
+    let listen = |backlog| {
+        let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+        let local = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+        socket.bind(local).expect("a free port");
+        socket.listen(backlog).expect("a listener")
+    };
+    let address = |listener: &tokio::net::TcpListener| listener.local_addr().expect("an address");
+    let alive = listen(16);
+    // Refuses.
+    let refusing = address(&listen(1));
+    let stream = timeout(PATIENCE, race(vec![refusing, address(&alive)])).await;
+    let stream = stream.expect("in time").expect("a connection");
+    assert_eq!(stream.peer_addr().expect("a peer"), address(&alive));
+    // Drops packets: the queue of connections that nobody takes is full.
+    let hole = listen(1);
+    let mut queue = Vec::new();
+    let dial = || tokio::net::TcpStream::connect(address(&hole));
+    while let Ok(connected) = timeout(Duration::from_millis(200), dial()).await {
+        queue.push(connected.expect("a connection"));
+        assert!(queue.len() < 1_000, "the queue never fills");
+    }
+    let start = tokio::time::Instant::now();
+    let stream = timeout(PATIENCE, race(vec![address(&hole), address(&alive)])).await;
+    let stream = stream.expect("in time").expect("a connection");
+    assert_eq!(stream.peer_addr().expect("a peer"), address(&alive));
+    let took = tokio::time::Instant::now().saturating_duration_since(start);
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    // All dead: the last reason.
+    let outcome = timeout(PATIENCE, race(vec![refusing, refusing])).await;
+    let error = outcome.expect("in time").expect_err("nobody is there");
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
 }

@@ -5,6 +5,7 @@
     clippy::missing_panics_doc,
     clippy::unwrap_used,
     clippy::panic,
+    clippy::print_stdout,
     reason = "each test file uses its part; a failed step here is a failed test"
 )]
 
@@ -19,6 +20,7 @@ use tonic::transport::Server;
 use tonic_etcd::testing::Etcd;
 use tonic_etcd::{RegistrationBuilder, Registry, Resolver, ServeError, ServeRegistered};
 
+pub mod backend;
 pub mod callers;
 #[path = "../../examples/greeter/mod.rs"]
 pub mod greeter;
@@ -138,6 +140,20 @@ impl Registered {
         self.stop();
         timeout(SOON, self.task).await.unwrap().unwrap()
     }
+}
+
+/// Whether tests run at full size and for long: with `SOAK=1` in the environment. A test that is cut down otherwise says so.
+pub fn soak(what: &str, small: usize, full: usize) -> usize {
+    if std::env::var_os("SOAK").is_some_and(|soak| soak == "1") {
+        return full;
+    }
+    println!("{what}: {small} of {full}; all of them with SOAK=1");
+    small
+}
+
+/// How many files this process has open.
+pub fn open_files() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
 /// The keys and values under a prefix, as etcd lists them.

@@ -6,8 +6,9 @@ use tower::discover::Change;
 
 use super::{Class, Driver, Known, State, SubchannelId};
 use crate::address::Address;
-use crate::balance::endpoint::{Endpoint, EndpointState, Member};
+use crate::balance::endpoint::{Endpoint, EndpointState, Tally};
 use crate::balance::feed::Batch;
+use crate::balance::outlier::Ejection;
 use crate::balance::subchannel::{ConnectBackoff, Subchannel};
 use crate::instance::Instance;
 
@@ -50,11 +51,14 @@ impl Driver {
         if before.is_last_resort() != last_resort {
             tracing::info!(%address, last_resort, "endpoint changed its rank");
         }
+        if fresh {
+            known.ejection = Ejection::default();
+        }
         for id in subchannels {
             if before.is_last_resort() && !last_resort {
                 self.enqueue(id);
             }
-            self.update(id, weight, last_resort, fresh);
+            self.update(id, last_resort, fresh);
         }
         self.reclassify(address);
     }
@@ -72,6 +76,8 @@ impl Driver {
             instance,
             subchannels: Vec::new(),
             class: Class::Failing,
+            ejection: Ejection::default(),
+            judged: Tally::default(),
         };
         self.known.insert(address.clone(), known);
         self.summary.endpoints = self.known.len();
@@ -95,14 +101,14 @@ impl Driver {
         }
     }
 
-    pub(super) fn update(&mut self, id: SubchannelId, weight: u32, last_resort: bool, fresh: bool) {
+    pub(super) fn update(&mut self, id: SubchannelId, last_resort: bool, fresh: bool) {
         let Some((address, state)) = self.subchannels.remove(&id) else {
             return;
         };
         let state = match state {
-            State::Ready(subchannel) => {
-                self.enlist(id, subchannel.member(), weight, last_resort);
-                State::Ready(subchannel)
+            State::Ready(subchannel) if fresh && subchannel.is_stalled() => {
+                // Whoever is registered now is not the one that does not answer.
+                State::Idle(self.abandon(id, &address, subchannel))
             }
             State::Connecting(subchannel) if last_resort => State::Idle(subchannel.cancel()),
             State::TransientFailure(subchannel) if last_resort => State::Idle(subchannel.retry()),
@@ -115,26 +121,7 @@ impl Driver {
             state => state,
         };
         self.subchannels.insert(id, (address, state));
-    }
-
-    pub(super) fn enlist(
-        &mut self,
-        id: SubchannelId,
-        member: &Arc<Member>,
-        weight: u32,
-        last_resort: bool,
-    ) {
-        let (here, there) = if last_resort {
-            (&mut self.last_resort, &mut self.primary)
-        } else {
-            (&mut self.primary, &mut self.last_resort)
-        };
-        if there.remove(&id) {
-            here.insert(id, Arc::clone(member), weight);
-            self.publish_now();
-        } else if here.reweigh(&id, weight) {
-            self.publish_soon();
-        }
+        self.place(id);
     }
 
     pub(super) fn remove(&mut self, address: &Address) {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::task::{AbortHandle, Id, JoinError};
 use tokio::time::Instant;
 
-use super::{Driver, Left, State, SubchannelId};
+use super::{DialId, Driver, State, SubchannelId};
 use crate::address::Address;
 use crate::balance::EndpointError;
 use crate::balance::endpoint::Member;
@@ -52,13 +52,13 @@ impl Driver {
         tracing::debug!(%address, "connecting");
         self.next_id += 1;
         let dial_id = self.next_id;
-        let leaves = self.on_leave.clone();
-        let on_leave = move |leave| {
+        let reports = self.on_report.clone();
+        let on_report = move |report| {
             // The driver may be gone, and then nobody cares.
-            let _ = leaves.send(Left(dial_id, leave));
+            let _ = reports.send((dial_id, report));
         };
         let (connector, address) = (Arc::clone(&self.connector), address.clone());
-        let dial = async move { connector.connect(&address, on_leave).await };
+        let dial = async move { connector.connect(&address, on_report).await };
         let dial = self.dials.spawn(dial);
         self.dialling.insert(dial.id(), (id, dial_id));
         dial
@@ -89,7 +89,7 @@ impl Driver {
                 self.connected.insert(dial_id, id);
                 self.on_connected(id, &address, subchannel, connection);
                 if lost_early {
-                    self.on_left(Left(dial_id, Leave::Closed));
+                    self.on_left(dial_id, &Leave::Closed);
                 }
             }
             Err(error) => self.on_refused(id, &address, subchannel, &error),
@@ -107,31 +107,25 @@ impl Driver {
             return;
         };
         tracing::info!(%address, round_trip = ?connection.round_trip(), "endpoint ready");
-        let median = self.median();
         let member = Arc::new(Member::new(
             connection,
             Arc::clone(&known.endpoint),
-            Load::new(known.endpoint.estimate(), median),
+            Load::new(known.endpoint.estimate(), self.median),
             Arc::clone(&self.shared.waiters),
             self.shared.started,
         ));
         known.endpoint.add_connection(&member);
-        let (weight, last_resort) = (known.instance.weight(), known.instance.is_last_resort());
         let missing = self
             .options
             .connections_per_endpoint
             .saturating_sub(known.subchannels.len());
-        let roster = if last_resort {
-            &mut self.last_resort
-        } else {
-            &mut self.primary
-        };
-        roster.insert(id, Arc::clone(&member), weight);
+        let dial = !known.instance.is_last_resort();
         let ready = State::Ready(subchannel.connected(member));
         self.subchannels.insert(id, (address.clone(), ready));
+        self.place(id);
         // Only an endpoint that answers is worth its other connections.
         for _ in 0..missing {
-            self.add_subchannel(address, !last_resort);
+            self.add_subchannel(address, dial);
         }
         self.reclassify(address);
         self.publish_soon();
@@ -159,7 +153,7 @@ impl Driver {
         self.reclassify(address);
     }
 
-    pub(super) fn on_left(&mut self, Left(dial_id, leave): Left) {
+    pub(super) fn on_left(&mut self, dial_id: DialId, leave: &Leave) {
         let Some(id) = self.connected.remove(&dial_id) else {
             if self
                 .dialling

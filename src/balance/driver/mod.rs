@@ -11,18 +11,20 @@ use tokio::time::Instant;
 use tokio_stream::Stream;
 use tower::discover::Change;
 
-use super::endpoint::{Endpoint, Member};
+use super::endpoint::{Endpoint, Member, Tally};
 use super::feed::Feed;
+use super::outlier::Ejection;
 use super::pool::Roster;
 use super::subchannel::{Connecting, Draining, Idle, Ready, Subchannel, TransientFailure};
 use super::{Options, Shared, Summary};
 use crate::address::Address;
 use crate::instance::Instance;
 use crate::transport::connect::{Connector, DialError};
-use crate::transport::http2::{Connection, Leave};
+use crate::transport::http2::{Connection, Report};
 
 mod changes;
 mod dialling;
+mod ejection;
 mod publish;
 
 /// A subchannel's number, never used twice.
@@ -44,6 +46,9 @@ struct Known {
     instance: Instance,
     subchannels: Vec<SubchannelId>,
     class: Class,
+    ejection: Ejection,
+    /// What it had done when the last interval of the outlier detection ended.
+    judged: Tally,
 }
 
 /// What an endpoint counts as.
@@ -56,10 +61,6 @@ enum Class {
 
 /// A dial's number, and that of the connection that came of it.
 type DialId = u64;
-
-/// A connection takes no more calls.
-#[derive(Debug)]
-struct Left(DialId, Leave);
 
 /// Owns the subchannels of a channel.
 #[derive(Debug)]
@@ -81,8 +82,8 @@ pub(super) struct Driver {
     dialling: HashMap<Id, (SubchannelId, DialId)>,
     connected: HashMap<DialId, SubchannelId>,
     timers: BinaryHeap<Reverse<(Instant, SubchannelId)>>,
-    leaves: mpsc::UnboundedReceiver<Left>,
-    on_leave: mpsc::UnboundedSender<Left>,
+    reports: mpsc::UnboundedReceiver<(DialId, Report)>,
+    on_report: mpsc::UnboundedSender<(DialId, Report)>,
     /// Connections that were lost before we heard that they were made.
     lost_early: HashSet<DialId>,
 
@@ -90,18 +91,27 @@ pub(super) struct Driver {
     last_resort: Roster<SubchannelId, Arc<Member>>,
     summary: Summary,
     pending: usize,
+    /// Endpoints that are ready and not published yet.
+    joined: Vec<Address>,
     /// When the set is to be published, if it has changed.
     publish_at: Option<Instant>,
     refresh_at: Instant,
+    /// When outliers are looked for next, if they are.
+    sweep_at: Option<Instant>,
+    /// The pool's median latency as of the last refresh: looked for at each join it would make loading a large set quadratic.
+    median: f32,
 }
 
 impl Driver {
     pub(super) fn new(shared: Arc<Shared>, connector: Connector, options: Options) -> Self {
-        let (on_leave, leaves) = mpsc::unbounded_channel();
+        let (on_report, reports) = mpsc::unbounded_channel();
         let rng = options
             .seed
             .map_or_else(fastrand::Rng::new, fastrand::Rng::with_seed);
+        let detection = options.outlier_detection.as_ref();
+        let sweep_at = detection.map(|detection| Instant::now() + detection.period());
         Self {
+            sweep_at,
             shared,
             connector: Arc::new(connector),
             options,
@@ -115,15 +125,17 @@ impl Driver {
             dialling: HashMap::new(),
             connected: HashMap::new(),
             timers: BinaryHeap::new(),
-            leaves,
-            on_leave,
+            reports,
+            on_report,
             lost_early: HashSet::new(),
             primary: Roster::default(),
             last_resort: Roster::default(),
             summary: Summary::default(),
             pending: 0,
+            joined: Vec::new(),
             publish_at: None,
             refresh_at: Instant::now() + REFRESH,
+            median: 0.0,
         }
     }
 
@@ -139,7 +151,7 @@ impl Driver {
             // What is lost comes first, and what might never end, the stream, last.
             tokio::select! {
                 biased;
-                Some(left) = self.leaves.recv() => self.on_left(left),
+                Some((dial_id, report)) = self.reports.recv() => self.on_report(dial_id, &report),
                 Some(dialled) = self.dials.join_next_with_id() => self.on_dialled(dialled),
                 () = self.shared.demand.notified() => self.grow(),
                 () = tokio::time::sleep_until(wake) => {}
@@ -159,6 +171,9 @@ impl Driver {
             self.refresh_at = now + REFRESH;
             self.refresh(now);
         }
+        if self.sweep_at.is_some_and(|at| at <= now) {
+            self.sweep(now);
+        }
         if self.publish_at.is_some_and(|at| at <= now) {
             self.publish();
         }
@@ -166,7 +181,7 @@ impl Driver {
 
     fn wake_at(&self) -> Instant {
         let timer = self.timers.peek().map(|Reverse((until, _))| *until);
-        let wakes = [Some(self.refresh_at), timer, self.publish_at];
+        let wakes = [Some(self.refresh_at), timer, self.publish_at, self.sweep_at];
         wakes.into_iter().flatten().min().unwrap_or(self.refresh_at)
     }
 }

@@ -13,10 +13,10 @@ use crate::balance::load::{Ticks, median};
 
 impl Driver {
     pub(super) fn refresh(&mut self, now: Instant) {
-        let median = self.median();
+        self.median = self.find_median();
         let now = Ticks::at(now, self.shared.started);
         for member in self.primary.members().chain(self.last_resort.members()) {
-            member.load().refresh(median, now);
+            member.load().refresh(self.median, now);
         }
         let mut directory = self.shared.directory();
         self.draining.retain(|(endpoint, subchannel)| {
@@ -33,7 +33,7 @@ impl Driver {
         });
     }
 
-    pub(super) fn median(&self) -> f32 {
+    fn find_median(&self) -> f32 {
         let estimates = self
             .primary
             .members()
@@ -69,8 +69,13 @@ impl Driver {
                 (class, shown) = (of_one, seen);
             }
         }
-        known.endpoint.set_state(shown);
         let before = std::mem::replace(&mut known.class, class);
+        match (before, class) {
+            // Ready is what calls can pick, so it is said once the set that has it is out.
+            (Class::Ready, Class::Ready) => {}
+            (_, Class::Ready) => self.joined.push(address.clone()),
+            _ => known.endpoint.set_state(shown),
+        }
         self.pending += usize::from(class == Class::Pending);
         self.pending -= usize::from(before == Class::Pending);
         if before != class {
@@ -79,7 +84,7 @@ impl Driver {
     }
 
     pub(super) fn publish_soon(&mut self) {
-        let delay = if self.summary.ready == 0 {
+        let delay = if self.summary.ready < FEW {
             Duration::ZERO
         } else {
             GATHER
@@ -117,9 +122,17 @@ impl Driver {
         self.shared
             .published
             .store(Arc::new(Published { ready, summary }));
+        for address in std::mem::take(&mut self.joined) {
+            let known = self.known.get(&address);
+            if let Some(known) = known.filter(|known| known.class == Class::Ready) {
+                known.endpoint.set_state(EndpointState::Ready);
+            }
+        }
         self.shared.changed.notify_waiters();
     }
 }
 
-/// How long joins are gathered before they are published.
+/// Up to so many connections a set costs a few microseconds to publish, and a join is published at once.
+const FEW: usize = 64;
+/// How long joins to a larger set are gathered before they are published.
 const GATHER: Duration = Duration::from_millis(1);

@@ -108,26 +108,34 @@ async fn other_resets_are_not_replayed_and_have_their_code() {
 #[tokio::test]
 async fn a_refusal_after_the_head_is_not_replayed() {
     let seen = Arc::new(AtomicUsize::new(0));
-    let answer = |seen: Arc<AtomicUsize>| {
+    let (read, reading) = tokio::sync::watch::channel(false);
+    let answer = |seen: Arc<AtomicUsize>, reading: tokio::sync::watch::Receiver<bool>| {
         move |(_, mut respond): support::Accepted| {
             seen.fetch_add(1, Ordering::SeqCst);
+            let mut reading = reading.clone();
             async move {
                 let mut stream = respond
                     .send_response(Response::new(()), false)
                     .expect("a head");
-                // The head has to be out before the reset, which would take it along.
-                tokio::time::sleep(Duration::from_millis(20)).await;
+                // A reset would take the head along that is not out yet.
+                let _ = reading.wait_for(|reading| *reading).await;
                 stream.send_reset(Reason::REFUSED_STREAM);
             }
         }
     };
     let servers = [
-        Raw::answering(|_| (), answer(Arc::clone(&seen))),
-        Raw::answering(|_| (), answer(Arc::clone(&seen))),
+        Raw::answering(|_| (), answer(Arc::clone(&seen), reading.clone())),
+        Raw::answering(|_| (), answer(Arc::clone(&seen), reading)),
     ];
     let channel = over(servers.iter().map(support::Cut::address));
     ready(&channel, 2).await;
-    let status = say(&channel).await.expect_err("reset");
+    let mut client = GreeterClient::new(channel.clone());
+    let replies = in_time("a head", client.say_hellos(hello("stream"))).await;
+    let mut replies = replies.expect("a head").into_inner();
+    read.send_replace(true);
+    let status = in_time("a reset", replies.message())
+        .await
+        .expect_err("reset");
     assert_eq!(status.code(), Code::Unavailable, "{status}");
     assert_eq!(seen.load(Ordering::SeqCst), 1);
     idle(&channel).await;
@@ -281,4 +289,151 @@ async fn a_malformed_request_is_internal_and_costs_no_endpoint() {
     say(&channel)
         .await
         .expect("the connection is as good as before");
+}
+
+#[tokio::test]
+async fn a_goaway_below_a_call_that_was_sent_sends_it_elsewhere() {
+    let processed = Arc::default();
+    let shy = support::shy(0);
+    let other = counting(&processed);
+    let channel = over([shy, other.address()]);
+    ready(&channel, 2).await;
+    // Round robin would do, but the default must do it as well: sooner or later the shy one is picked.
+    let left = async {
+        while channel
+            .endpoints()
+            .iter()
+            .all(|status| status.last_error.is_none())
+        {
+            say(&channel).await.expect("the other one serves");
+        }
+    };
+    in_time("the shy one", left).await;
+    let calls: u64 = channel.endpoints().iter().map(|status| status.calls).sum();
+    assert!(
+        calls > processed.load(Ordering::SeqCst) as u64,
+        "one was sent in vain"
+    );
+}
+
+#[tokio::test]
+async fn a_goaway_at_the_call_and_then_the_end_may_have_run_it() {
+    let processed = Arc::default();
+    let shy = support::shy(1);
+    let channel = over([&shy]);
+    ready(&channel, 1).await;
+    let other: support::Cut = counting(&processed);
+    let status = say(&channel).await.expect_err("nobody knows");
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    assert!(status.message().contains("connection was lost"), "{status}");
+    drop(other);
+}
+
+#[tokio::test]
+async fn what_waits_for_a_free_stream_waits_in_our_hands_and_goes_elsewhere() {
+    let mut full = Raw::start(|builder| {
+        builder.max_concurrent_streams(1);
+    });
+    let (changes, channel) = fed();
+    insert(&changes, instance(&full.address()));
+    ready(&channel, 1).await;
+    let mut calls = JoinSet::new();
+    for _ in 0..50 {
+        let channel = channel.clone();
+        calls.spawn(async move { say(&channel).await });
+    }
+    // One stream on each of the two connections that an endpoint may have then.
+    let running = [full.accept().await, full.accept().await];
+    until("the others wait", || channel.endpoints()[0].in_flight == 2).await;
+    assert!(
+        full.accepted.try_recv().is_err(),
+        "nothing is queued behind them"
+    );
+    let rescue = Greeter::start("rescue");
+    insert(&changes, instance(&rescue.address()));
+    ready(&channel, 2).await;
+    full.cut();
+    drop(running);
+    let outcomes = in_time("the calls", calls.join_all()).await;
+    let failed: Vec<_> = outcomes
+        .iter()
+        .filter_map(|outcome| outcome.as_ref().err())
+        .collect();
+    assert!(failed.len() <= 2, "only what was sent is lost: {failed:?}");
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn an_address_whose_packets_are_dropped_delays_no_call() {
+    let servers = [
+        Greeter::start("alpha"),
+        Greeter::start("beta"),
+        Greeter::start("gamma"),
+    ];
+    let hole = support::Hole::dig().await;
+    let mut addresses: Vec<_> = servers.iter().map(Greeter::address).collect();
+    addresses.push(hole.address());
+    let channel = over(&addresses);
+    let mut took = Vec::new();
+    for _ in 0..2_000 {
+        let (outcome, time) = timed(say(&channel)).await;
+        outcome.expect("the others serve");
+        took.push(time);
+    }
+    took.sort_unstable();
+    let p99 = took[took.len() * 99 / 100];
+    assert!(p99 < Duration::from_millis(50), "{p99:?}");
+    let connecting = channel.endpoints();
+    let connecting = connecting
+        .iter()
+        .find(|status| status.address.to_string() == hole.address());
+    assert_eq!(
+        connecting.expect("it is known").state,
+        EndpointState::Connecting
+    );
+}
+
+#[tokio::test]
+async fn a_connection_that_swallows_everything_is_given_up_with_keep_alive_on() {
+    let mut raw = Raw::start(|_| ());
+    let (frozen, freeze) = support::valve(raw.address);
+    let channel = BalancedChannel::builder()
+        .http2_keep_alive(Duration::from_millis(50), Duration::from_millis(200))
+        .from_addresses([frozen.to_string()]);
+    let healthy = tokio::spawn({
+        let channel = channel.clone();
+        async move { say(&channel).await }
+    });
+    let accepted = raw.accept().await;
+    reply(accepted).await;
+    healthy.await.expect("no panic").expect("an answer");
+    let call = tokio::spawn({
+        let channel = channel.clone();
+        async move { say(&channel).await }
+    });
+    let _accepted = raw.accept().await;
+    freeze.send_replace(true);
+    let (outcome, took) = timed(call).await;
+    let status = outcome.expect("no panic").expect_err("no answer");
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    let error = channel.endpoints()[0].last_error.clone();
+    until("it is dialled again", || {
+        channel.endpoints()[0].state != EndpointState::Ready
+    })
+    .await;
+    assert!(error.is_some_and(|error| error.contains("ping")));
+}
+
+#[tokio::test]
+async fn pings_on_an_idle_connection_keep_it() {
+    let server = Greeter::start("alpha");
+    let channel = BalancedChannel::builder()
+        .http2_keep_alive(Duration::from_millis(5), Duration::from_secs(5))
+        .from_addresses([server.address()]);
+    say(&channel).await.expect("an answer");
+    // What is waited for is that nothing happens, thirty pings long.
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    say(&channel).await.expect("an answer");
+    assert_eq!(channel.endpoints()[0].last_error, None);
 }

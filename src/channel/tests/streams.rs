@@ -2,38 +2,42 @@
 
 use super::*;
 
-/// Answers every call with this many messages of this size, under flow control.
+/// Answers every call with this many messages of this size.
 fn streaming(messages: usize, size: usize) -> support::Cut {
-    Raw::answering(
-        |_| (),
-        move |(request, mut respond)| async move {
-            drop(request);
-            let Ok(mut stream) = respond.send_response(Response::new(()), false) else {
-                return;
-            };
-            let message = Bytes::from(vec![0; size]);
-            for _ in 0..messages {
-                stream.reserve_capacity(size);
-                while stream.capacity() < size {
-                    match std::future::poll_fn(|cx| stream.poll_capacity(cx)).await {
-                        Some(Ok(_)) => {}
-                        _ => return,
-                    }
-                }
-                if stream.send_data(message.clone(), false).is_err() {
-                    return;
-                }
+    Raw::answering(|_| (), move |call| stream(call, messages, size))
+}
+
+/// Answers a call with this many messages of this size, under flow control.
+async fn stream((request, mut respond): support::Accepted, messages: usize, size: usize) {
+    drop(request);
+    let Ok(mut stream) = respond.send_response(Response::new(()), false) else {
+        return;
+    };
+    let message = Bytes::from(vec![0; size]);
+    for _ in 0..messages {
+        stream.reserve_capacity(size);
+        while stream.capacity() < size {
+            match std::future::poll_fn(|cx| stream.poll_capacity(cx)).await {
+                Some(Ok(_)) => {}
+                _ => return,
             }
-            let _ = stream.send_trailers(support::ok());
-        },
-    )
+        }
+        if stream.send_data(message.clone(), false).is_err() {
+            return;
+        }
+    }
+    let _ = stream.send_trailers(support::ok());
 }
 
 type Body = std::pin::Pin<Box<super::super::ResponseBody>>;
 
 async fn open(channel: &BalancedChannel) -> Body {
+    open_path(channel, "/helloworld.Greeter/SayHellos").await
+}
+
+async fn open_path(channel: &BalancedChannel, path: &str) -> Body {
     use tower::Service;
-    let request = http::Request::post("/helloworld.Greeter/SayHellos")
+    let request = http::Request::post(path)
         .body(tonic::body::Body::empty())
         .expect("a request");
     let response = in_time("a head", channel.clone().call(request)).await;
@@ -45,6 +49,16 @@ async fn frame(body: &mut Body) -> Option<Result<http_body::Frame<Bytes>, tonic:
     in_time("a frame", frame).await
 }
 
+/// Reads to the end, and says how many bytes that were.
+async fn read_all(body: &mut Body) -> usize {
+    let mut bytes = 0;
+    while let Some(frame) = frame(body).await {
+        let data = frame.expect("no error").into_data();
+        bytes += data.map_or(0, |data| data.len());
+    }
+    bytes
+}
+
 #[tokio::test]
 async fn streams_nobody_reads_stop_nobody_else() {
     let unread = streaming(100_000, 1024);
@@ -53,9 +67,9 @@ async fn streams_nobody_reads_stop_nobody_else() {
     for _ in 0..20 {
         parked.push(open(&channel).await);
     }
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    // Each fills its window now, whenever that is: what comes after must not mind.
     let mut body = open(&channel).await;
-    for _ in 0..100 {
+    for _ in 0..20_000 {
         frame(&mut body).await.expect("a frame").expect("no error");
     }
     assert_eq!(channel.endpoints()[0].in_flight, 21);
@@ -65,42 +79,51 @@ async fn streams_nobody_reads_stop_nobody_else() {
 
 #[tokio::test]
 async fn one_stream_of_small_messages_may_wait_to_be_read() {
-    let server = streaming(40_000, 10);
+    let server = Raw::answering(
+        |_| (),
+        |call: support::Accepted| async {
+            if call.0.uri().path().ends_with("/SayHello") {
+                reply(call).await;
+            } else {
+                stream(call, 40_000, 10).await;
+            }
+        },
+    );
     let channel = over([server.address()]);
     let mut body = open(&channel).await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    let mut bytes = 0;
-    while let Some(frame) = frame(&mut body).await {
-        bytes += frame
-            .expect("no error")
-            .into_data()
-            .map_or(0, |data| data.len());
+    let unread = Duration::from_secs(soak("seconds unread", 1, 6) as u64);
+    let start = tokio::time::Instant::now();
+    let mut calls = 0;
+    while tokio::time::Instant::now().saturating_duration_since(start) < unread {
+        say(&channel).await.expect("a unary call meanwhile");
+        calls += 1;
     }
-    assert_eq!(bytes, 400_000);
+    assert!(calls > 100, "{calls}");
+    assert_eq!(read_all(&mut body).await, 400_000);
+    assert_eq!(channel.endpoints()[0].failures, 0);
     idle(&channel).await;
 }
 
 #[tokio::test]
 async fn thousands_of_dropped_streams_cost_no_call() {
-    let server = streaming(1_000, 1024);
+    let server = Raw::answering(
+        |_| (),
+        |call: support::Accepted| async {
+            let long = call.0.uri().path().ends_with("/Long");
+            stream(call, if long { 20 << 10 } else { 1_000 }, 1024).await;
+        },
+    );
     let channel = over([server.address()]);
     for _ in 0..3_000 {
         let mut body = open(&channel).await;
         frame(&mut body).await.expect("a frame").expect("no error");
     }
-    let mut body = open(&channel).await;
-    let mut bytes = 0;
-    while let Some(frame) = frame(&mut body).await {
-        bytes += frame
-            .expect("no error")
-            .into_data()
-            .map_or(0, |data| data.len());
-    }
-    assert_eq!(bytes, 1_000 * 1024);
+    let mut body = open_path(&channel, "/helloworld.Greeter/Long").await;
+    assert_eq!(read_all(&mut body).await, 20 << 20);
     assert_eq!(channel.endpoints()[0].failures, 0);
     assert_eq!(
-        channel.endpoints()[0].connections,
-        1,
+        channel.endpoints()[0].last_error,
+        None,
         "the connection has lived through it"
     );
     idle(&channel).await;
@@ -160,6 +183,14 @@ async fn parked_uploads_stop_nobody_else() {
         parked.push((feed, call));
     }
     say(&channel).await.expect("an answer");
+    let (feed, requests) = mpsc::unbounded_channel();
+    let mut client = GreeterClient::new(channel.clone());
+    let chat = client.greet_all(UnboundedReceiverStream::new(requests));
+    feed.send(hello("one more upload")).expect("open");
+    drop(feed);
+    in_time("an upload beside them", chat)
+        .await
+        .expect("an answer");
     assert_eq!(channel.endpoints()[0].in_flight, 100);
     for (feed, call) in parked {
         drop(feed);
@@ -191,7 +222,7 @@ async fn an_answer_in_the_middle_of_an_upload_is_delivered() {
     let call = client.greet_all(UnboundedReceiverStream::new(requests));
     let feeding = tokio::spawn(async move {
         while feed.send(hello(&"x".repeat(1_000))).is_ok() {
-            tokio::time::sleep(Duration::from_micros(100)).await;
+            tokio::task::yield_now().await;
         }
     });
     let status = in_time("a call", call).await.expect_err("an early answer");
@@ -207,7 +238,10 @@ async fn an_answer_in_the_middle_of_an_upload_is_delivered() {
 
 #[tokio::test]
 async fn a_server_that_never_reads_holds_little_of_an_upload() {
-    let mut raw = Raw::start(|_| ());
+    // With a connection window of one stream's, h2's default, the server would stop the other calls itself.
+    let mut raw = Raw::start(|builder| {
+        builder.initial_connection_window_size(1 << 20);
+    });
     let channel = over([raw.address()]);
     let mut client = GreeterClient::new(channel.clone());
     let produced = Arc::new(AtomicUsize::new(0));
@@ -218,7 +252,17 @@ async fn a_server_that_never_reads_holds_little_of_an_upload() {
     });
     let call = tokio::spawn(async move { client.greet_all(requests).await.map(drop) });
     let accepted = raw.accept().await;
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    until("the first is taken", || produced.load(Ordering::SeqCst) > 0).await;
+    // A server that answers other calls has had the time to take more, if any were sent.
+    for _ in 0..100 {
+        let other = tokio::spawn({
+            let channel = channel.clone();
+            async move { say(&channel).await }
+        });
+        let accepted = raw.accept().await;
+        reply(accepted).await;
+        other.await.expect("no panic").expect("an answer");
+    }
     let produced = produced.load(Ordering::SeqCst);
     assert!(
         produced < 4,
@@ -254,20 +298,40 @@ async fn half_a_response_dropped_cancels_the_call_and_its_upload() {
 }
 
 #[tokio::test]
-async fn cancelled_calls_beside_ordinary_ones_cost_nothing() {
+async fn cancelled_calls_and_half_read_streams_beside_ordinary_calls_cost_nothing() {
     let server = Greeter::start("alpha");
     let channel = over([server.address()]);
     ready(&channel, 1).await;
-    for _ in 0..300 {
+    let mut client = GreeterClient::new(channel.clone());
+    let request = HelloRequest {
+        replies: 100,
+        ..hello("stream")
+    };
+    for _ in 0..soak("rounds of 20 given up", 300, 5_000) {
         let mut cancelled = JoinSet::new();
-        for _ in 0..10 {
-            let channel = channel.clone();
-            cancelled.spawn(async move { say(&channel).await.map(drop) });
+        for call in 0..20 {
+            let (mut client, channel, request) = (client.clone(), channel.clone(), request.clone());
+            cancelled.spawn(async move {
+                if call % 2 == 0 {
+                    return say(&channel).await.map(drop);
+                }
+                let mut replies = client.say_hellos(request).await?.into_inner();
+                replies.message().await.map(drop)
+            });
         }
-        tokio::task::yield_now().await;
+        // Some are not sent yet, some are half read, some have ended.
+        for _ in 0..fastrand::usize(1..40) {
+            tokio::task::yield_now().await;
+        }
         cancelled.abort_all();
-        say(&channel).await.expect("an ordinary call");
+        let ordinary = in_time("an ordinary call", client.say_hello(hello("ordinary"))).await;
+        ordinary.expect("an answer");
+        while let Some(outcome) = cancelled.join_next().await {
+            assert!(outcome.is_err() || outcome.is_ok_and(|outcome| outcome.is_ok()));
+        }
     }
-    assert_eq!(channel.endpoints()[0].connections, 1);
+    let status = &channel.endpoints()[0];
+    assert_eq!((status.connections, status.failures), (1, 0));
+    assert_eq!(status.last_error, None, "no connection was lost");
     idle(&channel).await;
 }

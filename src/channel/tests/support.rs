@@ -9,8 +9,9 @@ use bytes::Bytes;
 use h2::RecvStream;
 use h2::server::SendResponse;
 use http::{HeaderMap, Request, Response};
-use tokio::net::{TcpListener, TcpSocket};
-use tokio::sync::mpsc;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinHandle, JoinSet};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -266,7 +267,29 @@ pub(super) async fn ready(channel: &BalancedChannel, endpoints: usize) {
     })
     .await;
     // An endpoint says that it is ready up to a millisecond before calls can be given to it: joins are published together.
-    sleep(Duration::from_millis(20)).await;
+    let published = || channel.0.shared().summary().ready;
+    let first_choice = |status: &crate::EndpointStatus| is_ready(status) && !status.last_resort;
+    until("calls can be given to them", || {
+        let statuses = channel.endpoints();
+        let first = statuses
+            .iter()
+            .filter(|status| first_choice(status))
+            .count();
+        published() >= if first > 0 { first } else { endpoints }
+    })
+    .await;
+}
+
+/// How many times a test does something: few, and all of them with `SOAK=1` in the environment. It says so.
+pub(super) fn soak(what: &str, small: usize, full: usize) -> usize {
+    if std::env::var_os("SOAK").is_some_and(|soak| soak == "1") {
+        return full;
+    }
+    #[expect(clippy::print_stdout, reason = "no test is cut down in silence")]
+    {
+        println!("{what}: {small} of {full}; all of them with SOAK=1");
+    }
+    small
 }
 
 /// Waits until no call is in flight on any endpoint.
@@ -285,4 +308,96 @@ pub(super) async fn timed<T>(future: impl Future<Output = T>) -> (T, Duration) {
     let start = Instant::now();
     let output = in_time("a call", future).await;
     (output, Instant::now().saturating_duration_since(start))
+}
+
+/// A server that answers PINGs, and the first call with a GOAWAY that names this stream as the last one it has seen. Then it hangs up.
+pub(super) fn shy(last: u8) -> String {
+    let listener = listen(0);
+    let address = listener.local_addr().expect("an address");
+    tokio::spawn(async move {
+        // Later connections are refused.
+        let (mut socket, _) = listener.accept().await.expect("a connection");
+        drop(listener);
+        let mut preface = [0; 24];
+        socket.read_exact(&mut preface).await.expect("a preface");
+        let settings = b"\0\0\0\x04\0\0\0\0\0\0\0\0\x04\x01\0\0\0\0";
+        socket.write_all(settings).await.expect("settings");
+        loop {
+            let mut head = [0; 9];
+            if socket.read_exact(&mut head).await.is_err() {
+                return;
+            }
+            let mut payload = vec![0; usize::from(head[1]) << 8 | usize::from(head[2])];
+            socket.read_exact(&mut payload).await.expect("a payload");
+            match head[3] {
+                6 if head[4] == 0 => {
+                    let pong = [b"\0\0\x08\x06\x01\0\0\0\0", &payload[..]].concat();
+                    socket.write_all(&pong).await.expect("a pong");
+                }
+                1 => break,
+                _ => {}
+            }
+        }
+        let goaway = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, last, 0, 0, 0, 0];
+        socket.write_all(&goaway).await.expect("a goaway");
+        let _ = socket.shutdown().await;
+        // Closing with unread data would be a reset, which could overtake the GOAWAY.
+        let _ = socket.read_to_end(&mut Vec::new()).await;
+    });
+    address.to_string()
+}
+
+/// An address whose packets are dropped: nobody takes connections from its queue, and the queue is full.
+pub(super) struct Hole {
+    address: SocketAddr,
+    _listener: TcpListener,
+    _queue: Vec<TcpStream>,
+}
+
+impl Hole {
+    pub(super) async fn dig() -> Self {
+        let socket = TcpSocket::new_v4().expect("a socket");
+        let local = SocketAddr::from(([127, 0, 0, 1], 0));
+        socket.bind(local).expect("a free port");
+        let listener = socket.listen(1).expect("a listener");
+        let address = listener.local_addr().expect("an address");
+        let mut queue = Vec::new();
+        while let Ok(connected) =
+            timeout(Duration::from_millis(200), TcpStream::connect(address)).await
+        {
+            queue.push(connected.expect("a connection"));
+            assert!(queue.len() < 1_000, "the queue never fills");
+        }
+        Self {
+            address,
+            _listener: listener,
+            _queue: queue,
+        }
+    }
+
+    pub(super) fn address(&self) -> String {
+        self.address.to_string()
+    }
+}
+
+/// An address in front of another one, and how to stop every byte between the two without closing anything.
+pub(super) fn valve(target: SocketAddr) -> (SocketAddr, watch::Sender<bool>) {
+    let listener = listen(0);
+    let address = listener.local_addr().expect("an address");
+    let (shut, is_shut) = watch::channel(false);
+    tokio::spawn(async move {
+        while let Ok((mut near, _)) = listener.accept().await {
+            let mut is_shut = is_shut.clone();
+            tokio::spawn(async move {
+                let mut far = TcpStream::connect(target).await.expect("a connection");
+                tokio::select! {
+                    _ = tokio::io::copy_bidirectional(&mut near, &mut far) => return,
+                    _ = is_shut.wait_for(|shut| *shut) => {}
+                }
+                // The sockets stay open for as long as somebody holds the valve.
+                while is_shut.changed().await.is_ok() {}
+            });
+        }
+    });
+    (address, shut)
 }

@@ -5,11 +5,20 @@ use std::collections::{BTreeMap, VecDeque};
 
 use proptest::prelude::{ProptestConfig, any, proptest};
 
+use tokio::time::Instant;
+
 use super::super::snapshot::Snapshot;
+use super::listing::PAGE_CAP_MIN;
 use super::*;
+use crate::error::EtcdErrorKind;
 use crate::format::Decoder;
+use crate::keyspace::{KeyValue, KeyVersion, Page, WatchMessage};
+
+mod audit;
+mod table;
 
 const PREFIX: &str = "/gRPC/greeter/";
+const RECONCILE: Duration = Duration::from_secs(60);
 
 /// An etcd store with its whole history, compacted or not.
 #[derive(Debug)]
@@ -19,6 +28,10 @@ struct Store {
     revision: i64,
     compacted: i64,
     term: u64,
+    /// Its watches lose events.
+    lossy: bool,
+    /// It answers every list with what was asked for.
+    steady: bool,
 }
 
 impl Store {
@@ -29,6 +42,8 @@ impl Store {
             revision: 1,
             compacted: 0,
             term: 2,
+            lossy: false,
+            steady: false,
         }
     }
 
@@ -107,15 +122,16 @@ impl Store {
             pinned => pinned,
         };
         match self.rng.u8(..) {
+            _ if self.steady => {}
             0..20 => return Err(error(EtcdErrorKind::Unavailable)),
             20..40 if request.limit > 1 => return Err(error(EtcdErrorKind::ResponseTooLarge)),
             _ => {}
         }
         // The server may send less than was asked for, as a smaller limit of its own would.
-        let limit = self
-            .rng
-            .usize(1..20)
-            .min(usize::try_from(request.limit).expect("positive"));
+        let mut limit = usize::try_from(request.limit).expect("positive");
+        if !self.steady {
+            limit = limit.min(self.rng.usize(1..20));
+        }
         let keys = self.at(revision);
         let mut rest = keys.range(request.range.start.clone()..request.range.end.clone());
         let kvs: Vec<_> = rest
@@ -128,6 +144,10 @@ impl Store {
             kvs,
             more: rest.next().is_some(),
         })
+    }
+
+    fn value(&self, key: &Key) -> (Header, Option<KeyValue>) {
+        (self.header(), self.at(self.revision).get(key).cloned())
     }
 
     fn read(&self, key: &Key) -> (Header, Option<KeyVersion>) {
@@ -153,12 +173,15 @@ impl Store {
         }
         // A member that lags replays what was not asked for.
         let from = from - i64::from(self.rng.u8(..3)).min(from);
-        let events: Vec<_> = self
+        let mut events: Vec<_> = self
             .history
             .iter()
             .filter(|event| event.mod_revision().get() >= from)
             .cloned()
             .collect();
+        if self.lossy {
+            events.retain(|_| self.rng.u8(..) > 25);
+        }
         let mut events = &events[..];
         while !events.is_empty() {
             let (batch, rest) = events.split_at(self.rng.usize(1..=events.len().min(30)));
@@ -193,12 +216,14 @@ struct Player {
     command: Command,
     /// The server was restarted, and the next exchange is the first to notice.
     restarted: bool,
+    /// The revision of each key's last change, while none may go back.
+    facts: Option<BTreeMap<Key, Revision>>,
 }
 
 impl Player {
     fn new(seed: u64) -> Self {
         let mut rng = fastrand::Rng::with_seed(seed);
-        let mut machine = Machine::new(Range::prefix(PREFIX), rng.fork());
+        let mut machine = Machine::new(Range::prefix(PREFIX), Some(RECONCILE), rng.fork());
         let command = machine.on_wake();
         Self {
             store: Store::new(rng),
@@ -209,6 +234,7 @@ impl Player {
             now: Instant::now(),
             command,
             restarted: false,
+            facts: None,
         }
     }
 
@@ -216,8 +242,15 @@ impl Player {
     fn step(&mut self, faults: bool) {
         let waiting = matches!(self.command, Command::Wait(_) | Command::RenewToken(_));
         let restarted = !waiting && std::mem::take(&mut self.restarted);
+        // Beside the watch, which will end as well.
+        self.restarted |=
+            restarted && matches!(self.command, Command::Reconcile(_) | Command::Read(_));
         let fault = restarted || faults && self.store.rng.u8(..) < 25;
         self.now += Duration::from_millis(self.store.rng.u64(..2_000));
+        if faults && self.store.rng.u8(..) < 10 {
+            let key = format!("{PREFIX}{:02}", self.store.rng.u8(..60));
+            self.machine.on_doubt(&Key::from(key.as_str()), self.now);
+        }
         let machine = &mut self.machine;
         self.command = match &self.command {
             Command::List(request) => {
@@ -238,6 +271,9 @@ impl Player {
             Command::Receive if fault => {
                 machine.on_watch_ended(error(EtcdErrorKind::Unavailable), self.now)
             }
+            Command::Receive if machine.due().is_some_and(|due| due <= self.now) => {
+                machine.on_time(self.now)
+            }
             Command::Receive => match self.stream.pop_front() {
                 Some(Ok(message)) => machine.on_message(message),
                 Some(Err(kind)) => machine.on_watch_ended(error(kind), self.now),
@@ -253,6 +289,18 @@ impl Player {
                 machine.on_checked(Err(error(EtcdErrorKind::Unavailable)), self.now)
             }
             Command::Check(key) => machine.on_checked(Ok(self.store.read(key)), self.now),
+            Command::Reconcile(request) => {
+                let page = if fault {
+                    Err(error(EtcdErrorKind::Unavailable))
+                } else {
+                    self.store.list(request)
+                };
+                machine.on_names(page, self.now)
+            }
+            Command::Read(key) if fault => {
+                machine.on_read(key.clone(), Err(error(EtcdErrorKind::Unavailable)))
+            }
+            Command::Read(key) => machine.on_read(key.clone(), Ok(self.store.value(key))),
             Command::RenewToken(wait) | Command::Wait(wait) => {
                 assert!(
                     *wait >= BACKOFF_FIRST / 2,
@@ -267,6 +315,19 @@ impl Player {
         };
         let before = self.snapshot.len();
         let update = self.machine.take_update();
+        if let Some(facts) = &mut self.facts {
+            for event in &update {
+                let (key, revision) = match event {
+                    Event::Put(kv) => (&kv.key, kv.mod_revision),
+                    Event::Delete { key, mod_revision } => (key, *mod_revision),
+                };
+                let before = facts.insert(key.clone(), revision);
+                assert!(
+                    before <= Some(revision),
+                    "{key} goes back in time: {before:?}, {event:?}"
+                );
+            }
+        }
         let silent = update.is_empty();
         self.snapshot
             .apply(update, self.machine.range(), &Decoder::default());
@@ -598,7 +659,7 @@ fn a_member_that_lags_causes_one_check_and_no_list() {
 
 #[test]
 fn a_list_that_compaction_overtakes_three_times_is_no_longer_pinned() {
-    let mut machine = Machine::new(Range::prefix(PREFIX), fastrand::Rng::with_seed(8));
+    let mut machine = Machine::new(Range::prefix(PREFIX), None, fastrand::Rng::with_seed(8));
     let page = |revision: i64| {
         let Event::Put(kv) = put("a", 1) else {
             panic!("a put")
@@ -642,7 +703,7 @@ fn a_list_that_compaction_overtakes_three_times_is_no_longer_pinned() {
 
 #[test]
 fn a_page_that_is_too_large_is_halved_down_to_one_key_that_is_skipped() {
-    let mut machine = Machine::new(Range::prefix(PREFIX), fastrand::Rng::with_seed(9));
+    let mut machine = Machine::new(Range::prefix(PREFIX), None, fastrand::Rng::with_seed(9));
     let mut command = machine.on_wake();
     let mut limits = Vec::new();
     let naming = loop {
@@ -743,7 +804,7 @@ fn an_event_that_is_too_large_is_listed_and_skipped() {
 
 #[test]
 fn a_key_whose_new_value_is_too_large_keeps_its_last_good_one() {
-    let mut machine = Machine::new(Range::prefix(PREFIX), fastrand::Rng::with_seed(13));
+    let mut machine = Machine::new(Range::prefix(PREFIX), None, fastrand::Rng::with_seed(13));
     let Event::Put(kv) = put("a", 2) else {
         panic!("a put")
     };
@@ -780,7 +841,7 @@ fn a_key_whose_new_value_is_too_large_keeps_its_last_good_one() {
 
 #[test]
 fn pages_that_take_too_long_become_smaller() {
-    let mut machine = Machine::new(Range::prefix(PREFIX), fastrand::Rng::with_seed(14));
+    let mut machine = Machine::new(Range::prefix(PREFIX), None, fastrand::Rng::with_seed(14));
     let mut command = machine.on_wake();
     for _ in 0..10 {
         machine.on_page(Err(error(EtcdErrorKind::DeadlineExceeded)));

@@ -1,0 +1,186 @@
+//! L4: one instance joins or leaves a large set, from etcd's event to the picker; and what loading the set takes.
+
+use std::time::Duration;
+
+use etcd_client::{Client, Txn, TxnOp};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+use tonic_etcd::testing::Etcd;
+use tonic_etcd::{__bench as seen, BalancedChannel, Policy, Registry};
+
+use super::peer::{in_memory, ready};
+use super::{cpu, median, percentile};
+
+const SETS: [usize; 3] = [1_000, 10_000, 20_000];
+const CHANGES: usize = 100;
+const SERVICE: &str = "greeter";
+/// How many operations etcd takes in one transaction.
+const OPERATIONS: usize = 100;
+
+pub fn run() {
+    println!(
+        "\nL4: one instance joins or leaves, CPU of the client until the picker sees it (target: under 200 us among 10 000), and loading the set from etcd (target: 10 000 in under 1 s)\n"
+    );
+    println!(
+        "| instances | join, CPU | p90 | leave, CPU | p90 | resolver: time, CPU | channel, all ready: time, CPU | CPU per instance | idle, CPU per second |\n|---|---|---|---|---|---|---|---|---|"
+    );
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    for instances in SETS {
+        runtime.block_on(one(instances));
+    }
+}
+
+async fn one(instances: usize) {
+    let etcd = Etcd::start().await.unwrap();
+    let writer = Client::connect(etcd.endpoints(), None).await.unwrap();
+    register(&writer, instances).await;
+    let subject = Subject::start(etcd.endpoints(), instances).await;
+    let idle = subject.cpu().await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let idle = (subject.cpu().await - idle).as_secs_f64() / 2.0;
+    let (mut joins, mut leaves) = (Vec::new(), Vec::new());
+    for change in 0..CHANGES {
+        let (key, value) = entry(instances + change);
+        let before = subject.cpu().await;
+        writer
+            .kv_client()
+            .put(key.clone(), value, None)
+            .await
+            .unwrap();
+        subject.sees(instances + 1).await;
+        let joined = subject.cpu().await;
+        writer.kv_client().delete(key, None).await.unwrap();
+        subject.sees(instances).await;
+        let left = subject.cpu().await;
+        joins.push((joined - before).as_secs_f64() * 1e6);
+        leaves.push((left - joined).as_secs_f64() * 1e6);
+    }
+    let Loaded { resolver, channel } = subject.loaded;
+    println!(
+        "| {instances} | {:.0} us | {:.0} us | {:.0} us | {:.0} us | {:.0} ms, {:.0} ms | {:.0} ms, {:.0} ms | {:.1} us | {:.1} ms |",
+        median(joins.clone()),
+        percentile(joins, 0.9),
+        median(leaves.clone()),
+        percentile(leaves, 0.9),
+        resolver.0.as_secs_f64() * 1e3,
+        resolver.1.as_secs_f64() * 1e3,
+        channel.0.as_secs_f64() * 1e3,
+        channel.1.as_secs_f64() * 1e3,
+        channel.1.as_secs_f64() * 1e6 / instances as f64,
+        idle * 1e3,
+    );
+}
+
+fn entry(index: usize) -> (String, String) {
+    let address = format!(
+        "10.{}.{}.{}:50051",
+        index >> 16,
+        index >> 8 & 255,
+        index & 255
+    );
+    let key = format!("/gRPC/{SERVICE}/{address}");
+    (
+        key,
+        format!("{{\"Op\":0,\"Addr\":\"{address}\",\"Metadata\":null}}"),
+    )
+}
+
+async fn register(writer: &Client, instances: usize) {
+    let indexes: Vec<_> = (0..instances).collect();
+    for some in indexes.chunks(OPERATIONS) {
+        let puts: Vec<_> = some
+            .iter()
+            .map(|index| entry(*index))
+            .map(|(key, value)| TxnOp::put(key, value, None))
+            .collect();
+        writer
+            .kv_client()
+            .txn(Txn::new().and_then(puts))
+            .await
+            .unwrap();
+    }
+}
+
+/// A client on a thread of its own, so that its CPU time is nobody else's.
+struct Subject {
+    channel: BalancedChannel,
+    clock: mpsc::UnboundedSender<oneshot::Sender<Duration>>,
+    loaded: Loaded,
+}
+
+/// Time and CPU time that loading took.
+struct Loaded {
+    resolver: (Duration, Duration),
+    channel: (Duration, Duration),
+}
+
+impl Subject {
+    async fn start(etcd: Vec<String>, instances: usize) -> Self {
+        let (started, start) = oneshot::channel();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            runtime.block_on(async move {
+                let registry = Registry::connect(etcd).await.unwrap();
+                let (clock, mut questions) = mpsc::unbounded_channel::<oneshot::Sender<_>>();
+                let resolver = timed(async {
+                    let resolver = registry.resolver(SERVICE);
+                    resolver.ready().await;
+                    assert_eq!(resolver.instances().len(), instances);
+                })
+                .await;
+                let mut loaded = None;
+                let whole = timed(async {
+                    let builder = in_memory(registry.channel(SERVICE), Policy::default());
+                    let channel = loaded.insert(builder.connect_lazy());
+                    ready(channel, instances).await;
+                })
+                .await;
+                let subject = Self {
+                    channel: loaded.unwrap(),
+                    clock,
+                    loaded: Loaded {
+                        resolver,
+                        channel: whole,
+                    },
+                };
+                assert!(started.send(subject).is_ok());
+                while let Some(answer) = questions.recv().await {
+                    let _ = answer.send(cpu::of_this_thread());
+                }
+            });
+        });
+        start.await.unwrap()
+    }
+
+    /// What its thread has run so far.
+    async fn cpu(&self) -> Duration {
+        let (answer, answered) = oneshot::channel();
+        self.clock.send(answer).unwrap();
+        answered.await.unwrap()
+    }
+
+    /// Waits until its picker sees so many, at the expense of the thread that asks.
+    async fn sees(&self, endpoints: usize) {
+        let start = Instant::now();
+        while seen::ready(&self.channel) != endpoints {
+            tokio::time::sleep(Duration::from_micros(100)).await;
+            let waited = Instant::now().saturating_duration_since(start);
+            assert!(waited < Duration::from_secs(10), "{endpoints} are not seen");
+        }
+    }
+}
+
+async fn timed(work: impl Future<Output = ()>) -> (Duration, Duration) {
+    let (start, before) = (Instant::now(), cpu::of_this_thread());
+    work.await;
+    (
+        Instant::now().saturating_duration_since(start),
+        cpu::of_this_thread() - before,
+    )
+}

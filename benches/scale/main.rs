@@ -1,0 +1,63 @@
+//! Scale: what a pick, a change and a discovery cost as the set of endpoints grows.
+//!
+//! ```sh
+//! cargo bench --bench scale              # everything, about two minutes
+//! cargo bench --bench scale -- L3 L4     # some of it
+//! ```
+//!
+//! L3 and L4 have endpoints in memory that do nothing but answer a PING; L4 and L5 have a real etcd. L3 counts instructions as well if
+//! `valgrind` is installed.
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::cast_precision_loss,
+    clippy::pedantic,
+    reason = "a bench; a failed step ends it"
+)]
+
+mod changes;
+mod cpu;
+mod discovery;
+#[path = "../../examples/greeter/mod.rs"]
+mod greeter;
+mod peer;
+mod picks;
+#[path = "../load/server.rs"]
+mod server;
+
+fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["serve", delay] => return server::serve(delay.parse().unwrap()),
+        ["count", policy, endpoints, picks] => {
+            return picks::count(policy, endpoints.parse().unwrap(), picks.parse().unwrap());
+        }
+        _ => {}
+    }
+    let wanted: Vec<_> = args.iter().filter(|arg| arg.starts_with('L')).collect();
+    let wants = |name: &str| wanted.is_empty() || wanted.iter().any(|wanted| *wanted == name);
+    if wants("L3") {
+        picks::run();
+    }
+    if wants("L4") {
+        changes::run();
+    }
+    if wants("L5") {
+        discovery::run();
+    }
+}
+
+/// The middle one.
+fn median(mut figures: Vec<f64>) -> f64 {
+    figures.sort_unstable_by(f64::total_cmp);
+    figures[figures.len() / 2]
+}
+
+/// The one that a share of them is not above.
+fn percentile(mut figures: Vec<f64>, share: f64) -> f64 {
+    figures.sort_unstable_by(f64::total_cmp);
+    figures[((figures.len() as f64 * share) as usize).min(figures.len() - 1)]
+}

@@ -1,0 +1,142 @@
+//! L3: one pick, given up again, among few and many ready endpoints.
+
+use std::hint::black_box;
+use std::process::Command;
+use std::sync::Barrier;
+use std::time::Duration;
+
+use tokio::runtime::Runtime;
+use tokio::time::Instant;
+use tonic_etcd::__bench::{answered, pick};
+use tonic_etcd::{Address, BalancedChannel, Instance, Policy};
+use tower::discover::Change;
+
+use super::median;
+use super::peer::{in_memory, ready};
+
+const ENDPOINTS: [usize; 3] = [10, 1_000, 10_000];
+const ROUNDS: usize = 9;
+const PICKS: u32 = 500_000;
+const POLICIES: [(&str, Policy, bool); 6] = [
+    ("latency", Policy::Latency, false),
+    ("least-request", Policy::LeastRequest, false),
+    ("round-robin", Policy::WeightedRoundRobin, false),
+    ("latency-weighted", Policy::Latency, true),
+    ("least-request-weighted", Policy::LeastRequest, true),
+    ("round-robin-weighted", Policy::WeightedRoundRobin, true),
+];
+
+pub fn run() {
+    println!(
+        "\nL3: one pick among ready endpoints, given up again (target: under 100 ns uncontended; 10 000 within 2 x of 10)\n"
+    );
+    println!(
+        "| policy | endpoints | ns, 1 thread | x 10 endpoints | ns, 2 threads | instructions |\n|---|---|---|---|---|---|"
+    );
+    for (name, policy, weighted) in POLICIES {
+        let mut least = None;
+        for endpoints in ENDPOINTS {
+            let (_runtime, channel) = channel(policy, weighted, endpoints);
+            let (alone, together) = (nanos(&channel, 1), nanos(&channel, 2));
+            let least = *least.get_or_insert(alone);
+            let instructions = instructions(name, endpoints);
+            println!(
+                "| {name} | {endpoints} | {alone:.0} | {:.2} | {together:.0} | {instructions} |",
+                alone / least
+            );
+        }
+    }
+}
+
+/// A channel with endpoints that have answered calls already, each in its own time.
+fn channel(policy: Policy, weighted: bool, endpoints: usize) -> (Runtime, BalancedChannel) {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let changes = (0..endpoints).map(move |index| {
+        let ip = [10, 0, (index >> 8) as u8, index as u8];
+        let address = Address::from(std::net::SocketAddr::from((ip, 1)));
+        let weight = if weighted { 1 + index as u32 % 4 } else { 1 };
+        let instance = Instance::new(address.clone()).with_weight(weight);
+        Ok::<_, std::convert::Infallible>(Change::Insert(address, instance))
+    });
+    let channel = runtime.block_on(async {
+        let builder = in_memory(BalancedChannel::builder(), policy);
+        let channel = builder.from_discover(tokio_stream::iter(changes));
+        ready(&channel, endpoints).await;
+        channel
+    });
+    let mut rng = fastrand::Rng::with_seed(7);
+    for _ in 0..endpoints * 40 {
+        answered(&channel, Duration::from_micros(rng.u64(500..1_500)));
+    }
+    (runtime, channel)
+}
+
+/// Time per pick of each of some threads that pick at once.
+fn nanos(channel: &BalancedChannel, threads: usize) -> f64 {
+    let round = || {
+        let start = Barrier::new(threads);
+        let picks = || {
+            start.wait();
+            let started = Instant::now();
+            for _ in 0..PICKS {
+                assert!(black_box(pick(black_box(channel))));
+            }
+            let took = Instant::now().saturating_duration_since(started);
+            took.as_nanos() as f64 / f64::from(PICKS)
+        };
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..threads).map(|_| scope.spawn(picks)).collect();
+            let each: Vec<f64> = threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap())
+                .collect();
+            each.iter().sum::<f64>() / each.len() as f64
+        })
+    };
+    median((0..ROUNDS).map(|_| round()).collect())
+}
+
+/// Instructions per pick as callgrind counts them, in a process of its own.
+fn instructions(policy: &str, endpoints: usize) -> String {
+    if endpoints == 1_000 {
+        return String::new();
+    }
+    let picks = 20_000;
+    let output = Command::new("valgrind")
+        .args([
+            "--tool=callgrind",
+            "--callgrind-out-file=/dev/null",
+            "--toggle-collect=tonic_etcd::channel::bench::pick*",
+        ])
+        .arg(std::env::current_exe().unwrap())
+        .args(["count", policy, &endpoints.to_string(), &picks.to_string()])
+        .output();
+    let Ok(output) = output else {
+        return "no valgrind".to_owned();
+    };
+    let text = String::from_utf8_lossy(&output.stderr);
+    let collected = text
+        .lines()
+        .find_map(|line| line.split_once("Collected : "))
+        .and_then(|(_, figure)| figure.trim().parse::<f64>().ok());
+    collected.map_or_else(
+        || "not counted".to_owned(),
+        |collected| format!("{:.0}", collected / f64::from(picks)),
+    )
+}
+
+/// Picks, for whoever counts.
+pub fn count(policy: &str, endpoints: usize, picks: u32) {
+    let (_, policy, weighted) = POLICIES
+        .into_iter()
+        .find(|(name, ..)| *name == policy)
+        .unwrap();
+    let (_runtime, channel) = channel(policy, weighted, endpoints);
+    for _ in 0..picks {
+        assert!(black_box(pick(black_box(&channel))));
+    }
+}

@@ -1,0 +1,127 @@
+//! Connections that are there and get no calls: their peer has stopped answering, or has failed too many.
+
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use super::{DialId, Driver, State, SubchannelId};
+use crate::address::Address;
+use crate::balance::outlier;
+use crate::balance::subchannel::{ConnectBackoff, Idle, Ready, Subchannel};
+use crate::transport::http2::Report;
+
+impl Driver {
+    pub(super) fn on_report(&mut self, dial_id: DialId, report: &Report) {
+        match report {
+            Report::Stalled => self.on_stalled(dial_id, true),
+            Report::Recovered => self.on_stalled(dial_id, false),
+            Report::Left(leave) => self.on_left(dial_id, leave),
+        }
+    }
+
+    fn on_stalled(&mut self, dial_id: DialId, stalled: bool) {
+        let Some(&id) = self.connected.get(&dial_id) else {
+            return;
+        };
+        let median = self.median;
+        let Some((address, State::Ready(subchannel))) = self.subchannels.get_mut(&id) else {
+            return;
+        };
+        let address = address.clone();
+        subchannel.set_stalled(stalled);
+        if stalled {
+            tracing::warn!(%address, "endpoint does not answer: no calls until it does");
+            self.note(&address, "does not answer any more".into());
+        } else {
+            subchannel.member().load().forget(median);
+            tracing::info!(%address, "endpoint answers again");
+        }
+        self.place(id);
+    }
+
+    /// Puts a connection where its endpoint's rank says: among those that are picked, or among those that are only if there are no others.
+    pub(super) fn place(&mut self, id: SubchannelId) {
+        let Some((address, State::Ready(subchannel))) = self.subchannels.get(&id) else {
+            return;
+        };
+        let Some(known) = self.known.get(address) else {
+            return;
+        };
+        let ejected = subchannel.is_stalled() || known.ejection.is_ejected();
+        known.endpoint.set_ejected(ejected);
+        let (here, there) = if ejected || known.instance.is_last_resort() {
+            (&mut self.last_resort, &mut self.primary)
+        } else {
+            (&mut self.primary, &mut self.last_resort)
+        };
+        let weight = known.instance.weight();
+        let moved = there.remove(&id);
+        if !here.contains(&id) {
+            here.insert(id, Arc::clone(subchannel.member()), weight);
+        } else if !here.reweigh(&id, weight) {
+            return;
+        }
+        // Who is not to be picked any more is out at once.
+        if moved {
+            self.publish_now();
+        } else {
+            self.publish_soon();
+        }
+    }
+
+    /// Gives a connection up for a new one; its calls go on as long as they can.
+    pub(super) fn abandon(
+        &mut self,
+        id: SubchannelId,
+        address: &Address,
+        subchannel: Subchannel<Ready>,
+    ) -> Subchannel<Idle> {
+        tracing::info!(%address, "fresh registration: connecting anew");
+        self.evict(id);
+        self.connected.retain(|_, connected| *connected != id);
+        if let Some(known) = self.known.get(address) {
+            known.endpoint.set_ejected(false);
+            let draining = subchannel.drain();
+            self.draining.push((Arc::clone(&known.endpoint), draining));
+        }
+        self.enqueue(id);
+        Subchannel::new(ConnectBackoff::new(self.options.max_backoff))
+    }
+
+    /// Judges the endpoints by what they did since the last time.
+    pub(super) fn sweep(&mut self, now: Instant) {
+        let Some(config) = &self.options.outlier_detection else {
+            return;
+        };
+        self.sweep_at = Some(now + config.period());
+        let mut hosts: Vec<_> = self
+            .known
+            .values_mut()
+            .map(|known| {
+                let tally = known.endpoint.tally();
+                let before = std::mem::replace(&mut known.judged, tally);
+                (tally.since(before), known.ejection)
+            })
+            .collect();
+        outlier::sweep(config, &mut hosts, now);
+        let mut moved = Vec::new();
+        for (known, (counts, ejection)) in self.known.values_mut().zip(hosts) {
+            let address = known.endpoint.address();
+            match (known.ejection.is_ejected(), ejection.is_ejected()) {
+                (false, true) => {
+                    tracing::warn!(%address, ?counts, "endpoint ejected: it fails much more than the others");
+                }
+                (true, false) => tracing::info!(%address, "endpoint is back from its ejection"),
+                _ => {
+                    known.ejection = ejection;
+                    continue;
+                }
+            }
+            known.ejection = ejection;
+            moved.extend(known.subchannels.iter().copied());
+        }
+        for id in moved {
+            self.place(id);
+        }
+    }
+}

@@ -1,0 +1,38 @@
+//! What the benches see of a channel that nobody else does. Not part of the public interface.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::BalancedChannel;
+use crate::balance::{Pick, Ticket};
+
+/// Picks an endpoint and lets it go again: what balancing adds to a call. Says whether there was one.
+// A function of its own wherever it is called from, so that its instructions can be counted.
+#[inline(never)]
+#[must_use]
+pub fn pick(channel: &BalancedChannel) -> bool {
+    ticket(channel).is_some()
+}
+
+/// Notes a call whose response's head came after this time, on whichever endpoint is picked.
+pub fn answered(channel: &BalancedChannel, latency: Duration) {
+    let now = Instant::now();
+    if let Some(mut ticket) = ticket(channel) {
+        ticket.on_sent(now.checked_sub(latency).unwrap_or(now));
+        ticket.on_head(now, None);
+    }
+}
+
+/// How many endpoints the picker sees.
+#[must_use]
+pub fn ready(channel: &BalancedChannel) -> usize {
+    channel.0.shared().summary().ready
+}
+
+fn ticket(channel: &BalancedChannel) -> Option<Ticket> {
+    match channel.0.shared().pick(|_| true) {
+        Pick::Taken(ticket) => Some(ticket),
+        _ => None,
+    }
+}

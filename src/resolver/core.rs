@@ -1,0 +1,273 @@
+//! What the tasks and the views of a resolver share.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
+
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+
+use super::builder::Options;
+use super::hold::{Hold, News, Outcome};
+use super::snapshot::{Applied, Snapshot};
+use super::state::{Machine, Report};
+use super::status::ResolverStatus;
+use crate::address::Address;
+use crate::error::EtcdError;
+use crate::format::Decoder;
+use crate::instance::Instance;
+
+/// What the tasks and the views share.
+#[derive(Debug)]
+pub(super) struct Core {
+    pub(super) service: String,
+    decoder: Decoder,
+    shared: Mutex<Shared>,
+    pub(super) status: watch::Sender<ResolverStatus>,
+    /// Tells the task that ends holds that one has begun.
+    pub(super) held: Notify,
+}
+
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) snapshot: Snapshot,
+    pub(super) hold: Hold,
+    pub(super) views: Vec<Option<View>>,
+    pub(super) reports: Vec<Report>,
+    /// Writes that could not be read.
+    pub(super) rejected: u64,
+}
+
+/// What one consumer has yet to be told. It is a set: however many changes an address sees, it is told once, of the newest.
+#[derive(Debug)]
+pub(super) struct View {
+    pending: VecDeque<Address>,
+    /// What is in `pending`.
+    queued: HashSet<Address>,
+    pub(super) waker: Option<Waker>,
+}
+
+impl View {
+    fn tell(&mut self, address: &Address) {
+        if self.queued.insert(address.clone()) {
+            self.pending.push_back(address.clone());
+        }
+    }
+
+    /// First come, first told: an address that changes all the time holds up no other.
+    pub(super) fn next(&mut self) -> Option<Address> {
+        let address = self.pending.pop_front()?;
+        self.queued.remove(&address);
+        Some(address)
+    }
+}
+
+impl Shared {
+    /// What is known of an address: as it is registered, or as it was if it is held.
+    pub(super) fn get(&self, address: &Address) -> Option<&Instance> {
+        self.snapshot
+            .get(address)
+            .or_else(|| self.hold.get(address))
+    }
+
+    pub(super) fn instances(&self) -> impl Iterator<Item = &Instance> {
+        self.snapshot.instances().chain(self.hold.instances())
+    }
+
+    /// The next address that a view has yet to be told of.
+    pub(super) fn next(&mut self, view: usize) -> Option<Address> {
+        self.views.get_mut(view)?.as_mut()?.next()
+    }
+
+    pub(super) fn wake_later(&mut self, view: usize, waker: &Waker) {
+        if let Some(Some(view)) = self.views.get_mut(view) {
+            view.waker = Some(waker.clone());
+        }
+    }
+
+    /// Says what is held now that a batch is applied.
+    fn on_applied(&mut self, applied: &mut Applied, now: Instant) -> Option<News> {
+        let (mut here, mut gone) = (Vec::new(), Vec::new());
+        for address in &applied.changed {
+            if self.snapshot.get(address).is_some() {
+                here.push(address.clone());
+            } else if let Some(instance) = applied.vanished.remove(address) {
+                gone.push(instance);
+            }
+        }
+        let Outcome { released, news } = self.hold.on_changes(here, gone, now);
+        applied.changed.extend(released);
+        news
+    }
+
+    fn tell(&mut self, changed: &[Address]) -> Vec<Waker> {
+        let mut wakers = Vec::new();
+        if !changed.is_empty() {
+            for view in self.views.iter_mut().flatten() {
+                for address in changed {
+                    view.tell(address);
+                }
+                wakers.extend(view.waker.take());
+            }
+        }
+        wakers
+    }
+}
+
+impl Core {
+    /// Knows nothing yet, unless there are no prefixes.
+    pub(super) fn new(
+        service: String,
+        prefixes: usize,
+        options: Options,
+        trouble: Option<EtcdError>,
+    ) -> Self {
+        let mut reports = vec![Report::default(); prefixes];
+        if prefixes == 0 {
+            // There is nothing to ask etcd for, so the set is known: it is empty, and the status says why.
+            reports.push(Report {
+                listed: true,
+                trouble,
+                ..Report::default()
+            });
+        }
+        let shared = Shared {
+            snapshot: Snapshot::default(),
+            hold: Hold::new(options.hold, fastrand::Rng::new()),
+            views: Vec::new(),
+            reports,
+            rejected: 0,
+        };
+        let status = watch::Sender::new(ResolverStatus::of(&shared, None));
+        Self {
+            service,
+            decoder: options.decoder,
+            shared: Mutex::new(shared),
+            status,
+            held: Notify::new(),
+        }
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Shared> {
+        // Nothing panics while it is held; and the data would be whole even then.
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn open_view(&self) -> usize {
+        let mut shared = self.lock();
+        let addresses = shared.instances().map(Instance::address);
+        let pending: VecDeque<_> = addresses.cloned().collect();
+        let queued = pending.iter().cloned().collect();
+        let view = Some(View {
+            pending,
+            queued,
+            waker: None,
+        });
+        if let Some(free) = shared.views.iter().position(Option::is_none) {
+            shared.views[free] = view;
+            return free;
+        }
+        shared.views.push(view);
+        shared.views.len() - 1
+    }
+
+    /// Takes over what a machine has learned. Instances that arrive together are seen together: the lock spans the batch.
+    pub(super) fn publish(&self, index: usize, machine: &mut Machine, now: Instant) {
+        let events = machine.take_update();
+        let mut shared = self.lock();
+        let mut applied = shared
+            .snapshot
+            .apply(events, machine.range(), &self.decoder);
+        if let Some((key, revision, error)) = &applied.first_rejected {
+            tracing::warn!(%key, %revision, rejected = applied.rejected, "skipped values that cannot be read; the first of them {error}");
+        }
+        let news = shared.on_applied(&mut applied, now);
+        let wakers = shared.tell(&applied.changed);
+        shared.rejected += applied.rejected;
+        if let Some(report) = shared.reports.get_mut(index) {
+            report.clone_from(&machine.report);
+        }
+        drop(shared);
+        self.announce(news, wakers);
+    }
+
+    /// Ends the holds that are over. Says when the next one is.
+    pub(super) fn release(&self, now: Instant) -> Option<Instant> {
+        let mut shared = self.lock();
+        if shared.hold.deadline().is_none_or(|until| until > now) {
+            return shared.hold.deadline();
+        }
+        let Outcome { released, news } = shared.hold.on_time(now);
+        let wakers = shared.tell(&released);
+        let next = shared.hold.deadline();
+        drop(shared);
+        self.announce(news, wakers);
+        next
+    }
+
+    /// Tells of what has changed, with the lock released.
+    fn announce(&self, news: Option<News>, wakers: Vec<Waker>) {
+        if let Some(news) = news {
+            self.log(news);
+            self.held.notify_one();
+        }
+        self.status.send_if_modified(|status| {
+            // Locked inside the status and never around it: who looks at a status may ask for the instances meanwhile.
+            let shared = self.lock();
+            let next = ResolverStatus::of(&shared, Some(status));
+            let instances = shared.snapshot.len();
+            drop(shared);
+            if next.state != status.state {
+                let error = next.last_error.as_ref().map(tracing::field::display);
+                tracing::info!(state = ?next.state, instances, revision = %next.revision, error, "resolver state changed");
+            }
+            let modified = !next.says_the_same(status);
+            *status = next;
+            modified
+        });
+        for waker in wakers {
+            waker.wake();
+        }
+    }
+
+    fn log(&self, news: News) {
+        let service = &self.service;
+        match news {
+            News::Began {
+                registered,
+                of,
+                length,
+            } => {
+                tracing::warn!(
+                    service,
+                    registered,
+                    of,
+                    ?length,
+                    "most instances have vanished from the registry within seconds: those that vanish now are kept as a last resort"
+                );
+            }
+            News::Recovered {
+                registered,
+                removed,
+            } => {
+                tracing::info!(
+                    service,
+                    registered,
+                    removed,
+                    "half of the instances are back in the registry: none is kept as a last resort any more"
+                );
+            }
+            News::Over {
+                registered,
+                removed,
+            } => {
+                tracing::warn!(
+                    service,
+                    registered,
+                    removed,
+                    "the instances that had vanished from the registry are not back: they are not kept any longer"
+                );
+            }
+        }
+    }
+}

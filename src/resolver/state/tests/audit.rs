@@ -1,0 +1,301 @@
+//! A watch that loses events, and doubts from outside.
+
+use proptest::prelude::{ProptestConfig, any, proptest};
+
+use super::*;
+
+impl Player {
+    /// Lets so much time pass, without faults.
+    fn rest(&mut self, time: Duration) {
+        self.store.steady = true;
+        let until = self.now + time;
+        while self.now < until {
+            self.step(false);
+        }
+    }
+
+    /// Changes the store behind the watch's back: the events are never sent.
+    fn change_unseen(&mut self, change: impl FnOnce(&mut Store)) {
+        assert!(self.is_idle());
+        change(&mut self.store);
+        self.sent = self.store.revision;
+    }
+}
+
+impl Store {
+    fn delete(&mut self, key: &Key) {
+        self.revision += 1;
+        self.history.push(Event::Delete {
+            key: key.clone(),
+            mod_revision: Revision::new(self.revision),
+        });
+    }
+
+    fn put(&mut self, key: &Key, value: &str) {
+        let now = self.at(self.revision);
+        self.revision += 1;
+        let revision = Revision::new(self.revision);
+        self.history.push(Event::Put(KeyValue {
+            create_revision: now.get(key).map_or(revision, |kv| kv.create_revision),
+            key: key.clone(),
+            value: value.into(),
+            mod_revision: revision,
+            lease: LeaseId::new(5),
+        }));
+    }
+}
+
+fn key(name: &str) -> Key {
+    Key::from(format!("{PREFIX}{name}").as_str())
+}
+
+fn some_key(player: &Player) -> Key {
+    player
+        .machine
+        .keys
+        .keys()
+        .next()
+        .expect("there are keys")
+        .clone()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
+
+    #[test]
+    fn what_a_watch_loses_is_found(seed in any::<u64>()) {
+        let mut player = Player::new(seed);
+        player.store.lossy = true;
+        for _ in 0..100 {
+            match player.store.rng.u8(..) {
+                0..90 => player.store.change(),
+                90..94 => player.store.compact(),
+                _ => {}
+            }
+            player.step(true);
+            player.step(true);
+        }
+        player.rest(4 * RECONCILE);
+        player.check();
+    }
+
+    #[test]
+    fn no_key_goes_back_in_time(seed in any::<u64>()) {
+        let mut player = Player::new(seed);
+        player.store.lossy = seed % 2 == 0;
+        player.facts = Some(BTreeMap::new());
+        for _ in 0..400 {
+            match player.store.rng.u8(..) {
+                0..60 => player.store.change(),
+                60..62 => player.store.compact(),
+                _ => {}
+            }
+            player.step(true);
+        }
+        player.rest(4 * RECONCILE);
+        player.check();
+    }
+}
+
+#[test]
+fn a_lost_delete_is_found_by_the_next_list_and_the_watch_made_anew() {
+    let mut player = populated(21);
+    let gone = some_key(&player);
+    player.change_unseen(|store| store.delete(&gone));
+    let before = player.machine.report.clone();
+    player.rest(RECONCILE + Duration::from_secs(20));
+    player.check();
+    assert!(!player.machine.keys.contains_key(&gone));
+    let report = &player.machine.report;
+    assert_eq!((report.repaired, report.lists), (1, before.lists));
+    assert_eq!(report.watches, before.watches + 1, "it has lost something");
+    assert_eq!(report.reads, 1, "one key is in doubt");
+}
+
+#[test]
+fn a_lost_put_is_found_by_the_next_list() {
+    let mut player = populated(22);
+    let changed = some_key(&player);
+    player.change_unseen(|store| {
+        store.put(&key("new"), "10.9.9.9:1");
+        store.put(&changed, "10.9.9.9:2");
+    });
+    player.rest(RECONCILE + Duration::from_secs(20));
+    player.check();
+    assert_eq!(player.machine.report.repaired, 2);
+}
+
+#[test]
+fn nothing_is_read_while_the_watch_brings_everything() {
+    let mut player = populated(23);
+    let before = player.machine.report.clone();
+    for _ in 0..300 {
+        if player.store.rng.bool() {
+            player.store.change();
+        }
+        player.step(false);
+    }
+    player.rest(RECONCILE);
+    let report = &player.machine.report;
+    assert!(report.reconciliations >= 3, "{}", report.reconciliations);
+    assert_eq!(report.repaired, 0);
+    assert_eq!(
+        (report.lists, report.watches),
+        (before.lists, before.watches)
+    );
+}
+
+#[test]
+fn a_change_that_is_on_its_way_is_waited_for() {
+    let mut player = populated(24);
+    let late = some_key(&player);
+    // The store has it, and the watch has not sent it yet.
+    player.store.delete(&late);
+    let due = player.machine.due().expect("a list is due some time");
+    let Command::Reconcile(request) = player.machine.on_time(due) else {
+        panic!("it is due")
+    };
+    assert!(request.keys_only);
+    let page = whole(&player.store);
+    assert_eq!(player.machine.on_names(Ok(page), due), Command::Receive);
+    let settled = player.machine.due().expect("there is a suspect");
+    assert_eq!(settled, due + Duration::from_secs(5));
+    player.machine.on_message(message(
+        player.store.revision,
+        vec![player.store.history.last().expect("a delete").clone()],
+        false,
+    ));
+    assert_eq!(player.machine.on_time(settled), Command::Receive);
+    assert_eq!(player.machine.report.reads, 0);
+}
+
+fn whole(store: &Store) -> Page {
+    Page {
+        header: store.header(),
+        kvs: store.at(store.revision).into_values().collect(),
+        more: false,
+    }
+}
+
+#[test]
+fn a_put_that_was_overtaken_by_a_read_brings_nothing_back() {
+    let mut player = populated(25);
+    let gone = some_key(&player);
+    player.machine.on_doubt(&gone, player.now);
+    let before = player.store.revision;
+    // Written once more and deleted; a read sees the outcome before the watch brings either.
+    player.store.put(&gone, "10.9.9.9:3");
+    let put = player.store.history.last().expect("a put").clone();
+    player.store.delete(&gone);
+    let due = player.machine.due().expect("a read is due");
+    assert!(due <= player.now + Duration::from_secs(2));
+    assert_eq!(player.machine.on_time(due), Command::Read(gone.clone()));
+    let answer = player.store.value(&gone);
+    player.machine.on_read(gone.clone(), Ok(answer));
+    assert!(matches!(
+        &player.machine.take_update()[..],
+        [Event::Delete { .. }]
+    ));
+    player
+        .machine
+        .on_message(message(before + 1, vec![put], false));
+    assert_eq!(player.machine.take_update(), [], "it is gone");
+    // Registered again later it is there again.
+    player.store.put(&gone, "10.9.9.9:4");
+    let again = player.store.history.last().expect("a put").clone();
+    player
+        .machine
+        .on_message(message(before + 3, vec![again.clone()], false));
+    assert_eq!(player.machine.take_update(), [again]);
+    assert!(player.machine.tombstones.is_empty());
+}
+
+#[test]
+fn a_thousand_doubts_are_a_few_reads_and_each_key_is_read_once_in_a_while() {
+    let mut machine = Machine::new(Range::prefix(PREFIX), None, fastrand::Rng::with_seed(26));
+    let mut store = Store::new(fastrand::Rng::with_seed(26));
+    for number in 0..1_000 {
+        store.put(&key(&format!("{number:04}")), "10.9.9.9:5");
+    }
+    machine.on_wake();
+    machine.on_page(Ok(whole(&store)));
+    let start = Instant::now();
+    machine.on_watch_opened(start);
+    let keys: Vec<_> = machine.keys.keys().cloned().collect();
+    let mut now = start;
+    let mut read = BTreeMap::new();
+    while now < start + Duration::from_secs(30) {
+        for key in &keys {
+            machine.on_doubt(key, now);
+        }
+        if machine.due().is_some_and(|due| due <= now)
+            && let Command::Read(key) = machine.on_time(now)
+        {
+            let last = read.insert(key.clone(), now);
+            assert!(last.is_none_or(|last| now >= last + Duration::from_secs(8)));
+            let answer = store.value(&key);
+            assert_eq!(machine.on_read(key, Ok(answer)), Command::Receive);
+        }
+        now += Duration::from_millis(5);
+    }
+    let reads = machine.report.reads;
+    assert!((200..=300).contains(&reads), "{reads} reads in 30 s");
+    assert_eq!(machine.report.repaired, 0);
+}
+
+#[test]
+fn a_read_of_another_store_lists_anew() {
+    for damage in ["revision", "cluster", "mod revision"] {
+        let mut player = populated(27);
+        let doubted = player.machine.newest().expect("there are keys");
+        let (mut header, found) = player.store.value(&doubted);
+        let mut found = found.expect("it is there");
+        match damage {
+            "revision" => header.revision = Revision::new(header.revision.get() - 1),
+            "cluster" => header.cluster_id += 1,
+            _ => found.mod_revision = Revision::new(1),
+        }
+        let next = player.machine.on_read(doubted, Ok((header, Some(found))));
+        assert!(matches!(next, Command::List(_)), "{damage}: {next:?}");
+    }
+}
+
+#[test]
+fn a_list_that_fails_changes_nothing_and_is_made_again_later() {
+    let mut player = populated(28);
+    let due = player.machine.due().expect("a list is due some time");
+    assert!(matches!(player.machine.on_time(due), Command::Reconcile(_)));
+    let failed = Err(error(EtcdErrorKind::Unavailable));
+    assert_eq!(player.machine.on_names(failed, due), Command::Receive);
+    assert!(player.machine.report.trouble.is_none());
+    assert!(player.machine.due() > Some(due + RECONCILE / 2 - Duration::from_secs(1)));
+    assert!(player.machine.take_update().is_empty());
+}
+
+#[test]
+fn intervals_of_any_length_are_taken() {
+    for interval in [Duration::ZERO, Duration::MAX] {
+        let range = Range::prefix(PREFIX);
+        let mut machine = Machine::new(range, Some(interval), fastrand::Rng::with_seed(30));
+        machine.on_wake();
+        machine.on_page(Ok(whole(&Store::new(fastrand::Rng::with_seed(30)))));
+        let now = Instant::now();
+        machine.on_watch_opened(now);
+        assert!(machine.due() > Some(now), "{interval:?}");
+    }
+}
+
+#[test]
+fn a_watch_that_has_lost_most_is_replaced_by_a_list() {
+    let mut player = populated(29);
+    player.change_unseen(|store| {
+        for number in 0..150 {
+            store.put(&key(&format!("new{number}")), "10.9.9.9:6");
+        }
+    });
+    let lists = player.machine.report.lists;
+    player.rest(RECONCILE + Duration::from_secs(20));
+    player.check();
+    assert_eq!(player.machine.report.lists, lists + 1);
+    assert_eq!(player.machine.report.reads, 0);
+}

@@ -1,0 +1,199 @@
+//! A watch: opened, checked, read, ended.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::listing::Listing;
+use super::{Command, KeyState, Machine, State};
+use crate::error::{EtcdError, EtcdErrorKind};
+use crate::keyspace::{Event, Header, Key, KeyVersion, LeaseId, Revision, WatchMessage};
+
+#[derive(Debug)]
+pub(super) struct Watching {
+    pub(super) revision: Revision,
+    pub(super) opened: Option<Instant>,
+    /// Events of a revision that is not complete yet.
+    pending: Vec<Event>,
+    /// The key that tells whether this is the store that the set came from, until it was asked.
+    check: Option<Key>,
+    /// Whether a header below R has been looked into on this stream.
+    suspected: bool,
+}
+
+impl Machine {
+    pub(super) fn watch(&mut self, revision: Revision, check: Option<Key>) -> Command {
+        self.report.revision = revision;
+        self.state = State::Watching(Watching {
+            revision,
+            opened: None,
+            pending: Vec::new(),
+            check,
+            suspected: false,
+        });
+        Command::Watch(revision)
+    }
+
+    /// Takes the good answer to [`Command::Watch`].
+    pub(in crate::resolver) fn on_watch_opened(&mut self, now: Instant) -> Command {
+        self.report.watches += 1;
+        let State::Watching(watching) = &mut self.state else {
+            return self.on_wake();
+        };
+        watching.opened = Some(now);
+        self.audit.on_watch_opened(now, &mut self.rng);
+        match watching.check.take() {
+            Some(key) => Command::Check(key),
+            None => Command::Receive,
+        }
+    }
+
+    /// Takes a message that does not cancel the watch.
+    pub(in crate::resolver) fn on_message(&mut self, message: WatchMessage) -> Command {
+        let State::Watching(watching) = &mut self.state else {
+            return self.on_wake();
+        };
+        // The store at the other end is alive and answers for this prefix: what went wrong before is over.
+        self.report.trouble = None;
+        self.refused = false;
+        let behind = message.header.revision != Revision::ZERO
+            && message.header.revision < watching.revision;
+        let foreign =
+            message.header.cluster_id != 0 && message.header.cluster_id != self.seen.cluster_id;
+        let suspicious = (behind || foreign) && !std::mem::replace(&mut watching.suspected, true);
+
+        // Below R is history that a lagging member replays.
+        let floor = watching.revision;
+        watching.pending.extend(
+            message
+                .events
+                .into_iter()
+                .filter(|event| event.mod_revision() >= floor),
+        );
+        let pending = &mut watching.pending;
+        let incomplete = match pending.last() {
+            Some(last) if message.fragment => {
+                let last = last.mod_revision();
+                pending
+                    .iter()
+                    .rev()
+                    .take_while(|event| event.mod_revision() == last)
+                    .count()
+            }
+            _ => 0,
+        };
+        let ready: Vec<_> = pending.drain(..pending.len() - incomplete).collect();
+        let passed = ready.last().map_or(watching.revision, Event::mod_revision);
+        watching.revision = passed;
+        self.report.revision = passed;
+        for event in ready {
+            self.apply(event);
+        }
+        // Afterwards: one message may hold what a tombstone overtook, and what is past it.
+        self.tombstones.retain(|_, gone| *gone > passed);
+        if !suspicious {
+            return Command::Receive;
+        }
+        // A member that lags looks like this, and so does a store that was wiped: a linearizable read tells.
+        match self.newest() {
+            Some(key) => Command::Check(key),
+            None => self.relist(false),
+        }
+    }
+
+    pub(super) fn apply(&mut self, event: Event) {
+        match &event {
+            Event::Put(kv) => {
+                let later = |known: &KeyState| known.mod_revision > kv.mod_revision;
+                let buried = |gone: &Revision| *gone >= kv.mod_revision;
+                if self.keys.get(&kv.key).is_some_and(later)
+                    || self.tombstones.get(&kv.key).is_some_and(buried)
+                {
+                    return;
+                }
+                self.tombstones.remove(&kv.key);
+                self.keys.insert(kv.key.clone(), KeyState::of(kv));
+            }
+            Event::Delete { key, mod_revision } => {
+                if self
+                    .keys
+                    .get(key)
+                    .is_none_or(|known| known.mod_revision > *mod_revision)
+                {
+                    return;
+                }
+                self.keys.remove(key);
+            }
+        }
+        self.update.push(event);
+    }
+
+    /// Takes the end of the watch, whatever it was, or a watch that could not be opened.
+    pub(in crate::resolver) fn on_watch_ended(
+        &mut self,
+        error: EtcdError,
+        now: Instant,
+    ) -> Command {
+        let State::Watching(watching) = &self.state else {
+            return self.wait(error);
+        };
+        let healthy = |opened| now.saturating_duration_since(opened) >= HEALTHY_AFTER;
+        if watching.opened.is_some_and(healthy) {
+            self.backoff.reset();
+        }
+        let revision = watching.revision;
+        self.state = State::Resuming { revision };
+        match error.kind() {
+            EtcdErrorKind::Compacted | EtcdErrorKind::FutureRevision => {
+                self.state = State::Listing(Listing::default());
+            }
+            EtcdErrorKind::ResponseTooLarge => {
+                let listing = Listing {
+                    skipping: true,
+                    ..Listing::default()
+                };
+                self.state = State::Listing(listing);
+            }
+            _ => {}
+        }
+        // Calls renew a refused token by themselves. A watch is refused in a message, and by older servers with the words of a missing
+        // permission; the second time it is meant.
+        if error.kind().is_refusal() && !std::mem::replace(&mut self.refused, true) {
+            self.report.trouble = Some(error);
+            return Command::RenewToken(self.backoff.next(&mut self.rng));
+        }
+        self.wait(error)
+    }
+
+    /// Takes the answer to [`Command::Check`].
+    pub(in crate::resolver) fn on_checked(
+        &mut self,
+        answer: Result<(Header, Option<KeyVersion>), EtcdError>,
+        now: Instant,
+    ) -> Command {
+        let (header, found) = match answer {
+            Ok(answer) => answer,
+            // What cannot be checked is not believed.
+            Err(error) => return self.on_watch_ended(error, now),
+        };
+        let State::Watching(watching) = &self.state else {
+            return self.on_wake();
+        };
+        let floor = watching.revision;
+        let same = found.is_some_and(|found| {
+            self.keys.get(&found.key).is_some_and(|known| {
+                // Written again under the same lease, by its owner, is the same store: the watch brings the write.
+                let later = found.mod_revision > floor && known.lease != LeaseId::NONE;
+                known.lease == found.lease && (later || known.mod_revision == found.mod_revision)
+            })
+        });
+        if self.is_other_store(header) || !same {
+            return self.relist(true);
+        }
+        self.seen = header;
+        Command::Receive
+    }
+}
+
+/// A watch that lasted this long was healthy, and its end is the first failure of a new series.
+const HEALTHY_AFTER: Duration = Duration::from_secs(10);

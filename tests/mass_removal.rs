@@ -1,0 +1,448 @@
+//! Every instance vanishes from a real etcd while the servers still run.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a failed step is a failed test"
+)]
+
+mod support;
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use etcd_client::{DeleteOptions, PutOptions};
+use support::greeter::HelloRequest;
+use support::greeter::greeter_client::GreeterClient;
+use support::proxy::Proxy;
+use support::{SOON, client, etcd, eventually, greeter, knows, registry};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, timeout};
+use tonic::{Code, Request, Status};
+use tonic_etcd::testing::Etcd;
+use tonic_etcd::{BalancedChannel, EndpointState, Instance, Registry, Resolver};
+
+const PREFIX: &str = "/gRPC/greeter/";
+/// Short, for the sake of the tests.
+const HOLD: Duration = Duration::from_secs(3);
+const SERVERS: usize = 4;
+
+fn hello() -> Request<HelloRequest> {
+    let mut request = Request::new(HelloRequest {
+        name: "test".to_owned(),
+        replies: 1,
+    });
+    request.set_timeout(Duration::from_secs(5));
+    request
+}
+
+/// How many calls there were, and when which of them failed.
+type Calls = (u64, Vec<(Instant, Status)>);
+
+/// Callers that hardly pause, and note when which call failed.
+struct Callers {
+    stop: watch::Sender<bool>,
+    tasks: Vec<JoinHandle<Calls>>,
+}
+
+impl Callers {
+    fn start(channel: &BalancedChannel) -> Self {
+        let (stop, stopped) = watch::channel(false);
+        let call = |stopped: watch::Receiver<bool>| {
+            let mut client = GreeterClient::new(channel.clone());
+            async move {
+                let (mut calls, mut failed) = (0, Vec::new());
+                while !*stopped.borrow() {
+                    calls += 1;
+                    if let Err(status) = client.say_hello(hello()).await {
+                        failed.push((Instant::now(), status));
+                    }
+                    // A pace, so that the tests of this file leave each other some processor.
+                    sleep(Duration::from_millis(2)).await;
+                }
+                (calls, failed)
+            }
+        };
+        let tasks = (0..8)
+            .map(|_| tokio::spawn(call(stopped.clone())))
+            .collect();
+        Self { stop, tasks }
+    }
+
+    /// Stops them; says how many calls there were, and which failed, the first of them first.
+    async fn stopped(self) -> Calls {
+        self.stop.send_replace(true);
+        let (mut calls, mut failed) = (0, Vec::new());
+        for task in self.tasks {
+            let (its_calls, its_failed) = timeout(SOON, task).await.unwrap().unwrap();
+            calls += its_calls;
+            failed.extend(its_failed);
+        }
+        failed.sort_by_key(|(at, _)| *at);
+        (calls, failed)
+    }
+
+    /// Stops them; no call may have failed before `until`, and those after it are clear.
+    async fn failed_only_after(self, until: Instant) {
+        eventually("calls fail when the hold is over", async || {
+            Instant::now() > until + Duration::from_millis(500)
+        })
+        .await;
+        let (calls, failed) = self.stopped().await;
+        let (first, _) = failed.first().expect("nothing is left to call");
+        assert!(
+            *first >= until,
+            "of {calls} calls one failed {:?} before the hold was over: {:?}",
+            until.saturating_duration_since(*first),
+            failed[0].1
+        );
+        for (_, status) in &failed {
+            assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+            assert!(status.message().contains("greeter"), "{status:?}");
+        }
+        assert!(calls > 500, "{calls}");
+    }
+}
+
+/// Servers that are registered by hand, each under a lease of its own, and do not notice that their key is gone.
+struct Fleet {
+    addresses: Vec<SocketAddr>,
+    leases: Vec<i64>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Fleet {
+    async fn start(etcd: &Etcd) -> Self {
+        let mut by_hand = client(etcd).await;
+        let (mut addresses, mut leases, mut tasks) = (Vec::new(), Vec::new(), Vec::new());
+        for number in 0..SERVERS {
+            let (address, task) = greeter(&number.to_string()).await;
+            let lease = by_hand.lease_grant(600, None).await.unwrap().id();
+            let options = PutOptions::new().with_lease(lease);
+            let key = format!("{PREFIX}{number}");
+            by_hand
+                .put(key, address.to_string(), Some(options))
+                .await
+                .unwrap();
+            addresses.push(address);
+            leases.push(lease);
+            tasks.push(task);
+        }
+        Self {
+            addresses,
+            leases,
+            tasks,
+        }
+    }
+}
+
+impl Drop for Fleet {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+async fn all_ready(channel: &BalancedChannel) {
+    eventually("every endpoint is ready", async || {
+        let endpoints = channel.endpoints();
+        let ready = |state| state == EndpointState::Ready;
+        endpoints.len() == SERVERS && endpoints.iter().all(|endpoint| ready(endpoint.state))
+    })
+    .await;
+}
+
+/// A resolver with a short hold, and a channel over it with all servers ready.
+async fn watched(registry: &Registry) -> (Resolver, BalancedChannel) {
+    let resolver = registry
+        .resolver_builder("greeter")
+        .mass_removal_hold(Some(HOLD))
+        .start();
+    let channel = BalancedChannel::builder().from_resolver(resolver.clone());
+    all_ready(&channel).await;
+    (resolver, channel)
+}
+
+async fn delete_all(etcd: &Etcd) {
+    let mut by_hand = client(etcd).await;
+    let options = DeleteOptions::new().with_prefix();
+    let response = by_hand.delete(PREFIX, Some(options)).await.unwrap();
+    assert_eq!(response.deleted(), i64::try_from(SERVERS).unwrap());
+}
+
+/// Waits until half of the servers are held and the others gone; says since when at the latest.
+async fn half_is_held(resolver: &Resolver) -> Instant {
+    let mut since = Instant::now();
+    eventually("half of the instances are held", async || {
+        let instances = resolver.instances();
+        let held = instances.len() == SERVERS / 2 && instances.iter().all(Instance::is_last_resort);
+        if !held {
+            since = Instant::now();
+        }
+        held
+    })
+    .await;
+    let status = resolver.status();
+    assert_eq!((status.held, status.mass_removals), (SERVERS / 2, 1));
+    since
+}
+
+async fn none_is_left(resolver: &Resolver) {
+    eventually("the hold is over", async || resolver.instances().is_empty()).await;
+    let status = resolver.status();
+    assert_eq!((status.held, status.mass_removals), (0, 1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_delete_of_the_whole_prefix_fails_no_call_for_the_length_of_the_hold() {
+    let etcd = etcd().await;
+    let _fleet = Fleet::start(&etcd).await;
+    let (resolver, channel) = watched(&registry(&etcd).await).await;
+    let callers = Callers::start(&channel);
+    let lost = Instant::now();
+    delete_all(&etcd).await;
+    half_is_held(&resolver).await;
+    eventually("the channel knows them as a last resort", async || {
+        let endpoints = channel.endpoints();
+        endpoints.len() == SERVERS / 2 && endpoints.iter().all(|endpoint| endpoint.last_resort)
+    })
+    .await;
+    none_is_left(&resolver).await;
+    callers.failed_only_after(lost + HOLD).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leases_revoked_one_by_one_fail_no_call_for_the_length_of_the_hold() {
+    let etcd = etcd().await;
+    let fleet = Fleet::start(&etcd).await;
+    let (resolver, channel) = watched(&registry(&etcd).await).await;
+    let callers = Callers::start(&channel);
+    let mut by_hand = client(&etcd).await;
+    let mut lost = Instant::now();
+    for lease in &fleet.leases {
+        lost = Instant::now();
+        by_hand.lease_revoke(*lease).await.unwrap();
+        sleep(Duration::from_millis(700)).await;
+    }
+    half_is_held(&resolver).await;
+    none_is_left(&resolver).await;
+    callers.failed_only_after(lost + HOLD).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_loss_found_after_a_partition_fails_no_call_for_the_length_of_the_hold() {
+    let etcd = etcd().await;
+    let _fleet = Fleet::start(&etcd).await;
+    let proxy = Proxy::start("127.0.0.1:0", etcd.endpoint(0)).await;
+    let registry = Registry::connect([proxy.address.to_string()])
+        .await
+        .unwrap();
+    let (resolver, channel) = watched(&registry).await;
+    let callers = Callers::start(&channel);
+    proxy.cut();
+    delete_all(&etcd).await;
+    // History is gone as well, so that only a list can find it.
+    let mut by_hand = client(&etcd).await;
+    let revision = by_hand.put("/other", "", None).await.unwrap();
+    let revision = revision.header().unwrap().revision();
+    by_hand.compact(revision, None).await.unwrap();
+    let found = Instant::now();
+    proxy.heal();
+    half_is_held(&resolver).await;
+    assert_eq!(resolver.status().lists, 2, "it was found by a list");
+    none_is_left(&resolver).await;
+    callers.failed_only_after(found + HOLD).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn by_default_the_hold_lasts_thirty_seconds() {
+    const DEFAULT: Duration = Duration::from_secs(30);
+    let etcd = etcd().await;
+    let _fleet = Fleet::start(&etcd).await;
+    let channel = registry(&etcd).await.channel("greeter").connect().await;
+    let channel = channel.unwrap();
+    all_ready(&channel).await;
+    let mut client = GreeterClient::new(channel.clone());
+    let lost = Instant::now();
+    delete_all(&etcd).await;
+    let failed = loop {
+        if let Err(status) = client.say_hello(hello()).await {
+            break status;
+        }
+        assert!(
+            Instant::now() < lost + DEFAULT + Duration::from_secs(5),
+            "it has an end"
+        );
+        sleep(Duration::from_millis(50)).await;
+    };
+    let lasted = Instant::now().saturating_duration_since(lost);
+    assert!(lasted >= DEFAULT, "{lasted:?}: {failed:?}");
+    assert_eq!(failed.code(), Code::Unavailable);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_planned_pause_of_everything_is_not_held() {
+    let etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let mut registrations = Vec::new();
+    let mut servers = Vec::new();
+    for number in 0..SERVERS {
+        let (address, task) = greeter(&number.to_string()).await;
+        let registration = registry
+            .registration("greeter")
+            .address(address.to_string());
+        registrations.push(registration.register().await.unwrap());
+        servers.push(task);
+    }
+    let (resolver, channel) = watched(&registry).await;
+    for registration in &registrations {
+        registration.pause().await.unwrap();
+    }
+    let start = Instant::now();
+    knows(&resolver, &[]).await;
+    assert!(Instant::now().saturating_duration_since(start) < HOLD);
+    assert_eq!(resolver.status().mass_removals, 0);
+    let mut client = GreeterClient::new(channel);
+    eventually("calls fail at once", async || {
+        let refused = client.say_hello(hello()).await;
+        refused.is_err_and(|status| status.code() == Code::Unavailable)
+    })
+    .await;
+    // What comes back is called, and what then vanishes by mistake is held.
+    for registration in &registrations {
+        registration.resume().await.unwrap();
+    }
+    eventually("all are back", async || {
+        resolver.instances().len() == SERVERS
+    })
+    .await;
+    client.say_hello(hello()).await.unwrap();
+    for registration in registrations {
+        registration.deregister().await.unwrap();
+    }
+    knows(&resolver, &[]).await;
+    assert_eq!(resolver.status().mass_removals, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wiped_etcd_fails_no_call() {
+    let mut etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let mut registrations = Vec::new();
+    let mut addresses = Vec::new();
+    for number in 0..SERVERS {
+        let (address, _server) = greeter(&number.to_string()).await;
+        let registration = registry
+            .registration("greeter")
+            .address(address.to_string())
+            .ttl(Duration::from_secs(5));
+        registrations.push(registration.register().await.unwrap());
+        addresses.push(address.to_string());
+    }
+    let resolver = registry.resolver("greeter");
+    let channel = BalancedChannel::builder().from_resolver(resolver.clone());
+    all_ready(&channel).await;
+    let callers = Callers::start(&channel);
+    etcd.kill(0).await.unwrap();
+    etcd.wipe(0).await.unwrap();
+    etcd.restart(0).await.unwrap();
+    eventually("every server is registered again", async || {
+        let instances = resolver.instances();
+        let fresh = |instance: &Instance| !instance.is_last_resort();
+        resolver.status().lists > 1 && instances.len() == SERVERS && instances.iter().all(fresh)
+    })
+    .await;
+    knows(
+        &resolver,
+        &addresses.iter().map(String::as_str).collect::<Vec<_>>(),
+    )
+    .await;
+    let (calls, failed) = callers.stopped().await;
+    assert!(failed.is_empty(), "of {calls}: {:?}", failed.first());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn half_of_the_set_back_ends_the_hold() {
+    let etcd = etcd().await;
+    let fleet = Fleet::start(&etcd).await;
+    let registry = registry(&etcd).await;
+    // With the default length: it is not time that ends it.
+    let resolver = registry.resolver("greeter");
+    let channel = BalancedChannel::builder().from_resolver(resolver.clone());
+    all_ready(&channel).await;
+    let callers = Callers::start(&channel);
+    delete_all(&etcd).await;
+    half_is_held(&resolver).await;
+    let mut by_hand = client(&etcd).await;
+    let mut back = Vec::new();
+    for address in &fleet.addresses[..SERVERS / 2] {
+        let address = address.to_string();
+        let key = format!("{PREFIX}again-{address}");
+        by_hand.put(key, address.clone(), None).await.unwrap();
+        back.push(address);
+    }
+    // Under other keys: the address is what counts.
+    knows(
+        &resolver,
+        &back.iter().map(String::as_str).collect::<Vec<_>>(),
+    )
+    .await;
+    assert_eq!(resolver.status().held, 0);
+    assert!(!resolver.instances().iter().any(Instance::is_last_resort));
+    let (calls, failed) = callers.stopped().await;
+    assert!(failed.is_empty(), "of {calls}: {:?}", failed.first());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_hold_an_instance_goes_with_its_key() {
+    let etcd = etcd().await;
+    let _fleet = Fleet::start(&etcd).await;
+    let registry = registry(&etcd).await;
+    let channel = registry
+        .channel("greeter")
+        .resolver(|resolver| resolver.mass_removal_hold(None))
+        .connect()
+        .await
+        .unwrap();
+    all_ready(&channel).await;
+    delete_all(&etcd).await;
+    eventually("no endpoint is left", async || {
+        channel.endpoints().is_empty()
+    })
+    .await;
+    let refused = GreeterClient::new(channel).say_hello(hello()).await;
+    assert_eq!(refused.unwrap_err().code(), Code::Unavailable);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_stock_channel_keeps_what_is_held_while_there_is_nothing_else() {
+    let etcd = etcd().await;
+    let _fleet = Fleet::start(&etcd).await;
+    let resolver = registry(&etcd)
+        .await
+        .resolver_builder("greeter")
+        .mass_removal_hold(Some(HOLD))
+        .start();
+    let mut client = GreeterClient::new(resolver.clone().into_tonic_channel());
+    let mut served = std::collections::HashSet::new();
+    eventually("every server is connected", async || {
+        let reply = client.say_hello(hello()).await.unwrap();
+        served.insert(reply.into_inner().message);
+        served.len() == SERVERS
+    })
+    .await;
+    let lost = Instant::now();
+    delete_all(&etcd).await;
+    half_is_held(&resolver).await;
+    while Instant::now() < lost + HOLD - Duration::from_millis(100) {
+        client.say_hello(hello()).await.unwrap();
+    }
+    none_is_left(&resolver).await;
+    eventually("nobody is called any more", async || {
+        timeout(Duration::from_millis(200), client.say_hello(hello()))
+            .await
+            .is_err()
+    })
+    .await;
+}
