@@ -3,16 +3,25 @@
 //! ```sh
 //! cargo run --example discover -- /web/ /gRPC/
 //! ```
+//!
+//! `+` is a new server, `~` one that is known and has changed, `-` one that is gone.
 #![allow(clippy::print_stdout, reason = "it is what the example is for")]
 
 mod greeter;
 
+use std::collections::HashSet;
+use std::process::ExitCode;
+
 use tokio_stream::StreamExt;
-use tonic_etcd::Registry;
+use tonic_etcd::{Instance, Registry};
 use tower::discover::Change;
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn std::error::Error>> {
+async fn main() -> ExitCode {
+    greeter::report(run().await)
+}
+
+async fn run() -> Result<(), Box<dyn std::error::Error>> {
     let mut prefixes: Vec<_> = std::env::args().skip(1).collect();
     if prefixes.is_empty() {
         prefixes = vec!["/web/".to_owned(), "/gRPC/".to_owned()];
@@ -22,10 +31,18 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     resolver.ready().await;
     println!("{} servers", resolver.instances().len());
 
+    let mut known = HashSet::new();
     while let Some(Ok(change)) = resolver.next().await {
         match change {
-            Change::Insert(address, instance) => println!("+ {address}  {}", instance.key()),
-            Change::Remove(address) => println!("- {address}"),
+            // An insert of an address that is known is an update.
+            Change::Insert(address, instance) => {
+                let sign = if known.insert(address) { '+' } else { '~' };
+                println!("{sign} {}", describe(&instance));
+            }
+            Change::Remove(address) => {
+                known.remove(&address);
+                println!("- {address}");
+            }
         }
         let addresses: Vec<_> = resolver
             .instances()
@@ -35,4 +52,21 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         println!("  now {}: {}", addresses.len(), addresses.join(" "));
     }
     Ok(())
+}
+
+fn describe(instance: &Instance) -> String {
+    let mut parts = vec![instance.address().to_string(), instance.key().to_owned()];
+    if instance.weight() != 1 {
+        parts.push(format!("weight {}", instance.weight()));
+    }
+    for (name, value) in [("zone", instance.zone()), ("version", instance.version())] {
+        parts.extend(value.map(|value| format!("{name} {value}")));
+    }
+    if instance.is_leaving() {
+        parts.push("(leaving)".to_owned());
+    }
+    if instance.is_last_resort() {
+        parts.push("(gone from etcd, kept as a last resort)".to_owned());
+    }
+    parts.join("  ")
 }

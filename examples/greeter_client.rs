@@ -7,13 +7,18 @@
 
 mod greeter;
 
+use std::process::ExitCode;
 use std::time::Duration;
 
 use greeter::{HelloRequest, etcd_endpoints, greeter_client::GreeterClient};
 use tonic_etcd::Registry;
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn std::error::Error>> {
+async fn main() -> ExitCode {
+    greeter::report(run().await)
+}
+
+async fn run() -> Result<(), Box<dyn std::error::Error>> {
     let registry = Registry::connect(etcd_endpoints()).await?;
     let channel = registry.channel("helloworld.Greeter").connect().await?;
     let mut client = GreeterClient::new(channel);

@@ -3,22 +3,30 @@
 //! ```sh
 //! cargo run --example greeter_server
 //! ```
+//!
+//! It leaves in order on Ctrl-C or SIGTERM, and at once on a second one.
 
 mod greeter;
+
+use std::process::ExitCode;
 
 use greeter::{NamedGreeter, etcd_endpoints, greeter_server::GreeterServer};
 use tonic::transport::Server;
 use tonic_etcd::{Registry, ServeRegistered};
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn std::error::Error>> {
+async fn main() -> ExitCode {
+    greeter::report(run().await)
+}
+
+async fn run() -> Result<(), Box<dyn std::error::Error>> {
     tracing_subscriber::fmt()
         .with_max_level(tracing::Level::INFO)
         .init();
     let greeter = NamedGreeter(format!("server {}", std::process::id()));
 
     let registry = Registry::connect(etcd_endpoints()).await?;
-    let registration = registry.registration("helloworld.Greeter");
+    let registration = registry.registration("helloworld.Greeter").health();
     Server::builder()
         .add_service(GreeterServer::new(greeter))
         .serve_registered("0.0.0.0:0".parse()?, registration)

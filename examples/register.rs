@@ -1,4 +1,4 @@
-//! Registers any address under any key, logs each renewal of the lease, and takes the key away on Ctrl-C:
+//! Registers any address under any key, logs each renewal of the lease, and takes the key away on Ctrl-C or SIGTERM:
 //!
 //! ```sh
 //! cargo run --example register -- /web/node1 localhost:8000
@@ -7,16 +7,23 @@
 
 mod greeter;
 
+use std::process::ExitCode;
 use std::time::Duration;
 
-use tonic_etcd::{Format, Registry};
+use tokio::time::Instant;
+use tonic_etcd::{Format, RegistrationState, Registry};
 
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn std::error::Error>> {
+async fn main() -> ExitCode {
+    greeter::report(run().await)
+}
+
+async fn run() -> Result<(), Box<dyn std::error::Error>> {
     let mut args = std::env::args().skip(1);
     let (Some(key), Some(address)) = (args.next(), args.next()) else {
         return Err("usage: register KEY HOST:PORT".into());
     };
+    let mut told_to_stop = std::pin::pin!(told_to_stop()?);
     let registry = Registry::connect(greeter::etcd_endpoints()).await?;
     let registration = registry
         .registration_at(key)
@@ -34,11 +41,51 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut states = registration.states();
     loop {
         tokio::select! {
-            _ = tokio::signal::ctrl_c() => break,
-            _ = states.changed() => println!("{:?}", *states.borrow_and_update()),
+            () = &mut told_to_stop => break,
+            _ = states.changed() => println!("{}", describe(&states.borrow_and_update())),
         }
     }
     registration.deregister().await?;
     println!("deregistered");
     Ok(())
+}
+
+fn describe(state: &RegistrationState) -> String {
+    match state {
+        RegistrationState::Registered { lease, expires, .. } => {
+            let left = expires.saturating_duration_since(Instant::now());
+            format!(
+                "registered under lease {lease}, {:.1} s left",
+                left.as_secs_f64()
+            )
+        }
+        RegistrationState::Registering {
+            last_error: Some(error),
+            ..
+        } => format!("not registered: {}", greeter::with_causes(error)),
+        RegistrationState::Registering { .. } => "registering".to_owned(),
+        RegistrationState::Superseded { lease, .. } => {
+            format!("another server has the key, under lease {lease}")
+        }
+        other => format!("{other:?}").to_lowercase(),
+    }
+}
+
+/// Takes notice of Ctrl-C and SIGTERM from here on, and waits for one of them.
+#[cfg(unix)]
+fn told_to_stop() -> std::io::Result<impl Future<Output = ()>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
+#[cfg(not(unix))]
+fn told_to_stop() -> std::io::Result<impl Future<Output = ()>> {
+    Ok(async { drop(tokio::signal::ctrl_c().await) })
 }

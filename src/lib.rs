@@ -65,6 +65,7 @@
 //!
 //! - none by default: all of the above over plaintext;
 //! - `tls`: TLS to etcd and to servers, with rustls;
+//! - `health`: the gRPC health service of a registered server, [`RegistrationBuilder::health`];
 //! - `testing`: a real etcd for tests, in the module `testing` (Unix only).
 //!
 //! # Requirements
@@ -104,7 +105,7 @@ pub use format::Format;
 pub use instance::Instance;
 pub use ipnet::IpNet;
 pub use keyspace::{LeaseId, Revision};
-pub use registration::{Registration, RegistrationBuilder, RegistrationState};
+pub use registration::{Registration, RegistrationBuilder, RegistrationState, ServerState};
 pub use registry::{Registry, RegistryBuilder};
 pub use resolver::{Feedback, Resolver, ResolverBuilder, ResolverState, ResolverStatus};
 pub use server::ServeRegistered;

@@ -9,8 +9,8 @@ mod support;
 
 use std::time::Duration;
 
+use support::authority::Authority;
 use support::roles::{protect, root, user};
-use support::tls::Authority;
 use support::{addresses, eventually, knows, list, within};
 use tonic_etcd::testing::Etcd;
 use tonic_etcd::{EtcdErrorKind, Registration, RegistrationState, Resolver};

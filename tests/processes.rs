@@ -8,14 +8,11 @@
 mod support;
 
 use std::path::PathBuf;
-use std::process::Stdio;
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
+use support::program::{example, line_with, lines, signal};
 use support::{SOON, client, etcd, eventually, list};
-use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
 use tokio::time::timeout;
 use tonic_etcd::testing::{Etcd, ProcessError};
 
@@ -106,50 +103,6 @@ async fn without_a_binary_the_error_says_how_to_get_one() {
     );
 }
 
-/// An example, built along with the tests.
-fn example(name: &str) -> Command {
-    let mut folder = std::env::current_exe().unwrap();
-    folder.pop();
-    folder.pop();
-    let mut command = Command::new(folder.join("examples").join(name));
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::inherit())
-        .kill_on_drop(true);
-    command
-}
-
-/// Reads a program's lines up to one that contains a text.
-async fn line_with(
-    lines: &mut tokio::io::Lines<BufReader<tokio::process::ChildStdout>>,
-    text: &str,
-) -> String {
-    let found = async {
-        while let Some(line) = lines.next_line().await.unwrap() {
-            if line.contains(text) {
-                return line;
-            }
-        }
-        panic!("no line with {text:?}");
-    };
-    timeout(SOON, found)
-        .await
-        .unwrap_or_else(|_| panic!("no line with {text:?} in time"))
-}
-
-fn lines(child: &mut Child) -> tokio::io::Lines<BufReader<tokio::process::ChildStdout>> {
-    BufReader::new(child.stdout.take().unwrap()).lines()
-}
-
-fn signal(child: &Child, signal: Signal) {
-    kill(
-        Pid::from_raw(i32::try_from(child.id().unwrap()).unwrap()),
-        signal,
-    )
-    .unwrap();
-}
-
 #[tokio::test]
 async fn the_register_and_discover_examples_follow_each_other() {
     let etcd = etcd().await;
@@ -167,8 +120,11 @@ async fn the_register_and_discover_examples_follow_each_other() {
     let mut log = lines(&mut register);
     line_with(&mut log, "localhost:8000 is registered as /web/node1").await;
     line_with(&mut found, "+ localhost:8000").await;
-    line_with(&mut log, "Registered").await;
-    line_with(&mut log, "Registered").await;
+    // Two renewals.
+    for _ in 0..2 {
+        let line = line_with(&mut log, "registered under lease").await;
+        assert!(line.ends_with(" s left"), "{line}");
+    }
     signal(&register, Signal::SIGINT);
     line_with(&mut log, "deregistered").await;
     assert!(
@@ -180,6 +136,64 @@ async fn the_register_and_discover_examples_follow_each_other() {
     );
     line_with(&mut found, "- localhost:8000").await;
     assert!(list(&client(&etcd).await, "/").await.is_empty());
+}
+
+#[tokio::test]
+async fn the_discover_example_tells_a_change_from_a_newcomer() {
+    let etcd = etcd().await;
+    let mut discover = example("discover")
+        .env("ETCD_ENDPOINTS", etcd.endpoint(0))
+        .spawn()
+        .unwrap();
+    let mut found = lines(&mut discover);
+    line_with(&mut found, "0 servers").await;
+    let registry = support::registry(&etcd).await;
+    let registration = registry
+        .registration("greeter")
+        .address("10.0.0.5:1")
+        .zone("eu-1a")
+        .register()
+        .await
+        .unwrap();
+    let line = line_with(&mut found, "10.0.0.5:1  /gRPC/").await;
+    assert!(
+        line.starts_with("+ ") && line.ends_with("  zone eu-1a"),
+        "{line}"
+    );
+    registration.set_weight(3).await.unwrap();
+    let line = line_with(&mut found, "weight 3").await;
+    assert!(line.starts_with("~ "), "{line}");
+    registration.deregister().await.unwrap();
+    // What says that it leaves may be gone before anybody looks.
+    line_with(&mut found, "- 10.0.0.5:1").await;
+}
+
+#[tokio::test]
+async fn the_register_example_leaves_on_sigterm_and_says_what_is_wrong_in_words() {
+    let etcd = etcd().await;
+    let mut register = example("register")
+        .args(["/web/node1", "localhost:8000"])
+        .env("ETCD_ENDPOINTS", etcd.endpoint(0))
+        .spawn()
+        .unwrap();
+    let mut log = lines(&mut register);
+    line_with(&mut log, "is registered").await;
+    signal(&register, Signal::SIGTERM);
+    let status = timeout(SOON, register.wait()).await.unwrap().unwrap();
+    assert!(status.success());
+    assert!(list(&client(&etcd).await, "/").await.is_empty());
+    let failing = example("register")
+        .args(["/web/node1", "localhost:8000"])
+        .env("ETCD_ENDPOINTS", "127.0.0.1:1")
+        .stderr(std::process::Stdio::piped())
+        .output();
+    let output = timeout(SOON, failing).await.unwrap().unwrap();
+    assert!(!output.status.success());
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        text.starts_with("error: no etcd answered at 127.0.0.1:1") && text.contains("refused"),
+        "{text}"
+    );
 }
 
 #[tokio::test]

@@ -381,13 +381,13 @@ async fn nothing_is_removed_while_etcd_is_down() {
     );
 }
 
-/// How long something that never happens is waited for: longer if `TEST_SOAK` is set.
+/// How long something that never happens is waited for: longer if `SOAK` is set.
 fn length(short: u64, soak: u64) -> Duration {
-    if std::env::var_os("TEST_SOAK").is_some() {
+    if std::env::var_os("SOAK").is_some() {
         return Duration::from_secs(soak);
     }
     // Past the capture of the test harness: what is left out is to be seen.
-    let left_out = format!("{short} s of {soak} s; all of them with TEST_SOAK=1\n");
+    let left_out = format!("{short} s of {soak} s; all of them with SOAK=1\n");
     std::io::stderr().write_all(left_out.as_bytes()).unwrap();
     Duration::from_secs(short)
 }

@@ -10,7 +10,7 @@ mod support;
 
 use std::time::Duration;
 
-use support::tls::Authority;
+use support::authority::Authority;
 use support::{client, eventually, knows, list};
 use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 use tonic_etcd::testing::Etcd;

@@ -78,3 +78,22 @@ pub fn etcd_endpoints() -> Vec<String> {
     let endpoints = std::env::var("ETCD_ENDPOINTS").unwrap_or_else(|_| "127.0.0.1:2379".to_owned());
     endpoints.split(',').map(str::to_owned).collect()
 }
+
+/// Says on stderr why a program failed, if it did.
+#[allow(clippy::print_stderr, reason = "it is where a program's errors go")]
+pub fn report(outcome: Result<(), Box<dyn std::error::Error>>) -> std::process::ExitCode {
+    match outcome {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {}", with_causes(&*error));
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+/// An error and its causes, in one line.
+pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let texts: Vec<_> = causes.map(ToString::to_string).collect();
+    texts.join(": ")
+}

@@ -278,6 +278,11 @@ impl Member {
         &self.endpoint
     }
 
+    /// How many streams the peer takes at once.
+    pub(super) fn max_streams(&self) -> usize {
+        self.connection.max_streams()
+    }
+
     /// Whether every stream the peer allows is in use.
     pub(super) fn is_full(&self) -> bool {
         self.load.in_flight() as usize >= self.connection.max_streams()

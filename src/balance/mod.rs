@@ -48,6 +48,19 @@ pub(crate) struct Options {
     pub(crate) max_backoff: Duration,
     pub(crate) max_waiters: usize,
     pub(crate) outlier_detection: Option<OutlierDetection>,
+    /// How long a new endpoint takes to its full share.
+    pub(crate) slow_start: Option<Duration>,
+    pub(crate) on_refused: Option<OnRefused>,
+}
+
+/// Whom to tell that an address, though it is announced, takes no connections. Called by the driver for each attempt, so it never waits.
+#[derive(Clone)]
+pub(crate) struct OnRefused(pub(crate) Arc<dyn Fn(&Address) + Send + Sync>);
+
+impl std::fmt::Debug for OnRefused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("OnRefused").finish_non_exhaustive()
+    }
 }
 
 impl Default for Options {
@@ -59,6 +72,8 @@ impl Default for Options {
             max_backoff: MAX_BACKOFF,
             max_waiters: MAX_WAITERS,
             outlier_detection: None,
+            slow_start: None,
+            on_refused: None,
         }
     }
 }
@@ -174,6 +189,18 @@ impl Shared {
         let mut statuses: Vec<_> = known.iter().map(|endpoint| endpoint.status()).collect();
         statuses.sort_by(|a, b| a.address.cmp(&b.address));
         statuses
+    }
+
+    /// Shows an endpoint no more.
+    fn forget(&self, endpoint: &Arc<Endpoint>) {
+        let mut directory = self.directory();
+        // The address may have been registered again, with an endpoint of its own.
+        if directory
+            .get(endpoint.address())
+            .is_some_and(|known| Arc::ptr_eq(known, endpoint))
+        {
+            directory.remove(endpoint.address());
+        }
     }
 
     fn directory(&self) -> MutexGuard<'_, HashMap<Address, Arc<Endpoint>>> {

@@ -13,7 +13,7 @@ use tower::discover::Change;
 
 use super::{BalancedChannel, ChannelError, Core};
 use crate::address::{Address, AddressPolicy};
-use crate::balance::{Balancer, Feed, Options, OutlierDetection, Policy};
+use crate::balance::{Balancer, Feed, OnRefused, Options, OutlierDetection, Policy};
 use crate::instance::Instance;
 use crate::resolver::{Resolver, ResolverBuilder, ResolverState};
 use crate::transport::connect::Connector;
@@ -65,6 +65,14 @@ impl<S> ChannelBuilder<S> {
     /// is noticed in any case.
     pub fn outlier_detection(mut self, detection: OutlierDetection) -> Self {
         self.options.outlier_detection = Some(detection);
+        self
+    }
+
+    /// How long an endpoint that has just become ready takes to its full share: its weight grows from a tenth, as Envoy's slow start has it.
+    /// Off by default: a new endpoint counts as no faster than the others, which keeps it from being flooded. For servers that are slow
+    /// while they are cold.
+    pub fn slow_start(mut self, window: Duration) -> Self {
+        self.options.slow_start = (!window.is_zero()).then_some(window);
         self
     }
 
@@ -259,11 +267,14 @@ impl<S> ChannelBuilder<S> {
             .service
             .is_none()
             .then(|| resolver.service().to_owned());
-        let this = Self {
+        let feedback = resolver.feedback();
+        let mut this = Self {
             service: self.service.or(named),
-            source: self.source,
             ..self
         };
+        this.options.on_refused = Some(OnRefused(Arc::new(move |address| {
+            feedback.refused(address);
+        })));
         this.build(Feed::known_after(resolver, known), Some(Box::new(trouble)))
     }
 }

@@ -20,10 +20,15 @@ use crate::keyspace::Key;
 mod builder;
 mod key_watch;
 mod lease;
+mod serve;
 mod state;
 mod task;
 
 pub use builder::RegistrationBuilder;
+#[cfg(feature = "health")]
+pub(crate) use serve::Health;
+pub(crate) use serve::ServeOptions;
+pub use serve::ServerState;
 pub use state::RegistrationState;
 
 use task::{Answer, Failure, Request, Task};

@@ -1,66 +1,26 @@
-//! The listening socket and the connections it accepts. They are ours and not tonic's, so that we decide when the socket closes and
-//! when a connection ends.
+//! The listening socket. It is ours and not tonic's, so that we decide when it closes and what became of the connections it accepted.
 
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::Sleep;
 use tokio_stream::Stream;
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tokio_util::sync::WaitForCancellationFutureOwned;
 
-/// What the server and its connections share.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Connections {
-    draining: CancellationToken,
-    cut: CancellationToken,
-    gauges: Arc<Gauges>,
-}
+use super::connection::{Connection, Connections};
 
-#[derive(Debug, Default)]
-struct Gauges {
-    open: AtomicUsize,
-    /// Set before `draining` or `cut` is cancelled: a connection looks at it on every operation, and at the tokens, which lock, only
-    /// when it is set or when it has to wait.
-    ending: AtomicBool,
-}
-
-impl Connections {
-    /// How many connections are open.
-    pub(super) fn open(&self) -> usize {
-        self.gauges.open.load(Ordering::Relaxed)
-    }
-
-    /// Ends connections that have never begun; the others end by themselves.
-    pub(super) fn drain(&self) {
-        self.gauges.ending.store(true, Ordering::Release);
-        self.draining.cancel();
-    }
-
-    /// Ends every connection.
-    pub(super) fn cut(&self) {
-        self.gauges.ending.store(true, Ordering::Release);
-        self.cut.cancel();
-    }
-
-    /// Completes when the connections are drained.
-    pub(super) fn drained(&self) -> WaitForCancellationFutureOwned {
-        self.draining.clone().cancelled_owned()
-    }
-}
-
-/// Accepts connections.
+/// Accepts connections, until they are told to end.
 #[derive(Debug)]
 pub(super) struct Incoming {
     listener: TcpListener,
     connections: Connections,
+    closing: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// How many connections are still accepted after that, at most.
+    remainder: u32,
     /// Set after an accept error: most of them (no file descriptor left) come back at once.
     pause: Option<Pin<Box<Sleep>>>,
 }
@@ -80,7 +40,9 @@ impl Incoming {
         socket.listen(BACKLOG)?;
         Ok(Self {
             listener: TcpListener::from_std(socket.into())?,
+            closing: Box::pin(connections.draining()),
             connections,
+            remainder: BACKLOG.unsigned_abs(),
             pause: None,
         })
     }
@@ -88,12 +50,27 @@ impl Incoming {
     pub(super) fn local_addr(&self) -> io::Result<SocketAddr> {
         self.listener.local_addr()
     }
+
+    /// A connection that is there already. The kernel is asked itself: the runtime may not have heard of it yet.
+    fn remaining(&mut self) -> Option<Connection> {
+        // A flood of connections is not to keep the socket open.
+        self.remainder = self.remainder.checked_sub(1)?;
+        let (socket, _) = socket2::SockRef::from(&self.listener).accept().ok()?;
+        socket.set_nonblocking(true).ok()?;
+        let stream = TcpStream::from_std(socket.into()).ok()?;
+        Some(Connection::new(stream, &self.connections))
+    }
 }
 
 impl Stream for Incoming {
     type Item = io::Result<Connection>;
 
+    /// Ends when the connections drain, and with that closes the socket: with what the kernel has accepted already handed on, since
+    /// closing it would reset those whose clients may have sent a call.
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.closing.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(self.remaining().map(Ok));
+        }
         if let Some(pause) = &mut self.pause {
             ready!(pause.as_mut().poll(cx));
             self.pause = None;
@@ -109,130 +86,34 @@ impl Stream for Incoming {
     }
 }
 
-/// An accepted connection that can be cut from outside: then every operation on it fails alike. A connection on which only reading fails
-/// would go on trying to flush and never end.
-#[derive(Debug)]
-pub(super) struct Connection {
-    stream: TcpStream,
-    info: TcpConnectInfo,
-    draining: Pin<Box<WaitForCancellationFutureOwned>>,
-    cut: Pin<Box<WaitForCancellationFutureOwned>>,
-    gauges: Arc<Gauges>,
-    /// How many bytes of the client's HTTP/2 preface are still to come.
-    preface_left: usize,
-}
-
-impl Connection {
-    fn new(stream: TcpStream, connections: &Connections) -> Self {
-        // A call is a few small frames each way; Nagle's algorithm would hold the last one back for a round trip.
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "could not set TCP_NODELAY");
-        }
-        let keepalive = socket2::TcpKeepalive::new().with_time(TCP_KEEPALIVE);
-        if let Err(error) = socket2::SockRef::from(&stream).set_tcp_keepalive(&keepalive) {
-            tracing::debug!(%error, "could not set TCP keep-alive");
-        }
-        connections.gauges.open.fetch_add(1, Ordering::Relaxed);
-        Self {
-            info: stream.connect_info(),
-            stream,
-            draining: Box::pin(connections.draining.clone().cancelled_owned()),
-            cut: Box::pin(connections.cut.clone().cancelled_owned()),
-            gauges: Arc::clone(&connections.gauges),
-            preface_left: PREFACE,
-        }
-    }
-
-    /// Carries an operation on the socket out, unless the connection is ended; one that has to wait is woken by that, too.
-    fn poll_unless_ended<T>(
-        &mut self,
-        cx: &mut Context<'_>,
-        operation: impl FnOnce(Pin<&mut TcpStream>, &mut Context<'_>) -> Poll<io::Result<T>>,
-    ) -> Poll<io::Result<T>> {
-        if self.gauges.ending.load(Ordering::Acquire) {
-            self.check_ended(cx)?;
-        }
-        let outcome = operation(Pin::new(&mut self.stream), cx);
-        if outcome.is_pending() {
-            self.check_ended(cx)?;
-        }
-        outcome
-    }
-
-    /// Fails if the connection is ended, and otherwise has the task woken when it is.
-    fn check_ended(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        let unused = self.preface_left > 0 && self.draining.as_mut().poll(cx).is_ready();
-        if unused || self.cut.as_mut().poll(cx).is_ready() {
-            let reason = "the server is shutting down";
-            return Err(io::Error::new(io::ErrorKind::ConnectionAborted, reason));
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.gauges.open.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-impl Connected for Connection {
-    type ConnectInfo = TcpConnectInfo;
-
-    fn connect_info(&self) -> Self::ConnectInfo {
-        self.info.clone()
-    }
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buf.filled().len();
-        ready!(self.poll_unless_ended(cx, |stream, cx| stream.poll_read(cx, buf)))?;
-        self.preface_left = self
-            .preface_left
-            .saturating_sub(buf.filled().len() - before);
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        self.poll_unless_ended(cx, |stream, cx| stream.poll_write(cx, buf))
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        self.poll_unless_ended(cx, |stream, cx| stream.poll_write_vectored(cx, bufs))
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.poll_unless_ended(cx, AsyncWrite::poll_flush)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.poll_unless_ended(cx, AsyncWrite::poll_shutdown)
-    }
-}
-
-/// The length of the HTTP/2 client preface (RFC 9113, section 3.4). A connection that has not sent it holds a drain up for ever.
-const PREFACE: usize = 24;
 /// As many as the kernel allows by default (`net.core.somaxconn`), so that a fleet's reconnects are not turned away.
 const BACKLOG: i32 = 4096;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Finds clients that vanished without a word, within minutes: the kernel probes nine times, 75 s apart, by default.
-const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use tokio_stream::StreamExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn who_has_connected_before_the_end_is_handed_on() {
+        let connections = Connections::default();
+        let address = "127.0.0.1:0".parse().expect("an address");
+        let mut incoming = Incoming::bind(address, connections.clone()).expect("a socket");
+        let bound = incoming.local_addr().expect("an address");
+        let clients: Vec<_> = (0..3)
+            .map(|_| std::net::TcpStream::connect(bound).expect("connects"))
+            .collect();
+        connections.drain();
+        for _ in &clients {
+            assert!(matches!(incoming.next().await, Some(Ok(_))));
+        }
+        assert!(incoming.next().await.is_none());
+        drop(incoming);
+        assert!(
+            std::net::TcpStream::connect(bound).is_err(),
+            "nobody listens"
+        );
+    }
+}

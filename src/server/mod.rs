@@ -1,25 +1,29 @@
 //! Serves, registered: the server's life from bind to the last call.
 
-use std::convert::Infallible;
 use std::future::{Future, pending};
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use http_body::Body as HttpBody;
-use tokio::time::{sleep, timeout};
 use tonic::body::Body;
 use tonic::service::Routes;
 use tonic::transport::server::Router;
 use tower::{Layer, Service};
 use tracing::Instrument;
 
-use crate::error::{RegisterError, ServeError};
-use crate::registration::{Registration, RegistrationBuilder};
+use crate::error::ServeError;
+use crate::registration::RegistrationBuilder;
 
+mod connection;
+#[cfg(feature = "health")]
+mod health;
 mod incoming;
+mod opening;
+mod serving;
 mod signal;
 
-use incoming::{Connections, Incoming};
+use connection::Connections;
+use incoming::Incoming;
+use serving::Serving;
 use signal::Signals;
 
 /// Serves a tonic [`Router`] that is registered in etcd while it serves.
@@ -44,18 +48,37 @@ use signal::Signals;
 /// # }
 /// ```
 ///
-/// The order of things, at the start: bind, serve, register what was bound. At the end: deregister, go on accepting for the
-/// [grace period](RegistrationBuilder::grace_period) while clients learn of it, close the listener, tell the clients that are
-/// connected (GOAWAY), wait for calls in flight up to the [drain timeout](RegistrationBuilder::drain_timeout), cut what is left.
+/// At the start it binds, serves, and registers what was bound. The end is a lame duck's, each phase with its bound and a line in the log:
+///
+/// 1. The health service (feature `health`, [`RegistrationBuilder`]`::health`) says `NOT_SERVING` for every name: at once.
+/// 2. Deregister: etcd is told that the instance is leaving, and its lease is revoked. Up to the
+///    [deregister timeout](RegistrationBuilder::deregister_timeout), 5 s by default; what then is left goes with its lease.
+/// 3. Accept on while clients learn of it: for the [grace period](RegistrationBuilder::grace_period), 1 s by default.
+/// 4. Close the listener: new connections are refused from here on. Tell the clients that are connected (GOAWAY), and wait for calls in
+///    flight: up to the [drain timeout](RegistrationBuilder::drain_timeout), 20 s by default. Connections on which no client has begun
+///    to speak end after 200 ms, idle ones as soon as their clients have heard, watches on the health at once.
+/// 5. Cut what is left, which takes a second at most, and say how many connections that were: in the log, and in
+///    [`ServerState::Stopped`](crate::ServerState::Stopped).
+///
+/// [`server_states`](RegistrationBuilder::server_states) tells your program of each: a handler of an endless stream that ends it when the
+/// server drains need not be cut.
+///
+/// A server that must start while etcd is down needs a registry that does so, too: [`Registry::from_client`](crate::Registry::from_client)
+/// with a client whose `connect` does not authenticate, and so asks nothing of etcd; and a
+/// [`startup_timeout`](RegistrationBuilder::startup_timeout) as long as that may last. It serves meanwhile.
 ///
 /// Sockets have `TCP_NODELAY` and TCP keep-alive on; the router's own TCP settings do not apply, as with tonic's `serve_with_incoming`.
 pub trait ServeRegistered: Sized {
-    /// Serves until SIGTERM or SIGINT, and returns after a clean shutdown. A second signal ends it at once.
+    /// Serves until SIGTERM or SIGINT, and returns after a clean shutdown.
+    ///
+    /// A second signal means now: the listener and every connection end at once, without a grace period. Only a deregistration that
+    /// is still under way gets 500 ms more: an etcd that answers needs a fraction of that, and without it clients would dial a dead
+    /// server until its lease runs out.
     ///
     /// # Errors
     ///
     /// A socket that cannot be bound, a registration that is refused, and a server that fails come back as themselves; after each of
-    /// them nothing is registered and nothing is served.
+    /// them nothing is registered and nothing is served. That connections had to be cut is no error.
     ///
     /// # Cancel safety
     ///
@@ -66,7 +89,8 @@ pub trait ServeRegistered: Sized {
         registration: RegistrationBuilder,
     ) -> impl Future<Output = Result<(), ServeError>> + Send;
 
-    /// Serves until `signal` completes, and returns after a clean shutdown. SIGTERM and SIGINT are left alone.
+    /// Serves until `signal` completes, and returns after a clean shutdown. SIGTERM and SIGINT are left alone. To end it at once, drop
+    /// the future.
     ///
     /// # Errors
     ///
@@ -101,26 +125,15 @@ where
         registration: RegistrationBuilder,
     ) -> Result<(), ServeError> {
         let mut signals = Signals::install().map_err(ServeError::Signal)?;
-        let (stop, stopped) = tokio::sync::oneshot::channel::<Infallible>();
-        let mut stop = Some(stop);
-        let mut serving =
-            std::pin::pin!(
-                self.serve_registered_with_shutdown(address, registration, async {
-                    // Ends when `stop` is dropped.
-                    let _ = stopped.await;
-                })
-            );
-        loop {
-            tokio::select! {
-                outcome = &mut serving => return outcome,
-                () = signals.recv() => if stop.take().is_some() {
-                    tracing::info!("shutting down; a second signal ends it at once");
-                } else {
-                    tracing::warn!("second signal: ending at once");
-                    return Ok(());
-                }
-            }
-        }
+        #[expect(
+            clippy::async_yields_async,
+            reason = "the first signal gives the second one"
+        )]
+        let stop = async move {
+            signals.recv().await;
+            async move { signals.recv().await }
+        };
+        serve(self, address, registration, stop).await
     }
 
     async fn serve_registered_with_shutdown<F>(
@@ -132,121 +145,51 @@ where
     where
         F: Future<Output = ()> + Send,
     {
-        registration.check()?;
-        let bind = |source| ServeError::Bind { address, source };
-        let connections = Connections::default();
-        let incoming = Incoming::bind(address, connections.clone()).map_err(bind)?;
-        let bound = incoming.local_addr().map_err(bind)?;
-        let close = connections.drained();
-        let server = tokio::spawn(
-            self.serve_with_incoming_shutdown(incoming, close)
-                .in_current_span(),
-        );
-        let server = Serving {
-            task: server,
-            connections,
-            grace: registration.grace_period,
-            drain: registration.drain_timeout,
+        #[expect(
+            clippy::async_yields_async,
+            reason = "it gives what means now, which never comes"
+        )]
+        let stop = async {
+            signal.await;
+            pending()
         };
-        server.run(bound, registration, signal).await
+        serve(self, address, registration, stop).await
     }
 }
 
-/// A server that has been started.
-struct Serving {
-    task: tokio::task::JoinHandle<Result<(), tonic::transport::Error>>,
-    connections: Connections,
-    grace: Duration,
-    drain: Duration,
-}
-
-impl Drop for Serving {
-    fn drop(&mut self) {
-        // Ends the accept loop and the connections as well, where the task alone would leave those to themselves.
-        self.connections.drain();
-        self.connections.cut();
-    }
-}
-
-impl Serving {
-    async fn run(
-        mut self,
-        bound: SocketAddr,
-        registration: RegistrationBuilder,
-        signal: impl Future<Output = ()>,
-    ) -> Result<(), ServeError> {
-        tracing::info!(%bound, "serving");
-        let startup_timeout = registration.startup_timeout;
-        let registration = match registration.start(Some(bound)).await {
-            Ok(registration) => registration,
-            Err(error) => return Err(self.stop(error).await),
-        };
-        let registered = async {
-            registration.registered(startup_timeout).await?;
-            tracing::info!(%bound, key = registration.key(), address = %registration.address(), "registered");
-            pending::<Result<Infallible, RegisterError>>().await
-        };
-        tokio::select! {
-            outcome = self.ended() => {
-                deregister(registration).await;
-                outcome
-            }
-            // It has either failed or goes on for ever.
-            Err(error) = registered => {
-                deregister(registration).await;
-                Err(self.stop(error).await)
-            }
-            () = signal => self.shut_down(registration).await,
+/// Binds, serves, and registers what was bound.
+async fn serve<L, ResBody, N>(
+    router: Router<L>,
+    address: SocketAddr,
+    registration: RegistrationBuilder,
+    stop: impl Future<Output = N>,
+) -> Result<(), ServeError>
+where
+    L: Layer<Routes> + Send + 'static,
+    L::Service:
+        Service<http::Request<Body>, Response = http::Response<ResBody>> + Clone + Send + 'static,
+    <L::Service as Service<http::Request<Body>>>::Future: Send,
+    <L::Service as Service<http::Request<Body>>>::Error: Into<tower::BoxError> + Send,
+    ResBody: HttpBody<Data = bytes::Bytes> + Send + 'static,
+    ResBody::Error: Into<tower::BoxError>,
+    N: Future<Output = ()>,
+{
+    registration.check()?;
+    let bind = |source| ServeError::Bind { address, source };
+    let connections = Connections::default();
+    let incoming = Incoming::bind(address, connections.clone()).map_err(bind)?;
+    let bound = incoming.local_addr().map_err(bind)?;
+    #[cfg(feature = "health")]
+    let router = match registration.serve.health.clone() {
+        Some(health) => {
+            let states = registration.server_states();
+            router.add_service(health::service(health, states).await)
         }
-    }
-
-    /// Waits for a server that ends by itself.
-    async fn ended(&mut self) -> Result<(), ServeError> {
-        match (&mut self.task).await {
-            Ok(outcome) => outcome.map_err(ServeError::from),
-            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-            // Only a runtime that is shutting down cancels it.
-            Err(_) => pending().await,
-        }
-    }
-
-    /// Ends the server because it could not be registered. No client has been told of it, so nobody is waited for.
-    async fn stop(mut self, error: RegisterError) -> ServeError {
-        self.connections.drain();
-        self.connections.cut();
-        match self.ended().await {
-            Ok(()) => error.into(),
-            Err(failed) => failed,
-        }
-    }
-
-    async fn shut_down(mut self, registration: Registration) -> Result<(), ServeError> {
-        deregister(registration).await;
-        tracing::info!(grace = ?self.grace, "accepting on while clients learn");
-        tokio::select! {
-            () = sleep(self.grace) => {}
-            outcome = self.ended() => return outcome,
-        }
-        self.connections.drain();
-        tracing::info!(connections = self.connections.open(), timeout = ?self.drain, "draining");
-        if let Ok(outcome) = timeout(self.drain, self.ended()).await {
-            return outcome;
-        }
-        tracing::warn!(
-            connections = self.connections.open(),
-            "the drain timeout has passed: cutting the connections that are left"
-        );
-        self.connections.cut();
-        self.ended().await
-    }
-}
-
-async fn deregister(registration: Registration) {
-    let key = registration.key().to_owned();
-    match registration.deregister().await {
-        Ok(()) => tracing::info!(key, "deregistered"),
-        Err(error) => {
-            tracing::warn!(key, %error, "could not deregister; the entry goes with its lease");
-        }
-    }
+        None => router,
+    };
+    // The listener ends by itself; with a signal, if only one that never comes, tonic waits for the connections then.
+    let serving = router.serve_with_incoming_shutdown(incoming, pending());
+    let task = tokio::spawn(serving.in_current_span());
+    let server = Serving::new(task, connections, &registration.serve);
+    server.run(bound, registration, stop).await
 }

@@ -3,9 +3,9 @@
     dead_code,
     unreachable_pub,
     clippy::missing_panics_doc,
+    clippy::print_stdout,
     clippy::unwrap_used,
     clippy::panic,
-    clippy::print_stdout,
     reason = "each test file uses its part; a failed step here is a failed test"
 )]
 
@@ -16,21 +16,27 @@ use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
-use tonic::transport::Server;
+use tonic::transport::server::Router;
+use tonic::transport::{Channel, Server};
 use tonic_etcd::testing::Etcd;
 use tonic_etcd::{RegistrationBuilder, Registry, Resolver, ServeError, ServeRegistered};
 
+pub mod authority;
 pub mod backend;
 pub mod callers;
+pub mod counting;
 #[path = "../../examples/greeter/mod.rs"]
 pub mod greeter;
+pub mod program;
 pub mod proxy;
 pub mod relay;
 pub mod roles;
+#[cfg(feature = "tls")]
 pub mod tls;
 
-use greeter::NamedGreeter;
+use greeter::greeter_client::GreeterClient;
 use greeter::greeter_server::GreeterServer;
+use greeter::{HelloRequest, NamedGreeter};
 
 pub const SERVICE: &str = "helloworld.Greeter";
 
@@ -44,6 +50,72 @@ pub async fn etcd() -> Etcd {
 
 pub async fn registry(etcd: &Etcd) -> Registry {
     Registry::connect(etcd.endpoints()).await.unwrap()
+}
+
+/// An etcd, and a service in it that is watched.
+pub struct World {
+    pub etcd: Etcd,
+    pub registry: Registry,
+    pub resolver: Resolver,
+}
+
+impl World {
+    pub async fn new() -> Self {
+        let etcd = etcd().await;
+        let registry = registry(&etcd).await;
+        let resolver = registry.resolver("greeter");
+        Self {
+            etcd,
+            registry,
+            resolver,
+        }
+    }
+
+    /// A registration for the service, with hardly a grace period.
+    pub fn registration(&self) -> RegistrationBuilder {
+        self.registry
+            .registration("greeter")
+            .grace_period(Duration::from_millis(10))
+    }
+
+    /// Starts a server and waits until it is found; says where.
+    pub async fn start(&self, registration: RegistrationBuilder) -> (Registered, String) {
+        let server = Registered::start("alpha", "127.0.0.1:0", registration);
+        (server, self.the_one().await)
+    }
+
+    /// Waits until exactly so many instances are known.
+    pub async fn counts(&self, instances: usize) {
+        eventually("the instances are known", async || {
+            self.resolver.instances().len() == instances
+        })
+        .await;
+    }
+
+    /// Waits until exactly one instance is known, and gives its address.
+    pub async fn the_one(&self) -> String {
+        self.counts(1).await;
+        addresses(&self.resolver).remove(0)
+    }
+
+    /// The keys that etcd holds.
+    pub async fn keys(&self) -> usize {
+        list(&client(&self.etcd).await, "/").await.len()
+    }
+}
+
+pub fn hello() -> HelloRequest {
+    HelloRequest {
+        name: "test".to_owned(),
+        replies: 1,
+    }
+}
+
+/// A client of tonic's own for one server.
+pub async fn connect(address: &str) -> GreeterClient<Channel> {
+    GreeterClient::connect(format!("http://{address}"))
+        .await
+        .unwrap()
 }
 
 /// A plain client, for what `etcdctl` would do.
@@ -115,9 +187,13 @@ pub struct Registered {
 
 impl Registered {
     pub fn start(name: &str, address: &str, registration: RegistrationBuilder) -> Self {
+        let greeter = GreeterServer::new(NamedGreeter(name.to_owned()));
+        let router = Server::builder().add_service(greeter);
+        Self::serve(router, address, registration)
+    }
+
+    pub fn serve(router: Router, address: &str, registration: RegistrationBuilder) -> Self {
         let (stop, stopped) = oneshot::channel();
-        let router =
-            Server::builder().add_service(GreeterServer::new(NamedGreeter(name.to_owned())));
         let address = address.parse().unwrap();
         let task = tokio::spawn(async move {
             router
@@ -136,6 +212,7 @@ impl Registered {
         drop(self.stop.take());
     }
 
+    /// Stops it and waits for its end.
     pub async fn stopped(mut self) -> Result<(), ServeError> {
         self.stop();
         timeout(SOON, self.task).await.unwrap().unwrap()

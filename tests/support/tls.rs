@@ -1,52 +1,67 @@
-//! A certificate authority and what it has signed, made by openssl.
+//! A certificate for this machine, made by openssl.
 
-use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
 
-pub struct Authority(tempfile::TempDir);
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+use tonic::transport::{Certificate, ClientTlsConfig, Identity, ServerTlsConfig};
 
-impl Authority {
+pub type TlsStream = tokio_rustls::client::TlsStream<tokio::net::TcpStream>;
+
+/// A self-signed certificate for `localhost`.
+pub struct Localhost {
+    certificate: Vec<u8>,
+    key: Vec<u8>,
+}
+
+impl Localhost {
     pub fn new() -> Self {
-        let this = Self(tempfile::tempdir().unwrap());
-        this.openssl("req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -days 2 -subj /CN=ca -addext basicConstraints=critical,CA:TRUE");
-        this
-    }
-
-    /// Signs a certificate for 127.0.0.1 and a common name, in `<file>.pem` and `<file>.key`.
-    pub fn sign(&self, file: &str, name: &str) {
-        self.openssl(&format!(
-            "req -newkey rsa:2048 -nodes -keyout new.key -out new.csr -subj /CN={name}"
-        ));
-        let extensions =
-            "subjectAltName=IP:127.0.0.1,DNS:etcd\nextendedKeyUsage=serverAuth,clientAuth\n";
-        std::fs::write(self.path("extensions"), extensions).unwrap();
-        self.openssl("x509 -req -in new.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out new.pem -days 2 -extfile extensions");
-        // What reads the files meanwhile finds the old ones or the new ones.
-        std::fs::rename(self.path("new.key"), self.path(&format!("{file}.key"))).unwrap();
-        std::fs::rename(self.path("new.pem"), self.path(&format!("{file}.pem"))).unwrap();
-    }
-
-    /// A pair of keys for tokens, in `token.key` and `token.pub`.
-    pub fn token_keys(&self) {
-        self.openssl("genrsa -out token.key 2048");
-        self.openssl("rsa -in token.key -pubout -out token.pub");
-    }
-
-    pub fn path(&self, file: &str) -> PathBuf {
-        self.0.path().join(file)
-    }
-
-    pub fn read(&self, file: &str) -> Vec<u8> {
-        std::fs::read(self.path(file)).unwrap()
-    }
-
-    fn openssl(&self, arguments: &str) {
+        let folder = tempfile::tempdir().unwrap();
+        let arguments = "req -x509 -newkey rsa:2048 -nodes -keyout key -out certificate -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost -addext basicConstraints=critical,CA:FALSE";
         let output = Command::new("openssl")
             .args(arguments.split(' '))
-            .current_dir(self.0.path())
+            .current_dir(folder.path())
             .output()
             .expect("openssl is installed");
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{said}");
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        let read = |name: &str| std::fs::read(folder.path().join(name)).unwrap();
+        Self {
+            certificate: read("certificate"),
+            key: read("key"),
+        }
+    }
+
+    pub fn server(&self) -> ServerTlsConfig {
+        ServerTlsConfig::new().identity(Identity::from_pem(&self.certificate, &self.key))
+    }
+
+    pub fn client(&self) -> ClientTlsConfig {
+        ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(&self.certificate))
+            .domain_name("localhost")
+    }
+
+    /// Connects and shakes hands, and says nothing further.
+    pub async fn connect(&self, address: &str) -> TlsStream {
+        let mut roots = RootCertStore::empty();
+        roots
+            .add(CertificateDer::from_pem_slice(&self.certificate).unwrap())
+            .unwrap();
+        let mut config = ClientConfig::builder()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        config.alpn_protocols.push(b"h2".to_vec());
+        let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        TlsConnector::from(Arc::new(config))
+            .connect(ServerName::try_from("localhost").unwrap(), stream)
+            .await
+            .unwrap()
     }
 }

@@ -6,7 +6,7 @@ use tower::discover::Change;
 
 use super::{Class, Driver, Known, State, SubchannelId};
 use crate::address::Address;
-use crate::balance::endpoint::{Endpoint, EndpointState, Tally};
+use crate::balance::endpoint::{Endpoint, Tally};
 use crate::balance::feed::Batch;
 use crate::balance::outlier::Ejection;
 use crate::balance::subchannel::{ConnectBackoff, Subchannel};
@@ -77,6 +77,7 @@ impl Driver {
             subchannels: Vec::new(),
             class: Class::Failing,
             ejection: Ejection::default(),
+            started: None,
             judged: Tally::default(),
         };
         self.known.insert(address.clone(), known);
@@ -146,11 +147,7 @@ impl Driver {
                 self.draining.push((Arc::clone(&known.endpoint), draining));
             }
         }
-        if drains {
-            known.endpoint.set_state(EndpointState::Draining);
-        } else {
-            self.shared.directory().remove(address);
-        }
+        self.removed.push((known.endpoint, drains));
         self.summary.endpoints = self.known.len();
         self.publish_now();
     }
@@ -158,26 +155,6 @@ impl Driver {
     pub(super) fn evict(&mut self, id: SubchannelId) {
         if self.primary.remove(&id) || self.last_resort.remove(&id) {
             self.publish_now();
-        }
-    }
-
-    pub(super) fn grow(&mut self) {
-        let limit = self.options.connections_per_endpoint + 1;
-        let full = |known: &Known| {
-            !known.instance.is_last_resort()
-                && known.subchannels.len() < limit
-                && known.subchannels.iter().all(|id| {
-                    matches!(self.subchannels.get(id), Some((_, State::Ready(ready))) if ready.member().is_full())
-                })
-        };
-        let full: Vec<_> = self.known.iter().filter(|(_, known)| full(known)).collect();
-        let full: Vec<_> = full
-            .into_iter()
-            .map(|(address, _)| address.clone())
-            .collect();
-        for address in full {
-            tracing::debug!(%address, "every stream is in use: one more connection");
-            self.add_subchannel(&address, true);
         }
     }
 }

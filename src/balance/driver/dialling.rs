@@ -8,10 +8,10 @@ use tokio::time::Instant;
 
 use super::{DialId, Driver, State, SubchannelId};
 use crate::address::Address;
-use crate::balance::EndpointError;
 use crate::balance::endpoint::Member;
 use crate::balance::load::Load;
 use crate::balance::subchannel::{Connecting, Lost, Subchannel};
+use crate::balance::{EndpointError, OnRefused};
 use crate::transport::connect::DialError;
 use crate::transport::http2::{Connection, Leave};
 
@@ -122,6 +122,7 @@ impl Driver {
         let dial = !known.instance.is_last_resort();
         let ready = State::Ready(subchannel.connected(member));
         self.subchannels.insert(id, (address.clone(), ready));
+        self.start_slowly(address, Instant::now());
         self.place(id);
         // Only an endpoint that answers is worth its other connections.
         for _ in 0..missing {
@@ -147,6 +148,9 @@ impl Driver {
             tracing::debug!(%address, %reason, "endpoint still failing");
         }
         self.note(address, reason.into());
+        if let Some(OnRefused(tell)) = &self.options.on_refused {
+            tell(address);
+        }
         self.timers.push(Reverse((failed.until(), id)));
         let failed = State::TransientFailure(failed);
         self.subchannels.insert(id, (address.clone(), failed));

@@ -49,12 +49,12 @@ impl Driver {
         };
         let ejected = subchannel.is_stalled() || known.ejection.is_ejected();
         known.endpoint.set_ejected(ejected);
+        let weight = self.share(known, Instant::now());
         let (here, there) = if ejected || known.instance.is_last_resort() {
             (&mut self.last_resort, &mut self.primary)
         } else {
             (&mut self.primary, &mut self.last_resort)
         };
-        let weight = known.instance.weight();
         let moved = there.remove(&id);
         if !here.contains(&id) {
             here.insert(id, Arc::clone(subchannel.member()), weight);

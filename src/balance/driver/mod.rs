@@ -26,6 +26,8 @@ mod changes;
 mod dialling;
 mod ejection;
 mod publish;
+mod size;
+mod slow_start;
 
 /// A subchannel's number, never used twice.
 type SubchannelId = u64;
@@ -47,6 +49,8 @@ struct Known {
     subchannels: Vec<SubchannelId>,
     class: Class,
     ejection: Ejection,
+    /// When it became ready, while its share still grows.
+    started: Option<Instant>,
     /// What it had done when the last interval of the outlier detection ended.
     judged: Tally,
 }
@@ -75,6 +79,8 @@ pub(super) struct Driver {
     subchannels: HashMap<SubchannelId, (Address, State)>,
     next_id: SubchannelId,
     draining: Vec<(Arc<Endpoint>, Subchannel<Draining>)>,
+    /// Removed since the last set was published, and whether calls are in flight there. They are shown until no pick can find them.
+    removed: Vec<(Arc<Endpoint>, bool)>,
 
     /// Idle subchannels that want a connection.
     queue: VecDeque<SubchannelId>,
@@ -96,6 +102,10 @@ pub(super) struct Driver {
     /// When the set is to be published, if it has changed.
     publish_at: Option<Instant>,
     refresh_at: Instant,
+    /// Endpoints whose share still grows.
+    starting: Vec<Address>,
+    /// Endpoints with a connection more than they are to have, and since when.
+    grown: HashMap<Address, Instant>,
     /// When outliers are looked for next, if they are.
     sweep_at: Option<Instant>,
     /// The pool's median latency as of the last refresh: looked for at each join it would make loading a large set quadratic.
@@ -120,6 +130,7 @@ impl Driver {
             subchannels: HashMap::new(),
             next_id: 0,
             draining: Vec::new(),
+            removed: Vec::new(),
             queue: VecDeque::new(),
             dials: JoinSet::new(),
             dialling: HashMap::new(),
@@ -133,6 +144,8 @@ impl Driver {
             summary: Summary::default(),
             pending: 0,
             joined: Vec::new(),
+            starting: Vec::new(),
+            grown: HashMap::new(),
             publish_at: None,
             refresh_at: Instant::now() + REFRESH,
             median: 0.0,

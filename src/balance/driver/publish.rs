@@ -13,21 +13,17 @@ use crate::balance::load::{Ticks, median};
 
 impl Driver {
     pub(super) fn refresh(&mut self, now: Instant) {
+        self.grow_shares(now);
+        self.shrink(now);
         self.median = self.find_median();
         let now = Ticks::at(now, self.shared.started);
         for member in self.primary.members().chain(self.last_resort.members()) {
             member.load().refresh(self.median, now);
         }
-        let mut directory = self.shared.directory();
         self.draining.retain(|(endpoint, subchannel)| {
             let drained = subchannel.is_drained();
-            // The address may have been registered again, with an endpoint of its own.
-            if drained
-                && directory
-                    .get(endpoint.address())
-                    .is_some_and(|known| Arc::ptr_eq(known, endpoint))
-            {
-                directory.remove(endpoint.address());
+            if drained {
+                self.shared.forget(endpoint);
             }
             !drained
         });
@@ -129,6 +125,13 @@ impl Driver {
             }
         }
         self.shared.changed.notify_waiters();
+        for (endpoint, drains) in self.removed.drain(..) {
+            if drains {
+                endpoint.set_state(EndpointState::Draining);
+            } else {
+                self.shared.forget(&endpoint);
+            }
+        }
     }
 }
 

@@ -414,6 +414,42 @@ async fn a_removed_endpoint_gets_no_more_calls_and_finishes_those_it_has() {
     .await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_endpoint_that_is_not_listed_any_more_is_not_picked_any_more() {
+    const ENDPOINTS: usize = 400;
+    let raw = Raw::start(|_| ());
+    let to = raw.address;
+    let (changes, stream) = mpsc::unbounded_channel();
+    let channel = BalancedChannel::builder()
+        .connector(move |_| tokio::net::TcpStream::connect(to))
+        .from_discover(UnboundedReceiverStream::new(stream));
+    let address = |index: usize| format!("10.0.{}.{}:1", index / 256, index % 256);
+    for index in 0..ENDPOINTS {
+        insert(&changes, instance(&address(index)));
+    }
+    ready(&channel, ENDPOINTS).await;
+    // One batch, in which the first removals are seen while the last are still being made.
+    for index in 1..ENDPOINTS {
+        remove(&changes, &address(index));
+    }
+    let shared = channel.0.shared();
+    loop {
+        let listed = channel.endpoints();
+        let crate::balance::Pick::Taken(ticket) = shared.pick(|_| true) else {
+            unreachable!("one endpoint stays");
+        };
+        let picked = ticket.endpoint().address();
+        assert!(
+            listed.iter().any(|status| status.address == *picked),
+            "{picked} was picked when only {} were listed",
+            listed.len()
+        );
+        if listed.len() == 1 {
+            break;
+        }
+    }
+}
+
 #[tokio::test]
 async fn attributes_change_in_place() {
     // Latencies of servers in one busy process differ by more than noise; calls in flight do not.

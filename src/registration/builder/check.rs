@@ -41,6 +41,15 @@ impl RegistrationBuilder {
         })
     }
 
+    /// The service that is registered; none at an exact key.
+    #[cfg(feature = "health")]
+    pub(in crate::registration) fn service_name(&self) -> Option<&str> {
+        match &self.target {
+            Target::Service { service, .. } => Some(service),
+            Target::Key(_) => None,
+        }
+    }
+
     fn name(&self) -> &str {
         match &self.target {
             Target::Service { service, .. } => service,

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use super::serve::ServeOptions;
 use super::{Registration, RegistrationState};
 use crate::address::AddressPolicy;
 use crate::error::RegisterError;
@@ -38,8 +39,7 @@ pub struct RegistrationBuilder {
     format: Format,
     pub(crate) startup_timeout: Duration,
     pub(super) deregister_timeout: Duration,
-    pub(crate) grace_period: Duration,
-    pub(crate) drain_timeout: Duration,
+    pub(crate) serve: ServeOptions,
     pub(super) states: watch::Sender<RegistrationState>,
 }
 
@@ -103,8 +103,7 @@ impl RegistrationBuilder {
             format: Format::default(),
             startup_timeout: STARTUP_TIMEOUT,
             deregister_timeout: DEREGISTER_TIMEOUT,
-            grace_period: GRACE_PERIOD,
-            drain_timeout: DRAIN_TIMEOUT,
+            serve: ServeOptions::default(),
             states: watch::Sender::new(RegistrationState::Registering { last_error: None }),
         }
     }
@@ -217,21 +216,6 @@ impl RegistrationBuilder {
         self
     }
 
-    /// Only for [`ServeRegistered`](crate::ServeRegistered): how long a server goes on accepting connections after it was
-    /// deregistered, so that every client has learned of it first. Default 1 s, many times what a watch event takes.
-    pub fn grace_period(mut self, grace: Duration) -> Self {
-        self.grace_period = grace;
-        self
-    }
-
-    /// Only for [`ServeRegistered`](crate::ServeRegistered): how long calls in flight may take after the listener was closed; what is
-    /// left then is cut. Default 20 s: with 5 s for a deregistration and 1 s of grace it stays inside the 30 s that Kubernetes grants
-    /// a pod to end.
-    pub fn drain_timeout(mut self, timeout: Duration) -> Self {
-        self.drain_timeout = timeout;
-        self
-    }
-
     /// The registration's state as a watch, from before it is registered: for those who hand the builder to a server and keep this.
     #[must_use]
     pub fn states(&self) -> watch::Receiver<RegistrationState> {
@@ -288,5 +272,3 @@ impl RegistrationBuilder {
 const DEFAULT_TTL: Duration = Duration::from_secs(15);
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(30);
 const DEREGISTER_TIMEOUT: Duration = Duration::from_secs(5);
-const GRACE_PERIOD: Duration = Duration::from_secs(1);
-const DRAIN_TIMEOUT: Duration = Duration::from_secs(20);

@@ -1,0 +1,156 @@
+//! The health service of a server that registers itself: a reporter's word while it serves, `NOT_SERVING` for every name once it is told
+//! to stop.
+//!
+//! A reporter alone could not say that: it does not tell which names it knows, and the watches on them would hold up the drain.
+
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use tokio::sync::watch;
+use tokio_stream::Stream;
+use tokio_stream::wrappers::WatchStream;
+use tonic::{Request, Response, Status};
+use tonic_health::ServingStatus;
+use tonic_health::pb::health_check_response::ServingStatus as Wire;
+use tonic_health::pb::health_server::{Health, HealthServer};
+use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
+use tonic_health::server::{HealthService, WatchStream as Reported};
+
+use crate::registration::{Health as Source, ServerState};
+
+/// The service to add to the router.
+pub(super) async fn service(
+    source: Source,
+    states: watch::Receiver<ServerState>,
+) -> HealthServer<LameDuck> {
+    let Source { reporter, service } = source;
+    if let Some(service) = service {
+        let serving = ServingStatus::Serving;
+        reporter.set_service_status(service, serving).await;
+    }
+    HealthServer::new(LameDuck {
+        reported: HealthService::from_health_reporter(reporter),
+        states,
+    })
+}
+
+/// A health service that knows when its server is told to stop.
+#[derive(Debug)]
+pub(super) struct LameDuck {
+    reported: HealthService,
+    states: watch::Receiver<ServerState>,
+}
+
+#[tonic::async_trait]
+impl Health for LameDuck {
+    async fn check(
+        &self,
+        request: Request<HealthCheckRequest>,
+    ) -> Result<Response<HealthCheckResponse>, Status> {
+        // A name that nobody knows stays unknown.
+        let reported = self.reported.check(request).await?;
+        if self.states.borrow().is_stopping() {
+            return Ok(Response::new(not_serving()));
+        }
+        Ok(reported)
+    }
+
+    type WatchStream = Watching;
+
+    async fn watch(
+        &self,
+        request: Request<HealthCheckRequest>,
+    ) -> Result<Response<Watching>, Status> {
+        let reported = self.reported.watch(request).await?.into_inner();
+        Ok(Response::new(Watching {
+            reported,
+            states: WatchStream::new(self.states.clone()),
+            stopping: false,
+            draining: false,
+            last: None,
+        }))
+    }
+}
+
+/// The statuses of one name. It ends when the listener closes: by then its watcher has been told, and an open call holds up the drain.
+#[derive(Debug)]
+pub(super) struct Watching {
+    reported: Reported,
+    states: WatchStream<ServerState>,
+    stopping: bool,
+    draining: bool,
+    /// What was sent last.
+    last: Option<HealthCheckResponse>,
+}
+
+impl Watching {
+    /// The next status; a repeated one is not news.
+    fn poll_status(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<HealthCheckResponse, Status>>> {
+        while !self.draining
+            && let Poll::Ready(state) = Pin::new(&mut self.states).poll_next(cx)
+        {
+            let state = state.as_ref();
+            self.stopping = state.is_none_or(ServerState::is_stopping);
+            self.draining = state.is_none_or(ServerState::is_draining);
+        }
+        if !self.stopping {
+            return Pin::new(&mut self.reported).poll_next(cx);
+        }
+        // It is said even if the server drains already, so that nobody who watches is left with `SERVING`.
+        if self.last != Some(not_serving()) {
+            return Poll::Ready(Some(Ok(not_serving())));
+        }
+        if self.draining {
+            return Poll::Ready(None);
+        }
+        Poll::Pending
+    }
+}
+
+impl Stream for Watching {
+    type Item = Result<HealthCheckResponse, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let status = ready!(self.poll_status(cx));
+        if let Some(Ok(status)) = &status {
+            self.last = Some(*status);
+        }
+        Poll::Ready(status)
+    }
+}
+
+fn not_serving() -> HealthCheckResponse {
+    HealthCheckResponse {
+        status: Wire::NotServing.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio_stream::StreamExt;
+    use tonic_health::server::HealthReporter;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_watcher_that_was_not_polled_meanwhile_is_told_before_its_stream_ends() {
+        let (states, receiver) = watch::channel(ServerState::Serving);
+        let health = LameDuck {
+            reported: HealthService::from_health_reporter(HealthReporter::new()),
+            states: receiver,
+        };
+        let request = Request::new(HealthCheckRequest::default());
+        let response = Health::watch(&health, request).await.expect("a watch");
+        let mut watching = response.into_inner();
+        let first = watching.next().await.expect("a status").expect("no error");
+        assert_eq!(first.status(), Wire::Serving);
+        states.send_replace(ServerState::LameDuck);
+        states.send_replace(ServerState::Draining);
+        let last = watching.next().await.expect("a status").expect("no error");
+        assert_eq!(last, not_serving());
+        assert!(watching.next().await.is_none());
+    }
+}

@@ -1,0 +1,160 @@
+//! The health service of a registered server.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a failed step is a failed test"
+)]
+
+mod support;
+
+use std::time::Duration;
+
+use support::{Registered, SOON, World};
+use tokio::time::timeout;
+use tonic::transport::Channel;
+use tonic::{Code, Status, Streaming};
+use tonic_etcd::ServerState;
+use tonic_health::ServingStatus;
+use tonic_health::pb::health_check_response::ServingStatus as Wire;
+use tonic_health::pb::health_client::HealthClient;
+use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};
+use tonic_health::server::HealthReporter;
+
+async fn connect(address: &str) -> HealthClient<Channel> {
+    let endpoint = Channel::from_shared(format!("http://{address}")).unwrap();
+    HealthClient::new(endpoint.connect().await.unwrap())
+}
+
+fn of(service: &str) -> HealthCheckRequest {
+    let service = service.to_owned();
+    HealthCheckRequest { service }
+}
+
+async fn check(client: &mut HealthClient<Channel>, service: &str) -> Result<Wire, Status> {
+    let response = client.check(of(service)).await?;
+    Ok(response.into_inner().status())
+}
+
+/// The next status of a watch; none at its end.
+async fn next(watch: &mut Streaming<HealthCheckResponse>) -> Option<Wire> {
+    let next = timeout(SOON, watch.message()).await.unwrap().unwrap();
+    next.map(|response| response.status())
+}
+
+async fn not_found(client: &mut HealthClient<Channel>, service: &str) {
+    let status = check(client, service).await.unwrap_err();
+    assert_eq!(status.code(), Code::NotFound);
+}
+
+#[tokio::test]
+async fn watchers_are_told_before_the_entry_leaves_etcd_and_do_not_hold_up_the_end() {
+    let mut world = World::new().await;
+    let reporter = HealthReporter::new();
+    let serving = ServingStatus::Serving;
+    reporter.set_service_status("other", serving).await;
+    let registration = world
+        .registration()
+        .deregister_timeout(Duration::from_secs(600))
+        .drain_timeout(Duration::from_secs(600))
+        .health_reporter(reporter.clone());
+    let states = registration.server_states();
+    let (mut server, address) = world.start(registration).await;
+    let mut client = connect(&address).await;
+    let mut watches = Vec::new();
+    for service in ["", "other"] {
+        let mut watch = client.watch(of(service)).await.unwrap().into_inner();
+        assert_eq!(next(&mut watch).await, Some(Wire::Serving));
+        watches.push(watch);
+    }
+    // While etcd does not answer nothing can leave it.
+    world.etcd.freeze(0).await.unwrap();
+    server.stop();
+    for watch in &mut watches {
+        assert_eq!(next(watch).await, Some(Wire::NotServing));
+    }
+    for client in [&mut client, &mut connect(&address).await] {
+        assert_eq!(check(client, "").await.unwrap(), Wire::NotServing);
+        // The reporter has no say any more.
+        reporter.set_service_status("other", serving).await;
+        assert_eq!(check(client, "other").await.unwrap(), Wire::NotServing);
+        not_found(client, "unknown").await;
+    }
+    assert_eq!(*states.borrow(), ServerState::LameDuck);
+    world.etcd.thaw(0).await.unwrap();
+    for watch in &mut watches {
+        assert_eq!(next(watch).await, None, "told once, and ended");
+    }
+    server.stopped().await.unwrap();
+    assert!(matches!(
+        *states.borrow(),
+        ServerState::Stopped {
+            connections_cut: 0,
+            ..
+        }
+    ));
+    assert_eq!(world.keys().await, 0);
+}
+
+#[tokio::test]
+async fn a_watcher_is_told_even_if_the_phases_rush_by() {
+    let mut world = World::new().await;
+    let registration = world
+        .registration()
+        .grace_period(Duration::ZERO)
+        .deregister_timeout(Duration::ZERO)
+        .health();
+    let (server, address) = world.start(registration).await;
+    let mut client = connect(&address).await;
+    let mut watch = client.watch(of("greeter")).await.unwrap().into_inner();
+    assert_eq!(next(&mut watch).await, Some(Wire::Serving));
+    world.etcd.freeze(0).await.unwrap();
+    server.stopped().await.unwrap();
+    assert_eq!(next(&mut watch).await, Some(Wire::NotServing));
+    assert_eq!(next(&mut watch).await, None);
+    world.etcd.thaw(0).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_server_tells_its_health_only_if_asked_to() {
+    let world = World::new().await;
+    let (server, address) = world.start(world.registration()).await;
+    let error = check(&mut connect(&address).await, "").await.unwrap_err();
+    assert_eq!(error.code(), Code::Unimplemented);
+    server.stopped().await.unwrap();
+    world.counts(0).await;
+    let (server, address) = world.start(world.registration().health()).await;
+    let mut client = connect(&address).await;
+    for service in ["", "greeter"] {
+        assert_eq!(check(&mut client, service).await.unwrap(), Wire::Serving);
+    }
+    not_found(&mut client, "unknown").await;
+    server.stopped().await.unwrap();
+    // At an exact key no service is known by name.
+    let registration = world.registry.registration_at("/greeter/1").health();
+    let mut states = registration.server_states();
+    let server = Registered::start("alpha", "127.0.0.1:0", registration);
+    let serving = states.wait_for(|state| *state == ServerState::Serving);
+    drop(timeout(SOON, serving).await.unwrap().unwrap());
+    server.stopped().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_a_reporter_says_is_passed_on() {
+    let world = World::new().await;
+    let reporter = HealthReporter::new();
+    let registration = world.registration().health_reporter(reporter.clone());
+    let (server, address) = world.start(registration).await;
+    let mut client = connect(&address).await;
+    not_found(&mut client, "greeter").await;
+    let (serving, not_serving) = (ServingStatus::Serving, ServingStatus::NotServing);
+    reporter.set_service_status("greeter", serving).await;
+    let mut watch = client.watch(of("greeter")).await.unwrap().into_inner();
+    assert_eq!(next(&mut watch).await, Some(Wire::Serving));
+    reporter.set_service_status("greeter", not_serving).await;
+    assert_eq!(next(&mut watch).await, Some(Wire::NotServing));
+    reporter.set_service_status("greeter", serving).await;
+    assert_eq!(next(&mut watch).await, Some(Wire::Serving));
+    reporter.clone().clear_service_status("greeter").await;
+    assert_eq!(next(&mut watch).await, None, "cleared");
+    server.stopped().await.unwrap();
+}

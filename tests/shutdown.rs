@@ -1,0 +1,475 @@
+//! The end of a server: its order, the bound of each phase, and what is cut.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a failed step is a failed test"
+)]
+
+mod support;
+
+use std::io::ErrorKind;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use support::counting::Counting;
+use support::greeter::greeter_client::GreeterClient;
+use support::greeter::greeter_server::GreeterServer;
+use support::greeter::{HelloReply, HelloRequest, NamedGreeter};
+use support::program::{example, line_with, lines, signal};
+use support::{Registered, SOON, World, client, connect, eventually, hello, list};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+use tonic::transport::{Channel, Server};
+use tonic_etcd::{ServeRegistered, ServerState};
+
+/// A call that goes on for as long as its caller likes.
+struct Chat {
+    names: mpsc::Sender<HelloRequest>,
+    replies: Streaming<HelloReply>,
+}
+
+impl Chat {
+    async fn start(client: &mut GreeterClient<Channel>) -> Self {
+        let (names, sent) = mpsc::channel(1);
+        let replies = client.chat(ReceiverStream::new(sent)).await.unwrap();
+        let mut chat = Self {
+            names,
+            replies: replies.into_inner(),
+        };
+        chat.goes_on().await;
+        chat
+    }
+
+    async fn goes_on(&mut self) {
+        self.names.send(hello()).await.unwrap();
+        let reply = self.replies.message().await;
+        reply.expect("the call goes on").expect("a reply");
+    }
+
+    async fn ends(mut self) {
+        drop(self.names);
+        assert!(self.replies.message().await.unwrap().is_none());
+    }
+}
+
+async fn reaches(states: &mut watch::Receiver<ServerState>, goal: fn(&ServerState) -> bool) {
+    timeout(SOON, states.wait_for(goal)).await.unwrap().unwrap();
+}
+
+fn connections_cut(states: &watch::Receiver<ServerState>) -> usize {
+    match *states.borrow() {
+        ServerState::Stopped {
+            connections_cut, ..
+        } => connections_cut,
+        state => panic!("still {state:?}"),
+    }
+}
+
+fn since(start: Instant) -> Duration {
+    Instant::now().saturating_duration_since(start)
+}
+
+#[tokio::test]
+async fn the_state_tells_of_each_phase() {
+    let world = World::new().await;
+    let registration = world.registration();
+    let mut states = registration.server_states();
+    assert_eq!(*states.borrow_and_update(), ServerState::Starting);
+    let seen = tokio::spawn(async move {
+        let mut seen = Vec::new();
+        while states.changed().await.is_ok() {
+            seen.push(*states.borrow_and_update());
+        }
+        seen
+    });
+    let (server, _) = world.start(registration).await;
+    server.stopped().await.unwrap();
+    let seen = seen.await.unwrap();
+    assert_eq!(
+        seen[..3],
+        [
+            ServerState::Serving,
+            ServerState::LameDuck,
+            ServerState::Draining
+        ]
+    );
+    assert!(
+        matches!(
+            seen[3..],
+            [ServerState::Stopped {
+                connections_cut: 0,
+                ..
+            }]
+        ),
+        "{seen:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_deregistration_without_an_answer_is_given_up_at_its_bound() {
+    let mut world = World::new().await;
+    let registration = world
+        .registration()
+        .deregister_timeout(Duration::from_millis(300));
+    let mut states = registration.server_states();
+    let (mut server, address) = world.start(registration).await;
+    world.etcd.freeze(0).await.unwrap();
+    let start = Instant::now();
+    server.stop();
+    reaches(&mut states, ServerState::is_stopping).await;
+    // Meanwhile everything is served.
+    connect(&address).await.say_hello(hello()).await.unwrap();
+    server.stopped().await.unwrap();
+    let took = since(start);
+    assert!(
+        took >= Duration::from_millis(310) && took < Duration::from_secs(2),
+        "{took:?}"
+    );
+    world.etcd.thaw(0).await.unwrap();
+}
+
+#[tokio::test]
+async fn clients_learn_before_the_listener_closes() {
+    let world = World::new().await;
+    let grace = Duration::from_millis(800);
+    let (mut server, address) = world.start(world.registration().grace_period(grace)).await;
+    let start = Instant::now();
+    server.stop();
+    world.counts(0).await;
+    // Who has not heard of it yet is still served.
+    let late = connect(&address).await.say_hello(hello()).await;
+    late.expect("during the grace period");
+    server.stopped().await.unwrap();
+    let took = since(start);
+    assert!(took >= grace && took < Duration::from_secs(3), "{took:?}");
+    assert!(TcpStream::connect(&address).await.is_err());
+}
+
+#[tokio::test]
+async fn idle_connections_end_at_once() {
+    let world = World::new().await;
+    let registration = world.registration();
+    let states = registration.server_states();
+    let (server, address) = world.start(registration).await;
+    let mut idle = Vec::new();
+    for _ in 0..10 {
+        let mut client = connect(&address).await;
+        client.say_hello(hello()).await.unwrap();
+        idle.push(client);
+    }
+    let start = Instant::now();
+    server.stopped().await.unwrap();
+    let took = since(start);
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    assert_eq!(connections_cut(&states), 0);
+}
+
+#[tokio::test]
+async fn while_calls_in_flight_are_waited_for_new_connections_are_refused() {
+    let world = World::new().await;
+    let registration = world.registration();
+    let mut states = registration.server_states();
+    let (mut server, address) = world.start(registration).await;
+    let mut chat = Chat::start(&mut connect(&address).await).await;
+    server.stop();
+    reaches(&mut states, ServerState::is_draining).await;
+    eventually("the listener is closed", async || {
+        TcpStream::connect(&address).await.is_err()
+    })
+    .await;
+    for _ in 0..10 {
+        let start = Instant::now();
+        let error = TcpStream::connect(&address).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
+        assert!(since(start) < Duration::from_millis(500));
+        chat.goes_on().await;
+    }
+    assert!(!server.task.is_finished());
+    chat.ends().await;
+    server.stopped().await.unwrap();
+    assert_eq!(connections_cut(&states), 0);
+}
+
+/// Reads until the other side ends the connection.
+async fn ends(mut connection: impl AsyncRead + Unpin) {
+    let mut bytes = Vec::new();
+    // It is closed, or reset because what was sent was never read.
+    let end = timeout(SOON, connection.read_to_end(&mut bytes)).await;
+    drop(end.expect("it is ended"));
+}
+
+#[tokio::test]
+async fn connections_that_never_began_are_ended_while_calls_go_on() {
+    let world = World::new().await;
+    let registration = world.registration();
+    let states = registration.server_states();
+    let (mut server, address) = world.start(registration).await;
+    let silent = TcpStream::connect(&address).await.unwrap();
+    let mut halting = TcpStream::connect(&address).await.unwrap();
+    halting.write_all(b"PRI * HTTP/2.0\r\n").await.unwrap();
+    let mut chat = Chat::start(&mut connect(&address).await).await;
+    server.stop();
+    ends(silent).await;
+    ends(halting).await;
+    chat.goes_on().await;
+    chat.ends().await;
+    server.stopped().await.unwrap();
+    assert_eq!(connections_cut(&states), 0);
+}
+
+/// Reads frames of HTTP/2 up to a GOAWAY; says whether there was one.
+async fn is_told_to_go_away(connection: &mut TcpStream) -> bool {
+    let mut header = [0; 9];
+    while connection.read_exact(&mut header).await.is_ok() {
+        if header[3] == 7 {
+            return true;
+        }
+        let length = usize::from(header[1]) << 8 | usize::from(header[2]);
+        let mut payload = vec![0; length];
+        connection.read_exact(&mut payload).await.unwrap();
+    }
+    false
+}
+
+#[tokio::test]
+async fn who_begins_just_after_the_listener_closed_is_still_heard() {
+    let world = World::new().await;
+    let registration = world.registration();
+    let mut states = registration.server_states();
+    let (mut server, address) = world.start(registration).await;
+    let mut late = TcpStream::connect(&address).await.unwrap();
+    server.stop();
+    reaches(&mut states, ServerState::is_draining).await;
+    // A round trip or two. What is waited for is that nothing happens.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    late.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        .await
+        .unwrap();
+    // Settings, none of them.
+    late.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
+    let told = timeout(SOON, is_told_to_go_away(&mut late)).await;
+    assert!(told.unwrap(), "a connection that is cut loses its calls");
+    drop(late);
+    server.stopped().await.unwrap();
+}
+
+#[cfg(feature = "tls")]
+#[tokio::test]
+async fn under_tls_connections_that_never_began_are_ended_while_calls_go_on() {
+    let world = World::new().await;
+    let registration = world.registration();
+    let states = registration.server_states();
+    let localhost = support::tls::Localhost::new();
+    let greeter = GreeterServer::new(NamedGreeter("secure".to_owned()));
+    let router = Server::builder()
+        .tls_config(localhost.server())
+        .unwrap()
+        .add_service(greeter);
+    let mut server = Registered::serve(router, "127.0.0.1:0", registration);
+    let address = world.the_one().await;
+    let no_handshake = TcpStream::connect(&address).await.unwrap();
+    let silent = localhost.connect(&address).await;
+    let mut halting = localhost.connect(&address).await;
+    halting.write_all(b"PRI * HTTP/2.0\r\n").await.unwrap();
+    halting.flush().await.unwrap();
+    let endpoint = Channel::from_shared(format!("https://{address}")).unwrap();
+    let endpoint = endpoint.tls_config(localhost.client()).unwrap();
+    let channel = endpoint.connect().await.unwrap();
+    let mut chat = Chat::start(&mut GreeterClient::new(channel)).await;
+    // One whose caller has heard nothing of its call yet.
+    let waiting = endpoint.connect().await.unwrap();
+    let (names, sent) = mpsc::channel(1);
+    let waiting = tokio::spawn(async move {
+        let names = ReceiverStream::new(sent);
+        GreeterClient::new(waiting).greet_all(names).await
+    });
+    names.send(hello()).await.unwrap();
+    server.stop();
+    ends(no_handshake).await;
+    ends(silent).await;
+    ends(halting).await;
+    chat.goes_on().await;
+    chat.ends().await;
+    assert!(!server.task.is_finished());
+    drop(names);
+    waiting.await.unwrap().expect("the call ends well");
+    server.stopped().await.unwrap();
+    assert_eq!(connections_cut(&states), 0);
+}
+
+#[tokio::test]
+async fn what_does_not_end_is_cut_at_the_deadline_and_counted() {
+    let world = World::new().await;
+    let registration = world
+        .registration()
+        .drain_timeout(Duration::from_millis(400));
+    let states = registration.server_states();
+    // A health service that knows nothing of the server's end.
+    let (_reporter, health) = tonic_health::server::health_reporter();
+    let router = Server::builder()
+        .add_service(GreeterServer::new(Counting::default()))
+        .add_service(health);
+    let mut server = Registered::serve(router, "127.0.0.1:0", registration);
+    let address = world.the_one().await;
+    let _silent = TcpStream::connect(&address).await.unwrap();
+    let _idle = connect(&address).await;
+    let mut endless = connect(&address).await;
+    let mut endless = endless.say_hellos(HelloRequest::default()).await.unwrap();
+    endless.get_mut().message().await.unwrap().expect("a reply");
+    // Never read, so that the server waits for its window.
+    let mut unread = connect(&address).await;
+    let unread = unread.say_hellos(HelloRequest::default()).await.unwrap();
+    let channel = Channel::from_shared(format!("http://{address}")).unwrap();
+    let channel = channel.connect().await.unwrap();
+    let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
+    let request = tonic_health::pb::HealthCheckRequest::default();
+    let mut health = health.watch(request).await.unwrap().into_inner();
+    health.message().await.unwrap().expect("a status");
+    let start = Instant::now();
+    server.stop();
+    server.stopped().await.unwrap();
+    let took = since(start);
+    assert!(
+        took >= Duration::from_millis(400) && took < Duration::from_secs(2),
+        "{took:?}"
+    );
+    assert_eq!(connections_cut(&states), 3);
+    while let Ok(reply) = endless.get_mut().message().await {
+        assert!(reply.is_some(), "the call did not end well");
+    }
+    health.message().await.expect_err("the call was cut");
+    drop(unread);
+}
+
+#[tokio::test]
+async fn an_endless_stream_that_follows_the_state_is_not_cut() {
+    let world = World::new().await;
+    let registration = world.registration();
+    let mut states = registration.server_states();
+    let (mut server, address) = world.start(registration).await;
+    let chat = Chat::start(&mut connect(&address).await).await;
+    server.stop();
+    reaches(&mut states, ServerState::is_draining).await;
+    chat.ends().await;
+    server.stopped().await.unwrap();
+    assert_eq!(connections_cut(&states), 0);
+}
+
+#[tokio::test]
+async fn a_server_that_is_dropped_says_what_it_cut() {
+    let world = World::new().await;
+    let registration = world.registration();
+    let mut states = registration.server_states();
+    let (server, address) = world.start(registration).await;
+    let chat = Chat::start(&mut connect(&address).await).await;
+    server.task.abort();
+    reaches(&mut states, ServerState::is_draining).await;
+    assert_eq!(connections_cut(&states), 1);
+    drop(chat);
+}
+
+/// The other tests of this file stop their servers by hand and take no notice of the signals that this one sends to its own process.
+#[tokio::test]
+async fn a_signal_ends_a_server_in_order_and_a_second_one_at_once() {
+    let world = World::new().await;
+    let start = |grace| {
+        let greeter = GreeterServer::new(NamedGreeter("alpha".to_owned()));
+        let registration = world.registration().grace_period(grace);
+        let router = Server::builder().add_service(greeter);
+        tokio::spawn(router.serve_registered("127.0.0.1:0".parse().unwrap(), registration))
+    };
+    let raise = |signal| nix::sys::signal::kill(Pid::this(), signal).unwrap();
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let serving = start(Duration::from_millis(50));
+        world.the_one().await;
+        raise(signal);
+        timeout(SOON, serving).await.unwrap().unwrap().unwrap();
+        world.counts(0).await;
+    }
+    let serving = start(Duration::from_secs(600));
+    let address = world.the_one().await;
+    let mut client = connect(&address).await;
+    let mut chat = Chat::start(&mut client).await;
+    raise(Signal::SIGTERM);
+    world.counts(0).await;
+    chat.goes_on().await;
+    assert!(!serving.is_finished(), "the grace period");
+    raise(Signal::SIGTERM);
+    let ended = timeout(Duration::from_secs(1), serving).await;
+    ended.expect("at once").unwrap().unwrap();
+    chat.replies.message().await.expect_err("it was cut");
+    assert!(TcpStream::connect(&address).await.is_err());
+}
+
+/// The greeter example with its address.
+async fn greeter_server(
+    world: &World,
+) -> (tokio::process::Child, support::program::Output, String) {
+    let mut server = example("greeter_server")
+        .env("ETCD_ENDPOINTS", world.etcd.endpoint(0))
+        .spawn()
+        .unwrap();
+    let log = lines(&mut server);
+    let by_hand = client(&world.etcd).await;
+    let mut address = None;
+    eventually("the server is registered", async || {
+        let keys = list(&by_hand, "/gRPC/helloworld.Greeter/").await;
+        address = keys.first().map(|(key, ..)| key.clone());
+        address.is_some()
+    })
+    .await;
+    let address = address.unwrap();
+    let address = address.rsplit_once('/').unwrap().1.to_owned();
+    (server, log, address)
+}
+
+#[tokio::test]
+async fn a_process_logs_each_phase_in_order_and_exits_well() {
+    let world = World::new().await;
+    let (mut server, mut log, address) = greeter_server(&world).await;
+    let _silent = TcpStream::connect(&address).await.unwrap();
+    let mut chat = Chat::start(&mut connect(&address).await).await;
+    signal(&server, Signal::SIGTERM);
+    line_with(&mut log, "told to stop").await;
+    line_with(&mut log, "deregistered").await;
+    line_with(&mut log, "accepting on").await;
+    assert_eq!(world.keys().await, 0);
+    let line = line_with(&mut log, "closed the listener").await;
+    assert!(line.contains("connections=2"), "{line}");
+    chat.goes_on().await;
+    chat.ends().await;
+    let status = timeout(SOON, server.wait()).await.unwrap().unwrap();
+    assert!(status.success());
+}
+
+#[tokio::test]
+async fn a_second_signal_waits_a_moment_for_the_entry_to_leave() {
+    let mut world = World::new().await;
+    for answers in [true, false] {
+        let (mut server, mut log, _) = greeter_server(&world).await;
+        world.etcd.freeze(0).await.unwrap();
+        signal(&server, Signal::SIGTERM);
+        line_with(&mut log, "told to stop").await;
+        signal(&server, Signal::SIGTERM);
+        line_with(&mut log, "told to stop once more").await;
+        let start = Instant::now();
+        if answers {
+            world.etcd.thaw(0).await.unwrap();
+        }
+        let status = timeout(SOON, server.wait()).await.unwrap().unwrap();
+        assert!(status.success());
+        let took = since(start);
+        assert!(took < Duration::from_secs(2), "{took:?}");
+        if answers {
+            assert_eq!(world.keys().await, 0, "etcd answered, so the entry is gone");
+        } else {
+            line_with(&mut log, "goes with its lease").await;
+            world.etcd.thaw(0).await.unwrap();
+        }
+    }
+}
