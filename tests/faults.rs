@@ -372,7 +372,7 @@ async fn a_server_that_was_frozen_past_its_ttl_takes_nothing_back() {
     let by_hand = client(&etcd).await;
     let (key, address) = ("/gRPC/greeter/a", "127.0.0.1:80");
     let mut old = Registered::start(&etcd, key, address).await;
-    old.says("Registered").await;
+    old.says("registered under lease").await;
     old.signal(Signal::SIGSTOP);
     eventually("its lease has run out", async || {
         list(&by_hand, key).await.is_empty()
@@ -381,10 +381,10 @@ async fn a_server_that_was_frozen_past_its_ttl_takes_nothing_back() {
     let mut new = Registered::start(&etcd, key, address).await;
     let lease = list(&by_hand, key).await[0].2;
     old.signal(Signal::SIGCONT);
-    old.says("Superseded").await;
+    old.says("another server has the key").await;
     // Two TTLs of 5 s, three renewals each.
     for _ in 0..6 {
-        new.says("Registered").await;
+        new.says("registered under lease").await;
         let listed = list(&by_hand, key).await;
         assert!(
             matches!(&listed[..], [(_, _, now)] if *now == lease),

@@ -222,7 +222,12 @@ async fn a_wiped_etcd_is_filled_again_within_a_ttl() {
 #[tokio::test]
 async fn a_frozen_etcd_is_survived() {
     let mut etcd = Etcd::start_cluster(3).await.unwrap();
-    let registration = register(&registry(&etcd).await).await;
+    // Longer than an election, during which nothing is renewed.
+    let registration = describe(&registry(&etcd).await)
+        .ttl(TTL * 2)
+        .register()
+        .await
+        .unwrap();
     let by_hand = Registry::connect(etcd.endpoints()).await.unwrap();
     let resolver = by_hand.resolver("greeter");
     knows(&resolver, &["127.0.0.1:80"]).await;
@@ -232,7 +237,7 @@ async fn a_frozen_etcd_is_survived() {
         let mut states = registration.states();
         // Three renewals, whichever member is frozen.
         for _ in 0..3 {
-            timeout(TTL * 2, states.changed())
+            timeout(TTL * 4, states.changed())
                 .await
                 .expect("renewals go on")
                 .unwrap();
