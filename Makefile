@@ -1,11 +1,15 @@
 # Everything runs against the committed Cargo.lock.
 CARGO ?= cargo
+# The newest etcd that is tested with, besides the one that is installed.
+ETCD_NEWEST ?= 3.7.3
+# What a version of etcd can make a difference to.
+ETCD_TESTS = --test auth --test connect --test faults --test registration --test resolver --test tls
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench fmt clean
+.PHONY: help setup demo test test-newest soak bench fmt clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install what building and testing need: protoc, etcd, a linker, rustfmt, clippy
 	@scripts/setup
@@ -17,6 +21,7 @@ demo: setup ## Run a load-balanced cluster on this machine
 
 # `cargo test` covers the library, the examples, the integration tests and the doc tests, but not
 # the benches. The bare library is checked by itself because the tests turn features on.
+# Where Go is, the tests that depend on etcd run once more with the newest one.
 test: setup ## Check formatting, lints and docs, and run all tests
 	@echo "with $$("$${ETCD_BIN:-etcd}" --version | sed -n 1p), $$("$${PROTOC:-protoc}" --version)"
 	@command -v go >/dev/null && go version || echo "left out: the tests with grpc-go (there is no Go)"
@@ -25,6 +30,23 @@ test: setup ## Check formatting, lints and docs, and run all tests
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --all-features
 	$(CARGO) test --locked --all-features
 	$(CARGO) clippy --locked --lib --no-default-features -- -D warnings
+	@if [ -n "$${ETCD_BIN:-}" ]; then \
+		echo "LEFT OUT: the tests with etcd $(ETCD_NEWEST), because ETCD_BIN names the one to test with"; \
+	elif ! command -v go >/dev/null 2>&1; then \
+		echo "LEFT OUT: the tests with etcd $(ETCD_NEWEST), because Go is missing, which would build it"; \
+	elif ! scripts/build-etcd $(ETCD_NEWEST) >/dev/null; then \
+		echo "LEFT OUT: the tests with etcd $(ETCD_NEWEST), because it could not be built"; \
+	else \
+		$(MAKE) --no-print-directory test-newest; \
+	fi
+
+test-newest: ## Run the tests that depend on etcd with the newest one, which Go builds
+	@etcd=$$(scripts/build-etcd $(ETCD_NEWEST)) && "$$etcd" --version | sed -n 1p && \
+		ETCD_BIN=$$etcd $(CARGO) test --locked --all-features $(ETCD_TESTS)
+
+soak: setup ## Run the fault tests with the times and the number of seeds that `make test` spares
+	TEST_SEEDS=5000 $(CARGO) test --locked --all-features --lib etcd::tests -- --nocapture
+	TEST_SOAK=1 $(CARGO) test --locked --all-features --test faults -- --nocapture --test-threads=1
 
 bench: setup ## Run the benchmarks
 	$(CARGO) bench --locked

@@ -310,6 +310,15 @@ pub enum RegisterError {
         /// The other's lease.
         lease: crate::keyspace::LeaseId,
     },
+    /// The registration was to have a thread of its own, and the system has none. Nothing was sent to etcd.
+    #[error("no thread could be started for the registration of {key:?}")]
+    #[non_exhaustive]
+    Thread {
+        /// The key.
+        key: String,
+        /// The operating system's answer.
+        source: Arc<io::Error>,
+    },
     /// The registration has ended.
     #[error("the registration of {key:?} has ended")]
     #[non_exhaustive]

@@ -180,6 +180,13 @@ pub(crate) enum Event {
 }
 
 impl Event {
+    pub(crate) fn key(&self) -> &Key {
+        match self {
+            Self::Put(kv) => &kv.key,
+            Self::Delete { key, .. } => key,
+        }
+    }
+
     pub(crate) fn mod_revision(&self) -> Revision {
         match self {
             Self::Put(kv) => kv.mod_revision,

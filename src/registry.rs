@@ -242,7 +242,17 @@ impl RegistryBuilder {
     #[cfg(feature = "tls")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
     pub fn tls(mut self, tls: tonic::transport::ClientTlsConfig) -> Self {
-        self.config.tls = Some(tls);
+        self.config.tls = Some(crate::etcd::Tls::Fixed(tls));
+        self
+    }
+
+    /// Speaks TLS to etcd with certificates that may be files, which are then read again at each handshake: renewed certificates need no
+    /// restart. Every member's certificate has to be valid for the name that the configuration fixes.
+    #[cfg(feature = "tls")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
+    pub fn tls_config(mut self, tls: crate::TlsConfig) -> Self {
+        let tls = crate::transport::tls::Tls::new(tls);
+        self.config.tls = Some(crate::etcd::Tls::Files(tls));
         self
     }
 

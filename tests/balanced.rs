@@ -7,141 +7,15 @@
 
 mod support;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use support::callers::{Callers, Counted, Counting, hello};
 use support::greeter::greeter_client::GreeterClient;
-use support::greeter::greeter_server::{Greeter, GreeterServer};
-use support::greeter::{HelloReply, HelloRequest};
 use support::{SOON, etcd, eventually, registry};
-use tokio::sync::{oneshot, watch};
-use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
-use tonic::transport::Server;
-use tonic::{Code, Request, Response, Status, Streaming};
-use tonic_etcd::{BalancedChannel, RegistrationBuilder, Registry, ServeRegistered};
-
-fn hello() -> HelloRequest {
-    HelloRequest {
-        name: "test".to_owned(),
-        replies: 1,
-    }
-}
-
-/// A greeter that counts the calls it runs.
-#[derive(Clone, Default)]
-struct Counting(Arc<AtomicU64>);
-
-#[tonic::async_trait]
-impl Greeter for Counting {
-    async fn say_hello(
-        &self,
-        request: Request<HelloRequest>,
-    ) -> Result<Response<HelloReply>, Status> {
-        self.0.fetch_add(1, Ordering::SeqCst);
-        let message = request.into_inner().name;
-        Ok(Response::new(HelloReply { message }))
-    }
-
-    type SayHellosStream = tokio_stream::Empty<Result<HelloReply, Status>>;
-
-    async fn say_hellos(
-        &self,
-        _: Request<HelloRequest>,
-    ) -> Result<Response<Self::SayHellosStream>, Status> {
-        Err(Status::unimplemented("not here"))
-    }
-
-    async fn greet_all(
-        &self,
-        _: Request<Streaming<HelloRequest>>,
-    ) -> Result<Response<HelloReply>, Status> {
-        Err(Status::unimplemented("not here"))
-    }
-
-    type ChatStream = tokio_stream::Empty<Result<HelloReply, Status>>;
-
-    async fn chat(
-        &self,
-        _: Request<Streaming<HelloRequest>>,
-    ) -> Result<Response<Self::ChatStream>, Status> {
-        Err(Status::unimplemented("not here"))
-    }
-}
-
-/// A registered server with the counter.
-struct Counted {
-    stop: oneshot::Sender<()>,
-    task: JoinHandle<()>,
-}
-
-impl Counted {
-    fn start(counter: &Counting, registration: RegistrationBuilder) -> Self {
-        let (stop, stopped) = oneshot::channel();
-        let router = Server::builder().add_service(GreeterServer::new(counter.clone()));
-        let task = tokio::spawn(async move {
-            let signal = async { drop(stopped.await) };
-            router
-                .serve_registered_with_shutdown(
-                    "127.0.0.1:0".parse().unwrap(),
-                    registration,
-                    signal,
-                )
-                .await
-                .unwrap();
-        });
-        Self { stop, task }
-    }
-
-    async fn stopped(self) {
-        drop(self.stop);
-        timeout(SOON, self.task).await.unwrap().unwrap();
-    }
-}
-
-/// Callers that never pause.
-struct Callers {
-    stop: watch::Sender<bool>,
-    tasks: Vec<JoinHandle<(u64, Vec<Status>)>>,
-}
-
-impl Callers {
-    fn start(channel: &BalancedChannel, callers: usize) -> Self {
-        let (stop, stopped) = watch::channel(false);
-        let call = |stopped: watch::Receiver<bool>| {
-            let mut client = GreeterClient::new(channel.clone());
-            async move {
-                let (mut calls, mut failed) = (0, Vec::new());
-                while !*stopped.borrow() {
-                    calls += 1;
-                    let mut request = Request::new(hello());
-                    request.set_timeout(Duration::from_secs(5));
-                    if let Err(status) = client.say_hello(request).await {
-                        failed.push(status);
-                    }
-                }
-                (calls, failed)
-            }
-        };
-        let tasks = (0..callers)
-            .map(|_| tokio::spawn(call(stopped.clone())))
-            .collect();
-        Self { stop, tasks }
-    }
-
-    /// Stops them; says how many calls there were, and which failed.
-    async fn stopped(self) -> (u64, Vec<Status>) {
-        self.stop.send_replace(true);
-        let (mut calls, mut failed) = (0, Vec::new());
-        for task in self.tasks {
-            let (its_calls, its_failed) = timeout(SOON, task).await.unwrap().unwrap();
-            calls += its_calls;
-            failed.extend(its_failed);
-        }
-        (calls, failed)
-    }
-}
+use tonic::{Code, Status};
+use tonic_etcd::{BalancedChannel, Registry};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rolling_graceful_restart_under_load_fails_no_call_and_runs_none_twice() {

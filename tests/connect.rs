@@ -10,9 +10,10 @@ mod support;
 use std::error::Error;
 use std::time::Duration;
 
-use etcd_client::{Client, ConnectOptions, Permission, PermissionType};
+use etcd_client::{Client, ConnectOptions};
 use support::proxy::Proxy;
-use support::{client, etcd, greeter, knows, registry};
+use support::roles::{protect, user};
+use support::{etcd, greeter, knows, registry};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::time::timeout;
@@ -196,41 +197,6 @@ async fn a_client_of_the_users_own_works_as_well() {
     }
     registration.deregister().await.unwrap();
     knows(&resolver, &[]).await;
-}
-
-/// Switches authentication on: root, a server `writer` with its own prefix, a client `reader`.
-async fn protect(etcd: &Etcd) {
-    let mut root = client(etcd).await;
-    root.role_add("root").await.unwrap();
-    for (user, role) in [
-        ("root", "root"),
-        ("writer", "writer"),
-        ("reader", "reader"),
-        ("nobody", "nobody"),
-    ] {
-        root.user_add(user, format!("{user}-password"), None)
-            .await
-            .unwrap();
-        if role != "root" {
-            root.role_add(role).await.unwrap();
-        }
-        root.user_grant_role(user, role).await.unwrap();
-    }
-    let own = |kind| Permission::new(kind, "/gRPC/greeter/").with_prefix();
-    root.role_grant_permission("writer", own(PermissionType::Readwrite))
-        .await
-        .unwrap();
-    root.role_grant_permission("reader", own(PermissionType::Read))
-        .await
-        .unwrap();
-    root.auth_enable().await.unwrap();
-}
-
-async fn user(etcd: &Etcd, user: &str) -> Result<Registry, ConnectError> {
-    Registry::builder(etcd.endpoints())
-        .user(user, format!("{user}-password"))
-        .connect()
-        .await
 }
 
 #[tokio::test]

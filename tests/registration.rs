@@ -222,7 +222,12 @@ async fn a_wiped_etcd_is_filled_again_within_a_ttl() {
 #[tokio::test]
 async fn a_frozen_etcd_is_survived() {
     let mut etcd = Etcd::start_cluster(3).await.unwrap();
-    let registration = register(&registry(&etcd).await).await;
+    // Longer than an election, during which nothing is renewed.
+    let registration = describe(&registry(&etcd).await)
+        .ttl(TTL * 2)
+        .register()
+        .await
+        .unwrap();
     let by_hand = Registry::connect(etcd.endpoints()).await.unwrap();
     let resolver = by_hand.resolver("greeter");
     knows(&resolver, &["127.0.0.1:80"]).await;
@@ -232,7 +237,7 @@ async fn a_frozen_etcd_is_survived() {
         let mut states = registration.states();
         // Three renewals, whichever member is frozen.
         for _ in 0..3 {
-            timeout(TTL * 2, states.changed())
+            timeout(TTL * 4, states.changed())
                 .await
                 .expect("renewals go on")
                 .unwrap();
@@ -484,6 +489,16 @@ async fn bad_input_is_refused_by_name_before_etcd_is_touched() {
             "over the limit",
         ),
         (greeter().format(Format::Plain).zone("a"), "no room"),
+        (greeter().and_service(""), "is empty"),
+        (greeter().and_service("a/b"), "slash"),
+        (greeter().and_service("greeter"), "named twice"),
+        (
+            registry
+                .registration_at("/web/a")
+                .address("127.0.0.1:80")
+                .and_service("b"),
+            "exact key",
+        ),
         (
             registry.registration_at("").address("127.0.0.1:80"),
             "names no instance",
@@ -530,4 +545,171 @@ async fn an_etcd_that_stays_away_fails_the_registration_at_the_bound() {
         .unwrap()
         .unwrap()
         .expect("registered as soon as etcd is there");
+}
+
+/// The keys of a registration that are in etcd under the lease it says it has.
+async fn kept(etcd: &etcd_client::Client, registration: &Registration) -> Vec<String> {
+    let own = lease(registration).map(LeaseId::get);
+    let listed = list(etcd, "/gRPC/").await;
+    let own = listed
+        .into_iter()
+        .filter(|(_, _, lease)| Some(*lease) == own);
+    own.map(|(key, ..)| key).collect()
+}
+
+#[tokio::test]
+async fn several_services_hang_on_one_lease_and_leave_one_by_one() {
+    let etcd = etcd().await;
+    let by_hand = client(&etcd).await;
+    let registry = registry(&etcd).await;
+    // More than etcd takes in one transaction.
+    let services: Vec<_> = (0..150)
+        .map(|number| format!("service{number:03}"))
+        .collect();
+    let mut builder = registry.registration(&services[0]).address("127.0.0.1:80");
+    for service in &services[1..] {
+        builder = builder.and_service(service);
+    }
+    let registration = builder.ttl(TTL).register().await.unwrap();
+    let all: Vec<_> = services
+        .iter()
+        .map(|service| format!("/gRPC/{service}/127.0.0.1:80"))
+        .collect();
+    assert_eq!(registration.keys().collect::<Vec<_>>(), all);
+    assert_eq!(kept(&by_hand, &registration).await, all);
+    let leases = by_hand.lease_client().leases().await.unwrap();
+    assert_eq!(leases.leases().len(), 1);
+
+    // What is lost of them comes back: one key alone, all with the lease, and with a new value.
+    by_hand
+        .kv_client()
+        .delete(all[7].as_str(), None)
+        .await
+        .unwrap();
+    within(TTL, "the key is back", async || {
+        kept(&by_hand, &registration).await == all
+    })
+    .await;
+    let lost = lease(&registration).unwrap();
+    by_hand.lease_client().revoke(lost.get()).await.unwrap();
+    within(TTL, "all are back", async || {
+        kept(&by_hand, &registration).await == all
+    })
+    .await;
+    registration.set_weight(9).await.unwrap();
+    let listed = list(&by_hand, "/gRPC/").await;
+    assert!(
+        listed
+            .iter()
+            .all(|(_, value, _)| value.contains("\"weight\":9"))
+    );
+
+    // One goes, and the first as well, and none comes back.
+    for service in [3, 0] {
+        let service = &services[service];
+        registration.deregister_service(service).await.unwrap();
+        registration
+            .deregister_service(service)
+            .await
+            .expect("gone is gone");
+    }
+    let left: Vec<_> = [&all[1..3], &all[4..]].concat();
+    let mut states = registration.states();
+    for _ in 0..4 {
+        timeout(TTL, states.changed()).await.unwrap().unwrap();
+        assert!(states.borrow_and_update().is_registered());
+        assert_eq!(kept(&by_hand, &registration).await, left);
+    }
+    let error = registration.deregister_service("other").await.unwrap_err();
+    assert!(matches!(error, RegisterError::Invalid { .. }), "{error:?}");
+    registration.pause().await.unwrap();
+    assert!(list(&by_hand, "/gRPC/").await.is_empty());
+    registration.resume().await.unwrap();
+    assert_eq!(kept(&by_hand, &registration).await, left);
+    // The last one takes the lease with it.
+    for service in [&services[1..3], &services[4..]].concat() {
+        registration.deregister_service(&service).await.unwrap();
+    }
+    assert!(matches!(
+        registration.state(),
+        RegistrationState::Deregistered
+    ));
+    let leases = by_hand.lease_client().leases().await.unwrap();
+    assert!(leases.leases().is_empty(), "no lease is left");
+}
+
+#[tokio::test]
+async fn of_several_services_only_the_one_that_another_takes_is_lost() {
+    let etcd = etcd().await;
+    let by_hand = client(&etcd).await;
+    let registry = registry(&etcd).await;
+    let ours = describe(&registry)
+        .and_service("second")
+        .register()
+        .await
+        .unwrap();
+    let first = "/gRPC/greeter/127.0.0.1:80".to_owned();
+    let second = "/gRPC/second/127.0.0.1:80".to_owned();
+    let other = registry
+        .registration("second")
+        .address("127.0.0.1:80")
+        .ttl(TTL);
+    let other = other.register().await.unwrap();
+    let mut states = ours.states();
+    let superseded =
+        |state: &RegistrationState| matches!(state, RegistrationState::Superseded { .. });
+    timeout(SOON, states.wait_for(superseded))
+        .await
+        .unwrap()
+        .unwrap();
+    let held = list(&by_hand, &first).await[0].2;
+    for _ in 0..3 {
+        tokio::time::sleep(TTL / 2).await;
+        assert_eq!(
+            list(&by_hand, &first).await[0].2,
+            held,
+            "the other one is kept"
+        );
+        assert!(is_kept(&by_hand, &other).await, "nobody fights for the key");
+    }
+    // What is not ours is not deleted.
+    ours.deregister_service("second").await.unwrap();
+    assert!(is_kept(&by_hand, &other).await);
+    assert!(ours.state().is_registered());
+    other.deregister().await.unwrap();
+    ours.deregister().await.unwrap();
+    assert!(list(&by_hand, &second).await.is_empty());
+}
+
+/// The same runtime keeps the registration, the clients and, for three TTLs, its only thread busy.
+async fn busy_for_three_ttls(own_thread: bool) -> bool {
+    let etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let registration = describe(&registry)
+        .ttl(Duration::from_secs(2))
+        .own_thread(own_thread)
+        .register()
+        .await
+        .unwrap();
+    let before = lease(&registration).unwrap();
+    // Not a wait for anything: it is what is tested.
+    std::thread::sleep(Duration::from_secs(6));
+    let by_hand = client(&etcd).await;
+    let listed = list(&by_hand, registration.key()).await;
+    let kept = listed.iter().any(|(_, _, lease)| *lease == before.get());
+    registration.deregister().await.unwrap();
+    assert!(list(&by_hand, "/").await.is_empty());
+    kept
+}
+
+#[tokio::test]
+async fn a_registration_on_its_own_thread_outlives_a_busy_runtime() {
+    assert!(
+        Box::pin(busy_for_three_ttls(true)).await,
+        "the lease was renewed"
+    );
+    assert!(
+        !Box::pin(busy_for_three_ttls(false)).await,
+        "without a thread of its own it is not: the test tests something"
+    );
 }

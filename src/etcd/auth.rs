@@ -1,26 +1,27 @@
-//! The token that etcd wants on every request, and the service that adds it.
+//! The token that etcd wants on every request.
 //!
 //! `etcd-client` can do this by itself, but renews a token only for `Unauthenticated` on a unary call: not when the store's users have
 //! changed (`InvalidArgument`), and not when a watch is cancelled for it. So credentials stay here.
 
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use http::HeaderValue;
 use tokio::time::Instant;
-use tonic::body::Body;
 use tonic::transport;
-use tower::Service;
 
+use super::member::LinkService;
 use super::{error, rpc};
 use crate::error::{EtcdError, EtcdErrorKind};
 
-/// Name, password, and the token they were last exchanged for.
-pub(super) struct Auth {
+/// Name, password, and the token they were last exchanged for. Cloning is a reference count.
+#[derive(Clone)]
+pub(super) struct Auth(Arc<Inner>);
+
+struct Inner {
     credentials: Option<Credentials>,
-    token: Arc<ArcSwapOption<HeaderValue>>,
+    token: ArcSwapOption<HeaderValue>,
     /// Held while a token is fetched: etcd spends 50-130 ms of bcrypt on each, so a fleet of tasks must ask once. In it, when a client
     /// that the user made has last fetched one.
     refreshing: tokio::sync::Mutex<Option<Instant>>,
@@ -37,30 +38,23 @@ pub(crate) struct Credentials {
 
 impl Auth {
     pub(super) fn new(credentials: Option<Credentials>) -> Self {
-        Self {
+        Self(Arc::new(Inner {
             credentials,
-            token: Arc::default(),
+            token: ArcSwapOption::default(),
             refreshing: tokio::sync::Mutex::default(),
-        }
+        }))
     }
 
     pub(super) fn user(&self) -> Option<&str> {
-        self.credentials
+        self.0
+            .credentials
             .as_ref()
             .map(|credentials| credentials.user.as_str())
     }
 
     /// The token in use, to be handed to [`Auth::refresh`] if etcd refuses it.
     pub(super) fn token(&self) -> Option<Token> {
-        self.token.load_full()
-    }
-
-    /// A channel that sends the token along.
-    pub(super) fn service(&self, channel: transport::Channel) -> MemberService {
-        MemberService {
-            channel,
-            token: Arc::clone(&self.token),
-        }
+        self.0.token.load_full()
     }
 
     /// Exchanges the credentials for a new token, unless `refused` is not the token in use any more: then somebody else just did.
@@ -69,15 +63,15 @@ impl Auth {
     pub(super) async fn refresh(
         &self,
         refused: Option<&Token>,
-        member: &MemberService,
+        member: &LinkService,
         endpoint: &str,
         deadline: Duration,
     ) -> Result<bool, EtcdError> {
-        let Some(credentials) = &self.credentials else {
+        let Some(credentials) = &self.0.credentials else {
             return Ok(false);
         };
-        let _refreshing = self.refreshing.lock().await;
-        let current = self.token.load_full();
+        let _refreshing = self.0.refreshing.lock().await;
+        let current = self.0.token.load_full();
         let same = match (&current, refused) {
             (Some(current), Some(refused)) => Arc::ptr_eq(current, refused),
             (None, None) => true,
@@ -91,7 +85,7 @@ impl Auth {
                 let header = HeaderValue::from_str(&token).map_err(|source| {
                     EtcdError::new(EtcdErrorKind::Unavailable, "authenticate", endpoint, source)
                 })?;
-                self.token.store(Some(Arc::new(header)));
+                self.0.token.store(Some(Arc::new(header)));
                 Ok(true)
             }
             Err(error) if error.kind() == EtcdErrorKind::AuthNotEnabled => {
@@ -99,7 +93,7 @@ impl Auth {
                     endpoint,
                     "credentials are configured, but etcd has authentication switched off: going on without a token"
                 );
-                self.token.store(None);
+                self.0.token.store(None);
                 Ok(current.is_some())
             }
             Err(error) => Err(error),
@@ -113,7 +107,7 @@ impl Auth {
         client: &etcd_client::Client,
         endpoint: &str,
     ) -> Result<bool, EtcdError> {
-        let mut refreshed = self.refreshing.lock().await;
+        let mut refreshed = self.0.refreshing.lock().await;
         let now = Instant::now();
         // Its token cannot be seen: whoever waited for somebody else's renewal has got it.
         if refreshed.is_some_and(|at| now.saturating_duration_since(at) < JUST_NOW) {
@@ -133,37 +127,6 @@ impl std::fmt::Debug for Auth {
         f.debug_struct("Auth")
             .field("user", &self.user())
             .finish_non_exhaustive()
-    }
-}
-
-/// A channel to one member that adds the token, and asks to be refused by a member that has lost its cluster.
-#[derive(Clone)]
-pub(super) struct MemberService {
-    channel: transport::Channel,
-    token: Arc<ArcSwapOption<HeaderValue>>,
-}
-
-impl Service<http::Request<Body>> for MemberService {
-    type Response = http::Response<Body>;
-    type Error = transport::Error;
-    type Future = <transport::Channel as Service<http::Request<Body>>>::Future;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.channel.poll_ready(cx)
-    }
-
-    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
-        let headers = request.headers_mut();
-        headers.insert("hasleader", HeaderValue::from_static("true"));
-        // A token sent along with the request for a new one would have that refused as well.
-        if let Some(token) = &*self.token.load()
-            && request.uri().path() != rpc::AUTHENTICATE
-        {
-            request
-                .headers_mut()
-                .insert("token", HeaderValue::clone(token));
-        }
-        self.channel.call(request)
     }
 }
 

@@ -1,5 +1,6 @@
 //! Connecting to etcd, and saying what is wrong when that fails.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -9,6 +10,7 @@ use tonic::transport;
 use super::auth::{Auth, Credentials};
 #[cfg(feature = "tls")]
 use super::endpoint::CONNECT_TIMEOUT;
+use super::member::Open;
 use super::{DEADLINE, Etcd, MemberEndpoint};
 use crate::error::{ConnectError, Endpoints, EtcdError, EtcdErrorKind};
 use crate::keyspace::Key;
@@ -21,8 +23,13 @@ pub(crate) struct Config {
     pub(crate) tls: Option<Tls>,
 }
 
+/// TLS to etcd: as tonic has it, or with certificates in files that are read again at each handshake.
 #[cfg(feature = "tls")]
-pub(crate) type Tls = transport::ClientTlsConfig;
+#[derive(Clone)]
+pub(crate) enum Tls {
+    Fixed(transport::ClientTlsConfig),
+    Files(crate::transport::tls::Tls),
+}
 /// Without the feature there is no such thing.
 #[cfg(not(feature = "tls"))]
 #[derive(Clone)]
@@ -40,7 +47,11 @@ impl Config {
             .collect()
     }
 
-    fn channel(&self, member: &MemberEndpoint) -> Result<transport::Channel, ConnectError> {
+    fn open(&self, member: &MemberEndpoint) -> Result<Open, ConnectError> {
+        #[cfg(feature = "tls")]
+        if let Some(Tls::Files(tls)) = &self.tls {
+            return Ok(secured_from_files(member.clone(), tls.clone()));
+        }
         let endpoint = member.transport();
         let endpoint = if member.is_tls() {
             secured(endpoint, self.tls.clone())
@@ -51,7 +62,7 @@ impl Config {
             endpoint: member.authority().to_owned(),
             reason: format!("the TLS configuration is not valid: {}", causes(&error)),
         })?;
-        Ok(endpoint.connect_lazy())
+        Ok(Arc::new(move || endpoint.connect_lazy()))
     }
 }
 
@@ -60,9 +71,30 @@ fn secured(
     endpoint: transport::Endpoint,
     tls: Option<Tls>,
 ) -> Result<transport::Endpoint, transport::Error> {
-    let tls = tls.unwrap_or_else(|| Tls::new().with_enabled_roots());
+    let tls = match tls {
+        Some(Tls::Fixed(tls)) => tls,
+        _ => transport::ClientTlsConfig::new().with_enabled_roots(),
+    };
     // tonic's connect timeout ends with TCP.
     endpoint.tls_config(tls.timeout(CONNECT_TIMEOUT))
+}
+
+#[cfg(feature = "tls")]
+fn secured_from_files(member: MemberEndpoint, tls: crate::transport::tls::Tls) -> Open {
+    let endpoint = member.transport_over_own_tls();
+    Arc::new(move || {
+        let (authority, tls) = (member.authority().to_owned(), tls.clone());
+        let dial = move |_| {
+            let (authority, tls) = (authority.clone(), tls.clone());
+            async move {
+                let tcp = TcpStream::connect(authority).await?;
+                tcp.set_nodelay(true)?;
+                let secure = tls.handshake(tcp).await?;
+                Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(secure))
+            }
+        };
+        endpoint.connect_with_connector_lazy(tower::service_fn(dial))
+    })
 }
 
 #[cfg(not(feature = "tls"))]
@@ -84,7 +116,7 @@ impl Etcd {
         let members = config.members()?;
         let mut channels = Vec::with_capacity(members.len());
         for member in &members {
-            channels.push((member.authority().to_owned(), config.channel(member)?));
+            channels.push((member.authority().to_owned(), config.open(member)?));
         }
         let auth = Auth::new(config.credentials.clone());
         let checked = async {
@@ -105,8 +137,8 @@ impl Etcd {
 
     /// Fetches the first token, from whichever member answers.
     async fn authenticate(&self) -> Result<(), EtcdError> {
-        self.call("authenticate", |member| async move {
-            self.renew_token(&member, self.0.auth.token().as_ref(), DEADLINE)
+        self.call("authenticate", |link| async move {
+            self.renew_token(&link, self.0.auth.token().as_ref(), DEADLINE)
                 .await
                 .map(drop)
         })
@@ -160,7 +192,8 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
         reason,
         source,
     };
-    let bytes = first_bytes(member).await.unwrap_or_default();
+    let answer = first_bytes(member).await;
+    let bytes = answer.clone().unwrap_or_default();
     let cause = causes(&source);
     if member.is_tls() {
         if is_http2(&bytes) || cause.contains("InvalidContentType") {
@@ -170,7 +203,10 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
                 source,
             );
         }
-        if TLS_WORDS.iter().any(|word| cause.contains(word)) {
+        // A server that wants a certificate says so after the handshake, and may have hung up before that is read.
+        let hung_up = source.kind() == EtcdErrorKind::Unavailable
+            && answer.is_some_and(|bytes| is_tls(&bytes));
+        if hung_up || TLS_WORDS.iter().any(|word| cause.contains(word)) {
             let advice = "check the CA, the server's name and the client certificate";
             return tls(
                 format!("the TLS handshake failed ({cause}); {advice}"),
@@ -198,7 +234,8 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
 }
 
 /// What rustls says where a handshake fails for what somebody configured.
-const TLS_WORDS: [&str; 4] = [
+const TLS_WORDS: [&str; 5] = [
+    "fatal alert",
     "certificate",
     "CertificateRequired",
     "HandshakeFailure",
@@ -226,6 +263,11 @@ async fn first_bytes(member: &MemberEndpoint) -> Option<Vec<u8>> {
 /// A server's HTTP/2 connection begins with a SETTINGS frame: type 4 on stream 0.
 fn is_http2(bytes: &[u8]) -> bool {
     matches!(bytes, [_, _, _, 4, _, 0, 0, 0, 0, ..])
+}
+
+/// A TLS server answers what is no TLS with an alert, a line of HTTP/1, or by hanging up, as etcd does.
+fn is_tls(bytes: &[u8]) -> bool {
+    bytes.is_empty() || bytes.starts_with(&[0x15, 0x03]) || bytes.starts_with(b"HTTP/1.")
 }
 
 /// An error with all its causes, in one line.

@@ -74,17 +74,30 @@ impl MemberEndpoint {
 
     /// The tonic endpoint, with defaults that survive real networks.
     pub(super) fn transport(&self) -> transport::Endpoint {
-        transport::Endpoint::from(self.uri.clone())
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
-            .tcp_keepalive(Some(TCP_KEEPALIVE))
-            .http2_keep_alive_interval(PING_INTERVAL)
-            .keep_alive_timeout(PING_TIMEOUT)
-            .keep_alive_while_idle(false)
-            .initial_stream_window_size(1 << 20)
-            // Many stream windows: a watch that is not read for a while must not stop the calls beside it.
-            .initial_connection_window_size(16 << 20)
+        tuned(self.uri.clone().into())
     }
+
+    /// The same for a connector that makes the connection secure by itself.
+    #[cfg(feature = "tls")]
+    pub(super) fn transport_over_own_tls(&self) -> transport::Endpoint {
+        // tonic refuses `https` without a TLS configuration of its own; requests say it all the same.
+        let plain = format!("http://{}", self.authority).parse();
+        let plain = plain.unwrap_or_else(|_| self.uri.clone());
+        tuned(plain.into()).origin(self.uri.clone())
+    }
+}
+
+fn tuned(endpoint: transport::Endpoint) -> transport::Endpoint {
+    endpoint
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .tcp_keepalive(Some(TCP_KEEPALIVE))
+        .http2_keep_alive_interval(PING_INTERVAL)
+        .keep_alive_timeout(PING_TIMEOUT)
+        .keep_alive_while_idle(false)
+        .initial_stream_window_size(1 << 20)
+        // Many stream windows: a watch that is not read for a while must not stop the calls beside it.
+        .initial_connection_window_size(16 << 20)
 }
 
 /// Within a call's deadline of 2 s, so that a member whose packets are dropped is told from one that is slow.

@@ -9,8 +9,9 @@ use tonic::Request;
 use tonic::client::Grpc;
 use tonic_prost::ProstCodec;
 
-use super::auth::{Credentials, MemberService, not_ready};
+use super::auth::{Credentials, not_ready};
 use super::error;
+use super::member::LinkService;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Header, KeepAlive, LeaseId, Revision};
 
@@ -57,7 +58,7 @@ struct LeaseKeepAliveResponse {
 
 /// Exchanges name and password for a token.
 pub(super) async fn authenticate(
-    member: &MemberService,
+    member: &LinkService,
     endpoint: &str,
     credentials: &Credentials,
     deadline: Duration,
@@ -86,7 +87,7 @@ pub(super) async fn authenticate(
 /// Renews a lease over a stream of its own: one request, one answer, closed. An open stream to a healthy follower hangs for seconds
 /// behind a frozen leader, where a fresh one is answered at once.
 pub(super) async fn keep_alive(
-    member: &MemberService,
+    member: &LinkService,
     endpoint: &str,
     lease: LeaseId,
 ) -> Result<KeepAlive, EtcdError> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use etcd_client::{Client, WatchFilterType, WatchOptions, WatchStream};
 use tokio::time::{Instant, timeout_at};
 
-use super::{MAX_MESSAGE, error, header, key_value};
+use super::{DEADLINE, MAX_MESSAGE, error, header, key_value};
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Event, Key, Range, Revision, WatchMessage};
 
@@ -54,21 +54,26 @@ pub(super) async fn open(
 
 impl Watch {
     /// The next message of the watcher. A stream that ends, even without an error, is an error: a watch has no end. So is one that is
-    /// silent for 5 s and does not answer a probe within 3 s.
+    /// silent for 5 s and does not answer a probe within 3 s, and one whose first message is not there within 2 s.
     ///
     /// # Cancel safety
     ///
     /// Dropping the future loses nothing.
     pub(crate) async fn message(&mut self) -> Result<WatchMessage, EtcdError> {
         loop {
-            let patience = if self.probing { PROBE_ANSWER } else { SILENCE };
+            let patience = match (self.id, self.probing) {
+                // Every member says at once that the watcher is created, or why it is not.
+                (None, _) => DEADLINE,
+                (_, true) => PROBE_ANSWER,
+                (_, false) => SILENCE,
+            };
             let Ok(message) = timeout_at(self.heard + patience, self.stream.message()).await else {
+                if self.id.is_none() {
+                    return Err(error::deadline("watch", &self.endpoint, DEADLINE));
+                }
                 if self.probing {
-                    return Err(error::deadline(
-                        "watch",
-                        &self.endpoint,
-                        SILENCE + PROBE_ANSWER,
-                    ));
+                    let waited = SILENCE + PROBE_ANSWER;
+                    return Err(error::deadline("watch", &self.endpoint, waited));
                 }
                 self.probe().await?;
                 continue;

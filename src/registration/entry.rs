@@ -9,33 +9,43 @@ use crate::keyspace::Key;
 /// What is kept in etcd.
 #[derive(Clone, Debug)]
 pub(super) struct Entry {
-    pub(super) key: Key,
+    /// At least one.
+    pub(super) keys: Vec<Key>,
+    /// The services that the keys are of, in the same order; none for an exact key.
+    pub(super) services: Vec<String>,
     pub(super) instance: Instance,
     pub(super) format: Format,
     pub(super) ttl: Duration,
-    /// The value that was checked.
-    value: Vec<u8>,
+    /// The value of each key, checked: formats may repeat the key in it.
+    values: Vec<Vec<u8>>,
 }
 
 impl Entry {
     /// Checks that the format has room for all of it.
     pub(super) fn new(
-        key: &str,
+        keys: &[String],
+        services: Vec<String>,
         advertisement: Advertisement,
         format: Format,
         ttl: Duration,
     ) -> Result<Self, FormatError> {
-        let instance = Instance::from(advertisement);
-        let value = format.encode(key, &instance)?;
         let entry = Self {
-            key: Key::from(key),
-            instance,
+            keys: keys.iter().map(|key| Key::from(key.as_str())).collect(),
+            services,
+            instance: Instance::from(advertisement),
             format,
             ttl,
-            value,
+            values: Vec::new(),
         };
+        let entry = entry.encoded()?;
         entry.check_room()?;
         Ok(entry)
+    }
+
+    fn encoded(mut self) -> Result<Self, FormatError> {
+        let encode = |key: &Key| self.format.encode(&key.to_string(), &self.instance);
+        self.values = self.keys.iter().map(encode).collect::<Result<_, _>>()?;
+        Ok(self)
     }
 
     /// As large as it can become: what is written later must not be refused by its readers.
@@ -43,11 +53,13 @@ impl Entry {
         let mut largest = self.instance.clone();
         largest.advertisement_mut().weight = MAX_WEIGHT;
         largest.advertisement_mut().leaving = true;
-        let size = self.format.write(&self.key.to_string(), &largest)?.len();
-        if size > MAX_VALUE {
-            return Err(FormatError::new(format!(
-                "can make the value {size} bytes long, over the limit of {MAX_VALUE}; use less metadata"
-            )));
+        for key in &self.keys {
+            let size = self.format.write(&key.to_string(), &largest)?.len();
+            if size > MAX_VALUE {
+                return Err(FormatError::new(format!(
+                    "can make the value {size} bytes long, over the limit of {MAX_VALUE}; use less metadata"
+                )));
+            }
         }
         Ok(())
     }
@@ -55,12 +67,11 @@ impl Entry {
     /// The entry with another weight, if its format has room for that.
     pub(super) fn weighted(&self, weight: u32) -> Result<Self, FormatError> {
         let instance = self.instance.clone().with_weight(weight);
-        let value = self.format.encode(&self.key.to_string(), &instance)?;
-        Ok(Self {
+        let entry = Self {
             instance,
-            value,
             ..self.clone()
-        })
+        };
+        entry.encoded()
     }
 
     fn leaving(&self) -> Instance {
@@ -71,15 +82,20 @@ impl Entry {
 
     /// Whether the format can say that the server is leaving.
     pub(super) fn says_goodbye(&self) -> bool {
-        let key = self.key.to_string();
-        self.format.encode(&key, &self.leaving()).is_ok()
+        let leaving = self.leaving();
+        let mut keys = self.keys.iter();
+        keys.all(|key| self.format.encode(&key.to_string(), &leaving).is_ok())
     }
 
-    pub(super) fn encode(&self, leaving: bool) -> Vec<u8> {
+    /// The value of the key with this index.
+    pub(super) fn encode(&self, index: usize, leaving: bool) -> Vec<u8> {
+        let value = || self.values[index].clone();
         if !leaving {
-            return self.value.clone();
+            return value();
         }
-        let value = self.format.write(&self.key.to_string(), &self.leaving());
-        value.unwrap_or_else(|_| self.value.clone())
+        let goodbye = self
+            .format
+            .write(&self.keys[index].to_string(), &self.leaving());
+        goodbye.unwrap_or_else(|_| value())
     }
 }

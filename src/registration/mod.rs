@@ -2,23 +2,25 @@
 //!
 //! One task owns the pure machine of [`lease`] and carries out its commands.
 
+use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::timeout;
 use tracing::Instrument;
 
 use crate::address::Address;
-use crate::backoff::jittered;
-use crate::error::{Endpoints, EtcdError, RegisterError};
-use crate::etcd::{Etcd, Token, Watch};
-use crate::keyspace::{Event, GuardedPut, Key, LeaseId, Range};
+use crate::error::{Endpoints, RegisterError};
+use crate::etcd::Etcd;
 
 mod builder;
 mod entry;
+mod key_watch;
 mod lease;
 mod serve;
 mod state;
+mod task;
 
 pub use builder::RegistrationBuilder;
 #[cfg(feature = "health")]
@@ -28,7 +30,7 @@ pub use serve::ServerState;
 pub use state::RegistrationState;
 
 use entry::Entry;
-use lease::{Command, Machine, Phase};
+use task::{Answer, Failure, Request, Task};
 
 /// A registered server. It stays registered, whatever happens to etcd, until it is [deregistered](Self::deregister).
 ///
@@ -50,31 +52,13 @@ use lease::{Command, Machine, Phase};
 /// ```
 #[derive(Debug)]
 pub struct Registration {
-    key: String,
+    /// The key of each service, and the service's name; the name is empty for an exact key.
+    keys: Vec<(String, String)>,
     entry: Entry,
     endpoints: Endpoints,
     change_timeout: Duration,
     requests: mpsc::Sender<Request>,
     states: watch::Receiver<RegistrationState>,
-}
-
-/// What the owner asks of the task. The answer comes when it is done.
-#[derive(Debug)]
-enum Request {
-    Pause(Answer),
-    Resume(Answer),
-    SetWeight(Entry, Answer),
-    Deregister(Answer),
-}
-
-type Answer = oneshot::Sender<Result<(), Failure>>;
-
-/// Why the task could not do what was asked.
-#[derive(Debug)]
-enum Failure {
-    Superseded(LeaseId),
-    GaveUp,
-    Ended,
 }
 
 impl Registration {
@@ -83,33 +67,37 @@ impl Registration {
         etcd: Etcd,
         entry: Entry,
         change_timeout: Duration,
+        own_thread: bool,
         states: watch::Sender<RegistrationState>,
-    ) -> Self {
+    ) -> Result<Self, RegisterError> {
         let (requests, inbox) = mpsc::channel(8);
+        let services = entry.services.iter().cloned();
+        let services = services.chain(std::iter::repeat(String::new()));
+        let keys = entry.keys.iter().map(ToString::to_string);
         let registration = Self {
-            key: entry.key.to_string(),
+            keys: keys.zip(services).collect(),
             entry: entry.clone(),
             endpoints: Endpoints(etcd.endpoints()),
             change_timeout,
             requests,
             states: states.subscribe(),
         };
-        let span = tracing::info_span!("registration", key = %entry.key);
-        let says_goodbye = entry.says_goodbye();
-        let task = Task {
-            machine: Machine::new(entry.ttl, says_goodbye, fastrand::Rng::new()),
-            etcd,
-            entry,
-            inbox,
-            states,
-            waiting: Vec::new(),
-            key_watch: KeyWatch::default(),
-            published: None,
-            budget: change_timeout.min(NEVER),
-            give_up: None,
+        let span = tracing::info_span!("registration", key = registration.key());
+        let run = async move |etcd| {
+            let task = Task::new(etcd, entry, inbox, states, change_timeout);
+            // The futures of etcd's client are large.
+            Box::pin(task.run().instrument(span)).await;
         };
-        tokio::spawn(task.run().instrument(span));
-        registration
+        if own_thread {
+            let started = apart(etcd, run);
+            started.map_err(|source| RegisterError::Thread {
+                key: registration.key().to_owned(),
+                source: Arc::new(source),
+            })?;
+        } else {
+            tokio::spawn(Box::pin(run(etcd)));
+        }
+        Ok(registration)
     }
 
     /// Waits for the first success, or for what rules it out.
@@ -124,7 +112,7 @@ impl Registration {
                         last_error: Some(source),
                     } if source.kind().needs_operator() => {
                         return Err(RegisterError::Refused {
-                            key: self.key.clone(),
+                            key: self.key().to_owned(),
                             source,
                         });
                     }
@@ -142,10 +130,15 @@ impl Registration {
         }
     }
 
-    /// The key in etcd.
+    /// The key in etcd: the first one, if there are [several](Self::keys).
     #[must_use]
     pub fn key(&self) -> &str {
-        &self.key
+        self.keys.first().map_or("", |(key, _)| key)
+    }
+
+    /// The keys in etcd, one for each service, in the order in which the services were named.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.keys.iter().map(|(key, _)| key.as_str())
     }
 
     /// The advertised address.
@@ -205,7 +198,7 @@ impl Registration {
     /// Once sent, the request is carried out even if the future is dropped.
     pub async fn set_weight(&self, weight: u32) -> Result<(), RegisterError> {
         let invalid = |reason| RegisterError::Invalid {
-            service: self.key.clone(),
+            service: self.key().to_owned(),
             reason,
         };
         builder::check_weight(weight).map_err(invalid)?;
@@ -213,6 +206,28 @@ impl Registration {
         let entry = entry
             .map_err(|error| invalid(format!("the format {:?} {error}", self.entry.format)))?;
         self.ask(|answer| Request::SetWeight(entry, answer)).await
+    }
+
+    /// Removes the entry of one of [several services](RegistrationBuilder::and_service); the others stay. The last one ends the
+    /// registration, as [`deregister`](Self::deregister) does. For a service that was removed before there is nothing to do.
+    ///
+    /// # Errors
+    ///
+    /// If the registration is not of this service. If etcd could not be told within the bound (5 s by default); the attempt goes on.
+    ///
+    /// # Cancel safety
+    ///
+    /// Once sent, the request is carried out even if the future is dropped.
+    pub async fn deregister_service(&self, service: &str) -> Result<(), RegisterError> {
+        let index = self.keys.iter().position(|(_, name)| name == service);
+        let index = index.ok_or_else(|| RegisterError::Invalid {
+            service: service.to_owned(),
+            reason: format!(
+                "the registration of {:?} is not of this service",
+                self.key()
+            ),
+        })?;
+        self.ask(|answer| Request::Remove(index, answer)).await
     }
 
     /// Removes the entry and ends the registration. The lease is revoked; it is never registered again after that.
@@ -237,7 +252,7 @@ impl Registration {
         match timeout(self.change_timeout.saturating_add(ANSWER_SLACK), outcome).await {
             Ok(Ok(Ok(()))) => Ok(()),
             Ok(Ok(Err(Failure::Superseded(lease)))) => Err(RegisterError::Superseded {
-                key: self.key.clone(),
+                key: self.key().to_owned(),
                 lease,
             }),
             Ok(Ok(Err(Failure::Ended)) | Err(_)) => Err(self.ended()),
@@ -247,7 +262,7 @@ impl Registration {
 
     fn ended(&self) -> RegisterError {
         RegisterError::Ended {
-            key: self.key.clone(),
+            key: self.key().to_owned(),
         }
     }
 
@@ -259,7 +274,7 @@ impl Registration {
             _ => None,
         };
         RegisterError::TimedOut {
-            key: self.key.clone(),
+            key: self.key().to_owned(),
             endpoints: self.endpoints.clone(),
             bound,
             source,
@@ -267,311 +282,24 @@ impl Registration {
     }
 }
 
-/// The owner task.
-struct Task {
-    machine: Machine,
-    etcd: Etcd,
-    entry: Entry,
-    inbox: mpsc::Receiver<Request>,
-    states: watch::Sender<RegistrationState>,
-    waiting: Vec<(Goal, Answer)>,
-    key_watch: KeyWatch,
-    /// What was last told: the phase, the number of failures, and whether the last exchange was one.
-    published: Option<(Phase, u64, bool)>,
-    /// How long a deregistration may take.
-    budget: Duration,
-    /// When a deregistration under way is given up.
-    give_up: Option<Instant>,
+/// Runs a registration on a thread and over connections of its own.
+fn apart<Run>(etcd: Etcd, run: Run) -> io::Result<()>
+where
+    Run: AsyncFnOnce(Etcd) + Send + 'static,
+{
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let thread = std::thread::Builder::new().name("registration".to_owned());
+    let body = move || {
+        runtime.block_on(async move {
+            // Clients are made without a round trip; it cannot fail, and if it does the shared ones will do.
+            let own = etcd.apart().await.unwrap_or(etcd);
+            run(own).await;
+        });
+    };
+    thread.spawn(body).map(drop)
 }
 
-/// What a request waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Goal {
-    Paused,
-    Written,
-    Deregistered,
-}
-
-impl Task {
-    async fn run(mut self) {
-        loop {
-            let now = Instant::now();
-            self.publish(now);
-            self.answer(now);
-            let command = self.machine.command(now);
-            tracing::trace!(?command, "next");
-            if command == Command::End || self.give_up.is_some_and(|give_up| give_up <= now) {
-                break;
-            }
-            self.step(command).await;
-        }
-        for (_, answer) in self.waiting.drain(..) {
-            // The asker may have gone.
-            let _ = answer.send(Err(Failure::GaveUp));
-        }
-        self.states.send_replace(RegistrationState::Deregistered);
-    }
-
-    async fn step(&mut self, command: Command) {
-        let never = Instant::now() + NEVER;
-        let give_up = self.give_up.unwrap_or(never);
-        // After a deregistration nobody is listened to any more.
-        let listening = self.give_up.is_none();
-        if let Command::Wait { until } = command {
-            let watched = matches!(
-                self.machine.phase(Instant::now()),
-                Phase::Registered { .. } | Phase::Superseded(_)
-            );
-            let expires = self
-                .machine
-                .expires()
-                .filter(|expires| *expires > Instant::now());
-            let until = [until, expires, self.give_up]
-                .into_iter()
-                .flatten()
-                .min()
-                .unwrap_or(never);
-            tokio::select! {
-                biased;
-                request = self.inbox.recv(), if listening => self.on_request(request),
-                news = self.key_watch.next(&self.etcd, &self.entry.key), if watched => self.on_news(news),
-                () = sleep_until(until) => {}
-            }
-            return;
-        }
-        // A grant is waited for: one that reaches etcd after the revoke would leave a lease behind.
-        let interruptible = listening && !matches!(command, Command::Grant { .. });
-        let sent = Instant::now();
-        tokio::select! {
-            biased;
-            request = self.inbox.recv(), if interruptible => self.on_request(request),
-            () = execute(&self.etcd, &self.entry, &mut self.machine, command, sent) => {}
-            () = sleep_until(give_up) => {}
-        }
-    }
-
-    fn on_request(&mut self, request: Option<Request>) {
-        match request {
-            Some(Request::Pause(answer)) => {
-                self.machine.on_pause();
-                self.waiting.push((Goal::Paused, answer));
-            }
-            Some(Request::Resume(answer)) => {
-                self.machine.on_resume();
-                self.waiting.push((Goal::Written, answer));
-            }
-            Some(Request::SetWeight(entry, answer)) => {
-                self.entry = entry;
-                self.machine.on_new_value();
-                self.waiting.push((Goal::Written, answer));
-            }
-            Some(Request::Deregister(answer)) => {
-                self.deregister();
-                self.waiting.push((Goal::Deregistered, answer));
-            }
-            None => self.deregister(),
-        }
-    }
-
-    fn deregister(&mut self) {
-        self.machine.on_deregister();
-        self.give_up = Some(Instant::now() + self.budget);
-    }
-
-    fn on_news(&mut self, news: News) {
-        match news {
-            News::Opened => self.machine.on_watch_opened(),
-            News::Events(events) => {
-                let now = Instant::now();
-                for event in events {
-                    self.machine.on_event(&event, now);
-                }
-            }
-            News::Lost(error) => {
-                tracing::debug!(%error, "the watch on our own key ended");
-                self.machine.on_watch_lost();
-            }
-        }
-    }
-
-    /// Answers the requests whose goal is reached, or out of reach.
-    fn answer(&mut self, now: Instant) {
-        self.waiting.retain(|(_, answer)| !answer.is_closed());
-        let phase = self.machine.phase(now);
-        let written = self.machine.is_written();
-        for index in (0..self.waiting.len()).rev() {
-            let outcome = match (self.waiting[index].0, phase) {
-                // A resume may have overtaken a pause, and a pause a change of the value.
-                (Goal::Paused, Phase::Paused | Phase::Registered { .. } | Phase::Superseded(_))
-                | (Goal::Written, Phase::Paused)
-                | (Goal::Deregistered, Phase::Deregistered) => Ok(()),
-                (Goal::Written, Phase::Registered { .. }) if written => Ok(()),
-                (Goal::Written, Phase::Superseded(lease)) => Err(Failure::Superseded(lease)),
-                (Goal::Paused | Goal::Written, Phase::Deregistered) => Err(Failure::Ended),
-                _ => continue,
-            };
-            let (_, answer) = self.waiting.swap_remove(index);
-            // The asker may have gone.
-            let _ = answer.send(outcome);
-        }
-    }
-
-    fn publish(&mut self, now: Instant) {
-        let seen = (
-            self.machine.phase(now),
-            self.machine.failures,
-            self.machine.last_error.is_some(),
-        );
-        let before = self.published.replace(seen);
-        if before == Some(seen) {
-            return;
-        }
-        let next = RegistrationState::of(&self.machine, now);
-        if before.is_none_or(|(phase, ..)| {
-            std::mem::discriminant(&phase) != std::mem::discriminant(&seen.0)
-        }) {
-            let lost = matches!(before, Some((Phase::Registered { .. }, ..)))
-                && matches!(seen.0, Phase::Registering | Phase::Superseded(_));
-            if lost {
-                tracing::warn!(state = ?next, failures = seen.1, "the registration is lost");
-            } else {
-                tracing::info!(state = ?next, failures = seen.1, "registration state changed");
-            }
-        } else if seen.2 && before.is_some_and(|(.., failing)| !failing) {
-            // Once per series: the tries go on for as long as it takes.
-            let error = self.machine.last_error.as_ref();
-            let error = error.map(tracing::field::display);
-            tracing::warn!(
-                error,
-                "etcd does not answer for the registration; trying on"
-            );
-        }
-        self.states.send_replace(next);
-    }
-}
-
-/// Carries one command out.
-async fn execute(
-    etcd: &Etcd,
-    entry: &Entry,
-    machine: &mut Machine,
-    command: Command,
-    sent: Instant,
-) {
-    match command {
-        Command::Grant { lease, deadline } => {
-            let answer = etcd.grant(lease, entry.ttl, deadline).await;
-            machine.on_granted(lease, answer, sent, Instant::now());
-        }
-        Command::Read { deadline } => {
-            let answer = etcd.read_once(&entry.key, deadline).await;
-            let mut current = false;
-            let found = answer.map(|(header, found)| {
-                machine.on_term(header.raft_term);
-                current = found
-                    .as_ref()
-                    .is_some_and(|kv| kv.value == entry.encode(false));
-                found
-            });
-            machine.on_read(found, current, Instant::now());
-        }
-        Command::Put {
-            lease,
-            expected,
-            leaving,
-            deadline,
-        } => {
-            let put = GuardedPut {
-                key: entry.key.clone(),
-                value: entry.encode(leaving),
-                lease,
-                expected,
-            };
-            let answer = etcd.put_if(&put, deadline).await;
-            machine.on_put(leaving, answer, Instant::now());
-        }
-        Command::Renew { lease, deadline } => {
-            let answer = etcd.keep_alive(lease, deadline).await;
-            machine.on_renewed(answer, sent, Instant::now());
-        }
-        Command::Revoke { lease, deadline } => {
-            let answer = etcd.revoke(lease, deadline).await;
-            machine.on_revoked(answer, Instant::now());
-        }
-        Command::Wait { .. } | Command::End => {}
-    }
-}
-
-/// The watch on our own key.
-#[derive(Debug, Default)]
-struct KeyWatch {
-    open: Option<Watch>,
-    /// What the watch was opened with.
-    token: Option<Token>,
-    not_before: Option<Instant>,
-    /// How often in a row it was refused.
-    refusals: u32,
-}
-
-/// What the watch on our own key has to say.
-enum News {
-    /// From here on nothing is missed.
-    Opened,
-    Events(Vec<Event>),
-    Lost(EtcdError),
-}
-
-impl KeyWatch {
-    /// The next news.
-    ///
-    /// # Cancel safety
-    ///
-    /// Dropping the future loses no news; a watch that was being opened is opened anew.
-    async fn next(&mut self, etcd: &Etcd, key: &Key) -> News {
-        let error = match &mut self.open {
-            None => match self.reopen(etcd, key).await {
-                Ok(()) => return News::Opened,
-                Err(error) => error,
-            },
-            Some(watch) => match watch.message().await {
-                Ok(message) if message.canceled => watch.cancel_error(&message),
-                Ok(message) => {
-                    self.refusals = 0;
-                    return News::Events(message.events);
-                }
-                Err(error) => error,
-            },
-        };
-        etcd.report(&error);
-        self.open = None;
-        let refused = error.kind().is_refusal();
-        self.refusals = if refused { self.refusals + 1 } else { 0 };
-        // Once refused, a fresh token may help; then only an operator can.
-        let wait = if self.refusals > 1 { REFUSED } else { REWATCH };
-        let wait = jittered(wait, &mut fastrand::Rng::new());
-        self.not_before = Some(Instant::now() + wait);
-        News::Lost(error)
-    }
-
-    async fn reopen(&mut self, etcd: &Etcd, key: &Key) -> Result<(), EtcdError> {
-        if let Some(not_before) = self.not_before {
-            sleep_until(not_before).await;
-        }
-        if self.refusals == 1 {
-            // Calls renew their token by themselves; a watch is told in a message.
-            etcd.refused(self.token.as_ref()).await?;
-        }
-        self.token = etcd.token();
-        self.open = Some(etcd.watch(&Range::key(key), None).await?);
-        Ok(())
-    }
-}
-
-/// Between two tries to watch our own key. It is only a short cut: the key is read at each renewal meanwhile.
-const REWATCH: Duration = Duration::from_secs(1);
-/// The same while it is refused.
-const REFUSED: Duration = Duration::from_secs(30);
 /// An answer that is due at a bound may be this late.
 const ANSWER_SLACK: Duration = Duration::from_secs(1);
-/// Far enough away for a timer that is not to fire.
-const NEVER: Duration = Duration::from_secs(24 * 60 * 60);

@@ -11,6 +11,7 @@ use super::{
     Etcd, binary,
     error::ProcessError,
     member::{self, Member, Ports},
+    peers::Peers,
 };
 
 /// How often a start is tried when another process is faster to take a port that was free.
@@ -23,6 +24,8 @@ pub struct EtcdBuilder {
     args: Vec<OsString>,
     binary: Option<PathBuf>,
     start_timeout: Duration,
+    tls: bool,
+    partitionable: bool,
 }
 
 impl EtcdBuilder {
@@ -33,6 +36,8 @@ impl EtcdBuilder {
             args: Vec::new(),
             binary: None,
             start_timeout: Duration::from_secs(30),
+            tls: false,
+            partitionable: false,
         }
     }
 
@@ -51,6 +56,31 @@ impl EtcdBuilder {
     #[must_use]
     pub fn arg(mut self, arg: impl Into<OsString>) -> Self {
         self.args.push(arg.into());
+        self
+    }
+
+    /// Listens for clients that speak TLS as well, with this certificate and its key, at
+    /// [`Etcd::tls_endpoints`]. etcd reads the files again at each handshake.
+    ///
+    /// With `--client-cert-auth=true` and `--trusted-ca-file` as further [arguments](Self::arg) it asks
+    /// clients for a certificate.
+    #[must_use]
+    pub fn tls(self, certificate: impl AsRef<Path>, key: impl AsRef<Path>) -> Self {
+        let flag = |name: &str, path: &Path| {
+            let mut flag = OsString::from(name);
+            flag.push(path);
+            flag
+        };
+        let certificate = flag("--cert-file=", certificate.as_ref());
+        let mut this = self.arg(certificate).arg(flag("--key-file=", key.as_ref()));
+        this.tls = true;
+        this
+    }
+
+    /// Makes [`Etcd::isolate`] possible: what the members say to each other goes through proxies.
+    #[must_use]
+    pub fn partitionable(mut self) -> Self {
+        self.partitionable = true;
         self
     }
 
@@ -100,10 +130,17 @@ impl EtcdBuilder {
         let ports: Vec<_> = ports
             .collect::<io::Result<_>>()
             .map_err(ProcessError::Prepare)?;
+        let mut reached: Vec<_> = ports.iter().map(|ports| ports.peer.number()).collect();
+        let peers = self.partitionable.then(|| Peers::start(&reached));
+        let peers = peers.transpose().map_err(ProcessError::Prepare)?;
+        if let Some(peers) = &peers {
+            reached = peers.ports();
+        }
         // The token is part of what the cluster id is made of: two clusters never share one.
         let token = format!("tonic-etcd-{:016x}", fastrand::u64(..));
         let flags: Vec<_> = (0..self.members)
-            .map(|index| [member::flags(index, &ports, &token), self.args.clone()].concat())
+            .map(|index| member::flags(index, &ports, &reached, self.tls, &token))
+            .map(|flags| [flags, self.args.clone()].concat())
             .collect();
         let members = iter::zip(ports, flags).enumerate();
         let members = members.map(|(index, (ports, flags))| Member {
@@ -118,6 +155,7 @@ impl EtcdBuilder {
             members: members.collect(),
             version: version.to_owned(),
             start_timeout: self.start_timeout,
+            peers,
             _directory: directory,
         })
     }

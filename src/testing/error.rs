@@ -63,6 +63,15 @@ pub enum ProcessError {
         /// The index of the member.
         member: usize,
     },
+    /// The member cannot be cut off: the cluster was not started with
+    /// [`EtcdBuilder::partitionable`](super::EtcdBuilder::partitionable), or the member does not tell its id.
+    #[error(
+        "etcd member {member} cannot be isolated: start the cluster with `partitionable()`, and the member before it is isolated"
+    )]
+    NotPartitionable {
+        /// The index of the member.
+        member: usize,
+    },
     /// There is no member with this index.
     #[error("no etcd member {member}: there are {members}, counted from 0")]
     NoSuchMember {

@@ -30,14 +30,17 @@ pub(super) struct Ports {
     pub(super) client: Port,
     /// For the other members.
     pub(super) peer: Port,
+    /// For clients that speak TLS.
+    pub(super) tls: Port,
 }
 
 impl Ports {
-    /// Draws two free ports.
+    /// Draws three free ports.
     pub(super) fn draw() -> io::Result<Self> {
         Ok(Self {
             client: Port::draw()?,
             peer: Port::draw()?,
+            tls: Port::draw()?,
         })
     }
 }
@@ -68,6 +71,11 @@ impl Member {
     /// Where clients connect to.
     pub(super) fn endpoint(&self) -> String {
         format!("127.0.0.1:{}", self.client_port())
+    }
+
+    /// Where clients that speak TLS connect to.
+    pub(super) fn tls_endpoint(&self) -> String {
+        format!("127.0.0.1:{}", self.ports.tls.number())
     }
 
     /// The port for clients.
@@ -202,13 +210,19 @@ impl Member {
     }
 }
 
-/// Everything that tells one member how to form the cluster, apart from its data directory.
-pub(super) fn flags(index: usize, ports: &[Ports], token: &str) -> Vec<OsString> {
-    let url = |port: &Port| format!("http://127.0.0.1:{}", port.number());
-    let cluster: Vec<_> = ports
+/// Everything that tells one member how to form the cluster, apart from its data directory. `peers`: where the others reach each.
+pub(super) fn flags(
+    index: usize,
+    ports: &[Ports],
+    peers: &[u16],
+    tls: bool,
+    token: &str,
+) -> Vec<OsString> {
+    let url = |port: u16| format!("http://127.0.0.1:{port}");
+    let cluster: Vec<_> = peers
         .iter()
         .enumerate()
-        .map(|(index, ports)| format!("{}={}", Member::name(index), url(&ports.peer)))
+        .map(|(index, peer)| format!("{}={}", Member::name(index), url(*peer)))
         .collect();
     let mut flags = vec![
         format!("--name={}", Member::name(index)),
@@ -216,13 +230,15 @@ pub(super) fn flags(index: usize, ports: &[Ports], token: &str) -> Vec<OsString>
         format!("--initial-cluster-token={token}"),
         "--initial-cluster-state=new".to_owned(),
     ];
-    if let Some(ports) = ports.get(index) {
-        let (client, peer) = (url(&ports.client), url(&ports.peer));
+    if let (Some(ports), Some(peer)) = (ports.get(index), peers.get(index)) {
+        let client = url(ports.client.number());
+        let secure = format!(",https://127.0.0.1:{}", ports.tls.number());
+        let secure = if tls { secure.as_str() } else { "" };
         flags.extend([
-            format!("--listen-client-urls={client}"),
+            format!("--listen-client-urls={client}{secure}"),
             format!("--advertise-client-urls={client}"),
-            format!("--listen-peer-urls={peer}"),
-            format!("--initial-advertise-peer-urls={peer}"),
+            format!("--listen-peer-urls={}", url(ports.peer.number())),
+            format!("--initial-advertise-peer-urls={}", url(*peer)),
         ]);
     }
     flags.into_iter().map(OsString::from).collect()
@@ -258,23 +274,19 @@ mod tests {
     #[test]
     fn every_member_is_told_of_all_peers_and_of_its_own_ports() {
         let ports = [Ports::draw(), Ports::draw()].map(|ports| ports.expect("ports are free"));
-        let flags = flags(1, &ports, "a-token");
-        let [first, second] = ports.map(|ports| (ports.client.number(), ports.peer.number()));
+        let peers = [1, 2];
+        let flags = flags(1, &ports, &peers, true, "a-token");
+        let [_, own] = ports;
+        let (client, tls) = (own.client.number(), own.tls.number());
         let expected = [
             "--name=m1".to_owned(),
-            format!(
-                "--initial-cluster=m0=http://127.0.0.1:{},m1=http://127.0.0.1:{}",
-                first.1, second.1
-            ),
+            "--initial-cluster=m0=http://127.0.0.1:1,m1=http://127.0.0.1:2".to_owned(),
             "--initial-cluster-token=a-token".to_owned(),
             "--initial-cluster-state=new".to_owned(),
-            format!("--listen-client-urls=http://127.0.0.1:{}", second.0),
-            format!("--advertise-client-urls=http://127.0.0.1:{}", second.0),
-            format!("--listen-peer-urls=http://127.0.0.1:{}", second.1),
-            format!(
-                "--initial-advertise-peer-urls=http://127.0.0.1:{}",
-                second.1
-            ),
+            format!("--listen-client-urls=http://127.0.0.1:{client},https://127.0.0.1:{tls}"),
+            format!("--advertise-client-urls=http://127.0.0.1:{client}"),
+            format!("--listen-peer-urls=http://127.0.0.1:{}", own.peer.number()),
+            "--initial-advertise-peer-urls=http://127.0.0.1:2".to_owned(),
         ];
         assert_eq!(flags, expected.map(OsString::from));
     }

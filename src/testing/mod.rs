@@ -48,6 +48,7 @@ mod builder;
 mod error;
 mod health;
 mod member;
+mod peers;
 mod port;
 mod probe;
 mod process;
@@ -58,8 +59,8 @@ use nix::sys::signal::Signal;
 use tempfile::TempDir;
 use tokio::task::JoinSet;
 
-use self::member::Member;
 pub use self::{builder::EtcdBuilder, error::ProcessError};
+use self::{member::Member, peers::Peers};
 
 /// A running etcd: one member, or a cluster of them. Dropped, it is killed and its data removed.
 ///
@@ -73,6 +74,7 @@ pub struct Etcd {
     members: Vec<Member>,
     version: String,
     start_timeout: Duration,
+    peers: Option<Peers>,
     _directory: TempDir,
 }
 
@@ -112,6 +114,13 @@ impl Etcd {
     pub fn endpoint(&self, member: usize) -> String {
         let member = self.members.get(member);
         member.map(Member::endpoint).unwrap_or_default()
+    }
+
+    /// The addresses for clients that speak TLS, as `127.0.0.1:port`. Nobody listens there without
+    /// [`EtcdBuilder::tls`].
+    #[must_use]
+    pub fn tls_endpoints(&self) -> Vec<String> {
+        self.members.iter().map(Member::tls_endpoint).collect()
     }
 
     /// The number of members, running or not.
@@ -195,6 +204,38 @@ impl Etcd {
     /// Fails if there is no such member, or if it does not run.
     pub async fn thaw(&mut self, member: usize) -> Result<(), ProcessError> {
         self.member(member)?.set_frozen(false).await
+    }
+
+    /// Cuts a running member off from the others, in both directions; clients still reach it.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is no such member, if the cluster was not started as
+    /// [partitionable](EtcdBuilder::partitionable), or if the member does not answer for its id.
+    pub async fn isolate(&mut self, member: usize) -> Result<(), ProcessError> {
+        let port = self.member(member)?.client_port();
+        let id = probe::member_id(port).await;
+        match (&self.peers, id) {
+            (Some(peers), Some(id)) => {
+                peers.isolate(member, id);
+                Ok(())
+            }
+            _ => Err(ProcessError::NotPartitionable { member }),
+        }
+    }
+
+    /// Lets a member that was [isolated](Self::isolate) reach the others again. Nothing happens if it
+    /// was not.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is no such member.
+    pub fn rejoin(&mut self, member: usize) -> Result<(), ProcessError> {
+        self.member(member)?;
+        if let Some(peers) = &self.peers {
+            peers.rejoin(member);
+        }
+        Ok(())
     }
 
     /// Starts a member again, on the same ports and with the data it has, and waits until it is

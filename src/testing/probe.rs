@@ -45,6 +45,13 @@ pub(super) async fn leading_term(port: u16) -> Option<u64> {
     parse_leading_term(&body)
 }
 
+/// The id by which the member names itself to the others.
+pub(super) async fn member_id(port: u16) -> Option<u64> {
+    let body = request(port, "POST /v3/maintenance/status", "{}").await?;
+    let status: Status = serde_json::from_str(&body).ok()?;
+    status.header.member_id.parse().ok()
+}
+
 /// Reads [`leading_term`] out of the answer's body.
 fn parse_leading_term(body: &str) -> Option<u64> {
     let status: Status = serde_json::from_str(body).ok()?;

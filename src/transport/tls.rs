@@ -183,7 +183,7 @@ impl Tls {
     }
 
     /// Makes the connection secure, and checks that the peer speaks HTTP/2 over it.
-    pub(super) async fn handshake<T>(&self, io: T) -> io::Result<TlsStream<T>>
+    pub(crate) async fn handshake<T>(&self, io: T) -> io::Result<TlsStream<T>>
     where
         T: AsyncRead + AsyncWrite + Unpin,
     {

@@ -21,12 +21,16 @@ use tonic::transport::{Channel, Server};
 use tonic_etcd::testing::Etcd;
 use tonic_etcd::{RegistrationBuilder, Registry, Resolver, ServeError, ServeRegistered};
 
+pub mod authority;
 pub mod backend;
+pub mod callers;
 pub mod counting;
 #[path = "../../examples/greeter/mod.rs"]
 pub mod greeter;
 pub mod program;
 pub mod proxy;
+pub mod relay;
+pub mod roles;
 #[cfg(feature = "tls")]
 pub mod tls;
 

@@ -3,7 +3,8 @@
 use proptest::prelude::{ProptestConfig, any, proptest};
 
 use super::*;
-use crate::keyspace::{Header, Key};
+use crate::error::EtcdErrorKind;
+use crate::keyspace::{Event, Header, KeepAlive, Key, KeyValue};
 
 const TTL: Duration = Duration::from_secs(6);
 
@@ -94,6 +95,14 @@ fn error(kind: EtcdErrorKind) -> EtcdError {
     EtcdError::new(kind, "test", "127.0.0.1:1", "scripted")
 }
 
+fn alone(kv: Option<KeyValue>, current: bool) -> Found {
+    Found {
+        index: 0,
+        kv,
+        current,
+    }
+}
+
 /// Whether an exchange gets through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
@@ -125,7 +134,7 @@ impl Player {
         let mut rng = fastrand::Rng::with_seed(seed);
         Self {
             store: Store::new(),
-            machine: Machine::new(TTL, true, rng.fork()),
+            machine: Machine::new(TTL, 1, true, rng.fork()),
             now: Instant::now(),
             rng,
             seen: 0,
@@ -156,15 +165,11 @@ impl Player {
             }
             Command::Read { .. } => {
                 let found = self.store.key.clone();
-                self.machine
-                    .on_read(delivered(fate, found), false, self.now);
+                let found = delivered(fate, vec![alone(found, false)]);
+                self.machine.on_read(found, self.now);
             }
-            Command::Put {
-                lease,
-                expected,
-                leaving,
-                ..
-            } => {
+            Command::Put { lease, leaving, .. } => {
+                let expected = self.machine.puts()[0].expected;
                 let mut outcome = Ok(None);
                 if reached && !self.store.leases.iter().any(|(known, _)| *known == lease) {
                     outcome = Err(error(EtcdErrorKind::LeaseNotFound));
@@ -197,6 +202,7 @@ impl Player {
                 }
                 self.machine.on_revoked(delivered(fate, ()), self.now);
             }
+            Command::Delete { .. } => panic!("one of one key is never removed"),
             Command::Wait { until } => {
                 let bound = self.now + TTL;
                 self.now = until.map_or(bound, |until| until.min(bound)).max(self.now);
@@ -208,7 +214,7 @@ impl Player {
 
     fn deliver(&mut self) {
         for event in &self.store.events[self.seen..] {
-            self.machine.on_event(event, self.now);
+            self.machine.on_event(0, event, self.now);
         }
         self.seen = self.store.events.len();
     }
@@ -595,7 +601,9 @@ fn a_put_whose_answer_was_lost_is_not_repeated() {
     player.step(Fate::Good);
     assert!(matches!(player.step(Fate::AnswerLost), Command::Put { .. }));
     let found = player.store.key.clone();
-    player.machine.on_read(Ok(found), true, player.now);
+    player
+        .machine
+        .on_read(Ok(vec![alone(found, true)]), player.now);
     assert!(player.is_registered() && player.machine.is_written());
 }
 

@@ -1,0 +1,99 @@
+//! One request, on one member after another.
+
+use std::time::Duration;
+
+use super::member::{Link, Traffic};
+use super::{DEADLINE, Etcd, error};
+use crate::error::{EtcdError, EtcdErrorKind};
+
+impl Etcd {
+    /// Tries a request up to five times, 2 s each, on one member after another.
+    pub(super) async fn call<T, Fut>(
+        &self,
+        operation: &'static str,
+        request: impl Fn(Link) -> Fut,
+    ) -> Result<T, EtcdError>
+    where
+        Fut: Future<Output = Result<T, EtcdError>>,
+    {
+        let mut tries = 1;
+        loop {
+            match self
+                .attempt(Traffic::Keys, operation, DEADLINE, &request)
+                .await
+            {
+                Err(error) if self.may_succeed(&error) && tries < TRIES => {
+                    tracing::debug!(%error, tries, "etcd call failed, trying again");
+                    let step = match error.kind() {
+                        EtcdErrorKind::NoLeader => ELECTION_STEP,
+                        // The first try at each further member costs no wait.
+                        _ if (tries as usize) < self.members() => Duration::ZERO,
+                        _ => RETRY_STEP,
+                    };
+                    let wait = crate::backoff::jittered(
+                        step * 2u32.pow(tries - 1),
+                        &mut fastrand::Rng::new(),
+                    );
+                    tokio::time::sleep(wait).await;
+                    tries += 1;
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// Tries a request once, on the member in use, and moves on to the next one if that failed for the member's fault. A refusal is
+    /// answered with a fresh token and a second try.
+    pub(super) async fn attempt<T, Fut>(
+        &self,
+        traffic: Traffic,
+        operation: &'static str,
+        deadline: Duration,
+        request: impl Fn(Link) -> Fut,
+    ) -> Result<T, EtcdError>
+    where
+        Fut: Future<Output = Result<T, EtcdError>>,
+    {
+        let (index, member) = self.member(operation)?;
+        let link = member.link(traffic);
+        let token = self.0.auth.token();
+        let mut outcome = bounded(operation, deadline, link, request(link.clone())).await;
+        if let Err(error) = &outcome
+            && error.kind().is_refusal()
+        {
+            match self.renew_token(link, token.as_ref(), deadline).await {
+                Ok(true) => {
+                    tracing::debug!(%error, "etcd refused the token, trying again with a fresh one");
+                    outcome = bounded(operation, deadline, link, request(link.clone())).await;
+                }
+                Ok(false) => {}
+                Err(error) => outcome = Err(error),
+            }
+        }
+        link.on_outcome(outcome.as_ref().err());
+        if let Err(error) = &outcome {
+            self.report_at(index, error);
+        }
+        outcome
+    }
+}
+
+pub(super) async fn bounded<T>(
+    operation: &'static str,
+    deadline: Duration,
+    link: &Link,
+    request: impl Future<Output = Result<T, EtcdError>>,
+) -> Result<T, EtcdError> {
+    // Boxed, for `etcd-client`'s futures are 20 KiB large, and every task of ours would be.
+    tokio::time::timeout(deadline, Box::pin(request))
+        .await
+        .unwrap_or_else(|_| Err(error::deadline(operation, &link.endpoint, deadline)))
+}
+
+/// With three members, five tries pass a dead one and a frozen one and still see the third twice.
+const TRIES: u32 = 5;
+/// Doubled after each try and jittered: the waits of five tries make 1.1 to 2.2 s together.
+const RETRY_STEP: Duration = Duration::from_millis(150);
+/// The same while there is no leader: 3 to 6 s, in which a cluster with the default election timeout of 1 s has found one even if the
+/// first vote is split.
+const ELECTION_STEP: Duration = Duration::from_millis(400);

@@ -1,0 +1,202 @@
+//! Reading and writing keys.
+
+use std::time::Duration;
+
+use etcd_client::proto::PbTxnOpResponse;
+use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, SortOrder, SortTarget, Txn, TxnOp};
+
+use super::member::{Link, Traffic};
+use super::{Etcd, MAX_MESSAGE, error, header, key_value};
+use crate::error::EtcdError;
+use crate::keyspace::{
+    GuardedPut, Header, Key, KeyValue, KeyVersion, LeaseId, ListRequest, Page, Range, Revision,
+};
+
+impl Etcd {
+    /// Reads up to `limit` keys of a range, linearizably: at `revision`, or at the newest.
+    pub(crate) async fn list(&self, request: &ListRequest) -> Result<Page, EtcdError> {
+        const OPERATION: &str = "list";
+        self.call(OPERATION, |link| {
+            let mut options = GetOptions::new()
+                .with_range(request.range.end.as_bytes())
+                .with_limit(request.limit)
+                .with_revision(request.revision.get())
+                .with_sort(SortTarget::Key, SortOrder::Ascend);
+            if request.keys_only {
+                options = options.with_keys_only();
+            }
+            let start = request.range.start.as_bytes().to_vec();
+            async move {
+                let mut kv = link
+                    .client
+                    .kv_client()
+                    .max_decoding_message_size(MAX_MESSAGE);
+                let response = kv.get(start, Some(options)).await;
+                let response = response
+                    .map_err(|source| error::of_client(OPERATION, &link.endpoint, source))?;
+                Ok(Page {
+                    header: header(response.0.header.as_ref()),
+                    more: response.0.more,
+                    kvs: response.0.kvs.into_iter().map(key_value).collect(),
+                })
+            }
+        })
+        .await
+    }
+
+    /// Reads one key, linearizably.
+    pub(crate) async fn read(&self, key: &Key) -> Result<(Header, Option<KeyValue>), EtcdError> {
+        self.call("read", |link| read(link, key.clone())).await
+    }
+
+    /// Reads which write of a key is the last, linearizably and without its value.
+    pub(crate) async fn version(
+        &self,
+        key: &Key,
+    ) -> Result<(Header, Option<KeyVersion>), EtcdError> {
+        let request = ListRequest {
+            range: Range::key(key),
+            limit: 1,
+            revision: Revision::ZERO,
+            keys_only: true,
+        };
+        let page = self.list(&request).await?;
+        Ok((page.header, page.kvs.first().map(KeyValue::version)))
+    }
+
+    /// As [`Etcd::read`], tried once.
+    pub(crate) async fn read_once(
+        &self,
+        key: &Key,
+        deadline: Duration,
+    ) -> Result<(Header, Option<KeyValue>), EtcdError> {
+        self.attempt(Traffic::Keys, "read", deadline, |link| {
+            read(link, key.clone())
+        })
+        .await
+    }
+
+    /// Reads keys in their order, linearizably; each hundred at one revision. Tried once.
+    pub(crate) async fn read_each(
+        &self,
+        keys: &[Key],
+        deadline: Duration,
+    ) -> Result<(Header, Vec<Option<KeyValue>>), EtcdError> {
+        let mut head = Header::default();
+        let mut found = Vec::with_capacity(keys.len());
+        for chunk in keys.chunks(OPERATIONS_MAX) {
+            let answer = self.attempt(Traffic::Keys, "read", deadline, |link| {
+                read_all(link, chunk.to_vec())
+            });
+            let (header, chunk) = answer.await?;
+            head = header;
+            found.extend(chunk);
+        }
+        Ok((head, found))
+    }
+
+    /// Puts keys under a lease, all of them or none, if nobody has written them since `expected` (zero: if it does not exist). Says the
+    /// new revision, or `None` if somebody has. Tried once.
+    pub(crate) async fn put_if(
+        &self,
+        puts: &[GuardedPut],
+        deadline: Duration,
+    ) -> Result<Option<Revision>, EtcdError> {
+        const OPERATION: &str = "put";
+        let unchanged = |put: &GuardedPut| {
+            let key = put.key.as_bytes().to_vec();
+            Compare::mod_revision(key, CompareOp::Equal, put.expected.get())
+        };
+        let write = |put: &GuardedPut| {
+            let options = PutOptions::new().with_lease(put.lease.get());
+            TxnOp::put(put.key.as_bytes(), put.value.clone(), Some(options))
+        };
+        self.attempt(Traffic::Keys, OPERATION, deadline, |link| {
+            let txn = Txn::new()
+                .when(puts.iter().map(unchanged).collect::<Vec<_>>())
+                .and_then(puts.iter().map(write).collect::<Vec<_>>());
+            async move {
+                let response = link.client.kv_client().txn(txn).await;
+                let response = response
+                    .map_err(|source| error::of_client(OPERATION, &link.endpoint, source))?;
+                let revision = header(response.0.header.as_ref()).revision;
+                Ok(response.succeeded().then_some(revision))
+            }
+        })
+        .await
+    }
+
+    /// Deletes a key if it is under this lease; else there is nothing to do. Tried once.
+    pub(crate) async fn delete_if(
+        &self,
+        key: &Key,
+        lease: LeaseId,
+        deadline: Duration,
+    ) -> Result<(), EtcdError> {
+        const OPERATION: &str = "delete";
+        self.attempt(Traffic::Keys, OPERATION, deadline, |link| {
+            let txn = Txn::new()
+                .when([Compare::lease(
+                    key.as_bytes(),
+                    CompareOp::Equal,
+                    lease.get(),
+                )])
+                .and_then([TxnOp::delete(key.as_bytes(), None)]);
+            async move {
+                let response = link.client.kv_client().txn(txn).await;
+                let deleted = response.map(drop);
+                deleted.map_err(|source| error::of_client(OPERATION, &link.endpoint, source))
+            }
+        })
+        .await
+    }
+}
+
+/// Reads up to [`OPERATIONS_MAX`] keys at one revision.
+async fn read_all(
+    link: Link,
+    keys: Vec<Key>,
+) -> Result<(Header, Vec<Option<KeyValue>>), EtcdError> {
+    if let [key] = &keys[..] {
+        let (header, found) = read(link, key.clone()).await?;
+        return Ok((header, vec![found]));
+    }
+    let gets = keys.iter().map(|key| TxnOp::get(key.as_bytes(), None));
+    let txn = Txn::new().and_then(gets.collect::<Vec<_>>());
+    let mut kv = link
+        .client
+        .kv_client()
+        .max_decoding_message_size(MAX_MESSAGE);
+    let response = kv.txn(txn).await;
+    let response = response.map_err(|source| error::of_client("read", &link.endpoint, source))?;
+    let found = response
+        .0
+        .responses
+        .into_iter()
+        .map(|answer| match answer.response {
+            Some(PbTxnOpResponse::ResponseRange(range)) => {
+                range.kvs.into_iter().next().map(key_value)
+            }
+            _ => None,
+        });
+    let mut found: Vec<_> = found.collect();
+    // As many answers as questions, whatever came.
+    found.resize(keys.len(), None);
+    Ok((header(response.0.header.as_ref()), found))
+}
+
+async fn read(link: Link, key: Key) -> Result<(Header, Option<KeyValue>), EtcdError> {
+    let mut kv = link
+        .client
+        .kv_client()
+        .max_decoding_message_size(MAX_MESSAGE);
+    let response = kv.get(key.as_bytes(), None).await;
+    let response = response.map_err(|source| error::of_client("read", &link.endpoint, source))?;
+    Ok((
+        header(response.0.header.as_ref()),
+        response.0.kvs.into_iter().next().map(key_value),
+    ))
+}
+
+/// Operations in one transaction: etcd refuses more than 128 with its default settings.
+const OPERATIONS_MAX: usize = 100;

@@ -1,0 +1,90 @@
+//! Granting, renewing and revoking leases.
+
+use std::time::Duration;
+
+use etcd_client::LeaseGrantOptions;
+
+use super::member::Traffic;
+use super::{Etcd, error, header, rpc};
+use crate::error::{EtcdError, EtcdErrorKind};
+use crate::keyspace::{KeepAlive, LeaseId};
+
+impl Etcd {
+    /// Grants a lease under a chosen id, and says its time to live, which may be longer than asked. Tried once.
+    pub(crate) async fn grant(
+        &self,
+        lease: LeaseId,
+        ttl: Duration,
+        deadline: Duration,
+    ) -> Result<Duration, EtcdError> {
+        const OPERATION: &str = "lease grant";
+        let seconds = i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX);
+        self.attempt(Traffic::Leases, OPERATION, deadline, |link| async move {
+            let options = LeaseGrantOptions::new().with_id(lease.get());
+            let response = link
+                .client
+                .lease_client()
+                .grant(seconds, Some(options))
+                .await;
+            let response =
+                response.map_err(|source| error::of_client(OPERATION, &link.endpoint, source))?;
+            Ok(u64::try_from(response.ttl()).map_or(ttl, Duration::from_secs))
+        })
+        .await
+    }
+
+    /// Renews a lease. Tried once.
+    pub(crate) async fn keep_alive(
+        &self,
+        lease: LeaseId,
+        deadline: Duration,
+    ) -> Result<KeepAlive, EtcdError> {
+        const OPERATION: &str = "lease keep-alive";
+        self.attempt(Traffic::Leases, OPERATION, deadline, |link| async move {
+            if let Some(service) = &link.service {
+                return rpc::keep_alive(service, &link.endpoint, lease).await;
+            }
+            let failed = |source| error::of_client(OPERATION, &link.endpoint, source);
+            let (mut keeper, mut answers) = link
+                .client
+                .lease_client()
+                .keep_alive(lease.get())
+                .await
+                .map_err(failed)?;
+            // etcd-client keeps the first answer's TTL and header to itself; the second one on the stream shows both.
+            keeper.keep_alive().await.map_err(failed)?;
+            let answer = answers.message().await.map_err(failed)?;
+            let answer = answer.filter(|answer| answer.ttl() > 0).ok_or_else(|| {
+                EtcdError::new(
+                    EtcdErrorKind::LeaseNotFound,
+                    OPERATION,
+                    &link.endpoint,
+                    format!("lease {lease} has no time left"),
+                )
+            })?;
+            let ttl = Duration::from_secs(answer.ttl().unsigned_abs());
+            Ok(KeepAlive {
+                header: answer.0.header.as_ref().map(|head| header(Some(head))),
+                ttl,
+            })
+        })
+        .await
+    }
+
+    /// Revokes a lease, and with it every key that hangs on it. Tried once; a lease that is gone counts as revoked.
+    pub(crate) async fn revoke(&self, lease: LeaseId, deadline: Duration) -> Result<(), EtcdError> {
+        const OPERATION: &str = "lease revoke";
+        let outcome = self
+            .attempt(Traffic::Leases, OPERATION, deadline, |link| async move {
+                let response = link.client.lease_client().revoke(lease.get()).await;
+                response
+                    .map(drop)
+                    .map_err(|source| error::of_client(OPERATION, &link.endpoint, source))
+            })
+            .await;
+        match outcome {
+            Err(error) if error.kind() == EtcdErrorKind::LeaseNotFound => Ok(()),
+            outcome => outcome,
+        }
+    }
+}

@@ -1,0 +1,424 @@
+//! A scripted etcd: real messages over an in-memory connection, in any order that a real server is known to have produced. The entries
+//! named A1 to B5 are what was measured of real servers.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use etcd_client::proto::{
+    PbCompactionRequest, PbCompactionResponse, PbDeleteRequest, PbDeleteResponse, PbKvServer,
+    PbKvService, PbLeaseGrantRequest, PbLeaseGrantResponse, PbLeaseKeepAliveRequest,
+    PbLeaseKeepAliveResponse, PbLeaseLeasesRequest, PbLeaseLeasesResponse, PbLeaseRevokeRequest,
+    PbLeaseRevokeResponse, PbLeaseServer, PbLeaseService, PbLeaseTimeToLiveRequest,
+    PbLeaseTimeToLiveResponse, PbPutRequest, PbPutResponse, PbRangeRequest, PbRangeResponse,
+    PbRangeStreamResponse, PbResponseOp, PbTargetUnion, PbTxnOpRequest, PbTxnOpResponse,
+    PbTxnRequest, PbTxnResponse, PbWatchRequest, PbWatchResponse, PbWatchServer, PbWatchService,
+};
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::store::Store;
+use super::watcher;
+use crate::etcd::auth::Auth;
+use crate::etcd::member::Open;
+use crate::etcd::{Etcd, MemberEndpoint};
+
+/// The server. Clones share the store.
+#[derive(Clone)]
+pub(super) struct Fake {
+    store: Arc<Mutex<Store>>,
+    script: Arc<Mutex<Script>>,
+    /// Raised at each change, and to end every stream.
+    pub(super) changed: watch::Sender<u64>,
+}
+
+/// What goes wrong.
+pub(super) struct Script {
+    pub(super) rng: fastrand::Rng,
+    /// How many of 100 exchanges go wrong.
+    pub(super) faults: u8,
+    /// So many watches more are opened without a word.
+    pub(super) mute_watches: u32,
+    /// Connections so far.
+    pub(super) connections: u32,
+}
+
+impl Script {
+    /// Whether the next thing goes wrong, and how: one of so many ways.
+    pub(super) fn fault(&mut self, ways: u8) -> Option<u8> {
+        (self.rng.u8(..100) < self.faults).then(|| self.rng.u8(..ways))
+    }
+}
+
+impl Fake {
+    pub(super) fn new(seed: u64, faults: u8) -> Self {
+        Self {
+            store: Arc::new(Mutex::new(Store::new())),
+            script: Arc::new(Mutex::new(Script {
+                rng: fastrand::Rng::with_seed(seed),
+                faults,
+                mute_watches: 0,
+                connections: 0,
+            })),
+            changed: watch::Sender::new(0),
+        }
+    }
+
+    pub(super) fn script(&self) -> MutexGuard<'_, Script> {
+        self.script.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The store, with what has run out by now gone.
+    pub(super) fn store(&self) -> MutexGuard<'_, Store> {
+        let mut store = self.store.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = store.revision;
+        store.expire(Instant::now());
+        if store.revision != before {
+            self.tell();
+        }
+        store
+    }
+
+    pub(super) fn tell(&self) {
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// Our client for so many members of it.
+    pub(super) async fn etcd(&self, members: usize) -> Etcd {
+        let member = |index| (format!("member{index}:1"), self.open());
+        let members = (0..members).map(member).collect();
+        Etcd::lazy(members, Auth::new(None)).await.expect("lazy")
+    }
+
+    /// A connection in memory, so that paused time passes only while nobody has anything to do.
+    fn open(&self) -> Open {
+        let fake = self.clone();
+        let endpoint = MemberEndpoint::parse("member:1", false).expect("valid");
+        Arc::new(move || {
+            let fake = fake.clone();
+            let dial = move |_| {
+                fake.script().connections += 1;
+                let (ours, theirs) = tokio::io::duplex(1 << 16);
+                let router = tonic::transport::Server::builder()
+                    .add_service(PbKvServer::new(fake.clone()))
+                    .add_service(PbLeaseServer::new(fake.clone()))
+                    .add_service(PbWatchServer::new(fake.clone()));
+                let incoming = tokio_stream::once(Ok::<_, std::io::Error>(theirs));
+                tokio::spawn(async move {
+                    // It ends with its connection.
+                    drop(router.serve_with_incoming(incoming).await);
+                });
+                std::future::ready(Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(ours)))
+            };
+            let endpoint = endpoint.transport();
+            endpoint.connect_with_connector_lazy(tower::service_fn(dial))
+        })
+    }
+
+    /// What may happen to a request: refused, lost, or done with its answer lost. `true`: the answer is to be lost.
+    async fn fate(&self) -> Result<bool, Status> {
+        let fault = self.script().fault(5);
+        match fault {
+            Some(0) => Err(Status::unavailable("etcdserver: no leader")),
+            Some(1) => Err(Status::unavailable("etcdserver: request timed out")),
+            Some(2) => {
+                tokio::time::sleep(NEVER).await;
+                Err(Status::unknown("transport error"))
+            }
+            Some(3) => Ok(true),
+            Some(_) => {
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                Ok(false)
+            }
+            None => Ok(false),
+        }
+    }
+
+    async fn answer<T>(
+        &self,
+        work: impl FnOnce(&mut Store) -> Result<T, Status>,
+    ) -> Result<Response<T>, Status> {
+        let lost = self.fate().await?;
+        let answer = {
+            let mut store = self.store();
+            let before = store.revision;
+            let answer = work(&mut store);
+            store.expire(Instant::now());
+            if store.revision != before {
+                self.tell();
+            }
+            answer
+        };
+        if lost {
+            tokio::time::sleep(NEVER).await;
+        }
+        answer.map(Response::new)
+    }
+}
+
+/// Whether a request asks to be refused by a member that has lost its cluster: every one of ours does.
+fn asks_for_a_leader<T>(request: &Request<T>) {
+    let asks = request.metadata().get("hasleader");
+    assert!(
+        asks.is_some_and(|asks| asks == "true"),
+        "hasleader is missing"
+    );
+}
+
+fn range(store: &Store, request: &PbRangeRequest) -> Result<PbRangeResponse, Status> {
+    if request.revision > store.revision {
+        let text = "etcdserver: mvcc: required revision is a future revision";
+        return Err(Status::out_of_range(text));
+    }
+    if request.revision > 0 && request.revision < store.revision {
+        // Pages of an older revision are not kept.
+        let text = "etcdserver: mvcc: required revision has been compacted";
+        return Err(Status::out_of_range(text));
+    }
+    let within = |key: &[u8]| {
+        if request.range_end.is_empty() {
+            return key == request.key;
+        }
+        key >= request.key.as_slice() && key < request.range_end.as_slice()
+    };
+    let found = store.keys.values().filter(|kv| within(&kv.key));
+    let mut kvs: Vec<_> = found.cloned().collect();
+    let count = kvs.len();
+    let limit = usize::try_from(request.limit).unwrap_or(0);
+    if limit > 0 {
+        kvs.truncate(limit);
+    }
+    if request.keys_only {
+        for kv in &mut kvs {
+            kv.value.clear();
+        }
+    }
+    Ok(PbRangeResponse {
+        header: Some(store.header()),
+        more: kvs.len() < count,
+        count: i64::try_from(count).unwrap_or(i64::MAX),
+        kvs,
+    })
+}
+
+fn txn(store: &mut Store, request: PbTxnRequest) -> Result<PbTxnResponse, Status> {
+    let holds = request.compare.iter().all(|compare| {
+        let kv = store.keys.get(&compare.key);
+        match &compare.target_union {
+            Some(PbTargetUnion::ModRevision(revision)) => {
+                kv.map_or(0, |kv| kv.mod_revision) == *revision
+            }
+            Some(PbTargetUnion::Lease(lease)) => kv.map_or(0, |kv| kv.lease) == *lease,
+            _ => false,
+        }
+    });
+    let operations = if holds {
+        request.success
+    } else {
+        request.failure
+    };
+    let mut changes = Vec::new();
+    let mut responses = Vec::new();
+    for operation in operations {
+        responses.push(match operation.request {
+            Some(PbTxnOpRequest::RequestRange(request)) => PbResponseOp {
+                response: Some(PbTxnOpResponse::ResponseRange(range(store, &request)?)),
+            },
+            Some(PbTxnOpRequest::RequestPut(put)) => {
+                assert_ne!(put.lease, 0, "nothing is ever put without a lease");
+                if !store.leases.contains_key(&put.lease) {
+                    return Err(Status::not_found("etcdserver: requested lease not found"));
+                }
+                changes.push((put.key, Some((put.value, put.lease))));
+                PbResponseOp::default()
+            }
+            Some(PbTxnOpRequest::RequestDeleteRange(delete)) => {
+                changes.push((delete.key, None));
+                PbResponseOp::default()
+            }
+            _ => return Err(Status::unimplemented("not scripted")),
+        });
+    }
+    store.apply(changes);
+    Ok(PbTxnResponse {
+        header: Some(store.header()),
+        succeeded: holds,
+        responses,
+    })
+}
+
+#[tonic::async_trait]
+impl PbKvService for Fake {
+    type RangeStreamStream = ReceiverStream<Result<PbRangeStreamResponse, Status>>;
+
+    async fn range(
+        &self,
+        request: Request<PbRangeRequest>,
+    ) -> Result<Response<PbRangeResponse>, Status> {
+        asks_for_a_leader(&request);
+        self.answer(|store| range(store, request.get_ref())).await
+    }
+
+    async fn txn(&self, request: Request<PbTxnRequest>) -> Result<Response<PbTxnResponse>, Status> {
+        asks_for_a_leader(&request);
+        self.answer(|store| txn(store, request.into_inner())).await
+    }
+
+    async fn range_stream(
+        &self,
+        _: Request<PbRangeRequest>,
+    ) -> Result<Response<Self::RangeStreamStream>, Status> {
+        Err(Status::unimplemented("not scripted"))
+    }
+
+    async fn put(&self, _: Request<PbPutRequest>) -> Result<Response<PbPutResponse>, Status> {
+        Err(Status::unimplemented("not scripted"))
+    }
+
+    async fn delete_range(
+        &self,
+        _: Request<PbDeleteRequest>,
+    ) -> Result<Response<PbDeleteResponse>, Status> {
+        Err(Status::unimplemented("not scripted"))
+    }
+
+    async fn compact(
+        &self,
+        _: Request<PbCompactionRequest>,
+    ) -> Result<Response<PbCompactionResponse>, Status> {
+        Err(Status::unimplemented("not scripted"))
+    }
+}
+
+#[tonic::async_trait]
+impl PbLeaseService for Fake {
+    async fn lease_grant(
+        &self,
+        request: Request<PbLeaseGrantRequest>,
+    ) -> Result<Response<PbLeaseGrantResponse>, Status> {
+        asks_for_a_leader(&request);
+        let PbLeaseGrantRequest { ttl, id } = *request.get_ref();
+        self.answer(|store| {
+            let length = Duration::from_secs(ttl.unsigned_abs());
+            if store.leases.contains_key(&id) {
+                return Err(Status::failed_precondition(
+                    "etcdserver: lease already exists",
+                ));
+            }
+            store.leases.insert(id, (length, Instant::now() + length));
+            Ok(PbLeaseGrantResponse {
+                header: Some(store.header()),
+                id,
+                ttl,
+                error: String::new(),
+            })
+        })
+        .await
+    }
+
+    async fn lease_revoke(
+        &self,
+        request: Request<PbLeaseRevokeRequest>,
+    ) -> Result<Response<PbLeaseRevokeResponse>, Status> {
+        let id = request.get_ref().id;
+        self.answer(|store| match store.leases.remove(&id) {
+            Some(_) => Ok(PbLeaseRevokeResponse {
+                header: Some(store.header()),
+            }),
+            None => Err(Status::not_found("etcdserver: requested lease not found")),
+        })
+        .await
+    }
+
+    type LeaseKeepAliveStream = ReceiverStream<Result<PbLeaseKeepAliveResponse, Status>>;
+
+    async fn lease_keep_alive(
+        &self,
+        request: Request<Streaming<PbLeaseKeepAliveRequest>>,
+    ) -> Result<Response<Self::LeaseKeepAliveStream>, Status> {
+        asks_for_a_leader(&request);
+        let mut requests = request.into_inner();
+        let (answers, stream) = mpsc::channel(4);
+        let fake = self.clone();
+        tokio::spawn(async move {
+            while let Ok(Some(request)) = requests.message().await {
+                // A8: a leader that was frozen answers for a lease that the cluster has dropped, out of a term that is over.
+                let lie = fake.script().fault(8) == Some(0);
+                let answer = fake
+                    .answer(|store| Ok(renewal(store, request.id, lie)))
+                    .await;
+                if answers
+                    .send(answer.map(Response::into_inner))
+                    .await
+                    .is_err()
+                {
+                    return;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn lease_time_to_live(
+        &self,
+        _: Request<PbLeaseTimeToLiveRequest>,
+    ) -> Result<Response<PbLeaseTimeToLiveResponse>, Status> {
+        Err(Status::unimplemented("not scripted"))
+    }
+
+    async fn lease_leases(
+        &self,
+        _: Request<PbLeaseLeasesRequest>,
+    ) -> Result<Response<PbLeaseLeasesResponse>, Status> {
+        Err(Status::unimplemented("not scripted"))
+    }
+}
+
+fn renewal(store: &mut Store, id: i64, lie: bool) -> PbLeaseKeepAliveResponse {
+    let mut header = store.header();
+    let mut ttl = 0;
+    if let Some((length, expires)) = store.leases.get_mut(&id) {
+        if !lie {
+            *expires = Instant::now() + *length;
+        }
+        ttl = i64::try_from(length.as_secs()).unwrap_or(i64::MAX);
+    }
+    if lie {
+        ttl = 10;
+        header.raft_term -= 1;
+    }
+    PbLeaseKeepAliveResponse {
+        header: Some(header),
+        id,
+        ttl,
+    }
+}
+
+#[tonic::async_trait]
+impl PbWatchService for Fake {
+    type WatchStream = ReceiverStream<Result<PbWatchResponse, Status>>;
+
+    async fn watch(
+        &self,
+        request: Request<Streaming<PbWatchRequest>>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        asks_for_a_leader(&request);
+        if self.script().fault(4) == Some(0) {
+            return Err(Status::unavailable("etcdserver: no leader"));
+        }
+        let (answers, stream) = mpsc::channel(64);
+        let mute = {
+            let mut script = self.script();
+            let mute = script.mute_watches > 0 || script.fault(8) == Some(0);
+            script.mute_watches = script.mute_watches.saturating_sub(1);
+            mute
+        };
+        let stream_of = watcher::serve(self.clone(), request.into_inner(), answers, mute);
+        tokio::spawn(stream_of);
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+}
+
+/// Longer than anybody waits.
+const NEVER: Duration = Duration::from_secs(3_600);

@@ -1,0 +1,204 @@
+//! The resolver and the registration over the real client, against a scripted etcd, in paused time.
+#![allow(
+    clippy::print_stdout,
+    reason = "seeds, and what members that fail cost"
+)]
+
+mod fake;
+#[cfg(feature = "testing")]
+mod members;
+mod store;
+mod watcher;
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+use self::fake::Fake;
+use crate::address::AddressPolicy;
+use crate::error::EtcdErrorKind;
+use crate::format::Format;
+use crate::keyspace::{Key, Keyspace, LeaseId, Range};
+use crate::registration::{Registration, RegistrationBuilder};
+use crate::resolver::{Resolver, ResolverBuilder};
+
+const PREFIX: &str = "/gRPC/greeter/";
+const TTL: Duration = Duration::from_secs(6);
+
+/// How many seeds are played: a few in the suite, many in the soak.
+fn seeds() -> std::ops::Range<u64> {
+    let number = |name: &str| {
+        std::env::var(name)
+            .ok()
+            .and_then(|value| value.parse().ok())
+    };
+    if let Some(seed) = number("TEST_SEED") {
+        return seed..seed + 1;
+    }
+    let first = fastrand::u64(..1 << 40);
+    first..first + number("TEST_SEEDS").unwrap_or(150)
+}
+
+struct World {
+    fake: Fake,
+    resolver: Resolver,
+    registration: Registration,
+}
+
+impl World {
+    async fn new(seed: u64) -> Self {
+        let fake = Fake::new(seed, 0);
+        let etcd = fake.etcd(2).await;
+        let keyspace = Keyspace::new("/gRPC/");
+        let policy = AddressPolicy::default();
+        let resolver = ResolverBuilder::service(etcd.clone(), &keyspace, "greeter", policy.clone());
+        let registration = RegistrationBuilder::service(etcd, policy, keyspace, "greeter")
+            .and_service("second")
+            .address("127.0.0.1:1")
+            .format(Format::Plain)
+            .ttl(TTL);
+        let registration = registration.register().await.expect("all is well");
+        let resolver = resolver.start();
+        resolver.ready().await;
+        Self {
+            fake,
+            resolver,
+            registration,
+        }
+    }
+
+    /// Something that operators, other servers or etcd itself do.
+    fn happen(&self) {
+        let change = |rng: &mut fastrand::Rng| {
+            let key = format!("{PREFIX}{}", rng.u8(..12)).into_bytes();
+            let value = format!("127.0.0.1:{}", 100 + rng.u16(..20)).into_bytes();
+            (key, (rng.u8(..3) > 0).then_some((value, 0)))
+        };
+        let mut script = self.fake.script();
+        let rng = &mut script.rng;
+        let kind = rng.u8(..60);
+        // One change, a transaction of many, or many transactions.
+        let (transactions, size) = match rng.u8(..4) {
+            0 => (1, 20),
+            1 => (20, 1),
+            _ => (1, 1),
+        };
+        let changes: Vec<Vec<_>> = (0..transactions)
+            .map(|_| (0..size).map(|_| change(rng)).collect())
+            .collect();
+        drop(script);
+        let mut store = self.fake.store();
+        match kind {
+            0 => store.wipe(),
+            1 => {
+                // Other writes have carried the new revision past the old one before anybody is back.
+                let revision = store.revision;
+                store.wipe();
+                store.revision = revision + 50;
+            }
+            2..5 => store.compact(),
+            5..8 => store.term += 1,
+            8..11 => store.leases.clear(),
+            11..14 => store.apply(vec![(self.registration.key().into(), None)]),
+            _ => changes.into_iter().for_each(|changes| store.apply(changes)),
+        }
+        drop(store);
+        self.fake.tell();
+    }
+
+    fn is_right(&self) -> bool {
+        let store = self.fake.store();
+        let mut known: Vec<_> = self
+            .resolver
+            .instances()
+            .iter()
+            .map(|i| i.address().to_string())
+            .collect();
+        known.sort();
+        let kept = self.registration.keys().all(|key| {
+            let kv = store.keys.get(key.as_bytes());
+            kv.is_some_and(|kv| store.leases.contains_key(&kv.lease))
+        });
+        kept && self.registration.state().is_registered() && known == store.values(PREFIX)
+    }
+
+    async fn becomes_right(&self, bound: Duration) -> bool {
+        let start = Instant::now();
+        while !self.is_right() {
+            if Instant::now().saturating_duration_since(start) > bound {
+                return false;
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+        true
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn whatever_etcd_sends_and_in_whatever_order_the_end_is_exact() {
+    let seeds = seeds();
+    println!("TEST_SEED={seeds:?}; TEST_SEEDS=5000 plays more of them");
+    for seed in seeds {
+        let world = World::new(seed).await;
+        world.fake.script().faults = 20;
+        for _ in 0..40 {
+            let wait = world.fake.script().rng.u64(0..600);
+            world.happen();
+            sleep(Duration::from_millis(wait)).await;
+        }
+        world.fake.script().faults = 0;
+        // A watchdog, a relist that has backed off, and a lease that is granted anew.
+        let right = world.becomes_right(Duration::from_secs(30)).await;
+        assert!(
+            right,
+            "TEST_SEED={seed}: {:?} {:?} {:?}; the store has {:?}",
+            world.registration.state(),
+            world.resolver.status(),
+            world.resolver.instances(),
+            world.fake.store().values(PREFIX)
+        );
+        // And it stays so.
+        sleep(TTL * 2).await;
+        assert!(world.is_right(), "TEST_SEED={seed}: it does not stay");
+        world.registration.deregister().await.expect("all is well");
+        let own = world.fake.store().values("/gRPC/second/");
+        assert!(own.is_empty(), "TEST_SEED={seed}: {own:?} is left");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn leases_have_a_connection_of_their_own() {
+    let fake = Fake::new(1, 0);
+    let etcd = fake.etcd(1).await;
+    let key = Key::from("/a");
+    let deadline = Duration::from_secs(1);
+    etcd.read(&key).await.expect("all is well");
+    assert_eq!(fake.script().connections, 1);
+    let lease = LeaseId::new(42);
+    etcd.grant(lease, TTL, deadline).await.expect("granted");
+    etcd.keep_alive(lease, deadline).await.expect("renewed");
+    assert_eq!(fake.script().connections, 2, "one for the leases");
+    etcd.revoke(lease, deadline).await.expect("revoked");
+    etcd.read(&key).await.expect("all is well");
+    assert_eq!(fake.script().connections, 2, "and no more");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_watch_whose_first_message_does_not_come_is_given_up_after_two_seconds() {
+    let fake = Fake::new(1, 0);
+    let etcd = fake.etcd(2).await;
+    let range = Range::prefix(PREFIX);
+    fake.script().mute_watches = 1;
+    let before = etcd.endpoint_in_use();
+    let start = Instant::now();
+    let mut watch = etcd.watch(&range, None).await.expect("a head");
+    let error = watch.message().await.expect_err("no message");
+    let took = Instant::now().saturating_duration_since(start);
+    assert_eq!(error.kind(), EtcdErrorKind::DeadlineExceeded);
+    assert!(took < Duration::from_millis(2_500), "{took:?}");
+    // It is the member's failure: the next watch goes elsewhere.
+    etcd.report(&error);
+    assert_ne!(etcd.endpoint_in_use(), before);
+    let mut watch = etcd.watch(&range, None).await.expect("a head");
+    assert!(watch.message().await.expect("a message").created);
+}

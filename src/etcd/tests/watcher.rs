@@ -1,0 +1,242 @@
+//! One watch stream of the scripted etcd.
+
+use etcd_client::proto::{
+    PbEvent, PbResponseHeader, PbWatchRequest, PbWatchRequestUnion, PbWatchResponse,
+};
+use tokio::sync::mpsc;
+use tonic::{Status, Streaming};
+
+use super::fake::Fake;
+
+/// A watcher on the stream.
+struct Watcher {
+    id: i64,
+    next: i64,
+    start: Vec<u8>,
+    end: Vec<u8>,
+    /// A throw-away watcher with both kinds of events filtered out.
+    deaf: bool,
+}
+
+/// Whether the stream goes on.
+type Alive = Result<(), ()>;
+
+struct Stream {
+    fake: Fake,
+    answers: mpsc::Sender<Result<PbWatchResponse, Status>>,
+    watchers: Vec<Watcher>,
+    ids: i64,
+    /// It is open and will never say anything again.
+    silent: bool,
+}
+
+pub(super) async fn serve(
+    fake: Fake,
+    mut requests: Streaming<PbWatchRequest>,
+    answers: mpsc::Sender<Result<PbWatchResponse, Status>>,
+    silent: bool,
+) {
+    let mut changed = fake.changed.subscribe();
+    let epoch = fake.store().epoch;
+    let mut stream = Stream {
+        fake,
+        answers,
+        watchers: Vec::new(),
+        ids: 0,
+        silent,
+    };
+    loop {
+        let alive = tokio::select! {
+            biased;
+            () = stream.answers.closed() => return,
+            request = requests.message() => match request {
+                Ok(Some(request)) => stream.on_request(request).await,
+                _ => return,
+            },
+            _ = changed.changed() => {
+                // What was wiped was started again, and its streams are gone.
+                if stream.fake.store().epoch != epoch {
+                    return;
+                }
+                stream.catch_up().await
+            }
+        };
+        if alive.is_err() {
+            return;
+        }
+    }
+}
+
+impl Stream {
+    async fn send(&mut self, answer: PbWatchResponse) -> Alive {
+        if self.silent {
+            return Ok(());
+        }
+        self.answers.send(Ok(answer)).await.map_err(drop)
+    }
+
+    fn header(&self) -> PbResponseHeader {
+        self.fake.store().header()
+    }
+
+    fn message(&self, watch_id: i64) -> PbWatchResponse {
+        PbWatchResponse {
+            // It runs ahead of the events. A2 (a)
+            header: Some(self.header()),
+            watch_id,
+            ..PbWatchResponse::default()
+        }
+    }
+
+    async fn on_request(&mut self, request: PbWatchRequest) -> Alive {
+        match request.request_union {
+            Some(PbWatchRequestUnion::CreateRequest(create)) => {
+                self.ids += 1;
+                let id = self.ids;
+                let created = PbWatchResponse {
+                    created: true,
+                    ..self.message(id)
+                };
+                let (revision, compacted) = {
+                    let store = self.fake.store();
+                    (store.revision, store.compacted)
+                };
+                self.send(created).await?;
+                if create.start_revision > 0 && create.start_revision < compacted {
+                    // A2 (d): after a success, and with no revision in the header.
+                    let cancelled = PbWatchResponse {
+                        header: Some(PbResponseHeader::default()),
+                        canceled: true,
+                        compact_revision: compacted,
+                        ..self.message(id)
+                    };
+                    return self.send(cancelled).await;
+                }
+                let next = match create.start_revision {
+                    0 => revision + 1,
+                    start => start,
+                };
+                self.watchers.push(Watcher {
+                    id,
+                    next,
+                    start: create.key,
+                    end: create.range_end,
+                    deaf: !create.filters.is_empty(),
+                });
+                self.catch_up().await
+            }
+            Some(PbWatchRequestUnion::CancelRequest(cancel)) => {
+                self.watchers
+                    .retain(|watcher| watcher.id != cancel.watch_id);
+                let cancelled = PbWatchResponse {
+                    canceled: true,
+                    ..self.message(cancel.watch_id)
+                };
+                self.send(cancelled).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Sends every watcher what it has not seen, in one of the ways in which real servers did.
+    async fn catch_up(&mut self) -> Alive {
+        for index in 0..self.watchers.len() {
+            let Watcher { id, next, deaf, .. } = self.watchers[index];
+            let (events, stale, reached) = {
+                let (start, end) = (&self.watchers[index].start, &self.watchers[index].end);
+                let store = self.fake.store();
+                let stale = store.events(next - 3, start, end);
+                (store.events(next, start, end), stale, store.revision)
+            };
+            // A store that was wiped is behind the watch, which then hangs. A3
+            if deaf || reached < next {
+                continue;
+            }
+            if !events.is_empty() {
+                self.disturb(id, stale).await?;
+                self.batches(id, events).await?;
+            }
+            self.watchers[index].next = reached + 1;
+        }
+        Ok(())
+    }
+
+    /// What comes before, or instead of, the events.
+    async fn disturb(&mut self, id: i64, stale: Vec<PbEvent>) -> Alive {
+        let fault = self.fake.script().fault(9);
+        match fault {
+            Some(0) => self.silent = true,
+            // Streams end cleanly, or with an error that says nothing.
+            Some(1) => return Err(()),
+            Some(2) => {
+                let broken = Status::unknown("transport error");
+                self.answers.send(Err(broken)).await.map_err(drop)?;
+                return Err(());
+            }
+            // A2 (c): an answer to a progress request overtakes the events.
+            Some(3) => {
+                let progress = self.message(-1);
+                self.send(progress).await?;
+            }
+            // A2 (f): a member that lags replays what is older than what was asked for.
+            Some(4 | 5) => {
+                let replayed = PbWatchResponse {
+                    events: stale,
+                    ..self.message(id)
+                };
+                self.send(replayed).await?;
+            }
+            Some(way @ (6 | 7)) => {
+                let reason = if way == 6 {
+                    "etcdserver: no leader"
+                } else {
+                    ""
+                };
+                let cancelled = PbWatchResponse {
+                    canceled: true,
+                    cancel_reason: reason.to_owned(),
+                    ..self.message(id)
+                };
+                self.send(cancelled).await?;
+                return Err(());
+            }
+            // An empty message is nothing.
+            Some(_) => {
+                let nothing = self.message(id);
+                self.send(nothing).await?;
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// The events, in messages that are cut anywhere: a revision may be split over fragments, and a stream may end after each.
+    async fn batches(&mut self, id: i64, events: Vec<PbEvent>) -> Alive {
+        let mut events = events.as_slice();
+        while !events.is_empty() {
+            let (length, ends) = {
+                let mut script = self.fake.script();
+                let length = script.rng.usize(1..=events.len());
+                (length, script.fault(2) == Some(0))
+            };
+            let (batch, rest) = events.split_at(length);
+            let revision = |event: Option<&PbEvent>| {
+                event
+                    .and_then(|event| event.kv.as_ref())
+                    .map(|kv| kv.mod_revision)
+            };
+            let fragment = revision(batch.last()) == revision(rest.first());
+            let message = PbWatchResponse {
+                events: batch.to_vec(),
+                fragment,
+                ..self.message(id)
+            };
+            self.send(message).await?;
+            if ends {
+                return Err(());
+            }
+            events = rest;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,90 @@
+//! Which address a server advertises.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+
+use super::RegistrationBuilder;
+use crate::address::{Address, AddressError};
+use crate::error::RegisterError;
+
+impl RegistrationBuilder {
+    pub(super) async fn advertised(
+        &self,
+        bound: Option<SocketAddr>,
+    ) -> Result<Address, RegisterError> {
+        let address = match (&self.address, &self.host, bound) {
+            (Some(address), _, _) => address.parse(),
+            (None, Some(host), Some(bound)) => with_port(host, bound.port()),
+            (None, None, Some(bound)) if bound.ip().is_unspecified() => self.routed(bound).await,
+            (None, None, Some(bound)) => Ok(bound.into()),
+            (None, _, None) => Err(AddressError::new("", "is not given")),
+        };
+        self.accepted(address)
+    }
+
+    /// The local address that routes to etcd: peers that reach the same etcd are most likely to reach us there.
+    async fn routed(&self, bound: SocketAddr) -> Result<Address, AddressError> {
+        // A client of the user's own does not say where its etcd is; the default route is the next best.
+        let fallback = ["192.0.2.1:9", "[2001:db8::1]:9"].map(String::from);
+        for target in self.etcd.endpoints().into_iter().chain(fallback) {
+            if let Some(ip) = local_ip(target, bound.ip()).await {
+                return Ok(SocketAddr::new(ip, bound.port()).into());
+            }
+        }
+        let reason = "is unspecified, and no local address routes to etcd";
+        Err(AddressError::new(&bound.to_string(), reason))
+    }
+}
+
+/// The local address from which the kernel would send to `target`. Connecting a UDP socket sends nothing.
+async fn local_ip(target: String, bound: IpAddr) -> Option<IpAddr> {
+    let targets = tokio::net::lookup_host(target).await.ok()?;
+    for target in targets {
+        let any: SocketAddr = match target {
+            SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
+            // A socket bound to 0.0.0.0 takes no IPv6; one bound to [::] takes both.
+            SocketAddr::V6(_) if bound.is_ipv4() => continue,
+            SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
+        };
+        let local = UdpSocket::bind(any).and_then(|socket| {
+            socket.connect(target)?;
+            socket.local_addr()
+        });
+        if let Ok(local) = local
+            && !local.ip().is_unspecified()
+        {
+            return Some(local.ip());
+        }
+    }
+    None
+}
+
+fn with_port(host: &str, port: u16) -> Result<Address, AddressError> {
+    match host.trim_matches(['[', ']']).parse::<IpAddr>() {
+        Ok(ip) => Ok(SocketAddr::new(ip, port).into()),
+        Err(_) => format!("{host}:{port}").parse(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_get_the_bound_port() {
+        for (host, address) in [
+            ("10.0.0.5", "10.0.0.5:80"),
+            ("::1", "[::1]:80"),
+            ("[::1]", "[::1]:80"),
+            ("greeter", "greeter:80"),
+        ] {
+            assert_eq!(with_port(host, 80).expect("valid").as_str(), address);
+        }
+        assert!(with_port("a:1", 80).is_err());
+    }
+
+    #[tokio::test]
+    async fn the_route_to_a_loopback_etcd_is_loopback() {
+        let local = local_ip("127.0.0.1:2379".to_owned(), Ipv4Addr::UNSPECIFIED.into()).await;
+        assert_eq!(local, Some(Ipv4Addr::LOCALHOST.into()));
+    }
+}

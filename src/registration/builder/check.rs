@@ -1,0 +1,235 @@
+//! What is wrong with a registration before etcd is touched.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use super::super::entry::Entry;
+use super::{Attributes, RegistrationBuilder, Target};
+use crate::address::{Address, AddressError};
+use crate::error::RegisterError;
+use crate::format::{MAX_WEIGHT, RESERVED};
+use crate::instance::{Advertisement, Instance, Registered};
+use crate::keyspace::{Keyspace, check_service};
+
+impl RegistrationBuilder {
+    /// Checks everything that can be known to be wrong without etcd, and for a server before it has a port.
+    pub(crate) fn check(&self) -> Result<(), RegisterError> {
+        self.check_values().map_err(|reason| self.invalid(reason))?;
+        let address = match (&self.address, &self.target) {
+            (Some(address), _) => self.accepted(address.parse())?,
+            (None, Target::Service { .. }) => SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 1).into(),
+            // A key that was given may be right only for the address to come.
+            (None, Target::Key(key)) => {
+                return check_key(key).map_err(|reason| self.invalid(reason));
+            }
+        };
+        self.entry(address).map(drop)
+    }
+
+    fn invalid(&self, reason: String) -> RegisterError {
+        RegisterError::Invalid {
+            service: self.name().to_owned(),
+            reason,
+        }
+    }
+
+    pub(super) fn accepted(
+        &self,
+        address: Result<Address, AddressError>,
+    ) -> Result<Address, RegisterError> {
+        let checked = address.and_then(|address| self.policy.check(&address).map(|()| address));
+        checked.map_err(|source| RegisterError::Address {
+            service: self.name().to_owned(),
+            source,
+        })
+    }
+
+    /// The service that is registered; none at an exact key.
+    #[cfg(feature = "health")]
+    pub(in crate::registration) fn service_name(&self) -> Option<&str> {
+        match &self.target {
+            Target::Service { service, .. } => Some(service),
+            Target::Key(_) => None,
+        }
+    }
+
+    fn name(&self) -> &str {
+        match &self.target {
+            Target::Service { service, .. } => service,
+            Target::Key(key) => key,
+        }
+    }
+
+    pub(super) fn entry(&self, address: Address) -> Result<Entry, RegisterError> {
+        self.checked_entry(address)
+            .map_err(|reason| self.invalid(reason))
+    }
+
+    fn checked_entry(&self, address: Address) -> Result<Entry, String> {
+        let Attributes {
+            weight,
+            tls,
+            zone,
+            version,
+            metadata,
+        } = &self.advertisement;
+        let mut advertisement = Advertisement::new(address);
+        advertisement.weight = weight.unwrap_or(self.format.default_weight());
+        advertisement.tls = *tls;
+        advertisement.zone.clone_from(zone);
+        advertisement.version.clone_from(version);
+        advertisement.metadata = metadata.iter().cloned().collect();
+        let keys = self.instance_keys(&advertisement)?;
+        let ttl = whole_seconds(self.ttl);
+        let entry = Entry::new(&keys, self.services(), advertisement, self.format, ttl);
+        entry.map_err(|error| format!("the format {:?} {error}", self.format))
+    }
+
+    fn check_values(&self) -> Result<(), String> {
+        let Attributes {
+            weight, metadata, ..
+        } = &self.advertisement;
+        if let Target::Service { service, .. } = &self.target {
+            check_service(service).map_err(|reason| format!("the service name {reason}"))?;
+        }
+        self.check_further()?;
+        if let Some(weight) = weight {
+            check_weight(*weight)?;
+        }
+        if self.ttl < MIN_TTL || self.ttl > MAX_TTL {
+            return Err(format!(
+                "the TTL is {} s; it must be from 2 s to 1 day",
+                self.ttl.as_secs_f64()
+            ));
+        }
+        for (name, _) in metadata {
+            if name.is_empty() {
+                return Err("a metadata name is empty".to_owned());
+            }
+            if RESERVED.contains(&name.as_str()) {
+                return Err(format!(
+                    "the metadata name {name:?} is reserved; use the setter of that name"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_further(&self) -> Result<(), String> {
+        if let (Target::Key(_), Some(service)) = (&self.target, self.further.first()) {
+            return Err(format!(
+                "a registration at an exact key has no further service such as {service:?}"
+            ));
+        }
+        let services = self.services();
+        for (index, service) in services.iter().enumerate() {
+            check_service(service)
+                .map_err(|reason| format!("the service name {service:?} {reason}"))?;
+            if services[..index].contains(service) {
+                return Err(format!("the service {service:?} is named twice"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The services by name; none for an exact key.
+    fn services(&self) -> Vec<String> {
+        match &self.target {
+            Target::Service { service, .. } => {
+                let further = self.further.iter().cloned();
+                std::iter::once(service.clone()).chain(further).collect()
+            }
+            Target::Key(_) => Vec::new(),
+        }
+    }
+
+    fn instance_keys(&self, advertisement: &Advertisement) -> Result<Vec<String>, String> {
+        let (keyspace, id) = match &self.target {
+            Target::Service { keyspace, id, .. } => (keyspace, id.as_deref()),
+            Target::Key(key) => return check_key(key).map(|()| vec![key.clone()]),
+        };
+        if id
+            .is_some_and(|id| id.is_empty() || id.contains('/') || id.chars().any(char::is_control))
+        {
+            return Err(format!(
+                "the instance id {id:?} is empty, or contains a slash or a control character"
+            ));
+        }
+        let id = id.unwrap_or_default();
+        let registered = Registered {
+            id: id.to_owned(),
+            ..Registered::default()
+        };
+        let instance = Instance::registered(advertisement.clone(), registered);
+        let services = self.services();
+        let key = |service: &String| self.instance_key(keyspace, service, id, &instance);
+        services.iter().map(key).collect()
+    }
+
+    fn instance_key(
+        &self,
+        keyspace: &Keyspace,
+        service: &str,
+        id: &str,
+        instance: &Instance,
+    ) -> Result<String, String> {
+        let format = self.format;
+        let key = format.key(keyspace.given(), service, instance);
+        let key = key.map_err(|error| format!("the format {format:?} {error}"))?;
+        if !key.ends_with(id) {
+            return Err(format!(
+                "the format {format:?} has no room for an instance id: the address stands in its place"
+            ));
+        }
+        // What is not under it would be found by nobody.
+        let prefix = format.service_prefix(keyspace.given(), service);
+        if !key.starts_with(&prefix) || key.ends_with('/') {
+            return Err(format!(
+                "the format {format:?} makes the key {key:?}, which is not below {prefix:?}"
+            ));
+        }
+        Ok(key)
+    }
+}
+
+fn check_key(key: &str) -> Result<(), String> {
+    if key.is_empty() || key.ends_with('/') {
+        return Err("the key is empty or ends in a slash, and so names no instance".to_owned());
+    }
+    Ok(())
+}
+
+pub(in crate::registration) fn check_weight(weight: u32) -> Result<(), String> {
+    if (1..=MAX_WEIGHT).contains(&weight) {
+        return Ok(());
+    }
+    Err(format!(
+        "the weight is {weight}; it must be from 1 to {MAX_WEIGHT}. To get no calls, pause the registration"
+    ))
+}
+
+fn whole_seconds(ttl: Duration) -> Duration {
+    Duration::from_secs(ttl.as_secs() + u64::from(ttl.subsec_nanos() > 0))
+}
+
+/// The smallest that etcd grants with its default election timeout (measured on 3.4.23).
+const MIN_TTL: Duration = Duration::from_secs(2);
+/// An entry that outlives its server for longer helps nobody; it is a mistake of units.
+const MAX_TTL: Duration = Duration::from_secs(24 * 60 * 60);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ttls_are_rounded_up() {
+        assert_eq!(
+            whole_seconds(Duration::from_millis(2_001)),
+            Duration::from_secs(3)
+        );
+        assert_eq!(
+            whole_seconds(Duration::from_secs(2)),
+            Duration::from_secs(2)
+        );
+    }
+}

@@ -1,0 +1,80 @@
+//! The watch on the registration's own key: only a short cut, for the key is read as well.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep_until};
+
+use crate::backoff::jittered;
+use crate::error::EtcdError;
+use crate::etcd::{Etcd, Token, Watch};
+use crate::keyspace::{Event, Key, Range};
+
+/// The watch on our own key.
+#[derive(Debug, Default)]
+pub(super) struct KeyWatch {
+    open: Option<Watch>,
+    /// What the watch was opened with.
+    token: Option<Token>,
+    not_before: Option<Instant>,
+    /// How often in a row it was refused.
+    refusals: u32,
+}
+
+/// What the watch on our own key has to say.
+pub(super) enum News {
+    /// From here on nothing is missed.
+    Opened,
+    Events(Vec<Event>),
+    Lost(EtcdError),
+}
+
+impl KeyWatch {
+    /// The next news.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses no news; a watch that was being opened is opened anew.
+    pub(super) async fn next(&mut self, etcd: &Etcd, key: &Key) -> News {
+        let error = match &mut self.open {
+            None => match self.reopen(etcd, key).await {
+                Ok(()) => return News::Opened,
+                Err(error) => error,
+            },
+            Some(watch) => match watch.message().await {
+                Ok(message) if message.canceled => watch.cancel_error(&message),
+                Ok(message) => {
+                    self.refusals = 0;
+                    return News::Events(message.events);
+                }
+                Err(error) => error,
+            },
+        };
+        etcd.report(&error);
+        self.open = None;
+        let refused = error.kind().is_refusal();
+        self.refusals = if refused { self.refusals + 1 } else { 0 };
+        // Once refused, a fresh token may help; then only an operator can.
+        let wait = if self.refusals > 1 { REFUSED } else { REWATCH };
+        let wait = jittered(wait, &mut fastrand::Rng::new());
+        self.not_before = Some(Instant::now() + wait);
+        News::Lost(error)
+    }
+
+    async fn reopen(&mut self, etcd: &Etcd, key: &Key) -> Result<(), EtcdError> {
+        if let Some(not_before) = self.not_before {
+            sleep_until(not_before).await;
+        }
+        if self.refusals == 1 {
+            // Calls renew their token by themselves; a watch is told in a message.
+            etcd.refused(self.token.as_ref()).await?;
+        }
+        self.token = etcd.token();
+        self.open = Some(etcd.watch(&Range::key(key), None).await?);
+        Ok(())
+    }
+}
+
+/// Between two tries to watch our own key. It is only a short cut: the key is read at each renewal meanwhile.
+const REWATCH: Duration = Duration::from_secs(1);
+/// The same while it is refused.
+const REFUSED: Duration = Duration::from_secs(30);

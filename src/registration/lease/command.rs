@@ -1,0 +1,118 @@
+//! What a registration does next.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{Command, DEADLINE_MAX, Machine, State};
+
+impl Machine {
+    /// What to do now.
+    pub(in crate::registration) fn command(&self, now: Instant) -> Command {
+        let deadline = self.deadline();
+        if let State::Leaving { goodbye, .. } = self.state {
+            return self.leave(goodbye, now);
+        }
+        if let Some(lease) = &self.lease
+            && self.keeps_lease()
+            && lease.renew_at <= now
+        {
+            return Command::Renew {
+                lease: lease.id,
+                deadline,
+            };
+        }
+        let renew_at = self
+            .lease
+            .filter(|_| self.keeps_lease())
+            .map(|lease| lease.renew_at);
+        if let Some(not_before) = self.not_before.filter(|not_before| *not_before > now)
+            && !matches!(
+                self.state,
+                State::Superseded | State::Paused | State::Deregistered
+            )
+        {
+            return Command::Wait {
+                until: earliest(Some(not_before), renew_at),
+            };
+        }
+        let leaving = self
+            .keys
+            .iter()
+            .position(|place| place.leaving && !place.gone);
+        if let (Some(index), Some(lease)) = (leaving, &self.lease) {
+            return Command::Delete {
+                index,
+                lease: lease.id,
+                deadline,
+            };
+        }
+        match (self.state, &self.lease) {
+            (State::Granting { lease }, _) => Command::Grant { lease, deadline },
+            (State::Putting, Some(lease)) => Command::Put {
+                lease: lease.id,
+                leaving: false,
+                deadline,
+            },
+            (State::Registered, Some(_))
+                if self
+                    .places()
+                    .any(|place| place.dirty && place.foreign.is_none()) =>
+            {
+                Command::Read { deadline }
+            }
+            (State::Reading | State::Putting, _) => Command::Read { deadline },
+            (State::Registered, _) => Command::Wait { until: renew_at },
+            // The watch on the key says when the other is gone; the slow reads are for a watch that cannot be had.
+            (State::Superseded, _) => match self.not_before {
+                Some(not_before) if not_before > now => Command::Wait {
+                    until: Some(not_before),
+                },
+                _ => Command::Read { deadline },
+            },
+            (State::Paused | State::Leaving { .. }, _) => Command::Wait { until: None },
+            (State::Deregistered, _) => Command::End,
+        }
+    }
+
+    fn leave(&self, goodbye: bool, now: Instant) -> Command {
+        let deadline = self.deadline();
+        let Some(lease) = &self.lease else {
+            return Command::Wait { until: None };
+        };
+        if let Some(not_before) = self.not_before.filter(|not_before| *not_before > now) {
+            return Command::Wait {
+                until: Some(not_before),
+            };
+        }
+        let lease = lease.id;
+        if goodbye {
+            return Command::Put {
+                lease,
+                leaving: true,
+                deadline,
+            };
+        }
+        Command::Revoke { lease, deadline }
+    }
+
+    /// A renewal that misses a sixth of the TTL is sent again elsewhere while there is time.
+    pub(super) fn deadline(&self) -> Duration {
+        let ttl = self.lease.map_or(self.ttl, |lease| lease.ttl);
+        (ttl / 6).min(DEADLINE_MAX)
+    }
+
+    fn keeps_lease(&self) -> bool {
+        matches!(
+            self.state,
+            State::Reading | State::Putting | State::Registered
+        )
+    }
+}
+
+fn earliest(a: Option<Instant>, b: Option<Instant>) -> Option<Instant> {
+    match (a, b) {
+        (Some(a), Some(b)) => Some(a.min(b)),
+        (a, b) => a.or(b),
+    }
+}

@@ -1,0 +1,342 @@
+//! The task that owns a registration's machine and carries out its commands.
+
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep_until};
+
+use super::RegistrationState;
+use super::entry::Entry;
+use super::key_watch::{KeyWatch, News};
+use super::lease::{Command, Found, Machine, Phase, Put};
+use crate::etcd::Etcd;
+use crate::keyspace::{GuardedPut, Key, KeyValue, LeaseId};
+
+/// What the owner asks of the task. The answer comes when it is done.
+#[derive(Debug)]
+pub(super) enum Request {
+    Pause(Answer),
+    Resume(Answer),
+    SetWeight(Entry, Answer),
+    /// The key with this index is to go.
+    Remove(usize, Answer),
+    Deregister(Answer),
+}
+
+pub(super) type Answer = oneshot::Sender<Result<(), Failure>>;
+
+/// Why the task could not do what was asked.
+#[derive(Debug)]
+pub(super) enum Failure {
+    Superseded(LeaseId),
+    GaveUp,
+    Ended,
+}
+
+/// The owner task.
+pub(super) struct Task {
+    machine: Machine,
+    etcd: Etcd,
+    entry: Entry,
+    inbox: mpsc::Receiver<Request>,
+    states: watch::Sender<RegistrationState>,
+    waiting: Vec<(Goal, Answer)>,
+    key_watch: KeyWatch,
+    /// What was last told: the phase, the number of failures, and whether the last exchange was one.
+    published: Option<(Phase, u64, bool)>,
+    /// How long a deregistration may take.
+    budget: Duration,
+    /// When a deregistration under way is given up.
+    give_up: Option<Instant>,
+}
+
+/// What a request waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Goal {
+    Paused,
+    Written,
+    Removed(usize),
+    Deregistered,
+}
+
+impl Task {
+    pub(super) fn new(
+        etcd: Etcd,
+        entry: Entry,
+        inbox: mpsc::Receiver<Request>,
+        states: watch::Sender<RegistrationState>,
+        budget: Duration,
+    ) -> Self {
+        let says_goodbye = entry.says_goodbye();
+        Self {
+            machine: Machine::new(
+                entry.ttl,
+                entry.keys.len(),
+                says_goodbye,
+                fastrand::Rng::new(),
+            ),
+            etcd,
+            entry,
+            inbox,
+            states,
+            waiting: Vec::new(),
+            key_watch: KeyWatch::default(),
+            published: None,
+            budget: budget.min(NEVER),
+            give_up: None,
+        }
+    }
+
+    pub(super) async fn run(mut self) {
+        loop {
+            let now = Instant::now();
+            self.publish(now);
+            self.answer(now);
+            let command = self.machine.command(now);
+            tracing::trace!(?command, "next");
+            if command == Command::End || self.give_up.is_some_and(|give_up| give_up <= now) {
+                break;
+            }
+            self.step(command).await;
+        }
+        for (_, answer) in self.waiting.drain(..) {
+            // The asker may have gone.
+            let _ = answer.send(Err(Failure::GaveUp));
+        }
+        self.states.send_replace(RegistrationState::Deregistered);
+    }
+
+    async fn step(&mut self, command: Command) {
+        let never = Instant::now() + NEVER;
+        let give_up = self.give_up.unwrap_or(never);
+        // After a deregistration nobody is listened to any more.
+        let listening = self.give_up.is_none();
+        if let Command::Wait { until } = command {
+            let watched = matches!(
+                self.machine.phase(Instant::now()),
+                Phase::Registered { .. } | Phase::Superseded(_)
+            );
+            let expires = self
+                .machine
+                .expires()
+                .filter(|expires| *expires > Instant::now());
+            let until = [until, expires, self.give_up]
+                .into_iter()
+                .flatten()
+                .min()
+                .unwrap_or(never);
+            tokio::select! {
+                biased;
+                request = self.inbox.recv(), if listening => self.on_request(request),
+                news = self.key_watch.next(&self.etcd, &self.entry.keys[0]), if watched => self.on_news(news),
+                () = sleep_until(until) => {}
+            }
+            return;
+        }
+        // A grant is waited for: one that reaches etcd after the revoke would leave a lease behind.
+        let interruptible = listening && !matches!(command, Command::Grant { .. });
+        let sent = Instant::now();
+        tokio::select! {
+            biased;
+            request = self.inbox.recv(), if interruptible => self.on_request(request),
+            () = execute(&self.etcd, &self.entry, &mut self.machine, command, sent) => {}
+            () = sleep_until(give_up) => {}
+        }
+    }
+
+    fn on_request(&mut self, request: Option<Request>) {
+        match request {
+            Some(Request::Pause(answer)) => {
+                self.machine.on_pause();
+                self.waiting.push((Goal::Paused, answer));
+            }
+            Some(Request::Resume(answer)) => {
+                self.machine.on_resume();
+                self.waiting.push((Goal::Written, answer));
+            }
+            Some(Request::SetWeight(entry, answer)) => {
+                self.entry = entry;
+                self.machine.on_new_value();
+                self.waiting.push((Goal::Written, answer));
+            }
+            Some(Request::Remove(index, answer)) => {
+                if self.machine.live().eq([index]) {
+                    self.deregister();
+                } else {
+                    self.machine.on_remove(index);
+                }
+                self.waiting.push((Goal::Removed(index), answer));
+            }
+            Some(Request::Deregister(answer)) => {
+                self.deregister();
+                self.waiting.push((Goal::Deregistered, answer));
+            }
+            None => self.deregister(),
+        }
+    }
+
+    fn deregister(&mut self) {
+        self.machine.on_deregister();
+        self.give_up = Some(Instant::now() + self.budget);
+    }
+
+    fn on_news(&mut self, news: News) {
+        match news {
+            News::Opened => self.machine.on_watch_opened(),
+            News::Events(events) => {
+                let now = Instant::now();
+                for event in events {
+                    let mut keys = self.entry.keys.iter();
+                    if let Some(index) = keys.position(|key| key == event.key()) {
+                        self.machine.on_event(index, &event, now);
+                    }
+                }
+            }
+            News::Lost(error) => {
+                tracing::debug!(%error, "the watch on our own key ended");
+                self.machine.on_watch_lost();
+            }
+        }
+    }
+
+    /// Answers the requests whose goal is reached, or out of reach.
+    fn answer(&mut self, now: Instant) {
+        self.waiting.retain(|(_, answer)| !answer.is_closed());
+        let phase = self.machine.phase(now);
+        let written = self.machine.is_written();
+        for index in (0..self.waiting.len()).rev() {
+            let outcome = match (self.waiting[index].0, phase) {
+                // A resume may have overtaken a pause, and a pause a change of the value.
+                (Goal::Paused, Phase::Paused | Phase::Registered { .. } | Phase::Superseded(_))
+                | (Goal::Written, Phase::Paused)
+                | (Goal::Deregistered, Phase::Deregistered) => Ok(()),
+                (Goal::Removed(index), _) if self.machine.is_gone(index) => Ok(()),
+                (Goal::Written, Phase::Registered { .. }) if written => Ok(()),
+                (Goal::Written, Phase::Superseded(lease)) => Err(Failure::Superseded(lease)),
+                (Goal::Paused | Goal::Written, Phase::Deregistered) => Err(Failure::Ended),
+                _ => continue,
+            };
+            let (_, answer) = self.waiting.swap_remove(index);
+            // The asker may have gone.
+            let _ = answer.send(outcome);
+        }
+    }
+
+    fn publish(&mut self, now: Instant) {
+        let seen = (
+            self.machine.phase(now),
+            self.machine.failures,
+            self.machine.last_error.is_some(),
+        );
+        let before = self.published.replace(seen);
+        if before == Some(seen) {
+            return;
+        }
+        let next = RegistrationState::of(&self.machine, now);
+        if before.is_none_or(|(phase, ..)| {
+            std::mem::discriminant(&phase) != std::mem::discriminant(&seen.0)
+        }) {
+            let lost = matches!(before, Some((Phase::Registered { .. }, ..)))
+                && matches!(seen.0, Phase::Registering | Phase::Superseded(_));
+            if lost {
+                tracing::warn!(state = ?next, failures = seen.1, "the registration is lost");
+            } else {
+                tracing::info!(state = ?next, failures = seen.1, "registration state changed");
+            }
+        } else if seen.2 && before.is_some_and(|(.., failing)| !failing) {
+            // Once per series: the tries go on for as long as it takes.
+            let error = self.machine.last_error.as_ref();
+            let error = error.map(tracing::field::display);
+            tracing::warn!(
+                error,
+                "etcd does not answer for the registration; trying on"
+            );
+        }
+        self.states.send_replace(next);
+    }
+}
+
+impl Entry {
+    fn keys(&self, indexes: &[usize]) -> Vec<Key> {
+        indexes
+            .iter()
+            .map(|index| self.keys[*index].clone())
+            .collect()
+    }
+
+    fn found(&self, indexes: &[usize], found: Vec<Option<KeyValue>>) -> Vec<Found> {
+        let found = indexes.iter().zip(found);
+        let found = found.map(|(index, kv)| Found {
+            index: *index,
+            current: kv
+                .as_ref()
+                .is_some_and(|kv| kv.value == self.encode(*index, false)),
+            kv,
+        });
+        found.collect()
+    }
+
+    fn guarded(&self, puts: &[Put], leaving: bool, lease: LeaseId) -> Vec<GuardedPut> {
+        let put = |put: &Put| GuardedPut {
+            key: self.keys[put.index].clone(),
+            value: self.encode(put.index, leaving),
+            lease,
+            expected: put.expected,
+        };
+        puts.iter().map(put).collect()
+    }
+}
+
+/// Carries one command out.
+async fn execute(
+    etcd: &Etcd,
+    entry: &Entry,
+    machine: &mut Machine,
+    command: Command,
+    sent: Instant,
+) {
+    match command {
+        Command::Grant { lease, deadline } => {
+            let answer = etcd.grant(lease, entry.ttl, deadline).await;
+            machine.on_granted(lease, answer, sent, Instant::now());
+        }
+        Command::Read { deadline } => {
+            let live: Vec<_> = machine.live().collect();
+            let answer = etcd.read_each(&entry.keys(&live), deadline).await;
+            let found = answer.map(|(header, found)| {
+                machine.on_term(header.raft_term);
+                entry.found(&live, found)
+            });
+            machine.on_read(found, Instant::now());
+        }
+        Command::Put {
+            lease,
+            leaving,
+            deadline,
+        } => {
+            let puts = entry.guarded(&machine.puts(), leaving, lease);
+            let answer = etcd.put_if(&puts, deadline).await;
+            machine.on_put(leaving, answer, Instant::now());
+        }
+        Command::Delete {
+            index,
+            lease,
+            deadline,
+        } => {
+            let answer = etcd.delete_if(&entry.keys[index], lease, deadline).await;
+            machine.on_deleted(index, answer, Instant::now());
+        }
+        Command::Renew { lease, deadline } => {
+            let answer = etcd.keep_alive(lease, deadline).await;
+            machine.on_renewed(answer, sent, Instant::now());
+        }
+        Command::Revoke { lease, deadline } => {
+            let answer = etcd.revoke(lease, deadline).await;
+            machine.on_revoked(answer, Instant::now());
+        }
+        Command::Wait { .. } | Command::End => {}
+    }
+}
+
+/// Far enough away for a timer that is not to fire.
+const NEVER: Duration = Duration::from_secs(24 * 60 * 60);

@@ -1,0 +1,193 @@
+//! Proxies between the members, so that one can be cut off from the others while its clients still reach it.
+
+use std::{
+    collections::BTreeSet,
+    io::{self, Read, Write},
+    net::{Ipv4Addr, Shutdown, TcpListener, TcpStream},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+};
+
+use super::port::Port;
+
+/// One proxy for each member. The others reach it through that alone.
+///
+/// Threads and no tasks: an etcd belongs to no runtime.
+#[derive(Debug)]
+pub(super) struct Peers {
+    ports: Vec<Port>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    closed: AtomicBool,
+    links: Mutex<Links>,
+}
+
+#[derive(Debug, Default)]
+struct Links {
+    /// The members that are cut off, by index, and by the id that they send along.
+    isolated: BTreeSet<(usize, String)>,
+    open: Vec<Link>,
+}
+
+/// A connection from one member to another.
+#[derive(Debug)]
+struct Link {
+    to: usize,
+    from: Option<String>,
+    ends: [TcpStream; 2],
+}
+
+impl Links {
+    fn is_cut(&self, to: usize, from: Option<&str>) -> bool {
+        let cut = |(index, id): &(usize, String)| *index == to || from == Some(id);
+        self.isolated.iter().any(cut)
+    }
+
+    /// Closes what may not be open, or everything.
+    fn close(&mut self, all: bool) {
+        let open = std::mem::take(&mut self.open);
+        for link in open {
+            if !all && !self.is_cut(link.to, link.from.as_deref()) {
+                self.open.push(link);
+                continue;
+            }
+            for end in &link.ends {
+                // Closed already is what is wanted.
+                end.shutdown(Shutdown::Both).ok();
+            }
+        }
+    }
+}
+
+impl Peers {
+    /// Starts proxies to these ports.
+    pub(super) fn start(targets: &[u16]) -> io::Result<Self> {
+        let mut peers = Self {
+            ports: Vec::new(),
+            shared: Arc::default(),
+        };
+        for (to, target) in targets.iter().copied().enumerate() {
+            let port = Port::draw()?;
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port.number()))?;
+            peers.ports.push(port);
+            let shared = Arc::clone(&peers.shared);
+            thread::spawn(move || accept(&listener, to, target, &shared));
+        }
+        Ok(peers)
+    }
+
+    /// Where the others are to reach each member.
+    pub(super) fn ports(&self) -> Vec<u16> {
+        self.ports.iter().map(Port::number).collect()
+    }
+
+    /// Cuts a member off, in both directions. `id` is what it calls itself.
+    pub(super) fn isolate(&self, member: usize, id: u64) {
+        let mut links = self.shared.links();
+        links.isolated.insert((member, format!("{id:x}")));
+        links.close(false);
+    }
+
+    /// Lets a member reach the others again.
+    pub(super) fn rejoin(&self, member: usize) {
+        let mut links = self.shared.links();
+        links.isolated.retain(|(index, _)| *index != member);
+    }
+}
+
+impl Drop for Peers {
+    fn drop(&mut self) {
+        self.shared.closed.store(true, Ordering::SeqCst);
+        self.shared.links().close(true);
+        for port in &self.ports {
+            // Wakes the thread that waits for a connection.
+            TcpStream::connect((Ipv4Addr::LOCALHOST, port.number())).ok();
+        }
+    }
+}
+
+impl Shared {
+    /// Locks the links, which a panic elsewhere cannot have left half changed.
+    fn links(&self) -> MutexGuard<'_, Links> {
+        self.links.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn accept(listener: &TcpListener, to: usize, target: u16, shared: &Arc<Shared>) {
+    while let Ok((inbound, _)) = listener.accept() {
+        if shared.closed.load(Ordering::SeqCst) {
+            return;
+        }
+        let shared = Arc::clone(shared);
+        // It fails when one end has gone, and there is nobody to tell.
+        thread::spawn(move || forward(inbound, to, target, &shared).ok());
+    }
+}
+
+fn forward(mut inbound: TcpStream, to: usize, target: u16, shared: &Shared) -> io::Result<()> {
+    let head = read_head(&mut inbound)?;
+    let from = sender(&head);
+    let mut outbound = TcpStream::connect((Ipv4Addr::LOCALHOST, target))?;
+    let (mut inbound_reader, mut outbound_writer) = (inbound.try_clone()?, outbound.try_clone()?);
+    {
+        let mut links = shared.links();
+        if links.is_cut(to, from.as_deref()) || shared.closed.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        let ends = [inbound.try_clone()?, outbound.try_clone()?];
+        links.open.push(Link { to, from, ends });
+    }
+    outbound.write_all(&head)?;
+    let upstream = thread::spawn(move || copy(&mut inbound_reader, &mut outbound_writer));
+    copy(&mut outbound, &mut inbound);
+    upstream.join().ok();
+    Ok(())
+}
+
+fn copy(from: &mut TcpStream, to: &mut TcpStream) {
+    io::copy(from, to).ok();
+    from.shutdown(Shutdown::Both).ok();
+    to.shutdown(Shutdown::Both).ok();
+}
+
+/// The first request's head, and what may have come with it.
+fn read_head(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
+    let mut head = Vec::new();
+    let mut buffer = [0; 4096];
+    while !head.windows(4).any(|window| window == b"\r\n\r\n") {
+        let read = stream.read(&mut buffer)?;
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        head.extend_from_slice(&buffer[..read]);
+    }
+    Ok(head)
+}
+
+/// The id of the member that sends a request: every request between members names it.
+fn sender(head: &[u8]) -> Option<String> {
+    let head = String::from_utf8_lossy(head);
+    head.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        let named = name.eq_ignore_ascii_case("x-server-from");
+        named.then(|| value.trim().to_owned())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_names_its_sender() {
+        let head = b"POST /raft HTTP/1.1\r\nHost: a\r\nX-Server-From: 8e9e05c52164694d\r\n\r\nbody";
+        assert_eq!(sender(head).as_deref(), Some("8e9e05c52164694d"));
+        assert_eq!(sender(b"GET /raft/probing HTTP/1.1\r\n\r\n"), None);
+    }
+}

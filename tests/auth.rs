@@ -1,0 +1,164 @@
+//! What authentication does to registrations and watches that have been up for long.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a failed step is a failed test"
+)]
+
+mod support;
+
+use std::time::Duration;
+
+use support::authority::Authority;
+use support::roles::{protect, root, user};
+use support::{addresses, eventually, knows, list, within};
+use tonic_etcd::testing::Etcd;
+use tonic_etcd::{EtcdErrorKind, Registration, RegistrationState, Resolver};
+
+const TTL: Duration = Duration::from_secs(3);
+
+/// A server and a client, each with no more rights than it needs.
+struct Pair<'a> {
+    etcd: &'a Etcd,
+    registration: Registration,
+    resolver: Resolver,
+    changes: u16,
+}
+
+impl<'a> Pair<'a> {
+    async fn start(etcd: &'a Etcd) -> Self {
+        protect(etcd).await;
+        let registration = user(etcd, "writer")
+            .await
+            .unwrap()
+            .registration("greeter")
+            .address("127.0.0.1:80")
+            .ttl(TTL)
+            .register()
+            .await
+            .unwrap();
+        let resolver = user(etcd, "reader").await.unwrap().resolver("greeter");
+        knows(&resolver, &["127.0.0.1:80"]).await;
+        Self {
+            etcd,
+            registration,
+            resolver,
+            changes: 0,
+        }
+    }
+
+    /// The operator's client, with a token that is fresh.
+    async fn root(&self) -> etcd_client::Client {
+        root(self.etcd).await
+    }
+
+    /// Renewals, writes and events go on.
+    async fn is_well(&mut self, what: &str) {
+        let mut states = self.registration.states();
+        for _ in 0..4 {
+            tokio::time::timeout(TTL * 2, states.changed())
+                .await
+                .expect(what)
+                .unwrap();
+        }
+        within(TTL, what, async || {
+            self.registration.state().is_registered()
+        })
+        .await;
+        self.changes += 1;
+        let address = format!("127.0.0.1:{}", 1_000 + self.changes);
+        let mut kv = self.root().await.kv_client();
+        kv.put("/gRPC/greeter/change", address.as_str(), None)
+            .await
+            .unwrap();
+        eventually(what, async || addresses(&self.resolver).contains(&address)).await;
+        let weight = u32::from(self.changes) + 1;
+        self.registration.set_weight(weight).await.expect(what);
+        eventually(what, async || {
+            let instances = self.resolver.instances();
+            instances.iter().any(|instance| instance.weight() == weight)
+        })
+        .await;
+    }
+}
+
+async fn heals(etcd: Etcd) {
+    let mut pair = Pair::start(&etcd).await;
+    let key = pair.registration.key().to_owned();
+    let lease = list(&pair.root().await, &key).await[0].2;
+    pair.is_well("tokens expire within the test").await;
+
+    for round in 0..3 {
+        let name = format!("somebody{round}");
+        pair.root()
+            .await
+            .user_add(&name, "secret", None)
+            .await
+            .unwrap();
+        pair.root().await.user_delete(&name).await.unwrap();
+    }
+    pair.is_well("the store's users have changed").await;
+
+    pair.root().await.auth_disable().await.unwrap();
+    pair.is_well("authentication is switched off").await;
+    pair.root().await.auth_enable().await.unwrap();
+    pair.is_well("authentication is switched on again").await;
+    assert_eq!(
+        list(&pair.root().await, &key).await[0].2,
+        lease,
+        "the lease was never lost"
+    );
+
+    // Until somebody has seen it. The state says why.
+    pair.root()
+        .await
+        .user_change_password("writer", "another")
+        .await
+        .unwrap();
+    eventually("the refusal is seen", async || {
+        // A member that does not check the token of a renewal keeps the key alive.
+        let (RegistrationState::Registering {
+            last_error: Some(error),
+            ..
+        }
+        | RegistrationState::Registered {
+            last_error: Some(error),
+            ..
+        }) = pair.registration.state()
+        else {
+            return false;
+        };
+        error.kind() == EtcdErrorKind::BadCredentials
+    })
+    .await;
+    pair.root()
+        .await
+        .user_change_password("writer", "writer-password")
+        .await
+        .unwrap();
+    within(TTL * 3, "registered again", async || {
+        pair.registration.state().is_registered()
+    })
+    .await;
+    pair.is_well("the password is changed back").await;
+    pair.registration.deregister().await.unwrap();
+}
+
+#[tokio::test]
+async fn simple_tokens_that_are_refused_are_renewed() {
+    let etcd = Etcd::builder().arg("--auth-token-ttl=1").start();
+    Box::pin(heals(etcd.await.unwrap())).await;
+}
+
+#[tokio::test]
+async fn signed_tokens_that_are_refused_are_renewed() {
+    let keys = Authority::new();
+    keys.token_keys();
+    let token = format!(
+        "--auth-token=jwt,pub-key={},priv-key={},sign-method=RS256,ttl=2s",
+        keys.path("token.pub").display(),
+        keys.path("token.key").display()
+    );
+    let etcd = Etcd::builder().arg(token).start().await.unwrap();
+    Box::pin(heals(etcd)).await;
+}

@@ -1,0 +1,440 @@
+//! What happens to calls, keys and watches while etcd fails: real servers, a real etcd, callers that never pause, and no failed call.
+//!
+//! The times are short ones, so that the suite stays quick. With `TEST_SOAK=1` (`make soak`) they are those of weeks in production.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a failed step is a failed test; what is left out is said"
+)]
+
+mod support;
+
+use std::process::Stdio;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use etcd_client::{EventType, WatchOptions};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use support::callers::{Callers, Counted, Counting};
+use support::relay::Relay;
+use support::{SOON, addresses, client, etcd, eventually, knows, list, registry, within};
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+use tokio::time::{Instant, sleep, timeout};
+use tonic_etcd::testing::Etcd;
+use tonic_etcd::{BalancedChannel, Registry, Resolver, ResolverState};
+
+/// A short time, or a long one in the soak.
+fn span(short: u64, soak: u64) -> Duration {
+    let long = std::env::var("TEST_SOAK").is_ok_and(|soak| soak != "0" && !soak.is_empty());
+    if !long {
+        println!("TEST_SOAK=1 makes {short} s here {soak} s");
+    }
+    Duration::from_secs(if long { soak } else { short })
+}
+
+/// Servers that are registered and called.
+struct Fleet {
+    counter: Counting,
+    _servers: Vec<Counted>,
+    resolver: Resolver,
+    channel: BalancedChannel,
+}
+
+impl Fleet {
+    async fn start(registry: &Registry, size: usize, ttl: Duration) -> Self {
+        let counter = Counting::default();
+        let servers = (0..size)
+            .map(|_| Counted::start(&counter, registry.registration("greeter").ttl(ttl)))
+            .collect();
+        let resolver = registry.resolver("greeter");
+        eventually("all are registered", async || {
+            resolver.instances().len() == size
+        })
+        .await;
+        let channel = registry.channel("greeter").connect().await.unwrap();
+        eventually("all are known to the channel", async || {
+            channel.endpoints().len() == size
+        })
+        .await;
+        Self {
+            counter,
+            _servers: servers,
+            resolver,
+            channel,
+        }
+    }
+
+    fn callers(&self) -> Callers {
+        Callers::start(&self.channel, 4)
+    }
+
+    /// Waits until calls go on after this moment.
+    async fn serves(&self) {
+        let before = self.counter.0.load(Ordering::SeqCst);
+        eventually("calls go on", async || {
+            self.counter.0.load(Ordering::SeqCst) > before + 100
+        })
+        .await;
+    }
+}
+
+/// How many keys of the service were deleted in the whole history of the store, which must not have been compacted.
+async fn deletions(etcd: &etcd_client::Client, prefix: &str) -> usize {
+    let end = etcd.kv_client().get("/", None).await.unwrap();
+    let end = end.header().unwrap().revision();
+    // A key above the others marks the end of what is waited for.
+    let options = WatchOptions::new().with_prefix().with_start_revision(1);
+    let mut watch = etcd.watch_client().watch("/", Some(options)).await.unwrap();
+    etcd.kv_client().put("/end", "", None).await.unwrap();
+    let mut deleted = 0;
+    loop {
+        let message = timeout(SOON, watch.message()).await.unwrap().unwrap();
+        for event in message.expect("no end").events() {
+            let kv = event.kv().unwrap();
+            if event.event_type() == EventType::Delete && kv.key_str().unwrap().starts_with(prefix)
+            {
+                deleted += 1;
+            }
+            if kv.mod_revision() > end {
+                return deleted;
+            }
+        }
+    }
+}
+
+/// Leases live again for one TTL after an outage: whoever has backed off for longer by then loses its key when etcd has healed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_outage_of_etcd_deletes_no_key_and_fails_no_call() {
+    let mut etcd = etcd().await;
+    let ttl = Duration::from_secs(5);
+    let fleet = Fleet::start(&registry(&etcd).await, 3, ttl).await;
+    let callers = fleet.callers();
+    etcd.kill(0).await.unwrap();
+    sleep(span(12, 60)).await;
+    assert_eq!(fleet.channel.endpoints().len(), 3);
+    etcd.restart(0).await.unwrap();
+    // Past the moment when the old leases would have run out, and renewed.
+    sleep(ttl * 2).await;
+    assert_eq!(fleet.resolver.status().state, ResolverState::Fresh);
+    assert_eq!(fleet.resolver.instances().len(), 3);
+    let by_hand = client(&etcd).await;
+    assert_eq!(deletions(&by_hand, "/gRPC/").await, 0, "no key was lost");
+    callers.none_failed().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wiped_etcd_is_filled_again_and_ghosts_go() {
+    for later_writes in [0, 200] {
+        let mut etcd = etcd().await;
+        let registry = registry(&etcd).await;
+        let ttl = Duration::from_secs(5);
+        let fleet = Fleet::start(&registry, 3, ttl).await;
+        // One that never returns: the process that registered it has died.
+        let by_hand = client(&etcd).await;
+        let lease = by_hand.lease_client().grant(600, None).await.unwrap().id();
+        let options = etcd_client::PutOptions::new().with_lease(lease);
+        let ghost = "127.0.0.1:1";
+        by_hand
+            .kv_client()
+            .put("/gRPC/greeter/ghost", ghost, Some(options))
+            .await
+            .unwrap();
+        eventually("the ghost is known", async || {
+            addresses(&fleet.resolver).contains(&ghost.to_owned())
+        })
+        .await;
+        let callers = fleet.callers();
+        etcd.kill(0).await.unwrap();
+        etcd.wipe(0).await.unwrap();
+        etcd.restart(0).await.unwrap();
+        let by_hand = client(&etcd).await;
+        for _ in 0..later_writes {
+            by_hand.kv_client().put("/other", "", None).await.unwrap();
+        }
+        within(ttl, "all are registered again", async || {
+            list(&by_hand, "/gRPC/greeter/").await.len() == 3
+        })
+        .await;
+        within(ttl * 8, "the set is exact", async || {
+            let known = addresses(&fleet.resolver);
+            known.len() == 3 && !known.contains(&ghost.to_owned())
+        })
+        .await;
+        fleet.serves().await;
+        let calls = callers.none_failed().await;
+        assert!(calls > 500, "{calls}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_watch_that_is_cut_after_every_message_misses_nothing() {
+    let etcd = etcd().await;
+    let by_hand = client(&etcd).await;
+    let relay = Relay::start(&etcd.endpoint(0)).await;
+    let registry = Registry::connect([relay.address.to_string()])
+        .await
+        .unwrap();
+    for compact in [false, true] {
+        let resolver = registry.resolver("greeter");
+        resolver.ready().await;
+        let (cuts, lists) = (relay.cuts(), resolver.status().lists);
+        let mut revision = 0;
+        // 40 000 events and 2 650 revisions: transactions of 100 keys and single writes.
+        for round in 0..530 {
+            let hundred = u32::try_from(round).unwrap() % 5;
+            if round % 4 == 0 {
+                for number in 0..4 {
+                    let (key, port) = (hundred * 100 + number, 1_000 + round);
+                    let key = format!("/gRPC/greeter/{key}");
+                    let value = format!("127.0.0.1:{port}");
+                    by_hand.kv_client().put(key, value, None).await.unwrap();
+                }
+            }
+            let operations: Vec<_> = (0..100)
+                .map(|number| {
+                    let key = format!("/gRPC/greeter/{}", hundred * 100 + number);
+                    if (u64::from(number) + round) % 3 == 0 {
+                        etcd_client::TxnOp::delete(key, None)
+                    } else {
+                        let value =
+                            format!("127.0.0.1:{}", 1_000 + u64::from(number) * 100 + round);
+                        etcd_client::TxnOp::put(key, value, None)
+                    }
+                })
+                .collect();
+            let transaction = etcd_client::Txn::new().and_then(operations);
+            let answer = by_hand.kv_client().txn(transaction).await.unwrap();
+            revision = answer.header().unwrap().revision();
+            if compact && round == 400 {
+                by_hand.kv_client().compact(revision, None).await.unwrap();
+            }
+        }
+        let listed = list(&by_hand, "/gRPC/greeter/").await;
+        let expected: Vec<_> = listed.iter().map(|(_, value, _)| value.as_str()).collect();
+        knows(&resolver, &expected).await;
+        eventually("the last revision is reached", async || {
+            resolver.status().revision.get() >= revision
+        })
+        .await;
+        let status = resolver.status();
+        println!(
+            "{} cuts, {} watches, {} lists",
+            relay.cuts() - cuts,
+            status.watches,
+            status.lists - lists
+        );
+        assert!(relay.cuts() > cuts + 2, "the watch was cut");
+    }
+}
+
+/// Registers one more instance over members that are well, and waits until a resolver knows it.
+async fn change_arrives(fleet: &Fleet, etcd: &Etcd, bad: usize, port: u16) {
+    let well = (0..etcd.members()).filter(|member| *member != bad);
+    let well: Vec<_> = well.map(|member| etcd.endpoint(member)).collect();
+    let address = format!("127.0.0.1:{port}");
+    let start = Instant::now();
+    let mut registry = None;
+    eventually("somebody leads", async || {
+        registry = Registry::connect(well.clone()).await.ok();
+        registry.is_some()
+    })
+    .await;
+    let registering = registry.unwrap().registration_at("/gRPC/greeter/change");
+    let registration = registering.address(&address).register().await.unwrap();
+    let took = within(Duration::from_secs(15), "the change arrives", async || {
+        addresses(&fleet.resolver).contains(&address)
+    })
+    .await;
+    let since = Instant::now().saturating_duration_since(start);
+    println!(
+        "member {bad} is bad: the change arrived {took:?} after its write, {since:?} after the fault"
+    );
+    registration.deregister().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_dies_freezes_or_is_cut_off_loses_no_key_and_fails_no_call() {
+    let mut etcd = Etcd::builder()
+        .members(3)
+        .partitionable()
+        .start()
+        .await
+        .unwrap();
+    let registry = Registry::connect(etcd.endpoints()).await.unwrap();
+    let fleet = Fleet::start(&registry, 3, Duration::from_secs(5)).await;
+    let callers = fleet.callers();
+
+    let leader = etcd.leader().await.unwrap();
+    etcd.kill(leader).await.unwrap();
+    change_arrives(&fleet, &etcd, leader, 1).await;
+    etcd.restart(leader).await.unwrap();
+
+    // Whichever the client and the servers talk to, and the leader.
+    for member in 0..3 {
+        etcd.freeze(member).await.unwrap();
+        change_arrives(&fleet, &etcd, member, 2).await;
+        etcd.thaw(member).await.unwrap();
+    }
+    for member in 0..3 {
+        eventually("the members see each other", async || {
+            etcd.leader().await.is_some()
+        })
+        .await;
+        etcd.isolate(member).await.unwrap();
+        change_arrives(&fleet, &etcd, member, 3).await;
+        etcd.rejoin(member).unwrap();
+    }
+    callers.none_failed().await;
+    let by_hand = client(&etcd).await;
+    if etcd.version().starts_with("3.4.") {
+        // A leader that is thawed there revokes every lease; they come back at once, and clients hold what went.
+        println!("etcd {}: not checked that no key was lost", etcd.version());
+        return;
+    }
+    for instance in fleet.resolver.instances() {
+        let lost = deletions(&by_hand, instance.key()).await;
+        assert_eq!(lost, 0, "{} was lost", instance.key());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_lost_by_hand_come_back_and_fail_no_call() {
+    let etcd = etcd().await;
+    let ttl = Duration::from_secs(3);
+    let fleet = Fleet::start(&registry(&etcd).await, 4, ttl).await;
+    let by_hand = client(&etcd).await;
+    let callers = fleet.callers();
+    for (round, instance) in fleet.resolver.instances().iter().enumerate() {
+        let key = instance.key();
+        if round % 2 == 0 {
+            by_hand.kv_client().delete(key, None).await.unwrap();
+        } else {
+            let lease = list(&by_hand, key).await[0].2;
+            by_hand.lease_client().revoke(lease).await.unwrap();
+        }
+        within(ttl, "the key is back", async || {
+            list(&by_hand, "/gRPC/greeter/").await.len() == 4
+        })
+        .await;
+    }
+    callers.none_failed().await;
+}
+
+/// The `register` example as a process of its own.
+struct Registered {
+    child: Child,
+    lines: tokio::io::Lines<BufReader<tokio::process::ChildStdout>>,
+}
+
+impl Registered {
+    async fn start(etcd: &Etcd, key: &str, address: &str) -> Self {
+        let mut folder = std::env::current_exe().unwrap();
+        folder.pop();
+        folder.pop();
+        let mut child = Command::new(folder.join("examples/register"))
+            .args([key, address])
+            .env("ETCD_ENDPOINTS", etcd.endpoint(0))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut this = Self { child, lines };
+        this.says("is registered as").await;
+        this
+    }
+
+    async fn says(&mut self, text: &str) {
+        let found = async {
+            while let Some(line) = self.lines.next_line().await.unwrap() {
+                if line.contains(text) {
+                    return;
+                }
+            }
+            panic!("it ended without {text:?}");
+        };
+        timeout(SOON, found).await.expect("in time");
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.child.id().unwrap()).unwrap();
+        kill(Pid::from_raw(pid), signal).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_was_frozen_past_its_ttl_takes_nothing_back() {
+    let etcd = etcd().await;
+    let by_hand = client(&etcd).await;
+    let (key, address) = ("/gRPC/greeter/a", "127.0.0.1:80");
+    let mut old = Registered::start(&etcd, key, address).await;
+    old.says("registered under lease").await;
+    old.signal(Signal::SIGSTOP);
+    eventually("its lease has run out", async || {
+        list(&by_hand, key).await.is_empty()
+    })
+    .await;
+    let mut new = Registered::start(&etcd, key, address).await;
+    let lease = list(&by_hand, key).await[0].2;
+    old.signal(Signal::SIGCONT);
+    old.says("another server has the key").await;
+    // Two TTLs of 5 s, three renewals each.
+    for _ in 0..6 {
+        new.says("registered under lease").await;
+        let listed = list(&by_hand, key).await;
+        assert!(
+            matches!(&listed[..], [(_, _, now)] if *now == lease),
+            "{listed:?}"
+        );
+    }
+    for (server, signal) in [(&mut old, Signal::SIGINT), (&mut new, Signal::SIGINT)] {
+        server.signal(signal);
+        timeout(SOON, server.child.wait()).await.unwrap().unwrap();
+    }
+    assert!(list(&by_hand, key).await.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn writes_beside_us_cause_no_list_and_no_new_watch() {
+    let etcd = Etcd::start_cluster(3).await.unwrap();
+    let by_hand = client(&etcd).await;
+    let resolvers: Vec<_> = {
+        let registry = Registry::connect(etcd.endpoints()).await.unwrap();
+        (0..4).map(|_| registry.resolver("greeter")).collect()
+    };
+    for resolver in &resolvers {
+        resolver.ready().await;
+    }
+    let end = Instant::now() + span(8, 180);
+    let mut tasks = tokio::task::JoinSet::new();
+    for writer in 0..8 {
+        let mut kv = by_hand.kv_client();
+        tasks.spawn(async move {
+            let mut writes = 0_u32;
+            while Instant::now() < end {
+                kv.put(format!("/other/{writer}"), "", None).await.unwrap();
+                writes += 1;
+            }
+            writes
+        });
+    }
+    let writes: u32 = tasks.join_all().await.into_iter().sum();
+    println!("{writes} writes beside");
+    by_hand
+        .kv_client()
+        .put("/gRPC/greeter/1", "127.0.0.1:1", None)
+        .await
+        .unwrap();
+    for resolver in &resolvers {
+        knows(resolver, &["127.0.0.1:1"]).await;
+        let status = resolver.status();
+        assert_eq!(
+            (status.lists, status.watches, status.state),
+            (1, 1, ResolverState::Fresh)
+        );
+    }
+}

@@ -1,0 +1,183 @@
+//! A gRPC relay in front of an etcd that ends each watch after its first message with events.
+
+use std::convert::Infallible;
+use std::marker::PhantomData;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use http_body::Frame;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tonic::body::Body;
+use tonic::server::NamedService;
+use tonic::transport::{Channel, Endpoint, Server};
+use tonic::{Status, codegen::BoxFuture};
+use tower::Service;
+
+/// A relay to one member. Dropped, it ends.
+pub struct Relay {
+    pub address: SocketAddr,
+    cuts: Arc<AtomicUsize>,
+    task: JoinHandle<()>,
+}
+
+impl Relay {
+    pub async fn start(target: &str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let incoming = tonic::transport::server::TcpIncoming::from(listener);
+        let target = Endpoint::from_shared(format!("http://{target}")).unwrap();
+        let target = target.connect_lazy();
+        let cuts = Arc::<AtomicUsize>::default();
+        let router = Server::builder()
+            .add_service(Forward::<Kv>::new(&target, &cuts))
+            .add_service(Forward::<Lease>::new(&target, &cuts))
+            .add_service(Forward::<Watch>::new(&target, &cuts));
+        let task = tokio::spawn(async move { router.serve_with_incoming(incoming).await.unwrap() });
+        Self {
+            address,
+            cuts,
+            task,
+        }
+    }
+
+    /// How many watches were ended.
+    pub fn cuts(&self) -> usize {
+        self.cuts.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+#[derive(Clone)]
+struct Kv;
+#[derive(Clone)]
+struct Lease;
+#[derive(Clone)]
+struct Watch;
+
+/// Forwards one of etcd's services.
+struct Forward<S> {
+    target: Channel,
+    cuts: Arc<AtomicUsize>,
+    service: PhantomData<fn() -> S>,
+}
+
+impl<S> Forward<S> {
+    fn new(target: &Channel, cuts: &Arc<AtomicUsize>) -> Self {
+        Self {
+            target: target.clone(),
+            cuts: Arc::clone(cuts),
+            service: PhantomData,
+        }
+    }
+}
+
+impl<S> Clone for Forward<S> {
+    fn clone(&self) -> Self {
+        Self::new(&self.target, &self.cuts)
+    }
+}
+
+impl NamedService for Forward<Kv> {
+    const NAME: &'static str = "etcdserverpb.KV";
+}
+
+impl NamedService for Forward<Lease> {
+    const NAME: &'static str = "etcdserverpb.Lease";
+}
+
+impl NamedService for Forward<Watch> {
+    const NAME: &'static str = "etcdserverpb.Watch";
+}
+
+impl<S> Service<http::Request<Body>> for Forward<S> {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<Self::Response, Infallible>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let (mut target, cuts) = (self.target.clone(), Arc::clone(&self.cuts));
+        let watch = request.uri().path().ends_with("/Watch");
+        Box::pin(async move {
+            let ready = std::future::poll_fn(|cx| target.poll_ready(cx)).await;
+            let answer = match ready {
+                Ok(()) => target.call(request).await,
+                Err(error) => Err(error),
+            };
+            Ok(match answer {
+                Ok(answer) if watch => answer.map(|body| {
+                    let (messages, collected) = (0, Vec::new());
+                    Body::new(Cut {
+                        body,
+                        messages,
+                        collected,
+                        cuts,
+                    })
+                }),
+                Ok(answer) => answer,
+                Err(error) => Status::from_error(Box::new(error)).into_http(),
+            })
+        })
+    }
+}
+
+/// A body of gRPC messages that ends after the second one: the first says that the watch is created.
+struct Cut {
+    body: Body,
+    messages: usize,
+    collected: Vec<u8>,
+    cuts: Arc<AtomicUsize>,
+}
+
+impl Cut {
+    /// Takes one whole message from what was collected.
+    fn message(&mut self) -> Option<Bytes> {
+        let length = self.collected.get(1..5)?;
+        let length = 5 + u32::from_be_bytes(length.try_into().unwrap()) as usize;
+        let whole = self.collected.len() >= length;
+        whole.then(|| self.collected.drain(..length).collect::<Vec<_>>().into())
+    }
+}
+
+impl http_body::Body for Cut {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let this = &mut *self;
+        loop {
+            if this.messages == 2 {
+                this.cuts.fetch_add(1, Ordering::SeqCst);
+                return Poll::Ready(Some(Err(Status::unavailable("cut"))));
+            }
+            if let Some(message) = this.message() {
+                this.messages += 1;
+                return Poll::Ready(Some(Ok(Frame::data(message))));
+            }
+            match ready!(Pin::new(&mut this.body).poll_frame(cx)) {
+                Some(Ok(frame)) => match frame.into_data() {
+                    Ok(data) => this.collected.extend_from_slice(&data),
+                    Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+                },
+                Some(Err(status)) => return Poll::Ready(Some(Err(status))),
+                None => return Poll::Ready(None),
+            }
+        }
+    }
+}

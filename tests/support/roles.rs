@@ -1,0 +1,53 @@
+//! The two minimal roles: servers read and write the prefix of their service, clients read it.
+
+use etcd_client::{Client, ConnectOptions, Permission, PermissionType};
+use tonic_etcd::testing::Etcd;
+use tonic_etcd::{ConnectError, Registry};
+
+use super::client;
+
+/// Switches authentication on: root, a server `writer` with its own prefix, a client `reader`.
+pub async fn protect(etcd: &Etcd) {
+    let mut root = client(etcd).await;
+    root.role_add("root").await.unwrap();
+    for (user, role) in [
+        ("root", "root"),
+        ("writer", "writer"),
+        ("reader", "reader"),
+        ("nobody", "nobody"),
+    ] {
+        root.user_add(user, format!("{user}-password"), None)
+            .await
+            .unwrap();
+        if role != "root" {
+            root.role_add(role).await.unwrap();
+        }
+        root.user_grant_role(user, role).await.unwrap();
+    }
+    let own = |kind| Permission::new(kind, "/gRPC/greeter/").with_prefix();
+    root.role_grant_permission("writer", own(PermissionType::Readwrite))
+        .await
+        .unwrap();
+    root.role_grant_permission("reader", own(PermissionType::Read))
+        .await
+        .unwrap();
+    root.auth_enable().await.unwrap();
+}
+
+pub async fn user(etcd: &Etcd, user: &str) -> Result<Registry, ConnectError> {
+    Registry::builder(etcd.endpoints())
+        .user(user, format!("{user}-password"))
+        .connect()
+        .await
+}
+
+/// A client of the operator's, whether authentication is on or off.
+pub async fn root(etcd: &Etcd) -> Client {
+    let options = ConnectOptions::new()
+        .with_user("root", "root-password")
+        .with_auto_token_refresh(true);
+    match Client::connect(etcd.endpoints(), Some(options)).await {
+        Ok(client) => client,
+        Err(_) => client(etcd).await,
+    }
+}

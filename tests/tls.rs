@@ -1,0 +1,135 @@
+//! TLS to etcd, on both sides, with certificates that are renewed.
+#![cfg(feature = "tls")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a failed step is a failed test"
+)]
+
+mod support;
+
+use std::time::Duration;
+
+use support::authority::Authority;
+use support::{client, eventually, knows, list};
+use tonic::transport::{Certificate, ClientTlsConfig, Identity};
+use tonic_etcd::testing::Etcd;
+use tonic_etcd::{ConnectError, Registry, RegistryBuilder, TlsConfig};
+
+/// An etcd that asks its clients for a certificate.
+async fn mutual(authority: &Authority) -> Etcd {
+    authority.sign("server", "etcd");
+    authority.sign("client", "greeter");
+    let trusted = authority.path("ca.pem");
+    Etcd::builder()
+        .tls(authority.path("server.pem"), authority.path("server.key"))
+        .arg("--client-cert-auth=true")
+        .arg(format!("--trusted-ca-file={}", trusted.display()))
+        .start()
+        .await
+        .unwrap()
+}
+
+/// Registers, renews a few times, and resolves.
+async fn works(builder: RegistryBuilder) {
+    let registry = builder.connect().await.unwrap();
+    let registration = registry
+        .registration("greeter")
+        .address("127.0.0.1:80")
+        .ttl(Duration::from_secs(2))
+        .register()
+        .await
+        .unwrap();
+    let resolver = registry.resolver("greeter");
+    knows(&resolver, &["127.0.0.1:80"]).await;
+    let mut states = registration.states();
+    for _ in 0..3 {
+        states.changed().await.unwrap();
+        assert!(states.borrow_and_update().is_registered());
+    }
+    registration.deregister().await.unwrap();
+    knows(&resolver, &[]).await;
+}
+
+#[tokio::test]
+async fn etcd_is_spoken_to_over_tls_and_mutual_tls() {
+    let authority = Authority::new();
+    let etcd = mutual(&authority).await;
+    let trusting =
+        ClientTlsConfig::new().ca_certificate(Certificate::from_pem(authority.read("ca.pem")));
+    let identity = Identity::from_pem(authority.read("client.pem"), authority.read("client.key"));
+    works(Registry::builder(etcd.tls_endpoints()).tls(trusting.clone().identity(identity))).await;
+
+    let files = TlsConfig::new("etcd").ca_file(authority.path("ca.pem"));
+    let shown = files
+        .clone()
+        .identity_files(authority.path("client.pem"), authority.path("client.key"));
+    works(Registry::builder(etcd.tls_endpoints()).tls_config(shown)).await;
+
+    // Without a certificate of its own the client is refused, and told why.
+    for builder in [
+        Registry::builder(etcd.tls_endpoints()).tls(trusting),
+        Registry::builder(etcd.tls_endpoints()).tls_config(files),
+    ] {
+        let refused = builder.connect().await.expect_err("no certificate");
+        assert!(matches!(refused, ConnectError::Tls { .. }), "{refused:?}");
+    }
+    // So is a server that somebody else has signed.
+    let stranger = Authority::new();
+    let files = TlsConfig::new("etcd")
+        .ca_file(stranger.path("ca.pem"))
+        .identity_files(authority.path("client.pem"), authority.path("client.key"));
+    let refused = Registry::builder(etcd.tls_endpoints()).tls_config(files);
+    let refused = refused.connect().await.expect_err("not trusted");
+    assert!(matches!(refused, ConnectError::Tls { .. }), "{refused:?}");
+}
+
+#[tokio::test]
+async fn certificates_that_are_renewed_need_no_restart() {
+    let authority = Authority::new();
+    let mut etcd = mutual(&authority).await;
+    let tls = TlsConfig::new("etcd")
+        .ca_file(authority.path("ca.pem"))
+        .identity_files(authority.path("client.pem"), authority.path("client.key"));
+    let registry = Registry::builder(etcd.tls_endpoints()).tls_config(tls);
+    let registry = registry.connect().await.unwrap();
+    let registration = registry
+        .registration("greeter")
+        .address("127.0.0.1:80")
+        .ttl(Duration::from_secs(5))
+        .register()
+        .await
+        .unwrap();
+    let resolver = registry.resolver("greeter");
+    knows(&resolver, &["127.0.0.1:80"]).await;
+
+    // A new authority signs everything anew; nobody who knows only the old one gets through.
+    let next = Authority::new();
+    next.sign("server", "etcd");
+    next.sign("client", "greeter");
+    for file in [
+        "ca.pem",
+        "server.pem",
+        "server.key",
+        "client.pem",
+        "client.key",
+    ] {
+        std::fs::write(authority.path(file), next.read(file)).unwrap();
+    }
+    etcd.kill(0).await.unwrap();
+    etcd.restart(0).await.unwrap();
+    let by_hand = client(&etcd).await;
+    let mut kv = by_hand.kv_client();
+    let put = kv.put("/gRPC/greeter/1", "127.0.0.1:1", None);
+    put.await.unwrap();
+    knows(&resolver, &["127.0.0.1:1", "127.0.0.1:80"]).await;
+    let mut states = registration.states();
+    for _ in 0..3 {
+        states.changed().await.unwrap();
+    }
+    eventually("the lease is renewed", async || {
+        registration.state().is_registered() && list(&by_hand, registration.key()).await.len() == 1
+    })
+    .await;
+    registration.deregister().await.unwrap();
+}
