@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use serde_json::{Map, Value};
+
 use crate::address::Address;
 use crate::keyspace::{LeaseId, Revision};
 
@@ -95,6 +97,14 @@ impl Instance {
         self
     }
 
+    /// Sets whether the server says that it speaks TLS. It is a hint to people and tools, and what some formats write into the scheme
+    /// of a URL: whether TLS is spoken, and with whom, is the client's decision alone.
+    #[must_use]
+    pub fn with_tls(mut self, tls: bool) -> Self {
+        self.advertisement_mut().tls = tls;
+        self
+    }
+
     /// Marks the instance as one that has vanished from the registry together with most others and is kept for a while: to be used only
     /// while nothing else is ready, and only over a connection that is already there.
     #[must_use]
@@ -103,7 +113,17 @@ impl Instance {
         self
     }
 
-    fn advertisement_mut(&mut self) -> &mut Advertisement {
+    pub(crate) fn advertisement(&self) -> &Advertisement {
+        &self.data.advertisement
+    }
+
+    /// The same instance, found at a key.
+    pub(crate) fn found(self, registered: Registered) -> Self {
+        let data = Arc::unwrap_or_clone(self.data);
+        Self::registered(data.advertisement, registered)
+    }
+
+    pub(crate) fn advertisement_mut(&mut self) -> &mut Advertisement {
         &mut Arc::make_mut(&mut self.data).advertisement
     }
 
@@ -135,6 +155,12 @@ impl Instance {
     #[must_use]
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.data.advertisement.metadata
+    }
+
+    /// Whether the registry says that the server speaks TLS. Nothing depends on it; see [`with_tls`](Self::with_tls).
+    #[must_use]
+    pub fn is_tls(&self) -> bool {
+        self.data.advertisement.tls
     }
 
     /// Whether the instance said, in its last value, that it is about to leave.
@@ -181,6 +207,12 @@ impl Instance {
     }
 }
 
+impl From<Advertisement> for Instance {
+    fn from(advertisement: Advertisement) -> Self {
+        Self::registered(advertisement, Registered::default())
+    }
+}
+
 /// Where in etcd an instance was found.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Registered {
@@ -200,6 +232,17 @@ pub(crate) struct Advertisement {
     pub(crate) version: Option<String>,
     pub(crate) metadata: BTreeMap<String, String>,
     pub(crate) leaving: bool,
+    /// What the server says of its own transport.
+    pub(crate) tls: bool,
+    /// What the value said besides, in its own format.
+    pub(crate) remainder: Option<Arc<Remainder>>,
+}
+
+/// The fields of a value that have no place in an [`Advertisement`], kept so that writing it in the same format loses nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Remainder {
+    format: &'static str,
+    fields: Map<String, Value>,
 }
 
 impl Advertisement {
@@ -211,7 +254,51 @@ impl Advertisement {
             version: None,
             metadata: BTreeMap::new(),
             leaving: false,
+            tls: false,
+            remainder: None,
         }
+    }
+
+    /// Keeps what a format's value said besides.
+    pub(crate) fn keep(&mut self, format: &'static str, fields: Map<String, Value>) {
+        self.remainder = (!fields.is_empty()).then(|| Arc::new(Remainder { format, fields }));
+    }
+
+    /// What a value of this format said besides; nothing if it was read in another.
+    pub(crate) fn kept(&self, format: &'static str) -> Map<String, Value> {
+        self.remainder
+            .as_ref()
+            .filter(|remainder| remainder.format == format)
+            .map(|remainder| remainder.fields.clone())
+            .unwrap_or_default()
+    }
+
+    /// The first thing that the two say differently, if there is one.
+    pub(crate) fn difference(&self, other: &Self) -> Option<String> {
+        let first = |name: &str| Some(name.to_owned());
+        if self.address != other.address {
+            return first("the address");
+        }
+        if self.weight != other.weight {
+            return Some(format!("the weight {}", self.weight));
+        }
+        if self.zone != other.zone {
+            return first("the zone");
+        }
+        if self.version != other.version {
+            return first("the version");
+        }
+        if self.tls != other.tls {
+            return first("the word that TLS is spoken");
+        }
+        if self.leaving != other.leaving {
+            return first("the word that the server is leaving");
+        }
+        let names = self.metadata.keys().chain(other.metadata.keys());
+        names
+            .into_iter()
+            .find(|name| self.metadata.get(*name) != other.metadata.get(*name))
+            .map(|name| format!("the metadata {name:?}"))
     }
 }
 

@@ -248,33 +248,37 @@ pub(crate) struct WatchMessage {
     pub(crate) cancel_reason: String,
 }
 
-/// Where services live in the store.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Where services live in the store: under the registry's own prefix, or else that of the format in which they are written.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Keyspace {
-    prefix: String,
+    prefix: Option<String>,
 }
 
 impl Keyspace {
-    /// The prefix gets a trailing slash if it has none.
+    /// The prefix gets a trailing slash if it has none; an empty one stays empty.
     pub(crate) fn new(prefix: &str) -> Self {
+        let prefix = match prefix {
+            "" => String::new(),
+            prefix => with_slash(prefix),
+        };
         Self {
-            prefix: with_slash(prefix),
+            prefix: Some(prefix),
         }
     }
 
+    /// The prefix of this library's own format, if none was given.
     pub(crate) fn prefix(&self) -> &str {
-        &self.prefix
+        self.given().unwrap_or(DEFAULT_PREFIX)
     }
 
-    /// The prefix of one service's instances. It ends in a slash, so that `user` never sees the instances of `user-admin`.
-    pub(crate) fn service(&self, service: &str) -> String {
-        format!("{}{service}/", self.prefix)
-    }
-
-    pub(crate) fn instance(&self, service: &str, id: &str) -> Key {
-        Key::from(format!("{}{service}/{id}", self.prefix).as_str())
+    /// The prefix that was given.
+    pub(crate) fn given(&self) -> Option<&str> {
+        self.prefix.as_deref()
     }
 }
+
+/// Where the services of this library live unless told otherwise.
+pub(crate) const DEFAULT_PREFIX: &str = "/gRPC/";
 
 /// A prefix that ends in a slash.
 pub(crate) fn with_slash(prefix: &str) -> String {
@@ -304,13 +308,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_prefix_ends_in_a_slash_unless_it_is_empty() {
+        for (given, prefix) in [("/gRPC", "/gRPC/"), ("team/", "team/"), ("", "")] {
+            assert_eq!(Keyspace::new(given).given(), Some(prefix));
+        }
+        let none = Keyspace::default();
+        assert_eq!((none.given(), none.prefix()), (None, DEFAULT_PREFIX));
+    }
+
+    #[test]
     fn a_service_never_sees_the_keys_of_another_that_begins_alike() {
-        let keyspace = Keyspace::new("/gRPC");
-        let range = Range::prefix(&keyspace.service("user"));
-        assert!(range.contains(&keyspace.instance("user", "10.0.0.1:80")));
-        assert!(!range.contains(&keyspace.instance("user-admin", "10.0.0.1:80")));
-        assert!(!range.contains(&keyspace.instance("usera", "10.0.0.1:80")));
-        assert_eq!(range.suffix(&keyspace.instance("user", "a/b")), b"a/b");
+        let range = Range::prefix("/gRPC/user/");
+        assert!(range.contains(&Key::from("/gRPC/user/10.0.0.1:80")));
+        assert!(!range.contains(&Key::from("/gRPC/user-admin/10.0.0.1:80")));
+        assert!(!range.contains(&Key::from("/gRPC/usera/10.0.0.1:80")));
+        assert_eq!(range.suffix(&Key::from("/gRPC/user/a/b")), b"a/b");
     }
 
     #[test]

@@ -54,7 +54,7 @@
 //!                                                                  └──────────────────────────────────────┘
 //! ```
 //!
-//! The key is `<prefix><service>/<instance id>`, the value one of [`Format`]. A [`Registration`] renews its lease at a third of the TTL,
+//! The key is `<prefix><service>/<instance id>`, the value JSON, unless a [`Format`] says otherwise. A [`Registration`] renews its lease at a third of the TTL,
 //! and watches and reads its own key, since a renewed lease is no proof that the key is there. A [`Resolver`] that loses its watch
 //! checks whether the store is still the one it knows, and resumes or lists again. A [`BalancedChannel`] keeps a connection to every
 //! server and picks, by its [`Policy`], among those whose peer has answered on HTTP/2. Calls never go through etcd.
@@ -88,6 +88,11 @@
 //! | Wrong password | [`ConnectError::Credentials`] | At once |
 //! | The token expires | A fresh one is fetched, and what was refused is repeated. | At once |
 //!
+//! # Fleets that already use etcd
+//!
+//! [`Format`] has the keys and values of the registries in use: etcd's own for grpc-go, go-zero, kratos, kitex, go-micro, rpcx, dubbo-go and
+//! others, for reading and for writing. [`coming_from_go`] shows the same lines in Go and here, and how to move over.
+//!
 //! # Features
 //!
 //! - none by default: all of the above over plaintext;
@@ -104,6 +109,8 @@ mod address;
 mod backoff;
 mod balance;
 mod channel;
+#[doc = include_str!("coming_from_go.md")]
+pub mod coming_from_go {}
 mod error;
 mod etcd;
 mod format;
@@ -128,7 +135,7 @@ pub use channel::{
     RetryBudget, RetryPolicy, ServedBy, WaitForReady,
 };
 pub use error::{ConnectError, Endpoints, EtcdError, EtcdErrorKind, RegisterError, ServeError};
-pub use format::Format;
+pub use format::{Format, FormatError, InstanceFormat};
 pub use instance::Instance;
 pub use ipnet::IpNet;
 pub use keyspace::{LeaseId, Revision};

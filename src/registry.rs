@@ -1,9 +1,10 @@
 //! The door to everything: one etcd cluster, and where services live in it.
 
 use crate::address::AddressPolicy;
-use crate::channel::ChannelBuilder;
+use crate::channel::{ChannelBuilder, ChannelError, Place, Target};
 use crate::error::ConnectError;
 use crate::etcd::{Config, Credentials, Etcd};
+use crate::format::Format;
 use crate::keyspace::{Key, Keyspace};
 use crate::registration::RegistrationBuilder;
 use crate::resolver::{Resolver, ResolverBuilder};
@@ -72,7 +73,7 @@ impl Registry {
         };
         RegistryBuilder {
             config,
-            prefix: DEFAULT_PREFIX.to_owned(),
+            keyspace: Keyspace::default(),
             policy: AddressPolicy::default(),
         }
     }
@@ -84,21 +85,21 @@ impl Registry {
     /// then up to it.
     #[must_use]
     pub fn from_client(client: etcd_client::Client) -> Self {
-        let keyspace = Keyspace::new(DEFAULT_PREFIX);
         Self {
             etcd: Etcd::from_client(client),
-            keyspace,
+            keyspace: Keyspace::default(),
             policy: AddressPolicy::default(),
         }
     }
 
-    /// The prefix under which services live.
+    /// The prefix under which services live: the one that was given, or `/gRPC/`.
     #[must_use]
     pub fn prefix(&self) -> &str {
         self.keyspace.prefix()
     }
 
-    /// Describes a registration of a server for a service; the key will be `<prefix><service>/<instance id>`.
+    /// Describes a registration of a server for a service; the key will be `<prefix><service>/<instance id>`, or what its
+    /// [`Format`] makes of it.
     ///
     /// The service's name is not empty and has no slash; what is wrong with it is said when the registration is made.
     pub fn registration(&self, service: impl AsRef<str>) -> RegistrationBuilder {
@@ -164,6 +165,42 @@ impl Registry {
         ChannelBuilder::over(self.resolver_builder(service))
     }
 
+    /// Describes a channel to what grpc-go calls `etcd:///service`: the keys `service/<instance id>`, whatever the registry's prefix. With
+    /// four slashes, `etcd:////gRPC/service`, the path begins with one.
+    ///
+    /// ```no_run
+    /// # async fn run(registry: tonic_etcd::Registry) -> Result<(), Box<dyn std::error::Error>> {
+    /// let channel = registry.channel_to("etcd:///helloworld.Greeter")?.connect().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// If the target is of another form: one that names etcd members is for
+    /// [`BalancedChannel::connect`](crate::BalancedChannel::connect).
+    pub fn channel_to(
+        &self,
+        target: impl AsRef<str>,
+    ) -> Result<ChannelBuilder<ResolverBuilder>, ChannelError> {
+        Target::of_registry(target.as_ref()).map(|place| self.channel_at(place))
+    }
+
+    pub(crate) fn channel_at(&self, place: Place) -> ChannelBuilder<ResolverBuilder> {
+        let (path, format) = match place {
+            Place::Service(service) => return self.channel(service),
+            Place::Path(path) => (path, None),
+            Place::GoZero(key) => (key, Some(Format::GoZero)),
+        };
+        let mut resolver = self.resolver_at_builder([path.as_str()]);
+        if let Some(format) = format {
+            resolver = resolver.format(format);
+        }
+        ChannelBuilder::over(resolver)
+            .address_policy(self.policy.clone())
+            .service(path)
+    }
+
     /// As [`resolver_at`](Self::resolver_at), with options.
     pub fn resolver_at_builder<I>(&self, prefixes: I) -> ResolverBuilder
     where
@@ -179,14 +216,16 @@ impl Registry {
 #[must_use = "nothing is connected before `connect` is awaited"]
 pub struct RegistryBuilder {
     config: Config,
-    prefix: String,
+    keyspace: Keyspace,
     policy: AddressPolicy,
 }
 
 impl RegistryBuilder {
-    /// The prefix under which services live; a trailing slash is added if it is missing. Default `/gRPC/`.
+    /// The prefix under which services live; a trailing slash is added if it is missing. Default `/gRPC/`, and for each
+    /// [`Format`] of another library what that library writes. Empty, keys begin with the service's name: that is where
+    /// `etcd:///service` of grpc-go looks.
     pub fn prefix(mut self, prefix: impl AsRef<str>) -> Self {
-        prefix.as_ref().clone_into(&mut self.prefix);
+        self.keyspace = Keyspace::new(prefix.as_ref());
         self
     }
 
@@ -219,12 +258,15 @@ impl RegistryBuilder {
     ///
     /// As [`Registry::connect`].
     pub async fn connect(self) -> Result<Registry, ConnectError> {
-        let keyspace = Keyspace::new(&self.prefix);
-        // The prefix itself is a key that nobody writes, and that whoever may read the prefix may read.
-        let etcd = Etcd::connect(&self.config, &Key::from(keyspace.prefix())).await?;
+        // The prefix itself is a key that nobody writes, and that whoever may read the prefix may read. An empty key is none.
+        let probe = match self.keyspace.prefix() {
+            "" => "/",
+            prefix => prefix,
+        };
+        let etcd = Etcd::connect(&self.config, &Key::from(probe)).await?;
         Ok(Registry {
             etcd,
-            keyspace,
+            keyspace: self.keyspace,
             policy: self.policy,
         })
     }
@@ -234,10 +276,7 @@ impl std::fmt::Debug for RegistryBuilder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("RegistryBuilder")
             .field("endpoints", &self.config.endpoints)
-            .field("prefix", &self.prefix)
+            .field("prefix", &self.keyspace.prefix())
             .finish_non_exhaustive()
     }
 }
-
-/// Where the services of this library live unless told otherwise.
-const DEFAULT_PREFIX: &str = "/gRPC/";

@@ -8,7 +8,7 @@ use crate::error::ConnectError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ChannelError {
-    /// The URL is not of the form `etcd://host:port[,host:port…]/service`.
+    /// The URL is not of the form `etcd://host:port[,host:port…]/service`, nor of those of grpc-go and go-zero, or it could be of two.
     #[error("target {target:?} is not valid: {reason}; write etcd://host:port/service")]
     #[non_exhaustive]
     InvalidTarget {

@@ -34,9 +34,10 @@ pub use error::ChannelError;
 pub use extension::{ServedBy, WaitForReady};
 pub use retry::{HedgingPolicy, RetryBudget, RetryPolicy};
 
+pub(crate) use target::{Place, Target};
+
 use call::{Call, Kept};
 use retry::Retries;
-use target::Target;
 
 /// A gRPC channel that is balanced over the instances of a service that are registered *and answer*.
 ///
@@ -80,17 +81,22 @@ impl BalancedChannel {
     /// The service is looked for under the default prefix, `/gRPC/`. For another prefix, a user or TLS, see
     /// [`Registry::builder`](crate::Registry::builder) and [`Registry::channel`](crate::Registry::channel).
     ///
+    /// It takes go-zero's forms as well, for services that go-zero has registered: `discov://host:port/key` and
+    /// `etcd:///host:port?key=key`. go-zero also writes `etcd://` for the former; that is read as the form of this library, since nothing
+    /// tells them apart. For grpc-go's `etcd:///service`, which names no members, see [`Registry::channel_to`](crate::Registry::channel_to).
+    ///
     /// # Errors
     ///
-    /// As [`Registry::connect`](crate::Registry::connect) and [`ChannelBuilder::connect`], and if the URL is not of that form.
+    /// As [`Registry::connect`](crate::Registry::connect) and [`ChannelBuilder::connect`], and if the URL is of none of these forms, or
+    /// could be of two.
     ///
     /// # Cancel safety
     ///
     /// Dropping the future closes what it has opened.
     pub async fn connect(target: impl AsRef<str>) -> Result<Self, ChannelError> {
-        let Target { members, service } = Target::parse(target.as_ref())?;
+        let Target { members, place } = Target::with_members(target.as_ref())?;
         let registry = crate::Registry::connect(members).await?;
-        registry.channel(service).connect().await
+        registry.channel_at(place).connect().await
     }
 
     /// Describes a channel over endpoints that come from anywhere.

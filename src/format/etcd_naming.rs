@@ -1,149 +1,97 @@
 //! etcd's own Go naming package: `{"Op":0,"Addr":"host:port","Metadata":…}`.
 
-use std::collections::BTreeMap;
+use serde_json::{Map, Value};
 
-use serde::Serialize;
-use serde_json::Value;
+use super::attributes::Attributes;
+use super::object::{Object, Written, map_or_null};
+use super::{FormatError, InstanceFormat, text};
+use crate::instance::{Advertisement, DEFAULT_WEIGHT, Instance};
 
-use super::DecodeError;
-use crate::instance::{Advertisement, DEFAULT_WEIGHT};
+/// Key `<target>/<id>`, the address in `Addr`, attributes inside `Metadata`.
+#[derive(Debug)]
+pub(super) struct EtcdNaming;
 
-/// The Go struct `endpoints.Update`; its fields have no tags, so their names are the Go ones.
-#[derive(Serialize)]
-struct Update<'a> {
-    #[serde(rename = "Op")]
-    op: u8,
-    #[serde(rename = "Addr")]
-    addr: &'a str,
-    #[serde(rename = "Metadata")]
-    metadata: Option<serde_json::Map<String, Value>>,
+impl InstanceFormat for EtcdNaming {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn encode(&self, _: &str, instance: &Instance) -> Result<Vec<u8>, FormatError> {
+        let advertisement = instance.advertisement();
+        let mut kept = Object::from(advertisement.kept(NAME));
+        // Readers before 3.4.28 honour Op in their first read, and Go writes an empty map as null.
+        let value = Written::default()
+            .field("Op", 0)
+            .field("Addr", advertisement.address.as_str())
+            .field("Metadata", metadata(advertisement, kept.take("Metadata")))
+            .rest(kept.rest());
+        Ok(value.to_json().into_bytes())
+    }
+
+    fn decode(&self, _: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
+        read(Object::parse(text(value)?)?).map(Some)
+    }
 }
 
-/// The names inside `Metadata` that are attributes of their own; a registration must not use them for its own metadata.
-pub(crate) const RESERVED: [&str; 4] = ["weight", "zone", "version", "leaving"];
-
-pub(super) fn encode(advertisement: &Advertisement) -> Vec<u8> {
-    let Advertisement {
-        address,
-        weight,
-        zone,
-        version,
-        metadata,
-        leaving,
-    } = advertisement;
-    let mut map = serde_json::Map::new();
-    if *weight != DEFAULT_WEIGHT {
-        map.insert("weight".to_owned(), (*weight).into());
-    }
-    for (name, value) in [("zone", zone), ("version", version)] {
-        if let Some(value) = value {
-            map.insert(name.to_owned(), value.as_str().into());
-        }
-    }
-    if *leaving {
-        map.insert("leaving".to_owned(), true.into());
-    }
-    map.extend(
-        metadata
-            .iter()
-            .map(|(name, value)| (name.clone(), Value::from(value.as_str()))),
-    );
-    // Readers before 3.4.28 honour Op in their first read, and Go writes an empty map as null.
-    let update = Update {
-        op: 0,
-        addr: address.as_str(),
-        metadata: (!map.is_empty()).then_some(map),
+pub(super) fn read(mut object: Object) -> Result<Instance, FormatError> {
+    let Some(Value::String(address)) = object.take("Addr") else {
+        return Err(FormatError::of("has no Addr"));
     };
-    serde_json::to_vec(&update).expect("strings and numbers are always valid JSON")
-}
-
-/// Reads the JSON object. Go matches field names whatever their case.
-pub(super) fn decode(text: &str) -> Result<Advertisement, DecodeError> {
-    let Value::Object(object) = serde_json::from_str(text)? else {
-        return Err(DecodeError::Form("is not a JSON object"));
-    };
-    let address = field(&object, "Addr")
-        .and_then(Value::as_str)
-        .ok_or(DecodeError::Form("has no Addr"))?;
     let mut advertisement = Advertisement::new(address.parse()?);
-    match field(&object, "Metadata") {
-        Some(Value::Object(metadata)) => attributes(&mut advertisement, metadata),
-        // etcd's own grpc-proxy writes its metadata as a string of JSON.
-        Some(Value::String(text)) => match serde_json::from_str(text) {
-            Ok(Value::Object(metadata)) => attributes(&mut advertisement, &metadata),
-            _ => {
-                advertisement
-                    .metadata
-                    .insert("Metadata".to_owned(), text.clone());
-            }
+    // A put is an add, whatever Op says: etcd's own readers have ignored it since 3.4.28.
+    object.take("Op");
+    let metadata = object.take("Metadata");
+    match &metadata {
+        Some(Value::Object(map)) => ATTRIBUTES.read(&mut advertisement, map),
+        // etcd's own grpc-proxy writes its metadata as a text of JSON.
+        Some(Value::String(text)) => match nested(text) {
+            Some(map) => ATTRIBUTES.read(&mut advertisement, &map),
+            None => ATTRIBUTES.read(&mut advertisement, &single(text.as_str().into())),
         },
-        None | Some(Value::Null) => {}
-        Some(other) => {
-            advertisement
-                .metadata
-                .insert("Metadata".to_owned(), other.to_string());
-        }
+        Some(other) => ATTRIBUTES.read(&mut advertisement, &single(other.clone())),
+        None => {}
     }
-    Ok(advertisement)
-}
-
-/// The field of that name, preferring the exact case, as Go does.
-pub(super) fn field<'a>(
-    object: &'a serde_json::Map<String, Value>,
-    name: &str,
-) -> Option<&'a Value> {
-    object.get(name).or_else(|| {
-        object
-            .iter()
-            .find_map(|(key, value)| key.eq_ignore_ascii_case(name).then_some(value))
-    })
-}
-
-/// Takes weight, zone, version and the rest out of a map of metadata.
-pub(super) fn attributes(
-    advertisement: &mut Advertisement,
-    metadata: &serde_json::Map<String, Value>,
-) {
-    let mut rest = BTreeMap::new();
-    for (name, value) in metadata {
-        match (name.as_str(), value) {
-            ("weight", value) => advertisement.weight = weight(value),
-            ("zone", Value::String(zone)) => advertisement.zone = Some(zone.clone()),
-            ("version", Value::String(version)) => advertisement.version = Some(version.clone()),
-            ("leaving", Value::Bool(leaving)) => advertisement.leaving = *leaving,
-            (_, Value::Null) => {}
-            (_, Value::String(value)) => {
-                rest.insert(name.clone(), value.clone());
-            }
-            (_, other) => {
-                rest.insert(name.clone(), other.to_string());
-            }
+    match metadata {
+        Some(Value::Object(map)) => {
+            let leftover = ATTRIBUTES.leftover(&advertisement, map);
+            object.keep_map("Metadata", leftover);
         }
+        other => object.keep("Metadata", other, &Value::Null),
     }
-    advertisement.metadata.extend(rest);
+    advertisement.keep(NAME, object.rest());
+    Ok(advertisement.into())
 }
 
-/// A weight as a number or as its decimal text; anything else, and what is below 1, is the default. It is capped so that sums of weights
-/// cannot overflow.
-pub(super) fn weight(value: &Value) -> u32 {
-    let weight = match value {
-        Value::Number(number) => number.as_i64().or_else(|| number.as_f64().map(whole)),
-        Value::String(text) => text.trim().parse().ok(),
-        _ => None,
+/// What `Metadata` becomes. It is any JSON, and stays of the kind that it was.
+fn metadata(advertisement: &Advertisement, kept: Option<Value>) -> Value {
+    let kept = match kept {
+        Some(Value::Object(kept)) => return ATTRIBUTES.write(advertisement, &kept).into(),
+        Some(kept) => kept,
+        None => return map_or_null(ATTRIBUTES.write(advertisement, &Map::new())),
     };
-    weight
-        .filter(|weight| *weight >= 1)
-        .and_then(|weight| u32::try_from(weight.min(MAX_WEIGHT.into())).ok())
-        .unwrap_or(DEFAULT_WEIGHT)
+    if let Some(inner) = kept.as_str().and_then(nested) {
+        let map = ATTRIBUTES.write(advertisement, &inner);
+        return Value::Object(map).to_string().into();
+    }
+    let kept_alone = single(kept.clone());
+    if ATTRIBUTES.write(advertisement, &kept_alone) == kept_alone {
+        return kept;
+    }
+    map_or_null(ATTRIBUTES.write(advertisement, &Map::new()))
 }
 
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "`as` saturates, and the cap follows"
-)]
-fn whole(number: f64) -> i64 {
-    number as i64
+fn nested(text: &str) -> Option<Map<String, Value>> {
+    serde_json::from_str(text).ok()
 }
 
-/// The largest weight: ten thousand instances of it still sum up within 64 bits, with room to multiply.
-pub(crate) const MAX_WEIGHT: u32 = 1_000_000;
+/// Metadata that is no map is one pair.
+fn single(value: Value) -> Map<String, Value> {
+    Map::from_iter([("Metadata".to_owned(), value)])
+}
+
+const NAME: &str = "EtcdNaming";
+const ATTRIBUTES: Attributes = Attributes {
+    names: &["weight", "zone", "version", "leaving"],
+    texts: false,
+    weight: DEFAULT_WEIGHT,
+};

@@ -1,35 +1,30 @@
-//! `host:port`, and URLs of it.
+//! `host:port` and nothing else.
 
-use super::DecodeError;
-use crate::address::Address;
-use crate::instance::Advertisement;
+use super::{FormatError, InstanceFormat, text};
+use crate::instance::{Advertisement, Instance};
 
-/// Reads `host:port` alone.
-pub(super) fn decode(text: &str) -> Result<Advertisement, DecodeError> {
-    Ok(Advertisement::new(text.parse()?))
+/// Key `<service>/<id>`, the address is the value. No room for anything else.
+#[derive(Debug)]
+pub(super) struct Plain;
+
+impl InstanceFormat for Plain {
+    fn name(&self) -> &'static str {
+        "Plain"
+    }
+
+    fn encode(&self, _: &str, instance: &Instance) -> Result<Vec<u8>, FormatError> {
+        Ok(instance.address().to_string().into_bytes())
+    }
+
+    fn decode(&self, _: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
+        read(text(value)?).map(Some)
+    }
 }
 
-/// Reads the address out of `scheme://host:port/…`, for the schemes a gRPC server may be registered under. The scheme decides
-/// nothing but the port that `http` and `https` leave out: whether TLS is spoken is the client's decision alone.
-pub(super) fn address_of_url(url: &str) -> Result<Address, DecodeError> {
-    let (scheme, rest) = url
-        .split_once("://")
-        .ok_or(DecodeError::Form("is not a URL"))?;
-    let authority = rest.split(['/', '?', '#']).next().unwrap_or(rest);
-    if authority.contains('@') {
-        return Err(DecodeError::Form("is a URL with credentials in it"));
+/// Reads `host:port`.
+pub(super) fn read(text: &str) -> Result<Instance, FormatError> {
+    if text.is_empty() {
+        return Err(FormatError::of("is empty"));
     }
-    let default_port = match scheme.to_ascii_lowercase().as_str() {
-        "http" => Some(80),
-        "https" => Some(443),
-        "grpc" | "grpcs" | "tcp" | "tri" => None,
-        _ => return Err(DecodeError::Form("is a URL of an unknown scheme")),
-    };
-    let has_port = authority
-        .rsplit_once(':')
-        .is_some_and(|(_, port)| !port.ends_with(']'));
-    match default_port {
-        Some(port) if !has_port => Ok(format!("{authority}:{port}").parse()?),
-        _ => Ok(authority.parse()?),
-    }
+    Ok(Advertisement::new(text.parse()?).into())
 }

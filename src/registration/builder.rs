@@ -10,10 +10,9 @@ use super::{Entry, Registration, RegistrationState};
 use crate::address::{Address, AddressError, AddressPolicy};
 use crate::error::RegisterError;
 use crate::etcd::Etcd;
-use crate::format::etcd_naming::{MAX_WEIGHT, RESERVED};
-use crate::format::{Format, MAX_VALUE};
-use crate::instance::{Advertisement, DEFAULT_WEIGHT};
-use crate::keyspace::{Key, Keyspace, check_service};
+use crate::format::{Format, MAX_WEIGHT, RESERVED};
+use crate::instance::{Advertisement, Instance, Registered};
+use crate::keyspace::{Keyspace, check_service};
 
 /// A registration that is being described; made by [`Registry::registration`](crate::Registry::registration) and
 /// [`Registry::registration_at`](crate::Registry::registration_at).
@@ -50,7 +49,8 @@ enum Target {
 
 #[derive(Debug)]
 struct Attributes {
-    weight: u32,
+    weight: Option<u32>,
+    tls: bool,
     zone: Option<String>,
     version: Option<String>,
     metadata: Vec<(String, String)>,
@@ -86,7 +86,8 @@ impl RegistrationBuilder {
             address: None,
             host: None,
             advertisement: Attributes {
-                weight: DEFAULT_WEIGHT,
+                weight: None,
+                tls: false,
                 zone: None,
                 version: None,
                 metadata: Vec::new(),
@@ -116,7 +117,7 @@ impl RegistrationBuilder {
     }
 
     /// The instance's id, the last part of its key. By default the address, so that a restarted server overwrites its old entry. No
-    /// effect on a registration at an exact key.
+    /// effect on a registration at an exact key; refused where the [`Format`] has the address in that place.
     pub fn instance_id(mut self, instance_id: impl Into<String>) -> Self {
         if let Target::Service { id, .. } = &mut self.target {
             *id = Some(instance_id.into());
@@ -124,9 +125,17 @@ impl RegistrationBuilder {
         self
     }
 
-    /// The weight, 1 to 1 000 000: the share of calls relative to the other instances'. Default 1.
+    /// The weight, 1 to 1 000 000: the share of calls relative to the other instances'. By default that of an instance of the
+    /// [`Format`] which names none: 1, in other libraries' formats also 10 or 100.
     pub fn weight(mut self, weight: u32) -> Self {
-        self.advertisement.weight = weight;
+        self.advertisement.weight = Some(weight);
+        self
+    }
+
+    /// Says in the registry that the server speaks TLS, where the [`Format`] has a word for that. It is a hint for the clients of other
+    /// libraries, which may choose by it how they connect; those of this one do not. Not said by default.
+    pub fn tls_hint(mut self, tls: bool) -> Self {
+        self.advertisement.tls = tls;
         self
     }
 
@@ -158,7 +167,7 @@ impl RegistrationBuilder {
         self
     }
 
-    /// The form of the value. Default [`Format::EtcdNaming`].
+    /// The form of the key and the value. Default [`Format::EtcdNaming`].
     pub fn format(mut self, format: Format) -> Self {
         self.format = format;
         self
@@ -232,9 +241,13 @@ impl RegistrationBuilder {
     /// Checks everything that can be known to be wrong without etcd, and for a server before it has a port.
     pub(crate) fn check(&self) -> Result<(), RegisterError> {
         self.check_values().map_err(|reason| self.invalid(reason))?;
-        let address = match &self.address {
-            Some(address) => self.accepted(address.parse())?,
-            None => SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 1).into(),
+        let address = match (&self.address, &self.target) {
+            (Some(address), _) => self.accepted(address.parse())?,
+            (None, Target::Service { .. }) => SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 1).into(),
+            // A key that was given may be right only for the address to come.
+            (None, Target::Key(key)) => {
+                return check_key(key).map_err(|reason| self.invalid(reason));
+            }
         };
         self.entry(address).map(drop)
     }
@@ -271,54 +284,40 @@ impl RegistrationBuilder {
     }
 
     fn entry(&self, address: Address) -> Result<Entry, RegisterError> {
-        let key = self
-            .instance_key(&address)
-            .map_err(|reason| self.invalid(reason))?;
+        self.checked_entry(address)
+            .map_err(|reason| self.invalid(reason))
+    }
+
+    fn checked_entry(&self, address: Address) -> Result<Entry, String> {
         let Attributes {
             weight,
+            tls,
             zone,
             version,
             metadata,
         } = &self.advertisement;
-        let advertisement = Advertisement {
-            address,
-            weight: *weight,
-            zone: zone.clone(),
-            version: version.clone(),
-            metadata: metadata.iter().cloned().collect(),
-            leaving: false,
-        };
-        // As large as it can become: what is written later must not be refused by its readers.
-        let largest = Advertisement {
-            weight: MAX_WEIGHT,
-            leaving: true,
-            ..advertisement.clone()
-        };
-        let size = self.format.encode(&largest).len();
-        if size > MAX_VALUE {
-            return Err(self.invalid(format!(
-                "the value can be {size} bytes long, over the limit of {MAX_VALUE}; use less metadata"
-            )));
-        }
-        Ok(Entry {
-            key,
-            advertisement,
-            format: self.format,
-            ttl: whole_seconds(self.ttl),
-        })
+        let mut advertisement = Advertisement::new(address);
+        advertisement.weight = weight.unwrap_or(self.format.default_weight());
+        advertisement.tls = *tls;
+        advertisement.zone.clone_from(zone);
+        advertisement.version.clone_from(version);
+        advertisement.metadata = metadata.iter().cloned().collect();
+        let key = self.instance_key(&advertisement)?;
+        let refused = |error| format!("the format {:?} {error}", self.format);
+        let entry = Entry::new(&key, advertisement, self.format, whole_seconds(self.ttl));
+        entry.map_err(refused)
     }
 
     fn check_values(&self) -> Result<(), String> {
         let Attributes {
-            weight,
-            zone,
-            version,
-            metadata,
+            weight, metadata, ..
         } = &self.advertisement;
         if let Target::Service { service, .. } = &self.target {
             check_service(service).map_err(|reason| format!("the service name {reason}"))?;
         }
-        check_weight(*weight)?;
+        if let Some(weight) = weight {
+            check_weight(*weight)?;
+        }
         if self.ttl < MIN_TTL || self.ttl > MAX_TTL {
             return Err(format!(
                 "the TTL is {} s; it must be from 2 s to 1 day",
@@ -335,37 +334,47 @@ impl RegistrationBuilder {
                 ));
             }
         }
-        let plain =
-            *weight == DEFAULT_WEIGHT && zone.is_none() && version.is_none() && metadata.is_empty();
-        if !plain && !self.format.carries_attributes() {
-            return Err(format!(
-                "the format {:?} has no room for weight, zone, version or metadata",
-                self.format
-            ));
-        }
         Ok(())
     }
 
-    fn instance_key(&self, address: &Address) -> Result<Key, String> {
-        match &self.target {
+    fn instance_key(&self, advertisement: &Advertisement) -> Result<String, String> {
+        let (keyspace, service, id) = match &self.target {
             Target::Service {
                 keyspace,
                 service,
                 id,
-            } => {
-                let id = id.as_deref().unwrap_or(address.as_str());
-                if id.is_empty() || id.contains('/') || id.chars().any(char::is_control) {
-                    return Err(format!(
-                        "the instance id {id:?} is empty, or contains a slash or a control character"
-                    ));
-                }
-                Ok(keyspace.instance(service, id))
-            }
-            Target::Key(key) if key.is_empty() || key.ends_with('/') => {
-                Err("the key is empty or ends in a slash, and so names no instance".to_owned())
-            }
-            Target::Key(key) => Ok(Key::from(key.as_str())),
+            } => (keyspace, service, id.as_deref()),
+            Target::Key(key) => return check_key(key).map(|()| key.clone()),
+        };
+        if id
+            .is_some_and(|id| id.is_empty() || id.contains('/') || id.chars().any(char::is_control))
+        {
+            return Err(format!(
+                "the instance id {id:?} is empty, or contains a slash or a control character"
+            ));
         }
+        let id = id.unwrap_or_default();
+        let registered = Registered {
+            id: id.to_owned(),
+            ..Registered::default()
+        };
+        let instance = Instance::registered(advertisement.clone(), registered);
+        let format = self.format;
+        let key = format.key(keyspace.given(), service, &instance);
+        let key = key.map_err(|error| format!("the format {format:?} {error}"))?;
+        if !key.ends_with(id) {
+            return Err(format!(
+                "the format {format:?} has no room for an instance id: the address stands in its place"
+            ));
+        }
+        // What is not under it would be found by nobody.
+        let prefix = format.service_prefix(keyspace.given(), service);
+        if !key.starts_with(&prefix) || key.ends_with('/') {
+            return Err(format!(
+                "the format {format:?} makes the key {key:?}, which is not below {prefix:?}"
+            ));
+        }
+        Ok(key)
     }
 
     async fn advertised(&self, bound: Option<SocketAddr>) -> Result<Address, RegisterError> {
@@ -421,6 +430,13 @@ fn with_port(host: &str, port: u16) -> Result<Address, AddressError> {
         Ok(ip) => Ok(SocketAddr::new(ip, port).into()),
         Err(_) => format!("{host}:{port}").parse(),
     }
+}
+
+fn check_key(key: &str) -> Result<(), String> {
+    if key.is_empty() || key.ends_with('/') {
+        return Err("the key is empty or ends in a slash, and so names no instance".to_owned());
+    }
+    Ok(())
 }
 
 pub(super) fn check_weight(weight: u32) -> Result<(), String> {

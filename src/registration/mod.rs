@@ -12,11 +12,10 @@ use crate::address::Address;
 use crate::backoff::jittered;
 use crate::error::{Endpoints, EtcdError, RegisterError};
 use crate::etcd::{Etcd, Token, Watch};
-use crate::format::Format;
-use crate::instance::Advertisement;
 use crate::keyspace::{Event, GuardedPut, Key, LeaseId, Range};
 
 mod builder;
+mod entry;
 mod lease;
 mod serve;
 mod state;
@@ -28,6 +27,7 @@ pub(crate) use serve::ServeOptions;
 pub use serve::ServerState;
 pub use state::RegistrationState;
 
+use entry::Entry;
 use lease::{Command, Machine, Phase};
 
 /// A registered server. It stays registered, whatever happens to etcd, until it is [deregistered](Self::deregister).
@@ -51,32 +51,11 @@ use lease::{Command, Machine, Phase};
 #[derive(Debug)]
 pub struct Registration {
     key: String,
-    address: Address,
-    format: Format,
+    entry: Entry,
     endpoints: Endpoints,
     change_timeout: Duration,
     requests: mpsc::Sender<Request>,
     states: watch::Receiver<RegistrationState>,
-}
-
-/// What is kept in etcd.
-#[derive(Debug)]
-struct Entry {
-    key: Key,
-    advertisement: Advertisement,
-    format: Format,
-    ttl: Duration,
-}
-
-impl Entry {
-    fn encode(&self, leaving: bool) -> Vec<u8> {
-        if !leaving {
-            return self.format.encode(&self.advertisement);
-        }
-        let mut advertisement = self.advertisement.clone();
-        advertisement.leaving = true;
-        self.format.encode(&advertisement)
-    }
 }
 
 /// What the owner asks of the task. The answer comes when it is done.
@@ -84,7 +63,7 @@ impl Entry {
 enum Request {
     Pause(Answer),
     Resume(Answer),
-    SetWeight(u32, Answer),
+    SetWeight(Entry, Answer),
     Deregister(Answer),
 }
 
@@ -109,15 +88,14 @@ impl Registration {
         let (requests, inbox) = mpsc::channel(8);
         let registration = Self {
             key: entry.key.to_string(),
-            address: entry.advertisement.address.clone(),
-            format: entry.format,
+            entry: entry.clone(),
             endpoints: Endpoints(etcd.endpoints()),
             change_timeout,
             requests,
             states: states.subscribe(),
         };
         let span = tracing::info_span!("registration", key = %entry.key);
-        let says_goodbye = entry.format.carries_attributes();
+        let says_goodbye = entry.says_goodbye();
         let task = Task {
             machine: Machine::new(entry.ttl, says_goodbye, fastrand::Rng::new()),
             etcd,
@@ -173,7 +151,7 @@ impl Registration {
     /// The advertised address.
     #[must_use]
     pub fn address(&self) -> &Address {
-        &self.address
+        self.entry.instance.address()
     }
 
     /// Where the registration stands now.
@@ -231,13 +209,10 @@ impl Registration {
             reason,
         };
         builder::check_weight(weight).map_err(invalid)?;
-        if !self.format.carries_attributes() {
-            return Err(invalid(format!(
-                "the format {:?} has no room for a weight",
-                self.format
-            )));
-        }
-        self.ask(|answer| Request::SetWeight(weight, answer)).await
+        let entry = self.entry.weighted(weight);
+        let entry = entry
+            .map_err(|error| invalid(format!("the format {:?} {error}", self.entry.format)))?;
+        self.ask(|answer| Request::SetWeight(entry, answer)).await
     }
 
     /// Removes the entry and ends the registration. The lease is revoked; it is never registered again after that.
@@ -385,8 +360,8 @@ impl Task {
                 self.machine.on_resume();
                 self.waiting.push((Goal::Written, answer));
             }
-            Some(Request::SetWeight(weight, answer)) => {
-                self.entry.advertisement.weight = weight;
+            Some(Request::SetWeight(entry, answer)) => {
+                self.entry = entry;
                 self.machine.on_new_value();
                 self.waiting.push((Goal::Written, answer));
             }

@@ -15,8 +15,7 @@ use crate::keyspace::{Keyspace, Range, check_service, with_slash};
 pub struct ResolverBuilder {
     etcd: Etcd,
     service: String,
-    /// The prefixes to watch, or why there are none.
-    prefixes: Result<Vec<String>, String>,
+    source: Source,
     options: Options,
 }
 
@@ -41,6 +40,13 @@ impl Options {
     }
 }
 
+/// Where the instances are looked for.
+#[derive(Clone, Debug)]
+enum Source {
+    Service(Keyspace),
+    Prefixes(Vec<String>),
+}
+
 impl ResolverBuilder {
     pub(crate) fn service(
         etcd: Etcd,
@@ -48,36 +54,25 @@ impl ResolverBuilder {
         service: &str,
         policy: AddressPolicy,
     ) -> Self {
-        let prefixes = match check_service(service) {
-            Ok(()) => Ok(vec![keyspace.service(service)]),
-            Err(reason) => Err(format!("the service name {service:?} {reason}")),
-        };
         Self {
             etcd,
             service: service.to_owned(),
-            prefixes,
+            source: Source::Service(keyspace.clone()),
             options: Options::new(policy),
         }
     }
 
     pub(crate) fn prefixes(etcd: Etcd, prefixes: &[String], policy: AddressPolicy) -> Self {
-        let service = prefixes.join(", ");
-        let prefixes = if prefixes.is_empty() || prefixes.iter().any(String::is_empty) {
-            Err("an empty prefix is the whole store".to_owned())
-        } else {
-            Ok(disjoint(
-                prefixes.iter().map(|prefix| with_slash(prefix)).collect(),
-            ))
-        };
         Self {
             etcd,
-            service,
-            prefixes,
+            service: prefixes.join(", "),
+            source: Source::Prefixes(prefixes.to_vec()),
             options: Options::new(policy),
         }
     }
 
-    /// Reads values of this format only. By default every known format is recognised by its looks.
+    /// Reads keys and values of this format only, a service's where the format has them. By default every known format is recognised by
+    /// the looks of its values, where this library keeps its own; see [`Format`].
     pub fn format(mut self, format: Format) -> Self {
         self.options.decoder.format = Some(format);
         self
@@ -133,11 +128,12 @@ impl ResolverBuilder {
     /// Outside a tokio runtime.
     #[must_use]
     pub fn start(self) -> Resolver {
+        let prefixes = self.watched();
         let Self {
             etcd,
             service,
-            prefixes,
             options,
+            ..
         } = self;
         let (prefixes, trouble) = match prefixes {
             Ok(prefixes) => (prefixes, None),
@@ -159,6 +155,28 @@ impl ResolverBuilder {
             .map(|prefix| Range::prefix(prefix))
             .collect();
         Resolver::start(&etcd, service, ranges, options, trouble)
+    }
+
+    /// The prefixes to watch, or why there are none.
+    fn watched(&self) -> Result<Vec<String>, String> {
+        match &self.source {
+            Source::Service(keyspace) => {
+                let service = &self.service;
+                check_service(service)
+                    .map_err(|reason| format!("the service name {service:?} {reason}"))?;
+                let format = self.options.decoder.format.unwrap_or_default();
+                Ok(vec![format.service_prefix(keyspace.given(), service)])
+            }
+            Source::Prefixes(prefixes)
+                if prefixes.is_empty() || prefixes.iter().any(String::is_empty) =>
+            {
+                Err("an empty prefix is the whole store".to_owned())
+            }
+            Source::Prefixes(prefixes) => {
+                let prefixes = prefixes.iter().map(|prefix| with_slash(prefix));
+                Ok(disjoint(prefixes.collect()))
+            }
+        }
     }
 }
 

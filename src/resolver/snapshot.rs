@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::address::Address;
-use crate::format::{DecodeError, Decoder};
+use crate::format::{Decoder, FormatError};
 use crate::instance::{Instance, Registered};
 use crate::keyspace::{Event, Key, KeyValue, LeaseId, Range, Revision};
 
@@ -36,7 +36,7 @@ pub(super) struct Applied {
     pub(super) vanished: HashMap<Address, Instance>,
     /// How many writes could not be read, and the first of them.
     pub(super) rejected: u64,
-    pub(super) first_rejected: Option<(Key, Revision, DecodeError)>,
+    pub(super) first_rejected: Option<(Key, Revision, FormatError)>,
 }
 
 impl Snapshot {
@@ -58,18 +58,21 @@ impl Snapshot {
     }
 
     fn put(&mut self, kv: KeyValue, range: &Range, decoder: &Decoder, applied: &mut Applied) {
-        let advertisement = match decoder.decode(&kv.value) {
-            Ok(advertisement) => advertisement,
+        let key = kv.key.to_string();
+        let read = match decoder.read(&key, &kv.value) {
+            Ok(Some(read)) => read,
+            // An instance that says it is out of service, or a key that names none: as if it were not there.
+            Ok(None) => return self.delete(&kv.key, applied),
             Err(error) => return self.reject(kv, error, applied),
         };
         let registered = Registered {
             id: String::from_utf8_lossy(range.suffix(&kv.key)).into_owned(),
-            key: kv.key.to_string(),
+            key,
             lease: kv.lease,
             create_revision: kv.create_revision,
             mod_revision: kv.mod_revision,
         };
-        let instance = Instance::registered(advertisement, registered);
+        let instance = read.found(registered);
         let entry = self.keys.entry(kv.key.clone()).or_default();
         entry.rejected = None;
         if entry.instance.as_ref() == Some(&instance) {
@@ -94,7 +97,7 @@ impl Snapshot {
 
     /// A value that cannot be read changes nothing: the key's last good value stays. Each write is counted once, however often it is
     /// listed.
-    fn reject(&mut self, kv: KeyValue, error: DecodeError, applied: &mut Applied) {
+    fn reject(&mut self, kv: KeyValue, error: FormatError, applied: &mut Applied) {
         let write = (kv.mod_revision, kv.lease);
         let entry = self.keys.entry(kv.key.clone()).or_default();
         if entry.rejected.replace(write) != Some(write) {
@@ -156,6 +159,7 @@ impl Snapshot {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::Format;
 
     fn put(key: &str, value: &str, create: i64, modified: i64, lease: i64) -> Event {
         Event::Put(KeyValue {
@@ -243,6 +247,23 @@ mod tests {
         assert_eq!(applied.rejected, 1, "the next write is another one");
         apply(&mut snapshot, [delete("/s/a", 5)]);
         assert_eq!(snapshot.len(), 0);
+    }
+
+    #[test]
+    fn a_key_that_says_it_is_out_of_service_is_gone_and_not_rejected() {
+        let mut snapshot = Snapshot::default();
+        let decoder = Decoder {
+            format: Some(Format::Rpcx),
+            ..Decoder::default()
+        };
+        let mut apply = |value| {
+            let event = put("/s/tcp@1.1.1.1:1", value, 2, 2, 7);
+            let applied = snapshot.apply(vec![event], &Range::prefix("/s/"), &decoder);
+            (applied.rejected, snapshot.len())
+        };
+        assert_eq!(apply("weight=2"), (0, 1));
+        assert_eq!(apply("weight=2&state=inactive"), (0, 0));
+        assert_eq!(apply("weight=2"), (0, 1));
     }
 
     #[test]

@@ -1,0 +1,184 @@
+//! Weight, zone, version and metadata in a map of names and values: the part that most formats share.
+
+use serde_json::{Map, Value};
+
+use crate::address::Address;
+use crate::instance::Advertisement;
+
+/// How a format keeps attributes in its map of metadata.
+#[derive(Debug)]
+pub(super) struct Attributes {
+    /// Which attributes are in the map. In a format that has another place for one, its name is metadata like any other.
+    pub(super) names: &'static [&'static str],
+    /// Whether all values are texts.
+    pub(super) texts: bool,
+    /// The weight of a value that names none.
+    pub(super) weight: u32,
+}
+
+impl Attributes {
+    /// Takes attributes and metadata out of a map.
+    pub(super) fn read(&self, advertisement: &mut Advertisement, map: &Map<String, Value>) {
+        if self.has("weight") {
+            advertisement.weight = self.weight;
+        }
+        for (name, value) in map {
+            self.read_one(advertisement, name, value);
+        }
+    }
+
+    fn read_one(&self, advertisement: &mut Advertisement, name: &str, value: &Value) {
+        // Only a query can say a name twice; then Go takes the first.
+        let value = match value {
+            Value::Array(values) if self.texts => values.first().unwrap_or(&Value::Null),
+            value => value,
+        };
+        match (name, value) {
+            (_, Value::Null) => {}
+            ("weight", value) if self.has(name) => {
+                advertisement.weight = weight(value, self.weight);
+            }
+            ("zone", Value::String(zone)) if self.has(name) => {
+                advertisement.zone = Some(zone.clone());
+            }
+            ("version", Value::String(version)) if self.has(name) => {
+                advertisement.version = Some(version.clone());
+            }
+            ("leaving", Value::Bool(leaving)) if self.has(name) => advertisement.leaving = *leaving,
+            ("leaving", Value::String(text)) if self.has(name) && text == "true" => {
+                advertisement.leaving = true;
+            }
+            (_, Value::String(text)) => {
+                advertisement.metadata.insert(name.to_owned(), text.clone());
+            }
+            (_, other) => {
+                let text = other.to_string();
+                advertisement.metadata.insert(name.to_owned(), text);
+            }
+        }
+    }
+
+    /// Writes the map. What is kept from reading takes the place of what would be written, where both say the same: a number that is
+    /// metadata stays a number.
+    pub(super) fn write(
+        &self,
+        advertisement: &Advertisement,
+        kept: &Map<String, Value>,
+    ) -> Map<String, Value> {
+        let mut map = self.plain(advertisement);
+        for (name, value) in kept {
+            if self.said(&advertisement.address, name, value) == self.of(advertisement, name) {
+                map.insert(name.clone(), value.clone());
+            }
+        }
+        map
+    }
+
+    fn plain(&self, advertisement: &Advertisement) -> Map<String, Value> {
+        let mut map = Map::new();
+        for (name, value) in &advertisement.metadata {
+            map.insert(name.clone(), value.as_str().into());
+        }
+        if self.has("weight") && advertisement.weight != self.weight {
+            map.insert("weight".to_owned(), self.value(advertisement.weight));
+        }
+        let texts = [
+            ("zone", &advertisement.zone),
+            ("version", &advertisement.version),
+        ];
+        for (name, value) in texts {
+            if let Some(value) = value
+                && self.has(name)
+            {
+                map.insert(name.to_owned(), value.as_str().into());
+            }
+        }
+        if advertisement.leaving && self.has("leaving") {
+            let leaving = if self.texts {
+                "true".into()
+            } else {
+                true.into()
+            };
+            map.insert("leaving".to_owned(), leaving);
+        }
+        map
+    }
+
+    /// The entries of a map that has been read which would not be written as they were.
+    pub(super) fn leftover(
+        &self,
+        advertisement: &Advertisement,
+        mut map: Map<String, Value>,
+    ) -> Map<String, Value> {
+        if !map.is_empty() {
+            let written = self.plain(advertisement);
+            map.retain(|name, value| written.get(name) != Some(value));
+        }
+        map
+    }
+
+    /// What one entry of a map says.
+    fn said(&self, address: &Address, name: &str, value: &Value) -> Advertisement {
+        let mut said = Advertisement::new(address.clone());
+        said.weight = self.weight;
+        self.read_one(&mut said, name, value);
+        said
+    }
+
+    /// What an advertisement says in the entry of that name.
+    fn of(&self, advertisement: &Advertisement, name: &str) -> Advertisement {
+        let mut said = Advertisement::new(advertisement.address.clone());
+        said.weight = self.weight;
+        if let Some((name, value)) = advertisement.metadata.get_key_value(name) {
+            said.metadata.insert(name.clone(), value.clone());
+        }
+        match name {
+            _ if !self.has(name) => {}
+            "weight" => said.weight = advertisement.weight,
+            "zone" => said.zone.clone_from(&advertisement.zone),
+            "version" => said.version.clone_from(&advertisement.version),
+            _ => said.leaving = advertisement.leaving,
+        }
+        said
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.names.contains(&name)
+    }
+
+    fn value(&self, number: u32) -> Value {
+        if self.texts {
+            number.to_string().into()
+        } else {
+            number.into()
+        }
+    }
+}
+
+/// The names that are attributes of their own in some format; a registration must not use them for its own metadata.
+pub(crate) const RESERVED: [&str; 4] = ["weight", "zone", "version", "leaving"];
+
+/// The largest weight: ten thousand instances of it still sum up within 64 bits, with room to multiply.
+pub(crate) const MAX_WEIGHT: u32 = 1_000_000;
+
+/// A weight as a number or as its decimal text; anything else, and what is below 1, is the default. It is capped so that sums of weights
+/// cannot overflow.
+pub(super) fn weight(value: &Value, default: u32) -> u32 {
+    let weight = match value {
+        Value::Number(number) => number.as_i64().or_else(|| number.as_f64().map(whole)),
+        Value::String(text) => text.trim().parse().ok(),
+        _ => None,
+    };
+    weight
+        .filter(|weight| *weight >= 1)
+        .and_then(|weight| u32::try_from(weight.min(MAX_WEIGHT.into())).ok())
+        .unwrap_or(default)
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "`as` saturates, and the cap follows"
+)]
+fn whole(number: f64) -> i64 {
+    number as i64
+}

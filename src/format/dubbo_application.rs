@@ -1,0 +1,217 @@
+//! dubbo-go's application-level registry: JSON with Go's field names and a newline behind it.
+
+use serde_json::{Value, json};
+
+use super::attributes::{Attributes, weight};
+use super::object::{Object, Written};
+use super::{FormatError, InstanceFormat, last_segment, parent, text};
+use crate::address::Address;
+use crate::instance::{Advertisement, Instance};
+
+/// Key `/services/<application>/<address>`, the address in `Host` and the port of the `tri` or `grpc` endpoint, else in `Address`; the
+/// weight (default 100) in `Weight`.
+#[derive(Debug)]
+pub(super) struct DubboApplication;
+
+impl InstanceFormat for DubboApplication {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn default_prefix(&self) -> &'static str {
+        "/services/"
+    }
+
+    fn default_weight(&self) -> u32 {
+        WEIGHT
+    }
+
+    fn encode(&self, key: &str, instance: &Instance) -> Result<Vec<u8>, FormatError> {
+        let advertisement = instance.advertisement();
+        let address = &advertisement.address;
+        let mut kept = Object::from(advertisement.kept(NAME));
+        let weight = kept.take_weight("Weight", advertisement.weight, WEIGHT);
+        let place = Place::kept(&mut kept, address).unwrap_or_else(|| Place::of(address));
+        let mut metadata = ATTRIBUTES.write(advertisement, &kept.take_map("Metadata"));
+        metadata.insert(ENDPOINTS.to_owned(), place.endpoints);
+        let service = kept.take("ServiceMetadata").unwrap_or_default();
+        let mut said = |name, default: &str| match kept.take_text(name) {
+            Some(text) => text,
+            None => default.to_owned(),
+        };
+        let value = Written::default()
+            .field("ID", said("ID", last_segment(key)))
+            .field(
+                "ServiceName",
+                said("ServiceName", last_segment(parent(key))),
+            )
+            .field("Host", place.host)
+            .field("Port", place.port)
+            .field("Weight", weight)
+            .field("Enable", true)
+            .field("Healthy", true)
+            .field("Metadata", metadata)
+            .field("ServiceMetadata", service)
+            .field("Address", place.address)
+            .field("GroupName", said("GroupName", ""))
+            .field("Tag", said("Tag", ""))
+            .rest(kept.rest());
+        Ok((value.to_json() + "\n").into_bytes())
+    }
+
+    fn decode(&self, key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
+        read(key, Object::parse(text(value)?)?)
+    }
+}
+
+pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, FormatError> {
+    for flag in ["Enable", "Healthy"] {
+        if object.take(flag) == Some(false.into()) {
+            return Ok(None);
+        }
+    }
+    let mut metadata = object.take_map("Metadata");
+    let said = Place {
+        host: object.take("Host").unwrap_or_default(),
+        port: object.take("Port").unwrap_or_default(),
+        address: object.take("Address").unwrap_or_default(),
+        endpoints: metadata.remove(ENDPOINTS).unwrap_or_default(),
+    };
+    let Some(address) = said.called()? else {
+        return Ok(None);
+    };
+    let mut advertisement = Advertisement::new(address);
+    ATTRIBUTES.read(&mut advertisement, &metadata);
+    let weight_said = object.take("Weight");
+    let said_weight = weight_said.as_ref();
+    advertisement.weight = said_weight.map_or(WEIGHT, |said| weight(said, WEIGHT));
+    object.keep("Weight", weight_said, &advertisement.weight.into());
+    let leftover = ATTRIBUTES.leftover(&advertisement, metadata);
+    object.keep_map("Metadata", leftover);
+    said.keep(&mut object, &Place::of(&advertisement.address));
+    for (name, written) in [
+        ("ID", last_segment(key)),
+        ("ServiceName", last_segment(parent(key))),
+        ("GroupName", ""),
+        ("Tag", ""),
+    ] {
+        let said = object.take(name);
+        object.keep(name, said, &written.into());
+    }
+    let service = object.take("ServiceMetadata");
+    object.keep("ServiceMetadata", service, &Value::Null);
+    advertisement.keep(NAME, object.rest());
+    Ok(Some(advertisement.into()))
+}
+
+/// The fields that say together where an instance is.
+#[derive(Debug)]
+struct Place {
+    host: Value,
+    port: Value,
+    address: Value,
+    /// A text of JSON.
+    endpoints: Value,
+}
+
+impl Place {
+    fn of(address: &Address) -> Self {
+        let endpoints = json!([{ "port": address.port(), "protocol": "tri" }]);
+        Self {
+            host: address.host().into(),
+            port: address.port().into(),
+            address: address.as_str().into(),
+            endpoints: endpoints.to_string().into(),
+        }
+    }
+
+    /// The address that is ours to call: the host with the gRPC endpoint's port if one is named; else the address as it is, or the host
+    /// with its port. `None` if there are endpoints, and none of gRPC.
+    fn called(&self) -> Result<Option<Address>, FormatError> {
+        let text = |value: &Value| {
+            let text = value.as_str().filter(|text| !text.is_empty());
+            text.map(str::to_owned)
+        };
+        let whole = text(&self.address);
+        let (host, port) = match (ports(&self.endpoints), text(&self.host), whole) {
+            (Ports::Foreign, ..) => return Ok(None),
+            (Ports::Grpc(port), Some(host), _) => (host, Some(port)),
+            (Ports::Grpc(port), None, Some(whole)) => {
+                let whole: Address = whole.parse()?;
+                (whole.host().to_owned(), Some(port))
+            }
+            (_, _, Some(whole)) => return Ok(Some(whole.parse()?)),
+            (_, host, None) => (host.unwrap_or_default(), self.port.as_u64()),
+        };
+        let Some(port) = port else {
+            let reason = "has neither an address nor a host and a port";
+            return Err(FormatError::of(reason));
+        };
+        let address = if host.contains(':') {
+            format!("[{host}]:{port}")
+        } else {
+            format!("{host}:{port}")
+        };
+        Ok(Some(address.parse()?))
+    }
+
+    /// What was kept, if the address to call is still the one that it says.
+    fn kept(object: &mut Object, address: &Address) -> Option<Self> {
+        let written = Self::of(address);
+        let place = Self {
+            host: object.take("Host").unwrap_or(written.host),
+            port: object.take("Port").unwrap_or(written.port),
+            address: object.take("Address").unwrap_or(written.address),
+            endpoints: object.take("endpoints").unwrap_or(written.endpoints),
+        };
+        let called = place.called().ok().flatten();
+        (called.as_ref() == Some(address)).then_some(place)
+    }
+
+    fn keep(self, object: &mut Object, written: &Self) {
+        for (name, said, written) in [
+            ("Host", self.host, &written.host),
+            ("Port", self.port, &written.port),
+            ("Address", self.address, &written.address),
+            ("endpoints", self.endpoints, &written.endpoints),
+        ] {
+            object.keep(name, Some(said).filter(|said| !said.is_null()), written);
+        }
+    }
+}
+
+/// What the list of endpoints says, which is JSON inside JSON.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ports {
+    /// There is no list that can be read.
+    Unknown,
+    /// There are endpoints, and none is ours to call.
+    Foreign,
+    Grpc(u64),
+}
+
+fn ports(endpoints: &Value) -> Ports {
+    let text = endpoints.as_str().unwrap_or_default();
+    let Ok(Value::Array(endpoints)) = serde_json::from_str(text) else {
+        return Ports::Unknown;
+    };
+    let ours = endpoints.iter().find(|endpoint| {
+        let protocol = endpoint.get("protocol").and_then(Value::as_str);
+        matches!(protocol, Some("tri" | "grpc"))
+    });
+    let port = ours.map(|endpoint| endpoint.get("port").and_then(Value::as_u64));
+    match port {
+        Some(Some(port)) => Ports::Grpc(port),
+        None if !endpoints.is_empty() => Ports::Foreign,
+        _ => Ports::Unknown,
+    }
+}
+
+const NAME: &str = "DubboApplication";
+const ENDPOINTS: &str = "dubbo.endpoints";
+const WEIGHT: u32 = 100;
+const ATTRIBUTES: Attributes = Attributes {
+    names: &["zone", "version", "leaving"],
+    texts: true,
+    weight: WEIGHT,
+};

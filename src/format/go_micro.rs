@@ -1,0 +1,130 @@
+//! go-micro: JSON of a service with one node.
+
+use serde_json::{Map, Value};
+
+use super::attributes::Attributes;
+use super::object::{Object, Written, map_or_null};
+use super::{FormatError, InstanceFormat, last_segment, parent, text};
+use crate::instance::{Advertisement, DEFAULT_WEIGHT, Instance};
+
+/// Key `/micro/registry/<service>/<node id>`, the address in `nodes[].address`, attributes in the node's `metadata`. Nodes of another
+/// protocol than gRPC are none of ours.
+#[derive(Debug)]
+pub(super) struct GoMicro;
+
+impl InstanceFormat for GoMicro {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn default_prefix(&self) -> &'static str {
+        "/micro/registry/"
+    }
+
+    fn encode(&self, key: &str, instance: &Instance) -> Result<Vec<u8>, FormatError> {
+        let advertisement = instance.advertisement();
+        let mut kept = Object::from(advertisement.kept(NAME));
+        let name = kept.take_text("name");
+        let metadata = kept.take_map("metadata");
+        let endpoints = kept.take("endpoints").unwrap_or(Value::Array(Vec::new()));
+        let node = node(key, advertisement, kept.take_map("node"));
+        let value = Written::default()
+            .field("name", name.as_deref().unwrap_or(last_segment(parent(key))))
+            .field(
+                "version",
+                advertisement.version.as_deref().unwrap_or(LATEST),
+            )
+            .field("metadata", map_or_null(metadata))
+            .field("endpoints", endpoints)
+            .field("nodes", vec![node])
+            .rest(kept.rest());
+        Ok(value.to_json().into_bytes())
+    }
+
+    fn decode(&self, key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
+        read(key, Object::parse(text(value)?)?)
+    }
+}
+
+pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, FormatError> {
+    let Some(Value::Array(nodes)) = object.take("nodes") else {
+        return Err(FormatError::of("has no nodes"));
+    };
+    if nodes.is_empty() {
+        return Err(FormatError::of("has no nodes"));
+    }
+    let mut nodes = nodes.into_iter().filter_map(|node| match node {
+        Value::Object(node) => Some(Object::from(node)),
+        _ => None,
+    });
+    let Some(mut node) = nodes.find(is_grpc) else {
+        return Ok(None);
+    };
+    let address = node
+        .take_text("address")
+        .ok_or(FormatError::of("has a node without an address"))?;
+    let mut advertisement = Advertisement::new(address.parse()?);
+    advertisement.version = object
+        .take_text("version")
+        .filter(|version| version != LATEST);
+    let mut metadata = node.take_map("metadata");
+    // What every gRPC node of go-micro says is no news; what differs from it is.
+    metadata.retain(|name, value| !OWN.contains(&(name, value.as_str().unwrap_or_default())));
+    ATTRIBUTES.read(&mut advertisement, &metadata);
+    let leftover = ATTRIBUTES.leftover(&advertisement, metadata);
+    node.keep_map("metadata", leftover);
+    let id = node.take("id");
+    node.keep("id", id, &last_segment(key).into());
+    object.keep_map("node", node.rest());
+    let described = object.take("endpoints");
+    object.keep("endpoints", described, &Value::Array(Vec::new()));
+    let service = object.take_map("metadata");
+    object.keep_map("metadata", service);
+    let name = object.take("name");
+    object.keep("name", name, &last_segment(parent(key)).into());
+    advertisement.keep(NAME, object.rest());
+    Ok(Some(advertisement.into()))
+}
+
+fn is_grpc(node: &Object) -> bool {
+    let protocol = node
+        .field("metadata")
+        .and_then(|metadata| metadata.get("protocol"))
+        .and_then(Value::as_str);
+    protocol.is_none_or(|protocol| protocol == "grpc")
+}
+
+fn node(key: &str, advertisement: &Advertisement, kept: Map<String, Value>) -> Value {
+    let mut kept = Object::from(kept);
+    let mut metadata = ATTRIBUTES.write(advertisement, &kept.take_map("metadata"));
+    for (name, value) in OWN {
+        metadata
+            .entry(name.to_owned())
+            .or_insert_with(|| value.into());
+    }
+    let id = kept.take_text("id");
+    let mut node = kept.rest();
+    node.insert("metadata".to_owned(), metadata.into());
+    node.insert(
+        "id".to_owned(),
+        id.as_deref().unwrap_or(last_segment(key)).into(),
+    );
+    node.insert("address".to_owned(), advertisement.address.as_str().into());
+    node.into()
+}
+
+const NAME: &str = "GoMicro";
+/// The version of a service that names none.
+const LATEST: &str = "latest";
+/// What go-micro's gRPC server says of each of its nodes.
+const OWN: [(&str, &str); 4] = [
+    ("protocol", "grpc"),
+    ("registry", "etcd"),
+    ("server", "grpc"),
+    ("transport", "grpc"),
+];
+const ATTRIBUTES: Attributes = Attributes {
+    names: &["weight", "zone", "leaving"],
+    texts: true,
+    weight: DEFAULT_WEIGHT,
+};

@@ -1,0 +1,26 @@
+//! go-zero's `core/discov`: `host:port` under `<key>/<id>`, without a prefix of its own.
+
+use super::{FormatError, InstanceFormat, plain, text};
+use crate::instance::Instance;
+
+/// Key `<key>/<id>`, the address is the value. go-zero's own ids are lease ids or configured numbers, and its readers ignore them.
+#[derive(Debug)]
+pub(super) struct GoZero;
+
+impl InstanceFormat for GoZero {
+    fn name(&self) -> &'static str {
+        "GoZero"
+    }
+
+    fn default_prefix(&self) -> &'static str {
+        ""
+    }
+
+    fn encode(&self, _: &str, instance: &Instance) -> Result<Vec<u8>, FormatError> {
+        Ok(instance.address().to_string().into_bytes())
+    }
+
+    fn decode(&self, _: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
+        plain::read(text(value)?).map(Some)
+    }
+}

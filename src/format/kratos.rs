@@ -1,0 +1,136 @@
+//! go-kratos: JSON with the endpoints as URLs.
+
+use serde_json::Value;
+
+use super::attributes::Attributes;
+use super::object::{Object, Written, map_or_null};
+use super::url::Parts;
+use super::{FormatError, InstanceFormat, last_segment, parent, text};
+use crate::instance::{Advertisement, Instance};
+
+/// Key `/microservices/<name>/<id>`, the address in the first `grpc` or `grpcs` URL of `endpoints`, the weight (default 100) as a text in
+/// `metadata`.
+#[derive(Debug)]
+pub(super) struct Kratos;
+
+impl InstanceFormat for Kratos {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn default_prefix(&self) -> &'static str {
+        "/microservices/"
+    }
+
+    fn default_weight(&self) -> u32 {
+        ATTRIBUTES.weight
+    }
+
+    fn encode(&self, key: &str, instance: &Instance) -> Result<Vec<u8>, FormatError> {
+        let advertisement = instance.advertisement();
+        let mut kept = Object::from(advertisement.kept(NAME));
+        let id = kept.take_text("id");
+        let name = kept.take_text("name");
+        let metadata = ATTRIBUTES.write(advertisement, &kept.take_map("metadata"));
+        let value = Written::default()
+            .field("id", id.as_deref().unwrap_or(last_segment(key)))
+            .field("name", name.as_deref().unwrap_or(last_segment(parent(key))))
+            .field(
+                "version",
+                advertisement.version.as_deref().unwrap_or_default(),
+            )
+            .field("metadata", map_or_null(metadata))
+            .field(
+                "endpoints",
+                endpoints(advertisement, kept.take("endpoints")),
+            )
+            .rest(kept.rest());
+        Ok(value.to_json().into_bytes())
+    }
+
+    fn decode(&self, key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
+        let object = Object::parse(text(value)?)?;
+        let name = object.field("name").and_then(Value::as_str);
+        // kratos' own clients take nothing whose name is not the one they look for.
+        if name.is_some_and(|name| !is_folder(parent(key), name)) {
+            return Ok(None);
+        }
+        read(key, object)
+    }
+}
+
+/// Whether a folder is the one of a service, whose name may have slashes.
+fn is_folder(folder: &str, service: &str) -> bool {
+    let before = folder.strip_suffix(service);
+    before.is_some_and(|before| before.is_empty() || before.ends_with('/') || service.is_empty())
+}
+
+pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, FormatError> {
+    let urls = object.take("endpoints").unwrap_or_default();
+    let Some(url) = grpc_url(&urls) else {
+        return match urls.as_array() {
+            Some(others) if !others.is_empty() => Ok(None),
+            _ => Err(FormatError::of("has no endpoints")),
+        };
+    };
+    let parts = Parts::of(url)?;
+    let mut advertisement = Advertisement::new(parts.address()?);
+    // Up to 2.3.0 the query said it.
+    advertisement.tls = parts.scheme == "grpcs" || parts.query() == "isSecure=true";
+    advertisement.version = object.take_text("version");
+    let metadata = object.take_map("metadata");
+    ATTRIBUTES.read(&mut advertisement, &metadata);
+    let leftover = ATTRIBUTES.leftover(&advertisement, metadata);
+    object.keep_map("metadata", leftover);
+    let id = object.take("id");
+    object.keep("id", id, &last_segment(key).into());
+    let name = object.take("name");
+    object.keep("name", name, &last_segment(parent(key)).into());
+    let written = endpoints(&advertisement, None);
+    object.keep("endpoints", Some(urls), &written);
+    advertisement.keep(NAME, object.rest());
+    Ok(Some(advertisement.into()))
+}
+
+/// The URL among the endpoints that is ours to call.
+fn grpc_url(endpoints: &Value) -> Option<&str> {
+    let mut urls = endpoints.as_array()?.iter().filter_map(Value::as_str);
+    urls.find(|url| is_grpc(url))
+}
+
+fn is_grpc(url: &str) -> bool {
+    url.starts_with("grpc://") || url.starts_with("grpcs://")
+}
+
+/// The endpoints, those of other protocols and the way in which ours was written kept as they were.
+fn endpoints(advertisement: &Advertisement, kept: Option<Value>) -> Value {
+    let scheme = if advertisement.tls { "grpcs" } else { "grpc" };
+    let url = format!("{scheme}://{}", advertisement.address);
+    let Some(Value::Array(mut endpoints)) = kept else {
+        return Value::from(vec![url]);
+    };
+    let ours = endpoints
+        .iter_mut()
+        .find(|endpoint| endpoint.as_str().is_some_and(is_grpc));
+    match ours {
+        Some(endpoint) if says(endpoint, advertisement) => {}
+        Some(endpoint) => *endpoint = url.into(),
+        None => endpoints.push(url.into()),
+    }
+    endpoints.into()
+}
+
+fn says(endpoint: &Value, advertisement: &Advertisement) -> bool {
+    let Some(Ok(parts)) = endpoint.as_str().map(Parts::of) else {
+        return false;
+    };
+    let tls = parts.scheme == "grpcs" || parts.query() == "isSecure=true";
+    tls == advertisement.tls && parts.address().as_ref() == Ok(&advertisement.address)
+}
+
+const NAME: &str = "Kratos";
+const ATTRIBUTES: Attributes = Attributes {
+    names: &["weight", "zone", "leaving"],
+    texts: true,
+    weight: 100,
+};

@@ -1,0 +1,467 @@
+//! The real peers: grpc-go with etcd's own naming package, as a client of our servers and a server of our channel.
+//!
+//! The programs of the other side are in `tests/interop`. Where Go is not installed, or is too old for them, that is said and these tests
+//! are left out.
+#![allow(
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a failed step is a failed test, and the modules are of this file alone"
+)]
+
+mod support;
+
+#[path = "interop/greeter.rs"]
+mod interop_greeter;
+#[path = "interop/peer.rs"]
+mod peer;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use interop_greeter::{BINARY, BadRequest, InteropGreeter, RpcStatus, TEXT};
+use nix::sys::signal::Signal;
+use peer::{Load, example, go};
+use prost::Message;
+use support::greeter::HelloRequest;
+use support::greeter::greeter_client::GreeterClient;
+use support::greeter::greeter_server::GreeterServer;
+use support::{SOON, client, etcd, eventually, list, within};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+use tokio_stream::StreamExt;
+use tonic::metadata::MetadataValue;
+use tonic::transport::Server;
+use tonic::transport::server::Router;
+use tonic::{Code, Request};
+use tonic_etcd::testing::Etcd;
+use tonic_etcd::{BalancedChannel, Registry, ServeError, ServeRegistered};
+
+const SERVICE: &str = "helloworld.Greeter";
+/// Where etcd's resolver looks for keys that begin with the service's name.
+const TARGET: &str = "etcd:///helloworld.Greeter";
+/// Where it looks under our default prefix: of the slashes before the path, it takes the first away. grpc-go would send the rest, escaped,
+/// as the authority of its calls, and HTTP/2 servers in Rust refuse `%` in an authority; so it is given one.
+const PREFIXED: [&str; 4] = [
+    "-target",
+    "etcd:////gRPC/helloworld.Greeter",
+    "-authority",
+    SERVICE,
+];
+
+fn hello(name: &str) -> Request<HelloRequest> {
+    let mut request = Request::new(HelloRequest {
+        name: name.to_owned(),
+        replies: 1_000,
+    });
+    request.set_timeout(Duration::from_secs(10));
+    request
+}
+
+/// A channel to servers that Go has registered, by the target that a client in Go would have.
+async fn channel_to_go(etcd: &Etcd) -> BalancedChannel {
+    let registry = Registry::connect(etcd.endpoints()).await.unwrap();
+    let channel = registry.channel_to(TARGET).unwrap();
+    channel.connect().await.unwrap()
+}
+
+#[tokio::test]
+async fn go_clients_follow_our_servers_through_joins_restarts_and_kills() {
+    let Some(go) = go().await else { return };
+    let etcd = etcd().await;
+    let mut servers = vec![
+        example("greeter_server", &etcd),
+        example("greeter_server", &etcd),
+    ];
+    let mut load = Load::start(&go, &etcd, &PREFIXED).await;
+    load.until("both serve", |tally| tally.servers.len() == 2)
+        .await;
+
+    servers.push(example("greeter_server", &etcd));
+    let joined = load
+        .until("the third serves", |tally| tally.servers.len() == 3)
+        .await;
+    assert_eq!(joined.failed, 0, "{joined:?}");
+
+    for server in &mut servers[..2] {
+        server.signal(Signal::SIGTERM);
+        server.ended().await;
+        *server = example("greeter_server", &etcd);
+        let name = server.name();
+        let restarted = load.until("the new one serves", |tally| {
+            tally.servers.contains_key(&name)
+        });
+        let restarted = restarted.await;
+        assert_eq!(restarted.failed, 0, "graceful: {restarted:?}");
+    }
+
+    let killed = servers.remove(2);
+    let name = killed.name();
+    killed.signal(Signal::SIGKILL);
+    let after = load
+        .until("the killed one is out", |tally| {
+            !tally.servers.contains_key(&name)
+        })
+        .await;
+    // Its callers, of which there are eight.
+    assert!(after.failed <= 8, "{after:?}");
+    let later = load.report().await;
+    assert_eq!(later.failed, 0, "{later:?}");
+}
+
+#[tokio::test]
+async fn go_clients_call_our_servers_in_every_way() {
+    let Some(go) = go().await else { return };
+    let etcd = etcd().await;
+    let ours = Ours::start(Server::builder(), &etcd).await;
+    let checked = go
+        .run(&[
+            "check",
+            "-etcd",
+            &etcd.endpoints().join(","),
+            "-target",
+            TARGET,
+        ])
+        .await;
+    assert_eq!(checked.lines().count(), 7, "{checked}");
+    ours.stopped().await;
+}
+
+/// What the documentation says of a target with a slash in it.
+#[tokio::test]
+async fn go_clients_need_an_authority_for_a_target_with_a_slash() {
+    let Some(go) = go().await else { return };
+    let etcd = etcd().await;
+    let registry = Registry::builder(etcd.endpoints()).prefix("team/blue");
+    let ours = Ours::register(Server::builder(), registry.connect().await.unwrap()).await;
+    let endpoints = etcd.endpoints().join(",");
+    let target = "etcd:///team/blue/helloworld.Greeter";
+    let bare = ["check", "-etcd", &endpoints, "-target", target];
+    let refused = go.fails(&bare).await;
+    assert!(refused.contains("PROTOCOL_ERROR"), "{refused}");
+    go.run(&[&bare[..], &["-authority", SERVICE]].concat())
+        .await;
+    ours.stopped().await;
+}
+
+#[cfg(feature = "tls")]
+#[tokio::test]
+async fn go_clients_call_our_servers_over_tls() {
+    use tonic::transport::{Identity, ServerTlsConfig};
+
+    let Some(go) = go().await else { return };
+    let etcd = etcd().await;
+    let certificates = go.certificates().await;
+    let read = |name: &str| fs::read(certificates.path().join(name)).unwrap();
+    let identity = Identity::from_pem(read("server.pem"), read("server.key"));
+    let tls = ServerTlsConfig::new().identity(identity);
+    let server = Server::builder().tls_config(tls).unwrap();
+    let ours = Ours::start(server, &etcd).await;
+    let ca = certificates.path().join("ca.pem");
+    let endpoints = etcd.endpoints().join(",");
+    let arguments = [
+        "check",
+        "-etcd",
+        &endpoints,
+        "-target",
+        TARGET,
+        "-ca",
+        ca.to_str().unwrap(),
+    ];
+    let checked = go.run(&arguments).await;
+    assert_eq!(checked.lines().count(), 7, "{checked}");
+    ours.stopped().await;
+}
+
+/// A server of ours in this process, registered.
+struct Ours {
+    stop: oneshot::Sender<()>,
+    task: JoinHandle<Result<(), ServeError>>,
+}
+
+impl Ours {
+    async fn start(server: Server, etcd: &Etcd) -> Self {
+        let registry = Registry::builder(etcd.endpoints()).prefix("");
+        Self::register(server, registry.connect().await.unwrap()).await
+    }
+
+    async fn register(mut server: Server, registry: Registry) -> Self {
+        let router: Router = server.add_service(GreeterServer::new(InteropGreeter));
+        let registration = registry.registration(SERVICE);
+        let (stop, stopped) = oneshot::channel::<()>();
+        let task = tokio::spawn(async move {
+            let address = "127.0.0.1:0".parse().unwrap();
+            let serving = router.serve_registered_with_shutdown(address, registration, async {
+                drop(stopped.await);
+            });
+            serving.await
+        });
+        let resolver = registry.resolver(SERVICE);
+        eventually("it is registered", async || {
+            !resolver.instances().is_empty()
+        })
+        .await;
+        Self { stop, task }
+    }
+
+    async fn stopped(self) {
+        drop(self.stop);
+        timeout(SOON, self.task).await.unwrap().unwrap().unwrap();
+    }
+}
+
+/// Calls all the time from a few callers, and counts.
+struct Callers {
+    ok: Arc<AtomicU64>,
+    failed: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Callers {
+    fn start(channel: &BalancedChannel) -> Self {
+        let this = Self {
+            ok: Arc::default(),
+            failed: Arc::default(),
+            stop: Arc::default(),
+            tasks: Vec::new(),
+        };
+        let tasks = (0..8).map(|_| {
+            let mut client = GreeterClient::new(channel.clone());
+            let (ok, failed, stop) = (this.ok.clone(), this.failed.clone(), this.stop.clone());
+            tokio::spawn(async move {
+                while !stop.load(Ordering::Relaxed) {
+                    match client.say_hello(hello("load")).await {
+                        Ok(_) => ok.fetch_add(1, Ordering::Relaxed),
+                        Err(_) => failed.fetch_add(1, Ordering::Relaxed),
+                    };
+                    sleep(Duration::from_millis(2)).await;
+                }
+            })
+        });
+        Self {
+            tasks: tasks.collect(),
+            ..this
+        }
+    }
+
+    fn failed(&self) -> u64 {
+        self.failed.load(Ordering::Relaxed)
+    }
+
+    async fn end(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        for task in self.tasks {
+            task.await.unwrap();
+        }
+        self.ok.load(Ordering::Relaxed)
+    }
+}
+
+#[tokio::test]
+async fn our_channel_follows_go_servers_through_joins_restarts_and_kills() {
+    let Some(go) = go().await else { return };
+    let etcd = etcd().await;
+    let mut servers = vec![
+        go.server(&etcd, SERVICE, "a", None).await,
+        go.server(&etcd, SERVICE, "b", None).await,
+    ];
+    let channel = channel_to_go(&etcd).await;
+    let callers = Callers::start(&channel);
+    let is_called = async |address: &str| {
+        eventually("it is called", async || {
+            let endpoints = channel.endpoints();
+            endpoints
+                .iter()
+                .any(|endpoint| endpoint.address.as_str() == address && endpoint.calls > 0)
+        })
+        .await;
+    };
+    servers.push(go.server(&etcd, SERVICE, "c", None).await);
+    for server in &servers {
+        is_called(server.address()).await;
+    }
+    for server in &mut servers[..2] {
+        server.signal(Signal::SIGTERM);
+        server.ended().await;
+        *server = go.server(&etcd, SERVICE, "again", None).await;
+        is_called(server.address()).await;
+    }
+    assert_eq!(callers.failed(), 0, "joins and graceful restarts");
+    servers[2].signal(Signal::SIGKILL);
+    servers[2].ended().await;
+    let gone = within(
+        Duration::from_secs(30),
+        "its key goes with its lease",
+        async || channel.endpoints().len() == 2,
+    );
+    gone.await;
+    assert!(
+        callers.failed() <= 8,
+        "{} calls failed at a kill",
+        callers.failed()
+    );
+    assert!(callers.end().await > 1_000);
+}
+
+#[tokio::test]
+async fn our_channel_calls_go_servers_in_every_way() {
+    let Some(go) = go().await else { return };
+    let etcd = etcd().await;
+    let _server = go.server(&etcd, SERVICE, "go", None).await;
+    every_way(channel_to_go(&etcd).await).await;
+}
+
+#[cfg(feature = "tls")]
+#[tokio::test]
+async fn our_channel_calls_go_servers_over_tls() {
+    use tonic_etcd::TlsConfig;
+
+    let Some(go) = go().await else { return };
+    let etcd = etcd().await;
+    let certificates = go.certificates().await;
+    let server = certificates.path().join("server.pem");
+    let _server = go.server(&etcd, SERVICE, "go", server.to_str()).await;
+    let registry = Registry::builder(etcd.endpoints()).prefix("");
+    let registry = registry.connect().await.unwrap();
+    let tls = TlsConfig::new("greeter.test").ca_file(certificates.path().join("ca.pem"));
+    let channel = registry.channel(SERVICE).tls(tls).connect().await.unwrap();
+    every_way(channel).await;
+}
+
+/// What the Go peer's `check` does, from this side.
+async fn every_way(channel: BalancedChannel) {
+    let mut client = GreeterClient::new(channel);
+    let reply = client.say_hello(hello("unary")).await.unwrap();
+    assert_eq!(reply.into_inner().message, "Hello unary, this is go");
+
+    let replies = client.say_hellos(hello("many")).await.unwrap().into_inner();
+    let replies: Vec<_> = replies.collect().await;
+    assert_eq!(
+        (replies.len(), replies.iter().all(Result::is_ok)),
+        (1_000, true)
+    );
+
+    let names = ["a", "b", "c"].map(|name| hello(name).into_inner());
+    let all = client
+        .greet_all(tokio_stream::iter(names.clone()))
+        .await
+        .unwrap();
+    assert_eq!(all.into_inner().message, "Hello a, b, c, this is go");
+    let chat = client
+        .chat(tokio_stream::iter(names))
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(chat.collect::<Vec<_>>().await.len(), 3);
+
+    let mut request = hello("metadata");
+    request
+        .metadata_mut()
+        .insert("x-text", TEXT.parse().unwrap());
+    request
+        .metadata_mut()
+        .insert_bin("x-data-bin", MetadataValue::from_bytes(BINARY));
+    let reply = client.say_hello(request).await.unwrap();
+    assert_eq!(reply.metadata().get("x-text").unwrap(), TEXT);
+    let binary = reply.metadata().get_bin("x-data-bin").unwrap();
+    assert_eq!(&*binary.to_bytes().unwrap(), BINARY);
+    assert_eq!(reply.metadata().get("x-trailer").unwrap(), TEXT);
+
+    let status = client.say_hello(hello("details")).await.unwrap_err();
+    assert_eq!(
+        (status.code(), status.message()),
+        (Code::InvalidArgument, "no such name: \u{fc}%")
+    );
+    let details = RpcStatus::decode(status.details()).unwrap();
+    let bad_request = BadRequest::decode(&*details.details[0].value).unwrap();
+    assert_eq!(bad_request.field_violations[0].field, "name");
+
+    let mut request = hello("deadline");
+    request.set_timeout(Duration::from_millis(200));
+    let status = client.say_hello(request).await.unwrap_err();
+    assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
+}
+
+/// A Go server ends the connection of a client that pings more often than every 5 minutes while calls run, or every 2 hours without:
+/// the third ping too many is the last. `INTEROP_SECONDS=330` outlives the first of them.
+#[tokio::test]
+async fn go_servers_find_nothing_wrong_with_our_pings() {
+    let Some(go) = go().await else { return };
+    let seconds = std::env::var("INTEROP_SECONDS").map_or(8, |text| text.parse().unwrap());
+    let etcd = etcd().await;
+    let mut server = go.server(&etcd, SERVICE, "go", None).await;
+    let channel = channel_to_go(&etcd).await;
+    let mut client = GreeterClient::new(channel.clone());
+    // Calls, an open call on which nothing happens, and stretches without any.
+    for _ in 0..seconds {
+        client.say_hello(hello("unary")).await.unwrap();
+        let mut waiting = hello("deadline");
+        waiting.set_timeout(Duration::from_millis(500));
+        client.say_hello(waiting).await.unwrap_err();
+        sleep(Duration::from_millis(500)).await;
+    }
+    let endpoints = channel.endpoints();
+    assert_eq!(endpoints.len(), 1);
+    server.signal(Signal::SIGTERM);
+    let said = server.ended().await;
+    assert!(
+        said.contains("accepted 1\n"),
+        "one connection for all of it: {said}"
+    );
+}
+
+#[tokio::test]
+async fn the_golden_values_are_what_etcds_own_package_writes() {
+    let Some(go) = go().await else { return };
+    let etcd = etcd().await;
+    go.run(&["golden", &etcd.endpoints().join(",")]).await;
+    let golden = include_str!("golden/etcd_naming.txt");
+    let written = list(&client(&etcd).await, "helloworld/").await;
+    assert_eq!(written.len(), 3);
+    for (key, value, _) in written {
+        assert!(
+            golden.contains(&format!("key: {key}\nvalue: {value}\n")),
+            "{key} {value}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn etcds_own_package_reads_what_we_write() {
+    let Some(go) = go().await else { return };
+    let etcd = etcd().await;
+    let registry = Registry::connect(etcd.endpoints()).await.unwrap();
+    let registration = registry
+        .registration(SERVICE)
+        .address("10.0.0.5:80")
+        .instance_id("node1");
+    let registration = registration
+        .weight(3)
+        .zone("eu-1a")
+        .metadata("rack", "<r1>");
+    let registration = registration.register().await.unwrap();
+    let endpoints = etcd.endpoints().join(",");
+    let read = go
+        .run(&[
+            "list",
+            "-etcd",
+            &endpoints,
+            "-service",
+            "/gRPC/helloworld.Greeter",
+        ])
+        .await;
+    let read: BTreeMap<String, serde_json::Value> = serde_json::from_str(&read).unwrap();
+    let expected = serde_json::json!({
+        "/gRPC/helloworld.Greeter/node1": {
+            "Addr": "10.0.0.5:80",
+            "Metadata": { "weight": 3, "zone": "eu-1a", "rack": "<r1>" },
+        }
+    });
+    assert_eq!(serde_json::to_value(read).unwrap(), expected);
+    registration.deregister().await.unwrap();
+}

@@ -1,0 +1,235 @@
+//! Builds and runs the programs of the other side.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::{Output, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde::Deserialize;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::sync::OnceCell;
+use tokio::time::timeout;
+use tonic_etcd::testing::Etcd;
+
+use crate::support::{SOON, eventually};
+
+/// The program of the Go side.
+#[derive(Clone)]
+pub struct Go(PathBuf);
+
+/// Builds it once. `None` if Go is missing or too old, which is said.
+pub async fn go() -> Option<Go> {
+    static BUILT: OnceCell<Option<Go>> = OnceCell::const_new();
+    BUILT.get_or_init(build).await.clone()
+}
+
+async fn build() -> Option<Go> {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/interop");
+    let program = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("interop-peer");
+    let mut command = Command::new("go");
+    command.args(["build", "-o"]).arg(&program).arg(".");
+    // The Go that is there, or none: no other is fetched.
+    command.current_dir(folder).env("GOTOOLCHAIN", "local");
+    let output = match command.output().await {
+        Ok(output) => output,
+        Err(error) => return left_out(&format!("no Go: {error}")),
+    };
+    let said = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() && said.contains("requires go >=") {
+        return left_out(said.trim());
+    }
+    assert!(output.status.success(), "go build: {said}");
+    Some(Go(program))
+}
+
+/// Past the test runner, which shows nothing of tests that pass.
+fn left_out(reason: &str) -> Option<Go> {
+    let line = format!("left out: the tests with grpc-go ({reason})\n");
+    std::io::stderr().write_all(line.as_bytes()).unwrap();
+    None
+}
+
+impl Go {
+    /// Runs a mode to its end, and gives what it has printed.
+    pub async fn run(&self, arguments: &[&str]) -> String {
+        let output = self.output(arguments).await;
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}: {said}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs a mode that ends with an error, and gives that.
+    pub async fn fails(&self, arguments: &[&str]) -> String {
+        let output = self.output(arguments).await;
+        assert!(!output.status.success(), "{arguments:?} has worked");
+        String::from_utf8(output.stderr).unwrap()
+    }
+
+    async fn output(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(&self.0);
+        command.args(arguments).kill_on_drop(true);
+        let output = timeout(SOON * 2, command.output()).await;
+        let output = output.unwrap_or_else(|_| panic!("{arguments:?} takes too long"));
+        output.unwrap()
+    }
+
+    pub async fn certificates(&self) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        self.run(&["certificates", folder.path().to_str().unwrap()])
+            .await;
+        folder
+    }
+
+    /// Starts a server, which is registered when this returns.
+    pub async fn server(
+        &self,
+        etcd: &Etcd,
+        service: &str,
+        name: &str,
+        certificate: Option<&str>,
+    ) -> Peer {
+        let mut command = Command::new(&self.0);
+        command.args(["server", "-service", service, "-name", name]);
+        command.args(["-etcd", &etcd.endpoints().join(",")]);
+        if let Some(certificate) = certificate {
+            command.args(["-certificate", certificate]);
+        }
+        let mut peer = Peer::start(&mut command);
+        let line = timeout(SOON, peer.lines.next_line()).await.unwrap();
+        let line = line.unwrap().expect("it has started");
+        let address = line.strip_prefix("serving ").expect("it serves");
+        address.clone_into(&mut peer.address);
+        peer
+    }
+}
+
+/// A process of either side.
+pub struct Peer {
+    child: Child,
+    pid: u32,
+    address: String,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+/// One of our examples, built along with the tests.
+pub fn example(name: &str, etcd: &Etcd) -> Peer {
+    let mut folder = std::env::current_exe().unwrap();
+    folder.pop();
+    folder.pop();
+    let mut command = Command::new(folder.join("examples").join(name));
+    command.env("ETCD_ENDPOINTS", etcd.endpoints().join(","));
+    Peer::start(&mut command)
+}
+
+impl Peer {
+    fn start(command: &mut Command) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = command.kill_on_drop(true).spawn().unwrap();
+        Self {
+            pid: child.id().unwrap(),
+            address: String::new(),
+            lines: BufReader::new(child.stdout.take().unwrap()).lines(),
+            child,
+        }
+    }
+
+    /// Where it serves.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// What an example's greeter calls itself.
+    pub fn name(&self) -> String {
+        format!("server {}", self.pid)
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(i32::try_from(self.pid).unwrap()), signal).unwrap();
+    }
+
+    /// Waits for the end, and gives what it has printed.
+    pub async fn ended(&mut self) -> String {
+        let mut said = String::new();
+        let reading = async {
+            while let Some(line) = self.lines.next_line().await.unwrap() {
+                said.push_str(&line);
+                said.push('\n');
+            }
+            self.child.wait().await.unwrap();
+        };
+        timeout(SOON, reading).await.expect("it ends");
+        said
+    }
+}
+
+/// What has come of a Go client's calls since the last report.
+#[derive(Debug, Deserialize)]
+pub struct Tally {
+    pub ok: u64,
+    pub failed: u64,
+    pub servers: BTreeMap<String, u64>,
+    pub errors: BTreeMap<String, u64>,
+}
+
+/// A Go client that calls all the time.
+pub struct Load {
+    _child: Child,
+    input: ChildStdin,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Load {
+    pub async fn start(go: &Go, etcd: &Etcd, arguments: &[&str]) -> Self {
+        // Before the first server is there, its calls fail.
+        let registry = tonic_etcd::Registry::connect(etcd.endpoints())
+            .await
+            .unwrap();
+        let resolver = registry.resolver("helloworld.Greeter");
+        eventually("both are registered", async || {
+            resolver.instances().len() == 2
+        })
+        .await;
+        let mut command = Command::new(&go.0);
+        command.args(["load", "-etcd", &etcd.endpoints().join(",")]);
+        command.args(arguments);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.kill_on_drop(true).spawn().unwrap();
+        Self {
+            input: child.stdin.take().unwrap(),
+            lines: BufReader::new(child.stdout.take().unwrap()).lines(),
+            _child: child,
+        }
+    }
+
+    pub async fn report(&mut self) -> Tally {
+        self.input.write_all(b"\n").await.unwrap();
+        let line = timeout(SOON, self.lines.next_line()).await.unwrap();
+        serde_json::from_str(&line.unwrap().expect("it is there")).unwrap()
+    }
+
+    /// Reports until one is as it should be, with at least a hundred calls in it; gives it with the failures of those before.
+    pub async fn until(&mut self, what: &str, condition: impl Fn(&Tally) -> bool) -> Tally {
+        let mut failed = 0;
+        let mut found = None;
+        let mut errors = BTreeMap::new();
+        eventually(what, async || {
+            let mut tally = self.report().await;
+            failed += tally.failed;
+            errors.append(&mut tally.errors);
+            tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+            let done = tally.ok > 100 && condition(&tally);
+            found = Some(tally);
+            done
+        })
+        .await;
+        let found = found.expect("a report");
+        Tally {
+            failed,
+            errors,
+            ..found
+        }
+    }
+}
