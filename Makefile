@@ -44,9 +44,9 @@ test-newest: ## Run the tests that depend on etcd with the newest one, which Go 
 	@etcd=$$(scripts/build-etcd $(ETCD_NEWEST)) && "$$etcd" --version | sed -n 1p && \
 		ETCD_BIN=$$etcd $(CARGO) test --locked --all-features $(ETCD_TESTS)
 
-soak: setup ## Run the fault tests with the times and the number of seeds that `make test` spares
-	TEST_SEEDS=5000 $(CARGO) test --locked --all-features --lib etcd::tests -- --nocapture
-	TEST_SOAK=1 $(CARGO) test --locked --all-features --test faults -- --nocapture --test-threads=1
+# One after the other: they measure time, and some of them load the whole machine. About an hour.
+soak: setup ## Run all tests with the times, sizes and numbers of seeds that `make test` spares
+	SOAK=1 TEST_SEEDS=5000 $(CARGO) test --locked --all-features -- --nocapture --test-threads=1
 
 bench: setup ## Run the benchmarks
 	$(CARGO) bench --locked

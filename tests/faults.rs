@@ -1,6 +1,6 @@
 //! What happens to calls, keys and watches while etcd fails: real servers, a real etcd, callers that never pause, and no failed call.
 //!
-//! The times are short ones, so that the suite stays quick. With `TEST_SOAK=1` (`make soak`) they are those of weeks in production.
+//! The times are short ones, so that the suite stays quick. With `SOAK=1` (`make soak`) they are those of weeks in production.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -28,9 +28,9 @@ use tonic_etcd::{BalancedChannel, Registry, Resolver, ResolverState};
 
 /// A short time, or a long one in the soak.
 fn span(short: u64, soak: u64) -> Duration {
-    let long = std::env::var("TEST_SOAK").is_ok_and(|soak| soak != "0" && !soak.is_empty());
+    let long = std::env::var("SOAK").is_ok_and(|soak| soak != "0" && !soak.is_empty());
     if !long {
-        println!("TEST_SOAK=1 makes {short} s here {soak} s");
+        println!("SOAK=1 makes {short} s here {soak} s");
     }
     Duration::from_secs(if long { soak } else { short })
 }

@@ -27,6 +27,7 @@ mod outlier;
 mod picker;
 mod pool;
 mod subchannel;
+mod zone;
 
 pub(crate) use endpoint::{Blame, Endpoint, Member, Ticket, Waiters};
 pub use endpoint::{EndpointState, EndpointStatus};
@@ -51,6 +52,8 @@ pub(crate) struct Options {
     /// How long a new endpoint takes to its full share.
     pub(crate) slow_start: Option<Duration>,
     pub(crate) on_refused: Option<OnRefused>,
+    /// The zone whose endpoints are preferred.
+    pub(crate) zone: Option<Box<str>>,
 }
 
 /// Whom to tell that an address, though it is announced, takes no connections. Called by the driver for each attempt, so it never waits.
@@ -74,6 +77,7 @@ impl Default for Options {
             outlier_detection: None,
             slow_start: None,
             on_refused: None,
+            zone: None,
         }
     }
 }

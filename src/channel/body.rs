@@ -15,7 +15,7 @@ use tonic::{Code, Status};
 use super::{Core, status};
 use crate::balance::{Blame, Ticket};
 use crate::transport::deadline::Deadline;
-use crate::transport::pump::{Broken, Incoming};
+use crate::transport::incoming::{Broken, Incoming};
 
 pin_project! {
     /// The body of a response. Dropping it before its end cancels the call at the server.

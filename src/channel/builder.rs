@@ -79,6 +79,17 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
+    /// The zone that the caller is in: endpoints that are registered with it are preferred while they can take its calls. No preference by
+    /// default.
+    ///
+    /// How much they can take is judged by the weights of the endpoints that are ready, as if callers were spread evenly over the zones: a
+    /// zone that has its part of all weights serves its callers alone; of a smaller one's, the rest goes to zones with room to spare, so
+    /// that no endpoint gets more than its weight says. About one call in a thousand leaves the zone in any case.
+    pub fn zone(mut self, zone: impl Into<String>) -> Self {
+        self.options.zone = Some(zone.into().into());
+        self
+    }
+
     /// Makes the channel's choices repeatable. By default they are random.
     pub fn seed(mut self, seed: u64) -> Self {
         self.options.seed = Some(seed);

@@ -21,7 +21,8 @@ use super::{Core, status};
 use crate::balance::{Pick, Ticket};
 use crate::transport::deadline::{self, Deadline, GRPC_TIMEOUT};
 use crate::transport::http2::OpenError;
-use crate::transport::pump::{Exchange, Incoming, Outgoing, Recall};
+use crate::transport::incoming::Incoming;
+use crate::transport::pump::{Exchange, Outgoing, Recall};
 
 pin_project! {
     /// The future of a call's response. Dropping it cancels the call at the server.
@@ -91,6 +92,10 @@ impl Kept {
             Outgoing::Single(frame) => Self::Single(frame.clone()),
             Outgoing::Stream { .. } => Self::Pumped,
         }
+    }
+
+    pub(super) fn is_pumped(&self) -> bool {
+        matches!(self, Self::Pumped)
     }
 
     /// The body again, unless its pump has it.
@@ -195,15 +200,19 @@ impl State {
                     Self::send(core, call, deadline, body)?
                 }
                 Self::Sent(attempt) => {
-                    let head = ready!(attempt.exchange.poll_head(cx));
+                    let mut head = ready!(attempt.exchange.poll_head(cx));
                     let sent = std::mem::replace(self, Self::Done);
                     let (Self::Sent(attempt), Some(core), Some(mut call)) =
                         (sent, core.take(), call.take())
                     else {
                         return Poll::Pending;
                     };
+                    let is_final = match &mut head {
+                        Ok(head) => core.is_final(&call, &attempt.kept, head, cx),
+                        Err(_) => false,
+                    };
                     match head {
-                        Ok(head) if !core.is_retried(&call, &head) => {
+                        Ok(head) if is_final => {
                             let ticket = attempt.ticket;
                             let response = answer(core, &mut call, head, ticket, deadline);
                             return Poll::Ready(Ok(response));

@@ -12,6 +12,7 @@ use tonic::body::Body;
 use tower::Service;
 
 use crate::balance::{Balancer, EndpointStatus, Shared};
+use crate::transport::incoming::Incoming;
 
 #[cfg(feature = "__bench")]
 pub mod bench;
@@ -35,7 +36,7 @@ pub use retry::{HedgingPolicy, RetryBudget, RetryPolicy};
 
 pub(crate) use target::{Place, Target};
 
-use call::Call;
+use call::{Call, Kept};
 use retry::Retries;
 
 /// A gRPC channel that is balanced over the instances of a service that are registered *and answer*.
@@ -196,9 +197,22 @@ impl Core {
         self.retries.as_ref()?.hedging(call.path())
     }
 
-    /// Whether a policy has a say in what comes after this head.
-    fn is_retried<T>(&self, call: &Call, head: &Response<T>) -> bool {
-        self.retries.is_some() && retry::failure(head).is_some() && self.retry(call).is_some()
+    /// Whether a response is the caller's as it is; else a policy has a say in it, or the rest of it is to be waited for.
+    fn is_final(
+        &self,
+        call: &Call,
+        kept: &Kept,
+        response: &mut Response<Incoming>,
+        cx: &mut Context<'_>,
+    ) -> bool {
+        if self.retries.is_none() || self.retry(call).is_none() {
+            return true;
+        }
+        if retry::failure(response).is_some() {
+            return false;
+        }
+        let response = response.body_mut();
+        kept.is_pumped() || (response.poll_ahead(cx).is_ready() && !response.is_broken())
     }
 
     /// A call went well.

@@ -6,6 +6,7 @@ mod activity;
 pub(crate) mod connect;
 pub(crate) mod deadline;
 pub(crate) mod http2;
+pub(crate) mod incoming;
 mod pinger;
 pub(crate) mod pings;
 pub(crate) mod pump;

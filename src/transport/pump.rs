@@ -1,19 +1,20 @@
-//! Request bodies on their way out, and response bodies on their way in.
+//! Request bodies on their way out.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use h2::client::ResponseFuture;
-use h2::{Reason, RecvStream, SendStream};
-use http::{HeaderMap, Request, Response};
-use http_body::{Body as _, Frame};
-use tokio::sync::oneshot;
+use h2::{Reason, SendStream};
+use http::{Request, Response};
+use http_body::Body as _;
 use tokio::task::JoinHandle;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::Status;
 use tonic::body::Body;
 
 use super::http2::{Connection, OpenError};
+use super::incoming::Incoming;
 
 /// A request body, as far as it was read in the caller's task.
 #[derive(Debug)]
@@ -134,30 +135,39 @@ pub(crate) enum Recall {
 #[derive(Debug)]
 pub(crate) struct Pump {
     task: JoinHandle<Pumped>,
-    recall: Option<oneshot::Sender<()>>,
+    recall: Option<CancellationToken>,
 }
 
 impl Pump {
     fn start(stream: SendStream<Bytes>, read: Vec<Bytes>, rest: Body, recall: Recall) -> Self {
-        let (recall, recalled) = match recall {
-            Recall::Never => (None, None),
-            Recall::Possible => {
-                let (recall, recalled) = oneshot::channel();
-                (Some(recall), Some(recalled))
-            }
-        };
+        let recall = (recall == Recall::Possible).then(CancellationToken::new);
+        let recalled = recall
+            .clone()
+            .map(|recall| Box::pin(recall.cancelled_owned()));
         let sending = Sending { stream, recalled };
         let task = tokio::spawn(pump(sending, read, rest));
         Self { task, recall }
     }
 
+    /// Whether the body may be wanted back while the stream is alive.
+    pub(super) fn can_be_recalled(&self) -> bool {
+        self.recall.is_some()
+    }
+
+    /// Takes the body back. None if nobody said at the start that this might come.
+    pub(super) async fn recall(self) -> Option<Pumped> {
+        // A pump that has ended by itself has its say all the same.
+        self.recall.as_ref()?.cancel();
+        self.finish().await
+    }
+
     /// Waits for the end of a pump whose stream is dead. None if the body has panicked.
-    async fn finish(mut self) -> Option<Pumped> {
+    pub(super) async fn finish(mut self) -> Option<Pumped> {
         (&mut self.task).await.ok()
     }
 
     /// The error of the caller's body, if that is what ended the call.
-    fn poll_error(&mut self, cx: &mut Context<'_>) -> Option<Status> {
+    pub(super) fn poll_error(&mut self, cx: &mut Context<'_>) -> Option<Status> {
         match Pin::new(&mut self.task).poll(cx) {
             Poll::Ready(Ok(Pumped::Failed(status))) => Some(status),
             _ => None,
@@ -185,14 +195,14 @@ pub(crate) enum Pumped {
 /// A stream that a request is sent on.
 struct Sending {
     stream: SendStream<Bytes>,
-    recalled: Option<oneshot::Receiver<()>>,
+    recalled: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
 }
 
 impl Sending {
     /// Ready when nothing more is to be sent: the stream is dead, or the body is wanted back. It is not to be polled after that.
     fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if let Some(recalled) = &mut self.recalled
-            && Pin::new(recalled).poll(cx).is_ready()
+            && recalled.as_mut().poll(cx).is_ready()
         {
             return Poll::Ready(());
         }
@@ -297,92 +307,6 @@ impl Kept {
         let read = self.frames;
         Pumped::Returned(Outgoing::Stream { read, rest })
     }
-}
-
-/// A response's body. Dropping it resets the stream unless it has ended.
-#[derive(Debug)]
-pub(crate) struct Incoming {
-    stream: RecvStream,
-    /// The request body ends with the response.
-    pump: Option<Pump>,
-    data_ended: bool,
-}
-
-impl Incoming {
-    fn new(stream: RecvStream, pump: Option<Pump>) -> Self {
-        let mut incoming = Self {
-            stream,
-            pump,
-            data_ended: false,
-        };
-        let recall = incoming.pump.as_ref().and_then(|pump| pump.recall.as_ref());
-        if recall.is_none() {
-            incoming.end_pump();
-        }
-        incoming
-    }
-
-    /// Takes the request's body back, for another try. None if there is no pump, or nobody said when it started that this might come.
-    pub(crate) async fn recall(&mut self) -> Option<Pumped> {
-        let mut pump = self.pump.take()?;
-        // A pump that has ended by itself has its say all the same.
-        let _ = pump.recall.take()?.send(());
-        pump.finish().await
-    }
-
-    /// Whether the peer has sent everything, read or not.
-    pub(crate) fn is_complete(&self) -> bool {
-        self.stream.is_end_stream()
-    }
-
-    /// The next frame; its room in the windows is given back at once.
-    pub(crate) fn poll_frame(
-        &mut self,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
-        while !self.data_ended {
-            match ready!(self.stream.poll_data(cx)) {
-                Some(Ok(data)) => {
-                    // It fails only on a stream that is gone already.
-                    let _ = self.stream.flow_control().release_capacity(data.len());
-                    self.end_pump();
-                    if !data.is_empty() {
-                        return Poll::Ready(Some(Ok(Frame::data(data))));
-                    }
-                }
-                Some(Err(error)) => return Poll::Ready(Some(Err(self.broken(error, cx)))),
-                None => self.data_ended = true,
-            }
-        }
-        match ready!(self.stream.poll_trailers(cx)) {
-            Ok(trailers) => {
-                self.pump = None;
-                Poll::Ready(trailers.map(|trailers: HeaderMap| Ok(Frame::trailers(trailers))))
-            }
-            Err(error) => Poll::Ready(Some(Err(self.broken(error, cx)))),
-        }
-    }
-
-    /// The request is over when its response is: the server's handler is not kept waiting for the rest.
-    fn end_pump(&mut self) {
-        // Asked only where it matters: it takes h2's lock.
-        if self.pump.is_some() && self.stream.is_end_stream() {
-            self.pump = None;
-        }
-    }
-
-    fn broken(&mut self, error: h2::Error, cx: &mut Context<'_>) -> Broken {
-        let status = self.pump.take().and_then(|mut pump| pump.poll_error(cx));
-        status.map_or(Broken::Stream(error), Broken::Request)
-    }
-}
-
-/// What ended a response before its end.
-#[derive(Debug)]
-pub(crate) enum Broken {
-    Stream(h2::Error),
-    /// The caller's own request body.
-    Request(Status),
 }
 
 /// What is reserved of a connection's send window at a time.

@@ -18,7 +18,8 @@ use tonic::body::Body;
 
 use super::connect::race;
 use super::http2::{Connection, Leave, OpenError, Report, Settings, is_unprocessed};
-use super::pump::{Exchange, Incoming, Outgoing, Pumped, Recall};
+use super::incoming::Incoming;
+use super::pump::{Exchange, Outgoing, Pumped, Recall};
 
 type Accepted = (Request<RecvStream>, SendResponse<Bytes>);
 
@@ -655,7 +656,7 @@ async fn a_refusal_after_the_head_is_the_bodys_error_and_looks_the_same() {
     let frame = timeout(PATIENCE, poll_fn(|cx| body.poll_frame(cx))).await;
     match frame.expect("in time") {
         // It was processed: that there was a head is what tells, not the error.
-        Some(Err(super::pump::Broken::Stream(error))) => assert!(is_unprocessed(&error)),
+        Some(Err(super::incoming::Broken::Stream(error))) => assert!(is_unprocessed(&error)),
         other => panic!("the stream was reset, but {other:?}"),
     }
 }

@@ -346,7 +346,8 @@ async fn the_deadline_spans_all_attempts() {
 
 #[tokio::test]
 async fn a_response_that_has_begun_is_the_callers() {
-    for act in [Act::HeadThenReset, Act::FailLate(Code::Unavailable)] {
+    let late = Act::HeadThenReset(Duration::from_millis(300));
+    for act in [late, Act::FailLate(Code::Unavailable)] {
         let servers = [Server::always(act.clone()).await];
         let codes = [Code::Unavailable, Code::Internal];
         let channel = over(retrying(RetryPolicy::new(codes)), &servers).await;
@@ -354,6 +355,24 @@ async fn a_response_that_has_begun_is_the_callers() {
         assert_eq!(count(&servers), 1, "{act:?}");
         idle(&channel).await;
     }
+}
+
+#[tokio::test]
+async fn a_head_that_nobody_has_seen_binds_nobody() {
+    let early = Act::HeadThenReset(Duration::from_millis(5));
+    let servers = [
+        Server::always(early).await,
+        Server::always(Act::Reply).await,
+    ];
+    let (first, max) = (Duration::from_millis(1), Duration::from_millis(5));
+    let named = RetryPolicy::new([Code::Internal]).backoff(first, max);
+    let channel = over(retrying(named), &servers).await;
+    for _ in 0..20 {
+        say(&channel).await.expect("the other one serves");
+    }
+    assert!(servers[0].count() > 0);
+    assert_eq!(servers[1].count(), 20);
+    idle(&channel).await;
 }
 
 #[tokio::test]

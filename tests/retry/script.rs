@@ -28,8 +28,8 @@ pub(super) enum Act {
     Http(u16),
     /// A head and a message, and then this status.
     FailLate(Code),
-    /// A head, and then a reset.
-    HeadThenReset,
+    /// A head, and then, after a while, a reset.
+    HeadThenReset(Duration),
     /// The stream is reset before any answer.
     Reset(Reason),
     /// No answer until the client goes away, which is counted.
@@ -178,10 +178,10 @@ async fn answer(
             let head = Response::builder().status(status).body(()).unwrap();
             let _ = respond.send_response(head, true);
         }
-        Act::HeadThenReset => {
+        Act::HeadThenReset(delay) => {
             let mut stream = respond.send_response(head(), false).unwrap();
             // The head has to be out before the reset, which would take it along.
-            sleep(Duration::from_millis(20)).await;
+            sleep(delay).await;
             stream.send_reset(Reason::INTERNAL_ERROR);
         }
         Act::FailLate(code) => reply(&mut respond, code),

@@ -50,6 +50,7 @@ impl Driver {
         let ejected = subchannel.is_stalled() || known.ejection.is_ejected();
         known.endpoint.set_ejected(ejected);
         let weight = self.share(known, Instant::now());
+        let weight = weight.saturating_mul(self.zone_factor(known));
         let (here, there) = if ejected || known.instance.is_last_resort() {
             (&mut self.last_resort, &mut self.primary)
         } else {

@@ -16,6 +16,7 @@ use super::feed::Feed;
 use super::outlier::Ejection;
 use super::pool::Roster;
 use super::subchannel::{Connecting, Draining, Idle, Ready, Subchannel, TransientFailure};
+use super::zone::Zones;
 use super::{Options, Shared, Summary};
 use crate::address::Address;
 use crate::instance::Instance;
@@ -28,6 +29,7 @@ mod ejection;
 mod publish;
 mod size;
 mod slow_start;
+mod zones;
 
 /// A subchannel's number, never used twice.
 type SubchannelId = u64;
@@ -106,6 +108,8 @@ pub(super) struct Driver {
     starting: Vec<Address>,
     /// Endpoints with a connection more than they are to have, and since when.
     grown: HashMap<Address, Instant>,
+    /// What weights are multiplied with, by zone.
+    zones: Zones<u32>,
     /// When outliers are looked for next, if they are.
     sweep_at: Option<Instant>,
     /// The pool's median latency as of the last refresh: looked for at each join it would make loading a large set quadratic.
@@ -146,6 +150,7 @@ impl Driver {
             joined: Vec::new(),
             starting: Vec::new(),
             grown: HashMap::new(),
+            zones: Zones::new(),
             publish_at: None,
             refresh_at: Instant::now() + REFRESH,
             median: 0.0,

@@ -94,6 +94,7 @@ impl Driver {
     }
 
     pub(super) fn publish(&mut self) {
+        self.weigh_zones();
         self.publish_at = None;
         self.summary.pending = self.pending;
         // Both, since a roster holds on to what it has frozen last.

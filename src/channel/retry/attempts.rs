@@ -14,7 +14,8 @@ use crate::channel::body::ResponseBody;
 use crate::channel::call::{Attempt, Call, Retrying, Try, answer};
 use crate::channel::{Core, status};
 use crate::transport::deadline::Deadline;
-use crate::transport::pump::{Incoming, Outgoing};
+use crate::transport::incoming::Incoming;
+use crate::transport::pump::Outgoing;
 
 /// Goes on after the first try has failed before its response's head, or with a head that a policy may not leave at that.
 pub(in crate::channel) fn after_first(
@@ -27,7 +28,7 @@ pub(in crate::channel) fn after_first(
     Box::pin(async move {
         let mut tried = Tried::default();
         let outcome = match outcome {
-            Ok(head) => Ok(Answered { attempt, head }),
+            Ok(head) => Answered { attempt, head }.settle(&core, &call).await,
             Err(error) => match recover(&core, attempt, error, &mut tried).await {
                 Ok(body) => return run(core, call, body, tried, deadline).await,
                 Err(failed) => Err(failed),

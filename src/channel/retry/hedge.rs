@@ -19,7 +19,8 @@ use crate::channel::body::ResponseBody;
 use crate::channel::call::{Attempt, Call, Kept, Retrying, Try};
 use crate::channel::{Core, status};
 use crate::transport::deadline::Deadline;
-use crate::transport::pump::{Incoming, Outgoing};
+use crate::transport::incoming::Incoming;
+use crate::transport::pump::Outgoing;
 
 /// Makes a call that is hedged: its body is one message, or none.
 pub(in crate::channel) fn hedge(

@@ -10,9 +10,10 @@ use tonic::Code;
 /// server may have processed what has failed: name only codes that are safe to run a method again after. A call that was certainly not
 /// processed is sent again without any policy, and does not count as an attempt.
 ///
-/// - The failure has to come before the response begins: a lost connection, no endpoint that can be reached (both `UNAVAILABLE`), or an
-///   error that is the whole response, as servers send it when they have sent no message before. A call whose response has begun is never
-///   sent again.
+/// - The failure has to come before the caller has anything of the response: a lost connection, no endpoint that can be reached (both
+///   `UNAVAILABLE`), or an error that is the whole response, as servers send it when they have sent no message before.
+/// - Where the request is one message, the response is held back until it is complete, but a stream's first message for 5 ms at most, and a
+///   head that nothing follows for 50 ms: a server that is killed while it answers fails no call. A6 would give up at the head.
 /// - Another attempt goes to an endpoint that the call has not been to; where there is none, to any but the one that has just failed; and to
 ///   that one only where no other is ready.
 /// - A request of one message is sent again whatever its size: the bytes are shared, not copied. Of a stream of requests the first message

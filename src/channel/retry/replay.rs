@@ -3,19 +3,22 @@
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Duration;
 
 use http::Response;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tonic::Status;
 
 use super::tried::Tried;
+use super::verdict::failure;
 use super::wait::wait;
 use crate::balance::{Blame, Endpoint};
 use crate::channel::call::{Attempt, Call, Try};
 use crate::channel::{Core, status};
 use crate::transport::deadline::Deadline;
 use crate::transport::http2::is_unprocessed;
-use crate::transport::pump::{Incoming, Outgoing, Pumped};
+use crate::transport::incoming::{Broken, Incoming};
+use crate::transport::pump::{Outgoing, Pumped};
 
 /// An attempt whose response's head is here, whatever it says.
 pub(super) struct Answered {
@@ -79,7 +82,10 @@ pub(super) async fn send(
         };
         let head = std::future::poll_fn(|cx| attempt.exchange.poll_head(cx));
         match unless_late(deadline, head).await {
-            Ok(Ok(head)) => return Ok(Answered { attempt, head }),
+            Ok(Ok(head)) => {
+                let answered = Answered { attempt, head };
+                return answered.settle(core, call).await;
+            }
             Ok(Err(error)) => body = recover(core, attempt, error, tried).await?,
             Err(late) => {
                 attempt.ticket.on_overdue(Instant::now());
@@ -132,6 +138,45 @@ pub(super) async fn recover(
 }
 
 impl Answered {
+    /// Holds a response back that may be lost before it is of any use.
+    ///
+    /// gRPC's design has a call committed with its response's head. But a server that is killed has often sent a head and not the rest,
+    /// which is all but one moment's work; of a hundred kills under load one or two hit it. Nobody has seen the head by then, so the call
+    /// can still be sent again. A stream of replies is not kept waiting for its end: what it begins with is handed over soon.
+    pub(super) async fn settle(mut self, core: &Core, call: &Call) -> Result<Self, Failed> {
+        let Some(body) = self.attempt.kept.body() else {
+            return Ok(self);
+        };
+        if core.retry(call).is_none() || failure(&self.head).is_some() {
+            return Ok(self);
+        }
+        let ticket = &mut self.attempt.ticket;
+        ticket.on_head(Instant::now(), status::head_blame(&self.head, None));
+        let incoming = self.head.body_mut();
+        let begun = std::future::poll_fn(|cx| match incoming.poll_ahead(cx) {
+            Poll::Pending if !incoming.has_begun() => Poll::Pending,
+            _ => Poll::Ready(()),
+        });
+        if timeout(ALONE, begun).await.is_ok() {
+            let ended = std::future::poll_fn(|cx| incoming.poll_ahead(cx));
+            // In either case it is the caller's now.
+            let _ = timeout(UNENDED, ended).await;
+        }
+        match incoming.take_broken() {
+            None => Ok(self),
+            Some(Broken::Request(status)) => Err(Failed::for_good(status)),
+            Some(Broken::Stream(error)) => {
+                ticket.on_failure(Instant::now(), Blame::Connection);
+                let address = ticket.endpoint().address();
+                Err(Failed {
+                    status: status::broken(&core.service, address, error),
+                    endpoint: Some(Arc::clone(ticket.endpoint())),
+                    body: Some(body),
+                })
+            }
+        }
+    }
+
     /// The body for another attempt. None if it cannot be had again; the caller's own failure, if that is what became of it.
     pub(super) async fn take_body(&mut self) -> Result<Option<Outgoing>, Status> {
         match self.attempt.kept.body() {
@@ -165,3 +210,8 @@ pub(super) async fn unless_late<F: Future>(
     })
     .await
 }
+
+/// How long a head is held back that nothing follows: longer than it takes a killed process's sockets to be closed.
+const ALONE: Duration = Duration::from_millis(50);
+/// How long the beginning of a response is held back. A stream's first message is late by so much, so it is short.
+const UNENDED: Duration = Duration::from_millis(5);

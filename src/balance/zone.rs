@@ -1,0 +1,122 @@
+//! Zone preference: what each zone's endpoints weigh for a caller in one of them. Pure.
+//!
+//! If callers are spread evenly over the zones, each zone's callers are `1 / zones` of the demand, and each zone's endpoints can take their
+//! part of all weights. A zone whose part is at least its demand serves its callers alone. A smaller one serves as many as it can take; the
+//! rest goes to the zones that have room to spare, in proportion to that room. So every endpoint gets what its weight says and no more, in
+//! small zones as well, and as few calls as possible leave their zone.
+
+use std::collections::BTreeMap;
+
+/// What the endpoints of each zone that can take calls weigh together. Those without a zone are in one of their own, with no name.
+pub(super) type Zones<T> = BTreeMap<Box<str>, T>;
+
+/// What a weight in each zone is multiplied with, from 1 to [`WHOLE`], for callers in the zone `own`.
+pub(super) fn factors(own: &str, weights: &Zones<u64>) -> Zones<u32> {
+    #[expect(clippy::cast_precision_loss, reason = "a part needs no more digits")]
+    let float = |weight: u64| weight as f64;
+    let total = float(weights.values().sum()).max(1.0);
+    #[expect(clippy::cast_precision_loss, reason = "there are few zones")]
+    let demand = 1.0 / weights.len().max(1) as f64;
+    let part = |weight: &u64| float(*weight) / total;
+    let local = weights.get(own).map_or(0.0, part);
+    if local <= 0.0 {
+        // Nobody is near, so everybody is as far.
+        return weights.keys().map(|zone| (zone.clone(), WHOLE)).collect();
+    }
+    let kept = (local / demand).min(1.0);
+    let room = |weight: &u64| (part(weight) - demand).max(0.0);
+    let rooms: f64 = weights.values().map(room).sum();
+    // Calls for each unit of weight.
+    let density = |zone: &str, weight: &u64| {
+        if zone == own {
+            kept / local
+        } else if *weight == 0 {
+            0.0
+        } else {
+            (1.0 - kept) * room(weight) / rooms.max(f64::MIN_POSITIVE) / part(weight)
+        }
+    };
+    let most = kept / local;
+    let factor = |zone: &str, weight: &u64| {
+        let share = (density(zone, weight) / most * f64::from(WHOLE)).round();
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a cast to an integer saturates, and nothing here is negative"
+        )]
+        let share = (share as u32).clamp(1, WHOLE);
+        share
+    };
+    let zones = weights.iter();
+    zones
+        .map(|(zone, weight)| (zone.clone(), factor(zone, weight)))
+        .collect()
+}
+
+/// The factor of the zone that is used most. The least is a thousandth of it: an endpoint elsewhere is never quite unknown.
+pub(super) const WHOLE: u32 = 1_000;
+
+#[cfg(test)]
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "the weights of the tests are small"
+)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn zones(weights: &[u64]) -> Zones<u64> {
+        let zone = |(index, weight): (usize, &u64)| (index.to_string().into(), *weight);
+        weights.iter().enumerate().map(zone).collect()
+    }
+
+    fn of(own: &str, weights: &[u64]) -> Vec<u32> {
+        factors(own, &zones(weights)).into_values().collect()
+    }
+
+    #[test]
+    fn a_zone_that_suffices_keeps_its_calls() {
+        assert_eq!(of("0", &[10, 10, 10]), [WHOLE, 1, 1]);
+        assert_eq!(of("1", &[2, 10, 10]), [1, WHOLE, 1]);
+        assert_eq!(of("0", &[7]), [WHOLE]);
+    }
+
+    #[test]
+    fn a_small_zone_spills_over_to_those_with_room() {
+        // A third of the calls for an eleventh of the weight: 3 of 11 stay, and the rest is shared by the two large zones.
+        assert_eq!(of("0", &[2, 10, 10]), [WHOLE, 267, 267]);
+        // The other small one has enough of its own.
+        assert_eq!(of("0", &[2, 2, 18]), [WHOLE, 1, 296]);
+    }
+
+    #[test]
+    fn without_anybody_near_all_are_alike() {
+        assert_eq!(of("0", &[0, 5, 50]), [WHOLE; 3]);
+        assert_eq!(of("unheard of", &[3, 5]), [WHOLE; 2]);
+        assert!(of("0", &[]).is_empty());
+    }
+
+    proptest! {
+        /// With callers spread evenly, nobody gets more than its part by weight, however small its zone is.
+        #[test]
+        fn no_zone_is_overloaded(weights in proptest::collection::vec(1..100_u32, 2..6)) {
+            let weights: Vec<_> = weights.into_iter().map(u64::from).collect();
+            let total: f64 = weights.iter().sum::<u64>() as f64;
+            let mut load = vec![0.0; weights.len()];
+            for own in 0..weights.len() {
+                let factors = of(&own.to_string(), &weights);
+                let drawn = |zone: usize| weights[zone] as f64 * f64::from(factors[zone]);
+                let all: f64 = (0..weights.len()).map(drawn).sum();
+                for (zone, load) in load.iter_mut().enumerate() {
+                    *load += drawn(zone) / all / weights.len() as f64;
+                }
+            }
+            for (zone, load) in load.iter().enumerate() {
+                let fair = weights[zone] as f64 / total;
+                // A fifth for the least factor, which adds up where one zone is a hundred times another.
+                prop_assert!(*load <= fair * 1.2 + 0.001, "{weights:?}: {load} of {fair}");
+            }
+        }
+    }
+}
