@@ -388,7 +388,11 @@ async fn half_of_the_set_back_ends_the_hold() {
         &back.iter().map(String::as_str).collect::<Vec<_>>(),
     )
     .await;
-    assert_eq!(resolver.status().held, 0);
+    // Those that are back may be the very ones that were held, and then they are known before the last of them is.
+    eventually("nothing is held any more", async || {
+        resolver.status().held == 0
+    })
+    .await;
     assert!(!resolver.instances().iter().any(Instance::is_last_resort));
     let (calls, failed) = callers.stopped().await;
     assert!(failed.is_empty(), "of {calls}: {:?}", failed.first());
