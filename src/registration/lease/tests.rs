@@ -625,3 +625,34 @@ fn a_full_store_is_not_tried_again_and_again_without_a_growing_wait() {
     }
     assert!((3..15).contains(&puts), "{puts} puts");
 }
+
+#[test]
+fn of_several_keys_those_that_are_not_watched_are_read_at_each_renewal() {
+    let mut player = Player::registered(14);
+    player.machine.keys.push(Place::NEW);
+    player.machine.state = State::Registered;
+    for place in &mut player.machine.keys {
+        (place.dirty, place.held) = (false, Some(Revision::new(1)));
+    }
+    player.machine.on_watch_opened();
+    let found = (0..2).map(|index| Found {
+        index,
+        ..alone(player.store.key.clone(), true)
+    });
+    player.machine.on_read(Ok(found.collect()), player.now);
+    for _ in 0..3 {
+        while !matches!(player.machine.command(player.now), Command::Renew { .. }) {
+            player.step(Fate::Good);
+        }
+        player.step(Fate::Good);
+        assert!(
+            matches!(player.machine.command(player.now), Command::Read { .. }),
+            "the watch on the first key says nothing of the second"
+        );
+        let found = (0..2).map(|index| Found {
+            index,
+            ..alone(player.store.key.clone(), true)
+        });
+        player.machine.on_read(Ok(found.collect()), player.now);
+    }
+}
