@@ -96,7 +96,11 @@ impl World {
                 store.wipe();
                 store.revision = revision + 50;
             }
-            2..5 => store.compact(),
+            2..5 => {
+                // Compacted before a watch has seen them.
+                changes.into_iter().for_each(|changes| store.apply(changes));
+                store.compact();
+            }
             5..8 => store.term += 1,
             8..11 => store.leases.clear(),
             11..14 => store.apply(vec![(self.registration.key().into(), None)]),

@@ -103,14 +103,7 @@ impl Stream {
                 };
                 self.send(created).await?;
                 if create.start_revision > 0 && create.start_revision < compacted {
-                    // A2 (d): after a success, and with no revision in the header.
-                    let cancelled = PbWatchResponse {
-                        header: Some(PbResponseHeader::default()),
-                        canceled: true,
-                        compact_revision: compacted,
-                        ..self.message(id)
-                    };
-                    return self.send(cancelled).await;
+                    return self.overtaken(id, compacted).await;
                 }
                 let next = match create.start_revision {
                     0 => revision + 1,
@@ -138,16 +131,37 @@ impl Stream {
         }
     }
 
+    /// Compaction is past what a watcher has not seen. A2 (d): after a success, and with no revision in the header.
+    async fn overtaken(&mut self, id: i64, compacted: i64) -> Alive {
+        self.watchers.retain(|watcher| watcher.id != id);
+        let cancelled = PbWatchResponse {
+            header: Some(PbResponseHeader::default()),
+            canceled: true,
+            compact_revision: compacted,
+            ..self.message(id)
+        };
+        self.send(cancelled).await
+    }
+
     /// Sends every watcher what it has not seen, in one of the ways in which real servers did.
     async fn catch_up(&mut self) -> Alive {
-        for index in 0..self.watchers.len() {
-            let Watcher { id, next, deaf, .. } = self.watchers[index];
-            let (events, stale, reached) = {
+        let ids: Vec<_> = self.watchers.iter().map(|watcher| watcher.id).collect();
+        for id in ids {
+            let Some(index) = self.watchers.iter().position(|watcher| watcher.id == id) else {
+                continue;
+            };
+            let Watcher { next, deaf, .. } = self.watchers[index];
+            let (events, stale, reached, compacted) = {
                 let (start, end) = (&self.watchers[index].start, &self.watchers[index].end);
                 let store = self.fake.store();
+                let events = store.events(next, start, end);
                 let stale = store.events(next - 3, start, end);
-                (store.events(next, start, end), stale, store.revision)
+                (events, stale, store.revision, store.compacted)
             };
+            if next < compacted && !deaf {
+                self.overtaken(id, compacted).await?;
+                continue;
+            }
             // A store that was wiped is behind the watch, which then hangs. A3
             if deaf || reached < next {
                 continue;
