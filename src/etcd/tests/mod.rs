@@ -98,7 +98,9 @@ impl World {
             }
             2..5 => {
                 // Compacted before a watch has seen them.
-                changes.into_iter().for_each(|changes| store.apply(changes));
+                for changes in changes {
+                    store.apply(changes);
+                }
                 store.compact();
             }
             5..8 => store.term += 1,
