@@ -7,12 +7,12 @@
 
 mod support;
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use support::callers::{Callers, Counted, Counting, hello};
+use support::callers::Callers;
+use support::counting::Counting;
 use support::greeter::greeter_client::GreeterClient;
-use support::{SOON, etcd, eventually, registry};
+use support::{SOON, etcd, eventually, hello, registry};
 use tokio::time::{Instant, timeout};
 use tonic::{Code, Status};
 use tonic_etcd::{BalancedChannel, Registry};
@@ -24,38 +24,26 @@ async fn a_rolling_graceful_restart_under_load_fails_no_call_and_runs_none_twice
     let resolver = registry.resolver("greeter");
     let counter = Counting::default();
     let start = || {
-        let registration = registry
-            .registration("greeter")
-            .grace_period(Duration::from_millis(100));
-        Counted::start(&counter, registration)
+        let registration = registry.registration("greeter");
+        counter.register(registration.grace_period(Duration::from_millis(100)))
     };
     let mut servers: Vec<_> = (0..4).map(|_| start()).collect();
-    eventually("four are registered", async || {
-        resolver.instances().len() == 4
-    })
-    .await;
-    let channel = registry.channel("greeter").connect().await.unwrap();
-    let callers = Callers::start(&channel, 32);
-    for _ in 0..12 {
-        servers.remove(0).stopped().await;
-        servers.push(start());
+    let all_registered = async || {
         eventually("four are registered", async || {
             resolver.instances().len() == 4
         })
         .await;
+    };
+    all_registered().await;
+    let channel = registry.channel("greeter").connect().await.unwrap();
+    let callers = Callers::start(&channel, 32);
+    for _ in 0..12 {
+        servers.remove(0).stopped().await.unwrap();
+        servers.push(start());
+        all_registered().await;
     }
-    let (calls, failed) = callers.stopped().await;
-    assert!(
-        failed.is_empty(),
-        "{} of {calls} calls failed: {:?}",
-        failed.len(),
-        failed.first()
-    );
-    assert_eq!(
-        counter.0.load(Ordering::SeqCst),
-        calls,
-        "each call ran once"
-    );
+    let calls = callers.none_failed().await;
+    assert_eq!(counter.count(), calls, "each call ran once");
     assert!(calls > 1_000, "{calls}");
 }
 
@@ -65,7 +53,7 @@ async fn endpoints_that_refuse_or_swallow_connections_fail_no_call() {
     let registry = registry(&etcd).await;
     let counter = Counting::default();
     let _servers: Vec<_> = (0..3)
-        .map(|_| Counted::start(&counter, registry.registration("greeter")))
+        .map(|_| counter.register(registry.registration("greeter")))
         .collect();
     let refusing = registry
         .registration("greeter")
@@ -92,17 +80,8 @@ async fn endpoints_that_refuse_or_swallow_connections_fail_no_call() {
     .await;
     let channel = registry.channel("greeter").connect().await.unwrap();
     let callers = Callers::start(&channel, 8);
-    eventually("two thousand calls", async || {
-        counter.0.load(Ordering::SeqCst) > 2_000
-    })
-    .await;
-    let (calls, failed) = callers.stopped().await;
-    assert!(
-        failed.is_empty(),
-        "{} of {calls} calls failed: {:?}",
-        failed.len(),
-        failed.first()
-    );
+    eventually("two thousand calls", async || counter.count() > 2_000).await;
+    callers.none_failed().await;
     refusing.deregister().await.unwrap();
     swallowing.deregister().await.unwrap();
 }
@@ -114,7 +93,7 @@ async fn calls_do_not_notice_that_etcd_is_gone() {
     let counter = Counting::default();
     let ttl = Duration::from_secs(2);
     let _servers: Vec<_> = (0..3)
-        .map(|_| Counted::start(&counter, registry.registration("greeter").ttl(ttl)))
+        .map(|_| counter.register(registry.registration("greeter").ttl(ttl)))
         .collect();
     let resolver = registry.resolver("greeter");
     eventually("three are registered", async || {
@@ -132,13 +111,7 @@ async fn calls_do_not_notice_that_etcd_is_gone() {
         resolver.status().state == tonic_etcd::ResolverState::Fresh
     })
     .await;
-    let (calls, failed) = callers.stopped().await;
-    assert!(
-        failed.is_empty(),
-        "{} of {calls} calls failed: {:?}",
-        failed.len(),
-        failed.first()
-    );
+    callers.none_failed().await;
 }
 
 /// One call, which is to fail soon.
@@ -201,7 +174,7 @@ async fn one_line_is_enough() {
     let etcd = etcd().await;
     let registry: Registry = registry(&etcd).await;
     let counter = Counting::default();
-    let server = Counted::start(&counter, registry.registration("helloworld.Greeter"));
+    let server = counter.register(registry.registration("helloworld.Greeter"));
     let resolver = registry.resolver("helloworld.Greeter");
     eventually("it is registered", async || resolver.instances().len() == 1).await;
     let target = format!("etcd://{}/helloworld.Greeter", etcd.endpoint(0));
@@ -212,7 +185,7 @@ async fn one_line_is_enough() {
         .unwrap();
     let known = channel.endpoints();
     assert_eq!(known.len(), 1);
-    server.stopped().await;
+    server.stopped().await.unwrap();
     eventually("the endpoint is gone", async || {
         channel.endpoints().is_empty()
     })

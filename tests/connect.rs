@@ -13,7 +13,7 @@ use std::time::Duration;
 use etcd_client::{Client, ConnectOptions};
 use support::proxy::Proxy;
 use support::roles::{protect, user};
-use support::{etcd, greeter, knows, registry};
+use support::{etcd, greeter, keeps_a_registration, knows, registry};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::time::timeout;
@@ -180,23 +180,7 @@ async fn a_client_of_the_users_own_works_as_well() {
         .await
         .unwrap();
     let registry = Registry::from_client(client);
-    let registration = registry
-        .registration("greeter")
-        .address("127.0.0.1:80")
-        .ttl(Duration::from_secs(2))
-        .register()
-        .await
-        .unwrap();
-    let resolver = registry.resolver("greeter");
-    knows(&resolver, &["127.0.0.1:80"]).await;
-    // Through a few renewals.
-    let mut states = registration.states();
-    for _ in 0..4 {
-        states.changed().await.unwrap();
-        assert!(states.borrow_and_update().is_registered());
-    }
-    registration.deregister().await.unwrap();
-    knows(&resolver, &[]).await;
+    keeps_a_registration(&registry).await;
 }
 
 #[tokio::test]

@@ -5,40 +5,36 @@
     clippy::unwrap_used,
     clippy::panic,
     clippy::print_stdout,
-    reason = "a failed step is a failed test; what is left out is said"
+    reason = "a failed step is a failed test, and figures are shown"
 )]
 
 mod support;
 
-use std::process::Stdio;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use etcd_client::{EventType, WatchOptions};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use support::callers::{Callers, Counted, Counting};
+use nix::sys::signal::Signal;
+use support::callers::Callers;
+use support::counting::Counting;
+use support::program::{Output, example, line_with, lines, signal};
 use support::relay::Relay;
-use support::{SOON, addresses, client, etcd, eventually, knows, list, registry, within};
-use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
+use support::{
+    Registered, SOON, addresses, client, etcd, eventually, knows, list, registry, soak, within,
+};
+use tokio::process::Child;
 use tokio::time::{Instant, sleep, timeout};
 use tonic_etcd::testing::Etcd;
 use tonic_etcd::{BalancedChannel, Registry, Resolver, ResolverState};
 
-/// A short time, or a long one in the soak.
-fn span(short: u64, soak: u64) -> Duration {
-    let long = std::env::var("SOAK").is_ok_and(|soak| soak != "0" && !soak.is_empty());
-    if !long {
-        println!("SOAK=1 makes {short} s here {soak} s");
-    }
-    Duration::from_secs(if long { soak } else { short })
+/// A time in seconds, or a long one in the soak.
+fn span(short: u64, long: u64) -> Duration {
+    Duration::from_secs(soak("seconds", short, long))
 }
 
 /// Servers that are registered and called.
 struct Fleet {
     counter: Counting,
-    _servers: Vec<Counted>,
+    _servers: Vec<Registered>,
     resolver: Resolver,
     channel: BalancedChannel,
 }
@@ -47,7 +43,7 @@ impl Fleet {
     async fn start(registry: &Registry, size: usize, ttl: Duration) -> Self {
         let counter = Counting::default();
         let servers = (0..size)
-            .map(|_| Counted::start(&counter, registry.registration("greeter").ttl(ttl)))
+            .map(|_| counter.register(registry.registration("greeter").ttl(ttl)))
             .collect();
         let resolver = registry.resolver("greeter");
         eventually("all are registered", async || {
@@ -73,11 +69,8 @@ impl Fleet {
 
     /// Waits until calls go on after this moment.
     async fn serves(&self) {
-        let before = self.counter.0.load(Ordering::SeqCst);
-        eventually("calls go on", async || {
-            self.counter.0.load(Ordering::SeqCst) > before + 100
-        })
-        .await;
+        let before = self.counter.count();
+        eventually("calls go on", async || self.counter.count() > before + 100).await;
     }
 }
 
@@ -323,47 +316,16 @@ async fn keys_lost_by_hand_come_back_and_fail_no_call() {
     callers.none_failed().await;
 }
 
-/// The `register` example as a process of its own.
-struct Registered {
-    child: Child,
-    lines: tokio::io::Lines<BufReader<tokio::process::ChildStdout>>,
-}
-
-impl Registered {
-    async fn start(etcd: &Etcd, key: &str, address: &str) -> Self {
-        let mut folder = std::env::current_exe().unwrap();
-        folder.pop();
-        folder.pop();
-        let mut child = Command::new(folder.join("examples/register"))
-            .args([key, address])
-            .env("ETCD_ENDPOINTS", etcd.endpoint(0))
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .unwrap();
-        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let mut this = Self { child, lines };
-        this.says("is registered as").await;
-        this
-    }
-
-    async fn says(&mut self, text: &str) {
-        let found = async {
-            while let Some(line) = self.lines.next_line().await.unwrap() {
-                if line.contains(text) {
-                    return;
-                }
-            }
-            panic!("it ended without {text:?}");
-        };
-        timeout(SOON, found).await.expect("in time");
-    }
-
-    fn signal(&self, signal: Signal) {
-        let pid = i32::try_from(self.child.id().unwrap()).unwrap();
-        kill(Pid::from_raw(pid), signal).unwrap();
-    }
+/// The `register` example as a process of its own, and what it prints.
+async fn register(etcd: &Etcd, key: &str, address: &str) -> (Child, Output) {
+    let mut child = example("register")
+        .args([key, address])
+        .env("ETCD_ENDPOINTS", etcd.endpoint(0))
+        .spawn()
+        .unwrap();
+    let mut printed = lines(&mut child);
+    line_with(&mut printed, "is registered as").await;
+    (child, printed)
 }
 
 #[tokio::test]
@@ -371,29 +333,29 @@ async fn a_server_that_was_frozen_past_its_ttl_takes_nothing_back() {
     let etcd = etcd().await;
     let by_hand = client(&etcd).await;
     let (key, address) = ("/gRPC/greeter/a", "127.0.0.1:80");
-    let mut old = Registered::start(&etcd, key, address).await;
-    old.says("registered under lease").await;
-    old.signal(Signal::SIGSTOP);
+    let (old, mut old_says) = register(&etcd, key, address).await;
+    line_with(&mut old_says, "registered under lease").await;
+    signal(&old, Signal::SIGSTOP);
     eventually("its lease has run out", async || {
         list(&by_hand, key).await.is_empty()
     })
     .await;
-    let mut new = Registered::start(&etcd, key, address).await;
+    let (new, mut new_says) = register(&etcd, key, address).await;
     let lease = list(&by_hand, key).await[0].2;
-    old.signal(Signal::SIGCONT);
-    old.says("another server has the key").await;
+    signal(&old, Signal::SIGCONT);
+    line_with(&mut old_says, "another server has the key").await;
     // Two TTLs of 5 s, three renewals each.
     for _ in 0..6 {
-        new.says("registered under lease").await;
+        line_with(&mut new_says, "registered under lease").await;
         let listed = list(&by_hand, key).await;
         assert!(
             matches!(&listed[..], [(_, _, now)] if *now == lease),
             "{listed:?}"
         );
     }
-    for (server, signal) in [(&mut old, Signal::SIGINT), (&mut new, Signal::SIGINT)] {
-        server.signal(signal);
-        timeout(SOON, server.child.wait()).await.unwrap().unwrap();
+    for mut server in [old, new] {
+        signal(&server, Signal::SIGINT);
+        timeout(SOON, server.wait()).await.unwrap().unwrap();
     }
     assert!(list(&by_hand, key).await.is_empty());
 }

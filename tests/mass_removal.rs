@@ -11,97 +11,49 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use etcd_client::{DeleteOptions, PutOptions};
-use support::greeter::HelloRequest;
+use support::callers::{Callers, Client, Failed, with_deadline};
 use support::greeter::greeter_client::GreeterClient;
 use support::proxy::Proxy;
-use support::{SOON, client, etcd, eventually, greeter, knows, registry};
-use tokio::sync::watch;
+use support::{all_ready, client, etcd, eventually, greeter, hello, knows, registry};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
-use tonic::{Code, Request, Status};
+use tonic::Code;
 use tonic_etcd::testing::Etcd;
-use tonic_etcd::{BalancedChannel, EndpointState, Instance, Registry, Resolver};
+use tonic_etcd::{BalancedChannel, Instance, Registry, Resolver};
 
 const PREFIX: &str = "/gRPC/greeter/";
 /// Short, for the sake of the tests.
 const HOLD: Duration = Duration::from_secs(3);
 const SERVERS: usize = 4;
 
-fn hello() -> Request<HelloRequest> {
-    let mut request = Request::new(HelloRequest {
-        name: "test".to_owned(),
-        replies: 1,
-    });
-    request.set_timeout(Duration::from_secs(5));
-    request
+/// Callers with a pace, so that the tests of this file leave each other some processor.
+fn callers(channel: &BalancedChannel) -> Callers {
+    Callers::making(channel, 8, async |mut client: Client| {
+        client.say_hello(with_deadline(hello())).await?;
+        sleep(Duration::from_millis(2)).await;
+        Ok(())
+    })
 }
 
-/// How many calls there were, and when which of them failed.
-type Calls = (u64, Vec<(Instant, Status)>);
-
-/// Callers that hardly pause, and note when which call failed.
-struct Callers {
-    stop: watch::Sender<bool>,
-    tasks: Vec<JoinHandle<Calls>>,
-}
-
-impl Callers {
-    fn start(channel: &BalancedChannel) -> Self {
-        let (stop, stopped) = watch::channel(false);
-        let call = |stopped: watch::Receiver<bool>| {
-            let mut client = GreeterClient::new(channel.clone());
-            async move {
-                let (mut calls, mut failed) = (0, Vec::new());
-                while !*stopped.borrow() {
-                    calls += 1;
-                    if let Err(status) = client.say_hello(hello()).await {
-                        failed.push((Instant::now(), status));
-                    }
-                    // A pace, so that the tests of this file leave each other some processor.
-                    sleep(Duration::from_millis(2)).await;
-                }
-                (calls, failed)
-            }
-        };
-        let tasks = (0..8)
-            .map(|_| tokio::spawn(call(stopped.clone())))
-            .collect();
-        Self { stop, tasks }
+/// Stops them; no call may have failed before `until`, and those after it are clear.
+async fn failed_only_after(callers: Callers, until: Instant) {
+    eventually("calls fail when the hold is over", async || {
+        Instant::now() > until + Duration::from_millis(500)
+    })
+    .await;
+    let (calls, failed) = callers.stopped().await;
+    let first = failed.first().expect("nothing is left to call");
+    assert!(
+        first.ended >= until,
+        "of {calls} calls one failed {:?} before the hold was over: {:?}",
+        until.saturating_duration_since(first.ended),
+        first.status
+    );
+    for Failed { status, .. } in &failed {
+        assert_eq!(status.code(), Code::Unavailable, "{status:?}");
+        assert!(status.message().contains("greeter"), "{status:?}");
     }
-
-    /// Stops them; says how many calls there were, and which failed, the first of them first.
-    async fn stopped(self) -> Calls {
-        self.stop.send_replace(true);
-        let (mut calls, mut failed) = (0, Vec::new());
-        for task in self.tasks {
-            let (its_calls, its_failed) = timeout(SOON, task).await.unwrap().unwrap();
-            calls += its_calls;
-            failed.extend(its_failed);
-        }
-        failed.sort_by_key(|(at, _)| *at);
-        (calls, failed)
-    }
-
-    /// Stops them; no call may have failed before `until`, and those after it are clear.
-    async fn failed_only_after(self, until: Instant) {
-        eventually("calls fail when the hold is over", async || {
-            Instant::now() > until + Duration::from_millis(500)
-        })
-        .await;
-        let (calls, failed) = self.stopped().await;
-        let (first, _) = failed.first().expect("nothing is left to call");
-        assert!(
-            *first >= until,
-            "of {calls} calls one failed {:?} before the hold was over: {:?}",
-            until.saturating_duration_since(*first),
-            failed[0].1
-        );
-        for (_, status) in &failed {
-            assert_eq!(status.code(), Code::Unavailable, "{status:?}");
-            assert!(status.message().contains("greeter"), "{status:?}");
-        }
-        assert!(calls > 500, "{calls}");
-    }
+    assert!(calls > 500, "{calls}");
 }
 
 /// Servers that are registered by hand, each under a lease of its own, and do not notice that their key is gone.
@@ -144,15 +96,6 @@ impl Drop for Fleet {
     }
 }
 
-async fn all_ready(channel: &BalancedChannel) {
-    eventually("every endpoint is ready", async || {
-        let endpoints = channel.endpoints();
-        let ready = |state| state == EndpointState::Ready;
-        endpoints.len() == SERVERS && endpoints.iter().all(|endpoint| ready(endpoint.state))
-    })
-    .await;
-}
-
 /// A resolver with a short hold, and a channel over it with all servers ready.
 async fn watched(registry: &Registry) -> (Resolver, BalancedChannel) {
     let resolver = registry
@@ -160,7 +103,7 @@ async fn watched(registry: &Registry) -> (Resolver, BalancedChannel) {
         .mass_removal_hold(Some(HOLD))
         .start();
     let channel = BalancedChannel::builder().from_resolver(resolver.clone());
-    all_ready(&channel).await;
+    all_ready(&channel, SERVERS).await;
     (resolver, channel)
 }
 
@@ -199,7 +142,7 @@ async fn a_delete_of_the_whole_prefix_fails_no_call_for_the_length_of_the_hold()
     let etcd = etcd().await;
     let _fleet = Fleet::start(&etcd).await;
     let (resolver, channel) = watched(&registry(&etcd).await).await;
-    let callers = Callers::start(&channel);
+    let callers = callers(&channel);
     let lost = Instant::now();
     delete_all(&etcd).await;
     half_is_held(&resolver).await;
@@ -209,7 +152,7 @@ async fn a_delete_of_the_whole_prefix_fails_no_call_for_the_length_of_the_hold()
     })
     .await;
     none_is_left(&resolver).await;
-    callers.failed_only_after(lost + HOLD).await;
+    failed_only_after(callers, lost + HOLD).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -217,7 +160,7 @@ async fn leases_revoked_one_by_one_fail_no_call_for_the_length_of_the_hold() {
     let etcd = etcd().await;
     let fleet = Fleet::start(&etcd).await;
     let (resolver, channel) = watched(&registry(&etcd).await).await;
-    let callers = Callers::start(&channel);
+    let callers = callers(&channel);
     let mut by_hand = client(&etcd).await;
     let mut lost = Instant::now();
     for lease in &fleet.leases {
@@ -227,7 +170,7 @@ async fn leases_revoked_one_by_one_fail_no_call_for_the_length_of_the_hold() {
     }
     half_is_held(&resolver).await;
     none_is_left(&resolver).await;
-    callers.failed_only_after(lost + HOLD).await;
+    failed_only_after(callers, lost + HOLD).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -239,7 +182,7 @@ async fn a_loss_found_after_a_partition_fails_no_call_for_the_length_of_the_hold
         .await
         .unwrap();
     let (resolver, channel) = watched(&registry).await;
-    let callers = Callers::start(&channel);
+    let callers = callers(&channel);
     proxy.cut();
     delete_all(&etcd).await;
     // History is gone as well, so that only a list can find it.
@@ -252,7 +195,7 @@ async fn a_loss_found_after_a_partition_fails_no_call_for_the_length_of_the_hold
     half_is_held(&resolver).await;
     assert_eq!(resolver.status().lists, 2, "it was found by a list");
     none_is_left(&resolver).await;
-    callers.failed_only_after(found + HOLD).await;
+    failed_only_after(callers, found + HOLD).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -262,7 +205,7 @@ async fn by_default_the_hold_lasts_thirty_seconds() {
     let _fleet = Fleet::start(&etcd).await;
     let channel = registry(&etcd).await.channel("greeter").connect().await;
     let channel = channel.unwrap();
-    all_ready(&channel).await;
+    all_ready(&channel, SERVERS).await;
     let mut client = GreeterClient::new(channel.clone());
     let lost = Instant::now();
     delete_all(&etcd).await;
@@ -342,8 +285,8 @@ async fn a_wiped_etcd_fails_no_call() {
     }
     let resolver = registry.resolver("greeter");
     let channel = BalancedChannel::builder().from_resolver(resolver.clone());
-    all_ready(&channel).await;
-    let callers = Callers::start(&channel);
+    all_ready(&channel, SERVERS).await;
+    let callers = callers(&channel);
     etcd.kill(0).await.unwrap();
     etcd.wipe(0).await.unwrap();
     etcd.restart(0).await.unwrap();
@@ -370,8 +313,8 @@ async fn half_of_the_set_back_ends_the_hold() {
     // With the default length: it is not time that ends it.
     let resolver = registry.resolver("greeter");
     let channel = BalancedChannel::builder().from_resolver(resolver.clone());
-    all_ready(&channel).await;
-    let callers = Callers::start(&channel);
+    all_ready(&channel, SERVERS).await;
+    let callers = callers(&channel);
     delete_all(&etcd).await;
     half_is_held(&resolver).await;
     let mut by_hand = client(&etcd).await;
@@ -409,7 +352,7 @@ async fn without_a_hold_an_instance_goes_with_its_key() {
         .connect()
         .await
         .unwrap();
-    all_ready(&channel).await;
+    all_ready(&channel, SERVERS).await;
     delete_all(&etcd).await;
     eventually("no endpoint is left", async || {
         channel.endpoints().is_empty()

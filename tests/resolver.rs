@@ -7,14 +7,13 @@
 
 mod support;
 
-use std::io::Write;
 use std::time::Duration;
 
 use etcd_client::PutOptions;
 use support::greeter::HelloRequest;
 use support::greeter::greeter_client::GreeterClient;
 use support::proxy::Proxy;
-use support::{addresses, client, etcd, eventually, greeter, knows, list, registry};
+use support::{addresses, client, etcd, eventually, greeter, knows, list, registry, soak};
 use tokio::time::{Instant, timeout};
 use tokio_stream::StreamExt;
 use tonic_etcd::testing::Etcd;
@@ -381,15 +380,9 @@ async fn nothing_is_removed_while_etcd_is_down() {
     );
 }
 
-/// How long something that never happens is waited for: longer if `SOAK` is set.
-fn length(short: u64, soak: u64) -> Duration {
-    if std::env::var_os("SOAK").is_some() {
-        return Duration::from_secs(soak);
-    }
-    // Past the capture of the test harness: what is left out is to be seen.
-    let left_out = format!("{short} s of {soak} s; all of them with SOAK=1\n");
-    std::io::stderr().write_all(left_out.as_bytes()).unwrap();
-    Duration::from_secs(short)
+/// How long something that never happens is waited for.
+fn length(short: u64, long: u64) -> Duration {
+    Duration::from_secs(soak("seconds", short, long))
 }
 
 #[tokio::test]
@@ -564,23 +557,25 @@ async fn a_resolver_that_starts_before_etcd_waits_for_it() {
     knows(&resolver, &["127.0.0.1:1"]).await;
 }
 
+/// Instances with these numbers, each under a lease of its own.
+async fn put_leased(by_hand: &mut etcd_client::Client, numbers: std::ops::RangeInclusive<u16>) {
+    for number in numbers {
+        let lease = by_hand.lease_grant(600, None).await.unwrap().id();
+        let options = PutOptions::new().with_lease(lease);
+        let (key, value) = (
+            format!("/gRPC/greeter/{number}"),
+            format!("127.0.0.1:{number}"),
+        );
+        by_hand.put(key, value, Some(options)).await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn a_wiped_etcd_leaves_no_ghost() {
     for later_writes in [0, 50] {
         let mut etcd = etcd().await;
         let mut by_hand = client(&etcd).await;
-        for number in 1..=3 {
-            let lease = by_hand.lease_client().grant(600, None).await.unwrap().id();
-            let options = PutOptions::new().with_lease(lease);
-            by_hand
-                .put(
-                    format!("/gRPC/greeter/{number}"),
-                    format!("127.0.0.1:{number}"),
-                    Some(options),
-                )
-                .await
-                .unwrap();
-        }
+        put_leased(&mut by_hand, 1..=3).await;
         let proxy = Proxy::start("127.0.0.1:0", etcd.endpoint(0)).await;
         let registry = Registry::connect([proxy.address.to_string()])
             .await
@@ -594,18 +589,7 @@ async fn a_wiped_etcd_leaves_no_ghost() {
         // The second and third come back, at the very revisions they had; the first never does.
         let mut by_hand = client(&etcd).await;
         by_hand.put("/other", "", None).await.unwrap();
-        for number in 2..=3 {
-            let lease = by_hand.lease_client().grant(600, None).await.unwrap().id();
-            let options = PutOptions::new().with_lease(lease);
-            by_hand
-                .put(
-                    format!("/gRPC/greeter/{number}"),
-                    format!("127.0.0.1:{number}"),
-                    Some(options),
-                )
-                .await
-                .unwrap();
-        }
+        put_leased(&mut by_hand, 2..=3).await;
         for _ in 0..later_writes {
             by_hand.put("/other", "", None).await.unwrap();
         }

@@ -197,7 +197,7 @@ async fn everything_at_once_for_a_while_leaves_nothing_behind() {
             seed ^ number,
         ));
     }
-    let whole = Duration::from_secs(soak("seconds", 6, 1_800) as u64);
+    let whole = Duration::from_secs(soak("seconds", 6, 1_800));
     let start = Instant::now();
     let passed = || Instant::now().saturating_duration_since(start);
     let mut early = None;

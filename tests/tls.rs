@@ -11,7 +11,7 @@ mod support;
 use std::time::Duration;
 
 use support::authority::Authority;
-use support::{client, eventually, knows, list};
+use support::{client, eventually, keeps_a_registration, knows, list};
 use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 use tonic_etcd::testing::Etcd;
 use tonic_etcd::{ConnectError, Registry, RegistryBuilder, TlsConfig};
@@ -30,25 +30,8 @@ async fn mutual(authority: &Authority) -> Etcd {
         .unwrap()
 }
 
-/// Registers, renews a few times, and resolves.
 async fn works(builder: RegistryBuilder) {
-    let registry = builder.connect().await.unwrap();
-    let registration = registry
-        .registration("greeter")
-        .address("127.0.0.1:80")
-        .ttl(Duration::from_secs(2))
-        .register()
-        .await
-        .unwrap();
-    let resolver = registry.resolver("greeter");
-    knows(&resolver, &["127.0.0.1:80"]).await;
-    let mut states = registration.states();
-    for _ in 0..3 {
-        states.changed().await.unwrap();
-        assert!(states.borrow_and_update().is_registered());
-    }
-    registration.deregister().await.unwrap();
-    knows(&resolver, &[]).await;
+    keeps_a_registration(&builder.connect().await.unwrap()).await;
 }
 
 #[tokio::test]

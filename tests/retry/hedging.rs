@@ -30,7 +30,7 @@ async fn a_slow_server_costs_a_delay_and_what_it_loses_is_cancelled() {
         "one copy each, and no two at one server"
     );
     let lost = servers[0].count();
-    eventually("the lost copies are cancelled", || {
+    eventually("the lost copies are cancelled", async || {
         servers[0].cancelled() == lost
     })
     .await;
@@ -149,7 +149,7 @@ async fn a_stream_of_requests_that_goes_on_is_not_hedged() {
     feed.send(hello("one")).unwrap();
     let call = client.greet_all(UnboundedReceiverStream::new(requests));
     let (outcome, ()) = tokio::join!(call, async {
-        eventually("it is sent", || count(&servers) > 0).await;
+        eventually("it is sent", async || count(&servers) > 0).await;
         sleep(DELAY * 2).await;
         drop(feed);
     });

@@ -5,60 +5,36 @@
     reason = "a failed step is a failed test"
 )]
 
-#[path = "../../examples/greeter/mod.rs"]
-mod greeter;
 mod hedging;
 mod kills;
 mod script;
+#[path = "../support/mod.rs"]
+mod support;
 
 use std::time::Duration;
 
-use greeter::HelloRequest;
-use greeter::greeter_client::GreeterClient;
 use h2::Reason;
 use script::{Act, Server};
+use support::greeter::HelloRequest;
+use support::greeter::greeter_client::GreeterClient;
+use support::{SOON, all_ready, eventually};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Code, Request, Response, Status};
-use tonic_etcd::{
-    BalancedChannel, ChannelBuilder, EndpointState, HedgingPolicy, RetryBudget, RetryPolicy,
-};
-
-/// How long anything may take that ought to happen at once, on a machine that does other things as well.
-const SOON: Duration = Duration::from_secs(20);
-
-async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let poll = async {
-        while !condition() {
-            sleep(Duration::from_millis(2)).await;
-        }
-    };
-    assert!(timeout(SOON, poll).await.is_ok(), "in vain: {what}");
-}
+use tonic_etcd::{BalancedChannel, ChannelBuilder, HedgingPolicy, RetryBudget, RetryPolicy};
 
 /// A channel over these servers, all of them ready.
 async fn over(builder: ChannelBuilder, servers: &[Server]) -> BalancedChannel {
     let addresses = servers.iter().map(|server| &server.address);
     let channel = builder.service("greeter").seed(7).from_addresses(addresses);
-    ready(&channel, servers.len()).await;
+    all_ready(&channel, servers.len()).await;
     channel
-}
-
-async fn ready(channel: &BalancedChannel, endpoints: usize) {
-    eventually("the endpoints are ready", || {
-        let known = channel.endpoints();
-        let ready = known
-            .iter()
-            .filter(|endpoint| endpoint.state == EndpointState::Ready);
-        ready.count() == endpoints
-    })
-    .await;
 }
 
 /// Waits until no call is in flight.
 async fn idle(channel: &BalancedChannel) {
-    eventually("no call is in flight", || {
+    eventually("no call is in flight", async || {
         let known = channel.endpoints();
         known.iter().all(|endpoint| endpoint.in_flight == 0)
     })
@@ -340,7 +316,10 @@ async fn the_deadline_spans_all_attempts() {
     let left = |seen: &script::Seen| seen.timeout.clone().expect("a timeout");
     let calls = servers[0].calls();
     assert_ne!(left(&calls[0]), left(&calls[1]), "written anew");
-    eventually("the second is cancelled", || servers[0].cancelled() == 1).await;
+    eventually("the second is cancelled", async || {
+        servers[0].cancelled() == 1
+    })
+    .await;
     idle(&channel).await;
 }
 
@@ -448,7 +427,7 @@ async fn stream(act: Act, size: usize) -> (Result<Response<()>, Status>, Vec<scr
             .expect("an answer in time")
             .map(|reply| reply.map(drop))
     });
-    eventually("another attempt, or the end", || {
+    eventually("another attempt, or the end", async || {
         servers[0].count() == 2 || call.is_finished()
     })
     .await;

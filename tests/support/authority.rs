@@ -12,13 +12,14 @@ impl Authority {
         this
     }
 
-    /// Signs a certificate for 127.0.0.1 and a common name, in `<file>.pem` and `<file>.key`.
+    /// Signs a certificate for 127.0.0.1 and a name, in `<file>.pem` and `<file>.key`.
     pub fn sign(&self, file: &str, name: &str) {
         self.openssl(&format!(
             "req -newkey rsa:2048 -nodes -keyout new.key -out new.csr -subj /CN={name}"
         ));
-        let extensions =
-            "subjectAltName=IP:127.0.0.1,DNS:etcd\nextendedKeyUsage=serverAuth,clientAuth\n";
+        let extensions = format!(
+            "subjectAltName=IP:127.0.0.1,DNS:{name}\nextendedKeyUsage=serverAuth,clientAuth\n"
+        );
         std::fs::write(self.path("extensions"), extensions).unwrap();
         self.openssl("x509 -req -in new.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out new.pem -days 2 -extfile extensions");
         // What reads the files meanwhile finds the old ones or the new ones.

@@ -1,141 +1,100 @@
-//! Registered servers that count the calls they run, and callers that count those that fail.
+//! Callers, as many as are wanted, that count their calls and keep those that fail.
 
+use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
-use tonic::transport::Server;
-use tonic::{Request, Response, Status, Streaming};
-use tonic_etcd::{BalancedChannel, RegistrationBuilder, ServeRegistered};
+use tokio::time::{Instant, sleep, timeout};
+use tonic::{Request, Status};
+use tonic_etcd::BalancedChannel;
 
-use super::SOON;
 use super::greeter::greeter_client::GreeterClient;
-use super::greeter::greeter_server::{Greeter, GreeterServer};
-use super::greeter::{HelloReply, HelloRequest};
+use super::{SOON, hello};
 
-pub fn hello() -> HelloRequest {
-    HelloRequest {
-        name: "test".to_owned(),
-        replies: 1,
-    }
+pub type Client = GreeterClient<BalancedChannel>;
+
+/// A call that has failed.
+#[derive(Debug)]
+pub struct Failed {
+    pub began: Instant,
+    pub ended: Instant,
+    pub status: Status,
 }
 
-/// A greeter that counts the calls it runs.
-#[derive(Clone, Default)]
-pub struct Counting(pub Arc<AtomicU64>);
-
-#[tonic::async_trait]
-impl Greeter for Counting {
-    async fn say_hello(
-        &self,
-        request: Request<HelloRequest>,
-    ) -> Result<Response<HelloReply>, Status> {
-        self.0.fetch_add(1, Ordering::SeqCst);
-        let message = request.into_inner().name;
-        Ok(Response::new(HelloReply { message }))
-    }
-
-    type SayHellosStream = tokio_stream::Empty<Result<HelloReply, Status>>;
-
-    async fn say_hellos(
-        &self,
-        _: Request<HelloRequest>,
-    ) -> Result<Response<Self::SayHellosStream>, Status> {
-        Err(Status::unimplemented("not here"))
-    }
-
-    async fn greet_all(
-        &self,
-        _: Request<Streaming<HelloRequest>>,
-    ) -> Result<Response<HelloReply>, Status> {
-        Err(Status::unimplemented("not here"))
-    }
-
-    type ChatStream = tokio_stream::Empty<Result<HelloReply, Status>>;
-
-    async fn chat(
-        &self,
-        _: Request<Streaming<HelloRequest>>,
-    ) -> Result<Response<Self::ChatStream>, Status> {
-        Err(Status::unimplemented("not here"))
-    }
-}
-
-/// A registered server with the counter.
-pub struct Counted {
-    stop: oneshot::Sender<()>,
-    task: JoinHandle<()>,
-}
-
-impl Counted {
-    pub fn start(counter: &Counting, registration: RegistrationBuilder) -> Self {
-        let (stop, stopped) = oneshot::channel();
-        let router = Server::builder().add_service(GreeterServer::new(counter.clone()));
-        let task = tokio::spawn(async move {
-            let signal = async { drop(stopped.await) };
-            router
-                .serve_registered_with_shutdown(
-                    "127.0.0.1:0".parse().unwrap(),
-                    registration,
-                    signal,
-                )
-                .await
-                .unwrap();
-        });
-        Self { stop, task }
-    }
-
-    pub async fn stopped(self) {
-        drop(self.stop);
-        timeout(SOON, self.task).await.unwrap().unwrap();
-    }
-}
-
-/// Callers that never pause.
+/// Callers that never pause, but for a moment after a failure: what fails at once never yields.
 pub struct Callers {
     stop: watch::Sender<bool>,
-    tasks: Vec<JoinHandle<(u64, Vec<Status>)>>,
+    calls: Arc<AtomicU64>,
+    failed: mpsc::UnboundedReceiver<Failed>,
+    tasks: Vec<JoinHandle<()>>,
 }
 
 impl Callers {
+    /// Unary calls with a deadline of five seconds.
     pub fn start(channel: &BalancedChannel, callers: usize) -> Self {
-        let (stop, stopped) = watch::channel(false);
-        let call = |stopped: watch::Receiver<bool>| {
-            let mut client = GreeterClient::new(channel.clone());
-            async move {
-                let (mut calls, mut failed) = (0, Vec::new());
-                while !*stopped.borrow() {
-                    calls += 1;
-                    let mut request = Request::new(hello());
-                    request.set_timeout(Duration::from_secs(5));
-                    if let Err(status) = client.say_hello(request).await {
-                        failed.push(status);
-                        // What fails at once never yields.
-                        tokio::time::sleep(Duration::from_millis(1)).await;
-                    }
-                }
-                (calls, failed)
-            }
-        };
-        let tasks = (0..callers)
-            .map(|_| tokio::spawn(call(stopped.clone())))
-            .collect();
-        Self { stop, tasks }
+        Self::making(channel, callers, async |mut client: Client| {
+            client.say_hello(with_deadline(hello())).await.map(drop)
+        })
     }
 
-    /// Stops them; says how many calls there were, and which failed.
-    pub async fn stopped(self) -> (u64, Vec<Status>) {
-        self.stop.send_replace(true);
-        let (mut calls, mut failed) = (0, Vec::new());
-        for task in self.tasks {
-            let (its_calls, its_failed) = timeout(SOON, task).await.unwrap().unwrap();
-            calls += its_calls;
-            failed.extend(its_failed);
+    /// Calls of any kind.
+    pub fn making<F, Fut>(channel: &BalancedChannel, callers: usize, call: F) -> Self
+    where
+        F: Fn(Client) -> Fut + Clone + Send + 'static,
+        Fut: Future<Output = Result<(), Status>> + Send,
+    {
+        let (stop, stopped) = watch::channel(false);
+        let (fails, failed) = mpsc::unbounded_channel();
+        let calls = Arc::new(AtomicU64::new(0));
+        let caller = |_| {
+            let client = GreeterClient::new(channel.clone());
+            let (call, calls) = (call.clone(), Arc::clone(&calls));
+            let (stopped, fails) = (stopped.clone(), fails.clone());
+            tokio::spawn(async move {
+                while !*stopped.borrow() {
+                    calls.fetch_add(1, Ordering::Relaxed);
+                    let began = Instant::now();
+                    if let Err(status) = call(client.clone()).await {
+                        let ended = Instant::now();
+                        let failed = Failed {
+                            began,
+                            ended,
+                            status,
+                        };
+                        assert!(fails.send(failed).is_ok(), "who counts is there");
+                        sleep(Duration::from_millis(1)).await;
+                    }
+                }
+            })
+        };
+        Self {
+            tasks: (0..callers).map(caller).collect(),
+            stop,
+            calls,
+            failed,
         }
-        (calls, failed)
+    }
+
+    /// How many calls were begun.
+    pub fn calls(&self) -> u64 {
+        self.calls.load(Ordering::Relaxed)
+    }
+
+    /// Those that have failed since this was asked last.
+    pub fn failed(&mut self) -> Vec<Failed> {
+        std::iter::from_fn(|| self.failed.try_recv().ok()).collect()
+    }
+
+    /// Stops them; says how many calls there were, and which failed that [`failed`](Self::failed) has not told of, in their order.
+    pub async fn stopped(mut self) -> (u64, Vec<Failed>) {
+        self.stop.send_replace(true);
+        for task in self.tasks.drain(..) {
+            timeout(SOON, task).await.unwrap().unwrap();
+        }
+        (self.calls(), self.failed())
     }
 
     /// Stops them; fails if a call has.
@@ -145,8 +104,14 @@ impl Callers {
             failed.is_empty(),
             "{} of {calls} calls failed: {:?}",
             failed.len(),
-            failed.first()
+            &failed[..failed.len().min(5)]
         );
         calls
     }
+}
+
+pub fn with_deadline<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(Duration::from_secs(5));
+    request
 }

@@ -5,21 +5,46 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::time::interval;
+use tokio::time::{interval, sleep};
 use tokio_stream::wrappers::IntervalStream;
 use tokio_stream::{Stream, StreamExt, iter};
+use tonic::transport::Server;
+use tonic::transport::server::Router;
 use tonic::{Request, Response, Status, Streaming};
+use tonic_etcd::RegistrationBuilder;
 
-use super::greeter::greeter_server::Greeter;
+use super::Registered;
+use super::greeter::greeter_server::{Greeter, GreeterServer};
 use super::greeter::{HelloReply, HelloRequest};
 
 /// Counts unary and server-streaming calls together. A stream of no replies is one that never ends.
 #[derive(Clone, Debug, Default)]
-pub struct Counting(Arc<AtomicU64>);
+pub struct Counting {
+    calls: Arc<AtomicU64>,
+    /// How long a unary call takes.
+    takes: Duration,
+}
 
 impl Counting {
+    /// One whose unary calls take their time.
+    pub fn slow(takes: Duration) -> Self {
+        Self {
+            takes,
+            ..Self::default()
+        }
+    }
+
     pub fn count(&self) -> u64 {
-        self.0.load(Ordering::SeqCst)
+        self.calls.load(Ordering::SeqCst)
+    }
+
+    pub fn router(&self) -> Router {
+        Server::builder().add_service(GreeterServer::new(self.clone()))
+    }
+
+    /// Serves on a free port and registers it.
+    pub fn register(&self, registration: RegistrationBuilder) -> Registered {
+        Registered::serve(self.router(), "127.0.0.1:0", registration)
     }
 }
 
@@ -31,7 +56,10 @@ impl Greeter for Counting {
         &self,
         request: Request<HelloRequest>,
     ) -> Result<Response<HelloReply>, Status> {
-        self.0.fetch_add(1, Ordering::SeqCst);
+        self.calls.fetch_add(1, Ordering::SeqCst);
+        if !self.takes.is_zero() {
+            sleep(self.takes).await;
+        }
         let message = request.into_inner().name;
         Ok(Response::new(HelloReply { message }))
     }
@@ -42,7 +70,7 @@ impl Greeter for Counting {
         &self,
         request: Request<HelloRequest>,
     ) -> Result<Response<Self::SayHellosStream>, Status> {
-        self.0.fetch_add(1, Ordering::SeqCst);
+        self.calls.fetch_add(1, Ordering::SeqCst);
         let HelloRequest { name, replies } = request.into_inner();
         if replies == 0 {
             let ticks = IntervalStream::new(interval(Duration::from_millis(5)));

@@ -3,12 +3,13 @@
     dead_code,
     unreachable_pub,
     clippy::missing_panics_doc,
-    clippy::print_stdout,
     clippy::unwrap_used,
     clippy::panic,
     reason = "each test file uses its part; a failed step here is a failed test"
 )]
 
+use std::fmt::Debug;
+use std::io::Write;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -19,7 +20,10 @@ use tokio::time::{Instant, sleep, timeout};
 use tonic::transport::server::Router;
 use tonic::transport::{Channel, Server};
 use tonic_etcd::testing::Etcd;
-use tonic_etcd::{RegistrationBuilder, Registry, Resolver, ServeError, ServeRegistered};
+use tonic_etcd::{
+    BalancedChannel, EndpointState, RegistrationBuilder, Registry, Resolver, ServeError,
+    ServeRegistered,
+};
 
 pub mod authority;
 pub mod backend;
@@ -169,6 +173,26 @@ pub async fn knows(resolver: &Resolver, expected: &[&str]) {
     .await;
 }
 
+/// Registers, resolves, renews a few times, and deregisters.
+pub async fn keeps_a_registration(registry: &Registry) {
+    let registration = registry
+        .registration("greeter")
+        .address("127.0.0.1:80")
+        .ttl(Duration::from_secs(2))
+        .register()
+        .await
+        .unwrap();
+    let resolver = registry.resolver("greeter");
+    knows(&resolver, &["127.0.0.1:80"]).await;
+    let mut states = registration.states();
+    for _ in 0..4 {
+        states.changed().await.unwrap();
+        assert!(states.borrow_and_update().is_registered());
+    }
+    registration.deregister().await.unwrap();
+    knows(&resolver, &[]).await;
+}
+
 /// A greeter in this process that is not registered.
 pub async fn greeter(name: &str) -> (SocketAddr, JoinHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -219,12 +243,26 @@ impl Registered {
     }
 }
 
-/// Whether tests run at full size and for long: with `SOAK=1` in the environment. A test that is cut down otherwise says so.
-pub fn soak(what: &str, small: usize, full: usize) -> usize {
+/// Waits until exactly so many endpoints are known to a channel and ready.
+pub async fn all_ready(channel: &BalancedChannel, endpoints: usize) {
+    eventually("the endpoints are ready", async || {
+        let known = channel.endpoints();
+        known.len() == endpoints
+            && known
+                .iter()
+                .all(|endpoint| endpoint.state == EndpointState::Ready)
+    })
+    .await;
+}
+
+/// One of two sizes: with `SOAK=1` in the environment tests run at full size and for long. A test that is cut down otherwise says so.
+pub fn soak<T: Debug>(what: &str, small: T, full: T) -> T {
     if std::env::var_os("SOAK").is_some_and(|soak| soak == "1") {
         return full;
     }
-    println!("{what}: {small} of {full}; all of them with SOAK=1");
+    // Past the capture of the test harness: what is left out is to be seen.
+    let left_out = format!("{what}: {small:?} of {full:?}; all of it with SOAK=1\n");
+    std::io::stderr().write_all(left_out.as_bytes()).unwrap();
     small
 }
 

@@ -7,6 +7,7 @@ use nix::unistd::Pid;
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
 use tokio::process::{Child, ChildStdout, Command};
 use tokio::time::timeout;
+use tonic_etcd::testing::Etcd;
 
 use super::SOON;
 
@@ -23,6 +24,15 @@ pub fn example(name: &str) -> Command {
         .stderr(Stdio::inherit())
         .kill_on_drop(true);
     command
+}
+
+/// The example server. What it logs is not read.
+pub fn greeter_server(etcd: &Etcd) -> Child {
+    example("greeter_server")
+        .env("ETCD_ENDPOINTS", etcd.endpoint(0))
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap()
 }
 
 /// What a program prints.

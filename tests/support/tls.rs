@@ -1,6 +1,5 @@
-//! A certificate for this machine, made by openssl.
+//! A certificate for this machine, and connections that trust it.
 
-use std::process::Command;
 use std::sync::Arc;
 
 use tokio_rustls::TlsConnector;
@@ -9,42 +8,30 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 use tonic::transport::{Certificate, ClientTlsConfig, Identity, ServerTlsConfig};
 
+use super::authority::Authority;
+
 pub type TlsStream = tokio_rustls::client::TlsStream<tokio::net::TcpStream>;
 
-/// A self-signed certificate for `localhost`.
-pub struct Localhost {
-    certificate: Vec<u8>,
-    key: Vec<u8>,
-}
+/// An authority that has signed a certificate for `localhost`.
+pub struct Localhost(Authority);
 
 impl Localhost {
     pub fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let arguments = "req -x509 -newkey rsa:2048 -nodes -keyout key -out certificate -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost -addext basicConstraints=critical,CA:FALSE";
-        let output = Command::new("openssl")
-            .args(arguments.split(' '))
-            .current_dir(folder.path())
-            .output()
-            .expect("openssl is installed");
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        let read = |name: &str| std::fs::read(folder.path().join(name)).unwrap();
-        Self {
-            certificate: read("certificate"),
-            key: read("key"),
-        }
+        let authority = Authority::new();
+        authority.sign("server", "localhost");
+        Self(authority)
     }
 
     pub fn server(&self) -> ServerTlsConfig {
-        ServerTlsConfig::new().identity(Identity::from_pem(&self.certificate, &self.key))
+        ServerTlsConfig::new().identity(Identity::from_pem(
+            self.0.read("server.pem"),
+            self.0.read("server.key"),
+        ))
     }
 
     pub fn client(&self) -> ClientTlsConfig {
         ClientTlsConfig::new()
-            .ca_certificate(Certificate::from_pem(&self.certificate))
+            .ca_certificate(Certificate::from_pem(self.0.read("ca.pem")))
             .domain_name("localhost")
     }
 
@@ -52,7 +39,7 @@ impl Localhost {
     pub async fn connect(&self, address: &str) -> TlsStream {
         let mut roots = RootCertStore::empty();
         roots
-            .add(CertificateDer::from_pem_slice(&self.certificate).unwrap())
+            .add(CertificateDer::from_pem_slice(&self.0.read("ca.pem")).unwrap())
             .unwrap();
         let mut config = ClientConfig::builder()
             .with_root_certificates(roots)

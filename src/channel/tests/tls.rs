@@ -1,67 +1,32 @@
 //! TLS: the name is the client's, the roots are checked, certificates are read again.
 
-use std::process::Command;
-
 use tonic::transport::{Certificate, Identity, ServerTlsConfig};
 
 use super::*;
 use crate::TlsConfig;
 
-/// A certificate authority and certificates it has signed, made by openssl.
-struct Authority(tempfile::TempDir);
+#[path = "../../../tests/support/authority.rs"]
+#[allow(
+    dead_code,
+    clippy::unwrap_used,
+    unreachable_pub,
+    reason = "the integration tests use the rest; a failed step is a failed test"
+)]
+mod authority;
 
-impl Authority {
-    fn new() -> Self {
-        let this = Self(tempfile::tempdir().expect("a directory"));
-        this.openssl("req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -days 2 -subj /CN=ca -addext basicConstraints=critical,CA:TRUE");
-        this
-    }
+use authority::Authority;
 
-    /// Signs a certificate for a name, in `<file>.pem` and `<file>.key`.
-    fn sign(&self, file: &str, name: &str) {
-        self.openssl(&format!(
-            "req -newkey rsa:2048 -nodes -keyout {file}.key -out {file}.csr -subj /CN={name}"
-        ));
-        let extensions = self.0.path().join("extensions");
-        std::fs::write(extensions, format!("subjectAltName=DNS:{name}")).expect("a file");
-        self.openssl(&format!(
-            "x509 -req -in {file}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out {file}.pem -days 2 -extfile extensions"
-        ));
-    }
+fn serve(authority: &Authority) -> Greeter {
+    serve_with(authority, |tls| tls)
+}
 
-    fn openssl(&self, arguments: &str) {
-        let output = Command::new("openssl")
-            .args(arguments.split(' '))
-            .current_dir(self.0.path())
-            .output()
-            .expect("openssl is installed");
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-    }
-
-    fn read(&self, file: &str) -> Vec<u8> {
-        std::fs::read(self.0.path().join(file)).expect("a file")
-    }
-
-    fn serve(&self, name: &str) -> Greeter {
-        self.serve_with(name, |tls| tls)
-    }
-
-    fn serve_with(
-        &self,
-        name: &str,
-        configure: impl FnOnce(ServerTlsConfig) -> ServerTlsConfig,
-    ) -> Greeter {
-        let identity = Identity::from_pem(
-            self.read(&format!("{name}.pem")),
-            self.read(&format!("{name}.key")),
-        );
-        let tls = configure(ServerTlsConfig::new().identity(identity));
-        Greeter::start_with("secure", 0, |server| server.tls_config(tls).expect("TLS"))
-    }
+fn serve_with(
+    authority: &Authority,
+    configure: impl FnOnce(ServerTlsConfig) -> ServerTlsConfig,
+) -> Greeter {
+    let identity = Identity::from_pem(authority.read("server.pem"), authority.read("server.key"));
+    let tls = configure(ServerTlsConfig::new().identity(identity));
+    Greeter::start_with("secure", 0, |server| server.tls_config(tls).expect("TLS"))
 }
 
 fn secured(server: &Greeter, tls: TlsConfig) -> BalancedChannel {
@@ -74,7 +39,7 @@ fn secured(server: &Greeter, tls: TlsConfig) -> BalancedChannel {
 async fn the_fixed_name_is_checked_against_the_given_roots() {
     let authority = Authority::new();
     authority.sign("server", "greeter.internal");
-    let server = authority.serve("server");
+    let server = serve(&authority);
     let tls = TlsConfig::new("greeter.internal").ca_pem(authority.read("ca.pem"));
     say(&secured(&server, tls)).await.expect("an answer");
 
@@ -95,8 +60,8 @@ async fn the_fixed_name_is_checked_against_the_given_roots() {
 async fn certificates_in_files_are_read_again() {
     let (old, new) = (Authority::new(), Authority::new());
     new.sign("server", "greeter.internal");
-    let server = new.serve("server");
-    let file = old.0.path().join("ca.pem");
+    let server = serve(&new);
+    let file = old.path("ca.pem");
     let channel = secured(&server, TlsConfig::new("greeter.internal").ca_file(&file));
     say(&channel).await.expect_err("not trusted yet");
     std::fs::write(&file, new.read("ca.pem")).expect("a file");
@@ -110,7 +75,7 @@ async fn a_server_that_asks_for_it_is_shown_our_certificate() {
     authority.sign("server", "greeter.internal");
     clients.sign("client", "caller.internal");
     let roots = Certificate::from_pem(clients.read("ca.pem"));
-    let server = authority.serve_with("server", |tls| tls.client_ca_root(roots));
+    let server = serve_with(&authority, |tls| tls.client_ca_root(roots));
     let tls = || TlsConfig::new("greeter.internal").ca_pem(authority.read("ca.pem"));
 
     let (certificate, key) = (clients.read("client.pem"), clients.read("client.key"));
@@ -144,12 +109,12 @@ async fn an_identity_in_files_is_read_again_and_half_of_it_leaves_the_last_one_i
     let (authority, clients) = (Authority::new(), Authority::new());
     authority.sign("server", "greeter.internal");
     let roots = Certificate::from_pem(clients.read("ca.pem"));
-    let server = authority.serve_with("server", |tls| tls.client_ca_root(roots));
-    let folder = authority.0.path();
+    let server = serve_with(&authority, |tls| tls.client_ca_root(roots));
+    let file = |name| authority.path(name);
     authority.sign("client", "caller.internal");
     let tls = TlsConfig::new("greeter.internal")
-        .ca_file(folder.join("ca.pem"))
-        .identity_files(folder.join("client.pem"), folder.join("client.key"));
+        .ca_file(file("ca.pem"))
+        .identity_files(file("client.pem"), file("client.key"));
     let channel = BalancedChannel::builder()
         .tls(tls)
         .max_backoff(Duration::from_millis(20))
@@ -158,13 +123,13 @@ async fn an_identity_in_files_is_read_again_and_half_of_it_leaves_the_last_one_i
         .await
         .expect_err("not the servers' clients' authority");
     clients.sign("client", "caller.internal");
-    for file in ["client.pem", "client.key"] {
-        std::fs::write(folder.join(file), clients.read(file)).expect("a file");
+    for name in ["client.pem", "client.key"] {
+        std::fs::write(file(name), clients.read(name)).expect("a file");
     }
     in_time("a call with the new identity", answered(&channel)).await;
 
     // A renewal in its middle: the key is not there.
-    std::fs::remove_file(folder.join("client.key")).expect("a file");
+    std::fs::remove_file(file("client.key")).expect("a file");
     let port = server.address.port();
     server.shut_down().await;
     let identity = Identity::from_pem(authority.read("server.pem"), authority.read("server.key"));
