@@ -122,9 +122,11 @@ async fn a_server_tells_its_health_only_if_asked_to() {
     assert_eq!(error.code(), Code::Unimplemented);
     server.stopped().await.unwrap();
     world.counts(0).await;
-    let (server, address) = world.start(world.registration().health()).await;
+    // The further service is named after it.
+    let registration = world.registration().health().and_service("further");
+    let (server, address) = world.start(registration).await;
     let mut client = connect(&address).await;
-    for service in ["", "greeter"] {
+    for service in ["", "greeter", "further"] {
         assert_eq!(check(&mut client, service).await.unwrap(), Wire::Serving);
     }
     not_found(&mut client, "unknown").await;

@@ -71,8 +71,8 @@ impl Default for ServeOptions {
 #[derive(Clone, Debug)]
 pub(crate) struct Health {
     pub(crate) reporter: tonic_health::server::HealthReporter,
-    /// What is reported to be serving from the start.
-    pub(crate) service: Option<String>,
+    /// Whether the registered services, too, are reported to be serving from the start.
+    pub(crate) services: bool,
 }
 
 impl RegistrationBuilder {
@@ -116,8 +116,8 @@ impl RegistrationBuilder {
 impl RegistrationBuilder {
     /// Only for [`ServeRegistered`](crate::ServeRegistered): serves `grpc.health.v1.Health` as well. None by default.
     ///
-    /// The server as a whole (the name `""`) and the registered service are `SERVING` until the server is told to stop; then, before
-    /// anything else happens, both are `NOT_SERVING`, and a `Watch` is ended when the listener closes. For further names, or a status of
+    /// The server as a whole (the name `""`) and each registered service are `SERVING` until the server is told to stop; then, before
+    /// anything else happens, all are `NOT_SERVING`, and a `Watch` is ended when the listener closes. For further names, or a status of
     /// your own, see [`health_reporter`](Self::health_reporter). etcd has no say in it: a server that etcd has lost serves on.
     ///
     /// ```no_run
@@ -137,7 +137,7 @@ impl RegistrationBuilder {
     pub fn health(mut self) -> Self {
         self.serve.health = Some(Health {
             reporter: tonic_health::server::HealthReporter::new(),
-            service: self.service_name().map(str::to_owned),
+            services: true,
         });
         self
     }
@@ -160,7 +160,7 @@ impl RegistrationBuilder {
     pub fn health_reporter(mut self, reporter: tonic_health::server::HealthReporter) -> Self {
         self.serve.health = Some(Health {
             reporter,
-            service: None,
+            services: false,
         });
         self
     }

@@ -21,12 +21,15 @@ use crate::registration::{Health as Source, ServerState};
 /// The service to add to the router.
 pub(super) async fn service(
     source: Source,
+    registered: Vec<String>,
     states: watch::Receiver<ServerState>,
 ) -> HealthServer<LameDuck> {
-    let Source { reporter, service } = source;
-    if let Some(service) = service {
-        let serving = ServingStatus::Serving;
-        reporter.set_service_status(service, serving).await;
+    let Source { reporter, services } = source;
+    if services {
+        for service in registered {
+            let serving = ServingStatus::Serving;
+            reporter.set_service_status(service, serving).await;
+        }
     }
     HealthServer::new(LameDuck {
         reported: HealthService::from_health_reporter(reporter),

@@ -183,7 +183,8 @@ where
     let router = match registration.serve.health.clone() {
         Some(health) => {
             let states = registration.server_states();
-            router.add_service(health::service(health, states).await)
+            let services = registration.services();
+            router.add_service(health::service(health, services, states).await)
         }
         None => router,
     };

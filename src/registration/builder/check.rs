@@ -44,15 +44,6 @@ impl RegistrationBuilder {
         })
     }
 
-    /// The service that is registered; none at an exact key.
-    #[cfg(feature = "health")]
-    pub(in crate::registration) fn service_name(&self) -> Option<&str> {
-        match &self.target {
-            Target::Service { service, .. } => Some(service),
-            Target::Key(_) => None,
-        }
-    }
-
     fn name(&self) -> &str {
         match &self.target {
             Target::Service { service, .. } => service,
@@ -133,7 +124,7 @@ impl RegistrationBuilder {
     }
 
     /// The services by name; none for an exact key.
-    fn services(&self) -> Vec<String> {
+    pub(crate) fn services(&self) -> Vec<String> {
         match &self.target {
             Target::Service { service, .. } => {
                 let further = self.further.iter().cloned();
