@@ -234,7 +234,8 @@ pub enum EndpointState {
     Connecting,
     /// A connection has answered and takes calls.
     Ready,
-    /// The last attempt failed; the next follows after a backoff.
+    /// The last attempt failed, and the next follows after a backoff; or it says itself that it does not serve
+    /// ([`health_check`](crate::ChannelBuilder::health_check)).
     TransientFailure,
     /// Removed; its last calls are being finished.
     Draining,
@@ -278,7 +279,11 @@ impl Member {
         &self.endpoint
     }
 
-    /// How many streams the peer takes at once.
+    pub(super) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    /// How many calls the peer takes at once.
     pub(super) fn max_streams(&self) -> usize {
         self.connection.max_streams()
     }

@@ -18,10 +18,12 @@ use tracing::Instrument;
 use crate::address::Address;
 use crate::instance::Instance;
 use crate::transport::connect::Connector;
+use crate::transport::health::HealthCheck;
 
 mod driver;
 mod endpoint;
 mod feed;
+mod health;
 mod load;
 mod outlier;
 mod picker;
@@ -49,6 +51,8 @@ pub(crate) struct Options {
     pub(crate) max_backoff: Duration,
     pub(crate) max_waiters: usize,
     pub(crate) outlier_detection: Option<OutlierDetection>,
+    /// What endpoints are asked of their health, if they are.
+    pub(crate) health_check: Option<HealthCheck>,
     /// How long a new endpoint takes to its full share.
     pub(crate) slow_start: Option<Duration>,
     pub(crate) on_refused: Option<OnRefused>,
@@ -75,6 +79,7 @@ impl Default for Options {
             max_backoff: MAX_BACKOFF,
             max_waiters: MAX_WAITERS,
             outlier_detection: None,
+            health_check: None,
             slow_start: None,
             on_refused: None,
             zone: None,

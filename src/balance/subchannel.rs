@@ -16,6 +16,7 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use super::endpoint::Member;
+use super::health::Health;
 
 /// A connection in the making, made, or to be made again.
 #[derive(Debug)]
@@ -47,6 +48,9 @@ pub(super) struct Ready {
     member: Arc<Member>,
     /// The peer has stopped answering, and the connection is there all the same.
     stalled: bool,
+    health: Health,
+    /// The task that asks for the health, if anybody does.
+    _health_watch: Option<StopOnDrop>,
 }
 
 /// Waiting for the next attempt.
@@ -61,8 +65,9 @@ pub(super) struct Draining {
     member: Weak<Member>,
 }
 
+/// A task that ends with whoever holds this.
 #[derive(Debug)]
-struct StopOnDrop(AbortHandle);
+pub(super) struct StopOnDrop(pub(super) AbortHandle);
 
 impl Drop for StopOnDrop {
     fn drop(&mut self) {
@@ -111,13 +116,23 @@ impl Subchannel<Idle> {
 }
 
 impl Subchannel<Connecting> {
-    pub(super) fn connected(mut self, member: Arc<Member>) -> Subchannel<Ready> {
+    /// With a watch on the endpoint's health it is not used before that is known.
+    pub(super) fn connected(
+        mut self,
+        member: Arc<Member>,
+        health_watch: Option<StopOnDrop>,
+    ) -> Subchannel<Ready> {
         self.failing = false;
         let started = self.state.started;
         self.become_(Ready {
             started,
             member,
             stalled: false,
+            health: match health_watch {
+                Some(_) => Health::Unknown,
+                None => Health::Serving,
+            },
+            _health_watch: health_watch,
         })
     }
 
@@ -166,6 +181,14 @@ impl Subchannel<Ready> {
 
     pub(super) fn set_stalled(&mut self, stalled: bool) {
         self.state.stalled = stalled;
+    }
+
+    pub(super) fn health(&self) -> &Health {
+        &self.state.health
+    }
+
+    pub(super) fn set_health(&mut self, health: Health) {
+        self.state.health = health;
     }
 
     /// The backoff is reset by health and not by a mere connect: a peer that answers once and goes would otherwise be dialled in a loop.
@@ -238,13 +261,13 @@ impl ConnectBackoff {
         self.step
     }
 
-    fn next(&mut self, rng: &mut fastrand::Rng) -> Duration {
+    pub(super) fn next(&mut self, rng: &mut fastrand::Rng) -> Duration {
         let step = self.step;
         self.step = step.mul_f64(FACTOR).min(self.max);
         step.mul_f64(1.0 - JITTER + 2.0 * JITTER * rng.f64())
     }
 
-    fn reset(&mut self) {
+    pub(super) fn reset(&mut self) {
         self.step = FIRST.min(self.max);
     }
 }

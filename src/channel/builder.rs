@@ -19,6 +19,7 @@ use crate::instance::Instance;
 use crate::resolver::{Resolver, ResolverBuilder, ResolverState};
 use crate::transport::connect::Connector;
 use crate::transport::deadline;
+use crate::transport::health::HealthCheck;
 use crate::transport::pings::KeepAlive;
 #[cfg(feature = "tls")]
 use crate::transport::tls::{Tls, TlsConfig};
@@ -39,6 +40,7 @@ pub struct ChannelBuilder<S = ()> {
     start_up_bound: Duration,
     pub(super) plans: Plans,
     address_policy: Option<AddressPolicy>,
+    health_check: Option<String>,
 }
 
 impl<S> ChannelBuilder<S> {
@@ -55,6 +57,7 @@ impl<S> ChannelBuilder<S> {
             start_up_bound: START_UP_BOUND,
             plans: Plans::default(),
             address_policy: None,
+            health_check: None,
         }
     }
 
@@ -68,6 +71,32 @@ impl<S> ChannelBuilder<S> {
     /// is noticed in any case.
     pub fn outlier_detection(mut self, detection: OutlierDetection) -> Self {
         self.options.outlier_detection = Some(detection);
+        self
+    }
+
+    /// Asks each endpoint for the health of a service, `grpc.health.v1.Health/Watch` as in gRFC A17, and calls it only while it says that it
+    /// serves. The empty name asks for the server as a whole. Off by default: servers of this library leave the registry before they stop,
+    /// and that an endpoint does not answer any more is noticed in any case. It is for servers that can be up and unable to serve.
+    ///
+    /// An endpoint is used once it has answered; within [`connect_timeout`](Self::connect_timeout) it has to. Calls that it is at work on
+    /// when it says `NOT_SERVING` go on. An endpoint that has no health service counts as healthy, and, unlike in the gRFC, so does
+    /// one whose health service does not know the name. Any other error counts as not healthy, and is followed by another try after a wait
+    /// as for a connection. A watch that ends is begun again at once; until that has an answer the last one stands. Where all endpoints say that they do not
+    /// serve, calls fail with `UNAVAILABLE`.
+    ///
+    /// It takes one stream of each connection; an endpoint that allows no more than one is not asked.
+    ///
+    /// ```no_run
+    /// use tonic_etcd::BalancedChannel;
+    ///
+    /// # fn run() {
+    /// let channel = BalancedChannel::builder()
+    ///     .health_check("helloworld.Greeter")
+    ///     .from_addresses(["10.0.0.5:50051", "10.0.0.6:50051"]);
+    /// # }
+    /// ```
+    pub fn health_check(mut self, service: impl Into<String>) -> Self {
+        self.health_check = Some(service.into());
         self
     }
 
@@ -246,11 +275,22 @@ impl<S> ChannelBuilder<S> {
             scheme = origin.scheme.unwrap_or(scheme);
             authority = origin.authority.or(authority);
         }
-        let balancer = Balancer::start(&service, changes, connector, self.options);
+        let user_agent = user_agent(self.user_agent);
+        let mut options = self.options;
+        if let Some(service) = self.health_check {
+            connector.http2.reserved_streams = 1;
+            options.health_check = Some(HealthCheck {
+                service,
+                scheme: scheme.clone(),
+                authority: authority.clone(),
+                user_agent: user_agent.clone(),
+            });
+        }
+        let balancer = Balancer::start(&service, changes, connector, options);
         BalancedChannel(Arc::new(Core {
             balancer,
             service,
-            user_agent: user_agent(self.user_agent),
+            user_agent,
             scheme,
             authority,
             timeout: self

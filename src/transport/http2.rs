@@ -30,6 +30,8 @@ pub(crate) struct Settings {
     /// Whether h2's limits against hostile servers are in force.
     pub(crate) abuse_limits: bool,
     pub(crate) keep_alive: Option<KeepAlive>,
+    /// Streams that calls leave free, for what is not a call.
+    pub(crate) reserved_streams: usize,
 }
 
 impl Default for Settings {
@@ -40,6 +42,7 @@ impl Default for Settings {
             max_frame_size: 256 << 10,
             abuse_limits: false,
             keep_alive: None,
+            reserved_streams: 0,
         }
     }
 }
@@ -69,6 +72,7 @@ impl Settings {
 #[repr(C)]
 pub(crate) struct Connection {
     limit: Arc<AtomicUsize>,
+    reserved: usize,
     send: SendRequest<Bytes>,
     round_trip: Duration,
     activity: Arc<Activity>,
@@ -126,7 +130,9 @@ impl Connection {
             Poll::Pending
         })
         .await?;
-        let limit = Arc::new(AtomicUsize::new(send.current_max_send_streams()));
+        let reserved = settings.reserved_streams;
+        let limit = for_calls(send.current_max_send_streams(), reserved);
+        let limit = Arc::new(AtomicUsize::new(limit));
         let (suspicions, suspected) = mpsc::unbounded_channel();
         let decided = Pings::new(settings.keep_alive, round_trip, Instant::now());
         let task = Task {
@@ -134,6 +140,7 @@ impl Connection {
             probe: Some(send.clone()),
             suspected,
             limit: Arc::clone(&limit),
+            reserved,
             pinger: pings.map(|pings| Pinger::new(pings, decided, Arc::clone(&activity))),
             left: false,
             on_report,
@@ -141,6 +148,7 @@ impl Connection {
         tokio::spawn(task);
         Ok(Self {
             limit,
+            reserved,
             send,
             round_trip,
             activity,
@@ -148,10 +156,15 @@ impl Connection {
         })
     }
 
-    /// How many streams the peer takes at once. More would wait inside h2, where they cannot be told from sent ones.
+    /// How many calls the peer takes at once. More would wait inside h2, where they cannot be told from sent ones.
     pub(crate) fn max_streams(&self) -> usize {
         // Relaxed: nothing else hangs on it, and the value is the peer's of a moment ago in any case.
         self.limit.load(Ordering::Relaxed)
+    }
+
+    /// Whether the streams that calls leave free are there.
+    pub(crate) fn has_reserve(&self) -> bool {
+        self.send.current_max_send_streams() > self.reserved
     }
 
     /// The first PING's round trip.
@@ -245,6 +258,11 @@ pub(crate) fn is_unprocessed(error: &h2::Error) -> bool {
     error.is_remote() && (error.is_go_away() || refused)
 }
 
+/// How many of the peer's streams calls may have: one at least, or a peer that allows no more than are reserved could not be used.
+fn for_calls(streams: usize, reserved: usize) -> usize {
+    streams.saturating_sub(reserved).max(streams.min(1))
+}
+
 /// Drives one connection until it is closed.
 struct Task<T, F>
 where
@@ -256,6 +274,7 @@ where
     probe: Option<SendRequest<Bytes>>,
     suspected: mpsc::UnboundedReceiver<()>,
     limit: Arc<AtomicUsize>,
+    reserved: usize,
     pinger: Option<Pinger>,
     left: bool,
     on_report: F,
@@ -284,8 +303,8 @@ where
             }
         }
         if let Some(probe) = &mut this.probe {
-            this.limit
-                .store(probe.current_max_send_streams(), Ordering::Relaxed);
+            let limit = for_calls(probe.current_max_send_streams(), this.reserved);
+            this.limit.store(limit, Ordering::Relaxed);
             if let Poll::Ready(Err(error)) = probe.poll_ready(cx) {
                 this.probe = None;
                 this.leave(Leave::Failed(error));

@@ -5,6 +5,7 @@
 mod activity;
 pub(crate) mod connect;
 pub(crate) mod deadline;
+pub(crate) mod health;
 pub(crate) mod http2;
 pub(crate) mod incoming;
 mod pinger;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::task::{AbortHandle, Id, JoinError};
 use tokio::time::Instant;
 
-use super::{DialId, Driver, State, SubchannelId};
+use super::{DialId, Driver, Report, State, SubchannelId};
 use crate::address::Address;
 use crate::balance::endpoint::Member;
 use crate::balance::load::Load;
@@ -55,7 +55,7 @@ impl Driver {
         let reports = self.on_report.clone();
         let on_report = move |report| {
             // The driver may be gone, and then nobody cares.
-            let _ = reports.send((dial_id, report));
+            let _ = reports.send((dial_id, Report::Connection(report)));
         };
         let (connector, address) = (Arc::clone(&self.connector), address.clone());
         let dial = async move { connector.connect(&address, on_report).await };
@@ -87,7 +87,7 @@ impl Driver {
         match outcome {
             Ok(connection) => {
                 self.connected.insert(dial_id, id);
-                self.on_connected(id, &address, subchannel, connection);
+                self.on_connected(id, dial_id, &address, subchannel, connection);
                 if lost_early {
                     self.on_left(dial_id, &Leave::Closed);
                 }
@@ -99,6 +99,7 @@ impl Driver {
     pub(super) fn on_connected(
         &mut self,
         id: SubchannelId,
+        dial_id: DialId,
         address: &Address,
         subchannel: Subchannel<Connecting>,
         connection: Connection,
@@ -106,7 +107,7 @@ impl Driver {
         let Some(known) = self.known.get(address) else {
             return;
         };
-        tracing::info!(%address, round_trip = ?connection.round_trip(), "endpoint ready");
+        let round_trip = connection.round_trip();
         let member = Arc::new(Member::new(
             connection,
             Arc::clone(&known.endpoint),
@@ -120,10 +121,17 @@ impl Driver {
             .connections_per_endpoint
             .saturating_sub(known.subchannels.len());
         let dial = !known.instance.is_last_resort();
-        let ready = State::Ready(subchannel.connected(member));
+        let health_watch = self.watch_health(dial_id, &member);
+        let is_asked = health_watch.is_some();
+        let ready = State::Ready(subchannel.connected(member, health_watch));
         self.subchannels.insert(id, (address.clone(), ready));
-        self.start_slowly(address, Instant::now());
-        self.place(id);
+        if is_asked {
+            tracing::debug!(%address, ?round_trip, "connected: asking the endpoint how it is");
+        } else {
+            tracing::info!(%address, ?round_trip, "endpoint ready");
+            self.start_slowly(address, Instant::now());
+            self.place(id);
+        }
         // Only an endpoint that answers is worth its other connections.
         for _ in 0..missing {
             self.add_subchannel(address, dial);

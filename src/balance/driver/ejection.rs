@@ -4,18 +4,20 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::{DialId, Driver, State, SubchannelId};
+use super::{DialId, Driver, Report, State, SubchannelId};
 use crate::address::Address;
+use crate::balance::health::Health;
 use crate::balance::outlier;
 use crate::balance::subchannel::{ConnectBackoff, Idle, Ready, Subchannel};
-use crate::transport::http2::Report;
+use crate::transport::http2;
 
 impl Driver {
-    pub(super) fn on_report(&mut self, dial_id: DialId, report: &Report) {
+    pub(super) fn on_report(&mut self, dial_id: DialId, report: Report) {
         match report {
-            Report::Stalled => self.on_stalled(dial_id, true),
-            Report::Recovered => self.on_stalled(dial_id, false),
-            Report::Left(leave) => self.on_left(dial_id, leave),
+            Report::Connection(http2::Report::Stalled) => self.on_stalled(dial_id, true),
+            Report::Connection(http2::Report::Recovered) => self.on_stalled(dial_id, false),
+            Report::Connection(http2::Report::Left(leave)) => self.on_left(dial_id, &leave),
+            Report::Health(health) => self.on_health(dial_id, health),
         }
     }
 
@@ -47,6 +49,9 @@ impl Driver {
         let Some(known) = self.known.get(address) else {
             return;
         };
+        if *subchannel.health() != Health::Serving {
+            return self.evict(id);
+        }
         let ejected = subchannel.is_stalled() || known.ejection.is_ejected();
         known.endpoint.set_ejected(ejected);
         let weight = self.share(known, Instant::now());

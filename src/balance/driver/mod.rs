@@ -13,6 +13,7 @@ use tower::discover::Change;
 
 use super::endpoint::{Endpoint, Member, Tally};
 use super::feed::Feed;
+use super::health::Health;
 use super::outlier::Ejection;
 use super::pool::Roster;
 use super::subchannel::{Connecting, Draining, Idle, Ready, Subchannel, TransientFailure};
@@ -21,11 +22,12 @@ use super::{Options, Shared, Summary};
 use crate::address::Address;
 use crate::instance::Instance;
 use crate::transport::connect::{Connector, DialError};
-use crate::transport::http2::{Connection, Report};
+use crate::transport::http2::{self, Connection};
 
 mod changes;
 mod dialling;
 mod ejection;
+mod health;
 mod publish;
 mod size;
 mod slow_start;
@@ -63,6 +65,13 @@ enum Class {
     Ready,
     Pending,
     Failing,
+}
+
+/// What a connection has to say.
+#[derive(Debug)]
+enum Report {
+    Connection(http2::Report),
+    Health(Health),
 }
 
 /// A dial's number, and that of the connection that came of it.
@@ -169,7 +178,7 @@ impl Driver {
             // What is lost comes first, and what might never end, the stream, last.
             tokio::select! {
                 biased;
-                Some((dial_id, report)) = self.reports.recv() => self.on_report(dial_id, &report),
+                Some((dial_id, report)) = self.reports.recv() => self.on_report(dial_id, report),
                 Some(dialled) = self.dials.join_next_with_id() => self.on_dialled(dialled),
                 () = self.shared.demand.notified() => self.grow(),
                 () = tokio::time::sleep_until(wake) => {}

@@ -9,6 +9,7 @@ use super::{Class, Driver, State};
 use crate::address::Address;
 use crate::balance::Published;
 use crate::balance::endpoint::EndpointState;
+use crate::balance::health::Health;
 use crate::balance::load::{Ticks, median};
 
 impl Driver {
@@ -50,7 +51,11 @@ impl Driver {
         let mut shown = EndpointState::Idle;
         for (_, state) in states {
             let (of_one, seen) = match state {
-                State::Ready(_) => (Class::Ready, EndpointState::Ready),
+                State::Ready(one) => match one.health() {
+                    Health::Serving => (Class::Ready, EndpointState::Ready),
+                    Health::Unknown => (Class::Pending, EndpointState::Connecting),
+                    Health::NotServing(_) => (Class::Failing, EndpointState::TransientFailure),
+                },
                 State::Connecting(one) if one.is_failing() => {
                     (Class::Failing, EndpointState::Connecting)
                 }

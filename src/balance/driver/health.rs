@@ -1,0 +1,124 @@
+//! Active health checks: a task for each connection watches what its server says of itself, and the driver acts on it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, timeout};
+use tonic::Status;
+
+use super::{DialId, Driver, Report, State};
+use crate::balance::endpoint::Member;
+use crate::balance::health::{End, Health, HealthWatch};
+use crate::balance::subchannel::StopOnDrop;
+use crate::transport::health::HealthCheck;
+
+impl Driver {
+    /// Begins to watch an endpoint's health, if that is wanted and there is a stream for it.
+    pub(super) fn watch_health(
+        &mut self,
+        dial_id: DialId,
+        member: &Arc<Member>,
+    ) -> Option<StopOnDrop> {
+        let check = self.options.health_check.clone()?;
+        let address = member.endpoint().address();
+        if !member.connection().has_reserve() {
+            tracing::warn!(%address, "no health check: the endpoint allows one stream, and calls need it");
+            return None;
+        }
+        let reports = self.on_report.clone();
+        let report = move |health| {
+            // The driver may be gone, and then nobody cares.
+            let _ = reports.send((dial_id, Report::Health(health)));
+        };
+        let watch = HealthWatch::new(self.options.max_backoff);
+        let rng = self.rng.fork();
+        let patience = self.connector.timeout;
+        let watching = run(check, Arc::clone(member), watch, rng, patience, report);
+        Some(StopOnDrop(tokio::spawn(watching).abort_handle()))
+    }
+
+    pub(super) fn on_health(&mut self, dial_id: DialId, health: Health) {
+        let Some(&id) = self.connected.get(&dial_id) else {
+            return;
+        };
+        let Some((address, State::Ready(subchannel))) = self.subchannels.get_mut(&id) else {
+            return;
+        };
+        let address = address.clone();
+        if *subchannel.health() == health {
+            return;
+        }
+        subchannel.set_health(health.clone());
+        match health {
+            Health::Unknown => {}
+            Health::Serving => {
+                tracing::info!(%address, "endpoint is healthy");
+                self.start_slowly(&address, Instant::now());
+            }
+            Health::NotServing(reason) => {
+                tracing::info!(%address, %reason, "endpoint is not healthy: no calls until it is");
+                self.note(&address, reason);
+            }
+        }
+        self.place(id);
+        self.reclassify(&address);
+    }
+}
+
+/// Watches until there is nobody to be asked. Whoever holds the connection's state ends it.
+async fn run(
+    check: HealthCheck,
+    member: Arc<Member>,
+    mut watch: HealthWatch,
+    mut rng: fastrand::Rng,
+    patience: Duration,
+    report: impl Fn(Health) + Send,
+) {
+    loop {
+        let ended = follow(&check, &member, &mut watch, patience, &report).await;
+        match watch.on_end(&ended, &mut rng) {
+            End::Again => {}
+            End::After(health, wait) => {
+                report(health);
+                sleep(wait).await;
+            }
+            End::Never(health) => {
+                let address = member.endpoint().address();
+                tracing::debug!(%address, "the endpoint has no health service, and counts as healthy");
+                return report(health);
+            }
+        }
+    }
+}
+
+/// Follows one watch to its end, and says what that was.
+async fn follow(
+    check: &HealthCheck,
+    member: &Member,
+    watch: &mut HealthWatch,
+    patience: Duration,
+    report: &(impl Fn(Health) + Send),
+) -> Status {
+    let endpoint = member.endpoint();
+    let first = async {
+        let mut statuses = check
+            .watch(member.connection(), endpoint.authority())
+            .await?;
+        let status = statuses.next().await?;
+        Ok((statuses, status))
+    };
+    let (mut statuses, mut status) = match timeout(patience, first).await {
+        Ok(Ok(first)) => first,
+        Ok(Err(status)) => return status,
+        // A server says at once how it is.
+        Err(_) => return Status::deadline_exceeded(format!("no answer within {patience:?}")),
+    };
+    while let Some(said) = status {
+        report(watch.on_status(said));
+        status = match statuses.next().await {
+            Ok(status) => status,
+            Err(status) => return status,
+        };
+    }
+    Status::unavailable("the watch ended")
+}
