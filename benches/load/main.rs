@@ -30,7 +30,7 @@ use greeter::HelloRequest;
 use measure::{Load, Table, compare};
 use peers::Peer;
 use server::ServerProcess;
-use tonic_etcd::Policy;
+use tonic_etcd::{OutlierDetection, Policy, RetryPolicy};
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -77,11 +77,20 @@ async fn unary() {
     for callers in [1, 16, 256] {
         let load = Load::unary(callers, ping());
         let peers = [
-            Peer::stock(&addresses).await,
-            Peer::plain(&addresses[0]).await,
-            Peer::bare_hyper(&addresses).await,
-            Peer::bare_h2(&addresses).await,
-            Peer::balanced("BalancedChannel", &addresses, Policy::default(), 1).await,
+            Peer::stock(&addresses),
+            Peer::plain(&addresses[0]),
+            Peer::bare_hyper(&addresses),
+            Peer::bare_h2(&addresses),
+            Peer::balanced("BalancedChannel", &addresses),
+            Peer::balanced_with(
+                "BalancedChannel, ejection and retries on",
+                &addresses,
+                |builder| {
+                    builder
+                        .outlier_detection(OutlierDetection::new())
+                        .retry(RetryPolicy::new([tonic::Code::Unavailable]))
+                },
+            ),
         ];
         compare(
             &format!("L1: 4 endpoints, unary, {callers} callers"),
@@ -122,8 +131,8 @@ async fn streams() {
         ),
     ] {
         let peers = [
-            Peer::stock(&addresses).await,
-            Peer::balanced("BalancedChannel", &addresses, Policy::default(), 1).await,
+            Peer::stock(&addresses),
+            Peer::balanced("BalancedChannel", &addresses),
         ];
         compare(
             &format!("L1c: {title}, 4 callers"),
@@ -140,30 +149,14 @@ async fn one_endpoint() {
     let servers = ServerProcess::start_many(&[0]);
     let addresses = ServerProcess::addresses(&servers);
     let load = Load::unary(256, ping());
-    let peers = [
-        Peer::plain(&addresses[0]).await,
-        Peer::balanced(
-            "BalancedChannel, 1 connection",
+    let mut peers = vec![Peer::plain(&addresses[0])];
+    for connections in [1, 2, 4] {
+        peers.push(Peer::balanced_with(
+            &format!("BalancedChannel, {connections} connections"),
             &addresses,
-            Policy::default(),
-            1,
-        )
-        .await,
-        Peer::balanced(
-            "BalancedChannel, 2 connections",
-            &addresses,
-            Policy::default(),
-            2,
-        )
-        .await,
-        Peer::balanced(
-            "BalancedChannel, 4 connections",
-            &addresses,
-            Policy::default(),
-            4,
-        )
-        .await,
-    ];
+            move |builder| builder.connections_per_endpoint(connections),
+        ));
+    }
     compare(
         "L1d: one endpoint, unary, 256 callers",
         &load,
@@ -178,15 +171,11 @@ async fn unequal() {
     let servers = ServerProcess::start_many(&[1_000, 1_000, 1_000, 50_000]);
     let addresses = ServerProcess::addresses(&servers);
     let peers = [
-        Peer::stock(&addresses).await,
-        Peer::balanced("BalancedChannel, default", &addresses, Policy::default(), 1).await,
-        Peer::balanced(
-            "BalancedChannel, least request",
-            &addresses,
-            Policy::LeastRequest,
-            1,
-        )
-        .await,
+        Peer::stock(&addresses),
+        Peer::balanced("BalancedChannel, default", &addresses),
+        Peer::balanced_with("BalancedChannel, least request", &addresses, |builder| {
+            builder.policy(Policy::LeastRequest)
+        }),
     ];
     let load = Load::unary(32, ping()).warm_up(Duration::from_secs(1));
     compare(
@@ -201,15 +190,11 @@ async fn unequal() {
     let servers = ServerProcess::start_many(&[0; 4]);
     let addresses = ServerProcess::addresses(&servers);
     let peers = [
-        Peer::stock(&addresses).await,
-        Peer::balanced("BalancedChannel, default", &addresses, Policy::default(), 1).await,
-        Peer::balanced(
-            "BalancedChannel, least request",
-            &addresses,
-            Policy::LeastRequest,
-            1,
-        )
-        .await,
+        Peer::stock(&addresses),
+        Peer::balanced("BalancedChannel, default", &addresses),
+        Peer::balanced_with("BalancedChannel, least request", &addresses, |builder| {
+            builder.policy(Policy::LeastRequest)
+        }),
     ];
     let load = Load::mixed(32, 1_000, 100_000).warm_up(Duration::from_secs(1));
     compare("L2: 4 equal endpoints, 90 % of the calls take 1 ms and 10 % 100 ms, 32 callers (latency of the short ones)", &load, &peers, Table::Latencies).await;

@@ -12,8 +12,8 @@ use super::greeter::HelloRequest;
 use super::greeter::greeter_client::GreeterClient;
 use super::peers::{Peer, Target};
 
-const ROUNDS: usize = 7;
-const ROUND: Duration = Duration::from_millis(1_200);
+const ROUNDS: usize = 15;
+const ROUND: Duration = Duration::from_millis(800);
 
 #[derive(Clone)]
 pub struct Load {
