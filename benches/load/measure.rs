@@ -248,10 +248,11 @@ pub enum Table {
 /// Lets the peers take turns and prints the medians; the first peer is the measure of the others.
 pub async fn compare(title: &str, load: &Load, peers: &[Peer], table: Table) {
     let mut samples: Vec<Vec<Sample>> = peers.iter().map(|_| Vec::new()).collect();
-    for turn in 0..ROUNDS {
-        for step in 0..peers.len() {
-            // Each round begins with another peer.
-            let index = (turn + step) % peers.len();
+    let mut order: Vec<_> = (0..peers.len()).collect();
+    for _ in 0..ROUNDS {
+        // What comes before a peer is not to be the same each time: it leaves its mark on caches and on the scheduler.
+        fastrand::shuffle(&mut order);
+        for &index in &order {
             samples[index].push(peers[index].round(load.clone()).await);
         }
     }
