@@ -8,7 +8,7 @@ use http::uri::Authority;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::load::{Estimate, Load, Ticks};
+use super::load::{Estimate, Load, LoadHandle, Ticks};
 use super::outlier::Counts;
 use super::picker::Candidate;
 use crate::address::Address;
@@ -242,11 +242,9 @@ pub enum EndpointState {
 }
 
 /// One connection to an endpoint that is in the ready set, or was when a call took it.
-// In this order: a pick then finds all it needs of a member in one line of the cache, with the reference count.
 #[derive(Debug)]
-#[repr(C)]
 pub(crate) struct Member {
-    load: Load,
+    load: LoadHandle,
     connection: Connection,
     endpoint: Arc<Endpoint>,
     waiters: Arc<Waiters>,
@@ -258,7 +256,7 @@ impl Member {
     pub(super) fn new(
         connection: Connection,
         endpoint: Arc<Endpoint>,
-        load: Load,
+        load: LoadHandle,
         waiters: Arc<Waiters>,
         epoch: Instant,
     ) -> Self {
@@ -283,18 +281,42 @@ impl Member {
         &self.connection
     }
 
-    /// How many calls the peer takes at once.
-    pub(super) fn max_streams(&self) -> usize {
-        self.connection.max_streams()
+    /// Takes over how many calls the peer allows.
+    pub(super) fn follow_limit(&self) {
+        self.load.set_limit(self.connection.max_streams());
     }
 
     /// Whether every stream the peer allows is in use.
     pub(super) fn is_full(&self) -> bool {
-        self.load.in_flight() as usize >= self.connection.max_streams()
+        self.load.in_flight() as usize >= self.load.limit()
     }
 }
 
-impl Candidate for Arc<Member> {
+/// A member in a set that calls pick from, with its load at hand: of those that are not chosen a pick reads nothing else.
+#[derive(Clone, Debug)]
+pub(crate) struct Seat {
+    member: Arc<Member>,
+    load: LoadHandle,
+}
+
+impl Seat {
+    pub(super) fn new(member: &Arc<Member>) -> Self {
+        Self {
+            member: Arc::clone(member),
+            load: member.load.clone(),
+        }
+    }
+
+    pub(super) fn member(&self) -> &Arc<Member> {
+        &self.member
+    }
+
+    pub(super) fn load(&self) -> &Load {
+        &self.load
+    }
+}
+
+impl Candidate for Seat {
     fn latency(&self) -> f32 {
         self.load.latency()
     }
@@ -304,7 +326,7 @@ impl Candidate for Arc<Member> {
     }
 
     fn acquire(&self) -> bool {
-        self.load.acquire(self.connection.max_streams())
+        self.load.acquire()
     }
 }
 

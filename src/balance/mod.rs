@@ -31,6 +31,7 @@ mod pool;
 mod subchannel;
 mod zone;
 
+use endpoint::Seat;
 pub(crate) use endpoint::{Blame, Endpoint, Member, Ticket, Waiters};
 pub use endpoint::{EndpointState, EndpointStatus};
 pub(crate) use feed::Feed;
@@ -161,8 +162,9 @@ impl Shared {
     /// endpoint.
     pub(crate) fn pick(&self, usable: impl Fn(&Arc<Member>) -> bool) -> Pick<Ticket> {
         let published = self.published.load();
+        let usable = |seat: &Seat| usable(seat.member());
         match self.picker.pick(&published.ready, usable) {
-            Pick::Taken(member) => Pick::Taken(Ticket::taken(member)),
+            Pick::Taken(seat) => Pick::Taken(Ticket::taken(seat.member())),
             Pick::Full => Pick::Full,
             Pick::Excluded => Pick::Excluded,
             Pick::Empty => Pick::Empty,
@@ -223,7 +225,7 @@ impl Shared {
 /// One state of the set of endpoints.
 #[derive(Debug, Default)]
 struct Published {
-    ready: ReadySet<Arc<Member>>,
+    ready: ReadySet<Seat>,
     summary: Summary,
 }
 

@@ -179,11 +179,19 @@ fn load<M: Candidate>(slot: &Slot<M>, set: &ReadySet<M>) -> f32 {
     if set.is_uniform() {
         return in_flight + 1.0;
     }
-    #[expect(clippy::cast_precision_loss, reason = "a weight needs no more digits")]
-    let weight = slot.weight as f32;
     // Idle places cost the same, so that the draw alone decides, which is by weight already; the busier they are the more it is their
     // share that counts. Dividing the sum by the weight would give all calls of an idle channel to the heaviest.
-    in_flight * set.mean_weight() / weight + 1.0
+    in_flight * relative(set.mean_weight(), slot.weight) + 1.0
+}
+
+/// How much more than its weight says a place would count for if all weights were the mean.
+// Never inlined: the compiler would divide whether there are weights or not, for both places at once in a vector whose other half is
+// whatever was there. That alone is half of a pick (105 ns in place of 57).
+#[inline(never)]
+fn relative(mean: f32, weight: u32) -> f32 {
+    #[expect(clippy::cast_precision_loss, reason = "a weight needs no more digits")]
+    let weight = weight as f32;
+    mean / weight
 }
 
 /// Whether the left one is the worse choice. Latencies that differ by less than noise are one: else a channel with one caller would use

@@ -214,6 +214,8 @@ pub(crate) enum Report {
     Stalled,
     /// The peer has answered after all.
     Recovered,
+    /// The peer takes more calls at once, or fewer.
+    Streams,
     /// The connection takes no more streams. Nothing comes after this.
     Left(Leave),
 }
@@ -304,7 +306,10 @@ where
         }
         if let Some(probe) = &mut this.probe {
             let limit = for_calls(probe.current_max_send_streams(), this.reserved);
-            this.limit.store(limit, Ordering::Relaxed);
+            if this.limit.load(Ordering::Relaxed) != limit {
+                this.limit.store(limit, Ordering::Relaxed);
+                (this.on_report)(Report::Streams);
+            }
             if let Poll::Ready(Err(error)) = probe.poll_ready(cx) {
                 this.probe = None;
                 this.leave(Leave::Failed(error));

@@ -9,7 +9,6 @@ use tokio::time::Instant;
 use super::{DialId, Driver, Report, State, SubchannelId};
 use crate::address::Address;
 use crate::balance::endpoint::Member;
-use crate::balance::load::Load;
 use crate::balance::subchannel::{Connecting, Lost, Subchannel};
 use crate::balance::{EndpointError, OnRefused};
 use crate::transport::connect::DialError;
@@ -108,13 +107,15 @@ impl Driver {
             return;
         };
         let round_trip = connection.round_trip();
+        let load = self.loads.begin(known.endpoint.estimate(), self.median);
         let member = Arc::new(Member::new(
             connection,
             Arc::clone(&known.endpoint),
-            Load::new(known.endpoint.estimate(), self.median),
+            load,
             Arc::clone(&self.shared.waiters),
             self.shared.started,
         ));
+        member.follow_limit();
         known.endpoint.add_connection(&member);
         let missing = self
             .options

@@ -6,6 +6,7 @@ use tokio::time::Instant;
 
 use super::{DialId, Driver, Report, State, SubchannelId};
 use crate::address::Address;
+use crate::balance::endpoint::Seat;
 use crate::balance::health::Health;
 use crate::balance::outlier;
 use crate::balance::subchannel::{ConnectBackoff, Idle, Ready, Subchannel};
@@ -16,8 +17,19 @@ impl Driver {
         match report {
             Report::Connection(http2::Report::Stalled) => self.on_stalled(dial_id, true),
             Report::Connection(http2::Report::Recovered) => self.on_stalled(dial_id, false),
+            Report::Connection(http2::Report::Streams) => self.on_streams(dial_id),
             Report::Connection(http2::Report::Left(leave)) => self.on_left(dial_id, &leave),
             Report::Health(health) => self.on_health(dial_id, health),
+        }
+    }
+
+    /// The peer has changed its mind on how many calls it takes.
+    fn on_streams(&mut self, dial_id: DialId) {
+        let id = self.connected.get(&dial_id);
+        if let Some((_, State::Ready(subchannel))) = id.and_then(|id| self.subchannels.get(id)) {
+            subchannel.member().follow_limit();
+            // Whoever waits for a stream may find one now.
+            self.publish_soon();
         }
     }
 
@@ -63,7 +75,7 @@ impl Driver {
         };
         let moved = there.remove(&id);
         if !here.contains(&id) {
-            here.insert(id, Arc::clone(subchannel.member()), weight);
+            here.insert(id, Seat::new(subchannel.member()), weight);
         } else if !here.reweigh(&id, weight) {
             return;
         }

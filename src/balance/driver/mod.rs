@@ -11,9 +11,10 @@ use tokio::time::Instant;
 use tokio_stream::Stream;
 use tower::discover::Change;
 
-use super::endpoint::{Endpoint, Member, Tally};
+use super::endpoint::{Endpoint, Seat, Tally};
 use super::feed::Feed;
 use super::health::Health;
+use super::load::Loads;
 use super::outlier::Ejection;
 use super::pool::Roster;
 use super::subchannel::{Connecting, Draining, Idle, Ready, Subchannel, TransientFailure};
@@ -104,8 +105,9 @@ pub(super) struct Driver {
     /// Connections that were lost before we heard that they were made.
     lost_early: HashSet<DialId>,
 
-    primary: Roster<SubchannelId, Arc<Member>>,
-    last_resort: Roster<SubchannelId, Arc<Member>>,
+    primary: Roster<SubchannelId, Seat>,
+    last_resort: Roster<SubchannelId, Seat>,
+    loads: Loads,
     summary: Summary,
     pending: usize,
     /// Endpoints that are ready and not published yet.
@@ -154,6 +156,7 @@ impl Driver {
             lost_early: HashSet::new(),
             primary: Roster::default(),
             last_resort: Roster::default(),
+            loads: Loads::new(),
             summary: Summary::default(),
             pending: 0,
             joined: Vec::new(),

@@ -18,8 +18,8 @@ impl Driver {
         self.shrink(now);
         self.median = self.find_median();
         let now = Ticks::at(now, self.shared.started);
-        for member in self.primary.members().chain(self.last_resort.members()) {
-            member.load().refresh(self.median, now);
+        for seat in self.primary.members().chain(self.last_resort.members()) {
+            seat.load().refresh(self.median, now);
         }
         self.draining.retain(|(endpoint, subchannel)| {
             let drained = subchannel.is_drained();
@@ -34,7 +34,7 @@ impl Driver {
         let estimates = self
             .primary
             .members()
-            .filter_map(|member| member.load().estimate());
+            .filter_map(|seat| seat.load().estimate());
         let mut latencies: Vec<_> = estimates.map(|estimate| estimate.mean()).collect();
         median(&mut latencies)
     }

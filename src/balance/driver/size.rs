@@ -63,7 +63,7 @@ impl Driver {
         let (mut in_flight, mut room) = (0_usize, Vec::new());
         for member in members {
             in_flight += member.load().in_flight() as usize;
-            room.push(member.max_streams());
+            room.push(member.load().limit());
         }
         room.pop();
         let room = room.into_iter().fold(0, usize::saturating_add);

@@ -1,5 +1,9 @@
 //! Restarts, kills, refusals: what is replayed and what is not, and that no call runs twice.
 
+use std::io;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+
 use super::*;
 
 /// A server that counts the calls it has processed.
@@ -436,4 +440,65 @@ async fn pings_on_an_idle_connection_keep_it() {
     tokio::time::sleep(Duration::from_millis(150)).await;
     say(&channel).await.expect("an answer");
     assert_eq!(channel.endpoints()[0].last_error, None);
+}
+
+/// Speaks as much HTTP/2 as it takes to count calls. With `fewer`, the first call is told that there may be two at once.
+async fn count_calls(mut io: DuplexStream, fewer: bool, calls: Arc<AtomicUsize>) -> io::Result<()> {
+    let mut preface = [0; 24];
+    io.read_exact(&mut preface).await?;
+    // SETTINGS, and the acknowledgement of the client's.
+    io.write_all(b"\0\0\0\x04\0\0\0\0\0\0\0\0\x04\x01\0\0\0\0")
+        .await?;
+    loop {
+        let mut head = [0; 9];
+        io.read_exact(&mut head).await?;
+        let mut payload = vec![0; usize::from(head[1]) << 8 | usize::from(head[2])];
+        io.read_exact(&mut payload).await?;
+        match (head[3], head[4]) {
+            (6, 0) => {
+                let pong = [b"\0\0\x08\x06\x01\0\0\0\0", &payload[..]].concat();
+                io.write_all(&pong).await?;
+            }
+            (1, _) if calls.fetch_add(1, Ordering::SeqCst) == 0 && fewer => {
+                // SETTINGS with MAX_CONCURRENT_STREAMS of 2.
+                io.write_all(b"\0\0\x06\x04\0\0\0\0\0\0\x03\0\0\0\x02")
+                    .await?;
+            }
+            _ => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_allows_fewer_streams_than_before_is_sent_no_more() {
+    let calls = [Arc::<AtomicUsize>::default(), Arc::default()];
+    let count = |connection: usize| calls[connection].load(Ordering::SeqCst);
+    let connections = AtomicUsize::new(0);
+    let counted = calls.clone();
+    let channel = BalancedChannel::builder()
+        .connector(move |_| {
+            let connection = connections.fetch_add(1, Ordering::SeqCst);
+            let (near, far) = tokio::io::duplex(1 << 16);
+            let calls = Arc::clone(&counted[connection]);
+            tokio::spawn(count_calls(far, connection == 0, calls));
+            std::future::ready(Ok(near))
+        })
+        .from_addresses(["fake:1"]);
+    let mut callers = JoinSet::new();
+    let mut call = || {
+        let channel = channel.clone();
+        callers.spawn(async move { say(&channel).await });
+    };
+    ready(&channel, 1).await;
+    // The new limit is published like a new set, so that whoever waits for a stream looks again.
+    let limited = channel.0.shared().changed().notified();
+    tokio::pin!(limited);
+    limited.as_mut().enable();
+    call();
+    in_time("the new limit", limited).await;
+    for _ in 0..9 {
+        call();
+    }
+    until("all calls are there", || count(0) + count(1) == 10).await;
+    assert_eq!(count(0), 2, "as many as it allows");
 }
