@@ -24,7 +24,7 @@ pub struct Failed {
     pub status: Status,
 }
 
-/// Callers that never pause, but for a moment after a failure: what fails at once never yields.
+/// Callers that never pause, but for a moment after a failure: what fails at once would fail a million times.
 pub struct Callers {
     stop: watch::Sender<bool>,
     calls: Arc<AtomicU64>,

@@ -41,7 +41,11 @@ pub(super) async fn wait(
             Pick::Empty => Verdict::without_ready(core, &summary, wait_for_ready),
         };
         let until = match verdict {
-            Verdict::Fail(why) => return Err(tried.take_status(core, &summary, why)),
+            Verdict::Fail(why) => {
+                // Or a caller that tries again and again would let nobody else run, the driver included whose connection it waits for.
+                tokio::task::coop::consume_budget().await;
+                return Err(tried.take_status(core, &summary, why));
+            }
             Verdict::Wait(until) => until,
         };
         if place.is_none() {

@@ -601,6 +601,25 @@ async fn one_stream_at_a_time_serves_a_hundred_callers() {
 }
 
 #[tokio::test]
+async fn a_caller_that_tries_again_at_once_lets_others_run() {
+    let channel = BalancedChannel::builder().from_addresses([refusing()]);
+    until("the endpoint has failed", || {
+        let known = channel.endpoints();
+        known
+            .iter()
+            .any(|one| one.state == EndpointState::TransientFailure)
+    })
+    .await;
+    let turn = tokio::spawn(async {});
+    let mut calls = 0;
+    while !turn.is_finished() {
+        say(&channel).await.expect_err("nobody is there");
+        calls += 1;
+        assert!(calls < 10_000, "the other task has no turn");
+    }
+}
+
+#[tokio::test]
 async fn too_many_waiting_calls_are_refused() {
     let channel = BalancedChannel::builder()
         .wait_for_ready(true)
