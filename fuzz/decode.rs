@@ -2,33 +2,6 @@
 
 use tonic_etcd::{AddressPolicy, Format};
 
-/// Every format that reads.
-#[allow(dead_code, reason = "a fuzz target is for one format")]
-pub const FORMATS: [Format; 13] = [
-    Format::EtcdNaming,
-    Format::Plain,
-    Format::Url,
-    Format::GoZero,
-    Format::Kratos,
-    Format::Kitex,
-    Format::GoMicro,
-    Format::Rpcx,
-    Format::DubboInterface,
-    Format::DubboApplication,
-    Format::GoFrame,
-    Format::AddressInKey,
-    Format::Mixed,
-];
-
-/// Takes the bytes apart: up to the first newline the key, then the value.
-#[allow(dead_code, reason = "the seeded run makes keys and values by itself")]
-pub fn check_bytes(format: Format, bytes: &[u8]) {
-    let end = bytes.iter().position(|byte| *byte == b'\n');
-    let (key, value) = bytes.split_at(end.unwrap_or(0));
-    let value = value.strip_prefix(b"\n").unwrap_or(value);
-    check(format, &String::from_utf8_lossy(key), value);
-}
-
 /// Reading never panics, never gives an address that the policy forbids, never repeats the value in an error; and what was read can be
 /// written to the same key, and is the same when it is read again.
 pub fn check(format: Format, key: &str, value: &[u8]) {

@@ -19,13 +19,30 @@ use std::fmt::Write;
 use std::fs;
 use std::time::Duration;
 
-use decode::{FORMATS, check};
+use decode::check;
 use proptest::prelude::*;
 use support::{client, etcd, eventually, knows, list};
 use tokio::time::Instant;
 use tonic_etcd::{
     AddressPolicy, BalancedChannel, Format, FormatError, Instance, InstanceFormat, Registry,
 };
+
+/// Every format that reads.
+const FORMATS: [Format; 13] = [
+    Format::EtcdNaming,
+    Format::Plain,
+    Format::Url,
+    Format::GoZero,
+    Format::Kratos,
+    Format::Kitex,
+    Format::GoMicro,
+    Format::Rpcx,
+    Format::DubboInterface,
+    Format::DubboApplication,
+    Format::GoFrame,
+    Format::AddressInKey,
+    Format::Mixed,
+];
 
 /// A key and its value from a golden file, and what is to be read of them.
 struct Golden {

@@ -1,9 +1,9 @@
 //! A key, a newline, and a value, read as the format `GoMicro` has them.
 #![no_main]
 
-#[path = "../decode.rs"]
-mod decode;
+#[path = "../input.rs"]
+mod input;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    decode::check_bytes(tonic_etcd::Format::GoMicro, bytes);
+    input::check_bytes(tonic_etcd::Format::GoMicro, bytes);
 });
