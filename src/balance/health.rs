@@ -25,8 +25,10 @@ pub(super) enum Health {
 #[derive(Debug)]
 pub(super) struct HealthWatch {
     backoff: ConnectBackoff,
-    /// Whether there was an answer since the last failure.
-    heard: bool,
+    /// The last answer of this watch.
+    heard: Option<Health>,
+    /// Whether a watch that was short has been begun again at once already.
+    hasty: bool,
 }
 
 /// What follows the end of a watch.
@@ -44,29 +46,45 @@ impl HealthWatch {
     pub(super) fn new(max_backoff: Duration) -> Self {
         Self {
             backoff: ConnectBackoff::new(max_backoff),
-            heard: false,
+            heard: None,
+            hasty: false,
         }
     }
 
-    pub(super) fn on_status(&mut self, status: ServingStatus) -> Health {
-        self.heard = true;
-        self.backoff.reset();
-        match status {
+    /// Says how it is now, if that is news.
+    pub(super) fn on_status(&mut self, status: ServingStatus) -> Option<Health> {
+        let health = match status {
             // A server that has never heard of the service has said nothing against itself.
             ServingStatus::Serving | ServingStatus::ServiceUnknown => Health::Serving,
             ServingStatus::NotServing => not_serving("NOT_SERVING"),
             ServingStatus::Unknown => not_serving("UNKNOWN"),
-        }
+        };
+        let before = self.heard.replace(health.clone());
+        (before.as_ref() != Some(&health)).then_some(health)
     }
 
-    /// The server has ended the watch, or the watch did not come about.
-    pub(super) fn on_end(&mut self, why: &Status, rng: &mut fastrand::Rng) -> End {
+    /// The server has ended the watch, which has `lasted` for some time, or it did not come about.
+    pub(super) fn on_end(
+        &mut self,
+        why: &Status,
+        lasted: Duration,
+        rng: &mut fastrand::Rng,
+    ) -> End {
         if why.code() == Code::Unimplemented {
             return End::Never(Health::Serving);
         }
-        // Proxies bound how long a call may last. That says nothing of the server.
-        if std::mem::take(&mut self.heard) {
-            return End::Again;
+        // Proxies bound how long a call may last. That says nothing of the server; but one that answers each watch and ends it is not to be
+        // asked in a loop.
+        if let Some(health) = self.heard.take() {
+            if lasted >= self.backoff.step() {
+                self.backoff.reset();
+                self.hasty = false;
+                return End::Again;
+            }
+            if !std::mem::replace(&mut self.hasty, true) {
+                return End::Again;
+            }
+            return End::After(health, self.backoff.next(rng));
         }
         let health = match why.code() {
             // So tonic-health says that it does not know the service.
@@ -91,45 +109,46 @@ mod tests {
     }
 
     #[test]
-    fn only_a_server_that_says_so_is_not_used() {
+    fn only_a_server_that_says_so_is_not_used_and_only_news_are_told() {
         let (mut watch, _) = watch();
         for (status, serves) in [
-            (ServingStatus::Serving, true),
-            (ServingStatus::ServiceUnknown, true),
-            (ServingStatus::NotServing, false),
-            (ServingStatus::Unknown, false),
+            (ServingStatus::NotServing, Some(false)),
+            (ServingStatus::NotServing, None),
+            (ServingStatus::Serving, Some(true)),
+            (ServingStatus::ServiceUnknown, None),
+            (ServingStatus::Unknown, Some(false)),
         ] {
-            assert_eq!(watch.on_status(status) == Health::Serving, serves);
+            let health = watch.on_status(status);
+            assert_eq!(health.map(|health| health == Health::Serving), serves);
         }
     }
 
     #[test]
     fn a_server_without_the_health_service_is_never_asked_again() {
         let (mut watch, mut rng) = watch();
-        let end = watch.on_end(&Status::unimplemented("no such service"), &mut rng);
+        let why = Status::unimplemented("no such service");
+        let end = watch.on_end(&why, Duration::ZERO, &mut rng);
         assert_eq!(end, End::Never(Health::Serving));
     }
 
     #[test]
     fn a_server_that_does_not_know_the_service_is_used_and_asked_again() {
         let (mut watch, mut rng) = watch();
-        let end = watch.on_end(&Status::not_found("service not registered"), &mut rng);
-        let End::After(health, wait) = end else {
-            unreachable!("{end:?}");
+        let why = Status::not_found("service not registered");
+        let End::After(health, wait) = watch.on_end(&why, Duration::ZERO, &mut rng) else {
+            unreachable!("it may know it later");
         };
         assert_eq!(health, Health::Serving);
         assert!(wait > Duration::from_millis(700));
     }
 
     #[test]
-    fn a_watch_that_ends_is_renewed_at_once_and_one_that_never_answers_less_and_less_often() {
+    fn who_never_answers_is_asked_less_and_less_often() {
         let (mut watch, mut rng) = watch();
         let ended = Status::unavailable("the stream ended");
-        watch.on_status(ServingStatus::Serving);
-        assert_eq!(watch.on_end(&ended, &mut rng), End::Again);
         let mut last = Duration::ZERO;
         for _ in 0..5 {
-            let end = watch.on_end(&ended, &mut rng);
+            let end = watch.on_end(&ended, Duration::ZERO, &mut rng);
             let End::After(Health::NotServing(why), wait) = end else {
                 unreachable!("{end:?}");
             };
@@ -137,9 +156,26 @@ mod tests {
             assert!(wait > last, "{wait:?} after {last:?}");
             last = wait;
         }
-        watch.on_status(ServingStatus::NotServing);
-        assert_eq!(watch.on_end(&ended, &mut rng), End::Again);
-        let end = watch.on_end(&ended, &mut rng);
-        assert!(matches!(end, End::After(_, wait) if wait < Duration::from_secs(2)));
+    }
+
+    #[test]
+    fn a_watch_that_ends_is_begun_again_at_once_but_not_in_a_loop() {
+        let (mut watch, mut rng) = watch();
+        let ended = Status::unavailable("the stream ended");
+        let mut end_after = |lasted: u64| {
+            watch.on_status(ServingStatus::Serving);
+            watch.on_end(&ended, Duration::from_secs(lasted), &mut rng)
+        };
+        for _ in 0..5 {
+            assert_eq!(end_after(300), End::Again);
+        }
+        assert_eq!(end_after(0), End::Again);
+        for _ in 0..5 {
+            let end = end_after(0);
+            let stands = matches!(end, End::After(Health::Serving, wait) if wait > Duration::from_millis(700));
+            assert!(stands, "{end:?}");
+        }
+        assert_eq!(end_after(300), End::Again);
+        assert_eq!(end_after(0), End::Again, "it has made up for it");
     }
 }

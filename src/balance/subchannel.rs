@@ -257,7 +257,7 @@ impl ConnectBackoff {
     }
 
     /// The wait to come, without its jitter.
-    fn step(&self) -> Duration {
+    pub(super) fn step(&self) -> Duration {
         self.step
     }
 

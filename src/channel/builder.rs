@@ -81,7 +81,7 @@ impl<S> ChannelBuilder<S> {
     /// An endpoint is used once it has answered; within [`connect_timeout`](Self::connect_timeout) it has to. Calls that it is at work on
     /// when it says `NOT_SERVING` go on. An endpoint that has no health service counts as healthy, and, unlike in the gRFC, so does
     /// one whose health service does not know the name. Any other error counts as not healthy, and is followed by another try after a wait
-    /// as for a connection. A watch that ends is begun again at once; until that has an answer the last one stands. Where all endpoints say that they do not
+    /// as for a connection. A watch that ends is begun again, at once unless it was short; until that has an answer the last one stands. Where all endpoints say that they do not
     /// serve, calls fail with `UNAVAILABLE`.
     ///
     /// It takes one stream of each connection; an endpoint that allows no more than one is not asked.

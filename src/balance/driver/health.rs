@@ -75,8 +75,10 @@ async fn run(
     report: impl Fn(Health) + Send,
 ) {
     loop {
+        let began = Instant::now();
         let ended = follow(&check, &member, &mut watch, patience, &report).await;
-        match watch.on_end(&ended, &mut rng) {
+        let lasted = Instant::now().saturating_duration_since(began);
+        match watch.on_end(&ended, lasted, &mut rng) {
             End::Again => {}
             End::After(health, wait) => {
                 report(health);
@@ -114,7 +116,9 @@ async fn follow(
         Err(_) => return Status::deadline_exceeded(format!("no answer within {patience:?}")),
     };
     while let Some(said) = status {
-        report(watch.on_status(said));
+        if let Some(health) = watch.on_status(said) {
+            report(health);
+        }
         status = match statuses.next().await {
             Ok(status) => status,
             Err(status) => return status,
