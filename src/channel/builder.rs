@@ -12,11 +12,10 @@ use tokio_stream::Stream;
 use tower::discover::Change;
 
 use super::retry::Plans;
-use super::{BalancedChannel, ChannelError, Core};
+use super::{BalancedChannel, Core};
 use crate::address::{Address, AddressPolicy};
-use crate::balance::{Balancer, Feed, OnRefused, Options, OutlierDetection, Policy};
+use crate::balance::{Balancer, Feed, Options, OutlierDetection, Policy};
 use crate::instance::Instance;
-use crate::resolver::{Resolver, ResolverBuilder, ResolverState};
 use crate::transport::connect::Connector;
 use crate::transport::deadline;
 use crate::transport::health::HealthCheck;
@@ -25,14 +24,14 @@ use crate::transport::pings::KeepAlive;
 use crate::transport::tls::{Tls, TlsConfig};
 
 /// A [`BalancedChannel`] with options; made by [`Registry::channel`](crate::Registry::channel), where `S` is the service's
-/// [`ResolverBuilder`], or by [`BalancedChannel::builder`].
+/// [`ResolverBuilder`](crate::ResolverBuilder), or by [`BalancedChannel::builder`].
 #[derive(Debug)]
 #[must_use = "there is no channel before it is connected or given endpoints"]
 pub struct ChannelBuilder<S = ()> {
-    source: S,
-    service: Option<String>,
-    options: Options,
-    connector: Connector,
+    pub(super) source: S,
+    pub(super) service: Option<String>,
+    pub(super) options: Options,
+    pub(super) connector: Connector,
     user_agent: Option<HeaderValue>,
     origin: Option<Uri>,
     timeout: Option<Duration>,
@@ -251,7 +250,7 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    fn build<C, E>(
+    pub(super) fn build<C, E>(
         self,
         changes: Feed<C>,
         trouble: Option<Box<dyn Fn() -> Option<String> + Send + Sync>>,
@@ -302,93 +301,10 @@ impl<S> ChannelBuilder<S> {
             trouble,
         }))
     }
-
-    fn resolved(self, resolver: Resolver) -> BalancedChannel {
-        let mut statuses = resolver.statuses();
-        let watched = statuses.clone();
-        let known = async move {
-            // It fails when the resolver is gone, and then nothing will be known any more.
-            let known = statuses.wait_for(|status| status.state != ResolverState::Unknown);
-            if known.await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        };
-        let trouble = move || {
-            let status = watched.borrow();
-            let error = status.last_error.as_ref()?;
-            Some(format!("registry: {error}"))
-        };
-        let named = self
-            .service
-            .is_none()
-            .then(|| resolver.service().to_owned());
-        let feedback = resolver.feedback();
-        let mut this = Self {
-            service: self.service.or(named),
-            ..self
-        };
-        this.options.on_refused = Some(OnRefused(Arc::new(move |address| {
-            feedback.refused(address);
-        })));
-        this.build(Feed::known_after(resolver, known), Some(Box::new(trouble)))
-    }
-}
-
-impl ChannelBuilder<ResolverBuilder> {
-    /// Changes how the service is looked for.
-    ///
-    /// ```no_run
-    /// # fn run(registry: tonic_etcd::Registry) {
-    /// use tonic_etcd::Format;
-    ///
-    /// let channel = registry
-    ///     .channel("helloworld.Greeter")
-    ///     .resolver(|resolver| resolver.format(Format::Plain))
-    ///     .connect_lazy();
-    /// # }
-    /// ```
-    pub fn resolver(mut self, configure: impl FnOnce(ResolverBuilder) -> ResolverBuilder) -> Self {
-        self.source = configure(self.source);
-        self
-    }
-
-    /// Makes the channel, and waits until its first endpoint is ready.
-    ///
-    /// # Errors
-    ///
-    /// If there is none: nothing is registered, no endpoint can be reached, or etcd has not answered within the start-up bound. With
-    /// [`wait_for_ready`](Self::wait_for_ready) it waits for that bound in the first two cases as well.
-    ///
-    /// # Cancel safety
-    ///
-    /// Dropping the future closes what it has opened.
-    ///
-    /// # Panics
-    ///
-    /// Outside a tokio runtime.
-    pub async fn connect(self) -> Result<BalancedChannel, ChannelError> {
-        let channel = self.connect_lazy();
-        channel.ready().await?;
-        Ok(channel)
-    }
-
-    /// Makes the channel, and does not wait. Connections are made at once all the same; calls wait for the first.
-    ///
-    /// # Panics
-    ///
-    /// Outside a tokio runtime.
-    #[must_use]
-    pub fn connect_lazy(self) -> BalancedChannel {
-        let resolver = self.source.clone().start();
-        let mut this = self;
-        // What a name resolves to is judged like the names themselves.
-        this.connector.policy = this.source.policy().clone();
-        this.resolved(resolver)
-    }
 }
 
 impl ChannelBuilder {
-    /// Takes the endpoints from a stream of changes, of a [`Resolver`] or of any other source. What it says first makes the set known; an
+    /// Takes the endpoints from a stream of changes, of a [`Resolver`](crate::Resolver) or of any other source. What it says first makes the set known; an
     /// error changes nothing but the log; at its end the set stays as it is.
     ///
     /// # Panics
@@ -401,17 +317,6 @@ impl ChannelBuilder {
         E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
     {
         self.build(Feed::new(discover), None)
-    }
-
-    /// Takes the endpoints from a resolver. Other than with [`from_discover`](Self::from_discover) the channel knows when a first list has
-    /// come, also an empty one, and its errors say what ails etcd.
-    ///
-    /// # Panics
-    ///
-    /// Outside a tokio runtime.
-    #[must_use]
-    pub fn from_resolver(self, resolver: Resolver) -> BalancedChannel {
-        self.resolved(resolver)
     }
 
     /// Takes fixed endpoints, each `host:port` or `unix:/path`. What is not an address is left out, and named by the error of a call that finds no other.
@@ -444,12 +349,6 @@ impl ChannelBuilder {
         let refused = (!refused.is_empty()).then(|| refused.join("; "));
         let trouble = Box::new(move || refused.clone());
         self.build(Feed::new(tokio_stream::iter(inserts)), Some(trouble))
-    }
-}
-
-impl ChannelBuilder<ResolverBuilder> {
-    pub(crate) fn over(resolver: ResolverBuilder) -> Self {
-        Self::new(resolver)
     }
 }
 

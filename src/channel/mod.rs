@@ -22,6 +22,7 @@ mod call;
 mod error;
 mod extension;
 mod headers;
+mod resolved;
 mod retry;
 mod status;
 mod stock;
