@@ -286,6 +286,16 @@ impl Member {
         self.load.set_limit(self.connection.max_streams());
     }
 
+    /// Notes a failure that only the caller can tell, of a call or a stream. With a time since when the peer was to answer, a PING will tell
+    /// whether it is there at all.
+    pub(crate) fn on_complaint(&self, now: Instant, silent_since: Option<Instant>) {
+        self.load
+            .on_failure(Duration::ZERO, Ticks::at(now, self.epoch));
+        if let Some(then) = silent_since {
+            self.connection.suspect(then);
+        }
+    }
+
     /// Whether every stream the peer allows is in use.
     pub(super) fn is_full(&self) -> bool {
         self.load.in_flight() as usize >= self.load.limit()

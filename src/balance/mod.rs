@@ -57,6 +57,8 @@ pub(crate) struct Options {
     /// How long a new endpoint takes to its full share.
     pub(crate) slow_start: Option<Duration>,
     pub(crate) on_refused: Option<OnRefused>,
+    /// Whether a connection whose peer has stopped answering is left for a new one, in place of waiting for it to answer again.
+    pub(crate) redial_stalled: bool,
     /// The zone whose endpoints are preferred.
     pub(crate) zone: Option<Box<str>>,
 }
@@ -83,6 +85,7 @@ impl Default for Options {
             health_check: None,
             slow_start: None,
             on_refused: None,
+            redial_stalled: false,
             zone: None,
         }
     }
@@ -135,8 +138,10 @@ pub(crate) struct Shared {
     published: ArcSwap<Published>,
     /// Tells those that wait for a connection of every new set.
     changed: Notify,
-    /// Tells the driver that a call found every connection full.
+    /// Tells the driver that a call found every connection full, or has given one up.
     demand: Notify,
+    /// Connections that calls have given up and the driver has not taken out of the set yet.
+    given_up: Mutex<Vec<Arc<Member>>>,
     waiters: Arc<Waiters>,
     picker: Picker,
     directory: Mutex<HashMap<Address, Arc<Endpoint>>>,
@@ -149,6 +154,7 @@ impl Shared {
             published: ArcSwap::from_pointee(Published::default()),
             changed: Notify::new(),
             demand: Notify::new(),
+            given_up: Mutex::new(Vec::new()),
             waiters: Arc::new(Waiters::new(options.max_waiters)),
             picker: Picker::new(options.policy, options.seed),
             directory: Mutex::new(HashMap::new()),
@@ -187,6 +193,22 @@ impl Shared {
     /// Asks the driver for more connections to endpoints whose streams are all in use.
     pub(crate) fn demand(&self) {
         self.demand.notify_one();
+    }
+
+    /// Leaves a connection to the calls that are on it, for a new one to the same endpoint. Whoever asks for [`given_up`](Self::given_up)
+    /// from now on is kept from it, though the driver takes it out of the set a little later.
+    pub(crate) fn give_up(&self, member: &Arc<Member>) {
+        self.lock_given_up().push(Arc::clone(member));
+        self.demand.notify_one();
+    }
+
+    /// The connections that are to be left and may be picked all the same.
+    pub(crate) fn given_up(&self) -> Vec<Arc<Member>> {
+        self.lock_given_up().clone()
+    }
+
+    fn lock_given_up(&self) -> MutexGuard<'_, Vec<Arc<Member>>> {
+        self.given_up.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// When the channel was made.

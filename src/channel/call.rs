@@ -17,7 +17,7 @@ use super::body::{ResponseBody, code};
 use super::extension::{ServedBy, WaitForReady};
 use super::headers::{self, Headers};
 use super::retry::{self, Tried};
-use super::{Core, status};
+use super::{Core, Route, status};
 use crate::balance::{Pick, Ticket};
 use crate::transport::deadline::{self, Deadline, GRPC_TIMEOUT};
 use crate::transport::http2::OpenError;
@@ -142,6 +142,32 @@ impl ResponseFuture {
             deadline,
             timer: None,
         }
+    }
+}
+
+impl ResponseFuture {
+    /// A call that has a route leaves the usual way at once.
+    pub(super) fn by(core: Arc<Core>, request: Request<Body>, route: Route) -> Self {
+        let mut this = Self::new(core, request);
+        let state = std::mem::replace(&mut this.state, State::Done);
+        if let (State::New(body), Some(core), Some(call)) =
+            (state, this.core.take(), this.call.take())
+        {
+            let tried = Tried::by(route, core.shared().given_up());
+            let deadline = this.deadline;
+            let shared = Arc::clone(&core);
+            let retrying = async move {
+                let mut body = Some(body);
+                // It is asked once, and never waits: a body that is not there yet is pumped.
+                let gathered = std::future::poll_fn(|cx| {
+                    Poll::Ready(Outgoing::gather(body.take().unwrap_or_default(), cx))
+                });
+                let body = gathered.await?;
+                retry::run(shared, call, body, tried, deadline).await
+            };
+            this.state = State::Retry(core, Box::pin(retrying));
+        }
+        this
     }
 }
 

@@ -24,6 +24,7 @@ mod extension;
 mod headers;
 mod resolved;
 mod retry;
+mod route;
 mod status;
 mod stock;
 mod target;
@@ -35,6 +36,7 @@ pub use error::ChannelError;
 pub use extension::{ServedBy, WaitForReady};
 pub use retry::{HedgingPolicy, RetryBudget, RetryPolicy};
 
+pub(crate) use route::Route;
 pub(crate) use target::{Place, Target};
 
 use call::{Call, Kept};

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::{DialId, Driver, Report, State, SubchannelId};
 use crate::address::Address;
-use crate::balance::endpoint::Seat;
+use crate::balance::endpoint::{Member, Seat};
 use crate::balance::health::Health;
 use crate::balance::outlier;
 use crate::balance::subchannel::{ConnectBackoff, Idle, Ready, Subchannel};
@@ -46,6 +46,9 @@ impl Driver {
         if stalled {
             tracing::warn!(%address, "endpoint does not answer: no calls until it does");
             self.note(&address, "does not answer any more".into());
+            if self.options.redial_stalled {
+                return self.leave(id);
+            }
         } else {
             subchannel.member().load().forget(median);
             tracing::info!(%address, "endpoint answers again");
@@ -87,6 +90,46 @@ impl Driver {
         }
     }
 
+    /// Leaves what calls have given up.
+    pub(super) fn give_up(&mut self) {
+        let given_up = self.shared.given_up();
+        if given_up.is_empty() {
+            return;
+        }
+        let ids: Vec<_> = given_up
+            .iter()
+            .filter_map(|member| self.find(member))
+            .collect();
+        for id in ids {
+            self.leave(id);
+        }
+        self.publish();
+        // Only now can nobody pick them.
+        self.shared.lock_given_up().retain(|member| {
+            let mut done = given_up.iter();
+            !done.any(|done| Arc::ptr_eq(done, member))
+        });
+    }
+
+    fn find(&self, member: &Arc<Member>) -> Option<SubchannelId> {
+        let known = self.known.get(member.endpoint().address())?;
+        let is_it = |id: &&SubchannelId| matches!(self.subchannels.get(*id), Some((_, State::Ready(ready))) if Arc::ptr_eq(ready.member(), member));
+        known.subchannels.iter().find(is_it).copied()
+    }
+
+    /// Dials anew, whatever is at the old connection's end.
+    fn leave(&mut self, id: SubchannelId) {
+        let Some((address, state)) = self.subchannels.remove(&id) else {
+            return;
+        };
+        let state = match state {
+            State::Ready(subchannel) => State::Idle(self.abandon(id, &address, subchannel)),
+            state => state,
+        };
+        self.subchannels.insert(id, (address.clone(), state));
+        self.reclassify(&address);
+    }
+
     /// Gives a connection up for a new one; its calls go on as long as they can.
     pub(super) fn abandon(
         &mut self,
@@ -94,7 +137,7 @@ impl Driver {
         address: &Address,
         subchannel: Subchannel<Ready>,
     ) -> Subchannel<Idle> {
-        tracing::info!(%address, "fresh registration: connecting anew");
+        tracing::info!(%address, "left a connection: connecting anew");
         self.evict(id);
         self.connected.retain(|_, connected| *connected != id);
         if let Some(known) = self.known.get(address) {

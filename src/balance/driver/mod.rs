@@ -183,7 +183,10 @@ impl Driver {
                 biased;
                 Some((dial_id, report)) = self.reports.recv() => self.on_report(dial_id, report),
                 Some(dialled) = self.dials.join_next_with_id() => self.on_dialled(dialled),
-                () = self.shared.demand.notified() => self.grow(),
+                () = self.shared.demand.notified() => {
+                    self.give_up();
+                    self.grow();
+                }
                 () = tokio::time::sleep_until(wake) => {}
                 batch = changes.next() => self.on_batch(batch),
             }

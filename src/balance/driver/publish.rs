@@ -23,7 +23,9 @@ impl Driver {
         }
         self.draining.retain(|(endpoint, subchannel)| {
             let drained = subchannel.is_drained();
-            if drained {
+            let known = self.known.get(endpoint.address());
+            // One connection of several, or one that another has replaced, is not the endpoint.
+            if drained && known.is_none_or(|known| !Arc::ptr_eq(&known.endpoint, endpoint)) {
                 self.shared.forget(endpoint);
             }
             !drained

@@ -134,7 +134,7 @@ impl Attempts {
             }
             Err(failed) => failed.endpoint,
         };
-        self.tried.next_attempt(endpoint);
+        self.tried.next_attempt(endpoint.as_ref());
     }
 
     fn finish(self, outcome: Outcome, why: Option<&str>) -> Result<Response<ResponseBody>, Status> {

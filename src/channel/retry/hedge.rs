@@ -113,7 +113,7 @@ impl Hedging {
         } = &mut self.closing;
         match Attempt::start(core, call, ticket, body, *deadline, which) {
             Ok(attempt) => {
-                self.tried.avoid(endpoint);
+                self.tried.avoid(&endpoint);
                 self.flights.push(attempt);
                 self.sent += 1;
                 Ok(true)

@@ -72,6 +72,7 @@ pub(super) async fn send(
                 return Err(Failed::for_good(status));
             }
         };
+        tried.on_placed(&ticket);
         let mut attempt = match Attempt::start(core, call, ticket, body, deadline, which) {
             Ok(attempt) => attempt,
             Err(unsent) => {

@@ -6,7 +6,7 @@ use tonic::Status;
 
 use crate::address::Address;
 use crate::balance::{Endpoint, Member, Pick, Summary, Ticket};
-use crate::channel::{Core, status};
+use crate::channel::{Core, Route, status};
 
 /// Where a call has been: without being processed in this attempt, and at all in earlier ones.
 #[derive(Default)]
@@ -15,7 +15,9 @@ pub(in crate::channel) struct Tried {
     connections: Vec<Arc<Member>>,
     last: Option<Failure>,
     /// Endpoints of attempts before this one, or beside it, the latest last. They are used again only where no other is ready.
-    avoided: Vec<Arc<Endpoint>>,
+    avoided: Vec<Address>,
+    /// Where the call goes is told to whoever asked for it.
+    route: Option<Route>,
 }
 
 /// How a try ended.
@@ -25,6 +27,23 @@ struct Failure {
 }
 
 impl Tried {
+    /// For a call with wishes of its own.
+    pub(in crate::channel) fn by(route: Route, given_up: Vec<Arc<Member>>) -> Self {
+        Self {
+            connections: given_up,
+            avoided: route.avoided().to_vec(),
+            route: Some(route),
+            ..Self::default()
+        }
+    }
+
+    /// The call goes there now.
+    pub(super) fn on_placed(&self, ticket: &Ticket) {
+        if let Some(route) = &self.route {
+            route.set_member(ticket.member());
+        }
+    }
+
     /// Notes a connection that took no more streams when the call came: nothing against its endpoint.
     pub(in crate::channel) fn add_gone(&mut self, ticket: &Ticket, error: h2::Error) {
         self.connections.push(Arc::clone(ticket.member()));
@@ -41,14 +60,16 @@ impl Tried {
     }
 
     /// Notes an endpoint that is to be used for another attempt only where no other is ready.
-    pub(super) fn avoid(&mut self, endpoint: Arc<Endpoint>) {
-        self.avoided.push(endpoint);
+    pub(super) fn avoid(&mut self, endpoint: &Endpoint) {
+        self.avoided.push(endpoint.address().clone());
     }
 
     /// Begins another attempt. What has refused the last one is not forgotten, but not ruled out any more.
-    pub(super) fn next_attempt(&mut self, failed: Option<Arc<Endpoint>>) {
+    pub(super) fn next_attempt(&mut self, failed: Option<&Arc<Endpoint>>) {
         let refused = std::mem::take(&mut self.endpoints);
-        self.avoided.extend(refused.into_iter().chain(failed));
+        let left = refused.iter().chain(failed);
+        let left = left.map(|endpoint| endpoint.address().clone());
+        self.avoided.extend(left);
         self.connections.clear();
         self.last = None;
     }
@@ -70,7 +91,8 @@ impl Tried {
         let shared = core.shared();
         if !self.avoided.is_empty() {
             let last = self.avoided.last();
-            let is_last = |member: &Arc<Member>| last.is_some_and(|last| is_at(last, member));
+            let is_last =
+                |member: &Arc<Member>| last.is_some_and(|last| last == member.endpoint().address());
             match self.pick_new(core) {
                 Pick::Excluded => {}
                 pick => return pick,
@@ -91,7 +113,7 @@ impl Tried {
 
     /// Picks an endpoint that the call has not been to in any attempt.
     pub(super) fn pick_new(&self, core: &Core) -> Pick<Ticket> {
-        let avoided = |member: &Arc<Member>| self.avoided.iter().any(|one| is_at(one, member));
+        let avoided = |member: &Arc<Member>| self.avoided.contains(member.endpoint().address());
         core.shared()
             .pick(|member| self.is_open(member) && !avoided(member))
     }

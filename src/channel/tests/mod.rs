@@ -24,6 +24,7 @@ mod faults;
 #[path = "../../../examples/greeter/mod.rs"]
 mod greeter;
 mod messages;
+mod routes;
 mod streams;
 mod support;
 #[cfg(feature = "tls")]
