@@ -30,13 +30,14 @@ pub struct Registry {
 impl Registry {
     /// Connects to etcd with default options, and makes one round trip: a wrong address or a missing password is an error here.
     ///
-    /// An endpoint is `host:port`, `http://host:port` or `https://host:port` (feature `tls`), IPv6 in brackets. Give all members: one
-    /// that fails is left for the next within 2 s.
+    /// An endpoint is `host:port`, `http://host:port` or `https://host:port` (feature `tls`), IPv6 in brackets. Give all members: what
+    /// one of them leaves unanswered goes to another within 2 s, and one that is down is not asked. Whether TLS is spoken is the same for
+    /// all. No further members are looked for.
     ///
     /// # Errors
     ///
     /// Tells by its variant, and in words, whether nothing answers, something else than etcd answers, one side speaks TLS, or the user
-    /// is refused. It takes about 2 s to say that nothing listens, and up to 12 s that nothing answers.
+    /// is refused. It takes about 2 s to say that nothing listens, and about 4 s that nothing answers.
     ///
     /// # Cancel safety
     ///
@@ -239,20 +240,14 @@ impl RegistryBuilder {
     }
 
     /// Speaks TLS to etcd. By default endpoints that say `https://` are spoken to with the system's root certificates.
+    ///
+    /// Every member's certificate has to be valid for the name that the configuration fixes, or with
+    /// [`TlsConfig::by_address`](crate::TlsConfig::by_address) for the member's own host. Certificates in files are read again at each
+    /// handshake: renewed ones need no restart.
     #[cfg(feature = "tls")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
-    pub fn tls(mut self, tls: tonic::transport::ClientTlsConfig) -> Self {
-        self.config.tls = Some(crate::etcd::Tls::Fixed(tls));
-        self
-    }
-
-    /// Speaks TLS to etcd with certificates that may be files, which are then read again at each handshake: renewed certificates need no
-    /// restart. Every member's certificate has to be valid for the name that the configuration fixes.
-    #[cfg(feature = "tls")]
-    #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
-    pub fn tls_config(mut self, tls: crate::TlsConfig) -> Self {
-        let tls = crate::transport::tls::Tls::new(tls);
-        self.config.tls = Some(crate::etcd::Tls::Files(tls));
+    pub fn tls(mut self, tls: crate::TlsConfig) -> Self {
+        self.config.tls = Some(tls);
         self
     }
 

@@ -28,8 +28,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("registration/lease", &[]),
     ("balance", &["transport"]),
     ("transport", &[]),
-    // For the TLS that endpoints have as well.
-    ("etcd", &["transport"]),
+    // Its client runs on a channel.
+    ("etcd", &["channel", "transport"]),
     ("format", &[]),
     ("testing", &[]),
 ];

@@ -12,7 +12,6 @@ use std::time::Duration;
 
 use support::authority::Authority;
 use support::{client, eventually, keeps_a_registration, knows, list};
-use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 use tonic_etcd::testing::Etcd;
 use tonic_etcd::{ConnectError, Registry, RegistryBuilder, TlsConfig};
 
@@ -38,31 +37,42 @@ async fn works(builder: RegistryBuilder) {
 async fn etcd_is_spoken_to_over_tls_and_mutual_tls() {
     let authority = Authority::new();
     let etcd = mutual(&authority).await;
-    let trusting =
-        ClientTlsConfig::new().ca_certificate(Certificate::from_pem(authority.read("ca.pem")));
-    let identity = Identity::from_pem(authority.read("client.pem"), authority.read("client.key"));
-    works(Registry::builder(etcd.tls_endpoints()).tls(trusting.clone().identity(identity))).await;
+    // Each member by its own host, which is an IP address here.
+    let trusting = TlsConfig::by_address().ca_pem(authority.read("ca.pem"));
+    let (chain, key) = (authority.read("client.pem"), authority.read("client.key"));
+    let shown = trusting.clone().identity_pem(chain, key);
+    works(Registry::builder(etcd.tls_endpoints()).tls(shown)).await;
 
     let files = TlsConfig::new("etcd").ca_file(authority.path("ca.pem"));
     let shown = files
         .clone()
         .identity_files(authority.path("client.pem"), authority.path("client.key"));
-    works(Registry::builder(etcd.tls_endpoints()).tls_config(shown)).await;
+    works(Registry::builder(etcd.tls_endpoints()).tls(shown)).await;
 
     // Without a certificate of its own the client is refused, and told why.
     for builder in [
         Registry::builder(etcd.tls_endpoints()).tls(trusting),
-        Registry::builder(etcd.tls_endpoints()).tls_config(files),
+        Registry::builder(etcd.tls_endpoints()).tls(files),
     ] {
         let refused = builder.connect().await.expect_err("no certificate");
         assert!(matches!(refused, ConnectError::Tls { .. }), "{refused:?}");
     }
-    // So is a server that somebody else has signed.
+    // So is a server whose certificate is for another name than its address has.
+    let named = etcd.tls_endpoints().into_iter();
+    let named: Vec<_> = named
+        .map(|endpoint| endpoint.replace("127.0.0.1", "localhost"))
+        .collect();
+    let (chain, key) = (authority.read("client.pem"), authority.read("client.key"));
+    let shown = TlsConfig::by_address().ca_pem(authority.read("ca.pem"));
+    let refused = Registry::builder(named).tls(shown.identity_pem(chain, key));
+    let refused = refused.connect().await.expect_err("another name");
+    assert!(matches!(refused, ConnectError::Tls { .. }), "{refused:?}");
+    // And one that somebody else has signed.
     let stranger = Authority::new();
     let files = TlsConfig::new("etcd")
         .ca_file(stranger.path("ca.pem"))
         .identity_files(authority.path("client.pem"), authority.path("client.key"));
-    let refused = Registry::builder(etcd.tls_endpoints()).tls_config(files);
+    let refused = Registry::builder(etcd.tls_endpoints()).tls(files);
     let refused = refused.connect().await.expect_err("not trusted");
     assert!(matches!(refused, ConnectError::Tls { .. }), "{refused:?}");
 }
@@ -74,7 +84,7 @@ async fn certificates_that_are_renewed_need_no_restart() {
     let tls = TlsConfig::new("etcd")
         .ca_file(authority.path("ca.pem"))
         .identity_files(authority.path("client.pem"), authority.path("client.key"));
-    let registry = Registry::builder(etcd.tls_endpoints()).tls_config(tls);
+    let registry = Registry::builder(etcd.tls_endpoints()).tls(tls);
     let registry = registry.connect().await.unwrap();
     let registration = registry
         .registration("greeter")

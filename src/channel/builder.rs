@@ -170,6 +170,13 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
+    /// Leaves a connection whose peer has stopped answering for a new one, in place of waiting for it to answer again. For addresses with
+    /// several servers behind each.
+    pub(crate) fn redial_stalled(mut self) -> Self {
+        self.options.redial_stalled = true;
+        self
+    }
+
     /// Pings idle connections every `interval`, and gives up one that does not answer within `timeout`. Off by default: many servers close
     /// the connection of a client that pings more often than every five minutes, and TCP's own keep-alive is on.
     pub fn http2_keep_alive(mut self, interval: Duration, timeout: Duration) -> Self {
@@ -192,7 +199,8 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Speaks TLS to the endpoints. Plaintext by default.
+    /// Speaks TLS to the endpoints. Plaintext by default. Unless the addresses are given with
+    /// [`from_addresses`](ChannelBuilder::from_addresses), the configuration has to fix the servers' name.
     #[cfg(feature = "tls")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
     pub fn tls(mut self, tls: TlsConfig) -> Self {
@@ -265,10 +273,13 @@ impl<S> ChannelBuilder<S> {
             connector.policy = policy;
         }
         // The name that was proven is the one that is called; a registry has no say in it.
-        let (mut scheme, mut authority) = match connector.server_name() {
-            Some(name) => (Scheme::HTTPS, name.parse().ok()),
-            None => (Scheme::HTTP, None),
+        let mut scheme = if connector.is_tls() {
+            Scheme::HTTPS
+        } else {
+            Scheme::HTTP
         };
+        let name = connector.server_name();
+        let mut authority = name.and_then(|name| name.parse().ok());
         if let Some(origin) = self.origin {
             let origin = origin.into_parts();
             scheme = origin.scheme.unwrap_or(scheme);
@@ -346,9 +357,11 @@ impl ChannelBuilder {
                 }
             }
         }
+        let mut this = self;
+        this.connector.own_addresses = true;
         let refused = (!refused.is_empty()).then(|| refused.join("; "));
         let trouble = Box::new(move || refused.clone());
-        self.build(Feed::new(tokio_stream::iter(inserts)), Some(trouble))
+        this.build(Feed::new(tokio_stream::iter(inserts)), Some(trouble))
     }
 }
 

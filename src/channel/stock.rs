@@ -36,8 +36,8 @@ impl Resolver {
     /// As [`into_tonic_channel`](Self::into_tonic_channel), with options for each endpoint. Its connect timeout is 10 s unless changed
     /// here.
     ///
-    /// The endpoint's URI is `http://host:port`. For TLS the function has to return one that says `https`: tonic ignores a TLS
-    /// configuration otherwise.
+    /// The endpoint's URI is `http://host:port`. For TLS, which is a feature of tonic's own, the function has to return one that
+    /// says `https`: tonic ignores a TLS configuration otherwise.
     ///
     /// ```no_run
     /// # use std::time::Duration;

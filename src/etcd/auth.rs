@@ -3,16 +3,16 @@
 //! `etcd-client` can do this by itself, but renews a token only for `Unauthenticated` on a unary call: not when the store's users have
 //! changed (`InvalidArgument`), and not when a watch is cancelled for it. So credentials stay here.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use http::HeaderValue;
 use tokio::time::Instant;
-use tonic::transport;
 
-use super::member::LinkService;
+use super::link::LinkService;
 use super::{error, rpc};
+use crate::address::Address;
 use crate::error::{EtcdError, EtcdErrorKind};
 
 /// Name, password, and the token they were last exchanged for. Cloning is a reference count.
@@ -25,6 +25,8 @@ struct Inner {
     /// Held while a token is fetched: etcd spends 50-130 ms of bcrypt on each, so a fleet of tasks must ask once. In it, when a client
     /// that the user made has last fetched one.
     refreshing: tokio::sync::Mutex<Option<Instant>>,
+    /// When the token was fetched, and from which member.
+    issued: Mutex<Option<(Instant, Address)>>,
 }
 
 /// A token as it stands in a header. Which allocation it is tells one token from the next.
@@ -42,6 +44,7 @@ impl Auth {
             credentials,
             token: ArcSwapOption::default(),
             refreshing: tokio::sync::Mutex::default(),
+            issued: Mutex::default(),
         }))
     }
 
@@ -57,14 +60,26 @@ impl Auth {
         self.0.token.load_full()
     }
 
+    /// The member that has issued the token, while it is new: it knows the token, and to others the cluster's log may bring it a moment
+    /// later.
+    pub(super) fn new_issuer(&self) -> Option<Address> {
+        let issued = self.0.issued.lock().unwrap_or_else(PoisonError::into_inner);
+        let (at, member) = issued.as_ref()?;
+        (Instant::now().saturating_duration_since(*at) < JUST_NOW).then(|| member.clone())
+    }
+
+    fn set_issuer(&self, member: Option<Address>) {
+        let mut issued = self.0.issued.lock().unwrap_or_else(PoisonError::into_inner);
+        *issued = member.map(|member| (Instant::now(), member));
+    }
+
     /// Exchanges the credentials for a new token, unless `refused` is not the token in use any more: then somebody else just did.
     ///
     /// Says whether there is a new token to try.
     pub(super) async fn refresh(
         &self,
         refused: Option<&Token>,
-        member: &LinkService,
-        endpoint: &str,
+        service: &LinkService,
         deadline: Duration,
     ) -> Result<bool, EtcdError> {
         let Some(credentials) = &self.0.credentials else {
@@ -80,17 +95,24 @@ impl Auth {
         if !same {
             return Ok(true);
         }
-        match rpc::authenticate(member, endpoint, credentials, deadline).await {
+        match rpc::authenticate(service, credentials, deadline).await {
             Ok(token) => {
                 let header = HeaderValue::from_str(&token).map_err(|source| {
-                    EtcdError::new(EtcdErrorKind::Unavailable, "authenticate", endpoint, source)
+                    let endpoint = service.endpoint();
+                    EtcdError::new(
+                        EtcdErrorKind::Unavailable,
+                        "authenticate",
+                        &endpoint,
+                        source,
+                    )
                 })?;
+                self.set_issuer(service.route.address());
                 self.0.token.store(Some(Arc::new(header)));
                 Ok(true)
             }
             Err(error) if error.kind() == EtcdErrorKind::AuthNotEnabled => {
                 tracing::warn!(
-                    endpoint,
+                    endpoint = %service.endpoint(),
                     "credentials are configured, but etcd has authentication switched off: going on without a token"
                 );
                 self.0.token.store(None);
@@ -128,17 +150,4 @@ impl std::fmt::Debug for Auth {
             .field("user", &self.user())
             .finish_non_exhaustive()
     }
-}
-
-/// The error of a service that is not ready, as etcd's own.
-pub(super) fn not_ready(
-    operation: &'static str,
-    endpoint: &str,
-    source: transport::Error,
-) -> EtcdError {
-    error::of_status(
-        operation,
-        endpoint,
-        tonic::Status::from_error(Box::new(source)),
-    )
 }

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use super::member::{Link, Traffic};
+use super::link::Link;
+use super::standing::Traffic;
 use super::{DEADLINE, Etcd, error};
 use crate::error::{EtcdError, EtcdErrorKind};
 
@@ -16,14 +17,24 @@ impl Etcd {
     where
         Fut: Future<Output = Result<T, EtcdError>>,
     {
+        let attempt = || self.attempt(Traffic::Keys, operation, DEADLINE, &request);
+        self.again(operation, attempt).await
+    }
+
+    /// Makes up to five attempts.
+    pub(super) async fn again<T, Fut>(
+        &self,
+        operation: &'static str,
+        attempt: impl Fn() -> Fut,
+    ) -> Result<T, EtcdError>
+    where
+        Fut: Future<Output = Result<T, EtcdError>>,
+    {
         let mut tries = 1;
         loop {
-            match self
-                .attempt(Traffic::Keys, operation, DEADLINE, &request)
-                .await
-            {
+            match attempt().await {
                 Err(error) if self.may_succeed(&error) && tries < TRIES => {
-                    tracing::debug!(%error, tries, "etcd call failed, trying again");
+                    tracing::debug!(%error, operation, tries, "etcd call failed, trying again");
                     let step = match error.kind() {
                         EtcdErrorKind::NoLeader => ELECTION_STEP,
                         // The first try at each further member costs no wait.
@@ -42,8 +53,8 @@ impl Etcd {
         }
     }
 
-    /// Tries a request once, on the member in use, and moves on to the next one if that failed for the member's fault. A refusal is
-    /// answered with a fresh token and a second try.
+    /// Tries a request once, on a member that is well as far as is known. A refusal is answered with a fresh token and a second try, and a
+    /// server that is no etcd with a try at every other one.
     pub(super) async fn attempt<T, Fut>(
         &self,
         traffic: Traffic,
@@ -54,26 +65,50 @@ impl Etcd {
     where
         Fut: Future<Output = Result<T, EtcdError>>,
     {
-        let (index, member) = self.member(operation)?;
-        let link = member.link(traffic);
+        let mut left = self.members();
+        loop {
+            let outcome = self.once(traffic, operation, deadline, &request).await;
+            left = left.saturating_sub(1);
+            match outcome {
+                // One wrong endpoint among good ones must not be the end, and has done nothing.
+                Err(error) if error.kind() == EtcdErrorKind::Unimplemented && left > 0 => {
+                    tracing::debug!(%error, "asking another member");
+                }
+                outcome => return outcome,
+            }
+        }
+    }
+
+    async fn once<T, Fut>(
+        &self,
+        traffic: Traffic,
+        operation: &'static str,
+        deadline: Duration,
+        request: impl Fn(Link) -> Fut,
+    ) -> Result<T, EtcdError>
+    where
+        Fut: Future<Output = Result<T, EtcdError>>,
+    {
+        let mut link = self.link(traffic, deadline).await?;
         let token = self.0.auth.token();
-        let mut outcome = bounded(operation, deadline, link, request(link.clone())).await;
+        // Boxed, for `etcd-client`'s futures are 20 KiB large, and every task of ours would be.
+        let mut outcome =
+            bounded(operation, deadline, &link, Box::pin(request(link.clone()))).await;
         if let Err(error) = &outcome
             && error.kind().is_refusal()
         {
-            match self.renew_token(link, token.as_ref(), deadline).await {
+            match self.renew_token(token.as_ref(), deadline).await {
                 Ok(true) => {
                     tracing::debug!(%error, "etcd refused the token, trying again with a fresh one");
-                    outcome = bounded(operation, deadline, link, request(link.clone())).await;
+                    link = self.link(traffic, deadline).await?;
+                    outcome =
+                        bounded(operation, deadline, &link, Box::pin(request(link.clone()))).await;
                 }
                 Ok(false) => {}
                 Err(error) => outcome = Err(error),
             }
         }
-        link.on_outcome(outcome.as_ref().err());
-        if let Err(error) = &outcome {
-            self.report_at(index, error);
-        }
+        self.judge(&link, traffic, outcome.as_ref().err());
         outcome
     }
 }
@@ -84,10 +119,9 @@ pub(super) async fn bounded<T>(
     link: &Link,
     request: impl Future<Output = Result<T, EtcdError>>,
 ) -> Result<T, EtcdError> {
-    // Boxed, for `etcd-client`'s futures are 20 KiB large, and every task of ours would be.
-    tokio::time::timeout(deadline, Box::pin(request))
+    tokio::time::timeout(deadline, request)
         .await
-        .unwrap_or_else(|_| Err(error::deadline(operation, &link.endpoint, deadline)))
+        .unwrap_or_else(|_| Err(error::deadline(operation, &link.endpoint(), deadline)))
 }
 
 /// With three members, five tries pass a dead one and a frozen one and still see the third twice.

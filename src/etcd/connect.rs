@@ -5,144 +5,119 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tonic::transport;
 
 use super::auth::{Auth, Credentials};
-#[cfg(feature = "tls")]
-use super::endpoint::CONNECT_TIMEOUT;
-use super::member::Open;
+use super::members::Open;
 use super::{DEADLINE, Etcd, MemberEndpoint};
+use crate::address::Address;
+use crate::channel::{BalancedChannel, ChannelBuilder};
 use crate::error::{ConnectError, Endpoints, EtcdError, EtcdErrorKind};
 use crate::keyspace::Key;
+#[cfg(feature = "tls")]
+use crate::transport::tls::TlsConfig;
 
 /// How to connect.
 #[derive(Clone, Default)]
 pub(crate) struct Config {
     pub(crate) endpoints: Vec<String>,
     pub(crate) credentials: Option<Credentials>,
-    pub(crate) tls: Option<Tls>,
+    #[cfg(feature = "tls")]
+    pub(crate) tls: Option<TlsConfig>,
 }
-
-/// TLS to etcd: as tonic has it, or with certificates in files that are read again at each handshake.
-#[cfg(feature = "tls")]
-#[derive(Clone)]
-pub(crate) enum Tls {
-    Fixed(transport::ClientTlsConfig),
-    Files(crate::transport::tls::Tls),
-}
-/// Without the feature there is no such thing.
-#[cfg(not(feature = "tls"))]
-#[derive(Clone)]
-pub(crate) enum Tls {}
 
 impl Config {
     fn members(&self) -> Result<Vec<MemberEndpoint>, ConnectError> {
-        if self.endpoints.is_empty() {
-            return Err(ConnectError::NoEndpoints);
-        }
+        #[cfg(feature = "tls")]
         let tls = self.tls.is_some();
-        self.endpoints
+        #[cfg(not(feature = "tls"))]
+        let tls = false;
+        let members: Vec<_> = self
+            .endpoints
             .iter()
             .map(|endpoint| MemberEndpoint::parse(endpoint, tls))
-            .collect()
-    }
-
-    fn open(&self, member: &MemberEndpoint) -> Result<Open, ConnectError> {
-        #[cfg(feature = "tls")]
-        if let Some(Tls::Files(tls)) = &self.tls {
-            return Ok(secured_from_files(member.clone(), tls.clone()));
+            .collect::<Result<_, _>>()?;
+        let first = members.first().ok_or(ConnectError::NoEndpoints)?;
+        let differs = |member: &MemberEndpoint| member.is_tls() != first.is_tls();
+        if let Some(position) = members.iter().position(differs) {
+            return Err(ConnectError::InvalidEndpoint {
+                endpoint: self.endpoints[position].clone(),
+                reason: "some endpoints say https and others do not".to_owned(),
+            });
         }
-        let endpoint = member.transport();
-        let endpoint = if member.is_tls() {
-            secured(endpoint, self.tls.clone())
-        } else {
-            Ok(endpoint)
-        };
-        let endpoint = endpoint.map_err(|error| ConnectError::InvalidEndpoint {
-            endpoint: member.authority().to_owned(),
-            reason: format!("the TLS configuration is not valid: {}", causes(&error)),
-        })?;
-        Ok(Arc::new(move || endpoint.connect_lazy()))
+        Ok(members)
+    }
+
+    /// How a channel over the members is opened.
+    #[cfg_attr(
+        not(feature = "tls"),
+        expect(clippy::unused_self, reason = "the same signature as with the feature")
+    )]
+    fn open(&self, members: &[MemberEndpoint]) -> Open {
+        let addresses: Vec<_> = members
+            .iter()
+            .map(|member| member.address().clone())
+            .collect();
+        #[cfg(feature = "tls")]
+        let tls = members.iter().any(MemberEndpoint::is_tls).then(|| {
+            let tls = self.tls.clone();
+            tls.unwrap_or_else(TlsConfig::by_address)
+        });
+        Arc::new(move || {
+            let channel = tuned(BalancedChannel::builder());
+            #[cfg(feature = "tls")]
+            let channel = match &tls {
+                Some(tls) => channel.tls(tls.clone()),
+                None => channel,
+            };
+            channel.from_addresses(addresses.iter().map(Address::as_str))
+        })
     }
 }
 
-#[cfg(feature = "tls")]
-fn secured(
-    endpoint: transport::Endpoint,
-    tls: Option<Tls>,
-) -> Result<transport::Endpoint, transport::Error> {
-    let tls = match tls {
-        Some(Tls::Fixed(tls)) => tls,
-        _ => transport::ClientTlsConfig::new().with_enabled_roots(),
-    };
-    // tonic's connect timeout ends with TCP.
-    endpoint.tls_config(tls.timeout(CONNECT_TIMEOUT))
+/// The options of a channel to etcd. HTTP/2 keep-alive is none of them: etcd closes connections that ping while idle, and whatever is open has a
+/// deadline or a watchdog of its own, after which a PING asks whether the member is there.
+pub(super) fn tuned(channel: ChannelBuilder) -> ChannelBuilder {
+    channel
+        .service("etcd")
+        .connect_timeout(CONNECT_TIMEOUT)
+        .max_backoff(MAX_BACKOFF)
+        .redial_stalled()
+        // Many stream windows: a watch that is not read for a while must not stop the calls beside it.
+        .windows(1 << 20, 16 << 20)
 }
 
-#[cfg(feature = "tls")]
-fn secured_from_files(member: MemberEndpoint, tls: crate::transport::tls::Tls) -> Open {
-    let endpoint = member.transport_over_own_tls();
-    Arc::new(move || {
-        let (authority, tls) = (member.authority().to_owned(), tls.clone());
-        let dial = move |_| {
-            let (authority, tls) = (authority.clone(), tls.clone());
-            async move {
-                let tcp = TcpStream::connect(authority).await?;
-                tcp.set_nodelay(true)?;
-                let secure = tls.handshake(tcp).await?;
-                Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(secure))
-            }
-        };
-        endpoint.connect_with_connector_lazy(tower::service_fn(dial))
-    })
-}
-
-#[cfg(not(feature = "tls"))]
-#[expect(
-    clippy::unnecessary_wraps,
-    reason = "the same signature as with the feature"
-)]
-fn secured(
-    endpoint: transport::Endpoint,
-    _: Option<Tls>,
-) -> Result<transport::Endpoint, transport::Error> {
-    Ok(endpoint)
-}
+/// Within a call's deadline of 2 s, so that a member whose packets are dropped is told from one that is slow.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Leases live again for one TTL when etcd is back: most of it must be left when we notice.
+const MAX_BACKOFF: Duration = Duration::from_secs(2);
 
 impl Etcd {
     /// Connects, and reads one key to know that it is true. Permission denied counts as connected: users who may read only their own
     /// services are the rule.
     pub(crate) async fn connect(config: &Config, key: &Key) -> Result<Self, ConnectError> {
         let members = config.members()?;
-        let mut channels = Vec::with_capacity(members.len());
-        for member in &members {
-            channels.push((member.authority().to_owned(), config.open(member)?));
-        }
+        let addresses = members.iter().map(|member| member.address().clone());
         let auth = Auth::new(config.credentials.clone());
+        let etcd = Self::lazy(addresses.collect(), config.open(&members), auth);
         let checked = async {
-            let etcd = Self::lazy(channels, auth).await?;
             if etcd.0.auth.user().is_some() {
                 etcd.authenticate().await?;
             }
             match etcd.read(key).await {
-                Err(error) if error.kind() == EtcdErrorKind::PermissionDenied => Ok(etcd),
-                outcome => outcome.map(|_| etcd),
+                Err(error) if error.kind() == EtcdErrorKind::PermissionDenied => Ok(()),
+                outcome => outcome.map(drop),
             }
         };
         match checked.await {
-            Ok(etcd) => Ok(etcd),
+            Ok(()) => Ok(etcd),
             Err(error) => Err(explain(config, &members, error).await),
         }
     }
 
     /// Fetches the first token, from whichever member answers.
     async fn authenticate(&self) -> Result<(), EtcdError> {
-        self.call("authenticate", |link| async move {
-            self.renew_token(&link, self.0.auth.token().as_ref(), DEADLINE)
-                .await
-                .map(drop)
-        })
-        .await
+        let renew = || self.renew_token(None, DEADLINE);
+        self.again("authenticate", renew).await.map(drop)
     }
 }
 
@@ -151,7 +126,7 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
     let endpoints = Endpoints(
         members
             .iter()
-            .map(|member| member.authority().to_owned())
+            .map(|member| member.address().to_string())
             .collect(),
     );
     match source.kind() {
@@ -183,7 +158,7 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
     // The failure says little of what is at the other end: hyper reports a TLS alert as a broken frame. Ask the peer itself.
     let failed = members
         .iter()
-        .find(|member| member.authority() == source.endpoint());
+        .find(|member| member.address().as_str() == source.endpoint());
     let Some(member) = failed.or(members.first()) else {
         return ConnectError::Unreachable { endpoints, source };
     };
@@ -247,7 +222,7 @@ async fn first_bytes(member: &MemberEndpoint) -> Option<Vec<u8>> {
     // The preface and an empty SETTINGS frame.
     const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
     let exchange = async {
-        let mut socket = TcpStream::connect(member.authority()).await.ok()?;
+        let mut socket = TcpStream::connect(member.address().as_str()).await.ok()?;
         socket.write_all(HELLO).await.ok()?;
         let mut bytes = vec![0; 16];
         let length = socket.read(&mut bytes).await.ok()?;

@@ -1,17 +1,15 @@
 //! Where a member of etcd is, as users write it.
 
-use std::time::Duration;
-
 use http::Uri;
-use tonic::transport;
 
+use crate::address::Address;
 use crate::error::ConnectError;
 
 /// One member's address, parsed.
 #[derive(Clone, Debug)]
 pub(crate) struct MemberEndpoint {
-    uri: Uri,
-    authority: String,
+    address: Address,
+    tls: bool,
 }
 
 impl MemberEndpoint {
@@ -60,53 +58,21 @@ impl MemberEndpoint {
         if !matches!(uri.path(), "" | "/") || uri.query().is_some() {
             return Err(invalid("it has a path".to_owned()));
         }
-        Ok(Self { uri, authority })
+        let address = authority.parse::<Address>();
+        Ok(Self {
+            address: address.map_err(|error| invalid(format!("it {}", error.reason())))?,
+            tls: uri.scheme_str() == Some("https"),
+        })
     }
 
-    /// `host:port`.
-    pub(crate) fn authority(&self) -> &str {
-        &self.authority
+    pub(crate) fn address(&self) -> &Address {
+        &self.address
     }
 
     pub(crate) fn is_tls(&self) -> bool {
-        self.uri.scheme_str() == Some("https")
-    }
-
-    /// The tonic endpoint, with defaults that survive real networks.
-    pub(super) fn transport(&self) -> transport::Endpoint {
-        tuned(self.uri.clone().into())
-    }
-
-    /// The same for a connector that makes the connection secure by itself.
-    #[cfg(feature = "tls")]
-    pub(super) fn transport_over_own_tls(&self) -> transport::Endpoint {
-        // tonic refuses `https` without a TLS configuration of its own; requests say it all the same.
-        let plain = format!("http://{}", self.authority).parse();
-        let plain = plain.unwrap_or_else(|_| self.uri.clone());
-        tuned(plain.into()).origin(self.uri.clone())
+        self.tls
     }
 }
-
-fn tuned(endpoint: transport::Endpoint) -> transport::Endpoint {
-    endpoint
-        .connect_timeout(CONNECT_TIMEOUT)
-        .tcp_nodelay(true)
-        .tcp_keepalive(Some(TCP_KEEPALIVE))
-        .http2_keep_alive_interval(PING_INTERVAL)
-        .keep_alive_timeout(PING_TIMEOUT)
-        .keep_alive_while_idle(false)
-        .initial_stream_window_size(1 << 20)
-        // Many stream windows: a watch that is not read for a while must not stop the calls beside it.
-        .initial_connection_window_size(16 << 20)
-}
-
-/// Within a call's deadline of 2 s, so that a member whose packets are dropped is told from one that is slow.
-pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
-/// HTTP/2 pings go out only while a stream is open: etcd closes connections that ping while idle, and watches that ping more often
-/// than every 5 s (measured on 3.4.23 and 3.5.30).
-const PING_INTERVAL: Duration = Duration::from_secs(10);
-const PING_TIMEOUT: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
 mod tests {
@@ -121,7 +87,7 @@ mod tests {
             (" etcd-0.etcd:2379 ", "etcd-0.etcd:2379"),
         ] {
             let parsed = MemberEndpoint::parse(endpoint, false).expect("valid");
-            assert_eq!(parsed.authority(), authority);
+            assert_eq!(parsed.address().as_str(), authority);
             assert!(!parsed.is_tls());
         }
     }

@@ -31,6 +31,10 @@ pub(super) fn of_status(
         EtcdErrorKind::Unavailable if status.code() == tonic::Code::Unimplemented => {
             EtcdErrorKind::Unimplemented
         }
+        // Ours, for the most part: the deadline is in the request, and the channel keeps it.
+        EtcdErrorKind::Unavailable if status.code() == tonic::Code::DeadlineExceeded => {
+            EtcdErrorKind::DeadlineExceeded
+        }
         kind => kind,
     };
     EtcdError::new(kind, operation, endpoint, status)
@@ -165,6 +169,11 @@ mod tests {
                 EtcdErrorKind::NoSpace,
             ),
             (Code::Unknown, "transport error", EtcdErrorKind::Unavailable),
+            (
+                Code::DeadlineExceeded,
+                "context deadline exceeded",
+                EtcdErrorKind::DeadlineExceeded,
+            ),
             (
                 Code::Unimplemented,
                 "unknown service etcdserverpb.KV",

@@ -5,7 +5,8 @@ use std::time::Duration;
 use etcd_client::proto::PbTxnOpResponse;
 use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, SortOrder, SortTarget, Txn, TxnOp};
 
-use super::member::{Link, Traffic};
+use super::link::Link;
+use super::standing::Traffic;
 use super::{Etcd, MAX_MESSAGE, error, header, key_value};
 use crate::error::EtcdError;
 use crate::keyspace::{
@@ -33,7 +34,7 @@ impl Etcd {
                     .max_decoding_message_size(MAX_MESSAGE);
                 let response = kv.get(start, Some(options)).await;
                 let response = response
-                    .map_err(|source| error::of_client(OPERATION, &link.endpoint, source))?;
+                    .map_err(|source| error::of_client(OPERATION, &link.endpoint(), source))?;
                 Ok(Page {
                     header: header(response.0.header.as_ref()),
                     more: response.0.more,
@@ -118,7 +119,7 @@ impl Etcd {
             async move {
                 let response = link.client.kv_client().txn(txn).await;
                 let response = response
-                    .map_err(|source| error::of_client(OPERATION, &link.endpoint, source))?;
+                    .map_err(|source| error::of_client(OPERATION, &link.endpoint(), source))?;
                 let revision = header(response.0.header.as_ref()).revision;
                 Ok(response.succeeded().then_some(revision))
             }
@@ -145,7 +146,7 @@ impl Etcd {
             async move {
                 let response = link.client.kv_client().txn(txn).await;
                 let deleted = response.map(drop);
-                deleted.map_err(|source| error::of_client(OPERATION, &link.endpoint, source))
+                deleted.map_err(|source| error::of_client(OPERATION, &link.endpoint(), source))
             }
         })
         .await
@@ -168,7 +169,7 @@ async fn read_all(
         .kv_client()
         .max_decoding_message_size(MAX_MESSAGE);
     let response = kv.txn(txn).await;
-    let response = response.map_err(|source| error::of_client("read", &link.endpoint, source))?;
+    let response = response.map_err(|source| error::of_client("read", &link.endpoint(), source))?;
     let found = response
         .0
         .responses
@@ -191,7 +192,7 @@ async fn read(link: Link, key: Key) -> Result<(Header, Option<KeyValue>), EtcdEr
         .kv_client()
         .max_decoding_message_size(MAX_MESSAGE);
     let response = kv.get(key.as_bytes(), None).await;
-    let response = response.map_err(|source| error::of_client("read", &link.endpoint, source))?;
+    let response = response.map_err(|source| error::of_client("read", &link.endpoint(), source))?;
     Ok((
         header(response.0.header.as_ref()),
         response.0.kvs.into_iter().next().map(key_value),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use etcd_client::LeaseGrantOptions;
 
-use super::member::Traffic;
+use super::standing::Traffic;
 use super::{Etcd, error, header, rpc};
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{KeepAlive, LeaseId};
@@ -27,7 +27,7 @@ impl Etcd {
                 .grant(seconds, Some(options))
                 .await;
             let response =
-                response.map_err(|source| error::of_client(OPERATION, &link.endpoint, source))?;
+                response.map_err(|source| error::of_client(OPERATION, &link.endpoint(), source))?;
             Ok(u64::try_from(response.ttl()).map_or(ttl, Duration::from_secs))
         })
         .await
@@ -42,9 +42,9 @@ impl Etcd {
         const OPERATION: &str = "lease keep-alive";
         self.attempt(Traffic::Leases, OPERATION, deadline, |link| async move {
             if let Some(service) = &link.service {
-                return rpc::keep_alive(service, &link.endpoint, lease).await;
+                return rpc::keep_alive(service, lease).await;
             }
-            let failed = |source| error::of_client(OPERATION, &link.endpoint, source);
+            let failed = |source| error::of_client(OPERATION, &link.endpoint(), source);
             let (mut keeper, mut answers) = link
                 .client
                 .lease_client()
@@ -58,7 +58,7 @@ impl Etcd {
                 EtcdError::new(
                     EtcdErrorKind::LeaseNotFound,
                     OPERATION,
-                    &link.endpoint,
+                    &link.endpoint(),
                     format!("lease {lease} has no time left"),
                 )
             })?;
@@ -79,7 +79,7 @@ impl Etcd {
                 let response = link.client.lease_client().revoke(lease.get()).await;
                 response
                     .map(drop)
-                    .map_err(|source| error::of_client(OPERATION, &link.endpoint, source))
+                    .map_err(|source| error::of_client(OPERATION, &link.endpoint(), source))
             })
             .await;
         match outcome {

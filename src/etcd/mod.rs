@@ -1,15 +1,14 @@
 //! etcd, as the tasks see it. The only place that names `etcd_client`.
 //!
-//! Each member has a client of its own, and one of them is in use: a call that fails there for the member's own fault moves on to the
-//! next member, for this call and those after it. One channel balanced over all members would go on handing every third call to the
-//! member that is frozen.
+//! The client runs on channels that are balanced over all members: a member that is down is not asked, and one that does not answer is not
+//! asked again. What a connection does not show, [`standing`] remembers: whoever fails a request or a stream is avoided by the next ones.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use etcd_client::Client;
 
+use crate::address::Address;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::format::MAX_VALUE;
 use crate::keyspace::{Header, KeyValue, LeaseId, Range, Revision};
@@ -21,149 +20,129 @@ mod endpoint;
 mod error;
 mod kv;
 mod lease;
-mod member;
+mod link;
+mod members;
 mod rpc;
+mod standing;
 mod watch;
 
 pub(crate) use auth::{Credentials, Token};
 pub(crate) use connect::Config;
-#[cfg(feature = "tls")]
-pub(crate) use connect::Tls;
 pub(crate) use endpoint::MemberEndpoint;
 pub(crate) use watch::Watch;
 
 use auth::Auth;
 use call::bounded;
-use member::{Link, Member, Open, Traffic};
+use link::Link;
+use members::{Members, Open};
+use standing::{Failure, Traffic};
 
 /// A handle on an etcd cluster. Cloning is a reference count.
 #[derive(Clone, Debug)]
 pub(crate) struct Etcd(Arc<Cluster>);
 
 struct Cluster {
-    members: Vec<Member>,
-    /// The index of the member in use.
-    current: AtomicUsize,
+    source: Source,
     auth: Auth,
 }
 
+/// Where connections come from.
+enum Source {
+    Members(Members),
+    /// A client that the user made, whose connections are its own.
+    Given(Arc<Client>),
+}
+
 impl Etcd {
-    /// Makes the clients without a round trip.
-    async fn lazy(members: Vec<(String, Open)>, auth: Auth) -> Result<Self, EtcdError> {
-        let mut list = Vec::with_capacity(members.len());
-        for (endpoint, open) in members {
-            list.push(Member::lazy(endpoint, open, &auth).await?);
-        }
-        Ok(Self::of_members(list, auth))
+    /// Takes the members as they are: connections are made by the first request.
+    fn lazy(addresses: Vec<Address>, open: Open, auth: Auth) -> Self {
+        let source = Source::Members(Members::new(addresses, open));
+        Self(Arc::new(Cluster { source, auth }))
     }
 
     /// Takes a client that the user made.
     pub(crate) fn from_client(client: Client) -> Self {
-        Self::of_members(vec![Member::given(client)], Auth::new(None))
+        let source = Source::Given(Arc::new(client));
+        let auth = Auth::new(None);
+        Self(Arc::new(Cluster { source, auth }))
     }
 
-    /// The same cluster over connections of the runtime that this is called on.
-    pub(crate) async fn apart(&self) -> Result<Self, EtcdError> {
-        let mut members = Vec::with_capacity(self.members());
-        for member in &self.0.members {
-            members.push(member.apart(&self.0.auth).await?);
-        }
-        Ok(Self::of_members(members, self.0.auth.clone()))
-    }
-
-    fn of_members(members: Vec<Member>, auth: Auth) -> Self {
-        // All clients of a fleet are given the same list; the random start keeps them off its first member.
-        let current = AtomicUsize::new(fastrand::usize(..members.len().max(1)));
-        Self(Arc::new(Cluster {
-            members,
-            current,
-            auth,
-        }))
+    /// The same cluster over connections of the runtime that it is then used on; a client that the user made stays on its own.
+    pub(crate) fn apart(&self) -> Self {
+        let source = match &self.0.source {
+            Source::Members(members) => Source::Members(members.apart()),
+            Source::Given(client) => Source::Given(Arc::clone(client)),
+        };
+        let auth = self.0.auth.clone();
+        Self(Arc::new(Cluster { source, auth }))
     }
 
     /// The members' addresses as `host:port`; none for a client that the user made.
     pub(crate) fn endpoints(&self) -> Vec<String> {
-        let members = self.0.members.iter().filter(|member| !member.is_given());
-        members.map(|member| member.endpoint.to_string()).collect()
+        let addresses = self.addresses().iter();
+        addresses.map(ToString::to_string).collect()
     }
 
-    /// The member that the next request goes to.
-    #[cfg(test)]
-    pub(crate) fn endpoint_in_use(&self) -> String {
-        let member = self.member("test");
-        member.map_or_else(|_| String::new(), |(_, member)| member.endpoint.to_string())
+    fn addresses(&self) -> &[Address] {
+        match &self.0.source {
+            Source::Members(members) => &members.addresses,
+            Source::Given(_) => &[],
+        }
     }
 
+    /// How many members there are; a client that the user made counts as one.
     pub(crate) fn members(&self) -> usize {
-        self.0.members.len()
+        self.addresses().len().max(1)
     }
 
     /// Whether the same request may succeed later, or at another member.
     fn may_succeed(&self, error: &EtcdError) -> bool {
-        // One wrong endpoint among good ones must not be the end.
         let elsewhere = error.kind() == EtcdErrorKind::Unimplemented && self.members() > 1;
         error.kind().is_transient() || elsewhere
     }
 
-    fn report_at(&self, index: usize, error: &EtcdError) {
-        // A full store is full at every member.
-        if self.may_succeed(error) && error.kind() != EtcdErrorKind::NoSpace {
-            self.move_on(index);
+    /// The way of one request.
+    async fn link(&self, traffic: Traffic, deadline: Duration) -> Result<Link, EtcdError> {
+        match &self.0.source {
+            Source::Members(members) => members.link(traffic, deadline, &self.0.auth).await,
+            Source::Given(client) => Ok(Link::given(client)),
         }
     }
 
-    fn member(&self, operation: &'static str) -> Result<(usize, &Member), EtcdError> {
-        let index = self.0.current.load(Ordering::Relaxed);
-        let member = self.0.members.get(index);
-        member.map(|member| (index, member)).ok_or_else(|| {
-            EtcdError::new(
-                EtcdErrorKind::Unavailable,
-                operation,
-                "(none)",
-                "there is no member",
-            )
-        })
+    /// Takes note of how a request, or the stream that it began, has ended.
+    fn judge(&self, link: &Link, traffic: Traffic, error: Option<&EtcdError>) {
+        let (Source::Members(members), Some(service)) = (&self.0.source, &link.service) else {
+            return;
+        };
+        let failure = match error.map(EtcdError::kind) {
+            Some(EtcdErrorKind::DeadlineExceeded) => Failure::Silent,
+            // A full store is full at every member.
+            Some(EtcdErrorKind::NoSpace) => return,
+            Some(_) if error.is_some_and(|error| self.may_succeed(error)) => Failure::Said,
+            _ => return members.on_answer(service),
+        };
+        members.on_failure(service, traffic, failure);
     }
 
-    /// Leaves the member at `index`, if it is still the one in use: of many calls that fail together, one moves on.
-    fn move_on(&self, index: usize) {
-        let next = (index + 1) % self.members();
-        if next != index
-            && self
-                .0
-                .current
-                .compare_exchange(index, next, Ordering::Relaxed, Ordering::Relaxed)
-                .is_ok()
-        {
-            tracing::info!(from = %self.0.members[index].endpoint, to = %self.0.members[next].endpoint, "moved on to another etcd member");
-        }
-    }
-
+    /// Fetches a fresh token, unless somebody else has done so since one was `refused`. Says whether there is one to try.
     async fn renew_token(
         &self,
-        link: &Link,
         refused: Option<&Token>,
         deadline: Duration,
     ) -> Result<bool, EtcdError> {
         let deadline = deadline.max(DEADLINE);
-        let renewal = async {
+        let link = self.link(Traffic::Keys, deadline).await?;
+        let auth = &self.0.auth;
+        let renewal = Box::pin(async {
             match &link.service {
-                Some(service) => {
-                    self.0
-                        .auth
-                        .refresh(refused, service, &link.endpoint, deadline)
-                        .await
-                }
-                None => {
-                    self.0
-                        .auth
-                        .refresh_client(&link.client, &link.endpoint)
-                        .await
-                }
+                Some(service) => auth.refresh(refused, service, deadline).await,
+                None => auth.refresh_client(&link.client, &link.endpoint()).await,
             }
-        };
+        });
         // The wait for somebody else's renewal included.
-        bounded("authenticate", deadline, link, renewal).await
+        let outcome = bounded("authenticate", deadline, &link, renewal).await;
+        self.judge(&link, Traffic::Keys, outcome.as_ref().err());
+        outcome
     }
 
     /// Opens a watch on a range; `None` watches from now. Waits for the first message's head, up to 2 s; tried once.
@@ -172,19 +151,20 @@ impl Etcd {
         range: &Range,
         from: Option<Revision>,
     ) -> Result<Watch, EtcdError> {
-        let open = |link: Link| watch::open(link.client, link.endpoint, range.clone(), from);
+        let open = |link: Link| watch::open(link, range.clone(), from);
         self.attempt(Traffic::Keys, "watch", DEADLINE, open).await
     }
 
-    /// Answers a watch's end for the member's fault: the next one goes elsewhere.
-    pub(crate) fn report(&self, error: &EtcdError) {
-        let mut members = self.0.members.iter();
-        if let Some(index) = members.position(|member| *member.endpoint == *error.endpoint()) {
-            if error.kind() == EtcdErrorKind::DeadlineExceeded {
-                // The watchdog has waited for long enough for both.
-                self.0.members[index].link(Traffic::Keys).replace();
+    /// Answers a watch's end: if it is the member's fault, the next one goes elsewhere.
+    pub(crate) fn report(&self, watch: &Watch, error: &EtcdError) {
+        match (&self.0.source, &watch.link.service) {
+            // The watchdog has waited for long enough.
+            (Source::Members(members), Some(service))
+                if error.kind() == EtcdErrorKind::DeadlineExceeded =>
+            {
+                members.on_failure(service, Traffic::Keys, Failure::Mute);
             }
-            self.report_at(index, error);
+            _ => self.judge(&watch.link, Traffic::Keys, Some(error)),
         }
     }
 
@@ -195,24 +175,18 @@ impl Etcd {
 
     /// Answers a refusal that came in a watch's messages: fetches a fresh token, unless somebody else has done so since.
     pub(crate) async fn refused(&self, token: Option<&Token>) -> Result<(), EtcdError> {
-        let (_, member) = self.member("authenticate")?;
-        self.renew_token(member.link(Traffic::Keys), token, DEADLINE)
-            .await
-            .map(drop)
+        self.renew_token(token, DEADLINE).await.map(drop)
     }
 }
 
 impl std::fmt::Debug for Cluster {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let endpoints: Vec<_> = self
-            .members
-            .iter()
-            .map(|member| &*member.endpoint)
-            .collect();
-        f.debug_struct("Cluster")
-            .field("endpoints", &endpoints)
-            .field("auth", &self.auth)
-            .finish_non_exhaustive()
+        let mut shown = f.debug_struct("Cluster");
+        match &self.source {
+            Source::Members(members) => shown.field("members", &members.addresses),
+            Source::Given(_) => shown.field("members", &"(the given client)"),
+        };
+        shown.field("auth", &self.auth).finish_non_exhaustive()
     }
 }
 

@@ -9,14 +9,14 @@ use tonic::Request;
 use tonic::client::Grpc;
 use tonic_prost::ProstCodec;
 
-use super::auth::{Credentials, not_ready};
+use super::auth::Credentials;
 use super::error;
-use super::member::LinkService;
+use super::link::LinkService;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Header, KeepAlive, LeaseId, Revision};
 
 pub(super) const AUTHENTICATE: &str = "/etcdserverpb.Auth/Authenticate";
-const LEASE_KEEP_ALIVE: &str = "/etcdserverpb.Lease/LeaseKeepAlive";
+pub(super) const LEASE_KEEP_ALIVE: &str = "/etcdserverpb.Lease/LeaseKeepAlive";
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct ResponseHeader {
@@ -58,8 +58,7 @@ struct LeaseKeepAliveResponse {
 
 /// Exchanges name and password for a token.
 pub(super) async fn authenticate(
-    member: &LinkService,
-    endpoint: &str,
+    service: &LinkService,
     credentials: &Credentials,
     deadline: Duration,
 ) -> Result<String, EtcdError> {
@@ -68,35 +67,31 @@ pub(super) async fn authenticate(
         name: credentials.user.clone(),
         password: credentials.password.clone(),
     };
+    let failed = |status| error::of_status(OPERATION, &service.endpoint(), status);
     let call = async {
-        let mut grpc = Grpc::new(member.clone());
-        grpc.ready()
-            .await
-            .map_err(|source| not_ready(OPERATION, endpoint, source))?;
+        let mut grpc = Grpc::new(service.clone());
+        grpc.ready().await.map_err(failed)?;
         let codec = ProstCodec::<AuthenticateRequest, AuthenticateResponse>::default();
         let path = PathAndQuery::from_static(AUTHENTICATE);
         let response = grpc.unary(Request::new(request), path, codec).await;
-        response.map_err(|status| error::of_status(OPERATION, endpoint, status))
+        response.map_err(failed)
     };
     let response = tokio::time::timeout(deadline, call)
         .await
-        .map_err(|_| error::deadline(OPERATION, endpoint, deadline))??;
+        .map_err(|_| error::deadline(OPERATION, &service.endpoint(), deadline))??;
     Ok(response.into_inner().token)
 }
 
 /// Renews a lease over a stream of its own: one request, one answer, closed. An open stream to a healthy follower hangs for seconds
 /// behind a frozen leader, where a fresh one is answered at once.
 pub(super) async fn keep_alive(
-    member: &LinkService,
-    endpoint: &str,
+    service: &LinkService,
     lease: LeaseId,
 ) -> Result<KeepAlive, EtcdError> {
     const OPERATION: &str = "lease keep-alive";
-    let failed = |status| error::of_status(OPERATION, endpoint, status);
-    let mut grpc = Grpc::new(member.clone());
-    grpc.ready()
-        .await
-        .map_err(|source| not_ready(OPERATION, endpoint, source))?;
+    let failed = |status| error::of_status(OPERATION, &service.endpoint(), status);
+    let mut grpc = Grpc::new(service.clone());
+    grpc.ready().await.map_err(failed)?;
     let codec = ProstCodec::<LeaseKeepAliveRequest, LeaseKeepAliveResponse>::default();
     let path = PathAndQuery::from_static(LEASE_KEEP_ALIVE);
     // Not closed after the one request: `etcd grpc-proxy` takes that for the end and gives no answer. Dropping the answers ends it.
@@ -112,7 +107,7 @@ pub(super) async fn keep_alive(
         EtcdError::new(
             EtcdErrorKind::Unavailable,
             OPERATION,
-            endpoint,
+            &service.endpoint(),
             "the stream ended without an answer",
         )
     })?;
@@ -124,7 +119,7 @@ pub(super) async fn keep_alive(
             EtcdError::new(
                 EtcdErrorKind::LeaseNotFound,
                 OPERATION,
-                endpoint,
+                &service.endpoint(),
                 format!("lease {lease} has no time left"),
             )
         })?;

@@ -1,11 +1,11 @@
 //! A watch stream.
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use etcd_client::{Client, WatchFilterType, WatchOptions, WatchStream};
+use etcd_client::{WatchFilterType, WatchOptions, WatchStream};
 use tokio::time::{Instant, timeout_at};
 
+use super::link::Link;
 use super::{DEADLINE, MAX_MESSAGE, error, header, key_value};
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Event, Key, Range, Revision, WatchMessage};
@@ -18,7 +18,8 @@ use crate::keyspace::{Event, Key, Range, Revision, WatchMessage};
 #[derive(Debug)]
 pub(crate) struct Watch {
     stream: WatchStream,
-    endpoint: Arc<str>,
+    /// What it was opened over: the member whose end of it is to be answered for.
+    pub(super) link: Link,
     range: Range,
     /// The watcher's id, from its first message on. The throw-away watchers have others.
     id: Option<i64>,
@@ -28,8 +29,7 @@ pub(crate) struct Watch {
 }
 
 pub(super) async fn open(
-    client: Client,
-    endpoint: Arc<str>,
+    link: Link,
     range: Range,
     from: Option<Revision>,
 ) -> Result<Watch, EtcdError> {
@@ -39,12 +39,13 @@ pub(super) async fn open(
     if let Some(revision) = from {
         options = options.with_start_revision(revision.get());
     }
-    let mut watch = client.watch_client().max_decoding_message_size(MAX_MESSAGE);
+    let watch = link.client.watch_client();
+    let mut watch = watch.max_decoding_message_size(MAX_MESSAGE);
     let stream = watch.watch(range.start.as_bytes(), Some(options)).await;
-    let stream = stream.map_err(|source| error::of_client("watch", &endpoint, source))?;
+    let stream = stream.map_err(|source| error::of_client("watch", &link.endpoint(), source))?;
     Ok(Watch {
         stream,
-        endpoint,
+        link,
         range,
         id: None,
         heard: Instant::now(),
@@ -69,23 +70,23 @@ impl Watch {
             };
             let Ok(message) = timeout_at(self.heard + patience, self.stream.message()).await else {
                 if self.id.is_none() {
-                    return Err(error::deadline("watch", &self.endpoint, DEADLINE));
+                    return Err(error::deadline("watch", &self.link.endpoint(), DEADLINE));
                 }
                 if self.probing {
                     let waited = SILENCE + PROBE_ANSWER;
-                    return Err(error::deadline("watch", &self.endpoint, waited));
+                    return Err(error::deadline("watch", &self.link.endpoint(), waited));
                 }
                 self.probe().await?;
                 continue;
             };
             self.heard = Instant::now();
             self.probing = false;
-            let message =
-                message.map_err(|source| error::of_client("watch", &self.endpoint, source))?;
+            let message = message
+                .map_err(|source| error::of_client("watch", &self.link.endpoint(), source))?;
             let Some(message) = message else {
                 let reason = "the stream was closed";
                 let kind = EtcdErrorKind::Unavailable;
-                return Err(EtcdError::new(kind, "watch", &self.endpoint, reason));
+                return Err(EtcdError::new(kind, "watch", &self.link.endpoint(), reason));
             };
             let message = message.0;
             if *self.id.get_or_insert(message.watch_id) == message.watch_id {
@@ -96,6 +97,12 @@ impl Watch {
                 self.sent(sent)?;
             }
         }
+    }
+
+    /// The member that serves it.
+    #[cfg(test)]
+    pub(super) fn endpoint(&self) -> String {
+        self.link.endpoint()
     }
 
     /// Asks for a sign of life.
@@ -113,16 +120,21 @@ impl Watch {
     }
 
     fn sent(&self, sent: Result<(), etcd_client::Error>) -> Result<(), EtcdError> {
-        sent.map_err(|source| error::of_client("watch", &self.endpoint, source))
+        sent.map_err(|source| error::of_client("watch", &self.link.endpoint(), source))
     }
 
     /// Why a message cancelled the watch, as an error.
     pub(crate) fn cancel_error(&self, message: &WatchMessage) -> EtcdError {
         if message.compacted > Revision::ZERO {
             let source = format!("history before revision {} is compacted", message.compacted);
-            return EtcdError::new(EtcdErrorKind::Compacted, "watch", &self.endpoint, source);
+            return EtcdError::new(
+                EtcdErrorKind::Compacted,
+                "watch",
+                &self.link.endpoint(),
+                source,
+            );
         }
-        error::of_reason("watch", &self.endpoint, &message.cancel_reason)
+        error::of_reason("watch", &self.link.endpoint(), &message.cancel_reason)
     }
 }
 

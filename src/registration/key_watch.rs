@@ -40,16 +40,19 @@ impl KeyWatch {
                 Ok(()) => return News::Opened,
                 Err(error) => error,
             },
-            Some(watch) => match watch.message().await {
-                Ok(message) if message.canceled => watch.cancel_error(&message),
-                Ok(message) => {
-                    self.refusals = 0;
-                    return News::Events(message.events);
-                }
-                Err(error) => error,
-            },
+            Some(watch) => {
+                let error = match watch.message().await {
+                    Ok(message) if message.canceled => watch.cancel_error(&message),
+                    Ok(message) => {
+                        self.refusals = 0;
+                        return News::Events(message.events);
+                    }
+                    Err(error) => error,
+                };
+                etcd.report(watch, &error);
+                error
+            }
         };
-        etcd.report(&error);
         self.open = None;
         let refused = error.kind().is_refusal();
         self.refusals = if refused { self.refusals + 1 } else { 0 };

@@ -293,9 +293,7 @@ where
     let thread = std::thread::Builder::new().name("registration".to_owned());
     let body = move || {
         runtime.block_on(async move {
-            // Clients are made without a round trip; it cannot fail, and if it does the shared ones will do.
-            let own = etcd.apart().await.unwrap_or(etcd);
-            run(own).await;
+            run(etcd.apart()).await;
         });
     };
     thread.spawn(body).map(drop)

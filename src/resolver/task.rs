@@ -124,6 +124,6 @@ async fn receive(
         Err(error) => error,
     };
     tracing::debug!(%error, "the watch ended");
-    etcd.report(&error);
+    etcd.report(open, &error);
     machine.on_watch_ended(error, Instant::now())
 }

@@ -40,6 +40,8 @@ pub(crate) struct Connector {
     pub(crate) timeout: Duration,
     /// Judges what a host name resolves to. The addresses themselves were judged where they came from.
     pub(crate) policy: AddressPolicy,
+    /// Whether the addresses are the program's own, so that a server may prove to be the one that its address names.
+    pub(crate) own_addresses: bool,
 }
 
 impl Default for Connector {
@@ -51,6 +53,7 @@ impl Default for Connector {
             http2: Settings::default(),
             timeout: CONNECT_TIMEOUT,
             policy: AddressPolicy::default(),
+            own_addresses: false,
         }
     }
 }
@@ -69,10 +72,10 @@ impl Connector {
         }));
     }
 
-    /// The name that servers prove to be theirs; none if connections are not encrypted.
+    /// The one name that all servers prove to be theirs, if there is such a name.
     #[cfg(feature = "tls")]
     pub(crate) fn server_name(&self) -> Option<&str> {
-        self.tls.as_ref().map(Tls::server_name)
+        self.tls.as_ref().and_then(Tls::server_name)
     }
 
     /// Without the feature there is no such thing.
@@ -80,6 +83,19 @@ impl Connector {
     #[expect(clippy::unused_self, reason = "the same signature as with the feature")]
     pub(crate) fn server_name(&self) -> Option<&str> {
         None
+    }
+
+    /// Whether connections are encrypted.
+    #[cfg(feature = "tls")]
+    pub(crate) fn is_tls(&self) -> bool {
+        self.tls.is_some()
+    }
+
+    /// Without the feature they are not.
+    #[cfg(not(feature = "tls"))]
+    #[expect(clippy::unused_self, reason = "the same signature as with the feature")]
+    pub(crate) fn is_tls(&self) -> bool {
+        false
     }
 
     /// Makes a connection whose peer has answered. `on_report` is called with what becomes of it.
@@ -108,25 +124,34 @@ impl Connector {
     {
         if let Some(dial) = &self.dial {
             let io = dial(address.clone()).await.map_err(DialError::Dial)?;
-            return self.secure(io, on_report).await;
+            return self.secure(io, address, on_report).await;
         }
-        match address.socket_path() {
-            Some(path) => {
-                let io = unix(path).await.map_err(DialError::Dial)?;
-                self.secure(io, on_report).await
-            }
-            None => self.secure(self.tcp(address).await?, on_report).await,
+        if let Some(path) = address.socket_path() {
+            let io = unix(path).await.map_err(DialError::Dial)?;
+            return self.secure(io, address, on_report).await;
         }
+        let io = self.tcp(address).await?;
+        self.secure(io, address, on_report).await
     }
 
-    async fn secure<T, F>(&self, io: T, on_report: F) -> Result<Connection, DialError>
+    #[cfg_attr(
+        not(feature = "tls"),
+        expect(unused_variables, reason = "the same signature as with the feature")
+    )]
+    async fn secure<T, F>(
+        &self,
+        io: T,
+        address: &Address,
+        on_report: F,
+    ) -> Result<Connection, DialError>
     where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
         F: FnMut(Report) + Send + Unpin + 'static,
     {
         #[cfg(feature = "tls")]
         if let Some(tls) = &self.tls {
-            let io = tls.handshake(io).await.map_err(DialError::Tls)?;
+            let host = self.own_addresses.then(|| address.host());
+            let io = tls.handshake(io, host).await.map_err(DialError::Tls)?;
             return Ok(Connection::establish(io, &self.http2, on_report).await?);
         }
         Ok(Connection::establish(io, &self.http2, on_report).await?)
@@ -164,7 +189,8 @@ impl fmt::Debug for Connector {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Connector")
             .field("custom", &self.dial.is_some())
-            .field("tls", &self.server_name())
+            .field("tls", &self.is_tls())
+            .field("server_name", &self.server_name())
             .field("http2", &self.http2)
             .field("timeout", &self.timeout)
             .finish_non_exhaustive()

@@ -1,4 +1,4 @@
-//! TLS to endpoints, with rustls.
+//! TLS to endpoints and to etcd, with rustls.
 
 use std::fmt;
 use std::io;
@@ -13,10 +13,11 @@ use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
-/// TLS to endpoints: whom to trust, and who we are.
+/// TLS to endpoints or to etcd: whom to trust, and who we are.
 ///
 /// The name that every server's certificate has to be valid for is fixed here, once per channel. It never comes from the registry: whoever
-/// can write there could otherwise point clients at a server of their own with a certificate of their own.
+/// can write there could otherwise point clients at a server of their own with a certificate of their own. Where the program itself has
+/// written the addresses down, as it has etcd's, [`by_address`](Self::by_address) checks each server for its own.
 ///
 /// The server is trusted by the system's root certificates unless others are given. Certificates given as files are read again at each
 /// handshake, so they are renewed without a restart.
@@ -32,9 +33,10 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 /// # }
 /// ```
 #[derive(Clone)]
-#[must_use = "it does nothing until it is given to a channel's builder"]
+#[must_use = "it does nothing until it is given to a builder"]
 pub struct TlsConfig {
-    server_name: String,
+    /// Or else the host that was dialled.
+    server_name: Option<String>,
     roots: Vec<Pem>,
     system_roots: bool,
     identity: Option<(Pem, Pem)>,
@@ -43,8 +45,33 @@ pub struct TlsConfig {
 impl TlsConfig {
     /// TLS to servers whose certificate is valid for this name or IP address.
     pub fn new(server_name: impl Into<String>) -> Self {
+        Self::of(Some(server_name.into()))
+    }
+
+    /// TLS to servers whose certificate is valid for the host name or IP address that each was dialled by.
+    ///
+    /// Only for addresses that the program itself has written down: the members of etcd given to
+    /// [`Registry::builder`](crate::Registry::builder), or those of
+    /// [`from_addresses`](crate::ChannelBuilder::from_addresses). A channel whose addresses come from anywhere else connects to none of
+    /// them with such a configuration.
+    ///
+    /// ```no_run
+    /// use tonic_etcd::{Registry, TlsConfig};
+    ///
+    /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+    /// let tls = TlsConfig::by_address().ca_file("/etc/etcd/ca.pem");
+    /// let members = ["https://etcd-0.etcd:2379", "https://etcd-1.etcd:2379", "https://etcd-2.etcd:2379"];
+    /// let registry = Registry::builder(members).tls(tls).connect().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn by_address() -> Self {
+        Self::of(None)
+    }
+
+    fn of(server_name: Option<String>) -> Self {
         Self {
-            server_name: server_name.into(),
+            server_name,
             roots: Vec::new(),
             system_roots: false,
             identity: None,
@@ -84,10 +111,6 @@ impl TlsConfig {
         let certificates = Pem::File(certificates.as_ref().to_owned());
         self.identity = Some((certificates, Pem::File(key.as_ref().to_owned())));
         self
-    }
-
-    pub(crate) fn server_name(&self) -> &str {
-        &self.server_name
     }
 
     fn has_files(&self) -> bool {
@@ -177,17 +200,21 @@ impl Tls {
         }
     }
 
-    /// The name that servers are checked for, which is also the authority of calls.
-    pub(crate) fn server_name(&self) -> &str {
-        self.config.server_name()
+    /// The name that all servers are checked for, which is also the authority of calls; none if each is checked for its own.
+    pub(crate) fn server_name(&self) -> Option<&str> {
+        self.config.server_name.as_deref()
     }
 
-    /// Makes the connection secure, and checks that the peer speaks HTTP/2 over it.
-    pub(crate) async fn handshake<T>(&self, io: T) -> io::Result<TlsStream<T>>
+    /// Makes the connection secure, and checks that the peer speaks HTTP/2 over it. The peer is checked for the host only if the
+    /// configuration has no name; then there has to be one.
+    pub(crate) async fn handshake<T>(&self, io: T, host: Option<&str>) -> io::Result<TlsStream<T>>
     where
         T: AsyncRead + AsyncWrite + Unpin,
     {
-        let name = ServerName::try_from(self.config.server_name.clone()).map_err(invalid)?;
+        let name = self.server_name().or(host).ok_or_else(|| {
+            invalid("the server's name is not fixed, and its address was not written down by the program; use TlsConfig::new(name)")
+        })?;
+        let name = ServerName::try_from(name.to_owned()).map_err(invalid)?;
         let connector = TlsConnector::from(self.current().await?);
         let stream = connector.connect(name, io).await?;
         // gRPC wants it negotiated, but servers that know nothing else leave it out; those that chose HTTP/1 are told so.

@@ -139,3 +139,28 @@ async fn an_identity_in_files_is_read_again_and_half_of_it_leaves_the_last_one_i
     });
     in_time("a call with the last identity", answered(&channel)).await;
 }
+
+#[tokio::test]
+async fn servers_prove_their_own_name_only_at_addresses_that_the_program_wrote_down() {
+    let authority = Authority::new();
+    authority.sign("server", "greeter.internal");
+    let server = serve(&authority);
+    let tls = || TlsConfig::by_address().ca_pem(authority.read("ca.pem"));
+    // The certificate is for 127.0.0.1 as well.
+    say(&secured(&server, tls())).await.expect("an answer");
+
+    let other = server.address().replace("127.0.0.1", "localhost");
+    let channel = BalancedChannel::builder()
+        .tls(tls())
+        .from_addresses([other]);
+    let status = say(&channel).await.expect_err("another name");
+    assert!(status.message().contains("TLS"), "{status}");
+
+    let (changes, stream) = mpsc::unbounded_channel();
+    let channel = BalancedChannel::builder()
+        .tls(tls())
+        .from_discover(UnboundedReceiverStream::new(stream));
+    insert(&changes, instance(&server.address()));
+    let status = say(&channel).await.expect_err("anybody's address");
+    assert!(status.message().contains("TlsConfig::new"), "{status}");
+}

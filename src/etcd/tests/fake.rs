@@ -1,6 +1,7 @@
 //! A scripted etcd: real messages over an in-memory connection, in any order that a real server is known to have produced. The entries
 //! named A1 to B5 are what was measured of real servers.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use etcd_client::proto::{
     PbRangeStreamResponse, PbResponseOp, PbTargetUnion, PbTxnOpRequest, PbTxnOpResponse,
     PbTxnRequest, PbTxnResponse, PbWatchRequest, PbWatchResponse, PbWatchServer, PbWatchService,
 };
+use tokio::io::DuplexStream;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
@@ -20,9 +22,12 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::store::Store;
 use super::watcher;
+use crate::address::Address;
+use crate::channel::BalancedChannel;
+use crate::etcd::Etcd;
 use crate::etcd::auth::Auth;
-use crate::etcd::member::Open;
-use crate::etcd::{Etcd, MemberEndpoint};
+use crate::etcd::connect::tuned;
+use crate::etcd::members::Open;
 
 /// The server. Clones share the store.
 #[derive(Clone)]
@@ -31,6 +36,8 @@ pub(super) struct Fake {
     script: Arc<Mutex<Script>>,
     /// Raised at each change, and to end every stream.
     pub(super) changed: watch::Sender<u64>,
+    /// Which connection this one serves.
+    connection: u32,
 }
 
 /// What goes wrong.
@@ -42,6 +49,9 @@ pub(super) struct Script {
     pub(super) mute_watches: u32,
     /// Connections so far.
     pub(super) connections: u32,
+    /// Those that keys were read over, and those that had to do with leases.
+    pub(super) keys_over: BTreeSet<u32>,
+    pub(super) leases_over: BTreeSet<u32>,
 }
 
 impl Script {
@@ -60,8 +70,11 @@ impl Fake {
                 faults,
                 mute_watches: 0,
                 connections: 0,
+                keys_over: BTreeSet::new(),
+                leases_over: BTreeSet::new(),
             })),
             changed: watch::Sender::new(0),
+            connection: 0,
         }
     }
 
@@ -85,35 +98,58 @@ impl Fake {
     }
 
     /// Our client for so many members of it.
-    pub(super) async fn etcd(&self, members: usize) -> Etcd {
-        let member = |index| (format!("member{index}:1"), self.open());
-        let members = (0..members).map(member).collect();
-        Etcd::lazy(members, Auth::new(None)).await.expect("lazy")
+    pub(super) fn etcd(&self, members: usize) -> Etcd {
+        self.etcd_at((0..members).map(|index| format!("member{index}:1")))
     }
 
-    /// A connection in memory, so that paused time passes only while nobody has anything to do.
-    fn open(&self) -> Open {
+    /// The same for members by their addresses, of which those called `stranger` are no etcd.
+    pub(super) fn etcd_at(&self, addresses: impl IntoIterator<Item = String>) -> Etcd {
+        let addresses = addresses.into_iter();
+        let addresses: Vec<Address> = addresses
+            .map(|address| address.parse().expect("valid"))
+            .collect();
+        Etcd::lazy(addresses.clone(), self.open(addresses), Auth::new(None))
+    }
+
+    /// Connections in memory, so that paused time passes only while nobody has anything to do.
+    fn open(&self, addresses: Vec<Address>) -> Open {
         let fake = self.clone();
-        let endpoint = MemberEndpoint::parse("member:1", false).expect("valid");
         Arc::new(move || {
             let fake = fake.clone();
-            let dial = move |_| {
-                fake.script().connections += 1;
-                let (ours, theirs) = tokio::io::duplex(1 << 16);
-                let router = tonic::transport::Server::builder()
-                    .add_service(PbKvServer::new(fake.clone()))
-                    .add_service(PbLeaseServer::new(fake.clone()))
-                    .add_service(PbWatchServer::new(fake.clone()));
-                let incoming = tokio_stream::once(Ok::<_, std::io::Error>(theirs));
-                tokio::spawn(async move {
-                    // It ends with its connection.
-                    drop(router.serve_with_incoming(incoming).await);
-                });
-                std::future::ready(Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(ours)))
+            let dial = move |address: Address| {
+                let stranger = address.host() == "stranger";
+                std::future::ready(Ok(fake.accept(stranger)))
             };
-            let endpoint = endpoint.transport();
-            endpoint.connect_with_connector_lazy(tower::service_fn(dial))
+            let channel = tuned(BalancedChannel::builder()).connector(dial);
+            channel.from_addresses(addresses.iter().map(Address::as_str))
         })
+    }
+
+    fn accept(&self, stranger: bool) -> DuplexStream {
+        let connection = {
+            let mut script = self.script();
+            script.connections += 1;
+            script.connections
+        };
+        let fake = Self {
+            connection,
+            ..self.clone()
+        };
+        let (ours, theirs) = tokio::io::duplex(1 << 16);
+        let mut services = tonic::service::Routes::default();
+        if !stranger {
+            services = services
+                .add_service(PbKvServer::new(fake.clone()))
+                .add_service(PbLeaseServer::new(fake.clone()))
+                .add_service(PbWatchServer::new(fake));
+        }
+        let router = tonic::transport::Server::builder().add_routes(services);
+        let incoming = tokio_stream::once(Ok::<_, std::io::Error>(theirs));
+        tokio::spawn(async move {
+            // It ends with its connection.
+            drop(router.serve_with_incoming(incoming).await);
+        });
+        ours
     }
 
     /// What may happen to a request: refused, lost, or done with its answer lost. `true`: the answer is to be lost.
@@ -257,6 +293,7 @@ impl PbKvService for Fake {
         request: Request<PbRangeRequest>,
     ) -> Result<Response<PbRangeResponse>, Status> {
         asks_for_a_leader(&request);
+        self.script().keys_over.insert(self.connection);
         self.answer(|store| range(store, request.get_ref())).await
     }
 
@@ -298,6 +335,7 @@ impl PbLeaseService for Fake {
         request: Request<PbLeaseGrantRequest>,
     ) -> Result<Response<PbLeaseGrantResponse>, Status> {
         asks_for_a_leader(&request);
+        self.script().leases_over.insert(self.connection);
         let PbLeaseGrantRequest { ttl, id } = *request.get_ref();
         self.answer(|store| {
             let length = Duration::from_secs(ttl.unsigned_abs());
@@ -322,6 +360,7 @@ impl PbLeaseService for Fake {
         request: Request<PbLeaseRevokeRequest>,
     ) -> Result<Response<PbLeaseRevokeResponse>, Status> {
         let id = request.get_ref().id;
+        self.script().leases_over.insert(self.connection);
         self.answer(|store| match store.leases.remove(&id) {
             Some(_) => Ok(PbLeaseRevokeResponse {
                 header: Some(store.header()),
@@ -338,6 +377,7 @@ impl PbLeaseService for Fake {
         request: Request<Streaming<PbLeaseKeepAliveRequest>>,
     ) -> Result<Response<Self::LeaseKeepAliveStream>, Status> {
         asks_for_a_leader(&request);
+        self.script().leases_over.insert(self.connection);
         let mut requests = request.into_inner();
         let (answers, stream) = mpsc::channel(4);
         let fake = self.clone();

@@ -48,7 +48,7 @@ struct World {
 impl World {
     async fn new(seed: u64) -> Self {
         let fake = Fake::new(seed, 0);
-        let etcd = fake.etcd(2).await;
+        let etcd = fake.etcd(2);
         let keyspace = Keyspace::new("/gRPC/");
         let policy = AddressPolicy::default();
         let resolver = ResolverBuilder::service(etcd.clone(), &keyspace, "greeter", policy.clone());
@@ -177,11 +177,11 @@ async fn whatever_etcd_sends_and_in_whatever_order_the_end_is_exact() {
 #[tokio::test(start_paused = true)]
 async fn leases_have_a_connection_of_their_own() {
     let fake = Fake::new(1, 0);
-    let etcd = fake.etcd(1).await;
+    let etcd = fake.etcd(1);
     let key = Key::from("/a");
     let deadline = Duration::from_secs(1);
     etcd.read(&key).await.expect("all is well");
-    assert_eq!(fake.script().connections, 1);
+    assert_eq!(fake.script().connections, 1, "none for leases without one");
     let lease = LeaseId::new(42);
     etcd.grant(lease, TTL, deadline).await.expect("granted");
     etcd.keep_alive(lease, deadline).await.expect("renewed");
@@ -189,15 +189,41 @@ async fn leases_have_a_connection_of_their_own() {
     etcd.revoke(lease, deadline).await.expect("revoked");
     etcd.read(&key).await.expect("all is well");
     assert_eq!(fake.script().connections, 2, "and no more");
+    let script = fake.script();
+    assert!(
+        script.keys_over.is_disjoint(&script.leases_over),
+        "{:?} {:?}",
+        script.keys_over,
+        script.leases_over
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_wrong_endpoint_among_good_ones_fails_nothing() {
+    let fake = Fake::new(1, 0);
+    let addresses = ["stranger:1", "member0:1", "member1:1"];
+    let etcd = fake.etcd_at(addresses.map(str::to_owned));
+    let key = Key::from("/a");
+    let deadline = Duration::from_secs(1);
+    for id in 1..100 {
+        let lease = LeaseId::new(id);
+        etcd.grant(lease, TTL, deadline).await.expect("granted");
+        etcd.keep_alive(lease, deadline).await.expect("renewed");
+        etcd.read_once(&key, deadline).await.expect("read");
+        let range = Range::prefix(PREFIX);
+        let mut watch = etcd.watch(&range, None).await.expect("a watch");
+        assert!(watch.message().await.expect("a message").created);
+        // Now and then it is tried again.
+        sleep(Duration::from_secs(20)).await;
+    }
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_watch_whose_first_message_does_not_come_is_given_up_after_two_seconds() {
     let fake = Fake::new(1, 0);
-    let etcd = fake.etcd(2).await;
+    let etcd = fake.etcd(2);
     let range = Range::prefix(PREFIX);
     fake.script().mute_watches = 1;
-    let before = etcd.endpoint_in_use();
     let start = Instant::now();
     let mut watch = etcd.watch(&range, None).await.expect("a head");
     let error = watch.message().await.expect_err("no message");
@@ -205,8 +231,10 @@ async fn a_watch_whose_first_message_does_not_come_is_given_up_after_two_seconds
     assert_eq!(error.kind(), EtcdErrorKind::DeadlineExceeded);
     assert!(took < Duration::from_millis(2_500), "{took:?}");
     // It is the member's failure: the next watch goes elsewhere.
-    etcd.report(&error);
-    assert_ne!(etcd.endpoint_in_use(), before);
-    let mut watch = etcd.watch(&range, None).await.expect("a head");
-    assert!(watch.message().await.expect("a message").created);
+    etcd.report(&watch, &error);
+    for _ in 0..20 {
+        let mut next = etcd.watch(&range, None).await.expect("a head");
+        assert!(next.message().await.expect("a message").created);
+        assert_ne!(next.endpoint(), error.endpoint());
+    }
 }

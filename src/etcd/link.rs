@@ -1,0 +1,116 @@
+//! The way of one request: the client that it is made with, and the service under the client, which knows where it went.
+
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use etcd_client::{Client, ConnectOptions};
+use http::HeaderValue;
+use tonic::Status;
+use tonic::body::Body;
+use tower::util::{BoxCloneSyncService, ServiceExt};
+use tower::{BoxError, Service};
+
+use super::auth::Auth;
+use super::{error, rpc};
+use crate::channel::{BalancedChannel, ResponseBody, ResponseFuture, Route};
+use crate::error::EtcdError;
+use crate::transport::deadline::{self, GRPC_TIMEOUT};
+
+/// What one request, or the stream that it opens, goes over. Clones are of the same request.
+#[derive(Clone)]
+pub(super) struct Link {
+    pub(super) client: Arc<Client>,
+    /// `None` for a client that the user made.
+    pub(super) service: Option<LinkService>,
+}
+
+impl Link {
+    /// Takes a client that the user made, whose connections are its own.
+    pub(super) fn given(client: &Arc<Client>) -> Self {
+        Self {
+            client: Arc::clone(client),
+            service: None,
+        }
+    }
+
+    /// Makes a client for one request: which member has served it is not to be had through `etcd-client`.
+    pub(super) async fn over(service: LinkService) -> Result<Self, EtcdError> {
+        let boxed = service
+            .clone()
+            .map_response(|response: http::Response<ResponseBody>| response.map(Body::new))
+            .map_err(BoxError::from);
+        let custom = etcd_client::Channel::Custom(BoxCloneSyncService::new(boxed));
+        let client = Client::from_channel(custom, Some(ConnectOptions::new())).await;
+        let client =
+            client.map_err(|source| error::of_client("connect", &service.endpoint(), source))?;
+        Ok(Self {
+            client: Arc::new(client),
+            service: Some(service),
+        })
+    }
+
+    /// The member that was asked; if none was, the one whose connection has failed last.
+    pub(super) fn endpoint(&self) -> String {
+        let service = self.service.as_ref();
+        service.map_or_else(|| GIVEN.to_owned(), LinkService::endpoint)
+    }
+}
+
+impl std::fmt::Debug for Link {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Link")
+            .field("endpoint", &self.endpoint())
+            .finish_non_exhaustive()
+    }
+}
+
+/// The channel over all members, for one request: adds the token, the deadline, and the wish to be refused by a member that has lost its
+/// cluster.
+#[derive(Clone)]
+pub(super) struct LinkService {
+    pub(super) channel: BalancedChannel,
+    pub(super) route: Route,
+    pub(super) deadline: Duration,
+    pub(super) auth: Auth,
+}
+
+impl LinkService {
+    pub(super) fn endpoint(&self) -> String {
+        let address = self.route.address();
+        let address = address.or_else(|| self.channel.last_failure());
+        // Nobody was asked, and nothing has failed: connections are being made.
+        address.map_or_else(|| "(no member)".to_owned(), |address| address.to_string())
+    }
+}
+
+impl Service<http::Request<Body>> for LinkService {
+    type Response = http::Response<ResponseBody>;
+    type Error = Status;
+    type Future = ResponseFuture;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Status>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, mut request: http::Request<Body>) -> ResponseFuture {
+        let path = request.uri().path();
+        let unary = !STREAMS.contains(&path);
+        // A token sent along with the request for a new one would have that refused as well.
+        let token = self.auth.token().filter(|_| path != rpc::AUTHENTICATE);
+        let headers = request.headers_mut();
+        headers.insert("hasleader", HeaderValue::from_static("true"));
+        if unary {
+            headers.insert(GRPC_TIMEOUT, deadline::format(self.deadline));
+        }
+        if let Some(token) = token {
+            headers.insert("token", HeaderValue::clone(&token));
+        }
+        self.channel.call_by(&self.route, request)
+    }
+}
+
+/// What has no deadline: a watch ends by its watchdog, and a renewal's stream with its answer or with whoever waits for it.
+const STREAMS: [&str; 2] = ["/etcdserverpb.Watch/Watch", rpc::LEASE_KEEP_ALIVE];
+/// In place of a member's address.
+const GIVEN: &str = "(the given client)";

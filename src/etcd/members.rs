@@ -1,0 +1,105 @@
+//! The members of a cluster: two channels over all of them, and how they stand.
+
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::auth::Auth;
+use super::link::{Link, LinkService};
+use super::standing::{Failure, Standings, Traffic};
+use crate::address::Address;
+use crate::channel::{BalancedChannel, Route};
+use crate::error::EtcdError;
+
+/// Opens a channel over all members.
+pub(super) type Open = Arc<dyn Fn() -> BalancedChannel + Send + Sync>;
+
+/// The members, and our connections to them. What keeps leases alive has its own: whatever happens on the others, watches that nobody reads
+/// or a list of ten thousand keys, a renewal does not wait behind it.
+pub(super) struct Members {
+    pub(super) addresses: Vec<Address>,
+    open: Open,
+    /// Opened by their first request: a client that registers nothing has no lease, and needs no connections for any.
+    keys: OnceLock<BalancedChannel>,
+    leases: OnceLock<BalancedChannel>,
+    standings: Mutex<Standings>,
+}
+
+impl Members {
+    pub(super) fn new(mut addresses: Vec<Address>, open: Open) -> Self {
+        addresses.sort();
+        addresses.dedup();
+        Self {
+            addresses,
+            open,
+            keys: OnceLock::new(),
+            leases: OnceLock::new(),
+            standings: Mutex::default(),
+        }
+    }
+
+    /// The same members over connections of the runtime that they are first used on.
+    pub(super) fn apart(&self) -> Self {
+        Self::new(self.addresses.clone(), Arc::clone(&self.open))
+    }
+
+    /// The way of one request.
+    pub(super) async fn link(
+        &self,
+        traffic: Traffic,
+        deadline: Duration,
+        auth: &Auth,
+    ) -> Result<Link, EtcdError> {
+        let channel = match traffic {
+            Traffic::Keys => &self.keys,
+            Traffic::Leases => &self.leases,
+        };
+        let mut avoided = self.standings().avoided(Instant::now());
+        if let Some(issuer) = auth.new_issuer() {
+            // Nobody else may know of the token yet.
+            let others = self.addresses.iter().filter(|member| **member != issuer);
+            avoided.retain(|member| *member == issuer);
+            avoided.extend(others.cloned());
+        }
+        let service = LinkService {
+            channel: channel.get_or_init(|| (self.open)()).clone(),
+            route: Route::avoiding(avoided),
+            deadline,
+            auth: auth.clone(),
+        };
+        // Boxed, for `etcd-client`'s futures are large.
+        Box::pin(Link::over(service)).await
+    }
+
+    /// The member that a request went to has answered it.
+    pub(super) fn on_answer(&self, service: &LinkService) {
+        if let Some(member) = service.route.address() {
+            self.standings().on_answer(&member);
+        }
+    }
+
+    /// The member that a request went to has failed it, or the stream that it began: the next one goes elsewhere. One that went nowhere is
+    /// nobody's fault.
+    pub(super) fn on_failure(&self, service: &LinkService, traffic: Traffic, failure: Failure) {
+        let Some(member) = service.route.address() else {
+            return;
+        };
+        let now = Instant::now();
+        let give_up = self.standings().on_failure(&member, traffic, failure, now);
+        let since = now.checked_sub(service.deadline).unwrap_or(now);
+        let silent_since = (failure != Failure::Said).then_some(since);
+        service.route.complain(now, silent_since);
+        if give_up {
+            tracing::debug!(%member, ?traffic, "etcd is silent on a connection; the next request goes over another");
+            service.channel.give_up(&service.route);
+        }
+    }
+
+    fn standings(&self) -> MutexGuard<'_, Standings> {
+        // Nothing panics while it is held; and the data would be whole even then.
+        self.standings
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
