@@ -162,3 +162,16 @@ async fn signed_tokens_that_are_refused_are_renewed() {
     let etcd = Etcd::builder().arg(token).start().await.unwrap();
     Box::pin(heals(etcd)).await;
 }
+
+/// The one that has not issued it hears of it a moment later.
+#[tokio::test]
+async fn a_new_token_is_good_whichever_member_is_asked() {
+    let etcd = Etcd::start_cluster(3).await.unwrap();
+    protect(&etcd).await;
+    for _ in 0..20 {
+        let reader = user(&etcd, "reader").await.expect("connected");
+        let resolver = reader.resolver("greeter");
+        resolver.ready().await;
+        assert!(resolver.status().last_error.is_none());
+    }
+}

@@ -8,8 +8,9 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
 
-use crate::etcd::{Config, Etcd};
-use crate::keyspace::{Key, LeaseId};
+use crate::error::EtcdError;
+use crate::etcd::{Config, Etcd, Watch};
+use crate::keyspace::{Key, LeaseId, Range};
 use crate::testing;
 
 fn since(start: Instant) -> Duration {
@@ -55,6 +56,144 @@ async fn stock(client: &etcd_client::Client, reads: u32) -> (u32, u32) {
     tasks.join_all().await.into_iter().fold((0, 0), add)
 }
 
+/// How long each of so many reads took, one after the other; none may fail.
+async fn reads(etcd: &Etcd, reads: usize) -> Vec<Duration> {
+    let mut took = Vec::with_capacity(reads);
+    for _ in 0..reads {
+        let start = Instant::now();
+        let answer = etcd.read(&Key::from("/a")).await;
+        took.push(since(start));
+        answer.expect("no read fails");
+    }
+    took
+}
+
+/// Says how many reads waited, how long, and when the last of them was made; no more than `few` may.
+fn few_wait(what: &str, took: &[Duration], few: usize, longest: Duration) {
+    let waits = |took: &&Duration| **took > Duration::from_millis(200);
+    let waited = took.iter().filter(waits).count();
+    let last = took.iter().rposition(|took| waits(&took));
+    let slowest = took.iter().max().expect("reads");
+    let mut sorted = took.to_vec();
+    sorted.sort();
+    let median = sorted[sorted.len() / 2];
+    println!(
+        "{what}: 0 of {} reads failed, {waited} waited, the last of them number {last:?}; the slowest took {slowest:?}, the median {median:?}",
+        took.len()
+    );
+    assert!(waited <= few, "{waited} reads waited");
+    assert!(*slowest < longest, "{slowest:?}");
+    assert!(last.is_none_or(|last| last < 30), "number {last:?} waited");
+}
+
+#[tokio::test]
+async fn one_member_of_three_that_is_frozen_or_dead_costs_one_read_its_first_try() {
+    let mut cluster = testing::Etcd::start_cluster(3).await.expect("etcd");
+    let etcd = connect(cluster.endpoints()).await;
+    let client = etcd_client::Client::connect(cluster.endpoints(), None).await;
+    let client = client.expect("etcd answers");
+    few_wait(
+        "all well",
+        &reads(&etcd, 300).await,
+        0,
+        Duration::from_secs(1),
+    );
+    let leader = cluster.leader().await.expect("somebody leads");
+    let follower = (leader + 1) % 3;
+
+    cluster.freeze(follower).await.expect("frozen");
+    let took = reads(&etcd, 300).await;
+    let (refused, hung) = stock(&client, 300).await;
+    println!("etcd-client: {refused} of 300 failed, {hung} hung");
+    few_wait("one frozen", &took, 1, Duration::from_millis(2_500));
+    cluster.thaw(follower).await.expect("thawed");
+
+    cluster.kill(follower).await.expect("killed");
+    let took = reads(&etcd, 300).await;
+    let (refused, hung) = stock(&client, 300).await;
+    println!("etcd-client: {refused} of 300 failed, {hung} hung");
+    few_wait("one dead", &took, 0, Duration::from_secs(1));
+    cluster.restart(follower).await.expect("restarted");
+
+    // The others elect another leader first, which takes them a second or two.
+    cluster.freeze(leader).await.expect("frozen");
+    let took = reads(&etcd, 300).await;
+    few_wait("the leader frozen", &took, 3, Duration::from_secs(9));
+}
+
+/// A watch on a member for which `is_it` holds.
+async fn watch_at(etcd: &Etcd, is_it: impl Fn(&str) -> bool) -> Watch {
+    let start = Instant::now();
+    loop {
+        let opened = etcd.watch(&Range::prefix("/gRPC/"), None).await;
+        let mut watch = opened.expect("a watch");
+        assert!(watch.message().await.expect("a message").created);
+        if is_it(&watch.endpoint()) {
+            return watch;
+        }
+        assert!(since(start) < Duration::from_secs(20), "never there");
+    }
+}
+
+/// How a watch ends.
+async fn end(watch: &mut Watch) -> EtcdError {
+    loop {
+        if let Err(error) = watch.message().await {
+            return error;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_watch_whose_member_freezes_or_loses_its_leader_moves_to_another_member() {
+    let starting = testing::Etcd::builder().members(3).partitionable();
+    let mut cluster = starting.start().await.expect("etcd");
+    let etcd = connect(cluster.endpoints()).await;
+    let leader = cluster.leader().await.expect("somebody leads");
+    let bad = (leader + 1) % 3;
+    let address = cluster.endpoint(bad);
+    let deadline = Duration::from_secs(2);
+    let lease = LeaseId::new(42);
+    let granted = etcd.grant(lease, Duration::from_secs(60), deadline);
+    granted.await.expect("granted");
+    for fault in ["frozen", "cut off"] {
+        let mut watch = watch_at(&etcd, |endpoint| endpoint == address).await;
+        let start = Instant::now();
+        match fault {
+            "frozen" => cluster.freeze(bad).await.expect("frozen"),
+            _ => cluster.isolate(bad).await.expect("isolated"),
+        }
+        let error = end(&mut watch).await;
+        println!("{fault}: the watch ended after {:?}: {error}", since(start));
+        assert_eq!(error.endpoint(), address);
+        let bound = Duration::from_secs(if fault == "frozen" { 9 } else { 8 });
+        assert!(since(start) < bound, "{:?}", since(start));
+        etcd.report(&watch, &error);
+        // Certainly elsewhere, and not by luck; and the first of it is there at once.
+        let start = Instant::now();
+        for _ in 0..30 {
+            let mut next = etcd
+                .watch(&Range::prefix("/gRPC/"), None)
+                .await
+                .expect("a watch");
+            assert_ne!(next.endpoint(), address, "{fault}");
+            assert!(next.message().await.expect("a message").created);
+            etcd.read(&Key::from("/a")).await.expect("read");
+        }
+        // Leases go over connections of their own, and know of the member all the same.
+        etcd.keep_alive(lease, deadline).await.expect("renewed");
+        println!(
+            "{fault}: 30 watches, 30 reads, and a renewal took {:?}",
+            since(start)
+        );
+        assert!(since(start) < Duration::from_secs(2), "{:?}", since(start));
+        match fault {
+            "frozen" => cluster.thaw(bad).await.expect("thawed"),
+            _ => cluster.rejoin(bad).expect("rejoined"),
+        }
+    }
+}
+
 /// Of the five members three are known; one of them dies, and one more freezes.
 #[tokio::test]
 async fn a_dead_and_a_frozen_member_cost_one_deadline_in_all() {
@@ -68,9 +207,7 @@ async fn a_dead_and_a_frozen_member_cost_one_deadline_in_all() {
     let deadline = Duration::from_secs(2);
     etcd.grant(lease, ttl, deadline).await.expect("granted");
 
-    let used = etcd.endpoint_in_use();
-    let position = known.iter().position(|endpoint| *endpoint == used);
-    let (dead, frozen) = (position.expect("known"), (position.expect("known") + 1) % 3);
+    let (dead, frozen) = (0, 1);
     cluster.kill(dead).await.expect("killed");
     // With four of five there is a leader, at once or after an election.
     let waited = Instant::now();
