@@ -105,7 +105,8 @@ impl Etcd {
                         bounded(operation, deadline, &link, Box::pin(request(link.clone()))).await;
                 }
                 Ok(false) => {}
-                Err(error) => outcome = Err(error),
+                // Whoever failed that was told so already.
+                Err(error) => return Err(error),
             }
         }
         self.judge(&link, traffic, outcome.as_ref().err());

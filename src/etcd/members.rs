@@ -86,7 +86,14 @@ impl Members {
             return;
         };
         let now = Instant::now();
-        let give_up = self.standings().on_failure(&member, traffic, failure, now);
+        let (news, give_up) = {
+            let mut standings = self.standings();
+            let news = !standings.avoided(now).contains(&member);
+            (news, standings.on_failure(&member, traffic, failure, now))
+        };
+        if news && self.addresses.len() > 1 {
+            tracing::info!(%member, ?failure, "an etcd member has failed a request or a watch: others are asked first");
+        }
         let since = now.checked_sub(service.deadline).unwrap_or(now);
         let silent_since = (failure != Failure::Said).then_some(since);
         service.route.complain(now, silent_since);
