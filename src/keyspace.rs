@@ -157,6 +157,7 @@ impl KeyValue {
     pub(crate) fn version(&self) -> KeyVersion {
         KeyVersion {
             key: self.key.clone(),
+            create_revision: self.create_revision,
             mod_revision: self.mod_revision,
             lease: self.lease,
         }
@@ -164,10 +165,11 @@ impl KeyValue {
 }
 
 /// Which write of a key this is. The lease belongs to it: a store that was wiped and filled again can repeat every revision, but not
-/// the lease ids.
+/// the lease ids. So does the key's creation, for keys without a lease: two revisions are harder to repeat than one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct KeyVersion {
     pub(crate) key: Key,
+    pub(crate) create_revision: Revision,
     pub(crate) mod_revision: Revision,
     pub(crate) lease: LeaseId,
 }

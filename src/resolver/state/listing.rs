@@ -154,6 +154,7 @@ impl Machine {
         }
         for KeyVersion {
             key,
+            create_revision,
             mod_revision,
             lease,
         } in oversized
@@ -167,6 +168,7 @@ impl Machine {
             self.keys.insert(
                 key,
                 KeyState {
+                    create_revision,
                     mod_revision,
                     lease,
                 },

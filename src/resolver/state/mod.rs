@@ -109,6 +109,7 @@ pub(super) struct Report {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct KeyState {
+    create_revision: Revision,
     mod_revision: Revision,
     lease: LeaseId,
 }
@@ -116,6 +117,7 @@ struct KeyState {
 impl KeyState {
     fn of(kv: &KeyValue) -> Self {
         Self {
+            create_revision: kv.create_revision,
             mod_revision: kv.mod_revision,
             lease: kv.lease,
         }

@@ -184,7 +184,9 @@ impl Machine {
             self.keys.get(&found.key).is_some_and(|known| {
                 // Written again under the same lease, by its owner, is the same store: the watch brings the write.
                 let later = found.mod_revision > floor && known.lease != LeaseId::NONE;
-                known.lease == found.lease && (later || known.mod_revision == found.mod_revision)
+                let unchanged = known.mod_revision == found.mod_revision
+                    && known.create_revision == found.create_revision;
+                known.lease == found.lease && (later || unchanged)
             })
         });
         if self.is_other_store(header) || !same {

@@ -484,6 +484,7 @@ fn a_store_that_went_back_or_forgot_is_listed_anew() {
         "gone",
         "lease",
         "mod revision",
+        "create revision",
     ] {
         let mut player = populated(2);
         let key = reopened(&mut player);
@@ -495,6 +496,7 @@ fn a_store_that_went_back_or_forgot_is_listed_anew() {
             "cluster" => header.cluster_id += 1,
             "lease" => found.lease = LeaseId::new(1),
             "mod revision" => found.mod_revision = Revision::new(1),
+            "create revision" => found.create_revision = Revision::new(1),
             _ => {}
         }
         let answer = (header, (damage != "gone").then_some(found));
