@@ -269,11 +269,38 @@ impl RegistryBuilder {
             prefix => prefix,
         };
         let etcd = Etcd::connect(&self.config, &Key::from(probe)).await?;
-        Ok(Registry {
+        Ok(self.over(etcd))
+    }
+
+    /// Connects when there is something to ask: for programs that must start while etcd is down. What is wrong with the endpoints, the user
+    /// or TLS is then said by the first registration, resolver or channel, and a wrong password is tried again and again in place of being
+    /// an error at once.
+    ///
+    /// Give servers a long [`startup_timeout`](RegistrationBuilder::startup_timeout): the time within which etcd has to be there.
+    ///
+    /// ```
+    /// use tonic_etcd::Registry;
+    ///
+    /// # fn main() -> Result<(), tonic_etcd::ConnectError> {
+    /// let registry = Registry::builder(["127.0.0.1:2379"]).connect_lazy()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// If there is no endpoint, or one that cannot be one.
+    pub fn connect_lazy(self) -> Result<Registry, ConnectError> {
+        let etcd = Etcd::connect_lazy(&self.config)?;
+        Ok(self.over(etcd))
+    }
+
+    fn over(self, etcd: Etcd) -> Registry {
+        Registry {
             etcd,
             keyspace: self.keyspace,
             policy: self.policy,
-        })
+        }
     }
 }
 

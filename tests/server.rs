@@ -152,8 +152,9 @@ async fn a_registration_that_is_refused_stops_the_server() {
 async fn a_server_can_start_while_etcd_is_down() {
     let mut world = World::new().await;
     world.etcd.kill(0).await.unwrap();
-    let lazy = etcd_client::Client::connect(world.etcd.endpoints(), None).await;
-    let registration = Registry::from_client(lazy.unwrap())
+    let lazy = Registry::builder(world.etcd.endpoints()).connect_lazy();
+    let registration = lazy
+        .unwrap()
         .registration("greeter")
         .startup_timeout(Duration::MAX);
     let mut states = registration.server_states();

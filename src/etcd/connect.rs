@@ -96,9 +96,7 @@ impl Etcd {
     /// services are the rule.
     pub(crate) async fn connect(config: &Config, key: &Key) -> Result<Self, ConnectError> {
         let members = config.members()?;
-        let addresses = members.iter().map(|member| member.address().clone());
-        let auth = Auth::new(config.credentials.clone());
-        let etcd = Self::lazy(addresses.collect(), config.open(&members), auth);
+        let etcd = Self::over(config, &members);
         let checked = async {
             if etcd.0.auth.user().is_some() {
                 etcd.authenticate().await?;
@@ -112,6 +110,18 @@ impl Etcd {
             Ok(()) => Ok(etcd),
             Err(error) => Err(explain(config, &members, error).await),
         }
+    }
+
+    /// Connects when there is something to ask.
+    pub(crate) fn connect_lazy(config: &Config) -> Result<Self, ConnectError> {
+        let members = config.members()?;
+        Ok(Self::over(config, &members))
+    }
+
+    fn over(config: &Config, members: &[MemberEndpoint]) -> Self {
+        let addresses = members.iter().map(|member| member.address().clone());
+        let auth = Auth::new(config.credentials.clone());
+        Self::lazy(addresses.collect(), config.open(members), auth)
     }
 
     /// Fetches the first token, from whichever member answers.
