@@ -1,18 +1,16 @@
-//! What callers and the driver share of an endpoint and of its connections.
+//! An endpoint: what callers and the driver count and know of an address.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use http::uri::Authority;
-use tokio::sync::Notify;
-use tokio::time::Instant;
 
-use super::load::{Estimate, Load, LoadHandle, Ticks};
+use super::load::Estimate;
+use super::member::Member;
 use super::outlier::Counts;
-use super::picker::Candidate;
+use super::ticket::Blame;
 use crate::address::Address;
-use crate::transport::http2::Connection;
 
 /// An address, over all its connections.
 #[derive(Debug)]
@@ -93,7 +91,7 @@ impl Endpoint {
     pub(super) fn tally(&self) -> Tally {
         let described = self.lock();
         let members = described.connections.iter().filter_map(Weak::upgrade);
-        let in_flight = members.map(|member| u64::from(member.load.in_flight()));
+        let in_flight = members.map(|member| u64::from(member.load().in_flight()));
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Tally {
             judged: count(&self.calls)
@@ -126,6 +124,28 @@ impl Endpoint {
         self.lock().estimate
     }
 
+    /// A call was sent to it.
+    pub(super) fn on_call(&self) {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn on_failure(&self, blame: Blame) {
+        self.failures.fetch_add(1, Ordering::Relaxed);
+        if blame == Blame::Connection {
+            self.faults.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// A call has overrun its deadline.
+    pub(super) fn on_overrun(&self) {
+        self.overruns.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A call that was sent says nothing of it.
+    pub(super) fn on_unjudged(&self) {
+        self.unjudged.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// How the endpoint is now.
     pub(super) fn status(&self) -> EndpointStatus {
         let described = self.lock();
@@ -133,7 +153,7 @@ impl Endpoint {
         let members: Vec<_> = members.collect();
         let latency = members
             .iter()
-            .find_map(|member| member.load.estimate())
+            .find_map(|member| member.load().estimate())
             .or(described.estimate);
         EndpointStatus {
             address: self.address.clone(),
@@ -143,10 +163,12 @@ impl Endpoint {
             connections: members.len(),
             in_flight: members
                 .iter()
-                .map(|member| member.load.in_flight() as usize)
+                .map(|member| member.load().in_flight() as usize)
                 .sum(),
             latency: latency.map(|estimate| estimate.latency()),
-            round_trip: members.last().map(|member| member.connection.round_trip()),
+            round_trip: members
+                .last()
+                .map(|member| member.connection().round_trip()),
             calls: self.calls.load(Ordering::Relaxed),
             failures: self.failures.load(Ordering::Relaxed),
             ejected: described.ejected,
@@ -182,15 +204,6 @@ impl Tally {
             overruns,
         }
     }
-}
-
-/// Who is to blame for a failed call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Blame {
-    /// The connection, or the server as a whole.
-    Connection,
-    /// The server, in what it did for this call.
-    Server,
 }
 
 /// An endpoint of a channel, as it was at one moment.
@@ -239,269 +252,4 @@ pub enum EndpointState {
     TransientFailure,
     /// Removed; its last calls are being finished.
     Draining,
-}
-
-/// One connection to an endpoint that is in the ready set, or was when a call took it.
-#[derive(Debug)]
-pub(crate) struct Member {
-    load: LoadHandle,
-    connection: Connection,
-    endpoint: Arc<Endpoint>,
-    waiters: Arc<Waiters>,
-    /// The channel's start, which the estimate counts time from.
-    epoch: Instant,
-}
-
-impl Member {
-    pub(super) fn new(
-        connection: Connection,
-        endpoint: Arc<Endpoint>,
-        load: LoadHandle,
-        waiters: Arc<Waiters>,
-        epoch: Instant,
-    ) -> Self {
-        Self {
-            load,
-            connection,
-            endpoint,
-            waiters,
-            epoch,
-        }
-    }
-
-    pub(super) fn load(&self) -> &Load {
-        &self.load
-    }
-
-    pub(crate) fn endpoint(&self) -> &Arc<Endpoint> {
-        &self.endpoint
-    }
-
-    pub(super) fn connection(&self) -> &Connection {
-        &self.connection
-    }
-
-    /// Takes over how many calls the peer allows.
-    pub(super) fn follow_limit(&self) {
-        self.load.set_limit(self.connection.max_streams());
-    }
-
-    /// Notes a failure that only the caller can tell, of a call or a stream. With a time since when the peer was to answer, a PING will tell
-    /// whether it is there at all.
-    pub(crate) fn on_complaint(&self, now: Instant, silent_since: Option<Instant>) {
-        self.load
-            .on_failure(Duration::ZERO, Ticks::at(now, self.epoch));
-        if let Some(then) = silent_since {
-            self.connection.suspect(then);
-        }
-    }
-
-    /// Whether every stream the peer allows is in use.
-    pub(super) fn is_full(&self) -> bool {
-        self.load.in_flight() as usize >= self.load.limit()
-    }
-}
-
-/// A member in a set that calls pick from, with its load at hand: of those that are not chosen a pick reads nothing else.
-#[derive(Clone, Debug)]
-pub(crate) struct Seat {
-    member: Arc<Member>,
-    load: LoadHandle,
-}
-
-impl Seat {
-    pub(super) fn new(member: &Arc<Member>) -> Self {
-        Self {
-            member: Arc::clone(member),
-            load: member.load.clone(),
-        }
-    }
-
-    pub(super) fn member(&self) -> &Arc<Member> {
-        &self.member
-    }
-
-    pub(super) fn load(&self) -> &Load {
-        &self.load
-    }
-}
-
-impl Candidate for Seat {
-    fn latency(&self) -> f32 {
-        self.load.latency()
-    }
-
-    fn in_flight(&self) -> u32 {
-        self.load.in_flight()
-    }
-
-    fn acquire(&self) -> bool {
-        self.load.acquire()
-    }
-}
-
-/// A place taken on a connection for one call. It is given up on drop, however the call ended.
-#[derive(Debug)]
-pub(crate) struct Ticket {
-    member: Arc<Member>,
-    /// When the call was sent, until its outcome is noted.
-    sent: Option<Instant>,
-}
-
-impl Ticket {
-    /// Wraps a place that was acquired on the member.
-    pub(super) fn taken(member: &Arc<Member>) -> Self {
-        Self {
-            member: Arc::clone(member),
-            sent: None,
-        }
-    }
-
-    pub(crate) fn connection(&self) -> &Connection {
-        &self.member.connection
-    }
-
-    pub(crate) fn member(&self) -> &Arc<Member> {
-        &self.member
-    }
-
-    pub(crate) fn endpoint(&self) -> &Arc<Endpoint> {
-        &self.member.endpoint
-    }
-
-    /// The call is on its way.
-    pub(crate) fn on_sent(&mut self, now: Instant) {
-        self.sent = Some(now);
-        self.member.endpoint.calls.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// The response's head is here, and with it perhaps a failure already.
-    pub(crate) fn on_head(&mut self, now: Instant, failure: Option<Blame>) {
-        let Some(sent) = self.sent.take() else {
-            return;
-        };
-        let elapsed = now.saturating_duration_since(sent);
-        match failure {
-            Some(blame) => self.fail(elapsed, now, blame),
-            None => self.member.load.on_head(elapsed, self.ticks(now)),
-        }
-    }
-
-    /// The server, or the connection to it, has failed the call, before the head or after it.
-    pub(crate) fn on_failure(&mut self, now: Instant, blame: Blame) {
-        let sent = self.sent.take().unwrap_or(now);
-        self.fail(now.saturating_duration_since(sent), now, blame);
-    }
-
-    /// The call has overrun its deadline. Whether the server is slow or not there any more, a PING will tell.
-    pub(crate) fn on_overdue(&mut self, now: Instant) {
-        self.member
-            .endpoint
-            .overruns
-            .fetch_add(1, Ordering::Relaxed);
-        // A response that has stopped coming is suspect from when the last of it came, which the connection knows.
-        let silent_since = now.checked_sub(SUSPECT).unwrap_or(now);
-        let sent = self.sent.take();
-        self.member.connection.suspect(sent.unwrap_or(silent_since));
-        if let Some(sent) = sent {
-            let elapsed = now.saturating_duration_since(sent);
-            self.member.load.on_abandoned(elapsed, self.ticks(now));
-        }
-    }
-
-    /// The server has refused to look at the call: that says nothing of how fast it answers.
-    pub(crate) fn on_refused(&mut self) {
-        self.sent = None;
-        self.unjudge();
-    }
-
-    fn fail(&self, elapsed: Duration, now: Instant, blame: Blame) {
-        let endpoint = &self.member.endpoint;
-        endpoint.failures.fetch_add(1, Ordering::Relaxed);
-        if blame == Blame::Connection {
-            endpoint.faults.fetch_add(1, Ordering::Relaxed);
-        }
-        self.member.load.on_failure(elapsed, self.ticks(now));
-    }
-
-    fn unjudge(&self) {
-        let unjudged = &self.member.endpoint.unjudged;
-        unjudged.fetch_add(1, Ordering::Relaxed);
-    }
-
-    fn ticks(&self, now: Instant) -> Ticks {
-        Ticks::at(now, self.member.epoch)
-    }
-}
-
-impl Drop for Ticket {
-    fn drop(&mut self) {
-        if let Some(sent) = self.sent {
-            let now = Instant::now();
-            let elapsed = now.saturating_duration_since(sent);
-            self.member.load.on_abandoned(elapsed, self.ticks(now));
-            self.unjudge();
-            // Callers that keep the time themselves drop the call.
-            if elapsed >= SUSPECT {
-                self.member.connection.suspect(sent);
-            }
-        }
-        self.member.load.release();
-        self.member.waiters.on_release();
-    }
-}
-
-/// A call that was dropped earlier than this was not dropped because it took too long. Half of the shortest deadlines that are in use.
-const SUSPECT: Duration = Duration::from_millis(100);
-
-/// Calls that wait for a free place.
-#[derive(Debug)]
-pub(crate) struct Waiters {
-    waiting: AtomicUsize,
-    limit: usize,
-    freed: Notify,
-}
-
-impl Waiters {
-    pub(super) fn new(limit: usize) -> Self {
-        Self {
-            waiting: AtomicUsize::new(0),
-            limit,
-            freed: Notify::new(),
-        }
-    }
-
-    /// Joins the waiting, unless there are too many.
-    pub(crate) fn join(self: &Arc<Self>) -> Option<Waiting> {
-        // SeqCst: see `Load::acquire`. A place given up after this is announced to us.
-        if self.waiting.fetch_add(1, Ordering::SeqCst) >= self.limit {
-            self.waiting.fetch_sub(1, Ordering::SeqCst);
-            return None;
-        }
-        Some(Waiting(Arc::clone(self)))
-    }
-
-    pub(crate) fn freed(&self) -> &Notify {
-        &self.freed
-    }
-
-    pub(crate) fn limit(&self) -> usize {
-        self.limit
-    }
-
-    fn on_release(&self) {
-        if self.waiting.load(Ordering::SeqCst) > 0 {
-            self.freed.notify_one();
-        }
-    }
-}
-
-/// One of the waiting, until dropped.
-#[derive(Debug)]
-pub(crate) struct Waiting(Arc<Waiters>);
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, Ordering::SeqCst);
-    }
 }

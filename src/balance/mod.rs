@@ -25,21 +25,27 @@ mod endpoint;
 mod feed;
 mod health;
 mod load;
+mod member;
 mod outlier;
 mod picker;
 mod pool;
 mod subchannel;
+mod ticket;
+mod waiters;
 mod zone;
 
-use endpoint::Seat;
-pub(crate) use endpoint::{Blame, Endpoint, Member, Ticket, Waiters};
+pub(crate) use endpoint::Endpoint;
 pub use endpoint::{EndpointState, EndpointStatus};
 pub(crate) use feed::Feed;
+pub(crate) use member::Member;
 pub use outlier::OutlierDetection;
 pub(crate) use picker::Pick;
 pub use picker::Policy;
+pub(crate) use ticket::{Blame, Ticket};
+pub(crate) use waiters::Waiters;
 
 use driver::Driver;
+use member::Seat;
 use picker::Picker;
 use pool::ReadySet;
 

@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
-use super::endpoint::Member;
+use super::member::Member;
 use super::health::Health;
 
 /// A connection in the making, made, or to be made again.

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use super::{DialId, Driver, Report, State, SubchannelId};
 use crate::address::Address;
-use crate::balance::endpoint::Member;
+use crate::balance::member::Member;
 use crate::balance::subchannel::{Connecting, Lost, Subchannel};
 use crate::balance::{EndpointError, OnRefused};
 use crate::transport::connect::DialError;

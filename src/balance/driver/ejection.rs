@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::{DialId, Driver, Report, State, SubchannelId};
 use crate::address::Address;
-use crate::balance::endpoint::{Member, Seat};
+use crate::balance::member::{Member, Seat};
 use crate::balance::health::Health;
 use crate::balance::outlier;
 use crate::balance::subchannel::{ConnectBackoff, Idle, Ready, Subchannel};

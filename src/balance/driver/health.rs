@@ -7,8 +7,8 @@ use tokio::time::{Instant, sleep, timeout};
 use tonic::Status;
 
 use super::{DialId, Driver, Report, State};
-use crate::balance::endpoint::Member;
 use crate::balance::health::{End, Health, HealthWatch};
+use crate::balance::member::Member;
 use crate::balance::subchannel::StopOnDrop;
 use crate::transport::health::HealthCheck;
 

@@ -11,10 +11,11 @@ use tokio::time::Instant;
 use tokio_stream::Stream;
 use tower::discover::Change;
 
-use super::endpoint::{Endpoint, Seat, Tally};
+use super::endpoint::{Endpoint, Tally};
 use super::feed::Feed;
 use super::health::Health;
 use super::load::Loads;
+use super::member::Seat;
 use super::outlier::Ejection;
 use super::pool::Roster;
 use super::subchannel::{Connecting, Draining, Idle, Ready, Subchannel, TransientFailure};
