@@ -47,6 +47,8 @@ pub(super) struct Script {
     pub(super) faults: u8,
     /// So many watches more are opened without a word.
     pub(super) mute_watches: u32,
+    /// So many deletions more are kept from every watch.
+    pub(super) lost_deletes: usize,
     /// Connections so far.
     pub(super) connections: u32,
     /// Those that keys were read over, and those that had to do with leases.
@@ -69,6 +71,7 @@ impl Fake {
                 rng: fastrand::Rng::with_seed(seed),
                 faults,
                 mute_watches: 0,
+                lost_deletes: 0,
                 connections: 0,
                 keys_over: BTreeSet::new(),
                 leases_over: BTreeSet::new(),

@@ -175,6 +175,43 @@ async fn whatever_etcd_sends_and_in_whatever_order_the_end_is_exact() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_deletion_that_the_watch_never_brings_is_found_by_a_comparison() {
+    let fake = Fake::new(1, 0);
+    let keyspace = Keyspace::new("/gRPC/");
+    let policy = AddressPolicy::default();
+    let resolver = ResolverBuilder::service(fake.etcd(2), &keyspace, "greeter", policy)
+        .reconcile_interval(Some(Duration::from_secs(60)))
+        .start();
+    let change = |key: &str, value: Option<&str>| {
+        let value = value.map(|value| (value.as_bytes().to_vec(), 0));
+        let key = format!("{PREFIX}{key}").into_bytes();
+        fake.store().apply(vec![(key, value)]);
+        fake.tell();
+    };
+    for key in ["1", "2", "3"] {
+        change(key, Some(&format!("127.0.0.1:{key}")));
+    }
+    let knows = async |count: usize, within: u64| {
+        let known = async {
+            while resolver.instances().len() != count {
+                sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let within = Duration::from_secs(within);
+        tokio::time::timeout(within, known).await.is_ok()
+    };
+    assert!(knows(3, 5).await);
+    fake.script().lost_deletes = 1;
+    change("2", None);
+    // What comes after it does not bring it back.
+    change("4", Some("127.0.0.1:4"));
+    assert!(knows(4, 5).await);
+    assert_eq!(fake.script().lost_deletes, 0, "it was lost");
+    assert!(knows(3, 70).await, "{:?}", resolver.status());
+    assert_eq!(resolver.status().repaired, 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn leases_have_a_connection_of_their_own() {
     let fake = Fake::new(1, 0);
     let etcd = fake.etcd(1);

@@ -166,6 +166,7 @@ impl Stream {
             if deaf || reached < next {
                 continue;
             }
+            let events = self.without_lost(events);
             if !events.is_empty() {
                 self.disturb(id, stale).await?;
                 self.batches(id, events).await?;
@@ -173,6 +174,17 @@ impl Stream {
             self.watchers[index].next = reached + 1;
         }
         Ok(())
+    }
+
+    /// Servers were known to lose deletions. B6
+    fn without_lost(&self, mut events: Vec<PbEvent>) -> Vec<PbEvent> {
+        let mut script = self.fake.script();
+        events.retain(|event| {
+            let lost = event.r#type == 1 && script.lost_deletes > 0;
+            script.lost_deletes -= usize::from(lost);
+            !lost
+        });
+        events
     }
 
     /// What comes before, or instead of, the events.
