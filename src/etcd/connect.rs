@@ -11,7 +11,7 @@ use super::members::Open;
 use super::{DEADLINE, Etcd, MemberEndpoint};
 use crate::address::Address;
 use crate::channel::{BalancedChannel, ChannelBuilder};
-use crate::error::{ConnectError, Endpoints, EtcdError, EtcdErrorKind};
+use crate::error::{ConnectError, Endpoints, EtcdError, EtcdErrorKind, causes};
 use crate::keyspace::Key;
 #[cfg(feature = "tls")]
 use crate::transport::tls::TlsConfig;
@@ -253,15 +253,4 @@ fn is_http2(bytes: &[u8]) -> bool {
 /// A TLS server answers what is no TLS with an alert, a line of HTTP/1, or by hanging up, as etcd does.
 fn is_tls(bytes: &[u8]) -> bool {
     bytes.is_empty() || bytes.starts_with(&[0x15, 0x03]) || bytes.starts_with(b"HTTP/1.")
-}
-
-/// An error with all its causes, in one line.
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }

@@ -57,10 +57,10 @@ impl Members {
         };
         let mut avoided = self.standings().avoided(Instant::now());
         if let Some(issuer) = auth.new_issuer() {
-            // Nobody else may know of the token yet.
+            // Nobody else may know of the token yet. Who has failed stays behind those that have not.
             let others = self.addresses.iter().filter(|member| **member != issuer);
-            avoided.retain(|member| *member == issuer);
-            avoided.extend(others.cloned());
+            let well = others.filter(|member| !avoided.contains(member)).cloned();
+            avoided = well.chain(avoided.iter().cloned()).collect();
         }
         let service = LinkService {
             channel: channel.get_or_init(|| (self.open)()).clone(),
@@ -73,9 +73,9 @@ impl Members {
     }
 
     /// The member that a request went to has answered it.
-    pub(super) fn on_answer(&self, service: &LinkService) {
+    pub(super) fn on_answer(&self, service: &LinkService, traffic: Traffic) {
         if let Some(member) = service.route.address() {
-            self.standings().on_answer(&member);
+            self.standings().on_answer(&member, traffic);
         }
     }
 

@@ -119,7 +119,7 @@ impl Etcd {
             // A full store is full at every member.
             Some(EtcdErrorKind::NoSpace) => return,
             Some(_) if error.is_some_and(|error| self.may_succeed(error)) => Failure::Said,
-            _ => return members.on_answer(service),
+            _ => return members.on_answer(service, traffic),
         };
         members.on_failure(service, traffic, failure);
     }

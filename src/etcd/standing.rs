@@ -45,8 +45,16 @@ pub(super) enum Failure {
 
 impl Standings {
     /// The member has answered as it should.
-    pub(super) fn on_answer(&mut self, member: &Address) {
-        self.0.remove(member);
+    pub(super) fn on_answer(&mut self, member: &Address, traffic: Traffic) {
+        let Some(standing) = self.0.get_mut(member) else {
+            return;
+        };
+        standing.penalty = Duration::ZERO;
+        // Behind one address each connection may lead to another member: an answer over one says nothing of the other.
+        standing.silent[traffic as usize] = 0;
+        if standing.silent == [0; 2] {
+            self.0.remove(member);
+        }
     }
 
     /// The member has failed. Says whether its connection is to be left for a new one: behind the only address of a balancer or a service
@@ -124,7 +132,7 @@ mod tests {
             assert!(standings.avoided(now).is_empty(), "{seconds}");
         }
         standings.on_failure(&member(1), Traffic::Keys, Failure::Said, now);
-        standings.on_answer(&member(1));
+        standings.on_answer(&member(1), Traffic::Keys);
         assert!(standings.avoided(now).is_empty());
         standings.on_failure(&member(1), Traffic::Keys, Failure::Said, now);
         assert!(standings.avoided(now + FIRST).is_empty());
@@ -152,5 +160,10 @@ mod tests {
         assert!(fails(Traffic::Keys, Failure::Silent));
         assert!(!fails(Traffic::Keys, Failure::Silent), "the new one is new");
         assert!(fails(Traffic::Keys, Failure::Mute));
+        // The lease's request above is not forgotten for what came over the other connection.
+        standings.on_answer(&member(1), Traffic::Keys);
+        assert!(standings.avoided(now).is_empty(), "it has answered");
+        let fails = standings.on_failure(&member(1), Traffic::Leases, Failure::Silent, now);
+        assert!(fails, "the second in a row");
     }
 }
