@@ -61,12 +61,14 @@ impl Load {
     pub(crate) fn acquire(&self) -> bool {
         // SeqCst here and in `release`: a waiter announces itself and then looks for a place, a finished call gives its place up and then
         // looks for waiters. One of the two must see the other, which weaker orderings do not promise.
-        let before = self.in_flight.fetch_add(1, Ordering::SeqCst);
-        let free = before < self.limit.load(Ordering::Relaxed);
-        if !free {
-            self.in_flight.fetch_sub(1, Ordering::SeqCst);
-        }
-        free
+        //
+        // In one step: an addition that is taken back would for a moment hide a place that has just become free from whoever was told of it.
+        let limit = self.limit.load(Ordering::Relaxed);
+        let one_more = |before| (before < limit).then_some(before + 1);
+        let taken = self
+            .in_flight
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_more);
+        taken.is_ok()
     }
 
     /// Gives a call's place up.
