@@ -72,7 +72,6 @@ pub(super) async fn send(
                 return Err(Failed::for_good(status));
             }
         };
-        tried.on_placed(&ticket);
         let mut attempt = match Attempt::start(core, call, ticket, body, deadline, which) {
             Ok(attempt) => attempt,
             Err(unsent) => {
@@ -81,6 +80,7 @@ pub(super) async fn send(
                 continue;
             }
         };
+        tried.on_placed(&attempt.ticket);
         let head = std::future::poll_fn(|cx| attempt.exchange.poll_head(cx));
         match unless_late(deadline, head).await {
             Ok(Ok(head)) => {

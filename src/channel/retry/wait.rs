@@ -15,6 +15,9 @@ pub(super) async fn wait(
     tried: &mut Tried,
     wait_for_ready: bool,
 ) -> Result<Ticket, Status> {
+    // Or a caller whose calls fail at once, and who tries again and again, would let nobody else run: not even the driver, whose connection it
+    // waits for.
+    tokio::task::coop::consume_budget().await;
     let shared = core.shared();
     if tried.is_exhausted() {
         return Err(tried.take_status(core, &shared.summary(), "refused"));
@@ -41,11 +44,7 @@ pub(super) async fn wait(
             Pick::Empty => Verdict::without_ready(core, &summary, wait_for_ready),
         };
         let until = match verdict {
-            Verdict::Fail(why) => {
-                // Or a caller that tries again and again would let nobody else run, the driver included whose connection it waits for.
-                tokio::task::coop::consume_budget().await;
-                return Err(tried.take_status(core, &summary, why));
-            }
+            Verdict::Fail(why) => return Err(tried.take_status(core, &summary, why)),
             Verdict::Wait(until) => until,
         };
         if place.is_none() {
