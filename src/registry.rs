@@ -214,7 +214,7 @@ impl Registry {
 }
 
 /// A [`Registry`] with options; made by [`Registry::builder`].
-#[must_use = "nothing is connected before `connect` is awaited"]
+#[must_use = "there is no registry before `connect` or `connect_lazy`"]
 pub struct RegistryBuilder {
     config: Config,
     keyspace: Keyspace,
@@ -273,8 +273,7 @@ impl RegistryBuilder {
     }
 
     /// Connects when there is something to ask: for programs that must start while etcd is down. What is wrong with the endpoints, the user
-    /// or TLS is then said by the first registration, resolver or channel, and a wrong password is tried again and again in place of being
-    /// an error at once.
+    /// or TLS is then said by the first registration, which fails for it, or by the status of the first resolver or channel, which tries again.
     ///
     /// Give servers a long [`startup_timeout`](RegistrationBuilder::startup_timeout): the time within which etcd has to be there.
     ///

@@ -76,7 +76,7 @@ impl HealthWatch {
         // Proxies bound how long a call may last. That says nothing of the server; but one that answers each watch and ends it is not to be
         // asked in a loop.
         if let Some(health) = self.heard.take() {
-            if lasted >= self.backoff.step() {
+            if lasted >= LASTING {
                 self.backoff.reset();
                 self.hasty = false;
                 return End::Again;
@@ -84,16 +84,25 @@ impl HealthWatch {
             if !std::mem::replace(&mut self.hasty, true) {
                 return End::Again;
             }
-            return End::After(health, self.backoff.next(rng));
+            return End::After(health, self.next_wait(rng));
         }
         let health = match why.code() {
             // So tonic-health says that it does not know the service.
             Code::NotFound => Health::Serving,
             code => not_serving(&format!("{code:?}: {}", why.message())),
         };
-        End::After(health, self.backoff.next(rng))
+        End::After(health, self.next_wait(rng))
+    }
+
+    fn next_wait(&mut self, rng: &mut fastrand::Rng) -> Duration {
+        self.backoff.next(rng).max(SHORTEST)
     }
 }
+
+/// A watch that lasted this long was one, whoever has ended it.
+const LASTING: Duration = Duration::from_secs(1);
+/// Whatever the channel's backoff is: nobody is asked in a loop.
+const SHORTEST: Duration = Duration::from_millis(10);
 
 fn not_serving(said: &str) -> Health {
     Health::NotServing(format!("its health check says {said}").into())
@@ -175,7 +184,11 @@ mod tests {
             let stands = matches!(end, End::After(Health::Serving, wait) if wait > Duration::from_millis(700));
             assert!(stands, "{end:?}");
         }
-        assert_eq!(end_after(300), End::Again);
+        assert_eq!(
+            end_after(60),
+            End::Again,
+            "however long the wait has become"
+        );
         assert_eq!(end_after(0), End::Again, "it has made up for it");
     }
 }

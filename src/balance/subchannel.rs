@@ -15,8 +15,8 @@ use std::time::Duration;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
-use super::member::Member;
 use super::health::Health;
+use super::member::Member;
 
 /// A connection in the making, made, or to be made again.
 #[derive(Debug)]
@@ -50,7 +50,7 @@ pub(super) struct Ready {
     stalled: bool,
     health: Health,
     /// The task that asks for the health, if anybody does.
-    _health_watch: Option<StopOnDrop>,
+    health_watch: Option<StopOnDrop>,
 }
 
 /// Waiting for the next attempt.
@@ -132,7 +132,7 @@ impl Subchannel<Connecting> {
                 Some(_) => Health::Unknown,
                 None => Health::Serving,
             },
-            _health_watch: health_watch,
+            health_watch,
         })
     }
 
@@ -189,6 +189,12 @@ impl Subchannel<Ready> {
 
     pub(super) fn set_health(&mut self, health: Health) {
         self.state.health = health;
+    }
+
+    /// Asks for the health no more, and takes the endpoint for healthy.
+    pub(super) fn end_health_watch(&mut self) {
+        self.state.health_watch = None;
+        self.state.health = Health::Serving;
     }
 
     /// The backoff is reset by health and not by a mere connect: a peer that answers once and goes would otherwise be dialled in a loop.
@@ -257,7 +263,7 @@ impl ConnectBackoff {
     }
 
     /// The wait to come, without its jitter.
-    pub(super) fn step(&self) -> Duration {
+    fn step(&self) -> Duration {
         self.step
     }
 

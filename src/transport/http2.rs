@@ -69,7 +69,6 @@ impl Settings {
 
 /// A connection whose peer has answered on HTTP/2. Dropping it closes the connection once its streams have ended.
 #[derive(Debug)]
-#[repr(C)]
 pub(crate) struct Connection {
     limit: Arc<AtomicUsize>,
     reserved: usize,

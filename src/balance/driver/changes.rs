@@ -111,7 +111,11 @@ impl Driver {
                 // Whoever is registered now is not the one that does not answer.
                 State::Idle(self.abandon(id, &address, subchannel))
             }
-            State::Connecting(subchannel) if last_resort => State::Idle(subchannel.cancel()),
+            State::Connecting(subchannel) if last_resort => {
+                // What comes of it is not to be taken for the outcome of another dial.
+                self.dialling.retain(|_, (dialled, _)| *dialled != id);
+                State::Idle(subchannel.cancel())
+            }
             State::TransientFailure(subchannel) if last_resort => State::Idle(subchannel.retry()),
             State::Connecting(subchannel) if fresh => State::Connecting(subchannel.refreshed()),
             State::TransientFailure(subchannel) if fresh => {

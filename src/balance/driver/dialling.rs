@@ -11,6 +11,7 @@ use crate::address::Address;
 use crate::balance::member::Member;
 use crate::balance::subchannel::{Connecting, Lost, Subchannel};
 use crate::balance::{EndpointError, OnRefused};
+use crate::error::causes;
 use crate::transport::connect::DialError;
 use crate::transport::http2::{Connection, Leave};
 
@@ -234,21 +235,6 @@ impl Driver {
         };
         self.subchannels.insert(id, (address, state));
     }
-}
-
-/// An error with all its causes, in one line.
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        // Some errors of the libraries below repeat their cause.
-        if !text.ends_with(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
-    }
-    text
 }
 
 /// Connections made at once: enough for a set of thousands to come up in a second, few enough for a limit on open files.

@@ -6,8 +6,8 @@ use tokio::time::Instant;
 
 use super::{DialId, Driver, Report, State, SubchannelId};
 use crate::address::Address;
-use crate::balance::member::{Member, Seat};
 use crate::balance::health::Health;
+use crate::balance::member::{Member, Seat};
 use crate::balance::outlier;
 use crate::balance::subchannel::{ConnectBackoff, Idle, Ready, Subchannel};
 use crate::transport::http2;
@@ -25,11 +25,22 @@ impl Driver {
 
     /// The peer has changed its mind on how many calls it takes.
     fn on_streams(&mut self, dial_id: DialId) {
-        let id = self.connected.get(&dial_id);
-        if let Some((_, State::Ready(subchannel))) = id.and_then(|id| self.subchannels.get(id)) {
-            subchannel.member().follow_limit();
-            // Whoever waits for a stream may find one now.
-            self.publish_soon();
+        let Some(&id) = self.connected.get(&dial_id) else {
+            return;
+        };
+        let Some((address, State::Ready(subchannel))) = self.subchannels.get_mut(&id) else {
+            return;
+        };
+        subchannel.member().follow_limit();
+        // Whoever waits for a stream may find one now.
+        self.shared.changed.notify_waiters();
+        if self.options.health_check.is_some() && !subchannel.member().connection().has_reserve() {
+            // A call would wait for the watch's stream inside h2, for ever.
+            let address = address.clone();
+            tracing::warn!(%address, "no health check any more: the endpoint allows one stream, and calls need it");
+            subchannel.end_health_watch();
+            self.place(id);
+            self.reclassify(&address);
         }
     }
 
@@ -64,11 +75,11 @@ impl Driver {
         let Some(known) = self.known.get(address) else {
             return;
         };
+        let ejected = subchannel.is_stalled() || known.ejection.is_ejected();
+        known.endpoint.set_ejected(ejected);
         if *subchannel.health() != Health::Serving {
             return self.evict(id);
         }
-        let ejected = subchannel.is_stalled() || known.ejection.is_ejected();
-        known.endpoint.set_ejected(ejected);
         let weight = self.share(known, Instant::now());
         let weight = weight.saturating_mul(self.zone_factor(known));
         let (here, there) = if ejected || known.instance.is_last_resort() {

@@ -442,8 +442,12 @@ async fn pings_on_an_idle_connection_keep_it() {
     assert_eq!(channel.endpoints()[0].last_error, None);
 }
 
-/// Speaks as much HTTP/2 as it takes to count calls. With `fewer`, the first call is told that there may be two at once.
-async fn count_calls(mut io: DuplexStream, fewer: bool, calls: Arc<AtomicUsize>) -> io::Result<()> {
+/// Speaks as much HTTP/2 as it takes to count calls. The first is told how many there may be `then` at once, if that is said.
+async fn count_calls(
+    mut io: DuplexStream,
+    then: Option<u8>,
+    calls: Arc<AtomicUsize>,
+) -> io::Result<()> {
     let mut preface = [0; 24];
     io.read_exact(&mut preface).await?;
     // SETTINGS, and the acknowledgement of the client's.
@@ -459,10 +463,12 @@ async fn count_calls(mut io: DuplexStream, fewer: bool, calls: Arc<AtomicUsize>)
                 let pong = [b"\0\0\x08\x06\x01\0\0\0\0", &payload[..]].concat();
                 io.write_all(&pong).await?;
             }
-            (1, _) if calls.fetch_add(1, Ordering::SeqCst) == 0 && fewer => {
-                // SETTINGS with MAX_CONCURRENT_STREAMS of 2.
-                io.write_all(b"\0\0\x06\x04\0\0\0\0\0\0\x03\0\0\0\x02")
-                    .await?;
+            (1, _) if calls.fetch_add(1, Ordering::SeqCst) == 0 => {
+                if let Some(streams) = then {
+                    // SETTINGS with MAX_CONCURRENT_STREAMS.
+                    io.write_all(b"\0\0\x06\x04\0\0\0\0\0\0\x03\0\0\0").await?;
+                    io.write_all(&[streams]).await?;
+                }
             }
             _ => {}
         }
@@ -480,7 +486,8 @@ async fn a_server_that_allows_fewer_streams_than_before_is_sent_no_more() {
             let connection = connections.fetch_add(1, Ordering::SeqCst);
             let (near, far) = tokio::io::duplex(1 << 16);
             let calls = Arc::clone(&counted[connection]);
-            tokio::spawn(count_calls(far, connection == 0, calls));
+            let then = (connection == 0).then_some(2);
+            tokio::spawn(count_calls(far, then, calls));
             std::future::ready(Ok(near))
         })
         .from_addresses(["fake:1"]);
@@ -501,4 +508,26 @@ async fn a_server_that_allows_fewer_streams_than_before_is_sent_no_more() {
     }
     until("all calls are there", || count(0) + count(1) == 10).await;
     assert_eq!(count(0), 2, "as many as it allows");
+}
+
+#[tokio::test]
+async fn a_server_that_allows_one_stream_at_last_has_it_for_calls_and_not_for_its_health() {
+    let calls = Arc::<AtomicUsize>::default();
+    let counted = Arc::clone(&calls);
+    let channel = BalancedChannel::builder()
+        .health_check("")
+        .connector(move |_| {
+            let (near, far) = tokio::io::duplex(1 << 16);
+            tokio::spawn(count_calls(far, Some(1), Arc::clone(&counted)));
+            std::future::ready(Ok(near))
+        })
+        .from_addresses(["fake:1"]);
+    // The watch is the first, and has no answer.
+    until("it is watched", || calls.load(Ordering::SeqCst) == 1).await;
+    let call = tokio::spawn({
+        let channel = channel.clone();
+        async move { say(&channel).await }
+    });
+    until("the call is there", || calls.load(Ordering::SeqCst) == 2).await;
+    call.abort();
 }
