@@ -12,7 +12,7 @@ use super::greeter::HelloRequest;
 use super::greeter::greeter_client::GreeterClient;
 use super::peers::{Peer, Target};
 
-const ROUNDS: usize = 15;
+const ROUNDS: usize = 11;
 const ROUND: Duration = Duration::from_millis(800);
 
 #[derive(Clone)]
