@@ -300,3 +300,29 @@ const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// gRFC A18 has 20 s; a little more lets a process that was stopped for that long live.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    /// Read back from the socket: a peer that vanishes takes rights that a test does not have.
+    #[tokio::test]
+    async fn the_kernel_is_told_when_to_give_up_a_peer_whose_packets_vanish() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = listener.local_addr().expect("an address").to_string();
+        let address = address.parse().expect("an address");
+        let stream = Connector::default().tcp(&address).await;
+        let stream = stream.expect("a connection");
+        assert!(stream.nodelay().expect("an option"));
+        let socket = socket2::SockRef::from(&stream);
+        let given_up = socket.tcp_user_timeout().expect("an option");
+        assert_eq!(given_up, Some(TCP_USER_TIMEOUT), "with calls open");
+        assert!(socket.keepalive().expect("an option"), "without");
+        assert_eq!(
+            socket.tcp_keepalive_time().expect("an option"),
+            TCP_KEEPALIVE
+        );
+        let interval = socket.tcp_keepalive_interval().expect("an option");
+        assert_eq!(interval, TCP_KEEPALIVE_INTERVAL);
+    }
+}
