@@ -4,6 +4,7 @@ use std::io;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
+use super::support::PATIENCE;
 use super::*;
 
 /// A server that counts the calls it has processed.
@@ -516,6 +517,8 @@ async fn a_server_that_allows_one_stream_at_last_has_it_for_calls_and_not_for_it
     let counted = Arc::clone(&calls);
     let channel = BalancedChannel::builder()
         .health_check("")
+        // Or a watch that has no answer is given up, and begun again.
+        .connect_timeout(PATIENCE * 3)
         .connector(move |_| {
             let (near, far) = tokio::io::duplex(1 << 16);
             tokio::spawn(count_calls(far, Some(1), Arc::clone(&counted)));
