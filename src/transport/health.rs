@@ -7,7 +7,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use http::header::{CONTENT_TYPE, TE, USER_AGENT};
 use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderValue, Method, Request, Uri, Version};
-use http_body::{Body, Frame, SizeHint};
+use http_body::{Body, Frame};
 use prost::Message;
 use tonic::codec::{Codec, Streaming};
 use tonic::{Code, Status};
@@ -145,14 +145,6 @@ impl Body for StatusesBody {
             Broken::Stream(error) => of_stream(error),
             Broken::Request(status) => status,
         })
-    }
-
-    fn is_end_stream(&self) -> bool {
-        false
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        SizeHint::default()
     }
 }
 
