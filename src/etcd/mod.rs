@@ -11,7 +11,7 @@ use etcd_client::Client;
 use crate::address::Address;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::format::MAX_VALUE;
-use crate::keyspace::{Header, KeyValue, LeaseId, Range, Revision};
+use crate::keyspace::{Header, Key, KeyValue, LeaseId, Range, Revision};
 
 mod auth;
 mod call;
@@ -153,6 +153,25 @@ impl Etcd {
     ) -> Result<Watch, EtcdError> {
         let open = |link: Link| watch::open(link, range.clone(), from);
         self.attempt(Traffic::Keys, "watch", DEADLINE, open).await
+    }
+
+    /// Opens a watch from now on each of the keys, over one stream, and waits until all of them are watched: 2 s at most for each answer. Tried
+    /// once.
+    pub(crate) async fn watch_each(&self, first: &Key, others: &[Key]) -> Result<Watch, EtcdError> {
+        let mut watch = self.watch(&Range::key(first), None).await?;
+        let all = async {
+            for key in others {
+                watch.add(Range::key(key)).await?;
+            }
+            watch.created().await
+        };
+        match all.await {
+            Ok(()) => Ok(watch),
+            Err(error) => {
+                self.report(&watch, &error);
+                Err(error)
+            }
+        }
     }
 
     /// Answers a watch's end: if it is the member's fault, the next one goes elsewhere.

@@ -10,7 +10,7 @@ use super::{DEADLINE, MAX_MESSAGE, error, header, key_value};
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Event, Key, Range, Revision, WatchMessage};
 
-/// An open watch. Dropping it ends it at the server.
+/// An open watch on one range or several, over one stream. Dropping it ends it at the server.
 ///
 /// A silent stream is probed by creating and cancelling a throw-away watcher on it: any message is life. HTTP/2 pings do not see a
 /// member whose process hangs behind a live connection, and etcd from 3.5.22 and 3.6.2 on leaves progress requests unanswered on a quiet
@@ -20,9 +20,10 @@ pub(crate) struct Watch {
     stream: WatchStream,
     /// What it was opened over: the member whose end of it is to be answered for.
     pub(super) link: Link,
-    range: Range,
-    /// The watcher's id, from its first message on. The throw-away watchers have others.
-    id: Option<i64>,
+    /// At least one; each has a watcher of its own.
+    ranges: Vec<Range>,
+    /// The watchers' ids, from their first messages on, which come in the order of the ranges. The throw-away watchers have others.
+    ids: Vec<i64>,
     /// When the last message came, or the probe that is not answered yet was sent.
     heard: Instant,
     probing: bool,
@@ -33,9 +34,7 @@ pub(super) async fn open(
     range: Range,
     from: Option<Revision>,
 ) -> Result<Watch, EtcdError> {
-    let mut options = WatchOptions::new()
-        .with_range(range.end.as_bytes())
-        .with_fragment();
+    let mut options = options(&range);
     if let Some(revision) = from {
         options = options.with_start_revision(revision.get());
     }
@@ -46,15 +45,45 @@ pub(super) async fn open(
     Ok(Watch {
         stream,
         link,
-        range,
-        id: None,
+        ranges: vec![range],
+        ids: Vec::new(),
         heard: Instant::now(),
         probing: false,
     })
 }
 
+fn options(range: &Range) -> WatchOptions {
+    WatchOptions::new()
+        .with_range(range.end.as_bytes())
+        .with_fragment()
+}
+
 impl Watch {
-    /// The next message of the watcher. A stream that ends, even without an error, is an error: a watch has no end. So is one that is
+    /// Watches one range more, from now.
+    pub(super) async fn add(&mut self, range: Range) -> Result<(), EtcdError> {
+        let options = options(&range);
+        let key = range.start.as_bytes().to_vec();
+        self.ranges.push(range);
+        let sent = self.stream.watch(key, Some(options)).await;
+        self.sent(sent)
+    }
+
+    /// Waits until every range is watched. Events that come before that are dropped: whoever waits for this reads afterwards.
+    pub(crate) async fn created(&mut self) -> Result<(), EtcdError> {
+        while !self.is_created() {
+            let message = self.message().await?;
+            if message.canceled {
+                return Err(self.cancel_error(&message));
+            }
+        }
+        Ok(())
+    }
+
+    fn is_created(&self) -> bool {
+        self.ids.len() >= self.ranges.len()
+    }
+
+    /// The next message of the watchers. A stream that ends, even without an error, is an error: a watch has no end. So is one that is
     /// silent for 5 s and does not answer a probe within 3 s, and one whose first message is not there within 2 s.
     ///
     /// # Cancel safety
@@ -62,14 +91,14 @@ impl Watch {
     /// Dropping the future loses nothing.
     pub(crate) async fn message(&mut self) -> Result<WatchMessage, EtcdError> {
         loop {
-            let patience = match (self.id, self.probing) {
-                // Every member says at once that the watcher is created, or why it is not.
-                (None, _) => DEADLINE,
-                (_, true) => PROBE_ANSWER,
-                (_, false) => SILENCE,
+            let patience = match (self.is_created(), self.probing) {
+                // Every member says at once that a watcher is created, or why it is not.
+                (false, _) => DEADLINE,
+                (true, true) => PROBE_ANSWER,
+                (true, false) => SILENCE,
             };
             let Ok(message) = timeout_at(self.heard + patience, self.stream.message()).await else {
-                if self.id.is_none() {
+                if !self.is_created() {
                     return Err(error::deadline("watch", &self.link.endpoint(), DEADLINE));
                 }
                 if self.probing {
@@ -89,7 +118,11 @@ impl Watch {
                 return Err(EtcdError::new(kind, "watch", &self.link.endpoint(), reason));
             };
             let message = message.0;
-            if *self.id.get_or_insert(message.watch_id) == message.watch_id {
+            // Throw-away watchers are made when all others are there.
+            if !self.is_created() && (message.created || self.ids.is_empty()) {
+                self.ids.push(message.watch_id);
+            }
+            if self.ids.contains(&message.watch_id) {
                 return Ok(own(message));
             }
             if message.created && !message.canceled {
@@ -110,12 +143,15 @@ impl Watch {
         self.heard = Instant::now();
         self.probing = true;
         let filters = [WatchFilterType::NoPut, WatchFilterType::NoDelete];
+        let Some(range) = self.ranges.first() else {
+            return Ok(());
+        };
         let options = WatchOptions::new()
-            .with_range(self.range.end.as_bytes())
+            .with_range(range.end.as_bytes())
             .with_filters(filters);
-        let key = self.range.start.clone();
+        let key = range.start.as_bytes().to_vec();
         // The channel of requests has room for a hundred, and one at most is under way.
-        let sent = self.stream.watch(key.as_bytes(), Some(options)).await;
+        let sent = self.stream.watch(key, Some(options)).await;
         self.sent(sent)
     }
 

@@ -1,4 +1,4 @@
-//! The watch on the registration's own key: only a short cut, for the key is read as well.
+//! The watch on the registration's own keys: only a short cut, for the keys are read as well.
 
 use std::time::Duration;
 
@@ -7,9 +7,9 @@ use tokio::time::{Instant, sleep_until};
 use crate::backoff::jittered;
 use crate::error::EtcdError;
 use crate::etcd::{Etcd, Token, Watch};
-use crate::keyspace::{Event, Key, Range};
+use crate::keyspace::{Event, Key};
 
-/// The watch on our own key.
+/// The watch on our own keys, over one stream.
 #[derive(Debug, Default)]
 pub(super) struct KeyWatch {
     open: Option<Watch>,
@@ -20,7 +20,7 @@ pub(super) struct KeyWatch {
     refusals: u32,
 }
 
-/// What the watch on our own key has to say.
+/// What the watch on our own keys has to say.
 pub(super) enum News {
     /// From here on nothing is missed.
     Opened,
@@ -29,14 +29,14 @@ pub(super) enum News {
 }
 
 impl KeyWatch {
-    /// The next news.
+    /// The next news of the keys, of which there is at least one.
     ///
     /// # Cancel safety
     ///
     /// Dropping the future loses no news; a watch that was being opened is opened anew.
-    pub(super) async fn next(&mut self, etcd: &Etcd, key: &Key) -> News {
+    pub(super) async fn next(&mut self, etcd: &Etcd, keys: &[Key]) -> News {
         let error = match &mut self.open {
-            None => match self.reopen(etcd, key).await {
+            None => match self.reopen(etcd, keys).await {
                 Ok(()) => return News::Opened,
                 Err(error) => error,
             },
@@ -63,7 +63,7 @@ impl KeyWatch {
         News::Lost(error)
     }
 
-    async fn reopen(&mut self, etcd: &Etcd, key: &Key) -> Result<(), EtcdError> {
+    async fn reopen(&mut self, etcd: &Etcd, keys: &[Key]) -> Result<(), EtcdError> {
         if let Some(not_before) = self.not_before {
             sleep_until(not_before).await;
         }
@@ -72,12 +72,12 @@ impl KeyWatch {
             etcd.refused(self.token.as_ref()).await?;
         }
         self.token = etcd.token();
-        self.open = Some(etcd.watch(&Range::key(key), None).await?);
+        self.open = Some(etcd.watch_each(&keys[0], &keys[1..]).await?);
         Ok(())
     }
 }
 
-/// Between two tries to watch our own key. It is only a short cut: the key is read at each renewal meanwhile.
+/// Between two tries to watch our own keys. It is only a short cut: they are read at each renewal meanwhile.
 const REWATCH: Duration = Duration::from_secs(1);
 /// The same while it is refused.
 const REFUSED: Duration = Duration::from_secs(30);

@@ -128,7 +128,7 @@ impl Task {
             tokio::select! {
                 biased;
                 request = self.inbox.recv(), if listening => self.on_request(request),
-                news = self.key_watch.next(&self.etcd, &self.entry.keys[0]), if watched => self.on_news(news),
+                news = self.key_watch.next(&self.etcd, &self.entry.keys), if watched => self.on_news(news),
                 () = sleep_until(until) => {}
             }
             return;
@@ -193,7 +193,7 @@ impl Task {
                 }
             }
             News::Lost(error) => {
-                tracing::debug!(%error, "the watch on our own key ended");
+                tracing::debug!(%error, "the watch on our own keys ended");
                 self.machine.on_watch_lost();
             }
         }

@@ -195,8 +195,7 @@ impl Machine {
                 lease.failed = 0;
                 self.disturbed = false;
                 lease.unverified += 1;
-                // Of several keys only the first is watched.
-                let watched = self.key_watched && self.keys.len() == 1;
+                let watched = self.key_watched;
                 let overdue = lease.unverified >= if watched { VERIFY_EVERY } else { 1 };
                 if self.state == State::Registered {
                     self.succeeded();
@@ -316,7 +315,7 @@ impl Machine {
         }
     }
 
-    /// The watch on the key was opened anew: what happened before is only known by a read.
+    /// The watch on the keys was opened anew: what happened before is only known by a read.
     pub(in crate::registration) fn on_watch_opened(&mut self) {
         self.key_watched = true;
         match self.state {
@@ -326,7 +325,7 @@ impl Machine {
         }
     }
 
-    /// The watch on the key has ended.
+    /// The watch on the keys has ended.
     pub(in crate::registration) fn on_watch_lost(&mut self) {
         self.key_watched = false;
         self.disturbed = true;

@@ -67,7 +67,7 @@ pub(super) struct Machine {
     /// The highest raft term seen.
     term: u64,
     keys: Vec<Place>,
-    /// Whether the owner task watches the key, so that a loss is seen at once.
+    /// Whether the owner task watches the keys, so that a loss is seen at once.
     key_watched: bool,
     /// Whether etcd was out of reach, for a renewal or for the watch, since the last good renewal.
     disturbed: bool,
@@ -361,7 +361,7 @@ const DEADLINE_MAX: Duration = Duration::from_secs(2);
 const TTL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// Between tries where credentials or permissions are refused.
 const OPERATOR_WAIT: Duration = Duration::from_secs(30);
-/// A third of the TTL each: the key is read once per TTL while it is watched, and at each renewal while it is not.
+/// A third of the TTL each: the keys are read once per TTL while they are watched, and at each renewal while they are not.
 const VERIFY_EVERY: u32 = 3;
 /// Reads of a key that another server holds, while it cannot be watched.
 const SUPERSEDED_READ: Duration = Duration::from_secs(10);

@@ -626,33 +626,31 @@ fn a_full_store_is_not_tried_again_and_again_without_a_growing_wait() {
     assert!((3..15).contains(&puts), "{puts} puts");
 }
 
-#[test]
-fn of_several_keys_those_that_are_not_watched_are_read_at_each_renewal() {
-    let mut player = Player::registered(14);
-    player.machine.keys.push(Place::NEW);
-    player.machine.state = State::Registered;
-    for place in &mut player.machine.keys {
-        (place.dirty, place.held) = (false, Some(Revision::new(1)));
-    }
-    player.machine.on_watch_opened();
-    let found = (0..2).map(|index| Found {
-        index,
-        ..alone(player.store.key.clone(), true)
-    });
-    player.machine.on_read(Ok(found.collect()), player.now);
-    for _ in 0..3 {
-        while !matches!(player.machine.command(player.now), Command::Renew { .. }) {
-            player.step(Fate::Good);
+/// How many renewals there are from one read of the keys to the next.
+fn renewals_between_reads(player: &mut Player) -> u32 {
+    let mut renewals = 0;
+    loop {
+        match player.step(Fate::Good) {
+            Command::Renew { .. } => renewals += 1,
+            Command::Read { .. } => return renewals,
+            _ => {}
         }
-        player.step(Fate::Good);
-        assert!(
-            matches!(player.machine.command(player.now), Command::Read { .. }),
-            "the watch on the first key says nothing of the second"
-        );
-        let found = (0..2).map(|index| Found {
-            index,
-            ..alone(player.store.key.clone(), true)
-        });
-        player.machine.on_read(Ok(found.collect()), player.now);
+    }
+}
+
+#[test]
+fn keys_are_read_once_per_ttl_and_at_each_renewal_while_they_are_not_watched() {
+    let mut player = Player::registered(14);
+    for (watched, renewals) in [(true, 3), (false, 1), (true, 3)] {
+        if watched {
+            player.machine.on_watch_opened();
+        } else {
+            player.machine.on_watch_lost();
+        }
+        // The read that follows an opening.
+        renewals_between_reads(&mut player);
+        for _ in 0..2 {
+            assert_eq!(renewals_between_reads(&mut player), renewals, "{watched}");
+        }
     }
 }
