@@ -1,6 +1,7 @@
 //! The words of etcd that the pure machines speak: keys, ranges, revisions, leases, events. Nothing here does I/O.
 
 use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -154,24 +155,38 @@ pub(crate) struct KeyValue {
 }
 
 impl KeyValue {
+    /// Which write of the key this is.
     pub(crate) fn version(&self) -> KeyVersion {
+        let mut hasher = DefaultHasher::new();
+        self.value.hash(&mut hasher);
+        KeyVersion {
+            digest: Some(hasher.finish()),
+            ..self.named()
+        }
+    }
+
+    /// The same for a key that was read without its value.
+    pub(crate) fn named(&self) -> KeyVersion {
         KeyVersion {
             key: self.key.clone(),
             create_revision: self.create_revision,
             mod_revision: self.mod_revision,
             lease: self.lease,
+            digest: None,
         }
     }
 }
 
 /// Which write of a key this is. The lease belongs to it: a store that was wiped and filled again can repeat every revision, but not
-/// the lease ids. So does the key's creation, for keys without a lease: two revisions are harder to repeat than one.
+/// the lease ids. So do the key's creation and its value, for keys without a lease: where all of that is the same, nothing is another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct KeyVersion {
     pub(crate) key: Key,
     pub(crate) create_revision: Revision,
     pub(crate) mod_revision: Revision,
     pub(crate) lease: LeaseId,
+    /// Of the value; `None` if that was not read.
+    pub(crate) digest: Option<u64>,
 }
 
 /// One change of the store.

@@ -50,19 +50,25 @@ impl Etcd {
         self.call("read", |link| read(link, key.clone())).await
     }
 
-    /// Reads which write of a key is the last, linearizably and without its value.
+    /// Reads which write of a key is the last, linearizably, with its value or without it.
     pub(crate) async fn version(
         &self,
         key: &Key,
+        with_value: bool,
     ) -> Result<(Header, Option<KeyVersion>), EtcdError> {
         let request = ListRequest {
             range: Range::key(key),
             limit: 1,
             revision: Revision::ZERO,
-            keys_only: true,
+            keys_only: !with_value,
         };
         let page = self.list(&request).await?;
-        Ok((page.header, page.kvs.first().map(KeyValue::version)))
+        let version = if with_value {
+            KeyValue::version
+        } else {
+            KeyValue::named
+        };
+        Ok((page.header, page.kvs.first().map(version)))
     }
 
     /// As [`Etcd::read`], tried once.

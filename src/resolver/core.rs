@@ -3,6 +3,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
+use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
@@ -36,6 +37,8 @@ pub(super) struct Shared {
     pub(super) reports: Vec<Report>,
     /// Writes that could not be read.
     pub(super) rejected: u64,
+    /// When the log was last warned of some.
+    warned: Option<Instant>,
 }
 
 /// What one consumer has yet to be told. It is a set: however many changes an address sees, it is told once, of the newest.
@@ -137,6 +140,7 @@ impl Core {
             views: Vec::new(),
             reports,
             rejected: 0,
+            warned: None,
         };
         let status = watch::Sender::new(ResolverStatus::of(&shared, None));
         Self {
@@ -179,7 +183,14 @@ impl Core {
             .snapshot
             .apply(events, machine.range(), &self.decoder);
         if let Some((key, revision, error)) = &applied.first_rejected {
-            tracing::warn!(%key, %revision, rejected = applied.rejected, "skipped values that cannot be read; the first of them {error}");
+            let rejected = applied.rejected;
+            // Whoever writes one each second must not fill the log of every client.
+            if shared.warned.is_none_or(|at| now >= at + WARN_INTERVAL) {
+                shared.warned = Some(now);
+                tracing::warn!(%key, %revision, rejected, "skipped values that cannot be read; the first of them {error}");
+            } else {
+                tracing::debug!(%key, %revision, rejected, "skipped values that cannot be read; the first of them {error}");
+            }
         }
         let news = shared.on_applied(&mut applied, now);
         let wakers = shared.tell(&applied.changed);
@@ -271,3 +282,6 @@ impl Core {
         }
     }
 }
+
+/// Between warnings of values that cannot be read; what comes in between is logged as a detail, and counted.
+const WARN_INTERVAL: Duration = Duration::from_secs(10);

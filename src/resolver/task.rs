@@ -45,7 +45,7 @@ pub(super) async fn run(
                 receive(&etcd, &mut machine, &mut watch, &core, &mut reported).await
             }
             Command::Check(key) => {
-                let answer = etcd.version(&key).await;
+                let answer = etcd.version(&key, machine.knows_value(&key)).await;
                 machine.on_checked(answer, Instant::now())
             }
             Command::Reconcile(request) => {
@@ -64,7 +64,7 @@ pub(super) async fn run(
                 if let Err(error) = &renewed {
                     tracing::debug!(%error, "no fresh token");
                 }
-                machine.on_token(renewed.is_ok())
+                machine.on_token(renewed)
             }
             Command::Wait(wait) => {
                 watch = None;

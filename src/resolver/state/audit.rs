@@ -203,8 +203,8 @@ impl Machine {
         let mut listed: HashMap<_, _> = page.kvs.iter().map(|kv| (&kv.key, kv)).collect();
         let end = end.map_or(Bound::Unbounded, Bound::Excluded);
         for (key, known) in self.keys.range((Bound::Included(start), end)) {
-            let found = listed.remove(key).map(KeyState::of);
-            if found != Some(*known) {
+            let found = listed.remove(key).map(|kv| KeyState::of(&kv.named()));
+            if !KeyState::agree(found.as_ref(), Some(known)) {
                 let key = key.clone();
                 self.audit.suspects.push(Suspect { key, found, at });
             }
@@ -212,7 +212,7 @@ impl Machine {
         let unknown = listed.into_values();
         let unknown = unknown.map(|kv| Suspect {
             key: kv.key.clone(),
-            found: Some(KeyState::of(kv)),
+            found: Some(KeyState::of(&kv.named())),
             at,
         });
         self.audit.suspects.extend(unknown);
@@ -225,7 +225,7 @@ impl Machine {
         let left = suspects.into_iter().filter(|suspect| {
             let known = self.keys.get(&suspect.key);
             let passed = known.is_some_and(|known| known.mod_revision > suspect.at);
-            !passed && known != suspect.found.as_ref()
+            !passed && !KeyState::agree(known, suspect.found.as_ref())
         });
         let left: Vec<_> = left.map(|suspect| suspect.key).collect();
         if left.len() > SUSPECTS_MAX {
@@ -282,7 +282,8 @@ impl Machine {
                     return self.relist(true);
                 }
                 self.seen = header;
-                if found.as_ref().map(KeyState::of) != known {
+                let read = found.as_ref().map(|kv| KeyState::of(&kv.version()));
+                if !KeyState::agree(read.as_ref(), known.as_ref()) {
                     self.report.repaired += 1;
                     self.audit.lossy |= confirms;
                     tracing::debug!(%key, revision = %header.revision, there = found.is_some(), "a read was ahead of the watch");

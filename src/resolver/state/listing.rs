@@ -20,7 +20,7 @@ pub(super) struct Listing {
     /// The next request asks for the name alone of a key that is too large to be read.
     pub(super) naming: bool,
     /// The key written last among those of the first page.
-    pub(super) check: Option<KeyVersion>,
+    pub(super) check: Option<Key>,
     /// Keys that are there with a value that cannot be read.
     pub(super) oversized: Vec<KeyVersion>,
     /// An event was too large to be received: the watch begins after the list's revision, or it would come again.
@@ -45,11 +45,11 @@ impl Machine {
                 if std::mem::take(&mut listing.naming) {
                     listing
                         .oversized
-                        .extend(page.kvs.iter().map(KeyValue::version));
+                        .extend(page.kvs.iter().map(KeyValue::named));
                 } else {
                     if listing.kvs.is_empty() {
                         let newest = page.kvs.iter().max_by_key(|kv| kv.mod_revision);
-                        listing.check = newest.map(KeyValue::version);
+                        listing.check = newest.map(|kv| kv.key.clone());
                     }
                     listing.kvs.extend(page.kvs);
                 }
@@ -61,7 +61,7 @@ impl Machine {
                 let check = listing.check.filter(|_| !listing.distrusted);
                 self.complete(header, listing.kvs, listing.oversized);
                 self.page_cap = PAGE_LIMIT;
-                let command = self.watch(header.revision, check.map(|check| check.key));
+                let command = self.watch(header.revision, check);
                 match command {
                     Command::Watch(revision) if listing.skipping => {
                         Command::Watch(Revision::new(revision.get() + 1))
@@ -149,30 +149,22 @@ impl Machine {
         let mut gone = std::mem::take(&mut self.keys);
         for kv in kvs {
             gone.remove(&kv.key);
-            self.keys.insert(kv.key.clone(), KeyState::of(&kv));
+            self.keys
+                .insert(kv.key.clone(), KeyState::of(&kv.version()));
             self.update.push(Event::Put(kv));
         }
-        for KeyVersion {
-            key,
-            create_revision,
-            mod_revision,
-            lease,
-        } in oversized
-        {
+        for version in oversized {
+            let state = KeyState::of(&version);
+            let KeyVersion {
+                key, mod_revision, ..
+            } = version;
             // Its last good value, if there was one, stays.
             let before = gone.remove(&key);
             if before.is_none_or(|before| before.mod_revision != mod_revision) {
                 tracing::warn!(%key, revision = %mod_revision, "skipped a value that is too large to be received");
                 self.report.oversized += 1;
             }
-            self.keys.insert(
-                key,
-                KeyState {
-                    create_revision,
-                    mod_revision,
-                    lease,
-                },
-            );
+            self.keys.insert(key, state);
         }
         let deleted = gone.into_keys().map(|key| Event::Delete {
             key,

@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use crate::backoff::{Backoff, jittered};
 use crate::error::EtcdError;
-use crate::keyspace::{Event, Header, Key, KeyValue, LeaseId, ListRequest, Range, Revision};
+use crate::keyspace::{Event, Header, Key, KeyVersion, LeaseId, ListRequest, Range, Revision};
 
 mod audit;
 mod listing;
@@ -107,19 +107,40 @@ pub(super) struct Report {
     pub(super) oversized: u64,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A key as last applied, or as it was found.
+#[derive(Clone, Copy, Debug)]
 struct KeyState {
     create_revision: Revision,
     mod_revision: Revision,
     lease: LeaseId,
+    /// Of the value; `None` if that is not known: the key was listed by name, or its value is too large to be received.
+    digest: Option<u64>,
 }
 
 impl KeyState {
-    fn of(kv: &KeyValue) -> Self {
+    fn of(version: &KeyVersion) -> Self {
         Self {
-            create_revision: kv.create_revision,
-            mod_revision: kv.mod_revision,
-            lease: kv.lease,
+            create_revision: version.create_revision,
+            mod_revision: version.mod_revision,
+            lease: version.lease,
+            digest: version.digest,
+        }
+    }
+
+    /// Whether both are the same write, as far as is known of them.
+    fn is_same(&self, other: &Self) -> bool {
+        let differs = |(mine, its): (u64, u64)| mine != its;
+        self.create_revision == other.create_revision
+            && self.mod_revision == other.mod_revision
+            && self.lease == other.lease
+            && !self.digest.zip(other.digest).is_some_and(differs)
+    }
+
+    /// Whether both are there and the same, or both are not.
+    fn agree(left: Option<&Self>, right: Option<&Self>) -> bool {
+        match (left, right) {
+            (Some(left), Some(right)) => left.is_same(right),
+            (left, right) => left.is_none() && right.is_none(),
         }
     }
 }
@@ -161,10 +182,14 @@ impl Machine {
     }
 
     /// Takes the outcome of [`Command::RenewToken`].
-    pub(super) fn on_token(&mut self, renewed: bool) -> Command {
+    pub(super) fn on_token(&mut self, outcome: Result<(), EtcdError>) -> Command {
         // Without a fresh token the last refusal said nothing of it.
-        self.refused = renewed;
-        self.on_wake()
+        self.refused = outcome.is_ok();
+        match outcome {
+            // Each try costs etcd a hash of the password.
+            Err(error) if error.kind().needs_operator() => self.wait(error),
+            _ => self.on_wake(),
+        }
     }
 
     /// The first command, and the one after a wait.
@@ -187,6 +212,12 @@ impl Machine {
     fn newest(&self) -> Option<Key> {
         let newest = self.keys.iter().max_by_key(|(_, state)| state.mod_revision);
         newest.map(|(key, _)| key.clone())
+    }
+
+    /// Whether the value of a key is known, so that it can be compared with another one.
+    pub(super) fn knows_value(&self, key: &Key) -> bool {
+        let known = self.keys.get(key);
+        known.is_some_and(|known| known.digest.is_some())
     }
 
     /// Whether a linearizable answer comes from another store than the last one: on a healthy cluster they never go back.

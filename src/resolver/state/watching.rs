@@ -97,7 +97,10 @@ impl Machine {
         // A member that lags looks like this, and so does a store that was wiped: a linearizable read tells.
         match self.newest() {
             Some(key) => Command::Check(key),
-            None => self.relist(false),
+            None => {
+                self.state = State::Listing(Listing::default());
+                Command::Wait(self.backoff.next(&mut self.rng))
+            }
         }
     }
 
@@ -112,7 +115,8 @@ impl Machine {
                     return;
                 }
                 self.tombstones.remove(&kv.key);
-                self.keys.insert(kv.key.clone(), KeyState::of(kv));
+                self.keys
+                    .insert(kv.key.clone(), KeyState::of(&kv.version()));
             }
             Event::Delete { key, mod_revision } => {
                 if self
@@ -184,9 +188,7 @@ impl Machine {
             self.keys.get(&found.key).is_some_and(|known| {
                 // Written again under the same lease, by its owner, is the same store: the watch brings the write.
                 let later = found.mod_revision > floor && known.lease != LeaseId::NONE;
-                let unchanged = known.mod_revision == found.mod_revision
-                    && known.create_revision == found.create_revision;
-                known.lease == found.lease && (later || unchanged)
+                known.lease == found.lease && (later || known.is_same(&KeyState::of(&found)))
             })
         });
         if self.is_other_store(header) || !same {

@@ -125,6 +125,32 @@ fn a_lost_put_is_found_by_the_next_list() {
     assert_eq!(player.machine.report.repaired, 2);
 }
 
+/// A write of the same revision under another lease is that of another store, and so is another write under the same lease.
+#[test]
+fn a_list_is_compared_by_revision_and_by_lease() {
+    for difference in ["lease", "mod revision", "create revision"] {
+        let mut player = populated(22);
+        let due = player.machine.due().expect("a list is due some time");
+        let request = player.machine.on_time(due);
+        assert!(matches!(request, Command::Reconcile(_)), "{request:?}");
+        let mut page = whole(&player.store);
+        let kv = &mut page.kvs[0];
+        match difference {
+            "lease" => kv.lease = LeaseId::new(77),
+            "mod revision" => kv.mod_revision = Revision::new(kv.mod_revision.get() + 1),
+            _ => kv.create_revision = Revision::new(kv.create_revision.get() + 1),
+        }
+        let doubted = kv.key.clone();
+        assert_eq!(player.machine.on_names(Ok(page), due), Command::Receive);
+        let settled = player.machine.due().expect("there is a suspect");
+        let mut next = player.machine.on_time(settled);
+        if next == Command::Receive {
+            next = player.machine.on_time(settled);
+        }
+        assert_eq!(next, Command::Read(doubted), "{difference}");
+    }
+}
+
 #[test]
 fn nothing_is_read_while_the_watch_brings_everything() {
     let mut player = populated(23);

@@ -308,7 +308,10 @@ impl Player {
                 );
                 self.now += *wait;
                 match self.command {
-                    Command::RenewToken(_) => machine.on_token(!fault),
+                    Command::RenewToken(_) => {
+                        let unavailable = || error(EtcdErrorKind::Unavailable);
+                        machine.on_token(if fault { Err(unavailable()) } else { Ok(()) })
+                    }
                     _ => machine.on_wake(),
                 }
             }
@@ -485,6 +488,7 @@ fn a_store_that_went_back_or_forgot_is_listed_anew() {
         "lease",
         "mod revision",
         "create revision",
+        "value",
     ] {
         let mut player = populated(2);
         let key = reopened(&mut player);
@@ -497,11 +501,62 @@ fn a_store_that_went_back_or_forgot_is_listed_anew() {
             "lease" => found.lease = LeaseId::new(1),
             "mod revision" => found.mod_revision = Revision::new(1),
             "create revision" => found.create_revision = Revision::new(1),
+            "value" => found.digest = found.digest.map(|digest| digest ^ 1),
             _ => {}
         }
         let answer = (header, (damage != "gone").then_some(found));
         let next = player.machine.on_checked(Ok(answer), player.now);
         assert!(matches!(next, Command::List(_)), "{damage}: {next:?}");
+    }
+}
+
+#[test]
+fn the_key_that_was_written_last_is_checked() {
+    let mut player = populated(2);
+    let newest = player.machine.keys.iter();
+    let newest = newest.max_by_key(|(_, known)| known.mod_revision);
+    let newest = newest.map(|(key, _)| key.clone());
+    assert!(player.machine.keys.len() > 1);
+    assert_eq!(Some(reopened(&mut player)), newest);
+}
+
+#[test]
+fn every_linearizable_answer_raises_what_the_next_one_is_measured_by() {
+    let header = |player: &Player, ahead: i64| Header {
+        revision: Revision::new(player.store.revision + ahead),
+        ..player.store.header()
+    };
+    for answer in ["check", "names", "read"] {
+        let mut player = populated(2);
+        let ahead = header(&player, 100);
+        let key = reopened(&mut player);
+        let found = player.store.value(&key).1;
+        let checked = |found: &Option<KeyValue>| found.as_ref().map(KeyValue::version);
+        let first = match answer {
+            "check" => player
+                .machine
+                .on_checked(Ok((ahead, checked(&found))), player.now),
+            "names" => {
+                let kvs = player.store.at(player.store.revision).into_values();
+                let page = Page {
+                    header: ahead,
+                    kvs: kvs.collect(),
+                    more: false,
+                };
+                player.machine.on_names(Ok(page), player.now)
+            }
+            _ => player.machine.on_read(key, Ok((ahead, found.clone()))),
+        };
+        assert_eq!(first, Command::Receive, "{answer}");
+        reopened(&mut player);
+        let behind = header(&player, 99);
+        let next = player
+            .machine
+            .on_checked(Ok((behind, checked(&found))), player.now);
+        assert!(
+            matches!(next, Command::List(_)),
+            "after a {answer} the store went back, and not {next:?}"
+        );
     }
 }
 
@@ -770,11 +825,33 @@ fn a_token_that_could_not_be_renewed_is_no_reason_to_wait_for_an_operator() {
     player
         .machine
         .on_watch_ended(error(EtcdErrorKind::InvalidToken), player.now);
-    assert!(matches!(player.machine.on_token(false), Command::Watch(_)));
+    let failed = Err(error(EtcdErrorKind::Unavailable));
+    assert!(matches!(player.machine.on_token(failed), Command::Watch(_)));
     let next = player
         .machine
         .on_watch_ended(error(EtcdErrorKind::InvalidToken), player.now);
     assert!(matches!(next, Command::RenewToken(_)), "{next:?}");
+}
+
+#[test]
+fn a_wrong_password_is_tried_slowly_and_told() {
+    let mut player = populated(11);
+    for _ in 0..5 {
+        let refused = player
+            .machine
+            .on_watch_ended(error(EtcdErrorKind::InvalidToken), player.now);
+        assert!(matches!(refused, Command::RenewToken(_)), "{refused:?}");
+        let wrong = Err(error(EtcdErrorKind::BadCredentials));
+        let next = player.machine.on_token(wrong);
+        assert!(
+            matches!(next, Command::Wait(wait) if wait >= OPERATOR_WAIT / 2),
+            "each try costs etcd a hash of the password, not {next:?}"
+        );
+        let trouble = player.machine.report.trouble.as_ref();
+        let kind = trouble.map(EtcdError::kind);
+        assert_eq!(kind, Some(EtcdErrorKind::BadCredentials));
+        assert!(matches!(player.machine.on_wake(), Command::Watch(_)));
+    }
 }
 
 #[test]

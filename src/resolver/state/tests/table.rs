@@ -90,7 +90,7 @@ fn ended(machine: &mut Machine, kind: EtcdErrorKind, now: Instant) -> Command {
     machine.on_watch_ended(error(kind), now)
 }
 
-const INPUTS: [Input; 29] = [
+const INPUTS: [Input; 30] = [
     ("woken", |machine, _| machine.on_wake()),
     ("last page", |machine, _| {
         machine.on_page(Ok(page(vec![known()], false)))
@@ -143,8 +143,13 @@ const INPUTS: [Input; 29] = [
     ("check failed", |machine, now| {
         machine.on_checked(Err(error(EtcdErrorKind::Unavailable)), now)
     }),
-    ("fresh token", |machine, _| machine.on_token(true)),
-    ("no fresh token", |machine, _| machine.on_token(false)),
+    ("fresh token", |machine, _| machine.on_token(Ok(()))),
+    ("no fresh token", |machine, _| {
+        machine.on_token(Err(error(EtcdErrorKind::Unavailable)))
+    }),
+    ("no fresh token, wrong password", |machine, _| {
+        machine.on_token(Err(error(EtcdErrorKind::BadCredentials)))
+    }),
     ("doubt, and its time", |machine, now| {
         machine.on_doubt(&known().key, now);
         machine.on_time(now + Duration::from_secs(2))
