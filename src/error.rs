@@ -84,6 +84,8 @@ pub enum EtcdErrorKind {
     DeadlineExceeded,
     /// The member has lost its cluster.
     NoLeader,
+    /// The member answers out of a raft term that is over: it was frozen or cut off, or lags.
+    StaleTerm,
     /// The store is full; it may be compacted any moment.
     NoSpace,
     /// The revision asked for is compacted away.
@@ -119,7 +121,11 @@ impl EtcdErrorKind {
     pub(crate) fn is_transient(self) -> bool {
         matches!(
             self,
-            Self::Unavailable | Self::DeadlineExceeded | Self::NoLeader | Self::NoSpace
+            Self::Unavailable
+                | Self::DeadlineExceeded
+                | Self::NoLeader
+                | Self::StaleTerm
+                | Self::NoSpace
         )
     }
 
@@ -150,6 +156,7 @@ impl fmt::Display for EtcdErrorKind {
             Self::Unavailable => "the member is unavailable",
             Self::DeadlineExceeded => "no answer in time",
             Self::NoLeader => "the member has no leader",
+            Self::StaleTerm => "the answer is from a raft term that is over",
             Self::NoSpace => "the database space is exceeded",
             Self::Compacted => "the revision is compacted",
             Self::FutureRevision => "the revision is not reached yet",

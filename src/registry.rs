@@ -37,7 +37,7 @@ impl Registry {
     /// # Errors
     ///
     /// Tells by its variant, and in words, whether nothing answers, something else than etcd answers, one side speaks TLS, or the user
-    /// is refused. It takes about 2 s to say that nothing listens, and about 4 s that nothing answers.
+    /// is refused. It takes about 2 s to say that nothing listens, and about 5 s that nothing answers.
     ///
     /// # Cancel safety
     ///

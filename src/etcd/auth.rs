@@ -48,6 +48,13 @@ impl Auth {
         }))
     }
 
+    /// The same credentials and the same token, and nothing to wait for that another runtime has begun.
+    pub(super) fn apart(&self) -> Self {
+        let auth = Self::new(self.0.credentials.clone());
+        auth.0.token.store(self.0.token.load_full());
+        auth
+    }
+
     pub(super) fn user(&self) -> Option<&str> {
         self.0
             .credentials
@@ -94,6 +101,10 @@ impl Auth {
         };
         if !same {
             return Ok(true);
+        }
+        if current.is_some() {
+            // A change of the store's users has every client here at once, and each answer costs etcd a hash of the password.
+            tokio::time::sleep(REFRESH_SPREAD.mul_f64(fastrand::f64())).await;
         }
         match rpc::authenticate(service, credentials, deadline).await {
             Ok(token) => {
@@ -143,6 +154,8 @@ impl Auth {
 }
 
 const JUST_NOW: Duration = Duration::from_secs(1);
+/// Over how long the renewals of refused tokens are spread. It is part of the deadline of a call, which is 2 s here.
+const REFRESH_SPREAD: Duration = Duration::from_millis(200);
 
 impl std::fmt::Debug for Auth {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

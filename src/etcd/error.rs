@@ -71,6 +71,11 @@ const TEXTS: &[(&str, EtcdErrorKind)] = &[
         EtcdErrorKind::ResponseTooLarge,
     ),
     ("request is too large", EtcdErrorKind::RequestTooLarge),
+    // gRPC's own, before etcd sees it.
+    (
+        "received message larger than max",
+        EtcdErrorKind::RequestTooLarge,
+    ),
     ("requested lease not found", EtcdErrorKind::LeaseNotFound),
     ("lease already exists", EtcdErrorKind::LeaseExists),
     ("too large lease TTL", EtcdErrorKind::LeaseTtlTooLarge),

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use etcd_client::LeaseGrantOptions;
 
+use super::link::Link;
 use super::standing::Traffic;
 use super::{Etcd, error, header, rpc};
 use crate::error::{EtcdError, EtcdErrorKind};
@@ -33,42 +34,55 @@ impl Etcd {
         .await
     }
 
-    /// Renews a lease. Tried once.
+    /// Renews a lease. An answer out of a raft term below `term` renews nothing: a leader that was frozen and thawed gives one for leases
+    /// that the cluster has dropped. Tried once.
     pub(crate) async fn keep_alive(
         &self,
         lease: LeaseId,
+        term: u64,
         deadline: Duration,
     ) -> Result<KeepAlive, EtcdError> {
         const OPERATION: &str = "lease keep-alive";
         self.attempt(Traffic::Leases, OPERATION, deadline, |link| async move {
-            if let Some(service) = &link.service {
-                return rpc::keep_alive(service, lease).await;
+            let answer = Self::keep_alive_over(&link, lease).await?;
+            match answer.header {
+                // Here and not by who asks, so that the next try goes to another member.
+                Some(header) if header.raft_term < term => {
+                    let source = format!("raft term {} after {term}", header.raft_term);
+                    let endpoint = link.endpoint();
+                    Err(EtcdError::new(
+                        EtcdErrorKind::StaleTerm,
+                        OPERATION,
+                        &endpoint,
+                        source,
+                    ))
+                }
+                _ => Ok(answer),
             }
-            let failed = |source| error::of_client(OPERATION, &link.endpoint(), source);
-            let (mut keeper, mut answers) = link
-                .client
-                .lease_client()
-                .keep_alive(lease.get())
-                .await
-                .map_err(failed)?;
-            // etcd-client keeps the first answer's TTL and header to itself; the second one on the stream shows both.
-            keeper.keep_alive().await.map_err(failed)?;
-            let answer = answers.message().await.map_err(failed)?;
-            let answer = answer.filter(|answer| answer.ttl() > 0).ok_or_else(|| {
-                EtcdError::new(
-                    EtcdErrorKind::LeaseNotFound,
-                    OPERATION,
-                    &link.endpoint(),
-                    format!("lease {lease} has no time left"),
-                )
-            })?;
-            let ttl = Duration::from_secs(answer.ttl().unsigned_abs());
-            Ok(KeepAlive {
-                header: answer.0.header.as_ref().map(|head| header(Some(head))),
-                ttl,
-            })
         })
         .await
+    }
+
+    async fn keep_alive_over(link: &Link, lease: LeaseId) -> Result<KeepAlive, EtcdError> {
+        const OPERATION: &str = "lease keep-alive";
+        if let Some(service) = &link.service {
+            return rpc::keep_alive(service, lease).await;
+        }
+        let failed = |source| error::of_client(OPERATION, &link.endpoint(), source);
+        let (mut keeper, mut answers) = link
+            .client
+            .lease_client()
+            .keep_alive(lease.get())
+            .await
+            .map_err(failed)?;
+        // etcd-client keeps the first answer's TTL and header to itself; the second one on the stream shows both.
+        keeper.keep_alive().await.map_err(failed)?;
+        let answer = answers.message().await.map_err(failed)?;
+        let answer = answer.ok_or_else(|| rpc::closed(OPERATION, &link.endpoint()))?;
+        Ok(KeepAlive {
+            header: answer.0.header.as_ref().map(|head| header(Some(head))),
+            ttl: rpc::time_left(OPERATION, &link.endpoint(), lease, answer.ttl())?,
+        })
     }
 
     /// Revokes a lease, and with it every key that hangs on it. Tried once; a lease that is gone counts as revoked.

@@ -73,7 +73,7 @@ impl Etcd {
             Source::Members(members) => Source::Members(members.apart()),
             Source::Given(client) => Source::Given(Arc::clone(client)),
         };
-        let auth = self.0.auth.clone();
+        let auth = self.0.auth.apart();
         Self(Arc::new(Cluster { source, auth }))
     }
 

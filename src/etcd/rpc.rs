@@ -103,26 +103,7 @@ pub(super) async fn keep_alive(
         .map_err(failed)?
         .into_inner();
     let answer = answers.message().await.map_err(failed)?;
-    let answer = answer.ok_or_else(|| {
-        EtcdError::new(
-            EtcdErrorKind::Unavailable,
-            OPERATION,
-            &service.endpoint(),
-            "the stream ended without an answer",
-        )
-    })?;
-    // Etcd says that a lease is gone by a TTL that is not positive.
-    let ttl = u64::try_from(answer.ttl)
-        .ok()
-        .filter(|ttl| *ttl > 0)
-        .ok_or_else(|| {
-            EtcdError::new(
-                EtcdErrorKind::LeaseNotFound,
-                OPERATION,
-                &service.endpoint(),
-                format!("lease {lease} has no time left"),
-            )
-        })?;
+    let answer = answer.ok_or_else(|| closed(OPERATION, &service.endpoint()))?;
     let header = answer.header.map(|header| Header {
         cluster_id: header.cluster_id,
         revision: Revision::new(header.revision),
@@ -130,6 +111,33 @@ pub(super) async fn keep_alive(
     });
     Ok(KeepAlive {
         header,
-        ttl: Duration::from_secs(ttl),
+        ttl: time_left(OPERATION, &service.endpoint(), lease, answer.ttl)?,
     })
+}
+
+/// A stream that ended before its answer says nothing of the lease.
+pub(super) fn closed(operation: &'static str, endpoint: &str) -> EtcdError {
+    let source = "the stream ended without an answer";
+    EtcdError::new(EtcdErrorKind::Unavailable, operation, endpoint, source)
+}
+
+/// What a renewal says of a lease in seconds. Etcd says that one is gone by a TTL that is not positive.
+pub(super) fn time_left(
+    operation: &'static str,
+    endpoint: &str,
+    lease: LeaseId,
+    ttl: i64,
+) -> Result<Duration, EtcdError> {
+    match u64::try_from(ttl) {
+        Ok(seconds) if seconds > 0 => Ok(Duration::from_secs(seconds)),
+        _ => {
+            let source = format!("lease {lease} has no time left");
+            Err(EtcdError::new(
+                EtcdErrorKind::LeaseNotFound,
+                operation,
+                endpoint,
+                source,
+            ))
+        }
+    }
 }

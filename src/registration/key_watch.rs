@@ -56,8 +56,9 @@ impl KeyWatch {
         self.open = None;
         let refused = error.kind().is_refusal();
         self.refusals = if refused { self.refusals + 1 } else { 0 };
-        // Once refused, a fresh token may help; then only an operator can.
-        let wait = if self.refusals > 1 { REFUSED } else { REWATCH };
+        // Once refused, a fresh token may help; then only an operator can, as where none is to be had.
+        let hopeless = self.refusals > 1 || !refused && error.kind().needs_operator();
+        let wait = if hopeless { REFUSED } else { REWATCH };
         let wait = jittered(wait, &mut fastrand::Rng::new());
         self.not_before = Some(Instant::now() + wait);
         News::Lost(error)

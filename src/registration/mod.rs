@@ -245,18 +245,21 @@ impl Registration {
 
     async fn ask(&self, request: impl FnOnce(Answer) -> Request) -> Result<(), RegisterError> {
         let (answer, outcome) = oneshot::channel();
-        if self.requests.send(request(answer)).await.is_err() {
-            return Err(self.ended());
-        }
+        let asked = async {
+            // The task may be busy, and others before us.
+            let sent = self.requests.send(request(answer)).await;
+            sent.map_err(|_| Failure::Ended)?;
+            outcome.await.unwrap_or(Err(Failure::Ended))
+        };
         // The task gives a deregistration up by itself, and says so; it is only waited for a little longer.
-        match timeout(self.change_timeout.saturating_add(ANSWER_SLACK), outcome).await {
-            Ok(Ok(Ok(()))) => Ok(()),
-            Ok(Ok(Err(Failure::Superseded(lease)))) => Err(RegisterError::Superseded {
+        match timeout(self.change_timeout.saturating_add(ANSWER_SLACK), asked).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(Failure::Superseded(lease))) => Err(RegisterError::Superseded {
                 key: self.key().to_owned(),
                 lease,
             }),
-            Ok(Ok(Err(Failure::Ended)) | Err(_)) => Err(self.ended()),
-            Ok(Ok(Err(Failure::GaveUp))) | Err(_) => Err(self.timed_out(self.change_timeout)),
+            Ok(Err(Failure::Ended)) => Err(self.ended()),
+            Ok(Err(Failure::GaveUp)) | Err(_) => Err(self.timed_out(self.change_timeout)),
         }
     }
 

@@ -1,5 +1,6 @@
 //! The task that owns a registration's machine and carries out its commands.
 
+use std::pin::pin;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -8,7 +9,7 @@ use tokio::time::{Instant, sleep_until};
 use super::RegistrationState;
 use super::entry::Entry;
 use super::key_watch::{KeyWatch, News};
-use super::lease::{Command, Found, Machine, Phase, Put};
+use super::lease::{Command, Found, GOODBYE_MAX, Machine, Phase, Put};
 use crate::etcd::Etcd;
 use crate::keyspace::{GuardedPut, Key, KeyValue, LeaseId};
 
@@ -136,11 +137,29 @@ impl Task {
         // A grant is waited for: one that reaches etcd after the revoke would leave a lease behind.
         let interruptible = listening && !matches!(command, Command::Grant { .. });
         let sent = Instant::now();
-        tokio::select! {
-            biased;
-            request = self.inbox.recv(), if interruptible => self.on_request(request),
-            () = execute(&self.etcd, &self.entry, &mut self.machine, command, sent) => {}
-            () = sleep_until(give_up) => {}
+        let mut deferred = Vec::new();
+        let urgent = {
+            let exchange = execute(&self.etcd, &self.entry, &mut self.machine, command, sent);
+            let mut exchange = pin!(exchange);
+            loop {
+                tokio::select! {
+                    biased;
+                    request = self.inbox.recv(), if interruptible => match request {
+                        // Somebody who asks often must not keep every exchange from its end, or from the deadline that has the next one go
+                        // to another member.
+                        Some(request @ (Request::SetWeight(..) | Request::Resume(_))) => deferred.push(request),
+                        urgent => break Some(urgent),
+                    },
+                    () = &mut exchange => break None,
+                    () = sleep_until(give_up) => break None,
+                }
+            }
+        };
+        for request in deferred {
+            self.on_request(Some(request));
+        }
+        if let Some(request) = urgent {
+            self.on_request(request);
         }
     }
 
@@ -321,13 +340,23 @@ async fn execute(
         Command::Delete {
             index,
             lease,
+            goodbye,
             deadline,
         } => {
+            if let Some(expected) = goodbye {
+                let puts = entry.guarded(&[Put { index, expected }], true, lease);
+                // A courtesy, whatever comes of it.
+                drop(etcd.put_if(&puts, deadline.min(GOODBYE_MAX)).await);
+            }
             let answer = etcd.delete_if(&entry.keys[index], lease, deadline).await;
             machine.on_deleted(index, answer, Instant::now());
         }
-        Command::Renew { lease, deadline } => {
-            let answer = etcd.keep_alive(lease, deadline).await;
+        Command::Renew {
+            lease,
+            term,
+            deadline,
+        } => {
+            let answer = etcd.keep_alive(lease, term, deadline).await;
             machine.on_renewed(answer, sent, Instant::now());
         }
         Command::Revoke { lease, deadline } => {

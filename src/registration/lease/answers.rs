@@ -78,14 +78,17 @@ impl Machine {
         let Some(place) = self.keys.get_mut(found.index) else {
             return;
         };
-        place.dirty &= !found.current;
         place.foreign = None;
         place.expected = None;
         let Some(kv) = &found.kv else {
+            place.dirty &= !found.current;
             place.held = None;
             place.expected = Some(Revision::ZERO);
             return;
         };
+        // An older write of ours is back: the store was restored, and what was written since is lost.
+        place.dirty |= place.held.is_some_and(|held| kv.mod_revision < held);
+        place.dirty &= !found.current;
         let ours = Some(kv.lease) == lease;
         place.held = ours.then_some(kv.mod_revision);
         if ours && !place.dirty {
@@ -121,9 +124,13 @@ impl Machine {
         now: Instant,
     ) {
         if leaving {
-            // The last word is a courtesy; whatever came of it, the revoke is next.
+            // The last word is a courtesy, said once to each hundred keys while etcd answers; the revoke is next.
+            for put in self.puts() {
+                self.keys[put.index].held = None;
+            }
+            let more = answer.is_ok() && self.places().any(|place| place.held.is_some());
             if let State::Leaving { goodbye, .. } = &mut self.state {
-                *goodbye = false;
+                *goodbye = more;
             }
             return;
         }
@@ -175,18 +182,12 @@ impl Machine {
         sent: Instant,
         now: Instant,
     ) {
-        let term = self.term;
         let Some(lease) = &mut self.lease else {
             return;
         };
         match answer {
-            // A leader that was frozen and thawed answers out of a term that is over; the cluster knows nothing of it.
-            Ok(KeepAlive {
-                header: Some(header),
-                ..
-            }) if header.raft_term < term => self.renewal_failed(false, now),
             Ok(KeepAlive { header, ttl }) => {
-                self.term = header.map_or(term, |header| header.raft_term.max(term));
+                self.term = header.map_or(self.term, |header| header.raft_term.max(self.term));
                 let outage = lease.failed > 0;
                 let ttl = ttl.min(TTL_MAX);
                 lease.ttl = ttl;
@@ -209,6 +210,11 @@ impl Machine {
                 self.lease_lost(error, now);
             }
             Err(error) => {
+                if error.kind() == EtcdErrorKind::StaleTerm && self.state == State::Registered {
+                    // Of a member that was frozen, or of a whole store that was restored from a backup, where terms begin anew and leases
+                    // live on. A linearizable read tells.
+                    self.state = State::Reading;
+                }
                 self.renewal_failed(error.kind().needs_operator(), now);
                 self.last_error = Some(error);
             }
@@ -224,7 +230,7 @@ impl Machine {
         lease.failed += 1;
         // While the lease lives it is tried at the usual pace, whatever the answer: what an operator sets right in time has cost nothing.
         let wait = if needs_operator && lease.expires <= now {
-            jittered(OPERATOR_WAIT, &mut self.rng)
+            jittered(lease.ttl.min(OPERATOR_WAIT), &mut self.rng)
         } else if lease.failed == 1 {
             // The first time at once, and on another member if there is one: it may be this one's trouble alone.
             Duration::ZERO
@@ -331,9 +337,9 @@ impl Machine {
         self.disturbed = true;
     }
 
-    /// A linearizable answer was given in this raft term.
+    /// A linearizable answer was given in this raft term. Such answers never go back, but for those of a store that was restored.
     pub(in crate::registration) fn on_term(&mut self, term: u64) {
-        self.term = self.term.max(term);
+        self.term = term;
     }
 
     fn supersede(&mut self, now: Instant) {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Command, DEADLINE_MAX, Machine, State};
+use super::{Command, DEADLINE_MAX, GOODBYE_MAX, Machine, State};
 
 impl Machine {
     /// What to do now.
@@ -19,6 +19,7 @@ impl Machine {
         {
             return Command::Renew {
                 lease: lease.id,
+                term: self.term,
                 deadline,
             };
         }
@@ -44,6 +45,7 @@ impl Machine {
             return Command::Delete {
                 index,
                 lease: lease.id,
+                goodbye: self.keys[index].held.filter(|_| self.says_goodbye),
                 deadline,
             };
         }
@@ -90,7 +92,7 @@ impl Machine {
             return Command::Put {
                 lease,
                 leaving: true,
-                deadline,
+                deadline: deadline.min(GOODBYE_MAX),
             };
         }
         Command::Revoke { lease, deadline }

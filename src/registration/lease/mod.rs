@@ -40,14 +40,20 @@ pub(super) enum Command {
         leaving: bool,
         deadline: Duration,
     },
-    /// Delete this key if it is under this lease; answer with [`Machine::on_deleted`].
+    /// Delete this key if it is under this lease, once it says that the instance is leaving, where it was last written at this revision;
+    /// answer with [`Machine::on_deleted`].
     Delete {
         index: usize,
         lease: LeaseId,
+        goodbye: Option<Revision>,
         deadline: Duration,
     },
-    /// Renew the lease; answer with [`Machine::on_renewed`].
-    Renew { lease: LeaseId, deadline: Duration },
+    /// Renew the lease, and take no answer out of a raft term below this one; answer with [`Machine::on_renewed`].
+    Renew {
+        lease: LeaseId,
+        term: u64,
+        deadline: Duration,
+    },
     /// Revoke the lease; answer with [`Machine::on_revoked`].
     Revoke { lease: LeaseId, deadline: Duration },
     /// Wait for this moment, for an event on the key, or for a request.
@@ -64,7 +70,7 @@ pub(super) struct Machine {
     lease: Option<Lease>,
     /// The leases this registration was granted: keys under them are its own.
     granted: Vec<LeaseId>,
-    /// The highest raft term seen.
+    /// The raft term of the last linearizable read, or of a later renewal.
     term: u64,
     keys: Vec<Place>,
     /// Whether the owner task watches the keys, so that a loss is seen at once.
@@ -359,6 +365,8 @@ const RETRY_FIRST: Duration = Duration::from_millis(100);
 const DEADLINE_MAX: Duration = Duration::from_secs(2);
 /// No lease of ours is asked to live longer; a server that says otherwise is not believed.
 const TTL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+/// For the last word: it is a courtesy, and the revoke after it needs the time.
+pub(super) const GOODBYE_MAX: Duration = Duration::from_millis(500);
 /// Between tries where credentials or permissions are refused.
 const OPERATOR_WAIT: Duration = Duration::from_secs(30);
 /// A third of the TTL each: the keys are read once per TTL while they are watched, and at each renewal while they are not.

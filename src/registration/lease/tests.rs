@@ -74,7 +74,8 @@ impl Store {
             .map_or(Revision::ZERO, |kv| kv.mod_revision)
     }
 
-    fn renewal(&mut self, lease: LeaseId, now: Instant) -> Result<KeepAlive, EtcdError> {
+    /// Renews a lease for one who takes no answer out of a term below this one.
+    fn renewal(&mut self, lease: LeaseId, term: u64, now: Instant) -> Result<KeepAlive, EtcdError> {
         let header = Some(Header {
             cluster_id: 7,
             revision: Revision::new(self.revision),
@@ -83,6 +84,9 @@ impl Store {
         let found = self.leases.iter_mut().find(|(known, _)| *known == lease);
         let (_, expires) = found.ok_or_else(|| error(EtcdErrorKind::LeaseNotFound))?;
         *expires = now + TTL;
+        if self.term < term {
+            return Err(error(EtcdErrorKind::StaleTerm));
+        }
         Ok(KeepAlive { header, ttl: TTL })
     }
 }
@@ -164,6 +168,9 @@ impl Player {
                     .on_granted(lease, delivered(fate, TTL), sent, self.now);
             }
             Command::Read { .. } => {
+                if fate == Fate::Good {
+                    self.machine.on_term(self.store.term);
+                }
                 let found = self.store.key.clone();
                 let found = delivered(fate, vec![alone(found, false)]);
                 self.machine.on_read(found, self.now);
@@ -183,10 +190,10 @@ impl Player {
                 };
                 self.machine.on_put(leaving, outcome, self.now);
             }
-            Command::Renew { lease, .. } => {
+            Command::Renew { lease, term, .. } => {
                 let mut outcome = Err(bad());
                 if reached {
-                    outcome = self.store.renewal(lease, sent);
+                    outcome = self.store.renewal(lease, term, sent);
                 }
                 let outcome = if fate == Fate::Good {
                     outcome
@@ -231,6 +238,15 @@ impl Player {
         assert!(player.is_registered());
         player.deliver();
         player
+    }
+
+    /// Lets everything go well until the newest value is written, and says where.
+    fn settled(&mut self) -> Option<Revision> {
+        while !self.machine.is_written() {
+            self.step(Fate::Good);
+        }
+        self.deliver();
+        self.store.key.as_ref().map(|kv| kv.mod_revision)
     }
 
     /// Lets everything go well until the key is registered, and says how long that took.
@@ -278,6 +294,12 @@ proptest! {
                     player.machine.on_watch_opened();
                 }
                 10..12 => player.store.term += 1,
+                44..46 => {
+                    // Restored from a backup: terms begin anew, leases live on.
+                    player.store.term = 2;
+                    player.machine.on_watch_lost();
+                    player.machine.on_watch_opened();
+                }
                 12..16 => player.machine.on_new_value(),
                 16..40 => player.deliver(),
                 40..44 => {
@@ -460,12 +482,51 @@ fn an_answer_out_of_an_old_raft_term_renews_nothing() {
         .on_renewed(Ok(keep_alive(5)), player.now, player.now);
     let expires = player.machine.expires();
     let later = player.now + Duration::from_secs(1);
-    player.machine.on_renewed(Ok(keep_alive(4)), later, later);
+    let stale = || Err(error(EtcdErrorKind::StaleTerm));
+    player.machine.on_renewed(stale(), later, later);
     assert_eq!(player.machine.expires(), expires);
+    let again = player.machine.command(later);
     assert!(
-        matches!(player.machine.command(later), Command::Renew { .. }),
-        "it is renewed again at once"
+        matches!(again, Command::Renew { term: 5, .. }),
+        "it is renewed again at once, and not {again:?}"
     );
+}
+
+#[test]
+fn a_store_that_was_restored_is_taken_for_what_it_is() {
+    let mut player = Player::registered(10);
+    player.store.term = 9;
+    while player.machine.term != 9 {
+        player.step(Fate::Good);
+    }
+    // What a restored store has is older: a key that was written again since, leases that live on, and terms that begin anew.
+    let backup = player.store.key.clone();
+    player.machine.on_new_value();
+    let written = player.settled();
+    assert!(written > backup.as_ref().map(|kv| kv.mod_revision));
+    player.store.key = backup;
+    player.store.term = 2;
+    let (lease, before) = (player.machine.lease, player.machine.expires());
+    let writes = player.store.owners.len();
+    let start = player.now;
+    while player.now < start + TTL {
+        player.step(Fate::Good);
+    }
+    assert!(player.is_registered(), "{:?}", player.machine);
+    assert!(player.machine.expires() > before, "renewals count");
+    assert_eq!(
+        player.machine.lease.map(|lease| lease.id),
+        lease.map(|lease| lease.id),
+        "the lease is a good one"
+    );
+    assert_eq!(
+        player.store.owners.len(),
+        writes + 1,
+        "the value is put back, once"
+    );
+    // And what happens to the key is noticed.
+    player.store.delete();
+    player.settle();
 }
 
 #[test]
@@ -653,4 +714,58 @@ fn keys_are_read_once_per_ttl_and_at_each_renewal_while_they_are_not_watched() {
             assert_eq!(renewals_between_reads(&mut player), renewals, "{watched}");
         }
     }
+}
+
+/// Renewals that fail in this way for a while: how many there are, and the longest wait between two.
+fn failing_renewals(player: &mut Player, kind: EtcdErrorKind, time: Duration) -> (u32, Duration) {
+    let (start, mut last, mut tries, mut longest) = (player.now, player.now, 0, Duration::ZERO);
+    while player.now < start + time {
+        match player.machine.command(player.now) {
+            Command::Renew { deadline, .. } => {
+                longest = longest.max(player.now.saturating_duration_since(last));
+                tries += 1;
+                assert!(deadline <= Duration::from_secs(2), "{deadline:?}");
+                player
+                    .machine
+                    .on_renewed(Err(error(kind)), player.now, player.now);
+                last = player.now;
+            }
+            Command::Wait { until: Some(until) } => player.now = until,
+            other => panic!("{other:?}"),
+        }
+    }
+    (tries, longest)
+}
+
+#[test]
+fn a_long_ttl_does_not_make_long_waits() {
+    let ttl = Duration::from_secs(600);
+    let mut player = Player::registered(15);
+    let (lease, now) = (player.machine.lease, player.now);
+    player.machine = Machine::new(ttl, 1, true, fastrand::Rng::with_seed(15));
+    player.machine.keys[0].held = Some(Revision::new(1));
+    player.machine.keys[0].dirty = false;
+    player.machine.state = State::Registered;
+    player.machine.lease = lease.map(|lease| Lease {
+        ttl,
+        expires: now + ttl,
+        renew_at: now,
+        ..lease
+    });
+    let time = Duration::from_secs(120);
+    let (_, longest) = failing_renewals(&mut player, EtcdErrorKind::DeadlineExceeded, time);
+    assert!(longest <= RETRY_MAX, "{longest:?}");
+}
+
+#[test]
+fn a_refused_renewal_is_tried_twice_per_ttl_when_the_lease_may_be_gone() {
+    let mut player = Player::registered(16);
+    failing_renewals(&mut player, EtcdErrorKind::PermissionDenied, TTL);
+    let time = TTL * 100;
+    let (tries, longest) = failing_renewals(&mut player, EtcdErrorKind::PermissionDenied, time);
+    assert!(
+        (100..=201).contains(&tries),
+        "{tries} tries in a hundred TTLs"
+    );
+    assert!(longest <= TTL, "{longest:?}");
 }
