@@ -21,6 +21,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::store::Store;
+use super::users::{Authenticate, Users};
 use super::watcher;
 use crate::address::Address;
 use crate::channel::BalancedChannel;
@@ -38,6 +39,8 @@ pub(super) struct Fake {
     pub(super) changed: watch::Sender<u64>,
     /// Which connection this one serves.
     connection: u32,
+    /// At which address.
+    member: Arc<str>,
 }
 
 /// What goes wrong.
@@ -54,6 +57,21 @@ pub(super) struct Script {
     /// Those that keys were read over, and those that had to do with leases.
     pub(super) keys_over: BTreeSet<u32>,
     pub(super) leases_over: BTreeSet<u32>,
+    /// A key that somebody else writes, with this lease, just before the next transaction.
+    pub(super) usurped: Option<(Vec<u8>, i64)>,
+    /// So many renewals more are answered out of a raft term that is over.
+    pub(super) stale_renewals: u32,
+    pub(super) users: Users,
+    /// No request over a connection up to this one is answered any more.
+    pub(super) frozen: u32,
+    /// The member whose watches never say anything.
+    pub(super) mute: Option<&'static str>,
+    /// Streams of renewals that are open.
+    pub(super) renewing: u32,
+    /// Keys that were read one by one, with their values.
+    pub(super) reads_of_values: u32,
+    /// The next grants are done, and their answers lost.
+    pub(super) lost_grants: u32,
 }
 
 impl Script {
@@ -75,9 +93,18 @@ impl Fake {
                 connections: 0,
                 keys_over: BTreeSet::new(),
                 leases_over: BTreeSet::new(),
+                usurped: None,
+                stale_renewals: 0,
+                users: Users::default(),
+                frozen: 0,
+                mute: None,
+                renewing: 0,
+                reads_of_values: 0,
+                lost_grants: 0,
             })),
             changed: watch::Sender::new(0),
             connection: 0,
+            member: Arc::from(""),
         }
     }
 
@@ -96,6 +123,12 @@ impl Fake {
         store
     }
 
+    /// Ends every stream, as a member does that is started again.
+    pub(super) fn cut(&self) {
+        self.store().epoch += 1;
+        self.tell();
+    }
+
     pub(super) fn tell(&self) {
         self.changed.send_modify(|count| *count += 1);
     }
@@ -111,7 +144,12 @@ impl Fake {
         let addresses: Vec<Address> = addresses
             .map(|address| address.parse().expect("valid"))
             .collect();
-        Etcd::lazy(addresses.clone(), self.open(addresses), Auth::new(None))
+        let credentials = self.script().users.credentials();
+        Etcd::lazy(
+            addresses.clone(),
+            self.open(addresses),
+            Auth::new(credentials),
+        )
     }
 
     /// Connections in memory, so that paused time passes only while nobody has anything to do.
@@ -119,16 +157,13 @@ impl Fake {
         let fake = self.clone();
         Arc::new(move || {
             let fake = fake.clone();
-            let dial = move |address: Address| {
-                let stranger = address.host() == "stranger";
-                std::future::ready(Ok(fake.accept(stranger)))
-            };
+            let dial = move |address: Address| std::future::ready(Ok(fake.accept(&address)));
             let channel = tuned(BalancedChannel::builder()).connector(dial);
             channel.from_addresses(addresses.iter().map(Address::as_str))
         })
     }
 
-    fn accept(&self, stranger: bool) -> DuplexStream {
+    fn accept(&self, address: &Address) -> DuplexStream {
         let connection = {
             let mut script = self.script();
             script.connections += 1;
@@ -136,13 +171,15 @@ impl Fake {
         };
         let fake = Self {
             connection,
+            member: Arc::from(address.as_str()),
             ..self.clone()
         };
         let (ours, theirs) = tokio::io::duplex(1 << 16);
         let mut services = tonic::service::Routes::default();
-        if !stranger {
+        if address.host() != "stranger" {
             services = services
                 .add_service(PbKvServer::new(fake.clone()))
+                .add_service(Authenticate(fake.clone()))
                 .add_service(PbLeaseServer::new(fake.clone()))
                 .add_service(PbWatchServer::new(fake));
         }
@@ -157,6 +194,9 @@ impl Fake {
 
     /// What may happen to a request: refused, lost, or done with its answer lost. `true`: the answer is to be lost.
     async fn fate(&self) -> Result<bool, Status> {
+        if self.connection <= self.script().frozen {
+            tokio::time::sleep(NEVER).await;
+        }
         let fault = self.script().fault(5);
         match fault {
             Some(0) => Err(Status::unavailable("etcdserver: no leader")),
@@ -196,13 +236,16 @@ impl Fake {
     }
 }
 
-/// Whether a request asks to be refused by a member that has lost its cluster: every one of ours does.
-fn asks_for_a_leader<T>(request: &Request<T>) {
+/// What every request of ours has: the wish to be refused by a member that has lost its cluster, and a deadline if it has an answer to wait
+/// for.
+fn is_well_formed<T>(request: &Request<T>, unary: bool) {
     let asks = request.metadata().get("hasleader");
     assert!(
         asks.is_some_and(|asks| asks == "true"),
         "hasleader is missing"
     );
+    let deadline = request.metadata().get("grpc-timeout");
+    assert_eq!(deadline.is_some(), unary, "{deadline:?}");
 }
 
 fn range(store: &Store, request: &PbRangeRequest) -> Result<PbRangeResponse, Status> {
@@ -252,6 +295,12 @@ fn txn(store: &mut Store, request: PbTxnRequest) -> Result<PbTxnResponse, Status
             _ => false,
         }
     });
+    let guarded = |key: &[u8]| {
+        let mut guards = request.compare.iter();
+        guards.any(|guard| {
+            guard.key == key && matches!(guard.target_union, Some(PbTargetUnion::ModRevision(_)))
+        })
+    };
     let operations = if holds {
         request.success
     } else {
@@ -266,6 +315,7 @@ fn txn(store: &mut Store, request: PbTxnRequest) -> Result<PbTxnResponse, Status
             },
             Some(PbTxnOpRequest::RequestPut(put)) => {
                 assert_ne!(put.lease, 0, "nothing is ever put without a lease");
+                assert!(guarded(&put.key), "nothing is put over what was not read");
                 if !store.leases.contains_key(&put.lease) {
                     return Err(Status::not_found("etcdserver: requested lease not found"));
                 }
@@ -295,13 +345,26 @@ impl PbKvService for Fake {
         &self,
         request: Request<PbRangeRequest>,
     ) -> Result<Response<PbRangeResponse>, Status> {
-        asks_for_a_leader(&request);
-        self.script().keys_over.insert(self.connection);
+        is_well_formed(&request, true);
+        assert!(!request.get_ref().serializable, "a member may lag");
+        self.admits(&request)?;
+        {
+            let mut script = self.script();
+            script.keys_over.insert(self.connection);
+            let one = request.get_ref().range_end.is_empty();
+            script.reads_of_values += u32::from(one && !request.get_ref().keys_only);
+        }
         self.answer(|store| range(store, request.get_ref())).await
     }
 
     async fn txn(&self, request: Request<PbTxnRequest>) -> Result<Response<PbTxnResponse>, Status> {
-        asks_for_a_leader(&request);
+        is_well_formed(&request, true);
+        self.admits(&request)?;
+        if let Some((key, lease)) = self.script().usurped.take() {
+            self.store()
+                .apply(vec![(key, Some((b"127.0.0.1:9".to_vec(), lease)))]);
+            self.tell();
+        }
         self.answer(|store| txn(store, request.into_inner())).await
     }
 
@@ -337,10 +400,17 @@ impl PbLeaseService for Fake {
         &self,
         request: Request<PbLeaseGrantRequest>,
     ) -> Result<Response<PbLeaseGrantResponse>, Status> {
-        asks_for_a_leader(&request);
+        is_well_formed(&request, true);
+        self.admits(&request)?;
         self.script().leases_over.insert(self.connection);
         let PbLeaseGrantRequest { ttl, id } = *request.get_ref();
-        self.answer(|store| {
+        let lost = {
+            let mut script = self.script();
+            let lost = script.lost_grants > 0;
+            script.lost_grants = script.lost_grants.saturating_sub(1);
+            lost
+        };
+        let answer = self.answer(|store| {
             let length = Duration::from_secs(ttl.unsigned_abs());
             if store.leases.contains_key(&id) {
                 return Err(Status::failed_precondition(
@@ -354,14 +424,20 @@ impl PbLeaseService for Fake {
                 ttl,
                 error: String::new(),
             })
-        })
-        .await
+        });
+        let answer = answer.await;
+        if lost {
+            tokio::time::sleep(NEVER).await;
+        }
+        answer
     }
 
     async fn lease_revoke(
         &self,
         request: Request<PbLeaseRevokeRequest>,
     ) -> Result<Response<PbLeaseRevokeResponse>, Status> {
+        is_well_formed(&request, true);
+        self.admits(&request)?;
         let id = request.get_ref().id;
         self.script().leases_over.insert(self.connection);
         self.answer(|store| match store.leases.remove(&id) {
@@ -379,15 +455,31 @@ impl PbLeaseService for Fake {
         &self,
         request: Request<Streaming<PbLeaseKeepAliveRequest>>,
     ) -> Result<Response<Self::LeaseKeepAliveStream>, Status> {
-        asks_for_a_leader(&request);
+        is_well_formed(&request, false);
+        if self.script().users.renewals_are_checked {
+            self.admits(&request)?;
+        }
         self.script().leases_over.insert(self.connection);
         let mut requests = request.into_inner();
         let (answers, stream) = mpsc::channel(4);
         let fake = self.clone();
+        fake.script().renewing += 1;
         tokio::spawn(async move {
-            while let Ok(Some(request)) = requests.message().await {
+            loop {
+                let request = tokio::select! {
+                    request = requests.message() => request,
+                    () = answers.closed() => break,
+                };
+                let Ok(Some(request)) = request else {
+                    break;
+                };
                 // A8: a leader that was frozen answers for a lease that the cluster has dropped, out of a term that is over.
-                let lie = fake.script().fault(8) == Some(0);
+                let lie = {
+                    let mut script = fake.script();
+                    let stale = script.stale_renewals > 0;
+                    script.stale_renewals = script.stale_renewals.saturating_sub(1);
+                    stale || script.fault(8) == Some(0)
+                };
                 let answer = fake
                     .answer(|store| Ok(renewal(store, request.id, lie)))
                     .await;
@@ -396,9 +488,10 @@ impl PbLeaseService for Fake {
                     .await
                     .is_err()
                 {
-                    return;
+                    break;
                 }
             }
+            fake.script().renewing -= 1;
         });
         Ok(Response::new(ReceiverStream::new(stream)))
     }
@@ -446,18 +539,23 @@ impl PbWatchService for Fake {
         &self,
         request: Request<Streaming<PbWatchRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        asks_for_a_leader(&request);
+        is_well_formed(&request, false);
+        // A token that is not good any more is told in a message. A10 (a)
+        let refusal = self.admits(&request).err();
         if self.script().fault(4) == Some(0) {
             return Err(Status::unavailable("etcdserver: no leader"));
         }
         let (answers, stream) = mpsc::channel(64);
         let mute = {
             let mut script = self.script();
-            let mute = script.mute_watches > 0 || script.fault(8) == Some(0);
+            let mute = script.mute_watches > 0
+                || script.mute == Some(&*self.member)
+                || script.fault(8) == Some(0);
             script.mute_watches = script.mute_watches.saturating_sub(1);
             mute
         };
-        let stream_of = watcher::serve(self.clone(), request.into_inner(), answers, mute);
+        let requests = request.into_inner();
+        let stream_of = watcher::serve(self.clone(), requests, answers, mute, refusal);
         tokio::spawn(stream_of);
         Ok(Response::new(ReceiverStream::new(stream)))
     }

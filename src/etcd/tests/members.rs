@@ -181,7 +181,7 @@ async fn a_watch_whose_member_freezes_or_loses_its_leader_moves_to_another_membe
             etcd.read(&Key::from("/a")).await.expect("read");
         }
         // Leases go over connections of their own, and know of the member all the same.
-        etcd.keep_alive(lease, deadline).await.expect("renewed");
+        etcd.keep_alive(lease, 0, deadline).await.expect("renewed");
         println!(
             "{fault}: 30 watches, 30 reads, and a renewal took {:?}",
             since(start)
@@ -233,7 +233,7 @@ async fn a_dead_and_a_frozen_member_cost_one_deadline_in_all() {
     assert!(slowest < Duration::from_secs(9), "{slowest:?}");
     assert!(mean < Duration::from_millis(50), "{mean:?}");
     let start = Instant::now();
-    etcd.keep_alive(lease, deadline).await.expect("renewed");
+    etcd.keep_alive(lease, 0, deadline).await.expect("renewed");
     println!("a renewal took {:?}", since(start));
     assert!(since(start) < Duration::from_millis(500));
 }
@@ -274,7 +274,9 @@ async fn a_frozen_member_behind_the_only_address_is_left_by_a_new_connection() {
     etcd.read(&Key::from("/a")).await.expect("read");
     assert!(since(start) < Duration::from_secs(6), "{:?}", since(start));
     for _ in 0..2 {
-        etcd.keep_alive(lease, deadline).await.expect_err("frozen");
+        etcd.keep_alive(lease, 0, deadline)
+            .await
+            .expect_err("frozen");
     }
-    etcd.keep_alive(lease, deadline).await.expect("renewed");
+    etcd.keep_alive(lease, 0, deadline).await.expect("renewed");
 }

@@ -7,14 +7,21 @@
 mod fake;
 #[cfg(feature = "testing")]
 mod members;
+mod refusals;
+mod rules;
 mod store;
+mod users;
 mod watcher;
 
+use std::cell::RefCell;
+use std::num::NonZero;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
 
 use self::fake::Fake;
+use self::store::Store;
 use crate::address::AddressPolicy;
 use crate::error::EtcdErrorKind;
 use crate::format::Format;
@@ -43,6 +50,16 @@ struct World {
     fake: Fake,
     resolver: Resolver,
     registration: Registration,
+    /// What the store had at some time. It is restored once: the raft term tells it from the one before, and would not a second time.
+    backup: RefCell<Backup>,
+}
+
+#[derive(Default)]
+enum Backup {
+    #[default]
+    None,
+    Made(Store),
+    Restored,
 }
 
 impl World {
@@ -64,6 +81,7 @@ impl World {
             fake,
             resolver,
             registration,
+            backup: RefCell::default(),
         }
     }
 
@@ -102,6 +120,18 @@ impl World {
                     store.apply(changes);
                 }
                 store.compact();
+            }
+            5 => {
+                if let backup @ Backup::None = &mut *self.backup.borrow_mut() {
+                    *backup = Backup::Made(store.clone());
+                }
+            }
+            6 => {
+                let mut kept = self.backup.borrow_mut();
+                if let Backup::Made(backup) = &*kept {
+                    store.restore(backup, Instant::now());
+                    *kept = Backup::Restored;
+                }
             }
             5..8 => store.term += 1,
             8..11 => store.leases.clear(),
@@ -142,36 +172,59 @@ impl World {
     }
 }
 
-#[tokio::test(start_paused = true)]
-async fn whatever_etcd_sends_and_in_whatever_order_the_end_is_exact() {
+/// Plays one history.
+async fn play(seed: u64) {
+    // Whoever draws jitter, leases and members does so on this thread.
+    fastrand::seed(seed);
+    let world = World::new(seed).await;
+    world.fake.script().faults = 20;
+    for _ in 0..40 {
+        let wait = world.fake.script().rng.u64(0..600);
+        world.happen();
+        sleep(Duration::from_millis(wait)).await;
+    }
+    world.fake.script().faults = 0;
+    // A watchdog, a relist that has backed off, and a lease that is granted anew.
+    let right = world.becomes_right(Duration::from_secs(30)).await;
+    assert!(
+        right,
+        "TEST_SEED={seed}: {:?} {:?} {:?}; the store has {:?}",
+        world.registration.state(),
+        world.resolver.status(),
+        world.resolver.instances(),
+        world.fake.store().values(PREFIX)
+    );
+    // And it stays so.
+    sleep(TTL * 2).await;
+    assert!(world.is_right(), "TEST_SEED={seed}: it does not stay");
+    world.registration.deregister().await.expect("all is well");
+    let own = world.fake.store().values("/gRPC/second/");
+    assert!(own.is_empty(), "TEST_SEED={seed}: {own:?} is left");
+}
+
+/// Each history has a runtime and a paused clock of its own; there are as many at once as there are processors.
+#[test]
+fn whatever_etcd_sends_and_in_whatever_order_the_end_is_exact() {
     let seeds = seeds();
     println!("TEST_SEED={seeds:?}; TEST_SEEDS=5000 plays more of them");
-    for seed in seeds {
-        let world = World::new(seed).await;
-        world.fake.script().faults = 20;
-        for _ in 0..40 {
-            let wait = world.fake.script().rng.u64(0..600);
-            world.happen();
-            sleep(Duration::from_millis(wait)).await;
+    let next = AtomicU64::new(seeds.start);
+    let play_all = || {
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= seeds.end {
+                return;
+            }
+            let mut paused = tokio::runtime::Builder::new_current_thread();
+            let paused = paused.enable_all().start_paused(true).build();
+            paused.expect("a runtime").block_on(play(seed));
         }
-        world.fake.script().faults = 0;
-        // A watchdog, a relist that has backed off, and a lease that is granted anew.
-        let right = world.becomes_right(Duration::from_secs(30)).await;
-        assert!(
-            right,
-            "TEST_SEED={seed}: {:?} {:?} {:?}; the store has {:?}",
-            world.registration.state(),
-            world.resolver.status(),
-            world.resolver.instances(),
-            world.fake.store().values(PREFIX)
-        );
-        // And it stays so.
-        sleep(TTL * 2).await;
-        assert!(world.is_right(), "TEST_SEED={seed}: it does not stay");
-        world.registration.deregister().await.expect("all is well");
-        let own = world.fake.store().values("/gRPC/second/");
-        assert!(own.is_empty(), "TEST_SEED={seed}: {own:?} is left");
-    }
+    };
+    let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+    std::thread::scope(|scope| {
+        for _ in 0..processors {
+            scope.spawn(play_all);
+        }
+    });
 }
 
 #[tokio::test(start_paused = true)]
@@ -221,7 +274,7 @@ async fn leases_have_a_connection_of_their_own() {
     assert_eq!(fake.script().connections, 1, "none for leases without one");
     let lease = LeaseId::new(42);
     etcd.grant(lease, TTL, deadline).await.expect("granted");
-    etcd.keep_alive(lease, deadline).await.expect("renewed");
+    etcd.keep_alive(lease, 0, deadline).await.expect("renewed");
     assert_eq!(fake.script().connections, 2, "one for the leases");
     etcd.revoke(lease, deadline).await.expect("revoked");
     etcd.read(&key).await.expect("all is well");
@@ -245,7 +298,7 @@ async fn one_wrong_endpoint_among_good_ones_fails_nothing() {
     for id in 1..100 {
         let lease = LeaseId::new(id);
         etcd.grant(lease, TTL, deadline).await.expect("granted");
-        etcd.keep_alive(lease, deadline).await.expect("renewed");
+        etcd.keep_alive(lease, 0, deadline).await.expect("renewed");
         etcd.read_once(&key, deadline).await.expect("read");
         let range = Range::prefix(PREFIX);
         let mut watch = etcd.watch(&range, None).await.expect("a watch");

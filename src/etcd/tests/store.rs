@@ -9,11 +9,11 @@ use tokio::time::Instant;
 /// A key with its new value and lease, or none to delete it.
 pub(super) type Change = (Vec<u8>, Option<(Vec<u8>, i64)>);
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Store {
     pub(super) revision: i64,
     pub(super) term: u64,
-    /// How often it was wiped.
+    /// How often it was started again.
     pub(super) epoch: u64,
     pub(super) keys: BTreeMap<Vec<u8>, PbKeyValue>,
     pub(super) history: Vec<(i64, Vec<PbEvent>)>,
@@ -98,6 +98,19 @@ impl Store {
             epoch: self.epoch + 1,
             ..Self::new()
         };
+    }
+
+    /// Becomes what it was, as a member that is started from a backup: leases begin their time anew, and raft terms are those of a new log.
+    pub(super) fn restore(&mut self, backup: &Self, now: Instant) {
+        let epoch = self.epoch + 1;
+        *self = Self {
+            epoch,
+            term: 1,
+            ..backup.clone()
+        };
+        for (length, expires) in self.leases.values_mut() {
+            *expires = now + *length;
+        }
     }
 
     /// What happened in a range from a revision on.

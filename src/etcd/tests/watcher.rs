@@ -28,6 +28,8 @@ struct Stream {
     ids: i64,
     /// It is open and will never say anything again.
     silent: bool,
+    /// Why every watcher is refused.
+    refusal: Option<Status>,
 }
 
 pub(super) async fn serve(
@@ -35,6 +37,7 @@ pub(super) async fn serve(
     mut requests: Streaming<PbWatchRequest>,
     answers: mpsc::Sender<Result<PbWatchResponse, Status>>,
     silent: bool,
+    refusal: Option<Status>,
 ) {
     let mut changed = fake.changed.subscribe();
     let epoch = fake.store().epoch;
@@ -44,6 +47,7 @@ pub(super) async fn serve(
         watchers: Vec::new(),
         ids: 0,
         silent,
+        refusal,
     };
     loop {
         let alive = tokio::select! {
@@ -54,7 +58,7 @@ pub(super) async fn serve(
                 _ => return,
             },
             _ = changed.changed() => {
-                // What was wiped was started again, and its streams are gone.
+                // What was started again has lost its streams.
                 if stream.fake.store().epoch != epoch {
                     return;
                 }
@@ -91,6 +95,21 @@ impl Stream {
     async fn on_request(&mut self, request: PbWatchRequest) -> Alive {
         match request.request_union {
             Some(PbWatchRequestUnion::CreateRequest(create)) => {
+                let deaf = !create.filters.is_empty();
+                assert!(
+                    deaf || create.fragment,
+                    "a revision can be larger than a message"
+                );
+                assert!(!deaf || create.filters.len() == 2, "a probe has no events");
+                if let Some(refusal) = &self.refusal {
+                    let refused = PbWatchResponse {
+                        created: true,
+                        canceled: true,
+                        cancel_reason: refusal.message().to_owned(),
+                        ..self.message(-1)
+                    };
+                    return self.send(refused).await;
+                }
                 self.ids += 1;
                 let id = self.ids;
                 let created = PbWatchResponse {
@@ -114,7 +133,7 @@ impl Stream {
                     next,
                     start: create.key,
                     end: create.range_end,
-                    deaf: !create.filters.is_empty(),
+                    deaf,
                 });
                 self.catch_up().await
             }

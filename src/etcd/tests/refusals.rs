@@ -1,0 +1,167 @@
+//! Tokens that expire, passwords that change, and what that costs the server: it hashes a password for each token.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, timeout};
+
+use super::fake::Fake;
+use super::{PREFIX, TTL};
+use crate::address::AddressPolicy;
+use crate::error::EtcdErrorKind;
+use crate::etcd::Etcd;
+use crate::keyspace::{Key, Keyspace};
+use crate::registration::RegistrationBuilder;
+use crate::resolver::{Resolver, ResolverBuilder};
+
+/// With authentication on.
+fn protected() -> (Fake, Etcd) {
+    let fake = Fake::new(1, 0);
+    fake.script().users.password = Some("secret".to_owned());
+    let etcd = fake.etcd(2);
+    (fake, etcd)
+}
+
+fn resolver(etcd: Etcd) -> Resolver {
+    let keyspace = Keyspace::new("/gRPC/");
+    ResolverBuilder::service(etcd, &keyspace, "greeter", AddressPolicy::default()).start()
+}
+
+/// A change, and whether a resolver knows it in time.
+async fn arrives(fake: &Fake, resolver: &Resolver, bound: Duration) -> bool {
+    let before = resolver.instances().len();
+    let key = format!("{PREFIX}{before}").into_bytes();
+    let value = format!("127.0.0.1:{}", before + 1).into_bytes();
+    fake.store().apply(vec![(key, Some((value, 0)))]);
+    fake.tell();
+    let known = async {
+        while resolver.instances().len() == before {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(bound, known).await.is_ok()
+}
+
+#[tokio::test(start_paused = true)]
+async fn however_many_requests_are_refused_one_token_is_fetched() {
+    let (fake, etcd) = protected();
+    let key = Key::from("/a");
+    etcd.read(&key).await.expect("a token was fetched");
+    assert_eq!(fake.script().users.authentications, 1);
+    fake.script().users.token += 1;
+    let mut reads = tokio::task::JoinSet::new();
+    for _ in 0..20 {
+        let (etcd, key) = (etcd.clone(), key.clone());
+        reads.spawn(async move { etcd.read(&key).await.map(drop) });
+    }
+    for outcome in reads.join_all().await {
+        outcome.expect("a token was fetched");
+    }
+    assert_eq!(fake.script().users.authentications, 2);
+}
+
+/// A token is refused in a watch's first message, by older servers with the words of a missing permission.
+#[tokio::test(start_paused = true)]
+async fn a_watch_that_is_refused_goes_on_with_a_fresh_token() {
+    let (fake, etcd) = protected();
+    let resolver = resolver(etcd);
+    resolver.ready().await;
+    let refusals = [
+        "etcdserver: invalid auth token",
+        "etcdserver: permission denied",
+    ];
+    for refusal in refusals {
+        let before = fake.script().users.authentications;
+        fake.script().users.refusal = Some(refusal);
+        fake.script().users.token += 1;
+        fake.cut();
+        assert!(
+            arrives(&fake, &resolver, Duration::from_secs(5)).await,
+            "{refusal}: {:?}",
+            resolver.status()
+        );
+        let after = fake.script().users.authentications;
+        assert_eq!(after, before + 1, "{refusal}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_password_that_was_changed_is_told_and_costs_the_server_little() {
+    let (fake, etcd) = protected();
+    let resolver = resolver(etcd);
+    resolver.ready().await;
+    assert!(arrives(&fake, &resolver, Duration::from_secs(1)).await);
+    fake.script().users.password = Some("another".to_owned());
+    fake.script().users.token += 1;
+    fake.cut();
+    let before = fake.script().users.authentications;
+    sleep(Duration::from_secs(600)).await;
+    let asked = fake.script().users.authentications - before;
+    // Every 15 to 30 s.
+    assert!((10..=42).contains(&asked), "{asked} times in ten minutes");
+    assert_eq!(resolver.instances().len(), 1, "nothing is removed");
+    let error = resolver.status().last_error.expect("told");
+    assert_eq!(error.kind(), EtcdErrorKind::BadCredentials);
+    fake.script().users.password = Some("secret".to_owned());
+    assert!(arrives(&fake, &resolver, Duration::from_secs(40)).await);
+}
+
+/// Older servers renew leases whatever the token: the registration is well, but for reads of its key and the watch on it.
+#[tokio::test(start_paused = true)]
+async fn a_registration_whose_password_was_changed_costs_the_server_little() {
+    let (fake, etcd) = protected();
+    let ttl = Duration::from_secs(15);
+    let keyspace = Keyspace::new("/gRPC/");
+    let policy = AddressPolicy::default();
+    let registration = RegistrationBuilder::service(etcd, policy, keyspace, "greeter");
+    let registration = registration
+        .address("127.0.0.1:1")
+        .ttl(ttl)
+        .register()
+        .await;
+    let registration = registration.expect("all is well");
+    for renewals_are_checked in [false, true] {
+        fake.script().users.renewals_are_checked = renewals_are_checked;
+        fake.script().users.password = Some("another".to_owned());
+        fake.script().users.token += 1;
+        fake.cut();
+        let before = fake.script().users.authentications;
+        sleep(Duration::from_secs(600)).await;
+        let asked = fake.script().users.authentications - before;
+        // Twice per TTL at most for what is asked of the key, and every 15 s for the watch.
+        let most = if renewals_are_checked { 160 } else { 130 };
+        assert!((20..most).contains(&asked), "{asked} times in ten minutes");
+        fake.script().users.password = Some("secret".to_owned());
+        sleep(ttl * 3).await;
+        assert!(
+            registration.state().is_registered(),
+            "{:?}",
+            registration.state()
+        );
+    }
+    registration.deregister().await.expect("all is well");
+}
+
+/// A registration on a thread of its own is there for a runtime that is busy: it must not wait for what that one has begun.
+#[tokio::test(start_paused = true)]
+async fn who_is_set_apart_fetches_a_token_without_the_others() {
+    let (fake, etcd) = protected();
+    let key = Key::from("/a");
+    etcd.read(&key).await.expect("a token was fetched");
+    let apart = etcd.apart();
+    apart.read(&key).await.expect("it has the token");
+    assert_eq!(fake.script().users.authentications, 1);
+    fake.script().users.token += 1;
+    // On its way to a token, and then its runtime is busy.
+    let mut busy = pin!(etcd.read(&key));
+    while fake.script().users.authentications == 1 {
+        let step = timeout(Duration::from_millis(1), busy.as_mut()).await;
+        assert!(step.is_err(), "not yet");
+    }
+    let start = Instant::now();
+    apart.read(&key).await.expect("a token was fetched");
+    let took = Instant::now().saturating_duration_since(start);
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    busy.await.expect("a token was fetched");
+    assert!(TTL > took);
+}

@@ -1,0 +1,251 @@
+//! Single rules that a random history need not come across.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, timeout};
+
+use super::fake::Fake;
+use super::{PREFIX, TTL};
+use crate::address::AddressPolicy;
+use crate::channel::ChannelBuilder;
+use crate::error::{EtcdErrorKind, RegisterError};
+use crate::etcd::Etcd;
+use crate::keyspace::{Key, Keyspace, LeaseId};
+use crate::registration::{RegistrationBuilder, RegistrationState};
+use crate::resolver::ResolverBuilder;
+
+const DEADLINE: Duration = Duration::from_secs(1);
+
+fn since(start: Instant) -> Duration {
+    Instant::now().saturating_duration_since(start)
+}
+
+fn registration(etcd: Etcd) -> RegistrationBuilder {
+    let keyspace = Keyspace::new("/gRPC/");
+    RegistrationBuilder::service(etcd, AddressPolicy::default(), keyspace, "greeter")
+        .address("127.0.0.1:1")
+        .ttl(TTL)
+}
+
+fn own_key() -> Vec<u8> {
+    format!("{PREFIX}127.0.0.1:1").into_bytes()
+}
+
+/// The lease of our key in the store; 0 if it is not there.
+fn lease(fake: &Fake) -> i64 {
+    let store = fake.store();
+    store.keys.get(&own_key()).map_or(0, |kv| kv.lease)
+}
+
+/// Waits until the condition holds, and says how long that took.
+async fn until(bound: Duration, what: &str, condition: impl Fn() -> bool) -> Duration {
+    let start = Instant::now();
+    while !condition() {
+        assert!(since(start) < bound, "not within {bound:?}: {what}");
+        sleep(Duration::from_millis(10)).await;
+    }
+    since(start)
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_another_writes_between_our_read_and_our_put_is_not_written_over() {
+    let fake = Fake::new(1, 0);
+    let registered = registration(fake.etcd(2)).register().await;
+    let registered = registered.expect("all is well");
+    let other = 77;
+    let long = Duration::from_secs(1_000);
+    let leased = (long, Instant::now() + long);
+    fake.store().leases.insert(other, leased);
+    fake.script().usurped = Some((own_key(), other));
+    let outcome = registered.set_weight(2).await;
+    assert!(
+        matches!(outcome, Err(RegisterError::Superseded { .. })),
+        "{outcome:?}"
+    );
+    assert!(fake.script().usurped.is_none(), "it was in between");
+    sleep(TTL * 3).await;
+    assert_eq!(lease(&fake), other);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_renewal_out_of_an_old_raft_term_is_tried_at_another_member() {
+    let fake = Fake::new(1, 0);
+    for round in 1..20 {
+        let etcd = fake.etcd(2);
+        let lease = LeaseId::new(round);
+        etcd.grant(lease, TTL, DEADLINE).await.expect("granted");
+        let term = fake.store().term;
+        fake.script().stale_renewals = 2;
+        let mut refused_at = Vec::new();
+        for _ in 0..2 {
+            let stale = etcd.keep_alive(lease, term, DEADLINE).await;
+            let error = stale.expect_err("the term is over");
+            assert_eq!(error.kind(), EtcdErrorKind::StaleTerm);
+            refused_at.push(error.endpoint().to_owned());
+        }
+        assert_ne!(refused_at[0], refused_at[1]);
+        etcd.keep_alive(lease, term, DEADLINE)
+            .await
+            .expect("renewed");
+    }
+}
+
+/// A leader that was frozen may be the only one that is asked: what a linearizable read says goes.
+#[tokio::test(start_paused = true)]
+async fn a_store_that_was_restored_keeps_its_registrations() {
+    let fake = Fake::new(1, 0);
+    fake.store().term = 7;
+    let registered = registration(fake.etcd(2)).register().await;
+    let registered = registered.expect("all is well");
+    let backup = fake.store().clone();
+    registered.set_weight(9).await.expect("all is well");
+    let before = lease(&fake);
+    fake.store().restore(&backup, Instant::now());
+    fake.tell();
+    sleep(TTL * 3).await;
+    let state = registered.state();
+    let RegistrationState::Registered { last_error, .. } = state else {
+        panic!("{state:?}");
+    };
+    assert!(last_error.is_none(), "{last_error:?}");
+    assert_eq!(lease(&fake), before, "its lease lives on");
+    let kv = fake.store().keys[&own_key()].clone();
+    let value = String::from_utf8(kv.value).expect("text");
+    assert!(value.contains("\"weight\":9"), "{value}");
+    // And it notices what happens to its key.
+    fake.store().apply(vec![(own_key(), None)]);
+    fake.tell();
+    until(TTL, "the key is back", || lease(&fake) == before).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_key_is_verified_though_its_watch_says_nothing() {
+    let fake = Fake::new(1, 0);
+    let registered = registration(fake.etcd(2)).register().await;
+    let registered = registered.expect("all is well");
+    sleep(Duration::from_secs(1)).await;
+    fake.script().lost_deletes = 1;
+    fake.store().apply(vec![(own_key(), None)]);
+    fake.tell();
+    sleep(Duration::from_millis(100)).await;
+    assert_eq!(fake.script().lost_deletes, 0, "it is watched");
+    assert_eq!(lease(&fake), 0, "and the watch has lost it");
+    until(TTL * 3 / 2, "the key is back", || lease(&fake) != 0).await;
+    assert!(registered.state().is_registered());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_renewal_leaves_no_stream_open() {
+    let fake = Fake::new(1, 0);
+    let etcd = fake.etcd(1);
+    let lease = LeaseId::new(42);
+    etcd.grant(lease, TTL, DEADLINE).await.expect("granted");
+    for _ in 0..5 {
+        etcd.keep_alive(lease, 0, DEADLINE).await.expect("renewed");
+    }
+    let closed = || fake.script().renewing == 0;
+    until(DEADLINE, "the streams are closed", closed).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_grant_whose_answer_was_lost_is_repeated_without_harm() {
+    let fake = Fake::new(1, 0);
+    fake.script().lost_grants = 1;
+    let start = Instant::now();
+    let registered = registration(fake.etcd(2)).register().await;
+    registered.expect("all is well");
+    assert!(since(start) < TTL / 2, "{:?}", since(start));
+    assert_eq!(fake.store().leases.len(), 1, "the same lease");
+}
+
+/// Behind the one address of a balancer the connection has to be left; it is, after two exchanges without an answer.
+#[tokio::test(start_paused = true)]
+async fn whoever_changes_the_weight_all_the_time_does_not_keep_a_renewal_from_its_deadline() {
+    let fake = Fake::new(1, 0);
+    let registered = registration(fake.etcd(1)).register().await;
+    let registered = registered.expect("all is well");
+    let before = lease(&fake);
+    {
+        let mut script = fake.script();
+        script.frozen = script.connections;
+    }
+    let start = Instant::now();
+    let mut weight = 1;
+    while since(start) < TTL * 3 {
+        weight += 1;
+        let change = registered.set_weight(weight);
+        drop(timeout(Duration::from_millis(300), change).await);
+        sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(lease(&fake), before, "the lease was never lost");
+    assert!(registered.state().is_registered());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_set_apart_has_connections_of_its_own() {
+    let fake = Fake::new(1, 0);
+    let etcd = fake.etcd(1);
+    let key = Key::from("/a");
+    etcd.read(&key).await.expect("all is well");
+    etcd.apart().read(&key).await.expect("all is well");
+    assert_eq!(fake.script().connections, 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_resolver_leaves_a_member_whose_watch_is_mute_for_another_one() {
+    for seed in 0..20 {
+        let fake = Fake::new(seed, 0);
+        fake.script().mute = Some("member0:1");
+        let keyspace = Keyspace::new("/gRPC/");
+        let policy = AddressPolicy::default();
+        let resolver = ResolverBuilder::service(fake.etcd(2), &keyspace, "greeter", policy).start();
+        resolver.ready().await;
+        let change = b"127.0.0.1:80".to_vec();
+        let key = format!("{PREFIX}1").into_bytes();
+        fake.store().apply(vec![(key, Some((change, 0)))]);
+        fake.tell();
+        // The first message's 2 s, and a backoff; a second mute watch would take as long again.
+        let bound = Duration::from_millis(3_500);
+        let known = || resolver.instances().len() == 1;
+        until(bound, "the change is known", known).await;
+    }
+}
+
+/// Two services, each over a hundred keys of one lease: all of them say goodbye.
+#[tokio::test(start_paused = true)]
+async fn every_key_says_that_it_is_leaving_before_it_goes() {
+    let fake = Fake::new(1, 0);
+    let mut builder = registration(fake.etcd(2));
+    for number in 0..150 {
+        builder = builder.and_service(&format!("service{number}"));
+    }
+    let registered = builder.register().await.expect("all is well");
+    let goodbyes = |fake: &Fake| {
+        let store = fake.store();
+        let events = store.history.iter().flat_map(|(_, events)| events);
+        let values = events.filter_map(|event| event.kv.as_ref().map(|kv| &kv.value));
+        let leaving = values.filter(|value| String::from_utf8_lossy(value).contains("leaving"));
+        leaving.count()
+    };
+    let one = registered.deregister_service("service7").await;
+    one.expect("all is well");
+    assert_eq!(goodbyes(&fake), 1);
+    registered.deregister().await.expect("all is well");
+    assert_eq!(goodbyes(&fake), 151);
+}
+
+/// What a channel cannot connect to may be gone from the registry: it has the key read.
+#[tokio::test(start_paused = true)]
+async fn a_channel_whose_endpoint_refuses_connections_has_its_key_read() {
+    let fake = Fake::new(1, 0);
+    let keyspace = Keyspace::new("/gRPC/");
+    let policy = AddressPolicy::default();
+    let refusing = b"127.0.0.1:1".to_vec();
+    let key = format!("{PREFIX}1").into_bytes();
+    fake.store().apply(vec![(key, Some((refusing, 0)))]);
+    let resolver = ResolverBuilder::service(fake.etcd(1), &keyspace, "greeter", policy);
+    let channel = ChannelBuilder::over(resolver).connect_lazy();
+    let read = || fake.script().reads_of_values > 0;
+    until(Duration::from_secs(5), "the key is read", read).await;
+    assert_eq!(channel.endpoints().len(), 1, "it is still registered");
+}
