@@ -61,6 +61,17 @@ mod tests {
     }
 
     #[test]
+    fn no_two_wait_for_the_same_time() {
+        let mut rng = fastrand::Rng::with_seed(7);
+        let step = Duration::from_secs(3);
+        let mut waits: Vec<_> = (0..100).map(|_| jittered(step, &mut rng)).collect();
+        waits.sort();
+        waits.dedup();
+        assert!(waits.len() > 90, "{} of 100", waits.len());
+        assert!(waits[0] < step * 2 / 3 && waits[waits.len() - 1] > step * 5 / 6);
+    }
+
+    #[test]
     fn the_bound_holds_from_the_first_wait() {
         let mut rng = fastrand::Rng::with_seed(7);
         let mut backoff = Backoff::new(Duration::from_secs(5), Duration::from_secs(1));

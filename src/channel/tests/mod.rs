@@ -18,7 +18,7 @@ use tower::discover::Change;
 use super::{BalancedChannel, ServedBy, WaitForReady};
 use crate::instance::{Advertisement, Registered};
 use crate::keyspace::{LeaseId, Revision};
-use crate::{Address, EndpointState, Instance, Policy};
+use crate::{Address, EndpointState, Instance, OutlierDetection, Policy};
 
 mod faults;
 #[path = "../../../examples/greeter/mod.rs"]
@@ -511,6 +511,14 @@ async fn a_last_resort_serves_only_while_nothing_else_is_ready_and_is_never_dial
     };
     let status = say(&channel).await.expect_err("its connection is gone");
     assert_eq!(status.code(), Code::Unavailable);
+    // One that the channel hears of for the first time, too.
+    let other = Raw::start(|_| ());
+    insert(&changes, instance(&other.address()).with_last_resort(true));
+    // Longer than the first backoff: nothing is to come of it.
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    assert_eq!(channel.endpoints().len(), 2);
+    let dialled = other.connections.load(Ordering::SeqCst);
+    assert_eq!(dialled, 0, "the new one was dialled");
     assert!(stranger.accepted.try_recv().is_err());
     assert_eq!(
         stranger.connections.load(Ordering::SeqCst),
@@ -523,27 +531,16 @@ async fn a_last_resort_serves_only_while_nothing_else_is_ready_and_is_never_dial
 async fn a_fresh_registration_ends_the_backoff() {
     let (changes, channel) = fed();
     let address = refusing();
-    let registered = |lease| {
-        let advertisement = Advertisement::new(address.parse().expect("an address"));
-        Instance::registered(
-            advertisement,
-            Registered {
-                lease: LeaseId::new(lease),
-                create_revision: Revision::new(lease),
-                ..Registered::default()
-            },
-        )
-    };
     // Several failures, so that the next wait is longer than the test is patient for.
-    insert(&changes, registered(1));
-    for lease in 2..4 {
+    insert(&changes, registered(&address, 1, 1));
+    for (lease, created) in [(2, 1), (2, 2), (3, 2)] {
         until("it fails", || {
             channel.endpoints()[..]
                 .iter()
                 .any(|status| status.state == EndpointState::TransientFailure)
         })
         .await;
-        insert(&changes, registered(lease));
+        insert(&changes, registered(&address, lease, created));
         until("it is dialled at once", || {
             channel.endpoints()[0].state == EndpointState::TransientFailure
         })
@@ -556,13 +553,70 @@ async fn a_fresh_registration_ends_the_backoff() {
         .parse()
         .expect("a port");
     let server = Greeter::start_with("back", port, |server| server);
-    insert(&changes, registered(9));
+    insert(&changes, registered(&address, 9, 3));
     let ((), took) = timed(ready(&channel, 1)).await;
     assert!(
         took < Duration::from_millis(500),
         "it waited for its backoff: {took:?}"
     );
     drop(server);
+}
+
+/// An instance under this lease, whose key was created then. A server that is killed and started again within its TTL has another lease
+/// and the same key.
+fn registered(address: &str, lease: i64, created: i64) -> Instance {
+    let at = Registered {
+        lease: LeaseId::new(lease),
+        create_revision: Revision::new(created),
+        ..Registered::default()
+    };
+    Instance::registered(Advertisement::new(address.parse().expect("an address")), at)
+}
+
+#[tokio::test]
+async fn who_fails_much_more_than_the_others_is_out_until_it_is_registered_anew() {
+    let (changes, stream) = mpsc::unbounded_channel();
+    let detection = OutlierDetection::new()
+        .without_success_rate()
+        .interval(Duration::from_millis(100))
+        .base_ejection_time(Duration::from_secs(300))
+        .max_ejection_percent(50)
+        .failure_percentage(50, 2, 5);
+    let channel = BalancedChannel::builder()
+        .policy(Policy::WeightedRoundRobin)
+        .outlier_detection(detection)
+        .from_discover(UnboundedReceiverStream::new(stream));
+    let good = [Greeter::start("alpha"), Greeter::start("beta")];
+    let bad = Raw::answering(
+        |_| (),
+        |(_, mut respond)| async move {
+            let mut head = Response::new(());
+            let unavailable = "14".parse().expect("a value");
+            head.headers_mut().insert("grpc-status", unavailable);
+            let _ = respond.send_response(head, true);
+        },
+    );
+    for server in &good {
+        insert(&changes, instance(&server.address()));
+    }
+    let ejected = || {
+        let mut endpoints = channel.endpoints().into_iter();
+        endpoints.any(|status| status.ejected && status.address.as_str() == bad.address())
+    };
+    // A new lease alone is a fresh registration, and so is a new key alone.
+    for (lease, created) in [(1, 1), (2, 1), (2, 2)] {
+        insert(&changes, registered(&bad.address(), lease, created));
+        ready(&channel, 3).await;
+        until("it is not ejected", || !ejected()).await;
+        let out = async {
+            while !ejected() {
+                drop(say(&channel).await);
+            }
+        };
+        in_time("the ejection", out).await;
+        let served = tally(&channel, 50).await;
+        assert_eq!(served.len(), 2, "{served:?}");
+    }
 }
 
 #[tokio::test]
