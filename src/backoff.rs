@@ -29,6 +29,11 @@ impl Backoff {
         jittered(step, rng)
     }
 
+    /// Makes the next wait no longer than this.
+    pub(crate) fn ease(&mut self, longest: Duration) {
+        self.next = self.next.min(longest);
+    }
+
     pub(crate) fn reset(&mut self) {
         self.next = self.first.min(self.max);
     }

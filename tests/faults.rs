@@ -37,6 +37,8 @@ struct Fleet {
     _servers: Vec<Registered>,
     resolver: Resolver,
     channel: BalancedChannel,
+    /// The keys of the servers.
+    keys: Vec<String>,
 }
 
 impl Fleet {
@@ -55,9 +57,12 @@ impl Fleet {
             channel.endpoints().len() == size
         })
         .await;
+        let keys = resolver.instances();
+        let keys = keys.iter().map(|instance| instance.key().to_owned());
         Self {
             counter,
             _servers: servers,
+            keys: keys.collect(),
             resolver,
             channel,
         }
@@ -74,8 +79,8 @@ impl Fleet {
     }
 }
 
-/// How many keys of the service were deleted in the whole history of the store, which must not have been compacted.
-async fn deletions(etcd: &etcd_client::Client, prefix: &str) -> usize {
+/// How often one of the keys was deleted in the whole history of the store, which must not have been compacted.
+async fn deletions(etcd: &etcd_client::Client, keys: &[String]) -> usize {
     let end = etcd.kv_client().get("/", None).await.unwrap();
     let end = end.header().unwrap().revision();
     // A key above the others marks the end of what is waited for.
@@ -87,10 +92,8 @@ async fn deletions(etcd: &etcd_client::Client, prefix: &str) -> usize {
         let message = timeout(SOON, watch.message()).await.unwrap().unwrap();
         for event in message.expect("no end").events() {
             let kv = event.kv().unwrap();
-            if event.event_type() == EventType::Delete && kv.key_str().unwrap().starts_with(prefix)
-            {
-                deleted += 1;
-            }
+            let own = keys.iter().any(|key| key.as_bytes() == kv.key());
+            deleted += usize::from(own && event.event_type() == EventType::Delete);
             if kv.mod_revision() > end {
                 return deleted;
             }
@@ -114,7 +117,8 @@ async fn an_outage_of_etcd_deletes_no_key_and_fails_no_call() {
     assert_eq!(fleet.resolver.status().state, ResolverState::Fresh);
     assert_eq!(fleet.resolver.instances().len(), 3);
     let by_hand = client(&etcd).await;
-    assert_eq!(deletions(&by_hand, "/gRPC/").await, 0, "no key was lost");
+    let lost = deletions(&by_hand, &fleet.keys).await;
+    assert_eq!(lost, 0, "no key was lost");
     callers.none_failed().await;
 }
 
@@ -162,6 +166,38 @@ async fn a_wiped_etcd_is_filled_again_and_ghosts_go() {
     }
 }
 
+/// 50 000 events and 2 650 revisions, in transactions of 100 keys and single writes, under one lease. What is written last is never deleted.
+async fn backlog(etcd: &etcd_client::Client, lease: i64, compact: bool) {
+    let host = if compact { "127.0.0.2" } else { "127.0.0.1" };
+    let leased = || Some(etcd_client::PutOptions::new().with_lease(lease));
+    for round in 0..530_u64 {
+        for number in 0..4 {
+            let key = format!("/gRPC/greeter/~{number}");
+            let value = format!("{host}:{}", 1_000 + round);
+            etcd.kv_client().put(key, value, leased()).await.unwrap();
+        }
+        let mut operations: Vec<_> = (0..99)
+            .map(|number| {
+                let key = format!("/gRPC/greeter/{}", round % 5 * 100 + number);
+                if (number + round) % 3 == 0 {
+                    etcd_client::TxnOp::delete(key, None)
+                } else {
+                    let value = format!("{host}:{}", 1_000 + number * 100 + round);
+                    etcd_client::TxnOp::put(key, value, leased())
+                }
+            })
+            .collect();
+        let last = format!("{host}:{}", 60_000 + round);
+        operations.push(etcd_client::TxnOp::put("/gRPC/greeter/~~", last, leased()));
+        let transaction = etcd_client::Txn::new().and_then(operations);
+        let answer = etcd.kv_client().txn(transaction).await.unwrap();
+        if compact && round == 400 {
+            let revision = answer.header().unwrap().revision();
+            etcd.kv_client().compact(revision, None).await.unwrap();
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_watch_that_is_cut_after_every_message_misses_nothing() {
     let etcd = etcd().await;
@@ -170,56 +206,50 @@ async fn a_watch_that_is_cut_after_every_message_misses_nothing() {
     let registry = Registry::connect([relay.address.to_string()])
         .await
         .unwrap();
+    let lease = by_hand.lease_client().grant(600, None).await.unwrap().id();
     for compact in [false, true] {
+        let mut kv = by_hand.kv_client();
+        let mut write = async |value: &str| {
+            let leased = etcd_client::PutOptions::new().with_lease(lease);
+            kv.put("/gRPC/greeter/~~", value, Some(leased))
+                .await
+                .unwrap();
+        };
+        write("127.0.0.1:1").await;
         let resolver = registry.resolver("greeter");
         resolver.ready().await;
-        let (cuts, lists) = (relay.cuts(), resolver.status().lists);
-        let mut revision = 0;
-        // 40 000 events and 2 650 revisions: transactions of 100 keys and single writes.
-        for round in 0..530 {
-            let hundred = u32::try_from(round).unwrap() % 5;
-            if round % 4 == 0 {
-                for number in 0..4 {
-                    let (key, port) = (hundred * 100 + number, 1_000 + round);
-                    let key = format!("/gRPC/greeter/{key}");
-                    let value = format!("127.0.0.1:{port}");
-                    by_hand.kv_client().put(key, value, None).await.unwrap();
-                }
-            }
-            let operations: Vec<_> = (0..100)
-                .map(|number| {
-                    let key = format!("/gRPC/greeter/{}", hundred * 100 + number);
-                    if (u64::from(number) + round) % 3 == 0 {
-                        etcd_client::TxnOp::delete(key, None)
-                    } else {
-                        let value =
-                            format!("127.0.0.1:{}", 1_000 + u64::from(number) * 100 + round);
-                        etcd_client::TxnOp::put(key, value, None)
-                    }
-                })
-                .collect();
-            let transaction = etcd_client::Txn::new().and_then(operations);
-            let answer = by_hand.kv_client().txn(transaction).await.unwrap();
-            revision = answer.header().unwrap().revision();
-            if compact && round == 400 {
-                by_hand.kv_client().compact(revision, None).await.unwrap();
-            }
-        }
+        // It may be on its way.
+        relay.refuse_watches(true);
+        write("127.0.0.1:2").await;
+        eventually("it is known, or the watch is cut", async || {
+            resolver.status().state == ResolverState::Stale
+                || addresses(&resolver) == ["127.0.0.1:2"]
+        })
+        .await;
+        let (cuts, before) = (relay.cuts(), resolver.status());
+        backlog(&by_hand, lease, compact).await;
+        relay.refuse_watches(false);
         let listed = list(&by_hand, "/gRPC/greeter/").await;
-        let expected: Vec<_> = listed.iter().map(|(_, value, _)| value.as_str()).collect();
-        knows(&resolver, &expected).await;
-        eventually("the last revision is reached", async || {
-            resolver.status().revision.get() >= revision
+        let mut expected: Vec<_> = listed.into_iter().map(|(_, value, _)| value).collect();
+        expected.sort();
+        expected.dedup();
+        // After each message it waits for longer, up to 5 s.
+        within(Duration::from_secs(90), "the end is exact", async || {
+            let mut known = addresses(&resolver);
+            known.sort();
+            known == expected
         })
         .await;
         let status = resolver.status();
-        println!(
-            "{} cuts, {} watches, {} lists",
-            relay.cuts() - cuts,
-            status.watches,
-            status.lists - lists
-        );
-        assert!(relay.cuts() > cuts + 2, "the watch was cut");
+        let (cuts, lists) = (relay.cuts() - cuts, status.lists - before.lists);
+        println!("{cuts} cuts, {lists} lists");
+        if compact {
+            assert_eq!(lists, 1, "what is compacted away is listed");
+        } else {
+            // A thousand revisions are one message.
+            assert!(cuts > 2, "it catches up in {cuts} messages");
+            assert_eq!(lists, 0, "it resumes");
+        }
     }
 }
 
@@ -248,17 +278,21 @@ async fn change_arrives(fleet: &Fleet, etcd: &Etcd, bad: usize, port: u16) {
     registration.deregister().await.unwrap();
 }
 
+/// Keys of a fleet that were deleted, as a member that is well has them.
+async fn lost(fleet: &Fleet, etcd: &Etcd, bad: usize) -> usize {
+    let well = (bad + 1) % etcd.members();
+    let by_hand = etcd_client::Client::connect([etcd.endpoint(well)], None).await;
+    deletions(&by_hand.unwrap(), &fleet.keys).await
+}
+
+/// Every member, one after the other: whichever the client and the servers talk to, and the leader.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_that_dies_freezes_or_is_cut_off_loses_no_key_and_fails_no_call() {
-    let mut etcd = Etcd::builder()
-        .members(3)
-        .partitionable()
-        .start()
-        .await
-        .unwrap();
+    let starting = Etcd::builder().members(3).partitionable().start();
+    let mut etcd = starting.await.unwrap();
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
-    // With 5 s, and six more tests on two cores, a key was lost once in seven runs: a renewal has a sixth of it.
-    let fleet = Fleet::start(&registry, 3, Duration::from_secs(10)).await;
+    // While a member is frozen no lease runs out that it knows of: see the next test.
+    let fleet = Fleet::start(&registry, 3, Duration::from_secs(30)).await;
     let callers = fleet.callers();
 
     let leader = etcd.leader().await.unwrap();
@@ -266,7 +300,6 @@ async fn a_member_that_dies_freezes_or_is_cut_off_loses_no_key_and_fails_no_call
     change_arrives(&fleet, &etcd, leader, 1).await;
     etcd.restart(leader).await.unwrap();
 
-    // Whichever the client and the servers talk to, and the leader.
     for member in 0..3 {
         etcd.freeze(member).await.unwrap();
         change_arrives(&fleet, &etcd, member, 2).await;
@@ -287,17 +320,34 @@ async fn a_member_that_dies_freezes_or_is_cut_off_loses_no_key_and_fails_no_call
     })
     .await;
     // One that was never cut off from the others since: the last one may be on its way back.
-    let by_hand = etcd_client::Client::connect([etcd.endpoint(0)], None).await;
-    let by_hand = by_hand.unwrap();
-    if etcd.version().starts_with("3.4.") {
-        // A leader that is thawed there revokes every lease; they come back at once, and clients hold what went.
-        println!("etcd {}: not checked that no key was lost", etcd.version());
-        return;
-    }
-    for instance in fleet.resolver.instances() {
-        let lost = deletions(&by_hand, instance.key()).await;
-        assert_eq!(lost, 0, "{} was lost", instance.key());
-    }
+    assert_eq!(lost(&fleet, &etcd, 2).await, 0, "no key was lost");
+}
+
+/// For longer than the TTL. What etcd does when its leader thaws is another matter: for a moment it takes itself for the leader still, and
+/// the leases that it has not seen renewed for run out. Measured with `etcdctl` alone on 3.7.3: a lease of 5 s was revoked 30 ms after the
+/// thaw, 0.3 s after it was renewed. The keys are put back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_that_is_frozen_for_longer_than_the_ttl_costs_no_key() {
+    let mut etcd = Etcd::start_cluster(3).await.unwrap();
+    let registry = Registry::connect(etcd.endpoints()).await.unwrap();
+    let ttl = Duration::from_secs(5);
+    let fleet = Fleet::start(&registry, 3, ttl).await;
+    let callers = fleet.callers();
+    let leader = etcd.leader().await.unwrap();
+    etcd.freeze(leader).await.unwrap();
+    change_arrives(&fleet, &etcd, leader, 1).await;
+    sleep(span(12, 60)).await;
+    let lost_while_frozen = lost(&fleet, &etcd, leader).await;
+    assert_eq!(lost_while_frozen, 0, "no key was lost");
+    etcd.thaw(leader).await.unwrap();
+    sleep(ttl).await;
+    let lost = lost(&fleet, &etcd, leader).await;
+    println!("{} keys were revoked by the thawed leader", lost);
+    eventually("all are registered", async || {
+        fleet.resolver.instances().len() == 3 && fleet.resolver.status().held == 0
+    })
+    .await;
+    callers.none_failed().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

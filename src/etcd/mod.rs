@@ -235,7 +235,8 @@ fn key_value(kv: etcd_client::proto::PbKeyValue) -> KeyValue {
 
 /// The bound on one try of one call. A healthy member answers in milliseconds; a frozen one never does.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(2);
-/// The limit on one message: a page of 500 values and a watch's fragments stay far below, a hostile prefix does not get more memory.
+/// The limit on one message: a page of 500 values and a thousand revisions of a watch's backlog stay below, a hostile prefix does not get more
+/// memory.
 const MAX_MESSAGE: usize = 16 << 20;
 
 #[cfg(test)]

@@ -52,10 +52,11 @@ pub(super) async fn open(
     })
 }
 
+/// Not in fragments: to cut a batch into them etcd measures it anew for each event. A backlog of 50 000 events of 90 bytes, which comes after
+/// 0.2 s as one message of 5 MiB, takes 3.4.23 14 s in fragments, 3.7.3 54 s, and a core of the server as long; no probe is answered
+/// meanwhile. What is larger than [`MAX_MESSAGE`] is listed, page by page.
 fn options(range: &Range) -> WatchOptions {
-    WatchOptions::new()
-        .with_range(range.end.as_bytes())
-        .with_fragment()
+    WatchOptions::new().with_range(range.end.as_bytes())
 }
 
 impl Watch {

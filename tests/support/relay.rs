@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -21,8 +21,17 @@ use tower::Service;
 /// A relay to one member. Dropped, it ends.
 pub struct Relay {
     pub address: SocketAddr,
-    cuts: Arc<AtomicUsize>,
+    watches: Arc<Watches>,
     task: JoinHandle<()>,
+}
+
+/// What becomes of watches.
+#[derive(Default)]
+struct Watches {
+    /// How many were ended.
+    cuts: AtomicUsize,
+    /// Whether new ones are refused.
+    refused: AtomicBool,
 }
 
 impl Relay {
@@ -32,22 +41,27 @@ impl Relay {
         let incoming = tonic::transport::server::TcpIncoming::from(listener);
         let target = Endpoint::from_shared(format!("http://{target}")).unwrap();
         let target = target.connect_lazy();
-        let cuts = Arc::<AtomicUsize>::default();
+        let watches = Arc::<Watches>::default();
         let router = Server::builder()
-            .add_service(Forward::<Kv>::new(&target, &cuts))
-            .add_service(Forward::<Lease>::new(&target, &cuts))
-            .add_service(Forward::<Watch>::new(&target, &cuts));
+            .add_service(Forward::<Kv>::new(&target, &watches))
+            .add_service(Forward::<Lease>::new(&target, &watches))
+            .add_service(Forward::<Watch>::new(&target, &watches));
         let task = tokio::spawn(async move { router.serve_with_incoming(incoming).await.unwrap() });
         Self {
             address,
-            cuts,
+            watches,
             task,
         }
     }
 
+    /// Lets no new watch through, or lets them through again.
+    pub fn refuse_watches(&self, refused: bool) {
+        self.watches.refused.store(refused, Ordering::SeqCst);
+    }
+
     /// How many watches were ended.
     pub fn cuts(&self) -> usize {
-        self.cuts.load(Ordering::SeqCst)
+        self.watches.cuts.load(Ordering::SeqCst)
     }
 }
 
@@ -67,15 +81,15 @@ struct Watch;
 /// Forwards one of etcd's services.
 struct Forward<S> {
     target: Channel,
-    cuts: Arc<AtomicUsize>,
+    watches: Arc<Watches>,
     service: PhantomData<fn() -> S>,
 }
 
 impl<S> Forward<S> {
-    fn new(target: &Channel, cuts: &Arc<AtomicUsize>) -> Self {
+    fn new(target: &Channel, watches: &Arc<Watches>) -> Self {
         Self {
             target: target.clone(),
-            cuts: Arc::clone(cuts),
+            watches: Arc::clone(watches),
             service: PhantomData,
         }
     }
@@ -83,7 +97,7 @@ impl<S> Forward<S> {
 
 impl<S> Clone for Forward<S> {
     fn clone(&self) -> Self {
-        Self::new(&self.target, &self.cuts)
+        Self::new(&self.target, &self.watches)
     }
 }
 
@@ -109,9 +123,12 @@ impl<S> Service<http::Request<Body>> for Forward<S> {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let (mut target, cuts) = (self.target.clone(), Arc::clone(&self.cuts));
+        let (mut target, watches) = (self.target.clone(), Arc::clone(&self.watches));
         let watch = request.uri().path().ends_with("/Watch");
         Box::pin(async move {
+            if watch && watches.refused.load(Ordering::SeqCst) {
+                return Ok(Status::unavailable("refused").into_http());
+            }
             let ready = std::future::poll_fn(|cx| target.poll_ready(cx)).await;
             let answer = match ready {
                 Ok(()) => target.call(request).await,
@@ -124,7 +141,7 @@ impl<S> Service<http::Request<Body>> for Forward<S> {
                         body,
                         messages,
                         collected,
-                        cuts,
+                        watches,
                     })
                 }),
                 Ok(answer) => answer,
@@ -139,7 +156,7 @@ struct Cut {
     body: Body,
     messages: usize,
     collected: Vec<u8>,
-    cuts: Arc<AtomicUsize>,
+    watches: Arc<Watches>,
 }
 
 impl Cut {
@@ -162,9 +179,16 @@ impl http_body::Body for Cut {
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = &mut *self;
         loop {
-            if this.messages == 2 {
-                this.cuts.fetch_add(1, Ordering::SeqCst);
-                return Poll::Ready(Some(Err(Status::unavailable("cut"))));
+            match this.messages {
+                2 => {
+                    this.watches.cuts.fetch_add(1, Ordering::SeqCst);
+                    this.messages += 1;
+                    // In the trailers: an error here would overtake what the window has not let through yet.
+                    let (head, _) = Status::unavailable("cut").into_http::<()>().into_parts();
+                    return Poll::Ready(Some(Ok(Frame::trailers(head.headers))));
+                }
+                3 => return Poll::Ready(None),
+                _ => {}
             }
             if let Some(message) = this.message() {
                 this.messages += 1;

@@ -18,8 +18,8 @@
 //! long as the stream lasts.
 //!
 //! R is the header revision of the list, then the mod revision of the last event applied. The header of a watch message never moves
-//! it: in catch-up batches it runs ahead of the events. A watch is opened at R itself, since a revision may have been cut in two by
-//! fragments; what is then seen twice changes nothing.
+//! it: in catch-up batches it runs ahead of the events. A watch is opened at R itself, since a revision may have been cut in two;
+//! what is then seen twice changes nothing.
 //!
 //! While it watches, [`audit`] asks now and then whether the watch has brought everything.
 
@@ -79,6 +79,8 @@ pub(super) struct Machine {
     rng: fastrand::Rng,
     /// Whether the last watch was refused.
     refused: bool,
+    /// Watches in a row that have brought nothing, though there was something.
+    fruitless: u32,
     /// The number of keys asked for at once: halved when an answer is too large, and grown again.
     page_limit: i64,
     /// What it may grow to: halved when an answer takes too long.
@@ -166,6 +168,7 @@ impl Machine {
             backoff: Backoff::new(BACKOFF_FIRST, BACKOFF_MAX),
             rng,
             refused: false,
+            fruitless: 0,
             page_limit: PAGE_LIMIT,
             page_cap: PAGE_LIMIT,
             report: Report::default(),

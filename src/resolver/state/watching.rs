@@ -12,7 +12,11 @@ use crate::keyspace::{Event, Header, Key, KeyVersion, LeaseId, Revision, WatchMe
 #[derive(Debug)]
 pub(super) struct Watching {
     pub(super) revision: Revision,
+    /// The revision that it was opened at.
+    began: Revision,
     pub(super) opened: Option<Instant>,
+    /// Whether the store was seen to be past R: there may be something to catch up with.
+    behind: bool,
     /// Events of a revision that is not complete yet.
     pending: Vec<Event>,
     /// The key that tells whether this is the store that the set came from, until it was asked.
@@ -26,6 +30,8 @@ impl Machine {
         self.report.revision = revision;
         self.state = State::Watching(Watching {
             revision,
+            began: revision,
+            behind: false,
             opened: None,
             pending: Vec::new(),
             check,
@@ -56,11 +62,12 @@ impl Machine {
         // The store at the other end is alive and answers for this prefix: what went wrong before is over.
         self.report.trouble = None;
         self.refused = false;
-        let behind = message.header.revision != Revision::ZERO
+        watching.behind |= message.header.revision > watching.revision;
+        let lags = message.header.revision != Revision::ZERO
             && message.header.revision < watching.revision;
         let foreign =
             message.header.cluster_id != 0 && message.header.cluster_id != self.seen.cluster_id;
-        let suspicious = (behind || foreign) && !std::mem::replace(&mut watching.suspected, true);
+        let suspicious = (lags || foreign) && !std::mem::replace(&mut watching.suspected, true);
 
         // Below R is history that a lagging member replays.
         let floor = watching.revision;
@@ -144,10 +151,21 @@ impl Machine {
         let healthy = |opened| now.saturating_duration_since(opened) >= HEALTHY_AFTER;
         if watching.opened.is_some_and(healthy) {
             self.backoff.reset();
+        } else if watching.revision > watching.began {
+            // A backlog behind a connection that is cut all the time is caught up with, at a pace that no server minds.
+            self.backoff.ease(PROGRESS);
         }
         let revision = watching.revision;
+        // It had something to bring and has brought nothing: for as long as it was waited for, or before it was cut off, again and again.
+        // A list comes in pages, which shrink where a link is slow.
+        let fruitless =
+            watching.behind && revision == watching.began && !watching.opened.is_some_and(healthy);
+        self.fruitless = if fruitless { self.fruitless + 1 } else { 0 };
+        let silent = error.kind() == EtcdErrorKind::DeadlineExceeded;
+        let stuck = fruitless && (silent || self.fruitless >= FRUITLESS);
         self.state = State::Resuming { revision };
         match error.kind() {
+            _ if stuck => self.state = State::Listing(Listing::default()),
             EtcdErrorKind::Compacted | EtcdErrorKind::FutureRevision => {
                 self.state = State::Listing(Listing::default());
             }
@@ -199,5 +217,9 @@ impl Machine {
     }
 }
 
+/// Watches in a row that were cut off before they brought anything of what there is.
+const FRUITLESS: u32 = 3;
+/// The longest wait after a watch that has brought something.
+const PROGRESS: Duration = Duration::from_secs(1);
 /// A watch that lasted this long was healthy, and its end is the first failure of a new series.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);

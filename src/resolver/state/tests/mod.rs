@@ -510,6 +510,87 @@ fn a_store_that_went_back_or_forgot_is_listed_anew() {
     }
 }
 
+/// A server that ends each watch after a message is not asked in a loop, and not left alone for long either.
+#[test]
+fn a_watch_that_is_cut_after_each_message_is_opened_again_within_a_second() {
+    let mut player = populated(2);
+    for _ in 0..10 {
+        reopened(&mut player);
+    }
+    let mut waits = Vec::new();
+    for _ in 0..20 {
+        let next = player.machine.report.revision.get() + 1;
+        let event = put("again", next);
+        player.machine.on_message(message(next, vec![event], false));
+        let ended = error(EtcdErrorKind::Unavailable);
+        let Command::Wait(wait) = player.machine.on_watch_ended(ended, player.now) else {
+            panic!("a wait")
+        };
+        waits.push(wait);
+        player.machine.on_wake();
+        player.machine.on_watch_opened(player.now);
+    }
+    let within = BACKOFF_FIRST / 2..=Duration::from_secs(1);
+    assert!(waits.iter().all(|wait| within.contains(wait)), "{waits:?}");
+}
+
+/// A watch of a store that is so far ahead, which brings something or not and ends like this after so many seconds: whether it is followed by
+/// a list.
+fn is_followed_by_a_list(
+    player: &mut Player,
+    ahead: i64,
+    brings: bool,
+    end: EtcdErrorKind,
+    lives: u64,
+) -> bool {
+    let revision = player.machine.report.revision.get();
+    player.machine.on_watch_opened(player.now);
+    player
+        .machine
+        .on_message(message(revision + ahead, vec![], false));
+    if brings {
+        let event = put("some", revision + 1);
+        let some = message(revision + ahead, vec![event], false);
+        player.machine.on_message(some);
+    }
+    let then = player.now + Duration::from_secs(lives);
+    let wait = player.machine.on_watch_ended(error(end), then);
+    assert!(matches!(wait, Command::Wait(_)), "{wait:?}");
+    matches!(player.machine.on_wake(), Command::List(_))
+}
+
+/// What a server cannot send in time it cannot send in time again.
+#[test]
+fn a_watch_that_brings_nothing_of_a_backlog_is_replaced_by_a_list() {
+    let silent = EtcdErrorKind::DeadlineExceeded;
+    for (ahead, brings, lives, lists) in [
+        (5_000, false, 8, true),
+        (0, false, 8, false),
+        (5_000, true, 8, false),
+        (5_000, false, 60, false),
+    ] {
+        let mut player = populated(2);
+        reopened(&mut player);
+        let listed = is_followed_by_a_list(&mut player, ahead, brings, silent, lives);
+        assert_eq!(listed, lists, "{:?}", (ahead, brings, lives));
+    }
+    // Cut off before it comes through: the third time in a row.
+    let cut = EtcdErrorKind::Unavailable;
+    let mut player = populated(2);
+    reopened(&mut player);
+    for (brings, lists) in [
+        (false, false),
+        (false, false),
+        (true, false),
+        (false, false),
+        (false, false),
+        (false, true),
+    ] {
+        let listed = is_followed_by_a_list(&mut player, 5_000, brings, cut, 1);
+        assert_eq!(listed, lists);
+    }
+}
+
 #[test]
 fn the_key_that_was_written_last_is_checked() {
     let mut player = populated(2);
