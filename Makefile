@@ -3,7 +3,7 @@ CARGO ?= cargo
 # The newest etcd that is tested with, besides the one that is installed.
 ETCD_NEWEST ?= 3.7.3
 # What a version of etcd makes the most difference to. `make test-newest ETCD_TESTS=` runs everything with it.
-ETCD_TESTS ?= --test auth --test faults --test registration
+ETCD_TESTS ?= --lib --test auth --test connect --test faults --test mass_removal --test registration --test resolver --test tls
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-newest soak bench fmt clean

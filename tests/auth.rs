@@ -10,16 +10,19 @@ mod support;
 use std::time::Duration;
 
 use support::authority::Authority;
-use support::roles::{protect, root, user};
-use support::{addresses, eventually, knows, list, within};
+use support::proxy::Proxy;
+use support::roles::{protect, root, user, user_at};
+use support::{addresses, etcd, eventually, knows, list, within};
 use tonic_etcd::testing::Etcd;
-use tonic_etcd::{EtcdErrorKind, Registration, RegistrationState, Resolver};
+use tonic_etcd::{EtcdErrorKind, Registration, RegistrationState, Resolver, ResolverState};
 
 const TTL: Duration = Duration::from_secs(3);
 
 /// A server and a client, each with no more rights than it needs.
 struct Pair<'a> {
     etcd: &'a Etcd,
+    /// What lies between them and etcd.
+    ways: [Proxy; 2],
     registration: Registration,
     resolver: Resolver,
     changes: u16,
@@ -28,7 +31,10 @@ struct Pair<'a> {
 impl<'a> Pair<'a> {
     async fn start(etcd: &'a Etcd) -> Self {
         protect(etcd).await;
-        let registration = user(etcd, "writer")
+        let way = async || Proxy::start("127.0.0.1:0", etcd.endpoint(0)).await;
+        let ways = [way().await, way().await];
+        let over = |way: usize| vec![ways[way].address.to_string()];
+        let registration = user_at(over(0), "writer")
             .await
             .unwrap()
             .registration("greeter")
@@ -37,10 +43,12 @@ impl<'a> Pair<'a> {
             .register()
             .await
             .unwrap();
-        let resolver = user(etcd, "reader").await.unwrap().resolver("greeter");
+        let resolver = user_at(over(1), "reader").await.unwrap();
+        let resolver = resolver.resolver("greeter");
         knows(&resolver, &["127.0.0.1:80"]).await;
         Self {
             etcd,
+            ways,
             registration,
             resolver,
             changes: 0,
@@ -87,6 +95,14 @@ async fn heals(etcd: Etcd) {
     let key = pair.registration.key().to_owned();
     let lease = list(&pair.root().await, &key).await[0].2;
     pair.is_well("tokens expire within the test").await;
+    // Calls renew their token by themselves; a watch that is opened anew is refused in a message.
+    let watches = pair.resolver.status().watches;
+    for way in &pair.ways {
+        way.reset();
+    }
+    pair.is_well("watches are opened with a token that has expired")
+        .await;
+    assert!(pair.resolver.status().watches > watches);
 
     for round in 0..3 {
         let name = format!("somebody{round}");
@@ -174,4 +190,24 @@ async fn a_new_token_is_good_whichever_member_is_asked() {
         resolver.ready().await;
         assert!(resolver.status().last_error.is_none());
     }
+}
+
+#[tokio::test]
+async fn who_may_not_read_is_told_so_and_asks_seldom_until_it_may() {
+    let etcd = etcd().await;
+    protect(&etcd).await;
+    let resolver = user(&etcd, "nobody").await.unwrap().resolver("greeter");
+    let refused = async || {
+        let error = resolver.status().last_error;
+        error.is_some_and(|error| error.kind() == EtcdErrorKind::PermissionDenied)
+    };
+    eventually("it is told", refused).await;
+    assert_eq!(resolver.status().state, ResolverState::Unknown);
+    let mut root = root(&etcd).await;
+    root.user_grant_role("nobody", "reader").await.unwrap();
+    // It asks every 15 to 30 s.
+    within(Duration::from_secs(40), "it may read", async || {
+        resolver.status().state == ResolverState::Fresh
+    })
+    .await;
 }

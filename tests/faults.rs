@@ -166,6 +166,66 @@ async fn a_wiped_etcd_is_filled_again_and_ghosts_go() {
     }
 }
 
+/// Raft terms begin anew in it, and leases live again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restored_etcd_keeps_who_is_there_and_forgets_who_is_not() {
+    let mut etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let ttl = Duration::from_secs(5);
+    let fleet = Fleet::start(&registry, 3, ttl).await;
+    let registering = registry.registration("other").address("127.0.0.1:1");
+    let registration = registering.ttl(ttl).register().await.unwrap();
+    let callers = fleet.callers();
+    etcd.stop(0).await.unwrap();
+    etcd.back_up(0).await.unwrap();
+    // Each start is an election.
+    for _ in 0..3 {
+        etcd.restart(0).await.unwrap();
+    }
+    within(ttl * 3, "it is registered again", async || {
+        registration.state().is_registered() && fleet.resolver.instances().len() == 3
+    })
+    .await;
+    registration.set_weight(9).await.unwrap();
+    // One that comes after the backup, and is there no more after it.
+    let by_hand = client(&etcd).await;
+    let lease = by_hand.lease_client().grant(600, None).await.unwrap().id();
+    let leased = etcd_client::PutOptions::new().with_lease(lease);
+    let ghost = ("/gRPC/greeter/ghost", "127.0.0.1:1");
+    let mut kv = by_hand.kv_client();
+    kv.put(ghost.0, ghost.1, Some(leased)).await.unwrap();
+    eventually("the ghost is known", async || {
+        addresses(&fleet.resolver).contains(&ghost.1.to_owned())
+    })
+    .await;
+
+    etcd.kill(0).await.unwrap();
+    etcd.restore(0).await.unwrap();
+    etcd.restart(0).await.unwrap();
+    within(ttl * 4, "the set is exact", async || {
+        let known = addresses(&fleet.resolver);
+        known.len() == 3 && !known.contains(&ghost.1.to_owned())
+    })
+    .await;
+    within(ttl * 2, "it is registered, and as it was", async || {
+        let listed = list(&client(&etcd).await, registration.key()).await;
+        let value = listed.first().map(|(_, value, _)| value.clone());
+        let restored = value.is_some_and(|value| value.contains("\"weight\":9"));
+        restored && registration.state().is_registered()
+    })
+    .await;
+    // And stays so: for two TTLs more every renewal counts.
+    let end = Instant::now() + ttl * 2;
+    while Instant::now() < end {
+        let state = registration.state();
+        assert!(state.is_registered(), "{state:?}");
+        sleep(Duration::from_millis(50)).await;
+    }
+    fleet.serves().await;
+    callers.none_failed().await;
+    registration.deregister().await.unwrap();
+}
+
 /// 50 000 events and 2 650 revisions, in transactions of 100 keys and single writes, under one lease. What is written last is never deleted.
 async fn backlog(etcd: &etcd_client::Client, lease: i64, compact: bool) {
     let host = if compact { "127.0.0.2" } else { "127.0.0.1" };

@@ -537,6 +537,31 @@ async fn what_refuses_connections_is_read_seldom_and_stays_while_it_is_registere
     feedback.refused(&first);
 }
 
+/// A page of 500 such values is larger than a message may be: it is asked for in halves.
+#[tokio::test]
+async fn values_that_do_not_fit_into_one_message_are_listed_in_smaller_pages() {
+    let etcd = etcd().await;
+    let by_hand = client(&etcd).await;
+    let filler = "x".repeat(40 << 10);
+    for batch in 0..20 {
+        let puts: Vec<_> = (1..=30)
+            .map(|number| {
+                let port = batch * 30 + number;
+                let key = format!("/gRPC/greeter/{port}");
+                let value =
+                    format!(r#"{{"Addr":"127.0.0.1:{port}","Metadata":{{"x":"{filler}"}}}}"#);
+                etcd_client::TxnOp::put(key, value, None)
+            })
+            .collect();
+        let puts = etcd_client::Txn::new().and_then(puts);
+        by_hand.kv_client().txn(puts).await.unwrap();
+    }
+    let resolver = registry(&etcd).await.resolver("greeter");
+    eventually("all are known", async || resolver.instances().len() == 600).await;
+    let status = resolver.status();
+    assert_eq!((status.lists, status.rejected_values), (1, 0), "{status:?}");
+}
+
 #[tokio::test]
 async fn a_resolver_that_starts_before_etcd_waits_for_it() {
     let mut etcd = etcd().await;

@@ -4,7 +4,7 @@ use std::{
     ffi::OsString,
     fs::{self, OpenOptions},
     io,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -183,6 +183,20 @@ impl Member {
         }
     }
 
+    /// Keeps a copy of the data directory.
+    pub(super) async fn back_up(&mut self) -> Result<(), ProcessError> {
+        self.check_stopped()?;
+        let (data, backup) = (self.data_directory(), self.backup_directory());
+        replace(data, backup).await
+    }
+
+    /// Puts the copy in place of the data directory.
+    pub(super) async fn restore(&mut self) -> Result<(), ProcessError> {
+        self.check_stopped()?;
+        let (data, backup) = (self.data_directory(), self.backup_directory());
+        replace(backup, data).await
+    }
+
     /// Fails if the process runs.
     pub(super) fn check_stopped(&mut self) -> Result<(), ProcessError> {
         let member = self.index;
@@ -202,6 +216,11 @@ impl Member {
     /// Where etcd keeps its data.
     fn data_directory(&self) -> PathBuf {
         self.directory.join(Self::name(self.index))
+    }
+
+    /// Where a copy of them is kept.
+    fn backup_directory(&self) -> PathBuf {
+        self.data_directory().with_extension("backup")
     }
 
     /// Where etcd logs to.
@@ -257,6 +276,33 @@ fn tail(text: &str, lines: usize) -> &str {
         Some((at, _)) => &text[at + 1..],
         None => text,
     }
+}
+
+/// Replaces a directory by a copy of another one.
+async fn replace(from: PathBuf, to: PathBuf) -> Result<(), ProcessError> {
+    let copied = spawn_blocking(move || {
+        if to.exists() {
+            fs::remove_dir_all(&to)?;
+        }
+        copy(&from, &to)
+    });
+    let copied = copied.await.unwrap_or_else(|error| Err(error.into()));
+    copied.map_err(ProcessError::Prepare)
+}
+
+/// Copies a directory and all that is in it.
+fn copy(from: &Path, to: &Path) -> io::Result<()> {
+    fs::create_dir(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let to = to.join(entry.file_name());
+        if entry.file_type()?.is_dir() {
+            copy(&entry.path(), &to)?;
+        } else {
+            fs::copy(entry.path(), to)?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -269,6 +269,27 @@ impl Etcd {
         self.member(member)?.wipe().await
     }
 
+    /// Copies the data of a stopped member, in place of an earlier copy, for [`Etcd::restore`].
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is no such member, if it runs, or if its data cannot be copied.
+    pub async fn back_up(&mut self, member: usize) -> Result<(), ProcessError> {
+        self.member(member)?.back_up().await
+    }
+
+    /// Puts the data of a stopped member back to what it was at its last [`Etcd::back_up`], as an
+    /// operator does after a loss: what was written since is gone, leases that have ended since
+    /// live again for a whole TTL, and raft terms go on from where they were.
+    ///
+    /// # Errors
+    ///
+    /// Fails if there is no such member, if it runs, if it was never backed up, or if its data
+    /// cannot be replaced.
+    pub async fn restore(&mut self, member: usize) -> Result<(), ProcessError> {
+        self.member(member)?.restore().await
+    }
+
     /// Stops every member in order, see [`Etcd::stop`].
     ///
     /// # Errors

@@ -35,7 +35,11 @@ pub async fn protect(etcd: &Etcd) {
 }
 
 pub async fn user(etcd: &Etcd, user: &str) -> Result<Registry, ConnectError> {
-    Registry::builder(etcd.endpoints())
+    user_at(etcd.endpoints(), user).await
+}
+
+pub async fn user_at(endpoints: Vec<String>, user: &str) -> Result<Registry, ConnectError> {
+    Registry::builder(endpoints)
         .user(user, format!("{user}-password"))
         .connect()
         .await
