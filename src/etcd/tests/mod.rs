@@ -31,6 +31,7 @@ use crate::resolver::{Resolver, ResolverBuilder};
 
 const PREFIX: &str = "/gRPC/greeter/";
 const TTL: Duration = Duration::from_secs(6);
+const RECONCILE: Duration = Duration::from_secs(20);
 
 /// How many seeds are played: a few in the suite, many in the soak.
 fn seeds() -> std::ops::Range<u64> {
@@ -68,7 +69,8 @@ impl World {
         let etcd = fake.etcd(2);
         let keyspace = Keyspace::new("/gRPC/");
         let policy = AddressPolicy::default();
-        let resolver = ResolverBuilder::service(etcd.clone(), &keyspace, "greeter", policy.clone());
+        let resolver = ResolverBuilder::service(etcd.clone(), &keyspace, "greeter", policy.clone())
+            .reconcile_interval(Some(RECONCILE));
         let registration = RegistrationBuilder::service(etcd, policy, keyspace, "greeter")
             .and_service("second")
             .address("127.0.0.1:1")
@@ -138,6 +140,10 @@ impl World {
             11..14 => store.apply(vec![(self.registration.key().into(), None)]),
             _ => changes.into_iter().for_each(|changes| store.apply(changes)),
         }
+        // Every now and then a watch loses a deletion.
+        if kind == 59 {
+            self.fake.script().lost_deletes = 1;
+        }
         drop(store);
         self.fake.tell();
     }
@@ -184,8 +190,10 @@ async fn play(seed: u64) {
         sleep(Duration::from_millis(wait)).await;
     }
     world.fake.script().faults = 0;
-    // A watchdog, a relist that has backed off, and a lease that is granted anew.
-    let right = world.becomes_right(Duration::from_secs(30)).await;
+    world.fake.script().lost_deletes = 0;
+    // A watchdog, a relist that has backed off, and a lease that is granted anew; then a comparison, for what the watch has lost.
+    let bound = Duration::from_secs(30) + RECONCILE * 2;
+    let right = world.becomes_right(bound).await;
     assert!(
         right,
         "TEST_SEED={seed}: {:?} {:?} {:?}; the store has {:?}",

@@ -106,6 +106,22 @@ async fn a_password_that_was_changed_is_told_and_costs_the_server_little() {
     assert!(arrives(&fake, &resolver, Duration::from_secs(40)).await);
 }
 
+#[tokio::test(start_paused = true)]
+async fn who_may_not_read_asks_seldom_until_it_may() {
+    let (fake, etcd) = protected();
+    fake.script().users.denied = true;
+    let resolver = resolver(etcd);
+    sleep(Duration::from_secs(600)).await;
+    let error = resolver.status().last_error.expect("told");
+    assert_eq!(error.kind(), EtcdErrorKind::PermissionDenied);
+    // Each time with a fresh token, which older servers would have refused in these words: every 15 to 30 s.
+    let asked = fake.script().users.authentications;
+    assert!((10..=42).contains(&asked), "{asked} times in ten minutes");
+    fake.script().users.denied = false;
+    let ready = timeout(Duration::from_secs(40), resolver.ready()).await;
+    ready.expect("it may read");
+}
+
 /// Older servers renew leases whatever the token: the registration is well, but for reads of its key and the watch on it.
 #[tokio::test(start_paused = true)]
 async fn a_registration_whose_password_was_changed_costs_the_server_little() {

@@ -24,6 +24,8 @@ pub(super) struct Users {
     pub(super) token: u32,
     /// What a bad token is refused with; older servers say that permission is denied. A10 (a)
     pub(super) refusal: Option<&'static str>,
+    /// Whether the user may do nothing at all.
+    pub(super) denied: bool,
     /// Whether a renewal needs a good token: older servers renew without one.
     pub(super) renewals_are_checked: bool,
     /// How often a password was asked for.
@@ -52,6 +54,9 @@ impl Fake {
             return Ok(());
         }
         match request.metadata().get("token") {
+            Some(_) if users.denied => {
+                Err(Status::permission_denied("etcdserver: permission denied"))
+            }
             Some(token) if token == users.good().as_str() => Ok(()),
             Some(_) => {
                 let refusal = users.refusal.unwrap_or("etcdserver: invalid auth token");

@@ -199,7 +199,8 @@ impl RegistrationBuilder {
     }
 
     /// How long etcd keeps the entry of a server that has died, at least 2 s (etcd's own minimum with default settings); parts of a
-    /// second are rounded up. Default 15 s. The lease is renewed at a third of what etcd grants.
+    /// second are rounded up. Default 15 s. The lease is renewed at a third of what etcd grants. It is a minimum: whenever etcd elects a
+    /// leader the time of each lease begins anew.
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.ttl = ttl;
         self
