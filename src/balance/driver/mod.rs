@@ -208,7 +208,8 @@ impl Driver {
         if self.sweep_at.is_some_and(|at| at <= now) {
             self.sweep(now);
         }
-        if self.publish_at.is_some_and(|at| at <= now) {
+        // The clock is read again: what has just been found to be an outlier is out now, and not with the next tick of a timer.
+        if self.publish_at.is_some_and(|at| at <= Instant::now()) {
             self.publish();
         }
     }
