@@ -390,7 +390,7 @@ async fn a_member_that_dies_freezes_or_is_cut_off_loses_no_key_and_fails_no_call
 /// the leases that it has not seen renewed for run out. Measured with `etcdctl` alone on 3.7.3: a lease of 5 s was revoked 30 ms after the
 /// thaw, 0.3 s after it was renewed. The keys are put back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_leader_that_is_frozen_for_longer_than_the_ttl_costs_no_key() {
+async fn no_key_is_lost_while_a_leader_is_frozen_for_longer_than_the_ttl() {
     let mut etcd = Etcd::start_cluster(3).await.unwrap();
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
     let ttl = Duration::from_secs(5);

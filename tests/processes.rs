@@ -76,6 +76,9 @@ async fn members_are_stopped_killed_frozen_wiped_and_restarted() {
     etcd.thaw(0).await.unwrap();
     etcd.stop(0).await.unwrap();
     assert!(etcd.restore(0).await.is_err(), "there is no backup");
+    etcd.restart(0).await.unwrap();
+    assert_eq!(list(&client(&etcd).await, "/").await.len(), 1);
+    etcd.stop(0).await.unwrap();
     etcd.back_up(0).await.unwrap();
     etcd.wipe(0).await.unwrap();
     etcd.restart(0).await.unwrap();

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::link::LinkService;
 use super::{error, rpc};
 use crate::address::Address;
+use crate::backoff::Backoff;
 use crate::error::{EtcdError, EtcdErrorKind};
 
 /// Name, password, and the token they were last exchanged for. Cloning is a reference count.
@@ -22,9 +23,8 @@ pub(super) struct Auth(Arc<Inner>);
 struct Inner {
     credentials: Option<Credentials>,
     token: ArcSwapOption<HeaderValue>,
-    /// Held while a token is fetched: etcd spends 50-130 ms of bcrypt on each, so a fleet of tasks must ask once. In it, when a client
-    /// that the user made has last fetched one.
-    refreshing: tokio::sync::Mutex<Option<Instant>>,
+    /// Held while a token is fetched: etcd spends 50-130 ms of bcrypt on each, so a fleet of tasks must ask once.
+    refreshing: tokio::sync::Mutex<Refreshing>,
     /// When the token was fetched, and from which member.
     issued: Mutex<Option<(Instant, Address)>>,
 }
@@ -43,7 +43,7 @@ impl Auth {
         Self(Arc::new(Inner {
             credentials,
             token: ArcSwapOption::default(),
-            refreshing: tokio::sync::Mutex::default(),
+            refreshing: tokio::sync::Mutex::new(Refreshing::new()),
             issued: Mutex::default(),
         }))
     }
@@ -52,6 +52,7 @@ impl Auth {
     pub(super) fn apart(&self) -> Self {
         let auth = Self::new(self.0.credentials.clone());
         auth.0.token.store(self.0.token.load_full());
+        auth.set_issuer(self.new_issuer());
         auth
     }
 
@@ -92,7 +93,7 @@ impl Auth {
         let Some(credentials) = &self.0.credentials else {
             return Ok(false);
         };
-        let _refreshing = self.0.refreshing.lock().await;
+        let mut refreshing = self.0.refreshing.lock().await;
         let current = self.0.token.load_full();
         let same = match (&current, refused) {
             (Some(current), Some(refused)) => Arc::ptr_eq(current, refused),
@@ -102,11 +103,20 @@ impl Auth {
         if !same {
             return Ok(true);
         }
-        if current.is_some() {
+        if let Some(error) = refreshing.held_back(Instant::now()) {
+            return Err(error);
+        }
+        if refreshing.asked {
             // A change of the store's users has every client here at once, and each answer costs etcd a hash of the password.
             tokio::time::sleep(REFRESH_SPREAD.mul_f64(fastrand::f64())).await;
         }
-        match rpc::authenticate(service, credentials, deadline).await {
+        refreshing.asked = true;
+        // Whoever waits for this may give up before the answer.
+        let silence = error::deadline("authenticate", &service.endpoint(), deadline);
+        refreshing.on_failure(silence, Instant::now() + deadline);
+        let answer = rpc::authenticate(service, credentials, deadline).await;
+        refreshing.on_answer(answer.as_ref().err());
+        match answer {
             Ok(token) => {
                 let header = HeaderValue::from_str(&token).map_err(|source| {
                     let endpoint = service.endpoint();
@@ -143,16 +153,79 @@ impl Auth {
         let mut refreshed = self.0.refreshing.lock().await;
         let now = Instant::now();
         // Its token cannot be seen: whoever waited for somebody else's renewal has got it.
-        if refreshed.is_some_and(|at| now.saturating_duration_since(at) < JUST_NOW) {
+        let at = refreshed.of_client;
+        if at.is_some_and(|at| now.saturating_duration_since(at) < JUST_NOW) {
             return Ok(true);
         }
         let outcome = client.refresh_token().await;
         outcome.map_err(|source| error::of_client("authenticate", endpoint, source))?;
-        *refreshed = Some(Instant::now());
+        refreshed.of_client = Some(Instant::now());
         Ok(true)
     }
 }
 
+/// How the exchange of the credentials goes.
+struct Refreshing {
+    /// Whether a token was ever asked for.
+    asked: bool,
+    /// Failures in a row that may have cost the server a hash, the last of them, and how long nobody asks after it. Etcd goes on hashing for
+    /// those who have given up: a fleet that asks again and again would never be answered.
+    failures: u32,
+    last: Option<(Instant, EtcdError)>,
+    backoff: Backoff,
+    /// When a client that the user made has last fetched one.
+    of_client: Option<Instant>,
+}
+
+impl Refreshing {
+    fn new() -> Self {
+        Self {
+            asked: false,
+            failures: 0,
+            last: None,
+            backoff: Backoff::new(BACKOFF_FIRST, BACKOFF_MAX),
+            of_client: None,
+        }
+    }
+
+    /// What whoever asks now is told instead of an answer.
+    fn held_back(&self, now: Instant) -> Option<EtcdError> {
+        let last = self.last.as_ref().filter(|(until, _)| now < *until);
+        last.map(|(_, error)| error.clone())
+    }
+
+    fn on_failure(&mut self, error: EtcdError, at: Instant) {
+        self.failures += 1;
+        // The first may be one member's trouble alone.
+        if self.failures > 1 {
+            let until = at + self.backoff.next(&mut fastrand::Rng::new());
+            self.last = Some((until, error));
+        }
+    }
+
+    /// Takes the answer that was feared not to come.
+    fn on_answer(&mut self, error: Option<&EtcdError>) {
+        let costly = [
+            EtcdErrorKind::DeadlineExceeded,
+            EtcdErrorKind::BadCredentials,
+        ];
+        match (error, &mut self.last) {
+            (Some(error), last) if costly.contains(&error.kind()) => {
+                if let Some((_, last)) = last {
+                    last.clone_from(error);
+                }
+            }
+            _ => {
+                self.failures = 0;
+                self.last = None;
+                self.backoff.reset();
+            }
+        }
+    }
+}
+
+const BACKOFF_FIRST: Duration = Duration::from_millis(500);
+const BACKOFF_MAX: Duration = Duration::from_secs(10);
 const JUST_NOW: Duration = Duration::from_secs(1);
 /// Over how long the renewals of refused tokens are spread. It is part of the deadline of a call, which is 2 s here.
 const REFRESH_SPREAD: Duration = Duration::from_millis(200);

@@ -8,7 +8,7 @@ use super::link::Link;
 use super::standing::Traffic;
 use super::{Etcd, error, header, rpc};
 use crate::error::{EtcdError, EtcdErrorKind};
-use crate::keyspace::{KeepAlive, LeaseId};
+use crate::keyspace::{Header, KeepAlive, LeaseId};
 
 impl Etcd {
     /// Grants a lease under a chosen id, and says its time to live, which may be longer than asked. Tried once.
@@ -44,26 +44,35 @@ impl Etcd {
     ) -> Result<KeepAlive, EtcdError> {
         const OPERATION: &str = "lease keep-alive";
         self.attempt(Traffic::Leases, OPERATION, deadline, |link| async move {
-            let answer = Self::keep_alive_over(&link, lease).await?;
-            match answer.header {
-                // Here and not by who asks, so that the next try goes to another member.
-                Some(header) if header.raft_term < term => {
-                    let source = format!("raft term {} after {term}", header.raft_term);
-                    let endpoint = link.endpoint();
-                    Err(EtcdError::new(
-                        EtcdErrorKind::StaleTerm,
-                        OPERATION,
-                        &endpoint,
-                        source,
-                    ))
+            let (header, ttl) = Self::keep_alive_over(&link, lease).await?;
+            let endpoint = link.endpoint();
+            // Whatever it says of the lease. Here and not by who asks, so that the next try goes to another member.
+            if let Some(header) = header.filter(|header| header.raft_term < term) {
+                let source = format!("raft term {} after {term}", header.raft_term);
+                let kind = EtcdErrorKind::StaleTerm;
+                return Err(EtcdError::new(kind, OPERATION, &endpoint, source));
+            }
+            // Etcd says that a lease is gone by a TTL that is not positive.
+            match u64::try_from(ttl) {
+                Ok(seconds) if seconds > 0 => Ok(KeepAlive {
+                    header,
+                    ttl: Duration::from_secs(seconds),
+                }),
+                _ => {
+                    let source = format!("lease {lease} has no time left");
+                    let kind = EtcdErrorKind::LeaseNotFound;
+                    Err(EtcdError::new(kind, OPERATION, &endpoint, source))
                 }
-                _ => Ok(answer),
             }
         })
         .await
     }
 
-    async fn keep_alive_over(link: &Link, lease: LeaseId) -> Result<KeepAlive, EtcdError> {
+    /// The header and the TTL of one answer.
+    async fn keep_alive_over(
+        link: &Link,
+        lease: LeaseId,
+    ) -> Result<(Option<Header>, i64), EtcdError> {
         const OPERATION: &str = "lease keep-alive";
         if let Some(service) = &link.service {
             return rpc::keep_alive(service, lease).await;
@@ -79,10 +88,8 @@ impl Etcd {
         keeper.keep_alive().await.map_err(failed)?;
         let answer = answers.message().await.map_err(failed)?;
         let answer = answer.ok_or_else(|| rpc::closed(OPERATION, &link.endpoint()))?;
-        Ok(KeepAlive {
-            header: answer.0.header.as_ref().map(|head| header(Some(head))),
-            ttl: rpc::time_left(OPERATION, &link.endpoint(), lease, answer.ttl())?,
-        })
+        let head = answer.0.header.as_ref();
+        Ok((head.map(|head| header(Some(head))), answer.ttl()))
     }
 
     /// Revokes a lease, and with it every key that hangs on it. Tried once; a lease that is gone counts as revoked.

@@ -155,17 +155,18 @@ impl Etcd {
         self.attempt(Traffic::Keys, "watch", DEADLINE, open).await
     }
 
-    /// Opens a watch from now on each of the keys, over one stream, and waits until all of them are watched: 2 s at most for each answer. Tried
-    /// once.
+    /// Opens a watch from now on each of the keys, over one stream, and waits until all of them are watched, for 2 s each for the first and for
+    /// the others. Tried once.
     pub(crate) async fn watch_each(&self, first: &Key, others: &[Key]) -> Result<Watch, EtcdError> {
         let mut watch = self.watch(&Range::key(first), None).await?;
+        let link = watch.link.clone();
         let all = async {
             for key in others {
                 watch.add(Range::key(key)).await?;
             }
             watch.created().await
         };
-        match all.await {
+        match bounded("watch", DEADLINE, &link, Box::pin(all)).await {
             Ok(()) => Ok(watch),
             Err(error) => {
                 self.report(&watch, &error);
@@ -235,8 +236,8 @@ fn key_value(kv: etcd_client::proto::PbKeyValue) -> KeyValue {
 
 /// The bound on one try of one call. A healthy member answers in milliseconds; a frozen one never does.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(2);
-/// The limit on one message: a page of 500 values and a thousand revisions of a watch's backlog stay below, a hostile prefix does not get more
-/// memory.
+/// The limit on one message: a page of 500 values and a watch's backlog of a thousand revisions, one key each, stay below, a hostile prefix
+/// does not get more memory. What is larger is listed, in pages that are halved until they fit.
 const MAX_MESSAGE: usize = 16 << 20;
 
 #[cfg(test)]

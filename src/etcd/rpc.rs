@@ -13,7 +13,7 @@ use super::auth::Credentials;
 use super::error;
 use super::link::LinkService;
 use crate::error::{EtcdError, EtcdErrorKind};
-use crate::keyspace::{Header, KeepAlive, LeaseId, Revision};
+use crate::keyspace::{Header, LeaseId, Revision};
 
 pub(super) const AUTHENTICATE: &str = "/etcdserverpb.Auth/Authenticate";
 pub(super) const LEASE_KEEP_ALIVE: &str = "/etcdserverpb.Lease/LeaseKeepAlive";
@@ -87,7 +87,7 @@ pub(super) async fn authenticate(
 pub(super) async fn keep_alive(
     service: &LinkService,
     lease: LeaseId,
-) -> Result<KeepAlive, EtcdError> {
+) -> Result<(Option<Header>, i64), EtcdError> {
     const OPERATION: &str = "lease keep-alive";
     let failed = |status| error::of_status(OPERATION, &service.endpoint(), status);
     let mut grpc = Grpc::new(service.clone());
@@ -109,35 +109,11 @@ pub(super) async fn keep_alive(
         revision: Revision::new(header.revision),
         raft_term: header.raft_term,
     });
-    Ok(KeepAlive {
-        header,
-        ttl: time_left(OPERATION, &service.endpoint(), lease, answer.ttl)?,
-    })
+    Ok((header, answer.ttl))
 }
 
 /// A stream that ended before its answer says nothing of the lease.
 pub(super) fn closed(operation: &'static str, endpoint: &str) -> EtcdError {
     let source = "the stream ended without an answer";
     EtcdError::new(EtcdErrorKind::Unavailable, operation, endpoint, source)
-}
-
-/// What a renewal says of a lease in seconds. Etcd says that one is gone by a TTL that is not positive.
-pub(super) fn time_left(
-    operation: &'static str,
-    endpoint: &str,
-    lease: LeaseId,
-    ttl: i64,
-) -> Result<Duration, EtcdError> {
-    match u64::try_from(ttl) {
-        Ok(seconds) if seconds > 0 => Ok(Duration::from_secs(seconds)),
-        _ => {
-            let source = format!("lease {lease} has no time left");
-            Err(EtcdError::new(
-                EtcdErrorKind::LeaseNotFound,
-                operation,
-                endpoint,
-                source,
-            ))
-        }
-    }
 }

@@ -37,7 +37,10 @@ impl KeyWatch {
     pub(super) async fn next(&mut self, etcd: &Etcd, keys: &[Key]) -> News {
         let error = match &mut self.open {
             None => match self.reopen(etcd, keys).await {
-                Ok(()) => return News::Opened,
+                Ok(()) => {
+                    self.refusals = 0;
+                    return News::Opened;
+                }
                 Err(error) => error,
             },
             Some(watch) => {

@@ -144,14 +144,14 @@ impl Task {
             loop {
                 tokio::select! {
                     biased;
-                    request = self.inbox.recv(), if interruptible => match request {
-                        // Somebody who asks often must not keep every exchange from its end, or from the deadline that has the next one go
-                        // to another member.
+                    () = &mut exchange => break None,
+                    () = sleep_until(give_up) => break None,
+                    // Somebody who asks often must not keep every exchange from its end, or from the deadline that has the next one go to
+                    // another member.
+                    request = self.inbox.recv(), if interruptible && deferred.len() < DEFERRED_MAX => match request {
                         Some(request @ (Request::SetWeight(..) | Request::Resume(_))) => deferred.push(request),
                         urgent => break Some(urgent),
                     },
-                    () = &mut exchange => break None,
-                    () = sleep_until(give_up) => break None,
                 }
             }
         };
@@ -367,5 +367,7 @@ async fn execute(
     }
 }
 
+/// Requests that wait for the end of an exchange; others wait in the inbox.
+const DEFERRED_MAX: usize = 8;
 /// Far enough away for a timer that is not to fire.
 const NEVER: Duration = Duration::from_secs(24 * 60 * 60);

@@ -281,6 +281,8 @@ fn tail(text: &str, lines: usize) -> &str {
 /// Replaces a directory by a copy of another one.
 async fn replace(from: PathBuf, to: PathBuf) -> Result<(), ProcessError> {
     let copied = spawn_blocking(move || {
+        // Before anything is removed: without a backup there is nothing to put in its place.
+        fs::read_dir(&from)?;
         if to.exists() {
             fs::remove_dir_all(&to)?;
         }

@@ -90,7 +90,7 @@ async fn a_renewal_out_of_an_old_raft_term_is_tried_at_another_member() {
     }
 }
 
-/// A leader that was frozen may be the only one that is asked: what a linearizable read says goes.
+/// Its raft terms begin anew, and its leases live on.
 #[tokio::test(start_paused = true)]
 async fn a_store_that_was_restored_keeps_its_registrations() {
     let fake = Fake::new(1, 0);
@@ -192,6 +192,25 @@ async fn what_is_set_apart_has_connections_of_its_own() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_stream_that_ends_cleanly_is_opened_again_at_once() {
+    let fake = Fake::new(1, 0);
+    let keyspace = Keyspace::new("/gRPC/");
+    let policy = AddressPolicy::default();
+    let resolver = ResolverBuilder::service(fake.etcd(2), &keyspace, "greeter", policy).start();
+    resolver.ready().await;
+    for round in 1..5 {
+        sleep(Duration::from_millis(500)).await;
+        fake.cut();
+        let key = format!("{PREFIX}{round}").into_bytes();
+        let value = format!("127.0.0.1:{round}").into_bytes();
+        fake.store().apply(vec![(key, Some((value, 0)))]);
+        fake.tell();
+        let known = || resolver.instances().len() == round;
+        until(Duration::from_secs(3), "the change is known", known).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_resolver_leaves_a_member_whose_watch_is_mute_for_another_one() {
     for seed in 0..20 {
         let fake = Fake::new(seed, 0);
@@ -211,7 +230,7 @@ async fn a_resolver_leaves_a_member_whose_watch_is_mute_for_another_one() {
     }
 }
 
-/// Two services, each over a hundred keys of one lease: all of them say goodbye.
+/// More services than etcd takes in one transaction.
 #[tokio::test(start_paused = true)]
 async fn every_key_says_that_it_is_leaving_before_it_goes() {
     let fake = Fake::new(1, 0);

@@ -28,6 +28,8 @@ pub(super) struct Users {
     pub(super) denied: bool,
     /// Whether a renewal needs a good token: older servers renew without one.
     pub(super) renewals_are_checked: bool,
+    /// Whether it takes longer to hash a password than anybody waits.
+    pub(super) overloaded: bool,
     /// How often a password was asked for.
     pub(super) authentications: u32,
 }
@@ -90,7 +92,9 @@ impl Service<http::Request<Body>> for Authenticate {
         fake.script().users.authentications += 1;
         Box::pin(async move {
             // A hash of the password takes its time.
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            let overloaded = fake.script().users.overloaded;
+            let takes = Duration::from_millis(if overloaded { 60_000 } else { 100 });
+            tokio::time::sleep(takes).await;
             let codec = ProstCodec::<PbAuthenticateResponse, PbAuthenticateRequest>::default();
             let method = tower::service_fn(|request| fake.authenticate(&request));
             Ok(Grpc::new(codec).unary(method, request).await)

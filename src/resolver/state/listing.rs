@@ -143,7 +143,6 @@ impl Machine {
         self.seen = header;
         self.tombstones.clear();
         self.audit.on_listed();
-        self.fruitless = 0;
         self.report.listed = true;
         self.report.lists += 1;
         self.report.trouble = None;

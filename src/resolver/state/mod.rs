@@ -36,7 +36,7 @@ mod watching;
 
 use audit::Audit;
 use listing::{Listing, PAGE_LIMIT};
-use watching::Watching;
+use watching::{Fruitless, Watching};
 
 /// What the owner task is to do next. Each is answered by one call of the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,8 +79,7 @@ pub(super) struct Machine {
     rng: fastrand::Rng,
     /// Whether the last watch was refused.
     refused: bool,
-    /// Watches in a row that have brought nothing, though there was something.
-    fruitless: u32,
+    fruitless: Fruitless,
     /// The number of keys asked for at once: halved when an answer is too large, and grown again.
     page_limit: i64,
     /// What it may grow to: halved when an answer takes too long.
@@ -168,7 +167,7 @@ impl Machine {
             backoff: Backoff::new(BACKOFF_FIRST, BACKOFF_MAX),
             rng,
             refused: false,
-            fruitless: 0,
+            fruitless: Fruitless::default(),
             page_limit: PAGE_LIMIT,
             page_cap: PAGE_LIMIT,
             report: Report::default(),

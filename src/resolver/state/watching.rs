@@ -25,6 +25,37 @@ pub(super) struct Watching {
     suspected: bool,
 }
 
+/// Watches in a row that have brought nothing, though the store was past R: there may be more to bring than a server or a link can within the
+/// time, and it would be the same again. A list comes in pages, which shrink where a link is slow.
+#[derive(Debug)]
+pub(super) struct Fruitless {
+    watches: u32,
+    /// How many are too many: twice as many each time that it was so.
+    limit: u32,
+}
+
+impl Default for Fruitless {
+    fn default() -> Self {
+        Self {
+            watches: 0,
+            limit: FRUITLESS,
+        }
+    }
+}
+
+impl Fruitless {
+    /// Counts one more, and says whether to list instead.
+    pub(super) fn is_too_much(&mut self, silent: bool) -> bool {
+        self.watches += if silent { 2 } else { 1 };
+        let too_much = self.watches >= self.limit;
+        if too_much {
+            self.watches = 0;
+            self.limit = (self.limit * 2).min(FRUITLESS_MAX);
+        }
+        too_much
+    }
+}
+
 impl Machine {
     pub(super) fn watch(&mut self, revision: Revision, check: Option<Key>) -> Command {
         self.report.revision = revision;
@@ -149,23 +180,13 @@ impl Machine {
             return self.wait(error);
         };
         let healthy = |opened| now.saturating_duration_since(opened) >= HEALTHY_AFTER;
-        if watching.opened.is_some_and(healthy) {
-            self.backoff.reset();
-        } else if watching.revision > watching.began {
-            // A backlog behind a connection that is cut all the time is caught up with, at a pace that no server minds.
-            self.backoff.ease(PROGRESS);
-        }
-        let revision = watching.revision;
-        // It had something to bring and has brought nothing: for as long as it was waited for, or before it was cut off, again and again.
-        // A list comes in pages, which shrink where a link is slow.
-        let fruitless =
-            watching.behind && revision == watching.began && !watching.opened.is_some_and(healthy);
-        self.fruitless = if fruitless { self.fruitless + 1 } else { 0 };
+        let healthy = watching.opened.is_some_and(healthy);
+        let progressed = watching.revision > watching.began;
+        let fruitless = watching.behind && !progressed && !healthy;
         let silent = error.kind() == EtcdErrorKind::DeadlineExceeded;
-        let stuck = fruitless && (silent || self.fruitless >= FRUITLESS);
+        let revision = watching.revision;
         self.state = State::Resuming { revision };
         match error.kind() {
-            _ if stuck => self.state = State::Listing(Listing::default()),
             EtcdErrorKind::Compacted | EtcdErrorKind::FutureRevision => {
                 self.state = State::Listing(Listing::default());
             }
@@ -176,13 +197,27 @@ impl Machine {
                 };
                 self.state = State::Listing(listing);
             }
+            _ if fruitless && self.fruitless.is_too_much(silent) => {
+                self.state = State::Listing(Listing::default());
+            }
+            // A backlog behind a connection that is cut all the time is caught up with, at a pace that no server minds.
+            _ if progressed => self.backoff.ease(PROGRESS),
             _ => {}
+        }
+        if healthy {
+            self.backoff.reset();
+        }
+        if healthy || progressed {
+            self.fruitless = Fruitless::default();
         }
         // Calls renew a refused token by themselves. A watch is refused in a message, and by older servers with the words of a missing
         // permission; the second time it is meant.
-        if error.kind().is_refusal() && !std::mem::replace(&mut self.refused, true) {
-            self.report.trouble = Some(error);
-            return Command::RenewToken(self.backoff.next(&mut self.rng));
+        if error.kind().is_refusal() {
+            self.refused = !self.refused;
+            if self.refused {
+                self.report.trouble = Some(error);
+                return Command::RenewToken(self.backoff.next(&mut self.rng));
+            }
         }
         self.wait(error)
     }
@@ -217,8 +252,11 @@ impl Machine {
     }
 }
 
-/// Watches in a row that were cut off before they brought anything of what there is.
+/// How often a watch may be cut off before it has brought anything of what there is; one that is silent for as long as it is waited for counts
+/// twice.
 const FRUITLESS: u32 = 3;
+/// What that grows to. Others may write to the store all the time, and whether a backlog is ours a watch that brings nothing does not tell.
+const FRUITLESS_MAX: u32 = 48;
 /// The longest wait after a watch that has brought something.
 const PROGRESS: Duration = Duration::from_secs(1);
 /// A watch that lasted this long was healthy, and its end is the first failure of a new series.
