@@ -405,7 +405,7 @@ async fn no_key_is_lost_while_a_leader_is_frozen_for_longer_than_the_ttl() {
     etcd.thaw(leader).await.unwrap();
     sleep(ttl).await;
     let lost = lost(&fleet, &etcd, leader).await;
-    println!("{} keys were revoked by the thawed leader", lost);
+    println!("{lost} keys were revoked by the thawed leader");
     eventually("all are registered", async || {
         fleet.resolver.instances().len() == 3 && fleet.resolver.status().held == 0
     })

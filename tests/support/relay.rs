@@ -184,7 +184,7 @@ impl http_body::Body for Cut {
                     this.watches.cuts.fetch_add(1, Ordering::SeqCst);
                     this.messages += 1;
                     // In the trailers: an error here would overtake what the window has not let through yet.
-                    let (head, _) = Status::unavailable("cut").into_http::<()>().into_parts();
+                    let (head, ()) = Status::unavailable("cut").into_http::<()>().into_parts();
                     return Poll::Ready(Some(Ok(Frame::trailers(head.headers))));
                 }
                 3 => return Poll::Ready(None),

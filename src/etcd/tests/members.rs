@@ -95,7 +95,7 @@ async fn one_member_of_three_that_is_frozen_or_dead_costs_one_read_its_first_try
     few_wait(
         "all well",
         &reads(&etcd, 300).await,
-        0,
+        2,
         Duration::from_secs(1),
     );
     let leader = cluster.leader().await.expect("somebody leads");

@@ -184,7 +184,7 @@ impl World {
 async fn play(seed: u64) {
     // Whoever draws jitter, leases and members does so on this thread.
     fastrand::seed(seed);
-    let lossy = seed % 4 == 0;
+    let lossy = seed.is_multiple_of(4);
     let world = World::new(seed, lossy).await;
     world.fake.script().faults = 20;
     for _ in 0..40 {

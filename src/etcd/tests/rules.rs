@@ -236,7 +236,7 @@ async fn every_key_says_that_it_is_leaving_before_it_goes() {
     let fake = Fake::new(1, 0);
     let mut builder = registration(fake.etcd(2));
     for number in 0..150 {
-        builder = builder.and_service(&format!("service{number}"));
+        builder = builder.and_service(format!("service{number}"));
     }
     let registered = builder.register().await.expect("all is well");
     let goodbyes = |fake: &Fake| {

@@ -133,13 +133,11 @@ impl Machine {
             return Command::Receive;
         }
         // A member that lags looks like this, and so does a store that was wiped: a linearizable read tells.
-        match self.newest() {
-            Some(key) => Command::Check(key),
-            None => {
-                self.state = State::Listing(Listing::default());
-                Command::Wait(self.backoff.next(&mut self.rng))
-            }
+        if let Some(key) = self.newest() {
+            return Command::Check(key);
         }
+        self.state = State::Listing(Listing::default());
+        Command::Wait(self.backoff.next(&mut self.rng))
     }
 
     pub(super) fn apply(&mut self, event: Event) {
