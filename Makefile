@@ -4,7 +4,8 @@ CARGO ?= cargo
 ETCD_NEWEST ?= 3.7.3
 # What a version of etcd makes the most difference to. `make test-newest ETCD_TESTS=` runs everything with it.
 ETCD_TESTS ?= --test auth --test faults --test registration --test resolver
-# Tests at once in `make test`: most of their time they wait for a lease to run out or a member to come back.
+# Tests at once with it: most of their time they wait for a lease to run out or a member to come back. Others measure latencies, and are not
+# among them.
 TEST_THREADS ?= 4
 
 .DEFAULT_GOAL := help
@@ -30,7 +31,7 @@ test: setup ## Check formatting, lints and docs, and run all tests
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --all-features
-	RUST_TEST_THREADS=$(TEST_THREADS) $(CARGO) test --locked --all-features
+	$(CARGO) test --locked --all-features
 	$(CARGO) clippy --locked --lib --no-default-features -- -D warnings
 	@if [ -n "$${ETCD_BIN:-}" ]; then \
 		echo "LEFT OUT: the tests with etcd $(ETCD_NEWEST), because ETCD_BIN names the one to test with"; \

@@ -275,7 +275,9 @@ async fn a_server_killed_again_and_again_fails_only_what_was_in_flight() {
     drop(shaky);
     let _back = Greeter::start_with("back", port, |server| server);
     ready(&channel, 2).await;
-    assert_eq!(tally(&channel, 100).await.len(), 2, "it is used again");
+    // One caller alone takes whichever answers faster, until the other one's estimate has faded.
+    let used = async { while !tally(&channel, 1).await.contains_key("back") {} };
+    in_time("it is used again", used).await;
 }
 
 #[tokio::test]
