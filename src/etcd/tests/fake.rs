@@ -66,6 +66,10 @@ pub(super) struct Script {
     pub(super) frozen: u32,
     /// The member whose watches never say anything.
     pub(super) mute: Option<&'static str>,
+    /// So many renewals more are not answered: their streams end.
+    pub(super) closed_renewals: u32,
+    /// Watches that were asked for.
+    pub(super) watches: u32,
     /// Streams of renewals that are open.
     pub(super) renewing: u32,
     /// Keys that were read one by one, with their values.
@@ -98,6 +102,8 @@ impl Fake {
                 users: Users::default(),
                 frozen: 0,
                 mute: None,
+                closed_renewals: 0,
+                watches: 0,
                 renewing: 0,
                 reads_of_values: 0,
                 lost_grants: 0,
@@ -473,6 +479,11 @@ impl PbLeaseService for Fake {
                 let Ok(Some(request)) = request else {
                     break;
                 };
+                let closed = fake.script().closed_renewals > 0;
+                if closed {
+                    fake.script().closed_renewals -= 1;
+                    break;
+                }
                 // A8: a leader that was frozen answers for a lease that the cluster has dropped, out of a term that is over.
                 let lie = {
                     let mut script = fake.script();
@@ -543,6 +554,7 @@ impl PbWatchService for Fake {
         is_well_formed(&request, false);
         // A token that is not good any more is told in a message. A10 (a)
         let refusal = self.admits(&request).err();
+        self.script().watches += 1;
         if self.script().fault(4) == Some(0) {
             return Err(Status::unavailable("etcdserver: no leader"));
         }

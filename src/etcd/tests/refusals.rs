@@ -180,8 +180,11 @@ async fn a_registration_whose_password_was_changed_costs_the_server_little() {
         fake.script().users.token += 1;
         fake.cut();
         let before = fake.script().users.authentications;
+        let watches = fake.script().watches;
         sleep(Duration::from_secs(600)).await;
         let asked = fake.script().users.authentications - before;
+        let watches = fake.script().watches - watches;
+        assert!(watches <= 50, "{watches} watches in ten minutes");
         // Twice per TTL at most for what is asked of the key, and every 15 s for the watch.
         let most = if renewals_are_checked { 160 } else { 130 };
         assert!((20..most).contains(&asked), "{asked} times in ten minutes");

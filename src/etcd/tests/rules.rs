@@ -148,6 +148,19 @@ async fn a_renewal_leaves_no_stream_open() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_renewal_that_ends_without_an_answer_says_nothing_of_the_lease() {
+    let fake = Fake::new(1, 0);
+    let etcd = fake.etcd(1);
+    let lease = LeaseId::new(42);
+    etcd.grant(lease, TTL, DEADLINE).await.expect("granted");
+    fake.script().closed_renewals = 1;
+    let error = etcd.keep_alive(lease, 0, DEADLINE).await;
+    let error = error.expect_err("no answer");
+    assert_eq!(error.kind(), EtcdErrorKind::Unavailable);
+    etcd.keep_alive(lease, 0, DEADLINE).await.expect("renewed");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_grant_whose_answer_was_lost_is_repeated_without_harm() {
     let fake = Fake::new(1, 0);
     fake.script().lost_grants = 1;
@@ -215,6 +228,12 @@ async fn a_resolver_leaves_a_member_whose_watch_is_mute_for_another_one() {
     for seed in 0..20 {
         let fake = Fake::new(seed, 0);
         fake.script().mute = Some("member0:1");
+        let long = Duration::from_secs(1_000);
+        let leased = (long, Instant::now() + long);
+        fake.store().leases.insert(7, leased);
+        let known = format!("{PREFIX}0").into_bytes();
+        let value = b"127.0.0.1:79".to_vec();
+        fake.store().apply(vec![(known, Some((value, 7)))]);
         let keyspace = Keyspace::new("/gRPC/");
         let policy = AddressPolicy::default();
         let resolver = ResolverBuilder::service(fake.etcd(2), &keyspace, "greeter", policy).start();
@@ -225,7 +244,7 @@ async fn a_resolver_leaves_a_member_whose_watch_is_mute_for_another_one() {
         fake.tell();
         // The first message's 2 s, and a backoff; a second mute watch would take as long again.
         let bound = Duration::from_millis(3_500);
-        let known = || resolver.instances().len() == 1;
+        let known = || resolver.instances().len() == 2;
         until(bound, "the change is known", known).await;
     }
 }
