@@ -769,3 +769,12 @@ fn a_refused_renewal_is_tried_twice_per_ttl_when_the_lease_may_be_gone() {
     );
     assert!(longest <= TTL, "{longest:?}");
 }
+
+#[test]
+fn a_lease_that_is_not_found_is_given_up_at_once() {
+    let mut player = Player::registered(17);
+    let gone = Err(error(EtcdErrorKind::LeaseNotFound));
+    player.machine.on_renewed(gone, player.now, player.now);
+    let next = player.machine.command(player.now);
+    assert!(matches!(next, Command::Grant { .. }), "{next:?}");
+}
