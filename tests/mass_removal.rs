@@ -35,14 +35,17 @@ fn callers(channel: &BalancedChannel) -> Callers {
     })
 }
 
-/// Stops them; no call may have failed before `until`, and those after it are clear.
-async fn failed_only_after(callers: Callers, until: Instant) {
+/// Waits for the first call that fails and stops them; none may have failed before `until`, and those that have are clear.
+async fn failed_only_after(mut callers: Callers, until: Instant) {
+    let mut failed = Vec::new();
     eventually("calls fail when the hold is over", async || {
-        Instant::now() > until + Duration::from_millis(500)
+        failed.extend(callers.failed());
+        !failed.is_empty()
     })
     .await;
-    let (calls, failed) = callers.stopped().await;
-    let first = failed.first().expect("nothing is left to call");
+    let (calls, last) = callers.stopped().await;
+    failed.extend(last);
+    let first = failed.first().expect("it was waited for");
     assert!(
         first.ended >= until,
         "of {calls} calls one failed {:?} before the hold was over: {:?}",
