@@ -52,6 +52,16 @@ async fn a_garbage_value_is_one_log_line_that_does_not_show_it_and_a_hold_is_two
         resolver.status().rejected_values == 1
     })
     .await;
+    // Whoever writes others, one after the other, does not fill the log.
+    for rejected in 2..=4 {
+        let mut by_hand = client(&etcd).await;
+        let bad = by_hand.put("/gRPC/greeter/1", "password=secret", None);
+        bad.await.unwrap();
+        eventually("it is counted", async || {
+            resolver.status().rejected_values == rejected
+        })
+        .await;
+    }
     // Listed again it is the same write.
     etcd.kill(0).await.unwrap();
     etcd.restart(0).await.unwrap();

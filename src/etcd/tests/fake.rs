@@ -2,7 +2,7 @@
 //! named A1 to B5 are what was measured of real servers.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use etcd_client::proto::{
@@ -40,7 +40,7 @@ pub(super) struct Fake {
     /// Which connection this one serves.
     connection: u32,
     /// At which address.
-    member: Arc<str>,
+    pub(super) member: Arc<str>,
 }
 
 /// What goes wrong.
@@ -64,7 +64,7 @@ pub(super) struct Script {
     pub(super) users: Users,
     /// No request over a connection up to this one is answered any more.
     pub(super) frozen: u32,
-    /// The member whose watches never say anything.
+    /// The member whose watches say nothing more.
     pub(super) mute: Option<&'static str>,
     /// So many renewals more are not answered: their streams end.
     pub(super) closed_renewals: u32,
@@ -74,6 +74,8 @@ pub(super) struct Script {
     pub(super) renewing: u32,
     /// Keys that were read one by one, with their values.
     pub(super) reads_of_values: u32,
+    /// Pages of lists that were asked for.
+    pub(super) pages: u32,
     /// The next grants are done, and their answers lost.
     pub(super) lost_grants: u32,
 }
@@ -106,6 +108,7 @@ impl Fake {
                 watches: 0,
                 renewing: 0,
                 reads_of_values: 0,
+                pages: 0,
                 lost_grants: 0,
             })),
             changed: watch::Sender::new(0),
@@ -115,12 +118,19 @@ impl Fake {
     }
 
     pub(super) fn script(&self) -> MutexGuard<'_, Script> {
-        self.script.lock().unwrap_or_else(PoisonError::into_inner)
+        self.script.lock().expect(BROKEN)
+    }
+
+    /// What must hold for every request. A panic of the server's alone would only end a connection, and the library lives through that: it
+    /// poisons the script, so that whoever looks at it next fails.
+    pub(super) fn insist(&self, holds: bool, what: &str) {
+        let _poisoned = self.script();
+        assert!(holds, "{what}");
     }
 
     /// The store, with what has run out by now gone.
     pub(super) fn store(&self) -> MutexGuard<'_, Store> {
-        let mut store = self.store.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut store = self.store.lock().expect(BROKEN);
         let before = store.revision;
         store.expire(Instant::now());
         if store.revision != before {
@@ -244,14 +254,12 @@ impl Fake {
 
 /// What every request of ours has: the wish to be refused by a member that has lost its cluster, and a deadline if it has an answer to wait
 /// for.
-fn is_well_formed<T>(request: &Request<T>, unary: bool) {
+fn is_well_formed<T>(fake: &Fake, request: &Request<T>, unary: bool) {
     let asks = request.metadata().get("hasleader");
-    assert!(
-        asks.is_some_and(|asks| asks == "true"),
-        "hasleader is missing"
-    );
-    let deadline = request.metadata().get("grpc-timeout");
-    assert_eq!(deadline.is_some(), unary, "{deadline:?}");
+    let asks = asks.is_some_and(|asks| asks == "true");
+    fake.insist(asks, "hasleader is missing");
+    let deadline = request.metadata().contains_key("grpc-timeout");
+    fake.insist(deadline == unary, "what has an answer has a deadline");
 }
 
 fn range(store: &Store, request: &PbRangeRequest) -> Result<PbRangeResponse, Status> {
@@ -351,20 +359,21 @@ impl PbKvService for Fake {
         &self,
         request: Request<PbRangeRequest>,
     ) -> Result<Response<PbRangeResponse>, Status> {
-        is_well_formed(&request, true);
-        assert!(!request.get_ref().serializable, "a member may lag");
+        is_well_formed(self, &request, true);
+        self.insist(!request.get_ref().serializable, "a member may lag");
         self.admits(&request)?;
         {
             let mut script = self.script();
             script.keys_over.insert(self.connection);
             let one = request.get_ref().range_end.is_empty();
             script.reads_of_values += u32::from(one && !request.get_ref().keys_only);
+            script.pages += u32::from(!one && request.get_ref().limit != 1);
         }
         self.answer(|store| range(store, request.get_ref())).await
     }
 
     async fn txn(&self, request: Request<PbTxnRequest>) -> Result<Response<PbTxnResponse>, Status> {
-        is_well_formed(&request, true);
+        is_well_formed(self, &request, true);
         self.admits(&request)?;
         if let Some((key, lease)) = self.script().usurped.take() {
             self.store()
@@ -406,7 +415,7 @@ impl PbLeaseService for Fake {
         &self,
         request: Request<PbLeaseGrantRequest>,
     ) -> Result<Response<PbLeaseGrantResponse>, Status> {
-        is_well_formed(&request, true);
+        is_well_formed(self, &request, true);
         self.admits(&request)?;
         self.script().leases_over.insert(self.connection);
         let PbLeaseGrantRequest { ttl, id } = *request.get_ref();
@@ -442,7 +451,7 @@ impl PbLeaseService for Fake {
         &self,
         request: Request<PbLeaseRevokeRequest>,
     ) -> Result<Response<PbLeaseRevokeResponse>, Status> {
-        is_well_formed(&request, true);
+        is_well_formed(self, &request, true);
         self.admits(&request)?;
         let id = request.get_ref().id;
         self.script().leases_over.insert(self.connection);
@@ -461,7 +470,7 @@ impl PbLeaseService for Fake {
         &self,
         request: Request<Streaming<PbLeaseKeepAliveRequest>>,
     ) -> Result<Response<Self::LeaseKeepAliveStream>, Status> {
-        is_well_formed(&request, false);
+        is_well_formed(self, &request, false);
         if self.script().users.renewals_are_checked {
             self.admits(&request)?;
         }
@@ -551,7 +560,7 @@ impl PbWatchService for Fake {
         &self,
         request: Request<Streaming<PbWatchRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        is_well_formed(&request, false);
+        is_well_formed(self, &request, false);
         // A token that is not good any more is told in a message. A10 (a)
         let refusal = self.admits(&request).err();
         self.script().watches += 1;
@@ -576,3 +585,6 @@ impl PbWatchService for Fake {
 
 /// Longer than anybody waits.
 const NEVER: Duration = Duration::from_secs(3_600);
+
+/// Why the script or the store is poisoned.
+const BROKEN: &str = "every request so far may be made";

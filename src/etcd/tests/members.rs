@@ -17,6 +17,26 @@ fn since(start: Instant) -> Duration {
     Instant::now().saturating_duration_since(start)
 }
 
+/// Who leads, once somebody does.
+async fn leader(cluster: &testing::Etcd) -> usize {
+    let start = Instant::now();
+    loop {
+        if let Some(leader) = cluster.leader().await {
+            return leader;
+        }
+        assert!(since(start) < Duration::from_secs(20), "nobody leads");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Cuts a member off, once it answers who it is.
+async fn isolate(cluster: &mut testing::Etcd, member: usize) {
+    let start = Instant::now();
+    while let Err(error) = cluster.isolate(member).await {
+        assert!(since(start) < Duration::from_secs(20), "{error}");
+    }
+}
+
 async fn connect(endpoints: Vec<String>) -> Etcd {
     let config = Config {
         endpoints,
@@ -68,9 +88,9 @@ async fn reads(etcd: &Etcd, reads: usize) -> Vec<Duration> {
     took
 }
 
-/// Says how many reads waited, how long, and when the last of them was made; no more than `few` may.
+/// Says how many reads waited for a deadline of 2 s, how long, and when the last of them was made; no more than `few` may.
 fn few_wait(what: &str, took: &[Duration], few: usize, longest: Duration) {
-    let waits = |took: &&Duration| **took > Duration::from_millis(200);
+    let waits = |took: &&Duration| **took > Duration::from_millis(1_500);
     let waited = took.iter().filter(waits).count();
     let last = took.iter().rposition(|took| waits(&took));
     let slowest = took.iter().max().expect("reads");
@@ -95,30 +115,30 @@ async fn one_member_of_three_that_is_frozen_or_dead_costs_one_read_its_first_try
     few_wait(
         "all well",
         &reads(&etcd, 300).await,
-        2,
-        Duration::from_secs(1),
+        0,
+        Duration::from_millis(1_900),
     );
-    let leader = cluster.leader().await.expect("somebody leads");
+    let leader = leader(&cluster).await;
     let follower = (leader + 1) % 3;
 
     cluster.freeze(follower).await.expect("frozen");
     let took = reads(&etcd, 300).await;
     let (refused, hung) = stock(&client, 300).await;
     println!("etcd-client: {refused} of 300 failed, {hung} hung");
-    few_wait("one frozen", &took, 1, Duration::from_millis(2_500));
+    few_wait("one frozen", &took, 1, Duration::from_millis(3_900));
     cluster.thaw(follower).await.expect("thawed");
 
     cluster.kill(follower).await.expect("killed");
     let took = reads(&etcd, 300).await;
     let (refused, hung) = stock(&client, 300).await;
     println!("etcd-client: {refused} of 300 failed, {hung} hung");
-    few_wait("one dead", &took, 0, Duration::from_secs(1));
+    few_wait("one dead", &took, 0, Duration::from_millis(1_900));
     cluster.restart(follower).await.expect("restarted");
 
     // The others elect another leader first, which takes them a second or two.
     cluster.freeze(leader).await.expect("frozen");
     let took = reads(&etcd, 300).await;
-    few_wait("the leader frozen", &took, 3, Duration::from_secs(9));
+    few_wait("the leader frozen", &took, 4, Duration::from_secs(12));
 }
 
 /// A watch on a member for which `is_it` holds.
@@ -149,7 +169,7 @@ async fn a_watch_whose_member_freezes_or_loses_its_leader_moves_to_another_membe
     let starting = testing::Etcd::builder().members(3).partitionable();
     let mut cluster = starting.start().await.expect("etcd");
     let etcd = connect(cluster.endpoints()).await;
-    let leader = cluster.leader().await.expect("somebody leads");
+    let leader = leader(&cluster).await;
     let bad = (leader + 1) % 3;
     let address = cluster.endpoint(bad);
     let deadline = Duration::from_secs(2);
@@ -161,17 +181,20 @@ async fn a_watch_whose_member_freezes_or_loses_its_leader_moves_to_another_membe
         let start = Instant::now();
         match fault {
             "frozen" => cluster.freeze(bad).await.expect("frozen"),
-            _ => cluster.isolate(bad).await.expect("isolated"),
+            _ => isolate(&mut cluster, bad).await,
         }
         let error = end(&mut watch).await;
         println!("{fault}: the watch ended after {:?}: {error}", since(start));
         assert_eq!(error.endpoint(), address);
-        let bound = Duration::from_secs(if fault == "frozen" { 9 } else { 8 });
+        // 5 s of silence and 3 s for an answer.
+        let bound = Duration::from_secs(12);
         assert!(since(start) < bound, "{:?}", since(start));
         etcd.report(&watch, &error);
         // Certainly elsewhere, and not by luck; and the first of it is there at once.
         let start = Instant::now();
+        let mut slowest = Duration::ZERO;
         for _ in 0..30 {
+            let step = Instant::now();
             let mut next = etcd
                 .watch(&Range::prefix("/gRPC/"), None)
                 .await
@@ -179,6 +202,7 @@ async fn a_watch_whose_member_freezes_or_loses_its_leader_moves_to_another_membe
             assert_ne!(next.endpoint(), address, "{fault}");
             assert!(next.message().await.expect("a message").created);
             etcd.read(&Key::from("/a")).await.expect("read");
+            slowest = slowest.max(since(step));
         }
         // Leases go over connections of their own, and know of the member all the same.
         etcd.keep_alive(lease, 0, deadline).await.expect("renewed");
@@ -186,7 +210,7 @@ async fn a_watch_whose_member_freezes_or_loses_its_leader_moves_to_another_membe
             "{fault}: 30 watches, 30 reads, and a renewal took {:?}",
             since(start)
         );
-        assert!(since(start) < Duration::from_secs(2), "{:?}", since(start));
+        assert!(slowest < deadline, "{slowest:?}");
         match fault {
             "frozen" => cluster.thaw(bad).await.expect("thawed"),
             _ => cluster.rejoin(bad).expect("rejoined"),
@@ -210,11 +234,7 @@ async fn a_dead_and_a_frozen_member_cost_one_deadline_in_all() {
     let (dead, frozen) = (0, 1);
     cluster.kill(dead).await.expect("killed");
     // With four of five there is a leader, at once or after an election.
-    let waited = Instant::now();
-    while cluster.leader().await.is_none() {
-        assert!(since(waited) < Duration::from_secs(20), "nobody leads");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    leader(&cluster).await;
     let (failed, slowest, mean) = ours(&etcd, 300).await;
     let (refused, hung) = stock(&client, 300).await;
     println!(
@@ -223,19 +243,22 @@ async fn a_dead_and_a_frozen_member_cost_one_deadline_in_all() {
     assert_eq!(failed, 0);
 
     cluster.freeze(frozen).await.expect("frozen");
+    let (failed, slowest, mean) = ours(&etcd, 20).await;
+    assert_eq!(failed, 0);
+    // Two deadlines if the one that leads is frozen as well: an election.
+    assert!(slowest < Duration::from_secs(12), "{slowest:?}");
+    assert!(mean < Duration::from_millis(200), "{mean:?}");
+    // What the reads have found holds for leases.
+    let start = Instant::now();
+    etcd.keep_alive(lease, 0, deadline).await.expect("renewed");
+    println!("a renewal took {:?}", since(start));
     let (failed, slowest, mean) = ours(&etcd, 300).await;
     let (refused, hung) = stock(&client, 300).await;
     println!(
         "dead and frozen: {failed} of 300 reads failed, the slowest {slowest:?}, the others {mean:?}; etcd-client: {refused} failed, {hung} hung"
     );
     assert_eq!(failed, 0);
-    // Two deadlines if the one that leads is frozen as well: an election.
-    assert!(slowest < Duration::from_secs(9), "{slowest:?}");
-    assert!(mean < Duration::from_millis(50), "{mean:?}");
-    let start = Instant::now();
-    etcd.keep_alive(lease, 0, deadline).await.expect("renewed");
-    println!("a renewal took {:?}", since(start));
-    assert!(since(start) < Duration::from_millis(500));
+    assert!(mean < Duration::from_millis(200), "{mean:?}");
 }
 
 /// One address for several members, as a service in Kubernetes is: new connections go to whichever member it is told.
@@ -258,7 +281,7 @@ async fn service(mut member: watch::Receiver<String>) -> String {
 #[tokio::test]
 async fn a_frozen_member_behind_the_only_address_is_left_by_a_new_connection() {
     let mut cluster = testing::Etcd::start_cluster(3).await.expect("etcd");
-    let leader = cluster.leader().await.expect("somebody leads");
+    let leader = leader(&cluster).await;
     let (frozen, well) = ((leader + 1) % 3, (leader + 2) % 3);
     let (member, members) = watch::channel(cluster.endpoint(frozen));
     let etcd = connect(vec![service(members).await]).await;
@@ -272,11 +295,13 @@ async fn a_frozen_member_behind_the_only_address_is_left_by_a_new_connection() {
     // Two deadlines, then a new connection.
     let start = Instant::now();
     etcd.read(&Key::from("/a")).await.expect("read");
-    assert!(since(start) < Duration::from_secs(6), "{:?}", since(start));
+    assert!(since(start) < Duration::from_secs(10), "{:?}", since(start));
     for _ in 0..2 {
         etcd.keep_alive(lease, 0, deadline)
             .await
             .expect_err("frozen");
     }
-    etcd.keep_alive(lease, 0, deadline).await.expect("renewed");
+    // Over the new connection, which takes its time.
+    let long = Duration::from_secs(5);
+    etcd.keep_alive(lease, 0, long).await.expect("renewed");
 }

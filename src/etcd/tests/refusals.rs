@@ -60,6 +60,53 @@ async fn however_many_requests_are_refused_one_token_is_fetched() {
     assert_eq!(fake.script().users.authentications, 2);
 }
 
+/// To the others the cluster's log brings it a moment later.
+#[tokio::test(start_paused = true)]
+async fn a_new_token_goes_to_the_member_that_has_issued_it() {
+    let (fake, _) = protected();
+    fake.script().users.lag = Duration::from_millis(200);
+    let key = Key::from("/a");
+    for round in 1..=20 {
+        let etcd = fake.etcd(3);
+        etcd.read(&key).await.expect("a token was fetched");
+        assert_eq!(fake.script().users.authentications, round);
+        sleep(Duration::from_secs(1)).await;
+    }
+}
+
+/// A change of the store's users has every client of it here at once.
+#[tokio::test(start_paused = true)]
+async fn clients_whose_tokens_are_refused_at_once_fetch_new_ones_one_after_the_other() {
+    const CLIENTS: u32 = 40;
+    let (fake, _) = protected();
+    let key = Key::from("/a");
+    let clients: Vec<_> = (0..CLIENTS).map(|_| fake.etcd(1)).collect();
+    for etcd in &clients {
+        etcd.read(&key).await.expect("a token was fetched");
+    }
+    fake.script().users.token += 1;
+    let start = Instant::now();
+    let mut reads = tokio::task::JoinSet::new();
+    for etcd in clients {
+        let key = key.clone();
+        reads.spawn(async move { etcd.read(&key).await.map(drop) });
+    }
+    let mut most = 0;
+    let mut before = fake.script().users.authentications;
+    while before < 2 * CLIENTS {
+        let took = Instant::now().saturating_duration_since(start);
+        assert!(took < Duration::from_secs(1), "{before} in {took:?}");
+        sleep(Duration::from_millis(20)).await;
+        let now = fake.script().users.authentications;
+        most = most.max(now - before);
+        before = now;
+    }
+    for outcome in reads.join_all().await {
+        outcome.expect("a token was fetched");
+    }
+    assert!(most <= CLIENTS / 2, "{most} of {CLIENTS} within 20 ms");
+}
+
 /// Etcd goes on hashing for those who have given up.
 #[tokio::test(start_paused = true)]
 async fn a_server_that_is_busy_hashing_is_left_alone_for_longer_each_time() {
@@ -196,6 +243,35 @@ async fn a_registration_whose_password_was_changed_costs_the_server_little() {
             registration.state()
         );
     }
+    registration.deregister().await.expect("all is well");
+}
+
+/// The watch on its key renews the token itself, and does not wait for the reads to do it.
+#[tokio::test(start_paused = true)]
+async fn a_registration_whose_watch_is_refused_watches_on_with_a_fresh_token() {
+    let (fake, etcd) = protected();
+    let keyspace = Keyspace::new("/gRPC/");
+    let policy = AddressPolicy::default();
+    let registration = RegistrationBuilder::service(etcd, policy, keyspace, "greeter");
+    // It reads its key at its renewals, every twenty seconds.
+    let ttl = Duration::from_secs(60);
+    let registration = registration.address("127.0.0.1:1").ttl(ttl);
+    let registration = registration.register().await.expect("all is well");
+    sleep(Duration::from_secs(1)).await;
+    fake.script().users.token += 1;
+    fake.cut();
+    // The first two waits of a second, and the hash.
+    sleep(Duration::from_secs(4)).await;
+    let key = format!("{PREFIX}127.0.0.1:1").into_bytes();
+    fake.store().apply(vec![(key.clone(), None)]);
+    fake.tell();
+    let back = async {
+        while !fake.store().keys.contains_key(&key) {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let back = timeout(Duration::from_secs(1), back).await;
+    back.expect("it is seen at once");
     registration.deregister().await.expect("all is well");
 }
 

@@ -1,8 +1,12 @@
 //! Single rules that a random history need not come across.
 
+use std::io::ErrorKind;
 use std::time::Duration;
 
+use tokio::io::DuplexStream;
 use tokio::time::{Instant, sleep, timeout};
+use tokio_stream::StreamExt;
+use tower::discover::Change;
 
 use super::fake::Fake;
 use super::{PREFIX, TTL};
@@ -249,6 +253,79 @@ async fn a_resolver_leaves_a_member_whose_watch_is_mute_for_another_one() {
     }
 }
 
+/// It notices after 8 s, and waits for one at most; a watch that the same member does not even create would take 2 s more.
+#[tokio::test(start_paused = true)]
+async fn a_registration_leaves_a_member_whose_watch_falls_silent_for_another_one() {
+    for seed in 0..20 {
+        let fake = Fake::new(seed, 0);
+        // It reads its key at its renewals, every twenty seconds.
+        let registered = registration(fake.etcd(2)).ttl(TTL * 10).register().await;
+        let registered = registered.expect("all is well");
+        sleep(Duration::from_millis(100)).await;
+        fake.script().mute = Some("member0:1");
+        sleep(Duration::from_millis(9_300)).await;
+        fake.store().apply(vec![(own_key(), None)]);
+        fake.tell();
+        until(DEADLINE, "the key is back", || lease(&fake) != 0).await;
+        drop(registered);
+    }
+}
+
+/// Whoever does not ask for long is told of the last change of an address, and of no other.
+#[tokio::test(start_paused = true)]
+async fn an_address_that_changes_all_the_time_is_one_change() {
+    let fake = Fake::new(1, 0);
+    let keyspace = Keyspace::new("/gRPC/");
+    let policy = AddressPolicy::default();
+    let mut resolver = ResolverBuilder::service(fake.etcd(1), &keyspace, "greeter", policy).start();
+    resolver.ready().await;
+    for weight in 1..=50 {
+        let value = format!(r#"{{"Addr":"127.0.0.1:1","Metadata":{{"weight":{weight}}}}}"#);
+        let put = (own_key(), Some((value.into_bytes(), 0)));
+        fake.store().apply(vec![put]);
+        fake.tell();
+        let known = || {
+            resolver
+                .instances()
+                .iter()
+                .any(|one| one.weight() == weight)
+        };
+        until(DEADLINE, "the change is known", known).await;
+    }
+    let Some(Ok(Change::Insert(_, instance))) = resolver.next().await else {
+        panic!("it is there");
+    };
+    assert_eq!(instance.weight(), 50);
+    let more = timeout(DEADLINE, resolver.next()).await;
+    assert!(more.is_err(), "{more:?}");
+}
+
+/// 24 MB in 400 values: more than a message may have.
+#[tokio::test(start_paused = true)]
+async fn a_page_of_more_than_sixteen_mib_is_not_taken() {
+    let fake = Fake::new(1, 0);
+    for number in 0..400 {
+        let key = format!("{PREFIX}{number}").into_bytes();
+        let filler = "x".repeat(60_000);
+        let value = format!(
+            r#"{{"Addr":"127.0.0.1:{}","Metadata":{{"x":"{filler}"}}}}"#,
+            number + 1
+        );
+        let put = (key, Some((value.into_bytes(), 0)));
+        fake.store().apply(vec![put]);
+    }
+    let keyspace = Keyspace::new("/gRPC/");
+    let policy = AddressPolicy::default();
+    let resolver = ResolverBuilder::service(fake.etcd(1), &keyspace, "greeter", policy).start();
+    resolver.ready().await;
+    assert_eq!(resolver.instances().len(), 400);
+    assert_eq!(
+        fake.script().pages,
+        3,
+        "a whole one in vain, and two halves"
+    );
+}
+
 /// More services than etcd takes in one transaction.
 #[tokio::test(start_paused = true)]
 async fn every_key_says_that_it_is_leaving_before_it_goes() {
@@ -282,7 +359,12 @@ async fn a_channel_whose_endpoint_refuses_connections_has_its_key_read() {
     let key = format!("{PREFIX}1").into_bytes();
     fake.store().apply(vec![(key, Some((refusing, 0)))]);
     let resolver = ResolverBuilder::service(fake.etcd(1), &keyspace, "greeter", policy);
-    let channel = ChannelBuilder::over(resolver).connect_lazy();
+    // Not by the kernel, whose answer paused time does not wait for.
+    let refused =
+        |_| std::future::ready(Err::<DuplexStream, _>(ErrorKind::ConnectionRefused.into()));
+    let channel = ChannelBuilder::over(resolver)
+        .connector(refused)
+        .connect_lazy();
     let read = || fake.script().reads_of_values > 0;
     until(Duration::from_secs(5), "the key is read", read).await;
     assert_eq!(channel.endpoints().len(), 1, "it is still registered");

@@ -3,10 +3,12 @@
 use std::convert::Infallible;
 use std::future::{Ready, ready};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use etcd_client::proto::{PbAuthenticateRequest, PbAuthenticateResponse};
+use tokio::time::Instant;
 use tonic::body::Body;
 use tonic::server::{Grpc, NamedService};
 use tonic::{Request, Response, Status};
@@ -32,6 +34,10 @@ pub(super) struct Users {
     pub(super) overloaded: bool,
     /// How often a password was asked for.
     pub(super) authentications: u32,
+    /// How long a token is known to the member alone that has issued it.
+    pub(super) lag: Duration,
+    /// Which member that was of the last one, and when.
+    issued: Option<(Arc<str>, Instant)>,
 }
 
 impl Users {
@@ -44,6 +50,12 @@ impl Users {
 
     fn good(&self) -> String {
         format!("token{}", self.token)
+    }
+
+    /// Whether a member knows of the token that is good.
+    fn known_to(&self, member: &Arc<str>) -> bool {
+        let issued = self.issued.as_ref();
+        issued.is_none_or(|(issuer, at)| issuer == member || Instant::now() >= *at + self.lag)
     }
 }
 
@@ -59,7 +71,7 @@ impl Fake {
             Some(_) if users.denied => {
                 Err(Status::permission_denied("etcdserver: permission denied"))
             }
-            Some(token) if token == users.good().as_str() => Ok(()),
+            Some(token) if token == users.good().as_str() && users.known_to(&self.member) => Ok(()),
             Some(_) => {
                 let refusal = users.refusal.unwrap_or("etcdserver: invalid auth token");
                 Err(Status::unauthenticated(refusal))
@@ -87,8 +99,9 @@ impl Service<http::Request<Body>> for Authenticate {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        assert_eq!(request.uri().path(), "/etcdserverpb.Auth/Authenticate");
         let fake = self.0.clone();
+        let authenticates = request.uri().path() == "/etcdserverpb.Auth/Authenticate";
+        fake.insist(authenticates, "there is nothing else");
         fake.script().users.authentications += 1;
         Box::pin(async move {
             // A hash of the password takes its time.
@@ -107,14 +120,15 @@ impl Fake {
         &self,
         request: &Request<PbAuthenticateRequest>,
     ) -> Ready<Result<Response<PbAuthenticateResponse>, Status>> {
-        let script = self.script();
-        let users = &script.users;
+        let mut script = self.script();
+        let users = &mut script.users;
         ready(match &users.password {
             None => Err(Status::failed_precondition(
                 "etcdserver: authentication is not enabled",
             )),
             Some(password) if *password == request.get_ref().password => {
                 let token = users.good();
+                users.issued = Some((Arc::clone(&self.member), Instant::now()));
                 Ok(Response::new(PbAuthenticateResponse {
                     header: None,
                     token,

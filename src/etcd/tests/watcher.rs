@@ -73,7 +73,7 @@ pub(super) async fn serve(
 
 impl Stream {
     async fn send(&mut self, answer: PbWatchResponse) -> Alive {
-        if self.silent {
+        if self.silent || self.fake.script().mute == Some(&*self.fake.member) {
             return Ok(());
         }
         self.answers.send(Ok(answer)).await.map_err(drop)
@@ -96,8 +96,13 @@ impl Stream {
         match request.request_union {
             Some(PbWatchRequestUnion::CreateRequest(create)) => {
                 let deaf = !create.filters.is_empty();
-                assert!(!create.fragment, "that takes a server minutes");
-                assert!(!deaf || create.filters.len() == 2, "a probe has no events");
+                let fake = &self.fake;
+                fake.insist(!create.fragment, "that takes a server minutes");
+                fake.insist(!deaf || create.filters.len() == 2, "a probe has no events");
+                // Keys are watched one by one, over one stream; of a prefix there is one watcher, and what comes after it is a probe.
+                let one = create.range_end.strip_prefix(&*create.key) == Some(&[0]);
+                let probes = !one && self.ids > 0;
+                fake.insist(!probes || deaf, "a probe would bring events twice");
                 if let Some(refusal) = &self.refusal {
                     let refused = PbWatchResponse {
                         created: true,

@@ -269,6 +269,31 @@ fn a_thousand_doubts_are_a_few_reads_and_each_key_is_read_once_in_a_while() {
     assert_eq!(machine.report.repaired, 0);
 }
 
+/// When a server crashes, all clients are refused at once.
+#[test]
+fn a_crowd_that_doubts_at_once_reads_over_two_seconds() {
+    let waits: Vec<_> = (0..100)
+        .map(|seed| {
+            let mut player = populated(seed);
+            let doubted = some_key(&player);
+            let now = player.now;
+            player.machine.on_doubt(&doubted, now);
+            let due = player.machine.due().expect("a read is due");
+            due.saturating_duration_since(now)
+        })
+        .collect();
+    for quarter in 0..4 {
+        let from = Duration::from_millis(500) * quarter;
+        let to = from + Duration::from_millis(500);
+        let reads = waits.iter().filter(|wait| (from..to).contains(wait));
+        let reads = reads.count();
+        assert!(
+            (10..=40).contains(&reads),
+            "{reads} of 100 from {from:?} on"
+        );
+    }
+}
+
 #[test]
 fn a_read_of_another_store_lists_anew() {
     for damage in ["revision", "cluster", "mod revision"] {

@@ -916,6 +916,25 @@ fn refusals_renew_the_token_once_and_are_then_retried_slowly_each_time() {
     );
 }
 
+/// A change of the store's users has every watch refused at once.
+#[test]
+fn a_crowd_that_is_refused_at_once_does_not_renew_at_once() {
+    let mut waits: Vec<_> = (0..100)
+        .map(|seed| {
+            let mut player = populated(seed);
+            let refused = error(EtcdErrorKind::InvalidToken);
+            match player.machine.on_watch_ended(refused, player.now) {
+                Command::RenewToken(wait) => wait,
+                other => panic!("{other:?}"),
+            }
+        })
+        .collect();
+    waits.sort_unstable();
+    waits.dedup();
+    assert!(waits.len() > 90, "{} of 100", waits.len());
+    assert!(waits[waits.len() - 1] >= waits[0] * 3 / 2, "{waits:?}");
+}
+
 #[test]
 fn a_token_that_could_not_be_renewed_is_no_reason_to_wait_for_an_operator() {
     let mut player = populated(11);
