@@ -107,6 +107,8 @@ async fn show() -> Result<(), Error> {
     })
     .await?;
     alpha.ended().await?;
+    // What it has answered last may not be counted yet.
+    sleep(Duration::from_millis(100)).await;
     let served = tally.lock().map_or(0, |tally| tally.count("alpha"));
     watch("alpha has left", &tally, &resolver, Duration::from_secs(2)).await;
 

@@ -91,7 +91,7 @@ async fn calls_do_not_notice_that_etcd_is_gone() {
     let mut etcd = etcd().await;
     let registry = registry(&etcd).await;
     let counter = Counting::default();
-    let ttl = Duration::from_secs(2);
+    let ttl = Duration::from_secs(4);
     let _servers: Vec<_> = (0..3)
         .map(|_| counter.register(registry.registration("greeter").ttl(ttl)))
         .collect();

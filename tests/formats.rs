@@ -495,9 +495,11 @@ fn text() -> impl Strategy<Value = String> {
 fn address() -> impl Strategy<Value = String> {
     prop_oneof![
         (1_u8..=223, any::<u8>(), any::<u8>(), 1_u16..)
+            .prop_filter("no link-local address", |(a, b, ..)| (*a, *b) != (169, 254))
             .prop_map(|(a, b, c, port)| format!("{a}.{b}.{c}.1:{port}")),
         (1_u16.., 1_u16..).prop_map(|(a, port)| format!("[2001:db8::{a:x}]:{port}")),
         ("[a-z]{1,8}(\\.[a-z]{2,5}){0,2}", 1_u16..)
+            .prop_filter("no Unix socket", |(name, _)| name != "unix")
             .prop_map(|(name, port)| format!("{name}:{port}")),
     ]
 }
@@ -738,13 +740,16 @@ fn the_largest_values_are_read_in_bounded_time_and_memory() {
                 (&*value, "weight=1"),
                 (&*format!("s/providers/{value}"), ""),
             ] {
-                let start = Instant::now();
-                drop(format.decode(key, value.as_bytes(), &policy));
-                let took = Instant::now().saturating_duration_since(start);
-                // In a debug build, beside other tests; what is quadratic takes seconds.
+                let took = |_| {
+                    let start = Instant::now();
+                    drop(format.decode(key, value.as_bytes(), &policy));
+                    Instant::now().saturating_duration_since(start)
+                };
+                // In a debug build, beside other tests; what is quadratic takes seconds, each time.
+                let enough = Duration::from_millis(500);
                 assert!(
-                    took < Duration::from_millis(500),
-                    "{format:?} took {took:?} for {}...",
+                    (0..5).map(took).any(|took| took < enough),
+                    "{format:?} takes longer for {}...",
                     &key[..20.min(key.len())]
                 );
             }

@@ -14,7 +14,7 @@ use etcd_client::{DeleteOptions, PutOptions};
 use support::callers::{Callers, Client, Failed, with_deadline};
 use support::greeter::greeter_client::GreeterClient;
 use support::proxy::Proxy;
-use support::{all_ready, client, etcd, eventually, greeter, hello, knows, registry};
+use support::{SOON, all_ready, client, etcd, eventually, greeter, hello, knows, registry};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::Code;
@@ -23,7 +23,7 @@ use tonic_etcd::{BalancedChannel, Instance, Registry, Resolver};
 
 const PREFIX: &str = "/gRPC/greeter/";
 /// Short, for the sake of the tests.
-const HOLD: Duration = Duration::from_secs(3);
+const HOLD: Duration = Duration::from_secs(4);
 const SERVERS: usize = 4;
 
 /// Callers with a pace, so that the tests of this file leave each other some processor.
@@ -121,23 +121,24 @@ async fn delete_all(etcd: &Etcd) {
 async fn half_is_held(resolver: &Resolver) -> Instant {
     let mut since = Instant::now();
     eventually("half of the instances are held", async || {
-        let instances = resolver.instances();
+        let (instances, status) = (resolver.instances(), resolver.status());
         let held = instances.len() == SERVERS / 2 && instances.iter().all(Instance::is_last_resort);
         if !held {
             since = Instant::now();
         }
-        held
+        // The status follows the set.
+        held && (status.held, status.mass_removals) == (SERVERS / 2, 1)
     })
     .await;
-    let status = resolver.status();
-    assert_eq!((status.held, status.mass_removals), (SERVERS / 2, 1));
     since
 }
 
 async fn none_is_left(resolver: &Resolver) {
-    eventually("the hold is over", async || resolver.instances().is_empty()).await;
-    let status = resolver.status();
-    assert_eq!((status.held, status.mass_removals), (0, 1));
+    eventually("the hold is over", async || {
+        resolver.instances().is_empty() && resolver.status().held == 0
+    })
+    .await;
+    assert_eq!(resolver.status().mass_removals, 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -167,9 +168,10 @@ async fn leases_revoked_one_by_one_fail_no_call_for_the_length_of_the_hold() {
     let mut by_hand = client(&etcd).await;
     let mut lost = Instant::now();
     for lease in &fleet.leases {
+        // One by one, and the first that are held are held when the last is.
+        sleep(Duration::from_millis(300)).await;
         lost = Instant::now();
         by_hand.lease_revoke(*lease).await.unwrap();
-        sleep(Duration::from_millis(700)).await;
     }
     half_is_held(&resolver).await;
     none_is_left(&resolver).await;
@@ -385,8 +387,9 @@ async fn the_stock_channel_keeps_what_is_held_while_there_is_nothing_else() {
     let lost = Instant::now();
     delete_all(&etcd).await;
     half_is_held(&resolver).await;
-    while Instant::now() < lost + HOLD - Duration::from_millis(100) {
-        client.say_hello(hello()).await.unwrap();
+    while Instant::now() < lost + HOLD - Duration::from_secs(1) {
+        let call = timeout(SOON, client.say_hello(hello())).await;
+        call.expect("somebody is there").unwrap();
     }
     none_is_left(&resolver).await;
     eventually("nobody is called any more", async || {

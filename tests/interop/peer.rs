@@ -210,7 +210,7 @@ impl Load {
         serde_json::from_str(&line.unwrap().expect("it is there")).unwrap()
     }
 
-    /// Reports until one is as it should be, with at least a hundred calls in it; gives it with the failures of those before.
+    /// Reports until one is as it should be, with enough calls in it for each server; gives it with the failures of those before.
     pub async fn until(&mut self, what: &str, condition: impl Fn(&Tally) -> bool) -> Tally {
         let mut failed = 0;
         let mut found = None;
@@ -220,7 +220,7 @@ impl Load {
             failed += tally.failed;
             errors.append(&mut tally.errors);
             tokio::time::sleep(std::time::Duration::from_millis(200)).await;
-            let done = tally.ok > 100 && condition(&tally);
+            let done = tally.ok > 30 && condition(&tally);
             found = Some(tally);
             done
         })

@@ -34,11 +34,13 @@ async fn a_slow_server_costs_a_delay_and_what_it_loses_is_cancelled() {
         servers[0].cancelled() == lost
     })
     .await;
-    let copies = servers[1].calls();
-    let copies = copies
-        .iter()
-        .filter(|seen| seen.previous.as_deref() == Some("1"));
-    assert_eq!(copies.count(), lost);
+    // A copy goes to the one that answers, but for those of calls whose answer was on its way for longer than the delay.
+    let copies = |server: &Server| {
+        let calls = server.calls();
+        let copies = calls.iter().filter(|seen| seen.previous.is_some());
+        copies.count()
+    };
+    assert_eq!(copies(&servers[1]), lost - copies(&servers[0]));
     idle(&channel).await;
 }
 
@@ -49,7 +51,7 @@ async fn no_more_copies_than_the_policy_says_and_each_at_another_server() {
         servers.push(Server::always(Act::Hang).await);
     }
     let channel = over(hedged(3, Duration::ZERO), &servers).await;
-    let status = say_within(&channel, Some(Duration::from_millis(300))).await;
+    let status = say_within(&channel, Some(Duration::from_secs(2))).await;
     let status = status.unwrap_err();
     assert_eq!(status.code(), Code::DeadlineExceeded);
     assert!(status.message().contains("(3 attempts: "), "{status}");
@@ -120,7 +122,7 @@ async fn a_server_says_when_and_whether_there_is_another() {
         Server::always(never.clone()).await,
         Server::always(never).await,
     ];
-    let channel = over(hedged(2, DELAY), &servers).await;
+    let channel = over(hedged(2, NEVER), &servers).await;
     say(&channel).await.unwrap_err();
     assert_eq!(count(&servers), 1);
 }

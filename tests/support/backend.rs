@@ -23,6 +23,8 @@ pub struct Backend {
     pub address: SocketAddr,
     up: Arc<AtomicBool>,
     connections: Arc<Mutex<JoinSet<()>>>,
+    /// Connections since the last kill.
+    opened: Arc<AtomicUsize>,
     pub served: Arc<AtomicUsize>,
     task: AbortHandle,
 }
@@ -33,12 +35,14 @@ impl Backend {
         let address = listener.local_addr().unwrap();
         let connections: Arc<Mutex<JoinSet<()>>> = Arc::default();
         let served = Arc::default();
+        let opened = Arc::<AtomicUsize>::default();
         let up = Arc::new(AtomicBool::new(true));
         let (open, counter, is_up) = (
             Arc::clone(&connections),
             Arc::clone(&served),
             Arc::clone(&up),
         );
+        let count = Arc::clone(&opened);
         let task = tokio::spawn(async move {
             while let Ok((socket, _)) = listener.accept().await {
                 let mut open = open.lock().unwrap();
@@ -47,6 +51,7 @@ impl Backend {
                     continue;
                 }
                 while open.try_join_next().is_some() {}
+                count.fetch_add(1, Ordering::SeqCst);
                 open.spawn(serve(socket, Arc::clone(&counter)));
             }
         });
@@ -54,6 +59,7 @@ impl Backend {
             address,
             up,
             connections,
+            opened,
             served,
             task: task.abort_handle(),
         }
@@ -61,8 +67,15 @@ impl Backend {
 
     /// Closes every connection without a word, and lets no new one in.
     pub fn kill(&self) {
+        let mut connections = self.connections.lock().unwrap();
         self.up.store(false, Ordering::SeqCst);
-        self.connections.lock().unwrap().abort_all();
+        self.opened.store(0, Ordering::SeqCst);
+        connections.abort_all();
+    }
+
+    /// Whether anybody has connected since it was killed last.
+    pub fn is_connected(&self) -> bool {
+        self.opened.load(Ordering::SeqCst) > 0
     }
 
     pub fn recover(&self) {

@@ -53,6 +53,19 @@ pub async fn line_with(lines: &mut Output, text: &str) -> String {
         .unwrap_or_else(|_| panic!("no line with {text:?} in time"))
 }
 
+/// What a program prints from here on until it ends.
+pub async fn rest(lines: &mut Output) -> String {
+    let mut text = String::new();
+    let end = async {
+        while let Some(line) = lines.next_line().await.unwrap() {
+            text += &line;
+            text.push('\n');
+        }
+    };
+    timeout(SOON, end).await.expect("it has ended");
+    text
+}
+
 pub fn lines(child: &mut Child) -> Output {
     BufReader::new(child.stdout.take().unwrap()).lines()
 }

@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
+use etcd_client::proto::PbWatchResponse;
 use http_body::Frame;
+use prost::Message;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tonic::body::Body;
@@ -136,11 +138,10 @@ impl<S> Service<http::Request<Body>> for Forward<S> {
             };
             Ok(match answer {
                 Ok(answer) if watch => answer.map(|body| {
-                    let (messages, collected) = (0, Vec::new());
                     Body::new(Cut {
                         body,
-                        messages,
-                        collected,
+                        state: State::Whole,
+                        collected: Vec::new(),
                         watches,
                     })
                 }),
@@ -151,12 +152,26 @@ impl<S> Service<http::Request<Body>> for Forward<S> {
     }
 }
 
-/// A body of gRPC messages that ends after the second one: the first says that the watch is created.
+/// A body of gRPC messages that ends after the first one with events: others say that the watch is created, or how far it is.
 struct Cut {
     body: Body,
-    messages: usize,
+    state: State,
     collected: Vec<u8>,
     watches: Arc<Watches>,
+}
+
+#[derive(Clone, Copy)]
+enum State {
+    Whole,
+    /// There were events.
+    Done,
+    Ended,
+}
+
+/// Whether a message of a watch has events.
+fn has_events(message: &[u8]) -> bool {
+    let message = PbWatchResponse::decode(&message[5..]).expect("a message of a watch");
+    !message.events.is_empty()
 }
 
 impl Cut {
@@ -179,19 +194,21 @@ impl http_body::Body for Cut {
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let this = &mut *self;
         loop {
-            match this.messages {
-                2 => {
+            match this.state {
+                State::Done => {
                     this.watches.cuts.fetch_add(1, Ordering::SeqCst);
-                    this.messages += 1;
+                    this.state = State::Ended;
                     // In the trailers: an error here would overtake what the window has not let through yet.
                     let (head, ()) = Status::unavailable("cut").into_http::<()>().into_parts();
                     return Poll::Ready(Some(Ok(Frame::trailers(head.headers))));
                 }
-                3 => return Poll::Ready(None),
-                _ => {}
+                State::Ended => return Poll::Ready(None),
+                State::Whole => {}
             }
             if let Some(message) = this.message() {
-                this.messages += 1;
+                if has_events(&message) {
+                    this.state = State::Done;
+                }
                 return Poll::Ready(Some(Ok(Frame::data(message))));
             }
             match ready!(Pin::new(&mut this.body).poll_frame(cx)) {

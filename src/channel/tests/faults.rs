@@ -389,7 +389,8 @@ async fn an_address_whose_packets_are_dropped_delays_no_call() {
     }
     took.sort_unstable();
     let p99 = took[took.len() * 99 / 100];
-    assert!(p99 < Duration::from_millis(50), "{p99:?}");
+    // Whoever waited for the hole would wait for seconds.
+    assert!(p99 < Duration::from_millis(500), "{p99:?}");
     let connecting = channel.endpoints();
     let connecting = connecting
         .iter()
@@ -423,7 +424,7 @@ async fn a_connection_that_swallows_everything_is_given_up_with_keep_alive_on() 
     let (outcome, took) = timed(call).await;
     let status = outcome.expect("no panic").expect_err("no answer");
     assert_eq!(status.code(), Code::Unavailable, "{status}");
-    assert!(took < Duration::from_secs(2), "{took:?}");
+    assert!(took < Duration::from_secs(10), "{took:?}");
     let error = channel.endpoints()[0].last_error.clone();
     until("it is dialled again", || {
         channel.endpoints()[0].state != EndpointState::Ready

@@ -218,10 +218,10 @@ async fn an_endpoint_that_is_down_or_silent_from_the_start_fails_no_call() {
     let tally = tally(&channel, 1_000).await;
     assert_eq!(tally.values().sum::<usize>(), 1_000);
     let statuses = channel.endpoints();
-    let failing = statuses
-        .iter()
-        .find(|status| status.state == EndpointState::TransientFailure);
+    // It may be dialled again at this moment.
+    let failing = statuses.iter().find(|status| status.last_error.is_some());
     let failing = failing.expect("one refuses");
+    assert_ne!(failing.state, EndpointState::Ready);
     let error = failing.last_error.as_deref().expect("a reason");
     assert!(error.contains("refused"), "{error}");
 }
@@ -268,17 +268,21 @@ async fn all_down_fails_at_once_with_the_numbers_and_the_last_cause() {
 async fn a_set_that_stays_unknown_fails_at_the_start_up_bound() {
     let stream =
         tokio_stream::pending::<Result<Change<Address, Instance>, std::convert::Infallible>>();
-    let channel = BalancedChannel::builder()
-        .start_up_bound(Duration::from_millis(100))
-        .from_discover(stream);
-    let (outcome, took) = timed(say(&channel)).await;
+    let (outcome, took) = timed(async {
+        let channel = BalancedChannel::builder()
+            .start_up_bound(Duration::from_secs(1))
+            .from_discover(stream);
+        (say(&channel).await, channel)
+    })
+    .await;
+    let (outcome, channel) = outcome;
     let status = outcome.expect_err("nothing is known");
     assert_eq!(status.code(), Code::Unavailable);
     assert!(status.message().contains("start-up bound"), "{status}");
-    assert!(took >= Duration::from_millis(90), "{took:?}");
+    assert!(took >= Duration::from_millis(990), "{took:?}");
     let (outcome, took) = timed(say(&channel)).await;
     assert!(
-        outcome.is_err() && took < Duration::from_millis(90),
+        outcome.is_err() && took < Duration::from_millis(900),
         "the bound is the channel's"
     );
 }
@@ -323,7 +327,7 @@ async fn waiting_ends_with_the_deadline_and_says_what_for() {
     let channel = BalancedChannel::builder()
         .service("greeter")
         .wait_for_ready(true)
-        .timeout(Duration::from_millis(100))
+        .timeout(Duration::from_secs(1))
         .from_addresses([refusing()]);
     let status = say(&channel).await.expect_err("nobody comes");
     assert_eq!(status.code(), Code::DeadlineExceeded);
@@ -797,7 +801,10 @@ async fn ten_thousand_calls_at_once_are_all_served() {
         let channel = channel.clone();
         calls.spawn(async move { say(&channel).await.map(drop) });
     }
-    let outcomes = in_time("ten thousand calls", calls.join_all()).await;
+    // All on one thread, with the servers.
+    let bound = Duration::from_secs(90);
+    let outcomes = tokio::time::timeout(bound, calls.join_all()).await;
+    let outcomes = outcomes.expect("ten thousand calls take too long");
     assert!(outcomes.iter().all(Result::is_ok));
     idle(&channel).await;
 }

@@ -49,10 +49,14 @@ pub(super) fn listen(port: u16) -> TcpListener {
     socket.listen(1024).expect("a listener")
 }
 
-/// An address that refuses connections.
+/// An address that refuses connections, and goes on doing so: its port is taken for as long as the tests run.
 pub(super) fn refusing() -> String {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("an address").to_string()
+    let socket = TcpSocket::new_v4().expect("a socket");
+    let any = SocketAddr::from(([127, 0, 0, 1], 0));
+    socket.bind(any).expect("a free port");
+    let address = socket.local_addr().expect("an address");
+    std::mem::forget(socket);
+    address.to_string()
 }
 
 /// An address that accepts connections and never says a word.
