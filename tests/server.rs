@@ -156,9 +156,16 @@ async fn a_server_can_start_while_etcd_is_down() {
         .registration("greeter")
         .startup_timeout(Duration::MAX);
     let mut states = registration.server_states();
-    let server = Registered::start("alpha", "127.0.0.1:0", registration);
+    let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = free.local_addr().unwrap().to_string();
+    drop(free);
+    let server = Registered::start("alpha", &port, registration);
     let serving = states.wait_for(|state| *state == ServerState::Serving);
     drop(timeout(SOON, serving).await.unwrap().unwrap());
+    // Whoever finds it has to be served at once: so it serves before anybody can.
+    let mut client = connect(&port).await;
+    let early = timeout(SOON, client.say_hello(hello())).await;
+    early.expect("it serves already").unwrap();
     world.etcd.restart(0).await.unwrap();
     let address = world.the_one().await;
     connect(&address).await.say_hello(hello()).await.unwrap();
