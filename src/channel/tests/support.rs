@@ -49,9 +49,10 @@ pub(super) fn listen(port: u16) -> TcpListener {
     socket.listen(1024).expect("a listener")
 }
 
-/// An address that refuses connections, and goes on doing so: its port is taken for as long as the tests run.
+/// An address that refuses connections until somebody listens there on purpose: its port is given to nobody for as long as the tests run.
 pub(super) fn refusing() -> String {
     let socket = TcpSocket::new_v4().expect("a socket");
+    socket.set_reuseaddr(true).expect("an option");
     let any = SocketAddr::from(([127, 0, 0, 1], 0));
     socket.bind(any).expect("a free port");
     let address = socket.local_addr().expect("an address");
