@@ -4,9 +4,13 @@ CARGO ?= cargo
 ETCD_NEWEST ?= 3.7.3
 # What a version of etcd makes the most difference to. `make test-newest ETCD_TESTS=` runs everything with it.
 ETCD_TESTS ?= --test auth --test faults --test registration
-# Tests at once with it: most of their time they wait for a lease to run out or a member to come back. Others measure latencies, and are not
+# Tests at once of those that wait most of their time, for a lease to run out or a member to come back. Others measure latencies, and are not
 # among them.
 TEST_THREADS ?= 4
+WAITING := auth faults registration resolver
+# All others, with none to be listed here and forgotten.
+FILES := $(patsubst tests/%.rs,%,$(wildcard tests/*.rs)) $(patsubst tests/%/main.rs,%,$(wildcard tests/*/main.rs))
+REST := $(filter-out $(WAITING),$(FILES))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-newest soak bench fmt clean
@@ -22,7 +26,7 @@ setup: ## Install what building and testing need: protoc, etcd, a linker, rustfm
 demo: setup ## Run a load-balanced cluster on this machine
 	$(CARGO) run --locked --all-features --example greeter_cluster
 
-# `cargo test` covers the library, the examples, the integration tests and the doc tests, but not
+# Together these cover the library, the examples, the integration tests and the doc tests, but not
 # the benches. The bare library is checked by itself because the tests turn features on.
 # Where Go is, the tests that depend on etcd run once more with the newest one.
 test: setup ## Check formatting, lints and docs, and run all tests
@@ -31,7 +35,10 @@ test: setup ## Check formatting, lints and docs, and run all tests
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --all-features
-	$(CARGO) test --locked --all-features
+	$(CARGO) test --locked --all-features --no-run
+	$(CARGO) test --locked --all-features --lib --examples $(REST:%=--test %)
+	RUST_TEST_THREADS=$(TEST_THREADS) $(CARGO) test --locked --all-features $(WAITING:%=--test %)
+	$(CARGO) test --locked --all-features --doc
 	$(CARGO) clippy --locked --lib --no-default-features -- -D warnings
 	@if [ -n "$${ETCD_BIN:-}" ]; then \
 		echo "LEFT OUT: the tests with etcd $(ETCD_NEWEST), because ETCD_BIN names the one to test with"; \
