@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
+use tower::discover::Change;
 
 use super::builder::Options;
 use super::hold::{Hold, News, Outcome};
@@ -47,6 +48,8 @@ pub(super) struct View {
     pending: VecDeque<Address>,
     /// What is in `pending`.
     queued: HashSet<Address>,
+    /// Addresses that the consumer was told are there.
+    announced: HashSet<Address>,
     pub(super) waker: Option<Waker>,
 }
 
@@ -57,8 +60,19 @@ impl View {
         }
     }
 
+    /// Drops addresses that came and went: a consumer that never asks, because all it wants is the list, must not have them pile up.
+    fn prune(&mut self, is_known: impl Fn(&Address) -> bool, known: usize) {
+        if self.pending.len() <= 2 * (known + self.announced.len()) + UNASKED {
+            return;
+        }
+        let announced = &self.announced;
+        let is_news = |address: &Address| is_known(address) || announced.contains(address);
+        self.pending.retain(is_news);
+        self.queued.retain(is_news);
+    }
+
     /// First come, first told: an address that changes all the time holds up no other.
-    pub(super) fn next(&mut self) -> Option<Address> {
+    fn next(&mut self) -> Option<Address> {
         let address = self.pending.pop_front()?;
         self.queued.remove(&address);
         Some(address)
@@ -77,9 +91,21 @@ impl Shared {
         self.snapshot.instances().chain(self.hold.instances())
     }
 
-    /// The next address that a view has yet to be told of.
-    pub(super) fn next(&mut self, view: usize) -> Option<Address> {
-        self.views.get_mut(view)?.as_mut()?.next()
+    /// The next change that a view has yet to be told of.
+    pub(super) fn next(&mut self, view: usize) -> Option<Change<Address, Instance>> {
+        loop {
+            let address = self.views.get_mut(view)?.as_mut()?.next()?;
+            let instance = self.get(&address).cloned();
+            let view = self.views.get_mut(view)?.as_mut()?;
+            if let Some(instance) = instance {
+                view.announced.insert(address.clone());
+                return Some(Change::Insert(address, instance));
+            }
+            // An address that came and went between two polls is nobody's news.
+            if view.announced.remove(&address) {
+                return Some(Change::Remove(address));
+            }
+        }
     }
 
     pub(super) fn wake_later(&mut self, view: usize, waker: &Waker) {
@@ -106,10 +132,19 @@ impl Shared {
     fn tell(&mut self, changed: &[Address]) -> Vec<Waker> {
         let mut wakers = Vec::new();
         if !changed.is_empty() {
+            let (snapshot, hold) = (&self.snapshot, &self.hold);
+            let is_known = |address: &Address| {
+                snapshot
+                    .get(address)
+                    .or_else(|| hold.get(address))
+                    .is_some()
+            };
+            let known = snapshot.len() + hold.len();
             for view in self.views.iter_mut().flatten() {
                 for address in changed {
                     view.tell(address);
                 }
+                view.prune(is_known, known);
                 wakers.extend(view.waker.take());
             }
         }
@@ -163,6 +198,7 @@ impl Core {
         let pending: VecDeque<_> = addresses.cloned().collect();
         let queued = pending.iter().cloned().collect();
         let view = Some(View {
+            announced: HashSet::new(),
             pending,
             queued,
             waker: None,
@@ -283,5 +319,37 @@ impl Core {
     }
 }
 
+/// Addresses that came and went which a consumer may have waiting for it.
+const UNASKED: usize = 1024;
 /// Between warnings of values that cannot be read; what comes in between is logged as a detail, and counted.
 const WARN_INTERVAL: Duration = Duration::from_secs(10);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever only wants the list never asks for a change.
+    #[test]
+    fn addresses_that_come_and_go_unasked_do_not_pile_up() {
+        let mut view = View {
+            pending: VecDeque::new(),
+            queued: HashSet::new(),
+            announced: HashSet::new(),
+            waker: None,
+        };
+        let address =
+            |port: u16| -> Address { format!("127.0.0.1:{port}").parse().expect("valid") };
+        let (there, told) = (address(1), address(2));
+        view.announced.insert(told.clone());
+        for gone in [there.clone(), told.clone()] {
+            view.tell(&gone);
+        }
+        for port in 3..60_000 {
+            view.tell(&address(port));
+            view.prune(|address| *address == there, 1);
+            assert!(view.pending.len() <= 2 * 2 + UNASKED);
+            assert_eq!(view.pending.len(), view.queued.len());
+        }
+        assert_eq!((view.next(), view.next()), (Some(there), Some(told)));
+    }
+}

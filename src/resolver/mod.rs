@@ -4,7 +4,6 @@
 //! Consumers get the newest state and never a queue: each [`Resolver`] remembers which addresses have changed since it was last asked,
 //! so a slow one sees fewer steps, and can neither lose one nor hold anybody up.
 
-use std::collections::HashSet;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -70,8 +69,6 @@ use state::Machine;
 #[derive(Debug)]
 pub struct Resolver {
     view: usize,
-    /// Addresses this view has announced.
-    announced: HashSet<Address>,
     core: Arc<Core>,
     tasks: Arc<Tasks>,
     feedback: Feedback,
@@ -116,7 +113,6 @@ impl Resolver {
         }
         Self {
             view: core.open_view(),
-            announced: HashSet::new(),
             core,
             tasks: Arc::new(Tasks(tasks)),
             feedback: Feedback::new(prefixes),
@@ -177,7 +173,6 @@ impl Clone for Resolver {
     fn clone(&self) -> Self {
         Self {
             view: self.core.open_view(),
-            announced: HashSet::new(),
             core: Arc::clone(&self.core),
             tasks: Arc::clone(&self.tasks),
             feedback: self.feedback.clone(),
@@ -194,20 +189,12 @@ impl Drop for Resolver {
 impl Stream for Resolver {
     type Item = Result<Change<Address, Instance>, Infallible>;
 
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let this = &mut *self;
-        let mut shared = this.core.lock();
-        while let Some(address) = shared.next(this.view) {
-            if let Some(instance) = shared.get(&address) {
-                this.announced.insert(address.clone());
-                return Poll::Ready(Some(Ok(Change::Insert(address, instance.clone()))));
-            }
-            // An address that came and went between two polls is nobody's news.
-            if this.announced.remove(&address) {
-                return Poll::Ready(Some(Ok(Change::Remove(address))));
-            }
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let mut shared = self.core.lock();
+        if let Some(change) = shared.next(self.view) {
+            return Poll::Ready(Some(Ok(change)));
         }
-        shared.wake_later(this.view, cx.waker());
+        shared.wake_later(self.view, cx.waker());
         Poll::Pending
     }
 }

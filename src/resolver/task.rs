@@ -55,7 +55,7 @@ pub(super) async fn run(
             Command::Read(key) => {
                 // Once: the watch waits meanwhile, and what matters is asked again.
                 let answer = etcd.read_once(&key, DEADLINE).await;
-                machine.on_read(key, answer)
+                machine.on_read(key, answer, Instant::now())
             }
             Command::RenewToken(wait) => {
                 watch = None;

@@ -71,12 +71,14 @@ impl Audit {
         }
     }
 
-    /// A watch begins: the next list comes an interval after the first one.
+    /// A watch begins: the next list comes an interval after the first one, or after one that was due meanwhile.
     pub(super) fn on_watch_opened(&mut self, now: Instant, rng: &mut fastrand::Rng) {
         self.cursor = None;
         // It may have to catch up first.
         self.settled = self.settled.map(|_| now + SETTLE);
-        if let (None, Some(interval)) = (self.next_list, self.interval) {
+        // After an outage it is overdue for everybody at once.
+        let is_ahead = self.next_list.is_some_and(|at| at > now);
+        if let Some(interval) = self.interval.filter(|_| !is_ahead) {
             self.next_list = Some(now + jittered(interval, rng));
         }
     }
@@ -104,8 +106,14 @@ impl Audit {
         if *at > now || self.next_read.is_some_and(|next| next > now) {
             return None;
         }
-        self.next_read = Some(now + READ_STEP);
         self.reads.pop_first().map(|(_, key)| key)
+    }
+
+    /// A read has its answer. The next one is counted from it: while one is waited for the watch is not read, and a slow etcd must not keep it
+    /// so for a whole row of them.
+    fn on_answer(&mut self, failed: bool, now: Instant) {
+        let wait = if failed { SETTLE } else { READ_STEP };
+        self.next_read = Some(now + wait);
     }
 }
 
@@ -266,7 +274,9 @@ impl Machine {
         &mut self,
         key: Key,
         answer: Result<(Header, Option<KeyValue>), EtcdError>,
+        now: Instant,
     ) -> Command {
+        self.audit.on_answer(answer.is_err(), now);
         let confirms = self.audit.confirming.remove(&key);
         if !self.is_watching() {
             return self.on_wake();
@@ -340,7 +350,7 @@ const SUSPECTS_MAX: usize = 100;
 const DOUBT_SPREAD: Duration = Duration::from_secs(2);
 /// A key whose server goes on refusing connections is not read more often.
 const DOUBT_INTERVAL: Duration = Duration::from_secs(10);
-/// Between reads: when a thousand servers fail at once, a client asks etcd ten times a second.
+/// Between reads, from an answer to the next request: when a thousand servers fail at once, a client asks etcd ten times a second at most.
 const READ_STEP: Duration = Duration::from_millis(100);
 /// Doubts above it are dropped; what goes on being refused is doubted again.
 const READS_MAX: usize = 100;

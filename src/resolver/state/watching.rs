@@ -124,6 +124,8 @@ impl Machine {
         let passed = ready.last().map_or(watching.revision, Event::mod_revision);
         watching.revision = passed;
         self.report.revision = passed;
+        // An event is proof that the store was there: one that was restored from a backup before it must not pass for it.
+        self.seen.revision = self.seen.revision.max(passed);
         for event in ready {
             self.apply(event);
         }

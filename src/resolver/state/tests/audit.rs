@@ -217,7 +217,7 @@ fn a_put_that_was_overtaken_by_a_read_brings_nothing_back() {
     assert!(due <= player.now + Duration::from_secs(2));
     assert_eq!(player.machine.on_time(due), Command::Read(gone.clone()));
     let answer = player.store.value(&gone);
-    player.machine.on_read(gone.clone(), Ok(answer));
+    player.machine.on_read(gone.clone(), Ok(answer), due);
     assert!(matches!(
         &player.machine.take_update()[..],
         [Event::Delete { .. }]
@@ -260,7 +260,7 @@ fn a_thousand_doubts_are_a_few_reads_and_each_key_is_read_once_in_a_while() {
             let last = read.insert(key.clone(), now);
             assert!(last.is_none_or(|last| now >= last + Duration::from_secs(8)));
             let answer = store.value(&key);
-            assert_eq!(machine.on_read(key, Ok(answer)), Command::Receive);
+            assert_eq!(machine.on_read(key, Ok(answer), now), Command::Receive);
         }
         now += Duration::from_millis(5);
     }
@@ -294,6 +294,49 @@ fn a_crowd_that_doubts_at_once_reads_over_two_seconds() {
     }
 }
 
+/// While a read is under way nobody reads the watch.
+#[test]
+fn the_watch_is_read_between_two_reads_however_long_they_take() {
+    let mut player = populated(26);
+    let keys: Vec<_> = player.machine.keys.keys().cloned().collect();
+    for key in &keys {
+        player.machine.on_doubt(key, player.now);
+    }
+    let mut now = player.now + Duration::from_secs(3);
+    for failed in [false, true] {
+        let Command::Read(key) = player.machine.on_time(now) else {
+            panic!("a read is due");
+        };
+        now += Duration::from_secs(2);
+        let answer = if failed {
+            Err(error(EtcdErrorKind::DeadlineExceeded))
+        } else {
+            Ok(player.store.value(&key))
+        };
+        assert_eq!(player.machine.on_read(key, answer, now), Command::Receive);
+        let due = player.machine.due().expect("another read is due");
+        let wait = due.saturating_duration_since(now);
+        // Where etcd does not answer the next one would not be answered either.
+        let least = Duration::from_millis(if failed { 5_000 } else { 100 });
+        assert!(wait >= least, "{wait:?}");
+        now = due;
+    }
+}
+
+/// Everybody's is overdue when etcd is back.
+#[test]
+fn a_list_that_was_due_during_an_outage_is_not_made_at_its_end() {
+    let mut player = populated(26);
+    let later = player.now + 2 * RECONCILE;
+    player
+        .machine
+        .on_watch_ended(error(EtcdErrorKind::Unavailable), player.now);
+    player.machine.on_wake();
+    player.machine.on_watch_opened(later);
+    let due = player.machine.due().expect("a list is due some time");
+    assert!(due >= later + RECONCILE / 2, "{:?}", due - later);
+}
+
 #[test]
 fn a_read_of_another_store_lists_anew() {
     for damage in ["revision", "cluster", "mod revision"] {
@@ -306,7 +349,9 @@ fn a_read_of_another_store_lists_anew() {
             "cluster" => header.cluster_id += 1,
             _ => found.mod_revision = Revision::new(1),
         }
-        let next = player.machine.on_read(doubted, Ok((header, Some(found))));
+        let next = player
+            .machine
+            .on_read(doubted, Ok((header, Some(found))), player.now);
         assert!(matches!(next, Command::List(_)), "{damage}: {next:?}");
     }
 }

@@ -297,10 +297,12 @@ impl Player {
                 };
                 machine.on_names(page, self.now)
             }
-            Command::Read(key) if fault => {
-                machine.on_read(key.clone(), Err(error(EtcdErrorKind::Unavailable)))
-            }
-            Command::Read(key) => machine.on_read(key.clone(), Ok(self.store.value(key))),
+            Command::Read(key) if fault => machine.on_read(
+                key.clone(),
+                Err(error(EtcdErrorKind::Unavailable)),
+                self.now,
+            ),
+            Command::Read(key) => machine.on_read(key.clone(), Ok(self.store.value(key)), self.now),
             Command::RenewToken(wait) | Command::Wait(wait) => {
                 assert!(
                     *wait >= BACKOFF_FIRST / 2,
@@ -510,6 +512,30 @@ fn a_store_that_went_back_or_forgot_is_listed_anew() {
     }
 }
 
+/// Between what was read last and what the watch has brought since.
+#[test]
+fn a_store_that_was_restored_to_before_an_event_is_listed_anew() {
+    let mut player = populated(2);
+    let seen = player.machine.seen.revision.get();
+    let brought = put("later", seen + 50);
+    player
+        .machine
+        .on_message(message(seen + 50, vec![brought], false));
+    let gone = Event::Delete {
+        key: Key::from(format!("{PREFIX}later").as_str()),
+        mod_revision: Revision::new(seen + 60),
+    };
+    player
+        .machine
+        .on_message(message(seen + 60, vec![gone], false));
+    let key = reopened(&mut player);
+    // The key that was written last is as it was.
+    let (mut header, found) = player.store.read(&key);
+    header.revision = Revision::new(seen + 30);
+    let next = player.machine.on_checked(Ok((header, found)), player.now);
+    assert!(matches!(next, Command::List(_)), "{next:?}");
+}
+
 /// A server that ends each watch after a message is not asked in a loop, and not left alone for long either.
 #[test]
 fn a_watch_that_is_cut_after_each_message_is_opened_again_within_a_second() {
@@ -642,7 +668,9 @@ fn every_linearizable_answer_raises_what_the_next_one_is_measured_by() {
                 };
                 player.machine.on_names(Ok(page), player.now)
             }
-            _ => player.machine.on_read(key, Ok((ahead, found.clone()))),
+            _ => player
+                .machine
+                .on_read(key, Ok((ahead, found.clone())), player.now),
         };
         assert_eq!(first, Command::Receive, "{answer}");
         reopened(&mut player);

@@ -172,13 +172,17 @@ const INPUTS: [Input; 30] = [
         machine.on_names(Err(error(EtcdErrorKind::Unavailable)), now)
     }),
     ("read, the same", |machine, _| {
-        machine.on_read(known().key, Ok((header(), Some(known()))))
+        machine.on_read(known().key, Ok((header(), Some(known()))), Instant::now())
     }),
     ("read, gone", |machine, _| {
-        machine.on_read(known().key, Ok((header(), None)))
+        machine.on_read(known().key, Ok((header(), None)), Instant::now())
     }),
     ("read, another cluster", |machine, _| {
-        machine.on_read(known().key, Ok((elsewhere(), Some(known()))))
+        machine.on_read(
+            known().key,
+            Ok((elsewhere(), Some(known()))),
+            Instant::now(),
+        )
     }),
 ];
 
