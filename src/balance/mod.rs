@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, Guard};
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
@@ -39,8 +39,8 @@ pub use endpoint::{EndpointState, EndpointStatus};
 pub(crate) use feed::Feed;
 pub(crate) use member::Member;
 pub use outlier::OutlierDetection;
-pub(crate) use picker::Pick;
 pub use picker::Policy;
+pub(crate) use picker::{LOOK_AROUND, Pick};
 pub(crate) use ticket::{Blame, Ticket};
 pub(crate) use waiters::Waiters;
 
@@ -173,13 +173,15 @@ impl Shared {
     /// The place is on a connection and not at an index: whatever is removed between the pick and the send, the call can reach no other
     /// endpoint.
     pub(crate) fn pick(&self, usable: impl Fn(&Arc<Member>) -> bool) -> Pick<Ticket> {
-        let published = self.published.load();
-        let usable = |seat: &Seat| usable(seat.member());
-        match self.picker.pick(&published.ready, usable) {
-            Pick::Taken(seat) => Pick::Taken(Ticket::taken(seat.member())),
-            Pick::Full => Pick::Full,
-            Pick::Excluded => Pick::Excluded,
-            Pick::Empty => Pick::Empty,
+        self.look(LOOK_AROUND).pick(usable)
+    }
+
+    /// The set as it is now. A pick that finds so many places taken does not look at more of them.
+    pub(crate) fn look(&self, around: usize) -> Look<'_> {
+        Look {
+            picker: &self.picker,
+            published: self.published.load(),
+            around,
         }
     }
 
@@ -247,6 +249,32 @@ impl Shared {
         self.directory
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One state of the set, to pick from and to judge by. Two looks may see two of them: nothing that is ready in the one and nothing that is
+/// on its way in the other.
+#[derive(Debug)]
+pub(crate) struct Look<'a> {
+    picker: &'a Picker,
+    published: Guard<Arc<Published>>,
+    around: usize,
+}
+
+impl Look<'_> {
+    /// See [`Shared::pick`].
+    pub(crate) fn pick(&self, usable: impl Fn(&Arc<Member>) -> bool) -> Pick<Ticket> {
+        let usable = |seat: &Seat| usable(seat.member());
+        match self.picker.pick(&self.published.ready, usable, self.around) {
+            Pick::Taken(seat) => Pick::Taken(Ticket::taken(seat.member())),
+            Pick::Full => Pick::Full,
+            Pick::Excluded => Pick::Excluded,
+            Pick::Empty => Pick::Empty,
+        }
+    }
+
+    pub(crate) fn summary(&self) -> &Summary {
+        &self.published.summary
     }
 }
 

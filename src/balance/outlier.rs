@@ -81,7 +81,7 @@ impl OutlierDetection {
 
     /// How often endpoints are judged, by what they did since the last time. Default 10 s; at least 1 ms.
     pub fn interval(mut self, interval: Duration) -> Self {
-        self.interval = interval.max(Duration::from_millis(1));
+        self.interval = interval.clamp(Duration::from_millis(1), LONGEST);
         self
     }
 
@@ -265,6 +265,9 @@ fn eject_where(
         }
     }
 }
+
+/// A time to come has to fit into an `Instant`.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 
 #[cfg(test)]
 mod tests {

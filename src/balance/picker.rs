@@ -62,11 +62,13 @@ impl Picker {
         }
     }
 
-    /// Picks a connection that is `usable` for a call and takes a place on it.
+    /// Picks a connection that is `usable` for a call and takes a place on it. Where those that were drawn are full, so many are looked at in
+    /// their order.
     pub(crate) fn pick<'a, M: Candidate>(
         &self,
         set: &'a ReadySet<M>,
         usable: impl Fn(&M) -> bool,
+        around: usize,
     ) -> Pick<&'a M> {
         if set.len() == 0 {
             return Pick::Empty;
@@ -91,7 +93,7 @@ impl Picker {
         }
         // There is one only, or nearly all are full: a place somewhere is worth a look around, but not at everyone.
         let start = below(self.rng.next(), set.len());
-        for step in 0..set.len().min(LOOK_AROUND) {
+        for step in 0..set.len().min(around) {
             let slot = set.get((start + step) % set.len());
             if let Some(slot) = slot.filter(|slot| taken(slot)) {
                 return Pick::Taken(&slot.member);
@@ -232,8 +234,8 @@ impl Rng {
 
 /// Pairs drawn before looking around.
 const DRAWS: usize = 4;
-/// How many places are looked at when the draws found none.
-const LOOK_AROUND: usize = 128;
+/// How many places are looked at when the draws found none, by a call that has not waited yet.
+pub(crate) const LOOK_AROUND: usize = 128;
 /// How many places round robin passes over at most. Only weights a thousandfold apart come near it.
 const PASSES: usize = 4096;
 /// Latencies within this factor of one another are alike.
@@ -298,7 +300,7 @@ mod tests {
     fn shares(picker: &Picker, fakes: &[Arc<Fake>], set: &ReadySet<Arc<Fake>>) -> Vec<f64> {
         const CALLS: u32 = 40_000;
         for _ in 0..CALLS {
-            match picker.pick(set, |_| true) {
+            match picker.pick(set, |_| true, LOOK_AROUND) {
                 Pick::Taken(fake) => fake.in_flight.store(0, Ordering::Relaxed),
                 other => panic!("everyone is free, but {other:?}"),
             }
@@ -345,7 +347,10 @@ mod tests {
             let (fakes, set) = set([(100.0, 1, u32::MAX), (100.0, 3, u32::MAX)]);
             let picker = Picker::new(policy, Some(7));
             for _ in 0..4_000 {
-                assert!(matches!(picker.pick(&set, |_| true), Pick::Taken(_)));
+                assert!(matches!(
+                    picker.pick(&set, |_| true, LOOK_AROUND),
+                    Pick::Taken(_)
+                ));
             }
             let share = f64::from(fakes[1].in_flight()) / 4_000.0;
             assert!((share - 0.75).abs() < 0.02, "{share}");
@@ -364,7 +369,7 @@ mod tests {
         let (fakes, set) = set([(0.0, 1, u32::MAX), (1_000.0, 1, u32::MAX)]);
         let picker = Picker::new(Policy::Latency, Some(7));
         for _ in 0..1_000 {
-            picker.pick(&set, |_| true);
+            picker.pick(&set, |_| true, LOOK_AROUND);
         }
         assert_eq!(fakes[0].in_flight(), 500);
     }
@@ -374,7 +379,10 @@ mod tests {
         let (fakes, set) = set([(0.0, 1, u32::MAX), (0.0, 1, u32::MAX), (0.0, 1, u32::MAX)]);
         let picker = Picker::new(Policy::WeightedRoundRobin, Some(7));
         for _ in 0..3 {
-            assert!(matches!(picker.pick(&set, |_| true), Pick::Taken(_)));
+            assert!(matches!(
+                picker.pick(&set, |_| true, LOOK_AROUND),
+                Pick::Taken(_)
+            ));
         }
         assert!(fakes.iter().all(|fake| fake.in_flight() == 1));
     }
@@ -384,11 +392,11 @@ mod tests {
         for policy in POLICIES {
             let (_, set) = set((0..100).map(|name| (100.0, 1, u32::from(name == 63))));
             let picker = Picker::new(policy, Some(7));
-            match picker.pick(&set, |_| true) {
+            match picker.pick(&set, |_| true, LOOK_AROUND) {
                 Pick::Taken(fake) => assert_eq!(fake.name, 63),
                 other => panic!("one was free, but {other:?}"),
             }
-            assert_eq!(picker.pick(&set, |_| true), Pick::Full);
+            assert_eq!(picker.pick(&set, |_| true, LOOK_AROUND), Pick::Full);
         }
     }
 
@@ -403,13 +411,16 @@ mod tests {
         let (fakes, set) = set([(100.0, 1, 9), (100.0, 1, 9)]);
         let picker = Picker::new(Policy::Latency, Some(7));
         for _ in 0..9 {
-            match picker.pick(&set, |fake| fake.name != 0) {
+            match picker.pick(&set, |fake| fake.name != 0, LOOK_AROUND) {
                 Pick::Taken(fake) => assert_eq!(fake.name, 1),
                 other => panic!("one is usable, but {other:?}"),
             }
         }
-        assert_eq!(picker.pick(&set, |fake| fake.name != 0), Pick::Full);
-        assert_eq!(picker.pick(&set, |_| false), Pick::Excluded);
+        assert_eq!(
+            picker.pick(&set, |fake| fake.name != 0, LOOK_AROUND),
+            Pick::Full
+        );
+        assert_eq!(picker.pick(&set, |_| false, LOOK_AROUND), Pick::Excluded);
         assert_eq!(fakes[0].in_flight(), 0);
     }
 
@@ -417,7 +428,7 @@ mod tests {
     fn an_empty_set_has_nothing_to_pick() {
         let (_, set) = set([]);
         assert_eq!(
-            Picker::new(Policy::Latency, None).pick(&set, |_| true),
+            Picker::new(Policy::Latency, None).pick(&set, |_| true, LOOK_AROUND),
             Pick::Empty
         );
     }
@@ -427,7 +438,7 @@ mod tests {
         let picks = || {
             let (_, set) = set((0..10).map(|_| (100.0, 1, u32::MAX)));
             let picker = Picker::new(Policy::LeastRequest, Some(42));
-            let pick = || match picker.pick(&set, |_| true) {
+            let pick = || match picker.pick(&set, |_| true, LOOK_AROUND) {
                 Pick::Taken(fake) => fake.name,
                 other => panic!("everyone is free, but {other:?}"),
             };

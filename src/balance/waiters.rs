@@ -32,6 +32,11 @@ impl Waiters {
         Some(Waiting(Arc::clone(self)))
     }
 
+    /// How many there are.
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn freed(&self) -> &Notify {
         &self.freed
     }

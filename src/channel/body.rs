@@ -71,12 +71,10 @@ impl Body for ResponseBody {
         let Some(stream) = this.stream else {
             return Poll::Ready(None);
         };
-        let outcome = match stream.incoming.poll_frame(cx) {
-            Poll::Ready(outcome) => outcome,
-            Poll::Pending => {
-                let Some(deadline) = stream.deadline else {
-                    return Poll::Pending;
-                };
+        let outcome = stream.incoming.poll_frame(cx);
+        let overdue = match (&outcome, stream.deadline) {
+            (Poll::Pending, None) => return Poll::Pending,
+            (Poll::Pending, Some(deadline)) => {
                 // Armed only now: most responses are here in one piece.
                 if this.timer.is_none() {
                     let timer = tokio::time::sleep_until(deadline.at());
@@ -86,11 +84,22 @@ impl Body for ResponseBody {
                 if timer.is_none_or(|timer| timer.poll(cx).is_pending()) {
                     return Poll::Pending;
                 }
-                stream.ticket.on_overdue(Instant::now());
-                let overdue = status::overdue(&stream.core, deadline, "reading the response");
-                *this.stream = None;
-                return Poll::Ready(Some(Err(overdue)));
+                Some(deadline)
             }
+            // A server that ignores the deadline may send faster than its client reads, so that there is never a wait for the timer.
+            (Poll::Ready(Some(Ok(frame))), Some(deadline)) if frame.is_data() => {
+                Some(deadline).filter(|deadline| Instant::now() >= deadline.at())
+            }
+            _ => None,
+        };
+        if let Some(deadline) = overdue {
+            stream.ticket.on_overdue(Instant::now());
+            let overdue = status::overdue(&stream.core, deadline, "reading the response");
+            *this.stream = None;
+            return Poll::Ready(Some(Err(overdue)));
+        }
+        let Poll::Ready(outcome) = outcome else {
+            return Poll::Pending;
         };
         let outcome = outcome.map(|frame| frame.map_err(|broken| stream.fail(broken)));
         if stream.is_over(outcome.as_ref()) {

@@ -140,7 +140,8 @@ impl<S> ChannelBuilder<S> {
     /// How long after its start the channel waits for the registry's first answer. Later, calls fail at once until it has come. Default
     /// 10 s.
     pub fn start_up_bound(mut self, bound: Duration) -> Self {
-        self.start_up_bound = bound;
+        // A time to come has to fit into an `Instant`.
+        self.start_up_bound = bound.min(LONGEST);
         self
     }
 
@@ -377,5 +378,6 @@ fn user_agent(user_agent: Option<HeaderValue>) -> HeaderValue {
 const USER_AGENT: &str = concat!("tonic-etcd/", env!("CARGO_PKG_VERSION"));
 /// Long enough for an etcd that elects a leader, short enough for a user at a screen.
 const START_UP_BOUND: Duration = Duration::from_secs(10);
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 /// HTTP/2's largest window.
 const MAX_WINDOW: u32 = (1 << 31) - 1;

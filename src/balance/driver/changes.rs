@@ -113,7 +113,7 @@ impl Driver {
             }
             State::Connecting(subchannel) if last_resort => {
                 // What comes of it is not to be taken for the outcome of another dial.
-                self.dialling.retain(|_, (dialled, _)| *dialled != id);
+                self.forget_dial(id);
                 State::Idle(subchannel.cancel())
             }
             State::TransientFailure(subchannel) if last_resort => State::Idle(subchannel.retry()),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tokio::task::{AbortHandle, Id, JoinError};
 use tokio::time::Instant;
 
-use super::{DialId, Driver, Report, State, SubchannelId};
+use super::{Dial, DialId, Driver, Report, State, SubchannelId};
 use crate::address::Address;
 use crate::balance::member::Member;
 use crate::balance::subchannel::{Connecting, Lost, Subchannel};
@@ -16,16 +16,40 @@ use crate::transport::connect::DialError;
 use crate::transport::http2::{Connection, Leave};
 
 impl Driver {
+    /// Has a subchannel dialled when it is its turn, which is at random.
     pub(super) fn enqueue(&mut self, id: SubchannelId) {
-        self.queue.push_back(id);
-        let place = self.rng.usize(..self.queue.len());
-        let last = self.queue.len() - 1;
-        self.queue.swap(place, last);
+        let is_failing =
+            matches!(self.subchannels.get(&id), Some((_, State::Idle(one))) if one.is_failing());
+        self.enqueue_as(id, is_failing);
+    }
+
+    fn enqueue_as(&mut self, id: SubchannelId, is_failing: bool) {
+        let queue = if is_failing {
+            &mut self.failing
+        } else {
+            &mut self.queue
+        };
+        queue.push_back(id);
+        let place = self.rng.usize(..queue.len());
+        let last = queue.len() - 1;
+        queue.swap(place, last);
+    }
+
+    /// The next one to dial. Those that are failing come last and get half of the attempts at most: where a thousand do not answer, each
+    /// attempt takes its whole timeout, and whoever is well must not wait for them.
+    fn next_queued(&mut self) -> Option<SubchannelId> {
+        if let Some(id) = self.queue.pop_front() {
+            return Some(id);
+        }
+        if self.retries < DIALS / 2 {
+            return self.failing.pop_front();
+        }
+        None
     }
 
     pub(super) fn dial_queued(&mut self) {
         while self.dials.len() < DIALS {
-            let Some(id) = self.queue.pop_front() else {
+            let Some(id) = self.next_queued() else {
                 return;
             };
             let Some((address, state)) = self.subchannels.remove(&id) else {
@@ -33,7 +57,7 @@ impl Driver {
             };
             let state = match state {
                 State::Idle(subchannel) if self.is_dialled(&address) => {
-                    let dial = self.dial(id, &address);
+                    let dial = self.dial(id, &address, subchannel.is_failing());
                     State::Connecting(subchannel.connect(dial, Instant::now()))
                 }
                 state => state,
@@ -48,7 +72,7 @@ impl Driver {
         known.is_some_and(|known| !known.instance.is_last_resort())
     }
 
-    pub(super) fn dial(&mut self, id: SubchannelId, address: &Address) -> AbortHandle {
+    fn dial(&mut self, id: SubchannelId, address: &Address, is_retry: bool) -> AbortHandle {
         tracing::debug!(%address, "connecting");
         self.next_id += 1;
         let dial_id = self.next_id;
@@ -60,8 +84,24 @@ impl Driver {
         let (connector, address) = (Arc::clone(&self.connector), address.clone());
         let dial = async move { connector.connect(&address, on_report).await };
         let dial = self.dials.spawn(dial);
-        self.dialling.insert(dial.id(), (id, dial_id));
+        self.retries += usize::from(is_retry);
+        let dialling = Dial {
+            subchannel: id,
+            dial: dial_id,
+            is_retry,
+        };
+        self.dialling.insert(dial.id(), dialling);
         dial
+    }
+
+    /// What a subchannel's attempt comes to is of no interest any more.
+    pub(super) fn forget_dial(&mut self, id: SubchannelId) {
+        let retries = &mut self.retries;
+        self.dialling.retain(|_, dial| {
+            let stays = dial.subchannel != id;
+            *retries -= usize::from(!stays && dial.is_retry);
+            stays
+        });
     }
 
     pub(super) fn on_dialled(
@@ -72,9 +112,11 @@ impl Driver {
             Ok((task, outcome)) => (task, outcome),
             Err(error) => (error.id(), Err(DialError::Panicked(error))),
         };
-        let Some((id, dial_id)) = self.dialling.remove(&task) else {
+        let Some(dial) = self.dialling.remove(&task) else {
             return;
         };
+        self.retries -= usize::from(dial.is_retry);
+        let (id, dial_id) = (dial.subchannel, dial.dial);
         let lost_early = self.lost_early.remove(&dial_id);
         let Some((address, state)) = self.subchannels.remove(&id) else {
             return;
@@ -172,7 +214,7 @@ impl Driver {
             if self
                 .dialling
                 .values()
-                .any(|(_, dialling)| *dialling == dial_id)
+                .any(|dialling| dialling.dial == dial_id)
             {
                 self.lost_early.insert(dial_id);
             }
@@ -198,7 +240,7 @@ impl Driver {
         let state = match subchannel.lost(&mut self.rng, Instant::now()) {
             Lost::Idle(subchannel) => {
                 if !last_resort {
-                    self.enqueue(id);
+                    self.enqueue_as(id, subchannel.is_failing());
                 }
                 State::Idle(subchannel)
             }
@@ -228,7 +270,7 @@ impl Driver {
         let state = match state {
             // A timer of an earlier wait finds another one running.
             State::TransientFailure(subchannel) if subchannel.until() <= now => {
-                self.enqueue(id);
+                self.enqueue_as(id, subchannel.is_failing());
                 State::Idle(subchannel.retry())
             }
             state => state,

@@ -47,6 +47,15 @@ enum State {
     TransientFailure(Subchannel<TransientFailure>),
 }
 
+/// An attempt under way.
+#[derive(Clone, Copy, Debug)]
+struct Dial {
+    subchannel: SubchannelId,
+    dial: DialId,
+    /// Whether the last one failed.
+    is_retry: bool,
+}
+
 /// An address that the registry names.
 #[derive(Debug)]
 struct Known {
@@ -97,8 +106,12 @@ pub(super) struct Driver {
 
     /// Idle subchannels that want a connection.
     queue: VecDeque<SubchannelId>,
+    /// Those whose last attempt failed.
+    failing: VecDeque<SubchannelId>,
+    /// Attempts after a failed one that are under way.
+    retries: usize,
     dials: JoinSet<Result<Connection, DialError>>,
-    dialling: HashMap<Id, (SubchannelId, DialId)>,
+    dialling: HashMap<Id, Dial>,
     connected: HashMap<DialId, SubchannelId>,
     timers: BinaryHeap<Reverse<(Instant, SubchannelId)>>,
     reports: mpsc::UnboundedReceiver<(DialId, Report)>,
@@ -118,6 +131,9 @@ pub(super) struct Driver {
     refresh_at: Instant,
     /// Endpoints whose share still grows.
     starting: Vec<Address>,
+    /// When it is to be looked who needs one more connection, and when that was done last.
+    grow_at: Option<Instant>,
+    grew_at: Instant,
     /// Endpoints with a connection more than they are to have, and since when.
     grown: HashMap<Address, Instant>,
     /// What weights are multiplied with, by zone.
@@ -148,6 +164,8 @@ impl Driver {
             draining: Vec::new(),
             removed: Vec::new(),
             queue: VecDeque::new(),
+            failing: VecDeque::new(),
+            retries: 0,
             dials: JoinSet::new(),
             dialling: HashMap::new(),
             connected: HashMap::new(),
@@ -162,6 +180,8 @@ impl Driver {
             pending: 0,
             joined: Vec::new(),
             starting: Vec::new(),
+            grow_at: None,
+            grew_at: Instant::now(),
             grown: HashMap::new(),
             zones: Zones::new(),
             publish_at: None,
@@ -186,7 +206,7 @@ impl Driver {
                 Some(dialled) = self.dials.join_next_with_id() => self.on_dialled(dialled),
                 () = self.shared.demand.notified() => {
                     self.give_up();
-                    self.grow();
+                    self.grow_at.get_or_insert_with(|| (self.grew_at + GROW).max(Instant::now()));
                 }
                 () = tokio::time::sleep_until(wake) => {}
                 batch = changes.next() => self.on_batch(batch),
@@ -200,6 +220,11 @@ impl Driver {
         {
             self.timers.pop();
             self.on_backoff_over(id, now);
+        }
+        if self.grow_at.is_some_and(|at| at <= now) {
+            self.grow_at = None;
+            self.grew_at = now;
+            self.grow();
         }
         if self.refresh_at <= now {
             self.refresh_at = now + REFRESH;
@@ -216,10 +241,18 @@ impl Driver {
 
     fn wake_at(&self) -> Instant {
         let timer = self.timers.peek().map(|Reverse((until, _))| *until);
-        let wakes = [Some(self.refresh_at), timer, self.publish_at, self.sweep_at];
+        let wakes = [
+            Some(self.refresh_at),
+            timer,
+            self.publish_at,
+            self.sweep_at,
+            self.grow_at,
+        ];
         wakes.into_iter().flatten().min().unwrap_or(self.refresh_at)
     }
 }
 
+/// Between looks at every endpoint for those that need one more connection: each call that waits asks for it.
+const GROW: Duration = Duration::from_millis(5);
 /// How often estimates are brought up to date.
 const REFRESH: Duration = Duration::from_millis(200);

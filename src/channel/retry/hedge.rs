@@ -14,7 +14,7 @@ use super::replay::{Answered, Failed, recover, unless_late};
 use super::tried::Tried;
 use super::verdict::Pushback;
 use super::wait::{sleep_until, wait};
-use crate::balance::{Pick, Ticket};
+use crate::balance::{LOOK_AROUND, Pick, Ticket};
 use crate::channel::body::ResponseBody;
 use crate::channel::call::{Attempt, Call, Kept, Retrying, Try};
 use crate::channel::{Core, status};
@@ -129,9 +129,11 @@ impl Hedging {
     fn send_another(&mut self) -> Result<(), Status> {
         self.next = None;
         while self.may_send() {
-            let Pick::Taken(ticket) = self.tried.pick_new(&self.closing.core) else {
+            let look = self.closing.core.shared().look(LOOK_AROUND);
+            let Pick::Taken(ticket) = self.tried.pick_new(&look) else {
                 break;
             };
+            drop(look);
             if self.send(ticket)? {
                 self.schedule(self.policy.delay());
                 break;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tonic::Status;
 
 use crate::address::Address;
-use crate::balance::{Endpoint, Member, Pick, Summary, Ticket};
+use crate::balance::{Endpoint, Look, Member, Pick, Summary, Ticket};
 use crate::channel::{Core, Route, status};
 
 /// Where a call has been: without being processed in this attempt, and at all in earlier ones.
@@ -87,35 +87,37 @@ impl Tried {
         self.last.as_ref().is_some_and(|last| last.error.is_reset())
     }
 
-    pub(super) fn pick(&self, core: &Core, summary: &Summary) -> Pick<Ticket> {
-        let shared = core.shared();
+    pub(super) fn pick(&self, look: &Look<'_>) -> Pick<Ticket> {
         if !self.avoided.is_empty() {
             let last = self.avoided.last();
             let is_last =
                 |member: &Arc<Member>| last.is_some_and(|last| last == member.endpoint().address());
-            match self.pick_new(core) {
+            match self.pick_new(look) {
                 Pick::Excluded => {}
                 pick => return pick,
             }
-            match shared.pick(|member| self.is_open(member) && !is_last(member)) {
+            match look.pick(|member| self.is_open(member) && !is_last(member)) {
                 Pick::Excluded => {}
                 pick => return pick,
             }
         }
-        match shared.pick(|member| self.is_open(member)) {
-            // Where every endpoint has been tried, another connection to one of them is another server more often than not.
-            Pick::Excluded if self.endpoints.len() >= summary.endpoints => {
-                shared.pick(|member| self.is_untried(member))
+        let Summary {
+            endpoints, pending, ..
+        } = *look.summary();
+        match look.pick(|member| self.is_open(member)) {
+            // Where every endpoint has been tried, but for those that cannot be reached, another connection to one of them is another server
+            // more often than not.
+            Pick::Excluded if self.endpoints.len() >= endpoints || pending == 0 => {
+                look.pick(|member| self.is_untried(member))
             }
             pick => pick,
         }
     }
 
     /// Picks an endpoint that the call has not been to in any attempt.
-    pub(super) fn pick_new(&self, core: &Core) -> Pick<Ticket> {
+    pub(super) fn pick_new(&self, look: &Look<'_>) -> Pick<Ticket> {
         let avoided = |member: &Arc<Member>| self.avoided.contains(member.endpoint().address());
-        core.shared()
-            .pick(|member| self.is_open(member) && !avoided(member))
+        look.pick(|member| self.is_open(member) && !avoided(member))
     }
 
     /// Whether neither the connection nor its endpoint was tried in this attempt.

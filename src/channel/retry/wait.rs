@@ -6,7 +6,7 @@ use tokio::time::Instant;
 use tonic::Status;
 
 use super::tried::Tried;
-use crate::balance::{Pick, Summary, Ticket};
+use crate::balance::{LOOK_AROUND, Pick, Summary, Ticket};
 use crate::channel::{Core, status};
 
 /// Waits for a place on a connection that was not tried, as long as there is reason to.
@@ -32,20 +32,28 @@ pub(super) async fn wait(
         if tried.is_empty() {
             freed.as_mut().enable();
         }
-        let summary = shared.summary();
-        let verdict = match tried.pick(core, &summary) {
-            Pick::Taken(ticket) => return Ok(ticket),
-            Pick::Full => {
-                shared.demand();
-                Verdict::Wait(None)
+        let until = {
+            // Whoever waits is woken for one place that may be anywhere. Few look at all of them, many at some of them each.
+            let around = if place.is_some() {
+                LOOKS / shared.waiters().waiting().max(1)
+            } else {
+                0
+            };
+            let look = shared.look(around.max(LOOK_AROUND));
+            let verdict = match tried.pick(&look) {
+                Pick::Taken(ticket) => return Ok(ticket),
+                Pick::Full => {
+                    shared.demand();
+                    Verdict::Wait(None)
+                }
+                Pick::Excluded if tried.is_refusal_final() => Verdict::Fail("refused"),
+                Pick::Excluded => Verdict::Wait(None),
+                Pick::Empty => Verdict::without_ready(core, look.summary(), wait_for_ready),
+            };
+            match verdict {
+                Verdict::Fail(why) => return Err(tried.take_status(core, look.summary(), why)),
+                Verdict::Wait(until) => until,
             }
-            Pick::Excluded if tried.is_refusal_final() => Verdict::Fail("refused"),
-            Pick::Excluded => Verdict::Wait(None),
-            Pick::Empty => Verdict::without_ready(core, &summary, wait_for_ready),
-        };
-        let until = match verdict {
-            Verdict::Fail(why) => return Err(tried.take_status(core, &summary, why)),
-            Verdict::Wait(until) => until,
         };
         if place.is_none() {
             let waiters = shared.waiters();
@@ -130,5 +138,7 @@ pub(super) async fn sleep_until(until: Option<Instant>) {
     }
 }
 
+/// Places that all waiting calls together look at when a set is published: some milliseconds of work.
+const LOOKS: usize = 200_000;
 /// How often a call that was refused looks for a free place elsewhere.
 const RECHECK: Duration = Duration::from_millis(10);

@@ -323,6 +323,128 @@ async fn a_goaway_below_a_call_that_was_sent_sends_it_elsewhere() {
     );
 }
 
+/// The other endpoint cannot be reached, and may not be for hours.
+#[tokio::test]
+async fn a_goaway_below_a_call_sends_it_to_the_same_endpoint_once_that_is_back() {
+    let (shy, back) = (support::shy(0), Greeter::start("back"));
+    let (dials, then) = (AtomicUsize::new(0), back.address());
+    let channel = BalancedChannel::builder()
+        .connector(move |address| {
+            let target = match (address.host(), dials.load(Ordering::SeqCst)) {
+                ("alpha", 0) => Some(shy.clone()),
+                ("alpha", _) => Some(then.clone()),
+                _ => None,
+            };
+            dials.fetch_add(usize::from(target.is_some()), Ordering::SeqCst);
+            async move {
+                let target = target.ok_or(io::ErrorKind::ConnectionRefused)?;
+                tokio::net::TcpStream::connect(target).await
+            }
+        })
+        .from_addresses(["alpha:1", "beta:1"]);
+    ready(&channel, 1).await;
+    until("the other one refuses", || {
+        let endpoints = channel.endpoints();
+        let mut states = endpoints.iter().map(|endpoint| endpoint.state);
+        states.any(|state| state == EndpointState::TransientFailure)
+    })
+    .await;
+    let (outcome, took) = timed(say(&channel)).await;
+    outcome.expect("it is back");
+    assert!(took < Duration::from_secs(10), "{took:?}");
+}
+
+/// Calls wait although one of very many connections has a place: whoever is woken for it looks for it everywhere.
+#[tokio::test]
+async fn a_place_that_becomes_free_on_one_of_a_thousand_connections_is_found() {
+    const ENDPOINTS: usize = 600;
+    let (accepts, mut accepted) = mpsc::unbounded_channel::<support::Accepted>();
+    let channel = BalancedChannel::builder()
+        .seed(7)
+        .connector(move |_| {
+            let (near, far) = tokio::io::duplex(1 << 14);
+            let accepts = accepts.clone();
+            tokio::spawn(async move {
+                let mut builder = h2::server::Builder::new();
+                builder.max_concurrent_streams(1);
+                let mut connection = builder.handshake(far).await.expect("a connection");
+                while let Some(Ok(call)) = connection.accept().await {
+                    // The test may be over.
+                    let _ = accepts.send(call);
+                }
+            });
+            std::future::ready(Ok::<_, io::Error>(near))
+        })
+        .from_addresses((1..=ENDPOINTS).map(|number| format!("server{number}:1")));
+    ready(&channel, ENDPOINTS).await;
+    let call = || {
+        let channel = channel.clone();
+        tokio::spawn(async move { say(&channel).await.expect("an answer") })
+    };
+    let (mut calls, mut held) = (Vec::new(), Vec::new());
+    // An endpoint whose streams are all in use gets one connection more.
+    for _ in 0..2 * ENDPOINTS {
+        calls.push(call());
+    }
+    for _ in 0..2 * ENDPOINTS {
+        held.push(in_time("a call", accepted.recv()).await.expect("a call"));
+    }
+    for round in 0..5 {
+        calls.push(call());
+        let waits = || channel.0.shared().waiters().waiting() == 1;
+        until("the call waits", waits).await;
+        reply(held.swap_remove(round * 100)).await;
+        held.push(in_time("the call", accepted.recv()).await.expect("a call"));
+    }
+    for call in &calls {
+        call.abort();
+    }
+}
+
+/// What does not answer takes each attempt its whole timeout.
+#[tokio::test(start_paused = true)]
+async fn a_thousand_endpoints_that_swallow_connections_hold_up_nobody() {
+    let (changes, stream) = mpsc::unbounded_channel();
+    let channel = BalancedChannel::builder()
+        .seed(7)
+        .connector(move |address| async move {
+            if address.host() == "hole" {
+                std::future::pending::<()>().await;
+            }
+            let (near, far) = tokio::io::duplex(1 << 14);
+            tokio::spawn(async move {
+                let mut connection = h2::server::handshake(far).await.expect("a connection");
+                while connection.accept().await.is_some() {}
+            });
+            Ok(near)
+        })
+        .from_discover(UnboundedReceiverStream::new(stream));
+    for port in 1..=3_000 {
+        insert(&changes, instance(&format!("hole:{port}")));
+    }
+    // Every one of them has been dialled and is known to be failing; more of them than can be dialled at once are due at any time.
+    tokio::time::sleep(Duration::from_secs(180)).await;
+    for round in 1..=10 {
+        insert(&changes, instance(&format!("alpha:{round}")));
+        let start = tokio::time::Instant::now();
+        ready(&channel, round).await;
+        let took = tokio::time::Instant::now().saturating_duration_since(start);
+        assert!(took < Duration::from_secs(1), "{took:?}");
+        tokio::time::sleep(Duration::from_secs(3)).await;
+    }
+}
+
+#[tokio::test]
+async fn the_longest_times_are_taken() {
+    let outliers = OutlierDetection::new().interval(Duration::MAX);
+    let channel = BalancedChannel::builder()
+        .start_up_bound(Duration::MAX)
+        .outlier_detection(outliers)
+        .from_addresses([refusing()]);
+    let status = say(&channel).await.expect_err("nobody is there");
+    assert_eq!(status.code(), Code::Unavailable);
+}
+
 #[tokio::test]
 async fn a_goaway_at_the_call_and_then_the_end_may_have_run_it() {
     let processed = Arc::default();

@@ -163,6 +163,32 @@ async fn the_deadline_holds_over_the_response_stream() {
     idle(&channel).await;
 }
 
+/// A server that ignores the deadline and sends faster than its client reads.
+#[tokio::test]
+async fn the_deadline_holds_while_there_is_always_something_to_read() {
+    use tower::Service;
+    let server = streaming(1_000_000, 1024);
+    let channel = over([server.address()]);
+    let request = http::Request::post("/helloworld.Greeter/SayHellos")
+        .header("grpc-timeout", "1000m")
+        .body(tonic::body::Body::empty())
+        .expect("a request");
+    let response = in_time("a head", channel.clone().call(request)).await;
+    let mut body = Box::pin(response.expect("a response").into_body());
+    let start = tokio::time::Instant::now();
+    let status = loop {
+        let next = std::future::poll_fn(|cx| http_body::Body::poll_frame(body.as_mut(), cx));
+        match in_time("a frame", next).await.expect("no end") {
+            Ok(_) => tokio::time::sleep(Duration::from_millis(2)).await,
+            Err(status) => break status,
+        }
+        let read = tokio::time::Instant::now().saturating_duration_since(start);
+        assert!(read < Duration::from_secs(10), "it goes on for ever");
+    };
+    assert_eq!(status.code(), Code::DeadlineExceeded);
+    idle(&channel).await;
+}
+
 #[tokio::test]
 async fn parked_uploads_stop_nobody_else() {
     let server = Raw::answering(|_| (), reply);
