@@ -1,24 +1,31 @@
 //! The watch on the registration's own keys: only a short cut, for the keys are read as well.
 
+use std::pin::Pin;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
-use crate::backoff::jittered;
+use crate::backoff::{Backoff, jittered};
 use crate::error::EtcdError;
 use crate::etcd::{Etcd, Token, Watch};
 use crate::keyspace::{Event, Key};
 
 /// The watch on our own keys, over one stream.
-#[derive(Debug, Default)]
 pub(super) struct KeyWatch {
     open: Option<Watch>,
+    /// One that is being opened. It goes on where it was left: renewals come in between, and with a short TTL it would be begun anew at each.
+    opening: Option<Opening>,
+    /// When it was opened.
+    since: Option<Instant>,
+    backoff: Backoff,
     /// What the watch was opened with.
     token: Option<Token>,
     not_before: Option<Instant>,
     /// How often in a row it was refused.
     refusals: u32,
 }
+
+type Opening = Pin<Box<dyn Future<Output = Result<Watch, EtcdError>> + Send>>;
 
 /// What the watch on our own keys has to say.
 pub(super) enum News {
@@ -29,11 +36,23 @@ pub(super) enum News {
 }
 
 impl KeyWatch {
+    pub(super) fn new() -> Self {
+        Self {
+            open: None,
+            opening: None,
+            since: None,
+            backoff: Backoff::new(REWATCH, REWATCH_MAX),
+            token: None,
+            not_before: None,
+            refusals: 0,
+        }
+    }
+
     /// The next news of the keys, of which there is at least one.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future loses no news; a watch that was being opened is opened anew.
+    /// Dropping the future loses no news, and a watch that is being opened goes on being opened with the next one.
     pub(super) async fn next(&mut self, etcd: &Etcd, keys: &[Key]) -> News {
         let error = match &mut self.open {
             None => match self.reopen(etcd, keys).await {
@@ -61,13 +80,39 @@ impl KeyWatch {
         self.refusals = if refused { self.refusals + 1 } else { 0 };
         // Once refused, a fresh token may help; then only an operator can, as where none is to be had.
         let hopeless = self.refusals > 1 || !refused && error.kind().needs_operator();
-        let wait = if hopeless { REFUSED } else { REWATCH };
-        let wait = jittered(wait, &mut fastrand::Rng::new());
+        let since = self.since.take();
+        if since.is_some_and(|since| Instant::now().saturating_duration_since(since) >= REWATCH_MAX)
+        {
+            self.backoff.reset();
+        }
+        let mut rng = fastrand::Rng::new();
+        let wait = if hopeless {
+            jittered(REFUSED, &mut rng)
+        } else {
+            self.backoff.next(&mut rng)
+        };
         self.not_before = Some(Instant::now() + wait);
         News::Lost(error)
     }
 
     async fn reopen(&mut self, etcd: &Etcd, keys: &[Key]) -> Result<(), EtcdError> {
+        if self.opening.is_none() {
+            self.prepare(etcd).await?;
+        }
+        let opening = self.opening.get_or_insert_with(|| {
+            let (etcd, keys) = (etcd.clone(), keys.to_vec());
+            self.token = etcd.token();
+            Box::pin(async move { etcd.watch_each(&keys[0], &keys[1..]).await })
+        });
+        let opened = opening.await;
+        self.opening = None;
+        self.open = Some(opened?);
+        self.since = Some(Instant::now());
+        Ok(())
+    }
+
+    /// Waits until it is time, and sees to the token.
+    async fn prepare(&mut self, etcd: &Etcd) -> Result<(), EtcdError> {
         if let Some(not_before) = self.not_before {
             sleep_until(not_before).await;
         }
@@ -75,13 +120,13 @@ impl KeyWatch {
             // Calls renew their token by themselves; a watch is told in a message.
             etcd.refused(self.token.as_ref()).await?;
         }
-        self.token = etcd.token();
-        self.open = Some(etcd.watch_each(&keys[0], &keys[1..]).await?);
         Ok(())
     }
 }
 
-/// Between two tries to watch our own keys. It is only a short cut: they are read at each renewal meanwhile.
+/// Between two tries to watch our own keys, at first. It is only a short cut: they are read at each renewal meanwhile.
 const REWATCH: Duration = Duration::from_secs(1);
+/// What that grows to, for each watch that is opened costs a read as well. One that lasted for so long was well.
+const REWATCH_MAX: Duration = Duration::from_secs(15);
 /// The same while it is refused.
 const REFUSED: Duration = Duration::from_secs(30);

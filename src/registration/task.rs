@@ -1,5 +1,6 @@
 //! The task that owns a registration's machine and carries out its commands.
 
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::pin::pin;
 use std::time::Duration;
 
@@ -74,14 +75,16 @@ impl Task {
                 entry.ttl,
                 entry.keys.len(),
                 says_goodbye,
-                fastrand::Rng::new(),
+                // A generator of its own kind is seeded with the time since the machine's start: those of machines that are started together
+                // would choose the same lease ids sooner or later.
+                fastrand::Rng::with_seed(RandomState::new().build_hasher().finish()),
             ),
             etcd,
             entry,
             inbox,
             states,
             waiting: Vec::new(),
-            key_watch: KeyWatch::default(),
+            key_watch: KeyWatch::new(),
             published: None,
             budget: budget.min(NEVER),
             give_up: None,

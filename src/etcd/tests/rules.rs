@@ -271,6 +271,20 @@ async fn a_registration_leaves_a_member_whose_watch_falls_silent_for_another_one
     }
 }
 
+/// A server that renews leases and does not answer watches is not asked for one each second by every server there is.
+#[tokio::test(start_paused = true)]
+async fn a_watch_on_the_own_key_that_cannot_be_had_is_tried_seldom() {
+    let fake = Fake::new(1, 0);
+    let registered = registration(fake.etcd(1)).register().await;
+    let registered = registered.expect("all is well");
+    fake.script().mute = Some("member0:1");
+    let before = fake.script().watches;
+    sleep(Duration::from_secs(600)).await;
+    let watches = fake.script().watches - before;
+    assert!((30..=80).contains(&watches), "{watches} in ten minutes");
+    assert!(registered.state().is_registered());
+}
+
 /// Whoever does not ask for long is told of the last change of an address, and of no other.
 #[tokio::test(start_paused = true)]
 async fn an_address_that_changes_all_the_time_is_one_change() {

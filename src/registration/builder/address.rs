@@ -1,6 +1,7 @@
 //! Which address a server advertises.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::time::Duration;
 
 use super::RegistrationBuilder;
 use crate::address::{Address, AddressError};
@@ -24,11 +25,24 @@ impl RegistrationBuilder {
     /// The local address that routes to etcd: peers that reach the same etcd are most likely to reach us there.
     async fn routed(&self, bound: SocketAddr) -> Result<Address, AddressError> {
         // A client of the user's own does not say where its etcd is; the default route is the next best.
-        let fallback = ["192.0.2.1:9", "[2001:db8::1]:9"].map(String::from);
-        for target in self.etcd.endpoints().into_iter().chain(fallback) {
+        let endpoints = self.etcd.endpoints();
+        for target in &endpoints {
             if let Some(ip) = local_ip(target, bound.ip()).await {
                 return Ok(SocketAddr::new(ip, bound.port()).into());
             }
+        }
+        for target in ["192.0.2.1:9", "[2001:db8::1]:9"] {
+            let Some(ip) = local_ip(target, bound.ip()).await else {
+                continue;
+            };
+            if !endpoints.is_empty() {
+                tracing::warn!(
+                    %ip,
+                    ?endpoints,
+                    "no route to etcd is known yet: the address of the default route is advertised; set the host or the address if peers do not reach it there"
+                );
+            }
+            return Ok(SocketAddr::new(ip, bound.port()).into());
         }
         let reason = "is unspecified, and no local address routes to etcd";
         Err(AddressError::new(&bound.to_string(), reason))
@@ -36,8 +50,9 @@ impl RegistrationBuilder {
 }
 
 /// The local address from which the kernel would send to `target`. Connecting a UDP socket sends nothing.
-async fn local_ip(target: String, bound: IpAddr) -> Option<IpAddr> {
-    let targets = tokio::net::lookup_host(target).await.ok()?;
+async fn local_ip(target: &str, bound: IpAddr) -> Option<IpAddr> {
+    let targets = tokio::time::timeout(LOOKUP, tokio::net::lookup_host(target));
+    let targets = targets.await.ok()?.ok()?;
     for target in targets {
         let any: SocketAddr = match target {
             SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
@@ -57,6 +72,9 @@ async fn local_ip(target: String, bound: IpAddr) -> Option<IpAddr> {
     }
     None
 }
+
+/// For the address of one endpoint of etcd's. A resolver that does not answer would take minutes, during which nothing is registered.
+const LOOKUP: Duration = Duration::from_secs(5);
 
 fn with_port(host: &str, port: u16) -> Result<Address, AddressError> {
     match host.trim_matches(['[', ']']).parse::<IpAddr>() {
@@ -84,7 +102,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_route_to_a_loopback_etcd_is_loopback() {
-        let local = local_ip("127.0.0.1:2379".to_owned(), Ipv4Addr::UNSPECIFIED.into()).await;
+        let local = local_ip("127.0.0.1:2379", Ipv4Addr::UNSPECIFIED.into()).await;
         assert_eq!(local, Some(Ipv4Addr::LOCALHOST.into()));
     }
 }

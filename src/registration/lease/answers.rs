@@ -24,8 +24,21 @@ impl Machine {
         let (ttl, renew_at) = match answer {
             Ok(ttl) => (ttl.min(TTL_MAX), sent + ttl.min(TTL_MAX) / 3),
             // Our own grant, whose answer was lost: how long it has left only a renewal tells.
-            Err(error) if error.kind() == EtcdErrorKind::LeaseExists => (self.ttl, now),
-            Err(error) => return self.failed(error, now),
+            Err(error)
+                if error.kind() == EtcdErrorKind::LeaseExists && self.asked == Some(lease) =>
+            {
+                (self.ttl, now)
+            }
+            Err(error) => {
+                if error.kind() == EtcdErrorKind::LeaseExists {
+                    // Of somebody else, by chance: what hangs on it must not hang on ours.
+                    self.state = State::Granting {
+                        lease: LeaseId::random(&mut self.rng),
+                    };
+                }
+                self.asked = Some(lease);
+                return self.failed(error, now);
+            }
         };
         self.not_before = None;
         self.last_error = None;
@@ -42,6 +55,7 @@ impl Machine {
             renew_at,
             failed: 0,
             unverified: 0,
+            proven: false,
         });
         self.state = State::Reading;
     }
@@ -136,6 +150,9 @@ impl Machine {
         }
         match answer {
             Ok(Some(mod_revision)) => {
+                if let Some(lease) = &mut self.lease {
+                    lease.proven = true;
+                }
                 for put in self.puts() {
                     let place = &mut self.keys[put.index];
                     place.claiming = false;
@@ -171,8 +188,15 @@ impl Machine {
                     place.lose();
                 }
             }
-            Err(error) => self.failed(error, now),
+            Err(error) => self.not_deleted(error, now),
         }
+    }
+
+    /// What is to go cannot be taken away yet. What is to stay does not wait for it.
+    fn not_deleted(&mut self, error: EtcdError, now: Instant) {
+        let before = self.not_before;
+        self.failed(error, now);
+        self.delete_at = std::mem::replace(&mut self.not_before, before);
     }
 
     /// Takes the answer to a renewal that was sent at `sent`.
@@ -194,6 +218,7 @@ impl Machine {
                 lease.expires = sent + ttl;
                 lease.renew_at = sent + ttl / 3;
                 lease.failed = 0;
+                lease.proven = true;
                 self.disturbed = false;
                 lease.unverified += 1;
                 let watched = self.key_watched;
@@ -242,6 +267,7 @@ impl Machine {
 
     /// The lease is gone for good, and with it the key.
     fn lease_lost(&mut self, error: EtcdError, now: Instant) {
+        let proven = self.lease.is_some_and(|lease| lease.proven);
         self.lose_lease();
         self.state = State::Granting {
             lease: LeaseId::random(&mut self.rng),
@@ -251,6 +277,11 @@ impl Machine {
         // After an outage the whole fleet is here at once; a lease that was revoked by hand is one server's matter.
         let spread = self.ttl.mul_f64(self.rng.f64() / 3.0);
         self.not_before = self.disturbed.then(|| now + spread);
+        if !proven {
+            // Granted by one store and asked for at another, behind an address that leads to two: the next one is lost as well.
+            let wait = self.backoff.next(&mut self.rng);
+            self.not_before = self.not_before.max(Some(now + wait));
+        }
     }
 
     /// Takes the answer to a revoke.
@@ -260,11 +291,24 @@ impl Machine {
         now: Instant,
     ) {
         let State::Leaving { next, .. } = self.state else {
+            match answer {
+                Ok(()) => self.unrevoked = None,
+                Err(error) => self.not_deleted(error, now),
+            }
             return;
         };
-        match answer {
-            Ok(()) => self.left(next),
-            Err(error) => self.failed(error, now),
+        if let Err(error) = answer {
+            return self.failed(error, now);
+        }
+        self.not_before = None;
+        // The newer one goes first.
+        if self.lease.is_some() {
+            self.lose_lease();
+        } else {
+            self.unrevoked = None;
+        }
+        if self.unrevoked.is_none() {
+            self.left(next);
         }
     }
 
@@ -282,9 +326,20 @@ impl Machine {
 
     /// Takes an event of a key's watch.
     pub(in crate::registration) fn on_event(&mut self, index: usize, event: &Event, now: Instant) {
-        let Some(place) = self.keys.get_mut(index).filter(|place| place.is_live()) else {
+        let Some(place) = self.keys.get_mut(index) else {
             return;
         };
+        if let Event::Put(kv) = event
+            && place.gone
+            && self.lease.is_some_and(|lease| lease.id == kv.lease)
+        {
+            // A put that was given up, carried out after the key was deleted.
+            place.gone = false;
+            place.held = Some(kv.mod_revision);
+        }
+        if !place.is_live() {
+            return;
+        }
         let own = |kv: &KeyValue| self.granted.contains(&kv.lease);
         match (self.state, event) {
             (State::Registered, event)
@@ -343,7 +398,10 @@ impl Machine {
     }
 
     fn supersede(&mut self, now: Instant) {
-        // The lease has nothing left to hold: it runs out by itself, or holds what `register` claims in time.
+        // The lease has nothing left to hold, but for a key that is to go: it runs out by itself.
+        if self.keys.iter().any(|place| place.leaving && !place.gone) {
+            self.unrevoked = self.lease.map(|lease| lease.id).or(self.unrevoked);
+        }
         self.state = State::Superseded;
         self.lose_lease();
         self.not_before = Some(now + jittered(SUPERSEDED_READ, &mut self.rng));

@@ -41,13 +41,21 @@ impl Machine {
             .keys
             .iter()
             .position(|place| place.leaving && !place.gone);
-        if let (Some(index), Some(lease)) = (leaving, &self.lease) {
+        let undone = leaving.is_some() || self.unrevoked.is_some();
+        let delete_at = self.delete_at.filter(|at| undone && *at > now);
+        if let (Some(index), Some(lease), None) = (leaving, &self.lease, delete_at) {
             return Command::Delete {
                 index,
                 lease: lease.id,
                 goodbye: self.keys[index].held.filter(|_| self.says_goodbye),
                 deadline,
             };
+        }
+        // The keys are where they are to be: what the old lease has left goes.
+        if let (State::Registered | State::Superseded, Some(lease), None) =
+            (self.state, self.unrevoked, delete_at)
+        {
+            return Command::Revoke { lease, deadline };
         }
         match (self.state, &self.lease) {
             (State::Granting { lease }, _) => Command::Grant { lease, deadline },
@@ -64,11 +72,13 @@ impl Machine {
                 Command::Read { deadline }
             }
             (State::Reading | State::Putting, _) => Command::Read { deadline },
-            (State::Registered, _) => Command::Wait { until: renew_at },
+            (State::Registered, _) => Command::Wait {
+                until: earliest(renew_at, delete_at),
+            },
             // The watch on the key says when the other is gone; the slow reads are for a watch that cannot be had.
             (State::Superseded, _) => match self.not_before {
                 Some(not_before) if not_before > now => Command::Wait {
-                    until: Some(not_before),
+                    until: earliest(Some(not_before), delete_at),
                 },
                 _ => Command::Read { deadline },
             },
@@ -79,7 +89,8 @@ impl Machine {
 
     fn leave(&self, goodbye: bool, now: Instant) -> Command {
         let deadline = self.deadline();
-        let Some(lease) = &self.lease else {
+        let own = self.lease.map(|lease| lease.id);
+        let Some(lease) = own.or(self.unrevoked) else {
             return Command::Wait { until: None };
         };
         if let Some(not_before) = self.not_before.filter(|not_before| *not_before > now) {
@@ -87,8 +98,7 @@ impl Machine {
                 until: Some(not_before),
             };
         }
-        let lease = lease.id;
-        if goodbye {
+        if goodbye && own.is_some() {
             return Command::Put {
                 lease,
                 leaving: true,

@@ -68,6 +68,10 @@ pub(super) struct Machine {
     ttl: Duration,
     state: State,
     lease: Option<Lease>,
+    /// The lease before it, which keys of ours may still hang on: a revoke of it had no answer.
+    unrevoked: Option<LeaseId>,
+    /// The lease whose grant was asked for and had no answer.
+    asked: Option<LeaseId>,
     /// The leases this registration was granted: keys under them are its own.
     granted: Vec<LeaseId>,
     /// The raft term of the last linearizable read, or of a later renewal.
@@ -81,6 +85,8 @@ pub(super) struct Machine {
     says_goodbye: bool,
     /// Nothing but renewals is sent before it.
     not_before: Option<Instant>,
+    /// No key that is to go is deleted before it: one whose deletion is refused must not keep the others from what they need.
+    delete_at: Option<Instant>,
     backoff: Backoff,
     rng: fastrand::Rng,
     pub(super) failures: u64,
@@ -185,6 +191,8 @@ struct Lease {
     failed: u32,
     /// Good renewals since the keys were last read.
     unverified: u32,
+    /// Whether it was ever renewed or written under.
+    proven: bool,
 }
 
 /// Where a registration stands, for its owner.
@@ -212,6 +220,8 @@ impl Machine {
                 lease: LeaseId::random(&mut rng),
             },
             lease: None,
+            unrevoked: None,
+            asked: None,
             granted: Vec::new(),
             term: 0,
             keys: vec![Place::NEW; keys],
@@ -219,6 +229,7 @@ impl Machine {
             disturbed: false,
             says_goodbye,
             not_before: None,
+            delete_at: None,
             backoff: Backoff::new(RETRY_FIRST, bound),
             rng,
             failures: 0,
@@ -303,7 +314,7 @@ impl Machine {
         if let Some(place) = self.keys.get_mut(index) {
             place.leaving = true;
             // Where there is no lease there is no key of ours.
-            if self.lease.is_none() {
+            if self.lease.is_none() && self.unrevoked.is_none() {
                 place.lose();
             }
         }
@@ -324,7 +335,9 @@ impl Machine {
                     ..
                 }
         ) {
-            // The revoke may be under way: the lease it takes is no lease to go on with.
+            // The revoke may be under way: the lease it takes is no lease to go on with. If it never got there the lease is to go all the same,
+            // once the keys hang on another one.
+            self.unrevoked = self.lease.map(|lease| lease.id).or(self.unrevoked);
             self.lose_lease();
             self.register();
         }
@@ -344,7 +357,7 @@ impl Machine {
         self.not_before = None;
         self.state = State::Leaving { goodbye, next };
         // Without a lease there is no key. A grant whose answer was lost leaves a lease that nothing hangs on.
-        if self.lease.is_none() {
+        if self.lease.is_none() && self.unrevoked.is_none() {
             self.left(next);
         }
     }

@@ -6,6 +6,8 @@ use super::*;
 use crate::error::EtcdErrorKind;
 use crate::keyspace::{Event, Header, KeepAlive, Key, KeyValue};
 
+mod taken_away;
+
 const TTL: Duration = Duration::from_secs(6);
 
 /// One key and the leases, as etcd keeps them.

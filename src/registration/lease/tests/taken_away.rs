@@ -1,0 +1,207 @@
+//! What is taken away, or was never ours: single keys, old leases, ids that somebody else has.
+
+use super::*;
+
+/// Of two keys, both registered; and what carries commands out while all is well.
+struct Pair {
+    machine: Machine,
+    now: Instant,
+    revision: i64,
+}
+
+impl Pair {
+    fn registered() -> Self {
+        let mut pair = Self {
+            machine: Machine::new(TTL, 2, true, fastrand::Rng::with_seed(1)),
+            now: Instant::now(),
+            revision: 1,
+        };
+        for _ in 0..3 {
+            pair.step();
+        }
+        assert!(pair.machine.is_written());
+        pair
+    }
+
+    fn lease(&self) -> LeaseId {
+        self.machine.lease.expect("there is one").id
+    }
+
+    fn step(&mut self) -> Command {
+        let command = self.machine.command(self.now);
+        match command {
+            Command::Grant { lease, .. } => {
+                let machine = &mut self.machine;
+                machine.on_granted(lease, Ok(TTL), self.now, self.now);
+            }
+            Command::Read { .. } => {
+                let none = |index| Found {
+                    index,
+                    kv: None,
+                    current: false,
+                };
+                let found = self.machine.live().map(none).collect();
+                self.machine.on_read(Ok(found), self.now);
+            }
+            Command::Put { .. } => {
+                self.revision += 1;
+                let written = Ok(Some(Revision::new(self.revision)));
+                self.machine.on_put(false, written, self.now);
+            }
+            Command::Delete { index, .. } => self.machine.on_deleted(index, Ok(()), self.now),
+            other => panic!("{other:?}"),
+        }
+        command
+    }
+
+    fn put(&self, index: usize, revision: i64) -> Event {
+        Event::Put(KeyValue {
+            key: Key::from(format!("/gRPC/greeter/{index}").as_str()),
+            value: Vec::new(),
+            create_revision: Revision::new(revision),
+            mod_revision: Revision::new(revision),
+            lease: self.lease(),
+        })
+    }
+}
+
+/// A member that was frozen carries it out when the key was deleted over another one.
+#[test]
+fn a_put_that_lands_after_its_key_was_deleted_is_taken_away_as_well() {
+    let mut pair = Pair::registered();
+    pair.machine.on_remove(1);
+    assert!(matches!(pair.step(), Command::Delete { index: 1, .. }));
+    assert!(pair.machine.is_gone(1));
+    let late = pair.put(1, 50);
+    pair.machine.on_event(1, &late, pair.now);
+    assert!(matches!(pair.step(), Command::Delete { index: 1, .. }));
+    assert!(pair.machine.is_gone(1));
+    let next = pair.machine.command(pair.now);
+    assert!(matches!(next, Command::Wait { .. }), "{next:?}");
+}
+
+#[test]
+fn a_deletion_that_is_refused_keeps_the_other_keys_from_nothing() {
+    let mut pair = Pair::registered();
+    pair.machine.on_remove(1);
+    let refused = Err(error(EtcdErrorKind::PermissionDenied));
+    pair.machine.on_deleted(1, refused, pair.now);
+    let Command::Wait { until: Some(until) } = pair.machine.command(pair.now) else {
+        panic!("it is not deleted again at once");
+    };
+    assert!(until > pair.now);
+    let lost = Event::Delete {
+        key: Key::from("/gRPC/greeter/0"),
+        mod_revision: Revision::new(60),
+    };
+    pair.machine.on_event(0, &lost, pair.now);
+    assert!(matches!(pair.step(), Command::Read { .. }));
+    assert!(matches!(pair.step(), Command::Put { .. }));
+    assert!(pair.machine.is_written());
+    // And it is tried again.
+    pair.now += TTL;
+    while !pair.machine.is_gone(1) {
+        match pair.machine.command(pair.now) {
+            Command::Renew { .. } => {
+                let header = Header::default();
+                let renewed = Ok(KeepAlive {
+                    header: Some(header),
+                    ttl: TTL,
+                });
+                pair.machine.on_renewed(renewed, pair.now, pair.now);
+            }
+            _ => drop(pair.step()),
+        }
+    }
+}
+
+#[test]
+fn a_lease_whose_revoke_had_no_answer_is_revoked_once_the_key_hangs_on_another() {
+    let mut player = Player::registered(20);
+    let old = player.machine.lease.expect("there is one").id;
+    player.machine.on_pause();
+    player.step(Fate::Good);
+    assert!(matches!(player.step(Fate::Lost), Command::Revoke { .. }));
+    player.machine.on_resume();
+    player.settle();
+    let revoked = player.step(Fate::Good);
+    assert!(
+        matches!(revoked, Command::Revoke { lease, .. } if lease == old),
+        "{revoked:?}"
+    );
+    assert!(player.is_registered());
+    assert_eq!(player.store.leases.len(), 1);
+    let next = player.machine.command(player.now);
+    assert!(matches!(next, Command::Wait { .. }), "{next:?}");
+}
+
+#[test]
+fn a_deregistration_is_not_done_before_the_old_lease_is_revoked_as_well() {
+    // Before the new lease is granted, and after that.
+    for steps in [0, 1, 2] {
+        let mut player = Player::registered(21);
+        player.machine.on_pause();
+        player.step(Fate::Good);
+        assert!(matches!(player.step(Fate::Lost), Command::Revoke { .. }));
+        player.machine.on_resume();
+        for _ in 0..steps {
+            player.step(Fate::Good);
+        }
+        player.machine.on_deregister();
+        for _ in 0..10 {
+            assert!(
+                player.machine.phase(player.now) != Phase::Deregistered
+                    || player.store.key.is_none(),
+                "{steps}"
+            );
+            player.step(Fate::Good);
+        }
+        assert_eq!(player.machine.phase(player.now), Phase::Deregistered);
+        assert_eq!(player.store.leases, [], "{steps}");
+    }
+}
+
+/// As where one address leads to two clusters: granted by the one, unknown to the other.
+#[test]
+fn a_lease_that_is_lost_as_soon_as_it_is_granted_is_not_replaced_in_a_loop() {
+    let mut player = Player::new(22);
+    let start = player.now;
+    let mut grants = 0;
+    while player.now < start + Duration::from_secs(60) {
+        player.store.leases.clear();
+        grants += u32::from(matches!(player.step(Fate::Good), Command::Grant { .. }));
+        assert!(grants < 200, "{:?}", player.now - start);
+    }
+    assert!(grants > 30, "{grants}");
+}
+
+#[test]
+fn a_lease_that_somebody_else_has_is_not_taken() {
+    let mut player = Player::new(23);
+    let exists = || Err(error(EtcdErrorKind::LeaseExists));
+    let Command::Grant { lease, .. } = player.machine.command(player.now) else {
+        panic!("a grant comes first");
+    };
+    // It was never asked for before.
+    player
+        .machine
+        .on_granted(lease, exists(), player.now, player.now);
+    player.now += TTL;
+    let Command::Grant { lease: other, .. } = player.machine.command(player.now) else {
+        panic!("another one is asked for");
+    };
+    assert_ne!(other, lease);
+    // This one was, and is ours.
+    let lost = Err(error(EtcdErrorKind::DeadlineExceeded));
+    player
+        .machine
+        .on_granted(other, lost, player.now, player.now);
+    player
+        .machine
+        .on_granted(other, exists(), player.now, player.now);
+    let next = player.machine.command(player.now);
+    assert!(
+        matches!(next, Command::Renew { lease, .. } if lease == other),
+        "{next:?}"
+    );
+}
