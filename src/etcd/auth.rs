@@ -76,6 +76,14 @@ impl Auth {
         (Instant::now().saturating_duration_since(*at) < JUST_NOW).then(|| member.clone())
     }
 
+    /// Whether the token is too new to have expired with default settings. What is forbidden with it is forbidden with the next one as well:
+    /// a permission that is missing in a whole fleet must not cost etcd a hash of the password for each try.
+    pub(super) fn is_young(&self) -> bool {
+        let issued = self.0.issued.lock().unwrap_or_else(PoisonError::into_inner);
+        let at = issued.as_ref().map(|(at, _)| *at);
+        at.is_some_and(|at| Instant::now().saturating_duration_since(at) < YOUNG)
+    }
+
     fn set_issuer(&self, member: Option<Address>) {
         let mut issued = self.0.issued.lock().unwrap_or_else(PoisonError::into_inner);
         *issued = member.map(|member| (Instant::now(), member));
@@ -227,6 +235,8 @@ impl Refreshing {
 const BACKOFF_FIRST: Duration = Duration::from_millis(500);
 const BACKOFF_MAX: Duration = Duration::from_secs(10);
 const JUST_NOW: Duration = Duration::from_secs(1);
+/// etcd's `--auth-token-ttl`, by default.
+const YOUNG: Duration = Duration::from_secs(300);
 /// Over how long the renewals of refused tokens are spread. It is part of the deadline of a call, which is 2 s here.
 const REFRESH_SPREAD: Duration = Duration::from_millis(200);
 

@@ -96,6 +96,7 @@ impl Etcd {
             bounded(operation, deadline, &link, Box::pin(request(link.clone()))).await;
         if let Err(error) = &outcome
             && error.kind().is_refusal()
+            && !(error.kind() == EtcdErrorKind::PermissionDenied && self.0.auth.is_young())
         {
             match self.renew_token(token.as_ref(), deadline).await {
                 Ok(true) => {

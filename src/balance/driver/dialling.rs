@@ -87,7 +87,7 @@ impl Driver {
         self.retries += usize::from(is_retry);
         let dialling = Dial {
             subchannel: id,
-            dial: dial_id,
+            id: dial_id,
             is_retry,
         };
         self.dialling.insert(dial.id(), dialling);
@@ -116,7 +116,7 @@ impl Driver {
             return;
         };
         self.retries -= usize::from(dial.is_retry);
-        let (id, dial_id) = (dial.subchannel, dial.dial);
+        let (id, dial_id) = (dial.subchannel, dial.id);
         let lost_early = self.lost_early.remove(&dial_id);
         let Some((address, state)) = self.subchannels.remove(&id) else {
             return;
@@ -214,7 +214,7 @@ impl Driver {
             if self
                 .dialling
                 .values()
-                .any(|dialling| dialling.dial == dial_id)
+                .any(|dialling| dialling.id == dial_id)
             {
                 self.lost_early.insert(dial_id);
             }

@@ -51,7 +51,7 @@ enum State {
 #[derive(Clone, Copy, Debug)]
 struct Dial {
     subchannel: SubchannelId,
-    dial: DialId,
+    id: DialId,
     /// Whether the last one failed.
     is_retry: bool,
 }

@@ -361,13 +361,13 @@ impl PbKvService for Fake {
     ) -> Result<Response<PbRangeResponse>, Status> {
         is_well_formed(self, &request, true);
         self.insist(!request.get_ref().serializable, "a member may lag");
+        let one = request.get_ref().range_end.is_empty();
+        self.script().pages += u32::from(!one && request.get_ref().limit != 1);
         self.admits(&request)?;
         {
             let mut script = self.script();
             script.keys_over.insert(self.connection);
-            let one = request.get_ref().range_end.is_empty();
             script.reads_of_values += u32::from(one && !request.get_ref().keys_only);
-            script.pages += u32::from(!one && request.get_ref().limit != 1);
         }
         self.answer(|store| range(store, request.get_ref())).await
     }
