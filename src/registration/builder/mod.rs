@@ -212,7 +212,8 @@ impl RegistrationBuilder {
         self
     }
 
-    /// How long [`register`](Self::register) goes on trying while etcd cannot be reached. Default 30 s. A registration that has once
+    /// How long [`register`](Self::register) goes on trying while etcd cannot be reached. Default 30 s. What may have reached etcd by then is
+    /// taken back before it returns, for up to [`deregister_timeout`](Self::deregister_timeout) and one second more. A registration that has once
     /// succeeded tries for ever.
     pub fn startup_timeout(mut self, timeout: Duration) -> Self {
         self.startup_timeout = timeout;
