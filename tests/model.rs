@@ -8,7 +8,7 @@
 
 mod support;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -84,8 +84,9 @@ fn policy() -> impl Strategy<Value = Policy> {
 
 /// What the callers know of the servers.
 struct Known {
-    /// Those that are removed, and whose removal was seen.
-    absent: BTreeSet<String>,
+    /// Those that are removed, and whose removal was seen: the how many'th that was. A call that waits may see a server come and go.
+    absent: BTreeMap<String, u64>,
+    removals: u64,
     /// When each was last killed.
     killed: Vec<(String, Instant)>,
 }
@@ -137,7 +138,10 @@ impl World {
             })
         })
         .await;
-        self.known.lock().unwrap().absent.insert(name);
+        let mut known = self.known.lock().unwrap();
+        known.removals += 1;
+        let removal = known.removals;
+        known.absent.insert(name, removal);
     }
 
     fn kill(&mut self, server: usize) {
@@ -258,9 +262,9 @@ async fn call(
         Ok(response) => {
             let served_by = response.extensions().get::<ServedBy>().unwrap();
             let name = served_by.address().to_string();
-            let still = known.lock().unwrap().absent.contains(&name);
+            let still = known.lock().unwrap().absent.get(&name).copied();
             assert!(
-                !(absent.contains(&name) && still),
+                still.is_none() || absent.get(&name).copied() != still,
                 "{name} was called after its removal was seen"
             );
             Ok(())
@@ -323,9 +327,10 @@ async fn live(policy: Policy, ops: &[Op]) -> usize {
         .start_up_bound(Duration::from_millis(20))
         .connector(move |address| dialler.clone().dial(address))
         .from_discover(UnboundedReceiverStream::new(stream));
-    let absent = fleet.iter().map(|backend| backend.address.to_string());
+    let absent = fleet.iter().map(|backend| (backend.address.to_string(), 0));
     let known = Arc::new(Mutex::new(Known {
         absent: absent.collect(),
+        removals: 0,
         killed: Vec::new(),
     }));
     let mut world = World {
