@@ -1,9 +1,10 @@
 //! The watch on the registration's own keys: only a short cut, for the keys are read as well.
 
-use std::pin::Pin;
 use std::time::Duration;
 
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
+use tracing::Instrument;
 
 use crate::backoff::{Backoff, jittered};
 use crate::error::EtcdError;
@@ -13,8 +14,9 @@ use crate::keyspace::{Event, Key};
 /// The watch on our own keys, over one stream.
 pub(super) struct KeyWatch {
     open: Option<Watch>,
-    /// One that is being opened. It goes on where it was left: renewals come in between, and with a short TTL it would be begun anew at each.
-    opening: Option<Opening>,
+    /// One that is being opened, by a task of its own: renewals come in between, and with a short TTL it would be begun anew at each. Left
+    /// where it was it could hold the lock of the token, which the renewal may need.
+    opening: JoinSet<Result<Watch, EtcdError>>,
     /// When it was opened.
     since: Option<Instant>,
     backoff: Backoff,
@@ -24,8 +26,6 @@ pub(super) struct KeyWatch {
     /// How often in a row it was refused.
     refusals: u32,
 }
-
-type Opening = Pin<Box<dyn Future<Output = Result<Watch, EtcdError>> + Send>>;
 
 /// What the watch on our own keys has to say.
 pub(super) enum News {
@@ -39,7 +39,7 @@ impl KeyWatch {
     pub(super) fn new() -> Self {
         Self {
             open: None,
-            opening: None,
+            opening: JoinSet::new(),
             since: None,
             backoff: Backoff::new(REWATCH, REWATCH_MAX),
             token: None,
@@ -96,17 +96,19 @@ impl KeyWatch {
     }
 
     async fn reopen(&mut self, etcd: &Etcd, keys: &[Key]) -> Result<(), EtcdError> {
-        if self.opening.is_none() {
+        if self.opening.is_empty() {
             self.prepare(etcd).await?;
-        }
-        let opening = self.opening.get_or_insert_with(|| {
             let (etcd, keys) = (etcd.clone(), keys.to_vec());
             self.token = etcd.token();
-            Box::pin(async move { etcd.watch_each(&keys[0], &keys[1..]).await })
-        });
-        let opened = opening.await;
-        self.opening = None;
-        self.open = Some(opened?);
+            let opening = async move { etcd.watch_each(&keys[0], &keys[1..]).await };
+            self.opening.spawn(opening.in_current_span());
+        }
+        match self.opening.join_next().await {
+            Some(Ok(opened)) => self.open = Some(opened?),
+            Some(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            // Only a runtime that is shutting down cancels it.
+            _ => std::future::pending().await,
+        }
         self.since = Some(Instant::now());
         Ok(())
     }

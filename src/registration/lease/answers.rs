@@ -188,15 +188,20 @@ impl Machine {
                     place.lose();
                 }
             }
-            Err(error) => self.not_deleted(error, now),
+            Err(error) => {
+                let again = self.not_taken_away(error, now);
+                if let Some(place) = self.keys.get_mut(index) {
+                    place.delete_at = again;
+                }
+            }
         }
     }
 
-    /// What is to go cannot be taken away yet. What is to stay does not wait for it.
-    fn not_deleted(&mut self, error: EtcdError, now: Instant) {
+    /// What is to go cannot be taken away before then. What is to stay does not wait for it.
+    fn not_taken_away(&mut self, error: EtcdError, now: Instant) -> Option<Instant> {
         let before = self.not_before;
         self.failed(error, now);
-        self.delete_at = std::mem::replace(&mut self.not_before, before);
+        std::mem::replace(&mut self.not_before, before)
     }
 
     /// Takes the answer to a renewal that was sent at `sent`.
@@ -292,8 +297,12 @@ impl Machine {
     ) {
         let State::Leaving { next, .. } = self.state else {
             match answer {
-                Ok(()) => self.unrevoked = None,
-                Err(error) => self.not_deleted(error, now),
+                Ok(()) => {
+                    self.unrevoked.pop();
+                    self.backoff.reset();
+                    self.last_error = None;
+                }
+                Err(error) => self.revoke_at = self.not_taken_away(error, now),
             }
             return;
         };
@@ -301,13 +310,13 @@ impl Machine {
             return self.failed(error, now);
         }
         self.not_before = None;
-        // The newer one goes first.
+        // The newer ones go first.
         if self.lease.is_some() {
             self.lose_lease();
         } else {
-            self.unrevoked = None;
+            self.unrevoked.pop();
         }
-        if self.unrevoked.is_none() {
+        if self.unrevoked.is_empty() {
             self.left(next);
         }
     }
@@ -336,6 +345,12 @@ impl Machine {
             // A put that was given up, carried out after the key was deleted.
             place.gone = false;
             place.held = Some(kv.mod_revision);
+        }
+        if let Event::Delete { mod_revision, .. } = event
+            && place.leaving
+            && place.held.is_none_or(|held| *mod_revision > held)
+        {
+            place.lose();
         }
         if !place.is_live() {
             return;
@@ -400,7 +415,7 @@ impl Machine {
     fn supersede(&mut self, now: Instant) {
         // The lease has nothing left to hold, but for a key that is to go: it runs out by itself.
         if self.keys.iter().any(|place| place.leaving && !place.gone) {
-            self.unrevoked = self.lease.map(|lease| lease.id).or(self.unrevoked);
+            self.leave_behind();
         }
         self.state = State::Superseded;
         self.lose_lease();

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Command, DEADLINE_MAX, GOODBYE_MAX, Machine, State};
+use super::{Command, DEADLINE_MAX, GOODBYE_MAX, Machine, Place, State};
 
 impl Machine {
     /// What to do now.
@@ -37,13 +37,14 @@ impl Machine {
                 until: earliest(Some(not_before), renew_at),
             };
         }
-        let leaving = self
-            .keys
-            .iter()
-            .position(|place| place.leaving && !place.gone);
-        let undone = leaving.is_some() || self.unrevoked.is_some();
-        let delete_at = self.delete_at.filter(|at| undone && *at > now);
-        if let (Some(index), Some(lease), None) = (leaving, &self.lease, delete_at) {
+        let is_due = |at: Option<Instant>| at.is_none_or(|at| at <= now);
+        let leaving = |place: &Place| place.leaving && !place.gone;
+        let due = |place: &Place| leaving(place) && is_due(place.delete_at);
+        // While there is an old lease the key may hang on that one.
+        if let Some(index) = self.keys.iter().position(due)
+            && let Some(lease) = &self.lease
+            && self.unrevoked.is_empty()
+        {
             return Command::Delete {
                 index,
                 lease: lease.id,
@@ -52,11 +53,17 @@ impl Machine {
             };
         }
         // The keys are where they are to be: what the old lease has left goes.
-        if let (State::Registered | State::Superseded, Some(lease), None) =
-            (self.state, self.unrevoked, delete_at)
+        if let (State::Registered | State::Superseded, Some(lease)) =
+            (self.state, self.unrevoked.last())
+            && is_due(self.revoke_at)
         {
+            let lease = *lease;
             return Command::Revoke { lease, deadline };
         }
+        let deletions = self.keys.iter().filter(|place| leaving(place));
+        let deletions = deletions.filter_map(|place| place.delete_at);
+        let revoke_at = self.revoke_at.filter(|_| !self.unrevoked.is_empty());
+        let again = deletions.chain(revoke_at).filter(|at| *at > now).min();
         match (self.state, &self.lease) {
             (State::Granting { lease }, _) => Command::Grant { lease, deadline },
             (State::Putting, Some(lease)) => Command::Put {
@@ -73,12 +80,12 @@ impl Machine {
             }
             (State::Reading | State::Putting, _) => Command::Read { deadline },
             (State::Registered, _) => Command::Wait {
-                until: earliest(renew_at, delete_at),
+                until: earliest(renew_at, again),
             },
             // The watch on the key says when the other is gone; the slow reads are for a watch that cannot be had.
             (State::Superseded, _) => match self.not_before {
                 Some(not_before) if not_before > now => Command::Wait {
-                    until: earliest(Some(not_before), delete_at),
+                    until: earliest(Some(not_before), again),
                 },
                 _ => Command::Read { deadline },
             },
@@ -90,7 +97,7 @@ impl Machine {
     fn leave(&self, goodbye: bool, now: Instant) -> Command {
         let deadline = self.deadline();
         let own = self.lease.map(|lease| lease.id);
-        let Some(lease) = own.or(self.unrevoked) else {
+        let Some(lease) = own.or(self.unrevoked.last().copied()) else {
             return Command::Wait { until: None };
         };
         if let Some(not_before) = self.not_before.filter(|not_before| *not_before > now) {

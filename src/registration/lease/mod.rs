@@ -68,8 +68,10 @@ pub(super) struct Machine {
     ttl: Duration,
     state: State,
     lease: Option<Lease>,
-    /// The lease before it, which keys of ours may still hang on: a revoke of it had no answer.
-    unrevoked: Option<LeaseId>,
+    /// Leases before it, which keys of ours may still hang on: a revoke of them had no answer.
+    unrevoked: Vec<LeaseId>,
+    /// None of them is revoked before it.
+    revoke_at: Option<Instant>,
     /// The lease whose grant was asked for and had no answer.
     asked: Option<LeaseId>,
     /// The leases this registration was granted: keys under them are its own.
@@ -85,8 +87,6 @@ pub(super) struct Machine {
     says_goodbye: bool,
     /// Nothing but renewals is sent before it.
     not_before: Option<Instant>,
-    /// No key that is to go is deleted before it: one whose deletion is refused must not keep the others from what they need.
-    delete_at: Option<Instant>,
     backoff: Backoff,
     rng: fastrand::Rng,
     pub(super) failures: u64,
@@ -132,6 +132,8 @@ struct Place {
     /// Whether the key is to go while others stay.
     leaving: bool,
     gone: bool,
+    /// It is not deleted before that: one whose deletion is refused must not keep the others from what they need.
+    delete_at: Option<Instant>,
 }
 
 impl Place {
@@ -143,6 +145,7 @@ impl Place {
         dirty: true,
         leaving: false,
         gone: false,
+        delete_at: None,
     };
 
     fn is_live(&self) -> bool {
@@ -220,7 +223,8 @@ impl Machine {
                 lease: LeaseId::random(&mut rng),
             },
             lease: None,
-            unrevoked: None,
+            unrevoked: Vec::new(),
+            revoke_at: None,
             asked: None,
             granted: Vec::new(),
             term: 0,
@@ -229,7 +233,6 @@ impl Machine {
             disturbed: false,
             says_goodbye,
             not_before: None,
-            delete_at: None,
             backoff: Backoff::new(RETRY_FIRST, bound),
             rng,
             failures: 0,
@@ -314,7 +317,7 @@ impl Machine {
         if let Some(place) = self.keys.get_mut(index) {
             place.leaving = true;
             // Where there is no lease there is no key of ours.
-            if self.lease.is_none() && self.unrevoked.is_none() {
+            if self.lease.is_none() && self.unrevoked.is_empty() {
                 place.lose();
             }
         }
@@ -337,7 +340,7 @@ impl Machine {
         ) {
             // The revoke may be under way: the lease it takes is no lease to go on with. If it never got there the lease is to go all the same,
             // once the keys hang on another one.
-            self.unrevoked = self.lease.map(|lease| lease.id).or(self.unrevoked);
+            self.leave_behind();
             self.lose_lease();
             self.register();
         }
@@ -357,8 +360,16 @@ impl Machine {
         self.not_before = None;
         self.state = State::Leaving { goodbye, next };
         // Without a lease there is no key. A grant whose answer was lost leaves a lease that nothing hangs on.
-        if self.lease.is_none() && self.unrevoked.is_none() {
+        if self.lease.is_none() && self.unrevoked.is_empty() {
             self.left(next);
+        }
+    }
+
+    /// The lease is to go later, with whatever hangs on it.
+    fn leave_behind(&mut self) {
+        self.unrevoked.extend(self.lease.map(|lease| lease.id));
+        if self.unrevoked.len() > UNREVOKED_KEPT {
+            self.unrevoked.remove(0);
         }
     }
 
@@ -390,6 +401,8 @@ const SUPERSEDED_READ: Duration = Duration::from_secs(10);
 const PUTS_MAX: usize = 100;
 /// Own leases that are remembered. Each stands for a loss of the one before.
 const GRANTED_KEPT: usize = 64;
+/// Own leases whose revoke had no answer. Each stands for a pause during an outage.
+const UNREVOKED_KEPT: usize = 8;
 
 #[cfg(test)]
 mod tests;

@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// Of two keys, both registered; and what carries commands out while all is well.
+/// Of two keys or more, all registered; and what carries commands out while all is well.
 struct Pair {
     machine: Machine,
     now: Instant,
@@ -11,8 +11,12 @@ struct Pair {
 
 impl Pair {
     fn registered() -> Self {
+        Self::of(2)
+    }
+
+    fn of(keys: usize) -> Self {
         let mut pair = Self {
-            machine: Machine::new(TTL, 2, true, fastrand::Rng::with_seed(1)),
+            machine: Machine::new(TTL, keys, true, fastrand::Rng::with_seed(1)),
             now: Instant::now(),
             revision: 1,
         };
@@ -116,6 +120,56 @@ fn a_deletion_that_is_refused_keeps_the_other_keys_from_nothing() {
 }
 
 #[test]
+fn one_deletion_that_is_refused_does_not_keep_another_from_being_made() {
+    let mut pair = Pair::of(3);
+    pair.machine.on_remove(1);
+    let refused = Err(error(EtcdErrorKind::PermissionDenied));
+    pair.machine.on_deleted(1, refused, pair.now);
+    pair.machine.on_remove(2);
+    assert!(matches!(pair.step(), Command::Delete { index: 2, .. }));
+    assert!(pair.machine.is_gone(2) && !pair.machine.is_gone(1));
+}
+
+/// The watch brings the last word and the deletion itself.
+#[test]
+fn a_deletion_of_our_own_is_not_made_twice() {
+    let mut pair = Pair::registered();
+    pair.machine.on_remove(1);
+    pair.step();
+    let goodbye = pair.put(1, 50);
+    let deleted = Event::Delete {
+        key: Key::from("/gRPC/greeter/1"),
+        mod_revision: Revision::new(51),
+    };
+    pair.machine.on_event(1, &goodbye, pair.now);
+    pair.machine.on_event(1, &deleted, pair.now);
+    assert!(pair.machine.is_gone(1));
+    let next = pair.machine.command(pair.now);
+    assert!(matches!(next, Command::Wait { .. }), "{next:?}");
+}
+
+/// The key may hang on it still.
+#[test]
+fn a_key_is_deleted_after_the_old_lease_is_revoked() {
+    let mut pair = Pair::registered();
+    let old = pair.lease();
+    pair.machine.on_pause();
+    pair.machine.on_resume();
+    pair.machine.on_remove(1);
+    assert!(matches!(pair.step(), Command::Grant { .. }));
+    assert!(matches!(pair.step(), Command::Read { .. }));
+    assert!(matches!(pair.step(), Command::Put { .. }));
+    let next = pair.machine.command(pair.now);
+    assert!(
+        matches!(next, Command::Revoke { lease, .. } if lease == old),
+        "{next:?}"
+    );
+    assert!(!pair.machine.is_gone(1));
+    pair.machine.on_revoked(Ok(()), pair.now);
+    assert!(matches!(pair.step(), Command::Delete { index: 1, .. }));
+}
+
+#[test]
 fn a_lease_whose_revoke_had_no_answer_is_revoked_once_the_key_hangs_on_another() {
     let mut player = Player::registered(20);
     let old = player.machine.lease.expect("there is one").id;
@@ -137,13 +191,17 @@ fn a_lease_whose_revoke_had_no_answer_is_revoked_once_the_key_hangs_on_another()
 
 #[test]
 fn a_deregistration_is_not_done_before_the_old_lease_is_revoked_as_well() {
-    // Before the new lease is granted, and after that.
-    for steps in [0, 1, 2] {
+    // Before the new lease is granted, and after that; and the same twice.
+    for (steps, pauses) in [(0, 1), (1, 1), (2, 1), (1, 2)] {
         let mut player = Player::registered(21);
-        player.machine.on_pause();
-        player.step(Fate::Good);
-        assert!(matches!(player.step(Fate::Lost), Command::Revoke { .. }));
-        player.machine.on_resume();
+        for _ in 0..pauses {
+            player.machine.on_pause();
+            while !matches!(player.step(Fate::Lost), Command::Revoke { .. }) {}
+            player.machine.on_resume();
+            if pauses > 1 {
+                player.step(Fate::Good);
+            }
+        }
         for _ in 0..steps {
             player.step(Fate::Good);
         }
@@ -152,12 +210,12 @@ fn a_deregistration_is_not_done_before_the_old_lease_is_revoked_as_well() {
             assert!(
                 player.machine.phase(player.now) != Phase::Deregistered
                     || player.store.key.is_none(),
-                "{steps}"
+                "{steps} {pauses}"
             );
             player.step(Fate::Good);
         }
         assert_eq!(player.machine.phase(player.now), Phase::Deregistered);
-        assert_eq!(player.store.leases, [], "{steps}");
+        assert_eq!(player.store.leases, [], "{steps} {pauses}");
     }
 }
 
