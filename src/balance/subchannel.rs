@@ -95,6 +95,11 @@ impl<S> Subchannel<S> {
         self.failing = false;
         self.hasty = false;
     }
+
+    pub(super) fn refreshed(mut self) -> Self {
+        self.forget();
+        self
+    }
 }
 
 impl Subchannel<Idle> {
@@ -153,11 +158,6 @@ impl Subchannel<Connecting> {
     pub(super) fn cancel(self) -> Subchannel<Idle> {
         self.state.dial.0.abort();
         self.become_(Idle)
-    }
-
-    pub(super) fn refreshed(mut self) -> Self {
-        self.forget();
-        self
     }
 }
 

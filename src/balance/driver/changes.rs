@@ -117,6 +117,11 @@ impl Driver {
                 State::Idle(subchannel.cancel())
             }
             State::TransientFailure(subchannel) if last_resort => State::Idle(subchannel.retry()),
+            // It waits behind all others, and has been started again since. Where it stands in that queue it is passed over.
+            State::Idle(subchannel) if fresh && !last_resort && subchannel.is_failing() => {
+                self.enqueue(id);
+                State::Idle(subchannel.refreshed())
+            }
             State::Connecting(subchannel) if fresh => State::Connecting(subchannel.refreshed()),
             State::TransientFailure(subchannel) if fresh => {
                 tracing::debug!(%address, "fresh registration: connecting at once");

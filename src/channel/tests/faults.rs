@@ -432,6 +432,17 @@ async fn a_thousand_endpoints_that_swallow_connections_hold_up_nobody() {
         assert!(took < Duration::from_secs(1), "{took:?}");
         tokio::time::sleep(Duration::from_secs(3)).await;
     }
+    // One of those that fail is started again, whatever it waits for: its backoff or its turn.
+    for round in 1..=10 {
+        let address = format!("hole:{round}");
+        insert(&changes, registered(&address, round, round));
+        let dialled = || {
+            let endpoints = channel.endpoints();
+            let one = endpoints.iter().find(|one| one.address.as_str() == address);
+            one.is_some_and(|one| one.state == EndpointState::Connecting)
+        };
+        until("it is dialled at once", dialled).await;
+    }
 }
 
 #[tokio::test]
