@@ -71,15 +71,21 @@ impl Audit {
         }
     }
 
-    /// A watch begins: the next list comes an interval after the first one, or after one that was due meanwhile.
+    /// A watch begins: the next list comes an interval after the first one, and one that was due meanwhile a while later.
     pub(super) fn on_watch_opened(&mut self, now: Instant, rng: &mut fastrand::Rng) {
         self.cursor = None;
         // It may have to catch up first.
         self.settled = self.settled.map(|_| now + SETTLE);
-        // After an outage it is overdue for everybody at once.
-        let is_ahead = self.next_list.is_some_and(|at| at > now);
-        if let Some(interval) = self.interval.filter(|_| !is_ahead) {
-            self.next_list = Some(now + jittered(interval, rng));
+        let Some(interval) = self.interval else {
+            return;
+        };
+        match self.next_list {
+            None => self.next_list = Some(now + jittered(interval, rng)),
+            // After an outage it is overdue for everybody at once.
+            Some(at) if at <= now => {
+                self.next_list = Some(now + jittered(interval.min(OVERDUE), rng));
+            }
+            Some(_) => {}
         }
     }
 
@@ -342,6 +348,8 @@ impl Machine {
 const INTERVAL_MIN: Duration = Duration::from_millis(100);
 /// A time to come has to fit into an `Instant`.
 const INTERVAL_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
+/// Over the second half of which clients make the comparisons that were due during an outage.
+const OVERDUE: Duration = Duration::from_secs(60);
 /// As long as a watch may be silent before it is probed.
 const SETTLE: Duration = Duration::from_secs(5);
 /// From here on a list costs less than that many reads.

@@ -125,7 +125,9 @@ impl Machine {
         watching.revision = passed;
         self.report.revision = passed;
         // An event is proof that the store was there: one that was restored from a backup before it must not pass for it.
-        self.seen.revision = self.seen.revision.max(passed);
+        if !foreign {
+            self.seen.revision = self.seen.revision.max(passed);
+        }
         for event in ready {
             self.apply(event);
         }
