@@ -307,6 +307,8 @@ pub(crate) struct EndpointError {
     pub(crate) reason: Arc<str>,
 }
 
+/// A time to come has to fit into an `Instant`.
+pub(crate) const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 /// gRPC's connection backoff document.
 const MAX_BACKOFF: Duration = Duration::from_secs(120);
 /// Each waiting call holds its request, a few kilobytes at least: more than this would be memory spent on calls that have no chance.

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::LONGEST;
+
 /// Takes endpoints that fail much more than the others out of use for a while: gRPC's outlier detection, as in gRFC A50, whose defaults these
 /// are. Off unless given to [`ChannelBuilder::outlier_detection`](crate::ChannelBuilder::outlier_detection).
 ///
@@ -265,9 +267,6 @@ fn eject_where(
         }
     }
 }
-
-/// A time to come has to fit into an `Instant`.
-const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 
 #[cfg(test)]
 mod tests {

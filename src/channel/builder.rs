@@ -14,7 +14,7 @@ use tower::discover::Change;
 use super::retry::Plans;
 use super::{BalancedChannel, Core};
 use crate::address::{Address, AddressPolicy};
-use crate::balance::{Balancer, Feed, Options, OutlierDetection, Policy};
+use crate::balance::{self, Balancer, Feed, Options, OutlierDetection, Policy};
 use crate::instance::Instance;
 use crate::transport::connect::Connector;
 use crate::transport::deadline;
@@ -141,7 +141,7 @@ impl<S> ChannelBuilder<S> {
     /// 10 s.
     pub fn start_up_bound(mut self, bound: Duration) -> Self {
         // A time to come has to fit into an `Instant`.
-        self.start_up_bound = bound.min(LONGEST);
+        self.start_up_bound = bound.min(balance::LONGEST);
         self
     }
 
@@ -378,6 +378,5 @@ fn user_agent(user_agent: Option<HeaderValue>) -> HeaderValue {
 const USER_AGENT: &str = concat!("tonic-etcd/", env!("CARGO_PKG_VERSION"));
 /// Long enough for an etcd that elects a leader, short enough for a user at a screen.
 const START_UP_BOUND: Duration = Duration::from_secs(10);
-const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 /// HTTP/2's largest window.
 const MAX_WINDOW: u32 = (1 << 31) - 1;

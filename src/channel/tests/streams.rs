@@ -128,9 +128,19 @@ async fn thousands_of_dropped_streams_cost_no_call() {
     idle(&channel).await;
 }
 
+/// The body of a response to a call with a deadline of a second.
+async fn open_for_a_second(channel: &BalancedChannel) -> crate::channel::ResponseBody {
+    use tower::Service;
+    let request = http::Request::post("/helloworld.Greeter/SayHellos")
+        .header("grpc-timeout", "1000m")
+        .body(tonic::body::Body::empty())
+        .expect("a request");
+    let response = in_time("a head", channel.clone().call(request)).await;
+    response.expect("a response").into_body()
+}
+
 #[tokio::test]
 async fn the_deadline_holds_over_the_response_stream() {
-    use tower::Service;
     let server = Raw::answering(
         |_| (),
         |(_, mut respond)| async move {
@@ -142,12 +152,7 @@ async fn the_deadline_holds_over_the_response_stream() {
         },
     );
     let channel = over([server.address()]);
-    let request = http::Request::post("/helloworld.Greeter/SayHellos")
-        .header("grpc-timeout", "1000m")
-        .body(tonic::body::Body::empty())
-        .expect("a request");
-    let response = in_time("a head", channel.clone().call(request)).await;
-    let mut body = Box::pin(response.expect("a response").into_body());
+    let mut body = Box::pin(open_for_a_second(&channel).await);
     let mut next = async || {
         let frame = std::future::poll_fn(|cx| http_body::Body::poll_frame(body.as_mut(), cx));
         in_time("a frame", frame).await
@@ -166,15 +171,9 @@ async fn the_deadline_holds_over_the_response_stream() {
 /// A server that ignores the deadline and sends faster than its client reads.
 #[tokio::test]
 async fn the_deadline_holds_while_there_is_always_something_to_read() {
-    use tower::Service;
     let server = streaming(1_000_000, 1024);
     let channel = over([server.address()]);
-    let request = http::Request::post("/helloworld.Greeter/SayHellos")
-        .header("grpc-timeout", "1000m")
-        .body(tonic::body::Body::empty())
-        .expect("a request");
-    let response = in_time("a head", channel.clone().call(request)).await;
-    let mut body = Box::pin(response.expect("a response").into_body());
+    let mut body = Box::pin(open_for_a_second(&channel).await);
     let start = tokio::time::Instant::now();
     let status = loop {
         let next = std::future::poll_fn(|cx| http_body::Body::poll_frame(body.as_mut(), cx));
