@@ -29,6 +29,7 @@ mod member;
 mod outlier;
 mod picker;
 mod pool;
+mod rotation;
 mod subchannel;
 mod ticket;
 mod waiters;

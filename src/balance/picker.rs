@@ -1,4 +1,7 @@
-//! Picking: pure, without a lock, an allocation or a clock, and at a cost that does not depend on the number of endpoints.
+//! Picks a connection of the ready set for a call, and reserves a stream on it.
+//!
+//! A pick takes no lock, allocates nothing and reads no clock. Its cost depends neither on the number of endpoints nor on their weights. It is
+//! not pure: it counts the call as in flight, advances the random numbers, and in round robin takes a turn.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,7 +18,7 @@ pub enum Policy {
     Latency,
     /// Of two endpoints drawn at random, the one with fewer calls in flight.
     LeastRequest,
-    /// One endpoint after the other, each as often as its weight says.
+    /// Each endpoint in turn, in proportion to its weight and evenly spaced. Neither latency nor calls in flight count.
     WeightedRoundRobin,
 }
 
@@ -46,7 +49,7 @@ pub(crate) enum Pick<T> {
 pub(crate) struct Picker {
     policy: Policy,
     rng: Rng,
-    /// How many round-robin picks were made.
+    /// The number of the next turn in round robin.
     cursor: AtomicU64,
 }
 
@@ -87,7 +90,7 @@ impl Picker {
             if taken(first) {
                 return Pick::Taken(&first.member);
             }
-            if taken(second) {
+            if let Some(second) = second.filter(|second| taken(second)) {
                 return Pick::Taken(&second.member);
             }
         }
@@ -106,14 +109,15 @@ impl Picker {
         }
     }
 
-    /// Two places to try, the better one first; none if there are not two.
-    fn draw<'a, M: Candidate>(&self, set: &'a ReadySet<M>) -> Option<(&'a Slot<M>, &'a Slot<M>)> {
+    /// Returns a slot to try, and where the policy draws two the worse one as well; none if the set has one slot.
+    fn draw<'a, M: Candidate>(&self, set: &'a ReadySet<M>) -> Option<Drawn<'a, M>> {
         if set.len() == 1 {
             return None;
         }
         if self.policy == Policy::WeightedRoundRobin {
-            let next = self.next_in_turn(set)?;
-            return Some((next, next));
+            // If the slot is full, its turn is skipped. Trying the following slot without its turn would let it serve both.
+            let turn = self.cursor.fetch_add(1, Ordering::Relaxed);
+            return Some((set.in_turn(turn)?, None));
         }
         let (first, second) = self.two(set)?;
         let (left, right) = (load(first, set), load(second, set));
@@ -124,9 +128,9 @@ impl Picker {
             _ => left > right,
         };
         Some(if second_is_better {
-            (second, first)
+            (second, Some(first))
         } else {
-            (first, second)
+            (first, Some(second))
         })
     }
 
@@ -148,28 +152,10 @@ impl Picker {
         };
         Some((set.get(first)?, set.get(second)?))
     }
-
-    /// The next place in turn. In each round a place is passed over as often as it is lighter than the heaviest, evenly spread: nothing has
-    /// to be stored or locked but the number of the pick.
-    fn next_in_turn<'a, M>(&self, set: &'a ReadySet<M>) -> Option<&'a Slot<M>> {
-        let len = u64::try_from(set.len()).ok()?;
-        let heaviest = u64::from(set.heaviest()).max(1);
-        let mut slot = None;
-        for _ in 0..PASSES {
-            let turn = self.cursor.fetch_add(1, Ordering::Relaxed);
-            let (round, index) = (turn / len, turn % len);
-            let found = set.get(usize::try_from(index).ok()?)?;
-            slot = Some(found);
-            let weight = u64::from(found.weight);
-            // Neighbours of one weight take their turns in different rounds.
-            let phase = weight * ((round + index) % heaviest) % heaviest;
-            if phase + weight >= heaviest {
-                break;
-            }
-        }
-        slot
-    }
 }
+
+/// The slot to try first, and the one to try next.
+type Drawn<'a, M> = (&'a Slot<M>, Option<&'a Slot<M>>);
 
 /// Calls in flight, one more, in relation to the weight.
 fn load<M: Candidate>(slot: &Slot<M>, set: &ReadySet<M>) -> f32 {
@@ -232,12 +218,10 @@ impl Rng {
     }
 }
 
-/// Pairs drawn before looking around.
+/// How often slots are drawn, or turns taken, before looking around.
 const DRAWS: usize = 4;
 /// How many places are looked at when the draws found none, by a call that has not waited yet.
 pub(crate) const LOOK_AROUND: usize = 128;
-/// How many places round robin passes over at most. Only weights a thousandfold apart come near it.
-const PASSES: usize = 4096;
 /// Latencies within this factor of one another are alike.
 const NOISE: f32 = 1.25;
 
@@ -281,7 +265,7 @@ mod tests {
     fn set(
         fakes: impl IntoIterator<Item = (f32, u32, u32)>,
     ) -> (Vec<Arc<Fake>>, ReadySet<Arc<Fake>>) {
-        let mut roster = Roster::default();
+        let mut roster = Roster::new(true);
         let mut all = Vec::new();
         for (name, (latency, weight, limit)) in (0..).zip(fakes) {
             let fake = Arc::new(Fake {
@@ -388,9 +372,59 @@ mod tests {
     }
 
     #[test]
+    fn round_robin_among_equals_takes_each_once_per_round() {
+        let (fakes, set) = set((0..100).map(|_| (0.0, 7, u32::MAX)));
+        let picker = Picker::new(Policy::WeightedRoundRobin, Some(7));
+        for round in 1..5 {
+            for _ in 0..100 {
+                picker.pick(&set, |_| true, LOOK_AROUND);
+            }
+            assert!(fakes.iter().all(|fake| fake.in_flight() == round));
+        }
+    }
+
+    #[test]
+    fn round_robin_is_as_exact_when_threads_pick_at_once() {
+        let weights = [1, 5, 25, 69];
+        let (fakes, set) = set(weights.map(|weight| (0.0, weight, u32::MAX)));
+        let picker = Picker::new(Policy::WeightedRoundRobin, Some(7));
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..2_500 {
+                        picker.pick(&set, |_| true, LOOK_AROUND);
+                    }
+                });
+            }
+        });
+        let calls = fakes.iter().map(Candidate::in_flight);
+        assert!(calls.eq(weights.map(|weight| weight * 100)), "{fakes:?}");
+    }
+
+    #[test]
+    fn a_full_endpoint_is_tried_once_per_turn_and_its_turns_go_to_all_others() {
+        let weights = [1, 1, 1, 1, 1, 1, 1, 2];
+        let (fakes, set) = set(weights.map(|weight| (0.0, weight, 1_000)));
+        fakes[0].in_flight.store(1_000, Ordering::Relaxed);
+        let picker = Picker::new(Policy::WeightedRoundRobin, Some(7));
+        for _ in 0..800 {
+            picker.pick(&set, |_| true, LOOK_AROUND);
+        }
+        let calls: Vec<_> = fakes
+            .iter()
+            .map(|fake| fake.calls.load(Ordering::Relaxed))
+            .collect();
+        assert_eq!(calls, [0, 100, 100, 100, 100, 100, 100, 200]);
+    }
+
+    #[test]
     fn full_connections_are_passed_over_and_the_last_free_one_is_found() {
-        for policy in POLICIES {
-            let (_, set) = set((0..100).map(|name| (100.0, 1, u32::from(name == 63))));
+        for (policy, heavy) in POLICIES
+            .into_iter()
+            .flat_map(|policy| [(policy, 1), (policy, 9)])
+        {
+            let weight = |name| if name == 5 { heavy } else { 1 };
+            let (_, set) = set((0..100).map(|name| (100.0, weight(name), u32::from(name == 63))));
             let picker = Picker::new(policy, Some(7));
             match picker.pick(&set, |_| true, LOOK_AROUND) {
                 Pick::Taken(fake) => assert_eq!(fake.name, 63),

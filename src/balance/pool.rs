@@ -7,6 +7,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
 use std::sync::Arc;
 
+use super::rotation::{Ranking, Rotation};
+
 /// The connections that can take calls, as of one moment.
 #[derive(Debug)]
 pub(crate) struct ReadySet<M> {
@@ -14,7 +16,8 @@ pub(crate) struct ReadySet<M> {
     len: usize,
     /// Draws a chunk by its weight; none if all connections have the same weight.
     alias: Option<Alias>,
-    heaviest: u32,
+    /// The order of turns; none if it is that of the slots.
+    rotation: Option<Rotation>,
     mean_weight: f32,
 }
 
@@ -52,10 +55,6 @@ impl<M> ReadySet<M> {
         self.alias.is_none()
     }
 
-    pub(crate) fn heaviest(&self) -> u32 {
-        self.heaviest
-    }
-
     pub(crate) fn mean_weight(&self) -> f32 {
         self.mean_weight
     }
@@ -64,6 +63,17 @@ impl<M> ReadySet<M> {
         self.chunks
             .get(index / CHUNK)
             .and_then(|chunk| chunk.slots.get(index % CHUNK))
+    }
+
+    /// Returns the slot that has this turn in round robin.
+    pub(crate) fn in_turn(&self, turn: u64) -> Option<&Slot<M>> {
+        let place = if let Some(rotation) = &self.rotation {
+            rotation.place(turn)?
+        } else {
+            let place = turn.checked_rem(u64::try_from(self.len).ok()?)?;
+            usize::try_from(place).ok()?
+        };
+        self.get(place)
     }
 
     /// Draws a place by weight, from two random words.
@@ -84,7 +94,7 @@ impl<M> Default for ReadySet<M> {
             chunks: Box::default(),
             len: 0,
             alias: None,
-            heaviest: 0,
+            rotation: None,
             mean_weight: 1.0,
         }
     }
@@ -165,16 +175,20 @@ pub(crate) struct Roster<K, M> {
     places: HashMap<K, usize>,
     /// How many places have which weight.
     weights: BTreeMap<u32, usize>,
+    /// The places by weight, where sets are picked from in turn.
+    ranking: Option<Ranking>,
     chunks: Vec<Chunk<M>>,
     stale: BTreeSet<usize>,
 }
 
-impl<K, M> Default for Roster<K, M> {
-    fn default() -> Self {
+impl<K, M> Roster<K, M> {
+    /// Creates an empty roster. Its sets have a rotation by weight only if `takes_turns`, since other policies have no use for it.
+    pub(crate) fn new(takes_turns: bool) -> Self {
         Self {
             slots: Vec::new(),
             places: HashMap::new(),
             weights: BTreeMap::new(),
+            ranking: takes_turns.then(Ranking::default),
             chunks: Vec::new(),
             stale: BTreeSet::new(),
         }
@@ -196,8 +210,8 @@ impl<K: Clone + Eq + Hash, M: Clone> Roster<K, M> {
         let weight = weight.max(1);
         self.places.insert(key.clone(), self.slots.len());
         self.stale.insert(self.slots.len() / CHUNK);
+        self.note_weight(weight, self.slots.len());
         self.slots.push((key, Slot { member, weight }));
-        *self.weights.entry(weight).or_default() += 1;
     }
 
     /// Takes a member out. Says whether it was there.
@@ -206,9 +220,13 @@ impl<K: Clone + Eq + Hash, M: Clone> Roster<K, M> {
             return false;
         };
         let (_, slot) = self.slots.swap_remove(place);
-        self.forget_weight(slot.weight);
-        if let Some((moved, _)) = self.slots.get(place) {
+        self.forget_weight(slot.weight, place);
+        if let Some((moved, slot)) = self.slots.get(place) {
             self.places.insert(moved.clone(), place);
+            if let Some(ranking) = &mut self.ranking {
+                ranking.remove(slot.weight, self.slots.len());
+                ranking.insert(slot.weight, place);
+            }
         }
         self.stale.insert(place / CHUNK);
         self.stale.insert(self.slots.len() / CHUNK);
@@ -228,13 +246,23 @@ impl<K: Clone + Eq + Hash, M: Clone> Roster<K, M> {
         if before == weight {
             return false;
         }
-        self.forget_weight(before);
-        *self.weights.entry(weight).or_default() += 1;
+        self.forget_weight(before, place);
+        self.note_weight(weight, place);
         self.stale.insert(place / CHUNK);
         true
     }
 
-    fn forget_weight(&mut self, weight: u32) {
+    fn note_weight(&mut self, weight: u32, place: usize) {
+        *self.weights.entry(weight).or_default() += 1;
+        if let Some(ranking) = &mut self.ranking {
+            ranking.insert(weight, place);
+        }
+    }
+
+    fn forget_weight(&mut self, weight: u32, place: usize) {
+        if let Some(ranking) = &mut self.ranking {
+            ranking.remove(weight, place);
+        }
         if let Some(count) = self.weights.get_mut(&weight) {
             *count -= 1;
             if *count == 0 {
@@ -263,14 +291,12 @@ impl<K: Clone + Eq + Hash, M: Clone> Roster<K, M> {
         let alias = || Alias::new(self.chunks.iter().map(|chunk| chunk.weight));
         #[expect(clippy::cast_precision_loss, reason = "a mean needs no more digits")]
         let mean_weight = total as f32 / self.slots.len().max(1) as f32;
+        let ranking = self.ranking.as_mut().filter(|_| !uniform);
         ReadySet {
             chunks: self.chunks.clone().into(),
             len: self.slots.len(),
             alias: (!uniform).then(alias),
-            heaviest: self
-                .weights
-                .last_key_value()
-                .map_or(0, |(heaviest, _)| *heaviest),
+            rotation: ranking.map(Ranking::rotation),
             mean_weight,
         }
     }
@@ -324,7 +350,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_frozen_set_is_what_the_changes_say(ops in proptest::collection::vec(op(), 0..600)) {
-            let mut roster = Roster::default();
+            let mut roster = Roster::new(true);
             let mut model = BTreeMap::new();
             for op in ops {
                 match op {
@@ -347,13 +373,15 @@ mod tests {
             let set = roster.freeze();
             prop_assert_eq!(set.len(), model.len());
             prop_assert_eq!(&members(&set), &model);
-            prop_assert_eq!(set.heaviest(), model.values().copied().max().unwrap_or(0));
+            let mut weights: Vec<_> = model.values().collect();
+            weights.dedup();
+            prop_assert_eq!(set.is_uniform(), weights.len() <= 1);
         }
     }
 
     #[test]
     fn draws_follow_the_weights() {
-        let mut roster = Roster::default();
+        let mut roster = Roster::new(true);
         for key in 0..200_u32 {
             roster.insert(key, key, if key < 100 { 1 } else { 3 });
         }

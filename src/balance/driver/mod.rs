@@ -17,6 +17,7 @@ use super::health::Health;
 use super::load::Loads;
 use super::member::Seat;
 use super::outlier::Ejection;
+use super::picker::Policy;
 use super::pool::Roster;
 use super::subchannel::{Connecting, Draining, Idle, Ready, Subchannel, TransientFailure};
 use super::zone::Zones;
@@ -152,6 +153,7 @@ impl Driver {
             .map_or_else(fastrand::Rng::new, fastrand::Rng::with_seed);
         let detection = options.outlier_detection.as_ref();
         let sweep_at = detection.map(|detection| Instant::now() + detection.period());
+        let takes_turns = options.policy == Policy::WeightedRoundRobin;
         Self {
             sweep_at,
             shared,
@@ -173,8 +175,8 @@ impl Driver {
             reports,
             on_report,
             lost_early: HashSet::new(),
-            primary: Roster::default(),
-            last_resort: Roster::default(),
+            primary: Roster::new(takes_turns),
+            last_resort: Roster::new(takes_turns),
             loads: Loads::new(),
             summary: Summary::default(),
             pending: 0,

@@ -1,0 +1,450 @@
+//! Weighted round robin: maps the number of a turn to a place in the ready set.
+//!
+//! The mapping is a pure function of that number. Callers share one counter and nothing else, and each number is used once, so the shares
+//! are the same however many threads pick.
+//!
+//! A small set gets a *schedule*: one period, computed in advance, in which each slot appears in proportion to its weight and as evenly
+//! spaced as possible. For a large set, or weights without a common factor, the period would be too long to store. Such a set is a *line*
+//! on which each slot covers a segment as long as its weight. Turn `n` selects the point at the fractional part of `n` times the golden
+//! ratio. Each new point falls into one of the largest gaps between the earlier ones. So over any run of turns each segment, and each run of
+//! adjacent segments, is selected in proportion to its length, to within about three turns.
+
+use std::sync::Arc;
+
+/// The order of turns of a set with unequal weights.
+#[derive(Debug)]
+pub(super) enum Rotation {
+    Schedule(Box<[u32]>),
+    Line(Line),
+}
+
+impl Rotation {
+    /// Returns the place whose turn it is.
+    pub(super) fn place(&self, turn: u64) -> Option<usize> {
+        match self {
+            Self::Schedule(places) => {
+                let index = turn.checked_rem(u64::try_from(places.len()).ok()?)?;
+                let place = places.get(usize::try_from(index).ok()?)?;
+                Some(*place as usize)
+            }
+            Self::Line(line) => line.place(turn.wrapping_mul(GOLDEN)),
+        }
+    }
+}
+
+/// The slots of a set in the order of their weights: what the next rotation is built from.
+///
+/// The list is divided into pieces that successive rotations share. A join or a leave rebuilds two or three pieces and the list of pieces.
+/// Among 10 000 slots that takes 10 microseconds, where a new line would take more than 100.
+#[derive(Debug, Default)]
+pub(super) struct Ranking {
+    pieces: Vec<Piece>,
+    len: usize,
+}
+
+/// Adjacent slots of the ranking.
+#[derive(Debug)]
+struct Piece {
+    /// Weight and place of each slot, sorted. Never empty.
+    slots: Vec<(u32, u32)>,
+    /// None if the slots have changed since the last rotation.
+    segments: Option<Segments<u32>>,
+}
+
+impl Piece {
+    fn new(slots: Vec<(u32, u32)>) -> Self {
+        Self {
+            slots,
+            segments: None,
+        }
+    }
+}
+
+impl Ranking {
+    /// Adds a place, whose weight is at least 1.
+    pub(super) fn insert(&mut self, weight: u32, place: usize) {
+        let slot = slot(weight, place);
+        self.len += 1;
+        let index = self.find(slot);
+        let Some(piece) = self.pieces.get_mut(index) else {
+            return self.pieces.push(Piece::new(vec![slot]));
+        };
+        let at = piece.slots.partition_point(|other| *other < slot);
+        piece.slots.insert(at, slot);
+        piece.segments = None;
+        if piece.slots.len() > PIECE {
+            let half = piece.slots.split_off(PIECE / 2);
+            self.pieces.insert(index + 1, Piece::new(half));
+        }
+    }
+
+    /// Removes a place, which has this weight.
+    pub(super) fn remove(&mut self, weight: u32, place: usize) {
+        let slot = slot(weight, place);
+        let index = self.find(slot);
+        let Some(piece) = self.pieces.get_mut(index) else {
+            return;
+        };
+        let Ok(at) = piece.slots.binary_search(&slot) else {
+            return;
+        };
+        self.len -= 1;
+        piece.slots.remove(at);
+        piece.segments = None;
+        self.merge(index);
+    }
+
+    /// Removes a piece without slots, and merges a small one with the next, so that the number of pieces is in proportion to the slots.
+    fn merge(&mut self, index: usize) {
+        let len = |index: usize| self.pieces.get(index).map_or(0, |piece| piece.slots.len());
+        if len(index) == 0 {
+            self.pieces.remove(index);
+        } else if len(index) + len(index + 1) <= PIECE / 2 && index + 1 < self.pieces.len() {
+            let next = self.pieces.remove(index + 1);
+            self.pieces[index].slots.extend(next.slots);
+        }
+    }
+
+    /// Returns the index of the piece that has a slot, or into which it belongs.
+    fn find(&self, slot: (u32, u32)) -> usize {
+        let begun = |piece: &Piece| piece.slots.first().is_some_and(|first| *first <= slot);
+        self.pieces.partition_point(begun).saturating_sub(1)
+    }
+
+    /// Returns the rotation of the slots as they are now.
+    pub(super) fn rotation(&mut self) -> Rotation {
+        self.schedule()
+            .map_or_else(|| Rotation::Line(self.line()), Rotation::Schedule)
+    }
+
+    /// Computes a schedule, if that is cheap.
+    fn schedule(&self) -> Option<Box<[u32]>> {
+        if self.len * self.len > MAX_STEPS {
+            return None;
+        }
+        let slots: Vec<_> = self.pieces.iter().flat_map(|piece| &piece.slots).collect();
+        let unit = slots.iter().fold(0, |unit, (weight, _)| gcd(unit, *weight));
+        let weights = slots
+            .iter()
+            .map(|(weight, _)| u64::from(weight / unit.max(1)));
+        let steps = weights.sum::<u64>().saturating_mul(self.len as u64);
+        (steps <= MAX_STEPS as u64).then(|| schedule(&slots, unit))
+    }
+
+    fn line(&mut self) -> Line {
+        let segments = |piece: &mut Piece| {
+            let segments = piece
+                .segments
+                .get_or_insert_with(|| Segments::new(&piece.slots));
+            (segments.length(), segments.clone())
+        };
+        let pieces: Vec<_> = self.pieces.iter_mut().map(segments).collect();
+        Line(Segments::new(&pieces))
+    }
+}
+
+fn slot(weight: u32, place: usize) -> (u32, u32) {
+    (weight, u32::try_from(place).unwrap_or(u32::MAX))
+}
+
+fn gcd(a: u32, b: u32) -> u32 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// Computes a period by earliest deadline first. A slot of share `s` is due turn `k` between `k / s` and `(k + 1) / s`. Of the slots that are
+/// due, the one whose interval ends first is next. This keeps each slot less than one turn from its share at any time.
+fn schedule(slots: &[&(u32, u32)], unit: u32) -> Box<[u32]> {
+    // `MAX_STEPS` bounds the sum of the weights, and so all products below.
+    let weights = slots.iter().map(|(weight, _)| i64::from(weight / unit));
+    let weights: Vec<_> = weights.collect();
+    let turns: i64 = weights.iter().sum();
+    // How far each slot is behind its share, in turns multiplied by `turns`.
+    let mut owed = vec![0; slots.len()];
+    let next = |_| {
+        let mut next = None;
+        for (index, weight) in weights.iter().enumerate() {
+            owed[index] += weight;
+            // The interval ends after `left / weight` turns.
+            let left = turns - owed[index];
+            // On a tie the heavier slot, which is the later one here, is next: its following interval ends earlier.
+            let is_first = |(_, first, of)| left * of <= first * weight;
+            if owed[index] > 0 && next.is_none_or(is_first) {
+                next = Some((index, left, weight));
+            }
+        }
+        let index = next.map_or(0, |(index, ..)| index);
+        owed[index] -= turns;
+        slots[index].1
+    };
+    (0..turns).map(next).collect()
+}
+
+/// A line of segments as long as the weights. Slots of similar weight are adjacent, so that the share of a whole class of weights is as exact
+/// as that of one slot.
+#[derive(Debug)]
+pub(super) struct Line(Segments<Segments<u32>>);
+
+impl Line {
+    /// Returns the place at a point, given as a fraction of the line in units of 2^-64.
+    fn place(&self, fraction: u64) -> Option<usize> {
+        let length = u128::from(self.0.length());
+        let point = u64::try_from((u128::from(fraction) * length) >> 64).ok()?;
+        let (piece, start) = self.0.at(point)?;
+        let (place, _) = piece.at(point - start)?;
+        Some(*place as usize)
+    }
+}
+
+/// Adjacent segments. A lookup by a random point takes constant time.
+#[derive(Clone, Debug)]
+struct Segments<T> {
+    list: Arc<[Segment<T>]>,
+    /// For each bucket of the line, the first segment that reaches into it; then, as the last entry, the last segment.
+    guide: Arc<[u32]>,
+    /// The length of a bucket, as a power of two.
+    shift: u32,
+}
+
+#[derive(Clone, Debug)]
+struct Segment<T> {
+    end: u64,
+    what: T,
+}
+
+impl<T: Clone> Segments<T> {
+    /// Lays out segments of these lengths, at least one. Lengths are at least 1.
+    fn new<L: Copy + Into<u64>>(lengths: &[(L, T)]) -> Self {
+        let mut end = 0;
+        let segments = lengths.iter().map(|(length, what)| {
+            end += (*length).into();
+            let what = what.clone();
+            Segment { end, what }
+        });
+        let list: Arc<[_]> = segments.collect();
+        // There are at least as many buckets as segments, so a random point's bucket has on average no more than two, whatever their lengths.
+        let mean = end / u64::try_from(list.len()).unwrap_or(u64::MAX).max(1);
+        let shift = mean.max(1).ilog2();
+        let mut guide = Vec::new();
+        for (index, segment) in (0..).zip(list.iter()) {
+            // All buckets that start before the end of this segment and that no earlier segment reaches into.
+            let buckets = ((segment.end - 1) >> shift) + 1;
+            guide.resize(usize::try_from(buckets).unwrap_or_default(), index);
+        }
+        guide.extend(guide.last().copied());
+        Self {
+            list,
+            guide: guide.into(),
+            shift,
+        }
+    }
+
+    fn length(&self) -> u64 {
+        self.list.last().map_or(0, |segment| segment.end)
+    }
+
+    /// Returns what is at a point, and where its segment starts.
+    fn at(&self, point: u64) -> Option<(&T, u64)> {
+        let bucket = usize::try_from(point >> self.shift).ok()?;
+        let (first, last) = (*self.guide.get(bucket)?, *self.guide.get(bucket + 1)?);
+        let (first, last) = (first as usize, last as usize);
+        // A binary search, since many short segments can be in one bucket.
+        let before = self.list.get(first..last)?;
+        let index = first + before.partition_point(|segment| segment.end <= point);
+        let start = index.checked_sub(1).and_then(|index| self.list.get(index));
+        let start = start.map_or(0, |segment| segment.end);
+        self.list.get(index).map(|segment| (&segment.what, start))
+    }
+}
+
+/// The fractional part of the golden ratio, in units of 2^-64. No other number spreads its multiples as evenly.
+const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+/// The most turns times slots of a schedule, which takes up to 25 microseconds to compute for each new set.
+const MAX_STEPS: usize = 1 << 13;
+/// The most slots of a piece.
+const PIECE: usize = 128;
+
+#[cfg(test)]
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "the counts of the tests are small"
+)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn ranking(weights: &[u32]) -> Ranking {
+        let mut ranking = Ranking::default();
+        for (place, weight) in weights.iter().enumerate() {
+            ranking.insert(*weight, place);
+        }
+        ranking
+    }
+
+    fn turns(rotation: &Rotation, start: u64, turns: u64) -> impl Iterator<Item = usize> {
+        (start..start + turns).map(|turn| rotation.place(turn).expect("not empty"))
+    }
+
+    /// The part of some turns that each place is due.
+    fn fair(weights: &[u32], turns: u64) -> Vec<f64> {
+        let total: f64 = weights.iter().copied().map(f64::from).sum();
+        let fair = |weight: &u32| f64::from(*weight) / total * turns as f64;
+        weights.iter().map(fair).collect()
+    }
+
+    fn counts(weights: &[u32], start: u64, length: u64) -> Vec<f64> {
+        let rotation = ranking(weights).rotation();
+        let mut counts = vec![0.0; weights.len()];
+        for place in turns(&rotation, start, length) {
+            counts[place] += 1.0;
+        }
+        counts
+    }
+
+    /// Weights of very different sizes.
+    fn weight() -> impl Strategy<Value = u32> {
+        prop_oneof![1..10_u32, 1..1_000_u32, 1..100_000_u32, 1..=u32::MAX]
+    }
+
+    /// The most turns that a place on a line is away from its share.
+    const LINE: f64 = 4.0;
+
+    proptest! {
+        #[test]
+        fn shares_follow_the_weights_over_any_turns(
+            weights in proptest::collection::vec(weight(), 1..300),
+            start: u32,
+            length in 1..10_000_u64,
+        ) {
+            let counts = counts(&weights, start.into(), length);
+            for (count, fair) in counts.iter().zip(fair(&weights, length)) {
+                prop_assert!((count - fair).abs() < LINE, "{count} of {fair}");
+            }
+        }
+
+        #[test]
+        fn no_place_is_ever_far_from_its_share(
+            weights in proptest::collection::vec(weight(), 1..30),
+            start: u32,
+        ) {
+            let rotation = ranking(&weights).rotation();
+            let bound = if matches!(rotation, Rotation::Schedule(_)) { 2.0 } else { LINE };
+            let due = fair(&weights, 1);
+            let mut owed = vec![0.0; weights.len()];
+            for place in turns(&rotation, start.into(), 3_000) {
+                for (owed, due) in owed.iter_mut().zip(&due) {
+                    *owed += due;
+                }
+                owed[place] -= 1.0;
+                prop_assert!(owed.iter().all(|owed| owed.abs() < bound), "{owed:?}");
+            }
+        }
+
+        #[test]
+        fn a_schedule_is_exact_and_evenly_spaced(
+            weights in proptest::collection::vec(1..30_u32, 2..20),
+            unit in 1..100_u32,
+        ) {
+            let scaled: Vec<_> = weights.iter().map(|weight| weight * unit).collect();
+            let Rotation::Schedule(places) = ranking(&scaled).rotation() else {
+                panic!("small sets have a schedule");
+            };
+            let due = fair(&weights, 1);
+            let mut owed = vec![0.0; weights.len()];
+            for place in &places {
+                for (owed, due) in owed.iter_mut().zip(&due) {
+                    *owed += due;
+                }
+                owed[*place as usize] -= 1.0;
+                prop_assert!(owed.iter().all(|owed| owed.abs() < 1.0), "{owed:?}");
+            }
+            prop_assert!(owed.iter().all(|owed| owed.abs() < 1e-6), "{owed:?}");
+        }
+
+        #[test]
+        fn changes_lead_to_the_same_rotation_as_a_new_start(
+            changes in proptest::collection::vec((0..400_usize, 0..2_000_u32), 1..1_000),
+        ) {
+            let (mut changed, mut weights) = (Ranking::default(), vec![0; 400]);
+            for (number, (place, weight)) in changes.into_iter().enumerate() {
+                let before = std::mem::replace(&mut weights[place], weight);
+                if before > 0 {
+                    changed.remove(before, place);
+                }
+                if weight > 0 {
+                    changed.insert(weight, place);
+                }
+                if number % 50 == 0 {
+                    changed.rotation();
+                }
+            }
+            let mut new = Ranking::default();
+            for (place, weight) in weights.iter().enumerate().filter(|(_, weight)| **weight > 0) {
+                new.insert(*weight, place);
+            }
+            let pieces = changed.pieces.iter().map(|piece| piece.slots.len());
+            prop_assert!(pieces.clone().all(|slots| (1..=PIECE).contains(&slots)));
+            let (changed, new) = (changed.rotation(), new.rotation());
+            for turn in 0..2_000 {
+                prop_assert_eq!(changed.place(turn), new.place(turn));
+            }
+        }
+    }
+
+    #[test]
+    fn a_heavy_slot_among_ten_thousand_gets_its_share() {
+        for heavy in [1_000, 100_000, u32::MAX] {
+            let mut weights = vec![1; 10_000];
+            weights[4_321] = heavy;
+            let counts = counts(&weights, 77, 10_000);
+            let error = counts[4_321] - fair(&weights, 10_000)[4_321];
+            assert!(error.abs() < LINE, "{heavy}: {error}");
+        }
+    }
+
+    #[test]
+    fn classes_of_weights_get_their_shares_among_ten_thousand() {
+        let mut rng = fastrand::Rng::with_seed(7);
+        let decades = (0..10_000).map(|place| 10_u32.pow(place % 6)).collect();
+        let random = (0..10_000).map(|_| rng.u32(1..=100_000)).collect();
+        for weights in [decades, random] {
+            let weights: Vec<u32> = weights;
+            let counts = counts(&weights, rng.u64(..1 << 32), 10_000);
+            let fair = fair(&weights, 10_000);
+            let sum = |of: &[f64], from: u32, to: u32| {
+                let pairs = of.iter().zip(&weights);
+                let class = pairs.filter(|(_, weight)| (from..to).contains(*weight));
+                class.map(|(count, _)| count).sum::<f64>()
+            };
+            for from in [0, 5, 50, 500, 5_000, 25_000, 50_000, 75_000] {
+                let (count, fair) = (sum(&counts, from, 100_001), sum(&fair, from, 100_001));
+                assert!(
+                    (count - fair).abs() < LINE,
+                    "from {from}: {count} of {fair}"
+                );
+                let (count, fair) = (10_000.0 - count, 10_000.0 - fair);
+                assert!((count - fair).abs() < LINE, "to {from}: {count} of {fair}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_slot_of_weight_two_among_three_of_one_never_has_two_turns_in_a_row() {
+        let rotation = ranking(&[1, 2, 1, 1]).rotation();
+        let places: Vec<_> = turns(&rotation, 3, 100).collect();
+        assert!(
+            places.windows(2).all(|pair| pair[0] != pair[1]),
+            "{places:?}"
+        );
+    }
+
+    #[test]
+    fn a_lone_light_slot_does_not_wait_for_the_end_of_the_period() {
+        let rotation = ranking(&[100, 1]).rotation();
+        let light: Vec<_> = (0..202)
+            .filter(|turn| rotation.place(*turn) == Some(1))
+            .collect();
+        assert_eq!(light.len(), 2);
+        assert_eq!(light[1] - light[0], 101);
+    }
+}
