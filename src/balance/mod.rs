@@ -30,6 +30,8 @@ mod outlier;
 mod picker;
 mod pool;
 mod rotation;
+#[cfg(test)]
+mod simulation;
 mod subchannel;
 mod ticket;
 mod waiters;

@@ -12,11 +12,15 @@ use super::pool::{ReadySet, Slot, below};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Policy {
-    /// Of two endpoints drawn at random, the one with the smaller product of latency and calls in flight. The latency is a mean over a
-    /// few seconds of the time to the response's head. The default.
+    /// Of two endpoints drawn at random, the one with the smaller product of latency and load. The latency is a mean over a few seconds of
+    /// the time to the response's head; small differences do not count. The load is the number of calls in flight, to which one is added.
+    /// The default.
+    ///
+    /// Endpoints are drawn by weight. Between endpoints of different weights, calls in flight are divided by the weight, and the one that was
+    /// drawn first is kept unless the other one is better by far: four times as fast, or with less than half of the load.
     #[default]
     Latency,
-    /// Of two endpoints drawn at random, the one with fewer calls in flight.
+    /// Of two endpoints drawn at random, the one with fewer calls in flight. Weights count as in [`Policy::Latency`].
     LeastRequest,
     /// Each endpoint in turn, in proportion to its weight and evenly spaced. Neither latency nor calls in flight count.
     WeightedRoundRobin,
@@ -120,78 +124,105 @@ impl Picker {
             return Some((set.in_turn(turn)?, None));
         }
         let (first, second) = self.two(set)?;
-        let (left, right) = (load(first, set), load(second, set));
-        let second_is_better = match self.policy {
-            Policy::Latency => {
-                is_slower(left, first.member.latency(), right, second.member.latency())
-            }
-            _ => left > right,
-        };
-        Some(if second_is_better {
+        Some(if self.is_worse(first, second) {
             (second, Some(first))
         } else {
             (first, Some(second))
         })
     }
 
-    /// Two places at random; two different ones unless weights decide.
+    /// Draws two different slots: the first by weight, the second by weight unless that is the first again.
     fn two<'a, M>(&self, set: &'a ReadySet<M>) -> Option<(&'a Slot<M>, &'a Slot<M>)> {
-        if !set.is_uniform() {
-            let first = set.draw(self.rng.next(), self.rng.next())?;
-            return Some((first, set.draw(self.rng.next(), self.rng.next())?));
-        }
         let random = self.rng.next();
-        let first = below(random, set.len());
-        // The lower half of the word is as random as the upper.
-        let step = 1 + below(random << 32, set.len() - 1);
-        let second = first + step;
-        let second = if second < set.len() {
-            second
+        let (first, second) = if set.is_uniform() {
+            let first = below(random, set.len());
+            // The lower half of the word is as random as the upper.
+            (first, other(first, random << 32, set.len()))
         } else {
-            second - set.len()
+            let first = set.draw(random, self.rng.next())?;
+            let second = set.draw(self.rng.next(), self.rng.next())?;
+            // A heavy endpoint is often drawn twice. It would never be avoided, however slow, if it were compared with itself.
+            let again = second == first;
+            let second = if again {
+                other(first, self.rng.next(), set.len())
+            } else {
+                second
+            };
+            (first, second)
         };
         Some((set.get(first)?, set.get(second)?))
+    }
+
+    /// Returns whether the policy prefers the second slot to the first.
+    fn is_worse<M: Candidate>(&self, first: &Slot<M>, second: &Slot<M>) -> bool {
+        let in_flight = (first.member.in_flight(), second.member.in_flight());
+        let latencies = || (first.member.latency(), second.member.latency());
+        let latencies = (self.policy == Policy::Latency).then(latencies);
+        if first.weight != second.weight {
+            let weights = (first.weight, second.weight);
+            return is_worse_by_far(in_flight, weights, latencies.unwrap_or_default());
+        }
+        latencies.map_or(in_flight.0 > in_flight.1, |latencies| {
+            is_worse_among_equals(in_flight, latencies)
+        })
     }
 }
 
 /// The slot to try first, and the one to try next.
 type Drawn<'a, M> = (&'a Slot<M>, Option<&'a Slot<M>>);
 
-/// Calls in flight, one more, in relation to the weight.
-fn load<M: Candidate>(slot: &Slot<M>, set: &ReadySet<M>) -> f32 {
-    #[expect(
-        clippy::cast_precision_loss,
-        reason = "after 16 million calls in flight"
-    )]
-    let in_flight = slot.member.in_flight() as f32;
-    if set.is_uniform() {
-        return in_flight + 1.0;
-    }
-    // Idle places cost the same, so that the draw alone decides, which is by weight already; the busier they are the more it is their
-    // share that counts. Dividing the sum by the weight would give all calls of an idle channel to the heaviest.
-    in_flight * relative(set.mean_weight(), slot.weight) + 1.0
+/// Returns a random index that is not `first`.
+fn other(first: usize, random: u64, len: usize) -> usize {
+    let second = first + 1 + below(random, len - 1);
+    if second < len { second } else { second - len }
 }
 
-/// How much more than its weight says a place would count for if all weights were the mean.
-// Never inlined: the compiler would divide whether there are weights or not, for both places at once in a vector whose other half is
-// whatever was there. That alone is half of a pick (105 ns in place of 57).
-#[inline(never)]
-fn relative(mean: f32, weight: u32) -> f32 {
-    #[expect(clippy::cast_precision_loss, reason = "a weight needs no more digits")]
-    let weight = weight as f32;
-    mean / weight
-}
-
-/// Whether the left one is the worse choice. Latencies that differ by less than noise are one: else a channel with one caller would use
-/// one of its equal endpoints only.
-fn is_slower(left_load: f32, left: f32, right_load: f32, right: f32) -> bool {
-    let unknown = left <= 0.0 || right <= 0.0;
-    let alike = left <= right * NOISE && right <= left * NOISE;
-    if unknown || alike {
-        left_load > right_load
+/// Returns whether the first of two endpoints of the same weight is the worse choice.
+fn is_worse_among_equals(in_flight: (u32, u32), latencies: (f32, f32)) -> bool {
+    let (first, second) = (float(in_flight.0) + 1.0, float(in_flight.1) + 1.0);
+    if are_alike(latencies, NOISE) {
+        first > second
     } else {
-        left_load * left > right_load * right
+        first * latencies.0 > second * latencies.1
     }
+}
+
+/// Returns whether the first of two endpoints of different weights is worse by far.
+///
+/// Smaller differences are left to the draw, which gives each endpoint its share whether one caller or many make the calls. Differences in
+/// latency are often due to the weights: the heavier endpoint is busier, and the lighter one is idle for longer between calls. Calls in flight
+/// differ by whole calls, which is much if there are few, and by the latency if there are many.
+// Never inlined, so that sets without weights have none of its conversions on their way.
+#[inline(never)]
+fn is_worse_by_far(in_flight: (u32, u32), weights: (u32, u32), latencies: (f32, f32)) -> bool {
+    // Calls divided by the weight, multiplied by both weights to save the division.
+    let (first, second) = (
+        float(in_flight.0) * float(weights.1),
+        float(in_flight.1) * float(weights.0),
+    );
+    // In the same unit, one call at the lighter endpoint. Adding the next call to either would make the heavier of two idle endpoints always
+    // the better one.
+    let one = float(weights.0.max(weights.1));
+    if are_alike(latencies, NOISE_OF_UNEQUAL) {
+        first > IMBALANCE * (second + one)
+    } else {
+        (first + one) * latencies.0 > (second + one) * latencies.1
+    }
+}
+
+/// Returns whether two latencies differ by less than noise, or one is unknown. Without this, a single caller would use only one of two equal
+/// endpoints.
+fn are_alike((left, right): (f32, f32), noise: f32) -> bool {
+    let unknown = left <= 0.0 || right <= 0.0;
+    unknown || (left <= right * noise && right <= left * noise)
+}
+
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "exact up to 16 million, and then good enough to compare"
+)]
+fn float(number: u32) -> f32 {
+    number as f32
 }
 
 /// Where random numbers come from.
@@ -222,8 +253,12 @@ impl Rng {
 const DRAWS: usize = 4;
 /// How many places are looked at when the draws found none, by a call that has not waited yet.
 pub(crate) const LOOK_AROUND: usize = 128;
-/// Latencies within this factor of one another are alike.
+/// Latencies of equal endpoints within this factor of one another are alike.
 const NOISE: f32 = 1.25;
+/// The same for endpoints of different weights.
+const NOISE_OF_UNEQUAL: f32 = 4.0;
+/// Between endpoints of different weights and similar latency, a load this many times that of the other one is worse by far.
+const IMBALANCE: f32 = 2.0;
 
 #[cfg(test)]
 mod tests {

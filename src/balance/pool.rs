@@ -18,7 +18,6 @@ pub(crate) struct ReadySet<M> {
     alias: Option<Alias>,
     /// The order of turns; none if it is that of the slots.
     rotation: Option<Rotation>,
-    mean_weight: f32,
 }
 
 /// A run of the set; all but the last are full.
@@ -55,10 +54,6 @@ impl<M> ReadySet<M> {
         self.alias.is_none()
     }
 
-    pub(crate) fn mean_weight(&self) -> f32 {
-        self.mean_weight
-    }
-
     pub(crate) fn get(&self, index: usize) -> Option<&Slot<M>> {
         self.chunks
             .get(index / CHUNK)
@@ -76,15 +71,14 @@ impl<M> ReadySet<M> {
         self.get(place)
     }
 
-    /// Draws a place by weight, from two random words.
-    pub(crate) fn draw(&self, outer: u64, inner: u64) -> Option<&Slot<M>> {
-        match &self.alias {
-            None => self.get(below(outer, self.len)),
-            Some(alias) => {
-                let chunk = self.chunks.get(alias.draw(outer))?;
-                chunk.slots.get(chunk.alias.draw(inner))
-            }
-        }
+    /// Draws the index of a slot by weight, from two random words.
+    pub(crate) fn draw(&self, outer: u64, inner: u64) -> Option<usize> {
+        let Some(alias) = &self.alias else {
+            return Some(below(outer, self.len));
+        };
+        let index = alias.draw(outer);
+        let chunk = self.chunks.get(index)?;
+        Some(index * CHUNK + chunk.alias.draw(inner))
     }
 }
 
@@ -95,7 +89,6 @@ impl<M> Default for ReadySet<M> {
             len: 0,
             alias: None,
             rotation: None,
-            mean_weight: 1.0,
         }
     }
 }
@@ -286,18 +279,14 @@ impl<K: Clone + Eq + Hash, M: Clone> Roster<K, M> {
                 None => self.chunks.push(chunk),
             }
         }
-        let total: u64 = self.chunks.iter().map(|chunk| chunk.weight).sum();
         let uniform = self.weights.len() <= 1;
         let alias = || Alias::new(self.chunks.iter().map(|chunk| chunk.weight));
-        #[expect(clippy::cast_precision_loss, reason = "a mean needs no more digits")]
-        let mean_weight = total as f32 / self.slots.len().max(1) as f32;
         let ranking = self.ranking.as_mut().filter(|_| !uniform);
         ReadySet {
             chunks: self.chunks.clone().into(),
             len: self.slots.len(),
             alias: (!uniform).then(alias),
             rotation: ranking.map(Ranking::rotation),
-            mean_weight,
         }
     }
 }
@@ -390,7 +379,8 @@ mod tests {
         let mut heavy = 0_u32;
         let mut each = vec![0_u32; 200];
         for _ in 0..200_000 {
-            let slot = set.draw(rng.u64(..), rng.u64(..)).expect("not empty");
+            let index = set.draw(rng.u64(..), rng.u64(..)).expect("not empty");
+            let slot = set.get(index).expect("below the length");
             heavy += u32::from(slot.weight == 3);
             each[slot.member as usize] += 1;
         }
@@ -401,10 +391,8 @@ mod tests {
 
     #[test]
     fn an_empty_set_draws_nothing() {
-        assert!(
-            ReadySet::<u32>::default()
-                .draw(u64::MAX, u64::MAX)
-                .is_none()
-        );
+        let set = ReadySet::<u32>::default();
+        let index = set.draw(u64::MAX, u64::MAX);
+        assert!(index.and_then(|index| set.get(index)).is_none());
     }
 }

@@ -1,0 +1,280 @@
+//! Simulates callers and servers on virtual time, to see which share of the calls each server gets.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::load::{LoadHandle, Loads, Ticks, median};
+use super::picker::{Candidate, LOOK_AROUND, Pick, Picker, Policy};
+use super::pool::{ReadySet, Roster};
+
+/// How calls arrive.
+#[derive(Clone, Copy, Debug)]
+enum Callers {
+    /// One call per period, in microseconds.
+    Paced(u64),
+    /// A number of callers that each start a call when the previous one has ended.
+    Closed(u32),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Server {
+    weight: u32,
+    /// The mean time of a call to an idle server, in microseconds. Each call takes up to a fifth more or less.
+    micros: f64,
+    /// The part of that time which each other call in flight adds.
+    queueing: f64,
+    /// The part of that time which a second without calls adds.
+    cold: f64,
+}
+
+const EQUAL: Server = Server {
+    weight: 1,
+    micros: 100.0,
+    queueing: 0.01,
+    cold: 0.0,
+};
+
+#[derive(Clone, Debug)]
+struct Connection {
+    server: usize,
+    load: LoadHandle,
+}
+
+impl Candidate for Connection {
+    fn latency(&self) -> f32 {
+        self.load.latency()
+    }
+
+    fn in_flight(&self) -> u32 {
+        self.load.in_flight()
+    }
+
+    fn acquire(&self) -> bool {
+        self.load.acquire()
+    }
+}
+
+/// A channel with one connection to each server.
+struct Simulation {
+    servers: Vec<Server>,
+    connections: Vec<Connection>,
+    set: ReadySet<Connection>,
+    picker: Picker,
+    rng: fastrand::Rng,
+    /// When each server has last ended a call.
+    ended: Vec<u64>,
+    calls: Vec<u32>,
+    /// The end, the server and the start of each call in flight.
+    running: BinaryHeap<Reverse<(u64, usize, u64)>>,
+    epoch: Instant,
+}
+
+impl Simulation {
+    fn new(policy: Policy, servers: &[Server]) -> Self {
+        let (mut loads, mut roster) = (Loads::new(), Roster::new(false));
+        let mut connections = Vec::new();
+        for (server, Server { weight, .. }) in servers.iter().enumerate() {
+            let load = loads.begin(None, 0.0);
+            load.set_limit(usize::MAX);
+            let connection = Connection { server, load };
+            connections.push(connection.clone());
+            roster.insert(server, connection, *weight);
+        }
+        Self {
+            servers: servers.to_vec(),
+            connections,
+            set: roster.freeze(),
+            picker: Picker::new(policy, Some(7)),
+            rng: fastrand::Rng::with_seed(7),
+            ended: vec![0; servers.len()],
+            calls: vec![0; servers.len()],
+            running: BinaryHeap::new(),
+            epoch: Instant::now(),
+        }
+    }
+
+    /// Returns the share of the calls that each server gets, without the first fifth.
+    fn shares(mut self, callers: Callers) -> Vec<f64> {
+        let (period, mut due, callers) = match callers {
+            Callers::Paced(period) => (period, 0, 0),
+            Callers::Closed(callers) => (0, u64::MAX, callers),
+        };
+        for _ in 0..callers {
+            self.start(0);
+        }
+        let mut refresh = REFRESH;
+        let mut started = 0;
+        while started < CALLS {
+            let end = self
+                .running
+                .peek()
+                .map_or(u64::MAX, |Reverse((end, ..))| *end);
+            let now = end.min(due).min(refresh);
+            if now == refresh {
+                self.refresh(now);
+                refresh += REFRESH;
+                continue;
+            }
+            let is_end = now == end;
+            if is_end {
+                self.end(now);
+            } else {
+                due += period;
+            }
+            if !is_end || callers > 0 {
+                self.start(now);
+                started += 1;
+            }
+            if started == CALLS / 5 {
+                self.calls.fill(0);
+            }
+        }
+        let total = f64::from(self.calls.iter().sum::<u32>());
+        self.calls
+            .iter()
+            .map(|calls| f64::from(*calls) / total)
+            .collect()
+    }
+
+    fn start(&mut self, now: u64) {
+        let Pick::Taken(connection) = self.picker.pick(&self.set, |_| true, LOOK_AROUND) else {
+            panic!("there is no limit");
+        };
+        let index = connection.server;
+        let server = &self.servers[index];
+        let others = connection.load.in_flight() - 1;
+        let idle = if others == 0 {
+            now - self.ended[index]
+        } else {
+            0
+        };
+        let idle = Duration::from_micros(idle).as_secs_f64().min(1.0);
+        let slower = (1.0 + server.queueing * f64::from(others)) * (1.0 + server.cold * idle);
+        let noise = 0.8 + 0.4 * self.rng.f64();
+        let took = Duration::from_secs_f64(server.micros * slower * noise / 1e6);
+        let end = now + u64::try_from(took.as_micros()).expect("some milliseconds");
+        self.calls[index] += 1;
+        self.running.push(Reverse((end, index, now)));
+    }
+
+    fn end(&mut self, now: u64) {
+        let Some(Reverse((_, index, start))) = self.running.pop() else {
+            return;
+        };
+        let load = &self.connections[index].load;
+        load.release();
+        load.on_head(Duration::from_micros(now - start), self.ticks(now));
+        self.ended[index] = now;
+    }
+
+    /// Does what the driver does.
+    fn refresh(&self, now: u64) {
+        let loads = self.connections.iter().map(|connection| &connection.load);
+        let estimates = loads.clone().filter_map(|load| load.estimate());
+        let median = median(
+            &mut estimates
+                .map(|estimate| estimate.mean())
+                .collect::<Vec<_>>(),
+        );
+        for load in loads {
+            load.refresh(median, self.ticks(now));
+        }
+    }
+
+    fn ticks(&self, now: u64) -> Ticks {
+        Ticks::at(self.epoch + Duration::from_micros(now), self.epoch)
+    }
+}
+
+/// The driver's interval, in microseconds.
+const REFRESH: u64 = 200_000;
+const CALLS: u32 = 10_000;
+
+const CALLERS: [Callers; 10] = [
+    Callers::Paced(1_000),
+    Callers::Paced(20_000),
+    Callers::Paced(200_000),
+    Callers::Closed(1),
+    Callers::Closed(2),
+    Callers::Closed(3),
+    Callers::Closed(4),
+    Callers::Closed(6),
+    Callers::Closed(16),
+    Callers::Closed(64),
+];
+
+/// Asserts that two servers get the shares of their weights, to within three points in a hundred, from all callers.
+fn assert_fair(policy: Policy, servers: [Server; 2]) {
+    let weights = servers.map(|server| f64::from(server.weight));
+    let fair = weights[1] / (weights[0] + weights[1]);
+    for callers in CALLERS {
+        let share = Simulation::new(policy, &servers).shares(callers)[1];
+        assert!(
+            (share - fair).abs() < 0.03,
+            "{callers:?}: {share} of {fair}, {servers:?}"
+        );
+    }
+}
+
+#[test]
+fn equal_servers_share_by_weight_whatever_the_callers() {
+    for policy in [Policy::Latency, Policy::LeastRequest] {
+        for (heavy, light) in [(100, 30), (10, 1), (3, 2), (2, 1)] {
+            assert_fair(
+                policy,
+                [heavy, light].map(|weight| Server { weight, ..EQUAL }),
+            );
+        }
+    }
+}
+
+#[test]
+fn a_server_that_is_cold_because_it_is_light_keeps_its_share() {
+    // Ten times as slow after a second: at a call each 20 ms the lighter server takes about half as long again as the other one.
+    let cold = Server {
+        cold: 10.0,
+        ..EQUAL
+    };
+    for (heavy, light) in [(100, 30), (3, 2), (2, 1)] {
+        let servers = [heavy, light].map(|weight| Server { weight, ..cold });
+        assert_fair(Policy::Latency, servers);
+    }
+}
+
+#[test]
+fn a_slow_server_is_avoided_whatever_it_weighs() {
+    let fast = Server {
+        micros: 1_000.0,
+        ..EQUAL
+    };
+    let slow = Server {
+        micros: 50_000.0,
+        ..EQUAL
+    };
+    for (heavy, light) in [(1, 1), (100, 30), (30, 100), (1, 9)] {
+        let others = Server {
+            weight: heavy,
+            ..fast
+        };
+        let servers = [
+            others,
+            Server {
+                weight: light,
+                ..slow
+            },
+            others,
+            others,
+        ];
+        for callers in [
+            Callers::Paced(2_000),
+            Callers::Closed(4),
+            Callers::Closed(32),
+        ] {
+            let share = Simulation::new(Policy::Latency, &servers).shares(callers)[1];
+            assert!(share < 0.01, "{callers:?}: {share}, {servers:?}");
+        }
+    }
+}
