@@ -81,6 +81,13 @@ impl FromStr for Address {
             let path = check_path(path).map_err(invalid)?;
             return Ok(Self(format!("{UNIX}{path}").into()));
         }
+        if let Some((scheme, _)) = text.split_once("://") {
+            return Err(invalid(match scheme {
+                "http" => "has the scheme http://, which an address has not; write host:port",
+                "https" => "has the scheme https://, which an address has not; write host:port",
+                _ => "has a scheme, which an address has not; write host:port",
+            }));
+        }
         let (host, port) = text
             .rsplit_once(':')
             .ok_or_else(|| invalid("has no port; write host:port"))?;

@@ -48,6 +48,16 @@ impl EtcdError {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
+    /// The error of a task that ends before its owner does.
+    pub(crate) fn task_ended(operation: &'static str) -> Self {
+        let source = if std::thread::panicking() {
+            "it has panicked"
+        } else {
+            "the runtime on which it was started has ended"
+        };
+        Self::new(EtcdErrorKind::TaskEnded, operation, "(none)", source)
+    }
+
     /// The member that was asked.
     #[must_use]
     pub fn endpoint(&self) -> &str {
@@ -61,9 +71,17 @@ impl fmt::Display for EtcdError {
             kind,
             operation,
             endpoint,
-            ..
+            source,
         } = &*self.0;
-        write!(f, "{operation} at etcd {endpoint} failed: {kind}")
+        let cause = causes(&**source);
+        match kind {
+            EtcdErrorKind::InvalidRequest => {
+                return write!(f, "nothing was requested of etcd: {cause}");
+            }
+            EtcdErrorKind::TaskEnded => return write!(f, "{operation}: {kind}: {cause}"),
+            _ => {}
+        }
+        write!(f, "{operation} at etcd {endpoint} failed: {kind}: {cause}")
     }
 }
 
@@ -114,6 +132,10 @@ pub enum EtcdErrorKind {
     AuthNotEnabled,
     /// The peer speaks gRPC but is not etcd.
     Unimplemented,
+    /// The request cannot be made: a service name or a prefix is not valid. Nothing was sent.
+    InvalidRequest,
+    /// The task that talks to etcd has ended with its runtime, or has panicked. It is not started again.
+    TaskEnded,
 }
 
 impl EtcdErrorKind {
@@ -171,6 +193,8 @@ impl fmt::Display for EtcdErrorKind {
             Self::CredentialsRequired => "a user name and password are required",
             Self::AuthNotEnabled => "authentication is not enabled",
             Self::Unimplemented => "the peer is not an etcd",
+            Self::InvalidRequest => "the request is not valid",
+            Self::TaskEnded => "the task that talks to etcd has ended",
         })
     }
 }
@@ -195,7 +219,7 @@ pub enum ConnectError {
     },
     /// No member answered.
     #[error(
-        "no etcd answered at {endpoints}; check that it runs there and that the port (2379 by default) is right and open"
+        "no etcd answered at {endpoints}; check that it runs there and that the port (2379 by default) is right and open: {source}"
     )]
     #[non_exhaustive]
     Unreachable {
@@ -205,7 +229,7 @@ pub enum ConnectError {
         source: EtcdError,
     },
     /// One side speaks TLS and the other does not, or the certificates do not fit.
-    #[error("no secure connection to etcd at {endpoints}: {reason}")]
+    #[error("no secure connection to etcd at {endpoints}: {reason}: {source}")]
     #[non_exhaustive]
     Tls {
         /// All endpoints tried.
@@ -217,7 +241,7 @@ pub enum ConnectError {
     },
     /// Something answers, but not etcd.
     #[error(
-        "the server at {endpoints} is not an etcd ({reason}); check host and port, etcd's client port is 2379 by default"
+        "the server at {endpoints} is not an etcd ({reason}); check host and port, etcd's client port is 2379 by default: {source}"
     )]
     #[non_exhaustive]
     NotEtcd {
@@ -230,7 +254,7 @@ pub enum ConnectError {
     },
     /// etcd refused the user.
     #[error(
-        "etcd at {endpoints} refused {user}; check name and password given to `.user(name, password)`"
+        "etcd at {endpoints} refused {user}; check name and password given to `.user(name, password)`: {source}"
     )]
     #[non_exhaustive]
     Credentials {
@@ -242,7 +266,7 @@ pub enum ConnectError {
         source: EtcdError,
     },
     /// etcd answered something else.
-    #[error("etcd at {endpoints} refused the connection check")]
+    #[error("etcd at {endpoints} refused the connection check: {source}")]
     #[non_exhaustive]
     Refused {
         /// All endpoints tried.
@@ -277,7 +301,7 @@ pub enum RegisterError {
     },
     /// The address to advertise is not valid. Nothing was sent to etcd.
     #[error(
-        "registration of {service:?} has no address that clients can dial; set one with `.address(\"host:port\")`"
+        "registration of {service:?} has no address that clients can dial; set one with `.address(\"host:port\")`: {source}"
     )]
     #[non_exhaustive]
     Address {
@@ -287,7 +311,7 @@ pub enum RegisterError {
         source: AddressError,
     },
     /// etcd refused for good: credentials, permission, size.
-    #[error("etcd refused to register {key:?}")]
+    #[error("etcd refused to register {key:?}: {source}")]
     #[non_exhaustive]
     Refused {
         /// The key.
@@ -296,7 +320,11 @@ pub enum RegisterError {
         source: EtcdError,
     },
     /// etcd did not take the write within the bound. A registration that is up goes on trying.
-    #[error("{key:?} could not be written to etcd at {endpoints} within {} s", bound.as_secs_f64())]
+    #[error(
+        "{key:?} could not be written to etcd at {endpoints} within {} s{}",
+        bound.as_secs_f64(),
+        cause(source.as_ref())
+    )]
     #[non_exhaustive]
     TimedOut {
         /// The key.
@@ -318,7 +346,7 @@ pub enum RegisterError {
         lease: crate::keyspace::LeaseId,
     },
     /// The registration was to have a thread of its own, and the system has none. Nothing was sent to etcd.
-    #[error("no thread could be started for the registration of {key:?}")]
+    #[error("no thread could be started for the registration of {key:?}: {source}")]
     #[non_exhaustive]
     Thread {
         /// The key.
@@ -340,7 +368,7 @@ pub enum RegisterError {
 #[non_exhaustive]
 pub enum ServeError {
     /// The listening socket could not be bound. Nothing was registered.
-    #[error("could not listen on {address}")]
+    #[error("could not listen on {address}: {source}")]
     #[non_exhaustive]
     Bind {
         /// The address asked for.
@@ -349,27 +377,60 @@ pub enum ServeError {
         source: io::Error,
     },
     /// The registration was refused. The server was stopped.
-    #[error("the server was stopped because it could not be registered")]
+    #[error("the server was stopped because it could not be registered: {0}")]
     Register(#[from] RegisterError),
     /// The server failed. It was deregistered.
-    #[error("the server failed")]
+    #[error("the server failed: {}", causes(.0))]
     Serve(#[from] tonic::transport::Error),
     /// The signal handlers could not be installed. Nothing was registered.
-    #[error("could not listen for SIGTERM and SIGINT")]
+    #[error("could not listen for SIGTERM and SIGINT: {0}")]
     Signal(#[source] io::Error),
 }
 
+/// The last failure behind a time limit, if there was one.
+fn cause(source: Option<&EtcdError>) -> String {
+    source.map_or_else(String::new, |source| format!(": {source}"))
+}
+
 /// An error with all its causes, in one line.
-pub(crate) fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
+pub(crate) fn causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = one(error);
     let mut source = error.source();
     while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        // Some errors of the libraries below repeat their cause.
-        if !text.ends_with(&cause_text) {
+        let cause_text = one(cause);
+        // Ours contain their causes, and some of the libraries below repeat them.
+        if !text.contains(&cause_text) {
             text = format!("{text}: {cause_text}");
         }
         source = cause.source();
     }
     text
+}
+
+/// One error of a chain. A status prints its source in Debug form, which the chain has anyway.
+fn one(error: &(dyn std::error::Error + 'static)) -> String {
+    match error.downcast_ref::<tonic::Status>() {
+        Some(status) => format!("{:?}: {}", status.code(), status.message()),
+        None => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_of_an_error_has_every_cause_once() {
+        let mut status = tonic::Status::unavailable("greeter: no route");
+        status.set_source(Arc::new(io::Error::other("no route")));
+        let error = EtcdError::new(EtcdErrorKind::Unavailable, "list", "10.0.0.1:2379", status);
+        let line = "list at etcd 10.0.0.1:2379 failed: the member is unavailable: Unavailable: greeter: no route";
+        assert_eq!(error.to_string(), line);
+        assert_eq!(causes(&error), line);
+        let refused = ConnectError::Refused {
+            endpoints: Endpoints(vec!["10.0.0.1:2379".to_owned()]),
+            source: error,
+        };
+        assert!(refused.to_string().ends_with(line), "{refused}");
+    }
 }

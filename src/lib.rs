@@ -70,7 +70,7 @@
 //!
 //! - none by default: all of the above over plaintext;
 //! - `tls`: TLS to etcd and to servers, with rustls;
-//! - `health`: the gRPC health service of a registered server, [`RegistrationBuilder::health`];
+//! - `health`: the gRPC health service of a registered server, `RegistrationBuilder::health`;
 //! - `testing`: a real etcd for tests, in the module `testing` (Unix only).
 //!
 //! # Requirements
@@ -104,8 +104,8 @@ pub use balance::{EndpointState, EndpointStatus, OutlierDetection, Policy};
 #[doc(hidden)]
 pub use channel::bench as __bench;
 pub use channel::{
-    BalancedChannel, ChannelBuilder, ChannelError, HedgingPolicy, ResponseBody, ResponseFuture,
-    RetryBudget, RetryPolicy, ServedBy, WaitForReady,
+    BalancedChannel, CallError, ChannelBuilder, ChannelError, HedgingPolicy, ResponseBody,
+    ResponseFuture, RetryBudget, RetryPolicy, ServedBy, WaitForReady,
 };
 pub use error::{ConnectError, Endpoints, EtcdError, EtcdErrorKind, RegisterError, ServeError};
 pub use format::{Format, FormatError, InstanceFormat};

@@ -1,15 +1,18 @@
 //! An endpoint: what callers and the driver count and know of an address.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use http::StatusCode;
 use http::uri::Authority;
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
 
 use super::load::Estimate;
 use super::member::Member;
 use super::outlier::Counts;
-use super::ticket::Blame;
+use super::ticket::{Blame, Trial};
 use crate::address::Address;
 
 /// An address, over all its connections.
@@ -22,8 +25,18 @@ pub(crate) struct Endpoint {
     /// Of the failures, those of the connection.
     faults: AtomicU64,
     overruns: AtomicU64,
-    /// Calls that say nothing of the endpoint: refused unseen, or dropped by the caller.
+    /// Calls that show nothing of the endpoint: refused unseen, or dropped by the caller.
     unjudged: AtomicU64,
+    /// The longest silence after which a connection still worked, and when that was found.
+    trusted: Mutex<Option<(Duration, Instant)>>,
+    /// The largest metadata, in bytes, that was accepted on a connection of its own.
+    largest_metadata: AtomicUsize,
+    /// Connections for one call each that may be open at once.
+    trials: Arc<Semaphore>,
+    /// Kind of the last noted error; a repeated error is not formatted again.
+    noted: AtomicU32,
+    /// Answers in a row that were not gRPC's.
+    foreign: AtomicU32,
     described: Mutex<Described>,
 }
 
@@ -53,6 +66,11 @@ impl Endpoint {
             faults: AtomicU64::new(0),
             overruns: AtomicU64::new(0),
             unjudged: AtomicU64::new(0),
+            trusted: Mutex::new(None),
+            largest_metadata: AtomicUsize::new(0),
+            trials: Arc::new(Semaphore::new(TRIALS)),
+            noted: AtomicU32::new(0),
+            foreign: AtomicU32::new(0),
             described: Mutex::new(Described {
                 state: EndpointState::Idle,
                 weight: 1,
@@ -103,7 +121,84 @@ impl Endpoint {
     }
 
     pub(super) fn set_last_error(&self, error: Arc<str>) {
+        self.noted.store(0, Ordering::Relaxed);
         self.lock().last_error = Some(error);
+    }
+
+    /// A gRPC server has answered.
+    pub(super) fn on_answer(&self) {
+        // Read first: of many calls hardly one writes to what all of them read.
+        if self.foreign.load(Ordering::Relaxed) > 0 {
+            self.foreign.store(0, Ordering::Relaxed);
+        }
+    }
+
+    /// An answer was not gRPC's. Returns how many there were in a row.
+    pub(super) fn on_foreign(&self) -> u32 {
+        self.foreign.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// Whether the last answer was gRPC's, or there was none.
+    pub(super) fn is_grpc(&self) -> bool {
+        self.foreign.load(Ordering::Relaxed) == 0
+    }
+
+    /// Notes what a call has found wrong with the endpoint's answer.
+    pub(super) fn note(&self, noted: Noted, describe: impl FnOnce() -> String) {
+        let noted = match noted {
+            Noted::Unfinished => 1,
+            Noted::Foreign(http) => u32::from(http.as_u16()),
+        };
+        if self.noted.swap(noted, Ordering::Relaxed) != noted {
+            self.lock().last_error = Some(describe().into());
+        }
+    }
+
+    /// The longest silence of a connection after which a call is sent on it without a check.
+    pub(super) fn trusted_silence(&self, now: Instant) -> Duration {
+        let trusted = *self.trusted();
+        let recent =
+            |(_, found): &(Duration, Instant)| now.saturating_duration_since(*found) < TRUST;
+        trusted
+            .filter(recent)
+            .map_or(SILENCE, |(silence, _)| silence.max(SILENCE))
+    }
+
+    /// A connection has answered a check after a silence, or has not. What a path has survived is not checked again for a while: the timeouts
+    /// of middleboxes do not change from minute to minute.
+    pub(super) fn on_checked(&self, silence: Duration, is_alive: bool, now: Instant) {
+        let longest = self.trusted_silence(now).max(silence);
+        *self.trusted() = is_alive.then_some((longest, now));
+    }
+
+    fn trusted(&self) -> MutexGuard<'_, Option<(Duration, Instant)>> {
+        self.trusted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A connection has been found dead: what earlier ones have survived means nothing any more.
+    pub(super) fn forget_silence(&self) {
+        *self.trusted() = None;
+    }
+
+    /// A fresh registration: what was learned of the old server does not count for the new one.
+    pub(super) fn forget(&self) {
+        self.forget_silence();
+        self.largest_metadata.store(0, Ordering::Relaxed);
+        self.foreign.store(0, Ordering::Relaxed);
+    }
+
+    pub(crate) fn largest_metadata(&self) -> usize {
+        self.largest_metadata.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn on_metadata(&self, size: usize) {
+        self.largest_metadata.fetch_max(size, Ordering::Relaxed);
+    }
+
+    /// Acquires the leave to dial a connection for a single call.
+    pub(crate) async fn trial(&self) -> Trial {
+        let trials = Arc::clone(&self.trials);
+        Trial::new(trials.acquire_owned().await.ok())
     }
 
     pub(super) fn add_connection(&self, member: &Arc<Member>) {
@@ -122,6 +217,11 @@ impl Endpoint {
 
     pub(super) fn estimate(&self) -> Option<Estimate> {
         self.lock().estimate
+    }
+
+    /// How many calls were sent to it.
+    pub(super) fn calls(&self) -> u64 {
+        self.calls.load(Ordering::Relaxed)
     }
 
     /// A call was sent to it.
@@ -184,6 +284,15 @@ impl Endpoint {
     }
 }
 
+/// What is wrong with an endpoint's answers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Noted {
+    /// A response ended without a gRPC status.
+    Unfinished,
+    /// A response was not gRPC's.
+    Foreign(StatusCode),
+}
+
 /// What an endpoint has done since it is known.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Tally {
@@ -230,10 +339,10 @@ pub struct EndpointStatus {
     pub calls: u64,
     /// Calls that it failed: connection lost, or a status that says the server is at fault.
     pub failures: u64,
-    /// Whether it is ready but gets calls only while nothing else is, because it does not answer any more or has failed too many
+    /// Whether it gets no calls because it does not answer any more, or only while nothing else is ready because it has failed too many
     /// ([`OutlierDetection`](crate::OutlierDetection)).
     pub ejected: bool,
-    /// Why the last connection attempt failed, or the last connection was lost.
+    /// Why the last connection attempt failed, the last connection was lost, or the last answer was no gRPC response.
     pub last_error: Option<String>,
 }
 
@@ -241,15 +350,23 @@ pub struct EndpointStatus {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum EndpointState {
-    /// No connection, and none being made: it waits for its turn, or is a last resort that is not dialled.
+    /// No connection, and none being made: it waits for its turn, is a last resort that is not dialled, or has closed a connection that no
+    /// call used, and is dialled when one wants it.
     Idle,
     /// A connection is being made.
     Connecting,
     /// A connection has answered and takes calls.
     Ready,
-    /// The last attempt failed, and the next follows after a backoff; or it says itself that it does not serve
-    /// ([`health_check`](crate::ChannelBuilder::health_check)).
+    /// The last attempt failed, and the next follows after a backoff; or its connection does not answer any more; or it reports itself that
+    /// it does not serve ([`health_check`](crate::ChannelBuilder::health_check)).
     TransientFailure,
     /// Removed; its last calls are being finished.
     Draining,
 }
+
+/// A connection that was silent for no longer is not checked.
+pub(super) const SILENCE: Duration = Duration::from_secs(1);
+/// How long it counts that a path has survived a silence.
+const TRUST: Duration = Duration::from_secs(600);
+/// Connections for one call each, at once and per endpoint: what a few misbehaving calls need, and no load on a server.
+const TRIALS: usize = 8;

@@ -73,18 +73,18 @@ impl HealthWatch {
         if why.code() == Code::Unimplemented {
             return End::Never(Health::Serving);
         }
-        // Proxies bound how long a call may last. That says nothing of the server; but one that answers each watch and ends it is not to be
-        // asked in a loop.
+        // Proxies limit how long a call may last, and servers how old a connection may be. That is no failure of the watch, however often
+        // it happens; but a server that answers each watch and ends it is not asked in a loop.
         if let Some(health) = self.heard.take() {
+            self.backoff.reset();
             if lasted >= LASTING {
-                self.backoff.reset();
                 self.hasty = false;
                 return End::Again;
             }
             if !std::mem::replace(&mut self.hasty, true) {
                 return End::Again;
             }
-            return End::After(health, self.next_wait(rng));
+            return End::After(health, PACE.mul_f64(0.8 + 0.4 * rng.f64()));
         }
         let health = match why.code() {
             // So tonic-health says that it does not know the service.
@@ -99,8 +99,10 @@ impl HealthWatch {
     }
 }
 
-/// A watch that lasted this long was one, whoever has ended it.
+/// A health watch that lived this long counts as successful, whichever side closed it.
 const LASTING: Duration = Duration::from_secs(1);
+/// Between watches that answer and end at once.
+const PACE: Duration = Duration::from_secs(1);
 /// Whatever the channel's backoff is: nobody is asked in a loop.
 const SHORTEST: Duration = Duration::from_millis(10);
 
@@ -183,6 +185,10 @@ mod tests {
             let end = end_after(0);
             let stands = matches!(end, End::After(Health::Serving, wait) if wait > Duration::from_millis(700));
             assert!(stands, "{end:?}");
+            let End::After(_, wait) = end else {
+                unreachable!("{end:?}");
+            };
+            assert!(wait < Duration::from_secs(2), "it answers: {wait:?}");
         }
         assert_eq!(
             end_after(60),

@@ -81,10 +81,20 @@ impl Load {
         self.sample(micros(elapsed), now);
     }
 
-    /// A call has failed: a fast failure must not look like a fast answer.
+    /// A call has failed: a fast failure must not look like a fast answer. It counts from the first on: the grace for few samples is for
+    /// servers that are cold.
     pub(crate) fn on_failure(&self, elapsed: Duration, now: Ticks) {
         let seed = f32::from_bits(self.seed.load(Ordering::Relaxed));
-        self.sample(micros(elapsed).max(PENALTY).max(seed * PENALTY_FACTOR), now);
+        let sample = micros(elapsed).max(PENALTY).max(seed * PENALTY_FACTOR);
+        self.update(|estimate| Estimate {
+            samples: WARM,
+            ..estimate.with(sample, now)
+        });
+    }
+
+    /// Seconds since the last sample, as far as the clock of the estimate reaches.
+    pub(crate) fn quiet(&self, now: Ticks) -> f32 {
+        now.quiet_since(Estimate::unpack(self.estimate.load(Ordering::Relaxed)).updated)
     }
 
     /// A call was dropped before its head: it would have taken at least this long, which can only raise the estimate.
@@ -96,14 +106,18 @@ impl Load {
     }
 
     fn sample(&self, sample: f32, now: Ticks) {
+        self.update(|estimate| estimate.with(sample, now));
+    }
+
+    fn update(&self, change: impl Fn(Estimate) -> Estimate) {
         // Relaxed: the word is the whole estimate, so no reader can see half of an update, and nothing else hangs on it.
         let updated =
             self.estimate
                 .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |estimate| {
-                    Some(Estimate::unpack(estimate).with(sample, now).pack())
+                    Some(change(Estimate::unpack(estimate)).pack())
                 });
         if let Ok(before) = updated {
-            let estimate = Estimate::unpack(before).with(sample, now);
+            let estimate = change(Estimate::unpack(before));
             let seed = f32::from_bits(self.seed.load(Ordering::Relaxed));
             self.shown
                 .store(estimate.shown(seed).to_bits(), Ordering::Relaxed);
@@ -273,6 +287,20 @@ impl Ticks {
         Self(millis as u32 & TICK_MASK)
     }
 
+    /// As [`since`](Self::since), but a difference of more than a day is one: only a step of moments is taken for a clock read twice.
+    fn quiet_since(self, earlier: Self) -> f32 {
+        let millis = self.0.wrapping_sub(earlier.0) & TICK_MASK;
+        if TICK_MASK - millis < 1_000 {
+            return 0.0;
+        }
+        #[expect(
+            clippy::cast_precision_loss,
+            reason = "seconds more or less do not count"
+        )]
+        let seconds = millis as f32 / 1e3;
+        seconds
+    }
+
     /// Seconds since an earlier time.
     fn since(self, earlier: Self) -> f32 {
         #[expect(
@@ -391,6 +419,16 @@ mod tests {
         let load = warmed(ms(1), Ticks(0));
         load.on_failure(ms(0), Ticks(1_000));
         assert!(load.latency() > 20_000.0, "{}", load.latency());
+    }
+
+    #[test]
+    fn a_weekend_is_a_silence_and_a_step_back_is_none() {
+        let load = warmed(ms(1), Ticks(5_000));
+        for hours in [1, 28, 62, 74] {
+            let now = Ticks((5_000 + hours * 3_600_000) & TICK_MASK);
+            assert!(load.quiet(now) > 1.0, "{hours} h");
+        }
+        assert!(load.quiet(Ticks(4_990)) < 1.0, "ten milliseconds back");
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! A connection in the ready set.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -20,6 +21,43 @@ pub(crate) struct Member {
     waiters: Arc<Waiters>,
     /// The channel's start, which the estimate counts time from.
     epoch: Instant,
+    /// Whether calls that wait may be given a place: it is in the set that calls pick from.
+    takes_calls: AtomicBool,
+    used: Arc<Used>,
+}
+
+/// What calls have made of a connection. It outlives the connection and does not keep it open.
+#[derive(Debug, Default)]
+pub(super) struct Used {
+    sent: AtomicBool,
+    answered: AtomicBool,
+}
+
+impl Used {
+    /// Whether a call was sent on the connection.
+    pub(super) fn is_sent(&self) -> bool {
+        self.sent.load(Ordering::Relaxed)
+    }
+
+    /// Whether a call was answered, be it with an error.
+    pub(super) fn is_answered(&self) -> bool {
+        self.answered.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn on_sent(&self) {
+        set(&self.sent);
+    }
+
+    pub(super) fn on_answer(&self) {
+        set(&self.answered);
+    }
+}
+
+/// Read first: of many calls only one writes to what all of them read.
+fn set(flag: &AtomicBool) {
+    if !flag.load(Ordering::Relaxed) {
+        flag.store(true, Ordering::Relaxed);
+    }
 }
 
 impl Member {
@@ -36,6 +74,8 @@ impl Member {
             endpoint,
             waiters,
             epoch,
+            takes_calls: AtomicBool::new(false),
+            used: Arc::default(),
         }
     }
 
@@ -57,9 +97,36 @@ impl Member {
     }
 
     /// Gives a call's place up.
-    pub(super) fn release(&self) {
-        self.load.release();
-        self.waiters.on_release();
+    pub(super) fn release(self: &Arc<Self>) {
+        self.waiters.release(self);
+    }
+
+    /// Whether a call that waits may be given a place here.
+    pub(super) fn takes_calls(&self) -> bool {
+        self.takes_calls.load(Ordering::SeqCst)
+            && self.load.in_flight() as usize <= self.load.limit()
+    }
+
+    /// The connection is now in the set that calls pick from, or is not any more.
+    pub(super) fn set_takes_calls(self: &Arc<Self>, takes_calls: bool) {
+        let took = self.takes_calls.swap(takes_calls, Ordering::SeqCst);
+        if takes_calls && !took {
+            self.waiters.offer(self);
+        }
+    }
+
+    /// Hands free places to calls that wait.
+    pub(super) fn offer(self: &Arc<Self>) {
+        self.waiters.offer(self);
+    }
+
+    pub(super) fn used(&self) -> &Arc<Used> {
+        &self.used
+    }
+
+    /// How many bytes the peer has sent.
+    pub(crate) fn bytes_read(&self) -> u64 {
+        self.connection.bytes_read()
     }
 
     /// Takes over how many calls the peer allows.

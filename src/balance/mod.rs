@@ -3,14 +3,10 @@
 //! One task per channel, the *driver*, owns every subchannel and is polled whether calls run or not. It publishes an immutable ready set;
 //! a call picks from it in its caller's task. Nothing here knows where the changes come from.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use arc_swap::{ArcSwap, Guard};
-use tokio::sync::Notify;
 use tokio::task::AbortHandle;
-use tokio::time::Instant;
 use tokio_stream::Stream;
 use tower::discover::Change;
 use tracing::Instrument;
@@ -30,6 +26,7 @@ mod outlier;
 mod picker;
 mod pool;
 mod rotation;
+mod shared;
 #[cfg(test)]
 mod simulation;
 mod subchannel;
@@ -37,19 +34,19 @@ mod ticket;
 mod waiters;
 mod zone;
 
-pub(crate) use endpoint::Endpoint;
+pub(crate) use endpoint::{Endpoint, Noted};
 pub use endpoint::{EndpointState, EndpointStatus};
 pub(crate) use feed::Feed;
 pub(crate) use member::Member;
 pub use outlier::OutlierDetection;
 pub use picker::Policy;
 pub(crate) use picker::{LOOK_AROUND, Pick};
+pub(crate) use shared::{Look, Shared};
 pub(crate) use ticket::{Blame, Ticket};
-pub(crate) use waiters::Waiters;
+pub(crate) use waiters::Exclusions;
 
 use driver::Driver;
 use member::Seat;
-use picker::Picker;
 use pool::ReadySet;
 
 /// The options of a balancer.
@@ -66,8 +63,6 @@ pub(crate) struct Options {
     /// How long a new endpoint takes to its full share.
     pub(crate) slow_start: Option<Duration>,
     pub(crate) on_refused: Option<OnRefused>,
-    /// Whether a connection whose peer has stopped answering is left for a new one, in place of waiting for it to answer again.
-    pub(crate) redial_stalled: bool,
     /// The zone whose endpoints are preferred.
     pub(crate) zone: Option<Box<str>>,
 }
@@ -94,7 +89,6 @@ impl Default for Options {
             health_check: None,
             slow_start: None,
             on_refused: None,
-            redial_stalled: false,
             zone: None,
         }
     }
@@ -123,11 +117,18 @@ impl Balancer {
         S: Stream<Item = Result<Change<Address, Instance>, E>> + Send + 'static,
         E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
     {
-        let shared = Arc::new(Shared::new(&options));
+        let connector = Arc::new(connector);
+        let shared = Arc::new(Shared::new(&options, Arc::clone(&connector)));
         let span = tracing::info_span!("balancer", service);
         let driver = Driver::new(Arc::clone(&shared), connector, options);
         let driver = tokio::spawn(driver.run(changes).instrument(span)).abort_handle();
         Self { shared, driver }
+    }
+
+    /// Every call fails, for this reason.
+    pub(crate) fn end(&self, why: &str) {
+        self.shared.end(why, &Summary::default());
+        self.driver.abort();
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {
@@ -138,146 +139,6 @@ impl Balancer {
 impl Drop for Balancer {
     fn drop(&mut self) {
         self.driver.abort();
-    }
-}
-
-/// What calls see of the balancer.
-#[derive(Debug)]
-pub(crate) struct Shared {
-    published: ArcSwap<Published>,
-    /// Tells those that wait for a connection of every new set.
-    changed: Notify,
-    /// Tells the driver that a call found every connection full, or has given one up.
-    demand: Notify,
-    /// Connections that calls have given up and the driver has not taken out of the set yet.
-    given_up: Mutex<Vec<Arc<Member>>>,
-    waiters: Arc<Waiters>,
-    picker: Picker,
-    directory: Mutex<HashMap<Address, Arc<Endpoint>>>,
-    started: Instant,
-}
-
-impl Shared {
-    fn new(options: &Options) -> Self {
-        Self {
-            published: ArcSwap::from_pointee(Published::default()),
-            changed: Notify::new(),
-            demand: Notify::new(),
-            given_up: Mutex::new(Vec::new()),
-            waiters: Arc::new(Waiters::new(options.max_waiters)),
-            picker: Picker::new(options.policy, options.seed),
-            directory: Mutex::new(HashMap::new()),
-            started: Instant::now(),
-        }
-    }
-
-    /// Takes a place on a `usable` connection.
-    ///
-    /// The place is on a connection and not at an index: whatever is removed between the pick and the send, the call can reach no other
-    /// endpoint.
-    pub(crate) fn pick(&self, usable: impl Fn(&Arc<Member>) -> bool) -> Pick<Ticket> {
-        self.look(LOOK_AROUND).pick(usable)
-    }
-
-    /// The set as it is now. A pick that finds so many places taken does not look at more of them.
-    pub(crate) fn look(&self, around: usize) -> Look<'_> {
-        Look {
-            picker: &self.picker,
-            published: self.published.load(),
-            around,
-        }
-    }
-
-    /// How the set of endpoints is.
-    pub(crate) fn summary(&self) -> Summary {
-        self.published.load().summary.clone()
-    }
-
-    pub(crate) fn changed(&self) -> &Notify {
-        &self.changed
-    }
-
-    pub(crate) fn waiters(&self) -> &Arc<Waiters> {
-        &self.waiters
-    }
-
-    /// Asks the driver for more connections to endpoints whose streams are all in use.
-    pub(crate) fn demand(&self) {
-        self.demand.notify_one();
-    }
-
-    /// Leaves a connection to the calls that are on it, for a new one to the same endpoint. Whoever asks for [`given_up`](Self::given_up)
-    /// from now on is kept from it, though the driver takes it out of the set a little later.
-    pub(crate) fn give_up(&self, member: &Arc<Member>) {
-        self.lock_given_up().push(Arc::clone(member));
-        self.demand.notify_one();
-    }
-
-    /// The connections that are to be left and may be picked all the same.
-    pub(crate) fn given_up(&self) -> Vec<Arc<Member>> {
-        self.lock_given_up().clone()
-    }
-
-    fn lock_given_up(&self) -> MutexGuard<'_, Vec<Arc<Member>>> {
-        self.given_up.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// When the channel was made.
-    pub(crate) fn started(&self) -> Instant {
-        self.started
-    }
-
-    /// Every endpoint as it is now, sorted by address.
-    pub(crate) fn endpoints(&self) -> Vec<EndpointStatus> {
-        let known: Vec<_> = self.directory().values().cloned().collect();
-        let mut statuses: Vec<_> = known.iter().map(|endpoint| endpoint.status()).collect();
-        statuses.sort_by(|a, b| a.address.cmp(&b.address));
-        statuses
-    }
-
-    /// Shows an endpoint no more.
-    fn forget(&self, endpoint: &Arc<Endpoint>) {
-        let mut directory = self.directory();
-        // The address may have been registered again, with an endpoint of its own.
-        if directory
-            .get(endpoint.address())
-            .is_some_and(|known| Arc::ptr_eq(known, endpoint))
-        {
-            directory.remove(endpoint.address());
-        }
-    }
-
-    fn directory(&self) -> MutexGuard<'_, HashMap<Address, Arc<Endpoint>>> {
-        // Nothing panics while it is held; and the data would be whole even then.
-        self.directory
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// One state of the set, to pick from and to judge by. Two looks may see two of them: nothing that is ready in the one and nothing that is
-/// on its way in the other.
-#[derive(Debug)]
-pub(crate) struct Look<'a> {
-    picker: &'a Picker,
-    published: Guard<Arc<Published>>,
-    around: usize,
-}
-
-impl Look<'_> {
-    /// See [`Shared::pick`].
-    pub(crate) fn pick(&self, usable: impl Fn(&Arc<Member>) -> bool) -> Pick<Ticket> {
-        let usable = |seat: &Seat| usable(seat.member());
-        match self.picker.pick(&self.published.ready, usable, self.around) {
-            Pick::Taken(seat) => Pick::Taken(Ticket::taken(seat.member())),
-            Pick::Full => Pick::Full,
-            Pick::Excluded => Pick::Excluded,
-            Pick::Empty => Pick::Empty,
-        }
-    }
-
-    pub(crate) fn summary(&self) -> &Summary {
-        &self.published.summary
     }
 }
 
@@ -297,6 +158,10 @@ pub(crate) struct Summary {
     pub(crate) ready: usize,
     /// Endpoints that are neither ready nor failing: a connection may be there any moment.
     pub(crate) pending: usize,
+    /// Why the channel makes no calls any more, or never made one.
+    pub(crate) ended: Option<Arc<str>>,
+    /// What is wrong with the source of endpoints, by its own last error.
+    pub(crate) source_error: Option<Arc<str>>,
     /// The last failure to connect, or loss of a connection.
     pub(crate) last_error: Option<Arc<EndpointError>>,
 }

@@ -1,13 +1,17 @@
 //! The lifecycle of one connection to an endpoint, as types: what cannot happen in a state is not there to be called.
 //!
 //! ```text
-//!          connect            connected
-//!   Idle ──────────▶ Connecting ──────────▶ Ready ──▶ (removed) Draining
-//!    ▲ ▲                 │ failed             │ lost
-//!    │ │ retry, reset    ▼                    │
-//!    │ └────────── TransientFailure ◀─────────┤ again and again soon after connecting
-//!    └────────────────────────────────────────┘ otherwise
+//!            connect            connected
+//!   Idle ──────────────▶ Connecting ──────────▶ Ready ──▶ (removed) Draining
+//!    ▲ ▲ ▲                  │ failed             │ ended
+//!    │ │ │ retry, reset     ▼                    │
+//!    │ │ └─────────── TransientFailure ◀─────────┤ broken again and again, or no call served again and again
+//!    │ └───────────── Resting ◀──────────────────┤ closed without a call that wanted it
+//!    └───────────────────────────────────────────┘ otherwise
 //! ```
+//!
+//! A connection that ends is not a server that fails. gRPC resets the backoff when a connection is ready; here a connection has to serve a
+//! call, or to last, so that a server that answers one PING and closes is not dialled in a loop.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -16,17 +20,26 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use super::health::Health;
-use super::member::Member;
+use super::member::{Member, Used};
 
 /// A connection in the making, made, or to be made again.
 #[derive(Debug)]
 pub(super) struct Subchannel<S> {
     backoff: ConnectBackoff,
+    /// The waits between connections that their peer closes unused.
+    rest: ConnectBackoff,
+    /// Attempts in a row that came to no connection.
+    failed: usize,
+    /// Consecutive connections that closed without serving a call although calls needed them, and the last of them.
+    vain: u32,
+    last: Option<Arc<Used>>,
     /// Set by a failure and cleared by a connection that works: between two attempts an endpoint that is down still counts as down, or calls
     /// would wait for it for ever.
     failing: bool,
-    /// Whether a connection that was lost young has been dialled again at once already.
+    /// Whether the one immediate redial after an early loss was used.
     hasty: bool,
+    /// Whether calls wait for the next connection.
+    wanted: bool,
     state: S,
 }
 
@@ -46,11 +59,26 @@ pub(super) struct Connecting {
 pub(super) struct Ready {
     started: Instant,
     member: Arc<Member>,
-    /// The peer has stopped answering, and the connection is there all the same.
-    stalled: bool,
+    silence: Silence,
     health: Health,
     /// The task that asks for the health, if anybody does.
     health_watch: Option<StopOnDrop>,
+}
+
+/// Closed by its peer in order while no call wanted it. It is dialled when a call does, or after a wait.
+#[derive(Debug)]
+pub(super) struct Resting {
+    until: Instant,
+}
+
+/// Whether the peer of a connection that is there has stopped answering.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Silence {
+    None,
+    /// Nothing was read in time.
+    Doubtful,
+    /// A PING was left unanswered.
+    Stalled,
 }
 
 /// Waiting for the next attempt.
@@ -80,11 +108,21 @@ impl<S> Subchannel<S> {
         self.failing
     }
 
+    /// Attempts in a row that came to no connection.
+    pub(super) fn failed_attempts(&self) -> usize {
+        self.failed
+    }
+
     fn become_<T>(self, state: T) -> Subchannel<T> {
         Subchannel {
             backoff: self.backoff,
+            rest: self.rest,
+            failed: self.failed,
+            vain: self.vain,
+            last: self.last,
             failing: self.failing,
             hasty: self.hasty,
+            wanted: self.wanted,
             state,
         }
     }
@@ -92,8 +130,12 @@ impl<S> Subchannel<S> {
     /// A fresh registration: what was learned of the old server does not count for the new one.
     fn forget(&mut self) {
         self.backoff.reset();
+        self.rest.reset();
         self.failing = false;
         self.hasty = false;
+        self.vain = 0;
+        self.last = None;
+        self.wanted = false;
     }
 
     pub(super) fn refreshed(mut self) -> Self {
@@ -105,9 +147,14 @@ impl<S> Subchannel<S> {
 impl Subchannel<Idle> {
     pub(super) fn new(backoff: ConnectBackoff) -> Self {
         Self {
+            rest: backoff.clone(),
             backoff,
+            failed: 0,
+            vain: 0,
+            last: None,
             failing: false,
             hasty: false,
+            wanted: false,
             state: Idle,
         }
     }
@@ -128,11 +175,12 @@ impl Subchannel<Connecting> {
         health_watch: Option<StopOnDrop>,
     ) -> Subchannel<Ready> {
         self.failing = false;
+        self.failed = 0;
         let started = self.state.started;
         self.become_(Ready {
             started,
             member,
-            stalled: false,
+            silence: Silence::None,
             health: match health_watch {
                 Some(_) => Health::Unknown,
                 None => Health::Serving,
@@ -147,6 +195,7 @@ impl Subchannel<Connecting> {
         now: Instant,
     ) -> Subchannel<TransientFailure> {
         self.failing = true;
+        self.failed += 1;
         // The document counts the wait from the attempt's beginning: a dial that timed out has waited already.
         let until = self.state.started + self.backoff.next(rng);
         self.become_(TransientFailure {
@@ -161,11 +210,22 @@ impl Subchannel<Connecting> {
     }
 }
 
-/// What follows a lost connection.
+/// How a connection ended.
+#[derive(Clone, Debug)]
+pub(super) struct Ending {
+    /// Whether the peer closed it in order.
+    pub(super) graceful: bool,
+    /// Whether it was used, now or later: calls in flight may still be answered.
+    pub(super) used: Arc<Used>,
+}
+
+/// What follows a connection that has ended.
 #[derive(Debug)]
 pub(super) enum Lost {
     /// Dial again at once.
     Idle(Subchannel<Idle>),
+    /// Dial when a call wants it, or after a wait.
+    Resting(Subchannel<Resting>),
     /// Wait.
     TransientFailure(Subchannel<TransientFailure>),
 }
@@ -176,11 +236,15 @@ impl Subchannel<Ready> {
     }
 
     pub(super) fn is_stalled(&self) -> bool {
-        self.state.stalled
+        self.state.silence == Silence::Stalled
     }
 
-    pub(super) fn set_stalled(&mut self, stalled: bool) {
-        self.state.stalled = stalled;
+    pub(super) fn is_silent(&self) -> bool {
+        self.state.silence != Silence::None
+    }
+
+    pub(super) fn set_silence(&mut self, silence: Silence) {
+        self.state.silence = silence;
     }
 
     pub(super) fn health(&self) -> &Health {
@@ -197,29 +261,84 @@ impl Subchannel<Ready> {
         self.state.health = Health::Serving;
     }
 
-    /// The backoff is reset by health and not by a mere connect: a peer that answers once and goes would otherwise be dialled in a loop.
-    pub(super) fn lost(mut self, rng: &mut fastrand::Rng, now: Instant) -> Lost {
-        let age = now.saturating_duration_since(self.state.started);
-        if age >= self.backoff.step() {
-            self.backoff.reset();
-            self.hasty = false;
-            return Lost::Idle(self.become_(Idle));
-        }
-        if !self.hasty {
-            self.hasty = true;
-            return Lost::Idle(self.become_(Idle));
-        }
-        self.failing = true;
-        let until = self.state.started + self.backoff.next(rng);
-        let state = TransientFailure {
-            until: until.max(now),
-        };
-        Lost::TransientFailure(self.become_(state))
+    /// Two facts are kept apart: whether the peer can be reached, which backoff is about, and whether a connection was of use.
+    pub(super) fn lost(self, ending: Ending, rng: &mut fastrand::Rng, now: Instant) -> Lost {
+        let started = self.state.started;
+        self.ended(started, ending, rng, now)
     }
 
     pub(super) fn drain(self) -> Subchannel<Draining> {
         let member = Arc::downgrade(&self.state.member);
         self.become_(Draining { member })
+    }
+}
+
+impl<S> Subchannel<S> {
+    /// What follows a connection that was begun at `started`.
+    fn ended(
+        mut self,
+        started: Instant,
+        ending: Ending,
+        rng: &mut fastrand::Rng,
+        now: Instant,
+    ) -> Lost {
+        if ending.used.is_answered() {
+            self.forget();
+            return Lost::Idle(self.become_(Idle));
+        }
+        if self.last.take().is_some_and(|last| last.is_answered()) {
+            self.vain = 0;
+        }
+        let lasted = now.saturating_duration_since(started) >= LASTING;
+        // A connection that lasted without a call was not wanted after all.
+        let wanted = ending.used.is_sent() || (self.wanted && !lasted);
+        if lasted {
+            self.backoff.reset();
+            self.hasty = false;
+        }
+        if wanted && ending.graceful {
+            self.vain += 1;
+            self.last = Some(ending.used);
+            self.wanted = true;
+            if self.vain < VAIN {
+                return Lost::Idle(self.become_(Idle));
+            }
+            return Lost::TransientFailure(self.give_up(started, rng, now));
+        }
+        if !wanted && (ending.graceful || lasted) {
+            self.wanted = false;
+            let until = now + self.rest.next(rng);
+            return Lost::Resting(self.become_(Resting { until }));
+        }
+        if lasted || !std::mem::replace(&mut self.hasty, true) {
+            return Lost::Idle(self.become_(Idle));
+        }
+        Lost::TransientFailure(self.give_up(started, rng, now))
+    }
+
+    fn give_up(
+        mut self,
+        started: Instant,
+        rng: &mut fastrand::Rng,
+        now: Instant,
+    ) -> Subchannel<TransientFailure> {
+        self.failing = true;
+        let until = started + self.backoff.next(rng);
+        self.become_(TransientFailure {
+            until: until.max(now),
+        })
+    }
+}
+
+impl Subchannel<Resting> {
+    pub(super) fn until(&self) -> Instant {
+        self.state.until
+    }
+
+    /// The wait is over, or, if it is `wanted`, a call waits for the connection.
+    pub(super) fn wake(mut self, wanted: bool) -> Subchannel<Idle> {
+        self.wanted = wanted;
+        self.become_(Idle)
     }
 }
 
@@ -262,11 +381,6 @@ impl ConnectBackoff {
         }
     }
 
-    /// The wait to come, without its jitter.
-    fn step(&self) -> Duration {
-        self.step
-    }
-
     pub(super) fn next(&mut self, rng: &mut fastrand::Rng) -> Duration {
         let step = self.step;
         self.step = step.mul_f64(FACTOR).min(self.max);
@@ -278,6 +392,10 @@ impl ConnectBackoff {
     }
 }
 
+/// A connection that lived this long counts as successful even if no call used it.
+const LASTING: Duration = Duration::from_secs(1);
+/// Connections in a row that close without having served any of the calls that wanted them; then the endpoint counts as failing.
+const VAIN: u32 = 5;
 const FIRST: Duration = Duration::from_secs(1);
 const FACTOR: f64 = 1.6;
 const JITTER: f64 = 0.2;
@@ -344,5 +462,140 @@ mod tests {
         assert!(failed.until() > now + Duration::from_secs(60));
         let failed = connecting(failed.reset(), now).failed(&mut rng, now);
         assert!(failed.until() < now + Duration::from_secs(2));
+    }
+
+    /// A connection that was made, and has ended.
+    fn lose(
+        mut subchannel: Subchannel<Idle>,
+        ending: Ending,
+        rng: &mut fastrand::Rng,
+        now: Instant,
+    ) -> Lost {
+        subchannel.failing = false;
+        subchannel.failed = 0;
+        connecting(subchannel, now).ended(now, ending, rng, now)
+    }
+
+    fn ending(graceful: bool, sent: bool, answered: bool) -> Ending {
+        let used = Arc::<Used>::default();
+        if sent {
+            used.on_sent();
+        }
+        if answered {
+            used.on_answer();
+        }
+        Ending { graceful, used }
+    }
+
+    /// An outage has grown the backoff: what ends connections in order afterwards has nothing to do with it.
+    fn after_an_outage(now: Instant, rng: &mut fastrand::Rng) -> Subchannel<Idle> {
+        let mut subchannel = idle();
+        for _ in 0..10 {
+            subchannel = connecting(subchannel, now).failed(rng, now).retry();
+        }
+        subchannel
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_has_served_is_followed_by_another_at_once_however_it_ended() {
+        let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
+        for graceful in [true, false] {
+            let mut subchannel = after_an_outage(now, &mut rng);
+            for _ in 0..100 {
+                let lost = lose(subchannel, ending(graceful, true, true), &mut rng, now);
+                let Lost::Idle(next) = lost else {
+                    panic!("{lost:?}");
+                };
+                assert!(!next.is_failing());
+                subchannel = next;
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_unused_connection_closed_in_order_is_redialled_less_and_less_often() {
+        let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
+        let mut subchannel = after_an_outage(now, &mut rng);
+        let mut waits = Vec::new();
+        for _ in 0..8 {
+            let lost = lose(subchannel, ending(true, false, false), &mut rng, now);
+            let Lost::Resting(resting) = lost else {
+                panic!("{lost:?}");
+            };
+            waits.push(resting.until() - now);
+            subchannel = resting.wake(false);
+        }
+        assert!(waits[0] < Duration::from_secs(2), "{waits:?}");
+        assert!(waits.is_sorted(), "{waits:?}");
+        let lost = lose(subchannel, ending(true, true, true), &mut rng, now);
+        let Lost::Idle(subchannel) = lost else {
+            panic!("{lost:?}");
+        };
+        let lost = lose(subchannel, ending(true, false, false), &mut rng, now);
+        assert!(matches!(lost, Lost::Resting(one) if one.until() - now < Duration::from_secs(2)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn connections_in_a_row_that_serve_none_of_the_calls_that_want_them_are_a_failure() {
+        let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
+        let mut subchannel = idle();
+        for _ in 1..VAIN {
+            match lose(subchannel, ending(true, true, false), &mut rng, now) {
+                Lost::Idle(next) => subchannel = next,
+                lost => panic!("{lost:?}"),
+            }
+        }
+        let lost = lose(subchannel, ending(true, true, false), &mut rng, now);
+        assert!(matches!(lost, Lost::TransientFailure(one) if one.is_failing()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_that_is_answered_after_its_connection_was_closed_counts() {
+        let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
+        let mut subchannel = idle();
+        for _ in 0..100 {
+            let ending = ending(true, true, false);
+            let used = Arc::clone(&ending.used);
+            match lose(subchannel, ending, &mut rng, now) {
+                Lost::Idle(next) => subchannel = next,
+                lost => panic!("{lost:?}"),
+            }
+            used.on_answer();
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_answers_a_ping_and_breaks_is_not_dialled_in_a_loop() {
+        let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
+        let lost = lose(idle(), ending(false, false, false), &mut rng, now);
+        let Lost::Idle(first) = lost else {
+            panic!("{lost:?}");
+        };
+        let lost = lose(first, ending(false, false, false), &mut rng, now);
+        assert!(matches!(lost, Lost::TransientFailure(one) if one.until() > now));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_a_call_wanted_and_that_idled_is_no_vain_one() {
+        let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
+        let lost = lose(idle(), ending(true, false, false), &mut rng, now);
+        let Lost::Resting(resting) = lost else {
+            panic!("{lost:?}");
+        };
+        let mut subchannel = resting.wake(true);
+        let mut waits = Vec::new();
+        for _ in 0..8 {
+            // Closed in order after five seconds without a call.
+            let connected = connecting(subchannel, now);
+            let later = now + Duration::from_secs(5);
+            let lost = connected.ended(now, ending(true, false, false), &mut rng, later);
+            let Lost::Resting(resting) = lost else {
+                panic!("{lost:?}");
+            };
+            assert!(!resting.is_failing());
+            waits.push(resting.until() - later);
+            subchannel = resting.wake(false);
+        }
+        assert!(waits.is_sorted(), "less and less often: {waits:?}");
     }
 }

@@ -1,8 +1,9 @@
 //! A call's place on a connection, and what the call says of it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
 use super::endpoint::Endpoint;
@@ -24,6 +25,39 @@ pub(crate) struct Ticket {
     member: Arc<Member>,
     /// When the call was sent, until its outcome is noted.
     sent: Option<Instant>,
+    /// For a call on a connection of its own.
+    alone: Option<Box<Alone>>,
+}
+
+/// A connection that carries one call, whose metadata may be more than the endpoint takes.
+#[derive(Debug)]
+struct Alone {
+    metadata: usize,
+    trial: Trial,
+}
+
+/// Leave to make a connection for one call. It ends with the call's answer, or after a moment: it limits how many connections are made, not
+/// how many calls are long.
+#[derive(Clone, Debug)]
+pub(crate) struct Trial(Arc<Mutex<Option<OwnedSemaphorePermit>>>);
+
+impl Trial {
+    pub(super) fn new(permit: Option<OwnedSemaphorePermit>) -> Self {
+        Self(Arc::new(Mutex::new(permit)))
+    }
+
+    fn end(&self) {
+        drop(self.0.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+
+    /// Ends it after a moment, whatever the call does.
+    pub(super) fn end_soon(&self) {
+        let trial = self.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(TRIAL).await;
+            trial.end();
+        });
+    }
 }
 
 impl Ticket {
@@ -32,7 +66,44 @@ impl Ticket {
         Self {
             member: Arc::clone(member),
             sent: None,
+            alone: None,
         }
+    }
+
+    /// Takes the only place of a connection for one call.
+    pub(super) fn alone(member: &Arc<Member>, metadata: usize, trial: Trial) -> Self {
+        let mut ticket = Self::taken(member);
+        ticket.alone = Some(Box::new(Alone { metadata, trial }));
+        ticket
+    }
+
+    /// Whether the connection carries this call alone.
+    pub(crate) fn is_alone(&self) -> bool {
+        self.alone.is_some()
+    }
+
+    /// Returns whether the connection was silent for so long that a middlebox may have dropped the flow, or, with `single_threaded` tasks, that
+    /// the runtime may not have read its end.
+    pub(crate) fn is_doubtful(&self, now: Instant, single_threaded: bool) -> bool {
+        let member = &self.member;
+        // The time of the last sample is in the cache line that the pick has just written to; the time of the last read is not.
+        let quiet = member.load().quiet(member.ticks(now));
+        if quiet < if single_threaded { UNDRIVEN } else { QUIET } {
+            return false;
+        }
+        let silence = member.connection().silence(now);
+        silence > member.endpoint().trusted_silence(now)
+            || (single_threaded && silence > UNDRIVEN_FOR)
+    }
+
+    /// Checks a connection that is doubtful. If it does not answer in time, returns how many bytes its peer had sent before the check.
+    pub(crate) async fn check(&self) -> Result<(), u64> {
+        let connection = self.member.connection();
+        let (silence, bytes) = (connection.silence(Instant::now()), connection.bytes_read());
+        let is_alive = connection.is_alive().await;
+        let endpoint = self.member.endpoint();
+        endpoint.on_checked(silence, is_alive, Instant::now());
+        if is_alive { Ok(()) } else { Err(bytes) }
     }
 
     pub(crate) fn connection(&self) -> &Connection {
@@ -50,7 +121,13 @@ impl Ticket {
     /// The call is on its way.
     pub(crate) fn on_sent(&mut self, now: Instant) {
         self.sent = Some(now);
+        self.member.used().on_sent();
         self.member.endpoint().on_call();
+    }
+
+    /// A gRPC status is here: the peer is a gRPC server.
+    pub(crate) fn on_answer(&self) {
+        self.member.endpoint().on_answer();
     }
 
     /// The response's head is here, and with it perhaps a failure already.
@@ -58,10 +135,15 @@ impl Ticket {
         let Some(sent) = self.sent.take() else {
             return;
         };
+        self.member.used().on_answer();
         let elapsed = now.saturating_duration_since(sent);
-        match failure {
-            Some(blame) => self.fail(elapsed, now, blame),
-            None => self.member.load().on_head(elapsed, self.member.ticks(now)),
+        if let Some(blame) = failure {
+            return self.fail(elapsed, now, blame);
+        }
+        self.member.load().on_head(elapsed, self.member.ticks(now));
+        if let Some(alone) = &mut self.alone {
+            alone.trial.end();
+            self.member.endpoint().on_metadata(alone.metadata);
         }
     }
 
@@ -110,7 +192,7 @@ impl Drop for Ticket {
             self.member.endpoint().on_unjudged();
             // Callers that keep the time themselves drop the call.
             if elapsed >= SUSPECT {
-                self.member.connection().suspect(sent);
+                self.member.connection().suspect_dropped(sent);
             }
         }
         self.member.release();
@@ -119,3 +201,10 @@ impl Drop for Ticket {
 
 /// A call that was dropped earlier than this was not dropped because it took too long. Half of the shortest deadlines that are in use.
 const SUSPECT: Duration = Duration::from_millis(100);
+/// How long a call may hold the leave for its connection.
+const TRIAL: Duration = Duration::from_millis(250);
+/// In seconds: a connection that has answered a call since is not looked at more closely.
+const QUIET: f32 = 1.0;
+/// The same where tasks share a thread with their callers: longer than the gap between two calls of a busy caller.
+const UNDRIVEN: f32 = 0.005;
+const UNDRIVEN_FOR: Duration = Duration::from_millis(5);

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep};
 use tonic::{Code, Status};
 
+use super::head::code;
 use super::{Core, status};
-use crate::balance::{Blame, Ticket};
+use crate::balance::{Blame, Noted, Ticket};
 use crate::transport::deadline::Deadline;
 use crate::transport::incoming::{Broken, Incoming};
 
@@ -35,22 +35,28 @@ struct Stream {
     ticket: Ticket,
     core: Arc<Core>,
     deadline: Option<Deadline>,
+    /// The head has carried the gRPC status already.
+    trailers_only: bool,
 }
 
 impl ResponseBody {
+    /// With `status_in_head` no trailers have to follow.
     pub(super) fn new(
         incoming: Incoming,
-        ended: bool,
+        status_in_head: bool,
         ticket: Ticket,
         core: Arc<Core>,
         deadline: Option<Deadline>,
     ) -> Self {
-        // A response that is all head, an error for the most part, is over and leaves the endpoint's load here.
+        // A gRPC response that does not end with its head has its status in its trailers; h2's lock is taken only for the others.
+        let ended = status_in_head && incoming.is_complete();
+        // A response that is all head is over and leaves the endpoint's load here.
         let stream = (!ended).then_some(Stream {
             incoming,
             ticket,
             core,
             deadline,
+            trailers_only: status_in_head,
         });
         Self {
             stream,
@@ -94,17 +100,21 @@ impl Body for ResponseBody {
         };
         if let Some(deadline) = overdue {
             stream.ticket.on_overdue(Instant::now());
-            let overdue = status::overdue(&stream.core, deadline, "reading the response");
+            let endpoint = stream.ticket.endpoint();
+            let overdue = status::overdue_at(&stream.core, deadline, READING, endpoint);
             *this.stream = None;
             return Poll::Ready(Some(Err(overdue)));
         }
         let Poll::Ready(outcome) = outcome else {
             return Poll::Pending;
         };
-        let outcome = outcome.map(|frame| frame.map_err(|broken| stream.fail(broken)));
-        if stream.is_over(outcome.as_ref()) {
-            *this.stream = None;
-        }
+        let outcome = match outcome {
+            Some(Ok(frame)) if frame.is_data() => return Poll::Ready(Some(Ok(frame))),
+            Some(Ok(trailers)) => Some(stream.judge(trailers)),
+            Some(Err(broken)) => Some(Err(stream.fail(broken))),
+            None => stream.end().map(Err),
+        };
+        *this.stream = None;
         Poll::Ready(outcome)
     }
 
@@ -126,38 +136,77 @@ impl Stream {
         match broken {
             Broken::Request(status) => status,
             Broken::Stream(error) => {
-                self.ticket.on_failure(Instant::now(), Blame::Connection);
-                let address = self.ticket.endpoint().address();
-                status::broken(&self.core.service, address, error)
-            }
-        }
-    }
-
-    /// Notes what the trailers say, and whether this was the last frame.
-    fn is_over(&mut self, frame: Option<&Result<Frame<Bytes>, Status>>) -> bool {
-        match frame {
-            None | Some(Err(_)) => true,
-            Some(Ok(frame)) => {
-                let code = frame.trailers_ref().and_then(code);
-                if let Some(blame) = code.and_then(status::blame) {
-                    self.ticket.on_failure(Instant::now(), blame);
-                } else if code == Some(Code::Ok) {
-                    self.core.on_success();
+                let now = Instant::now();
+                if status::is_cancelled(&error)
+                    && let Some(overdue) = self.overdue(now)
+                {
+                    return overdue;
                 }
-                frame.is_trailers()
+                self.ticket.on_failure(now, Blame::Connection);
+                let address = self.ticket.endpoint().address();
+                let blame = self.ticket.connection().blame();
+                status::broken(&self.core.service, address, error, blame)
             }
         }
     }
+
+    /// The status of a response that the server has cancelled, if it is the deadline that has done it.
+    fn overdue(&mut self, now: Instant) -> Option<Status> {
+        let deadline = self
+            .deadline
+            .filter(|_| status::is_deadline(self.deadline, now))?;
+        self.ticket.on_overdue(now);
+        let endpoint = self.ticket.endpoint();
+        Some(status::overdue_at(&self.core, deadline, READING, endpoint))
+    }
+
+    /// The end of the stream of frames, after trailers or without them.
+    fn end(&mut self) -> Option<Status> {
+        if self.trailers_only {
+            return None;
+        }
+        // A response that is cut off is not a success because what there is of it can be read.
+        let endpoint = self.ticket.endpoint();
+        let shared = self.core.shared();
+        shared.on_foreign(endpoint, Noted::Unfinished, || {
+            status::UNFINISHED.to_owned()
+        });
+        let unfinished = status::unfinished(&self.core.service, endpoint.address());
+        self.ticket.on_failure(Instant::now(), Blame::Connection);
+        Some(unfinished)
+    }
+
+    /// Judges trailers: returns them, or the error that they carry.
+    fn judge(&mut self, trailers: Frame<Bytes>) -> Result<Frame<Bytes>, Status> {
+        let Some(headers) = trailers.trailers_ref() else {
+            return Ok(trailers);
+        };
+        let code = match code(headers) {
+            Some(Code::Ok) => {
+                self.ticket.on_answer();
+                self.core.on_success();
+                return Ok(trailers);
+            }
+            None if self.trailers_only => return Ok(trailers),
+            None => return self.end().map_or(Ok(trailers), Err),
+            Some(code) => code,
+        };
+        self.ticket.on_answer();
+        let now = Instant::now();
+        if code == Code::Cancelled
+            && let Some(overdue) = self.overdue(now)
+        {
+            return Err(overdue);
+        }
+        if let Some(blame) = status::blame(code) {
+            self.ticket.on_failure(now, blame);
+        }
+        let address = self.ticket.endpoint().address();
+        status::answered(address, headers).map_or(Ok(trailers), Err)
+    }
 }
 
-/// The status that headers or trailers carry.
-pub(super) fn code(headers: &HeaderMap) -> Option<Code> {
-    let code = headers.get(GRPC_STATUS)?;
-    Some(Code::from_bytes(code.as_bytes()))
-}
-
-/// Carried by a response's head only if there are no trailers.
-const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+const READING: &str = "reading the response";
 
 impl fmt::Debug for ResponseBody {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -8,9 +8,12 @@ use std::time::Duration;
 use http::uri::Scheme;
 use http::{HeaderValue, Uri};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::runtime::RuntimeFlavor;
 use tokio_stream::Stream;
 use tower::discover::Change;
 
+#[cfg(doc)]
+use super::ChannelError;
 use super::retry::Plans;
 use super::{BalancedChannel, Core};
 use crate::address::{Address, AddressPolicy};
@@ -19,7 +22,8 @@ use crate::instance::Instance;
 use crate::transport::connect::Connector;
 use crate::transport::deadline;
 use crate::transport::health::HealthCheck;
-use crate::transport::pings::KeepAlive;
+use crate::transport::http2::MAX_WINDOW;
+use crate::transport::pings::{BUSY_INTERVAL, KeepAlive};
 #[cfg(feature = "tls")]
 use crate::transport::tls::{Tls, TlsConfig};
 
@@ -40,6 +44,10 @@ pub struct ChannelBuilder<S = ()> {
     pub(super) plans: Plans,
     address_policy: Option<AddressPolicy>,
     health_check: Option<String>,
+    keep_alive_while_idle: bool,
+    keep_alive_permit_time: Duration,
+    /// The first option or address that cannot be used, and why.
+    pub(super) invalid: Option<String>,
 }
 
 impl<S> ChannelBuilder<S> {
@@ -57,6 +65,9 @@ impl<S> ChannelBuilder<S> {
             plans: Plans::default(),
             address_policy: None,
             health_check: None,
+            keep_alive_while_idle: false,
+            keep_alive_permit_time: BUSY_INTERVAL,
+            invalid: None,
         }
     }
 
@@ -171,22 +182,53 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Leaves a connection whose peer has stopped answering for a new one, in place of waiting for it to answer again. For addresses with
-    /// several servers behind each.
-    pub(crate) fn redial_stalled(mut self) -> Self {
-        self.options.redial_stalled = true;
-        self
-    }
-
-    /// Pings idle connections every `interval`, and gives up one that does not answer within `timeout`. Off by default: many servers close
-    /// the connection of a client that pings more often than every five minutes, and TCP's own keep-alive is on.
+    /// Pings a connection on which calls are open and nothing was read for `interval`, and gives it up if nothing is read for `timeout` after
+    /// that. Disabled by default.
+    ///
+    /// It is rarely needed. A connection that was silent for more than a second, and for longer than one of the same endpoint has survived in
+    /// the last ten minutes, is checked with a PING before a call is sent on it; a call that overruns its deadline has its connection checked, and TCP's own keep-alive is enabled. What is left are calls without a
+    /// deadline, and streams that are silent for long, on a path that loses connections without a word.
+    ///
+    /// Many servers close the connection of a client that pings more often than every five minutes. By default a connection therefore sends no
+    /// more than two PINGs, whatever they are for, until the server sends something, and then one each five minutes; where servers permit
+    /// more, [`keep_alive_permit_time`](Self::keep_alive_permit_time) sets it. An endpoint that complains all the same is pinged half as often
+    /// from then on (gRFC A8).
     pub fn http2_keep_alive(mut self, interval: Duration, timeout: Duration) -> Self {
-        self.connector.http2.keep_alive = Some(KeepAlive { interval, timeout });
+        let while_idle = self.keep_alive_while_idle;
+        self.connector.http2.keep_alive = Some(KeepAlive {
+            interval: interval.clamp(SHORTEST_INTERVAL, balance::LONGEST),
+            timeout: timeout.min(balance::LONGEST),
+            while_idle,
+            permit: self.keep_alive_permit_time,
+        });
         self
     }
 
-    /// How many bytes a server may send ahead: on one response stream, and on a connection. Default 1 MiB and 64 MiB. A connection's window
-    /// of less than many streams' lets a few responses that nobody reads stop every other call.
+    /// Sets the shortest interval between PINGs that the servers permit: `MinTime` of grpc-go's enforcement policy, `permitKeepAliveTime` of
+    /// grpc-java. Default 5 minutes, which is their default. Only for [`http2_keep_alive`](Self::http2_keep_alive).
+    pub fn keep_alive_permit_time(mut self, interval: Duration) -> Self {
+        self.keep_alive_permit_time = interval;
+        if let Some(keep_alive) = &mut self.connector.http2.keep_alive {
+            keep_alive.permit = interval;
+        }
+        self
+    }
+
+    /// Sets whether [`http2_keep_alive`](Self::http2_keep_alive) also pings connections without calls. Default `false`, as in tonic and in
+    /// gRFC A8: servers allow such pings once in two hours.
+    pub fn keep_alive_while_idle(mut self, enabled: bool) -> Self {
+        self.keep_alive_while_idle = enabled;
+        if let Some(keep_alive) = &mut self.connector.http2.keep_alive {
+            keep_alive.while_idle = enabled;
+        }
+        self
+    }
+
+    /// Sets how many bytes a server may send ahead: on one response stream, and on a connection. Default 1 MiB per stream, and no bound for
+    /// the connection (2^31 - 1 bytes, HTTP/2's largest window), since the streams' windows bound the memory already.
+    ///
+    /// With a smaller connection window, unread responses stop every other call on the connection once they fill it: 64 streams of 1 MiB
+    /// fill one of 64 MiB.
     pub fn windows(mut self, stream: u32, connection: u32) -> Self {
         self.connector.http2.stream_window = stream.min(MAX_WINDOW);
         self.connector.http2.connection_window = connection.min(MAX_WINDOW);
@@ -231,14 +273,20 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// What the client calls itself, ahead of the library's own name. Text that a header cannot carry is left out, with a warning.
+    /// Sets what the client calls itself, ahead of the library's own name. With text that a header cannot carry the channel is
+    /// [invalid](ChannelError::InvalidOption).
     pub fn user_agent(mut self, user_agent: impl AsRef<str>) -> Self {
         let user_agent = user_agent.as_ref();
-        self.user_agent = HeaderValue::from_str(user_agent).ok();
-        if self.user_agent.is_none() {
-            tracing::warn!(user_agent, "left out a user agent: no header can carry it");
+        match HeaderValue::from_str(user_agent) {
+            Ok(value) => self.user_agent = Some(value),
+            Err(_) => self.refuse(format!("no header can carry the user agent {user_agent:?}")),
         }
         self
+    }
+
+    /// Notes an option that cannot be used. The channel fails with the first of them when it is made, and so do its calls.
+    pub(super) fn refuse(&mut self, reason: String) {
+        self.invalid.get_or_insert(reason);
     }
 
     /// The scheme and authority that calls are addressed to. By default the endpoint's address, or TLS's server name.
@@ -269,6 +317,11 @@ impl<S> ChannelBuilder<S> {
         E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
     {
         let service = self.service.unwrap_or_else(|| "(unnamed)".to_owned());
+        let unknown = if self.options.on_refused.is_some() {
+            "the registry has not answered within the start-up bound"
+        } else {
+            "the source of endpoints has reported none within the start-up bound"
+        };
         let mut connector = self.connector;
         if let Some(policy) = self.address_policy {
             connector.policy = policy;
@@ -287,6 +340,7 @@ impl<S> ChannelBuilder<S> {
             authority = origin.authority.or(authority);
         }
         let user_agent = user_agent(self.user_agent);
+        let has_keep_alive = connector.http2.keep_alive.is_some();
         let mut options = self.options;
         if let Some(service) = self.health_check {
             connector.http2.reserved_streams = 1;
@@ -298,6 +352,19 @@ impl<S> ChannelBuilder<S> {
             });
         }
         let balancer = Balancer::start(&service, changes, connector, options);
+        let idle_only = self.keep_alive_while_idle && !has_keep_alive;
+        let useless = "keep_alive_while_idle does nothing without http2_keep_alive";
+        let invalid = self
+            .invalid
+            .or_else(|| idle_only.then(|| useless.to_owned()));
+        if let Some(reason) = &invalid {
+            tracing::error!(
+                service,
+                reason,
+                "a channel that is not valid: all its calls fail"
+            );
+            balancer.end(&format!("the channel is not valid: {reason}"));
+        }
         BalancedChannel(Arc::new(Core {
             balancer,
             service,
@@ -309,61 +376,17 @@ impl<S> ChannelBuilder<S> {
                 .map(|timeout| (timeout, deadline::format(timeout))),
             wait_for_ready: self.wait_for_ready,
             start_up_bound: self.start_up_bound,
+            unknown,
+            is_single_threaded: is_single_threaded(),
             retries: self.plans.build(),
             trouble,
         }))
     }
 }
 
-impl ChannelBuilder {
-    /// Takes the endpoints from a stream of changes, of a [`Resolver`](crate::Resolver) or of any other source. What it says first makes the set known; an
-    /// error changes nothing but the log; at its end the set stays as it is.
-    ///
-    /// # Panics
-    ///
-    /// Outside a tokio runtime.
-    #[must_use]
-    pub fn from_discover<D, E>(self, discover: D) -> BalancedChannel
-    where
-        D: Stream<Item = Result<Change<Address, Instance>, E>> + Send + 'static,
-        E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
-    {
-        self.build(Feed::new(discover), None)
-    }
-
-    /// Takes fixed endpoints, each `host:port` or `unix:/path`. What is not an address is left out, and named by the error of a call that finds no other.
-    ///
-    /// # Panics
-    ///
-    /// Outside a tokio runtime.
-    #[must_use]
-    pub fn from_addresses<I>(self, addresses: I) -> BalancedChannel
-    where
-        I: IntoIterator,
-        I::Item: AsRef<str>,
-    {
-        let mut inserts = Vec::new();
-        let mut refused = Vec::new();
-        for address in addresses {
-            match address.as_ref().parse::<Address>() {
-                Ok(address) => {
-                    let instance = Instance::new(address.clone());
-                    inserts.push(Ok::<_, std::convert::Infallible>(Change::Insert(
-                        address, instance,
-                    )));
-                }
-                Err(error) => {
-                    tracing::error!(%error, "left out an endpoint");
-                    refused.push(error.to_string());
-                }
-            }
-        }
-        let mut this = self;
-        this.connector.own_addresses = true;
-        let refused = (!refused.is_empty()).then(|| refused.join("; "));
-        let trouble = Box::new(move || refused.clone());
-        this.build(Feed::new(tokio_stream::iter(inserts)), Some(trouble))
-    }
+fn is_single_threaded() -> bool {
+    let runtime = tokio::runtime::Handle::try_current();
+    runtime.is_ok_and(|runtime| runtime.runtime_flavor() == RuntimeFlavor::CurrentThread)
 }
 
 /// The user's name, if any, and ours.
@@ -378,5 +401,5 @@ fn user_agent(user_agent: Option<HeaderValue>) -> HeaderValue {
 const USER_AGENT: &str = concat!("tonic-etcd/", env!("CARGO_PKG_VERSION"));
 /// Long enough for an etcd that elects a leader, short enough for a user at a screen.
 const START_UP_BOUND: Duration = Duration::from_secs(10);
-/// HTTP/2's largest window.
-const MAX_WINDOW: u32 = (1 << 31) - 1;
+/// A keep-alive without a pause would do nothing but ping.
+const SHORTEST_INTERVAL: Duration = Duration::from_millis(10);

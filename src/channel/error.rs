@@ -17,11 +17,20 @@ pub enum ChannelError {
         /// What is wrong with it.
         reason: &'static str,
     },
+    /// An option or an address cannot be used. Nothing was dialled.
+    #[error("channel for {service:?} is not valid: {reason}")]
+    #[non_exhaustive]
+    InvalidOption {
+        /// The service.
+        service: String,
+        /// Which option, and what is wrong with it.
+        reason: String,
+    },
     /// etcd could not be reached, or refused.
-    #[error("no connection to the registry")]
+    #[error("no connection to the registry: {0}")]
     Registry(#[from] ConnectError),
     /// No endpoint of the service is ready.
-    #[error("no endpoint of {service:?} is ready")]
+    #[error("no endpoint of {service:?} is ready: {}", reason.message())]
     #[non_exhaustive]
     Unready {
         /// The service.

@@ -1,6 +1,8 @@
 //! The headers of a request, for sending it and for sending it again.
 
-use http::header::{CONTENT_TYPE, TE, USER_AGENT};
+use http::header::{
+    CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HOST, TE, TRANSFER_ENCODING, UPGRADE, USER_AGENT,
+};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::transport::deadline::GRPC_TIMEOUT;
@@ -13,26 +15,34 @@ use crate::transport::deadline::GRPC_TIMEOUT;
 pub(super) struct Headers {
     /// Empty once they were given away without a copy.
     map: HeaderMap,
-    /// They were those that every call has, and are written anew for another try.
+    /// They are those that every call has, and are written anew for another try.
     plain: bool,
+    /// The size that a peer's `SETTINGS_MAX_HEADER_LIST_SIZE` limits, in bytes; 0 for plain headers, which no limit in use refuses.
+    size: usize,
 }
 
 impl Headers {
-    pub(super) fn new(map: HeaderMap) -> Self {
-        Self { map, plain: false }
+    /// Takes a call's headers, without those that HTTP/2 forbids. With a `deadline`, another try writes the timeout anew.
+    pub(super) fn new(mut map: HeaderMap, user_agent: &HeaderValue, deadline: bool) -> Self {
+        let plain = is_plain(&map, user_agent, deadline);
+        let size = if plain { 0 } else { clean(&mut map) };
+        Self { map, plain, size }
     }
 
-    /// The headers for a try. With a `deadline`, whoever tries again writes the timeout anew.
-    pub(super) fn take(&mut self, user_agent: &HeaderValue, deadline: bool) -> HeaderMap {
-        if self.plain {
+    /// The size of the header list in bytes as RFC 9113 counts it, or 0 if it is that of a call without metadata.
+    pub(super) fn size(&self) -> usize {
+        self.size
+    }
+
+    /// The headers for a try.
+    pub(super) fn take(&mut self, user_agent: &HeaderValue) -> HeaderMap {
+        if !self.plain {
+            return self.map.clone();
+        }
+        if self.map.is_empty() {
             return plain(user_agent);
         }
-        self.plain = is_plain(&self.map, user_agent, deadline);
-        if self.plain {
-            std::mem::take(&mut self.map)
-        } else {
-            self.map.clone()
-        }
+        std::mem::take(&mut self.map)
     }
 }
 
@@ -48,6 +58,54 @@ fn is_plain(headers: &HeaderMap, user_agent: &HeaderValue, deadline: bool) -> bo
         // A name may be there twice, and another not at all.
         && headers.keys_len() == headers.len()
         && headers.iter().all(is_known)
+}
+
+/// Removes what a client must not send over HTTP/2, and returns the size of the list.
+///
+/// Gateways copy the headers of their own callers into metadata. Those that belong to one connection or one message make the request
+/// malformed (RFC 9113, section 8.2.2): h2 refuses them, and servers may take them for an error of the whole connection.
+fn clean(headers: &mut HeaderMap) -> usize {
+    let mut size = PSEUDO_HEADERS;
+    let mut unclean = false;
+    for (name, value) in &*headers {
+        size += name.as_str().len() + value.len() + FIELD_OVERHEAD;
+        unclean |= match *name {
+            CONNECTION | CONTENT_LENGTH | HOST | TRANSFER_ENCODING | UPGRADE => true,
+            TE => value != TRAILERS,
+            _ => FORBIDDEN.contains(&name.as_str()),
+        };
+    }
+    if unclean {
+        remove_forbidden(headers);
+    }
+    size
+}
+
+#[cold]
+fn remove_forbidden(headers: &mut HeaderMap) {
+    // RFC 9110, section 7.6.1: it names further headers of the connection.
+    let named: Vec<HeaderName> = headers
+        .get_all(CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|names| names.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .collect();
+    for name in named {
+        // What every call needs stays, whatever a copied header names.
+        if ![TE, CONTENT_TYPE, USER_AGENT].contains(&name) && !name.as_str().starts_with("grpc-") {
+            headers.remove(name);
+        }
+    }
+    for name in [CONNECTION, CONTENT_LENGTH, HOST, TRANSFER_ENCODING, UPGRADE] {
+        headers.remove(name);
+    }
+    for name in FORBIDDEN {
+        headers.remove(name);
+    }
+    if headers.contains_key(TE) {
+        headers.insert(TE, HeaderValue::from_static(TRAILERS));
+    }
 }
 
 /// The headers that every call has.
@@ -69,9 +127,15 @@ pub(super) fn set_user_agent(ours: &HeaderValue, headers: &mut HeaderMap) {
     }
 }
 
-/// What gRPC over HTTP/2 has every client say.
+/// The headers of every gRPC call over HTTP/2.
 const TRAILERS: &str = "trailers";
 const GRPC: &str = "application/grpc";
+/// Headers of one connection that have no constant in `http`.
+const FORBIDDEN: [&str; 3] = ["keep-alive", "proxy-connection", "http2-settings"];
+/// RFC 9113, section 6.5.2: each field counts this much more than its name and value.
+const FIELD_OVERHEAD: usize = 32;
+/// `:method: POST`, `:scheme: https`, and the names of `:authority` and `:path`, whose values the call knows.
+const PSEUDO_HEADERS: usize = 4 * FIELD_OVERHEAD + 11 + 12 + 10 + 5;
 
 #[cfg(test)]
 mod tests {
@@ -99,22 +163,64 @@ mod tests {
             metadata("grpc-encoding", "gzip"),
             without,
         ] {
-            let mut headers = Headers::new(given.clone());
+            let mut headers = Headers::new(given.clone(), &OURS, false);
             for _ in 0..3 {
-                assert_eq!(headers.take(&OURS, false), given);
+                assert_eq!(headers.take(&OURS), given);
             }
         }
     }
 
     #[test]
-    fn a_timeout_is_lost_only_where_it_is_written_anew() {
+    fn a_timeout_is_left_out_only_where_it_is_written_anew() {
         let mut given = plain(&OURS);
         given.insert(GRPC_TIMEOUT, HeaderValue::from_static("1S"));
-        let mut known = Headers::new(given.clone());
-        known.take(&OURS, true);
-        assert_eq!(known.take(&OURS, true), plain(&OURS));
-        let mut unreadable = Headers::new(given.clone());
-        unreadable.take(&OURS, false);
-        assert_eq!(unreadable.take(&OURS, false), given);
+        let mut known = Headers::new(given.clone(), &OURS, true);
+        known.take(&OURS);
+        assert_eq!(known.take(&OURS), plain(&OURS));
+        let mut unreadable = Headers::new(given.clone(), &OURS, false);
+        unreadable.take(&OURS);
+        assert_eq!(unreadable.take(&OURS), given);
+    }
+
+    #[test]
+    fn headers_of_a_connection_or_a_message_are_not_sent() {
+        let mut given = plain(&OURS);
+        given.insert("rack", HeaderValue::from_static("7"));
+        let expected = given.clone();
+        for (name, value) in [
+            ("connection", "close, X-Hop"),
+            ("x-hop", "1"),
+            ("keep-alive", "timeout=5"),
+            ("proxy-connection", "keep-alive"),
+            ("transfer-encoding", "chunked"),
+            ("upgrade", "h2c"),
+            ("http2-settings", "AAMAAABk"),
+            ("content-length", "3"),
+            ("host", "gateway"),
+            ("te", "gzip"),
+        ] {
+            given.append(name, HeaderValue::from_static(value));
+        }
+        assert_eq!(Headers::new(given, &OURS, false).take(&OURS), expected);
+    }
+
+    #[test]
+    fn a_copied_connection_header_cannot_take_away_what_grpc_needs() {
+        let mut given = plain(&OURS);
+        let names = "te, content-type, user-agent, grpc-timeout";
+        given.insert(CONNECTION, HeaderValue::from_static(names));
+        assert_eq!(Headers::new(given, &OURS, false).take(&OURS), plain(&OURS));
+    }
+
+    #[test]
+    fn the_size_is_that_of_the_rfc_and_at_least_the_real_one() {
+        let mut given = plain(&OURS);
+        assert_eq!(Headers::new(given.clone(), &OURS, false).size(), 0);
+        given.insert(
+            "big",
+            HeaderValue::from_bytes(&[b'x'; 10_000]).expect("valid"),
+        );
+        let size = Headers::new(given, &OURS, false).size();
+        assert!((10_035..10_500).contains(&size), "{size}");
     }
 }

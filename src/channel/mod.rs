@@ -14,6 +14,7 @@ use tower::Service;
 use crate::balance::{Balancer, EndpointStatus, Shared};
 use crate::transport::incoming::Incoming;
 
+mod answer;
 #[cfg(feature = "__bench")]
 pub mod bench;
 mod body;
@@ -21,10 +22,12 @@ mod builder;
 mod call;
 mod error;
 mod extension;
+mod head;
 mod headers;
 mod resolved;
 mod retry;
 mod route;
+mod sources;
 mod status;
 mod stock;
 mod target;
@@ -35,6 +38,7 @@ pub use call::ResponseFuture;
 pub use error::ChannelError;
 pub use extension::{ServedBy, WaitForReady};
 pub use retry::{HedgingPolicy, RetryBudget, RetryPolicy};
+pub use status::CallError;
 
 pub(crate) use route::Route;
 pub(crate) use target::{Place, Target};
@@ -169,6 +173,10 @@ struct Core {
     timeout: Option<(Duration, HeaderValue)>,
     wait_for_ready: bool,
     start_up_bound: Duration,
+    /// Why a call fails when the start-up bound has passed and no set of endpoints is known.
+    unknown: &'static str,
+    /// Whether the channel's tasks share one thread with its callers, and so do not run while the callers do not wait.
+    is_single_threaded: bool,
     /// None without a policy, which is then all that it costs.
     retries: Option<Box<Retries>>,
     /// What ails the source of endpoints, if anything.
@@ -211,7 +219,7 @@ impl Core {
         if self.retries.is_none() || self.retry(call).is_none() {
             return true;
         }
-        if retry::failure(response).is_some() {
+        if head::failure(response).is_some() {
             return false;
         }
         let response = response.body_mut();

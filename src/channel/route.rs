@@ -72,6 +72,11 @@ impl BalancedChannel {
         }
     }
 
+    /// Whether the channel makes no calls any more, because its runtime has ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.0.shared().has_ended()
+    }
+
     /// What happened to a connection last, and at which endpoint.
     pub(crate) fn last_failure(&self) -> Option<Address> {
         let summary = self.0.shared().summary();

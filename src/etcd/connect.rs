@@ -81,9 +81,6 @@ pub(super) fn tuned(channel: ChannelBuilder) -> ChannelBuilder {
         .service("etcd")
         .connect_timeout(CONNECT_TIMEOUT)
         .max_backoff(MAX_BACKOFF)
-        .redial_stalled()
-        // Many stream windows: a watch that is not read for a while must not stop the calls beside it.
-        .windows(1 << 20, 16 << 20)
 }
 
 /// Within a call's deadline of 2 s, so that a member whose packets are dropped is told from one that is slow.
@@ -181,7 +178,7 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
     let bytes = answer.clone().unwrap_or_default();
     let cause = causes(&source);
     if member.is_tls() {
-        if is_http2(&bytes) || cause.contains("InvalidContentType") {
+        if is_http2(&bytes) || cause.contains("does not speak TLS") {
             return tls(
                 "the server does not speak TLS; write http:// or leave the TLS configuration out"
                     .to_owned(),

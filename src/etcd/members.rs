@@ -1,6 +1,6 @@
 //! The members of a cluster: two channels over all of them, and how they stand.
 
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -21,8 +21,8 @@ pub(super) struct Members {
     pub(super) addresses: Vec<Address>,
     open: Open,
     /// Opened by their first request: a client that registers nothing has no lease, and needs no connections for any.
-    keys: OnceLock<BalancedChannel>,
-    leases: OnceLock<BalancedChannel>,
+    keys: Mutex<Option<BalancedChannel>>,
+    leases: Mutex<Option<BalancedChannel>>,
     standings: Mutex<Standings>,
 }
 
@@ -33,8 +33,8 @@ impl Members {
         Self {
             addresses,
             open,
-            keys: OnceLock::new(),
-            leases: OnceLock::new(),
+            keys: Mutex::default(),
+            leases: Mutex::default(),
             standings: Mutex::default(),
         }
     }
@@ -63,13 +63,22 @@ impl Members {
             avoided = well.chain(avoided.iter().cloned()).collect();
         }
         let service = LinkService {
-            channel: channel.get_or_init(|| (self.open)()).clone(),
+            channel: self.current(channel),
             route: Route::avoiding(avoided),
             deadline,
             auth: auth.clone(),
         };
         // Boxed, for `etcd-client`'s futures are large.
         Box::pin(Link::over(service)).await
+    }
+
+    /// The channel of this runtime. One whose runtime has ended is opened anew: a registry may outlive the runtime that has used it first.
+    fn current(&self, channel: &Mutex<Option<BalancedChannel>>) -> BalancedChannel {
+        let mut channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*channel {
+            Some(open) if !open.has_ended() => open.clone(),
+            _ => channel.insert((self.open)()).clone(),
+        }
     }
 
     /// The member that a request went to has answered it.

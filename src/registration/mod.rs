@@ -116,7 +116,9 @@ impl Registration {
                             source,
                         });
                     }
-                    RegistrationState::Deregistered => return Err(self.ended()),
+                    RegistrationState::Deregistered | RegistrationState::Aborted => {
+                        return Err(self.ended());
+                    }
                     _ => {}
                 }
                 if states.changed().await.is_err() {

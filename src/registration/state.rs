@@ -43,6 +43,8 @@ pub enum RegistrationState {
     Paused,
     /// The registration has ended.
     Deregistered,
+    /// The registration's task has ended with its runtime, or has panicked. The key stays until its lease expires.
+    Aborted,
 }
 
 impl RegistrationState {

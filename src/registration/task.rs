@@ -52,6 +52,21 @@ pub(super) struct Task {
     give_up: Option<Instant>,
 }
 
+/// Reports the end of a task that has not deregistered.
+struct Aborted(watch::Sender<RegistrationState>);
+
+impl Drop for Aborted {
+    fn drop(&mut self) {
+        self.0.send_if_modified(|state| {
+            let aborted = !matches!(state, RegistrationState::Deregistered);
+            if aborted {
+                *state = RegistrationState::Aborted;
+            }
+            aborted
+        });
+    }
+}
+
 /// What a request waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Goal {
@@ -92,6 +107,7 @@ impl Task {
     }
 
     pub(super) async fn run(mut self) {
+        let _aborted = Aborted(self.states.clone());
         loop {
             let now = Instant::now();
             self.publish(now);

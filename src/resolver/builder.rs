@@ -1,5 +1,6 @@
 //! The options of a resolver.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::Resolver;
@@ -7,6 +8,7 @@ use crate::address::AddressPolicy;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::etcd::Etcd;
 use crate::format::{Decoder, Format};
+use crate::instance::Instance;
 use crate::keyspace::{Keyspace, Range, check_service, with_slash};
 
 /// A [`Resolver`] with options; made by [`Registry::resolver_builder`](crate::Registry::resolver_builder).
@@ -25,6 +27,23 @@ pub(super) struct Options {
     pub(super) decoder: Decoder,
     pub(super) hold: Option<Duration>,
     pub(super) reconcile: Option<Duration>,
+    pub(super) filter: Option<Filter>,
+}
+
+/// Which instances are used.
+#[derive(Clone)]
+pub(super) struct Filter(Arc<dyn Fn(&Instance) -> bool + Send + Sync>);
+
+impl Filter {
+    pub(super) fn accepts(&self, instance: &Instance) -> bool {
+        (self.0)(instance)
+    }
+}
+
+impl std::fmt::Debug for Filter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Filter").finish_non_exhaustive()
+    }
 }
 
 impl Options {
@@ -36,6 +55,7 @@ impl Options {
             },
             hold: Some(HOLD),
             reconcile: Some(RECONCILE),
+            filter: None,
         }
     }
 }
@@ -106,6 +126,27 @@ impl ResolverBuilder {
         self
     }
 
+    /// Uses only the instances that the function accepts, such as those of one version. All by default.
+    ///
+    /// The function runs whenever an instance is read, never for a call. Unlike a filter on the resolver's stream it leaves the channel the
+    /// knowledge of when the set is complete: with no instance accepted, calls fail at once.
+    ///
+    /// ```no_run
+    /// # fn run(registry: tonic_etcd::Registry) {
+    /// let channel = registry
+    ///     .channel("helloworld.Greeter")
+    ///     .resolver(|resolver| resolver.filter(|instance| instance.version() == Some("1.2.0")))
+    ///     .connect_lazy();
+    /// # }
+    /// ```
+    pub fn filter<F>(mut self, accepts: F) -> Self
+    where
+        F: Fn(&Instance) -> bool + Send + Sync + 'static,
+    {
+        self.options.filter = Some(Filter(Arc::new(accepts)));
+        self
+    }
+
     /// How often, at most, the keys are compared with a list of their names; `None` for never. Default 5 minutes. Each wait is random
     /// between half of it and the whole, so that clients that start together do not ask together. Under 100 ms it counts as that.
     ///
@@ -142,9 +183,9 @@ impl ResolverBuilder {
                 (
                     Vec::new(),
                     Some(EtcdError::new(
-                        EtcdErrorKind::Unavailable,
+                        EtcdErrorKind::InvalidRequest,
                         "list",
-                        "(not asked)",
+                        "(none)",
                         reason,
                     )),
                 )

@@ -9,7 +9,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tower::discover::Change;
 
-use super::builder::Options;
+use super::builder::{Filter, Options};
 use super::hold::{Hold, News, Outcome};
 use super::snapshot::{Applied, Snapshot};
 use super::state::{Machine, Report};
@@ -40,6 +40,7 @@ pub(super) struct Shared {
     pub(super) rejected: u64,
     /// When the log was last warned of some.
     warned: Option<Instant>,
+    filter: Option<Filter>,
 }
 
 /// What one consumer has yet to be told. It is a set: however many changes an address sees, it is told once, of the newest.
@@ -85,10 +86,17 @@ impl Shared {
         self.snapshot
             .get(address)
             .or_else(|| self.hold.get(address))
+            .filter(|instance| self.accepts(instance))
     }
 
     pub(super) fn instances(&self) -> impl Iterator<Item = &Instance> {
-        self.snapshot.instances().chain(self.hold.instances())
+        let all = self.snapshot.instances().chain(self.hold.instances());
+        all.filter(|instance| self.accepts(instance))
+    }
+
+    fn accepts(&self, instance: &Instance) -> bool {
+        let filter = self.filter.as_ref();
+        filter.is_none_or(|filter| filter.accepts(instance))
     }
 
     /// The next change that a view has yet to be told of.
@@ -176,6 +184,7 @@ impl Core {
             reports,
             rejected: 0,
             warned: None,
+            filter: options.filter,
         };
         let status = watch::Sender::new(ResolverStatus::of(&shared, None));
         Self {
@@ -238,7 +247,15 @@ impl Core {
         self.announce(news, wakers);
     }
 
-    /// Ends the holds that are over. Says when the next one is.
+    /// The task of a prefix has ended: its part of the set stays as it is, and the status has the reason why nothing changes any more.
+    pub(super) fn on_task_ended(&self, index: usize) {
+        if let Some(report) = self.lock().reports.get_mut(index) {
+            report.trouble = Some(EtcdError::task_ended("resolver"));
+        }
+        self.announce(None, Vec::new());
+    }
+
+    /// Ends the holds that are over. Returns when the next one is.
     pub(super) fn release(&self, now: Instant) -> Option<Instant> {
         let mut shared = self.lock();
         if shared.hold.deadline().is_none_or(|until| until > now) {

@@ -18,6 +18,7 @@ pub(super) async fn run(
     index: usize,
     mut reported: mpsc::Receiver<Address>,
 ) {
+    let _ended = Ended { core: &core, index };
     let mut watch: Option<Watch> = None;
     // What the watch was opened with.
     let mut token = None;
@@ -73,6 +74,18 @@ pub(super) async fn run(
             }
         };
         core.publish(index, &mut machine, Instant::now());
+    }
+}
+
+/// Reports the end of a task that runs for ever: its runtime has ended, or it has panicked. If the last view is dropped nothing reads it.
+struct Ended<'a> {
+    core: &'a Core,
+    index: usize,
+}
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.core.on_task_ended(self.index);
     }
 }
 

@@ -141,7 +141,12 @@ impl Serving {
         tracing::warn!("told to stop once more: ending at once");
         // What was asked of the registration goes on although nobody waits for the answer any more.
         let left = async {
-            let gone = |state: &RegistrationState| matches!(state, RegistrationState::Deregistered);
+            let gone = |state: &RegistrationState| {
+                matches!(
+                    state,
+                    RegistrationState::Deregistered | RegistrationState::Aborted
+                )
+            };
             left.wait_for(gone).await.is_ok()
         };
         let (outcome, left) = tokio::join!(self.cut(), timeout(LAST_CHANCE, left));

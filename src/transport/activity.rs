@@ -1,21 +1,44 @@
-//! What a connection has read, and when: whether the peer is heard of.
+//! What a connection has read, and when: the evidence that its peer is alive, and what it asks of its clients.
 
+use std::fmt;
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
-/// Written by the connection's task as it reads; looked at only when a call takes too long. So the calls that do not share nothing of it.
-#[derive(Debug)]
+use super::frames::{Frame, FrameReader};
+
+/// Written by the connection's task as it reads. Calls read it only when a connection was silent for a while or a call takes too long.
 pub(super) struct Activity {
     started: Instant,
     bytes: AtomicU64,
-    /// In microseconds since the start.
+    /// The time of the last read, in microseconds since the start.
     last: AtomicU64,
+    /// HEADERS and DATA frames of the peer.
+    responses: AtomicU64,
+    /// The peer's limit on a header list, in bytes; `u32::MAX` while it has announced none.
+    max_header_list: AtomicU32,
+    too_many_pings: AtomicBool,
+    /// One more than the error code of the peer's GOAWAY; 0 without one.
+    goaway: AtomicU64,
+    /// The connection's task has ended, or has found that the peer does not answer.
+    mute: AtomicBool,
+    /// How often the waits for a byte were ended without one.
+    ended_waits: AtomicU64,
+    /// Whether a call waits for [`heard`](Self::heard).
+    awaited: AtomicBool,
+    heard: Notify,
+    /// The first bytes that the peer sent, for the error message if they are not HTTP/2.
+    opening: Mutex<Vec<u8>>,
+    /// Whether calls are open on the connection.
+    is_busy: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
 }
 
 impl Activity {
@@ -24,12 +47,31 @@ impl Activity {
             started: Instant::now(),
             bytes: AtomicU64::new(0),
             last: AtomicU64::new(0),
+            responses: AtomicU64::new(0),
+            max_header_list: AtomicU32::new(u32::MAX),
+            too_many_pings: AtomicBool::new(false),
+            goaway: AtomicU64::new(0),
+            mute: AtomicBool::new(false),
+            ended_waits: AtomicU64::new(0),
+            awaited: AtomicBool::new(false),
+            heard: Notify::new(),
+            opening: Mutex::new(Vec::new()),
+            is_busy: OnceLock::new(),
         })
     }
 
-    /// How many bytes were read.
-    pub(super) fn bytes(&self) -> u64 {
-        self.bytes.load(Ordering::Relaxed)
+    /// What was read up to now.
+    pub(super) fn heard(&self) -> Heard {
+        Heard {
+            bytes: self.bytes.load(Ordering::Relaxed),
+            responses: self.responses.load(Ordering::Relaxed),
+            at: self.last(),
+        }
+    }
+
+    /// When the peer was heard last.
+    pub(super) fn last(&self) -> Instant {
+        self.started + Duration::from_micros(self.last.load(Ordering::Relaxed))
     }
 
     /// Whether anything was read since.
@@ -37,12 +79,111 @@ impl Activity {
         self.last.load(Ordering::Relaxed) >= self.micros(then)
     }
 
+    pub(super) fn max_header_list(&self) -> u32 {
+        self.max_header_list.load(Ordering::Relaxed)
+    }
+
+    /// Whether the peer has ended the connection because of our PINGs.
+    pub(super) fn has_too_many_pings(&self) -> bool {
+        self.too_many_pings.load(Ordering::Relaxed)
+    }
+
+    /// The error code of the GOAWAY that the peer has sent last.
+    pub(super) fn goaway(&self) -> Option<u32> {
+        let code = self.goaway.load(Ordering::Relaxed).checked_sub(1)?;
+        u32::try_from(code).ok()
+    }
+
+    pub(super) fn opening(&self) -> Vec<u8> {
+        self.opening
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Sets how the connection finds out whether calls are open on it.
+    pub(super) fn set_busy(&self, is_busy: impl Fn() -> bool + Send + Sync + 'static) {
+        let _ = self.is_busy.set(Box::new(is_busy));
+    }
+
+    pub(super) fn is_busy(&self) -> bool {
+        self.is_busy.get().is_some_and(|is_busy| is_busy())
+    }
+
+    /// Waits until more than these bytes were read. Returns false if the connection ends first, or its peer is found not to answer.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future changes nothing.
+    pub(super) async fn heard_more_than(&self, bytes: u64) -> bool {
+        let ended_waits = self.ended_waits.load(Ordering::SeqCst);
+        loop {
+            let heard = self.heard.notified();
+            tokio::pin!(heard);
+            heard.as_mut().enable();
+            // SeqCst here and in `on_read`: the flag is set before the bytes are compared, and the bytes are added before the flag is read,
+            // so that one of the two sees the other.
+            self.awaited.store(true, Ordering::SeqCst);
+            if self.bytes.load(Ordering::SeqCst) > bytes {
+                return true;
+            }
+            let is_ended = self.ended_waits.load(Ordering::SeqCst) != ended_waits;
+            if is_ended || self.mute.load(Ordering::SeqCst) {
+                return false;
+            }
+            heard.await;
+        }
+    }
+
+    /// Whether there is no use in waiting for the peer: the connection has ended, or its peer does not answer.
+    pub(super) fn set_mute(&self, mute: bool) {
+        self.mute.store(mute, Ordering::SeqCst);
+        if mute {
+            self.heard.notify_waiters();
+        }
+    }
+
+    /// Ends the waits that are under way: the peer is doubtful, and more cannot be found out.
+    pub(super) fn end_waits(&self) {
+        self.ended_waits.fetch_add(1, Ordering::SeqCst);
+        self.heard.notify_waiters();
+    }
+
     fn on_read(&self, bytes: usize) {
-        // Relaxed: there is one writer, and readers compare one number with another of their own.
         let bytes = u64::try_from(bytes).unwrap_or_default();
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        // Relaxed: there is one writer, and readers compare the time with another of their own.
         self.last
             .store(self.micros(Instant::now()), Ordering::Relaxed);
+        self.bytes.fetch_add(bytes, Ordering::SeqCst);
+        if self.awaited.load(Ordering::SeqCst) {
+            self.awaited.store(false, Ordering::SeqCst);
+            self.heard.notify_waiters();
+        }
+    }
+
+    pub(super) fn on_response(&self) {
+        self.responses.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn on_frame(&self, frame: Frame) {
+        match frame {
+            Frame::Response => self.on_response(),
+            Frame::MaxHeaderList(limit) => self.max_header_list.store(limit, Ordering::Relaxed),
+            Frame::GoAway {
+                code,
+                too_many_pings,
+            } => {
+                self.goaway.store(u64::from(code) + 1, Ordering::Relaxed);
+                self.too_many_pings
+                    .fetch_or(too_many_pings, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn keep_opening(&self, bytes: &[u8]) {
+        let mut opening = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
+        let room = OPENING.saturating_sub(opening.len());
+        opening.extend_from_slice(&bytes[..bytes.len().min(room)]);
     }
 
     fn micros(&self, at: Instant) -> u64 {
@@ -51,16 +192,67 @@ impl Activity {
     }
 }
 
+impl fmt::Debug for Activity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Activity")
+            .field("bytes", &self.bytes)
+            .field("responses", &self.responses)
+            .field("mute", &self.mute)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a connection had read at one moment.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Heard {
+    pub(super) bytes: u64,
+    pub(super) responses: u64,
+    pub(super) at: Instant,
+}
+
 /// A byte stream whose reads are noted.
 #[derive(Debug)]
 pub(super) struct Watched<T> {
     io: T,
     activity: Arc<Activity>,
+    frames: FrameReader,
+    read: usize,
+    /// What was read behind a GOAWAY and not handed on yet.
+    held: Bytes,
+    /// Whether the next read waits for h2 to write what it has queued.
+    pause: bool,
 }
 
 impl<T> Watched<T> {
     pub(super) fn new(io: T, activity: Arc<Activity>) -> Self {
-        Self { io, activity }
+        Self {
+            io,
+            activity,
+            frames: FrameReader::new(),
+            read: 0,
+            held: Bytes::new(),
+            pause: false,
+        }
+    }
+
+    /// Looks at what was read from `before` on, and hands it on up to the end of a GOAWAY.
+    ///
+    /// A server that closes in order sends GOAWAY and a PING, and takes the answer for the end of new streams: grpc-java closes the whole
+    /// connection for a request that comes later. h2 writes the answer ahead of requests that it has queued already. So the PING is held back
+    /// until h2 has seen the GOAWAY, after which it opens no stream, and has written its queue.
+    fn hand_on(&mut self, buf: &mut ReadBuf<'_>, before: usize) {
+        let activity = &self.activity;
+        let read = &buf.filled()[before..];
+        let mut paused = false;
+        let taken = self.frames.read(read, |frame| {
+            paused |= matches!(frame, Frame::GoAway { .. });
+            activity.on_frame(frame);
+        });
+        if taken < read.len() {
+            self.held = Bytes::copy_from_slice(&read[taken..]);
+            buf.set_filled(before + taken);
+        }
+        self.pause = paused;
     }
 }
 
@@ -70,11 +262,32 @@ impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if std::mem::take(&mut this.pause) {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let before = buf.filled().len();
-        let polled = Pin::new(&mut self.io).poll_read(cx, buf);
-        let read = buf.filled().len() - before;
-        if read > 0 {
-            self.activity.on_read(read);
+        if !this.held.is_empty() {
+            let part = this.held.len().min(buf.remaining());
+            buf.put_slice(&this.held.split_to(part));
+            let rest = std::mem::take(&mut this.held);
+            this.hand_on(buf, before);
+            if !rest.is_empty() {
+                // What was held back again comes before what has not been looked at.
+                this.held = [&this.held[..], &rest[..]].concat().into();
+            }
+            return Poll::Ready(Ok(()));
+        }
+        let polled = Pin::new(&mut this.io).poll_read(cx, buf);
+        let read = &buf.filled()[before..];
+        if !read.is_empty() {
+            if this.read < OPENING {
+                this.activity.keep_opening(read);
+            }
+            this.read = this.read.saturating_add(read.len());
+            this.activity.on_read(read.len());
+            this.hand_on(buf, before);
         }
         polled
     }
@@ -109,3 +322,6 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
         self.io.is_write_vectored()
     }
 }
+
+/// A frame header, and enough to recognise another protocol.
+const OPENING: usize = 24;

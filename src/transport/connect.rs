@@ -14,7 +14,9 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
-use super::http2::{Connection, Report, Settings};
+use super::http2::{Connection, Established, HandshakeError, Settings};
+use super::pings::KeepAlive;
+use super::task::Report;
 #[cfg(feature = "tls")]
 use super::tls::Tls;
 use crate::address::{Address, AddressPolicy};
@@ -56,6 +58,15 @@ impl Default for Connector {
             own_addresses: false,
         }
     }
+}
+
+/// What the attempts before this one have shown.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Attempt {
+    /// How many failed in a row.
+    pub(crate) failed: usize,
+    /// The keep-alive that the server tolerates.
+    pub(crate) keep_alive: Option<KeepAlive>,
 }
 
 impl Connector {
@@ -106,65 +117,82 @@ impl Connector {
     pub(crate) async fn connect<F>(
         &self,
         address: &Address,
+        attempt: Attempt,
         on_report: F,
     ) -> Result<Connection, DialError>
     where
         F: FnMut(Report) + Send + Unpin + 'static,
     {
-        let connected = tokio::time::timeout(self.timeout, self.try_connect(address, on_report));
+        let connected = tokio::time::timeout(self.timeout, self.try_connect(address, attempt));
         match connected.await {
-            Ok(outcome) => outcome,
+            Ok(outcome) => outcome.map(|established| established.start(on_report)),
             Err(_) => Err(DialError::TimedOut(self.timeout)),
         }
     }
 
-    async fn try_connect<F>(&self, address: &Address, on_report: F) -> Result<Connection, DialError>
-    where
-        F: FnMut(Report) + Send + Unpin + 'static,
-    {
+    async fn try_connect(
+        &self,
+        address: &Address,
+        attempt: Attempt,
+    ) -> Result<Established, DialError> {
         if let Some(dial) = &self.dial {
             let io = dial(address.clone()).await.map_err(DialError::Dial)?;
-            return self.secure(io, address, on_report).await;
+            return self.secure(io, address, attempt).await;
         }
         if let Some(path) = address.socket_path() {
             let io = unix(path).await.map_err(DialError::Dial)?;
-            return self.secure(io, address, on_report).await;
+            return self.secure(io, address, attempt).await;
         }
-        let io = self.tcp(address).await?;
-        self.secure(io, address, on_report).await
+        if let Some(ip) = address.ip() {
+            let socket = SocketAddr::new(ip, address.port());
+            return self.tcp(socket, address, attempt).await;
+        }
+        let mut resolved = self.resolve(address).await?;
+        // An address whose server accepts and is of no use must not be the first for ever.
+        let first = attempt.failed % resolved.len().max(1);
+        resolved.rotate_left(first);
+        if let [only] = resolved[..] {
+            return self.tcp(only, address, attempt).await;
+        }
+        let (connector, address) = (self.clone(), address.clone());
+        race(resolved, move |socket| {
+            let (connector, address) = (connector.clone(), address.clone());
+            async move { connector.tcp(socket, &address, attempt).await }
+        })
+        .await
+    }
+
+    async fn tcp(
+        &self,
+        socket: SocketAddr,
+        address: &Address,
+        attempt: Attempt,
+    ) -> Result<Established, DialError> {
+        let stream = TcpStream::connect(socket).await.map_err(DialError::Dial)?;
+        tune(&stream);
+        self.secure(stream, address, attempt).await
     }
 
     #[cfg_attr(
         not(feature = "tls"),
         expect(unused_variables, reason = "the same signature as with the feature")
     )]
-    async fn secure<T, F>(
+    async fn secure<T>(
         &self,
         io: T,
         address: &Address,
-        on_report: F,
-    ) -> Result<Connection, DialError>
+        attempt: Attempt,
+    ) -> Result<Established, DialError>
     where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-        F: FnMut(Report) + Send + Unpin + 'static,
     {
         #[cfg(feature = "tls")]
         if let Some(tls) = &self.tls {
             let host = self.own_addresses.then(|| address.host());
             let io = tls.handshake(io, host).await.map_err(DialError::Tls)?;
-            return Ok(Connection::establish(io, &self.http2, on_report).await?);
+            return Ok(Connection::establish(io, &self.http2, attempt.keep_alive).await?);
         }
-        Ok(Connection::establish(io, &self.http2, on_report).await?)
-    }
-
-    async fn tcp(&self, address: &Address) -> Result<TcpStream, DialError> {
-        let resolved = match address.ip() {
-            Some(ip) => vec![SocketAddr::new(ip, address.port())],
-            None => self.resolve(address).await?,
-        };
-        let stream = race(resolved).await.map_err(DialError::Dial)?;
-        tune(&stream);
-        Ok(stream)
+        Ok(Connection::establish(io, &self.http2, attempt.keep_alive).await?)
     }
 
     async fn resolve(&self, address: &Address) -> Result<Vec<SocketAddr>, DialError> {
@@ -222,20 +250,20 @@ fn alternating(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     mixed
 }
 
-/// Dials the addresses one after the other, each with a head start before the next, and takes whichever answers first.
-pub(super) async fn race(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
+/// Connects to the addresses one after the other, each with a head start before the next, and takes the connection that is ready first.
+///
+/// The race ends with a peer that has answered and not with TCP: a server that is stuck still accepts connections.
+pub(super) async fn race<T, F, Fut>(addresses: Vec<SocketAddr>, connect: F) -> Result<T, DialError>
+where
+    F: Fn(SocketAddr) -> Fut,
+    Fut: Future<Output = Result<T, DialError>> + Send + 'static,
+    T: Send + 'static,
+{
     let mut addresses = addresses.into_iter();
-    if addresses.len() == 1
-        && let Some(only) = addresses.next()
-    {
-        return TcpStream::connect(only).await;
-    }
     let mut dials = JoinSet::new();
-    let mut failure = io::Error::other("there is no address to dial");
+    let mut failure = DialError::Dial(io::Error::other("there is no address to dial"));
     loop {
-        let more = addresses
-            .next()
-            .map(|next| dials.spawn(TcpStream::connect(next)));
+        let more = addresses.next().map(|next| dials.spawn(connect(next)));
         let outcome = if more.is_some() {
             let started = tokio::time::timeout(HEAD_START, dials.join_next());
             let Ok(outcome) = started.await else {
@@ -246,9 +274,9 @@ pub(super) async fn race(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
             dials.join_next().await
         };
         match outcome {
-            Some(Ok(Ok(stream))) => return Ok(stream),
+            Some(Ok(Ok(connected))) => return Ok(connected),
             Some(Ok(Err(error))) => failure = error,
-            Some(Err(panic)) => failure = io::Error::other(panic),
+            Some(Err(panic)) => failure = DialError::Panicked(panic),
             None => return Err(failure),
         }
     }
@@ -280,8 +308,8 @@ pub(crate) enum DialError {
     #[cfg(feature = "tls")]
     #[error("the TLS handshake failed")]
     Tls(#[source] io::Error),
-    #[error("the peer does not answer on HTTP/2")]
-    Http2(#[from] h2::Error),
+    #[error(transparent)]
+    Http2(#[from] HandshakeError),
     #[error("no answer within {} s", .0.as_secs_f64())]
     TimedOut(Duration),
     /// A custom dialler has panicked.
@@ -310,9 +338,10 @@ mod tests {
     async fn the_kernel_is_told_when_to_give_up_a_peer_whose_packets_vanish() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = listener.local_addr().expect("an address").to_string();
-        let address = address.parse().expect("an address");
-        let stream = Connector::default().tcp(&address).await;
+        let address: Address = address.parse().expect("an address");
+        let stream = TcpStream::connect(address.as_str()).await;
         let stream = stream.expect("a connection");
+        tune(&stream);
         assert!(stream.nodelay().expect("an option"));
         let socket = socket2::SockRef::from(&stream);
         let given_up = socket.tcp_user_timeout().expect("an option");

@@ -1,29 +1,33 @@
-//! One HTTP/2 connection: its handshake, the task that drives it, and the one way to send a request on it.
+//! One HTTP/2 connection: its handshake, and the one way to send a request on it.
 
+use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
-use h2::{Ping, Reason, SendStream};
+use h2::{Ping, PingPong, Reason, SendStream};
 use http::Request;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::activity::{Activity, Watched};
+use super::frames::foreign_protocol;
 use super::pinger::Pinger;
-use super::pings::{Action, KeepAlive, Pings};
+use super::pings::{Doubt, KeepAlive, Pings};
+use super::task::{OnReport, Report, Task, for_calls};
 
 /// The options of a connection.
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
     /// Bytes that the peer may send ahead on one stream.
     pub(crate) stream_window: u32,
-    /// Bytes that the peer may send ahead on all streams together. Many stream windows, or a few unread streams stop every other call.
+    /// Bytes that the peer may send ahead on all streams together. The stream windows bound the memory; a smaller bound for all of them lets
+    /// unread streams stop every other call.
     pub(crate) connection_window: u32,
     /// The largest DATA frame that we take: larger frames are fewer wake-ups.
     pub(crate) max_frame_size: u32,
@@ -38,7 +42,7 @@ impl Default for Settings {
     fn default() -> Self {
         Self {
             stream_window: 1 << 20,
-            connection_window: 64 << 20,
+            connection_window: MAX_WINDOW,
             max_frame_size: 256 << 10,
             abuse_limits: false,
             keep_alive: None,
@@ -71,87 +75,107 @@ impl Settings {
 #[derive(Debug)]
 pub(crate) struct Connection {
     limit: Arc<AtomicUsize>,
+    /// A copy of the peer's limit, which changes hardly ever, away from what each read changes.
+    max_header_list: Arc<AtomicU32>,
     reserved: usize,
     send: SendRequest<Bytes>,
     round_trip: Duration,
     activity: Arc<Activity>,
-    /// Tells the connection's task of calls that took too long. Its drop says that nobody will send any more.
-    suspicions: mpsc::UnboundedSender<()>,
+    /// Reports doubts to the connection's task. Its drop means that no more calls will be sent.
+    doubts: mpsc::UnboundedSender<Doubt>,
+}
+
+/// A connection whose task has not been started: of several to one peer, only the one that is kept gets a task.
+pub(crate) struct Established {
+    connection: Connection,
+    start: Box<dyn FnOnce(OnReport) + Send>,
+}
+
+impl Established {
+    /// Spawns the task that drives the connection. From that task `on_report` is called with what becomes of the connection.
+    pub(crate) fn start<F>(self, on_report: F) -> Connection
+    where
+        F: FnMut(Report) + Send + Unpin + 'static,
+    {
+        (self.start)(Box::new(on_report));
+        self.connection
+    }
 }
 
 impl Connection {
-    /// Shakes hands, waits until the peer has answered a PING, and spawns the task that drives the connection. From that task `on_report`
-    /// is called with what becomes of the connection.
+    /// Shakes hands and waits until the peer has answered a PING.
     ///
-    /// The handshake alone proves nothing: it succeeds before anybody has accepted the connection.
+    /// The handshake alone proves nothing: it succeeds before the peer has accepted the connection.
     ///
     /// # Cancel safety
     ///
     /// Dropping the future closes the connection.
-    pub(crate) async fn establish<T, F>(
+    pub(crate) async fn establish<T>(
         io: T,
         settings: &Settings,
-        on_report: F,
-    ) -> Result<Self, h2::Error>
+        keep_alive: Option<KeepAlive>,
+    ) -> Result<Established, HandshakeError>
     where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-        F: FnMut(Report) + Send + Unpin + 'static,
     {
         let activity = Activity::new();
         let io = Watched::new(io, Arc::clone(&activity));
+        let handshake = Self::shake_hands(io, settings, keep_alive, Arc::clone(&activity));
+        handshake.await.map_err(|source| HandshakeError {
+            speaks: foreign_protocol(&activity.opening()),
+            source,
+        })
+    }
+
+    async fn shake_hands<T>(
+        io: Watched<T>,
+        settings: &Settings,
+        keep_alive: Option<KeepAlive>,
+        activity: Arc<Activity>,
+    ) -> Result<Established, h2::Error>
+    where
+        T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
         let handshake = settings.builder().handshake::<_, Bytes>(io);
         let (send, mut connection) = handshake.await?;
-        let started = Instant::now();
         let mut pings = connection.ping_pong();
-        if let Some(pings) = &mut pings {
-            pings.send_ping(Ping::opaque())?;
-        }
-        // The peer's SETTINGS are always before its PONG, so the number of streams it allows is known by then. A peer that allows none
-        // cannot be used yet.
-        let mut pong = pings.is_none();
-        let mut round_trip = Duration::ZERO;
-        std::future::poll_fn(|cx| {
-            let progress = Pin::new(&mut connection).poll(cx);
-            if let Poll::Ready(outcome) = progress {
-                let gone = || h2::Error::from(Reason::NO_ERROR);
-                return Poll::Ready(Err(outcome.err().unwrap_or_else(gone)));
-            }
-            if let Some(pings) = &mut pings
-                && !pong
-            {
-                ready!(pings.poll_pong(cx))?;
-                pong = true;
-                round_trip = Instant::now().saturating_duration_since(started);
-            }
-            if pong && send.current_max_send_streams() > 0 {
-                return Poll::Ready(Ok(()));
-            }
-            Poll::Pending
-        })
-        .await?;
+        let round_trip = ready_check(&mut connection, pings.as_mut(), &send).await?;
         let reserved = settings.reserved_streams;
         let limit = for_calls(send.current_max_send_streams(), reserved);
         let limit = Arc::new(AtomicUsize::new(limit));
-        let (suspicions, suspected) = mpsc::unbounded_channel();
-        let decided = Pings::new(settings.keep_alive, round_trip, Instant::now());
-        let task = Task {
-            connection,
-            probe: Some(send.clone()),
-            suspected,
-            limit: Arc::clone(&limit),
-            reserved,
-            pinger: pings.map(|pings| Pinger::new(pings, decided, Arc::clone(&activity))),
-            left: false,
-            on_report,
+        let max_header_list = Arc::new(AtomicU32::new(activity.max_header_list()));
+        let task_max_header_list = Arc::clone(&max_header_list);
+        let (doubts, doubted) = mpsc::unbounded_channel();
+        let decided = Pings::new(keep_alive, round_trip, activity.heard(), Instant::now());
+        let pinger = pings.map(|pings| Pinger::new(pings, decided, Arc::clone(&activity)));
+        let probe = Some(send.clone());
+        let (task_limit, task_activity) = (Arc::clone(&limit), Arc::clone(&activity));
+        let start = move |on_report: OnReport| {
+            tokio::spawn(Task {
+                connection,
+                probe,
+                doubted,
+                limit: task_limit,
+                max_header_list: task_max_header_list,
+                reserved,
+                pinger,
+                activity: task_activity,
+                left: false,
+                linger: None,
+                on_report,
+            });
         };
-        tokio::spawn(task);
-        Ok(Self {
-            limit,
-            reserved,
-            send,
-            round_trip,
-            activity,
-            suspicions,
+        Ok(Established {
+            start: Box::new(start),
+            connection: Self {
+                limit,
+                max_header_list,
+                reserved,
+                send,
+                round_trip,
+                activity,
+                doubts,
+            },
         })
     }
 
@@ -171,12 +195,69 @@ impl Connection {
         self.round_trip
     }
 
-    /// A call that was sent `then` has taken too long. Unless the peer was heard of since, it is asked whether it is there.
+    /// The size of the largest header list that the peer has announced to take, in bytes; `u32::MAX` without an announcement.
+    pub(crate) fn max_header_list(&self) -> u32 {
+        self.max_header_list.load(Ordering::Relaxed)
+    }
+
+    /// Whether the peer has ended the connection because of our PINGs.
+    pub(crate) fn has_too_many_pings(&self) -> bool {
+        self.activity.has_too_many_pings()
+    }
+
+    /// The error with which the peer has ended the connection because of something that was sent on it, if it has. A call below the last
+    /// stream of a GOAWAY does not see it: its own error is that of the socket.
+    pub(crate) fn blame(&self) -> Option<Reason> {
+        let reason = Reason::from(self.activity.goaway()?);
+        (reason != Reason::NO_ERROR && !self.has_too_many_pings()).then_some(reason)
+    }
+
+    /// Sets how the connection finds out whether calls are open on it, which decides on keep-alive pings.
+    pub(crate) fn set_busy(&self, is_busy: impl Fn() -> bool + Send + Sync + 'static) {
+        self.activity.set_busy(is_busy);
+    }
+
+    /// For how long nothing was read.
+    pub(crate) fn silence(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.activity.last())
+    }
+
+    /// Requests a PING for a call sent at `then` that overran, unless bytes were read since.
     pub(crate) fn suspect(&self, then: Instant) {
         if !self.activity.is_heard_since(then) {
             // The task may be gone, and then the connection is as well.
-            let _ = self.suspicions.send(());
+            let _ = self.doubts.send(Doubt::Overrun);
         }
+    }
+
+    /// Requests a PING for a call sent at `then` that its caller dropped, unless bytes were read since.
+    pub(crate) fn suspect_dropped(&self, then: Instant) {
+        if !self.activity.is_heard_since(then) {
+            let _ = self.doubts.send(Doubt::Dropped);
+        }
+    }
+
+    /// Requests a PING for a connection that was silent for long, for no call.
+    pub(crate) fn check(&self) {
+        let _ = self.doubts.send(Doubt::Sweep);
+    }
+
+    /// How many bytes were read.
+    pub(crate) fn bytes_read(&self) -> u64 {
+        self.activity.heard().bytes
+    }
+
+    /// Has a PING check the connection, and waits for a byte of the peer. Returns false if none comes in time, or the connection ends.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future changes nothing for the connection.
+    pub(crate) async fn is_alive(&self) -> bool {
+        let bytes = self.bytes_read();
+        if self.doubts.send(Doubt::Silence).is_err() {
+            return false;
+        }
+        self.activity.heard_more_than(bytes).await
     }
 
     /// Opens a stream. It never waits; the caller has made sure that a stream is free.
@@ -197,6 +278,65 @@ impl Connection {
     }
 }
 
+/// Waits for the answer to a first PING and for the peer's SETTINGS. Returns the round trip.
+async fn ready_check<T>(
+    connection: &mut h2::client::Connection<Watched<T>, Bytes>,
+    mut pings: Option<&mut PingPong>,
+    send: &SendRequest<Bytes>,
+) -> Result<Duration, h2::Error>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    let started = Instant::now();
+    if let Some(pings) = &mut pings {
+        pings.send_ping(Ping::opaque())?;
+    }
+    // The peer's SETTINGS are always before its PONG, so the number of streams it allows is known by then. A peer that allows none cannot
+    // be used yet.
+    let mut round_trip = pings.is_none().then_some(Duration::ZERO);
+    std::future::poll_fn(|cx| {
+        if let Poll::Ready(outcome) = Pin::new(&mut *connection).poll(cx) {
+            let gone = || h2::Error::from(Reason::NO_ERROR);
+            return Poll::Ready(Err(outcome.err().unwrap_or_else(gone)));
+        }
+        if let Some(pings) = &mut pings
+            && round_trip.is_none()
+        {
+            ready!(pings.poll_pong(cx))?;
+            round_trip = Some(Instant::now().saturating_duration_since(started));
+        }
+        match round_trip {
+            Some(round_trip) if send.current_max_send_streams() > 0 => Poll::Ready(Ok(round_trip)),
+            _ => Poll::Pending,
+        }
+    })
+    .await
+}
+
+/// Why a peer is not ready for calls.
+#[derive(Debug)]
+pub(crate) struct HandshakeError {
+    /// What the peer seems to speak in place of HTTP/2.
+    pub(crate) speaks: Option<&'static str>,
+    pub(crate) source: h2::Error,
+}
+
+impl fmt::Display for HandshakeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.speaks {
+            Some(protocol) => write!(f, "the peer speaks {protocol}"),
+            None => f.write_str("the peer does not answer on HTTP/2"),
+        }
+    }
+}
+
+impl std::error::Error for HandshakeError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        // h2's error is about a frame that was none.
+        self.speaks.is_none().then_some(&self.source)
+    }
+}
+
 /// Why no stream was opened. In either case nothing was sent.
 #[derive(Debug)]
 pub(crate) enum OpenError {
@@ -206,143 +346,26 @@ pub(crate) enum OpenError {
     Malformed(h2::Error),
 }
 
-/// What becomes of a connection.
-#[derive(Debug)]
-pub(crate) enum Report {
-    /// The peer does not answer, though nothing says that the connection is gone.
-    Stalled,
-    /// The peer has answered after all.
-    Recovered,
-    /// The peer takes more calls at once, or fewer.
-    Streams,
-    /// The connection takes no more streams. Nothing comes after this.
-    Left(Leave),
+/// Whether the peer closes the connection without blaming anything that was sent on it.
+pub(crate) fn is_orderly_goaway(error: &h2::Error) -> bool {
+    error.is_go_away() && error.is_remote() && error.reason() == Some(Reason::NO_ERROR)
 }
 
-/// Why a connection takes no more streams.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum Leave {
-    #[error("the peer closed the connection")]
-    Closed,
-    #[error("{0}")]
-    Failed(h2::Error),
-    #[error("a keep-alive ping was not answered")]
-    Unresponsive,
-}
-
-impl Leave {
-    fn new(outcome: Result<(), h2::Error>) -> Self {
-        match outcome {
-            Ok(()) => Self::Closed,
-            Err(error) => Self::Failed(error),
-        }
-    }
-
-    /// Whether the peer asked us to go, rather than the connection having broken.
-    pub(crate) fn is_graceful(&self) -> bool {
-        match self {
-            Self::Closed => true,
-            Self::Failed(error) => {
-                error.is_go_away() && error.is_remote() && error.reason() == Some(Reason::NO_ERROR)
-            }
-            Self::Unresponsive => false,
-        }
-    }
-}
-
-/// Whether a call that failed with this error before its response's head can be sent again, because the peer has certainly not processed
-/// it.
+/// Whether a call that failed with this error before its response's head has certainly not been processed.
 ///
-/// `is_go_away` alone is not enough: errors that h2 detects by itself have it too, and the peer may have processed the call then.
+/// `is_go_away` alone is not enough: errors that h2 detects by itself have it too, and the peer may have processed the call then. That the
+/// call was not processed does not mean that it is innocent: see [`Connection::blame`].
 pub(crate) fn is_unprocessed(error: &h2::Error) -> bool {
     let refused = error.is_reset() && error.reason() == Some(Reason::REFUSED_STREAM);
     error.is_remote() && (error.is_go_away() || refused)
 }
 
-/// How many of the peer's streams calls may have: one at least, or a peer that allows no more than are reserved could not be used.
-fn for_calls(streams: usize, reserved: usize) -> usize {
-    streams.saturating_sub(reserved).max(streams.min(1))
+/// Whether the connection broke with the call on it.
+pub(crate) fn is_connection_lost(error: &h2::Error) -> bool {
+    !error.is_reset() && !is_orderly_goaway(error)
 }
 
-/// Drives one connection until it is closed.
-struct Task<T, F>
-where
-    T: AsyncRead + AsyncWrite + Unpin,
-{
-    connection: h2::client::Connection<Watched<T>, Bytes>,
-    /// Asks, after every poll, whether streams can still be opened. It would keep the connection open, so it goes when the last sender
-    /// does.
-    probe: Option<SendRequest<Bytes>>,
-    suspected: mpsc::UnboundedReceiver<()>,
-    limit: Arc<AtomicUsize>,
-    reserved: usize,
-    pinger: Option<Pinger>,
-    left: bool,
-    on_report: F,
-}
-
-impl<T, F> Future for Task<T, F>
-where
-    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    F: FnMut(Report) + Send + Unpin + 'static,
-{
-    type Output = ();
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let this = &mut *self;
-        if let Poll::Ready(outcome) = Pin::new(&mut this.connection).poll(cx) {
-            this.leave(Leave::new(outcome));
-            return Poll::Ready(());
-        }
-        while let Poll::Ready(suspicion) = this.suspected.poll_recv(cx) {
-            if suspicion.is_none() {
-                this.probe = None;
-                break;
-            }
-            if let Some(pinger) = &mut this.pinger {
-                pinger.suspect();
-            }
-        }
-        if let Some(probe) = &mut this.probe {
-            let limit = for_calls(probe.current_max_send_streams(), this.reserved);
-            if this.limit.load(Ordering::Relaxed) != limit {
-                this.limit.store(limit, Ordering::Relaxed);
-                (this.on_report)(Report::Streams);
-            }
-            if let Poll::Ready(Err(error)) = probe.poll_ready(cx) {
-                this.probe = None;
-                this.leave(Leave::Failed(error));
-            }
-        }
-        while let Some(pinger) = &mut this.pinger
-            && let Poll::Ready(action) = pinger.poll(cx)
-        {
-            match action {
-                Action::Stalled if !this.left => (this.on_report)(Report::Stalled),
-                Action::Recovered if !this.left => (this.on_report)(Report::Recovered),
-                Action::Lost => {
-                    // Dropping the connection fails its streams with an I/O error, which is what happened to them.
-                    this.leave(Leave::Unresponsive);
-                    return Poll::Ready(());
-                }
-                _ => {}
-            }
-        }
-        Poll::Pending
-    }
-}
-
-impl<T, F> Task<T, F>
-where
-    T: AsyncRead + AsyncWrite + Unpin,
-    F: FnMut(Report),
-{
-    fn leave(&mut self, why: Leave) {
-        if !std::mem::replace(&mut self.left, true) {
-            (self.on_report)(Report::Left(why));
-        }
-    }
-}
-
+/// HTTP/2's largest window.
+pub(crate) const MAX_WINDOW: u32 = (1 << 31) - 1;
 /// Streams that we have reset and whose late frames are still expected, without an error for the connection.
 const RESET_STREAMS: usize = 1024;

@@ -5,12 +5,14 @@
 mod activity;
 pub(crate) mod connect;
 pub(crate) mod deadline;
+mod frames;
 pub(crate) mod health;
 pub(crate) mod http2;
 pub(crate) mod incoming;
 mod pinger;
 pub(crate) mod pings;
 pub(crate) mod pump;
+pub(crate) mod task;
 #[cfg(feature = "tls")]
 pub(crate) mod tls;
 

@@ -8,7 +8,7 @@ use h2::{Ping, PingPong};
 use tokio::time::{Instant, Sleep};
 
 use super::activity::Activity;
-use super::pings::{Action, Pings};
+use super::pings::{Action, Doubt, Pings};
 
 /// Sends what [`Pings`] decides.
 pub(super) struct Pinger {
@@ -29,23 +29,26 @@ impl Pinger {
         }
     }
 
-    /// A call has taken too long. What follows of it, [`poll`](Self::poll) says.
-    pub(super) fn suspect(&mut self) {
-        let action = self
-            .decided
-            .on_suspicion(Instant::now(), self.activity.bytes());
-        // A ping that cannot be sent belongs to a connection that ends by itself.
-        if action == Some(Action::Ping) {
+    /// The peer is doubted. Returns what has to be reported at once.
+    pub(super) fn doubt(&mut self, doubt: Doubt) -> Option<Action> {
+        let (heard, busy) = (self.activity.heard(), self.activity.is_busy());
+        let action = self.decided.on_doubt(doubt, Instant::now(), heard, busy)?;
+        if action == Action::Ping {
+            // A ping that cannot be sent belongs to a connection that ends by itself.
             let _ = self.pings.send_ping(Ping::opaque());
+            return None;
         }
+        Some(action)
     }
 
-    /// Ready with what is to be said of the connection.
+    /// Ready with what is to be reported of the connection.
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Action> {
         loop {
-            if self.decided.is_outstanding()
-                && self.pings.poll_pong(cx).is_ready()
-                && let Some(action) = self.decided.on_pong(Instant::now())
+            if self.decided.is_outstanding() && self.pings.poll_pong(cx).is_ready() {
+                self.decided.on_pong(Instant::now(), self.activity.heard());
+            }
+            if self.decided.is_stalled()
+                && let Some(action) = self.decided.on_heard(self.activity.heard())
             {
                 return Poll::Ready(action);
             }
@@ -56,7 +59,8 @@ impl Pinger {
                 self.timer.as_mut().reset(wake_at);
             }
             ready!(self.timer.as_mut().poll(cx));
-            match self.decided.on_time(Instant::now(), self.activity.bytes()) {
+            let (heard, busy) = (self.activity.heard(), self.activity.is_busy());
+            match self.decided.on_time(Instant::now(), heard, busy) {
                 Some(Action::Ping) if self.pings.send_ping(Ping::opaque()).is_err() => {
                     return Poll::Ready(Action::Lost);
                 }

@@ -8,7 +8,7 @@ use h2::client::ResponseFuture;
 use h2::{Reason, SendStream};
 use http::{Request, Response};
 use http_body::Body as _;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::Status;
 use tonic::body::Body;
@@ -144,7 +144,11 @@ impl Pump {
         let recalled = recall
             .clone()
             .map(|recall| Box::pin(recall.cancelled_owned()));
-        let sending = Sending { stream, recalled };
+        let sending = Sending {
+            stream,
+            recalled,
+            finished: false,
+        };
         let task = tokio::spawn(pump(sending, read, rest));
         Self { task, recall }
     }
@@ -161,17 +165,29 @@ impl Pump {
         self.finish().await
     }
 
-    /// Waits for the end of a pump whose stream is dead. None if the body has panicked.
+    /// Waits for the end of a pump whose stream is dead. None if its runtime has ended.
     pub(super) async fn finish(mut self) -> Option<Pumped> {
-        (&mut self.task).await.ok()
+        outcome((&mut self.task).await)
     }
 
     /// The error of the caller's body, if that is what ended the call.
     pub(super) fn poll_error(&mut self, cx: &mut Context<'_>) -> Option<Status> {
-        match Pin::new(&mut self.task).poll(cx) {
-            Poll::Ready(Ok(Pumped::Failed(status))) => Some(status),
+        match Pin::new(&mut self.task).poll(cx).map(outcome) {
+            Poll::Ready(Some(Pumped::Failed(status))) => Some(status),
             _ => None,
         }
+    }
+}
+
+/// A body that panics has failed.
+fn outcome(ended: Result<Pumped, JoinError>) -> Option<Pumped> {
+    match ended {
+        Ok(pumped) => Some(pumped),
+        Err(error) if error.is_panic() => {
+            let status = Status::internal("the stream of request messages has panicked");
+            Some(Pumped::Failed(status))
+        }
+        Err(_) => None,
     }
 }
 
@@ -196,6 +212,17 @@ pub(crate) enum Pumped {
 struct Sending {
     stream: SendStream<Bytes>,
     recalled: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
+    /// Whether the pump has come to its end.
+    finished: bool,
+}
+
+impl Drop for Sending {
+    /// Without a reset the server would wait for the rest of a body that has panicked, and the caller for the server.
+    fn drop(&mut self) {
+        if !self.finished {
+            self.stream.send_reset(Reason::CANCEL);
+        }
+    }
 }
 
 impl Sending {
@@ -210,14 +237,20 @@ impl Sending {
     }
 }
 
-async fn pump(mut sending: Sending, read: Vec<Bytes>, mut rest: Body) -> Pumped {
+async fn pump(mut sending: Sending, read: Vec<Bytes>, rest: Body) -> Pumped {
+    let pumped = send_all(&mut sending, read, rest).await;
+    sending.finished = true;
+    pumped
+}
+
+async fn send_all(sending: &mut Sending, read: Vec<Bytes>, mut rest: Body) -> Pumped {
     let mut kept = Kept::default();
     let mut ended = false;
     for frame in &read {
         kept.keep(frame);
     }
     for frame in read {
-        if !send(&mut sending, frame).await {
+        if !send(sending, frame).await {
             return kept.give_back(rest, ended);
         }
     }
@@ -237,7 +270,7 @@ async fn pump(mut sending: Sending, read: Vec<Bytes>, mut rest: Body) -> Pumped 
             None => return kept.give_back(rest, ended),
             Some(Ok(Some(frame))) => {
                 kept.keep(&frame);
-                if !send(&mut sending, frame).await {
+                if !send(sending, frame).await {
                     return kept.give_back(rest, ended);
                 }
             }

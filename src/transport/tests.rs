@@ -16,10 +16,11 @@ use tokio::time::timeout;
 use tonic::Status;
 use tonic::body::Body;
 
-use super::connect::race;
-use super::http2::{Connection, Leave, OpenError, Report, Settings, is_unprocessed};
+use super::connect::{DialError, race};
+use super::http2::{Connection, OpenError, Settings, is_unprocessed};
 use super::incoming::Incoming;
 use super::pump::{Exchange, Outgoing, Pumped, Recall};
+use super::task::{Leave, Report};
 
 type Accepted = (Request<RecvStream>, SendResponse<Bytes>);
 
@@ -56,11 +57,9 @@ impl Pair {
                 let _ = leaves.send(leave);
             }
         };
-        let client = Connection::establish(near, &DEFAULTS, on_report);
-        let client = timeout(PATIENCE, client)
-            .await
-            .expect("in time")
-            .expect("a connection");
+        let established = Connection::establish(near, &DEFAULTS, None);
+        let established = timeout(PATIENCE, established).await.expect("in time");
+        let client = established.expect("a connection").start(on_report);
         Self {
             client,
             accepted,
@@ -194,7 +193,7 @@ async fn a_call_goes_out_and_its_answer_comes_back_with_trailers() {
 #[tokio::test]
 async fn a_peer_that_never_answers_is_never_connected() {
     let (near, _far) = duplex(1 << 16);
-    let establishing = Connection::establish(near, &DEFAULTS, |_| ());
+    let establishing = Connection::establish(near, &DEFAULTS, None);
     let outcome = timeout(Duration::from_millis(50), establishing).await;
     assert!(outcome.is_err(), "a handshake is no answer");
 }
@@ -208,7 +207,7 @@ async fn a_peer_that_allows_no_streams_is_not_connected() {
         let mut server: ServerConnection<_, Bytes> = builder.handshake(far).await.expect("h2");
         while server.accept().await.is_some() {}
     });
-    let establishing = Connection::establish(near, &DEFAULTS, |_| ());
+    let establishing = Connection::establish(near, &DEFAULTS, None);
     let outcome = timeout(Duration::from_millis(50), establishing).await;
     assert!(outcome.is_err(), "a limit of 0 is not ready");
 }
@@ -334,11 +333,9 @@ async fn an_error_that_h2_detects_itself_proves_nothing() {
             .expect("rubbish");
         std::future::pending::<()>().await;
     });
-    let client = Connection::establish(near, &DEFAULTS, |_| ());
-    let client = timeout(PATIENCE, client)
-        .await
-        .expect("in time")
-        .expect("a connection");
+    let established = Connection::establish(near, &DEFAULTS, None);
+    let established = timeout(PATIENCE, established).await.expect("in time");
+    let client = established.expect("a connection").start(|_| ());
     let mut exchange = Exchange::start(&client, request(), single(), Recall::Never).expect("sent");
     let error = head(&mut exchange).await.expect_err("a protocol error");
     assert!(
@@ -600,23 +597,30 @@ async fn scripted(
         }
     });
     let (leaves, left) = mpsc::unbounded_channel();
-    let establishing = Connection::establish(near, &DEFAULTS, move |report| {
+    let established = Connection::establish(near, &DEFAULTS, None);
+    let established = timeout(PATIENCE, established).await.expect("in time");
+    let client = established.expect("a connection").start(move |report| {
         if let Report::Left(leave) = report {
             let _ = leaves.send(leave);
         }
     });
-    let client = timeout(PATIENCE, establishing).await.expect("in time");
-    (client.expect("a connection"), left)
+    (client, left)
 }
 
 #[tokio::test]
 async fn a_call_that_was_sent_above_a_goaway_is_unprocessed_whatever_its_code() {
-    for frames in [
+    for (frames, blame) in [
         // The last stream is 0, the code NO_ERROR.
-        b"\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\0",
+        (b"\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\0", None),
         // The same with ENHANCE_YOUR_CALM, and with INTERNAL_ERROR.
-        b"\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\x0b",
-        b"\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\x02",
+        (
+            b"\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\x0b",
+            Some(Reason::ENHANCE_YOUR_CALM),
+        ),
+        (
+            b"\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\x02",
+            Some(Reason::INTERNAL_ERROR),
+        ),
     ] {
         let (client, _left) = scripted(frames, true).await;
         let mut exchange =
@@ -624,6 +628,7 @@ async fn a_call_that_was_sent_above_a_goaway_is_unprocessed_whatever_its_code() 
         let error = head(&mut exchange).await.expect_err("not taken");
         assert!(error.is_go_away() && error.is_remote(), "{error:?}");
         assert!(is_unprocessed(&error), "{error}");
+        assert_eq!(client.blame(), blame, "whether the call may be the cause");
     }
 }
 
@@ -707,6 +712,13 @@ async fn of_two_addresses_of_which_the_first_is_dead_the_second_is_taken() {
     let alive = listen(16);
     // Refuses.
     let refusing = address(&listen(1));
+    let race = |addresses| {
+        race(addresses, async |address| {
+            tokio::net::TcpStream::connect(address)
+                .await
+                .map_err(DialError::Dial)
+        })
+    };
     let stream = timeout(PATIENCE, race(vec![refusing, address(&alive)])).await;
     let stream = stream.expect("in time").expect("a connection");
     assert_eq!(stream.peer_addr().expect("a peer"), address(&alive));
@@ -726,6 +738,10 @@ async fn of_two_addresses_of_which_the_first_is_dead_the_second_is_taken() {
     assert!(took < Duration::from_secs(5), "{took:?}");
     // All dead: the last reason.
     let outcome = timeout(PATIENCE, race(vec![refusing, refusing])).await;
-    let error = outcome.expect("in time").expect_err("nobody is there");
-    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
+    match outcome.expect("in time") {
+        Err(DialError::Dial(error)) => {
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
+        }
+        other => panic!("both refuse, but {other:?}"),
+    }
 }

@@ -216,7 +216,13 @@ impl Tls {
         })?;
         let name = ServerName::try_from(name.to_owned()).map_err(invalid)?;
         let connector = TlsConnector::from(self.current().await?);
-        let stream = connector.connect(name, io).await?;
+        let stream = connector.connect(name, io).await.map_err(|error| {
+            // rustls names the record type that it could not read.
+            if error.to_string().contains("InvalidContentType") {
+                return io::Error::new(error.kind(), "the server does not speak TLS");
+            }
+            error
+        })?;
         // gRPC wants it negotiated, but servers that know nothing else leave it out; those that chose HTTP/1 are told so.
         match stream.get_ref().1.alpn_protocol() {
             None | Some(b"h2") => Ok(stream),

@@ -31,6 +31,8 @@ pub mod callers;
 pub mod counting;
 #[path = "../../examples/greeter/mod.rs"]
 pub mod greeter;
+pub mod link;
+pub mod peer;
 pub mod program;
 pub mod proxy;
 pub mod relay;

@@ -1,12 +1,15 @@
 //! A certificate for this machine, and connections that trust it.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
-use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
-use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 use tonic::transport::{Certificate, ClientTlsConfig, Identity, ServerTlsConfig};
+use tonic_etcd::TlsConfig;
 
 use super::authority::Authority;
 
@@ -27,6 +30,36 @@ impl Localhost {
             self.0.read("server.pem"),
             self.0.read("server.key"),
         ))
+    }
+
+    /// What a bare HTTP/2 server accepts connections with.
+    pub fn acceptor(&self) -> TlsAcceptor {
+        let chain = CertificateDer::from_pem_slice(&self.0.read("server.pem")).unwrap();
+        let key = PrivateKeyDer::from_pem_slice(&self.0.read("server.key")).unwrap();
+        let provider = Arc::new(ring::default_provider());
+        let mut config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![chain], key)
+            .unwrap();
+        config.alpn_protocols.push(b"h2".to_vec());
+        TlsAcceptor::from(Arc::new(config))
+    }
+
+    /// The files of the certificate, of its key, and of the authority's certificate.
+    pub fn files(&self) -> [PathBuf; 3] {
+        ["server.pem", "server.key", "ca.pem"].map(|file| self.0.path(file))
+    }
+
+    /// What a channel trusts it with.
+    pub fn trusted(&self) -> TlsConfig {
+        TlsConfig::new("localhost").ca_pem(self.ca())
+    }
+
+    /// The authority's certificate.
+    pub fn ca(&self) -> Vec<u8> {
+        self.0.read("ca.pem")
     }
 
     pub fn client(&self) -> ClientTlsConfig {

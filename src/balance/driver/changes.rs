@@ -8,8 +8,10 @@ use super::{Class, Driver, Known, State, SubchannelId};
 use crate::address::Address;
 use crate::balance::endpoint::{Endpoint, Tally};
 use crate::balance::feed::Batch;
+use crate::balance::member::Member;
 use crate::balance::outlier::Ejection;
 use crate::balance::subchannel::{ConnectBackoff, Subchannel};
+use crate::error::causes;
 use crate::instance::Instance;
 
 impl Driver {
@@ -17,17 +19,24 @@ impl Driver {
     where
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
+        // An error does not make the set known.
+        let is_news = batch.changes.is_empty() || batch.changes.iter().any(Result::is_ok);
         for change in batch.changes {
             match change {
-                Ok(Change::Insert(address, instance)) => self.insert(&address, &instance),
+                Ok(Change::Insert(address, instance)) => {
+                    self.summary.source_error = None;
+                    self.insert(&address, &instance);
+                }
                 Ok(Change::Remove(address)) => self.remove(&address),
                 Err(error) => {
-                    let error = error.into();
+                    let error = causes(&*error.into());
                     tracing::warn!(%error, "discovery failed; the set stays as it is");
+                    self.summary.source_error = Some(error.into());
+                    self.publish_soon();
                 }
             }
         }
-        if batch.known && !self.summary.known {
+        if batch.known && is_news && !self.summary.known {
             self.summary.known = true;
             tracing::info!(
                 endpoints = self.known.len(),
@@ -53,6 +62,11 @@ impl Driver {
         }
         if fresh {
             known.ejection = Ejection::default();
+            known.quarantine = None;
+            known.spare_backoff.reset();
+            known.spare_at = None;
+            known.warm = false;
+            known.endpoint.forget();
         }
         for id in subchannels {
             if before.is_last_resort() && !last_resort {
@@ -77,6 +91,12 @@ impl Driver {
             subchannels: Vec::new(),
             class: Class::Failing,
             ejection: Ejection::default(),
+            quarantine: None,
+            spare: None,
+            spare_backoff: ConnectBackoff::new(self.options.max_backoff),
+            spare_at: None,
+            warm: false,
+            keep_alive: self.connector.http2.keep_alive,
             started: None,
             judged: Tally::default(),
         };
@@ -87,10 +107,8 @@ impl Driver {
         self.publish_soon();
     }
 
-    pub(super) fn add_subchannel(&mut self, address: &Address, dial: bool) {
-        let Some(known) = self.known.get_mut(address) else {
-            return;
-        };
+    pub(super) fn add_subchannel(&mut self, address: &Address, dial: bool) -> Option<SubchannelId> {
+        let known = self.known.get_mut(address)?;
         self.next_id += 1;
         let id = self.next_id;
         known.subchannels.push(id);
@@ -100,6 +118,7 @@ impl Driver {
         if dial {
             self.enqueue(id);
         }
+        Some(id)
     }
 
     pub(super) fn update(&mut self, id: SubchannelId, last_resort: bool, fresh: bool) {
@@ -107,9 +126,17 @@ impl Driver {
             return;
         };
         let state = match state {
-            State::Ready(subchannel) if fresh && subchannel.is_stalled() => {
-                // Whoever is registered now is not the one that does not answer.
+            State::Ready(subchannel) if fresh && subchannel.is_silent() => {
+                // The stall belongs to the previous registration.
+                self.drop_spare(&address);
                 State::Idle(self.abandon(id, &address, subchannel))
+            }
+            State::Resting(subchannel) if last_resort || fresh => {
+                self.resting.remove(&id);
+                if !last_resort {
+                    self.enqueue(id);
+                }
+                State::Idle(subchannel.wake(false))
             }
             State::Connecting(subchannel) if last_resort => {
                 // What comes of it is not to be taken for the outcome of another dial.
@@ -148,9 +175,10 @@ impl Driver {
         }
         let mut drains = false;
         for id in known.subchannels {
+            self.resting.remove(&id);
             // Dropping the other states ends what they do.
             if let Some((_, State::Ready(subchannel))) = self.subchannels.remove(&id) {
-                self.evict(id);
+                self.evict(id, subchannel.member());
                 drains |= subchannel.member().load().in_flight() > 0;
                 let draining = subchannel.drain();
                 self.draining.push((Arc::clone(&known.endpoint), draining));
@@ -161,7 +189,9 @@ impl Driver {
         self.publish_now();
     }
 
-    pub(super) fn evict(&mut self, id: SubchannelId) {
+    /// Takes a connection out of the set that calls pick from.
+    pub(super) fn evict(&mut self, id: SubchannelId, member: &Arc<Member>) {
+        member.set_takes_calls(false);
         if self.primary.remove(&id) || self.last_resort.remove(&id) {
             self.publish_now();
         }

@@ -9,11 +9,12 @@ use tokio::time::Instant;
 use super::{Dial, DialId, Driver, Report, State, SubchannelId};
 use crate::address::Address;
 use crate::balance::member::Member;
-use crate::balance::subchannel::{Connecting, Lost, Subchannel};
-use crate::balance::{EndpointError, OnRefused};
+use crate::balance::subchannel::{Connecting, Ending, Lost, Subchannel};
+use crate::balance::{EndpointError, LONGEST, OnRefused};
 use crate::error::causes;
-use crate::transport::connect::DialError;
-use crate::transport::http2::{Connection, Leave};
+use crate::transport::connect::{Attempt, DialError};
+use crate::transport::http2::Connection;
+use crate::transport::task::Leave;
 
 impl Driver {
     /// Has a subchannel dialled when it is its turn, which is at random.
@@ -57,7 +58,8 @@ impl Driver {
             };
             let state = match state {
                 State::Idle(subchannel) if self.is_dialled(&address) => {
-                    let dial = self.dial(id, &address, subchannel.is_failing());
+                    let failed = subchannel.failed_attempts();
+                    let dial = self.dial(id, &address, subchannel.is_failing(), failed);
                     State::Connecting(subchannel.connect(dial, Instant::now()))
                 }
                 state => state,
@@ -72,7 +74,13 @@ impl Driver {
         known.is_some_and(|known| !known.instance.is_last_resort())
     }
 
-    fn dial(&mut self, id: SubchannelId, address: &Address, is_retry: bool) -> AbortHandle {
+    fn dial(
+        &mut self,
+        id: SubchannelId,
+        address: &Address,
+        is_retry: bool,
+        failed: usize,
+    ) -> AbortHandle {
         tracing::debug!(%address, "connecting");
         self.next_id += 1;
         let dial_id = self.next_id;
@@ -82,7 +90,9 @@ impl Driver {
             let _ = reports.send((dial_id, Report::Connection(report)));
         };
         let (connector, address) = (Arc::clone(&self.connector), address.clone());
-        let dial = async move { connector.connect(&address, on_report).await };
+        let keep_alive = self.known.get(&address).and_then(|known| known.keep_alive);
+        let attempt = Attempt { failed, keep_alive };
+        let dial = async move { connector.connect(&address, attempt, on_report).await };
         let dial = self.dials.spawn(dial);
         self.retries += usize::from(is_retry);
         let dialling = Dial {
@@ -130,8 +140,8 @@ impl Driver {
             Ok(connection) => {
                 self.connected.insert(dial_id, id);
                 self.on_connected(id, dial_id, &address, subchannel, connection);
-                if lost_early {
-                    self.on_left(dial_id, &Leave::Closed);
+                if let Some(leave) = lost_early {
+                    self.on_left(dial_id, &leave);
                 }
             }
             Err(error) => self.on_refused(id, &address, subchannel, &error),
@@ -159,16 +169,27 @@ impl Driver {
             self.shared.started,
         ));
         member.follow_limit();
+        let weak = Arc::downgrade(&member);
+        // Weak: the connection's task must not keep the connection open.
+        member.connection().set_busy(move || {
+            let member = weak.upgrade();
+            member.is_some_and(|member| member.load().in_flight() > 0)
+        });
         known.endpoint.add_connection(&member);
-        let missing = self
-            .options
-            .connections_per_endpoint
-            .saturating_sub(known.subchannels.len());
         let dial = !known.instance.is_last_resort();
         let health_watch = self.watch_health(dial_id, &member);
         let is_asked = health_watch.is_some();
         let ready = State::Ready(subchannel.connected(member, health_watch));
         self.subchannels.insert(id, (address.clone(), ready));
+        self.replace_stalled(address, id);
+        let connections = self
+            .known
+            .get(address)
+            .map_or(0, |known| known.subchannels.len());
+        let missing = self
+            .options
+            .connections_per_endpoint
+            .saturating_sub(connections);
         if is_asked {
             tracing::debug!(%address, ?round_trip, "connected: asking the endpoint how it is");
         } else {
@@ -200,6 +221,9 @@ impl Driver {
             tracing::debug!(%address, %reason, "endpoint still failing");
         }
         self.note(address, reason.into());
+        if let Some(known) = self.known.get_mut(address) {
+            known.warm = false;
+        }
         if let Some(OnRefused(tell)) = &self.options.on_refused {
             tell(address);
         }
@@ -209,35 +233,54 @@ impl Driver {
         self.reclassify(address);
     }
 
-    pub(super) fn on_left(&mut self, dial_id: DialId, leave: &Leave) {
+    /// Handles the end of a connection, which may be reported before the end of its dial.
+    pub(super) fn on_lost(&mut self, dial_id: DialId, leave: Leave) {
+        let mut dialling = self.dialling.values();
+        if dialling.any(|dialling| dialling.id == dial_id) {
+            self.lost_early.insert(dial_id, leave);
+        } else {
+            self.on_left(dial_id, &leave);
+        }
+    }
+
+    fn on_left(&mut self, dial_id: DialId, leave: &Leave) {
         let Some(id) = self.connected.remove(&dial_id) else {
-            if self
-                .dialling
-                .values()
-                .any(|dialling| dialling.id == dial_id)
-            {
-                self.lost_early.insert(dial_id);
-            }
             return;
         };
         // A removed endpoint's connection leaves as well, and nobody minds.
         let Some((address, State::Ready(subchannel))) = self.subchannels.remove(&id) else {
             return;
         };
-        self.evict(id);
+        self.evict(id, subchannel.member());
+        self.heed_pings(&address, subchannel.member());
         if leave.is_graceful() {
-            tracing::info!(%address, reason = %leave, "endpoint is leaving");
+            tracing::debug!(%address, reason = %leave, "connection closed by its server");
         } else {
             tracing::info!(%address, reason = %leave, "connection lost");
         }
-        self.note(&address, leave.to_string().into());
+        if !leave.is_graceful() {
+            self.note(&address, leave.to_string().into());
+        }
+        if subchannel.is_silent() && self.spare_takes_over(&address, id) {
+            return self.reclassify(&address);
+        }
         let known = self.known.get(&address);
         if let Some(known) = known {
             let estimate = subchannel.member().load().estimate();
             known.endpoint.keep_estimate(estimate);
         }
         let last_resort = known.is_some_and(|known| known.instance.is_last_resort());
-        let state = match subchannel.lost(&mut self.rng, Instant::now()) {
+        let ending = Ending {
+            graceful: leave.is_graceful(),
+            used: Arc::clone(subchannel.member().used()),
+        };
+        let state = match subchannel.lost(ending, &mut self.rng, Instant::now()) {
+            Lost::Resting(subchannel) if last_resort => State::Idle(subchannel.wake(false)),
+            Lost::Resting(subchannel) => {
+                self.timers.push(Reverse((subchannel.until(), id)));
+                self.resting.insert(id);
+                State::Resting(subchannel)
+            }
             Lost::Idle(subchannel) => {
                 if !last_resort {
                     self.enqueue_as(id, subchannel.is_failing());
@@ -246,12 +289,34 @@ impl Driver {
             }
             Lost::TransientFailure(subchannel) if last_resort => State::Idle(subchannel.retry()),
             Lost::TransientFailure(subchannel) => {
+                if leave.is_graceful() {
+                    let reason = "the server closes its connections before it serves a call";
+                    self.note(&address, reason.into());
+                }
                 self.timers.push(Reverse((subchannel.until(), id)));
                 State::TransientFailure(subchannel)
             }
         };
         self.subchannels.insert(id, (address.clone(), state));
         self.reclassify(&address);
+    }
+
+    /// Pings an endpoint half as often whose server has ended a connection for its PINGs (gRFC A8).
+    fn heed_pings(&mut self, address: &Address, member: &Member) {
+        if !member.connection().has_too_many_pings() {
+            return;
+        }
+        let Some(known) = self.known.get_mut(address) else {
+            return;
+        };
+        if let Some(keep_alive) = &mut known.keep_alive {
+            keep_alive.interval = keep_alive.interval.saturating_mul(2).min(LONGEST);
+            keep_alive.permit = keep_alive.permit.max(keep_alive.interval);
+            let interval = keep_alive.interval;
+            tracing::warn!(%address, ?interval, "too many pings: the keep-alive interval is doubled");
+        } else {
+            tracing::warn!(%address, "the server has closed a connection for its pings");
+        }
     }
 
     pub(super) fn note(&mut self, address: &Address, reason: Arc<str>) {
@@ -268,6 +333,11 @@ impl Driver {
             return;
         };
         let state = match state {
+            State::Resting(subchannel) if subchannel.until() <= now => {
+                self.resting.remove(&id);
+                self.enqueue(id);
+                State::Idle(subchannel.wake(false))
+            }
             // A timer of an earlier wait finds another one running.
             State::TransientFailure(subchannel) if subchannel.until() <= now => {
                 self.enqueue_as(id, subchannel.is_failing());

@@ -9,16 +9,19 @@ use crate::address::Address;
 use crate::balance::health::Health;
 use crate::balance::member::{Member, Seat};
 use crate::balance::outlier;
-use crate::balance::subchannel::{ConnectBackoff, Idle, Ready, Subchannel};
-use crate::transport::http2;
+use crate::balance::subchannel::{ConnectBackoff, Idle, Ready, Silence, Subchannel};
+use crate::transport::task;
 
 impl Driver {
     pub(super) fn on_report(&mut self, dial_id: DialId, report: Report) {
         match report {
-            Report::Connection(http2::Report::Stalled) => self.on_stalled(dial_id, true),
-            Report::Connection(http2::Report::Recovered) => self.on_stalled(dial_id, false),
-            Report::Connection(http2::Report::Streams) => self.on_streams(dial_id),
-            Report::Connection(http2::Report::Left(leave)) => self.on_left(dial_id, &leave),
+            Report::Connection(task::Report::Stalled) => self.on_silent(dial_id, Silence::Stalled),
+            Report::Connection(task::Report::Doubtful) => {
+                self.on_silent(dial_id, Silence::Doubtful);
+            }
+            Report::Connection(task::Report::Recovered) => self.on_recovered(dial_id),
+            Report::Connection(task::Report::Streams) => self.on_streams(dial_id),
+            Report::Connection(task::Report::Left(leave)) => self.on_lost(dial_id, leave),
             Report::Health(health) => self.on_health(dial_id, health),
         }
     }
@@ -32,7 +35,7 @@ impl Driver {
             return;
         };
         subchannel.member().follow_limit();
-        // Whoever waits for a stream may find one now.
+        subchannel.member().offer();
         self.shared.changed.notify_waiters();
         if self.options.health_check.is_some() && !subchannel.member().connection().has_reserve() {
             // A call would wait for the watch's stream inside h2, for ever.
@@ -44,7 +47,30 @@ impl Driver {
         }
     }
 
-    fn on_stalled(&mut self, dial_id: DialId, stalled: bool) {
+    /// Nothing was read from a connection in time. If a PING has proven that, it gets no calls.
+    fn on_silent(&mut self, dial_id: DialId, silence: Silence) {
+        let Some(&id) = self.connected.get(&dial_id) else {
+            return;
+        };
+        let Some((address, State::Ready(subchannel))) = self.subchannels.get_mut(&id) else {
+            return;
+        };
+        let address = address.clone();
+        subchannel.set_silence(silence);
+        // A connection that has served calls is worth another one at once.
+        let has_served = subchannel.member().used().is_answered();
+        if silence == Silence::Stalled {
+            tracing::warn!(%address, "connection does not answer: dialling a second one beside it");
+            self.note(&address, "does not answer any more".into());
+        } else {
+            tracing::debug!(%address, "connection is silent: dialling a second one beside it");
+        }
+        self.place(id);
+        self.dial_beside(&address, has_served);
+        self.reclassify(&address);
+    }
+
+    fn on_recovered(&mut self, dial_id: DialId) {
         let Some(&id) = self.connected.get(&dial_id) else {
             return;
         };
@@ -53,21 +79,18 @@ impl Driver {
             return;
         };
         let address = address.clone();
-        subchannel.set_stalled(stalled);
-        if stalled {
-            tracing::warn!(%address, "endpoint does not answer: no calls until it does");
-            self.note(&address, "does not answer any more".into());
-            if self.options.redial_stalled {
-                return self.leave(id);
-            }
-        } else {
+        if subchannel.is_stalled() {
+            // It was away, and is taken for as fast as the pool.
             subchannel.member().load().forget(median);
-            tracing::info!(%address, "endpoint answers again");
+            tracing::info!(%address, "connection answers again");
         }
+        subchannel.set_silence(Silence::None);
         self.place(id);
+        self.drop_spare(&address);
+        self.reclassify(&address);
     }
 
-    /// Puts a connection where its endpoint's rank says: among those that are picked, or among those that are only if there are no others.
+    /// Moves a connection to the primary or the last-resort ready set, according to its endpoint, or out of both if it does not answer.
     pub(super) fn place(&mut self, id: SubchannelId) {
         let Some((address, State::Ready(subchannel))) = self.subchannels.get(&id) else {
             return;
@@ -75,25 +98,34 @@ impl Driver {
         let Some(known) = self.known.get(address) else {
             return;
         };
-        let ejected = subchannel.is_stalled() || known.ejection.is_ejected();
-        known.endpoint.set_ejected(ejected);
-        if *subchannel.health() != Health::Serving {
-            return self.evict(id);
+        let is_foreign = known
+            .quarantine
+            .is_some_and(|quarantine| !quarantine.is_over());
+        let ejected = known.ejection.is_ejected() || is_foreign;
+        known
+            .endpoint
+            .set_ejected(ejected || subchannel.is_stalled());
+        if *subchannel.health() != Health::Serving || subchannel.is_stalled() {
+            let member = Arc::clone(subchannel.member());
+            return self.evict(id, &member);
         }
         let weight = self.share(known, Instant::now());
         let weight = weight.saturating_mul(self.zone_factor(known));
-        let (here, there) = if ejected || known.instance.is_last_resort() {
+        let is_reserve = ejected || known.instance.is_last_resort();
+        let (here, there) = if is_reserve {
             (&mut self.last_resort, &mut self.primary)
         } else {
             (&mut self.primary, &mut self.last_resort)
         };
+        let takes_calls = !is_reserve || self.is_last_resort;
+        subchannel.member().set_takes_calls(takes_calls);
         let moved = there.remove(&id);
         if !here.contains(&id) {
             here.insert(id, Seat::new(subchannel.member()), weight);
         } else if !here.reweigh(&id, weight) {
             return;
         }
-        // Who is not to be picked any more is out at once.
+        // If the connection changed sets, publishes immediately; a change of weight alone can be batched.
         if moved {
             self.publish_now();
         } else {
@@ -138,6 +170,8 @@ impl Driver {
             state => state,
         };
         self.subchannels.insert(id, (address.clone(), state));
+        // The new connection stands for the one that was dialled beside the old.
+        self.drop_spare(&address);
         self.reclassify(&address);
     }
 
@@ -149,7 +183,7 @@ impl Driver {
         subchannel: Subchannel<Ready>,
     ) -> Subchannel<Idle> {
         tracing::info!(%address, "left a connection: connecting anew");
-        self.evict(id);
+        self.evict(id, subchannel.member());
         self.connected.retain(|_, connected| *connected != id);
         if let Some(known) = self.known.get(address) {
             known.endpoint.set_ejected(false);

@@ -33,7 +33,18 @@ impl Driver {
         let watch = HealthWatch::new(self.options.max_backoff);
         let rng = self.rng.fork();
         let patience = self.connector.timeout;
-        let watching = run(check, Arc::clone(member), watch, rng, patience, report);
+        let watching = run(
+            check,
+            Arc::clone(member),
+            watch,
+            rng,
+            patience,
+            report.clone(),
+        );
+        let watching = async move {
+            let _panicked = Panicked(report);
+            watching.await;
+        };
         Some(StopOnDrop(tokio::spawn(watching).abort_handle()))
     }
 
@@ -65,7 +76,18 @@ impl Driver {
     }
 }
 
-/// Watches until there is nobody to be asked. Whoever holds the connection's state ends it.
+/// Reports a watch that panics: the endpoint would otherwise keep its last health for ever.
+struct Panicked<F: Fn(Health)>(F);
+
+impl<F: Fn(Health)> Drop for Panicked<F> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            (self.0)(Health::NotServing("its health watch has panicked".into()));
+        }
+    }
+}
+
+/// Watches until the server turns out to have no health service. Dropping the connection's state ends the watch.
 async fn run(
     check: HealthCheck,
     member: Arc<Member>,

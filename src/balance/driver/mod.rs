@@ -19,22 +19,31 @@ use super::member::Seat;
 use super::outlier::Ejection;
 use super::picker::Policy;
 use super::pool::Roster;
-use super::subchannel::{Connecting, Draining, Idle, Ready, Subchannel, TransientFailure};
+use super::subchannel::{
+    ConnectBackoff, Connecting, Draining, Idle, Ready, Resting, Subchannel, TransientFailure,
+};
 use super::zone::Zones;
 use super::{Options, Shared, Summary};
 use crate::address::Address;
 use crate::instance::Instance;
 use crate::transport::connect::{Connector, DialError};
-use crate::transport::http2::{self, Connection};
+use crate::transport::http2::Connection;
+use crate::transport::pings::KeepAlive;
+use crate::transport::task::{self, Leave};
 
 mod changes;
 mod dialling;
 mod ejection;
+mod foreign;
 mod health;
 mod publish;
+mod resting;
 mod size;
 mod slow_start;
+mod spare;
 mod zones;
+
+use foreign::Quarantine;
 
 /// A subchannel's number, never used twice.
 type SubchannelId = u64;
@@ -45,6 +54,7 @@ enum State {
     Idle(Subchannel<Idle>),
     Connecting(Subchannel<Connecting>),
     Ready(Subchannel<Ready>),
+    Resting(Subchannel<Resting>),
     TransientFailure(Subchannel<TransientFailure>),
 }
 
@@ -65,6 +75,17 @@ struct Known {
     subchannels: Vec<SubchannelId>,
     class: Class,
     ejection: Ejection,
+    /// Set while its answers are not gRPC's.
+    quarantine: Option<Quarantine>,
+    /// A second connection, dialled because the first stalled; cleared when either answers.
+    spare: Option<SubchannelId>,
+    /// The pace of such connections, and when the next one may be dialled.
+    spare_backoff: ConnectBackoff,
+    spare_at: Option<Instant>,
+    /// Whether a connection to it was ready since it failed or was registered.
+    warm: bool,
+    /// The keep-alive that its server tolerates.
+    keep_alive: Option<KeepAlive>,
     /// When it became ready, while its share still grows.
     started: Option<Instant>,
     /// What it had done when the last interval of the outlier detection ended.
@@ -82,7 +103,7 @@ enum Class {
 /// What a connection has to say.
 #[derive(Debug)]
 enum Report {
-    Connection(http2::Report),
+    Connection(task::Report),
     Health(Health),
 }
 
@@ -113,15 +134,25 @@ pub(super) struct Driver {
     retries: usize,
     dials: JoinSet<Result<Connection, DialError>>,
     dialling: HashMap<Id, Dial>,
+    /// Endpoints with a connection that does not answer.
+    stalled: Vec<Address>,
+    /// Endpoints whose answers are not gRPC's.
+    quarantined: Vec<Address>,
+    /// Subchannels that rest until a call wants them.
+    resting: HashSet<SubchannelId>,
+    /// Total number of calls at the last scan for resting connections.
+    calls_then: Option<u64>,
     connected: HashMap<DialId, SubchannelId>,
     timers: BinaryHeap<Reverse<(Instant, SubchannelId)>>,
     reports: mpsc::UnboundedReceiver<(DialId, Report)>,
     on_report: mpsc::UnboundedSender<(DialId, Report)>,
     /// Connections that were lost before we heard that they were made.
-    lost_early: HashSet<DialId>,
+    lost_early: HashMap<DialId, Leave>,
 
     primary: Roster<SubchannelId, Seat>,
     last_resort: Roster<SubchannelId, Seat>,
+    /// Whether calls pick from the last resort.
+    is_last_resort: bool,
     loads: Loads,
     summary: Summary,
     pending: usize,
@@ -146,7 +177,7 @@ pub(super) struct Driver {
 }
 
 impl Driver {
-    pub(super) fn new(shared: Arc<Shared>, connector: Connector, options: Options) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, connector: Arc<Connector>, options: Options) -> Self {
         let (on_report, reports) = mpsc::unbounded_channel();
         let rng = options
             .seed
@@ -157,7 +188,7 @@ impl Driver {
         Self {
             sweep_at,
             shared,
-            connector: Arc::new(connector),
+            connector,
             options,
             rng,
             known: HashMap::new(),
@@ -170,13 +201,18 @@ impl Driver {
             retries: 0,
             dials: JoinSet::new(),
             dialling: HashMap::new(),
+            quarantined: Vec::new(),
+            resting: HashSet::new(),
+            calls_then: None,
             connected: HashMap::new(),
             timers: BinaryHeap::new(),
             reports,
             on_report,
-            lost_early: HashSet::new(),
+            lost_early: HashMap::new(),
+            stalled: Vec::new(),
             primary: Roster::new(takes_turns),
             last_resort: Roster::new(takes_turns),
+            is_last_resort: false,
             loads: Loads::new(),
             summary: Summary::default(),
             pending: 0,
@@ -208,6 +244,9 @@ impl Driver {
                 Some(dialled) = self.dials.join_next_with_id() => self.on_dialled(dialled),
                 () = self.shared.demand.notified() => {
                     self.give_up();
+                    self.wake_resting();
+                    self.check_silent();
+                    self.isolate_foreign();
                     self.grow_at.get_or_insert_with(|| (self.grew_at + GROW).max(Instant::now()));
                 }
                 () = tokio::time::sleep_until(wake) => {}
@@ -254,7 +293,19 @@ impl Driver {
     }
 }
 
-/// Between looks at every endpoint for those that need one more connection: each call that waits asks for it.
+impl Drop for Driver {
+    /// However the driver ends, with its runtime or by a panic, calls fail with the reason and none waits for it.
+    fn drop(&mut self) {
+        let ended = if std::thread::panicking() {
+            "the channel's driver has panicked"
+        } else {
+            "the runtime on which the channel was made has ended"
+        };
+        self.shared.end(ended, &self.summary);
+    }
+}
+
+/// Minimum interval between scans for endpoints that need another connection; every waiting call requests one.
 const GROW: Duration = Duration::from_millis(5);
 /// How often estimates are brought up to date.
 const REFRESH: Duration = Duration::from_millis(200);

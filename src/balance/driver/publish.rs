@@ -15,6 +15,9 @@ use crate::balance::load::{Ticks, median};
 impl Driver {
     pub(super) fn refresh(&mut self, now: Instant) {
         self.grow_shares(now);
+        self.wake_resting_for_calls();
+        self.try_foreign(now);
+        self.dial_spares(now);
         self.shrink(now);
         self.median = self.find_median();
         let now = Ticks::at(now, self.shared.started);
@@ -53,6 +56,9 @@ impl Driver {
         let mut shown = EndpointState::Idle;
         for (_, state) in states {
             let (of_one, seen) = match state {
+                State::Ready(one) if one.is_stalled() => {
+                    (Class::Failing, EndpointState::TransientFailure)
+                }
                 State::Ready(one) => match one.health() {
                     Health::Serving => (Class::Ready, EndpointState::Ready),
                     Health::Unknown => (Class::Pending, EndpointState::Connecting),
@@ -65,7 +71,8 @@ impl Driver {
                 State::Idle(one) if one.is_failing() || known.instance.is_last_resort() => {
                     (Class::Failing, EndpointState::Idle)
                 }
-                State::Idle(_) => (Class::Pending, EndpointState::Idle),
+                // One that rests is dialled when a call waits.
+                State::Idle(_) | State::Resting(_) => (Class::Pending, EndpointState::Idle),
                 State::TransientFailure(_) => (Class::Failing, EndpointState::TransientFailure),
             };
             if class == Class::Failing || of_one == Class::Ready {
@@ -101,12 +108,20 @@ impl Driver {
     }
 
     pub(super) fn publish(&mut self) {
-        self.weigh_zones();
         self.publish_at = None;
+        if self.shared.has_ended() {
+            return;
+        }
+        self.weigh_zones();
         self.summary.pending = self.pending;
         // Both, since a roster holds on to what it has frozen last.
         let (primary, held) = (self.primary.freeze(), self.last_resort.freeze());
         let last_resort = primary.len() == 0;
+        if std::mem::replace(&mut self.is_last_resort, last_resort) != last_resort {
+            for seat in self.last_resort.members() {
+                seat.member().set_takes_calls(last_resort);
+            }
+        }
         let ready = if last_resort { held } else { primary };
         let were_ready = std::mem::replace(&mut self.summary.ready, ready.len());
         if (were_ready == 0) != (ready.len() == 0) {

@@ -77,13 +77,17 @@ impl Driver {
         if known.subchannels.len() <= self.options.connections_per_endpoint {
             return;
         }
-        let Some(id) = known.subchannels.pop() else {
+        // One that is dialled beside a stalled connection is not the additional one.
+        let spare = known.spare;
+        let mut ids = known.subchannels.iter();
+        let Some(last) = ids.rposition(|id| Some(*id) != spare) else {
             return;
         };
+        let id = known.subchannels.remove(last);
         tracing::debug!(%address, "one connection less: its streams are not needed any more");
         let endpoint = std::sync::Arc::clone(&known.endpoint);
         if let Some((_, State::Ready(subchannel))) = self.subchannels.remove(&id) {
-            self.evict(id);
+            self.evict(id, subchannel.member());
             self.connected.retain(|_, connected| *connected != id);
             self.draining.push((endpoint, subchannel.drain()));
         }

@@ -19,8 +19,11 @@ impl Driver {
         let Some(known) = self.known.get_mut(address) else {
             return;
         };
-        // A connection beside another one is to a server that is warm.
-        if known.class != Class::Ready && known.started.replace(now).is_none() {
+        // A connection beside another one, or after one that was closed in order, is to a server that is warm.
+        if known.class == Class::Ready || std::mem::replace(&mut known.warm, true) {
+            return;
+        }
+        if known.started.replace(now).is_none() {
             self.starting.push(address.clone());
         }
     }

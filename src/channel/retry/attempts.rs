@@ -7,12 +7,15 @@ use tokio::time::Instant;
 use tonic::{Code, Status};
 
 use super::journal::Journal;
-use super::replay::{Answered, Failed, recover, send};
+use super::replay::{Answered, Failed, Sending, recover, send};
 use super::tried::Tried;
-use super::verdict::{Progress, Pushback, Verdict, failure};
+use super::verdict::{Progress, Pushback, Verdict};
+use crate::balance::Ticket;
+use crate::channel::Core;
+use crate::channel::answer::{answer, failed, judge};
 use crate::channel::body::ResponseBody;
-use crate::channel::call::{Attempt, Call, Retrying, Try, answer};
-use crate::channel::{Core, status};
+use crate::channel::call::{Attempt, Call, Retrying, Try};
+use crate::channel::head::{Head, failure};
 use crate::transport::deadline::Deadline;
 use crate::transport::incoming::Incoming;
 use crate::transport::pump::Outgoing;
@@ -28,9 +31,13 @@ pub(in crate::channel) fn after_first(
     Box::pin(async move {
         let mut tried = Tried::default();
         let outcome = match outcome {
-            Ok(head) => Answered { attempt, head }.settle(&core, &call).await,
-            Err(error) => match recover(&core, attempt, error, &mut tried).await {
-                Ok(body) => return run(core, call, body, tried, deadline).await,
+            Ok(head) => {
+                Answered { attempt, head }
+                    .settle(&core, &call, &mut tried, deadline)
+                    .await
+            }
+            Err(error) => match recover(&core, &call, attempt, error, &mut tried, deadline).await {
+                Ok(body) => return run(core, call, body, None, tried, deadline).await,
                 Err(failed) => Err(failed),
             },
         };
@@ -39,16 +46,17 @@ pub(in crate::channel) fn after_first(
     })
 }
 
-/// Makes a call that has not been sent, or was refused.
+/// Makes a call that has not been sent, or was refused. It may have a `place` already.
 pub(in crate::channel) async fn run(
     core: Arc<Core>,
     call: Call,
     body: Outgoing,
+    place: Option<Ticket>,
     tried: Tried,
     deadline: Option<Deadline>,
 ) -> Result<Response<ResponseBody>, Status> {
     let mut attempts = Attempts::new(core, call, tried, deadline);
-    let outcome = attempts.attempt(body).await;
+    let outcome = attempts.attempt(body, place).await;
     attempts.go_on(outcome).await
 }
 
@@ -88,11 +96,11 @@ impl Attempts {
             self.leave(outcome);
             tokio::time::sleep_until(resume).await;
             self.progress.advance();
-            outcome = self.attempt(body).await;
+            outcome = self.attempt(body, None).await;
         }
     }
 
-    async fn attempt(&mut self, body: Outgoing) -> Outcome {
+    async fn attempt(&mut self, body: Outgoing, place: Option<Ticket>) -> Outcome {
         let which = Try::Later {
             previous: self.progress.previous(),
         };
@@ -102,7 +110,13 @@ impl Attempts {
             deadline,
             ..
         } = &mut self.closing;
-        send(core, call, body, &mut self.tried, which, *deadline).await
+        let sending = Sending {
+            body,
+            place,
+            which,
+            deadline: *deadline,
+        };
+        send(core, call, sending, &mut self.tried).await
     }
 
     /// Notes a failure, and says what is to be done about it.
@@ -116,6 +130,9 @@ impl Attempts {
         let Some((retries, policy)) = policy else {
             return Verdict::GiveUp(None);
         };
+        if self.tried.is_convicted() {
+            return Verdict::GiveUp(Some("its connections were lost with this call on them"));
+        }
         let random = fastrand::f64();
         let tokens = retries.tokens();
         let verdict = self.progress.next(policy, code, pushback, tokens, random);
@@ -128,8 +145,7 @@ impl Attempts {
         let endpoint = match outcome {
             Ok(Answered { attempt, head }) => {
                 let mut ticket = attempt.ticket;
-                let blame = status::head_blame(&head, failure(&head));
-                ticket.on_head(Instant::now(), blame);
+                judge(&self.closing.core, &head, &mut ticket, Instant::now());
                 Some(Arc::clone(ticket.endpoint()))
             }
             Err(failed) => failed.endpoint,
@@ -197,15 +213,23 @@ impl Closing {
             Ok(answered) => answered,
             Err(failed) => return Err(self.journal.into_status(failed.status, why)),
         };
-        if failure(&head).is_some() {
-            self.journal.annotate(&mut head, why);
+        let (core, mut ticket) = (self.core, attempt.ticket);
+        let kind = Head::of(&head);
+        if kind.failure().is_some() {
+            let now = Instant::now();
+            let mut status = failed(&core, &head, kind, &mut ticket, self.deadline, now);
+            if previous > 0 {
+                status
+                    .metadata_mut()
+                    .insert(PREVIOUS_ATTEMPTS_KEY, previous.into());
+            }
+            return Err(self.journal.into_status(status, why));
         }
         if previous > 0 {
             head.headers_mut()
                 .insert(PREVIOUS_ATTEMPTS, previous.into());
         }
-        let (core, ticket) = (self.core, attempt.ticket);
-        Ok(answer(core, &mut self.call, head, ticket, self.deadline))
+        answer(core, &mut self.call, head, ticket, self.deadline)
     }
 
     fn is_late(&self, at: Instant) -> bool {
@@ -215,4 +239,5 @@ impl Closing {
 
 /// "Exposed Retry Metadata" in gRPC's retry design (A6).
 pub(in crate::channel) const PREVIOUS_ATTEMPTS: HeaderName =
-    HeaderName::from_static("grpc-previous-rpc-attempts");
+    HeaderName::from_static(PREVIOUS_ATTEMPTS_KEY);
+const PREVIOUS_ATTEMPTS_KEY: &str = "grpc-previous-rpc-attempts";

@@ -10,13 +10,14 @@ use tonic::{Code, Status};
 
 use super::attempts::{Closing, Outcome};
 use super::policy::HedgingPolicy;
-use super::replay::{Answered, Failed, recover, unless_late};
+use super::replay::{Answered, Failed, Misplaced, place, recover, unless_late};
 use super::tried::Tried;
 use super::verdict::Pushback;
-use super::wait::{sleep_until, wait};
+use super::wait::sleep_until;
 use crate::balance::{LOOK_AROUND, Pick, Ticket};
+use crate::channel::answer::judge;
 use crate::channel::body::ResponseBody;
-use crate::channel::call::{Attempt, Call, Kept, Retrying, Try};
+use crate::channel::call::{Attempt, Call, Kept, Retrying, Try, is_unquestioned};
 use crate::channel::{Core, status};
 use crate::transport::deadline::Deadline;
 use crate::transport::incoming::Incoming;
@@ -94,8 +95,9 @@ impl Hedging {
     /// A place for the only copy, which waits for an endpoint as any call does.
     async fn first_place(&mut self) -> Result<Result<Ticket, Status>, Deadline> {
         let Closing { core, call, .. } = &self.closing;
-        let waiting = wait(core, &mut self.tried, call.wait_for_ready);
-        unless_late(self.closing.deadline, waiting).await
+        let placed = place(core, call, None, &mut self.tried);
+        let placed = unless_late(self.closing.deadline, placed).await?;
+        Ok(placed.map_err(Misplaced::into_status))
     }
 
     /// Sends a copy. False if the connection did not take it.
@@ -104,6 +106,7 @@ impl Hedging {
         let which = Try::Later {
             previous: self.sent,
         };
+        let now = Instant::now();
         let endpoint = Arc::clone(ticket.endpoint());
         let Closing {
             core,
@@ -111,7 +114,7 @@ impl Hedging {
             deadline,
             ..
         } = &mut self.closing;
-        match Attempt::start(core, call, ticket, body, *deadline, which) {
+        match Attempt::start(core, call, ticket, body, *deadline, which, now) {
             Ok(attempt) => {
                 self.tried.avoid(&endpoint);
                 self.flights.push(attempt);
@@ -134,6 +137,15 @@ impl Hedging {
                 break;
             };
             drop(look);
+            // A copy is worth neither a wait for a check nor a connection of its own.
+            if !is_unquestioned(
+                &self.closing.core,
+                &self.closing.call,
+                &ticket,
+                Instant::now(),
+            ) {
+                break;
+            }
             if self.send(ticket)? {
                 self.schedule(self.policy.delay());
                 break;
@@ -145,7 +157,9 @@ impl Hedging {
     fn may_send(&self) -> bool {
         let retries = self.closing.core.retries.as_deref();
         let suffices = retries.is_some_and(|retries| retries.tokens().suffices());
-        suffices && !self.is_called_off && self.sent < self.policy.max_attempts()
+        // Copies of a call that its connections are lost for would be lost as well, with the calls beside them.
+        let is_innocent = !self.tried.has_lost();
+        suffices && is_innocent && !self.is_called_off && self.sent < self.policy.max_attempts()
     }
 
     /// Another copy is due after this wait, if there is to be one.
@@ -156,10 +170,15 @@ impl Hedging {
 
     /// A copy is over, or its response begins: the call's outcome, if that is what it is.
     async fn land(&mut self, (attempt, head): Landed) -> Option<Outcome> {
-        let core = &self.closing.core;
         let outcome = match head {
             Ok(head) => Ok(Answered { attempt, head }),
-            Err(error) => match recover(core, attempt, error, &mut self.tried).await {
+            Err(error) => match self.recover(attempt, error).await {
+                Ok(_) if self.tried.is_suspect() => {
+                    // Copies of a call that its peers end connections for would cost one connection each.
+                    self.is_called_off = true;
+                    let status = Status::unavailable("the call may be what ended its connection");
+                    Err(Failed::for_good(status))
+                }
                 Ok(_) => {
                     // Certainly not processed, so it goes elsewhere at once and does not count.
                     self.sent -= 1;
@@ -172,14 +191,24 @@ impl Hedging {
         self.weigh(outcome)
     }
 
+    async fn recover(&mut self, attempt: Attempt, error: h2::Error) -> Result<Outgoing, Failed> {
+        let Closing {
+            core,
+            call,
+            deadline,
+            ..
+        } = &self.closing;
+        recover(core, call, attempt, error, &mut self.tried, *deadline).await
+    }
+
     /// Ends with this outcome, or keeps it in case that nothing better comes.
     fn weigh(&mut self, mut outcome: Outcome) -> Option<Outcome> {
         let Some((code, pushback)) = self.closing.note(&outcome) else {
             return Some(outcome);
         };
         if let Ok(answered) = &mut outcome {
-            let blame = status::head_blame(&answered.head, Some(code));
-            answered.attempt.ticket.on_head(Instant::now(), blame);
+            let ticket = &mut answered.attempt.ticket;
+            judge(&self.closing.core, &answered.head, ticket, Instant::now());
         }
         let is_fatal = self.policy.is_fatal(code);
         if let Some(retries) = self.closing.core.retries.as_deref()

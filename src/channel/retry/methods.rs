@@ -26,19 +26,16 @@ impl Plans {
         self.all = Some(plan);
     }
 
-    /// Sets the plan of a service or method. What names neither is left out, with a warning.
-    pub(in crate::channel) fn set(&mut self, name: &str, plan: Plan) {
+    /// Sets the plan of a service or method. Returns false if the name is that of neither.
+    pub(in crate::channel) fn set(&mut self, name: &str, plan: Plan) -> bool {
         let trimmed = name.strip_prefix('/').unwrap_or(name);
         let trimmed = trimmed.strip_suffix('/').unwrap_or(trimmed);
         let parts = || trimmed.split('/');
         if parts().count() > 2 || parts().any(str::is_empty) {
-            tracing::warn!(
-                name,
-                "left out a policy: it is for package.Service or package.Service/Method"
-            );
-            return;
+            return false;
         }
         self.named.insert(trimmed.into(), plan);
+        true
     }
 
     pub(in crate::channel) fn set_budget(&mut self, budget: RetryBudget) {

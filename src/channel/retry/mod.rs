@@ -4,7 +4,7 @@
 //!            call.rs: the first try, as fast as it goes
 //!               │ not ready, refused, lost, or an error that a policy may cover      │ hedged
 //!               ▼                                                                    ▼
-//!            attempts ── one attempt ──▶ replay ──▶ wait, tried ──▶ a pick  ◀───── hedge
+//!            attempts ── one attempt ──▶ replay ──▶ wait, tried ──▶ a pick ──▶ prepare ◀── hedge
 //!               │ failed                                                             │
 //!               └───▶ verdict (policy, progress, budget, pushback) ◀─────────────────┘
 //! ```
@@ -16,6 +16,7 @@ mod journal;
 mod methods;
 mod options;
 mod policy;
+mod prepare;
 mod replay;
 mod tried;
 mod verdict;
@@ -27,5 +28,4 @@ pub(super) use hedge::hedge;
 pub(super) use methods::{Plans, Retries};
 pub use policy::{HedgingPolicy, RetryPolicy};
 pub(super) use tried::Tried;
-pub(super) use verdict::failure;
 pub(super) use wait::ready;

@@ -26,11 +26,10 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// As [`retry`](Self::retry), for the methods of one service, `package.Service`, or one method, `package.Service/Method`. What names
-    /// neither is left out, with a warning.
-    pub fn retry_method(mut self, name: impl AsRef<str>, policy: RetryPolicy) -> Self {
-        self.plans.set(name.as_ref(), Plan::Retry(policy));
-        self
+    /// As [`retry`](Self::retry), for the methods of one service, `package.Service`, or one method, `package.Service/Method`. With
+    /// a name that is neither, the channel is [invalid](crate::ChannelError::InvalidOption).
+    pub fn retry_method(self, name: impl AsRef<str>, policy: RetryPolicy) -> Self {
+        self.plan(name.as_ref(), Plan::Retry(policy))
     }
 
     /// Sends copies of calls that take long, and takes the first answer. Off by default: only for channels all of whose methods may run
@@ -40,8 +39,8 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// As [`hedge`](Self::hedge), for the methods of one service, `package.Service`, or one method, `package.Service/Method`. What names
-    /// neither is left out, with a warning.
+    /// As [`hedge`](Self::hedge), for the methods of one service, `package.Service`, or one method, `package.Service/Method`. With
+    /// a name that is neither, the channel is [invalid](crate::ChannelError::InvalidOption).
     ///
     /// ```
     /// use std::time::Duration;
@@ -50,14 +49,22 @@ impl<S> ChannelBuilder<S> {
     /// let policy = HedgingPolicy::new(2, Duration::from_millis(20));
     /// let channel = BalancedChannel::builder().hedge_method("helloworld.Greeter/SayHello", policy);
     /// ```
-    pub fn hedge_method(mut self, name: impl AsRef<str>, policy: HedgingPolicy) -> Self {
-        self.plans.set(name.as_ref(), Plan::Hedge(policy));
-        self
+    pub fn hedge_method(self, name: impl AsRef<str>, policy: HedgingPolicy) -> Self {
+        self.plan(name.as_ref(), Plan::Hedge(policy))
     }
 
     /// What all retries and hedges together may add to the load of servers that fail. Default [`RetryBudget::default`].
     pub fn retry_budget(mut self, budget: RetryBudget) -> Self {
         self.plans.set_budget(budget);
+        self
+    }
+
+    fn plan(mut self, name: &str, plan: Plan) -> Self {
+        if !self.plans.set(name, plan) {
+            self.refuse(format!(
+                "{name:?} names no service and no method; write package.Service or package.Service/Method"
+            ));
+        }
         self
     }
 }

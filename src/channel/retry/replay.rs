@@ -9,14 +9,15 @@ use http::Response;
 use tokio::time::{Instant, timeout};
 use tonic::Status;
 
+use super::prepare::{Prepared, prepare};
 use super::tried::Tried;
-use super::verdict::failure;
 use super::wait::wait;
-use crate::balance::{Blame, Endpoint};
+use crate::balance::{Blame, Endpoint, Ticket};
 use crate::channel::call::{Attempt, Call, Try};
+use crate::channel::head::{Head, failure};
 use crate::channel::{Core, status};
 use crate::transport::deadline::Deadline;
-use crate::transport::http2::is_unprocessed;
+use crate::transport::http2::{is_connection_lost, is_unprocessed};
 use crate::transport::incoming::{Broken, Incoming};
 use crate::transport::pump::{Outgoing, Pumped};
 
@@ -45,6 +46,14 @@ impl Failed {
         }
     }
 
+    fn at(ticket: &Ticket, status: Status, body: Option<Outgoing>) -> Self {
+        Self {
+            status,
+            endpoint: Some(Arc::clone(ticket.endpoint())),
+            body,
+        }
+    }
+
     fn unsent(status: Status, body: Outgoing) -> Self {
         Self {
             status,
@@ -54,25 +63,45 @@ impl Failed {
     }
 }
 
+/// What an attempt sends.
+pub(super) struct Sending {
+    pub(super) body: Outgoing,
+    /// Where, if the call has been given a place already.
+    pub(super) place: Option<Ticket>,
+    pub(super) which: Try,
+    pub(super) deadline: Option<Deadline>,
+}
+
 /// Picks, sends, and does it again, until there is a response or no hope of one.
 pub(super) async fn send(
     core: &Core,
     call: &mut Call,
-    mut body: Outgoing,
+    sending: Sending,
     tried: &mut Tried,
-    which: Try,
-    deadline: Option<Deadline>,
 ) -> Result<Answered, Failed> {
+    let Sending {
+        mut body,
+        place: mut first,
+        which,
+        deadline,
+    } = sending;
     loop {
-        let ticket = match unless_late(deadline, wait(core, tried, call.wait_for_ready)).await {
+        let placed = place(core, call, first.take(), tried);
+        let ticket = match unless_late(deadline, placed).await {
             Ok(Ok(ticket)) => ticket,
-            Ok(Err(status)) => return Err(Failed::unsent(status, body)),
+            Ok(Err(Misplaced::Nowhere(status))) => return Err(Failed::unsent(status, body)),
+            Ok(Err(Misplaced::Refused(status))) => return Err(Failed::for_good(status)),
             Err(late) => {
                 let status = status::overdue(core, late, "waiting for an endpoint");
                 return Err(Failed::for_good(status));
             }
         };
-        let mut attempt = match Attempt::start(core, call, ticket, body, deadline, which) {
+        let now = Instant::now();
+        if let Some(late) = deadline.filter(|deadline| now >= deadline.at()) {
+            let status = status::overdue(core, late, "waiting for an endpoint");
+            return Err(Failed::for_good(status));
+        }
+        let mut attempt = match Attempt::start(core, call, ticket, body, deadline, which, now) {
             Ok(attempt) => attempt,
             Err(unsent) => {
                 let rest = unsent.into_retry(core, tried);
@@ -85,55 +114,111 @@ pub(super) async fn send(
         match unless_late(deadline, head).await {
             Ok(Ok(head)) => {
                 let answered = Answered { attempt, head };
-                return answered.settle(core, call).await;
+                return answered.settle(core, call, tried, deadline).await;
             }
-            Ok(Err(error)) => body = recover(core, attempt, error, tried).await?,
+            Ok(Err(error)) => body = recover(core, call, attempt, error, tried, deadline).await?,
             Err(late) => {
                 attempt.ticket.on_overdue(Instant::now());
-                let status = status::overdue(core, late, "waiting for the response");
-                let endpoint = Some(Arc::clone(attempt.ticket.endpoint()));
-                return Err(Failed {
-                    status,
-                    endpoint,
-                    body: None,
-                });
+                let endpoint = attempt.ticket.endpoint();
+                let status = status::overdue_at(core, late, "waiting for the response", endpoint);
+                return Err(Failed::at(&attempt.ticket, status, None));
             }
         }
     }
 }
 
+/// Why a call has no place.
+pub(super) enum Misplaced {
+    /// No endpoint takes calls.
+    Nowhere(Status),
+    /// The endpoint would not take this call.
+    Refused(Status),
+}
+
+impl Misplaced {
+    pub(super) fn into_status(self) -> Status {
+        match self {
+            Self::Nowhere(status) | Self::Refused(status) => status,
+        }
+    }
+}
+
+/// Waits for a place on a connection that is known to work; `first` is tried before any other.
+pub(super) async fn place(
+    core: &Core,
+    call: &Call,
+    mut first: Option<Ticket>,
+    tried: &mut Tried,
+) -> Result<Ticket, Misplaced> {
+    loop {
+        let ticket = if let Some(ticket) = first.take() {
+            ticket
+        } else {
+            let waited = wait(core, tried, call.wait_for_ready).await;
+            waited.map_err(Misplaced::Nowhere)?
+        };
+        match prepare(core, call, ticket, tried).await {
+            Ok(Prepared::Ready(ticket)) => return Ok(ticket),
+            Ok(Prepared::Unfit) => {}
+            Err(status) => return Err(Misplaced::Refused(status)),
+        }
+    }
+}
+
 /// After a try that has failed before its head: the body for another one, or how the attempt has ended.
+///
+/// A call that is sent again is a suspect. Without a policy it is sent again only if it was certainly not processed; and if its connection
+/// was ended with an error, which it may have caused, it goes on alone.
 pub(super) async fn recover(
     core: &Core,
+    call: &Call,
     attempt: Attempt,
     error: h2::Error,
     tried: &mut Tried,
+    deadline: Option<Deadline>,
 ) -> Result<Outgoing, Failed> {
     let Attempt {
         exchange,
         mut ticket,
         kept,
     } = attempt;
+    let now = Instant::now();
+    if let Some(late) = deadline.filter(|_| status::is_deadline(deadline, now))
+        && status::is_cancelled(&error)
+    {
+        ticket.on_overdue(now);
+        let status = status::overdue_at(core, late, "waiting for the response", ticket.endpoint());
+        return Err(Failed::at(&ticket, status, None));
+    }
     let body = match kept.body() {
         Some(body) => Some(body),
         None => given_back(exchange.into_pumped().await).map_err(Failed::for_good)?,
     };
-    let address = ticket.endpoint().address();
+    let blame = ticket.connection().blame();
+    if is_connection_lost(&error) && (blame.is_some() || !is_unprocessed(&error)) {
+        tried.on_connection_lost(blame.is_some(), ticket.is_alone());
+    }
     match body {
-        Some(body) if is_unprocessed(&error) => {
+        Some(body) if is_unprocessed(&error) && !tried.is_convicted() => {
+            let address = ticket.endpoint().address();
             tracing::debug!(%address, %error, "the call was not processed: trying elsewhere");
             ticket.on_refused();
-            tried.add_refused(&ticket, error);
+            if error.is_go_away() {
+                tried.add_closed(&ticket, error);
+            } else {
+                tried.add_refused(&ticket, error);
+            }
             Ok(body)
         }
         body => {
-            let status = status::broken(&core.service, address, error);
-            ticket.on_failure(Instant::now(), Blame::Connection);
-            Err(Failed {
-                status,
-                endpoint: Some(Arc::clone(ticket.endpoint())),
-                body,
-            })
+            let address = ticket.endpoint().address();
+            let status = if ticket.is_alone() && is_connection_lost(&error) {
+                status::refused_alone(&core.service, address, call.metadata_size(), error)
+            } else {
+                status::broken(&core.service, address, error, blame)
+            };
+            ticket.on_failure(now, Blame::Connection);
+            Err(Failed::at(&ticket, status, body))
         }
     }
 }
@@ -144,7 +229,13 @@ impl Answered {
     /// gRPC's design has a call committed with its response's head. But a server that is killed has often sent a head and not the rest,
     /// which is all but one moment's work; of a hundred kills under load one or two hit it. Nobody has seen the head by then, so the call
     /// can still be sent again. A stream of replies is not kept waiting for its end: what it begins with is handed over soon.
-    pub(super) async fn settle(mut self, core: &Core, call: &Call) -> Result<Self, Failed> {
+    pub(super) async fn settle(
+        mut self,
+        core: &Core,
+        call: &Call,
+        tried: &mut Tried,
+        deadline: Option<Deadline>,
+    ) -> Result<Self, Failed> {
         let Some(body) = self.attempt.kept.body() else {
             return Ok(self);
         };
@@ -152,7 +243,7 @@ impl Answered {
             return Ok(self);
         }
         let ticket = &mut self.attempt.ticket;
-        ticket.on_head(Instant::now(), status::head_blame(&self.head, None));
+        ticket.on_head(Instant::now(), status::head_blame(Head::of(&self.head)));
         let incoming = self.head.body_mut();
         let begun = std::future::poll_fn(|cx| match incoming.poll_ahead(cx) {
             Poll::Pending if !incoming.has_begun() => Poll::Pending,
@@ -167,13 +258,23 @@ impl Answered {
             None => Ok(self),
             Some(Broken::Request(status)) => Err(Failed::for_good(status)),
             Some(Broken::Stream(error)) => {
-                ticket.on_failure(Instant::now(), Blame::Connection);
+                let now = Instant::now();
+                if let Some(late) = deadline.filter(|_| status::is_deadline(deadline, now))
+                    && status::is_cancelled(&error)
+                {
+                    ticket.on_overdue(now);
+                    let endpoint = ticket.endpoint();
+                    let status = status::overdue_at(core, late, "reading the response", endpoint);
+                    return Err(Failed::at(ticket, status, None));
+                }
+                let blame = ticket.connection().blame();
+                if is_connection_lost(&error) {
+                    tried.on_connection_lost(blame.is_some(), ticket.is_alone());
+                }
+                ticket.on_failure(now, Blame::Connection);
                 let address = ticket.endpoint().address();
-                Err(Failed {
-                    status: status::broken(&core.service, address, error),
-                    endpoint: Some(Arc::clone(ticket.endpoint())),
-                    body: Some(body),
-                })
+                let status = status::broken(&core.service, address, error, blame);
+                Err(Failed::at(ticket, status, Some(body)))
             }
         }
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tonic::Status;
 
 use crate::address::Address;
-use crate::balance::{Endpoint, Look, Member, Pick, Summary, Ticket};
+use crate::balance::{Endpoint, Exclusions, Look, Member, Pick, Summary, Ticket};
 use crate::channel::{Core, Route, status};
 
 /// Where a call has been: without being processed in this attempt, and at all in earlier ones.
@@ -13,7 +13,19 @@ use crate::channel::{Core, Route, status};
 pub(in crate::channel) struct Tried {
     endpoints: Vec<Arc<Endpoint>>,
     connections: Vec<Arc<Member>>,
+    /// Connections that did not answer a check, and how many bytes their peer had sent before it. They are of use again once it sends more.
+    silent: Vec<(Arc<Member>, u64)>,
     last: Option<Failure>,
+    /// Why the call got no connection of its own.
+    undialled: Option<Status>,
+    /// Connections that ended in order with the call still unprocessed.
+    goaways: usize,
+    /// Connections that were lost with the call on them, in all attempts.
+    lost: usize,
+    /// Whether a peer has ended a connection with an error while the call was on it.
+    blamed: bool,
+    /// Whether a connection that carried the call alone was lost.
+    alone: bool,
     /// Endpoints of attempts before this one, or beside it, the latest last. They are used again only where no other is ready.
     avoided: Vec<Address>,
     /// Where the call goes is told to whoever asked for it.
@@ -53,10 +65,50 @@ impl Tried {
         });
     }
 
+    /// Notes a connection that did not answer a check before the call was sent on it.
+    pub(super) fn add_silent(&mut self, ticket: &Ticket, bytes: u64) {
+        self.silent.push((Arc::clone(ticket.member()), bytes));
+    }
+
+    /// Notes an endpoint to which no connection could be made for this call.
+    pub(super) fn add_undialled(&mut self, endpoint: &Arc<Endpoint>, status: Status) {
+        self.endpoints.push(Arc::clone(endpoint));
+        self.undialled = Some(status);
+    }
+
+    /// Notes a connection that its peer has closed in order before it processed the call: nothing against its endpoint either.
+    pub(super) fn add_closed(&mut self, ticket: &Ticket, error: h2::Error) {
+        self.goaways += 1;
+        self.add_gone(ticket, error);
+    }
+
     /// Notes an endpoint that has refused the call after it was sent.
     pub(super) fn add_refused(&mut self, ticket: &Ticket, error: h2::Error) {
         self.endpoints.push(Arc::clone(ticket.endpoint()));
         self.add_gone(ticket, error);
+    }
+
+    /// Notes that a connection was lost with the call on it. With `blamed`, its peer has ended it because of what was sent on it; if it
+    /// carried the call `alone`, that was this call.
+    pub(super) fn on_connection_lost(&mut self, blamed: bool, alone: bool) {
+        self.lost += 1;
+        self.blamed |= blamed;
+        self.alone |= alone;
+    }
+
+    /// Whether a connection was lost with the call on it, so that no copy of it is sent besides.
+    pub(super) fn has_lost(&self) -> bool {
+        self.lost > 0
+    }
+
+    /// Returns whether this call may have caused the end of its connection. From then on it is sent on connections of its own.
+    pub(super) fn is_suspect(&self) -> bool {
+        self.blamed
+    }
+
+    /// Returns whether the call has to be taken for the cause of what happened to its connections. It is sent to no other.
+    pub(super) fn is_convicted(&self) -> bool {
+        self.alone || self.lost >= LOST
     }
 
     /// Notes an endpoint that is to be used for another attempt only where no other is ready.
@@ -71,45 +123,73 @@ impl Tried {
         let left = left.map(|endpoint| endpoint.address().clone());
         self.avoided.extend(left);
         self.connections.clear();
+        self.goaways = 0;
         self.last = None;
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.connections.is_empty()
+        self.undialled = None;
     }
 
     pub(super) fn is_exhausted(&self) -> bool {
-        self.endpoints.len() > REPLAYS
+        self.endpoints.len() > REPLAYS || self.goaways > GOAWAYS
+    }
+
+    /// Where the call does not go if it is given a place; with `fresh`, only where it was in no attempt yet.
+    pub(super) fn exclusions(&self, fresh: bool) -> Exclusions {
+        let endpoints = self.endpoints.iter();
+        let mut endpoints: Vec<_> = endpoints
+            .map(|endpoint| endpoint.address().clone())
+            .collect();
+        if fresh {
+            endpoints.extend(self.avoided.iter().cloned());
+        }
+        Exclusions {
+            connections: self.connections.clone(),
+            silent: self.silent.clone(),
+            endpoints,
+        }
+    }
+
+    /// Whether there are endpoints that the call uses only where no other can be had.
+    pub(super) fn avoids(&self) -> bool {
+        !self.avoided.is_empty()
     }
 
     /// Whether the connection that was tried last stays in the ready set, so that waiting for the next set is in vain.
     pub(super) fn is_refusal_final(&self) -> bool {
-        self.last.as_ref().is_some_and(|last| last.error.is_reset())
+        let is_reset = |last: &Failure| last.error.is_reset();
+        self.undialled.is_some() || self.last.as_ref().is_some_and(is_reset)
     }
 
-    pub(super) fn pick(&self, look: &Look<'_>) -> Pick<Ticket> {
+    /// Picks a place. With `fresh`, a full endpoint that the call has not been to is waited for in place of one where it has failed.
+    pub(super) fn pick(&self, look: &Look<'_>, fresh: bool) -> Pick<Ticket> {
+        let mut is_full = false;
         if !self.avoided.is_empty() {
             let last = self.avoided.last();
             let is_last =
                 |member: &Arc<Member>| last.is_some_and(|last| last == member.endpoint().address());
             match self.pick_new(look) {
                 Pick::Excluded => {}
+                Pick::Full if !fresh => is_full = true,
                 pick => return pick,
             }
             match look.pick(|member| self.is_open(member) && !is_last(member)) {
                 Pick::Excluded => {}
+                Pick::Full => is_full = true,
                 pick => return pick,
             }
         }
         let Summary {
             endpoints, pending, ..
         } = *look.summary();
-        match look.pick(|member| self.is_open(member)) {
+        let picked = match look.pick(|member| self.is_open(member)) {
             // Where every endpoint has been tried, but for those that cannot be reached, another connection to one of them is another server
             // more often than not.
             Pick::Excluded if self.endpoints.len() >= endpoints || pending == 0 => {
                 look.pick(|member| self.is_untried(member))
             }
+            pick => pick,
+        };
+        match picked {
+            Pick::Excluded if is_full => Pick::Full,
             pick => pick,
         }
     }
@@ -126,14 +206,21 @@ impl Tried {
     }
 
     fn is_untried(&self, member: &Arc<Member>) -> bool {
-        let mut tried = self.connections.iter();
-        !tried.any(|tried| Arc::ptr_eq(tried, member))
+        let is_it = |tried: &Arc<Member>| Arc::ptr_eq(tried, member);
+        let is_silent =
+            |(tried, bytes): &(Arc<Member>, u64)| is_it(tried) && tried.bytes_read() == *bytes;
+        !self.connections.iter().any(is_it) && !self.silent.iter().any(is_silent)
     }
 
-    /// What the caller is told if there is no way on. Asked once.
+    /// The status of a call that has nowhere to go. Taken once.
     pub(super) fn take_status(&mut self, core: &Core, summary: &Summary, why: &str) -> Status {
+        if let Some(status) = self.undialled.take() {
+            return status;
+        }
         match self.last.take() {
-            Some(Failure { address, error }) => status::broken(&core.service, &address, error),
+            Some(Failure { address, error }) => {
+                status::broken(&core.service, &address, error, None)
+            }
             None => status::unready(core, summary, why),
         }
     }
@@ -144,5 +231,10 @@ fn is_at(endpoint: &Endpoint, member: &Member) -> bool {
     endpoint.address() == member.endpoint().address()
 }
 
-/// How often a call is sent again at most.
+/// How often a call is sent again at most after refusals.
 const REPLAYS: usize = 3;
+/// How often it is sent again after connections that were closed in order: a server that ends each of its connections after one call leaves
+/// all others on it to be sent again.
+const GOAWAYS: usize = 64;
+/// Connections lost with a call on them after which it is sent to no other.
+const LOST: usize = 2;

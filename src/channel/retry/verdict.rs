@@ -3,37 +3,11 @@
 use std::time::Duration;
 
 use http::HeaderMap;
-use http::{HeaderName, Response, StatusCode};
+use http::HeaderName;
 use tonic::Code;
 
 use super::budget::Tokens;
 use super::policy::RetryPolicy;
-use crate::channel::body::code;
-
-/// The failure that a response's head carries, if it is all there is of the response. A response that has begun well is never one.
-pub(in crate::channel) fn failure<T>(response: &Response<T>) -> Option<Code> {
-    match code(response.headers()) {
-        Some(Code::Ok) => None,
-        Some(code) => Some(code),
-        None if response.status().is_success() => None,
-        None => Some(from_http(response.status())),
-    }
-}
-
-/// gRPC's table for responses that are not gRPC's.
-fn from_http(status: StatusCode) -> Code {
-    match status {
-        StatusCode::BAD_REQUEST => Code::Internal,
-        StatusCode::UNAUTHORIZED => Code::Unauthenticated,
-        StatusCode::FORBIDDEN => Code::PermissionDenied,
-        StatusCode::NOT_FOUND => Code::Unimplemented,
-        StatusCode::TOO_MANY_REQUESTS
-        | StatusCode::BAD_GATEWAY
-        | StatusCode::SERVICE_UNAVAILABLE
-        | StatusCode::GATEWAY_TIMEOUT => Code::Unavailable,
-        _ => Code::Unknown,
-    }
-}
 
 /// What the server says of another attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,27 +142,6 @@ mod tests {
         ] {
             assert_eq!(Pushback::of(&headers(values)), expected, "{values:?}");
         }
-    }
-
-    #[test]
-    fn only_a_head_with_an_error_is_a_failure() {
-        let head = |http: u16, grpc: Option<&str>| {
-            let mut head = Response::new(());
-            *head.status_mut() = StatusCode::from_u16(http).expect("a status");
-            if let Some(grpc) = grpc {
-                let grpc = grpc.parse().expect("a value");
-                head.headers_mut().insert("grpc-status", grpc);
-            }
-            failure(&head)
-        };
-        assert_eq!(head(200, None), None, "the answer is still to come");
-        assert_eq!(head(200, Some("0")), None);
-        assert_eq!(head(200, Some("14")), Some(Code::Unavailable));
-        assert_eq!(head(200, Some("5")), Some(Code::NotFound));
-        assert_eq!(head(503, None), Some(Code::Unavailable));
-        assert_eq!(head(404, None), Some(Code::Unimplemented));
-        assert_eq!(head(418, None), Some(Code::Unknown));
-        assert_eq!(head(503, Some("5")), Some(Code::NotFound));
     }
 
     /// One failure after the other, until it is given up. The waits, and the reason.

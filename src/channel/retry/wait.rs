@@ -1,5 +1,6 @@
-//! Waiting for an endpoint, or for a free stream on one.
+//! Queues a pick: waits for an endpoint, or for a free stream on one.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -15,60 +16,59 @@ pub(super) async fn wait(
     tried: &mut Tried,
     wait_for_ready: bool,
 ) -> Result<Ticket, Status> {
-    // Or a caller whose calls fail at once, and who tries again and again, would let nobody else run: not even the driver, whose connection it
+    // Yields now and then: a caller that retries failing calls in a tight loop would otherwise starve the driver, whose connection it
     // waits for.
     tokio::task::coop::consume_budget().await;
     let shared = core.shared();
     if tried.is_exhausted() {
         return Err(tried.take_status(core, &shared.summary(), "refused"));
     }
-    let mut place = None;
+    let mut waiting = None;
+    // An endpoint where the call has failed is not used while another one is only full, for a moment.
+    let mut fresh_until = tried.avoids().then(|| Instant::now() + PREFERENCE);
     loop {
         // Registered before the look, so that nothing that happens after it is missed.
         let changed = shared.changed().notified();
-        let freed = shared.waiters().freed().notified();
-        tokio::pin!(changed, freed);
+        tokio::pin!(changed);
         changed.as_mut().enable();
-        if tried.is_empty() {
-            freed.as_mut().enable();
-        }
         let until = {
-            // Whoever waits is woken for one place that may be anywhere. Few look at all of them, many at some of them each.
-            let around = if place.is_some() {
+            // A place that became free before this call has joined the queue may be anywhere. Few calls look at all of them, many at some of
+            // them each; places that become free later are handed over.
+            let around = if waiting.is_some() {
                 LOOKS / shared.waiters().waiting().max(1)
             } else {
                 0
             };
             let look = shared.look(around.max(LOOK_AROUND));
-            let verdict = match tried.pick(&look) {
+            let next = match tried.pick(&look, fresh_until.is_some()) {
                 Pick::Taken(ticket) => return Ok(ticket),
-                Pick::Full => {
-                    shared.demand();
-                    Verdict::Wait(None)
-                }
-                Pick::Excluded if tried.is_refusal_final() => Verdict::Fail("refused"),
-                Pick::Excluded => Verdict::Wait(None),
-                Pick::Empty => Verdict::without_ready(core, look.summary(), wait_for_ready),
+                Pick::Excluded if tried.is_refusal_final() => Next::fail("refused"),
+                Pick::Full | Pick::Excluded => Next::Wait(fresh_until),
+                Pick::Empty => Next::without_ready(core, look.summary(), wait_for_ready),
             };
-            match verdict {
-                Verdict::Fail(why) => return Err(tried.take_status(core, look.summary(), why)),
-                Verdict::Wait(until) => until,
+            match next {
+                Next::Fail(why) => return Err(tried.take_status(core, look.summary(), &why)),
+                Next::Wait(until) => until,
             }
         };
-        if place.is_none() {
+        // For a further connection where all are full, and for one that rests until a call wants it.
+        shared.demand();
+        let Some(place) = &waiting else {
             let waiters = shared.waiters();
-            let joined = waiters.join();
-            place = Some(joined.ok_or_else(|| status::crowded(core, waiters.limit()))?);
-            // Whoever gives a place up from now on sees us; what was given up before, we look for once more.
+            let joined = waiters.join(tried.exclusions(fresh_until.is_some()));
+            waiting = Some(joined.ok_or_else(|| status::crowded(core, waiters.limit()))?);
+            // A place that becomes free from now on is handed over; what became free before, the next look finds.
             continue;
-        }
-        // A place that becomes free may be of no use to a call that has been there, and is not to be announced to it in vain.
-        let recheck = (!tried.is_empty()).then(|| Instant::now() + RECHECK);
-        let until = until.into_iter().chain(recheck).min();
+        };
         tokio::select! {
+            biased;
+            ticket = place.place() => return Ok(ticket),
             () = changed => {}
-            () = freed, if tried.is_empty() => {}
             () = sleep_until(until) => {}
+        }
+        if fresh_until.is_some_and(|until| until <= Instant::now()) {
+            fresh_until = None;
+            waiting = None;
         }
     }
 }
@@ -85,9 +85,9 @@ pub(in crate::channel) async fn ready(core: &Core) -> Result<(), Status> {
         if summary.ready > 0 {
             return Ok(());
         }
-        let until = match Verdict::without_ready(core, &summary, core.wait_for_ready) {
-            Verdict::Fail(why) => return Err(status::unready(core, &summary, why)),
-            Verdict::Wait(until) => until.unwrap_or(give_up),
+        let until = match Next::without_ready(core, &summary, core.wait_for_ready) {
+            Next::Fail(why) => return Err(status::unready(core, &summary, &why)),
+            Next::Wait(until) => until.unwrap_or(give_up),
         };
         if Instant::now() >= give_up {
             return Err(status::unready(
@@ -96,6 +96,7 @@ pub(in crate::channel) async fn ready(core: &Core) -> Result<(), Status> {
                 "no endpoint within the start-up bound",
             ));
         }
+        shared.demand();
         tokio::select! {
             () = changed => {}
             () = tokio::time::sleep_until(until) => {}
@@ -103,29 +104,36 @@ pub(in crate::channel) async fn ready(core: &Core) -> Result<(), Status> {
     }
 }
 
-/// What a call without a connection is to do.
-enum Verdict {
-    /// Wait for a change, or look again at this time.
+/// What a call without a connection does next.
+enum Next {
+    /// It waits for a change, or until this time, and looks again.
     Wait(Option<Instant>),
-    Fail(&'static str),
+    Fail(Arc<str>),
 }
 
-impl Verdict {
+impl Next {
+    fn fail(why: &str) -> Self {
+        Self::Fail(why.into())
+    }
+
     /// The case that nothing is ready.
     fn without_ready(core: &Core, summary: &Summary, wait_for_ready: bool) -> Self {
         let bound = core.shared().started() + core.start_up_bound;
         match summary {
+            Summary {
+                ended: Some(why), ..
+            } => Self::Fail(Arc::clone(why)),
             _ if wait_for_ready => Self::Wait(None),
             Summary { known: false, .. } if Instant::now() < bound => Self::Wait(Some(bound)),
             Summary {
                 known: false,
                 endpoints: 0,
                 ..
-            } => Self::Fail("the registry has not answered within the start-up bound"),
-            Summary { endpoints: 0, .. } => Self::Fail("nothing is registered"),
+            } => Self::fail(core.unknown),
+            Summary { endpoints: 0, .. } => Self::fail("nothing is registered"),
             // A connection may be there any moment, or the attempt's timeout will tell.
             Summary { pending: 1.., .. } => Self::Wait(None),
-            _ => Self::Fail("no endpoint can be reached"),
+            _ => Self::fail("no endpoint can be reached"),
         }
     }
 }
@@ -140,5 +148,5 @@ pub(super) async fn sleep_until(until: Option<Instant>) {
 
 /// Places that all waiting calls together look at when a set is published: some milliseconds of work.
 const LOOKS: usize = 200_000;
-/// How often a call that was refused looks for a free place elsewhere.
-const RECHECK: Duration = Duration::from_millis(10);
+/// How long a retry waits for a place where it has not failed yet. About the time that a call takes.
+const PREFERENCE: Duration = Duration::from_millis(50);

@@ -119,9 +119,7 @@ async fn a_refusal_after_the_head_is_not_replayed() {
             seen.fetch_add(1, Ordering::SeqCst);
             let mut reading = reading.clone();
             async move {
-                let mut stream = respond
-                    .send_response(Response::new(()), false)
-                    .expect("a head");
+                let mut stream = respond.send_response(grpc_head(), false).expect("a head");
                 // A reset would take the head along that is not out yet.
                 let _ = reading.wait_for(|reading| *reading).await;
                 stream.send_reset(Reason::REFUSED_STREAM);
@@ -571,6 +569,8 @@ async fn pings_on_an_idle_connection_keep_it() {
     let server = Greeter::start("alpha");
     let channel = BalancedChannel::builder()
         .http2_keep_alive(Duration::from_millis(5), Duration::from_secs(5))
+        .keep_alive_while_idle(true)
+        .keep_alive_permit_time(Duration::from_millis(5))
         .from_addresses([server.address()]);
     say(&channel).await.expect("an answer");
     // What is waited for is that nothing happens, thirty pings long.

@@ -33,7 +33,7 @@ mod tls;
 use greeter::HelloRequest;
 use greeter::greeter_client::GreeterClient;
 use support::{
-    Greeter, Raw, black_hole, idle, in_time, ready, refusing, reply, soak, timed, until,
+    Greeter, Raw, black_hole, grpc_head, idle, in_time, ready, refusing, reply, soak, timed, until,
 };
 
 type Changes = mpsc::UnboundedSender<Result<Change<Address, Instance>, std::convert::Infallible>>;
@@ -815,9 +815,7 @@ async fn a_body_read_frame_by_frame_gives_its_room_back() {
     let server = Raw::answering(
         |_| (),
         |(_, mut respond)| async move {
-            let mut stream = respond
-                .send_response(Response::new(()), false)
-                .expect("a head");
+            let mut stream = respond.send_response(grpc_head(), false).expect("a head");
             // A message of 1 024 bytes: its frame, the field and its length, and the text.
             let message = [&[0, 0, 0, 4, 0, 10, 0xfd, 7][..], &[b'x'; 1021]].concat();
             let message = Bytes::from(message);

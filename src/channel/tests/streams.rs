@@ -10,7 +10,7 @@ fn streaming(messages: usize, size: usize) -> support::Cut {
 /// Answers a call with this many messages of this size, under flow control.
 async fn stream((request, mut respond): support::Accepted, messages: usize, size: usize) {
     drop(request);
-    let Ok(mut stream) = respond.send_response(Response::new(()), false) else {
+    let Ok(mut stream) = respond.send_response(grpc_head(), false) else {
         return;
     };
     let message = Bytes::from(vec![0; size]);
@@ -144,9 +144,7 @@ async fn the_deadline_holds_over_the_response_stream() {
     let server = Raw::answering(
         |_| (),
         |(_, mut respond)| async move {
-            let mut stream = respond
-                .send_response(Response::new(()), false)
-                .expect("a head");
+            let mut stream = respond.send_response(grpc_head(), false).expect("a head");
             let _ = stream.send_data(Bytes::from_static(&[0; 8]), false);
             std::future::pending::<()>().await;
         },
@@ -307,9 +305,7 @@ async fn half_a_response_dropped_cancels_the_call_and_its_upload() {
     let call =
         tokio::spawn(async move { client.chat(UnboundedReceiverStream::new(requests)).await });
     let (request, mut respond) = raw.accept().await;
-    let mut stream = respond
-        .send_response(Response::new(()), false)
-        .expect("a head");
+    let mut stream = respond.send_response(grpc_head(), false).expect("a head");
     let replies = in_time("a head", call)
         .await
         .expect("no panic")

@@ -202,6 +202,10 @@ impl Raw {
             .expect("a live server")
     }
 
+    pub(super) fn try_accept(&mut self) -> Option<Accepted> {
+        self.accepted.try_recv().ok()
+    }
+
     /// Closes every socket at once, as a `kill -9` does.
     pub(super) fn cut(&self) {
         self.task.abort();
@@ -242,14 +246,17 @@ pub(super) async fn reply((request, mut respond): Accepted) {
     while let Some(Ok(data)) = body.data().await {
         let _ = body.flow_control().release_capacity(data.len());
     }
-    let mut head = Response::new(());
-    let grpc = "application/grpc".parse().expect("a value");
-    head.headers_mut().insert("content-type", grpc);
-    let Ok(mut stream) = respond.send_response(head, false) else {
+    let Ok(mut stream) = respond.send_response(grpc_head(), false) else {
         return;
     };
     let _ = stream.send_data(Bytes::from_static(EMPTY_MESSAGE), false);
     let _ = stream.send_trailers(ok());
+}
+
+/// The head of a gRPC server's response.
+pub(super) fn grpc_head() -> Response<()> {
+    let head = Response::builder().header("content-type", "application/grpc");
+    head.body(()).expect("a head")
 }
 
 /// The trailers of a call that went well.

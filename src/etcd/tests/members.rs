@@ -294,14 +294,12 @@ async fn a_frozen_member_behind_the_only_address_is_left_by_a_new_connection() {
         .expect("granted");
     cluster.freeze(frozen).await.expect("frozen");
     member.send_replace(cluster.endpoint(well));
-    // Two deadlines, then a new connection.
+    // A check of the silent connection, or two deadlines, then a new connection.
     let start = Instant::now();
     etcd.read(&Key::from("/a")).await.expect("read");
     assert!(since(start) < Duration::from_secs(10), "{:?}", since(start));
     for _ in 0..2 {
-        etcd.keep_alive(lease, 0, deadline)
-            .await
-            .expect_err("frozen");
+        drop(etcd.keep_alive(lease, 0, deadline).await);
     }
     // Over the new connection, which takes its time.
     let long = Duration::from_secs(5);

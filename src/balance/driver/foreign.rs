@@ -1,0 +1,91 @@
+//! Endpoints whose answers are not gRPC's: error pages of a proxy, another server at the address.
+//!
+//! They answer quickly, so latency-based picking prefers them although every call fails. They are taken out of the set and tried again after
+//! a while, a little later each time. Where all endpoints are like that they are used all the same.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::Driver;
+
+/// How long an endpoint is excluded from picks.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Quarantine {
+    /// `None` on probation: the next foreign answer extends the quarantine, a gRPC answer ends it.
+    until: Option<Instant>,
+    length: Duration,
+}
+
+impl Quarantine {
+    pub(super) fn is_over(self) -> bool {
+        self.until.is_none()
+    }
+}
+
+impl Driver {
+    /// Removes the endpoints that calls have reported from the primary set.
+    pub(super) fn isolate_foreign(&mut self) {
+        let reported = std::mem::take(&mut *self.shared.foreign());
+        let now = Instant::now();
+        for endpoint in reported {
+            let address = endpoint.address();
+            let Some(known) = self.known.get_mut(address) else {
+                continue;
+            };
+            // The address may have been registered anew, with an endpoint of its own.
+            if !Arc::ptr_eq(&known.endpoint, &endpoint) {
+                continue;
+            }
+            // Calls in flight report the same endpoint several times, some after it was quarantined.
+            let is_out = known
+                .quarantine
+                .is_some_and(|quarantine| !quarantine.is_over());
+            if is_out || endpoint.is_grpc() {
+                continue;
+            }
+            let length = known.quarantine.map_or(FIRST, |before| before.length * 2);
+            let length = length.min(LONGEST);
+            known.quarantine = Some(Quarantine {
+                until: Some(now + length),
+                length,
+            });
+            tracing::warn!(%address, ?length, "endpoint does not answer with gRPC: no calls for a while");
+            self.quarantined.push(address.clone());
+            for id in known.subchannels.clone() {
+                self.place(id);
+            }
+        }
+    }
+
+    /// Returns endpoints whose quarantine has expired to the set, on probation.
+    pub(super) fn try_foreign(&mut self, now: Instant) {
+        for address in std::mem::take(&mut self.quarantined) {
+            let Some(known) = self.known.get_mut(&address) else {
+                continue;
+            };
+            let Some(quarantine) = &mut known.quarantine else {
+                continue;
+            };
+            match quarantine.until {
+                Some(until) if until > now => self.quarantined.push(address),
+                Some(_) => {
+                    quarantine.until = None;
+                    for id in known.subchannels.clone() {
+                        self.place(id);
+                    }
+                    self.quarantined.push(address);
+                }
+                // An answer has cleared it.
+                None if known.endpoint.is_grpc() => known.quarantine = None,
+                None => self.quarantined.push(address),
+            }
+        }
+    }
+}
+
+/// Longer than the restart of a server behind a proxy takes as a rule.
+const FIRST: Duration = Duration::from_secs(1);
+/// gRFC A50's ejections grow up to five minutes; here each probation costs no more than one call or a few.
+const LONGEST: Duration = Duration::from_secs(30);

@@ -1,0 +1,49 @@
+//! Connections that their server has closed while no call used them: dialled again when a call wants one.
+
+use std::sync::atomic::Ordering;
+
+use super::{Driver, State, SubchannelId};
+
+impl Driver {
+    /// Dials every resting connection because a call waits.
+    pub(super) fn wake_resting(&mut self) {
+        if !self.shared.wanting.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        for id in std::mem::take(&mut self.resting) {
+            self.wake(id, true);
+        }
+    }
+
+    /// Dials one resting connection if calls were sent since the last scan, so that its endpoint gets its share while there is traffic. One,
+    /// since a caller that makes a call now and then needs no more.
+    pub(super) fn wake_resting_for_calls(&mut self) {
+        let Some(&id) = self.resting.iter().next() else {
+            // Calls before the first one rests do not count.
+            self.calls_then = None;
+            return;
+        };
+        let endpoints = self.known.values().map(|known| &known.endpoint);
+        let calls = endpoints.map(|endpoint| endpoint.calls()).sum();
+        let before = self.calls_then.replace(calls);
+        if before.is_some_and(|before| before != calls) {
+            self.wake(id, false);
+        }
+    }
+
+    /// Dials a connection that rests.
+    pub(super) fn wake(&mut self, id: SubchannelId, wanted: bool) {
+        self.resting.remove(&id);
+        let Some((address, state)) = self.subchannels.remove(&id) else {
+            return;
+        };
+        let state = match state {
+            State::Resting(subchannel) => {
+                self.enqueue(id);
+                State::Idle(subchannel.wake(wanted))
+            }
+            state => state,
+        };
+        self.subchannels.insert(id, (address, state));
+    }
+}

@@ -1,0 +1,307 @@
+//! Answers that are not gRPC's: from proxies, from web servers, from other protocols on the port.
+
+use tokio::time::sleep;
+use tonic::{Code, Status};
+use tonic_etcd::{BalancedChannel, EndpointState};
+
+use super::support::callers::Callers;
+use super::support::peer::foreign::{Foreign, Speaks};
+use super::support::peer::{Answer, Manner, Peer};
+use super::support::{all_ready, eventually};
+use super::{
+    addresses, hello, lazily, ms, over, retrying, say, send, shown, status, stream, support,
+};
+
+/// What a proxy, a web server or a broken server answers, and gRPC's code for it (http-grpc-status-mapping.md).
+const ANSWERS: [(Answer, &str, Code); 13] = [
+    (html(200), "200", Code::Unknown),
+    (html(400), "400", Code::Internal),
+    (html(401), "401", Code::Unauthenticated),
+    (html(403), "403", Code::PermissionDenied),
+    (html(404), "404", Code::Unimplemented),
+    (html(418), "418", Code::Unknown),
+    (html(429), "429", Code::Unavailable),
+    (html(500), "500", Code::Unknown),
+    (html(502), "502", Code::Unavailable),
+    (html(503), "503", Code::Unavailable),
+    (html(504), "504", Code::Unavailable),
+    (other(Some("application/json")), "200", Code::Unknown),
+    (other(None), "200", Code::Unknown),
+];
+
+const fn html(status: u16) -> Answer {
+    Answer::html(status)
+}
+
+const fn other(content_type: Option<&'static str>) -> Answer {
+    Answer::Http {
+        status: 200,
+        content_type,
+        body: "{\"it\":\"works\"}",
+    }
+}
+
+/// Whether a message names the endpoint, what it answered, and as what.
+fn assert_named(status: &Status, peer: &Peer, http: &str, answer: Answer) {
+    let message = status.message();
+    let content_type = match answer {
+        Answer::Http {
+            content_type: Some(content_type),
+            ..
+        } => content_type,
+        // Then the message names what is missing.
+        _ => "content-type",
+    };
+    for part in [&*peer.address.to_string(), http, content_type] {
+        assert!(
+            message.contains(part),
+            "{answer:?}: {part:?} is missing in {message:?}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_not_grpc_is_reported_with_its_code_and_its_origin() {
+    let mut wrong = Vec::new();
+    for (answer, http, code) in ANSWERS {
+        let peer = Peer::answering(answer).await;
+        let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
+        let error = say(&channel, ms(2_000)).await.expect_err("it is no answer");
+        if error.code() != code {
+            wrong.push((http, code, error));
+            continue;
+        }
+        assert_named(&error, &peer, http, answer);
+        let streamed = stream(
+            support::greeter::greeter_client::GreeterClient::new(channel.clone()),
+            hello(),
+        );
+        let error = streamed
+            .await
+            .expect_err("it is no answer to a stream either");
+        assert_eq!(error.code(), code, "{answer:?}: {error:?}");
+        assert_named(&error, &peer, http, answer);
+    }
+    assert!(
+        wrong.is_empty(),
+        "{} of {}: {wrong:#?}",
+        wrong.len(),
+        ANSWERS.len()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_not_grpc_counts_against_the_endpoint_and_shows() {
+    let mut wrong = Vec::new();
+    for (answer, http, _) in ANSWERS {
+        let peer = Peer::answering(answer).await;
+        let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
+        for _ in 0..5 {
+            say(&channel, ms(2_000)).await.expect_err("it is no answer");
+        }
+        let shown = status(&channel, peer.address);
+        let error = shown.last_error.clone().unwrap_or_default();
+        if shown.failures < 5 || !error.contains(http) {
+            wrong.push((answer, shown.failures, error));
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "each such call is a failure of the endpoint, and `last_error` names what it answers: {wrong:#?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_response_without_trailers_is_an_error_and_a_failure() {
+    let peer = Peer::answering(Answer::NoTrailers).await;
+    let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
+    for unary in [true, false] {
+        let client = support::greeter::greeter_client::GreeterClient::new(channel.clone());
+        let error = if unary {
+            send(&channel, hello()).await.expect_err("it has no status")
+        } else {
+            stream(client, hello()).await.expect_err("it has no status")
+        };
+        assert!(
+            [Code::Unknown, Code::Internal].contains(&error.code()),
+            "{error:?}"
+        );
+        assert!(
+            error.message().contains("without") && names_the_end(error.message()),
+            "the message names what is missing: {error:?}"
+        );
+        assert!(
+            error.message().contains(&peer.address.to_string()),
+            "and where: {error:?}"
+        );
+    }
+    let known = status(&channel, peer.address);
+    assert_eq!(known.failures, 2, "each is a failure of the endpoint");
+    let error = known.last_error.expect("what is wrong with it shows");
+    assert!(names_the_end(&error), "{error}");
+}
+
+/// Whether a text names what is missing at the end of a response.
+fn names_the_end(text: &str) -> bool {
+    text.contains("trailers") || text.contains("status")
+}
+
+/// The share of the calls that goes to a server with this answer, in percent, beside so many good ones, after a second.
+async fn share(answer: Answer, good: usize) -> f64 {
+    let bad = Peer::answering(answer).await;
+    // An error page is made faster than an answer.
+    let manner = Manner {
+        delay: ms(2),
+        ..Manner::default()
+    };
+    let mut peers = vec![bad];
+    for _ in 0..good {
+        peers.push(Peer::start(manner.clone()).await);
+    }
+    let channel = over(BalancedChannel::builder(), &addresses(&peers)).await;
+    let callers = Callers::start(&channel, 8);
+    sleep(ms(1_000)).await;
+    let requests = || {
+        (
+            peers[0].requests(),
+            peers.iter().map(Peer::requests).sum::<usize>(),
+        )
+    };
+    let (before, all_before) = requests();
+    sleep(ms(1_500)).await;
+    let (after, all_after) = requests();
+    let (calls, failed) = callers.stopped().await;
+    let share = 100.0 * as_f64(after - before) / as_f64(all_after - all_before);
+    println!(
+        "{answer:?} beside {good}: {share:.2} % of the calls; of {calls} calls {}",
+        shown(&failed)
+    );
+    share
+}
+
+fn as_f64(count: usize) -> f64 {
+    f64::from(u32::try_from(count).unwrap())
+}
+
+async fn gets_hardly_a_call(good: usize) {
+    let mut wrong = Vec::new();
+    for answer in [
+        html(200),
+        html(403),
+        html(429),
+        html(503),
+        other(None),
+        Answer::NoTrailers,
+    ] {
+        let share = share(answer, good).await;
+        if share > 1.0 {
+            wrong.push((answer, share));
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "at most one call of a hundred goes to a server that answers none, beside {good}: {wrong:#?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_whose_answers_are_not_grpc_gets_hardly_a_call_beside_one() {
+    gets_hardly_a_call(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_whose_answers_are_not_grpc_gets_hardly_a_call_beside_four() {
+    gets_hardly_a_call(4).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_unavailable_proxy_beside_a_good_server_fails_no_call_under_a_retry_policy() {
+    let bad = Peer::answering(html(503)).await;
+    let good = Peer::good().await;
+    let channel = over(retrying(), &addresses([&bad, &good])).await;
+    let callers = Callers::start(&channel, 4);
+    super::all_well(callers, ms(1_000), "503 under a policy").await;
+}
+
+/// What gRPC's own servers call their content is fine, whatever follows the prefix.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_content_type_of_grpc_is_grpc() {
+    for content_type in [
+        "application/grpc",
+        "application/grpc+proto",
+        "application/grpc;charset=utf-8",
+        "application/grpc; charset=utf-8",
+        "Application/gRPC",
+    ] {
+        let peer = Peer::start(Manner {
+            content_type: Some(content_type),
+            ..Manner::default()
+        })
+        .await;
+        let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
+        say(&channel, ms(2_000)).await.expect(content_type);
+        assert_eq!(status(&channel, peer.address).failures, 0, "{content_type}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_of_another_protocol_is_never_picked_and_named() {
+    let mut wrong = Vec::new();
+    for speaks in [Speaks::Http1, Speaks::Ssh, Speaks::Tls, Speaks::Redis] {
+        let foreign = Foreign::start(speaks).await;
+        let good = Peer::good().await;
+        let all = [foreign.address.to_string(), good.address.to_string()];
+        let channel = lazily(BalancedChannel::builder(), &all);
+        let callers = Callers::start(&channel, 4);
+        eventually("the foreign server was dialled", async || {
+            let known = channel.endpoints();
+            known.iter().any(|endpoint| endpoint.last_error.is_some())
+        })
+        .await;
+        super::all_well(callers, ms(300), &format!("beside {speaks:?}")).await;
+        let known = status(&channel, foreign.address);
+        assert_eq!(known.calls, 0, "{speaks:?} is never picked");
+        assert_ne!(known.state, EndpointState::Ready, "{speaks:?} is not ready");
+        let error = known.last_error.unwrap();
+        println!("{speaks:?}: {error}; {} connections", foreign.connections());
+        if !error.contains(speaks.name()) {
+            wrong.push((speaks, error));
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "`last_error` names what the peer speaks: {wrong:#?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_that_finds_only_another_protocol_names_it() {
+    for speaks in [Speaks::Http1, Speaks::Ssh, Speaks::Tls, Speaks::Redis] {
+        let foreign = Foreign::start(speaks).await;
+        let channel = lazily(BalancedChannel::builder(), &[foreign.address.to_string()]);
+        let error = say(&channel, ms(5_000))
+            .await
+            .expect_err("it is no gRPC server");
+        assert_eq!(error.code(), Code::Unavailable, "{error:?}");
+        assert!(
+            error.message().contains(speaks.name()),
+            "{speaks:?}: {error:?}"
+        );
+    }
+}
+
+/// A server that has answered in HTML, and is repaired, gets its calls again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_answers_again_gets_its_calls_back() {
+    let sick = Peer::answering(html(503)).await;
+    let good = Peer::good().await;
+    let channel = over(BalancedChannel::builder(), &addresses([&sick, &good])).await;
+    all_ready(&channel, 2).await;
+    let callers = Callers::start(&channel, 4);
+    sleep(ms(1_000)).await;
+    sick.set(Manner::default());
+    let before = sick.requests();
+    // An estimate is forgotten within seconds.
+    eventually("it serves again", async || sick.requests() > before + 100).await;
+    callers.stopped().await;
+}

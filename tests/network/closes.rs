@@ -1,0 +1,239 @@
+//! Connections that end in order: after so many requests, at an age, when they were idle. None of that is a failure of the server.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+use tonic_etcd::{BalancedChannel, ChannelBuilder};
+
+use super::support::callers::{Callers, with_deadline};
+use super::support::eventually;
+use super::support::greeter::HelloRequest;
+use super::support::peer::{Close, How, Manner, Peer, When};
+use super::{addresses, all_well, ms, over, retrying, say, stream, support};
+
+async fn closing(servers: usize, when: When, how: How) -> Vec<Peer> {
+    let mut peers = Vec::new();
+    for _ in 0..servers {
+        peers.push(Peer::closing(when, how).await);
+    }
+    peers
+}
+
+/// So many callers over so many servers for a while.
+async fn calls_go_well(
+    builder: ChannelBuilder,
+    (servers, callers): (usize, usize),
+    (when, how): (When, How),
+    period: Duration,
+) {
+    let peers = closing(servers, when, how).await;
+    let channel = over(builder, &addresses(&peers)).await;
+    let callers_at_work = Callers::start(&channel, callers);
+    let what = format!("{servers} servers, {callers} callers, {when:?}, {how:?}");
+    // On a busy machine it takes longer until there have been closes enough.
+    let connections = || peers.iter().map(Peer::connections).sum::<usize>();
+    let enough = Instant::now() + ms(15_000);
+    sleep(period).await;
+    while connections() < servers + 2 && Instant::now() < enough {
+        sleep(ms(20)).await;
+    }
+    let calls = all_well(callers_at_work, Duration::ZERO, &what).await;
+    let executed: usize = peers.iter().map(Peer::executed).sum();
+    assert_eq!(executed as u64, calls, "{what}: each call ran once");
+    let connections = connections();
+    println!("{what}: {connections} connections");
+    // After a graceful GOAWAY calls are served until the client has read it.
+    match (when, how) {
+        (When::Requests(requests), How::Goaway) => assert!(
+            connections >= executed / requests as usize,
+            "{what}: {connections} connections for {executed} requests"
+        ),
+        _ => assert!(connections > servers, "{what}: connections have ended"),
+    }
+}
+
+const SIZES: [(usize, usize); 4] = [(1, 1), (1, 16), (3, 1), (3, 16)];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_goaway_after_a_thousand_requests_fails_no_call() {
+    for sizes in SIZES {
+        for how in [How::Goaway, How::Graceful] {
+            let close = (When::Requests(1_000), how);
+            calls_go_well(BalancedChannel::builder(), sizes, close, ms(1_000)).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_goaway_after_a_hundred_requests_fails_no_call() {
+    for sizes in SIZES {
+        for how in [How::Goaway, How::Graceful] {
+            let close = (When::Requests(100), how);
+            calls_go_well(BalancedChannel::builder(), sizes, close, ms(800)).await;
+        }
+    }
+}
+
+/// A lone caller only: of 16 calls that race for one place each, some would be refused more often than a call is sent again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_goaway_after_every_request_fails_no_call() {
+    for (servers, callers, how) in [
+        (1, 1, How::Goaway),
+        (3, 1, How::Goaway),
+        (1, 16, How::Graceful),
+        (3, 16, How::Graceful),
+    ] {
+        let close = (When::Requests(1), how);
+        let builder = BalancedChannel::builder();
+        calls_go_well(builder, (servers, callers), close, ms(1_000)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_goaway_fails_no_call_under_a_retry_policy() {
+    for (requests, sizes) in [(1, (1, 1)), (20, (1, 16)), (100, (3, 16))] {
+        let close = (When::Requests(requests), How::Goaway);
+        calls_go_well(retrying(), sizes, close, ms(1_000)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_maximum_age_of_connections_fails_no_call() {
+    for (servers, callers, age, how) in [
+        (1, 16, 300, How::Goaway),
+        (1, 1, 300, How::Graceful),
+        (3, 16, 300, How::Graceful),
+        (1, 16, 1_000, How::Graceful),
+        (3, 1, 1_000, How::Goaway),
+    ] {
+        let close = (When::Age(ms(age)), how);
+        let builder = BalancedChannel::builder();
+        calls_go_well(builder, (servers, callers), close, ms(age * 5 / 2)).await;
+    }
+}
+
+/// A connection that closes while a call is on its way to it has lost that call, so these callers pause between their calls.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_close_without_a_goaway_between_calls_fails_none() {
+    for servers in [1, 3] {
+        for requests in [1, 5] {
+            let peers = closing(servers, When::Requests(requests), How::Fin).await;
+            let channel = over(BalancedChannel::builder(), &addresses(&peers)).await;
+            let callers = Callers::making(&channel, 1, async |mut client| {
+                sleep(ms(20)).await;
+                client
+                    .say_hello(with_deadline(support::hello()))
+                    .await
+                    .map(drop)
+            });
+            let what = format!("{servers} servers, FIN after {requests}");
+            let calls = all_well(callers, ms(1_500), &what).await;
+            assert!(
+                calls > 20,
+                "{what}: a close does not stop the calls: {calls}"
+            );
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_close_without_a_goaway_fails_no_call_under_a_retry_policy() {
+    for sizes in SIZES {
+        let close = (When::Requests(100), How::Fin);
+        let peers = closing(sizes.0, close.0, close.1).await;
+        let channel = over(retrying(), &addresses(&peers)).await;
+        let what = format!("{sizes:?} FIN");
+        let callers = Callers::start(&channel, sizes.1);
+        sleep(ms(1_000)).await;
+        let (calls, failed) = callers.stopped().await;
+        println!("{what}: {calls} calls, {}", super::shown(&failed));
+        // Without a GOAWAY nothing distinguishes a close from a crash, and a call that was on two connections that crashed is sent to no third.
+        let unexpected: Vec<_> = failed
+            .iter()
+            .filter(|call| !call.status.message().contains("2 attempts"))
+            .collect();
+        assert!(unexpected.is_empty(), "{what}: {unexpected:?}");
+        assert!(failed.len() <= 3, "{what}: {} of {calls}", failed.len());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_that_are_open_at_a_goaway_are_finished() {
+    for builder in [BalancedChannel::builder, retrying] {
+        for servers in [1, 3] {
+            let peers = closing(servers, When::Requests(20), How::Goaway).await;
+            let channel = over(builder(), &addresses(&peers)).await;
+            let callers = Callers::making(&channel, 8, async |client| {
+                let wanted = HelloRequest {
+                    name: "test".to_owned(),
+                    replies: 20,
+                };
+                let replies = stream(client, with_deadline(wanted)).await?;
+                assert_eq!(replies, 20, "a stream that ends well is whole");
+                Ok(())
+            });
+            all_well(callers, ms(1_000), &format!("streams, {servers} servers")).await;
+        }
+    }
+}
+
+/// Make before break: the calls of the old connection end there, and new ones need not wait for that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_call_ends_on_its_connection_while_a_new_one_serves() {
+    for how in [How::Goaway, How::Graceful] {
+        let peer = Peer::start(Manner {
+            close: Some(Close {
+                when: When::Age(ms(400)),
+                how,
+            }),
+            delay: ms(1_500),
+            ..Manner::default()
+        })
+        .await;
+        let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
+        let called = channel.clone();
+        let long = tokio::spawn(async move { say(&called, ms(5_000)).await });
+        eventually("the long call is there", async || peer.executed() == 1).await;
+        eventually("a successor is there", async || peer.connections() >= 2).await;
+        peer.set(Manner::default());
+        assert!(!long.is_finished(), "{how:?}: the long call is not lost");
+        for _ in 0..20 {
+            say(&channel, ms(1_000))
+                .await
+                .expect("the successor serves");
+        }
+        assert!(!long.is_finished(), "{how:?}: nothing had to wait for it");
+        long.await
+            .unwrap()
+            .expect("a call that was open at the GOAWAY ends well");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fifty_endpoints_that_close_again_and_again_fail_no_call() {
+    let peers = closing(50, When::Requests(5), How::Goaway).await;
+    let channel = over(BalancedChannel::builder(), &addresses(&peers)).await;
+    let calls = all_well(Callers::start(&channel, 16), ms(3_000), "50 servers").await;
+    let unused = peers.iter().filter(|peer| peer.executed() == 0).count();
+    assert_eq!(unused, 0, "all of them stay in use, over {calls} calls");
+}
+
+#[cfg(feature = "tls")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn closes_under_tls_fail_no_call() {
+    let localhost = support::tls::Localhost::new();
+    for (when, how) in [
+        (When::Age(ms(300)), How::Graceful),
+        (When::Requests(100), How::Goaway),
+    ] {
+        let manner = Manner {
+            close: Some(Close { when, how }),
+            ..Manner::default()
+        };
+        let peer = Peer::with_tls(manner, &localhost).await;
+        let builder = BalancedChannel::builder().tls(localhost.trusted());
+        let channel = over(builder, &addresses([&peer])).await;
+        let callers = Callers::start(&channel, 8);
+        all_well(callers, ms(1_500), &format!("TLS, {when:?}")).await;
+    }
+}

@@ -1,0 +1,161 @@
+//! Deadlines that the server enforces as well, and its clock fires first.
+
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tonic::{Code, Status};
+use tonic_etcd::{BalancedChannel, ChannelBuilder};
+
+use super::support::greeter::greeter_client::GreeterClient;
+use super::support::peer::answer::Enforce;
+use super::support::peer::{Answer, Peer};
+use super::{addresses, hello, ms, over, retrying, say, status, stream};
+
+const BUILDERS: [fn() -> ChannelBuilder; 2] = [BalancedChannel::builder, retrying];
+
+async fn call(channel: BalancedChannel, deadline: Duration, unary: bool) -> Result<(), Status> {
+    if unary {
+        return say(&channel, deadline).await;
+    }
+    let mut request = hello();
+    request.set_timeout(deadline);
+    stream(GreeterClient::new(channel), request).await.map(drop)
+}
+
+/// Calls, a few at a time, all of which run into their deadline: the codes other than that.
+async fn overruns(
+    channel: &BalancedChannel,
+    deadline: Duration,
+    unary: bool,
+) -> (usize, Vec<Status>) {
+    let rounds = (500 / deadline.as_millis()).clamp(2, 25);
+    let (mut calls, mut wrong) = (0, Vec::new());
+    for _ in 0..rounds {
+        let mut open = JoinSet::new();
+        for _ in 0..8 {
+            open.spawn(call(channel.clone(), deadline, unary));
+        }
+        while let Some(outcome) = open.join_next().await {
+            calls += 1;
+            let error = outcome.unwrap().expect_err("no call is answered in time");
+            if error.code() != Code::DeadlineExceeded {
+                wrong.push(error);
+            }
+        }
+    }
+    (calls, wrong)
+}
+
+async fn enforced(how: Enforce) {
+    let mut wrong = Vec::new();
+    for builder in BUILDERS {
+        for unary in [true, false] {
+            for deadline in [ms(10), ms(50), ms(250)] {
+                let peer = Peer::answering(Answer::Overrun(how)).await;
+                let channel = over(builder(), &addresses([&peer])).await;
+                let (calls, others) = overruns(&channel, deadline, unary).await;
+                let known = status(&channel, peer.address);
+                println!(
+                    "{how:?}, unary {unary}, {deadline:?}: {} of {calls} calls are not DEADLINE_EXCEEDED, {} failures counted",
+                    others.len(),
+                    known.failures
+                );
+                if !others.is_empty() || known.failures > 0 {
+                    wrong.push((
+                        unary,
+                        deadline,
+                        others.len(),
+                        known.failures,
+                        others.into_iter().next(),
+                    ));
+                }
+            }
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "a deadline that the server enforces is still the deadline, and no failure of the connection: {wrong:#?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reset_at_the_deadline_is_the_deadline() {
+    enforced(Enforce::Reset).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_status_at_the_deadline_is_the_deadline() {
+    enforced(Enforce::Status).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deadline_that_has_passed_is_not_sent() {
+    for builder in BUILDERS {
+        for deadline in [Duration::ZERO, Duration::from_nanos(1)] {
+            let peer = Peer::good().await;
+            let channel = over(builder(), &addresses([&peer])).await;
+            for unary in [true, false] {
+                for _ in 0..50 {
+                    let error = call(channel.clone(), deadline, unary).await;
+                    let error = error.expect_err("it has passed");
+                    assert_eq!(error.code(), Code::DeadlineExceeded, "{error:?}");
+                }
+            }
+            // Were they sent, they would be ahead of this one.
+            say(&channel, ms(2_000))
+                .await
+                .expect("a call with time left");
+            println!("{deadline:?}: {} of 100 were executed", peer.executed() - 1);
+            assert_eq!(
+                peer.executed(),
+                1,
+                "{deadline:?}: no server works for a call that is over"
+            );
+            assert_eq!(peer.requests(), 1, "{deadline:?}: it is not even sent");
+        }
+    }
+}
+
+/// What is left of the deadline after a refusal is nothing: no second server sees the call.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deadline_that_passes_between_two_attempts_is_not_sent_again() {
+    let wait = tonic_etcd::RetryPolicy::new([Code::Unavailable]).backoff(ms(100), ms(100));
+    let builder = BalancedChannel::builder().retry(wait);
+    let failing = Peer::answering(Answer::Fail(Code::Unavailable)).await;
+    let channel = over(builder, &addresses([&failing])).await;
+    for _ in 0..20 {
+        let before = failing.executed();
+        let error = say(&channel, ms(30))
+            .await
+            .expect_err("no server serves it");
+        let codes = [Code::DeadlineExceeded, Code::Unavailable];
+        assert!(codes.contains(&error.code()), "{error:?}");
+        tokio::time::sleep(ms(120)).await;
+        assert_eq!(
+            failing.executed() - before,
+            1,
+            "its deadline passes in the wait"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cancel_well_before_the_deadline_stays_one() {
+    for builder in BUILDERS {
+        let peer = Peer::answering(Answer::Cancel(ms(20))).await;
+        let channel = over(builder(), &addresses([&peer])).await;
+        for unary in [true, false] {
+            for deadline in [ms(500), ms(2_000)] {
+                let error = call(channel.clone(), deadline, unary).await;
+                let error = error.expect_err("the server has cancelled it");
+                assert_eq!(error.code(), Code::Cancelled, "{error:?}");
+            }
+        }
+        let failed = Peer::answering(Answer::Fail(Code::Cancelled)).await;
+        let channel = over(builder(), &addresses([&failed])).await;
+        let error = say(&channel, ms(2_000))
+            .await
+            .expect_err("the server has cancelled it");
+        assert_eq!(error.code(), Code::Cancelled, "{error:?}");
+    }
+}

@@ -1,0 +1,219 @@
+//! What errors name: their cause, the endpoint, the mistake in a name or an address.
+
+use std::error::Error;
+
+use tonic::{Code, Status};
+use tonic_etcd::{BalancedChannel, CallError};
+
+use super::support::greeter::with_causes;
+use super::support::peer::{Answer, Peer};
+use super::support::{etcd, registry, within};
+use super::{addresses, lazily, ms, over, retrying, say};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_unready_channel_names_the_cause_in_one_line() {
+    let channel = lazily(BalancedChannel::builder(), &["127.0.0.1:1".to_owned()]);
+    let error = channel.ready().await.expect_err("no server listens there");
+    let line = error.to_string();
+    println!("{line}");
+    for part in ["greeter", "127.0.0.1:1", "refused"] {
+        assert!(
+            line.contains(part),
+            "{part:?} is missing in the Display: {line}"
+        );
+    }
+    assert!(!line.contains('\n'), "one line: {line}");
+}
+
+#[cfg(feature = "tls")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn different_causes_are_different_lines() {
+    use super::support::peer::Manner;
+    use super::support::tls::Localhost;
+    let localhost = Localhost::new();
+    let stranger = Localhost::new();
+    let tls = Peer::with_tls(Manner::default(), &localhost).await;
+    let plain = Peer::good().await;
+    let builder = || BalancedChannel::builder().connect_timeout(ms(1_000));
+    let wrong_name = tonic_etcd::TlsConfig::new("other.example").ca_pem(localhost.ca());
+    let no_file = tonic_etcd::TlsConfig::new("localhost").ca_file("/nowhere/ca.pem");
+    let mut lines = Vec::new();
+    for (what, channel) in [
+        ("plaintext to TLS", lazily(builder(), &addresses([&tls]))),
+        (
+            "TLS to plaintext",
+            lazily(builder().tls(localhost.trusted()), &addresses([&plain])),
+        ),
+        (
+            "unknown authority",
+            lazily(builder().tls(stranger.trusted()), &addresses([&tls])),
+        ),
+        (
+            "wrong name",
+            lazily(builder().tls(wrong_name), &addresses([&tls])),
+        ),
+        (
+            "missing file",
+            lazily(builder().tls(no_file), &addresses([&tls])),
+        ),
+        (
+            "closed port",
+            lazily(builder(), &["127.0.0.1:1".to_owned()]),
+        ),
+    ] {
+        let error = channel.ready().await.expect_err(what);
+        let line = error.to_string();
+        println!("{what}: {line}");
+        lines.push(line);
+    }
+    // The ports differ anyway, and are left out of the comparison.
+    let causes: std::collections::BTreeSet<_> = lines
+        .iter()
+        .map(|line| line.replace(|c: char| c.is_ascii_digit(), ""))
+        .collect();
+    assert_eq!(
+        causes.len(),
+        lines.len(),
+        "each cause has a text of its own: {lines:#?}"
+    );
+}
+
+/// All of an error's causes, a line each.
+fn chain(status: &Status) -> Vec<String> {
+    let first = Error::source(status);
+    let causes = std::iter::successors(first, |error| (*error).source());
+    causes.map(ToString::to_string).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_status_of_a_server_names_the_server_in_its_chain_and_keeps_its_message() {
+    for builder in [
+        BalancedChannel::builder as fn() -> tonic_etcd::ChannelBuilder,
+        retrying,
+    ] {
+        let peer = Peer::answering(Answer::Fail(Code::NotFound)).await;
+        let channel = over(builder(), &addresses([&peer])).await;
+        let status = say(&channel, ms(2_000)).await.expect_err("as told");
+        assert_eq!(status.code(), Code::NotFound);
+        assert_eq!(
+            status.message(),
+            "as told",
+            "the server's words stay as they are"
+        );
+        let causes = chain(&status);
+        println!("{causes:?}");
+        assert!(
+            causes
+                .iter()
+                .any(|cause| cause.contains(&peer.address.to_string())),
+            "the endpoint is in the chain of causes: {causes:?}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_that_a_connection_has_failed_names_the_endpoint_in_its_chain() {
+    let peer = Peer::answering(Answer::Cancel(ms(10))).await;
+    let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
+    let status = say(&channel, ms(2_000)).await.expect_err("it is reset");
+    let causes = chain(&status);
+    assert!(
+        causes
+            .iter()
+            .any(|cause| cause.contains(&peer.address.to_string())),
+        "{causes:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failed_call_is_downcast_to_its_endpoint() {
+    for answer in [
+        Answer::Fail(Code::NotFound),
+        Answer::Cancel(ms(10)),
+        Answer::html(503),
+        Answer::NoTrailers,
+    ] {
+        let peer = Peer::answering(answer).await;
+        let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
+        let status = say(&channel, ms(2_000)).await.expect_err("it fails");
+        let causes = std::iter::successors(Error::source(&status), |error| (*error).source());
+        let mut found = causes.filter_map(|error| error.downcast_ref::<CallError>());
+        let found = found.next();
+        let found =
+            found.unwrap_or_else(|| panic!("{answer:?}: no CallError in the chain of {status:?}"));
+        assert_eq!(
+            found.address().as_str(),
+            peer.address.to_string(),
+            "{answer:?}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_service_name_with_a_slash_is_no_outage_of_etcd() {
+    let etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let builder = registry.channel("team/greeter").start_up_bound(ms(1_000));
+    let connected = tokio::time::timeout(ms(5_000), builder.connect()).await;
+    let error = connected
+        .expect("it fails at once")
+        .expect_err("no such name");
+    let text = with_causes(&error);
+    println!("connect: {text}");
+    assert!(
+        text.contains('/') && text.contains("slash"),
+        "the slash is named: {text}"
+    );
+    assert!(!text.contains("is unavailable"), "etcd is there: {text}");
+
+    let lazy = registry
+        .channel("team/greeter")
+        .start_up_bound(ms(500))
+        .connect_lazy();
+    let status = say(&lazy, ms(3_000)).await.expect_err("no such name");
+    println!("call: {status:?}");
+    assert!(
+        status.message().contains("slash"),
+        "the slash is named: {status:?}"
+    );
+    assert!(
+        !status.message().contains("is unavailable"),
+        "etcd is there: {status:?}"
+    );
+
+    let resolver = registry.resolver("team/greeter");
+    within(ms(5_000), "the resolver has an error", async || {
+        resolver.status().last_error.is_some()
+    })
+    .await;
+    let error = resolver.status().last_error.unwrap();
+    let text = with_causes(&error);
+    println!("resolver: {text}");
+    assert!(text.contains("slash"), "the slash is named: {text}");
+    assert!(!text.contains("is unavailable"), "etcd is there: {text}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_address_with_a_scheme_works_or_names_the_scheme() {
+    let peer = Peer::good().await;
+    let channel = lazily(
+        BalancedChannel::builder(),
+        &[format!("http://{}", peer.address)],
+    );
+    if let Err(status) = say(&channel, ms(3_000)).await {
+        println!("{status:?}");
+        let message = status.message();
+        assert!(
+            message.contains("scheme"),
+            "the scheme is what is wrong: {message}"
+        );
+        assert!(!message.contains("IPv6"), "and nothing else: {message}");
+    }
+    let channel = lazily(
+        BalancedChannel::builder(),
+        &[format!("https://{}", peer.address)],
+    );
+    let status = say(&channel, ms(3_000)).await.expect_err("there is no TLS");
+    println!("{status:?}");
+    assert!(!status.message().contains("IPv6"), "{}", status.message());
+}

@@ -1,0 +1,162 @@
+//! Flows that a middlebox has forgotten: TCP acknowledges what is sent, nothing comes back, and new connections work.
+
+use tokio::time::{Instant, sleep};
+use tonic_etcd::BalancedChannel;
+
+use super::support::link::{Behaviour, Link};
+use super::support::peer::Peer;
+use super::support::within;
+use super::{ms, over, say};
+
+/// Links to one server each, which forget after a second.
+async fn forgetful(servers: usize) -> (Vec<Peer>, Vec<Link>, Vec<String>) {
+    let (mut peers, mut links) = (Vec::new(), Vec::new());
+    for _ in 0..servers {
+        let peer = Peer::good().await;
+        links.push(Link::behaving(peer.address, Behaviour::Forget(ms(1_000))).await);
+        peers.push(peer);
+    }
+    let addresses = links.iter().map(|link| link.address.to_string()).collect();
+    (peers, links, addresses)
+}
+
+/// Calls in a row, each of which was to succeed. Says how many failed.
+async fn failed_of(channel: &BalancedChannel, calls: usize, deadline: u64) -> usize {
+    let mut failed = 0;
+    for _ in 0..calls {
+        failed += usize::from(say(channel, ms(deadline)).await.is_err());
+    }
+    failed
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_call_after_a_silence_gets_a_new_connection_within_its_deadline() {
+    let (_peers, links, addresses) = forgetful(1).await;
+    let channel = over(BalancedChannel::builder(), &addresses).await;
+    assert_eq!(failed_of(&channel, 10, 1_000).await, 0, "the flow is there");
+    // The silence itself is what is waited for.
+    sleep(ms(2_000)).await;
+    let began = Instant::now();
+    let first = say(&channel, ms(5_000)).await;
+    let took = Instant::now().saturating_duration_since(began);
+    println!(
+        "the first call after {took:?}: {first:?}; {} connections",
+        links[0].accepted()
+    );
+    // It was sent, and may have run: it is lost at worst, and nothing after it.
+    let recovered = within(ms(1_500), "a call on a new connection", async || {
+        say(&channel, ms(1_000)).await.is_ok()
+    })
+    .await;
+    println!("calls go well {recovered:?} later");
+    assert_eq!(
+        failed_of(&channel, 50, 1_000).await,
+        0,
+        "the new flow serves"
+    );
+    assert!(
+        links[0].accepted() <= 4,
+        "one dial beside the old one, not one per call"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn four_forgotten_flows_cost_a_call_each_at_most() {
+    let (_peers, links, addresses) = forgetful(4).await;
+    let channel = over(BalancedChannel::builder(), &addresses).await;
+    assert_eq!(
+        failed_of(&channel, 40, 1_000).await,
+        0,
+        "the flows are there"
+    );
+    sleep(ms(2_000)).await;
+    let mut lost = Vec::new();
+    let healed = within(ms(10_000), "ten calls in a row go well", async || {
+        for _ in 0..10 {
+            if let Err(status) = say(&channel, ms(2_000)).await {
+                lost.push(status.code());
+                return false;
+            }
+        }
+        true
+    })
+    .await;
+    println!("healed after {healed:?}, {} lost: {lost:?}", lost.len());
+    assert!(lost.len() <= 4, "each flow is found out once: {lost:?}");
+    assert_eq!(failed_of(&channel, 100, 2_000).await, 0, "then none fails");
+    let dials: usize = links.iter().map(Link::accepted).sum();
+    assert!(dials <= 16, "{dials} connections to four endpoints");
+}
+
+/// Many callers at once after the silence, with a deadline as usual: they are not lost one after the other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn callers_after_a_silence_are_served_again_within_one_deadline() {
+    let (_peers, _links, addresses) = forgetful(4).await;
+    let channel = over(BalancedChannel::builder(), &addresses).await;
+    assert_eq!(
+        failed_of(&channel, 40, 1_000).await,
+        0,
+        "the flows are there"
+    );
+    sleep(ms(2_000)).await;
+    let mut callers = super::Callers::making(&channel, 16, async |mut client| {
+        let mut request = super::hello();
+        request.set_timeout(ms(1_000));
+        client.say_hello(request).await.map(drop)
+    });
+    // The first deadline, the answer to a PING that does not come, and a dial.
+    sleep(ms(3_500)).await;
+    let lost = callers.failed().len();
+    sleep(ms(1_500)).await;
+    let (calls, failed) = callers.stopped().await;
+    println!("{lost} lost at first, {} of {calls} later", failed.len());
+    assert!(failed.is_empty(), "{}", super::shown(&failed));
+    assert!(lost <= 64, "a handful for each caller at most: {lost}");
+}
+
+/// Each of these calls finds its flow forgotten, if no other was made in time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_caller_that_is_slower_than_the_middlebox_forgets_is_served_from_the_second_call_on() {
+    let (_peers, links, addresses) = forgetful(1).await;
+    let channel = over(BalancedChannel::builder(), &addresses).await;
+    let mut outcomes = Vec::new();
+    for _ in 0..5 {
+        sleep(ms(3_000)).await;
+        outcomes.push(
+            say(&channel, ms(2_000))
+                .await
+                .map_err(|status| status.code()),
+        );
+    }
+    println!("{outcomes:?}, {} connections", links[0].accepted());
+    let failed = outcomes.iter().skip(1).filter(|outcome| outcome.is_err());
+    assert_eq!(
+        failed.count(),
+        0,
+        "only the first may be lost: {outcomes:?}"
+    );
+    assert!(
+        links[0].accepted() <= 20,
+        "bounded dials: {}",
+        links[0].accepted()
+    );
+}
+
+/// A black hole takes the old flows and the new ones. When it is gone the endpoint is back within one backoff.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_endpoint_is_back_soon_after_a_black_hole() {
+    let (_peers, links, addresses) = forgetful(1).await;
+    links[0].set(Behaviour::Pass);
+    let builder = BalancedChannel::builder().connect_timeout(ms(500));
+    let channel = over(builder, &addresses).await;
+    assert_eq!(failed_of(&channel, 10, 1_000).await, 0, "the flow is there");
+    links[0].set(Behaviour::BlackHole);
+    assert_eq!(failed_of(&channel, 4, 300).await, 4, "nothing comes back");
+    links[0].set(Behaviour::Pass);
+    let back = within(ms(6_000), "the endpoint is back", async || {
+        say(&channel, ms(500)).await.is_ok()
+    })
+    .await;
+    println!("back after {back:?}");
+    assert_eq!(failed_of(&channel, 50, 1_000).await, 0, "and stays");
+}

@@ -1,0 +1,83 @@
+//! Headers that mean a connection and not a call, which gateways copy into metadata.
+
+use http::{HeaderName, HeaderValue, Request};
+use tonic::body::Body;
+use tonic_etcd::{BalancedChannel, ChannelBuilder};
+use tower::util::MapRequest;
+
+use super::support::greeter::greeter_client::GreeterClient;
+use super::support::peer::Peer;
+use super::{addresses, over, retrying, support};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn headers_of_a_connection_do_not_fail_a_call() {
+    let mut wrong = Vec::new();
+    for builder in [BalancedChannel::builder as fn() -> ChannelBuilder, retrying] {
+        for (name, value) in [
+            ("connection", "keep-alive"),
+            ("connection", "close, x-hop"),
+            ("keep-alive", "timeout=5"),
+            ("proxy-connection", "keep-alive"),
+            ("transfer-encoding", "chunked"),
+            ("upgrade", "h2c"),
+            ("te", "x"),
+            ("te", "gzip, trailers"),
+            ("content-length", "3"),
+            ("content-length", "999999"),
+            ("host", "example.com"),
+        ] {
+            let peer = Peer::good().await;
+            let channel = over(builder(), &addresses([&peer])).await;
+            // Under the generated client, which drops some of them itself.
+            let copied = MapRequest::new(channel, move |mut request: Request<Body>| {
+                let name = HeaderName::from_static(name);
+                request
+                    .headers_mut()
+                    .insert(name, HeaderValue::from_static(value));
+                request
+            });
+            let mut client = GreeterClient::new(copied);
+            let call = tokio::time::timeout(support::SOON, client.say_hello(support::hello()));
+            if let Err(status) = call.await.expect("the call ends") {
+                wrong.push((name, value, status));
+            }
+        }
+    }
+    for (name, value, status) in &wrong {
+        println!("{name}: {value}: {:?} {}", status.code(), status.message());
+    }
+    assert!(
+        wrong.is_empty(),
+        "what HTTP/2 does not allow is left out, and the call goes on: {} failed",
+        wrong.len()
+    );
+}
+
+/// The others go through as they are.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_connection_survives_all_of_them_at_once() {
+    let peer = Peer::good().await;
+    let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
+    let copied = MapRequest::new(channel.clone(), move |mut request: Request<Body>| {
+        for (name, value) in [
+            ("connection", "close"),
+            ("upgrade", "h2c"),
+            ("x-kept", "yes"),
+        ] {
+            let name = HeaderName::from_static(name);
+            request
+                .headers_mut()
+                .append(name, HeaderValue::from_static(value));
+        }
+        request
+    });
+    let mut client = GreeterClient::new(copied);
+    for _ in 0..10 {
+        client
+            .say_hello(support::hello())
+            .await
+            .expect("they are left out");
+    }
+    assert_eq!(peer.connections(), 1, "on one connection");
+    assert_eq!(peer.executed(), 10);
+}

@@ -1,0 +1,131 @@
+//! Orderly closes after an outage, and servers that close before they have served: what backs off, and what does not.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+use tonic_etcd::BalancedChannel;
+
+use super::support::callers::Callers;
+use super::support::link::{Behaviour, Link};
+use super::support::peer::{How, Peer, When};
+use super::support::{all_ready, eventually};
+use super::{addresses, all_well, lazily, ms, over, say, shown};
+
+/// Refuses everything until the wait between two attempts has grown to some seconds.
+async fn outage(link: &Link) {
+    let before = link.accepted();
+    // The attempts are at about 0, 0, 1, 2.6 and 5.2 seconds.
+    eventually("the wait has grown", async || link.accepted() >= before + 4).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn idle_closes_after_an_outage_fail_no_call() {
+    let peer = Peer::good().await;
+    let link = Link::behaving(peer.address, Behaviour::Refuse).await;
+    let channel = lazily(BalancedChannel::builder(), &[link.address.to_string()]);
+    outage(&link).await;
+    link.set(Behaviour::CloseIdle(ms(1_000)));
+    all_ready(&channel, 1).await;
+    let mut failed = Vec::new();
+    // A caller whose connection is closed before each of its calls.
+    for call in 0..5 {
+        if let Err(status) = say(&channel, ms(5_000)).await {
+            failed.push((call, status));
+        }
+        sleep(ms(1_500)).await;
+    }
+    println!(
+        "{} of 5 calls failed, {} connections",
+        failed.len(),
+        link.accepted()
+    );
+    assert!(
+        failed.is_empty(),
+        "an idle close is no failure, however long the last outage was: {failed:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_maximum_age_after_an_outage_fails_no_call() {
+    let peer = Peer::closing(When::Age(ms(500)), How::Graceful).await;
+    let link = Link::behaving(peer.address, Behaviour::Refuse).await;
+    let channel = lazily(BalancedChannel::builder(), &[link.address.to_string()]);
+    outage(&link).await;
+    link.set(Behaviour::Pass);
+    all_ready(&channel, 1).await;
+    all_well(Callers::start(&channel, 4), ms(3_000), "after an outage").await;
+}
+
+/// A server that is only ever connected to and never serves a call is not worth a connection per millisecond.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_closes_before_it_serves_is_not_dialled_in_a_loop() {
+    for how in [How::Goaway, How::Fin] {
+        let broken = Peer::closing(When::Pong, how).await;
+        let good = [Peer::good().await, Peer::good().await];
+        let all = addresses([&broken, &good[0], &good[1]]);
+        let channel = lazily(BalancedChannel::builder(), &all);
+        eventually("the good ones are ready", async || {
+            let known = channel.endpoints();
+            known.iter().filter(|one| one.latency.is_some()).count() >= 2
+                || say(&channel, ms(1_000)).await.is_err()
+        })
+        .await;
+        let callers = Callers::start(&channel, 4);
+        sleep(ms(3_000)).await;
+        let connections = broken.connections();
+        let (calls, failed) = callers.stopped().await;
+        println!(
+            "{how:?}: {connections} connections to the one that closes, {calls} calls, {}",
+            shown(&failed)
+        );
+        // Without a GOAWAY, a call that was sent between the answer to the PING and the close may have run.
+        let lost = if how == How::Fin { connections } else { 0 };
+        assert!(failed.len() <= lost, "{how:?}: {}", shown(&failed));
+        assert!(
+            connections <= 10,
+            "{how:?}: {connections} connections within 3 s, none of which served a call"
+        );
+        assert_eq!(broken.executed(), 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lone_server_that_closes_before_it_serves_is_not_dialled_in_a_loop() {
+    let broken = Peer::closing(When::Pong, How::Goaway).await;
+    let channel = lazily(BalancedChannel::builder(), &addresses([&broken]));
+    let callers = Callers::start(&channel, 2);
+    sleep(Duration::from_secs(3)).await;
+    let connections = broken.connections();
+    let (calls, failed) = callers.stopped().await;
+    println!(
+        "{connections} connections; {} of {calls} calls failed",
+        failed.len()
+    );
+    assert!(
+        connections <= 10,
+        "{connections} connections within 3 s, none of which served a call"
+    );
+}
+
+/// Behind a proxy that closes idle connections, a channel without calls does not redial for ever at the same pace.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_channel_that_is_idle_redials_less_and_less() {
+    let peer = Peer::good().await;
+    let link = Link::behaving(peer.address, Behaviour::CloseIdle(ms(250))).await;
+    let channel = over(BalancedChannel::builder(), &[link.address.to_string()]).await;
+    let first = link.accepted();
+    // What is waited for is that little happens.
+    sleep(ms(8_000)).await;
+    let dialled = link.accepted() - first;
+    println!("{dialled} connections in 8 s of idleness");
+    assert!(
+        dialled <= 16,
+        "{dialled} connections for no call, at the same pace all the time (32)"
+    );
+    let before = Instant::now();
+    say(&channel, ms(5_000))
+        .await
+        .expect("a call dials at once");
+    let took = Instant::now().saturating_duration_since(before);
+    assert!(took < ms(1_000), "a call wakes an idle endpoint: {took:?}");
+}

@@ -1,0 +1,68 @@
+//! Request streams that panic.
+
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic_etcd::{BalancedChannel, ChannelBuilder};
+
+use super::support::callers::Callers;
+use super::support::greeter::HelloRequest;
+use super::support::greeter::greeter_client::GreeterClient;
+use super::support::peer::Peer;
+use super::{addresses, all_well, ms, over, retrying, support};
+
+/// A stream whose message of this number panics. Its messages come with a pause, so that they are polled in the background.
+fn panicking(at: u32) -> impl tokio_stream::Stream<Item = HelloRequest> {
+    let (sender, receiver) = mpsc::channel(1);
+    tokio::spawn(async move {
+        for number in 0..10 {
+            tokio::time::sleep(ms(10)).await;
+            if sender.send(number).await.is_err() {
+                return;
+            }
+        }
+    });
+    ReceiverStream::new(receiver).map(move |number| {
+        assert!(number != at, "a bug in the caller's stream");
+        support::hello()
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_stream_that_panics_ends_its_call_and_no_other() {
+    for builder in [BalancedChannel::builder as fn() -> ChannelBuilder, retrying] {
+        let peer = Peer::good().await;
+        let channel = over(builder(), &addresses([&peer])).await;
+        let callers = Callers::start(&channel, 4);
+        for at in [0, 1, 5] {
+            for streaming in [false, true] {
+                let mut client = GreeterClient::new(channel.clone());
+                // A panic in the caller's own task is the caller's to see.
+                let call = tokio::spawn(async move {
+                    if streaming {
+                        let mut replies = client.chat(panicking(at)).await?.into_inner();
+                        while replies.message().await?.is_some() {}
+                        return Ok(());
+                    }
+                    client.greet_all(panicking(at)).await.map(drop)
+                });
+                let ended = timeout(ms(1_000), call).await;
+                let ended = ended.unwrap_or_else(|_| {
+                    panic!(
+                        "a call whose stream panics at message {at} (streaming {streaming}) hangs"
+                    )
+                });
+                match ended {
+                    Ok(outcome) => {
+                        let status = outcome.expect_err("the request was not whole");
+                        println!("message {at}, streaming {streaming}: {status:?}");
+                    }
+                    Err(error) => assert!(error.is_panic(), "{error}"),
+                }
+            }
+        }
+        all_well(callers, ms(200), "beside panics").await;
+        assert_eq!(peer.connections(), 1, "the connection is not lost");
+    }
+}

@@ -1,0 +1,232 @@
+//! PINGs, against servers that count them and links that are slow.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tokio::time::sleep;
+use tonic::Code;
+use tonic_etcd::BalancedChannel;
+
+use super::support::callers::Callers;
+use super::support::eventually;
+use super::support::greeter::greeter_client::GreeterClient;
+use super::support::link::{Behaviour, Link};
+use super::support::peer::{Answer, Manner, Peer, Police};
+use super::{addresses, hello, ms, over, say};
+
+fn policed(police: Police, answer: Answer) -> Manner {
+    Manner {
+        police: Some(police),
+        answer,
+        ..Manner::default()
+    }
+}
+
+/// Calls that run into their deadline, one after the other, while a stream is open or not.
+async fn overruns(police: Police, beside_a_stream: bool, deadline: u64) {
+    let what = format!("{police:?}, {deadline} ms, stream {beside_a_stream}");
+    let peer = Peer::start(policed(police, Answer::Quiet)).await;
+    let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
+    let mut replies = None;
+    if beside_a_stream {
+        let mut client = GreeterClient::new(channel.clone());
+        let mut open = client.say_hellos(hello()).await.unwrap().into_inner();
+        open.message().await.unwrap().expect("one reply");
+        replies = Some(open);
+    }
+    peer.set(policed(police, Answer::Hang));
+    for _ in 0..10 {
+        let error = say(&channel, ms(deadline)).await.expect_err("it hangs");
+        assert_eq!(error.code(), Code::DeadlineExceeded, "{what}: {error:?}");
+    }
+    println!(
+        "{what}: {} pings, {} connections, {} ended for pings",
+        peer.pings(),
+        peer.connections(),
+        peer.scolded().len()
+    );
+    assert_eq!(
+        peer.scolded().len(),
+        0,
+        "{what}: no connection is lost to our pings"
+    );
+    if let Some(replies) = &mut replies {
+        let quiet = tokio::time::timeout(ms(100), replies.message()).await;
+        assert!(quiet.is_err(), "{what}: the stream is open, not {quiet:?}");
+    }
+    peer.set(policed(police, Answer::Reply));
+    say(&channel, ms(2_000)).await.expect("it answers again");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn overruns_do_not_trip_the_ping_policy_of_grpc_java() {
+    overruns(Police::Java, false, 200).await;
+    overruns(Police::Java, true, 50).await;
+    overruns(Police::Java, true, 300).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn overruns_do_not_trip_the_ping_policy_of_grpc_go() {
+    overruns(Police::Go, false, 200).await;
+    overruns(Police::Go, true, 50).await;
+    overruns(Police::Go, true, 300).await;
+}
+
+/// By default the keep-alive sends no more PINGs than every server permits.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_keep_alive_loses_no_connection_by_default() {
+    for police in [Police::Java, Police::Go] {
+        let peer = Peer::start(policed(police, Answer::Quiet)).await;
+        let builder = BalancedChannel::builder().http2_keep_alive(ms(100), ms(1_000));
+        let channel = over(builder, &addresses([&peer])).await;
+        let mut client = GreeterClient::new(channel);
+        let mut replies = client.say_hellos(hello()).await.unwrap().into_inner();
+        replies.message().await.unwrap().expect("one reply");
+        let quiet = tokio::time::timeout(ms(2_000), replies.message()).await;
+        assert!(quiet.is_err(), "{police:?}: the stream goes on: {quiet:?}");
+        assert_eq!(peer.scolded().len(), 0, "{police:?}");
+        assert_eq!(peer.connections(), 1, "{police:?}");
+    }
+}
+
+/// gRFC A8: after `too_many_pings` the interval is doubled. The program has claimed a permission that the server does not give.
+async fn keep_alive(police: Police) {
+    let peer = Peer::start(policed(police, Answer::Quiet)).await;
+    let builder = BalancedChannel::builder()
+        .http2_keep_alive(ms(200), ms(1_000))
+        .keep_alive_permit_time(ms(200));
+    let channel = over(builder, &addresses([&peer])).await;
+    let opened = Arc::new(AtomicUsize::new(0));
+    let (counter, called) = (Arc::clone(&opened), channel.clone());
+    // A stream is open all the time.
+    let streams = tokio::spawn(async move {
+        loop {
+            let mut client = GreeterClient::new(called.clone());
+            if let Ok(replies) = client.say_hellos(hello()).await {
+                let mut replies = replies.into_inner();
+                counter.fetch_add(1, Ordering::SeqCst);
+                while let Ok(Some(_)) = replies.message().await {}
+            }
+            sleep(ms(20)).await;
+        }
+    });
+    sleep(ms(10_000)).await;
+    streams.abort();
+    let (connections, lived) = (peer.connections(), peer.scolded());
+    println!(
+        "{police:?}: {connections} connections, ended for pings after {lived:?}, {} streams, {} pings",
+        opened.load(Ordering::SeqCst),
+        peer.pings()
+    );
+    assert!(
+        lived.len() >= 2,
+        "the first interval was too short: {lived:?}"
+    );
+    assert!(
+        lived.len() <= 5 && connections <= 7,
+        "{police:?}: a handful of connections is lost: {lived:?} of {connections}"
+    );
+    // The interval has its jitter, and the first PING of a connection is no keep-alive.
+    for pair in lived.windows(2) {
+        assert!(
+            pair[1] > pair[0].mul_f64(1.5),
+            "{police:?}: the interval doubles with each connection lost: {lived:?}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_keep_alive_that_is_too_fast_for_grpc_java_slows_down() {
+    keep_alive(Police::Java).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_keep_alive_that_is_too_fast_for_grpc_go_slows_down() {
+    keep_alive(Police::Go).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_idle_connection_is_not_pinged_by_default() {
+    let peer = Peer::start(policed(Police::Java, Answer::Reply)).await;
+    let builder = BalancedChannel::builder().http2_keep_alive(ms(100), ms(1_000));
+    let channel = over(builder, &addresses([&peer])).await;
+    sleep(ms(1_500)).await;
+    println!("{} pings on an idle connection", peer.pings());
+    assert!(
+        peer.pings() <= 1,
+        "only the one that proves it ready: {}",
+        peer.pings()
+    );
+    assert_eq!(peer.scolded().len(), 0, "and so it lives");
+    say(&channel, ms(1_000)).await.expect("it serves");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_busy_connection_is_not_pinged() {
+    for police in [Police::Java, Police::Go] {
+        let peer = Peer::start(policed(police, Answer::Reply)).await;
+        let builder = BalancedChannel::builder().http2_keep_alive(ms(150), ms(1_000));
+        let channel = over(builder, &addresses([&peer])).await;
+        let callers = Callers::start(&channel, 2);
+        super::all_well(callers, ms(2_000), &format!("busy, {police:?}")).await;
+        println!("{police:?}: {} pings on a busy connection", peer.pings());
+        assert_eq!(peer.scolded().len(), 0, "{police:?}: no connection is lost");
+        // A machine that does other things may leave a gap of an interval now and then.
+        assert!(
+            peer.pings() <= 4,
+            "{police:?}: every byte that is read is life: {} pings",
+            peer.pings()
+        );
+    }
+}
+
+/// The answer to a PING waits behind what is being downloaded.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_link_full_of_downloads_is_alive() {
+    let peer = Peer::start(Manner {
+        reply: 200_000,
+        ..Manner::default()
+    })
+    .await;
+    let link = Link::start(peer.address).await;
+    let builder = BalancedChannel::builder().http2_keep_alive(ms(300), ms(500));
+    let channel = over(builder, &[link.address.to_string()]).await;
+    link.set(Behaviour::Rate(200_000));
+    let mut downloads = tokio::task::JoinSet::new();
+    for _ in 0..8 {
+        let channel = channel.clone();
+        downloads.spawn(async move { say(&channel, ms(18_000)).await });
+    }
+    let outcomes = downloads.join_all().await;
+    let failed: Vec<_> = outcomes.into_iter().filter_map(Result::err).collect();
+    println!(
+        "{} of 8 downloads failed, {} connections",
+        failed.len(),
+        link.accepted()
+    );
+    assert!(failed.is_empty(), "bytes that come in are life: {failed:?}");
+    assert_eq!(link.accepted(), 1, "the connection was never given up");
+}
+
+/// And one that is dead is still found out, with calls open.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_keep_alive_finds_a_dead_connection() {
+    let peer = Peer::answering(Answer::Quiet).await;
+    let link = Link::start(peer.address).await;
+    let builder = BalancedChannel::builder().http2_keep_alive(ms(300), ms(500));
+    let builder = builder.connect_timeout(ms(500));
+    let channel = over(builder, &[link.address.to_string()]).await;
+    let mut client = GreeterClient::new(channel.clone());
+    let mut replies = client.say_hellos(hello()).await.unwrap().into_inner();
+    replies.message().await.unwrap().expect("one reply");
+    link.set(Behaviour::BlackHole);
+    let ended = tokio::time::timeout(ms(3_000), replies.message()).await;
+    let error = ended.expect("a PING without an answer ends the connection");
+    assert_eq!(error.expect_err("it is lost").code(), Code::Unavailable);
+    link.set(Behaviour::Pass);
+    peer.set(Manner::default());
+    eventually("it is dialled anew", async || {
+        say(&channel, ms(500)).await.is_ok()
+    })
+    .await;
+}

@@ -1,0 +1,185 @@
+//! Places on connections that are limited to a few streams, and the calls that wait for one.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use tokio::io::DuplexStream;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep};
+use tonic::Code;
+use tonic_etcd::BalancedChannel;
+
+use super::support::greeter::greeter_client::GreeterClient;
+use super::support::peer::{Answer, Manner, Peer};
+use super::support::{eventually, within};
+use super::{addresses, ms, over, retrying, say, support};
+
+fn one_stream(answer: Answer, delay: u64) -> Manner {
+    Manner {
+        answer,
+        delay: ms(delay),
+        max_streams: Some(1),
+        ..Manner::default()
+    }
+}
+
+/// Retries that wait for another server than the one that has failed them are first in the queue; a place on that one is for those behind.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_place_that_a_retry_avoids_goes_to_the_next_in_the_queue() {
+    let failing = Peer::start(one_stream(Answer::Fail(Code::Unavailable), 400)).await;
+    let full = Peer::start(one_stream(Answer::Hang, 0)).await;
+    let channel = over(retrying(), &addresses([&failing, &full])).await;
+    let mut fillers = JoinSet::new();
+    let mut occupy = || {
+        let channel = channel.clone();
+        fillers.spawn(async move { say(&channel, ms(8_000)).await });
+    };
+    // Each endpoint gets a second connection while all its streams are in use.
+    for _ in 0..4 {
+        occupy();
+        sleep(ms(60)).await;
+    }
+    eventually("the first calls have failed", async || {
+        failing.executed() >= 1 && full.executed() >= 1
+    })
+    .await;
+    sleep(ms(500)).await;
+    let (held, failed) = (full.executed(), failing.executed());
+    println!("{held} calls hold the one server, {failed} have failed on the other and wait");
+    assert!(failed >= 1, "there is a retry that waits");
+    failing.set(one_stream(Answer::Reply, 100));
+    let began = Instant::now();
+    let mut callers = JoinSet::new();
+    for _ in 0..8 {
+        let channel = channel.clone();
+        callers.spawn(async move {
+            let outcome = say(&channel, ms(5_000)).await;
+            (outcome, Instant::now().saturating_duration_since(began))
+        });
+    }
+    let outcomes = callers.join_all().await;
+    let unserved = outcomes
+        .iter()
+        .filter(|(outcome, _)| outcome.is_err())
+        .count();
+    let longest = outcomes.iter().map(|(_, took)| *took).max().unwrap();
+    println!("{unserved} of 8 were not served in 5 s, the longest took {longest:?}");
+    assert_eq!(unserved, 0, "there is a free place all the time");
+    assert!(
+        longest < ms(2_000),
+        "eight times 100 ms one after the other at most: {longest:?}"
+    );
+}
+
+/// A server in this process whose connections take one stream each. A call is answered when a permit is there.
+#[derive(Clone)]
+struct Gated {
+    begun: Arc<AtomicUsize>,
+    permits: Arc<Semaphore>,
+}
+
+impl Gated {
+    fn dial(&self) -> DuplexStream {
+        let (near, far) = tokio::io::duplex(16 * 1024);
+        let this = self.clone();
+        tokio::spawn(async move {
+            let mut builder = h2::server::Builder::new();
+            let Ok(mut connection) = builder
+                .max_concurrent_streams(1)
+                .handshake::<_, Bytes>(far)
+                .await
+            else {
+                return;
+            };
+            let mut calls = JoinSet::new();
+            while let Some(Ok((_, mut respond))) = connection.accept().await {
+                let this = this.clone();
+                calls.spawn(async move {
+                    this.begun.fetch_add(1, Ordering::SeqCst);
+                    let Ok(permit) = this.permits.acquire().await else {
+                        return;
+                    };
+                    permit.forget();
+                    let head = http::Response::builder().header("content-type", "application/grpc");
+                    let head = head.body(()).unwrap();
+                    let Ok(mut stream) = respond.send_response(head, false) else {
+                        return;
+                    };
+                    let _ = stream.send_data(Bytes::from_static(&[0, 0, 0, 0, 0]), false);
+                    let mut trailers = http::HeaderMap::new();
+                    trailers.insert("grpc-status", 0.into());
+                    let _ = stream.send_trailers(trailers);
+                });
+            }
+        });
+        near
+    }
+
+    fn begun(&self) -> usize {
+        self.begun.load(Ordering::SeqCst)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_place_that_is_freed_among_many_is_used_at_once() {
+    let server = Gated {
+        begun: Arc::default(),
+        permits: Arc::new(Semaphore::new(0)),
+    };
+    let (dialled, known) = (server.clone(), Mutex::new(HashSet::new()));
+    // An endpoint would get a second connection while all its streams are in use; that one is never made here, so the places stay counted.
+    let builder = BalancedChannel::builder().connector(move |address| {
+        let first = known.lock().unwrap().insert(address);
+        let io = first.then(|| dialled.dial());
+        async move {
+            match io {
+                Some(io) => Ok(io),
+                None => std::future::pending().await,
+            }
+        }
+    });
+    let all: Vec<_> = (0..ENDPOINTS)
+        .map(|n| format!("10.0.{}.{}:1", n / 250, n % 250 + 1))
+        .collect();
+    let channel = over(builder, &all).await;
+    let mut callers = JoinSet::new();
+    for _ in 0..ENDPOINTS + WAITERS {
+        let mut client = GreeterClient::new(channel.clone());
+        callers.spawn(async move { client.say_hello(support::hello()).await });
+    }
+    let mut last = (0, Instant::now());
+    eventually("every place is taken", async || {
+        let (begun, now) = (server.begun(), Instant::now());
+        if begun != last.0 {
+            last = (begun, now);
+        }
+        begun == ENDPOINTS && now.saturating_duration_since(last.1) > ms(1_000)
+    })
+    .await;
+    for round in 0..5 {
+        let before = server.begun();
+        server.permits.add_permits(FREED);
+        let mut used = 0;
+        let began = Instant::now();
+        while used < FREED && Instant::now().saturating_duration_since(began) < ms(1_000) {
+            sleep(ms(2)).await;
+            used = server.begun() - before;
+        }
+        let took = Instant::now().saturating_duration_since(began);
+        println!("round {round}: {used} of {FREED} freed places used after {took:?}");
+        assert_eq!(used, FREED, "a place that is free is used while calls wait");
+    }
+    callers.abort_all();
+    within(ms(5_000), "the callers have gone", async || {
+        while callers.try_join_next().is_some() {}
+        callers.is_empty()
+    })
+    .await;
+}
+
+const ENDPOINTS: usize = 600;
+const WAITERS: usize = 4_000;
+const FREED: usize = 20;

@@ -1,0 +1,196 @@
+//! Names with a dead and a live address. The machine's own names have one address each, so a test runs again, in a process of its own, with
+//! another `/etc/hosts`.
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::process::Command;
+
+use tokio::net::{TcpListener, lookup_host};
+use tokio::time::Instant;
+use tonic_etcd::{BalancedChannel, Registry};
+
+use super::support::link::{Behaviour, Link};
+use super::support::peer::{Manner, Peer};
+use super::support::{all_ready, etcd, within};
+use super::{lazily, ms, say};
+
+/// Two addresses of one family, and one of each.
+const HOSTS: &str = "127.0.0.1 localhost\n127.0.0.2 both.test\n127.0.0.1 both.test\n::1 mixed.test\n127.0.0.1 mixed.test\n";
+
+/// Whether this process has the names. Otherwise the test is run in one that has, and is over.
+fn has_names(test: &str) -> bool {
+    if std::env::var_os(CHILD).is_some() {
+        return true;
+    }
+    let mut hosts = tempfile::NamedTempFile::new().unwrap();
+    hosts.write_all(HOSTS.as_bytes()).unwrap();
+    let child = Command::new("unshare")
+        .args([
+            "-rm",
+            "sh",
+            "-c",
+            "mount --bind \"$0\" /etc/hosts && exec \"$@\"",
+        ])
+        .arg(hosts.path())
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .env(CHILD, "1")
+        .output();
+    let output = match child {
+        Ok(output) => output,
+        Err(error) => {
+            skipped(test, &error.to_string());
+            return false;
+        }
+    };
+    let printed = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    if !printed.contains("running 1 test") {
+        skipped(test, &errors);
+        return false;
+    }
+    println!("{printed}");
+    assert!(output.status.success(), "{printed}\n{errors}");
+    false
+}
+
+/// Past the capture of the test harness: what is left out is to be seen.
+fn skipped(test: &str, reason: &str) {
+    let line = format!("SKIPPED {test}: no name with two addresses can be made here: {reason}\n");
+    std::io::stderr().write_all(line.as_bytes()).unwrap();
+}
+
+/// The addresses of a name in the order they are dialled, with one free port; none if the machine lacks one of them.
+async fn addresses(name: &str) -> Option<[SocketAddr; 2]> {
+    for _ in 0..20 {
+        let found: Vec<_> = lookup_host((name, 0)).await.unwrap().collect();
+        let [first, second] = found[..] else {
+            panic!("{name} has two addresses: {found:?}");
+        };
+        let Ok(probe) = TcpListener::bind(first).await else {
+            skipped(name, &format!("{first} is not there"));
+            return None;
+        };
+        let port = probe.local_addr().unwrap().port();
+        let both = [first, second].map(|address| SocketAddr::new(address.ip(), port));
+        if TcpListener::bind(both[1]).await.is_ok() {
+            return Some(both);
+        }
+    }
+    None
+}
+
+/// A server on one of the addresses, and on the other a listener that no process answers on.
+async fn half_dead(name: &str, dead: usize) -> Option<(TcpListener, SocketAddr)> {
+    let both = addresses(name).await?;
+    let silent = TcpListener::bind(both[dead]).await.unwrap();
+    Some((silent, both[1 - dead]))
+}
+
+/// Two connect timeouts of a second each, and the wait between them.
+const BOUND: std::time::Duration = ms(3_500);
+
+async fn is_ready_soon(channel: &BalancedChannel, what: &str) {
+    let ready = within(BOUND, what, async || say(channel, ms(500)).await.is_ok()).await;
+    println!("{what}: ready after {ready:?}");
+    for _ in 0..50 {
+        say(channel, ms(1_000))
+            .await
+            .expect("the live address serves");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_name_with_a_silent_address_is_ready_within_two_attempts() {
+    if !has_names("race::a_name_with_a_silent_address_is_ready_within_two_attempts") {
+        return;
+    }
+    for name in ["both.test", "mixed.test"] {
+        for dead in [0, 1] {
+            let Some((silent, live)) = half_dead(name, dead).await else {
+                continue;
+            };
+            let peer = Peer::at(&live.to_string(), Manner::default()).await;
+            let builder = BalancedChannel::builder().connect_timeout(ms(1_000));
+            let channel = lazily(builder, &[format!("{name}:{}", live.port())]);
+            is_ready_soon(&channel, &format!("{name}, address {dead} is dead")).await;
+            drop((silent, peer));
+        }
+    }
+}
+
+#[cfg(feature = "tls")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_name_with_a_silent_address_is_ready_within_two_attempts_under_tls() {
+    if !has_names("race::a_name_with_a_silent_address_is_ready_within_two_attempts_under_tls") {
+        return;
+    }
+    let localhost = super::support::tls::Localhost::new();
+    for dead in [0, 1] {
+        let Some((silent, live)) = half_dead("both.test", dead).await else {
+            continue;
+        };
+        let listen = live.to_string();
+        let peer = Peer::with_tls_at(&listen, Manner::default(), &localhost).await;
+        let builder = BalancedChannel::builder().connect_timeout(ms(1_000));
+        let builder = builder.tls(localhost.trusted());
+        let channel = lazily(builder, &[format!("both.test:{}", live.port())]);
+        is_ready_soon(&channel, &format!("TLS, address {dead} is dead")).await;
+        drop((silent, peer));
+    }
+}
+
+/// A live address whose server freezes later does not keep the name from its other one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_name_goes_over_to_its_other_address() {
+    if !has_names("race::a_name_goes_over_to_its_other_address") {
+        return;
+    }
+    let Some(both) = addresses("both.test").await else {
+        return;
+    };
+    let first = Peer::at(&both[0].to_string(), Manner::default()).await;
+    let second = Peer::at(&both[1].to_string(), Manner::default()).await;
+    let builder = BalancedChannel::builder().connect_timeout(ms(1_000));
+    let channel = lazily(builder, &[format!("both.test:{}", both[0].port())]);
+    all_ready(&channel, 1).await;
+    let (used, other) = if first.connections() > 0 {
+        (first, second)
+    } else {
+        (second, first)
+    };
+    let address = used.address;
+    used.stopped().await;
+    // From now on it accepts and is silent.
+    let silent = TcpListener::bind(address).await.unwrap();
+    is_ready_soon(&channel, "after the first address went silent").await;
+    assert!(other.executed() > 0, "the other one serves");
+    drop(silent);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_name_of_etcd_with_a_silent_address_is_connected() {
+    if !has_names("race::a_name_of_etcd_with_a_silent_address_is_connected") {
+        return;
+    }
+    let etcd = etcd().await;
+    let Some((silent, live)) = half_dead("both.test", 0).await else {
+        return;
+    };
+    let port = live.port();
+    let link = Link::at(&live.to_string(), etcd.endpoint(0), Behaviour::Pass).await;
+    let began = Instant::now();
+    let connected =
+        tokio::time::timeout(ms(8_000), Registry::connect([format!("both.test:{port}")]));
+    let connected = connected.await.expect("it ends");
+    let took = Instant::now().saturating_duration_since(began);
+    println!("after {took:?}: {:?}", connected.as_ref().err());
+    connected.expect("etcd answers on the other address");
+    assert!(
+        took < ms(4_000),
+        "without the connect timeout's help: {took:?}"
+    );
+    drop((silent, link));
+}
+
+const CHILD: &str = "TONIC_ETCD_TWO_ADDRESSES";

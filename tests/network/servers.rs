@@ -1,0 +1,172 @@
+//! The same with tonic's own servers, which are what most callers of this library meet.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::task::AbortHandle;
+use tokio::time::sleep;
+use tonic::Code;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic_etcd::{BalancedChannel, ChannelBuilder};
+
+use super::support::callers::Callers;
+use super::support::counting::Counting;
+use super::support::greeter::greeter_server::GreeterServer;
+use super::{all_well, hello, ms, over, retrying, say, send, shown};
+
+/// A greeter of tonic's, with its health service.
+struct Tonic {
+    address: SocketAddr,
+    counter: Counting,
+    task: AbortHandle,
+}
+
+impl Tonic {
+    async fn start(server: Server, counter: Counting) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (reporter, health) = tonic_health::server::health_reporter();
+        reporter.set_serving::<GreeterServer<Counting>>().await;
+        let mut server = server;
+        let router = server
+            .add_service(GreeterServer::new(counter.clone()))
+            .add_service(health);
+        let task = tokio::spawn(async move {
+            let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+            router.serve_with_incoming(incoming).await.unwrap();
+        });
+        Self {
+            address,
+            counter,
+            task: task.abort_handle(),
+        }
+    }
+}
+
+impl Drop for Tonic {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn some(servers: usize, server: impl Fn() -> Server) -> (Vec<Tonic>, Vec<String>) {
+    let mut all = Vec::new();
+    for _ in 0..servers {
+        all.push(Tonic::start(server(), Counting::default()).await);
+    }
+    let addresses = all.iter().map(|one| one.address.to_string()).collect();
+    (all, addresses)
+}
+
+fn checked() -> ChannelBuilder {
+    BalancedChannel::builder().health_check("helloworld.Greeter")
+}
+
+/// With the health watched as well: the watch ends with its connection, and that is no news of the server.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_maximum_age_of_tonics_servers_fails_no_call() {
+    for builder in [
+        BalancedChannel::builder as fn() -> ChannelBuilder,
+        checked,
+        retrying,
+    ] {
+        for servers in [1, 3] {
+            let aged = || Server::builder().max_connection_age(ms(300));
+            let (all, addresses) = some(servers, aged).await;
+            let channel = over(builder(), &addresses).await;
+            let what = format!("{servers} servers of tonic's");
+            let calls = all_well(Callers::start(&channel, 8), ms(2_000), &what).await;
+            let executed: u64 = all.iter().map(|one| one.counter.count()).sum();
+            assert_eq!(executed, calls, "{what}: each call ran once");
+        }
+    }
+}
+
+/// hyper announces 16 KiB, and ends the connection a little above that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn metadata_beyond_the_limit_of_tonics_servers_are_not_sent() {
+    for (builder, bytes) in [
+        (BalancedChannel::builder as fn() -> ChannelBuilder, 120_000),
+        (retrying, 120_000),
+        (BalancedChannel::builder, 20_000),
+        (retrying, 300_000),
+    ] {
+        let (all, addresses) = some(4, Server::builder).await;
+        let channel = over(builder(), &addresses).await;
+        let bystanders = Callers::start(&channel, 8);
+        sleep(ms(200)).await;
+        let mut statuses = Vec::new();
+        for _ in 0..3 {
+            let mut request = hello();
+            request.set_timeout(Duration::from_secs(5));
+            let value = "0123456789".repeat(bytes / 10);
+            request
+                .metadata_mut()
+                .insert("x-large", value.parse().unwrap());
+            statuses.push(send(&channel, request).await.expect_err("it is too large"));
+            sleep(ms(200)).await;
+        }
+        let (calls, failed) = bystanders.stopped().await;
+        println!(
+            "{bytes} bytes: of {calls} calls {}; {:?}",
+            shown(&failed),
+            statuses[0]
+        );
+        assert!(
+            failed.is_empty(),
+            "{bytes} bytes: bystanders: {}",
+            shown(&failed)
+        );
+        for status in statuses {
+            assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+            assert!(
+                status.message().contains("16384"),
+                "it names the limit: {status:?}"
+            );
+        }
+        drop(all);
+    }
+}
+
+/// tonic's servers answer an expired deadline with a status of their own, which may overtake the client's timer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deadline_that_tonics_server_enforces_is_the_deadline() {
+    let slow = Counting::slow(ms(2_000));
+    let server = Tonic::start(Server::builder(), slow).await;
+    let channel = over(BalancedChannel::builder(), &[server.address.to_string()]).await;
+    let mut wrong = Vec::new();
+    for deadline in [10, 50] {
+        for _ in 0..20 {
+            let mut calls = tokio::task::JoinSet::new();
+            for _ in 0..8 {
+                let channel = channel.clone();
+                calls.spawn(async move { say(&channel, ms(deadline)).await });
+            }
+            for outcome in calls.join_all().await {
+                let status = outcome.expect_err("it takes two seconds");
+                if status.code() != Code::DeadlineExceeded {
+                    wrong.push(status);
+                }
+            }
+        }
+    }
+    println!("{} of 320 are not DEADLINE_EXCEEDED", wrong.len());
+    assert!(wrong.is_empty(), "{}: {:?}", wrong.len(), wrong[0]);
+}
+
+/// An end of the watch takes no server out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn servers_that_close_and_are_watched_keep_their_share() {
+    let aged = || Server::builder().max_connection_age(ms(400));
+    let (all, addresses) = some(4, aged).await;
+    let channel = over(checked(), &addresses).await;
+    let callers = Callers::start(&channel, 4);
+    all_well(callers, ms(2_500), "four watched servers").await;
+    let counts: Vec<_> = all.iter().map(|one| one.counter.count()).collect();
+    println!("{counts:?}");
+    let least = counts.iter().min().unwrap();
+    let most = counts.iter().max().unwrap();
+    assert!(least * 6 > *most, "none of them is left out: {counts:?}");
+}

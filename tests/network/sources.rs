@@ -1,0 +1,214 @@
+//! Sources of endpoints that begin with an error, and resolvers that are filtered on their way into a channel.
+
+use std::convert::Infallible;
+use std::io;
+
+use tokio::time::Instant;
+use tokio_stream::StreamExt;
+use tonic::Code;
+use tonic_etcd::{Address, BalancedChannel, Instance};
+use tower::discover::Change;
+
+use super::support::peer::Peer;
+use super::support::{etcd, registry, within};
+use super::{ms, say};
+
+type Item = io::Result<Change<Address, Instance>>;
+
+fn insert(address: &Address) -> Change<Address, Instance> {
+    Change::Insert(address.clone(), Instance::new(address.clone()))
+}
+
+fn broken() -> Item {
+    Err(io::Error::other("the zoo is closed today"))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_error_of_the_source_is_not_an_empty_set() {
+    let source = tokio_stream::iter([broken()]).chain(tokio_stream::pending());
+    let builder = BalancedChannel::builder()
+        .service("greeter")
+        .start_up_bound(ms(500));
+    let channel = builder.from_discover(source);
+    let began = Instant::now();
+    let error = say(&channel, ms(5_000))
+        .await
+        .expect_err("no endpoint is known");
+    let took = Instant::now().saturating_duration_since(began);
+    println!("after {took:?}: {error:?}");
+    assert_eq!(error.code(), Code::Unavailable, "{error:?}");
+    assert!(
+        error.message().contains("the zoo is closed today"),
+        "the source's own error is shown: {error:?}"
+    );
+    assert!(
+        !error.message().contains("nothing is registered"),
+        "that is not known: {error:?}"
+    );
+    assert!(
+        took >= ms(300),
+        "until the start-up bound the call waits: {took:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_that_recovers_from_its_first_error_serves() {
+    let peer = Peer::good().await;
+    let address: Address = peer.address.to_string().parse().unwrap();
+    let (sender, receiver) = tokio::sync::mpsc::channel(4);
+    let source = tokio_stream::wrappers::ReceiverStream::new(receiver);
+    let channel = BalancedChannel::builder()
+        .service("greeter")
+        .from_discover(source);
+    sender.send(broken()).await.unwrap();
+    let called = channel.clone();
+    let call = tokio::spawn(async move { say(&called, ms(5_000)).await });
+    tokio::time::sleep(ms(200)).await;
+    sender.send(Ok(insert(&address))).await.unwrap();
+    call.await
+        .unwrap()
+        .expect("the call has waited for the first endpoint");
+}
+
+/// A source that has ended with its first error has given a reason.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_error_of_a_source_that_has_ended_is_shown() {
+    let source = tokio_stream::iter([broken()]);
+    let channel = BalancedChannel::builder()
+        .service("greeter")
+        .from_discover(source);
+    let error = say(&channel, ms(5_000))
+        .await
+        .expect_err("no endpoint is known");
+    assert!(
+        error.message().contains("the zoo is closed today"),
+        "{error:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_filtered_resolver_of_an_empty_service_does_not_accuse_the_registry() {
+    let etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let resolver = registry.resolver("greeter");
+    resolver.ready().await;
+    let filtered = resolver.map(Ok::<_, Infallible>).map(Result::unwrap);
+    let builder = BalancedChannel::builder()
+        .service("greeter")
+        .start_up_bound(ms(1_000));
+    let channel = builder.from_discover(filtered);
+    let error = say(&channel, ms(5_000))
+        .await
+        .expect_err("nothing is registered");
+    println!("{error:?}");
+    assert!(
+        !error.message().contains("has not answered"),
+        "the registry has answered: {error:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_filter_that_leaves_nothing_does_not_accuse_the_registry() {
+    let etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let peer = Peer::good().await;
+    let registration = registry
+        .registration("greeter")
+        .address(peer.address.to_string())
+        .register()
+        .await
+        .unwrap();
+    let resolver = registry.resolver("greeter");
+    let status = resolver.statuses();
+    let filtered = resolver.filter(|_| false);
+    let builder = BalancedChannel::builder()
+        .service("greeter")
+        .start_up_bound(ms(1_000));
+    let channel = builder.from_discover(filtered);
+    within(ms(5_000), "the registry has answered", async || {
+        status.borrow().state == tonic_etcd::ResolverState::Fresh
+    })
+    .await;
+    let error = say(&channel, ms(5_000))
+        .await
+        .expect_err("the filter leaves none");
+    assert!(
+        !error.message().contains("has not answered"),
+        "the registry has answered: {error:?}"
+    );
+    registration.deregister().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_filter_that_leaves_some_serves_by_those() {
+    let etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let (kept, dropped) = (Peer::good().await, Peer::good().await);
+    let mut registrations = Vec::new();
+    for peer in [&kept, &dropped] {
+        let registration = registry
+            .registration("greeter")
+            .address(peer.address.to_string());
+        registrations.push(registration.register().await.unwrap());
+    }
+    let wanted = kept.address.to_string();
+    let filtered = registry
+        .resolver("greeter")
+        .filter(move |change| match change {
+            Ok(Change::Insert(address, _) | Change::Remove(address)) => address.as_str() == wanted,
+            Err(_) => true,
+        });
+    let channel = BalancedChannel::builder()
+        .service("greeter")
+        .from_discover(filtered);
+    for _ in 0..20 {
+        say(&channel, ms(5_000))
+            .await
+            .expect("one endpoint is left");
+    }
+    assert_eq!(dropped.executed(), 0, "the other is filtered out");
+    for registration in registrations {
+        registration.deregister().await.unwrap();
+    }
+}
+
+/// Unlike a filter on the stream, the resolver's own leaves the channel the knowledge of when the set is complete.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_resolvers_own_filter_keeps_known_and_empty_known() {
+    let etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let (kept, dropped) = (Peer::good().await, Peer::good().await);
+    let mut registrations = Vec::new();
+    for (peer, version) in [(&kept, "1.2.0"), (&dropped, "1.1.0")] {
+        let registration = registry
+            .registration("greeter")
+            .version(version)
+            .address(peer.address.to_string());
+        registrations.push(registration.register().await.unwrap());
+    }
+    let channel = |version: &'static str| {
+        let channel = registry.channel("greeter");
+        channel.resolver(move |resolver| {
+            resolver.filter(move |instance| instance.version() == Some(version))
+        })
+    };
+    let served = channel("1.2.0").connect().await.unwrap();
+    assert_eq!(served.endpoints().len(), 1);
+    for _ in 0..20 {
+        say(&served, ms(5_000)).await.expect("one endpoint is left");
+    }
+    assert_eq!(dropped.executed(), 0, "the other is filtered out");
+    let none = channel("3.0.0").connect_lazy();
+    let began = Instant::now();
+    let error = say(&none, ms(5_000)).await.expect_err("none is accepted");
+    assert_eq!(error.code(), Code::Unavailable);
+    assert!(
+        error.message().contains("nothing is registered"),
+        "{error:?}"
+    );
+    let took = Instant::now().saturating_duration_since(began);
+    assert!(took < ms(2_000), "not the start-up bound: {took:?}");
+    for registration in registrations {
+        registration.deregister().await.unwrap();
+    }
+}

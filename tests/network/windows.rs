@@ -1,0 +1,51 @@
+//! Responses that are not read, beside calls that are.
+
+use tonic_etcd::BalancedChannel;
+
+use super::support::greeter::HelloRequest;
+use super::support::greeter::greeter_client::GreeterClient;
+use super::support::peer::{Manner, Peer};
+use super::{addresses, ms, over, say};
+
+/// Each stream has more to deliver than its window takes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn unread_streams_do_not_stop_other_calls() {
+    let big = Manner {
+        reply: 64 * 1024,
+        ..Manner::default()
+    };
+    let peer = Peer::start(big).await;
+    let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
+    let mut unread = Vec::new();
+    for _ in 0..72 {
+        let mut client = GreeterClient::new(channel.clone());
+        let wanted = HelloRequest {
+            name: String::new(),
+            replies: 18,
+        };
+        unread.push(client.say_hellos(wanted).await.unwrap().into_inner());
+    }
+    peer.set(Manner::default());
+    let mut failed = 0;
+    // The windows fill up while these run.
+    for _ in 0..40 {
+        failed += usize::from(say(&channel, ms(500)).await.is_err());
+        tokio::time::sleep(ms(20)).await;
+        if failed == 3 {
+            break;
+        }
+    }
+    println!(
+        "{failed} of 40 calls failed beside {} unread streams",
+        unread.len()
+    );
+    assert_eq!(failed, 0, "a call needs no window of another's stream");
+    assert_eq!(peer.connections(), 1, "on the same connection");
+    // What was kept back is all there.
+    let mut last = unread.pop().unwrap();
+    let mut replies = 0;
+    while last.message().await.unwrap().is_some() {
+        replies += 1;
+    }
+    assert_eq!(replies, 18, "an unread stream is whole when it is read");
+}

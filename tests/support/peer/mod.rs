@@ -1,0 +1,339 @@
+//! A gRPC server on bare `h2` that behaves well or ill, as its [`Manner`] has it: what stands at the other end of a connection in the field.
+//! Between the socket and `h2` stands the [`wire`], where frames are counted, refused and added.
+
+pub mod answer;
+pub mod foreign;
+mod wire;
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use h2::Reason;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
+use tokio::sync::Notify;
+use tokio::task::{JoinHandle, JoinSet};
+
+pub use answer::Answer;
+
+/// How a server behaves. The default answers at once and keeps its connections.
+#[derive(Clone, Debug, Default)]
+pub struct Manner {
+    pub answer: Answer,
+    /// How long it takes to an answer.
+    pub delay: Duration,
+    /// The content-type of its replies, if not `application/grpc`.
+    pub content_type: Option<&'static str>,
+    /// How large the text of each reply is; zero means a word.
+    pub reply: usize,
+    pub close: Option<Close>,
+    pub limit: Option<Limit>,
+    pub police: Option<Police>,
+    /// How many streams a connection may have open.
+    pub max_streams: Option<u32>,
+}
+
+/// When it ends a connection, and how.
+#[derive(Clone, Copy, Debug)]
+pub struct Close {
+    pub when: When,
+    pub how: How,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    /// With this request of a connection.
+    Requests(u32),
+    /// At this age of a connection.
+    Age(Duration),
+    /// With its first answer to a PING, before any call.
+    Pong,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum How {
+    /// nginx: one GOAWAY `NO_ERROR` that names the last stream; later streams are dropped; closed when the open ones have ended.
+    Goaway,
+    /// gRPC servers: GOAWAY `NO_ERROR` without a last stream, a PING, and a second GOAWAY with the answer.
+    Graceful,
+    /// No GOAWAY: closed when the open streams have ended.
+    Fin,
+}
+
+/// The largest block of request headers, in bytes on the wire, and what happens beyond it.
+#[derive(Clone, Copy, Debug)]
+pub struct Limit {
+    pub bytes: u32,
+    /// Whether `SETTINGS_MAX_HEADER_LIST_SIZE` names it.
+    pub announced: bool,
+    pub beyond: Beyond,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Beyond {
+    /// GOAWAY with this code; the request is above its last stream. Then the connection is closed.
+    Goaway(Reason),
+    /// The connection is closed without a frame.
+    Drop,
+}
+
+/// Whose rules for PINGs it enforces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Police {
+    /// `KeepAliveEnforcer` of grpc-java: every PING is a strike until HEADERS or DATA are sent; the third ends the connection.
+    Java,
+    /// `handlePing` of grpc-go: the first PING after HEADERS or DATA were sent is free; the third strike ends the connection.
+    Go,
+}
+
+/// A byte stream of any kind.
+trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
+
+type BoxIo = Box<dyn Io>;
+
+/// A running server. It ends, with its connections, when it is dropped.
+pub struct Peer {
+    pub address: SocketAddr,
+    shared: Arc<Shared>,
+    task: JoinHandle<()>,
+}
+
+/// What the connections of a server share.
+struct Shared {
+    manner: Mutex<Manner>,
+    counts: Counts,
+}
+
+impl Shared {
+    fn manner(&self) -> Manner {
+        self.manner.lock().unwrap().clone()
+    }
+}
+
+/// What a server has seen.
+#[derive(Default)]
+pub struct Counts {
+    connections: AtomicUsize,
+    open: AtomicUsize,
+    requests: AtomicUsize,
+    executed: AtomicUsize,
+    pings: AtomicUsize,
+    /// How long each of the connections lived that were ended because of too many PINGs.
+    scolded: Mutex<Vec<Duration>>,
+    oversized: AtomicUsize,
+}
+
+impl Counts {
+    fn add(counter: &AtomicUsize) {
+        counter.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+impl Peer {
+    /// A server that behaves well.
+    pub async fn good() -> Self {
+        Self::start(Manner::default()).await
+    }
+
+    pub async fn answering(answer: Answer) -> Self {
+        let manner = Manner {
+            answer,
+            ..Manner::default()
+        };
+        Self::start(manner).await
+    }
+
+    pub async fn closing(when: When, how: How) -> Self {
+        let manner = Manner {
+            close: Some(Close { when, how }),
+            ..Manner::default()
+        };
+        Self::start(manner).await
+    }
+
+    pub async fn start(manner: Manner) -> Self {
+        Self::at("127.0.0.1:0", manner).await
+    }
+
+    pub async fn at(listen: &str, manner: Manner) -> Self {
+        Self::accepting(listen, manner, |socket| async {
+            Some(Box::new(socket) as _)
+        })
+        .await
+    }
+
+    /// As `start`, with TLS and the certificate of `localhost`.
+    #[cfg(feature = "tls")]
+    pub async fn with_tls(manner: Manner, localhost: &super::tls::Localhost) -> Self {
+        Self::with_tls_at("127.0.0.1:0", manner, localhost).await
+    }
+
+    #[cfg(feature = "tls")]
+    pub async fn with_tls_at(
+        listen: &str,
+        manner: Manner,
+        localhost: &super::tls::Localhost,
+    ) -> Self {
+        let acceptor = localhost.acceptor();
+        Self::accepting(listen, manner, move |socket| {
+            let secured = acceptor.accept(socket);
+            async { Some(Box::new(secured.await.ok()?) as _) }
+        })
+        .await
+    }
+
+    async fn accepting<F, Fut>(listen: &str, manner: Manner, secure: F) -> Self
+    where
+        F: Fn(tokio::net::TcpStream) -> Fut + Clone + Send + 'static,
+        Fut: Future<Output = Option<BoxIo>> + Send,
+    {
+        let listener = TcpListener::bind(listen).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shared = Arc::new(Shared {
+            manner: Mutex::new(manner),
+            counts: Counts::default(),
+        });
+        let all = Arc::clone(&shared);
+        let task = tokio::spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((socket, _)) = listener.accept().await {
+                while connections.try_join_next().is_some() {}
+                let _ = socket.set_nodelay(true);
+                Counts::add(&all.counts.connections);
+                let (shared, secure) = (Arc::clone(&all), secure.clone());
+                connections.spawn(async move {
+                    let Some(io) = secure(socket).await else {
+                        return;
+                    };
+                    Counts::add(&shared.counts.open);
+                    let open = Open(Arc::clone(&shared));
+                    serve(io, shared).await;
+                    drop(open);
+                });
+            }
+        });
+        Self {
+            address,
+            shared,
+            task,
+        }
+    }
+
+    /// Behaves otherwise from now on: calls at once, connections with the next one.
+    pub fn set(&self, manner: Manner) {
+        *self.shared.manner.lock().unwrap() = manner;
+    }
+
+    /// Ends it with all its connections, and waits until its port is free.
+    pub async fn stopped(mut self) {
+        self.task.abort();
+        let _ = (&mut self.task).await;
+    }
+
+    /// Connections accepted so far.
+    pub fn connections(&self) -> usize {
+        self.shared.counts.connections.load(Ordering::SeqCst)
+    }
+
+    /// Connections that are open now.
+    pub fn open(&self) -> usize {
+        self.shared.counts.open.load(Ordering::SeqCst)
+    }
+
+    /// Requests whose first frame has come in, dropped and refused ones included.
+    pub fn requests(&self) -> usize {
+        self.shared.counts.requests.load(Ordering::SeqCst)
+    }
+
+    /// Calls that a handler has begun.
+    pub fn executed(&self) -> usize {
+        self.shared.counts.executed.load(Ordering::SeqCst)
+    }
+
+    /// PINGs that have come in, answers aside.
+    pub fn pings(&self) -> usize {
+        self.shared.counts.pings.load(Ordering::SeqCst)
+    }
+
+    /// Connections ended because of too many PINGs: how long each of them lived.
+    pub fn scolded(&self) -> Vec<Duration> {
+        self.shared.counts.scolded.lock().unwrap().clone()
+    }
+
+    /// Connections ended because of metadata that were too large.
+    pub fn oversized(&self) -> usize {
+        self.shared.counts.oversized.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// One open connection, until dropped.
+struct Open(Arc<Shared>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.counts.open.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// One connection: the wire, and `h2` behind it. It ends when the wire has.
+async fn serve(io: BoxIo, shared: Arc<Shared>) {
+    let (near, far) = tokio::io::duplex(PIPE);
+    let leave = Arc::new(Notify::new());
+    let mut tasks = JoinSet::new();
+    tasks.spawn(http2(near, Arc::clone(&shared), Arc::clone(&leave)));
+    wire::run(io, far, shared, &leave).await;
+}
+
+async fn http2(near: tokio::io::DuplexStream, shared: Arc<Shared>, leave: Arc<Notify>) {
+    let manner = shared.manner();
+    let mut builder = h2::server::Builder::new();
+    builder
+        .max_concurrent_reset_streams(100_000)
+        .max_pending_accept_reset_streams(100_000)
+        .max_local_error_reset_streams(None);
+    if let Some(streams) = manner.max_streams {
+        builder.max_concurrent_streams(streams);
+    }
+    if let Some(Limit {
+        bytes,
+        announced: true,
+        ..
+    }) = manner.limit
+    {
+        builder.max_header_list_size(bytes);
+    }
+    let Ok(mut connection) = builder.handshake(near).await else {
+        return;
+    };
+    // The calls go with the connection.
+    let mut calls = JoinSet::new();
+    let mut leaves = false;
+    loop {
+        tokio::select! {
+            call = connection.accept() => match call {
+                Some(Ok((request, respond))) => {
+                    calls.spawn(answer::run(request, respond, Arc::clone(&shared)));
+                }
+                _ => return,
+            },
+            () = leave.notified(), if !leaves => {
+                leaves = true;
+                connection.graceful_shutdown();
+            }
+            Some(_) = calls.join_next() => {}
+        }
+    }
+}
+
+/// What is on its way between the wire and `h2`.
+const PIPE: usize = 1 << 20;
