@@ -8,12 +8,12 @@ ETCD_TESTS ?= --test auth --test faults --test registration
 # among them.
 TEST_THREADS ?= 4
 WAITING := auth faults registration resolver
-# All others, with none to be listed here and forgotten.
+# All others, with none to be listed here and forgotten, but for those that need what `make interop` installs.
 FILES := $(patsubst tests/%.rs,%,$(wildcard tests/*.rs)) $(patsubst tests/%/main.rs,%,$(wildcard tests/*/main.rs))
-REST := $(filter-out $(WAITING),$(FILES))
+REST := $(filter-out $(WAITING) peers,$(FILES))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-newest soak bench fmt clean
+.PHONY: help setup demo test test-newest interop soak bench fmt clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,7 @@ test: setup ## Check formatting, lints and docs, and run all tests
 	@command -v go >/dev/null && go version || echo "left out: the tests with grpc-go (there is no Go)"
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --all-targets --all-features -- -D warnings
+	$(CARGO) clippy --locked --test peers --all-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --all-features
 	$(CARGO) test --locked --all-features --no-run
 	$(CARGO) test --locked --all-features --lib --examples $(REST:%=--test %)
@@ -54,6 +55,11 @@ test-newest: ## Run the tests that depend on etcd with the newest one, which Go 
 	@etcd=$$(scripts/build-etcd $(ETCD_NEWEST)) && "$$etcd" --version | sed -n 1p && \
 		ETCD_BIN=$$etcd RUST_TEST_THREADS=$(TEST_THREADS) $(CARGO) test --locked --all-features $(ETCD_TESTS) && \
 		ETCD_BIN=$$etcd $(CARGO) test --locked --all-features --test resolver quiet
+
+# Installs and builds them once, which takes minutes. Two tests at once: most of them wait for the other side.
+interop: setup ## Run the tests with real servers and proxies: grpc-go, grpc-java, grpcio, grpc-js, nginx, haproxy, Caddy
+	scripts/setup-interop
+	RUST_TEST_THREADS=2 $(CARGO) test --locked --all-features --test peers
 
 # One after the other: they measure time, and some of them load the whole machine. About an hour. The scripted etcd plays its
 # histories optimized, hundreds in a second. With the newest etcd where Go is.

@@ -1,0 +1,130 @@
+//! Pages that nginx answers calls with.
+
+use std::net::SocketAddr;
+
+use tokio::net::TcpListener;
+use tokio::time::sleep;
+use tonic::Code;
+use tonic_etcd::{BalancedChannel, EndpointStatus};
+
+use crate::fronts::{Front, Kind, Setup};
+use crate::support::callers::{Callers, with_deadline};
+use crate::support::greeter::greeter_client::GreeterClient;
+use crate::support::peer::{Manner, Peer};
+use crate::support::{all_ready, hello};
+use crate::{ms, shown};
+
+/// What nginx is to answer, its HTTP status, and gRPC's code for it.
+const ANSWERS: [(&str, &str, Code); 4] = [
+    // The server behind it is down.
+    ("", "502", Code::Unavailable),
+    (
+        r#"location /helloworld.Greeter/ { default_type text/html; return 200 "<html>hello</html>"; }"#,
+        "200",
+        Code::Unknown,
+    ),
+    (
+        r#"location /helloworld.Greeter/ { default_type text/html; return 429 "<html>later</html>"; }"#,
+        "429",
+        Code::Unavailable,
+    ),
+    (
+        r#"location /helloworld.Greeter/ { default_type text/html; return 503 "<html>not now</html>"; }"#,
+        "503",
+        Code::Unavailable,
+    ),
+];
+
+/// An address that refuses connections.
+async fn nowhere() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    listener.local_addr().unwrap()
+}
+
+async fn nginx(extra: &'static str) -> Option<Front> {
+    Front::start(Setup::of(Kind::Nginx).extra(extra), &[nowhere().await]).await
+}
+
+fn status(channel: &BalancedChannel, address: &str) -> EndpointStatus {
+    let endpoints = channel.endpoints().into_iter();
+    let mut found = endpoints.filter(|endpoint| endpoint.address.as_str() == address);
+    found.next().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_page_of_nginx_is_reported_with_its_code_and_what_it_is() {
+    let mut wrong = Vec::new();
+    for (extra, http, code) in ANSWERS {
+        let Some(front) = nginx(extra).await else {
+            return;
+        };
+        let channel = BalancedChannel::builder().from_addresses([front.address()]);
+        all_ready(&channel, 1).await;
+        let mut client = GreeterClient::new(channel.clone());
+        let error = client.say_hello(with_deadline(hello())).await.unwrap_err();
+        let known = status(&channel, &front.address()).last_error;
+        println!("{http}: {error:?}; last error: {known:?}");
+        let named = [http, "text/html", &front.address()];
+        if error.code() != code || named.iter().any(|part| !error.message().contains(part)) {
+            wrong.push(format!("{http}: {error:?}"));
+        }
+        if !known.as_ref().is_some_and(|known| known.contains(http)) {
+            wrong.push(format!("{http}: last error: {known:?}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// How many calls an endpoint got, and all of them.
+fn calls(channel: &BalancedChannel, address: &str) -> (u64, u64) {
+    let all = channel
+        .endpoints()
+        .iter()
+        .map(|endpoint| endpoint.calls)
+        .sum();
+    (status(channel, address).calls, all)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nginx_that_answers_with_pages_gets_hardly_a_call() {
+    let mut wrong = Vec::new();
+    for good in [1, 3] {
+        for (extra, http, _) in ANSWERS {
+            let Some(front) = nginx(extra).await else {
+                return;
+            };
+            let mut peers = Vec::new();
+            for _ in 0..good {
+                // A page is made faster than an answer.
+                let manner = Manner {
+                    delay: ms(2),
+                    ..Manner::default()
+                };
+                peers.push(Peer::start(manner).await);
+            }
+            let mut all = vec![front.address()];
+            all.extend(peers.iter().map(|peer| peer.address.to_string()));
+            let channel = BalancedChannel::builder().seed(7).from_addresses(&all);
+            all_ready(&channel, all.len()).await;
+            let callers = Callers::start(&channel, 8);
+            sleep(ms(1_000)).await;
+            let (bad_before, before) = calls(&channel, &front.address());
+            sleep(ms(1_500)).await;
+            let (bad, after) = calls(&channel, &front.address());
+            let (_, failed) = callers.stopped().await;
+            let (bad, all) = (bad - bad_before, after - before);
+            let what = format!(
+                "{http} beside {good}: {bad} of {all} calls after 1 s; in all {}",
+                shown(&failed)
+            );
+            println!("{what}");
+            if bad * 100 > all {
+                wrong.push(what);
+            }
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "at most one call of a hundred: {wrong:#?}"
+    );
+}

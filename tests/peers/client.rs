@@ -1,0 +1,96 @@
+//! gRPC's interop cases through a channel, against each server.
+
+use std::time::Duration;
+
+use tokio::time::timeout;
+use tonic::Status;
+use tonic_etcd::BalancedChannel;
+
+use crate::cases::{CASES, Case, large};
+use crate::compression;
+use crate::servers::{Kind, Options, Server};
+use crate::since;
+use crate::support::tls::Localhost;
+use crate::support::{SOON, all_ready};
+
+/// Runs cases to their end, each by itself, and fails if one has.
+async fn pass(what: &str, channel: &BalancedChannel, cases: &[Case]) {
+    let mut failed = Vec::new();
+    for (name, case) in cases {
+        let running = tokio::spawn(timeout(SOON, case(channel.clone())));
+        match running.await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => failed.push(format!("{name}: it does not end")),
+            Err(panic) => failed.push(format!("{name}: {panic}")),
+        }
+    }
+    println!("{what}: {} cases, {} failed", cases.len(), failed.len());
+    assert!(failed.is_empty(), "{what}: {failed:#?}");
+}
+
+async fn every_case(kind: Kind, tls: Option<&Localhost>) {
+    let options = Options {
+        tls,
+        ..Options::default()
+    };
+    let Some(server) = Server::start(kind, options).await else {
+        return;
+    };
+    let mut builder = BalancedChannel::builder();
+    if let Some(localhost) = tls {
+        builder = builder.tls(localhost.trusted());
+    }
+    let channel = builder.from_addresses([&server.address]);
+    all_ready(&channel, 1).await;
+    let what = format!("{kind:?}, TLS {}", tls.is_some());
+    pass(&what, &channel, &CASES).await;
+
+    // Of the cases that the server does not support, those with compressed requests are only without their probe.
+    let mut compressed = compression::REQUESTS.to_vec();
+    if kind == Kind::Go {
+        let status = compression::refused(channel.clone()).await;
+        println!("{what}: without a compressor: {status:?}");
+        compressed.clear();
+    }
+    let unsupported = kind.unsupported().await;
+    let is_supported = |(name, _): &&Case| !unsupported.iter().any(|other| other == name);
+    compressed.extend(compression::RESPONSES_IN_GZIP.iter().filter(is_supported));
+    pass(&format!("{what}, gzip"), &channel, &compressed).await;
+}
+
+for_each_server!(every_case_passes);
+async fn every_case_passes(kind: Kind) {
+    every_case(kind, None).await;
+}
+
+for_each_server!(every_case_passes_over_tls);
+async fn every_case_passes_over_tls(kind: Kind) {
+    every_case(kind, Some(&Localhost::new())).await;
+}
+
+for_each_server!(a_soak_fails_no_call);
+/// `rpc_soak` and `channel_soak`, bounded.
+async fn a_soak_fails_no_call(kind: Kind) {
+    let Some(server) = Server::start(kind, Options::default()).await else {
+        return;
+    };
+    let lazily = || BalancedChannel::builder().from_addresses([&server.address]);
+    let channel = lazily();
+    let mut slowest = Duration::ZERO;
+    let mut failed: Vec<Status> = Vec::new();
+    for call in 0..220 {
+        let channel = if call < 200 {
+            channel.clone()
+        } else {
+            lazily()
+        };
+        let start = tokio::time::Instant::now();
+        failed.extend(large(channel).await.err());
+        slowest = slowest.max(since(start));
+    }
+    println!(
+        "{kind:?}: 200 calls and 20 channels, {} failed; at most {slowest:?}",
+        failed.len()
+    );
+    assert!(failed.is_empty(), "{kind:?}: {failed:?}");
+}

@@ -1,0 +1,194 @@
+//! Proxies in front of servers.
+
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU16, Ordering};
+
+use nix::sys::signal::Signal;
+use tempfile::TempDir;
+use tokio::process::Command;
+use tokio::time::timeout;
+
+use crate::process::{Program, launcher};
+use crate::support::SOON;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Nginx,
+    Haproxy,
+    Caddy,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Nginx => "nginx",
+            Self::Haproxy => "haproxy",
+            Self::Caddy => "caddy",
+        }
+    }
+
+    fn template(self) -> &'static str {
+        match self {
+            Self::Nginx => include_str!("../interop_peers/proxies/nginx.conf"),
+            Self::Haproxy => include_str!("../interop_peers/proxies/haproxy.cfg"),
+            Self::Caddy => include_str!("../interop_peers/proxies/Caddyfile"),
+        }
+    }
+}
+
+/// A proxy and what differs from its defaults.
+#[derive(Clone, Copy, Debug)]
+pub struct Setup {
+    pub kind: Kind,
+    /// Directives, see the README of the peers.
+    pub extra: &'static str,
+    /// Only of haproxy, which has no default.
+    pub timeout_client: &'static str,
+}
+
+impl Setup {
+    pub const fn of(kind: Kind) -> Self {
+        Self {
+            kind,
+            extra: "",
+            timeout_client: "1m",
+        }
+    }
+
+    pub const fn extra(self, extra: &'static str) -> Self {
+        Self { extra, ..self }
+    }
+
+    pub const fn timeout_client(self, timeout_client: &'static str) -> Self {
+        Self {
+            timeout_client,
+            ..self
+        }
+    }
+}
+
+/// A proxy with its port and folder. It runs once it was started, until dropped.
+pub struct Front {
+    setup: Setup,
+    port: u16,
+    folder: TempDir,
+    launcher: PathBuf,
+    program: Option<Program>,
+}
+
+impl Front {
+    /// Configures a proxy, unless its part is missing.
+    pub fn new(setup: Setup, upstreams: &[SocketAddr]) -> Option<Self> {
+        let name = setup.kind.name();
+        let launcher = launcher(name, name)?;
+        let folder = tempfile::tempdir().unwrap();
+        let port = free_port();
+        let path = folder.path().display();
+        let (separator, tls) = match setup.kind {
+            Kind::Nginx | Kind::Caddy => (" ", ""),
+            Kind::Haproxy => ("\n    ", "proto h2"),
+        };
+        let upstream = |(number, address): (usize, &SocketAddr)| match setup.kind {
+            Kind::Nginx => format!("server {address};"),
+            Kind::Haproxy => format!("server s{number} {address} proto h2"),
+            Kind::Caddy => address.to_string(),
+        };
+        let mut list: Vec<_> = upstreams.iter().enumerate().map(upstream).collect();
+        if setup.kind == Kind::Nginx {
+            // Without it, each call makes a connection to a server.
+            list.push("keepalive 32;".to_owned());
+        }
+        let config = setup
+            .kind
+            .template()
+            .replace("@LISTEN@", &port.to_string())
+            .replace("@DIR@", &path.to_string())
+            .replace("@UPSTREAMS@", &list.join(separator))
+            .replace("@TLS@", tls)
+            .replace("@SCHEME@", "http")
+            .replace("@ADMIN@", &format!("unix/{path}/admin.sock"))
+            .replace("@TIMEOUT_CLIENT@", setup.timeout_client)
+            .replace("@EXTRA@", setup.extra)
+            .replace("@MAIN@", "");
+        fs::write(folder.path().join("config"), config).unwrap();
+        Some(Self {
+            setup,
+            port,
+            folder,
+            launcher,
+            program: None,
+        })
+    }
+
+    /// Configures and starts a proxy.
+    pub async fn start(setup: Setup, upstreams: &[SocketAddr]) -> Option<Self> {
+        let mut front = Self::new(setup, upstreams)?;
+        front.run().await;
+        Some(front)
+    }
+
+    pub fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Starts it, and waits until it listens.
+    pub async fn run(&mut self) {
+        let config = self.folder().join("config");
+        let mut command = Command::new(&self.launcher);
+        match self.setup.kind {
+            Kind::Nginx => {
+                command.arg("-p").arg(self.folder());
+                command.arg("-e").arg(self.folder().join("error.log"));
+                command.arg("-c").arg(config);
+            }
+            Kind::Haproxy => {
+                command.args(["-W", "-db", "-f"]).arg(config);
+            }
+            Kind::Caddy => {
+                command.args(["run", "--adapter", "caddyfile", "--config"]);
+                command.arg(config).env("HOME", self.folder());
+            }
+        }
+        let mut program = Program::start(command);
+        program.listens(self.port).await;
+        self.program = Some(program);
+    }
+
+    /// Reloads its configuration.
+    pub async fn reload(&self) {
+        let program = self.program.as_ref().expect("it runs");
+        match self.setup.kind {
+            Kind::Nginx => program.signal(Signal::SIGHUP),
+            Kind::Haproxy => program.signal(Signal::SIGUSR2),
+            Kind::Caddy => {
+                let mut command = Command::new(&self.launcher);
+                // Without it, a configuration that has not changed is left as it is.
+                command.args(["reload", "--force", "--adapter", "caddyfile"]);
+                command.arg("--config").arg(self.folder().join("config"));
+                let admin = format!("unix/{}/admin.sock", self.folder().display());
+                command.arg("--address").arg(admin).kill_on_drop(true);
+                command.env("HOME", self.folder());
+                let output = timeout(SOON, command.output()).await.unwrap().unwrap();
+                assert!(output.status.success(), "{output:?}");
+            }
+        }
+    }
+}
+
+/// A port below the ephemeral ones, so that no outgoing connection takes it before the proxy does.
+fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let base = u16::try_from(std::process::id() % 100).unwrap() * 20;
+    loop {
+        let port = 30_000 + (base + NEXT.fetch_add(1, Ordering::SeqCst)) % 2_500;
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return port;
+        }
+    }
+}

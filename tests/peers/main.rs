@@ -1,0 +1,143 @@
+//! Real servers and proxies: grpc-go, grpc-java, grpcio, grpc-js, nginx, haproxy, Caddy. `make interop` installs and builds them and runs
+//! these tests. They are no part of `make test`.
+#![cfg(feature = "tls")]
+#![allow(
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a failed step is a failed test, and the modules are of this target alone"
+)]
+
+/// Runs an async function of the module, which takes a kind of server, as a test for each kind.
+macro_rules! for_each_server {
+    ($test:ident) => {
+        mod $test {
+            use crate::servers::Kind;
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn tonic() {
+                super::$test(Kind::Tonic).await;
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn grpc_go() {
+                super::$test(Kind::Go).await;
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn grpc_java() {
+                super::$test(Kind::Java).await;
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn grpcio() {
+                super::$test(Kind::Grpcio).await;
+            }
+
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn grpc_js() {
+                super::$test(Kind::Js).await;
+            }
+        }
+    };
+}
+
+mod ages;
+mod answers;
+mod cases;
+mod client;
+mod compression;
+mod deadlines;
+mod echo;
+mod fronts;
+mod metadata;
+mod negative;
+mod pings;
+mod process;
+mod proto;
+mod proxies;
+mod raw;
+mod server;
+mod servers;
+mod service;
+#[path = "../support/mod.rs"]
+mod support;
+mod tap;
+
+use std::time::Duration;
+
+use support::callers::{Callers, Failed};
+use tokio::time::{Instant, sleep, timeout};
+use tonic::{Code, Request, Status};
+use tonic_etcd::{BalancedChannel, ChannelBuilder, RetryPolicy};
+
+type Client = proto::test_service_client::TestServiceClient<BalancedChannel>;
+
+/// A channel with a policy that does not keep a test waiting.
+fn retrying() -> ChannelBuilder {
+    let policy = RetryPolicy::new([Code::Unavailable]).backoff(ms(1), ms(5));
+    BalancedChannel::builder().retry(policy)
+}
+
+/// Callers of the test service.
+fn calling<Fut>(
+    channel: &BalancedChannel,
+    callers: usize,
+    call: impl Fn(Client) -> Fut + Clone + Send + 'static,
+) -> Callers
+where
+    Fut: Future<Output = Result<(), Status>> + Send,
+{
+    let client = Client::new(channel.clone());
+    Callers::making(channel, callers, move |_| call(client.clone()))
+}
+
+/// One empty unary call, which ends in time.
+async fn empty(mut client: Client) -> Result<(), Status> {
+    let request = support::callers::with_deadline(proto::Empty {});
+    client.empty_call(request).await.map(drop)
+}
+
+/// One streaming call, read to its end: how many responses there were.
+async fn stream(
+    mut client: Client,
+    request: Request<proto::StreamingOutputCallRequest>,
+) -> Result<usize, Status> {
+    let read = async {
+        let mut responses = client.streaming_output_call(request).await?.into_inner();
+        let mut count = 0;
+        while responses.message().await?.is_some() {
+            count += 1;
+        }
+        Ok(count)
+    };
+    timeout(support::SOON, read).await.expect("the stream ends")
+}
+
+/// What is to be read of failed calls: how many, and the first few.
+fn shown(failed: &[Failed]) -> String {
+    let first: Vec<_> = failed.iter().take(3).map(|call| &call.status).collect();
+    format!("{} failed: {first:?}", failed.len())
+}
+
+/// Lets callers run for a while, and fails unless all their calls went well.
+async fn all_well(callers: Callers, period: Duration, what: &str) -> u64 {
+    sleep(period).await;
+    let (calls, failed) = callers.stopped().await;
+    println!("{what}: {calls} calls, {}", shown(&failed));
+    assert!(
+        failed.is_empty(),
+        "{what}: of {calls} calls {}",
+        shown(&failed)
+    );
+    calls
+}
+
+fn since(start: Instant) -> Duration {
+    Instant::now().saturating_duration_since(start)
+}
+
+const fn ms(millis: u64) -> Duration {
+    Duration::from_millis(millis)
+}

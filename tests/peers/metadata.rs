@@ -1,0 +1,178 @@
+//! One call with metadata that are too large for the server or the proxy, beside callers who have nothing to do with it.
+
+use tokio::time::sleep;
+use tonic::metadata::AsciiMetadataKey;
+use tonic::{Code, Request, Status};
+use tonic_etcd::{BalancedChannel, ChannelBuilder};
+
+use crate::fronts::{self, Front, Setup};
+use crate::proto::Empty;
+use crate::servers::{Kind, Options, Server};
+use crate::service::{InProcess, router};
+use crate::support::all_ready;
+use crate::support::callers::Failed;
+use crate::tap::Tap;
+use crate::{Client, calling, empty, ms, retrying, shown};
+
+const SIZES: [usize; 4] = [12_000, 20_000, 120_000, 1_000_000];
+const BYSTANDERS: usize = 16;
+/// Connections that one call may end: the one that it shares with others, and one of its own.
+const MOST: usize = 2;
+
+async fn poisoned(channel: &BalancedChannel, bytes: usize) -> Result<(), Status> {
+    let mut request = Request::new(Empty {});
+    request.set_timeout(ms(3_000));
+    // In several values, as cookies and tokens come.
+    for part in 0..4 {
+        let key = format!("x-part-{part}");
+        let key = AsciiMetadataKey::from_bytes(key.as_bytes()).unwrap();
+        let value = "0123456789abcdef".repeat(bytes / 64);
+        request.metadata_mut().insert(key, value.parse().unwrap());
+    }
+    let mut client = Client::new(channel.clone());
+    client.empty_call(request).await.map(drop)
+}
+
+/// What a server or a proxy does with metadata.
+struct Limits {
+    /// It accepts these sizes, and must not be kept from them.
+    accepts: usize,
+    /// It refuses these. Between the two, either is right.
+    refuses: usize,
+    /// Whether the answer of a proxy to a bystander counts as its own failure and not as the channel's.
+    answers_for_itself: bool,
+    /// Whether a call that it refuses ends with its deadline.
+    leaves_without_an_answer: bool,
+}
+
+const fn limits(accepts: usize, refuses: usize) -> Limits {
+    Limits {
+        accepts,
+        refuses,
+        answers_for_itself: false,
+        leaves_without_an_answer: false,
+    }
+}
+
+async fn poison(
+    what: &str,
+    builder: ChannelBuilder,
+    address: &str,
+    limits: &Limits,
+) -> Vec<String> {
+    let link = Tap::start(address.to_owned()).await;
+    let channel = builder.from_addresses([link.address.to_string()]);
+    all_ready(&channel, 1).await;
+    let mut bystanders = calling(&channel, BYSTANDERS, empty);
+    let mut wrong = Vec::new();
+    sleep(ms(200)).await;
+    for bytes in SIZES {
+        let before = link.connections();
+        let outcome = poisoned(&channel, bytes).await;
+        sleep(ms(300)).await;
+        let ended = link.connections() - before;
+        let what = format!("{what}, {bytes} bytes");
+        let failed = bystanders.failed();
+        let (proxys, failed): (Vec<_>, Vec<_>) = failed
+            .into_iter()
+            .partition(|failed| limits.answers_for_itself && is_proxys(failed));
+        println!(
+            "{what}: {ended} connections; bystanders: {}, and {} that the proxy has answered; {outcome:?}",
+            shown(&failed),
+            proxys.len(),
+        );
+        if !failed.is_empty() {
+            wrong.push(format!("{what}: bystanders: {}", shown(&failed)));
+        }
+        if ended > MOST {
+            wrong.push(format!("{what}: {ended} connections"));
+        }
+        match outcome {
+            Ok(()) if bytes < limits.refuses => {}
+            Err(status)
+                if bytes > limits.accepts
+                    && (status.code() == Code::DeadlineExceeded)
+                        == limits.leaves_without_an_answer => {}
+            other => wrong.push(format!("{what}: {other:?}")),
+        }
+    }
+    let (calls, failed) = bystanders.stopped().await;
+    println!("{what}: {calls} calls of bystanders");
+    if !failed.is_empty() {
+        wrong.push(format!("{what}: after it: {}", shown(&failed)));
+    }
+    empty(Client::new(channel)).await.expect("calls are served");
+    wrong
+}
+
+/// Whether a proxy has answered a call itself, with a page of its own.
+fn is_proxys(failed: &Failed) -> bool {
+    failed.status.message().contains("502")
+}
+
+async fn with_and_without_a_policy(what: &str, address: &str, limits: Limits) {
+    let mut wrong = poison(what, BalancedChannel::builder(), address, &limits).await;
+    let what = format!("{what}, retries");
+    wrong.extend(poison(&what, retrying(), address, &limits).await);
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+for_each_server!(metadata_that_a_server_refuses_fail_no_other_call);
+async fn metadata_that_a_server_refuses_fail_no_other_call(kind: Kind) {
+    let Some(server) = Server::start(kind, Options::default()).await else {
+        return;
+    };
+    let limits = match kind {
+        Kind::Tonic => limits(12_000, 20_000),
+        Kind::Go => limits(1_000_000, usize::MAX),
+        Kind::Java => limits(0, 12_000),
+        // Up to 16 KiB it refuses at random.
+        Kind::Grpcio => limits(0, 20_000),
+        // It limits each value. Beyond, it sends GOAWAY and keeps the connection open, and the call without an answer.
+        Kind::Js => Limits {
+            leaves_without_an_answer: true,
+            ..limits(120_000, 1_000_000)
+        },
+    };
+    with_and_without_a_policy(&format!("{kind:?}"), &server.address, limits).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn metadata_beyond_8_kib_that_grpc_go_refuses_fail_no_other_call() {
+    let options = Options {
+        max_metadata: Some(8_192),
+        ..Options::default()
+    };
+    let Some(server) = Server::start(Kind::Go, options).await else {
+        return;
+    };
+    with_and_without_a_policy("grpc-go, 8 KiB", &server.address, limits(0, 12_000)).await;
+}
+
+/// Metadata that a proxy refuses, or the server behind it, which is on tonic.
+async fn through(kind: fronts::Kind, limits: Limits) {
+    let server = InProcess::start(router(Options::default())).await;
+    let Some(front) = Front::start(Setup::of(kind), &[server.address]).await else {
+        return;
+    };
+    with_and_without_a_policy(&format!("{kind:?}"), &front.address(), limits).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn metadata_that_nginx_refuses_fail_no_other_call() {
+    through(fronts::Kind::Nginx, limits(0, 120_000)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn metadata_that_haproxy_refuses_fail_no_other_call() {
+    through(fronts::Kind::Haproxy, limits(0, 120_000)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn metadata_that_caddy_refuses_fail_no_other_call() {
+    let limits = Limits {
+        answers_for_itself: true,
+        ..limits(0, 120_000)
+    };
+    through(fronts::Kind::Caddy, limits).await;
+}

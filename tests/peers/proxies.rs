@@ -1,0 +1,183 @@
+//! Channels over nginx, haproxy and Caddy: closes in order, idle closes, outages and reloads.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::time::{Instant, interval, sleep};
+use tonic_etcd::{BalancedChannel, ChannelBuilder};
+
+use crate::fronts::{Front, Kind, Setup};
+use crate::support::callers::{Callers, with_deadline};
+use crate::support::{all_ready, eventually, greeter, hello};
+use crate::{all_well, ms, retrying, shown, since};
+
+const NGINX: Setup = Setup::of(Kind::Nginx);
+const NGINX_100: Setup = NGINX.extra("keepalive_requests 100;");
+const HAPROXY_1S: Setup = Setup::of(Kind::Haproxy).timeout_client("1s");
+const HAPROXY_5S: Setup = Setup::of(Kind::Haproxy).timeout_client("5s");
+const CADDY: Setup = Setup::of(Kind::Caddy);
+
+const CALLERS: usize = 16;
+
+async fn greeters(count: usize) -> Vec<SocketAddr> {
+    let mut addresses = Vec::new();
+    for number in 0..count {
+        addresses.push(greeter(&format!("greeter {number}")).await.0);
+    }
+    addresses
+}
+
+/// Proxies of one kind in front of the same greeters.
+async fn fronts(setup: Setup, proxies: usize, servers: usize) -> Option<Vec<Front>> {
+    let greeters = greeters(servers).await;
+    let mut fronts = Vec::new();
+    for _ in 0..proxies {
+        fronts.push(Front::start(setup, &greeters).await?);
+    }
+    Some(fronts)
+}
+
+fn over(builder: ChannelBuilder, fronts: &[Front]) -> BalancedChannel {
+    builder
+        .seed(7)
+        .from_addresses(fronts.iter().map(Front::address))
+}
+
+/// Callers without a retry policy, over so many proxies in front of so many servers.
+async fn load(setup: Setup) {
+    for (proxies, servers) in [(1, 1), (1, 3), (3, 3)] {
+        let Some(fronts) = fronts(setup, proxies, servers).await else {
+            return;
+        };
+        let channel = over(BalancedChannel::builder(), &fronts);
+        all_ready(&channel, proxies).await;
+        let what = format!("{setup:?}, {proxies} proxies, {servers} servers");
+        all_well(Callers::start(&channel, CALLERS), ms(6_000), &what).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nginx_closes_in_order_and_fails_no_call() {
+    load(NGINX).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nginx_that_closes_after_100_requests_fails_no_call() {
+    load(NGINX_100).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn haproxy_with_a_timeout_of_1_s_fails_no_call() {
+    load(HAPROXY_1S).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn haproxy_with_a_timeout_of_5_s_fails_no_call() {
+    load(HAPROXY_5S).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn caddy_fails_no_call() {
+    load(CADDY).await;
+}
+
+/// Proxies that start after the channel. Once they are reached, no call fails.
+async fn late(setup: Setup) {
+    let greeters = greeters(2).await;
+    let mut fronts = Vec::new();
+    for _ in 0..3 {
+        let Some(front) = Front::new(setup, &greeters) else {
+            return;
+        };
+        fronts.push(front);
+    }
+    let channel = over(BalancedChannel::builder(), &fronts);
+    let mut callers = Callers::start(&channel, CALLERS);
+    sleep(ms(2_000)).await;
+    let failed = callers.failed();
+    assert!(!failed.is_empty(), "nothing listens yet");
+    for front in &mut fronts {
+        front.run().await;
+    }
+    let started = Instant::now();
+    all_ready(&channel, fronts.len()).await;
+    println!("{setup:?}: all ready after {:?}", since(started));
+    // Calls that began before may have failed since.
+    callers.failed();
+    all_well(callers, ms(3_000), &format!("{setup:?}, started late")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn proxies_that_start_late_fail_no_call_once_they_are_reached() {
+    for setup in [NGINX, HAPROXY_5S, CADDY] {
+        late(setup).await;
+    }
+}
+
+/// Callers with a connection of their own that pause for about as long as the proxy keeps idle connections.
+async fn sparse(setup: Setup) -> Option<(usize, String)> {
+    let fronts = fronts(setup, 1, 1).await?;
+    let mut callers = Vec::new();
+    for pause in (900..1_100).step_by(10).chain([1_500, 2_500]).map(ms) {
+        let channel = over(BalancedChannel::builder(), &fronts);
+        all_ready(&channel, 1).await;
+        callers.push(Callers::making(&channel, 1, move |mut client| async move {
+            sleep(pause).await;
+            client.say_hello(with_deadline(hello())).await.map(drop)
+        }));
+    }
+    sleep(ms(8_000)).await;
+    let (mut all, mut failures) = (0, Vec::new());
+    for caller in callers {
+        let (calls, failed) = caller.stopped().await;
+        all += calls;
+        failures.extend(failed);
+    }
+    let what = format!("{setup:?}: of {all} sparse calls {}", shown(&failures));
+    println!("{what}");
+    Some((failures.len(), what))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sparse_callers_fail_no_call_at_idle_closes() {
+    let (nginx, haproxy, caddy) = tokio::join!(
+        sparse(NGINX.extra("keepalive_timeout 1s;")),
+        sparse(HAPROXY_1S),
+        sparse(CADDY.extra("timeouts {\n idle 1s\n }")),
+    );
+    let all = [nginx, haproxy, caddy].into_iter().flatten();
+    let wrong: Vec<_> = all.filter(|(failed, _)| *failed > 0).collect();
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// Reloads every two seconds.
+async fn reloads(setup: Setup) {
+    let Some(fronts) = fronts(setup, 1, 3).await else {
+        return;
+    };
+    let channel = over(retrying(), &fronts);
+    all_ready(&channel, 1).await;
+    let callers = Callers::start(&channel, CALLERS);
+    let mut every = interval(Duration::from_secs(2));
+    for _ in 0..4 {
+        every.tick().await;
+        fronts[0].reload().await;
+    }
+    all_well(callers, ms(2_000), &format!("{setup:?}, reloads")).await;
+    eventually("it is ready", async || channel.ready().await.is_ok()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reloads_of_nginx_fail_no_call_under_a_retry_policy() {
+    reloads(NGINX).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reloads_of_haproxy_fail_no_call_under_a_retry_policy() {
+    reloads(HAPROXY_5S).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reloads_of_caddy_fail_no_call_under_a_retry_policy() {
+    reloads(CADDY).await;
+}
