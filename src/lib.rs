@@ -61,6 +61,8 @@
 //!
 #![doc = include_str!("behaviour.md")]
 //!
+#![doc = include_str!("errors.md")]
+//!
 //! # Fleets that already use etcd
 //!
 //! [`Format`] has the keys and values of the registries in use: etcd's own for grpc-go, go-zero, kratos, kitex, go-micro, rpcx, dubbo-go and

@@ -23,7 +23,7 @@ use crate::transport::connect::Connector;
 use crate::transport::deadline;
 use crate::transport::health::HealthCheck;
 use crate::transport::http2::MAX_WINDOW;
-use crate::transport::pings::{BUSY_INTERVAL, KeepAlive};
+use crate::transport::pings::BUSY_INTERVAL;
 #[cfg(feature = "tls")]
 use crate::transport::tls::{Tls, TlsConfig};
 
@@ -44,8 +44,8 @@ pub struct ChannelBuilder<S = ()> {
     pub(super) plans: Plans,
     address_policy: Option<AddressPolicy>,
     health_check: Option<String>,
-    keep_alive_while_idle: bool,
-    keep_alive_permit_time: Duration,
+    pub(super) keep_alive_while_idle: bool,
+    pub(super) keep_alive_permit_time: Duration,
     /// The first option or address that cannot be used, and why.
     pub(super) invalid: Option<String>,
 }
@@ -182,50 +182,8 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Pings a connection on which calls are open and nothing was read for `interval`, and gives it up if nothing is read for `timeout` after
-    /// that. Disabled by default.
-    ///
-    /// It is rarely needed. A connection that was silent for more than a second, and for longer than one of the same endpoint has survived in
-    /// the last ten minutes, is checked with a PING before a call is sent on it; a call that overruns its deadline has its connection checked, and TCP's own keep-alive is enabled. What is left are calls without a
-    /// deadline, and streams that are silent for long, on a path that loses connections without a word.
-    ///
-    /// Many servers close the connection of a client that pings more often than every five minutes. By default a connection therefore sends no
-    /// more than two PINGs, whatever they are for, until the server sends something, and then one each five minutes; where servers permit
-    /// more, [`keep_alive_permit_time`](Self::keep_alive_permit_time) sets it. An endpoint that complains all the same is pinged half as often
-    /// from then on (gRFC A8).
-    pub fn http2_keep_alive(mut self, interval: Duration, timeout: Duration) -> Self {
-        let while_idle = self.keep_alive_while_idle;
-        self.connector.http2.keep_alive = Some(KeepAlive {
-            interval: interval.clamp(SHORTEST_INTERVAL, balance::LONGEST),
-            timeout: timeout.min(balance::LONGEST),
-            while_idle,
-            permit: self.keep_alive_permit_time,
-        });
-        self
-    }
-
-    /// Sets the shortest interval between PINGs that the servers permit: `MinTime` of grpc-go's enforcement policy, `permitKeepAliveTime` of
-    /// grpc-java. Default 5 minutes, which is their default. Only for [`http2_keep_alive`](Self::http2_keep_alive).
-    pub fn keep_alive_permit_time(mut self, interval: Duration) -> Self {
-        self.keep_alive_permit_time = interval;
-        if let Some(keep_alive) = &mut self.connector.http2.keep_alive {
-            keep_alive.permit = interval;
-        }
-        self
-    }
-
-    /// Sets whether [`http2_keep_alive`](Self::http2_keep_alive) also pings connections without calls. Default `false`, as in tonic and in
-    /// gRFC A8: servers allow such pings once in two hours.
-    pub fn keep_alive_while_idle(mut self, enabled: bool) -> Self {
-        self.keep_alive_while_idle = enabled;
-        if let Some(keep_alive) = &mut self.connector.http2.keep_alive {
-            keep_alive.while_idle = enabled;
-        }
-        self
-    }
-
-    /// Sets how many bytes a server may send ahead: on one response stream, and on a connection. Default 1 MiB per stream, and no bound for
-    /// the connection (2^31 - 1 bytes, HTTP/2's largest window), since the streams' windows bound the memory already.
+    /// Sets how many bytes a server may send ahead: on one response stream, and on a connection. Default 1 MiB per stream and
+    /// 2^31 - 1 bytes, the HTTP/2 maximum, per connection; larger values are reduced to that. The stream windows already limit the memory.
     ///
     /// With a smaller connection window, unread responses stop every other call on the connection once they fill it: 64 streams of 1 MiB
     /// fill one of 64 MiB.
@@ -273,7 +231,7 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Sets what the client calls itself, ahead of the library's own name. With text that a header cannot carry the channel is
+    /// Sets the `user-agent` header; `tonic-etcd/` and the version are appended. If the text is not a valid header value, the channel is
     /// [invalid](ChannelError::InvalidOption).
     pub fn user_agent(mut self, user_agent: impl AsRef<str>) -> Self {
         let user_agent = user_agent.as_ref();
@@ -401,5 +359,3 @@ fn user_agent(user_agent: Option<HeaderValue>) -> HeaderValue {
 const USER_AGENT: &str = concat!("tonic-etcd/", env!("CARGO_PKG_VERSION"));
 /// Long enough for an etcd that elects a leader, short enough for a user at a screen.
 const START_UP_BOUND: Duration = Duration::from_secs(10);
-/// A keep-alive without a pause would do nothing but ping.
-const SHORTEST_INTERVAL: Duration = Duration::from_millis(10);

@@ -285,7 +285,7 @@ impl State {
         if let Some(policy) = channel.hedging(request)
             && !matches!(body, Outgoing::Stream { .. })
             // Copies of a call that ends the connections it is sent on would end several.
-            && request.metadata_size() <= TRUSTED_METADATA
+            && request.metadata_size() <= retry::TRUSTED_METADATA
         {
             let policy = policy.clone();
             let (Some(channel), Some(request)) = (core.take(), call.take()) else {
@@ -298,7 +298,7 @@ impl State {
         let mut tried = Tried::default();
         let (body, place) = match channel.shared().pick(|_| true) {
             // The place is kept: a second pick would take a second turn.
-            Pick::Taken(ticket) if !is_unquestioned(channel, request, &ticket, now) => {
+            Pick::Taken(ticket) if !retry::is_unquestioned(channel, request, &ticket, now) => {
                 (body, Some(ticket))
             }
             Pick::Taken(ticket) => {
@@ -317,21 +317,8 @@ impl State {
     }
 }
 
-/// Whether a call can be sent on a connection as it is: the connection was not silent for long, and nothing about the call is unusual.
-pub(super) fn is_unquestioned(core: &Core, call: &Call, ticket: &Ticket, now: Instant) -> bool {
-    let metadata = call.metadata_size();
-    let is_small = metadata == 0
-        || (metadata <= TRUSTED_METADATA
-            && metadata <= ticket.connection().max_header_list() as usize);
-    is_small && !ticket.is_doubtful(now, core.is_single_threaded)
-}
-
 /// The length of an IPv4 address and its port: the authority itself is the endpoint's.
 const AUTHORITY: usize = 21;
-/// Up to this size, in bytes, metadata is sent like any other. It is the limit of grpc-java's servers and of nginx's buffer for a header;
-/// what is larger has ended connections of nginx from 14 kB, of haproxy from 16.5 kB and of tonic from 60 kB on.
-pub(super) const TRUSTED_METADATA: usize = 8 << 10;
-
 /// A request that a connection did not take.
 pub(super) struct Unsent {
     ticket: Ticket,

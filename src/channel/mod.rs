@@ -24,6 +24,7 @@ mod error;
 mod extension;
 mod head;
 mod headers;
+mod keep_alive;
 mod resolved;
 mod retry;
 mod route;

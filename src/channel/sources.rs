@@ -26,7 +26,8 @@ impl ChannelBuilder {
 
     /// Takes fixed endpoints, each `host:port`, `http://host:port` (`https://` with TLS configured) or `unix:/path`.
     ///
-    /// With one that is none of these the channel is invalid: all its calls fail with `UNAVAILABLE`, and the message names the address.
+    /// If one address cannot be used (another form, `http://` with TLS configured, `https://` without), the channel is
+    /// [invalid](crate::ChannelError::InvalidOption): an error is logged, and every call fails with `UNAVAILABLE` and names the address.
     ///
     /// # Panics
     ///

@@ -1,4 +1,5 @@
-//! The statuses that calls end with. The message names the service, the endpoint and the numbers; the typed cause is the status's source.
+//! The statuses that calls end with. The message of those made here names the service, the endpoint and the numbers; the typed cause is the
+//! status's source, also of those that a server has returned.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -17,8 +18,11 @@ use crate::error::causes;
 use crate::transport::deadline::Deadline;
 use crate::transport::http2::is_unprocessed;
 
-/// What an endpoint did to a call that failed there: the source of the call's `Status`, whether the server answered with the error or the
-/// connection failed.
+/// Names the endpoint that failed a call, and the reason.
+///
+/// It is in the source chain of the call's `Status`: walk the chain, because after retries another `Status` precedes it. It is present if the
+/// server returned the error, the connection failed, the deadline passed at the endpoint, or the endpoint's limits kept the call from being sent.
+/// It is absent if no endpoint was picked. The message of an error that the server returned does not name the server; this type does.
 ///
 /// ```
 /// use std::error::Error;

@@ -16,7 +16,7 @@ impl MemberEndpoint {
     /// Parses `host:port`, `http://host:port` or `https://host:port`; `tls` decides the scheme where none is given.
     pub(crate) fn parse(endpoint: &str, tls: bool) -> Result<Self, ConnectError> {
         let invalid = |reason: String| ConnectError::InvalidEndpoint {
-            endpoint: endpoint.to_owned(),
+            endpoint: without_password(endpoint),
             reason,
         };
         let text = endpoint.trim().trim_end_matches('/');
@@ -46,7 +46,7 @@ impl MemberEndpoint {
             .to_string();
         if authority.contains('@') {
             return Err(invalid(
-                "credentials belong into `.user(name, password)`".to_owned(),
+                "it has credentials; set them with `.user(name, password)`".to_owned(),
             ));
         }
         if uri.host().is_none_or(str::is_empty) {
@@ -74,9 +74,36 @@ impl MemberEndpoint {
     }
 }
 
+/// An endpoint as it was given, fit for a log.
+fn without_password(endpoint: &str) -> String {
+    let Some((userinfo, rest)) = endpoint.rsplit_once('@') else {
+        return endpoint.to_owned();
+    };
+    let (scheme, userinfo) = match userinfo.split_once("://") {
+        Some((scheme, userinfo)) => (format!("{scheme}://"), userinfo),
+        None => (String::new(), userinfo),
+    };
+    let user = userinfo.split(':').next().unwrap_or_default();
+    format!("{scheme}{user}:***@{rest}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_password_in_an_endpoint_is_not_in_the_error() {
+        for endpoint in [
+            "http://root:s3cret@a:1",
+            "root:s3cret@a:1",
+            "http://root:s3:cret@@a:1",
+        ] {
+            let error = MemberEndpoint::parse(endpoint, false).expect_err("invalid");
+            let text = format!("{error} {error:?}");
+            assert!(!text.contains("s3"), "{text}");
+            assert!(text.contains("root"), "{text}");
+        }
+    }
 
     #[test]
     fn endpoints_are_taken_with_and_without_scheme() {
@@ -101,7 +128,6 @@ mod tests {
             "127.0.0.1:0",
             "ftp://a:1",
             "http://a:1/path",
-            "http://u:p@a:1",
             "a b:1",
             "::1:2379",
             ":2379",

@@ -29,6 +29,12 @@ impl Etcd {
                 .await;
             let response =
                 response.map_err(|source| error::of_client(OPERATION, &link.endpoint(), source))?;
+            // A store that chooses its own ids would drop nothing of ours when this lease is revoked.
+            if response.id() != lease.get() {
+                let source = format!("lease {:x} was granted in place of {lease}", response.id());
+                let kind = EtcdErrorKind::Unimplemented;
+                return Err(EtcdError::new(kind, OPERATION, &link.endpoint(), source));
+            }
             Ok(u64::try_from(response.ttl()).map_or(ttl, Duration::from_secs))
         })
         .await

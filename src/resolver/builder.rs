@@ -128,8 +128,9 @@ impl ResolverBuilder {
 
     /// Uses only the instances that the function accepts, such as those of one version. All by default.
     ///
-    /// The function runs whenever an instance is read, never for a call. Unlike a filter on the resolver's stream it leaves the channel the
-    /// knowledge of when the set is complete: with no instance accepted, calls fail at once.
+    /// Use this rather than a filter on the resolver's stream: the channel then knows when the list is complete, and calls fail at once if no
+    /// instance is accepted. The function runs on every read of the set of instances, never for a call; it must be cheap, and always return the
+    /// same for the same instance. It also applies to instances that [`mass_removal_hold`](Self::mass_removal_hold) keeps.
     ///
     /// ```no_run
     /// # fn run(registry: tonic_etcd::Registry) {

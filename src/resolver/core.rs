@@ -232,9 +232,9 @@ impl Core {
             // Whoever writes one each second must not fill the log of every client.
             if shared.warned.is_none_or(|at| now >= at + WARN_INTERVAL) {
                 shared.warned = Some(now);
-                tracing::warn!(%key, %revision, rejected, "skipped values that cannot be read; the first of them {error}");
+                tracing::warn!(?key, %revision, rejected, "skipped values that cannot be read; the first of them {error}");
             } else {
-                tracing::debug!(%key, %revision, rejected, "skipped values that cannot be read; the first of them {error}");
+                tracing::debug!(?key, %revision, rejected, "skipped values that cannot be read; the first of them {error}");
             }
         }
         let news = shared.on_applied(&mut applied, now);

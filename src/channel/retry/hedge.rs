@@ -10,6 +10,7 @@ use tonic::{Code, Status};
 
 use super::attempts::{Closing, Outcome};
 use super::policy::HedgingPolicy;
+use super::prepare::is_unquestioned;
 use super::replay::{Answered, Failed, Misplaced, place, recover, unless_late};
 use super::tried::Tried;
 use super::verdict::Pushback;
@@ -17,7 +18,7 @@ use super::wait::sleep_until;
 use crate::balance::{LOOK_AROUND, Pick, Ticket};
 use crate::channel::answer::judge;
 use crate::channel::body::ResponseBody;
-use crate::channel::call::{Attempt, Call, Kept, Retrying, Try, is_unquestioned};
+use crate::channel::call::{Attempt, Call, Kept, Retrying, Try};
 use crate::channel::{Core, status};
 use crate::transport::deadline::Deadline;
 use crate::transport::incoming::Incoming;

@@ -27,5 +27,6 @@ pub use budget::RetryBudget;
 pub(super) use hedge::hedge;
 pub(super) use methods::{Plans, Retries};
 pub use policy::{HedgingPolicy, RetryPolicy};
+pub(super) use prepare::{TRUSTED_METADATA, is_unquestioned};
 pub(super) use tried::Tried;
 pub(super) use wait::ready;

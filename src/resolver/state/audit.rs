@@ -302,11 +302,11 @@ impl Machine {
                 if !KeyState::agree(read.as_ref(), known.as_ref()) {
                     self.report.repaired += 1;
                     self.audit.lossy |= confirms;
-                    tracing::debug!(%key, revision = %header.revision, there = found.is_some(), "a read was ahead of the watch");
+                    tracing::debug!(?key, revision = %header.revision, there = found.is_some(), "a read was ahead of the watch");
                     self.believe(key, found, header.revision);
                 }
             }
-            Err(error) => tracing::debug!(%key, %error, "could not read a key in doubt"),
+            Err(error) => tracing::debug!(?key, %error, "could not read a key in doubt"),
         }
         if self.audit.lossy && self.audit.confirming.is_empty() {
             return self.distrust_watch();

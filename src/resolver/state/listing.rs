@@ -161,7 +161,7 @@ impl Machine {
             // Its last good value, if there was one, stays.
             let before = gone.remove(&key);
             if before.is_none_or(|before| before.mod_revision != mod_revision) {
-                tracing::warn!(%key, revision = %mod_revision, "skipped a value that is too large to be received");
+                tracing::warn!(?key, revision = %mod_revision, "skipped a value that is too large to be received");
                 self.report.oversized += 1;
             }
             self.keys.insert(key, state);
