@@ -243,8 +243,9 @@ impl Subchannel<Ready> {
         self.state.silence != Silence::None
     }
 
-    pub(super) fn set_silence(&mut self, silence: Silence) {
-        self.state.silence = silence;
+    /// Returns whether that is news.
+    pub(super) fn set_silence(&mut self, silence: Silence) -> bool {
+        std::mem::replace(&mut self.state.silence, silence) != silence
     }
 
     pub(super) fn health(&self) -> &Health {

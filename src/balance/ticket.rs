@@ -147,6 +147,11 @@ impl Ticket {
         }
     }
 
+    /// Whether the outcome of the call's head, or of the call, was noted.
+    pub(crate) fn is_noted(&self) -> bool {
+        self.sent.is_none()
+    }
+
     /// The server, or the connection to it, has failed the call, before the head or after it.
     pub(crate) fn on_failure(&mut self, now: Instant, blame: Blame) {
         let sent = self.sent.take().unwrap_or(now);

@@ -70,8 +70,11 @@ pub(super) fn failed(
         .unwrap_or_else(|| status::unfinished(&core.service, address))
 }
 
-/// Counts a response's head for or against its endpoint, whether the caller gets it or another attempt follows.
+/// Counts a response's head for or against its endpoint, once, whether the caller gets it or another attempt follows.
 pub(super) fn judge<T>(core: &Core, response: &Response<T>, ticket: &mut Ticket, now: Instant) {
+    if ticket.is_noted() {
+        return;
+    }
     let head = Head::of(response);
     ticket.on_head(now, status::head_blame(head));
     if let Head::Foreign(_) = head {

@@ -32,6 +32,8 @@ pub(super) struct Activity {
     mute: AtomicBool,
     /// How often the waits for a byte were ended without one.
     ended_waits: AtomicU64,
+    /// How many PINGs the peer has answered.
+    pongs: AtomicU64,
     /// Whether a call waits for [`heard`](Self::heard).
     awaited: AtomicBool,
     heard: Notify,
@@ -53,6 +55,7 @@ impl Activity {
             goaway: AtomicU64::new(0),
             mute: AtomicBool::new(false),
             ended_waits: AtomicU64::new(0),
+            pongs: AtomicU64::new(0),
             awaited: AtomicBool::new(false),
             heard: Notify::new(),
             opening: Mutex::new(Vec::new()),
@@ -110,13 +113,21 @@ impl Activity {
         self.is_busy.get().is_some_and(|is_busy| is_busy())
     }
 
-    /// Waits until more than these bytes were read. Returns false if the connection ends first, or its peer is found not to answer.
+    /// What a wait for the peer begins with. Taken before the connection's task is told of the doubt, so that its answer cannot be missed.
+    pub(super) fn mark(&self) -> Mark {
+        Mark {
+            bytes: self.bytes.load(Ordering::SeqCst),
+            pongs: self.pongs.load(Ordering::SeqCst),
+            ended_waits: self.ended_waits.load(Ordering::SeqCst),
+        }
+    }
+
+    /// Waits until the peer is heard of. Returns false if the connection ends first, or its peer is found not to answer.
     ///
     /// # Cancel safety
     ///
     /// Dropping the future changes nothing.
-    pub(super) async fn heard_more_than(&self, bytes: u64) -> bool {
-        let ended_waits = self.ended_waits.load(Ordering::SeqCst);
+    pub(super) async fn heard_since(&self, mark: Mark) -> bool {
         loop {
             let heard = self.heard.notified();
             tokio::pin!(heard);
@@ -124,10 +135,13 @@ impl Activity {
             // SeqCst here and in `on_read`: the flag is set before the bytes are compared, and the bytes are added before the flag is read,
             // so that one of the two sees the other.
             self.awaited.store(true, Ordering::SeqCst);
-            if self.bytes.load(Ordering::SeqCst) > bytes {
+            // The bytes of a PONG may have been read just before the mark, and the PONG looked at after it.
+            if self.bytes.load(Ordering::SeqCst) > mark.bytes
+                || self.pongs.load(Ordering::SeqCst) != mark.pongs
+            {
                 return true;
             }
-            let is_ended = self.ended_waits.load(Ordering::SeqCst) != ended_waits;
+            let is_ended = self.ended_waits.load(Ordering::SeqCst) != mark.ended_waits;
             if is_ended || self.mute.load(Ordering::SeqCst) {
                 return false;
             }
@@ -146,6 +160,12 @@ impl Activity {
     /// Ends the waits that are under way: the peer is doubtful, and more cannot be found out.
     pub(super) fn end_waits(&self) {
         self.ended_waits.fetch_add(1, Ordering::SeqCst);
+        self.heard.notify_waiters();
+    }
+
+    /// The peer has answered a PING.
+    pub(super) fn on_pong(&self) {
+        self.pongs.fetch_add(1, Ordering::SeqCst);
         self.heard.notify_waiters();
     }
 
@@ -208,6 +228,14 @@ pub(super) struct Heard {
     pub(super) bytes: u64,
     pub(super) responses: u64,
     pub(super) at: Instant,
+}
+
+/// Where a wait for the peer begins.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Mark {
+    bytes: u64,
+    pongs: u64,
+    ended_waits: u64,
 }
 
 /// A byte stream whose reads are noted.

@@ -253,11 +253,13 @@ impl Connection {
     ///
     /// Dropping the future changes nothing for the connection.
     pub(crate) async fn is_alive(&self) -> bool {
-        let bytes = self.bytes_read();
+        let mark = self.activity.mark();
         if self.doubts.send(Doubt::Silence).is_err() {
             return false;
         }
-        self.activity.heard_more_than(bytes).await
+        // The connection's task ends the wait long before, unless its runtime is not driven.
+        let heard = self.activity.heard_since(mark);
+        tokio::time::timeout(UNDRIVEN, heard).await.unwrap_or(false)
     }
 
     /// Opens a stream. It never waits; the caller has made sure that a stream is free.
@@ -369,3 +371,5 @@ pub(crate) fn is_connection_lost(error: &h2::Error) -> bool {
 pub(crate) const MAX_WINDOW: u32 = (1 << 31) - 1;
 /// Streams that we have reset and whose late frames are still expected, without an error for the connection.
 const RESET_STREAMS: usize = 1024;
+/// How long a check may take at most.
+const UNDRIVEN: Duration = Duration::from_secs(5);

@@ -46,6 +46,7 @@ impl Pinger {
         loop {
             if self.decided.is_outstanding() && self.pings.poll_pong(cx).is_ready() {
                 self.decided.on_pong(Instant::now(), self.activity.heard());
+                self.activity.on_pong();
             }
             if self.decided.is_stalled()
                 && let Some(action) = self.decided.on_heard(self.activity.heard())

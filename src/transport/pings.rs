@@ -56,6 +56,8 @@ pub(super) struct Pings {
     stall: Option<Expiry>,
     /// The bytes read when the peer was found silent, until it sends more.
     stalled: Option<u64>,
+    /// Whether a PING has proven it.
+    proven: bool,
 }
 
 /// A time by which more than these bytes must have been read.
@@ -124,6 +126,7 @@ impl Pings {
             lost: None,
             stall: None,
             stalled: None,
+            proven: false,
         }
     }
 
@@ -149,7 +152,8 @@ impl Pings {
         heard: Heard,
         busy: bool,
     ) -> Option<Action> {
-        if self.stalled.is_some() {
+        let is_silent = self.stalled == Some(heard.bytes);
+        if is_silent && self.proven {
             return None;
         }
         let patience = match doubt {
@@ -172,6 +176,10 @@ impl Pings {
         if !may_ping && matches!(doubt, Doubt::Dropped | Doubt::Sweep) {
             return None;
         }
+        if is_silent && !may_ping {
+            // Found silent before, and no PING may prove it yet: another wait would not tell more.
+            return (doubt == Doubt::Silence).then_some(Action::Doubtful);
+        }
         self.stall = Some(Expiry {
             at,
             bytes: heard.bytes,
@@ -190,6 +198,7 @@ impl Pings {
         let stalled = self.stalled?;
         (heard.bytes > stalled).then(|| {
             self.stalled = None;
+            self.proven = false;
             Action::Recovered
         })
     }
@@ -232,6 +241,7 @@ impl Pings {
 
     fn on_silence(&mut self, stall: Expiry) -> Action {
         self.stalled = Some(stall.bytes);
+        self.proven = stall.pinged;
         if stall.pinged {
             Action::Stalled
         } else {
@@ -496,6 +506,40 @@ mod tests {
         pings.on_heard(heard(102, 0, now));
         let busy = pings.on_doubt(Doubt::Overrun, later, heard(102, 0, now), true);
         assert_eq!(busy, Some(Action::Ping));
+    }
+
+    #[test]
+    fn each_doubt_about_a_doubtful_connection_is_settled() {
+        let (mut pings, now) = pings(None);
+        let silent = heard(100, 0, now);
+        pings.on_doubt(Doubt::Overrun, now, silent, true);
+        pings.on_pong(now, silent);
+        pings.on_doubt(Doubt::Silence, now, silent, true);
+        let doubtful = pings.on_time(now + ms(250), silent, true);
+        assert_eq!(doubtful, Some(Action::Doubtful));
+        let again = pings.on_doubt(Doubt::Silence, now + ms(300), silent, true);
+        assert_eq!(again, Some(Action::Doubtful), "the wait is ended");
+        let later = now + BUSY_INTERVAL;
+        let ping = pings.on_doubt(Doubt::Overrun, later, silent, true);
+        assert_eq!(ping, Some(Action::Ping), "the budget is back");
+        let stalled = pings.on_time(later + ms(1_000), silent, true);
+        assert_eq!(stalled, Some(Action::Stalled));
+        let proven = pings.on_doubt(Doubt::Silence, later + ms(1_001), silent, true);
+        assert_eq!(proven, None);
+    }
+
+    #[test]
+    fn a_doubt_that_comes_with_the_recovery_is_settled() {
+        let (mut pings, now) = pings(None);
+        pings.on_doubt(Doubt::Silence, now, heard(100, 0, now), true);
+        let stalled = pings.on_time(now + ms(250), heard(100, 0, now), true);
+        assert_eq!(stalled, Some(Action::Stalled));
+        let later = now + ms(300);
+        let more = heard(110, 0, later);
+        pings.on_doubt(Doubt::Silence, later, more, true);
+        assert_eq!(pings.on_heard(more), Some(Action::Recovered));
+        let stalled = pings.on_time(later + ms(250), more, true);
+        assert_eq!(stalled, Some(Action::Stalled));
     }
 
     #[test]

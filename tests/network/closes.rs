@@ -153,7 +153,9 @@ async fn a_close_without_a_goaway_fails_no_call_under_a_retry_policy() {
             .filter(|call| !call.status.message().contains("2 attempts"))
             .collect();
         assert!(unexpected.is_empty(), "{what}: {unexpected:?}");
-        assert!(failed.len() <= 3, "{what}: {} of {calls}", failed.len());
+        // About 5 of 100 calls are on a connection that closes, and as many of their second attempts: a quarter of a percent.
+        let most = calls / 100;
+        assert!(failed.len() <= most, "{what}: {} of {calls}", failed.len());
     }
 }
 

@@ -106,10 +106,13 @@ impl Driver {
 
     /// What a subchannel's attempt comes to is of no interest any more.
     pub(super) fn forget_dial(&mut self, id: SubchannelId) {
-        let retries = &mut self.retries;
+        let (retries, lost_early) = (&mut self.retries, &mut self.lost_early);
         self.dialling.retain(|_, dial| {
             let stays = dial.subchannel != id;
             *retries -= usize::from(!stays && dial.is_retry);
+            if !stays {
+                lost_early.remove(&dial.id);
+            }
             stays
         });
     }
@@ -181,7 +184,9 @@ impl Driver {
         let is_asked = health_watch.is_some();
         let ready = State::Ready(subchannel.connected(member, health_watch));
         self.subchannels.insert(id, (address.clone(), ready));
-        self.replace_stalled(address, id);
+        if !is_asked {
+            self.replace_stalled(address, id);
+        }
         let connections = self
             .known
             .get(address)

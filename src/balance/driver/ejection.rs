@@ -55,8 +55,11 @@ impl Driver {
         let Some((address, State::Ready(subchannel))) = self.subchannels.get_mut(&id) else {
             return;
         };
+        if !subchannel.set_silence(silence) {
+            // Another call has found out the same.
+            return;
+        }
         let address = address.clone();
-        subchannel.set_silence(silence);
         // A connection that has served calls is worth another one at once.
         let has_served = subchannel.member().used().is_answered();
         if silence == Silence::Stalled {
@@ -86,6 +89,11 @@ impl Driver {
         }
         subchannel.set_silence(Silence::None);
         self.place(id);
+        if let Some((_, State::Ready(subchannel))) = self.subchannels.get(&id) {
+            // It may have been in the ready set all the time, and calls that did not trust it wait.
+            subchannel.member().offer();
+        }
+        self.shared.changed.notify_waiters();
         self.drop_spare(&address);
         self.reclassify(&address);
     }

@@ -64,6 +64,8 @@ impl Driver {
             Health::Unknown => {}
             Health::Serving => {
                 tracing::info!(%address, "endpoint is healthy");
+                // Not before: a connection that is only silent may serve, and this one might not.
+                self.replace_stalled(&address, id);
                 self.start_slowly(&address, Instant::now());
             }
             Health::NotServing(reason) => {

@@ -41,7 +41,8 @@ impl Driver {
             .map(|(address, _)| address.clone())
             .collect();
         for address in old {
-            if self.is_dispensable(&address) {
+            // A connection that does not answer carries nothing, so another one is needed in its place.
+            if !self.has_silent(&address) && self.is_dispensable(&address) {
                 self.grown.remove(&address);
                 self.drop_last(&address);
             }
@@ -86,6 +87,7 @@ impl Driver {
         let id = known.subchannels.remove(last);
         tracing::debug!(%address, "one connection less: its streams are not needed any more");
         let endpoint = std::sync::Arc::clone(&known.endpoint);
+        self.resting.remove(&id);
         if let Some((_, State::Ready(subchannel))) = self.subchannels.remove(&id) {
             self.evict(id, subchannel.member());
             self.connected.retain(|_, connected| *connected != id);

@@ -58,7 +58,7 @@ impl Driver {
         matches!(self.subchannels.get(&id), Some((_, State::Ready(ready))) if ready.is_silent())
     }
 
-    fn has_silent(&self, address: &Address) -> bool {
+    pub(super) fn has_silent(&self, address: &Address) -> bool {
         let known = self.known.get(address);
         known.is_some_and(|known| known.subchannels.iter().any(|id| self.is_silent(*id)))
     }
@@ -68,17 +68,27 @@ impl Driver {
         if self.has_silent(address) {
             return;
         }
+        let regular = self.options.connections_per_endpoint;
         let Some(known) = self.known.get_mut(address) else {
             return;
         };
         let Some(spare) = known.spare.take() else {
             return;
         };
+        if known.subchannels.len() <= regular {
+            // One of the others has ended meanwhile, and this one stands for it.
+            return;
+        }
         known.subchannels.retain(|id| *id != spare);
+        let endpoint = Arc::clone(&known.endpoint);
         self.forget_dial(spare);
         self.resting.remove(&spare);
-        // Dropping the state stops the dial.
-        self.subchannels.remove(&spare);
+        // Dropping the state stops the dial. A connection whose health was not known yet is closed.
+        if let Some((_, State::Ready(subchannel))) = self.subchannels.remove(&spare) {
+            self.evict(spare, subchannel.member());
+            self.connected.retain(|_, connected| *connected != spare);
+            self.draining.push((endpoint, subchannel.drain()));
+        }
         self.reclassify(address);
     }
 

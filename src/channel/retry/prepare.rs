@@ -59,7 +59,8 @@ pub(super) async fn prepare(
         tokio::task::yield_now().await;
         tokio::task::yield_now().await;
     }
-    if ticket.is_doubtful(Instant::now(), false)
+    if !tried.trusts(&ticket)
+        && ticket.is_doubtful(Instant::now(), false)
         && let Err(bytes) = ticket.check().await
     {
         let address = ticket.endpoint().address();

@@ -15,6 +15,8 @@ pub(in crate::channel) struct Tried {
     connections: Vec<Arc<Member>>,
     /// Connections that did not answer a check, and how many bytes their peer had sent before it. They are of use again once it sends more.
     silent: Vec<(Arc<Member>, u64)>,
+    /// Those of them that the call is sent on after all, for want of another.
+    trusted: Vec<Arc<Member>>,
     last: Option<Failure>,
     /// Why the call got no connection of its own.
     undialled: Option<Status>,
@@ -68,6 +70,22 @@ impl Tried {
     /// Notes a connection that did not answer a check before the call was sent on it.
     pub(super) fn add_silent(&mut self, ticket: &Ticket, bytes: u64) {
         self.silent.push((Arc::clone(ticket.member()), bytes));
+    }
+
+    /// Whether connections are left out because they did not answer a check.
+    pub(super) fn has_silent(&self) -> bool {
+        !self.silent.is_empty()
+    }
+
+    /// No other connection has come up. What was left out is used without another check.
+    pub(super) fn trust_silent(&mut self) {
+        let silent = self.silent.drain(..).map(|(member, _)| member);
+        self.trusted.extend(silent);
+    }
+
+    pub(super) fn trusts(&self, ticket: &Ticket) -> bool {
+        let mut trusted = self.trusted.iter();
+        trusted.any(|member| Arc::ptr_eq(member, ticket.member()))
     }
 
     /// Notes an endpoint to which no connection could be made for this call.
@@ -183,7 +201,11 @@ impl Tried {
         let picked = match look.pick(|member| self.is_open(member)) {
             // Where every endpoint has been tried, but for those that cannot be reached, another connection to one of them is another server
             // more often than not.
-            Pick::Excluded if self.endpoints.len() >= endpoints || pending == 0 => {
+            // An endpoint that could not be dialled for this call has no other connection.
+            Pick::Excluded
+                if self.undialled.is_none()
+                    && (self.endpoints.len() >= endpoints || pending == 0) =>
+            {
                 look.pick(|member| self.is_untried(member))
             }
             pick => pick,

@@ -26,6 +26,9 @@ pub(super) async fn wait(
     let mut waiting = None;
     // An endpoint where the call has failed is not used while another one is only full, for a moment.
     let mut fresh_until = tried.avoids().then(|| Instant::now() + PREFERENCE);
+    let now = Instant::now();
+    // A connection that is only doubtful is better than none, and a second one was dialled when the doubt arose.
+    let mut silent_until = tried.has_silent().then(|| now + DISTRUST);
     loop {
         // Registered before the look, so that nothing that happens after it is missed.
         let changed = shared.changed().notified();
@@ -43,7 +46,9 @@ pub(super) async fn wait(
             let next = match tried.pick(&look, fresh_until.is_some()) {
                 Pick::Taken(ticket) => return Ok(ticket),
                 Pick::Excluded if tried.is_refusal_final() => Next::fail("refused"),
-                Pick::Full | Pick::Excluded => Next::Wait(fresh_until),
+                Pick::Full | Pick::Excluded => {
+                    Next::Wait([fresh_until, silent_until].into_iter().flatten().min())
+                }
                 Pick::Empty => Next::without_ready(core, look.summary(), wait_for_ready),
             };
             match next {
@@ -68,6 +73,11 @@ pub(super) async fn wait(
         }
         if fresh_until.is_some_and(|until| until <= Instant::now()) {
             fresh_until = None;
+            waiting = None;
+        }
+        if silent_until.is_some_and(|until| until <= Instant::now()) {
+            tried.trust_silent();
+            silent_until = None;
             waiting = None;
         }
     }
@@ -150,3 +160,6 @@ pub(super) async fn sleep_until(until: Option<Instant>) {
 const LOOKS: usize = 200_000;
 /// How long a retry waits for a place where it has not failed yet. About the time that a call takes.
 const PREFERENCE: Duration = Duration::from_millis(50);
+/// How long a call waits for another connection than one that did not answer its check. About the time that TCP takes to repeat its first
+/// packet (RFC 6298, section 2), so that a dial that lost one still wins.
+const DISTRUST: Duration = Duration::from_secs(1);
