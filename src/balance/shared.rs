@@ -160,8 +160,8 @@ impl Shared {
         Ok(Ticket::alone(&member, metadata, trial))
     }
 
-    /// Leaves a connection to the calls that are on it, for a new one to the same endpoint. Whoever asks for [`given_up`](Self::given_up)
-    /// from now on is kept from it, though the driver takes it out of the set a little later.
+    /// Has the driver replace a connection by a new one to the same endpoint. Calls on the old one finish. [`given_up`](Self::given_up)
+    /// contains it at once, since the driver removes it from the ready set only later.
     pub(crate) fn give_up(&self, member: &Arc<Member>) {
         self.lock_given_up().push(Arc::clone(member));
         self.demand.notify_one();

@@ -113,7 +113,7 @@ impl Activity {
         self.is_busy.get().is_some_and(|is_busy| is_busy())
     }
 
-    /// What a wait for the peer begins with. Taken before the connection's task is told of the doubt, so that its answer cannot be missed.
+    /// Returns the state that a wait compares with. Take it before sending the doubt to the connection's task, or the wait can miss the answer.
     pub(super) fn mark(&self) -> Mark {
         Mark {
             bytes: self.bytes.load(Ordering::SeqCst),
@@ -230,7 +230,7 @@ pub(super) struct Heard {
     pub(super) at: Instant,
 }
 
-/// Where a wait for the peer begins.
+/// The state of a connection when a wait for its peer begins.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Mark {
     bytes: u64,
@@ -302,7 +302,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
             let rest = std::mem::take(&mut this.held);
             this.hand_on(buf, before);
             if !rest.is_empty() {
-                // What was held back again comes before what has not been looked at.
+                // Bytes held back a second time precede the bytes that were not parsed yet.
                 this.held = [&this.held[..], &rest[..]].concat().into();
             }
             return Poll::Ready(Ok(()));

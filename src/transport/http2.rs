@@ -247,7 +247,7 @@ impl Connection {
         self.activity.heard().bytes
     }
 
-    /// Has a PING check the connection, and waits for a byte of the peer. Returns false if none comes in time, or the connection ends.
+    /// Requests a PING and waits for a byte from the peer. Returns false if none arrives in time, or if the connection ends.
     ///
     /// # Cancel safety
     ///

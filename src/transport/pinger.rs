@@ -41,7 +41,7 @@ impl Pinger {
         Some(action)
     }
 
-    /// Ready with what is to be reported of the connection.
+    /// Returns the next action that the connection's task must report.
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Action> {
         loop {
             if self.decided.is_outstanding() && self.pings.poll_pong(cx).is_ready() {

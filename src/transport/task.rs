@@ -30,7 +30,7 @@ pub(crate) enum Report {
     Recovered,
     /// The peer takes more calls at once, or fewer.
     Streams,
-    /// The connection takes no more streams. Nothing comes after this.
+    /// The connection takes no more streams. This is the last report.
     Left(Leave),
 }
 

@@ -15,7 +15,7 @@ pub(in crate::channel) struct Tried {
     connections: Vec<Arc<Member>>,
     /// Connections that did not answer a check, and how many bytes their peer had sent before it. They are of use again once it sends more.
     silent: Vec<(Arc<Member>, u64)>,
-    /// Those of them that the call is sent on after all, for want of another.
+    /// Silent connections that the call may use after all, because no other was made in time.
     trusted: Vec<Arc<Member>>,
     last: Option<Failure>,
     /// Why the call got no connection of its own.
@@ -77,7 +77,7 @@ impl Tried {
         !self.silent.is_empty()
     }
 
-    /// No other connection has come up. What was left out is used without another check.
+    /// Allows the silent connections again, without another check: no other connection was made in time.
     pub(super) fn trust_silent(&mut self) {
         let silent = self.silent.drain(..).map(|(member, _)| member);
         self.trusted.extend(silent);
