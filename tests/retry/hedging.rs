@@ -44,6 +44,22 @@ async fn a_slow_server_costs_a_delay_and_what_it_loses_is_cancelled() {
     idle(&channel).await;
 }
 
+/// A program that calls seldom finds every connection silent.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silence_before_the_call_costs_it_no_copy() {
+    let servers = [
+        Server::always(Act::Hang).await,
+        Server::always(Act::Reply).await,
+    ];
+    let channel = over(hedged(2, DELAY), &servers).await;
+    for _ in 0..4 {
+        sleep(Duration::from_millis(1200)).await;
+        let status = say_within(&channel, Some(Duration::from_secs(5))).await;
+        status.expect("the other one answers");
+    }
+    assert_eq!(servers[1].count(), 4);
+}
+
 #[tokio::test]
 async fn no_more_copies_than_the_policy_says_and_each_at_another_server() {
     let mut servers = Vec::new();

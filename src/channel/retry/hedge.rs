@@ -10,7 +10,7 @@ use tonic::{Code, Status};
 
 use super::attempts::{Closing, Outcome};
 use super::policy::HedgingPolicy;
-use super::prepare::is_unquestioned;
+use super::prepare::is_harmless;
 use super::replay::{Answered, Failed, Misplaced, place, recover, unless_late};
 use super::tried::Tried;
 use super::verdict::Pushback;
@@ -138,13 +138,9 @@ impl Hedging {
                 break;
             };
             drop(look);
-            // A copy is worth neither a wait for a check nor a connection of its own.
-            if !is_unquestioned(
-                &self.closing.core,
-                &self.closing.call,
-                &ticket,
-                Instant::now(),
-            ) {
+            // A copy is not worth a connection of its own. A silent connection is not checked either: the copy is the check, the others are in
+            // flight beside it, and a channel that calls seldom has no other connections.
+            if !is_harmless(&self.closing.call, &ticket) {
                 break;
             }
             if self.send(ticket)? {

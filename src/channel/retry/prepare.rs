@@ -17,11 +17,15 @@ pub(in crate::channel) fn is_unquestioned(
     ticket: &Ticket,
     now: Instant,
 ) -> bool {
+    is_harmless(call, ticket) && !ticket.is_doubtful(now, core.is_single_threaded)
+}
+
+/// Whether the call's metadata is too small to end the connection.
+pub(super) fn is_harmless(call: &Call, ticket: &Ticket) -> bool {
     let metadata = call.metadata_size();
-    let is_small = metadata == 0
+    metadata == 0
         || (metadata <= TRUSTED_METADATA
-            && metadata <= ticket.connection().max_header_list() as usize);
-    is_small && !ticket.is_doubtful(now, core.is_single_threaded)
+            && metadata <= ticket.connection().max_header_list() as usize)
 }
 
 /// What became of a place before the call was sent.
