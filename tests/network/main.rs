@@ -10,6 +10,7 @@
 mod answers;
 mod closes;
 mod deadlines;
+mod doubtful;
 mod errors;
 mod forgotten;
 mod headers;

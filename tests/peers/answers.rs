@@ -42,7 +42,12 @@ async fn nowhere() -> SocketAddr {
 }
 
 async fn nginx(extra: &'static str) -> Option<Front> {
-    Front::start(Setup::of(Kind::Nginx).extra(extra), &[nowhere().await]).await
+    Front::start(
+        Setup::of(Kind::Nginx).extra(extra),
+        &[nowhere().await],
+        None,
+    )
+    .await
 }
 
 fn status(channel: &BalancedChannel, address: &str) -> EndpointStatus {

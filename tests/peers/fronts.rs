@@ -12,6 +12,7 @@ use tokio::time::timeout;
 
 use crate::process::{Program, launcher};
 use crate::support::SOON;
+use crate::support::tls::Localhost;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -79,17 +80,18 @@ pub struct Front {
 }
 
 impl Front {
-    /// Configures a proxy, unless its part is missing.
-    pub fn new(setup: Setup, upstreams: &[SocketAddr]) -> Option<Self> {
+    /// Configures a proxy, unless its part is missing. With a certificate, clients connect to it with TLS.
+    pub fn new(setup: Setup, upstreams: &[SocketAddr], tls: Option<&Localhost>) -> Option<Self> {
         let name = setup.kind.name();
         let launcher = launcher(name, name)?;
         let folder = tempfile::tempdir().unwrap();
         let port = free_port();
         let path = folder.path().display();
-        let (separator, tls) = match setup.kind {
-            Kind::Nginx | Kind::Caddy => (" ", ""),
-            Kind::Haproxy => ("\n    ", "proto h2"),
+        let separator = match setup.kind {
+            Kind::Nginx | Kind::Caddy => " ",
+            Kind::Haproxy => "\n    ",
         };
+        let scheme = if tls.is_some() { "https" } else { "http" };
         let upstream = |(number, address): (usize, &SocketAddr)| match setup.kind {
             Kind::Nginx => format!("server {address};"),
             Kind::Haproxy => format!("server s{number} {address} proto h2"),
@@ -106,8 +108,8 @@ impl Front {
             .replace("@LISTEN@", &port.to_string())
             .replace("@DIR@", &path.to_string())
             .replace("@UPSTREAMS@", &list.join(separator))
-            .replace("@TLS@", tls)
-            .replace("@SCHEME@", "http")
+            .replace("@TLS@", &listening(setup.kind, tls, folder.path()))
+            .replace("@SCHEME@", scheme)
             .replace("@ADMIN@", &format!("unix/{path}/admin.sock"))
             .replace("@TIMEOUT_CLIENT@", setup.timeout_client)
             .replace("@EXTRA@", setup.extra)
@@ -123,8 +125,12 @@ impl Front {
     }
 
     /// Configures and starts a proxy.
-    pub async fn start(setup: Setup, upstreams: &[SocketAddr]) -> Option<Self> {
-        let mut front = Self::new(setup, upstreams)?;
+    pub async fn start(
+        setup: Setup,
+        upstreams: &[SocketAddr],
+        tls: Option<&Localhost>,
+    ) -> Option<Self> {
+        let mut front = Self::new(setup, upstreams, tls)?;
         front.run().await;
         Some(front)
     }
@@ -178,6 +184,30 @@ impl Front {
                 assert!(output.status.success(), "{output:?}");
             }
         }
+    }
+}
+
+/// What tells a proxy to expect TLS or not.
+fn listening(kind: Kind, tls: Option<&Localhost>, folder: &Path) -> String {
+    let Some(localhost) = tls else {
+        let plain = if kind == Kind::Haproxy {
+            "proto h2"
+        } else {
+            ""
+        };
+        return plain.to_owned();
+    };
+    let [certificate, key, _] = localhost.files();
+    let (chain, secret) = (certificate.display(), key.display());
+    match kind {
+        Kind::Nginx => format!("ssl; ssl_certificate {chain}; ssl_certificate_key {secret}"),
+        Kind::Haproxy => {
+            let both = folder.join("both.pem");
+            let files = [&certificate, &key].map(|file| fs::read_to_string(file).unwrap());
+            fs::write(&both, files.concat()).unwrap();
+            format!("ssl crt {} alpn h2", both.display())
+        }
+        Kind::Caddy => format!("tls {chain} {secret}"),
     }
 }
 

@@ -11,6 +11,7 @@ use crate::servers::{Kind, Options, Server};
 use crate::service::{InProcess, router};
 use crate::support::all_ready;
 use crate::support::callers::Failed;
+use crate::support::tls::Localhost;
 use crate::tap::Tap;
 use crate::{Client, calling, empty, ms, retrying, shown};
 
@@ -34,6 +35,7 @@ async fn poisoned(channel: &BalancedChannel, bytes: usize) -> Result<(), Status>
 }
 
 /// What a server or a proxy does with metadata.
+#[derive(Clone, Copy)]
 struct Limits {
     /// It accepts these sizes, and must not be kept from them.
     accepts: usize,
@@ -110,16 +112,38 @@ fn is_proxys(failed: &Failed) -> bool {
     failed.status.message().contains("502")
 }
 
-async fn with_and_without_a_policy(what: &str, address: &str, limits: Limits) {
-    let mut wrong = poison(what, BalancedChannel::builder(), address, &limits).await;
+async fn with_and_without_a_policy(
+    what: &str,
+    address: &str,
+    tls: Option<&Localhost>,
+    limits: Limits,
+) {
+    let secured = |builder: ChannelBuilder| match tls {
+        Some(localhost) => builder.tls(localhost.trusted()),
+        None => builder,
+    };
+    let what = format!("{what}, TLS {}", tls.is_some());
+    let builder = secured(BalancedChannel::builder());
+    let mut wrong = poison(&what, builder, address, &limits).await;
     let what = format!("{what}, retries");
-    wrong.extend(poison(&what, retrying(), address, &limits).await);
+    wrong.extend(poison(&what, secured(retrying()), address, &limits).await);
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
 for_each_server!(metadata_that_a_server_refuses_fail_no_other_call);
 async fn metadata_that_a_server_refuses_fail_no_other_call(kind: Kind) {
-    let Some(server) = Server::start(kind, Options::default()).await else {
+    let localhost = Localhost::new();
+    for tls in [None, Some(&localhost)] {
+        refused_by(kind, tls).await;
+    }
+}
+
+async fn refused_by(kind: Kind, tls: Option<&Localhost>) {
+    let options = Options {
+        tls,
+        ..Options::default()
+    };
+    let Some(server) = Server::start(kind, options).await else {
         return;
     };
     let limits = match kind {
@@ -134,7 +158,7 @@ async fn metadata_that_a_server_refuses_fail_no_other_call(kind: Kind) {
             ..limits(120_000, 1_000_000)
         },
     };
-    with_and_without_a_policy(&format!("{kind:?}"), &server.address, limits).await;
+    with_and_without_a_policy(&format!("{kind:?}"), &server.address, tls, limits).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -146,16 +170,19 @@ async fn metadata_beyond_8_kib_that_grpc_go_refuses_fail_no_other_call() {
     let Some(server) = Server::start(Kind::Go, options).await else {
         return;
     };
-    with_and_without_a_policy("grpc-go, 8 KiB", &server.address, limits(0, 12_000)).await;
+    with_and_without_a_policy("grpc-go, 8 KiB", &server.address, None, limits(0, 12_000)).await;
 }
 
 /// Metadata that a proxy refuses, or the server behind it, which is on tonic.
 async fn through(kind: fronts::Kind, limits: Limits) {
     let server = InProcess::start(router(Options::default())).await;
-    let Some(front) = Front::start(Setup::of(kind), &[server.address]).await else {
-        return;
-    };
-    with_and_without_a_policy(&format!("{kind:?}"), &front.address(), limits).await;
+    let localhost = Localhost::new();
+    for tls in [None, Some(&localhost)] {
+        let Some(front) = Front::start(Setup::of(kind), &[server.address], tls).await else {
+            return;
+        };
+        with_and_without_a_policy(&format!("{kind:?}"), &front.address(), tls, limits).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -8,6 +8,7 @@ use tonic_etcd::{BalancedChannel, ChannelBuilder};
 
 use crate::fronts::{Front, Kind, Setup};
 use crate::support::callers::{Callers, with_deadline};
+use crate::support::tls::Localhost;
 use crate::support::{all_ready, eventually, greeter, hello};
 use crate::{all_well, ms, retrying, shown, since};
 
@@ -28,11 +29,16 @@ async fn greeters(count: usize) -> Vec<SocketAddr> {
 }
 
 /// Proxies of one kind in front of the same greeters.
-async fn fronts(setup: Setup, proxies: usize, servers: usize) -> Option<Vec<Front>> {
+async fn fronts(
+    setup: Setup,
+    proxies: usize,
+    servers: usize,
+    tls: Option<&Localhost>,
+) -> Option<Vec<Front>> {
     let greeters = greeters(servers).await;
     let mut fronts = Vec::new();
     for _ in 0..proxies {
-        fronts.push(Front::start(setup, &greeters).await?);
+        fronts.push(Front::start(setup, &greeters, tls).await?);
     }
     Some(fronts)
 }
@@ -43,15 +49,26 @@ fn over(builder: ChannelBuilder, fronts: &[Front]) -> BalancedChannel {
         .from_addresses(fronts.iter().map(Front::address))
 }
 
-/// Callers without a retry policy, over so many proxies in front of so many servers.
+/// Callers without a retry policy, over so many proxies in front of so many servers, and over proxies with TLS.
 async fn load(setup: Setup) {
-    for (proxies, servers) in [(1, 1), (1, 3), (3, 3)] {
-        let Some(fronts) = fronts(setup, proxies, servers).await else {
+    let localhost = Localhost::new();
+    for (proxies, servers, tls) in [
+        (1, 1, None),
+        (1, 3, None),
+        (3, 3, None),
+        (3, 3, Some(&localhost)),
+    ] {
+        let Some(fronts) = fronts(setup, proxies, servers, tls).await else {
             return;
         };
-        let channel = over(BalancedChannel::builder(), &fronts);
+        let mut builder = BalancedChannel::builder();
+        if tls.is_some() {
+            builder = builder.tls(localhost.trusted());
+        }
+        let channel = over(builder, &fronts);
         all_ready(&channel, proxies).await;
-        let what = format!("{setup:?}, {proxies} proxies, {servers} servers");
+        let tls = tls.is_some();
+        let what = format!("{setup:?}, {proxies} proxies, {servers} servers, TLS {tls}");
         all_well(Callers::start(&channel, CALLERS), ms(6_000), &what).await;
     }
 }
@@ -86,7 +103,7 @@ async fn late(setup: Setup) {
     let greeters = greeters(2).await;
     let mut fronts = Vec::new();
     for _ in 0..3 {
-        let Some(front) = Front::new(setup, &greeters) else {
+        let Some(front) = Front::new(setup, &greeters, None) else {
             return;
         };
         fronts.push(front);
@@ -116,7 +133,7 @@ async fn proxies_that_start_late_fail_no_call_once_they_are_reached() {
 
 /// Callers with a connection of their own that pause for about as long as the proxy keeps idle connections.
 async fn sparse(setup: Setup) -> Option<(usize, String)> {
-    let fronts = fronts(setup, 1, 1).await?;
+    let fronts = fronts(setup, 1, 1, None).await?;
     let mut callers = Vec::new();
     for pause in (900..1_100).step_by(10).chain([1_500, 2_500]).map(ms) {
         let channel = over(BalancedChannel::builder(), &fronts);
@@ -152,7 +169,7 @@ async fn sparse_callers_fail_no_call_at_idle_closes() {
 
 /// Reloads every two seconds.
 async fn reloads(setup: Setup) {
-    let Some(fronts) = fronts(setup, 1, 3).await else {
+    let Some(fronts) = fronts(setup, 1, 3, None).await else {
         return;
     };
     let channel = over(retrying(), &fronts);

@@ -26,6 +26,8 @@ pub enum Behaviour {
     BlackHole,
     /// New connections are accepted and never answered. Old ones go on.
     HalfOpen,
+    /// What goes through on the flows that are there takes this long in each direction. New connections are accepted and never answered.
+    Established(Duration),
     /// A flow without a byte in either direction for this long is closed in order.
     CloseIdle(Duration),
     /// All flows are ended, and new ones are reset at once.
@@ -130,7 +132,9 @@ async fn carry(client: TcpStream, target: &str, mut behaves: watch::Receiver<Beh
     let first = *behaves.borrow_and_update();
     match first {
         Behaviour::Refuse => return reset(&client),
-        Behaviour::HalfOpen | Behaviour::BlackHole => return hold(client).await,
+        Behaviour::HalfOpen | Behaviour::Established(_) | Behaviour::BlackHole => {
+            return hold(client).await;
+        }
         _ => {}
     }
     let Ok(server) = TcpStream::connect(target).await else {
@@ -265,6 +269,9 @@ async fn pump(
         let behaviour = *behaves.borrow();
         if flow.swallows(way, behaviour) {
             continue;
+        }
+        if let Behaviour::Established(late) = behaviour {
+            sleep(late).await;
         }
         if to.write_all(&buffer[..read]).await.is_err() {
             break;

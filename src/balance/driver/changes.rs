@@ -10,7 +10,7 @@ use crate::balance::endpoint::{Endpoint, Tally};
 use crate::balance::feed::Batch;
 use crate::balance::member::Member;
 use crate::balance::outlier::Ejection;
-use crate::balance::subchannel::{ConnectBackoff, Subchannel};
+use crate::balance::subchannel::{ConnectBackoff, Ready, Subchannel};
 use crate::error::causes;
 use crate::instance::Instance;
 
@@ -178,15 +178,22 @@ impl Driver {
             self.resting.remove(&id);
             // Dropping the other states ends what they do.
             if let Some((_, State::Ready(subchannel))) = self.subchannels.remove(&id) {
-                self.evict(id, subchannel.member());
-                drains |= subchannel.member().load().in_flight() > 0;
-                let draining = subchannel.drain();
-                self.draining.push((Arc::clone(&known.endpoint), draining));
+                let member = Arc::clone(subchannel.member());
+                self.close(id, subchannel);
+                drains |= member.load().in_flight() > 0;
             }
         }
         self.removed.push((known.endpoint, drains));
         self.summary.endpoints = self.known.len();
         self.publish_now();
+    }
+
+    /// Closes a connection once its calls are over. No call is sent on it any more.
+    pub(super) fn close(&mut self, id: SubchannelId, subchannel: Subchannel<Ready>) {
+        let member = subchannel.member();
+        self.evict(id, member);
+        let endpoint = Arc::clone(member.endpoint());
+        self.draining.push((endpoint, subchannel.drain()));
     }
 
     /// Takes a connection out of the set that calls pick from.

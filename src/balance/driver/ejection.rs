@@ -191,13 +191,10 @@ impl Driver {
         subchannel: Subchannel<Ready>,
     ) -> Subchannel<Idle> {
         tracing::info!(%address, "left a connection: connecting anew");
-        self.evict(id, subchannel.member());
+        subchannel.member().endpoint().set_ejected(false);
+        self.close(id, subchannel);
+        // The id goes to the new connection, and what the old one reports from now on is not about that.
         self.connected.retain(|_, connected| *connected != id);
-        if let Some(known) = self.known.get(address) {
-            known.endpoint.set_ejected(false);
-            let draining = subchannel.drain();
-            self.draining.push((Arc::clone(&known.endpoint), draining));
-        }
         self.enqueue(id);
         Subchannel::new(ConnectBackoff::new(self.options.max_backoff))
     }

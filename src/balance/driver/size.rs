@@ -86,12 +86,9 @@ impl Driver {
         };
         let id = known.subchannels.remove(last);
         tracing::debug!(%address, "one connection less: its streams are not needed any more");
-        let endpoint = std::sync::Arc::clone(&known.endpoint);
         self.resting.remove(&id);
         if let Some((_, State::Ready(subchannel))) = self.subchannels.remove(&id) {
-            self.evict(id, subchannel.member());
-            self.connected.retain(|_, connected| *connected != id);
-            self.draining.push((endpoint, subchannel.drain()));
+            self.close(id, subchannel);
         }
         self.reclassify(address);
     }

@@ -2,7 +2,6 @@
 //!
 //! Middleboxes forget flows while TCP still acknowledges them, and behind one address there may be several servers.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -80,14 +79,11 @@ impl Driver {
             return;
         }
         known.subchannels.retain(|id| *id != spare);
-        let endpoint = Arc::clone(&known.endpoint);
         self.forget_dial(spare);
         self.resting.remove(&spare);
         // Dropping the state stops the dial. A connection whose health was not known yet is closed.
         if let Some((_, State::Ready(subchannel))) = self.subchannels.remove(&spare) {
-            self.evict(spare, subchannel.member());
-            self.connected.retain(|_, connected| *connected != spare);
-            self.draining.push((endpoint, subchannel.drain()));
+            self.close(spare, subchannel);
         }
         self.reclassify(address);
     }
@@ -101,7 +97,6 @@ impl Driver {
             return;
         }
         let ids = known.subchannels.clone();
-        let endpoint = Arc::clone(&known.endpoint);
         let (silent, others): (Vec<_>, Vec<_>) =
             ids.into_iter().partition(|id| self.is_silent(*id));
         if let Some(known) = self.known.get_mut(address) {
@@ -109,10 +104,7 @@ impl Driver {
         }
         for id in silent {
             if let Some((_, State::Ready(subchannel))) = self.subchannels.remove(&id) {
-                self.evict(id, subchannel.member());
-                self.connected.retain(|_, connected| *connected != id);
-                let draining = subchannel.drain();
-                self.draining.push((Arc::clone(&endpoint), draining));
+                self.close(id, subchannel);
             }
         }
         tracing::debug!(%address, "connected beside a connection that does not answer");

@@ -78,6 +78,8 @@ pub(super) struct Script {
     pub(super) pages: u32,
     /// The next grants are done, and their answers lost.
     pub(super) lost_grants: u32,
+    /// Grants ignore the id that was asked for and name another, as kine does.
+    pub(super) chooses_leases: bool,
 }
 
 impl Script {
@@ -110,6 +112,7 @@ impl Fake {
                 reads_of_values: 0,
                 pages: 0,
                 lost_grants: 0,
+                chooses_leases: false,
             })),
             changed: watch::Sender::new(0),
             connection: 0,
@@ -418,11 +421,14 @@ impl PbLeaseService for Fake {
         is_well_formed(self, &request, true);
         self.admits(&request)?;
         self.script().leases_over.insert(self.connection);
-        let PbLeaseGrantRequest { ttl, id } = *request.get_ref();
+        let PbLeaseGrantRequest { ttl, mut id } = *request.get_ref();
         let lost = {
             let mut script = self.script();
             let lost = script.lost_grants > 0;
             script.lost_grants = script.lost_grants.saturating_sub(1);
+            if script.chooses_leases {
+                id = ttl;
+            }
             lost
         };
         let answer = self.answer(|store| {

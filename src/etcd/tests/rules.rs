@@ -175,6 +175,17 @@ async fn a_grant_whose_answer_was_lost_is_repeated_without_harm() {
     assert_eq!(fake.store().leases.len(), 1, "the same lease");
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_store_that_chooses_its_own_leases_gets_no_key() {
+    let fake = Fake::new(1, 0);
+    fake.script().chooses_leases = true;
+    let error = registration(fake.etcd(1)).register().await;
+    let error = error.expect_err("the key would outlive its server");
+    let text = error.to_string();
+    assert!(text.contains("in place of"), "{text}");
+    assert!(fake.store().keys.is_empty(), "nothing is written");
+}
+
 /// Behind the one address of a balancer the connection has to be left; it is, after two exchanges without an answer.
 #[tokio::test(start_paused = true)]
 async fn whoever_changes_the_weight_all_the_time_does_not_keep_a_renewal_from_its_deadline() {

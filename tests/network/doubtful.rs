@@ -1,0 +1,63 @@
+//! Connections that are silent though their server is well, when no other connection can be made.
+
+use tokio::time::{Instant, sleep, timeout};
+use tonic_etcd::BalancedChannel;
+
+use super::support::link::{Behaviour, Link};
+use super::support::peer::{Manner, Peer};
+use super::{hello, ms, over, say};
+
+/// A server behind a link, and a channel that has called it.
+async fn called(manner: Manner) -> (Peer, Link, BalancedChannel) {
+    let peer = Peer::start(manner).await;
+    let link = Link::start(peer.address).await;
+    let channel = over(BalancedChannel::builder(), &[link.address.to_string()]).await;
+    say(&channel, ms(2_000)).await.expect("the path is there");
+    (peer, link, channel)
+}
+
+async fn timed(channel: &BalancedChannel) -> u128 {
+    let start = Instant::now();
+    let outcome = say(channel, ms(10_000)).await;
+    let took = Instant::now().saturating_duration_since(start);
+    println!("{outcome:?} after {took:?}");
+    outcome.expect("the server is well");
+    took.as_millis()
+}
+
+/// The PING of the check is answered later than the check waits. The answer ends the wait.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_is_sent_as_soon_as_a_slow_path_answers() {
+    let (_peer, link, channel) = called(Manner::default()).await;
+    link.set(Behaviour::Established(ms(300)));
+    // The silence itself is what is waited for.
+    sleep(ms(1_200)).await;
+    let took = timed(&channel).await;
+    assert!((1_200..1_700).contains(&took), "two round trips: {took} ms");
+}
+
+/// Servers count PINGs, so that none may be left for the check. The call waits for another connection for a second, and no longer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_is_sent_on_the_only_connection_though_no_ping_is_left_to_check_it() {
+    let delayed = Manner {
+        delay: ms(400),
+        ..Manner::default()
+    };
+    let (peer, link, channel) = called(delayed).await;
+    link.set(Behaviour::Established(ms(0)));
+    let pings = peer.pings();
+    // The PINGs that are allowed since the last answer are spent on calls that their caller has given up.
+    let mut client = super::GreeterClient::new(channel.clone());
+    for _ in 0..3 {
+        let given_up = timeout(ms(200), client.say_hello(hello())).await;
+        given_up.expect_err("the caller was faster");
+        sleep(ms(100)).await;
+    }
+    sleep(ms(1_300)).await;
+    println!("{} PINGs", peer.pings() - pings);
+    let took = timed(&channel).await;
+    assert!((1_300..2_500).contains(&took), "{took} ms");
+    // It is not left to itself: the call's answer has shown that the connection is alive.
+    let took = timed(&channel).await;
+    assert!(took < 1_000, "{took} ms");
+}
