@@ -7,13 +7,13 @@ ETCD_TESTS ?= --test auth --test faults --test registration
 # Tests at once of those that wait most of their time, for a lease to run out or a member to come back. Others measure latencies, and are not
 # among them.
 TEST_THREADS ?= 4
-WAITING := auth faults registration resolver
+WAITING := auth faults health_check mass_removal network registration resolver
 # All others, with none to be listed here and forgotten, but for those that need what `make interop` installs.
 FILES := $(patsubst tests/%.rs,%,$(wildcard tests/*.rs)) $(patsubst tests/%/main.rs,%,$(wildcard tests/*/main.rs))
 REST := $(filter-out $(WAITING) peers,$(FILES))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-newest interop soak bench fmt clean
+.PHONY: help setup demo lint test test-newest interop soak bench fmt clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,21 +26,23 @@ setup: ## Install what building and testing need: protoc, etcd, a linker, rustfm
 demo: setup ## Run a load-balanced cluster on this machine
 	$(CARGO) run --locked --all-features --example greeter_cluster
 
-# Together these cover the library, the examples, the integration tests and the doc tests, but not
-# the benches. The bare library is checked by itself because the tests turn features on.
+# The bare libraries are checked by themselves because the tests enable features.
+lint: setup ## Check formatting, lints and docs
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets --all-features -- -D warnings
+	$(CARGO) clippy --locked --test peers --all-features -- -D warnings
+	$(CARGO) clippy --locked --workspace --lib --no-default-features -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --all-features
+
+# Together these cover the libraries, the examples, the integration tests and the doc tests, but not the benches.
 # Where Go is, the tests that depend on etcd run once more with the newest one.
-test: setup ## Check formatting, lints and docs, and run all tests
+test: setup ## Run all tests
 	@echo "with $$("$${ETCD_BIN:-etcd}" --version | sed -n 1p), $$("$${PROTOC:-protoc}" --version)"
 	@command -v go >/dev/null && go version || echo "left out: the tests with grpc-go (there is no Go)"
-	$(CARGO) fmt --all --check
-	$(CARGO) clippy --locked --all-targets --all-features -- -D warnings
-	$(CARGO) clippy --locked --test peers --all-features -- -D warnings
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --all-features
-	$(CARGO) test --locked --all-features --no-run
-	$(CARGO) test --locked --all-features --lib --examples $(REST:%=--test %)
+	$(CARGO) test --locked --workspace --all-features --no-run
+	$(CARGO) test --locked --workspace --all-features --lib --examples $(REST:%=--test %)
 	RUST_TEST_THREADS=$(TEST_THREADS) $(CARGO) test --locked --all-features $(WAITING:%=--test %)
-	$(CARGO) test --locked --all-features --doc
-	$(CARGO) clippy --locked --lib --no-default-features -- -D warnings
+	$(CARGO) test --locked --workspace --all-features --doc
 	@if [ -n "$${ETCD_BIN:-}" ]; then \
 		echo "LEFT OUT: the tests with etcd $(ETCD_NEWEST), because ETCD_BIN names the one to test with"; \
 	elif ! command -v go >/dev/null 2>&1; then \
@@ -64,7 +66,7 @@ interop: setup ## Run the tests with real servers and proxies: grpc-go, grpc-jav
 # One after the other: they measure time, and some of them load the whole machine. About an hour. The scripted etcd plays its
 # histories optimized, hundreds in a second. With the newest etcd where Go is.
 soak: setup ## Run all tests with the times, sizes and numbers of seeds that `make test` spares
-	SOAK=1 $(CARGO) test --locked --all-features -- --nocapture --test-threads=1
+	SOAK=1 $(CARGO) test --locked --workspace --all-features -- --nocapture --test-threads=1
 	TEST_SEEDS=5000 $(CARGO) test --locked --all-features --profile bench --lib whatever_etcd_sends
 	@if command -v go >/dev/null 2>&1; then \
 		SOAK=1 $(MAKE) --no-print-directory test-newest TEST_THREADS=1; \

@@ -6,7 +6,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::address::AddressError;
+pub(crate) use tonic_balance::error::causes;
+use tonic_balance::{AddressError, ChannelError};
 
 /// A failed exchange with etcd: what was asked, of which member, and what came back.
 ///
@@ -202,7 +203,19 @@ impl fmt::Display for EtcdErrorKind {
 /// Why no connection to etcd could be made.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum ConnectError {
+pub enum RegistryError {
+    /// A channel's target is not of the form `etcd://host:port[,host:port…]/service`, nor of grpc-go's or go-zero's forms, or it is ambiguous.
+    #[error("target {target:?} is not valid: {reason}; write etcd://host:port/service")]
+    #[non_exhaustive]
+    InvalidTarget {
+        /// The target as it was given.
+        target: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// etcd was reached, and the channel could not be connected.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
     /// No endpoint was given.
     #[error("no etcd endpoint given; pass at least one, such as 127.0.0.1:2379")]
     NoEndpoints,
@@ -392,29 +405,6 @@ fn cause(source: Option<&EtcdError>) -> String {
     source.map_or_else(String::new, |source| format!(": {source}"))
 }
 
-/// An error with all its causes, in one line.
-pub(crate) fn causes(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = one(error);
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = one(cause);
-        // Ours contain their causes, and some of the libraries below repeat them.
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        source = cause.source();
-    }
-    text
-}
-
-/// One error of a chain. A status prints its source in Debug form, which the chain has anyway.
-fn one(error: &(dyn std::error::Error + 'static)) -> String {
-    match error.downcast_ref::<tonic::Status>() {
-        Some(status) => format!("{:?}: {}", status.code(), status.message()),
-        None => error.to_string(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -427,7 +417,7 @@ mod tests {
         let line = "list at etcd 10.0.0.1:2379 failed: the member is unavailable: Unavailable: greeter: no route";
         assert_eq!(error.to_string(), line);
         assert_eq!(causes(&error), line);
-        let refused = ConnectError::Refused {
+        let refused = RegistryError::Refused {
             endpoints: Endpoints(vec!["10.0.0.1:2379".to_owned()]),
             source: error,
         };

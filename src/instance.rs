@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use crate::address::Address;
 use crate::keyspace::{LeaseId, Revision};
+use tonic_balance::Address;
 
 /// One registered server of a service.
 ///

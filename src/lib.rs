@@ -80,12 +80,9 @@
 //! Rust 1.88 or later, and tonic 0.14. Building needs `protoc` with protobuf's include files, for `etcd-client`. etcd 3.4 or later.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
-mod address;
-mod backoff;
-mod balance;
-mod channel;
 #[doc = include_str!("coming_from_go.md")]
 pub mod coming_from_go {}
+mod backoff;
 mod error;
 mod etcd;
 mod format;
@@ -98,26 +95,24 @@ mod server;
 #[cfg(all(feature = "testing", unix))]
 #[cfg_attr(docsrs, doc(cfg(feature = "testing")))]
 pub mod testing;
-mod transport;
 
-pub use address::{Address, AddressError, AddressPolicy};
-pub use balance::{EndpointState, EndpointStatus, OutlierDetection, Policy};
-#[cfg(feature = "__bench")]
-#[doc(hidden)]
-pub use channel::bench as __bench;
-pub use channel::{
-    BalancedChannel, CallError, ChannelBuilder, ChannelError, HedgingPolicy, ResponseBody,
-    ResponseFuture, RetryBudget, RetryPolicy, ServedBy, WaitForReady,
-};
-pub use error::{ConnectError, Endpoints, EtcdError, EtcdErrorKind, RegisterError, ServeError};
+pub use error::{Endpoints, EtcdError, EtcdErrorKind, RegisterError, RegistryError, ServeError};
 pub use format::{Format, FormatError, InstanceFormat};
 pub use instance::Instance;
-pub use ipnet::IpNet;
 pub use keyspace::{LeaseId, Revision};
 pub use registration::{Registration, RegistrationBuilder, RegistrationState, ServerState};
-pub use registry::{Registry, RegistryBuilder};
+pub use registry::{Registry, RegistryBuilder, connect};
 pub use resolver::{Feedback, Resolver, ResolverBuilder, ResolverState, ResolverStatus};
 pub use server::ServeRegistered;
+#[cfg(feature = "__bench")]
+#[doc(hidden)]
+pub use tonic_balance::__bench;
 #[cfg(feature = "tls")]
 #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
-pub use transport::tls::TlsConfig;
+pub use tonic_balance::TlsConfig;
+pub use tonic_balance::{
+    Address, AddressError, AddressPolicy, Attributes, BalancedChannel, CallError, ChannelBuilder,
+    ChannelError, EndpointSource, EndpointState, EndpointStatus, HedgingPolicy, IpNet,
+    OutlierDetection, Policy, ResponseBody, ResponseFuture, RetryBudget, RetryPolicy, Routing,
+    ServedBy, WaitForReady,
+};

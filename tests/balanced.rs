@@ -178,7 +178,7 @@ async fn one_line_is_enough() {
     let resolver = registry.resolver("helloworld.Greeter");
     eventually("it is registered", async || resolver.instances().len() == 1).await;
     let target = format!("etcd://{}/helloworld.Greeter", etcd.endpoint(0));
-    let channel = BalancedChannel::connect(&target).await.unwrap();
+    let channel = tonic_etcd::connect(&target).await.unwrap();
     GreeterClient::new(channel.clone())
         .say_hello(hello())
         .await
@@ -190,6 +190,6 @@ async fn one_line_is_enough() {
         channel.endpoints().is_empty()
     })
     .await;
-    let nowhere = BalancedChannel::connect("etcd://127.0.0.1:1/helloworld.Greeter").await;
+    let nowhere = tonic_etcd::connect("etcd://127.0.0.1:1/helloworld.Greeter").await;
     assert!(nowhere.is_err());
 }

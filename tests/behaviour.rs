@@ -27,6 +27,7 @@ fn every_test_that_the_page_of_behaviour_names_exists() {
     let mut tests = String::new();
     code(&root.join("tests"), &mut tests);
     code(&root.join("src"), &mut tests);
+    code(&root.join("balance/src"), &mut tests);
     let rows = page.lines().filter(|line| line.starts_with("| "));
     let mut named = 0;
     for row in rows.skip(1) {

@@ -18,10 +18,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::time::timeout;
 use tonic_etcd::testing::Etcd;
-use tonic_etcd::{ConnectError, RegisterError, Registry};
+use tonic_etcd::{RegisterError, Registry, RegistryError};
 
 /// Connects in vain, within a bound.
-async fn refused(endpoints: &[&str]) -> ConnectError {
+async fn refused(endpoints: &[&str]) -> RegistryError {
     let connecting = Registry::connect(endpoints.iter().copied());
     timeout(Duration::from_secs(30), connecting)
         .await
@@ -30,10 +30,10 @@ async fn refused(endpoints: &[&str]) -> ConnectError {
 }
 
 /// Connects in vain to what does answer. It is given a second to say what it is, which a busy machine may take from it.
-async fn told(endpoint: &str) -> ConnectError {
+async fn told(endpoint: &str) -> RegistryError {
     for _ in 0..3 {
         let error = refused(&[endpoint]).await;
-        if !matches!(error, ConnectError::Unreachable { .. }) {
+        if !matches!(error, RegistryError::Unreachable { .. }) {
             return error;
         }
     }
@@ -57,7 +57,7 @@ async fn answers(bytes: &'static [u8]) -> String {
 async fn nothing_listening_is_said_with_the_endpoints_tried() {
     let error = refused(&["127.0.0.1:1", "http://127.0.0.1:2"]).await;
     assert!(
-        matches!(error, ConnectError::Unreachable { .. }),
+        matches!(error, RegistryError::Unreachable { .. }),
         "{error:?}"
     );
     let text = error.to_string();
@@ -74,7 +74,7 @@ async fn a_server_that_accepts_and_says_nothing_is_given_up() {
     let address = listener.local_addr().unwrap().to_string();
     let error = refused(&[&address]).await;
     assert!(
-        matches!(error, ConnectError::Unreachable { .. }),
+        matches!(error, RegistryError::Unreachable { .. }),
         "{error:?}"
     );
 }
@@ -83,7 +83,7 @@ async fn a_server_that_accepts_and_says_nothing_is_given_up() {
 async fn a_web_server_is_no_etcd() {
     let address = answers(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n").await;
     let error = told(&address).await;
-    assert!(matches!(error, ConnectError::NotEtcd { .. }), "{error:?}");
+    assert!(matches!(error, RegistryError::NotEtcd { .. }), "{error:?}");
     assert!(
         error.to_string().contains("HTTP/1") && error.to_string().contains(&address),
         "{error}"
@@ -94,14 +94,14 @@ async fn a_web_server_is_no_etcd() {
 async fn something_else_altogether_is_no_etcd() {
     let address = answers(b"SSH-2.0-OpenSSH_9.2\r\n").await;
     let error = told(&address).await;
-    assert!(matches!(error, ConnectError::NotEtcd { .. }), "{error:?}");
+    assert!(matches!(error, RegistryError::NotEtcd { .. }), "{error:?}");
 }
 
 #[tokio::test]
 async fn another_grpc_server_is_no_etcd() {
     let (address, _server) = greeter("alpha").await;
     let error = told(&address.to_string()).await;
-    assert!(matches!(error, ConnectError::NotEtcd { .. }), "{error:?}");
+    assert!(matches!(error, RegistryError::NotEtcd { .. }), "{error:?}");
     assert!(error.to_string().contains("etcd's services"), "{error}");
 }
 
@@ -110,7 +110,7 @@ async fn a_tls_server_is_told_from_a_dead_one() {
     // The alert `unexpected_message`, which is how a TLS server answers to an HTTP/2 preface.
     let address = answers(&[0x15, 0x03, 0x03, 0x00, 0x02, 0x02, 0x0a]).await;
     let error = told(&address).await;
-    assert!(matches!(error, ConnectError::Tls { .. }), "{error:?}");
+    assert!(matches!(error, RegistryError::Tls { .. }), "{error:?}");
     assert!(error.to_string().contains("https://"), "{error}");
 }
 
@@ -120,7 +120,7 @@ async fn a_plain_etcd_is_told_from_a_tls_one() {
     let etcd = etcd().await;
     let endpoint = format!("https://{}", etcd.endpoint(0));
     let error = told(&endpoint).await;
-    assert!(matches!(error, ConnectError::Tls { .. }), "{error:?}");
+    assert!(matches!(error, RegistryError::Tls { .. }), "{error:?}");
     assert!(error.to_string().contains("http://"), "{error}");
 }
 
@@ -134,7 +134,7 @@ async fn malformed_endpoints_are_refused_by_name() {
     ] {
         let error = refused(&[endpoint]).await;
         assert!(
-            matches!(error, ConnectError::InvalidEndpoint { .. }),
+            matches!(error, RegistryError::InvalidEndpoint { .. }),
             "{error:?}"
         );
         assert!(
@@ -145,7 +145,7 @@ async fn malformed_endpoints_are_refused_by_name() {
     let error = Registry::connect(Vec::<String>::new())
         .await
         .expect_err("no endpoint");
-    assert!(matches!(error, ConnectError::NoEndpoints));
+    assert!(matches!(error, RegistryError::NoEndpoints));
 }
 
 #[tokio::test]
@@ -214,7 +214,7 @@ async fn authentication_from_connect_to_registration() {
         .await
         .expect_err("wrong password");
     assert!(
-        matches!(wrong, ConnectError::Credentials { .. }),
+        matches!(wrong, RegistryError::Credentials { .. }),
         "{wrong:?}"
     );
     assert!(
@@ -223,7 +223,7 @@ async fn authentication_from_connect_to_registration() {
     );
     let missing = refused(&[&etcd.endpoint(0)]).await;
     assert!(
-        matches!(missing, ConnectError::Credentials { .. }),
+        matches!(missing, RegistryError::Credentials { .. }),
         "{missing:?}"
     );
     user(&etcd, "nobody")

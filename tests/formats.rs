@@ -23,9 +23,7 @@ use decode::check;
 use proptest::prelude::*;
 use support::{client, etcd, eventually, knows, list};
 use tokio::time::Instant;
-use tonic_etcd::{
-    AddressPolicy, BalancedChannel, Format, FormatError, Instance, InstanceFormat, Registry,
-};
+use tonic_etcd::{AddressPolicy, Format, FormatError, Instance, InstanceFormat, Registry};
 
 /// Every format that reads.
 const FORMATS: [Format; 13] = [
@@ -1052,15 +1050,13 @@ async fn go_zeros_targets_find_what_go_zero_has_registered() {
         format!("discov://{members}/team/user.rpc"),
         format!("etcd:///{members}?key=team%2Fuser.rpc"),
     ] {
-        let channel = BalancedChannel::connect(&target).await.unwrap();
+        let channel = tonic_etcd::connect(&target).await.unwrap();
         assert_eq!(
             channel.endpoints()[0].address.to_string(),
             address.to_string()
         );
     }
-    let error = BalancedChannel::connect("etcd:///user.rpc")
-        .await
-        .unwrap_err();
+    let error = tonic_etcd::connect("etcd:///user.rpc").await.unwrap_err();
     assert!(error.to_string().contains("channel_to"), "{error}");
     server.abort();
 }

@@ -160,7 +160,9 @@ fn checked() -> ChannelBuilder {
 }
 
 fn over(builder: ChannelBuilder, servers: &[&Patient]) -> BalancedChannel {
-    builder.from_addresses(servers.iter().map(|server| server.address.to_string()))
+    builder
+        .addresses(servers.iter().map(|server| server.address.to_string()))
+        .connect_lazy()
 }
 
 /// Waits until an endpoint is in a state.
@@ -226,7 +228,8 @@ async fn a_server_without_the_service_is_taken_as_healthy() {
     let addresses = [without, other, unknown.address];
     let channel = checked()
         .max_backoff(Duration::from_millis(20))
-        .from_addresses(addresses.map(|address| address.to_string()));
+        .addresses(addresses.map(|address| address.to_string()))
+        .connect_lazy();
     for address in addresses {
         is(&channel, address, EndpointState::Ready).await;
     }
@@ -337,7 +340,7 @@ async fn a_watch_ends_with_its_endpoint_and_with_the_channel() {
             .unwrap();
     }
     let stream = tokio_stream::wrappers::UnboundedReceiverStream::new(stream);
-    let channel = checked().from_discover(stream);
+    let channel = checked().discover(stream).connect_lazy();
     for server in &servers {
         is(&channel, server.address, EndpointState::Ready).await;
         assert_eq!(server.watches(), 1);

@@ -1,144 +1,323 @@
-//! Holds the direction of imports: façades, tasks, transport and pure machines, vocabulary; and keeps what must not know each other
-//! apart.
+//! Checks the direction of imports in both packages: no folder imports one above it, no files import each other in a circle, and files that
+//! are pure name no runtime.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
     reason = "a failed step is a failed test"
 )]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
-/// What a module may import of the crate besides the vocabulary. Pure machines are listed by file.
-const ALLOWED: &[(&str, &[&str])] = &[
-    (
-        "registry",
-        &["channel", "etcd", "registration", "resolver", "transport"],
-    ),
-    ("server", &["registration"]),
-    ("channel", &["balance", "transport"]),
-    ("channel/resolved", &["balance", "resolver", "transport"]),
-    ("channel/stock", &["resolver"]),
-    ("resolver", &["etcd"]),
-    ("resolver/state", &[]),
-    ("resolver/snapshot", &[]),
-    ("resolver/hold", &[]),
-    ("registration", &["etcd"]),
-    ("registration/lease", &[]),
-    ("balance", &["transport"]),
-    ("transport", &[]),
-    // Its client runs on a channel.
-    ("etcd", &["channel", "transport"]),
-    ("format", &[]),
-    ("testing", &[]),
+/// A package: its sources, which folders or files each top-level module may import, and which files are pure.
+struct Package {
+    name: &'static str,
+    sources: &'static str,
+    /// Modules that every other may import. They import only each other.
+    vocabulary: &'static [&'static str],
+    allowed: &'static [(&'static str, &'static [&'static str])],
+    pure: &'static [&'static str],
+}
+
+const PACKAGES: &[Package] = &[
+    Package {
+        name: "tonic-balance",
+        sources: concat!(env!("CARGO_MANIFEST_DIR"), "/balance/src"),
+        vocabulary: &["address", "attributes", "error"],
+        allowed: &[
+            ("transport", &[]),
+            ("balance", &["transport"]),
+            ("call", &["balance", "transport"]),
+            ("channel", &["call", "balance", "transport"]),
+        ],
+        pure: &["call/retry", "balance/outlier", "balance/zone"],
+    },
+    Package {
+        name: "tonic-etcd",
+        sources: concat!(env!("CARGO_MANIFEST_DIR"), "/src"),
+        vocabulary: &["backoff", "error", "format", "instance", "keyspace"],
+        allowed: &[
+            ("etcd", &[]),
+            ("resolver", &["etcd"]),
+            ("registration", &["etcd"]),
+            ("registry", &["etcd", "registration", "resolver"]),
+            ("server", &["registration"]),
+            ("testing", &[]),
+        ],
+        pure: &[
+            "resolver/state",
+            "resolver/snapshot",
+            "resolver/hold",
+            "registration/lease",
+        ],
+    },
 ];
 
-const VOCABULARY: &[&str] = &[
-    "address", "backoff", "error", "format", "instance", "keyspace",
-];
+/// The files of a package by module path, such as `balance/driver/mod`.
+type Files = BTreeMap<String, String>;
 
-/// Machines, by file or folder.
-const PURE: &[&str] = &[
-    "resolver/state",
-    "resolver/snapshot",
-    "resolver/hold",
-    "registration/lease",
-];
-
-fn sources(folder: &Path, found: &mut BTreeMap<String, String>) {
+fn sources(root: &Path, folder: &Path, found: &mut Files) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         if path.is_dir() {
-            sources(&path, found);
+            sources(root, &path, found);
         } else if path.extension().is_some_and(|extension| extension == "rs") {
-            let text = fs::read_to_string(&path).unwrap();
-            let name = path
-                .strip_prefix(concat!(env!("CARGO_MANIFEST_DIR"), "/src"))
-                .unwrap();
-            let name = name.with_extension("").to_string_lossy().into_owned();
-            found.insert(name.trim_end_matches("/mod").to_owned(), text);
+            let name = path.strip_prefix(root).unwrap().with_extension("");
+            let name = name.to_string_lossy().into_owned();
+            // Tests may import anything.
+            if name != "lib" && !name.split('/').any(|part| part == "tests") {
+                found.insert(name, code(&fs::read_to_string(&path).unwrap()));
+            }
         }
     }
 }
 
-/// The rule for a file: that of its own path, or of the folder it is in.
-fn allowed(file: &str) -> Option<&'static [&'static str]> {
-    let rule = |path: &str| {
-        ALLOWED
-            .iter()
-            .find(|(name, _)| *name == path)
-            .map(|(_, allowed)| *allowed)
-    };
-    let mut path = file;
-    loop {
-        match (rule(path), path.rsplit_once('/')) {
-            (Some(allowed), _) => return Some(allowed),
-            (None, Some((folder, _))) => path = folder,
-            (None, None) => return None,
+/// The text without comments, without imports for the docs alone, and without the unit tests at the end of the file.
+fn code(text: &str) -> String {
+    let text = text.split("#[cfg(test)]\nmod ").next().unwrap();
+    let mut lines = Vec::new();
+    let mut for_docs = false;
+    for line in text.lines().map(str::trim) {
+        if !for_docs && !line.starts_with("//") {
+            lines.push(line.replace("pub(in ", "("));
+        }
+        for_docs = line == "#[cfg(doc)]";
+    }
+    lines
+        .join("\n")
+        .replace("(crate::", "(")
+        .replace("(super::", "(")
+}
+
+/// All paths that begin with `crate`, `super` or `self`, with the groups of `use` taken apart.
+fn paths(text: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for start in ["crate::", "super::", "self::"] {
+        for (at, _) in text.match_indices(start) {
+            let before = text[..at].chars().next_back();
+            if !before.is_some_and(|before| before.is_alphanumeric() || "_:".contains(before)) {
+                expand("", &text[at..], &mut found);
+            }
         }
     }
+    found
+}
+
+/// Takes one path apart, and returns what follows it.
+fn expand<'a>(prefix: &str, text: &'a str, found: &mut Vec<String>) -> &'a str {
+    let end = text
+        .find(|letter: char| !letter.is_alphanumeric() && letter != '_' && letter != ':')
+        .unwrap_or(text.len());
+    let (path, mut rest) = text.split_at(end);
+    let whole = format!("{prefix}{path}");
+    if path.ends_with("::") && rest.starts_with('{') {
+        rest = &rest[1..];
+        loop {
+            rest = rest.trim_start();
+            if rest.is_empty() || rest.starts_with('}') {
+                return rest.strip_prefix('}').unwrap_or(rest);
+            }
+            let after = expand(&whole, rest, found).trim_start();
+            // A rename.
+            let after = after.strip_prefix("as ").map_or(after, |named| {
+                named.trim_start_matches(|letter: char| letter.is_alphanumeric() || letter == '_')
+            });
+            rest = after.trim_start().strip_prefix(',').unwrap_or(after);
+            if rest.len() == text.len() {
+                return rest;
+            }
+        }
+    }
+    found.push(whole);
+    rest
+}
+
+/// The module that a file is, as path segments.
+fn module(file: &str) -> Vec<&str> {
+    let mut parts: Vec<_> = file.split('/').collect();
+    if parts.last() == Some(&"mod") {
+        parts.pop();
+    }
+    parts
+}
+
+/// The file that a path in `file` leads to, through the re-exports of `mod.rs` files.
+fn target(files: &Files, file: &str, path: &str) -> Option<String> {
+    let mut at: Vec<String> = Vec::new();
+    let mut segments = path.split("::").filter(|part| !part.is_empty()).peekable();
+    match segments.peek()? {
+        &"crate" => {
+            segments.next();
+        }
+        _ => at = module(file).iter().map(ToString::to_string).collect(),
+    }
+    while let Some(segment @ ("super" | "self")) = segments.peek().copied() {
+        if segment == "super" {
+            at.pop();
+        }
+        segments.next();
+    }
+    for segment in segments {
+        let deeper = [at.clone(), vec![segment.to_owned()]].concat().join("/");
+        if files.contains_key(&deeper) {
+            return Some(deeper);
+        }
+        if files.contains_key(&format!("{deeper}/mod")) {
+            at.push(segment.to_owned());
+            continue;
+        }
+        let here = if at.is_empty() {
+            return None;
+        } else {
+            format!("{}/mod", at.join("/"))
+        };
+        let text = files.get(&here)?;
+        // A re-export, or an item of this file.
+        let exported = paths_of_exports(text)
+            .into_iter()
+            .find(|path| path.rsplit("::").next() == Some(segment));
+        return match exported {
+            Some(export) if export != path => {
+                let export = export.strip_prefix("self::").unwrap_or(&export);
+                let whole = format!("crate::{}::{export}", at.join("::"));
+                target(files, file, &whole)
+            }
+            _ => Some(here),
+        };
+    }
+    let here = format!("{}/mod", at.join("/"));
+    files.contains_key(&here).then_some(here)
+}
+
+fn paths_of_exports(text: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for (at, _) in text.match_indices("use ") {
+        let rest = &text[at + 4..];
+        if !rest.starts_with("crate::") && !rest.starts_with("super::") {
+            expand("", rest, &mut found);
+        }
+    }
+    found
+}
+
+/// What each file imports of its own package.
+fn imports(files: &Files) -> BTreeMap<&str, BTreeSet<String>> {
+    let of = |(file, text): (&_, &String)| -> BTreeSet<String> {
+        let paths = paths(text);
+        let targets = paths.iter().filter_map(|path| target(files, file, path));
+        targets.filter(|target| target != file).collect()
+    };
+    files
+        .iter()
+        .map(|(file, text)| (file.as_str(), of((file, text))))
+        .collect()
+}
+
+fn load(package: &Package) -> Files {
+    let (mut files, root) = (Files::new(), Path::new(package.sources));
+    sources(root, root, &mut files);
+    assert!(
+        files.len() > 20,
+        "the sources of {} are found",
+        package.name
+    );
+    files
+}
+
+/// The top-level module of a file.
+fn top(file: &str) -> &str {
+    file.split('/').next().unwrap()
 }
 
 #[test]
-fn imports_go_one_way() {
-    let mut files = BTreeMap::new();
-    sources(
-        Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/src")),
-        &mut files,
-    );
-    assert!(files.len() > 20, "the sources are found");
+fn folders_import_only_what_is_below_them() {
     let mut wrong = Vec::new();
-    for (file, text) in &files {
-        // Tests may look at anything.
-        if file == "lib" || file.split('/').any(|part| part == "tests") {
-            continue;
-        }
-        let vocabulary = VOCABULARY
-            .iter()
-            .any(|word| file == word || file.starts_with(&format!("{word}/")));
-        let allowed = allowed(file).unwrap_or_default();
-        let own = file.split('/').next().unwrap_or(file);
-        for line in text
-            .lines()
-            .map(str::trim)
-            .filter(|line| !line.starts_with("//"))
-        {
-            for import in line.split("crate::").skip(1) {
-                let module = import
-                    .split(|letter: char| !letter.is_alphanumeric() && letter != '_')
-                    .next()
-                    .unwrap_or_default();
-                let fine =
-                    module == own || VOCABULARY.contains(&module) || allowed.contains(&module);
-                // Types are re-exported at the root and named there by the docs alone.
-                if !fine && !module.starts_with(char::is_uppercase) {
-                    wrong.push(format!("src/{file}.rs imports {module}"));
+    for package in PACKAGES {
+        let files = load(package);
+        for (file, imports) in imports(&files) {
+            let own = top(file);
+            let rule = package.allowed.iter().find(|(name, _)| *name == own);
+            let allowed = rule.map_or(&[][..], |(_, allowed)| allowed);
+            for import in imports {
+                let module = top(&import);
+                if module != own
+                    && !package.vocabulary.contains(&module)
+                    && !allowed.contains(&module)
+                {
+                    wrong.push(format!("{}: {file} imports {import}", package.name));
                 }
             }
-            if line.contains("super::super::super") {
-                wrong.push(format!("src/{file}.rs climbs: {line}"));
-            }
-        }
-        if text.contains("etcd_client") && own != "etcd" && own != "registry" {
-            wrong.push(format!("src/{file}.rs names etcd_client"));
-        }
-        let pure = vocabulary
-            || PURE
-                .iter()
-                .any(|pure| file == pure || file.starts_with(&format!("{pure}/")));
-        let names_runtime = |line: &str| {
-            (line.contains("tokio::") && !line.contains("tokio::time::Instant"))
-                || line.contains("tonic::")
-        };
-        if pure
-            && file != "error"
-            && text
-                .lines()
-                .any(|line| !line.trim().starts_with("//") && names_runtime(line))
-        {
-            wrong.push(format!("src/{file}.rs is pure and names a runtime"));
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn no_files_import_each_other_in_a_circle() {
+    let mut circles = BTreeSet::new();
+    for package in PACKAGES {
+        let files = load(package);
+        let imports = imports(&files);
+        for start in imports.keys() {
+            if let Some(circle) = circle(&imports, start) {
+                circles.insert(format!("{}: {}", package.name, circle.join(" -> ")));
+            }
+        }
+    }
+    assert!(circles.is_empty(), "{circles:#?}");
+}
+
+/// The shortest way from a file back to itself.
+fn circle(imports: &BTreeMap<&str, BTreeSet<String>>, start: &str) -> Option<Vec<String>> {
+    let mut ways = vec![vec![start.to_owned()]];
+    let mut seen = BTreeSet::new();
+    while !ways.is_empty() {
+        let mut longer = Vec::new();
+        for way in ways {
+            for next in &imports[way.last().unwrap().as_str()] {
+                if next == start {
+                    return Some(way);
+                }
+                if seen.insert(next.clone()) {
+                    longer.push([way.clone(), vec![next.clone()]].concat());
+                }
+            }
+        }
+        ways = longer;
+    }
+    None
+}
+
+#[test]
+fn pure_files_name_no_runtime() {
+    let names_runtime = |line: &&str| {
+        (line.contains("tokio::") && !line.contains("tokio::time::Instant"))
+            || (line.contains("tonic::") && !line.contains("tonic::Code"))
+    };
+    let mut wrong = Vec::new();
+    for package in PACKAGES {
+        for (file, text) in load(package) {
+            let is_in = |folder: &&str| file == *folder || file.starts_with(&format!("{folder}/"));
+            let is_pure = package.pure.iter().any(is_in)
+                || (package.vocabulary.iter().any(is_in) && file != "error");
+            if is_pure && let Some(line) = text.lines().find(names_runtime) {
+                wrong.push(format!("{}: {file}: {line}", package.name));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn only_the_etcd_folder_names_etcd_client() {
+    let files = load(&PACKAGES[1]);
+    let named = files
+        .iter()
+        .filter(|(_, text)| text.contains("etcd_client"));
+    let outside: Vec<_> = named
+        .map(|(file, _)| file)
+        .filter(|file| top(file) != "etcd" && top(file) != "registry")
+        .collect();
+    assert!(outside.is_empty(), "{outside:?}");
 }

@@ -105,7 +105,9 @@ async fn watched(registry: &Registry) -> (Resolver, BalancedChannel) {
         .resolver_builder("greeter")
         .mass_removal_hold(Some(HOLD))
         .start();
-    let channel = BalancedChannel::builder().from_resolver(resolver.clone());
+    let channel = BalancedChannel::builder()
+        .source(resolver.clone())
+        .connect_lazy();
     all_ready(&channel, SERVERS).await;
     (resolver, channel)
 }
@@ -289,7 +291,9 @@ async fn a_wiped_etcd_fails_no_call() {
         addresses.push(address.to_string());
     }
     let resolver = registry.resolver("greeter");
-    let channel = BalancedChannel::builder().from_resolver(resolver.clone());
+    let channel = BalancedChannel::builder()
+        .source(resolver.clone())
+        .connect_lazy();
     all_ready(&channel, SERVERS).await;
     let callers = callers(&channel);
     etcd.kill(0).await.unwrap();
@@ -317,7 +321,9 @@ async fn half_of_the_set_back_ends_the_hold() {
     let registry = registry(&etcd).await;
     // With the default length: it is not time that ends it.
     let resolver = registry.resolver("greeter");
-    let channel = BalancedChannel::builder().from_resolver(resolver.clone());
+    let channel = BalancedChannel::builder()
+        .source(resolver.clone())
+        .connect_lazy();
     all_ready(&channel, SERVERS).await;
     let callers = callers(&channel);
     delete_all(&etcd).await;
@@ -353,7 +359,7 @@ async fn without_a_hold_an_instance_goes_with_its_key() {
     let registry = registry(&etcd).await;
     let channel = registry
         .channel("greeter")
-        .resolver(|resolver| resolver.mass_removal_hold(None))
+        .map_source(|resolver| resolver.mass_removal_hold(None))
         .connect()
         .await
         .unwrap();

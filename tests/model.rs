@@ -326,7 +326,8 @@ async fn live(policy: Policy, ops: &[Op]) -> usize {
         .max_backoff(Duration::from_millis(5))
         .start_up_bound(Duration::from_millis(20))
         .connector(move |address| dialler.clone().dial(address))
-        .from_discover(UnboundedReceiverStream::new(stream));
+        .discover(UnboundedReceiverStream::new(stream))
+        .connect_lazy();
     let absent = fleet.iter().map(|backend| (backend.address.to_string(), 0));
     let known = Arc::new(Mutex::new(Known {
         absent: absent.collect(),

@@ -13,7 +13,7 @@ use std::time::Duration;
 use support::authority::Authority;
 use support::{client, eventually, keeps_a_registration, knows, list};
 use tonic_etcd::testing::Etcd;
-use tonic_etcd::{ConnectError, Registry, RegistryBuilder, TlsConfig};
+use tonic_etcd::{Registry, RegistryBuilder, RegistryError, TlsConfig};
 
 /// An etcd that asks its clients for a certificate.
 async fn mutual(authority: &Authority) -> Etcd {
@@ -55,7 +55,7 @@ async fn etcd_is_spoken_to_over_tls_and_mutual_tls() {
         Registry::builder(etcd.tls_endpoints()).tls(files),
     ] {
         let refused = builder.connect().await.expect_err("no certificate");
-        assert!(matches!(refused, ConnectError::Tls { .. }), "{refused:?}");
+        assert!(matches!(refused, RegistryError::Tls { .. }), "{refused:?}");
     }
     // So is a server whose certificate is for another name than its address has.
     let named = etcd.tls_endpoints().into_iter();
@@ -66,7 +66,7 @@ async fn etcd_is_spoken_to_over_tls_and_mutual_tls() {
     let shown = TlsConfig::by_address().ca_pem(authority.read("ca.pem"));
     let refused = Registry::builder(named).tls(shown.identity_pem(chain, key));
     let refused = refused.connect().await.expect_err("another name");
-    assert!(matches!(refused, ConnectError::Tls { .. }), "{refused:?}");
+    assert!(matches!(refused, RegistryError::Tls { .. }), "{refused:?}");
     // And one that somebody else has signed.
     let stranger = Authority::new();
     let files = TlsConfig::new("etcd")
@@ -74,7 +74,7 @@ async fn etcd_is_spoken_to_over_tls_and_mutual_tls() {
         .identity_files(authority.path("client.pem"), authority.path("client.key"));
     let refused = Registry::builder(etcd.tls_endpoints()).tls(files);
     let refused = refused.connect().await.expect_err("not trusted");
-    assert!(matches!(refused, ConnectError::Tls { .. }), "{refused:?}");
+    assert!(matches!(refused, RegistryError::Tls { .. }), "{refused:?}");
 }
 
 #[tokio::test]

@@ -25,7 +25,8 @@ async fn a_server_on_a_unix_socket_is_called() {
     let address = format!("unix:{}", path.display());
     let channel = BalancedChannel::builder()
         .timeout(Duration::from_secs(5))
-        .from_addresses([&address]);
+        .addresses([&address])
+        .connect_lazy();
 
     let mut client = GreeterClient::new(channel.clone());
     let request = || HelloRequest {

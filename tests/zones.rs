@@ -42,7 +42,8 @@ async fn calls_stay_in_the_zone_as_far_as_it_can_take_them() {
         // By weight alone: latencies that differ, as they do on a busy machine, take calls from who is slower.
         .policy(Policy::LeastRequest)
         .seed(7)
-        .from_discover(UnboundedReceiverStream::new(stream));
+        .discover(UnboundedReceiverStream::new(stream))
+        .connect_lazy();
     let insert = async |zone: &str| {
         let (address, _) = greeter(zone).await;
         let instance = Instance::new(address.to_string().parse().unwrap()).with_zone(zone);

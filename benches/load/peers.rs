@@ -164,7 +164,7 @@ async fn h2_connections(addresses: Vec<String>) -> H2 {
 
 /// A channel whose endpoints are all ready: before that nothing is counted.
 async fn ready(builder: ChannelBuilder, addresses: Vec<String>) -> BalancedChannel {
-    let channel = builder.from_addresses(addresses);
+    let channel = builder.addresses(addresses).connect_lazy();
     let ready = async {
         let is_ready = |endpoint: &EndpointStatus| endpoint.state == EndpointState::Ready;
         while !channel.endpoints().iter().all(is_ready) || channel.endpoints().is_empty() {

@@ -64,7 +64,7 @@ fn channel(policy: Policy, weighted: bool, endpoints: usize) -> (Runtime, Balanc
     });
     let channel = runtime.block_on(async {
         let builder = in_memory(BalancedChannel::builder(), policy);
-        let channel = builder.from_discover(tokio_stream::iter(changes));
+        let channel = builder.discover(tokio_stream::iter(changes)).connect_lazy();
         ready(&channel, endpoints).await;
         channel
     });

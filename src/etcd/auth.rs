@@ -6,15 +6,15 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use arc_swap::ArcSwapOption;
 use http::HeaderValue;
 use tokio::time::Instant;
 
 use super::link::LinkService;
+use super::token::{Credentials, Token, TokenCell};
 use super::{error, rpc};
-use crate::address::Address;
 use crate::backoff::Backoff;
 use crate::error::{EtcdError, EtcdErrorKind};
+use tonic_balance::Address;
 
 /// Name, password, and the token they were last exchanged for. Cloning is a reference count.
 #[derive(Clone)]
@@ -22,27 +22,18 @@ pub(super) struct Auth(Arc<Inner>);
 
 struct Inner {
     credentials: Option<Credentials>,
-    token: ArcSwapOption<HeaderValue>,
+    token: TokenCell,
     /// Held while a token is fetched: etcd spends 50-130 ms of bcrypt on each, so a fleet of tasks must ask once.
     refreshing: tokio::sync::Mutex<Refreshing>,
     /// When the token was fetched, and from which member.
     issued: Mutex<Option<(Instant, Address)>>,
 }
 
-/// A token as it stands in a header. Which allocation it is tells one token from the next.
-pub(crate) type Token = Arc<HeaderValue>;
-
-#[derive(Clone)]
-pub(crate) struct Credentials {
-    pub(crate) user: String,
-    pub(crate) password: String,
-}
-
 impl Auth {
     pub(super) fn new(credentials: Option<Credentials>) -> Self {
         Self(Arc::new(Inner {
             credentials,
-            token: ArcSwapOption::default(),
+            token: TokenCell::default(),
             refreshing: tokio::sync::Mutex::new(Refreshing::new()),
             issued: Mutex::default(),
         }))
@@ -51,7 +42,7 @@ impl Auth {
     /// The same credentials and the same token, and nothing to wait for that another runtime has begun.
     pub(super) fn apart(&self) -> Self {
         let auth = Self::new(self.0.credentials.clone());
-        auth.0.token.store(self.0.token.load_full());
+        auth.0.token.set(self.0.token.get());
         auth.set_issuer(self.new_issuer());
         auth
     }
@@ -65,7 +56,12 @@ impl Auth {
 
     /// The token in use, to be handed to [`Auth::refresh`] if etcd refuses it.
     pub(super) fn token(&self) -> Option<Token> {
-        self.0.token.load_full()
+        self.0.token.get()
+    }
+
+    /// The cell of the token, for requests.
+    pub(super) fn cell(&self) -> &TokenCell {
+        &self.0.token
     }
 
     /// The member that has issued the token, while it is new: it knows the token, and to others the cluster's log may bring it a moment
@@ -102,7 +98,7 @@ impl Auth {
             return Ok(false);
         };
         let mut refreshing = self.0.refreshing.lock().await;
-        let current = self.0.token.load_full();
+        let current = self.0.token.get();
         let same = match (&current, refused) {
             (Some(current), Some(refused)) => Arc::ptr_eq(current, refused),
             (None, None) => true,
@@ -135,8 +131,8 @@ impl Auth {
                         source,
                     )
                 })?;
-                self.set_issuer(service.route.address());
-                self.0.token.store(Some(Arc::new(header)));
+                self.set_issuer(service.routing.address());
+                self.0.token.set(Some(Arc::new(header)));
                 Ok(true)
             }
             Err(error) if error.kind() == EtcdErrorKind::AuthNotEnabled => {
@@ -144,7 +140,7 @@ impl Auth {
                     endpoint = %service.endpoint(),
                     "credentials are configured, but etcd has authentication switched off: going on without a token"
                 );
-                self.0.token.store(None);
+                self.0.token.set(None);
                 Ok(current.is_some())
             }
             Err(error) => Err(error),

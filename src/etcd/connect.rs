@@ -6,15 +6,16 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::auth::{Auth, Credentials};
+use super::auth::Auth;
 use super::members::Open;
+use super::token::Credentials;
 use super::{DEADLINE, Etcd, MemberEndpoint};
-use crate::address::Address;
-use crate::channel::{BalancedChannel, ChannelBuilder};
-use crate::error::{ConnectError, Endpoints, EtcdError, EtcdErrorKind, causes};
+use crate::error::{Endpoints, EtcdError, EtcdErrorKind, RegistryError, causes};
 use crate::keyspace::Key;
+use tonic_balance::Address;
 #[cfg(feature = "tls")]
-use crate::transport::tls::TlsConfig;
+use tonic_balance::TlsConfig;
+use tonic_balance::{BalancedChannel, ChannelBuilder};
 
 /// How to connect.
 #[derive(Clone, Default)]
@@ -26,7 +27,7 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    fn members(&self) -> Result<Vec<MemberEndpoint>, ConnectError> {
+    fn members(&self) -> Result<Vec<MemberEndpoint>, RegistryError> {
         #[cfg(feature = "tls")]
         let tls = self.tls.is_some();
         #[cfg(not(feature = "tls"))]
@@ -36,10 +37,10 @@ impl Config {
             .iter()
             .map(|endpoint| MemberEndpoint::parse(endpoint, tls))
             .collect::<Result<_, _>>()?;
-        let first = members.first().ok_or(ConnectError::NoEndpoints)?;
+        let first = members.first().ok_or(RegistryError::NoEndpoints)?;
         let differs = |member: &MemberEndpoint| member.is_tls() != first.is_tls();
         if let Some(position) = members.iter().position(differs) {
-            return Err(ConnectError::InvalidEndpoint {
+            return Err(RegistryError::InvalidEndpoint {
                 endpoint: self.endpoints[position].clone(),
                 reason: "some endpoints say https and others do not".to_owned(),
             });
@@ -69,7 +70,9 @@ impl Config {
                 Some(tls) => channel.tls(tls.clone()),
                 None => channel,
             };
-            channel.from_addresses(addresses.iter().map(Address::as_str))
+            channel
+                .addresses(addresses.iter().map(Address::as_str))
+                .connect_lazy()
         })
     }
 }
@@ -91,7 +94,7 @@ const MAX_BACKOFF: Duration = Duration::from_secs(2);
 impl Etcd {
     /// Connects, and reads one key to know that it is true. Permission denied counts as connected: users who may read only their own
     /// services are the rule.
-    pub(crate) async fn connect(config: &Config, key: &Key) -> Result<Self, ConnectError> {
+    pub(crate) async fn connect(config: &Config, key: &Key) -> Result<Self, RegistryError> {
         let members = config.members()?;
         let etcd = Self::over(config, &members);
         let checked = async {
@@ -110,7 +113,7 @@ impl Etcd {
     }
 
     /// Connects when there is something to ask.
-    pub(crate) fn connect_lazy(config: &Config) -> Result<Self, ConnectError> {
+    pub(crate) fn connect_lazy(config: &Config) -> Result<Self, RegistryError> {
         let members = config.members()?;
         Ok(Self::over(config, &members))
     }
@@ -129,7 +132,7 @@ impl Etcd {
 }
 
 /// Makes the error that tells the user what to do.
-async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError) -> ConnectError {
+async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError) -> RegistryError {
     let endpoints = Endpoints(
         members
             .iter()
@@ -145,7 +148,7 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
                 || "a client without user".to_owned(),
                 |user| format!("user {:?}", user.user),
             );
-            return ConnectError::Credentials {
+            return RegistryError::Credentials {
                 endpoints,
                 user,
                 source,
@@ -153,13 +156,13 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
         }
         EtcdErrorKind::Unimplemented => {
             let reason = "it speaks gRPC but does not know etcd's services".to_owned();
-            return ConnectError::NotEtcd {
+            return RegistryError::NotEtcd {
                 endpoints,
                 reason,
                 source,
             };
         }
-        kind if !kind.is_transient() => return ConnectError::Refused { endpoints, source },
+        kind if !kind.is_transient() => return RegistryError::Refused { endpoints, source },
         _ => {}
     }
     // The failure says little of what is at the other end: hyper reports a TLS alert as a broken frame. Ask the peer itself.
@@ -167,9 +170,9 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
         .iter()
         .find(|member| member.address().as_str() == source.endpoint());
     let Some(member) = failed.or(members.first()) else {
-        return ConnectError::Unreachable { endpoints, source };
+        return RegistryError::Unreachable { endpoints, source };
     };
-    let tls = |reason: String, source| ConnectError::Tls {
+    let tls = |reason: String, source| RegistryError::Tls {
         endpoints: endpoints.clone(),
         reason,
         source,
@@ -195,9 +198,9 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
                 source,
             );
         }
-        return ConnectError::Unreachable { endpoints, source };
+        return RegistryError::Unreachable { endpoints, source };
     }
-    let not_etcd = |reason: &str, source| ConnectError::NotEtcd {
+    let not_etcd = |reason: &str, source| RegistryError::NotEtcd {
         endpoints: endpoints.clone(),
         reason: reason.to_owned(),
         source,
@@ -211,7 +214,7 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
         bytes if !bytes.is_empty() && !is_http2(bytes) => {
             not_etcd("it does not speak HTTP/2", source)
         }
-        _ => ConnectError::Unreachable { endpoints, source },
+        _ => RegistryError::Unreachable { endpoints, source },
     }
 }
 

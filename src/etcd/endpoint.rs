@@ -2,8 +2,8 @@
 
 use http::Uri;
 
-use crate::address::Address;
-use crate::error::ConnectError;
+use crate::error::RegistryError;
+use tonic_balance::Address;
 
 /// One member's address, parsed.
 #[derive(Clone, Debug)]
@@ -14,8 +14,8 @@ pub(crate) struct MemberEndpoint {
 
 impl MemberEndpoint {
     /// Parses `host:port`, `http://host:port` or `https://host:port`; `tls` decides the scheme where none is given.
-    pub(crate) fn parse(endpoint: &str, tls: bool) -> Result<Self, ConnectError> {
-        let invalid = |reason: String| ConnectError::InvalidEndpoint {
+    pub(crate) fn parse(endpoint: &str, tls: bool) -> Result<Self, RegistryError> {
+        let invalid = |reason: String| RegistryError::InvalidEndpoint {
             endpoint: without_password(endpoint),
             reason,
         };

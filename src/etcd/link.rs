@@ -11,11 +11,12 @@ use tonic::body::Body;
 use tower::util::{BoxCloneSyncService, ServiceExt};
 use tower::{BoxError, Service};
 
-use super::auth::Auth;
-use super::{error, rpc};
-use crate::channel::{BalancedChannel, ResponseBody, ResponseFuture, Route};
+use super::error;
+use super::token::TokenCell;
 use crate::error::EtcdError;
-use crate::transport::deadline::{self, GRPC_TIMEOUT};
+use tonic_balance::{
+    BalancedChannel, GRPC_TIMEOUT, ResponseBody, ResponseFuture, Routing, format_timeout,
+};
 
 /// What one request, or the stream that it opens, goes over. Clones are of the same request.
 #[derive(Clone)]
@@ -70,15 +71,15 @@ impl std::fmt::Debug for Link {
 #[derive(Clone)]
 pub(super) struct LinkService {
     pub(super) channel: BalancedChannel,
-    pub(super) route: Route,
+    pub(super) routing: Routing,
     pub(super) deadline: Duration,
-    pub(super) auth: Auth,
+    pub(super) token: TokenCell,
 }
 
 impl LinkService {
     pub(super) fn endpoint(&self) -> String {
-        let address = self.route.address();
-        let address = address.or_else(|| self.channel.last_failure());
+        let address = self.routing.address();
+        let address = address.or_else(|| self.channel.last_failed_endpoint());
         // Nobody was asked, and nothing has failed: connections are being made.
         address.map_or_else(|| "(no member)".to_owned(), |address| address.to_string())
     }
@@ -97,20 +98,22 @@ impl Service<http::Request<Body>> for LinkService {
         let path = request.uri().path();
         let unary = !STREAMS.contains(&path);
         // A token sent along with the request for a new one would have that refused as well.
-        let token = self.auth.token().filter(|_| path != rpc::AUTHENTICATE);
+        let token = self.token.get().filter(|_| path != AUTHENTICATE);
         let headers = request.headers_mut();
         headers.insert("hasleader", HeaderValue::from_static("true"));
         if unary {
-            headers.insert(GRPC_TIMEOUT, deadline::format(self.deadline));
+            headers.insert(GRPC_TIMEOUT, format_timeout(self.deadline));
         }
         if let Some(token) = token {
             headers.insert("token", HeaderValue::clone(&token));
         }
-        self.channel.call_by(&self.route, request)
+        self.channel.call_routed(&self.routing, request)
     }
 }
 
 /// What has no deadline: a watch ends by its watchdog, and a renewal's stream with its answer or with whoever waits for it.
-const STREAMS: [&str; 2] = ["/etcdserverpb.Watch/Watch", rpc::LEASE_KEEP_ALIVE];
+const STREAMS: [&str; 2] = ["/etcdserverpb.Watch/Watch", LEASE_KEEP_ALIVE];
 /// In place of a member's address.
 const GIVEN: &str = "(the given client)";
+pub(super) const AUTHENTICATE: &str = "/etcdserverpb.Auth/Authenticate";
+pub(super) const LEASE_KEEP_ALIVE: &str = "/etcdserverpb.Lease/LeaseKeepAlive";

@@ -8,9 +8,9 @@ use tokio::time::Instant;
 use super::auth::Auth;
 use super::link::{Link, LinkService};
 use super::standing::{Failure, Standings, Traffic};
-use crate::address::Address;
-use crate::channel::{BalancedChannel, Route};
 use crate::error::EtcdError;
+use tonic_balance::Address;
+use tonic_balance::{BalancedChannel, Routing};
 
 /// Opens a channel over all members.
 pub(super) type Open = Arc<dyn Fn() -> BalancedChannel + Send + Sync>;
@@ -64,9 +64,9 @@ impl Members {
         }
         let service = LinkService {
             channel: self.current(channel),
-            route: Route::avoiding(avoided),
+            routing: Routing::avoiding(avoided),
             deadline,
-            auth: auth.clone(),
+            token: auth.cell().clone(),
         };
         // Boxed, for `etcd-client`'s futures are large.
         Box::pin(Link::over(service)).await
@@ -76,14 +76,14 @@ impl Members {
     fn current(&self, channel: &Mutex<Option<BalancedChannel>>) -> BalancedChannel {
         let mut channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
         match &*channel {
-            Some(open) if !open.has_ended() => open.clone(),
+            Some(open) if !open.is_closed() => open.clone(),
             _ => channel.insert((self.open)()).clone(),
         }
     }
 
     /// The member that a request went to has answered it.
     pub(super) fn on_answer(&self, service: &LinkService, traffic: Traffic) {
-        if let Some(member) = service.route.address() {
+        if let Some(member) = service.routing.address() {
             self.standings().on_answer(&member, traffic);
         }
     }
@@ -91,7 +91,7 @@ impl Members {
     /// The member that a request went to has failed it, or the stream that it began: the next one goes elsewhere. One that went nowhere is
     /// nobody's fault.
     pub(super) fn on_failure(&self, service: &LinkService, traffic: Traffic, failure: Failure) {
-        let Some(member) = service.route.address() else {
+        let Some(member) = service.routing.address() else {
             return;
         };
         let now = Instant::now();
@@ -105,10 +105,10 @@ impl Members {
         }
         let since = now.checked_sub(service.deadline).unwrap_or(now);
         let silent_since = (failure != Failure::Said).then_some(since);
-        service.route.complain(now, silent_since);
+        service.routing.report_failure(now, silent_since);
         if give_up {
             tracing::debug!(%member, ?traffic, "etcd is silent on a connection; the next request goes over another");
-            service.channel.give_up(&service.route);
+            service.channel.reconnect(&service.routing);
         }
     }
 

@@ -8,10 +8,10 @@ use std::time::Duration;
 
 use etcd_client::Client;
 
-use crate::address::Address;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::format::MAX_VALUE;
 use crate::keyspace::{Header, Key, KeyValue, LeaseId, Range, Revision};
+use tonic_balance::Address;
 
 mod auth;
 mod call;
@@ -24,11 +24,12 @@ mod link;
 mod members;
 mod rpc;
 mod standing;
+mod token;
 mod watch;
 
-pub(crate) use auth::{Credentials, Token};
 pub(crate) use connect::Config;
 pub(crate) use endpoint::MemberEndpoint;
+pub(crate) use token::{Credentials, Token};
 pub(crate) use watch::Watch;
 
 use auth::Auth;

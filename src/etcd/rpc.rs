@@ -9,14 +9,11 @@ use tonic::Request;
 use tonic::client::Grpc;
 use tonic_prost::ProstCodec;
 
-use super::auth::Credentials;
 use super::error;
-use super::link::LinkService;
+use super::link::{AUTHENTICATE, LEASE_KEEP_ALIVE, LinkService};
+use super::token::Credentials;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Header, LeaseId, Revision};
-
-pub(super) const AUTHENTICATE: &str = "/etcdserverpb.Auth/Authenticate";
-pub(super) const LEASE_KEEP_ALIVE: &str = "/etcdserverpb.Lease/LeaseKeepAlive";
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct ResponseHeader {

@@ -2,8 +2,8 @@
 
 use serde_json::{Map, Value};
 
-use crate::address::Address;
 use crate::instance::Advertisement;
+use tonic_balance::Address;
 
 /// How a format keeps attributes in its map of metadata.
 #[derive(Debug)]

@@ -1,10 +1,10 @@
 //! Reads registry values: which formats, and which addresses.
 
 use super::{Format, FormatError, MAX_VALUE, attributes::MAX_WEIGHT, recognise};
-use crate::address::AddressPolicy;
 #[cfg(test)]
 use crate::instance::Advertisement;
 use crate::instance::Instance;
+use tonic_balance::AddressPolicy;
 
 /// Reads registry values: which formats, and which addresses.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]

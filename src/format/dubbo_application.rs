@@ -5,8 +5,8 @@ use serde_json::{Value, json};
 use super::attributes::{Attributes, weight};
 use super::object::{Object, Written};
 use super::{FormatError, InstanceFormat, last_segment, parent, text};
-use crate::address::Address;
 use crate::instance::{Advertisement, Instance};
+use tonic_balance::Address;
 
 /// Key `/services/<application>/<address>`, the address in `Host` and the port of the `tri` or `grpc` endpoint, else in `Address`; the
 /// weight (default 100) in `Weight`.

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use crate::address::AddressError;
+use tonic_balance::AddressError;
 
 /// Why a format cannot read a key and its value, or cannot write an instance.
 ///

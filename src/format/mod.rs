@@ -4,9 +4,9 @@ use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::address::AddressPolicy;
 use crate::instance::Instance;
 use crate::keyspace::with_slash;
+use tonic_balance::AddressPolicy;
 
 mod address_in_key;
 mod attributes;

@@ -8,8 +8,8 @@ use super::{
     Format, FormatError, InstanceFormat, dubbo_application, etcd_naming, go_micro, kitex, kratos,
     last_segment, parent, plain, text, url,
 };
-use crate::address::Address;
 use crate::instance::Instance;
+use tonic_balance::Address;
 
 /// Reads a value by itself. The key only tells what need not be kept of it.
 pub(super) fn by_value(key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {

@@ -4,8 +4,8 @@ use percent_encoding::percent_decode_str;
 use serde_json::{Map, Value};
 
 use super::{FormatError, InstanceFormat, text};
-use crate::address::Address;
 use crate::instance::{Advertisement, Instance};
+use tonic_balance::Address;
 
 /// Key `<service>/<id>`, the address in the value's authority; the scheme says whether TLS is spoken.
 #[derive(Debug)]

@@ -10,9 +10,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 use tracing::Instrument;
 
-use crate::address::Address;
 use crate::error::{Endpoints, RegisterError};
 use crate::etcd::Etcd;
+use tonic_balance::Address;
 
 mod builder;
 mod entry;

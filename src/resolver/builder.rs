@@ -1,15 +1,15 @@
 //! The options of a resolver.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use super::Resolver;
-use crate::address::AddressPolicy;
+use super::options::{Filter, Options};
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::etcd::Etcd;
-use crate::format::{Decoder, Format};
+use crate::format::Format;
 use crate::instance::Instance;
 use crate::keyspace::{Keyspace, Range, check_service, with_slash};
+use tonic_balance::AddressPolicy;
 
 /// A [`Resolver`] with options; made by [`Registry::resolver_builder`](crate::Registry::resolver_builder).
 #[derive(Clone, Debug)]
@@ -19,45 +19,6 @@ pub struct ResolverBuilder {
     service: String,
     source: Source,
     options: Options,
-}
-
-/// What a resolver does in its own way.
-#[derive(Clone, Debug)]
-pub(super) struct Options {
-    pub(super) decoder: Decoder,
-    pub(super) hold: Option<Duration>,
-    pub(super) reconcile: Option<Duration>,
-    pub(super) filter: Option<Filter>,
-}
-
-/// Which instances are used.
-#[derive(Clone)]
-pub(super) struct Filter(Arc<dyn Fn(&Instance) -> bool + Send + Sync>);
-
-impl Filter {
-    pub(super) fn accepts(&self, instance: &Instance) -> bool {
-        (self.0)(instance)
-    }
-}
-
-impl std::fmt::Debug for Filter {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Filter").finish_non_exhaustive()
-    }
-}
-
-impl Options {
-    fn new(policy: AddressPolicy) -> Self {
-        Self {
-            decoder: Decoder {
-                format: None,
-                policy,
-            },
-            hold: Some(HOLD),
-            reconcile: Some(RECONCILE),
-            filter: None,
-        }
-    }
 }
 
 /// Where the instances are looked for.
@@ -136,7 +97,7 @@ impl ResolverBuilder {
     /// # fn run(registry: tonic_etcd::Registry) {
     /// let channel = registry
     ///     .channel("helloworld.Greeter")
-    ///     .resolver(|resolver| resolver.filter(|instance| instance.version() == Some("1.2.0")))
+    ///     .map_source(|resolver| resolver.filter(|instance| instance.version() == Some("1.2.0")))
     ///     .connect_lazy();
     /// # }
     /// ```
@@ -144,7 +105,7 @@ impl ResolverBuilder {
     where
         F: Fn(&Instance) -> bool + Send + Sync + 'static,
     {
-        self.options.filter = Some(Filter(Arc::new(accepts)));
+        self.options.filter = Some(Filter::new(accepts));
         self
     }
 
@@ -221,11 +182,6 @@ impl ResolverBuilder {
         }
     }
 }
-
-/// Seldom enough to be no load: a thousand clients of a service with a hundred instances list 0.3 MB a second together.
-const RECONCILE: Duration = Duration::from_secs(300);
-/// Twice the default TTL: a server whose registration was lost has it back within a TTL.
-const HOLD: Duration = Duration::from_secs(30);
 
 /// The prefixes without those that lie inside another: a key must have one watch, or a delete on one would be undone by the other.
 fn disjoint(mut prefixes: Vec<String>) -> Vec<String> {

@@ -9,15 +9,15 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 use tower::discover::Change;
 
-use super::builder::{Filter, Options};
 use super::hold::{Hold, News, Outcome};
+use super::options::{Filter, Options};
 use super::snapshot::{Applied, Snapshot};
 use super::state::{Machine, Report};
-use super::status::ResolverStatus;
-use crate::address::Address;
+use super::status::{ResolverState, ResolverStatus};
 use crate::error::EtcdError;
 use crate::format::Decoder;
 use crate::instance::Instance;
+use tonic_balance::Address;
 
 /// What the tasks and the views share.
 #[derive(Debug)]
@@ -186,7 +186,7 @@ impl Core {
             warned: None,
             filter: options.filter,
         };
-        let status = watch::Sender::new(ResolverStatus::of(&shared, None));
+        let status = watch::Sender::new(status_of(&shared, None));
         Self {
             service,
             decoder: options.decoder,
@@ -278,7 +278,7 @@ impl Core {
         self.status.send_if_modified(|status| {
             // Locked inside the status and never around it: who looks at a status may ask for the instances meanwhile.
             let shared = self.lock();
-            let next = ResolverStatus::of(&shared, Some(status));
+            let next = status_of(&shared, Some(status));
             let instances = shared.snapshot.len();
             drop(shared);
             if next.state != status.state {
@@ -340,6 +340,41 @@ impl Core {
 const UNASKED: usize = 1024;
 /// Between warnings of values that cannot be read; what comes in between is logged as a detail, and counted.
 const WARN_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Sums up what the tasks have reported.
+fn status_of(shared: &Shared, before: Option<&ResolverStatus>) -> ResolverStatus {
+    let reports = &shared.reports;
+    let sum = |count: fn(&Report) -> u64| reports.iter().map(count).sum::<u64>();
+    let last_error = reports.iter().find_map(|report| report.trouble.clone());
+    let state = if !reports.iter().all(|report| report.listed) {
+        ResolverState::Unknown
+    } else if last_error.is_some() {
+        ResolverState::Stale
+    } else {
+        ResolverState::Fresh
+    };
+    let since = before
+        .filter(|before| before.state == state)
+        .map_or_else(Instant::now, |before| before.since);
+    ResolverStatus {
+        state,
+        since,
+        revision: reports
+            .iter()
+            .map(|report| report.revision)
+            .min()
+            .unwrap_or_default(),
+        last_error,
+        rejected_values: shared.rejected + sum(|report| report.oversized),
+        lists: sum(|report| report.lists),
+        watches: sum(|report| report.watches),
+        reconciliations: sum(|report| report.reconciliations),
+        reads: sum(|report| report.reads),
+        repaired: sum(|report| report.repaired),
+        held: shared.hold.len(),
+        mass_removals: shared.hold.episodes(),
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::mpsc;
 
-use crate::address::Address;
+use tonic_balance::Address;
 
 /// Tells a [`Resolver`](crate::Resolver) that an address it announces refuses connections; made by
 /// [`Resolver::feedback`](crate::Resolver::feedback).

@@ -15,16 +15,17 @@ use tokio_stream::Stream;
 use tower::discover::Change;
 use tracing::Instrument;
 
-use crate::address::Address;
 use crate::error::EtcdError;
 use crate::etcd::Etcd;
 use crate::instance::Instance;
 use crate::keyspace::Range;
+use tonic_balance::Address;
 
 mod builder;
 mod core;
 mod feedback;
 mod hold;
+mod options;
 mod snapshot;
 mod state;
 mod status;
@@ -35,7 +36,7 @@ pub use feedback::Feedback;
 pub use status::{ResolverState, ResolverStatus};
 
 use self::core::Core;
-use builder::Options;
+use options::Options;
 use state::Machine;
 
 /// The instances of a service, kept up to date: a `Stream` of [`Change`]s, and so a [`tower::discover::Discover`].

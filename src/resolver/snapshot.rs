@@ -5,10 +5,10 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use crate::address::Address;
 use crate::format::{Decoder, FormatError};
 use crate::instance::{Instance, Registered};
 use crate::keyspace::{Event, Key, KeyValue, LeaseId, Range, Revision};
+use tonic_balance::Address;
 
 /// What is registered, by key and by address.
 #[derive(Debug, Default)]

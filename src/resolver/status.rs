@@ -2,8 +2,6 @@
 
 use tokio::time::Instant;
 
-use super::core::Shared;
-use super::state::Report;
 use crate::error::EtcdError;
 use crate::keyspace::Revision;
 
@@ -68,39 +66,5 @@ impl ResolverStatus {
             )
         };
         same_error && told(self) == told(other)
-    }
-
-    pub(super) fn of(shared: &Shared, before: Option<&Self>) -> Self {
-        let reports = &shared.reports;
-        let sum = |count: fn(&Report) -> u64| reports.iter().map(count).sum::<u64>();
-        let last_error = reports.iter().find_map(|report| report.trouble.clone());
-        let state = if !reports.iter().all(|report| report.listed) {
-            ResolverState::Unknown
-        } else if last_error.is_some() {
-            ResolverState::Stale
-        } else {
-            ResolverState::Fresh
-        };
-        let since = before
-            .filter(|before| before.state == state)
-            .map_or_else(Instant::now, |before| before.since);
-        Self {
-            state,
-            since,
-            revision: reports
-                .iter()
-                .map(|report| report.revision)
-                .min()
-                .unwrap_or_default(),
-            last_error,
-            rejected_values: shared.rejected + sum(|report| report.oversized),
-            lists: sum(|report| report.lists),
-            watches: sum(|report| report.watches),
-            reconciliations: sum(|report| report.reconciliations),
-            reads: sum(|report| report.reads),
-            repaired: sum(|report| report.repaired),
-            held: shared.hold.len(),
-            mass_removals: shared.hold.episodes(),
-        }
     }
 }

@@ -7,8 +7,8 @@ use tokio::time::Instant;
 
 use super::core::Core;
 use super::state::{Command, Machine};
-use crate::address::Address;
 use crate::etcd::{DEADLINE, Etcd, Watch};
+use tonic_balance::Address;
 
 /// Carries a machine's commands out, for ever.
 pub(super) async fn run(

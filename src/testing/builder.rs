@@ -8,8 +8,9 @@ use std::{
 };
 
 use super::{
-    Etcd, binary,
+    binary,
     error::ProcessError,
+    etcd::Etcd,
     member::{self, Member, Ports},
     peers::Peers,
 };
@@ -26,6 +27,14 @@ pub struct EtcdBuilder {
     start_timeout: Duration,
     tls: bool,
     partitionable: bool,
+}
+
+impl Etcd {
+    /// Sets up an etcd with more options.
+    #[must_use]
+    pub fn builder() -> EtcdBuilder {
+        EtcdBuilder::new()
+    }
 }
 
 impl EtcdBuilder {

@@ -49,7 +49,11 @@ async fn over(builder: ChannelBuilder, addresses: &[String]) -> BalancedChannel 
 
 /// A channel over these addresses.
 fn lazily(builder: ChannelBuilder, addresses: &[String]) -> BalancedChannel {
-    builder.service("greeter").seed(7).from_addresses(addresses)
+    builder
+        .service("greeter")
+        .seed(7)
+        .addresses(addresses)
+        .connect_lazy()
 }
 
 fn addresses<'a>(peers: impl IntoIterator<Item = &'a Peer>) -> Vec<String> {

@@ -74,7 +74,10 @@ fn a_call_that_waits_while_the_runtime_of_its_channel_ends_is_not_left_waiting()
     let address = silent.local_addr().unwrap().to_string();
     let entered = first.enter();
     let builder = BalancedChannel::builder().wait_for_ready(true);
-    let channel = builder.service("greeter").from_addresses([address]);
+    let channel = builder
+        .service("greeter")
+        .addresses([address])
+        .connect_lazy();
     drop(entered);
     let called = channel.clone();
     let waiting = second.spawn(async move {

@@ -29,7 +29,7 @@ async fn an_error_of_the_source_is_not_an_empty_set() {
     let builder = BalancedChannel::builder()
         .service("greeter")
         .start_up_bound(ms(500));
-    let channel = builder.from_discover(source);
+    let channel = builder.discover(source).connect_lazy();
     let began = Instant::now();
     let error = say(&channel, ms(5_000))
         .await
@@ -59,7 +59,8 @@ async fn a_source_that_recovers_from_its_first_error_serves() {
     let source = tokio_stream::wrappers::ReceiverStream::new(receiver);
     let channel = BalancedChannel::builder()
         .service("greeter")
-        .from_discover(source);
+        .discover(source)
+        .connect_lazy();
     sender.send(broken()).await.unwrap();
     let called = channel.clone();
     let call = tokio::spawn(async move { say(&called, ms(5_000)).await });
@@ -76,7 +77,8 @@ async fn the_last_error_of_a_source_that_has_ended_is_shown() {
     let source = tokio_stream::iter([broken()]);
     let channel = BalancedChannel::builder()
         .service("greeter")
-        .from_discover(source);
+        .discover(source)
+        .connect_lazy();
     let error = say(&channel, ms(5_000))
         .await
         .expect_err("no endpoint is known");
@@ -96,7 +98,7 @@ async fn a_filtered_resolver_of_an_empty_service_does_not_accuse_the_registry() 
     let builder = BalancedChannel::builder()
         .service("greeter")
         .start_up_bound(ms(1_000));
-    let channel = builder.from_discover(filtered);
+    let channel = builder.discover(filtered).connect_lazy();
     let error = say(&channel, ms(5_000))
         .await
         .expect_err("nothing is registered");
@@ -124,7 +126,7 @@ async fn a_filter_that_leaves_nothing_does_not_accuse_the_registry() {
     let builder = BalancedChannel::builder()
         .service("greeter")
         .start_up_bound(ms(1_000));
-    let channel = builder.from_discover(filtered);
+    let channel = builder.discover(filtered).connect_lazy();
     within(ms(5_000), "the registry has answered", async || {
         status.borrow().state == tonic_etcd::ResolverState::Fresh
     })
@@ -160,7 +162,8 @@ async fn a_filter_that_leaves_some_serves_by_those() {
         });
     let channel = BalancedChannel::builder()
         .service("greeter")
-        .from_discover(filtered);
+        .discover(filtered)
+        .connect_lazy();
     for _ in 0..20 {
         say(&channel, ms(5_000))
             .await
@@ -188,7 +191,7 @@ async fn a_resolvers_own_filter_keeps_known_and_empty_known() {
     }
     let channel = |version: &'static str| {
         let channel = registry.channel("greeter");
-        channel.resolver(move |resolver| {
+        channel.map_source(move |resolver| {
             resolver.filter(move |instance| instance.version() == Some(version))
         })
     };

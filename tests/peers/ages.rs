@@ -26,7 +26,9 @@ async fn closed_at(kind: Kind, age: Duration, period: Duration) {
         return;
     };
     let link = Tap::start(server.address.clone()).await;
-    let channel = BalancedChannel::builder().from_addresses([link.address.to_string()]);
+    let channel = BalancedChannel::builder()
+        .addresses([link.address.to_string()])
+        .connect_lazy();
     all_ready(&channel, 1).await;
     let unary = calling(&channel, 4, empty);
     let short = calling(&channel, 4, |client| streamed(client, 20, Duration::ZERO));
@@ -83,7 +85,9 @@ async fn streams_that_are_longer_than_the_age_end_well_with_grpc_java() {
     // Several connections, for there are few closes in a test's time.
     let mut callers = Vec::new();
     for _ in 0..6 {
-        let channel = BalancedChannel::builder().from_addresses([&server.address]);
+        let channel = BalancedChannel::builder()
+            .addresses([&server.address])
+            .connect_lazy();
         all_ready(&channel, 1).await;
         callers.push(calling(&channel, 2, |client| streamed(client, 50, ms(100))));
         callers.push(calling(&channel, 4, |client| streamed(client, 5, ms(10))));
@@ -116,7 +120,9 @@ async fn no_stream_is_opened_after_the_answer_to_the_ping_behind_a_goaway() {
         graceful(connection, Arc::clone(&noted))
     })
     .await;
-    let channel = BalancedChannel::builder().from_addresses([server.address.to_string()]);
+    let channel = BalancedChannel::builder()
+        .addresses([server.address.to_string()])
+        .connect_lazy();
     all_ready(&channel, 1).await;
     let callers = calling(&channel, 16, empty);
     tokio::time::sleep(ms(3_000)).await;

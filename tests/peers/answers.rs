@@ -63,7 +63,9 @@ async fn a_page_of_nginx_is_reported_with_its_code_and_what_it_is() {
         let Some(front) = nginx(extra).await else {
             return;
         };
-        let channel = BalancedChannel::builder().from_addresses([front.address()]);
+        let channel = BalancedChannel::builder()
+            .addresses([front.address()])
+            .connect_lazy();
         all_ready(&channel, 1).await;
         let mut client = GreeterClient::new(channel.clone());
         let error = client.say_hello(with_deadline(hello())).await.unwrap_err();
@@ -109,7 +111,10 @@ async fn nginx_that_answers_with_pages_gets_hardly_a_call() {
             }
             let mut all = vec![front.address()];
             all.extend(peers.iter().map(|peer| peer.address.to_string()));
-            let channel = BalancedChannel::builder().seed(7).from_addresses(&all);
+            let channel = BalancedChannel::builder()
+                .seed(7)
+                .addresses(&all)
+                .connect_lazy();
             all_ready(&channel, all.len()).await;
             let callers = Callers::start(&channel, 8);
             sleep(ms(1_000)).await;

@@ -40,7 +40,7 @@ async fn every_case(kind: Kind, tls: Option<&Localhost>) {
     if let Some(localhost) = tls {
         builder = builder.tls(localhost.trusted());
     }
-    let channel = builder.from_addresses([&server.address]);
+    let channel = builder.addresses([&server.address]).connect_lazy();
     all_ready(&channel, 1).await;
     let what = format!("{kind:?}, TLS {}", tls.is_some());
     pass(&what, &channel, &CASES).await;
@@ -74,7 +74,11 @@ async fn a_soak_fails_no_call(kind: Kind) {
     let Some(server) = Server::start(kind, Options::default()).await else {
         return;
     };
-    let lazily = || BalancedChannel::builder().from_addresses([&server.address]);
+    let lazily = || {
+        BalancedChannel::builder()
+            .addresses([&server.address])
+            .connect_lazy()
+    };
     let channel = lazily();
     let mut slowest = Duration::ZERO;
     let mut failed: Vec<Status> = Vec::new();

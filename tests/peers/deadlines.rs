@@ -65,7 +65,9 @@ async fn a_deadline_that_passes_is_deadline_exceeded(kind: Kind) {
         return;
     };
     let link = Tap::start(server.address.clone()).await;
-    let channel = BalancedChannel::builder().from_addresses([link.address.to_string()]);
+    let channel = BalancedChannel::builder()
+        .addresses([link.address.to_string()])
+        .connect_lazy();
     all_ready(&channel, 1).await;
     let mut wrong = Vec::new();
     for deadline in [10, 50, 250].map(ms) {

@@ -63,7 +63,7 @@ async fn poison(
     limits: &Limits,
 ) -> Vec<String> {
     let link = Tap::start(address.to_owned()).await;
-    let channel = builder.from_addresses([link.address.to_string()]);
+    let channel = builder.addresses([link.address.to_string()]).connect_lazy();
     all_ready(&channel, 1).await;
     let mut bystanders = calling(&channel, BYSTANDERS, empty);
     let mut wrong = Vec::new();

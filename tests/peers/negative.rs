@@ -18,7 +18,9 @@ use crate::raw::{Connection, GOAWAY, MAX_CONCURRENT_STREAMS, PING, RST_STREAM, R
 use crate::support::{SOON, all_ready};
 
 async fn over(server: &Raw) -> BalancedChannel {
-    let channel = BalancedChannel::builder().from_addresses([server.address.to_string()]);
+    let channel = BalancedChannel::builder()
+        .addresses([server.address.to_string()])
+        .connect_lazy();
     all_ready(&channel, 1).await;
     channel
 }

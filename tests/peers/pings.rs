@@ -55,7 +55,9 @@ async fn overruns_beside_a_quiet_stream_lose_no_connection(kind: Kind) {
         return;
     };
     let link = Tap::start(server.address.clone()).await;
-    let channel = BalancedChannel::builder().from_addresses([link.address.to_string()]);
+    let channel = BalancedChannel::builder()
+        .addresses([link.address.to_string()])
+        .connect_lazy();
     all_ready(&channel, 1).await;
     let start = Instant::now();
     let mut quiet = Quiet::open(&channel).await.unwrap();
@@ -81,7 +83,8 @@ async fn keep_alive(kind: Kind) {
     let link = Tap::start(server.address.clone()).await;
     let channel = BalancedChannel::builder()
         .http2_keep_alive(ms(1_000), ms(2_000))
-        .from_addresses([link.address.to_string()]);
+        .addresses([link.address.to_string()])
+        .connect_lazy();
     all_ready(&channel, 1).await;
     let end = Instant::now() + PERIOD;
     let (mut streams, mut broken) = (0, Vec::new());

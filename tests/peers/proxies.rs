@@ -46,7 +46,8 @@ async fn fronts(
 fn over(builder: ChannelBuilder, fronts: &[Front]) -> BalancedChannel {
     builder
         .seed(7)
-        .from_addresses(fronts.iter().map(Front::address))
+        .addresses(fronts.iter().map(Front::address))
+        .connect_lazy()
 }
 
 /// Callers without a retry policy, over so many proxies in front of so many servers, and over proxies with TLS.

@@ -81,7 +81,8 @@ async fn no_call_fails_when_servers_are_killed_one_after_the_other() {
     }
     let channel = retrying(RetryPolicy::new([Code::Unavailable]))
         .max_backoff(Duration::from_millis(200))
-        .from_addresses(servers.iter().map(|server| &server.address));
+        .addresses(servers.iter().map(|server| &server.address))
+        .connect_lazy();
     all_ready(&channel, 4).await;
     let retried = Arc::new(AtomicU64::new(0));
     let (called, counter) = (channel.clone(), Arc::clone(&retried));

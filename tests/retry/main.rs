@@ -27,7 +27,11 @@ use tonic_etcd::{BalancedChannel, ChannelBuilder, HedgingPolicy, RetryBudget, Re
 /// A channel over these servers, all of them ready.
 async fn over(builder: ChannelBuilder, servers: &[Server]) -> BalancedChannel {
     let addresses = servers.iter().map(|server| &server.address);
-    let channel = builder.service("greeter").seed(7).from_addresses(addresses);
+    let channel = builder
+        .service("greeter")
+        .seed(7)
+        .addresses(addresses)
+        .connect_lazy();
     all_ready(&channel, servers.len()).await;
     channel
 }
@@ -395,7 +399,7 @@ async fn no_endpoint_is_a_failure_like_another() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let refusing = listener.local_addr().unwrap().to_string();
     drop(listener);
-    let channel = retrying(policy()).from_addresses([&refusing]);
+    let channel = retrying(policy()).addresses([&refusing]).connect_lazy();
     let status = say(&channel).await.unwrap_err();
     assert_eq!(status.code(), Code::Unavailable);
     let list = "(4 attempts: no endpoint Unavailable, no endpoint Unavailable, ";

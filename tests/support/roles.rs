@@ -2,7 +2,7 @@
 
 use etcd_client::{Client, ConnectOptions, Permission, PermissionType};
 use tonic_etcd::testing::Etcd;
-use tonic_etcd::{ConnectError, Registry};
+use tonic_etcd::{Registry, RegistryError};
 
 use super::client;
 
@@ -34,11 +34,11 @@ pub async fn protect(etcd: &Etcd) {
     root.auth_enable().await.unwrap();
 }
 
-pub async fn user(etcd: &Etcd, user: &str) -> Result<Registry, ConnectError> {
+pub async fn user(etcd: &Etcd, user: &str) -> Result<Registry, RegistryError> {
     user_at(etcd.endpoints(), user).await
 }
 
-pub async fn user_at(endpoints: Vec<String>, user: &str) -> Result<Registry, ConnectError> {
+pub async fn user_at(endpoints: Vec<String>, user: &str) -> Result<Registry, RegistryError> {
     Registry::builder(endpoints)
         .user(user, format!("{user}-password"))
         .connect()

@@ -23,12 +23,12 @@ use tonic::{Request, Response, Status, Streaming};
 use super::store::Store;
 use super::users::{Authenticate, Users};
 use super::watcher;
-use crate::address::Address;
-use crate::channel::BalancedChannel;
 use crate::etcd::Etcd;
 use crate::etcd::auth::Auth;
 use crate::etcd::connect::tuned;
 use crate::etcd::members::Open;
+use tonic_balance::Address;
+use tonic_balance::BalancedChannel;
 
 /// The server. Clones share the store.
 #[derive(Clone)]
@@ -178,7 +178,9 @@ impl Fake {
             let fake = fake.clone();
             let dial = move |address: Address| std::future::ready(Ok(fake.accept(&address)));
             let channel = tuned(BalancedChannel::builder()).connector(dial);
-            channel.from_addresses(addresses.iter().map(Address::as_str))
+            channel
+                .addresses(addresses.iter().map(Address::as_str))
+                .connect_lazy()
         })
     }
 

@@ -22,12 +22,12 @@ use tokio::time::{Instant, sleep};
 
 use self::fake::Fake;
 use self::store::Store;
-use crate::address::AddressPolicy;
 use crate::error::EtcdErrorKind;
 use crate::format::Format;
 use crate::keyspace::{Key, Keyspace, LeaseId, Range};
 use crate::registration::{Registration, RegistrationBuilder};
 use crate::resolver::{Resolver, ResolverBuilder};
+use tonic_balance::AddressPolicy;
 
 const PREFIX: &str = "/gRPC/greeter/";
 const TTL: Duration = Duration::from_secs(6);

@@ -7,12 +7,12 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::PREFIX;
 use super::fake::Fake;
-use crate::address::AddressPolicy;
 use crate::error::EtcdErrorKind;
 use crate::etcd::Etcd;
 use crate::keyspace::{Key, Keyspace};
 use crate::registration::RegistrationBuilder;
 use crate::resolver::{Resolver, ResolverBuilder};
+use tonic_balance::AddressPolicy;
 
 /// With authentication on.
 fn protected() -> (Fake, Etcd) {

@@ -10,13 +10,13 @@ use tower::discover::Change;
 
 use super::fake::Fake;
 use super::{PREFIX, TTL};
-use crate::address::AddressPolicy;
-use crate::channel::ChannelBuilder;
 use crate::error::{EtcdErrorKind, RegisterError};
 use crate::etcd::Etcd;
 use crate::keyspace::{Key, Keyspace, LeaseId};
 use crate::registration::{RegistrationBuilder, RegistrationState};
 use crate::resolver::ResolverBuilder;
+use tonic_balance::AddressPolicy;
+use tonic_balance::BalancedChannel;
 
 const DEADLINE: Duration = Duration::from_secs(1);
 
@@ -387,7 +387,8 @@ async fn a_channel_whose_endpoint_refuses_connections_has_its_key_read() {
     // Not by the kernel, whose answer paused time does not wait for.
     let refused =
         |_| std::future::ready(Err::<DuplexStream, _>(ErrorKind::ConnectionRefused.into()));
-    let channel = ChannelBuilder::over(resolver)
+    let channel = BalancedChannel::builder()
+        .source(resolver)
         .connector(refused)
         .connect_lazy();
     let read = || fake.script().reads_of_values > 0;

@@ -16,7 +16,7 @@ use tonic_prost::ProstCodec;
 use tower::Service;
 
 use super::fake::Fake;
-use crate::etcd::auth::Credentials;
+use crate::etcd::token::Credentials;
 
 /// What is known of users. Without a password authentication is off.
 #[derive(Debug, Default)]

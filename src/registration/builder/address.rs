@@ -4,8 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use super::RegistrationBuilder;
-use crate::address::{Address, AddressError};
 use crate::error::RegisterError;
+use tonic_balance::{Address, AddressError};
 
 impl RegistrationBuilder {
     pub(super) async fn advertised(

@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use super::super::entry::Entry;
 use super::{Attributes, RegistrationBuilder, Target};
-use crate::address::{Address, AddressError};
 use crate::error::RegisterError;
 use crate::format::{MAX_WEIGHT, RESERVED};
 use crate::instance::{Advertisement, Instance, Registered};
 use crate::keyspace::{Keyspace, check_service};
+use tonic_balance::{Address, AddressError};
 
 impl RegistrationBuilder {
     /// Checks everything that can be known to be wrong without etcd, and for a server before it has a port.

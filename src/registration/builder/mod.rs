@@ -7,14 +7,15 @@ use tokio::sync::watch;
 
 use super::serve::ServeOptions;
 use super::{Registration, RegistrationState};
-use crate::address::AddressPolicy;
 use crate::error::RegisterError;
 use crate::etcd::Etcd;
 use crate::format::Format;
 use crate::keyspace::Keyspace;
+use tonic_balance::AddressPolicy;
 
 mod address;
 mod check;
+mod serve;
 
 pub(super) use check::check_weight;
 

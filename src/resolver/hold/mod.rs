@@ -19,8 +19,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::address::Address;
 use crate::instance::Instance;
+use tonic_balance::Address;
 
 /// The instances that are held, and what tells whether the next one to vanish will be.
 #[derive(Debug)]

@@ -1,0 +1,510 @@
+//! Where an instance listens, and which addresses a client is willing to dial.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+/// Where an instance listens: `host:port`, or `unix:/path` for a Unix socket on this machine, in canonical form.
+///
+/// The host is an IPv4 address, an IPv6 address in brackets, or a host name in lower case. Two addresses are equal exactly if their
+/// canonical forms are, so `[::ffff:10.0.0.5]:80` and `10.0.0.5:80` are one address. Cloning is a reference count.
+///
+/// ```
+/// use tonic_balance::Address;
+///
+/// let address: Address = "[::1]:50051".parse()?;
+/// assert_eq!(address.host(), "::1");
+/// assert_eq!(address.port(), 50051);
+/// assert!("10.0.0.5".parse::<Address>().is_err()); // a port is required
+///
+/// let socket: Address = "unix:///run/greeter.sock".parse()?;
+/// assert_eq!(socket.as_str(), "unix:/run/greeter.sock");
+/// # Ok::<(), tonic_balance::AddressError>(())
+/// ```
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Address(Arc<str>);
+
+impl Address {
+    /// The host: an IP address without brackets, or a name; `localhost` for a Unix socket.
+    #[must_use]
+    pub fn host(&self) -> &str {
+        if self.socket_path().is_some() {
+            return "localhost";
+        }
+        let host = self.0.rsplit_once(':').map_or(&*self.0, |(host, _)| host);
+        host.strip_prefix('[')
+            .and_then(|host| host.strip_suffix(']'))
+            .unwrap_or(host)
+    }
+
+    /// The TCP port; 0 for a Unix socket and for nothing else.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        if self.socket_path().is_some() {
+            return 0;
+        }
+        self.0
+            .rsplit_once(':')
+            .and_then(|(_, port)| port.parse().ok())
+            .unwrap_or_default()
+    }
+
+    /// The path of a Unix socket; none for anything else.
+    #[must_use]
+    pub fn socket_path(&self) -> Option<&Path> {
+        self.0.strip_prefix(UNIX).map(Path::new)
+    }
+
+    /// The address as `host:port`, IPv6 in brackets, or as `unix:/path`.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The IP address, if the host is one and not a name.
+    #[must_use]
+    pub fn ip(&self) -> Option<IpAddr> {
+        self.host().parse().ok()
+    }
+}
+
+impl FromStr for Address {
+    type Err = AddressError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let invalid = |reason| AddressError::new(text, reason);
+        if let Some(path) = text.strip_prefix(UNIX) {
+            let path = check_path(path).map_err(invalid)?;
+            return Ok(Self(format!("{UNIX}{path}").into()));
+        }
+        if let Some((scheme, _)) = text.split_once("://") {
+            return Err(invalid(match scheme {
+                "http" => "has the scheme http://, which an address has not; write host:port",
+                "https" => "has the scheme https://, which an address has not; write host:port",
+                _ => "has a scheme, which an address has not; write host:port",
+            }));
+        }
+        let (host, port) = text
+            .rsplit_once(':')
+            .ok_or_else(|| invalid("has no port; write host:port"))?;
+        let port = parse_port(port).map_err(invalid)?;
+        if let Some(v6) = host.strip_prefix('[') {
+            let v6: Ipv6Addr = v6
+                .strip_suffix(']')
+                .and_then(|v6| v6.parse().ok())
+                .ok_or_else(|| invalid("is not a valid IPv6 address"))?;
+            return Ok(SocketAddr::new(v6.into(), port).into());
+        }
+        if host.contains(':') {
+            return Err(invalid(
+                "has an IPv6 address without brackets; write [host]:port",
+            ));
+        }
+        if let Ok(v4) = host.parse::<Ipv4Addr>() {
+            return Ok(SocketAddr::new(v4.into(), port).into());
+        }
+        check_name(host).map_err(invalid)?;
+        Ok(Self(format!("{}:{port}", host.to_ascii_lowercase()).into()))
+    }
+}
+
+impl From<SocketAddr> for Address {
+    fn from(address: SocketAddr) -> Self {
+        // `to_canonical` unwraps IPv4-mapped IPv6, which reaches the same socket.
+        Self(
+            SocketAddr::new(address.ip().to_canonical(), address.port())
+                .to_string()
+                .into(),
+        )
+    }
+}
+
+impl TryFrom<&str> for Address {
+    type Error = AddressError;
+
+    fn try_from(address: &str) -> Result<Self, AddressError> {
+        address.parse()
+    }
+}
+
+impl TryFrom<String> for Address {
+    type Error = AddressError;
+
+    fn try_from(address: String) -> Result<Self, AddressError> {
+        address.parse()
+    }
+}
+
+impl AsRef<str> for Address {
+    fn as_ref(&self) -> &str {
+        self.as_str()
+    }
+}
+
+impl From<Address> for String {
+    fn from(address: Address) -> Self {
+        address.as_str().to_owned()
+    }
+}
+
+impl From<&Address> for String {
+    fn from(address: &Address) -> Self {
+        address.as_str().to_owned()
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+fn parse_port(port: &str) -> Result<u16, &'static str> {
+    // `u16::from_str` takes a leading plus sign, which no resolver does.
+    if port.is_empty() || !port.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err("has a port that is not a number");
+    }
+    match port.parse() {
+        Ok(0) => Err("has port 0, which nobody can dial"),
+        Ok(port) => Ok(port),
+        Err(_) => Err("has a port above 65535"),
+    }
+}
+
+/// The path of a Unix socket, from either form of gRPC's naming document: `unix:/path` or `unix:///path`.
+fn check_path(path: &str) -> Result<&str, &'static str> {
+    let path = path.strip_prefix("//").unwrap_or(path);
+    if !path.starts_with('/') || path.starts_with("//") {
+        return Err("names a Unix socket by a path that is not absolute; write unix:/path");
+    }
+    if path.len() > SOCKET_PATH {
+        return Err("names a Unix socket by a path of more than 107 bytes");
+    }
+    if path.ends_with('/') || path.chars().any(char::is_control) {
+        return Err("names a Unix socket by a path that no socket can have");
+    }
+    Ok(path)
+}
+
+fn check_name(host: &str) -> Result<(), &'static str> {
+    let name = host.strip_suffix('.').unwrap_or(host);
+    let label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
+    };
+    if name.is_empty() {
+        return Err("has an empty host");
+    }
+    if name.len() > 253 || !name.split('.').all(label) {
+        return Err("has a host that is neither an IP address nor a host name");
+    }
+    // getaddrinfo takes "127.1", "2130706433" and "0x7f.1" for IPv4 addresses, past every check of the address policy; the URL
+    // standard's rule is that a host whose last label is a number has to be a valid IPv4 address.
+    let last = name.rsplit('.').next().unwrap_or(name).to_ascii_lowercase();
+    let numeric = last.bytes().all(|byte| byte.is_ascii_digit())
+        || last
+            .strip_prefix("0x")
+            .is_some_and(|hex| hex.bytes().all(|byte| byte.is_ascii_hexdigit()));
+    if numeric {
+        return Err("has a host that looks like an IPv4 address but is not one");
+    }
+    Ok(())
+}
+
+/// Why an address is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("address {address:?} {reason}")]
+pub struct AddressError {
+    address: String,
+    reason: &'static str,
+}
+
+impl AddressError {
+    /// Returns what is wrong with the address.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        self.reason
+    }
+
+    /// Makes the error for an address and a reason. Only the first 80 characters of the address are kept.
+    #[must_use]
+    pub fn new(address: &str, reason: &'static str) -> Self {
+        // A hostile value may be 64 KiB long; the head of it is enough to find it.
+        let end = address
+            .char_indices()
+            .nth(80)
+            .map_or(address.len(), |(end, _)| end);
+        Self {
+            address: address[..end].to_owned(),
+            reason,
+        }
+    }
+}
+
+/// Which addresses found in the registry a client is willing to dial, and a server to advertise.
+///
+/// A registry that anybody may write to can aim a client's traffic anywhere. Always refused: unspecified (`0.0.0.0/8`, `::`),
+/// multicast, broadcast and link-local (`169.254.0.0/16`, where clouds keep their metadata service, and `fe80::/10`) addresses.
+/// By default everything else is accepted, loopback included, but for Unix sockets: a path means something else on every machine.
+///
+/// ```
+/// use tonic_balance::AddressPolicy;
+///
+/// let policy = AddressPolicy::default().forbid_loopback().allow("10.0.0.0/8".parse()?);
+/// assert!(policy.check(&"10.1.2.3:80".parse()?).is_ok());
+/// assert!(policy.check(&"192.0.2.1:80".parse()?).is_err());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct AddressPolicy {
+    loopback_forbidden: bool,
+    sockets_allowed: bool,
+    networks: Vec<IpNet>,
+}
+
+impl AddressPolicy {
+    /// Refuses loopback addresses (`127.0.0.0/8`, `::1`) and `localhost`. Accepted by default.
+    #[must_use]
+    pub fn forbid_loopback(mut self) -> Self {
+        self.loopback_forbidden = true;
+        self
+    }
+
+    /// Accepts addresses of this network; once one is given, nothing outside the given networks is accepted any more. Host names are
+    /// then refused as well: what they resolve to is not known before the dial. By default all networks are accepted.
+    #[must_use]
+    pub fn allow(mut self, network: IpNet) -> Self {
+        self.networks.push(network);
+        self
+    }
+
+    /// Accepts Unix sockets. Refused by default. An address that a program gives by itself, and does not find in the registry, is dialled in
+    /// any case.
+    #[must_use]
+    pub fn allow_unix_sockets(mut self) -> Self {
+        self.sockets_allowed = true;
+        self
+    }
+
+    /// Says whether the policy accepts an address.
+    pub fn check(&self, address: &Address) -> Result<(), AddressError> {
+        let verdict = match (address.socket_path(), address.ip()) {
+            (Some(_), _) if self.sockets_allowed => Ok(()),
+            (Some(_), _) => Err("is a Unix socket, which the address policy does not allow"),
+            (None, Some(ip)) => self.check_ip(ip),
+            (None, None) => self.check_host(address.host()),
+        };
+        verdict.map_err(|reason| AddressError::new(address.as_str(), reason))
+    }
+
+    fn check_host(&self, host: &str) -> Result<(), &'static str> {
+        let host = host.strip_suffix('.').unwrap_or(host);
+        if self.loopback_forbidden && (host == "localhost" || host.ends_with(".localhost")) {
+            return Err("is loopback, which the address policy forbids");
+        }
+        if !self.networks.is_empty() {
+            return Err("is a host name, and the address policy allows only certain networks");
+        }
+        Ok(())
+    }
+
+    fn check_ip(&self, ip: IpAddr) -> Result<(), &'static str> {
+        let ip = embedded_v4(ip.to_canonical());
+        if is_unspecified(ip) {
+            return Err("is unspecified and can be dialled by nobody else");
+        }
+        if ip.is_multicast() || ip == IpAddr::V4(Ipv4Addr::BROADCAST) {
+            return Err("is a multicast or broadcast address");
+        }
+        if is_link_local(ip) {
+            return Err("is link-local");
+        }
+        if self.loopback_forbidden && ip.is_loopback() {
+            return Err("is loopback, which the address policy forbids");
+        }
+        if !self.networks.is_empty() && !self.networks.iter().any(|network| network.contains(&ip)) {
+            return Err("is outside the networks that the address policy allows");
+        }
+        Ok(())
+    }
+}
+
+/// The IPv4 address inside a NAT64 one (`64:ff9b::/96`, RFC 6052): the gateway forwards to it, so the policy has to judge it.
+fn embedded_v4(ip: IpAddr) -> IpAddr {
+    match ip {
+        IpAddr::V6(v6) if v6.segments()[..6] == [0x64, 0xff9b, 0, 0, 0, 0] => {
+            let [.., a, b, c, d] = v6.octets();
+            Ipv4Addr::new(a, b, c, d).into()
+        }
+        ip => ip,
+    }
+}
+
+fn is_unspecified(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(v4) => v4.octets()[0] == 0,
+        IpAddr::V6(v6) => v6.is_unspecified(),
+    }
+}
+
+fn is_link_local(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    }
+}
+
+/// The scheme of gRPC's naming document.
+const UNIX: &str = "unix:";
+/// `sun_path` of unix(7) has 108 bytes, one of them for the end.
+const SOCKET_PATH: usize = 107;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<String, String> {
+        text.parse::<Address>()
+            .map(|address| address.to_string())
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn addresses_have_one_canonical_form() {
+        for (text, canonical) in [
+            ("10.0.0.5:50051", "10.0.0.5:50051"),
+            ("[::1]:80", "[::1]:80"),
+            ("[0:0:0:0:0:0:0:1]:80", "[::1]:80"),
+            ("[::ffff:10.0.0.5]:80", "10.0.0.5:80"),
+            ("Greeter.Example.ORG:443", "greeter.example.org:443"),
+            ("my_service-1:1", "my_service-1:1"),
+            ("unix:/run/a.sock", "unix:/run/a.sock"),
+            ("unix:///run/a.sock", "unix:/run/a.sock"),
+        ] {
+            assert_eq!(parse(text).as_deref(), Ok(canonical));
+        }
+    }
+
+    #[test]
+    fn what_is_not_an_address_is_refused() {
+        for text in [
+            "",
+            ":80",
+            "host",
+            "host:",
+            "host:+80",
+            "host:0",
+            "host:65536",
+            "::1:80",
+            "[::1]",
+            "[::1:80",
+            "[fe80::1%eth0]:80",
+            "a b:80",
+            "127.1:80",
+            "2130706433:80",
+            "0x7f.1:80",
+            "a..b:80",
+            "http://host:80",
+            "user@host:80",
+            "host/path:80",
+            "1.2.3.4.5:80",
+            "unix:",
+            "unix:a.sock",
+            "unix://host/a.sock",
+            "unix:////a.sock",
+            "unix:/run/",
+            "unix:/run/a\0.sock",
+            "UNIX:/run/a.sock",
+        ] {
+            assert!(parse(text).is_err(), "{text:?} must be refused");
+        }
+    }
+
+    #[test]
+    fn the_policy_refuses_what_no_peer_can_be() {
+        let policy = AddressPolicy::default();
+        for text in [
+            "0.0.0.0:80",
+            "0.1.2.3:80",
+            "[::]:80",
+            "224.0.0.1:80",
+            "255.255.255.255:80",
+            "[ff02::1]:80",
+            "169.254.169.254:80",
+            "[fe80::1]:80",
+            "[::ffff:169.254.169.254]:80",
+            "[64:ff9b::a9fe:a9fe]:80",
+        ] {
+            let address = text.parse().expect("valid form");
+            assert!(policy.check(&address).is_err(), "{text} must be refused");
+        }
+        for text in [
+            "127.0.0.1:80",
+            "[::1]:80",
+            "localhost:80",
+            "10.0.0.1:80",
+            "greeter:80",
+        ] {
+            let address = text.parse().expect("valid form");
+            assert_eq!(policy.check(&address), Ok(()));
+        }
+    }
+
+    #[test]
+    fn sockets_are_refused_unless_allowed_and_no_longer_than_the_system_takes() {
+        let longest = format!("unix:/{}", "a".repeat(106));
+        let socket: Address = longest.parse().expect("valid form");
+        assert!(AddressPolicy::default().check(&socket).is_err());
+        let policy = AddressPolicy::default().allow_unix_sockets();
+        assert_eq!(policy.check(&socket), Ok(()));
+        assert!(parse(&format!("{longest}a")).is_err());
+        assert_eq!(
+            (socket.host(), socket.port(), socket.ip()),
+            ("localhost", 0, None)
+        );
+    }
+
+    #[test]
+    fn loopback_and_foreign_networks_can_be_forbidden() {
+        let policy = AddressPolicy::default().forbid_loopback();
+        for text in [
+            "127.0.0.1:80",
+            "[::1]:80",
+            "localhost:80",
+            "a.localhost.:80",
+        ] {
+            assert!(
+                policy.check(&text.parse().expect("valid form")).is_err(),
+                "{text} must be refused"
+            );
+        }
+        let policy = AddressPolicy::default().allow("10.0.0.0/8".parse().expect("valid network"));
+        assert!(
+            policy
+                .check(&"10.9.9.9:80".parse().expect("valid form"))
+                .is_ok()
+        );
+        assert!(
+            policy
+                .check(&"11.9.9.9:80".parse().expect("valid form"))
+                .is_err()
+        );
+        assert!(
+            policy
+                .check(&"greeter:80".parse().expect("valid form"))
+                .is_err()
+        );
+    }
+}

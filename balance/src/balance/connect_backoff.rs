@@ -1,0 +1,55 @@
+//! The waits between attempts to connect.
+
+use std::time::Duration;
+
+/// The waits of gRPC's connection backoff document: from 1 s, 1.6 times longer each time, up to a bound, each a fifth longer or shorter.
+#[derive(Clone, Debug)]
+pub(super) struct ConnectBackoff {
+    max: Duration,
+    step: Duration,
+}
+
+impl ConnectBackoff {
+    pub(super) fn new(max: Duration) -> Self {
+        Self {
+            max,
+            step: FIRST.min(max),
+        }
+    }
+
+    pub(super) fn next(&mut self, rng: &mut fastrand::Rng) -> Duration {
+        let step = self.step;
+        self.step = step.mul_f64(FACTOR).min(self.max);
+        step.mul_f64(1.0 - JITTER + 2.0 * JITTER * rng.f64())
+    }
+
+    pub(super) fn reset(&mut self) {
+        self.step = FIRST.min(self.max);
+    }
+}
+
+const FIRST: Duration = Duration::from_secs(1);
+const FACTOR: f64 = 1.6;
+const JITTER: f64 = 0.2;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_are_those_of_the_document() {
+        let mut rng = fastrand::Rng::with_seed(7);
+        let mut backoff = ConnectBackoff::new(Duration::from_secs(120));
+        let mut step = 1.0_f64;
+        for _ in 0..30 {
+            let wait = backoff.next(&mut rng).as_secs_f64();
+            assert!(
+                (step * 0.8..=step * 1.2).contains(&wait),
+                "{wait} around {step}"
+            );
+            step = (step * 1.6).min(120.0);
+        }
+        backoff.reset();
+        assert!(backoff.next(&mut rng) <= Duration::from_millis(1200));
+    }
+}

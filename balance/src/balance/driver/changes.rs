@@ -1,0 +1,206 @@
+//! What the registry says: endpoints come, change in place, and go.
+
+use std::sync::Arc;
+
+use tower::discover::Change;
+
+use super::{Class, Driver, Known, State, SubchannelId};
+use crate::address::Address;
+use crate::attributes::Attributes;
+use crate::balance::connect_backoff::ConnectBackoff;
+use crate::balance::endpoint::{Endpoint, Tally};
+use crate::balance::feed::Batch;
+use crate::balance::member::Member;
+use crate::balance::outlier::Ejection;
+use crate::balance::subchannel::{Ready, Subchannel};
+use crate::error::causes;
+
+impl Driver {
+    pub(super) fn on_batch<E>(&mut self, batch: Batch<Result<Change<Address, Attributes>, E>>)
+    where
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        // An error does not make the set known.
+        let is_news = batch.changes.is_empty() || batch.changes.iter().any(Result::is_ok);
+        for change in batch.changes {
+            match change {
+                Ok(Change::Insert(address, attributes)) => {
+                    self.summary.source_error = None;
+                    self.insert(&address, attributes);
+                }
+                Ok(Change::Remove(address)) => self.remove(&address),
+                Err(error) => {
+                    let error = causes(&*error.into());
+                    tracing::warn!(%error, "discovery failed; the set stays as it is");
+                    self.summary.source_error = Some(error.into());
+                    self.publish_soon();
+                }
+            }
+        }
+        if batch.known && is_news && !self.summary.known {
+            self.summary.known = true;
+            tracing::info!(
+                endpoints = self.known.len(),
+                "the set of endpoints is known"
+            );
+            self.publish_now();
+        }
+    }
+
+    pub(super) fn insert(&mut self, address: &Address, attributes: Attributes) {
+        let Some(known) = self.known.get_mut(address) else {
+            return self.add(address, attributes);
+        };
+        let (weight, last_resort) = (attributes.weight(), attributes.is_last_resort());
+        let before = std::mem::replace(&mut known.attributes, attributes);
+        known.endpoint.set_attributes(weight, last_resort);
+        let subchannels = known.subchannels.clone();
+        // Another server, or the same one after a restart.
+        let fresh = before.generation() != known.attributes.generation();
+        if before.is_last_resort() != last_resort {
+            tracing::info!(%address, last_resort, "endpoint changed its rank");
+        }
+        if fresh {
+            known.ejection = Ejection::default();
+            known.quarantine = None;
+            known.spare_backoff.reset();
+            known.spare_at = None;
+            known.warm = false;
+            known.endpoint.forget();
+        }
+        for id in subchannels {
+            if before.is_last_resort() && !last_resort {
+                self.enqueue(id);
+            }
+            self.update(id, last_resort, fresh);
+        }
+        self.reclassify(address);
+    }
+
+    pub(super) fn add(&mut self, address: &Address, attributes: Attributes) {
+        let endpoint = Arc::new(Endpoint::new(address.clone()));
+        endpoint.set_attributes(attributes.weight(), attributes.is_last_resort());
+        self.shared
+            .directory()
+            .insert(address.clone(), Arc::clone(&endpoint));
+        tracing::info!(%address, weight = attributes.weight(), "endpoint added");
+        let dial = !attributes.is_last_resort();
+        let known = Known {
+            endpoint,
+            attributes,
+            subchannels: Vec::new(),
+            class: Class::Failing,
+            ejection: Ejection::default(),
+            quarantine: None,
+            spare: None,
+            spare_backoff: ConnectBackoff::new(self.options.max_backoff),
+            spare_at: None,
+            warm: false,
+            keep_alive: self.connector.http2.keep_alive,
+            started: None,
+            judged: Tally::default(),
+        };
+        self.known.insert(address.clone(), known);
+        self.summary.endpoints = self.known.len();
+        self.add_subchannel(address, dial);
+        self.reclassify(address);
+        self.publish_soon();
+    }
+
+    pub(super) fn add_subchannel(&mut self, address: &Address, dial: bool) -> Option<SubchannelId> {
+        let known = self.known.get_mut(address)?;
+        self.next_id += 1;
+        let id = self.next_id;
+        known.subchannels.push(id);
+        let subchannel = Subchannel::new(ConnectBackoff::new(self.options.max_backoff));
+        self.subchannels
+            .insert(id, (address.clone(), State::Idle(subchannel)));
+        if dial {
+            self.enqueue(id);
+        }
+        Some(id)
+    }
+
+    pub(super) fn update(&mut self, id: SubchannelId, last_resort: bool, fresh: bool) {
+        let Some((address, state)) = self.subchannels.remove(&id) else {
+            return;
+        };
+        let state = match state {
+            State::Ready(subchannel) if fresh && subchannel.is_silent() => {
+                // The stall belongs to the previous registration.
+                self.drop_spare(&address);
+                State::Idle(self.abandon(id, &address, subchannel))
+            }
+            State::Resting(subchannel) if last_resort || fresh => {
+                self.resting.remove(&id);
+                if !last_resort {
+                    self.enqueue(id);
+                }
+                State::Idle(subchannel.wake(false))
+            }
+            State::Connecting(subchannel) if last_resort => {
+                // What comes of it is not to be taken for the outcome of another dial.
+                self.forget_dial(id);
+                State::Idle(subchannel.cancel())
+            }
+            State::TransientFailure(subchannel) if last_resort => State::Idle(subchannel.retry()),
+            // It waits behind all others, and has been started again since. Where it stands in that queue it is passed over.
+            State::Idle(subchannel) if fresh && !last_resort && subchannel.is_failing() => {
+                self.enqueue(id);
+                State::Idle(subchannel.refreshed())
+            }
+            State::Connecting(subchannel) if fresh => State::Connecting(subchannel.refreshed()),
+            State::TransientFailure(subchannel) if fresh => {
+                tracing::debug!(%address, "fresh registration: connecting at once");
+                self.enqueue(id);
+                State::Idle(subchannel.reset())
+            }
+            state => state,
+        };
+        self.subchannels.insert(id, (address, state));
+        self.place(id);
+    }
+
+    pub(super) fn remove(&mut self, address: &Address) {
+        let Some(known) = self.known.remove(address) else {
+            return;
+        };
+        tracing::info!(%address, "endpoint removed");
+        // What ailed an endpoint that is gone explains nothing any more.
+        self.summary
+            .last_error
+            .take_if(|error| error.address == *address);
+        if known.class == Class::Pending {
+            self.pending -= 1;
+        }
+        let mut drains = false;
+        for id in known.subchannels {
+            self.resting.remove(&id);
+            // Dropping the other states ends what they do.
+            if let Some((_, State::Ready(subchannel))) = self.subchannels.remove(&id) {
+                let member = Arc::clone(subchannel.member());
+                self.close(id, subchannel);
+                drains |= member.load().in_flight() > 0;
+            }
+        }
+        self.removed.push((known.endpoint, drains));
+        self.summary.endpoints = self.known.len();
+        self.publish_now();
+    }
+
+    /// Closes a connection once its calls are over. No call is sent on it any more.
+    pub(super) fn close(&mut self, id: SubchannelId, subchannel: Subchannel<Ready>) {
+        let member = subchannel.member();
+        self.evict(id, member);
+        let endpoint = Arc::clone(member.endpoint());
+        self.draining.push((endpoint, subchannel.drain()));
+    }
+
+    /// Takes a connection out of the set that calls pick from.
+    pub(super) fn evict(&mut self, id: SubchannelId, member: &Arc<Member>) {
+        member.set_takes_calls(false);
+        if self.primary.remove(&id) || self.last_resort.remove(&id) {
+            self.publish_now();
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! How many connections an endpoint has: one more while every stream is in use, and back again.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{Driver, Known, State};
+use crate::address::Address;
+
+impl Driver {
+    /// A call found every stream in use.
+    pub(super) fn grow(&mut self) {
+        let limit = self.options.connections_per_endpoint + 1;
+        let is_full = |known: &Known| {
+            !known.attributes.is_last_resort()
+                && known.subchannels.len() < limit
+                && known.subchannels.iter().all(|id| {
+                    matches!(self.subchannels.get(id), Some((_, State::Ready(ready))) if ready.member().is_full())
+                })
+        };
+        let full: Vec<_> = self
+            .known
+            .iter()
+            .filter(|(_, known)| is_full(known))
+            .map(|(address, _)| address.clone())
+            .collect();
+        for address in full {
+            tracing::debug!(%address, "every stream is in use: one more connection");
+            self.add_subchannel(&address, true);
+            self.grown.insert(address, Instant::now());
+        }
+    }
+
+    /// Takes additional connections back whose streams the others could carry with room to spare.
+    pub(super) fn shrink(&mut self, now: Instant) {
+        let is_old = |since: Instant| now.saturating_duration_since(since) >= GROWN;
+        let old: Vec<_> = self
+            .grown
+            .iter()
+            .filter(|(_, since)| is_old(**since))
+            .map(|(address, _)| address.clone())
+            .collect();
+        for address in old {
+            // A connection that does not answer carries nothing, so another one is needed in its place.
+            if !self.has_silent(&address) && self.is_dispensable(&address) {
+                self.grown.remove(&address);
+                self.drop_last(&address);
+            }
+        }
+    }
+
+    /// Whether an endpoint's calls are less than half of what its connections but one can take. An endpoint that is gone needs nothing.
+    fn is_dispensable(&self, address: &Address) -> bool {
+        let Some(known) = self.known.get(address) else {
+            return true;
+        };
+        let members = known
+            .subchannels
+            .iter()
+            .filter_map(|id| match self.subchannels.get(id) {
+                Some((_, State::Ready(ready))) => Some(ready.member()),
+                _ => None,
+            });
+        let (mut in_flight, mut room) = (0_usize, Vec::new());
+        for member in members {
+            in_flight += member.load().in_flight() as usize;
+            room.push(member.load().limit());
+        }
+        room.pop();
+        let room = room.into_iter().fold(0, usize::saturating_add);
+        in_flight.saturating_mul(2) <= room
+    }
+
+    fn drop_last(&mut self, address: &Address) {
+        let Some(known) = self.known.get_mut(address) else {
+            return;
+        };
+        if known.subchannels.len() <= self.options.connections_per_endpoint {
+            return;
+        }
+        // One that is dialled beside a stalled connection is not the additional one.
+        let spare = known.spare;
+        let mut ids = known.subchannels.iter();
+        let Some(last) = ids.rposition(|id| Some(*id) != spare) else {
+            return;
+        };
+        let id = known.subchannels.remove(last);
+        tracing::debug!(%address, "one connection less: its streams are not needed any more");
+        self.resting.remove(&id);
+        if let Some((_, State::Ready(subchannel))) = self.subchannels.remove(&id) {
+            self.close(id, subchannel);
+        }
+        self.reclassify(address);
+    }
+}
+
+/// How long an additional connection stays at least: less than this would make and drop connections in step with bursts.
+const GROWN: Duration = Duration::from_secs(30);

@@ -1,0 +1,200 @@
+//! Active health checks: what an endpoint's own word makes of its connection. After gRFC A17.
+//!
+//! Pure: it is given what came of the watch on a connection, and says whether calls go there and when to ask again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tonic::{Code, Status};
+
+use super::connect_backoff::ConnectBackoff;
+use crate::transport::health::ServingStatus;
+
+/// Whether an endpoint can be used, as far as it says so itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Health {
+    /// It was asked and has not answered yet.
+    Unknown,
+    /// It serves, or is not asked.
+    Serving,
+    /// It does not, and why.
+    NotServing(Arc<str>),
+}
+
+/// The watch on the health of one connection.
+#[derive(Debug)]
+pub(super) struct HealthWatch {
+    backoff: ConnectBackoff,
+    /// The last answer of this watch.
+    heard: Option<Health>,
+    /// Whether a watch that was short has been begun again at once already.
+    hasty: bool,
+}
+
+/// What follows the end of a watch.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// Ask again at once. Until then the last answer stands.
+    Again,
+    /// This is how it is now; ask again after a while.
+    After(Health, Duration),
+    /// There is nobody to be asked, on this connection and as long as it lasts.
+    Never(Health),
+}
+
+impl HealthWatch {
+    pub(super) fn new(max_backoff: Duration) -> Self {
+        Self {
+            backoff: ConnectBackoff::new(max_backoff),
+            heard: None,
+            hasty: false,
+        }
+    }
+
+    /// Says how it is now, if that is news.
+    pub(super) fn on_status(&mut self, status: ServingStatus) -> Option<Health> {
+        let health = match status {
+            // A server that has never heard of the service has said nothing against itself.
+            ServingStatus::Serving | ServingStatus::ServiceUnknown => Health::Serving,
+            ServingStatus::NotServing => not_serving("NOT_SERVING"),
+            ServingStatus::Unknown => not_serving("UNKNOWN"),
+        };
+        let before = self.heard.replace(health.clone());
+        (before.as_ref() != Some(&health)).then_some(health)
+    }
+
+    /// The server has ended the watch, which has `lasted` for some time, or it did not come about.
+    pub(super) fn on_end(
+        &mut self,
+        why: &Status,
+        lasted: Duration,
+        rng: &mut fastrand::Rng,
+    ) -> End {
+        if why.code() == Code::Unimplemented {
+            return End::Never(Health::Serving);
+        }
+        // Proxies limit how long a call may last, and servers how old a connection may be. That is no failure of the watch, however often
+        // it happens; but a server that answers each watch and ends it is not asked in a loop.
+        if let Some(health) = self.heard.take() {
+            self.backoff.reset();
+            if lasted >= LASTING {
+                self.hasty = false;
+                return End::Again;
+            }
+            if !std::mem::replace(&mut self.hasty, true) {
+                return End::Again;
+            }
+            return End::After(health, PACE.mul_f64(0.8 + 0.4 * rng.f64()));
+        }
+        let health = match why.code() {
+            // So tonic-health says that it does not know the service.
+            Code::NotFound => Health::Serving,
+            code => not_serving(&format!("{code:?}: {}", why.message())),
+        };
+        End::After(health, self.next_wait(rng))
+    }
+
+    fn next_wait(&mut self, rng: &mut fastrand::Rng) -> Duration {
+        self.backoff.next(rng).max(SHORTEST)
+    }
+}
+
+/// A health watch that lived this long counts as successful, whichever side closed it.
+const LASTING: Duration = Duration::from_secs(1);
+/// Between watches that answer and end at once.
+const PACE: Duration = Duration::from_secs(1);
+/// Whatever the channel's backoff is: nobody is asked in a loop.
+const SHORTEST: Duration = Duration::from_millis(10);
+
+fn not_serving(said: &str) -> Health {
+    Health::NotServing(format!("its health check says {said}").into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn watch() -> (HealthWatch, fastrand::Rng) {
+        let watch = HealthWatch::new(Duration::from_secs(120));
+        (watch, fastrand::Rng::with_seed(7))
+    }
+
+    #[test]
+    fn only_a_server_that_says_so_is_not_used_and_only_news_are_told() {
+        let (mut watch, _) = watch();
+        for (status, serves) in [
+            (ServingStatus::NotServing, Some(false)),
+            (ServingStatus::NotServing, None),
+            (ServingStatus::Serving, Some(true)),
+            (ServingStatus::ServiceUnknown, None),
+            (ServingStatus::Unknown, Some(false)),
+        ] {
+            let health = watch.on_status(status);
+            assert_eq!(health.map(|health| health == Health::Serving), serves);
+        }
+    }
+
+    #[test]
+    fn a_server_without_the_health_service_is_never_asked_again() {
+        let (mut watch, mut rng) = watch();
+        let why = Status::unimplemented("no such service");
+        let end = watch.on_end(&why, Duration::ZERO, &mut rng);
+        assert_eq!(end, End::Never(Health::Serving));
+    }
+
+    #[test]
+    fn a_server_that_does_not_know_the_service_is_used_and_asked_again() {
+        let (mut watch, mut rng) = watch();
+        let why = Status::not_found("service not registered");
+        let End::After(health, wait) = watch.on_end(&why, Duration::ZERO, &mut rng) else {
+            unreachable!("it may know it later");
+        };
+        assert_eq!(health, Health::Serving);
+        assert!(wait > Duration::from_millis(700));
+    }
+
+    #[test]
+    fn who_never_answers_is_asked_less_and_less_often() {
+        let (mut watch, mut rng) = watch();
+        let ended = Status::unavailable("the stream ended");
+        let mut last = Duration::ZERO;
+        for _ in 0..5 {
+            let end = watch.on_end(&ended, Duration::ZERO, &mut rng);
+            let End::After(Health::NotServing(why), wait) = end else {
+                unreachable!("{end:?}");
+            };
+            assert!(why.contains("the stream ended"), "{why}");
+            assert!(wait > last, "{wait:?} after {last:?}");
+            last = wait;
+        }
+    }
+
+    #[test]
+    fn a_watch_that_ends_is_begun_again_at_once_but_not_in_a_loop() {
+        let (mut watch, mut rng) = watch();
+        let ended = Status::unavailable("the stream ended");
+        let mut end_after = |lasted: u64| {
+            watch.on_status(ServingStatus::Serving);
+            watch.on_end(&ended, Duration::from_secs(lasted), &mut rng)
+        };
+        for _ in 0..5 {
+            assert_eq!(end_after(300), End::Again);
+        }
+        assert_eq!(end_after(0), End::Again);
+        for _ in 0..5 {
+            let end = end_after(0);
+            let stands = matches!(end, End::After(Health::Serving, wait) if wait > Duration::from_millis(700));
+            assert!(stands, "{end:?}");
+            let End::After(_, wait) = end else {
+                unreachable!("{end:?}");
+            };
+            assert!(wait < Duration::from_secs(2), "it answers: {wait:?}");
+        }
+        assert_eq!(
+            end_after(60),
+            End::Again,
+            "however long the wait has become"
+        );
+        assert_eq!(end_after(0), End::Again, "it has made up for it");
+    }
+}

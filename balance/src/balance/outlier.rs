@@ -1,0 +1,393 @@
+//! Outlier detection: which endpoints fail so much more than the others that they get no calls for a while. After gRFC A50.
+//!
+//! Pure: it is given what each endpoint did within an interval, and says who is out.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::LONGEST;
+
+/// Takes endpoints that fail much more than the others out of use for a while: gRPC's outlier detection, as in gRFC A50, whose defaults these
+/// are. Off unless given to [`ChannelBuilder::outlier_detection`](crate::ChannelBuilder::outlier_detection).
+///
+/// What counts against an endpoint is a lost connection and the status `UNAVAILABLE`; in the comparison of success rates also a call that
+/// overran its deadline. Errors of the application do not count, other than in the gRFC, nor do calls that the caller has dropped. An endpoint that is out keeps its connection, and gets calls only if no other endpoint is
+/// ready; a fresh registration in etcd ends its time.
+///
+/// ```
+/// use std::time::Duration;
+/// use tonic_balance::{BalancedChannel, OutlierDetection};
+///
+/// # fn run() {
+/// let detection = OutlierDetection::new().base_ejection_time(Duration::from_secs(10));
+/// let channel = BalancedChannel::builder()
+///     .outlier_detection(detection)
+///     .addresses(["10.0.0.5:50051", "10.0.0.6:50051"]).connect_lazy();
+/// # }
+/// ```
+#[derive(Clone, Debug, PartialEq)]
+#[must_use = "it does nothing before it is given to a channel"]
+pub struct OutlierDetection {
+    interval: Duration,
+    base_ejection_time: Duration,
+    max_ejection_time: Duration,
+    max_ejection_percent: u32,
+    success_rate: Option<SuccessRate>,
+    failure_percentage: Option<FailurePercentage>,
+}
+
+/// An endpoint is out if its success rate is under the mean by more than so many standard deviations.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct SuccessRate {
+    /// In thousandths of a standard deviation.
+    stdev_factor: u32,
+    minimum_hosts: usize,
+    request_volume: u64,
+}
+
+/// An endpoint is out if more than so many of its calls fail, whatever the others do.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct FailurePercentage {
+    threshold: u32,
+    minimum_hosts: usize,
+    request_volume: u64,
+}
+
+impl Default for OutlierDetection {
+    fn default() -> Self {
+        Self {
+            interval: Duration::from_secs(10),
+            base_ejection_time: Duration::from_secs(30),
+            max_ejection_time: Duration::from_secs(300),
+            max_ejection_percent: 10,
+            success_rate: Some(SuccessRate {
+                stdev_factor: 1_900,
+                minimum_hosts: 5,
+                request_volume: 100,
+            }),
+            failure_percentage: Some(FailurePercentage {
+                threshold: 85,
+                minimum_hosts: 5,
+                request_volume: 50,
+            }),
+        }
+    }
+}
+
+impl OutlierDetection {
+    /// Both algorithms, with gRFC A50's defaults.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// How often endpoints are judged, by what they did since the last time. Default 10 s; at least 1 ms.
+    pub fn interval(mut self, interval: Duration) -> Self {
+        self.interval = interval.clamp(Duration::from_millis(1), LONGEST);
+        self
+    }
+
+    /// How long an endpoint is out the first time; each further time takes that much longer, and each interval without one that much less.
+    /// Default 30 s.
+    pub fn base_ejection_time(mut self, time: Duration) -> Self {
+        self.base_ejection_time = time;
+        self
+    }
+
+    /// How long an endpoint is out at most. Default 300 s.
+    pub fn max_ejection_time(mut self, time: Duration) -> Self {
+        self.max_ejection_time = time;
+        self
+    }
+
+    /// How many percent of the endpoints may be out at once; one may be in any case, and never all. Default 10.
+    pub fn max_ejection_percent(mut self, percent: u32) -> Self {
+        self.max_ejection_percent = percent.min(100);
+        self
+    }
+
+    /// Compares success rates: out is who is more than `stdev_factor` thousandths of a standard deviation under the mean, among at least
+    /// `minimum_hosts` endpoints with `request_volume` calls each within an interval. Default 1900, 5 and 100.
+    pub fn success_rate(
+        mut self,
+        stdev_factor: u32,
+        minimum_hosts: usize,
+        request_volume: u64,
+    ) -> Self {
+        self.success_rate = Some(SuccessRate {
+            stdev_factor,
+            minimum_hosts,
+            request_volume,
+        });
+        self
+    }
+
+    /// Does not compare success rates.
+    pub fn without_success_rate(mut self) -> Self {
+        self.success_rate = None;
+        self
+    }
+
+    /// Out is who fails more than `threshold` percent of its calls, if at least `minimum_hosts` endpoints had `request_volume` calls each
+    /// within an interval. Default 85, 5 and 50.
+    pub fn failure_percentage(
+        mut self,
+        threshold: u32,
+        minimum_hosts: usize,
+        request_volume: u64,
+    ) -> Self {
+        self.failure_percentage = Some(FailurePercentage {
+            threshold,
+            minimum_hosts,
+            request_volume,
+        });
+        self
+    }
+
+    /// Does not judge by failures alone.
+    pub fn without_failure_percentage(mut self) -> Self {
+        self.failure_percentage = None;
+        self
+    }
+
+    pub(super) fn period(&self) -> Duration {
+        self.interval
+    }
+}
+
+/// What an endpoint did within an interval.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Counts {
+    pub(super) successes: u64,
+    pub(super) failures: u64,
+    /// Calls that overran their deadline.
+    pub(super) overruns: u64,
+}
+
+/// Whether an endpoint is out, and how often it was.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Ejection {
+    since: Option<Instant>,
+    multiplier: u32,
+}
+
+impl Ejection {
+    pub(super) fn is_ejected(&self) -> bool {
+        self.since.is_some()
+    }
+
+    fn eject(&mut self, now: Instant) {
+        self.since = Some(now);
+        self.multiplier = self.multiplier.saturating_add(1);
+    }
+
+    /// Whether its time is over.
+    fn is_over(&self, config: &OutlierDetection, now: Instant) -> bool {
+        let longest = config.max_ejection_time.max(config.base_ejection_time);
+        let time = config.base_ejection_time.saturating_mul(self.multiplier);
+        self.since
+            .is_some_and(|since| now.saturating_duration_since(since) >= time.min(longest))
+    }
+}
+
+/// Judges the endpoints at the end of an interval.
+pub(super) fn sweep(config: &OutlierDetection, hosts: &mut [(Counts, Ejection)], now: Instant) {
+    if let Some(rule) = &config.success_rate {
+        rule.eject(config, hosts, now);
+    }
+    if let Some(rule) = &config.failure_percentage {
+        rule.eject(config, hosts, now);
+    }
+    for (_, ejection) in hosts {
+        if ejection.is_over(config, now) {
+            ejection.since = None;
+        } else if !ejection.is_ejected() {
+            ejection.multiplier = ejection.multiplier.saturating_sub(1);
+        }
+    }
+}
+
+impl SuccessRate {
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "rates need no more digits than calls within an interval have"
+    )]
+    fn eject(self, config: &OutlierDetection, hosts: &mut [(Counts, Ejection)], now: Instant) {
+        let rate = |counts: &Counts| {
+            let total = counts.successes + counts.failures + counts.overruns;
+            (total >= self.request_volume && total > 0)
+                .then(|| counts.successes as f64 / total as f64)
+        };
+        let rates: Vec<_> = hosts
+            .iter()
+            .filter_map(|(counts, _)| rate(counts))
+            .collect();
+        if rates.len() < self.minimum_hosts.max(1) {
+            return;
+        }
+        let mean = rates.iter().sum::<f64>() / rates.len() as f64;
+        let variance =
+            rates.iter().map(|rate| (rate - mean).powi(2)).sum::<f64>() / rates.len() as f64;
+        let threshold = mean - variance.sqrt() * (f64::from(self.stdev_factor) / 1_000.0);
+        eject_where(config, hosts, now, |counts| {
+            rate(counts).is_some_and(|rate| rate < threshold)
+        });
+    }
+}
+
+impl FailurePercentage {
+    fn eject(self, config: &OutlierDetection, hosts: &mut [(Counts, Ejection)], now: Instant) {
+        let total = |counts: &Counts| counts.successes + counts.failures;
+        let heard = |counts: &Counts| total(counts) >= self.request_volume && total(counts) > 0;
+        let voters = hosts.iter().filter(|(counts, _)| heard(counts)).count();
+        if voters < self.minimum_hosts {
+            return;
+        }
+        eject_where(config, hosts, now, |counts| {
+            heard(counts) && counts.failures * 100 > u64::from(self.threshold) * total(counts)
+        });
+    }
+}
+
+/// Puts those out that deserve it, as long as enough are left.
+fn eject_where(
+    config: &OutlierDetection,
+    hosts: &mut [(Counts, Ejection)],
+    now: Instant,
+    is_outlier: impl Fn(&Counts) -> bool,
+) {
+    let all = hosts.len();
+    let mut out = hosts.iter().filter(|(_, e)| e.is_ejected()).count();
+    for (counts, ejection) in hosts {
+        // One may be out whatever the share says, or a share of ten percent would protect nobody in a small set; and one always stays.
+        let within = out == 0 || (out + 1) * 100 <= all * config.max_ejection_percent as usize;
+        if !ejection.is_ejected() && within && out + 1 < all && is_outlier(counts) {
+            ejection.eject(now);
+            out += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn counts(successes: u64, failures: u64) -> (Counts, Ejection) {
+        let counts = Counts {
+            successes,
+            failures,
+            overruns: 0,
+        };
+        (counts, Ejection::default())
+    }
+
+    fn ejected(hosts: &[(Counts, Ejection)]) -> Vec<usize> {
+        let ejected = hosts
+            .iter()
+            .enumerate()
+            .filter(|(_, (_, e))| e.is_ejected());
+        ejected.map(|(index, _)| index).collect()
+    }
+
+    #[test]
+    fn who_fails_much_more_than_the_others_is_out() {
+        let config = OutlierDetection::new().without_failure_percentage();
+        let mut hosts = vec![counts(1_000, 1); 9];
+        hosts.push(counts(700, 300));
+        sweep(&config, &mut hosts, Instant::now());
+        assert_eq!(ejected(&hosts), [9]);
+    }
+
+    #[test]
+    fn overruns_count_only_in_the_comparison() {
+        let slow = Counts {
+            successes: 0,
+            failures: 0,
+            overruns: 1_000,
+        };
+        let mut hosts = vec![counts(1_000, 0); 9];
+        hosts.push((slow, Ejection::default()));
+        let alone = OutlierDetection::new().without_success_rate();
+        sweep(&alone, &mut hosts, Instant::now());
+        assert!(ejected(&hosts).is_empty());
+        sweep(&OutlierDetection::new(), &mut hosts, Instant::now());
+        assert_eq!(ejected(&hosts), [9]);
+    }
+
+    #[test]
+    fn who_fails_nearly_everything_is_out_even_among_others_that_fail() {
+        let config = OutlierDetection::new().without_success_rate();
+        let mut hosts = vec![counts(20, 80), counts(20, 80), counts(10, 90)];
+        hosts.extend([counts(20, 80), counts(15, 85)]);
+        sweep(&config, &mut hosts, Instant::now());
+        assert_eq!(ejected(&hosts), [2], "85 percent itself is not enough");
+    }
+
+    #[test]
+    fn few_endpoints_or_few_calls_judge_nobody() {
+        let mut few = vec![counts(1_000, 0), counts(1_000, 0), counts(0, 1_000)];
+        sweep(&OutlierDetection::new(), &mut few, Instant::now());
+        assert!(ejected(&few).is_empty());
+        let mut quiet = vec![counts(10, 0); 9];
+        quiet.push(counts(0, 10));
+        sweep(&OutlierDetection::new(), &mut quiet, Instant::now());
+        assert!(ejected(&quiet).is_empty());
+    }
+
+    #[test]
+    fn each_ejection_is_longer_up_to_a_bound_and_good_intervals_are_forgiven() {
+        let config = OutlierDetection::new();
+        let mut now = Instant::now();
+        let bad = || {
+            let mut hosts = vec![counts(1_000, 0); 9];
+            hosts.push(counts(0, 1_000));
+            hosts
+        };
+        let mut hosts = bad();
+        let mut lengths = Vec::new();
+        for _ in 0..12 {
+            sweep(&config, &mut hosts, now);
+            assert_eq!(ejected(&hosts), [9]);
+            let since = now;
+            // Out, it gets no calls.
+            hosts[9].0 = Counts::default();
+            while hosts[9].1.is_ejected() {
+                now += config.interval;
+                sweep(&config, &mut hosts, now);
+            }
+            lengths.push((now - since).as_secs());
+            hosts[9].0 = bad()[9].0;
+        }
+        assert_eq!(lengths[..3], [30, 60, 90]);
+        assert_eq!(lengths[11], 300);
+        hosts[9].0 = counts(1_000, 0).0;
+        for _ in 0..12 {
+            sweep(&config, &mut hosts, now);
+        }
+        assert_eq!(hosts[9].1.multiplier, 0);
+    }
+
+    proptest! {
+        #[test]
+        fn never_all_and_never_more_than_the_share_but_one(
+            hosts in proptest::collection::vec((0..200_u64, 0..200_u64), 0..40),
+            percent in 0..=100_u32,
+            sweeps in 1..6_u64,
+        ) {
+            let config = OutlierDetection::new()
+                .max_ejection_percent(percent)
+                .success_rate(0, 1, 1)
+                .failure_percentage(0, 1, 1);
+            let mut hosts: Vec<_> = hosts.into_iter().map(|(s, f)| counts(s, f)).collect();
+            let start = Instant::now();
+            for sweep_number in 0..sweeps {
+                sweep(&config, &mut hosts, start + Duration::from_secs(10 * sweep_number));
+                let out = ejected(&hosts).len();
+                prop_assert!(out < hosts.len() || out == 0);
+                prop_assert!(out <= 1 || out * 100 <= hosts.len() * percent as usize);
+            }
+        }
+    }
+}

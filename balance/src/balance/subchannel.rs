@@ -1,0 +1,557 @@
+//! The lifecycle of one connection to an endpoint, as types: what cannot happen in a state is not there to be called.
+//!
+//! ```text
+//!            connect            connected
+//!   Idle ──────────────▶ Connecting ──────────▶ Ready ──▶ (removed) Draining
+//!    ▲ ▲ ▲                  │ failed             │ ended
+//!    │ │ │ retry, reset     ▼                    │
+//!    │ │ └─────────── TransientFailure ◀─────────┤ broken again and again, or no call served again and again
+//!    │ └───────────── Resting ◀──────────────────┤ closed without a call that wanted it
+//!    └───────────────────────────────────────────┘ otherwise
+//! ```
+//!
+//! A connection that ends is not a server that fails. gRPC resets the backoff when a connection is ready; here a connection has to serve a
+//! call, or to last, so that a server that answers one PING and closes is not dialled in a loop.
+
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+
+use super::connect_backoff::ConnectBackoff;
+use super::health::Health;
+use super::member::{Member, Used};
+
+/// A connection in the making, made, or to be made again.
+#[derive(Debug)]
+pub(super) struct Subchannel<S> {
+    backoff: ConnectBackoff,
+    /// The waits between connections that their peer closes unused.
+    rest: ConnectBackoff,
+    /// Attempts in a row that came to no connection.
+    failed: usize,
+    /// Consecutive connections that closed without serving a call although calls needed them, and the last of them.
+    vain: u32,
+    last: Option<Arc<Used>>,
+    /// Set by a failure and cleared by a connection that works: between two attempts an endpoint that is down still counts as down, or calls
+    /// would wait for it for ever.
+    failing: bool,
+    /// Whether the one immediate redial after an early loss was used.
+    hasty: bool,
+    /// Whether calls wait for the next connection.
+    wanted: bool,
+    state: S,
+}
+
+/// Not dialled yet, or not again yet.
+#[derive(Debug)]
+pub(super) struct Idle;
+
+/// Being dialled. Dropping it stops the dial.
+#[derive(Debug)]
+pub(super) struct Connecting {
+    started: Instant,
+    dial: StopOnDrop,
+}
+
+/// Connected, and the peer has answered.
+#[derive(Debug)]
+pub(super) struct Ready {
+    started: Instant,
+    member: Arc<Member>,
+    silence: Silence,
+    health: Health,
+    /// The task that asks for the health, if anybody does.
+    health_watch: Option<StopOnDrop>,
+}
+
+/// Closed by its peer in order while no call wanted it. It is dialled when a call does, or after a wait.
+#[derive(Debug)]
+pub(super) struct Resting {
+    until: Instant,
+}
+
+/// Whether the peer of a connection that is there has stopped answering.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Silence {
+    None,
+    /// Nothing was read in time.
+    Doubtful,
+    /// A PING was left unanswered.
+    Stalled,
+}
+
+/// Waiting for the next attempt.
+#[derive(Debug)]
+pub(super) struct TransientFailure {
+    until: Instant,
+}
+
+/// Removed. It lives while calls do.
+#[derive(Debug)]
+pub(super) struct Draining {
+    member: Weak<Member>,
+}
+
+/// A task that ends with whoever holds this.
+#[derive(Debug)]
+pub(super) struct StopOnDrop(pub(super) AbortHandle);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl<S> Subchannel<S> {
+    pub(super) fn is_failing(&self) -> bool {
+        self.failing
+    }
+
+    /// Attempts in a row that came to no connection.
+    pub(super) fn failed_attempts(&self) -> usize {
+        self.failed
+    }
+
+    fn become_<T>(self, state: T) -> Subchannel<T> {
+        Subchannel {
+            backoff: self.backoff,
+            rest: self.rest,
+            failed: self.failed,
+            vain: self.vain,
+            last: self.last,
+            failing: self.failing,
+            hasty: self.hasty,
+            wanted: self.wanted,
+            state,
+        }
+    }
+
+    /// A fresh registration: what was learned of the old server does not count for the new one.
+    fn forget(&mut self) {
+        self.backoff.reset();
+        self.rest.reset();
+        self.failing = false;
+        self.hasty = false;
+        self.vain = 0;
+        self.last = None;
+        self.wanted = false;
+    }
+
+    pub(super) fn refreshed(mut self) -> Self {
+        self.forget();
+        self
+    }
+}
+
+impl Subchannel<Idle> {
+    pub(super) fn new(backoff: ConnectBackoff) -> Self {
+        Self {
+            rest: backoff.clone(),
+            backoff,
+            failed: 0,
+            vain: 0,
+            last: None,
+            failing: false,
+            hasty: false,
+            wanted: false,
+            state: Idle,
+        }
+    }
+
+    pub(super) fn connect(self, dial: AbortHandle, now: Instant) -> Subchannel<Connecting> {
+        self.become_(Connecting {
+            started: now,
+            dial: StopOnDrop(dial),
+        })
+    }
+}
+
+impl Subchannel<Connecting> {
+    /// With a watch on the endpoint's health it is not used before that is known.
+    pub(super) fn connected(
+        mut self,
+        member: Arc<Member>,
+        health_watch: Option<StopOnDrop>,
+    ) -> Subchannel<Ready> {
+        self.failing = false;
+        self.failed = 0;
+        let started = self.state.started;
+        self.become_(Ready {
+            started,
+            member,
+            silence: Silence::None,
+            health: match health_watch {
+                Some(_) => Health::Unknown,
+                None => Health::Serving,
+            },
+            health_watch,
+        })
+    }
+
+    pub(super) fn failed(
+        mut self,
+        rng: &mut fastrand::Rng,
+        now: Instant,
+    ) -> Subchannel<TransientFailure> {
+        self.failing = true;
+        self.failed += 1;
+        // The document counts the wait from the attempt's beginning: a dial that timed out has waited already.
+        let until = self.state.started + self.backoff.next(rng);
+        self.become_(TransientFailure {
+            until: until.max(now),
+        })
+    }
+
+    /// Stops the dial.
+    pub(super) fn cancel(self) -> Subchannel<Idle> {
+        self.state.dial.0.abort();
+        self.become_(Idle)
+    }
+}
+
+/// How a connection ended.
+#[derive(Clone, Debug)]
+pub(super) struct Ending {
+    /// Whether the peer closed it in order.
+    pub(super) graceful: bool,
+    /// Whether it was used, now or later: calls in flight may still be answered.
+    pub(super) used: Arc<Used>,
+}
+
+/// What follows a connection that has ended.
+#[derive(Debug)]
+pub(super) enum Lost {
+    /// Dial again at once.
+    Idle(Subchannel<Idle>),
+    /// Dial when a call wants it, or after a wait.
+    Resting(Subchannel<Resting>),
+    /// Wait.
+    TransientFailure(Subchannel<TransientFailure>),
+}
+
+impl Subchannel<Ready> {
+    pub(super) fn member(&self) -> &Arc<Member> {
+        &self.state.member
+    }
+
+    pub(super) fn is_stalled(&self) -> bool {
+        self.state.silence == Silence::Stalled
+    }
+
+    pub(super) fn is_silent(&self) -> bool {
+        self.state.silence != Silence::None
+    }
+
+    /// Returns whether that is news.
+    pub(super) fn set_silence(&mut self, silence: Silence) -> bool {
+        std::mem::replace(&mut self.state.silence, silence) != silence
+    }
+
+    pub(super) fn health(&self) -> &Health {
+        &self.state.health
+    }
+
+    pub(super) fn set_health(&mut self, health: Health) {
+        self.state.health = health;
+    }
+
+    /// Asks for the health no more, and takes the endpoint for healthy.
+    pub(super) fn end_health_watch(&mut self) {
+        self.state.health_watch = None;
+        self.state.health = Health::Serving;
+    }
+
+    /// Two facts are kept apart: whether the peer can be reached, which backoff is about, and whether a connection was of use.
+    pub(super) fn lost(self, ending: Ending, rng: &mut fastrand::Rng, now: Instant) -> Lost {
+        let started = self.state.started;
+        self.ended(started, ending, rng, now)
+    }
+
+    pub(super) fn drain(self) -> Subchannel<Draining> {
+        let member = Arc::downgrade(&self.state.member);
+        self.become_(Draining { member })
+    }
+}
+
+impl<S> Subchannel<S> {
+    /// What follows a connection that was begun at `started`.
+    fn ended(
+        mut self,
+        started: Instant,
+        ending: Ending,
+        rng: &mut fastrand::Rng,
+        now: Instant,
+    ) -> Lost {
+        if ending.used.is_answered() {
+            self.forget();
+            return Lost::Idle(self.become_(Idle));
+        }
+        if self.last.take().is_some_and(|last| last.is_answered()) {
+            self.vain = 0;
+        }
+        let lasted = now.saturating_duration_since(started) >= LASTING;
+        // A connection that lasted without a call was not wanted after all.
+        let wanted = ending.used.is_sent() || (self.wanted && !lasted);
+        if lasted {
+            self.backoff.reset();
+            self.hasty = false;
+        }
+        if wanted && ending.graceful {
+            self.vain += 1;
+            self.last = Some(ending.used);
+            self.wanted = true;
+            if self.vain < VAIN {
+                return Lost::Idle(self.become_(Idle));
+            }
+            return Lost::TransientFailure(self.give_up(started, rng, now));
+        }
+        if !wanted && (ending.graceful || lasted) {
+            self.wanted = false;
+            let until = now + self.rest.next(rng);
+            return Lost::Resting(self.become_(Resting { until }));
+        }
+        if lasted || !std::mem::replace(&mut self.hasty, true) {
+            return Lost::Idle(self.become_(Idle));
+        }
+        Lost::TransientFailure(self.give_up(started, rng, now))
+    }
+
+    fn give_up(
+        mut self,
+        started: Instant,
+        rng: &mut fastrand::Rng,
+        now: Instant,
+    ) -> Subchannel<TransientFailure> {
+        self.failing = true;
+        let until = started + self.backoff.next(rng);
+        self.become_(TransientFailure {
+            until: until.max(now),
+        })
+    }
+}
+
+impl Subchannel<Resting> {
+    pub(super) fn until(&self) -> Instant {
+        self.state.until
+    }
+
+    /// The wait is over, or, if it is `wanted`, a call waits for the connection.
+    pub(super) fn wake(mut self, wanted: bool) -> Subchannel<Idle> {
+        self.wanted = wanted;
+        self.become_(Idle)
+    }
+}
+
+impl Subchannel<TransientFailure> {
+    pub(super) fn until(&self) -> Instant {
+        self.state.until
+    }
+
+    /// The wait is over. It goes on counting as failing.
+    pub(super) fn retry(self) -> Subchannel<Idle> {
+        self.become_(Idle)
+    }
+
+    /// The registry shows a fresh registration: no wait, and a clean record.
+    pub(super) fn reset(mut self) -> Subchannel<Idle> {
+        self.forget();
+        self.become_(Idle)
+    }
+}
+
+impl Subchannel<Draining> {
+    /// Whether the last call has ended.
+    pub(super) fn is_drained(&self) -> bool {
+        self.state.member.strong_count() == 0
+    }
+}
+
+/// A connection that lived this long counts as successful even if no call used it.
+const LASTING: Duration = Duration::from_secs(1);
+/// Connections in a row that close without having served any of the calls that wanted them; then the endpoint counts as failing.
+const VAIN: u32 = 5;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn idle() -> Subchannel<Idle> {
+        Subchannel::new(ConnectBackoff::new(Duration::from_secs(120)))
+    }
+
+    fn connecting(idle: Subchannel<Idle>, now: Instant) -> Subchannel<Connecting> {
+        idle.connect(tokio::spawn(async {}).abort_handle(), now)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failure_sticks_until_a_connection_works() {
+        let mut rng = fastrand::Rng::with_seed(7);
+        let now = Instant::now();
+        let failed = connecting(idle(), now).failed(&mut rng, now);
+        assert!(failed.is_failing());
+        let again = connecting(failed.retry(), now);
+        assert!(again.is_failing(), "an attempt is no recovery");
+        let failed = again.failed(&mut rng, now);
+        assert!(!failed.reset().is_failing(), "a fresh registration is");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_dial_that_took_longer_than_its_wait_is_followed_at_once() {
+        let mut rng = fastrand::Rng::with_seed(7);
+        let started = Instant::now();
+        let now = started + Duration::from_secs(10);
+        let failed = connecting(idle(), started).failed(&mut rng, now);
+        assert_eq!(failed.until(), now);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_failure_in_a_row_waits_longer_and_a_fresh_registration_does_not() {
+        let mut rng = fastrand::Rng::with_seed(7);
+        let now = Instant::now();
+        let mut subchannel = idle();
+        for _ in 0..10 {
+            subchannel = connecting(subchannel, now).failed(&mut rng, now).retry();
+        }
+        let failed = connecting(subchannel, now).failed(&mut rng, now);
+        assert!(failed.until() > now + Duration::from_secs(60));
+        let failed = connecting(failed.reset(), now).failed(&mut rng, now);
+        assert!(failed.until() < now + Duration::from_secs(2));
+    }
+
+    /// A connection that was made, and has ended.
+    fn lose(
+        mut subchannel: Subchannel<Idle>,
+        ending: Ending,
+        rng: &mut fastrand::Rng,
+        now: Instant,
+    ) -> Lost {
+        subchannel.failing = false;
+        subchannel.failed = 0;
+        connecting(subchannel, now).ended(now, ending, rng, now)
+    }
+
+    fn ending(graceful: bool, sent: bool, answered: bool) -> Ending {
+        let used = Arc::<Used>::default();
+        if sent {
+            used.on_sent();
+        }
+        if answered {
+            used.on_answer();
+        }
+        Ending { graceful, used }
+    }
+
+    /// An outage has grown the backoff: what ends connections in order afterwards has nothing to do with it.
+    fn after_an_outage(now: Instant, rng: &mut fastrand::Rng) -> Subchannel<Idle> {
+        let mut subchannel = idle();
+        for _ in 0..10 {
+            subchannel = connecting(subchannel, now).failed(rng, now).retry();
+        }
+        subchannel
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_has_served_is_followed_by_another_at_once_however_it_ended() {
+        let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
+        for graceful in [true, false] {
+            let mut subchannel = after_an_outage(now, &mut rng);
+            for _ in 0..100 {
+                let lost = lose(subchannel, ending(graceful, true, true), &mut rng, now);
+                let Lost::Idle(next) = lost else {
+                    panic!("{lost:?}");
+                };
+                assert!(!next.is_failing());
+                subchannel = next;
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_unused_connection_closed_in_order_is_redialled_less_and_less_often() {
+        let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
+        let mut subchannel = after_an_outage(now, &mut rng);
+        let mut waits = Vec::new();
+        for _ in 0..8 {
+            let lost = lose(subchannel, ending(true, false, false), &mut rng, now);
+            let Lost::Resting(resting) = lost else {
+                panic!("{lost:?}");
+            };
+            waits.push(resting.until() - now);
+            subchannel = resting.wake(false);
+        }
+        assert!(waits[0] < Duration::from_secs(2), "{waits:?}");
+        assert!(waits.is_sorted(), "{waits:?}");
+        let lost = lose(subchannel, ending(true, true, true), &mut rng, now);
+        let Lost::Idle(subchannel) = lost else {
+            panic!("{lost:?}");
+        };
+        let lost = lose(subchannel, ending(true, false, false), &mut rng, now);
+        assert!(matches!(lost, Lost::Resting(one) if one.until() - now < Duration::from_secs(2)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn connections_in_a_row_that_serve_none_of_the_calls_that_want_them_are_a_failure() {
+        let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
+        let mut subchannel = idle();
+        for _ in 1..VAIN {
+            match lose(subchannel, ending(true, true, false), &mut rng, now) {
+                Lost::Idle(next) => subchannel = next,
+                lost => panic!("{lost:?}"),
+            }
+        }
+        let lost = lose(subchannel, ending(true, true, false), &mut rng, now);
+        assert!(matches!(lost, Lost::TransientFailure(one) if one.is_failing()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_call_that_is_answered_after_its_connection_was_closed_counts() {
+        let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
+        let mut subchannel = idle();
+        for _ in 0..100 {
+            let ending = ending(true, true, false);
+            let used = Arc::clone(&ending.used);
+            match lose(subchannel, ending, &mut rng, now) {
+                Lost::Idle(next) => subchannel = next,
+                lost => panic!("{lost:?}"),
+            }
+            used.on_answer();
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_answers_a_ping_and_breaks_is_not_dialled_in_a_loop() {
+        let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
+        let lost = lose(idle(), ending(false, false, false), &mut rng, now);
+        let Lost::Idle(first) = lost else {
+            panic!("{lost:?}");
+        };
+        let lost = lose(first, ending(false, false, false), &mut rng, now);
+        assert!(matches!(lost, Lost::TransientFailure(one) if one.until() > now));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_a_call_wanted_and_that_idled_is_no_vain_one() {
+        let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
+        let lost = lose(idle(), ending(true, false, false), &mut rng, now);
+        let Lost::Resting(resting) = lost else {
+            panic!("{lost:?}");
+        };
+        let mut subchannel = resting.wake(true);
+        let mut waits = Vec::new();
+        for _ in 0..8 {
+            // Closed in order after five seconds without a call.
+            let connected = connecting(subchannel, now);
+            let later = now + Duration::from_secs(5);
+            let lost = connected.ended(now, ending(true, false, false), &mut rng, later);
+            let Lost::Resting(resting) = lost else {
+                panic!("{lost:?}");
+            };
+            assert!(!resting.is_failing());
+            waits.push(resting.until() - later);
+            subchannel = resting.wake(false);
+        }
+        assert!(waits.is_sorted(), "less and less often: {waits:?}");
+    }
+}

@@ -1,0 +1,220 @@
+//! Calls that wait for a free place, first come, first served.
+//!
+//! A place that becomes free is handed to a call that can use it, and is never free in between. A notification alone would not do: the call
+//! that it wakes may not be allowed to use the place, or may not find it among thousands.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
+
+use super::member::{Member, Queue};
+use super::ticket::Ticket;
+use crate::address::Address;
+
+/// Calls that wait for a free place.
+#[derive(Debug)]
+pub(crate) struct Waiters {
+    waiting: AtomicUsize,
+    limit: usize,
+    /// How many have ever joined.
+    joined: AtomicU64,
+    queue: Mutex<VecDeque<Arc<Waiter>>>,
+}
+
+/// Where a call does not go.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Exclusions {
+    pub(crate) connections: Vec<Arc<Member>>,
+    /// Connections that did not answer a check when they had read so many bytes.
+    pub(crate) silent: Vec<(Arc<Member>, u64)>,
+    pub(crate) endpoints: Vec<Address>,
+}
+
+impl Exclusions {
+    fn allow(&self, member: &Arc<Member>) -> bool {
+        let connection = |excluded: &Arc<Member>| Arc::ptr_eq(excluded, member);
+        let silent = |(excluded, bytes): &(Arc<Member>, u64)| {
+            Arc::ptr_eq(excluded, member) && excluded.bytes_read() == *bytes
+        };
+        !self.connections.iter().any(connection)
+            && !self.silent.iter().any(silent)
+            && !self.endpoints.contains(member.endpoint().address())
+    }
+}
+
+#[derive(Debug)]
+struct Waiter {
+    exclusions: Exclusions,
+    place: Mutex<Place>,
+}
+
+#[derive(Debug)]
+enum Place {
+    None(Option<Waker>),
+    Given(Ticket),
+    /// The call waits no more.
+    Left,
+}
+
+impl Waiter {
+    fn lock(&self) -> MutexGuard<'_, Place> {
+        // Nothing panics while it is held.
+        self.place.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Waiters {
+    pub(super) fn new(limit: usize) -> Self {
+        Self {
+            waiting: AtomicUsize::new(0),
+            limit,
+            joined: AtomicU64::new(0),
+            queue: Mutex::new(VecDeque::new()),
+        }
+    }
+
+    /// Joins the queue, unless it is full.
+    pub(crate) fn join(self: &Arc<Self>, exclusions: Exclusions) -> Option<Waiting> {
+        // SeqCst: see `Load::acquire`. A place given up after this is handed over.
+        let waiting = self.waiting.fetch_add(1, Ordering::SeqCst);
+        if waiting >= self.limit {
+            self.waiting.fetch_sub(1, Ordering::SeqCst);
+            return None;
+        }
+        let waiter = Arc::new(Waiter {
+            exclusions,
+            place: Mutex::new(Place::None(None)),
+        });
+        let mut queue = self.lock();
+        if queue.len() > 2 * waiting + SPARE {
+            queue.retain(|waiter| matches!(*waiter.lock(), Place::None(_)));
+        }
+        queue.push_back(Arc::clone(&waiter));
+        drop(queue);
+        self.joined.fetch_add(1, Ordering::SeqCst);
+        Some(Waiting {
+            waiters: Arc::clone(self),
+            waiter,
+        })
+    }
+
+    /// How many calls wait.
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn limit(&self) -> usize {
+        self.limit
+    }
+
+    /// Gives a place that is taken to the first call that can use it. Returns false if there is none.
+    fn hand_over(&self, member: &Arc<Member>) -> bool {
+        let mut queue = self.lock();
+        let mut index = 0;
+        while let Some(waiter) = queue.get(index).map(Arc::clone) {
+            let mut place = waiter.lock();
+            match &mut *place {
+                Place::None(waker) if waiter.exclusions.allow(member) => {
+                    let waker = waker.take();
+                    *place = Place::Given(Ticket::taken(member));
+                    drop(place);
+                    queue.remove(index);
+                    drop(queue);
+                    if let Some(waker) = waker {
+                        waker.wake();
+                    }
+                    return true;
+                }
+                Place::None(_) => index += 1,
+                Place::Given(_) | Place::Left => {
+                    drop(place);
+                    queue.remove(index);
+                }
+            }
+        }
+        false
+    }
+
+    fn lock(&self) -> MutexGuard<'_, VecDeque<Arc<Waiter>>> {
+        // Nothing panics while it is held.
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Queue for Waiters {
+    fn release(&self, member: &Arc<Member>) {
+        let joined = self.joined.load(Ordering::SeqCst);
+        if self.waiting() > 0 && member.takes_calls() && self.hand_over(member) {
+            return;
+        }
+        member.load().release();
+        // A call that has joined since has looked for a place before this one was free.
+        if self.waiting() > 0 && self.joined.load(Ordering::SeqCst) != joined {
+            self.offer(member);
+        }
+    }
+
+    fn offer(&self, member: &Arc<Member>) {
+        loop {
+            let joined = self.joined.load(Ordering::SeqCst);
+            if self.waiting() == 0 || !member.takes_calls() || !member.load().acquire() {
+                return;
+            }
+            if self.hand_over(member) {
+                continue;
+            }
+            member.load().release();
+            // A call that joined in between may have found this place taken.
+            if self.joined.load(Ordering::SeqCst) == joined {
+                return;
+            }
+        }
+    }
+}
+
+/// A call in the queue, until dropped. A place that it was given and has not taken goes to the next.
+#[derive(Debug)]
+pub(crate) struct Waiting {
+    waiters: Arc<Waiters>,
+    waiter: Arc<Waiter>,
+}
+
+impl Waiting {
+    /// Waits for a place.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future keeps the call in the queue.
+    pub(crate) async fn place(&self) -> Ticket {
+        std::future::poll_fn(|cx| {
+            let mut place = self.waiter.lock();
+            if let Place::None(waker) = &mut *place {
+                if waker
+                    .as_ref()
+                    .is_none_or(|waker| !waker.will_wake(cx.waker()))
+                {
+                    *waker = Some(cx.waker().clone());
+                }
+                return Poll::Pending;
+            }
+            match std::mem::replace(&mut *place, Place::Left) {
+                Place::Given(ticket) => Poll::Ready(ticket),
+                _ => Poll::Pending,
+            }
+        })
+        .await
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.waiters.waiting.fetch_sub(1, Ordering::SeqCst);
+        // The ticket is dropped after the lock: its place goes to the next in the queue.
+        let place = std::mem::replace(&mut *self.waiter.lock(), Place::Left);
+        drop(place);
+    }
+}
+
+/// Entries of calls that have left, which are kept before the queue is cleared of them.
+const SPARE: usize = 64;

@@ -1,0 +1,104 @@
+//! One attempt of a call: a request that was sent on a connection.
+
+use http::{HeaderName, Request, Version};
+use tokio::time::Instant;
+use tonic::Status;
+
+use super::core::Core;
+use super::history::History;
+use super::request::{Call, Kept};
+use super::status;
+use crate::balance::Ticket;
+use crate::transport::deadline::Deadline;
+use crate::transport::exchange::Exchange;
+use crate::transport::http2::OpenError;
+use crate::transport::request_body::{Outgoing, Recall};
+
+/// A request on its way.
+pub(super) struct Attempt {
+    pub(super) exchange: Exchange,
+    pub(super) ticket: Ticket,
+    pub(super) kept: Kept,
+}
+
+/// Which try of a call this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Try {
+    /// At once: the timeout in the headers is what is left of the deadline.
+    First,
+    /// After a wait or another try. Attempts that the server may have seen came before it.
+    Later { previous: u32 },
+}
+
+impl Attempt {
+    /// Sends the request on the connection that was picked. Between the pick and this nothing is awaited.
+    pub(super) fn start(
+        core: &Core,
+        call: &mut Call,
+        mut ticket: Ticket,
+        body: Outgoing,
+        deadline: Option<Deadline>,
+        which: Try,
+        now: Instant,
+    ) -> Result<Self, Box<Unsent>> {
+        let mut head = Request::new(());
+        head.method_mut().clone_from(&call.method);
+        *head.version_mut() = Version::HTTP_2;
+        let uri = core.uri(&call.uri, ticket.endpoint().authority());
+        *head.uri_mut() = uri.unwrap_or_else(|| call.uri.clone());
+        *head.headers_mut() = call.headers.take(&core.user_agent);
+        if let Try::Later { previous } = which {
+            if let Some(deadline) = deadline {
+                deadline.rewrite(head.headers_mut(), now);
+            }
+            if previous > 0 {
+                head.headers_mut()
+                    .insert(PREVIOUS_ATTEMPTS, previous.into());
+            }
+        }
+        let kept = Kept::of(&body);
+        let recall = match &kept {
+            Kept::Pumped if core.retry(call).is_some() => Recall::Possible,
+            _ => Recall::Never,
+        };
+        match Exchange::start(ticket.connection(), head, body, recall) {
+            Ok(exchange) => {
+                ticket.on_sent(now);
+                Ok(Self {
+                    exchange,
+                    ticket,
+                    kept,
+                })
+            }
+            Err((error, body)) => Err(Box::new(Unsent {
+                ticket,
+                body,
+                error,
+            })),
+        }
+    }
+}
+
+/// A request that a connection did not take.
+pub(super) struct Unsent {
+    ticket: Ticket,
+    body: Outgoing,
+    error: OpenError,
+}
+
+impl Unsent {
+    /// The body for another try, which is not to go to this connection.
+    pub(super) fn into_retry(self, core: &Core, tried: &mut History) -> Result<Outgoing, Status> {
+        match self.error {
+            OpenError::Malformed(error) => Err(status::malformed(&core.service, error)),
+            OpenError::Gone(error) => {
+                tried.add_gone(&self.ticket, error);
+                Ok(self.body)
+            }
+        }
+    }
+}
+
+/// "Exposed Retry Metadata" in gRPC's retry design (A6).
+pub(super) const PREVIOUS_ATTEMPTS: HeaderName = HeaderName::from_static(PREVIOUS_ATTEMPTS_KEY);
+pub(super) const PREVIOUS_ATTEMPTS_KEY: &str = "grpc-previous-rpc-attempts";

@@ -1,0 +1,106 @@
+//! Where a call has failed, for whoever reads its error.
+
+use std::fmt::Write;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tonic::{Code, Status};
+
+use crate::address::Address;
+
+/// The attempts of a call that have failed.
+#[derive(Debug, Default)]
+pub(super) struct AttemptLog(Vec<Entry>);
+
+#[derive(Debug)]
+struct Entry {
+    /// None if there was no endpoint to send it to.
+    address: Option<Address>,
+    code: Code,
+}
+
+impl AttemptLog {
+    pub(super) fn add(&mut self, address: Option<Address>, code: Code) {
+        self.0.push(Entry { address, code });
+    }
+
+    /// The list of attempts, and why there is none more. None if there is nothing to be said: one attempt, and no reason.
+    fn list(&self, why: Option<&str>) -> Option<String> {
+        if self.0.len() < 2 && why.is_none() {
+            return None;
+        }
+        let plural = if self.0.len() == 1 { "" } else { "s" };
+        let mut text = format!(" ({} attempt{plural}: ", self.0.len());
+        for (index, Entry { address, code }) in self.0.iter().enumerate() {
+            let comma = if index == 0 { "" } else { ", " };
+            // Writing to a string cannot fail.
+            let _ = match address {
+                Some(address) => write!(text, "{comma}{address} {code:?}"),
+                None => write!(text, "{comma}no endpoint {code:?}"),
+            };
+        }
+        text.push_str(&why.map_or_else(|| ")".to_owned(), |why| format!("; {why})")));
+        Some(text)
+    }
+
+    /// The status of a call that is given up.
+    pub(super) fn into_status(self, last: Status, why: Option<&str>) -> Status {
+        let Some(attempts) = self.list(why) else {
+            return last;
+        };
+        // The server's details and metadata stay.
+        let mut status = Status::with_details_and_metadata(
+            last.code(),
+            format!("{}{attempts}", last.message()),
+            Bytes::copy_from_slice(last.details()),
+            last.metadata().clone(),
+        );
+        status.set_source(Arc::new(last));
+        status
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error;
+
+    use super::*;
+
+    fn attempt_log(addresses: &[&str]) -> AttemptLog {
+        let mut attempt_log = AttemptLog::default();
+        for address in addresses {
+            attempt_log.add(address.parse().ok(), Code::Unavailable);
+        }
+        attempt_log
+    }
+
+    #[test]
+    fn the_list_names_every_attempt_and_why_it_ended() {
+        let last = Status::unavailable("gone");
+        let status = attempt_log(&["a:1", "", "b:2"]).into_status(last, Some("enough"));
+        assert_eq!(
+            status.message(),
+            "gone (3 attempts: a:1 Unavailable, no endpoint Unavailable, b:2 Unavailable; enough)"
+        );
+        assert!(status.source().is_some(), "the last failure is the cause");
+    }
+
+    #[test]
+    fn one_attempt_without_a_reason_is_a_call_like_any_other() {
+        let status = attempt_log(&["a:1"]).into_status(Status::unavailable("gone"), None);
+        assert_eq!(status.message(), "gone");
+    }
+
+    #[test]
+    fn a_servers_error_keeps_its_details() {
+        let details = Bytes::from_static(&[1, 2, 3]);
+        let mut last = Status::with_details(Code::Unavailable, "gone", details);
+        last.metadata_mut()
+            .insert("rack", "7".parse().expect("a value"));
+        let status = attempt_log(&["a:1", "unix:/100%"]).into_status(last, None);
+        let expected = "gone (2 attempts: a:1 Unavailable, unix:/100% Unavailable)";
+        assert_eq!(status.message(), expected);
+        assert_eq!(status.details(), [1, 2, 3]);
+        assert_eq!(status.metadata().get("rack").expect("kept"), "7");
+    }
+}

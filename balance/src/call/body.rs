@@ -1,0 +1,218 @@
+//! The body of a response.
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use pin_project_lite::pin_project;
+use tokio::time::{Instant, Sleep};
+use tonic::{Code, Status};
+
+use super::core::Core;
+use super::response_head::code;
+use super::status;
+use crate::balance::{Blame, Noted, Ticket};
+use crate::transport::deadline::Deadline;
+use crate::transport::response_body::{Broken, Incoming};
+
+pin_project! {
+    /// The body of a response. Dropping it before its end cancels the call at the server.
+    ///
+    /// It holds the call's deadline and its place in the endpoint's load until it ends.
+    #[derive(Default)]
+    pub struct ResponseBody {
+        stream: Option<Stream>,
+        #[pin]
+        timer: Option<Sleep>,
+    }
+}
+
+/// A response under way.
+struct Stream {
+    incoming: Incoming,
+    ticket: Ticket,
+    core: Arc<Core>,
+    deadline: Option<Deadline>,
+    /// The head has carried the gRPC status already.
+    trailers_only: bool,
+}
+
+impl ResponseBody {
+    /// With `status_in_head` no trailers have to follow.
+    pub(super) fn new(
+        incoming: Incoming,
+        status_in_head: bool,
+        ticket: Ticket,
+        core: Arc<Core>,
+        deadline: Option<Deadline>,
+    ) -> Self {
+        // A gRPC response that does not end with its head has its status in its trailers; h2's lock is taken only for the others.
+        let ended = status_in_head && incoming.is_complete();
+        // A response that is all head is over and leaves the endpoint's load here.
+        let stream = (!ended).then_some(Stream {
+            incoming,
+            ticket,
+            core,
+            deadline,
+            trailers_only: status_in_head,
+        });
+        Self {
+            stream,
+            timer: None,
+        }
+    }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let mut this = self.project();
+        let Some(stream) = this.stream else {
+            return Poll::Ready(None);
+        };
+        let outcome = stream.incoming.poll_frame(cx);
+        let overdue = match (&outcome, stream.deadline) {
+            (Poll::Pending, None) => return Poll::Pending,
+            (Poll::Pending, Some(deadline)) => {
+                // Armed only now: most responses are here in one piece.
+                if this.timer.is_none() {
+                    let timer = tokio::time::sleep_until(deadline.at());
+                    this.timer.set(Some(timer));
+                }
+                let timer = this.timer.as_mut().as_pin_mut();
+                if timer.is_none_or(|timer| timer.poll(cx).is_pending()) {
+                    return Poll::Pending;
+                }
+                Some(deadline)
+            }
+            // A server that ignores the deadline may send faster than its client reads, so that there is never a wait for the timer.
+            (Poll::Ready(Some(Ok(frame))), Some(deadline)) if frame.is_data() => {
+                Some(deadline).filter(|deadline| Instant::now() >= deadline.at())
+            }
+            _ => None,
+        };
+        if let Some(deadline) = overdue {
+            stream.ticket.on_overdue(Instant::now());
+            let endpoint = stream.ticket.endpoint();
+            let overdue = status::overdue_at(&stream.core, deadline, READING, endpoint);
+            *this.stream = None;
+            return Poll::Ready(Some(Err(overdue)));
+        }
+        let Poll::Ready(outcome) = outcome else {
+            return Poll::Pending;
+        };
+        let outcome = match outcome {
+            Some(Ok(frame)) if frame.is_data() => return Poll::Ready(Some(Ok(frame))),
+            Some(Ok(trailers)) => Some(stream.judge(trailers)),
+            Some(Err(broken)) => Some(Err(stream.fail(broken))),
+            None => stream.end().map(Err),
+        };
+        *this.stream = None;
+        Poll::Ready(outcome)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.stream.is_none()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        if self.stream.is_none() {
+            SizeHint::with_exact(0)
+        } else {
+            SizeHint::default()
+        }
+    }
+}
+
+impl Stream {
+    fn fail(&mut self, broken: Broken) -> Status {
+        match broken {
+            Broken::Request(status) => status,
+            Broken::Stream(error) => {
+                let now = Instant::now();
+                if status::is_cancelled(&error)
+                    && let Some(overdue) = self.overdue(now)
+                {
+                    return overdue;
+                }
+                self.ticket.on_failure(now, Blame::Connection);
+                let address = self.ticket.endpoint().address();
+                let blame = self.ticket.connection().blame();
+                status::broken(&self.core.service, address, error, blame)
+            }
+        }
+    }
+
+    /// The status of a response that the server has cancelled, if it is the deadline that has done it.
+    fn overdue(&mut self, now: Instant) -> Option<Status> {
+        let deadline = self
+            .deadline
+            .filter(|_| status::is_deadline(self.deadline, now))?;
+        self.ticket.on_overdue(now);
+        let endpoint = self.ticket.endpoint();
+        Some(status::overdue_at(&self.core, deadline, READING, endpoint))
+    }
+
+    /// The end of the stream of frames, after trailers or without them.
+    fn end(&mut self) -> Option<Status> {
+        if self.trailers_only {
+            return None;
+        }
+        // A response that is cut off is not a success because what there is of it can be read.
+        let endpoint = self.ticket.endpoint();
+        let shared = self.core.shared();
+        shared.on_foreign(endpoint, Noted::Unfinished, || {
+            status::UNFINISHED.to_owned()
+        });
+        let unfinished = status::unfinished(&self.core.service, endpoint.address());
+        self.ticket.on_failure(Instant::now(), Blame::Connection);
+        Some(unfinished)
+    }
+
+    /// Judges trailers: returns them, or the error that they carry.
+    fn judge(&mut self, trailers: Frame<Bytes>) -> Result<Frame<Bytes>, Status> {
+        let Some(headers) = trailers.trailers_ref() else {
+            return Ok(trailers);
+        };
+        let code = match code(headers) {
+            Some(Code::Ok) => {
+                self.ticket.on_answer();
+                self.core.on_success();
+                return Ok(trailers);
+            }
+            None if self.trailers_only => return Ok(trailers),
+            None => return self.end().map_or(Ok(trailers), Err),
+            Some(code) => code,
+        };
+        self.ticket.on_answer();
+        let now = Instant::now();
+        if code == Code::Cancelled
+            && let Some(overdue) = self.overdue(now)
+        {
+            return Err(overdue);
+        }
+        if let Some(blame) = status::blame(code) {
+            self.ticket.on_failure(now, blame);
+        }
+        let address = self.ticket.endpoint().address();
+        status::answered(address, headers).map_or(Ok(trailers), Err)
+    }
+}
+
+const READING: &str = "reading the response";
+
+impl fmt::Debug for ResponseBody {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseBody")
+            .field("ended", &self.stream.is_none())
+            .finish_non_exhaustive()
+    }
+}

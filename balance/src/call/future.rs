@@ -1,0 +1,254 @@
+//! The future of one call. The usual case, an endpoint that is ready and an answer to the first attempt, is polled here without a task, a
+//! lock or a box. All other cases continue in `retry_loop` or `hedging`.
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use http::{Request, Response};
+use pin_project_lite::pin_project;
+use tokio::time::{Instant, Sleep};
+use tonic::Status;
+use tonic::body::Body;
+
+use super::answer::answer;
+use super::attempt::{Attempt, Try};
+use super::body::ResponseBody;
+use super::core::Core;
+use super::extension::WaitForReady;
+use super::hedging::hedge;
+use super::history::History;
+use super::prepare::{TRUSTED_METADATA, is_unquestioned};
+use super::request::{Call, Kept};
+use super::request_headers::{self, Headers};
+use super::retry_loop::{self, Retrying};
+use super::routing::Routing;
+use super::status;
+use crate::balance::Pick;
+use crate::transport::deadline::{self, Deadline, GRPC_TIMEOUT};
+use crate::transport::request_body::Outgoing;
+
+pin_project! {
+    /// The future of a call's response. Dropping it cancels the call at the server.
+    #[must_use = "a call is not made before its future is polled"]
+    pub struct ResponseFuture {
+        // Both are there until the call leaves the usual way or ends.
+        core: Option<Arc<Core>>,
+        call: Option<Call>,
+        state: State,
+        deadline: Option<Deadline>,
+        #[pin]
+        timer: Option<Sleep>,
+    }
+}
+
+/// How far the call is.
+enum State {
+    /// Not sent.
+    New(Body),
+    /// Sent for the first time.
+    Sent(Attempt),
+    /// Anything but the usual way.
+    Retry(Arc<Core>, Retrying),
+    Done,
+}
+
+impl ResponseFuture {
+    pub(crate) fn new(core: Arc<Core>, request: Request<Body>) -> Self {
+        let (mut head, body) = request.into_parts();
+        request_headers::set_user_agent(&core.user_agent, &mut head.headers);
+        let timeout = deadline::parse(&head.headers);
+        let timeout = timeout.or_else(|| {
+            let (timeout, header) = core.timeout.as_ref()?;
+            head.headers.insert(GRPC_TIMEOUT, header.clone());
+            Some(*timeout)
+        });
+        let deadline = timeout.and_then(|timeout| Deadline::after(timeout, Instant::now()));
+        let wait = head.extensions.get::<WaitForReady>();
+        let wait_for_ready = wait.map_or(core.wait_for_ready, |wait| wait.0);
+        let call = Call {
+            method: head.method,
+            uri: head.uri,
+            headers: Headers::new(head.headers, &core.user_agent, deadline.is_some()),
+            extensions: head.extensions,
+            wait_for_ready,
+        };
+        Self {
+            core: Some(core),
+            call: Some(call),
+            state: State::New(body),
+            deadline,
+            timer: None,
+        }
+    }
+}
+
+impl ResponseFuture {
+    /// A call that has a route leaves the usual way at once.
+    pub(crate) fn by(core: Arc<Core>, request: Request<Body>, routing: Routing) -> Self {
+        let mut this = Self::new(core, request);
+        let state = std::mem::replace(&mut this.state, State::Done);
+        if let (State::New(body), Some(core), Some(call)) =
+            (state, this.core.take(), this.call.take())
+        {
+            let tried = History::by(routing, core.shared().given_up());
+            let deadline = this.deadline;
+            let shared = Arc::clone(&core);
+            let retrying = async move {
+                let mut body = Some(body);
+                // It is asked once, and never waits: a body that is not there yet is pumped.
+                let gathered = std::future::poll_fn(|cx| {
+                    Poll::Ready(Outgoing::gather(body.take().unwrap_or_default(), cx))
+                });
+                let body = gathered.await?;
+                retry_loop::run(shared, call, body, None, tried, deadline).await
+            };
+            this.state = State::Retry(core, Box::pin(retrying));
+        }
+        this
+    }
+}
+
+impl Future for ResponseFuture {
+    type Output = Result<Response<ResponseBody>, Status>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut this = self.project();
+        let polled = this.state.poll(this.core, this.call, *this.deadline, cx);
+        if polled.is_ready() {
+            *this.state = State::Done;
+            return polled;
+        }
+        let Some(deadline) = *this.deadline else {
+            return Poll::Pending;
+        };
+        if this.timer.is_none() {
+            let timer = tokio::time::sleep_until(deadline.at());
+            this.timer.set(Some(timer));
+        }
+        let timer = this.timer.as_mut().as_pin_mut();
+        if timer.is_none_or(|timer| timer.poll(cx).is_pending()) {
+            return Poll::Pending;
+        }
+        // The attempt goes with the state, which resets the stream.
+        let status = match (std::mem::replace(this.state, State::Done), this.core.take()) {
+            (State::Retry(core, _), _) => {
+                status::overdue(&core, deadline, "waiting for an endpoint")
+            }
+            (State::Sent(mut attempt), Some(core)) => {
+                attempt.ticket.on_overdue(Instant::now());
+                let endpoint = attempt.ticket.endpoint();
+                status::overdue_at(&core, deadline, "waiting for the response", endpoint)
+            }
+            _ => return Poll::Pending,
+        };
+        Poll::Ready(Err(status))
+    }
+}
+
+impl State {
+    fn poll(
+        &mut self,
+        core: &mut Option<Arc<Core>>,
+        call: &mut Option<Call>,
+        deadline: Option<Deadline>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Response<ResponseBody>, Status>> {
+        loop {
+            *self = match self {
+                Self::New(_) => {
+                    let Self::New(body) = std::mem::replace(self, Self::Done) else {
+                        return Poll::Pending;
+                    };
+                    let body = Outgoing::gather(body, cx)?;
+                    Self::send(core, call, deadline, body)?
+                }
+                Self::Sent(attempt) => {
+                    let mut head = ready!(attempt.exchange.poll_head(cx));
+                    let sent = std::mem::replace(self, Self::Done);
+                    let (Self::Sent(attempt), Some(core), Some(mut call)) =
+                        (sent, core.take(), call.take())
+                    else {
+                        return Poll::Pending;
+                    };
+                    let is_final = match &mut head {
+                        Ok(head) => core.is_final(&call, &attempt.kept, head, cx),
+                        Err(_) => false,
+                    };
+                    match head {
+                        Ok(head) if is_final => {
+                            let ticket = attempt.ticket;
+                            let response = answer(core, &mut call, head, ticket, deadline);
+                            return Poll::Ready(response);
+                        }
+                        outcome => {
+                            let shared = Arc::clone(&core);
+                            let retry =
+                                retry_loop::after_first(core, call, attempt, outcome, deadline);
+                            Self::Retry(shared, retry)
+                        }
+                    }
+                }
+                Self::Retry(_, retrying) => return retrying.as_mut().poll(cx),
+                Self::Done => return Poll::Pending,
+            };
+        }
+    }
+
+    /// The first try, if an endpoint is ready.
+    fn send(
+        core: &mut Option<Arc<Core>>,
+        call: &mut Option<Call>,
+        deadline: Option<Deadline>,
+        body: Outgoing,
+    ) -> Result<Self, Status> {
+        let (Some(channel), Some(request)) = (core.as_ref(), call.as_mut()) else {
+            return Ok(Self::Done);
+        };
+        let now = Instant::now();
+        if let Some(deadline) = deadline.filter(|deadline| now >= deadline.at()) {
+            return Err(status::overdue(channel, deadline, "making the call"));
+        }
+        if let Some(policy) = channel.hedging(request)
+            && !matches!(body, Outgoing::Stream { .. })
+            // Copies of a call that ends the connections it is sent on would end several.
+            && request.metadata_size() <= TRUSTED_METADATA
+        {
+            let policy = policy.clone();
+            let (Some(channel), Some(request)) = (core.take(), call.take()) else {
+                return Ok(Self::Done);
+            };
+            let (shared, kept) = (Arc::clone(&channel), Kept::of(&body));
+            let hedged = hedge(shared, request, kept, policy, deadline);
+            return Ok(Self::Retry(channel, hedged));
+        }
+        let mut tried = History::default();
+        let (body, place) = match channel.shared().pick(|_| true) {
+            // The place is kept: a second pick would take a second turn.
+            Pick::Taken(ticket) if !is_unquestioned(channel, request, &ticket, now) => {
+                (body, Some(ticket))
+            }
+            Pick::Taken(ticket) => {
+                match Attempt::start(channel, request, ticket, body, deadline, Try::First, now) {
+                    Ok(attempt) => return Ok(Self::Sent(attempt)),
+                    Err(unsent) => (unsent.into_retry(channel, &mut tried)?, None),
+                }
+            }
+            _ => (body, None),
+        };
+        let (Some(channel), Some(request)) = (core.take(), call.take()) else {
+            return Ok(Self::Done);
+        };
+        let retrying = retry_loop::run(Arc::clone(&channel), request, body, place, tried, deadline);
+        Ok(Self::Retry(channel, Box::pin(retrying)))
+    }
+}
+
+impl fmt::Debug for ResponseFuture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseFuture")
+            .field("deadline", &self.deadline)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,39 @@
+//! One call: from the request to the response or its error.
+//!
+//! ```text
+//!   future: the first attempt, without a task, a lock or a box
+//!      │ not ready, refused, lost, or an error that a policy may cover          │ hedged
+//!      ▼                                                                        ▼
+//!   retry_loop ── one attempt ──▶ transparent_retry ──▶ pick ──▶ prepare ◀── hedging
+//!      │ failed                                                                 │
+//!      └───▶ retry::decision (policy, progress, budget, pushback) ◀─────────────┘
+//! ```
+
+mod answer;
+mod attempt;
+mod attempt_log;
+mod body;
+mod core;
+mod extension;
+mod future;
+mod hedging;
+mod history;
+mod pick;
+mod prepare;
+mod request;
+mod request_headers;
+mod response_head;
+pub(crate) mod retry;
+mod retry_loop;
+mod routing;
+mod status;
+mod transparent_retry;
+
+pub use body::ResponseBody;
+pub use extension::{ServedBy, WaitForReady};
+pub use future::ResponseFuture;
+pub use routing::Routing;
+pub use status::CallError;
+
+pub(crate) use self::core::Core;
+pub(crate) use pick::ready;

@@ -1,0 +1,206 @@
+//! Whether a call that has failed is sent again: pure.
+
+use std::time::Duration;
+
+use http::HeaderMap;
+use http::HeaderName;
+use tonic::Code;
+
+use super::budget::Tokens;
+use super::policy::RetryPolicy;
+
+/// What the server says of another attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::call) enum Pushback {
+    /// Nothing.
+    None,
+    /// After this wait.
+    After(Duration),
+    /// Not at all.
+    Never,
+}
+
+impl Pushback {
+    /// What is there twice, negative or no number says no, as A6 has it.
+    pub(in crate::call) fn of(headers: &HeaderMap) -> Self {
+        let mut values = headers.get_all(PUSHBACK).iter();
+        let (Some(value), None) = (values.next(), values.next()) else {
+            return if headers.contains_key(PUSHBACK) {
+                Self::Never
+            } else {
+                Self::None
+            };
+        };
+        let millis = value
+            .to_str()
+            .ok()
+            .and_then(|text| text.parse::<i32>().ok());
+        match millis.map(u64::try_from) {
+            Some(Ok(millis)) => Self::After(Duration::from_millis(millis)),
+            _ => Self::Never,
+        }
+    }
+}
+
+/// What is to be done after a failure.
+#[derive(Debug, PartialEq)]
+pub(in crate::call) enum Decision {
+    /// Sent again after this wait.
+    Again(Duration),
+    /// Not sent again, for this reason if the policy covers it at all.
+    GiveUp(Option<&'static str>),
+}
+
+/// How far a call is under its policy.
+#[derive(Debug)]
+pub(in crate::call) struct Progress {
+    made: u32,
+    /// Waits in a row that the server had no say in.
+    waits: u32,
+}
+
+impl Progress {
+    /// The first attempt is under way.
+    pub(in crate::call) fn new() -> Self {
+        Self { made: 1, waits: 0 }
+    }
+
+    /// Attempts made before the one under way.
+    pub(in crate::call) fn previous(&self) -> u32 {
+        self.made - 1
+    }
+
+    /// Another attempt is under way.
+    pub(in crate::call) fn advance(&mut self) {
+        self.made += 1;
+    }
+
+    /// After an attempt that has failed. `random` is from 0 to 1.
+    pub(in crate::call) fn next(
+        &mut self,
+        policy: &RetryPolicy,
+        code: Code,
+        pushback: Pushback,
+        tokens: &Tokens,
+        random: f64,
+    ) -> Decision {
+        let covered = policy.covers(code);
+        // A server that asks for quiet counts whatever its code, so that other calls leave it alone as well.
+        let counts = covered || pushback == Pushback::Never;
+        let suffices = !counts || tokens.on_failure();
+        if !covered {
+            return Decision::GiveUp(None);
+        }
+        if pushback == Pushback::Never {
+            return Decision::GiveUp(Some("the server asks not to be tried again"));
+        }
+        if self.made >= policy.max_attempts() {
+            return Decision::GiveUp(Some("that is all the policy allows"));
+        }
+        if !suffices {
+            return Decision::GiveUp(Some("the retry budget is used up"));
+        }
+        if let Pushback::After(wait) = pushback {
+            self.waits = 0;
+            return Decision::Again(wait);
+        }
+        let wait = policy.wait(self.waits, random);
+        self.waits += 1;
+        Decision::Again(wait)
+    }
+}
+
+/// "Pushback" in A6.
+const PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
+
+#[cfg(test)]
+mod tests {
+    use super::super::budget::RetryBudget;
+    use super::*;
+
+    fn headers(values: &[&str]) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        for value in values {
+            headers.append(PUSHBACK, value.parse().expect("a value"));
+        }
+        headers
+    }
+
+    #[test]
+    fn pushback_is_read_as_the_design_has_it() {
+        let after = |millis| Pushback::After(Duration::from_millis(millis));
+        for (values, expected) in [
+            (&[][..], Pushback::None),
+            (&["0"], after(0)),
+            (&["250"], after(250)),
+            (&["2147483647"], after(2_147_483_647)),
+            (&["2147483648"], Pushback::Never),
+            (&["-1"], Pushback::Never),
+            (&["soon"], Pushback::Never),
+            (&[""], Pushback::Never),
+            (&["1", "1"], Pushback::Never),
+        ] {
+            assert_eq!(Pushback::of(&headers(values)), expected, "{values:?}");
+        }
+    }
+
+    /// One failure after the other, until it is given up. The waits, and the reason.
+    fn run(
+        policy: &RetryPolicy,
+        tokens: &Tokens,
+        failures: &[(Code, Pushback)],
+    ) -> (Vec<u128>, Option<&'static str>) {
+        let mut progress = Progress::new();
+        let mut waits = Vec::new();
+        for (code, pushback) in failures.iter().cycle() {
+            match progress.next(policy, *code, *pushback, tokens, 0.5) {
+                Decision::Again(wait) => {
+                    waits.push(wait.as_millis());
+                    progress.advance();
+                }
+                Decision::GiveUp(why) => return (waits, why),
+            }
+        }
+        unreachable!("there are failures")
+    }
+
+    #[test]
+    fn each_rule_of_the_design() {
+        let policy = RetryPolicy::new([Code::Unavailable]);
+        let all = Some("that is all the policy allows");
+        let lost = (Code::Unavailable, Pushback::None);
+        let pushed = (Code::Unavailable, Pushback::After(Duration::from_millis(7)));
+        let tokens = || Tokens::new(RetryBudget::default());
+        let decision = |failures: &[_]| run(&policy, &tokens(), failures);
+        assert_eq!(decision(&[lost]), (vec![100, 200, 400], all));
+        assert_eq!(
+            decision(&[(Code::NotFound, Pushback::None)]),
+            (vec![], None)
+        );
+        // Also where the server would have it otherwise.
+        let pushed_elsewhere = (Code::NotFound, Pushback::After(Duration::ZERO));
+        assert_eq!(decision(&[pushed_elsewhere]), (vec![], None));
+        // After a wait of the server's, ours begin anew.
+        assert_eq!(decision(&[lost, pushed]), (vec![100, 7, 100], all));
+        assert_eq!(decision(&[pushed]), (vec![7, 7, 7], all));
+        let never = (Code::Unavailable, Pushback::Never);
+        let quiet = Some("the server asks not to be tried again");
+        assert_eq!(decision(&[lost, never]), (vec![100], quiet));
+    }
+
+    #[test]
+    fn the_budget_ends_it_and_counts_what_the_design_counts() {
+        let policy = RetryPolicy::new([Code::Unavailable]);
+        let lost = (Code::Unavailable, Pushback::None);
+        let tokens = Tokens::new(RetryBudget::new(4, 0.001));
+        // It begins with 4; the second failure leaves half.
+        let used_up = Some("the retry budget is used up");
+        assert_eq!(run(&policy, &tokens, &[lost]), (vec![100], used_up));
+
+        let tokens = Tokens::new(RetryBudget::new(2, 0.001));
+        run(&policy, &tokens, &[(Code::NotFound, Pushback::None)]);
+        assert!(tokens.suffices(), "not covered, not counted");
+        run(&policy, &tokens, &[(Code::NotFound, Pushback::Never)]);
+        assert!(!tokens.suffices(), "but a server that wants quiet is heard");
+    }
+}

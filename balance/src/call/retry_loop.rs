@@ -1,0 +1,243 @@
+//! The attempts of a call, one after the other.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use http::Response;
+use tokio::time::Instant;
+use tonic::{Code, Status};
+
+use super::answer::{answer, failed, judge};
+use super::attempt::{Attempt, PREVIOUS_ATTEMPTS, PREVIOUS_ATTEMPTS_KEY, Try};
+use super::attempt_log::AttemptLog;
+use super::body::ResponseBody;
+use super::core::Core;
+use super::history::History;
+use super::request::Call;
+use super::response_head::{Head, failure};
+use super::retry::decision::{Decision, Progress, Pushback};
+use super::transparent_retry::{Answered, Failed, Sending, recover, send};
+use crate::balance::Ticket;
+use crate::transport::deadline::Deadline;
+use crate::transport::request_body::Outgoing;
+use crate::transport::response_body::Incoming;
+
+pub(super) type Retrying =
+    Pin<Box<dyn Future<Output = Result<Response<ResponseBody>, Status>> + Send>>;
+
+/// Goes on after the first try has failed before its response's head, or with a head that a policy may not leave at that.
+pub(super) fn after_first(
+    core: Arc<Core>,
+    call: Call,
+    attempt: Attempt,
+    outcome: Result<Response<Incoming>, h2::Error>,
+    deadline: Option<Deadline>,
+) -> Retrying {
+    Box::pin(async move {
+        let mut tried = History::default();
+        let outcome = match outcome {
+            Ok(head) => {
+                Answered { attempt, head }
+                    .settle(&core, &call, &mut tried, deadline)
+                    .await
+            }
+            Err(error) => match recover(&core, &call, attempt, error, &mut tried, deadline).await {
+                Ok(body) => return run(core, call, body, None, tried, deadline).await,
+                Err(failed) => Err(failed),
+            },
+        };
+        let attempts = Attempts::new(core, call, tried, deadline);
+        attempts.go_on(outcome).await
+    })
+}
+
+/// Makes a call that has not been sent, or was refused. It may have a `place` already.
+pub(super) async fn run(
+    core: Arc<Core>,
+    call: Call,
+    body: Outgoing,
+    place: Option<Ticket>,
+    tried: History,
+    deadline: Option<Deadline>,
+) -> Result<Response<ResponseBody>, Status> {
+    let mut attempts = Attempts::new(core, call, tried, deadline);
+    let outcome = attempts.attempt(body, place).await;
+    attempts.go_on(outcome).await
+}
+
+/// What one attempt came to.
+pub(super) type Outcome = Result<Answered, Failed>;
+
+/// A call that may take several attempts.
+struct Attempts {
+    closing: Closing,
+    tried: History,
+    progress: Progress,
+}
+
+impl Attempts {
+    fn new(core: Arc<Core>, call: Call, tried: History, deadline: Option<Deadline>) -> Self {
+        Self {
+            closing: Closing::new(core, call, deadline),
+            tried,
+            progress: Progress::new(),
+        }
+    }
+
+    /// Makes attempts until one is the last.
+    async fn go_on(mut self, mut outcome: Outcome) -> Result<Response<ResponseBody>, Status> {
+        loop {
+            let wait = match self.judge(&outcome) {
+                Decision::Again(wait) => wait,
+                Decision::GiveUp(why) => return self.finish(outcome, why),
+            };
+            let resume = Instant::now().checked_add(wait);
+            let Some(resume) = resume.filter(|at| !self.closing.is_late(*at)) else {
+                return self.finish(outcome, Some("the deadline leaves no time for another"));
+            };
+            let Some(body) = take_body(&mut outcome).await? else {
+                return self.finish(outcome, Some("more of the request was sent than is kept"));
+            };
+            self.leave(outcome);
+            tokio::time::sleep_until(resume).await;
+            self.progress.advance();
+            outcome = self.attempt(body, None).await;
+        }
+    }
+
+    async fn attempt(&mut self, body: Outgoing, place: Option<Ticket>) -> Outcome {
+        let which = Try::Later {
+            previous: self.progress.previous(),
+        };
+        let Closing {
+            core,
+            call,
+            deadline,
+            ..
+        } = &mut self.closing;
+        let sending = Sending {
+            body,
+            place,
+            which,
+            deadline: *deadline,
+        };
+        send(core, call, sending, &mut self.tried).await
+    }
+
+    /// Notes a failure, and says what is to be done about it.
+    fn judge(&mut self, outcome: &Outcome) -> Decision {
+        let Some((code, pushback)) = self.closing.note(outcome) else {
+            return Decision::GiveUp(None);
+        };
+        let Closing { core, call, .. } = &self.closing;
+        let retries = core.retries.as_deref();
+        let policy = retries.and_then(|retries| Some((retries, retries.retry(call.path())?)));
+        let Some((retries, policy)) = policy else {
+            return Decision::GiveUp(None);
+        };
+        if self.tried.is_convicted() {
+            return Decision::GiveUp(Some("its connections were lost with this call on them"));
+        }
+        let random = fastrand::f64();
+        let tokens = retries.tokens();
+        let decision = self.progress.next(policy, code, pushback, tokens, random);
+        tracing::debug!(?code, ?decision, "an attempt has failed");
+        decision
+    }
+
+    /// After an attempt that is not the last: its place is given up, and its endpoint avoided.
+    fn leave(&mut self, outcome: Outcome) {
+        let endpoint = match outcome {
+            Ok(Answered { attempt, head }) => {
+                let mut ticket = attempt.ticket;
+                judge(&self.closing.core, &head, &mut ticket, Instant::now());
+                Some(Arc::clone(ticket.endpoint()))
+            }
+            Err(failed) => failed.endpoint,
+        };
+        self.tried.next_attempt(endpoint.as_ref());
+    }
+
+    fn finish(self, outcome: Outcome, why: Option<&str>) -> Result<Response<ResponseBody>, Status> {
+        self.closing.finish(outcome, self.progress.previous(), why)
+    }
+}
+
+/// The body for another attempt.
+async fn take_body(outcome: &mut Outcome) -> Result<Option<Outgoing>, Status> {
+    match outcome {
+        Ok(answered) => answered.take_body().await,
+        Err(failed) => Ok(failed.body.take()),
+    }
+}
+
+/// What a call ends with, however many attempts it takes.
+pub(super) struct Closing {
+    pub(super) core: Arc<Core>,
+    pub(super) call: Call,
+    pub(super) deadline: Option<Deadline>,
+    pub(super) attempt_log: AttemptLog,
+}
+
+impl Closing {
+    pub(super) fn new(core: Arc<Core>, call: Call, deadline: Option<Deadline>) -> Self {
+        Self {
+            core,
+            call,
+            deadline,
+            attempt_log: AttemptLog::default(),
+        }
+    }
+
+    /// Notes a failure: its code, and what the server says of another attempt. None if the attempt is no failure.
+    pub(super) fn note(&mut self, outcome: &Outcome) -> Option<(Code, Pushback)> {
+        let (code, endpoint, pushback) = match outcome {
+            Ok(answered) => {
+                let code = failure(&answered.head)?;
+                let pushback = Pushback::of(answered.head.headers());
+                (code, Some(answered.attempt.ticket.endpoint()), pushback)
+            }
+            Err(failed) => {
+                let endpoint = failed.endpoint.as_ref();
+                (failed.status.code(), endpoint, Pushback::None)
+            }
+        };
+        let address = endpoint.map(|endpoint| endpoint.address().clone());
+        self.attempt_log.add(address, code);
+        Some((code, pushback))
+    }
+
+    /// The caller gets the last attempt's outcome.
+    pub(super) fn finish(
+        mut self,
+        outcome: Outcome,
+        previous: u32,
+        why: Option<&str>,
+    ) -> Result<Response<ResponseBody>, Status> {
+        let Answered { attempt, mut head } = match outcome {
+            Ok(answered) => answered,
+            Err(failed) => return Err(self.attempt_log.into_status(failed.status, why)),
+        };
+        let (core, mut ticket) = (self.core, attempt.ticket);
+        let kind = Head::of(&head);
+        if kind.failure().is_some() {
+            let now = Instant::now();
+            let mut status = failed(&core, &head, kind, &mut ticket, self.deadline, now);
+            if previous > 0 {
+                status
+                    .metadata_mut()
+                    .insert(PREVIOUS_ATTEMPTS_KEY, previous.into());
+            }
+            return Err(self.attempt_log.into_status(status, why));
+        }
+        if previous > 0 {
+            head.headers_mut()
+                .insert(PREVIOUS_ATTEMPTS, previous.into());
+        }
+        answer(core, &mut self.call, head, ticket, self.deadline)
+    }
+
+    fn is_late(&self, at: Instant) -> bool {
+        self.deadline.is_some_and(|deadline| at >= deadline.at())
+    }
+}

@@ -1,0 +1,325 @@
+//! The statuses that calls end with. The message of those made here names the service, the endpoint and the numbers; the typed cause is the
+//! status's source, also of those that a server has returned.
+
+use std::error::Error;
+use std::sync::Arc;
+use std::time::Duration;
+
+use h2::Reason;
+use http::HeaderMap;
+use tokio::time::Instant;
+use tonic::{Code, Status};
+
+use super::core::Core;
+use super::response_head::{Foreign, Head};
+use crate::address::Address;
+use crate::balance::{Blame, Endpoint, Summary};
+use crate::error::causes;
+use crate::transport::deadline::Deadline;
+use crate::transport::h2_error::is_unprocessed;
+
+/// Names the endpoint that failed a call, and the reason.
+///
+/// It is in the source chain of the call's `Status`: walk the chain, because after retries another `Status` precedes it. It is present if the
+/// server returned the error, the connection failed, the deadline passed at the endpoint, or the endpoint's limits kept the call from being sent.
+/// It is absent if no endpoint was picked. The message of an error that the server returned does not name the server; this type does.
+///
+/// ```
+/// use std::error::Error;
+/// use tonic_balance::CallError;
+///
+/// fn log(status: &tonic::Status) {
+///     let mut cause = status.source();
+///     while let Some(error) = cause {
+///         if let Some(call) = error.downcast_ref::<CallError>() {
+///             println!("{} failed the call: {call}", call.address());
+///         }
+///         cause = error.source();
+///     }
+/// }
+/// ```
+#[derive(Clone, Debug)]
+pub struct CallError {
+    address: Address,
+    what: String,
+    source: Option<Arc<dyn Error + Send + Sync>>,
+}
+
+impl CallError {
+    fn new(address: &Address, what: impl Into<String>) -> Self {
+        Self {
+            address: address.clone(),
+            what: what.into(),
+            source: None,
+        }
+    }
+
+    fn with_source(mut self, source: h2::Error) -> Self {
+        self.source = Some(Arc::new(source));
+        self
+    }
+
+    /// The endpoint that failed the call.
+    #[must_use]
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+}
+
+impl std::fmt::Display for CallError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "endpoint {}: {}", self.address, self.what)
+    }
+}
+
+impl Error for CallError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.source.as_deref().map(|source| source as _)
+    }
+}
+
+/// The status of a call that an endpoint's connection has failed. `blame` is the error with which the endpoint has ended the connection:
+/// calls below the last stream of its GOAWAY see no more than a closed socket.
+pub(super) fn broken(
+    service: &str,
+    address: &Address,
+    error: h2::Error,
+    blame: Option<Reason>,
+) -> Status {
+    let (code, what) = classify(&error);
+    let mut message = format!("{service}: endpoint {address}: {what}: {error}");
+    if let Some(blame) = blame.filter(|_| !error.is_go_away()) {
+        message = format!("{message}; the endpoint has ended the connection with {blame:?}");
+    }
+    let source = CallError::new(address, what).with_source(error);
+    with_source(code, message, Arc::new(source))
+}
+
+/// The status of a call that had a connection of its own, which the endpoint has ended: the call itself is the likely cause.
+pub(super) fn refused_alone(
+    service: &str,
+    address: &Address,
+    metadata: usize,
+    error: h2::Error,
+) -> Status {
+    let what = format!(
+        "ended a connection that carried this call alone; its metadata has {metadata} bytes"
+    );
+    let message = format!("{service}: endpoint {address}: {what}: {error}");
+    let source = CallError::new(address, what).with_source(error);
+    let code = if metadata > 0 {
+        Code::ResourceExhausted
+    } else {
+        Code::Unavailable
+    };
+    with_source(code, message, Arc::new(source))
+}
+
+/// The status of a call that needs a connection of its own and got none. It was not sent.
+pub(super) fn not_alone(service: &str, address: &Address, error: &(dyn Error + 'static)) -> Status {
+    let what = format!(
+        "no connection could be made for a call that may end its connection: {}",
+        causes(error)
+    );
+    let message = format!("{service}: endpoint {address}: {what}");
+    let source = CallError::new(address, what);
+    with_source(Code::Unavailable, message, Arc::new(source))
+}
+
+/// The status of a call whose metadata is larger than the endpoint takes. It was not sent.
+pub(super) fn too_large(service: &str, address: &Address, metadata: usize, limit: u32) -> Status {
+    let what = format!("accepts metadata of at most {limit} bytes, and the call has {metadata}");
+    let message = format!("{service}: endpoint {address} {what}; the call was not sent");
+    let source = CallError::new(address, what);
+    with_source(Code::ResourceExhausted, message, Arc::new(source))
+}
+
+/// The status of a call whose response is not gRPC's.
+pub(super) fn foreign(service: &str, address: &Address, response: &Foreign) -> Status {
+    let what = response.to_string();
+    let message = format!("{service}: endpoint {address}: {what}");
+    let source = CallError::new(address, what);
+    with_source(response.code(), message, Arc::new(source))
+}
+
+/// The status of a response that ended without a gRPC status.
+pub(super) fn unfinished(service: &str, address: &Address) -> Status {
+    let message = format!("{service}: endpoint {address}: {UNFINISHED}");
+    let source = CallError::new(address, UNFINISHED);
+    with_source(Code::Unknown, message, Arc::new(source))
+}
+
+/// What is wrong with a response that ended without a gRPC status.
+pub(super) const UNFINISHED: &str =
+    "the response ended without trailers, which carry the gRPC status";
+
+/// The error that a server has answered with, in headers or trailers, with the endpoint as its source. None if there is no error in them.
+pub(super) fn answered(address: &Address, headers: &HeaderMap) -> Option<Status> {
+    let mut status = Status::from_header_map(headers)?;
+    if status.code() == Code::Ok {
+        return None;
+    }
+    let what = format!("answered with {:?}", status.code());
+    status.set_source(Arc::new(CallError::new(address, what)));
+    Some(status)
+}
+
+/// Whether a cancellation that comes now is the server's enforcement of the deadline, a moment before our own timer.
+pub(super) fn is_deadline(deadline: Option<Deadline>, now: Instant) -> bool {
+    deadline.is_some_and(|deadline| now + EARLY >= deadline.at())
+}
+
+/// Whether the server has cancelled the call.
+pub(super) fn is_cancelled(error: &h2::Error) -> bool {
+    error.is_reset() && error.is_remote() && error.reason() == Some(Reason::CANCEL)
+}
+
+/// Servers reset a call whose deadline has passed with CANCEL, or answer CANCELLED. The timeout that they read is rounded down, and their
+/// timers are as coarse as ours.
+const EARLY: Duration = Duration::from_millis(2);
+
+/// gRPC's table for HTTP/2 error codes. A connection that fails is always `UNAVAILABLE`.
+fn classify(error: &h2::Error) -> (Code, &'static str) {
+    if is_unprocessed(error) {
+        return (Code::Unavailable, "the call was refused");
+    }
+    if !error.is_reset() {
+        return (Code::Unavailable, "the connection was lost");
+    }
+    let code = match error.reason() {
+        Some(Reason::REFUSED_STREAM) => Code::Unavailable,
+        Some(Reason::CANCEL) => Code::Cancelled,
+        Some(Reason::ENHANCE_YOUR_CALM) => Code::ResourceExhausted,
+        Some(Reason::INADEQUATE_SECURITY) => Code::PermissionDenied,
+        _ => Code::Internal,
+    };
+    (code, "the stream was reset")
+}
+
+/// The status of a request that HTTP/2 does not allow.
+pub(super) fn malformed(service: &str, error: h2::Error) -> Status {
+    let message = format!("{service}: the request is malformed: {error}");
+    with_source(Code::Internal, message, Arc::new(error))
+}
+
+/// The status of a call that no endpoint can take.
+pub(super) fn unready(core: &Core, summary: &Summary, why: &str) -> Status {
+    let message = format!("{}: {why} ({})", core.service, numbers(core, summary));
+    match &summary.last_error {
+        Some(error) => with_source(Code::Unavailable, message, error.clone()),
+        None => Status::unavailable(message),
+    }
+}
+
+/// The status of a call that finds the queue full.
+pub(super) fn crowded(core: &Core, limit: usize) -> Status {
+    let numbers = numbers(core, &core.shared().summary());
+    Status::resource_exhausted(format!(
+        "{}: {limit} calls are waiting already ({numbers})",
+        core.service
+    ))
+}
+
+/// The status of a call whose deadline has passed while it was `doing` something.
+pub(super) fn overdue(core: &Core, deadline: Deadline, doing: &str) -> Status {
+    let numbers = numbers(core, &core.shared().summary());
+    let timeout = deadline.timeout();
+    Status::deadline_exceeded(format!(
+        "{}: deadline of {timeout:?} exceeded while {doing} ({numbers})",
+        core.service
+    ))
+}
+
+/// The status of a call whose deadline has passed while it was `doing` something at an endpoint.
+pub(super) fn overdue_at(
+    core: &Core,
+    deadline: Deadline,
+    doing: &str,
+    endpoint: &Endpoint,
+) -> Status {
+    let (address, timeout) = (endpoint.address(), deadline.timeout());
+    let what = format!("deadline of {timeout:?} exceeded while {doing}");
+    let message = format!("{}: endpoint {address}: {what}", core.service);
+    let source = CallError::new(address, what);
+    with_source(Code::DeadlineExceeded, message, Arc::new(source))
+}
+
+/// How many endpoints there are, and what happened last.
+fn numbers(core: &Core, summary: &Summary) -> String {
+    let mut text = if summary.known {
+        let Summary {
+            endpoints, ready, ..
+        } = summary;
+        format!("{ready} of {endpoints} endpoints ready")
+    } else {
+        "endpoints unknown".to_owned()
+    };
+    if let Some(error) = &summary.last_error {
+        text = format!("{text}; last error: {error}");
+    }
+    if let Some(error) = &summary.source_error {
+        text = format!("{text}; discovery: {error}");
+    }
+    if let Some(trouble) = core.trouble() {
+        text = format!("{text}; {trouble}");
+    }
+    text
+}
+
+fn with_source(code: Code, message: String, source: Arc<dyn Error + Send + Sync>) -> Status {
+    let mut status = Status::new(code, message);
+    status.set_source(source);
+    status
+}
+
+/// What a response's head shows against the endpoint, if anything.
+pub(super) fn head_blame(head: Head) -> Option<Blame> {
+    match head {
+        Head::Grpc(code) => code.and_then(blame),
+        Head::Foreign(_) => Some(Blame::Connection),
+    }
+}
+
+/// What a response's status shows against the endpoint, if anything.
+pub(super) fn blame(code: Code) -> Option<Blame> {
+    match code {
+        // gRPC's code for a connection that is gone, and that of proxies for a server behind them.
+        Code::Unavailable => Some(Blame::Connection),
+        Code::Internal | Code::Unknown | Code::DataLoss | Code::ResourceExhausted => {
+            Some(Blame::Server)
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn a_servers_error_keeps_its_details_and_names_the_server() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("grpc-status", "14"),
+            ("grpc-message", "gr%C3%BC%C3%9Fe"),
+            ("grpc-status-details-bin", "AQID"),
+            ("rack", "7"),
+        ] {
+            headers.insert(name, HeaderValue::from_static(value));
+        }
+        let address = "10.0.0.5:50051".parse().expect("an address");
+        let status = answered(&address, &headers).expect("an error");
+        assert_eq!(status.code(), Code::Unavailable);
+        assert_eq!(status.message(), "grüße");
+        assert_eq!(status.details(), [1, 2, 3]);
+        assert_eq!(status.metadata().get("rack").expect("kept"), "7");
+        let source = status
+            .source()
+            .and_then(|source| source.downcast_ref::<CallError>());
+        assert_eq!(source.expect("typed").address(), &address);
+        headers.insert("grpc-status", HeaderValue::from_static("0"));
+        assert!(answered(&address, &headers).is_none());
+    }
+}

@@ -1,0 +1,175 @@
+//! Sources of endpoints: a list of addresses, a stream of changes, or any type that implements [`EndpointSource`].
+
+use std::convert::Infallible;
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use tokio_stream::Stream;
+use tower::discover::Change;
+
+use crate::address::{Address, AddressError, AddressPolicy};
+use crate::attributes::Attributes;
+use crate::balance::OnRefused;
+
+/// A source of endpoints for a channel, for example a resolver.
+///
+/// Implement it for the builder of a resolver, so that the resolver starts when the channel is connected.
+/// A plain stream of changes needs no implementation: see [`ChannelBuilder::discover`](crate::ChannelBuilder::discover).
+pub trait EndpointSource {
+    /// What the source reports about an endpoint besides its address.
+    type Attributes: Into<Attributes> + 'static;
+    /// The error of the stream. An error is logged and changes no endpoint.
+    type Error: Into<Box<dyn std::error::Error + Send + Sync>> + 'static;
+    /// The stream of changes. At its end the endpoints stay as they are.
+    type Stream: Stream<Item = Result<Change<Address, Self::Attributes>, Self::Error>>
+        + Send
+        + 'static;
+
+    /// Starts the source in the current tokio runtime. `tls` is whether the channel connects to its endpoints with TLS.
+    ///
+    /// # Errors
+    ///
+    /// The reason why the source cannot be used. The channel is then [invalid](crate::ChannelError::InvalidOption).
+    fn start(self, tls: bool) -> Result<Endpoints<Self::Stream>, String>;
+}
+
+/// A stream of changes, and what its source adds to it.
+pub struct Endpoints<S> {
+    pub(super) changes: S,
+    pub(super) known: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+    pub(super) trouble: Option<Trouble>,
+    pub(super) on_refused: Option<OnRefused>,
+    pub(super) service: Option<String>,
+    pub(super) policy: Option<AddressPolicy>,
+    pub(super) own_addresses: bool,
+}
+
+/// Returns the current failure of a source.
+pub(super) type Trouble = Box<dyn Fn() -> Option<String> + Send + Sync>;
+
+impl<S> Endpoints<S> {
+    /// Takes a stream of changes. Its first item, or its end, makes the set of endpoints known: until then calls wait instead of failing.
+    pub fn new(changes: S) -> Self {
+        Self {
+            changes,
+            known: None,
+            trouble: None,
+            on_refused: None,
+            service: None,
+            policy: None,
+            own_addresses: false,
+        }
+    }
+
+    /// The set of endpoints is known when this future has ended, and not with the first item. A source that can find an empty set needs it.
+    #[must_use]
+    pub fn known_after(mut self, known: impl Future<Output = ()> + Send + 'static) -> Self {
+        self.known = Some(Box::pin(known));
+        self
+    }
+
+    /// Sets a function that returns the current failure of the source, if any, for the errors of calls that find no endpoint.
+    #[must_use]
+    pub fn last_error(
+        mut self,
+        last_error: impl Fn() -> Option<String> + Send + Sync + 'static,
+    ) -> Self {
+        self.trouble = Some(Box::new(last_error));
+        self
+    }
+
+    /// Sets a function that is called when an endpoint refuses a connection. It must not block.
+    #[must_use]
+    pub fn on_refused(mut self, on_refused: impl Fn(&Address) + Send + Sync + 'static) -> Self {
+        self.on_refused = Some(OnRefused(Arc::new(on_refused)));
+        self
+    }
+
+    /// Sets the service's name in messages and logs, unless the channel's builder has one.
+    #[must_use]
+    pub fn service(mut self, service: impl Into<String>) -> Self {
+        self.service = Some(service.into());
+        self
+    }
+
+    /// Sets which addresses host names may resolve to, unless the channel's builder has a policy.
+    #[must_use]
+    pub fn address_policy(mut self, policy: AddressPolicy) -> Self {
+        self.policy = Some(policy);
+        self
+    }
+}
+
+impl<S> fmt::Debug for Endpoints<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Endpoints")
+            .field("service", &self.service)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Endpoints from a stream of changes.
+#[derive(Debug)]
+pub struct Discover<D>(pub(super) D);
+
+impl<D, A, E> EndpointSource for Discover<D>
+where
+    D: Stream<Item = Result<Change<Address, A>, E>> + Send + 'static,
+    A: Into<Attributes> + 'static,
+    E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
+{
+    type Attributes = A;
+    type Error = E;
+    type Stream = D;
+
+    fn start(self, _: bool) -> Result<Endpoints<D>, String> {
+        Ok(Endpoints::new(self.0))
+    }
+}
+
+/// Fixed endpoints.
+#[derive(Clone, Debug)]
+pub struct Addresses(pub(super) Vec<String>);
+
+/// The changes of a fixed list of endpoints.
+pub(super) type Changes =
+    tokio_stream::Iter<std::vec::IntoIter<Result<Change<Address, ()>, Infallible>>>;
+
+impl EndpointSource for Addresses {
+    type Attributes = ();
+    type Error = Infallible;
+    type Stream = Changes;
+
+    fn start(self, tls: bool) -> Result<Endpoints<Changes>, String> {
+        let addresses = self.0.iter().map(|given| parse(given, tls));
+        let changes: Result<Vec<_>, _> = addresses
+            .map(|address| address.map(|address| Ok(Change::Insert(address, ()))))
+            .collect();
+        let mut endpoints = Endpoints::new(tokio_stream::iter(changes?));
+        endpoints.own_addresses = true;
+        Ok(endpoints)
+    }
+}
+
+/// Parses an address, or the URI that a user of tonic's `Channel` has in its place.
+fn parse(given: &str, tls: bool) -> Result<Address, String> {
+    let address = match given.split_once("://") {
+        Some(("http", _)) if tls => {
+            return Err(format!(
+                "{given:?} is plaintext, and TLS is configured; write https://"
+            ));
+        }
+        Some(("https", _)) if !tls => {
+            return Err(format!(
+                "{given:?} requires TLS, and none is configured; call `tls` first"
+            ));
+        }
+        Some(("http" | "https", rest)) => rest.strip_suffix('/').unwrap_or(rest),
+        _ => given,
+    };
+    address
+        .parse()
+        .map_err(|error: AddressError| error.to_string())
+}

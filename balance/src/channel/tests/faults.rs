@@ -1,0 +1,680 @@
+//! Restarts, kills, refusals: what is replayed and what is not, and that no call runs twice.
+
+use std::io;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+
+use super::support::PATIENCE;
+use super::*;
+
+/// A server that counts the calls it has processed.
+fn counting(processed: &Arc<AtomicUsize>) -> support::Cut {
+    let processed = Arc::clone(processed);
+    Raw::answering(
+        |_| (),
+        move |call| {
+            processed.fetch_add(1, Ordering::SeqCst);
+            reply(call)
+        },
+    )
+}
+
+/// A server that resets every call, and counts them.
+fn resetting(reason: Reason, seen: &Arc<AtomicUsize>) -> support::Cut {
+    let seen = Arc::clone(seen);
+    Raw::answering(
+        |_| (),
+        move |(_, mut respond)| {
+            seen.fetch_add(1, Ordering::SeqCst);
+            respond.send_reset(reason);
+            async {}
+        },
+    )
+}
+
+#[tokio::test]
+async fn a_refused_call_goes_elsewhere_and_runs_once() {
+    let (refused, processed) = (Arc::default(), Arc::default());
+    let servers = [
+        resetting(Reason::REFUSED_STREAM, &refused),
+        counting(&processed),
+    ];
+    let channel = over(servers.iter().map(support::Cut::address));
+    ready(&channel, 2).await;
+    for _ in 0..200 {
+        say(&channel).await.expect("the other one serves");
+    }
+    assert_eq!(processed.load(Ordering::SeqCst), 200, "no call runs twice");
+    assert!(
+        refused.load(Ordering::SeqCst) > 0,
+        "the refusing one was asked"
+    );
+    assert!(
+        channel
+            .endpoints()
+            .iter()
+            .all(|status| status.failures == 0),
+        "a refusal is no failure"
+    );
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn a_call_refused_everywhere_fails_after_four_tries() {
+    let seen = Arc::default();
+    let servers: Vec<_> = (0..6)
+        .map(|_| resetting(Reason::REFUSED_STREAM, &seen))
+        .collect();
+    let channel = over(servers.iter().map(support::Cut::address));
+    ready(&channel, 6).await;
+    let status = say(&channel).await.expect_err("everybody refuses");
+    assert_eq!(status.code(), Code::Unavailable);
+    assert!(status.message().contains("endpoint 127.0.0.1"), "{status}");
+    assert_eq!(
+        seen.load(Ordering::SeqCst),
+        4,
+        "once, and three times again: {status:?}"
+    );
+}
+
+#[tokio::test]
+async fn one_server_that_refuses_is_asked_once() {
+    let seen = Arc::default();
+    let server = resetting(Reason::REFUSED_STREAM, &seen);
+    let channel = over([server.address()]);
+    let (outcome, took) = timed(say(&channel)).await;
+    assert_eq!(outcome.expect_err("refused").code(), Code::Unavailable);
+    assert_eq!(seen.load(Ordering::SeqCst), 1);
+    assert!(took < Duration::from_secs(1), "{took:?}");
+}
+
+#[tokio::test]
+async fn other_resets_are_not_replayed_and_have_their_code() {
+    for (reason, code) in [
+        (Reason::CANCEL, Code::Cancelled),
+        (Reason::INTERNAL_ERROR, Code::Internal),
+        (Reason::ENHANCE_YOUR_CALM, Code::ResourceExhausted),
+        (Reason::INADEQUATE_SECURITY, Code::PermissionDenied),
+    ] {
+        let seen = Arc::default();
+        let servers = [resetting(reason, &seen), resetting(reason, &seen)];
+        let channel = over(servers.iter().map(support::Cut::address));
+        ready(&channel, 2).await;
+        let status = say(&channel).await.expect_err("reset");
+        assert_eq!(status.code(), code, "{status}");
+        assert_eq!(
+            seen.load(Ordering::SeqCst),
+            1,
+            "{reason:?} may have been processed"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_refusal_after_the_head_is_not_replayed() {
+    let seen = Arc::new(AtomicUsize::new(0));
+    let (read, reading) = tokio::sync::watch::channel(false);
+    let answer = |seen: Arc<AtomicUsize>, reading: tokio::sync::watch::Receiver<bool>| {
+        move |(_, mut respond): support::Accepted| {
+            seen.fetch_add(1, Ordering::SeqCst);
+            let mut reading = reading.clone();
+            async move {
+                let mut stream = respond.send_response(grpc_head(), false).expect("a head");
+                // A reset would take the head along that is not out yet.
+                let _ = reading.wait_for(|reading| *reading).await;
+                stream.send_reset(Reason::REFUSED_STREAM);
+            }
+        }
+    };
+    let servers = [
+        Raw::answering(|_| (), answer(Arc::clone(&seen), reading.clone())),
+        Raw::answering(|_| (), answer(Arc::clone(&seen), reading)),
+    ];
+    let channel = over(servers.iter().map(support::Cut::address));
+    ready(&channel, 2).await;
+    let mut client = GreeterClient::new(channel.clone());
+    let replies = in_time("a head", client.say_hellos(hello("stream"))).await;
+    let mut replies = replies.expect("a head").into_inner();
+    read.send_replace(true);
+    let status = in_time("a reset", replies.message())
+        .await
+        .expect_err("reset");
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    assert_eq!(seen.load(Ordering::SeqCst), 1);
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn a_streamed_call_is_replayed_while_its_beginning_is_at_hand() {
+    let (refused, processed) = (Arc::default(), Arc::default());
+    let servers = [
+        resetting(Reason::REFUSED_STREAM, &refused),
+        counting(&processed),
+    ];
+    let channel = over(servers.iter().map(support::Cut::address));
+    ready(&channel, 2).await;
+    let mut client = GreeterClient::new(channel.clone());
+    for _ in 0..50 {
+        let (feed, requests) = mpsc::unbounded_channel();
+        feed.send(hello("one")).expect("open");
+        let call = client.greet_all(UnboundedReceiverStream::new(requests));
+        let (outcome, ()) = tokio::join!(in_time("a call", call), async {
+            tokio::task::yield_now().await;
+            let _ = feed.send(hello("two"));
+            drop(feed);
+        });
+        outcome.expect("the other one serves");
+    }
+    assert_eq!(processed.load(Ordering::SeqCst), 50);
+    assert!(refused.load(Ordering::SeqCst) > 0);
+}
+
+#[tokio::test]
+async fn a_connection_that_breaks_in_a_call_is_unavailable_and_names_the_endpoint() {
+    let mut raw = Raw::start(|_| ());
+    let processed = Arc::default();
+    let other = counting(&processed);
+    let channel = over([raw.address()]);
+    let call = tokio::spawn({
+        let channel = channel.clone();
+        async move { say(&channel).await }
+    });
+    let _accepted = raw.accept().await;
+    raw.cut();
+    let status = in_time("a call", call)
+        .await
+        .expect("no panic")
+        .expect_err("cut");
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    assert!(status.message().contains(&raw.address()), "{status}");
+    assert_eq!(
+        processed.load(Ordering::SeqCst),
+        0,
+        "it may have been processed"
+    );
+    until("the loss is seen", || {
+        channel
+            .endpoints()
+            .iter()
+            .all(|status| status.connections == 0)
+    })
+    .await;
+    drop(other);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn graceful_restarts_fail_no_call_and_run_none_twice() {
+    let mut servers: Vec<_> = (0..3).map(|_| Greeter::start("one")).collect();
+    let channel = over(servers.iter().map(Greeter::address));
+    ready(&channel, 3).await;
+    let stop = tokio_util::sync::CancellationToken::new();
+    let mut callers = JoinSet::new();
+    for _ in 0..32 {
+        let (channel, stop) = (channel.clone(), stop.clone());
+        callers.spawn(async move {
+            let mut calls = 0_usize;
+            while !stop.is_cancelled() {
+                say(&channel).await.expect("no call fails");
+                calls += 1;
+            }
+            calls
+        });
+    }
+    for round in 0..9 {
+        let server = servers.remove(0);
+        let port = server.address.port();
+        server.shut_down().await;
+        let name = format!("round-{round}");
+        servers.push(Greeter::start_with(&name, port, |server| server));
+        ready(&channel, 3).await;
+    }
+    stop.cancel();
+    let calls: usize = in_time("the callers", callers.join_all())
+        .await
+        .iter()
+        .sum();
+    assert!(calls > 1_000, "{calls}");
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn a_lone_server_may_restart_between_calls_in_flight() {
+    let server = Greeter::start("before");
+    let channel = over([server.address()]);
+    say(&channel).await.expect("an answer");
+    let port = server.address.port();
+    server.shut_down().await;
+    let _server = Greeter::start_with("after", port, |server| server);
+    let mut client = GreeterClient::new(channel.clone());
+    let mut request = Request::new(hello("patient"));
+    request.extensions_mut().insert(WaitForReady::new(true));
+    let reply = in_time("a call", client.say_hello(request))
+        .await
+        .expect("an answer");
+    assert!(reply.into_inner().message.ends_with("after"));
+}
+
+#[tokio::test]
+async fn a_server_killed_again_and_again_fails_only_what_was_in_flight() {
+    let steady = Greeter::start("steady");
+    let shaky = Raw::start(|_| ());
+    let port = shaky.address.port();
+    let channel = over([steady.address(), shaky.address()]);
+    ready(&channel, 2).await;
+    shaky.cut();
+    until("the loss is seen", || {
+        channel
+            .endpoints()
+            .iter()
+            .any(|status| status.state != EndpointState::Ready)
+    })
+    .await;
+    assert_eq!(tally(&channel, 100).await["steady"], 100);
+    drop(shaky);
+    let _back = Greeter::start_with("back", port, |server| server);
+    ready(&channel, 2).await;
+    // One caller alone takes whichever answers faster, until the other one's estimate has faded.
+    let used = async { while !tally(&channel, 1).await.contains_key("back") {} };
+    in_time("it is used again", used).await;
+}
+
+#[tokio::test]
+async fn a_malformed_request_is_internal_and_costs_no_endpoint() {
+    use tower::Service;
+    let server = Greeter::start("alpha");
+    let mut channel = over([server.address()]);
+    let request = http::Request::post("/helloworld.Greeter/SayHello")
+        .header("connection", "close")
+        .body(tonic::body::Body::empty())
+        .expect("a request");
+    let status = in_time("a call", channel.call(request))
+        .await
+        .expect_err("malformed");
+    assert_eq!(status.code(), Code::Internal, "{status}");
+    say(&channel)
+        .await
+        .expect("the connection is as good as before");
+}
+
+#[tokio::test]
+async fn a_goaway_below_a_call_that_was_sent_sends_it_elsewhere() {
+    let processed = Arc::default();
+    let shy = support::shy(0);
+    let other = counting(&processed);
+    let channel = over([shy, other.address()]);
+    ready(&channel, 2).await;
+    // Round robin would do, but the default must do it as well: sooner or later the shy one is picked.
+    let left = async {
+        while channel
+            .endpoints()
+            .iter()
+            .all(|status| status.last_error.is_none())
+        {
+            say(&channel).await.expect("the other one serves");
+        }
+    };
+    in_time("the shy one", left).await;
+    let calls: u64 = channel.endpoints().iter().map(|status| status.calls).sum();
+    assert!(
+        calls > processed.load(Ordering::SeqCst) as u64,
+        "one was sent in vain"
+    );
+}
+
+/// The other endpoint cannot be reached, and may not be for hours.
+#[tokio::test]
+async fn a_goaway_below_a_call_sends_it_to_the_same_endpoint_once_that_is_back() {
+    let (shy, back) = (support::shy(0), Greeter::start("back"));
+    let (dials, then) = (AtomicUsize::new(0), back.address());
+    let channel = BalancedChannel::builder()
+        .connector(move |address| {
+            let target = match (address.host(), dials.load(Ordering::SeqCst)) {
+                ("alpha", 0) => Some(shy.clone()),
+                ("alpha", _) => Some(then.clone()),
+                _ => None,
+            };
+            dials.fetch_add(usize::from(target.is_some()), Ordering::SeqCst);
+            async move {
+                let target = target.ok_or(io::ErrorKind::ConnectionRefused)?;
+                tokio::net::TcpStream::connect(target).await
+            }
+        })
+        .addresses(["alpha:1", "beta:1"])
+        .connect_lazy();
+    ready(&channel, 1).await;
+    until("the other one refuses", || {
+        let endpoints = channel.endpoints();
+        let mut states = endpoints.iter().map(|endpoint| endpoint.state);
+        states.any(|state| state == EndpointState::TransientFailure)
+    })
+    .await;
+    let (outcome, took) = timed(say(&channel)).await;
+    outcome.expect("it is back");
+    assert!(took < Duration::from_secs(10), "{took:?}");
+}
+
+/// Calls wait although one of very many connections has a place: whoever is woken for it looks for it everywhere.
+#[tokio::test]
+async fn a_place_that_becomes_free_on_one_of_a_thousand_connections_is_found() {
+    const ENDPOINTS: usize = 600;
+    let (accepts, mut accepted) = mpsc::unbounded_channel::<support::Accepted>();
+    let channel = BalancedChannel::builder()
+        .seed(7)
+        .connector(move |_| {
+            let (near, far) = tokio::io::duplex(1 << 14);
+            let accepts = accepts.clone();
+            tokio::spawn(async move {
+                let mut builder = h2::server::Builder::new();
+                builder.max_concurrent_streams(1);
+                let mut connection = builder.handshake(far).await.expect("a connection");
+                while let Some(Ok(call)) = connection.accept().await {
+                    // The test may be over.
+                    let _ = accepts.send(call);
+                }
+            });
+            std::future::ready(Ok::<_, io::Error>(near))
+        })
+        .addresses((1..=ENDPOINTS).map(|number| format!("server{number}:1")))
+        .connect_lazy();
+    ready(&channel, ENDPOINTS).await;
+    let call = || {
+        let channel = channel.clone();
+        tokio::spawn(async move { say(&channel).await.expect("an answer") })
+    };
+    let (mut calls, mut held) = (Vec::new(), Vec::new());
+    // An endpoint whose streams are all in use gets one connection more.
+    for _ in 0..2 * ENDPOINTS {
+        calls.push(call());
+    }
+    for _ in 0..2 * ENDPOINTS {
+        held.push(in_time("a call", accepted.recv()).await.expect("a call"));
+    }
+    for round in 0..5 {
+        calls.push(call());
+        let waits = || channel.0.shared().waiters().waiting() == 1;
+        until("the call waits", waits).await;
+        reply(held.swap_remove(round * 100)).await;
+        held.push(in_time("the call", accepted.recv()).await.expect("a call"));
+    }
+    for call in &calls {
+        call.abort();
+    }
+}
+
+/// What does not answer takes each attempt its whole timeout.
+#[tokio::test(start_paused = true)]
+async fn a_thousand_endpoints_that_swallow_connections_hold_up_nobody() {
+    let (changes, stream) = mpsc::unbounded_channel();
+    let channel = BalancedChannel::builder()
+        .seed(7)
+        .connector(move |address| async move {
+            if address.host() == "hole" {
+                std::future::pending::<()>().await;
+            }
+            let (near, far) = tokio::io::duplex(1 << 14);
+            tokio::spawn(async move {
+                let mut connection = h2::server::handshake(far).await.expect("a connection");
+                while connection.accept().await.is_some() {}
+            });
+            Ok(near)
+        })
+        .discover(UnboundedReceiverStream::new(stream))
+        .connect_lazy();
+    for port in 1..=3_000 {
+        insert(&changes, &format!("hole:{port}"), Attributes::new());
+    }
+    // Every one of them has been dialled and is known to be failing; more of them than can be dialled at once are due at any time.
+    tokio::time::sleep(Duration::from_secs(180)).await;
+    for round in 1..=10 {
+        insert(&changes, &format!("alpha:{round}"), Attributes::new());
+        let start = tokio::time::Instant::now();
+        ready(&channel, round).await;
+        let took = tokio::time::Instant::now().saturating_duration_since(start);
+        assert!(took < Duration::from_secs(1), "{took:?}");
+        tokio::time::sleep(Duration::from_secs(3)).await;
+    }
+    // One of those that fail is started again, whatever it waits for: its backoff or its turn.
+    for round in 1..=10 {
+        let address = format!("hole:{round}");
+        insert(&changes, &address, Attributes::new().with_generation(round));
+        let dialled = || {
+            let endpoints = channel.endpoints();
+            let one = endpoints.iter().find(|one| one.address.as_str() == address);
+            one.is_some_and(|one| one.state == EndpointState::Connecting)
+        };
+        until("it is dialled at once", dialled).await;
+    }
+}
+
+#[tokio::test]
+async fn the_longest_times_are_taken() {
+    let outliers = OutlierDetection::new().interval(Duration::MAX);
+    let channel = BalancedChannel::builder()
+        .start_up_bound(Duration::MAX)
+        .outlier_detection(outliers)
+        .addresses([refusing()])
+        .connect_lazy();
+    let status = say(&channel).await.expect_err("nobody is there");
+    assert_eq!(status.code(), Code::Unavailable);
+}
+
+#[tokio::test]
+async fn a_goaway_at_the_call_and_then_the_end_may_have_run_it() {
+    let processed = Arc::default();
+    let shy = support::shy(1);
+    let channel = over([&shy]);
+    ready(&channel, 1).await;
+    let other: support::Cut = counting(&processed);
+    let status = say(&channel).await.expect_err("nobody knows");
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    assert!(status.message().contains("connection was lost"), "{status}");
+    drop(other);
+}
+
+#[tokio::test]
+async fn what_waits_for_a_free_stream_waits_in_our_hands_and_goes_elsewhere() {
+    let mut full = Raw::start(|builder| {
+        builder.max_concurrent_streams(1);
+    });
+    let (changes, channel) = fed();
+    insert(&changes, &full.address(), Attributes::new());
+    ready(&channel, 1).await;
+    let mut calls = JoinSet::new();
+    for _ in 0..50 {
+        let channel = channel.clone();
+        calls.spawn(async move { say(&channel).await });
+    }
+    // One stream on each of the two connections that an endpoint may have then.
+    let running = [full.accept().await, full.accept().await];
+    until("the others wait", || channel.endpoints()[0].in_flight == 2).await;
+    assert!(
+        full.accepted.try_recv().is_err(),
+        "nothing is queued behind them"
+    );
+    let rescue = Greeter::start("rescue");
+    insert(&changes, &rescue.address(), Attributes::new());
+    ready(&channel, 2).await;
+    full.cut();
+    drop(running);
+    let outcomes = in_time("the calls", calls.join_all()).await;
+    let failed: Vec<_> = outcomes
+        .iter()
+        .filter_map(|outcome| outcome.as_ref().err())
+        .collect();
+    assert!(failed.len() <= 2, "only what was sent is lost: {failed:?}");
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn an_address_whose_packets_are_dropped_delays_no_call() {
+    let servers = [
+        Greeter::start("alpha"),
+        Greeter::start("beta"),
+        Greeter::start("gamma"),
+    ];
+    let hole = support::Hole::dig().await;
+    let mut addresses: Vec<_> = servers.iter().map(Greeter::address).collect();
+    addresses.push(hole.address());
+    let channel = over(&addresses);
+    let mut took = Vec::new();
+    for _ in 0..2_000 {
+        let (outcome, time) = timed(say(&channel)).await;
+        outcome.expect("the others serve");
+        took.push(time);
+    }
+    took.sort_unstable();
+    let p99 = took[took.len() * 99 / 100];
+    // Whoever waited for the hole would wait for seconds.
+    assert!(p99 < Duration::from_millis(500), "{p99:?}");
+    let connecting = channel.endpoints();
+    let connecting = connecting
+        .iter()
+        .find(|status| status.address.to_string() == hole.address());
+    assert_eq!(
+        connecting.expect("it is known").state,
+        EndpointState::Connecting
+    );
+}
+
+#[tokio::test]
+async fn a_connection_that_swallows_everything_is_given_up_with_keep_alive_on() {
+    let mut raw = Raw::start(|_| ());
+    let (frozen, freeze) = support::valve(raw.address);
+    let channel = BalancedChannel::builder()
+        .http2_keep_alive(Duration::from_millis(50), Duration::from_millis(200))
+        .addresses([frozen.to_string()])
+        .connect_lazy();
+    let healthy = tokio::spawn({
+        let channel = channel.clone();
+        async move { say(&channel).await }
+    });
+    let accepted = raw.accept().await;
+    reply(accepted).await;
+    healthy.await.expect("no panic").expect("an answer");
+    let call = tokio::spawn({
+        let channel = channel.clone();
+        async move { say(&channel).await }
+    });
+    let _accepted = raw.accept().await;
+    freeze.send_replace(true);
+    let (outcome, took) = timed(call).await;
+    let status = outcome.expect("no panic").expect_err("no answer");
+    assert_eq!(status.code(), Code::Unavailable, "{status}");
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    let error = channel.endpoints()[0].last_error.clone();
+    until("it is dialled again", || {
+        channel.endpoints()[0].state != EndpointState::Ready
+    })
+    .await;
+    assert!(error.is_some_and(|error| error.contains("ping")));
+}
+
+#[tokio::test]
+async fn pings_on_an_idle_connection_keep_it() {
+    let server = Greeter::start("alpha");
+    let channel = BalancedChannel::builder()
+        .http2_keep_alive(Duration::from_millis(5), Duration::from_secs(5))
+        .keep_alive_while_idle(true)
+        .keep_alive_permit_time(Duration::from_millis(5))
+        .addresses([server.address()])
+        .connect_lazy();
+    say(&channel).await.expect("an answer");
+    // What is waited for is that nothing happens, thirty pings long.
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    say(&channel).await.expect("an answer");
+    assert_eq!(channel.endpoints()[0].last_error, None);
+}
+
+/// Speaks as much HTTP/2 as it takes to count calls. The first is told how many there may be `then` at once, if that is said.
+async fn count_calls(
+    mut io: DuplexStream,
+    then: Option<u8>,
+    calls: Arc<AtomicUsize>,
+) -> io::Result<()> {
+    let mut preface = [0; 24];
+    io.read_exact(&mut preface).await?;
+    // SETTINGS, and the acknowledgement of the client's.
+    io.write_all(b"\0\0\0\x04\0\0\0\0\0\0\0\0\x04\x01\0\0\0\0")
+        .await?;
+    loop {
+        let mut head = [0; 9];
+        io.read_exact(&mut head).await?;
+        let mut payload = vec![0; usize::from(head[1]) << 8 | usize::from(head[2])];
+        io.read_exact(&mut payload).await?;
+        match (head[3], head[4]) {
+            (6, 0) => {
+                let pong = [b"\0\0\x08\x06\x01\0\0\0\0", &payload[..]].concat();
+                io.write_all(&pong).await?;
+            }
+            (1, _) if calls.fetch_add(1, Ordering::SeqCst) == 0 => {
+                if let Some(streams) = then {
+                    // SETTINGS with MAX_CONCURRENT_STREAMS.
+                    io.write_all(b"\0\0\x06\x04\0\0\0\0\0\0\x03\0\0\0").await?;
+                    io.write_all(&[streams]).await?;
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_allows_fewer_streams_than_before_is_sent_no_more() {
+    let calls = [Arc::<AtomicUsize>::default(), Arc::default()];
+    let count = |connection: usize| calls[connection].load(Ordering::SeqCst);
+    let connections = AtomicUsize::new(0);
+    let counted = calls.clone();
+    let channel = BalancedChannel::builder()
+        .connector(move |_| {
+            let connection = connections.fetch_add(1, Ordering::SeqCst);
+            let (near, far) = tokio::io::duplex(1 << 16);
+            let calls = Arc::clone(&counted[connection]);
+            let then = (connection == 0).then_some(2);
+            tokio::spawn(count_calls(far, then, calls));
+            std::future::ready(Ok(near))
+        })
+        .addresses(["fake:1"])
+        .connect_lazy();
+    let mut callers = JoinSet::new();
+    let mut call = || {
+        let channel = channel.clone();
+        callers.spawn(async move { say(&channel).await });
+    };
+    ready(&channel, 1).await;
+    // The new limit is published like a new set, so that whoever waits for a stream looks again.
+    let limited = channel.0.shared().changed().notified();
+    tokio::pin!(limited);
+    limited.as_mut().enable();
+    call();
+    in_time("the new limit", limited).await;
+    for _ in 0..9 {
+        call();
+    }
+    until("all calls are there", || count(0) + count(1) == 10).await;
+    assert_eq!(count(0), 2, "as many as it allows");
+}
+
+#[tokio::test]
+async fn a_server_that_allows_one_stream_at_last_has_it_for_calls_and_not_for_its_health() {
+    let calls = Arc::<AtomicUsize>::default();
+    let counted = Arc::clone(&calls);
+    let channel = BalancedChannel::builder()
+        .health_check("")
+        // Or a watch that has no answer is given up, and begun again.
+        .connect_timeout(PATIENCE * 3)
+        .connector(move |_| {
+            let (near, far) = tokio::io::duplex(1 << 16);
+            tokio::spawn(count_calls(far, Some(1), Arc::clone(&counted)));
+            std::future::ready(Ok(near))
+        })
+        .addresses(["fake:1"])
+        .connect_lazy();
+    // The watch is the first, and has no answer.
+    until("it is watched", || calls.load(Ordering::SeqCst) == 1).await;
+    let call = tokio::spawn({
+        let channel = channel.clone();
+        async move { say(&channel).await }
+    });
+    until("the call is there", || calls.load(Ordering::SeqCst) == 2).await;
+    call.abort();
+}

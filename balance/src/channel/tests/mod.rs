@@ -1,0 +1,859 @@
+//! The channel against real servers on loopback sockets.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::Reason;
+use http::Response;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::{Code, Request};
+use tower::discover::Change;
+
+use crate::{
+    Address, Attributes, BalancedChannel, EndpointState, OutlierDetection, Policy, ServedBy,
+    WaitForReady,
+};
+
+mod faults;
+mod greeter;
+mod messages;
+mod routes;
+mod streams;
+mod support;
+#[cfg(feature = "tls")]
+mod tls;
+
+use greeter::HelloRequest;
+use greeter::greeter_client::GreeterClient;
+use support::{
+    Greeter, Raw, black_hole, grpc_head, idle, in_time, ready, refusing, reply, soak, timed, until,
+};
+
+type Changes = mpsc::UnboundedSender<Result<Change<Address, Attributes>, std::convert::Infallible>>;
+
+fn hello(name: &str) -> HelloRequest {
+    HelloRequest {
+        name: name.to_owned(),
+        replies: 1,
+    }
+}
+
+fn over<I: Into<String>>(addresses: impl IntoIterator<Item = I>) -> BalancedChannel {
+    BalancedChannel::builder()
+        .service("greeter")
+        .seed(7)
+        .addresses(addresses)
+        .connect_lazy()
+}
+
+/// A channel whose endpoints the test inserts and removes.
+fn fed() -> (Changes, BalancedChannel) {
+    let (changes, stream) = mpsc::unbounded_channel();
+    let channel = BalancedChannel::builder()
+        .service("greeter")
+        .seed(7)
+        .discover(UnboundedReceiverStream::new(stream))
+        .connect_lazy();
+    (changes, channel)
+}
+
+fn insert(changes: &Changes, address: &str, attributes: Attributes) {
+    let address = address.parse().expect("an address");
+    let change = Change::Insert(address, attributes);
+    changes.send(Ok(change)).expect("a live channel");
+}
+
+fn remove(changes: &Changes, address: &str) {
+    let address = address.parse().expect("an address");
+    changes
+        .send(Ok(Change::Remove(address)))
+        .expect("a live channel");
+}
+
+async fn say(channel: &BalancedChannel) -> Result<String, tonic::Status> {
+    let mut client = GreeterClient::new(channel.clone());
+    let reply = in_time("a call", client.say_hello(hello("world"))).await?;
+    Ok(reply.into_inner().message)
+}
+
+/// Who serves how many of these calls; none may fail.
+async fn tally(channel: &BalancedChannel, calls: usize) -> BTreeMap<String, usize> {
+    let mut tally = BTreeMap::new();
+    for _ in 0..calls {
+        let message = say(channel).await.expect("no call fails");
+        let name = message.rsplit(' ').next().unwrap_or_default().to_owned();
+        *tally.entry(name).or_default() += 1;
+    }
+    tally
+}
+
+#[tokio::test]
+async fn every_kind_of_call_works_and_the_load_returns_to_zero() {
+    let servers = [Greeter::start("alpha"), Greeter::start("beta")];
+    let channel = over(servers.iter().map(Greeter::address));
+    let mut client = GreeterClient::new(channel.clone());
+
+    let unary = client.say_hello(hello("unary")).await.expect("an answer");
+    let served_by = unary.extensions().get::<ServedBy>().expect("the endpoint");
+    let addresses: Vec<_> = servers.iter().map(Greeter::address).collect();
+    assert!(addresses.contains(&served_by.address().to_string()));
+    assert!(unary.into_inner().message.starts_with("Hello unary"));
+
+    let request = HelloRequest {
+        replies: 100,
+        ..hello("stream")
+    };
+    let replies = client.say_hellos(request).await.expect("a stream");
+    assert_eq!(replies.into_inner().collect::<Vec<_>>().await.len(), 100);
+
+    let requests = tokio_stream::iter((0..3).map(|number| hello(&number.to_string())));
+    let reply = client.greet_all(requests).await.expect("an answer");
+    assert!(reply.into_inner().message.contains("0, 1, 2"));
+
+    let (feed, requests) = mpsc::unbounded_channel();
+    let chat = client.chat(UnboundedReceiverStream::new(requests));
+    let mut replies = in_time("a head before any message", chat)
+        .await
+        .expect("a stream")
+        .into_inner();
+    for turn in ["one", "two"] {
+        feed.send(hello(turn)).expect("an open stream");
+        let reply = in_time("a reply", replies.message())
+            .await
+            .expect("a reply");
+        assert!(reply.expect("a message").message.contains(turn));
+    }
+    drop(feed);
+    assert!(
+        in_time("the end", replies.message())
+            .await
+            .expect("an end")
+            .is_none()
+    );
+    drop(replies);
+    idle(&channel).await;
+    let calls: u64 = channel.endpoints().iter().map(|status| status.calls).sum();
+    assert_eq!(calls, 4);
+}
+
+#[tokio::test]
+async fn calls_are_shared_out_in_every_policy() {
+    let servers = ["alpha", "beta", "gamma"].map(Greeter::start);
+    for policy in [
+        Policy::Latency,
+        Policy::LeastRequest,
+        Policy::WeightedRoundRobin,
+    ] {
+        let channel = BalancedChannel::builder()
+            .policy(policy)
+            .addresses(servers.iter().map(Greeter::address))
+            .connect_lazy();
+        ready(&channel, 3).await;
+        let tally = tally(&channel, 90).await;
+        assert_eq!(tally.len(), 3, "{policy:?} leaves somebody out: {tally:?}");
+    }
+}
+
+#[tokio::test]
+async fn interceptors_and_large_messages_pass() {
+    let server = Greeter::start("alpha");
+    let channel = over([server.address()]);
+    let mut client = GreeterClient::with_interceptor(channel, |mut request: Request<()>| {
+        let value = "yes"
+            .parse()
+            .map_err(|_| tonic::Status::internal("a value"))?;
+        request.metadata_mut().insert("intercepted", value);
+        Ok(request)
+    })
+    .max_decoding_message_size(32 << 20)
+    .max_encoding_message_size(32 << 20);
+    let name = "x".repeat(16 << 20);
+    let reply = in_time("a large message", client.say_hello(hello(&name)));
+    let message = reply.await.expect("an answer").into_inner().message;
+    assert!(message.len() > 16 << 20);
+}
+
+#[tokio::test]
+async fn the_authority_is_the_endpoints_and_the_user_agent_names_us() {
+    let mut raw = Raw::start(|_| ());
+    let channel = BalancedChannel::builder()
+        .user_agent("greeter/1.0")
+        .addresses([raw.address()])
+        .connect_lazy();
+    let call = tokio::spawn({
+        let channel = channel.clone();
+        async move { say(&channel).await }
+    });
+    let (request, respond) = raw.accept().await;
+    assert_eq!(
+        request.uri().authority().expect("one").as_str(),
+        raw.address()
+    );
+    assert_eq!(request.uri().scheme_str(), Some("http"));
+    assert_eq!(request.uri().path(), "/helloworld.Greeter/SayHello");
+    let user_agent = request.headers()["user-agent"].to_str().expect("text");
+    assert!(
+        user_agent.starts_with("greeter/1.0 tonic-balance/"),
+        "{user_agent}"
+    );
+    assert_eq!(request.headers()["te"], "trailers");
+    assert!(request.headers().get("grpc-timeout").is_none());
+    reply((request, respond)).await;
+    call.await.expect("no panic").expect("an answer");
+}
+
+#[tokio::test]
+async fn an_endpoint_that_is_down_or_silent_from_the_start_fails_no_call() {
+    let servers = [Greeter::start("alpha"), Greeter::start("beta")];
+    let (_silent, hole) = black_hole();
+    let mut addresses: Vec<_> = servers.iter().map(Greeter::address).collect();
+    addresses.extend([refusing(), hole]);
+    let channel = over(&addresses);
+    let tally = tally(&channel, 1_000).await;
+    assert_eq!(tally.values().sum::<usize>(), 1_000);
+    let statuses = channel.endpoints();
+    // It may be dialled again at this moment.
+    let failing = statuses.iter().find(|status| status.last_error.is_some());
+    let failing = failing.expect("one refuses");
+    assert_ne!(failing.state, EndpointState::Ready);
+    let error = failing.last_error.as_deref().expect("a reason");
+    assert!(error.contains("refused"), "{error}");
+}
+
+#[tokio::test]
+async fn nothing_registered_fails_at_once_and_says_so() {
+    let channel = over([""; 0]);
+    let (outcome, took) = timed(say(&channel)).await;
+    let status = outcome.expect_err("there is nobody");
+    assert_eq!(status.code(), Code::Unavailable);
+    assert!(
+        status.message().contains("greeter: nothing is registered"),
+        "{status}"
+    );
+    assert!(
+        status.message().contains("0 of 0 endpoints ready"),
+        "{status}"
+    );
+    assert!(took < Duration::from_secs(1), "{took:?}");
+}
+
+#[tokio::test]
+async fn all_down_fails_at_once_with_the_numbers_and_the_last_cause() {
+    let (one, two) = (refusing(), refusing());
+    let channel = over([&one, &two]);
+    let (outcome, took) = timed(say(&channel)).await;
+    let status = outcome.expect_err("everybody refuses");
+    assert_eq!(status.code(), Code::Unavailable);
+    let message = status.message();
+    assert!(message.contains("0 of 2 endpoints ready"), "{message}");
+    assert!(
+        message.contains(&one) || message.contains(&two),
+        "{message}"
+    );
+    assert!(message.contains("refused"), "{message}");
+    assert!(
+        std::error::Error::source(&status).is_some(),
+        "the cause is typed"
+    );
+    assert!(took < Duration::from_secs(2), "{took:?}");
+}
+
+#[tokio::test]
+async fn a_set_that_stays_unknown_fails_at_the_start_up_bound() {
+    let stream =
+        tokio_stream::pending::<Result<Change<Address, Attributes>, std::convert::Infallible>>();
+    let (outcome, took) = timed(async {
+        let channel = BalancedChannel::builder()
+            .start_up_bound(Duration::from_secs(1))
+            .discover(stream)
+            .connect_lazy();
+        (say(&channel).await, channel)
+    })
+    .await;
+    let (outcome, channel) = outcome;
+    let status = outcome.expect_err("nothing is known");
+    assert_eq!(status.code(), Code::Unavailable);
+    assert!(status.message().contains("start-up bound"), "{status}");
+    assert!(took >= Duration::from_millis(990), "{took:?}");
+    let (outcome, took) = timed(say(&channel)).await;
+    assert!(
+        outcome.is_err() && took < Duration::from_millis(900),
+        "the bound is the channel's"
+    );
+}
+
+#[tokio::test]
+async fn an_address_that_is_none_is_named() {
+    let channel = over(["not an address"]);
+    let status = say(&channel).await.expect_err("there is nobody");
+    assert!(status.message().contains("\"not an address\""), "{status}");
+}
+
+#[tokio::test]
+async fn a_call_that_waits_for_ready_is_served_by_whoever_comes() {
+    let (changes, channel) = fed();
+    insert(&changes, &refusing(), Attributes::new());
+    until("the first has failed", || {
+        channel
+            .endpoints()
+            .iter()
+            .any(|status| status.state == EndpointState::TransientFailure)
+    })
+    .await;
+    assert!(say(&channel).await.is_err(), "it does not wait by default");
+    let mut client = GreeterClient::new(channel.clone());
+    let mut request = Request::new(hello("patient"));
+    request.extensions_mut().insert(WaitForReady::new(true));
+    let call = tokio::spawn(async move { client.say_hello(request).await });
+    let server = Greeter::start("late");
+    insert(&changes, &server.address(), Attributes::new());
+    let reply = in_time("a call", call).await.expect("no panic");
+    assert!(
+        reply
+            .expect("an answer")
+            .into_inner()
+            .message
+            .ends_with("late")
+    );
+}
+
+#[tokio::test]
+async fn waiting_ends_with_the_deadline_and_says_what_for() {
+    let channel = BalancedChannel::builder()
+        .service("greeter")
+        .wait_for_ready(true)
+        .timeout(Duration::from_secs(1))
+        .addresses([refusing()])
+        .connect_lazy();
+    let status = say(&channel).await.expect_err("nobody comes");
+    assert_eq!(status.code(), Code::DeadlineExceeded);
+    assert!(
+        status.message().contains("waiting for an endpoint"),
+        "{status}"
+    );
+    assert!(
+        status.message().contains("0 of 1 endpoints ready"),
+        "{status}"
+    );
+    assert!(status.message().contains("refused"), "{status}");
+}
+
+#[tokio::test]
+async fn the_deadline_holds_for_a_server_that_says_nothing() {
+    let mut raw = Raw::start(|_| ());
+    let channel = over([raw.address()]);
+    let mut client = GreeterClient::new(channel.clone());
+    let mut request = Request::new(hello("slow"));
+    request.set_timeout(Duration::from_millis(100));
+    let call = tokio::spawn(async move { client.say_hello(request).await });
+    let (request, mut respond) = raw.accept().await;
+    assert!(request.headers().contains_key("grpc-timeout"));
+    let status = in_time("a call", call)
+        .await
+        .expect("no panic")
+        .expect_err("overdue");
+    assert_eq!(status.code(), Code::DeadlineExceeded);
+    let reset = in_time("a reset", std::future::poll_fn(|cx| respond.poll_reset(cx))).await;
+    assert_eq!(
+        reset.expect("a reset"),
+        Reason::CANCEL,
+        "the server learns of it"
+    );
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn a_dropped_call_reaches_the_server() {
+    let mut raw = Raw::start(|_| ());
+    let channel = over([raw.address()]);
+    let call = tokio::spawn({
+        let channel = channel.clone();
+        async move { say(&channel).await }
+    });
+    let (_request, mut respond) = raw.accept().await;
+    call.abort();
+    let reset = in_time("a reset", std::future::poll_fn(|cx| respond.poll_reset(cx))).await;
+    assert_eq!(reset.expect("a reset"), Reason::CANCEL);
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn a_removed_endpoint_gets_no_more_calls_and_finishes_those_it_has() {
+    let (changes, channel) = fed();
+    let mut old = Raw::start(|_| ());
+    insert(&changes, &old.address(), Attributes::new());
+    let in_flight = tokio::spawn({
+        let channel = channel.clone();
+        async move { say(&channel).await }
+    });
+    let call = old.accept().await;
+    let new = Greeter::start("new");
+    insert(&changes, &new.address(), Attributes::new());
+    ready(&channel, 2).await;
+    remove(&changes, &old.address());
+    until("the removal is seen", || {
+        channel
+            .endpoints()
+            .iter()
+            .any(|status| status.state == EndpointState::Draining)
+    })
+    .await;
+    assert_eq!(tally(&channel, 50).await.len(), 1);
+    assert!(
+        old.accepted.try_recv().is_err(),
+        "a removed endpoint was called"
+    );
+    reply(call).await;
+    in_flight
+        .await
+        .expect("no panic")
+        .expect("the call in flight is finished");
+    until("it is forgotten", || channel.endpoints().len() == 1).await;
+    until("its connection is closed", || {
+        old.connections.load(Ordering::SeqCst) == 0
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_endpoint_that_is_not_listed_any_more_is_not_picked_any_more() {
+    const ENDPOINTS: usize = 400;
+    let raw = Raw::start(|_| ());
+    let to = raw.address;
+    let (changes, stream) = mpsc::unbounded_channel();
+    let channel = BalancedChannel::builder()
+        .connector(move |_| tokio::net::TcpStream::connect(to))
+        .discover(UnboundedReceiverStream::new(stream))
+        .connect_lazy();
+    let address = |index: usize| format!("10.0.{}.{}:1", index / 256, index % 256);
+    for index in 0..ENDPOINTS {
+        insert(&changes, &address(index), Attributes::new());
+    }
+    ready(&channel, ENDPOINTS).await;
+    // One batch, in which the first removals are seen while the last are still being made.
+    for index in 1..ENDPOINTS {
+        remove(&changes, &address(index));
+    }
+    let shared = channel.0.shared();
+    loop {
+        let listed = channel.endpoints();
+        let crate::balance::Pick::Taken(ticket) = shared.pick(|_| true) else {
+            unreachable!("one endpoint stays");
+        };
+        let picked = ticket.endpoint().address();
+        assert!(
+            listed.iter().any(|status| status.address == *picked),
+            "{picked} was picked when only {} were listed",
+            listed.len()
+        );
+        if listed.len() == 1 {
+            break;
+        }
+    }
+}
+
+#[tokio::test]
+async fn attributes_change_in_place() {
+    // Latencies of servers in one busy process differ by more than noise; calls in flight do not.
+    let (changes, stream) = mpsc::unbounded_channel();
+    let channel = BalancedChannel::builder()
+        .policy(Policy::LeastRequest)
+        .seed(7)
+        .discover(UnboundedReceiverStream::new(stream))
+        .connect_lazy();
+    let servers = [Greeter::start("light"), Greeter::start("heavy")];
+    for server in &servers {
+        insert(&changes, &server.address(), Attributes::new());
+    }
+    ready(&channel, 2).await;
+    let calls = tally(&channel, 400).await;
+    assert!(calls.values().all(|&calls| calls > 100), "{calls:?}");
+    insert(
+        &changes,
+        &servers[1].address(),
+        Attributes::new().with_weight(9),
+    );
+    until("the weight is seen", || {
+        channel.endpoints().iter().any(|status| status.weight == 9)
+    })
+    .await;
+    // Picks see it with the next set.
+    let heavy = async { while tally(&channel, 400).await["heavy"] <= 300 {} };
+    in_time("the heavy one's share", heavy).await;
+    assert!(
+        channel
+            .endpoints()
+            .iter()
+            .all(|status| status.connections == 1)
+    );
+}
+
+#[tokio::test]
+async fn a_last_resort_serves_only_while_nothing_else_is_ready_and_is_never_dialled() {
+    let (changes, channel) = fed();
+    let (held, fresh) = (Greeter::start("held"), Greeter::start("fresh"));
+    insert(&changes, &held.address(), Attributes::new());
+    ready(&channel, 1).await;
+    insert(
+        &changes,
+        &held.address(),
+        Attributes::new().with_last_resort(true),
+    );
+    until("the rank is seen", || channel.endpoints()[0].last_resort).await;
+    assert_eq!(tally(&channel, 10).await["held"], 10, "it is all there is");
+    insert(&changes, &fresh.address(), Attributes::new());
+    ready(&channel, 2).await;
+    let served = async { while !tally(&channel, 1).await.contains_key("fresh") {} };
+    in_time("the new one", served).await;
+    assert_eq!(
+        tally(&channel, 10).await["fresh"],
+        10,
+        "a last resort is for later"
+    );
+    remove(&changes, &fresh.address());
+    until("the removal is seen", || channel.endpoints().len() == 1).await;
+    assert_eq!(tally(&channel, 10).await["held"], 10);
+
+    let mut stranger = {
+        let port = held.address.port();
+        held.shut_down().await;
+        Raw::start_on(port, |_| ())
+    };
+    let status = say(&channel).await.expect_err("its connection is gone");
+    assert_eq!(status.code(), Code::Unavailable);
+    // One that the channel hears of for the first time, too.
+    let other = Raw::start(|_| ());
+    insert(
+        &changes,
+        &other.address(),
+        Attributes::new().with_last_resort(true),
+    );
+    // Longer than the first backoff: nothing is to come of it.
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    assert_eq!(channel.endpoints().len(), 2);
+    let dialled = other.connections.load(Ordering::SeqCst);
+    assert_eq!(dialled, 0, "the new one was dialled");
+    assert!(stranger.accepted.try_recv().is_err());
+    assert_eq!(
+        stranger.connections.load(Ordering::SeqCst),
+        0,
+        "it was dialled"
+    );
+}
+
+#[tokio::test]
+async fn a_fresh_registration_ends_the_backoff() {
+    let (changes, channel) = fed();
+    let address = refusing();
+    // Several failures, so that the next wait is longer than the test is patient for.
+    insert(&changes, &address, Attributes::new().with_generation(1));
+    for generation in 2..=4 {
+        until("it fails", || {
+            channel.endpoints()[..]
+                .iter()
+                .any(|status| status.state == EndpointState::TransientFailure)
+        })
+        .await;
+        insert(
+            &changes,
+            &address,
+            Attributes::new().with_generation(generation),
+        );
+        until("it is dialled at once", || {
+            channel.endpoints()[0].state == EndpointState::TransientFailure
+        })
+        .await;
+    }
+    let port = address
+        .rsplit(':')
+        .next()
+        .expect("a port")
+        .parse()
+        .expect("a port");
+    let server = Greeter::start_with("back", port, |server| server);
+    insert(&changes, &address, Attributes::new().with_generation(9));
+    let ((), took) = timed(ready(&channel, 1)).await;
+    assert!(
+        took < Duration::from_millis(500),
+        "it waited for its backoff: {took:?}"
+    );
+    drop(server);
+}
+
+#[tokio::test]
+async fn who_fails_much_more_than_the_others_is_out_until_it_is_registered_anew() {
+    let (changes, stream) = mpsc::unbounded_channel();
+    let detection = OutlierDetection::new()
+        .without_success_rate()
+        .interval(Duration::from_millis(100))
+        .base_ejection_time(Duration::from_secs(300))
+        .max_ejection_percent(50)
+        .failure_percentage(50, 2, 5);
+    let channel = BalancedChannel::builder()
+        .policy(Policy::WeightedRoundRobin)
+        .outlier_detection(detection)
+        .discover(UnboundedReceiverStream::new(stream))
+        .connect_lazy();
+    let good = [Greeter::start("alpha"), Greeter::start("beta")];
+    let bad = Raw::answering(
+        |_| (),
+        |(_, mut respond)| async move {
+            let mut head = Response::new(());
+            let unavailable = "14".parse().expect("a value");
+            head.headers_mut().insert("grpc-status", unavailable);
+            let _ = respond.send_response(head, true);
+        },
+    );
+    for server in &good {
+        insert(&changes, &server.address(), Attributes::new());
+    }
+    let ejected = || {
+        let mut endpoints = channel.endpoints().into_iter();
+        endpoints.any(|status| status.ejected && status.address.as_str() == bad.address())
+    };
+    for generation in 1..=3 {
+        insert(
+            &changes,
+            &bad.address(),
+            Attributes::new().with_generation(generation),
+        );
+        ready(&channel, 3).await;
+        until("it is not ejected", || !ejected()).await;
+        let out = async {
+            while !ejected() {
+                drop(say(&channel).await);
+            }
+        };
+        in_time("the ejection", out).await;
+        let served = tally(&channel, 50).await;
+        assert_eq!(served.len(), 2, "{served:?}");
+    }
+}
+
+#[tokio::test]
+async fn one_stream_at_a_time_serves_a_hundred_callers() {
+    let running = Arc::new(AtomicUsize::new(0));
+    let server = Raw::answering(
+        |builder| {
+            builder.max_concurrent_streams(1);
+        },
+        move |call| {
+            let running = Arc::clone(&running);
+            async move {
+                assert!(
+                    running.fetch_add(1, Ordering::SeqCst) < 2,
+                    "two connections at most"
+                );
+                tokio::task::yield_now().await;
+                running.fetch_sub(1, Ordering::SeqCst);
+                reply(call).await;
+            }
+        },
+    );
+    let channel = over([server.address()]);
+    let mut calls = JoinSet::new();
+    for _ in 0..100 {
+        let channel = channel.clone();
+        calls.spawn(async move { say(&channel).await.map(drop) });
+    }
+    let outcomes = in_time("a hundred calls", calls.join_all()).await;
+    assert!(outcomes.iter().all(Result::is_ok), "{outcomes:?}");
+    assert_eq!(
+        channel.endpoints()[0].connections,
+        2,
+        "one more is made where streams run out"
+    );
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn a_caller_that_tries_again_at_once_lets_others_run() {
+    let channel = BalancedChannel::builder()
+        .addresses([refusing()])
+        .connect_lazy();
+    until("the endpoint has failed", || {
+        let known = channel.endpoints();
+        known
+            .iter()
+            .any(|one| one.state == EndpointState::TransientFailure)
+    })
+    .await;
+    let turn = tokio::spawn(async {});
+    let mut calls = 0;
+    while !turn.is_finished() {
+        say(&channel).await.expect_err("nobody is there");
+        calls += 1;
+        assert!(calls < 10_000, "the other task has no turn");
+    }
+}
+
+#[tokio::test]
+async fn too_many_waiting_calls_are_refused() {
+    let channel = BalancedChannel::builder()
+        .wait_for_ready(true)
+        .max_waiters(3)
+        .addresses([refusing()])
+        .connect_lazy();
+    let mut calls = JoinSet::new();
+    for _ in 0..4 {
+        let channel = channel.clone();
+        calls.spawn(async move { say(&channel).await });
+    }
+    let first = in_time("a refusal", calls.join_next())
+        .await
+        .expect("a call");
+    let status = first.expect("no panic").expect_err("one too many");
+    assert_eq!(status.code(), Code::ResourceExhausted);
+    assert!(status.message().contains("3 calls are waiting"), "{status}");
+}
+
+#[tokio::test]
+async fn the_last_clone_ends_everything() {
+    let mut raw = Raw::start(|_| ());
+    let channel = over([raw.address()]);
+    let call = tokio::spawn(async move { say(&channel).await });
+    let accepted = raw.accept().await;
+    reply(accepted).await;
+    call.await.expect("no panic").expect("an answer");
+    until("the connection is closed", || {
+        raw.connections.load(Ordering::SeqCst) == 0
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn several_connections_share_an_endpoints_calls() {
+    let server = Greeter::start("alpha");
+    let channel = BalancedChannel::builder()
+        .connections_per_endpoint(4)
+        .addresses([server.address()])
+        .connect_lazy();
+    until("four connections", || {
+        channel
+            .endpoints()
+            .iter()
+            .any(|status| status.connections == 4)
+    })
+    .await;
+    assert_eq!(tally(&channel, 100).await["alpha"], 100);
+    let status = &channel.endpoints()[0];
+    assert_eq!(
+        (status.calls, status.in_flight, status.failures),
+        (100, 0, 0)
+    );
+    assert!(
+        status
+            .latency
+            .is_some_and(|latency| latency > Duration::ZERO)
+    );
+}
+
+#[tokio::test]
+async fn a_custom_dialler_is_used() {
+    let server = Greeter::start("far");
+    let to = server.address;
+    let channel = BalancedChannel::builder()
+        .connector(move |_| tokio::net::TcpStream::connect(to))
+        .addresses(["nowhere.invalid:1"])
+        .connect_lazy();
+    assert!(say(&channel).await.expect("an answer").ends_with("far"));
+}
+
+#[tokio::test]
+async fn a_dialler_that_panics_is_a_failed_dial() {
+    let channel = BalancedChannel::builder()
+        .connector(|_| async {
+            panic!("a dialler of the user's") as std::io::Result<tokio::io::DuplexStream>
+        })
+        .addresses(["127.0.0.1:1"])
+        .connect_lazy();
+    let status = say(&channel).await.expect_err("no connection");
+    assert!(status.message().contains("panicked"), "{status}");
+}
+
+#[tokio::test]
+async fn a_name_is_resolved() {
+    let server = Greeter::start("alpha");
+    let channel = over([format!("localhost:{}", server.address.port())]);
+    assert!(say(&channel).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_response_without_a_body_is_a_response() {
+    let server = Raw::answering(
+        |_| (),
+        |(_, mut respond)| async move {
+            let mut head = Response::new(());
+            head.headers_mut()
+                .insert("grpc-status", "5".parse().expect("a value"));
+            head.headers_mut()
+                .insert("grpc-message", "nobody".parse().expect("a value"));
+            let _ = respond.send_response(head, true);
+        },
+    );
+    let channel = over([server.address()]);
+    let status = say(&channel).await.expect_err("not found");
+    assert_eq!(
+        (status.code(), status.message()),
+        (Code::NotFound, "nobody")
+    );
+    assert_eq!(
+        channel.endpoints()[0].failures,
+        0,
+        "that is no failure of the server"
+    );
+    assert_eq!(channel.endpoints()[0].in_flight, 0);
+}
+
+#[tokio::test]
+async fn ten_thousand_calls_at_once_are_all_served() {
+    let servers = [Greeter::start("alpha"), Greeter::start("beta")];
+    let channel = over(servers.iter().map(Greeter::address));
+    let mut calls = JoinSet::new();
+    for _ in 0..10_000 {
+        let channel = channel.clone();
+        calls.spawn(async move { say(&channel).await.map(drop) });
+    }
+    // All on one thread, with the servers.
+    let bound = Duration::from_secs(90);
+    let outcomes = tokio::time::timeout(bound, calls.join_all()).await;
+    let outcomes = outcomes.expect("ten thousand calls take too long");
+    assert!(outcomes.iter().all(Result::is_ok));
+    idle(&channel).await;
+}
+
+#[tokio::test]
+async fn a_body_read_frame_by_frame_gives_its_room_back() {
+    // Ten stream windows pass through one stream.
+    let server = Raw::answering(
+        |_| (),
+        |(_, mut respond)| async move {
+            let mut stream = respond.send_response(grpc_head(), false).expect("a head");
+            // A message of 1 024 bytes: its frame, the field and its length, and the text.
+            let message = [&[0, 0, 0, 4, 0, 10, 0xfd, 7][..], &[b'x'; 1021]].concat();
+            let message = Bytes::from(message);
+            for _ in 0..10_000 {
+                if stream.send_data(message.clone(), false).is_err() {
+                    return;
+                }
+            }
+            let _ = stream.send_trailers(support::ok());
+        },
+    );
+    let channel = over([server.address()]);
+    let mut client = GreeterClient::new(channel.clone());
+    let replies = client
+        .say_hellos(hello("much"))
+        .await
+        .expect("a stream")
+        .into_inner();
+    let replies = in_time("ten thousand messages", replies.collect::<Vec<_>>()).await;
+    assert_eq!(replies.iter().filter(|reply| reply.is_ok()).count(), 10_000);
+    idle(&channel).await;
+}

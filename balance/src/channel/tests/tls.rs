@@ -1,0 +1,170 @@
+//! TLS: the name is the client's, the roots are checked, certificates are read again.
+
+use tonic::transport::{Certificate, Identity, ServerTlsConfig};
+
+use super::*;
+use crate::TlsConfig;
+
+#[path = "../../../../tests/support/authority.rs"]
+#[allow(
+    dead_code,
+    clippy::unwrap_used,
+    unreachable_pub,
+    reason = "the integration tests use the rest; a failed step is a failed test"
+)]
+mod authority;
+
+use authority::Authority;
+
+fn serve(authority: &Authority) -> Greeter {
+    serve_with(authority, |tls| tls)
+}
+
+fn serve_with(
+    authority: &Authority,
+    configure: impl FnOnce(ServerTlsConfig) -> ServerTlsConfig,
+) -> Greeter {
+    let identity = Identity::from_pem(authority.read("server.pem"), authority.read("server.key"));
+    let tls = configure(ServerTlsConfig::new().identity(identity));
+    Greeter::start_with("secure", 0, |server| server.tls_config(tls).expect("TLS"))
+}
+
+fn secured(server: &Greeter, tls: TlsConfig) -> BalancedChannel {
+    BalancedChannel::builder()
+        .tls(tls)
+        .addresses([server.address()])
+        .connect_lazy()
+}
+
+#[tokio::test]
+async fn the_fixed_name_is_checked_against_the_given_roots() {
+    let authority = Authority::new();
+    authority.sign("server", "greeter.internal");
+    let server = serve(&authority);
+    let tls = TlsConfig::new("greeter.internal").ca_pem(authority.read("ca.pem"));
+    say(&secured(&server, tls)).await.expect("an answer");
+
+    let tls = TlsConfig::new("other.internal").ca_pem(authority.read("ca.pem"));
+    let status = say(&secured(&server, tls)).await.expect_err("another name");
+    assert_eq!(status.code(), Code::Unavailable);
+    assert!(status.message().contains("TLS"), "{status}");
+
+    let stranger = Authority::new();
+    let tls = TlsConfig::new("greeter.internal").ca_pem(stranger.read("ca.pem"));
+    let status = say(&secured(&server, tls))
+        .await
+        .expect_err("another authority");
+    assert!(status.message().contains("TLS"), "{status}");
+}
+
+#[tokio::test]
+async fn certificates_in_files_are_read_again() {
+    let (old, new) = (Authority::new(), Authority::new());
+    new.sign("server", "greeter.internal");
+    let server = serve(&new);
+    let file = old.path("ca.pem");
+    let channel = secured(&server, TlsConfig::new("greeter.internal").ca_file(&file));
+    say(&channel).await.expect_err("not trusted yet");
+    std::fs::write(&file, new.read("ca.pem")).expect("a file");
+    ready(&channel, 1).await;
+    say(&channel).await.expect("trusted without a restart");
+}
+
+#[tokio::test]
+async fn a_server_that_asks_for_it_is_shown_our_certificate() {
+    let (authority, clients) = (Authority::new(), Authority::new());
+    authority.sign("server", "greeter.internal");
+    clients.sign("client", "caller.internal");
+    let roots = Certificate::from_pem(clients.read("ca.pem"));
+    let server = serve_with(&authority, |tls| tls.client_ca_root(roots));
+    let tls = || TlsConfig::new("greeter.internal").ca_pem(authority.read("ca.pem"));
+
+    let (certificate, key) = (clients.read("client.pem"), clients.read("client.key"));
+    let channel = secured(&server, tls().identity_pem(certificate, key));
+    say(&channel).await.expect("an answer");
+
+    let status = say(&secured(&server, tls())).await.expect_err("nobody");
+    assert_eq!(status.code(), Code::Unavailable);
+    assert!(
+        status.message().contains("ertificate"),
+        "it says why: {status}"
+    );
+
+    authority.sign("client", "caller.internal");
+    let (certificate, key) = (authority.read("client.pem"), authority.read("client.key"));
+    let stranger = secured(&server, tls().identity_pem(certificate, key));
+    let status = say(&stranger).await.expect_err("signed by somebody else");
+    assert_eq!(status.code(), Code::Unavailable);
+}
+
+/// Calls until there is an answer.
+async fn answered(channel: &BalancedChannel) {
+    while say(channel).await.is_err() {}
+}
+
+#[tokio::test]
+async fn an_identity_in_files_is_read_again_and_half_of_it_leaves_the_last_one_in_force() {
+    let (authority, clients) = (Authority::new(), Authority::new());
+    authority.sign("server", "greeter.internal");
+    let roots = Certificate::from_pem(clients.read("ca.pem"));
+    let server = serve_with(&authority, |tls| tls.client_ca_root(roots));
+    let file = |name| authority.path(name);
+    authority.sign("client", "caller.internal");
+    let tls = TlsConfig::new("greeter.internal")
+        .ca_file(file("ca.pem"))
+        .identity_files(file("client.pem"), file("client.key"));
+    let channel = BalancedChannel::builder()
+        .tls(tls)
+        .max_backoff(Duration::from_millis(20))
+        .addresses([server.address()])
+        .connect_lazy();
+    say(&channel)
+        .await
+        .expect_err("not the servers' clients' authority");
+    clients.sign("client", "caller.internal");
+    for name in ["client.pem", "client.key"] {
+        std::fs::write(file(name), clients.read(name)).expect("a file");
+    }
+    in_time("a call with the new identity", answered(&channel)).await;
+
+    // A renewal in its middle: the key is not there.
+    std::fs::remove_file(file("client.key")).expect("a file");
+    let port = server.address.port();
+    server.shut_down().await;
+    let identity = Identity::from_pem(authority.read("server.pem"), authority.read("server.key"));
+    let roots = Certificate::from_pem(clients.read("ca.pem"));
+    let tls = ServerTlsConfig::new()
+        .identity(identity)
+        .client_ca_root(roots);
+    let _again = Greeter::start_with("secure", port, |server| {
+        server.tls_config(tls).expect("TLS")
+    });
+    in_time("a call with the last identity", answered(&channel)).await;
+}
+
+#[tokio::test]
+async fn servers_prove_their_own_name_only_at_addresses_that_the_program_wrote_down() {
+    let authority = Authority::new();
+    authority.sign("server", "greeter.internal");
+    let server = serve(&authority);
+    let tls = || TlsConfig::by_address().ca_pem(authority.read("ca.pem"));
+    // The certificate is for 127.0.0.1 as well.
+    say(&secured(&server, tls())).await.expect("an answer");
+
+    let other = server.address().replace("127.0.0.1", "localhost");
+    let channel = BalancedChannel::builder()
+        .tls(tls())
+        .addresses([other])
+        .connect_lazy();
+    let status = say(&channel).await.expect_err("another name");
+    assert!(status.message().contains("TLS"), "{status}");
+
+    let (changes, stream) = mpsc::unbounded_channel();
+    let channel = BalancedChannel::builder()
+        .tls(tls())
+        .discover(UnboundedReceiverStream::new(stream))
+        .connect_lazy();
+    insert(&changes, &server.address(), Attributes::new());
+    let status = say(&channel).await.expect_err("anybody's address");
+    assert!(status.message().contains("TlsConfig::new"), "{status}");
+}

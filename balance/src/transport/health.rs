@@ -1,0 +1,162 @@
+//! The gRPC health service as its clients see it: one call of `grpc.health.v1.Health/Watch` on a connection that others use as well.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use http::header::{CONTENT_TYPE, TE, USER_AGENT};
+use http::uri::{Authority, PathAndQuery, Scheme};
+use http::{HeaderValue, Method, Request, Uri, Version};
+use http_body::{Body, Frame};
+use prost::Message;
+use tonic::codec::{Codec, Streaming};
+use tonic::{Code, Status};
+use tonic_prost::ProstCodec;
+
+use super::exchange::Exchange;
+use super::http2::{Connection, OpenError};
+use super::request_body::{Outgoing, Recall};
+use super::response_body::{Broken, Incoming};
+
+/// What a server is asked.
+#[derive(Clone, Debug)]
+pub(crate) struct HealthCheck {
+    /// The service's name; empty for the server as a whole.
+    pub(crate) service: String,
+    pub(crate) scheme: Scheme,
+    /// In place of the endpoint's own.
+    pub(crate) authority: Option<Authority>,
+    pub(crate) user_agent: HeaderValue,
+}
+
+/// What a server says of a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]
+#[repr(i32)]
+pub(crate) enum ServingStatus {
+    Unknown = 0,
+    Serving = 1,
+    NotServing = 2,
+    ServiceUnknown = 3,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct HealthCheckRequest {
+    #[prost(string, tag = "1")]
+    service: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct HealthCheckResponse {
+    #[prost(enumeration = "ServingStatus", tag = "1")]
+    status: i32,
+}
+
+/// The statuses that a server sends: the present one, and each change. Dropping it ends the call.
+#[derive(Debug)]
+pub(crate) struct Statuses(Streaming<HealthCheckResponse>);
+
+impl HealthCheck {
+    /// Begins to watch. Waits for the response's head, for as long as the server likes.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future ends the call.
+    pub(crate) async fn watch(
+        &self,
+        connection: &Connection,
+        endpoint: &Authority,
+    ) -> Result<Statuses, Status> {
+        let body = Outgoing::Single(self.message());
+        let started = Exchange::start(connection, self.head(endpoint)?, body, Recall::Never);
+        let mut exchange = started.map_err(|(error, _)| match error {
+            OpenError::Gone(error) => Status::unavailable(error.to_string()),
+            OpenError::Malformed(error) => Status::internal(error.to_string()),
+        })?;
+        let response = std::future::poll_fn(|cx| exchange.poll_head(cx)).await;
+        let (head, body) = response.map_err(of_stream)?.into_parts();
+        if let Some(status) = Status::from_header_map(&head.headers)
+            && status.code() != Code::Ok
+        {
+            return Err(status);
+        }
+        let decoder = ProstCodec::<HealthCheckRequest, HealthCheckResponse>::default().decoder();
+        let limit = Some(MAX_MESSAGE);
+        let streaming =
+            Streaming::new_response(decoder, StatusesBody(body), head.status, None, limit);
+        Ok(Statuses(streaming))
+    }
+
+    fn head(&self, endpoint: &Authority) -> Result<Request<()>, Status> {
+        let mut uri = http::uri::Parts::default();
+        uri.scheme = Some(self.scheme.clone());
+        uri.authority = Some(self.authority.as_ref().unwrap_or(endpoint).clone());
+        uri.path_and_query = Some(PathAndQuery::from_static(WATCH));
+        let uri = Uri::from_parts(uri).map_err(|error| Status::internal(error.to_string()))?;
+        let mut head = Request::new(());
+        *head.method_mut() = Method::POST;
+        *head.version_mut() = Version::HTTP_2;
+        *head.uri_mut() = uri;
+        let headers = head.headers_mut();
+        headers.insert(TE, HeaderValue::from_static("trailers"));
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        headers.insert(USER_AGENT, self.user_agent.clone());
+        Ok(head)
+    }
+
+    /// The request behind gRPC's prefix: not compressed, and the length.
+    fn message(&self) -> Bytes {
+        let request = HealthCheckRequest {
+            service: self.service.clone(),
+        };
+        let message = request.encode_to_vec();
+        let mut frame = BytesMut::with_capacity(5 + message.len());
+        frame.put_u8(0);
+        frame.put_u32(u32::try_from(message.len()).unwrap_or(u32::MAX));
+        frame.put_slice(&message);
+        frame.freeze()
+    }
+}
+
+impl Statuses {
+    /// The next status; none if the server has ended the call as if all were said.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future loses nothing.
+    pub(crate) async fn next(&mut self) -> Result<Option<ServingStatus>, Status> {
+        let response = self.0.message().await?;
+        // A status that is not known to us is none that says that it serves.
+        Ok(response.map(|response| response.status()))
+    }
+}
+
+/// A response's body as tonic wants it.
+struct StatusesBody(Incoming);
+
+impl Body for StatusesBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let frame = self.0.poll_frame(cx);
+        frame.map_err(|broken| match broken {
+            Broken::Stream(error) => of_stream(error),
+            Broken::Request(status) => status,
+        })
+    }
+}
+
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "it is what errors are mapped with"
+)]
+fn of_stream(error: h2::Error) -> Status {
+    Status::unavailable(error.to_string())
+}
+
+const WATCH: &str = "/grpc.health.v1.Health/Watch";
+/// An answer has four bytes. What is longer is no answer, and gets no memory.
+const MAX_MESSAGE: usize = 1 << 10;

@@ -1,0 +1,356 @@
+//! One HTTP/2 connection: its handshake, and the one way to send a request on it.
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::client::{ResponseFuture, SendRequest};
+use h2::{Ping, PingPong, Reason, SendStream};
+use http::Request;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use super::activity::{Activity, Watched};
+use super::frames::foreign_protocol;
+use super::pinger::Pinger;
+use super::pings::{Doubt, KeepAlive, Pings};
+use super::task::{OnReport, Report, Task, for_calls};
+
+/// The options of a connection.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    /// Bytes that the peer may send ahead on one stream.
+    pub(crate) stream_window: u32,
+    /// Bytes that the peer may send ahead on all streams together. The stream windows bound the memory; a smaller bound for all of them lets
+    /// unread streams stop every other call.
+    pub(crate) connection_window: u32,
+    /// The largest DATA frame that we take: larger frames are fewer wake-ups.
+    pub(crate) max_frame_size: u32,
+    /// Whether h2's limits against hostile servers are in force.
+    pub(crate) abuse_limits: bool,
+    pub(crate) keep_alive: Option<KeepAlive>,
+    /// Streams that calls leave free, for what is not a call.
+    pub(crate) reserved_streams: usize,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            stream_window: 1 << 20,
+            connection_window: MAX_WINDOW,
+            max_frame_size: 256 << 10,
+            abuse_limits: false,
+            keep_alive: None,
+            reserved_streams: 0,
+        }
+    }
+}
+
+impl Settings {
+    fn builder(&self) -> h2::client::Builder {
+        let mut builder = h2::client::Builder::new();
+        builder
+            .initial_window_size(self.stream_window)
+            .initial_connection_window_size(self.connection_window)
+            .max_frame_size(self.max_frame_size)
+            .enable_push(false);
+        if !self.abuse_limits {
+            // Each of these ends the connection, and with it the calls of everybody else, for something an honest caller does: drop
+            // half-read responses, or leave a stream of small messages unread.
+            builder
+                .max_local_error_reset_streams(None)
+                .max_concurrent_reset_streams(RESET_STREAMS)
+                .data_frame_budget(usize::MAX / 4);
+        }
+        builder
+    }
+}
+
+/// A connection whose peer has answered on HTTP/2. Dropping it closes the connection once its streams have ended.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    limit: Arc<AtomicUsize>,
+    /// A copy of the peer's limit, which changes hardly ever, away from what each read changes.
+    max_header_list: Arc<AtomicU32>,
+    reserved: usize,
+    send: SendRequest<Bytes>,
+    round_trip: Duration,
+    activity: Arc<Activity>,
+    /// Reports doubts to the connection's task. Its drop means that no more calls will be sent.
+    doubts: mpsc::UnboundedSender<Doubt>,
+}
+
+/// A connection whose task has not been started: of several to one peer, only the one that is kept gets a task.
+pub(crate) struct Established {
+    connection: Connection,
+    start: Box<dyn FnOnce(OnReport) + Send>,
+}
+
+impl Established {
+    /// Spawns the task that drives the connection. From that task `on_report` is called with what becomes of the connection.
+    pub(crate) fn start<F>(self, on_report: F) -> Connection
+    where
+        F: FnMut(Report) + Send + Unpin + 'static,
+    {
+        (self.start)(Box::new(on_report));
+        self.connection
+    }
+}
+
+impl Connection {
+    /// Shakes hands and waits until the peer has answered a PING.
+    ///
+    /// The handshake alone proves nothing: it succeeds before the peer has accepted the connection.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes the connection.
+    pub(crate) async fn establish<T>(
+        io: T,
+        settings: &Settings,
+        keep_alive: Option<KeepAlive>,
+    ) -> Result<Established, HandshakeError>
+    where
+        T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let activity = Activity::new();
+        let io = Watched::new(io, Arc::clone(&activity));
+        let handshake = Self::shake_hands(io, settings, keep_alive, Arc::clone(&activity));
+        handshake.await.map_err(|source| HandshakeError {
+            speaks: foreign_protocol(&activity.opening()),
+            source,
+        })
+    }
+
+    async fn shake_hands<T>(
+        io: Watched<T>,
+        settings: &Settings,
+        keep_alive: Option<KeepAlive>,
+        activity: Arc<Activity>,
+    ) -> Result<Established, h2::Error>
+    where
+        T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let handshake = settings.builder().handshake::<_, Bytes>(io);
+        let (send, mut connection) = handshake.await?;
+        let mut pings = connection.ping_pong();
+        let round_trip = ready_check(&mut connection, pings.as_mut(), &send).await?;
+        let reserved = settings.reserved_streams;
+        let limit = for_calls(send.current_max_send_streams(), reserved);
+        let limit = Arc::new(AtomicUsize::new(limit));
+        let max_header_list = Arc::new(AtomicU32::new(activity.max_header_list()));
+        let task_max_header_list = Arc::clone(&max_header_list);
+        let (doubts, doubted) = mpsc::unbounded_channel();
+        let decided = Pings::new(keep_alive, round_trip, activity.heard(), Instant::now());
+        let pinger = pings.map(|pings| Pinger::new(pings, decided, Arc::clone(&activity)));
+        let probe = Some(send.clone());
+        let (task_limit, task_activity) = (Arc::clone(&limit), Arc::clone(&activity));
+        let start = move |on_report: OnReport| {
+            tokio::spawn(Task {
+                connection,
+                probe,
+                doubted,
+                limit: task_limit,
+                max_header_list: task_max_header_list,
+                reserved,
+                pinger,
+                activity: task_activity,
+                left: false,
+                linger: None,
+                on_report,
+            });
+        };
+        Ok(Established {
+            start: Box::new(start),
+            connection: Self {
+                limit,
+                max_header_list,
+                reserved,
+                send,
+                round_trip,
+                activity,
+                doubts,
+            },
+        })
+    }
+
+    /// How many calls the peer takes at once. More would wait inside h2, where they cannot be told from sent ones.
+    pub(crate) fn max_streams(&self) -> usize {
+        // Relaxed: nothing else hangs on it, and the value is the peer's of a moment ago in any case.
+        self.limit.load(Ordering::Relaxed)
+    }
+
+    /// Whether the streams that calls leave free are there.
+    pub(crate) fn has_reserve(&self) -> bool {
+        self.send.current_max_send_streams() > self.reserved
+    }
+
+    /// The first PING's round trip.
+    pub(crate) fn round_trip(&self) -> Duration {
+        self.round_trip
+    }
+
+    /// The size of the largest header list that the peer has announced to take, in bytes; `u32::MAX` without an announcement.
+    pub(crate) fn max_header_list(&self) -> u32 {
+        self.max_header_list.load(Ordering::Relaxed)
+    }
+
+    /// Whether the peer has ended the connection because of our PINGs.
+    pub(crate) fn has_too_many_pings(&self) -> bool {
+        self.activity.has_too_many_pings()
+    }
+
+    /// The error with which the peer has ended the connection because of something that was sent on it, if it has. A call below the last
+    /// stream of a GOAWAY does not see it: its own error is that of the socket.
+    pub(crate) fn blame(&self) -> Option<Reason> {
+        let reason = Reason::from(self.activity.goaway()?);
+        (reason != Reason::NO_ERROR && !self.has_too_many_pings()).then_some(reason)
+    }
+
+    /// Sets how the connection finds out whether calls are open on it, which decides on keep-alive pings.
+    pub(crate) fn set_busy(&self, is_busy: impl Fn() -> bool + Send + Sync + 'static) {
+        self.activity.set_busy(is_busy);
+    }
+
+    /// For how long nothing was read.
+    pub(crate) fn silence(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.activity.last())
+    }
+
+    /// Requests a PING for a call sent at `then` that overran, unless bytes were read since.
+    pub(crate) fn suspect(&self, then: Instant) {
+        if !self.activity.is_heard_since(then) {
+            // The task may be gone, and then the connection is as well.
+            let _ = self.doubts.send(Doubt::Overrun);
+        }
+    }
+
+    /// Requests a PING for a call sent at `then` that its caller dropped, unless bytes were read since.
+    pub(crate) fn suspect_dropped(&self, then: Instant) {
+        if !self.activity.is_heard_since(then) {
+            let _ = self.doubts.send(Doubt::Dropped);
+        }
+    }
+
+    /// Requests a PING for a connection that was silent for long, for no call.
+    pub(crate) fn check(&self) {
+        let _ = self.doubts.send(Doubt::Sweep);
+    }
+
+    /// How many bytes were read.
+    pub(crate) fn bytes_read(&self) -> u64 {
+        self.activity.heard().bytes
+    }
+
+    /// Requests a PING and waits for a byte from the peer. Returns false if none arrives in time, or if the connection ends.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future changes nothing for the connection.
+    pub(crate) async fn is_alive(&self) -> bool {
+        let mark = self.activity.mark();
+        if self.doubts.send(Doubt::Silence).is_err() {
+            return false;
+        }
+        // The connection's task ends the wait long before, unless its runtime is not driven.
+        let heard = self.activity.heard_since(mark);
+        tokio::time::timeout(UNDRIVEN, heard).await.unwrap_or(false)
+    }
+
+    /// Opens a stream. It never waits; the caller has made sure that a stream is free.
+    pub(crate) fn open(
+        &self,
+        head: Request<()>,
+        end_of_stream: bool,
+    ) -> Result<(ResponseFuture, SendStream<Bytes>), OpenError> {
+        // A clone has no memory of a stream that waits to be opened, so it never refuses on that ground.
+        let mut send = self.send.clone();
+        send.send_request(head, end_of_stream).map_err(|error| {
+            // The error itself does not tell a connection that is gone from a request that is malformed; the handle does.
+            match send.poll_ready(&mut Context::from_waker(Waker::noop())) {
+                Poll::Ready(Err(error)) => OpenError::Gone(error),
+                _ => OpenError::Malformed(error),
+            }
+        })
+    }
+}
+
+/// Waits for the answer to a first PING and for the peer's SETTINGS. Returns the round trip.
+async fn ready_check<T>(
+    connection: &mut h2::client::Connection<Watched<T>, Bytes>,
+    mut pings: Option<&mut PingPong>,
+    send: &SendRequest<Bytes>,
+) -> Result<Duration, h2::Error>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    let started = Instant::now();
+    if let Some(pings) = &mut pings {
+        pings.send_ping(Ping::opaque())?;
+    }
+    // The peer's SETTINGS are always before its PONG, so the number of streams it allows is known by then. A peer that allows none cannot
+    // be used yet.
+    let mut round_trip = pings.is_none().then_some(Duration::ZERO);
+    std::future::poll_fn(|cx| {
+        if let Poll::Ready(outcome) = Pin::new(&mut *connection).poll(cx) {
+            let gone = || h2::Error::from(Reason::NO_ERROR);
+            return Poll::Ready(Err(outcome.err().unwrap_or_else(gone)));
+        }
+        if let Some(pings) = &mut pings
+            && round_trip.is_none()
+        {
+            ready!(pings.poll_pong(cx))?;
+            round_trip = Some(Instant::now().saturating_duration_since(started));
+        }
+        match round_trip {
+            Some(round_trip) if send.current_max_send_streams() > 0 => Poll::Ready(Ok(round_trip)),
+            _ => Poll::Pending,
+        }
+    })
+    .await
+}
+
+/// Why a peer is not ready for calls.
+#[derive(Debug)]
+pub(crate) struct HandshakeError {
+    /// What the peer seems to speak in place of HTTP/2.
+    pub(crate) speaks: Option<&'static str>,
+    pub(crate) source: h2::Error,
+}
+
+impl fmt::Display for HandshakeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.speaks {
+            Some(protocol) => write!(f, "the peer speaks {protocol}"),
+            None => f.write_str("the peer does not answer on HTTP/2"),
+        }
+    }
+}
+
+impl std::error::Error for HandshakeError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        // h2's error is about a frame that was none.
+        self.speaks.is_none().then_some(&self.source)
+    }
+}
+
+/// Why no stream was opened. In either case nothing was sent.
+#[derive(Debug)]
+pub(crate) enum OpenError {
+    /// The connection takes no more streams.
+    Gone(h2::Error),
+    /// The request breaks HTTP/2's rules, on this connection and any other.
+    Malformed(h2::Error),
+}
+
+/// HTTP/2's largest window.
+pub(crate) const MAX_WINDOW: u32 = (1 << 31) - 1;
+/// Streams that we have reset and whose late frames are still expected, without an error for the connection.
+const RESET_STREAMS: usize = 1024;
+/// How long a check may take at most.
+const UNDRIVEN: Duration = Duration::from_secs(5);

@@ -1,0 +1,200 @@
+//! The task that drives one connection, and what it reports.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::client::SendRequest;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::mpsc;
+use tokio::time::Sleep;
+
+use super::activity::{Activity, Watched};
+use super::h2_error::is_orderly_goaway;
+use super::pinger::Pinger;
+use super::pings::{Action, Doubt};
+
+pub(super) type OnReport = Box<dyn FnMut(Report) + Send>;
+
+/// What becomes of a connection.
+#[derive(Debug)]
+pub(crate) enum Report {
+    /// The peer has left a PING unanswered, though nothing shows that the connection is gone.
+    Stalled,
+    /// Nothing was read in time, and no PING was allowed to prove that the peer does not answer.
+    Doubtful,
+    /// The peer has answered after all.
+    Recovered,
+    /// The peer takes more calls at once, or fewer.
+    Streams,
+    /// The connection takes no more streams. This is the last report.
+    Left(Leave),
+}
+
+/// Why a connection takes no more streams.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Leave {
+    #[error("the peer closed the connection")]
+    Closed,
+    #[error("{0}")]
+    Failed(h2::Error),
+    #[error("a keep-alive ping was not answered")]
+    Unresponsive,
+    /// Its runtime has ended, or it has panicked.
+    #[error("the connection's task has ended")]
+    Aborted,
+}
+
+impl Leave {
+    fn new(outcome: Result<(), h2::Error>) -> Self {
+        match outcome {
+            Ok(()) => Self::Closed,
+            Err(error) => Self::Failed(error),
+        }
+    }
+
+    /// Whether the peer closed the connection in order, rather than the connection having broken.
+    pub(crate) fn is_graceful(&self) -> bool {
+        match self {
+            Self::Closed => true,
+            Self::Failed(error) => is_orderly_goaway(error),
+            Self::Unresponsive | Self::Aborted => false,
+        }
+    }
+}
+
+/// Drives one connection until it is closed.
+pub(super) struct Task<T>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    pub(super) connection: h2::client::Connection<Watched<T>, Bytes>,
+    /// Finds out, after every poll, whether streams can still be opened. It would keep the connection open, so it is dropped when the last
+    /// sender is.
+    pub(super) probe: Option<SendRequest<Bytes>>,
+    pub(super) doubted: mpsc::UnboundedReceiver<Doubt>,
+    pub(super) limit: Arc<AtomicUsize>,
+    pub(super) max_header_list: Arc<AtomicU32>,
+    pub(super) reserved: usize,
+    pub(super) pinger: Option<Pinger>,
+    pub(super) activity: Arc<Activity>,
+    pub(super) left: bool,
+    /// The time that is left to a connection whose peer has reported an error.
+    pub(super) linger: Option<Pin<Box<Sleep>>>,
+    pub(super) on_report: OnReport,
+}
+
+impl<T> Future for Task<T>
+where
+    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let this = &mut *self;
+        if let Poll::Ready(outcome) = Pin::new(&mut this.connection).poll(cx) {
+            this.leave(Leave::new(outcome));
+            return Poll::Ready(());
+        }
+        this.poll_doubts(cx);
+        if let Some(probe) = &mut this.probe {
+            let limit = for_calls(probe.current_max_send_streams(), this.reserved);
+            if this.limit.load(Ordering::Relaxed) != limit {
+                this.limit.store(limit, Ordering::Relaxed);
+                (this.on_report)(Report::Streams);
+            }
+            let max_header_list = this.activity.max_header_list();
+            if this.max_header_list.load(Ordering::Relaxed) != max_header_list {
+                this.max_header_list
+                    .store(max_header_list, Ordering::Relaxed);
+            }
+            if let Poll::Ready(Err(error)) = probe.poll_ready(cx) {
+                this.probe = None;
+                if !is_orderly_goaway(&error) {
+                    this.linger = Some(Box::pin(tokio::time::sleep(LINGER)));
+                }
+                this.leave(Leave::Failed(error));
+            }
+        }
+        if let Some(linger) = &mut this.linger
+            && linger.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(());
+        }
+        while let Some(pinger) = &mut this.pinger
+            && let Poll::Ready(action) = pinger.poll(cx)
+        {
+            if action == Action::Lost {
+                // Dropping the connection fails its streams with an I/O error, which is what happened to them.
+                this.leave(Leave::Unresponsive);
+                return Poll::Ready(());
+            }
+            this.report(action);
+        }
+        Poll::Pending
+    }
+}
+
+impl<T> Task<T>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    fn poll_doubts(&mut self, cx: &mut Context<'_>) {
+        while let Poll::Ready(doubt) = self.doubted.poll_recv(cx) {
+            let Some(doubt) = doubt else {
+                self.probe = None;
+                return;
+            };
+            let action = self.pinger.as_mut().and_then(|pinger| pinger.doubt(doubt));
+            if let Some(action) = action {
+                self.report(action);
+            }
+        }
+    }
+
+    fn report(&mut self, action: Action) {
+        let report = match action {
+            Action::Stalled => Report::Stalled,
+            Action::Doubtful => Report::Doubtful,
+            Action::Recovered => Report::Recovered,
+            Action::Ping | Action::Lost => return,
+        };
+        match action {
+            Action::Stalled => self.activity.set_mute(true),
+            Action::Doubtful => self.activity.end_waits(),
+            _ => self.activity.set_mute(false),
+        }
+        if !self.left {
+            (self.on_report)(report);
+        }
+    }
+
+    fn leave(&mut self, why: Leave) {
+        self.activity.set_mute(true);
+        if !std::mem::replace(&mut self.left, true) {
+            (self.on_report)(Report::Left(why));
+        }
+    }
+}
+
+impl<T> Drop for Task<T>
+where
+    T: AsyncRead + AsyncWrite + Unpin,
+{
+    /// However the task ends, with its runtime or by a panic, its end is reported.
+    fn drop(&mut self) {
+        self.leave(Leave::Aborted);
+    }
+}
+
+/// How many of the peer's streams calls may have: one at least, or a peer that allows no more than are reserved could not be used.
+pub(super) fn for_calls(streams: usize, reserved: usize) -> usize {
+    streams.saturating_sub(reserved).max(streams.min(1))
+}
+
+/// How long calls on a connection may still be answered after the peer has ended it with an error. It closes the connection itself then (RFC
+/// 9113, section 5.4.1), but Node.js leaves it open, and the calls would wait for ever.
+const LINGER: Duration = Duration::from_secs(5);

@@ -1,0 +1,263 @@
+//! TLS to endpoints and to etcd, with rustls.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+
+/// TLS to endpoints or to etcd: whom to trust, and who we are.
+///
+/// The name that every server's certificate has to be valid for is fixed here, once per channel. It never comes from the registry: whoever
+/// can write there could otherwise point clients at a server of their own with a certificate of their own. Where the program itself has
+/// written the addresses down, as it has etcd's, [`by_address`](Self::by_address) checks each server for its own.
+///
+/// The server is trusted by the system's root certificates unless others are given. Certificates given as files are read again at each
+/// handshake, so they are renewed without a restart.
+///
+/// ```no_run
+/// use tonic_balance::{BalancedChannel, TlsConfig};
+///
+/// # fn run() {
+/// let tls = TlsConfig::new("greeter.internal")
+///     .ca_file("/etc/greeter/ca.pem")
+///     .identity_files("/etc/greeter/client.pem", "/etc/greeter/client.key");
+/// let channel = BalancedChannel::builder().tls(tls).addresses(["10.0.0.5:50051"]).connect_lazy();
+/// # }
+/// ```
+#[derive(Clone)]
+#[must_use = "it does nothing until it is given to a builder"]
+pub struct TlsConfig {
+    /// Or else the host that was dialled.
+    server_name: Option<String>,
+    roots: Vec<Pem>,
+    system_roots: bool,
+    identity: Option<(Pem, Pem)>,
+}
+
+impl TlsConfig {
+    /// TLS to servers whose certificate is valid for this name or IP address.
+    pub fn new(server_name: impl Into<String>) -> Self {
+        Self::of(Some(server_name.into()))
+    }
+
+    /// TLS to servers whose certificate is valid for the host name or IP address that each was dialled by.
+    ///
+    /// Only for addresses that the program itself contains: those of [`ChannelBuilder::addresses`](crate::ChannelBuilder::addresses), or of
+    /// etcd's members. A channel with any other source connects to no endpoint with such a configuration.
+    ///
+    /// ```no_run
+    /// use tonic_balance::{BalancedChannel, TlsConfig};
+    ///
+    /// # fn run() {
+    /// let tls = TlsConfig::by_address().ca_file("/etc/greeter/ca.pem");
+    /// let channel = BalancedChannel::builder()
+    ///     .tls(tls)
+    ///     .addresses(["greeter-0.greeter:50051", "greeter-1.greeter:50051"])
+    ///     .connect_lazy();
+    /// # }
+    /// ```
+    pub fn by_address() -> Self {
+        Self::of(None)
+    }
+
+    fn of(server_name: Option<String>) -> Self {
+        Self {
+            server_name,
+            roots: Vec::new(),
+            system_roots: false,
+            identity: None,
+        }
+    }
+
+    /// Trusts the certificates in this PEM text; the system's are then not trusted unless [`system_roots`](Self::system_roots) says so.
+    pub fn ca_pem(mut self, pem: impl Into<Vec<u8>>) -> Self {
+        self.roots.push(Pem::Text(pem.into()));
+        self
+    }
+
+    /// As [`ca_pem`](Self::ca_pem), from a file that is read at each handshake.
+    pub fn ca_file(mut self, path: impl AsRef<Path>) -> Self {
+        self.roots.push(Pem::File(path.as_ref().to_owned()));
+        self
+    }
+
+    /// Trusts the system's root certificates as well. The default if no others are given.
+    pub fn system_roots(mut self) -> Self {
+        self.system_roots = true;
+        self
+    }
+
+    /// The certificate chain and the private key to show to servers, as PEM texts. None by default.
+    pub fn identity_pem(
+        mut self,
+        certificates: impl Into<Vec<u8>>,
+        key: impl Into<Vec<u8>>,
+    ) -> Self {
+        self.identity = Some((Pem::Text(certificates.into()), Pem::Text(key.into())));
+        self
+    }
+
+    /// As [`identity_pem`](Self::identity_pem), from files that are read at each handshake.
+    pub fn identity_files(mut self, certificates: impl AsRef<Path>, key: impl AsRef<Path>) -> Self {
+        let certificates = Pem::File(certificates.as_ref().to_owned());
+        self.identity = Some((certificates, Pem::File(key.as_ref().to_owned())));
+        self
+    }
+
+    fn has_files(&self) -> bool {
+        let identity = self.identity.iter().flat_map(|(chain, key)| [chain, key]);
+        let mut sources = self.roots.iter().chain(identity);
+        sources.any(|pem| matches!(pem, Pem::File(_)))
+    }
+
+    /// Reads the certificates. It blocks.
+    fn load(&self) -> io::Result<Arc<ClientConfig>> {
+        let mut roots = RootCertStore::empty();
+        for pem in &self.roots {
+            for certificate in CertificateDer::pem_slice_iter(&pem.read()?) {
+                let certificate = certificate.map_err(invalid)?;
+                roots.add(certificate).map_err(invalid)?;
+            }
+        }
+        if self.system_roots || self.roots.is_empty() {
+            // A machine's store often has a few certificates that cannot be read; the others count.
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        }
+        if roots.is_empty() {
+            return Err(invalid("no root certificate was found"));
+        }
+        let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .map_err(invalid)?
+            .with_root_certificates(roots);
+        let mut config = match &self.identity {
+            None => config.with_no_client_auth(),
+            Some((chain, key)) => {
+                let chain = CertificateDer::pem_slice_iter(&chain.read()?)
+                    .collect::<Result<_, _>>()
+                    .map_err(invalid)?;
+                let key = PrivateKeyDer::from_pem_slice(&key.read()?).map_err(invalid)?;
+                config.with_client_auth_cert(chain, key).map_err(invalid)?
+            }
+        };
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        Ok(Arc::new(config))
+    }
+}
+
+impl fmt::Debug for TlsConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TlsConfig")
+            .field("server_name", &self.server_name)
+            .field("identity", &self.identity.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Where a PEM text comes from.
+#[derive(Clone)]
+enum Pem {
+    Text(Vec<u8>),
+    File(PathBuf),
+}
+
+impl Pem {
+    fn read(&self) -> io::Result<Vec<u8>> {
+        match self {
+            Self::Text(text) => Ok(text.clone()),
+            Self::File(path) => std::fs::read(path).map_err(|error| {
+                io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+            }),
+        }
+    }
+}
+
+fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, error)
+}
+
+/// A [`TlsConfig`] at work: keeps what it has loaded.
+#[derive(Clone)]
+pub(crate) struct Tls {
+    config: Arc<TlsConfig>,
+    loaded: Arc<Mutex<Option<Arc<ClientConfig>>>>,
+}
+
+impl Tls {
+    pub(crate) fn new(config: TlsConfig) -> Self {
+        Self {
+            config: Arc::new(config),
+            loaded: Arc::default(),
+        }
+    }
+
+    /// The name that all servers are checked for, which is also the authority of calls; none if each is checked for its own.
+    pub(crate) fn server_name(&self) -> Option<&str> {
+        self.config.server_name.as_deref()
+    }
+
+    /// Makes the connection secure, and checks that the peer speaks HTTP/2 over it. The peer is checked for the host only if the
+    /// configuration has no name; then there has to be one.
+    pub(crate) async fn handshake<T>(&self, io: T, host: Option<&str>) -> io::Result<TlsStream<T>>
+    where
+        T: AsyncRead + AsyncWrite + Unpin,
+    {
+        let name = self.server_name().or(host).ok_or_else(|| {
+            invalid("the server's name is not fixed, and its address was not written down by the program; use TlsConfig::new(name)")
+        })?;
+        let name = ServerName::try_from(name.to_owned()).map_err(invalid)?;
+        let connector = TlsConnector::from(self.current().await?);
+        let stream = connector.connect(name, io).await.map_err(|error| {
+            // rustls names the record type that it could not read.
+            if error.to_string().contains("InvalidContentType") {
+                return io::Error::new(error.kind(), "the server does not speak TLS");
+            }
+            error
+        })?;
+        // gRPC wants it negotiated, but servers that know nothing else leave it out; those that chose HTTP/1 are told so.
+        match stream.get_ref().1.alpn_protocol() {
+            None | Some(b"h2") => Ok(stream),
+            Some(_) => Err(io::Error::other(
+                "the server chose another protocol than HTTP/2",
+            )),
+        }
+    }
+
+    /// The configuration for the next handshake. Files that cannot be read now, in the middle of their renewal perhaps, leave the last
+    /// good one in force.
+    async fn current(&self) -> io::Result<Arc<ClientConfig>> {
+        let last = self.lock().clone();
+        if let Some(last) = &last
+            && !self.config.has_files()
+        {
+            return Ok(Arc::clone(last));
+        }
+        let config = Arc::clone(&self.config);
+        let loading = tokio::task::spawn_blocking(move || config.load()).await;
+        match loading.unwrap_or_else(|panic| Err(io::Error::other(panic))) {
+            Ok(fresh) => {
+                *self.lock() = Some(Arc::clone(&fresh));
+                Ok(fresh)
+            }
+            Err(error) => match last {
+                Some(last) => {
+                    tracing::warn!(%error, "could not read the certificates again; the last ones stay in use");
+                    Ok(last)
+                }
+                None => Err(error),
+            },
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Arc<ClientConfig>>> {
+        self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

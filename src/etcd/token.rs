@@ -1,0 +1,29 @@
+//! The credentials, and the cell that holds the token they were exchanged for.
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwapOption;
+use http::HeaderValue;
+
+#[derive(Clone)]
+pub(crate) struct Credentials {
+    pub(crate) user: String,
+    pub(crate) password: String,
+}
+
+/// A token as the value of a header. Two tokens are the same if they are the same allocation.
+pub(crate) type Token = Arc<HeaderValue>;
+
+/// The token in use. Clones share it: `auth` writes it, and every request reads it.
+#[derive(Clone, Default)]
+pub(super) struct TokenCell(Arc<ArcSwapOption<HeaderValue>>);
+
+impl TokenCell {
+    pub(super) fn get(&self) -> Option<Token> {
+        self.0.load_full()
+    }
+
+    pub(super) fn set(&self, token: Option<Token>) {
+        self.0.store(token);
+    }
+}

@@ -1,0 +1,105 @@
+//! Channels whose endpoints a resolver finds.
+
+use std::convert::Infallible;
+
+use tonic_balance::{Attributes, BalancedChannel, EndpointSource, Endpoints};
+
+use super::Registry;
+use super::target::Target;
+use crate::error::RegistryError;
+use crate::instance::Instance;
+use crate::resolver::{Resolver, ResolverBuilder, ResolverState};
+
+/// Connects to a service by its URL, `etcd://host:port[,host:port…]/service`, and waits for its first endpoint.
+///
+/// The keys are looked for under the default prefix, `/gRPC/`. For another prefix, a user or TLS, use [`Registry::builder`] and
+/// [`Registry::channel`].
+///
+/// The forms of go-zero are accepted as well, for services that go-zero has registered: `discov://host:port/key` and
+/// `etcd:///host:port?key=key`. go-zero also writes `etcd://` for the former; that is read as the form of this library, because the two cannot
+/// be told apart. For grpc-go's `etcd:///service`, which names no members, see [`Registry::channel_to`].
+///
+/// ```no_run
+/// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+/// let channel = tonic_etcd::connect("etcd://127.0.0.1:2379/helloworld.Greeter").await?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+///
+/// As [`Registry::connect`] and [`ChannelBuilder::connect`](crate::ChannelBuilder::connect), and if the URL has none of these forms or is
+/// ambiguous.
+///
+/// # Cancel safety
+///
+/// Dropping the future closes the connections.
+pub async fn connect(target: impl AsRef<str>) -> Result<BalancedChannel, RegistryError> {
+    let Target { members, place } = Target::with_members(target.as_ref())?;
+    let registry = Registry::connect(members).await?;
+    Ok(registry.channel_at(place).connect().await?)
+}
+
+/// The weight, the zone and the mark of a last resort. A new lease or a new key is a new generation: another server, or the same one after a
+/// restart.
+impl From<Instance> for Attributes {
+    fn from(instance: Instance) -> Self {
+        let lease = instance.lease().get().cast_unsigned();
+        let created = instance.create_revision().get().cast_unsigned();
+        // Revisions are small numbers and lease ids are random, so that no other pair has the same sum.
+        let generation = lease.wrapping_add(created.rotate_left(32));
+        let attributes = Self::new()
+            .with_weight(instance.weight())
+            .with_last_resort(instance.is_last_resort())
+            .with_generation(generation);
+        match instance.zone() {
+            Some(zone) => attributes.with_zone(zone),
+            None => attributes,
+        }
+    }
+}
+
+/// Starts a resolver for the channel. Host names may resolve to what the resolver accepts as an address.
+impl EndpointSource for ResolverBuilder {
+    type Attributes = Instance;
+    type Error = Infallible;
+    type Stream = Resolver;
+
+    fn start(self, tls: bool) -> Result<Endpoints<Resolver>, String> {
+        let policy = self.policy().clone();
+        let endpoints = EndpointSource::start(self.start(), tls)?;
+        Ok(endpoints.address_policy(policy))
+    }
+}
+
+/// Unlike a plain stream of changes, a resolver reports an empty set as known, and its errors are part of the errors of calls.
+impl EndpointSource for Resolver {
+    type Attributes = Instance;
+    type Error = Infallible;
+    type Stream = Self;
+
+    fn start(self, _: bool) -> Result<Endpoints<Self>, String> {
+        let mut statuses = self.statuses();
+        let watched = statuses.clone();
+        let known = async move {
+            // It fails when the resolver has ended. The set will then never be known.
+            let known = statuses.wait_for(|status| status.state != ResolverState::Unknown);
+            if known.await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        let last_error = move || {
+            let status = watched.borrow();
+            let error = status.last_error.as_ref()?;
+            Some(format!("registry: {error}"))
+        };
+        let service = self.service().to_owned();
+        let feedback = self.feedback();
+        let endpoints = Endpoints::new(self)
+            .known_after(known)
+            .last_error(last_error)
+            .on_refused(move |address| feedback.refused(address))
+            .service(service);
+        Ok(endpoints)
+    }
+}

@@ -1,0 +1,228 @@
+//! The URL of a service in etcd: ours, grpc-go's and go-zero's.
+
+use percent_encoding::percent_decode_str;
+
+use crate::error::RegistryError;
+
+/// A target, taken apart.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Target {
+    /// None in grpc-go's form, where whoever makes the resolver knows them.
+    pub(crate) members: Vec<String>,
+    pub(crate) place: Place,
+}
+
+/// Where the instances are looked for.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// A service under the registry's prefix.
+    Service(String),
+    /// The whole of what stands before the instance ids, without the slash at its end, as etcd's own resolver has it.
+    Path(String),
+    /// A key of go-zero's configuration, in its format.
+    GoZero(String),
+}
+
+impl Target {
+    pub(crate) fn parse(target: &str) -> Result<Self, RegistryError> {
+        Self::parts(target).map_err(|reason| invalid(target, reason))
+    }
+
+    /// Reads a target that names its members.
+    pub(super) fn with_members(target: &str) -> Result<Self, RegistryError> {
+        let parsed = Self::parse(target)?;
+        if parsed.members.is_empty() {
+            return Err(invalid(
+                target,
+                "it names no etcd member; connect a `Registry` to them, and give it to `Registry::channel_to`",
+            ));
+        }
+        Ok(parsed)
+    }
+
+    /// Reads a target that leaves the members to a registry.
+    pub(crate) fn of_registry(target: &str) -> Result<Place, RegistryError> {
+        let parsed = Self::parse(target)?;
+        if !parsed.members.is_empty() {
+            return Err(invalid(
+                target,
+                "it names etcd members, and the registry has its own; give it to `tonic_etcd::connect`",
+            ));
+        }
+        Ok(parsed.place)
+    }
+
+    fn parts(target: &str) -> Result<Self, &'static str> {
+        let (scheme, rest) = target.split_once("://").unwrap_or(("", target));
+        if !["etcd", "discov"].contains(&scheme) {
+            return Err("it begins neither with etcd:// nor with discov://");
+        }
+        let (authority, path) = rest.split_once('/').ok_or("it names no service")?;
+        if authority.contains('@') {
+            return Err("a user belongs into `Registry::builder`");
+        }
+        if path.contains('#') {
+            return Err("it has a fragment");
+        }
+        match (scheme, authority, path.split_once('?')) {
+            (_, "", Some((path, query))) => Self::go_zero(path, key(query)?),
+            ("discov", "", None) => Err("it names no etcd member"),
+            (_, "", None) => Self::grpc_go(path),
+            (_, _, Some(_)) => Err(
+                "it has members before the path and a query behind it: are the members those, or the path?",
+            ),
+            ("discov", members, None) => Self::go_zero(members, path.to_owned()),
+            (_, members, None) => Self::ours(members, path),
+        }
+    }
+
+    /// `etcd://host:port[,host:port…]/service`
+    fn ours(authority: &str, service: &str) -> Result<Self, &'static str> {
+        if service.is_empty() || service.contains('/') {
+            return Err("its path is not one service's name");
+        }
+        Ok(Self {
+            members: members(authority)?,
+            place: Place::Service(service.to_owned()),
+        })
+    }
+
+    /// `etcd:///service`. All that follows the third slash is the path, which may begin with a slash itself.
+    fn grpc_go(path: &str) -> Result<Self, &'static str> {
+        if path.is_empty() || path.ends_with('/') {
+            return Err("it names no service");
+        }
+        // What has ports, or several parts, is no service's name.
+        let is_member = |member: &str| member.parse::<crate::Address>().is_ok();
+        if path.contains(',') || is_member(path) {
+            return Err(
+                "its path looks like etcd members: then ?key= is missing behind it, or a slash before it is one too many",
+            );
+        }
+        Ok(Self {
+            members: Vec::new(),
+            place: Place::Path(path.to_owned()),
+        })
+    }
+
+    /// `discov://host:port[,host:port…]/key` up to 1.10.1, `etcd:///host:port[,host:port…]?key=key` since.
+    fn go_zero(authority: &str, key: String) -> Result<Self, &'static str> {
+        if key.is_empty() || key.ends_with('/') {
+            return Err("it names no key");
+        }
+        Ok(Self {
+            members: members(authority)?,
+            place: Place::GoZero(key),
+        })
+    }
+}
+
+fn members(authority: &str) -> Result<Vec<String>, &'static str> {
+    let members: Vec<_> = authority.split(',').map(str::to_owned).collect();
+    if members.iter().any(String::is_empty) {
+        return Err("it names no etcd member");
+    }
+    Ok(members)
+}
+
+fn key(query: &str) -> Result<String, &'static str> {
+    let mut keys = query
+        .split('&')
+        .filter_map(|pair| pair.strip_prefix("key="));
+    let key = keys.next().ok_or("its query names no key")?;
+    if keys.next().is_some() {
+        return Err("its query names several keys");
+    }
+    let key = percent_decode_str(key).decode_utf8();
+    key.map(String::from).map_err(|_| "its key is not UTF-8")
+}
+
+fn invalid(target: &str, reason: &'static str) -> RegistryError {
+    RegistryError::InvalidTarget {
+        target: target.to_owned(),
+        reason: reason.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_form_is_taken_apart() {
+        let service = |name: &str| Place::Service(name.to_owned());
+        let path = |path: &str| Place::Path(path.to_owned());
+        let go_zero = |key: &str| Place::GoZero(key.to_owned());
+        for (target, members, place) in [
+            (
+                "etcd://10.0.0.1:2379,[::1]:2379/helloworld.Greeter",
+                vec!["10.0.0.1:2379", "[::1]:2379"],
+                service("helloworld.Greeter"),
+            ),
+            (
+                "etcd:///helloworld.Greeter",
+                vec![],
+                path("helloworld.Greeter"),
+            ),
+            (
+                "etcd:///team/blue/greeter",
+                vec![],
+                path("team/blue/greeter"),
+            ),
+            ("etcd:////gRPC/greeter", vec![], path("/gRPC/greeter")),
+            (
+                "discov://a:1,b:2/user.rpc",
+                vec!["a:1", "b:2"],
+                go_zero("user.rpc"),
+            ),
+            (
+                "etcd:///a:1,b:2?key=user.rpc",
+                vec!["a:1", "b:2"],
+                go_zero("user.rpc"),
+            ),
+            (
+                "discov:///a:1?x=y&key=team%2Fuser.rpc",
+                vec!["a:1"],
+                go_zero("team/user.rpc"),
+            ),
+        ] {
+            let parsed = Target::parse(target).expect(target);
+            assert_eq!(
+                (parsed.members, parsed.place),
+                (members.iter().map(ToString::to_string).collect(), place)
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_no_target_or_could_be_two_is_refused_by_name() {
+        for (target, word) in [
+            ("", "etcd://"),
+            ("http://127.0.0.1:2379/svc", "etcd://"),
+            ("etcd://127.0.0.1:2379", "no service"),
+            ("etcd://127.0.0.1:2379/", "one service"),
+            ("etcd:///", "no service"),
+            ("etcd:///svc/", "no service"),
+            ("etcd://a:1,/svc", "no etcd member"),
+            ("etcd://u:p@a:1/svc", "user"),
+            ("etcd://a:1/web/svc", "one service"),
+            ("etcd://a:1/svc?key=x", "are the members those"),
+            ("etcd://a:1/svc#x", "fragment"),
+            ("etcd:///a:1", "?key="),
+            ("etcd:///a:1,b:1", "?key="),
+            ("etcd:///a:1?x=y", "no key"),
+            ("etcd:///a:1?key=", "no key"),
+            ("etcd:///a:1?key=x&key=y", "several"),
+            ("etcd:///?key=x", "no etcd member"),
+            ("discov:///user.rpc", "no etcd member"),
+        ] {
+            let error = Target::parse(target).expect_err(target).to_string();
+            assert!(error.contains(&format!("{target:?}")), "{error}");
+            assert!(error.contains(word), "{target} {error}");
+        }
+        let error = Target::with_members("etcd:///svc").expect_err("no members");
+        assert!(error.to_string().contains("channel_to"), "{error}");
+        let error = Target::of_registry("etcd://a:1/svc").expect_err("members");
+        assert!(error.to_string().contains("tonic_etcd::connect"), "{error}");
+    }
+}

@@ -1,0 +1,13 @@
+//! The greeter that the tests of `tonic-balance` use is checked in, because that package builds without `protoc`.
+#![allow(clippy::panic, reason = "a failed step is a failed test")]
+
+#[test]
+fn the_checked_in_greeter_is_what_protoc_generates() {
+    let generated = include_str!(concat!(env!("OUT_DIR"), "/helloworld.rs"));
+    let checked_in = include_str!("../balance/src/channel/tests/greeter/helloworld.rs");
+    let without_blanks = |text: &str| text.split_whitespace().collect::<String>();
+    assert!(
+        without_blanks(generated) == without_blanks(checked_in),
+        "copy target/debug/build/tonic-etcd-*/out/helloworld.rs to balance/src/channel/tests/greeter/"
+    );
+}
