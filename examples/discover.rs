@@ -27,7 +27,7 @@ async fn run() -> Result<(), Box<dyn std::error::Error>> {
         prefixes = vec!["/web/".to_owned(), "/gRPC/".to_owned()];
     }
     let registry = Registry::connect(greeter::etcd_endpoints()).await?;
-    let mut resolver = registry.resolver_at(prefixes);
+    let mut resolver = registry.resolver_at(prefixes).start();
     resolver.ready().await;
     println!("{} servers", resolver.instances().len());
 
@@ -55,7 +55,13 @@ async fn run() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 fn describe(instance: &Instance) -> String {
-    let mut parts = vec![instance.address().to_string(), instance.key().to_owned()];
+    let mut parts = vec![
+        instance.address().to_string(),
+        instance
+            .location()
+            .map(|location| location.key().to_owned())
+            .unwrap_or_default(),
+    ];
     if instance.weight() != 1 {
         parts.push(format!("weight {}", instance.weight()));
     }

@@ -64,7 +64,7 @@ async fn show() -> Result<(), Error> {
         .prefix("/greeter-cluster/")
         .connect()
         .await?;
-    let resolver = registry.resolver(SERVICE);
+    let resolver = registry.resolver(SERVICE).start();
     let tally = Arc::new(Mutex::new(Tally::default()));
     let mut servers = BTreeMap::new();
     for name in ["alpha", "beta", "gamma"] {

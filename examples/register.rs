@@ -38,7 +38,7 @@ async fn run() -> Result<(), Box<dyn std::error::Error>> {
         registration.key()
     );
 
-    let mut states = registration.states();
+    let mut states = registration.watch_state();
     loop {
         tokio::select! {
             () = &mut told_to_stop => break,

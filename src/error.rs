@@ -59,7 +59,13 @@ impl EtcdError {
         Self::new(EtcdErrorKind::TaskEnded, operation, "(none)", source)
     }
 
-    /// The member that was asked.
+    /// Returns the name of the operation that failed, such as `lease grant`.
+    #[must_use]
+    pub fn operation(&self) -> &'static str {
+        self.0.operation
+    }
+
+    /// Returns the member that was asked.
     #[must_use]
     pub fn endpoint(&self) -> &str {
         &self.0.endpoint
@@ -140,8 +146,9 @@ pub enum EtcdErrorKind {
 }
 
 impl EtcdErrorKind {
-    /// Whether the same request can succeed at another member, or later.
-    pub(crate) fn is_transient(self) -> bool {
+    /// Returns whether the same request can succeed at another member, or later.
+    #[must_use]
+    pub fn is_transient(self) -> bool {
         matches!(
             self,
             Self::Unavailable
@@ -201,7 +208,7 @@ impl fmt::Display for EtcdErrorKind {
 }
 
 /// Why no connection to etcd could be made.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RegistryError {
     /// A channel's target is not of the form `etcd://host:port[,host:port…]/service`, nor of grpc-go's or go-zero's forms, or it is ambiguous.
@@ -232,21 +239,21 @@ pub enum RegistryError {
     },
     /// No member answered.
     #[error(
-        "no etcd answered at {endpoints}; check that it runs there and that the port (2379 by default) is right and open: {source}"
+        "no etcd answered at {}; check that it runs there and that the port (2379 by default) is right and open: {source}", endpoints.join(", ")
     )]
     #[non_exhaustive]
     Unreachable {
         /// All endpoints tried.
-        endpoints: Endpoints,
+        endpoints: Vec<String>,
         /// The last failure.
         source: EtcdError,
     },
     /// One side speaks TLS and the other does not, or the certificates do not fit.
-    #[error("no secure connection to etcd at {endpoints}: {reason}: {source}")]
+    #[error("no secure connection to etcd at {}: {reason}: {source}", endpoints.join(", "))]
     #[non_exhaustive]
     Tls {
         /// All endpoints tried.
-        endpoints: Endpoints,
+        endpoints: Vec<String>,
         /// What was seen, and what to do.
         reason: String,
         /// The last failure.
@@ -254,12 +261,12 @@ pub enum RegistryError {
     },
     /// Something answers, but not etcd.
     #[error(
-        "the server at {endpoints} is not an etcd ({reason}); check host and port, etcd's client port is 2379 by default: {source}"
+        "the server at {} is not an etcd ({reason}); check host and port, etcd's client port is 2379 by default: {source}", endpoints.join(", ")
     )]
     #[non_exhaustive]
     NotEtcd {
         /// All endpoints tried.
-        endpoints: Endpoints,
+        endpoints: Vec<String>,
         /// What was seen.
         reason: String,
         /// The last failure.
@@ -267,36 +274,26 @@ pub enum RegistryError {
     },
     /// etcd refused the user.
     #[error(
-        "etcd at {endpoints} refused {user}; check name and password given to `.user(name, password)`: {source}"
+        "etcd at {} refused {user}; check name and password given to `.user(name, password)`: {source}", endpoints.join(", ")
     )]
     #[non_exhaustive]
     Credentials {
         /// All endpoints tried.
-        endpoints: Endpoints,
+        endpoints: Vec<String>,
         /// The user, in words, never with the password.
         user: String,
         /// etcd's answer.
         source: EtcdError,
     },
     /// etcd answered something else.
-    #[error("etcd at {endpoints} refused the connection check: {source}")]
+    #[error("etcd at {} refused the connection check: {source}", endpoints.join(", "))]
     #[non_exhaustive]
     Refused {
         /// All endpoints tried.
-        endpoints: Endpoints,
+        endpoints: Vec<String>,
         /// etcd's answer.
         source: EtcdError,
     },
-}
-
-/// A list of etcd endpoints, displayed with commas.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Endpoints(pub(crate) Vec<String>);
-
-impl fmt::Display for Endpoints {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0.join(", "))
-    }
 }
 
 /// Why a server could not be registered, or its registration not be changed.
@@ -334,7 +331,7 @@ pub enum RegisterError {
     },
     /// etcd did not take the write within the bound. A registration that is up goes on trying.
     #[error(
-        "{key:?} could not be written to etcd at {endpoints} within {} s{}",
+        "{key:?} could not be written to etcd at {} within {} s{}", endpoints.join(", "),
         bound.as_secs_f64(),
         cause(source.as_ref())
     )]
@@ -343,7 +340,7 @@ pub enum RegisterError {
         /// The key.
         key: String,
         /// All endpoints tried.
-        endpoints: Endpoints,
+        endpoints: Vec<String>,
         /// The bound that has passed.
         bound: Duration,
         /// The last failure, if there was one.
@@ -418,7 +415,7 @@ mod tests {
         assert_eq!(error.to_string(), line);
         assert_eq!(causes(&error), line);
         let refused = RegistryError::Refused {
-            endpoints: Endpoints(vec!["10.0.0.1:2379".to_owned()]),
+            endpoints: vec!["10.0.0.1:2379".to_owned()],
             source: error,
         };
         assert!(refused.to_string().ends_with(line), "{refused}");

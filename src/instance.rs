@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use crate::keyspace::{LeaseId, Revision};
+use crate::keyspace::{KeyValue, LeaseId, Revision};
 use tonic_balance::Address;
 
 /// One registered server of a service.
@@ -13,7 +13,7 @@ use tonic_balance::Address;
 /// The *address* is its identity: it is what a balancer connects to. Everything else is an attribute that may change in place without a
 /// reconnect. Cloning is a reference count.
 ///
-/// An instance read from etcd knows its key, its lease and its revisions; one made by hand with [`Instance::new`] has none of them.
+/// An instance that was read from etcd has an [id](Self::id) and a [location](Self::location); one made with [`Instance::new`] has neither.
 ///
 /// ```
 /// use tonic_etcd::Instance;
@@ -31,40 +31,59 @@ pub struct Instance {
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Data {
     advertisement: Advertisement,
-    id: String,
+    id: Option<String>,
+    location: Option<KeyLocation>,
+}
+
+/// The key at which an instance was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyLocation {
     key: String,
     lease: LeaseId,
     create_revision: Revision,
     mod_revision: Revision,
 }
 
+impl KeyLocation {
+    pub(crate) fn new(key: String, kv: &KeyValue) -> Self {
+        Self {
+            key,
+            lease: kv.lease,
+            create_revision: kv.create_revision,
+            mod_revision: kv.mod_revision,
+        }
+    }
+
+    /// Returns the whole etcd key. Bytes that are not UTF-8 are replaced.
+    #[must_use]
+    pub fn key(&self) -> &str {
+        &self.key
+    }
+
+    /// Returns the lease that the key is attached to; `None` for a key without a lease, which does not expire.
+    #[must_use]
+    pub fn lease(&self) -> Option<LeaseId> {
+        (self.lease != LeaseId::NONE).then_some(self.lease)
+    }
+
+    /// Returns the revision at which the key was created.
+    #[must_use]
+    pub fn create_revision(&self) -> Revision {
+        self.create_revision
+    }
+
+    /// Returns the revision at which the key was last written.
+    #[must_use]
+    pub fn mod_revision(&self) -> Revision {
+        self.mod_revision
+    }
+}
+
 impl Instance {
     /// Describes a server at `address` with the default attributes: weight 1, no zone, no version, no metadata.
     #[must_use]
     pub fn new(address: Address) -> Self {
-        Self::registered(Advertisement::new(address), Registered::default())
-    }
-
-    pub(crate) fn registered(advertisement: Advertisement, registered: Registered) -> Self {
-        let Registered {
-            id,
-            key,
-            lease,
-            create_revision,
-            mod_revision,
-        } = registered;
-        let data = Data {
-            advertisement,
-            id,
-            key,
-            lease,
-            create_revision,
-            mod_revision,
-        };
-        Self {
-            data: Arc::new(data),
-            last_resort: false,
-        }
+        Self::from(Advertisement::new(address))
     }
 
     /// Sets the weight: its share of the calls relative to the others'. 0 counts as 1.
@@ -117,10 +136,18 @@ impl Instance {
         &self.data.advertisement
     }
 
-    /// The same instance, found at a key.
-    pub(crate) fn found(self, registered: Registered) -> Self {
-        let data = Arc::unwrap_or_clone(self.data);
-        Self::registered(data.advertisement, registered)
+    /// Adds where the instance was read.
+    pub(crate) fn at(mut self, id: String, location: KeyLocation) -> Self {
+        let data = Arc::make_mut(&mut self.data);
+        data.id = Some(id);
+        data.location = Some(location);
+        self
+    }
+
+    /// Sets the instance id, for an instance whose key is yet to be made.
+    pub(crate) fn with_id(mut self, id: Option<&str>) -> Self {
+        Arc::make_mut(&mut self.data).id = id.map(str::to_owned);
+        self
     }
 
     pub(crate) fn advertisement_mut(&mut self) -> &mut Advertisement {
@@ -175,52 +202,33 @@ impl Instance {
         self.last_resort
     }
 
-    /// The instance id: what follows the service's prefix in the key. It is opaque; empty if made by hand.
+    /// Returns the instance id: the part of the key after the service's prefix. `None` for an instance that was not read from etcd.
     #[must_use]
-    pub fn id(&self) -> &str {
-        &self.data.id
+    pub fn id(&self) -> Option<&str> {
+        self.data.id.as_deref()
     }
 
-    /// The whole etcd key (bytes that are not UTF-8 are replaced); empty if made by hand.
+    /// Returns the key at which the instance was read; `None` for an instance that was not read from etcd.
+    ///
+    /// A new lease or create revision at the same address is a fresh registration: the server was restarted, or registered again.
     #[must_use]
-    pub fn key(&self) -> &str {
-        &self.data.key
-    }
-
-    /// The lease the key hangs on; 0 for a key without one, and for an instance made by hand. A new lease at the same address is a
-    /// fresh registration: the server was restarted, or registered again.
-    #[must_use]
-    pub fn lease(&self) -> LeaseId {
-        self.data.lease
-    }
-
-    /// The revision at which the key was created; 0 if made by hand.
-    #[must_use]
-    pub fn create_revision(&self) -> Revision {
-        self.data.create_revision
-    }
-
-    /// The revision at which the key was last written; 0 if made by hand.
-    #[must_use]
-    pub fn mod_revision(&self) -> Revision {
-        self.data.mod_revision
+    pub fn location(&self) -> Option<&KeyLocation> {
+        self.data.location.as_ref()
     }
 }
 
 impl From<Advertisement> for Instance {
     fn from(advertisement: Advertisement) -> Self {
-        Self::registered(advertisement, Registered::default())
+        let data = Data {
+            advertisement,
+            id: None,
+            location: None,
+        };
+        Self {
+            data: Arc::new(data),
+            last_resort: false,
+        }
     }
-}
-
-/// Where in etcd an instance was found.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Registered {
-    pub(crate) id: String,
-    pub(crate) key: String,
-    pub(crate) lease: LeaseId,
-    pub(crate) create_revision: Revision,
-    pub(crate) mod_revision: Revision,
 }
 
 /// What a server says of itself: the content of a registry value, whatever its format.

@@ -24,6 +24,18 @@ impl Revision {
     }
 }
 
+impl From<i64> for Revision {
+    fn from(number: i64) -> Self {
+        Self(number)
+    }
+}
+
+impl From<Revision> for i64 {
+    fn from(revision: Revision) -> Self {
+        revision.0
+    }
+}
+
 impl fmt::Display for Revision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
@@ -52,6 +64,18 @@ impl LeaseId {
     #[must_use]
     pub const fn get(self) -> i64 {
         self.0
+    }
+}
+
+impl From<i64> for LeaseId {
+    fn from(number: i64) -> Self {
+        Self(number)
+    }
+}
+
+impl From<LeaseId> for i64 {
+    fn from(lease: LeaseId) -> Self {
+        lease.0
     }
 }
 

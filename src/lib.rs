@@ -57,11 +57,11 @@
 //! The key is `<prefix><service>/<instance id>`, the value JSON, unless a [`Format`] says otherwise. A [`Registration`] renews its lease at a third of the TTL,
 //! and watches and reads its own key, since a renewed lease is no proof that the key is there. A [`Resolver`] that loses its watch
 //! checks whether the store is still the one it knows, and resumes or lists again. A [`BalancedChannel`] keeps a connection to every
-//! server and picks, by its [`Policy`], among those whose peer has answered on HTTP/2. Calls never go through etcd.
+//! server and picks, by its [`LbPolicy`], among those whose peer has answered on HTTP/2. Calls never go through etcd.
 //!
-#![doc = include_str!("behaviour.md")]
+#![doc = include_str!("../docs/behaviour.md")]
 //!
-#![doc = include_str!("errors.md")]
+#![doc = include_str!("../docs/errors.md")]
 //!
 //! # Fleets that already use etcd
 //!
@@ -80,7 +80,7 @@
 //! Rust 1.88 or later, and tonic 0.14. Building needs `protoc` with protobuf's include files, for `etcd-client`. etcd 3.4 or later.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
-#[doc = include_str!("coming_from_go.md")]
+#[doc = include_str!("../docs/coming-from-go.md")]
 pub mod coming_from_go {}
 mod backoff;
 mod error;
@@ -96,13 +96,13 @@ mod server;
 #[cfg_attr(docsrs, doc(cfg(feature = "testing")))]
 pub mod testing;
 
-pub use error::{Endpoints, EtcdError, EtcdErrorKind, RegisterError, RegistryError, ServeError};
+pub use error::{EtcdError, EtcdErrorKind, RegisterError, RegistryError, ServeError};
 pub use format::{Format, FormatError, InstanceFormat};
-pub use instance::Instance;
+pub use instance::{Instance, KeyLocation};
 pub use keyspace::{LeaseId, Revision};
 pub use registration::{Registration, RegistrationBuilder, RegistrationState, ServerState};
 pub use registry::{Registry, RegistryBuilder, connect};
-pub use resolver::{Feedback, Resolver, ResolverBuilder, ResolverState, ResolverStatus};
+pub use resolver::{Resolver, ResolverBuilder, ResolverFeedback, ResolverState, ResolverStatus};
 pub use server::ServeRegistered;
 #[cfg(feature = "__bench")]
 #[doc(hidden)]
@@ -112,7 +112,7 @@ pub use tonic_balance::__bench;
 pub use tonic_balance::TlsConfig;
 pub use tonic_balance::{
     Address, AddressError, AddressPolicy, Attributes, BalancedChannel, CallError, ChannelBuilder,
-    ChannelError, EndpointSource, EndpointState, EndpointStatus, HedgingPolicy, IpNet,
-    OutlierDetection, Policy, ResponseBody, ResponseFuture, RetryBudget, RetryPolicy, Routing,
-    ServedBy, WaitForReady,
+    ChannelError, EndpointSource, EndpointState, EndpointStatus, HedgingPolicy, IpNet, LbPolicy,
+    OutlierDetection, ResponseBody, ResponseFuture, RetryBudget, RetryPolicy, Routing, ServedBy,
+    WaitForReady,
 };

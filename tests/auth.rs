@@ -44,7 +44,7 @@ impl<'a> Pair<'a> {
             .await
             .unwrap();
         let resolver = user_at(over(1), "reader").await.unwrap();
-        let resolver = resolver.resolver("greeter");
+        let resolver = resolver.resolver("greeter").start();
         knows(&resolver, &["127.0.0.1:80"]).await;
         Self {
             etcd,
@@ -62,7 +62,7 @@ impl<'a> Pair<'a> {
 
     /// Renewals, writes and events go on.
     async fn is_well(&mut self, what: &str) {
-        let mut states = self.registration.states();
+        let mut states = self.registration.watch_state();
         // The first of them is the state as it is.
         for _ in 0..3 {
             tokio::time::timeout(TTL * 2, states.changed())
@@ -192,7 +192,7 @@ async fn a_new_token_is_good_whichever_member_is_asked() {
     protect(&etcd).await;
     for _ in 0..20 {
         let reader = user(&etcd, "reader").await.expect("connected");
-        let resolver = reader.resolver("greeter");
+        let resolver = reader.resolver("greeter").start();
         resolver.ready().await;
         assert!(resolver.status().last_error.is_none());
     }
@@ -202,7 +202,11 @@ async fn a_new_token_is_good_whichever_member_is_asked() {
 async fn who_may_not_read_is_told_so() {
     let etcd = etcd().await;
     protect(&etcd).await;
-    let resolver = user(&etcd, "nobody").await.unwrap().resolver("greeter");
+    let resolver = user(&etcd, "nobody")
+        .await
+        .unwrap()
+        .resolver("greeter")
+        .start();
     let refused = async || {
         let error = resolver.status().last_error;
         error.is_some_and(|error| error.kind() == EtcdErrorKind::PermissionDenied)

@@ -21,7 +21,7 @@ use tonic_etcd::{BalancedChannel, Registry};
 async fn a_rolling_graceful_restart_under_load_fails_no_call_and_runs_none_twice() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
-    let resolver = registry.resolver("greeter");
+    let resolver = registry.resolver("greeter").start();
     let counter = Counting::default();
     let start = || {
         let registration = registry.registration("greeter");
@@ -73,7 +73,7 @@ async fn endpoints_that_refuse_or_swallow_connections_fail_no_call() {
         .register()
         .await
         .unwrap();
-    let resolver = registry.resolver("greeter");
+    let resolver = registry.resolver("greeter").start();
     eventually("five are registered", async || {
         resolver.instances().len() == 5
     })
@@ -95,7 +95,7 @@ async fn calls_do_not_notice_that_etcd_is_gone() {
     let _servers: Vec<_> = (0..3)
         .map(|_| counter.register(registry.registration("greeter").ttl(ttl)))
         .collect();
-    let resolver = registry.resolver("greeter");
+    let resolver = registry.resolver("greeter").start();
     eventually("three are registered", async || {
         resolver.instances().len() == 3
     })
@@ -129,7 +129,7 @@ async fn without_a_server_the_error_says_what_is_missing() {
     let registry = registry(&etcd).await;
     // Nothing registered: at once.
     let empty = registry.channel("greeter").connect_lazy();
-    registry.resolver("greeter").ready().await;
+    registry.resolver("greeter").start().ready().await;
     eventually("it is known to be empty", async || {
         let start = Instant::now();
         let status = refused(&empty).await;
@@ -158,11 +158,11 @@ async fn without_a_server_the_error_says_what_is_missing() {
     })
     .await;
     dead.deregister().await.unwrap();
-    // etcd away from the start: at the start-up bound.
+    // etcd away from the start: at the startup timeout.
     etcd.kill(0).await.unwrap();
     let unknown = registry
         .channel("other")
-        .start_up_bound(Duration::from_millis(300))
+        .startup_timeout(Duration::from_millis(300))
         .connect_lazy();
     let status = refused(&unknown).await;
     assert_eq!(status.code(), Code::Unavailable, "{status:?}");
@@ -175,7 +175,7 @@ async fn one_line_is_enough() {
     let registry: Registry = registry(&etcd).await;
     let counter = Counting::default();
     let server = counter.register(registry.registration("helloworld.Greeter"));
-    let resolver = registry.resolver("helloworld.Greeter");
+    let resolver = registry.resolver("helloworld.Greeter").start();
     eventually("it is registered", async || resolver.instances().len() == 1).await;
     let target = format!("etcd://{}/helloworld.Greeter", etcd.endpoint(0));
     let channel = tonic_etcd::connect(&target).await.unwrap();

@@ -177,7 +177,7 @@ async fn endpoints_are_taken_with_a_scheme_and_over_ipv6() {
         .register()
         .await
         .unwrap();
-    let resolver = registry.resolver("greeter");
+    let resolver = registry.resolver("greeter").start();
     knows(&resolver, &["[::1]:50051"]).await;
     registration.deregister().await.unwrap();
     knows(&resolver, &[]).await;
@@ -233,7 +233,7 @@ async fn authentication_from_connect_to_registration() {
     // A server needs to read and write its own prefix, a client to read it; and both outlive their tokens.
     let writer = user(&etcd, "writer").await.unwrap();
     let reader = user(&etcd, "reader").await.unwrap();
-    let resolver = reader.resolver("greeter");
+    let resolver = reader.resolver("greeter").start();
     let registration = writer
         .registration("greeter")
         .address("127.0.0.1:80")
@@ -242,7 +242,7 @@ async fn authentication_from_connect_to_registration() {
         .await
         .unwrap();
     knows(&resolver, &["127.0.0.1:80"]).await;
-    let mut states = registration.states();
+    let mut states = registration.watch_state();
     // The first of them is the state as it is.
     for _ in 0..4 {
         states.changed().await.unwrap();
@@ -304,7 +304,7 @@ async fn the_prefix_is_an_option() {
         .await
         .unwrap();
     assert_eq!(registration.key(), "/production/greeter/127.0.0.1:80");
-    let other = support::registry(&etcd).await.resolver("greeter");
+    let other = support::registry(&etcd).await.resolver("greeter").start();
     other.ready().await;
     assert!(other.instances().is_empty());
 }

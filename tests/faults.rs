@@ -47,7 +47,7 @@ impl Fleet {
         let servers = (0..size)
             .map(|_| counter.register(registry.registration("greeter").ttl(ttl)))
             .collect();
-        let resolver = registry.resolver("greeter");
+        let resolver = registry.resolver("greeter").start();
         eventually("all are registered", async || {
             resolver.instances().len() == size
         })
@@ -58,7 +58,9 @@ impl Fleet {
         })
         .await;
         let keys = resolver.instances();
-        let keys = keys.iter().map(|instance| instance.key().to_owned());
+        let keys = keys
+            .iter()
+            .map(|instance| instance.location().unwrap().key().to_owned());
         Self {
             counter,
             _servers: servers,
@@ -299,7 +301,7 @@ async fn a_watch_that_is_cut_after_every_message_misses_nothing() {
                 .unwrap();
         };
         write("127.0.0.1:1").await;
-        let resolver = registry.resolver("greeter");
+        let resolver = registry.resolver("greeter").start();
         resolver.ready().await;
         // It may be on its way.
         relay.refuse_watches(true);
@@ -451,7 +453,7 @@ async fn keys_lost_by_hand_come_back_and_fail_no_call() {
     let by_hand = client(&etcd).await;
     let callers = fleet.callers();
     for (round, instance) in fleet.resolver.instances().iter().enumerate() {
-        let key = instance.key();
+        let key = instance.location().unwrap().key();
         if round % 2 == 0 {
             by_hand.kv_client().delete(key, None).await.unwrap();
         } else {
@@ -518,7 +520,9 @@ async fn writes_beside_us_cause_no_list_and_no_new_watch() {
     let by_hand = client(&etcd).await;
     let resolvers: Vec<_> = {
         let registry = Registry::connect(etcd.endpoints()).await.unwrap();
-        (0..4).map(|_| registry.resolver("greeter")).collect()
+        (0..4)
+            .map(|_| registry.resolver("greeter").start())
+            .collect()
     };
     for resolver in &resolvers {
         resolver.ready().await;

@@ -860,7 +860,7 @@ async fn servers_are_registered_where_the_format_has_them_and_found_there() {
             .format(format);
         let registration = registration.register().await.unwrap();
         assert_eq!(registration.key(), key, "{format:?}");
-        let resolver = registry.resolver_builder("greeter").format(format).start();
+        let resolver = registry.resolver("greeter").format(format).start();
         knows(&resolver, &["10.0.0.5:80"]).await;
         // A weight of its own is that of the values that name none.
         let weight = resolver.instances()[0].weight();
@@ -994,7 +994,7 @@ async fn a_prefix_takes_the_place_of_the_formats_own_and_may_be_empty() {
                 .format(format);
             let registration = registration.register().await.unwrap();
             assert_eq!(registration.key(), key);
-            knows(&registry.resolver("greeter"), &["10.0.0.5:80"]).await;
+            knows(&registry.resolver("greeter").start(), &["10.0.0.5:80"]).await;
             registration.deregister().await.unwrap();
         }
     }
@@ -1026,7 +1026,7 @@ async fn a_mixed_prefix_is_read_whole() {
     expected.dedup();
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
     let resolver = registry
-        .resolver_at_builder(["/mixed/"])
+        .resolver_at(["/mixed/"])
         .format(Format::Mixed)
         .start();
     knows(

@@ -57,7 +57,7 @@ async fn watchers_are_told_before_the_entry_leaves_etcd_and_do_not_hold_up_the_e
         .deregister_timeout(Duration::from_secs(600))
         .drain_timeout(Duration::from_secs(600))
         .health_reporter(reporter.clone());
-    let states = registration.server_states();
+    let states = registration.watch_server_state();
     let (mut server, address) = world.start(registration).await;
     let mut client = connect(&address).await;
     let mut watches = Vec::new();
@@ -123,7 +123,7 @@ async fn a_server_tells_its_health_only_if_asked_to() {
     server.stopped().await.unwrap();
     world.counts(0).await;
     // The further service is named after it.
-    let registration = world.registration().health().and_service("further");
+    let registration = world.registration().health().additional_service("further");
     let (server, address) = world.start(registration).await;
     let mut client = connect(&address).await;
     for service in ["", "greeter", "further"] {
@@ -133,7 +133,7 @@ async fn a_server_tells_its_health_only_if_asked_to() {
     server.stopped().await.unwrap();
     // At an exact key no service is known by name.
     let registration = world.registry.registration_at("/greeter/1").health();
-    let mut states = registration.server_states();
+    let mut states = registration.watch_server_state();
     let server = Registered::start("alpha", "127.0.0.1:0", registration);
     let serving = states.wait_for(|state| *state == ServerState::Serving);
     drop(timeout(SOON, serving).await.unwrap().unwrap());

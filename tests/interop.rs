@@ -200,7 +200,7 @@ impl Ours {
             });
             serving.await
         });
-        let resolver = registry.resolver(SERVICE);
+        let resolver = registry.resolver(SERVICE).start();
         eventually("it is registered", async || {
             !resolver.instances().is_empty()
         })
@@ -328,8 +328,14 @@ async fn our_channel_calls_go_servers_over_tls() {
     let _server = go.server(&etcd, SERVICE, "go", server.to_str()).await;
     let registry = Registry::builder(etcd.endpoints()).prefix("");
     let registry = registry.connect().await.unwrap();
-    let tls = TlsConfig::new("greeter.test").ca_file(certificates.path().join("ca.pem"));
-    let channel = registry.channel(SERVICE).tls(tls).connect().await.unwrap();
+    let tls =
+        TlsConfig::new("greeter.test").ca_certificate_file(certificates.path().join("ca.pem"));
+    let channel = registry
+        .channel(SERVICE)
+        .tls_config(tls)
+        .connect()
+        .await
+        .unwrap();
     every_way(channel).await;
 }
 

@@ -55,7 +55,7 @@ async fn a_kill_fails_no_more_than_what_is_in_flight_on_the_killed() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
     let mut servers: Vec<_> = (0..SERVERS).map(|_| greeter_server(&etcd)).collect();
-    let resolver = registry.resolver(support::SERVICE);
+    let resolver = registry.resolver(support::SERVICE).start();
     eventually("four are registered", async || {
         resolver.instances().len() == SERVERS
     })

@@ -46,8 +46,8 @@ const PACKAGES: &[Package] = &[
             ("testing", &[]),
         ],
         pure: &[
-            "resolver/state",
-            "resolver/snapshot",
+            "resolver/watcher",
+            "resolver/instances",
             "resolver/hold",
             "registration/lease",
         ],

@@ -45,8 +45,8 @@ async fn a_garbage_value_is_one_log_line_that_does_not_show_it_and_a_hold_is_two
         .unwrap();
     let resolver = registry(&etcd)
         .await
-        .resolver_builder("greeter")
-        .mass_removal_hold(Some(Duration::from_millis(500)))
+        .resolver("greeter")
+        .mass_removal_protection(Some(Duration::from_millis(500)))
         .start();
     eventually("it is counted", async || {
         resolver.status().rejected_values == 1

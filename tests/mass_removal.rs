@@ -102,8 +102,8 @@ impl Drop for Fleet {
 /// A resolver with a short hold, and a channel over it with all servers ready.
 async fn watched(registry: &Registry) -> (Resolver, BalancedChannel) {
     let resolver = registry
-        .resolver_builder("greeter")
-        .mass_removal_hold(Some(HOLD))
+        .resolver("greeter")
+        .mass_removal_protection(Some(HOLD))
         .start();
     let channel = BalancedChannel::builder()
         .source(resolver.clone())
@@ -290,7 +290,7 @@ async fn a_wiped_etcd_fails_no_call() {
         registrations.push(registration.register().await.unwrap());
         addresses.push(address.to_string());
     }
-    let resolver = registry.resolver("greeter");
+    let resolver = registry.resolver("greeter").start();
     let channel = BalancedChannel::builder()
         .source(resolver.clone())
         .connect_lazy();
@@ -320,7 +320,7 @@ async fn half_of_the_set_back_ends_the_hold() {
     let fleet = Fleet::start(&etcd).await;
     let registry = registry(&etcd).await;
     // With the default length: it is not time that ends it.
-    let resolver = registry.resolver("greeter");
+    let resolver = registry.resolver("greeter").start();
     let channel = BalancedChannel::builder()
         .source(resolver.clone())
         .connect_lazy();
@@ -359,7 +359,7 @@ async fn without_a_hold_an_instance_goes_with_its_key() {
     let registry = registry(&etcd).await;
     let channel = registry
         .channel("greeter")
-        .map_source(|resolver| resolver.mass_removal_hold(None))
+        .map_source(|resolver| resolver.mass_removal_protection(None))
         .connect()
         .await
         .unwrap();
@@ -379,8 +379,8 @@ async fn the_stock_channel_keeps_what_is_held_while_there_is_nothing_else() {
     let _fleet = Fleet::start(&etcd).await;
     let resolver = registry(&etcd)
         .await
-        .resolver_builder("greeter")
-        .mass_removal_hold(Some(HOLD))
+        .resolver("greeter")
+        .mass_removal_protection(Some(HOLD))
         .start();
     let mut client = GreeterClient::new(resolver.clone().into_tonic_channel());
     let mut served = std::collections::HashSet::new();

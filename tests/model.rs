@@ -26,7 +26,7 @@ use tokio::time::{Instant, timeout};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Code, Request, Status, Streaming};
 use tonic_etcd::{
-    Address, BalancedChannel, EndpointState, Instance, Policy, ServedBy, WaitForReady,
+    Address, BalancedChannel, EndpointState, Instance, LbPolicy, ServedBy, WaitForReady,
 };
 use tower::discover::Change;
 
@@ -74,11 +74,11 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-fn policy() -> impl Strategy<Value = Policy> {
+fn policy() -> impl Strategy<Value = LbPolicy> {
     prop_oneof![
-        Just(Policy::Latency),
-        Just(Policy::LeastRequest),
-        Just(Policy::WeightedRoundRobin)
+        Just(LbPolicy::Latency),
+        Just(LbPolicy::LeastRequest),
+        Just(LbPolicy::WeightedRoundRobin)
     ]
 }
 
@@ -313,7 +313,7 @@ impl Callers {
 }
 
 /// Lives through a history. Says how many calls there were.
-async fn live(policy: Policy, ops: &[Op]) -> usize {
+async fn live(policy: LbPolicy, ops: &[Op]) -> usize {
     let fleet = Fleet::start(SERVERS).await;
     let (tasks, files) = (Handle::current().metrics().num_alive_tasks(), open_files());
     let (changes, stream) = mpsc::unbounded_channel();
@@ -324,7 +324,7 @@ async fn live(policy: Policy, ops: &[Op]) -> usize {
         .seed(7)
         // Waits between dials would be most of the test.
         .max_backoff(Duration::from_millis(5))
-        .start_up_bound(Duration::from_millis(20))
+        .startup_timeout(Duration::from_millis(20))
         .connector(move |address| dialler.clone().dial(address))
         .discover(UnboundedReceiverStream::new(stream))
         .connect_lazy();

@@ -89,15 +89,18 @@ async fn what_is_registered_is_what_was_said() {
         expected.map(|(key, value)| (key.to_owned(), value.to_owned(), true))
     );
 
-    let resolver = registry.resolver("greeter");
+    let resolver = registry.resolver("greeter").start();
     knows(&resolver, &["10.0.0.5:50051", "127.0.0.1:80"]).await;
     let found = &resolver.instances()[0];
     assert_eq!(
         (found.id(), found.weight(), found.zone(), found.version()),
-        ("node1", 3, Some("eu-1a"), Some("1.2.0"))
+        (Some("node1"), 3, Some("eu-1a"), Some("1.2.0"))
     );
     assert_eq!(
-        (found.metadata()["rack"].as_str(), Some(found.lease())),
+        (
+            found.metadata()["rack"].as_str(),
+            found.location().unwrap().lease()
+        ),
         ("7", lease(&rich))
     );
 
@@ -124,7 +127,7 @@ async fn a_lease_is_renewed_for_as_long_as_the_server_lives() {
     let registration = register(&registry(&etcd).await).await;
     let first = lease(&registration);
     let before = list(&by_hand, registration.key()).await;
-    let mut states = registration.states();
+    let mut states = registration.watch_state();
     let mut renewed = 0;
     while renewed < 8 {
         timeout(SOON, states.changed())
@@ -180,10 +183,10 @@ async fn an_outage_longer_than_the_ttl_is_survived() {
     let mut etcd = etcd().await;
     let registry = registry(&etcd).await;
     let registration = register(&registry).await;
-    let resolver = registry.resolver("greeter");
+    let resolver = registry.resolver("greeter").start();
     knows(&resolver, &["127.0.0.1:80"]).await;
     etcd.kill(0).await.unwrap();
-    let mut states = registration.states();
+    let mut states = registration.watch_state();
     timeout(SOON, states.wait_for(|state| !state.is_registered()))
         .await
         .expect("after a TTL it is not known to be registered")
@@ -240,12 +243,12 @@ async fn a_frozen_etcd_is_survived() {
         .await
         .unwrap();
     let by_hand = Registry::connect(etcd.endpoints()).await.unwrap();
-    let resolver = by_hand.resolver("greeter");
+    let resolver = by_hand.resolver("greeter").start();
     knows(&resolver, &["127.0.0.1:80"]).await;
     let first = lease(&registration);
     for member in 0..3 {
         etcd.freeze(member).await.unwrap();
-        let mut states = registration.states();
+        let mut states = registration.watch_state();
         // Two renewals, whichever member is frozen. What fails is told as well.
         for _ in 0..2 {
             let before = expires(&registration);
@@ -269,7 +272,7 @@ async fn a_key_taken_over_is_left_alone_until_it_goes() {
     let new = timeout(Duration::from_secs(5), register(&registry))
         .await
         .expect("at once");
-    let mut states = old.states();
+    let mut states = old.watch_state();
     let superseded =
         |state: &RegistrationState| matches!(state, RegistrationState::Superseded { .. });
     timeout(SOON, states.wait_for(superseded))
@@ -280,7 +283,7 @@ async fn a_key_taken_over_is_left_alone_until_it_goes() {
         old.set_weight(5).await,
         Err(RegisterError::Superseded { .. })
     ));
-    let mut renewals = new.states();
+    let mut renewals = new.watch_state();
     for _ in 0..6 {
         timeout(SOON, renewals.changed())
             .await
@@ -322,7 +325,7 @@ async fn a_value_edited_by_hand_under_our_lease_stays() {
         .put(registration.key(), "127.0.0.1:99", Some(options))
         .await
         .unwrap();
-    let mut states = registration.states();
+    let mut states = registration.watch_state();
     for _ in 0..5 {
         timeout(SOON, states.changed())
             .await
@@ -337,7 +340,7 @@ async fn a_value_edited_by_hand_under_our_lease_stays() {
 async fn a_pause_takes_the_server_out_and_a_resume_brings_it_back() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
-    let resolver = registry.resolver("greeter");
+    let resolver = registry.resolver("greeter").start();
     let registration = register(&registry).await;
     knows(&resolver, &["127.0.0.1:80"]).await;
     for weight in 2..5 {
@@ -366,7 +369,7 @@ async fn a_pause_takes_the_server_out_and_a_resume_brings_it_back() {
 async fn a_weight_changes_in_place() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
-    let resolver = registry.resolver("greeter");
+    let resolver = registry.resolver("greeter").start();
     let registration = register(&registry).await;
     let before = lease(&registration);
     for weight in [7, 1, 1_000_000] {
@@ -497,14 +500,14 @@ async fn bad_input_is_refused_by_name_before_etcd_is_touched() {
             "over the limit",
         ),
         (greeter().format(Format::Plain).zone("a"), "no room"),
-        (greeter().and_service(""), "is empty"),
-        (greeter().and_service("a/b"), "slash"),
-        (greeter().and_service("greeter"), "named twice"),
+        (greeter().additional_service(""), "is empty"),
+        (greeter().additional_service("a/b"), "slash"),
+        (greeter().additional_service("greeter"), "named twice"),
         (
             registry
                 .registration_at("/web/a")
                 .address("127.0.0.1:80")
-                .and_service("b"),
+                .additional_service("b"),
             "exact key",
         ),
         (
@@ -548,11 +551,8 @@ async fn an_etcd_that_stays_away_fails_the_registration_at_the_bound() {
     // One that comes back in time does not.
     let registering = tokio::spawn(describe(&registry).register());
     etcd.restart(0).await.unwrap();
-    timeout(SOON, registering)
-        .await
-        .unwrap()
-        .unwrap()
-        .expect("registered as soon as etcd is there");
+    let registered = timeout(SOON, registering).await.unwrap().unwrap();
+    drop(registered.expect("registered as soon as etcd is there"));
 }
 
 /// The keys of a registration that are in etcd under the lease it says it has.
@@ -576,7 +576,7 @@ async fn several_services_hang_on_one_lease_and_leave_one_by_one() {
         .collect();
     let mut builder = registry.registration(&services[0]).address("127.0.0.1:80");
     for service in &services[1..] {
-        builder = builder.and_service(service);
+        builder = builder.additional_service(service);
     }
     let registration = builder.ttl(TTL * 4).register().await.unwrap();
     let all: Vec<_> = services
@@ -623,7 +623,7 @@ async fn several_services_hang_on_one_lease_and_leave_one_by_one() {
             .expect("gone is gone");
     }
     let left: Vec<_> = [&all[1..3], &all[4..]].concat();
-    let mut states = registration.states();
+    let mut states = registration.watch_state();
     // The state as it is, and a renewal.
     for _ in 0..2 {
         timeout(SOON, states.changed()).await.unwrap().unwrap();
@@ -654,7 +654,7 @@ async fn of_several_services_only_the_one_that_another_takes_is_lost() {
     let by_hand = client(&etcd).await;
     let registry = registry(&etcd).await;
     let ours = describe(&registry)
-        .and_service("second")
+        .additional_service("second")
         .register()
         .await
         .unwrap();
@@ -665,7 +665,7 @@ async fn of_several_services_only_the_one_that_another_takes_is_lost() {
         .address("127.0.0.1:80")
         .ttl(TTL);
     let other = other.register().await.unwrap();
-    let mut states = ours.states();
+    let mut states = ours.watch_state();
     let superseded =
         |state: &RegistrationState| matches!(state, RegistrationState::Superseded { .. });
     timeout(SOON, states.wait_for(superseded))
@@ -692,7 +692,7 @@ async fn of_several_services_only_the_one_that_another_takes_is_lost() {
 }
 
 /// The same runtime keeps the registration, the clients and, for three TTLs, its only thread busy.
-async fn busy_for_three_ttls(own_thread: bool) -> bool {
+async fn busy_for_three_ttls(dedicated_thread: bool) -> bool {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
     // The registry's connections are up, and this runtime drives them.
@@ -700,7 +700,7 @@ async fn busy_for_three_ttls(own_thread: bool) -> bool {
     other.deregister().await.unwrap();
     let registration = describe(&registry)
         .ttl(Duration::from_secs(3))
-        .own_thread(own_thread)
+        .dedicated_thread(dedicated_thread)
         .register()
         .await
         .unwrap();

@@ -53,8 +53,8 @@ async fn values_put_by_hand_are_called_until_their_key_goes() {
     // With a hold, the second of two that go within seconds would be kept.
     let resolver = registry(&etcd)
         .await
-        .resolver_builder("greeter")
-        .mass_removal_hold(None)
+        .resolver("greeter")
+        .mass_removal_protection(None)
         .start();
     knows(&resolver, &[&alpha.to_string(), &beta.to_string()]).await;
     let mut greeter = GreeterClient::new(resolver.clone().into_tonic_channel());
@@ -88,7 +88,7 @@ async fn values_put_by_hand_are_called_until_their_key_goes() {
 #[tokio::test]
 async fn empty_is_a_state_like_any_other() {
     let etcd = etcd().await;
-    let resolver = registry(&etcd).await.resolver("greeter");
+    let resolver = registry(&etcd).await.resolver("greeter").start();
     timeout(support::SOON, resolver.ready())
         .await
         .expect("an empty set is known as well");
@@ -116,7 +116,8 @@ async fn several_prefixes_make_one_set() {
         .unwrap();
     let resolver = registry(&etcd)
         .await
-        .resolver_at(["/web", "/gRPC/", "/web/inner/"]);
+        .resolver_at(["/web", "/gRPC/", "/web/inner/"])
+        .start();
     knows(&resolver, &["127.0.0.1:1"]).await;
     by_hand.put("/gRPC/a/1", "127.0.0.1:2", None).await.unwrap();
     by_hand
@@ -167,7 +168,7 @@ async fn garbage_beside_good_values_changes_a_counter_and_nothing_else() {
             .await
             .unwrap();
     }
-    let resolver = registry(&etcd).await.resolver("greeter");
+    let resolver = registry(&etcd).await.resolver("greeter").start();
     let good = ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"];
     knows(&resolver, &good).await;
     assert_eq!(resolver.status().rejected_values, 8);
@@ -211,7 +212,7 @@ async fn ten_thousand_bad_values_hold_up_nobody() {
         .put("/gRPC/greeter/good", "127.0.0.1:1", None)
         .await
         .unwrap();
-    let resolver = registry(&etcd).await.resolver("greeter");
+    let resolver = registry(&etcd).await.resolver("greeter").start();
     knows(&resolver, &["127.0.0.1:1"]).await;
     assert_eq!(resolver.status().rejected_values, 10_000);
     assert_eq!(resolver.status().lists, 1, "one list, in pages");
@@ -231,7 +232,7 @@ async fn a_reader_can_be_held_to_one_format() {
         .unwrap();
     let resolver = registry(&etcd)
         .await
-        .resolver_builder("greeter")
+        .resolver("greeter")
         .format(Format::EtcdNaming)
         .start();
     knows(&resolver, &["127.0.0.1:2"]).await;
@@ -241,7 +242,7 @@ async fn a_reader_can_be_held_to_one_format() {
 async fn a_service_name_that_cannot_be_right_is_known_and_empty() {
     let etcd = etcd().await;
     for service in ["", "a/b"] {
-        let resolver = registry(&etcd).await.resolver(service);
+        let resolver = registry(&etcd).await.resolver(service).start();
         timeout(support::SOON, resolver.ready())
             .await
             .expect("nothing to wait for");
@@ -276,7 +277,7 @@ async fn watchers(etcd: &Etcd) -> u64 {
 async fn the_watch_ends_with_the_last_handle() {
     let etcd = etcd().await;
     let before = watchers(&etcd).await;
-    let resolver = registry(&etcd).await.resolver("greeter");
+    let resolver = registry(&etcd).await.resolver("greeter").start();
     resolver.ready().await;
     eventually("the watch is open", async || {
         watchers(&etcd).await == before + 1
@@ -309,7 +310,7 @@ async fn each_clone_sees_every_change_from_the_beginning() {
         .put("/gRPC/greeter/1", "127.0.0.1:1", None)
         .await
         .unwrap();
-    let mut first = registry(&etcd).await.resolver("greeter");
+    let mut first = registry(&etcd).await.resolver("greeter").start();
     let change = async |resolver: &mut Resolver| match timeout(support::SOON, resolver.next()).await
     {
         Ok(Some(Ok(Change::Insert(address, instance)))) => {
@@ -353,7 +354,7 @@ async fn nothing_is_removed_while_etcd_is_down() {
         .put("/gRPC/greeter/1", "127.0.0.1:1", None)
         .await
         .unwrap();
-    let resolver = registry(&etcd).await.resolver("greeter");
+    let resolver = registry(&etcd).await.resolver("greeter").start();
     knows(&resolver, &["127.0.0.1:1"]).await;
     let lists = resolver.status().lists;
     etcd.kill(0).await.unwrap();
@@ -388,7 +389,7 @@ fn length(short: u64, long: u64) -> Duration {
 #[tokio::test]
 async fn a_quiet_watch_is_probed_and_not_rebuilt() {
     let etcd = etcd().await;
-    let resolver = registry(&etcd).await.resolver("greeter");
+    let resolver = registry(&etcd).await.resolver("greeter").start();
     resolver.ready().await;
     eventually("the watch is open", async || resolver.status().watches == 1).await;
     let before = watchers(&etcd).await;
@@ -424,7 +425,9 @@ async fn a_thousand_writes_a_second_beside_us_cause_no_list() {
         .await
         .unwrap();
     // Several, so that some are likely to watch at a member that lags behind the one that was listed.
-    let resolvers: Vec<_> = (0..5).map(|_| registry.resolver("greeter")).collect();
+    let resolvers: Vec<_> = (0..5)
+        .map(|_| registry.resolver("greeter").start())
+        .collect();
     let mut tasks = tokio::task::JoinSet::new();
     let end = Instant::now() + length(6, 120);
     for writer in 0..16 {
@@ -466,7 +469,7 @@ async fn comparisons_with_a_list_find_nothing_amiss_while_keys_change() {
     let mut by_hand = client(&etcd).await;
     let resolver = registry(&etcd)
         .await
-        .resolver_builder("greeter")
+        .resolver("greeter")
         .reconcile_interval(Some(Duration::from_millis(200)))
         .start();
     resolver.ready().await;
@@ -508,7 +511,7 @@ async fn what_refuses_connections_is_read_seldom_and_stays_while_it_is_registere
             .await
             .unwrap();
     }
-    let resolver = registry(&etcd).await.resolver("greeter");
+    let resolver = registry(&etcd).await.resolver("greeter").start();
     eventually("a thousand are known", async || {
         resolver.instances().len() == 1_000
     })
@@ -558,7 +561,7 @@ async fn values_that_do_not_fit_into_one_message_are_listed_in_smaller_pages() {
         let puts = etcd_client::Txn::new().and_then(puts);
         by_hand.kv_client().txn(puts).await.unwrap();
     }
-    let resolver = registry(&etcd).await.resolver("greeter");
+    let resolver = registry(&etcd).await.resolver("greeter").start();
     // A page of 10 MB may take longer than its deadline in a debug build.
     let bound = Duration::from_secs(60);
     support::within(bound, "all are known", async || {
@@ -579,7 +582,7 @@ async fn a_resolver_that_starts_before_etcd_waits_for_it() {
         .await
         .unwrap();
     etcd.kill(0).await.unwrap();
-    let resolver = registry.resolver("greeter");
+    let resolver = registry.resolver("greeter").start();
     eventually("the status says why", async || {
         resolver.status().last_error.is_some()
     })
@@ -612,7 +615,7 @@ async fn a_wiped_etcd_leaves_no_ghost() {
         let registry = Registry::connect([proxy.address.to_string()])
             .await
             .unwrap();
-        let resolver = registry.resolver("greeter");
+        let resolver = registry.resolver("greeter").start();
         knows(&resolver, &["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"]).await;
         proxy.cut();
         etcd.kill(0).await.unwrap();
@@ -638,7 +641,7 @@ async fn changes_behind_a_cut_and_a_compaction_are_all_found() {
     let registry = Registry::connect([proxy.address.to_string()])
         .await
         .unwrap();
-    let resolver = registry.resolver("greeter");
+    let resolver = registry.resolver("greeter").start();
     resolver.ready().await;
     for compact in [false, true] {
         proxy.cut();
@@ -679,7 +682,7 @@ async fn changes_behind_a_cut_and_a_compaction_are_all_found() {
 async fn members_that_die_or_freeze_are_left_for_the_others() {
     let mut etcd = Etcd::start_cluster(3).await.unwrap();
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
-    let resolver = registry.resolver("greeter");
+    let resolver = registry.resolver("greeter").start();
     resolver.ready().await;
     let write = async |etcd: &Etcd, down: usize, port: u16| {
         let alive: Vec<_> = (0..3)
@@ -736,7 +739,9 @@ fn is_what_is_listed(resolver: &Resolver, listed: &[(String, String, i64)]) -> b
         .partition(|(_, value, _)| value.parse::<Address>().is_ok());
     let mut known = addresses(resolver);
     for instance in resolver.instances() {
-        let last_good = bad.iter().any(|(key, ..)| key == instance.key());
+        let last_good = bad
+            .iter()
+            .any(|(key, ..)| key == instance.location().unwrap().key());
         let address = instance.address().as_str();
         if last_good && !good.iter().any(|(_, value, _)| value == address) {
             known.retain(|known| known != address);
@@ -764,7 +769,7 @@ async fn ten_thousand_random_steps_leave_what_etcd_lists() {
     let registry = Registry::connect([proxy.address.to_string()])
         .await
         .unwrap();
-    let resolver = registry.resolver("greeter");
+    let resolver = registry.resolver("greeter").start();
     let mut views = Vec::new();
     let mut leases = Vec::new();
     for round in 0..100 {

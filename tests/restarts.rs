@@ -49,8 +49,8 @@ impl Fleet {
 
     async fn member(&self, address: &str, grace: Duration) -> Member {
         let registration = self.world.registration().grace_period(grace);
-        let mut registered = registration.states();
-        let states = registration.server_states();
+        let mut registered = registration.watch_state();
+        let states = registration.watch_server_state();
         let server = Registered::serve(self.counter.router(), address, registration);
         let known = registered.wait_for(tonic_etcd::RegistrationState::is_registered);
         drop(timeout(SOON, known).await.unwrap().unwrap());

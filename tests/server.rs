@@ -63,7 +63,7 @@ async fn an_unspecified_address_is_advertised_as_the_one_that_routes_to_etcd() {
         "0.0.0.0:0",
         registry.registration("named").host("localhost"),
     );
-    let named_resolver = registry.resolver("named");
+    let named_resolver = registry.resolver("named").start();
     eventually("it is registered", async || {
         named_resolver.instances().len() == 1
     })
@@ -78,7 +78,7 @@ async fn an_unspecified_address_is_advertised_as_the_one_that_routes_to_etcd() {
 async fn the_state_can_be_watched_from_outside() {
     let world = World::new().await;
     let registration = world.registration();
-    let mut states = registration.states();
+    let mut states = registration.watch_state();
     let server = Registered::start("alpha", "127.0.0.1:0", registration);
     timeout(SOON, states.wait_for(RegistrationState::is_registered))
         .await
@@ -155,7 +155,7 @@ async fn a_server_can_start_while_etcd_is_down() {
         .unwrap()
         .registration("greeter")
         .startup_timeout(Duration::MAX);
-    let mut states = registration.server_states();
+    let mut states = registration.watch_server_state();
     let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = free.local_addr().unwrap().to_string();
     drop(free);
@@ -288,13 +288,15 @@ async fn attributes_change_without_a_reconnect_on_the_stock_channel() {
     }
     // A fresh registration of the same address is no reason either.
     let by_hand = client(etcd).await;
-    let lease = resolver.instances()[0].lease();
-    by_hand.lease_client().revoke(lease.get()).await.unwrap();
+    let lease = |instance: &tonic_etcd::Instance| instance.location().unwrap().lease();
+    let before = lease(&resolver.instances()[0]);
+    let revoked = before.unwrap().get();
+    by_hand.lease_client().revoke(revoked).await.unwrap();
     eventually("registered again", async || {
         resolver
             .instances()
             .first()
-            .is_some_and(|instance| instance.lease() != lease)
+            .is_some_and(|instance| lease(instance) != before)
     })
     .await;
     timeout(SOON, greeter.say_hello(hello()))

@@ -78,7 +78,7 @@ fn since(start: Instant) -> Duration {
 async fn the_state_tells_of_each_phase() {
     let world = World::new().await;
     let registration = world.registration();
-    let mut states = registration.server_states();
+    let mut states = registration.watch_server_state();
     assert_eq!(*states.borrow_and_update(), ServerState::Starting);
     let seen = tokio::spawn(async move {
         let mut seen = Vec::new();
@@ -116,7 +116,7 @@ async fn a_deregistration_without_an_answer_is_given_up_at_its_bound() {
     let registration = world
         .registration()
         .deregister_timeout(Duration::from_millis(300));
-    let mut states = registration.server_states();
+    let mut states = registration.watch_server_state();
     let (mut server, address) = world.start(registration).await;
     world.etcd.freeze(0).await.unwrap();
     let start = Instant::now();
@@ -155,7 +155,7 @@ async fn clients_learn_before_the_listener_closes() {
 async fn idle_connections_end_at_once() {
     let world = World::new().await;
     let registration = world.registration();
-    let states = registration.server_states();
+    let states = registration.watch_server_state();
     let (server, address) = world.start(registration).await;
     let mut idle = Vec::new();
     for _ in 0..10 {
@@ -175,7 +175,7 @@ async fn idle_connections_end_at_once() {
 async fn while_calls_in_flight_are_waited_for_new_connections_are_refused() {
     let world = World::new().await;
     let registration = world.registration();
-    let mut states = registration.server_states();
+    let mut states = registration.watch_server_state();
     let (mut server, address) = world.start(registration).await;
     let mut chat = Chat::start(&mut connect(&address).await).await;
     server.stop();
@@ -209,7 +209,7 @@ async fn ends(mut connection: impl AsyncRead + Unpin) {
 async fn connections_that_never_began_are_ended_while_calls_go_on() {
     let world = World::new().await;
     let registration = world.registration();
-    let states = registration.server_states();
+    let states = registration.watch_server_state();
     let (mut server, address) = world.start(registration).await;
     let silent = TcpStream::connect(&address).await.unwrap();
     let mut halting = TcpStream::connect(&address).await.unwrap();
@@ -244,7 +244,7 @@ async fn who_begins_just_after_the_listener_closed_is_still_heard() {
     // It has 200 ms to begin. Where it took longer, it may have been cut: then another one tries.
     for _ in 0..20 {
         let registration = world.registration();
-        let mut states = registration.server_states();
+        let mut states = registration.watch_server_state();
         let (mut server, address) = world.start(registration).await;
         let mut late = TcpStream::connect(&address).await.unwrap();
         let start = Instant::now();
@@ -273,7 +273,7 @@ async fn who_begins_just_after_the_listener_closed_is_still_heard() {
 async fn under_tls_connections_that_never_began_are_ended_while_calls_go_on() {
     let world = World::new().await;
     let registration = world.registration();
-    let states = registration.server_states();
+    let states = registration.watch_server_state();
     let localhost = support::tls::Localhost::new();
     let greeter = GreeterServer::new(NamedGreeter("secure".to_owned()));
     let router = Server::builder()
@@ -318,7 +318,7 @@ async fn what_does_not_end_is_cut_at_the_deadline_and_counted() {
     let registration = world
         .registration()
         .drain_timeout(Duration::from_millis(400));
-    let states = registration.server_states();
+    let states = registration.watch_server_state();
     // A health service that knows nothing of the server's end.
     let (_reporter, health) = tonic_health::server::health_reporter();
     let router = Server::builder()
@@ -360,7 +360,7 @@ async fn what_does_not_end_is_cut_at_the_deadline_and_counted() {
 async fn an_endless_stream_that_follows_the_state_is_not_cut() {
     let world = World::new().await;
     let registration = world.registration();
-    let mut states = registration.server_states();
+    let mut states = registration.watch_server_state();
     let (mut server, address) = world.start(registration).await;
     let chat = Chat::start(&mut connect(&address).await).await;
     server.stop();
@@ -374,7 +374,7 @@ async fn an_endless_stream_that_follows_the_state_is_not_cut() {
 async fn a_server_that_is_dropped_says_what_it_cut() {
     let world = World::new().await;
     let registration = world.registration();
-    let mut states = registration.server_states();
+    let mut states = registration.watch_server_state();
     let (server, address) = world.start(registration).await;
     let chat = Chat::start(&mut connect(&address).await).await;
     server.task.abort();

@@ -176,7 +176,7 @@ async fn everything_at_once_for_a_while_leaves_nothing_behind() {
     println!("SOAK_SEED={seed} repeats it");
     let mut world = World::start(seed).await;
     let registry = registry(&world.etcd).await;
-    let resolver = registry.resolver("soak");
+    let resolver = registry.resolver("soak").start();
     resolver.ready().await;
     let metrics = Handle::current().metrics();
     let (tasks, files) = (metrics.num_alive_tasks(), open_files());

@@ -38,21 +38,21 @@ async fn etcd_is_spoken_to_over_tls_and_mutual_tls() {
     let authority = Authority::new();
     let etcd = mutual(&authority).await;
     // Each member by its own host, which is an IP address here.
-    let trusting = TlsConfig::by_address().ca_pem(authority.read("ca.pem"));
+    let trusting = TlsConfig::verify_dialled_host().ca_certificate(authority.read("ca.pem"));
     let (chain, key) = (authority.read("client.pem"), authority.read("client.key"));
-    let shown = trusting.clone().identity_pem(chain, key);
-    works(Registry::builder(etcd.tls_endpoints()).tls(shown)).await;
+    let shown = trusting.clone().identity(chain, key);
+    works(Registry::builder(etcd.tls_endpoints()).tls_config(shown)).await;
 
-    let files = TlsConfig::new("etcd").ca_file(authority.path("ca.pem"));
+    let files = TlsConfig::new("etcd").ca_certificate_file(authority.path("ca.pem"));
     let shown = files
         .clone()
         .identity_files(authority.path("client.pem"), authority.path("client.key"));
-    works(Registry::builder(etcd.tls_endpoints()).tls(shown)).await;
+    works(Registry::builder(etcd.tls_endpoints()).tls_config(shown)).await;
 
     // Without a certificate of its own the client is refused, and told why.
     for builder in [
-        Registry::builder(etcd.tls_endpoints()).tls(trusting),
-        Registry::builder(etcd.tls_endpoints()).tls(files),
+        Registry::builder(etcd.tls_endpoints()).tls_config(trusting),
+        Registry::builder(etcd.tls_endpoints()).tls_config(files),
     ] {
         let refused = builder.connect().await.expect_err("no certificate");
         assert!(matches!(refused, RegistryError::Tls { .. }), "{refused:?}");
@@ -63,16 +63,16 @@ async fn etcd_is_spoken_to_over_tls_and_mutual_tls() {
         .map(|endpoint| endpoint.replace("127.0.0.1", "localhost"))
         .collect();
     let (chain, key) = (authority.read("client.pem"), authority.read("client.key"));
-    let shown = TlsConfig::by_address().ca_pem(authority.read("ca.pem"));
-    let refused = Registry::builder(named).tls(shown.identity_pem(chain, key));
+    let shown = TlsConfig::verify_dialled_host().ca_certificate(authority.read("ca.pem"));
+    let refused = Registry::builder(named).tls_config(shown.identity(chain, key));
     let refused = refused.connect().await.expect_err("another name");
     assert!(matches!(refused, RegistryError::Tls { .. }), "{refused:?}");
     // And one that somebody else has signed.
     let stranger = Authority::new();
     let files = TlsConfig::new("etcd")
-        .ca_file(stranger.path("ca.pem"))
+        .ca_certificate_file(stranger.path("ca.pem"))
         .identity_files(authority.path("client.pem"), authority.path("client.key"));
-    let refused = Registry::builder(etcd.tls_endpoints()).tls(files);
+    let refused = Registry::builder(etcd.tls_endpoints()).tls_config(files);
     let refused = refused.connect().await.expect_err("not trusted");
     assert!(matches!(refused, RegistryError::Tls { .. }), "{refused:?}");
 }
@@ -82,9 +82,9 @@ async fn certificates_that_are_renewed_need_no_restart() {
     let authority = Authority::new();
     let mut etcd = mutual(&authority).await;
     let tls = TlsConfig::new("etcd")
-        .ca_file(authority.path("ca.pem"))
+        .ca_certificate_file(authority.path("ca.pem"))
         .identity_files(authority.path("client.pem"), authority.path("client.key"));
-    let registry = Registry::builder(etcd.tls_endpoints()).tls(tls);
+    let registry = Registry::builder(etcd.tls_endpoints()).tls_config(tls);
     let registry = registry.connect().await.unwrap();
     let registration = registry
         .registration("greeter")
@@ -93,7 +93,7 @@ async fn certificates_that_are_renewed_need_no_restart() {
         .register()
         .await
         .unwrap();
-    let resolver = registry.resolver("greeter");
+    let resolver = registry.resolver("greeter").start();
     knows(&resolver, &["127.0.0.1:80"]).await;
 
     // A new authority signs everything anew; nobody who knows only the old one gets through.
@@ -116,7 +116,7 @@ async fn certificates_that_are_renewed_need_no_restart() {
     let put = kv.put("/gRPC/greeter/1", "127.0.0.1:1", None);
     put.await.unwrap();
     knows(&resolver, &["127.0.0.1:1", "127.0.0.1:80"]).await;
-    let mut states = registration.states();
+    let mut states = registration.watch_state();
     for _ in 0..3 {
         states.changed().await.unwrap();
     }

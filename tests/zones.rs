@@ -15,7 +15,7 @@ use support::greeter::greeter_client::GreeterClient;
 use support::{eventually, greeter};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic_etcd::{BalancedChannel, EndpointState, Instance, Policy, ServedBy};
+use tonic_etcd::{BalancedChannel, EndpointState, Instance, LbPolicy, ServedBy};
 use tower::discover::Change;
 
 /// Who serves how many of a thousand calls.
@@ -40,7 +40,7 @@ async fn calls_stay_in_the_zone_as_far_as_it_can_take_them() {
     let channel = BalancedChannel::builder()
         .zone("near")
         // By weight alone: latencies that differ, as they do on a busy machine, take calls from who is slower.
-        .policy(Policy::LeastRequest)
+        .policy(LbPolicy::LeastRequest)
         .seed(7)
         .discover(UnboundedReceiverStream::new(stream))
         .connect_lazy();

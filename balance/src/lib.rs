@@ -38,7 +38,7 @@ mod transport;
 
 pub use address::{Address, AddressError, AddressPolicy};
 pub use attributes::Attributes;
-pub use balance::{EndpointState, EndpointStatus, OutlierDetection, Policy};
+pub use balance::{EndpointState, EndpointStatus, LbPolicy, OutlierDetection};
 pub use call::retry::{HedgingPolicy, RetryBudget, RetryPolicy};
 pub use call::{CallError, ResponseBody, ResponseFuture, Routing, ServedBy, WaitForReady};
 #[cfg(feature = "__bench")]

@@ -30,7 +30,7 @@ use greeter::HelloRequest;
 use measure::{Load, Table, compare};
 use peers::Peer;
 use server::ServerProcess;
-use tonic_etcd::{OutlierDetection, Policy, RetryPolicy};
+use tonic_etcd::{LbPolicy, OutlierDetection, RetryPolicy};
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -174,7 +174,7 @@ async fn unequal() {
         Peer::stock(&addresses),
         Peer::balanced("BalancedChannel, default", &addresses),
         Peer::balanced_with("BalancedChannel, least request", &addresses, |builder| {
-            builder.policy(Policy::LeastRequest)
+            builder.policy(LbPolicy::LeastRequest)
         }),
     ];
     let load = Load::unary(32, ping()).warm_up(Duration::from_secs(1));
@@ -193,7 +193,7 @@ async fn unequal() {
         Peer::stock(&addresses),
         Peer::balanced("BalancedChannel, default", &addresses),
         Peer::balanced_with("BalancedChannel, least request", &addresses, |builder| {
-            builder.policy(Policy::LeastRequest)
+            builder.policy(LbPolicy::LeastRequest)
         }),
     ];
     let load = Load::mixed(32, 1_000, 100_000).warm_up(Duration::from_secs(1));

@@ -6,7 +6,7 @@ use etcd_client::{Client, Txn, TxnOp};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 use tonic_etcd::testing::Etcd;
-use tonic_etcd::{__bench as seen, BalancedChannel, Policy, Registry};
+use tonic_etcd::{__bench as seen, BalancedChannel, LbPolicy, Registry};
 
 use super::peer::{in_memory, ready};
 use super::{cpu, median, percentile};
@@ -129,14 +129,14 @@ impl Subject {
                 let registry = Registry::connect(etcd).await.unwrap();
                 let (clock, mut questions) = mpsc::unbounded_channel::<oneshot::Sender<_>>();
                 let resolver = timed(async {
-                    let resolver = registry.resolver(SERVICE);
+                    let resolver = registry.resolver(SERVICE).start();
                     resolver.ready().await;
                     assert_eq!(resolver.instances().len(), instances);
                 })
                 .await;
                 let mut loaded = None;
                 let whole = timed(async {
-                    let builder = in_memory(registry.channel(SERVICE), Policy::default());
+                    let builder = in_memory(registry.channel(SERVICE), LbPolicy::default());
                     let channel = loaded.insert(builder.connect_lazy());
                     ready(channel, instances).await;
                 })

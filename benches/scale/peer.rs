@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tonic_etcd::{BalancedChannel, ChannelBuilder, Policy};
+use tonic_etcd::{BalancedChannel, ChannelBuilder, LbPolicy};
 
 #[derive(Default)]
 pub struct Peer {
@@ -89,7 +89,7 @@ impl AsyncWrite for Peer {
 }
 
 /// A channel whose endpoints are such peers, wherever it finds them.
-pub fn in_memory<S>(builder: ChannelBuilder<S>, policy: Policy) -> ChannelBuilder<S> {
+pub fn in_memory<S>(builder: ChannelBuilder<S>, policy: LbPolicy) -> ChannelBuilder<S> {
     builder
         .policy(policy)
         .connector(|_| std::future::ready(Ok(Peer::default())))

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::runtime::Runtime;
 use tokio::time::Instant;
 use tonic_etcd::__bench::{answered, pick};
-use tonic_etcd::{Address, BalancedChannel, Instance, Policy};
+use tonic_etcd::{Address, BalancedChannel, Instance, LbPolicy};
 use tower::discover::Change;
 
 use super::median;
@@ -17,13 +17,13 @@ use super::peer::{in_memory, ready};
 const ENDPOINTS: [usize; 3] = [10, 1_000, 10_000];
 const ROUNDS: usize = 9;
 const PICKS: u32 = 500_000;
-const POLICIES: [(&str, Policy, bool); 6] = [
-    ("latency", Policy::Latency, false),
-    ("least-request", Policy::LeastRequest, false),
-    ("round-robin", Policy::WeightedRoundRobin, false),
-    ("latency-weighted", Policy::Latency, true),
-    ("least-request-weighted", Policy::LeastRequest, true),
-    ("round-robin-weighted", Policy::WeightedRoundRobin, true),
+const POLICIES: [(&str, LbPolicy, bool); 6] = [
+    ("latency", LbPolicy::Latency, false),
+    ("least-request", LbPolicy::LeastRequest, false),
+    ("round-robin", LbPolicy::WeightedRoundRobin, false),
+    ("latency-weighted", LbPolicy::Latency, true),
+    ("least-request-weighted", LbPolicy::LeastRequest, true),
+    ("round-robin-weighted", LbPolicy::WeightedRoundRobin, true),
 ];
 
 pub fn run() {
@@ -49,7 +49,7 @@ pub fn run() {
 }
 
 /// A channel with endpoints that have answered calls already, each in its own time.
-fn channel(policy: Policy, weighted: bool, endpoints: usize) -> (Runtime, BalancedChannel) {
+fn channel(policy: LbPolicy, weighted: bool, endpoints: usize) -> (Runtime, BalancedChannel) {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()

@@ -9,9 +9,9 @@ use std::time::Duration;
 use http::HeaderValue;
 use tokio::time::Instant;
 
-use super::link::LinkService;
+use super::request_channel::RequestService;
 use super::token::{Credentials, Token, TokenCell};
-use super::{error, rpc};
+use super::{error, raw};
 use crate::backoff::Backoff;
 use crate::error::{EtcdError, EtcdErrorKind};
 use tonic_balance::Address;
@@ -40,7 +40,7 @@ impl Auth {
     }
 
     /// The same credentials and the same token, and nothing to wait for that another runtime has begun.
-    pub(super) fn apart(&self) -> Self {
+    pub(super) fn detached(&self) -> Self {
         let auth = Self::new(self.0.credentials.clone());
         auth.0.token.set(self.0.token.get());
         auth.set_issuer(self.new_issuer());
@@ -91,7 +91,7 @@ impl Auth {
     pub(super) async fn refresh(
         &self,
         refused: Option<&Token>,
-        service: &LinkService,
+        service: &RequestService,
         deadline: Duration,
     ) -> Result<bool, EtcdError> {
         let Some(credentials) = &self.0.credentials else {
@@ -118,7 +118,7 @@ impl Auth {
         // Whoever waits for this may give up before the answer.
         let silence = error::deadline("authenticate", &service.endpoint(), deadline);
         refreshing.on_failure(silence, Instant::now() + deadline);
-        let answer = rpc::authenticate(service, credentials, deadline).await;
+        let answer = raw::authenticate(service, credentials, deadline).await;
         refreshing.on_answer(answer.as_ref().err());
         match answer {
             Ok(token) => {

@@ -10,7 +10,7 @@ use super::auth::Auth;
 use super::members::Open;
 use super::token::Credentials;
 use super::{DEADLINE, Etcd, MemberEndpoint};
-use crate::error::{Endpoints, EtcdError, EtcdErrorKind, RegistryError, causes};
+use crate::error::{EtcdError, EtcdErrorKind, RegistryError, causes};
 use crate::keyspace::Key;
 use tonic_balance::Address;
 #[cfg(feature = "tls")]
@@ -61,13 +61,13 @@ impl Config {
         #[cfg(feature = "tls")]
         let tls = members.iter().any(MemberEndpoint::is_tls).then(|| {
             let tls = self.tls.clone();
-            tls.unwrap_or_else(TlsConfig::by_address)
+            tls.unwrap_or_else(TlsConfig::verify_dialled_host)
         });
         Arc::new(move || {
             let channel = tuned(BalancedChannel::builder());
             #[cfg(feature = "tls")]
             let channel = match &tls {
-                Some(tls) => channel.tls(tls.clone()),
+                Some(tls) => channel.tls_config(tls.clone()),
                 None => channel,
             };
             channel
@@ -127,18 +127,16 @@ impl Etcd {
     /// Fetches the first token, from whichever member answers.
     async fn authenticate(&self) -> Result<(), EtcdError> {
         let renew = || self.renew_token(None, DEADLINE);
-        self.again("authenticate", renew).await.map(drop)
+        self.retry("authenticate", renew).await.map(drop)
     }
 }
 
 /// Makes the error that tells the user what to do.
 async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError) -> RegistryError {
-    let endpoints = Endpoints(
-        members
-            .iter()
-            .map(|member| member.address().to_string())
-            .collect(),
-    );
+    let endpoints: Vec<_> = members
+        .iter()
+        .map(|member| member.address().to_string())
+        .collect();
     match source.kind() {
         EtcdErrorKind::BadCredentials
         | EtcdErrorKind::CredentialsRequired
@@ -207,7 +205,7 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
     };
     match &bytes[..] {
         [0x15, 0x03, ..] => {
-            let reason = "the server speaks TLS and the client does not; write https:// and configure `.tls(..)` (feature `tls`)";
+            let reason = "the server speaks TLS and the client does not; write https:// and configure `.tls_config(..)` (feature `tls`)";
             tls(reason.to_owned(), source)
         }
         bytes if bytes.starts_with(b"HTTP/1.") => not_etcd("it speaks HTTP/1 and no gRPC", source),

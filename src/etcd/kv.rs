@@ -5,8 +5,8 @@ use std::time::Duration;
 use etcd_client::proto::PbTxnOpResponse;
 use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, SortOrder, SortTarget, Txn, TxnOp};
 
-use super::link::Link;
-use super::standing::Traffic;
+use super::member_health::Traffic;
+use super::request_channel::RequestChannel;
 use super::{Etcd, MAX_MESSAGE, error, header, key_value};
 use crate::error::EtcdError;
 use crate::keyspace::{
@@ -17,7 +17,7 @@ impl Etcd {
     /// Reads up to `limit` keys of a range, linearizably: at `revision`, or at the newest.
     pub(crate) async fn list(&self, request: &ListRequest) -> Result<Page, EtcdError> {
         const OPERATION: &str = "list";
-        self.call(OPERATION, |link| {
+        self.call(OPERATION, |channel| {
             let mut options = GetOptions::new()
                 .with_range(request.range.end.as_bytes())
                 .with_limit(request.limit)
@@ -28,13 +28,13 @@ impl Etcd {
             }
             let start = request.range.start.as_bytes().to_vec();
             async move {
-                let mut kv = link
+                let mut kv = channel
                     .client
                     .kv_client()
                     .max_decoding_message_size(MAX_MESSAGE);
                 let response = kv.get(start, Some(options)).await;
                 let response = response
-                    .map_err(|source| error::of_client(OPERATION, &link.endpoint(), source))?;
+                    .map_err(|source| error::of_client(OPERATION, &channel.endpoint(), source))?;
                 Ok(Page {
                     header: header(response.0.header.as_ref()),
                     more: response.0.more,
@@ -47,7 +47,8 @@ impl Etcd {
 
     /// Reads one key, linearizably.
     pub(crate) async fn read(&self, key: &Key) -> Result<(Header, Option<KeyValue>), EtcdError> {
-        self.call("read", |link| read(link, key.clone())).await
+        self.call("read", |channel| read(channel, key.clone()))
+            .await
     }
 
     /// Reads which write of a key is the last, linearizably, with its value or without it.
@@ -77,8 +78,8 @@ impl Etcd {
         key: &Key,
         deadline: Duration,
     ) -> Result<(Header, Option<KeyValue>), EtcdError> {
-        self.attempt(Traffic::Keys, "read", deadline, |link| {
-            read(link, key.clone())
+        self.attempt(Traffic::Keys, "read", deadline, |channel| {
+            read(channel, key.clone())
         })
         .await
     }
@@ -92,8 +93,8 @@ impl Etcd {
         let mut head = Header::default();
         let mut found = Vec::with_capacity(keys.len());
         for chunk in keys.chunks(OPERATIONS_MAX) {
-            let answer = self.attempt(Traffic::Keys, "read", deadline, |link| {
-                read_all(link, chunk.to_vec())
+            let answer = self.attempt(Traffic::Keys, "read", deadline, |channel| {
+                read_all(channel, chunk.to_vec())
             });
             let (header, chunk) = answer.await?;
             head = header;
@@ -118,14 +119,14 @@ impl Etcd {
             let options = PutOptions::new().with_lease(put.lease.get());
             TxnOp::put(put.key.as_bytes(), put.value.clone(), Some(options))
         };
-        self.attempt(Traffic::Keys, OPERATION, deadline, |link| {
+        self.attempt(Traffic::Keys, OPERATION, deadline, |channel| {
             let txn = Txn::new()
                 .when(puts.iter().map(unchanged).collect::<Vec<_>>())
                 .and_then(puts.iter().map(write).collect::<Vec<_>>());
             async move {
-                let response = link.client.kv_client().txn(txn).await;
+                let response = channel.client.kv_client().txn(txn).await;
                 let response = response
-                    .map_err(|source| error::of_client(OPERATION, &link.endpoint(), source))?;
+                    .map_err(|source| error::of_client(OPERATION, &channel.endpoint(), source))?;
                 let revision = header(response.0.header.as_ref()).revision;
                 Ok(response.succeeded().then_some(revision))
             }
@@ -141,7 +142,7 @@ impl Etcd {
         deadline: Duration,
     ) -> Result<(), EtcdError> {
         const OPERATION: &str = "delete";
-        self.attempt(Traffic::Keys, OPERATION, deadline, |link| {
+        self.attempt(Traffic::Keys, OPERATION, deadline, |channel| {
             let txn = Txn::new()
                 .when([Compare::lease(
                     key.as_bytes(),
@@ -150,9 +151,9 @@ impl Etcd {
                 )])
                 .and_then([TxnOp::delete(key.as_bytes(), None)]);
             async move {
-                let response = link.client.kv_client().txn(txn).await;
+                let response = channel.client.kv_client().txn(txn).await;
                 let deleted = response.map(drop);
-                deleted.map_err(|source| error::of_client(OPERATION, &link.endpoint(), source))
+                deleted.map_err(|source| error::of_client(OPERATION, &channel.endpoint(), source))
             }
         })
         .await
@@ -161,21 +162,22 @@ impl Etcd {
 
 /// Reads up to [`OPERATIONS_MAX`] keys at one revision.
 async fn read_all(
-    link: Link,
+    channel: RequestChannel,
     keys: Vec<Key>,
 ) -> Result<(Header, Vec<Option<KeyValue>>), EtcdError> {
     if let [key] = &keys[..] {
-        let (header, found) = read(link, key.clone()).await?;
+        let (header, found) = read(channel, key.clone()).await?;
         return Ok((header, vec![found]));
     }
     let gets = keys.iter().map(|key| TxnOp::get(key.as_bytes(), None));
     let txn = Txn::new().and_then(gets.collect::<Vec<_>>());
-    let mut kv = link
+    let mut kv = channel
         .client
         .kv_client()
         .max_decoding_message_size(MAX_MESSAGE);
     let response = kv.txn(txn).await;
-    let response = response.map_err(|source| error::of_client("read", &link.endpoint(), source))?;
+    let response =
+        response.map_err(|source| error::of_client("read", &channel.endpoint(), source))?;
     let found = response
         .0
         .responses
@@ -192,13 +194,14 @@ async fn read_all(
     Ok((header(response.0.header.as_ref()), found))
 }
 
-async fn read(link: Link, key: Key) -> Result<(Header, Option<KeyValue>), EtcdError> {
-    let mut kv = link
+async fn read(channel: RequestChannel, key: Key) -> Result<(Header, Option<KeyValue>), EtcdError> {
+    let mut kv = channel
         .client
         .kv_client()
         .max_decoding_message_size(MAX_MESSAGE);
     let response = kv.get(key.as_bytes(), None).await;
-    let response = response.map_err(|source| error::of_client("read", &link.endpoint(), source))?;
+    let response =
+        response.map_err(|source| error::of_client("read", &channel.endpoint(), source))?;
     Ok((
         header(response.0.header.as_ref()),
         response.0.kvs.into_iter().next().map(key_value),

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use etcd_client::LeaseGrantOptions;
 
-use super::link::Link;
-use super::standing::Traffic;
-use super::{Etcd, error, header, rpc};
+use super::member_health::Traffic;
+use super::request_channel::RequestChannel;
+use super::{Etcd, error, header, raw};
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Header, KeepAlive, LeaseId};
 
@@ -20,20 +20,20 @@ impl Etcd {
     ) -> Result<Duration, EtcdError> {
         const OPERATION: &str = "lease grant";
         let seconds = i64::try_from(ttl.as_secs()).unwrap_or(i64::MAX);
-        self.attempt(Traffic::Leases, OPERATION, deadline, |link| async move {
+        self.attempt(Traffic::Leases, OPERATION, deadline, |channel| async move {
             let options = LeaseGrantOptions::new().with_id(lease.get());
-            let response = link
+            let response = channel
                 .client
                 .lease_client()
                 .grant(seconds, Some(options))
                 .await;
-            let response =
-                response.map_err(|source| error::of_client(OPERATION, &link.endpoint(), source))?;
+            let response = response
+                .map_err(|source| error::of_client(OPERATION, &channel.endpoint(), source))?;
             // A store that chooses its own ids would drop nothing of ours when this lease is revoked.
             if response.id() != lease.get() {
                 let source = format!("lease {:x} was granted in place of {lease}", response.id());
                 let kind = EtcdErrorKind::Unimplemented;
-                return Err(EtcdError::new(kind, OPERATION, &link.endpoint(), source));
+                return Err(EtcdError::new(kind, OPERATION, &channel.endpoint(), source));
             }
             Ok(u64::try_from(response.ttl()).map_or(ttl, Duration::from_secs))
         })
@@ -49,9 +49,9 @@ impl Etcd {
         deadline: Duration,
     ) -> Result<KeepAlive, EtcdError> {
         const OPERATION: &str = "lease keep-alive";
-        self.attempt(Traffic::Leases, OPERATION, deadline, |link| async move {
-            let (header, ttl) = Self::keep_alive_over(&link, lease).await?;
-            let endpoint = link.endpoint();
+        self.attempt(Traffic::Leases, OPERATION, deadline, |channel| async move {
+            let (header, ttl) = Self::keep_alive_over(&channel, lease).await?;
+            let endpoint = channel.endpoint();
             // Whatever it says of the lease. Here and not by who asks, so that the next try goes to another member.
             if let Some(header) = header.filter(|header| header.raft_term < term) {
                 let source = format!("raft term {} after {term}", header.raft_term);
@@ -76,15 +76,15 @@ impl Etcd {
 
     /// The header and the TTL of one answer.
     async fn keep_alive_over(
-        link: &Link,
+        channel: &RequestChannel,
         lease: LeaseId,
     ) -> Result<(Option<Header>, i64), EtcdError> {
         const OPERATION: &str = "lease keep-alive";
-        if let Some(service) = &link.service {
-            return rpc::keep_alive(service, lease).await;
+        if let Some(service) = &channel.service {
+            return raw::keep_alive(service, lease).await;
         }
-        let failed = |source| error::of_client(OPERATION, &link.endpoint(), source);
-        let (mut keeper, mut answers) = link
+        let failed = |source| error::of_client(OPERATION, &channel.endpoint(), source);
+        let (mut keeper, mut answers) = channel
             .client
             .lease_client()
             .keep_alive(lease.get())
@@ -93,7 +93,7 @@ impl Etcd {
         // etcd-client keeps the first answer's TTL and header to itself; the second one on the stream shows both.
         keeper.keep_alive().await.map_err(failed)?;
         let answer = answers.message().await.map_err(failed)?;
-        let answer = answer.ok_or_else(|| rpc::closed(OPERATION, &link.endpoint()))?;
+        let answer = answer.ok_or_else(|| raw::closed(OPERATION, &channel.endpoint()))?;
         let head = answer.0.header.as_ref();
         Ok((head.map(|head| header(Some(head))), answer.ttl()))
     }
@@ -102,11 +102,11 @@ impl Etcd {
     pub(crate) async fn revoke(&self, lease: LeaseId, deadline: Duration) -> Result<(), EtcdError> {
         const OPERATION: &str = "lease revoke";
         let outcome = self
-            .attempt(Traffic::Leases, OPERATION, deadline, |link| async move {
-                let response = link.client.lease_client().revoke(lease.get()).await;
+            .attempt(Traffic::Leases, OPERATION, deadline, |channel| async move {
+                let response = channel.client.lease_client().revoke(lease.get()).await;
                 response
                     .map(drop)
-                    .map_err(|source| error::of_client(OPERATION, &link.endpoint(), source))
+                    .map_err(|source| error::of_client(OPERATION, &channel.endpoint(), source))
             })
             .await;
         match outcome {

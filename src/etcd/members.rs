@@ -6,8 +6,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::auth::Auth;
-use super::link::{Link, LinkService};
-use super::standing::{Failure, Standings, Traffic};
+use super::member_health::{Failure, MemberHealth, Traffic};
+use super::request_channel::{RequestChannel, RequestService};
 use crate::error::EtcdError;
 use tonic_balance::Address;
 use tonic_balance::{BalancedChannel, Routing};
@@ -23,7 +23,7 @@ pub(super) struct Members {
     /// Opened by their first request: a client that registers nothing has no lease, and needs no connections for any.
     keys: Mutex<Option<BalancedChannel>>,
     leases: Mutex<Option<BalancedChannel>>,
-    standings: Mutex<Standings>,
+    health: Mutex<MemberHealth>,
 }
 
 impl Members {
@@ -35,41 +35,41 @@ impl Members {
             open,
             keys: Mutex::default(),
             leases: Mutex::default(),
-            standings: Mutex::default(),
+            health: Mutex::default(),
         }
     }
 
     /// The same members over connections of the runtime that they are first used on.
-    pub(super) fn apart(&self) -> Self {
+    pub(super) fn detached(&self) -> Self {
         Self::new(self.addresses.clone(), Arc::clone(&self.open))
     }
 
     /// The way of one request.
-    pub(super) async fn link(
+    pub(super) async fn channel(
         &self,
         traffic: Traffic,
         deadline: Duration,
         auth: &Auth,
-    ) -> Result<Link, EtcdError> {
+    ) -> Result<RequestChannel, EtcdError> {
         let channel = match traffic {
             Traffic::Keys => &self.keys,
             Traffic::Leases => &self.leases,
         };
-        let mut avoided = self.standings().avoided(Instant::now());
+        let mut avoided = self.health().avoided(Instant::now());
         if let Some(issuer) = auth.new_issuer() {
             // Nobody else may know of the token yet. Who has failed stays behind those that have not.
             let others = self.addresses.iter().filter(|member| **member != issuer);
             let well = others.filter(|member| !avoided.contains(member)).cloned();
             avoided = well.chain(avoided.iter().cloned()).collect();
         }
-        let service = LinkService {
+        let service = RequestService {
             channel: self.current(channel),
             routing: Routing::avoiding(avoided),
             deadline,
             token: auth.cell().clone(),
         };
         // Boxed, for `etcd-client`'s futures are large.
-        Box::pin(Link::over(service)).await
+        Box::pin(RequestChannel::over(service)).await
     }
 
     /// The channel of this runtime. One whose runtime has ended is opened anew: a registry may outlive the runtime that has used it first.
@@ -82,29 +82,29 @@ impl Members {
     }
 
     /// The member that a request went to has answered it.
-    pub(super) fn on_answer(&self, service: &LinkService, traffic: Traffic) {
+    pub(super) fn on_answer(&self, service: &RequestService, traffic: Traffic) {
         if let Some(member) = service.routing.address() {
-            self.standings().on_answer(&member, traffic);
+            self.health().on_answer(&member, traffic);
         }
     }
 
     /// The member that a request went to has failed it, or the stream that it began: the next one goes elsewhere. One that went nowhere is
     /// nobody's fault.
-    pub(super) fn on_failure(&self, service: &LinkService, traffic: Traffic, failure: Failure) {
+    pub(super) fn on_failure(&self, service: &RequestService, traffic: Traffic, failure: Failure) {
         let Some(member) = service.routing.address() else {
             return;
         };
         let now = Instant::now();
         let (news, give_up) = {
-            let mut standings = self.standings();
-            let news = !standings.avoided(now).contains(&member);
-            (news, standings.on_failure(&member, traffic, failure, now))
+            let mut health = self.health();
+            let news = !health.avoided(now).contains(&member);
+            (news, health.on_failure(&member, traffic, failure, now))
         };
         if news && self.addresses.len() > 1 {
             tracing::info!(%member, ?failure, "an etcd member has failed a request or a watch: others are asked first");
         }
         let since = now.checked_sub(service.deadline).unwrap_or(now);
-        let silent_since = (failure != Failure::Said).then_some(since);
+        let silent_since = (failure != Failure::Error).then_some(since);
         service.routing.report_failure(now, silent_since);
         if give_up {
             tracing::debug!(%member, ?traffic, "etcd is silent on a connection; the next request goes over another");
@@ -112,10 +112,8 @@ impl Members {
         }
     }
 
-    fn standings(&self) -> MutexGuard<'_, Standings> {
+    fn health(&self) -> MutexGuard<'_, MemberHealth> {
         // Nothing panics while it is held; and the data would be whole even then.
-        self.standings
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

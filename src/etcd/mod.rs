@@ -14,16 +14,16 @@ use crate::keyspace::{Header, Key, KeyValue, LeaseId, Range, Revision};
 use tonic_balance::Address;
 
 mod auth;
-mod call;
 mod connect;
 mod endpoint;
 mod error;
 mod kv;
 mod lease;
-mod link;
+mod member_health;
 mod members;
-mod rpc;
-mod standing;
+mod raw;
+mod request_channel;
+mod retry;
 mod token;
 mod watch;
 
@@ -33,10 +33,10 @@ pub(crate) use token::{Credentials, Token};
 pub(crate) use watch::Watch;
 
 use auth::Auth;
-use call::bounded;
-use link::Link;
+use member_health::{Failure, Traffic};
 use members::{Members, Open};
-use standing::{Failure, Traffic};
+use request_channel::RequestChannel;
+use retry::with_deadline;
 
 /// A handle on an etcd cluster. Cloning is a reference count.
 #[derive(Clone, Debug)]
@@ -69,12 +69,12 @@ impl Etcd {
     }
 
     /// The same cluster over connections of the runtime that it is then used on; a client that the user made stays on its own.
-    pub(crate) fn apart(&self) -> Self {
+    pub(crate) fn detached(&self) -> Self {
         let source = match &self.0.source {
-            Source::Members(members) => Source::Members(members.apart()),
+            Source::Members(members) => Source::Members(members.detached()),
             Source::Given(client) => Source::Given(Arc::clone(client)),
         };
-        let auth = self.0.auth.apart();
+        let auth = self.0.auth.detached();
         Self(Arc::new(Cluster { source, auth }))
     }
 
@@ -103,23 +103,32 @@ impl Etcd {
     }
 
     /// The way of one request.
-    async fn link(&self, traffic: Traffic, deadline: Duration) -> Result<Link, EtcdError> {
+    async fn channel(
+        &self,
+        traffic: Traffic,
+        deadline: Duration,
+    ) -> Result<RequestChannel, EtcdError> {
         match &self.0.source {
-            Source::Members(members) => members.link(traffic, deadline, &self.0.auth).await,
-            Source::Given(client) => Ok(Link::given(client)),
+            Source::Members(members) => members.channel(traffic, deadline, &self.0.auth).await,
+            Source::Given(client) => Ok(RequestChannel::given(client)),
         }
     }
 
     /// Takes note of how a request, or the stream that it began, has ended.
-    fn judge(&self, link: &Link, traffic: Traffic, error: Option<&EtcdError>) {
-        let (Source::Members(members), Some(service)) = (&self.0.source, &link.service) else {
+    fn record_outcome(
+        &self,
+        channel: &RequestChannel,
+        traffic: Traffic,
+        error: Option<&EtcdError>,
+    ) {
+        let (Source::Members(members), Some(service)) = (&self.0.source, &channel.service) else {
             return;
         };
         let failure = match error.map(EtcdError::kind) {
-            Some(EtcdErrorKind::DeadlineExceeded) => Failure::Silent,
+            Some(EtcdErrorKind::DeadlineExceeded) => Failure::Timeout,
             // A full store is full at every member.
             Some(EtcdErrorKind::NoSpace) => return,
-            Some(_) if error.is_some_and(|error| self.may_succeed(error)) => Failure::Said,
+            Some(_) if error.is_some_and(|error| self.may_succeed(error)) => Failure::Error,
             _ => return members.on_answer(service, traffic),
         };
         members.on_failure(service, traffic, failure);
@@ -132,17 +141,20 @@ impl Etcd {
         deadline: Duration,
     ) -> Result<bool, EtcdError> {
         let deadline = deadline.max(DEADLINE);
-        let link = self.link(Traffic::Keys, deadline).await?;
+        let channel = self.channel(Traffic::Keys, deadline).await?;
         let auth = &self.0.auth;
         let renewal = Box::pin(async {
-            match &link.service {
+            match &channel.service {
                 Some(service) => auth.refresh(refused, service, deadline).await,
-                None => auth.refresh_client(&link.client, &link.endpoint()).await,
+                None => {
+                    auth.refresh_client(&channel.client, &channel.endpoint())
+                        .await
+                }
             }
         });
         // The wait for somebody else's renewal included.
-        let outcome = bounded("authenticate", deadline, &link, renewal).await;
-        self.judge(&link, Traffic::Keys, outcome.as_ref().err());
+        let outcome = with_deadline("authenticate", deadline, &channel, renewal).await;
+        self.record_outcome(&channel, Traffic::Keys, outcome.as_ref().err());
         outcome
     }
 
@@ -152,7 +164,7 @@ impl Etcd {
         range: &Range,
         from: Option<Revision>,
     ) -> Result<Watch, EtcdError> {
-        let open = |link: Link| watch::open(link, range.clone(), from);
+        let open = |channel: RequestChannel| watch::open(channel, range.clone(), from);
         self.attempt(Traffic::Keys, "watch", DEADLINE, open).await
     }
 
@@ -160,14 +172,14 @@ impl Etcd {
     /// the others. Tried once.
     pub(crate) async fn watch_each(&self, first: &Key, others: &[Key]) -> Result<Watch, EtcdError> {
         let mut watch = self.watch(&Range::key(first), None).await?;
-        let link = watch.link.clone();
+        let channel = watch.channel.clone();
         let all = async {
             for key in others {
                 watch.add(Range::key(key)).await?;
             }
             watch.created().await
         };
-        match bounded("watch", DEADLINE, &link, Box::pin(all)).await {
+        match with_deadline("watch", DEADLINE, &channel, Box::pin(all)).await {
             Ok(()) => Ok(watch),
             Err(error) => {
                 self.report(&watch, &error);
@@ -178,14 +190,14 @@ impl Etcd {
 
     /// Answers a watch's end: if it is the member's fault, the next one goes elsewhere.
     pub(crate) fn report(&self, watch: &Watch, error: &EtcdError) {
-        match (&self.0.source, &watch.link.service) {
+        match (&self.0.source, &watch.channel.service) {
             // The watchdog has waited for long enough.
             (Source::Members(members), Some(service))
                 if error.kind() == EtcdErrorKind::DeadlineExceeded =>
             {
-                members.on_failure(service, Traffic::Keys, Failure::Mute);
+                members.on_failure(service, Traffic::Keys, Failure::StreamTimeout);
             }
-            _ => self.judge(&watch.link, Traffic::Keys, Some(error)),
+            _ => self.record_outcome(&watch.channel, Traffic::Keys, Some(error)),
         }
     }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use etcd_client::{WatchFilterType, WatchOptions, WatchStream};
 use tokio::time::{Instant, timeout_at};
 
-use super::link::Link;
+use super::request_channel::RequestChannel;
 use super::{DEADLINE, MAX_MESSAGE, error, header, key_value};
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Event, Key, Range, Revision, WatchMessage};
@@ -19,7 +19,7 @@ use crate::keyspace::{Event, Key, Range, Revision, WatchMessage};
 pub(crate) struct Watch {
     stream: WatchStream,
     /// What it was opened over: the member whose end of it is to be answered for.
-    pub(super) link: Link,
+    pub(super) channel: RequestChannel,
     /// At least one; each has a watcher of its own.
     ranges: Vec<Range>,
     /// The watchers' ids, from their first messages on, which come in the order of the ranges. The throw-away watchers have others.
@@ -30,7 +30,7 @@ pub(crate) struct Watch {
 }
 
 pub(super) async fn open(
-    link: Link,
+    channel: RequestChannel,
     range: Range,
     from: Option<Revision>,
 ) -> Result<Watch, EtcdError> {
@@ -38,13 +38,13 @@ pub(super) async fn open(
     if let Some(revision) = from {
         options = options.with_start_revision(revision.get());
     }
-    let watch = link.client.watch_client();
+    let watch = channel.client.watch_client();
     let mut watch = watch.max_decoding_message_size(MAX_MESSAGE);
     let stream = watch.watch(range.start.as_bytes(), Some(options)).await;
-    let stream = stream.map_err(|source| error::of_client("watch", &link.endpoint(), source))?;
+    let stream = stream.map_err(|source| error::of_client("watch", &channel.endpoint(), source))?;
     Ok(Watch {
         stream,
-        link,
+        channel,
         ranges: vec![range],
         ids: Vec::new(),
         heard: Instant::now(),
@@ -100,11 +100,11 @@ impl Watch {
             };
             let Ok(message) = timeout_at(self.heard + patience, self.stream.message()).await else {
                 if !self.is_created() {
-                    return Err(error::deadline("watch", &self.link.endpoint(), DEADLINE));
+                    return Err(error::deadline("watch", &self.channel.endpoint(), DEADLINE));
                 }
                 if self.probing {
                     let waited = SILENCE + PROBE_ANSWER;
-                    return Err(error::deadline("watch", &self.link.endpoint(), waited));
+                    return Err(error::deadline("watch", &self.channel.endpoint(), waited));
                 }
                 self.probe().await?;
                 continue;
@@ -112,11 +112,16 @@ impl Watch {
             self.heard = Instant::now();
             self.probing = false;
             let message = message
-                .map_err(|source| error::of_client("watch", &self.link.endpoint(), source))?;
+                .map_err(|source| error::of_client("watch", &self.channel.endpoint(), source))?;
             let Some(message) = message else {
                 let reason = "the stream was closed";
                 let kind = EtcdErrorKind::Unavailable;
-                return Err(EtcdError::new(kind, "watch", &self.link.endpoint(), reason));
+                return Err(EtcdError::new(
+                    kind,
+                    "watch",
+                    &self.channel.endpoint(),
+                    reason,
+                ));
             };
             let message = message.0;
             // Throw-away watchers are made when all others are there.
@@ -136,7 +141,7 @@ impl Watch {
     /// The member that serves it.
     #[cfg(test)]
     pub(super) fn endpoint(&self) -> String {
-        self.link.endpoint()
+        self.channel.endpoint()
     }
 
     /// Asks for a sign of life.
@@ -157,7 +162,7 @@ impl Watch {
     }
 
     fn sent(&self, sent: Result<(), etcd_client::Error>) -> Result<(), EtcdError> {
-        sent.map_err(|source| error::of_client("watch", &self.link.endpoint(), source))
+        sent.map_err(|source| error::of_client("watch", &self.channel.endpoint(), source))
     }
 
     /// Why a message cancelled the watch, as an error.
@@ -167,11 +172,11 @@ impl Watch {
             return EtcdError::new(
                 EtcdErrorKind::Compacted,
                 "watch",
-                &self.link.endpoint(),
+                &self.channel.endpoint(),
                 source,
             );
         }
-        error::of_reason("watch", &self.link.endpoint(), &message.cancel_reason)
+        error::of_reason("watch", &self.channel.endpoint(), &message.cancel_reason)
     }
 }
 

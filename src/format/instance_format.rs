@@ -74,10 +74,7 @@ pub trait InstanceFormat: fmt::Debug + Send + Sync {
     /// The key of an instance, which begins with the [service's prefix](Self::service_prefix). By default its id follows, or if it has
     /// none its address, so that a restarted server overwrites its old entry.
     fn key(&self, prefix: &str, service: &str, instance: &Instance) -> Result<String, FormatError> {
-        let id = match instance.id() {
-            "" => instance.address().as_str(),
-            id => id,
-        };
+        let id = instance.id().unwrap_or(instance.address().as_str());
         Ok(self.service_prefix(prefix, service) + id)
     }
 

@@ -226,6 +226,56 @@ impl fmt::Debug for Format {
     }
 }
 
+/// The format's name, which [`FromStr`](std::str::FromStr) reads again.
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Reads the name of a format of this library, such as `etcd naming` or `go-zero`. Case, blanks, hyphens and underscores do not matter.
+///
+/// ```
+/// use tonic_etcd::Format;
+///
+/// assert_eq!("go-zero".parse::<Format>()?, Format::GoZero);
+/// assert_eq!("etcd_naming".parse::<Format>()?, Format::EtcdNaming);
+/// # Ok::<(), tonic_etcd::FormatError>(())
+/// ```
+impl std::str::FromStr for Format {
+    type Err = FormatError;
+
+    fn from_str(name: &str) -> Result<Self, FormatError> {
+        let plain = |name: &str| -> String {
+            let letters = name.chars().filter(char::is_ascii_alphanumeric);
+            letters.map(|letter| letter.to_ascii_lowercase()).collect()
+        };
+        let wanted = plain(name);
+        let found = NAMED.iter().find(|format| plain(format.name()) == wanted);
+        found.copied().ok_or_else(|| {
+            let names: Vec<_> = NAMED.iter().map(|format| format.name()).collect();
+            FormatError::new(format!("{name:?} is none of {}", names.join(", ")))
+        })
+    }
+}
+
+/// All formats that have a name.
+const NAMED: [Format; 13] = [
+    Format::EtcdNaming,
+    Format::Plain,
+    Format::Url,
+    Format::GoZero,
+    Format::Kratos,
+    Format::Kitex,
+    Format::GoMicro,
+    Format::Rpcx,
+    Format::DubboInterface,
+    Format::DubboApplication,
+    Format::GoFrame,
+    Format::AddressInKey,
+    Format::Mixed,
+];
+
 /// Two formats of users' own are equal if they have one name and are one object.
 impl PartialEq for Format {
     fn eq(&self, other: &Self) -> bool {

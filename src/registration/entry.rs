@@ -81,7 +81,7 @@ impl Entry {
     }
 
     /// Whether the format can say that the server is leaving.
-    pub(super) fn says_goodbye(&self) -> bool {
+    pub(super) fn has_leave_marker(&self) -> bool {
         let leaving = self.leaving();
         let mut keys = self.keys.iter();
         keys.all(|key| self.format.encode(&key.to_string(), &leaving).is_ok())
@@ -93,9 +93,9 @@ impl Entry {
         if !leaving {
             return value();
         }
-        let goodbye = self
+        let leave_marker = self
             .format
             .write(&self.keys[index].to_string(), &self.leaving());
-        goodbye.unwrap_or_else(|_| value())
+        leave_marker.unwrap_or_else(|_| value())
     }
 }

@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 use tracing::Instrument;
 
-use crate::error::{Endpoints, RegisterError};
+use crate::error::RegisterError;
 use crate::etcd::Etcd;
 use tonic_balance::Address;
 
@@ -19,7 +19,7 @@ mod entry;
 mod key_watch;
 mod lease;
 mod serve;
-mod state;
+mod status;
 mod task;
 
 pub use builder::RegistrationBuilder;
@@ -27,7 +27,7 @@ pub use builder::RegistrationBuilder;
 pub(crate) use serve::Health;
 pub(crate) use serve::ServeOptions;
 pub use serve::ServerState;
-pub use state::RegistrationState;
+pub use status::RegistrationState;
 
 use entry::Entry;
 use task::{Answer, Failure, Request, Task};
@@ -51,11 +51,12 @@ use task::{Answer, Failure, Request, Task};
 /// # }
 /// ```
 #[derive(Debug)]
+#[must_use = "dropping it deregisters the server"]
 pub struct Registration {
     /// The key of each service, and the service's name; the name is empty for an exact key.
     keys: Vec<(String, String)>,
     entry: Entry,
-    endpoints: Endpoints,
+    endpoints: Vec<String>,
     change_timeout: Duration,
     requests: mpsc::Sender<Request>,
     states: watch::Receiver<RegistrationState>,
@@ -67,7 +68,7 @@ impl Registration {
         etcd: Etcd,
         entry: Entry,
         change_timeout: Duration,
-        own_thread: bool,
+        dedicated_thread: bool,
         states: watch::Sender<RegistrationState>,
     ) -> Result<Self, RegisterError> {
         let (requests, inbox) = mpsc::channel(8);
@@ -77,7 +78,7 @@ impl Registration {
         let registration = Self {
             keys: keys.zip(services).collect(),
             entry: entry.clone(),
-            endpoints: Endpoints(etcd.endpoints()),
+            endpoints: etcd.endpoints(),
             change_timeout,
             requests,
             states: states.subscribe(),
@@ -88,8 +89,8 @@ impl Registration {
             // The futures of etcd's client are large.
             Box::pin(task.run().instrument(span)).await;
         };
-        if own_thread {
-            let started = apart(etcd, run);
+        if dedicated_thread {
+            let started = detached(etcd, run);
             started.map_err(|source| RegisterError::Thread {
                 key: registration.key().to_owned(),
                 source: Arc::new(source),
@@ -157,7 +158,7 @@ impl Registration {
 
     /// Where the registration stands, as a watch: for a health check, a gauge, a log.
     #[must_use]
-    pub fn states(&self) -> watch::Receiver<RegistrationState> {
+    pub fn watch_state(&self) -> watch::Receiver<RegistrationState> {
         self.states.clone()
     }
 
@@ -210,7 +211,7 @@ impl Registration {
         self.ask(|answer| Request::SetWeight(entry, answer)).await
     }
 
-    /// Removes the entry of one of [several services](RegistrationBuilder::and_service); the others stay. The last one ends the
+    /// Removes the entry of one of [several services](RegistrationBuilder::additional_service); the others stay. The last one ends the
     /// registration, as [`deregister`](Self::deregister) does. For a service that was removed before there is nothing to do.
     ///
     /// # Errors
@@ -288,7 +289,7 @@ impl Registration {
 }
 
 /// Runs a registration on a thread and over connections of its own.
-fn apart<Run>(etcd: Etcd, run: Run) -> io::Result<()>
+fn detached<Run>(etcd: Etcd, run: Run) -> io::Result<()>
 where
     Run: AsyncFnOnce(Etcd) + Send + 'static,
 {
@@ -298,7 +299,7 @@ where
     let thread = std::thread::Builder::new().name("registration".to_owned());
     let body = move || {
         runtime.block_on(async move {
-            run(etcd.apart()).await;
+            run(etcd.detached()).await;
         });
     };
     thread.spawn(body).map(drop)

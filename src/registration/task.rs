@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep_until};
 use super::RegistrationState;
 use super::entry::Entry;
 use super::key_watch::{KeyWatch, News};
-use super::lease::{Command, Found, GOODBYE_MAX, Machine, Phase, Put};
+use super::lease::{Command, Found, LEAVE_MARKER_MAX, Machine, Phase, Put};
 use crate::etcd::Etcd;
 use crate::keyspace::{GuardedPut, Key, KeyValue, LeaseId};
 
@@ -84,12 +84,12 @@ impl Task {
         states: watch::Sender<RegistrationState>,
         budget: Duration,
     ) -> Self {
-        let says_goodbye = entry.says_goodbye();
+        let has_leave_marker = entry.has_leave_marker();
         Self {
             machine: Machine::new(
                 entry.ttl,
                 entry.keys.len(),
-                says_goodbye,
+                has_leave_marker,
                 // A generator of its own kind is seeded with the time since the machine's start: those of machines that are started together
                 // would choose the same lease ids sooner or later.
                 fastrand::Rng::with_seed(RandomState::new().build_hasher().finish()),
@@ -359,13 +359,13 @@ async fn execute(
         Command::Delete {
             index,
             lease,
-            goodbye,
+            leave_marker,
             deadline,
         } => {
-            if let Some(expected) = goodbye {
+            if let Some(expected) = leave_marker {
                 let puts = entry.guarded(&[Put { index, expected }], true, lease);
                 // A courtesy, whatever comes of it.
-                drop(etcd.put_if(&puts, deadline.min(GOODBYE_MAX)).await);
+                drop(etcd.put_if(&puts, deadline.min(LEAVE_MARKER_MAX)).await);
             }
             let answer = etcd.delete_if(&entry.keys[index], lease, deadline).await;
             machine.on_deleted(index, answer, Instant::now());

@@ -7,7 +7,7 @@ use tonic_balance::{Attributes, BalancedChannel, EndpointSource, Endpoints};
 use super::Registry;
 use super::target::Target;
 use crate::error::RegistryError;
-use crate::instance::Instance;
+use crate::instance::{Instance, KeyLocation};
 use crate::resolver::{Resolver, ResolverBuilder, ResolverState};
 
 /// Connects to a service by its URL, `etcd://host:port[,host:port…]/service`, and waits for its first endpoint.
@@ -34,18 +34,22 @@ use crate::resolver::{Resolver, ResolverBuilder, ResolverState};
 /// # Cancel safety
 ///
 /// Dropping the future closes the connections.
-pub async fn connect(target: impl AsRef<str>) -> Result<BalancedChannel, RegistryError> {
-    let Target { members, place } = Target::with_members(target.as_ref())?;
+pub async fn connect(target: impl Into<String>) -> Result<BalancedChannel, RegistryError> {
+    let Target { members, lookup } = Target::with_members(&target.into())?;
     let registry = Registry::connect(members).await?;
-    Ok(registry.channel_at(place).connect().await?)
+    Ok(registry.channel_for(lookup).connect().await?)
 }
 
 /// The weight, the zone and the mark of a last resort. A new lease or a new key is a new generation: another server, or the same one after a
 /// restart.
 impl From<Instance> for Attributes {
     fn from(instance: Instance) -> Self {
-        let lease = instance.lease().get().cast_unsigned();
-        let created = instance.create_revision().get().cast_unsigned();
+        let location = instance.location();
+        let lease = location.and_then(KeyLocation::lease);
+        let lease = lease.map_or(0, |lease| lease.get().cast_unsigned());
+        let created = location.map_or(0, |location| {
+            location.create_revision().get().cast_unsigned()
+        });
         // Revisions are small numbers and lease ids are random, so that no other pair has the same sum.
         let generation = lease.wrapping_add(created.rotate_left(32));
         let attributes = Self::new()
@@ -79,7 +83,7 @@ impl EndpointSource for Resolver {
     type Stream = Self;
 
     fn start(self, _: bool) -> Result<Endpoints<Self>, String> {
-        let mut statuses = self.statuses();
+        let mut statuses = self.watch_status();
         let watched = statuses.clone();
         let known = async move {
             // It fails when the resolver has ended. The set will then never be known.

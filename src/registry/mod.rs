@@ -8,14 +8,14 @@ mod target;
 mod tonic_channel;
 
 pub use channel::connect;
-use target::{Place, Target};
+use target::{Lookup, Target};
 
 use crate::error::RegistryError;
 use crate::etcd::{Config, Credentials, Etcd};
 use crate::format::Format;
 use crate::keyspace::{Key, Keyspace};
 use crate::registration::RegistrationBuilder;
-use crate::resolver::{Resolver, ResolverBuilder};
+use crate::resolver::ResolverBuilder;
 
 /// A registry of services in etcd. Cloning is cheap, and all clones share the connections.
 ///
@@ -87,7 +87,8 @@ impl Registry {
         }
     }
 
-    /// Takes a client of your own, under the default prefix.
+    /// Takes a client of your own, under the default prefix; [`with_prefix`](Self::with_prefix) and
+    /// [`with_address_policy`](Self::with_address_policy) set the other options.
     ///
     /// Build it with `with_require_leader(true)` and `with_auto_token_refresh(true)`: without them a member that is cut off from its
     /// cluster stays silent, and an expired token is not renewed. Such a client balances by itself; failing over from a frozen member is
@@ -101,6 +102,20 @@ impl Registry {
         }
     }
 
+    /// Sets the prefix, as [`RegistryBuilder::prefix`] does. The registry shares its connections with the one it is made from.
+    #[must_use]
+    pub fn with_prefix(mut self, prefix: impl Into<String>) -> Self {
+        self.keyspace = Keyspace::new(&prefix.into());
+        self
+    }
+
+    /// Sets the address policy, as [`RegistryBuilder::address_policy`] does.
+    #[must_use]
+    pub fn with_address_policy(mut self, policy: AddressPolicy) -> Self {
+        self.policy = policy;
+        self
+    }
+
     /// The prefix under which services live: the one that was given, or `/gRPC/`.
     #[must_use]
     pub fn prefix(&self) -> &str {
@@ -111,67 +126,70 @@ impl Registry {
     /// [`Format`] makes of it.
     ///
     /// The service's name is not empty and has no slash; what is wrong with it is said when the registration is made.
-    pub fn registration(&self, service: impl AsRef<str>) -> RegistrationBuilder {
+    pub fn registration(&self, service: impl Into<String>) -> RegistrationBuilder {
         RegistrationBuilder::service(
             self.etcd.clone(),
             self.policy.clone(),
             self.keyspace.clone(),
-            service.as_ref(),
+            &service.into(),
         )
     }
 
     /// Describes a registration at an exact key, whatever the prefix.
-    pub fn registration_at(&self, key: impl AsRef<str>) -> RegistrationBuilder {
-        RegistrationBuilder::key(self.etcd.clone(), self.policy.clone(), key.as_ref())
+    pub fn registration_at(&self, key: impl Into<String>) -> RegistrationBuilder {
+        RegistrationBuilder::key(self.etcd.clone(), self.policy.clone(), &key.into())
     }
 
-    /// Starts watching the instances of a service.
+    /// Returns a builder of a resolver, which watches the instances of a service. Nothing is watched before
+    /// [`start`](ResolverBuilder::start).
     ///
-    /// # Panics
-    ///
-    /// Outside a tokio runtime.
-    #[must_use]
-    pub fn resolver(&self, service: impl AsRef<str>) -> Resolver {
-        self.resolver_builder(service).start()
+    /// ```no_run
+    /// # async fn run(registry: tonic_etcd::Registry) {
+    /// let resolver = registry.resolver("helloworld.Greeter").start();
+    /// println!("{} instances", resolver.instances().len());
+    /// # }
+    /// ```
+    pub fn resolver(&self, service: impl Into<String>) -> ResolverBuilder {
+        ResolverBuilder::service(
+            self.etcd.clone(),
+            &self.keyspace,
+            &service.into(),
+            self.policy.clone(),
+        )
     }
 
-    /// Starts watching everything under some prefixes, each taken as it is but for a trailing slash, which is added if it is missing:
-    /// `/web/node1` is under `/web`, `/webs/node1` is not.
-    ///
-    /// # Panics
-    ///
-    /// Outside a tokio runtime.
-    #[must_use]
-    pub fn resolver_at<I>(&self, prefixes: I) -> Resolver
+    /// Returns a builder of a resolver, which watches all keys under some prefixes. A trailing slash is added to a prefix if it is missing:
+    /// `/web/node1` is under `/web`, `/webs/node1` is not. The registry's own prefix is not used.
+    pub fn resolver_at<I>(&self, prefixes: I) -> ResolverBuilder
     where
         I: IntoIterator,
         I::Item: Into<String>,
     {
-        self.resolver_at_builder(prefixes).start()
-    }
-
-    /// As [`resolver`](Self::resolver), with options.
-    pub fn resolver_builder(&self, service: impl AsRef<str>) -> ResolverBuilder {
-        ResolverBuilder::service(
-            self.etcd.clone(),
-            &self.keyspace,
-            service.as_ref(),
-            self.policy.clone(),
-        )
+        let prefixes: Vec<_> = prefixes.into_iter().map(Into::into).collect();
+        ResolverBuilder::prefixes(self.etcd.clone(), &prefixes, self.policy.clone())
     }
 
     /// Describes a channel that is balanced over the instances of a service.
     ///
     /// ```no_run
     /// # async fn run(registry: tonic_etcd::Registry) -> Result<(), Box<dyn std::error::Error>> {
-    /// use tonic_etcd::Policy;
+    /// use tonic_etcd::LbPolicy;
     ///
-    /// let channel = registry.channel("helloworld.Greeter").policy(Policy::LeastRequest).connect().await?;
+    /// let channel = registry.channel("helloworld.Greeter").policy(LbPolicy::LeastRequest).connect().await?;
     /// # Ok(())
     /// # }
     /// ```
-    pub fn channel(&self, service: impl AsRef<str>) -> ChannelBuilder<ResolverBuilder> {
-        BalancedChannel::builder().source(self.resolver_builder(service))
+    pub fn channel(&self, service: impl Into<String>) -> ChannelBuilder<ResolverBuilder> {
+        BalancedChannel::builder().source(self.resolver(service))
+    }
+
+    /// Returns a builder of a channel over all keys under some prefixes, as [`resolver_at`](Self::resolver_at) watches them.
+    pub fn channel_at<I>(&self, prefixes: I) -> ChannelBuilder<ResolverBuilder>
+    where
+        I: IntoIterator,
+        I::Item: Into<String>,
+    {
+        BalancedChannel::builder().source(self.resolver_at(prefixes))
     }
 
     /// Describes a channel to what grpc-go calls `etcd:///service`: the keys `service/<instance id>`, whatever the registry's prefix. With
@@ -190,18 +208,18 @@ impl Registry {
     /// [`connect`].
     pub fn channel_to(
         &self,
-        target: impl AsRef<str>,
+        target: impl Into<String>,
     ) -> Result<ChannelBuilder<ResolverBuilder>, RegistryError> {
-        Target::of_registry(target.as_ref()).map(|place| self.channel_at(place))
+        Target::of_registry(&target.into()).map(|lookup| self.channel_for(lookup))
     }
 
-    pub(crate) fn channel_at(&self, place: Place) -> ChannelBuilder<ResolverBuilder> {
-        let (path, format) = match place {
-            Place::Service(service) => return self.channel(service),
-            Place::Path(path) => (path, None),
-            Place::GoZero(key) => (key, Some(Format::GoZero)),
+    pub(crate) fn channel_for(&self, lookup: Lookup) -> ChannelBuilder<ResolverBuilder> {
+        let (path, format) = match lookup {
+            Lookup::Service(service) => return self.channel(service),
+            Lookup::Path(path) => (path, None),
+            Lookup::GoZero(key) => (key, Some(Format::GoZero)),
         };
-        let mut resolver = self.resolver_at_builder([path.as_str()]);
+        let mut resolver = self.resolver_at([path.as_str()]);
         if let Some(format) = format {
             resolver = resolver.format(format);
         }
@@ -210,19 +228,10 @@ impl Registry {
             .address_policy(self.policy.clone())
             .service(path)
     }
-
-    /// As [`resolver_at`](Self::resolver_at), with options.
-    pub fn resolver_at_builder<I>(&self, prefixes: I) -> ResolverBuilder
-    where
-        I: IntoIterator,
-        I::Item: Into<String>,
-    {
-        let prefixes: Vec<_> = prefixes.into_iter().map(Into::into).collect();
-        ResolverBuilder::prefixes(self.etcd.clone(), &prefixes, self.policy.clone())
-    }
 }
 
 /// A [`Registry`] with options; made by [`Registry::builder`].
+#[derive(Clone)]
 #[must_use = "there is no registry before `connect` or `connect_lazy`"]
 pub struct RegistryBuilder {
     config: Config,
@@ -234,8 +243,8 @@ impl RegistryBuilder {
     /// The prefix under which services live; a trailing slash is added if it is missing. Default `/gRPC/`, and for each
     /// [`Format`] of another library what that library writes. Empty, keys begin with the service's name: that is where
     /// `etcd:///service` of grpc-go looks.
-    pub fn prefix(mut self, prefix: impl AsRef<str>) -> Self {
-        self.keyspace = Keyspace::new(prefix.as_ref());
+    pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
+        self.keyspace = Keyspace::new(&prefix.into());
         self
     }
 
@@ -251,11 +260,11 @@ impl RegistryBuilder {
     /// Speaks TLS to etcd. By default endpoints that say `https://` are spoken to with the system's root certificates.
     ///
     /// Every member's certificate has to be valid for the name that the configuration fixes, or with
-    /// [`TlsConfig::by_address`](tonic_balance::TlsConfig::by_address) for the member's own host. Certificates in files are read again at each
+    /// [`TlsConfig::verify_dialled_host`](tonic_balance::TlsConfig::verify_dialled_host) for the member's own host. Certificates in files are read again at each
     /// handshake: renewed ones need no restart.
     #[cfg(feature = "tls")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
-    pub fn tls(mut self, tls: tonic_balance::TlsConfig) -> Self {
+    pub fn tls_config(mut self, tls: tonic_balance::TlsConfig) -> Self {
         self.config.tls = Some(tls);
         self
     }

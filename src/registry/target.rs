@@ -9,12 +9,12 @@ use crate::error::RegistryError;
 pub(crate) struct Target {
     /// None in grpc-go's form, where whoever makes the resolver knows them.
     pub(crate) members: Vec<String>,
-    pub(crate) place: Place,
+    pub(crate) lookup: Lookup,
 }
 
 /// Where the instances are looked for.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum Lookup {
     /// A service under the registry's prefix.
     Service(String),
     /// The whole of what stands before the instance ids, without the slash at its end, as etcd's own resolver has it.
@@ -41,7 +41,7 @@ impl Target {
     }
 
     /// Reads a target that leaves the members to a registry.
-    pub(crate) fn of_registry(target: &str) -> Result<Place, RegistryError> {
+    pub(crate) fn of_registry(target: &str) -> Result<Lookup, RegistryError> {
         let parsed = Self::parse(target)?;
         if !parsed.members.is_empty() {
             return Err(invalid(
@@ -49,7 +49,7 @@ impl Target {
                 "it names etcd members, and the registry has its own; give it to `tonic_etcd::connect`",
             ));
         }
-        Ok(parsed.place)
+        Ok(parsed.lookup)
     }
 
     fn parts(target: &str) -> Result<Self, &'static str> {
@@ -83,7 +83,7 @@ impl Target {
         }
         Ok(Self {
             members: members(authority)?,
-            place: Place::Service(service.to_owned()),
+            lookup: Lookup::Service(service.to_owned()),
         })
     }
 
@@ -101,7 +101,7 @@ impl Target {
         }
         Ok(Self {
             members: Vec::new(),
-            place: Place::Path(path.to_owned()),
+            lookup: Lookup::Path(path.to_owned()),
         })
     }
 
@@ -112,7 +112,7 @@ impl Target {
         }
         Ok(Self {
             members: members(authority)?,
-            place: Place::GoZero(key),
+            lookup: Lookup::GoZero(key),
         })
     }
 }
@@ -150,10 +150,10 @@ mod tests {
 
     #[test]
     fn every_form_is_taken_apart() {
-        let service = |name: &str| Place::Service(name.to_owned());
-        let path = |path: &str| Place::Path(path.to_owned());
-        let go_zero = |key: &str| Place::GoZero(key.to_owned());
-        for (target, members, place) in [
+        let service = |name: &str| Lookup::Service(name.to_owned());
+        let path = |path: &str| Lookup::Path(path.to_owned());
+        let go_zero = |key: &str| Lookup::GoZero(key.to_owned());
+        for (target, members, lookup) in [
             (
                 "etcd://10.0.0.1:2379,[::1]:2379/helloworld.Greeter",
                 vec!["10.0.0.1:2379", "[::1]:2379"],
@@ -188,8 +188,8 @@ mod tests {
         ] {
             let parsed = Target::parse(target).expect(target);
             assert_eq!(
-                (parsed.members, parsed.place),
-                (members.iter().map(ToString::to_string).collect(), place)
+                (parsed.members, parsed.lookup),
+                (members.iter().map(ToString::to_string).collect(), lookup)
             );
         }
     }

@@ -11,7 +11,7 @@ use crate::instance::Instance;
 use crate::keyspace::{Keyspace, Range, check_service, with_slash};
 use tonic_balance::AddressPolicy;
 
-/// A [`Resolver`] with options; made by [`Registry::resolver_builder`](crate::Registry::resolver_builder).
+/// A [`Resolver`] with options; made by [`Registry::resolver`](crate::Registry::resolver).
 #[derive(Clone, Debug)]
 #[must_use = "nothing is watched before `start`"]
 pub struct ResolverBuilder {
@@ -82,7 +82,7 @@ impl ResolverBuilder {
     /// An instance that deregisters or pauses is never held, where its format can say that it leaves: [`Format::EtcdNaming`] can,
     /// [`Format::Plain`] cannot. Each hold's begin and end is logged; [`ResolverStatus::held`](crate::ResolverStatus::held) and
     /// [`mass_removals`](crate::ResolverStatus::mass_removals) count them.
-    pub fn mass_removal_hold(mut self, hold: Option<Duration>) -> Self {
+    pub fn mass_removal_protection(mut self, hold: Option<Duration>) -> Self {
         self.options.hold = hold;
         self
     }
@@ -91,7 +91,7 @@ impl ResolverBuilder {
     ///
     /// Use this rather than a filter on the resolver's stream: the channel then knows when the list is complete, and calls fail at once if no
     /// instance is accepted. The function runs on every read of the set of instances, never for a call; it must be cheap, and always return the
-    /// same for the same instance. It also applies to instances that [`mass_removal_hold`](Self::mass_removal_hold) keeps.
+    /// same for the same instance. It also applies to instances that [`mass_removal_protection`](Self::mass_removal_protection) keeps.
     ///
     /// ```no_run
     /// # fn run(registry: tonic_etcd::Registry) {

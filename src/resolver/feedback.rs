@@ -16,9 +16,9 @@ use tonic_balance::Address;
 ///
 /// A handle does not keep the resolver's watch open. Cloning is a reference count.
 #[derive(Clone, Debug)]
-pub struct Feedback(Arc<[mpsc::Sender<Address>]>);
+pub struct ResolverFeedback(Arc<[mpsc::Sender<Address>]>);
 
-impl Feedback {
+impl ResolverFeedback {
     pub(super) fn new(prefixes: Vec<mpsc::Sender<Address>>) -> Self {
         Self(prefixes.into())
     }

@@ -22,22 +22,22 @@ use crate::keyspace::Range;
 use tonic_balance::Address;
 
 mod builder;
-mod core;
 mod feedback;
 mod hold;
+mod instances;
 mod options;
-mod snapshot;
-mod state;
 mod status;
+mod store;
 mod task;
+mod watcher;
 
 pub use builder::ResolverBuilder;
-pub use feedback::Feedback;
+pub use feedback::ResolverFeedback;
 pub use status::{ResolverState, ResolverStatus};
 
-use self::core::Core;
 use options::Options;
-use state::Machine;
+use store::Core;
+use watcher::Machine;
 
 /// The instances of a service, kept up to date: a `Stream` of [`Change`]s, and so a [`tower::discover::Discover`].
 ///
@@ -53,7 +53,7 @@ use state::Machine;
 ///
 /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
 /// let registry = tonic_etcd::Registry::connect(["127.0.0.1:2379"]).await?;
-/// let mut resolver = registry.resolver("helloworld.Greeter");
+/// let mut resolver = registry.resolver("helloworld.Greeter").start();
 /// while let Some(Ok(change)) = resolver.next().await {
 ///     match change {
 ///         Change::Insert(address, instance) => println!("{address} is there, weight {}", instance.weight()),
@@ -72,7 +72,7 @@ pub struct Resolver {
     view: usize,
     core: Arc<Core>,
     tasks: Arc<Tasks>,
-    feedback: Feedback,
+    feedback: ResolverFeedback,
 }
 
 /// Ends the tasks when the last view goes.
@@ -116,7 +116,7 @@ impl Resolver {
             view: core.open_view(),
             core,
             tasks: Arc::new(Tasks(tasks)),
-            feedback: Feedback::new(prefixes),
+            feedback: ResolverFeedback::new(prefixes),
         }
     }
 
@@ -127,7 +127,7 @@ impl Resolver {
     }
 
     /// The instances known now, one per address, sorted by address; those that are
-    /// [held](ResolverBuilder::mass_removal_hold) say so with [`Instance::is_last_resort`]. Empty until the first list is in; see
+    /// [held](ResolverBuilder::mass_removal_protection) say so with [`Instance::is_last_resort`]. Empty until the first list is in; see
     /// [`ready`](Self::ready).
     #[must_use]
     pub fn instances(&self) -> Vec<Instance> {
@@ -144,14 +144,14 @@ impl Resolver {
 
     /// The status as a watch, for those who want to be told of its changes.
     #[must_use]
-    pub fn statuses(&self) -> watch::Receiver<ResolverStatus> {
+    pub fn watch_status(&self) -> watch::Receiver<ResolverStatus> {
         self.core.status.subscribe()
     }
 
     /// Where to report addresses that refuse connections. Whoever dials the instances of a resolver by other means than a
     /// [`BalancedChannel`](crate::BalancedChannel) may report them there.
     #[must_use]
-    pub fn feedback(&self) -> Feedback {
+    pub fn feedback(&self) -> ResolverFeedback {
         self.feedback.clone()
     }
 
@@ -162,7 +162,7 @@ impl Resolver {
     ///
     /// Dropping the future changes nothing.
     pub async fn ready(&self) {
-        let mut statuses = self.statuses();
+        let mut statuses = self.watch_status();
         // The sender lives in `self.core`, so this cannot fail.
         let _ = statuses
             .wait_for(|status| status.state != ResolverState::Unknown)

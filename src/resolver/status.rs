@@ -25,11 +25,11 @@ pub struct ResolverStatus {
     pub watches: u64,
     /// How often the keys have been compared with a list of their names, since the start.
     pub reconciliations: u64,
-    /// Keys read one by one, since the start: a comparison had them otherwise, or [`Feedback`](crate::Feedback) had put them in doubt.
+    /// Keys read one by one, since the start: a comparison had them otherwise, or [`ResolverFeedback`](crate::ResolverFeedback) had put them in doubt.
     pub reads: u64,
     /// Those of them that were not as the watch had told.
     pub repaired: u64,
-    /// Instances that have vanished together with most others, and are [held](crate::ResolverBuilder::mass_removal_hold) for now.
+    /// Instances that have vanished together with most others, and are [held](crate::ResolverBuilder::mass_removal_protection) for now.
     pub held: usize,
     /// How often instances began to be held, since the start.
     pub mass_removals: u64,

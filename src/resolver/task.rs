@@ -5,8 +5,8 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::core::Core;
-use super::state::{Command, Machine};
+use super::store::Core;
+use super::watcher::{Command, Machine};
 use crate::etcd::{DEADLINE, Etcd, Watch};
 use tonic_balance::Address;
 

@@ -26,7 +26,8 @@ pub(super) struct Incoming {
 }
 
 impl Incoming {
-    pub(super) fn bind(address: SocketAddr, connections: Connections) -> io::Result<Self> {
+    /// Binds an address.
+    pub(super) fn bind(address: SocketAddr) -> io::Result<TcpListener> {
         let socket = socket2::Socket::new(
             socket2::Domain::for_address(address),
             socket2::Type::STREAM,
@@ -38,17 +39,17 @@ impl Incoming {
         socket.set_nonblocking(true)?;
         socket.bind(&address.into())?;
         socket.listen(BACKLOG)?;
-        Ok(Self {
-            listener: TcpListener::from_std(socket.into())?,
+        TcpListener::from_std(socket.into())
+    }
+
+    pub(super) fn new(listener: TcpListener, connections: Connections) -> Self {
+        Self {
+            listener,
             closing: Box::pin(connections.draining()),
             connections,
             remainder: BACKLOG.unsigned_abs(),
             pause: None,
-        })
-    }
-
-    pub(super) fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
+        }
     }
 
     /// A connection that is there already. The kernel is asked itself: the runtime may not have heard of it yet.
@@ -100,8 +101,11 @@ mod tests {
     async fn who_has_connected_before_the_end_is_handed_on() {
         let connections = Connections::default();
         let address = "127.0.0.1:0".parse().expect("an address");
-        let mut incoming = Incoming::bind(address, connections.clone()).expect("a socket");
-        let bound = incoming.local_addr().expect("an address");
+        let mut incoming = Incoming::new(
+            Incoming::bind(address).expect("a socket"),
+            connections.clone(),
+        );
+        let bound = incoming.listener.local_addr().expect("an address");
         let clients: Vec<_> = (0..3)
             .map(|_| std::net::TcpStream::connect(bound).expect("connects"))
             .collect();

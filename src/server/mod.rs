@@ -4,6 +4,7 @@ use std::future::{Future, pending};
 use std::net::SocketAddr;
 
 use http_body::Body as HttpBody;
+use tokio::net::TcpListener;
 use tonic::body::Body;
 use tonic::service::Routes;
 use tonic::transport::server::Router;
@@ -60,7 +61,7 @@ use signal::Signals;
 /// 5. Cut what is left, which takes a second at most, and say how many connections that were: in the log, and in
 ///    [`ServerState::Stopped`](crate::ServerState::Stopped).
 ///
-/// [`server_states`](RegistrationBuilder::server_states) tells your program of each: a handler of an endless stream that ends it when the
+/// [`watch_server_state`](RegistrationBuilder::watch_server_state) tells your program of each: a handler of an endless stream that ends it when the
 /// server drains need not be cut.
 ///
 /// A server that must start while etcd is down needs a registry that does so, too: [`Registry::from_client`](crate::Registry::from_client)
@@ -68,7 +69,9 @@ use signal::Signals;
 /// [`startup_timeout`](RegistrationBuilder::startup_timeout) as long as that may last. It serves meanwhile.
 ///
 /// Sockets have `TCP_NODELAY` and TCP keep-alive on; the router's own TCP settings do not apply, as with tonic's `serve_with_incoming`.
-pub trait ServeRegistered: Sized {
+///
+/// The trait is sealed: it is implemented for [`Router`] alone.
+pub trait ServeRegistered: sealed::Sealed + Sized {
     /// Serves until SIGTERM or SIGINT, and returns after a clean shutdown.
     ///
     /// A second signal means now: the listener and every connection end at once, without a grace period. Only a deregistration that
@@ -107,6 +110,45 @@ pub trait ServeRegistered: Sized {
     ) -> impl Future<Output = Result<(), ServeError>> + Send
     where
         F: Future<Output = ()> + Send;
+
+    /// As [`serve_registered_with_shutdown`](Self::serve_registered_with_shutdown), on a listener that is already bound: one of a service
+    /// manager's socket activation, or one with socket options of its own.
+    ///
+    /// ```no_run
+    /// # async fn run(router: tonic::transport::server::Router, registry: tonic_etcd::Registry) -> Result<(), Box<dyn std::error::Error>> {
+    /// use tonic_etcd::ServeRegistered;
+    ///
+    /// let listener = tokio::net::TcpListener::bind("0.0.0.0:0").await?;
+    /// println!("listens on {}", listener.local_addr()?);
+    /// let registration = registry.registration("helloworld.Greeter");
+    /// let stop = async { tokio::signal::ctrl_c().await.unwrap_or_default() };
+    /// router.serve_registered_with_listener(listener, registration, stop).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As [`serve_registered`](Self::serve_registered).
+    ///
+    /// # Cancel safety
+    ///
+    /// As [`serve_registered`](Self::serve_registered).
+    fn serve_registered_with_listener<F>(
+        self,
+        listener: TcpListener,
+        registration: RegistrationBuilder,
+        signal: F,
+    ) -> impl Future<Output = Result<(), ServeError>> + Send
+    where
+        F: Future<Output = ()> + Send;
+}
+
+mod sealed {
+    #[allow(unnameable_types, reason = "that is what seals the trait")]
+    pub trait Sealed {}
+
+    impl<L> Sealed for tonic::transport::server::Router<L> {}
 }
 
 impl<L, ResBody> ServeRegistered for Router<L>
@@ -133,7 +175,7 @@ where
             signals.recv().await;
             async move { signals.recv().await }
         };
-        serve(self, address, registration, stop).await
+        serve(self, || bind(address), registration, stop).await
     }
 
     async fn serve_registered_with_shutdown<F>(
@@ -145,22 +187,36 @@ where
     where
         F: Future<Output = ()> + Send,
     {
-        #[expect(
-            clippy::async_yields_async,
-            reason = "it gives what means now, which never comes"
-        )]
-        let stop = async {
-            signal.await;
-            pending()
-        };
-        serve(self, address, registration, stop).await
+        serve(self, || bind(address), registration, once(signal)).await
+    }
+
+    async fn serve_registered_with_listener<F>(
+        self,
+        listener: TcpListener,
+        registration: RegistrationBuilder,
+        signal: F,
+    ) -> Result<(), ServeError>
+    where
+        F: Future<Output = ()> + Send,
+    {
+        serve(self, || Ok(listener), registration, once(signal)).await
     }
 }
 
-/// Binds, serves, and registers what was bound.
+/// A signal that is not followed by a second one, which would end the server at once.
+async fn once(signal: impl Future<Output = ()>) -> impl Future<Output = ()> {
+    signal.await;
+    pending()
+}
+
+fn bind(address: SocketAddr) -> Result<TcpListener, ServeError> {
+    Incoming::bind(address).map_err(|source| ServeError::Bind { address, source })
+}
+
+/// Serves on a listener, and registers its address. The registration is checked before the listener is bound.
 async fn serve<L, ResBody, N>(
     router: Router<L>,
-    address: SocketAddr,
+    listener: impl FnOnce() -> Result<TcpListener, ServeError>,
     registration: RegistrationBuilder,
     stop: impl Future<Output = N>,
 ) -> Result<(), ServeError>
@@ -175,14 +231,18 @@ where
     N: Future<Output = ()>,
 {
     registration.check()?;
-    let bind = |source| ServeError::Bind { address, source };
+    let listener = listener()?;
+    let unspecified = SocketAddr::from(([0, 0, 0, 0], 0));
+    let bound = listener.local_addr().map_err(|source| ServeError::Bind {
+        address: unspecified,
+        source,
+    })?;
     let connections = Connections::default();
-    let incoming = Incoming::bind(address, connections.clone()).map_err(bind)?;
-    let bound = incoming.local_addr().map_err(bind)?;
+    let incoming = Incoming::new(listener, connections.clone());
     #[cfg(feature = "health")]
     let router = match registration.serve.health.clone() {
         Some(health) => {
-            let states = registration.server_states();
+            let states = registration.watch_server_state();
             let services = registration.services();
             router.add_service(health::service(health, services, states).await)
         }

@@ -122,7 +122,7 @@ impl Serving {
     ) -> Result<(), ServeError> {
         // First of all: whoever watches the health hears it from here on, and turns away while everything still works.
         self.enter(ServerState::LameDuck);
-        let mut left = registration.states();
+        let mut left = registration.watch_state();
         let in_order = async |server: &mut Self| {
             tracing::info!("told to stop: not serving any more for health checks; deregistering");
             deregister(registration).await;

@@ -187,7 +187,7 @@ impl Load {
         let registry = tonic_etcd::Registry::connect(etcd.endpoints())
             .await
             .unwrap();
-        let resolver = registry.resolver("helloworld.Greeter");
+        let resolver = registry.resolver("helloworld.Greeter").start();
         eventually("both are registered", async || {
             resolver.instances().len() == 2
         })

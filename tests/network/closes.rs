@@ -233,7 +233,7 @@ async fn closes_under_tls_fail_no_call() {
             ..Manner::default()
         };
         let peer = Peer::with_tls(manner, &localhost).await;
-        let builder = BalancedChannel::builder().tls(localhost.trusted());
+        let builder = BalancedChannel::builder().tls_config(localhost.trusted());
         let channel = over(builder, &addresses([&peer])).await;
         let callers = Callers::start(&channel, 8);
         all_well(callers, ms(1_500), &format!("TLS, {when:?}")).await;

@@ -119,7 +119,9 @@ async fn a_deadline_that_has_passed_is_not_sent() {
 /// What is left of the deadline after a refusal is nothing: no second server sees the call.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_deadline_that_passes_between_two_attempts_is_not_sent_again() {
-    let wait = tonic_etcd::RetryPolicy::new([Code::Unavailable]).backoff(ms(100), ms(100));
+    let wait = tonic_etcd::RetryPolicy::new([Code::Unavailable])
+        .initial_backoff(ms(100))
+        .max_backoff(ms(100));
     let builder = BalancedChannel::builder().retry(wait);
     let failing = Peer::answering(Answer::Fail(Code::Unavailable)).await;
     let channel = over(builder, &addresses([&failing])).await;

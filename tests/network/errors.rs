@@ -35,26 +35,29 @@ async fn different_causes_are_different_lines() {
     let tls = Peer::with_tls(Manner::default(), &localhost).await;
     let plain = Peer::good().await;
     let builder = || BalancedChannel::builder().connect_timeout(ms(1_000));
-    let wrong_name = tonic_etcd::TlsConfig::new("other.example").ca_pem(localhost.ca());
-    let no_file = tonic_etcd::TlsConfig::new("localhost").ca_file("/nowhere/ca.pem");
+    let wrong_name = tonic_etcd::TlsConfig::new("other.example").ca_certificate(localhost.ca());
+    let no_file = tonic_etcd::TlsConfig::new("localhost").ca_certificate_file("/nowhere/ca.pem");
     let mut lines = Vec::new();
     for (what, channel) in [
         ("plaintext to TLS", lazily(builder(), &addresses([&tls]))),
         (
             "TLS to plaintext",
-            lazily(builder().tls(localhost.trusted()), &addresses([&plain])),
+            lazily(
+                builder().tls_config(localhost.trusted()),
+                &addresses([&plain]),
+            ),
         ),
         (
             "unknown authority",
-            lazily(builder().tls(stranger.trusted()), &addresses([&tls])),
+            lazily(builder().tls_config(stranger.trusted()), &addresses([&tls])),
         ),
         (
             "wrong name",
-            lazily(builder().tls(wrong_name), &addresses([&tls])),
+            lazily(builder().tls_config(wrong_name), &addresses([&tls])),
         ),
         (
             "missing file",
-            lazily(builder().tls(no_file), &addresses([&tls])),
+            lazily(builder().tls_config(no_file), &addresses([&tls])),
         ),
         (
             "closed port",
@@ -153,7 +156,7 @@ async fn a_failed_call_is_downcast_to_its_endpoint() {
 async fn a_service_name_with_a_slash_is_no_outage_of_etcd() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
-    let builder = registry.channel("team/greeter").start_up_bound(ms(1_000));
+    let builder = registry.channel("team/greeter").startup_timeout(ms(1_000));
     let connected = tokio::time::timeout(ms(5_000), builder.connect()).await;
     let error = connected
         .expect("it fails at once")
@@ -168,7 +171,7 @@ async fn a_service_name_with_a_slash_is_no_outage_of_etcd() {
 
     let lazy = registry
         .channel("team/greeter")
-        .start_up_bound(ms(500))
+        .startup_timeout(ms(500))
         .connect_lazy();
     let status = say(&lazy, ms(3_000)).await.expect_err("no such name");
     println!("call: {status:?}");
@@ -181,7 +184,7 @@ async fn a_service_name_with_a_slash_is_no_outage_of_etcd() {
         "etcd is there: {status:?}"
     );
 
-    let resolver = registry.resolver("team/greeter");
+    let resolver = registry.resolver("team/greeter").start();
     within(ms(5_000), "the resolver has an error", async || {
         resolver.status().last_error.is_some()
     })

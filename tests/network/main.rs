@@ -64,7 +64,9 @@ fn addresses<'a>(peers: impl IntoIterator<Item = &'a Peer>) -> Vec<String> {
 /// A policy that does not keep a test waiting.
 fn policy() -> RetryPolicy {
     let (first, max) = (Duration::from_millis(1), Duration::from_millis(5));
-    RetryPolicy::new([Code::Unavailable]).backoff(first, max)
+    RetryPolicy::new([Code::Unavailable])
+        .initial_backoff(first)
+        .max_backoff(max)
 }
 
 fn retrying() -> ChannelBuilder {

@@ -77,7 +77,9 @@ async fn overruns_do_not_trip_the_ping_policy_of_grpc_go() {
 async fn a_keep_alive_loses_no_connection_by_default() {
     for police in [Police::Java, Police::Go] {
         let peer = Peer::start(policed(police, Answer::Quiet)).await;
-        let builder = BalancedChannel::builder().http2_keep_alive(ms(100), ms(1_000));
+        let builder = BalancedChannel::builder()
+            .http2_keep_alive_interval(ms(100))
+            .keep_alive_timeout(ms(1_000));
         let channel = over(builder, &addresses([&peer])).await;
         let mut client = GreeterClient::new(channel);
         let mut replies = client.say_hellos(hello()).await.unwrap().into_inner();
@@ -93,7 +95,8 @@ async fn a_keep_alive_loses_no_connection_by_default() {
 async fn keep_alive(police: Police) {
     let peer = Peer::start(policed(police, Answer::Quiet)).await;
     let builder = BalancedChannel::builder()
-        .http2_keep_alive(ms(200), ms(1_000))
+        .http2_keep_alive_interval(ms(200))
+        .keep_alive_timeout(ms(1_000))
         .keep_alive_permit_time(ms(200));
     let channel = over(builder, &addresses([&peer])).await;
     let opened = Arc::new(AtomicUsize::new(0));
@@ -148,7 +151,9 @@ async fn a_keep_alive_that_is_too_fast_for_grpc_go_slows_down() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_idle_connection_is_not_pinged_by_default() {
     let peer = Peer::start(policed(Police::Java, Answer::Reply)).await;
-    let builder = BalancedChannel::builder().http2_keep_alive(ms(100), ms(1_000));
+    let builder = BalancedChannel::builder()
+        .http2_keep_alive_interval(ms(100))
+        .keep_alive_timeout(ms(1_000));
     let channel = over(builder, &addresses([&peer])).await;
     sleep(ms(1_500)).await;
     println!("{} pings on an idle connection", peer.pings());
@@ -165,7 +170,9 @@ async fn an_idle_connection_is_not_pinged_by_default() {
 async fn a_busy_connection_is_not_pinged() {
     for police in [Police::Java, Police::Go] {
         let peer = Peer::start(policed(police, Answer::Reply)).await;
-        let builder = BalancedChannel::builder().http2_keep_alive(ms(150), ms(1_000));
+        let builder = BalancedChannel::builder()
+            .http2_keep_alive_interval(ms(150))
+            .keep_alive_timeout(ms(1_000));
         let channel = over(builder, &addresses([&peer])).await;
         let callers = Callers::start(&channel, 2);
         super::all_well(callers, ms(2_000), &format!("busy, {police:?}")).await;
@@ -189,7 +196,9 @@ async fn a_slow_link_full_of_downloads_is_alive() {
     })
     .await;
     let link = Link::start(peer.address).await;
-    let builder = BalancedChannel::builder().http2_keep_alive(ms(300), ms(500));
+    let builder = BalancedChannel::builder()
+        .http2_keep_alive_interval(ms(300))
+        .keep_alive_timeout(ms(500));
     let channel = over(builder, &[link.address.to_string()]).await;
     link.set(Behaviour::Rate(200_000));
     let mut downloads = tokio::task::JoinSet::new();
@@ -213,7 +222,9 @@ async fn a_slow_link_full_of_downloads_is_alive() {
 async fn a_keep_alive_finds_a_dead_connection() {
     let peer = Peer::answering(Answer::Quiet).await;
     let link = Link::start(peer.address).await;
-    let builder = BalancedChannel::builder().http2_keep_alive(ms(300), ms(500));
+    let builder = BalancedChannel::builder()
+        .http2_keep_alive_interval(ms(300))
+        .keep_alive_timeout(ms(500));
     let builder = builder.connect_timeout(ms(500));
     let channel = over(builder, &[link.address.to_string()]).await;
     let mut client = GreeterClient::new(channel.clone());

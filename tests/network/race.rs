@@ -133,7 +133,7 @@ async fn a_name_with_a_silent_address_is_ready_within_two_attempts_under_tls() {
         let listen = live.to_string();
         let peer = Peer::with_tls_at(&listen, Manner::default(), &localhost).await;
         let builder = BalancedChannel::builder().connect_timeout(ms(1_000));
-        let builder = builder.tls(localhost.trusted());
+        let builder = builder.tls_config(localhost.trusted());
         let channel = lazily(builder, &[format!("both.test:{}", live.port())]);
         is_ready_soon(&channel, &format!("TLS, address {dead} is dead")).await;
         drop((silent, peer));

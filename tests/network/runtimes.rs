@@ -101,7 +101,7 @@ fn a_registry_whose_first_runtime_has_ended_serves_or_fails_at_once() {
     let registry = first.block_on(Registry::connect(etcd.endpoints())).unwrap();
     let registry = REGISTRY.get_or_init(|| registry);
     first.block_on(async {
-        registry.resolver("greeter").ready().await;
+        registry.resolver("greeter").start().ready().await;
     });
     drop(first);
     let second = runtime();

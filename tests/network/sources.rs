@@ -28,7 +28,7 @@ async fn an_error_of_the_source_is_not_an_empty_set() {
     let source = tokio_stream::iter([broken()]).chain(tokio_stream::pending());
     let builder = BalancedChannel::builder()
         .service("greeter")
-        .start_up_bound(ms(500));
+        .startup_timeout(ms(500));
     let channel = builder.discover(source).connect_lazy();
     let began = Instant::now();
     let error = say(&channel, ms(5_000))
@@ -47,7 +47,7 @@ async fn an_error_of_the_source_is_not_an_empty_set() {
     );
     assert!(
         took >= ms(300),
-        "until the start-up bound the call waits: {took:?}"
+        "until the startup timeout the call waits: {took:?}"
     );
 }
 
@@ -92,12 +92,12 @@ async fn the_last_error_of_a_source_that_has_ended_is_shown() {
 async fn a_filtered_resolver_of_an_empty_service_does_not_accuse_the_registry() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
-    let resolver = registry.resolver("greeter");
+    let resolver = registry.resolver("greeter").start();
     resolver.ready().await;
     let filtered = resolver.map(Ok::<_, Infallible>).map(Result::unwrap);
     let builder = BalancedChannel::builder()
         .service("greeter")
-        .start_up_bound(ms(1_000));
+        .startup_timeout(ms(1_000));
     let channel = builder.discover(filtered).connect_lazy();
     let error = say(&channel, ms(5_000))
         .await
@@ -120,12 +120,12 @@ async fn a_filter_that_leaves_nothing_does_not_accuse_the_registry() {
         .register()
         .await
         .unwrap();
-    let resolver = registry.resolver("greeter");
-    let status = resolver.statuses();
+    let resolver = registry.resolver("greeter").start();
+    let status = resolver.watch_status();
     let filtered = resolver.filter(|_| false);
     let builder = BalancedChannel::builder()
         .service("greeter")
-        .start_up_bound(ms(1_000));
+        .startup_timeout(ms(1_000));
     let channel = builder.discover(filtered).connect_lazy();
     within(ms(5_000), "the registry has answered", async || {
         status.borrow().state == tonic_etcd::ResolverState::Fresh
@@ -156,6 +156,7 @@ async fn a_filter_that_leaves_some_serves_by_those() {
     let wanted = kept.address.to_string();
     let filtered = registry
         .resolver("greeter")
+        .start()
         .filter(move |change| match change {
             Ok(Change::Insert(address, _) | Change::Remove(address)) => address.as_str() == wanted,
             Err(_) => true,
@@ -210,7 +211,7 @@ async fn a_resolvers_own_filter_keeps_known_and_empty_known() {
         "{error:?}"
     );
     let took = Instant::now().saturating_duration_since(began);
-    assert!(took < ms(2_000), "not the start-up bound: {took:?}");
+    assert!(took < ms(2_000), "not the startup timeout: {took:?}");
     for registration in registrations {
         registration.deregister().await.unwrap();
     }

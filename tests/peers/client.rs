@@ -38,7 +38,7 @@ async fn every_case(kind: Kind, tls: Option<&Localhost>) {
     };
     let mut builder = BalancedChannel::builder();
     if let Some(localhost) = tls {
-        builder = builder.tls(localhost.trusted());
+        builder = builder.tls_config(localhost.trusted());
     }
     let channel = builder.addresses([&server.address]).connect_lazy();
     all_ready(&channel, 1).await;

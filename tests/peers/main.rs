@@ -76,7 +76,9 @@ type Client = proto::test_service_client::TestServiceClient<BalancedChannel>;
 
 /// A channel with a policy that does not keep a test waiting.
 fn retrying() -> ChannelBuilder {
-    let policy = RetryPolicy::new([Code::Unavailable]).backoff(ms(1), ms(5));
+    let policy = RetryPolicy::new([Code::Unavailable])
+        .initial_backoff(ms(1))
+        .max_backoff(ms(5));
     BalancedChannel::builder().retry(policy)
 }
 

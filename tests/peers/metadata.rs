@@ -119,7 +119,7 @@ async fn with_and_without_a_policy(
     limits: Limits,
 ) {
     let secured = |builder: ChannelBuilder| match tls {
-        Some(localhost) => builder.tls(localhost.trusted()),
+        Some(localhost) => builder.tls_config(localhost.trusted()),
         None => builder,
     };
     let what = format!("{what}, TLS {}", tls.is_some());

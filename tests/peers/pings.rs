@@ -82,7 +82,8 @@ async fn keep_alive(kind: Kind) {
     };
     let link = Tap::start(server.address.clone()).await;
     let channel = BalancedChannel::builder()
-        .http2_keep_alive(ms(1_000), ms(2_000))
+        .http2_keep_alive_interval(ms(1_000))
+        .keep_alive_timeout(ms(2_000))
         .addresses([link.address.to_string()])
         .connect_lazy();
     all_ready(&channel, 1).await;

@@ -64,7 +64,7 @@ async fn load(setup: Setup) {
         };
         let mut builder = BalancedChannel::builder();
         if tls.is_some() {
-            builder = builder.tls(localhost.trusted());
+            builder = builder.tls_config(localhost.trusted());
         }
         let channel = over(builder, &fronts);
         all_ready(&channel, proxies).await;

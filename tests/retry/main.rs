@@ -48,7 +48,9 @@ async fn idle(channel: &BalancedChannel) {
 /// A policy that does not keep a test waiting.
 fn policy() -> RetryPolicy {
     let (first, max) = (Duration::from_millis(1), Duration::from_millis(5));
-    RetryPolicy::new([Code::Unavailable]).backoff(first, max)
+    RetryPolicy::new([Code::Unavailable])
+        .initial_backoff(first)
+        .max_backoff(max)
 }
 
 fn retrying(policy: RetryPolicy) -> ChannelBuilder {
@@ -144,7 +146,7 @@ async fn the_error_lists_every_attempt_and_no_server_is_asked_twice() {
 #[tokio::test]
 async fn where_all_have_failed_it_is_never_the_one_that_just_has() {
     let servers = [Server::always(DOWN).await, Server::always(DOWN).await];
-    let channel = over(retrying(policy().attempts(5)), &servers).await;
+    let channel = over(retrying(policy().max_attempts(5)), &servers).await;
     for _ in 0..10 {
         say(&channel).await.unwrap_err();
     }
@@ -196,8 +198,8 @@ async fn what_the_policy_does_not_name_is_the_callers() {
 async fn without_a_policy_nothing_is_retried_or_touched() {
     let servers = [Server::always(DOWN).await];
     let elsewhere = BalancedChannel::builder()
-        .retry_method("other.Service", policy())
-        .retry_method("helloworld.Greeter/SayHellos", policy());
+        .retry_for("other.Service", policy())
+        .retry_for("helloworld.Greeter/SayHellos", policy());
     for builder in [BalancedChannel::builder(), elsewhere] {
         let channel = over(builder, &servers).await;
         let before = count(&servers);
@@ -210,9 +212,9 @@ async fn without_a_policy_nothing_is_retried_or_touched() {
 #[tokio::test]
 async fn each_method_has_its_own_policy() {
     let servers = [Server::always(DOWN).await];
-    let builder = retrying(policy().attempts(5))
-        .retry_method("helloworld.Greeter", policy().attempts(3))
-        .retry_method("/helloworld.Greeter/SayHellos", policy().attempts(1));
+    let builder = retrying(policy().max_attempts(5))
+        .retry_for("helloworld.Greeter", policy().max_attempts(3))
+        .retry_for("/helloworld.Greeter/SayHellos", policy().max_attempts(1));
     let channel = over(builder, &servers).await;
     say(&channel).await.unwrap_err();
     assert_eq!(count(&servers), 3, "by the service's name");
@@ -295,7 +297,11 @@ async fn the_deadline_spans_all_attempts() {
     // The wait would end after it: told at once.
     let servers = [Server::always(DOWN).await];
     let minute = Duration::from_secs(60);
-    let channel = over(retrying(policy().backoff(minute, minute)), &servers).await;
+    let channel = over(
+        retrying(policy().initial_backoff(minute).max_backoff(minute)),
+        &servers,
+    )
+    .await;
     let status = say_within(&channel, Some(Duration::from_secs(10))).await;
     let status = status.unwrap_err();
     assert_eq!(status.code(), Code::Unavailable);
@@ -348,7 +354,9 @@ async fn a_head_that_nobody_has_seen_binds_nobody() {
         Server::always(Act::Reply).await,
     ];
     let (first, max) = (Duration::from_millis(1), Duration::from_millis(5));
-    let named = RetryPolicy::new([Code::Internal]).backoff(first, max);
+    let named = RetryPolicy::new([Code::Internal])
+        .initial_backoff(first)
+        .max_backoff(max);
     let channel = over(retrying(named), &servers).await;
     let mut served = 0;
     for _ in 0..20 {
@@ -379,7 +387,9 @@ async fn resets_and_foreign_errors_count_by_their_codes() {
             Server::always(Act::Reply).await,
         ];
         let (first, max) = (Duration::from_millis(1), Duration::from_millis(5));
-        let named = RetryPolicy::new([code]).backoff(first, max);
+        let named = RetryPolicy::new([code])
+            .initial_backoff(first)
+            .max_backoff(max);
         let channel = over(retrying(named), &servers).await;
         for _ in 0..20 {
             say(&channel).await.expect("the other one serves");

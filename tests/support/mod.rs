@@ -69,7 +69,7 @@ impl World {
     pub async fn new() -> Self {
         let etcd = etcd().await;
         let registry = registry(&etcd).await;
-        let resolver = registry.resolver("greeter");
+        let resolver = registry.resolver("greeter").start();
         Self {
             etcd,
             registry,
@@ -184,9 +184,9 @@ pub async fn keeps_a_registration(registry: &Registry) {
         .register()
         .await
         .unwrap();
-    let resolver = registry.resolver("greeter");
+    let resolver = registry.resolver("greeter").start();
     knows(&resolver, &["127.0.0.1:80"]).await;
-    let mut states = registration.states();
+    let mut states = registration.watch_state();
     // The first of them is the state as it is.
     for _ in 0..3 {
         states.changed().await.unwrap();

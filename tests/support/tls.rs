@@ -54,7 +54,7 @@ impl Localhost {
 
     /// What a channel trusts it with.
     pub fn trusted(&self) -> TlsConfig {
-        TlsConfig::new("localhost").ca_pem(self.ca())
+        TlsConfig::new("localhost").ca_certificate(self.ca())
     }
 
     /// The authority's certificate.

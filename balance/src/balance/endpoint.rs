@@ -9,9 +9,9 @@ use http::uri::Authority;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
+use super::dial_permit::DialPermit;
 use super::load::{Estimate, LoadHandle};
 use super::outlier::Counts;
-use super::trial::Trial;
 use crate::address::Address;
 
 /// An address, over all its connections.
@@ -36,7 +36,7 @@ pub(crate) struct Endpoint {
     noted: AtomicU32,
     /// Answers in a row that were not gRPC's.
     foreign: AtomicU32,
-    described: Mutex<Described>,
+    described: Mutex<Details>,
 }
 
 /// Who is to blame for a failed call.
@@ -57,7 +57,7 @@ pub(super) struct Vitals {
 
 /// What only the driver and [`Endpoint::status`] touch.
 #[derive(Debug)]
-struct Described {
+struct Details {
     state: EndpointState,
     weight: u32,
     last_resort: bool,
@@ -86,7 +86,7 @@ impl Endpoint {
             trials: Arc::new(Semaphore::new(TRIALS)),
             noted: AtomicU32::new(0),
             foreign: AtomicU32::new(0),
-            described: Mutex::new(Described {
+            described: Mutex::new(Details {
                 state: EndpointState::Idle,
                 weight: 1,
                 last_resort: false,
@@ -123,8 +123,8 @@ impl Endpoint {
     /// All that was counted so far, for whoever takes the difference.
     pub(super) fn tally(&self) -> Tally {
         let described = self.lock();
-        let members = described.connections.iter().filter_map(Weak::upgrade);
-        let in_flight = members.map(|member| u64::from(member.load.in_flight()));
+        let connections = described.connections.iter().filter_map(Weak::upgrade);
+        let in_flight = connections.map(|connection| u64::from(connection.load.in_flight()));
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Tally {
             judged: count(&self.calls)
@@ -159,10 +159,10 @@ impl Endpoint {
     }
 
     /// Notes what a call has found wrong with the endpoint's answer.
-    pub(super) fn note(&self, noted: Noted, describe: impl FnOnce() -> String) {
+    pub(super) fn note(&self, noted: AnswerFault, describe: impl FnOnce() -> String) {
         let noted = match noted {
-            Noted::Unfinished => 1,
-            Noted::Foreign(http) => u32::from(http.as_u16()),
+            AnswerFault::Unfinished => 1,
+            AnswerFault::Foreign(http) => u32::from(http.as_u16()),
         };
         if self.noted.swap(noted, Ordering::Relaxed) != noted {
             self.lock().last_error = Some(describe().into());
@@ -211,9 +211,9 @@ impl Endpoint {
     }
 
     /// Acquires the leave to dial a connection for a single call.
-    pub(crate) async fn trial(&self) -> Trial {
+    pub(crate) async fn trial(&self) -> DialPermit {
         let trials = Arc::clone(&self.trials);
-        Trial::new(trials.acquire_owned().await.ok())
+        DialPermit::new(trials.acquire_owned().await.ok())
     }
 
     pub(super) fn add_connection(&self, vitals: &Arc<Vitals>) {
@@ -264,24 +264,24 @@ impl Endpoint {
     /// How the endpoint is now.
     pub(super) fn status(&self) -> EndpointStatus {
         let described = self.lock();
-        let members = described.connections.iter().filter_map(Weak::upgrade);
-        let members: Vec<_> = members.collect();
-        let latency = members
+        let connections = described.connections.iter().filter_map(Weak::upgrade);
+        let connections: Vec<_> = connections.collect();
+        let latency = connections
             .iter()
-            .find_map(|member| member.load.estimate())
+            .find_map(|connection| connection.load.estimate())
             .or(described.estimate);
         EndpointStatus {
             address: self.address.clone(),
             state: described.state,
             weight: described.weight,
             last_resort: described.last_resort,
-            connections: members.len(),
-            in_flight: members
+            connections: connections.len(),
+            in_flight: connections
                 .iter()
-                .map(|member| member.load.in_flight() as usize)
+                .map(|connection| connection.load.in_flight() as usize)
                 .sum(),
             latency: latency.map(|estimate| estimate.latency()),
-            round_trip: members.last().map(|member| member.round_trip),
+            round_trip: connections.last().map(|connection| connection.round_trip),
             calls: self.calls.load(Ordering::Relaxed),
             failures: self.failures.load(Ordering::Relaxed),
             ejected: described.ejected,
@@ -289,7 +289,7 @@ impl Endpoint {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Described> {
+    fn lock(&self) -> MutexGuard<'_, Details> {
         // Nothing panics while it is held; and the data would be whole even then.
         self.described
             .lock()
@@ -299,7 +299,7 @@ impl Endpoint {
 
 /// What is wrong with an endpoint's answers.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Noted {
+pub(crate) enum AnswerFault {
     /// A response ended without a gRPC status.
     Unfinished,
     /// A response was not gRPC's.

@@ -17,44 +17,44 @@ use crate::transport::connect::Connector;
 use crate::transport::health::HealthCheck;
 
 mod connect_backoff;
+mod dial_permit;
 mod driver;
 mod endpoint;
-mod feed;
 mod health;
 mod load;
-mod member;
 mod outlier;
+mod permit;
 mod picker;
-mod pool;
+mod ready_connection;
+mod ready_set;
 mod rotation;
 mod shared;
 #[cfg(test)]
 mod simulation;
 mod subchannel;
-mod ticket;
-mod trial;
+mod updates;
 mod waiters;
 mod zone;
 
-pub(crate) use endpoint::{Blame, Endpoint, Noted};
+pub(crate) use endpoint::{AnswerFault, Blame, Endpoint};
 pub use endpoint::{EndpointState, EndpointStatus};
-pub(crate) use feed::Feed;
-pub(crate) use member::Member;
 pub use outlier::OutlierDetection;
-pub use picker::Policy;
-pub(crate) use picker::{LOOK_AROUND, Pick};
-pub(crate) use shared::{Look, Shared};
-pub(crate) use ticket::Ticket;
+pub(crate) use permit::Permit;
+pub use picker::LbPolicy;
+pub(crate) use picker::{Pick, SCAN_LIMIT};
+pub(crate) use ready_connection::ReadyConnection;
+pub(crate) use shared::{Shared, Snapshot};
+pub(crate) use updates::Updates;
 pub(crate) use waiters::Exclusions;
 
 use driver::Driver;
-use member::Seat;
-use pool::ReadySet;
+use ready_connection::ReadyEntry;
+use ready_set::ReadySet;
 
 /// The options of a balancer.
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
-    pub(crate) policy: Policy,
+    pub(crate) policy: LbPolicy,
     pub(crate) seed: Option<u64>,
     pub(crate) connections_per_endpoint: usize,
     pub(crate) max_backoff: Duration,
@@ -82,7 +82,7 @@ impl std::fmt::Debug for OnRefused {
 impl Default for Options {
     fn default() -> Self {
         Self {
-            policy: Policy::default(),
+            policy: LbPolicy::default(),
             seed: None,
             connections_per_endpoint: 1,
             max_backoff: MAX_BACKOFF,
@@ -111,7 +111,7 @@ impl Balancer {
     /// Outside a tokio runtime.
     pub(crate) fn start<S, E>(
         service: &str,
-        changes: Feed<S>,
+        changes: Updates<S>,
         connector: Connector,
         options: Options,
     ) -> Self
@@ -147,7 +147,7 @@ impl Drop for Balancer {
 /// One state of the set of endpoints.
 #[derive(Debug, Default)]
 struct Published {
-    ready: ReadySet<Seat>,
+    ready: ReadySet<ReadyEntry>,
     summary: Summary,
 }
 

@@ -6,12 +6,12 @@
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::pool::{ReadySet, Slot, below};
+use super::ready_set::{ReadySet, Slot, below};
 
 /// How a channel chooses among the endpoints that are ready. Weights count in all of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Policy {
+pub enum LbPolicy {
     /// Of two endpoints drawn at random, the one with the smaller product of latency and load. The latency is a mean over a few seconds of
     /// the time to the response's head; small differences do not count. The load is the number of calls in flight, to which one is added.
     /// The default.
@@ -20,7 +20,7 @@ pub enum Policy {
     /// drawn first is kept unless the other one is better by far: four times as fast, or with less than half of the load.
     #[default]
     Latency,
-    /// Of two endpoints drawn at random, the one with fewer calls in flight. Weights count as in [`Policy::Latency`].
+    /// Of two endpoints drawn at random, the one with fewer calls in flight. Weights count as in [`LbPolicy::Latency`].
     LeastRequest,
     /// Each endpoint in turn, in proportion to its weight and evenly spaced. Neither latency nor calls in flight count.
     WeightedRoundRobin,
@@ -51,14 +51,14 @@ pub(crate) enum Pick<T> {
 /// Chooses connections.
 #[derive(Debug)]
 pub(crate) struct Picker {
-    policy: Policy,
+    policy: LbPolicy,
     rng: Rng,
     /// The number of the next turn in round robin.
     cursor: AtomicU64,
 }
 
 impl Picker {
-    pub(crate) fn new(policy: Policy, seed: Option<u64>) -> Self {
+    pub(crate) fn new(policy: LbPolicy, seed: Option<u64>) -> Self {
         let rng = seed.map_or(Rng::Thread, |seed| Rng::Seeded(AtomicU64::new(seed)));
         // Clients that all start at the first endpoint are a stampede after each deployment.
         let cursor = AtomicU64::new(rng.next() >> 32);
@@ -82,8 +82,8 @@ impl Picker {
         }
         let full = Cell::new(false);
         let taken = |slot: &Slot<M>| {
-            let usable = usable(&slot.member);
-            let taken = usable && slot.member.acquire();
+            let usable = usable(&slot.connection);
+            let taken = usable && slot.connection.acquire();
             full.set(full.get() || (usable && !taken));
             taken
         };
@@ -92,10 +92,10 @@ impl Picker {
                 break;
             };
             if taken(first) {
-                return Pick::Taken(&first.member);
+                return Pick::Taken(&first.connection);
             }
             if let Some(second) = second.filter(|second| taken(second)) {
-                return Pick::Taken(&second.member);
+                return Pick::Taken(&second.connection);
             }
         }
         // There is one only, or nearly all are full: a place somewhere is worth a look around, but not at everyone.
@@ -103,7 +103,7 @@ impl Picker {
         for step in 0..set.len().min(around) {
             let slot = set.get((start + step) % set.len());
             if let Some(slot) = slot.filter(|slot| taken(slot)) {
-                return Pick::Taken(&slot.member);
+                return Pick::Taken(&slot.connection);
             }
         }
         if full.get() {
@@ -118,7 +118,7 @@ impl Picker {
         if set.len() == 1 {
             return None;
         }
-        if self.policy == Policy::WeightedRoundRobin {
+        if self.policy == LbPolicy::WeightedRoundRobin {
             // If the slot is full, its turn is skipped. Trying the following slot without its turn would let it serve both.
             let turn = self.cursor.fetch_add(1, Ordering::Relaxed);
             return Some((set.in_turn(turn)?, None));
@@ -155,9 +155,9 @@ impl Picker {
 
     /// Returns whether the policy prefers the second slot to the first.
     fn is_worse<M: Candidate>(&self, first: &Slot<M>, second: &Slot<M>) -> bool {
-        let in_flight = (first.member.in_flight(), second.member.in_flight());
-        let latencies = || (first.member.latency(), second.member.latency());
-        let latencies = (self.policy == Policy::Latency).then(latencies);
+        let in_flight = (first.connection.in_flight(), second.connection.in_flight());
+        let latencies = || (first.connection.latency(), second.connection.latency());
+        let latencies = (self.policy == LbPolicy::Latency).then(latencies);
         if first.weight != second.weight {
             let weights = (first.weight, second.weight);
             return is_worse_by_far(in_flight, weights, latencies.unwrap_or_default());
@@ -252,7 +252,7 @@ impl Rng {
 /// How often slots are drawn, or turns taken, before looking around.
 const DRAWS: usize = 4;
 /// How many places are looked at when the draws found none, by a call that has not waited yet.
-pub(crate) const LOOK_AROUND: usize = 128;
+pub(crate) const SCAN_LIMIT: usize = 128;
 /// Latencies of equal endpoints within this factor of one another are alike.
 const NOISE: f32 = 1.25;
 /// The same for endpoints of different weights.
@@ -265,7 +265,7 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::AtomicU32;
 
-    use super::super::pool::Roster;
+    use super::super::ready_set::ReadySetBuilder;
     use super::*;
 
     /// A connection that only counts.
@@ -300,7 +300,7 @@ mod tests {
     fn set(
         fakes: impl IntoIterator<Item = (f32, u32, u32)>,
     ) -> (Vec<Arc<Fake>>, ReadySet<Arc<Fake>>) {
-        let mut roster = Roster::new(true);
+        let mut builder = ReadySetBuilder::new(true);
         let mut all = Vec::new();
         for (name, (latency, weight, limit)) in (0..).zip(fakes) {
             let fake = Arc::new(Fake {
@@ -309,17 +309,17 @@ mod tests {
                 limit,
                 ..Fake::default()
             });
-            roster.insert(name, Arc::clone(&fake), weight);
+            builder.insert(name, Arc::clone(&fake), weight);
             all.push(fake);
         }
-        (all, roster.freeze())
+        (all, builder.freeze())
     }
 
     /// Calls one after the other, each ended before the next. The share of each.
     fn shares(picker: &Picker, fakes: &[Arc<Fake>], set: &ReadySet<Arc<Fake>>) -> Vec<f64> {
         const CALLS: u32 = 40_000;
         for _ in 0..CALLS {
-            match picker.pick(set, |_| true, LOOK_AROUND) {
+            match picker.pick(set, |_| true, SCAN_LIMIT) {
                 Pick::Taken(fake) => fake.in_flight.store(0, Ordering::Relaxed),
                 other => panic!("everyone is free, but {other:?}"),
             }
@@ -335,10 +335,10 @@ mod tests {
         }
     }
 
-    const POLICIES: [Policy; 3] = [
-        Policy::Latency,
-        Policy::LeastRequest,
-        Policy::WeightedRoundRobin,
+    const POLICIES: [LbPolicy; 3] = [
+        LbPolicy::Latency,
+        LbPolicy::LeastRequest,
+        LbPolicy::WeightedRoundRobin,
     ];
 
     #[test]
@@ -362,12 +362,12 @@ mod tests {
 
     #[test]
     fn busy_endpoints_share_by_weight_as_well() {
-        for policy in [Policy::Latency, Policy::LeastRequest] {
+        for policy in [LbPolicy::Latency, LbPolicy::LeastRequest] {
             let (fakes, set) = set([(100.0, 1, u32::MAX), (100.0, 3, u32::MAX)]);
             let picker = Picker::new(policy, Some(7));
             for _ in 0..4_000 {
                 assert!(matches!(
-                    picker.pick(&set, |_| true, LOOK_AROUND),
+                    picker.pick(&set, |_| true, SCAN_LIMIT),
                     Pick::Taken(_)
                 ));
             }
@@ -379,16 +379,16 @@ mod tests {
     #[test]
     fn the_slow_one_is_left_alone_while_the_others_are_free() {
         let (fakes, set) = set([(50_000.0, 1, 9), (1_000.0, 1, 9), (1_000.0, 1, 9)]);
-        let picker = Picker::new(Policy::Latency, Some(7));
+        let picker = Picker::new(LbPolicy::Latency, Some(7));
         assert_near(&shares(&picker, &fakes, &set), &[0.0, 0.5, 0.5]);
     }
 
     #[test]
     fn an_endpoint_nothing_is_known_of_is_not_flooded() {
         let (fakes, set) = set([(0.0, 1, u32::MAX), (1_000.0, 1, u32::MAX)]);
-        let picker = Picker::new(Policy::Latency, Some(7));
+        let picker = Picker::new(LbPolicy::Latency, Some(7));
         for _ in 0..1_000 {
-            picker.pick(&set, |_| true, LOOK_AROUND);
+            picker.pick(&set, |_| true, SCAN_LIMIT);
         }
         assert_eq!(fakes[0].in_flight(), 500);
     }
@@ -396,10 +396,10 @@ mod tests {
     #[test]
     fn round_robin_takes_turns() {
         let (fakes, set) = set([(0.0, 1, u32::MAX), (0.0, 1, u32::MAX), (0.0, 1, u32::MAX)]);
-        let picker = Picker::new(Policy::WeightedRoundRobin, Some(7));
+        let picker = Picker::new(LbPolicy::WeightedRoundRobin, Some(7));
         for _ in 0..3 {
             assert!(matches!(
-                picker.pick(&set, |_| true, LOOK_AROUND),
+                picker.pick(&set, |_| true, SCAN_LIMIT),
                 Pick::Taken(_)
             ));
         }
@@ -409,10 +409,10 @@ mod tests {
     #[test]
     fn round_robin_among_equals_takes_each_once_per_round() {
         let (fakes, set) = set((0..100).map(|_| (0.0, 7, u32::MAX)));
-        let picker = Picker::new(Policy::WeightedRoundRobin, Some(7));
+        let picker = Picker::new(LbPolicy::WeightedRoundRobin, Some(7));
         for round in 1..5 {
             for _ in 0..100 {
-                picker.pick(&set, |_| true, LOOK_AROUND);
+                picker.pick(&set, |_| true, SCAN_LIMIT);
             }
             assert!(fakes.iter().all(|fake| fake.in_flight() == round));
         }
@@ -422,12 +422,12 @@ mod tests {
     fn round_robin_is_as_exact_when_threads_pick_at_once() {
         let weights = [1, 5, 25, 69];
         let (fakes, set) = set(weights.map(|weight| (0.0, weight, u32::MAX)));
-        let picker = Picker::new(Policy::WeightedRoundRobin, Some(7));
+        let picker = Picker::new(LbPolicy::WeightedRoundRobin, Some(7));
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..2_500 {
-                        picker.pick(&set, |_| true, LOOK_AROUND);
+                        picker.pick(&set, |_| true, SCAN_LIMIT);
                     }
                 });
             }
@@ -441,9 +441,9 @@ mod tests {
         let weights = [1, 1, 1, 1, 1, 1, 1, 2];
         let (fakes, set) = set(weights.map(|weight| (0.0, weight, 1_000)));
         fakes[0].in_flight.store(1_000, Ordering::Relaxed);
-        let picker = Picker::new(Policy::WeightedRoundRobin, Some(7));
+        let picker = Picker::new(LbPolicy::WeightedRoundRobin, Some(7));
         for _ in 0..800 {
-            picker.pick(&set, |_| true, LOOK_AROUND);
+            picker.pick(&set, |_| true, SCAN_LIMIT);
         }
         let calls: Vec<_> = fakes
             .iter()
@@ -461,11 +461,11 @@ mod tests {
             let weight = |name| if name == 5 { heavy } else { 1 };
             let (_, set) = set((0..100).map(|name| (100.0, weight(name), u32::from(name == 63))));
             let picker = Picker::new(policy, Some(7));
-            match picker.pick(&set, |_| true, LOOK_AROUND) {
+            match picker.pick(&set, |_| true, SCAN_LIMIT) {
                 Pick::Taken(fake) => assert_eq!(fake.name, 63),
                 other => panic!("one was free, but {other:?}"),
             }
-            assert_eq!(picker.pick(&set, |_| true, LOOK_AROUND), Pick::Full);
+            assert_eq!(picker.pick(&set, |_| true, SCAN_LIMIT), Pick::Full);
         }
     }
 
@@ -478,18 +478,18 @@ mod tests {
     #[test]
     fn what_may_not_be_used_is_not_taken() {
         let (fakes, set) = set([(100.0, 1, 9), (100.0, 1, 9)]);
-        let picker = Picker::new(Policy::Latency, Some(7));
+        let picker = Picker::new(LbPolicy::Latency, Some(7));
         for _ in 0..9 {
-            match picker.pick(&set, |fake| fake.name != 0, LOOK_AROUND) {
+            match picker.pick(&set, |fake| fake.name != 0, SCAN_LIMIT) {
                 Pick::Taken(fake) => assert_eq!(fake.name, 1),
                 other => panic!("one is usable, but {other:?}"),
             }
         }
         assert_eq!(
-            picker.pick(&set, |fake| fake.name != 0, LOOK_AROUND),
+            picker.pick(&set, |fake| fake.name != 0, SCAN_LIMIT),
             Pick::Full
         );
-        assert_eq!(picker.pick(&set, |_| false, LOOK_AROUND), Pick::Excluded);
+        assert_eq!(picker.pick(&set, |_| false, SCAN_LIMIT), Pick::Excluded);
         assert_eq!(fakes[0].in_flight(), 0);
     }
 
@@ -497,7 +497,7 @@ mod tests {
     fn an_empty_set_has_nothing_to_pick() {
         let (_, set) = set([]);
         assert_eq!(
-            Picker::new(Policy::Latency, None).pick(&set, |_| true, LOOK_AROUND),
+            Picker::new(LbPolicy::Latency, None).pick(&set, |_| true, SCAN_LIMIT),
             Pick::Empty
         );
     }
@@ -506,8 +506,8 @@ mod tests {
     fn a_seed_repeats_the_picks() {
         let picks = || {
             let (_, set) = set((0..10).map(|_| (100.0, 1, u32::MAX)));
-            let picker = Picker::new(Policy::LeastRequest, Some(42));
-            let pick = || match picker.pick(&set, |_| true, LOOK_AROUND) {
+            let picker = Picker::new(LbPolicy::LeastRequest, Some(42));
+            let pick = || match picker.pick(&set, |_| true, SCAN_LIMIT) {
                 Pick::Taken(fake) => fake.name,
                 other => panic!("everyone is free, but {other:?}"),
             };

@@ -8,13 +8,13 @@ use arc_swap::{ArcSwap, Guard};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::endpoint::{Endpoint, EndpointStatus, Noted};
+use super::dial_permit::DialPermit;
+use super::endpoint::{AnswerFault, Endpoint, EndpointStatus};
 use super::load::Loads;
-use super::member::{Member, Seat};
-use super::picker::{LOOK_AROUND, Pick, Picker};
-use super::pool::ReadySet;
-use super::ticket::Ticket;
-use super::trial::Trial;
+use super::permit::Permit;
+use super::picker::{Pick, Picker, SCAN_LIMIT};
+use super::ready_connection::{ReadyConnection, ReadyEntry};
+use super::ready_set::ReadySet;
 use super::waiters::Waiters;
 use super::{Options, Published, Summary};
 use crate::address::Address;
@@ -29,7 +29,7 @@ pub(crate) struct Shared {
     /// Tells the driver that a call found every connection full, or has given one up.
     pub(super) demand: Notify,
     /// Connections that calls have given up and the driver has not taken out of the set yet.
-    pub(super) given_up: Mutex<Vec<Arc<Member>>>,
+    pub(super) given_up: Mutex<Vec<Arc<ReadyConnection>>>,
     pub(super) waiters: Arc<Waiters>,
     pub(super) picker: Picker,
     pub(super) directory: Mutex<HashMap<Address, Arc<Endpoint>>>,
@@ -69,13 +69,13 @@ impl Shared {
     ///
     /// The place is on a connection and not at an index: whatever is removed between the pick and the send, the call can reach no other
     /// endpoint.
-    pub(crate) fn pick(&self, usable: impl Fn(&Arc<Member>) -> bool) -> Pick<Ticket> {
-        self.look(LOOK_AROUND).pick(usable)
+    pub(crate) fn pick(&self, usable: impl Fn(&Arc<ReadyConnection>) -> bool) -> Pick<Permit> {
+        self.snapshot(SCAN_LIMIT).pick(usable)
     }
 
     /// The set as it is now. A pick that finds so many places taken does not look at more of them.
-    pub(crate) fn look(&self, around: usize) -> Look<'_> {
-        Look {
+    pub(crate) fn snapshot(&self, around: usize) -> Snapshot<'_> {
+        Snapshot {
             picker: &self.picker,
             published: self.published.load(),
             around,
@@ -117,7 +117,7 @@ impl Shared {
     pub(crate) fn on_foreign(
         &self,
         endpoint: &Arc<Endpoint>,
-        noted: Noted,
+        noted: AnswerFault,
         describe: impl FnOnce() -> String,
     ) {
         endpoint.note(noted, describe);
@@ -140,39 +140,39 @@ impl Shared {
         &self,
         endpoint: &Arc<Endpoint>,
         metadata: usize,
-        trial: Trial,
-    ) -> Result<Ticket, DialError> {
+        trial: DialPermit,
+    ) -> Result<Permit, DialError> {
         let connected = self
             .connector
             .connect(endpoint.address(), Attempt::default(), |_| {});
         let load = Loads::new().begin(None, 0.0);
-        let member = Member::new(
+        let connection = ReadyConnection::new(
             connected.await?,
             Arc::clone(endpoint),
             load,
             Arc::<Waiters>::clone(&self.waiters),
             self.started,
         );
-        let member = Arc::new(member);
-        member.follow_limit();
-        member.load().acquire();
+        let connection = Arc::new(connection);
+        connection.follow_limit();
+        connection.load().acquire();
         trial.end_soon();
-        Ok(Ticket::alone(&member, metadata, trial))
+        Ok(Permit::alone(&connection, metadata, trial))
     }
 
     /// Has the driver replace a connection by a new one to the same endpoint. Calls on the old one finish. [`given_up`](Self::given_up)
     /// contains it at once, since the driver removes it from the ready set only later.
-    pub(crate) fn give_up(&self, member: &Arc<Member>) {
-        self.lock_given_up().push(Arc::clone(member));
+    pub(crate) fn give_up(&self, connection: &Arc<ReadyConnection>) {
+        self.lock_given_up().push(Arc::clone(connection));
         self.demand.notify_one();
     }
 
     /// The connections that are to be left and may be picked all the same.
-    pub(crate) fn given_up(&self) -> Vec<Arc<Member>> {
+    pub(crate) fn given_up(&self) -> Vec<Arc<ReadyConnection>> {
         self.lock_given_up().clone()
     }
 
-    pub(super) fn lock_given_up(&self) -> MutexGuard<'_, Vec<Arc<Member>>> {
+    pub(super) fn lock_given_up(&self) -> MutexGuard<'_, Vec<Arc<ReadyConnection>>> {
         self.given_up.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -229,18 +229,18 @@ impl Shared {
 /// One state of the set, to pick from and to judge by. Two looks may see two of them: nothing that is ready in the one and nothing that is
 /// on its way in the other.
 #[derive(Debug)]
-pub(crate) struct Look<'a> {
+pub(crate) struct Snapshot<'a> {
     pub(super) picker: &'a Picker,
     pub(super) published: Guard<Arc<Published>>,
     around: usize,
 }
 
-impl Look<'_> {
+impl Snapshot<'_> {
     /// See [`Shared::pick`].
-    pub(crate) fn pick(&self, usable: impl Fn(&Arc<Member>) -> bool) -> Pick<Ticket> {
-        let usable = |seat: &Seat| usable(seat.member());
+    pub(crate) fn pick(&self, usable: impl Fn(&Arc<ReadyConnection>) -> bool) -> Pick<Permit> {
+        let usable = |entry: &ReadyEntry| usable(entry.connection());
         match self.picker.pick(&self.published.ready, usable, self.around) {
-            Pick::Taken(seat) => Pick::Taken(Ticket::taken(seat.member())),
+            Pick::Taken(entry) => Pick::Taken(Permit::taken(entry.connection())),
             Pick::Full => Pick::Full,
             Pick::Excluded => Pick::Excluded,
             Pick::Empty => Pick::Empty,

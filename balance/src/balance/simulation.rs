@@ -7,8 +7,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::load::{LoadHandle, Loads, Ticks, median};
-use super::picker::{Candidate, LOOK_AROUND, Pick, Picker, Policy};
-use super::pool::{ReadySet, Roster};
+use super::picker::{Candidate, LbPolicy, Pick, Picker, SCAN_LIMIT};
+use super::ready_set::{ReadySet, ReadySetBuilder};
 
 /// How calls arrive.
 #[derive(Clone, Copy, Debug)]
@@ -73,20 +73,20 @@ struct Simulation {
 }
 
 impl Simulation {
-    fn new(policy: Policy, servers: &[Server]) -> Self {
-        let (mut loads, mut roster) = (Loads::new(), Roster::new(false));
+    fn new(policy: LbPolicy, servers: &[Server]) -> Self {
+        let (mut loads, mut builder) = (Loads::new(), ReadySetBuilder::new(false));
         let mut connections = Vec::new();
         for (server, Server { weight, .. }) in servers.iter().enumerate() {
             let load = loads.begin(None, 0.0);
             load.set_limit(usize::MAX);
             let connection = Connection { server, load };
             connections.push(connection.clone());
-            roster.insert(server, connection, *weight);
+            builder.insert(server, connection, *weight);
         }
         Self {
             servers: servers.to_vec(),
             connections,
-            set: roster.freeze(),
+            set: builder.freeze(),
             picker: Picker::new(policy, Some(7)),
             rng: fastrand::Rng::with_seed(7),
             ended: vec![0; servers.len()],
@@ -140,7 +140,7 @@ impl Simulation {
     }
 
     fn start(&mut self, now: u64) {
-        let Pick::Taken(connection) = self.picker.pick(&self.set, |_| true, LOOK_AROUND) else {
+        let Pick::Taken(connection) = self.picker.pick(&self.set, |_| true, SCAN_LIMIT) else {
             panic!("there is no limit");
         };
         let index = connection.server;
@@ -207,7 +207,7 @@ const CALLERS: [Callers; 10] = [
 ];
 
 /// Asserts that two servers get the shares of their weights, to within three points in a hundred, from all callers.
-fn assert_fair(policy: Policy, servers: [Server; 2]) {
+fn assert_fair(policy: LbPolicy, servers: [Server; 2]) {
     let weights = servers.map(|server| f64::from(server.weight));
     let fair = weights[1] / (weights[0] + weights[1]);
     for callers in CALLERS {
@@ -221,7 +221,7 @@ fn assert_fair(policy: Policy, servers: [Server; 2]) {
 
 #[test]
 fn equal_servers_share_by_weight_whatever_the_callers() {
-    for policy in [Policy::Latency, Policy::LeastRequest] {
+    for policy in [LbPolicy::Latency, LbPolicy::LeastRequest] {
         for (heavy, light) in [(100, 30), (10, 1), (3, 2), (2, 1)] {
             assert_fair(
                 policy,
@@ -240,7 +240,7 @@ fn a_server_that_is_cold_because_it_is_light_keeps_its_share() {
     };
     for (heavy, light) in [(100, 30), (3, 2), (2, 1)] {
         let servers = [heavy, light].map(|weight| Server { weight, ..cold });
-        assert_fair(Policy::Latency, servers);
+        assert_fair(LbPolicy::Latency, servers);
     }
 }
 
@@ -273,7 +273,7 @@ fn a_slow_server_is_avoided_whatever_it_weighs() {
             Callers::Closed(4),
             Callers::Closed(32),
         ] {
-            let share = Simulation::new(Policy::Latency, &servers).shares(callers)[1];
+            let share = Simulation::new(LbPolicy::Latency, &servers).shares(callers)[1];
             assert!(share < 0.01, "{callers:?}: {share}, {servers:?}");
         }
     }

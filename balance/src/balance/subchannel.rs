@@ -21,7 +21,7 @@ use tokio::time::Instant;
 
 use super::connect_backoff::ConnectBackoff;
 use super::health::Health;
-use super::member::{Member, Used};
+use super::ready_connection::{ReadyConnection, Used};
 
 /// A connection in the making, made, or to be made again.
 #[derive(Debug)]
@@ -59,7 +59,7 @@ pub(super) struct Connecting {
 #[derive(Debug)]
 pub(super) struct Ready {
     started: Instant,
-    member: Arc<Member>,
+    connection: Arc<ReadyConnection>,
     silence: Silence,
     health: Health,
     /// The task that asks for the health, if anybody does.
@@ -91,7 +91,7 @@ pub(super) struct TransientFailure {
 /// Removed. It lives while calls do.
 #[derive(Debug)]
 pub(super) struct Draining {
-    member: Weak<Member>,
+    connection: Weak<ReadyConnection>,
 }
 
 /// A task that ends with whoever holds this.
@@ -172,7 +172,7 @@ impl Subchannel<Connecting> {
     /// With a watch on the endpoint's health it is not used before that is known.
     pub(super) fn connected(
         mut self,
-        member: Arc<Member>,
+        connection: Arc<ReadyConnection>,
         health_watch: Option<StopOnDrop>,
     ) -> Subchannel<Ready> {
         self.failing = false;
@@ -180,7 +180,7 @@ impl Subchannel<Connecting> {
         let started = self.state.started;
         self.become_(Ready {
             started,
-            member,
+            connection,
             silence: Silence::None,
             health: match health_watch {
                 Some(_) => Health::Unknown,
@@ -232,8 +232,8 @@ pub(super) enum Lost {
 }
 
 impl Subchannel<Ready> {
-    pub(super) fn member(&self) -> &Arc<Member> {
-        &self.state.member
+    pub(super) fn connection(&self) -> &Arc<ReadyConnection> {
+        &self.state.connection
     }
 
     pub(super) fn is_stalled(&self) -> bool {
@@ -270,8 +270,8 @@ impl Subchannel<Ready> {
     }
 
     pub(super) fn drain(self) -> Subchannel<Draining> {
-        let member = Arc::downgrade(&self.state.member);
-        self.become_(Draining { member })
+        let connection = Arc::downgrade(&self.state.connection);
+        self.become_(Draining { connection })
     }
 }
 
@@ -364,7 +364,7 @@ impl Subchannel<TransientFailure> {
 impl Subchannel<Draining> {
     /// Whether the last call has ended.
     pub(super) fn is_drained(&self) -> bool {
-        self.state.member.strong_count() == 0
+        self.state.connection.strong_count() == 0
     }
 }
 

@@ -8,8 +8,8 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
-use super::member::{Member, Queue};
-use super::ticket::Ticket;
+use super::permit::Permit;
+use super::ready_connection::{Queue, ReadyConnection};
 use crate::address::Address;
 
 /// Calls that wait for a free place.
@@ -25,40 +25,40 @@ pub(crate) struct Waiters {
 /// Where a call does not go.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Exclusions {
-    pub(crate) connections: Vec<Arc<Member>>,
+    pub(crate) connections: Vec<Arc<ReadyConnection>>,
     /// Connections that did not answer a check when they had read so many bytes.
-    pub(crate) silent: Vec<(Arc<Member>, u64)>,
+    pub(crate) silent: Vec<(Arc<ReadyConnection>, u64)>,
     pub(crate) endpoints: Vec<Address>,
 }
 
 impl Exclusions {
-    fn allow(&self, member: &Arc<Member>) -> bool {
-        let connection = |excluded: &Arc<Member>| Arc::ptr_eq(excluded, member);
-        let silent = |(excluded, bytes): &(Arc<Member>, u64)| {
-            Arc::ptr_eq(excluded, member) && excluded.bytes_read() == *bytes
+    fn allow(&self, connection: &Arc<ReadyConnection>) -> bool {
+        let is_it = |excluded: &Arc<ReadyConnection>| Arc::ptr_eq(excluded, connection);
+        let silent = |(excluded, bytes): &(Arc<ReadyConnection>, u64)| {
+            Arc::ptr_eq(excluded, connection) && excluded.bytes_read() == *bytes
         };
-        !self.connections.iter().any(connection)
+        !self.connections.iter().any(is_it)
             && !self.silent.iter().any(silent)
-            && !self.endpoints.contains(member.endpoint().address())
+            && !self.endpoints.contains(connection.endpoint().address())
     }
 }
 
 #[derive(Debug)]
 struct Waiter {
     exclusions: Exclusions,
-    place: Mutex<Place>,
+    place: Mutex<Handover>,
 }
 
 #[derive(Debug)]
-enum Place {
+enum Handover {
     None(Option<Waker>),
-    Given(Ticket),
+    Given(Permit),
     /// The call waits no more.
     Left,
 }
 
 impl Waiter {
-    fn lock(&self) -> MutexGuard<'_, Place> {
+    fn lock(&self) -> MutexGuard<'_, Handover> {
         // Nothing panics while it is held.
         self.place.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -84,11 +84,11 @@ impl Waiters {
         }
         let waiter = Arc::new(Waiter {
             exclusions,
-            place: Mutex::new(Place::None(None)),
+            place: Mutex::new(Handover::None(None)),
         });
         let mut queue = self.lock();
         if queue.len() > 2 * waiting + SPARE {
-            queue.retain(|waiter| matches!(*waiter.lock(), Place::None(_)));
+            queue.retain(|waiter| matches!(*waiter.lock(), Handover::None(_)));
         }
         queue.push_back(Arc::clone(&waiter));
         drop(queue);
@@ -109,15 +109,15 @@ impl Waiters {
     }
 
     /// Gives a place that is taken to the first call that can use it. Returns false if there is none.
-    fn hand_over(&self, member: &Arc<Member>) -> bool {
+    fn hand_over(&self, connection: &Arc<ReadyConnection>) -> bool {
         let mut queue = self.lock();
         let mut index = 0;
         while let Some(waiter) = queue.get(index).map(Arc::clone) {
             let mut place = waiter.lock();
             match &mut *place {
-                Place::None(waker) if waiter.exclusions.allow(member) => {
+                Handover::None(waker) if waiter.exclusions.allow(connection) => {
                     let waker = waker.take();
-                    *place = Place::Given(Ticket::taken(member));
+                    *place = Handover::Given(Permit::taken(connection));
                     drop(place);
                     queue.remove(index);
                     drop(queue);
@@ -126,8 +126,8 @@ impl Waiters {
                     }
                     return true;
                 }
-                Place::None(_) => index += 1,
-                Place::Given(_) | Place::Left => {
+                Handover::None(_) => index += 1,
+                Handover::Given(_) | Handover::Left => {
                     drop(place);
                     queue.remove(index);
                 }
@@ -143,28 +143,28 @@ impl Waiters {
 }
 
 impl Queue for Waiters {
-    fn release(&self, member: &Arc<Member>) {
+    fn release(&self, connection: &Arc<ReadyConnection>) {
         let joined = self.joined.load(Ordering::SeqCst);
-        if self.waiting() > 0 && member.takes_calls() && self.hand_over(member) {
+        if self.waiting() > 0 && connection.takes_calls() && self.hand_over(connection) {
             return;
         }
-        member.load().release();
+        connection.load().release();
         // A call that has joined since has looked for a place before this one was free.
         if self.waiting() > 0 && self.joined.load(Ordering::SeqCst) != joined {
-            self.offer(member);
+            self.offer(connection);
         }
     }
 
-    fn offer(&self, member: &Arc<Member>) {
+    fn offer(&self, connection: &Arc<ReadyConnection>) {
         loop {
             let joined = self.joined.load(Ordering::SeqCst);
-            if self.waiting() == 0 || !member.takes_calls() || !member.load().acquire() {
+            if self.waiting() == 0 || !connection.takes_calls() || !connection.load().acquire() {
                 return;
             }
-            if self.hand_over(member) {
+            if self.hand_over(connection) {
                 continue;
             }
-            member.load().release();
+            connection.load().release();
             // A call that joined in between may have found this place taken.
             if self.joined.load(Ordering::SeqCst) == joined {
                 return;
@@ -186,10 +186,10 @@ impl Waiting {
     /// # Cancel safety
     ///
     /// Dropping the future keeps the call in the queue.
-    pub(crate) async fn place(&self) -> Ticket {
+    pub(crate) async fn place(&self) -> Permit {
         std::future::poll_fn(|cx| {
             let mut place = self.waiter.lock();
-            if let Place::None(waker) = &mut *place {
+            if let Handover::None(waker) = &mut *place {
                 if waker
                     .as_ref()
                     .is_none_or(|waker| !waker.will_wake(cx.waker()))
@@ -198,8 +198,8 @@ impl Waiting {
                 }
                 return Poll::Pending;
             }
-            match std::mem::replace(&mut *place, Place::Left) {
-                Place::Given(ticket) => Poll::Ready(ticket),
+            match std::mem::replace(&mut *place, Handover::Left) {
+                Handover::Given(permit) => Poll::Ready(permit),
                 _ => Poll::Pending,
             }
         })
@@ -211,7 +211,7 @@ impl Drop for Waiting {
     fn drop(&mut self) {
         self.waiters.waiting.fetch_sub(1, Ordering::SeqCst);
         // The ticket is dropped after the lock: its place goes to the next in the queue.
-        let place = std::mem::replace(&mut *self.waiter.lock(), Place::Left);
+        let place = std::mem::replace(&mut *self.waiter.lock(), Handover::Left);
         drop(place);
     }
 }

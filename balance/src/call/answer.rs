@@ -12,7 +12,7 @@ use super::extension::ServedBy;
 use super::request::Call;
 use super::response_head::{Foreign, Head};
 use super::status;
-use crate::balance::{Noted, Ticket};
+use crate::balance::{AnswerFault, Permit};
 use crate::transport::deadline::Deadline;
 use crate::transport::response_body::Incoming;
 
@@ -21,27 +21,27 @@ pub(super) fn answer(
     core: Arc<Core>,
     call: &mut Call,
     response: Response<Incoming>,
-    mut ticket: Ticket,
+    mut permit: Permit,
     deadline: Option<Deadline>,
 ) -> Result<Response<ResponseBody>, Status> {
     let head = Head::of(&response);
     let now = Instant::now();
     if head.failure().is_some() {
-        return Err(failed(&core, &response, head, &mut ticket, deadline, now));
+        return Err(failed(&core, &response, head, &mut permit, deadline, now));
     }
-    ticket.on_head(now, None);
+    permit.on_head(now, None);
     let status_in_head = head != Head::Grpc(None);
     if status_in_head {
-        ticket.on_answer();
+        permit.on_answer();
         core.on_success();
     }
-    let served_by = ServedBy(ticket.endpoint().address().clone());
+    let served_by = ServedBy(permit.endpoint().address().clone());
     let (mut parts, incoming) = response.into_parts();
     // The request's extensions are of no use any more, but their memory is.
     std::mem::swap(&mut parts.extensions, call.extensions_mut());
     parts.extensions.clear();
     parts.extensions.insert(served_by);
-    let body = ResponseBody::new(incoming, status_in_head, ticket, core, deadline);
+    let body = ResponseBody::new(incoming, status_in_head, permit, core, deadline);
     Ok(Response::from_parts(parts, body))
 }
 
@@ -51,19 +51,19 @@ pub(super) fn failed(
     core: &Core,
     response: &Response<Incoming>,
     head: Head,
-    ticket: &mut Ticket,
+    permit: &mut Permit,
     deadline: Option<Deadline>,
     now: Instant,
 ) -> Status {
     if head == Head::Grpc(Some(Code::Cancelled))
         && let Some(deadline) = deadline.filter(|_| status::is_deadline(deadline, now))
     {
-        ticket.on_overdue(now);
-        let endpoint = ticket.endpoint();
+        permit.on_overdue(now);
+        let endpoint = permit.endpoint();
         return status::overdue_at(core, deadline, "waiting for the response", endpoint);
     }
-    judge(core, response, ticket, now);
-    let address = ticket.endpoint().address();
+    record_head(core, response, permit, now);
+    let address = permit.endpoint().address();
     if let Head::Foreign(_) = head {
         return status::foreign(&core.service, address, &Foreign::of(response));
     }
@@ -72,18 +72,23 @@ pub(super) fn failed(
 }
 
 /// Counts a response's head for or against its endpoint, once, whether the caller gets it or another attempt follows.
-pub(super) fn judge<T>(core: &Core, response: &Response<T>, ticket: &mut Ticket, now: Instant) {
-    if ticket.is_noted() {
+pub(super) fn record_head<T>(
+    core: &Core,
+    response: &Response<T>,
+    permit: &mut Permit,
+    now: Instant,
+) {
+    if permit.is_noted() {
         return;
     }
     let head = Head::of(response);
-    ticket.on_head(now, status::head_blame(head));
+    permit.on_head(now, status::head_blame(head));
     if let Head::Foreign(_) = head {
         let foreign = Foreign::of(response);
-        let noted = Noted::Foreign(foreign.http());
+        let noted = AnswerFault::Foreign(foreign.http());
         core.shared()
-            .on_foreign(ticket.endpoint(), noted, || foreign.to_string());
+            .on_foreign(permit.endpoint(), noted, || foreign.to_string());
     } else {
-        ticket.on_answer();
+        permit.on_answer();
     }
 }

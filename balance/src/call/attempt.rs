@@ -6,9 +6,9 @@ use tonic::Status;
 
 use super::core::Core;
 use super::history::History;
-use super::request::{Call, Kept};
+use super::request::{Call, KeptBody};
 use super::status;
-use crate::balance::Ticket;
+use crate::balance::Permit;
 use crate::transport::deadline::Deadline;
 use crate::transport::exchange::Exchange;
 use crate::transport::http2::OpenError;
@@ -17,8 +17,8 @@ use crate::transport::request_body::{Outgoing, Recall};
 /// A request on its way.
 pub(super) struct Attempt {
     pub(super) exchange: Exchange,
-    pub(super) ticket: Ticket,
-    pub(super) kept: Kept,
+    pub(super) permit: Permit,
+    pub(super) kept: KeptBody,
 }
 
 /// Which try of a call this is.
@@ -35,7 +35,7 @@ impl Attempt {
     pub(super) fn start(
         core: &Core,
         call: &mut Call,
-        mut ticket: Ticket,
+        mut permit: Permit,
         body: Outgoing,
         deadline: Option<Deadline>,
         which: Try,
@@ -44,7 +44,7 @@ impl Attempt {
         let mut head = Request::new(());
         head.method_mut().clone_from(&call.method);
         *head.version_mut() = Version::HTTP_2;
-        let uri = core.uri(&call.uri, ticket.endpoint().authority());
+        let uri = core.uri(&call.uri, permit.endpoint().authority());
         *head.uri_mut() = uri.unwrap_or_else(|| call.uri.clone());
         *head.headers_mut() = call.headers.take(&core.user_agent);
         if let Try::Later { previous } = which {
@@ -56,22 +56,22 @@ impl Attempt {
                     .insert(PREVIOUS_ATTEMPTS, previous.into());
             }
         }
-        let kept = Kept::of(&body);
+        let kept = KeptBody::of(&body);
         let recall = match &kept {
-            Kept::Pumped if core.retry(call).is_some() => Recall::Possible,
+            KeptBody::Pumped if core.retry(call).is_some() => Recall::Possible,
             _ => Recall::Never,
         };
-        match Exchange::start(ticket.connection(), head, body, recall) {
+        match Exchange::start(permit.http2(), head, body, recall) {
             Ok(exchange) => {
-                ticket.on_sent(now);
+                permit.on_sent(now);
                 Ok(Self {
                     exchange,
-                    ticket,
+                    permit,
                     kept,
                 })
             }
             Err((error, body)) => Err(Box::new(Unsent {
-                ticket,
+                permit,
                 body,
                 error,
             })),
@@ -81,18 +81,18 @@ impl Attempt {
 
 /// A request that a connection did not take.
 pub(super) struct Unsent {
-    ticket: Ticket,
+    permit: Permit,
     body: Outgoing,
     error: OpenError,
 }
 
 impl Unsent {
     /// The body for another try, which is not to go to this connection.
-    pub(super) fn into_retry(self, core: &Core, tried: &mut History) -> Result<Outgoing, Status> {
+    pub(super) fn into_retry(self, core: &Core, history: &mut History) -> Result<Outgoing, Status> {
         match self.error {
             OpenError::Malformed(error) => Err(status::malformed(&core.service, error)),
             OpenError::Gone(error) => {
-                tried.add_gone(&self.ticket, error);
+                history.add_gone(&self.permit, error);
                 Ok(self.body)
             }
         }

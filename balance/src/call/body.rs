@@ -14,7 +14,7 @@ use tonic::{Code, Status};
 use super::core::Core;
 use super::response_head::code;
 use super::status;
-use crate::balance::{Blame, Noted, Ticket};
+use crate::balance::{AnswerFault, Blame, Permit};
 use crate::transport::deadline::Deadline;
 use crate::transport::response_body::{Broken, Incoming};
 
@@ -33,7 +33,7 @@ pin_project! {
 /// A response under way.
 struct Stream {
     incoming: Incoming,
-    ticket: Ticket,
+    permit: Permit,
     core: Arc<Core>,
     deadline: Option<Deadline>,
     /// The head has carried the gRPC status already.
@@ -45,7 +45,7 @@ impl ResponseBody {
     pub(super) fn new(
         incoming: Incoming,
         status_in_head: bool,
-        ticket: Ticket,
+        permit: Permit,
         core: Arc<Core>,
         deadline: Option<Deadline>,
     ) -> Self {
@@ -54,7 +54,7 @@ impl ResponseBody {
         // A response that is all head is over and leaves the endpoint's load here.
         let stream = (!ended).then_some(Stream {
             incoming,
-            ticket,
+            permit,
             core,
             deadline,
             trailers_only: status_in_head,
@@ -100,8 +100,8 @@ impl Body for ResponseBody {
             _ => None,
         };
         if let Some(deadline) = overdue {
-            stream.ticket.on_overdue(Instant::now());
-            let endpoint = stream.ticket.endpoint();
+            stream.permit.on_overdue(Instant::now());
+            let endpoint = stream.permit.endpoint();
             let overdue = status::overdue_at(&stream.core, deadline, READING, endpoint);
             *this.stream = None;
             return Poll::Ready(Some(Err(overdue)));
@@ -111,7 +111,7 @@ impl Body for ResponseBody {
         };
         let outcome = match outcome {
             Some(Ok(frame)) if frame.is_data() => return Poll::Ready(Some(Ok(frame))),
-            Some(Ok(trailers)) => Some(stream.judge(trailers)),
+            Some(Ok(trailers)) => Some(stream.check_trailers(trailers)),
             Some(Err(broken)) => Some(Err(stream.fail(broken))),
             None => stream.end().map(Err),
         };
@@ -143,9 +143,9 @@ impl Stream {
                 {
                     return overdue;
                 }
-                self.ticket.on_failure(now, Blame::Connection);
-                let address = self.ticket.endpoint().address();
-                let blame = self.ticket.connection().blame();
+                self.permit.on_failure(now, Blame::Connection);
+                let address = self.permit.endpoint().address();
+                let blame = self.permit.http2().blame();
                 status::broken(&self.core.service, address, error, blame)
             }
         }
@@ -156,8 +156,8 @@ impl Stream {
         let deadline = self
             .deadline
             .filter(|_| status::is_deadline(self.deadline, now))?;
-        self.ticket.on_overdue(now);
-        let endpoint = self.ticket.endpoint();
+        self.permit.on_overdue(now);
+        let endpoint = self.permit.endpoint();
         Some(status::overdue_at(&self.core, deadline, READING, endpoint))
     }
 
@@ -167,24 +167,24 @@ impl Stream {
             return None;
         }
         // A response that is cut off is not a success because what there is of it can be read.
-        let endpoint = self.ticket.endpoint();
+        let endpoint = self.permit.endpoint();
         let shared = self.core.shared();
-        shared.on_foreign(endpoint, Noted::Unfinished, || {
+        shared.on_foreign(endpoint, AnswerFault::Unfinished, || {
             status::UNFINISHED.to_owned()
         });
         let unfinished = status::unfinished(&self.core.service, endpoint.address());
-        self.ticket.on_failure(Instant::now(), Blame::Connection);
+        self.permit.on_failure(Instant::now(), Blame::Connection);
         Some(unfinished)
     }
 
     /// Judges trailers: returns them, or the error that they carry.
-    fn judge(&mut self, trailers: Frame<Bytes>) -> Result<Frame<Bytes>, Status> {
+    fn check_trailers(&mut self, trailers: Frame<Bytes>) -> Result<Frame<Bytes>, Status> {
         let Some(headers) = trailers.trailers_ref() else {
             return Ok(trailers);
         };
         let code = match code(headers) {
             Some(Code::Ok) => {
-                self.ticket.on_answer();
+                self.permit.on_answer();
                 self.core.on_success();
                 return Ok(trailers);
             }
@@ -192,7 +192,7 @@ impl Stream {
             None => return self.end().map_or(Ok(trailers), Err),
             Some(code) => code,
         };
-        self.ticket.on_answer();
+        self.permit.on_answer();
         let now = Instant::now();
         if code == Code::Cancelled
             && let Some(overdue) = self.overdue(now)
@@ -200,9 +200,9 @@ impl Stream {
             return Err(overdue);
         }
         if let Some(blame) = status::blame(code) {
-            self.ticket.on_failure(now, blame);
+            self.permit.on_failure(now, blame);
         }
-        let address = self.ticket.endpoint().address();
+        let address = self.permit.endpoint().address();
         status::answered(address, headers).map_or(Ok(trailers), Err)
     }
 }

@@ -7,9 +7,9 @@ use std::time::Duration;
 use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Response, Uri};
 
-use super::request::{Call, Kept};
+use super::request::{Call, KeptBody};
 use super::response_head;
-use super::retry::method_config::Retries;
+use super::retry::method_config::MethodConfig;
 use super::retry::{HedgingPolicy, RetryPolicy};
 use crate::balance::{Balancer, Shared};
 use crate::transport::response_body::Incoming;
@@ -26,13 +26,13 @@ pub(crate) struct Core {
     /// The deadline of a call that names none, and the header that says so.
     pub(crate) timeout: Option<(Duration, HeaderValue)>,
     pub(crate) wait_for_ready: bool,
-    pub(crate) start_up_bound: Duration,
-    /// Why a call fails when the start-up bound has passed and no set of endpoints is known.
+    pub(crate) startup_timeout: Duration,
+    /// Why a call fails when the startup timeout has passed and no set of endpoints is known.
     pub(crate) unknown: &'static str,
     /// Whether the channel's tasks share one thread with its callers, and so do not run while the callers do not wait.
     pub(crate) is_single_threaded: bool,
     /// None without a policy, which is then all that it costs.
-    pub(crate) retries: Option<Box<Retries>>,
+    pub(crate) method_config: Option<Box<MethodConfig>>,
     /// What ails the source of endpoints, if anything.
     pub(crate) trouble: Option<Box<dyn Fn() -> Option<String> + Send + Sync>>,
 }
@@ -54,23 +54,23 @@ impl Core {
 
     /// The policy by which a call is retried.
     pub(super) fn retry(&self, call: &Call) -> Option<&RetryPolicy> {
-        self.retries.as_ref()?.retry(call.path())
+        self.method_config.as_ref()?.retry(call.path())
     }
 
     /// The policy by which a call is hedged.
     pub(super) fn hedging(&self, call: &Call) -> Option<&HedgingPolicy> {
-        self.retries.as_ref()?.hedging(call.path())
+        self.method_config.as_ref()?.hedging(call.path())
     }
 
     /// Whether a response is the caller's as it is; else a policy has a say in it, or the rest of it is to be waited for.
     pub(super) fn is_final(
         &self,
         call: &Call,
-        kept: &Kept,
+        kept: &KeptBody,
         response: &mut Response<Incoming>,
         cx: &mut Context<'_>,
     ) -> bool {
-        if self.retries.is_none() || self.retry(call).is_none() {
+        if self.method_config.is_none() || self.retry(call).is_none() {
             return true;
         }
         if response_head::failure(response).is_some() {
@@ -82,8 +82,8 @@ impl Core {
 
     /// A call went well.
     pub(crate) fn on_success(&self) {
-        if let Some(retries) = &self.retries {
-            retries.on_success();
+        if let Some(method_config) = &self.method_config {
+            method_config.on_success();
         }
     }
 

@@ -20,7 +20,7 @@ use super::extension::WaitForReady;
 use super::hedging::hedge;
 use super::history::History;
 use super::prepare::{TRUSTED_METADATA, is_unquestioned};
-use super::request::{Call, Kept};
+use super::request::{Call, KeptBody};
 use super::request_headers::{self, Headers};
 use super::retry_loop::{self, Retrying};
 use super::routing::Routing;
@@ -92,7 +92,7 @@ impl ResponseFuture {
         if let (State::New(body), Some(core), Some(call)) =
             (state, this.core.take(), this.call.take())
         {
-            let tried = History::by(routing, core.shared().given_up());
+            let history = History::by(routing, core.shared().given_up());
             let deadline = this.deadline;
             let shared = Arc::clone(&core);
             let retrying = async move {
@@ -102,7 +102,7 @@ impl ResponseFuture {
                     Poll::Ready(Outgoing::gather(body.take().unwrap_or_default(), cx))
                 });
                 let body = gathered.await?;
-                retry_loop::run(shared, call, body, None, tried, deadline).await
+                retry_loop::run(shared, call, body, None, history, deadline).await
             };
             this.state = State::Retry(core, Box::pin(retrying));
         }
@@ -137,8 +137,8 @@ impl Future for ResponseFuture {
                 status::overdue(&core, deadline, "waiting for an endpoint")
             }
             (State::Sent(mut attempt), Some(core)) => {
-                attempt.ticket.on_overdue(Instant::now());
-                let endpoint = attempt.ticket.endpoint();
+                attempt.permit.on_overdue(Instant::now());
+                let endpoint = attempt.permit.endpoint();
                 status::overdue_at(&core, deadline, "waiting for the response", endpoint)
             }
             _ => return Poll::Pending,
@@ -178,8 +178,8 @@ impl State {
                     };
                     match head {
                         Ok(head) if is_final => {
-                            let ticket = attempt.ticket;
-                            let response = answer(core, &mut call, head, ticket, deadline);
+                            let permit = attempt.permit;
+                            let response = answer(core, &mut call, head, permit, deadline);
                             return Poll::Ready(response);
                         }
                         outcome => {
@@ -219,20 +219,20 @@ impl State {
             let (Some(channel), Some(request)) = (core.take(), call.take()) else {
                 return Ok(Self::Done);
             };
-            let (shared, kept) = (Arc::clone(&channel), Kept::of(&body));
+            let (shared, kept) = (Arc::clone(&channel), KeptBody::of(&body));
             let hedged = hedge(shared, request, kept, policy, deadline);
             return Ok(Self::Retry(channel, hedged));
         }
-        let mut tried = History::default();
+        let mut history = History::default();
         let (body, place) = match channel.shared().pick(|_| true) {
             // The place is kept: a second pick would take a second turn.
-            Pick::Taken(ticket) if !is_unquestioned(channel, request, &ticket, now) => {
-                (body, Some(ticket))
+            Pick::Taken(permit) if !is_unquestioned(channel, request, &permit, now) => {
+                (body, Some(permit))
             }
-            Pick::Taken(ticket) => {
-                match Attempt::start(channel, request, ticket, body, deadline, Try::First, now) {
+            Pick::Taken(permit) => {
+                match Attempt::start(channel, request, permit, body, deadline, Try::First, now) {
                     Ok(attempt) => return Ok(Self::Sent(attempt)),
-                    Err(unsent) => (unsent.into_retry(channel, &mut tried)?, None),
+                    Err(unsent) => (unsent.into_retry(channel, &mut history)?, None),
                 }
             }
             _ => (body, None),
@@ -240,7 +240,14 @@ impl State {
         let (Some(channel), Some(request)) = (core.take(), call.take()) else {
             return Ok(Self::Done);
         };
-        let retrying = retry_loop::run(Arc::clone(&channel), request, body, place, tried, deadline);
+        let retrying = retry_loop::run(
+            Arc::clone(&channel),
+            request,
+            body,
+            place,
+            history,
+            deadline,
+        );
         Ok(Self::Retry(channel, Box::pin(retrying)))
     }
 }

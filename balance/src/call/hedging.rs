@@ -8,20 +8,20 @@ use http::Response;
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
-use super::answer::judge;
+use super::answer::record_head;
 use super::attempt::{Attempt, Try};
 use super::body::ResponseBody;
 use super::core::Core;
 use super::history::History;
 use super::pick::sleep_until;
 use super::prepare::is_harmless;
-use super::request::{Call, Kept};
+use super::request::{Call, KeptBody};
 use super::retry::HedgingPolicy;
 use super::retry::decision::Pushback;
-use super::retry_loop::{Closing, Outcome, Retrying};
+use super::retry_loop::{Conclusion, Outcome, Retrying};
 use super::status;
-use super::transparent_retry::{Answered, Failed, Misplaced, place, recover, unless_late};
-use crate::balance::{LOOK_AROUND, Pick, Ticket};
+use super::transparent_retry::{Answered, Failed, PickError, place, recover, unless_late};
+use crate::balance::{Permit, Pick, SCAN_LIMIT};
 use crate::transport::deadline::Deadline;
 use crate::transport::request_body::Outgoing;
 use crate::transport::response_body::Incoming;
@@ -30,15 +30,15 @@ use crate::transport::response_body::Incoming;
 pub(super) fn hedge(
     core: Arc<Core>,
     call: Call,
-    body: Kept,
+    body: KeptBody,
     policy: HedgingPolicy,
     deadline: Option<Deadline>,
 ) -> Retrying {
     let hedging = Hedging {
-        closing: Closing::new(core, call, deadline),
+        conclusion: Conclusion::new(core, call, deadline),
         body,
         policy,
-        tried: History::default(),
+        history: History::default(),
         flights: Vec::new(),
         sent: 0,
         next: None,
@@ -50,10 +50,10 @@ pub(super) fn hedge(
 
 /// A call that is hedged.
 struct Hedging {
-    closing: Closing,
-    body: Kept,
+    conclusion: Conclusion,
+    body: KeptBody,
     policy: HedgingPolicy,
-    tried: History,
+    history: History,
     /// Copies that wait for their answer. Dropping them resets their streams and gives up their places.
     flights: Vec<Attempt>,
     /// Copies sent; those that were refused do not count.
@@ -73,17 +73,17 @@ impl Hedging {
                 if let Some(last) = self.last.take() {
                     return self.finish(last);
                 }
-                let ticket = match self.first_place().await {
-                    Ok(ticket) => ticket?,
+                let permit = match self.first_place().await {
+                    Ok(permit) => permit?,
                     Err(late) => return self.overdue(late, "waiting for an endpoint"),
                 };
-                if self.send(ticket)? {
+                if self.send(permit)? {
                     self.schedule(self.policy.delay());
                 }
                 continue;
             }
             let event = event(&mut self.flights, self.next);
-            match unless_late(self.closing.deadline, event).await {
+            match unless_late(self.conclusion.deadline, event).await {
                 Err(late) => return self.overdue(late, "waiting for the response"),
                 Ok(None) => self.send_another()?,
                 Ok(Some(landed)) => {
@@ -96,36 +96,36 @@ impl Hedging {
     }
 
     /// A place for the only copy, which waits for an endpoint as any call does.
-    async fn first_place(&mut self) -> Result<Result<Ticket, Status>, Deadline> {
-        let Closing { core, call, .. } = &self.closing;
-        let placed = place(core, call, None, &mut self.tried);
-        let placed = unless_late(self.closing.deadline, placed).await?;
-        Ok(placed.map_err(Misplaced::into_status))
+    async fn first_place(&mut self) -> Result<Result<Permit, Status>, Deadline> {
+        let Conclusion { core, call, .. } = &self.conclusion;
+        let placed = place(core, call, None, &mut self.history);
+        let placed = unless_late(self.conclusion.deadline, placed).await?;
+        Ok(placed.map_err(PickError::into_status))
     }
 
     /// Sends a copy. False if the connection did not take it.
-    fn send(&mut self, ticket: Ticket) -> Result<bool, Status> {
+    fn send(&mut self, permit: Permit) -> Result<bool, Status> {
         let body = self.body.body().unwrap_or(Outgoing::Empty);
         let which = Try::Later {
             previous: self.sent,
         };
         let now = Instant::now();
-        let endpoint = Arc::clone(ticket.endpoint());
-        let Closing {
+        let endpoint = Arc::clone(permit.endpoint());
+        let Conclusion {
             core,
             call,
             deadline,
             ..
-        } = &mut self.closing;
-        match Attempt::start(core, call, ticket, body, *deadline, which, now) {
+        } = &mut self.conclusion;
+        match Attempt::start(core, call, permit, body, *deadline, which, now) {
             Ok(attempt) => {
-                self.tried.avoid(&endpoint);
+                self.history.avoid(&endpoint);
                 self.flights.push(attempt);
                 self.sent += 1;
                 Ok(true)
             }
             Err(unsent) => {
-                unsent.into_retry(core, &mut self.tried)?;
+                unsent.into_retry(core, &mut self.history)?;
                 Ok(false)
             }
         }
@@ -135,17 +135,17 @@ impl Hedging {
     fn send_another(&mut self) -> Result<(), Status> {
         self.next = None;
         while self.may_send() {
-            let look = self.closing.core.shared().look(LOOK_AROUND);
-            let Pick::Taken(ticket) = self.tried.pick_new(&look) else {
+            let snapshot = self.conclusion.core.shared().snapshot(SCAN_LIMIT);
+            let Pick::Taken(permit) = self.history.pick_new(&snapshot) else {
                 break;
             };
-            drop(look);
+            drop(snapshot);
             // A copy is not worth a connection of its own. A silent connection is not checked either: the copy is the check, the others are in
             // flight beside it, and a channel that calls seldom has no other connections.
-            if !is_harmless(&self.closing.call, &ticket) {
+            if !is_harmless(&self.conclusion.call, &permit) {
                 break;
             }
-            if self.send(ticket)? {
+            if self.send(permit)? {
                 self.schedule(self.policy.delay());
                 break;
             }
@@ -154,11 +154,11 @@ impl Hedging {
     }
 
     fn may_send(&self) -> bool {
-        let retries = self.closing.core.retries.as_deref();
-        let suffices = retries.is_some_and(|retries| retries.tokens().suffices());
+        let method_config = self.conclusion.core.method_config.as_deref();
+        let suffices = method_config.is_some_and(|method_config| method_config.tokens().suffices());
         // Copies of a call that its connections are lost for would be lost as well, with the calls beside them.
-        let is_innocent = !self.tried.has_lost();
-        suffices && is_innocent && !self.is_called_off && self.sent < self.policy.max_attempts()
+        let is_innocent = !self.history.has_lost();
+        suffices && is_innocent && !self.is_called_off && self.sent < self.policy.attempt_limit()
     }
 
     /// Another copy is due after this wait, if there is to be one.
@@ -172,7 +172,7 @@ impl Hedging {
         let outcome = match head {
             Ok(head) => Ok(Answered { attempt, head }),
             Err(error) => match self.recover(attempt, error).await {
-                Ok(_) if self.tried.is_suspect() => {
+                Ok(_) if self.history.is_suspect() => {
                     // Copies of a call that its peers end connections for would cost one connection each.
                     self.is_called_off = true;
                     let status = Status::unavailable("the call may be what ended its connection");
@@ -191,29 +191,34 @@ impl Hedging {
     }
 
     async fn recover(&mut self, attempt: Attempt, error: h2::Error) -> Result<Outgoing, Failed> {
-        let Closing {
+        let Conclusion {
             core,
             call,
             deadline,
             ..
-        } = &self.closing;
-        recover(core, call, attempt, error, &mut self.tried, *deadline).await
+        } = &self.conclusion;
+        recover(core, call, attempt, error, &mut self.history, *deadline).await
     }
 
     /// Ends with this outcome, or keeps it in case that nothing better comes.
     fn weigh(&mut self, mut outcome: Outcome) -> Option<Outcome> {
-        let Some((code, pushback)) = self.closing.note(&outcome) else {
+        let Some((code, pushback)) = self.conclusion.note(&outcome) else {
             return Some(outcome);
         };
         if let Ok(answered) = &mut outcome {
-            let ticket = &mut answered.attempt.ticket;
-            judge(&self.closing.core, &answered.head, ticket, Instant::now());
+            let permit = &mut answered.attempt.permit;
+            record_head(
+                &self.conclusion.core,
+                &answered.head,
+                permit,
+                Instant::now(),
+            );
         }
         let is_fatal = self.policy.is_fatal(code);
-        if let Some(retries) = self.closing.core.retries.as_deref()
+        if let Some(method_config) = self.conclusion.core.method_config.as_deref()
             && (!is_fatal || pushback == Pushback::Never)
         {
-            retries.tokens().on_failure();
+            method_config.tokens().on_failure();
         }
         if is_fatal {
             return Some(outcome);
@@ -232,19 +237,19 @@ impl Hedging {
 
     fn finish(self, outcome: Outcome) -> Result<Response<ResponseBody>, Status> {
         let previous = self.sent.saturating_sub(1);
-        self.closing.finish(outcome, previous, None)
+        self.conclusion.finish(outcome, previous, None)
     }
 
     /// The deadline has passed. Whatever has not answered is named, and asked whether it is there at all.
     fn overdue(mut self, late: Deadline, doing: &str) -> Result<Response<ResponseBody>, Status> {
         for attempt in &mut self.flights {
-            attempt.ticket.on_overdue(Instant::now());
-            let address = attempt.ticket.endpoint().address().clone();
-            self.closing
+            attempt.permit.on_overdue(Instant::now());
+            let address = attempt.permit.endpoint().address().clone();
+            self.conclusion
                 .attempt_log
                 .add(Some(address), Code::DeadlineExceeded);
         }
-        let status = status::overdue(&self.closing.core, late, doing);
+        let status = status::overdue(&self.conclusion.core, late, doing);
         self.finish(Err(Failed::for_good(status)))
     }
 }

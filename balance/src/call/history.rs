@@ -8,17 +8,17 @@ use super::core::Core;
 use super::routing::Routing;
 use super::status;
 use crate::address::Address;
-use crate::balance::{Endpoint, Exclusions, Look, Member, Pick, Summary, Ticket};
+use crate::balance::{Endpoint, Exclusions, Permit, Pick, ReadyConnection, Snapshot, Summary};
 
 /// Where a call has been: without being processed in this attempt, and at all in earlier ones.
 #[derive(Default)]
 pub(super) struct History {
     endpoints: Vec<Arc<Endpoint>>,
-    connections: Vec<Arc<Member>>,
+    connections: Vec<Arc<ReadyConnection>>,
     /// Connections that did not answer a check, and how many bytes their peer had sent before it. They are of use again once it sends more.
-    silent: Vec<(Arc<Member>, u64)>,
+    silent: Vec<(Arc<ReadyConnection>, u64)>,
     /// Silent connections that the call may use after all, because no other was made in time.
-    trusted: Vec<Arc<Member>>,
+    trusted: Vec<Arc<ReadyConnection>>,
     last: Option<Failure>,
     /// Why the call got no connection of its own.
     undialled: Option<Status>,
@@ -44,7 +44,7 @@ struct Failure {
 
 impl History {
     /// For a call with wishes of its own.
-    pub(super) fn by(route: Routing, given_up: Vec<Arc<Member>>) -> Self {
+    pub(super) fn by(route: Routing, given_up: Vec<Arc<ReadyConnection>>) -> Self {
         Self {
             connections: given_up,
             avoided: route.avoided().to_vec(),
@@ -54,24 +54,24 @@ impl History {
     }
 
     /// The call goes there now.
-    pub(super) fn on_placed(&self, ticket: &Ticket) {
+    pub(super) fn on_placed(&self, permit: &Permit) {
         if let Some(route) = &self.route {
-            route.set_member(ticket.member());
+            route.set_connection(permit.connection());
         }
     }
 
     /// Notes a connection that took no more streams when the call came: nothing against its endpoint.
-    pub(super) fn add_gone(&mut self, ticket: &Ticket, error: h2::Error) {
-        self.connections.push(Arc::clone(ticket.member()));
+    pub(super) fn add_gone(&mut self, permit: &Permit, error: h2::Error) {
+        self.connections.push(Arc::clone(permit.connection()));
         self.last = Some(Failure {
-            address: ticket.endpoint().address().clone(),
+            address: permit.endpoint().address().clone(),
             error,
         });
     }
 
     /// Notes a connection that did not answer a check before the call was sent on it.
-    pub(super) fn add_silent(&mut self, ticket: &Ticket, bytes: u64) {
-        self.silent.push((Arc::clone(ticket.member()), bytes));
+    pub(super) fn add_silent(&mut self, permit: &Permit, bytes: u64) {
+        self.silent.push((Arc::clone(permit.connection()), bytes));
     }
 
     /// Whether connections are left out because they did not answer a check.
@@ -81,13 +81,13 @@ impl History {
 
     /// Allows the silent connections again, without another check: no other connection was made in time.
     pub(super) fn trust_silent(&mut self) {
-        let silent = self.silent.drain(..).map(|(member, _)| member);
+        let silent = self.silent.drain(..).map(|(connection, _)| connection);
         self.trusted.extend(silent);
     }
 
-    pub(super) fn trusts(&self, ticket: &Ticket) -> bool {
+    pub(super) fn trusts(&self, permit: &Permit) -> bool {
         let mut trusted = self.trusted.iter();
-        trusted.any(|member| Arc::ptr_eq(member, ticket.member()))
+        trusted.any(|connection| Arc::ptr_eq(connection, permit.connection()))
     }
 
     /// Notes an endpoint to which no connection could be made for this call.
@@ -97,15 +97,15 @@ impl History {
     }
 
     /// Notes a connection that its peer has closed in order before it processed the call: nothing against its endpoint either.
-    pub(super) fn add_closed(&mut self, ticket: &Ticket, error: h2::Error) {
+    pub(super) fn add_closed(&mut self, permit: &Permit, error: h2::Error) {
         self.goaways += 1;
-        self.add_gone(ticket, error);
+        self.add_gone(permit, error);
     }
 
     /// Notes an endpoint that has refused the call after it was sent.
-    pub(super) fn add_refused(&mut self, ticket: &Ticket, error: h2::Error) {
-        self.endpoints.push(Arc::clone(ticket.endpoint()));
-        self.add_gone(ticket, error);
+    pub(super) fn add_refused(&mut self, permit: &Permit, error: h2::Error) {
+        self.endpoints.push(Arc::clone(permit.endpoint()));
+        self.add_gone(permit, error);
     }
 
     /// Notes that a connection was lost with the call on it. With `blamed`, its peer has ended it because of what was sent on it; if it
@@ -127,7 +127,7 @@ impl History {
     }
 
     /// Returns whether the call has to be taken for the cause of what happened to its connections. It is sent to no other.
-    pub(super) fn is_convicted(&self) -> bool {
+    pub(super) fn is_to_blame(&self) -> bool {
         self.alone || self.lost >= LOST
     }
 
@@ -180,18 +180,19 @@ impl History {
     }
 
     /// Picks a place. With `fresh`, a full endpoint that the call has not been to is waited for in place of one where it has failed.
-    pub(super) fn pick(&self, look: &Look<'_>, fresh: bool) -> Pick<Ticket> {
+    pub(super) fn pick(&self, snapshot: &Snapshot<'_>, fresh: bool) -> Pick<Permit> {
         let mut is_full = false;
         if !self.avoided.is_empty() {
             let last = self.avoided.last();
-            let is_last =
-                |member: &Arc<Member>| last.is_some_and(|last| last == member.endpoint().address());
-            match self.pick_new(look) {
+            let is_last = |connection: &Arc<ReadyConnection>| {
+                last.is_some_and(|last| last == connection.endpoint().address())
+            };
+            match self.pick_new(snapshot) {
                 Pick::Excluded => {}
                 Pick::Full if !fresh => is_full = true,
                 pick => return pick,
             }
-            match look.pick(|member| self.is_open(member) && !is_last(member)) {
+            match snapshot.pick(|connection| self.is_open(connection) && !is_last(connection)) {
                 Pick::Excluded => {}
                 Pick::Full => is_full = true,
                 pick => return pick,
@@ -199,8 +200,8 @@ impl History {
         }
         let Summary {
             endpoints, pending, ..
-        } = *look.summary();
-        let picked = match look.pick(|member| self.is_open(member)) {
+        } = *snapshot.summary();
+        let picked = match snapshot.pick(|connection| self.is_open(connection)) {
             // Where every endpoint has been tried, but for those that cannot be reached, another connection to one of them is another server
             // more often than not.
             // An endpoint that could not be dialled for this call has no other connection.
@@ -208,7 +209,7 @@ impl History {
                 if self.undialled.is_none()
                     && (self.endpoints.len() >= endpoints || pending == 0) =>
             {
-                look.pick(|member| self.is_untried(member))
+                snapshot.pick(|connection| self.is_untried(connection))
             }
             pick => pick,
         };
@@ -219,20 +220,27 @@ impl History {
     }
 
     /// Picks an endpoint that the call has not been to in any attempt.
-    pub(super) fn pick_new(&self, look: &Look<'_>) -> Pick<Ticket> {
-        let avoided = |member: &Arc<Member>| self.avoided.contains(member.endpoint().address());
-        look.pick(|member| self.is_open(member) && !avoided(member))
+    pub(super) fn pick_new(&self, snapshot: &Snapshot<'_>) -> Pick<Permit> {
+        let avoided = |connection: &Arc<ReadyConnection>| {
+            self.avoided.contains(connection.endpoint().address())
+        };
+        snapshot.pick(|connection| self.is_open(connection) && !avoided(connection))
     }
 
     /// Whether neither the connection nor its endpoint was tried in this attempt.
-    fn is_open(&self, member: &Arc<Member>) -> bool {
-        self.is_untried(member) && !self.endpoints.iter().any(|tried| is_at(tried, member))
+    fn is_open(&self, connection: &Arc<ReadyConnection>) -> bool {
+        self.is_untried(connection)
+            && !self
+                .endpoints
+                .iter()
+                .any(|history| is_at(history, connection))
     }
 
-    fn is_untried(&self, member: &Arc<Member>) -> bool {
-        let is_it = |tried: &Arc<Member>| Arc::ptr_eq(tried, member);
-        let is_silent =
-            |(tried, bytes): &(Arc<Member>, u64)| is_it(tried) && tried.bytes_read() == *bytes;
+    fn is_untried(&self, connection: &Arc<ReadyConnection>) -> bool {
+        let is_it = |history: &Arc<ReadyConnection>| Arc::ptr_eq(history, connection);
+        let is_silent = |(history, bytes): &(Arc<ReadyConnection>, u64)| {
+            is_it(history) && history.bytes_read() == *bytes
+        };
         !self.connections.iter().any(is_it) && !self.silent.iter().any(is_silent)
     }
 
@@ -251,8 +259,8 @@ impl History {
 }
 
 /// Whether a connection is to this endpoint, or to one of the same address that has been registered anew.
-fn is_at(endpoint: &Endpoint, member: &Member) -> bool {
-    endpoint.address() == member.endpoint().address()
+fn is_at(endpoint: &Endpoint, connection: &ReadyConnection) -> bool {
+    endpoint.address() == connection.endpoint().address()
 }
 
 /// How often a call is sent again at most after refusals.

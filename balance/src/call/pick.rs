@@ -9,27 +9,27 @@ use tonic::Status;
 use super::core::Core;
 use super::history::History;
 use super::status;
-use crate::balance::{LOOK_AROUND, Pick, Summary, Ticket};
+use crate::balance::{Permit, Pick, SCAN_LIMIT, Summary};
 
 /// Waits for a place on a connection that was not tried, as long as there is reason to.
 pub(super) async fn queue_pick(
     core: &Core,
-    tried: &mut History,
+    history: &mut History,
     wait_for_ready: bool,
-) -> Result<Ticket, Status> {
+) -> Result<Permit, Status> {
     // Yields now and then: a caller that retries failing calls in a tight loop would otherwise starve the driver, whose connection it
     // waits for.
     tokio::task::coop::consume_budget().await;
     let shared = core.shared();
-    if tried.is_exhausted() {
-        return Err(tried.take_status(core, &shared.summary(), "refused"));
+    if history.is_exhausted() {
+        return Err(history.take_status(core, &shared.summary(), "refused"));
     }
     let mut waiting = None;
     // An endpoint where the call has failed is not used while another one is only full, for a moment.
-    let mut fresh_until = tried.avoids().then(|| Instant::now() + PREFERENCE);
+    let mut fresh_until = history.avoids().then(|| Instant::now() + PREFERENCE);
     let now = Instant::now();
     // A connection that is only doubtful is better than none, and a second one was dialled when the doubt arose.
-    let mut silent_until = tried.has_silent().then(|| now + DISTRUST);
+    let mut silent_until = history.has_silent().then(|| now + DISTRUST);
     loop {
         // Registered before the look, so that nothing that happens after it is missed.
         let changed = shared.changed().notified();
@@ -43,17 +43,17 @@ pub(super) async fn queue_pick(
             } else {
                 0
             };
-            let look = shared.look(around.max(LOOK_AROUND));
-            let next = match tried.pick(&look, fresh_until.is_some()) {
-                Pick::Taken(ticket) => return Ok(ticket),
-                Pick::Excluded if tried.is_refusal_final() => Next::fail("refused"),
+            let snapshot = shared.snapshot(around.max(SCAN_LIMIT));
+            let next = match history.pick(&snapshot, fresh_until.is_some()) {
+                Pick::Taken(permit) => return Ok(permit),
+                Pick::Excluded if history.is_refusal_final() => Next::fail("refused"),
                 Pick::Full | Pick::Excluded => {
                     Next::Wait([fresh_until, silent_until].into_iter().flatten().min())
                 }
-                Pick::Empty => Next::without_ready(core, look.summary(), wait_for_ready),
+                Pick::Empty => Next::without_ready(core, snapshot.summary(), wait_for_ready),
             };
             match next {
-                Next::Fail(why) => return Err(tried.take_status(core, look.summary(), &why)),
+                Next::Fail(why) => return Err(history.take_status(core, snapshot.summary(), &why)),
                 Next::Wait(until) => until,
             }
         };
@@ -61,14 +61,14 @@ pub(super) async fn queue_pick(
         shared.demand();
         let Some(place) = &waiting else {
             let waiters = shared.waiters();
-            let joined = waiters.join(tried.exclusions(fresh_until.is_some()));
+            let joined = waiters.join(history.exclusions(fresh_until.is_some()));
             waiting = Some(joined.ok_or_else(|| status::crowded(core, waiters.limit()))?);
             // A place that becomes free from now on is handed over; what became free before, the next look finds.
             continue;
         };
         tokio::select! {
             biased;
-            ticket = place.place() => return Ok(ticket),
+            permit = place.place() => return Ok(permit),
             () = changed => {}
             () = sleep_until(until) => {}
         }
@@ -77,7 +77,7 @@ pub(super) async fn queue_pick(
             waiting = None;
         }
         if silent_until.is_some_and(|until| until <= Instant::now()) {
-            tried.trust_silent();
+            history.trust_silent();
             silent_until = None;
             waiting = None;
         }
@@ -87,7 +87,7 @@ pub(super) async fn queue_pick(
 /// Waits until a call would find an endpoint.
 pub(crate) async fn ready(core: &Core) -> Result<(), Status> {
     let shared = core.shared();
-    let give_up = Instant::now() + core.start_up_bound;
+    let give_up = Instant::now() + core.startup_timeout;
     loop {
         let changed = shared.changed().notified();
         tokio::pin!(changed);
@@ -104,7 +104,7 @@ pub(crate) async fn ready(core: &Core) -> Result<(), Status> {
             return Err(status::unready(
                 core,
                 &summary,
-                "no endpoint within the start-up bound",
+                "no endpoint within the startup timeout",
             ));
         }
         shared.demand();
@@ -129,7 +129,7 @@ impl Next {
 
     /// The case that nothing is ready.
     fn without_ready(core: &Core, summary: &Summary, wait_for_ready: bool) -> Self {
-        let bound = core.shared().started() + core.start_up_bound;
+        let bound = core.shared().started() + core.startup_timeout;
         match summary {
             Summary {
                 ended: Some(why), ..

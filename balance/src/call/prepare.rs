@@ -9,25 +9,24 @@ use super::core::Core;
 use super::history::History;
 use super::request::Call;
 use super::status;
-use crate::balance::Ticket;
+use crate::balance::Permit;
 
 /// Whether a call can be sent on a connection as it is: the connection was not silent for long, and nothing about the call is unusual.
-pub(super) fn is_unquestioned(core: &Core, call: &Call, ticket: &Ticket, now: Instant) -> bool {
-    is_harmless(call, ticket) && !ticket.is_doubtful(now, core.is_single_threaded)
+pub(super) fn is_unquestioned(core: &Core, call: &Call, permit: &Permit, now: Instant) -> bool {
+    is_harmless(call, permit) && !permit.is_doubtful(now, core.is_single_threaded)
 }
 
 /// Whether the call's metadata is too small to end the connection.
-pub(super) fn is_harmless(call: &Call, ticket: &Ticket) -> bool {
+pub(super) fn is_harmless(call: &Call, permit: &Permit) -> bool {
     let metadata = call.metadata_size();
     metadata == 0
-        || (metadata <= TRUSTED_METADATA
-            && metadata <= ticket.connection().max_header_list() as usize)
+        || (metadata <= TRUSTED_METADATA && metadata <= permit.http2().max_header_list() as usize)
 }
 
 /// What became of a place before the call was sent.
 pub(super) enum Prepared {
     /// Send the call there.
-    Ready(Ticket),
+    Ready(Permit),
     /// Pick another one. The connection is not to be picked again.
     Unfit,
 }
@@ -38,20 +37,20 @@ pub(super) enum Prepared {
 pub(super) async fn prepare(
     core: &Core,
     call: &Call,
-    ticket: Ticket,
-    tried: &mut History,
+    permit: Permit,
+    history: &mut History,
 ) -> Result<Prepared, Status> {
     let metadata = call.metadata_size();
-    let limit = ticket.connection().max_header_list();
+    let limit = permit.http2().max_header_list();
     if metadata > limit as usize {
-        let address = ticket.endpoint().address();
+        let address = permit.endpoint().address();
         return Err(status::too_large(&core.service, address, metadata, limit));
     }
     let is_announced = limit != u32::MAX;
     let is_large = metadata > TRUSTED_METADATA && !is_announced;
-    let is_accepted = metadata <= ticket.endpoint().largest_metadata();
-    if tried.is_suspect() || (is_large && !is_accepted) {
-        return Ok(alone(core, metadata, ticket, tried).await);
+    let is_accepted = metadata <= permit.endpoint().largest_metadata();
+    if history.is_suspect() || (is_large && !is_accepted) {
+        return Ok(alone(core, metadata, permit, history).await);
     }
     if core.is_single_threaded {
         // The tasks that read connections and drive the channel have their turn: in a program that drives its runtime only while it makes a
@@ -59,29 +58,29 @@ pub(super) async fn prepare(
         tokio::task::yield_now().await;
         tokio::task::yield_now().await;
     }
-    if !tried.trusts(&ticket)
-        && ticket.is_doubtful(Instant::now(), false)
-        && let Err(bytes) = ticket.check().await
+    if !history.trusts(&permit)
+        && permit.is_doubtful(Instant::now(), false)
+        && let Err(bytes) = permit.check().await
     {
-        let address = ticket.endpoint().address();
+        let address = permit.endpoint().address();
         tracing::debug!(%address, "a connection does not answer after a silence: picking another");
         core.shared().check_silent();
-        tried.add_silent(&ticket, bytes);
+        history.add_silent(&permit, bytes);
         return Ok(Prepared::Unfit);
     }
-    Ok(Prepared::Ready(ticket))
+    Ok(Prepared::Ready(permit))
 }
 
 /// Gives a call a connection of its own, so that no other call is lost with it.
 ///
 /// Peers that announce no limit on metadata (nginx, haproxy) end the whole connection when a call exceeds it; the same call over a shared
 /// connection would cost all calls on it. A size that the endpoint has accepted once needs no such care again.
-async fn alone(core: &Core, metadata: usize, ticket: Ticket, tried: &mut History) -> Prepared {
+async fn alone(core: &Core, metadata: usize, permit: Permit, history: &mut History) -> Prepared {
     // Its place on the shared connection is not needed any more.
-    let endpoint = Arc::clone(ticket.endpoint());
-    drop(ticket);
+    let endpoint = Arc::clone(permit.endpoint());
+    drop(permit);
     let trial = endpoint.trial().await;
-    if !tried.is_suspect() && metadata <= endpoint.largest_metadata() {
+    if !history.is_suspect() && metadata <= endpoint.largest_metadata() {
         // Another call has shown meanwhile that the endpoint accepts it.
         return Prepared::Unfit;
     }
@@ -91,7 +90,7 @@ async fn alone(core: &Core, metadata: usize, ticket: Ticket, tried: &mut History
         Ok(alone) => Prepared::Ready(alone),
         Err(error) => {
             let status = status::not_alone(&core.service, endpoint.address(), &error);
-            tried.add_undialled(&endpoint, status);
+            history.add_undialled(&endpoint, status);
             Prepared::Unfit
         }
     }

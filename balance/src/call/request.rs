@@ -35,14 +35,14 @@ impl Call {
 }
 
 /// What is left of a body after it was sent.
-pub(super) enum Kept {
+pub(super) enum KeptBody {
     Empty,
     Single(Bytes),
     /// In the hands of its pump.
     Pumped,
 }
 
-impl Kept {
+impl KeptBody {
     pub(super) fn of(body: &Outgoing) -> Self {
         match body {
             Outgoing::Empty => Self::Empty,

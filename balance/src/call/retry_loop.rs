@@ -7,7 +7,7 @@ use http::Response;
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
-use super::answer::{answer, failed, judge};
+use super::answer::{answer, failed, record_head};
 use super::attempt::{Attempt, PREVIOUS_ATTEMPTS, PREVIOUS_ATTEMPTS_KEY, Try};
 use super::attempt_log::AttemptLog;
 use super::body::ResponseBody;
@@ -17,7 +17,7 @@ use super::request::Call;
 use super::response_head::{Head, failure};
 use super::retry::decision::{Decision, Progress, Pushback};
 use super::transparent_retry::{Answered, Failed, Sending, recover, send};
-use crate::balance::Ticket;
+use crate::balance::Permit;
 use crate::transport::deadline::Deadline;
 use crate::transport::request_body::Outgoing;
 use crate::transport::response_body::Incoming;
@@ -34,20 +34,21 @@ pub(super) fn after_first(
     deadline: Option<Deadline>,
 ) -> Retrying {
     Box::pin(async move {
-        let mut tried = History::default();
+        let mut history = History::default();
         let outcome = match outcome {
             Ok(head) => {
                 Answered { attempt, head }
-                    .settle(&core, &call, &mut tried, deadline)
+                    .settle(&core, &call, &mut history, deadline)
                     .await
             }
-            Err(error) => match recover(&core, &call, attempt, error, &mut tried, deadline).await {
-                Ok(body) => return run(core, call, body, None, tried, deadline).await,
+            Err(error) => match recover(&core, &call, attempt, error, &mut history, deadline).await
+            {
+                Ok(body) => return run(core, call, body, None, history, deadline).await,
                 Err(failed) => Err(failed),
             },
         };
-        let attempts = Attempts::new(core, call, tried, deadline);
-        attempts.go_on(outcome).await
+        let attempts = Attempts::new(core, call, history, deadline);
+        attempts.run_attempts(outcome).await
     })
 }
 
@@ -56,13 +57,13 @@ pub(super) async fn run(
     core: Arc<Core>,
     call: Call,
     body: Outgoing,
-    place: Option<Ticket>,
-    tried: History,
+    place: Option<Permit>,
+    history: History,
     deadline: Option<Deadline>,
 ) -> Result<Response<ResponseBody>, Status> {
-    let mut attempts = Attempts::new(core, call, tried, deadline);
+    let mut attempts = Attempts::new(core, call, history, deadline);
     let outcome = attempts.attempt(body, place).await;
-    attempts.go_on(outcome).await
+    attempts.run_attempts(outcome).await
 }
 
 /// What one attempt came to.
@@ -70,29 +71,32 @@ pub(super) type Outcome = Result<Answered, Failed>;
 
 /// A call that may take several attempts.
 struct Attempts {
-    closing: Closing,
-    tried: History,
+    conclusion: Conclusion,
+    history: History,
     progress: Progress,
 }
 
 impl Attempts {
-    fn new(core: Arc<Core>, call: Call, tried: History, deadline: Option<Deadline>) -> Self {
+    fn new(core: Arc<Core>, call: Call, history: History, deadline: Option<Deadline>) -> Self {
         Self {
-            closing: Closing::new(core, call, deadline),
-            tried,
+            conclusion: Conclusion::new(core, call, deadline),
+            history,
             progress: Progress::new(),
         }
     }
 
     /// Makes attempts until one is the last.
-    async fn go_on(mut self, mut outcome: Outcome) -> Result<Response<ResponseBody>, Status> {
+    async fn run_attempts(
+        mut self,
+        mut outcome: Outcome,
+    ) -> Result<Response<ResponseBody>, Status> {
         loop {
-            let wait = match self.judge(&outcome) {
+            let wait = match self.decide(&outcome) {
                 Decision::Again(wait) => wait,
                 Decision::GiveUp(why) => return self.finish(outcome, why),
             };
             let resume = Instant::now().checked_add(wait);
-            let Some(resume) = resume.filter(|at| !self.closing.is_late(*at)) else {
+            let Some(resume) = resume.filter(|at| !self.conclusion.is_late(*at)) else {
                 return self.finish(outcome, Some("the deadline leaves no time for another"));
             };
             let Some(body) = take_body(&mut outcome).await? else {
@@ -105,41 +109,42 @@ impl Attempts {
         }
     }
 
-    async fn attempt(&mut self, body: Outgoing, place: Option<Ticket>) -> Outcome {
+    async fn attempt(&mut self, body: Outgoing, place: Option<Permit>) -> Outcome {
         let which = Try::Later {
             previous: self.progress.previous(),
         };
-        let Closing {
+        let Conclusion {
             core,
             call,
             deadline,
             ..
-        } = &mut self.closing;
+        } = &mut self.conclusion;
         let sending = Sending {
             body,
             place,
             which,
             deadline: *deadline,
         };
-        send(core, call, sending, &mut self.tried).await
+        send(core, call, sending, &mut self.history).await
     }
 
     /// Notes a failure, and says what is to be done about it.
-    fn judge(&mut self, outcome: &Outcome) -> Decision {
-        let Some((code, pushback)) = self.closing.note(outcome) else {
+    fn decide(&mut self, outcome: &Outcome) -> Decision {
+        let Some((code, pushback)) = self.conclusion.note(outcome) else {
             return Decision::GiveUp(None);
         };
-        let Closing { core, call, .. } = &self.closing;
-        let retries = core.retries.as_deref();
-        let policy = retries.and_then(|retries| Some((retries, retries.retry(call.path())?)));
-        let Some((retries, policy)) = policy else {
+        let Conclusion { core, call, .. } = &self.conclusion;
+        let method_config = core.method_config.as_deref();
+        let policy = method_config
+            .and_then(|method_config| Some((method_config, method_config.retry(call.path())?)));
+        let Some((method_config, policy)) = policy else {
             return Decision::GiveUp(None);
         };
-        if self.tried.is_convicted() {
+        if self.history.is_to_blame() {
             return Decision::GiveUp(Some("its connections were lost with this call on them"));
         }
         let random = fastrand::f64();
-        let tokens = retries.tokens();
+        let tokens = method_config.tokens();
         let decision = self.progress.next(policy, code, pushback, tokens, random);
         tracing::debug!(?code, ?decision, "an attempt has failed");
         decision
@@ -149,17 +154,18 @@ impl Attempts {
     fn leave(&mut self, outcome: Outcome) {
         let endpoint = match outcome {
             Ok(Answered { attempt, head }) => {
-                let mut ticket = attempt.ticket;
-                judge(&self.closing.core, &head, &mut ticket, Instant::now());
-                Some(Arc::clone(ticket.endpoint()))
+                let mut permit = attempt.permit;
+                record_head(&self.conclusion.core, &head, &mut permit, Instant::now());
+                Some(Arc::clone(permit.endpoint()))
             }
             Err(failed) => failed.endpoint,
         };
-        self.tried.next_attempt(endpoint.as_ref());
+        self.history.next_attempt(endpoint.as_ref());
     }
 
     fn finish(self, outcome: Outcome, why: Option<&str>) -> Result<Response<ResponseBody>, Status> {
-        self.closing.finish(outcome, self.progress.previous(), why)
+        self.conclusion
+            .finish(outcome, self.progress.previous(), why)
     }
 }
 
@@ -172,14 +178,14 @@ async fn take_body(outcome: &mut Outcome) -> Result<Option<Outgoing>, Status> {
 }
 
 /// What a call ends with, however many attempts it takes.
-pub(super) struct Closing {
+pub(super) struct Conclusion {
     pub(super) core: Arc<Core>,
     pub(super) call: Call,
     pub(super) deadline: Option<Deadline>,
     pub(super) attempt_log: AttemptLog,
 }
 
-impl Closing {
+impl Conclusion {
     pub(super) fn new(core: Arc<Core>, call: Call, deadline: Option<Deadline>) -> Self {
         Self {
             core,
@@ -195,7 +201,7 @@ impl Closing {
             Ok(answered) => {
                 let code = failure(&answered.head)?;
                 let pushback = Pushback::of(answered.head.headers());
-                (code, Some(answered.attempt.ticket.endpoint()), pushback)
+                (code, Some(answered.attempt.permit.endpoint()), pushback)
             }
             Err(failed) => {
                 let endpoint = failed.endpoint.as_ref();
@@ -218,11 +224,11 @@ impl Closing {
             Ok(answered) => answered,
             Err(failed) => return Err(self.attempt_log.into_status(failed.status, why)),
         };
-        let (core, mut ticket) = (self.core, attempt.ticket);
+        let (core, mut permit) = (self.core, attempt.permit);
         let kind = Head::of(&head);
         if kind.failure().is_some() {
             let now = Instant::now();
-            let mut status = failed(&core, &head, kind, &mut ticket, self.deadline, now);
+            let mut status = failed(&core, &head, kind, &mut permit, self.deadline, now);
             if previous > 0 {
                 status
                     .metadata_mut()
@@ -234,7 +240,7 @@ impl Closing {
             head.headers_mut()
                 .insert(PREVIOUS_ATTEMPTS, previous.into());
         }
-        answer(core, &mut self.call, head, ticket, self.deadline)
+        answer(core, &mut self.call, head, permit, self.deadline)
     }
 
     fn is_late(&self, at: Instant) -> bool {

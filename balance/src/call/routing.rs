@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::time::Instant;
 
 use crate::address::Address;
-use crate::balance::Member;
+use crate::balance::ReadyConnection;
 
 /// Routes one call: names endpoints to avoid, and reports the endpoint that the call was sent to.
 ///
@@ -15,7 +15,7 @@ use crate::balance::Member;
 pub struct Routing {
     avoided: Arc<[Address]>,
     /// The connection that the call was sent on last.
-    member: Arc<Mutex<Option<Arc<Member>>>>,
+    connection: Arc<Mutex<Option<Arc<ReadyConnection>>>>,
 }
 
 impl Routing {
@@ -24,7 +24,7 @@ impl Routing {
     pub fn avoiding(endpoints: impl Into<Arc<[Address]>>) -> Self {
         Self {
             avoided: endpoints.into(),
-            member: Arc::default(),
+            connection: Arc::default(),
         }
     }
 
@@ -32,34 +32,36 @@ impl Routing {
         &self.avoided
     }
 
-    pub(crate) fn set_member(&self, member: &Arc<Member>) {
-        *self.lock() = Some(Arc::clone(member));
+    pub(crate) fn set_connection(&self, connection: &Arc<ReadyConnection>) {
+        *self.lock() = Some(Arc::clone(connection));
     }
 
     /// Returns the endpoint that the call was last sent to; `None` if it was not sent.
     #[must_use]
     pub fn address(&self) -> Option<Address> {
-        let member = self.lock();
-        member
+        let connection = self.lock();
+        connection
             .as_ref()
-            .map(|member| member.endpoint().address().clone())
+            .map(|connection| connection.endpoint().address().clone())
     }
 
     /// Counts a failure against the endpoint, of the call or of a stream that it opened, that its connection does not show.
     ///
     /// With `silent_since`, the time since which an answer was overdue, a PING checks the connection unless something was read since.
     pub fn report_failure(&self, now: Instant, silent_since: Option<Instant>) {
-        if let Some(member) = &*self.lock() {
-            member.on_complaint(now, silent_since);
+        if let Some(connection) = &*self.lock() {
+            connection.on_reported_failure(now, silent_since);
         }
     }
 
-    pub(crate) fn member(&self) -> Option<Arc<Member>> {
+    pub(crate) fn connection(&self) -> Option<Arc<ReadyConnection>> {
         self.lock().clone()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Arc<Member>>> {
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<ReadyConnection>>> {
         // Nothing panics while it is held.
-        self.member.lock().unwrap_or_else(PoisonError::into_inner)
+        self.connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -17,7 +17,7 @@ use super::prepare::{Prepared, prepare};
 use super::request::Call;
 use super::response_head::{Head, failure};
 use super::status;
-use crate::balance::{Blame, Endpoint, Ticket};
+use crate::balance::{Blame, Endpoint, Permit};
 use crate::transport::deadline::Deadline;
 use crate::transport::h2_error::{is_connection_lost, is_unprocessed};
 use crate::transport::request_body::{Outgoing, Pumped};
@@ -48,10 +48,10 @@ impl Failed {
         }
     }
 
-    fn at(ticket: &Ticket, status: Status, body: Option<Outgoing>) -> Self {
+    fn at(permit: &Permit, status: Status, body: Option<Outgoing>) -> Self {
         Self {
             status,
-            endpoint: Some(Arc::clone(ticket.endpoint())),
+            endpoint: Some(Arc::clone(permit.endpoint())),
             body,
         }
     }
@@ -69,7 +69,7 @@ impl Failed {
 pub(super) struct Sending {
     pub(super) body: Outgoing,
     /// Where, if the call has been given a place already.
-    pub(super) place: Option<Ticket>,
+    pub(super) place: Option<Permit>,
     pub(super) which: Try,
     pub(super) deadline: Option<Deadline>,
 }
@@ -79,7 +79,7 @@ pub(super) async fn send(
     core: &Core,
     call: &mut Call,
     sending: Sending,
-    tried: &mut History,
+    history: &mut History,
 ) -> Result<Answered, Failed> {
     let Sending {
         mut body,
@@ -88,11 +88,11 @@ pub(super) async fn send(
         deadline,
     } = sending;
     loop {
-        let placed = place(core, call, first.take(), tried);
-        let ticket = match unless_late(deadline, placed).await {
-            Ok(Ok(ticket)) => ticket,
-            Ok(Err(Misplaced::Nowhere(status))) => return Err(Failed::unsent(status, body)),
-            Ok(Err(Misplaced::Refused(status))) => return Err(Failed::for_good(status)),
+        let placed = place(core, call, first.take(), history);
+        let permit = match unless_late(deadline, placed).await {
+            Ok(Ok(permit)) => permit,
+            Ok(Err(PickError::Nowhere(status))) => return Err(Failed::unsent(status, body)),
+            Ok(Err(PickError::Refused(status))) => return Err(Failed::for_good(status)),
             Err(late) => {
                 let status = status::overdue(core, late, "waiting for an endpoint");
                 return Err(Failed::for_good(status));
@@ -103,41 +103,41 @@ pub(super) async fn send(
             let status = status::overdue(core, late, "waiting for an endpoint");
             return Err(Failed::for_good(status));
         }
-        let mut attempt = match Attempt::start(core, call, ticket, body, deadline, which, now) {
+        let mut attempt = match Attempt::start(core, call, permit, body, deadline, which, now) {
             Ok(attempt) => attempt,
             Err(unsent) => {
-                let rest = unsent.into_retry(core, tried);
+                let rest = unsent.into_retry(core, history);
                 body = rest.map_err(Failed::for_good)?;
                 continue;
             }
         };
-        tried.on_placed(&attempt.ticket);
+        history.on_placed(&attempt.permit);
         let head = std::future::poll_fn(|cx| attempt.exchange.poll_head(cx));
         match unless_late(deadline, head).await {
             Ok(Ok(head)) => {
                 let answered = Answered { attempt, head };
-                return answered.settle(core, call, tried, deadline).await;
+                return answered.settle(core, call, history, deadline).await;
             }
-            Ok(Err(error)) => body = recover(core, call, attempt, error, tried, deadline).await?,
+            Ok(Err(error)) => body = recover(core, call, attempt, error, history, deadline).await?,
             Err(late) => {
-                attempt.ticket.on_overdue(Instant::now());
-                let endpoint = attempt.ticket.endpoint();
+                attempt.permit.on_overdue(Instant::now());
+                let endpoint = attempt.permit.endpoint();
                 let status = status::overdue_at(core, late, "waiting for the response", endpoint);
-                return Err(Failed::at(&attempt.ticket, status, None));
+                return Err(Failed::at(&attempt.permit, status, None));
             }
         }
     }
 }
 
 /// Why a call has no place.
-pub(super) enum Misplaced {
+pub(super) enum PickError {
     /// No endpoint takes calls.
     Nowhere(Status),
     /// The endpoint would not take this call.
     Refused(Status),
 }
 
-impl Misplaced {
+impl PickError {
     pub(super) fn into_status(self) -> Status {
         match self {
             Self::Nowhere(status) | Self::Refused(status) => status,
@@ -149,20 +149,20 @@ impl Misplaced {
 pub(super) async fn place(
     core: &Core,
     call: &Call,
-    mut first: Option<Ticket>,
-    tried: &mut History,
-) -> Result<Ticket, Misplaced> {
+    mut first: Option<Permit>,
+    history: &mut History,
+) -> Result<Permit, PickError> {
     loop {
-        let ticket = if let Some(ticket) = first.take() {
-            ticket
+        let permit = if let Some(permit) = first.take() {
+            permit
         } else {
-            let waited = queue_pick(core, tried, call.wait_for_ready).await;
-            waited.map_err(Misplaced::Nowhere)?
+            let waited = queue_pick(core, history, call.wait_for_ready).await;
+            waited.map_err(PickError::Nowhere)?
         };
-        match prepare(core, call, ticket, tried).await {
-            Ok(Prepared::Ready(ticket)) => return Ok(ticket),
+        match prepare(core, call, permit, history).await {
+            Ok(Prepared::Ready(permit)) => return Ok(permit),
             Ok(Prepared::Unfit) => {}
-            Err(status) => return Err(Misplaced::Refused(status)),
+            Err(status) => return Err(PickError::Refused(status)),
         }
     }
 }
@@ -176,51 +176,51 @@ pub(super) async fn recover(
     call: &Call,
     attempt: Attempt,
     error: h2::Error,
-    tried: &mut History,
+    history: &mut History,
     deadline: Option<Deadline>,
 ) -> Result<Outgoing, Failed> {
     let Attempt {
         exchange,
-        mut ticket,
+        mut permit,
         kept,
     } = attempt;
     let now = Instant::now();
     if let Some(late) = deadline.filter(|_| status::is_deadline(deadline, now))
         && status::is_cancelled(&error)
     {
-        ticket.on_overdue(now);
-        let status = status::overdue_at(core, late, "waiting for the response", ticket.endpoint());
-        return Err(Failed::at(&ticket, status, None));
+        permit.on_overdue(now);
+        let status = status::overdue_at(core, late, "waiting for the response", permit.endpoint());
+        return Err(Failed::at(&permit, status, None));
     }
     let body = match kept.body() {
         Some(body) => Some(body),
         None => given_back(exchange.into_pumped().await).map_err(Failed::for_good)?,
     };
-    let blame = ticket.connection().blame();
+    let blame = permit.http2().blame();
     if is_connection_lost(&error) && (blame.is_some() || !is_unprocessed(&error)) {
-        tried.on_connection_lost(blame.is_some(), ticket.is_alone());
+        history.on_connection_lost(blame.is_some(), permit.is_alone());
     }
     match body {
-        Some(body) if is_unprocessed(&error) && !tried.is_convicted() => {
-            let address = ticket.endpoint().address();
+        Some(body) if is_unprocessed(&error) && !history.is_to_blame() => {
+            let address = permit.endpoint().address();
             tracing::debug!(%address, %error, "the call was not processed: trying elsewhere");
-            ticket.on_refused();
+            permit.on_refused();
             if error.is_go_away() {
-                tried.add_closed(&ticket, error);
+                history.add_closed(&permit, error);
             } else {
-                tried.add_refused(&ticket, error);
+                history.add_refused(&permit, error);
             }
             Ok(body)
         }
         body => {
-            let address = ticket.endpoint().address();
-            let status = if ticket.is_alone() && is_connection_lost(&error) {
+            let address = permit.endpoint().address();
+            let status = if permit.is_alone() && is_connection_lost(&error) {
                 status::refused_alone(&core.service, address, call.metadata_size(), error)
             } else {
                 status::broken(&core.service, address, error, blame)
             };
-            ticket.on_failure(now, Blame::Connection);
-            Err(Failed::at(&ticket, status, body))
+            permit.on_failure(now, Blame::Connection);
+            Err(Failed::at(&permit, status, body))
         }
     }
 }
@@ -235,7 +235,7 @@ impl Answered {
         mut self,
         core: &Core,
         call: &Call,
-        tried: &mut History,
+        history: &mut History,
         deadline: Option<Deadline>,
     ) -> Result<Self, Failed> {
         let Some(body) = self.attempt.kept.body() else {
@@ -244,8 +244,8 @@ impl Answered {
         if core.retry(call).is_none() || failure(&self.head).is_some() {
             return Ok(self);
         }
-        let ticket = &mut self.attempt.ticket;
-        ticket.on_head(Instant::now(), status::head_blame(Head::of(&self.head)));
+        let permit = &mut self.attempt.permit;
+        permit.on_head(Instant::now(), status::head_blame(Head::of(&self.head)));
         let incoming = self.head.body_mut();
         let begun = std::future::poll_fn(|cx| match incoming.poll_ahead(cx) {
             Poll::Pending if !incoming.has_begun() => Poll::Pending,
@@ -264,19 +264,19 @@ impl Answered {
                 if let Some(late) = deadline.filter(|_| status::is_deadline(deadline, now))
                     && status::is_cancelled(&error)
                 {
-                    ticket.on_overdue(now);
-                    let endpoint = ticket.endpoint();
+                    permit.on_overdue(now);
+                    let endpoint = permit.endpoint();
                     let status = status::overdue_at(core, late, "reading the response", endpoint);
-                    return Err(Failed::at(ticket, status, None));
+                    return Err(Failed::at(permit, status, None));
                 }
-                let blame = ticket.connection().blame();
+                let blame = permit.http2().blame();
                 if is_connection_lost(&error) {
-                    tried.on_connection_lost(blame.is_some(), ticket.is_alone());
+                    history.on_connection_lost(blame.is_some(), permit.is_alone());
                 }
-                ticket.on_failure(now, Blame::Connection);
-                let address = ticket.endpoint().address();
+                permit.on_failure(now, Blame::Connection);
+                let address = permit.endpoint().address();
                 let status = status::broken(&core.service, address, error, blame);
-                Err(Failed::at(ticket, status, Some(body)))
+                Err(Failed::at(permit, status, Some(body)))
             }
         }
     }

@@ -26,7 +26,7 @@ use crate::call::{self, Core, ResponseBody, ResponseFuture, Routing};
 ///
 /// | situation | outcome |
 /// |---|---|
-/// | endpoints are ready | one is chosen by the [`Policy`](crate::Policy), by its weight and by how it answers |
+/// | endpoints are ready | one is chosen by the [`LbPolicy`](crate::LbPolicy), by its weight and by how it answers |
 /// | an endpoint is down, or accepts and says nothing | it is not chosen; the others serve |
 /// | the call was sent but certainly not processed (a server that shuts down) | it goes to another endpoint by itself |
 /// | the connection breaks in the middle of a call | `UNAVAILABLE`: the call may have been processed. A [`RetryPolicy`](crate::RetryPolicy) sends it again |
@@ -64,7 +64,7 @@ impl BalancedChannel {
     /// # Errors
     ///
     /// If there is none and a call would not wait for one either: nothing is registered, no endpoint can be reached, or the registry has
-    /// not answered within the start-up bound.
+    /// not answered within the startup timeout.
     ///
     /// # Cancel safety
     ///
@@ -86,8 +86,8 @@ impl BalancedChannel {
     ///
     /// Calls that are open on it continue. No later routed call is sent on it.
     pub fn reconnect(&self, routing: &Routing) {
-        if let Some(member) = routing.member() {
-            self.0.shared().give_up(&member);
+        if let Some(connection) = routing.connection() {
+            self.0.shared().give_up(&connection);
         }
     }
 

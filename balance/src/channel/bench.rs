@@ -5,22 +5,22 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::BalancedChannel;
-use crate::balance::{Pick, Ticket};
+use crate::balance::{Permit, Pick};
 
 /// Picks an endpoint and lets it go again: what balancing adds to a call. Says whether there was one.
 // A function of its own wherever it is called from, so that its instructions can be counted.
 #[inline(never)]
 #[must_use]
 pub fn pick(channel: &BalancedChannel) -> bool {
-    ticket(channel).is_some()
+    permit(channel).is_some()
 }
 
 /// Notes a call whose response's head came after this time, on whichever endpoint is picked.
 pub fn answered(channel: &BalancedChannel, latency: Duration) {
     let now = Instant::now();
-    if let Some(mut ticket) = ticket(channel) {
-        ticket.on_sent(now.checked_sub(latency).unwrap_or(now));
-        ticket.on_head(now, None);
+    if let Some(mut permit) = permit(channel) {
+        permit.on_sent(now.checked_sub(latency).unwrap_or(now));
+        permit.on_head(now, None);
     }
 }
 
@@ -30,9 +30,9 @@ pub fn ready(channel: &BalancedChannel) -> usize {
     channel.0.shared().summary().ready
 }
 
-fn ticket(channel: &BalancedChannel) -> Option<Ticket> {
+fn permit(channel: &BalancedChannel) -> Option<Permit> {
     match channel.0.shared().pick(|_| true) {
-        Pick::Taken(ticket) => Some(ticket),
+        Pick::Taken(permit) => Some(permit),
         _ => None,
     }
 }

@@ -12,18 +12,18 @@ use tokio::runtime::RuntimeFlavor;
 use tokio_stream::{Stream, StreamExt};
 use tower::discover::Change;
 
+use super::keep_alive::KeepAliveOptions;
 use super::source::{Addresses, Changes, Discover, EndpointSource, Endpoints};
 use super::{BalancedChannel, ChannelError};
 use crate::address::{Address, AddressPolicy};
 use crate::attributes::Attributes;
-use crate::balance::{self, Balancer, Feed, Options, OutlierDetection, Policy};
+use crate::balance::{self, Balancer, LbPolicy, Options, OutlierDetection, Updates};
 use crate::call::Core;
-use crate::call::retry::method_config::Plans;
+use crate::call::retry::method_config::MethodConfigBuilder;
 use crate::transport::connect::Connector;
 use crate::transport::deadline;
 use crate::transport::health::HealthCheck;
 use crate::transport::http2::MAX_WINDOW;
-use crate::transport::pings::BUSY_INTERVAL;
 #[cfg(feature = "tls")]
 use crate::transport::tls::{Tls, TlsConfig};
 
@@ -48,19 +48,18 @@ pub(super) struct Config {
     origin: Option<Uri>,
     timeout: Option<Duration>,
     wait_for_ready: bool,
-    start_up_bound: Duration,
-    pub(super) plans: Plans,
+    startup_timeout: Duration,
+    pub(super) methods: MethodConfigBuilder,
     address_policy: Option<AddressPolicy>,
     health_check: Option<String>,
-    pub(super) keep_alive_while_idle: bool,
-    pub(super) keep_alive_permit_time: Duration,
+    pub(super) keep_alive: KeepAliveOptions,
     /// The first option or address that cannot be used, and why.
     invalid: Option<String>,
 }
 
 impl<S> ChannelBuilder<S> {
-    /// How an endpoint is chosen. Default [`Policy::Latency`].
-    pub fn policy(mut self, policy: Policy) -> Self {
+    /// How an endpoint is chosen. Default [`LbPolicy::Latency`].
+    pub fn policy(mut self, policy: LbPolicy) -> Self {
         self.config.options.policy = policy;
         self
     }
@@ -139,9 +138,9 @@ impl<S> ChannelBuilder<S> {
 
     /// How long after its start the channel waits for the registry's first answer. Later, calls fail at once until it has come. Default
     /// 10 s.
-    pub fn start_up_bound(mut self, bound: Duration) -> Self {
+    pub fn startup_timeout(mut self, bound: Duration) -> Self {
         // A time to come has to fit into an `Instant`.
-        self.config.start_up_bound = bound.min(balance::LONGEST);
+        self.config.startup_timeout = bound.min(balance::LONGEST);
         self
     }
 
@@ -171,21 +170,27 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Sets how many bytes a server may send ahead: on one response stream, and on a connection. Default 1 MiB per stream and
-    /// 2^31 - 1 bytes, the HTTP/2 maximum, per connection; larger values are reduced to that. The stream windows already limit the memory.
+    /// Sets the flow-control window of a stream: how many bytes a server may send ahead on one response. Default 1 MiB; larger values than
+    /// 2^31 - 1, the HTTP/2 maximum, are reduced to it.
+    pub fn initial_stream_window_size(mut self, bytes: u32) -> Self {
+        self.config.connector.http2.stream_window = bytes.min(MAX_WINDOW);
+        self
+    }
+
+    /// Sets the flow-control window of a connection: how many bytes a server may send ahead on all responses together. Default 2^31 - 1, the
+    /// HTTP/2 maximum: the stream windows already limit the memory.
     ///
-    /// With a smaller connection window, unread responses stop every other call on the connection once they fill it: 64 streams of 1 MiB
+    /// Keep it many times the stream window. Once unread responses fill it, every other call on the connection stops: 64 streams of 1 MiB
     /// fill one of 64 MiB.
-    pub fn windows(mut self, stream: u32, connection: u32) -> Self {
-        self.config.connector.http2.stream_window = stream.min(MAX_WINDOW);
-        self.config.connector.http2.connection_window = connection.min(MAX_WINDOW);
+    pub fn initial_connection_window_size(mut self, bytes: u32) -> Self {
+        self.config.connector.http2.connection_window = bytes.min(MAX_WINDOW);
         self
     }
 
     /// Whether HTTP/2's limits against hostile servers are in force. Off by default: within a thousand calls that were cancelled they end
     /// the connection, and with it everybody's calls.
-    pub fn abuse_limits(mut self, limits: bool) -> Self {
-        self.config.connector.http2.abuse_limits = limits;
+    pub fn http2_abuse_limits(mut self, limits: bool) -> Self {
+        self.config.connector.http2.http2_abuse_limits = limits;
         self
     }
 
@@ -193,7 +198,7 @@ impl<S> ChannelBuilder<S> {
     /// [`addresses`](ChannelBuilder::addresses), the configuration has to fix the servers' name.
     #[cfg(feature = "tls")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
-    pub fn tls(mut self, tls: TlsConfig) -> Self {
+    pub fn tls_config(mut self, tls: TlsConfig) -> Self {
         self.config.connector.tls = Some(Tls::new(tls));
         self
     }
@@ -223,9 +228,9 @@ impl<S> ChannelBuilder<S> {
 
     /// Sets the `user-agent` header; `tonic-balance/` and the version are appended. If the text is not a valid header value, the channel is
     /// [invalid](ChannelError::InvalidOption).
-    pub fn user_agent(mut self, user_agent: impl AsRef<str>) -> Self {
-        let user_agent = user_agent.as_ref();
-        match HeaderValue::from_str(user_agent) {
+    pub fn user_agent(mut self, user_agent: impl Into<String>) -> Self {
+        let user_agent = user_agent.into();
+        match HeaderValue::from_str(&user_agent) {
             Ok(value) => self.config.user_agent = Some(value),
             Err(_) => self
                 .config
@@ -270,12 +275,11 @@ impl ChannelBuilder {
             origin: None,
             timeout: None,
             wait_for_ready: false,
-            start_up_bound: START_UP_BOUND,
-            plans: Plans::default(),
+            startup_timeout: STARTUP_TIMEOUT,
+            methods: MethodConfigBuilder::default(),
             address_policy: None,
             health_check: None,
-            keep_alive_while_idle: false,
-            keep_alive_permit_time: BUSY_INTERVAL,
+            keep_alive: KeepAliveOptions::default(),
             invalid: None,
         };
         Self { source: (), config }
@@ -327,7 +331,7 @@ impl<S: EndpointSource> ChannelBuilder<S> {
     /// # Errors
     ///
     /// If an option is not valid, or if no endpoint is ready: the set is empty, no endpoint can be reached, or the source has not reported
-    /// the set within [`start_up_bound`](Self::start_up_bound). With [`wait_for_ready`](Self::wait_for_ready) it waits for that bound in the
+    /// the set within [`startup_timeout`](Self::startup_timeout). With [`wait_for_ready`](Self::wait_for_ready) it waits for that bound in the
     /// first two cases as well.
     ///
     /// # Cancel safety
@@ -387,11 +391,8 @@ impl Config {
     }
 
     fn invalid_reason(&self) -> Option<String> {
-        let idle_only = self.keep_alive_while_idle && self.connector.http2.keep_alive.is_none();
-        let useless = "keep_alive_while_idle has no effect without http2_keep_alive";
-        self.invalid
-            .clone()
-            .or_else(|| idle_only.then(|| useless.to_owned()))
+        let useless = self.keep_alive.useless();
+        self.invalid.clone().or_else(|| useless.map(str::to_owned))
     }
 
     fn build<C, A, E>(mut self, endpoints: Endpoints<C>) -> BalancedChannel
@@ -413,12 +414,13 @@ impl Config {
         let service = self.service.take().or(service);
         let service = service.unwrap_or_else(|| "(unnamed)".to_owned());
         let unknown = if known.is_some() {
-            "the registry has not answered within the start-up bound"
+            "the registry has not answered within the startup timeout"
         } else {
-            "the source of endpoints has reported none within the start-up bound"
+            "the source of endpoints has reported none within the startup timeout"
         };
         let mut connector = self.connector;
         connector.own_addresses = own_addresses;
+        connector.http2.keep_alive = self.keep_alive.build();
         if let Some(policy) = self.address_policy.or(policy) {
             connector.policy = policy;
         }
@@ -455,8 +457,8 @@ impl Config {
             Err(error) => Err(error),
         });
         let feed = match known {
-            Some(known) => Feed::known_after(changes, known),
-            None => Feed::new(changes),
+            Some(known) => Updates::known_after(changes, known),
+            None => Updates::new(changes),
         };
         let balancer = Balancer::start(&service, feed, connector, options);
         if let Some(reason) = &invalid {
@@ -477,10 +479,10 @@ impl Config {
                 .timeout
                 .map(|timeout| (timeout, deadline::format(timeout))),
             wait_for_ready: self.wait_for_ready,
-            start_up_bound: self.start_up_bound,
+            startup_timeout: self.startup_timeout,
             unknown,
             is_single_threaded: is_single_threaded(),
-            retries: self.plans.build(),
+            method_config: self.methods.build(),
             trouble,
         }))
     }
@@ -507,4 +509,4 @@ fn user_agent(user_agent: Option<HeaderValue>) -> HeaderValue {
 
 const USER_AGENT: &str = concat!("tonic-balance/", env!("CARGO_PKG_VERSION"));
 /// Long enough for an etcd that elects a leader, short enough for a user at a screen.
-const START_UP_BOUND: Duration = Duration::from_secs(10);
+const STARTUP_TIMEOUT: Duration = Duration::from_secs(10);

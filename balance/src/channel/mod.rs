@@ -6,6 +6,7 @@ pub mod bench;
 mod builder;
 mod error;
 mod keep_alive;
+mod keep_alive_options;
 mod retry_options;
 mod source;
 

@@ -163,7 +163,7 @@ fn parse(given: &str, tls: bool) -> Result<Address, String> {
         }
         Some(("https", _)) if !tls => {
             return Err(format!(
-                "{given:?} requires TLS, and none is configured; call `tls` first"
+                "{given:?} requires TLS, and none is configured; call `tls_config` first"
             ));
         }
         Some(("http" | "https", rest)) => rest.strip_suffix('/').unwrap_or(rest),

@@ -14,9 +14,9 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
+use super::connection_task::ConnectionEvent;
 use super::http2::{Connection, Established, HandshakeError, Settings};
 use super::pings::KeepAlive;
-use super::task::Report;
 #[cfg(feature = "tls")]
 use super::tls::Tls;
 use crate::address::{Address, AddressPolicy};
@@ -109,7 +109,7 @@ impl Connector {
         false
     }
 
-    /// Makes a connection whose peer has answered. `on_report` is called with what becomes of it.
+    /// Makes a connection whose peer has answered. `on_event` is called with what becomes of it.
     ///
     /// # Cancel safety
     ///
@@ -118,14 +118,14 @@ impl Connector {
         &self,
         address: &Address,
         attempt: Attempt,
-        on_report: F,
+        on_event: F,
     ) -> Result<Connection, DialError>
     where
-        F: FnMut(Report) + Send + Unpin + 'static,
+        F: FnMut(ConnectionEvent) + Send + Unpin + 'static,
     {
         let connected = tokio::time::timeout(self.timeout, self.try_connect(address, attempt));
         match connected.await {
-            Ok(outcome) => outcome.map(|established| established.start(on_report)),
+            Ok(outcome) => outcome.map(|established| established.start(on_event)),
             Err(_) => Err(DialError::TimedOut(self.timeout)),
         }
     }

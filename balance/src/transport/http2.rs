@@ -16,10 +16,10 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::activity::{Activity, Watched};
+use super::connection_task::{ConnectionEvent, OnEvent, Task, for_calls};
 use super::frames::foreign_protocol;
 use super::pinger::Pinger;
-use super::pings::{Doubt, KeepAlive, Pings};
-use super::task::{OnReport, Report, Task, for_calls};
+use super::pings::{KeepAlive, PingCause, Pings};
 
 /// The options of a connection.
 #[derive(Clone, Debug)]
@@ -32,7 +32,7 @@ pub(crate) struct Settings {
     /// The largest DATA frame that we take: larger frames are fewer wake-ups.
     pub(crate) max_frame_size: u32,
     /// Whether h2's limits against hostile servers are in force.
-    pub(crate) abuse_limits: bool,
+    pub(crate) http2_abuse_limits: bool,
     pub(crate) keep_alive: Option<KeepAlive>,
     /// Streams that calls leave free, for what is not a call.
     pub(crate) reserved_streams: usize,
@@ -44,7 +44,7 @@ impl Default for Settings {
             stream_window: 1 << 20,
             connection_window: MAX_WINDOW,
             max_frame_size: 256 << 10,
-            abuse_limits: false,
+            http2_abuse_limits: false,
             keep_alive: None,
             reserved_streams: 0,
         }
@@ -59,7 +59,7 @@ impl Settings {
             .initial_connection_window_size(self.connection_window)
             .max_frame_size(self.max_frame_size)
             .enable_push(false);
-        if !self.abuse_limits {
+        if !self.http2_abuse_limits {
             // Each of these ends the connection, and with it the calls of everybody else, for something an honest caller does: drop
             // half-read responses, or leave a stream of small messages unread.
             builder
@@ -82,22 +82,22 @@ pub(crate) struct Connection {
     round_trip: Duration,
     activity: Arc<Activity>,
     /// Reports doubts to the connection's task. Its drop means that no more calls will be sent.
-    doubts: mpsc::UnboundedSender<Doubt>,
+    doubts: mpsc::UnboundedSender<PingCause>,
 }
 
 /// A connection whose task has not been started: of several to one peer, only the one that is kept gets a task.
 pub(crate) struct Established {
     connection: Connection,
-    start: Box<dyn FnOnce(OnReport) + Send>,
+    start: Box<dyn FnOnce(OnEvent) + Send>,
 }
 
 impl Established {
-    /// Spawns the task that drives the connection. From that task `on_report` is called with what becomes of the connection.
-    pub(crate) fn start<F>(self, on_report: F) -> Connection
+    /// Spawns the task that drives the connection. From that task `on_event` is called with what becomes of the connection.
+    pub(crate) fn start<F>(self, on_event: F) -> Connection
     where
-        F: FnMut(Report) + Send + Unpin + 'static,
+        F: FnMut(ConnectionEvent) + Send + Unpin + 'static,
     {
-        (self.start)(Box::new(on_report));
+        (self.start)(Box::new(on_event));
         self.connection
     }
 }
@@ -150,7 +150,7 @@ impl Connection {
         let pinger = pings.map(|pings| Pinger::new(pings, decided, Arc::clone(&activity)));
         let probe = Some(send.clone());
         let (task_limit, task_activity) = (Arc::clone(&limit), Arc::clone(&activity));
-        let start = move |on_report: OnReport| {
+        let start = move |on_event: OnEvent| {
             tokio::spawn(Task {
                 connection,
                 probe,
@@ -162,7 +162,7 @@ impl Connection {
                 activity: task_activity,
                 left: false,
                 linger: None,
-                on_report,
+                on_event,
             });
         };
         Ok(Established {
@@ -226,20 +226,20 @@ impl Connection {
     pub(crate) fn suspect(&self, then: Instant) {
         if !self.activity.is_heard_since(then) {
             // The task may be gone, and then the connection is as well.
-            let _ = self.doubts.send(Doubt::Overrun);
+            let _ = self.doubts.send(PingCause::Overrun);
         }
     }
 
     /// Requests a PING for a call sent at `then` that its caller dropped, unless bytes were read since.
     pub(crate) fn suspect_dropped(&self, then: Instant) {
         if !self.activity.is_heard_since(then) {
-            let _ = self.doubts.send(Doubt::Dropped);
+            let _ = self.doubts.send(PingCause::Dropped);
         }
     }
 
     /// Requests a PING for a connection that was silent for long, for no call.
     pub(crate) fn check(&self) {
-        let _ = self.doubts.send(Doubt::Sweep);
+        let _ = self.doubts.send(PingCause::Sweep);
     }
 
     /// How many bytes were read.
@@ -254,7 +254,7 @@ impl Connection {
     /// Dropping the future changes nothing for the connection.
     pub(crate) async fn is_alive(&self) -> bool {
         let mark = self.activity.mark();
-        if self.doubts.send(Doubt::Silence).is_err() {
+        if self.doubts.send(PingCause::Silence).is_err() {
             return false;
         }
         // The connection's task ends the wait long before, unless its runtime is not driven.

@@ -4,6 +4,7 @@
 
 mod activity;
 pub(crate) mod connect;
+pub(crate) mod connection_task;
 pub(crate) mod deadline;
 pub(crate) mod exchange;
 mod frames;
@@ -14,7 +15,6 @@ mod pinger;
 pub(crate) mod pings;
 pub(crate) mod request_body;
 pub(crate) mod response_body;
-pub(crate) mod task;
 #[cfg(feature = "tls")]
 pub(crate) mod tls;
 

@@ -8,7 +8,7 @@ use h2::{Ping, PingPong};
 use tokio::time::{Instant, Sleep};
 
 use super::activity::Activity;
-use super::pings::{Action, Doubt, Pings};
+use super::pings::{Action, PingCause, Pings};
 
 /// Sends what [`Pings`] decides.
 pub(super) struct Pinger {
@@ -30,7 +30,7 @@ impl Pinger {
     }
 
     /// The peer is doubted. Returns what has to be reported at once.
-    pub(super) fn doubt(&mut self, doubt: Doubt) -> Option<Action> {
+    pub(super) fn doubt(&mut self, doubt: PingCause) -> Option<Action> {
         let (heard, busy) = (self.activity.heard(), self.activity.is_busy());
         let action = self.decided.on_doubt(doubt, Instant::now(), heard, busy)?;
         if action == Action::Ping {

@@ -79,7 +79,7 @@ impl Expiry {
 
 /// Why a PING is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Doubt {
+pub(super) enum PingCause {
     /// A call has overrun its deadline, and nothing was read since it was sent.
     Overrun,
     /// A call was dropped before its response, after a while.
@@ -147,7 +147,7 @@ impl Pings {
     /// Handles a doubt about the peer. `busy`: calls are open.
     pub(super) fn on_doubt(
         &mut self,
-        doubt: Doubt,
+        doubt: PingCause,
         now: Instant,
         heard: Heard,
         busy: bool,
@@ -157,8 +157,8 @@ impl Pings {
             return None;
         }
         let patience = match doubt {
-            Doubt::Overrun | Doubt::Dropped => self.patience,
-            Doubt::Silence | Doubt::Sweep => self.check_patience,
+            PingCause::Overrun | PingCause::Dropped => self.patience,
+            PingCause::Silence | PingCause::Sweep => self.check_patience,
         };
         let at = now.checked_add(patience)?;
         // What was read since the last doubt has settled that one.
@@ -171,14 +171,14 @@ impl Pings {
             return None;
         }
         // The stream of a call that waits for a check is not open yet.
-        let busy = busy && doubt == Doubt::Overrun;
+        let busy = busy && doubt == PingCause::Overrun;
         let may_ping = self.outstanding || self.may_ping(now, heard, busy);
-        if !may_ping && matches!(doubt, Doubt::Dropped | Doubt::Sweep) {
+        if !may_ping && matches!(doubt, PingCause::Dropped | PingCause::Sweep) {
             return None;
         }
         if is_silent && !may_ping {
             // Found silent before, and no PING may prove it yet: another wait would not tell more.
-            return (doubt == Doubt::Silence).then_some(Action::Doubtful);
+            return (doubt == PingCause::Silence).then_some(Action::Doubtful);
         }
         self.stall = Some(Expiry {
             at,
@@ -350,14 +350,14 @@ mod tests {
         let (mut pings, now) = pings(None);
         let silent = heard(100, 0, now);
         assert_eq!(pings.wake_at(), None);
-        let ping = pings.on_doubt(Doubt::Overrun, now, silent, true);
+        let ping = pings.on_doubt(PingCause::Overrun, now, silent, true);
         assert_eq!(ping, Some(Action::Ping));
-        let again = pings.on_doubt(Doubt::Overrun, now, silent, true);
+        let again = pings.on_doubt(PingCause::Overrun, now, silent, true);
         assert_eq!(again, None, "one ping at a time");
         assert_eq!(pings.on_time(now + ms(999), silent, true), None);
         let stalled = pings.on_time(now + ms(1_000), silent, true);
         assert_eq!(stalled, Some(Action::Stalled));
-        let doubt = pings.on_doubt(Doubt::Overrun, now + ms(1_001), silent, true);
+        let doubt = pings.on_doubt(PingCause::Overrun, now + ms(1_001), silent, true);
         assert_eq!(doubt, None);
         assert_eq!(pings.wake_at(), None, "no timer brings it back");
         assert_eq!(pings.on_heard(silent), None);
@@ -369,8 +369,8 @@ mod tests {
     fn a_check_is_impatient_also_while_a_suspicion_waits() {
         let (mut pings, now) = pings(None);
         let silent = heard(100, 0, now);
-        pings.on_doubt(Doubt::Overrun, now, silent, true);
-        assert_eq!(pings.on_doubt(Doubt::Silence, now, silent, true), None);
+        pings.on_doubt(PingCause::Overrun, now, silent, true);
+        assert_eq!(pings.on_doubt(PingCause::Silence, now, silent, true), None);
         let stalled = pings.on_time(now + ms(250), silent, true);
         assert_eq!(stalled, Some(Action::Stalled));
     }
@@ -379,7 +379,7 @@ mod tests {
     fn a_process_that_does_not_get_to_run_blames_no_peer_but_does_not_wait_for_ever() {
         let (mut pings, mut now) = pings(None);
         let silent = heard(100, 0, now);
-        pings.on_doubt(Doubt::Silence, now, silent, true);
+        pings.on_doubt(PingCause::Silence, now, silent, true);
         now += ms(400);
         assert_eq!(pings.on_time(now, silent, true), None, "150 ms late");
         assert_eq!(pings.wake_at(), Some(now + ms(250)));
@@ -394,18 +394,18 @@ mod tests {
     #[test]
     fn any_byte_clears_a_doubt() {
         let (mut pings, now) = pings(None);
-        pings.on_doubt(Doubt::Overrun, now, heard(100, 1, now), true);
+        pings.on_doubt(PingCause::Overrun, now, heard(100, 1, now), true);
         pings.on_pong(now + ms(500), heard(117, 1, now));
         assert_eq!(
             pings.on_time(now + ms(5_000), heard(117, 1, now), true),
             None
         );
         let then = heard(1_000, 2, now);
-        pings.on_doubt(Doubt::Overrun, now + ms(6_000), then, true);
+        pings.on_doubt(PingCause::Overrun, now + ms(6_000), then, true);
         let read = heard(1_001, 2, now);
         assert_eq!(pings.on_time(now + ms(7_000), read, true), None);
         assert!(pings.is_outstanding(), "its answer is still to come");
-        let second = pings.on_doubt(Doubt::Overrun, now + ms(7_100), read, true);
+        let second = pings.on_doubt(PingCause::Overrun, now + ms(7_100), read, true);
         assert_eq!(second, None, "h2 holds one ping");
         let stalled = pings.on_time(now + ms(8_100), read, true);
         assert_eq!(stalled, Some(Action::Stalled));
@@ -414,9 +414,9 @@ mod tests {
     #[test]
     fn a_doubt_after_a_byte_begins_anew() {
         let (mut pings, now) = pings(None);
-        pings.on_doubt(Doubt::Overrun, now, heard(100, 0, now), true);
+        pings.on_doubt(PingCause::Overrun, now, heard(100, 0, now), true);
         let later = now + ms(900);
-        pings.on_doubt(Doubt::Overrun, later, heard(113, 0, later), true);
+        pings.on_doubt(PingCause::Overrun, later, heard(113, 0, later), true);
         assert_eq!(
             pings.on_time(now + ms(1_000), heard(113, 0, later), true),
             None
@@ -465,10 +465,10 @@ mod tests {
                 pings.on_heard(now_heard);
                 let busy = rng.bool();
                 let action = match rng.u8(..6) {
-                    0 => pings.on_doubt(Doubt::Silence, now, now_heard, busy),
-                    1 => pings.on_doubt(Doubt::Overrun, now, now_heard, busy),
-                    2 => pings.on_doubt(Doubt::Dropped, now, now_heard, busy),
-                    3 => pings.on_doubt(Doubt::Sweep, now, now_heard, busy),
+                    0 => pings.on_doubt(PingCause::Silence, now, now_heard, busy),
+                    1 => pings.on_doubt(PingCause::Overrun, now, now_heard, busy),
+                    2 => pings.on_doubt(PingCause::Dropped, now, now_heard, busy),
+                    3 => pings.on_doubt(PingCause::Sweep, now, now_heard, busy),
                     _ => pings.on_time(now, now_heard, busy),
                 };
                 if action == Some(Action::Ping) {
@@ -488,23 +488,23 @@ mod tests {
     fn without_a_budget_a_doubt_proves_nothing_and_five_minutes_renew_it() {
         let (mut pings, now) = pings(None);
         let silent = heard(100, 0, now);
-        let ping = pings.on_doubt(Doubt::Overrun, now, silent, true);
+        let ping = pings.on_doubt(PingCause::Overrun, now, silent, true);
         assert_eq!(ping, Some(Action::Ping));
         pings.on_pong(now, silent);
-        for doubt in [Doubt::Dropped, Doubt::Sweep] {
+        for doubt in [PingCause::Dropped, PingCause::Sweep] {
             assert_eq!(pings.on_doubt(doubt, now, silent, true), None);
             assert_eq!(pings.wake_at(), None, "{doubt:?} is not worth a connection");
         }
-        assert_eq!(pings.on_doubt(Doubt::Silence, now, silent, true), None);
+        assert_eq!(pings.on_doubt(PingCause::Silence, now, silent, true), None);
         let doubtful = pings.on_time(now + ms(250), silent, true);
         assert_eq!(doubtful, Some(Action::Doubtful));
         let heard_again = heard(101, 0, now);
         assert_eq!(pings.on_heard(heard_again), Some(Action::Recovered));
         let later = now + BUSY_INTERVAL;
-        let idle = pings.on_doubt(Doubt::Silence, later, heard_again, true);
+        let idle = pings.on_doubt(PingCause::Silence, later, heard_again, true);
         assert_eq!(idle, None, "the stream of a call that waits is not open");
         pings.on_heard(heard(102, 0, now));
-        let busy = pings.on_doubt(Doubt::Overrun, later, heard(102, 0, now), true);
+        let busy = pings.on_doubt(PingCause::Overrun, later, heard(102, 0, now), true);
         assert_eq!(busy, Some(Action::Ping));
     }
 
@@ -512,31 +512,31 @@ mod tests {
     fn each_doubt_about_a_doubtful_connection_is_settled() {
         let (mut pings, now) = pings(None);
         let silent = heard(100, 0, now);
-        pings.on_doubt(Doubt::Overrun, now, silent, true);
+        pings.on_doubt(PingCause::Overrun, now, silent, true);
         pings.on_pong(now, silent);
-        pings.on_doubt(Doubt::Silence, now, silent, true);
+        pings.on_doubt(PingCause::Silence, now, silent, true);
         let doubtful = pings.on_time(now + ms(250), silent, true);
         assert_eq!(doubtful, Some(Action::Doubtful));
-        let again = pings.on_doubt(Doubt::Silence, now + ms(300), silent, true);
+        let again = pings.on_doubt(PingCause::Silence, now + ms(300), silent, true);
         assert_eq!(again, Some(Action::Doubtful), "the wait is ended");
         let later = now + BUSY_INTERVAL;
-        let ping = pings.on_doubt(Doubt::Overrun, later, silent, true);
+        let ping = pings.on_doubt(PingCause::Overrun, later, silent, true);
         assert_eq!(ping, Some(Action::Ping), "the budget is back");
         let stalled = pings.on_time(later + ms(1_000), silent, true);
         assert_eq!(stalled, Some(Action::Stalled));
-        let proven = pings.on_doubt(Doubt::Silence, later + ms(1_001), silent, true);
+        let proven = pings.on_doubt(PingCause::Silence, later + ms(1_001), silent, true);
         assert_eq!(proven, None);
     }
 
     #[test]
     fn a_doubt_that_comes_with_the_recovery_is_settled() {
         let (mut pings, now) = pings(None);
-        pings.on_doubt(Doubt::Silence, now, heard(100, 0, now), true);
+        pings.on_doubt(PingCause::Silence, now, heard(100, 0, now), true);
         let stalled = pings.on_time(now + ms(250), heard(100, 0, now), true);
         assert_eq!(stalled, Some(Action::Stalled));
         let later = now + ms(300);
         let more = heard(110, 0, later);
-        pings.on_doubt(Doubt::Silence, later, more, true);
+        pings.on_doubt(PingCause::Silence, later, more, true);
         assert_eq!(pings.on_heard(more), Some(Action::Recovered));
         let stalled = pings.on_time(later + ms(250), more, true);
         assert_eq!(stalled, Some(Action::Stalled));
@@ -547,7 +547,7 @@ mod tests {
         let now = Instant::now();
         let silent = heard(0, 0, now);
         let mut pings = Pings::new(None, ms(400), silent, now);
-        pings.on_doubt(Doubt::Silence, now, silent, true);
+        pings.on_doubt(PingCause::Silence, now, silent, true);
         assert_eq!(pings.on_time(now + ms(1_599), silent, true), None);
         let stalled = pings.on_time(now + ms(1_600), silent, true);
         assert_eq!(stalled, Some(Action::Stalled));
@@ -574,7 +574,7 @@ mod tests {
         let ping = pings.on_time(now + ms(20_500), silent, true);
         assert_eq!(ping, Some(Action::Ping), "the servers permit it");
         // A suspicion meanwhile waits for the same answer.
-        let doubt = pings.on_doubt(Doubt::Overrun, now + ms(20_600), silent, true);
+        let doubt = pings.on_doubt(PingCause::Overrun, now + ms(20_600), silent, true);
         assert_eq!(doubt, None);
         let stalled = pings.on_time(now + ms(21_600), silent, true);
         assert_eq!(stalled, Some(Action::Stalled));

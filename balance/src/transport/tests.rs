@@ -17,12 +17,12 @@ use tonic::Status;
 use tonic::body::Body;
 
 use super::connect::{DialError, race};
+use super::connection_task::{CloseReason, ConnectionEvent};
 use super::exchange::Exchange;
 use super::h2_error::is_unprocessed;
 use super::http2::{Connection, OpenError, Settings};
 use super::request_body::{Outgoing, Pumped, Recall};
 use super::response_body::Incoming;
-use super::task::{Leave, Report};
 
 type Accepted = (Request<RecvStream>, SendResponse<Bytes>);
 
@@ -34,7 +34,7 @@ struct Pair {
     client: Connection,
     accepted: mpsc::UnboundedReceiver<Accepted>,
     control: mpsc::UnboundedSender<Order>,
-    left: mpsc::UnboundedReceiver<Leave>,
+    left: mpsc::UnboundedReceiver<CloseReason>,
 }
 
 /// What the server is told to do.
@@ -54,14 +54,14 @@ impl Pair {
         let (control, orders) = mpsc::unbounded_channel();
         tokio::spawn(serve(far, builder, accepts, orders));
         let (leaves, left) = mpsc::unbounded_channel();
-        let on_report = move |report| {
-            if let Report::Left(leave) = report {
+        let on_event = move |report| {
+            if let ConnectionEvent::Left(leave) = report {
                 let _ = leaves.send(leave);
             }
         };
         let established = Connection::establish(near, &DEFAULTS, None);
         let established = timeout(PATIENCE, established).await.expect("in time");
-        let client = established.expect("a connection").start(on_report);
+        let client = established.expect("a connection").start(on_event);
         Self {
             client,
             accepted,
@@ -570,7 +570,7 @@ async fn a_connection_nobody_holds_is_closed_after_its_last_call() {
 async fn scripted(
     frames: &'static [u8],
     hangs_up: bool,
-) -> (Connection, mpsc::UnboundedReceiver<Leave>) {
+) -> (Connection, mpsc::UnboundedReceiver<CloseReason>) {
     let (near, mut far) = duplex(1 << 16);
     tokio::spawn(async move {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -602,7 +602,7 @@ async fn scripted(
     let established = Connection::establish(near, &DEFAULTS, None);
     let established = timeout(PATIENCE, established).await.expect("in time");
     let client = established.expect("a connection").start(move |report| {
-        if let Report::Left(leave) = report {
+        if let ConnectionEvent::Left(leave) = report {
             let _ = leaves.send(leave);
         }
     });

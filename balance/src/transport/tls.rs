@@ -17,7 +17,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 ///
 /// The name that every server's certificate has to be valid for is fixed here, once per channel. It never comes from the registry: whoever
 /// can write there could otherwise point clients at a server of their own with a certificate of their own. Where the program itself has
-/// written the addresses down, as it has etcd's, [`by_address`](Self::by_address) checks each server for its own.
+/// written the addresses down, as it has etcd's, [`verify_dialled_host`](Self::verify_dialled_host) checks each server for its own.
 ///
 /// The server is trusted by the system's root certificates unless others are given. Certificates given as files are read again at each
 /// handshake, so they are renewed without a restart.
@@ -27,9 +27,9 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 ///
 /// # fn run() {
 /// let tls = TlsConfig::new("greeter.internal")
-///     .ca_file("/etc/greeter/ca.pem")
+///     .ca_certificate_file("/etc/greeter/ca.pem")
 ///     .identity_files("/etc/greeter/client.pem", "/etc/greeter/client.key");
-/// let channel = BalancedChannel::builder().tls(tls).addresses(["10.0.0.5:50051"]).connect_lazy();
+/// let channel = BalancedChannel::builder().tls_config(tls).addresses(["10.0.0.5:50051"]).connect_lazy();
 /// # }
 /// ```
 #[derive(Clone)]
@@ -57,14 +57,14 @@ impl TlsConfig {
     /// use tonic_balance::{BalancedChannel, TlsConfig};
     ///
     /// # fn run() {
-    /// let tls = TlsConfig::by_address().ca_file("/etc/greeter/ca.pem");
+    /// let tls = TlsConfig::verify_dialled_host().ca_certificate_file("/etc/greeter/ca.pem");
     /// let channel = BalancedChannel::builder()
-    ///     .tls(tls)
+    ///     .tls_config(tls)
     ///     .addresses(["greeter-0.greeter:50051", "greeter-1.greeter:50051"])
     ///     .connect_lazy();
     /// # }
     /// ```
-    pub fn by_address() -> Self {
+    pub fn verify_dialled_host() -> Self {
         Self::of(None)
     }
 
@@ -77,35 +77,31 @@ impl TlsConfig {
         }
     }
 
-    /// Trusts the certificates in this PEM text; the system's are then not trusted unless [`system_roots`](Self::system_roots) says so.
-    pub fn ca_pem(mut self, pem: impl Into<Vec<u8>>) -> Self {
+    /// Trusts the certificates in this PEM text; the system's are then not trusted unless [`with_native_roots`](Self::with_native_roots) says so.
+    pub fn ca_certificate(mut self, pem: impl Into<Vec<u8>>) -> Self {
         self.roots.push(Pem::Text(pem.into()));
         self
     }
 
-    /// As [`ca_pem`](Self::ca_pem), from a file that is read at each handshake.
-    pub fn ca_file(mut self, path: impl AsRef<Path>) -> Self {
+    /// As [`ca_certificate`](Self::ca_certificate), from a file that is read at each handshake.
+    pub fn ca_certificate_file(mut self, path: impl AsRef<Path>) -> Self {
         self.roots.push(Pem::File(path.as_ref().to_owned()));
         self
     }
 
     /// Trusts the system's root certificates as well. The default if no others are given.
-    pub fn system_roots(mut self) -> Self {
+    pub fn with_native_roots(mut self) -> Self {
         self.system_roots = true;
         self
     }
 
     /// The certificate chain and the private key to show to servers, as PEM texts. None by default.
-    pub fn identity_pem(
-        mut self,
-        certificates: impl Into<Vec<u8>>,
-        key: impl Into<Vec<u8>>,
-    ) -> Self {
+    pub fn identity(mut self, certificates: impl Into<Vec<u8>>, key: impl Into<Vec<u8>>) -> Self {
         self.identity = Some((Pem::Text(certificates.into()), Pem::Text(key.into())));
         self
     }
 
-    /// As [`identity_pem`](Self::identity_pem), from files that are read at each handshake.
+    /// As [`identity`](Self::identity), from files that are read at each handshake.
     pub fn identity_files(mut self, certificates: impl AsRef<Path>, key: impl AsRef<Path>) -> Self {
         let certificates = Pem::File(certificates.as_ref().to_owned());
         self.identity = Some((certificates, Pem::File(key.as_ref().to_owned())));

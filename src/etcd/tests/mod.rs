@@ -74,7 +74,7 @@ impl World {
         let resolver = ResolverBuilder::service(etcd.clone(), &keyspace, "greeter", policy.clone())
             .reconcile_interval(lossy.then_some(RECONCILE));
         let registration = RegistrationBuilder::service(etcd, policy, keyspace, "greeter")
-            .and_service("second")
+            .additional_service("second")
             .address("127.0.0.1:1")
             .format(Format::Plain)
             .ttl(TTL);

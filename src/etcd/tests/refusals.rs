@@ -283,8 +283,8 @@ async fn who_is_set_apart_fetches_a_token_without_the_others() {
     let (fake, etcd) = protected();
     let key = Key::from("/a");
     etcd.read(&key).await.expect("a token was fetched");
-    let apart = etcd.apart();
-    apart.read(&key).await.expect("it has the token");
+    let detached = etcd.detached();
+    detached.read(&key).await.expect("it has the token");
     assert_eq!(fake.script().users.authentications, 1);
     fake.script().users.token += 1;
     // On its way to a token, and then its runtime is busy.
@@ -294,7 +294,7 @@ async fn who_is_set_apart_fetches_a_token_without_the_others() {
         assert!(step.is_err(), "not yet");
     }
     let start = Instant::now();
-    apart.read(&key).await.expect("a token was fetched");
+    detached.read(&key).await.expect("a token was fetched");
     let took = Instant::now().saturating_duration_since(start);
     assert!(took < Duration::from_secs(1), "{took:?}");
     busy.await.expect("a token was fetched");

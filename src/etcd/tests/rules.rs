@@ -170,7 +170,7 @@ async fn a_grant_whose_answer_was_lost_is_repeated_without_harm() {
     fake.script().lost_grants = 1;
     let start = Instant::now();
     let registered = registration(fake.etcd(2)).register().await;
-    registered.expect("all is well");
+    let _registered = registered.expect("all is well");
     assert!(since(start) < TTL / 2, "{:?}", since(start));
     assert_eq!(fake.store().leases.len(), 1, "the same lease");
 }
@@ -215,7 +215,7 @@ async fn what_is_set_apart_has_connections_of_its_own() {
     let etcd = fake.etcd(1);
     let key = Key::from("/a");
     etcd.read(&key).await.expect("all is well");
-    etcd.apart().read(&key).await.expect("all is well");
+    etcd.detached().read(&key).await.expect("all is well");
     assert_eq!(fake.script().connections, 2);
 }
 
@@ -357,7 +357,7 @@ async fn every_key_says_that_it_is_leaving_before_it_goes() {
     let fake = Fake::new(1, 0);
     let mut builder = registration(fake.etcd(2));
     for number in 0..150 {
-        builder = builder.and_service(format!("service{number}"));
+        builder = builder.additional_service(format!("service{number}"));
     }
     let registered = builder.register().await.expect("all is well");
     let goodbyes = |fake: &Fake| {

@@ -7,7 +7,7 @@ use super::super::entry::Entry;
 use super::{Attributes, RegistrationBuilder, Target};
 use crate::error::RegisterError;
 use crate::format::{MAX_WEIGHT, RESERVED};
-use crate::instance::{Advertisement, Instance, Registered};
+use crate::instance::{Advertisement, Instance};
 use crate::keyspace::{Keyspace, check_service};
 use tonic_balance::{Address, AddressError};
 
@@ -146,12 +146,8 @@ impl RegistrationBuilder {
                 "the instance id {id:?} is empty, or contains a slash or a control character"
             ));
         }
+        let instance = Instance::from(advertisement.clone()).with_id(id);
         let id = id.unwrap_or_default();
-        let registered = Registered {
-            id: id.to_owned(),
-            ..Registered::default()
-        };
-        let instance = Instance::registered(advertisement.clone(), registered);
         let services = self.services();
         let key = |service: &String| self.instance_key(keyspace, service, id, &instance);
         services.iter().map(key).collect()

@@ -31,7 +31,7 @@ pub struct RegistrationBuilder {
     policy: AddressPolicy,
     target: Target,
     further: Vec<String>,
-    own_thread: bool,
+    dedicated_thread: bool,
     address: Option<String>,
     host: Option<String>,
     advertisement: Attributes,
@@ -91,7 +91,7 @@ impl RegistrationBuilder {
             policy,
             target,
             further: Vec::new(),
-            own_thread: false,
+            dedicated_thread: false,
             address: None,
             host: None,
             advertisement: Attributes {
@@ -119,7 +119,7 @@ impl RegistrationBuilder {
     /// # async fn run(registry: tonic_etcd::Registry) -> Result<(), tonic_etcd::RegisterError> {
     /// let registration = registry
     ///     .registration("helloworld.Greeter")
-    ///     .and_service("routeguide.RouteGuide")
+    ///     .additional_service("routeguide.RouteGuide")
     ///     .address("10.0.0.5:50051")
     ///     .register()
     ///     .await?;
@@ -127,7 +127,7 @@ impl RegistrationBuilder {
     /// # Ok(())
     /// # }
     /// ```
-    pub fn and_service(mut self, service: impl Into<String>) -> Self {
+    pub fn additional_service(mut self, service: impl Into<String>) -> Self {
         self.further.push(service.into());
         self
     }
@@ -135,8 +135,8 @@ impl RegistrationBuilder {
     /// Keeps the registration on a thread and over connections of its own: the lease is renewed even while calls keep every thread of
     /// the runtime busy for longer than the TTL. Off by default. A client given to [`Registry::from_client`](crate::Registry::from_client)
     /// keeps its connections where it has them.
-    pub fn own_thread(mut self, own_thread: bool) -> Self {
-        self.own_thread = own_thread;
+    pub fn dedicated_thread(mut self, dedicated_thread: bool) -> Self {
+        self.dedicated_thread = dedicated_thread;
         self
     }
 
@@ -230,7 +230,7 @@ impl RegistrationBuilder {
 
     /// The registration's state as a watch, from before it is registered: for those who hand the builder to a server and keep this.
     #[must_use]
-    pub fn states(&self) -> watch::Receiver<RegistrationState> {
+    pub fn watch_state(&self) -> watch::Receiver<RegistrationState> {
         self.states.subscribe()
     }
 
@@ -275,7 +275,7 @@ impl RegistrationBuilder {
             self.etcd,
             entry,
             self.deregister_timeout,
-            self.own_thread,
+            self.dedicated_thread,
             self.states,
         )
     }

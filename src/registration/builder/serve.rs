@@ -31,7 +31,7 @@ impl RegistrationBuilder {
     /// ```no_run
     /// # fn run(registry: &tonic_etcd::Registry) {
     /// let registration = registry.registration("helloworld.Greeter");
-    /// let mut states = registration.server_states();
+    /// let mut states = registration.watch_server_state();
     /// tokio::spawn(async move {
     ///     if states.wait_for(|state| state.is_draining()).await.is_ok() {
     ///         // End what would go on for ever.
@@ -40,7 +40,7 @@ impl RegistrationBuilder {
     /// # }
     /// ```
     #[must_use]
-    pub fn server_states(&self) -> watch::Receiver<ServerState> {
+    pub fn watch_server_state(&self) -> watch::Receiver<ServerState> {
         self.serve.states.subscribe()
     }
 }

@@ -143,8 +143,8 @@ impl Machine {
                 self.keys[put.index].held = None;
             }
             let more = answer.is_ok() && self.places().any(|place| place.held.is_some());
-            if let State::Leaving { goodbye, .. } = &mut self.state {
-                *goodbye = more;
+            if let State::Leaving { leave_marker, .. } = &mut self.state {
+                *leave_marker = more;
             }
             return;
         }

@@ -4,14 +4,14 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Command, DEADLINE_MAX, GOODBYE_MAX, Machine, Place, State};
+use super::{Command, DEADLINE_MAX, LEAVE_MARKER_MAX, Machine, Place, State};
 
 impl Machine {
     /// What to do now.
     pub(in crate::registration) fn command(&self, now: Instant) -> Command {
         let deadline = self.deadline();
-        if let State::Leaving { goodbye, .. } = self.state {
-            return self.leave(goodbye, now);
+        if let State::Leaving { leave_marker, .. } = self.state {
+            return self.leave(leave_marker, now);
         }
         if let Some(lease) = &self.lease
             && self.keeps_lease()
@@ -48,7 +48,7 @@ impl Machine {
             return Command::Delete {
                 index,
                 lease: lease.id,
-                goodbye: self.keys[index].held.filter(|_| self.says_goodbye),
+                leave_marker: self.keys[index].held.filter(|_| self.has_leave_marker),
                 deadline,
             };
         }
@@ -94,7 +94,7 @@ impl Machine {
         }
     }
 
-    fn leave(&self, goodbye: bool, now: Instant) -> Command {
+    fn leave(&self, leave_marker: bool, now: Instant) -> Command {
         let deadline = self.deadline();
         let own = self.lease.map(|lease| lease.id);
         let Some(lease) = own.or(self.unrevoked.last().copied()) else {
@@ -105,11 +105,11 @@ impl Machine {
                 until: Some(not_before),
             };
         }
-        if goodbye && own.is_some() {
+        if leave_marker && own.is_some() {
             return Command::Put {
                 lease,
                 leaving: true,
-                deadline: deadline.min(GOODBYE_MAX),
+                deadline: deadline.min(LEAVE_MARKER_MAX),
             };
         }
         Command::Revoke { lease, deadline }

@@ -45,7 +45,7 @@ pub(super) enum Command {
     Delete {
         index: usize,
         lease: LeaseId,
-        goodbye: Option<Revision>,
+        leave_marker: Option<Revision>,
         deadline: Duration,
     },
     /// Renew the lease, and take no answer out of a raft term below this one; answer with [`Machine::on_renewed`].
@@ -84,7 +84,7 @@ pub(super) struct Machine {
     /// Whether etcd was out of reach, for a renewal or for the watch, since the last good renewal.
     disturbed: bool,
     /// Whether the value can say that the instance is leaving.
-    says_goodbye: bool,
+    has_leave_marker: bool,
     /// Nothing but renewals is sent before it.
     not_before: Option<Instant>,
     backoff: Backoff,
@@ -103,9 +103,9 @@ enum State {
     Registered,
     /// Others have every key.
     Superseded,
-    /// Taking the keys away. `goodbye`: the last word, that the instance is leaving, is still to be written.
+    /// Taking the keys away. `leave_marker`: the last word, that the instance is leaving, is still to be written.
     Leaving {
-        goodbye: bool,
+        leave_marker: bool,
         next: After,
     },
     Paused,
@@ -213,7 +213,7 @@ impl Machine {
     pub(super) fn new(
         ttl: Duration,
         keys: usize,
-        says_goodbye: bool,
+        has_leave_marker: bool,
         mut rng: fastrand::Rng,
     ) -> Self {
         let bound = (ttl / 4).min(RETRY_MAX);
@@ -231,7 +231,7 @@ impl Machine {
             keys: vec![Place::NEW; keys],
             key_watched: false,
             disturbed: false,
-            says_goodbye,
+            has_leave_marker,
             not_before: None,
             backoff: Backoff::new(RETRY_FIRST, bound),
             rng,
@@ -352,13 +352,13 @@ impl Machine {
     }
 
     fn take_away(&mut self, next: After) {
-        let goodbye = match self.state {
+        let leave_marker = match self.state {
             State::Deregistered => return,
-            State::Leaving { goodbye, .. } => goodbye,
-            _ => self.says_goodbye && self.places().any(|place| place.held.is_some()),
+            State::Leaving { leave_marker, .. } => leave_marker,
+            _ => self.has_leave_marker && self.places().any(|place| place.held.is_some()),
         };
         self.not_before = None;
-        self.state = State::Leaving { goodbye, next };
+        self.state = State::Leaving { leave_marker, next };
         // Without a lease there is no key. A grant whose answer was lost leaves a lease that nothing hangs on.
         if self.lease.is_none() && self.unrevoked.is_empty() {
             self.left(next);
@@ -390,7 +390,7 @@ const DEADLINE_MAX: Duration = Duration::from_secs(2);
 /// No lease of ours is asked to live longer; a server that says otherwise is not believed.
 const TTL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// For the last word: it is a courtesy, and the revoke after it needs the time.
-pub(super) const GOODBYE_MAX: Duration = Duration::from_millis(500);
+pub(super) const LEAVE_MARKER_MAX: Duration = Duration::from_millis(500);
 /// Between tries where credentials or permissions are refused.
 const OPERATOR_WAIT: Duration = Duration::from_secs(30);
 /// A third of the TTL each: the keys are read once per TTL while they are watched, and at each renewal while they are not.

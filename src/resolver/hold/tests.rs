@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::{ProptestConfig, any, prop_assert, prop_assert_eq, proptest};
 
 use super::*;
-use crate::instance::{Advertisement, Registered};
+use crate::instance::Advertisement;
 
 const LENGTH: Duration = Duration::from_secs(30);
 
@@ -20,7 +20,7 @@ fn instance(number: u16) -> Instance {
 fn leaving(number: u16) -> Instance {
     let mut advertisement = Advertisement::new(address(number));
     advertisement.leaving = true;
-    Instance::registered(advertisement, Registered::default())
+    Instance::from(advertisement)
 }
 
 /// A hold over a set that was registered at once, a minute ago.

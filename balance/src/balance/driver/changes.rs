@@ -4,15 +4,15 @@ use std::sync::Arc;
 
 use tower::discover::Change;
 
-use super::{Class, Driver, Known, State, SubchannelId};
+use super::{Class, Driver, EndpointEntry, State, SubchannelId};
 use crate::address::Address;
 use crate::attributes::Attributes;
 use crate::balance::connect_backoff::ConnectBackoff;
 use crate::balance::endpoint::{Endpoint, Tally};
-use crate::balance::feed::Batch;
-use crate::balance::member::Member;
 use crate::balance::outlier::Ejection;
+use crate::balance::ready_connection::ReadyConnection;
 use crate::balance::subchannel::{Ready, Subchannel};
+use crate::balance::updates::Batch;
 use crate::error::causes;
 
 impl Driver {
@@ -40,7 +40,7 @@ impl Driver {
         if batch.known && is_news && !self.summary.known {
             self.summary.known = true;
             tracing::info!(
-                endpoints = self.known.len(),
+                endpoints = self.endpoints.len(),
                 "the set of endpoints is known"
             );
             self.publish_now();
@@ -48,25 +48,25 @@ impl Driver {
     }
 
     pub(super) fn insert(&mut self, address: &Address, attributes: Attributes) {
-        let Some(known) = self.known.get_mut(address) else {
+        let Some(entry) = self.endpoints.get_mut(address) else {
             return self.add(address, attributes);
         };
         let (weight, last_resort) = (attributes.weight(), attributes.is_last_resort());
-        let before = std::mem::replace(&mut known.attributes, attributes);
-        known.endpoint.set_attributes(weight, last_resort);
-        let subchannels = known.subchannels.clone();
+        let before = std::mem::replace(&mut entry.attributes, attributes);
+        entry.endpoint.set_attributes(weight, last_resort);
+        let subchannels = entry.subchannels.clone();
         // Another server, or the same one after a restart.
-        let fresh = before.generation() != known.attributes.generation();
+        let fresh = before.generation() != entry.attributes.generation();
         if before.is_last_resort() != last_resort {
             tracing::info!(%address, last_resort, "endpoint changed its rank");
         }
         if fresh {
-            known.ejection = Ejection::default();
-            known.quarantine = None;
-            known.spare_backoff.reset();
-            known.spare_at = None;
-            known.warm = false;
-            known.endpoint.forget();
+            entry.ejection = Ejection::default();
+            entry.quarantine = None;
+            entry.spare_backoff.reset();
+            entry.spare_at = None;
+            entry.warm = false;
+            entry.endpoint.forget();
         }
         for id in subchannels {
             if before.is_last_resort() && !last_resort {
@@ -85,7 +85,7 @@ impl Driver {
             .insert(address.clone(), Arc::clone(&endpoint));
         tracing::info!(%address, weight = attributes.weight(), "endpoint added");
         let dial = !attributes.is_last_resort();
-        let known = Known {
+        let entry = EndpointEntry {
             endpoint,
             attributes,
             subchannels: Vec::new(),
@@ -100,18 +100,18 @@ impl Driver {
             started: None,
             judged: Tally::default(),
         };
-        self.known.insert(address.clone(), known);
-        self.summary.endpoints = self.known.len();
+        self.endpoints.insert(address.clone(), entry);
+        self.summary.endpoints = self.endpoints.len();
         self.add_subchannel(address, dial);
         self.reclassify(address);
         self.publish_soon();
     }
 
     pub(super) fn add_subchannel(&mut self, address: &Address, dial: bool) -> Option<SubchannelId> {
-        let known = self.known.get_mut(address)?;
+        let entry = self.endpoints.get_mut(address)?;
         self.next_id += 1;
         let id = self.next_id;
-        known.subchannels.push(id);
+        entry.subchannels.push(id);
         let subchannel = Subchannel::new(ConnectBackoff::new(self.options.max_backoff));
         self.subchannels
             .insert(id, (address.clone(), State::Idle(subchannel)));
@@ -129,7 +129,7 @@ impl Driver {
             State::Ready(subchannel) if fresh && subchannel.is_silent() => {
                 // The stall belongs to the previous registration.
                 self.drop_spare(&address);
-                State::Idle(self.abandon(id, &address, subchannel))
+                State::Idle(self.replace_connection(id, &address, subchannel))
             }
             State::Resting(subchannel) if last_resort || fresh => {
                 self.resting.remove(&id);
@@ -158,11 +158,11 @@ impl Driver {
             state => state,
         };
         self.subchannels.insert(id, (address, state));
-        self.place(id);
+        self.update_ready_set(id);
     }
 
     pub(super) fn remove(&mut self, address: &Address) {
-        let Some(known) = self.known.remove(address) else {
+        let Some(entry) = self.endpoints.remove(address) else {
             return;
         };
         tracing::info!(%address, "endpoint removed");
@@ -170,35 +170,35 @@ impl Driver {
         self.summary
             .last_error
             .take_if(|error| error.address == *address);
-        if known.class == Class::Pending {
+        if entry.class == Class::Pending {
             self.pending -= 1;
         }
         let mut drains = false;
-        for id in known.subchannels {
+        for id in entry.subchannels {
             self.resting.remove(&id);
             // Dropping the other states ends what they do.
             if let Some((_, State::Ready(subchannel))) = self.subchannels.remove(&id) {
-                let member = Arc::clone(subchannel.member());
+                let connection = Arc::clone(subchannel.connection());
                 self.close(id, subchannel);
-                drains |= member.load().in_flight() > 0;
+                drains |= connection.load().in_flight() > 0;
             }
         }
-        self.removed.push((known.endpoint, drains));
-        self.summary.endpoints = self.known.len();
+        self.removed.push((entry.endpoint, drains));
+        self.summary.endpoints = self.endpoints.len();
         self.publish_now();
     }
 
     /// Closes a connection once its calls are over. No call is sent on it any more.
     pub(super) fn close(&mut self, id: SubchannelId, subchannel: Subchannel<Ready>) {
-        let member = subchannel.member();
-        self.evict(id, member);
-        let endpoint = Arc::clone(member.endpoint());
+        let connection = subchannel.connection();
+        self.evict(id, connection);
+        let endpoint = Arc::clone(connection.endpoint());
         self.draining.push((endpoint, subchannel.drain()));
     }
 
     /// Takes a connection out of the set that calls pick from.
-    pub(super) fn evict(&mut self, id: SubchannelId, member: &Arc<Member>) {
-        member.set_takes_calls(false);
+    pub(super) fn evict(&mut self, id: SubchannelId, connection: &Arc<ReadyConnection>) {
+        connection.set_takes_calls(false);
         if self.primary.remove(&id) || self.last_resort.remove(&id) {
             self.publish_now();
         }

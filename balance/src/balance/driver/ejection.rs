@@ -4,26 +4,27 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::{DialId, Driver, Report, State, SubchannelId};
+use super::{DialId, Driver, State, SubchannelEvent, SubchannelId};
 use crate::address::Address;
 use crate::balance::connect_backoff::ConnectBackoff;
 use crate::balance::health::Health;
-use crate::balance::member::{Member, Seat};
 use crate::balance::outlier;
+use crate::balance::ready_connection::{ReadyConnection, ReadyEntry};
 use crate::balance::subchannel::{Idle, Ready, Silence, Subchannel};
-use crate::transport::task;
+use crate::transport::connection_task::ConnectionEvent;
 
 impl Driver {
-    pub(super) fn on_report(&mut self, dial_id: DialId, report: Report) {
-        match report {
-            Report::Connection(task::Report::Stalled) => self.on_silent(dial_id, Silence::Stalled),
-            Report::Connection(task::Report::Doubtful) => {
-                self.on_silent(dial_id, Silence::Doubtful);
-            }
-            Report::Connection(task::Report::Recovered) => self.on_recovered(dial_id),
-            Report::Connection(task::Report::Streams) => self.on_streams(dial_id),
-            Report::Connection(task::Report::Left(leave)) => self.on_lost(dial_id, leave),
-            Report::Health(health) => self.on_health(dial_id, health),
+    pub(super) fn on_event(&mut self, dial_id: DialId, event: SubchannelEvent) {
+        let event = match event {
+            SubchannelEvent::Health(health) => return self.on_health(dial_id, health),
+            SubchannelEvent::Connection(event) => event,
+        };
+        match event {
+            ConnectionEvent::Stalled => self.on_silent(dial_id, Silence::Stalled),
+            ConnectionEvent::Doubtful => self.on_silent(dial_id, Silence::Doubtful),
+            ConnectionEvent::Recovered => self.on_recovered(dial_id),
+            ConnectionEvent::Streams => self.on_streams(dial_id),
+            ConnectionEvent::Left(reason) => self.on_lost(dial_id, reason),
         }
     }
 
@@ -35,15 +36,15 @@ impl Driver {
         let Some((address, State::Ready(subchannel))) = self.subchannels.get_mut(&id) else {
             return;
         };
-        subchannel.member().follow_limit();
-        subchannel.member().offer();
+        subchannel.connection().follow_limit();
+        subchannel.connection().offer();
         self.shared.changed.notify_waiters();
-        if self.options.health_check.is_some() && !subchannel.member().connection().has_reserve() {
+        if self.options.health_check.is_some() && !subchannel.connection().http2().has_reserve() {
             // A call would wait for the watch's stream inside h2, for ever.
             let address = address.clone();
             tracing::warn!(%address, "no health check any more: the endpoint allows one stream, and calls need it");
             subchannel.end_health_watch();
-            self.place(id);
+            self.update_ready_set(id);
             self.reclassify(&address);
         }
     }
@@ -62,14 +63,14 @@ impl Driver {
         }
         let address = address.clone();
         // A connection that has served calls is worth another one at once.
-        let has_served = subchannel.member().used().is_answered();
+        let has_served = subchannel.connection().used().is_answered();
         if silence == Silence::Stalled {
             tracing::warn!(%address, "connection does not answer: dialling a second one beside it");
             self.note(&address, "does not answer any more".into());
         } else {
             tracing::debug!(%address, "connection is silent: dialling a second one beside it");
         }
-        self.place(id);
+        self.update_ready_set(id);
         self.dial_beside(&address, has_served);
         self.reclassify(&address);
     }
@@ -85,14 +86,14 @@ impl Driver {
         let address = address.clone();
         if subchannel.is_stalled() {
             // It was away, and is taken for as fast as the pool.
-            subchannel.member().load().forget(median);
+            subchannel.connection().load().forget(median);
             tracing::info!(%address, "connection answers again");
         }
         subchannel.set_silence(Silence::None);
-        self.place(id);
+        self.update_ready_set(id);
         if let Some((_, State::Ready(subchannel))) = self.subchannels.get(&id) {
             // It may have been in the ready set all the time, and calls that did not trust it wait.
-            subchannel.member().offer();
+            subchannel.connection().offer();
         }
         self.shared.changed.notify_waiters();
         self.drop_spare(&address);
@@ -100,37 +101,37 @@ impl Driver {
     }
 
     /// Moves a connection to the primary or the last-resort ready set, according to its endpoint, or out of both if it does not answer.
-    pub(super) fn place(&mut self, id: SubchannelId) {
+    pub(super) fn update_ready_set(&mut self, id: SubchannelId) {
         let Some((address, State::Ready(subchannel))) = self.subchannels.get(&id) else {
             return;
         };
-        let Some(known) = self.known.get(address) else {
+        let Some(entry) = self.endpoints.get(address) else {
             return;
         };
-        let is_foreign = known
+        let is_foreign = entry
             .quarantine
             .is_some_and(|quarantine| !quarantine.is_over());
-        let ejected = known.ejection.is_ejected() || is_foreign;
-        known
+        let ejected = entry.ejection.is_ejected() || is_foreign;
+        entry
             .endpoint
             .set_ejected(ejected || subchannel.is_stalled());
         if *subchannel.health() != Health::Serving || subchannel.is_stalled() {
-            let member = Arc::clone(subchannel.member());
-            return self.evict(id, &member);
+            let connection = Arc::clone(subchannel.connection());
+            return self.evict(id, &connection);
         }
-        let weight = self.share(known, Instant::now());
-        let weight = weight.saturating_mul(self.zone_factor(known));
-        let is_reserve = ejected || known.attributes.is_last_resort();
+        let weight = self.share(entry, Instant::now());
+        let weight = weight.saturating_mul(self.zone_factor(entry));
+        let is_reserve = ejected || entry.attributes.is_last_resort();
         let (here, there) = if is_reserve {
             (&mut self.last_resort, &mut self.primary)
         } else {
             (&mut self.primary, &mut self.last_resort)
         };
         let takes_calls = !is_reserve || self.is_last_resort;
-        subchannel.member().set_takes_calls(takes_calls);
+        subchannel.connection().set_takes_calls(takes_calls);
         let moved = there.remove(&id);
         if !here.contains(&id) {
-            here.insert(id, Seat::new(subchannel.member()), weight);
+            here.insert(id, ReadyEntry::new(subchannel.connection()), weight);
         } else if !here.reweigh(&id, weight) {
             return;
         }
@@ -143,39 +144,41 @@ impl Driver {
     }
 
     /// Leaves what calls have given up.
-    pub(super) fn give_up(&mut self) {
+    pub(super) fn redial_given_up(&mut self) {
         let given_up = self.shared.given_up();
         if given_up.is_empty() {
             return;
         }
         let ids: Vec<_> = given_up
             .iter()
-            .filter_map(|member| self.find(member))
+            .filter_map(|connection| self.find(connection))
             .collect();
         for id in ids {
-            self.leave(id);
+            self.redial(id);
         }
         self.publish();
         // Only now can nobody pick them.
-        self.shared.lock_given_up().retain(|member| {
+        self.shared.lock_given_up().retain(|connection| {
             let mut done = given_up.iter();
-            !done.any(|done| Arc::ptr_eq(done, member))
+            !done.any(|done| Arc::ptr_eq(done, connection))
         });
     }
 
-    fn find(&self, member: &Arc<Member>) -> Option<SubchannelId> {
-        let known = self.known.get(member.endpoint().address())?;
-        let is_it = |id: &&SubchannelId| matches!(self.subchannels.get(*id), Some((_, State::Ready(ready))) if Arc::ptr_eq(ready.member(), member));
-        known.subchannels.iter().find(is_it).copied()
+    fn find(&self, connection: &Arc<ReadyConnection>) -> Option<SubchannelId> {
+        let entry = self.endpoints.get(connection.endpoint().address())?;
+        let is_it = |id: &&SubchannelId| matches!(self.subchannels.get(*id), Some((_, State::Ready(ready))) if Arc::ptr_eq(ready.connection(), connection));
+        entry.subchannels.iter().find(is_it).copied()
     }
 
     /// Dials anew, whatever is at the old connection's end.
-    fn leave(&mut self, id: SubchannelId) {
+    fn redial(&mut self, id: SubchannelId) {
         let Some((address, state)) = self.subchannels.remove(&id) else {
             return;
         };
         let state = match state {
-            State::Ready(subchannel) => State::Idle(self.abandon(id, &address, subchannel)),
+            State::Ready(subchannel) => {
+                State::Idle(self.replace_connection(id, &address, subchannel))
+            }
             state => state,
         };
         self.subchannels.insert(id, (address.clone(), state));
@@ -185,14 +188,14 @@ impl Driver {
     }
 
     /// Gives a connection up for a new one; its calls go on as long as they can.
-    pub(super) fn abandon(
+    pub(super) fn replace_connection(
         &mut self,
         id: SubchannelId,
         address: &Address,
         subchannel: Subchannel<Ready>,
     ) -> Subchannel<Idle> {
         tracing::info!(%address, "left a connection: connecting anew");
-        subchannel.member().endpoint().set_ejected(false);
+        subchannel.connection().endpoint().set_ejected(false);
         self.close(id, subchannel);
         // The id goes to the new connection, and what the old one reports from now on is not about that.
         self.connected.retain(|_, connected| *connected != id);
@@ -207,33 +210,33 @@ impl Driver {
         };
         self.sweep_at = Some(now + config.period());
         let mut hosts: Vec<_> = self
-            .known
+            .endpoints
             .values_mut()
-            .map(|known| {
-                let tally = known.endpoint.tally();
-                let before = std::mem::replace(&mut known.judged, tally);
-                (tally.since(before), known.ejection)
+            .map(|entry| {
+                let tally = entry.endpoint.tally();
+                let before = std::mem::replace(&mut entry.judged, tally);
+                (tally.since(before), entry.ejection)
             })
             .collect();
         outlier::sweep(config, &mut hosts, now);
         let mut moved = Vec::new();
-        for (known, (counts, ejection)) in self.known.values_mut().zip(hosts) {
-            let address = known.endpoint.address();
-            match (known.ejection.is_ejected(), ejection.is_ejected()) {
+        for (entry, (counts, ejection)) in self.endpoints.values_mut().zip(hosts) {
+            let address = entry.endpoint.address();
+            match (entry.ejection.is_ejected(), ejection.is_ejected()) {
                 (false, true) => {
                     tracing::warn!(%address, ?counts, "endpoint ejected: it fails much more than the others");
                 }
                 (true, false) => tracing::info!(%address, "endpoint is back from its ejection"),
                 _ => {
-                    known.ejection = ejection;
+                    entry.ejection = ejection;
                     continue;
                 }
             }
-            known.ejection = ejection;
-            moved.extend(known.subchannels.iter().copied());
+            entry.ejection = ejection;
+            moved.extend(entry.subchannels.iter().copied());
         }
         for id in moved {
-            self.place(id);
+            self.update_ready_set(id);
         }
     }
 }

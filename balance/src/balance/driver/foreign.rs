@@ -31,30 +31,30 @@ impl Driver {
         let now = Instant::now();
         for endpoint in reported {
             let address = endpoint.address();
-            let Some(known) = self.known.get_mut(address) else {
+            let Some(entry) = self.endpoints.get_mut(address) else {
                 continue;
             };
             // The address may have been registered anew, with an endpoint of its own.
-            if !Arc::ptr_eq(&known.endpoint, &endpoint) {
+            if !Arc::ptr_eq(&entry.endpoint, &endpoint) {
                 continue;
             }
             // Calls in flight report the same endpoint several times, some after it was quarantined.
-            let is_out = known
+            let is_out = entry
                 .quarantine
                 .is_some_and(|quarantine| !quarantine.is_over());
             if is_out || endpoint.is_grpc() {
                 continue;
             }
-            let length = known.quarantine.map_or(FIRST, |before| before.length * 2);
+            let length = entry.quarantine.map_or(FIRST, |before| before.length * 2);
             let length = length.min(LONGEST);
-            known.quarantine = Some(Quarantine {
+            entry.quarantine = Some(Quarantine {
                 until: Some(now + length),
                 length,
             });
             tracing::warn!(%address, ?length, "endpoint does not answer with gRPC: no calls for a while");
             self.quarantined.push(address.clone());
-            for id in known.subchannels.clone() {
-                self.place(id);
+            for id in entry.subchannels.clone() {
+                self.update_ready_set(id);
             }
         }
     }
@@ -62,23 +62,23 @@ impl Driver {
     /// Returns endpoints whose quarantine has expired to the set, on probation.
     pub(super) fn try_foreign(&mut self, now: Instant) {
         for address in std::mem::take(&mut self.quarantined) {
-            let Some(known) = self.known.get_mut(&address) else {
+            let Some(entry) = self.endpoints.get_mut(&address) else {
                 continue;
             };
-            let Some(quarantine) = &mut known.quarantine else {
+            let Some(quarantine) = &mut entry.quarantine else {
                 continue;
             };
             match quarantine.until {
                 Some(until) if until > now => self.quarantined.push(address),
                 Some(_) => {
                     quarantine.until = None;
-                    for id in known.subchannels.clone() {
-                        self.place(id);
+                    for id in entry.subchannels.clone() {
+                        self.update_ready_set(id);
                     }
                     self.quarantined.push(address);
                 }
                 // An answer has cleared it.
-                None if known.endpoint.is_grpc() => known.quarantine = None,
+                None if entry.endpoint.is_grpc() => entry.quarantine = None,
                 None => self.quarantined.push(address),
             }
         }

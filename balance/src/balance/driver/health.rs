@@ -6,9 +6,9 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::Status;
 
-use super::{DialId, Driver, Report, State};
+use super::{DialId, Driver, State, SubchannelEvent};
 use crate::balance::health::{End, Health, HealthWatch};
-use crate::balance::member::Member;
+use crate::balance::ready_connection::ReadyConnection;
 use crate::balance::subchannel::StopOnDrop;
 use crate::transport::health::HealthCheck;
 
@@ -17,32 +17,32 @@ impl Driver {
     pub(super) fn watch_health(
         &mut self,
         dial_id: DialId,
-        member: &Arc<Member>,
+        connection: &Arc<ReadyConnection>,
     ) -> Option<StopOnDrop> {
         let check = self.options.health_check.clone()?;
-        let address = member.endpoint().address();
-        if !member.connection().has_reserve() {
+        let address = connection.endpoint().address();
+        if !connection.http2().has_reserve() {
             tracing::warn!(%address, "no health check: the endpoint allows one stream, and calls need it");
             return None;
         }
-        let reports = self.on_report.clone();
-        let report = move |health| {
+        let events = self.on_event.clone();
+        let event = move |health| {
             // The driver may be gone, and then nobody cares.
-            let _ = reports.send((dial_id, Report::Health(health)));
+            let _ = events.send((dial_id, SubchannelEvent::Health(health)));
         };
         let watch = HealthWatch::new(self.options.max_backoff);
         let rng = self.rng.fork();
         let patience = self.connector.timeout;
         let watching = run(
             check,
-            Arc::clone(member),
+            Arc::clone(connection),
             watch,
             rng,
             patience,
-            report.clone(),
+            event.clone(),
         );
         let watching = async move {
-            let _panicked = Panicked(report);
+            let _panicked = Panicked(event);
             watching.await;
         };
         Some(StopOnDrop(tokio::spawn(watching).abort_handle()))
@@ -73,7 +73,7 @@ impl Driver {
                 self.note(&address, reason);
             }
         }
-        self.place(id);
+        self.update_ready_set(id);
         self.reclassify(&address);
     }
 }
@@ -92,26 +92,26 @@ impl<F: Fn(Health)> Drop for Panicked<F> {
 /// Watches until the server turns out to have no health service. Dropping the connection's state ends the watch.
 async fn run(
     check: HealthCheck,
-    member: Arc<Member>,
+    connection: Arc<ReadyConnection>,
     mut watch: HealthWatch,
     mut rng: fastrand::Rng,
     patience: Duration,
-    report: impl Fn(Health) + Send,
+    event: impl Fn(Health) + Send,
 ) {
     loop {
         let began = Instant::now();
-        let ended = follow(&check, &member, &mut watch, patience, &report).await;
+        let ended = follow(&check, &connection, &mut watch, patience, &event).await;
         let lasted = Instant::now().saturating_duration_since(began);
         match watch.on_end(&ended, lasted, &mut rng) {
             End::Again => {}
             End::After(health, wait) => {
-                report(health);
+                event(health);
                 sleep(wait).await;
             }
             End::Never(health) => {
-                let address = member.endpoint().address();
+                let address = connection.endpoint().address();
                 tracing::debug!(%address, "the endpoint has no health service, and counts as healthy");
-                return report(health);
+                return event(health);
             }
         }
     }
@@ -120,15 +120,15 @@ async fn run(
 /// Follows one watch to its end, and says what that was.
 async fn follow(
     check: &HealthCheck,
-    member: &Member,
+    connection: &ReadyConnection,
     watch: &mut HealthWatch,
     patience: Duration,
-    report: &(impl Fn(Health) + Send),
+    event: &(impl Fn(Health) + Send),
 ) -> Status {
-    let endpoint = member.endpoint();
+    let endpoint = connection.endpoint();
     let first = async {
         let mut statuses = check
-            .watch(member.connection(), endpoint.authority())
+            .watch(connection.http2(), endpoint.authority())
             .await?;
         let status = statuses.next().await?;
         Ok((statuses, status))
@@ -141,7 +141,7 @@ async fn follow(
     };
     while let Some(said) = status {
         if let Some(health) = watch.on_status(said) {
-            report(health);
+            event(health);
         }
         status = match statuses.next().await {
             Ok(status) => status,

@@ -13,31 +13,31 @@ use tower::discover::Change;
 
 use super::connect_backoff::ConnectBackoff;
 use super::endpoint::{Endpoint, Tally};
-use super::feed::Feed;
 use super::health::Health;
 use super::load::Loads;
-use super::member::Seat;
 use super::outlier::Ejection;
-use super::picker::Policy;
-use super::pool::Roster;
+use super::picker::LbPolicy;
+use super::ready_connection::ReadyEntry;
+use super::ready_set::ReadySetBuilder;
 use super::subchannel::{Connecting, Draining, Idle, Ready, Resting, Subchannel, TransientFailure};
+use super::updates::Updates;
 use super::zone::Zones;
 use super::{Options, Shared, Summary};
 use crate::address::Address;
 use crate::attributes::Attributes;
 use crate::transport::connect::{Connector, DialError};
+use crate::transport::connection_task::{self, CloseReason};
 use crate::transport::http2::Connection;
 use crate::transport::pings::KeepAlive;
-use crate::transport::task::{self, Leave};
 
 mod changes;
-mod dialling;
+mod connecting;
 mod ejection;
 mod foreign;
 mod health;
 mod publish;
 mod resting;
-mod size;
+mod scaling;
 mod slow_start;
 mod spare;
 mod zones;
@@ -68,7 +68,7 @@ struct Dial {
 
 /// An address that the registry names.
 #[derive(Debug)]
-struct Known {
+struct EndpointEntry {
     endpoint: Arc<Endpoint>,
     attributes: Attributes,
     subchannels: Vec<SubchannelId>,
@@ -101,8 +101,8 @@ enum Class {
 
 /// What a connection has to say.
 #[derive(Debug)]
-enum Report {
-    Connection(task::Report),
+enum SubchannelEvent {
+    Connection(connection_task::ConnectionEvent),
     Health(Health),
 }
 
@@ -117,7 +117,7 @@ pub(super) struct Driver {
     options: Options,
     rng: fastrand::Rng,
 
-    known: HashMap<Address, Known>,
+    endpoints: HashMap<Address, EndpointEntry>,
     /// Each state apart from its endpoint, so that a transition takes it out and puts the next one in.
     subchannels: HashMap<SubchannelId, (Address, State)>,
     next_id: SubchannelId,
@@ -143,13 +143,13 @@ pub(super) struct Driver {
     calls_then: Option<u64>,
     connected: HashMap<DialId, SubchannelId>,
     timers: BinaryHeap<Reverse<(Instant, SubchannelId)>>,
-    reports: mpsc::UnboundedReceiver<(DialId, Report)>,
-    on_report: mpsc::UnboundedSender<(DialId, Report)>,
+    events: mpsc::UnboundedReceiver<(DialId, SubchannelEvent)>,
+    on_event: mpsc::UnboundedSender<(DialId, SubchannelEvent)>,
     /// Connections that were lost before we heard that they were made.
-    lost_early: HashMap<DialId, Leave>,
+    lost_early: HashMap<DialId, CloseReason>,
 
-    primary: Roster<SubchannelId, Seat>,
-    last_resort: Roster<SubchannelId, Seat>,
+    primary: ReadySetBuilder<SubchannelId, ReadyEntry>,
+    last_resort: ReadySetBuilder<SubchannelId, ReadyEntry>,
     /// Whether calls pick from the last resort.
     is_last_resort: bool,
     loads: Loads,
@@ -177,20 +177,20 @@ pub(super) struct Driver {
 
 impl Driver {
     pub(super) fn new(shared: Arc<Shared>, connector: Arc<Connector>, options: Options) -> Self {
-        let (on_report, reports) = mpsc::unbounded_channel();
+        let (on_event, events) = mpsc::unbounded_channel();
         let rng = options
             .seed
             .map_or_else(fastrand::Rng::new, fastrand::Rng::with_seed);
         let detection = options.outlier_detection.as_ref();
         let sweep_at = detection.map(|detection| Instant::now() + detection.period());
-        let takes_turns = options.policy == Policy::WeightedRoundRobin;
+        let takes_turns = options.policy == LbPolicy::WeightedRoundRobin;
         Self {
             sweep_at,
             shared,
             connector,
             options,
             rng,
-            known: HashMap::new(),
+            endpoints: HashMap::new(),
             subchannels: HashMap::new(),
             next_id: 0,
             draining: Vec::new(),
@@ -205,12 +205,12 @@ impl Driver {
             calls_then: None,
             connected: HashMap::new(),
             timers: BinaryHeap::new(),
-            reports,
-            on_report,
+            events,
+            on_event,
             lost_early: HashMap::new(),
             stalled: Vec::new(),
-            primary: Roster::new(takes_turns),
-            last_resort: Roster::new(takes_turns),
+            primary: ReadySetBuilder::new(takes_turns),
+            last_resort: ReadySetBuilder::new(takes_turns),
             is_last_resort: false,
             loads: Loads::new(),
             summary: Summary::default(),
@@ -227,7 +227,7 @@ impl Driver {
         }
     }
 
-    pub(super) async fn run<S, E>(mut self, mut changes: Feed<S>)
+    pub(super) async fn run<S, E>(mut self, mut changes: Updates<S>)
     where
         S: Stream<Item = Result<Change<Address, Attributes>, E>> + Send,
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -239,10 +239,10 @@ impl Driver {
             // What is lost comes first, and what might never end, the stream, last.
             tokio::select! {
                 biased;
-                Some((dial_id, report)) = self.reports.recv() => self.on_report(dial_id, report),
+                Some((dial_id, event)) = self.events.recv() => self.on_event(dial_id, event),
                 Some(dialled) = self.dials.join_next_with_id() => self.on_dialled(dialled),
                 () = self.shared.demand.notified() => {
-                    self.give_up();
+                    self.redial_given_up();
                     self.wake_resting();
                     self.check_silent();
                     self.isolate_foreign();

@@ -21,14 +21,14 @@ impl Driver {
         self.shrink(now);
         self.median = self.find_median();
         let now = Ticks::at(now, self.shared.started);
-        for seat in self.primary.members().chain(self.last_resort.members()) {
-            seat.load().refresh(self.median, now);
+        for entry in self.primary.entries().chain(self.last_resort.entries()) {
+            entry.load().refresh(self.median, now);
         }
         self.draining.retain(|(endpoint, subchannel)| {
             let drained = subchannel.is_drained();
-            let known = self.known.get(endpoint.address());
+            let entry = self.endpoints.get(endpoint.address());
             // One connection of several, or one that another has replaced, is not the endpoint.
-            if drained && known.is_none_or(|known| !Arc::ptr_eq(&known.endpoint, endpoint)) {
+            if drained && entry.is_none_or(|entry| !Arc::ptr_eq(&entry.endpoint, endpoint)) {
                 self.shared.forget(endpoint);
             }
             !drained
@@ -38,17 +38,17 @@ impl Driver {
     fn find_median(&self) -> f32 {
         let estimates = self
             .primary
-            .members()
-            .filter_map(|seat| seat.load().estimate());
+            .entries()
+            .filter_map(|entry| entry.load().estimate());
         let mut latencies: Vec<_> = estimates.map(|estimate| estimate.mean()).collect();
         median(&mut latencies)
     }
 
     pub(super) fn reclassify(&mut self, address: &Address) {
-        let Some(known) = self.known.get_mut(address) else {
+        let Some(entry) = self.endpoints.get_mut(address) else {
             return;
         };
-        let states = known
+        let states = entry
             .subchannels
             .iter()
             .filter_map(|id| self.subchannels.get(id));
@@ -68,7 +68,7 @@ impl Driver {
                     (Class::Failing, EndpointState::Connecting)
                 }
                 State::Connecting(_) => (Class::Pending, EndpointState::Connecting),
-                State::Idle(one) if one.is_failing() || known.attributes.is_last_resort() => {
+                State::Idle(one) if one.is_failing() || entry.attributes.is_last_resort() => {
                     (Class::Failing, EndpointState::Idle)
                 }
                 // One that rests is dialled when a call waits.
@@ -79,12 +79,12 @@ impl Driver {
                 (class, shown) = (of_one, seen);
             }
         }
-        let before = std::mem::replace(&mut known.class, class);
+        let before = std::mem::replace(&mut entry.class, class);
         match (before, class) {
             // Ready is what calls can pick, so it is said once the set that has it is out.
             (Class::Ready, Class::Ready) => {}
             (_, Class::Ready) => self.joined.push(address.clone()),
-            _ => known.endpoint.set_state(shown),
+            _ => entry.endpoint.set_state(shown),
         }
         self.pending += usize::from(class == Class::Pending);
         self.pending -= usize::from(before == Class::Pending);
@@ -118,8 +118,8 @@ impl Driver {
         let (primary, held) = (self.primary.freeze(), self.last_resort.freeze());
         let last_resort = primary.len() == 0;
         if std::mem::replace(&mut self.is_last_resort, last_resort) != last_resort {
-            for seat in self.last_resort.members() {
-                seat.member().set_takes_calls(last_resort);
+            for entry in self.last_resort.entries() {
+                entry.connection().set_takes_calls(last_resort);
             }
         }
         let ready = if last_resort { held } else { primary };
@@ -142,9 +142,9 @@ impl Driver {
             .published
             .store(Arc::new(Published { ready, summary }));
         for address in std::mem::take(&mut self.joined) {
-            let known = self.known.get(&address);
-            if let Some(known) = known.filter(|known| known.class == Class::Ready) {
-                known.endpoint.set_state(EndpointState::Ready);
+            let entry = self.endpoints.get(&address);
+            if let Some(entry) = entry.filter(|entry| entry.class == Class::Ready) {
+                entry.endpoint.set_state(EndpointState::Ready);
             }
         }
         self.shared.changed.notify_waiters();

@@ -23,7 +23,7 @@ impl Driver {
             self.calls_then = None;
             return;
         };
-        let endpoints = self.known.values().map(|known| &known.endpoint);
+        let endpoints = self.endpoints.values().map(|entry| &entry.endpoint);
         let calls = endpoints.map(|endpoint| endpoint.calls()).sum();
         let before = self.calls_then.replace(calls);
         if before.is_some_and(|before| before != calls) {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Class, Driver, Known};
+use super::{Class, Driver, EndpointEntry};
 use crate::address::Address;
 
 impl Driver {
@@ -16,22 +16,22 @@ impl Driver {
         if self.options.slow_start.is_none() {
             return;
         }
-        let Some(known) = self.known.get_mut(address) else {
+        let Some(entry) = self.endpoints.get_mut(address) else {
             return;
         };
         // A connection beside another one, or after one that was closed in order, is to a server that is warm.
-        if known.class == Class::Ready || std::mem::replace(&mut known.warm, true) {
+        if entry.class == Class::Ready || std::mem::replace(&mut entry.warm, true) {
             return;
         }
-        if known.started.replace(now).is_none() {
+        if entry.started.replace(now).is_none() {
             self.starting.push(address.clone());
         }
     }
 
     /// What an endpoint weighs now.
-    pub(super) fn share(&self, known: &Known, now: Instant) -> u32 {
-        let weight = known.attributes.weight();
-        match (self.options.slow_start, known.started) {
+    pub(super) fn share(&self, entry: &EndpointEntry, now: Instant) -> u32 {
+        let weight = entry.attributes.weight();
+        match (self.options.slow_start, entry.started) {
             (None, _) => weight,
             (Some(_), None) => weight.saturating_mul(SCALE),
             (Some(window), Some(started)) => {
@@ -46,19 +46,19 @@ impl Driver {
             return;
         };
         for address in std::mem::take(&mut self.starting) {
-            let Some(known) = self.known.get_mut(&address) else {
+            let Some(entry) = self.endpoints.get_mut(&address) else {
                 continue;
             };
-            let Some(started) = known.started else {
+            let Some(started) = entry.started else {
                 continue;
             };
             if now.saturating_duration_since(started) >= window {
-                known.started = None;
+                entry.started = None;
             } else {
                 self.starting.push(address);
             }
-            for id in known.subchannels.clone() {
-                self.place(id);
+            for id in entry.subchannels.clone() {
+                self.update_ready_set(id);
             }
         }
     }

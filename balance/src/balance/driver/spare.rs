@@ -13,13 +13,13 @@ use crate::address::Address;
 impl Driver {
     /// Dials beside a connection that does not answer, unless that is being done or was done a moment ago in vain.
     pub(super) fn dial_beside(&mut self, address: &Address, has_served: bool) {
-        let Some(known) = self.known.get_mut(address) else {
+        let Some(entry) = self.endpoints.get_mut(address) else {
             return;
         };
-        known.endpoint.forget_silence();
+        entry.endpoint.forget_silence();
         if has_served {
-            known.spare_backoff.reset();
-            known.spare_at = None;
+            entry.spare_backoff.reset();
+            entry.spare_at = None;
         }
         if !self.stalled.contains(address) {
             self.stalled.push(address.clone());
@@ -38,17 +38,17 @@ impl Driver {
     }
 
     fn dial_spare(&mut self, address: &Address, now: Instant) {
-        let Some(known) = self.known.get_mut(address) else {
+        let Some(entry) = self.endpoints.get_mut(address) else {
             return;
         };
-        let is_early = known.spare_at.is_some_and(|at| now < at);
-        if known.spare.is_some() || known.attributes.is_last_resort() || is_early {
+        let is_early = entry.spare_at.is_some_and(|at| now < at);
+        if entry.spare.is_some() || entry.attributes.is_last_resort() || is_early {
             return;
         }
-        known.spare_at = Some(now + known.spare_backoff.next(&mut self.rng));
+        entry.spare_at = Some(now + entry.spare_backoff.next(&mut self.rng));
         let spare = self.add_subchannel(address, true);
-        if let Some(known) = self.known.get_mut(address) {
-            known.spare = spare;
+        if let Some(entry) = self.endpoints.get_mut(address) {
+            entry.spare = spare;
         }
         self.reclassify(address);
     }
@@ -58,8 +58,8 @@ impl Driver {
     }
 
     pub(super) fn has_silent(&self, address: &Address) -> bool {
-        let known = self.known.get(address);
-        known.is_some_and(|known| known.subchannels.iter().any(|id| self.is_silent(*id)))
+        let entry = self.endpoints.get(address);
+        entry.is_some_and(|entry| entry.subchannels.iter().any(|id| self.is_silent(*id)))
     }
 
     /// Drops the second connection once every other one answers again, or the endpoint was registered anew.
@@ -68,17 +68,17 @@ impl Driver {
             return;
         }
         let regular = self.options.connections_per_endpoint;
-        let Some(known) = self.known.get_mut(address) else {
+        let Some(entry) = self.endpoints.get_mut(address) else {
             return;
         };
-        let Some(spare) = known.spare.take() else {
+        let Some(spare) = entry.spare.take() else {
             return;
         };
-        if known.subchannels.len() <= regular {
+        if entry.subchannels.len() <= regular {
             // One of the others has ended meanwhile, and this one stands for it.
             return;
         }
-        known.subchannels.retain(|id| *id != spare);
+        entry.subchannels.retain(|id| *id != spare);
         self.forget_dial(spare);
         self.resting.remove(&spare);
         // Dropping the state stops the dial. A connection whose health was not known yet is closed.
@@ -90,17 +90,17 @@ impl Driver {
 
     /// A connection is ready. If it was dialled beside others that do not answer, it takes their place; their calls go on.
     pub(super) fn replace_stalled(&mut self, address: &Address, id: SubchannelId) {
-        let Some(known) = self.known.get_mut(address) else {
+        let Some(entry) = self.endpoints.get_mut(address) else {
             return;
         };
-        if known.spare.take_if(|spare| *spare == id).is_none() {
+        if entry.spare.take_if(|spare| *spare == id).is_none() {
             return;
         }
-        let ids = known.subchannels.clone();
+        let ids = entry.subchannels.clone();
         let (silent, others): (Vec<_>, Vec<_>) =
             ids.into_iter().partition(|id| self.is_silent(*id));
-        if let Some(known) = self.known.get_mut(address) {
-            known.subchannels = others;
+        if let Some(entry) = self.endpoints.get_mut(address) {
+            entry.subchannels = others;
         }
         for id in silent {
             if let Some((_, State::Ready(subchannel))) = self.subchannels.remove(&id) {
@@ -114,16 +114,16 @@ impl Driver {
     pub(super) fn spare_takes_over(&mut self, address: &Address, id: SubchannelId) -> bool {
         // The one that has ended is in no state any more.
         let others_are_silent = self.has_silent(address);
-        let Some(known) = self.known.get_mut(address) else {
+        let Some(entry) = self.endpoints.get_mut(address) else {
             return false;
         };
-        if known.spare.is_none() {
+        if entry.spare.is_none() {
             return false;
         }
         if !others_are_silent {
-            known.spare = None;
+            entry.spare = None;
         }
-        known.subchannels.retain(|known| *known != id);
+        entry.subchannels.retain(|entry| *entry != id);
         true
     }
 
@@ -135,8 +135,8 @@ impl Driver {
         let now = Instant::now();
         let doubtful = self
             .primary
-            .members()
-            .map(|seat| seat.member().connection())
+            .entries()
+            .map(|entry| entry.connection().http2())
             .filter(|connection| connection.silence(now) >= SILENCE);
         for connection in doubtful.take(CHECKS) {
             connection.check();

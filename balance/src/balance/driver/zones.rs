@@ -1,15 +1,15 @@
 //! Zone preference: weights that keep calls in the caller's zone as far as it can take them.
 
-use super::{Driver, Known, SubchannelId};
+use super::{Driver, EndpointEntry, SubchannelId};
 use crate::balance::zone::{Zones, factors};
 
 impl Driver {
     /// What an endpoint's weight is multiplied with.
-    pub(super) fn zone_factor(&self, known: &Known) -> u32 {
+    pub(super) fn zone_factor(&self, entry: &EndpointEntry) -> u32 {
         if self.options.zone.is_none() {
             return 1;
         }
-        let zone = known.attributes.zone().unwrap_or_default();
+        let zone = entry.attributes.zone().unwrap_or_default();
         self.zones.get(zone).copied().unwrap_or(1)
     }
 
@@ -19,11 +19,11 @@ impl Driver {
             return;
         };
         let mut weights = Zones::<u64>::new();
-        for known in self.known.values() {
+        for entry in self.endpoints.values() {
             let ready = |id: &&SubchannelId| self.primary.contains(id);
-            let connections = known.subchannels.iter().filter(ready).count();
-            let weight = u64::from(known.attributes.weight()).saturating_mul(connections as u64);
-            let zone = known.attributes.zone().unwrap_or_default();
+            let connections = entry.subchannels.iter().filter(ready).count();
+            let weight = u64::from(entry.attributes.weight()).saturating_mul(connections as u64);
+            let zone = entry.attributes.zone().unwrap_or_default();
             // Looked for first, so that a zone's name is copied once and not for each of its endpoints.
             match weights.get_mut(zone) {
                 Some(sum) => *sum = sum.saturating_add(weight),
@@ -38,7 +38,7 @@ impl Driver {
         self.zones = factors;
         let all: Vec<_> = self.subchannels.keys().copied().collect();
         for id in all {
-            self.place(id);
+            self.update_ready_set(id);
         }
     }
 }

@@ -94,7 +94,7 @@ impl Progress {
         if pushback == Pushback::Never {
             return Decision::GiveUp(Some("the server asks not to be tried again"));
         }
-        if self.made >= policy.max_attempts() {
+        if self.made >= policy.attempt_limit() {
             return Decision::GiveUp(Some("that is all the policy allows"));
         }
         if !suffices {

@@ -7,27 +7,27 @@ use super::policy::{HedgingPolicy, RetryPolicy};
 
 /// How calls are sent more than once.
 #[derive(Clone, Debug)]
-pub(crate) enum Plan {
+pub(crate) enum MethodPolicy {
     Retry(RetryPolicy),
     Hedge(HedgingPolicy),
 }
 
 /// The policies that a channel is built with.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Plans {
-    all: Option<Plan>,
+pub(crate) struct MethodConfigBuilder {
+    all: Option<MethodPolicy>,
     /// By `package.Service/Method` or `package.Service`.
-    named: HashMap<Box<str>, Plan>,
+    named: HashMap<Box<str>, MethodPolicy>,
     budget: RetryBudget,
 }
 
-impl Plans {
-    pub(crate) fn set_all(&mut self, plan: Plan) {
+impl MethodConfigBuilder {
+    pub(crate) fn set_all(&mut self, plan: MethodPolicy) {
         self.all = Some(plan);
     }
 
     /// Sets the plan of a service or method. Returns false if the name is that of neither.
-    pub(crate) fn set(&mut self, name: &str, plan: Plan) -> bool {
+    pub(crate) fn set(&mut self, name: &str, plan: MethodPolicy) -> bool {
         let trimmed = name.strip_prefix('/').unwrap_or(name);
         let trimmed = trimmed.strip_suffix('/').unwrap_or(trimmed);
         let parts = || trimmed.split('/');
@@ -43,11 +43,11 @@ impl Plans {
     }
 
     /// What calls see of it; none if there is no policy.
-    pub(crate) fn build(self) -> Option<Box<Retries>> {
+    pub(crate) fn build(self) -> Option<Box<MethodConfig>> {
         let mut plans = self.all.iter().chain(self.named.values());
-        let hedges = plans.any(|plan| matches!(plan, Plan::Hedge(_)));
+        let hedges = plans.any(|plan| matches!(plan, MethodPolicy::Hedge(_)));
         (self.all.is_some() || !self.named.is_empty()).then(|| {
-            Box::new(Retries {
+            Box::new(MethodConfig {
                 hedges,
                 tokens: Tokens::new(self.budget),
                 all: self.all,
@@ -59,19 +59,19 @@ impl Plans {
 
 /// The policies of a channel.
 #[derive(Debug)]
-pub(crate) struct Retries {
-    all: Option<Plan>,
-    named: HashMap<Box<str>, Plan>,
+pub(crate) struct MethodConfig {
+    all: Option<MethodPolicy>,
+    named: HashMap<Box<str>, MethodPolicy>,
     /// Whether any plan hedges: only then a call's plan is looked for before it has failed.
     hedges: bool,
     tokens: Tokens,
 }
 
-impl Retries {
+impl MethodConfig {
     /// The policy by which calls to this path are retried, if any.
     pub(crate) fn retry(&self, path: &str) -> Option<&RetryPolicy> {
         match self.plan(path)? {
-            Plan::Retry(policy) if policy.max_attempts() > 1 => Some(policy),
+            MethodPolicy::Retry(policy) if policy.attempt_limit() > 1 => Some(policy),
             _ => None,
         }
     }
@@ -82,13 +82,13 @@ impl Retries {
             return None;
         }
         match self.plan(path)? {
-            Plan::Hedge(policy) if policy.max_attempts() > 1 => Some(policy),
+            MethodPolicy::Hedge(policy) if policy.attempt_limit() > 1 => Some(policy),
             _ => None,
         }
     }
 
     /// The most specific one.
-    fn plan(&self, path: &str) -> Option<&Plan> {
+    fn plan(&self, path: &str) -> Option<&MethodPolicy> {
         let method = path.strip_prefix('/').unwrap_or(path);
         let service = || method.rsplit_once('/').map(|(service, _)| service);
         self.named
@@ -115,20 +115,23 @@ mod tests {
 
     use super::*;
 
-    fn retry(code: Code) -> Plan {
-        Plan::Retry(RetryPolicy::new([code]))
+    fn retry(code: Code) -> MethodPolicy {
+        MethodPolicy::Retry(RetryPolicy::new([code]))
     }
 
     #[test]
     fn the_most_specific_policy_is_a_methods() {
-        let mut plans = Plans::default();
+        let mut plans = MethodConfigBuilder::default();
         plans.set_all(retry(Code::Unavailable));
         plans.set("a.Service", retry(Code::Aborted));
         plans.set("/a.Service/Get", retry(Code::Internal));
-        plans.set("b.Service/", Plan::Retry(RetryPolicy::new([]).attempts(1)));
+        plans.set(
+            "b.Service/",
+            MethodPolicy::Retry(RetryPolicy::new([]).max_attempts(1)),
+        );
         plans.set(
             "c.Service/Get",
-            Plan::Hedge(HedgingPolicy::new(2, Duration::ZERO)),
+            MethodPolicy::Hedge(HedgingPolicy::new(2, Duration::ZERO)),
         );
         let retries = plans.build().expect("policies");
         for (path, code) in [
@@ -149,7 +152,7 @@ mod tests {
 
     #[test]
     fn what_names_no_method_is_left_out() {
-        let mut plans = Plans::default();
+        let mut plans = MethodConfigBuilder::default();
         for name in ["", "/", "a//b", "a/b/c", "//a"] {
             plans.set(name, retry(Code::Unavailable));
         }

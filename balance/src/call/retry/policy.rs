@@ -6,7 +6,7 @@ use tonic::Code;
 
 /// When a call that has failed is sent again, how often, and after which wait: gRPC's [retry design (A6)][A6].
 ///
-/// It is opt-in, for a channel ([`ChannelBuilder::retry`]) or for a service or method of it ([`ChannelBuilder::retry_method`]), because the
+/// It is opt-in, for a channel ([`ChannelBuilder::retry`]) or for a service or method of it ([`ChannelBuilder::retry_for`]), because the
 /// server may have processed what has failed: name only codes that are safe to run a method again after. A call that was certainly not
 /// processed is sent again without any policy, and does not count as an attempt.
 ///
@@ -31,13 +31,14 @@ use tonic::Code;
 /// use tonic_balance::RetryPolicy;
 ///
 /// let policy = RetryPolicy::new([Code::Unavailable])
-///     .attempts(3)
-///     .backoff(Duration::from_millis(20), Duration::from_millis(500));
+///     .max_attempts(3)
+///     .initial_backoff(Duration::from_millis(20))
+///     .max_backoff(Duration::from_millis(500));
 /// ```
 ///
 /// [A6]: https://github.com/grpc/proposal/blob/master/A6-client-retries.md
 /// [`ChannelBuilder::retry`]: crate::ChannelBuilder::retry
-/// [`ChannelBuilder::retry_method`]: crate::ChannelBuilder::retry_method
+/// [`ChannelBuilder::retry_for`]: crate::ChannelBuilder::retry_for
 /// [`RetryBudget`]: crate::RetryBudget
 #[derive(Clone, Debug, PartialEq)]
 #[must_use = "a policy does nothing before a channel is given it"]
@@ -64,16 +65,21 @@ impl RetryPolicy {
 
     /// How often a call is sent at most, the first time included. Default 4, as in A6's example; more than 5 count as 5, which is A6's limit.
     /// 1 is how a method is left out of its channel's policy.
-    pub fn attempts(mut self, attempts: u32) -> Self {
+    pub fn max_attempts(mut self, attempts: u32) -> Self {
         self.attempts = attempts.clamp(1, MAX_ATTEMPTS);
         self
     }
 
-    /// The wait before the second attempt, and the longest. Default 0.1 s and 1 s, as in A6's example. Each wait is made up to 20 % longer
-    /// or shorter at random, as A6 has it.
-    pub fn backoff(mut self, first: Duration, max: Duration) -> Self {
-        self.first = first;
-        self.max = max;
+    /// Sets the wait before the second attempt. Default 0.1 s, as in A6's example. Each wait is made up to 20 % longer or shorter at random,
+    /// as in A6.
+    pub fn initial_backoff(mut self, backoff: Duration) -> Self {
+        self.first = backoff;
+        self
+    }
+
+    /// Sets the longest wait between two attempts. Default 1 s, as in A6's example.
+    pub fn max_backoff(mut self, backoff: Duration) -> Self {
+        self.max = backoff;
         self
     }
 
@@ -87,7 +93,7 @@ impl RetryPolicy {
         self.codes.contains(code)
     }
 
-    pub(in crate::call) fn max_attempts(&self) -> u32 {
+    pub(in crate::call) fn attempt_limit(&self) -> u32 {
         self.attempts
     }
 
@@ -106,7 +112,7 @@ impl RetryPolicy {
 /// [retry design (A6)][A6].
 ///
 /// It cuts the slowest calls short, at the price of calls that run twice: only for methods that may. It is opt-in, by
-/// [`ChannelBuilder::hedge`] or [`ChannelBuilder::hedge_method`], in place of a [`RetryPolicy`].
+/// [`ChannelBuilder::hedge`] or [`ChannelBuilder::hedge_for`], in place of a [`RetryPolicy`].
 ///
 /// - Each copy goes to an endpoint that the call has not been to. Where none is ready, none is sent.
 /// - The first answer that is no failure, or a failure that is fatal, is the call's. The other copies are cancelled.
@@ -124,7 +130,7 @@ impl RetryPolicy {
 ///
 /// [A6]: https://github.com/grpc/proposal/blob/master/A6-client-retries.md
 /// [`ChannelBuilder::hedge`]: crate::ChannelBuilder::hedge
-/// [`ChannelBuilder::hedge_method`]: crate::ChannelBuilder::hedge_method
+/// [`ChannelBuilder::hedge_for`]: crate::ChannelBuilder::hedge_for
 #[derive(Clone, Debug, PartialEq)]
 #[must_use = "a policy does nothing before a channel is given it"]
 pub struct HedgingPolicy {
@@ -146,7 +152,7 @@ impl HedgingPolicy {
     }
 
     /// The codes after which another copy may still succeed. Default `UNAVAILABLE`, the first of A6's example; A6 itself names none.
-    pub fn non_fatal(mut self, codes: impl IntoIterator<Item = Code>) -> Self {
+    pub fn non_fatal_codes(mut self, codes: impl IntoIterator<Item = Code>) -> Self {
         self.non_fatal = codes.into_iter().collect();
         self
     }
@@ -155,7 +161,7 @@ impl HedgingPolicy {
         !self.non_fatal.contains(code)
     }
 
-    pub(in crate::call) fn max_attempts(&self) -> u32 {
+    pub(in crate::call) fn attempt_limit(&self) -> u32 {
         self.attempts
     }
 
@@ -222,14 +228,16 @@ mod tests {
     fn no_parameter_breaks_a_policy() {
         let policy = RetryPolicy::new([])
             .multiplier(f64::NAN)
-            .backoff(Duration::MAX, Duration::MAX)
-            .attempts(0);
+            .initial_backoff(Duration::MAX)
+            .max_backoff(Duration::MAX)
+            .max_attempts(0);
         assert_eq!(policy.wait(u32::MAX, 1.0), Duration::MAX);
-        assert_eq!(policy.max_attempts(), 1);
-        assert_eq!(policy.attempts(9).max_attempts(), 5);
-        assert_eq!(HedgingPolicy::new(9, Duration::ZERO).max_attempts(), 5);
+        assert_eq!(policy.attempt_limit(), 1);
+        assert_eq!(policy.max_attempts(9).attempt_limit(), 5);
+        assert_eq!(HedgingPolicy::new(9, Duration::ZERO).attempt_limit(), 5);
         let zero = RetryPolicy::new([])
-            .backoff(Duration::ZERO, Duration::ZERO)
+            .initial_backoff(Duration::ZERO)
+            .max_backoff(Duration::ZERO)
             .multiplier(f64::INFINITY);
         assert_eq!(zero.wait(3, 1.0), Duration::ZERO);
     }

@@ -450,7 +450,7 @@ async fn a_thousand_endpoints_that_swallow_connections_hold_up_nobody() {
 async fn the_longest_times_are_taken() {
     let outliers = OutlierDetection::new().interval(Duration::MAX);
     let channel = BalancedChannel::builder()
-        .start_up_bound(Duration::MAX)
+        .startup_timeout(Duration::MAX)
         .outlier_detection(outliers)
         .addresses([refusing()])
         .connect_lazy();
@@ -541,7 +541,8 @@ async fn a_connection_that_swallows_everything_is_given_up_with_keep_alive_on() 
     let mut raw = Raw::start(|_| ());
     let (frozen, freeze) = support::valve(raw.address);
     let channel = BalancedChannel::builder()
-        .http2_keep_alive(Duration::from_millis(50), Duration::from_millis(200))
+        .http2_keep_alive_interval(Duration::from_millis(50))
+        .keep_alive_timeout(Duration::from_millis(200))
         .addresses([frozen.to_string()])
         .connect_lazy();
     let healthy = tokio::spawn({
@@ -573,7 +574,8 @@ async fn a_connection_that_swallows_everything_is_given_up_with_keep_alive_on() 
 async fn pings_on_an_idle_connection_keep_it() {
     let server = Greeter::start("alpha");
     let channel = BalancedChannel::builder()
-        .http2_keep_alive(Duration::from_millis(5), Duration::from_secs(5))
+        .http2_keep_alive_interval(Duration::from_millis(5))
+        .keep_alive_timeout(Duration::from_secs(5))
         .keep_alive_while_idle(true)
         .keep_alive_permit_time(Duration::from_millis(5))
         .addresses([server.address()])

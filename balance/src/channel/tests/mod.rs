@@ -16,7 +16,7 @@ use tonic::{Code, Request};
 use tower::discover::Change;
 
 use crate::{
-    Address, Attributes, BalancedChannel, EndpointState, OutlierDetection, Policy, ServedBy,
+    Address, Attributes, BalancedChannel, EndpointState, LbPolicy, OutlierDetection, ServedBy,
     WaitForReady,
 };
 
@@ -146,9 +146,9 @@ async fn every_kind_of_call_works_and_the_load_returns_to_zero() {
 async fn calls_are_shared_out_in_every_policy() {
     let servers = ["alpha", "beta", "gamma"].map(Greeter::start);
     for policy in [
-        Policy::Latency,
-        Policy::LeastRequest,
-        Policy::WeightedRoundRobin,
+        LbPolicy::Latency,
+        LbPolicy::LeastRequest,
+        LbPolicy::WeightedRoundRobin,
     ] {
         let channel = BalancedChannel::builder()
             .policy(policy)
@@ -270,7 +270,7 @@ async fn a_set_that_stays_unknown_fails_at_the_start_up_bound() {
         tokio_stream::pending::<Result<Change<Address, Attributes>, std::convert::Infallible>>();
     let (outcome, took) = timed(async {
         let channel = BalancedChannel::builder()
-            .start_up_bound(Duration::from_secs(1))
+            .startup_timeout(Duration::from_secs(1))
             .discover(stream)
             .connect_lazy();
         (say(&channel).await, channel)
@@ -279,7 +279,7 @@ async fn a_set_that_stays_unknown_fails_at_the_start_up_bound() {
     let (outcome, channel) = outcome;
     let status = outcome.expect_err("nothing is known");
     assert_eq!(status.code(), Code::Unavailable);
-    assert!(status.message().contains("start-up bound"), "{status}");
+    assert!(status.message().contains("startup timeout"), "{status}");
     assert!(took >= Duration::from_millis(990), "{took:?}");
     let (outcome, took) = timed(say(&channel)).await;
     assert!(
@@ -443,10 +443,10 @@ async fn an_endpoint_that_is_not_listed_any_more_is_not_picked_any_more() {
     let shared = channel.0.shared();
     loop {
         let listed = channel.endpoints();
-        let crate::balance::Pick::Taken(ticket) = shared.pick(|_| true) else {
+        let crate::balance::Pick::Taken(permit) = shared.pick(|_| true) else {
             unreachable!("one endpoint stays");
         };
-        let picked = ticket.endpoint().address();
+        let picked = permit.endpoint().address();
         assert!(
             listed.iter().any(|status| status.address == *picked),
             "{picked} was picked when only {} were listed",
@@ -463,7 +463,7 @@ async fn attributes_change_in_place() {
     // Latencies of servers in one busy process differ by more than noise; calls in flight do not.
     let (changes, stream) = mpsc::unbounded_channel();
     let channel = BalancedChannel::builder()
-        .policy(Policy::LeastRequest)
+        .policy(LbPolicy::LeastRequest)
         .seed(7)
         .discover(UnboundedReceiverStream::new(stream))
         .connect_lazy();
@@ -596,7 +596,7 @@ async fn who_fails_much_more_than_the_others_is_out_until_it_is_registered_anew(
         .max_ejection_percent(50)
         .failure_percentage(50, 2, 5);
     let channel = BalancedChannel::builder()
-        .policy(Policy::WeightedRoundRobin)
+        .policy(LbPolicy::WeightedRoundRobin)
         .outlier_detection(detection)
         .discover(UnboundedReceiverStream::new(stream))
         .connect_lazy();

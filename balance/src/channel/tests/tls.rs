@@ -31,7 +31,7 @@ fn serve_with(
 
 fn secured(server: &Greeter, tls: TlsConfig) -> BalancedChannel {
     BalancedChannel::builder()
-        .tls(tls)
+        .tls_config(tls)
         .addresses([server.address()])
         .connect_lazy()
 }
@@ -41,16 +41,16 @@ async fn the_fixed_name_is_checked_against_the_given_roots() {
     let authority = Authority::new();
     authority.sign("server", "greeter.internal");
     let server = serve(&authority);
-    let tls = TlsConfig::new("greeter.internal").ca_pem(authority.read("ca.pem"));
+    let tls = TlsConfig::new("greeter.internal").ca_certificate(authority.read("ca.pem"));
     say(&secured(&server, tls)).await.expect("an answer");
 
-    let tls = TlsConfig::new("other.internal").ca_pem(authority.read("ca.pem"));
+    let tls = TlsConfig::new("other.internal").ca_certificate(authority.read("ca.pem"));
     let status = say(&secured(&server, tls)).await.expect_err("another name");
     assert_eq!(status.code(), Code::Unavailable);
     assert!(status.message().contains("TLS"), "{status}");
 
     let stranger = Authority::new();
-    let tls = TlsConfig::new("greeter.internal").ca_pem(stranger.read("ca.pem"));
+    let tls = TlsConfig::new("greeter.internal").ca_certificate(stranger.read("ca.pem"));
     let status = say(&secured(&server, tls))
         .await
         .expect_err("another authority");
@@ -63,7 +63,10 @@ async fn certificates_in_files_are_read_again() {
     new.sign("server", "greeter.internal");
     let server = serve(&new);
     let file = old.path("ca.pem");
-    let channel = secured(&server, TlsConfig::new("greeter.internal").ca_file(&file));
+    let channel = secured(
+        &server,
+        TlsConfig::new("greeter.internal").ca_certificate_file(&file),
+    );
     say(&channel).await.expect_err("not trusted yet");
     std::fs::write(&file, new.read("ca.pem")).expect("a file");
     ready(&channel, 1).await;
@@ -77,10 +80,10 @@ async fn a_server_that_asks_for_it_is_shown_our_certificate() {
     clients.sign("client", "caller.internal");
     let roots = Certificate::from_pem(clients.read("ca.pem"));
     let server = serve_with(&authority, |tls| tls.client_ca_root(roots));
-    let tls = || TlsConfig::new("greeter.internal").ca_pem(authority.read("ca.pem"));
+    let tls = || TlsConfig::new("greeter.internal").ca_certificate(authority.read("ca.pem"));
 
     let (certificate, key) = (clients.read("client.pem"), clients.read("client.key"));
-    let channel = secured(&server, tls().identity_pem(certificate, key));
+    let channel = secured(&server, tls().identity(certificate, key));
     say(&channel).await.expect("an answer");
 
     let status = say(&secured(&server, tls())).await.expect_err("nobody");
@@ -92,7 +95,7 @@ async fn a_server_that_asks_for_it_is_shown_our_certificate() {
 
     authority.sign("client", "caller.internal");
     let (certificate, key) = (authority.read("client.pem"), authority.read("client.key"));
-    let stranger = secured(&server, tls().identity_pem(certificate, key));
+    let stranger = secured(&server, tls().identity(certificate, key));
     let status = say(&stranger).await.expect_err("signed by somebody else");
     assert_eq!(status.code(), Code::Unavailable);
 }
@@ -111,10 +114,10 @@ async fn an_identity_in_files_is_read_again_and_half_of_it_leaves_the_last_one_i
     let file = |name| authority.path(name);
     authority.sign("client", "caller.internal");
     let tls = TlsConfig::new("greeter.internal")
-        .ca_file(file("ca.pem"))
+        .ca_certificate_file(file("ca.pem"))
         .identity_files(file("client.pem"), file("client.key"));
     let channel = BalancedChannel::builder()
-        .tls(tls)
+        .tls_config(tls)
         .max_backoff(Duration::from_millis(20))
         .addresses([server.address()])
         .connect_lazy();
@@ -147,13 +150,13 @@ async fn servers_prove_their_own_name_only_at_addresses_that_the_program_wrote_d
     let authority = Authority::new();
     authority.sign("server", "greeter.internal");
     let server = serve(&authority);
-    let tls = || TlsConfig::by_address().ca_pem(authority.read("ca.pem"));
+    let tls = || TlsConfig::verify_dialled_host().ca_certificate(authority.read("ca.pem"));
     // The certificate is for 127.0.0.1 as well.
     say(&secured(&server, tls())).await.expect("an answer");
 
     let other = server.address().replace("127.0.0.1", "localhost");
     let channel = BalancedChannel::builder()
-        .tls(tls())
+        .tls_config(tls())
         .addresses([other])
         .connect_lazy();
     let status = say(&channel).await.expect_err("another name");
@@ -161,7 +164,7 @@ async fn servers_prove_their_own_name_only_at_addresses_that_the_program_wrote_d
 
     let (changes, stream) = mpsc::unbounded_channel();
     let channel = BalancedChannel::builder()
-        .tls(tls())
+        .tls_config(tls())
         .discover(UnboundedReceiverStream::new(stream))
         .connect_lazy();
     insert(&changes, &server.address(), Attributes::new());

@@ -136,12 +136,12 @@ fn a_deletion_of_our_own_is_not_made_twice() {
     let mut pair = Pair::registered();
     pair.machine.on_remove(1);
     pair.step();
-    let goodbye = pair.put(1, 50);
+    let leave_marker = pair.put(1, 50);
     let deleted = Event::Delete {
         key: Key::from("/gRPC/greeter/1"),
         mod_revision: Revision::new(51),
     };
-    pair.machine.on_event(1, &goodbye, pair.now);
+    pair.machine.on_event(1, &leave_marker, pair.now);
     pair.machine.on_event(1, &deleted, pair.now);
     assert!(pair.machine.is_gone(1));
     let next = pair.machine.command(pair.now);

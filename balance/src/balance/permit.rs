@@ -5,15 +5,15 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::dial_permit::DialPermit;
 use super::endpoint::{Blame, Endpoint};
-use super::member::Member;
-use super::trial::Trial;
+use super::ready_connection::ReadyConnection;
 use crate::transport::http2::Connection;
 
 /// A place taken on a connection for one call. It is given up on drop, however the call ended.
 #[derive(Debug)]
-pub(crate) struct Ticket {
-    member: Arc<Member>,
+pub(crate) struct Permit {
+    connection: Arc<ReadyConnection>,
     /// When the call was sent, until its outcome is noted.
     sent: Option<Instant>,
     /// For a call on a connection of its own.
@@ -24,24 +24,28 @@ pub(crate) struct Ticket {
 #[derive(Debug)]
 struct Alone {
     metadata: usize,
-    trial: Trial,
+    trial: DialPermit,
 }
 
-impl Ticket {
+impl Permit {
     /// Wraps a place that was acquired on the member.
-    pub(super) fn taken(member: &Arc<Member>) -> Self {
+    pub(super) fn taken(connection: &Arc<ReadyConnection>) -> Self {
         Self {
-            member: Arc::clone(member),
+            connection: Arc::clone(connection),
             sent: None,
             alone: None,
         }
     }
 
     /// Takes the only place of a connection for one call.
-    pub(super) fn alone(member: &Arc<Member>, metadata: usize, trial: Trial) -> Self {
-        let mut ticket = Self::taken(member);
-        ticket.alone = Some(Box::new(Alone { metadata, trial }));
-        ticket
+    pub(super) fn alone(
+        connection: &Arc<ReadyConnection>,
+        metadata: usize,
+        trial: DialPermit,
+    ) -> Self {
+        let mut permit = Self::taken(connection);
+        permit.alone = Some(Box::new(Alone { metadata, trial }));
+        permit
     }
 
     /// Whether the connection carries this call alone.
@@ -52,49 +56,49 @@ impl Ticket {
     /// Returns whether the connection was silent for so long that a middlebox may have dropped the flow, or, with `single_threaded` tasks, that
     /// the runtime may not have read its end.
     pub(crate) fn is_doubtful(&self, now: Instant, single_threaded: bool) -> bool {
-        let member = &self.member;
+        let connection = &self.connection;
         // The time of the last sample is in the cache line that the pick has just written to; the time of the last read is not.
-        let quiet = member.load().quiet(member.ticks(now));
+        let quiet = connection.load().quiet(connection.ticks(now));
         if quiet < if single_threaded { UNDRIVEN } else { QUIET } {
             return false;
         }
-        let silence = member.connection().silence(now);
-        silence > member.endpoint().trusted_silence(now)
+        let silence = connection.http2().silence(now);
+        silence > connection.endpoint().trusted_silence(now)
             || (single_threaded && silence > UNDRIVEN_FOR)
     }
 
     /// Checks a connection that is doubtful. If it does not answer in time, returns how many bytes its peer had sent before the check.
     pub(crate) async fn check(&self) -> Result<(), u64> {
-        let connection = self.member.connection();
+        let connection = self.connection.http2();
         let (silence, bytes) = (connection.silence(Instant::now()), connection.bytes_read());
         let is_alive = connection.is_alive().await;
-        let endpoint = self.member.endpoint();
+        let endpoint = self.connection.endpoint();
         endpoint.on_checked(silence, is_alive, Instant::now());
         if is_alive { Ok(()) } else { Err(bytes) }
     }
 
-    pub(crate) fn connection(&self) -> &Connection {
-        self.member.connection()
+    pub(crate) fn http2(&self) -> &Connection {
+        self.connection.http2()
     }
 
-    pub(crate) fn member(&self) -> &Arc<Member> {
-        &self.member
+    pub(crate) fn connection(&self) -> &Arc<ReadyConnection> {
+        &self.connection
     }
 
     pub(crate) fn endpoint(&self) -> &Arc<Endpoint> {
-        self.member.endpoint()
+        self.connection.endpoint()
     }
 
     /// The call is on its way.
     pub(crate) fn on_sent(&mut self, now: Instant) {
         self.sent = Some(now);
-        self.member.used().on_sent();
-        self.member.endpoint().on_call();
+        self.connection.used().on_sent();
+        self.connection.endpoint().on_call();
     }
 
     /// A gRPC status is here: the peer is a gRPC server.
     pub(crate) fn on_answer(&self) {
-        self.member.endpoint().on_answer();
+        self.connection.endpoint().on_answer();
     }
 
     /// The response's head is here, and with it perhaps a failure already.
@@ -102,15 +106,17 @@ impl Ticket {
         let Some(sent) = self.sent.take() else {
             return;
         };
-        self.member.used().on_answer();
+        self.connection.used().on_answer();
         let elapsed = now.saturating_duration_since(sent);
         if let Some(blame) = failure {
             return self.fail(elapsed, now, blame);
         }
-        self.member.load().on_head(elapsed, self.member.ticks(now));
+        self.connection
+            .load()
+            .on_head(elapsed, self.connection.ticks(now));
         if let Some(alone) = &mut self.alone {
             alone.trial.end();
-            self.member.endpoint().on_metadata(alone.metadata);
+            self.connection.endpoint().on_metadata(alone.metadata);
         }
     }
 
@@ -127,47 +133,47 @@ impl Ticket {
 
     /// The call has overrun its deadline. Whether the server is slow or not there any more, a PING will tell.
     pub(crate) fn on_overdue(&mut self, now: Instant) {
-        self.member.endpoint().on_overrun();
+        self.connection.endpoint().on_overrun();
         // A response that has stopped coming is suspect from when the last of it came, which the connection knows.
         let silent_since = now.checked_sub(SUSPECT).unwrap_or(now);
         let sent = self.sent.take();
-        self.member
-            .connection()
+        self.connection
+            .http2()
             .suspect(sent.unwrap_or(silent_since));
         if let Some(sent) = sent {
             let elapsed = now.saturating_duration_since(sent);
-            let ticks = self.member.ticks(now);
-            self.member.load().on_abandoned(elapsed, ticks);
+            let ticks = self.connection.ticks(now);
+            self.connection.load().on_abandoned(elapsed, ticks);
         }
     }
 
     /// The server has refused to look at the call: that says nothing of how fast it answers.
     pub(crate) fn on_refused(&mut self) {
         self.sent = None;
-        self.member.endpoint().on_unjudged();
+        self.connection.endpoint().on_unjudged();
     }
 
     fn fail(&self, elapsed: Duration, now: Instant, blame: Blame) {
-        self.member.endpoint().on_failure(blame);
-        let ticks = self.member.ticks(now);
-        self.member.load().on_failure(elapsed, ticks);
+        self.connection.endpoint().on_failure(blame);
+        let ticks = self.connection.ticks(now);
+        self.connection.load().on_failure(elapsed, ticks);
     }
 }
 
-impl Drop for Ticket {
+impl Drop for Permit {
     fn drop(&mut self) {
         if let Some(sent) = self.sent {
             let now = Instant::now();
             let elapsed = now.saturating_duration_since(sent);
-            let ticks = self.member.ticks(now);
-            self.member.load().on_abandoned(elapsed, ticks);
-            self.member.endpoint().on_unjudged();
+            let ticks = self.connection.ticks(now);
+            self.connection.load().on_abandoned(elapsed, ticks);
+            self.connection.endpoint().on_unjudged();
             // Callers that keep the time themselves drop the call.
             if elapsed >= SUSPECT {
-                self.member.connection().suspect_dropped(sent);
+                self.connection.http2().suspect_dropped(sent);
             }
         }
-        self.member.release();
+        self.connection.release();
     }
 }
 

@@ -10,7 +10,7 @@ use tonic::client::Grpc;
 use tonic_prost::ProstCodec;
 
 use super::error;
-use super::link::{AUTHENTICATE, LEASE_KEEP_ALIVE, LinkService};
+use super::request_channel::{AUTHENTICATE, LEASE_KEEP_ALIVE, RequestService};
 use super::token::Credentials;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Header, LeaseId, Revision};
@@ -55,7 +55,7 @@ struct LeaseKeepAliveResponse {
 
 /// Exchanges name and password for a token.
 pub(super) async fn authenticate(
-    service: &LinkService,
+    service: &RequestService,
     credentials: &Credentials,
     deadline: Duration,
 ) -> Result<String, EtcdError> {
@@ -82,7 +82,7 @@ pub(super) async fn authenticate(
 /// Renews a lease over a stream of its own: one request, one answer, closed. An open stream to a healthy follower hangs for seconds
 /// behind a frozen leader, where a fresh one is answered at once.
 pub(super) async fn keep_alive(
-    service: &LinkService,
+    service: &RequestService,
     lease: LeaseId,
 ) -> Result<(Option<Header>, i64), EtcdError> {
     const OPERATION: &str = "lease keep-alive";

@@ -8,9 +8,9 @@ use tokio::sync::OwnedSemaphorePermit;
 /// Leave to make a connection for one call. It ends with the call's answer, or after a moment: it limits how many connections are made, not
 /// how many calls are long.
 #[derive(Clone, Debug)]
-pub(crate) struct Trial(Arc<Mutex<Option<OwnedSemaphorePermit>>>);
+pub(crate) struct DialPermit(Arc<Mutex<Option<OwnedSemaphorePermit>>>);
 
-impl Trial {
+impl DialPermit {
     pub(super) fn new(permit: Option<OwnedSemaphorePermit>) -> Self {
         Self(Arc::new(Mutex::new(permit)))
     }

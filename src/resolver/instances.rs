@@ -6,13 +6,13 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::format::{Decoder, FormatError};
-use crate::instance::{Instance, Registered};
+use crate::instance::{Instance, KeyLocation};
 use crate::keyspace::{Event, Key, KeyValue, LeaseId, Range, Revision};
 use tonic_balance::Address;
 
 /// What is registered, by key and by address.
 #[derive(Debug, Default)]
-pub(super) struct Snapshot {
+pub(super) struct Instances {
     keys: BTreeMap<Key, Entry>,
     /// The keys that name an address, the one created last at the end.
     addresses: HashMap<Address, BTreeSet<(Revision, Key)>>,
@@ -39,7 +39,7 @@ pub(super) struct Applied {
     pub(super) first_rejected: Option<(Key, Revision, FormatError)>,
 }
 
-impl Snapshot {
+impl Instances {
     /// Applies one prefix's events in order.
     pub(super) fn apply(
         &mut self,
@@ -65,14 +65,8 @@ impl Snapshot {
             Ok(None) => return self.delete(&kv.key, applied),
             Err(error) => return self.reject(kv, error, applied),
         };
-        let registered = Registered {
-            id: String::from_utf8_lossy(range.suffix(&kv.key)).into_owned(),
-            key,
-            lease: kv.lease,
-            create_revision: kv.create_revision,
-            mod_revision: kv.mod_revision,
-        };
-        let instance = read.found(registered);
+        let id = String::from_utf8_lossy(range.suffix(&kv.key)).into_owned();
+        let instance = read.at(id, KeyLocation::new(key, &kv));
         let entry = self.keys.entry(kv.key.clone()).or_default();
         entry.rejected = None;
         if entry.instance.as_ref() == Some(&instance) {
@@ -91,7 +85,7 @@ impl Snapshot {
         self.addresses
             .entry(instance.address().clone())
             .or_default()
-            .insert((instance.create_revision(), kv.key));
+            .insert((created(&instance), kv.key));
         applied.changed.push(instance.address().clone());
     }
 
@@ -123,7 +117,7 @@ impl Snapshot {
         let Some(keys) = self.addresses.get_mut(before.address()) else {
             return false;
         };
-        keys.remove(&(before.create_revision(), key.clone()));
+        keys.remove(&(created(before), key.clone()));
         let unnamed = keys.is_empty();
         if unnamed {
             self.addresses.remove(before.address());
@@ -156,6 +150,13 @@ impl Snapshot {
     }
 }
 
+/// The revision at which an instance's key was created.
+fn created(instance: &Instance) -> Revision {
+    instance
+        .location()
+        .map_or(Revision::ZERO, KeyLocation::create_revision)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -178,7 +179,7 @@ mod tests {
         }
     }
 
-    fn apply(snapshot: &mut Snapshot, events: impl IntoIterator<Item = Event>) -> Applied {
+    fn apply(snapshot: &mut Instances, events: impl IntoIterator<Item = Event>) -> Applied {
         snapshot.apply(
             events.into_iter().collect(),
             &Range::prefix("/s/"),
@@ -186,10 +187,16 @@ mod tests {
         )
     }
 
-    fn known(snapshot: &Snapshot) -> Vec<String> {
+    fn known(snapshot: &Instances) -> Vec<String> {
         let mut known: Vec<_> = snapshot
             .instances()
-            .map(|instance| format!("{}={}", instance.id(), instance.address()))
+            .map(|instance| {
+                format!(
+                    "{}={}",
+                    instance.id().unwrap_or_default(),
+                    instance.address()
+                )
+            })
             .collect();
         known.sort();
         known
@@ -197,7 +204,7 @@ mod tests {
 
     #[test]
     fn keys_that_name_one_address_are_one_instance_until_the_last_goes() {
-        let mut snapshot = Snapshot::default();
+        let mut snapshot = Instances::default();
         apply(
             &mut snapshot,
             [
@@ -223,7 +230,7 @@ mod tests {
 
     #[test]
     fn a_key_that_moves_to_another_address_takes_the_old_one_away() {
-        let mut snapshot = Snapshot::default();
+        let mut snapshot = Instances::default();
         apply(&mut snapshot, [put("/s/a", "1.1.1.1:1", 2, 2, 7)]);
         let applied = apply(&mut snapshot, [put("/s/a", "2.2.2.2:2", 2, 3, 7)]);
         assert_eq!(known(&snapshot), ["a=2.2.2.2:2"]);
@@ -232,7 +239,7 @@ mod tests {
 
     #[test]
     fn a_bad_value_leaves_the_last_good_one_and_is_counted_once_per_write() {
-        let mut snapshot = Snapshot::default();
+        let mut snapshot = Instances::default();
         apply(&mut snapshot, [put("/s/a", "1.1.1.1:1", 2, 2, 7)]);
         let garbage = || put("/s/a", "{", 2, 3, 7);
         let applied = apply(&mut snapshot, [garbage(), garbage()]);
@@ -251,7 +258,7 @@ mod tests {
 
     #[test]
     fn a_key_that_says_it_is_out_of_service_is_gone_and_not_rejected() {
-        let mut snapshot = Snapshot::default();
+        let mut snapshot = Instances::default();
         let decoder = Decoder {
             format: Some(Format::Rpcx),
             ..Decoder::default()
@@ -268,7 +275,7 @@ mod tests {
 
     #[test]
     fn what_is_listed_again_unchanged_is_no_change() {
-        let mut snapshot = Snapshot::default();
+        let mut snapshot = Instances::default();
         apply(&mut snapshot, [put("/s/a", "1.1.1.1:1", 2, 2, 7)]);
         assert!(
             apply(&mut snapshot, [put("/s/a", "1.1.1.1:1", 2, 2, 7)])

@@ -14,11 +14,11 @@ use crate::transport::http2::Connection;
 
 /// One connection to an endpoint that is in the ready set, or was when a call took it.
 #[derive(Debug)]
-pub(crate) struct Member {
+pub(crate) struct ReadyConnection {
     load: LoadHandle,
     /// Kept for the endpoint, which shows it as long as the connection exists.
     _vitals: Arc<Vitals>,
-    connection: Connection,
+    http2: Connection,
     endpoint: Arc<Endpoint>,
     waiters: Arc<dyn Queue>,
     /// The channel's start, which the estimate counts time from.
@@ -31,10 +31,10 @@ pub(crate) struct Member {
 /// The calls that wait for a free place, as connections see them.
 pub(super) trait Queue: Debug + Send + Sync {
     /// Gives up a call's place: to the first that waits and can use it, or for anyone to take.
-    fn release(&self, member: &Arc<Member>);
+    fn release(&self, connection: &Arc<ReadyConnection>);
 
     /// Hands over free places of a connection for as long as there are calls that can use them.
-    fn offer(&self, member: &Arc<Member>);
+    fn offer(&self, connection: &Arc<ReadyConnection>);
 }
 
 /// What calls have made of a connection. It outlives the connection and does not keep it open.
@@ -71,9 +71,9 @@ fn set(flag: &AtomicBool) {
     }
 }
 
-impl Member {
+impl ReadyConnection {
     pub(super) fn new(
-        connection: Connection,
+        http2: Connection,
         endpoint: Arc<Endpoint>,
         load: LoadHandle,
         waiters: Arc<dyn Queue>,
@@ -81,13 +81,13 @@ impl Member {
     ) -> Self {
         let vitals = Arc::new(Vitals {
             load: load.clone(),
-            round_trip: connection.round_trip(),
+            round_trip: http2.round_trip(),
         });
         endpoint.add_connection(&vitals);
         Self {
             load,
             _vitals: vitals,
-            connection,
+            http2,
             endpoint,
             waiters,
             epoch,
@@ -104,8 +104,8 @@ impl Member {
         &self.endpoint
     }
 
-    pub(super) fn connection(&self) -> &Connection {
-        &self.connection
+    pub(super) fn http2(&self) -> &Connection {
+        &self.http2
     }
 
     /// A time as the estimate has it.
@@ -143,20 +143,20 @@ impl Member {
 
     /// How many bytes the peer has sent.
     pub(crate) fn bytes_read(&self) -> u64 {
-        self.connection.bytes_read()
+        self.http2.bytes_read()
     }
 
     /// Takes over how many calls the peer allows.
     pub(super) fn follow_limit(&self) {
-        self.load.set_limit(self.connection.max_streams());
+        self.load.set_limit(self.http2.max_streams());
     }
 
     /// Notes a failure that only the caller can tell, of a call or a stream. With a time since when the peer was to answer, a PING will tell
     /// whether it is there at all.
-    pub(crate) fn on_complaint(&self, now: Instant, silent_since: Option<Instant>) {
+    pub(crate) fn on_reported_failure(&self, now: Instant, silent_since: Option<Instant>) {
         self.load.on_failure(Duration::ZERO, self.ticks(now));
         if let Some(then) = silent_since {
-            self.connection.suspect(then);
+            self.http2.suspect(then);
         }
     }
 
@@ -168,21 +168,21 @@ impl Member {
 
 /// A member in a set that calls pick from, with its load at hand: of those that are not chosen a pick reads nothing else.
 #[derive(Clone, Debug)]
-pub(crate) struct Seat {
-    member: Arc<Member>,
+pub(crate) struct ReadyEntry {
+    connection: Arc<ReadyConnection>,
     load: LoadHandle,
 }
 
-impl Seat {
-    pub(super) fn new(member: &Arc<Member>) -> Self {
+impl ReadyEntry {
+    pub(super) fn new(connection: &Arc<ReadyConnection>) -> Self {
         Self {
-            member: Arc::clone(member),
-            load: member.load.clone(),
+            connection: Arc::clone(connection),
+            load: connection.load.clone(),
         }
     }
 
-    pub(super) fn member(&self) -> &Arc<Member> {
-        &self.member
+    pub(super) fn connection(&self) -> &Arc<ReadyConnection> {
+        &self.connection
     }
 
     pub(super) fn load(&self) -> &Load {
@@ -190,7 +190,7 @@ impl Seat {
     }
 }
 
-impl Candidate for Seat {
+impl Candidate for ReadyEntry {
     fn latency(&self) -> f32 {
         self.load.latency()
     }

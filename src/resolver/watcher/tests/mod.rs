@@ -7,14 +7,14 @@ use proptest::prelude::{ProptestConfig, any, proptest};
 
 use tokio::time::Instant;
 
-use super::super::snapshot::Snapshot;
+use super::super::instances::Instances;
 use super::listing::PAGE_CAP_MIN;
 use super::*;
 use crate::error::EtcdErrorKind;
 use crate::format::Decoder;
 use crate::keyspace::{KeyValue, KeyVersion, Page, WatchMessage};
 
-mod audit;
+mod reconcile;
 mod table;
 
 const PREFIX: &str = "/gRPC/greeter/";
@@ -208,7 +208,7 @@ fn error(kind: EtcdErrorKind) -> EtcdError {
 struct Player {
     store: Store,
     machine: Machine,
-    snapshot: Snapshot,
+    snapshot: Instances,
     stream: VecDeque<Result<WatchMessage, EtcdErrorKind>>,
     /// From where the stream at hand has sent everything.
     sent: i64,
@@ -228,7 +228,7 @@ impl Player {
         Self {
             store: Store::new(rng),
             machine,
-            snapshot: Snapshot::default(),
+            snapshot: Instances::default(),
             stream: VecDeque::new(),
             sent: 0,
             now: Instant::now(),
@@ -372,7 +372,7 @@ impl Player {
             assert!(self.snapshot.get(address).is_some(), "{address} is lost");
         }
         for instance in self.snapshot.instances() {
-            let key = Key::from(instance.key());
+            let key = Key::from(instance.location().expect("read").key());
             assert!(listed.contains_key(&key), "{key} is a ghost");
             if let Some(address) = good.get(&key) {
                 assert_eq!(instance.address(), address, "{key} has an old value");

@@ -15,13 +15,13 @@ use tokio::time::Sleep;
 use super::activity::{Activity, Watched};
 use super::h2_error::is_orderly_goaway;
 use super::pinger::Pinger;
-use super::pings::{Action, Doubt};
+use super::pings::{Action, PingCause};
 
-pub(super) type OnReport = Box<dyn FnMut(Report) + Send>;
+pub(super) type OnEvent = Box<dyn FnMut(ConnectionEvent) + Send>;
 
 /// What becomes of a connection.
 #[derive(Debug)]
-pub(crate) enum Report {
+pub(crate) enum ConnectionEvent {
     /// The peer has left a PING unanswered, though nothing shows that the connection is gone.
     Stalled,
     /// Nothing was read in time, and no PING was allowed to prove that the peer does not answer.
@@ -31,12 +31,12 @@ pub(crate) enum Report {
     /// The peer takes more calls at once, or fewer.
     Streams,
     /// The connection takes no more streams. This is the last report.
-    Left(Leave),
+    Left(CloseReason),
 }
 
 /// Why a connection takes no more streams.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum Leave {
+pub(crate) enum CloseReason {
     #[error("the peer closed the connection")]
     Closed,
     #[error("{0}")]
@@ -48,7 +48,7 @@ pub(crate) enum Leave {
     Aborted,
 }
 
-impl Leave {
+impl CloseReason {
     fn new(outcome: Result<(), h2::Error>) -> Self {
         match outcome {
             Ok(()) => Self::Closed,
@@ -75,7 +75,7 @@ where
     /// Finds out, after every poll, whether streams can still be opened. It would keep the connection open, so it is dropped when the last
     /// sender is.
     pub(super) probe: Option<SendRequest<Bytes>>,
-    pub(super) doubted: mpsc::UnboundedReceiver<Doubt>,
+    pub(super) doubted: mpsc::UnboundedReceiver<PingCause>,
     pub(super) limit: Arc<AtomicUsize>,
     pub(super) max_header_list: Arc<AtomicU32>,
     pub(super) reserved: usize,
@@ -84,7 +84,7 @@ where
     pub(super) left: bool,
     /// The time that is left to a connection whose peer has reported an error.
     pub(super) linger: Option<Pin<Box<Sleep>>>,
-    pub(super) on_report: OnReport,
+    pub(super) on_event: OnEvent,
 }
 
 impl<T> Future for Task<T>
@@ -96,7 +96,7 @@ where
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = &mut *self;
         if let Poll::Ready(outcome) = Pin::new(&mut this.connection).poll(cx) {
-            this.leave(Leave::new(outcome));
+            this.leave(CloseReason::new(outcome));
             return Poll::Ready(());
         }
         this.poll_doubts(cx);
@@ -104,7 +104,7 @@ where
             let limit = for_calls(probe.current_max_send_streams(), this.reserved);
             if this.limit.load(Ordering::Relaxed) != limit {
                 this.limit.store(limit, Ordering::Relaxed);
-                (this.on_report)(Report::Streams);
+                (this.on_event)(ConnectionEvent::Streams);
             }
             let max_header_list = this.activity.max_header_list();
             if this.max_header_list.load(Ordering::Relaxed) != max_header_list {
@@ -116,7 +116,7 @@ where
                 if !is_orderly_goaway(&error) {
                     this.linger = Some(Box::pin(tokio::time::sleep(LINGER)));
                 }
-                this.leave(Leave::Failed(error));
+                this.leave(CloseReason::Failed(error));
             }
         }
         if let Some(linger) = &mut this.linger
@@ -129,7 +129,7 @@ where
         {
             if action == Action::Lost {
                 // Dropping the connection fails its streams with an I/O error, which is what happened to them.
-                this.leave(Leave::Unresponsive);
+                this.leave(CloseReason::Unresponsive);
                 return Poll::Ready(());
             }
             this.report(action);
@@ -157,9 +157,9 @@ where
 
     fn report(&mut self, action: Action) {
         let report = match action {
-            Action::Stalled => Report::Stalled,
-            Action::Doubtful => Report::Doubtful,
-            Action::Recovered => Report::Recovered,
+            Action::Stalled => ConnectionEvent::Stalled,
+            Action::Doubtful => ConnectionEvent::Doubtful,
+            Action::Recovered => ConnectionEvent::Recovered,
             Action::Ping | Action::Lost => return,
         };
         match action {
@@ -168,14 +168,14 @@ where
             _ => self.activity.set_mute(false),
         }
         if !self.left {
-            (self.on_report)(report);
+            (self.on_event)(report);
         }
     }
 
-    fn leave(&mut self, why: Leave) {
+    fn leave(&mut self, why: CloseReason) {
         self.activity.set_mute(true);
         if !std::mem::replace(&mut self.left, true) {
-            (self.on_report)(Report::Left(why));
+            (self.on_event)(ConnectionEvent::Left(why));
         }
     }
 }
@@ -186,7 +186,7 @@ where
 {
     /// However the task ends, with its runtime or by a panic, its end is reported.
     fn drop(&mut self) {
-        self.leave(Leave::Aborted);
+        self.leave(CloseReason::Aborted);
     }
 }
 

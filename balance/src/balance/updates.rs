@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use tokio_stream::Stream;
 
 /// Where changes come from, and when they have told the whole set for the first time.
-pub(crate) struct Feed<S> {
+pub(crate) struct Updates<S> {
     changes: Option<Pin<Box<S>>>,
     known: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     settling: bool,
@@ -21,7 +21,7 @@ pub(super) struct Batch<T> {
     pub(super) known: bool,
 }
 
-impl<S: Stream> Feed<S> {
+impl<S: Stream> Updates<S> {
     /// Takes a stream whose set is known with its first change, or its end.
     pub(crate) fn new(changes: S) -> Self {
         Self {
@@ -112,7 +112,7 @@ mod tests {
     #[test]
     fn all_that_is_there_is_one_batch() {
         let (sender, changes) = tokio::sync::mpsc::unbounded_channel();
-        let mut feed = Feed::new(tokio_stream::wrappers::UnboundedReceiverStream::new(
+        let mut feed = Updates::new(tokio_stream::wrappers::UnboundedReceiverStream::new(
             changes,
         ));
         let mut next = task::spawn(feed.next());
@@ -135,7 +135,7 @@ mod tests {
         let known = async {
             let _ = known.await;
         };
-        let mut feed = Feed::known_after(tokio_stream::pending::<u8>(), known);
+        let mut feed = Updates::known_after(tokio_stream::pending::<u8>(), known);
         let mut next = task::spawn(feed.next());
         assert_pending!(next.poll());
         told.send(()).expect("open");
@@ -147,7 +147,7 @@ mod tests {
         let known = std::future::pending();
         let (sender, changes) = tokio::sync::mpsc::unbounded_channel();
         let changes = tokio_stream::wrappers::UnboundedReceiverStream::new(changes);
-        let mut feed = Feed::known_after(changes, known);
+        let mut feed = Updates::known_after(changes, known);
         sender.send(1).expect("open");
         assert!(!assert_ready!(task::spawn(feed.next()).poll()).known);
     }
@@ -157,7 +157,7 @@ mod tests {
         let feed = tokio_stream::StreamExt::map(tokio_stream::once(1), |_: u8| -> u8 {
             panic!("a stream of the user's")
         });
-        let mut feed = Feed::new(feed);
+        let mut feed = Updates::new(feed);
         assert!(assert_ready!(task::spawn(feed.next()).poll()).known);
     }
 }

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::link::Link;
-use super::standing::Traffic;
+use super::member_health::Traffic;
+use super::request_channel::RequestChannel;
 use super::{DEADLINE, Etcd, error};
 use crate::error::{EtcdError, EtcdErrorKind};
 
@@ -12,17 +12,17 @@ impl Etcd {
     pub(super) async fn call<T, Fut>(
         &self,
         operation: &'static str,
-        request: impl Fn(Link) -> Fut,
+        request: impl Fn(RequestChannel) -> Fut,
     ) -> Result<T, EtcdError>
     where
         Fut: Future<Output = Result<T, EtcdError>>,
     {
         let attempt = || self.attempt(Traffic::Keys, operation, DEADLINE, &request);
-        self.again(operation, attempt).await
+        self.retry(operation, attempt).await
     }
 
     /// Makes up to five attempts.
-    pub(super) async fn again<T, Fut>(
+    pub(super) async fn retry<T, Fut>(
         &self,
         operation: &'static str,
         attempt: impl Fn() -> Fut,
@@ -60,14 +60,14 @@ impl Etcd {
         traffic: Traffic,
         operation: &'static str,
         deadline: Duration,
-        request: impl Fn(Link) -> Fut,
+        request: impl Fn(RequestChannel) -> Fut,
     ) -> Result<T, EtcdError>
     where
         Fut: Future<Output = Result<T, EtcdError>>,
     {
         let mut left = self.members();
         loop {
-            let outcome = self.once(traffic, operation, deadline, &request).await;
+            let outcome = self.try_once(traffic, operation, deadline, &request).await;
             left = left.saturating_sub(1);
             match outcome {
                 // One wrong endpoint among good ones must not be the end, and has done nothing.
@@ -79,21 +79,26 @@ impl Etcd {
         }
     }
 
-    async fn once<T, Fut>(
+    async fn try_once<T, Fut>(
         &self,
         traffic: Traffic,
         operation: &'static str,
         deadline: Duration,
-        request: impl Fn(Link) -> Fut,
+        request: impl Fn(RequestChannel) -> Fut,
     ) -> Result<T, EtcdError>
     where
         Fut: Future<Output = Result<T, EtcdError>>,
     {
-        let mut link = self.link(traffic, deadline).await?;
+        let mut channel = self.channel(traffic, deadline).await?;
         let token = self.0.auth.token();
         // Boxed, for `etcd-client`'s futures are 20 KiB large, and every task of ours would be.
-        let mut outcome =
-            bounded(operation, deadline, &link, Box::pin(request(link.clone()))).await;
+        let mut outcome = with_deadline(
+            operation,
+            deadline,
+            &channel,
+            Box::pin(request(channel.clone())),
+        )
+        .await;
         if let Err(error) = &outcome
             && error.kind().is_refusal()
             && !(error.kind() == EtcdErrorKind::PermissionDenied && self.0.auth.is_young())
@@ -101,29 +106,34 @@ impl Etcd {
             match self.renew_token(token.as_ref(), deadline).await {
                 Ok(true) => {
                     tracing::debug!(%error, "etcd refused the token, trying again with a fresh one");
-                    link = self.link(traffic, deadline).await?;
-                    outcome =
-                        bounded(operation, deadline, &link, Box::pin(request(link.clone()))).await;
+                    channel = self.channel(traffic, deadline).await?;
+                    outcome = with_deadline(
+                        operation,
+                        deadline,
+                        &channel,
+                        Box::pin(request(channel.clone())),
+                    )
+                    .await;
                 }
                 Ok(false) => {}
                 // Whoever failed that was told so already.
                 Err(error) => return Err(error),
             }
         }
-        self.judge(&link, traffic, outcome.as_ref().err());
+        self.record_outcome(&channel, traffic, outcome.as_ref().err());
         outcome
     }
 }
 
-pub(super) async fn bounded<T>(
+pub(super) async fn with_deadline<T>(
     operation: &'static str,
     deadline: Duration,
-    link: &Link,
+    channel: &RequestChannel,
     request: impl Future<Output = Result<T, EtcdError>>,
 ) -> Result<T, EtcdError> {
     tokio::time::timeout(deadline, request)
         .await
-        .unwrap_or_else(|_| Err(error::deadline(operation, &link.endpoint(), deadline)))
+        .unwrap_or_else(|_| Err(error::deadline(operation, &channel.endpoint(), deadline)))
 }
 
 /// With three members, five tries pass a dead one and a frozen one and still see the third twice.

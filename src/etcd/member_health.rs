@@ -20,7 +20,7 @@ pub(super) enum Traffic {
 
 /// How all members stand.
 #[derive(Debug, Default)]
-pub(super) struct Standings(HashMap<Address, Standing>);
+pub(super) struct MemberHealth(HashMap<Address, Standing>);
 
 /// How a member stands that has failed.
 #[derive(Debug)]
@@ -36,14 +36,14 @@ struct Standing {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Failure {
     /// It has said so, or its connection broke.
-    Said,
+    Error,
     /// It has not answered in time.
-    Silent,
+    Timeout,
     /// It has not answered for so long that nothing more is expected of its connection.
-    Mute,
+    StreamTimeout,
 }
 
-impl Standings {
+impl MemberHealth {
     /// The member has answered as it should.
     pub(super) fn on_answer(&mut self, member: &Address, traffic: Traffic) {
         let Some(standing) = self.0.get_mut(member) else {
@@ -78,9 +78,9 @@ impl Standings {
         standing.failed = now;
         let silent = &mut standing.silent[traffic as usize];
         *silent = match failure {
-            Failure::Said => 0,
-            Failure::Silent => *silent + 1,
-            Failure::Mute => SILENT,
+            Failure::Error => 0,
+            Failure::Timeout => *silent + 1,
+            Failure::StreamTimeout => SILENT,
         };
         let give_up = *silent >= SILENT;
         if give_up {
@@ -121,49 +121,52 @@ mod tests {
 
     #[test]
     fn who_fails_is_avoided_for_longer_each_time_until_it_answers() {
-        let (mut standings, mut now) = (Standings::default(), Instant::now());
+        let (mut health, mut now) = (MemberHealth::default(), Instant::now());
         for seconds in [5, 10, 20, 40, 60, 60] {
             for _ in 0..3 {
-                standings.on_failure(&member(1), Traffic::Keys, Failure::Said, now);
+                health.on_failure(&member(1), Traffic::Keys, Failure::Error, now);
             }
             now += Duration::from_secs(seconds);
             let before = now.checked_sub(Duration::from_millis(1)).expect("later");
-            assert_eq!(standings.avoided(before), [member(1)], "{seconds}");
-            assert!(standings.avoided(now).is_empty(), "{seconds}");
+            assert_eq!(health.avoided(before), [member(1)], "{seconds}");
+            assert!(health.avoided(now).is_empty(), "{seconds}");
         }
-        standings.on_failure(&member(1), Traffic::Keys, Failure::Said, now);
-        standings.on_answer(&member(1), Traffic::Keys);
-        assert!(standings.avoided(now).is_empty());
-        standings.on_failure(&member(1), Traffic::Keys, Failure::Said, now);
-        assert!(standings.avoided(now + FIRST).is_empty());
+        health.on_failure(&member(1), Traffic::Keys, Failure::Error, now);
+        health.on_answer(&member(1), Traffic::Keys);
+        assert!(health.avoided(now).is_empty());
+        health.on_failure(&member(1), Traffic::Keys, Failure::Error, now);
+        assert!(health.avoided(now + FIRST).is_empty());
     }
 
     #[test]
     fn the_last_to_fail_is_the_last_to_be_asked() {
-        let (mut standings, now) = (Standings::default(), Instant::now());
+        let (mut health, now) = (MemberHealth::default(), Instant::now());
         for (port, millis) in [(1, 0), (2, 1), (3, 2), (1, 3)] {
             let at = now + Duration::from_millis(millis);
-            standings.on_failure(&member(port), Traffic::Keys, Failure::Said, at);
+            health.on_failure(&member(port), Traffic::Keys, Failure::Error, at);
         }
-        let avoided = standings.avoided(now + Duration::from_millis(4));
+        let avoided = health.avoided(now + Duration::from_millis(4));
         assert_eq!(avoided, [member(2), member(3), member(1)]);
     }
 
     #[test]
     fn a_connection_is_left_after_two_silent_requests_in_a_row_or_a_mute_watch() {
-        let (mut standings, now) = (Standings::default(), Instant::now());
-        let mut fails = |traffic, failure| standings.on_failure(&member(1), traffic, failure, now);
-        assert!(!fails(Traffic::Keys, Failure::Silent));
-        assert!(!fails(Traffic::Leases, Failure::Silent), "it has its own");
-        assert!(!fails(Traffic::Keys, Failure::Said), "that is an answer");
-        assert!(!fails(Traffic::Keys, Failure::Silent));
-        assert!(fails(Traffic::Keys, Failure::Silent));
-        assert!(!fails(Traffic::Keys, Failure::Silent), "the new one is new");
-        assert!(fails(Traffic::Keys, Failure::Mute));
+        let (mut health, now) = (MemberHealth::default(), Instant::now());
+        let mut fails = |traffic, failure| health.on_failure(&member(1), traffic, failure, now);
+        assert!(!fails(Traffic::Keys, Failure::Timeout));
+        assert!(!fails(Traffic::Leases, Failure::Timeout), "it has its own");
+        assert!(!fails(Traffic::Keys, Failure::Error), "that is an answer");
+        assert!(!fails(Traffic::Keys, Failure::Timeout));
+        assert!(fails(Traffic::Keys, Failure::Timeout));
+        assert!(
+            !fails(Traffic::Keys, Failure::Timeout),
+            "the new one is new"
+        );
+        assert!(fails(Traffic::Keys, Failure::StreamTimeout));
         // The lease's request above is not forgotten for what came over the other connection.
-        standings.on_answer(&member(1), Traffic::Keys);
-        assert!(standings.avoided(now).is_empty(), "it has answered");
-        let fails = standings.on_failure(&member(1), Traffic::Leases, Failure::Silent, now);
+        health.on_answer(&member(1), Traffic::Keys);
+        assert!(health.avoided(now).is_empty(), "it has answered");
+        let fails = health.on_failure(&member(1), Traffic::Leases, Failure::Timeout, now);
         assert!(fails, "the second in a row");
     }
 }

@@ -10,10 +10,10 @@ use tokio::time::Instant;
 use tower::discover::Change;
 
 use super::hold::{Hold, News, Outcome};
+use super::instances::{Applied, Instances};
 use super::options::{Filter, Options};
-use super::snapshot::{Applied, Snapshot};
-use super::state::{Machine, Report};
 use super::status::{ResolverState, ResolverStatus};
+use super::watcher::{Machine, Report};
 use crate::error::EtcdError;
 use crate::format::Decoder;
 use crate::instance::Instance;
@@ -32,9 +32,9 @@ pub(super) struct Core {
 
 #[derive(Debug)]
 pub(super) struct Shared {
-    pub(super) snapshot: Snapshot,
+    pub(super) snapshot: Instances,
     pub(super) hold: Hold,
-    pub(super) views: Vec<Option<View>>,
+    pub(super) views: Vec<Option<Subscription>>,
     pub(super) reports: Vec<Report>,
     /// Writes that could not be read.
     pub(super) rejected: u64,
@@ -45,7 +45,7 @@ pub(super) struct Shared {
 
 /// What one consumer has yet to be told. It is a set: however many changes an address sees, it is told once, of the newest.
 #[derive(Debug)]
-pub(super) struct View {
+pub(super) struct Subscription {
     pending: VecDeque<Address>,
     /// What is in `pending`.
     queued: HashSet<Address>,
@@ -54,8 +54,8 @@ pub(super) struct View {
     pub(super) waker: Option<Waker>,
 }
 
-impl View {
-    fn tell(&mut self, address: &Address) {
+impl Subscription {
+    fn notify(&mut self, address: &Address) {
         if self.queued.insert(address.clone()) {
             self.pending.push_back(address.clone());
         }
@@ -137,7 +137,7 @@ impl Shared {
         news
     }
 
-    fn tell(&mut self, changed: &[Address]) -> Vec<Waker> {
+    fn notify(&mut self, changed: &[Address]) -> Vec<Waker> {
         let mut wakers = Vec::new();
         if !changed.is_empty() {
             let (snapshot, hold) = (&self.snapshot, &self.hold);
@@ -150,7 +150,7 @@ impl Shared {
             let known = snapshot.len() + hold.len();
             for view in self.views.iter_mut().flatten() {
                 for address in changed {
-                    view.tell(address);
+                    view.notify(address);
                 }
                 view.prune(is_known, known);
                 wakers.extend(view.waker.take());
@@ -178,7 +178,7 @@ impl Core {
             });
         }
         let shared = Shared {
-            snapshot: Snapshot::default(),
+            snapshot: Instances::default(),
             hold: Hold::new(options.hold, fastrand::Rng::new()),
             views: Vec::new(),
             reports,
@@ -206,7 +206,7 @@ impl Core {
         let addresses = shared.instances().map(Instance::address);
         let pending: VecDeque<_> = addresses.cloned().collect();
         let queued = pending.iter().cloned().collect();
-        let view = Some(View {
+        let view = Some(Subscription {
             announced: HashSet::new(),
             pending,
             queued,
@@ -238,7 +238,7 @@ impl Core {
             }
         }
         let news = shared.on_applied(&mut applied, now);
-        let wakers = shared.tell(&applied.changed);
+        let wakers = shared.notify(&applied.changed);
         shared.rejected += applied.rejected;
         if let Some(report) = shared.reports.get_mut(index) {
             report.clone_from(&machine.report);
@@ -262,7 +262,7 @@ impl Core {
             return shared.hold.deadline();
         }
         let Outcome { released, news } = shared.hold.on_time(now);
-        let wakers = shared.tell(&released);
+        let wakers = shared.notify(&released);
         let next = shared.hold.deadline();
         drop(shared);
         self.announce(news, wakers);
@@ -383,7 +383,7 @@ mod tests {
     /// Whoever only wants the list never asks for a change.
     #[test]
     fn addresses_that_come_and_go_unasked_do_not_pile_up() {
-        let mut view = View {
+        let mut view = Subscription {
             pending: VecDeque::new(),
             queued: HashSet::new(),
             announced: HashSet::new(),
@@ -394,10 +394,10 @@ mod tests {
         let (there, told) = (address(1), address(2));
         view.announced.insert(told.clone());
         for gone in [there.clone(), told.clone()] {
-            view.tell(&gone);
+            view.notify(&gone);
         }
         for port in 3..60_000 {
-            view.tell(&address(port));
+            view.notify(&address(port));
             view.prune(|address| *address == there, 1);
             assert!(view.pending.len() <= 2 * 2 + UNASKED);
             assert_eq!(view.pending.len(), view.queued.len());

@@ -20,13 +20,13 @@ use tonic_balance::{
 
 /// What one request, or the stream that it opens, goes over. Clones are of the same request.
 #[derive(Clone)]
-pub(super) struct Link {
+pub(super) struct RequestChannel {
     pub(super) client: Arc<Client>,
     /// `None` for a client that the user made.
-    pub(super) service: Option<LinkService>,
+    pub(super) service: Option<RequestService>,
 }
 
-impl Link {
+impl RequestChannel {
     /// Takes a client that the user made, whose connections are its own.
     pub(super) fn given(client: &Arc<Client>) -> Self {
         Self {
@@ -36,7 +36,7 @@ impl Link {
     }
 
     /// Makes a client for one request: which member has served it is not to be had through `etcd-client`.
-    pub(super) async fn over(service: LinkService) -> Result<Self, EtcdError> {
+    pub(super) async fn over(service: RequestService) -> Result<Self, EtcdError> {
         let boxed = service
             .clone()
             .map_response(|response: http::Response<ResponseBody>| response.map(Body::new))
@@ -54,11 +54,11 @@ impl Link {
     /// The member that was asked; if none was, the one whose connection has failed last.
     pub(super) fn endpoint(&self) -> String {
         let service = self.service.as_ref();
-        service.map_or_else(|| GIVEN.to_owned(), LinkService::endpoint)
+        service.map_or_else(|| GIVEN.to_owned(), RequestService::endpoint)
     }
 }
 
-impl std::fmt::Debug for Link {
+impl std::fmt::Debug for RequestChannel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Link")
             .field("endpoint", &self.endpoint())
@@ -69,14 +69,14 @@ impl std::fmt::Debug for Link {
 /// The channel over all members, for one request: adds the token, the deadline, and the wish to be refused by a member that has lost its
 /// cluster.
 #[derive(Clone)]
-pub(super) struct LinkService {
+pub(super) struct RequestService {
     pub(super) channel: BalancedChannel,
     pub(super) routing: Routing,
     pub(super) deadline: Duration,
     pub(super) token: TokenCell,
 }
 
-impl LinkService {
+impl RequestService {
     pub(super) fn endpoint(&self) -> String {
         let address = self.routing.address();
         let address = address.or_else(|| self.channel.last_failed_endpoint());
@@ -85,7 +85,7 @@ impl LinkService {
     }
 }
 
-impl Service<http::Request<Body>> for LinkService {
+impl Service<http::Request<Body>> for RequestService {
     type Response = http::Response<ResponseBody>;
     type Error = Status;
     type Future = ResponseFuture;

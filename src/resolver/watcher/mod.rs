@@ -30,12 +30,12 @@ use crate::backoff::{Backoff, jittered};
 use crate::error::EtcdError;
 use crate::keyspace::{Event, Header, Key, KeyVersion, LeaseId, ListRequest, Range, Revision};
 
-mod audit;
 mod listing;
+mod reconcile;
 mod watching;
 
-use audit::Audit;
 use listing::{Listing, PAGE_LIMIT};
+use reconcile::Audit;
 use watching::{Fruitless, Watching};
 
 /// What the owner task is to do next. Each is answered by one call of the machine.

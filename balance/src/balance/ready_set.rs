@@ -41,7 +41,7 @@ impl<M> Clone for Chunk<M> {
 /// A place in the set.
 #[derive(Clone, Debug)]
 pub(crate) struct Slot<M> {
-    pub(crate) member: M,
+    pub(crate) connection: M,
     pub(crate) weight: u32,
 }
 
@@ -163,7 +163,7 @@ impl Alias {
 
 /// The driver's own copy of a ready set, from which it makes the next.
 #[derive(Debug)]
-pub(crate) struct Roster<K, M> {
+pub(crate) struct ReadySetBuilder<K, M> {
     slots: Vec<(K, Slot<M>)>,
     places: HashMap<K, usize>,
     /// How many places have which weight.
@@ -174,7 +174,7 @@ pub(crate) struct Roster<K, M> {
     stale: BTreeSet<usize>,
 }
 
-impl<K, M> Roster<K, M> {
+impl<K, M> ReadySetBuilder<K, M> {
     /// Creates an empty roster. Its sets have a rotation by weight only if `takes_turns`, since other policies have no use for it.
     pub(crate) fn new(takes_turns: bool) -> Self {
         Self {
@@ -188,9 +188,9 @@ impl<K, M> Roster<K, M> {
     }
 }
 
-impl<K: Clone + Eq + Hash, M: Clone> Roster<K, M> {
-    pub(crate) fn members(&self) -> impl Iterator<Item = &M> {
-        self.slots.iter().map(|(_, slot)| &slot.member)
+impl<K: Clone + Eq + Hash, M: Clone> ReadySetBuilder<K, M> {
+    pub(crate) fn entries(&self) -> impl Iterator<Item = &M> {
+        self.slots.iter().map(|(_, slot)| &slot.connection)
     }
 
     pub(crate) fn contains(&self, key: &K) -> bool {
@@ -198,13 +198,13 @@ impl<K: Clone + Eq + Hash, M: Clone> Roster<K, M> {
     }
 
     /// Adds a member, or replaces the one of this key.
-    pub(crate) fn insert(&mut self, key: K, member: M, weight: u32) {
+    pub(crate) fn insert(&mut self, key: K, connection: M, weight: u32) {
         self.remove(&key);
         let weight = weight.max(1);
         self.places.insert(key.clone(), self.slots.len());
         self.stale.insert(self.slots.len() / CHUNK);
         self.note_weight(weight, self.slots.len());
-        self.slots.push((key, Slot { member, weight }));
+        self.slots.push((key, Slot { connection, weight }));
     }
 
     /// Takes a member out. Says whether it was there.
@@ -311,10 +311,10 @@ mod tests {
 
     use super::*;
 
-    fn members(set: &ReadySet<u32>) -> BTreeMap<u32, u32> {
+    fn entries(set: &ReadySet<u32>) -> BTreeMap<u32, u32> {
         (0..set.len())
             .map(|index| set.get(index).expect("below the length"))
-            .map(|slot| (slot.member, slot.weight))
+            .map(|slot| (slot.connection, slot.weight))
             .collect()
     }
 
@@ -339,29 +339,29 @@ mod tests {
     proptest! {
         #[test]
         fn a_frozen_set_is_what_the_changes_say(ops in proptest::collection::vec(op(), 0..600)) {
-            let mut roster = Roster::new(true);
+            let mut builder = ReadySetBuilder::new(true);
             let mut model = BTreeMap::new();
             for op in ops {
                 match op {
                     Op::Insert(key, weight) => {
-                        roster.insert(key, key, weight);
+                        builder.insert(key, key, weight);
                         model.insert(key, weight);
                     }
                     Op::Remove(key) => {
-                        prop_assert_eq!(roster.remove(&key), model.remove(&key).is_some());
+                        prop_assert_eq!(builder.remove(&key), model.remove(&key).is_some());
                     }
                     Op::Reweigh(key, weight) => {
-                        roster.reweigh(&key, weight);
+                        builder.reweigh(&key, weight);
                         model.entry(key).and_modify(|old| *old = weight);
                     }
                     Op::Freeze => {
-                        prop_assert_eq!(&members(&roster.freeze()), &model);
+                        prop_assert_eq!(&entries(&builder.freeze()), &model);
                     }
                 }
             }
-            let set = roster.freeze();
+            let set = builder.freeze();
             prop_assert_eq!(set.len(), model.len());
-            prop_assert_eq!(&members(&set), &model);
+            prop_assert_eq!(&entries(&set), &model);
             let mut weights: Vec<_> = model.values().collect();
             weights.dedup();
             prop_assert_eq!(set.is_uniform(), weights.len() <= 1);
@@ -370,11 +370,11 @@ mod tests {
 
     #[test]
     fn draws_follow_the_weights() {
-        let mut roster = Roster::new(true);
+        let mut builder = ReadySetBuilder::new(true);
         for key in 0..200_u32 {
-            roster.insert(key, key, if key < 100 { 1 } else { 3 });
+            builder.insert(key, key, if key < 100 { 1 } else { 3 });
         }
-        let set = roster.freeze();
+        let set = builder.freeze();
         let mut rng = fastrand::Rng::with_seed(7);
         let mut heavy = 0_u32;
         let mut each = vec![0_u32; 200];
@@ -382,7 +382,7 @@ mod tests {
             let index = set.draw(rng.u64(..), rng.u64(..)).expect("not empty");
             let slot = set.get(index).expect("below the length");
             heavy += u32::from(slot.weight == 3);
-            each[slot.member as usize] += 1;
+            each[slot.connection as usize] += 1;
         }
         let share = f64::from(heavy) / 200_000.0;
         assert!((share - 0.75).abs() < 0.01, "{share}");

@@ -6,16 +6,16 @@ use std::sync::Arc;
 use tokio::task::{AbortHandle, Id, JoinError};
 use tokio::time::Instant;
 
-use super::{Dial, DialId, Driver, Report, State, SubchannelId};
+use super::{Dial, DialId, Driver, State, SubchannelEvent, SubchannelId};
 use crate::address::Address;
-use crate::balance::member::Member;
+use crate::balance::ready_connection::ReadyConnection;
 use crate::balance::subchannel::{Connecting, Ending, Lost, Subchannel};
 use crate::balance::waiters::Waiters;
 use crate::balance::{EndpointError, LONGEST, OnRefused};
 use crate::error::causes;
 use crate::transport::connect::{Attempt, DialError};
+use crate::transport::connection_task::CloseReason;
 use crate::transport::http2::Connection;
-use crate::transport::task::Leave;
 
 impl Driver {
     /// Has a subchannel dialled when it is its turn, which is at random.
@@ -71,8 +71,8 @@ impl Driver {
     }
 
     pub(super) fn is_dialled(&self, address: &Address) -> bool {
-        let known = self.known.get(address);
-        known.is_some_and(|known| !known.attributes.is_last_resort())
+        let entry = self.endpoints.get(address);
+        entry.is_some_and(|entry| !entry.attributes.is_last_resort())
     }
 
     fn dial(
@@ -85,15 +85,18 @@ impl Driver {
         tracing::debug!(%address, "connecting");
         self.next_id += 1;
         let dial_id = self.next_id;
-        let reports = self.on_report.clone();
-        let on_report = move |report| {
+        let events = self.on_event.clone();
+        let on_event = move |event| {
             // The driver may be gone, and then nobody cares.
-            let _ = reports.send((dial_id, Report::Connection(report)));
+            let _ = events.send((dial_id, SubchannelEvent::Connection(event)));
         };
         let (connector, address) = (Arc::clone(&self.connector), address.clone());
-        let keep_alive = self.known.get(&address).and_then(|known| known.keep_alive);
+        let keep_alive = self
+            .endpoints
+            .get(&address)
+            .and_then(|entry| entry.keep_alive);
         let attempt = Attempt { failed, keep_alive };
-        let dial = async move { connector.connect(&address, attempt, on_report).await };
+        let dial = async move { connector.connect(&address, attempt, on_event).await };
         let dial = self.dials.spawn(dial);
         self.retries += usize::from(is_retry);
         let dialling = Dial {
@@ -160,37 +163,37 @@ impl Driver {
         subchannel: Subchannel<Connecting>,
         connection: Connection,
     ) {
-        let Some(known) = self.known.get(address) else {
+        let Some(entry) = self.endpoints.get(address) else {
             return;
         };
         let round_trip = connection.round_trip();
-        let load = self.loads.begin(known.endpoint.estimate(), self.median);
-        let member = Arc::new(Member::new(
+        let load = self.loads.begin(entry.endpoint.estimate(), self.median);
+        let connection = Arc::new(ReadyConnection::new(
             connection,
-            Arc::clone(&known.endpoint),
+            Arc::clone(&entry.endpoint),
             load,
             Arc::<Waiters>::clone(&self.shared.waiters),
             self.shared.started,
         ));
-        member.follow_limit();
-        let weak = Arc::downgrade(&member);
+        connection.follow_limit();
+        let weak = Arc::downgrade(&connection);
         // Weak: the connection's task must not keep the connection open.
-        member.connection().set_busy(move || {
-            let member = weak.upgrade();
-            member.is_some_and(|member| member.load().in_flight() > 0)
+        connection.http2().set_busy(move || {
+            let connection = weak.upgrade();
+            connection.is_some_and(|connection| connection.load().in_flight() > 0)
         });
-        let dial = !known.attributes.is_last_resort();
-        let health_watch = self.watch_health(dial_id, &member);
+        let dial = !entry.attributes.is_last_resort();
+        let health_watch = self.watch_health(dial_id, &connection);
         let is_asked = health_watch.is_some();
-        let ready = State::Ready(subchannel.connected(member, health_watch));
+        let ready = State::Ready(subchannel.connected(connection, health_watch));
         self.subchannels.insert(id, (address.clone(), ready));
         if !is_asked {
             self.replace_stalled(address, id);
         }
         let connections = self
-            .known
+            .endpoints
             .get(address)
-            .map_or(0, |known| known.subchannels.len());
+            .map_or(0, |entry| entry.subchannels.len());
         let missing = self
             .options
             .connections_per_endpoint
@@ -200,7 +203,7 @@ impl Driver {
         } else {
             tracing::info!(%address, ?round_trip, "endpoint ready");
             self.start_slowly(address, Instant::now());
-            self.place(id);
+            self.update_ready_set(id);
         }
         // Only an endpoint that answers is worth its other connections.
         for _ in 0..missing {
@@ -226,8 +229,8 @@ impl Driver {
             tracing::debug!(%address, %reason, "endpoint still failing");
         }
         self.note(address, reason.into());
-        if let Some(known) = self.known.get_mut(address) {
-            known.warm = false;
+        if let Some(entry) = self.endpoints.get_mut(address) {
+            entry.warm = false;
         }
         if let Some(OnRefused(tell)) = &self.options.on_refused {
             tell(address);
@@ -239,7 +242,7 @@ impl Driver {
     }
 
     /// Handles the end of a connection, which may be reported before the end of its dial.
-    pub(super) fn on_lost(&mut self, dial_id: DialId, leave: Leave) {
+    pub(super) fn on_lost(&mut self, dial_id: DialId, leave: CloseReason) {
         let mut dialling = self.dialling.values();
         if dialling.any(|dialling| dialling.id == dial_id) {
             self.lost_early.insert(dial_id, leave);
@@ -248,7 +251,7 @@ impl Driver {
         }
     }
 
-    fn on_left(&mut self, dial_id: DialId, leave: &Leave) {
+    fn on_left(&mut self, dial_id: DialId, leave: &CloseReason) {
         let Some(id) = self.connected.remove(&dial_id) else {
             return;
         };
@@ -256,8 +259,8 @@ impl Driver {
         let Some((address, State::Ready(subchannel))) = self.subchannels.remove(&id) else {
             return;
         };
-        self.evict(id, subchannel.member());
-        self.heed_pings(&address, subchannel.member());
+        self.evict(id, subchannel.connection());
+        self.heed_pings(&address, subchannel.connection());
         if leave.is_graceful() {
             tracing::debug!(%address, reason = %leave, "connection closed by its server");
         } else {
@@ -269,15 +272,15 @@ impl Driver {
         if subchannel.is_silent() && self.spare_takes_over(&address, id) {
             return self.reclassify(&address);
         }
-        let known = self.known.get(&address);
-        if let Some(known) = known {
-            let estimate = subchannel.member().load().estimate();
-            known.endpoint.keep_estimate(estimate);
+        let entry = self.endpoints.get(&address);
+        if let Some(entry) = entry {
+            let estimate = subchannel.connection().load().estimate();
+            entry.endpoint.keep_estimate(estimate);
         }
-        let last_resort = known.is_some_and(|known| known.attributes.is_last_resort());
+        let last_resort = entry.is_some_and(|entry| entry.attributes.is_last_resort());
         let ending = Ending {
             graceful: leave.is_graceful(),
-            used: Arc::clone(subchannel.member().used()),
+            used: Arc::clone(subchannel.connection().used()),
         };
         let state = match subchannel.lost(ending, &mut self.rng, Instant::now()) {
             Lost::Resting(subchannel) if last_resort => State::Idle(subchannel.wake(false)),
@@ -307,14 +310,14 @@ impl Driver {
     }
 
     /// Pings an endpoint half as often whose server has ended a connection for its PINGs (gRFC A8).
-    fn heed_pings(&mut self, address: &Address, member: &Member) {
-        if !member.connection().has_too_many_pings() {
+    fn heed_pings(&mut self, address: &Address, connection: &ReadyConnection) {
+        if !connection.http2().has_too_many_pings() {
             return;
         }
-        let Some(known) = self.known.get_mut(address) else {
+        let Some(entry) = self.endpoints.get_mut(address) else {
             return;
         };
-        if let Some(keep_alive) = &mut known.keep_alive {
+        if let Some(keep_alive) = &mut entry.keep_alive {
             keep_alive.interval = keep_alive.interval.saturating_mul(2).min(LONGEST);
             keep_alive.permit = keep_alive.permit.max(keep_alive.interval);
             let interval = keep_alive.interval;
@@ -325,8 +328,8 @@ impl Driver {
     }
 
     pub(super) fn note(&mut self, address: &Address, reason: Arc<str>) {
-        if let Some(known) = self.known.get(address) {
-            known.endpoint.set_last_error(Arc::clone(&reason));
+        if let Some(entry) = self.endpoints.get(address) {
+            entry.endpoint.set_last_error(Arc::clone(&reason));
         }
         let address = address.clone();
         self.summary.last_error = Some(Arc::new(EndpointError { address, reason }));

@@ -4,24 +4,24 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Driver, Known, State};
+use super::{Driver, EndpointEntry, State};
 use crate::address::Address;
 
 impl Driver {
     /// A call found every stream in use.
     pub(super) fn grow(&mut self) {
         let limit = self.options.connections_per_endpoint + 1;
-        let is_full = |known: &Known| {
-            !known.attributes.is_last_resort()
-                && known.subchannels.len() < limit
-                && known.subchannels.iter().all(|id| {
-                    matches!(self.subchannels.get(id), Some((_, State::Ready(ready))) if ready.member().is_full())
+        let is_full = |entry: &EndpointEntry| {
+            !entry.attributes.is_last_resort()
+                && entry.subchannels.len() < limit
+                && entry.subchannels.iter().all(|id| {
+                    matches!(self.subchannels.get(id), Some((_, State::Ready(ready))) if ready.connection().is_full())
                 })
         };
         let full: Vec<_> = self
-            .known
+            .endpoints
             .iter()
-            .filter(|(_, known)| is_full(known))
+            .filter(|(_, entry)| is_full(entry))
             .map(|(address, _)| address.clone())
             .collect();
         for address in full {
@@ -51,20 +51,21 @@ impl Driver {
 
     /// Whether an endpoint's calls are less than half of what its connections but one can take. An endpoint that is gone needs nothing.
     fn is_dispensable(&self, address: &Address) -> bool {
-        let Some(known) = self.known.get(address) else {
+        let Some(entry) = self.endpoints.get(address) else {
             return true;
         };
-        let members = known
-            .subchannels
-            .iter()
-            .filter_map(|id| match self.subchannels.get(id) {
-                Some((_, State::Ready(ready))) => Some(ready.member()),
-                _ => None,
-            });
+        let connections =
+            entry
+                .subchannels
+                .iter()
+                .filter_map(|id| match self.subchannels.get(id) {
+                    Some((_, State::Ready(ready))) => Some(ready.connection()),
+                    _ => None,
+                });
         let (mut in_flight, mut room) = (0_usize, Vec::new());
-        for member in members {
-            in_flight += member.load().in_flight() as usize;
-            room.push(member.load().limit());
+        for connection in connections {
+            in_flight += connection.load().in_flight() as usize;
+            room.push(connection.load().limit());
         }
         room.pop();
         let room = room.into_iter().fold(0, usize::saturating_add);
@@ -72,19 +73,19 @@ impl Driver {
     }
 
     fn drop_last(&mut self, address: &Address) {
-        let Some(known) = self.known.get_mut(address) else {
+        let Some(entry) = self.endpoints.get_mut(address) else {
             return;
         };
-        if known.subchannels.len() <= self.options.connections_per_endpoint {
+        if entry.subchannels.len() <= self.options.connections_per_endpoint {
             return;
         }
         // One that is dialled beside a stalled connection is not the additional one.
-        let spare = known.spare;
-        let mut ids = known.subchannels.iter();
+        let spare = entry.spare;
+        let mut ids = entry.subchannels.iter();
         let Some(last) = ids.rposition(|id| Some(*id) != spare) else {
             return;
         };
-        let id = known.subchannels.remove(last);
+        let id = entry.subchannels.remove(last);
         tracing::debug!(%address, "one connection less: its streams are not needed any more");
         self.resting.remove(&id);
         if let Some((_, State::Ready(subchannel))) = self.subchannels.remove(&id) {
