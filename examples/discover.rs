@@ -1,10 +1,10 @@
-//! Prints what is registered under some prefixes, and again whenever it changes:
+//! Prints the instances under some prefixes, and each later change:
 //!
 //! ```sh
 //! cargo run --example discover -- /web/ /gRPC/
 //! ```
 //!
-//! `+` is a new server, `~` one that is known and has changed, `-` one that is gone.
+//! `+` marks a new server, `~` a changed server and `-` a removed server.
 #![allow(clippy::print_stdout, reason = "it is what the example is for")]
 
 mod greeter;
@@ -34,7 +34,7 @@ async fn run() -> Result<(), Box<dyn std::error::Error>> {
     let mut known = HashSet::new();
     while let Some(Ok(change)) = resolver.next().await {
         match change {
-            // An insert of an address that is known is an update.
+            // An insert of a known address is an update.
             Change::Insert(address, instance) => {
                 let sign = if known.insert(address) { '+' } else { '~' };
                 println!("{sign} {}", describe(&instance));

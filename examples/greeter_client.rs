@@ -1,4 +1,4 @@
-//! A gRPC client that finds its servers through etcd, and greets one of them every second:
+//! A gRPC client that finds its servers through etcd and calls one of them every second:
 //!
 //! ```sh
 //! cargo run --example greeter_client

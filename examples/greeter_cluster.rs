@@ -1,12 +1,12 @@
-//! A whole cluster on this machine: an etcd (its own, or the one at `ETCD_ENDPOINTS`), three servers, a client under steady load. Then a
-//! fourth server joins, the first one leaves, and another one is killed and comes back.
+//! A complete cluster on this machine: an etcd (started here, or the cluster at `ETCD_ENDPOINTS`), three servers, and a client under steady
+//! load. Then a fourth server joins, the first server leaves, and another server is killed and restarted.
 //!
 //! ```sh
 //! cargo run --example greeter_cluster
 //! ```
 //!
-//! It ends by itself after about twenty seconds, and fails if a join or leave was not followed, or if a call failed that was not on its
-//! way to a server when that was killed: of those at most one per caller.
+//! The program ends after about twenty seconds. It fails if the client did not follow a join or a leave, or if a call failed. Only calls in
+//! flight to a killed server may fail, at most one per caller.
 #![allow(clippy::print_stdout, reason = "it is what the example is for")]
 
 mod greeter;
@@ -41,7 +41,7 @@ async fn main() -> Result<(), Error> {
     {
         return serve_greeter(name, endpoints).await;
     }
-    // The whole show takes fifteen seconds; a machine that needs a minute has a fault worth failing for.
+    // The demonstration takes about twenty seconds. A machine that needs more than a minute has a fault.
     timeout(Duration::from_secs(60), show()).await?
 }
 
@@ -107,7 +107,7 @@ async fn show() -> Result<(), Error> {
     })
     .await?;
     alpha.ended().await?;
-    // What it has answered last may not be counted yet.
+    // The server's last replies may not be counted yet.
     sleep(Duration::from_millis(100)).await;
     let served = tally.lock().map_or(0, |tally| tally.count("alpha"));
     watch("alpha has left", &tally, &resolver, Duration::from_secs(2)).await;
@@ -146,7 +146,7 @@ async fn show() -> Result<(), Error> {
     Ok(())
 }
 
-/// Kills beta under load, and brings it back.
+/// Kills beta under load and restarts it.
 async fn kill_and_restart(
     mut beta: ServerProcess,
     endpoints: &str,
@@ -163,12 +163,12 @@ async fn kill_and_restart(
     Ok(beta)
 }
 
-/// Who served how many calls.
+/// Number of calls per server, and of failed calls.
 #[derive(Default)]
 struct Tally {
     served: BTreeMap<String, u64>,
     failed: u64,
-    /// Calls that failed because a server was killed under them.
+    /// Calls that failed because their server was killed.
     caught: u64,
     kill: Option<Kill>,
     last_failure: String,
@@ -188,20 +188,20 @@ impl Tally {
     }
 }
 
-/// When a server was killed: from just before the signal until everybody knows.
+/// The period in which a kill may fail calls: from just before the signal until the client has detected the closed connections.
 struct Kill {
     from: Instant,
     until: Option<Instant>,
 }
 
 impl Kill {
-    /// Whether a call that ends now was in flight meanwhile.
+    /// Returns whether a call that ends now was in flight during the kill.
     fn caught(&self, start: Instant) -> bool {
         self.until.is_none_or(|until| start <= until) && Instant::now() >= self.from
     }
 }
 
-/// Calls at a steady pace, for ever.
+/// Sends calls at a steady pace until the task is aborted.
 async fn call(channel: BalancedChannel, tally: Arc<Mutex<Tally>>) {
     let mut client = GreeterClient::new(channel);
     loop {
@@ -237,7 +237,7 @@ async fn call(channel: BalancedChannel, tally: Arc<Mutex<Tally>>) {
     }
 }
 
-/// Shows for a while who serves: in a terminal as one line that moves, elsewhere as one line at the end.
+/// Shows the calls per server for a while: on a terminal as one line that is updated, otherwise as one line at the end.
 async fn watch(title: &str, tally: &Mutex<Tally>, resolver: &Resolver, time: Duration) {
     let end = Instant::now() + time;
     let live = std::io::stdout().is_terminal();
@@ -261,7 +261,7 @@ async fn watch(title: &str, tally: &Mutex<Tally>, resolver: &Resolver, time: Dur
         sleep(Duration::from_millis(100)).await;
         if live {
             print!("\r\x1b[K{}", show());
-            // A terminal that cannot be written to is no reason to fail.
+            // A failed write to the terminal does not fail the program.
             let _ = std::io::stdout().flush();
         }
     }
@@ -279,10 +279,10 @@ async fn until(what: &str, condition: impl Fn() -> bool) -> Result<(), Error> {
         .map_err(|_| format!("waited in vain until {what}").into())
 }
 
-/// A server in a process of its own.
+/// A server in a separate process.
 struct ServerProcess {
     child: Child,
-    /// Tells the process that we live. `Child::wait` would close it.
+    /// Pipe whose end stops the process. `Child::wait` would close it.
     _stdin: Option<ChildStdin>,
 }
 
@@ -302,7 +302,7 @@ impl ServerProcess {
         })
     }
 
-    /// Asks it to end, as Kubernetes and systemd do.
+    /// Sends SIGTERM, as Kubernetes and systemd do.
     fn terminate(&self) -> Result<(), Error> {
         if let Some(pid) = self.child.id() {
             kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGTERM)?;
@@ -310,14 +310,15 @@ impl ServerProcess {
         Ok(())
     }
 
-    /// Kills it without a word, and notes when.
+    /// Kills the process with SIGKILL and records the time.
     async fn kill(&mut self, tally: &Mutex<Tally>) -> Result<(), Error> {
         let from = Instant::now();
         if let Ok(mut tally) = tally.lock() {
             tally.kill = Some(Kill { from, until: None });
         }
         self.child.kill().await?;
-        // The kernel has closed its sockets by now; until our runtime has read that, a call may still be sent on one of them.
+        // The kernel has closed the sockets of the process at this point. Until the runtime has read that, a call may still be sent on one
+        // of them.
         let until = Some(Instant::now() + Duration::from_millis(250));
         if let Ok(mut tally) = tally.lock() {
             tally.kill = Some(Kill { from, until });
@@ -325,7 +326,7 @@ impl ServerProcess {
         Ok(())
     }
 
-    /// Waits for its end in good order.
+    /// Waits until the process ends. Fails if it ends with an error.
     async fn ended(&mut self) -> Result<(), Error> {
         let status = timeout(Duration::from_secs(10), self.child.wait()).await??;
         if status.success() {
@@ -337,8 +338,8 @@ impl ServerProcess {
 }
 
 async fn serve_greeter(name: &str, endpoints: &str) -> Result<(), Error> {
-    // The parent holds the other end of our standard input: when it dies, so do we. A thread of our own, since the runtime would wait
-    // for the read when it ends.
+    // The parent holds the other end of standard input: when the parent dies, the read returns and this process exits. The read runs on a
+    // separate thread, because a runtime that ends would wait for it.
     std::thread::spawn(|| {
         let _ = std::io::stdin().read(&mut [0]);
         std::process::exit(1);

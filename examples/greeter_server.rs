@@ -1,10 +1,10 @@
-//! A gRPC server that is found through etcd. Start as many as you like, each takes a free port:
+//! A gRPC server that is registered in etcd. Several can run at once, because each binds a free port:
 //!
 //! ```sh
 //! cargo run --example greeter_server
 //! ```
 //!
-//! It leaves in order on Ctrl-C or SIGTERM, and at once on a second one.
+//! It shuts down gracefully on Ctrl-C or SIGTERM, and immediately on a second signal.
 
 mod greeter;
 

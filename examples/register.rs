@@ -1,4 +1,4 @@
-//! Registers any address under any key, logs each renewal of the lease, and takes the key away on Ctrl-C or SIGTERM:
+//! Registers any address under any key, logs each renewal of the lease, and deletes the key on Ctrl-C or SIGTERM:
 //!
 //! ```sh
 //! cargo run --example register -- /web/node1 localhost:8000
@@ -71,7 +71,7 @@ fn describe(state: &RegistrationState) -> String {
     }
 }
 
-/// Takes notice of Ctrl-C and SIGTERM from here on, and waits for one of them.
+/// Installs handlers for Ctrl-C and SIGTERM. The returned future completes on the first of these signals.
 #[cfg(unix)]
 fn told_to_stop() -> std::io::Result<impl Future<Output = ()>> {
     use tokio::signal::unix::{SignalKind, signal};

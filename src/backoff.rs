@@ -1,11 +1,12 @@
-//! How long to wait before the next try.
+//! Waits between attempts.
 
 use std::time::Duration;
 
-/// Exponential backoff with full jitter: each wait is random between half and the whole of a step that doubles up to a bound.
+/// Exponential backoff with equal jitter: each wait is random between one half of a step and the whole step. The step doubles up to a
+/// maximum.
 ///
-/// The caller resets it after *health*, not after a mere connect: a peer that accepts and fails at once would otherwise be tried at the
-/// first interval for ever.
+/// The caller resets the backoff after *health*, not after a mere connect. Otherwise a peer that accepts connections and fails at once
+/// would be retried at the first interval forever.
 #[derive(Clone, Debug)]
 pub(crate) struct Backoff {
     first: Duration,
@@ -22,14 +23,14 @@ impl Backoff {
         }
     }
 
-    /// The next wait.
+    /// Returns the next wait and doubles the step.
     pub(crate) fn next(&mut self, rng: &mut fastrand::Rng) -> Duration {
         let step = self.next;
         self.next = (step * 2).min(self.max);
         jittered(step, rng)
     }
 
-    /// Makes the next wait no longer than this.
+    /// Limits the step of the next wait to `longest`.
     pub(crate) fn ease(&mut self, longest: Duration) {
         self.next = self.next.min(longest);
     }
@@ -39,7 +40,7 @@ impl Backoff {
     }
 }
 
-/// A random duration between half of `step` and `step`.
+/// Returns a random duration between one half of `step` and `step`.
 pub(crate) fn jittered(step: Duration, rng: &mut fastrand::Rng) -> Duration {
     step.mul_f64(0.5 + rng.f64() / 2.0)
 }

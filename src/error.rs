@@ -1,4 +1,4 @@
-//! The errors of the public operations, one type each, and what etcd can answer.
+//! The errors of the public operations, one type each, and the kinds of etcd errors.
 
 use std::fmt;
 use std::io;
@@ -9,9 +9,9 @@ use std::time::Duration;
 pub(crate) use tonic_balance::error::causes;
 use tonic_balance::{AddressError, ChannelError};
 
-/// A failed exchange with etcd: what was asked, of which member, and what came back.
+/// A failed exchange with etcd: the operation, the member, and the cause.
 ///
-/// Cloning is a reference count, so that a status can keep the last one.
+/// A clone shares the error by a reference count, so that a status can keep the last error.
 #[derive(Clone, Debug)]
 pub struct EtcdError(Arc<Inner>);
 
@@ -38,18 +38,18 @@ impl EtcdError {
         }))
     }
 
-    /// What it means.
+    /// Returns the kind of the error.
     #[must_use]
     pub fn kind(&self) -> EtcdErrorKind {
         self.0.kind
     }
 
-    /// Whether it is the same failure, and not only one like it.
+    /// Returns whether both values are clones of one error. Two equal errors of separate failures do not count.
     pub(crate) fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// The error of a task that ends before its owner does.
+    /// Creates the error of a task that ended before its owner.
     pub(crate) fn task_ended(operation: &'static str) -> Self {
         let source = if std::thread::panicking() {
             "it has panicked"
@@ -65,7 +65,7 @@ impl EtcdError {
         self.0.operation
     }
 
-    /// Returns the member that was asked.
+    /// Returns the member that the request was sent to.
     #[must_use]
     pub fn endpoint(&self) -> &str {
         &self.0.endpoint
@@ -98,50 +98,50 @@ impl std::error::Error for EtcdError {
     }
 }
 
-/// What an [`EtcdError`] means. Told by etcd's texts, not by gRPC codes: `OutOfRange` alone has four meanings there.
+/// The kind of an [`EtcdError`]. It is derived from the text of etcd's error, not from the gRPC code: etcd uses `OutOfRange` alone for four
+/// different errors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum EtcdErrorKind {
-    /// The member could not be reached, or the connection broke. Everything that is not known to mean something else is this, and is
-    /// tried again.
+    /// The member could not be reached, or the connection broke. An unknown failure is of this kind as well, and is retried.
     Unavailable,
-    /// The member did not answer in time.
+    /// The member did not respond within the deadline.
     DeadlineExceeded,
-    /// The member has lost its cluster.
+    /// The member has lost its cluster: it has no leader.
     NoLeader,
-    /// The member answers out of a raft term that is over: it was frozen or cut off, or lags.
+    /// The response is from an old raft term: the member was frozen or cut off, or it lags.
     StaleTerm,
-    /// The store is full; it may be compacted any moment.
+    /// The database of the store is full. The request is retried, because a compaction may free space at any time.
     NoSpace,
-    /// The revision asked for is compacted away.
+    /// The requested revision is compacted.
     Compacted,
-    /// The revision asked for is not reached: the store was wiped or restored.
+    /// The store has not reached the requested revision: the store was wiped or restored.
     FutureRevision,
-    /// The answer is larger than the limit for one message.
+    /// The response is larger than the limit for one message.
     ResponseTooLarge,
     /// The request is larger than etcd accepts (1.5 MiB by default).
     RequestTooLarge,
     /// The lease has expired or was revoked.
     LeaseNotFound,
-    /// A lease of this id exists.
+    /// A lease with this id exists already.
     LeaseExists,
     /// The TTL is above etcd's maximum.
     LeaseTtlTooLarge,
-    /// The user may not read or write this key. Older servers say it for an expired token as well.
+    /// The user may not read or write this key. Older etcd servers return this error for an expired token as well.
     PermissionDenied,
     /// The token is expired, or the store's users have changed since it was issued.
     InvalidToken,
-    /// Name and password are refused.
+    /// The user name or the password is wrong.
     BadCredentials,
-    /// etcd wants a user, and none is configured.
+    /// etcd requires a user, and none is configured.
     CredentialsRequired,
-    /// Credentials are configured, but etcd has authentication switched off.
+    /// Credentials are configured, but authentication is disabled in etcd.
     AuthNotEnabled,
     /// The peer speaks gRPC but is not etcd.
     Unimplemented,
-    /// The request cannot be made: a service name or a prefix is not valid. Nothing was sent.
+    /// The request is not valid: a service name or a prefix is malformed. Nothing was sent.
     InvalidRequest,
-    /// The task that talks to etcd has ended with its runtime, or has panicked. It is not started again.
+    /// The task that communicates with etcd has ended with its runtime, or has panicked. It is not restarted.
     TaskEnded,
 }
 
@@ -159,7 +159,7 @@ impl EtcdErrorKind {
         )
     }
 
-    /// Whether a fresh token may help.
+    /// Returns whether a new token may resolve the error.
     pub(crate) fn is_refusal(self) -> bool {
         matches!(
             self,
@@ -167,7 +167,7 @@ impl EtcdErrorKind {
         )
     }
 
-    /// Whether nothing but an operator can help. Such a failure is final at start and retried slowly later.
+    /// Returns whether only an operator can resolve the error. Such a failure is final at start, and is retried slowly later.
     pub(crate) fn needs_operator(self) -> bool {
         self.is_refusal()
             || matches!(
@@ -207,23 +207,24 @@ impl fmt::Display for EtcdErrorKind {
     }
 }
 
-/// Why no connection to etcd could be made.
+/// The reason why no connection to etcd could be established.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RegistryError {
-    /// A channel's target is not of the form `etcd://host:port[,host:port…]/service`, nor of grpc-go's or go-zero's forms, or it is ambiguous.
+    /// The target of a channel is ambiguous, or has neither the form `etcd://host:port[,host:port…]/service` nor a form of grpc-go or
+    /// go-zero.
     #[error("target {target:?} is not valid: {reason}; write etcd://host:port/service")]
     #[non_exhaustive]
     InvalidTarget {
-        /// The target as it was given.
+        /// The configured target.
         target: String,
-        /// What is wrong with it.
+        /// The reason why the target is not valid.
         reason: String,
     },
-    /// etcd was reached, and the channel could not be connected.
+    /// etcd was reached, but the channel could not be connected.
     #[error(transparent)]
     Channel(#[from] ChannelError),
-    /// No endpoint was given.
+    /// No endpoint is configured.
     #[error("no etcd endpoint given; pass at least one, such as 127.0.0.1:2379")]
     NoEndpoints,
     /// An endpoint is not of the form `[http[s]://]host:port`.
@@ -232,71 +233,71 @@ pub enum RegistryError {
     )]
     #[non_exhaustive]
     InvalidEndpoint {
-        /// The endpoint as it was given.
+        /// The configured endpoint.
         endpoint: String,
-        /// What is wrong with it.
+        /// The reason why the endpoint is not valid.
         reason: String,
     },
-    /// No member answered.
+    /// No member responded.
     #[error(
         "no etcd answered at {}; check that it runs there and that the port (2379 by default) is right and open: {source}", endpoints.join(", ")
     )]
     #[non_exhaustive]
     Unreachable {
-        /// All endpoints tried.
+        /// The endpoints that were tried.
         endpoints: Vec<String>,
         /// The last failure.
         source: EtcdError,
     },
-    /// One side speaks TLS and the other does not, or the certificates do not fit.
+    /// Only one side uses TLS, or the certificates do not match.
     #[error("no secure connection to etcd at {}: {reason}: {source}", endpoints.join(", "))]
     #[non_exhaustive]
     Tls {
-        /// All endpoints tried.
+        /// The endpoints that were tried.
         endpoints: Vec<String>,
-        /// What was seen, and what to do.
+        /// The observed cause, and how to fix the configuration.
         reason: String,
         /// The last failure.
         source: EtcdError,
     },
-    /// Something answers, but not etcd.
+    /// A server responded, but the server is not an etcd.
     #[error(
         "the server at {} is not an etcd ({reason}); check host and port, etcd's client port is 2379 by default: {source}", endpoints.join(", ")
     )]
     #[non_exhaustive]
     NotEtcd {
-        /// All endpoints tried.
+        /// The endpoints that were tried.
         endpoints: Vec<String>,
-        /// What was seen.
+        /// The observed behaviour of the server.
         reason: String,
         /// The last failure.
         source: EtcdError,
     },
-    /// etcd refused the user.
+    /// etcd rejected the user.
     #[error(
         "etcd at {} refused {user}; check name and password given to `.user(name, password)`: {source}", endpoints.join(", ")
     )]
     #[non_exhaustive]
     Credentials {
-        /// All endpoints tried.
+        /// The endpoints that were tried.
         endpoints: Vec<String>,
-        /// The user, in words, never with the password.
+        /// A description of the user, never with the password.
         user: String,
-        /// etcd's answer.
+        /// The error from etcd.
         source: EtcdError,
     },
-    /// etcd answered something else.
+    /// etcd rejected the connection check with another error.
     #[error("etcd at {} refused the connection check: {source}", endpoints.join(", "))]
     #[non_exhaustive]
     Refused {
-        /// All endpoints tried.
+        /// The endpoints that were tried.
         endpoints: Vec<String>,
-        /// etcd's answer.
+        /// The error from etcd.
         source: EtcdError,
     },
 }
 
-/// Why a server could not be registered, or its registration not be changed.
+/// The reason why a server could not be registered, or why its registration could not be changed.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RegisterError {
@@ -306,10 +307,10 @@ pub enum RegisterError {
     Invalid {
         /// The service, or the exact key.
         service: String,
-        /// Which value, and what is wrong with it.
+        /// The invalid value, and the reason why it is not valid.
         reason: String,
     },
-    /// The address to advertise is not valid. Nothing was sent to etcd.
+    /// The advertised address is not valid. Nothing was sent to etcd.
     #[error(
         "registration of {service:?} has no address that clients can dial; set one with `.address(\"host:port\")`: {source}"
     )]
@@ -317,19 +318,19 @@ pub enum RegisterError {
     Address {
         /// The service, or the exact key.
         service: String,
-        /// What is wrong with it.
+        /// The reason why the address is not valid.
         source: AddressError,
     },
-    /// etcd refused for good: credentials, permission, size.
+    /// etcd rejected the registration permanently, because of credentials, permission or size.
     #[error("etcd refused to register {key:?}: {source}")]
     #[non_exhaustive]
     Refused {
         /// The key.
         key: String,
-        /// etcd's answer.
+        /// The error from etcd.
         source: EtcdError,
     },
-    /// etcd did not take the write within the bound. A registration that is up goes on trying.
+    /// etcd did not accept the write within the timeout. An active registration continues to retry.
     #[error(
         "{key:?} could not be written to etcd at {} within {} s{}", endpoints.join(", "),
         bound.as_secs_f64(),
@@ -339,29 +340,29 @@ pub enum RegisterError {
     TimedOut {
         /// The key.
         key: String,
-        /// All endpoints tried.
+        /// The endpoints that were tried.
         endpoints: Vec<String>,
-        /// The bound that has passed.
+        /// The timeout that expired.
         bound: Duration,
-        /// The last failure, if there was one.
+        /// The last failure, if a request failed.
         source: Option<EtcdError>,
     },
-    /// Another server has taken the key over.
+    /// Another server has registered the key.
     #[error("{key:?} is registered by another server, under lease {lease}")]
     #[non_exhaustive]
     Superseded {
         /// The key.
         key: String,
-        /// The other's lease.
+        /// The lease of the other server.
         lease: crate::keyspace::LeaseId,
     },
-    /// The registration was to have a thread of its own, and the system has none. Nothing was sent to etcd.
+    /// The operating system could not start the dedicated thread of the registration. Nothing was sent to etcd.
     #[error("no thread could be started for the registration of {key:?}: {source}")]
     #[non_exhaustive]
     Thread {
         /// The key.
         key: String,
-        /// The operating system's answer.
+        /// The error from the operating system.
         source: Arc<io::Error>,
     },
     /// The registration has ended.
@@ -373,7 +374,7 @@ pub enum RegisterError {
     },
 }
 
-/// Why a registered server ended.
+/// The reason why a registered server ended.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
@@ -381,12 +382,12 @@ pub enum ServeError {
     #[error("could not listen on {address}: {source}")]
     #[non_exhaustive]
     Bind {
-        /// The address asked for.
+        /// The address to bind.
         address: SocketAddr,
-        /// The operating system's answer.
+        /// The error from the operating system.
         source: io::Error,
     },
-    /// The registration was refused. The server was stopped.
+    /// The registration was rejected. The server was stopped.
     #[error("the server was stopped because it could not be registered: {0}")]
     Register(#[from] RegisterError),
     /// The server failed. It was deregistered.
@@ -397,7 +398,7 @@ pub enum ServeError {
     Signal(#[source] io::Error),
 }
 
-/// The last failure behind a time limit, if there was one.
+/// Formats the last failure before a timeout, if a request failed.
 fn cause(source: Option<&EtcdError>) -> String {
     source.map_or_else(String::new, |source| format!(": {source}"))
 }

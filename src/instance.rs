@@ -1,4 +1,4 @@
-//! One registered server of a service, as the registry describes it.
+//! One registered server of a service, as described in the registry.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,10 +10,11 @@ use tonic_balance::Address;
 
 /// One registered server of a service.
 ///
-/// The *address* is its identity: it is what a balancer connects to. Everything else is an attribute that may change in place without a
-/// reconnect. Cloning is a reference count.
+/// The *address* is the identity of an instance: a balancer connects to the address. All other attributes may change in place without a
+/// reconnect. A clone shares the data by a reference count.
 ///
-/// An instance that was read from etcd has an [id](Self::id) and a [location](Self::location); one made with [`Instance::new`] has neither.
+/// An instance that was read from etcd has an [id](Self::id) and a [location](Self::location). An instance that was created with
+/// [`Instance::new`] has neither.
 ///
 /// ```
 /// use tonic_etcd::Instance;
@@ -35,7 +36,7 @@ struct Data {
     location: Option<KeyLocation>,
 }
 
-/// The key at which an instance was read.
+/// The key from which an instance was read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeyLocation {
     key: String,
@@ -54,13 +55,13 @@ impl KeyLocation {
         }
     }
 
-    /// Returns the whole etcd key. Bytes that are not UTF-8 are replaced.
+    /// Returns the complete etcd key. Bytes that are not UTF-8 are replaced.
     #[must_use]
     pub fn key(&self) -> &str {
         &self.key
     }
 
-    /// Returns the lease that the key is attached to; `None` for a key without a lease, which does not expire.
+    /// Returns the lease that the key is attached to, or `None` for a key without a lease. Such a key does not expire.
     #[must_use]
     pub fn lease(&self) -> Option<LeaseId> {
         (self.lease != LeaseId::NONE).then_some(self.lease)
@@ -80,13 +81,13 @@ impl KeyLocation {
 }
 
 impl Instance {
-    /// Describes a server at `address` with the default attributes: weight 1, no zone, no version, no metadata.
+    /// Creates an instance for a server at `address` with the default attributes: weight 1, no zone, no version, no metadata.
     #[must_use]
     pub fn new(address: Address) -> Self {
         Self::from(Advertisement::new(address))
     }
 
-    /// Sets the weight: its share of the calls relative to the others'. 0 counts as 1.
+    /// Sets the weight: the share of calls relative to the weights of the other instances. 0 counts as 1.
     #[must_use]
     pub fn with_weight(mut self, weight: u32) -> Self {
         self.advertisement_mut().weight = weight.max(1);
@@ -107,7 +108,7 @@ impl Instance {
         self
     }
 
-    /// Adds one pair of metadata.
+    /// Adds one metadata entry.
     #[must_use]
     pub fn with_metadata(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.advertisement_mut()
@@ -116,16 +117,16 @@ impl Instance {
         self
     }
 
-    /// Sets whether the server says that it speaks TLS. It is a hint to people and tools, and what some formats write into the scheme
-    /// of a URL: whether TLS is spoken, and with whom, is the client's decision alone.
+    /// Sets whether the server advertises TLS. The flag is a hint for people and tools, and some formats write it into the scheme of a URL.
+    /// The client alone decides whether it uses TLS, and which certificates it accepts.
     #[must_use]
     pub fn with_tls(mut self, tls: bool) -> Self {
         self.advertisement_mut().tls = tls;
         self
     }
 
-    /// Marks the instance as one that has vanished from the registry together with most others and is kept for a while: to be used only
-    /// while nothing else is ready, and only over a connection that is already there.
+    /// Sets whether the instance is a last resort. Such an instance was removed from the registry together with most others and is kept for
+    /// a while. It gets calls only while no other instance is ready, and only over a connection that is already established.
     #[must_use]
     pub fn with_last_resort(mut self, last_resort: bool) -> Self {
         self.last_resort = last_resort;
@@ -136,7 +137,7 @@ impl Instance {
         &self.data.advertisement
     }
 
-    /// Adds where the instance was read.
+    /// Sets the id and the location from which the instance was read.
     pub(crate) fn at(mut self, id: String, location: KeyLocation) -> Self {
         let data = Arc::make_mut(&mut self.data);
         data.id = Some(id);
@@ -144,7 +145,7 @@ impl Instance {
         self
     }
 
-    /// Sets the instance id, for an instance whose key is yet to be made.
+    /// Sets the instance id of an instance that has no key yet.
     pub(crate) fn with_id(mut self, id: Option<&str>) -> Self {
         Arc::make_mut(&mut self.data).id = id.map(str::to_owned);
         self
@@ -154,63 +155,63 @@ impl Instance {
         &mut Arc::make_mut(&mut self.data).advertisement
     }
 
-    /// The address to connect to.
+    /// Returns the address to connect to.
     #[must_use]
     pub fn address(&self) -> &Address {
         &self.data.advertisement.address
     }
 
-    /// The weight, at least 1; 1 if the registry says nothing.
+    /// Returns the weight, at least 1. The default is 1 if the registry value has no weight.
     #[must_use]
     pub fn weight(&self) -> u32 {
         self.data.advertisement.weight
     }
 
-    /// The zone, if the registry names one.
+    /// Returns the zone, if the registry value has one.
     #[must_use]
     pub fn zone(&self) -> Option<&str> {
         self.data.advertisement.zone.as_deref()
     }
 
-    /// The version, if the registry names one.
+    /// Returns the version, if the registry value has one.
     #[must_use]
     pub fn version(&self) -> Option<&str> {
         self.data.advertisement.version.as_deref()
     }
 
-    /// Further metadata. Values that are not strings in the registry are their JSON text here.
+    /// Returns the remaining metadata. Values that are not strings in the registry are returned as JSON text.
     #[must_use]
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.data.advertisement.metadata
     }
 
-    /// Whether the registry says that the server speaks TLS. Nothing depends on it; see [`with_tls`](Self::with_tls).
+    /// Returns whether the server advertises TLS in the registry. The flag has no effect on connections; see [`with_tls`](Self::with_tls).
     #[must_use]
     pub fn is_tls(&self) -> bool {
         self.data.advertisement.tls
     }
 
-    /// Whether the instance said, in its last value, that it is about to leave.
+    /// Returns whether the last value of the instance announces that the server is about to stop.
     #[must_use]
     pub fn is_leaving(&self) -> bool {
         self.data.advertisement.leaving
     }
 
-    /// Whether the instance is kept as a last resort only, see [`Instance::with_last_resort`].
+    /// Returns whether the instance is only a last resort, see [`Instance::with_last_resort`].
     #[must_use]
     pub fn is_last_resort(&self) -> bool {
         self.last_resort
     }
 
-    /// Returns the instance id: the part of the key after the service's prefix. `None` for an instance that was not read from etcd.
+    /// Returns the instance id: the part of the key after the service's prefix. Returns `None` for an instance that was not read from etcd.
     #[must_use]
     pub fn id(&self) -> Option<&str> {
         self.data.id.as_deref()
     }
 
-    /// Returns the key at which the instance was read; `None` for an instance that was not read from etcd.
+    /// Returns the key from which the instance was read, or `None` for an instance that was not read from etcd.
     ///
-    /// A new lease or create revision at the same address is a fresh registration: the server was restarted, or registered again.
+    /// A new lease or create revision at the same address is a new registration: the server was restarted, or registered again.
     #[must_use]
     pub fn location(&self) -> Option<&KeyLocation> {
         self.data.location.as_ref()
@@ -231,7 +232,7 @@ impl From<Advertisement> for Instance {
     }
 }
 
-/// What a server says of itself: the content of a registry value, whatever its format.
+/// The attributes that a server advertises: the content of a registry value in any format.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Advertisement {
     pub(crate) address: Address,
@@ -240,13 +241,13 @@ pub(crate) struct Advertisement {
     pub(crate) version: Option<String>,
     pub(crate) metadata: BTreeMap<String, String>,
     pub(crate) leaving: bool,
-    /// What the server says of its own transport.
+    /// Whether the server advertises TLS.
     pub(crate) tls: bool,
-    /// What the value said besides, in its own format.
+    /// Fields of the value without a place in this struct, in the value's own format.
     pub(crate) remainder: Option<Arc<Remainder>>,
 }
 
-/// The fields of a value that have no place in an [`Advertisement`], kept so that writing it in the same format loses nothing.
+/// The fields of a value that have no place in an [`Advertisement`]. They are kept so that a write in the same format loses nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Remainder {
     format: &'static str,
@@ -267,12 +268,12 @@ impl Advertisement {
         }
     }
 
-    /// Keeps what a format's value said besides.
+    /// Stores the remaining fields of a value in the given format.
     pub(crate) fn keep(&mut self, format: &'static str, fields: Map<String, Value>) {
         self.remainder = (!fields.is_empty()).then(|| Arc::new(Remainder { format, fields }));
     }
 
-    /// What a value of this format said besides; nothing if it was read in another.
+    /// Returns the remaining fields of a value in this format. Returns no fields if the value was read in another format.
     pub(crate) fn kept(&self, format: &'static str) -> Map<String, Value> {
         self.remainder
             .as_ref()
@@ -281,7 +282,7 @@ impl Advertisement {
             .unwrap_or_default()
     }
 
-    /// The first thing that the two say differently, if there is one.
+    /// Returns the name of the first attribute that differs between the two, if any.
     pub(crate) fn difference(&self, other: &Self) -> Option<String> {
         let first = |name: &str| Some(name.to_owned());
         if self.address != other.address {
@@ -310,5 +311,5 @@ impl Advertisement {
     }
 }
 
-/// The weight of an instance that names none.
+/// The weight of an instance whose registry value has none.
 pub(crate) const DEFAULT_WEIGHT: u32 = 1;

@@ -1,11 +1,11 @@
-//! The words of etcd that the pure machines speak: keys, ranges, revisions, leases, events. Nothing here does I/O.
+//! The etcd data types of the state machines: keys, ranges, revisions, leases, events. Nothing in this module does I/O.
 
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A revision of an etcd store: a counter that every change raises. 0 stands for "none".
+/// A revision of an etcd store: a counter that every change increments. 0 means "none".
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Revision(i64);
 
@@ -17,7 +17,7 @@ impl Revision {
         Self(revision)
     }
 
-    /// The revision as etcd's API writes it.
+    /// Returns the revision as the number used in etcd's API.
     #[must_use]
     pub const fn get(self) -> i64 {
         self.0
@@ -42,25 +42,25 @@ impl fmt::Display for Revision {
     }
 }
 
-/// The id of an etcd lease. 0 stands for "none". Displayed in hexadecimal, as `etcdctl lease list` does.
+/// The id of an etcd lease. 0 means "none". Displayed in hexadecimal, as in `etcdctl lease list`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LeaseId(i64);
 
 impl LeaseId {
-    /// The lease of a key that hangs on none.
+    /// The lease id of a key without a lease.
     pub const NONE: Self = Self(0);
 
     pub(crate) const fn new(id: i64) -> Self {
         Self(id)
     }
 
-    /// Chooses a lease id. Ids are the client's, so that a grant repeated after a lost answer is harmless; 62 random bits make a
-    /// collision with another client's id as likely as a broken disk.
+    /// Chooses a random lease id. The client chooses the id, so that it can safely repeat a grant whose response was lost. With 62 random
+    /// bits, a collision with an id of another client is as likely as a broken disk.
     pub(crate) fn random(rng: &mut fastrand::Rng) -> Self {
         Self(rng.i64(1..=i64::MAX >> 1))
     }
 
-    /// The id as etcd's API writes it.
+    /// Returns the id as the number used in etcd's API.
     #[must_use]
     pub const fn get(self) -> i64 {
         self.0
@@ -85,7 +85,7 @@ impl fmt::Display for LeaseId {
     }
 }
 
-/// An etcd key: any bytes, cheap to clone. Displayed as text, with what is not UTF-8 replaced.
+/// An etcd key: arbitrary bytes, cheap to clone. Displayed as text; bytes that are not UTF-8 are replaced.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Key(Arc<[u8]>);
 
@@ -94,7 +94,7 @@ impl Key {
         &self.0
     }
 
-    /// The smallest key above this one.
+    /// Returns the smallest key above this key.
     pub(crate) fn successor(&self) -> Self {
         let mut next = self.0.to_vec();
         next.push(0);
@@ -126,7 +126,7 @@ impl fmt::Debug for Key {
     }
 }
 
-/// The keys from `start` up to, and without, `end`.
+/// The keys from `start` (inclusive) to `end` (exclusive).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Range {
     pub(crate) start: Key,
@@ -134,10 +134,10 @@ pub(crate) struct Range {
 }
 
 impl Range {
-    /// All keys that begin with `prefix`, which must not be empty.
+    /// Returns the range of all keys that begin with `prefix`, which must not be empty.
     pub(crate) fn prefix(prefix: &str) -> Self {
         let mut end = prefix.as_bytes().to_vec();
-        // UTF-8 never contains 0xff, so the last byte can always be raised.
+        // UTF-8 never contains 0xff, so the last byte can always be incremented.
         if let Some(last) = end.last_mut() {
             *last += 1;
         }
@@ -147,7 +147,7 @@ impl Range {
         }
     }
 
-    /// One key alone.
+    /// Returns the range of a single key.
     pub(crate) fn key(key: &Key) -> Self {
         Self {
             start: key.clone(),
@@ -160,7 +160,7 @@ impl Range {
         (&self.start..&self.end).contains(&key)
     }
 
-    /// What follows the range's common prefix in a key: the instance id.
+    /// Returns the part of a key after the common prefix of the range: the instance id.
     pub(crate) fn suffix<'a>(&self, key: &'a Key) -> &'a [u8] {
         key.as_bytes()
             .strip_prefix(self.start.as_bytes())
@@ -168,7 +168,7 @@ impl Range {
     }
 }
 
-/// A key with its value and where it stands in the store's history.
+/// A key with its value, its revisions and its lease.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct KeyValue {
     pub(crate) key: Key,
@@ -179,7 +179,7 @@ pub(crate) struct KeyValue {
 }
 
 impl KeyValue {
-    /// Which write of the key this is.
+    /// Returns the version of the key that this write created.
     pub(crate) fn version(&self) -> KeyVersion {
         let mut hasher = DefaultHasher::new();
         self.value.hash(&mut hasher);
@@ -189,7 +189,7 @@ impl KeyValue {
         }
     }
 
-    /// The same for a key that was read without its value.
+    /// Returns the version without a digest, for a key that was read without its value.
     pub(crate) fn named(&self) -> KeyVersion {
         KeyVersion {
             key: self.key.clone(),
@@ -201,15 +201,16 @@ impl KeyValue {
     }
 }
 
-/// Which write of a key this is. The lease belongs to it: a store that was wiped and filled again can repeat every revision, but not
-/// the lease ids. So do the key's creation and its value, for keys without a lease: where all of that is the same, nothing is another.
+/// Identifies one write of a key. Revisions alone are ambiguous: a store that was wiped and filled again can repeat every revision, but not
+/// the lease ids. For keys without a lease, the create revision and the digest of the value are compared as well. Two writes with equal
+/// fields are equivalent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct KeyVersion {
     pub(crate) key: Key,
     pub(crate) create_revision: Revision,
     pub(crate) mod_revision: Revision,
     pub(crate) lease: LeaseId,
-    /// Of the value; `None` if that was not read.
+    /// Digest of the value; `None` if the value was not read.
     pub(crate) digest: Option<u64>,
 }
 
@@ -236,7 +237,7 @@ impl Event {
     }
 }
 
-/// What every answer of etcd begins with.
+/// The header of every etcd response.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) cluster_id: u64,
@@ -244,26 +245,26 @@ pub(crate) struct Header {
     pub(crate) raft_term: u64,
 }
 
-/// Which keys to list.
+/// The parameters of a list request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ListRequest {
     pub(crate) range: Range,
     pub(crate) limit: i64,
-    /// Zero reads at the newest revision.
+    /// Revision to read at; zero reads at the newest revision.
     pub(crate) revision: Revision,
     pub(crate) keys_only: bool,
 }
 
-/// A part of a range.
+/// One page of a range.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Page {
     pub(crate) header: Header,
     pub(crate) kvs: Vec<KeyValue>,
-    /// Whether the range goes on after it.
+    /// Whether the range has more keys after this page.
     pub(crate) more: bool,
 }
 
-/// A put that happens only if the key is as it was read.
+/// A put that succeeds only if the key has not changed since it was read.
 #[derive(Clone, Debug)]
 pub(crate) struct GuardedPut {
     pub(crate) key: Key,
@@ -272,10 +273,10 @@ pub(crate) struct GuardedPut {
     pub(crate) expected: Revision,
 }
 
-/// The answer to a renewal.
+/// The response to a lease renewal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct KeepAlive {
-    /// The answering member's header; `None` where the client at hand does not show it.
+    /// The header of the responding member; `None` if the client does not expose the header.
     pub(crate) header: Option<Header>,
     /// The new time to live.
     pub(crate) ttl: Duration,
@@ -284,26 +285,27 @@ pub(crate) struct KeepAlive {
 /// One message of a watch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct WatchMessage {
-    /// How far the member's store is. It runs ahead of the events in catch-up batches, and is no point to resume from.
+    /// Header with the revision of the member's store. In catch-up batches the revision runs ahead of the events, so a watch must not
+    /// resume from it.
     pub(crate) header: Header,
     pub(crate) events: Vec<Event>,
-    /// Whether more of the last event's revision follows in the next message.
+    /// Whether the next message continues the revision of the last event.
     pub(crate) fragment: bool,
     pub(crate) created: bool,
     pub(crate) canceled: bool,
-    /// The revision from which history is left, if the watch asked for an older one; else zero.
+    /// The oldest revision in the history of the store, if the watch requested an older one; otherwise zero.
     pub(crate) compacted: Revision,
     pub(crate) cancel_reason: String,
 }
 
-/// Where services live in the store: under the registry's own prefix, or else that of the format in which they are written.
+/// The location of services in the store: the prefix of the registry, or by default the prefix of the format that is written.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Keyspace {
     prefix: Option<String>,
 }
 
 impl Keyspace {
-    /// The prefix gets a trailing slash if it has none; an empty one stays empty.
+    /// Creates a keyspace with a prefix. A missing trailing slash is added; an empty prefix stays empty.
     pub(crate) fn new(prefix: &str) -> Self {
         let prefix = match prefix {
             "" => String::new(),
@@ -314,21 +316,21 @@ impl Keyspace {
         }
     }
 
-    /// The prefix of this library's own format, if none was given.
+    /// Returns the configured prefix, or the default prefix of this library's own format.
     pub(crate) fn prefix(&self) -> &str {
         self.given().unwrap_or(DEFAULT_PREFIX)
     }
 
-    /// The prefix that was given.
+    /// Returns the configured prefix, if any.
     pub(crate) fn given(&self) -> Option<&str> {
         self.prefix.as_deref()
     }
 }
 
-/// Where the services of this library live unless told otherwise.
+/// The default prefix of this library's own format.
 pub(crate) const DEFAULT_PREFIX: &str = "/gRPC/";
 
-/// A prefix that ends in a slash.
+/// Returns the prefix with a trailing slash.
 pub(crate) fn with_slash(prefix: &str) -> String {
     if prefix.ends_with('/') {
         prefix.to_owned()
@@ -337,7 +339,7 @@ pub(crate) fn with_slash(prefix: &str) -> String {
     }
 }
 
-/// Says what is wrong with a service name, if anything.
+/// Checks a service name. The error is the rule that the name violates.
 pub(crate) fn check_service(service: &str) -> Result<(), &'static str> {
     if service.is_empty() {
         return Err("is empty");

@@ -1,8 +1,8 @@
-//! The way a Rust gRPC service finds its peers through etcd, and is found by them.
+//! Service discovery for gRPC services in Rust through etcd: registration of servers, and balanced channels for clients.
 //!
-//! A server is registered while it serves: [`ServeRegistered`] binds, serves, keeps a key under a lease, and takes it away before it
-//! stops. A client gets a [`BalancedChannel`] from [`Registry::channel`]: it follows the keys of a service and sends calls to servers that
-//! are registered *and answer*. Neither stops working because etcd does.
+//! A server is registered while it serves: [`ServeRegistered`] binds the address, serves, keeps a key under a lease, and deletes the key
+//! before the server stops. A client gets a [`BalancedChannel`] from [`Registry::channel`]. The channel watches the keys of a service and
+//! sends calls to servers that are registered *and respond*. Both continue to work while etcd is unavailable.
 //!
 //! # A client
 //!
@@ -19,10 +19,10 @@
 //! # }
 //! ```
 //!
-//! [`connect`](ChannelBuilder::connect) waits for the first server that answers, and fails if there is none;
-//! [`connect_lazy`](ChannelBuilder::connect_lazy) does not wait. [`BalancedChannel::builder`] makes a channel without etcd, from addresses
-//! or any stream of changes. Where a function wants a `tonic::transport::Channel` by name,
-//! [`into_tonic_channel`](Resolver::into_tonic_channel) feeds tonic's, with the limits that it names.
+//! [`connect`](ChannelBuilder::connect) waits for the first server that responds, and fails if none does.
+//! [`connect_lazy`](ChannelBuilder::connect_lazy) does not wait. [`BalancedChannel::builder`] creates a channel without etcd, from
+//! addresses or from any stream of changes. For a function that requires a `tonic::transport::Channel`,
+//! [`into_tonic_channel`](Resolver::into_tonic_channel) feeds tonic's own channel, with the limits documented there.
 //!
 //! # A server
 //!
@@ -54,10 +54,11 @@
 //!                                                                  └──────────────────────────────────────┘
 //! ```
 //!
-//! The key is `<prefix><service>/<instance id>`, the value JSON, unless a [`Format`] says otherwise. A [`Registration`] renews its lease at a third of the TTL,
-//! and watches and reads its own key, since a renewed lease is no proof that the key is there. A [`Resolver`] that loses its watch
-//! checks whether the store is still the one it knows, and resumes or lists again. A [`BalancedChannel`] keeps a connection to every
-//! server and picks, by its [`LbPolicy`], among those whose peer has answered on HTTP/2. Calls never go through etcd.
+//! The key is `<prefix><service>/<instance id>` and the value is JSON, unless a [`Format`] defines other keys and values. A
+//! [`Registration`] renews its lease every third of the TTL. It also watches and reads its own key, because a renewed lease does not prove
+//! that the key exists. A [`Resolver`] that loses its watch checks whether the store is still the same, and then resumes the watch or lists
+//! the keys again. A [`BalancedChannel`] keeps a connection to every server. Its [`LbPolicy`] picks among the connections on which the peer
+//! has responded over HTTP/2. Calls never pass through etcd.
 //!
 #![doc = include_str!("../docs/behaviour.md")]
 //!
@@ -65,19 +66,20 @@
 //!
 //! # Fleets that already use etcd
 //!
-//! [`Format`] has the keys and values of the registries in use: etcd's own for grpc-go, go-zero, kratos, kitex, go-micro, rpcx, dubbo-go and
-//! others, for reading and for writing. [`coming_from_go`] shows the same lines in Go and here, and how to move over.
+//! [`Format`] reads and writes the keys and values of existing registries: etcd's own for grpc-go, go-zero, kratos, kitex, go-micro, rpcx,
+//! dubbo-go and others. [`coming_from_go`] compares the code in Go with the code for this library, and describes a migration.
 //!
 //! # Features
 //!
-//! - none by default: all of the above over plaintext;
+//! No feature is enabled by default; all of the above then works over plaintext.
+//!
 //! - `tls`: TLS to etcd and to servers, with rustls;
 //! - `health`: the gRPC health service of a registered server, `RegistrationBuilder::health`;
 //! - `testing`: a real etcd for tests, in the module `testing` (Unix only).
 //!
 //! # Requirements
 //!
-//! Rust 1.88 or later, and tonic 0.14. Building needs `protoc` with protobuf's include files, for `etcd-client`. etcd 3.4 or later.
+//! Rust 1.88 or later, tonic 0.14, and etcd 3.4 or later. The build requires `protoc` with protobuf's include files, for `etcd-client`.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 #[doc = include_str!("../docs/coming-from-go.md")]

@@ -1,4 +1,4 @@
-//! What authentication does to registrations and watches that have been up for long.
+//! Effects of authentication on long-running registrations and watches.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -18,10 +18,10 @@ use tonic_etcd::{EtcdErrorKind, Registration, RegistrationState, Resolver, Resol
 
 const TTL: Duration = Duration::from_secs(5);
 
-/// A server and a client, each with no more rights than it needs.
+/// A server and a client, each with the minimal rights in etcd.
 struct Pair<'a> {
     etcd: &'a Etcd,
-    /// What lies between them and etcd.
+    /// Proxies between etcd and the server and client.
     ways: [Proxy; 2],
     registration: Registration,
     resolver: Resolver,
@@ -55,15 +55,15 @@ impl<'a> Pair<'a> {
         }
     }
 
-    /// The operator's client, with a token that is fresh.
+    /// Returns the operator's client with a fresh token.
     async fn root(&self) -> etcd_client::Client {
         root(self.etcd).await
     }
 
-    /// Renewals, writes and events go on.
+    /// Asserts that renewals, writes and events continue.
     async fn is_well(&mut self, what: &str) {
         let mut states = self.registration.watch_state();
-        // The first of them is the state as it is.
+        // The first change is the current state.
         for _ in 0..3 {
             tokio::time::timeout(TTL * 2, states.changed())
                 .await
@@ -77,7 +77,8 @@ impl<'a> Pair<'a> {
         kv.put("/gRPC/greeter/change", address.as_str(), None)
             .await
             .unwrap();
-        // A token of a second may run out before the watch that has it is created: then it is refused twice, and tried again after 15 to 30 s.
+        // A token with a TTL of one second may expire before its watch is created. The watch is then rejected twice and retried after 15 to
+        // 30 s.
         let bound = Duration::from_secs(45);
         within(bound, what, async || {
             addresses(&self.resolver).contains(&address)
@@ -98,7 +99,7 @@ async fn heals(etcd: Etcd) {
     let key = pair.registration.key().to_owned();
     let lease = list(&pair.root().await, &key).await[0].2;
     pair.is_well("tokens expire within the test").await;
-    // Calls renew their token by themselves; a watch that is opened anew may be refused in a message.
+    // Calls renew their token automatically. The rejection of a new watch may be a message of its stream.
     let watches = pair.resolver.status().watches;
     for way in &pair.ways {
         way.reset();
@@ -128,7 +129,7 @@ async fn heals(etcd: Etcd) {
         "the lease was never lost"
     );
 
-    // Until somebody has seen it. The state says why.
+    // The password stays changed until the registration has detected the rejection. The state then contains the reason.
     pair.root()
         .await
         .user_change_password("writer", "another")
@@ -182,10 +183,10 @@ async fn signed_tokens_that_are_refused_are_renewed() {
     Box::pin(heals(etcd)).await;
 }
 
-/// The one that has not issued it hears of it a moment later.
+/// Other members accept a token a moment after one member has issued it.
 #[tokio::test]
 async fn a_new_token_is_good_whichever_member_is_asked() {
-    // An election in between would lose what the operator writes.
+    // An election during the test would lose the operator's writes.
     let etcd = Etcd::builder().members(3).arg("--heartbeat-interval=500");
     let etcd = etcd.arg("--election-timeout=5000");
     let etcd = etcd.start().await.unwrap();

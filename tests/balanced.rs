@@ -1,4 +1,4 @@
-//! Calls over the balanced channel while servers and etcd come and go, all of them real.
+//! Calls over the balanced channel while real servers and a real etcd start and stop.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -61,7 +61,7 @@ async fn endpoints_that_refuse_or_swallow_connections_fail_no_call() {
         .register()
         .await
         .unwrap();
-    // It accepts and never says a word, as a frozen process does.
+    // The listener accepts connections and never sends a byte, like a frozen process.
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let silent = silent
         .local_addr()
@@ -103,7 +103,7 @@ async fn calls_do_not_notice_that_etcd_is_gone() {
     let channel = registry.channel("greeter").connect().await.unwrap();
     let callers = Callers::start(&channel, 8);
     etcd.kill(0).await.unwrap();
-    // Twice the TTL. What is waited for is that nothing happens.
+    // Twice the TTL. Nothing is expected to happen in this time.
     tokio::time::sleep(ttl * 2).await;
     assert_eq!(resolver.instances().len(), 3);
     etcd.restart(0).await.unwrap();
@@ -114,7 +114,7 @@ async fn calls_do_not_notice_that_etcd_is_gone() {
     callers.none_failed().await;
 }
 
-/// One call, which is to fail soon.
+/// Sends one call, which must fail soon.
 async fn refused(channel: &BalancedChannel) -> Status {
     let mut client = GreeterClient::new(channel.clone());
     let call = timeout(SOON, client.say_hello(hello()));
@@ -127,7 +127,7 @@ async fn refused(channel: &BalancedChannel) -> Status {
 async fn without_a_server_the_error_says_what_is_missing() {
     let mut etcd = etcd().await;
     let registry = registry(&etcd).await;
-    // Nothing registered: at once.
+    // No instance is registered: the call fails at once.
     let empty = registry.channel("greeter").connect_lazy();
     registry.resolver("greeter").start().ready().await;
     eventually("it is known to be empty", async || {
@@ -143,7 +143,7 @@ async fn without_a_server_the_error_says_what_is_missing() {
         registry.channel("greeter").connect().await.is_err(),
         "connect says the same"
     );
-    // All down: with the last cause.
+    // All endpoints are down: the error contains the last cause.
     let dead = registry
         .registration("greeter")
         .address("127.0.0.1:1")
@@ -158,7 +158,7 @@ async fn without_a_server_the_error_says_what_is_missing() {
     })
     .await;
     dead.deregister().await.unwrap();
-    // etcd away from the start: at the startup timeout.
+    // etcd is down from the start: the call fails at the startup timeout.
     etcd.kill(0).await.unwrap();
     let unknown = registry
         .channel("other")

@@ -1,4 +1,4 @@
-//! The page of behaviour names tests that exist.
+//! Checks that the tests named in the documentation of the behaviour exist.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -8,7 +8,7 @@
 use std::fs;
 use std::path::Path;
 
-/// All the Rust code of the tests, unit tests included.
+/// Collects all Rust code of the tests, unit tests included.
 fn code(folder: &Path, found: &mut String) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();

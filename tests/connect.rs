@@ -1,4 +1,4 @@
-//! What `connect` says when etcd is not where, or what, it should be.
+//! Errors of `connect` when etcd is unreachable, or when another kind of server answers.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -20,7 +20,7 @@ use tokio::time::timeout;
 use tonic_etcd::testing::Etcd;
 use tonic_etcd::{RegisterError, Registry, RegistryError};
 
-/// Connects in vain, within a bound.
+/// Connects to endpoints without an etcd and returns the error, which must occur in time.
 async fn refused(endpoints: &[&str]) -> RegistryError {
     let connecting = Registry::connect(endpoints.iter().copied());
     timeout(Duration::from_secs(30), connecting)
@@ -29,7 +29,8 @@ async fn refused(endpoints: &[&str]) -> RegistryError {
         .expect_err("there is no etcd")
 }
 
-/// Connects in vain to what does answer. It is given a second to say what it is, which a busy machine may take from it.
+/// Returns the error for an endpoint that does answer. Retries on `Unreachable`: the endpoint has one second to answer, and a busy machine
+/// may exceed that.
 async fn told(endpoint: &str) -> RegistryError {
     for _ in 0..3 {
         let error = refused(&[endpoint]).await;
@@ -40,7 +41,7 @@ async fn told(endpoint: &str) -> RegistryError {
     refused(&[endpoint]).await
 }
 
-/// A server that answers the first bytes of each connection with bytes of its own and hangs up.
+/// Starts a server that answers the first bytes of each connection with `bytes` and closes it.
 async fn answers(bytes: &'static [u8]) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -107,7 +108,7 @@ async fn another_grpc_server_is_no_etcd() {
 
 #[tokio::test]
 async fn a_tls_server_is_told_from_a_dead_one() {
-    // The alert `unexpected_message`, which is how a TLS server answers to an HTTP/2 preface.
+    // The alert `unexpected_message`, with which a TLS server answers an HTTP/2 preface.
     let address = answers(&[0x15, 0x03, 0x03, 0x00, 0x02, 0x02, 0x0a]).await;
     let error = told(&address).await;
     assert!(matches!(error, RegistryError::Tls { .. }), "{error:?}");
@@ -196,13 +197,13 @@ async fn a_client_of_the_users_own_works_as_well() {
 
 #[tokio::test]
 async fn authentication_from_connect_to_registration() {
-    // Tokens that expire within the test.
+    // Tokens expire within the test.
     let etcd = Etcd::builder()
         .arg("--auth-token-ttl=1")
         .start()
         .await
         .unwrap();
-    // Credentials for an etcd that wants none are no error.
+    // Credentials for an etcd without authentication are no error.
     let early = user(&etcd, "writer")
         .await
         .expect("goes on without a token");
@@ -230,7 +231,7 @@ async fn authentication_from_connect_to_registration() {
         .await
         .expect("permission denied counts as connected");
 
-    // A server needs to read and write its own prefix, a client to read it; and both outlive their tokens.
+    // A server needs read and write access to its own prefix, a client needs read access. Both run for longer than their tokens are valid.
     let writer = user(&etcd, "writer").await.unwrap();
     let reader = user(&etcd, "reader").await.unwrap();
     let resolver = reader.resolver("greeter").start();
@@ -243,7 +244,7 @@ async fn authentication_from_connect_to_registration() {
         .unwrap();
     knows(&resolver, &["127.0.0.1:80"]).await;
     let mut states = registration.watch_state();
-    // The first of them is the state as it is.
+    // The first change is the current state.
     for _ in 0..4 {
         states.changed().await.unwrap();
         assert!(
@@ -252,7 +253,7 @@ async fn authentication_from_connect_to_registration() {
             registration.state()
         );
     }
-    // Authentication was switched on behind this one's back.
+    // Authentication was enabled after this client had connected.
     let second = early
         .registration("greeter")
         .address("127.0.0.1:81")
@@ -264,12 +265,12 @@ async fn authentication_from_connect_to_registration() {
     registration.deregister().await.unwrap();
     knows(&resolver, &[]).await;
 
-    // Who may not write is told at once, with etcd's reason.
+    // A client without write permission fails at once, with etcd's reason.
     let denied = reader
         .registration("greeter")
         .address("127.0.0.1:80")
         .register();
-    // What is refused twice is tried again after 15 s at the earliest.
+    // A write that was rejected twice is retried after 15 s at the earliest.
     let denied = timeout(Duration::from_secs(10), denied)
         .await
         .expect("at once")

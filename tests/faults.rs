@@ -1,6 +1,6 @@
-//! What happens to calls, keys and watches while etcd fails: real servers, a real etcd, callers that never pause, and no failed call.
+//! Calls, keys and watches during failures of etcd, with real servers, a real etcd and callers that never pause. No call fails.
 //!
-//! The times are short ones, so that the suite stays quick. With `SOAK=1` (`make soak`) they are those of weeks in production.
+//! The times are short, so that the suite stays quick. With `SOAK=1` (`make soak`) they are as long as those of weeks in production.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -26,18 +26,18 @@ use tokio::time::{Instant, sleep, timeout};
 use tonic_etcd::testing::Etcd;
 use tonic_etcd::{BalancedChannel, Registry, Resolver, ResolverState};
 
-/// A time in seconds, or a long one in the soak.
+/// Returns `short` seconds, or `long` seconds in the soak.
 fn span(short: u64, long: u64) -> Duration {
     Duration::from_secs(soak("seconds", short, long))
 }
 
-/// Servers that are registered and called.
+/// Registered servers and a channel that calls them.
 struct Fleet {
     counter: Counting,
     _servers: Vec<Registered>,
     resolver: Resolver,
     channel: BalancedChannel,
-    /// The keys of the servers.
+    /// Keys of the servers.
     keys: Vec<String>,
 }
 
@@ -74,16 +74,16 @@ impl Fleet {
         Callers::start(&self.channel, 4)
     }
 
-    /// Waits until calls go on after this moment.
+    /// Waits until the servers have served further calls.
     async fn serves(&self) {
         let before = self.counter.count();
         eventually("calls go on", async || self.counter.count() > before + 100).await;
     }
 }
 
-/// How often one of the keys was deleted in the whole history of the store, which must not have been compacted.
+/// Returns the number of deletions of the keys in the whole history of the store, which must not have been compacted.
 async fn deletions(etcd: &etcd_client::Client, keys: &[String]) -> usize {
-    // An election may be under way.
+    // An election may be in progress.
     let mut end = 0;
     eventually("etcd answers", async || {
         let read = etcd.kv_client().get("/", None).await;
@@ -93,7 +93,7 @@ async fn deletions(etcd: &etcd_client::Client, keys: &[String]) -> usize {
     .await;
     let options = WatchOptions::new().with_prefix().with_start_revision(1);
     let mut watch = etcd.watch_client().watch("/", Some(options)).await.unwrap();
-    // A key beside the others marks the end of what is waited for.
+    // A key beside the others marks the end of the history.
     eventually("etcd writes", async || {
         etcd.kv_client().put("/end", "", None).await.is_ok()
     })
@@ -112,7 +112,8 @@ async fn deletions(etcd: &etcd_client::Client, keys: &[String]) -> usize {
     }
 }
 
-/// Leases live again for one TTL after an outage: whoever has backed off for longer by then loses its key when etcd has healed.
+/// After an outage, etcd extends leases by one TTL. A registration that has backed off for longer than that loses its key although etcd has
+/// recovered.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_outage_of_etcd_deletes_no_key_and_fails_no_call() {
     let mut etcd = etcd().await;
@@ -123,7 +124,7 @@ async fn an_outage_of_etcd_deletes_no_key_and_fails_no_call() {
     sleep(span(12, 60)).await;
     assert_eq!(fleet.channel.endpoints().len(), 3);
     etcd.restart(0).await.unwrap();
-    // Past the moment when the old leases would have run out, and renewed.
+    // Past the time at which the old leases would have expired, so that they must have been renewed.
     sleep(ttl * 3 / 2).await;
     eventually("the resolver is fresh", async || {
         fleet.resolver.status().state == ResolverState::Fresh
@@ -143,7 +144,7 @@ async fn a_wiped_etcd_is_filled_again_and_ghosts_go() {
         let registry = registry(&etcd).await;
         let ttl = Duration::from_secs(10);
         let fleet = Fleet::start(&registry, 3, ttl).await;
-        // One that never returns: the process that registered it has died.
+        // An instance that never returns: the process that registered it has died.
         let by_hand = client(&etcd).await;
         let lease = by_hand.lease_client().grant(600, None).await.unwrap().id();
         let options = etcd_client::PutOptions::new().with_lease(lease);
@@ -180,7 +181,7 @@ async fn a_wiped_etcd_is_filled_again_and_ghosts_go() {
     }
 }
 
-/// Raft terms begin anew in it, and leases live again.
+/// A restore resets the Raft term, and leases start again with their full TTL.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restored_etcd_keeps_who_is_there_and_forgets_who_is_not() {
     let mut etcd = etcd().await;
@@ -192,7 +193,7 @@ async fn a_restored_etcd_keeps_who_is_there_and_forgets_who_is_not() {
     let callers = fleet.callers();
     etcd.stop(0).await.unwrap();
     etcd.back_up(0).await.unwrap();
-    // Each start is an election.
+    // Each start causes an election, which increases the Raft term.
     for _ in 0..3 {
         etcd.restart(0).await.unwrap();
     }
@@ -204,7 +205,7 @@ async fn a_restored_etcd_keeps_who_is_there_and_forgets_who_is_not() {
         registration.set_weight(9).await.is_ok()
     })
     .await;
-    // One that comes after the backup, and is there no more after it.
+    // This key is written after the backup, so the restored store does not contain it.
     let by_hand = client(&etcd).await;
     let lease = by_hand.lease_client().grant(600, None).await.unwrap().id();
     let leased = etcd_client::PutOptions::new().with_lease(lease);
@@ -231,7 +232,7 @@ async fn a_restored_etcd_keeps_who_is_there_and_forgets_who_is_not() {
         restored && registration.state().is_registered()
     })
     .await;
-    // And stays so: for two TTLs more every renewal counts.
+    // The registration stays registered: every renewal within two more TTLs must succeed.
     let end = Instant::now() + ttl * 2;
     while Instant::now() < end {
         let state = registration.state();
@@ -243,8 +244,8 @@ async fn a_restored_etcd_keeps_who_is_there_and_forgets_who_is_not() {
     registration.deregister().await.unwrap();
 }
 
-/// 50 000 events and 2 650 revisions, in transactions of 100 keys and single writes, under one lease. What is written last is never deleted.
-/// Says the last revision.
+/// Writes 50 000 events in 2 650 revisions, in transactions of 100 keys and in single writes, under one lease. The keys that sort last are
+/// never deleted. Returns the last revision.
 async fn backlog(etcd: &etcd_client::Client, lease: i64, compact: bool) -> i64 {
     let mut revision = 0;
     let host = if compact { "127.0.0.2" } else { "127.0.0.1" };
@@ -303,7 +304,7 @@ async fn a_watch_that_is_cut_after_every_message_misses_nothing() {
         write("127.0.0.1:1").await;
         let resolver = registry.resolver("greeter").start();
         resolver.ready().await;
-        // It may be on its way.
+        // The watch may still be in the process of being opened.
         relay.refuse_watches(true);
         write("127.0.0.1:2").await;
         eventually("it is known, or the watch is cut", async || {
@@ -318,7 +319,7 @@ async fn a_watch_that_is_cut_after_every_message_misses_nothing() {
         let mut expected: Vec<_> = listed.into_iter().map(|(_, value, _)| value).collect();
         expected.sort();
         expected.dedup();
-        // After each message it waits for longer, up to 5 s.
+        // After each message the watch waits for longer before it is opened again, up to 5 s.
         within(Duration::from_secs(90), "the end is exact", async || {
             let mut known = addresses(&resolver);
             known.sort();
@@ -331,14 +332,14 @@ async fn a_watch_that_is_cut_after_every_message_misses_nothing() {
         if compact {
             assert_eq!(lists, 1, "what is compacted away is listed");
         } else {
-            // A thousand revisions are one message.
+            // One message contains a thousand revisions.
             assert!(cuts > 2, "it catches up in {cuts} messages");
             assert_eq!(lists, 0, "it resumes");
         }
     }
 }
 
-/// Registers one more instance over members that are well, and waits until a resolver knows it.
+/// Registers one more instance through the healthy members and waits until the resolver contains it.
 async fn change_arrives(fleet: &Fleet, etcd: &Etcd, bad: usize, port: u16) {
     let well = (0..etcd.members()).filter(|member| *member != bad);
     let well: Vec<_> = well.map(|member| etcd.endpoint(member)).collect();
@@ -351,7 +352,7 @@ async fn change_arrives(fleet: &Fleet, etcd: &Etcd, bad: usize, port: u16) {
     })
     .await;
     let registering = registry.unwrap().registration_at("/gRPC/greeter/change");
-    // Another election may come before the end of it.
+    // Another election may delay the deregistration.
     let registering = registering.address(&address).deregister_timeout(SOON);
     let registration = registering.register().await.unwrap();
     let took = within(Duration::from_secs(15), "the change arrives", async || {
@@ -365,7 +366,7 @@ async fn change_arrives(fleet: &Fleet, etcd: &Etcd, bad: usize, port: u16) {
     registration.deregister().await.unwrap();
 }
 
-/// Who leads, once somebody does.
+/// Returns the leader, once a leader is elected.
 async fn leader(etcd: &Etcd) -> usize {
     let mut leader = None;
     eventually("the members see each other", async || {
@@ -376,20 +377,21 @@ async fn leader(etcd: &Etcd) -> usize {
     leader.unwrap()
 }
 
-/// Keys of a fleet that were deleted, as a member that is well has them.
+/// Returns how many keys of a fleet were deleted, according to a healthy member.
 async fn lost(fleet: &Fleet, etcd: &Etcd, bad: usize) -> usize {
     let well = (bad + 1) % etcd.members();
     let by_hand = etcd_client::Client::connect([etcd.endpoint(well)], None).await;
     deletions(&by_hand.unwrap(), &fleet.keys).await
 }
 
-/// Every member, one after the other: whichever the client and the servers talk to, and the leader.
+/// Every member in turn, including the leader and the members to which the client and the servers are connected.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_that_dies_freezes_or_is_cut_off_loses_no_key_and_fails_no_call() {
     let starting = Etcd::builder().members(3).partitionable().start();
     let mut etcd = starting.await.unwrap();
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
-    // While a member is frozen no lease runs out that it knows of: see the next test.
+    // The TTL is longer than a member stays frozen. Otherwise a thawed leader could revoke leases that were renewed in the meantime: see
+    // the next test.
     let fleet = Fleet::start(&registry, 3, Duration::from_secs(30)).await;
     let callers = fleet.callers();
 
@@ -414,13 +416,13 @@ async fn a_member_that_dies_freezes_or_is_cut_off_loses_no_key_and_fails_no_call
         fleet.resolver.instances().len() == 3
     })
     .await;
-    // One that was never cut off from the others since: the last one may be on its way back.
+    // Reads the history of member 0, because member 2 was cut off last and may still be catching up.
     assert_eq!(lost(&fleet, &etcd, 2).await, 0, "no key was lost");
 }
 
-/// For longer than the TTL. What etcd does when its leader thaws is another matter: for a moment it takes itself for the leader still, and
-/// the leases that it has not seen renewed for run out. Measured with `etcdctl` alone on 3.7.3: a lease of 5 s was revoked 30 ms after the
-/// thaw, 0.3 s after it was renewed. The keys are put back.
+/// The leader is frozen for longer than the TTL, and no key is lost in this time. After the thaw, etcd itself revokes leases: for a moment
+/// the old leader still acts as the leader, and expires the leases whose renewals it has not received. Measured with `etcdctl` alone on
+/// 3.7.3: a lease of 5 s was revoked 30 ms after the thaw, 0.3 s after its last renewal. The registrations put their keys back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_key_is_lost_while_a_leader_is_frozen_for_longer_than_the_ttl() {
     let mut etcd = Etcd::start_cluster(3).await.unwrap();
@@ -468,7 +470,7 @@ async fn keys_lost_by_hand_come_back_and_fail_no_call() {
     callers.none_failed().await;
 }
 
-/// The `register` example as a process of its own, and what it prints.
+/// Starts the `register` example as a separate process and returns it with its output.
 async fn register(etcd: &Etcd, key: &str, address: &str) -> (Child, Output) {
     let mut child = example("register")
         .args([key, address])
@@ -496,7 +498,7 @@ async fn a_server_that_was_frozen_past_its_ttl_takes_nothing_back() {
     let lease = list(&by_hand, key).await[0].2;
     signal(&old, Signal::SIGCONT);
     line_with(&mut old_says, "another server has the key").await;
-    // Two TTLs of 5 s, three renewals each.
+    // Two TTLs of 5 s, with three renewals each.
     for _ in 0..6 {
         line_with(&mut new_says, "registered under lease").await;
         let listed = list(&by_hand, key).await;

@@ -1,4 +1,4 @@
-//! Every format: values as its own library writes them, what it must put up with, round trips, and garbage.
+//! Every format: values as the format's own library writes them, tolerated deviations, round trips, and garbage.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -25,7 +25,7 @@ use support::{client, etcd, eventually, knows, list};
 use tokio::time::Instant;
 use tonic_etcd::{AddressPolicy, Format, FormatError, Instance, InstanceFormat, Registry};
 
-/// Every format that reads.
+/// Every format for reading.
 const FORMATS: [Format; 13] = [
     Format::EtcdNaming,
     Format::Plain,
@@ -42,7 +42,7 @@ const FORMATS: [Format; 13] = [
     Format::Mixed,
 ];
 
-/// A key and its value from a golden file, and what is to be read of them.
+/// A key and its value from a golden file, and the expected result of reading them.
 struct Golden {
     key: String,
     value: String,
@@ -79,7 +79,7 @@ fn golden(format: Format) -> Vec<Golden> {
     found
 }
 
-/// Everything that an instance says, on one line.
+/// Returns all attributes of an instance on one line.
 fn summary(instance: Option<&Instance>) -> String {
     let Some(instance) = instance else {
         return "-".to_owned();
@@ -109,7 +109,7 @@ fn read(format: Format, key: &str, value: &str) -> Result<String, FormatError> {
     Ok(summary(instance.as_ref()))
 }
 
-/// A value without what two writers may do differently: the order of fields, and escapes.
+/// Returns a value without the differences that two writers may have: the order of fields, and escapes.
 fn canonical(value: &str) -> String {
     match serde_json::from_str::<serde_json::Value>(value) {
         Ok(json) => json.to_string(),
@@ -152,7 +152,7 @@ fn reading_then_writing_loses_nothing_that_the_format_holds() {
             let same = canonical(again.trim_end()) == canonical(trimmed)
                 || EQUAL.contains(&(trimmed, again.trim_end()));
             assert!(same, "{format:?}\n{trimmed}\n{again}");
-            // Nor is anything lost when something else changes.
+            // A change of other metadata loses nothing either.
             let renamed = instance.clone().with_metadata("added", "1");
             if let Ok(changed) = format.encode(&key, &renamed) {
                 let changed = String::from_utf8(changed).unwrap();
@@ -169,7 +169,7 @@ fn reading_then_writing_loses_nothing_that_the_format_holds() {
     }
 }
 
-/// What is written otherwise than it was read, and says the same to the format's own readers.
+/// Values that are written differently than they were read, with the same meaning for the format's own readers.
 const EQUAL: &[(&str, &str)] = &[
     (
         r#"{"Addr":"1.2.3.4:8080","Metadata":"..."}"#,
@@ -197,7 +197,7 @@ fn keys_that_say_more_than_the_address_are_written_as_they_were_read() {
             };
             let service = key.strip_prefix(prefix).unwrap().split('/').next().unwrap();
             let again = format.key(Some(prefix), service, &instance).unwrap();
-            // rpcx takes a key without a network for one of TCP.
+            // rpcx treats a key without a network as TCP.
             let key = key.replace("/10.0.0.10:", "/tcp@10.0.0.10:");
             assert_eq!(again, key, "{format:?}");
         }
@@ -213,9 +213,9 @@ fn readers_put_up_with_what_their_own_libraries_do() {
     }
 }
 
-/// Values that are short of what a library writes, or beyond it, each for a rule of its own; and what is read of them.
+/// Values that lack a part that a library writes, or contain more, one for each rule, and the expected result of reading them.
 const TOLERATED: &[(Format, &str, &str, &str)] = &[
-    // Names in any case, as Go's decoder has it; unknown fields; no Op; an Op that says delete.
+    // Names in any case, as in Go's decoder; unknown fields; no Op; an Op that means delete.
     (
         Format::EtcdNaming,
         "s/a",
@@ -462,7 +462,8 @@ fn several_formats_under_one_prefix_are_told_apart() {
             read: expected,
         } in golden(format)
         {
-            // What is kratos' only by its name, or plain rather than go-zero's, is a guess that comes out the same.
+            // Two cases are guesses with the same result: kratos values that only the service name identifies, and plain values that could
+            // be go-zero's.
             let named_otherwise = value.contains("helloworld-admin");
             let read = read(Format::Mixed, &key, &value);
             if !named_otherwise {
@@ -474,7 +475,7 @@ fn several_formats_under_one_prefix_are_told_apart() {
     assert!(refused.unwrap_err().to_string().contains("for reading"));
 }
 
-/// What an instance says that a format has room for: attributes, and whether there is a map of metadata.
+/// Returns the attributes that a format can store, and whether it has a map of metadata.
 fn room(format: Format) -> (&'static [&'static str], bool) {
     match format {
         Format::Plain | Format::GoZero | Format::AddressInKey => (&[], false),
@@ -486,7 +487,7 @@ fn room(format: Format) -> (&'static [&'static str], bool) {
 
 fn text() -> impl Strategy<Value = String> {
     prop_oneof!["[a-z]{1,8}", "[ -~]{1,12}", "\\PC{1,6}"]
-        // Some formats take these for none.
+        // Some formats treat `latest` as no version.
         .prop_filter("a version of its own", |text| text != "latest")
 }
 
@@ -519,7 +520,7 @@ prop_compose! {
         if let Some(zone) = zone.filter(|_| attributes.contains(&"zone")) {
             instance = instance.with_zone(zone);
         }
-        // In GoFrame it is a part of the key.
+        // GoFrame stores the version in the key.
         let in_key = |version: &String| format != Format::GoFrame || !version.contains('/');
         if let Some(version) = version.filter(in_key).filter(|_| attributes.contains(&"version")) {
             instance = instance.with_version(version);
@@ -535,7 +536,7 @@ prop_compose! {
     }
 }
 
-/// Runs a property from a seed that is printed, so that a failure can be had again.
+/// Runs a property with a printed seed, so that a failure can be reproduced.
 fn property(name: &str, format: Format, cases: u32) {
     let seed: u64 = std::env::var("FORMATS_SEED")
         .map_or_else(|_| fastrand::u64(..), |seed| seed.parse().unwrap());
@@ -628,7 +629,7 @@ fn what_a_format_has_no_room_for_is_refused_by_name() {
         let error = format.encode(&key, &instance).unwrap_err().to_string();
         assert!(error.contains(word), "{format:?} {error}");
     }
-    // The address is in the key, and it is another's.
+    // The key contains an address, and it differs from that of the instance.
     let error = Format::AddressInKey.encode("s/10.0.0.6:80", &instance());
     assert!(error.unwrap_err().to_string().contains("address"));
     let long = instance().with_metadata("a", "x".repeat(70_000));
@@ -675,7 +676,7 @@ fn a_format_of_ones_own_can_neither_panic_us_nor_get_round_the_policy() {
     assert_ne!(format, Format::Plain);
 }
 
-/// What a hostile writer would put: 64 KiB that are dear to read.
+/// Values that a hostile writer could put: 64 KiB that are expensive to parse.
 fn hostile() -> Vec<String> {
     let size = 64 * 1024;
     let fill = |part: &str, close: &str| {
@@ -743,7 +744,7 @@ fn the_largest_values_are_read_in_bounded_time_and_memory() {
                     drop(format.decode(key, value.as_bytes(), &policy));
                     Instant::now().saturating_duration_since(start)
                 };
-                // In a debug build, beside other tests; what is quadratic takes seconds, each time.
+                // Measured in a debug build, in parallel with other tests. A quadratic parser takes seconds in every attempt.
                 let enough = Duration::from_millis(500);
                 assert!(
                     (0..5).map(took).any(|took| took < enough),
@@ -757,7 +758,7 @@ fn the_largest_values_are_read_in_bounded_time_and_memory() {
     assert!(grown < 128 * 1024, "the process has grown by {grown} KiB");
 }
 
-/// A key or a value with something done to it.
+/// Returns a key or a value with random mutations.
 fn mutated(rng: &mut fastrand::Rng, text: &str, other: &str) -> Vec<u8> {
     let mut bytes = text.as_bytes().to_vec();
     for _ in 0..rng.usize(0..4) {
@@ -809,7 +810,7 @@ fn mutated(rng: &mut fastrand::Rng, text: &str, other: &str) -> Vec<u8> {
     bytes
 }
 
-/// The fuzz targets' own check, on values that are nearly right. `FORMATS_SEED` repeats a run, `FORMATS_RUNS` makes it longer.
+/// Runs the check of the fuzz targets on nearly valid values. `FORMATS_SEED` repeats a run, `FORMATS_RUNS` makes it longer.
 #[test]
 fn no_bytes_get_past_the_decoders() {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse().unwrap());
@@ -862,7 +863,7 @@ async fn servers_are_registered_where_the_format_has_them_and_found_there() {
         assert_eq!(registration.key(), key, "{format:?}");
         let resolver = registry.resolver("greeter").format(format).start();
         knows(&resolver, &["10.0.0.5:80"]).await;
-        // A weight of its own is that of the values that name none.
+        // Some formats have their own default weight for values without a weight.
         let weight = resolver.instances()[0].weight();
         match registration.set_weight(weight + 1).await {
             Ok(()) => {
@@ -883,7 +884,7 @@ async fn servers_are_registered_where_the_format_has_them_and_found_there() {
     }
 }
 
-/// `host:port;weight`, under a prefix of its own.
+/// A custom format, `host:port;weight`, with its own default prefix.
 #[derive(Debug)]
 struct Semicolon;
 

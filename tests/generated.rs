@@ -1,4 +1,5 @@
-//! The greeter that the tests of `tonic-balance` use is checked in, because that package builds without `protoc`.
+//! Compares the greeter that the tests of `tonic-balance` use with the output of `protoc`. It is checked in, because that package builds
+//! without `protoc`.
 #![allow(clippy::panic, reason = "a failed step is a failed test")]
 
 #[test]

@@ -35,7 +35,7 @@ async fn check(client: &mut HealthClient<Channel>, service: &str) -> Result<Wire
     Ok(response.into_inner().status())
 }
 
-/// The next status of a watch; none at its end.
+/// Returns the next status of a watch, or `None` at its end.
 async fn next(watch: &mut Streaming<HealthCheckResponse>) -> Option<Wire> {
     let next = timeout(SOON, watch.message()).await.unwrap().unwrap();
     next.map(|response| response.status())
@@ -66,7 +66,7 @@ async fn watchers_are_told_before_the_entry_leaves_etcd_and_do_not_hold_up_the_e
         assert_eq!(next(&mut watch).await, Some(Wire::Serving));
         watches.push(watch);
     }
-    // While etcd does not answer nothing can leave it.
+    // While etcd is frozen, no key can be deleted.
     world.etcd.freeze(0).await.unwrap();
     server.stop();
     for watch in &mut watches {
@@ -74,7 +74,7 @@ async fn watchers_are_told_before_the_entry_leaves_etcd_and_do_not_hold_up_the_e
     }
     for client in [&mut client, &mut connect(&address).await] {
         assert_eq!(check(client, "").await.unwrap(), Wire::NotServing);
-        // The reporter has no say any more.
+        // The reporter has no effect any more.
         reporter.set_service_status("other", serving).await;
         assert_eq!(check(client, "other").await.unwrap(), Wire::NotServing);
         not_found(client, "unknown").await;
@@ -122,7 +122,7 @@ async fn a_server_tells_its_health_only_if_asked_to() {
     assert_eq!(error.code(), Code::Unimplemented);
     server.stopped().await.unwrap();
     world.counts(0).await;
-    // The further service is named after it.
+    // The health service also reports the status of an additional service, under its name.
     let registration = world.registration().health().additional_service("further");
     let (server, address) = world.start(registration).await;
     let mut client = connect(&address).await;
@@ -131,7 +131,7 @@ async fn a_server_tells_its_health_only_if_asked_to() {
     }
     not_found(&mut client, "unknown").await;
     server.stopped().await.unwrap();
-    // At an exact key no service is known by name.
+    // A registration at an exact key has no service name to report.
     let registration = world.registry.registration_at("/greeter/1").health();
     let mut states = registration.watch_server_state();
     let server = Registered::start("alpha", "127.0.0.1:0", registration);

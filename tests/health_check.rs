@@ -34,27 +34,27 @@ use tonic_health::server::{HealthReporter, HealthService};
 
 const NAME: &str = "helloworld.Greeter";
 
-/// What a server of these tests does when its health is watched.
+/// Reaction of a test server to a health watch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Answer {
     Say(Wire),
-    /// Begins no answer.
+    /// Sends no response.
     Nothing,
 }
 
 use Answer::{Nothing, Say};
 
-/// A greeter whose health is what the test says.
+/// A greeter whose health the test controls.
 struct Patient {
     address: SocketAddr,
     greeter: Counting,
-    /// And how often watches were cut.
+    /// Number of cuts so far, and the current answer.
     answer: watch::Sender<(u32, Answer)>,
     watches: Arc<AtomicUsize>,
     begun: Arc<AtomicUsize>,
 }
 
-/// A health service, and how many watches there are.
+/// A health service that counts its watches.
 struct Scripted {
     answer: watch::Receiver<(u32, Answer)>,
     watches: Arc<AtomicUsize>,
@@ -133,7 +133,7 @@ impl Patient {
         self.answer.send_modify(|said| said.1 = answer);
     }
 
-    /// Ends every watch, as a proxy does that bounds how long a call may last.
+    /// Ends every watch, like a proxy that limits the duration of calls.
     fn cut(&self) {
         self.answer.send_modify(|said| said.0 += 1);
     }
@@ -165,7 +165,7 @@ fn over(builder: ChannelBuilder, servers: &[&Patient]) -> BalancedChannel {
         .connect_lazy()
 }
 
-/// Waits until an endpoint is in a state.
+/// Waits until an endpoint is in the given state.
 async fn is(channel: &BalancedChannel, address: SocketAddr, state: EndpointState) {
     let what = format!("{address} is {state:?}");
     eventually(&what, async || {
@@ -197,13 +197,13 @@ async fn calls_go_where_the_server_says_that_it_serves_and_none_fails_when_it_ch
         let so_far = callers.calls();
         eventually("there are calls", async || callers.calls() > so_far + 50).await;
         assert_eq!(down.greeter.count(), before, "it does not serve");
-        // Both for a moment: there is no instant without one that serves.
+        // Both servers serve for a moment, so that at least one of them serves at any time.
         down.say(Say(Wire::Serving));
         is(&channel, down.address, EndpointState::Ready).await;
         eventually("it gets calls", async || down.greeter.count() > before).await;
         serving.say(Say(Wire::NotServing));
         is(&channel, serving.address, EndpointState::TransientFailure).await;
-        // What was picked before is still on its way.
+        // Calls that were picked before may still be in flight.
         let in_flight = async || {
             let known = channel.endpoints();
             let address = serving.address.to_string();
@@ -220,7 +220,7 @@ async fn calls_go_where_the_server_says_that_it_serves_and_none_fails_when_it_ch
 async fn a_server_without_the_service_is_taken_as_healthy() {
     let greeter = Counting::default();
     let without = serve(greeter.router()).await;
-    // tonic-health's own server, which does not know the name.
+    // tonic-health's own server, which has no status for the name.
     let reporter = HealthReporter::new();
     let health = HealthServer::new(HealthService::from_health_reporter(reporter.clone()));
     let other = serve(greeter.router().add_service(health)).await;
@@ -233,7 +233,7 @@ async fn a_server_without_the_service_is_taken_as_healthy() {
     for address in addresses {
         is(&channel, address, EndpointState::Ready).await;
     }
-    // Once it knows the name its word counts.
+    // Once the server has a status for the name, that status counts.
     let not_serving = tonic_health::ServingStatus::NotServing;
     reporter.set_service_status(NAME, not_serving).await;
     is(&channel, other, EndpointState::TransientFailure).await;
@@ -279,7 +279,7 @@ async fn a_server_that_does_not_answer_is_not_used_and_asked_again() {
             .max_backoff(Duration::from_millis(20)),
         &[&silent],
     );
-    // Until then calls wait, as they do for a connection.
+    // Until the timeout, calls wait, as they do for a connection.
     let status = call(&channel).await.expect_err("it says nothing");
     assert_eq!(status.code(), Code::Unavailable);
     assert!(status.message().contains("no answer within"), "{status}");
@@ -292,7 +292,7 @@ async fn a_server_that_does_not_answer_is_not_used_and_asked_again() {
 #[tokio::test]
 async fn a_watch_that_ends_is_renewed_and_no_call_notices() {
     let server = Patient::start(Say(Wire::Serving)).await;
-    // One that answers and ends at once is not asked in a loop.
+    // A watch that is answered and ended at once is renewed with a backoff, not in a loop.
     let channel = over(checked().max_backoff(Duration::from_millis(20)), &[&server]);
     is(&channel, server.address, EndpointState::Ready).await;
     let callers = Callers::start(&channel, 4);

@@ -1,7 +1,7 @@
-//! The real peers: grpc-go with etcd's own naming package, as a client of our servers and a server of our channel.
+//! Interop with real peers: grpc-go with etcd's own naming package, as a client of our servers and as a server for our channel.
 //!
-//! The programs of the other side are in `tests/interop`. Where Go is not installed, or is too old for them, that is said and these tests
-//! are left out.
+//! The programs of the other side are in `tests/interop`. If Go is missing or too old for them, these tests print the reason and are
+//! skipped.
 #![allow(
     unreachable_pub,
     clippy::unwrap_used,
@@ -42,10 +42,10 @@ use tonic_etcd::testing::Etcd;
 use tonic_etcd::{BalancedChannel, Registry, ServeError, ServeRegistered};
 
 const SERVICE: &str = "helloworld.Greeter";
-/// Where etcd's resolver looks for keys that begin with the service's name.
+/// The target of etcd's resolver for keys that begin with the service name.
 const TARGET: &str = "etcd:///helloworld.Greeter";
-/// Where it looks under our default prefix: of the slashes before the path, it takes the first away. grpc-go would send the rest, escaped,
-/// as the authority of its calls, and HTTP/2 servers in Rust refuse `%` in an authority; so it is given one.
+/// The target of etcd's resolver for our default prefix. The resolver removes the first slash of the path. grpc-go would send the rest,
+/// escaped, as the authority of its calls, and HTTP/2 servers in Rust reject `%` in an authority. Therefore the authority is set.
 const PREFIXED: [&str; 4] = [
     "-target",
     "etcd:////gRPC/helloworld.Greeter",
@@ -62,7 +62,7 @@ fn hello(name: &str) -> Request<HelloRequest> {
     request
 }
 
-/// A channel to servers that Go has registered, by the target that a client in Go would have.
+/// Returns a channel to servers that Go has registered, with the target that a client in Go would use.
 async fn channel_to_go(etcd: &Etcd) -> BalancedChannel {
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
     let channel = registry.channel_to(TARGET).unwrap();
@@ -107,7 +107,7 @@ async fn go_clients_follow_our_servers_through_joins_restarts_and_kills() {
             !tally.servers.contains_key(&name)
         })
         .await;
-    // Its callers, of which there are eight.
+    // Each of the eight callers loses at most one call.
     assert!(after.failed <= 8, "{after:?}");
     let later = load.report().await;
     assert_eq!(later.failed, 0, "{later:?}");
@@ -131,7 +131,7 @@ async fn go_clients_call_our_servers_in_every_way() {
     ours.stopped().await;
 }
 
-/// What the documentation says of a target with a slash in it.
+/// The documented behaviour of a target with a slash.
 #[tokio::test]
 async fn go_clients_need_an_authority_for_a_target_with_a_slash() {
     let Some(go) = go().await else { return };
@@ -177,7 +177,7 @@ async fn go_clients_call_our_servers_over_tls() {
     ours.stopped().await;
 }
 
-/// A server of ours in this process, registered.
+/// A registered server in this process.
 struct Ours {
     stop: oneshot::Sender<()>,
     task: JoinHandle<Result<(), ServeError>>,
@@ -214,7 +214,7 @@ impl Ours {
     }
 }
 
-/// Calls all the time from a few callers, and counts.
+/// Callers that call continuously and count the outcomes.
 struct Callers {
     ok: Arc<AtomicU64>,
     failed: Arc<AtomicU64>,
@@ -339,7 +339,7 @@ async fn our_channel_calls_go_servers_over_tls() {
     every_way(channel).await;
 }
 
-/// What the Go peer's `check` does, from this side.
+/// Sends the calls of the Go peer's `check` in the other direction.
 async fn every_way(channel: BalancedChannel) {
     let mut client = GreeterClient::new(channel);
     let reply = client.say_hello(hello("unary")).await.unwrap();
@@ -393,8 +393,8 @@ async fn every_way(channel: BalancedChannel) {
     assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
 }
 
-/// A Go server ends the connection of a client that pings more often than every 5 minutes while calls run, or every 2 hours without:
-/// the third ping too many is the last. `INTEROP_SECONDS=330` outlives the first of them.
+/// A Go server closes the connection of a client that sends PINGs more often than every 5 minutes while calls are open, or every 2 hours
+/// without calls. The third excess PING closes it. `INTEROP_SECONDS=330` runs for longer than the first limit.
 #[tokio::test]
 async fn go_servers_find_nothing_wrong_with_our_pings() {
     let Some(go) = go().await else { return };
@@ -403,7 +403,7 @@ async fn go_servers_find_nothing_wrong_with_our_pings() {
     let mut server = go.server(&etcd, SERVICE, "go", None).await;
     let channel = channel_to_go(&etcd).await;
     let mut client = GreeterClient::new(channel.clone());
-    // Calls, an open call on which nothing happens, and stretches without any.
+    // Calls, an open call without traffic, and pauses without any call.
     for _ in 0..seconds {
         client.say_hello(hello("unary")).await.unwrap();
         let mut waiting = hello("deadline");

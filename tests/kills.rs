@@ -1,4 +1,5 @@
-//! Servers that are processes, killed one after the other under load. Alone in its process, for the machine to be its own.
+//! Server processes that are killed one after the other under load. The test runs alone in its process, so that it has the machine to
+//! itself.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -22,7 +23,7 @@ use tonic_etcd::{BalancedChannel, EndpointState, ServedBy};
 const SERVERS: usize = 4;
 const CALLERS: usize = 32;
 
-/// Which server is where: the greeting has the process id, the response the address.
+/// Maps process IDs to addresses: the greeting contains the process ID, the response the address.
 async fn locate(channel: &BalancedChannel) -> BTreeMap<u32, String> {
     let mut located = BTreeMap::new();
     let mut client = GreeterClient::new(channel.clone());
@@ -40,7 +41,7 @@ async fn locate(channel: &BalancedChannel) -> BTreeMap<u32, String> {
     located
 }
 
-/// Waits until as many servers are ready as run. The keys of those that were killed stay for a TTL.
+/// Waits until as many servers are ready as are running. The keys of killed servers remain for one TTL.
 async fn serving(channel: &BalancedChannel) {
     eventually("four are ready", async || {
         let endpoints = channel.endpoints();
@@ -83,7 +84,7 @@ async fn a_kill_fails_no_more_than_what_is_in_flight_on_the_killed() {
             of_victim().is_none_or(|status| status.in_flight == 0)
         })
         .await;
-        // One second down.
+        // The server stays down for one second.
         tokio::time::sleep(Duration::from_secs(1)).await;
         let failures = callers.failed();
         println!("kill {kill}: {} calls failed", failures.len());
@@ -106,7 +107,7 @@ async fn a_kill_fails_no_more_than_what_is_in_flight_on_the_killed() {
         serving(&channel).await;
     }
     drop(callers.failed());
-    // Nobody is killed any more.
+    // From here on, no server is killed.
     let calls = callers.none_failed().await;
     assert!(calls > 1_000, "{calls}");
     for mut server in servers {

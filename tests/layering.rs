@@ -1,5 +1,5 @@
-//! Checks the direction of imports in both packages: no folder imports one above it, no files import each other in a circle, and files that
-//! are pure name no runtime.
+//! Checks the direction of imports in both packages: no folder imports a folder above it, no files import each other in a cycle, and pure
+//! files name no runtime.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -10,11 +10,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
-/// A package: its sources, which folders or files each top-level module may import, and which files are pure.
+/// A package: its sources, the folders or files that each top-level module may import, and its pure files.
 struct Package {
     name: &'static str,
     sources: &'static str,
-    /// Modules that every other may import. They import only each other.
+    /// Modules that every other module may import. They import only each other.
     vocabulary: &'static [&'static str],
     allowed: &'static [(&'static str, &'static [&'static str])],
     pure: &'static [&'static str],
@@ -54,7 +54,7 @@ const PACKAGES: &[Package] = &[
     },
 ];
 
-/// The files of a package by module path, such as `balance/driver/mod`.
+/// Code of the files of a package, keyed by module path such as `balance/driver/mod`.
 type Files = BTreeMap<String, String>;
 
 fn sources(root: &Path, folder: &Path, found: &mut Files) {
@@ -73,7 +73,7 @@ fn sources(root: &Path, folder: &Path, found: &mut Files) {
     }
 }
 
-/// The text without comments, without imports for the docs alone, and without the unit tests at the end of the file.
+/// Returns the text without comments, without imports for the docs alone, and without the unit tests at the end of the file.
 fn code(text: &str) -> String {
     let text = text.split("#[cfg(test)]\nmod ").next().unwrap();
     let mut lines = Vec::new();
@@ -90,7 +90,7 @@ fn code(text: &str) -> String {
         .replace("(super::", "(")
 }
 
-/// All paths that begin with `crate`, `super` or `self`, with the groups of `use` taken apart.
+/// Returns all paths that begin with `crate`, `super` or `self`. Groups of `use` are expanded.
 fn paths(text: &str) -> Vec<String> {
     let mut found = Vec::new();
     for start in ["crate::", "super::", "self::"] {
@@ -104,7 +104,7 @@ fn paths(text: &str) -> Vec<String> {
     found
 }
 
-/// Takes one path apart, and returns what follows it.
+/// Expands one path and returns the text after it.
 fn expand<'a>(prefix: &str, text: &'a str, found: &mut Vec<String>) -> &'a str {
     let end = text
         .find(|letter: char| !letter.is_alphanumeric() && letter != '_' && letter != ':')
@@ -119,7 +119,7 @@ fn expand<'a>(prefix: &str, text: &'a str, found: &mut Vec<String>) -> &'a str {
                 return rest.strip_prefix('}').unwrap_or(rest);
             }
             let after = expand(&whole, rest, found).trim_start();
-            // A rename.
+            // Skips a rename (`as`).
             let after = after.strip_prefix("as ").map_or(after, |named| {
                 named.trim_start_matches(|letter: char| letter.is_alphanumeric() || letter == '_')
             });
@@ -133,7 +133,7 @@ fn expand<'a>(prefix: &str, text: &'a str, found: &mut Vec<String>) -> &'a str {
     rest
 }
 
-/// The module that a file is, as path segments.
+/// Returns the module path of a file as segments.
 fn module(file: &str) -> Vec<&str> {
     let mut parts: Vec<_> = file.split('/').collect();
     if parts.last() == Some(&"mod") {
@@ -142,7 +142,7 @@ fn module(file: &str) -> Vec<&str> {
     parts
 }
 
-/// The file that a path in `file` leads to, through the re-exports of `mod.rs` files.
+/// Returns the file to which a path in `file` refers, through the re-exports of `mod.rs` files.
 fn target(files: &Files, file: &str, path: &str) -> Option<String> {
     let mut at: Vec<String> = Vec::new();
     let mut segments = path.split("::").filter(|part| !part.is_empty()).peekable();
@@ -201,7 +201,7 @@ fn paths_of_exports(text: &str) -> Vec<String> {
     found
 }
 
-/// What each file imports of its own package.
+/// Returns the files of its own package that each file imports.
 fn imports(files: &Files) -> BTreeMap<&str, BTreeSet<String>> {
     let of = |(file, text): (&_, &String)| -> BTreeSet<String> {
         let paths = paths(text);
@@ -225,7 +225,7 @@ fn load(package: &Package) -> Files {
     files
 }
 
-/// The top-level module of a file.
+/// Returns the top-level module of a file.
 fn top(file: &str) -> &str {
     file.split('/').next().unwrap()
 }
@@ -268,7 +268,7 @@ fn no_files_import_each_other_in_a_circle() {
     assert!(circles.is_empty(), "{circles:#?}");
 }
 
-/// The shortest way from a file back to itself.
+/// Returns the shortest import cycle through a file.
 fn circle(imports: &BTreeMap<&str, BTreeSet<String>>, start: &str) -> Option<Vec<String>> {
     let mut ways = vec![vec![start.to_owned()]];
     let mut seen = BTreeSet::new();

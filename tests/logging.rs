@@ -1,5 +1,5 @@
-//! What is logged of a bad value and of a mass removal. In a process of its own: a subscriber for one thread misses events while other tests' threads
-//! register the same call sites without one.
+//! Log output for a bad value and for a mass removal. The test runs in its own process: a subscriber for one thread misses events while
+//! threads of other tests register the same call sites without a subscriber.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use support::{client, etcd, eventually, knows, registry};
 
-/// Collects what is logged.
+/// Collects the log output.
 #[derive(Clone, Default)]
 struct Log(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
 
@@ -52,7 +52,7 @@ async fn a_garbage_value_is_one_log_line_that_does_not_show_it_and_a_hold_is_two
         resolver.status().rejected_values == 1
     })
     .await;
-    // Whoever writes others, one after the other, does not fill the log.
+    // Further bad values under the same key do not fill the log.
     for rejected in 2..=4 {
         let mut by_hand = client(&etcd).await;
         let bad = by_hand.put("/gRPC/greeter/1", "password=secret", None);
@@ -62,7 +62,7 @@ async fn a_garbage_value_is_one_log_line_that_does_not_show_it_and_a_hold_is_two
         })
         .await;
     }
-    // Listed again it is the same write.
+    // After a restart, a list may return the same write again. It is not logged a second time.
     etcd.kill(0).await.unwrap();
     etcd.restart(0).await.unwrap();
     let lists = resolver.status().lists;

@@ -1,4 +1,4 @@
-//! Every instance vanishes from a real etcd while the servers still run.
+//! All instances are removed from a real etcd while their servers still run.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -22,11 +22,11 @@ use tonic_etcd::testing::Etcd;
 use tonic_etcd::{BalancedChannel, Instance, Registry, Resolver};
 
 const PREFIX: &str = "/gRPC/greeter/";
-/// Short, for the sake of the tests.
+/// Duration of the hold, short to keep the tests quick.
 const HOLD: Duration = Duration::from_secs(4);
 const SERVERS: usize = 4;
 
-/// Callers with a pace, so that the tests of this file leave each other some processor.
+/// Starts callers that pause between calls, so that parallel tests of this file get CPU time.
 fn callers(channel: &BalancedChannel) -> Callers {
     Callers::making(channel, 8, async |mut client: Client| {
         client.say_hello(with_deadline(hello())).await?;
@@ -35,7 +35,7 @@ fn callers(channel: &BalancedChannel) -> Callers {
     })
 }
 
-/// Waits for the first call that fails and stops them; none may have failed before `until`, and those that have are clear.
+/// Waits for the first failed call and stops the callers. Asserts that no call failed before `until`, and that the errors name the service.
 async fn failed_only_after(mut callers: Callers, until: Instant) {
     let mut failed = Vec::new();
     eventually("calls fail when the hold is over", async || {
@@ -59,7 +59,7 @@ async fn failed_only_after(mut callers: Callers, until: Instant) {
     assert!(calls > 500, "{calls}");
 }
 
-/// Servers that are registered by hand, each under a lease of its own, and do not notice that their key is gone.
+/// Servers that are registered by hand, each under its own lease. They do not detect the deletion of their keys.
 struct Fleet {
     addresses: Vec<SocketAddr>,
     leases: Vec<i64>,
@@ -99,7 +99,7 @@ impl Drop for Fleet {
     }
 }
 
-/// A resolver with a short hold, and a channel over it with all servers ready.
+/// Returns a resolver with a short hold, and a channel over it with all servers ready.
 async fn watched(registry: &Registry) -> (Resolver, BalancedChannel) {
     let resolver = registry
         .resolver("greeter")
@@ -119,7 +119,7 @@ async fn delete_all(etcd: &Etcd) {
     assert_eq!(response.deleted(), i64::try_from(SERVERS).unwrap());
 }
 
-/// Waits until half of the servers are held and the others gone; says since when at the latest.
+/// Waits until half of the servers are held and the others are removed. Returns the time of the last poll before the hold was seen.
 async fn half_is_held(resolver: &Resolver) -> Instant {
     let mut since = Instant::now();
     eventually("half of the instances are held", async || {
@@ -128,7 +128,7 @@ async fn half_is_held(resolver: &Resolver) -> Instant {
         if !held {
             since = Instant::now();
         }
-        // The status follows the set.
+        // The status is updated after the set.
         held && (status.held, status.mass_removals) == (SERVERS / 2, 1)
     })
     .await;
@@ -170,7 +170,7 @@ async fn leases_revoked_one_by_one_fail_no_call_for_the_length_of_the_hold() {
     let mut by_hand = client(&etcd).await;
     let mut lost = Instant::now();
     for lease in &fleet.leases {
-        // One by one, and the first that are held are held when the last is.
+        // The leases are revoked one by one. The first held instances are still held when the last lease is revoked.
         sleep(Duration::from_millis(300)).await;
         lost = Instant::now();
         by_hand.lease_revoke(*lease).await.unwrap();
@@ -192,7 +192,7 @@ async fn a_loss_found_after_a_partition_fails_no_call_for_the_length_of_the_hold
     let callers = callers(&channel);
     proxy.cut();
     delete_all(&etcd).await;
-    // History is gone as well, so that only a list can find it.
+    // The history is compacted too, so that only a list can detect the removal.
     let mut by_hand = client(&etcd).await;
     let revision = by_hand.put("/other", "", None).await.unwrap();
     let revision = revision.header().unwrap().revision();
@@ -259,7 +259,7 @@ async fn a_planned_pause_of_everything_is_not_held() {
         refused.is_err_and(|status| status.code() == Code::Unavailable)
     })
     .await;
-    // What comes back is called, and what then vanishes by mistake is held.
+    // Resumed instances get calls again, and a later removal by mistake is held.
     for registration in &registrations {
         registration.resume().await.unwrap();
     }
@@ -319,7 +319,7 @@ async fn half_of_the_set_back_ends_the_hold() {
     let etcd = etcd().await;
     let fleet = Fleet::start(&etcd).await;
     let registry = registry(&etcd).await;
-    // With the default length: it is not time that ends it.
+    // The default hold is too long to expire within the test.
     let resolver = registry.resolver("greeter").start();
     let channel = BalancedChannel::builder()
         .source(resolver.clone())
@@ -336,13 +336,13 @@ async fn half_of_the_set_back_ends_the_hold() {
         by_hand.put(key, address.clone(), None).await.unwrap();
         back.push(address);
     }
-    // Under other keys: the address is what counts.
+    // The keys are different: instances are matched by address.
     knows(
         &resolver,
         &back.iter().map(String::as_str).collect::<Vec<_>>(),
     )
     .await;
-    // Those that are back may be the very ones that were held, and then they are known before the last of them is.
+    // The new keys may have exactly the addresses that were held. Then the set is complete before the last hold ends.
     eventually("nothing is held any more", async || {
         resolver.status().held == 0
     })

@@ -1,5 +1,5 @@
-//! Random histories of a whole channel against a model: endpoints come, change, fail, recover and go while callers call. Alone in its
-//! process, so that it can count what is left of tasks and files.
+//! Random histories of a whole channel, checked against a model: endpoints are inserted, changed, killed, recovered and removed while
+//! callers call. The test runs alone in its process, so that it can count leaked tasks and files.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -32,28 +32,28 @@ use tower::discover::Change;
 
 const SERVERS: usize = 5;
 
-/// Something that happens.
+/// One step of a history.
 #[derive(Clone, Debug)]
 enum Op {
-    /// The registry names the server, perhaps again and with another weight.
+    /// The registry inserts the server, possibly again with another weight.
     Insert(usize, u32),
-    /// The registry names it no more.
+    /// The registry removes the server.
     Remove(usize),
-    /// Another server takes the place of this one at once.
+    /// The registry inserts the second server and removes the first.
     Replace(usize, usize),
-    /// The registry names the server at its end and its beginning: the same address as another instance.
+    /// The registry removes the server and inserts it at once: the same address as a new instance.
     Reinsert(usize),
     Kill(usize),
     Recover(usize),
-    /// Calls that fail where nobody is ready.
+    /// Calls that fail if no endpoint is ready.
     Calls(usize),
-    /// Calls that are dropped before their answer.
+    /// Calls that are dropped before their response.
     Cancelled(usize),
     /// A stream that stays open, half read.
     Open,
-    /// The oldest of them goes.
+    /// The oldest open stream is dropped.
     Close,
-    /// The set is given the time to become what the registry says.
+    /// Waits until the ready set matches the registry.
     Settle,
 }
 
@@ -82,27 +82,27 @@ fn policy() -> impl Strategy<Value = LbPolicy> {
     ]
 }
 
-/// What the callers know of the servers.
+/// Facts about the servers that the outcomes of calls are checked against.
 struct Known {
-    /// Those that are removed, and whose removal was seen: the how many'th that was. A call that waits may see a server come and go.
+    /// Servers whose removal was seen, with the number of that removal. A server may be inserted and removed again while a call waits.
     absent: BTreeMap<String, u64>,
     removals: u64,
-    /// When each was last killed.
+    /// Last kill of each server, by name.
     killed: Vec<(String, Instant)>,
 }
 
 type Shared = Arc<Mutex<Known>>;
 
-/// The channel beside what it is to be.
+/// The channel and its expected state.
 struct World {
     fleet: Fleet,
     changes: mpsc::UnboundedSender<Result<Change<Address, Instance>, Infallible>>,
     channel: BalancedChannel,
     known: Shared,
     registered: BTreeSet<usize>,
-    /// Registered, up and ready, and untouched since that was seen.
+    /// Servers that were registered, up and ready when last checked, and not changed since.
     stable: BTreeSet<usize>,
-    /// Whether a connection may be dead without anybody having noticed.
+    /// Whether the channel may have a dead connection that it has not detected.
     unsettled: bool,
     streams: Vec<Streaming<support::greeter::HelloReply>>,
 }
@@ -113,7 +113,7 @@ impl World {
     }
 
     fn insert(&mut self, server: usize, weight: u32) {
-        // From here on it may be called.
+        // From here on, the server may be called.
         self.known.lock().unwrap().absent.remove(&self.name(server));
         self.registered.insert(server);
         let address: Address = self.name(server).parse().unwrap();
@@ -129,7 +129,7 @@ impl World {
         self.changes.send(Ok(Change::Remove(address))).unwrap();
     }
 
-    /// Waits until the channel says that a server is removed. From then on no call may reach it.
+    /// Waits until the channel reports a server as removed. From then on, no call reaches the server.
     async fn sees_removal(&self, server: usize) {
         let name = self.name(server);
         eventually("the removal is seen", async || {
@@ -154,7 +154,7 @@ impl World {
         self.fleet.get(server).kill();
     }
 
-    /// Waits until the registered servers that are up are ready, and no other is.
+    /// Waits until exactly the registered servers that are up are ready.
     async fn settle(&mut self) {
         let up = |server: &usize| self.fleet.get(*server).is_up();
         let expected: BTreeSet<_> = self.registered.iter().copied().filter(up).collect();
@@ -165,12 +165,13 @@ impl World {
                 .iter()
                 .filter(|status| status.state == EndpointState::Ready)
                 .map(|status| status.address.to_string());
-            // Ready may be what has not been noticed yet to be dead, but for a connection made since.
+            // An endpoint may be ready with a dead connection that is not detected yet. Therefore each server must have a connection since
+            // its last kill.
             let connected = |server: &usize| self.fleet.get(*server).is_connected();
             ready.collect::<BTreeSet<_>>() == names && expected.iter().all(connected)
         })
         .await;
-        // A state is shown up to a millisecond before picks see it. A call that waits finds whoever is ready first.
+        // A state is reported up to a millisecond before picks use it. A call that waits for a ready endpoint bridges this time.
         if !expected.is_empty() {
             call(&self.channel, &self.known, true, 0).await.unwrap();
         }
@@ -246,7 +247,7 @@ fn hello(millis: usize) -> HelloRequest {
     }
 }
 
-/// One call, which may be served by anybody but those that were removed when it began, and fail for a kill only.
+/// Sends one call. Every server may serve the call except those removed before it began, and it may fail only because of a kill.
 async fn call(
     channel: &BalancedChannel,
     known: &Shared,
@@ -282,7 +283,7 @@ async fn call(
     }
 }
 
-/// Callers that wait for whoever is ready, all the time.
+/// Callers that send calls continuously and wait for a ready endpoint.
 struct Callers {
     stop: watch::Sender<bool>,
     tasks: JoinSet<usize>,
@@ -312,7 +313,7 @@ impl Callers {
     }
 }
 
-/// Lives through a history. Says how many calls there were.
+/// Runs a history. Returns the number of calls.
 async fn live(policy: LbPolicy, ops: &[Op]) -> usize {
     let fleet = Fleet::start(SERVERS).await;
     let (tasks, files) = (Handle::current().metrics().num_alive_tasks(), open_files());
@@ -322,7 +323,7 @@ async fn live(policy: LbPolicy, ops: &[Op]) -> usize {
         .service("model")
         .policy(policy)
         .seed(7)
-        // Waits between dials would be most of the test.
+        // Longer waits between dials would dominate the test.
         .max_backoff(Duration::from_millis(5))
         .startup_timeout(Duration::from_millis(20))
         .connector(move |address| dialler.clone().dial(address))
@@ -348,7 +349,7 @@ async fn live(policy: LbPolicy, ops: &[Op]) -> usize {
     for op in ops {
         world.apply(op).await;
     }
-    // Whatever has happened, one server is enough.
+    // After any history, one recovered server is enough to serve calls.
     world.fleet.get(0).recover();
     world.insert(0, 1);
     world.settle().await;
@@ -357,7 +358,7 @@ async fn live(policy: LbPolicy, ops: &[Op]) -> usize {
     calls
 }
 
-/// Nothing is in flight when the last call has ended, and nothing is left when the channel has.
+/// Asserts that no call is in flight after the last call has ended, and that no task and no file is left after the channel is dropped.
 async fn leaves_nothing(mut world: World, tasks: usize, files: usize) {
     world.streams.clear();
     eventually("nothing is in flight and nothing drains", async || {

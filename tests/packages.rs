@@ -1,4 +1,4 @@
-//! What users get with the packages: which dependencies, under which licences, and which files.
+//! Properties of the packages that their users depend on: dependencies, licences and files.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 
-/// Runs cargo, and returns the lines of its output.
+/// Runs cargo and returns the lines of its output.
 fn cargo(args: &[&str]) -> Vec<String> {
     let mut command = Command::new(env!("CARGO"));
     command.current_dir(env!("CARGO_MANIFEST_DIR")).args(args);
@@ -19,7 +19,7 @@ fn cargo(args: &[&str]) -> Vec<String> {
     text.lines().map(str::to_owned).collect()
 }
 
-/// The names and versions of a package's dependencies.
+/// Returns the names of a package's dependencies.
 fn dependencies(package: &str, features: &[&str]) -> BTreeSet<String> {
     let tree = ["tree", "--locked", "-p", package, "-e", "normal,build"];
     let format = ["--prefix", "none", "-f", "{p}"];
@@ -74,7 +74,7 @@ fn every_dependency_has_a_licence_that_is_compatible_with_ours() {
         let Some((package, licence)) = line.split_once('|') else {
             continue;
         };
-        // `A OR B` is either, `A AND B` is both; an exception only adds rights.
+        // `A OR B` permits either licence, `A AND B` requires both. An exception only adds rights.
         let licence = licence
             .replace(" (*)", "")
             .replace(" WITH LLVM-exception", "");
@@ -90,7 +90,7 @@ fn every_dependency_has_a_licence_that_is_compatible_with_ours() {
 
 #[test]
 fn no_crate_is_linked_in_two_versions_but_those_that_are_known() {
-    // Dependencies of ring, of procedural macros and of the testing feature, until they agree.
+    // Dependencies of ring, of procedural macros and of the testing feature, as long as they require different versions.
     const KNOWN: [&str; 2] = ["getrandom", "syn"];
     let tree = ["tree", "--locked", "--workspace", "--all-features"];
     let format = ["-e", "normal", "--prefix", "none", "-f", "{p}"];

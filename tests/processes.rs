@@ -1,4 +1,4 @@
-//! The etcd of the `testing` feature, and the examples as programs.
+//! The etcd of the `testing` feature, and the examples as separate programs.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use tonic_etcd::testing::{Etcd, ProcessError};
 
 fn is_alive(pid: u32) -> bool {
-    // A process that was reaped has no entry any more.
+    // A reaped process has no entry.
     PathBuf::from(format!("/proc/{pid}")).exists()
 }
 
@@ -177,7 +177,7 @@ async fn the_discover_example_tells_a_change_from_a_newcomer() {
     let line = line_with(&mut found, "weight 3").await;
     assert!(line.starts_with("~ "), "{line}");
     registration.deregister().await.unwrap();
-    // What says that it leaves may be gone before anybody looks.
+    // The value that marks the instance as leaving may be deleted before the program reads it, so only the removal is checked.
     line_with(&mut found, "- 10.0.0.5:1").await;
 }
 

@@ -1,4 +1,4 @@
-//! What keeps a server registered, against a real etcd.
+//! How a registration keeps its server in a real etcd.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -31,7 +31,7 @@ async fn register(registry: &Registry) -> Registration {
     describe(registry).register().await.unwrap()
 }
 
-/// The lease a registration says it has.
+/// Returns the lease that a registration reports.
 fn lease(registration: &Registration) -> Option<LeaseId> {
     match registration.state() {
         RegistrationState::Registered { lease, .. } => Some(lease),
@@ -39,7 +39,7 @@ fn lease(registration: &Registration) -> Option<LeaseId> {
     }
 }
 
-/// Whether the key is in etcd under the lease that the registration says it has.
+/// Returns whether etcd contains the key under the lease that the registration reports.
 async fn is_kept(etcd: &etcd_client::Client, registration: &Registration) -> bool {
     let listed = list(etcd, registration.key()).await;
     listed.len() == 1 && lease(registration).is_some_and(|lease| lease.get() == listed[0].2)
@@ -198,7 +198,7 @@ async fn an_outage_longer_than_the_ttl_is_survived() {
         is_kept(&by_hand, &registration).await
     })
     .await;
-    // And it stays: etcd gives old leases one more TTL.
+    // The registration also lasts for longer than the one TTL by which etcd extends old leases.
     for _ in 0..5 {
         timeout(SOON, states.changed())
             .await
@@ -211,7 +211,7 @@ async fn an_outage_longer_than_the_ttl_is_survived() {
 #[tokio::test]
 async fn a_wiped_etcd_is_filled_again_within_a_ttl() {
     let mut etcd = etcd().await;
-    // With a third of it, as the other tests have it, the wait until etcd is dialled again is most of it.
+    // A third of this TTL, as in the other tests, would be used up mostly by the wait before etcd is dialled again.
     let ttl = TTL * 3;
     let registration = describe(&registry(&etcd).await).ttl(ttl).register().await;
     let registration = registration.unwrap();
@@ -225,7 +225,7 @@ async fn a_wiped_etcd_is_filled_again_within_a_ttl() {
     .await;
 }
 
-/// When the lease runs out; none while it may have.
+/// Returns when the lease expires, or `None` if it may have expired.
 fn expires(registration: &Registration) -> Option<Instant> {
     match registration.state() {
         RegistrationState::Registered { expires, .. } => Some(expires),
@@ -236,7 +236,7 @@ fn expires(registration: &Registration) -> Option<Instant> {
 #[tokio::test]
 async fn a_frozen_etcd_is_survived() {
     let mut etcd = Etcd::start_cluster(3).await.unwrap();
-    // Longer than an election, during which nothing is renewed.
+    // Longer than an election, during which no lease is renewed.
     let registration = describe(&registry(&etcd).await)
         .ttl(TTL * 3)
         .register()
@@ -249,7 +249,7 @@ async fn a_frozen_etcd_is_survived() {
     for member in 0..3 {
         etcd.freeze(member).await.unwrap();
         let mut states = registration.watch_state();
-        // Two renewals, whichever member is frozen. What fails is told as well.
+        // Waits for two renewals, whichever member is frozen. A failed renewal changes the state too, so the expiry is compared.
         for _ in 0..2 {
             let before = expires(&registration);
             let renewed = states.wait_for(|_| expires(&registration) > before);
@@ -268,7 +268,7 @@ async fn a_key_taken_over_is_left_alone_until_it_goes() {
     let registry = registry(&etcd).await;
     let by_hand = client(&etcd).await;
     let old = register(&registry).await;
-    // Another process starts on the same address: it has the key at once.
+    // Another process starts on the same address and gets the key at once.
     let new = timeout(Duration::from_secs(5), register(&registry))
         .await
         .expect("at once");
@@ -296,7 +296,7 @@ async fn a_key_taken_over_is_left_alone_until_it_goes() {
         is_kept(&by_hand, &old).await
     })
     .await;
-    // A key without a lease is another owner's as well.
+    // A key without a lease belongs to another owner, too.
     by_hand
         .kv_client()
         .put(old.key(), "127.0.0.1:99", None)
@@ -415,7 +415,7 @@ async fn changes_while_etcd_is_away_are_made_when_it_is_back() {
     })
     .await;
 
-    // A deregistration is not made later: the lease does it.
+    // A deregistration that failed is not repeated later: the key expires with its lease.
     let key = registration.key().to_owned();
     etcd.freeze(0).await.unwrap();
     let error = timeout(Duration::from_secs(4), registration.deregister())
@@ -448,9 +448,9 @@ async fn a_registration_that_is_dropped_is_taken_back() {
         list(&by_hand, "/").await.is_empty()
     })
     .await;
-    // Also half way.
+    // A registration that is dropped half way is removed, too.
     for _ in 0..20 {
-        // A grant that etcd answers too late leaves its lease to run out.
+        // If etcd answers a grant too late, the lease remains until it expires.
         let registering = describe(&registry).ttl(Duration::from_secs(10)).register();
         let _ = timeout(Duration::from_micros(fastrand::u64(..4_000)), registering).await;
     }
@@ -471,7 +471,7 @@ async fn a_registration_that_is_dropped_is_taken_back() {
 async fn bad_input_is_refused_by_name_before_etcd_is_touched() {
     let mut etcd = etcd().await;
     let registry = registry(&etcd).await;
-    // Whatever reached etcd would now fail in another way, and later.
+    // A request to etcd would now fail later, and with another error.
     etcd.kill(0).await.unwrap();
     let service = |name: &str| registry.registration(name).address("127.0.0.1:80");
     let greeter = || service("greeter");
@@ -548,14 +548,14 @@ async fn an_etcd_that_stays_away_fails_the_registration_at_the_bound() {
         error.to_string().contains("0.7 s") && error.to_string().contains(&etcd.endpoint(0)),
         "{error}"
     );
-    // One that comes back in time does not.
+    // If etcd is available again in time, the registration succeeds.
     let registering = tokio::spawn(describe(&registry).register());
     etcd.restart(0).await.unwrap();
     let registered = timeout(SOON, registering).await.unwrap().unwrap();
     drop(registered.expect("registered as soon as etcd is there"));
 }
 
-/// The keys of a registration that are in etcd under the lease it says it has.
+/// Returns the keys in etcd under the lease that a registration reports.
 async fn kept(etcd: &etcd_client::Client, registration: &Registration) -> Vec<String> {
     let own = lease(registration).map(LeaseId::get);
     let listed = list(etcd, "/gRPC/").await;
@@ -570,7 +570,7 @@ async fn several_services_hang_on_one_lease_and_leave_one_by_one() {
     let etcd = etcd().await;
     let by_hand = client(&etcd).await;
     let registry = registry(&etcd).await;
-    // More than etcd takes in one transaction.
+    // More keys than etcd accepts in one transaction.
     let services: Vec<_> = (0..150)
         .map(|number| format!("service{number:03}"))
         .collect();
@@ -588,13 +588,13 @@ async fn several_services_hang_on_one_lease_and_leave_one_by_one() {
     let leases = by_hand.lease_client().leases().await.unwrap();
     assert_eq!(leases.leases().len(), 1);
 
-    // What is lost of them comes back: one key alone, all with the lease, and with a new value.
+    // Lost keys are put back: first a single key, then all keys of a revoked lease. Then all values change.
     by_hand
         .kv_client()
         .delete(all[7].as_str(), None)
         .await
         .unwrap();
-    // Before the next renewal: each key is watched.
+    // Each key is watched, so the key is put back before the next renewal.
     within(TTL * 4 / 3, "the key is back", async || {
         kept(&by_hand, &registration).await == all
     })
@@ -613,7 +613,7 @@ async fn several_services_hang_on_one_lease_and_leave_one_by_one() {
             .all(|(_, value, _)| value.contains("\"weight\":9"))
     );
 
-    // One goes, and the first as well, and none comes back.
+    // One service is deregistered, then the first service. Neither key is put back.
     for service in [3, 0] {
         let service = &services[service];
         registration.deregister_service(service).await.unwrap();
@@ -624,7 +624,7 @@ async fn several_services_hang_on_one_lease_and_leave_one_by_one() {
     }
     let left: Vec<_> = [&all[1..3], &all[4..]].concat();
     let mut states = registration.watch_state();
-    // The state as it is, and a renewal.
+    // The current state, and a renewal.
     for _ in 0..2 {
         timeout(SOON, states.changed()).await.unwrap().unwrap();
         assert!(states.borrow_and_update().is_registered());
@@ -636,7 +636,7 @@ async fn several_services_hang_on_one_lease_and_leave_one_by_one() {
     assert!(list(&by_hand, "/gRPC/").await.is_empty());
     registration.resume().await.unwrap();
     assert_eq!(kept(&by_hand, &registration).await, left);
-    // The last one takes the lease with it.
+    // The deregistration of the last service also revokes the lease.
     for service in [&services[1..3], &services[4..]].concat() {
         registration.deregister_service(&service).await.unwrap();
     }
@@ -682,7 +682,7 @@ async fn of_several_services_only_the_one_that_another_takes_is_lost() {
         );
         assert!(is_kept(&by_hand, &other).await, "nobody fights for the key");
     }
-    // What is not ours is not deleted.
+    // A key of another owner is not deleted.
     ours.deregister_service("second").await.unwrap();
     assert!(is_kept(&by_hand, &other).await);
     assert!(ours.state().is_registered());
@@ -691,11 +691,12 @@ async fn of_several_services_only_the_one_that_another_takes_is_lost() {
     assert!(list(&by_hand, &second).await.is_empty());
 }
 
-/// The same runtime keeps the registration, the clients and, for three TTLs, its only thread busy.
+/// Drives the registration and its clients on one runtime, and blocks the only thread of that runtime for three TTLs. Returns whether the
+/// lease was kept.
 async fn busy_for_three_ttls(dedicated_thread: bool) -> bool {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
-    // The registry's connections are up, and this runtime drives them.
+    // The registry's connections are open, and this runtime drives them.
     let other = describe(&registry).register().await.unwrap();
     other.deregister().await.unwrap();
     let registration = describe(&registry)
@@ -705,7 +706,7 @@ async fn busy_for_three_ttls(dedicated_thread: bool) -> bool {
         .await
         .unwrap();
     let before = lease(&registration).unwrap();
-    // Not a wait for anything: it is what is tested.
+    // The blocked thread is the subject of the test.
     std::thread::sleep(Duration::from_secs(9));
     let by_hand = client(&etcd).await;
     let listed = list(&by_hand, registration.key()).await;

@@ -1,4 +1,4 @@
-//! What a resolver knows, against a real etcd.
+//! The set of instances of a resolver, compared with a real etcd.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -50,7 +50,7 @@ async fn values_put_by_hand_are_called_until_their_key_goes() {
         .await
         .unwrap();
 
-    // With a hold, the second of two that go within seconds would be kept.
+    // With mass removal protection, the second of two instances that are removed within seconds would be held.
     let resolver = registry(&etcd)
         .await
         .resolver("greeter")
@@ -67,7 +67,7 @@ async fn values_put_by_hand_are_called_until_their_key_goes() {
 
     by_hand.delete("/gRPC/greeter/1", None).await.unwrap();
     knows(&resolver, &[&beta.to_string()]).await;
-    // The channel's own step follows the resolver's; from the first call that only beta can serve, all are beta's.
+    // The channel is updated after the resolver, so the first calls may still reach alpha.
     eventually("twenty calls in a row for beta", async || {
         for _ in 0..20 {
             if call(&mut greeter).await.as_deref() != Some("beta") {
@@ -129,7 +129,7 @@ async fn several_prefixes_make_one_set() {
         .await
         .unwrap();
     knows(&resolver, &["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"]).await;
-    // The same address under another prefix keeps it alive.
+    // A key with the same address under another prefix keeps the instance.
     by_hand.put("/gRPC/a/2", "127.0.0.1:1", None).await.unwrap();
     by_hand.delete("/web/node1", None).await.unwrap();
     by_hand.delete("/web/inner/x", None).await.unwrap();
@@ -173,7 +173,7 @@ async fn garbage_beside_good_values_changes_a_counter_and_nothing_else() {
     knows(&resolver, &good).await;
     assert_eq!(resolver.status().rejected_values, 8);
     assert_eq!(resolver.status().state, ResolverState::Fresh);
-    // A good value that turns bad: the last good one stays.
+    // If a good value turns bad, the last good value is kept.
     by_hand.put("/gRPC/greeter/good2", "{", None).await.unwrap();
     eventually("the bad value is counted", async || {
         resolver.status().rejected_values == 9
@@ -255,7 +255,7 @@ async fn a_service_name_that_cannot_be_right_is_known_and_empty() {
     }
 }
 
-/// How many watchers etcd serves.
+/// Returns the number of watchers that etcd serves.
 async fn watchers(etcd: &Etcd) -> u64 {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut socket = tokio::net::TcpStream::connect(etcd.endpoint(0))
@@ -328,7 +328,7 @@ async fn each_clone_sees_every_change_from_the_beginning() {
         change(&mut second).await,
         ("127.0.0.1:1".to_owned(), Some(1))
     );
-    // Ten changes of one instance are one piece of news for who did not look.
+    // Ten changes of one instance are a single change for a clone that did not read in the meantime.
     for weight in 2..=11 {
         let value = format!(r#"{{"Addr":"127.0.0.1:1","Metadata":{{"weight":{weight}}}}}"#);
         by_hand.put("/gRPC/greeter/1", value, None).await.unwrap();
@@ -381,7 +381,7 @@ async fn nothing_is_removed_while_etcd_is_down() {
     );
 }
 
-/// How long something that never happens is waited for.
+/// Returns how long a test waits for an event that must not occur.
 fn length(short: u64, long: u64) -> Duration {
     Duration::from_secs(soak("seconds", short, long))
 }
@@ -393,7 +393,7 @@ async fn a_quiet_watch_is_probed_and_not_rebuilt() {
     resolver.ready().await;
     eventually("the watch is open", async || resolver.status().watches == 1).await;
     let before = watchers(&etcd).await;
-    // Two probes long. What is waited for is that nothing happens.
+    // Two intervals of the probe. Nothing is expected to happen in this time.
     tokio::time::sleep(length(12, 60)).await;
     let status = resolver.status();
     assert_eq!(
@@ -424,7 +424,7 @@ async fn a_thousand_writes_a_second_beside_us_cause_no_list() {
         .put("/gRPC/greeter/1", "127.0.0.1:1", None)
         .await
         .unwrap();
-    // Several, so that some are likely to watch at a member that lags behind the one that was listed.
+    // Several resolvers, so that some of them are likely to watch a member that lags behind the member that was listed.
     let resolvers: Vec<_> = (0..5)
         .map(|_| registry.resolver("greeter").start())
         .collect();
@@ -434,9 +434,9 @@ async fn a_thousand_writes_a_second_beside_us_cause_no_list() {
         let mut kv = by_hand.kv_client();
         tasks.spawn(async move {
             let mut writes = 0_u32;
-            // Sixteen of them, each every 16 ms.
+            // Sixteen writers, each with one write every 16 ms.
             let mut pace = tokio::time::interval(Duration::from_millis(16));
-            // A slow disk takes longer for as many.
+            // On a slow disk, this many writes take longer.
             while Instant::now() < end || writes < 32 {
                 pace.tick().await;
                 let written = kv.put(format!("/other/{writer}"), "x", None).await;
@@ -483,7 +483,7 @@ async fn comparisons_with_a_list_find_nothing_amiss_while_keys_change() {
         }
     }
     let compared = resolver.status().reconciliations;
-    // Suspects of the last comparison among the changes have to be dispelled first.
+    // Differences that the last reconciliation suspected during the changes must first be cleared.
     eventually("compared again and again", async || {
         resolver.status().reconciliations >= compared + 10
     })
@@ -522,7 +522,7 @@ async fn what_refuses_connections_is_read_seldom_and_stays_while_it_is_registere
     feedback.refused(&first);
     feedback.refused(&first);
     let read = eventually("it is read", async || resolver.status().reads > 0);
-    // Spread over 2 s.
+    // The reads are spread over 2 s.
     read.await;
     let start = Instant::now();
     for instance in resolver.instances() {
@@ -538,11 +538,11 @@ async fn what_refuses_connections_is_read_seldom_and_stays_while_it_is_registere
     assert_eq!((status.repaired, status.lists), (0, 1));
     assert_eq!(resolver.instances().len(), 1_000);
     drop(resolver);
-    // Its end is not the handle's.
+    // The feedback handle can be used after the end of the resolver.
     feedback.refused(&first);
 }
 
-/// A page of 500 such values is larger than a message may be: it is asked for in halves.
+/// A page of 500 such values exceeds the size limit of a message, so the resolver requests half pages.
 #[tokio::test]
 async fn values_that_do_not_fit_into_one_message_are_listed_in_smaller_pages() {
     let etcd = etcd().await;
@@ -562,7 +562,7 @@ async fn values_that_do_not_fit_into_one_message_are_listed_in_smaller_pages() {
         by_hand.kv_client().txn(puts).await.unwrap();
     }
     let resolver = registry(&etcd).await.resolver("greeter").start();
-    // A page of 10 MB may take longer than its deadline in a debug build.
+    // A page of 10 MB may take longer than its timeout in a debug build.
     let bound = Duration::from_secs(60);
     support::within(bound, "all are known", async || {
         resolver.instances().len() == 600
@@ -592,7 +592,7 @@ async fn a_resolver_that_starts_before_etcd_waits_for_it() {
     knows(&resolver, &["127.0.0.1:1"]).await;
 }
 
-/// Instances with these numbers, each under a lease of its own.
+/// Puts instances with these numbers, each under its own lease.
 async fn put_leased(by_hand: &mut etcd_client::Client, numbers: std::ops::RangeInclusive<u16>) {
     for number in numbers {
         let lease = by_hand.lease_grant(600, None).await.unwrap().id();
@@ -621,7 +621,7 @@ async fn a_wiped_etcd_leaves_no_ghost() {
         etcd.kill(0).await.unwrap();
         etcd.wipe(0).await.unwrap();
         etcd.restart(0).await.unwrap();
-        // The second and third come back, at the very revisions they had; the first never does.
+        // The second and third instance return with the same revisions as before. The first never returns.
         let mut by_hand = client(&etcd).await;
         by_hand.put("/other", "", None).await.unwrap();
         put_leased(&mut by_hand, 2..=3).await;
@@ -689,7 +689,7 @@ async fn members_that_die_or_freeze_are_left_for_the_others() {
             .filter(|member| *member != down)
             .map(|member| etcd.endpoint(member))
             .collect();
-        // An election may take longer than one call's tries.
+        // An election may take longer than the retries of one call.
         let mut writer = None;
         eventually("somebody leads", async || {
             writer = Registry::connect(alive.clone()).await.ok();
@@ -720,7 +720,7 @@ async fn members_that_die_or_freeze_are_left_for_the_others() {
         etcd.freeze(member).await.unwrap();
         kept.push(write(&etcd, member, 200 + u16::try_from(member).unwrap()).await);
         let start = Instant::now();
-        // 5 s of silence to the probe, 3 s for its answer.
+        // 5 s of silence before the probe, and 3 s for its response.
         eventually("the change arrives", async || {
             addresses(&resolver).len() == kept.len()
         })
@@ -731,8 +731,8 @@ async fn members_that_die_or_freeze_are_left_for_the_others() {
     }
 }
 
-/// Whether a resolver knows what is listed. A key whose value turned bad keeps its last good one, so
-/// for such a key more may be known than is listed.
+/// Returns whether a resolver contains what is listed. A key whose value turned bad keeps its last good value, so the resolver may contain
+/// more instances for such a key than are listed.
 fn is_what_is_listed(resolver: &Resolver, listed: &[(String, String, i64)]) -> bool {
     let (good, bad): (Vec<_>, Vec<_>) = listed
         .iter()
@@ -754,7 +754,7 @@ fn is_what_is_listed(resolver: &Resolver, listed: &[(String, String, i64)]) -> b
     known == expected
 }
 
-/// Ten thousand random steps: puts, deletes, expiries.
+/// Ten thousand random steps: puts, deletes and lease expiries.
 #[tokio::test]
 async fn ten_thousand_random_steps_leave_what_etcd_lists() {
     let seed = std::env::var("TEST_SEED")
@@ -802,7 +802,7 @@ async fn ten_thousand_random_steps_leave_what_etcd_lists() {
                 }),
             };
         }
-        // A put may find its lease expired.
+        // A put may fail because its lease has expired.
         let expire = (round % 10 == 9).then(|| leases.swap_remove(rng.usize(..leases.len())));
         if let Some(lease) = expire {
             by_hand.lease_client().revoke(lease).await.unwrap();

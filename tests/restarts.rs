@@ -1,4 +1,4 @@
-//! Graceful restarts of servers under load, again and again: no call fails, and none runs twice.
+//! Repeated graceful restarts of servers under load: no call fails, and no call runs twice.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -18,7 +18,7 @@ use tokio::time::{Instant, timeout};
 use tonic::Status;
 use tonic_etcd::ServerState;
 
-/// The servers of the service, and the greeter that all of them count with.
+/// The servers of the service, and the greeter in which all of them count their calls.
 struct Fleet {
     world: World,
     counter: Counting,
@@ -70,7 +70,7 @@ impl Fleet {
         }
     }
 
-    /// Restarts one server in order, on the same port or on another.
+    /// Restarts one server gracefully, on the same port or on another.
     async fn restart(&mut self, rng: &mut fastrand::Rng) {
         let member = self.servers.swap_remove(rng.usize(..self.servers.len()));
         member.server.stopped().await.unwrap();
@@ -93,7 +93,7 @@ impl Fleet {
     }
 }
 
-/// A call that streams some replies, all of which have to arrive.
+/// Sends a call that streams some replies, and checks that all of them are received.
 async fn stream(mut client: Client) -> Result<(), Status> {
     let replies = 20;
     let request = HelloRequest { replies, ..hello() };
@@ -110,7 +110,7 @@ async fn stream(mut client: Client) -> Result<(), Status> {
     Ok(())
 }
 
-/// How many restarts, and how many with `SOAK` set. `RESTARTS` in the environment says otherwise, and `SEED` repeats a run.
+/// Number of restarts, without and with `SOAK`. `RESTARTS` in the environment overrides both, and `SEED` repeats a run.
 const RESTARTS: u64 = 100;
 const SOAK: u64 = 1_000;
 

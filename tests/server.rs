@@ -1,4 +1,4 @@
-//! A server's life from bind to the last call, against a real etcd.
+//! The lifecycle of a server from bind to the last call, against a real etcd.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -107,7 +107,7 @@ async fn a_port_that_is_taken_is_a_bind_error_and_registers_nothing() {
 #[tokio::test]
 async fn a_registration_that_is_refused_stops_the_server() {
     let mut world = World::new().await;
-    // What is wrong by itself is said before the socket is bound.
+    // An invalid registration is reported before the socket is bound.
     let server = Registered::start("alpha", "127.0.0.1:0", world.registry.registration("a/b"));
     let error = timeout(SOON, server.task)
         .await
@@ -118,7 +118,7 @@ async fn a_registration_that_is_refused_stops_the_server() {
         matches!(error, ServeError::Register(RegisterError::Invalid { .. })),
         "{error:?}"
     );
-    // What etcd does not take in time stops what serves already.
+    // A registration that etcd does not accept in time stops a server that already serves.
     world.etcd.kill(0).await.unwrap();
     let port = TcpListener::bind("127.0.0.1:0")
         .await
@@ -162,7 +162,7 @@ async fn a_server_can_start_while_etcd_is_down() {
     let server = Registered::start("alpha", &port, registration);
     let serving = states.wait_for(|state| *state == ServerState::Serving);
     drop(timeout(SOON, serving).await.unwrap().unwrap());
-    // Whoever finds it has to be served at once: so it serves before anybody can.
+    // The server serves before it is registered, because a client that resolves its address must be served at once.
     let mut client = connect(&port).await;
     let early = timeout(SOON, client.say_hello(hello())).await;
     early.expect("it serves already").unwrap();
@@ -185,7 +185,7 @@ async fn a_shutdown_during_the_registration_is_a_shutdown() {
     eventually("it serves", async || TcpStream::connect(port).await.is_ok()).await;
     let start = Instant::now();
     server.stopped().await.unwrap();
-    // A grant that is under way is waited for, up to its deadline of 2 s, and then the grace period.
+    // The shutdown waits for a grant in progress, up to its timeout of 2 s, and then for the grace period.
     assert!(Instant::now().saturating_duration_since(start) < Duration::from_secs(10));
     world.etcd.thaw(0).await.unwrap();
     eventually("nothing is left", async || world.keys().await == 0).await;
@@ -204,7 +204,7 @@ async fn a_server_that_is_dropped_takes_its_entry_along() {
     .await;
 }
 
-/// Calls without a pause until told to stop, and says how many calls failed of how many.
+/// Calls without a pause until stopped. Returns the number of calls and the number of failed calls.
 async fn load(channel: Channel, mut stop: tokio::sync::watch::Receiver<bool>) -> (u64, u64) {
     let mut client = GreeterClient::new(channel);
     let (mut calls, mut failed) = (0, 0);
@@ -213,7 +213,7 @@ async fn load(channel: Channel, mut stop: tokio::sync::watch::Receiver<bool>) ->
         let call = timeout(Duration::from_secs(5), client.say_hello(hello())).await;
         if !matches!(call, Ok(Ok(_))) {
             failed += 1;
-            // What fails at once would fail a million times.
+            // Calls that fail at once would otherwise fail a million times.
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
@@ -286,7 +286,7 @@ async fn attributes_change_without_a_reconnect_on_the_stock_channel() {
         .await;
         greeter.say_hello(hello()).await.unwrap();
     }
-    // A fresh registration of the same address is no reason either.
+    // A new registration of the same address does not cause a reconnect either.
     let by_hand = client(etcd).await;
     let lease = |instance: &tonic_etcd::Instance| instance.location().unwrap().lease();
     let before = lease(&resolver.instances()[0]);

@@ -1,4 +1,4 @@
-//! The end of a server: its order, the bound of each phase, and what is cut.
+//! Shutdown of a server: the order of its phases, the timeout of each phase, and the connections that are cut.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -27,7 +27,7 @@ use tonic::Streaming;
 use tonic::transport::{Channel, Server};
 use tonic_etcd::{ServeRegistered, ServerState};
 
-/// A call that goes on for as long as its caller likes.
+/// A call that stays open until its caller ends it.
 struct Chat {
     names: mpsc::Sender<HelloRequest>,
     replies: Streaming<HelloReply>,
@@ -122,7 +122,7 @@ async fn a_deregistration_without_an_answer_is_given_up_at_its_bound() {
     let start = Instant::now();
     server.stop();
     reaches(&mut states, ServerState::is_stopping).await;
-    // Meanwhile everything is served.
+    // All calls are served in the meantime.
     connect(&address).await.say_hello(hello()).await.unwrap();
     server.stopped().await.unwrap();
     let took = since(start);
@@ -141,7 +141,7 @@ async fn clients_learn_before_the_listener_closes() {
     let start = Instant::now();
     server.stop();
     world.counts(0).await;
-    // Who has not heard of it yet is still served.
+    // A client that has not received the removal yet is still served.
     let late = connect(&address).await.say_hello(hello()).await;
     late.expect("during the grace period");
     server.stopped().await.unwrap();
@@ -166,7 +166,7 @@ async fn idle_connections_end_at_once() {
     let start = Instant::now();
     server.stopped().await.unwrap();
     let took = since(start);
-    // They would be cut after 20 s.
+    // Otherwise the connections would be cut after 20 s.
     assert!(took < Duration::from_secs(10), "{took:?}");
     assert_eq!(connections_cut(&states), 0);
 }
@@ -197,10 +197,10 @@ async fn while_calls_in_flight_are_waited_for_new_connections_are_refused() {
     assert_eq!(connections_cut(&states), 0);
 }
 
-/// Reads until the other side ends the connection.
+/// Reads until the peer closes the connection.
 async fn ends(mut connection: impl AsyncRead + Unpin) {
     let mut bytes = Vec::new();
-    // It is closed, or reset because what was sent was never read.
+    // The connection is closed, or reset because the server never read the sent bytes.
     let end = timeout(SOON, connection.read_to_end(&mut bytes)).await;
     drop(end.expect("it is ended"));
 }
@@ -224,7 +224,7 @@ async fn connections_that_never_began_are_ended_while_calls_go_on() {
     assert_eq!(connections_cut(&states), 0);
 }
 
-/// Reads frames of HTTP/2 up to a GOAWAY; says whether there was one.
+/// Reads HTTP/2 frames up to a GOAWAY. Returns whether a GOAWAY was received.
 async fn is_told_to_go_away(connection: &mut TcpStream) -> bool {
     let mut header = [0; 9];
     while connection.read_exact(&mut header).await.is_ok() {
@@ -241,7 +241,7 @@ async fn is_told_to_go_away(connection: &mut TcpStream) -> bool {
 #[tokio::test]
 async fn who_begins_just_after_the_listener_closed_is_still_heard() {
     let world = World::new().await;
-    // It has 200 ms to begin. Where it took longer, it may have been cut: then another one tries.
+    // The connection must begin HTTP/2 within 200 ms. If the test takes longer, the connection may be cut, and the test tries again.
     for _ in 0..20 {
         let registration = world.registration();
         let mut states = registration.watch_server_state();
@@ -250,9 +250,9 @@ async fn who_begins_just_after_the_listener_closed_is_still_heard() {
         let start = Instant::now();
         server.stop();
         reaches(&mut states, ServerState::is_draining).await;
-        // A round trip or two. What is waited for is that nothing happens.
+        // One or two round trips. Nothing is expected to happen in this time.
         tokio::time::sleep(Duration::from_millis(50)).await;
-        // And settings, none of them.
+        // The preface, with an empty SETTINGS frame.
         let begins = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
         let begun = late.write_all(begins).await.is_ok();
         let took = since(start);
@@ -291,7 +291,7 @@ async fn under_tls_connections_that_never_began_are_ended_while_calls_go_on() {
     let endpoint = endpoint.tls_config(localhost.client()).unwrap();
     let channel = endpoint.connect().await.unwrap();
     let mut chat = Chat::start(&mut GreeterClient::new(channel)).await;
-    // One whose caller has heard nothing of its call yet.
+    // A connection with a call that has not received any response yet.
     let waiting = endpoint.connect().await.unwrap();
     let (names, sent) = mpsc::channel(1);
     let waiting = tokio::spawn(async move {
@@ -319,7 +319,7 @@ async fn what_does_not_end_is_cut_at_the_deadline_and_counted() {
         .registration()
         .drain_timeout(Duration::from_millis(400));
     let states = registration.watch_server_state();
-    // A health service that knows nothing of the server's end.
+    // A health service that is not informed of the shutdown.
     let (_reporter, health) = tonic_health::server::health_reporter();
     let router = Server::builder()
         .add_service(GreeterServer::new(Counting::default()))
@@ -331,7 +331,7 @@ async fn what_does_not_end_is_cut_at_the_deadline_and_counted() {
     let mut endless = connect(&address).await;
     let mut endless = endless.say_hellos(HelloRequest::default()).await.unwrap();
     endless.get_mut().message().await.unwrap().expect("a reply");
-    // Never read, so that the server waits for its window.
+    // The replies are never read, so the server waits for its window.
     let mut unread = connect(&address).await;
     let unread = unread.say_hellos(HelloRequest::default()).await.unwrap();
     let channel = Channel::from_shared(format!("http://{address}")).unwrap();
@@ -383,7 +383,7 @@ async fn a_server_that_is_dropped_says_what_it_cut() {
     drop(chat);
 }
 
-/// The other tests of this file stop their servers by hand and take no notice of the signals that this one sends to its own process.
+/// The other tests of this file stop their servers through a future and ignore the signals that this test sends to its own process.
 #[tokio::test]
 async fn a_signal_ends_a_server_in_order_and_a_second_one_at_once() {
     let world = World::new().await;
@@ -416,7 +416,7 @@ async fn a_signal_ends_a_server_in_order_and_a_second_one_at_once() {
     assert!(TcpStream::connect(&address).await.is_err());
 }
 
-/// The greeter example with its address.
+/// Starts the greeter example and returns it with its output and its address.
 async fn greeter_server(
     world: &World,
 ) -> (tokio::process::Child, support::program::Output, String) {
@@ -457,7 +457,7 @@ async fn a_process_logs_each_phase_in_order_and_exits_well() {
     assert!(status.success());
 }
 
-/// Two signals to a server whose etcd answers, or does not: whether its entry was left to its lease.
+/// Sends two signals to a server whose etcd answers or is frozen. Returns whether the key was left to expire with its lease.
 async fn signal_twice(world: &mut World, answers: bool) -> bool {
     let (mut server, mut log, _) = greeter_server(world).await;
     world.etcd.freeze(0).await.unwrap();
@@ -472,7 +472,7 @@ async fn signal_twice(world: &mut World, answers: bool) -> bool {
     let status = timeout(SOON, server.wait()).await.unwrap().unwrap();
     assert!(status.success());
     let took = since(start);
-    // In order it takes the grace period and more.
+    // A graceful shutdown takes at least the grace period.
     assert!(took < Duration::from_secs(5), "{took:?}");
     if !answers {
         world.etcd.thaw(0).await.unwrap();
@@ -487,7 +487,7 @@ async fn signal_twice(world: &mut World, answers: bool) -> bool {
 #[tokio::test]
 async fn a_second_signal_waits_a_moment_for_the_entry_to_leave() {
     let mut world = World::new().await;
-    // For half a second, which a busy machine may need for something else.
+    // The second signal waits for half a second. A busy machine may exceed that, so there are five tries.
     let mut left = true;
     for _ in 0..5 {
         left = left && signal_twice(&mut world, true).await;

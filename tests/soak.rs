@@ -1,5 +1,5 @@
-//! Hours in seconds: everything that happens to a channel at once, with a real etcd, and what is left of memory, tasks and files. With
-//! `SOAK=1` in the environment it goes on for half an hour; `SOAK_SEED` repeats a run's choices.
+//! Hours in seconds: all kinds of changes and faults at once on a channel with a real etcd, and a check for leaks of memory, tasks and
+//! files. With `SOAK=1` in the environment it runs for half an hour. `SOAK_SEED` repeats the choices of a run.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -24,10 +24,10 @@ use tonic_etcd::testing::Etcd;
 use tonic_etcd::{BalancedChannel, EndpointState, ResolverState, WaitForReady};
 
 const SERVERS: usize = 6;
-/// This one is never killed nor removed.
+/// The server that is never killed and never removed.
 const STEADY: usize = 0;
 
-/// What the callers have lived through.
+/// Counters of a run.
 #[derive(Default)]
 struct Tally {
     stop: AtomicBool,
@@ -46,20 +46,20 @@ fn hello(millis: u64) -> Request<HelloRequest> {
     request
 }
 
-/// One call of some kind.
+/// Sends one call of a random kind.
 async fn call(
     client: &mut GreeterClient<BalancedChannel>,
     rng: &mut fastrand::Rng,
 ) -> Result<(), Status> {
     match rng.u8(..10) {
         0 => {
-            // Given up.
+            // A call that is dropped.
             let moment = Duration::from_micros(rng.u64(..3_000));
             let _ = timeout(moment, client.say_hello(hello(2))).await;
             Ok(())
         }
         1 => {
-            // Half read.
+            // A stream that is read in part only.
             let mut replies = client.say_hellos(hello(0)).await?.into_inner();
             for _ in 0..rng.u8(..5) {
                 replies.message().await?;
@@ -80,7 +80,7 @@ async fn caller(channel: BalancedChannel, tally: Arc<Tally>, seed: u64) {
             let lost = tally.lost.fetch_add(1, Ordering::SeqCst) + 1;
             assert_eq!(status.code(), Code::Unavailable, "{status}");
             assert!(status.message().contains("connection was lost"), "{status}");
-            // A kill costs at most what is in flight, one call for each caller.
+            // A kill loses at most the calls in flight, one per caller.
             let kills = tally.kills.load(Ordering::SeqCst);
             assert!(
                 lost <= kills * CALLERS,
@@ -92,7 +92,7 @@ async fn caller(channel: BalancedChannel, tally: Arc<Tally>, seed: u64) {
 
 const CALLERS: u64 = 16;
 
-/// In KiB.
+/// Returns the resident memory in KiB.
 fn resident() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
@@ -100,7 +100,7 @@ fn resident() -> u64 {
     figure.parse().unwrap()
 }
 
-/// What the channel stands against.
+/// The environment of the channel.
 struct World {
     etcd: Etcd,
     writer: etcd_client::Client,
@@ -131,7 +131,7 @@ impl World {
         store.put(key(server), address, None).await.unwrap();
     }
 
-    /// One thing happens to one of them.
+    /// Applies one random change to one server or to etcd.
     async fn stir(&mut self, passed: Duration) {
         let server = self.rng.usize(STEADY + 1..SERVERS);
         let backend = self.fleet.get(server);
@@ -156,7 +156,7 @@ impl World {
         sleep(Duration::from_millis(self.rng.u64(..20))).await;
     }
 
-    /// Everybody is up and registered.
+    /// Recovers and registers all servers.
     async fn heal(&self) {
         for server in 0..SERVERS {
             self.fleet.get(server).recover();
@@ -242,7 +242,7 @@ async fn everything_at_once_for_a_while_leaves_nothing_behind() {
         "{early} KiB grew to {late} KiB"
     );
     drop(channel);
-    // A few more belong to the other resolver, whose watch each restart of etcd has replaced.
+    // A few more tasks and files belong to the other resolver, whose watch was replaced at each restart of etcd.
     eventually("tasks and sockets are gone", async || {
         metrics.num_alive_tasks() <= tasks + 4 && open_files() <= files + 2
     })

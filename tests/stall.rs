@@ -1,4 +1,4 @@
-//! A server that is frozen under load, and thawed. Alone in its process, for the machine to be its own.
+//! A server that is frozen under load, and thawed. The tests run alone in their process, so that they have the machine to themselves.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -21,7 +21,8 @@ use tonic_etcd::{BalancedChannel, EndpointStatus, ServedBy};
 
 const SERVERS: usize = 4;
 const CALLERS: usize = 16;
-/// Longer than every wait on the way out and back in, and shorter than the lease: the registry knows nothing of it.
+/// Longer than every wait until the server is ejected and until it is used again, and shorter than its lease, so that the registry does not
+/// remove it.
 const FROZEN: Duration = Duration::from_secs(6);
 
 async fn call(channel: BalancedChannel, deadline: Duration) -> Result<(String, String), Status> {
@@ -33,7 +34,7 @@ async fn call(channel: BalancedChannel, deadline: Duration) -> Result<(String, S
     Ok((response.into_inner().message, address))
 }
 
-/// Callers with deadlines of 250 ms, whose calls end well or with those.
+/// Starts callers with deadlines of 250 ms. Each call must succeed or exceed its deadline.
 fn callers(channel: &BalancedChannel) -> Callers {
     let called = channel.clone();
     Callers::making(channel, CALLERS, move |_| {
@@ -47,7 +48,7 @@ fn callers(channel: &BalancedChannel) -> Callers {
     })
 }
 
-/// Whether a process is stopped by a signal.
+/// Returns whether a process is stopped by a signal.
 fn is_stopped(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     stat.rsplit_once(") ").unwrap().1.starts_with('T')
@@ -87,7 +88,7 @@ async fn a_frozen_server_costs_a_handful_of_calls_and_is_back_when_it_thaws() {
         is_stopped(servers[0].id().unwrap())
     })
     .await;
-    // Those that it is sent are those that it costs.
+    // The freeze costs the calls that are sent to the frozen server.
     let sent = || status(&channel, &frozen).calls;
     let before = sent();
     let out = within(FROZEN, "the frozen server is out", async || {
@@ -95,7 +96,7 @@ async fn a_frozen_server_costs_a_handful_of_calls_and_is_back_when_it_thaws() {
     })
     .await;
     let (calls, first) = (callers.calls(), sent() - before);
-    // What is waited for is that nothing happens.
+    // Waits until the freeze has lasted for `FROZEN`. The frozen server is expected to receive no new calls in this time.
     tokio::time::sleep(FROZEN.saturating_sub(out)).await;
     let (after, all) = (callers.calls() - calls, sent() - before);
     println!(
@@ -103,7 +104,7 @@ async fn a_frozen_server_costs_a_handful_of_calls_and_is_back_when_it_thaws() {
         all - first
     );
     assert!(status(&channel, &frozen).ejected, "it is still frozen");
-    // It may have been picked for a call when it went out.
+    // Calls that picked the server before its ejection may still be sent.
     assert!(
         all - first <= CALLERS as u64,
         "{first} and then {}",
@@ -130,7 +131,7 @@ async fn a_frozen_server_costs_a_handful_of_calls_and_is_back_when_it_thaws() {
     let (calls, last) = callers.stopped().await;
     let failed = (failed + last.len()) as u64;
     println!("{failed} of {calls} calls failed");
-    // Others have a deadline of 250 ms as well, which a machine that does other things does not always keep.
+    // Calls to other servers have a deadline of 250 ms too, which a busy machine sometimes exceeds.
     assert!(
         failed <= all + calls / 50,
         "{failed} of {calls} calls failed, {all} of them were sent to the frozen server"

@@ -15,7 +15,7 @@ use support::{client, eventually, keeps_a_registration, knows, list};
 use tonic_etcd::testing::Etcd;
 use tonic_etcd::{Registry, RegistryBuilder, RegistryError, TlsConfig};
 
-/// An etcd that asks its clients for a certificate.
+/// Starts an etcd that requires client certificates.
 async fn mutual(authority: &Authority) -> Etcd {
     authority.sign("server", "etcd");
     authority.sign("client", "greeter");
@@ -37,7 +37,7 @@ async fn works(builder: RegistryBuilder) {
 async fn etcd_is_spoken_to_over_tls_and_mutual_tls() {
     let authority = Authority::new();
     let etcd = mutual(&authority).await;
-    // Each member by its own host, which is an IP address here.
+    // The certificate of each member is verified against its own host, which is an IP address here.
     let trusting = TlsConfig::verify_dialled_host().ca_certificate(authority.read("ca.pem"));
     let (chain, key) = (authority.read("client.pem"), authority.read("client.key"));
     let shown = trusting.clone().identity(chain, key);
@@ -49,7 +49,7 @@ async fn etcd_is_spoken_to_over_tls_and_mutual_tls() {
         .identity_files(authority.path("client.pem"), authority.path("client.key"));
     works(Registry::builder(etcd.tls_endpoints()).tls_config(shown)).await;
 
-    // Without a certificate of its own the client is refused, and told why.
+    // A client without a certificate is rejected, and the error reports the reason.
     for builder in [
         Registry::builder(etcd.tls_endpoints()).tls_config(trusting),
         Registry::builder(etcd.tls_endpoints()).tls_config(files),
@@ -57,7 +57,7 @@ async fn etcd_is_spoken_to_over_tls_and_mutual_tls() {
         let refused = builder.connect().await.expect_err("no certificate");
         assert!(matches!(refused, RegistryError::Tls { .. }), "{refused:?}");
     }
-    // So is a server whose certificate is for another name than its address has.
+    // A server whose certificate does not contain its host name is rejected.
     let named = etcd.tls_endpoints().into_iter();
     let named: Vec<_> = named
         .map(|endpoint| endpoint.replace("127.0.0.1", "localhost"))
@@ -67,7 +67,7 @@ async fn etcd_is_spoken_to_over_tls_and_mutual_tls() {
     let refused = Registry::builder(named).tls_config(shown.identity(chain, key));
     let refused = refused.connect().await.expect_err("another name");
     assert!(matches!(refused, RegistryError::Tls { .. }), "{refused:?}");
-    // And one that somebody else has signed.
+    // A server whose certificate another authority has signed is rejected.
     let stranger = Authority::new();
     let files = TlsConfig::new("etcd")
         .ca_certificate_file(stranger.path("ca.pem"))
@@ -96,7 +96,7 @@ async fn certificates_that_are_renewed_need_no_restart() {
     let resolver = registry.resolver("greeter").start();
     knows(&resolver, &["127.0.0.1:80"]).await;
 
-    // A new authority signs everything anew; nobody who knows only the old one gets through.
+    // A new authority signs all certificates again. A client that trusts only the old authority cannot connect.
     let next = Authority::new();
     next.sign("server", "etcd");
     next.sign("client", "greeter");

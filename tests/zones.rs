@@ -18,7 +18,7 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic_etcd::{BalancedChannel, EndpointState, Instance, LbPolicy, ServedBy};
 use tower::discover::Change;
 
-/// Who serves how many of a thousand calls.
+/// Returns how many of a thousand calls each server has served.
 async fn tally(channel: &BalancedChannel) -> BTreeMap<String, usize> {
     let mut tally = BTreeMap::new();
     let mut client = GreeterClient::new(channel.clone());
@@ -39,7 +39,7 @@ async fn calls_stay_in_the_zone_as_far_as_it_can_take_them() {
     let (changes, stream) = mpsc::unbounded_channel::<Result<_, Infallible>>();
     let channel = BalancedChannel::builder()
         .zone("near")
-        // By weight alone: latencies that differ, as they do on a busy machine, take calls from who is slower.
+        // The policy ignores latencies: on a busy machine they differ and move calls away from slower servers.
         .policy(LbPolicy::LeastRequest)
         .seed(7)
         .discover(UnboundedReceiverStream::new(stream))
@@ -75,7 +75,7 @@ async fn calls_stay_in_the_zone_as_far_as_it_can_take_them() {
     assert!(each(&calls).iter().sum::<usize>() > 980, "{calls:?}");
     assert!(each(&calls).iter().all(|calls| *calls > 200), "{calls:?}");
 
-    // One of four is left near: it serves its part, and half of its callers go elsewhere.
+    // One of four endpoints is near. It serves about half of the calls, and the other zone serves the rest.
     for gone in &near[1..] {
         changes.send(Ok(Change::Remove(gone.clone()))).unwrap();
     }
@@ -85,7 +85,7 @@ async fn calls_stay_in_the_zone_as_far_as_it_can_take_them() {
     assert!((400..600).contains(&left), "{calls:?}");
     assert!(calls.values().all(|calls| *calls > 80), "{calls:?}");
 
-    // None is left: all are alike, and nothing fails.
+    // No endpoint is near: all endpoints serve equal shares, and no call fails.
     changes.send(Ok(Change::Remove(near[0].clone()))).unwrap();
     ready(3).await;
     let calls = tally(&channel).await;

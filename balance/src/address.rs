@@ -1,4 +1,4 @@
-//! Where an instance listens, and which addresses a client is willing to dial.
+//! Addresses of instances, and the policy for addresses that a client may dial.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-/// Where an instance listens: `host:port`, or `unix:/path` for a Unix socket on this machine, in canonical form.
+/// The address of an instance in canonical form: `host:port`, or `unix:/path` for a Unix socket on the same machine.
 ///
-/// The host is an IPv4 address, an IPv6 address in brackets, or a host name in lower case. Two addresses are equal exactly if their
-/// canonical forms are, so `[::ffff:10.0.0.5]:80` and `10.0.0.5:80` are one address. Cloning is a reference count.
+/// The host is an IPv4 address, an IPv6 address in brackets, or a host name in lower case. Two addresses are equal if and only if their
+/// canonical forms are equal: `[::ffff:10.0.0.5]:80` and `10.0.0.5:80` are the same address. A clone only increments a reference count.
 ///
 /// ```
 /// use tonic_balance::Address;
@@ -29,7 +29,7 @@ use ipnet::IpNet;
 pub struct Address(Arc<str>);
 
 impl Address {
-    /// The host: an IP address without brackets, or a name; `localhost` for a Unix socket.
+    /// Returns the host: an IP address without brackets, a host name, or `localhost` for a Unix socket.
     #[must_use]
     pub fn host(&self) -> &str {
         if self.socket_path().is_some() {
@@ -41,7 +41,7 @@ impl Address {
             .unwrap_or(host)
     }
 
-    /// The TCP port; 0 for a Unix socket and for nothing else.
+    /// Returns the TCP port, or 0 for a Unix socket. A TCP address never has port 0.
     #[must_use]
     pub fn port(&self) -> u16 {
         if self.socket_path().is_some() {
@@ -53,19 +53,19 @@ impl Address {
             .unwrap_or_default()
     }
 
-    /// The path of a Unix socket; none for anything else.
+    /// Returns the path of a Unix socket; `None` for a TCP address.
     #[must_use]
     pub fn socket_path(&self) -> Option<&Path> {
         self.0.strip_prefix(UNIX).map(Path::new)
     }
 
-    /// The address as `host:port`, IPv6 in brackets, or as `unix:/path`.
+    /// Returns the address as `host:port`, with IPv6 in brackets, or as `unix:/path`.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The IP address, if the host is one and not a name.
+    /// Returns the IP address; `None` if the host is a name or the address is a Unix socket.
     #[must_use]
     pub fn ip(&self) -> Option<IpAddr> {
         self.host().parse().ok()
@@ -114,7 +114,7 @@ impl FromStr for Address {
 
 impl From<SocketAddr> for Address {
     fn from(address: SocketAddr) -> Self {
-        // `to_canonical` unwraps IPv4-mapped IPv6, which reaches the same socket.
+        // `to_canonical` converts an IPv4-mapped IPv6 address to IPv4. Both reach the same socket.
         Self(
             SocketAddr::new(address.ip().to_canonical(), address.port())
                 .to_string()
@@ -170,7 +170,7 @@ impl fmt::Debug for Address {
 }
 
 fn parse_port(port: &str) -> Result<u16, &'static str> {
-    // `u16::from_str` takes a leading plus sign, which no resolver does.
+    // `u16::from_str` accepts a leading plus sign, which no resolver accepts.
     if port.is_empty() || !port.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err("has a port that is not a number");
     }
@@ -181,7 +181,7 @@ fn parse_port(port: &str) -> Result<u16, &'static str> {
     }
 }
 
-/// The path of a Unix socket, from either form of gRPC's naming document: `unix:/path` or `unix:///path`.
+/// Returns the path of a Unix socket. Both forms of gRPC's naming document are accepted: `unix:/path` and `unix:///path`.
 fn check_path(path: &str) -> Result<&str, &'static str> {
     let path = path.strip_prefix("//").unwrap_or(path);
     if !path.starts_with('/') || path.starts_with("//") {
@@ -210,8 +210,8 @@ fn check_name(host: &str) -> Result<(), &'static str> {
     if name.len() > 253 || !name.split('.').all(label) {
         return Err("has a host that is neither an IP address nor a host name");
     }
-    // getaddrinfo takes "127.1", "2130706433" and "0x7f.1" for IPv4 addresses, past every check of the address policy; the URL
-    // standard's rule is that a host whose last label is a number has to be a valid IPv4 address.
+    // `getaddrinfo` parses "127.1", "2130706433" and "0x7f.1" as IPv4 addresses, which would bypass the address policy. The rule here is
+    // that of the URL standard: a host whose last label is a number must be a valid IPv4 address.
     let last = name.rsplit('.').next().unwrap_or(name).to_ascii_lowercase();
     let numeric = last.bytes().all(|byte| byte.is_ascii_digit())
         || last
@@ -223,7 +223,7 @@ fn check_name(host: &str) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// Why an address is refused.
+/// The reason why an address is rejected.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("address {address:?} {reason}")]
 pub struct AddressError {
@@ -232,16 +232,16 @@ pub struct AddressError {
 }
 
 impl AddressError {
-    /// Returns what is wrong with the address.
+    /// Returns the reason as a phrase that follows the address.
     #[must_use]
     pub fn reason(&self) -> &'static str {
         self.reason
     }
 
-    /// Makes the error for an address and a reason. Only the first 80 characters of the address are kept.
+    /// Creates an error from an address and a reason. Keeps only the first 80 characters of the address.
     #[must_use]
     pub fn new(address: &str, reason: &'static str) -> Self {
-        // A hostile value may be 64 KiB long; the head of it is enough to find it.
+        // A hostile value may be 64 KiB long. Its first characters are enough to find it.
         let end = address
             .char_indices()
             .nth(80)
@@ -253,11 +253,12 @@ impl AddressError {
     }
 }
 
-/// Which addresses found in the registry a client is willing to dial, and a server to advertise.
+/// The rules for addresses in the registry that a client may dial and a server may advertise.
 ///
-/// A registry that anybody may write to can aim a client's traffic anywhere. Always refused: unspecified (`0.0.0.0/8`, `::`),
-/// multicast, broadcast and link-local (`169.254.0.0/16`, where clouds keep their metadata service, and `fe80::/10`) addresses.
-/// By default everything else is accepted, loopback included, but for Unix sockets: a path means something else on every machine.
+/// A process with write access to the registry can direct a client's traffic to any address. The policy always rejects these addresses:
+/// unspecified (`0.0.0.0/8`, `::`), multicast, broadcast, and link-local (`169.254.0.0/16`, which clouds use for their metadata service,
+/// and `fe80::/10`). By default it accepts all other IP addresses, including loopback, and all host names. It rejects Unix sockets by
+/// default, because the same path is a different socket on every machine.
 ///
 /// ```
 /// use tonic_balance::AddressPolicy;
@@ -275,30 +276,30 @@ pub struct AddressPolicy {
 }
 
 impl AddressPolicy {
-    /// Refuses loopback addresses (`127.0.0.0/8`, `::1`) and `localhost`. Accepted by default.
+    /// Rejects loopback addresses (`127.0.0.0/8`, `::1`) and `localhost`. They are accepted by default.
     #[must_use]
     pub fn forbid_loopback(mut self) -> Self {
         self.loopback_forbidden = true;
         self
     }
 
-    /// Accepts addresses of this network; once one is given, nothing outside the given networks is accepted any more. Host names are
-    /// then refused as well: what they resolve to is not known before the dial. By default all networks are accepted.
+    /// Accepts the addresses of this network. By default all networks are accepted. Once a network is given, addresses outside the given
+    /// networks are rejected. Host names are then rejected as well, because their addresses are unknown before the dial.
     #[must_use]
     pub fn allow(mut self, network: IpNet) -> Self {
         self.networks.push(network);
         self
     }
 
-    /// Accepts Unix sockets. Refused by default. An address that a program gives by itself, and does not find in the registry, is dialled in
-    /// any case.
+    /// Accepts Unix sockets. They are rejected by default. The policy applies to addresses from the registry; an address that the program
+    /// itself configures is always dialled.
     #[must_use]
     pub fn allow_unix_sockets(mut self) -> Self {
         self.sockets_allowed = true;
         self
     }
 
-    /// Says whether the policy accepts an address.
+    /// Checks an address against the policy.
     pub fn check(&self, address: &Address) -> Result<(), AddressError> {
         let verdict = match (address.socket_path(), address.ip()) {
             (Some(_), _) if self.sockets_allowed => Ok(()),
@@ -341,7 +342,8 @@ impl AddressPolicy {
     }
 }
 
-/// The IPv4 address inside a NAT64 one (`64:ff9b::/96`, RFC 6052): the gateway forwards to it, so the policy has to judge it.
+/// Returns the IPv4 address inside a NAT64 address (`64:ff9b::/96`, RFC 6052), and any other address unchanged. The NAT64 gateway forwards
+/// to the IPv4 address, so the policy must check that address.
 fn embedded_v4(ip: IpAddr) -> IpAddr {
     match ip {
         IpAddr::V6(v6) if v6.segments()[..6] == [0x64, 0xff9b, 0, 0, 0, 0] => {
@@ -366,9 +368,9 @@ fn is_link_local(ip: IpAddr) -> bool {
     }
 }
 
-/// The scheme of gRPC's naming document.
+/// The scheme of Unix sockets in gRPC's naming document.
 const UNIX: &str = "unix:";
-/// `sun_path` of unix(7) has 108 bytes, one of them for the end.
+/// The limit on the path of a Unix socket: `sun_path` of unix(7) has 108 bytes, including the terminating NUL.
 const SOCKET_PATH: usize = 107;
 
 #[cfg(test)]

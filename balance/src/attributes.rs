@@ -1,10 +1,10 @@
-//! What a source of endpoints reports about one of them, besides its address.
+//! The attributes that a source reports for an endpoint, besides its address.
 
 use std::sync::Arc;
 
 /// The attributes of an endpoint that affect balancing.
 ///
-/// The *address* is the identity of an endpoint. Attributes may change in place: the connections stay.
+/// The *address* is the identity of an endpoint. Attributes may change while its connections stay open.
 ///
 /// ```
 /// use tonic_balance::Attributes;
@@ -39,26 +39,27 @@ impl Attributes {
         self
     }
 
-    /// Sets the zone, for channels with a [zone](crate::ChannelBuilder::zone) of their own. Default none.
+    /// Sets the zone. It affects only channels that have a [zone](crate::ChannelBuilder::zone). Default: no zone.
     #[must_use]
     pub fn with_zone(mut self, zone: impl Into<Arc<str>>) -> Self {
         self.zone = Some(zone.into());
         self
     }
 
-    /// Sets whether the endpoint is used only while no other is ready, and only over a connection that already exists. Default `false`.
+    /// Sets whether the endpoint is a last resort. A last resort is used only while no other endpoint is ready, and only over a connection
+    /// that already exists. Default `false`.
     ///
-    /// It is for a source that may have lost endpoints by mistake, such as a registry whose data was deleted.
+    /// Use it for a source that may have lost endpoints by mistake, such as a registry whose data was deleted.
     #[must_use]
     pub fn with_last_resort(mut self, last_resort: bool) -> Self {
         self.last_resort = last_resort;
         self
     }
 
-    /// Sets a number that changes whenever the server behind the address was started anew. Default 0.
+    /// Sets a number that changes each time the server at the address is started again. Default 0.
     ///
-    /// When it changes, the channel forgets what it has learned about the endpoint: backoff, ejection and slow start begin again, and a
-    /// connection that does not answer is replaced.
+    /// When the number changes, the channel resets its state for the endpoint: backoff, ejection and slow start begin again. A connection
+    /// that does not answer is replaced.
     #[must_use]
     pub fn with_generation(mut self, generation: u64) -> Self {
         self.generation = generation;
@@ -71,13 +72,13 @@ impl Attributes {
         self.weight
     }
 
-    /// Returns the zone.
+    /// Returns the zone, if any.
     #[must_use]
     pub fn zone(&self) -> Option<&str> {
         self.zone.as_deref()
     }
 
-    /// Returns whether the endpoint is used only while no other is ready.
+    /// Returns whether the endpoint is used only while no other endpoint is ready.
     #[must_use]
     pub fn is_last_resort(&self) -> bool {
         self.last_resort
@@ -96,7 +97,7 @@ impl Default for Attributes {
     }
 }
 
-/// For sources that report addresses alone.
+/// Returns the default attributes, for sources that report only addresses.
 impl From<()> for Attributes {
     fn from((): ()) -> Self {
         Self::new()

@@ -1,10 +1,10 @@
-//! Errors as the one line that people log.
+//! Formats an error and its causes as one line for logs.
 
 use tonic::Status;
 
 /// Returns an error and all its causes in one line.
 ///
-/// A cause whose text is already part of the line is not repeated.
+/// Skips a cause whose text is already part of the line.
 #[must_use]
 pub fn causes(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = one(error);
@@ -19,7 +19,8 @@ pub fn causes(error: &(dyn std::error::Error + 'static)) -> String {
     text
 }
 
-/// Returns the text of one error of a chain. The `Display` of a status contains the `Debug` form of its source, which the chain has anyway.
+/// Returns the text of one error in a chain. The `Display` of a [`Status`] contains the `Debug` form of its source, which the chain
+/// repeats, so only the code and the message are used.
 fn one(error: &(dyn std::error::Error + 'static)) -> String {
     match error.downcast_ref::<Status>() {
         Some(status) => format!("{:?}: {}", status.code(), status.message()),

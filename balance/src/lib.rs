@@ -1,7 +1,7 @@
 //! A client-side balanced gRPC channel for [tonic](https://docs.rs/tonic).
 //!
-//! A [`BalancedChannel`] connects to every endpoint that its [source](EndpointSource) reports, and sends each call to one that is connected
-//! *and answers*. It works wherever tonic's own channel works: in a generated client, under an interceptor, in a tower stack.
+//! A [`BalancedChannel`] connects to every endpoint that its [source](EndpointSource) reports. It sends each call to an endpoint that is
+//! connected *and responds*. The channel can replace tonic's own channel: in a generated client, under an interceptor, or in a tower stack.
 //!
 //! ```no_run
 //! use tonic_balance::BalancedChannel;
@@ -18,12 +18,12 @@
 //! # }
 //! ```
 //!
-//! The endpoints come from a list of [addresses](ChannelBuilder::addresses), from any
-//! [stream of `tower::discover::Change`](ChannelBuilder::discover), or from an [`EndpointSource`]. `tonic-etcd` provides a source over etcd.
+//! The endpoints are given as a list of [addresses](ChannelBuilder::addresses), a [stream of
+//! `tower::discover::Change`](ChannelBuilder::discover), or an [`EndpointSource`]. The crate `tonic-etcd` provides a source over etcd.
 //!
 //! # Features
 //!
-//! None is enabled by default.
+//! No feature is enabled by default.
 //!
 //! - `tls`: TLS to endpoints, with rustls.
 #![cfg_attr(docsrs, feature(doc_cfg))]

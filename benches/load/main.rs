@@ -1,12 +1,12 @@
-//! Load: calls per second, client CPU per call and latency, against the peers and in the same run.
+//! Load: calls per second, client CPU per call and latency of all peers (the compared clients), measured in the same run.
 //!
 //! ```sh
 //! cargo bench --bench load              # everything, about five minutes
 //! cargo bench --bench load -- L1 L2     # some of it
 //! ```
 //!
-//! Each server is a process of its own. The peers take turns, round after round, so that a machine whose speed drifts treats them
-//! alike; what is printed are medians of the rounds' ratios. CPU is the operating system's account of this process.
+//! Each server is a separate process. The peers take turns in every round, so that a drift of the machine's speed affects all of them
+//! alike. The printed figures and ratios are medians over the rounds. CPU is the time that the operating system accounts to this process.
 #![allow(
     missing_docs,
     unreachable_pub,

@@ -1,4 +1,4 @@
-//! Drives a load against each peer in turn, and prints how they compare.
+//! Drives a load against each peer in turn and prints a comparison.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -25,7 +25,7 @@ pub struct Load {
 #[derive(Clone)]
 enum Kind {
     Unary(HelloRequest),
-    /// Nine calls in ten take the first time, one the second, in microseconds.
+    /// Unary calls of two durations in microseconds: nine calls in ten take the first, one call in ten takes the second.
     Mixed(u32, u32),
     ServerStreaming(HelloRequest),
     ClientStreaming(usize, HelloRequest),
@@ -91,7 +91,7 @@ impl Load {
     }
 }
 
-/// One call. Says whether its latency is to be counted.
+/// Sends one call. Returns whether its latency counts.
 async fn call<S: Target>(
     client: &mut GreeterClient<S>,
     kind: &Kind,
@@ -138,13 +138,13 @@ async fn call<S: Target>(
     }
 }
 
-/// What one round of one peer came to.
+/// Result of one round of one peer.
 #[derive(Default)]
 pub struct Sample {
     calls: f64,
     cpu: f64,
     failed: u64,
-    /// In microseconds, sorted.
+    /// Latencies in microseconds, sorted.
     latencies: Vec<u32>,
 }
 
@@ -238,19 +238,19 @@ pub async fn round<S: Target>(load: Load, service: S) -> Sample {
     sample
 }
 
-/// Which columns are worth a look.
+/// Columns of the printed table.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Table {
     Ratios,
     Latencies,
 }
 
-/// Lets the peers take turns and prints the medians; the first peer is the measure of the others.
+/// Runs the peers in turns and prints the medians. The ratios are relative to the first peer.
 pub async fn compare(title: &str, load: &Load, peers: &[Peer], table: Table) {
     let mut samples: Vec<Vec<Sample>> = peers.iter().map(|_| Vec::new()).collect();
     let mut order: Vec<_> = (0..peers.len()).collect();
     for _ in 0..ROUNDS {
-        // What comes before a peer is not to be the same each time: it leaves its mark on caches and on the scheduler.
+        // The order is shuffled in each round, because a peer affects the caches and the scheduler state of the next peer.
         fastrand::shuffle(&mut order);
         for &index in &order {
             samples[index].push(peers[index].round(load.clone()).await);

@@ -1,4 +1,5 @@
-//! What is compared: tonic's own channels, hand-wired P2C over bare hyper and bare `h2` connections, and `BalancedChannel`.
+//! The compared clients: tonic's own channels, hand-written P2C (power of two choices) over bare hyper and bare `h2` connections, and
+//! `BalancedChannel`.
 
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
@@ -22,7 +23,7 @@ use super::measure::{self, Load, Sample};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// What a generated client can be made of.
+/// A service that a generated client can wrap.
 pub trait Target:
     GrpcService<
         Body,
@@ -48,11 +49,11 @@ where
 
 type Round = Pin<Box<dyn Future<Output = Sample>>>;
 
-/// One of those that are compared. Its calls run without a box that the others do not need: only a round as a whole is one.
+/// One of the compared clients. Only a round as a whole is boxed: a box per call would be a cost that the other clients do not have.
 ///
-/// Each round has connections of its own. Which connection's task wakes on which worker, and how many frames go out with one system call, is a
-/// matter of luck that lasts as long as the connections do: two peers of the very same code differ by a tenth in calls and a fifth in CPU if each keeps
-/// its own for a whole run.
+/// Each round opens its own connections. Two things are random but constant while a connection is open: the worker on which its task wakes,
+/// and the number of frames per system call. If each peer kept its connections for a whole run, two peers of the same code would differ by
+/// a tenth in calls and by a fifth in CPU.
 pub struct Peer {
     name: String,
     round: Box<dyn Fn(Load) -> Round>,
@@ -162,7 +163,7 @@ async fn h2_connections(addresses: Vec<String>) -> H2 {
     H2(connections.into())
 }
 
-/// A channel whose endpoints are all ready: before that nothing is counted.
+/// Returns a channel once all its endpoints are ready, so that connecting is not measured.
 async fn ready(builder: ChannelBuilder, addresses: Vec<String>) -> BalancedChannel {
     let channel = builder.addresses(addresses).connect_lazy();
     let ready = async {
@@ -182,7 +183,7 @@ async fn connect(address: &str) -> TcpStream {
     io
 }
 
-/// The less loaded of two at random.
+/// Picks the less loaded of two random connections.
 fn pick<T>(connections: &[(T, AtomicUsize)]) -> usize {
     let (a, b) = (
         fastrand::usize(..connections.len()),
@@ -192,7 +193,7 @@ fn pick<T>(connections: &[(T, AtomicUsize)]) -> usize {
     if load(a) <= load(b) { a } else { b }
 }
 
-/// Counts a call for as long as its response is there.
+/// Counts a call as load until its response is dropped.
 struct Ticket<T> {
     connections: Arc<[(T, AtomicUsize)]>,
     index: usize,
@@ -218,7 +219,7 @@ impl<T> Drop for Ticket<T> {
 
 type HyperSend = hyper::client::conn::http2::SendRequest<Body>;
 
-/// P2C over hyper's connections, and nothing else.
+/// P2C over hyper connections, without any other feature.
 #[derive(Clone)]
 pub struct Hyper(Arc<[(HyperSend, AtomicUsize)]>);
 
@@ -244,7 +245,7 @@ impl Service<Request<Body>> for Hyper {
     }
 }
 
-/// P2C over `h2`'s connections, and nothing else: unary calls only. The limit of what can be had.
+/// P2C over `h2` connections, without any other feature and for unary calls only: the upper bound for the other peers.
 #[derive(Clone)]
 pub struct H2(Arc<[(h2::client::SendRequest<Bytes>, AtomicUsize)]>);
 

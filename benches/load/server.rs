@@ -1,4 +1,4 @@
-//! The servers: this program again, each a process of its own.
+//! The servers. Each is this program, run again as a separate process.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -18,7 +18,7 @@ pub struct ServerProcess {
 }
 
 impl ServerProcess {
-    /// Starts a server for each delay, in microseconds.
+    /// Starts one server per delay. Delays are in microseconds.
     pub fn start_many(delays: &[u64]) -> Vec<Self> {
         delays.iter().map(|delay| Self::start(*delay)).collect()
     }
@@ -56,7 +56,7 @@ impl Drop for ServerProcess {
     }
 }
 
-/// Serves until standard input ends.
+/// Serves until standard input is closed.
 pub fn serve(delay: u64) {
     std::thread::spawn(|| {
         let _ = std::io::stdin().read(&mut [0]);
@@ -83,7 +83,7 @@ pub fn serve(delay: u64) {
     });
 }
 
-/// Sends back what it gets, after a while. A request may name its own time: its `replies` are microseconds on unary calls.
+/// Echoes a request after a delay. A unary request can set its own delay: its `replies` field is then the delay in microseconds.
 struct Echo {
     delay: Duration,
 }

@@ -1,4 +1,4 @@
-//! L4: one instance joins or leaves a large set, from etcd's event to the picker; and what loading the set takes.
+//! L4: the cost of adding or removing one instance of a large set, from etcd's event to the picker, and the cost of loading the set.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use super::{cpu, median, percentile};
 const SETS: [usize; 3] = [1_000, 10_000, 20_000];
 const CHANGES: usize = 100;
 const SERVICE: &str = "greeter";
-/// How many operations etcd takes in one transaction.
+/// Operations per transaction, within etcd's limit.
 const OPERATIONS: usize = 100;
 
 pub fn run() {
@@ -104,14 +104,14 @@ async fn register(writer: &Client, instances: usize) {
     }
 }
 
-/// A client on a thread of its own, so that its CPU time is nobody else's.
+/// A client on its own thread, so that the CPU time of the thread is that of the client alone.
 struct Subject {
     channel: BalancedChannel,
     clock: mpsc::UnboundedSender<oneshot::Sender<Duration>>,
     loaded: Loaded,
 }
 
-/// Time and CPU time that loading took.
+/// Wall time and CPU time of loading the set.
 struct Loaded {
     resolver: (Duration, Duration),
     channel: (Duration, Duration),
@@ -158,14 +158,15 @@ impl Subject {
         start.await.unwrap()
     }
 
-    /// What its thread has run so far.
+    /// Returns the CPU time that the client's thread has used so far.
     async fn cpu(&self) -> Duration {
         let (answer, answered) = oneshot::channel();
         self.clock.send(answer).unwrap();
         answered.await.unwrap()
     }
 
-    /// Waits until its picker sees so many, at the expense of the thread that asks.
+    /// Waits until the client's picker sees this many endpoints. The polling costs CPU time of the calling thread, not of the client's
+    /// thread.
     async fn sees(&self, endpoints: usize) {
         let start = Instant::now();
         while seen::ready(&self.channel) != endpoints {

@@ -1,10 +1,10 @@
-//! The operating system's account of the time that a thread runs.
+//! CPU time of a thread, as accounted by the operating system.
 
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 
-/// Of the calling thread.
+/// Returns the CPU time of the calling thread.
 pub fn of_this_thread() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
         .unwrap()

@@ -1,4 +1,4 @@
-//! L5: from a key in etcd to calls at its server, against a bare watch and a bare connection in the same run.
+//! L5: the time from a change of a key in etcd to calls at its server, compared with a bare watch and a bare connection in the same run.
 
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use super::{median, percentile};
 
 const ROUNDS: usize = 60;
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How long the system rests between two changes.
+/// Pause between two changes.
 const REST: Duration = Duration::from_millis(40);
 
 pub fn run() {
@@ -33,7 +33,7 @@ pub fn run() {
     runtime.block_on(measure());
 }
 
-/// When a change was asked for, acknowledged and in effect.
+/// Times at which a change was sent, acknowledged and effective.
 struct Change {
     sent: Instant,
     acknowledged: Instant,
@@ -46,7 +46,8 @@ async fn measure() {
     let addresses = ServerProcess::addresses(&servers);
     let client = Client::connect(etcd.endpoints(), None).await.unwrap();
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
-    // Ports of this machine that nobody listens on keep the set from vanishing as a whole, which would be held.
+    // The other addresses keep the set from becoming empty, because the removal of all instances would be held back. The ports of `alone`
+    // have no listener.
     for (service, others) in [
         ("alone", ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"]),
         ("beside", [&*addresses[1], &*addresses[2], &*addresses[3]]),
@@ -106,7 +107,7 @@ fn print(name: &str, changes: &[Change], base: &[Change]) {
     );
 }
 
-/// Negative if it came before.
+/// Returns the difference in microseconds, negative if `later` is before `earlier`.
 fn micros(later: Instant, earlier: Instant) -> f64 {
     let after = later.saturating_duration_since(earlier).as_secs_f64();
     let before = earlier.saturating_duration_since(later).as_secs_f64();
@@ -131,7 +132,7 @@ async fn delete(client: &Client, service: &str, address: &str) {
     delete.unwrap();
 }
 
-/// The new endpoint is the only one: a call waits for it.
+/// Measures a join in which the new endpoint is the only reachable endpoint: a call waits for it.
 async fn join_alone(client: &Client, channel: &BalancedChannel, address: &str) -> Change {
     let waiting = tokio::spawn(call(channel.clone(), true));
     tokio::time::sleep(REST).await;
@@ -147,7 +148,7 @@ async fn join_alone(client: &Client, channel: &BalancedChannel, address: &str) -
     }
 }
 
-/// The new endpoint is one of several: calls run all the time, until it serves one.
+/// Measures a join in which the new endpoint is one of several: calls run continuously until the new endpoint serves a call.
 async fn join_beside(client: &Client, channel: &BalancedChannel, address: &str) -> Change {
     let calling: JoinHandle<Instant> = tokio::spawn({
         let (channel, address) = (channel.clone(), address.to_owned());
@@ -171,7 +172,7 @@ async fn join_beside(client: &Client, channel: &BalancedChannel, address: &str) 
     }
 }
 
-/// Calls run all the time; what counts is when the last that the endpoint serves is sent.
+/// Measures a removal: calls run continuously, and the change is effective when the last call that the endpoint serves is sent.
 async fn leave(client: &Client, service: &str, channel: &BalancedChannel, address: &str) -> Change {
     let (last, mut lasts) = mpsc::unbounded_channel();
     let calling = tokio::spawn({
@@ -215,7 +216,7 @@ async fn call(channel: BalancedChannel, wait: bool) -> Result<(String, Instant),
     Ok((served_by.address().to_string(), Instant::now()))
 }
 
-/// A watch and connections with nothing around them.
+/// A bare watch and bare connections, for comparison.
 struct Bare {
     events: mpsc::UnboundedReceiver<Instant>,
 }

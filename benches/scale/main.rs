@@ -1,12 +1,12 @@
-//! Scale: what a pick, a change and a discovery cost as the set of endpoints grows.
+//! Scale: the cost of a pick, of a change and of a discovery for growing sets of endpoints.
 //!
 //! ```sh
 //! cargo bench --bench scale              # everything, about two minutes
 //! cargo bench --bench scale -- L3 L4     # some of it
 //! ```
 //!
-//! L3 and L4 have endpoints in memory that do nothing but answer a PING; L4 and L5 have a real etcd. L3 counts instructions as well if
-//! `valgrind` is installed.
+//! L3 and L4 use in-memory endpoints that only answer PINGs. L4 and L5 use a real etcd. L3 also counts instructions if `valgrind` is
+//! installed.
 #![allow(
     missing_docs,
     unreachable_pub,
@@ -50,13 +50,13 @@ fn main() {
     }
 }
 
-/// The middle one.
+/// Returns the median.
 fn median(mut figures: Vec<f64>) -> f64 {
     figures.sort_unstable_by(f64::total_cmp);
     figures[figures.len() / 2]
 }
 
-/// The one that a share of them is not above.
+/// Returns the figure at this share of the sorted figures.
 fn percentile(mut figures: Vec<f64>, share: f64) -> f64 {
     figures.sort_unstable_by(f64::total_cmp);
     figures[((figures.len() as f64 * share) as usize).min(figures.len() - 1)]

@@ -1,4 +1,5 @@
-//! A peer in memory that shakes hands and answers PINGs, in the writer's own poll: ten thousand of them cost little, and no task.
+//! An in-memory peer that performs the HTTP/2 handshake and answers PINGs inside the poll of the writer. It needs no task, so ten thousand
+//! peers cost little.
 
 use std::io;
 use std::pin::Pin;
@@ -88,7 +89,7 @@ impl AsyncWrite for Peer {
     }
 }
 
-/// A channel whose endpoints are such peers, wherever it finds them.
+/// Returns a builder of channels whose connections are such peers, whatever the address.
 pub fn in_memory<S>(builder: ChannelBuilder<S>, policy: LbPolicy) -> ChannelBuilder<S> {
     builder
         .policy(policy)

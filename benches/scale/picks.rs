@@ -1,4 +1,4 @@
-//! L3: one pick, given up again, among few and many ready endpoints.
+//! L3: the cost of one pick that is released at once, for few and for many ready endpoints.
 
 use std::hint::black_box;
 use std::process::Command;
@@ -48,7 +48,7 @@ pub fn run() {
     }
 }
 
-/// A channel with endpoints that have answered calls already, each in its own time.
+/// Returns a channel whose endpoints have already answered calls, each with a different latency.
 fn channel(policy: LbPolicy, weighted: bool, endpoints: usize) -> (Runtime, BalancedChannel) {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -75,7 +75,7 @@ fn channel(policy: LbPolicy, weighted: bool, endpoints: usize) -> (Runtime, Bala
     (runtime, channel)
 }
 
-/// Time per pick of each of some threads that pick at once.
+/// Returns the nanoseconds per pick when several threads pick at the same time.
 fn nanos(channel: &BalancedChannel, threads: usize) -> f64 {
     let round = || {
         let start = Barrier::new(threads);
@@ -100,7 +100,7 @@ fn nanos(channel: &BalancedChannel, threads: usize) -> f64 {
     median((0..ROUNDS).map(|_| round()).collect())
 }
 
-/// Instructions per pick as callgrind counts them, in a process of its own.
+/// Returns the instructions per pick, as counted by callgrind in a separate process.
 fn instructions(policy: &str, endpoints: usize) -> String {
     if endpoints == 1_000 {
         return String::new();
@@ -129,7 +129,7 @@ fn instructions(policy: &str, endpoints: usize) -> String {
     )
 }
 
-/// Picks, for whoever counts.
+/// Performs the picks that callgrind measures.
 pub fn count(policy: &str, endpoints: usize, picks: u32) {
     let (_, policy, weighted) = POLICIES
         .into_iter()

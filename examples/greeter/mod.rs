@@ -1,4 +1,4 @@
-//! The greeter that the examples serve and call.
+//! The greeter service that the examples serve and call.
 #![allow(
     dead_code,
     missing_docs,
@@ -13,7 +13,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 tonic::include_proto!("helloworld");
 
-/// Greets in the name of one server.
+/// A greeter whose replies contain the name of its server.
 #[derive(Debug, Clone)]
 pub struct NamedGreeter(pub String);
 
@@ -73,13 +73,13 @@ impl NamedGreeter {
     }
 }
 
-/// The etcd to use: `ETCD_ENDPOINTS`, separated by commas, or the usual port on this machine.
+/// Returns the etcd endpoints from `ETCD_ENDPOINTS`, separated by commas, or the default port on this machine.
 pub fn etcd_endpoints() -> Vec<String> {
     let endpoints = std::env::var("ETCD_ENDPOINTS").unwrap_or_else(|_| "127.0.0.1:2379".to_owned());
     endpoints.split(',').map(str::to_owned).collect()
 }
 
-/// Says on stderr why a program failed, if it did.
+/// Prints the error of a failed program to stderr and returns the exit code.
 #[allow(clippy::print_stderr, reason = "it is where a program's errors go")]
 pub fn report(outcome: Result<(), Box<dyn std::error::Error>>) -> std::process::ExitCode {
     match outcome {
@@ -91,7 +91,7 @@ pub fn report(outcome: Result<(), Box<dyn std::error::Error>>) -> std::process::
     }
 }
 
-/// An error and its causes, in one line.
+/// Returns an error and its causes on one line.
 pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     let texts: Vec<_> = causes.map(ToString::to_string).collect();

@@ -1,9 +1,9 @@
-//! The address is the last part of the key and the value says nothing, as the npm package `@zcong/grpc-etcd-resolver` has it.
+//! The address is the last part of the key and the value is empty, as in the npm package `@zcong/grpc-etcd-resolver`.
 
 use super::{FormatError, InstanceFormat, last_segment};
 use crate::instance::{Advertisement, Instance};
 
-/// Key `<service>/<host:port>`, the value is empty. No room for anything else.
+/// Key `<service>/<host:port>`, empty value. The format has no room for other attributes.
 #[derive(Debug)]
 pub(super) struct AddressInKey;
 
@@ -24,7 +24,7 @@ impl InstanceFormat for AddressInKey {
         Ok(Vec::new())
     }
 
-    /// Whatever the value is: the readers of this format look at keys alone.
+    /// Ignores the value: readers of this format use only the key.
     fn decode(&self, key: &str, _: &[u8]) -> Result<Option<Instance>, FormatError> {
         let address = last_segment(key).parse()?;
         Ok(Some(Advertisement::new(address).into()))

@@ -1,23 +1,24 @@
-//! Weight, zone, version and metadata in a map of names and values: the part that most formats share.
+//! Weight, zone, version and metadata as a map of names and values, which most formats share.
 
 use serde_json::{Map, Value};
 
 use crate::instance::Advertisement;
 use tonic_balance::Address;
 
-/// How a format keeps attributes in its map of metadata.
+/// The way in which a format stores attributes in its map of metadata.
 #[derive(Debug)]
 pub(super) struct Attributes {
-    /// Which attributes are in the map. In a format that has another place for one, its name is metadata like any other.
+    /// The attributes in the map. If a format has another field for an attribute, the name of that attribute is ordinary metadata in the
+    /// map.
     pub(super) names: &'static [&'static str],
-    /// Whether all values are texts.
+    /// Whether all values are strings.
     pub(super) texts: bool,
-    /// The weight of a value that names none.
+    /// The weight of a value without a weight.
     pub(super) weight: u32,
 }
 
 impl Attributes {
-    /// Takes attributes and metadata out of a map.
+    /// Reads attributes and metadata from a map.
     pub(super) fn read(&self, advertisement: &mut Advertisement, map: &Map<String, Value>) {
         if self.has("weight") {
             advertisement.weight = self.weight;
@@ -28,7 +29,7 @@ impl Attributes {
     }
 
     fn read_one(&self, advertisement: &mut Advertisement, name: &str, value: &Value) {
-        // Only a query can say a name twice; then Go takes the first.
+        // Only a query can contain a name twice. Go then uses the first value.
         let value = match value {
             Value::Array(values) if self.texts => values.first().unwrap_or(&Value::Null),
             value => value,
@@ -58,8 +59,8 @@ impl Attributes {
         }
     }
 
-    /// Writes the map. What is kept from reading takes the place of what would be written, where both say the same: a number that is
-    /// metadata stays a number.
+    /// Writes the map. An entry kept from decoding replaces the entry that would be written, if both mean the same: metadata that was a
+    /// number stays a number.
     pub(super) fn write(
         &self,
         advertisement: &Advertisement,
@@ -104,7 +105,7 @@ impl Attributes {
         map
     }
 
-    /// The entries of a map that has been read which would not be written as they were.
+    /// Returns the entries of a decoded map that would be written differently.
     pub(super) fn leftover(
         &self,
         advertisement: &Advertisement,
@@ -117,7 +118,7 @@ impl Attributes {
         map
     }
 
-    /// What one entry of a map says.
+    /// Returns an advertisement with only the contents of one entry of a map.
     fn said(&self, address: &Address, name: &str, value: &Value) -> Advertisement {
         let mut said = Advertisement::new(address.clone());
         said.weight = self.weight;
@@ -125,7 +126,7 @@ impl Attributes {
         said
     }
 
-    /// What an advertisement says in the entry of that name.
+    /// Returns an advertisement with only the attribute or metadata of that name.
     fn of(&self, advertisement: &Advertisement, name: &str) -> Advertisement {
         let mut said = Advertisement::new(advertisement.address.clone());
         said.weight = self.weight;
@@ -155,14 +156,14 @@ impl Attributes {
     }
 }
 
-/// The names that are attributes of their own in some format; a registration must not use them for its own metadata.
+/// The names that are attributes in some format. A registration must not use them for its own metadata.
 pub(crate) const RESERVED: [&str; 4] = ["weight", "zone", "version", "leaving"];
 
-/// The largest weight: ten thousand instances of it still sum up within 64 bits, with room to multiply.
+/// The largest weight. The sum over ten thousand instances fits into 64 bits, with room for a multiplication.
 pub(crate) const MAX_WEIGHT: u32 = 1_000_000;
 
-/// A weight as a number or as its decimal text; anything else, and what is below 1, is the default. It is capped so that sums of weights
-/// cannot overflow.
+/// Returns a weight from a number or a decimal string. Any other value, and a value below 1, results in the default. The weight is capped,
+/// so that sums of weights cannot overflow.
 pub(super) fn weight(value: &Value, default: u32) -> u32 {
     let weight = match value {
         Value::Number(number) => number.as_i64().or_else(|| number.as_f64().map(whole)),

@@ -1,4 +1,4 @@
-//! Reads registry values: which formats, and which addresses.
+//! Decodes registry values, restricted by a format and an address policy.
 
 use super::{Format, FormatError, MAX_VALUE, attributes::MAX_WEIGHT, recognise};
 #[cfg(test)]
@@ -6,20 +6,21 @@ use crate::instance::Advertisement;
 use crate::instance::Instance;
 use tonic_balance::AddressPolicy;
 
-/// Reads registry values: which formats, and which addresses.
+/// Decodes registry values, restricted by a format and an address policy.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Decoder {
-    /// The one format that is read; `None` recognises all that can be told by their values.
+    /// The only format that is read. With `None`, every format that is recognisable by its value is read.
     pub(crate) format: Option<Format>,
     pub(crate) policy: AddressPolicy,
 }
 
 impl Decoder {
-    /// Reads the value of a key; `None` if the key is not that of an instance that may be called.
+    /// Decodes the value of a key. Returns `None` if the key is not the key of a callable instance.
     ///
     /// # Errors
     ///
-    /// Whatever the bytes are, the outcome is an instance or none or an error, never a panic.
+    /// Fails if the value cannot be decoded, is too large, or contains an address that the policy rejects. Arbitrary bytes never cause a
+    /// panic.
     pub(crate) fn read(&self, key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
         if key.len() > MAX_VALUE || value.len() > MAX_VALUE {
             let reason = format!("is over the limit of {MAX_VALUE} bytes");
@@ -41,7 +42,7 @@ impl Decoder {
         Ok(Some(instance))
     }
 
-    /// Reads a value whose key says nothing.
+    /// Decodes a value without a key.
     #[cfg(test)]
     pub(crate) fn decode(&self, value: &[u8]) -> Result<Advertisement, FormatError> {
         let instance = self.read("", value)?;

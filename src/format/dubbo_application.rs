@@ -1,4 +1,4 @@
-//! dubbo-go's application-level registry: JSON with Go's field names and a newline behind it.
+//! dubbo-go's application-level registry: JSON with Go's field names, followed by a newline.
 
 use serde_json::{Value, json};
 
@@ -8,8 +8,8 @@ use super::{FormatError, InstanceFormat, last_segment, parent, text};
 use crate::instance::{Advertisement, Instance};
 use tonic_balance::Address;
 
-/// Key `/services/<application>/<address>`, the address in `Host` and the port of the `tri` or `grpc` endpoint, else in `Address`; the
-/// weight (default 100) in `Weight`.
+/// Key `/services/<application>/<id>`, the address in `Host` and in the port of the `tri` or `grpc` endpoint, otherwise in `Address`. The
+/// weight is in `Weight`, 100 by default.
 #[derive(Debug)]
 pub(super) struct DubboApplication;
 
@@ -104,13 +104,13 @@ pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, Fo
     Ok(Some(advertisement.into()))
 }
 
-/// The fields that say together where an instance is.
+/// The fields that together contain the address of an instance.
 #[derive(Debug)]
 struct Place {
     host: Value,
     port: Value,
     address: Value,
-    /// A text of JSON.
+    /// A string of JSON.
     endpoints: Value,
 }
 
@@ -125,8 +125,8 @@ impl Place {
         }
     }
 
-    /// The address that is ours to call: the host with the gRPC endpoint's port if one is named; else the address as it is, or the host
-    /// with its port. `None` if there are endpoints, and none of gRPC.
+    /// Returns the address to call. If a gRPC endpoint has a port, the address is the host with that port. Otherwise it is the field
+    /// `Address`, or the host with its own port. Returns `None` if the instance has endpoints, but no gRPC endpoint.
     fn called(&self) -> Result<Option<Address>, FormatError> {
         let text = |value: &Value| {
             let text = value.as_str().filter(|text| !text.is_empty());
@@ -155,7 +155,7 @@ impl Place {
         Ok(Some(address.parse()?))
     }
 
-    /// What was kept, if the address to call is still the one that it says.
+    /// Returns the kept fields, if they still result in the address to call.
     fn kept(object: &mut Object, address: &Address) -> Option<Self> {
         let written = Self::of(address);
         let place = Self {
@@ -180,12 +180,12 @@ impl Place {
     }
 }
 
-/// What the list of endpoints says, which is JSON inside JSON.
+/// The contents of the list of endpoints, which is JSON inside JSON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ports {
-    /// There is no list that can be read.
+    /// No list can be read.
     Unknown,
-    /// There are endpoints, and none is ours to call.
+    /// The list has endpoints, but no gRPC endpoint.
     Foreign,
     Grpc(u64),
 }

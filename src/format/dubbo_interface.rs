@@ -1,4 +1,4 @@
-//! dubbo-go's interface-level registry: everything in the key, as an escaped URL.
+//! dubbo-go's interface-level registry: all attributes in the key, as an escaped URL.
 
 use serde_json::{Map, Value};
 
@@ -8,8 +8,8 @@ use super::url::{Parts, escape, read_query, unescape, write_query};
 use super::{FormatError, InstanceFormat, last_segment, parent};
 use crate::instance::{Advertisement, Instance};
 
-/// Key `/dubbo/<service>/providers/<escaped URL>`, the value is empty. `tri` and `grpc` providers are read, the others are none of ours;
-/// the weight's default is 100. Since the key says it all, nothing can change in place.
+/// Key `/dubbo/<service>/providers/<escaped URL>`, empty value. Providers with the protocols `tri` and `grpc` are read, others are ignored.
+/// The default weight is 100. No attribute can change without a new key, because the key contains all attributes.
 #[derive(Debug)]
 pub(super) struct DubboInterface;
 
@@ -55,7 +55,7 @@ impl InstanceFormat for DubboInterface {
     fn decode(&self, key: &str, _: &[u8]) -> Result<Option<Instance>, FormatError> {
         let category = parent(key);
         let url = unescape(last_segment(key));
-        // Beside the providers there are consumers and rules, and a key for each folder.
+        // Besides providers, the registry has consumers and rules, and a key for each folder.
         if last_segment(category) != PROVIDERS || !url.contains("://") {
             return Ok(None);
         }
@@ -79,14 +79,14 @@ impl InstanceFormat for DubboInterface {
     }
 }
 
-/// The service in the URL's path, where dubbo-go escapes what Java's nested classes have in their names.
+/// Returns the service for the path of the URL. dubbo-go escapes the `$` in the names of Java's nested classes.
 fn path(service: &str) -> String {
     service.replace('$', "%24")
 }
 
 const NAME: &str = "DubboInterface";
 const PROVIDERS: &str = "providers";
-/// Triple, the protocol of dubbo that gRPC's clients and servers speak.
+/// Triple, the protocol of dubbo that is compatible with gRPC.
 const SCHEME: &str = "tri";
 const ATTRIBUTES: Attributes = Attributes {
     names: &["weight", "zone", "version"],

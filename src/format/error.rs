@@ -1,19 +1,19 @@
-//! Why a value cannot be read, or an instance not be written.
+//! The error of a value that cannot be read, or of an instance that cannot be written.
 
 use std::borrow::Cow;
 use std::fmt;
 
 use tonic_balance::AddressError;
 
-/// Why a format cannot read a key and its value, or cannot write an instance.
+/// The reason why a format cannot read a key and its value, or cannot write an instance.
 ///
-/// The text completes a sentence: "the value *has no Addr*". It never repeats what was read, since registries may hold what logs must
-/// not.
+/// The text completes a sentence: "the value *has no Addr*". It never contains the value, because a registry may hold data that must not be
+/// logged.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FormatError(Cow<'static, str>);
 
 impl FormatError {
-    /// Makes an error of a reason, such as `has no address`.
+    /// Creates an error with a reason, such as `has no address`.
     pub fn new(reason: impl Into<Cow<'static, str>>) -> Self {
         Self(reason.into())
     }
@@ -22,7 +22,7 @@ impl FormatError {
         Self(Cow::Borrowed(reason))
     }
 
-    /// An address that could be read, and that the policy refuses.
+    /// Creates the error for a valid address that the policy rejects.
     pub(super) fn refused(error: &AddressError) -> Self {
         Self(format!("names a refused address: {error}").into())
     }
@@ -38,7 +38,7 @@ impl std::error::Error for FormatError {}
 
 impl From<AddressError> for FormatError {
     fn from(error: AddressError) -> Self {
-        // What could not be parsed may be anything, a password for instance.
+        // Text that cannot be parsed may be anything, for example a password, so only the reason is kept.
         Self::of(error.reason())
     }
 }

@@ -19,7 +19,7 @@ impl InstanceFormat for EtcdNaming {
     fn encode(&self, _: &str, instance: &Instance) -> Result<Vec<u8>, FormatError> {
         let advertisement = instance.advertisement();
         let mut kept = Object::from(advertisement.kept(NAME));
-        // Readers before 3.4.28 honour Op in their first read, and Go writes an empty map as null.
+        // Readers before 3.4.28 evaluate `Op` in their first read. Go writes an empty map as null.
         let value = Written::default()
             .field("Op", 0)
             .field("Addr", advertisement.address.as_str())
@@ -38,12 +38,12 @@ pub(super) fn read(mut object: Object) -> Result<Instance, FormatError> {
         return Err(FormatError::of("has no Addr"));
     };
     let mut advertisement = Advertisement::new(address.parse()?);
-    // A put is an add, whatever Op says: etcd's own readers have ignored it since 3.4.28.
+    // `Op` is ignored, because every put is an addition. etcd's own readers have ignored it since 3.4.28.
     object.take("Op");
     let metadata = object.take("Metadata");
     match &metadata {
         Some(Value::Object(map)) => ATTRIBUTES.read(&mut advertisement, map),
-        // etcd's own grpc-proxy writes its metadata as a text of JSON.
+        // etcd's own grpc-proxy writes its metadata as a string of JSON.
         Some(Value::String(text)) => match nested(text) {
             Some(map) => ATTRIBUTES.read(&mut advertisement, &map),
             None => ATTRIBUTES.read(&mut advertisement, &single(text.as_str().into())),
@@ -62,7 +62,7 @@ pub(super) fn read(mut object: Object) -> Result<Instance, FormatError> {
     Ok(advertisement.into())
 }
 
-/// What `Metadata` becomes. It is any JSON, and stays of the kind that it was.
+/// Returns the new `Metadata`. It may be any JSON, and keeps its JSON type.
 fn metadata(advertisement: &Advertisement, kept: Option<Value>) -> Value {
     let kept = match kept {
         Some(Value::Object(kept)) => return ATTRIBUTES.write(advertisement, &kept).into(),
@@ -84,7 +84,7 @@ fn nested(text: &str) -> Option<Map<String, Value>> {
     serde_json::from_str(text).ok()
 }
 
-/// Metadata that is no map is one pair.
+/// Returns metadata that is not a map as a map with one entry.
 fn single(value: Value) -> Map<String, Value> {
     Map::from_iter([("Metadata".to_owned(), value)])
 }

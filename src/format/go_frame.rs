@@ -7,8 +7,8 @@ use super::object::{Object, Written};
 use super::{FormatError, InstanceFormat, last_segment, parent, text};
 use crate::instance::{Advertisement, DEFAULT_WEIGHT, Instance};
 
-/// Key `/service/default/default/<name>/<version>/<address>[,<address>…]`, the value JSON of metadata. Of several addresses, which are
-/// one server's, the first is called.
+/// Key `/service/default/default/<name>/<version>/<address>[,<address>…]`, JSON of metadata as the value. Several addresses belong to one
+/// server, and the first is called.
 #[derive(Debug)]
 pub(super) struct GoFrame;
 
@@ -92,7 +92,7 @@ impl InstanceFormat for GoFrame {
 }
 
 const NAME: &str = "GoFrame";
-/// The version of a service that names none.
+/// The version of a service without a version.
 const LATEST: &str = "latest";
 const ATTRIBUTES: Attributes = Attributes {
     names: &["weight", "zone", "leaving"],

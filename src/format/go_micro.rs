@@ -7,8 +7,8 @@ use super::object::{Object, Written, map_or_null};
 use super::{FormatError, InstanceFormat, last_segment, parent, text};
 use crate::instance::{Advertisement, DEFAULT_WEIGHT, Instance};
 
-/// Key `/micro/registry/<service>/<node id>`, the address in `nodes[].address`, attributes in the node's `metadata`. Nodes of another
-/// protocol than gRPC are none of ours.
+/// Key `/micro/registry/<service>/<node id>`, the address in `nodes[].address`, attributes in the `metadata` of the node. Nodes with
+/// another protocol than gRPC are ignored.
 #[derive(Debug)]
 pub(super) struct GoMicro;
 
@@ -68,7 +68,7 @@ pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, Fo
         .take_text("version")
         .filter(|version| version != LATEST);
     let mut metadata = node.take_map("metadata");
-    // What every gRPC node of go-micro says is no news; what differs from it is.
+    // Metadata that every gRPC node of go-micro has is dropped. Different values are kept.
     metadata.retain(|name, value| !OWN.contains(&(name, value.as_str().unwrap_or_default())));
     ATTRIBUTES.read(&mut advertisement, &metadata);
     let leftover = ATTRIBUTES.leftover(&advertisement, metadata);
@@ -114,9 +114,9 @@ fn node(key: &str, advertisement: &Advertisement, kept: Map<String, Value>) -> V
 }
 
 const NAME: &str = "GoMicro";
-/// The version of a service that names none.
+/// The version of a service without a version.
 const LATEST: &str = "latest";
-/// What go-micro's gRPC server says of each of its nodes.
+/// The metadata that go-micro's gRPC server writes for each of its nodes.
 const OWN: [(&str, &str); 4] = [
     ("protocol", "grpc"),
     ("registry", "etcd"),

@@ -1,9 +1,10 @@
-//! go-zero's `core/discov`: `host:port` under `<key>/<id>`, without a prefix of its own.
+//! go-zero's `core/discov`: `host:port` under `<key>/<id>`, without its own prefix.
 
 use super::{FormatError, InstanceFormat, plain, text};
 use crate::instance::Instance;
 
-/// Key `<key>/<id>`, the address is the value. go-zero's own ids are lease ids or configured numbers, and its readers ignore them.
+/// Key `<key>/<id>`, the address as the value. The ids that go-zero writes are lease ids or configured numbers, and its readers ignore
+/// them.
 #[derive(Debug)]
 pub(super) struct GoZero;
 

@@ -1,4 +1,4 @@
-//! The trait of all formats, open to users' own.
+//! The trait of all formats, which applications can implement.
 
 use std::fmt;
 
@@ -6,8 +6,8 @@ use super::FormatError;
 use crate::instance::{DEFAULT_WEIGHT, Instance};
 use crate::keyspace::DEFAULT_PREFIX;
 
-/// How instances are written as keys and values, and read again. Those of [`Format`](super::Format) are made of it, and so can be one of
-/// your own, with [`Format::Custom`](super::Format::Custom).
+/// A format for keys and values of instances: encodes and decodes them. The formats of [`Format`](super::Format) implement this trait.
+/// [`Format::Custom`](super::Format::Custom) takes your own implementation.
 ///
 /// ```
 /// use tonic_etcd::{AddressPolicy, Format, FormatError, Instance, InstanceFormat};
@@ -51,45 +51,46 @@ use crate::keyspace::DEFAULT_PREFIX;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub trait InstanceFormat: fmt::Debug + Send + Sync {
-    /// The format's name in messages.
+    /// Returns the name of the format for messages.
     fn name(&self) -> &str;
 
-    /// Where services live unless the registry is given a [prefix](crate::RegistryBuilder::prefix). It is empty or ends in a slash.
-    /// Default `/gRPC/`.
+    /// Returns the prefix of all services, unless the registry has its own [prefix](crate::RegistryBuilder::prefix). The prefix is empty or
+    /// ends in a slash. The default is `/gRPC/`.
     fn default_prefix(&self) -> &str {
         DEFAULT_PREFIX
     }
 
-    /// The weight of an instance whose value names none, and of a registration that sets none: 1 to 1 000 000. Default 1.
+    /// Returns the weight of an instance whose value has no weight, and of a registration without a weight: 1 to 1 000 000. The default is
+    /// 1.
     fn default_weight(&self) -> u32 {
         DEFAULT_WEIGHT
     }
 
-    /// What a service's keys begin with, and is watched. It has to end in a slash, so that `user` never sees the instances of
-    /// `user-admin`. Default `<prefix><service>/`.
+    /// Returns the prefix of all keys of a service, which is watched. The prefix must end in a slash, so that `user` does not match the
+    /// instances of `user-admin`. The default is `<prefix><service>/`.
     fn service_prefix(&self, prefix: &str, service: &str) -> String {
         format!("{prefix}{service}/")
     }
 
-    /// The key of an instance, which begins with the [service's prefix](Self::service_prefix). By default its id follows, or if it has
-    /// none its address, so that a restarted server overwrites its old entry.
+    /// Returns the key of an instance, which begins with the [service's prefix](Self::service_prefix). By default the instance id follows,
+    /// or the address if the instance has no id, so that a restarted server overwrites its old entry.
     fn key(&self, prefix: &str, service: &str, instance: &Instance) -> Result<String, FormatError> {
         let id = instance.id().unwrap_or(instance.address().as_str());
         Ok(self.service_prefix(prefix, service) + id)
     }
 
-    /// The value of an instance at a key.
+    /// Encodes the value of an instance at a key.
     ///
-    /// What the format has no room for is left out: callers read the value again and compare.
+    /// The value omits attributes that the format cannot represent: callers decode the value again and compare.
     fn encode(&self, key: &str, instance: &Instance) -> Result<Vec<u8>, FormatError>;
 
-    /// The instance at a key, or `None` if the key is not one of an instance that may be called: of a folder, of a server of another
-    /// protocol, of one that says it is out of service.
+    /// Decodes the instance at a key. Returns `None` if the key is not the key of a callable instance: for a folder, a server with another
+    /// protocol, or an instance that is marked as out of service.
     ///
-    /// It must not panic, whatever the bytes are. The address policy and the limits of size and weight are not its business.
+    /// The function must not panic, whatever the bytes. The callers check the address policy and the limits of size and weight.
     ///
     /// # Errors
     ///
-    /// If the value cannot be read. Then it is skipped and counted, and the key's last good value stays.
+    /// Fails if the value cannot be decoded. The value is then skipped and counted, and the last valid value of the key stays.
     fn decode(&self, key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError>;
 }

@@ -7,7 +7,7 @@ use super::object::{Object, Written, map_or_null};
 use super::{FormatError, InstanceFormat, text};
 use crate::instance::{Advertisement, Instance};
 
-/// Key `kitex/registry-etcd/<service>/<address>`, the address in `address`, the weight (default 10) in `weight`, the rest in `tags`.
+/// Key `kitex/registry-etcd/<service>/<id>`, the address in `address`, the weight in `weight` (10 by default), other attributes in `tags`.
 #[derive(Debug)]
 pub(super) struct Kitex;
 
@@ -63,7 +63,7 @@ pub(super) fn read(mut object: Object) -> Result<Instance, FormatError> {
 }
 
 const NAME: &str = "Kitex";
-/// kitex' readers take this for what is not above 0.
+/// kitex readers use this default for a weight that is not above 0.
 const WEIGHT: u32 = 10;
 const ATTRIBUTES: Attributes = Attributes {
     names: &["zone", "version", "leaving"],

@@ -8,8 +8,8 @@ use super::url::Parts;
 use super::{FormatError, InstanceFormat, last_segment, parent, text};
 use crate::instance::{Advertisement, Instance};
 
-/// Key `/microservices/<name>/<id>`, the address in the first `grpc` or `grpcs` URL of `endpoints`, the weight (default 100) as a text in
-/// `metadata`.
+/// Key `/microservices/<name>/<id>`, the address in the first `grpc` or `grpcs` URL of `endpoints`, the weight as a string in `metadata`
+/// (100 by default).
 #[derive(Debug)]
 pub(super) struct Kratos;
 
@@ -51,7 +51,7 @@ impl InstanceFormat for Kratos {
     fn decode(&self, key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
         let object = Object::parse(text(value)?)?;
         let name = object.field("name").and_then(Value::as_str);
-        // kratos' own clients take nothing whose name is not the one they look for.
+        // kratos clients ignore an instance whose name differs from the requested service.
         if name.is_some_and(|name| !is_folder(parent(key), name)) {
             return Ok(None);
         }
@@ -59,7 +59,7 @@ impl InstanceFormat for Kratos {
     }
 }
 
-/// Whether a folder is the one of a service, whose name may have slashes.
+/// Returns whether a folder is the folder of a service. The name of the service may contain slashes.
 fn is_folder(folder: &str, service: &str) -> bool {
     let before = folder.strip_suffix(service);
     before.is_some_and(|before| before.is_empty() || before.ends_with('/') || service.is_empty())
@@ -75,7 +75,7 @@ pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, Fo
     };
     let parts = Parts::of(url)?;
     let mut advertisement = Advertisement::new(parts.address()?);
-    // Up to 2.3.0 the query said it.
+    // Up to 2.3.0, kratos marked TLS in the query.
     advertisement.tls = parts.scheme == "grpcs" || parts.query() == "isSecure=true";
     advertisement.version = object.take_text("version");
     let metadata = object.take_map("metadata");
@@ -92,7 +92,7 @@ pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, Fo
     Ok(Some(advertisement.into()))
 }
 
-/// The URL among the endpoints that is ours to call.
+/// Returns the first gRPC URL of the endpoints.
 fn grpc_url(endpoints: &Value) -> Option<&str> {
     let mut urls = endpoints.as_array()?.iter().filter_map(Value::as_str);
     urls.find(|url| is_grpc(url))
@@ -102,7 +102,7 @@ fn is_grpc(url: &str) -> bool {
     url.starts_with("grpc://") || url.starts_with("grpcs://")
 }
 
-/// The endpoints, those of other protocols and the way in which ours was written kept as they were.
+/// Returns the endpoints. Endpoints with other protocols, and the spelling of the gRPC endpoint, are kept unchanged.
 fn endpoints(advertisement: &Advertisement, kept: Option<Value>) -> Value {
     let scheme = if advertisement.tls { "grpcs" } else { "grpc" };
     let url = format!("{scheme}://{}", advertisement.address);

@@ -1,4 +1,4 @@
-//! What a registry's keys and values look like. One file per format, and the recogniser for values of any of them.
+//! The formats of keys and values in a registry: one file per format, and a recogniser for values of any format.
 
 use std::fmt;
 use std::hash::{Hash, Hasher};
@@ -32,12 +32,12 @@ pub(crate) use decoder::Decoder;
 pub use error::FormatError;
 pub use instance_format::InstanceFormat;
 
-/// How instances are written as keys and values, and the only way they may be written to be read.
+/// The format of the keys and values of instances. It selects how a registration writes, and restricts what a resolver reads.
 ///
-/// A registration writes [`EtcdNaming`](Self::EtcdNaming) unless told otherwise. A resolver without a format recognises by itself every
-/// value below that names its address: JSON by the field in which the address is, then URLs, then `host:port`. Where a value could be of
-/// two formats, it guesses: `{"address":…}` is kitex' unless a host or a service name stands beside it, then it is dubbo-go's. It never
-/// looks for an address in a key, which takes a format, or [`Mixed`](Self::Mixed).
+/// A registration writes [`EtcdNaming`](Self::EtcdNaming) by default. A resolver without a format recognises every value below that
+/// contains its address: JSON by the field with the address, then URLs, then `host:port`. An ambiguous value is resolved by a fixed rule:
+/// `{"address":…}` is a value of kitex, unless it also contains a host or a service name; then it is a value of dubbo-go. Without a format,
+/// a resolver never reads an address from a key; set the format, or [`Mixed`](Self::Mixed), for such keys.
 ///
 /// | format | key, unless the registry has a prefix | address | weight (default) | TLS hint |
 /// |---|---|---|---|---|
@@ -54,65 +54,67 @@ pub use instance_format::InstanceFormat;
 /// | `GoFrame` | `/service/default/default/<name>/<version>/<address>` | the key | in the JSON (1) | `insecure` |
 /// | `AddressInKey` | `<service>/<address>` | the key | - | - |
 ///
-/// `<id>` is the instance id, by default the address. [`RegistryBuilder::prefix`](crate::RegistryBuilder::prefix) replaces what stands
-/// before the service, for all formats; it can be empty. Weights are the format's own and compare only within one format. Zone, version
-/// and metadata go where a format has a field for them, else into its map of metadata; a registration with something that its format has
-/// no room for is refused. Readers take `null` for what is empty, fields in any case, unknown ones, and a newline behind the value, as Go's
-/// do. The TLS hint shows in [`Instance::is_tls`] and decides nothing.
+/// `<id>` is the instance id, by default the address. [`RegistryBuilder::prefix`](crate::RegistryBuilder::prefix) replaces the part before
+/// the service in all formats; the prefix can be empty. Weights are units of the format and compare only within one format. Zone, version
+/// and metadata are stored in their own field if the format has one, otherwise in its map of metadata. A registration with an attribute
+/// that its format cannot represent is rejected. As in Go, readers treat `null` as empty, match field names in any case, and ignore unknown
+/// fields and a newline after the value. The TLS hint is the result of [`Instance::is_tls`] and has no effect on connections.
 #[derive(Clone, Copy, Default)]
 #[non_exhaustive]
 pub enum Format {
-    /// The JSON of etcd's own Go naming package, `{"Op":0,"Addr":"10.0.0.5:50051","Metadata":null}`, so that grpc-go's etcd resolver
-    /// finds our servers. Weight, zone and version ride inside `Metadata`. The default for writing.
+    /// The JSON of etcd's own Go naming package, `{"Op":0,"Addr":"10.0.0.5:50051","Metadata":null}`, so that grpc-go's etcd resolver finds
+    /// the servers of this library. Weight, zone and version are inside `Metadata`. The default for writing.
     #[default]
     EtcdNaming,
-    /// `host:port` and nothing else. It has no room for a weight, a zone, a version or metadata.
+    /// `host:port` alone, without a weight, a zone, a version or metadata.
     Plain,
-    /// A URL, `http://10.0.0.5:50051`; read with the schemes `http`, `https`, `grpc`, `grpcs`, `tcp` and `tri`. go-kit and many
-    /// home-made registries have it.
+    /// A URL, `http://10.0.0.5:50051`, as in go-kit and many custom registries. Readers accept the schemes `http`, `https`, `grpc`,
+    /// `grpcs`, `tcp` and `tri`.
     Url,
     /// go-zero: `host:port` under `<key>/<id>`, without a prefix.
     GoZero,
-    /// go-kratos' `contrib/registry/etcd`. Instances without a gRPC endpoint are none of ours, and those under another name than their
-    /// key's.
+    /// go-kratos' `contrib/registry/etcd`. Instances without a gRPC endpoint, and instances whose name differs from the name in the key,
+    /// are ignored.
     Kratos,
-    /// kitex' `registry-etcd`; for hertz', the registry's prefix is `hertz/registry-etcd`.
+    /// kitex' `registry-etcd`. For hertz, set the prefix of the registry to `hertz/registry-etcd`.
     Kitex,
-    /// go-micro's etcd registry. Nodes of another protocol than gRPC are none of ours.
+    /// go-micro's etcd registry. Nodes with another protocol than gRPC are ignored.
     GoMicro,
-    /// rpcx' etcd plugin. rpcx has no base path of its own; that of its examples is the default. Instances that say `state=inactive`
-    /// are none of ours, and those of another network than TCP.
+    /// rpcx' etcd plugin. rpcx has no base path of its own; the default is the base path of its examples. Instances with `state=inactive`,
+    /// and instances on other networks than TCP, are ignored.
     Rpcx,
-    /// dubbo-go's interface-level registry. Providers of other protocols than `tri` and `grpc` are none of ours. Everything is in the
-    /// key, so the weight cannot change in place.
+    /// dubbo-go's interface-level registry. Providers with other protocols than `tri` and `grpc` are ignored. The key contains all
+    /// attributes, so the weight cannot change without a new key.
     DubboInterface,
-    /// dubbo-go's application-level registry. An instance with endpoints none of which is `tri` or `grpc` is none of ours, and one that
-    /// is not enabled or not healthy.
+    /// dubbo-go's application-level registry. Instances that have endpoints but no `tri` or `grpc` endpoint, and instances that are
+    /// disabled or not healthy, are ignored.
     ///
-    /// dubbo-go's consumers ask the metadata service of an application what it exports. A server that has none is found and not called
-    /// by them: [`DubboInterface`](Self::DubboInterface) is the one for them to call.
+    /// Consumers of dubbo-go request the exported services from the metadata service of an application. A server without that service is
+    /// discovered but receives no calls from them; use [`DubboInterface`](Self::DubboInterface) for such consumers.
     DubboApplication,
-    /// `GoFrame`'s etcd registry. Of several addresses in a key, which are one server's, the first is called.
+    /// `GoFrame`'s etcd registry. Several addresses in a key belong to one server, and the first is called.
     GoFrame,
     /// `<service>/<host:port>` with an empty value, as the npm package `@zcong/grpc-etcd-resolver` writes and reads it.
     AddressInKey,
-    /// For reading only: a prefix under which several formats are mixed. It recognises values as a resolver without a format does; where
-    /// the value has no address, the key is looked at for one.
+    /// For reading only: a prefix that contains several formats. Values are recognised as by a resolver without a format. If the value
+    /// contains no address, the key is read.
     ///
-    /// It guesses. An empty value whose key ends in `host:port` is an instance, whoever wrote it; JSON without an address under such a
-    /// key is `GoFrame`'s; an `@` in the key is rpcx', and so is a `=` in the value. Weights are as each value says, and a kitex instance (10) gets ten times the calls
-    /// of one of etcd's own format (1). Name the format wherever there is only one.
+    /// The result is a guess. An empty value whose key ends in `host:port` is an instance, whichever library has written it. JSON without
+    /// an address under such a key is a value of `GoFrame`. An `@` in the last part of the key, or a `=` in the value under such a key,
+    /// marks an instance of rpcx. An escaped URL below `providers` is an instance of dubbo-go. Weights count as each value states them: a
+    /// kitex instance (10) receives ten times the calls of an instance in etcd's own format (1). Set a format wherever a prefix contains
+    /// only one.
     Mixed,
     /// A format of your own; see [`InstanceFormat`].
     Custom(&'static dyn InstanceFormat),
 }
 
 impl Format {
-    /// The key of an instance of a service under a prefix, by default the format's own.
+    /// Returns the key of an instance of a service under a prefix, by default the prefix of the format.
     ///
     /// # Errors
     ///
-    /// If the format cannot make one of it.
+    /// Fails if the format cannot represent the instance in a key.
     pub fn key(
         self,
         prefix: Option<&str>,
@@ -122,18 +124,18 @@ impl Format {
         self.dialect().key(&self.prefix(prefix), service, instance)
     }
 
-    /// What all keys of a service begin with, under a prefix, by default the format's own.
+    /// Returns the prefix of all keys of a service under a prefix, by default the prefix of the format.
     #[must_use]
     pub fn service_prefix(self, prefix: Option<&str>, service: &str) -> String {
         let prefix = self.prefix(prefix);
         with_slash(&self.dialect().service_prefix(&prefix, service))
     }
 
-    /// The value of an instance at a key.
+    /// Encodes the value of an instance at a key.
     ///
     /// # Errors
     ///
-    /// If the format has no room for something that the instance says: what is written would not be read again. Or if the value is over
+    /// Fails if the format cannot represent an attribute of the instance, so that decoding would lose it. Also fails if the value is over
     /// 64 KiB.
     pub fn encode(self, key: &str, instance: &Instance) -> Result<Vec<u8>, FormatError> {
         let value = self.write(key, instance)?;
@@ -158,11 +160,13 @@ impl Format {
         }
     }
 
-    /// The instance at a key, without what only etcd knows of it; `None` if the key is not that of an instance that may be called.
+    /// Decodes the instance at a key, without the attributes that only etcd provides. Returns `None` if the key is not the key of a
+    /// callable instance.
     ///
     /// # Errors
     ///
-    /// If it cannot be read, is over 64 KiB, or has an address that the policy refuses. Whatever the bytes are, it never panics.
+    /// Fails if the value cannot be decoded, is over 64 KiB, or contains an address that the policy rejects. Arbitrary bytes never cause a
+    /// panic.
     pub fn decode(
         self,
         key: &str,
@@ -176,7 +180,7 @@ impl Format {
         decoder.read(key, value)
     }
 
-    /// Writes without looking whether the format has room.
+    /// Encodes a value without a check that the format can represent every attribute.
     pub(crate) fn write(self, key: &str, instance: &Instance) -> Result<Vec<u8>, FormatError> {
         guarded(self, |format| format.encode(key, instance))
     }
@@ -226,14 +230,14 @@ impl fmt::Debug for Format {
     }
 }
 
-/// The format's name, which [`FromStr`](std::str::FromStr) reads again.
+/// Writes the name of the format, which [`FromStr`](std::str::FromStr) parses.
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
     }
 }
 
-/// Reads the name of a format of this library, such as `etcd naming` or `go-zero`. Case, blanks, hyphens and underscores do not matter.
+/// Parses the name of a format of this library, such as `etcd naming` or `go-zero`. Case, blanks, hyphens and underscores are ignored.
 ///
 /// ```
 /// use tonic_etcd::Format;
@@ -259,7 +263,7 @@ impl std::str::FromStr for Format {
     }
 }
 
-/// All formats that have a name.
+/// All formats that [`FromStr`](std::str::FromStr) can parse.
 const NAMED: [Format; 13] = [
     Format::EtcdNaming,
     Format::Plain,
@@ -276,7 +280,7 @@ const NAMED: [Format; 13] = [
     Format::Mixed,
 ];
 
-/// Two formats of users' own are equal if they have one name and are one object.
+/// Custom formats are equal if they have the same name and are the same object.
 impl PartialEq for Format {
     fn eq(&self, other: &Self) -> bool {
         self.name() == other.name()
@@ -295,7 +299,7 @@ impl Hash for Format {
     }
 }
 
-/// Calls a format. One of users' own that panics must not end discovery for everybody else.
+/// Calls a format. A panic in a custom format must not end the discovery of other services.
 fn guarded<T>(
     format: Format,
     call: impl FnOnce(&dyn InstanceFormat) -> Result<T, FormatError>,
@@ -307,24 +311,24 @@ fn guarded<T>(
         .unwrap_or(Err(FormatError::of("makes its format panic")))
 }
 
-/// The text of a value, without the newline that some libraries write behind it.
+/// Returns the text of a value, without the newline that some libraries append.
 fn text(value: &[u8]) -> Result<&str, FormatError> {
     let text = str::from_utf8(value).map_err(|_| FormatError::of("is not UTF-8"))?;
     Ok(text.trim())
 }
 
-/// What follows the last slash of a key.
+/// Returns the part of a key after its last slash.
 fn last_segment(key: &str) -> &str {
     key.rsplit_once('/').map_or(key, |(_, last)| last)
 }
 
-/// What stands before the last slash of a key.
+/// Returns the part of a key before its last slash.
 fn parent(key: &str) -> &str {
     key.rsplit_once('/').map_or("", |(parent, _)| parent)
 }
 
-/// Values above this size are refused, for reading and for writing: the largest known format, with its endpoints' descriptions, stays
-/// far below, and one bad writer must not fill every client's memory.
+/// Largest value that is read or written. The largest known format, with descriptions of its endpoints, stays far below. Without this
+/// limit, one faulty writer could fill the memory of every client.
 pub(crate) const MAX_VALUE: usize = 64 * 1024;
 
 #[cfg(test)]

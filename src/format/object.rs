@@ -1,10 +1,10 @@
-//! A JSON object as Go's decoder sees it, and what is written in its place.
+//! A JSON object with the field rules of Go's decoder, and the writer of such objects.
 
 use serde_json::{Map, Value};
 
 use super::FormatError;
 
-/// The fields of an object. What is taken out of it has been understood; the rest is kept.
+/// The fields of an object. The decoder takes the fields that it evaluates; the remaining fields are kept.
 #[derive(Clone, Debug)]
 pub(super) struct Object(Map<String, Value>);
 
@@ -16,7 +16,7 @@ impl Object {
         }
     }
 
-    /// The field of that name. Go matches names whatever their case, and prefers the exact one.
+    /// Returns the field of that name. As in Go, the case of the name is ignored, and an exact match has precedence.
     pub(super) fn field(&self, name: &str) -> Option<&Value> {
         self.0.get(self.name_of(name)?)
     }
@@ -31,13 +31,13 @@ impl Object {
             .map(String::as_str)
     }
 
-    /// Takes a field out. Go writes what is empty as `null`, which is the same as nothing.
+    /// Takes a field. `null` counts as a missing field, because Go writes empty values as `null`.
     pub(super) fn take(&mut self, name: &str) -> Option<Value> {
         let key = self.name_of(name)?.to_owned();
         self.0.remove(&key).filter(|value| !value.is_null())
     }
 
-    /// Takes a field out if it is a text, and not an empty one.
+    /// Takes a field if it is a string that is not empty.
     pub(super) fn take_text(&mut self, name: &str) -> Option<String> {
         match self.take(name)? {
             Value::String(text) if !text.is_empty() => Some(text),
@@ -45,7 +45,7 @@ impl Object {
         }
     }
 
-    /// Takes a map out; `null`, nothing and what is no map are an empty one.
+    /// Takes a map. `null`, a missing field and a value of another type result in an empty map.
     pub(super) fn take_map(&mut self, name: &str) -> Map<String, Value> {
         match self.take(name) {
             Some(Value::Object(map)) => map,
@@ -53,21 +53,21 @@ impl Object {
         }
     }
 
-    /// Keeps a value under a name, unless it is what would be written there anyway.
+    /// Keeps a value under a name, unless the same value would be written anyway.
     pub(super) fn keep(&mut self, name: &str, value: Option<Value>, written: &Value) {
         if let Some(value) = value.filter(|value| value != written) {
             self.0.insert(name.to_owned(), value);
         }
     }
 
-    /// Takes a weight out that was kept because it is said in another way, if it still says the same.
+    /// Takes the kept form of a weight, if it still has the same meaning. Otherwise returns the weight as a number.
     pub(super) fn take_weight(&mut self, name: &str, weight: u32, default: u32) -> Value {
         self.take(name)
             .filter(|kept| super::attributes::weight(kept, default) == weight)
             .unwrap_or(weight.into())
     }
 
-    /// Keeps a map under a name, unless nothing is in it.
+    /// Keeps a map under a name, unless the map is empty.
     pub(super) fn keep_map(&mut self, name: &str, map: Map<String, Value>) {
         self.keep(name, Some(map.into()), &Map::new().into());
     }
@@ -83,7 +83,7 @@ impl From<Map<String, Value>> for Object {
     }
 }
 
-/// Fields in the order in which a format's own library writes them, and behind them what else a value of it had said.
+/// Fields in the order in which the library of a format writes them, followed by the kept fields.
 #[derive(Debug, Default)]
 pub(super) struct Written(Vec<(String, Value)>);
 
@@ -93,7 +93,7 @@ impl Written {
         self
     }
 
-    /// Adds the rest, in which no field that was written is left.
+    /// Adds the kept fields. They must not contain a field that is already written.
     pub(super) fn rest(mut self, rest: Map<String, Value>) -> Self {
         self.0.extend(rest);
         self
@@ -114,7 +114,7 @@ impl Written {
     }
 }
 
-/// A map as Go writes it: an empty one is `null`.
+/// Returns a map as Go writes it: an empty map is `null`.
 pub(super) fn map_or_null(map: Map<String, Value>) -> Value {
     if map.is_empty() {
         Value::Null

@@ -1,9 +1,9 @@
-//! `host:port` and nothing else.
+//! `host:port` and no other attribute.
 
 use super::{FormatError, InstanceFormat, text};
 use crate::instance::{Advertisement, Instance};
 
-/// Key `<service>/<id>`, the address is the value. No room for anything else.
+/// Key `<service>/<id>`, the address as the value. The format has no room for other attributes.
 #[derive(Debug)]
 pub(super) struct Plain;
 
@@ -21,7 +21,7 @@ impl InstanceFormat for Plain {
     }
 }
 
-/// Reads `host:port`.
+/// Decodes `host:port`.
 pub(super) fn read(text: &str) -> Result<Instance, FormatError> {
     if text.is_empty() {
         return Err(FormatError::of("is empty"));

@@ -1,5 +1,5 @@
-//! Recognises a value of any known format by its looks. Where two formats could be meant, the order of the tries decides; a reader that
-//! must not guess is given its [`Format`](super::Format).
+//! Recognises the format of a value by its contents. If two formats match, the order of the checks decides. A reader that must not guess
+//! needs a [`Format`](super::Format).
 
 use serde_json::Value;
 
@@ -11,7 +11,7 @@ use super::{
 use crate::instance::Instance;
 use tonic_balance::Address;
 
-/// Reads a value by itself. The key only tells what need not be kept of it.
+/// Decodes a value by its contents. The key only determines which fields have their default value and need not be kept.
 pub(super) fn by_value(key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
     let text = text(value)?;
     if text.starts_with('{') {
@@ -23,7 +23,8 @@ pub(super) fn by_value(key: &str, value: &[u8]) -> Result<Option<Instance>, Form
     plain::read(text).map(Some)
 }
 
-/// Each format has its address in a place of its own. dubbo-go's comes before kitex', whose only field it has as well.
+/// Decodes an object by the field with the address, which differs between the formats. dubbo-go is checked before kitex, because the only
+/// field that identifies kitex also exists in values of dubbo-go.
 fn object(key: &str, object: Object) -> Result<Option<Instance>, FormatError> {
     let has = |name| object.field(name).is_some_and(|value| !value.is_null());
     if object.field("Addr").is_some_and(Value::is_string) {
@@ -46,7 +47,7 @@ fn object(key: &str, object: Object) -> Result<Option<Instance>, FormatError> {
     ))
 }
 
-/// The reader of prefixes where several formats are mixed: by the value, and where that names no address by the key.
+/// The reader of prefixes with several formats. It reads the value, and the key if the value contains no address.
 #[derive(Debug)]
 pub(super) struct Mixed;
 
@@ -68,7 +69,7 @@ impl InstanceFormat for Mixed {
     }
 }
 
-/// The format whose keys look like this one.
+/// Returns the format that matches the key.
 fn by_key(key: &str, value: &[u8]) -> Option<Format> {
     let segment = last_segment(key);
     let category = last_segment(parent(key));
@@ -88,7 +89,7 @@ fn by_key(key: &str, value: &[u8]) -> Option<Format> {
     }
 }
 
-/// rpcx and dubbo-go write keys for their folders, with nothing in them or the folder's name.
+/// rpcx and dubbo-go write keys for folders. The value is empty or is the name of the folder.
 fn is_directory(key: &str, value: &[u8]) -> bool {
     value.is_empty() || value == b"rpcx_path" || value == last_segment(key).as_bytes()
 }

@@ -1,4 +1,4 @@
-//! rpcx: the address in the key, everything else in the value as a query.
+//! rpcx: the address in the key, all other attributes in the value as a query.
 
 use serde_json::Value;
 
@@ -7,7 +7,7 @@ use super::url::{read_query, write_query};
 use super::{FormatError, InstanceFormat, last_segment, text};
 use crate::instance::{Advertisement, DEFAULT_WEIGHT, Instance};
 
-/// Key `<base>/<service>/<network>@<address>`, the value `weight=7&group=a`. Beside the instances it has keys of directories.
+/// Key `<base>/<service>/<network>@<address>`, value such as `weight=7&group=a`. The registry also has keys of directories.
 #[derive(Debug)]
 pub(super) struct Rpcx;
 
@@ -35,7 +35,7 @@ impl InstanceFormat for Rpcx {
         let segment = last_segment(key);
         let address = match segment.split_once('@') {
             Some(("tcp", address)) => address,
-            // Nobody speaks gRPC over the other networks of rpcx.
+            // The other networks of rpcx do not carry gRPC.
             Some(_) => return Ok(None),
             None if !segment.contains(':') => return Ok(None),
             None => segment,

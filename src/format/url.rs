@@ -7,7 +7,7 @@ use super::{FormatError, InstanceFormat, text};
 use crate::instance::{Advertisement, Instance};
 use tonic_balance::Address;
 
-/// Key `<service>/<id>`, the address in the value's authority; the scheme says whether TLS is spoken.
+/// Key `<service>/<id>`, the address in the authority of the value. The scheme is the TLS hint.
 #[derive(Debug)]
 pub(super) struct Url;
 
@@ -32,7 +32,7 @@ impl InstanceFormat for Url {
     }
 }
 
-/// Reads a URL of one of the schemes that a gRPC server may be registered under.
+/// Decodes a URL with one of the schemes that gRPC servers are registered under.
 pub(super) fn read(url: &str) -> Result<Instance, FormatError> {
     let parts = Parts::of(url)?;
     if !["http", "https", "grpc", "grpcs", "tcp", "tri"].contains(&&*parts.scheme) {
@@ -78,7 +78,7 @@ impl<'a> Parts<'a> {
         })
     }
 
-    /// The authority, with the port that `http` and `https` leave out.
+    /// Returns the authority, with the default port of `http` or `https` if the URL has none.
     pub(super) fn address(&self) -> Result<Address, FormatError> {
         let default_port = match &*self.scheme {
             "http" => Some(80),
@@ -95,7 +95,7 @@ impl<'a> Parts<'a> {
         }
     }
 
-    /// The path, without its first slash.
+    /// Returns the path without its leading slash.
     pub(super) fn path(&self) -> &'a str {
         let path = self.tail.split(['?', '#']).next().unwrap_or_default();
         path.strip_prefix('/').unwrap_or(path)
@@ -111,7 +111,7 @@ fn is_tls(scheme: &str) -> bool {
     matches!(scheme, "https" | "grpcs")
 }
 
-/// Reads a query as Go does. A name that comes once is a text, one that comes several times a list.
+/// Parses a query as Go does. A name that occurs once has a string as its value; a name that occurs several times has a list.
 pub(super) fn read_query(query: &str) -> Map<String, Value> {
     let mut map = Map::new();
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
@@ -146,12 +146,12 @@ pub(super) fn write_query(map: &Map<String, Value>) -> String {
     pairs.join("&")
 }
 
-/// Go's `url.QueryEscape`, but for a space, which is `%20` here.
+/// Escapes like Go's `url.QueryEscape`, except that a space becomes `%20`.
 pub(super) fn escape(text: &str) -> String {
     percent_encoding::utf8_percent_encode(text, ESCAPED).to_string()
 }
 
-/// Go's `url.QueryUnescape`. What is not an escape stays as it is, and what is not UTF-8 is replaced.
+/// Unescapes like Go's `url.QueryUnescape`, except that invalid escapes stay unchanged and invalid UTF-8 is replaced.
 pub(super) fn unescape(text: &str) -> String {
     let text = text.replace('+', " ");
     percent_decode_str(&text).decode_utf8_lossy().into_owned()

@@ -1,4 +1,4 @@
-//! What a registration keeps in etcd.
+//! The contents of a registration in etcd: its keys and their values.
 
 use std::time::Duration;
 
@@ -6,22 +6,22 @@ use crate::format::{Format, FormatError, MAX_VALUE, MAX_WEIGHT};
 use crate::instance::{Advertisement, Instance};
 use crate::keyspace::Key;
 
-/// What is kept in etcd.
+/// The keys of a registration and their values.
 #[derive(Clone, Debug)]
 pub(super) struct Entry {
-    /// At least one.
+    /// At least one key.
     pub(super) keys: Vec<Key>,
-    /// The services that the keys are of, in the same order; none for an exact key.
+    /// The services of the keys, in the same order. Empty for an exact key.
     pub(super) services: Vec<String>,
     pub(super) instance: Instance,
     pub(super) format: Format,
     pub(super) ttl: Duration,
-    /// The value of each key, checked: formats may repeat the key in it.
+    /// The checked value of each key. The values may differ, because a format may repeat the key in its value.
     values: Vec<Vec<u8>>,
 }
 
 impl Entry {
-    /// Checks that the format has room for all of it.
+    /// Encodes the values, and checks that the format can represent every attribute.
     pub(super) fn new(
         keys: &[String],
         services: Vec<String>,
@@ -48,7 +48,8 @@ impl Entry {
         Ok(self)
     }
 
-    /// As large as it can become: what is written later must not be refused by its readers.
+    /// Checks the size of the largest value that the entry can have, with the longest weight and the leave marker. A later write must not
+    /// exceed the limit of the readers.
     fn check_room(&self) -> Result<(), FormatError> {
         let mut largest = self.instance.clone();
         largest.advertisement_mut().weight = MAX_WEIGHT;
@@ -64,7 +65,7 @@ impl Entry {
         Ok(())
     }
 
-    /// The entry with another weight, if its format has room for that.
+    /// Returns the entry with another weight, if the format can represent it.
     pub(super) fn weighted(&self, weight: u32) -> Result<Self, FormatError> {
         let instance = self.instance.clone().with_weight(weight);
         let entry = Self {
@@ -80,14 +81,15 @@ impl Entry {
         leaving
     }
 
-    /// Whether the format can say that the server is leaving.
+    /// Returns whether the format has a leave marker: a field for a server that deregisters.
     pub(super) fn has_leave_marker(&self) -> bool {
         let leaving = self.leaving();
         let mut keys = self.keys.iter();
         keys.all(|key| self.format.encode(&key.to_string(), &leaving).is_ok())
     }
 
-    /// The value of the key with this index.
+    /// Returns the value of the key with this index. If `leaving` is true, the value contains the leave marker, provided that the format
+    /// has one.
     pub(super) fn encode(&self, index: usize, leaving: bool) -> Vec<u8> {
         let value = || self.values[index].clone();
         if !leaving {

@@ -1,6 +1,6 @@
-//! Keeps a server registered: a key under a lease, renewed, verified, and put back after any loss.
+//! Keeps a server registered: writes its key under a lease, renews the lease, verifies the key, and restores the key after a loss.
 //!
-//! One task owns the pure machine of [`lease`] and carries out its commands.
+//! One task owns the state machine of [`lease`], which does no I/O, and executes its commands.
 
 use std::io;
 use std::sync::Arc;
@@ -32,9 +32,9 @@ pub use status::RegistrationState;
 use entry::Entry;
 use task::{Answer, Failure, Request, Task};
 
-/// A registered server. It stays registered, whatever happens to etcd, until it is [deregistered](Self::deregister).
+/// A registered server. It stays registered until it is [deregistered](Self::deregister): after a failure of etcd, the entry is restored.
 ///
-/// Dropping it deregisters as well, in the background and without saying whether that worked.
+/// Dropping it deregisters the server in the background and does not report the result.
 ///
 /// ```no_run
 /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
@@ -53,7 +53,7 @@ use task::{Answer, Failure, Request, Task};
 #[derive(Debug)]
 #[must_use = "dropping it deregisters the server"]
 pub struct Registration {
-    /// The key of each service, and the service's name; the name is empty for an exact key.
+    /// The key of each service and the name of the service. The name is empty for an exact key.
     keys: Vec<(String, String)>,
     entry: Entry,
     endpoints: Vec<String>,
@@ -63,7 +63,7 @@ pub struct Registration {
 }
 
 impl Registration {
-    /// Starts to register; the outcome is that of [`registered`](Self::registered).
+    /// Starts the registration. [`registered`](Self::registered) returns the result.
     fn start(
         etcd: Etcd,
         entry: Entry,
@@ -86,7 +86,7 @@ impl Registration {
         let span = tracing::info_span!("registration", key = registration.key());
         let run = async move |etcd| {
             let task = Task::new(etcd, entry, inbox, states, change_timeout);
-            // The futures of etcd's client are large.
+            // The futures of the etcd client are large.
             Box::pin(task.run().instrument(span)).await;
         };
         if dedicated_thread {
@@ -101,7 +101,7 @@ impl Registration {
         Ok(registration)
     }
 
-    /// Waits for the first success, or for what rules it out.
+    /// Waits until the registration succeeds for the first time, or fails with an error that only an operator can resolve.
     pub(crate) async fn registered(&self, bound: Duration) -> Result<(), RegisterError> {
         let mut states = self.states.clone();
         let first = async {
@@ -133,72 +133,75 @@ impl Registration {
         }
     }
 
-    /// The key in etcd: the first one, if there are [several](Self::keys).
+    /// Returns the key in etcd, or the first key if the registration has [several](Self::keys).
     #[must_use]
     pub fn key(&self) -> &str {
         self.keys.first().map_or("", |(key, _)| key)
     }
 
-    /// The keys in etcd, one for each service, in the order in which the services were named.
+    /// Returns the keys in etcd, one for each service, in the order in which the services were added.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.keys.iter().map(|(key, _)| key.as_str())
     }
 
-    /// The advertised address.
+    /// Returns the advertised address.
     #[must_use]
     pub fn address(&self) -> &Address {
         self.entry.instance.address()
     }
 
-    /// Where the registration stands now.
+    /// Returns the current state of the registration.
     #[must_use]
     pub fn state(&self) -> RegistrationState {
         self.states.borrow().clone()
     }
 
-    /// Where the registration stands, as a watch: for a health check, a gauge, a log.
+    /// Returns a watch of the state of the registration, for example for a health check, a metric or a log.
     #[must_use]
     pub fn watch_state(&self) -> watch::Receiver<RegistrationState> {
         self.states.clone()
     }
 
-    /// Takes the server out of rotation and goes on serving: the entry is removed until [`resume`](Self::resume).
+    /// Removes the entry until [`resume`](Self::resume). The server still serves the calls that it receives.
     ///
     /// # Errors
     ///
-    /// If etcd could not be told within the bound (5 s by default); the attempt goes on in the background, and the entry goes with its
-    /// lease at the latest.
+    /// Fails if etcd does not confirm the change before the timeout (5 s by default). The attempts continue in the background. The entry is
+    /// removed when its lease expires, at the latest.
     ///
     /// # Cancel safety
     ///
-    /// Once sent, the request is carried out even if the future is dropped.
+    /// After the request is sent, it is carried out even if the future is dropped.
     pub async fn pause(&self) -> Result<(), RegisterError> {
         self.ask(Request::Pause).await
     }
 
-    /// Puts the entry back after a [`pause`](Self::pause). Returns once it is in etcd; without a pause before, at once.
+    /// Restores the entry after a [`pause`](Self::pause). Returns once the entry is in etcd, or at once if the registration is not paused.
     ///
     /// # Errors
     ///
-    /// If etcd could not be told within the bound (5 s by default); the attempt goes on. Also if another server has the key.
+    /// Fails if etcd does not confirm the change before the timeout (5 s by default); the attempts continue in the background. Also fails
+    /// if another server has the key.
     ///
     /// # Cancel safety
     ///
-    /// Once sent, the request is carried out even if the future is dropped.
+    /// After the request is sent, it is carried out even if the future is dropped.
     pub async fn resume(&self) -> Result<(), RegisterError> {
         self.ask(Request::Resume).await
     }
 
-    /// Changes the weight, 1 to 1 000 000, in place: clients keep their connections. A paused registration has it when it resumes.
+    /// Changes the weight, 1 to 1 000 000, without a new registration: clients keep their connections. A paused registration uses the new
+    /// weight when it resumes.
     ///
     /// # Errors
     ///
-    /// If the weight is out of range or the format has no room for one, by name. If etcd could not be told within the bound (5 s by
-    /// default); the attempt goes on. Also if another server has the key.
+    /// Fails if the weight is out of range, or if the format has no field for a weight; the error states the reason. Fails if etcd does not
+    /// confirm the change before the timeout (5 s by default); the attempts continue in the background. Also fails if another server has
+    /// the key.
     ///
     /// # Cancel safety
     ///
-    /// Once sent, the request is carried out even if the future is dropped.
+    /// After the request is sent, it is carried out even if the future is dropped.
     pub async fn set_weight(&self, weight: u32) -> Result<(), RegisterError> {
         let invalid = |reason| RegisterError::Invalid {
             service: self.key().to_owned(),
@@ -211,16 +214,18 @@ impl Registration {
         self.ask(|answer| Request::SetWeight(entry, answer)).await
     }
 
-    /// Removes the entry of one of [several services](RegistrationBuilder::additional_service); the others stay. The last one ends the
-    /// registration, as [`deregister`](Self::deregister) does. For a service that was removed before there is nothing to do.
+    /// Removes the entry of one of [several services](RegistrationBuilder::additional_service). The entries of the other services stay.
+    /// Removing the last entry ends the registration, as [`deregister`](Self::deregister) does. A second call for the same service has no
+    /// effect.
     ///
     /// # Errors
     ///
-    /// If the registration is not of this service. If etcd could not be told within the bound (5 s by default); the attempt goes on.
+    /// Fails if the registration does not contain this service. Also fails if etcd does not confirm the change before the timeout (5 s by
+    /// default); the attempts continue in the background.
     ///
     /// # Cancel safety
     ///
-    /// Once sent, the request is carried out even if the future is dropped.
+    /// After the request is sent, it is carried out even if the future is dropped.
     pub async fn deregister_service(&self, service: &str) -> Result<(), RegisterError> {
         let index = self.keys.iter().position(|(_, name)| name == service);
         let index = index.ok_or_else(|| RegisterError::Invalid {
@@ -233,15 +238,16 @@ impl Registration {
         self.ask(|answer| Request::Remove(index, answer)).await
     }
 
-    /// Removes the entry and ends the registration. The lease is revoked; it is never registered again after that.
+    /// Removes the entry, revokes the lease and ends the registration. The server is not registered again afterwards.
     ///
     /// # Errors
     ///
-    /// If etcd could not be told within the bound (5 s by default): then the entry goes with its lease, one TTL later at the latest.
+    /// Fails if etcd does not confirm the change before the timeout (5 s by default). The entry is then removed when its lease expires, one
+    /// TTL later at the latest.
     ///
     /// # Cancel safety
     ///
-    /// Once sent, the request is carried out even if the future is dropped.
+    /// After the request is sent, it is carried out even if the future is dropped.
     pub async fn deregister(self) -> Result<(), RegisterError> {
         self.ask(Request::Deregister).await
     }
@@ -249,12 +255,12 @@ impl Registration {
     async fn ask(&self, request: impl FnOnce(Answer) -> Request) -> Result<(), RegisterError> {
         let (answer, outcome) = oneshot::channel();
         let asked = async {
-            // The task may be busy, and others before us.
+            // The inbox may be full while the task is busy with earlier requests.
             let sent = self.requests.send(request(answer)).await;
             sent.map_err(|_| Failure::Ended)?;
             outcome.await.unwrap_or(Err(Failure::Ended))
         };
-        // The task gives a deregistration up by itself, and says so; it is only waited for a little longer.
+        // The task itself abandons a deregistration at its timeout and reports the result, so this timeout is slightly longer.
         match timeout(self.change_timeout.saturating_add(ANSWER_SLACK), asked).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(Failure::Superseded(lease))) => Err(RegisterError::Superseded {
@@ -288,7 +294,7 @@ impl Registration {
     }
 }
 
-/// Runs a registration on a thread and over connections of its own.
+/// Runs a registration on its own thread, with its own connections.
 fn detached<Run>(etcd: Etcd, run: Run) -> io::Result<()>
 where
     Run: AsyncFnOnce(Etcd) + Send + 'static,
@@ -305,5 +311,5 @@ where
     thread.spawn(body).map(drop)
 }
 
-/// An answer that is due at a bound may be this late.
+/// Extra time for a result that the task sends at its own timeout.
 const ANSWER_SLACK: Duration = Duration::from_secs(1);

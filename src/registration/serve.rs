@@ -1,53 +1,55 @@
-//! What a server that registers itself ([`ServeRegistered`](crate::ServeRegistered)) takes along with its registration.
+//! The options and the state of a server that registers itself ([`ServeRegistered`](crate::ServeRegistered)).
 
 use std::time::Duration;
 
 use tokio::sync::watch;
 
-/// Where a server that registers itself stands. It only ever moves on, and may skip a state.
+/// The state of a server that registers itself. The state only moves forward, and it may skip a state.
 ///
-/// A handler of an endless stream that ends the stream when the server [drains](Self::is_draining) need not be cut.
+/// At the drain timeout, open calls are cut. A handler of an endless stream avoids the cut if it ends the stream once the server
+/// [drains](Self::is_draining).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ServerState {
     /// The socket is not bound yet.
     Starting,
-    /// It accepts connections, and is registered or does everything to be.
+    /// The server accepts connections. It is registered, or it is trying to register.
     Serving,
-    /// It was told to stop: its entry is taken out of etcd and clients learn of it. Connections are accepted and calls run as before.
+    /// The shutdown has begun: the entry is removed from etcd, so that clients select other servers. The server still accepts connections
+    /// and serves calls.
     LameDuck,
-    /// The listener is closed, and calls in flight are waited for.
+    /// The listener is closed. Calls in flight may finish.
     Draining,
-    /// It has ended.
+    /// The server has ended.
     #[non_exhaustive]
     Stopped {
-        /// How many connections were cut, at the drain timeout or because the server was to end at once. Those on which no client
-        /// had begun to speak by the end of the listener are not counted.
+        /// Number of connections that were cut, at the drain timeout or because the server had to end at once. Connections that the drain
+        /// closes early, because the client has not started HTTP, are not counted.
         connections_cut: usize,
     },
 }
 
 impl ServerState {
-    /// Whether no new connection is accepted any more.
+    /// Returns whether the server has stopped accepting connections.
     #[must_use]
     pub fn is_draining(&self) -> bool {
         matches!(self, Self::Draining | Self::Stopped { .. })
     }
 
-    /// Whether the server is told to stop.
+    /// Returns whether the shutdown has begun.
     #[must_use]
     pub fn is_stopping(&self) -> bool {
         !matches!(self, Self::Starting | Self::Serving)
     }
 }
 
-/// Options that only such a server reads.
+/// Options that only [`ServeRegistered`](crate::ServeRegistered) reads.
 #[derive(Debug)]
 pub(crate) struct ServeOptions {
     pub(crate) grace_period: Duration,
     pub(crate) drain_timeout: Duration,
     pub(crate) states: watch::Sender<ServerState>,
-    /// What the health service answers; none without one.
+    /// The source of the health service, or `None` for a server without one.
     #[cfg(feature = "health")]
     pub(crate) health: Option<Health>,
 }
@@ -64,12 +66,12 @@ impl Default for ServeOptions {
     }
 }
 
-/// Whose word the health service passes on while the server serves.
+/// The source of the statuses that the health service reports while the server serves.
 #[cfg(feature = "health")]
 #[derive(Clone, Debug)]
 pub(crate) struct Health {
     pub(crate) reporter: tonic_health::server::HealthReporter,
-    /// Whether the registered services, too, are reported to be serving from the start.
+    /// Whether the registered services are reported as serving from the start.
     pub(crate) services: bool,
 }
 

@@ -1,4 +1,4 @@
-//! What a server's owner sees of its registration.
+//! The state of a registration as reported to its owner.
 
 use tokio::time::Instant;
 
@@ -6,49 +6,49 @@ use super::lease::{Machine, Phase};
 use crate::error::EtcdError;
 use crate::keyspace::LeaseId;
 
-/// Where a registration stands.
+/// The state of a registration.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum RegistrationState {
-    /// The key is not known to be in etcd, and everything is done to put it there: at the start, after a loss, and while etcd has not
-    /// answered for longer than the lease lives.
+    /// The key is not known to be in etcd, and the registration tries to write it. This is the state at the start, after a loss, and while
+    /// etcd has not responded for longer than the TTL of the lease.
     #[non_exhaustive]
     Registering {
-        /// The last failure, if there was one.
+        /// The last failure, if any.
         last_error: Option<EtcdError>,
     },
-    /// The key is in etcd under our lease. Each renewal of the lease is a change of this state.
+    /// The key is in etcd under the registration's lease. Each renewal of the lease changes this state.
     #[non_exhaustive]
     Registered {
-        /// The lease the key hangs on.
+        /// The lease that the key is attached to.
         lease: LeaseId,
-        /// When the lease runs out if no further renewal gets through.
+        /// The time at which the lease expires if no further renewal succeeds.
         expires: Instant,
-        /// The last failed exchange, if no good one has followed it yet.
+        /// The last failure, if no exchange has succeeded since.
         last_error: Option<EtcdError>,
     },
-    /// Another server has taken the key. It is left alone, and claimed again when it disappears.
+    /// Another server has written the key. The registration does not overwrite it, and claims the key again after it is deleted.
     #[non_exhaustive]
     Superseded {
-        /// The lease that the key hangs on now; 0 if on none.
+        /// The lease that the key is now attached to, or 0 for a key without a lease.
         lease: LeaseId,
     },
-    /// The key is being taken away, for a pause or for good.
+    /// The key is being removed, for a pause or for good.
     #[non_exhaustive]
     Leaving {
-        /// The last failure, if there was one.
+        /// The last failure, if any.
         last_error: Option<EtcdError>,
     },
-    /// The key was taken away until it is resumed.
+    /// The key is removed until the registration is resumed.
     Paused,
     /// The registration has ended.
     Deregistered,
-    /// The registration's task has ended with its runtime, or has panicked. The key stays until its lease expires.
+    /// The task of the registration has ended together with its runtime, or has panicked. The key remains until its lease expires.
     Aborted,
 }
 
 impl RegistrationState {
-    /// Whether clients can find the server.
+    /// Returns whether clients can find the server.
     #[must_use]
     pub fn is_registered(&self) -> bool {
         matches!(self, Self::Registered { .. })

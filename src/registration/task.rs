@@ -1,4 +1,4 @@
-//! The task that owns a registration's machine and carries out its commands.
+//! The task that owns the state machine of a registration and executes its commands.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::pin::pin;
@@ -14,20 +14,20 @@ use super::lease::{Command, Found, LEAVE_MARKER_MAX, Machine, Phase, Put};
 use crate::etcd::Etcd;
 use crate::keyspace::{GuardedPut, Key, KeyValue, LeaseId};
 
-/// What the owner asks of the task. The answer comes when it is done.
+/// A request of the owner of the registration. The task responds once the request is complete.
 #[derive(Debug)]
 pub(super) enum Request {
     Pause(Answer),
     Resume(Answer),
     SetWeight(Entry, Answer),
-    /// The key with this index is to go.
+    /// Removes the key with this index.
     Remove(usize, Answer),
     Deregister(Answer),
 }
 
 pub(super) type Answer = oneshot::Sender<Result<(), Failure>>;
 
-/// Why the task could not do what was asked.
+/// The reason why the task did not complete a request.
 #[derive(Debug)]
 pub(super) enum Failure {
     Superseded(LeaseId),
@@ -35,7 +35,7 @@ pub(super) enum Failure {
     Ended,
 }
 
-/// The owner task.
+/// The task that owns the state machine.
 pub(super) struct Task {
     machine: Machine,
     etcd: Etcd,
@@ -44,15 +44,15 @@ pub(super) struct Task {
     states: watch::Sender<RegistrationState>,
     waiting: Vec<(Goal, Answer)>,
     key_watch: KeyWatch,
-    /// What was last told: the phase, the number of failures, and whether the last exchange was one.
+    /// The last published phase and number of failures, and whether an error was present.
     published: Option<(Phase, u64, bool)>,
-    /// How long a deregistration may take.
+    /// Timeout of a deregistration.
     budget: Duration,
-    /// When a deregistration under way is given up.
+    /// The time at which a deregistration in progress is abandoned.
     give_up: Option<Instant>,
 }
 
-/// Reports the end of a task that has not deregistered.
+/// Publishes `Aborted` if the task ends without a deregistration.
 struct Aborted(watch::Sender<RegistrationState>);
 
 impl Drop for Aborted {
@@ -67,7 +67,7 @@ impl Drop for Aborted {
     }
 }
 
-/// What a request waits for.
+/// The state that a request waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Goal {
     Paused,
@@ -90,8 +90,8 @@ impl Task {
                 entry.ttl,
                 entry.keys.len(),
                 has_leave_marker,
-                // A generator of its own kind is seeded with the time since the machine's start: those of machines that are started together
-                // would choose the same lease ids sooner or later.
+                // The default seed of `fastrand` is derived from the time since boot. Hosts that boot at the same time would sooner or
+                // later choose the same lease ids. `RandomState` is seeded by the operating system.
                 fastrand::Rng::with_seed(RandomState::new().build_hasher().finish()),
             ),
             etcd,
@@ -120,7 +120,7 @@ impl Task {
             self.step(command).await;
         }
         for (_, answer) in self.waiting.drain(..) {
-            // The asker may have gone.
+            // The caller may have dropped the receiver.
             let _ = answer.send(Err(Failure::GaveUp));
         }
         self.states.send_replace(RegistrationState::Deregistered);
@@ -129,7 +129,7 @@ impl Task {
     async fn step(&mut self, command: Command) {
         let never = Instant::now() + NEVER;
         let give_up = self.give_up.unwrap_or(never);
-        // After a deregistration nobody is listened to any more.
+        // After a deregistration, no further request is handled.
         let listening = self.give_up.is_none();
         if let Command::Wait { until } = command {
             let watched = matches!(
@@ -153,7 +153,7 @@ impl Task {
             }
             return;
         }
-        // A grant is waited for: one that reaches etcd after the revoke would leave a lease behind.
+        // A grant is not interrupted: if the grant reached etcd after the revoke, the lease would remain.
         let interruptible = listening && !matches!(command, Command::Grant { .. });
         let sent = Instant::now();
         let mut deferred = Vec::new();
@@ -165,8 +165,8 @@ impl Task {
                     biased;
                     () = &mut exchange => break None,
                     () = sleep_until(give_up) => break None,
-                    // Somebody who asks often must not keep every exchange from its end, or from the deadline that has the next one go to
-                    // another member.
+                    // The number of deferred requests is limited: a caller that sends requests in a tight loop must not delay the end of
+                    // the exchange, or its timeout, after which the next attempt uses another member.
                     request = self.inbox.recv(), if interruptible && deferred.len() < DEFERRED_MAX => match request {
                         Some(request @ (Request::SetWeight(..) | Request::Resume(_))) => deferred.push(request),
                         urgent => break Some(urgent),
@@ -231,20 +231,20 @@ impl Task {
                 }
             }
             News::Lost(error) => {
-                tracing::debug!(%error, "the watch on our own keys ended");
+                tracing::debug!(%error, "the watch on the keys of the registration ended");
                 self.machine.on_watch_lost();
             }
         }
     }
 
-    /// Answers the requests whose goal is reached, or out of reach.
+    /// Completes the requests whose goal is reached or can no longer be reached.
     fn answer(&mut self, now: Instant) {
         self.waiting.retain(|(_, answer)| !answer.is_closed());
         let phase = self.machine.phase(now);
         let written = self.machine.is_written();
         for index in (0..self.waiting.len()).rev() {
             let outcome = match (self.waiting[index].0, phase) {
-                // A resume may have overtaken a pause, and a pause a change of the value.
+                // A resume may have overtaken a pause, and a pause may have overtaken a change of the value.
                 (Goal::Paused, Phase::Paused | Phase::Registered { .. } | Phase::Superseded(_))
                 | (Goal::Written, Phase::Paused)
                 | (Goal::Deregistered, Phase::Deregistered) => Ok(()),
@@ -255,7 +255,7 @@ impl Task {
                 _ => continue,
             };
             let (_, answer) = self.waiting.swap_remove(index);
-            // The asker may have gone.
+            // The caller may have dropped the receiver.
             let _ = answer.send(outcome);
         }
     }
@@ -282,12 +282,12 @@ impl Task {
                 tracing::info!(state = ?next, failures = seen.1, "registration state changed");
             }
         } else if seen.2 && before.is_some_and(|(.., failing)| !failing) {
-            // Once per series: the tries go on for as long as it takes.
+            // Logged once per series of failures, because the attempts continue without limit.
             let error = self.machine.last_error.as_ref();
             let error = error.map(tracing::field::display);
             tracing::warn!(
                 error,
-                "etcd does not answer for the registration; trying on"
+                "a request of the registration to etcd failed; retrying"
             );
         }
         self.states.send_replace(next);
@@ -325,7 +325,7 @@ impl Entry {
     }
 }
 
-/// Carries one command out.
+/// Executes one command.
 async fn execute(
     etcd: &Etcd,
     entry: &Entry,
@@ -364,7 +364,7 @@ async fn execute(
         } => {
             if let Some(expected) = leave_marker {
                 let puts = entry.guarded(&[Put { index, expected }], true, lease);
-                // A courtesy, whatever comes of it.
+                // The leave marker is best effort: its result is ignored.
                 drop(etcd.put_if(&puts, deadline.min(LEAVE_MARKER_MAX)).await);
             }
             let answer = etcd.delete_if(&entry.keys[index], lease, deadline).await;
@@ -386,7 +386,7 @@ async fn execute(
     }
 }
 
-/// Requests that wait for the end of an exchange; others wait in the inbox.
+/// Most requests that wait for the end of an exchange. Further requests wait in the inbox.
 const DEFERRED_MAX: usize = 8;
-/// Far enough away for a timer that is not to fire.
+/// Duration of a timer that must not fire.
 const NEVER: Duration = Duration::from_secs(24 * 60 * 60);

@@ -1,4 +1,4 @@
-//! Channels whose endpoints a resolver finds.
+//! Channels with the endpoints that a resolver finds.
 
 use std::convert::Infallible;
 
@@ -12,12 +12,12 @@ use crate::resolver::{Resolver, ResolverBuilder, ResolverState};
 
 /// Connects to a service by its URL, `etcd://host:port[,host:port…]/service`, and waits for its first endpoint.
 ///
-/// The keys are looked for under the default prefix, `/gRPC/`. For another prefix, a user or TLS, use [`Registry::builder`] and
+/// The keys are read under the default prefix, `/gRPC/`. For another prefix, a user or TLS, use [`Registry::builder`] and
 /// [`Registry::channel`].
 ///
-/// The forms of go-zero are accepted as well, for services that go-zero has registered: `discov://host:port/key` and
-/// `etcd:///host:port?key=key`. go-zero also writes `etcd://` for the former; that is read as the form of this library, because the two cannot
-/// be told apart. For grpc-go's `etcd:///service`, which names no members, see [`Registry::channel_to`].
+/// For services that go-zero has registered, the forms of go-zero are accepted as well: `discov://host:port/key` and
+/// `etcd:///host:port?key=key`. go-zero also writes `etcd://` for the first form. Such a URL is read as the form of this library, because
+/// the two cannot be distinguished. For grpc-go's `etcd:///service`, which names no members, see [`Registry::channel_to`].
 ///
 /// ```no_run
 /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
@@ -28,8 +28,8 @@ use crate::resolver::{Resolver, ResolverBuilder, ResolverState};
 ///
 /// # Errors
 ///
-/// As [`Registry::connect`] and [`ChannelBuilder::connect`](crate::ChannelBuilder::connect), and if the URL has none of these forms or is
-/// ambiguous.
+/// Fails as [`Registry::connect`] and [`ChannelBuilder::connect`](crate::ChannelBuilder::connect) do. Also fails if the URL has none of
+/// these forms or is ambiguous.
 ///
 /// # Cancel safety
 ///
@@ -40,8 +40,8 @@ pub async fn connect(target: impl Into<String>) -> Result<BalancedChannel, Regis
     Ok(registry.channel_for(lookup).connect().await?)
 }
 
-/// The weight, the zone and the mark of a last resort. A new lease or a new key is a new generation: another server, or the same one after a
-/// restart.
+/// Copies the weight, the zone and the last-resort flag. A new lease or a new key is a new generation: another server, or the same server
+/// after a restart.
 impl From<Instance> for Attributes {
     fn from(instance: Instance) -> Self {
         let location = instance.location();
@@ -50,7 +50,7 @@ impl From<Instance> for Attributes {
         let created = location.map_or(0, |location| {
             location.create_revision().get().cast_unsigned()
         });
-        // Revisions are small numbers and lease ids are random, so that no other pair has the same sum.
+        // Revisions are small numbers and lease ids are random, so the sums of two different pairs do not collide in practice.
         let generation = lease.wrapping_add(created.rotate_left(32));
         let attributes = Self::new()
             .with_weight(instance.weight())
@@ -63,7 +63,7 @@ impl From<Instance> for Attributes {
     }
 }
 
-/// Starts a resolver for the channel. Host names may resolve to what the resolver accepts as an address.
+/// Starts a resolver for the channel. The address policy of the resolver also applies to the addresses that host names resolve to.
 impl EndpointSource for ResolverBuilder {
     type Attributes = Instance;
     type Error = Infallible;
@@ -76,7 +76,7 @@ impl EndpointSource for ResolverBuilder {
     }
 }
 
-/// Unlike a plain stream of changes, a resolver reports an empty set as known, and its errors are part of the errors of calls.
+/// Unlike a plain stream of changes, a resolver reports an empty set as known. Its errors become part of the errors of calls.
 impl EndpointSource for Resolver {
     type Attributes = Instance;
     type Error = Infallible;
@@ -86,7 +86,7 @@ impl EndpointSource for Resolver {
         let mut statuses = self.watch_status();
         let watched = statuses.clone();
         let known = async move {
-            // It fails when the resolver has ended. The set will then never be known.
+            // `wait_for` fails if the resolver has ended. The set then never becomes known.
             let known = statuses.wait_for(|status| status.state != ResolverState::Unknown);
             if known.await.is_err() {
                 std::future::pending::<()>().await;

@@ -1,4 +1,4 @@
-//! The door to everything: one etcd cluster, and where services live in it.
+//! The entry point of the crate: one etcd cluster, and the location of services in it.
 
 use tonic_balance::AddressPolicy;
 use tonic_balance::{BalancedChannel, ChannelBuilder};
@@ -17,7 +17,7 @@ use crate::keyspace::{Key, Keyspace};
 use crate::registration::RegistrationBuilder;
 use crate::resolver::ResolverBuilder;
 
-/// A registry of services in etcd. Cloning is cheap, and all clones share the connections.
+/// A registry of services in etcd. A clone is cheap, and all clones share the connections.
 ///
 /// ```no_run
 /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
@@ -36,20 +36,20 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Connects to etcd with default options, and makes one round trip: a wrong address or a missing password is an error here.
+    /// Connects to etcd with default options, and makes one round trip: a wrong address or a missing password is reported as an error.
     ///
-    /// An endpoint is `host:port`, `http://host:port` or `https://host:port` (feature `tls`), IPv6 in brackets. Give all members: what
-    /// one of them leaves unanswered goes to another within 2 s, and one that is down is not asked. Whether TLS is spoken is the same for
-    /// all. No further members are looked for.
+    /// An endpoint is `host:port`, `http://host:port` or `https://host:port` (feature `tls`), with IPv6 addresses in brackets. Pass the
+    /// endpoints of all members: a request that one member leaves unanswered is sent to another member within 2 s, and a member that is
+    /// down receives no requests. Either all endpoints use TLS or none. Further members are not discovered.
     ///
     /// # Errors
     ///
-    /// Tells by its variant, and in words, whether nothing answers, something else than etcd answers, one side speaks TLS, or the user
-    /// is refused. It takes about 2 s to say that nothing listens, and about 5 s that nothing answers.
+    /// The variant and the message of the error distinguish these cases: no server responds, a server other than etcd responds, only one
+    /// side uses TLS, or etcd rejects the user. The call fails after about 2 s if nothing listens, and after about 5 s if nothing responds.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future closes what it has opened.
+    /// Dropping the future closes the connections that it has opened.
     pub async fn connect<I>(endpoints: I) -> Result<Self, RegistryError>
     where
         I: IntoIterator,
@@ -58,7 +58,7 @@ impl Registry {
         Self::builder(endpoints).connect().await
     }
 
-    /// Connects with options.
+    /// Returns a builder for a registry with options.
     ///
     /// ```no_run
     /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
@@ -87,12 +87,12 @@ impl Registry {
         }
     }
 
-    /// Takes a client of your own, under the default prefix; [`with_prefix`](Self::with_prefix) and
+    /// Creates a registry from an existing etcd client, under the default prefix. [`with_prefix`](Self::with_prefix) and
     /// [`with_address_policy`](Self::with_address_policy) set the other options.
     ///
-    /// Build it with `with_require_leader(true)` and `with_auto_token_refresh(true)`: without them a member that is cut off from its
-    /// cluster stays silent, and an expired token is not renewed. Such a client balances by itself; failing over from a frozen member is
-    /// then up to it.
+    /// Build the client with `with_require_leader(true)` and `with_auto_token_refresh(true)`. Without them, a member that is cut off from
+    /// its cluster stays silent, and an expired token is not renewed. Such a client does its own balancing, so failover from a frozen
+    /// member depends on the client.
     #[must_use]
     pub fn from_client(client: etcd_client::Client) -> Self {
         Self {
@@ -102,7 +102,7 @@ impl Registry {
         }
     }
 
-    /// Sets the prefix, as [`RegistryBuilder::prefix`] does. The registry shares its connections with the one it is made from.
+    /// Sets the prefix, as [`RegistryBuilder::prefix`] does. The new registry shares its connections with the original.
     #[must_use]
     pub fn with_prefix(mut self, prefix: impl Into<String>) -> Self {
         self.keyspace = Keyspace::new(&prefix.into());
@@ -116,16 +116,16 @@ impl Registry {
         self
     }
 
-    /// The prefix under which services live: the one that was given, or `/gRPC/`.
+    /// Returns the prefix of the service keys: the configured prefix, or `/gRPC/`.
     #[must_use]
     pub fn prefix(&self) -> &str {
         self.keyspace.prefix()
     }
 
-    /// Describes a registration of a server for a service; the key will be `<prefix><service>/<instance id>`, or what its
-    /// [`Format`] makes of it.
+    /// Returns a builder of a registration of a server for a service. The key will be `<prefix><service>/<instance id>`, or the key that
+    /// its [`Format`] defines.
     ///
-    /// The service's name is not empty and has no slash; what is wrong with it is said when the registration is made.
+    /// The service name must not be empty and must not contain a slash. An invalid name is reported when the server is registered.
     pub fn registration(&self, service: impl Into<String>) -> RegistrationBuilder {
         RegistrationBuilder::service(
             self.etcd.clone(),
@@ -135,13 +135,12 @@ impl Registry {
         )
     }
 
-    /// Describes a registration at an exact key, whatever the prefix.
+    /// Returns a builder of a registration at an exact key, regardless of the prefix.
     pub fn registration_at(&self, key: impl Into<String>) -> RegistrationBuilder {
         RegistrationBuilder::key(self.etcd.clone(), self.policy.clone(), &key.into())
     }
 
-    /// Returns a builder of a resolver, which watches the instances of a service. Nothing is watched before
-    /// [`start`](ResolverBuilder::start).
+    /// Returns a builder of a resolver, which watches the instances of a service. The watch begins with [`start`](ResolverBuilder::start).
     ///
     /// ```no_run
     /// # async fn run(registry: tonic_etcd::Registry) {
@@ -158,8 +157,8 @@ impl Registry {
         )
     }
 
-    /// Returns a builder of a resolver, which watches all keys under some prefixes. A trailing slash is added to a prefix if it is missing:
-    /// `/web/node1` is under `/web`, `/webs/node1` is not. The registry's own prefix is not used.
+    /// Returns a builder of a resolver, which watches all keys under the given prefixes. A missing trailing slash is added to a prefix:
+    /// `/web/node1` is under `/web`, `/webs/node1` is not. The prefix of the registry is not used.
     pub fn resolver_at<I>(&self, prefixes: I) -> ResolverBuilder
     where
         I: IntoIterator,
@@ -169,7 +168,7 @@ impl Registry {
         ResolverBuilder::prefixes(self.etcd.clone(), &prefixes, self.policy.clone())
     }
 
-    /// Describes a channel that is balanced over the instances of a service.
+    /// Returns a builder of a channel that is balanced over the instances of a service.
     ///
     /// ```no_run
     /// # async fn run(registry: tonic_etcd::Registry) -> Result<(), Box<dyn std::error::Error>> {
@@ -183,7 +182,7 @@ impl Registry {
         BalancedChannel::builder().source(self.resolver(service))
     }
 
-    /// Returns a builder of a channel over all keys under some prefixes, as [`resolver_at`](Self::resolver_at) watches them.
+    /// Returns a builder of a channel over all keys under the given prefixes, as [`resolver_at`](Self::resolver_at) watches them.
     pub fn channel_at<I>(&self, prefixes: I) -> ChannelBuilder<ResolverBuilder>
     where
         I: IntoIterator,
@@ -192,8 +191,8 @@ impl Registry {
         BalancedChannel::builder().source(self.resolver_at(prefixes))
     }
 
-    /// Describes a channel to what grpc-go calls `etcd:///service`: the keys `service/<instance id>`, whatever the registry's prefix. With
-    /// four slashes, `etcd:////gRPC/service`, the path begins with one.
+    /// Returns a builder of a channel for a grpc-go target `etcd:///service`: the keys `service/<instance id>`, regardless of the prefix of
+    /// the registry. With four slashes, as in `etcd:////gRPC/service`, the path begins with a slash.
     ///
     /// ```no_run
     /// # async fn run(registry: tonic_etcd::Registry) -> Result<(), Box<dyn std::error::Error>> {
@@ -204,8 +203,7 @@ impl Registry {
     ///
     /// # Errors
     ///
-    /// If the target is of another form: one that names etcd members is for
-    /// [`connect`].
+    /// Fails if the target has another form. For a target that names etcd members, use [`connect`].
     pub fn channel_to(
         &self,
         target: impl Into<String>,
@@ -230,7 +228,7 @@ impl Registry {
     }
 }
 
-/// A [`Registry`] with options; made by [`Registry::builder`].
+/// A builder for a [`Registry`] with options; created by [`Registry::builder`].
 #[derive(Clone)]
 #[must_use = "there is no registry before `connect` or `connect_lazy`"]
 pub struct RegistryBuilder {
@@ -240,15 +238,15 @@ pub struct RegistryBuilder {
 }
 
 impl RegistryBuilder {
-    /// The prefix under which services live; a trailing slash is added if it is missing. Default `/gRPC/`, and for each
-    /// [`Format`] of another library what that library writes. Empty, keys begin with the service's name: that is where
-    /// `etcd:///service` of grpc-go looks.
+    /// Sets the prefix of the service keys. A missing trailing slash is added. The default is `/gRPC/`, or for each [`Format`] of another
+    /// library the prefix that this library uses. With an empty prefix, keys begin with the service name, as for `etcd:///service` in
+    /// grpc-go.
     pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
         self.keyspace = Keyspace::new(&prefix.into());
         self
     }
 
-    /// The etcd user. None by default. The token that etcd issues for it is renewed whenever etcd refuses it.
+    /// Sets the etcd user. The default is no user. The token that etcd issues for the user is renewed whenever etcd rejects it.
     pub fn user(mut self, name: impl Into<String>, password: impl Into<String>) -> Self {
         self.config.credentials = Some(Credentials {
             user: name.into(),
@@ -257,11 +255,12 @@ impl RegistryBuilder {
         self
     }
 
-    /// Speaks TLS to etcd. By default endpoints that say `https://` are spoken to with the system's root certificates.
+    /// Enables TLS to etcd with this configuration. By default, endpoints with `https://` are verified against the system's root
+    /// certificates.
     ///
-    /// Every member's certificate has to be valid for the name that the configuration fixes, or with
-    /// [`TlsConfig::verify_dialled_host`](tonic_balance::TlsConfig::verify_dialled_host) for the member's own host. Certificates in files are read again at each
-    /// handshake: renewed ones need no restart.
+    /// The certificate of every member must be valid for the name in the configuration, or with
+    /// [`TlsConfig::verify_dialled_host`](tonic_balance::TlsConfig::verify_dialled_host) for the member's own host. Certificate files are
+    /// read again at each handshake, so renewed certificates need no restart.
     #[cfg(feature = "tls")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
     pub fn tls_config(mut self, tls: tonic_balance::TlsConfig) -> Self {
@@ -269,7 +268,7 @@ impl RegistryBuilder {
         self
     }
 
-    /// Which addresses resolvers accept and registrations may advertise. See [`AddressPolicy`] for the default.
+    /// Sets the policy for the addresses that resolvers accept and registrations may advertise. See [`AddressPolicy`] for the default.
     pub fn address_policy(mut self, policy: AddressPolicy) -> Self {
         self.policy = policy;
         self
@@ -279,9 +278,10 @@ impl RegistryBuilder {
     ///
     /// # Errors
     ///
-    /// As [`Registry::connect`].
+    /// Fails as [`Registry::connect`] does.
     pub async fn connect(self) -> Result<Registry, RegistryError> {
-        // The prefix itself is a key that nobody writes, and that whoever may read the prefix may read. An empty key is none.
+        // The probe reads the prefix itself as a key: no server writes this key, and every user with read access to the prefix may read it.
+        // An empty key is not valid in etcd.
         let probe = match self.keyspace.prefix() {
             "" => "/",
             prefix => prefix,
@@ -290,10 +290,11 @@ impl RegistryBuilder {
         Ok(self.over(etcd))
     }
 
-    /// Connects when there is something to ask: for programs that must start while etcd is down. What is wrong with the endpoints, the user
-    /// or TLS is then said by the first registration, which fails for it, or by the status of the first resolver or channel, which tries again.
+    /// Creates a registry that connects at its first request, for programs that must start while etcd is down. Wrong addresses, a wrong
+    /// user or a wrong TLS configuration are reported later: the first registration fails, while the first resolver or channel reports the
+    /// error in its status and retries.
     ///
-    /// Give servers a long [`startup_timeout`](RegistrationBuilder::startup_timeout): the time within which etcd has to be there.
+    /// Give servers a long [`startup_timeout`](RegistrationBuilder::startup_timeout), within which etcd must become available.
     ///
     /// ```
     /// use tonic_etcd::Registry;
@@ -306,7 +307,7 @@ impl RegistryBuilder {
     ///
     /// # Errors
     ///
-    /// If there is no endpoint, or one that cannot be one.
+    /// Fails if no endpoint is configured, or if an endpoint is not valid.
     pub fn connect_lazy(self) -> Result<Registry, RegistryError> {
         let etcd = Etcd::connect_lazy(&self.config)?;
         Ok(self.over(etcd))

@@ -1,25 +1,25 @@
-//! The URL of a service in etcd: ours, grpc-go's and go-zero's.
+//! The URL of a service in etcd: the forms of this library, grpc-go and go-zero.
 
 use percent_encoding::percent_decode_str;
 
 use crate::error::RegistryError;
 
-/// A target, taken apart.
+/// A parsed target.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Target {
-    /// None in grpc-go's form, where whoever makes the resolver knows them.
+    /// Empty for grpc-go's form: the registry already has the members.
     pub(crate) members: Vec<String>,
     pub(crate) lookup: Lookup,
 }
 
-/// Where the instances are looked for.
+/// The location of the instances.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Lookup {
     /// A service under the registry's prefix.
     Service(String),
-    /// The whole of what stands before the instance ids, without the slash at its end, as etcd's own resolver has it.
+    /// The complete key prefix before the instance ids, without its trailing slash, as in etcd's own resolver for grpc-go.
     Path(String),
-    /// A key of go-zero's configuration, in its format.
+    /// A key from go-zero's configuration, in go-zero's format.
     GoZero(String),
 }
 
@@ -28,7 +28,7 @@ impl Target {
         Self::parts(target).map_err(|reason| invalid(target, reason))
     }
 
-    /// Reads a target that names its members.
+    /// Parses a target that names its members.
     pub(super) fn with_members(target: &str) -> Result<Self, RegistryError> {
         let parsed = Self::parse(target)?;
         if parsed.members.is_empty() {
@@ -40,7 +40,7 @@ impl Target {
         Ok(parsed)
     }
 
-    /// Reads a target that leaves the members to a registry.
+    /// Parses a target without members, for a registry that is already connected.
     pub(crate) fn of_registry(target: &str) -> Result<Lookup, RegistryError> {
         let parsed = Self::parse(target)?;
         if !parsed.members.is_empty() {
@@ -76,7 +76,7 @@ impl Target {
         }
     }
 
-    /// `etcd://host:port[,host:port…]/service`
+    /// Parses `etcd://host:port[,host:port…]/service`.
     fn ours(authority: &str, service: &str) -> Result<Self, &'static str> {
         if service.is_empty() || service.contains('/') {
             return Err("its path is not one service's name");
@@ -87,12 +87,12 @@ impl Target {
         })
     }
 
-    /// `etcd:///service`. All that follows the third slash is the path, which may begin with a slash itself.
+    /// Parses `etcd:///service`. The path is everything after the third slash, and may begin with a slash itself.
     fn grpc_go(path: &str) -> Result<Self, &'static str> {
         if path.is_empty() || path.ends_with('/') {
             return Err("it names no service");
         }
-        // What has ports, or several parts, is no service's name.
+        // A path with a port or with several parts is not a service name.
         let is_member = |member: &str| member.parse::<crate::Address>().is_ok();
         if path.contains(',') || is_member(path) {
             return Err(
@@ -105,7 +105,8 @@ impl Target {
         })
     }
 
-    /// `discov://host:port[,host:port…]/key` up to 1.10.1, `etcd:///host:port[,host:port…]?key=key` since.
+    /// Parses `discov://host:port[,host:port…]/key`, which go-zero uses up to 1.10.1, and `etcd:///host:port[,host:port…]?key=key`, which
+    /// it uses since then.
     fn go_zero(authority: &str, key: String) -> Result<Self, &'static str> {
         if key.is_empty() || key.ends_with('/') {
             return Err("it names no key");

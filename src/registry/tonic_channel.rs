@@ -1,4 +1,4 @@
-//! tonic's own balanced channel, fed by a resolver.
+//! A resolver as the source of endpoints for tonic's own balanced channel.
 
 use std::collections::HashSet;
 use std::future::poll_fn;
@@ -16,28 +16,28 @@ use crate::resolver::Resolver;
 use tonic_balance::Address;
 
 impl Resolver {
-    /// Feeds tonic's own balanced channel, with plaintext endpoints.
+    /// Creates tonic's own balanced channel over the instances of this resolver, with plaintext endpoints.
     ///
-    /// The channel follows the registry for as long as it, or a clone of it, lives; then the watch ends. Attributes that change in place
-    /// (weight, metadata, a renewed lease) reconnect nothing.
+    /// The resolver feeds the channel until the last clone of the channel is dropped; then the watch ends. An attribute that changes in
+    /// place (weight, metadata, a renewed lease) causes no reconnect.
     ///
-    /// The channel is tonic's, with its limits: it chooses at random, takes an endpoint that refuses connections for one that is
-    /// ready, and with no endpoint at all a call waits until there is one, past the deadline it may have been given: put calls under
-    /// [`tokio::time::timeout`] where that matters.
+    /// The channel has the limits of tonic's implementation. It picks an endpoint at random and treats an endpoint that refuses connections
+    /// as ready. A call without any endpoint waits until one is available, even beyond the deadline of the call. Wrap calls in
+    /// [`tokio::time::timeout`] if this matters.
     ///
     /// # Panics
     ///
-    /// Outside a tokio runtime.
+    /// Panics if it is called outside a tokio runtime.
     #[must_use]
     pub fn into_tonic_channel(self) -> transport::Channel {
         self.into_tonic_channel_with(|endpoint| endpoint)
     }
 
-    /// As [`into_tonic_channel`](Self::into_tonic_channel), with options for each endpoint. Its connect timeout is 10 s unless changed
-    /// here.
+    /// Creates the channel as [`into_tonic_channel`](Self::into_tonic_channel) does, with options for each endpoint. The connect timeout of
+    /// an endpoint is 10 s unless `configure` changes it.
     ///
-    /// The endpoint's URI is `http://host:port`. For TLS, which is a feature of tonic's own, the function has to return one that
-    /// says `https`: tonic ignores a TLS configuration otherwise.
+    /// The URI of the endpoint is `http://host:port`. For TLS, which requires a feature of tonic, `configure` must return an endpoint with
+    /// an `https` URI: tonic ignores the TLS configuration of other endpoints.
     ///
     /// ```no_run
     /// # use std::time::Duration;
@@ -48,7 +48,7 @@ impl Resolver {
     ///
     /// # Panics
     ///
-    /// Outside a tokio runtime.
+    /// Panics if it is called outside a tokio runtime.
     #[must_use]
     pub fn into_tonic_channel_with<F>(self, configure: F) -> transport::Channel
     where
@@ -60,7 +60,7 @@ impl Resolver {
     }
 }
 
-/// Hands the resolver's changes to the channel until that is gone.
+/// Sends the resolver's changes to the channel until the channel is dropped.
 async fn feed(
     mut resolver: Resolver,
     changes: tokio::sync::mpsc::Sender<StockChange<Address, transport::Endpoint>>,
@@ -78,7 +78,7 @@ async fn feed(
                 Step::Insert(address) => match endpoint(&address) {
                     Ok(endpoint) => StockChange::Insert(address, configure(endpoint)),
                     Err(error) => {
-                        tracing::warn!(%address, %error, "skipped an address that makes no endpoint");
+                        tracing::warn!(%address, %error, "skipped an address that is not a valid endpoint");
                         continue;
                     }
                 },
@@ -91,7 +91,7 @@ async fn feed(
     }
 }
 
-/// Waits for changes, and takes all that are there.
+/// Waits for changes, and returns all changes that are available.
 async fn batch(resolver: &mut Resolver) -> Vec<Change<Address, Instance>> {
     let mut batch = Vec::new();
     poll_fn(|cx| {
@@ -108,12 +108,12 @@ async fn batch(resolver: &mut Resolver) -> Vec<Change<Address, Instance>> {
     batch
 }
 
-/// What the channel has been given.
+/// The endpoints that the channel has received.
 #[derive(Debug, Default)]
 struct Set {
     registered: HashSet<Address>,
-    /// Those that have vanished together with most others. They stay only while there is nothing else: the channel takes an endpoint that
-    /// is dead for one that is ready.
+    /// Last-resort instances, which were removed from the registry together with most others. The channel keeps them only while no instance
+    /// is registered, because it treats a dead endpoint as ready.
     held: HashSet<Address>,
 }
 
@@ -128,13 +128,14 @@ impl Set {
         let mut steps = Vec::new();
         for change in batch {
             match change {
-                // One that is not in the channel would be dialled, and its address may be somebody else's by now.
+                // A last resort that the channel does not have is not added: the channel would dial it, and its address may belong to
+                // another server by now.
                 Change::Insert(address, instance) if instance.is_last_resort() => {
                     if self.registered.remove(&address) {
                         self.held.insert(address);
                     }
                 }
-                // An insert of what is there already would drop the connection and dial again.
+                // An insert for an existing endpoint would make the channel drop the connection and dial again.
                 Change::Insert(address, _) => {
                     let there = self.held.remove(&address);
                     if self.registered.insert(address.clone()) && !there {
@@ -160,10 +161,10 @@ fn endpoint(address: &Address) -> Result<transport::Endpoint, transport::Error> 
     Ok(endpoint.connect_timeout(CONNECT_TIMEOUT))
 }
 
-/// Changes on their way to the channel. The resolver keeps what does not fit, so the number decides nothing.
+/// Capacity of the queue of changes. The size has no effect on the result: the resolver keeps the changes that do not fit.
 const CHANGES: usize = 64;
-/// As tonic-xds has it, half of what gRPC's connection backoff document gives a first try: an address whose packets are dropped is
-/// known to be dead after it.
+/// Same as in tonic-xds, and half of the timeout that gRPC's connection backoff document gives a first attempt. An attempt to an address
+/// whose packets are dropped fails after it.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[cfg(test)]

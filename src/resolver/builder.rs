@@ -1,4 +1,4 @@
-//! The options of a resolver.
+//! The builder of a resolver.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::instance::Instance;
 use crate::keyspace::{Keyspace, Range, check_service, with_slash};
 use tonic_balance::AddressPolicy;
 
-/// A [`Resolver`] with options; made by [`Registry::resolver`](crate::Registry::resolver).
+/// Builder of a [`Resolver`], returned by [`Registry::resolver`](crate::Registry::resolver).
 #[derive(Clone, Debug)]
 #[must_use = "nothing is watched before `start`"]
 pub struct ResolverBuilder {
@@ -21,7 +21,7 @@ pub struct ResolverBuilder {
     options: Options,
 }
 
-/// Where the instances are looked for.
+/// The keys to watch.
 #[derive(Clone, Debug)]
 enum Source {
     Service(Keyspace),
@@ -52,8 +52,8 @@ impl ResolverBuilder {
         }
     }
 
-    /// Reads keys and values of this format only, a service's where the format has them. By default every known format is recognised by
-    /// the looks of its values, where this library keeps its own; see [`Format`].
+    /// Reads keys and values of this format only, under the prefix at which the format stores a service. By default, the resolver watches
+    /// the prefix of this library's own format and detects the format of each value; see [`Format`].
     pub fn format(mut self, format: Format) -> Self {
         self.options.decoder.format = Some(format);
         self
@@ -63,35 +63,39 @@ impl ResolverBuilder {
         &self.options.decoder.policy
     }
 
-    /// Which addresses are accepted. By default the registry's policy.
+    /// Sets which addresses are accepted. The default is the policy of the registry.
     pub fn address_policy(mut self, policy: AddressPolicy) -> Self {
         self.options.decoder.policy = policy;
         self
     }
 
-    /// How long an instance is kept as a last resort when most instances vanish from the registry at once; `None`, or zero, for not at
-    /// all. Default 30 s: twice the default TTL, in which every server that lives has registered again.
+    /// Sets how long an instance is kept as a last resort when most instances vanish from the registry at once. `None` or zero disables
+    /// this protection. The default is 30 s: twice the default TTL, within which every running server has registered again.
     ///
-    /// When removals within 10 s leave fewer than half of the largest set of those 10 s, and at least two instances have gone, each one
-    /// that would vanish from then on stays for this long, or until half of the set is back, with
-    /// [`is_last_resort`](crate::Instance::is_last_resort) set. An operator's slip or a fault in etcd looks like this, and a fleet that
-    /// really ends at once does as well: a [`BalancedChannel`](crate::BalancedChannel) therefore calls such an instance only while no
-    /// other is ready, over the connection that is there, and never dials it. `Resolver::into_tonic_channel` keeps them only while
-    /// its set would otherwise be empty.
+    /// The protection starts when the removals within 10 s leave fewer than half of the largest set of those 10 s, and at least two
+    /// instances have been removed. From that removal on, each removed instance is kept for this duration, or until half of the set is
+    /// registered again. Such an instance has [`is_last_resort`](crate::Instance::is_last_resort) set.
     ///
-    /// An instance that deregisters or pauses is never held, where its format can say that it leaves: [`Format::EtcdNaming`] can,
-    /// [`Format::Plain`] cannot. Each hold's begin and end is logged; [`ResolverStatus::held`](crate::ResolverStatus::held) and
-    /// [`mass_removals`](crate::ResolverStatus::mass_removals) count them.
+    /// The removals may be due to an operator's mistake, to a fault in etcd, or to a planned shutdown of the whole fleet; the registry
+    /// looks the same in each case. A [`BalancedChannel`](crate::BalancedChannel) therefore calls such an instance only while no other
+    /// instance is ready, uses only an existing connection, and never dials it. `Resolver::into_tonic_channel` keeps such instances only
+    /// while its set would otherwise be empty.
+    ///
+    /// An instance that deregisters or pauses is never held if its format can mark a planned departure: [`Format::EtcdNaming`] can,
+    /// [`Format::Plain`] cannot. The start and the end of each episode of holds are logged.
+    /// [`ResolverStatus::held`](crate::ResolverStatus::held) is the number of held instances, and
+    /// [`mass_removals`](crate::ResolverStatus::mass_removals) is the number of such episodes.
     pub fn mass_removal_protection(mut self, hold: Option<Duration>) -> Self {
         self.options.hold = hold;
         self
     }
 
-    /// Uses only the instances that the function accepts, such as those of one version. All by default.
+    /// Uses only the instances that the function accepts, such as those of one version. By default, all instances are used.
     ///
-    /// Use this rather than a filter on the resolver's stream: the channel then knows when the list is complete, and calls fail at once if no
-    /// instance is accepted. The function runs on every read of the set of instances, never for a call; it must be cheap, and always return the
-    /// same for the same instance. It also applies to instances that [`mass_removal_protection`](Self::mass_removal_protection) keeps.
+    /// Prefer this to a filter on the resolver's stream: the channel can then detect that the list is complete, and calls fail at once if
+    /// no instance is accepted. The function runs on every read of the set of instances, never for a call. It must be cheap, and must
+    /// always return the same result for the same instance. It also applies to instances that
+    /// [`mass_removal_protection`](Self::mass_removal_protection) keeps.
     ///
     /// ```no_run
     /// # fn run(registry: tonic_etcd::Registry) {
@@ -109,13 +113,14 @@ impl ResolverBuilder {
         self
     }
 
-    /// How often, at most, the keys are compared with a list of their names; `None` for never. Default 5 minutes. Each wait is random
-    /// between half of it and the whole, so that clients that start together do not ask together. Under 100 ms it counts as that.
+    /// Sets the longest time between two reconciliations, which compare the keys with a list of their names in etcd. `None` disables
+    /// reconciliation. The default is 5 minutes. Each wait is random between half of the interval and the whole interval, so that clients
+    /// that start together do not list together. An interval below 100 ms counts as 100 ms.
     ///
-    /// It is for faults in etcd, of which several have lost events of a watch without an error. A list has no values in it: names,
-    /// revisions and leases of 10 000 instances are about a megabyte. Keys that it has otherwise are given 5 s, in which the watch may
-    /// bring what is on its way, and are then read one by one. [`ResolverStatus::repaired`](crate::ResolverStatus::repaired) counts those
-    /// that were put right.
+    /// Reconciliation detects faults in etcd: several such faults have lost events of a watch without an error. A list contains no values:
+    /// names, revisions and leases of 10 000 instances are about a megabyte. If a key differs in the list, the watch gets 5 s to deliver
+    /// the change; after that, the key is read individually. [`ResolverStatus::repaired`](crate::ResolverStatus::repaired) counts the keys
+    /// that were corrected.
     pub fn reconcile_interval(mut self, interval: Option<Duration>) -> Self {
         self.options.reconcile = interval;
         self
@@ -123,12 +128,12 @@ impl ResolverBuilder {
 
     /// Starts watching.
     ///
-    /// A service name or prefix that cannot be right (empty, or a service name with a slash) is not an error here: the set is then
-    /// known and empty, and the [status](Resolver::status) says why, so that calls fail at once and with the reason.
+    /// An invalid service name or prefix (empty, or a service name with a slash) is not an error here. Instead, the set counts as known and
+    /// empty, and the [status](Resolver::status) contains the reason. Calls then fail at once with that reason.
     ///
     /// # Panics
     ///
-    /// Outside a tokio runtime.
+    /// Panics if called outside a tokio runtime.
     #[must_use]
     pub fn start(self) -> Resolver {
         let prefixes = self.watched();
@@ -160,7 +165,7 @@ impl ResolverBuilder {
         Resolver::start(&etcd, service, ranges, options, trouble)
     }
 
-    /// The prefixes to watch, or why there are none.
+    /// Returns the prefixes to watch, or the reason why the service name or the prefixes are invalid.
     fn watched(&self) -> Result<Vec<String>, String> {
         match &self.source {
             Source::Service(keyspace) => {
@@ -183,13 +188,14 @@ impl ResolverBuilder {
     }
 }
 
-/// The prefixes without those that lie inside another: a key must have one watch, or a delete on one would be undone by the other.
+/// Returns the prefixes without those nested in another prefix. Each key must have exactly one watch: with two, a delete from one watch
+/// could be undone by a late put from the other.
 fn disjoint(mut prefixes: Vec<String>) -> Vec<String> {
     prefixes.sort();
     prefixes.dedup();
     let mut kept: Vec<String> = Vec::new();
     for prefix in prefixes {
-        // Sorted, a prefix comes before all it contains.
+        // In sorted order, a prefix precedes every prefix nested in it.
         if kept
             .last()
             .is_none_or(|last| !prefix.starts_with(last.as_str()))

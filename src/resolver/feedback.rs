@@ -1,4 +1,4 @@
-//! What those who connect to instances can tell the resolver.
+//! Reports of refused connections to the resolver.
 
 use std::sync::Arc;
 
@@ -6,15 +6,15 @@ use tokio::sync::mpsc;
 
 use tonic_balance::Address;
 
-/// Tells a [`Resolver`](crate::Resolver) that an address it announces refuses connections; made by
+/// Handle that reports to a [`Resolver`](crate::Resolver) that an address refuses connections. Returned by
 /// [`Resolver::feedback`](crate::Resolver::feedback).
 ///
-/// An instance whose key is gone is removed as soon as the watch says so. This is for the case that the watch has lost it: each report has
-/// the keys of the address read once, at a random moment within 2 s, and what is found is the truth: the instance goes, or changes, or
-/// stays as it is. A key is read every 10 s at most, and a resolver reads ten keys a second at most, so that a fleet that goes down
-/// together costs etcd no more than a server that does.
+/// Normally, an instance is removed when the watch delivers the delete of its key. Feedback covers the case that the watch has lost the
+/// delete. After a report, each key of the address is read once, at a random moment within 2 s. The resolver applies the result: the
+/// instance is removed, updated, or left unchanged. Each key is read at most every 10 s, and a resolver reads at most ten keys per second.
+/// A whole fleet that fails at once therefore costs etcd no more than a single server.
 ///
-/// A handle does not keep the resolver's watch open. Cloning is a reference count.
+/// A handle does not keep the resolver's watch open. Cloning increments a reference count.
 #[derive(Clone, Debug)]
 pub struct ResolverFeedback(Arc<[mpsc::Sender<Address>]>);
 
@@ -23,20 +23,20 @@ impl ResolverFeedback {
         Self(prefixes.into())
     }
 
-    /// Reports that a connection to the address was refused, or lost at once. To be called once for each attempt, of which a backoff
-    /// makes few. It never waits; when too much is reported at once some of it is dropped.
+    /// Reports that a connection to the address was refused, or was lost as soon as it was open. Call this once per connection attempt; a
+    /// backoff between attempts keeps the reports rare. This function never waits. A report is dropped if too many reports are pending.
     pub fn refused(&self, address: &Address) {
         for prefix in &*self.0 {
-            // Full, or the resolver is gone. What goes on refusing connections is reported again.
+            // The queue is full, or the resolver was dropped. An address that keeps refusing connections is reported again.
             let _ = prefix.try_send(address.clone());
         }
     }
 }
 
-/// The way to one prefix's task.
+/// Creates the queue of reports to the task of one prefix.
 pub(super) fn channel() -> (mpsc::Sender<Address>, mpsc::Receiver<Address>) {
     mpsc::channel(REPORTS)
 }
 
-/// More than the task would act on at once.
+/// Capacity of the queue: more reports than the task acts on at once.
 const REPORTS: usize = 256;

@@ -1,7 +1,7 @@
-//! The set of instances: pure. Keys go in, addresses come out.
+//! The set of instances, without I/O: events of keys change the set of addresses.
 //!
-//! The unit of balancing is the address. Several keys may name one address, after a restart under a new id for instance; then the one
-//! created last describes it, and the address goes away with its last key.
+//! The unit of load balancing is the address. Several keys may name one address, for example after a restart under a new instance id. In
+//! that case the key with the highest create revision describes the address, and the address is removed with its last key.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -10,37 +10,37 @@ use crate::instance::{Instance, KeyLocation};
 use crate::keyspace::{Event, Key, KeyValue, LeaseId, Range, Revision};
 use tonic_balance::Address;
 
-/// What is registered, by key and by address.
+/// The registered instances, indexed by key and by address.
 #[derive(Debug, Default)]
 pub(super) struct Instances {
     keys: BTreeMap<Key, Entry>,
-    /// The keys that name an address, the one created last at the end.
+    /// Keys that name an address, ordered by create revision.
     addresses: HashMap<Address, BTreeSet<(Revision, Key)>>,
 }
 
-/// What is known of a key.
+/// The state of one key.
 #[derive(Debug, Default)]
 struct Entry {
-    /// The key's last value that could be read, if there was one.
+    /// The instance from the last value that could be decoded, if any.
     instance: Option<Instance>,
-    /// The write that could not be read, if it is the last one.
+    /// The latest write, if its value could not be decoded.
     rejected: Option<(Revision, LeaseId)>,
 }
 
-/// What came of a batch of events.
+/// The outcome of a batch of events.
 #[derive(Debug, Default)]
 pub(super) struct Applied {
-    /// Addresses whose instance may be another now, or gone.
+    /// Addresses whose instance may have changed or been removed.
     pub(super) changed: Vec<Address>,
-    /// The last instance of each address that lost its last key; the address may have been named again since.
+    /// The last instance of each address that lost its last key. A later event may have registered the address again.
     pub(super) vanished: HashMap<Address, Instance>,
-    /// How many writes could not be read, and the first of them.
+    /// Number of writes whose value could not be decoded. `first_rejected` describes the first such write.
     pub(super) rejected: u64,
     pub(super) first_rejected: Option<(Key, Revision, FormatError)>,
 }
 
 impl Instances {
-    /// Applies one prefix's events in order.
+    /// Applies the events of one prefix in order.
     pub(super) fn apply(
         &mut self,
         events: Vec<Event>,
@@ -61,7 +61,7 @@ impl Instances {
         let key = kv.key.to_string();
         let read = match decoder.read(&key, &kv.value) {
             Ok(Some(read)) => read,
-            // An instance that says it is out of service, or a key that names none: as if it were not there.
+            // The value marks the instance as out of service, or the key names no instance. Both count as a delete of the key.
             Ok(None) => return self.delete(&kv.key, applied),
             Err(error) => return self.reject(kv, error, applied),
         };
@@ -89,8 +89,8 @@ impl Instances {
         applied.changed.push(instance.address().clone());
     }
 
-    /// A value that cannot be read changes nothing: the key's last good value stays. Each write is counted once, however often it is
-    /// listed.
+    /// Records a write whose value cannot be decoded. The last good value of the key stays in use. Each write is counted once, however
+    /// often it is listed.
     fn reject(&mut self, kv: KeyValue, error: FormatError, applied: &mut Applied) {
         let write = (kv.mod_revision, kv.lease);
         let entry = self.keys.entry(kv.key.clone()).or_default();
@@ -112,7 +112,7 @@ impl Instances {
         }
     }
 
-    /// Takes a key from the address that it names; says whether no other names it.
+    /// Removes a key from its address. Returns whether this was the last key of the address.
     fn unname(&mut self, before: &Instance, key: &Key) -> bool {
         let Some(keys) = self.addresses.get_mut(before.address()) else {
             return false;
@@ -125,32 +125,32 @@ impl Instances {
         unnamed
     }
 
-    /// The keys that name an address.
+    /// Returns the keys that name an address.
     pub(super) fn keys(&self, address: &Address) -> impl Iterator<Item = &Key> {
         let keys = self.addresses.get(address).into_iter().flatten();
         keys.map(|(_, key)| key)
     }
 
-    /// The instance at an address, if there is one.
+    /// Returns the instance at an address, if one is registered.
     pub(super) fn get(&self, address: &Address) -> Option<&Instance> {
         let (_, key) = self.addresses.get(address)?.last()?;
         self.keys.get(key)?.instance.as_ref()
     }
 
-    /// One instance per address, in no order.
+    /// Returns one instance per address, in arbitrary order.
     pub(super) fn instances(&self) -> impl Iterator<Item = &Instance> {
         self.addresses
             .keys()
             .filter_map(|address| self.get(address))
     }
 
-    /// The number of addresses.
+    /// Returns the number of addresses.
     pub(super) fn len(&self) -> usize {
         self.addresses.len()
     }
 }
 
-/// The revision at which an instance's key was created.
+/// Returns the create revision of an instance's key.
 fn created(instance: &Instance) -> Revision {
     instance
         .location()

@@ -1,8 +1,8 @@
-//! Finds the instances of a service: lists the keys of a prefix, watches them, and hands every difference on.
+//! Finds the instances of a service: lists the keys under a prefix, watches them, and publishes every change.
 //!
-//! One task per prefix owns a pure machine (`state`) and carries out its commands; the outcome is one [set](snapshot) for all prefixes.
-//! Consumers get the newest state and never a queue: each [`Resolver`] remembers which addresses have changed since it was last asked,
-//! so a slow one sees fewer steps, and can neither lose one nor hold anybody up.
+//! One task per prefix owns a state machine without I/O (`watcher`) and executes its commands. All prefixes share one set of instances
+//! (`instances`). Subscribers receive the newest state, not a queue of changes: each [`Resolver`] records the addresses that have changed
+//! since its last poll. A slow subscriber sees fewer intermediate states, but it never misses the final state and never blocks a task.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -39,13 +39,13 @@ use options::Options;
 use store::Core;
 use watcher::Machine;
 
-/// The instances of a service, kept up to date: a `Stream` of [`Change`]s, and so a [`tower::discover::Discover`].
+/// The live set of instances of a service, as a `Stream` of [`Change`]s. It therefore implements [`tower::discover::Discover`].
 ///
-/// The stream never ends and never fails. Trouble with etcd shows in [`status`](Self::status) and changes nothing else: no instance is
-/// removed because etcd could not be asked.
+/// The stream never ends and never fails. Failures of etcd are reported by [`status`](Self::status) and have no other effect: no instance
+/// is removed because etcd is unreachable.
 ///
-/// A clone is a view of its own on the same watch: its stream begins with an insert for every instance known. With the last clone the
-/// watch ends.
+/// A clone is a separate subscription to the same watch: its stream begins with an insert for every known instance. The watch is closed
+/// when the last clone is dropped.
 ///
 /// ```no_run
 /// use tokio_stream::StreamExt;
@@ -75,7 +75,7 @@ pub struct Resolver {
     feedback: ResolverFeedback,
 }
 
-/// Ends the tasks when the last view goes.
+/// Aborts the tasks when the last subscription is dropped.
 #[derive(Debug)]
 struct Tasks(Vec<AbortHandle>);
 
@@ -88,11 +88,11 @@ impl Drop for Tasks {
 }
 
 impl Resolver {
-    /// Starts a task for each range.
+    /// Starts one task per range, and one task that ends holds.
     ///
     /// # Panics
     ///
-    /// Outside a tokio runtime.
+    /// Panics if called outside a tokio runtime.
     fn start(
         etcd: &Etcd,
         service: String,
@@ -120,14 +120,14 @@ impl Resolver {
         }
     }
 
-    /// What this resolver looks for: the service's name, or the prefixes.
+    /// Returns the service name, or the watched prefixes joined by `, `.
     #[must_use]
     pub fn service(&self) -> &str {
         &self.core.service
     }
 
-    /// The instances known now, one per address, sorted by address; those that are
-    /// [held](ResolverBuilder::mass_removal_protection) say so with [`Instance::is_last_resort`]. Empty until the first list is in; see
+    /// Returns the known instances, one per address, sorted by address. Instances that are [held](ResolverBuilder::mass_removal_protection)
+    /// are included; [`Instance::is_last_resort`] returns true for them. The result is empty until the first list is complete; see
     /// [`ready`](Self::ready).
     #[must_use]
     pub fn instances(&self) -> Vec<Instance> {
@@ -136,34 +136,34 @@ impl Resolver {
         instances
     }
 
-    /// How the set stands to etcd.
+    /// Returns the current status: whether the set is in sync with etcd, the last error, and counters.
     #[must_use]
     pub fn status(&self) -> ResolverStatus {
         self.core.status.borrow().clone()
     }
 
-    /// The status as a watch, for those who want to be told of its changes.
+    /// Returns a watch channel of the [`status`](Self::status) that notifies the receiver of each change.
     #[must_use]
     pub fn watch_status(&self) -> watch::Receiver<ResolverStatus> {
         self.core.status.subscribe()
     }
 
-    /// Where to report addresses that refuse connections. Whoever dials the instances of a resolver by other means than a
-    /// [`BalancedChannel`](crate::BalancedChannel) may report them there.
+    /// Returns a handle to report addresses that refuse connections. A [`BalancedChannel`](crate::BalancedChannel) reports them by itself;
+    /// other code that connects to the instances of a resolver may use the handle.
     #[must_use]
     pub fn feedback(&self) -> ResolverFeedback {
         self.feedback.clone()
     }
 
-    /// Waits until the instances are known: until every prefix has been listed once. It waits for ever if etcd never answers; put it
-    /// under [`tokio::time::timeout`], and look at the [`status`](Self::status) for the reason.
+    /// Waits until every prefix has been listed once, so that the instances are known. It waits forever if etcd never responds: wrap it in
+    /// [`tokio::time::timeout`], and read the reason from the [`status`](Self::status).
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future changes nothing.
+    /// Dropping the future has no effect.
     pub async fn ready(&self) {
         let mut statuses = self.watch_status();
-        // The sender lives in `self.core`, so this cannot fail.
+        // `self.core` owns the sender, so this cannot fail.
         let _ = statuses
             .wait_for(|status| status.state != ResolverState::Unknown)
             .await;

@@ -8,7 +8,7 @@ use tonic_balance::AddressPolicy;
 use crate::format::Decoder;
 use crate::instance::Instance;
 
-/// What a resolver does in its own way.
+/// The options that a [`ResolverBuilder`](super::ResolverBuilder) sets.
 #[derive(Clone, Debug)]
 pub(super) struct Options {
     pub(super) decoder: Decoder,
@@ -17,7 +17,7 @@ pub(super) struct Options {
     pub(super) filter: Option<Filter>,
 }
 
-/// Which instances are used.
+/// A predicate that selects the instances to use.
 #[derive(Clone)]
 pub(super) struct Filter(Arc<dyn Fn(&Instance) -> bool + Send + Sync>);
 
@@ -51,7 +51,8 @@ impl Options {
     }
 }
 
-/// Seldom enough to be no load: a thousand clients of a service with a hundred instances list 0.3 MB a second together.
+/// The default reconciliation interval. The load is negligible: a thousand clients of a service with a hundred instances together list 0.3
+/// MB per second.
 const RECONCILE: Duration = Duration::from_secs(300);
-/// Twice the default TTL: a server whose registration was lost has it back within a TTL.
+/// The default duration of a hold: twice the default TTL. A server that lost its registration registers again within one TTL.
 const HOLD: Duration = Duration::from_secs(30);

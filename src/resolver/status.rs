@@ -1,49 +1,50 @@
-//! What a resolver tells of itself.
+//! The status of a resolver.
 
 use tokio::time::Instant;
 
 use crate::error::EtcdError;
 use crate::keyspace::Revision;
 
-/// How a resolver's set of instances stands to etcd.
+/// The status of a resolver: whether its set of instances is in sync with etcd, the last error, and counters.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ResolverStatus {
-    /// Whether the set is known and up to date.
+    /// Whether the set is known and in sync with etcd.
     pub state: ResolverState,
-    /// Since when it is in this state.
+    /// The time at which the resolver entered this state.
     pub since: Instant,
-    /// The revision of the store at which the set was last known to be right; the lowest of them over several prefixes.
+    /// The store revision at which the set was last known to be correct. With several prefixes, the lowest of their revisions.
     pub revision: Revision,
-    /// The last failure, while the state is not [`Fresh`](ResolverState::Fresh).
+    /// The last failure. `None` while the state is [`Fresh`](ResolverState::Fresh).
     pub last_error: Option<EtcdError>,
-    /// Writes whose value could not be read, since the start. Each is counted once and skipped.
+    /// Number of writes since the start whose value could not be decoded or was too large to receive. Each is skipped and counted once.
     pub rejected_values: u64,
-    /// Complete lists since the start; more than one per prefix means that a watch could not be resumed.
+    /// Number of complete lists since the start. More than one per prefix means that a watch could not be resumed.
     pub lists: u64,
-    /// Watch streams opened since the start.
+    /// Number of watch streams opened since the start.
     pub watches: u64,
-    /// How often the keys have been compared with a list of their names, since the start.
+    /// Number of reconciliations since the start. A reconciliation compares the keys with a list of their names.
     pub reconciliations: u64,
-    /// Keys read one by one, since the start: a comparison had them otherwise, or [`ResolverFeedback`](crate::ResolverFeedback) had put them in doubt.
+    /// Number of individual key reads since the start. A key is read if it differed in a reconciliation, or if
+    /// [`ResolverFeedback`](crate::ResolverFeedback) reported its address.
     pub reads: u64,
-    /// Those of them that were not as the watch had told.
+    /// Number of those reads that returned another state of the key than the watch had delivered.
     pub repaired: u64,
-    /// Instances that have vanished together with most others, and are [held](crate::ResolverBuilder::mass_removal_protection) for now.
+    /// Number of instances that vanished together with most others and are [held](crate::ResolverBuilder::mass_removal_protection) now.
     pub held: usize,
-    /// How often instances began to be held, since the start.
+    /// Number of mass removals since the start: episodes in which instances were held.
     pub mass_removals: u64,
 }
 
-/// Whether a set of instances is known and up to date.
+/// Whether a set of instances is known and in sync with etcd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ResolverState {
-    /// Nothing is known yet: etcd has not answered.
+    /// The set is not known yet: at least one prefix has not been listed.
     Unknown,
-    /// The set is what etcd lists.
+    /// The set is in sync with etcd.
     Fresh,
-    /// The set is the last one known; etcd cannot be asked right now.
+    /// The set is the last known one. etcd is currently unreachable, or rejects the resolver's requests.
     Stale,
 }
 

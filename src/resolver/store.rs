@@ -1,4 +1,4 @@
-//! What the tasks and the views of a resolver share.
+//! The state that the tasks and the subscriptions of a resolver share.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -19,14 +19,14 @@ use crate::format::Decoder;
 use crate::instance::Instance;
 use tonic_balance::Address;
 
-/// What the tasks and the views share.
+/// The state that the tasks and the subscriptions share.
 #[derive(Debug)]
 pub(super) struct Core {
     pub(super) service: String,
     decoder: Decoder,
     shared: Mutex<Shared>,
     pub(super) status: watch::Sender<ResolverStatus>,
-    /// Tells the task that ends holds that one has begun.
+    /// Wakes the task that ends holds, after holds have begun or ended.
     pub(super) held: Notify,
 }
 
@@ -36,20 +36,21 @@ pub(super) struct Shared {
     pub(super) hold: Hold,
     pub(super) views: Vec<Option<Subscription>>,
     pub(super) reports: Vec<Report>,
-    /// Writes that could not be read.
+    /// Number of writes whose value could not be decoded.
     pub(super) rejected: u64,
-    /// When the log was last warned of some.
+    /// Time of the last warning about such writes.
     warned: Option<Instant>,
     filter: Option<Filter>,
 }
 
-/// What one consumer has yet to be told. It is a set: however many changes an address sees, it is told once, of the newest.
+/// The addresses whose changes one subscriber has not received yet. They form a set: however often an address changes, the subscriber
+/// receives one change with the newest state.
 #[derive(Debug)]
 pub(super) struct Subscription {
     pending: VecDeque<Address>,
-    /// What is in `pending`.
+    /// The addresses in `pending`, as a set.
     queued: HashSet<Address>,
-    /// Addresses that the consumer was told are there.
+    /// Addresses for which the subscriber has received an insert, and no remove since.
     announced: HashSet<Address>,
     pub(super) waker: Option<Waker>,
 }
@@ -61,7 +62,8 @@ impl Subscription {
         }
     }
 
-    /// Drops addresses that came and went: a consumer that never asks, because all it wants is the list, must not have them pile up.
+    /// Drops pending addresses that were added and removed again without an announcement. They would otherwise accumulate for a subscriber
+    /// that never polls its stream because it only reads the list.
     fn prune(&mut self, is_known: impl Fn(&Address) -> bool, known: usize) {
         if self.pending.len() <= 2 * (known + self.announced.len()) + UNASKED {
             return;
@@ -72,7 +74,7 @@ impl Subscription {
         self.queued.retain(is_news);
     }
 
-    /// First come, first told: an address that changes all the time holds up no other.
+    /// Returns the next address, in first-in, first-out order: an address that changes constantly does not delay others.
     fn next(&mut self) -> Option<Address> {
         let address = self.pending.pop_front()?;
         self.queued.remove(&address);
@@ -81,7 +83,7 @@ impl Subscription {
 }
 
 impl Shared {
-    /// What is known of an address: as it is registered, or as it was if it is held.
+    /// Returns the instance at an address: the registered instance, or the last known instance if the address is held.
     pub(super) fn get(&self, address: &Address) -> Option<&Instance> {
         self.snapshot
             .get(address)
@@ -99,7 +101,7 @@ impl Shared {
         filter.is_none_or(|filter| filter.accepts(instance))
     }
 
-    /// The next change that a view has yet to be told of.
+    /// Returns the next change that a subscription has not received yet.
     pub(super) fn next(&mut self, view: usize) -> Option<Change<Address, Instance>> {
         loop {
             let address = self.views.get_mut(view)?.as_mut()?.next()?;
@@ -109,7 +111,7 @@ impl Shared {
                 view.announced.insert(address.clone());
                 return Some(Change::Insert(address, instance));
             }
-            // An address that came and went between two polls is nobody's news.
+            // An address that was added and removed between two polls is not reported.
             if view.announced.remove(&address) {
                 return Some(Change::Remove(address));
             }
@@ -122,7 +124,7 @@ impl Shared {
         }
     }
 
-    /// Says what is held now that a batch is applied.
+    /// Updates the holds after a batch of events was applied.
     fn on_applied(&mut self, applied: &mut Applied, now: Instant) -> Option<News> {
         let (mut here, mut gone) = (Vec::new(), Vec::new());
         for address in &applied.changed {
@@ -161,7 +163,7 @@ impl Shared {
 }
 
 impl Core {
-    /// Knows nothing yet, unless there are no prefixes.
+    /// Creates the state with an empty set. The set counts as known only if no prefix is configured.
     pub(super) fn new(
         service: String,
         prefixes: usize,
@@ -170,7 +172,7 @@ impl Core {
     ) -> Self {
         let mut reports = vec![Report::default(); prefixes];
         if prefixes == 0 {
-            // There is nothing to ask etcd for, so the set is known: it is empty, and the status says why.
+            // Without a prefix, etcd has nothing to list. The empty set therefore counts as known, and the status contains the reason.
             reports.push(Report {
                 listed: true,
                 trouble,
@@ -197,7 +199,7 @@ impl Core {
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Shared> {
-        // Nothing panics while it is held; and the data would be whole even then.
+        // No code panics while it holds this lock, and the data would be consistent even after a panic.
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -220,7 +222,8 @@ impl Core {
         shared.views.len() - 1
     }
 
-    /// Takes over what a machine has learned. Instances that arrive together are seen together: the lock spans the batch.
+    /// Publishes the changes that a machine has collected. The lock is held for the whole batch, so that subscribers see the instances of
+    /// one batch together.
     pub(super) fn publish(&self, index: usize, machine: &mut Machine, now: Instant) {
         let events = machine.take_update();
         let mut shared = self.lock();
@@ -229,12 +232,12 @@ impl Core {
             .apply(events, machine.range(), &self.decoder);
         if let Some((key, revision, error)) = &applied.first_rejected {
             let rejected = applied.rejected;
-            // Whoever writes one each second must not fill the log of every client.
+            // Warnings are rate-limited: a writer that stores a bad value every second must not flood the log of every client.
             if shared.warned.is_none_or(|at| now >= at + WARN_INTERVAL) {
                 shared.warned = Some(now);
-                tracing::warn!(?key, %revision, rejected, "skipped values that cannot be read; the first of them {error}");
+                tracing::warn!(?key, %revision, rejected, "skipped values that cannot be decoded; the first value {error}");
             } else {
-                tracing::debug!(?key, %revision, rejected, "skipped values that cannot be read; the first of them {error}");
+                tracing::debug!(?key, %revision, rejected, "skipped values that cannot be decoded; the first value {error}");
             }
         }
         let news = shared.on_applied(&mut applied, now);
@@ -247,7 +250,8 @@ impl Core {
         self.announce(news, wakers);
     }
 
-    /// The task of a prefix has ended: its part of the set stays as it is, and the status has the reason why nothing changes any more.
+    /// Handles the end of the task of a prefix. Its part of the set stays as it is, and the status contains the reason why it no longer
+    /// changes.
     pub(super) fn on_task_ended(&self, index: usize) {
         if let Some(report) = self.lock().reports.get_mut(index) {
             report.trouble = Some(EtcdError::task_ended("resolver"));
@@ -255,7 +259,7 @@ impl Core {
         self.announce(None, Vec::new());
     }
 
-    /// Ends the holds that are over. Returns when the next one is.
+    /// Ends the holds whose deadline has passed. Returns the deadline of the next hold.
     pub(super) fn release(&self, now: Instant) -> Option<Instant> {
         let mut shared = self.lock();
         if shared.hold.deadline().is_none_or(|until| until > now) {
@@ -269,14 +273,15 @@ impl Core {
         next
     }
 
-    /// Tells of what has changed, with the lock released.
+    /// Logs news, updates the status and wakes the subscribers. The caller must have released the lock.
     fn announce(&self, news: Option<News>, wakers: Vec<Waker>) {
         if let Some(news) = news {
             self.log(news);
             self.held.notify_one();
         }
         self.status.send_if_modified(|status| {
-            // Locked inside the status and never around it: who looks at a status may ask for the instances meanwhile.
+            // The lock is taken inside the status update and never around it: code that holds a borrow of the status may read the
+            // instances, and that takes the lock.
             let shared = self.lock();
             let next = status_of(&shared, Some(status));
             let instances = shared.snapshot.len();
@@ -307,7 +312,7 @@ impl Core {
                     registered,
                     of,
                     ?length,
-                    "most instances have vanished from the registry within seconds: those that vanish now are kept as a last resort"
+                    "most instances have vanished from the registry within seconds: further instances that vanish are kept as a last resort"
                 );
             }
             News::Recovered {
@@ -318,7 +323,7 @@ impl Core {
                     service,
                     registered,
                     removed,
-                    "half of the instances are back in the registry: none is kept as a last resort any more"
+                    "half of the instances are registered again: no instance is kept as a last resort any more"
                 );
             }
             News::Over {
@@ -329,19 +334,19 @@ impl Core {
                     service,
                     registered,
                     removed,
-                    "the instances that had vanished from the registry are not back: they are not kept any longer"
+                    "the instances that had vanished from the registry are not back: they are no longer kept"
                 );
             }
         }
     }
 }
 
-/// Addresses that came and went which a consumer may have waiting for it.
+/// Pending addresses are pruned if they exceed twice the number of known and announced addresses by more than this number.
 const UNASKED: usize = 1024;
-/// Between warnings of values that cannot be read; what comes in between is logged as a detail, and counted.
+/// Time between warnings about values that cannot be decoded. Further such values in that time are logged at debug level, and counted.
 const WARN_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Sums up what the tasks have reported.
+/// Combines the reports of the tasks into one status.
 fn status_of(shared: &Shared, before: Option<&ResolverStatus>) -> ResolverStatus {
     let reports = &shared.reports;
     let sum = |count: fn(&Report) -> u64| reports.iter().map(count).sum::<u64>();
@@ -380,7 +385,7 @@ fn status_of(shared: &Shared, before: Option<&ResolverStatus>) -> ResolverStatus
 mod tests {
     use super::*;
 
-    /// Whoever only wants the list never asks for a change.
+    /// A subscriber that only reads the list never polls its stream.
     #[test]
     fn addresses_that_come_and_go_unasked_do_not_pile_up() {
         let mut view = Subscription {

@@ -10,7 +10,7 @@ use super::watcher::{Command, Machine};
 use crate::etcd::{DEADLINE, Etcd, Watch};
 use tonic_balance::Address;
 
-/// Carries a machine's commands out, for ever.
+/// Executes the commands of a machine in an endless loop.
 pub(super) async fn run(
     etcd: Etcd,
     mut machine: Machine,
@@ -20,7 +20,7 @@ pub(super) async fn run(
 ) {
     let _ended = Ended { core: &core, index };
     let mut watch: Option<Watch> = None;
-    // What the watch was opened with.
+    // The auth token with which the watch was opened.
     let mut token = None;
     let mut command = machine.on_wake();
     loop {
@@ -31,7 +31,7 @@ pub(super) async fn run(
                 machine.on_page(page)
             }
             Command::Watch(revision) => {
-                // The old stream goes first, so that a member never serves two of ours.
+                // Drops the old stream first, so that a member never serves two streams of this task.
                 watch = None;
                 token = etcd.token();
                 match etcd.watch(machine.range(), Some(revision)).await {
@@ -54,7 +54,8 @@ pub(super) async fn run(
                 machine.on_names(page, Instant::now())
             }
             Command::Read(key) => {
-                // Once: the watch waits meanwhile, and what matters is asked again.
+                // Tried only once, because the watch is not read meanwhile. A later report or reconciliation requests the key again if it
+                // is still in doubt.
                 let answer = etcd.read_once(&key, DEADLINE).await;
                 machine.on_read(key, answer, Instant::now())
             }
@@ -77,7 +78,8 @@ pub(super) async fn run(
     }
 }
 
-/// Reports the end of a task that runs for ever: its runtime has ended, or it has panicked. If the last view is dropped nothing reads it.
+/// Reports the end of a task that normally never ends: its runtime was shut down, or the task panicked. If the last subscription was
+/// dropped, the report has no reader.
 struct Ended<'a> {
     core: &'a Core,
     index: usize,
@@ -89,7 +91,7 @@ impl Drop for Ended<'_> {
     }
 }
 
-/// Ends holds when they are over, for ever.
+/// Ends each hold at its deadline, in an endless loop.
 pub(super) async fn release(core: Arc<Core>) {
     loop {
         let next = core.release(Instant::now());
@@ -121,7 +123,8 @@ async fn receive(
     let due = until(machine.due());
     let message = tokio::select! {
         biased;
-        // What is due is then due again much later, so it cannot keep the messages waiting; they could keep it waiting for ever.
+        // Timers are polled before messages. A timer that fires is due again only much later, so it cannot starve the messages. Frequent
+        // messages could starve a timer.
         () = due => return machine.on_time(Instant::now()),
         message = open.message() => message,
         Some(address) = reported.recv() => {

@@ -1,4 +1,5 @@
-//! The connections that a server has accepted. They are ours and not tonic's, so that they can be counted, and ended from outside.
+//! The connections that a server has accepted. This type is used in place of tonic's own, so that the server can count and close
+//! connections.
 
 use std::io;
 use std::pin::Pin;
@@ -14,7 +15,7 @@ use tonic::transport::server::{Connected, TcpConnectInfo};
 
 use super::opening::Opening;
 
-/// What the server and its connections share.
+/// State that the server shares with its connections.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Connections {
     draining: CancellationToken,
@@ -26,43 +27,43 @@ pub(super) struct Connections {
 #[derive(Debug, Default)]
 struct Gauges {
     open: AtomicUsize,
-    /// Set before `unopened` or `cut` is cancelled: a connection looks at it on every operation, and at the tokens, which lock, only
-    /// when it is set or when it has to wait.
+    /// Set before `unopened` or `cut` is cancelled. A connection reads this flag on every operation. It polls the tokens, which take a
+    /// lock, only if the flag is set or if the operation is pending.
     ending: AtomicBool,
 }
 
 impl Connections {
-    /// How many connections are open.
+    /// Returns the number of open connections.
     pub(super) fn open(&self) -> usize {
         self.gauges.open.load(Ordering::Relaxed)
     }
 
-    /// Ends the listener. What was accepted ends by itself, once its calls are done.
+    /// Closes the listener. Each accepted connection ends by itself after its last call.
     pub(super) fn drain(&self) {
         self.draining.cancel();
     }
 
-    /// Ends connections on which no client has begun to speak: nothing would ever end those.
+    /// Closes connections on which the client has not started HTTP. No other event would end them.
     pub(super) fn cut_unopened(&self) {
         self.gauges.ending.store(true, Ordering::Release);
         self.unopened.cancel();
     }
 
-    /// Ends the listener and every connection.
+    /// Closes the listener and every connection.
     pub(super) fn cut(&self) {
         self.drain();
         self.gauges.ending.store(true, Ordering::Release);
         self.cut.cancel();
     }
 
-    /// Completes when the listener is to end.
+    /// Completes when the listener must close.
     pub(super) fn draining(&self) -> WaitForCancellationFutureOwned {
         self.draining.clone().cancelled_owned()
     }
 }
 
-/// An accepted connection that can be ended from outside: then every operation on it fails alike. A connection on which only reading
-/// fails would go on trying to flush and never end.
+/// An accepted connection that the server can close. After the close, every operation on it fails. If only reads failed, the connection
+/// would retry the flush and never end.
 #[derive(Debug)]
 pub(super) struct Connection {
     stream: TcpStream,
@@ -75,7 +76,7 @@ pub(super) struct Connection {
 
 impl Connection {
     pub(super) fn new(stream: TcpStream, connections: &Connections) -> Self {
-        // A call is a few small frames each way; Nagle's algorithm would hold the last one back for a round trip.
+        // A call consists of a few small frames in each direction. Nagle's algorithm would delay the last frame by one round trip.
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "could not set TCP_NODELAY");
         }
@@ -94,7 +95,7 @@ impl Connection {
         }
     }
 
-    /// Carries an operation on the socket out, unless the connection is ended; one that has to wait is woken by that, too.
+    /// Runs an operation on the socket, unless the server has closed the connection. A pending operation is woken by the close.
     fn poll_unless_ended<T>(
         &mut self,
         cx: &mut Context<'_>,
@@ -110,7 +111,7 @@ impl Connection {
         outcome
     }
 
-    /// Fails if the connection is ended, and otherwise has the task woken when it is.
+    /// Returns an error if the server has closed the connection. Otherwise registers the task for a wakeup at the close.
     fn check_ended(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let unopened = !self.opening.is_over() && self.unopened.as_mut().poll(cx).is_ready();
         if unopened || self.cut.as_mut().poll(cx).is_ready() {
@@ -131,7 +132,7 @@ impl Connected for Connection {
     type ConnectInfo = TcpConnectInfo;
 
     fn connect_info(&self) -> Self::ConnectInfo {
-        // tonic asks for it when it starts to serve the connection, which with TLS is after the handshake.
+        // tonic calls this function when it starts to serve the connection. With TLS, this is after the handshake.
         self.opening.on_http();
         self.info.clone()
     }
@@ -189,5 +190,6 @@ impl AsyncWrite for Connection {
     }
 }
 
-/// Finds clients that vanished without a word, within minutes: the kernel probes nine times, 75 s apart, by default.
+/// Idle time before the first keep-alive probe. A client that disappeared silently is detected within minutes: by default the kernel sends
+/// nine probes, 75 s apart.
 const TCP_KEEPALIVE: Duration = Duration::from_secs(60);

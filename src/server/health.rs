@@ -1,7 +1,8 @@
-//! The health service of a server that registers itself: a reporter's word while it serves, `NOT_SERVING` for every name once it is told
-//! to stop.
+//! The health service of a server that registers itself. It reports the statuses of a reporter while the server serves, and `NOT_SERVING`
+//! for every name once the shutdown begins.
 //!
-//! A reporter alone could not say that: it does not tell which names it knows, and the watches on them would hold up the drain.
+//! A reporter alone is not sufficient: it does not list its names, so it cannot set all of them to `NOT_SERVING`, and its open watches
+//! would delay the drain.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -18,7 +19,7 @@ use tonic_health::server::{HealthService, WatchStream as Reported};
 
 use crate::registration::{Health as Source, ServerState};
 
-/// The service to add to the router.
+/// Returns the service to add to the router.
 pub(super) async fn service(
     source: Source,
     registered: Vec<String>,
@@ -37,7 +38,7 @@ pub(super) async fn service(
     })
 }
 
-/// A health service that knows when its server is told to stop.
+/// A health service that reports `NOT_SERVING` once the shutdown of its server begins.
 #[derive(Debug)]
 pub(super) struct LameDuck {
     reported: HealthService,
@@ -50,7 +51,7 @@ impl Health for LameDuck {
         &self,
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<HealthCheckResponse>, Status> {
-        // A name that nobody knows stays unknown.
+        // An unknown name returns the error of the reporter, also during the shutdown.
         let reported = self.reported.check(request).await?;
         if self.states.borrow().is_stopping() {
             return Ok(Response::new(not_serving()));
@@ -75,19 +76,20 @@ impl Health for LameDuck {
     }
 }
 
-/// The statuses of one name. It ends when the listener closes: by then its watcher has been told, and an open call holds up the drain.
+/// The stream of the statuses of one name. It ends when the listener closes: the client has received the last status by then, and an open
+/// call would delay the drain.
 #[derive(Debug)]
 pub(super) struct Watching {
     reported: Reported,
     states: WatchStream<ServerState>,
     stopping: bool,
     draining: bool,
-    /// What was sent last.
+    /// The last status that was sent.
     last: Option<HealthCheckResponse>,
 }
 
 impl Watching {
-    /// The next status; a repeated one is not news.
+    /// Returns the next status. A status equal to the last one is not sent again during the shutdown.
     fn poll_status(
         &mut self,
         cx: &mut Context<'_>,
@@ -102,7 +104,7 @@ impl Watching {
         if !self.stopping {
             return Pin::new(&mut self.reported).poll_next(cx);
         }
-        // It is said even if the server drains already, so that nobody who watches is left with `SERVING`.
+        // `NOT_SERVING` is sent even if the server is already draining, so that `SERVING` is never the last status of a watch.
         if self.last != Some(not_serving()) {
             return Poll::Ready(Some(Ok(not_serving())));
         }

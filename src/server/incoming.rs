@@ -1,4 +1,5 @@
-//! The listening socket. It is ours and not tonic's, so that we decide when it closes and what became of the connections it accepted.
+//! The listening socket. This type is used in place of tonic's own, so that the server controls when the socket closes and keeps every
+//! connection that the kernel has accepted.
 
 use std::io;
 use std::net::SocketAddr;
@@ -13,27 +14,27 @@ use tokio_util::sync::WaitForCancellationFutureOwned;
 
 use super::connection::{Connection, Connections};
 
-/// Accepts connections, until they are told to end.
+/// A stream of accepted connections, until the drain begins.
 #[derive(Debug)]
 pub(super) struct Incoming {
     listener: TcpListener,
     connections: Connections,
     closing: Pin<Box<WaitForCancellationFutureOwned>>,
-    /// How many connections are still accepted after that, at most.
+    /// Most connections that are accepted after the drain has begun.
     remainder: u32,
-    /// Set after an accept error: most of them (no file descriptor left) come back at once.
+    /// The wait after an accept error. Most accept errors (no free file descriptor) would recur at once.
     pause: Option<Pin<Box<Sleep>>>,
 }
 
 impl Incoming {
-    /// Binds an address.
+    /// Binds a listener to an address.
     pub(super) fn bind(address: SocketAddr) -> io::Result<TcpListener> {
         let socket = socket2::Socket::new(
             socket2::Domain::for_address(address),
             socket2::Type::STREAM,
             Some(socket2::Protocol::TCP),
         )?;
-        // A restarted server takes its port back although connections of the old one linger in TIME_WAIT.
+        // A restarted server can bind its port again although connections of the old process are still in TIME_WAIT.
         #[cfg(unix)]
         socket.set_reuse_address(true)?;
         socket.set_nonblocking(true)?;
@@ -52,9 +53,10 @@ impl Incoming {
         }
     }
 
-    /// A connection that is there already. The kernel is asked itself: the runtime may not have heard of it yet.
+    /// Returns a connection that the kernel has already accepted. The socket is polled directly, because the runtime may not have received
+    /// the readiness event yet.
     fn remaining(&mut self) -> Option<Connection> {
-        // A flood of connections is not to keep the socket open.
+        // A flood of new connections must not keep the socket open.
         self.remainder = self.remainder.checked_sub(1)?;
         let (socket, _) = socket2::SockRef::from(&self.listener).accept().ok()?;
         socket.set_nonblocking(true).ok()?;
@@ -66,8 +68,8 @@ impl Incoming {
 impl Stream for Incoming {
     type Item = io::Result<Connection>;
 
-    /// Ends when the connections drain, and with that closes the socket: with what the kernel has accepted already handed on, since
-    /// closing it would reset those whose clients may have sent a call.
+    /// Ends once the drain has begun, which closes the socket. Connections that the kernel has already accepted are returned first: closing
+    /// the socket would reset them, and their clients may have sent a call.
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         if self.closing.as_mut().poll(cx).is_ready() {
             return Poll::Ready(self.remaining().map(Ok));
@@ -87,7 +89,8 @@ impl Stream for Incoming {
     }
 }
 
-/// As many as the kernel allows by default (`net.core.somaxconn`), so that a fleet's reconnects are not turned away.
+/// Limit of the accept queue: the default limit of the kernel (`net.core.somaxconn`). With a shorter queue, simultaneous reconnects of a
+/// fleet would be refused.
 const BACKLOG: i32 = 4096;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 

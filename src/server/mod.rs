@@ -1,4 +1,4 @@
-//! Serves, registered: the server's life from bind to the last call.
+//! Serves a registered router, from the bind to the last call.
 
 use std::future::{Future, pending};
 use std::net::SocketAddr;
@@ -49,59 +49,65 @@ use signal::Signals;
 /// # }
 /// ```
 ///
-/// At the start it binds, serves, and registers what was bound. The end is a lame duck's, each phase with its bound and a line in the log:
+/// At the start, the server binds the listener, serves, and registers the bound address. The shutdown has five phases, each with a time
+/// limit and a log line:
 ///
-/// 1. The health service (feature `health`, [`RegistrationBuilder`]`::health`) says `NOT_SERVING` for every name: at once.
-/// 2. Deregister: etcd is told that the instance is leaving, and its lease is revoked. Up to the
-///    [deregister timeout](RegistrationBuilder::deregister_timeout), 5 s by default; what then is left goes with its lease.
-/// 3. Accept on while clients learn of it: for the [grace period](RegistrationBuilder::grace_period), 1 s by default.
-/// 4. Close the listener: new connections are refused from here on. Tell the clients that are connected (GOAWAY), and wait for calls in
-///    flight: up to the [drain timeout](RegistrationBuilder::drain_timeout), 20 s by default. Connections on which no client has begun
-///    to speak end after 200 ms, idle ones as soon as their clients have heard, watches on the health at once.
-/// 5. Cut what is left, which takes a second at most, and say how many connections that were: in the log, and in
+/// 1. Report `NOT_SERVING` for every name in the health service (feature `health`, [`RegistrationBuilder`]`::health`). This phase takes no
+///    time.
+/// 2. Deregister: mark the entry as leaving, if the format has a field for that, then revoke the lease. The [deregister
+///    timeout](RegistrationBuilder::deregister_timeout) is 5 s by default. If the timeout is exceeded, the entry is removed when its lease
+///    expires.
+/// 3. Accept connections for the [grace period](RegistrationBuilder::grace_period), 1 s by default. In this time, clients receive the
+///    change from etcd.
+/// 4. Close the listener, so that new connections are refused. Send GOAWAY to the connected clients, and wait for calls in flight. The
+///    limit is the [drain timeout](RegistrationBuilder::drain_timeout), 20 s by default. Connections on which the client has not started
+///    HTTP are closed after 200 ms, idle connections after the client has acknowledged the GOAWAY, and health watches at once.
+/// 5. Cut the remaining connections, within one second. The number of cut connections is logged, and is a field of
 ///    [`ServerState::Stopped`](crate::ServerState::Stopped).
 ///
-/// [`watch_server_state`](RegistrationBuilder::watch_server_state) tells your program of each: a handler of an endless stream that ends it when the
-/// server drains need not be cut.
+/// [`watch_server_state`](RegistrationBuilder::watch_server_state) returns a watch of these phases. A handler of an endless stream avoids
+/// the cut if it ends the stream once the server drains.
 ///
-/// A server that must start while etcd is down needs a registry that does so, too: [`Registry::from_client`](crate::Registry::from_client)
-/// with a client whose `connect` does not authenticate, and so asks nothing of etcd; and a
-/// [`startup_timeout`](RegistrationBuilder::startup_timeout) as long as that may last. It serves meanwhile.
+/// A server that must start while etcd is unavailable needs a registry that can be created without etcd:
+/// [`Registry::from_client`](crate::Registry::from_client), with a client whose `connect` does not authenticate and therefore sends no
+/// request. Set [`startup_timeout`](RegistrationBuilder::startup_timeout) to at least the longest expected outage. The server serves calls
+/// in the meantime.
 ///
-/// Sockets have `TCP_NODELAY` and TCP keep-alive on; the router's own TCP settings do not apply, as with tonic's `serve_with_incoming`.
+/// `TCP_NODELAY` and TCP keep-alive are enabled on accepted sockets. The TCP settings of the router do not apply, as with
+/// `serve_with_incoming` of tonic.
 ///
-/// The trait is sealed: it is implemented for [`Router`] alone.
+/// The trait is sealed: only [`Router`] implements it.
 pub trait ServeRegistered: sealed::Sealed + Sized {
     /// Serves until SIGTERM or SIGINT, and returns after a clean shutdown.
     ///
-    /// A second signal means now: the listener and every connection end at once, without a grace period. Only a deregistration that
-    /// is still under way gets 500 ms more: an etcd that answers needs a fraction of that, and without it clients would dial a dead
-    /// server until its lease runs out.
+    /// A second signal ends the server at once: the listener and every connection are closed without a grace period. A deregistration in
+    /// progress gets 500 ms more. A healthy etcd needs a fraction of that time, and without the deregistration clients would dial a stopped
+    /// server until the lease expires.
     ///
     /// # Errors
     ///
-    /// A socket that cannot be bound, a registration that is refused, and a server that fails come back as themselves; after each of
-    /// them nothing is registered and nothing is served. That connections had to be cut is no error.
+    /// Fails if the socket cannot be bound, if the registration is rejected, or if the server fails. After an error, nothing is registered
+    /// and nothing is served. Cut connections are not an error.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future stops accepting and deregisters in the background; connections that are open are not waited for.
+    /// Dropping the future stops the server and cuts open connections. The server is deregistered in the background.
     fn serve_registered(
         self,
         address: SocketAddr,
         registration: RegistrationBuilder,
     ) -> impl Future<Output = Result<(), ServeError>> + Send;
 
-    /// Serves until `signal` completes, and returns after a clean shutdown. SIGTERM and SIGINT are left alone. To end it at once, drop
-    /// the future.
+    /// Serves until `signal` completes, and returns after a clean shutdown. SIGTERM and SIGINT are not handled. To end the server at once,
+    /// drop the future.
     ///
     /// # Errors
     ///
-    /// As [`serve_registered`](Self::serve_registered).
+    /// See [`serve_registered`](Self::serve_registered).
     ///
     /// # Cancel safety
     ///
-    /// As [`serve_registered`](Self::serve_registered).
+    /// See [`serve_registered`](Self::serve_registered).
     fn serve_registered_with_shutdown<F>(
         self,
         address: SocketAddr,
@@ -111,8 +117,8 @@ pub trait ServeRegistered: sealed::Sealed + Sized {
     where
         F: Future<Output = ()> + Send;
 
-    /// As [`serve_registered_with_shutdown`](Self::serve_registered_with_shutdown), on a listener that is already bound: one of a service
-    /// manager's socket activation, or one with socket options of its own.
+    /// Serves like [`serve_registered_with_shutdown`](Self::serve_registered_with_shutdown), but on a listener that is already bound, for
+    /// example for socket activation by a service manager or for other socket options.
     ///
     /// ```no_run
     /// # async fn run(router: tonic::transport::server::Router, registry: tonic_etcd::Registry) -> Result<(), Box<dyn std::error::Error>> {
@@ -129,11 +135,11 @@ pub trait ServeRegistered: sealed::Sealed + Sized {
     ///
     /// # Errors
     ///
-    /// As [`serve_registered`](Self::serve_registered).
+    /// See [`serve_registered`](Self::serve_registered).
     ///
     /// # Cancel safety
     ///
-    /// As [`serve_registered`](Self::serve_registered).
+    /// See [`serve_registered`](Self::serve_registered).
     fn serve_registered_with_listener<F>(
         self,
         listener: TcpListener,
@@ -203,7 +209,7 @@ where
     }
 }
 
-/// A signal that is not followed by a second one, which would end the server at once.
+/// Returns a stop signal without a second signal, which would end the server at once.
 async fn once(signal: impl Future<Output = ()>) -> impl Future<Output = ()> {
     signal.await;
     pending()
@@ -248,7 +254,8 @@ where
         }
         None => router,
     };
-    // The listener ends by itself; with a signal, if only one that never comes, tonic waits for the connections then.
+    // `Incoming` ends by itself. tonic then waits for open connections only if it was given a shutdown signal, so it gets a signal that
+    // never completes.
     let serving = router.serve_with_incoming_shutdown(incoming, pending());
     let task = tokio::spawn(serving.in_current_span());
     let server = Serving::new(task, connections, &registration.serve);

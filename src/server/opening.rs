@@ -1,39 +1,40 @@
-//! Whether the client of a connection has begun to speak HTTP. One that has not holds a graceful shutdown up for ever: hyper waits for
-//! the end of its preface.
+//! Detects whether the client of a connection has started HTTP. A connection without a complete preface would block a graceful shutdown
+//! forever, because hyper waits for the end of the preface.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// How far a connection has come towards its first call.
+/// The progress of a connection towards its first call.
 ///
-/// Below TLS, which is tonic's, what the client says cannot be read; but who speaks when can be seen. An HTTP/2 server sends its
-/// SETTINGS at once, flushes them, and has nothing further to say before the client's preface is in. Then it acknowledges the client's.
+/// TLS is handled above this layer, by tonic, so the bytes of the client cannot be decoded here. Only the order of reads and writes is
+/// visible. An HTTP/2 server sends its SETTINGS at once, flushes them, and sends nothing more until it has received the preface of the
+/// client. It then acknowledges the SETTINGS of the client.
 #[derive(Debug, Default)]
 pub(super) struct Opening {
-    /// Whether TLS, if there is any, is set up, and HTTP has begun. Set through a shared reference, by the connection's own task.
+    /// Whether HTTP has begun; with TLS, this is after the handshake. The connection's own task sets the flag through a shared reference.
     http: AtomicBool,
-    /// Whether anything was received before that.
+    /// Whether bytes were received before HTTP began.
     tls: bool,
-    /// How many bytes have been received since.
+    /// Number of bytes received since HTTP began.
     received: usize,
     greeting: Greeting,
 }
 
-/// The server's side of it.
+/// The progress of the server's greeting.
 #[derive(Debug, Default, PartialEq, Eq)]
 enum Greeting {
     #[default]
     Unsent,
     Sent,
     Flushed,
-    /// The server has said more than its greeting.
+    /// The server has sent more than its greeting.
     Answered,
 }
 
 impl Opening {
-    /// Whether the client has sent its preface, or what else begins its first call.
+    /// Returns whether the client has sent its preface, or the beginning of an HTTP/1 request.
     pub(super) fn is_over(&self) -> bool {
         let preface = PREFACE + if self.tls { TLS_RECORD } else { 0 };
-        // An HTTP/1 server greets nobody; there the bytes that came decide.
+        // An HTTP/1 server sends no greeting, so the number of received bytes decides.
         self.greeting == Greeting::Answered || self.received >= preface
     }
 
@@ -65,9 +66,9 @@ impl Opening {
     }
 }
 
-/// The length of the HTTP/2 client preface (RFC 9113, section 3.4).
+/// Length of the HTTP/2 client preface (RFC 9113, section 3.4).
 const PREFACE: usize = 24;
-/// What a record of TLS 1.3 adds (RFC 8446, section 5.2): a header of 5 bytes, the content type, a tag of 16.
+/// Overhead of a TLS 1.3 record (RFC 8446, section 5.2): a header of 5 bytes, the content type, a tag of 16 bytes.
 const TLS_RECORD: usize = 22;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! A server's life, from its first connection to the last, and the order in which it ends.
+//! The phases of a server from its first connection to the last, and the order of its shutdown.
 
 use std::convert::Infallible;
 use std::future::{Future, pending};
@@ -14,7 +14,7 @@ use crate::registration::{
     Registration, RegistrationBuilder, RegistrationState, ServeOptions, ServerState,
 };
 
-/// A server that has been started.
+/// A running server.
 pub(super) struct Serving {
     task: tokio::task::JoinHandle<Result<(), tonic::transport::Error>>,
     connections: Connections,
@@ -26,8 +26,8 @@ pub(super) struct Serving {
 
 impl Drop for Serving {
     fn drop(&mut self) {
-        // What is open now, after an end out of order, is cut by it. The accept loop ends as well, and the connections, where the
-        // task alone would leave those to themselves.
+        // After an abnormal end, for example a dropped future, connections may still be open. They are counted and cut here. The cut also
+        // ends the accept loop. Aborting the task alone would leave the connections running.
         let connections_cut = self.connections_cut + self.connections.open();
         self.connections.cut();
         self.enter(ServerState::Stopped { connections_cut });
@@ -50,7 +50,8 @@ impl Serving {
         }
     }
 
-    /// Registers the server, and ends it in order when `stop` completes. That gives what then ends it at once.
+    /// Registers the server, and shuts it down in order when `stop` completes. The output of `stop` is a second future that ends the server
+    /// at once.
     pub(super) async fn run<N: Future<Output = ()>>(
         mut self,
         bound: SocketAddr,
@@ -67,7 +68,7 @@ impl Serving {
                 Ok(registration) => registration,
                 Err(error) => return Err(self.stop(error).await),
             },
-            // Nobody has been told of it.
+            // The server is not registered yet, so the shutdown begins with the drain.
             now = &mut stop => return tokio::select! {
                 outcome = self.drain() => outcome,
                 () = now => self.cut().await,
@@ -83,7 +84,7 @@ impl Serving {
                 deregister(registration).await;
                 outcome
             }
-            // It has either failed or goes on for ever.
+            // `registered` either fails or never completes.
             Err(error) = registered => {
                 deregister(registration).await;
                 Err(self.stop(error).await)
@@ -96,17 +97,17 @@ impl Serving {
         self.states.send_replace(state);
     }
 
-    /// Waits for a server that ends by itself.
+    /// Waits until the server ends by itself.
     async fn ended(&mut self) -> Result<(), ServeError> {
         match (&mut self.task).await {
             Ok(outcome) => outcome.map_err(ServeError::from),
             Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-            // Only a runtime that is shutting down cancels it.
+            // The task is cancelled only by a runtime that shuts down.
             Err(_) => pending().await,
         }
     }
 
-    /// Ends the server because it could not be registered. No client has been told of it, so nobody is waited for.
+    /// Ends the server because its registration failed. Clients do not know its address, so no drain is needed.
     async fn stop(mut self, error: RegisterError) -> ServeError {
         match self.cut().await {
             Ok(()) => error.into(),
@@ -114,13 +115,15 @@ impl Serving {
         }
     }
 
-    /// Ends the server in order, or at once when `now` completes: then the entry gets a last chance to leave etcd.
+    /// Shuts the server down in order, or at once when `now` completes. In the second case, a deregistration in progress still gets a short
+    /// time to finish.
     async fn shut_down(
         &mut self,
         registration: Registration,
         now: impl Future<Output = ()>,
     ) -> Result<(), ServeError> {
-        // First of all: whoever watches the health hears it from here on, and turns away while everything still works.
+        // The health status changes first: clients that watch the health then select other servers while this server is still fully
+        // functional.
         self.enter(ServerState::LameDuck);
         let mut left = registration.watch_state();
         let in_order = async |server: &mut Self| {
@@ -139,7 +142,7 @@ impl Serving {
             () = now => {}
         }
         tracing::warn!("told to stop once more: ending at once");
-        // What was asked of the registration goes on although nobody waits for the answer any more.
+        // The task of the registration continues the deregistration although its result is no longer awaited.
         let left = async {
             let gone = |state: &RegistrationState| {
                 matches!(
@@ -156,7 +159,7 @@ impl Serving {
         outcome
     }
 
-    /// Closes the listener, has the clients told (GOAWAY), and waits for calls in flight; what is left at the deadline is cut.
+    /// Closes the listener, sends GOAWAY to the clients, and waits for calls in flight. Connections that remain at the timeout are cut.
     async fn drain(&mut self) -> Result<(), ServeError> {
         self.enter(ServerState::Draining);
         self.connections.drain();
@@ -174,19 +177,19 @@ impl Serving {
         self.cut().await
     }
 
-    /// Ends every connection.
+    /// Closes every connection.
     async fn cut(&mut self) -> Result<(), ServeError> {
         let connections = self.connections.open();
         self.connections.cut();
         let outcome = timeout(CUT, self.ended()).await;
         self.connections_cut = connections.saturating_sub(self.connections.open());
         if connections > 0 {
-            tracing::warn!(connections, "cut the connections that were left");
+            tracing::warn!(connections, "cut the remaining connections");
         }
         outcome.unwrap_or_else(|_| {
-            // Their tasks are held by something that blocks; they are not waited for.
+            // The tasks of these connections are held up by blocking code. The server does not wait for them.
             let connections = self.connections.open();
-            tracing::warn!(connections, bound = ?CUT, "connections do not end although they are cut");
+            tracing::warn!(connections, bound = ?CUT, "connections are still open after the cut");
             self.task.abort();
             Ok(())
         })
@@ -203,11 +206,11 @@ async fn deregister(registration: Registration) {
     }
 }
 
-/// How long a client that has connected may take to begin to speak once the server drains: many round trips, and nothing to a drain.
+/// Time for a connected client to start HTTP after the drain has begun. It is many round trips, and short compared with the drain.
 const OPENING: Duration = Duration::from_millis(200);
-/// How long connections may take to notice that they are cut: their next poll. Only code that blocks a thread takes longer.
+/// Time for connections to end after the cut. They end at their next poll, which only code that blocks a thread delays further.
 const CUT: Duration = Duration::from_secs(1);
-/// How long a deregistration under way may still take when the server is to end at once: many times what it takes an etcd that answers.
+/// Time for a deregistration in progress when the server must end at once. It is many times the response time of a healthy etcd.
 const LAST_CHANCE: Duration = Duration::from_millis(500);
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::io;
 
-/// SIGTERM and SIGINT, or Ctrl-C where there are none.
+/// SIGTERM and SIGINT, or Ctrl-C on platforms without them.
 #[derive(Debug)]
 pub(super) struct Signals {
     #[cfg(unix)]
@@ -12,7 +12,7 @@ pub(super) struct Signals {
 }
 
 impl Signals {
-    /// Installs the handlers. From here on the signals no longer end the process by themselves.
+    /// Installs the handlers. The signals then no longer end the process by themselves.
     #[cfg(unix)]
     pub(super) fn install() -> io::Result<Self> {
         use tokio::signal::unix::{SignalKind, signal};
@@ -27,7 +27,7 @@ impl Signals {
         Ok(Self {})
     }
 
-    /// Waits for the next of them.
+    /// Waits for the next signal.
     #[cfg(unix)]
     pub(super) async fn recv(&mut self) {
         tokio::select! {

@@ -1,4 +1,4 @@
-//! The etcd binary: where it is, which version it is, and how it is called.
+//! The etcd binary: its path, its version and its command line.
 
 use std::{
     env,
@@ -11,30 +11,30 @@ use tokio::task::spawn_blocking;
 
 use super::error::ProcessError;
 
-/// The binary named by `ETCD_BIN`, or else the `etcd` on `PATH`.
+/// Returns the path in `ETCD_BIN`, or else the `etcd` on `PATH`.
 pub(super) fn find() -> Result<PathBuf, ProcessError> {
     let named = env::var_os("ETCD_BIN").filter(|path| !path.is_empty());
     let found = named.map(PathBuf::from).or_else(on_path);
     found.ok_or(ProcessError::NoBinary)
 }
 
-/// The first executable file called `etcd` on `PATH`.
+/// Returns the first executable file named `etcd` on `PATH`.
 fn on_path() -> Option<PathBuf> {
     let path = env::var_os("PATH")?;
     let mut candidates = env::split_paths(&path).map(|folder| folder.join("etcd"));
     candidates.find(|candidate| is_executable(candidate))
 }
 
-/// Whether the path is a file that somebody may execute.
+/// Returns whether the path is a file with an execute permission for any user.
 fn is_executable(path: &Path) -> bool {
     path.metadata()
         .is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
 }
 
-/// A command that runs the binary without what it would read from our environment.
+/// Returns a command that runs the binary without the `ETCD_*` variables of this process.
 ///
-/// etcd takes every flag from an `ETCD_*` variable too; the one that stays is no flag, but what
-/// some releases ask for on an architecture that they do not support.
+/// etcd reads every flag from an `ETCD_*` variable too. `ETCD_UNSUPPORTED_ARCH` is kept: it is not
+/// a flag, and some releases require it on an architecture that they do not support.
 pub(super) fn command(binary: &Path) -> Command {
     let mut command = Command::new(binary);
     command.stdin(Stdio::null());
@@ -46,7 +46,7 @@ pub(super) fn command(binary: &Path) -> Command {
     command
 }
 
-/// Asks the binary for its version, such as `3.4.23`.
+/// Runs the binary to read its version, such as `3.4.23`.
 pub(super) async fn version(binary: &Path) -> Result<String, ProcessError> {
     let mut ask = command(binary);
     ask.arg("--version");
@@ -60,7 +60,7 @@ pub(super) async fn version(binary: &Path) -> Result<String, ProcessError> {
     }
 }
 
-/// Reads the version out of what `etcd --version` prints.
+/// Parses the version from the output of `etcd --version`.
 fn parse_version(printed: &str) -> String {
     let mut lines = printed.lines();
     let version = lines.find_map(|line| line.strip_prefix("etcd Version:"));

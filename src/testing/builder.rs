@@ -1,4 +1,4 @@
-//! How an [`Etcd`] is set up and started.
+//! The configuration and the start of an [`Etcd`].
 
 use std::{
     ffi::OsString,
@@ -15,10 +15,10 @@ use super::{
     peers::Peers,
 };
 
-/// How often a start is tried when another process is faster to take a port that was free.
+/// Number of start attempts, in case another process takes one of the free ports first.
 const START_ATTEMPTS: usize = 5;
 
-/// Sets up an [`Etcd`]; made by [`Etcd::builder`].
+/// Builder of an [`Etcd`], returned by [`Etcd::builder`].
 #[derive(Debug, Clone)]
 pub struct EtcdBuilder {
     members: usize,
@@ -30,7 +30,7 @@ pub struct EtcdBuilder {
 }
 
 impl Etcd {
-    /// Sets up an etcd with more options.
+    /// Returns a builder, for more options than [`Etcd::start`] has.
     #[must_use]
     pub fn builder() -> EtcdBuilder {
         EtcdBuilder::new()
@@ -38,7 +38,7 @@ impl Etcd {
 }
 
 impl EtcdBuilder {
-    /// One member of whichever etcd is installed, with its default settings.
+    /// Creates a builder of one member of the installed etcd, with its default settings.
     pub(super) fn new() -> Self {
         Self {
             members: 1,
@@ -59,20 +59,21 @@ impl EtcdBuilder {
 
     /// Adds a flag for every member, such as `--auth-token=simple`. May be called repeatedly.
     ///
-    /// etcd's default election timeout of a second is kept, and a single member waits for a random
-    /// part of it before it serves. Tests that start many can add `--heartbeat-interval=10` and
-    /// `--election-timeout=100`; what etcd does when it loses a member then happens faster, too.
+    /// etcd's default election timeout of a second stays in effect, and a single member waits for a
+    /// random part of it before it serves. Tests that start many members can add
+    /// `--heartbeat-interval=10` and `--election-timeout=100`. etcd then also reacts faster to the
+    /// loss of a member.
     #[must_use]
     pub fn arg(mut self, arg: impl Into<OsString>) -> Self {
         self.args.push(arg.into());
         self
     }
 
-    /// Listens for clients that speak TLS as well, with this certificate and its key, at
-    /// [`Etcd::tls_endpoints`]. etcd reads the files again at each handshake.
+    /// Also listens for TLS clients, with this certificate and its key, at [`Etcd::tls_endpoints`].
+    /// etcd reads the files again at each handshake.
     ///
-    /// With `--client-cert-auth=true` and `--trusted-ca-file` as further [arguments](Self::arg) it asks
-    /// clients for a certificate.
+    /// With `--client-cert-auth=true` and `--trusted-ca-file` as further [arguments](Self::arg),
+    /// etcd requires a client certificate.
     #[must_use]
     pub fn tls(self, certificate: impl AsRef<Path>, key: impl AsRef<Path>) -> Self {
         let flag = |name: &str, path: &Path| {
@@ -86,21 +87,22 @@ impl EtcdBuilder {
         this
     }
 
-    /// Makes [`Etcd::isolate`] possible: what the members say to each other goes through proxies.
+    /// Enables [`Etcd::isolate`]: the traffic between members passes through proxies.
     #[must_use]
     pub fn partitionable(mut self) -> Self {
         self.partitionable = true;
         self
     }
 
-    /// Sets the etcd binary. The default is what `ETCD_BIN` names, or else the `etcd` on `PATH`.
+    /// Sets the path of the etcd binary. The default is the path in `ETCD_BIN`, or else the `etcd`
+    /// on `PATH`.
     #[must_use]
     pub fn binary(mut self, binary: impl Into<PathBuf>) -> Self {
         self.binary = Some(binary.into());
         self
     }
 
-    /// Sets how long the members may take to become healthy, at the start and at each restart. The
+    /// Sets the timeout for members to become healthy, at the start and at each restart. The
     /// default is 30 s.
     #[must_use]
     pub fn start_timeout(mut self, timeout: Duration) -> Self {
@@ -112,12 +114,12 @@ impl EtcdBuilder {
     ///
     /// # Errors
     ///
-    /// Fails if there is no etcd binary, or if a member cannot be started, exits early, or is not
-    /// healthy in time. Nothing is left behind then.
+    /// Fails if no etcd binary is found, or if a member cannot be started, exits early, or is not
+    /// healthy in time. In that case, no process and no file is left behind.
     ///
     /// # Cancel safety
     ///
-    /// A start that is dropped midway leaves nothing behind.
+    /// If the future is dropped before it completes, no process and no file is left behind.
     pub async fn start(self) -> Result<Etcd, ProcessError> {
         let binary = self.binary.clone().map_or_else(binary::find, Ok)?;
         let version = binary::version(&binary).await?;
@@ -131,7 +133,7 @@ impl EtcdBuilder {
         }
     }
 
-    /// An etcd that has its ports and its directory, with no member started yet.
+    /// Reserves the ports and the directory of an etcd, and starts no member yet.
     fn prepare(&self, binary: &Path, version: &str) -> Result<Etcd, ProcessError> {
         let directory = tempfile::Builder::new().prefix("tonic-etcd-").tempdir();
         let directory = directory.map_err(ProcessError::Prepare)?;
@@ -145,7 +147,8 @@ impl EtcdBuilder {
         if let Some(peers) = &peers {
             reached = peers.ports();
         }
-        // The token is part of what the cluster id is made of: two clusters never share one.
+        // etcd derives the cluster id from this token, among other values, so two clusters never
+        // share an id.
         let token = format!("tonic-etcd-{:016x}", fastrand::u64(..));
         let flags: Vec<_> = (0..self.members)
             .map(|index| member::flags(index, &ports, &reached, self.tls, &token))
@@ -170,7 +173,7 @@ impl EtcdBuilder {
     }
 }
 
-/// Whether a member lost the race for one of its ports.
+/// Returns whether a member failed because one of its ports was already taken.
 fn is_port_taken(error: &ProcessError) -> bool {
     matches!(error, ProcessError::ExitedEarly { log, .. } if log.contains("address already in use"))
 }

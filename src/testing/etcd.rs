@@ -13,15 +13,19 @@ use super::member::Member;
 use super::peers::Peers;
 use super::probe;
 
-/// A running etcd: one member, or a cluster of them. Dropped, it is killed and its data removed.
+/// A running etcd: a single member or a cluster. Dropping it kills the members and removes their
+/// data.
 ///
-/// Members are named by their index, from 0. An operation on a member takes `&mut self`, so that
-/// two of them never meet; the addresses are owned strings that stay valid across restarts.
+/// Members are identified by their index, which starts at 0. Operations on members take `&mut
+/// self`, so that two operations never overlap. The addresses are owned strings that stay valid
+/// across restarts.
 ///
-/// Operations that are dropped midway are safe to repeat: the signal may already have been sent.
+/// If the future of an operation is dropped, the operation is safe to repeat. Its signal may
+/// already have been sent.
 #[derive(Debug)]
 pub struct Etcd {
-    /// Declared before the directory, so that they are gone when it is removed.
+    /// Declared before the directory, so that the members are dropped before the directory is
+    /// removed.
     pub(super) members: Vec<Member>,
     pub(super) version: String,
     pub(super) start_timeout: Duration,
@@ -34,7 +38,7 @@ impl Etcd {
     ///
     /// # Errors
     ///
-    /// As for [`EtcdBuilder::start`].
+    /// Fails for the same reasons as [`EtcdBuilder::start`].
     pub async fn start() -> Result<Self, ProcessError> {
         Self::builder().start().await
     }
@@ -43,62 +47,62 @@ impl Etcd {
     ///
     /// # Errors
     ///
-    /// As for [`EtcdBuilder::start`].
+    /// Fails for the same reasons as [`EtcdBuilder::start`].
     pub async fn start_cluster(members: usize) -> Result<Self, ProcessError> {
         Self::builder().members(members).start().await
     }
 
-    /// The addresses for clients, as `127.0.0.1:port`, in the order of the members.
+    /// Returns the client addresses, as `127.0.0.1:port`, in the order of the members.
     #[must_use]
     pub fn endpoints(&self) -> Vec<String> {
         self.members.iter().map(Member::endpoint).collect()
     }
 
-    /// The address for clients of one member; empty if there is no such member.
+    /// Returns the client address of one member; empty if the member does not exist.
     #[must_use]
     pub fn endpoint(&self, member: usize) -> String {
         let member = self.members.get(member);
         member.map(Member::endpoint).unwrap_or_default()
     }
 
-    /// The addresses for clients that speak TLS, as `127.0.0.1:port`. Nobody listens there without
+    /// Returns the addresses for TLS clients, as `127.0.0.1:port`. Members listen there only with
     /// [`EtcdBuilder::tls`].
     #[must_use]
     pub fn tls_endpoints(&self) -> Vec<String> {
         self.members.iter().map(Member::tls_endpoint).collect()
     }
 
-    /// The number of members, running or not.
+    /// Returns the number of members, running or not.
     #[must_use]
     pub fn members(&self) -> usize {
         self.members.len()
     }
 
-    /// The version of the binary, such as `3.4.23`.
+    /// Returns the version of the binary, such as `3.4.23`.
     #[must_use]
     pub fn version(&self) -> String {
         self.version.clone()
     }
 
-    /// The process id of a member, unless it is stopped.
+    /// Returns the process id of a member; `None` if the member is stopped or does not exist.
     #[must_use]
     pub fn pid(&self, member: usize) -> Option<u32> {
         let process = self.members.get(member)?.process.as_ref()?;
         Some(process.id())
     }
 
-    /// What a member has logged so far, over all of its starts; empty if there is no such member.
+    /// Returns the log of a member, over all of its starts; empty if the member does not exist.
     #[must_use]
     pub fn log(&self, member: usize) -> String {
         let member = self.members.get(member);
         member.map(Member::log).unwrap_or_default()
     }
 
-    /// The member that leads, if one does.
+    /// Returns the index of the leader, if the cluster has one.
     ///
-    /// Every running member is asked, and frozen ones do not answer. Of two that claim to lead, such
-    /// as after a leader was thawed, the one in the later raft term is right. Newer servers that
-    /// have authentication turned on refuse to tell.
+    /// This function queries every running member; frozen members do not respond. Two members may
+    /// claim to be the leader, for example after a leader was thawed; the claim with the later raft
+    /// term is correct. Newer servers with authentication enabled reject the query.
     pub async fn leader(&self) -> Option<usize> {
         let mut asked = JoinSet::new();
         for member in &self.members {
@@ -112,51 +116,52 @@ impl Etcd {
         leader.map(|(_term, index)| index)
     }
 
-    /// Stops a member in order (SIGTERM), and kills it if that takes more than 10 s. A frozen member
-    /// is thawed for it. Nothing happens if it is already stopped.
+    /// Stops a member gracefully (SIGTERM), and kills it if it has not exited after 10 s. A frozen
+    /// member is thawed for this. Has no effect if the member is already stopped.
     ///
     /// # Errors
     ///
-    /// Fails if there is no such member, or if it cannot be ended.
+    /// Fails if the member does not exist, or if it cannot be stopped or killed.
     pub async fn stop(&mut self, member: usize) -> Result<(), ProcessError> {
         self.member(member)?.stop().await
     }
 
-    /// Kills a member (SIGKILL), frozen or not, and waits for its end. Nothing happens if it is
-    /// already stopped.
+    /// Kills a member (SIGKILL), frozen or not, and waits until it has exited. Has no effect if the
+    /// member is already stopped.
     ///
     /// # Errors
     ///
-    /// Fails if there is no such member, or if it cannot be ended.
+    /// Fails if the member does not exist, or if it cannot be stopped or killed.
     pub async fn kill(&mut self, member: usize) -> Result<(), ProcessError> {
         self.member(member)?.kill().await
     }
 
-    /// Freezes a member (SIGSTOP): its connections stay open, and new ones are still accepted by the
-    /// system, but nothing is answered.
+    /// Freezes a member (SIGSTOP). Its connections stay open and the operating system still accepts
+    /// new ones, but the member does not respond.
     ///
     /// # Errors
     ///
-    /// Fails if there is no such member, or if it does not run.
+    /// Fails if the member does not exist or is not running.
     pub async fn freeze(&mut self, member: usize) -> Result<(), ProcessError> {
         self.member(member)?.set_frozen(true).await
     }
 
-    /// Lets a frozen member go on (SIGCONT). Nothing happens if it was not frozen.
+    /// Resumes a frozen member (SIGCONT). Has no effect if the member was not frozen.
     ///
     /// # Errors
     ///
-    /// Fails if there is no such member, or if it does not run.
+    /// Fails if the member does not exist or is not running.
     pub async fn thaw(&mut self, member: usize) -> Result<(), ProcessError> {
         self.member(member)?.set_frozen(false).await
     }
 
-    /// Cuts a running member off from the others, in both directions; clients still reach it.
+    /// Isolates a running member from the other members, in both directions. Clients can still
+    /// reach it.
     ///
     /// # Errors
     ///
-    /// Fails if there is no such member, if the cluster was not started as
-    /// [partitionable](EtcdBuilder::partitionable), or if the member does not answer for its id.
+    /// Fails if the member does not exist, if the cluster was not started as
+    /// [partitionable](EtcdBuilder::partitionable), or if the member does not return its id.
     pub async fn isolate(&mut self, member: usize) -> Result<(), ProcessError> {
         let port = self.member(member)?.client_port();
         let id = probe::member_id(port).await;
@@ -169,12 +174,12 @@ impl Etcd {
         }
     }
 
-    /// Lets a member that was [isolated](Self::isolate) reach the others again. Nothing happens if it
-    /// was not.
+    /// Reconnects a member that was [isolated](Self::isolate) to the others. Has no effect if the
+    /// member was not isolated.
     ///
     /// # Errors
     ///
-    /// Fails if there is no such member.
+    /// Fails if the member does not exist.
     pub fn rejoin(&mut self, member: usize) -> Result<(), ProcessError> {
         self.member(member)?;
         if let Some(peers) = &self.peers {
@@ -183,17 +188,16 @@ impl Etcd {
         Ok(())
     }
 
-    /// Starts a member again, on the same ports and with the data it has, and waits until it is
-    /// healthy. If it runs, it is stopped first.
+    /// Restarts a member on the same ports and with its data, and waits until it is healthy. A
+    /// running member is stopped first.
     ///
-    /// A member is healthy only while most of the cluster runs: to start several, use
+    /// A member is healthy only while a majority of the cluster runs. To start several members, use
     /// [`Etcd::restart_all`].
     ///
     /// # Errors
     ///
-    /// Fails if there is no such member, or if it cannot be stopped or started, exits early, or is
-    /// not healthy within the bound of [`EtcdBuilder::start_timeout`]; in this last case it is left
-    /// running.
+    /// Fails if the member does not exist, cannot be stopped or started, exits early, or is not
+    /// healthy within [`EtcdBuilder::start_timeout`]. In the last case, the member keeps running.
     pub async fn restart(&mut self, member: usize) -> Result<(), ProcessError> {
         let found = self.member(member)?;
         found.stop().await?;
@@ -201,48 +205,50 @@ impl Etcd {
         self.await_health(vec![member]).await
     }
 
-    /// Deletes the data of a stopped member; started again, it is empty and has the same flags.
+    /// Deletes the data of a stopped member. After a restart, the member is empty and has the same
+    /// flags.
     ///
-    /// For a single member or, with [`Etcd::wipe_all`], for all of them this is the loss of all
-    /// data. A lone wiped member of a cluster that still knows it refuses to start again, as etcd
-    /// does: it would have to be removed from the cluster and added anew.
+    /// In a cluster of one member, or with [`Etcd::wipe_all`], this is the loss of all data. A
+    /// single wiped member of a larger cluster refuses to start again, as etcd does when the other
+    /// members still have it in their configuration: it must be removed from the cluster and added
+    /// again.
     ///
     /// # Errors
     ///
-    /// Fails if there is no such member, if it runs, or if its data cannot be deleted.
+    /// Fails if the member does not exist, if it is running, or if its data cannot be deleted.
     pub async fn wipe(&mut self, member: usize) -> Result<(), ProcessError> {
         self.member(member)?.wipe().await
     }
 
-    /// Copies the data of a stopped member, in place of an earlier copy, for [`Etcd::restore`].
+    /// Copies the data of a stopped member for [`Etcd::restore`], and replaces an earlier copy.
     ///
     /// # Errors
     ///
-    /// Fails if there is no such member, if it runs, or if its data cannot be copied.
+    /// Fails if the member does not exist, if it is running, or if its data cannot be copied.
     pub async fn back_up(&mut self, member: usize) -> Result<(), ProcessError> {
         self.member(member)?.back_up().await
     }
 
-    /// Puts the data of a stopped member back to what it was at its last [`Etcd::back_up`], as an
-    /// operator does after a loss: what was written since is gone, leases that have ended since
-    /// live again for a whole TTL, and raft terms go on from where they were.
+    /// Restores the data of a stopped member from its last [`Etcd::back_up`], as an operator does
+    /// after a loss. Later writes are lost. Leases that have ended since then exist again for a
+    /// whole TTL, and raft terms continue from the restored state.
     ///
     /// # Errors
     ///
-    /// Fails if there is no such member, if it runs, if it was never backed up, or if its data
-    /// cannot be replaced.
+    /// Fails if the member does not exist, if it is running, if it was never backed up, or if its
+    /// data cannot be replaced.
     pub async fn restore(&mut self, member: usize) -> Result<(), ProcessError> {
         self.member(member)?.restore().await
     }
 
-    /// Stops every member in order, see [`Etcd::stop`].
+    /// Stops every member gracefully; see [`Etcd::stop`].
     ///
     /// # Errors
     ///
-    /// Fails if a member cannot be ended.
+    /// Fails if a member cannot be stopped or killed.
     pub async fn stop_all(&mut self) -> Result<(), ProcessError> {
-        // The leader comes last. An etcd that ends hands its leadership over first, and when the
-        // heir is ending as well, that takes 7 s instead of a few milliseconds.
+        // The leader is stopped last. A leader transfers its leadership before it exits. If the
+        // target of the transfer is exiting as well, this takes 7 s instead of a few milliseconds.
         let leader = self.leader().await;
         let mut order: Vec<_> = self.members.iter_mut().collect();
         order.sort_by_key(|member| Some(member.index) == leader);
@@ -252,11 +258,11 @@ impl Etcd {
         Ok(())
     }
 
-    /// Kills every member at once, see [`Etcd::kill`].
+    /// Kills every member at once; see [`Etcd::kill`].
     ///
     /// # Errors
     ///
-    /// Fails if a member cannot be ended.
+    /// Fails if a member cannot be stopped or killed.
     pub async fn kill_all(&mut self) -> Result<(), ProcessError> {
         self.signal_kill();
         for member in &mut self.members {
@@ -265,7 +271,8 @@ impl Etcd {
         Ok(())
     }
 
-    /// Starts every member again, all before any of them is waited for, see [`Etcd::restart`].
+    /// Restarts every member; see [`Etcd::restart`]. All members are started before the wait for
+    /// their health begins.
     ///
     /// # Errors
     ///
@@ -275,11 +282,12 @@ impl Etcd {
         self.start_all().await
     }
 
-    /// Deletes the data of every member, see [`Etcd::wipe`].
+    /// Deletes the data of every member; see [`Etcd::wipe`].
     ///
     /// # Errors
     ///
-    /// Fails if a member runs, and then deletes nothing, or if some data cannot be deleted.
+    /// Fails if a member is running, in which case nothing is deleted, or if some data cannot be
+    /// deleted.
     pub async fn wipe_all(&mut self) -> Result<(), ProcessError> {
         for member in &mut self.members {
             member.check_stopped()?;
@@ -290,15 +298,15 @@ impl Etcd {
         Ok(())
     }
 
-    /// The member with this index.
+    /// Returns the member with this index.
     pub(super) fn member(&mut self, member: usize) -> Result<&mut Member, ProcessError> {
         let members = self.members.len();
         let found = self.members.get_mut(member);
         found.ok_or(ProcessError::NoSuchMember { member, members })
     }
 
-    /// Sends SIGKILL to every process, so that they die side by side. Whether it worked is seen when
-    /// each is waited for.
+    /// Sends SIGKILL to every process, so that all of them exit in parallel. A failure is detected
+    /// later, by the wait for each process.
     fn signal_kill(&self) {
         for member in &self.members {
             if let Some(process) = &member.process {

@@ -1,4 +1,4 @@
-//! Starting the members, and waiting until they are healthy.
+//! The start of the members, and the wait until they are healthy.
 
 use std::time::Duration;
 
@@ -6,11 +6,11 @@ use tokio::time::{sleep, timeout};
 
 use super::{Etcd, ProcessError, member::Member, probe};
 
-/// How often a member that is starting is asked for its health.
+/// Time between two health checks of a starting member.
 const HEALTH_INTERVAL: Duration = Duration::from_millis(20);
 
 impl Etcd {
-    /// Starts every member, all of which are stopped, and waits until all are healthy.
+    /// Starts every member and waits until all are healthy. All members must be stopped.
     pub(super) async fn start_all(&mut self) -> Result<(), ProcessError> {
         for member in &mut self.members {
             member.start()?;
@@ -18,7 +18,7 @@ impl Etcd {
         self.await_health((0..self.members.len()).collect()).await
     }
 
-    /// Waits, within the bound, until the members with these indexes are healthy.
+    /// Waits until the members with these indexes are healthy, at most for the start timeout.
     pub(super) async fn await_health(
         &mut self,
         mut pending: Vec<usize>,
@@ -36,11 +36,11 @@ impl Etcd {
         })
     }
 
-    /// Asks the pending members for their health, the last one first, until none is pending.
+    /// Polls the health of the pending members, the last one first, until none is pending.
     async fn poll_health(&mut self, pending: &mut Vec<usize>) -> Result<(), ProcessError> {
         let started = pending.clone();
         while let Some(&member) = pending.last() {
-            // One that has exited may be the very reason why another one is not healthy.
+            // A member that has exited may be the reason why another member is not healthy.
             for &member in &started {
                 self.member(member)?.check_running()?;
             }

@@ -13,24 +13,24 @@ use tokio::task::spawn_blocking;
 
 use super::{binary, error::ProcessError, port::Port, process::Process};
 
-/// How long an etcd that was asked to end may take. One that hands its leadership to a member that
-/// is ending too needs 7 s.
+/// Timeout for a graceful exit. A leader that transfers its leadership to a member that is also
+/// exiting needs 7 s.
 const STOP_BOUND: Duration = Duration::from_secs(10);
 
-/// How long the system may take to carry out a signal that cannot be ignored.
+/// Timeout for the effect of a signal that cannot be ignored.
 const SIGNAL_BOUND: Duration = Duration::from_secs(5);
 
-/// How many lines of the log an error shows.
+/// Number of log lines that an error contains.
 const TAIL_LINES: usize = 20;
 
-/// Where a member listens.
+/// The ports that a member listens on.
 #[derive(Debug)]
 pub(super) struct Ports {
-    /// For clients.
+    /// The port for clients.
     pub(super) client: Port,
-    /// For the other members.
+    /// The port for the other members.
     pub(super) peer: Port,
-    /// For clients that speak TLS.
+    /// The port for TLS clients.
     pub(super) tls: Port,
 }
 
@@ -48,53 +48,54 @@ impl Ports {
 /// One member, running or stopped.
 #[derive(Debug)]
 pub(super) struct Member {
-    /// Its place among the members.
+    /// Its index among the members.
     pub(super) index: usize,
-    /// The etcd binary.
+    /// The path of the etcd binary.
     pub(super) binary: PathBuf,
     /// The temporary directory of the whole cluster.
     pub(super) directory: PathBuf,
-    /// Where it listens.
+    /// The ports that it listens on.
     pub(super) ports: Ports,
-    /// The flags it is always started with, the data directory excepted.
+    /// The flags of every start, except for the data directory.
     pub(super) flags: Vec<OsString>,
-    /// Its process, until it was seen to have ended.
+    /// Its process, until its exit is detected.
     pub(super) process: Option<Process>,
 }
 
 impl Member {
-    /// The name of the member with this index, which is also the name of its data directory.
+    /// Returns the name of the member with this index, which is also the name of its data
+    /// directory.
     pub(super) fn name(index: usize) -> String {
         format!("m{index}")
     }
 
-    /// Where clients connect to.
+    /// Returns the client address.
     pub(super) fn endpoint(&self) -> String {
         format!("127.0.0.1:{}", self.client_port())
     }
 
-    /// Where clients that speak TLS connect to.
+    /// Returns the address for TLS clients.
     pub(super) fn tls_endpoint(&self) -> String {
         format!("127.0.0.1:{}", self.ports.tls.number())
     }
 
-    /// The port for clients.
+    /// Returns the port for clients.
     pub(super) fn client_port(&self) -> u16 {
         self.ports.client.number()
     }
 
-    /// Everything that the member has logged so far.
+    /// Returns the complete log of the member.
     pub(super) fn log(&self) -> String {
         let bytes = fs::read(self.log_path()).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// The end of the log.
+    /// Returns the last lines of the log.
     pub(super) fn log_tail(&self) -> String {
         tail(&self.log(), TAIL_LINES).to_owned()
     }
 
-    /// Starts the process, without waiting for anything.
+    /// Starts the process without waiting for its health.
     pub(super) fn start(&mut self) -> Result<(), ProcessError> {
         let path = self.log_path();
         let log = OpenOptions::new().create(true).append(true).open(path);
@@ -123,14 +124,14 @@ impl Member {
         })
     }
 
-    /// Asks the process to end, and kills it if it does not.
+    /// Sends SIGTERM to the process, and kills it if it does not exit in time.
     pub(super) async fn stop(&mut self) -> Result<(), ProcessError> {
         let failed = signal_error(self.index);
         let Some(process) = self.running() else {
             return Ok(());
         };
         process.signal(Signal::SIGTERM).map_err(&failed)?;
-        // A frozen process would notice the request only once it is thawed.
+        // A frozen process would handle the signal only after it is thawed.
         process.signal(Signal::SIGCONT).map_err(&failed)?;
         if process.exits_within(STOP_BOUND).await {
             self.process = None;
@@ -140,7 +141,7 @@ impl Member {
         self.kill().await
     }
 
-    /// Kills the process and waits for its end.
+    /// Kills the process and waits until it has exited.
     pub(super) async fn kill(&mut self) -> Result<(), ProcessError> {
         let failed = signal_error(self.index);
         let Some(process) = self.running() else {
@@ -154,7 +155,7 @@ impl Member {
         Ok(())
     }
 
-    /// Stops (`frozen`) or continues the process, and waits until that has taken effect.
+    /// Freezes (`frozen`) or resumes the process, and waits until the signal has taken effect.
     pub(super) async fn set_frozen(&mut self, frozen: bool) -> Result<(), ProcessError> {
         let member = self.index;
         let process = self.running().ok_or(ProcessError::NotRunning { member })?;
@@ -183,21 +184,21 @@ impl Member {
         }
     }
 
-    /// Keeps a copy of the data directory.
+    /// Copies the data directory to the backup directory.
     pub(super) async fn back_up(&mut self) -> Result<(), ProcessError> {
         self.check_stopped()?;
         let (data, backup) = (self.data_directory(), self.backup_directory());
         replace(data, backup).await
     }
 
-    /// Puts the copy in place of the data directory.
+    /// Replaces the data directory by its backup.
     pub(super) async fn restore(&mut self) -> Result<(), ProcessError> {
         self.check_stopped()?;
         let (data, backup) = (self.data_directory(), self.backup_directory());
         replace(backup, data).await
     }
 
-    /// Fails if the process runs.
+    /// Fails if the process is running.
     pub(super) fn check_stopped(&mut self) -> Result<(), ProcessError> {
         let member = self.index;
         match self.running() {
@@ -206,30 +207,31 @@ impl Member {
         }
     }
 
-    /// The process, unless it was stopped or has exited by itself.
+    /// Returns the process; `None` if it was stopped or has exited by itself.
     fn running(&mut self) -> Option<&mut Process> {
-        // Dropping what has exited reaps it.
+        // Dropping an exited process reaps it.
         drop(self.process.take_if(Process::has_exited));
         self.process.as_mut()
     }
 
-    /// Where etcd keeps its data.
+    /// Returns the path of the data directory.
     fn data_directory(&self) -> PathBuf {
         self.directory.join(Self::name(self.index))
     }
 
-    /// Where a copy of them is kept.
+    /// Returns the path of the backup directory.
     fn backup_directory(&self) -> PathBuf {
         self.data_directory().with_extension("backup")
     }
 
-    /// Where etcd logs to.
+    /// Returns the path of the log file.
     fn log_path(&self) -> PathBuf {
         self.data_directory().with_extension("log")
     }
 }
 
-/// Everything that tells one member how to form the cluster, apart from its data directory. `peers`: where the others reach each.
+/// Returns the flags with which one member forms the cluster, except for its data directory.
+/// `peers` contains the port at which the others reach each member.
 pub(super) fn flags(
     index: usize,
     ports: &[Ports],
@@ -263,12 +265,12 @@ pub(super) fn flags(
     flags.into_iter().map(OsString::from).collect()
 }
 
-/// Wraps what the system answers to a signal.
+/// Converts the error of sending a signal.
 fn signal_error(member: usize) -> impl Fn(io::Error) -> ProcessError {
     move |source| ProcessError::Signal { member, source }
 }
 
-/// The last lines of a text.
+/// Returns the last lines of a text.
 fn tail(text: &str, lines: usize) -> &str {
     let text = text.trim_end();
     let mut breaks = text.rmatch_indices('\n');
@@ -278,10 +280,10 @@ fn tail(text: &str, lines: usize) -> &str {
     }
 }
 
-/// Replaces a directory by a copy of another one.
+/// Replaces a directory by a copy of another directory.
 async fn replace(from: PathBuf, to: PathBuf) -> Result<(), ProcessError> {
     let copied = spawn_blocking(move || {
-        // Before anything is removed: without a backup there is nothing to put in its place.
+        // Fails before the removal if no backup exists, because the data could not be replaced.
         fs::read_dir(&from)?;
         if to.exists() {
             fs::remove_dir_all(&to)?;
@@ -292,7 +294,7 @@ async fn replace(from: PathBuf, to: PathBuf) -> Result<(), ProcessError> {
     copied.map_err(ProcessError::Prepare)
 }
 
-/// Copies a directory and all that is in it.
+/// Copies a directory with all of its content.
 fn copy(from: &Path, to: &Path) -> io::Result<()> {
     fs::create_dir(to)?;
     for entry in fs::read_dir(from)? {

@@ -1,8 +1,8 @@
-//! A real etcd for tests and examples: on free loopback ports, in a temporary directory, gone when
-//! it is dropped.
+//! A real etcd for tests and examples. It runs on free loopback ports in a temporary directory, and
+//! is removed when it is dropped.
 //!
-//! [`Etcd`] runs the `etcd` binary, one member or a cluster of any size, and can do to each member
-//! what happens to it in production: stop it, kill it, freeze it, start it again, lose its data.
+//! [`Etcd`] runs the `etcd` binary as one member or as a cluster of any size. It can reproduce the
+//! faults of production for each member: stop, kill, freeze, restart, and loss of data.
 //!
 //! ```no_run
 //! use tonic_etcd::testing::Etcd;
@@ -26,22 +26,23 @@
 //!
 //! # The binary
 //!
-//! It is the one given to [`EtcdBuilder::binary`], or named by the environment variable `ETCD_BIN`,
-//! or else the `etcd` on `PATH`. Debian and Ubuntu have it in the package `etcd-server`, Fedora and
-//! Arch Linux in `etcd`, and on macOS `brew install etcd` installs it. etcd 3.4 and later will do.
-//! `ETCD_*` variables, which etcd would take for its flags, are kept from it.
+//! The binary is the path passed to [`EtcdBuilder::binary`], else the path in the environment
+//! variable `ETCD_BIN`, else the `etcd` on `PATH`. The package is `etcd-server` on Debian and
+//! Ubuntu, and `etcd` on Fedora and Arch Linux. On macOS, `brew install etcd` installs it. etcd 3.4
+//! and later are supported. `ETCD_*` variables are not passed on, because etcd would read them as
+//! flags.
 //!
-//! # What is left behind
+//! # Cleanup
 //!
-//! Nothing. Dropping an [`Etcd`] kills its members and removes its directory. Where no drop happens
-//! (`SIGKILL`, an abort, `std::process::exit`, a `static`), a small `sh` beside each member does it
-//! as soon as the owner is gone. Members do not belong to the terminal's process group, so Ctrl-C
-//! reaches only the owner.
+//! Dropping an [`Etcd`] kills its members and removes its directory. If no drop happens (`SIGKILL`,
+//! an abort, `std::process::exit`, a `static`), a small `sh` process beside each member does this
+//! as soon as the owner process has exited. Nothing is left behind in either case. Members do not
+//! belong to the process group of the terminal, so Ctrl-C reaches only the owner.
 //!
 //! # Limits
 //!
-//! Unix only. Everything here happens in real time: do not use it on a runtime whose clock is
-//! paused. Member traffic is plaintext.
+//! This module is Unix only. It works in real time: do not use it on a runtime with a paused clock.
+//! Traffic between members is plaintext.
 
 mod binary;
 mod builder;

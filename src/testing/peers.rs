@@ -1,4 +1,5 @@
-//! Proxies between the members, so that one can be cut off from the others while its clients still reach it.
+//! Proxies between the members. They can isolate a member from the others while clients still reach
+//! it.
 
 use std::{
     collections::BTreeSet,
@@ -13,9 +14,9 @@ use std::{
 
 use super::port::Port;
 
-/// One proxy for each member. The others reach it through that alone.
+/// One proxy per member. The other members reach it only through its proxy.
 ///
-/// Threads and no tasks: an etcd belongs to no runtime.
+/// The proxies use threads instead of tasks, because an etcd belongs to no tokio runtime.
 #[derive(Debug)]
 pub(super) struct Peers {
     ports: Vec<Port>,
@@ -30,7 +31,7 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Links {
-    /// The members that are cut off, by index, and by the id that they send along.
+    /// The isolated members, by index and by the id that they send in their requests.
     isolated: BTreeSet<(usize, String)>,
     open: Vec<Link>,
 }
@@ -49,7 +50,7 @@ impl Links {
         self.isolated.iter().any(cut)
     }
 
-    /// Closes what may not be open, or everything.
+    /// Closes the connections of isolated members, or all connections.
     fn close(&mut self, all: bool) {
         let open = std::mem::take(&mut self.open);
         for link in open {
@@ -58,7 +59,7 @@ impl Links {
                 continue;
             }
             for end in &link.ends {
-                // Closed already is what is wanted.
+                // An error means that the connection is already closed.
                 end.shutdown(Shutdown::Both).ok();
             }
         }
@@ -66,7 +67,7 @@ impl Links {
 }
 
 impl Peers {
-    /// Starts proxies to these ports.
+    /// Starts one proxy for each of these ports.
     pub(super) fn start(targets: &[u16]) -> io::Result<Self> {
         let mut peers = Self {
             ports: Vec::new(),
@@ -82,19 +83,19 @@ impl Peers {
         Ok(peers)
     }
 
-    /// Where the others are to reach each member.
+    /// Returns the proxy port of each member.
     pub(super) fn ports(&self) -> Vec<u16> {
         self.ports.iter().map(Port::number).collect()
     }
 
-    /// Cuts a member off, in both directions. `id` is what it calls itself.
+    /// Isolates a member in both directions. `id` is the member id that it sends in its requests.
     pub(super) fn isolate(&self, member: usize, id: u64) {
         let mut links = self.shared.links();
         links.isolated.insert((member, format!("{id:x}")));
         links.close(false);
     }
 
-    /// Lets a member reach the others again.
+    /// Reconnects a member to the others.
     pub(super) fn rejoin(&self, member: usize) {
         let mut links = self.shared.links();
         links.isolated.retain(|(index, _)| *index != member);
@@ -113,7 +114,8 @@ impl Drop for Peers {
 }
 
 impl Shared {
-    /// Locks the links, which a panic elsewhere cannot have left half changed.
+    /// Locks the links. A poisoned lock is accepted, because a panic cannot leave the links half
+    /// changed.
     fn links(&self) -> MutexGuard<'_, Links> {
         self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -125,7 +127,7 @@ fn accept(listener: &TcpListener, to: usize, target: u16, shared: &Arc<Shared>) 
             return;
         }
         let shared = Arc::clone(shared);
-        // It fails when one end has gone, and there is nobody to tell.
+        // `forward` fails when either end closes its connection. The error needs no report.
         thread::spawn(move || forward(inbound, to, target, &shared).ok());
     }
 }
@@ -156,7 +158,7 @@ fn copy(from: &mut TcpStream, to: &mut TcpStream) {
     to.shutdown(Shutdown::Both).ok();
 }
 
-/// The first request's head, and what may have come with it.
+/// Reads the head of the first request, with any bytes that follow it in the same read.
 fn read_head(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
     let mut head = Vec::new();
     let mut buffer = [0; 4096];
@@ -170,7 +172,8 @@ fn read_head(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
     Ok(head)
 }
 
-/// The id of the member that sends a request: every request between members names it.
+/// Returns the id of the member that sent a request, from the header that raft requests between
+/// members carry.
 fn sender(head: &[u8]) -> Option<String> {
     let head = String::from_utf8_lossy(head);
     head.lines().find_map(|line| {

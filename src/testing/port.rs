@@ -8,18 +8,19 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-/// Below the ephemeral ports of every common system, so that no outgoing connection takes a port
-/// before etcd has bound it, or while its member is stopped.
+/// The range of drawn ports. It is below the ephemeral ports of every common system, so that no
+/// outgoing connection takes a port before etcd has bound it, or while its member is stopped.
 const CANDIDATES: Range<u16> = 10_000..30_000;
 
-/// How many candidates are tried before the last error is handed out.
+/// Number of candidates that are tried before the last error is returned.
 const ATTEMPTS: usize = 1_000;
 
-/// The ports of every [`Port`] alive: one that belongs to a stopped member looks free to the system.
+/// The ports of all existing [`Port`] values. The operating system regards the port of a stopped
+/// member as free, so it cannot replace this set.
 static TAKEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
 
-/// A loopback port that nobody listened on when it was drawn, and that this process does not draw
-/// again while the value lives.
+/// A loopback port that was free when it was drawn. This process does not draw it again while the
+/// value exists.
 #[derive(Debug)]
 pub(super) struct Port(u16);
 
@@ -39,12 +40,12 @@ impl Port {
         Err(last)
     }
 
-    /// The port, unless another value already stands for it.
+    /// Reserves a port. Returns `None` if another value already holds it.
     fn reserve(number: u16) -> Option<Self> {
         taken().insert(number).then(|| Self(number))
     }
 
-    /// The number of the port.
+    /// Returns the number of the port.
     pub(super) fn number(&self) -> u16 {
         self.0
     }
@@ -56,7 +57,8 @@ impl Drop for Port {
     }
 }
 
-/// Locks the set of taken ports, which a panic elsewhere cannot have left half changed.
+/// Locks the set of taken ports. A poisoned lock is accepted, because a panic cannot leave the set
+/// half changed.
 fn taken() -> MutexGuard<'static, BTreeSet<u16>> {
     TAKEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -67,7 +69,7 @@ mod tests {
 
     #[test]
     fn a_port_is_reserved_while_it_lives_and_free_after() {
-        // Outside of the candidates, so that no parallel draw can hit it.
+        // The port is outside the candidates, so that no parallel draw can return it.
         let port = Port::reserve(9_999).expect("nobody draws it");
         assert!(
             Port::reserve(9_999).is_none(),

@@ -1,4 +1,4 @@
-//! Questions to a member over HTTP, written by hand: a whole HTTP client is not needed for two.
+//! HTTP requests to a member, written by hand: two kinds of request do not justify an HTTP client.
 
 use std::{io, net::Ipv4Addr, time::Duration};
 
@@ -9,15 +9,15 @@ use tokio::{
     time::timeout,
 };
 
-/// The bound of one request: a frozen member accepts connections and never answers.
+/// Timeout of one request: a frozen member accepts connections and never responds.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What the status call answers, as far as it is read; 64-bit numbers are strings in its JSON.
+/// The fields of the status response that are used. 64-bit numbers are strings in its JSON.
 #[derive(Debug, Deserialize)]
 struct Status {
-    /// Who answers.
+    /// The header, with the id of the responding member.
     header: Header,
-    /// The member id of the leader; absent while there is none.
+    /// The member id of the leader; absent if the cluster has no leader.
     #[serde(default)]
     leader: String,
 }
@@ -25,41 +25,41 @@ struct Status {
 /// The header of a [`Status`].
 #[derive(Debug, Deserialize)]
 struct Header {
-    /// The id of the member that answers.
+    /// The id of the responding member.
     member_id: String,
-    /// The raft term it is in.
+    /// The raft term of the responding member.
     #[serde(default)]
     raft_term: String,
 }
 
-/// Whether the member has a leader and answers a read through consensus, which is what its health
-/// check does.
+/// Returns whether the member is healthy. The health check of etcd requires a leader and a read
+/// through consensus.
 pub(super) async fn is_healthy(port: u16) -> bool {
     let body = request(port, "GET /health", "").await;
     body.is_some_and(|body| body.contains(r#""health":"true""#))
 }
 
-/// The raft term in which the member holds itself to be the leader, if it does.
+/// Returns the raft term in which the member considers itself the leader; `None` if it does not.
 pub(super) async fn leading_term(port: u16) -> Option<u64> {
     let body = request(port, "POST /v3/maintenance/status", "{}").await?;
     parse_leading_term(&body)
 }
 
-/// The id by which the member names itself to the others.
+/// Returns the id that the member sends in its requests to other members.
 pub(super) async fn member_id(port: u16) -> Option<u64> {
     let body = request(port, "POST /v3/maintenance/status", "{}").await?;
     let status: Status = serde_json::from_str(&body).ok()?;
     status.header.member_id.parse().ok()
 }
 
-/// Reads [`leading_term`] out of the answer's body.
+/// Parses the response body of [`leading_term`].
 fn parse_leading_term(body: &str) -> Option<u64> {
     let status: Status = serde_json::from_str(body).ok()?;
     let leads = status.leader == status.header.member_id;
     leads.then(|| status.header.raft_term.parse().unwrap_or(0))
 }
 
-/// Sends one request on a connection of its own and returns the body of the answer.
+/// Sends one request on a new connection and returns the body of the response.
 async fn request(port: u16, target: &str, body: &str) -> Option<String> {
     let exchange = async {
         let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await?;
@@ -81,7 +81,7 @@ async fn request(port: u16, target: &str, body: &str) -> Option<String> {
 mod tests {
     use super::*;
 
-    /// A status as etcd 3.4 words it, shortened.
+    /// A status response of etcd 3.4, shortened.
     fn status(member_id: &str, leader: &str) -> String {
         format!(
             r#"{{"header":{{"cluster_id":"9","member_id":"{member_id}","revision":"1","raft_term":"7"}},"version":"3.4.23"{leader},"raftIndex":"6"}}"#

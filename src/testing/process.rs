@@ -1,4 +1,4 @@
-//! One running etcd, and the watchdog that ends it when its owner dies without a word.
+//! One running etcd, and the watchdog that kills it if its owner exits without cleanup.
 
 use std::{
     io,
@@ -17,35 +17,35 @@ use tokio::time::{sleep, timeout};
 
 use super::error::ProcessError;
 
-/// What the watchdog runs, with the pid of etcd and the temporary directory as arguments.
+/// The script of the watchdog. Its arguments are the pid of etcd and the temporary directory.
 ///
-/// Its standard input is a pipe that only the owner holds, so end of file means that the owner is
-/// gone. `read` is built into every shell: unlike with `cat`, there is no second process to end.
-/// The second removal is for what an etcd that was just dying still wrote.
+/// Its standard input is a pipe that only the owner holds, so end of file means that the owner has
+/// exited. `read` is built into every shell; `cat` would be a second process to kill. The second
+/// removal deletes files that the dying etcd wrote during the first one.
 const WATCHDOG: &str = r#"while read -r _; do :; done
 kill -9 "$1" 2>/dev/null
 rm -rf "$2" || { sleep 1; rm -rf "$2"; }"#;
 
-/// How often a process is looked at while its exit or its stop is awaited.
+/// Time between two checks of a process whose exit or stop is awaited.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
-/// How often a dropped process is looked at, a millisecond apart, before it is given up.
+/// Number of checks of a dropped process, one millisecond apart, before it is given up.
 const REAP_ATTEMPTS: usize = 2_000;
 
-/// A running etcd with its watchdog. Dropped, it is killed and reaped.
+/// A running etcd with its watchdog. Dropping it kills and reaps both.
 ///
-/// These are children of [`std::process`], which belong to no runtime: an etcd started by one test
-/// can be operated by another, on a runtime of its own.
+/// Both are children of [`std::process`] and belong to no tokio runtime: an etcd started by one
+/// test can be operated by another test on another runtime.
 #[derive(Debug)]
 pub(super) struct Process {
     /// The server.
     etcd: Child,
-    /// Absent only while the process is put together or taken apart.
+    /// The watchdog. `None` only during construction and destruction.
     watchdog: Option<Child>,
 }
 
 impl Process {
-    /// Starts `etcd` and the watchdog that removes `directory` if we die.
+    /// Starts `etcd`, and the watchdog that removes `directory` if this process dies.
     pub(super) fn start(etcd: &mut Command, directory: &Path) -> Result<Self, ProcessError> {
         let mut process = Self {
             etcd: spawn(etcd)?,
@@ -62,18 +62,19 @@ impl Process {
         Ok(process)
     }
 
-    /// The pid of etcd.
+    /// Returns the pid of etcd.
     pub(super) fn id(&self) -> u32 {
         self.etcd.id()
     }
 
-    /// Sends a signal to etcd. Its pid is ours until it is reaped, so no stranger can get it.
+    /// Sends a signal to etcd. The pid is not reused before etcd is reaped, so the signal cannot
+    /// reach another process.
     pub(super) fn signal(&self, signal: Signal) -> io::Result<()> {
         signal::kill(self.pid(), signal)?;
         Ok(())
     }
 
-    /// Waits until etcd has exited, or until the bound has passed, which gives false.
+    /// Waits until etcd has exited. Returns false if the timeout elapses first.
     pub(super) async fn exits_within(&mut self, bound: Duration) -> bool {
         let exit = async {
             while !self.has_exited() {
@@ -83,7 +84,8 @@ impl Process {
         timeout(bound, exit).await.is_ok()
     }
 
-    /// Waits until a SIGSTOP (or, with `frozen` false, a SIGCONT) has taken effect.
+    /// Waits until a SIGSTOP (or, with `frozen` false, a SIGCONT) has taken effect. Returns false
+    /// if the timeout elapses first.
     pub(super) async fn is_frozen_within(&self, frozen: bool, bound: Duration) -> bool {
         let change = async {
             while self.is_frozen().is_some_and(|now| now != frozen) {
@@ -99,24 +101,25 @@ impl Process {
         self.etcd.wait()
     }
 
-    /// Whether etcd has exited. It is not reaped by asking: as long as the watchdog lives, the pid
-    /// that the watchdog would kill must not become somebody else's.
+    /// Returns whether etcd has exited, without reaping it: while the watchdog exists, the pid that
+    /// it would kill must not be reused by another process.
     #[cfg(target_os = "linux")]
     pub(super) fn has_exited(&mut self) -> bool {
         use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
-        // An error means that there is no such child any more.
+        // An error means that the child no longer exists.
         waitid(Id::Pid(self.pid()), flags) != Ok(WaitStatus::StillAlive)
     }
 
-    /// Whether etcd has exited. Here asking also reaps it, a moment before its watchdog is ended.
+    /// Returns whether etcd has exited. On this system the check also reaps etcd, shortly before
+    /// the watchdog is killed.
     #[cfg(not(target_os = "linux"))]
     pub(super) fn has_exited(&mut self) -> bool {
         !matches!(self.etcd.try_wait(), Ok(None))
     }
 
-    /// Whether etcd is stopped by a SIGSTOP, where the system tells.
+    /// Returns whether etcd is stopped by a SIGSTOP; `None` if the system does not report it.
     #[cfg(target_os = "linux")]
     fn is_frozen(&self) -> Option<bool> {
         use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
@@ -126,21 +129,23 @@ impl Process {
         Some(matches!(status, WaitStatus::Stopped(..)))
     }
 
-    /// Whether etcd is stopped by a SIGSTOP, where the system tells: not here.
+    /// Returns `None`: this system does not report whether etcd is stopped by a SIGSTOP.
     #[cfg(not(target_os = "linux"))]
     fn is_frozen(&self) -> Option<bool> {
         None
     }
 
-    /// The pid of etcd, as signals want it.
+    /// Returns the pid of etcd in the type that `signal::kill` takes.
     fn pid(&self) -> Pid {
         Pid::from_raw(self.etcd.id().cast_signed())
     }
 
-    /// Kills and reaps the watchdog. This comes before etcd is reaped, see [`Process::has_exited`].
+    /// Kills and reaps the watchdog. It must be called before etcd is reaped; see
+    /// [`Process::has_exited`].
     fn dismiss_watchdog(&mut self) {
         if let Some(mut watchdog) = self.watchdog.take() {
-            // Killed before `wait` closes its pipe, so it never gets to act on the end of file.
+            // Killed before `wait` closes its pipe, so that the watchdog never acts on the end of
+            // file.
             watchdog.kill().ok();
             watchdog.wait().ok();
         }
@@ -149,7 +154,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // An error means that it is gone, which is what is wanted.
+        // An error means that etcd has already exited.
         self.etcd.kill().ok();
         self.dismiss_watchdog();
         for _ in 0..REAP_ATTEMPTS {
@@ -161,8 +166,8 @@ impl Drop for Process {
     }
 }
 
-/// Spawns a child in a process group of its own: Ctrl-C in a terminal reaches only the owner, which
-/// then ends its servers in the order it wants.
+/// Spawns a child in its own process group. Ctrl-C in a terminal then reaches only the owner, which
+/// ends its servers in the order it needs.
 fn spawn(command: &mut Command) -> Result<Child, ProcessError> {
     let spawned = command.process_group(0).spawn();
     spawned.map_err(|source| ProcessError::Spawn {

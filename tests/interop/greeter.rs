@@ -1,4 +1,4 @@
-//! A greeter that answers as that of `server.go` does.
+//! A greeter with the same answers as that of `server.go`.
 
 use prost::Message;
 use tonic::metadata::MetadataValue;

@@ -20,7 +20,7 @@ use crate::support::{SOON, eventually};
 #[derive(Clone)]
 pub struct Go(PathBuf);
 
-/// Builds it once. `None` if Go is missing or too old, which is said.
+/// Builds the program once. Returns `None` if Go is missing or too old, and prints the reason.
 pub async fn go() -> Option<Go> {
     static BUILT: OnceCell<Option<Go>> = OnceCell::const_new();
     BUILT.get_or_init(build).await.clone()
@@ -31,7 +31,7 @@ async fn build() -> Option<Go> {
     let program = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("interop-peer");
     let mut command = Command::new("go");
     command.args(["build", "-o"]).arg(&program).arg(".");
-    // The Go that is there, or none: no other is fetched.
+    // Uses only the installed Go toolchain: no other version is downloaded.
     command.current_dir(folder).env("GOTOOLCHAIN", "local");
     let output = match command.output().await {
         Ok(output) => output,
@@ -45,7 +45,7 @@ async fn build() -> Option<Go> {
     Some(Go(program))
 }
 
-/// Past the test runner, which shows nothing of tests that pass.
+/// Writes directly to stderr, because the test runner hides the output of tests that pass.
 fn left_out(reason: &str) -> Option<Go> {
     let line = format!("left out: the tests with grpc-go ({reason})\n");
     std::io::stderr().write_all(line.as_bytes()).unwrap();
@@ -53,7 +53,7 @@ fn left_out(reason: &str) -> Option<Go> {
 }
 
 impl Go {
-    /// Runs a mode to its end, and gives what it has printed.
+    /// Runs a mode to its end and returns its output.
     pub async fn run(&self, arguments: &[&str]) -> String {
         let output = self.output(arguments).await;
         let said = String::from_utf8_lossy(&output.stderr);
@@ -61,7 +61,7 @@ impl Go {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// Runs a mode that ends with an error, and gives that.
+    /// Runs a mode that must fail and returns its error output.
     pub async fn fails(&self, arguments: &[&str]) -> String {
         let output = self.output(arguments).await;
         assert!(!output.status.success(), "{arguments:?} has worked");
@@ -83,7 +83,7 @@ impl Go {
         folder
     }
 
-    /// Starts a server, which is registered when this returns.
+    /// Starts a server and waits until it is registered.
     pub async fn server(
         &self,
         etcd: &Etcd,
@@ -114,7 +114,7 @@ pub struct Peer {
     lines: Lines<BufReader<ChildStdout>>,
 }
 
-/// One of our examples, built along with the tests.
+/// Starts one of our examples, which are built together with the tests.
 pub fn example(name: &str, etcd: &Etcd) -> Peer {
     let mut folder = std::env::current_exe().unwrap();
     folder.pop();
@@ -136,12 +136,12 @@ impl Peer {
         }
     }
 
-    /// Where it serves.
+    /// Returns the address of the server.
     pub fn address(&self) -> &str {
         &self.address
     }
 
-    /// What an example's greeter calls itself.
+    /// Returns the name that an example's greeter puts into its replies.
     pub fn name(&self) -> String {
         format!("server {}", self.pid)
     }
@@ -150,7 +150,7 @@ impl Peer {
         kill(Pid::from_raw(i32::try_from(self.pid).unwrap()), signal).unwrap();
     }
 
-    /// Waits for the end, and gives what it has printed.
+    /// Waits until the process ends and returns its remaining output.
     pub async fn ended(&mut self) -> String {
         let mut said = String::new();
         let reading = async {
@@ -165,7 +165,7 @@ impl Peer {
     }
 }
 
-/// What has come of a Go client's calls since the last report.
+/// Outcomes of a Go client's calls since the last report.
 #[derive(Debug, Deserialize)]
 pub struct Tally {
     pub ok: u64,
@@ -174,7 +174,7 @@ pub struct Tally {
     pub errors: BTreeMap<String, u64>,
 }
 
-/// A Go client that calls all the time.
+/// A Go client that calls continuously.
 pub struct Load {
     _child: Child,
     input: ChildStdin,
@@ -183,7 +183,7 @@ pub struct Load {
 
 impl Load {
     pub async fn start(go: &Go, etcd: &Etcd, arguments: &[&str]) -> Self {
-        // Before the first server is there, its calls fail.
+        // Both servers must be registered first: without a server, calls fail.
         let registry = tonic_etcd::Registry::connect(etcd.endpoints())
             .await
             .unwrap();
@@ -210,7 +210,7 @@ impl Load {
         serde_json::from_str(&line.unwrap().expect("it is there")).unwrap()
     }
 
-    /// Reports until one is as it should be, with enough calls in it for each server; gives it with the failures of those before.
+    /// Requests reports until one satisfies the condition and contains enough calls. Returns it, with the failures of all reports so far.
     pub async fn until(&mut self, what: &str, condition: impl Fn(&Tally) -> bool) -> Tally {
         let mut failed = 0;
         let mut found = None;

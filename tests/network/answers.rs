@@ -1,4 +1,4 @@
-//! Answers that are not gRPC's: from proxies, from web servers, from other protocols on the port.
+//! Responses that are not gRPC: from proxies, from web servers, and from other protocols on the port.
 
 use tokio::time::sleep;
 use tonic::{Code, Status};
@@ -12,7 +12,7 @@ use super::{
     addresses, hello, lazily, ms, over, retrying, say, send, shown, status, stream, support,
 };
 
-/// What a proxy, a web server or a broken server answers, and gRPC's code for it (http-grpc-status-mapping.md).
+/// Responses of a proxy, a web server or a broken server, and the gRPC code for each (http-grpc-status-mapping.md).
 const ANSWERS: [(Answer, &str, Code); 13] = [
     (html(200), "200", Code::Unknown),
     (html(400), "400", Code::Internal),
@@ -41,7 +41,7 @@ const fn other(content_type: Option<&'static str>) -> Answer {
     }
 }
 
-/// Whether a message names the endpoint, what it answered, and as what.
+/// Asserts that a message names the endpoint, the HTTP status and the content-type.
 fn assert_named(status: &Status, peer: &Peer, http: &str, answer: Answer) {
     let message = status.message();
     let content_type = match answer {
@@ -49,7 +49,7 @@ fn assert_named(status: &Status, peer: &Peer, http: &str, answer: Answer) {
             content_type: Some(content_type),
             ..
         } => content_type,
-        // Then the message names what is missing.
+        // Without a content-type, the message names the missing header.
         _ => "content-type",
     };
     for part in [&*peer.address.to_string(), http, content_type] {
@@ -141,15 +141,15 @@ async fn a_response_without_trailers_is_an_error_and_a_failure() {
     assert!(names_the_end(&error), "{error}");
 }
 
-/// Whether a text names what is missing at the end of a response.
+/// Returns whether a text names the part that is missing at the end of a response.
 fn names_the_end(text: &str) -> bool {
     text.contains("trailers") || text.contains("status")
 }
 
-/// The share of the calls that goes to a server with this answer, in percent, beside so many good ones, after a second.
+/// Returns the share of calls, in percent, that a server with this answer receives beside `good` good servers, after one second.
 async fn share(answer: Answer, good: usize) -> f64 {
     let bad = Peer::answering(answer).await;
-    // An error page is made faster than an answer.
+    // A reply takes longer than an error page.
     let manner = Manner {
         delay: ms(2),
         ..Manner::default()
@@ -223,7 +223,7 @@ async fn an_unavailable_proxy_beside_a_good_server_fails_no_call_under_a_retry_p
     super::all_well(callers, ms(1_000), "503 under a policy").await;
 }
 
-/// What gRPC's own servers call their content is fine, whatever follows the prefix.
+/// Every content-type of gRPC's own servers is accepted, whatever follows the prefix.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_content_type_of_grpc_is_grpc() {
     for content_type in [
@@ -290,7 +290,7 @@ async fn a_call_that_finds_only_another_protocol_names_it() {
     }
 }
 
-/// A server that has answered in HTML, and is repaired, gets its calls again.
+/// A server that answered in HTML and is then repaired gets calls again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_answers_again_gets_its_calls_back() {
     let sick = Peer::answering(html(503)).await;
@@ -301,7 +301,7 @@ async fn a_server_that_answers_again_gets_its_calls_back() {
     sleep(ms(1_000)).await;
     sick.set(Manner::default());
     let before = sick.requests();
-    // An estimate is forgotten within seconds.
+    // The channel forgets an estimate within seconds.
     eventually("it serves again", async || sick.requests() > before + 100).await;
     callers.stopped().await;
 }

@@ -1,4 +1,5 @@
-//! Connections that end in order: after so many requests, at an age, when they were idle. None of that is a failure of the server.
+//! Connections that the server closes in order: after a number of requests, at an age, or when idle. None of these is a failure of the
+//! server.
 
 use std::time::Duration;
 
@@ -19,7 +20,7 @@ async fn closing(servers: usize, when: When, how: How) -> Vec<Peer> {
     peers
 }
 
-/// So many callers over so many servers for a while.
+/// Runs callers over servers for a period and asserts that no call fails.
 async fn calls_go_well(
     builder: ChannelBuilder,
     (servers, callers): (usize, usize),
@@ -30,7 +31,7 @@ async fn calls_go_well(
     let channel = over(builder, &addresses(&peers)).await;
     let callers_at_work = Callers::start(&channel, callers);
     let what = format!("{servers} servers, {callers} callers, {when:?}, {how:?}");
-    // On a busy machine it takes longer until there have been closes enough.
+    // On a busy machine it takes longer until enough connections have closed.
     let connections = || peers.iter().map(Peer::connections).sum::<usize>();
     let enough = Instant::now() + ms(15_000);
     sleep(period).await;
@@ -42,7 +43,7 @@ async fn calls_go_well(
     assert_eq!(executed as u64, calls, "{what}: each call ran once");
     let connections = connections();
     println!("{what}: {connections} connections");
-    // After a graceful GOAWAY calls are served until the client has read it.
+    // After a graceful GOAWAY, the server serves further calls until the client has read the GOAWAY.
     match (when, how) {
         (When::Requests(requests), How::Goaway) => assert!(
             connections >= executed / requests as usize,
@@ -74,7 +75,8 @@ async fn a_goaway_after_a_hundred_requests_fails_no_call() {
     }
 }
 
-/// A lone caller only: of 16 calls that race for one place each, some would be refused more often than a call is sent again.
+/// `How::Goaway` is run with one caller only: each connection serves one call, and some of 16 concurrent calls would be refused more often
+/// than they are retried transparently.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_goaway_after_every_request_fails_no_call() {
     for (servers, callers, how) in [
@@ -112,7 +114,7 @@ async fn a_maximum_age_of_connections_fails_no_call() {
     }
 }
 
-/// A connection that closes while a call is on its way to it has lost that call, so these callers pause between their calls.
+/// A call in flight on a closing connection is lost, so these callers pause between their calls.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_close_without_a_goaway_between_calls_fails_none() {
     for servers in [1, 3] {
@@ -147,13 +149,13 @@ async fn a_close_without_a_goaway_fails_no_call_under_a_retry_policy() {
         sleep(ms(1_000)).await;
         let (calls, failed) = callers.stopped().await;
         println!("{what}: {calls} calls, {}", super::shown(&failed));
-        // Without a GOAWAY nothing distinguishes a close from a crash, and a call that was on two connections that crashed is sent to no third.
+        // Without a GOAWAY, a close looks like a crash. A call that was lost on two connections is not sent a third time.
         let unexpected: Vec<_> = failed
             .iter()
             .filter(|call| !call.status.message().contains("2 attempts"))
             .collect();
         assert!(unexpected.is_empty(), "{what}: {unexpected:?}");
-        // About 5 of 100 calls are on a connection that closes, and as many of their second attempts: a quarter of a percent.
+        // About 5 of 100 calls are on a connection that closes, and so are 5 of 100 of their second attempts: a quarter of a percent.
         let most = usize::try_from(calls / 100).unwrap_or(usize::MAX);
         assert!(failed.len() <= most, "{what}: {} of {calls}", failed.len());
     }
@@ -179,7 +181,7 @@ async fn streams_that_are_open_at_a_goaway_are_finished() {
     }
 }
 
-/// Make before break: the calls of the old connection end there, and new ones need not wait for that.
+/// Make before break: open calls end on the old connection, and new calls do not wait for them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_long_call_ends_on_its_connection_while_a_new_one_serves() {
     for how in [How::Goaway, How::Graceful] {

@@ -1,4 +1,4 @@
-//! Deadlines that the server enforces as well, and its clock fires first.
+//! Deadlines that the server enforces too, with a clock that fires before the client's.
 
 use std::time::Duration;
 
@@ -22,7 +22,8 @@ async fn call(channel: BalancedChannel, deadline: Duration, unary: bool) -> Resu
     stream(GreeterClient::new(channel), request).await.map(drop)
 }
 
-/// Calls, a few at a time, all of which run into their deadline: the codes other than that.
+/// Sends calls, a few at a time, that all exceed their deadline. Returns the number of calls, and the statuses with another code than
+/// `DEADLINE_EXCEEDED`.
 async fn overruns(
     channel: &BalancedChannel,
     deadline: Duration,
@@ -101,7 +102,7 @@ async fn a_deadline_that_has_passed_is_not_sent() {
                     assert_eq!(error.code(), Code::DeadlineExceeded, "{error:?}");
                 }
             }
-            // Were they sent, they would be ahead of this one.
+            // If the expired calls had been sent, they would have arrived before this call.
             say(&channel, ms(2_000))
                 .await
                 .expect("a call with time left");
@@ -116,7 +117,7 @@ async fn a_deadline_that_has_passed_is_not_sent() {
     }
 }
 
-/// What is left of the deadline after a refusal is nothing: no second server sees the call.
+/// The deadline expires during the backoff, so no second attempt is sent.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_deadline_that_passes_between_two_attempts_is_not_sent_again() {
     let wait = tonic_etcd::RetryPolicy::new([Code::Unavailable])

@@ -1,4 +1,4 @@
-//! Connections that are silent though their server is well, when no other connection can be made.
+//! Silent connections to a healthy server when no other connection can be established.
 
 use tokio::time::{Instant, sleep, timeout};
 use tonic_etcd::BalancedChannel;
@@ -7,7 +7,7 @@ use super::support::link::{Behaviour, Link};
 use super::support::peer::{Manner, Peer};
 use super::{hello, ms, over, say};
 
-/// A server behind a link, and a channel that has called it.
+/// Starts a server behind a link, and a channel that has called it.
 async fn called(manner: Manner) -> (Peer, Link, BalancedChannel) {
     let peer = Peer::start(manner).await;
     let link = Link::start(peer.address).await;
@@ -25,18 +25,18 @@ async fn timed(channel: &BalancedChannel) -> u128 {
     took.as_millis()
 }
 
-/// The PING of the check is answered later than the check waits. The answer ends the wait.
+/// The response to the check's PING arrives after the timeout of the check, and then ends the wait.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_call_is_sent_as_soon_as_a_slow_path_answers() {
     let (_peer, link, channel) = called(Manner::default()).await;
     link.set(Behaviour::Established(ms(300)));
-    // The silence itself is what is waited for.
+    // The connection must be silent for this long.
     sleep(ms(1_200)).await;
     let took = timed(&channel).await;
     assert!((1_200..1_700).contains(&took), "two round trips: {took} ms");
 }
 
-/// Servers count PINGs, so that none may be left for the check. The call waits for another connection for a second, and no longer.
+/// Servers limit PINGs, so none may be left for the check. The call waits for another connection for at most one second.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_call_is_sent_on_the_only_connection_though_no_ping_is_left_to_check_it() {
     let delayed = Manner {
@@ -46,7 +46,7 @@ async fn a_call_is_sent_on_the_only_connection_though_no_ping_is_left_to_check_i
     let (peer, link, channel) = called(delayed).await;
     link.set(Behaviour::Established(ms(0)));
     let pings = peer.pings();
-    // The PINGs that are allowed since the last answer are spent on calls that their caller has given up.
+    // The PINGs that are allowed since the last response are used up by calls that the caller has dropped.
     let mut client = super::GreeterClient::new(channel.clone());
     for _ in 0..3 {
         let given_up = timeout(ms(200), client.say_hello(hello())).await;
@@ -57,7 +57,7 @@ async fn a_call_is_sent_on_the_only_connection_though_no_ping_is_left_to_check_i
     println!("{} PINGs", peer.pings() - pings);
     let took = timed(&channel).await;
     assert!((1_300..2_500).contains(&took), "{took} ms");
-    // It is not left to itself: the call's answer has shown that the connection is alive.
+    // The next call does not wait: the last response has shown that the connection is alive.
     let took = timed(&channel).await;
     assert!(took < 1_000, "{took} ms");
 }

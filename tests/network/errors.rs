@@ -1,4 +1,4 @@
-//! What errors name: their cause, the endpoint, the mistake in a name or an address.
+//! Contents of errors: the cause, the endpoint, and the mistake in a name or an address.
 
 use std::error::Error;
 
@@ -69,7 +69,7 @@ async fn different_causes_are_different_lines() {
         println!("{what}: {line}");
         lines.push(line);
     }
-    // The ports differ anyway, and are left out of the comparison.
+    // Ports always differ, so digits are removed before the comparison.
     let causes: std::collections::BTreeSet<_> = lines
         .iter()
         .map(|line| line.replace(|c: char| c.is_ascii_digit(), ""))
@@ -81,7 +81,7 @@ async fn different_causes_are_different_lines() {
     );
 }
 
-/// All of an error's causes, a line each.
+/// Returns all causes of an error, one per line.
 fn chain(status: &Status) -> Vec<String> {
     let first = Error::source(status);
     let causes = std::iter::successors(first, |error| (*error).source());

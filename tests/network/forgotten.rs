@@ -1,4 +1,4 @@
-//! Flows that a middlebox has forgotten: TCP acknowledges what is sent, nothing comes back, and new connections work.
+//! Flows that a middlebox has forgotten: TCP acknowledges sent data, no response is received, and new connections work.
 
 use tokio::time::{Instant, sleep};
 use tonic_etcd::BalancedChannel;
@@ -8,7 +8,7 @@ use super::support::peer::Peer;
 use super::support::within;
 use super::{ms, over, say};
 
-/// Links to one server each, which forget after a second.
+/// Starts links to one server each, which forget a flow after one second of silence.
 async fn forgetful(servers: usize) -> (Vec<Peer>, Vec<Link>, Vec<String>) {
     let (mut peers, mut links) = (Vec::new(), Vec::new());
     for _ in 0..servers {
@@ -20,7 +20,7 @@ async fn forgetful(servers: usize) -> (Vec<Peer>, Vec<Link>, Vec<String>) {
     (peers, links, addresses)
 }
 
-/// Calls in a row, each of which was to succeed. Says how many failed.
+/// Sends calls in a row and returns how many of them failed.
 async fn failed_of(channel: &BalancedChannel, calls: usize, deadline: u64) -> usize {
     let mut failed = 0;
     for _ in 0..calls {
@@ -34,7 +34,7 @@ async fn the_call_after_a_silence_gets_a_new_connection_within_its_deadline() {
     let (_peers, links, addresses) = forgetful(1).await;
     let channel = over(BalancedChannel::builder(), &addresses).await;
     assert_eq!(failed_of(&channel, 10, 1_000).await, 0, "the flow is there");
-    // The silence itself is what is waited for.
+    // The flow must be silent for this long.
     sleep(ms(2_000)).await;
     let began = Instant::now();
     let first = say(&channel, ms(5_000)).await;
@@ -43,7 +43,7 @@ async fn the_call_after_a_silence_gets_a_new_connection_within_its_deadline() {
         "the first call after {took:?}: {first:?}; {} connections",
         links[0].accepted()
     );
-    // It was sent, and may have run: it is lost at worst, and nothing after it.
+    // The first call was sent and may have run, so it may fail. All later calls must succeed.
     let recovered = within(ms(1_500), "a call on a new connection", async || {
         say(&channel, ms(1_000)).await.is_ok()
     })
@@ -88,7 +88,7 @@ async fn four_forgotten_flows_cost_a_call_each_at_most() {
     assert!(dials <= 16, "{dials} connections to four endpoints");
 }
 
-/// Many callers at once after the silence, with a deadline as usual: they are not lost one after the other.
+/// Many callers at once after the silence, with the usual deadline: they do not lose their calls one after the other.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn callers_after_a_silence_are_served_again_within_one_deadline() {
     let (_peers, _links, addresses) = forgetful(4).await;
@@ -104,7 +104,7 @@ async fn callers_after_a_silence_are_served_again_within_one_deadline() {
         request.set_timeout(ms(1_000));
         client.say_hello(request).await.map(drop)
     });
-    // The first deadline, the answer to a PING that does not come, and a dial.
+    // The first deadline, the timeout of a PING, and a dial.
     sleep(ms(3_500)).await;
     let lost = callers.failed().len();
     sleep(ms(1_500)).await;
@@ -114,7 +114,7 @@ async fn callers_after_a_silence_are_served_again_within_one_deadline() {
     assert!(lost <= 64, "a handful for each caller at most: {lost}");
 }
 
-/// Each of these calls finds its flow forgotten, if no other was made in time.
+/// The flow of each call is forgotten, unless a new connection was established in time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_caller_that_is_slower_than_the_middlebox_forgets_is_served_from_the_second_call_on() {
     let (_peers, links, addresses) = forgetful(1).await;
@@ -142,7 +142,7 @@ async fn a_caller_that_is_slower_than_the_middlebox_forgets_is_served_from_the_s
     );
 }
 
-/// A black hole takes the old flows and the new ones. When it is gone the endpoint is back within one backoff.
+/// A black hole discards the bytes of old and new flows. After its end, the endpoint is ready again within one backoff.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_endpoint_is_back_soon_after_a_black_hole() {
     let (_peers, links, addresses) = forgetful(1).await;

@@ -1,4 +1,4 @@
-//! Headers that mean a connection and not a call, which gateways copy into metadata.
+//! Headers that apply to a connection and not to a call, which gateways copy into metadata.
 
 use http::{HeaderName, HeaderValue, Request};
 use tonic::body::Body;
@@ -28,7 +28,7 @@ async fn headers_of_a_connection_do_not_fail_a_call() {
         ] {
             let peer = Peer::good().await;
             let channel = over(builder(), &addresses([&peer])).await;
-            // Under the generated client, which drops some of them itself.
+            // The headers are inserted below the generated client, which removes some of them itself.
             let copied = MapRequest::new(channel, move |mut request: Request<Body>| {
                 let name = HeaderName::from_static(name);
                 request
@@ -53,7 +53,7 @@ async fn headers_of_a_connection_do_not_fail_a_call() {
     );
 }
 
-/// The others go through as they are.
+/// Other headers are passed through unchanged.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_connection_survives_all_of_them_at_once() {
     let peer = Peer::good().await;

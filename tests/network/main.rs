@@ -1,4 +1,5 @@
-//! The network between, and peers that are not as they should be: what proxies, gateways and servers of other makes do to a channel.
+//! The network between client and server, and peers that misbehave: effects of proxies, gateways and servers of other implementations on a
+//! channel.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -40,14 +41,14 @@ use tokio::time::timeout;
 use tonic::{Code, Request, Status};
 use tonic_etcd::{BalancedChannel, ChannelBuilder, EndpointStatus, RetryPolicy};
 
-/// A channel over these addresses, all of them ready.
+/// Returns a channel over these addresses once all of them are ready.
 async fn over(builder: ChannelBuilder, addresses: &[String]) -> BalancedChannel {
     let channel = lazily(builder, addresses);
     all_ready(&channel, addresses.len()).await;
     channel
 }
 
-/// A channel over these addresses.
+/// Returns a channel over these addresses.
 fn lazily(builder: ChannelBuilder, addresses: &[String]) -> BalancedChannel {
     builder
         .service("greeter")
@@ -61,7 +62,7 @@ fn addresses<'a>(peers: impl IntoIterator<Item = &'a Peer>) -> Vec<String> {
     peers.into_iter().map(address).collect()
 }
 
-/// A policy that does not keep a test waiting.
+/// Returns a retry policy with a short backoff, to keep the tests quick.
 fn policy() -> RetryPolicy {
     let (first, max) = (Duration::from_millis(1), Duration::from_millis(5));
     RetryPolicy::new([Code::Unavailable])
@@ -77,21 +78,21 @@ fn hello() -> Request<HelloRequest> {
     Request::new(support::hello())
 }
 
-/// One unary call with a deadline.
+/// Sends one unary call with a deadline.
 async fn say(channel: &BalancedChannel, deadline: Duration) -> Result<(), Status> {
     let mut request = hello();
     request.set_timeout(deadline);
     send(channel, request).await
 }
 
-/// One unary call, which ends within [`SOON`] whatever happens.
+/// Sends one unary call, which must end within [`SOON`].
 async fn send(channel: &BalancedChannel, request: Request<HelloRequest>) -> Result<(), Status> {
     let mut client = GreeterClient::new(channel.clone());
     let call = timeout(SOON, client.say_hello(request));
     call.await.expect("the call ends").map(drop)
 }
 
-/// One streaming call, read to its end: how many replies there were.
+/// Sends one streaming call, reads it to its end and returns the number of replies.
 async fn stream(
     mut client: GreeterClient<BalancedChannel>,
     request: Request<HelloRequest>,
@@ -107,7 +108,7 @@ async fn stream(
     timeout(SOON, read).await.expect("the stream ends")
 }
 
-/// How an endpoint is now.
+/// Returns the current status of an endpoint.
 fn status(channel: &BalancedChannel, address: SocketAddr) -> EndpointStatus {
     let endpoints = channel.endpoints();
     let address = address.to_string();
@@ -117,13 +118,13 @@ fn status(channel: &BalancedChannel, address: SocketAddr) -> EndpointStatus {
     found.unwrap()
 }
 
-/// What is to be read of failed calls: how many, and the first few.
+/// Summarizes failed calls: their number and the first few statuses.
 fn shown(failed: &[Failed]) -> String {
     let first: Vec<_> = failed.iter().take(3).map(|call| &call.status).collect();
     format!("{} failed: {first:?}", failed.len())
 }
 
-/// Lets callers run for a while, and fails unless all their calls went well. Says how many there were.
+/// Runs callers for a while and fails unless all their calls succeed. Returns the number of calls.
 async fn all_well(callers: Callers, period: Duration, what: &str) -> u64 {
     tokio::time::sleep(period).await;
     let (calls, failed) = callers.stopped().await;

@@ -1,4 +1,4 @@
-//! Orderly closes after an outage, and servers that close before they have served: what backs off, and what does not.
+//! Orderly closes after an outage, and servers that close connections before they serve a call: which of them cause a backoff.
 
 use std::time::Duration;
 
@@ -11,10 +11,10 @@ use super::support::peer::{How, Peer, When};
 use super::support::{all_ready, eventually};
 use super::{addresses, all_well, lazily, ms, over, say, shown};
 
-/// Refuses everything until the wait between two attempts has grown to some seconds.
+/// Refuses all connections until the backoff has grown to some seconds.
 async fn outage(link: &Link) {
     let before = link.accepted();
-    // The attempts are at about 0, 0, 1, 2.6 and 5.2 seconds.
+    // The attempts are made at about 0, 0, 1, 2.6 and 5.2 seconds.
     eventually("the wait has grown", async || link.accepted() >= before + 4).await;
 }
 
@@ -27,7 +27,7 @@ async fn idle_closes_after_an_outage_fail_no_call() {
     link.set(Behaviour::CloseIdle(ms(1_000)));
     all_ready(&channel, 1).await;
     let mut failed = Vec::new();
-    // A caller whose connection is closed before each of its calls.
+    // The caller's connection is closed before each of its calls.
     for call in 0..5 {
         if let Err(status) = say(&channel, ms(5_000)).await {
             failed.push((call, status));
@@ -56,7 +56,7 @@ async fn a_maximum_age_after_an_outage_fails_no_call() {
     all_well(Callers::start(&channel, 4), ms(3_000), "after an outage").await;
 }
 
-/// A server that is only ever connected to and never serves a call is not worth a connection per millisecond.
+/// A server that accepts connections and never serves a call is not dialled every millisecond.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_closes_before_it_serves_is_not_dialled_in_a_loop() {
     for how in [How::Goaway, How::Fin] {
@@ -78,7 +78,7 @@ async fn a_server_that_closes_before_it_serves_is_not_dialled_in_a_loop() {
             "{how:?}: {connections} connections to the one that closes, {calls} calls, {}",
             shown(&failed)
         );
-        // Without a GOAWAY, a call that was sent between the answer to the PING and the close may have run.
+        // Without a GOAWAY, a call that was sent between the PING response and the close may have run, so it may fail.
         let lost = if how == How::Fin { connections } else { 0 };
         assert!(failed.len() <= lost, "{how:?}: {}", shown(&failed));
         assert!(
@@ -107,14 +107,14 @@ async fn a_lone_server_that_closes_before_it_serves_is_not_dialled_in_a_loop() {
     );
 }
 
-/// Behind a proxy that closes idle connections, a channel without calls does not redial for ever at the same pace.
+/// Behind a proxy that closes idle connections, a channel without calls redials at growing intervals.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_channel_that_is_idle_redials_less_and_less() {
     let peer = Peer::good().await;
     let link = Link::behaving(peer.address, Behaviour::CloseIdle(ms(250))).await;
     let channel = over(BalancedChannel::builder(), &[link.address.to_string()]).await;
     let first = link.accepted();
-    // What is waited for is that little happens.
+    // Only a few dials are expected in this time.
     sleep(ms(8_000)).await;
     let dialled = link.accepted() - first;
     println!("{dialled} connections in 8 s of idleness");

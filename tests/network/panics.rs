@@ -12,7 +12,7 @@ use super::support::greeter::greeter_client::GreeterClient;
 use super::support::peer::Peer;
 use super::{addresses, all_well, ms, over, retrying, support};
 
-/// A stream whose message of this number panics. Its messages come with a pause, so that they are polled in the background.
+/// A request stream that panics at message `at`. The pauses between its messages ensure that it is polled in the background.
 fn panicking(at: u32) -> impl tokio_stream::Stream<Item = HelloRequest> {
     let (sender, receiver) = mpsc::channel(1);
     tokio::spawn(async move {
@@ -38,7 +38,7 @@ async fn a_request_stream_that_panics_ends_its_call_and_no_other() {
         for at in [0, 1, 5] {
             for streaming in [false, true] {
                 let mut client = GreeterClient::new(channel.clone());
-                // A panic in the caller's own task is the caller's to see.
+                // A panic in the caller's own task is visible to the caller.
                 let call = tokio::spawn(async move {
                     if streaming {
                         let mut replies = client.chat(panicking(at)).await?.into_inner();

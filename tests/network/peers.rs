@@ -1,4 +1,4 @@
-//! The peers and links themselves, seen by a bare `h2` client: what the other tests rely on.
+//! The test peers and links themselves, used by a bare `h2` client: the properties that the other tests rely on.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use super::support::eventually;
 use super::support::link::{Behaviour, Link};
 use super::support::peer::{Close, How, Manner, Peer, Police, When};
 
-/// A connection whose PINGs are the caller's.
+/// Opens a connection whose PINGs the test controls.
 async fn connect(peer: &Peer) -> (SendRequest<Bytes>, h2::PingPong) {
     let socket = TcpStream::connect(peer.address).await.unwrap();
     let (requests, mut connection) = h2::client::handshake(socket).await.unwrap();
@@ -24,7 +24,7 @@ async fn connect(peer: &Peer) -> (SendRequest<Bytes>, h2::PingPong) {
     (requests, pings)
 }
 
-/// None once a GOAWAY has come.
+/// Sends a request. Returns `None` once a GOAWAY was received.
 fn request(requests: &mut SendRequest<Bytes>) -> Option<ResponseFuture> {
     let request = Request::post("http://peer/helloworld.Greeter/SayHello");
     let sent = requests.send_request(request.body(()).unwrap(), false);
@@ -39,7 +39,7 @@ fn request(requests: &mut SendRequest<Bytes>) -> Option<ResponseFuture> {
     Some(response)
 }
 
-/// Whether a response is whole; else what ended it.
+/// Reads a response to its end. Returns an error if the response is incomplete.
 async fn whole(response: ResponseFuture) -> Result<(), h2::Error> {
     let mut body = response.await?.into_body();
     while let Some(data) = body.data().await {
@@ -64,7 +64,7 @@ async fn every_call_up_to_a_goaway_is_answered_and_none_beyond_is_run() {
         let (mut requests, _pings) = connect(&peer).await;
         let mut open = Vec::new();
         for _ in 0..12 {
-            // All at once; on a busy machine the GOAWAY is there before the last of them.
+            // All requests are sent at once. On a busy machine the GOAWAY is received before the last request is sent.
             let Ok(ready) = requests.ready().await else {
                 break;
             };
@@ -98,7 +98,7 @@ async fn strikes_are_counted_as_the_servers_count_them() {
         })
         .await;
         let (mut requests, mut pings) = connect(&peer).await;
-        // Between two answers the count begins anew.
+        // Each response resets the server's count.
         for _ in 0..3 {
             for _ in 0..allowed {
                 pings.ping(h2::Ping::opaque()).await.unwrap();
@@ -121,7 +121,7 @@ async fn strikes_are_counted_as_the_servers_count_them() {
     }
 }
 
-/// A target that sends back what it gets.
+/// Starts a server that echoes its input.
 async fn echo() -> std::net::SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();

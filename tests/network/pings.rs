@@ -1,4 +1,4 @@
-//! PINGs, against servers that count them and links that are slow.
+//! PINGs to servers that limit them, and PINGs over slow links.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -22,7 +22,7 @@ fn policed(police: Police, answer: Answer) -> Manner {
     }
 }
 
-/// Calls that run into their deadline, one after the other, while a stream is open or not.
+/// Sends calls that exceed their deadline, one after the other, with or without an open stream.
 async fn overruns(police: Police, beside_a_stream: bool, deadline: u64) {
     let what = format!("{police:?}, {deadline} ms, stream {beside_a_stream}");
     let peer = Peer::start(policed(police, Answer::Quiet)).await;
@@ -72,7 +72,7 @@ async fn overruns_do_not_trip_the_ping_policy_of_grpc_go() {
     overruns(Police::Go, true, 300).await;
 }
 
-/// By default the keep-alive sends no more PINGs than every server permits.
+/// By default, keep-alive sends no more PINGs than every server permits.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_keep_alive_loses_no_connection_by_default() {
     for police in [Police::Java, Police::Go] {
@@ -91,7 +91,7 @@ async fn a_keep_alive_loses_no_connection_by_default() {
     }
 }
 
-/// gRFC A8: after `too_many_pings` the interval is doubled. The program has claimed a permission that the server does not give.
+/// gRFC A8: after `too_many_pings` the interval is doubled. The channel is configured with a permit time that the server does not permit.
 async fn keep_alive(police: Police) {
     let peer = Peer::start(policed(police, Answer::Quiet)).await;
     let builder = BalancedChannel::builder()
@@ -129,7 +129,7 @@ async fn keep_alive(police: Police) {
         lived.len() <= 5 && connections <= 7,
         "{police:?}: a handful of connections is lost: {lived:?} of {connections}"
     );
-    // The interval has its jitter, and the first PING of a connection is no keep-alive.
+    // The interval has jitter, and the first PING of a connection is not a keep-alive PING.
     for pair in lived.windows(2) {
         assert!(
             pair[1] > pair[0].mul_f64(1.5),
@@ -178,7 +178,7 @@ async fn a_busy_connection_is_not_pinged() {
         super::all_well(callers, ms(2_000), &format!("busy, {police:?}")).await;
         println!("{police:?}: {} pings on a busy connection", peer.pings());
         assert_eq!(peer.scolded().len(), 0, "{police:?}: no connection is lost");
-        // A machine that does other things may leave a gap of an interval now and then.
+        // A busy machine may occasionally leave a gap of one interval.
         assert!(
             peer.pings() <= 4,
             "{police:?}: every byte that is read is life: {} pings",
@@ -187,7 +187,7 @@ async fn a_busy_connection_is_not_pinged() {
     }
 }
 
-/// The answer to a PING waits behind what is being downloaded.
+/// The PING response waits behind the downloaded data.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_link_full_of_downloads_is_alive() {
     let peer = Peer::start(Manner {
@@ -217,7 +217,7 @@ async fn a_slow_link_full_of_downloads_is_alive() {
     assert_eq!(link.accepted(), 1, "the connection was never given up");
 }
 
-/// And one that is dead is still found out, with calls open.
+/// A dead connection with open calls is still detected.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_keep_alive_finds_a_dead_connection() {
     let peer = Peer::answering(Answer::Quiet).await;

@@ -1,4 +1,4 @@
-//! Places on connections that are limited to a few streams, and the calls that wait for one.
+//! Permits on connections with few concurrent streams, and the calls that wait for a permit.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -26,7 +26,8 @@ fn one_stream(answer: Answer, delay: u64) -> Manner {
     }
 }
 
-/// Retries that wait for another server than the one that has failed them are first in the queue; a place on that one is for those behind.
+/// A retry that must not use the server of its failed attempt is first in the wait queue. A permit on that server is given to the calls
+/// behind the retry.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_place_that_a_retry_avoids_goes_to_the_next_in_the_queue() {
     let failing = Peer::start(one_stream(Answer::Fail(Code::Unavailable), 400)).await;
@@ -37,7 +38,7 @@ async fn a_place_that_a_retry_avoids_goes_to_the_next_in_the_queue() {
         let channel = channel.clone();
         fillers.spawn(async move { say(&channel, ms(8_000)).await });
     };
-    // Each endpoint gets a second connection while all its streams are in use.
+    // Each endpoint opens a second connection while all its streams are in use.
     for _ in 0..4 {
         occupy();
         sleep(ms(60)).await;
@@ -74,7 +75,7 @@ async fn a_place_that_a_retry_avoids_goes_to_the_next_in_the_queue() {
     );
 }
 
-/// A server in this process whose connections take one stream each. A call is answered when a permit is there.
+/// A server in this process with one stream per connection. It answers a call when its semaphore has a permit.
 #[derive(Clone)]
 struct Gated {
     begun: Arc<AtomicUsize>,
@@ -130,7 +131,8 @@ async fn each_place_that_is_freed_among_many_is_used_at_once() {
         permits: Arc::new(Semaphore::new(0)),
     };
     let (dialled, known) = (server.clone(), Mutex::new(HashSet::new()));
-    // An endpoint would get a second connection while all its streams are in use; that one is never made here, so the places stay counted.
+    // An endpoint opens a second connection while all its streams are in use. The connector never completes that connection, so that the
+    // number of permits stays fixed.
     let builder = BalancedChannel::builder().connector(move |address| {
         let first = known.lock().unwrap().insert(address);
         let io = first.then(|| dialled.dial());

@@ -1,4 +1,4 @@
-//! One call whose metadata are too large for the server, beside callers who have nothing to do with it.
+//! One call whose metadata are too large for the server, beside unrelated callers.
 
 use h2::Reason;
 use tokio::time::sleep;
@@ -9,7 +9,7 @@ use super::support::callers::Callers;
 use super::support::peer::{Beyond, Limit, Manner, Peer};
 use super::{addresses, hello, ms, over, retrying, say, send, shown};
 
-/// Servers that take 8 KiB of metadata.
+/// Starts servers that accept 8 KiB of metadata.
 async fn limited(servers: usize, announced: bool, beyond: Beyond) -> Vec<Peer> {
     let mut peers = Vec::new();
     for _ in 0..servers {
@@ -27,11 +27,11 @@ async fn limited(servers: usize, announced: bool, beyond: Beyond) -> Vec<Peer> {
     peers
 }
 
-/// A call with so many bytes of metadata.
+/// Sends a call with this many bytes of metadata.
 async fn poisoned(channel: &BalancedChannel, bytes: usize) -> Status {
     let mut request = hello();
     request.set_timeout(ms(5_000));
-    // In several values, as cookies and tokens come.
+    // The metadata are split over several values, like cookies and tokens.
     for part in 0..4 {
         let key = format!("x-part-{part}");
         let key = tonic::metadata::AsciiMetadataKey::from_bytes(key.as_bytes()).unwrap();
@@ -58,7 +58,7 @@ struct Case {
     beyond: Beyond,
 }
 
-/// Three poisoned calls among 8 bystanders.
+/// Sends three oversized calls beside 8 bystanders, which are unrelated callers.
 async fn poison(case: Case) {
     let Case {
         builder,
@@ -137,7 +137,7 @@ fn assert_unsent(status: &Status, bytes: usize, what: &str) {
         message.contains(&LIMIT.to_string()),
         "{what}: the message names the server's limit of {LIMIT}: {message}"
     );
-    // The size as HTTP/2 counts it: names, values and 32 bytes for each.
+    // The size as defined by HTTP/2: names, values and 32 bytes per header.
     let numbers = message.split(|c: char| !c.is_ascii_digit());
     let numbers = numbers.filter_map(|number| number.parse::<usize>().ok());
     assert!(
@@ -226,7 +226,7 @@ async fn a_poisoned_call_that_ends_in_closed_connections_spares_the_bystanders()
     }
 }
 
-/// The limit is per server: one that takes more gets the call.
+/// Metadata below the announced limit are sent.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn metadata_below_the_limit_are_sent() {
     let peers = limited(1, true, CALM).await;
@@ -245,7 +245,7 @@ async fn metadata_below_the_limit_are_sent() {
     assert_eq!(peers[0].connections(), 1);
 }
 
-/// A server that announces no limit, as nginx and haproxy do not, refuses one call and serves the others.
+/// A server that announces no limit, like nginx and haproxy, rejects one call and serves the others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lone_server_that_ends_the_connection_serves_the_next_call() {
     for beyond in [CALM, Beyond::Drop] {
@@ -259,7 +259,7 @@ async fn a_lone_server_that_ends_the_connection_serves_the_next_call() {
                 "{beyond:?}: {status:?}"
             );
             let mut next = Err(status);
-            // It may have to be dialled anew, once.
+            // The first of these calls may fail while the channel dials again.
             for _ in 0..2 {
                 next = say(&channel, ms(2_000)).await;
             }

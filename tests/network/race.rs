@@ -1,4 +1,4 @@
-//! Names with a dead and a live address. The machine's own names have one address each, so a test runs again, in a process of its own, with
+//! Names with a dead and a live address. The machine's own names have one address each, so each test runs again in a separate process with
 //! another `/etc/hosts`.
 
 use std::io::Write;
@@ -14,10 +14,10 @@ use super::support::peer::{Manner, Peer};
 use super::support::{all_ready, etcd, within};
 use super::{lazily, ms, say};
 
-/// Two addresses of one family, and one of each.
+/// `both.test` has two addresses of one family, `mixed.test` has one address of each family.
 const HOSTS: &str = "127.0.0.1 localhost\n127.0.0.2 both.test\n127.0.0.1 both.test\n::1 mixed.test\n127.0.0.1 mixed.test\n";
 
-/// Whether this process has the names. Otherwise the test is run in one that has, and is over.
+/// Returns whether this process has the names. If not, runs the test in a process that has them, and returns false.
 fn has_names(test: &str) -> bool {
     if std::env::var_os(CHILD).is_some() {
         return true;
@@ -54,13 +54,13 @@ fn has_names(test: &str) -> bool {
     false
 }
 
-/// Past the capture of the test harness: what is left out is to be seen.
+/// Writes directly to stderr, because the test harness would hide that the test is skipped.
 fn skipped(test: &str, reason: &str) {
     let line = format!("SKIPPED {test}: no name with two addresses can be made here: {reason}\n");
     std::io::stderr().write_all(line.as_bytes()).unwrap();
 }
 
-/// The addresses of a name in the order they are dialled, with one free port; none if the machine lacks one of them.
+/// Returns the addresses of a name in the order of dialling, with one free port, or `None` if the machine lacks one of them.
 async fn addresses(name: &str) -> Option<[SocketAddr; 2]> {
     for _ in 0..20 {
         let found: Vec<_> = lookup_host((name, 0)).await.unwrap().collect();
@@ -80,14 +80,14 @@ async fn addresses(name: &str) -> Option<[SocketAddr; 2]> {
     None
 }
 
-/// A server on one of the addresses, and on the other a listener that no process answers on.
+/// Binds one of the addresses to a listener that never answers. Returns it with the other address, which is free for a server.
 async fn half_dead(name: &str, dead: usize) -> Option<(TcpListener, SocketAddr)> {
     let both = addresses(name).await?;
     let silent = TcpListener::bind(both[dead]).await.unwrap();
     Some((silent, both[1 - dead]))
 }
 
-/// Two connect timeouts of a second each, and the wait between them.
+/// Two connect timeouts of one second each, and the wait between them.
 const BOUND: std::time::Duration = ms(3_500);
 
 async fn is_ready_soon(channel: &BalancedChannel, what: &str) {
@@ -140,7 +140,7 @@ async fn a_name_with_a_silent_address_is_ready_within_two_attempts_under_tls() {
     }
 }
 
-/// A live address whose server freezes later does not keep the name from its other one.
+/// If the server at the connected address freezes later, the channel uses the other address of the name.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_name_goes_over_to_its_other_address() {
     if !has_names("race::a_name_goes_over_to_its_other_address") {
@@ -161,7 +161,7 @@ async fn a_name_goes_over_to_its_other_address() {
     };
     let address = used.address;
     used.stopped().await;
-    // From now on it accepts and is silent.
+    // From now on, this address accepts connections and never answers.
     let silent = TcpListener::bind(address).await.unwrap();
     is_ready_soon(&channel, "after the first address went silent").await;
     assert!(other.executed() > 0, "the other one serves");

@@ -1,4 +1,4 @@
-//! Channels and registries that outlive the runtime they were made on, and runtimes that are only driven while a call is made.
+//! Channels and registries that outlive the runtime on which they were created, and runtimes that run only during a call.
 
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -21,7 +21,7 @@ fn runtime() -> Runtime {
         .unwrap()
 }
 
-/// An outcome is fine if it is service, or an error that names the runtime. It is here within the bound.
+/// Asserts that an outcome is a success or an error that names the runtime, and that it was returned within the bound.
 fn served_or_explained<T, E: std::error::Error + 'static>(
     what: &str,
     outcome: Result<Result<T, E>, tokio::time::error::Elapsed>,
@@ -64,12 +64,12 @@ fn a_channel_whose_runtime_has_ended_serves_or_fails_at_once() {
     drop(peer);
 }
 
-/// The same for a channel that was never connected when its runtime ended, and for a call that was waiting then.
+/// The same for a channel that was never connected when its runtime ended, and for a call that was waiting at that time.
 #[test]
 fn a_call_that_waits_while_the_runtime_of_its_channel_ends_is_not_left_waiting() {
     let first = runtime();
     let second = runtime();
-    // No server ever answers there.
+    // No server ever answers at this address.
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = silent.local_addr().unwrap().to_string();
     let entered = first.enter();
@@ -84,7 +84,7 @@ fn a_call_that_waits_while_the_runtime_of_its_channel_ends_is_not_left_waiting()
         let mut client = GreeterClient::new(called);
         timeout(BOUND + ms(500), client.say_hello(support::hello())).await
     });
-    // So that it waits when the runtime ends.
+    // The call must be waiting when the runtime ends.
     std::thread::sleep(ms(300));
     drop(first);
     let outcome = second.block_on(waiting).unwrap();
@@ -133,7 +133,7 @@ fn a_registry_whose_first_runtime_has_ended_serves_or_fails_at_once() {
     drop((etcd, peer));
 }
 
-/// As a library for Python or C is used: nothing runs between two calls.
+/// The usage of a library for Python or C: nothing runs between two calls.
 #[test]
 fn a_server_that_was_restarted_between_two_block_ons_serves_the_second() {
     let machine = runtime();
@@ -148,11 +148,11 @@ fn a_server_that_was_restarted_between_two_block_ons_serves_the_second() {
             peer.stopped().await;
             Peer::at(&address, Manner::default()).await
         });
-        // The program does something else meanwhile; nothing drives the channel.
+        // The program does other work, and nothing drives the channel.
         std::thread::sleep(ms(100));
         if let Err(status) = caller.block_on(say(&channel, ms(2_000))) {
             failed.push((round, status));
-            // The next round is not to suffer from this one.
+            // This failure must not affect the next round.
             let recovered = caller.block_on(async {
                 support::within(ms(5_000), "it is back", async || {
                     say(&channel, ms(500)).await.is_ok()

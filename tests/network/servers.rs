@@ -1,4 +1,4 @@
-//! The same with tonic's own servers, which are what most callers of this library meet.
+//! The same scenarios with tonic's own servers, which most users of this library call.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -16,7 +16,7 @@ use super::support::counting::Counting;
 use super::support::greeter::greeter_server::GreeterServer;
 use super::{all_well, hello, ms, over, retrying, say, send, shown};
 
-/// A greeter of tonic's, with its health service.
+/// A tonic greeter with a health service.
 struct Tonic {
     address: SocketAddr,
     counter: Counting,
@@ -64,7 +64,7 @@ fn checked() -> ChannelBuilder {
     BalancedChannel::builder().health_check("helloworld.Greeter")
 }
 
-/// With the health watched as well: the watch ends with its connection, and that is no news of the server.
+/// Includes a channel with health checks: the health watch ends with its connection, and that end is no sign of an unhealthy server.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_maximum_age_of_tonics_servers_fails_no_call() {
     for builder in [
@@ -84,7 +84,7 @@ async fn a_maximum_age_of_tonics_servers_fails_no_call() {
     }
 }
 
-/// hyper announces 16 KiB, and ends the connection a little above that.
+/// hyper announces a limit of 16 KiB and closes the connection slightly above it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn metadata_beyond_the_limit_of_tonics_servers_are_not_sent() {
     for (builder, bytes) in [
@@ -130,7 +130,7 @@ async fn metadata_beyond_the_limit_of_tonics_servers_are_not_sent() {
     }
 }
 
-/// tonic's servers answer an expired deadline with a status of their own, which may overtake the client's timer.
+/// tonic's servers end an expired call with their own status, which may arrive before the client's timer fires.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_deadline_that_tonics_server_enforces_is_the_deadline() {
     let slow = Counting::slow(ms(2_000));
@@ -156,7 +156,7 @@ async fn a_deadline_that_tonics_server_enforces_is_the_deadline() {
     assert!(wrong.is_empty(), "{}: {:?}", wrong.len(), wrong[0]);
 }
 
-/// An end of the watch takes no server out.
+/// The end of a health watch removes no server from the ready set.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn servers_that_close_and_are_watched_keep_their_share() {
     let aged = || Server::builder().max_connection_age(ms(400));

@@ -1,4 +1,4 @@
-//! Sources of endpoints that begin with an error, and resolvers that are filtered on their way into a channel.
+//! Sources of endpoints that begin with an error, and resolvers with a filter between them and the channel.
 
 use std::convert::Infallible;
 use std::io;
@@ -71,7 +71,7 @@ async fn a_source_that_recovers_from_its_first_error_serves() {
         .expect("the call has waited for the first endpoint");
 }
 
-/// A source that has ended with its first error has given a reason.
+/// If a source has ended after an error, the error of the call contains the source's error.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_last_error_of_a_source_that_has_ended_is_shown() {
     let source = tokio_stream::iter([broken()]);
@@ -176,7 +176,7 @@ async fn a_filter_that_leaves_some_serves_by_those() {
     }
 }
 
-/// Unlike a filter on the stream, the resolver's own leaves the channel the knowledge of when the set is complete.
+/// With the resolver's own filter, the channel still detects when the set is complete. A filter on the stream hides that.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_resolvers_own_filter_keeps_known_and_empty_known() {
     let etcd = etcd().await;

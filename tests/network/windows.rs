@@ -1,4 +1,4 @@
-//! Responses that are not read, beside calls that are.
+//! Unread responses beside other calls on the same connection.
 
 use tonic_etcd::BalancedChannel;
 
@@ -7,7 +7,7 @@ use super::support::greeter::greeter_client::GreeterClient;
 use super::support::peer::{Manner, Peer};
 use super::{addresses, ms, over, say};
 
-/// Each stream has more to deliver than its window takes.
+/// Each stream has more data to send than its window permits.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unread_streams_do_not_stop_other_calls() {
     let big = Manner {
@@ -27,7 +27,7 @@ async fn unread_streams_do_not_stop_other_calls() {
     }
     peer.set(Manner::default());
     let mut failed = 0;
-    // The windows fill up while these run.
+    // The windows fill up during these calls.
     for _ in 0..40 {
         failed += usize::from(say(&channel, ms(500)).await.is_err());
         tokio::time::sleep(ms(20)).await;
@@ -41,7 +41,7 @@ async fn unread_streams_do_not_stop_other_calls() {
     );
     assert_eq!(failed, 0, "a call needs no window of another's stream");
     assert_eq!(peer.connections(), 1, "on the same connection");
-    // What was kept back is all there.
+    // The messages that waited for the window are complete.
     let mut last = unread.pop().unwrap();
     let mut replies = 0;
     while last.message().await.unwrap().is_some() {

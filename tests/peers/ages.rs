@@ -16,7 +16,7 @@ use crate::support::{SOON, all_ready};
 use crate::tap::Tap;
 use crate::{Client, calling, empty, ms, shown, stream};
 
-/// Unary calls and streams over connections that are closed at an age. The streams take longer than some of them live.
+/// Runs unary calls and streams over connections that are closed at an age. Some streams take longer than their connection is kept.
 async fn closed_at(kind: Kind, age: Duration, period: Duration) {
     let options = Options {
         max_age: Some(age),
@@ -72,7 +72,7 @@ async fn an_age_of_300_ms_fails_no_call(kind: Kind) {
     closed_at(kind, ms(300), ms(6_000)).await;
 }
 
-/// With a grace that is not limited, a stream outlives its connection's age.
+/// With an unlimited grace, a stream outlives the age of its connection.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn streams_that_are_longer_than_the_age_end_well_with_grpc_java() {
     let options = Options {
@@ -82,7 +82,7 @@ async fn streams_that_are_longer_than_the_age_end_well_with_grpc_java() {
     let Some(server) = Server::start(Kind::Java, options).await else {
         return;
     };
-    // Several connections, for there are few closes in a test's time.
+    // Several connections, because a single connection is closed only a few times during the test.
     let mut callers = Vec::new();
     for _ in 0..6 {
         let channel = BalancedChannel::builder()
@@ -110,8 +110,9 @@ async fn streams_that_are_longer_than_the_age_end_well_with_grpc_java() {
     assert!(failures.is_empty() && errors == 0, "{what}");
 }
 
-/// RFC 9113, 6.8: who has received a GOAWAY opens no more streams on the connection. A PING after it shows when that was. grpc-java takes
-/// DATA of a stream that was opened later for an error of the connection, and ends all of its calls.
+/// RFC 9113, section 6.8: the receiver of a GOAWAY opens no more streams on the connection. The response to a PING sent after the GOAWAY
+/// shows when it was received. grpc-java treats DATA of a stream that was opened later as a connection error and ends all calls of the
+/// connection.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_stream_is_opened_after_the_answer_to_the_ping_behind_a_goaway() {
     let late = Arc::<AtomicUsize>::default();
@@ -137,7 +138,7 @@ async fn no_stream_is_opened_after_the_answer_to_the_ping_behind_a_goaway() {
     assert!(late == 0 && failed.is_empty(), "{what}");
 }
 
-/// Serves some calls, announces the end with GOAWAY and PING, and counts the streams that are opened after the answer.
+/// Serves some calls, announces the end with GOAWAY and PING, and counts the streams that are opened after the PING response.
 async fn graceful(mut connection: Connection, late: Arc<AtomicUsize>) -> io::Result<()> {
     let (mut served, mut answered) = (0, usize::MAX);
     loop {
@@ -149,7 +150,7 @@ async fn graceful(mut connection: Connection, late: Arc<AtomicUsize>) -> io::Res
             continue;
         }
         connection.headers(frame.stream);
-        // A message of no bytes.
+        // An empty message.
         connection.data(frame.stream, &[0; 5]).await?;
         connection.trailers(frame.stream);
         served += 1;

@@ -1,4 +1,4 @@
-//! Pages that nginx answers calls with.
+//! Pages with which nginx answers calls.
 
 use std::net::SocketAddr;
 
@@ -14,9 +14,9 @@ use crate::support::peer::{Manner, Peer};
 use crate::support::{all_ready, hello};
 use crate::{ms, shown};
 
-/// What nginx is to answer, its HTTP status, and gRPC's code for it.
+/// The configuration of nginx, the HTTP status of its response, and the gRPC code for it.
 const ANSWERS: [(&str, &str, Code); 4] = [
-    // The server behind it is down.
+    // The server behind nginx is down.
     ("", "502", Code::Unavailable),
     (
         r#"location /helloworld.Greeter/ { default_type text/html; return 200 "<html>hello</html>"; }"#,
@@ -35,7 +35,7 @@ const ANSWERS: [(&str, &str, Code); 4] = [
     ),
 ];
 
-/// An address that refuses connections.
+/// Returns an address that refuses connections.
 async fn nowhere() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     listener.local_addr().unwrap()
@@ -82,7 +82,7 @@ async fn a_page_of_nginx_is_reported_with_its_code_and_what_it_is() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// How many calls an endpoint got, and all of them.
+/// Returns the number of calls of an endpoint and of all endpoints.
 fn calls(channel: &BalancedChannel, address: &str) -> (u64, u64) {
     let all = channel
         .endpoints()
@@ -102,7 +102,7 @@ async fn nginx_that_answers_with_pages_gets_hardly_a_call() {
             };
             let mut peers = Vec::new();
             for _ in 0..good {
-                // A page is made faster than an answer.
+                // A reply takes longer than a page.
                 let manner = Manner {
                     delay: ms(2),
                     ..Manner::default()

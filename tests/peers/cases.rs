@@ -1,4 +1,4 @@
-//! The cases of gRPC's interop-test-descriptions.md, as a client over a channel.
+//! The cases of gRPC's interop-test-descriptions.md, run by a client over a channel.
 
 use std::pin::Pin;
 use std::time::Duration;
@@ -61,7 +61,7 @@ pub async fn large_unary(channel: BalancedChannel) {
     large(channel).await.unwrap();
 }
 
-/// The call that many cases make.
+/// Sends the large unary call that many cases use.
 pub async fn large(channel: BalancedChannel) -> Result<(), Status> {
     let mut request = Request::new(large_request());
     request.set_timeout(SOON);
@@ -113,7 +113,8 @@ async fn ping_pong(channel: BalancedChannel) {
         ..wanting([(response, Duration::ZERO)])
     });
     let (requests, sent) = mpsc::channel(1);
-    // Some servers send no headers before the first response, and tonic's client waits for them.
+    // The first request is sent before the call: some servers send no headers before the first response, and tonic's client waits for the
+    // headers.
     requests.send(pings.next().unwrap()).await.unwrap();
     let mut client = Client::new(channel);
     let answer = client.full_duplex_call(ReceiverStream::new(sent)).await;
@@ -156,7 +157,7 @@ fn assert_echoed(initial: &MetadataMap, trailing: &MetadataMap) {
 async fn custom_metadata(channel: BalancedChannel) {
     let mut client = Client::new(channel);
     let answer = client.unary_call(marked(large_request())).await.unwrap();
-    // tonic adds the trailing metadata of a unary call to the initial.
+    // tonic merges the trailing metadata of a unary call into the initial metadata.
     assert_echoed(answer.metadata(), answer.metadata());
 
     let request = StreamingOutputCallRequest {
@@ -170,7 +171,7 @@ async fn custom_metadata(channel: BalancedChannel) {
     assert_echoed(&initial, &trailing);
 }
 
-/// What a unary call and a streaming one end with that ask for a status.
+/// Returns the statuses of a unary call and of a streaming call that request a status.
 async fn ended_with(channel: BalancedChannel, message: &str) -> [Status; 2] {
     let wanted = Some(EchoStatus {
         code: Code::Unknown.into(),
@@ -232,7 +233,7 @@ async fn timeout_on_sleeping_server(channel: BalancedChannel) {
     assert_eq!(outcome.unwrap_err().code(), Code::DeadlineExceeded);
 }
 
-/// tonic reports no status to a caller that has dropped its call. That the call is gone shows in the channel.
+/// Waits until no call is in flight. tonic reports no status for a dropped call, so only the channel shows the end of the call.
 async fn none_in_flight(channel: &BalancedChannel) {
     let gone = async {
         let mut every = interval(ms(5));

@@ -13,7 +13,7 @@ use crate::since;
 use crate::support::tls::Localhost;
 use crate::support::{SOON, all_ready};
 
-/// Runs cases to their end, each by itself, and fails if one has.
+/// Runs each case in its own task and fails if a case has failed.
 async fn pass(what: &str, channel: &BalancedChannel, cases: &[Case]) {
     let mut failed = Vec::new();
     for (name, case) in cases {
@@ -45,7 +45,7 @@ async fn every_case(kind: Kind, tls: Option<&Localhost>) {
     let what = format!("{kind:?}, TLS {}", tls.is_some());
     pass(&what, &channel, &CASES).await;
 
-    // Of the cases that the server does not support, those with compressed requests are only without their probe.
+    // The servers list the cases with compressed requests as unsupported only because of their probe, which these cases omit.
     let mut compressed = compression::REQUESTS.to_vec();
     if kind == Kind::Go {
         let status = compression::refused(channel.clone()).await;
@@ -69,7 +69,7 @@ async fn every_case_passes_over_tls(kind: Kind) {
 }
 
 for_each_server!(a_soak_fails_no_call);
-/// `rpc_soak` and `channel_soak`, bounded.
+/// `rpc_soak` and `channel_soak`, with a limited number of calls.
 async fn a_soak_fails_no_call(kind: Kind) {
     let Some(server) = Server::start(kind, Options::default()).await else {
         return;

@@ -1,4 +1,4 @@
-//! The cases with compression. Their probes are left out: no server refuses an uncompressed request where it is to expect a compressed one.
+//! The cases with compression. Their probes are omitted, because no server rejects an uncompressed request that announces compression.
 
 use tokio_stream::iter;
 use tonic::codec::CompressionEncoding;
@@ -12,9 +12,9 @@ use crate::proto::{
     StreamingOutputCallRequest, payload,
 };
 
-/// Requests in gzip.
+/// Cases with requests in gzip.
 pub const REQUESTS: [Case; 2] = cases![client_compressed_unary, client_compressed_streaming];
-/// Responses in gzip.
+/// Cases with responses in gzip.
 pub const RESPONSES_IN_GZIP: [Case; 2] =
     cases![server_compressed_unary, server_compressed_streaming];
 
@@ -52,7 +52,7 @@ async fn client_compressed_streaming(channel: BalancedChannel) {
     assert_eq!(answer.aggregated_payload_size, 73_086);
 }
 
-/// What a server without a compressor answers.
+/// Returns the status with which a server without a compressor answers.
 pub async fn refused(channel: BalancedChannel) -> Status {
     let outcome = sending(channel).unary_call(large_request()).await;
     let status = outcome.unwrap_err();

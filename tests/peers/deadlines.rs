@@ -1,4 +1,4 @@
-//! Deadlines that pass at a server which takes longer.
+//! Deadlines that expire while the server still works.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -17,8 +17,8 @@ use crate::{Client, ms, since, stream};
 const CALLS: usize = 100;
 const AT_ONCE: usize = 10;
 
-/// What so many calls with a deadline end with, and how long the slowest took. The second response takes a second in streams, the first
-/// one in others.
+/// Sends calls with a deadline. Returns the number of calls per outcome, and the duration of the slowest call. A stream gets its second
+/// response after one second, another call its first.
 async fn overruns(
     channel: &BalancedChannel,
     deadline: Duration,

@@ -1,4 +1,4 @@
-//! Returns the trailing metadata that a request asks for, which a service on tonic cannot.
+//! Returns the trailing metadata that a request demands. A service on tonic cannot send them.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};

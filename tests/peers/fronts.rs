@@ -39,13 +39,13 @@ impl Kind {
     }
 }
 
-/// A proxy and what differs from its defaults.
+/// A kind of proxy, and the differences from its defaults.
 #[derive(Clone, Copy, Debug)]
 pub struct Setup {
     pub kind: Kind,
-    /// Directives, see the README of the peers.
+    /// Additional directives, see the README of the peers.
     pub extra: &'static str,
-    /// Only of haproxy, which has no default.
+    /// Client timeout of haproxy, which has no default.
     pub timeout_client: &'static str,
 }
 
@@ -70,7 +70,7 @@ impl Setup {
     }
 }
 
-/// A proxy with its port and folder. It runs once it was started, until dropped.
+/// A proxy with its port and folder. Once started, it runs until it is dropped.
 pub struct Front {
     setup: Setup,
     port: u16,
@@ -80,7 +80,7 @@ pub struct Front {
 }
 
 impl Front {
-    /// Configures a proxy, unless its part is missing. With a certificate, clients connect to it with TLS.
+    /// Configures a proxy. Returns `None` if its part is missing. With a certificate, clients connect to the proxy over TLS.
     pub fn new(setup: Setup, upstreams: &[SocketAddr], tls: Option<&Localhost>) -> Option<Self> {
         let name = setup.kind.name();
         let launcher = launcher(name, name)?;
@@ -99,7 +99,7 @@ impl Front {
         };
         let mut list: Vec<_> = upstreams.iter().enumerate().map(upstream).collect();
         if setup.kind == Kind::Nginx {
-            // Without it, each call makes a connection to a server.
+            // Without `keepalive`, each call opens a connection to a server.
             list.push("keepalive 32;".to_owned());
         }
         let config = setup
@@ -143,7 +143,7 @@ impl Front {
         self.folder.path()
     }
 
-    /// Starts it, and waits until it listens.
+    /// Starts the proxy and waits until it listens.
     pub async fn run(&mut self) {
         let config = self.folder().join("config");
         let mut command = Command::new(&self.launcher);
@@ -166,7 +166,7 @@ impl Front {
         self.program = Some(program);
     }
 
-    /// Reloads its configuration.
+    /// Reloads the configuration of the proxy.
     pub async fn reload(&self) {
         let program = self.program.as_ref().expect("it runs");
         match self.setup.kind {
@@ -174,7 +174,7 @@ impl Front {
             Kind::Haproxy => program.signal(Signal::SIGUSR2),
             Kind::Caddy => {
                 let mut command = Command::new(&self.launcher);
-                // Without it, a configuration that has not changed is left as it is.
+                // Without `--force`, an unchanged configuration is not reloaded.
                 command.args(["reload", "--force", "--adapter", "caddyfile"]);
                 command.arg("--config").arg(self.folder().join("config"));
                 let admin = format!("unix/{}/admin.sock", self.folder().display());
@@ -187,7 +187,7 @@ impl Front {
     }
 }
 
-/// What tells a proxy to expect TLS or not.
+/// Returns the directives for TLS or for plaintext connections.
 fn listening(kind: Kind, tls: Option<&Localhost>, folder: &Path) -> String {
     let Some(localhost) = tls else {
         let plain = if kind == Kind::Haproxy {
@@ -211,7 +211,7 @@ fn listening(kind: Kind, tls: Option<&Localhost>, folder: &Path) -> String {
     }
 }
 
-/// A port below the ephemeral ones, so that no outgoing connection takes it before the proxy does.
+/// Returns a port below the ephemeral range, so that no outgoing connection uses it before the proxy does.
 fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let base = u16::try_from(std::process::id() % 100).unwrap() * 20;

@@ -1,5 +1,5 @@
-//! Real servers and proxies: grpc-go, grpc-java, grpcio, grpc-js, nginx, haproxy, Caddy. `make interop` installs and builds them and runs
-//! these tests. They are no part of `make test`.
+//! Tests with real servers and proxies: grpc-go, grpc-java, grpcio, grpc-js, nginx, haproxy, Caddy. `make interop` installs and builds them
+//! and runs these tests. The tests are not part of `make test`.
 #![cfg(feature = "tls")]
 #![allow(
     unreachable_pub,
@@ -9,7 +9,7 @@
     reason = "a failed step is a failed test, and the modules are of this target alone"
 )]
 
-/// Runs an async function of the module, which takes a kind of server, as a test for each kind.
+/// Runs an async function of the module, which takes a kind of server, as one test per kind.
 macro_rules! for_each_server {
     ($test:ident) => {
         mod $test {
@@ -74,7 +74,7 @@ use tonic_etcd::{BalancedChannel, ChannelBuilder, RetryPolicy};
 
 type Client = proto::test_service_client::TestServiceClient<BalancedChannel>;
 
-/// A channel with a policy that does not keep a test waiting.
+/// Returns a channel builder with a short retry backoff, to keep the tests quick.
 fn retrying() -> ChannelBuilder {
     let policy = RetryPolicy::new([Code::Unavailable])
         .initial_backoff(ms(1))
@@ -82,7 +82,7 @@ fn retrying() -> ChannelBuilder {
     BalancedChannel::builder().retry(policy)
 }
 
-/// Callers of the test service.
+/// Starts callers of the test service.
 fn calling<Fut>(
     channel: &BalancedChannel,
     callers: usize,
@@ -95,13 +95,13 @@ where
     Callers::making(channel, callers, move |_| call(client.clone()))
 }
 
-/// One empty unary call, which ends in time.
+/// Sends one empty unary call with a deadline.
 async fn empty(mut client: Client) -> Result<(), Status> {
     let request = support::callers::with_deadline(proto::Empty {});
     client.empty_call(request).await.map(drop)
 }
 
-/// One streaming call, read to its end: how many responses there were.
+/// Sends one streaming call, reads it to its end and returns the number of responses.
 async fn stream(
     mut client: Client,
     request: Request<proto::StreamingOutputCallRequest>,
@@ -117,13 +117,13 @@ async fn stream(
     timeout(support::SOON, read).await.expect("the stream ends")
 }
 
-/// What is to be read of failed calls: how many, and the first few.
+/// Summarizes failed calls: their number and the first few statuses.
 fn shown(failed: &[Failed]) -> String {
     let first: Vec<_> = failed.iter().take(3).map(|call| &call.status).collect();
     format!("{} failed: {first:?}", failed.len())
 }
 
-/// Lets callers run for a while, and fails unless all their calls went well.
+/// Runs callers for a while and fails unless all their calls succeed. Returns the number of calls.
 async fn all_well(callers: Callers, period: Duration, what: &str) -> u64 {
     sleep(period).await;
     let (calls, failed) = callers.stopped().await;

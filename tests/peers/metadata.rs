@@ -1,4 +1,4 @@
-//! One call with metadata that are too large for the server or the proxy, beside callers who have nothing to do with it.
+//! One call whose metadata are too large for the server or the proxy, beside unrelated callers.
 
 use tokio::time::sleep;
 use tonic::metadata::AsciiMetadataKey;
@@ -17,13 +17,13 @@ use crate::{Client, calling, empty, ms, retrying, shown};
 
 const SIZES: [usize; 4] = [12_000, 20_000, 120_000, 1_000_000];
 const BYSTANDERS: usize = 16;
-/// Connections that one call may end: the one that it shares with others, and one of its own.
+/// Limit of connections that one call may end: the shared connection, and a connection that the call has to itself.
 const MOST: usize = 2;
 
 async fn poisoned(channel: &BalancedChannel, bytes: usize) -> Result<(), Status> {
     let mut request = Request::new(Empty {});
     request.set_timeout(ms(3_000));
-    // In several values, as cookies and tokens come.
+    // The metadata are split over several values, like cookies and tokens.
     for part in 0..4 {
         let key = format!("x-part-{part}");
         let key = AsciiMetadataKey::from_bytes(key.as_bytes()).unwrap();
@@ -34,16 +34,16 @@ async fn poisoned(channel: &BalancedChannel, bytes: usize) -> Result<(), Status>
     client.empty_call(request).await.map(drop)
 }
 
-/// What a server or a proxy does with metadata.
+/// Treatment of metadata by a server or a proxy.
 #[derive(Clone, Copy)]
 struct Limits {
-    /// It accepts these sizes, and must not be kept from them.
+    /// Metadata of up to this size must succeed.
     accepts: usize,
-    /// It refuses these. Between the two, either is right.
+    /// Metadata of at least this size must fail. Between the two sizes, both outcomes are valid.
     refuses: usize,
-    /// Whether the answer of a proxy to a bystander counts as its own failure and not as the channel's.
+    /// Whether a proxy's own response to a bystander counts as a failure of the proxy, not of the channel.
     answers_for_itself: bool,
-    /// Whether a call that it refuses ends with its deadline.
+    /// Whether a rejected call ends with its deadline.
     leaves_without_an_answer: bool,
 }
 
@@ -107,7 +107,7 @@ async fn poison(
     wrong
 }
 
-/// Whether a proxy has answered a call itself, with a page of its own.
+/// Returns whether a proxy has answered a call with its own page.
 fn is_proxys(failed: &Failed) -> bool {
     failed.status.message().contains("502")
 }
@@ -150,9 +150,9 @@ async fn refused_by(kind: Kind, tls: Option<&Localhost>) {
         Kind::Tonic => limits(12_000, 20_000),
         Kind::Go => limits(1_000_000, usize::MAX),
         Kind::Java => limits(0, 12_000),
-        // Up to 16 KiB it refuses at random.
+        // Up to 16 KiB, grpcio rejects at random.
         Kind::Grpcio => limits(0, 20_000),
-        // It limits each value. Beyond, it sends GOAWAY and keeps the connection open, and the call without an answer.
+        // grpc-js limits each value. Above the limit it sends a GOAWAY, keeps the connection open, and never answers the call.
         Kind::Js => Limits {
             leaves_without_an_answer: true,
             ..limits(120_000, 1_000_000)
@@ -173,7 +173,7 @@ async fn metadata_beyond_8_kib_that_grpc_go_refuses_fail_no_other_call() {
     with_and_without_a_policy("grpc-go, 8 KiB", &server.address, None, limits(0, 12_000)).await;
 }
 
-/// Metadata that a proxy refuses, or the server behind it, which is on tonic.
+/// Sends metadata that are rejected by a proxy, or by the tonic server behind it.
 async fn through(kind: fronts::Kind, limits: Limits) {
     let server = InProcess::start(router(Options::default())).await;
     let localhost = Localhost::new();

@@ -25,7 +25,7 @@ async fn over(server: &Raw) -> BalancedChannel {
     channel
 }
 
-/// A response in its frame of gRPC.
+/// Returns a response with its gRPC length prefix.
 fn response(size: i32) -> Vec<u8> {
     let message = SimpleResponse {
         payload: Some(payload(size)),
@@ -65,7 +65,8 @@ async fn goaway_makes_the_next_call_use_another_connection() {
     }
 }
 
-/// What a unary call and a stream end with, and how many messages the stream had, when the stream is reset after a part of the response.
+/// Resets each stream after a part of the response. Returns the statuses of a unary call and of a stream, and the number of messages of the
+/// stream.
 async fn reset_after(code: u32, part: fn(&[u8]) -> &[u8]) -> (Status, Status, usize) {
     let server = Raw::start(&[], move |mut connection| async move {
         loop {
@@ -105,7 +106,7 @@ async fn reset_after(code: u32, part: fn(&[u8]) -> &[u8]) -> (Status, Status, us
     (unary, streaming, messages)
 }
 
-/// The codes of `RST_STREAM` and gRPC's for them. The server of gRPC's test sends the first.
+/// Codes of `RST_STREAM`, with the gRPC codes for them. The server of gRPC's test sends the first.
 const RESETS: [(u32, &[Code]); 4] = [
     (0, &[Code::Internal, Code::Unknown]),
     (2, &[Code::Internal]),
@@ -170,7 +171,7 @@ async fn ping_is_answered_at_every_stage() {
     assert_eq!(server.connections(), 1);
 }
 
-/// Sends a PING and waits for its answer.
+/// Sends a PING and waits for its response.
 async fn ping(connection: &mut Connection, payload: &'static [u8]) -> io::Result<()> {
     let before = connection.answered.len();
     connection.put(PING, 0, 0, payload);
@@ -211,7 +212,7 @@ async fn max_streams_of_one_is_obeyed_and_every_call_served() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn padding_of_data_frames_is_discarded_and_its_window_returned() {
-    // With its padding, several times the window of a stream.
+    // With its padding, the response is several times larger than the window of a stream.
     const SIZE: i32 = 20_000;
     let server = Raw::start(&[], |mut connection| async move {
         loop {

@@ -1,4 +1,4 @@
-//! PINGs, and servers that end the connections of clients with too many of them.
+//! PINGs, and servers that close the connections of clients that send too many.
 
 use std::time::Duration;
 
@@ -14,14 +14,14 @@ use crate::support::all_ready;
 use crate::tap::Tap;
 use crate::{Client, empty, ms, stream};
 
-/// A stream in both directions that answers when a request is sent.
+/// A bidirectional stream that sends a response only after a request.
 struct Quiet {
     requests: mpsc::Sender<StreamingOutputCallRequest>,
     responses: Streaming<StreamingOutputCallResponse>,
 }
 
 impl Quiet {
-    /// Opens one and proves that it works.
+    /// Opens a stream and checks that it responds.
     async fn open(channel: &BalancedChannel) -> Result<Self, Status> {
         let (requests, sent) = mpsc::channel(1);
         let first = wanting([(8, Duration::ZERO)]);
@@ -36,10 +36,10 @@ impl Quiet {
         })
     }
 
-    /// Whether it is answered still.
+    /// Checks that the stream still responds.
     async fn answers(&mut self) -> Result<(), Status> {
         let request = wanting([(8, Duration::ZERO)]);
-        // If the call has ended, the response shows why.
+        // If the call has ended, reading the response returns the reason.
         let _ = self.requests.send(request).await;
         let response = self.responses.message().await?;
         response.map(drop).ok_or_else(|| Status::ok("it has ended"))
@@ -75,7 +75,7 @@ async fn overruns_beside_a_quiet_stream_lose_no_connection(kind: Kind) {
     assert_eq!(seen.lost(), 0, "{kind:?}: no connection is lost: {seen:?}");
 }
 
-/// gRFC A8: the interval doubles each time.
+/// A keep-alive interval shorter than the server permits loses no connection, because the channel limits its PINGs.
 async fn keep_alive(kind: Kind) {
     let Some(server) = Server::start(kind, Options::default()).await else {
         return;
@@ -108,7 +108,7 @@ async fn keep_alive(kind: Kind) {
     println!(
         "{kind:?}: keep-alive of 1 s for {PERIOD:?}: {connections} connections, {streams} streams; {broken:#?}"
     );
-    // PINGs beyond the two that the server permits wait for its five minutes.
+    // The server permits two PINGs. Further PINGs wait for its five minutes.
     assert_eq!(connections, 1, "{kind:?}: no connection is lost");
     assert_eq!(streams, 1, "{kind:?}: the stream survives");
     empty(Client::new(channel)).await.expect("calls are served");

@@ -1,4 +1,4 @@
-//! Runs the programs that `scripts/setup-interop` has installed.
+//! Runs the programs that `scripts/setup-interop` installed.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -17,13 +17,13 @@ use tokio::time::timeout;
 
 use crate::support::{SOON, eventually};
 
-/// Where the programs are.
+/// Returns the folder of the programs.
 fn root() -> PathBuf {
     let temporary = Path::new(env!("CARGO_TARGET_TMPDIR"));
     temporary.parent().unwrap().join("interop")
 }
 
-/// The launcher of a program, or nothing if its part is missing, which is printed once.
+/// Returns the launcher of a program. If its part is missing, prints the reason once and returns `None`.
 pub fn launcher(part: &str, program: &str) -> Option<PathBuf> {
     static REPORTED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let missing = fs::read_to_string(root().join("missing"));
@@ -36,17 +36,17 @@ pub fn launcher(part: &str, program: &str) -> Option<PathBuf> {
         return Some(root().join("bin").join(program));
     };
     if REPORTED.lock().unwrap().insert(part.to_owned()) {
-        // Past the capture of the test harness: what is left out is to be seen.
+        // Writes directly to stderr, because the test harness would hide that tests are left out.
         let line = format!("left out: the tests with {part} ({reason})\n");
         std::io::stderr().write_all(line.as_bytes()).unwrap();
     }
     None
 }
 
-/// A running program with its workers. Dropped, all of them are killed.
+/// A running program with its workers. Dropping it kills all of them.
 pub struct Program {
     child: Child,
-    /// The process group, which is its own.
+    /// The program's own process group.
     group: Pid,
     log: PathBuf,
 }
@@ -71,7 +71,7 @@ impl Program {
         Self { child, group, log }
     }
 
-    /// Waits for the line that names its port.
+    /// Waits for the line with the port of the program.
     pub async fn port(&mut self) -> u16 {
         let mut lines = BufReader::new(self.child.stdout.take().unwrap()).lines();
         let reading = async {
@@ -86,7 +86,7 @@ impl Program {
         port.unwrap_or_else(|_| panic!("it does not start: {}", self.logged()))
     }
 
-    /// Waits until it accepts connections on a port.
+    /// Waits until the program accepts connections on a port.
     pub async fn listens(&mut self, port: u16) {
         eventually("the program listens", async || {
             let ended = self.child.try_wait().unwrap();
@@ -96,12 +96,12 @@ impl Program {
         .await;
     }
 
-    /// Sends a signal to the process that was started, not to its workers.
+    /// Sends a signal to the started process, not to its workers.
     pub fn signal(&self, signal: Signal) {
         kill(self.group, signal).unwrap();
     }
 
-    /// What it has printed to stderr.
+    /// Returns the output to stderr so far.
     pub fn logged(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap()).into_owned()
     }
@@ -109,7 +109,7 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // Workers outlive a master that is killed. The process itself is reaped by tokio.
+        // Workers survive when only their master is killed. tokio reaps the process itself.
         let _ = killpg(self.group, Signal::SIGKILL);
     }
 }

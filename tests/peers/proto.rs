@@ -10,7 +10,7 @@
 
 tonic::include_proto!("grpc.testing");
 
-/// Zeros.
+/// Returns a payload of zeros.
 pub fn payload(size: i32) -> Payload {
     Payload {
         body: vec![0; usize::try_from(size).unwrap_or(0)],
@@ -18,7 +18,7 @@ pub fn payload(size: i32) -> Payload {
     }
 }
 
-/// A request for responses of these sizes, each after an interval.
+/// Returns a request for responses of these sizes, each after an interval.
 pub fn wanting(
     responses: impl IntoIterator<Item = (i32, std::time::Duration)>,
 ) -> StreamingOutputCallRequest {

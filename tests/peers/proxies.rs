@@ -1,4 +1,4 @@
-//! Channels over nginx, haproxy and Caddy: closes in order, idle closes, outages and reloads.
+//! Channels over nginx, haproxy and Caddy: orderly closes, idle closes, outages and reloads.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -28,7 +28,7 @@ async fn greeters(count: usize) -> Vec<SocketAddr> {
     addresses
 }
 
-/// Proxies of one kind in front of the same greeters.
+/// Starts proxies of one kind in front of the same greeters.
 async fn fronts(
     setup: Setup,
     proxies: usize,
@@ -50,7 +50,7 @@ fn over(builder: ChannelBuilder, fronts: &[Front]) -> BalancedChannel {
         .connect_lazy()
 }
 
-/// Callers without a retry policy, over so many proxies in front of so many servers, and over proxies with TLS.
+/// Runs callers without a retry policy over different numbers of proxies and servers, and over proxies with TLS.
 async fn load(setup: Setup) {
     let localhost = Localhost::new();
     for (proxies, servers, tls) in [
@@ -99,7 +99,7 @@ async fn caddy_fails_no_call() {
     load(CADDY).await;
 }
 
-/// Proxies that start after the channel. Once they are reached, no call fails.
+/// Starts the proxies after the channel. Once they are ready, no call fails.
 async fn late(setup: Setup) {
     let greeters = greeters(2).await;
     let mut fronts = Vec::new();
@@ -120,7 +120,7 @@ async fn late(setup: Setup) {
     let started = Instant::now();
     all_ready(&channel, fronts.len()).await;
     println!("{setup:?}: all ready after {:?}", since(started));
-    // Calls that began before may have failed since.
+    // Calls that began earlier may have failed in the meantime.
     callers.failed();
     all_well(callers, ms(3_000), &format!("{setup:?}, started late")).await;
 }
@@ -132,7 +132,7 @@ async fn proxies_that_start_late_fail_no_call_once_they_are_reached() {
     }
 }
 
-/// Callers with a connection of their own that pause for about as long as the proxy keeps idle connections.
+/// Runs callers, each with its own connection, that pause for about the idle timeout of the proxy.
 async fn sparse(setup: Setup) -> Option<(usize, String)> {
     let fronts = fronts(setup, 1, 1, None).await?;
     let mut callers = Vec::new();
@@ -168,7 +168,7 @@ async fn sparse_callers_fail_no_call_at_idle_closes() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// Reloads every two seconds.
+/// Reloads the proxy every two seconds under load.
 async fn reloads(setup: Setup) {
     let Some(fronts) = fronts(setup, 1, 3, None).await else {
         return;

@@ -1,4 +1,4 @@
-//! An HTTP/2 server on raw frames, for what no library can be brought to send.
+//! An HTTP/2 server on raw frames, for frames that no library can be made to send.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -28,7 +28,7 @@ const PADDED: u8 = 8;
 const INITIAL_WINDOW_SIZE: u16 = 4;
 pub const MAX_CONCURRENT_STREAMS: u16 = 3;
 
-/// A server, until dropped.
+/// A server that runs until it is dropped.
 pub struct Raw {
     pub address: SocketAddr,
     connections: Arc<AtomicUsize>,
@@ -36,7 +36,7 @@ pub struct Raw {
 }
 
 impl Raw {
-    /// Runs a script on each connection. A script that fails has lost its connection.
+    /// Runs a script on each connection. A script that returns an error has lost its connection.
     pub async fn start<Fut>(
         settings: &'static [(u16, u32)],
         script: impl Fn(Connection) -> Fut + Clone + Send + 'static,
@@ -85,7 +85,7 @@ pub struct Frame {
     pub payload: Bytes,
 }
 
-/// A connection that obeys the client's windows, and opens its own at once.
+/// A connection that obeys the client's windows and opens its own windows at once.
 pub struct Connection {
     socket: TcpStream,
     inbound: BytesMut,
@@ -95,9 +95,9 @@ pub struct Connection {
     windows: HashMap<u32, i64>,
     /// Streams whose response has not ended.
     open: HashSet<u32>,
-    /// The most streams that were open at once.
+    /// Maximum number of streams that were open at the same time.
     pub most: usize,
-    /// The PINGs that the client has answered.
+    /// Payloads of the PINGs that the client has answered.
     pub answered: Vec<Bytes>,
 }
 
@@ -127,7 +127,7 @@ impl Connection {
         Ok(this)
     }
 
-    /// Appends a frame to what is sent with the next flush.
+    /// Appends a frame to the output of the next flush.
     pub fn put(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
         self.outbound.put_uint(payload.len() as u64, 3);
         self.outbound.put_slice(&[kind, flags]);
@@ -139,7 +139,7 @@ impl Connection {
         self.socket.write_all_buf(&mut self.outbound).await
     }
 
-    /// Flushes, and reads a frame. What every server does is done.
+    /// Flushes and reads a frame. Updates the windows and answers SETTINGS and PING frames, as every server does.
     pub async fn next(&mut self) -> io::Result<Frame> {
         self.flush().await?;
         while self.inbound.len() < HEAD || self.inbound.len() < HEAD + self.length() {
@@ -204,7 +204,7 @@ impl Connection {
         }
     }
 
-    /// Waits for a request, whole, and gives its stream.
+    /// Waits for a complete request and returns its stream.
     pub async fn request(&mut self) -> io::Result<u32> {
         loop {
             let frame = self.next().await?;
@@ -214,14 +214,14 @@ impl Connection {
         }
     }
 
-    /// The head of a gRPC response, in literals.
+    /// Writes the headers of a gRPC response as literals.
     pub fn headers(&mut self, stream: u32) {
         let mut block = vec![0x88, 0x0f, 0x10, 0x10];
         block.extend_from_slice(b"application/grpc");
         self.put(HEADERS, END_HEADERS, stream, &block);
     }
 
-    /// The status OK.
+    /// Writes trailers with the status OK.
     pub fn trailers(&mut self, stream: u32) {
         let mut block = vec![0x00, 0x0b];
         block.extend_from_slice(b"grpc-status\x010");
@@ -229,7 +229,7 @@ impl Connection {
         self.open.remove(&stream);
     }
 
-    /// Sends bytes as the windows allow it.
+    /// Sends bytes as the windows permit.
     pub async fn data(&mut self, stream: u32, bytes: &[u8]) -> io::Result<()> {
         for part in bytes.chunks(MAX_FRAME) {
             self.room(stream, part.len()).await?;
@@ -238,7 +238,7 @@ impl Connection {
         self.flush().await
     }
 
-    /// Sends each byte in a frame with so much padding.
+    /// Sends each byte in a separate frame with this much padding.
     pub async fn padded(&mut self, stream: u32, bytes: &[u8], padding: u8) -> io::Result<()> {
         for byte in bytes {
             let mut payload = vec![padding, *byte];
@@ -252,7 +252,7 @@ impl Connection {
         self.flush().await
     }
 
-    /// Waits until so many bytes fit into the windows, and takes them.
+    /// Waits until the windows permit this many bytes, and consumes them.
     async fn room(&mut self, stream: u32, bytes: usize) -> io::Result<()> {
         let bytes = i64::try_from(bytes).unwrap();
         loop {

@@ -1,4 +1,4 @@
-//! grpc-go's interop client against the test service on tonic that is registered.
+//! grpc-go's interop client against the registered test service on tonic.
 
 use tokio::process::Command;
 use tokio::sync::oneshot;

@@ -1,4 +1,4 @@
-//! The servers of the test service: grpc-go's, grpc-java's, grpcio's, grpc-js's, and one on tonic.
+//! The servers of the test service: grpc-go, grpc-java, grpcio, grpc-js, and a server on tonic.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -19,7 +19,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// The name of its part; none is needed for tonic.
+    /// Returns the name of the installed part, or `None` for tonic, which needs none.
     fn part(self) -> Option<&'static str> {
         match self {
             Self::Tonic => None,
@@ -34,7 +34,7 @@ impl Kind {
         launcher(part, &format!("{part}-server"))
     }
 
-    /// The interop cases that the server names as not supported.
+    /// Returns the interop cases that the server lists as unsupported.
     pub async fn unsupported(self) -> Vec<String> {
         let Some(launcher) = self.part().and_then(Self::launcher) else {
             return Vec::new();
@@ -48,7 +48,7 @@ impl Kind {
     }
 }
 
-/// What differs from the defaults of the implementation.
+/// Differences from the defaults of the implementation.
 #[derive(Clone, Copy, Default)]
 pub struct Options<'a> {
     pub tls: Option<&'a Localhost>,
@@ -56,7 +56,7 @@ pub struct Options<'a> {
     pub max_metadata: Option<u32>,
 }
 
-/// A running server, until dropped.
+/// A server that runs until it is dropped.
 pub struct Server {
     pub address: String,
     running: Running,
@@ -68,7 +68,7 @@ enum Running {
 }
 
 impl Server {
-    /// Starts a server, unless its part is missing.
+    /// Starts a server. Returns `None` if its part is missing.
     pub async fn start(kind: Kind, options: Options<'_>) -> Option<Self> {
         let Some(name) = kind.part() else {
             let server = InProcess::start(router(options)).await;
@@ -98,7 +98,7 @@ impl Server {
         })
     }
 
-    /// What it has printed to stderr.
+    /// Returns the server's output to stderr so far.
     pub fn logged(&self) -> String {
         match &self.running {
             Running::InProcess { .. } => String::new(),

@@ -24,11 +24,12 @@ use crate::proto::{
 };
 use crate::servers::Options;
 
-/// A server with the test service alone.
+/// Returns a server with the test service alone.
 pub fn router(options: Options<'_>) -> Router<Stack<EchoTrailers, Identity>> {
     let mut server = Server::builder()
         .http2_max_header_list_size(options.max_metadata)
-        // While the machine is busy, more calls than the default of 20 end before they are accepted, and then the connection ends.
+        // On a busy machine, more calls than the default limit of 20 are cancelled before they are accepted. The server would then close
+        // the connection.
         .http2_max_pending_accept_reset_streams(Some(1_000));
     if let Some(localhost) = options.tls {
         server = server.tls_config(localhost.server()).unwrap();
@@ -42,7 +43,7 @@ pub fn router(options: Options<'_>) -> Router<Stack<EchoTrailers, Identity>> {
     server.layer(EchoTrailers).add_service(service)
 }
 
-/// A server in this process, until dropped.
+/// A server in this process that runs until it is dropped.
 pub struct InProcess {
     pub address: SocketAddr,
     task: AbortHandle,
@@ -169,7 +170,7 @@ impl TestService for OnTonic {
 
 type Sender = mpsc::Sender<Result<StreamingOutputCallResponse, Status>>;
 
-/// A stream of what a task sends. The task ends with the stream.
+/// Returns a stream of the messages that a task sends. The task ends with the stream.
 fn outputs<Fut>(produce: impl FnOnce(Sender) -> Fut) -> Outputs
 where
     Fut: Future<Output = Result<(), Status>> + Send + 'static,
@@ -196,7 +197,7 @@ async fn respond(request: StreamingOutputCallRequest, to: &Sender) -> Result<(),
             sleep(Duration::from_micros(interval)).await;
         }
         let payload = Some(payload(parameters.size));
-        // It fails when the call has ended, and then nothing reads the outcome.
+        // The send fails when the call has ended. The outcome is then not read.
         let _ = to.send(Ok(StreamingOutputCallResponse { payload })).await;
     }
     Ok(())
@@ -211,7 +212,7 @@ fn wanted_status(wanted: Option<EchoStatus>) -> Result<(), Status> {
     }
 }
 
-/// A response with the initial metadata that the request asks for.
+/// Returns a response with the initial metadata that the request demands.
 fn echoing<T, M>(request: &Request<T>, message: M) -> Response<M> {
     let mut response = Response::new(message);
     if let Some(value) = request.metadata().get(INITIAL) {

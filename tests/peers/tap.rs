@@ -1,4 +1,4 @@
-//! A link between a client and a server, without TLS, that sees how connections end. With `PEERS_TRACE=1` in the environment it prints
+//! A plaintext link between a client and a server that records how connections end. With `PEERS_TRACE=1` in the environment, it prints
 //! every frame.
 
 use std::net::SocketAddr;
@@ -24,19 +24,19 @@ pub struct Tap {
     task: AbortHandle,
 }
 
-/// What was seen so far.
+/// Events recorded so far.
 #[derive(Clone, Debug, Default)]
 pub struct Seen {
     pub connections: usize,
-    /// Connections that the server has closed before the client.
+    /// Connections that the server closed before the client.
     pub ended_by_server: usize,
     pub ended_by_client: usize,
-    /// The GOAWAYs of the server that report an error.
+    /// GOAWAYs of the server that report an error.
     pub errors: Vec<String>,
 }
 
 impl Seen {
-    /// Connections that the server has ended, be it because of an error or without a word.
+    /// Returns the number of connections that the server ended, with or without an error.
     pub fn lost(&self) -> usize {
         self.ended_by_server.max(self.errors.len())
     }
@@ -131,7 +131,7 @@ async fn carry(client: TcpStream, target: String, number: usize, seen: Arc<Mutex
             seen.ended_by_server += 1;
         }
     }
-    // Bytes that are not read would turn the close into a reset, which takes along what is on its way.
+    // Unread bytes would turn the close into a reset, which discards data in flight.
     let rest = async {
         if by_client {
             down.await;
@@ -151,7 +151,7 @@ async fn pipe(
     let mut buffer = BytesMut::with_capacity(1 << 16);
     while let Ok(1..) = from.read_buf(&mut buffer).await {
         look(&buffer);
-        // What the other side does not read any more is dropped.
+        // Data that the other side no longer reads are dropped.
         let _ = to.write_all_buf(&mut buffer).await;
         buffer.clear();
         buffer.reserve(1 << 16);
@@ -159,7 +159,7 @@ async fn pipe(
     let _ = to.shutdown().await;
 }
 
-/// The frames of one direction.
+/// Frames of one direction.
 struct Frames {
     name: &'static str,
     number: usize,
@@ -170,7 +170,7 @@ struct Frames {
 }
 
 impl Frames {
-    /// Looks at bytes as they pass; gives the GOAWAYs with an error.
+    /// Parses the bytes that pass, and returns the GOAWAYs with an error.
     fn take(&mut self, bytes: &[u8]) -> Vec<String> {
         self.buffer.extend_from_slice(bytes);
         let skipped = self.skip.min(self.buffer.len());

@@ -1,4 +1,4 @@
-//! Copies of calls that take long.
+//! Hedged attempts of calls that take long.
 
 use super::*;
 
@@ -34,7 +34,8 @@ async fn a_slow_server_costs_a_delay_and_what_it_loses_is_cancelled() {
         servers[0].cancelled() == lost
     })
     .await;
-    // A copy goes to the one that answers, but for those of calls whose answer was on its way for longer than the delay.
+    // Each hedge is sent to the server that answers, except if that server answered the first attempt later than the delay: then the hedge
+    // is sent to the server that hangs.
     let copies = |server: &Server| {
         let calls = server.calls();
         let copies = calls.iter().filter(|seen| seen.previous.is_some());
@@ -44,7 +45,7 @@ async fn a_slow_server_costs_a_delay_and_what_it_loses_is_cancelled() {
     idle(&channel).await;
 }
 
-/// A program that calls seldom finds every connection silent.
+/// A client that calls rarely finds every connection silent.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_silence_before_the_call_costs_it_no_copy() {
     let servers = [
@@ -91,7 +92,7 @@ async fn a_failure_that_is_not_fatal_sends_the_next_at_once() {
         Server::always(Act::Reset(Reason::REFUSED_STREAM)).await,
         Server::always(Act::Reply).await,
     ];
-    // What was refused was not processed, and does not count as one of the two.
+    // A refused attempt was not processed, and does not count as one of the two.
     let channel = over(hedged(2, NEVER), &servers).await;
     for _ in 0..30 {
         say(&channel).await.expect("the last one serves");

@@ -14,10 +14,10 @@ use tonic::transport::server::TcpIncoming;
 
 use super::*;
 
-/// Where a process of this test is to serve.
+/// Environment variable with the address on which a process of this test serves.
 const SERVE_AT: &str = "TONIC_ETCD_TEST_SERVE_AT";
 
-/// The server process: this test binary, started again with an address. As a test it has nothing to do.
+/// The server process: this test binary, started again with an address. Without an address, this test does nothing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_process_that_serves() {
     let Ok(address) = std::env::var(SERVE_AT) else {
@@ -25,7 +25,7 @@ async fn a_process_that_serves() {
     };
     let listener = TcpListener::bind(&address).await.unwrap();
     eprintln!("serving at {}", listener.local_addr().unwrap());
-    // A millisecond, so that every kill meets calls.
+    // Each call takes a millisecond, so that calls are in flight at every kill.
     Counting::slow(Duration::from_millis(1))
         .router()
         .serve_with_incoming(TcpIncoming::from(listener))
@@ -63,7 +63,7 @@ impl Process {
         Self { child, address }
     }
 
-    /// `kill -9`, and the same address again after a while.
+    /// Runs `kill -9` and restarts the server on the same address after a while.
     async fn kill_and_restart(&mut self, down: Duration) {
         self.child.kill().await.unwrap();
         sleep(down).await;
@@ -71,7 +71,7 @@ impl Process {
     }
 }
 
-/// With `SOAK=1` it is a hundred kills, and each server is away for a second.
+/// With `SOAK=1`, the test kills a hundred times, and each server is down for a second.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_call_fails_when_servers_are_killed_one_after_the_other() {
     let (kills, down) = soak("kills, and milliseconds down", (10, 100), (100, 1_000));

@@ -1,4 +1,4 @@
-//! Calls that are sent again: what a retry policy does, and what it does not.
+//! Calls that are sent again: the effects and the limits of a retry policy.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -24,7 +24,7 @@ use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Code, Request, Response, Status};
 use tonic_etcd::{BalancedChannel, ChannelBuilder, HedgingPolicy, RetryBudget, RetryPolicy};
 
-/// A channel over these servers, all of them ready.
+/// Returns a channel over these servers once all of them are ready.
 async fn over(builder: ChannelBuilder, servers: &[Server]) -> BalancedChannel {
     let addresses = servers.iter().map(|server| &server.address);
     let channel = builder
@@ -45,7 +45,7 @@ async fn idle(channel: &BalancedChannel) {
     .await;
 }
 
-/// A policy that does not keep a test waiting.
+/// Returns a retry policy with a short backoff, to keep the tests quick.
 fn policy() -> RetryPolicy {
     let (first, max) = (Duration::from_millis(1), Duration::from_millis(5));
     RetryPolicy::new([Code::Unavailable])
@@ -275,7 +275,7 @@ async fn a_storm_is_stopped_by_the_budget_and_forgotten_by_good_calls() {
     for _ in 0..100 {
         say(&channel).await.unwrap_err();
     }
-    // 20 tokens, 10 of which are for retries: the tenth failure is the first that is not repeated.
+    // The budget has 20 tokens, 10 of which are for retries: the tenth failure is the first that is not retried.
     assert!(count(&servers) < 110, "{} attempts", count(&servers));
     let status = say(&channel).await.unwrap_err();
     assert!(
@@ -294,7 +294,7 @@ async fn a_storm_is_stopped_by_the_budget_and_forgotten_by_good_calls() {
 
 #[tokio::test]
 async fn the_deadline_spans_all_attempts() {
-    // The wait would end after it: told at once.
+    // The backoff would end after the deadline, so the call fails at once.
     let servers = [Server::always(DOWN).await];
     let minute = Duration::from_secs(60);
     let channel = over(
@@ -312,7 +312,7 @@ async fn the_deadline_spans_all_attempts() {
     let previous = status.metadata().get("grpc-previous-rpc-attempts");
     assert!(previous.is_none(), "there was one attempt");
 
-    // It passes during the second attempt.
+    // The deadline expires during the second attempt.
     let acts = |call| if call == 0 { DOWN } else { Act::Hang };
     let servers = [Server::start(acts).await];
     let channel = over(retrying(policy()), &servers).await;
@@ -362,7 +362,7 @@ async fn a_head_that_nobody_has_seen_binds_nobody() {
     for _ in 0..20 {
         let start = Instant::now();
         let outcome = say(&channel).await;
-        // A head that is alone is kept for 50 ms. On a busy machine the reset may come too late.
+        // Headers without a message are held back for 50 ms. On a busy machine the reset may be received too late.
         let late = Instant::now().saturating_duration_since(start) > Duration::from_millis(45);
         assert!(outcome.is_ok() || late, "{outcome:?}");
         served += usize::from(outcome.is_ok());
@@ -430,7 +430,7 @@ async fn a_request_is_sent_again_whole_whatever_its_size() {
     assert!(calls.iter().all(|seen| seen.body == calls[0].body));
 }
 
-/// A stream of requests whose first two are sent and whose third follows after the first attempt has failed.
+/// Sends a stream of requests: the first two at once, and the third after the first attempt has failed.
 async fn stream(act: Act, size: usize) -> (Result<Response<()>, Status>, Vec<script::Seen>) {
     let acts = move |call| if call == 0 { act.clone() } else { Act::Reply };
     let servers = [Server::start(acts).await];

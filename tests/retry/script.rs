@@ -1,4 +1,4 @@
-//! A bare `h2` server that answers each call as the test says.
+//! A bare `h2` server that answers each call according to a script.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -13,30 +13,30 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep};
 use tonic::Code;
 
-/// What becomes of a call.
+/// Reaction of the server to a call.
 #[derive(Clone, Debug)]
 pub(super) enum Act {
-    /// The request is read, and answered with an empty message.
+    /// Reads the request and answers with an empty message.
     Reply,
-    /// The same, after a while.
+    /// Like `Reply`, after a delay.
     Slow(Duration),
-    /// The request is read; the response is one head, with these headers besides.
+    /// Reads the request and answers with headers only: the status and these additional headers.
     Fail(Code, &'static [(&'static str, &'static str)]),
-    /// As `Fail`, after the request's first frame. The stream stays open for the rest.
+    /// Like `Fail`, after the first frame of the request. The stream stays open for the rest of the request.
     FailEarly(Code),
-    /// No gRPC at all.
+    /// Answers with this HTTP status, without gRPC headers.
     Http(u16),
-    /// A head and a message, and then this status.
+    /// Sends headers and a message, and then this status.
     FailLate(Code),
-    /// A head, and then, after a while, a reset.
+    /// Sends headers, and resets the stream after a delay.
     HeadThenReset(Duration),
-    /// The stream is reset before any answer.
+    /// Resets the stream before any response.
     Reset(Reason),
-    /// No answer until the client goes away, which is counted.
+    /// Sends no response until the client cancels the call, which is counted.
     Hang,
 }
 
-/// What the server has seen of a call.
+/// Record of a call that the server received.
 #[derive(Clone, Debug)]
 pub(super) struct Seen {
     pub(super) at: Instant,
@@ -53,7 +53,7 @@ pub(super) struct Server {
 }
 
 impl Server {
-    /// Answers the n-th call as the function says.
+    /// Starts a server that answers the n-th call with the result of `script`.
     pub(super) async fn start(script: impl Fn(usize) -> Act + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -102,7 +102,7 @@ impl Server {
         self.calls.lock().unwrap().len()
     }
 
-    /// Calls that the client has given up.
+    /// Returns the number of calls that the client has cancelled.
     pub(super) fn cancelled(&self) -> usize {
         self.cancelled.load(Ordering::SeqCst)
     }
@@ -129,11 +129,11 @@ impl Seen {
     }
 }
 
-/// Where the body of a call is noted.
+/// The record to which the body of a call is appended.
 struct Record(Arc<Mutex<Vec<Seen>>>, usize);
 
 impl Record {
-    /// Reads a frame of a request. False at its end.
+    /// Reads a frame of a request. Returns false at its end.
     async fn read(&self, body: &mut RecvStream) -> bool {
         let Some(Ok(data)) = body.data().await else {
             return false;
@@ -157,7 +157,7 @@ async fn answer(
         Act::FailEarly(code) => {
             record.read(&mut body).await;
             let _ = respond.send_response(failed(code, &[]), true);
-            // The client ends it.
+            // The client ends the stream.
             while record.read(&mut body).await {}
             return;
         }
@@ -180,7 +180,7 @@ async fn answer(
         }
         Act::HeadThenReset(delay) => {
             let mut stream = respond.send_response(head(), false).unwrap();
-            // The head has to be out before the reset, which would take it along.
+            // The headers must be sent before the reset, which would otherwise discard them.
             sleep(delay).await;
             stream.send_reset(Reason::INTERNAL_ERROR);
         }

@@ -1,4 +1,4 @@
-//! A certificate authority and what it has signed, made by openssl.
+//! A certificate authority and the certificates that it has signed, created with openssl.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -22,12 +22,12 @@ impl Authority {
         );
         std::fs::write(self.path("extensions"), extensions).unwrap();
         self.openssl("x509 -req -in new.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out new.pem -days 2 -extfile extensions");
-        // What reads the files meanwhile finds the old ones or the new ones.
+        // The files are renamed into place, so that a concurrent reader never sees a partial file.
         std::fs::rename(self.path("new.key"), self.path(&format!("{file}.key"))).unwrap();
         std::fs::rename(self.path("new.pem"), self.path(&format!("{file}.pem"))).unwrap();
     }
 
-    /// A pair of keys for tokens, in `token.key` and `token.pub`.
+    /// Creates a key pair for tokens, in `token.key` and `token.pub`.
     pub fn token_keys(&self) {
         self.openssl("genrsa -out token.key 2048");
         self.openssl("rsa -in token.key -pubout -out token.pub");

@@ -1,5 +1,5 @@
-//! A greeter on a bare `h2` server, which can be killed and brought back without giving its port away: what is dialled while it is down
-//! is refused by the [`dialler`](Fleet::dial) and not by the kernel.
+//! A greeter on a bare `h2` server that can be killed and recovered without losing its port. While the server is down, the
+//! [`dialler`](Fleet::dial) refuses connections, not the kernel.
 
 use std::io;
 use std::net::SocketAddr;
@@ -18,12 +18,12 @@ use tonic_etcd::Address;
 
 use super::greeter::HelloReply;
 
-/// One server.
+/// A server that can be killed and recovered.
 pub struct Backend {
     pub address: SocketAddr,
     up: Arc<AtomicBool>,
     connections: Arc<Mutex<JoinSet<()>>>,
-    /// Connections since the last kill.
+    /// Number of connections since the last kill.
     opened: Arc<AtomicUsize>,
     pub served: Arc<AtomicUsize>,
     task: AbortHandle,
@@ -46,7 +46,7 @@ impl Backend {
         let task = tokio::spawn(async move {
             while let Ok((socket, _)) = listener.accept().await {
                 let mut open = open.lock().unwrap();
-                // It may have waited in the queue since before the kill.
+                // The connection may have waited in the queue since before the kill.
                 if !is_up.load(Ordering::SeqCst) {
                     continue;
                 }
@@ -65,7 +65,7 @@ impl Backend {
         }
     }
 
-    /// Closes every connection without a word, and lets no new one in.
+    /// Closes every connection without a GOAWAY and accepts no new connections.
     pub fn kill(&self) {
         let mut connections = self.connections.lock().unwrap();
         self.up.store(false, Ordering::SeqCst);
@@ -73,7 +73,7 @@ impl Backend {
         connections.abort_all();
     }
 
-    /// Whether anybody has connected since it was killed last.
+    /// Returns whether a connection was accepted since the last kill.
     pub fn is_connected(&self) -> bool {
         self.opened.load(Ordering::SeqCst) > 0
     }
@@ -94,7 +94,7 @@ impl Drop for Backend {
     }
 }
 
-/// Some servers.
+/// A set of servers.
 #[derive(Clone)]
 pub struct Fleet(Arc<Vec<Backend>>);
 
@@ -115,7 +115,7 @@ impl Fleet {
         self.0.iter()
     }
 
-    /// Connects to a server, unless it is down.
+    /// Connects to a server. Fails if the server is down.
     pub async fn dial(self, address: Address) -> io::Result<TcpStream> {
         let backend = self
             .iter()
@@ -139,7 +139,7 @@ async fn serve(socket: TcpStream, served: Arc<AtomicUsize>) {
     let Ok(mut connection) = builder.handshake(socket).await else {
         return;
     };
-    // The calls go with the connection.
+    // The calls end with the connection.
     let mut calls = JoinSet::new();
     loop {
         tokio::select! {
@@ -154,7 +154,7 @@ async fn serve(socket: TcpStream, served: Arc<AtomicUsize>) {
     }
 }
 
-/// Answers a unary call after the milliseconds that its name is, and any other with a stream that does not end.
+/// Answers a unary call after as many milliseconds as its `name` contains, and any other call with an endless stream.
 async fn answer(
     request: Request<RecvStream>,
     mut respond: SendResponse<Bytes>,
@@ -194,7 +194,7 @@ async fn answer(
     }
 }
 
-/// A gRPC message in its frame.
+/// Returns a message with its gRPC length prefix.
 fn framed(message: &impl Message) -> Bytes {
     let mut frame = BytesMut::new();
     frame.put_u8(0);

@@ -1,4 +1,4 @@
-//! Callers, as many as are wanted, that count their calls and keep those that fail.
+//! Callers that count their calls and record failed calls.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use super::{SOON, hello};
 
 pub type Client = GreeterClient<BalancedChannel>;
 
-/// A call that has failed.
+/// A failed call.
 #[derive(Debug)]
 pub struct Failed {
     pub began: Instant,
@@ -24,7 +24,7 @@ pub struct Failed {
     pub status: Status,
 }
 
-/// Callers that never pause, but for a moment after a failure: what fails at once would fail a million times.
+/// Callers that never pause, except for a moment after a failure: calls that fail at once would otherwise fail a million times.
 pub struct Callers {
     stop: watch::Sender<bool>,
     calls: Arc<AtomicU64>,
@@ -33,14 +33,14 @@ pub struct Callers {
 }
 
 impl Callers {
-    /// Unary calls with a deadline of five seconds.
+    /// Starts callers that send unary calls with a deadline of five seconds.
     pub fn start(channel: &BalancedChannel, callers: usize) -> Self {
         Self::making(channel, callers, async |mut client: Client| {
             client.say_hello(with_deadline(hello())).await.map(drop)
         })
     }
 
-    /// Calls of any kind.
+    /// Starts callers that send calls of any kind.
     pub fn making<F, Fut>(channel: &BalancedChannel, callers: usize, call: F) -> Self
     where
         F: Fn(Client) -> Fut + Clone + Send + 'static,
@@ -78,17 +78,17 @@ impl Callers {
         }
     }
 
-    /// How many calls were begun.
+    /// Returns the number of calls that have begun.
     pub fn calls(&self) -> u64 {
         self.calls.load(Ordering::Relaxed)
     }
 
-    /// Those that have failed since this was asked last.
+    /// Returns the calls that have failed since the last call of this function.
     pub fn failed(&mut self) -> Vec<Failed> {
         std::iter::from_fn(|| self.failed.try_recv().ok()).collect()
     }
 
-    /// Stops them; says how many calls there were, and which failed that [`failed`](Self::failed) has not told of, in their order.
+    /// Stops the callers. Returns the number of calls, and the failed calls that [`failed`](Self::failed) has not returned yet, in order.
     pub async fn stopped(mut self) -> (u64, Vec<Failed>) {
         self.stop.send_replace(true);
         for task in self.tasks.drain(..) {
@@ -97,7 +97,7 @@ impl Callers {
         (self.calls(), self.failed())
     }
 
-    /// Stops them; fails if a call has.
+    /// Stops the callers. Panics if a call has failed, and returns the number of calls otherwise.
     pub async fn none_failed(self) -> u64 {
         let (calls, failed) = self.stopped().await;
         assert!(

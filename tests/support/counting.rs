@@ -17,16 +17,16 @@ use super::Registered;
 use super::greeter::greeter_server::{Greeter, GreeterServer};
 use super::greeter::{HelloReply, HelloRequest};
 
-/// Counts unary and server-streaming calls together. A stream of no replies is one that never ends.
+/// Counts unary and server-streaming calls together. A request for zero replies is answered with an endless stream.
 #[derive(Clone, Debug, Default)]
 pub struct Counting {
     calls: Arc<AtomicU64>,
-    /// How long a unary call takes.
+    /// Duration of a unary call.
     takes: Duration,
 }
 
 impl Counting {
-    /// One whose unary calls take their time.
+    /// Returns a greeter whose unary calls take this long.
     pub fn slow(takes: Duration) -> Self {
         Self {
             takes,
@@ -42,7 +42,7 @@ impl Counting {
         Server::builder().add_service(GreeterServer::new(self.clone()))
     }
 
-    /// Serves on a free port and registers it.
+    /// Serves on a free port and registers the server.
     pub fn register(&self, registration: RegistrationBuilder) -> Registered {
         Registered::serve(self.router(), "127.0.0.1:0", registration)
     }

@@ -1,4 +1,4 @@
-//! A TCP relay that behaves like the middleboxes between two machines, and changes its behaviour at run time.
+//! A TCP relay that behaves like a middlebox between two machines. Its behaviour can be changed at run time.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -12,29 +12,29 @@ use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
 
-/// What a link does with the flows it has, and with new ones.
+/// Behaviour of a link on existing and on new flows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Behaviour {
-    /// Every byte goes through.
+    /// Forwards every byte.
     Pass,
-    /// A flow without a byte from the client for this long is forgotten, as a NAT gateway forgets it: what either side sends on it later is
-    /// swallowed, and acknowledged by TCP. New flows work.
+    /// Forgets a flow without a byte from the client for this long, like a NAT gateway: bytes that either side sends later are acknowledged
+    /// by TCP and discarded. New flows work.
     Forget(Duration),
-    /// So many bytes in a second go through, in each direction of each flow.
+    /// Forwards this many bytes per second, in each direction of each flow.
     Rate(u64),
-    /// All flows, old and new, are swallowed both ways. A flow that has lost bytes stays forgotten.
+    /// Discards the bytes of all flows, old and new, in both directions. A flow that has lost bytes stays forgotten.
     BlackHole,
-    /// New connections are accepted and never answered. Old ones go on.
+    /// Accepts new connections and never answers them. Existing flows continue.
     HalfOpen,
-    /// What goes through on the flows that are there takes this long in each direction. New connections are accepted and never answered.
+    /// Delays the bytes of existing flows by this time in each direction. Accepts new connections and never answers them.
     Established(Duration),
-    /// A flow without a byte in either direction for this long is closed in order.
+    /// Closes a flow in order after this time without a byte in either direction.
     CloseIdle(Duration),
-    /// All flows are ended, and new ones are reset at once.
+    /// Ends all flows and resets new connections at once.
     Refuse,
 }
 
-/// A relay to one target. It ends, with all its flows, when it is dropped.
+/// A relay to one target. Dropping it ends the relay and all its flows.
 pub struct Link {
     pub address: SocketAddr,
     behaviour: watch::Sender<Behaviour>,
@@ -68,17 +68,17 @@ impl Link {
         }
     }
 
-    /// Behaves otherwise from now on, on the flows that are there as well.
+    /// Changes the behaviour, for existing flows too.
     pub fn set(&self, behaviour: Behaviour) {
         self.behaviour.send_replace(behaviour);
     }
 
-    /// Connections accepted so far.
+    /// Returns the number of connections accepted so far.
     pub fn accepted(&self) -> usize {
         self.accepted.load(Ordering::SeqCst)
     }
 
-    /// Connections that are open now.
+    /// Returns the number of open connections.
     pub fn open(&self) -> usize {
         self.open.load(Ordering::SeqCst)
     }
@@ -111,7 +111,7 @@ async fn relay(
     }
 }
 
-/// One open flow, until dropped.
+/// Counts one open flow until it is dropped.
 struct Counted(Arc<AtomicUsize>);
 
 impl Counted {
@@ -159,7 +159,8 @@ async fn carry(client: TcpStream, target: &str, mut behaves: watch::Receiver<Beh
             () = up => {}
             () = &mut down => return,
         }
-        // What the server has still to send after the client's end goes through; a forgotten flow has ended with it.
+        // After the client has closed its side, the remaining bytes of the server are forwarded. A forgotten flow ends with the client's
+        // close.
         if !flow.is_forgotten() {
             let _ = tokio::time::timeout(LINGER, down).await;
         }
@@ -170,12 +171,12 @@ async fn carry(client: TcpStream, target: &str, mut behaves: watch::Receiver<Beh
     }
 }
 
-/// Ends a connection as a closed port does.
+/// Makes the close of the connection a reset, like that of a closed port.
 fn reset(client: &TcpStream) {
     let _ = socket2::SockRef::from(client).set_linger(Some(Duration::ZERO));
 }
 
-/// Takes what comes and answers nothing, until the client leaves.
+/// Reads and discards bytes until the client closes the connection.
 async fn hold(mut client: TcpStream) {
     let mut buffer = vec![0; CHUNK];
     while matches!(client.read(&mut buffer).await, Ok(1..)) {}
@@ -187,10 +188,10 @@ enum Way {
     Down,
 }
 
-/// What the two directions of a flow share.
+/// State shared by the two directions of a flow.
 struct Flow {
     forgotten: AtomicBool,
-    /// The last byte of the client, and the last byte at all.
+    /// Times of the last byte from the client and of the last byte in either direction.
     last: Mutex<(Instant, Instant)>,
 }
 
@@ -207,7 +208,7 @@ impl Flow {
         self.forgotten.load(Ordering::SeqCst)
     }
 
-    /// Whether bytes that have come in now are swallowed.
+    /// Records that bytes were received. Returns whether they are discarded.
     fn swallows(&self, way: Way, behaviour: Behaviour) -> bool {
         let now = Instant::now();
         let mut last = self.last.lock().unwrap();
@@ -227,7 +228,7 @@ impl Flow {
         self.is_forgotten()
     }
 
-    /// Ends when the flow was idle for as long as its behaviour allows.
+    /// Completes when the flow has been idle for as long as its behaviour allows.
     async fn idle(&self, behaviour: Behaviour) {
         let Behaviour::CloseIdle(after) = behaviour else {
             return std::future::pending().await;
@@ -252,7 +253,7 @@ async fn pump(
     let mut buffer = vec![0; CHUNK];
     loop {
         let behaviour = *behaves.borrow_and_update();
-        // A slow link is a slow link in small steps too.
+        // Small reads keep the rate of a slow link even.
         let room = match behaviour {
             Behaviour::Rate(rate) => (rate / 100).clamp(64, CHUNK as u64),
             _ => CHUNK as u64,
@@ -280,17 +281,17 @@ async fn pump(
             sleep(Duration::from_secs(read as u64) / u32::try_from(rate).unwrap()).await;
         }
     }
-    // The end of the server's side is lost too when the middlebox has forgotten the flow.
+    // If the middlebox has forgotten the flow, the FIN of the server is lost too.
     if way == Way::Down && flow.is_forgotten() {
         std::future::pending::<()>().await;
     }
     let _ = to.shutdown().await;
     if way == Way::Down {
-        // The client sees the end first, and answers it with its own.
+        // The client sees this FIN first and answers it with its own.
         sleep(LINGER).await;
     }
 }
 
 const CHUNK: usize = 16 * 1024;
-/// How long one direction lives on after the other.
+/// How long one direction stays open after the other has ended.
 const LINGER: Duration = Duration::from_millis(500);

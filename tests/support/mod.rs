@@ -1,4 +1,4 @@
-//! What the tests share: an etcd with a client of its own, greeters that count, and polling with a deadline.
+//! Shared parts of the tests: an etcd with its own client, greeters that count calls, and polling with a timeout.
 #![allow(
     dead_code,
     unreachable_pub,
@@ -46,10 +46,10 @@ use greeter::{HelloRequest, NamedGreeter};
 
 pub const SERVICE: &str = "helloworld.Greeter";
 
-/// How long anything may take that ought to happen at once, on a machine that does other things as well.
+/// Timeout for events that should occur at once, long enough for a busy machine.
 pub const SOON: Duration = Duration::from_secs(20);
 
-/// An etcd with one member.
+/// Starts an etcd with one member.
 pub async fn etcd() -> Etcd {
     Etcd::start().await.unwrap()
 }
@@ -58,7 +58,7 @@ pub async fn registry(etcd: &Etcd) -> Registry {
     Registry::connect(etcd.endpoints()).await.unwrap()
 }
 
-/// An etcd, and a service in it that is watched.
+/// An etcd with one service, which a resolver watches.
 pub struct World {
     pub etcd: Etcd,
     pub registry: Registry,
@@ -77,20 +77,20 @@ impl World {
         }
     }
 
-    /// A registration for the service, with hardly a grace period.
+    /// Returns a registration for the service with a very short grace period.
     pub fn registration(&self) -> RegistrationBuilder {
         self.registry
             .registration("greeter")
             .grace_period(Duration::from_millis(10))
     }
 
-    /// Starts a server and waits until it is found; says where.
+    /// Starts a server and waits until it is resolved. Returns the server and its address.
     pub async fn start(&self, registration: RegistrationBuilder) -> (Registered, String) {
         let server = Registered::start("alpha", "127.0.0.1:0", registration);
         (server, self.the_one().await)
     }
 
-    /// Waits until exactly so many instances are known.
+    /// Waits until the resolver contains exactly this many instances.
     pub async fn counts(&self, instances: usize) {
         eventually("the instances are known", async || {
             self.resolver.instances().len() == instances
@@ -98,13 +98,13 @@ impl World {
         .await;
     }
 
-    /// Waits until exactly one instance is known, and gives its address.
+    /// Waits until the resolver contains exactly one instance and returns its address.
     pub async fn the_one(&self) -> String {
         self.counts(1).await;
         addresses(&self.resolver).remove(0)
     }
 
-    /// The keys that etcd holds.
+    /// Returns the number of keys in etcd.
     pub async fn keys(&self) -> usize {
         list(&client(&self.etcd).await, "/").await.len()
     }
@@ -117,26 +117,26 @@ pub fn hello() -> HelloRequest {
     }
 }
 
-/// A client of tonic's own for one server.
+/// Returns a client with tonic's own channel to one server.
 pub async fn connect(address: &str) -> GreeterClient<Channel> {
     GreeterClient::connect(format!("http://{address}"))
         .await
         .unwrap()
 }
 
-/// A plain client, for what `etcdctl` would do.
+/// Returns a plain etcd client, for operations that a user would run with `etcdctl`.
 pub async fn client(etcd: &Etcd) -> etcd_client::Client {
     etcd_client::Client::connect(etcd.endpoints(), None)
         .await
         .unwrap()
 }
 
-/// Polls until the condition holds; fails with the words given after [`SOON`].
+/// Polls until the condition holds. Panics with `what` after [`SOON`].
 pub async fn eventually(what: &str, condition: impl AsyncFnMut() -> bool) {
     within(SOON, what, condition).await;
 }
 
-/// Polls until the condition holds, and says how long that took.
+/// Polls until the condition holds and returns the elapsed time.
 pub async fn within(
     bound: Duration,
     what: &str,
@@ -153,7 +153,7 @@ pub async fn within(
     }
 }
 
-/// The addresses that a resolver knows, in order.
+/// Returns the addresses of a resolver, in order.
 pub fn addresses(resolver: &Resolver) -> Vec<String> {
     resolver
         .instances()
@@ -162,7 +162,7 @@ pub fn addresses(resolver: &Resolver) -> Vec<String> {
         .collect()
 }
 
-/// Waits until a resolver knows exactly these addresses.
+/// Waits until a resolver contains exactly these addresses.
 pub async fn knows(resolver: &Resolver, expected: &[&str]) {
     let mut expected: Vec<_> = expected.iter().map(ToString::to_string).collect();
     expected.sort();
@@ -187,7 +187,7 @@ pub async fn keeps_a_registration(registry: &Registry) {
     let resolver = registry.resolver("greeter").start();
     knows(&resolver, &["127.0.0.1:80"]).await;
     let mut states = registration.watch_state();
-    // The first of them is the state as it is.
+    // The first change is the current state.
     for _ in 0..3 {
         states.changed().await.unwrap();
         assert!(states.borrow_and_update().is_registered());
@@ -196,7 +196,7 @@ pub async fn keeps_a_registration(registry: &Registry) {
     knows(&resolver, &[]).await;
 }
 
-/// A greeter in this process that is not registered.
+/// Starts a greeter in this process that is not registered.
 pub async fn greeter(name: &str) -> (SocketAddr, JoinHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -206,7 +206,7 @@ pub async fn greeter(name: &str) -> (SocketAddr, JoinHandle<()>) {
     (address, task)
 }
 
-/// A greeter in this process that is registered.
+/// A registered greeter in this process.
 pub struct Registered {
     pub stop: Option<oneshot::Sender<()>>,
     pub task: JoinHandle<Result<(), ServeError>>,
@@ -239,14 +239,14 @@ impl Registered {
         drop(self.stop.take());
     }
 
-    /// Stops it and waits for its end.
+    /// Stops the server and waits until it has ended.
     pub async fn stopped(mut self) -> Result<(), ServeError> {
         self.stop();
         timeout(SOON, self.task).await.unwrap().unwrap()
     }
 }
 
-/// Waits until exactly so many endpoints are known to a channel and ready.
+/// Waits until a channel has exactly this many endpoints, all of them ready.
 pub async fn all_ready(channel: &BalancedChannel, endpoints: usize) {
     eventually("the endpoints are ready", async || {
         let known = channel.endpoints();
@@ -258,23 +258,24 @@ pub async fn all_ready(channel: &BalancedChannel, endpoints: usize) {
     .await;
 }
 
-/// One of two sizes: with `SOAK=1` in the environment tests run at full size and for long. A test that is cut down otherwise says so.
+/// Returns one of two sizes: with `SOAK=1` in the environment, tests run at full size and for long. Without it, the reduced size is
+/// printed.
 pub fn soak<T: Debug>(what: &str, small: T, full: T) -> T {
     if std::env::var_os("SOAK").is_some_and(|soak| soak == "1") {
         return full;
     }
-    // Past the capture of the test harness: what is left out is to be seen.
+    // Writes directly to stderr, because the test harness would hide that the test is reduced.
     let left_out = format!("{what}: {small:?} of {full:?}; all of it with SOAK=1\n");
     std::io::stderr().write_all(left_out.as_bytes()).unwrap();
     small
 }
 
-/// How many files this process has open.
+/// Returns the number of files that this process has open.
 pub fn open_files() -> usize {
     std::fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-/// The keys and values under a prefix, as etcd lists them.
+/// Returns the keys, values and leases under a prefix, as etcd lists them.
 pub async fn list(client: &etcd_client::Client, prefix: &str) -> Vec<(String, String, i64)> {
     let options = etcd_client::GetOptions::new().with_prefix();
     let response = client.kv_client().get(prefix, Some(options)).await.unwrap();

@@ -1,4 +1,4 @@
-//! The examples as programs.
+//! The examples as separate programs.
 
 use std::process::Stdio;
 
@@ -11,7 +11,7 @@ use tonic_etcd::testing::Etcd;
 
 use super::SOON;
 
-/// An example, built along with the tests.
+/// Returns the command for an example, which is built together with the tests.
 pub fn example(name: &str) -> Command {
     let mut folder = std::env::current_exe().unwrap();
     folder.pop();
@@ -26,7 +26,7 @@ pub fn example(name: &str) -> Command {
     command
 }
 
-/// The example server. What it logs is not read.
+/// Starts the example server. Its log is discarded.
 pub fn greeter_server(etcd: &Etcd) -> Child {
     example("greeter_server")
         .env("ETCD_ENDPOINTS", etcd.endpoint(0))
@@ -35,10 +35,10 @@ pub fn greeter_server(etcd: &Etcd) -> Child {
         .unwrap()
 }
 
-/// What a program prints.
+/// Lines that a program prints.
 pub type Output = Lines<BufReader<ChildStdout>>;
 
-/// Reads a program's lines up to one that contains a text.
+/// Reads a program's lines up to the first that contains a text, and returns that line.
 pub async fn line_with(lines: &mut Output, text: &str) -> String {
     let found = async {
         while let Some(line) = lines.next_line().await.unwrap() {
@@ -53,7 +53,7 @@ pub async fn line_with(lines: &mut Output, text: &str) -> String {
         .unwrap_or_else(|_| panic!("no line with {text:?} in time"))
 }
 
-/// What a program prints from here on until it ends.
+/// Returns the remaining output of a program, up to its end.
 pub async fn rest(lines: &mut Output) -> String {
     let mut text = String::new();
     let end = async {

@@ -1,4 +1,4 @@
-//! A TCP proxy that can be cut: the network between two processes of one machine.
+//! A TCP proxy that can be cut. It simulates the network between two processes of one machine.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -59,22 +59,22 @@ impl Proxy {
         }
     }
 
-    /// Ends every connection, and lets no new one through.
+    /// Closes every connection and forwards no new ones.
     pub fn cut(&self) {
         self.open.send_replace(false);
     }
 
-    /// Ends every connection.
+    /// Closes every connection.
     pub fn reset(&self) {
         self.open.send_modify(|_| {});
     }
 
-    /// Lets connections through again.
+    /// Forwards new connections again.
     pub fn heal(&self) {
         self.open.send_replace(true);
     }
 
-    /// How many connections have been forwarded.
+    /// Returns the number of connections that were forwarded.
     pub fn accepted(&self) -> usize {
         self.accepted.load(Ordering::SeqCst)
     }

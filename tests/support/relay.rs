@@ -1,4 +1,4 @@
-//! A gRPC relay in front of an etcd that ends each watch after its first message with events.
+//! A gRPC relay in front of an etcd. It ends each watch after its first message with events.
 
 use std::convert::Infallible;
 use std::marker::PhantomData;
@@ -20,19 +20,19 @@ use tonic::transport::{Channel, Endpoint, Server};
 use tonic::{Status, codegen::BoxFuture};
 use tower::Service;
 
-/// A relay to one member. Dropped, it ends.
+/// A relay to one member. Dropping it ends the relay.
 pub struct Relay {
     pub address: SocketAddr,
     watches: Arc<Watches>,
     task: JoinHandle<()>,
 }
 
-/// What becomes of watches.
+/// State of the relayed watches.
 #[derive(Default)]
 struct Watches {
-    /// How many were ended.
+    /// Number of watches that were ended.
     cuts: AtomicUsize,
-    /// Whether new ones are refused.
+    /// Whether new watches are refused.
     refused: AtomicBool,
 }
 
@@ -56,12 +56,12 @@ impl Relay {
         }
     }
 
-    /// Lets no new watch through, or lets them through again.
+    /// Refuses new watches, or forwards them again.
     pub fn refuse_watches(&self, refused: bool) {
         self.watches.refused.store(refused, Ordering::SeqCst);
     }
 
-    /// How many watches were ended.
+    /// Returns the number of watches that were ended.
     pub fn cuts(&self) -> usize {
         self.watches.cuts.load(Ordering::SeqCst)
     }
@@ -152,7 +152,8 @@ impl<S> Service<http::Request<Body>> for Forward<S> {
     }
 }
 
-/// A body of gRPC messages that ends after the first one with events: others say that the watch is created, or how far it is.
+/// A body of gRPC messages that ends after the first message with events. Messages without events report the creation or the progress of a
+/// watch.
 struct Cut {
     body: Body,
     state: State,
@@ -163,19 +164,19 @@ struct Cut {
 #[derive(Clone, Copy)]
 enum State {
     Whole,
-    /// There were events.
+    /// A message with events was returned.
     Done,
     Ended,
 }
 
-/// Whether a message of a watch has events.
+/// Returns whether a message of a watch contains events.
 fn has_events(message: &[u8]) -> bool {
     let message = PbWatchResponse::decode(&message[5..]).expect("a message of a watch");
     !message.events.is_empty()
 }
 
 impl Cut {
-    /// Takes one whole message from what was collected.
+    /// Removes one complete message from the collected bytes.
     fn message(&mut self) -> Option<Bytes> {
         let length = self.collected.get(1..5)?;
         let length = 5 + u32::from_be_bytes(length.try_into().unwrap()) as usize;
@@ -198,7 +199,7 @@ impl http_body::Body for Cut {
                 State::Done => {
                     this.watches.cuts.fetch_add(1, Ordering::SeqCst);
                     this.state = State::Ended;
-                    // In the trailers: an error here would overtake what the window has not let through yet.
+                    // The status is sent in trailers: an error of the body would overtake data that still wait for the window.
                     let (head, ()) = Status::unavailable("cut").into_http::<()>().into_parts();
                     return Poll::Ready(Some(Ok(Frame::trailers(head.headers))));
                 }

@@ -6,7 +6,8 @@ use tonic_etcd::{Registry, RegistryError};
 
 use super::client;
 
-/// Switches authentication on: root, a server `writer` with its own prefix, a client `reader`.
+/// Enables authentication, with the users root, `writer` (a server with its own prefix), `reader` (a client) and `nobody` (without
+/// permissions).
 pub async fn protect(etcd: &Etcd) {
     let mut root = client(etcd).await;
     root.role_add("root").await.unwrap();
@@ -45,7 +46,7 @@ pub async fn user_at(endpoints: Vec<String>, user: &str) -> Result<Registry, Reg
         .await
 }
 
-/// A client of the operator's, whether authentication is on or off.
+/// Returns the operator's client, whether authentication is enabled or disabled.
 pub async fn root(etcd: &Etcd) -> Client {
     let options = ConnectOptions::new()
         .with_user("root", "root-password")

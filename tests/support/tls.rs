@@ -1,4 +1,4 @@
-//! A certificate for this machine, and connections that trust it.
+//! A certificate for `localhost`, and connections that trust it.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -32,7 +32,7 @@ impl Localhost {
         ))
     }
 
-    /// What a bare HTTP/2 server accepts connections with.
+    /// Returns the TLS acceptor for a bare HTTP/2 server.
     pub fn acceptor(&self) -> TlsAcceptor {
         let chain = CertificateDer::from_pem_slice(&self.0.read("server.pem")).unwrap();
         let key = PrivateKeyDer::from_pem_slice(&self.0.read("server.key")).unwrap();
@@ -47,17 +47,17 @@ impl Localhost {
         TlsAcceptor::from(Arc::new(config))
     }
 
-    /// The files of the certificate, of its key, and of the authority's certificate.
+    /// Returns the files of the certificate, of its key, and of the authority's certificate.
     pub fn files(&self) -> [PathBuf; 3] {
         ["server.pem", "server.key", "ca.pem"].map(|file| self.0.path(file))
     }
 
-    /// What a channel trusts it with.
+    /// Returns the TLS configuration of a channel that trusts the certificate.
     pub fn trusted(&self) -> TlsConfig {
         TlsConfig::new("localhost").ca_certificate(self.ca())
     }
 
-    /// The authority's certificate.
+    /// Returns the authority's certificate.
     pub fn ca(&self) -> Vec<u8> {
         self.0.read("ca.pem")
     }
@@ -68,7 +68,7 @@ impl Localhost {
             .domain_name("localhost")
     }
 
-    /// Connects and shakes hands, and says nothing further.
+    /// Connects and performs the TLS handshake, without sending any data.
     pub async fn connect(&self, address: &str) -> TlsStream {
         let mut roots = RootCertStore::empty();
         roots

@@ -1,8 +1,9 @@
-//! The waits between attempts to connect.
+//! The backoff between attempts to connect.
 
 use std::time::Duration;
 
-/// The waits of gRPC's connection backoff document: from 1 s, 1.6 times longer each time, up to a bound, each a fifth longer or shorter.
+/// The backoff of gRPC's connection backoff document. The first wait is 1 s. Each wait is 1.6 times the previous one, up to a maximum, with
+/// a random jitter of ±20 %.
 #[derive(Clone, Debug)]
 pub(super) struct ConnectBackoff {
     max: Duration,

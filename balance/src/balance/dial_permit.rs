@@ -1,12 +1,12 @@
-//! The limit on connections that are dialled for a single call.
+//! Limits the connections that are dialled for a single call.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::OwnedSemaphorePermit;
 
-/// Leave to make a connection for one call. It ends with the call's answer, or after a moment: it limits how many connections are made, not
-/// how many calls are long.
+/// The right to dial a connection for one call. It ends when the call's response is received, or shortly after the connection is ready: it
+/// limits how many connections are made, and not the duration of calls.
 #[derive(Clone, Debug)]
 pub(crate) struct DialPermit(Arc<Mutex<Option<OwnedSemaphorePermit>>>);
 
@@ -19,7 +19,7 @@ impl DialPermit {
         drop(self.0.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
-    /// Ends it after a moment, whatever the call does.
+    /// Ends the permit after [`TRIAL`], even if the call is still running.
     pub(super) fn end_soon(&self) {
         let trial = self.clone();
         tokio::spawn(async move {
@@ -29,5 +29,5 @@ impl DialPermit {
     }
 }
 
-/// How long a call may hold the leave for its connection.
+/// How long a call may hold its dial permit once its connection is ready.
 const TRIAL: Duration = Duration::from_millis(250);

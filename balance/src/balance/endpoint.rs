@@ -1,4 +1,4 @@
-//! An endpoint: what callers and the driver count and know of an address.
+//! An endpoint: counters and state of one address, shared by calls and the driver.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -14,48 +14,48 @@ use super::load::{Estimate, LoadHandle};
 use super::outlier::Counts;
 use crate::address::Address;
 
-/// An address, over all its connections.
+/// One address with all its connections.
 #[derive(Debug)]
 pub(crate) struct Endpoint {
     address: Address,
     authority: Authority,
     calls: AtomicU64,
     failures: AtomicU64,
-    /// Of the failures, those of the connection.
+    /// The part of `failures` with [`Blame::Connection`].
     faults: AtomicU64,
     overruns: AtomicU64,
-    /// Calls that show nothing of the endpoint: refused unseen, or dropped by the caller.
+    /// Calls that are no evidence about the endpoint: the server refused them unprocessed, or the caller dropped them.
     unjudged: AtomicU64,
-    /// The longest silence after which a connection still worked, and when that was found.
+    /// The longest silence after which a connection still answered, and the time of that check.
     trusted: Mutex<Option<(Duration, Instant)>>,
-    /// The largest metadata, in bytes, that was accepted on a connection of its own.
+    /// The largest metadata, in bytes, that the endpoint has accepted on a connection for a single call.
     largest_metadata: AtomicUsize,
-    /// Connections for one call each that may be open at once.
+    /// Permits to dial a connection for a single call.
     trials: Arc<Semaphore>,
-    /// Kind of the last noted error; a repeated error is not formatted again.
+    /// Kind of the last recorded error. A repeated error is not formatted again.
     noted: AtomicU32,
-    /// Answers in a row that were not gRPC's.
+    /// Consecutive responses that were not gRPC.
     foreign: AtomicU32,
     described: Mutex<Details>,
 }
 
-/// Who is to blame for a failed call.
+/// The cause of a failed call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Blame {
     /// The connection, or the server as a whole.
     Connection,
-    /// The server, in what it did for this call.
+    /// The server, while it processed this call.
     Server,
 }
 
-/// What an endpoint shows of one of its connections.
+/// The part of a connection that [`Endpoint::status`] reports.
 #[derive(Debug)]
 pub(super) struct Vitals {
     pub(super) load: LoadHandle,
     pub(super) round_trip: Duration,
 }
 
-/// What only the driver and [`Endpoint::status`] touch.
+/// State that an ordinary call does not touch. It is behind a lock.
 #[derive(Debug)]
 struct Details {
     state: EndpointState,
@@ -64,13 +64,13 @@ struct Details {
     ejected: bool,
     last_error: Option<Arc<str>>,
     connections: Vec<Weak<Vitals>>,
-    /// What the last connection knew of the latency.
+    /// The latency estimate of the last connection that was closed.
     estimate: Option<Estimate>,
 }
 
 impl Endpoint {
     pub(super) fn new(address: Address) -> Self {
-        // Host and port of an address are a subset of what an authority may be.
+        // Host and port of an address always form a valid authority.
         let authority = Authority::try_from(address.as_str())
             .unwrap_or_else(|_| Authority::from_static("localhost"));
         Self {
@@ -120,7 +120,7 @@ impl Endpoint {
         self.lock().ejected = ejected;
     }
 
-    /// All that was counted so far, for whoever takes the difference.
+    /// Returns all counters up to now. The caller subtracts an earlier tally.
     pub(super) fn tally(&self) -> Tally {
         let described = self.lock();
         let connections = described.connections.iter().filter_map(Weak::upgrade);
@@ -140,25 +140,25 @@ impl Endpoint {
         self.lock().last_error = Some(error);
     }
 
-    /// A gRPC server has answered.
+    /// Records a response from a gRPC server.
     pub(super) fn on_answer(&self) {
-        // Read first: of many calls hardly one writes to what all of them read.
+        // Loads before it stores: all calls read this cache line, and hardly any call must write to it.
         if self.foreign.load(Ordering::Relaxed) > 0 {
             self.foreign.store(0, Ordering::Relaxed);
         }
     }
 
-    /// An answer was not gRPC's. Returns how many there were in a row.
+    /// Records a response that was not gRPC. Returns the number of such responses in a row.
     pub(super) fn on_foreign(&self) -> u32 {
         self.foreign.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    /// Whether the last answer was gRPC's, or there was none.
+    /// Returns whether the last response was gRPC. Also true before the first response.
     pub(super) fn is_grpc(&self) -> bool {
         self.foreign.load(Ordering::Relaxed) == 0
     }
 
-    /// Notes what a call has found wrong with the endpoint's answer.
+    /// Records a fault that a call found in the endpoint's response.
     pub(super) fn note(&self, noted: AnswerFault, describe: impl FnOnce() -> String) {
         let noted = match noted {
             AnswerFault::Unfinished => 1,
@@ -169,7 +169,7 @@ impl Endpoint {
         }
     }
 
-    /// The longest silence of a connection after which a call is sent on it without a check.
+    /// Returns the longest silence of a connection after which a call is sent on it without a check.
     pub(super) fn trusted_silence(&self, now: Instant) -> Duration {
         let trusted = *self.trusted();
         let recent =
@@ -179,7 +179,7 @@ impl Endpoint {
             .map_or(SILENCE, |(silence, _)| silence.max(SILENCE))
     }
 
-    /// A connection has answered a check after a silence, or has not. What a path has survived is not checked again for a while: the timeouts
+    /// Records the result of a check after a silence. A silence that a connection survived is not checked again for a while: the timeouts
     /// of middleboxes do not change from minute to minute.
     pub(super) fn on_checked(&self, silence: Duration, is_alive: bool, now: Instant) {
         let longest = self.trusted_silence(now).max(silence);
@@ -190,12 +190,13 @@ impl Endpoint {
         self.trusted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A connection has been found dead: what earlier ones have survived means nothing any more.
+    /// Forgets the longest trusted silence. A connection was found dead, so a silence that earlier connections survived proves nothing any
+    /// more.
     pub(super) fn forget_silence(&self) {
         *self.trusted() = None;
     }
 
-    /// A fresh registration: what was learned of the old server does not count for the new one.
+    /// Discards all observations of the old server. Called for a fresh registration, which may be a different server.
     pub(super) fn forget(&self) {
         self.forget_silence();
         self.largest_metadata.store(0, Ordering::Relaxed);
@@ -210,7 +211,7 @@ impl Endpoint {
         self.largest_metadata.fetch_max(size, Ordering::Relaxed);
     }
 
-    /// Acquires the leave to dial a connection for a single call.
+    /// Waits for a permit to dial a connection for a single call.
     pub(crate) async fn trial(&self) -> DialPermit {
         let trials = Arc::clone(&self.trials);
         DialPermit::new(trials.acquire_owned().await.ok())
@@ -224,7 +225,7 @@ impl Endpoint {
         described.connections.push(Arc::downgrade(vitals));
     }
 
-    /// Remembers what a connection that goes knew, for the next one.
+    /// Keeps the estimate of a closed connection for the next one.
     pub(super) fn keep_estimate(&self, estimate: Option<Estimate>) {
         let mut described = self.lock();
         described.estimate = estimate.or(described.estimate);
@@ -234,12 +235,12 @@ impl Endpoint {
         self.lock().estimate
     }
 
-    /// How many calls were sent to it.
+    /// Returns the number of calls sent to the endpoint.
     pub(super) fn calls(&self) -> u64 {
         self.calls.load(Ordering::Relaxed)
     }
 
-    /// A call was sent to it.
+    /// Counts a call that was sent to the endpoint.
     pub(super) fn on_call(&self) {
         self.calls.fetch_add(1, Ordering::Relaxed);
     }
@@ -251,17 +252,17 @@ impl Endpoint {
         }
     }
 
-    /// A call has overrun its deadline.
+    /// Counts a call that overran its deadline.
     pub(super) fn on_overrun(&self) {
         self.overruns.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// A call that was sent says nothing of it.
+    /// Counts a call that was sent but is no evidence about the endpoint.
     pub(super) fn on_unjudged(&self) {
         self.unjudged.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// How the endpoint is now.
+    /// Returns the current status of the endpoint.
     pub(super) fn status(&self) -> EndpointStatus {
         let described = self.lock();
         let connections = described.connections.iter().filter_map(Weak::upgrade);
@@ -290,23 +291,23 @@ impl Endpoint {
     }
 
     fn lock(&self) -> MutexGuard<'_, Details> {
-        // Nothing panics while it is held; and the data would be whole even then.
+        // No code panics while it holds this lock, and the data would be consistent even then.
         self.described
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What is wrong with an endpoint's answers.
+/// A fault in an endpoint's response.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum AnswerFault {
     /// A response ended without a gRPC status.
     Unfinished,
-    /// A response was not gRPC's.
+    /// A response was not gRPC.
     Foreign(StatusCode),
 }
 
-/// What an endpoint has done since it is known.
+/// Counters of an endpoint since it was added.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Tally {
     judged: u64,
@@ -315,7 +316,7 @@ pub(super) struct Tally {
 }
 
 impl Tally {
-    /// What was done since an earlier time.
+    /// Returns the difference to an earlier tally.
     pub(super) fn since(self, earlier: Self) -> Counts {
         let faults = self.faults.saturating_sub(earlier.faults);
         let overruns = self.overruns.saturating_sub(earlier.overruns);
@@ -328,34 +329,37 @@ impl Tally {
     }
 }
 
-/// An endpoint of a channel, as it was at one moment.
+/// The status of one endpoint of a channel at one moment.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct EndpointStatus {
-    /// Where it is.
+    /// The address of the endpoint.
     pub address: Address,
-    /// Whether it can take calls.
+    /// Whether the endpoint can take calls.
     pub state: EndpointState,
-    /// Its share of the calls relative to the others'.
+    /// The endpoint's share of the calls relative to other endpoints.
     pub weight: u32,
-    /// Whether the registry has lost it together with most others: it gets calls only while nothing else is ready.
+    /// Whether the endpoint is a last resort: the registry has lost it together with most other endpoints. It gets calls only while no
+    /// other endpoint is ready.
     pub last_resort: bool,
-    /// How many connections to it are open.
+    /// Number of open connections.
     pub connections: usize,
     /// Calls whose response has not ended.
     pub in_flight: usize,
-    /// The mean time to a response's head over the last seconds; none before the first call.
+    /// The mean time until the head of a response over the last seconds; `None` before the first call.
     pub latency: Option<Duration>,
-    /// The round trip of the last connection's first PING.
+    /// The round-trip time of the first PING on the newest connection.
     pub round_trip: Option<Duration>,
-    /// Calls sent to it.
+    /// Calls sent to the endpoint.
     pub calls: u64,
-    /// Calls that it failed: connection lost, or a status that says the server is at fault.
+    /// Calls that failed because of the endpoint: a lost connection, a response that is not gRPC, or a status that indicates a fault of the
+    /// server.
     pub failures: u64,
-    /// Whether it gets no calls because it does not answer any more, or only while nothing else is ready because it has failed too many
-    /// ([`OutlierDetection`](crate::OutlierDetection)).
+    /// Whether the endpoint is excluded from ordinary picks. It gets no calls if its connection does not answer. It gets calls only while
+    /// no other endpoint is ready if it has failed too many calls ([`OutlierDetection`](crate::OutlierDetection)) or does not answer with
+    /// gRPC.
     pub ejected: bool,
-    /// Why the last connection attempt failed, the last connection was lost, or the last answer was no gRPC response.
+    /// Why the last attempt to connect failed, why the last connection was lost, or why the last response did not count as gRPC.
     pub last_error: Option<String>,
 }
 
@@ -363,23 +367,24 @@ pub struct EndpointStatus {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum EndpointState {
-    /// No connection, and none being made: it waits for its turn, is a last resort that is not dialled, or has closed a connection that no
-    /// call used, and is dialled when one wants it.
+    /// No connection exists and none is being dialled. The endpoint waits for its turn to be dialled, or it is a last resort and is not
+    /// dialled, or its server closed a connection that no call used, and it is dialled again when a call needs it.
     Idle,
-    /// A connection is being made.
+    /// A connection is being dialled.
     Connecting,
     /// A connection has answered and takes calls.
     Ready,
-    /// The last attempt failed, and the next follows after a backoff; or its connection does not answer any more; or it reports itself that
-    /// it does not serve ([`health_check`](crate::ChannelBuilder::health_check)).
+    /// The last attempt failed and the next one follows after a backoff, or the connection does not answer any more, or the endpoint
+    /// reports that it is not serving ([`health_check`](crate::ChannelBuilder::health_check)).
     TransientFailure,
-    /// Removed; its last calls are being finished.
+    /// The endpoint was removed, and its last calls are still running.
     Draining,
 }
 
-/// A connection that was silent for no longer is not checked.
+/// A connection is not checked after a silence of up to this length.
 pub(super) const SILENCE: Duration = Duration::from_secs(1);
-/// How long it counts that a path has survived a silence.
+/// How long a survived silence remains trusted.
 const TRUST: Duration = Duration::from_secs(600);
-/// Connections for one call each, at once and per endpoint: what a few misbehaving calls need, and no load on a server.
+/// Permits per endpoint for dialling a connection for a single call: enough for the few calls that may break a connection, and no load on a
+/// server.
 const TRIALS: usize = 8;

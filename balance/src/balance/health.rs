@@ -1,6 +1,7 @@
-//! Active health checks: what an endpoint's own word makes of its connection. After gRFC A17.
+//! Active health checks (gRFC A17): the health that an endpoint reports about itself.
 //!
-//! Pure: it is given what came of the watch on a connection, and says whether calls go there and when to ask again.
+//! Performs no I/O. The input is the events of the watch on a connection. The output is whether the connection takes calls, and when to
+//! start the watch again.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,35 +11,35 @@ use tonic::{Code, Status};
 use super::connect_backoff::ConnectBackoff;
 use crate::transport::health::ServingStatus;
 
-/// Whether an endpoint can be used, as far as it says so itself.
+/// The health of an endpoint according to its own health service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Health {
-    /// It was asked and has not answered yet.
+    /// The endpoint has not answered the health check yet.
     Unknown,
-    /// It serves, or is not asked.
+    /// The endpoint is serving, or its health is not checked.
     Serving,
-    /// It does not, and why.
+    /// The endpoint is not serving, for this reason.
     NotServing(Arc<str>),
 }
 
-/// The watch on the health of one connection.
+/// The health watch on one connection.
 #[derive(Debug)]
 pub(super) struct HealthWatch {
     backoff: ConnectBackoff,
-    /// The last answer of this watch.
+    /// The last status that this watch received.
     heard: Option<Health>,
-    /// Whether a watch that was short has been begun again at once already.
+    /// Whether a short watch was already restarted without a wait.
     hasty: bool,
 }
 
-/// What follows the end of a watch.
+/// The action that follows the end of a watch.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum End {
-    /// Ask again at once. Until then the last answer stands.
+    /// Start the watch again at once. Until then the last status stays valid.
     Again,
-    /// This is how it is now; ask again after a while.
+    /// Report this health, and start the watch again after this wait.
     After(Health, Duration),
-    /// There is nobody to be asked, on this connection and as long as it lasts.
+    /// Report this health, and do not start the watch again on this connection: its server has no health service.
     Never(Health),
 }
 
@@ -51,10 +52,10 @@ impl HealthWatch {
         }
     }
 
-    /// Says how it is now, if that is news.
+    /// Records a status. Returns the health if it has changed.
     pub(super) fn on_status(&mut self, status: ServingStatus) -> Option<Health> {
         let health = match status {
-            // A server that has never heard of the service has said nothing against itself.
+            // A server that does not know the service has not reported that the service is down.
             ServingStatus::Serving | ServingStatus::ServiceUnknown => Health::Serving,
             ServingStatus::NotServing => not_serving("NOT_SERVING"),
             ServingStatus::Unknown => not_serving("UNKNOWN"),
@@ -63,7 +64,7 @@ impl HealthWatch {
         (before.as_ref() != Some(&health)).then_some(health)
     }
 
-    /// The server has ended the watch, which has `lasted` for some time, or it did not come about.
+    /// Handles the end of a watch that has `lasted` for this long. Also called if the watch could not be started.
     pub(super) fn on_end(
         &mut self,
         why: &Status,
@@ -73,8 +74,8 @@ impl HealthWatch {
         if why.code() == Code::Unimplemented {
             return End::Never(Health::Serving);
         }
-        // Proxies limit how long a call may last, and servers how old a connection may be. That is no failure of the watch, however often
-        // it happens; but a server that answers each watch and ends it is not asked in a loop.
+        // Proxies limit the duration of a call, and servers limit the age of a connection. The end of a watch is therefore no failure,
+        // however often it happens. But a server that answers each watch and ends it at once must not be queried in a tight loop.
         if let Some(health) = self.heard.take() {
             self.backoff.reset();
             if lasted >= LASTING {
@@ -87,7 +88,7 @@ impl HealthWatch {
             return End::After(health, PACE.mul_f64(0.8 + 0.4 * rng.f64()));
         }
         let health = match why.code() {
-            // So tonic-health says that it does not know the service.
+            // tonic-health returns this code for a service that it does not know.
             Code::NotFound => Health::Serving,
             code => not_serving(&format!("{code:?}: {}", why.message())),
         };
@@ -101,9 +102,9 @@ impl HealthWatch {
 
 /// A health watch that lived this long counts as successful, whichever side closed it.
 const LASTING: Duration = Duration::from_secs(1);
-/// Between watches that answer and end at once.
+/// Wait between watches that were answered and then ended early.
 const PACE: Duration = Duration::from_secs(1);
-/// Whatever the channel's backoff is: nobody is asked in a loop.
+/// Shortest wait, whatever the channel's backoff is: no server is queried in a tight loop.
 const SHORTEST: Duration = Duration::from_millis(10);
 
 fn not_serving(said: &str) -> Health {

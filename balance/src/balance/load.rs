@@ -1,8 +1,9 @@
-//! What a connection is loaded with: calls in flight, and how long it takes to answer.
+//! The load of a connection: its calls in flight and its latency.
 //!
-//! The estimate is a time-weighted mean of the time from a request to its response's head, and not a peak: over methods of very different
-//! cost a peak punishes whichever server last got an expensive call. It has nothing of a stream's length. Callers write to it, picks only
-//! read one number; what takes a clock is done by the caller at the end of a call, and by the driver every now and then.
+//! The latency is a time-weighted mean of the time from a request to the head of its response. A peak is not used: if the methods differ
+//! widely in cost, a peak punishes the server that happened to get the last expensive call. The length of a stream does not count. Calls
+//! write the estimate, and picks read a single number. Work that needs a clock is done by the call when it ends, and periodically by the
+//! driver.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -11,23 +12,24 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The load of one connection: all that a pick reads of it, in a line of the cache that it has for itself.
+/// The load of one connection. It holds all data that a pick reads about the connection, in a cache line of its own.
 #[derive(Debug, Default)]
 #[repr(align(64))]
 pub(crate) struct Load {
     in_flight: AtomicU32,
-    /// How many calls may be in flight.
+    /// Maximum number of calls in flight.
     limit: AtomicU32,
-    /// What picks compare: the latency in microseconds, as the bits of an `f32`. 0 while nothing at all is known.
+    /// The value that picks compare: the latency in microseconds, as the bits of an `f32`. 0 while no latency is known.
     shown: AtomicU32,
-    /// The pool's median, in the same form. It stands in for an estimate that too few samples have made.
+    /// The median of all endpoints, in the same form. It replaces an estimate that has too few samples.
     seed: AtomicU32,
-    /// The mean, when it was last changed, and from how few samples: see [`Estimate`].
+    /// The packed [`Estimate`]: the mean, the time of its last change, and the number of its samples.
     estimate: AtomicU64,
 }
 
 impl Load {
-    /// Gives a new connection the latency of an earlier one to the same endpoint, or else the pool's.
+    /// Initializes the load of a new connection with the latency of an earlier connection to the same endpoint, or else with the median of
+    /// all endpoints.
     fn begin(&self, inherited: Option<Estimate>, median: f32) {
         let estimate = inherited.unwrap_or_default();
         let shown = estimate.shown(median);
@@ -37,18 +39,18 @@ impl Load {
     }
 
     pub(crate) fn in_flight(&self) -> u32 {
-        // Relaxed: a pick compares two numbers that are both out of date a moment later.
+        // Relaxed: a pick compares two numbers that are both outdated a moment later.
         self.in_flight.load(Ordering::Relaxed)
     }
 
-    /// The latency that picks compare, in microseconds.
+    /// Returns the latency that picks compare, in microseconds.
     pub(crate) fn latency(&self) -> f32 {
         f32::from_bits(self.shown.load(Ordering::Relaxed))
     }
 
-    /// How many calls may be in flight.
+    /// Returns the maximum number of calls in flight.
     pub(crate) fn limit(&self) -> usize {
-        // Relaxed: nothing else hangs on it, and the value is the peer's of a moment ago in any case.
+        // Relaxed: no other data depends on it, and the value is the peer's of a moment ago in any case.
         self.limit.load(Ordering::Relaxed) as usize
     }
 
@@ -57,12 +59,13 @@ impl Load {
         self.limit.store(limit, Ordering::Relaxed);
     }
 
-    /// Takes a place for a call, unless as many are in flight as may be.
+    /// Reserves a stream for a call. Returns false if the limit is reached.
     pub(crate) fn acquire(&self) -> bool {
-        // SeqCst here and in `release`: a waiter announces itself and then looks for a place, a finished call gives its place up and then
-        // looks for waiters. One of the two must see the other, which weaker orderings do not promise.
+        // SeqCst here and in `release`. A waiter registers itself and then looks for a free stream; a finished call releases its stream and
+        // then looks for waiters. One of the two must see the other, which weaker orderings do not guarantee.
         //
-        // In one step: an addition that is taken back would for a moment hide a place that has just become free from whoever was told of it.
+        // A single update, and not an increment that is undone above the limit: the temporary increment could hide a stream that has just
+        // become free from the call that was woken for it.
         let limit = self.limit.load(Ordering::Relaxed);
         let one_more = |before| (before < limit).then_some(before + 1);
         let taken = self
@@ -71,18 +74,18 @@ impl Load {
         taken.is_ok()
     }
 
-    /// Gives a call's place up.
+    /// Releases the stream of a call.
     pub(crate) fn release(&self) {
         self.in_flight.fetch_sub(1, Ordering::SeqCst);
     }
 
-    /// The response's head has come after `elapsed`.
+    /// Records the head of a response, received after `elapsed`.
     pub(crate) fn on_head(&self, elapsed: Duration, now: Ticks) {
         self.sample(micros(elapsed), now);
     }
 
-    /// A call has failed: a fast failure must not look like a fast answer. It counts from the first on: the grace for few samples is for
-    /// servers that are cold.
+    /// Records a failed call. The sample has a minimum, since a fast failure must not count as a fast response. The sample counts at once:
+    /// the grace period for few samples is for cold servers only.
     pub(crate) fn on_failure(&self, elapsed: Duration, now: Ticks) {
         let seed = f32::from_bits(self.seed.load(Ordering::Relaxed));
         let sample = micros(elapsed).max(PENALTY).max(seed * PENALTY_FACTOR);
@@ -92,12 +95,13 @@ impl Load {
         });
     }
 
-    /// Seconds since the last sample, as far as the clock of the estimate reaches.
+    /// Returns the seconds since the last sample, within the range of [`Ticks`].
     pub(crate) fn quiet(&self, now: Ticks) -> f32 {
         now.quiet_since(Estimate::unpack(self.estimate.load(Ordering::Relaxed)).updated)
     }
 
-    /// A call was dropped before its head: it would have taken at least this long, which can only raise the estimate.
+    /// Records a call that was dropped before the head of its response. The call would have taken at least this long, so it can only raise
+    /// the estimate.
     pub(crate) fn on_abandoned(&self, elapsed: Duration, now: Ticks) {
         let elapsed = micros(elapsed);
         if elapsed > Estimate::unpack(self.estimate.load(Ordering::Relaxed)).mean {
@@ -110,7 +114,7 @@ impl Load {
     }
 
     fn update(&self, change: impl Fn(Estimate) -> Estimate) {
-        // Relaxed: the word is the whole estimate, so no reader can see half of an update, and nothing else hangs on it.
+        // Relaxed: this word is the whole estimate, so no reader can see a partial update, and no other data depends on it.
         let updated =
             self.estimate
                 .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |estimate| {
@@ -124,8 +128,8 @@ impl Load {
         }
     }
 
-    /// Brings what picks see up to date with time: an estimate that nothing renews goes to the pool's median, so that an endpoint that was
-    /// slow once is tried again.
+    /// Updates the value that picks compare. An estimate without new samples approaches the median of all endpoints, so that an endpoint
+    /// that was slow once is tried again.
     pub(crate) fn refresh(&self, median: f32, now: Ticks) {
         self.seed.store(median.to_bits(), Ordering::Relaxed);
         let estimate = Estimate::unpack(self.estimate.load(Ordering::Relaxed));
@@ -133,7 +137,7 @@ impl Load {
         self.shown.store(shown.to_bits(), Ordering::Relaxed);
     }
 
-    /// Forgets what was measured: the peer was away, and is taken for as fast as the pool.
+    /// Forgets all samples. The peer did not answer for a while, and now counts as fast as the median.
     pub(crate) fn forget(&self, median: f32) {
         let nothing = Estimate::default();
         self.estimate.store(nothing.pack(), Ordering::Relaxed);
@@ -141,17 +145,17 @@ impl Load {
         self.shown.store(median.to_bits(), Ordering::Relaxed);
     }
 
-    /// The estimate, if there are samples.
+    /// Returns the estimate, if it has samples.
     pub(crate) fn estimate(&self) -> Option<Estimate> {
         let estimate = Estimate::unpack(self.estimate.load(Ordering::Relaxed));
         (estimate.samples > 0).then_some(estimate)
     }
 }
 
-/// A connection's load, where the loads of others are its neighbours.
+/// A handle to the load of one connection. The loads of many connections are adjacent in memory.
 ///
-/// Among ten thousand connections a pick that finds each load with the connection it belongs to takes twice as long: the two that it
-/// compares are in memory that neither the cache nor the translation of addresses has at hand.
+/// If each load were stored in its connection, a pick among ten thousand connections would take twice as long: the two loads that it
+/// compares would be in neither the CPU cache nor the TLB (translation lookaside buffer).
 #[derive(Clone, Debug)]
 pub(crate) struct LoadHandle {
     slab: Arc<Slab>,
@@ -168,7 +172,7 @@ impl Deref for LoadHandle {
     }
 }
 
-/// Where new connections get their loads. A slab goes when the last of its connections does; no place in it is used twice.
+/// Allocates the loads of new connections. A slab is freed with the last of its connections, and no entry of a slab is reused.
 #[derive(Debug)]
 pub(crate) struct Loads {
     slab: Arc<Slab>,
@@ -183,7 +187,8 @@ impl Loads {
         }
     }
 
-    /// The load of a new connection: nothing in flight, and the latency of an earlier connection to the same endpoint, or else the pool's.
+    /// Returns the load of a new connection: no call is in flight, and the latency is that of an earlier connection to the same endpoint,
+    /// or else the median of all endpoints.
     pub(crate) fn begin(&mut self, inherited: Option<Estimate>, median: f32) -> LoadHandle {
         if self.used == SLAB {
             *self = Self::new();
@@ -202,13 +207,13 @@ fn slab() -> Arc<Slab> {
     Arc::new(std::array::from_fn(|_| Load::default()))
 }
 
-/// A time-weighted mean.
+/// A time-weighted mean of the latency.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Estimate {
-    /// In microseconds.
+    /// The mean in microseconds.
     mean: f32,
     updated: Ticks,
-    /// How many samples, up to [`WARM`].
+    /// Number of samples, up to [`WARM`].
     samples: u8,
 }
 
@@ -221,8 +226,8 @@ impl Estimate {
         Duration::from_secs_f32(self.mean.max(0.0) / 1e6)
     }
 
-    /// The mean with one sample more. The old value weighs exp(-dt / 3 s); while the samples are few, it is their plain mean, or an unlucky
-    /// first one would stand for seconds.
+    /// Returns the mean with one more sample. The weight of the old mean is exp(-dt / 3 s). Up to [`WARM`] samples, the new sample weighs
+    /// at least as much as in a plain mean: otherwise one unusual first sample would dominate for seconds.
     fn with(self, sample: f32, now: Ticks) -> Self {
         let aged = 1.0 - (-now.since(self.updated) / TIME_CONSTANT).exp();
         let few = 1.0 / (f32::from(self.samples) + 1.0);
@@ -238,7 +243,8 @@ impl Estimate {
         }
     }
 
-    /// What picks see right after a sample. Until there are enough, an endpoint counts as no slower than the pool.
+    /// Returns the value that picks compare, right after a sample. With fewer than [`WARM`] samples, an endpoint counts as no slower than
+    /// the median.
     fn shown(self, median: f32) -> f32 {
         match self.samples {
             0 => median,
@@ -247,7 +253,7 @@ impl Estimate {
         }
     }
 
-    /// What picks see of it at a later time.
+    /// Returns the value that picks compare at a later time.
     fn faded(self, median: f32, now: Ticks) -> f32 {
         if self.samples < WARM {
             return self.shown(median);
@@ -276,7 +282,8 @@ impl Estimate {
     }
 }
 
-/// A time in milliseconds since the channel's start. It wraps after three days, which then takes one sample for older than it is.
+/// Time in milliseconds since the start of the channel. It wraps after three days, so that after a longer silence the last sample counts as
+/// more recent than it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Ticks(u32);
 
@@ -287,7 +294,8 @@ impl Ticks {
         Self(millis as u32 & TICK_MASK)
     }
 
-    /// As [`since`](Self::since), but a difference of more than a day is one: only a step of moments is taken for a clock read twice.
+    /// Like [`since`](Self::since), but returns a difference of more than a day unchanged. Only a backward step of less than a second
+    /// counts as two clock reads in reverse order.
     fn quiet_since(self, earlier: Self) -> f32 {
         let millis = self.0.wrapping_sub(earlier.0) & TICK_MASK;
         if TICK_MASK - millis < 1_000 {
@@ -301,14 +309,14 @@ impl Ticks {
         seconds
     }
 
-    /// Seconds since an earlier time.
+    /// Returns the seconds since an earlier time.
     fn since(self, earlier: Self) -> f32 {
         #[expect(
             clippy::cast_precision_loss,
             reason = "milliseconds more or less after hours do not count"
         )]
         let millis = (self.0.wrapping_sub(earlier.0) & TICK_MASK) as f32;
-        // Two callers may read the clock in one order and get here in the other: that is no time, not three days.
+        // Two callers may read the clock in one order and get here in the other order. The difference is then zero, not three days.
         if millis > BACKWARDS {
             0.0
         } else {
@@ -321,29 +329,30 @@ fn micros(duration: Duration) -> f32 {
     duration.as_secs_f32() * 1e6
 }
 
-/// The pool's median of those that know their latency; 0 if none does.
+/// Returns the median of the known latencies, or 0 if all are unknown.
 pub(crate) fn median(latencies: &mut [f32]) -> f32 {
     let Some(last) = latencies.len().checked_sub(1) else {
         return 0.0;
     };
-    // The lower of two: the slower one of a pair must have something better to fade to than itself.
+    // The lower of two middle values: in a pair, the slower endpoint must fade to a better value than its own.
     let middle = last / 2;
     *latencies.select_nth_unstable_by(middle, f32::total_cmp).1
 }
 
-/// Loads side by side: four kilobytes, which are a page.
+/// Loads per slab: 64 × 64 bytes are four kilobytes, one page.
 const SLAB: usize = 64;
-/// In seconds. Of samples per second there are many, so it is time and not their number that must pass.
+/// Time constant of the mean, in seconds. The weight depends on time and not on the number of samples, since there are many samples per
+/// second.
 const TIME_CONSTANT: f32 = 3.0;
-/// The number of samples from which on an estimate stands on its own: as many as four bits count.
+/// Number of samples from which on an estimate is used without the median: the largest number that fits into four bits.
 const WARM: u8 = 15;
 const SAMPLE_BITS: u32 = 4;
 const TICK_MASK: u32 = u32::MAX >> SAMPLE_BITS;
-/// Differences in milliseconds above this are taken for a step back.
+/// Differences in milliseconds above this limit count as a backward step of the clock.
 const BACKWARDS: f32 = 1e8;
-/// The least that a failed call counts for, in microseconds.
+/// Minimum latency that a failed call counts as, in microseconds.
 const PENALTY: f32 = 100_000.0;
-/// A failed call counts for at least so many of the pool's.
+/// A failed call counts as at least this many times the median of all endpoints.
 const PENALTY_FACTOR: f32 = 8.0;
 
 #[cfg(test)]
@@ -401,14 +410,14 @@ mod tests {
     #[test]
     fn the_mean_is_weighted_by_time_and_not_by_samples() {
         let load = warmed(ms(1), Ticks(0));
-        // One call of a second among a thousand in a second is the mean it is, not a peak.
+        // One call of a second among a thousand calls within a second counts by its share of the mean, not as a peak.
         for millis in 1..1_000 {
             load.on_head(ms(1), Ticks(millis));
         }
         load.on_head(ms(1_000), Ticks(1_000));
         let mean = load.estimate().expect("samples").mean();
         assert!(mean < 1_500.0, "{mean}");
-        // The same call after three silent seconds weighs 1 - 1/e.
+        // The same call after three seconds without calls weighs 1 - 1/e.
         load.on_head(ms(1_000), Ticks(4_000));
         let mean = load.estimate().expect("samples").mean();
         assert!((600_000.0..660_000.0).contains(&mean), "{mean}");

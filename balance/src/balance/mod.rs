@@ -1,7 +1,7 @@
-//! Balancing: from a stream of changes to connections that are ready, and from those to a pick.
+//! Load balancing: turns a stream of changes into ready connections, and picks one of them for each call.
 //!
-//! One task per channel, the *driver*, owns every subchannel and is polled whether calls run or not. It publishes an immutable ready set;
-//! a call picks from it in its caller's task. Nothing here knows where the changes come from.
+//! One task per channel, the *driver*, owns all subchannels. It runs whether calls are made or not. It publishes an immutable ready set,
+//! and a call picks from that set in the task of its caller. This module does not depend on the source of the changes.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -60,16 +60,16 @@ pub(crate) struct Options {
     pub(crate) max_backoff: Duration,
     pub(crate) max_waiters: usize,
     pub(crate) outlier_detection: Option<OutlierDetection>,
-    /// What endpoints are asked of their health, if they are.
+    /// The health check of the endpoints, if it is enabled.
     pub(crate) health_check: Option<HealthCheck>,
-    /// How long a new endpoint takes to its full share.
+    /// The time in which a new endpoint grows to its full share.
     pub(crate) slow_start: Option<Duration>,
     pub(crate) on_refused: Option<OnRefused>,
     /// The zone whose endpoints are preferred.
     pub(crate) zone: Option<Box<str>>,
 }
 
-/// Whom to tell that an address, though it is announced, takes no connections. Called by the driver for each attempt, so it never waits.
+/// Callback for an announced address that accepts no connection. The driver calls it after each failed attempt, so it must not block.
 #[derive(Clone)]
 pub(crate) struct OnRefused(pub(crate) Arc<dyn Fn(&Address) + Send + Sync>);
 
@@ -96,7 +96,7 @@ impl Default for Options {
     }
 }
 
-/// The driver's task. It ends when this goes; calls in flight finish.
+/// A handle to the driver's task. Dropping it stops the task; calls in flight finish.
 #[derive(Debug)]
 pub(crate) struct Balancer {
     shared: Arc<Shared>,
@@ -108,7 +108,7 @@ impl Balancer {
     ///
     /// # Panics
     ///
-    /// Outside a tokio runtime.
+    /// Panics if called outside a tokio runtime.
     pub(crate) fn start<S, E>(
         service: &str,
         changes: Updates<S>,
@@ -127,7 +127,7 @@ impl Balancer {
         Self { shared, driver }
     }
 
-    /// Every call fails, for this reason.
+    /// Stops the driver. Every call fails with this reason.
     pub(crate) fn end(&self, why: &str) {
         self.shared.end(why, &Summary::default());
         self.driver.abort();
@@ -144,42 +144,43 @@ impl Drop for Balancer {
     }
 }
 
-/// One state of the set of endpoints.
+/// A published state: a ready set and the matching summary.
 #[derive(Debug, Default)]
 struct Published {
     ready: ReadySet<ReadyEntry>,
     summary: Summary,
 }
 
-/// The numbers behind an error message.
+/// The state of the set of endpoints, for error messages and for calls that wait.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Summary {
-    /// Whether the set of endpoints is known: a first list is in.
+    /// Whether the set of endpoints is known: the first list was received.
     pub(crate) known: bool,
     pub(crate) endpoints: usize,
     pub(crate) ready: usize,
-    /// Endpoints that are neither ready nor failing: a connection may be there any moment.
+    /// Endpoints that are neither ready nor failing: they may become ready at any moment.
     pub(crate) pending: usize,
-    /// Why the channel makes no calls any more, or never made one.
+    /// Why the channel makes no more calls, or why it never made one.
     pub(crate) ended: Option<Arc<str>>,
-    /// What is wrong with the source of endpoints, by its own last error.
+    /// The last error of the source of endpoints.
     pub(crate) source_error: Option<Arc<str>>,
-    /// The last failure to connect, or loss of a connection.
+    /// The last failed attempt to connect, or the last lost connection.
     pub(crate) last_error: Option<Arc<EndpointError>>,
 }
 
-/// What happened to an endpoint's connection.
+/// An error of an endpoint's connection.
 #[derive(Debug, thiserror::Error)]
 #[error("endpoint {address}: {reason}")]
 pub(crate) struct EndpointError {
     pub(crate) address: Address,
-    /// The failure with all its causes, in one line.
+    /// The error with all its causes, in one line.
     pub(crate) reason: Arc<str>,
 }
 
-/// A time to come has to fit into an `Instant`.
+/// Limit on configured durations: the sum of an instant and a duration must fit into an `Instant`.
 pub(crate) const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
-/// gRPC's connection backoff document.
+/// Limit on the connect backoff, from gRPC's connection backoff document.
 const MAX_BACKOFF: Duration = Duration::from_secs(120);
-/// Each waiting call holds its request, a few kilobytes at least: more than this would be memory spent on calls that have no chance.
+/// Limit on waiting calls. Each of them holds its request, at least a few kilobytes: a higher limit would spend memory on calls that have
+/// no chance.
 const MAX_WAITERS: usize = 32_768;

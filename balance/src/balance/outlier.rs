@@ -1,6 +1,6 @@
-//! Outlier detection: which endpoints fail so much more than the others that they get no calls for a while. After gRFC A50.
+//! Outlier detection (gRFC A50): ejects endpoints that fail far more calls than the others.
 //!
-//! Pure: it is given what each endpoint did within an interval, and says who is out.
+//! Performs no I/O. The input is the counts of each endpoint within an interval. The output is which endpoints are ejected.
 
 use std::time::Duration;
 
@@ -8,12 +8,15 @@ use tokio::time::Instant;
 
 use super::LONGEST;
 
-/// Takes endpoints that fail much more than the others out of use for a while: gRPC's outlier detection, as in gRFC A50, whose defaults these
-/// are. Off unless given to [`ChannelBuilder::outlier_detection`](crate::ChannelBuilder::outlier_detection).
+/// Ejects endpoints for a while if they fail far more calls than the others. This is gRPC's outlier detection (gRFC A50), with the defaults
+/// of the gRFC. Disabled unless it is passed to [`ChannelBuilder::outlier_detection`](crate::ChannelBuilder::outlier_detection).
 ///
-/// What counts against an endpoint is a lost connection and the status `UNAVAILABLE`; in the comparison of success rates also a call that
-/// overran its deadline. Errors of the application do not count, other than in the gRFC, nor do calls that the caller has dropped. An endpoint that is out keeps its connection, and gets calls only if no other endpoint is
-/// ready; a fresh registration in etcd ends its time.
+/// Three things count as failures: a lost connection, the status `UNAVAILABLE`, and a response that is not gRPC. A call that overran its
+/// deadline counts only in the comparison of success rates. Unlike in the gRFC, errors of the application do not count. Calls that the
+/// caller dropped do not count either.
+///
+/// An ejected endpoint keeps its connection. It gets calls only if no other endpoint is ready. A fresh registration in etcd ends the
+/// ejection.
 ///
 /// ```
 /// use std::time::Duration;
@@ -37,7 +40,7 @@ pub struct OutlierDetection {
     failure_percentage: Option<FailurePercentage>,
 }
 
-/// An endpoint is out if its success rate is under the mean by more than so many standard deviations.
+/// Ejects an endpoint whose success rate is below the mean by more than this many standard deviations.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct SuccessRate {
     /// In thousandths of a standard deviation.
@@ -46,7 +49,7 @@ struct SuccessRate {
     request_volume: u64,
 }
 
-/// An endpoint is out if more than so many of its calls fail, whatever the others do.
+/// Ejects an endpoint that fails more than this percentage of its calls, whatever the rates of the other endpoints are.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct FailurePercentage {
     threshold: u32,
@@ -76,38 +79,40 @@ impl Default for OutlierDetection {
 }
 
 impl OutlierDetection {
-    /// Both algorithms, with gRFC A50's defaults.
+    /// Creates a configuration with both algorithms and the defaults of gRFC A50.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// How often endpoints are judged, by what they did since the last time. Default 10 s; at least 1 ms.
+    /// Sets the time between two evaluations. Each evaluation judges the calls since the previous one. Default 10 s, minimum 1 ms.
     pub fn interval(mut self, interval: Duration) -> Self {
         self.interval = interval.clamp(Duration::from_millis(1), LONGEST);
         self
     }
 
-    /// How long an endpoint is out the first time; each further time takes that much longer, and each interval without one that much less.
-    /// Default 30 s.
+    /// Sets the time of the first ejection. Each further ejection takes that much longer, and each interval without an ejection reduces the
+    /// next one by that much. Default 30 s.
     pub fn base_ejection_time(mut self, time: Duration) -> Self {
         self.base_ejection_time = time;
         self
     }
 
-    /// How long an endpoint is out at most. Default 300 s.
+    /// Sets the limit on the time of an ejection. Default 300 s.
     pub fn max_ejection_time(mut self, time: Duration) -> Self {
         self.max_ejection_time = time;
         self
     }
 
-    /// How many percent of the endpoints may be out at once; one may be in any case, and never all. Default 10.
+    /// Sets the percentage of endpoints that may be ejected at once. One endpoint may be ejected in any case, and never all of them.
+    /// Default 10.
     pub fn max_ejection_percent(mut self, percent: u32) -> Self {
         self.max_ejection_percent = percent.min(100);
         self
     }
 
-    /// Compares success rates: out is who is more than `stdev_factor` thousandths of a standard deviation under the mean, among at least
-    /// `minimum_hosts` endpoints with `request_volume` calls each within an interval. Default 1900, 5 and 100.
+    /// Enables the comparison of success rates. An endpoint is ejected if its rate is more than `stdev_factor` thousandths of a standard
+    /// deviation below the mean. The comparison needs at least `minimum_hosts` endpoints with `request_volume` calls each within an
+    /// interval. Default 1900, 5 and 100.
     pub fn success_rate(
         mut self,
         stdev_factor: u32,
@@ -122,14 +127,14 @@ impl OutlierDetection {
         self
     }
 
-    /// Does not compare success rates.
+    /// Disables the comparison of success rates.
     pub fn without_success_rate(mut self) -> Self {
         self.success_rate = None;
         self
     }
 
-    /// Out is who fails more than `threshold` percent of its calls, if at least `minimum_hosts` endpoints had `request_volume` calls each
-    /// within an interval. Default 85, 5 and 50.
+    /// Enables the limit on failures. An endpoint is ejected if more than `threshold` percent of its calls fail. The limit applies only if
+    /// at least `minimum_hosts` endpoints had `request_volume` calls each within an interval. Default 85, 5 and 50.
     pub fn failure_percentage(
         mut self,
         threshold: u32,
@@ -144,7 +149,7 @@ impl OutlierDetection {
         self
     }
 
-    /// Does not judge by failures alone.
+    /// Disables the limit on failures.
     pub fn without_failure_percentage(mut self) -> Self {
         self.failure_percentage = None;
         self
@@ -155,7 +160,7 @@ impl OutlierDetection {
     }
 }
 
-/// What an endpoint did within an interval.
+/// Counts of an endpoint's calls within an interval.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Counts {
     pub(super) successes: u64,
@@ -164,7 +169,7 @@ pub(super) struct Counts {
     pub(super) overruns: u64,
 }
 
-/// Whether an endpoint is out, and how often it was.
+/// Whether an endpoint is ejected, and for which multiple of the base time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Ejection {
     since: Option<Instant>,
@@ -181,7 +186,7 @@ impl Ejection {
         self.multiplier = self.multiplier.saturating_add(1);
     }
 
-    /// Whether its time is over.
+    /// Returns whether the time of the ejection is over.
     fn is_over(&self, config: &OutlierDetection, now: Instant) -> bool {
         let longest = config.max_ejection_time.max(config.base_ejection_time);
         let time = config.base_ejection_time.saturating_mul(self.multiplier);
@@ -190,7 +195,7 @@ impl Ejection {
     }
 }
 
-/// Judges the endpoints at the end of an interval.
+/// Evaluates the endpoints at the end of an interval.
 pub(super) fn sweep(config: &OutlierDetection, hosts: &mut [(Counts, Ejection)], now: Instant) {
     if let Some(rule) = &config.success_rate {
         rule.eject(config, hosts, now);
@@ -249,7 +254,7 @@ impl FailurePercentage {
     }
 }
 
-/// Puts those out that deserve it, as long as enough are left.
+/// Ejects the outliers, as long as enough endpoints remain.
 fn eject_where(
     config: &OutlierDetection,
     hosts: &mut [(Counts, Ejection)],
@@ -259,7 +264,8 @@ fn eject_where(
     let all = hosts.len();
     let mut out = hosts.iter().filter(|(_, e)| e.is_ejected()).count();
     for (counts, ejection) in hosts {
-        // One may be out whatever the share says, or a share of ten percent would protect nobody in a small set; and one always stays.
+        // The first ejection is allowed whatever the percentage is: 10 % of a small set would be less than one endpoint. One endpoint
+        // always remains.
         let within = out == 0 || (out + 1) * 100 <= all * config.max_ejection_percent as usize;
         if !ejection.is_ejected() && within && out + 1 < all && is_outlier(counts) {
             ejection.eject(now);
@@ -351,7 +357,7 @@ mod tests {
             sweep(&config, &mut hosts, now);
             assert_eq!(ejected(&hosts), [9]);
             let since = now;
-            // Out, it gets no calls.
+            // An ejected endpoint gets no calls.
             hosts[9].0 = Counts::default();
             while hosts[9].1.is_ejected() {
                 now += config.interval;

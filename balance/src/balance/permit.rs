@@ -1,4 +1,4 @@
-//! A call's place on a connection, and what the call says of it.
+//! The permit of a call on a connection, and the outcomes that the call reports through it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,17 +10,17 @@ use super::endpoint::{Blame, Endpoint};
 use super::ready_connection::ReadyConnection;
 use crate::transport::http2::Connection;
 
-/// A place taken on a connection for one call. It is given up on drop, however the call ended.
+/// The right to send one call on a connection. Dropping it releases the stream, however the call ended.
 #[derive(Debug)]
 pub(crate) struct Permit {
     connection: Arc<ReadyConnection>,
-    /// When the call was sent, until its outcome is noted.
+    /// The time at which the call was sent. `None` before that, and after the outcome was recorded.
     sent: Option<Instant>,
-    /// For a call on a connection of its own.
+    /// Set for a call on a connection of its own.
     alone: Option<Box<Alone>>,
 }
 
-/// A connection that carries one call, whose metadata may be more than the endpoint takes.
+/// A connection that carries a single call, whose metadata may be larger than the endpoint accepts.
 #[derive(Debug)]
 struct Alone {
     metadata: usize,
@@ -28,7 +28,7 @@ struct Alone {
 }
 
 impl Permit {
-    /// Wraps a place that was acquired on the member.
+    /// Wraps a stream that was already reserved on the connection.
     pub(super) fn taken(connection: &Arc<ReadyConnection>) -> Self {
         Self {
             connection: Arc::clone(connection),
@@ -37,7 +37,7 @@ impl Permit {
         }
     }
 
-    /// Takes the only place of a connection for one call.
+    /// Wraps the only stream of a connection that was dialled for a single call.
     pub(super) fn alone(
         connection: &Arc<ReadyConnection>,
         metadata: usize,
@@ -48,16 +48,17 @@ impl Permit {
         permit
     }
 
-    /// Whether the connection carries this call alone.
+    /// Returns whether the connection carries only this call.
     pub(crate) fn is_alone(&self) -> bool {
         self.alone.is_some()
     }
 
-    /// Returns whether the connection was silent for so long that a middlebox may have dropped the flow, or, with `single_threaded` tasks, that
-    /// the runtime may not have read its end.
+    /// Returns whether the connection was silent for too long. After a long silence, a middlebox may have dropped the flow. If the
+    /// connection tasks are `single_threaded`, a much shorter silence is doubtful as well: the runtime may not have read the end of the
+    /// connection yet.
     pub(crate) fn is_doubtful(&self, now: Instant, single_threaded: bool) -> bool {
         let connection = &self.connection;
-        // The time of the last sample is in the cache line that the pick has just written to; the time of the last read is not.
+        // The pick has just written to the cache line of the last sample. The time of the last read is in another cache line.
         let quiet = connection.load().quiet(connection.ticks(now));
         if quiet < if single_threaded { UNDRIVEN } else { QUIET } {
             return false;
@@ -67,7 +68,11 @@ impl Permit {
             || (single_threaded && silence > UNDRIVEN_FOR)
     }
 
-    /// Checks a connection that is doubtful. If it does not answer in time, returns how many bytes its peer had sent before the check.
+    /// Checks a doubtful connection.
+    ///
+    /// # Errors
+    ///
+    /// If the connection does not answer in time, returns how many bytes the peer had sent before the check.
     pub(crate) async fn check(&self) -> Result<(), u64> {
         let connection = self.connection.http2();
         let (silence, bytes) = (connection.silence(Instant::now()), connection.bytes_read());
@@ -89,19 +94,19 @@ impl Permit {
         self.connection.endpoint()
     }
 
-    /// The call is on its way.
+    /// Records that the call was sent.
     pub(crate) fn on_sent(&mut self, now: Instant) {
         self.sent = Some(now);
         self.connection.used().on_sent();
         self.connection.endpoint().on_call();
     }
 
-    /// A gRPC status is here: the peer is a gRPC server.
+    /// Records a gRPC status: the peer is a gRPC server.
     pub(crate) fn on_answer(&self) {
         self.connection.endpoint().on_answer();
     }
 
-    /// The response's head is here, and with it perhaps a failure already.
+    /// Records the head of the response, which may already carry a failure.
     pub(crate) fn on_head(&mut self, now: Instant, failure: Option<Blame>) {
         let Some(sent) = self.sent.take() else {
             return;
@@ -120,21 +125,21 @@ impl Permit {
         }
     }
 
-    /// Whether the outcome of the call's head, or of the call, was noted.
+    /// Returns whether the outcome of the response head, or of the whole call, was recorded.
     pub(crate) fn is_noted(&self) -> bool {
         self.sent.is_none()
     }
 
-    /// The server, or the connection to it, has failed the call, before the head or after it.
+    /// Records that the server, or the connection to it, failed the call, before the head of the response or after it.
     pub(crate) fn on_failure(&mut self, now: Instant, blame: Blame) {
         let sent = self.sent.take().unwrap_or(now);
         self.fail(now.saturating_duration_since(sent), now, blame);
     }
 
-    /// The call has overrun its deadline. Whether the server is slow or not there any more, a PING will tell.
+    /// Records that the call overran its deadline. Requests a PING, which shows whether the server is slow or does not answer any more.
     pub(crate) fn on_overdue(&mut self, now: Instant) {
         self.connection.endpoint().on_overrun();
-        // A response that has stopped coming is suspect from when the last of it came, which the connection knows.
+        // After the head of the response, the time of the last read counts: a PING is sent if nothing was read for `SUSPECT`.
         let silent_since = now.checked_sub(SUSPECT).unwrap_or(now);
         let sent = self.sent.take();
         self.connection
@@ -147,7 +152,7 @@ impl Permit {
         }
     }
 
-    /// The server has refused to look at the call: that says nothing of how fast it answers.
+    /// Records that the server refused to process the call. A refusal is no evidence about the server's latency.
     pub(crate) fn on_refused(&mut self) {
         self.sent = None;
         self.connection.endpoint().on_unjudged();
@@ -168,7 +173,7 @@ impl Drop for Permit {
             let ticks = self.connection.ticks(now);
             self.connection.load().on_abandoned(elapsed, ticks);
             self.connection.endpoint().on_unjudged();
-            // Callers that keep the time themselves drop the call.
+            // A caller with a timeout of its own drops the call, so a late drop may be an overrun.
             if elapsed >= SUSPECT {
                 self.connection.http2().suspect_dropped(sent);
             }
@@ -177,10 +182,10 @@ impl Drop for Permit {
     }
 }
 
-/// A call that was dropped earlier than this was not dropped because it took too long. Half of the shortest deadlines that are in use.
+/// A drop earlier than this after the send is not taken for an overrun. The value is half of the shortest deadlines in use.
 const SUSPECT: Duration = Duration::from_millis(100);
-/// In seconds: a connection that has answered a call since is not looked at more closely.
+/// A connection that has recorded a sample within this time, in seconds, is not examined further.
 const QUIET: f32 = 1.0;
-/// The same where tasks share a thread with their callers: longer than the gap between two calls of a busy caller.
+/// The same limit if the connection tasks share a thread with the callers: longer than the gap between two calls of a busy caller.
 const UNDRIVEN: f32 = 0.005;
 const UNDRIVEN_FOR: Duration = Duration::from_millis(5);

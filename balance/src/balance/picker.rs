@@ -1,54 +1,54 @@
 //! Picks a connection of the ready set for a call, and reserves a stream on it.
 //!
-//! A pick takes no lock, allocates nothing and reads no clock. Its cost depends neither on the number of endpoints nor on their weights. It is
-//! not pure: it counts the call as in flight, advances the random numbers, and in round robin takes a turn.
+//! A pick takes no lock, allocates nothing and reads no clock. Its cost depends neither on the number of endpoints nor on their weights. It
+//! has side effects: it counts the call as in flight, advances the random numbers, and uses up a turn in round robin.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::ready_set::{ReadySet, Slot, below};
 
-/// How a channel chooses among the endpoints that are ready. Weights count in all of them.
+/// How a channel picks among the ready endpoints. Every policy respects the weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum LbPolicy {
-    /// Of two endpoints drawn at random, the one with the smaller product of latency and load. The latency is a mean over a few seconds of
-    /// the time to the response's head; small differences do not count. The load is the number of calls in flight, to which one is added.
-    /// The default.
+    /// Picks the better of two endpoints that are drawn at random: the endpoint with the smaller product of latency and load. The latency
+    /// is the mean time until the head of a response, over a few seconds; small differences are ignored. The load is the number of calls in
+    /// flight plus one. This is the default.
     ///
-    /// Endpoints are drawn by weight. Between endpoints of different weights, calls in flight are divided by the weight, and the one that was
-    /// drawn first is kept unless the other one is better by far: four times as fast, or with less than half of the load.
+    /// Endpoints are drawn by weight. Between endpoints of different weights, calls in flight are divided by the weight. The first endpoint
+    /// drawn is then used unless the second is better by far: four times as fast, or with less than half of the load.
     #[default]
     Latency,
-    /// Of two endpoints drawn at random, the one with fewer calls in flight. Weights count as in [`LbPolicy::Latency`].
+    /// Picks, of two endpoints that are drawn at random, the one with fewer calls in flight. Weights count as in [`LbPolicy::Latency`].
     LeastRequest,
-    /// Each endpoint in turn, in proportion to its weight and evenly spaced. Neither latency nor calls in flight count.
+    /// Picks each endpoint in turn, in proportion to its weight and evenly spaced. Latency and calls in flight are ignored.
     WeightedRoundRobin,
 }
 
-/// What a pick wants to know of a connection.
+/// The properties of a connection that a pick reads.
 pub(crate) trait Candidate {
-    /// In microseconds; 0 if unknown.
+    /// Returns the latency in microseconds; 0 if unknown.
     fn latency(&self) -> f32;
     fn in_flight(&self) -> u32;
-    /// Takes a place for a call, if there is one.
+    /// Reserves a stream for a call. Returns false if no stream is free.
     fn acquire(&self) -> bool;
 }
 
-/// What came of a pick.
+/// The result of a pick.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Pick<T> {
-    /// A place is taken for the call.
+    /// A stream on this connection is reserved for the call.
     Taken(T),
-    /// Connections are ready, but those that were looked at are full.
+    /// Connections are ready, but all usable connections that were examined are full.
     Full,
-    /// Connections are ready, but none that was looked at may be used for this call.
+    /// Connections are ready, but this call may use none of the connections that were examined.
     Excluded,
     /// No connection is ready.
     Empty,
 }
 
-/// Chooses connections.
+/// Picks connections by the policy of the channel.
 #[derive(Debug)]
 pub(crate) struct Picker {
     policy: LbPolicy,
@@ -60,7 +60,7 @@ pub(crate) struct Picker {
 impl Picker {
     pub(crate) fn new(policy: LbPolicy, seed: Option<u64>) -> Self {
         let rng = seed.map_or(Rng::Thread, |seed| Rng::Seeded(AtomicU64::new(seed)));
-        // Clients that all start at the first endpoint are a stampede after each deployment.
+        // Starts at a random turn: clients that all start at the first endpoint would overload it after each deployment.
         let cursor = AtomicU64::new(rng.next() >> 32);
         Self {
             policy,
@@ -69,8 +69,8 @@ impl Picker {
         }
     }
 
-    /// Picks a connection that is `usable` for a call and takes a place on it. Where those that were drawn are full, so many are looked at in
-    /// their order.
+    /// Picks a connection that is `usable` for the call, and reserves a stream on it. If no drawn connection can take the call, scans up to
+    /// `around` adjacent slots.
     pub(crate) fn pick<'a, M: Candidate>(
         &self,
         set: &'a ReadySet<M>,
@@ -98,7 +98,7 @@ impl Picker {
                 return Pick::Taken(&second.connection);
             }
         }
-        // There is one only, or nearly all are full: a place somewhere is worth a look around, but not at everyone.
+        // The set has a single slot, or nearly all connections are full. Scans for a free stream, but not the whole set.
         let start = below(self.rng.next(), set.len());
         for step in 0..set.len().min(around) {
             let slot = set.get((start + step) % set.len());
@@ -113,13 +113,14 @@ impl Picker {
         }
     }
 
-    /// Returns a slot to try, and where the policy draws two the worse one as well; none if the set has one slot.
+    /// Returns the slot to try first. If the policy draws two slots, also returns the worse one, to try next. Returns `None` if the set has
+    /// a single slot.
     fn draw<'a, M: Candidate>(&self, set: &'a ReadySet<M>) -> Option<Drawn<'a, M>> {
         if set.len() == 1 {
             return None;
         }
         if self.policy == LbPolicy::WeightedRoundRobin {
-            // If the slot is full, its turn is skipped. Trying the following slot without its turn would let it serve both.
+            // If the slot is full, its turn is skipped. The next slot is not tried instead, since that slot would then get both turns.
             let turn = self.cursor.fetch_add(1, Ordering::Relaxed);
             return Some((set.in_turn(turn)?, None));
         }
@@ -131,17 +132,18 @@ impl Picker {
         })
     }
 
-    /// Draws two different slots: the first by weight, the second by weight unless that is the first again.
+    /// Draws two different slots. Both are drawn by weight. If the second draw yields the first slot again, it is replaced by a uniformly
+    /// drawn other slot.
     fn two<'a, M>(&self, set: &'a ReadySet<M>) -> Option<(&'a Slot<M>, &'a Slot<M>)> {
         let random = self.rng.next();
         let (first, second) = if set.is_uniform() {
             let first = below(random, set.len());
-            // The lower half of the word is as random as the upper.
+            // The lower half of the word is as random as the upper half.
             (first, other(first, random << 32, set.len()))
         } else {
             let first = set.draw(random, self.rng.next())?;
             let second = set.draw(self.rng.next(), self.rng.next())?;
-            // A heavy endpoint is often drawn twice. It would never be avoided, however slow, if it were compared with itself.
+            // An endpoint with a large weight is often drawn twice. Compared with itself, it would never be avoided, however slow it is.
             let again = second == first;
             let second = if again {
                 other(first, self.rng.next(), set.len())
@@ -189,19 +191,20 @@ fn is_worse_among_equals(in_flight: (u32, u32), latencies: (f32, f32)) -> bool {
 
 /// Returns whether the first of two endpoints of different weights is worse by far.
 ///
-/// Smaller differences are left to the draw, which gives each endpoint its share whether one caller or many make the calls. Differences in
-/// latency are often due to the weights: the heavier endpoint is busier, and the lighter one is idle for longer between calls. Calls in flight
-/// differ by whole calls, which is much if there are few, and by the latency if there are many.
-// Never inlined, so that sets without weights have none of its conversions on their way.
+/// Smaller differences are left to the draw, which gives each endpoint its share for any number of callers. Differences in latency are
+/// often caused by the weights: the endpoint with the larger weight is busier, and the other one is idle for longer between calls. The
+/// number of calls in flight changes by whole calls, which is a large relative change if few are in flight. If many are in flight, it
+/// varies with the latency.
+// Never inlined, so that picks from sets with equal weights do not contain its conversions.
 #[inline(never)]
 fn is_worse_by_far(in_flight: (u32, u32), weights: (u32, u32), latencies: (f32, f32)) -> bool {
-    // Calls divided by the weight, multiplied by both weights to save the division.
+    // Calls in flight divided by the weight. Both sides are multiplied by both weights to avoid the division.
     let (first, second) = (
         float(in_flight.0) * float(weights.1),
         float(in_flight.1) * float(weights.0),
     );
-    // In the same unit, one call at the lighter endpoint. Adding the next call to either would make the heavier of two idle endpoints always
-    // the better one.
+    // One call at the endpoint with the smaller weight, in the same unit. If the next call were added to both sides instead, the endpoint
+    // with the larger weight would always be the better one of two idle endpoints.
     let one = float(weights.0.max(weights.1));
     if are_alike(latencies, NOISE_OF_UNEQUAL) {
         first > IMBALANCE * (second + one)
@@ -210,8 +213,8 @@ fn is_worse_by_far(in_flight: (u32, u32), weights: (u32, u32), latencies: (f32, 
     }
 }
 
-/// Returns whether two latencies differ by less than noise, or one is unknown. Without this, a single caller would use only one of two equal
-/// endpoints.
+/// Returns whether two latencies differ by less than noise, or one of them is unknown. Without this rule, a single caller would use only
+/// one of two equal endpoints.
 fn are_alike((left, right): (f32, f32), noise: f32) -> bool {
     let unknown = left <= 0.0 || right <= 0.0;
     unknown || (left <= right * noise && right <= left * noise)
@@ -225,12 +228,12 @@ fn float(number: u32) -> f32 {
     number as f32
 }
 
-/// Where random numbers come from.
+/// The source of random numbers.
 #[derive(Debug)]
 enum Rng {
-    /// Each thread has a generator of its own, so callers do not meet.
+    /// A generator per thread, so that callers share no state.
     Thread,
-    /// One sequence for the channel, for picks that can be repeated.
+    /// One sequence for the channel, so that picks are reproducible.
     Seeded(AtomicU64),
 }
 
@@ -239,7 +242,7 @@ impl Rng {
         match self {
             Self::Thread => fastrand::u64(..),
             Self::Seeded(state) => {
-                // SplitMix64: the state only counts, so that one atomic addition is all the sharing there is.
+                // SplitMix64: the state is only a counter, so callers share nothing but one atomic addition.
                 let mut word = state.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
                 word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
                 word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -249,15 +252,15 @@ impl Rng {
     }
 }
 
-/// How often slots are drawn, or turns taken, before looking around.
+/// Number of draws, or of turns in round robin, before the scan.
 const DRAWS: usize = 4;
-/// How many places are looked at when the draws found none, by a call that has not waited yet.
+/// Number of slots that are scanned after the draws, for a call that has not waited yet.
 pub(crate) const SCAN_LIMIT: usize = 128;
-/// Latencies of equal endpoints within this factor of one another are alike.
+/// Latencies of endpoints with equal weights are alike if they differ by less than this factor.
 const NOISE: f32 = 1.25;
-/// The same for endpoints of different weights.
+/// The same factor for endpoints of different weights.
 const NOISE_OF_UNEQUAL: f32 = 4.0;
-/// Between endpoints of different weights and similar latency, a load this many times that of the other one is worse by far.
+/// Between endpoints of different weights and similar latency, a load of this many times the other load is worse by far.
 const IMBALANCE: f32 = 2.0;
 
 #[cfg(test)]
@@ -268,7 +271,7 @@ mod tests {
     use super::super::ready_set::ReadySetBuilder;
     use super::*;
 
-    /// A connection that only counts.
+    /// A connection that only counts its calls.
     #[derive(Debug, Default)]
     struct Fake {
         name: u32,
@@ -315,7 +318,7 @@ mod tests {
         (all, builder.freeze())
     }
 
-    /// Calls one after the other, each ended before the next. The share of each.
+    /// Makes calls one after the other, each of which ends before the next. Returns the share of each endpoint.
     fn shares(picker: &Picker, fakes: &[Arc<Fake>], set: &ReadySet<Arc<Fake>>) -> Vec<f64> {
         const CALLS: u32 = 40_000;
         for _ in 0..CALLS {
@@ -344,7 +347,7 @@ mod tests {
     #[test]
     fn equal_endpoints_get_equal_shares_also_from_one_caller() {
         for policy in POLICIES {
-            // As near to one another as measurements of equal servers are.
+            // Latencies that differ no more than measurements of equal servers.
             let (fakes, set) = set([(100.0, 1, 9), (110.0, 1, 9), (95.0, 1, 9), (102.0, 1, 9)]);
             let picker = Picker::new(policy, Some(7));
             assert_near(&shares(&picker, &fakes, &set), &[0.25; 4]);

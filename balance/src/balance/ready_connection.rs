@@ -1,4 +1,4 @@
-//! A connection in the ready set.
+//! A connection that calls can pick.
 
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -12,32 +12,32 @@ use super::load::{Load, LoadHandle, Ticks};
 use super::picker::Candidate;
 use crate::transport::http2::Connection;
 
-/// One connection to an endpoint that is in the ready set, or was when a call took it.
+/// One connection to an endpoint. It is in the ready set, or was in it when a call picked it.
 #[derive(Debug)]
 pub(crate) struct ReadyConnection {
     load: LoadHandle,
-    /// Kept for the endpoint, which shows it as long as the connection exists.
+    /// The endpoint holds a weak reference to it, and reports it as long as the connection exists.
     _vitals: Arc<Vitals>,
     http2: Connection,
     endpoint: Arc<Endpoint>,
     waiters: Arc<dyn Queue>,
-    /// The channel's start, which the estimate counts time from.
+    /// The start of the channel, from which the estimate counts time.
     epoch: Instant,
-    /// Whether calls that wait may be given a place: it is in the set that calls pick from.
+    /// Whether waiters may get a permit on this connection: it is in the set that calls pick from.
     takes_calls: AtomicBool,
     used: Arc<Used>,
 }
 
-/// The calls that wait for a free place, as connections see them.
+/// The wait queue, as connections use it.
 pub(super) trait Queue: Debug + Send + Sync {
-    /// Gives up a call's place: to the first that waits and can use it, or for anyone to take.
+    /// Releases the stream of a call: hands it to the first waiter that can use it, or else makes it free for any call.
     fn release(&self, connection: &Arc<ReadyConnection>);
 
-    /// Hands over free places of a connection for as long as there are calls that can use them.
+    /// Hands free streams of the connection to waiters, as long as there are waiters that can use them.
     fn offer(&self, connection: &Arc<ReadyConnection>);
 }
 
-/// What calls have made of a connection. It outlives the connection and does not keep it open.
+/// The use that calls have made of a connection. It outlives the connection and does not keep it open.
 #[derive(Debug, Default)]
 pub(super) struct Used {
     sent: AtomicBool,
@@ -45,12 +45,12 @@ pub(super) struct Used {
 }
 
 impl Used {
-    /// Whether a call was sent on the connection.
+    /// Returns whether a call was sent on the connection.
     pub(super) fn is_sent(&self) -> bool {
         self.sent.load(Ordering::Relaxed)
     }
 
-    /// Whether a call was answered, be it with an error.
+    /// Returns whether a call got a response, including an error.
     pub(super) fn is_answered(&self) -> bool {
         self.answered.load(Ordering::Relaxed)
     }
@@ -64,7 +64,7 @@ impl Used {
     }
 }
 
-/// Read first: of many calls only one writes to what all of them read.
+/// Sets a flag. Loads it before it stores: all calls read this cache line, and only one of them must write to it.
 fn set(flag: &AtomicBool) {
     if !flag.load(Ordering::Relaxed) {
         flag.store(true, Ordering::Relaxed);
@@ -108,23 +108,23 @@ impl ReadyConnection {
         &self.http2
     }
 
-    /// A time as the estimate has it.
+    /// Converts a time to the unit of the estimate.
     pub(super) fn ticks(&self, now: Instant) -> Ticks {
         Ticks::at(now, self.epoch)
     }
 
-    /// Gives a call's place up.
+    /// Releases the stream of a call.
     pub(super) fn release(self: &Arc<Self>) {
         self.waiters.release(self);
     }
 
-    /// Whether a call that waits may be given a place here.
+    /// Returns whether a waiter may get a permit on this connection.
     pub(super) fn takes_calls(&self) -> bool {
         self.takes_calls.load(Ordering::SeqCst)
             && self.load.in_flight() as usize <= self.load.limit()
     }
 
-    /// The connection is now in the set that calls pick from, or is not any more.
+    /// Sets whether the connection is in the set that calls pick from. A connection that joins the set offers its free streams to waiters.
     pub(super) fn set_takes_calls(self: &Arc<Self>, takes_calls: bool) {
         let took = self.takes_calls.swap(takes_calls, Ordering::SeqCst);
         if takes_calls && !took {
@@ -132,7 +132,7 @@ impl ReadyConnection {
         }
     }
 
-    /// Hands free places to calls that wait.
+    /// Hands free streams to waiters.
     pub(super) fn offer(self: &Arc<Self>) {
         self.waiters.offer(self);
     }
@@ -141,18 +141,18 @@ impl ReadyConnection {
         &self.used
     }
 
-    /// How many bytes the peer has sent.
+    /// Returns how many bytes the peer has sent.
     pub(crate) fn bytes_read(&self) -> u64 {
         self.http2.bytes_read()
     }
 
-    /// Takes over how many calls the peer allows.
+    /// Adopts the peer's current limit on concurrent calls.
     pub(super) fn follow_limit(&self) {
         self.load.set_limit(self.http2.max_streams());
     }
 
-    /// Notes a failure that only the caller can tell, of a call or a stream. With a time since when the peer was to answer, a PING will tell
-    /// whether it is there at all.
+    /// Records a failure of a call or a stream that only the caller can detect. `silent_since` is the time since which a response is
+    /// overdue. If it is set, a PING checks the connection unless bytes were read since then.
     pub(crate) fn on_reported_failure(&self, now: Instant, silent_since: Option<Instant>) {
         self.load.on_failure(Duration::ZERO, self.ticks(now));
         if let Some(then) = silent_since {
@@ -160,13 +160,13 @@ impl ReadyConnection {
         }
     }
 
-    /// Whether every stream the peer allows is in use.
+    /// Returns whether every stream that the peer allows is in use.
     pub(super) fn is_full(&self) -> bool {
         self.load.in_flight() as usize >= self.load.limit()
     }
 }
 
-/// A member in a set that calls pick from, with its load at hand: of those that are not chosen a pick reads nothing else.
+/// An entry of the ready set. It holds a handle to the load, so that a pick reads no other data of a connection that it does not choose.
 #[derive(Clone, Debug)]
 pub(crate) struct ReadyEntry {
     connection: Arc<ReadyConnection>,

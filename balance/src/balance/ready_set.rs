@@ -1,7 +1,7 @@
 //! The ready set: immutable, read by every call without a lock, and cheap to replace.
 //!
-//! It is a list of chunks that successive sets share. A join or a leave rebuilds the chunks it touches and the short list of chunks, not the
-//! whole: with 10 000 connections that is some microseconds in place of a hundred.
+//! The set is a list of chunks, and successive sets share unchanged chunks. A change rebuilds the chunks that it touches and the short list
+//! of chunks, but not the whole set. With 10 000 connections that takes a few microseconds instead of a hundred.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
@@ -9,18 +9,18 @@ use std::sync::Arc;
 
 use super::rotation::{Ranking, Rotation};
 
-/// The connections that can take calls, as of one moment.
+/// The connections that can take calls at one moment.
 #[derive(Debug)]
 pub(crate) struct ReadySet<M> {
     chunks: Box<[Chunk<M>]>,
     len: usize,
-    /// Draws a chunk by its weight; none if all connections have the same weight.
+    /// Draws a chunk by its weight; `None` if all connections have the same weight.
     alias: Option<Alias>,
-    /// The order of turns; none if it is that of the slots.
+    /// The order of turns; `None` if it is the order of the slots.
     rotation: Option<Rotation>,
 }
 
-/// A run of the set; all but the last are full.
+/// A part of the set. All chunks but the last are full.
 #[derive(Debug)]
 struct Chunk<M> {
     slots: Arc<[Slot<M>]>,
@@ -38,7 +38,7 @@ impl<M> Clone for Chunk<M> {
     }
 }
 
-/// A place in the set.
+/// One entry of the set.
 #[derive(Clone, Debug)]
 pub(crate) struct Slot<M> {
     pub(crate) connection: M,
@@ -60,7 +60,7 @@ impl<M> ReadySet<M> {
             .and_then(|chunk| chunk.slots.get(index % CHUNK))
     }
 
-    /// Returns the slot that has this turn in round robin.
+    /// Returns the slot of this turn in round robin.
     pub(crate) fn in_turn(&self, turn: u64) -> Option<&Slot<M>> {
         let place = if let Some(rotation) = &self.rotation {
             rotation.place(turn)?
@@ -93,9 +93,10 @@ impl<M> Default for ReadySet<M> {
     }
 }
 
-/// A random number under `len`, from the upper half of a random word.
+/// Returns a random number below `len`, from the upper half of a random word.
 pub(super) fn below(random: u64, len: usize) -> usize {
-    // A product of two 32-bit numbers, shifted, is under the second: no division, and a bias nobody can see.
+    // The product of two 32-bit numbers, shifted right by 32 bits, is less than the second number. This avoids a division, and its bias is
+    // negligible.
     let len = u64::try_from(len).unwrap_or(u64::MAX) & 0xffff_ffff;
     usize::try_from(((random >> 32) * len) >> 32).unwrap_or_default()
 }
@@ -106,9 +107,9 @@ struct Alias(Box<[Column]>);
 
 #[derive(Clone, Copy, Debug)]
 struct Column {
-    /// Random numbers under this one mean the column itself.
+    /// A random number below this limit selects the column itself.
     keep: u32,
-    /// The others mean this one.
+    /// Any other random number selects this index.
     other: u32,
 }
 
@@ -136,7 +137,7 @@ impl Alias {
                 large.push(index);
             }
         }
-        // What is left over on either side is a whole share but for rounding.
+        // Columns that remain in either list have a whole share, apart from rounding errors.
         while let (Some(&poor), Some(&rich)) = (small.last(), large.last()) {
             small.pop();
             columns[poor] = Column {
@@ -161,21 +162,21 @@ impl Alias {
     }
 }
 
-/// The driver's own copy of a ready set, from which it makes the next.
+/// The driver's mutable form of the ready set, from which the driver builds each new set.
 #[derive(Debug)]
 pub(crate) struct ReadySetBuilder<K, M> {
     slots: Vec<(K, Slot<M>)>,
     places: HashMap<K, usize>,
-    /// How many places have which weight.
+    /// Number of slots for each weight.
     weights: BTreeMap<u32, usize>,
-    /// The places by weight, where sets are picked from in turn.
+    /// The slots ordered by weight; `None` unless picks are made in turn.
     ranking: Option<Ranking>,
     chunks: Vec<Chunk<M>>,
     stale: BTreeSet<usize>,
 }
 
 impl<K, M> ReadySetBuilder<K, M> {
-    /// Creates an empty roster. Its sets have a rotation by weight only if `takes_turns`, since other policies have no use for it.
+    /// Creates an empty builder. Its sets have a rotation by weight only if `takes_turns`, since other policies do not use one.
     pub(crate) fn new(takes_turns: bool) -> Self {
         Self {
             slots: Vec::new(),
@@ -197,7 +198,7 @@ impl<K: Clone + Eq + Hash, M: Clone> ReadySetBuilder<K, M> {
         self.places.contains_key(key)
     }
 
-    /// Adds a member, or replaces the one of this key.
+    /// Adds an entry, or replaces the entry of this key.
     pub(crate) fn insert(&mut self, key: K, connection: M, weight: u32) {
         self.remove(&key);
         let weight = weight.max(1);
@@ -207,7 +208,7 @@ impl<K: Clone + Eq + Hash, M: Clone> ReadySetBuilder<K, M> {
         self.slots.push((key, Slot { connection, weight }));
     }
 
-    /// Takes a member out. Says whether it was there.
+    /// Removes an entry. Returns whether it existed.
     pub(crate) fn remove(&mut self, key: &K) -> bool {
         let Some(place) = self.places.remove(key) else {
             return false;
@@ -226,7 +227,7 @@ impl<K: Clone + Eq + Hash, M: Clone> ReadySetBuilder<K, M> {
         true
     }
 
-    /// Changes a member's weight in place. Says whether that changes anything.
+    /// Changes the weight of an entry in place. Returns whether the weight has changed.
     pub(crate) fn reweigh(&mut self, key: &K, weight: u32) -> bool {
         let weight = weight.max(1);
         let Some(&place) = self.places.get(key) else {
@@ -264,7 +265,7 @@ impl<K: Clone + Eq + Hash, M: Clone> ReadySetBuilder<K, M> {
         }
     }
 
-    /// The set as it is now. Only what has changed since the last one is built anew.
+    /// Returns the current set. Rebuilds only the chunks that have changed since the last call.
     pub(crate) fn freeze(&mut self) -> ReadySet<M> {
         self.chunks.truncate(self.slots.len().div_ceil(CHUNK));
         for index in std::mem::take(&mut self.stale) {
@@ -302,7 +303,7 @@ impl<M: Clone> Chunk<M> {
     }
 }
 
-/// Places per chunk: the cost of a change is this many copies, plus one copy for each chunk.
+/// Slots per chunk. A change copies this many slots, plus one reference for each chunk.
 const CHUNK: usize = 64;
 
 #[cfg(test)]

@@ -1,13 +1,13 @@
-//! Weighted round robin: maps the number of a turn to a place in the ready set.
+//! Weighted round robin: maps the number of a turn to a slot of the ready set.
 //!
-//! The mapping is a pure function of that number. Callers share one counter and nothing else, and each number is used once, so the shares
-//! are the same however many threads pick.
+//! The mapping is a pure function of that number. Callers share only one counter, and each number is used once. The shares are therefore
+//! the same for any number of threads that pick.
 //!
 //! A small set gets a *schedule*: one period, computed in advance, in which each slot appears in proportion to its weight and as evenly
-//! spaced as possible. For a large set, or weights without a common factor, the period would be too long to store. Such a set is a *line*
-//! on which each slot covers a segment as long as its weight. Turn `n` selects the point at the fractional part of `n` times the golden
-//! ratio. Each new point falls into one of the largest gaps between the earlier ones. So over any run of turns each segment, and each run of
-//! adjacent segments, is selected in proportion to its length, to within about three turns.
+//! spaced as possible. For a large set, or for weights without a common factor, the period would be too long to store. Such a set is a
+//! *line* on which each slot covers a segment as long as its weight. Turn `n` selects the point at the fractional part of `n` times the
+//! golden ratio. Each new point falls into one of the largest gaps between the earlier points. So over any run of turns, each segment and
+//! each run of adjacent segments is selected in proportion to its length, to within about three turns.
 
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ pub(super) enum Rotation {
 }
 
 impl Rotation {
-    /// Returns the place whose turn it is.
+    /// Returns the index of the slot that has this turn.
     pub(super) fn place(&self, turn: u64) -> Option<usize> {
         match self {
             Self::Schedule(places) => {
@@ -32,10 +32,10 @@ impl Rotation {
     }
 }
 
-/// The slots of a set in the order of their weights: what the next rotation is built from.
+/// The slots of a set in the order of their weights, from which the next rotation is built.
 ///
-/// The list is divided into pieces that successive rotations share. A join or a leave rebuilds two or three pieces and the list of pieces.
-/// Among 10 000 slots that takes 10 microseconds, where a new line would take more than 100.
+/// The list is divided into pieces that successive rotations share. A slot that is added or removed rebuilds two or three pieces and the
+/// list of pieces. Among 10 000 slots that takes 10 microseconds. A new line would take more than 100 microseconds.
 #[derive(Debug, Default)]
 pub(super) struct Ranking {
     pieces: Vec<Piece>,
@@ -45,9 +45,9 @@ pub(super) struct Ranking {
 /// Adjacent slots of the ranking.
 #[derive(Debug)]
 struct Piece {
-    /// Weight and place of each slot, sorted. Never empty.
+    /// Weight and index of each slot, sorted. Never empty.
     slots: Vec<(u32, u32)>,
-    /// None if the slots have changed since the last rotation.
+    /// `None` if the slots have changed since the last rotation.
     segments: Option<Segments<u32>>,
 }
 
@@ -61,7 +61,7 @@ impl Piece {
 }
 
 impl Ranking {
-    /// Adds a place, whose weight is at least 1.
+    /// Adds a slot. Its weight is at least 1.
     pub(super) fn insert(&mut self, weight: u32, place: usize) {
         let slot = slot(weight, place);
         self.len += 1;
@@ -78,7 +78,7 @@ impl Ranking {
         }
     }
 
-    /// Removes a place, which has this weight.
+    /// Removes a slot that was added with this weight.
     pub(super) fn remove(&mut self, weight: u32, place: usize) {
         let slot = slot(weight, place);
         let index = self.find(slot);
@@ -94,7 +94,8 @@ impl Ranking {
         self.merge(index);
     }
 
-    /// Removes a piece without slots, and merges a small one with the next, so that the number of pieces is in proportion to the slots.
+    /// Removes an empty piece, or merges a small piece with the next one, so that the number of pieces stays in proportion to the number of
+    /// slots.
     fn merge(&mut self, index: usize) {
         let len = |index: usize| self.pieces.get(index).map_or(0, |piece| piece.slots.len());
         if len(index) == 0 {
@@ -105,19 +106,19 @@ impl Ranking {
         }
     }
 
-    /// Returns the index of the piece that has a slot, or into which it belongs.
+    /// Returns the index of the piece that contains the slot, or into which the slot must be inserted.
     fn find(&self, slot: (u32, u32)) -> usize {
         let begun = |piece: &Piece| piece.slots.first().is_some_and(|first| *first <= slot);
         self.pieces.partition_point(begun).saturating_sub(1)
     }
 
-    /// Returns the rotation of the slots as they are now.
+    /// Returns the rotation of the current slots.
     pub(super) fn rotation(&mut self) -> Rotation {
         self.schedule()
             .map_or_else(|| Rotation::Line(self.line()), Rotation::Schedule)
     }
 
-    /// Computes a schedule, if that is cheap.
+    /// Returns a schedule, if it is cheap to compute.
     fn schedule(&self) -> Option<Box<[u32]>> {
         if self.len * self.len > MAX_STEPS {
             return None;
@@ -151,8 +152,8 @@ fn gcd(a: u32, b: u32) -> u32 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Computes a period by earliest deadline first. A slot of share `s` is due turn `k` between `k / s` and `(k + 1) / s`. Of the slots that are
-/// due, the one whose interval ends first is next. This keeps each slot less than one turn from its share at any time.
+/// Computes a period by earliest deadline first. For a slot of share `s`, turn `k` is due between `k / s` and `(k + 1) / s`. Of the slots
+/// that are due, the slot whose interval ends first gets the next turn. This keeps each slot less than one turn from its share at any time.
 fn schedule(slots: &[&(u32, u32)], unit: u32) -> Box<[u32]> {
     // `MAX_STEPS` bounds the sum of the weights, and so all products below.
     let weights = slots.iter().map(|(weight, _)| i64::from(weight / unit));
@@ -166,7 +167,8 @@ fn schedule(slots: &[&(u32, u32)], unit: u32) -> Box<[u32]> {
             owed[index] += weight;
             // The interval ends after `left / weight` turns.
             let left = turns - owed[index];
-            // On a tie the heavier slot, which is the later one here, is next: its following interval ends earlier.
+            // On a tie, the slot with the larger weight gets the turn, since its following interval ends earlier. It is the later one in
+            // this order.
             let is_first = |(_, first, of)| left * of <= first * weight;
             if owed[index] > 0 && next.is_none_or(is_first) {
                 next = Some((index, left, weight));
@@ -179,13 +181,13 @@ fn schedule(slots: &[&(u32, u32)], unit: u32) -> Box<[u32]> {
     (0..turns).map(next).collect()
 }
 
-/// A line of segments as long as the weights. Slots of similar weight are adjacent, so that the share of a whole class of weights is as exact
-/// as that of one slot.
+/// A line of segments as long as the weights. Slots of similar weight are adjacent, so that the share of a whole class of weights is as
+/// exact as the share of a single slot.
 #[derive(Debug)]
 pub(super) struct Line(Segments<Segments<u32>>);
 
 impl Line {
-    /// Returns the place at a point, given as a fraction of the line in units of 2^-64.
+    /// Returns the index of the slot at a point. The point is a fraction of the line in units of 2^-64.
     fn place(&self, fraction: u64) -> Option<usize> {
         let length = u128::from(self.0.length());
         let point = u64::try_from((u128::from(fraction) * length) >> 64).ok()?;
@@ -199,7 +201,7 @@ impl Line {
 #[derive(Clone, Debug)]
 struct Segments<T> {
     list: Arc<[Segment<T>]>,
-    /// For each bucket of the line, the first segment that reaches into it; then, as the last entry, the last segment.
+    /// For each bucket of the line, the first segment that reaches into it. The last entry is the last segment.
     guide: Arc<[u32]>,
     /// The length of a bucket, as a power of two.
     shift: u32,
@@ -212,7 +214,7 @@ struct Segment<T> {
 }
 
 impl<T: Clone> Segments<T> {
-    /// Lays out segments of these lengths, at least one. Lengths are at least 1.
+    /// Lays out segments of these lengths. There is at least one segment, and each length is at least 1.
     fn new<L: Copy + Into<u64>>(lengths: &[(L, T)]) -> Self {
         let mut end = 0;
         let segments = lengths.iter().map(|(length, what)| {
@@ -221,12 +223,13 @@ impl<T: Clone> Segments<T> {
             Segment { end, what }
         });
         let list: Arc<[_]> = segments.collect();
-        // There are at least as many buckets as segments, so a random point's bucket has on average no more than two, whatever their lengths.
+        // There are at least as many buckets as segments. The bucket of a random point therefore has no more than two segments on average,
+        // whatever their lengths are.
         let mean = end / u64::try_from(list.len()).unwrap_or(u64::MAX).max(1);
         let shift = mean.max(1).ilog2();
         let mut guide = Vec::new();
         for (index, segment) in (0..).zip(list.iter()) {
-            // All buckets that start before the end of this segment and that no earlier segment reaches into.
+            // Extends the guide to all buckets that start before the end of this segment and that no earlier segment reaches into.
             let buckets = ((segment.end - 1) >> shift) + 1;
             guide.resize(usize::try_from(buckets).unwrap_or_default(), index);
         }
@@ -242,7 +245,7 @@ impl<T: Clone> Segments<T> {
         self.list.last().map_or(0, |segment| segment.end)
     }
 
-    /// Returns what is at a point, and where its segment starts.
+    /// Returns the value of the segment at a point, and the start of that segment.
     fn at(&self, point: u64) -> Option<(&T, u64)> {
         let bucket = usize::try_from(point >> self.shift).ok()?;
         let (first, last) = (*self.guide.get(bucket)?, *self.guide.get(bucket + 1)?);
@@ -258,9 +261,9 @@ impl<T: Clone> Segments<T> {
 
 /// The fractional part of the golden ratio, in units of 2^-64. No other number spreads its multiples as evenly.
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
-/// The most turns times slots of a schedule, which takes up to 25 microseconds to compute for each new set.
+/// Limit on the product of turns and slots of a schedule. A schedule at this limit takes 25 microseconds to compute, for each new set.
 const MAX_STEPS: usize = 1 << 13;
-/// The most slots of a piece.
+/// Maximum number of slots in a piece.
 const PIECE: usize = 128;
 
 #[cfg(test)]
@@ -285,7 +288,7 @@ mod tests {
         (start..start + turns).map(|turn| rotation.place(turn).expect("not empty"))
     }
 
-    /// The part of some turns that each place is due.
+    /// Returns the number of turns that each slot should get.
     fn fair(weights: &[u32], turns: u64) -> Vec<f64> {
         let total: f64 = weights.iter().copied().map(f64::from).sum();
         let fair = |weight: &u32| f64::from(*weight) / total * turns as f64;
@@ -306,7 +309,7 @@ mod tests {
         prop_oneof![1..10_u32, 1..1_000_u32, 1..100_000_u32, 1..=u32::MAX]
     }
 
-    /// The most turns that a place on a line is away from its share.
+    /// Limit on the difference between the turns of a slot on a line and its share.
     const LINE: f64 = 4.0;
 
     proptest! {

@@ -1,4 +1,4 @@
-//! What calls see of the balancer: the published set, and the ways to tell the driver something.
+//! The part of the balancer that calls use: the published ready set, and the requests to the driver.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,28 +20,28 @@ use super::{Options, Published, Summary};
 use crate::address::Address;
 use crate::transport::connect::{Attempt, Connector, DialError};
 
-/// What calls see of the balancer.
+/// The state that calls share with the driver.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(super) published: ArcSwap<Published>,
-    /// Tells those that wait for a connection of every new set.
+    /// Wakes the calls that wait for a connection, after each published set.
     pub(super) changed: Notify,
-    /// Tells the driver that a call found every connection full, or has given one up.
+    /// Wakes the driver: a call waits, has given up a connection, or has reported a fault.
     pub(super) demand: Notify,
-    /// Connections that calls have given up and the driver has not taken out of the set yet.
+    /// Connections that calls have given up and that the driver has not removed from the set yet.
     pub(super) given_up: Mutex<Vec<Arc<ReadyConnection>>>,
     pub(super) waiters: Arc<Waiters>,
     pub(super) picker: Picker,
     pub(super) directory: Mutex<HashMap<Address, Arc<Endpoint>>>,
-    /// For connections that carry one call each.
+    /// Dials the connections that carry one call each.
     pub(super) connector: Arc<Connector>,
-    /// Whether a call has found a connection dead after a silence, so that others may be.
+    /// Whether a call has found a connection dead after a silence. Other connections may be dead as well.
     pub(super) silent: AtomicBool,
     /// Whether a call waits for a connection.
     pub(super) wanting: AtomicBool,
-    /// Why no calls are made any more.
+    /// Why no more calls are made.
     pub(super) ended: OnceLock<Arc<str>>,
-    /// Endpoints whose answers are not gRPC's.
+    /// Endpoints whose responses are not gRPC.
     pub(super) foreign: Mutex<Vec<Arc<Endpoint>>>,
     pub(super) started: Instant,
 }
@@ -65,15 +65,15 @@ impl Shared {
         }
     }
 
-    /// Takes a place on a `usable` connection.
+    /// Picks a `usable` connection and returns a permit on it.
     ///
-    /// The place is on a connection and not at an index: whatever is removed between the pick and the send, the call can reach no other
-    /// endpoint.
+    /// The permit refers to the connection and not to an index of the set. Whatever the driver removes between the pick and the send, the
+    /// call cannot reach a different endpoint.
     pub(crate) fn pick(&self, usable: impl Fn(&Arc<ReadyConnection>) -> bool) -> Pick<Permit> {
         self.snapshot(SCAN_LIMIT).pick(usable)
     }
 
-    /// The set as it is now. A pick that finds so many places taken does not look at more of them.
+    /// Returns the published state. If the drawn connections cannot take the call, a pick scans at most `around` slots.
     pub(crate) fn snapshot(&self, around: usize) -> Snapshot<'_> {
         Snapshot {
             picker: &self.picker,
@@ -82,12 +82,12 @@ impl Shared {
         }
     }
 
-    /// How the set of endpoints is.
+    /// Returns the summary of the published state.
     pub(crate) fn summary(&self) -> Summary {
         self.published.load().summary.clone()
     }
 
-    /// Whether no calls are made any more.
+    /// Returns whether no more calls are made.
     pub(crate) fn has_ended(&self) -> bool {
         self.ended.get().is_some()
     }
@@ -100,19 +100,21 @@ impl Shared {
         &self.waiters
     }
 
-    /// A call waits: wakes the driver, which makes one more connection to endpoints whose streams are all in use, and dials those that rest.
+    /// Wakes the driver because a call waits. The driver adds a connection to endpoints whose streams are all in use, and dials resting
+    /// connections.
     pub(crate) fn demand(&self) {
         self.wanting.store(true, Ordering::Relaxed);
         self.demand.notify_one();
     }
 
-    /// Asks the driver to check the connections that were silent for long.
+    /// Makes the driver check the connections that were silent for long.
     pub(crate) fn check_silent(&self) {
         self.silent.store(true, Ordering::Relaxed);
         self.demand.notify_one();
     }
 
-    /// An answer was not gRPC's. After a few in a row, and after one on probation, the endpoint gets no calls for a while.
+    /// Records a response that was not gRPC. After a few such responses in a row, or after a single one on probation, the endpoint gets no
+    /// calls for a while.
     #[cold]
     pub(crate) fn on_foreign(
         &self,
@@ -131,7 +133,7 @@ impl Shared {
         self.foreign.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes a connection to an endpoint for one call.
+    /// Dials a connection to an endpoint for one call.
     ///
     /// # Cancel safety
     ///
@@ -160,14 +162,14 @@ impl Shared {
         Ok(Permit::alone(&connection, metadata, trial))
     }
 
-    /// Has the driver replace a connection by a new one to the same endpoint. Calls on the old one finish. [`given_up`](Self::given_up)
-    /// contains it at once, since the driver removes it from the ready set only later.
+    /// Makes the driver replace a connection by a new one to the same endpoint. Calls on the old connection finish.
+    /// [`given_up`](Self::given_up) contains the connection at once, since the driver removes it from the ready set only later.
     pub(crate) fn give_up(&self, connection: &Arc<ReadyConnection>) {
         self.lock_given_up().push(Arc::clone(connection));
         self.demand.notify_one();
     }
 
-    /// The connections that are to be left and may be picked all the same.
+    /// Returns the connections that were given up and may still be in the ready set.
     pub(crate) fn given_up(&self) -> Vec<Arc<ReadyConnection>> {
         self.lock_given_up().clone()
     }
@@ -176,12 +178,12 @@ impl Shared {
         self.given_up.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// When the channel was made.
+    /// Returns when the channel was created.
     pub(crate) fn started(&self) -> Instant {
         self.started
     }
 
-    /// Every endpoint as it is now, sorted by address.
+    /// Returns the current status of every endpoint, sorted by address.
     pub(crate) fn endpoints(&self) -> Vec<EndpointStatus> {
         let known: Vec<_> = self.directory().values().cloned().collect();
         let mut statuses: Vec<_> = known.iter().map(|endpoint| endpoint.status()).collect();
@@ -189,9 +191,10 @@ impl Shared {
         statuses
     }
 
-    /// Calls fail for this reason from now on, and none waits.
+    /// Ends the channel: waiting calls and all later calls fail with this reason.
     pub(super) fn end(&self, why: &str, summary: &Summary) {
-        // The first reason is kept: an invalid channel sets its own before it aborts the driver.
+        // Keeps the first reason. `Balancer::end` sets the reason of an invalid channel and then aborts the driver, which calls this
+        // function again when it is dropped.
         if self.ended.set(why.into()).is_err() {
             return;
         }
@@ -206,7 +209,7 @@ impl Shared {
         self.changed.notify_waiters();
     }
 
-    /// Shows an endpoint no more.
+    /// Removes an endpoint from the reported endpoints.
     pub(super) fn forget(&self, endpoint: &Arc<Endpoint>) {
         let mut directory = self.directory();
         // The address may have been registered again, with an endpoint of its own.
@@ -219,15 +222,15 @@ impl Shared {
     }
 
     pub(super) fn directory(&self) -> MutexGuard<'_, HashMap<Address, Arc<Endpoint>>> {
-        // Nothing panics while it is held; and the data would be whole even then.
+        // No code panics while it holds this lock, and the data would be consistent even then.
         self.directory
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// One state of the set, to pick from and to judge by. Two looks may see two of them: nothing that is ready in the one and nothing that is
-/// on its way in the other.
+/// One published state, for both a pick and the decision that follows it. If the state were loaded twice, the first load could have no
+/// ready endpoint and the second load no pending endpoint, because the endpoint became ready in between.
 #[derive(Debug)]
 pub(crate) struct Snapshot<'a> {
     pub(super) picker: &'a Picker,
@@ -236,7 +239,7 @@ pub(crate) struct Snapshot<'a> {
 }
 
 impl Snapshot<'_> {
-    /// See [`Shared::pick`].
+    /// Picks as [`Shared::pick`] does.
     pub(crate) fn pick(&self, usable: impl Fn(&Arc<ReadyConnection>) -> bool) -> Pick<Permit> {
         let usable = |entry: &ReadyEntry| usable(entry.connection());
         match self.picker.pick(&self.published.ready, usable, self.around) {
@@ -252,6 +255,6 @@ impl Snapshot<'_> {
     }
 }
 
-/// Answers in a row that are not gRPC's, after which an endpoint is taken for something that is no gRPC server. One alone may be a proxy whose
-/// server restarts.
+/// Number of consecutive responses that are not gRPC, after which an endpoint no longer counts as a gRPC server. A single such response may
+/// be sent by a proxy while the server behind it restarts.
 const FOREIGN: u32 = 3;

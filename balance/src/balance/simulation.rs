@@ -1,4 +1,4 @@
-//! Simulates callers and servers on virtual time, to see which share of the calls each server gets.
+//! Simulates callers and servers in virtual time, to measure the share of the calls that each server gets.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -22,11 +22,11 @@ enum Callers {
 #[derive(Clone, Copy, Debug)]
 struct Server {
     weight: u32,
-    /// The mean time of a call to an idle server, in microseconds. Each call takes up to a fifth more or less.
+    /// The mean time of a call to an idle server, in microseconds. The time of each call is up to 20 % longer or shorter.
     micros: f64,
-    /// The part of that time which each other call in flight adds.
+    /// The time that each other call in flight adds, as a multiple of `micros`.
     queueing: f64,
-    /// The part of that time which a second without calls adds.
+    /// The time that a second without calls adds, as a multiple of `micros`.
     cold: f64,
 }
 
@@ -64,7 +64,7 @@ struct Simulation {
     set: ReadySet<Connection>,
     picker: Picker,
     rng: fastrand::Rng,
-    /// When each server has last ended a call.
+    /// When the last call of each server ended.
     ended: Vec<u64>,
     calls: Vec<u32>,
     /// The end, the server and the start of each call in flight.
@@ -96,7 +96,7 @@ impl Simulation {
         }
     }
 
-    /// Returns the share of the calls that each server gets, without the first fifth.
+    /// Returns the share of the calls that each server gets, not counting the first fifth of the calls.
     fn shares(mut self, callers: Callers) -> Vec<f64> {
         let (period, mut due, callers) = match callers {
             Callers::Paced(period) => (period, 0, 0),
@@ -170,7 +170,7 @@ impl Simulation {
         self.ended[index] = now;
     }
 
-    /// Does what the driver does.
+    /// Updates the estimates as the driver does.
     fn refresh(&self, now: u64) {
         let loads = self.connections.iter().map(|connection| &connection.load);
         let estimates = loads.clone().filter_map(|load| load.estimate());
@@ -189,7 +189,7 @@ impl Simulation {
     }
 }
 
-/// The driver's interval, in microseconds.
+/// The refresh interval of the driver, in microseconds.
 const REFRESH: u64 = 200_000;
 const CALLS: u32 = 10_000;
 
@@ -206,7 +206,7 @@ const CALLERS: [Callers; 10] = [
     Callers::Closed(64),
 ];
 
-/// Asserts that two servers get the shares of their weights, to within three points in a hundred, from all callers.
+/// Asserts that two servers get the shares of their weights, to within three percentage points, for every pattern of callers.
 fn assert_fair(policy: LbPolicy, servers: [Server; 2]) {
     let weights = servers.map(|server| f64::from(server.weight));
     let fair = weights[1] / (weights[0] + weights[1]);
@@ -233,7 +233,8 @@ fn equal_servers_share_by_weight_whatever_the_callers() {
 
 #[test]
 fn a_server_that_is_cold_because_it_is_light_keeps_its_share() {
-    // Ten times as slow after a second: at a call each 20 ms the lighter server takes about half as long again as the other one.
+    // A call after an idle second takes eleven times as long. With one call every 20 ms, a call to the server with the smaller weight takes
+    // about one and a half times as long as a call to the other.
     let cold = Server {
         cold: 10.0,
         ..EQUAL

@@ -1,4 +1,4 @@
-//! The lifecycle of one connection to an endpoint, as types: what cannot happen in a state is not there to be called.
+//! The lifecycle of one connection to an endpoint, as types: each state has only the transitions that are valid in it.
 //!
 //! ```text
 //!            connect            connected
@@ -10,8 +10,9 @@
 //!    └───────────────────────────────────────────┘ otherwise
 //! ```
 //!
-//! A connection that ends is not a server that fails. gRPC resets the backoff when a connection is ready; here a connection has to serve a
-//! call, or to last, so that a server that answers one PING and closes is not dialled in a loop.
+//! A connection that ends does not prove that its server fails. gRPC resets the backoff when a connection is ready. Here a connection must
+//! also serve a call or last for a while: otherwise a server that answers one PING and closes the connection would be dialled in a tight
+//! loop.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -23,19 +24,20 @@ use super::connect_backoff::ConnectBackoff;
 use super::health::Health;
 use super::ready_connection::{ReadyConnection, Used};
 
-/// A connection in the making, made, or to be made again.
+/// A connection in one of its states: idle, connecting, ready, resting, failing or draining.
 #[derive(Debug)]
 pub(super) struct Subchannel<S> {
     backoff: ConnectBackoff,
-    /// The waits between connections that their peer closes unused.
+    /// The backoff between connections that the peer closes unused.
     rest: ConnectBackoff,
-    /// Attempts in a row that came to no connection.
+    /// Consecutive attempts that did not yield a connection.
     failed: usize,
-    /// Consecutive connections that closed without serving a call although calls needed them, and the last of them.
+    /// Consecutive connections that were closed without serving a call although calls needed them. `last` is the use of the latest one,
+    /// since a call on it may still be answered later.
     vain: u32,
     last: Option<Arc<Used>>,
-    /// Set by a failure and cleared by a connection that works: between two attempts an endpoint that is down still counts as down, or calls
-    /// would wait for it for ever.
+    /// Set by a failure, and cleared by a connection that is ready. It stays set between two attempts: otherwise calls would wait forever
+    /// for an endpoint that is down.
     failing: bool,
     /// Whether the one immediate redial after an early loss was used.
     hasty: bool,
@@ -44,11 +46,11 @@ pub(super) struct Subchannel<S> {
     state: S,
 }
 
-/// Not dialled yet, or not again yet.
+/// Waiting to be dialled, for the first time or again.
 #[derive(Debug)]
 pub(super) struct Idle;
 
-/// Being dialled. Dropping it stops the dial.
+/// Being dialled. Dropping this state stops the dial.
 #[derive(Debug)]
 pub(super) struct Connecting {
     started: Instant,
@@ -62,39 +64,39 @@ pub(super) struct Ready {
     connection: Arc<ReadyConnection>,
     silence: Silence,
     health: Health,
-    /// The task that asks for the health, if anybody does.
+    /// The task that watches the health, if health checks are enabled.
     health_watch: Option<StopOnDrop>,
 }
 
-/// Closed by its peer in order while no call wanted it. It is dialled when a call does, or after a wait.
+/// Closed in order by the peer while no call needed the connection. It is dialled when a call needs it, or after a wait.
 #[derive(Debug)]
 pub(super) struct Resting {
     until: Instant,
 }
 
-/// Whether the peer of a connection that is there has stopped answering.
+/// Whether the peer of an open connection has stopped answering.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Silence {
     None,
-    /// Nothing was read in time.
+    /// No byte was read in time.
     Doubtful,
-    /// A PING was left unanswered.
+    /// The peer did not answer a PING.
     Stalled,
 }
 
-/// Waiting for the next attempt.
+/// Backing off before the next attempt.
 #[derive(Debug)]
 pub(super) struct TransientFailure {
     until: Instant,
 }
 
-/// Removed. It lives while calls do.
+/// Removed from the set of endpoints. This state exists until the last call on the connection ends.
 #[derive(Debug)]
 pub(super) struct Draining {
     connection: Weak<ReadyConnection>,
 }
 
-/// A task that ends with whoever holds this.
+/// Aborts a task when it is dropped.
 #[derive(Debug)]
 pub(super) struct StopOnDrop(pub(super) AbortHandle);
 
@@ -109,7 +111,7 @@ impl<S> Subchannel<S> {
         self.failing
     }
 
-    /// Attempts in a row that came to no connection.
+    /// Returns the number of consecutive attempts that did not yield a connection.
     pub(super) fn failed_attempts(&self) -> usize {
         self.failed
     }
@@ -128,7 +130,7 @@ impl<S> Subchannel<S> {
         }
     }
 
-    /// A fresh registration: what was learned of the old server does not count for the new one.
+    /// Discards all observations of earlier connections. Called for a fresh registration, and after a connection has served a call.
     fn forget(&mut self) {
         self.backoff.reset();
         self.rest.reset();
@@ -169,7 +171,7 @@ impl Subchannel<Idle> {
 }
 
 impl Subchannel<Connecting> {
-    /// With a watch on the endpoint's health it is not used before that is known.
+    /// Moves to `Ready`. With a health watch, the connection takes no calls until its health is known.
     pub(super) fn connected(
         mut self,
         connection: Arc<ReadyConnection>,
@@ -197,7 +199,7 @@ impl Subchannel<Connecting> {
     ) -> Subchannel<TransientFailure> {
         self.failing = true;
         self.failed += 1;
-        // The document counts the wait from the attempt's beginning: a dial that timed out has waited already.
+        // The backoff document measures the wait from the start of the attempt, so the time that a dial took until its timeout counts.
         let until = self.state.started + self.backoff.next(rng);
         self.become_(TransientFailure {
             until: until.max(now),
@@ -214,20 +216,20 @@ impl Subchannel<Connecting> {
 /// How a connection ended.
 #[derive(Clone, Debug)]
 pub(super) struct Ending {
-    /// Whether the peer closed it in order.
+    /// Whether the peer closed the connection in order.
     pub(super) graceful: bool,
-    /// Whether it was used, now or later: calls in flight may still be answered.
+    /// The use that calls have made of the connection. It can still change, since calls in flight may be answered later.
     pub(super) used: Arc<Used>,
 }
 
-/// What follows a connection that has ended.
+/// The state that follows the end of a connection.
 #[derive(Debug)]
 pub(super) enum Lost {
     /// Dial again at once.
     Idle(Subchannel<Idle>),
-    /// Dial when a call wants it, or after a wait.
+    /// Dial when a call needs the connection, or after a wait.
     Resting(Subchannel<Resting>),
-    /// Wait.
+    /// Back off before the next attempt.
     TransientFailure(Subchannel<TransientFailure>),
 }
 
@@ -244,7 +246,7 @@ impl Subchannel<Ready> {
         self.state.silence != Silence::None
     }
 
-    /// Returns whether that is news.
+    /// Sets the silence. Returns whether it has changed.
     pub(super) fn set_silence(&mut self, silence: Silence) -> bool {
         std::mem::replace(&mut self.state.silence, silence) != silence
     }
@@ -257,13 +259,14 @@ impl Subchannel<Ready> {
         self.state.health = health;
     }
 
-    /// Asks for the health no more, and takes the endpoint for healthy.
+    /// Ends the health watch. The connection counts as healthy from then on.
     pub(super) fn end_health_watch(&mut self) {
         self.state.health_watch = None;
         self.state.health = Health::Serving;
     }
 
-    /// Two facts are kept apart: whether the peer can be reached, which backoff is about, and whether a connection was of use.
+    /// Handles the end of the connection. Two facts are recorded separately: whether the peer can be reached, which controls the backoff,
+    /// and whether calls could use the connection.
     pub(super) fn lost(self, ending: Ending, rng: &mut fastrand::Rng, now: Instant) -> Lost {
         let started = self.state.started;
         self.ended(started, ending, rng, now)
@@ -276,7 +279,7 @@ impl Subchannel<Ready> {
 }
 
 impl<S> Subchannel<S> {
-    /// What follows a connection that was begun at `started`.
+    /// Returns the state that follows a connection whose dial started at `started`.
     fn ended(
         mut self,
         started: Instant,
@@ -292,7 +295,7 @@ impl<S> Subchannel<S> {
             self.vain = 0;
         }
         let lasted = now.saturating_duration_since(started) >= LASTING;
-        // A connection that lasted without a call was not wanted after all.
+        // If a connection lasted without a call, no call needed it.
         let wanted = ending.used.is_sent() || (self.wanted && !lasted);
         if lasted {
             self.backoff.reset();
@@ -337,7 +340,7 @@ impl Subchannel<Resting> {
         self.state.until
     }
 
-    /// The wait is over, or, if it is `wanted`, a call waits for the connection.
+    /// Ends the rest: the wait is over, or, if `wanted`, a call waits for the connection.
     pub(super) fn wake(mut self, wanted: bool) -> Subchannel<Idle> {
         self.wanted = wanted;
         self.become_(Idle)
@@ -349,12 +352,12 @@ impl Subchannel<TransientFailure> {
         self.state.until
     }
 
-    /// The wait is over. It goes on counting as failing.
+    /// Ends the backoff. The subchannel still counts as failing.
     pub(super) fn retry(self) -> Subchannel<Idle> {
         self.become_(Idle)
     }
 
-    /// The registry shows a fresh registration: no wait, and a clean record.
+    /// Skips the rest of the backoff and clears all failures, after a fresh registration.
     pub(super) fn reset(mut self) -> Subchannel<Idle> {
         self.forget();
         self.become_(Idle)
@@ -362,7 +365,7 @@ impl Subchannel<TransientFailure> {
 }
 
 impl Subchannel<Draining> {
-    /// Whether the last call has ended.
+    /// Returns whether the last call has ended.
     pub(super) fn is_drained(&self) -> bool {
         self.state.connection.strong_count() == 0
     }
@@ -370,7 +373,8 @@ impl Subchannel<Draining> {
 
 /// A connection that lived this long counts as successful even if no call used it.
 const LASTING: Duration = Duration::from_secs(1);
-/// Connections in a row that close without having served any of the calls that wanted them; then the endpoint counts as failing.
+/// Number of consecutive connections that are closed without serving any of the calls that needed them, after which the endpoint counts as
+/// failing.
 const VAIN: u32 = 5;
 
 #[cfg(test)]
@@ -420,7 +424,7 @@ mod tests {
         assert!(failed.until() < now + Duration::from_secs(2));
     }
 
-    /// A connection that was made, and has ended.
+    /// Makes a connection and ends it.
     fn lose(
         mut subchannel: Subchannel<Idle>,
         ending: Ending,
@@ -443,7 +447,7 @@ mod tests {
         Ending { graceful, used }
     }
 
-    /// An outage has grown the backoff: what ends connections in order afterwards has nothing to do with it.
+    /// Returns a subchannel with a long backoff, caused by an outage. The backoff must not affect connections that later end in order.
     fn after_an_outage(now: Instant, rng: &mut fastrand::Rng) -> Subchannel<Idle> {
         let mut subchannel = idle();
         for _ in 0..10 {
@@ -541,7 +545,7 @@ mod tests {
         let mut subchannel = resting.wake(true);
         let mut waits = Vec::new();
         for _ in 0..8 {
-            // Closed in order after five seconds without a call.
+            // The peer closes the connection in order after five seconds without a call.
             let connected = connecting(subchannel, now);
             let later = now + Duration::from_secs(5);
             let lost = connected.ended(now, ending(true, false, false), &mut rng, later);

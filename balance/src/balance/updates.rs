@@ -1,4 +1,4 @@
-//! The stream of changes, taken in batches and never trusted.
+//! The stream of changes. It is read in batches, and a panic in it is caught.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
@@ -6,23 +6,23 @@ use std::task::{Context, Poll};
 
 use tokio_stream::Stream;
 
-/// Where changes come from, and when they have told the whole set for the first time.
+/// A stream of changes, and a future that completes when the stream has yielded the whole set for the first time.
 pub(crate) struct Updates<S> {
     changes: Option<Pin<Box<S>>>,
     known: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
     settling: bool,
 }
 
-/// Changes that were there at one time.
+/// Changes that were ready at the same time.
 #[derive(Debug)]
 pub(super) struct Batch<T> {
     pub(super) changes: Vec<T>,
-    /// Whether the set is known with these.
+    /// Whether the whole set is known after these changes.
     pub(super) known: bool,
 }
 
 impl<S: Stream> Updates<S> {
-    /// Takes a stream whose set is known with its first change, or its end.
+    /// Wraps a stream. The set counts as known once the first changes were read, or when the stream ends.
     pub(crate) fn new(changes: S) -> Self {
         Self {
             changes: Some(Box::pin(changes)),
@@ -31,7 +31,7 @@ impl<S: Stream> Updates<S> {
         }
     }
 
-    /// Takes a stream whose set is known when `known` has ended and what was ready then is read.
+    /// Wraps a stream. The set counts as known once `known` has completed and the changes that were ready at that time were read.
     pub(crate) fn known_after(
         changes: S,
         known: impl Future<Output = ()> + Send + 'static,
@@ -42,17 +42,18 @@ impl<S: Stream> Updates<S> {
         }
     }
 
-    /// Waits for changes, and takes all that are there up to a bound, so that they are seen together.
+    /// Waits for changes. Returns all changes that are ready, up to a limit, so that they take effect together.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future loses nothing.
+    /// Dropping the future loses no changes.
     pub(super) async fn next(&mut self) -> Batch<S::Item> {
         std::future::poll_fn(|cx| self.poll_next(cx)).await
     }
 
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Batch<S::Item>> {
-        // Asked before the stream: what it says is known has then been handed to the stream, and is read below.
+        // Polled before the stream: when `known` completes, all changes that it covers were already sent to the stream, and they are read
+        // below.
         if let Some(known) = &mut self.known
             && known.as_mut().poll(cx).is_ready()
         {
@@ -87,20 +88,20 @@ impl<S: Stream> Updates<S> {
         })
     }
 
-    /// A stream that panics counts as ended: the driver must live on, with the set it has.
+    /// Polls the stream. A panic of the stream counts as its end: the driver must keep running with the current set.
     fn poll_change(&mut self, cx: &mut Context<'_>) -> Poll<Option<S::Item>> {
         let Some(changes) = &mut self.changes else {
             return Poll::Ready(None);
         };
         let polled = catch_unwind(AssertUnwindSafe(|| changes.as_mut().poll_next(cx)));
         polled.unwrap_or_else(|_| {
-            tracing::error!("the stream of changes has panicked; the set stays as it is");
+            tracing::error!("the stream of changes has panicked; the set no longer changes");
             Poll::Ready(None)
         })
     }
 }
 
-/// Changes taken before the driver looks at its connections again.
+/// Maximum number of changes per batch, so that the driver also handles its connections.
 const BATCH: usize = 1024;
 
 #[cfg(test)]

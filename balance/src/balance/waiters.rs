@@ -1,7 +1,7 @@
-//! Calls that wait for a free place, first come, first served.
+//! The wait queue: calls that wait for a free stream, in order of arrival.
 //!
-//! A place that becomes free is handed to a call that can use it, and is never free in between. A notification alone would not do: the call
-//! that it wakes may not be allowed to use the place, or may not find it among thousands.
+//! A stream that becomes free is handed directly to a waiter that can use it, and is not free in between. A notification alone is not
+//! enough: the call that it wakes may not be allowed to use that stream, or may not find it among thousands of connections.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -12,21 +12,22 @@ use super::permit::Permit;
 use super::ready_connection::{Queue, ReadyConnection};
 use crate::address::Address;
 
-/// Calls that wait for a free place.
+/// The wait queue of a channel.
 #[derive(Debug)]
 pub(crate) struct Waiters {
     waiting: AtomicUsize,
     limit: usize,
-    /// How many have ever joined.
+    /// How many calls have ever joined the queue.
     joined: AtomicU64,
     queue: Mutex<VecDeque<Arc<Waiter>>>,
 }
 
-/// Where a call does not go.
+/// Connections and endpoints that a call must not use.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Exclusions {
     pub(crate) connections: Vec<Arc<ReadyConnection>>,
-    /// Connections that did not answer a check when they had read so many bytes.
+    /// Connections that did not answer a check, with the number of bytes read from each at that time. A connection is usable again after it
+    /// has read more bytes.
     pub(crate) silent: Vec<(Arc<ReadyConnection>, u64)>,
     pub(crate) endpoints: Vec<Address>,
 }
@@ -53,13 +54,13 @@ struct Waiter {
 enum Handover {
     None(Option<Waker>),
     Given(Permit),
-    /// The call waits no more.
+    /// The call does not wait any more.
     Left,
 }
 
 impl Waiter {
     fn lock(&self) -> MutexGuard<'_, Handover> {
-        // Nothing panics while it is held.
+        // No code panics while it holds this lock.
         self.place.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -74,9 +75,9 @@ impl Waiters {
         }
     }
 
-    /// Joins the queue, unless it is full.
+    /// Adds a call to the queue. Returns `None` if the queue is full.
     pub(crate) fn join(self: &Arc<Self>, exclusions: Exclusions) -> Option<Waiting> {
-        // SeqCst: see `Load::acquire`. A place given up after this is handed over.
+        // SeqCst: see `Load::acquire`. A stream that is released after this line is handed to a waiter.
         let waiting = self.waiting.fetch_add(1, Ordering::SeqCst);
         if waiting >= self.limit {
             self.waiting.fetch_sub(1, Ordering::SeqCst);
@@ -99,7 +100,7 @@ impl Waiters {
         })
     }
 
-    /// How many calls wait.
+    /// Returns how many calls wait.
     pub(crate) fn waiting(&self) -> usize {
         self.waiting.load(Ordering::SeqCst)
     }
@@ -108,7 +109,7 @@ impl Waiters {
         self.limit
     }
 
-    /// Gives a place that is taken to the first call that can use it. Returns false if there is none.
+    /// Gives a stream that is already reserved to the first waiter that can use it. Returns false if there is no such waiter.
     fn hand_over(&self, connection: &Arc<ReadyConnection>) -> bool {
         let mut queue = self.lock();
         let mut index = 0;
@@ -137,7 +138,7 @@ impl Waiters {
     }
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<Arc<Waiter>>> {
-        // Nothing panics while it is held.
+        // No code panics while it holds this lock.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -149,7 +150,7 @@ impl Queue for Waiters {
             return;
         }
         connection.load().release();
-        // A call that has joined since has looked for a place before this one was free.
+        // A call that joined after the first load has looked for a stream before this one was free.
         if self.waiting() > 0 && self.joined.load(Ordering::SeqCst) != joined {
             self.offer(connection);
         }
@@ -165,7 +166,7 @@ impl Queue for Waiters {
                 continue;
             }
             connection.load().release();
-            // A call that joined in between may have found this place taken.
+            // A call that joined in between may have looked while this stream was reserved.
             if self.joined.load(Ordering::SeqCst) == joined {
                 return;
             }
@@ -173,7 +174,7 @@ impl Queue for Waiters {
     }
 }
 
-/// A call in the queue, until dropped. A place that it was given and has not taken goes to the next.
+/// A call in the wait queue. Dropping it removes the call from the queue, and hands on a permit that the call was given but has not taken.
 #[derive(Debug)]
 pub(crate) struct Waiting {
     waiters: Arc<Waiters>,
@@ -181,7 +182,7 @@ pub(crate) struct Waiting {
 }
 
 impl Waiting {
-    /// Waits for a place.
+    /// Waits for a permit.
     ///
     /// # Cancel safety
     ///
@@ -210,11 +211,11 @@ impl Waiting {
 impl Drop for Waiting {
     fn drop(&mut self) {
         self.waiters.waiting.fetch_sub(1, Ordering::SeqCst);
-        // The ticket is dropped after the lock: its place goes to the next in the queue.
+        // The permit is dropped after the lock is released. Its stream is then handed to the next waiter.
         let place = std::mem::replace(&mut *self.waiter.lock(), Handover::Left);
         drop(place);
     }
 }
 
-/// Entries of calls that have left, which are kept before the queue is cleared of them.
+/// Number of entries of calls that do not wait any more, beyond one for each waiting call, above which the queue is cleaned up.
 const SPARE: usize = 64;

@@ -1,16 +1,18 @@
-//! Zone preference: what each zone's endpoints weigh for a caller in one of them. Pure.
+//! Zone preference: computes a factor for the weights of each zone, for callers in one of the zones. Performs no I/O.
 //!
-//! If callers are spread evenly over the zones, each zone's callers are `1 / zones` of the demand, and each zone's endpoints can take their
-//! part of all weights. A zone whose part is at least its demand serves its callers alone. A smaller one serves as many as it can take; the
-//! rest goes to the zones that have room to spare, in proportion to that room. So every endpoint gets what its weight says and no more, in
-//! small zones as well, and as few calls as possible leave their zone.
+//! The assumption is that callers are spread evenly over the zones. The callers of each zone then make `1 / zones` of all calls, its
+//! demand, and the endpoints of each zone can take their part of all weights. If the part of a zone is at least its demand, the zone serves
+//! all its own callers. A smaller zone serves as many of them as it can take. The remaining calls are sent to zones with spare capacity, in
+//! proportion to that capacity. So no endpoint gets more calls than its share by weight, even in a small zone, and as few calls as possible
+//! leave their zone.
 
 use std::collections::BTreeMap;
 
-/// What the endpoints of each zone that can take calls weigh together. Those without a zone are in one of their own, with no name.
+/// A value for each zone, such as the sum of the weights of its endpoints that can take calls. Endpoints without a zone share a zone with
+/// an empty name.
 pub(super) type Zones<T> = BTreeMap<Box<str>, T>;
 
-/// What a weight in each zone is multiplied with, from 1 to [`WHOLE`], for callers in the zone `own`.
+/// Returns the factor for the weights of each zone, from 1 to [`WHOLE`], for callers in the zone `own`.
 pub(super) fn factors(own: &str, weights: &Zones<u64>) -> Zones<u32> {
     #[expect(clippy::cast_precision_loss, reason = "a part needs no more digits")]
     let float = |weight: u64| weight as f64;
@@ -20,13 +22,13 @@ pub(super) fn factors(own: &str, weights: &Zones<u64>) -> Zones<u32> {
     let part = |weight: &u64| float(*weight) / total;
     let local = weights.get(own).map_or(0.0, part);
     if local <= 0.0 {
-        // Nobody is near, so everybody is as far.
+        // No endpoint is in the zone of the caller, so all zones count the same.
         return weights.keys().map(|zone| (zone.clone(), WHOLE)).collect();
     }
     let kept = (local / demand).min(1.0);
     let room = |weight: &u64| (part(weight) - demand).max(0.0);
     let rooms: f64 = weights.values().map(room).sum();
-    // Calls for each unit of weight.
+    // Calls per unit of weight.
     let density = |zone: &str, weight: &u64| {
         if zone == own {
             kept / local
@@ -53,7 +55,8 @@ pub(super) fn factors(own: &str, weights: &Zones<u64>) -> Zones<u32> {
         .collect()
 }
 
-/// The factor of the zone that is used most. The least is a thousandth of it: an endpoint elsewhere is never quite unknown.
+/// The factor of the zone that is used most. The smallest factor is a thousandth of it, so that the latency of an endpoint in another zone
+/// is never quite unknown.
 pub(super) const WHOLE: u32 = 1_000;
 
 #[cfg(test)]
@@ -84,9 +87,10 @@ mod tests {
 
     #[test]
     fn a_small_zone_spills_over_to_those_with_room() {
-        // A third of the calls for an eleventh of the weight: 3 of 11 stay, and the rest is shared by the two large zones.
+        // The demand is a third of the calls, and the zone has an eleventh of the weight: 3 of 11 calls stay, and the two large zones share
+        // the rest.
         assert_eq!(of("0", &[2, 10, 10]), [WHOLE, 267, 267]);
-        // The other small one has enough of its own.
+        // The other small zone has no spare capacity.
         assert_eq!(of("0", &[2, 2, 18]), [WHOLE, 1, 296]);
     }
 
@@ -98,7 +102,7 @@ mod tests {
     }
 
     proptest! {
-        /// With callers spread evenly, nobody gets more than its part by weight, however small its zone is.
+        /// If callers are spread evenly, no zone gets more than its share by weight, however small a zone is.
         #[test]
         fn no_zone_is_overloaded(weights in proptest::collection::vec(1..100_u32, 2..6)) {
             let weights: Vec<_> = weights.into_iter().map(u64::from).collect();
@@ -114,7 +118,7 @@ mod tests {
             }
             for (zone, load) in load.iter().enumerate() {
                 let fair = weights[zone] as f64 / total;
-                // A fifth for the least factor, which adds up where one zone is a hundred times another.
+                // The tolerance of a fifth is for the smallest factor, which adds up where one zone is a hundred times as large as another.
                 prop_assert!(*load <= fair * 1.2 + 0.001, "{weights:?}: {load} of {fair}");
             }
         }

@@ -1,4 +1,4 @@
-//! What a caller gets of a response: the response, or the error that its head carries.
+//! The result of a call for its caller: the response, or the error in its head.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::balance::{AnswerFault, Permit};
 use crate::transport::deadline::Deadline;
 use crate::transport::response_body::Incoming;
 
-/// Makes the caller's response, or its error, of the response that has come in.
+/// Converts a received response to the caller's response or error.
 pub(super) fn answer(
     core: Arc<Core>,
     call: &mut Call,
@@ -37,7 +37,7 @@ pub(super) fn answer(
     }
     let served_by = ServedBy(permit.endpoint().address().clone());
     let (mut parts, incoming) = response.into_parts();
-    // The request's extensions are of no use any more, but their memory is.
+    // The request's extensions are no longer needed. Their allocation is reused for the response.
     std::mem::swap(&mut parts.extensions, call.extensions_mut());
     parts.extensions.clear();
     parts.extensions.insert(served_by);
@@ -45,7 +45,7 @@ pub(super) fn answer(
     Ok(Response::from_parts(parts, body))
 }
 
-/// The status of a call whose response is an error that its head carries, or is not gRPC's.
+/// Returns the status of a call whose response head carries an error or is not gRPC.
 #[cold]
 pub(super) fn failed(
     core: &Core,
@@ -71,7 +71,8 @@ pub(super) fn failed(
         .unwrap_or_else(|| status::unfinished(&core.service, address))
 }
 
-/// Counts a response's head for or against its endpoint, once, whether the caller gets it or another attempt follows.
+/// Records a response head as a success or a failure of its endpoint. It counts once, whether the caller gets the response or another
+/// attempt follows.
 pub(super) fn record_head<T>(
     core: &Core,
     response: &Response<T>,

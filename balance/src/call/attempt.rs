@@ -14,24 +14,25 @@ use crate::transport::exchange::Exchange;
 use crate::transport::http2::OpenError;
 use crate::transport::request_body::{Outgoing, Recall};
 
-/// A request on its way.
+/// A request that was sent, with its permit.
 pub(super) struct Attempt {
     pub(super) exchange: Exchange,
     pub(super) permit: Permit,
     pub(super) kept: KeptBody,
 }
 
-/// Which try of a call this is.
+/// The position of an attempt in its call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Try {
-    /// At once: the timeout in the headers is what is left of the deadline.
+    /// The first send, without a wait before it: the timeout in the headers still equals the remaining time.
     First,
-    /// After a wait or another try. Attempts that the server may have seen came before it.
+    /// A send after a wait or after another send: the timeout in the headers is rewritten. `previous` counts the earlier attempts that the
+    /// server may have received.
     Later { previous: u32 },
 }
 
 impl Attempt {
-    /// Sends the request on the connection that was picked. Between the pick and this nothing is awaited.
+    /// Sends the request on the picked connection. The callers do not await between the last check of the connection and this function.
     pub(super) fn start(
         core: &Core,
         call: &mut Call,
@@ -79,7 +80,7 @@ impl Attempt {
     }
 }
 
-/// A request that a connection did not take.
+/// A request that a connection did not accept.
 pub(super) struct Unsent {
     permit: Permit,
     body: Outgoing,
@@ -87,7 +88,8 @@ pub(super) struct Unsent {
 }
 
 impl Unsent {
-    /// The body for another try, which is not to go to this connection.
+    /// Returns the body for another send, and excludes this connection from later picks. Fails if the request is malformed, because every
+    /// connection would reject it.
     pub(super) fn into_retry(self, core: &Core, history: &mut History) -> Result<Outgoing, Status> {
         match self.error {
             OpenError::Malformed(error) => Err(status::malformed(&core.service, error)),
@@ -99,6 +101,6 @@ impl Unsent {
     }
 }
 
-/// "Exposed Retry Metadata" in gRPC's retry design (A6).
+/// "Exposed Retry Metadata" in gRPC's retry design (gRFC A6).
 pub(super) const PREVIOUS_ATTEMPTS: HeaderName = HeaderName::from_static(PREVIOUS_ATTEMPTS_KEY);
 pub(super) const PREVIOUS_ATTEMPTS_KEY: &str = "grpc-previous-rpc-attempts";

@@ -1,4 +1,4 @@
-//! Where a call has failed, for whoever reads its error.
+//! The failed attempts of a call, for its error message.
 
 use std::fmt::Write;
 use std::sync::Arc;
@@ -8,13 +8,13 @@ use tonic::{Code, Status};
 
 use crate::address::Address;
 
-/// The attempts of a call that have failed.
+/// The failed attempts of a call.
 #[derive(Debug, Default)]
 pub(super) struct AttemptLog(Vec<Entry>);
 
 #[derive(Debug)]
 struct Entry {
-    /// None if there was no endpoint to send it to.
+    /// `None` if no endpoint was available.
     address: Option<Address>,
     code: Code,
 }
@@ -24,7 +24,8 @@ impl AttemptLog {
         self.0.push(Entry { address, code });
     }
 
-    /// The list of attempts, and why there is none more. None if there is nothing to be said: one attempt, and no reason.
+    /// Returns the list of attempts, with the reason why no further attempt was made. Returns `None` if the call made one attempt and there
+    /// is no reason.
     fn list(&self, why: Option<&str>) -> Option<String> {
         if self.0.len() < 2 && why.is_none() {
             return None;
@@ -33,7 +34,7 @@ impl AttemptLog {
         let mut text = format!(" ({} attempt{plural}: ", self.0.len());
         for (index, Entry { address, code }) in self.0.iter().enumerate() {
             let comma = if index == 0 { "" } else { ", " };
-            // Writing to a string cannot fail.
+            // A write to a string cannot fail.
             let _ = match address {
                 Some(address) => write!(text, "{comma}{address} {code:?}"),
                 None => write!(text, "{comma}no endpoint {code:?}"),
@@ -43,12 +44,12 @@ impl AttemptLog {
         Some(text)
     }
 
-    /// The status of a call that is given up.
+    /// Returns the final status of a failed call. The list of attempts is appended to the message of `last`.
     pub(super) fn into_status(self, last: Status, why: Option<&str>) -> Status {
         let Some(attempts) = self.list(why) else {
             return last;
         };
-        // The server's details and metadata stay.
+        // Keeps the details and metadata that the server sent.
         let mut status = Status::with_details_and_metadata(
             last.code(),
             format!("{}{attempts}", last.message()),

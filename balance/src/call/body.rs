@@ -21,7 +21,7 @@ use crate::transport::response_body::{Broken, Incoming};
 pin_project! {
     /// The body of a response. Dropping it before its end cancels the call at the server.
     ///
-    /// It holds the call's deadline and its place in the endpoint's load until it ends.
+    /// Until its end, it enforces the call's deadline and counts as a call in flight on its endpoint.
     #[derive(Default)]
     pub struct ResponseBody {
         stream: Option<Stream>,
@@ -30,18 +30,18 @@ pin_project! {
     }
 }
 
-/// A response under way.
+/// A response that has not ended.
 struct Stream {
     incoming: Incoming,
     permit: Permit,
     core: Arc<Core>,
     deadline: Option<Deadline>,
-    /// The head has carried the gRPC status already.
+    /// Whether the head carried the gRPC status.
     trailers_only: bool,
 }
 
 impl ResponseBody {
-    /// With `status_in_head` no trailers have to follow.
+    /// Creates the body of a response. With `status_in_head`, trailers are optional.
     pub(super) fn new(
         incoming: Incoming,
         status_in_head: bool,
@@ -49,9 +49,10 @@ impl ResponseBody {
         core: Arc<Core>,
         deadline: Option<Deadline>,
     ) -> Self {
-        // A gRPC response that does not end with its head has its status in its trailers; h2's lock is taken only for the others.
+        // Without a status in the head, trailers must follow, so the response has not ended. `is_complete` takes h2's lock and is called
+        // only for the other responses.
         let ended = status_in_head && incoming.is_complete();
-        // A response that is all head is over and leaves the endpoint's load here.
+        // The permit of a response that has already ended is dropped here.
         let stream = (!ended).then_some(Stream {
             incoming,
             permit,
@@ -82,7 +83,7 @@ impl Body for ResponseBody {
         let overdue = match (&outcome, stream.deadline) {
             (Poll::Pending, None) => return Poll::Pending,
             (Poll::Pending, Some(deadline)) => {
-                // Armed only now: most responses are here in one piece.
+                // Created only if a read is pending: most responses are received completely before the first read.
                 if this.timer.is_none() {
                     let timer = tokio::time::sleep_until(deadline.at());
                     this.timer.set(Some(timer));
@@ -93,7 +94,8 @@ impl Body for ResponseBody {
                 }
                 Some(deadline)
             }
-            // A server that ignores the deadline may send faster than its client reads, so that there is never a wait for the timer.
+            // A server that ignores the deadline may send faster than the client reads. Then no read is pending, and the timer is never
+            // polled.
             (Poll::Ready(Some(Ok(frame))), Some(deadline)) if frame.is_data() => {
                 Some(deadline).filter(|deadline| Instant::now() >= deadline.at())
             }
@@ -151,7 +153,8 @@ impl Stream {
         }
     }
 
-    /// The status of a response that the server has cancelled, if it is the deadline that has done it.
+    /// Returns the status of a response that the server cancelled because of the deadline. Returns `None` if the deadline was not the
+    /// cause.
     fn overdue(&mut self, now: Instant) -> Option<Status> {
         let deadline = self
             .deadline
@@ -161,12 +164,12 @@ impl Stream {
         Some(status::overdue_at(&self.core, deadline, READING, endpoint))
     }
 
-    /// The end of the stream of frames, after trailers or without them.
+    /// Handles the end of a response without a gRPC status in trailers. Returns an error unless the head carried the status.
     fn end(&mut self) -> Option<Status> {
         if self.trailers_only {
             return None;
         }
-        // A response that is cut off is not a success because what there is of it can be read.
+        // A truncated response is not a success, even if all received frames are valid.
         let endpoint = self.permit.endpoint();
         let shared = self.core.shared();
         shared.on_foreign(endpoint, AnswerFault::Unfinished, || {
@@ -177,7 +180,7 @@ impl Stream {
         Some(unfinished)
     }
 
-    /// Judges trailers: returns them, or the error that they carry.
+    /// Checks the trailers. Returns them, or the error that they carry.
     fn check_trailers(&mut self, trailers: Frame<Bytes>) -> Result<Frame<Bytes>, Status> {
         let Some(headers) = trailers.trailers_ref() else {
             return Ok(trailers);

@@ -1,4 +1,4 @@
-//! The state that all clones of a channel, and its calls, share.
+//! The state that all clones of a channel and all its calls share.
 
 use std::sync::Arc;
 use std::task::Context;
@@ -14,26 +14,26 @@ use super::retry::{HedgingPolicy, RetryPolicy};
 use crate::balance::{Balancer, Shared};
 use crate::transport::response_body::Incoming;
 
-/// What all clones of a channel, and its calls, share.
+/// The state that all clones of a channel and all its calls share.
 pub(crate) struct Core {
     pub(crate) balancer: Balancer,
-    /// For messages.
+    /// The service's name in messages.
     pub(crate) service: String,
     pub(crate) user_agent: HeaderValue,
     pub(crate) scheme: Scheme,
-    /// In place of an endpoint's own.
+    /// Replaces the authority of endpoints.
     pub(crate) authority: Option<Authority>,
-    /// The deadline of a call that names none, and the header that says so.
+    /// The timeout of calls that set none, with the value of its `grpc-timeout` header.
     pub(crate) timeout: Option<(Duration, HeaderValue)>,
     pub(crate) wait_for_ready: bool,
     pub(crate) startup_timeout: Duration,
-    /// Why a call fails when the startup timeout has passed and no set of endpoints is known.
+    /// The error message of a call if the startup timeout has passed and the set of endpoints is unknown.
     pub(crate) unknown: &'static str,
-    /// Whether the channel's tasks share one thread with its callers, and so do not run while the callers do not wait.
+    /// Whether the channel's tasks share one thread with the callers. The tasks then run only while the callers wait.
     pub(crate) is_single_threaded: bool,
-    /// None without a policy, which is then all that it costs.
+    /// `None` if no policy is set. A channel without policies pays only for this check.
     pub(crate) method_config: Option<Box<MethodConfig>>,
-    /// What ails the source of endpoints, if anything.
+    /// Returns the current failure of the source of endpoints, if any.
     pub(crate) trouble: Option<Box<dyn Fn() -> Option<String> + Send + Sync>>,
 }
 
@@ -42,7 +42,7 @@ impl Core {
         self.balancer.shared()
     }
 
-    /// Where a call to an endpoint is addressed to. A request with an authority of its own keeps it unless the channel has one.
+    /// Returns the URI of a call to an endpoint. Its authority is that of the channel, else that of the request, else that of the endpoint.
     pub(crate) fn uri(&self, request: &Uri, endpoint: &Authority) -> Option<Uri> {
         let authority = self.authority.as_ref().or(request.authority());
         let mut parts = http::uri::Parts::default();
@@ -52,17 +52,17 @@ impl Core {
         Uri::from_parts(parts).ok()
     }
 
-    /// The policy by which a call is retried.
+    /// Returns the retry policy of a call, if any.
     pub(super) fn retry(&self, call: &Call) -> Option<&RetryPolicy> {
         self.method_config.as_ref()?.retry(call.path())
     }
 
-    /// The policy by which a call is hedged.
+    /// Returns the hedging policy of a call, if any.
     pub(super) fn hedging(&self, call: &Call) -> Option<&HedgingPolicy> {
         self.method_config.as_ref()?.hedging(call.path())
     }
 
-    /// Whether a response is the caller's as it is; else a policy has a say in it, or the rest of it is to be waited for.
+    /// Returns whether the response can be handed to the caller now: it is neither retryable nor still being buffered.
     pub(super) fn is_final(
         &self,
         call: &Call,
@@ -80,7 +80,7 @@ impl Core {
         kept.is_pumped() || (response.poll_ahead(cx).is_ready() && !response.is_broken())
     }
 
-    /// A call went well.
+    /// Records a successful call.
     pub(crate) fn on_success(&self) {
         if let Some(method_config) = &self.method_config {
             method_config.on_success();

@@ -1,10 +1,10 @@
-//! What a call carries besides its headers.
+//! Extensions of requests and responses.
 
 use crate::address::Address;
 
-/// A request extension: whether this call waits for an endpoint where it would fail at once, whatever the channel's default.
+/// A request extension: sets whether the call waits for an endpoint instead of failing at once. It overrides the default of the channel.
 ///
-/// The deadline still holds; without one, the call may wait for ever.
+/// The deadline of the call still applies. Without a deadline, the call may wait forever.
 ///
 /// ```
 /// use tonic_balance::WaitForReady;
@@ -16,14 +16,14 @@ use crate::address::Address;
 pub struct WaitForReady(pub(super) bool);
 
 impl WaitForReady {
-    /// Waits, or does not.
+    /// Creates the extension. With `true` the call waits; with `false` it fails at once.
     #[must_use]
     pub const fn new(wait: bool) -> Self {
         Self(wait)
     }
 }
 
-/// A response extension: the endpoint that has served the call.
+/// A response extension: the endpoint that served the call.
 ///
 /// ```
 /// use tonic_balance::ServedBy;
@@ -38,7 +38,7 @@ impl WaitForReady {
 pub struct ServedBy(pub(super) Address);
 
 impl ServedBy {
-    /// The endpoint's address.
+    /// Returns the endpoint's address.
     #[must_use]
     pub fn address(&self) -> &Address {
         &self.0

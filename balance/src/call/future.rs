@@ -1,5 +1,5 @@
-//! The future of one call. The usual case, an endpoint that is ready and an answer to the first attempt, is polled here without a task, a
-//! lock or a box. All other cases continue in `retry_loop` or `hedging`.
+//! The future of one call. The common path is polled here without a task, a lock or a box: an endpoint is ready, and the first attempt gets
+//! a final response. All other cases continue in `retry_loop` or `hedging`.
 
 use std::fmt;
 use std::pin::Pin;
@@ -30,10 +30,10 @@ use crate::transport::deadline::{self, Deadline, GRPC_TIMEOUT};
 use crate::transport::request_body::Outgoing;
 
 pin_project! {
-    /// The future of a call's response. Dropping it cancels the call at the server.
+    /// The future of a call's response. Dropping it cancels the call on the server.
     #[must_use = "a call is not made before its future is polled"]
     pub struct ResponseFuture {
-        // Both are there until the call leaves the usual way or ends.
+        // `core` and `call` are `Some` until the call leaves the common path or ends.
         core: Option<Arc<Core>>,
         call: Option<Call>,
         state: State,
@@ -43,13 +43,13 @@ pin_project! {
     }
 }
 
-/// How far the call is.
+/// The state of a call.
 enum State {
-    /// Not sent.
+    /// The call was not sent.
     New(Body),
-    /// Sent for the first time.
+    /// The first attempt was sent.
     Sent(Attempt),
-    /// Anything but the usual way.
+    /// The call has left the common path.
     Retry(Arc<Core>, Retrying),
     Done,
 }
@@ -85,7 +85,7 @@ impl ResponseFuture {
 }
 
 impl ResponseFuture {
-    /// A call that has a route leaves the usual way at once.
+    /// Creates the future of a call with a [`Routing`]. Such a call never takes the common path.
     pub(crate) fn by(core: Arc<Core>, request: Request<Body>, routing: Routing) -> Self {
         let mut this = Self::new(core, request);
         let state = std::mem::replace(&mut this.state, State::Done);
@@ -97,7 +97,7 @@ impl ResponseFuture {
             let shared = Arc::clone(&core);
             let retrying = async move {
                 let mut body = Some(body);
-                // It is asked once, and never waits: a body that is not there yet is pumped.
+                // Polled once, and never pending: a task of its own sends a body that is not available yet.
                 let gathered = std::future::poll_fn(|cx| {
                     Poll::Ready(Outgoing::gather(body.take().unwrap_or_default(), cx))
                 });
@@ -131,7 +131,7 @@ impl Future for ResponseFuture {
         if timer.is_none_or(|timer| timer.poll(cx).is_pending()) {
             return Poll::Pending;
         }
-        // The attempt goes with the state, which resets the stream.
+        // The attempt is dropped with the old state, which resets the stream.
         let status = match (std::mem::replace(this.state, State::Done), this.core.take()) {
             (State::Retry(core, _), _) => {
                 status::overdue(&core, deadline, "waiting for an endpoint")
@@ -196,7 +196,7 @@ impl State {
         }
     }
 
-    /// The first try, if an endpoint is ready.
+    /// Sends the first attempt if an endpoint is ready.
     fn send(
         core: &mut Option<Arc<Core>>,
         call: &mut Option<Call>,
@@ -212,7 +212,7 @@ impl State {
         }
         if let Some(policy) = channel.hedging(request)
             && !matches!(body, Outgoing::Stream { .. })
-            // Copies of a call that ends the connections it is sent on would end several.
+            // A call with large metadata may end its connection. Hedges would end several connections.
             && request.metadata_size() <= TRUSTED_METADATA
         {
             let policy = policy.clone();
@@ -225,7 +225,7 @@ impl State {
         }
         let mut history = History::default();
         let (body, place) = match channel.shared().pick(|_| true) {
-            // The place is kept: a second pick would take a second turn.
+            // Keeps the permit: a second pick would take a second turn in the round robin.
             Pick::Taken(permit) if !is_unquestioned(channel, request, &permit, now) => {
                 (body, Some(permit))
             }

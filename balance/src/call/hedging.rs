@@ -1,4 +1,4 @@
-//! Hedging: copies of a call at several endpoints at once, and the first answer that is worth having.
+//! Hedging: several attempts of a call at once, on different endpoints. The first usable response ends the call.
 
 use std::sync::Arc;
 use std::task::Poll;
@@ -26,7 +26,7 @@ use crate::transport::deadline::Deadline;
 use crate::transport::request_body::Outgoing;
 use crate::transport::response_body::Incoming;
 
-/// Makes a call that is hedged: its body is one message, or none.
+/// Starts a hedged call. Its body is one message or empty.
 pub(super) fn hedge(
     core: Arc<Core>,
     call: Call,
@@ -54,15 +54,15 @@ struct Hedging {
     body: KeptBody,
     policy: HedgingPolicy,
     history: History,
-    /// Copies that wait for their answer. Dropping them resets their streams and gives up their places.
+    /// Attempts without a response. Dropping an attempt resets its stream and releases its permit.
     flights: Vec<Attempt>,
-    /// Copies sent; those that were refused do not count.
+    /// The number of attempts sent, without those that were refused.
     sent: u32,
-    /// When another copy is due, if there is to be one.
+    /// When the next hedge is due, if any.
     next: Option<Instant>,
-    /// A server has asked for no more copies.
+    /// Whether further hedges are forbidden: by a server, or because the call may end its connections.
     is_called_off: bool,
-    /// The failure to end with if nothing better comes.
+    /// The failure that ends the call if no other attempt succeeds.
     last: Option<Outcome>,
 }
 
@@ -95,7 +95,7 @@ impl Hedging {
         }
     }
 
-    /// A place for the only copy, which waits for an endpoint as any call does.
+    /// Waits for a permit while no attempt is in flight, like any other call.
     async fn first_place(&mut self) -> Result<Result<Permit, Status>, Deadline> {
         let Conclusion { core, call, .. } = &self.conclusion;
         let placed = place(core, call, None, &mut self.history);
@@ -103,7 +103,7 @@ impl Hedging {
         Ok(placed.map_err(PickError::into_status))
     }
 
-    /// Sends a copy. False if the connection did not take it.
+    /// Sends one attempt. Returns false if the connection did not accept it.
     fn send(&mut self, permit: Permit) -> Result<bool, Status> {
         let body = self.body.body().unwrap_or(Outgoing::Empty);
         let which = Try::Later {
@@ -131,7 +131,7 @@ impl Hedging {
         }
     }
 
-    /// Sends a copy to an endpoint that has had none, if there is one. If there is none, nobody waits for it.
+    /// Sends a hedge to an endpoint that the call has not used. Does nothing if no such endpoint is ready: a hedge does not wait.
     fn send_another(&mut self) -> Result<(), Status> {
         self.next = None;
         while self.may_send() {
@@ -140,8 +140,9 @@ impl Hedging {
                 break;
             };
             drop(snapshot);
-            // A copy is not worth a connection of its own. A silent connection is not checked either: the copy is the check, the others are in
-            // flight beside it, and a channel that calls seldom has no other connections.
+            // A hedge with large metadata is not sent: it does not justify a connection of its own. A silent connection is used without a
+            // check. The hedge itself is the check, other attempts are in flight meanwhile, and a channel with few calls may have no other
+            // connections.
             if !is_harmless(&self.conclusion.call, &permit) {
                 break;
             }
@@ -156,30 +157,32 @@ impl Hedging {
     fn may_send(&self) -> bool {
         let method_config = self.conclusion.core.method_config.as_deref();
         let suffices = method_config.is_some_and(|method_config| method_config.tokens().suffices());
-        // Copies of a call that its connections are lost for would be lost as well, with the calls beside them.
+        // A call that lost a connection may be the cause of the loss. A hedge could then cost another connection, with the other calls on
+        // it.
         let is_innocent = !self.history.has_lost();
         suffices && is_innocent && !self.is_called_off && self.sent < self.policy.attempt_limit()
     }
 
-    /// Another copy is due after this wait, if there is to be one.
+    /// Schedules the next hedge after this wait, if another hedge is allowed.
     fn schedule(&mut self, wait: Duration) {
         let next = Instant::now().checked_add(wait);
         self.next = next.filter(|_| self.may_send());
     }
 
-    /// A copy is over, or its response begins: the call's outcome, if that is what it is.
+    /// Handles an attempt that failed or whose response head was received. Returns the outcome of the call if this attempt decides it.
     async fn land(&mut self, (attempt, head): Landed) -> Option<Outcome> {
         let outcome = match head {
             Ok(head) => Ok(Answered { attempt, head }),
             Err(error) => match self.recover(attempt, error).await {
                 Ok(_) if self.history.is_suspect() => {
-                    // Copies of a call that its peers end connections for would cost one connection each.
+                    // A peer ended a connection with an error while this call was on it. Each hedge could cost one more connection.
                     self.is_called_off = true;
                     let status = Status::unavailable("the call may be what ended its connection");
                     Err(Failed::for_good(status))
                 }
                 Ok(_) => {
-                    // Certainly not processed, so it goes elsewhere at once and does not count.
+                    // The server certainly did not process the call. It is sent to another endpoint at once, and this attempt does not
+                    // count.
                     self.sent -= 1;
                     self.schedule(Duration::ZERO);
                     return None;
@@ -200,7 +203,7 @@ impl Hedging {
         recover(core, call, attempt, error, &mut self.history, *deadline).await
     }
 
-    /// Ends with this outcome, or keeps it in case that nothing better comes.
+    /// Returns the outcome if it ends the call. Otherwise keeps it, in case no other attempt succeeds.
     fn weigh(&mut self, mut outcome: Outcome) -> Option<Outcome> {
         let Some((code, pushback)) = self.conclusion.note(&outcome) else {
             return Some(outcome);
@@ -240,7 +243,7 @@ impl Hedging {
         self.conclusion.finish(outcome, previous, None)
     }
 
-    /// The deadline has passed. Whatever has not answered is named, and asked whether it is there at all.
+    /// Ends the call after its deadline. Logs each attempt without a response, and has its connection checked with a PING.
     fn overdue(mut self, late: Deadline, doing: &str) -> Result<Response<ResponseBody>, Status> {
         for attempt in &mut self.flights {
             attempt.permit.on_overdue(Instant::now());
@@ -254,10 +257,10 @@ impl Hedging {
     }
 }
 
-/// How a copy has ended, or how its response begins.
+/// An attempt with its response head, or with the error that ended it.
 type Landed = (Attempt, Result<Response<Incoming>, h2::Error>);
 
-/// Waits for a copy to land. None if another one is due before that.
+/// Waits until an attempt fails or its response head is received. Returns `None` if the next hedge is due before that.
 async fn event(flights: &mut Vec<Attempt>, next: Option<Instant>) -> Option<Landed> {
     let head = std::future::poll_fn(|cx| {
         for (index, attempt) in flights.iter_mut().enumerate() {

@@ -1,4 +1,4 @@
-//! Where a call has been, and where it goes next.
+//! The endpoints and connections that a call has used, and the rules for its next pick.
 
 use std::sync::Arc;
 
@@ -10,40 +10,42 @@ use super::status;
 use crate::address::Address;
 use crate::balance::{Endpoint, Exclusions, Permit, Pick, ReadyConnection, Snapshot, Summary};
 
-/// Where a call has been: without being processed in this attempt, and at all in earlier ones.
+/// The history of a call: the endpoints and connections that did not process it in this attempt, and the endpoints of earlier attempts.
 #[derive(Default)]
 pub(super) struct History {
     endpoints: Vec<Arc<Endpoint>>,
     connections: Vec<Arc<ReadyConnection>>,
-    /// Connections that did not answer a check, and how many bytes their peer had sent before it. They are of use again once it sends more.
+    /// Connections that did not answer a check, with the number of bytes that were read from the peer before the check. A connection is
+    /// used again once more bytes are read from it.
     silent: Vec<(Arc<ReadyConnection>, u64)>,
-    /// Silent connections that the call may use after all, because no other was made in time.
+    /// Silent connections that the call may use, because no other connection was made in time.
     trusted: Vec<Arc<ReadyConnection>>,
     last: Option<Failure>,
-    /// Why the call got no connection of its own.
+    /// The status of the call if no connection of its own could be made.
     undialled: Option<Status>,
-    /// Connections that ended in order with the call still unprocessed.
+    /// The number of connections that their peer closed in order before it processed the call.
     goaways: usize,
-    /// Connections that were lost with the call on them, in all attempts.
+    /// The number of connections that were lost with the call on them, in all attempts.
     lost: usize,
-    /// Whether a peer has ended a connection with an error while the call was on it.
+    /// Whether a peer ended a connection with an error while the call was on it.
     blamed: bool,
-    /// Whether a connection that carried the call alone was lost.
+    /// Whether a connection was lost that carried only this call.
     alone: bool,
-    /// Endpoints of attempts before this one, or beside it, the latest last. They are used again only where no other is ready.
+    /// Endpoints of earlier attempts, of concurrent attempts, or from the [`Routing`], the latest last. They are used only if no other
+    /// endpoint is ready.
     avoided: Vec<Address>,
-    /// Where the call goes is told to whoever asked for it.
+    /// Reports the connection of the call to its caller.
     route: Option<Routing>,
 }
 
-/// How a try ended.
+/// The failure of one send.
 struct Failure {
     address: Address,
     error: h2::Error,
 }
 
 impl History {
-    /// For a call with wishes of its own.
+    /// Creates the history of a call with a [`Routing`].
     pub(super) fn by(route: Routing, given_up: Vec<Arc<ReadyConnection>>) -> Self {
         Self {
             connections: given_up,
@@ -53,14 +55,14 @@ impl History {
         }
     }
 
-    /// The call goes there now.
+    /// Records the connection that the call was sent on, for its [`Routing`].
     pub(super) fn on_placed(&self, permit: &Permit) {
         if let Some(route) = &self.route {
             route.set_connection(permit.connection());
         }
     }
 
-    /// Notes a connection that took no more streams when the call came: nothing against its endpoint.
+    /// Records a connection that accepted no more streams when the call was sent. This is not held against its endpoint.
     pub(super) fn add_gone(&mut self, permit: &Permit, error: h2::Error) {
         self.connections.push(Arc::clone(permit.connection()));
         self.last = Some(Failure {
@@ -69,17 +71,17 @@ impl History {
         });
     }
 
-    /// Notes a connection that did not answer a check before the call was sent on it.
+    /// Records a connection that did not answer a check before the call was sent on it.
     pub(super) fn add_silent(&mut self, permit: &Permit, bytes: u64) {
         self.silent.push((Arc::clone(permit.connection()), bytes));
     }
 
-    /// Whether connections are left out because they did not answer a check.
+    /// Returns whether connections are excluded because they did not answer a check.
     pub(super) fn has_silent(&self) -> bool {
         !self.silent.is_empty()
     }
 
-    /// Allows the silent connections again, without another check: no other connection was made in time.
+    /// Allows the silent connections without another check, because no other connection was made in time.
     pub(super) fn trust_silent(&mut self) {
         let silent = self.silent.drain(..).map(|(connection, _)| connection);
         self.trusted.extend(silent);
@@ -90,53 +92,53 @@ impl History {
         trusted.any(|connection| Arc::ptr_eq(connection, permit.connection()))
     }
 
-    /// Notes an endpoint to which no connection could be made for this call.
+    /// Records an endpoint to which no connection could be made for this call.
     pub(super) fn add_undialled(&mut self, endpoint: &Arc<Endpoint>, status: Status) {
         self.endpoints.push(Arc::clone(endpoint));
         self.undialled = Some(status);
     }
 
-    /// Notes a connection that its peer has closed in order before it processed the call: nothing against its endpoint either.
+    /// Records a connection that its peer closed in order before it processed the call. This is not held against its endpoint either.
     pub(super) fn add_closed(&mut self, permit: &Permit, error: h2::Error) {
         self.goaways += 1;
         self.add_gone(permit, error);
     }
 
-    /// Notes an endpoint that has refused the call after it was sent.
+    /// Records an endpoint that refused the call after it was sent.
     pub(super) fn add_refused(&mut self, permit: &Permit, error: h2::Error) {
         self.endpoints.push(Arc::clone(permit.endpoint()));
         self.add_gone(permit, error);
     }
 
-    /// Notes that a connection was lost with the call on it. With `blamed`, its peer has ended it because of what was sent on it; if it
-    /// carried the call `alone`, that was this call.
+    /// Records that a connection was lost with the call on it. `blamed`: the peer ended the connection because of a call on it. `alone`:
+    /// this call was the only one on it, so it is the cause.
     pub(super) fn on_connection_lost(&mut self, blamed: bool, alone: bool) {
         self.lost += 1;
         self.blamed |= blamed;
         self.alone |= alone;
     }
 
-    /// Whether a connection was lost with the call on it, so that no copy of it is sent besides.
+    /// Returns whether a connection was lost with the call on it. No further hedge is then sent.
     pub(super) fn has_lost(&self) -> bool {
         self.lost > 0
     }
 
-    /// Returns whether this call may have caused the end of its connection. From then on it is sent on connections of its own.
+    /// Returns whether this call may have caused the end of its connection. It is then sent only on connections of its own.
     pub(super) fn is_suspect(&self) -> bool {
         self.blamed
     }
 
-    /// Returns whether the call has to be taken for the cause of what happened to its connections. It is sent to no other.
+    /// Returns whether this call is treated as the cause of its lost connections. It is then not sent again.
     pub(super) fn is_to_blame(&self) -> bool {
         self.alone || self.lost >= LOST
     }
 
-    /// Notes an endpoint that is to be used for another attempt only where no other is ready.
+    /// Records an endpoint that another attempt uses only if no other endpoint is ready.
     pub(super) fn avoid(&mut self, endpoint: &Endpoint) {
         self.avoided.push(endpoint.address().clone());
     }
 
-    /// Begins another attempt. What has refused the last one is not forgotten, but not ruled out any more.
+    /// Starts another attempt. Endpoints that refused the last attempt are avoided, but no longer excluded.
     pub(super) fn next_attempt(&mut self, failed: Option<&Arc<Endpoint>>) {
         let refused = std::mem::take(&mut self.endpoints);
         let left = refused.iter().chain(failed);
@@ -152,7 +154,8 @@ impl History {
         self.endpoints.len() > REPLAYS || self.goaways > GOAWAYS
     }
 
-    /// Where the call does not go if it is given a place; with `fresh`, only where it was in no attempt yet.
+    /// Returns the connections and endpoints that must not be handed to the waiting call. With `fresh`, these include all endpoints of
+    /// earlier attempts.
     pub(super) fn exclusions(&self, fresh: bool) -> Exclusions {
         let endpoints = self.endpoints.iter();
         let mut endpoints: Vec<_> = endpoints
@@ -168,18 +171,19 @@ impl History {
         }
     }
 
-    /// Whether there are endpoints that the call uses only where no other can be had.
+    /// Returns whether the call avoids endpoints, and uses them only if no other endpoint is available.
     pub(super) fn avoids(&self) -> bool {
         !self.avoided.is_empty()
     }
 
-    /// Whether the connection that was tried last stays in the ready set, so that waiting for the next set is in vain.
+    /// Returns whether the last failure leaves its connection in the ready set, so that a wait for the next ready set would not help.
     pub(super) fn is_refusal_final(&self) -> bool {
         let is_reset = |last: &Failure| last.error.is_reset();
         self.undialled.is_some() || self.last.as_ref().is_some_and(is_reset)
     }
 
-    /// Picks a place. With `fresh`, a full endpoint that the call has not been to is waited for in place of one where it has failed.
+    /// Picks a connection. With `fresh`, the result is `Full` if an endpoint that the call has not used is full, so that the call waits for
+    /// it instead of using an endpoint where it failed.
     pub(super) fn pick(&self, snapshot: &Snapshot<'_>, fresh: bool) -> Pick<Permit> {
         let mut is_full = false;
         if !self.avoided.is_empty() {
@@ -202,9 +206,8 @@ impl History {
             endpoints, pending, ..
         } = *snapshot.summary();
         let picked = match snapshot.pick(|connection| self.is_open(connection)) {
-            // Where every endpoint has been tried, but for those that cannot be reached, another connection to one of them is another server
-            // more often than not.
-            // An endpoint that could not be dialled for this call has no other connection.
+            // Every reachable endpoint was tried. Another connection to an endpoint often leads to another server, so untried connections
+            // of tried endpoints are allowed. An endpoint that could not be dialled for this call has no other connection.
             Pick::Excluded
                 if self.undialled.is_none()
                     && (self.endpoints.len() >= endpoints || pending == 0) =>
@@ -219,7 +222,7 @@ impl History {
         }
     }
 
-    /// Picks an endpoint that the call has not been to in any attempt.
+    /// Picks an endpoint that the call has not used in any attempt.
     pub(super) fn pick_new(&self, snapshot: &Snapshot<'_>) -> Pick<Permit> {
         let avoided = |connection: &Arc<ReadyConnection>| {
             self.avoided.contains(connection.endpoint().address())
@@ -227,7 +230,7 @@ impl History {
         snapshot.pick(|connection| self.is_open(connection) && !avoided(connection))
     }
 
-    /// Whether neither the connection nor its endpoint was tried in this attempt.
+    /// Returns whether neither the connection nor its endpoint was tried in this attempt.
     fn is_open(&self, connection: &Arc<ReadyConnection>) -> bool {
         self.is_untried(connection)
             && !self
@@ -244,7 +247,7 @@ impl History {
         !self.connections.iter().any(is_it) && !self.silent.iter().any(is_silent)
     }
 
-    /// The status of a call that has nowhere to go. Taken once.
+    /// Returns the status of a call that no endpoint can take. Clears the recorded failure.
     pub(super) fn take_status(&mut self, core: &Core, summary: &Summary, why: &str) -> Status {
         if let Some(status) = self.undialled.take() {
             return status;
@@ -258,15 +261,16 @@ impl History {
     }
 }
 
-/// Whether a connection is to this endpoint, or to one of the same address that has been registered anew.
+/// Returns whether a connection has the address of this endpoint. After a new registration the connection may belong to another `Endpoint`
+/// object.
 fn is_at(endpoint: &Endpoint, connection: &ReadyConnection) -> bool {
     endpoint.address() == connection.endpoint().address()
 }
 
-/// How often a call is sent again at most after refusals.
+/// The limit on transparent retries after refusals.
 const REPLAYS: usize = 3;
-/// How often it is sent again after connections that were closed in order: a server that ends each of its connections after one call leaves
-/// all others on it to be sent again.
+/// The limit on transparent retries after connections that their peer closed in order. A server that closes each connection after one call
+/// forces all other calls on it to be sent again.
 const GOAWAYS: usize = 64;
-/// Connections lost with a call on them after which it is sent to no other.
+/// The number of connections lost with a call on them after which the call is not sent again.
 const LOST: usize = 2;

@@ -1,4 +1,4 @@
-//! Queues a pick: waits for an endpoint, or for a free stream on one.
+//! The queued pick: waits for an endpoint, or for a free stream on an endpoint.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,33 +11,34 @@ use super::history::History;
 use super::status;
 use crate::balance::{Permit, Pick, SCAN_LIMIT, Summary};
 
-/// Waits for a place on a connection that was not tried, as long as there is reason to.
+/// Waits for a permit on a connection that the call has not tried. Fails if no such connection can be expected.
 pub(super) async fn queue_pick(
     core: &Core,
     history: &mut History,
     wait_for_ready: bool,
 ) -> Result<Permit, Status> {
-    // Yields now and then: a caller that retries failing calls in a tight loop would otherwise starve the driver, whose connection it
-    // waits for.
+    // Yields to the scheduler when the task's budget is used up. A caller that retries failing calls in a tight loop would otherwise starve
+    // the driver that it waits for.
     tokio::task::coop::consume_budget().await;
     let shared = core.shared();
     if history.is_exhausted() {
         return Err(history.take_status(core, &shared.summary(), "refused"));
     }
     let mut waiting = None;
-    // An endpoint where the call has failed is not used while another one is only full, for a moment.
+    // For a short time, the call waits for a full endpoint rather than use an endpoint where it failed.
     let mut fresh_until = history.avoids().then(|| Instant::now() + PREFERENCE);
     let now = Instant::now();
-    // A connection that is only doubtful is better than none, and a second one was dialled when the doubt arose.
+    // A silent connection is better than none. The driver has dialled a second connection since the check failed.
     let mut silent_until = history.has_silent().then(|| now + DISTRUST);
     loop {
-        // Registered before the look, so that nothing that happens after it is missed.
+        // Registers before it loads the snapshot, so that no later change is missed.
         let changed = shared.changed().notified();
         tokio::pin!(changed);
         changed.as_mut().enable();
         let until = {
-            // A place that became free before this call has joined the queue may be anywhere. Few calls look at all of them, many at some of
-            // them each; places that become free later are handed over.
+            // A stream that became free before this call joined the queue is not handed over: the call must find it in the ready set. The
+            // scan limit is divided among the waiting calls, so a few calls scan all slots each, and many calls scan a part each. A stream
+            // that becomes free later is handed over.
             let around = if waiting.is_some() {
                 LOOKS / shared.waiters().waiting().max(1)
             } else {
@@ -57,13 +58,14 @@ pub(super) async fn queue_pick(
                 Next::Wait(until) => until,
             }
         };
-        // For a further connection where all are full, and for one that rests until a call wants it.
+        // Wakes the driver. If all streams are in use, it makes one more connection. It also dials connections that rest until a call needs
+        // them.
         shared.demand();
         let Some(place) = &waiting else {
             let waiters = shared.waiters();
             let joined = waiters.join(history.exclusions(fresh_until.is_some()));
             waiting = Some(joined.ok_or_else(|| status::crowded(core, waiters.limit()))?);
-            // A place that becomes free from now on is handed over; what became free before, the next look finds.
+            // A stream that becomes free from now on is handed over. The next iteration finds a stream that became free before.
             continue;
         };
         tokio::select! {
@@ -84,7 +86,7 @@ pub(super) async fn queue_pick(
     }
 }
 
-/// Waits until a call would find an endpoint.
+/// Waits until a call could pick an endpoint.
 pub(crate) async fn ready(core: &Core) -> Result<(), Status> {
     let shared = core.shared();
     let give_up = Instant::now() + core.startup_timeout;
@@ -115,9 +117,9 @@ pub(crate) async fn ready(core: &Core) -> Result<(), Status> {
     }
 }
 
-/// What a call without a connection does next.
+/// The next step of a call without a connection.
 enum Next {
-    /// It waits for a change, or until this time, and looks again.
+    /// The call waits for a change or until this time, then picks again.
     Wait(Option<Instant>),
     Fail(Arc<str>),
 }
@@ -127,7 +129,7 @@ impl Next {
         Self::Fail(why.into())
     }
 
-    /// The case that nothing is ready.
+    /// Returns the next step if no endpoint is ready.
     fn without_ready(core: &Core, summary: &Summary, wait_for_ready: bool) -> Self {
         let bound = core.shared().started() + core.startup_timeout;
         match summary {
@@ -142,14 +144,14 @@ impl Next {
                 ..
             } => Self::fail(core.unknown),
             Summary { endpoints: 0, .. } => Self::fail("nothing is registered"),
-            // A connection may be there any moment, or the attempt's timeout will tell.
+            // A dial is in progress. It ends with a connection or with its timeout.
             Summary { pending: 1.., .. } => Self::Wait(None),
             _ => Self::fail("no endpoint can be reached"),
         }
     }
 }
 
-/// Waits until then, or for ever.
+/// Waits until this time, or forever if it is `None`.
 pub(super) async fn sleep_until(until: Option<Instant>) {
     match until {
         Some(until) => tokio::time::sleep_until(until).await,
@@ -157,10 +159,10 @@ pub(super) async fn sleep_until(until: Option<Instant>) {
     }
 }
 
-/// Places that all waiting calls together look at when a set is published: some milliseconds of work.
+/// The number of slots that all waiting calls together scan when a ready set is published: some milliseconds of work.
 const LOOKS: usize = 200_000;
-/// How long a retry waits for a place where it has not failed yet. About the time that a call takes.
+/// How long a retry waits for a free stream on an endpoint where it has not failed. About the duration of a call.
 const PREFERENCE: Duration = Duration::from_millis(50);
-/// How long a call waits for another connection than one that did not answer its check. About the time that TCP takes to repeat its first
-/// packet (RFC 6298, section 2), so that a dial that lost one still wins.
+/// How long a call waits for another connection after its connection did not answer a check. About the time after which TCP repeats its
+/// first packet (RFC 6298, section 2), so that a dial whose first packet was lost still succeeds in time.
 const DISTRUST: Duration = Duration::from_secs(1);

@@ -1,4 +1,4 @@
-//! Before a call is sent on the connection that was picked: is the path to the peer still there, and may the call end the connection?
+//! The checks before a call is sent on the picked connection: does the peer still respond, and could the call end the connection?
 
 use std::sync::Arc;
 
@@ -11,29 +11,29 @@ use super::request::Call;
 use super::status;
 use crate::balance::Permit;
 
-/// Whether a call can be sent on a connection as it is: the connection was not silent for long, and nothing about the call is unusual.
+/// Returns whether the call can be sent without a check: the connection was not silent for long, and the metadata is small.
 pub(super) fn is_unquestioned(core: &Core, call: &Call, permit: &Permit, now: Instant) -> bool {
     is_harmless(call, permit) && !permit.is_doubtful(now, core.is_single_threaded)
 }
 
-/// Whether the call's metadata is too small to end the connection.
+/// Returns whether the call's metadata is too small to end the connection.
 pub(super) fn is_harmless(call: &Call, permit: &Permit) -> bool {
     let metadata = call.metadata_size();
     metadata == 0
         || (metadata <= TRUSTED_METADATA && metadata <= permit.http2().max_header_list() as usize)
 }
 
-/// What became of a place before the call was sent.
+/// The result of [`prepare`].
 pub(super) enum Prepared {
-    /// Send the call there.
+    /// The call can be sent with this permit.
     Ready(Permit),
-    /// Pick another one. The connection is not to be picked again.
+    /// The call must pick again. The history excludes the connection if it is unfit.
     Unfit,
 }
 
 /// Checks the picked connection, or replaces it with a private one if the call could end it.
 ///
-/// Nothing was sent on the connection yet, so whatever is found here costs the call a moment and nothing else.
+/// The call was not sent yet, so a failed check only delays it.
 pub(super) async fn prepare(
     core: &Core,
     call: &Call,
@@ -53,8 +53,8 @@ pub(super) async fn prepare(
         return Ok(alone(core, metadata, permit, history).await);
     }
     if core.is_single_threaded {
-        // The tasks that read connections and drive the channel have their turn: in a program that drives its runtime only while it makes a
-        // call, they have not run since the last one.
+        // Lets the tasks run that read connections and drive the channel. In a program that drives its runtime only during a call, these
+        // tasks have not run since the last call.
         tokio::task::yield_now().await;
         tokio::task::yield_now().await;
     }
@@ -63,7 +63,7 @@ pub(super) async fn prepare(
         && let Err(bytes) = permit.check().await
     {
         let address = permit.endpoint().address();
-        tracing::debug!(%address, "a connection does not answer after a silence: picking another");
+        tracing::debug!(%address, "the connection did not answer a check after a silence: picking another connection");
         core.shared().check_silent();
         history.add_silent(&permit, bytes);
         return Ok(Prepared::Unfit);
@@ -71,20 +71,20 @@ pub(super) async fn prepare(
     Ok(Prepared::Ready(permit))
 }
 
-/// Gives a call a connection of its own, so that no other call is lost with it.
+/// Makes a connection for this call alone, so that no other call is lost with it.
 ///
-/// Peers that announce no limit on metadata (nginx, haproxy) end the whole connection when a call exceeds it; the same call over a shared
-/// connection would cost all calls on it. A size that the endpoint has accepted once needs no such care again.
+/// Peers that announce no limit on metadata (nginx, haproxy) end the whole connection when the metadata of a call exceeds their limit. On a
+/// shared connection, all calls would fail. Once the endpoint has accepted a size, calls up to that size use shared connections.
 async fn alone(core: &Core, metadata: usize, permit: Permit, history: &mut History) -> Prepared {
-    // Its place on the shared connection is not needed any more.
+    // The permit on the shared connection is not needed any more.
     let endpoint = Arc::clone(permit.endpoint());
     drop(permit);
     let trial = endpoint.trial().await;
     if !history.is_suspect() && metadata <= endpoint.largest_metadata() {
-        // Another call has shown meanwhile that the endpoint accepts it.
+        // Another call has meanwhile shown that the endpoint accepts this size.
         return Prepared::Unfit;
     }
-    // Boxed: the future of a handshake is large, and every call that waits would be.
+    // Boxed, because the future of a handshake is large and would enlarge the future of every queued call.
     let dialled = Box::pin(core.shared().dial_alone(&endpoint, metadata, trial));
     match dialled.await {
         Ok(alone) => Prepared::Ready(alone),
@@ -96,6 +96,6 @@ async fn alone(core: &Core, metadata: usize, permit: Permit, history: &mut Histo
     }
 }
 
-/// Up to this size, in bytes, metadata is sent like any other. It is the limit of grpc-java's servers and of nginx's buffer for a header;
-/// what is larger has ended connections of nginx from 14 kB, of haproxy from 16.5 kB and of tonic from 60 kB on.
+/// The size in bytes up to which metadata is sent without a precaution. It is the limit of grpc-java's servers and the size of nginx's
+/// header buffer. Larger metadata made nginx end connections from 14 kB on, haproxy from 16.5 kB, and tonic from 60 kB.
 pub(super) const TRUSTED_METADATA: usize = 8 << 10;

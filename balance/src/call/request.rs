@@ -1,4 +1,4 @@
-//! The part of a request that is kept until its call ends, so that it can be sent again.
+//! The part of a request that is kept until its call ends, so that the request can be sent again.
 
 use bytes::Bytes;
 use http::{Extensions, Method, Uri};
@@ -6,7 +6,7 @@ use http::{Extensions, Method, Uri};
 use super::request_headers::Headers;
 use crate::transport::request_body::Outgoing;
 
-/// What is kept of a request for sending it, and for sending it again.
+/// The kept part of a request, without its body.
 pub(super) struct Call {
     pub(super) method: Method,
     pub(super) uri: Uri,
@@ -16,7 +16,7 @@ pub(super) struct Call {
 }
 
 impl Call {
-    /// The method's path.
+    /// Returns the path of the method.
     pub(super) fn path(&self) -> &str {
         self.uri.path()
     }
@@ -25,7 +25,7 @@ impl Call {
         &mut self.extensions
     }
 
-    /// The size of the header list in bytes, as peers count it; 0 for a call without metadata.
+    /// Returns the size of the header list in bytes, as peers count it, or 0 for a call without metadata.
     pub(super) fn metadata_size(&self) -> usize {
         match self.headers.size() {
             0 => 0,
@@ -34,11 +34,11 @@ impl Call {
     }
 }
 
-/// What is left of a body after it was sent.
+/// The kept part of a body after it was sent.
 pub(super) enum KeptBody {
     Empty,
     Single(Bytes),
-    /// In the hands of its pump.
+    /// The body is owned by its pump, the task that sends it.
     Pumped,
 }
 
@@ -55,7 +55,7 @@ impl KeptBody {
         matches!(self, Self::Pumped)
     }
 
-    /// The body again, unless its pump has it.
+    /// Returns the body for another send; `None` if its pump owns it.
     pub(super) fn body(&self) -> Option<Outgoing> {
         match self {
             Self::Empty => Some(Outgoing::Empty),
@@ -65,5 +65,5 @@ impl KeptBody {
     }
 }
 
-/// The length of an IPv4 address and its port: the authority itself is the endpoint's.
+/// An estimate of the authority's length: an IPv4 address with its port. The authority itself depends on the endpoint.
 const AUTHORITY: usize = 21;

@@ -1,4 +1,4 @@
-//! The headers of a request, for sending it and for sending it again.
+//! The headers of a request, for each time that it is sent.
 
 use http::header::{
     CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HOST, TE, TRANSFER_ENCODING, UPGRADE, USER_AGENT,
@@ -7,34 +7,36 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::transport::deadline::GRPC_TIMEOUT;
 
-/// Headers that are given away with each try and are there for the next.
+/// Request headers that are moved out for each send and can be restored.
 ///
-/// h2 takes the headers, so that a second try needs a copy. But the headers of most calls are known, and a copy of them that is hardly ever
-/// needed is two allocations: without it a call costs 4 % less CPU.
+/// h2 takes ownership of the headers, so another send needs a copy. For most calls the headers are known and can be rebuilt. A copy would
+/// be two allocations that are hardly ever used: without it a call costs 4 % less CPU.
 #[derive(Debug)]
 pub(super) struct Headers {
-    /// Empty once they were given away without a copy.
+    /// Empty after the headers were moved out without a copy.
     map: HeaderMap,
-    /// They are those that every call has, and are written anew for another try.
+    /// Whether these are the headers that every call has. Such headers are rebuilt for another send.
     plain: bool,
-    /// The size that a peer's `SETTINGS_MAX_HEADER_LIST_SIZE` limits, in bytes; 0 for plain headers, which no limit in use refuses.
+    /// The size in bytes to which a peer's `SETTINGS_MAX_HEADER_LIST_SIZE` applies; 0 for plain headers, which are below every limit in
+    /// use.
     size: usize,
 }
 
 impl Headers {
-    /// Takes a call's headers, without those that HTTP/2 forbids. With a `deadline`, another try writes the timeout anew.
+    /// Takes a call's headers and removes those that HTTP/2 forbids. With `deadline`, another send writes the timeout again, so
+    /// `grpc-timeout` is not kept.
     pub(super) fn new(mut map: HeaderMap, user_agent: &HeaderValue, deadline: bool) -> Self {
         let plain = is_plain(&map, user_agent, deadline);
         let size = if plain { 0 } else { clean(&mut map) };
         Self { map, plain, size }
     }
 
-    /// The size of the header list in bytes as RFC 9113 counts it, or 0 if it is that of a call without metadata.
+    /// Returns the size of the header list in bytes as RFC 9113 counts it, or 0 for a call without metadata.
     pub(super) fn size(&self) -> usize {
         self.size
     }
 
-    /// The headers for a try.
+    /// Returns the headers for one send.
     pub(super) fn take(&mut self, user_agent: &HeaderValue) -> HeaderMap {
         if !self.plain {
             return self.map.clone();
@@ -46,7 +48,7 @@ impl Headers {
     }
 }
 
-/// Whether headers are those that tonic and the channel give to every call, and no others.
+/// Returns whether the headers are exactly those that tonic and the channel add to every call.
 fn is_plain(headers: &HeaderMap, user_agent: &HeaderValue, deadline: bool) -> bool {
     let is_known = |(name, value): (&HeaderName, &HeaderValue)| match *name {
         TE => value == TRAILERS,
@@ -55,15 +57,15 @@ fn is_plain(headers: &HeaderMap, user_agent: &HeaderValue, deadline: bool) -> bo
         _ => deadline && *name == GRPC_TIMEOUT,
     };
     headers.len() == 3 + usize::from(deadline)
-        // A name may be there twice, and another not at all.
+        // Equal counts rule out that one name occurs twice and another is missing.
         && headers.keys_len() == headers.len()
         && headers.iter().all(is_known)
 }
 
-/// Removes what a client must not send over HTTP/2, and returns the size of the list.
+/// Removes the headers that a client must not send over HTTP/2. Returns the size of the header list.
 ///
-/// Gateways copy the headers of their own callers into metadata. Those that belong to one connection or one message make the request
-/// malformed (RFC 9113, section 8.2.2): h2 refuses them, and servers may take them for an error of the whole connection.
+/// Gateways copy the headers of their own callers into metadata. Headers that belong to one connection or one message make the request
+/// malformed (RFC 9113, section 8.2.2): h2 rejects it, and servers may treat it as an error of the whole connection.
 fn clean(headers: &mut HeaderMap) -> usize {
     let mut size = PSEUDO_HEADERS;
     let mut unclean = false;
@@ -83,7 +85,7 @@ fn clean(headers: &mut HeaderMap) -> usize {
 
 #[cold]
 fn remove_forbidden(headers: &mut HeaderMap) {
-    // RFC 9110, section 7.6.1: it names further headers of the connection.
+    // The `connection` header names further headers of the connection (RFC 9110, section 7.6.1).
     let named: Vec<HeaderName> = headers
         .get_all(CONNECTION)
         .iter()
@@ -92,7 +94,7 @@ fn remove_forbidden(headers: &mut HeaderMap) {
         .filter_map(|name| name.trim().parse().ok())
         .collect();
     for name in named {
-        // What every call needs stays, whatever a copied header names.
+        // Keeps the headers that every call needs, even if a copied `connection` header names them.
         if ![TE, CONTENT_TYPE, USER_AGENT].contains(&name) && !name.as_str().starts_with("grpc-") {
             headers.remove(name);
         }
@@ -108,7 +110,7 @@ fn remove_forbidden(headers: &mut HeaderMap) {
     }
 }
 
-/// The headers that every call has.
+/// Returns the headers that every call has.
 fn plain(user_agent: &HeaderValue) -> HeaderMap {
     let mut headers = HeaderMap::with_capacity(4);
     headers.insert(TE, HeaderValue::from_static(TRAILERS));
@@ -117,7 +119,7 @@ fn plain(user_agent: &HeaderValue) -> HeaderMap {
     headers
 }
 
-/// Names the client, after whatever the caller calls itself.
+/// Appends the channel's user agent to the caller's user agent, if any.
 pub(super) fn set_user_agent(ours: &HeaderValue, headers: &mut HeaderMap) {
     if let Some(theirs) = headers.insert(USER_AGENT, ours.clone()) {
         let both = [theirs.as_bytes(), b" ", ours.as_bytes()].concat();
@@ -130,11 +132,12 @@ pub(super) fn set_user_agent(ours: &HeaderValue, headers: &mut HeaderMap) {
 /// The headers of every gRPC call over HTTP/2.
 const TRAILERS: &str = "trailers";
 const GRPC: &str = "application/grpc";
-/// Headers of one connection that have no constant in `http`.
+/// Headers of a connection that have no constant in `http`.
 const FORBIDDEN: [&str; 3] = ["keep-alive", "proxy-connection", "http2-settings"];
-/// RFC 9113, section 6.5.2: each field counts this much more than its name and value.
+/// The size that each field adds to the length of its name and value (RFC 9113, section 6.5.2).
 const FIELD_OVERHEAD: usize = 32;
-/// `:method: POST`, `:scheme: https`, and the names of `:authority` and `:path`, whose values the call knows.
+/// The size of `:method: POST` and `:scheme: https`, and of the names `:authority` and `:path`. The call adds the sizes of the last two
+/// values.
 const PSEUDO_HEADERS: usize = 4 * FIELD_OVERHEAD + 11 + 12 + 10 + 5;
 
 #[cfg(test)]

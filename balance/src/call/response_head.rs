@@ -1,4 +1,4 @@
-//! What a response's head proves: a gRPC server's answer, or another server's.
+//! The classification of a response head: from a gRPC server, or from another server.
 
 use std::fmt;
 
@@ -6,20 +6,20 @@ use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
 use tonic::Code;
 
-/// What a response's head is.
+/// The kind of a response head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Head {
-    /// A gRPC server's, with the status if it is all there is of the response.
+    /// The head of a gRPC response, with the status if the head is the whole response.
     Grpc(Option<Code>),
-    /// Another server's, with gRPC's code for its HTTP status.
+    /// The head of another server's response, with gRPC's code for its HTTP status.
     Foreign(Code),
 }
 
 impl Head {
-    /// Classifies a response. A proxy's error page is not a success because it came fast.
+    /// Classifies a response. Without this, the error page of a proxy would count as a fast success.
     pub(super) fn of<T>(response: &Response<T>) -> Self {
         let (mut code, mut is_grpc) = (None, false);
-        // A few headers: one pass costs less than two look-ups, each of which hashes its name.
+        // One pass over the few headers costs less than two look-ups, because each look-up hashes its name.
         for (name, value) in response.headers() {
             if *name == CONTENT_TYPE {
                 let kind = value.as_bytes().get(..GRPC.len());
@@ -28,7 +28,7 @@ impl Head {
                 code = Some(Code::from_bytes(value.as_bytes()));
             }
         }
-        // A gRPC status is proof enough: some servers send an error without a content-type.
+        // A gRPC status suffices: some servers send an error without a content-type.
         if code.is_some() || (is_grpc && response.status() == StatusCode::OK) {
             Self::Grpc(code)
         } else {
@@ -36,7 +36,7 @@ impl Head {
         }
     }
 
-    /// The failure that the head carries, if it is all there is of the response. A response that has begun well is never one.
+    /// Returns the failure that the head carries. The head of a response that continues is not a failure.
     pub(super) fn failure(self) -> Option<Code> {
         match self {
             Self::Grpc(code) => code.filter(|code| *code != Code::Ok),
@@ -45,12 +45,12 @@ impl Head {
     }
 }
 
-/// The failure that a response's head carries, if it is all there is of the response.
+/// Returns the failure that a response's head carries, if any.
 pub(super) fn failure<T>(response: &Response<T>) -> Option<Code> {
     Head::of(response).failure()
 }
 
-/// The table of gRPC's `http-grpc-status-mapping.md`.
+/// Maps an HTTP status to a gRPC code, as in gRPC's `http-grpc-status-mapping.md`.
 fn from_http(status: StatusCode) -> Code {
     match status {
         StatusCode::BAD_REQUEST => Code::Internal,
@@ -65,7 +65,7 @@ fn from_http(status: StatusCode) -> Code {
     }
 }
 
-/// A response that no gRPC server has sent.
+/// The description of a response that is not gRPC.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Foreign {
     http: StatusCode,
@@ -95,22 +95,22 @@ impl fmt::Display for Foreign {
         let http = self.http.as_u16();
         write!(f, "the response is not gRPC: HTTP status {http}")?;
         match &self.content_type {
-            // Debug: it escapes what a terminal would obey.
+            // `Debug` escapes characters that a terminal would interpret.
             Some(content_type) => write!(f, ", content-type {content_type:?}"),
             None => f.write_str(" without a content-type"),
         }
     }
 }
 
-/// The status that trailers carry.
+/// Returns the gRPC status in headers or trailers, if any.
 pub(super) fn code(headers: &HeaderMap) -> Option<Code> {
     let code = headers.get(GRPC_STATUS)?;
     Some(Code::from_bytes(code.as_bytes()))
 }
 
-/// Carried by a response's head only if there are no trailers.
+/// The header of the gRPC status. A response head contains it only if no trailers follow.
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
-/// The beginning of the content types that gRPC servers answer with.
+/// The common prefix of the content types in gRPC responses.
 const GRPC: &[u8] = b"application/grpc";
 
 #[cfg(test)]

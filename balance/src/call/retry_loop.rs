@@ -1,4 +1,4 @@
-//! The attempts of a call, one after the other.
+//! The attempts of a call, in sequence.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ use crate::transport::response_body::Incoming;
 pub(super) type Retrying =
     Pin<Box<dyn Future<Output = Result<Response<ResponseBody>, Status>> + Send>>;
 
-/// Goes on after the first try has failed before its response's head, or with a head that a policy may not leave at that.
+/// Continues after the first attempt: it failed before its response head, or the retry policy may cover its response.
 pub(super) fn after_first(
     core: Arc<Core>,
     call: Call,
@@ -52,7 +52,7 @@ pub(super) fn after_first(
     })
 }
 
-/// Makes a call that has not been sent, or was refused. It may have a `place` already.
+/// Runs a call that was not sent, or that was refused. `place` is a permit that the call already has.
 pub(super) async fn run(
     core: Arc<Core>,
     call: Call,
@@ -66,7 +66,7 @@ pub(super) async fn run(
     attempts.run_attempts(outcome).await
 }
 
-/// What one attempt came to.
+/// The result of one attempt.
 pub(super) type Outcome = Result<Answered, Failed>;
 
 /// A call that may take several attempts.
@@ -85,7 +85,7 @@ impl Attempts {
         }
     }
 
-    /// Makes attempts until one is the last.
+    /// Makes attempts until no further attempt follows.
     async fn run_attempts(
         mut self,
         mut outcome: Outcome,
@@ -128,7 +128,7 @@ impl Attempts {
         send(core, call, sending, &mut self.history).await
     }
 
-    /// Notes a failure, and says what is to be done about it.
+    /// Records a failure and decides what follows.
     fn decide(&mut self, outcome: &Outcome) -> Decision {
         let Some((code, pushback)) = self.conclusion.note(outcome) else {
             return Decision::GiveUp(None);
@@ -150,7 +150,7 @@ impl Attempts {
         decision
     }
 
-    /// After an attempt that is not the last: its place is given up, and its endpoint avoided.
+    /// Ends an attempt that is not the last: records its outcome, releases its permit and avoids its endpoint.
     fn leave(&mut self, outcome: Outcome) {
         let endpoint = match outcome {
             Ok(Answered { attempt, head }) => {
@@ -169,7 +169,7 @@ impl Attempts {
     }
 }
 
-/// The body for another attempt.
+/// Returns the body for another attempt, if it is available.
 async fn take_body(outcome: &mut Outcome) -> Result<Option<Outgoing>, Status> {
     match outcome {
         Ok(answered) => answered.take_body().await,
@@ -177,7 +177,7 @@ async fn take_body(outcome: &mut Outcome) -> Result<Option<Outgoing>, Status> {
     }
 }
 
-/// What a call ends with, however many attempts it takes.
+/// The parts of a call that its end needs, whatever the number of attempts.
 pub(super) struct Conclusion {
     pub(super) core: Arc<Core>,
     pub(super) call: Call,
@@ -195,7 +195,7 @@ impl Conclusion {
         }
     }
 
-    /// Notes a failure: its code, and what the server says of another attempt. None if the attempt is no failure.
+    /// Records a failed attempt. Returns its code and the server's pushback; `None` if the attempt did not fail.
     pub(super) fn note(&mut self, outcome: &Outcome) -> Option<(Code, Pushback)> {
         let (code, endpoint, pushback) = match outcome {
             Ok(answered) => {
@@ -213,7 +213,7 @@ impl Conclusion {
         Some((code, pushback))
     }
 
-    /// The caller gets the last attempt's outcome.
+    /// Converts the outcome of the last attempt to the result of the call.
     pub(super) fn finish(
         mut self,
         outcome: Outcome,

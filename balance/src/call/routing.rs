@@ -9,17 +9,18 @@ use crate::balance::ReadyConnection;
 
 /// Routes one call: names endpoints to avoid, and reports the endpoint that the call was sent to.
 ///
-/// It is for callers that know more about an endpoint than its connections show, for example that it has lost its quorum. Make one for each
-/// call, and pass it to [`BalancedChannel::call_routed`](crate::BalancedChannel::call_routed). Clones share the result.
+/// It is for callers that have information about an endpoint that its connections do not show, for example that it has lost its quorum.
+/// Create one value for each call and pass it to [`BalancedChannel::call_routed`](crate::BalancedChannel::call_routed). Clones share the
+/// result.
 #[derive(Clone, Debug)]
 pub struct Routing {
     avoided: Arc<[Address]>,
-    /// The connection that the call was sent on last.
+    /// The connection that the call was last sent on.
     connection: Arc<Mutex<Option<Arc<ReadyConnection>>>>,
 }
 
 impl Routing {
-    /// Uses these endpoints only if no other is ready, the last of them last.
+    /// Creates a routing that uses these endpoints only if no other endpoint is ready. The last of them is the last choice.
     #[must_use]
     pub fn avoiding(endpoints: impl Into<Arc<[Address]>>) -> Self {
         Self {
@@ -45,9 +46,10 @@ impl Routing {
             .map(|connection| connection.endpoint().address().clone())
     }
 
-    /// Counts a failure against the endpoint, of the call or of a stream that it opened, that its connection does not show.
+    /// Counts a failure against the endpoint: a failure of the call, or of a stream that it opened, that the connection does not show.
     ///
-    /// With `silent_since`, the time since which an answer was overdue, a PING checks the connection unless something was read since.
+    /// `silent_since` is the time since which a response has been overdue. If it is set, and nothing was read from the connection since
+    /// then, a PING checks the connection.
     pub fn report_failure(&self, now: Instant, silent_since: Option<Instant>) {
         if let Some(connection) = &*self.lock() {
             connection.on_reported_failure(now, silent_since);
@@ -59,7 +61,7 @@ impl Routing {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Arc<ReadyConnection>>> {
-        // Nothing panics while it is held.
+        // No code panics while the lock is held.
         self.connection
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

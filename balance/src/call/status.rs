@@ -1,5 +1,5 @@
-//! The statuses that calls end with. The message of those made here names the service, the endpoint and the numbers; the typed cause is the
-//! status's source, also of those that a server has returned.
+//! The statuses of failed calls. The message of a status that is created here contains the service, the endpoint and the numbers. The typed
+//! cause is the source of the status, also if a server returned the status.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -20,9 +20,10 @@ use crate::transport::h2_error::is_unprocessed;
 
 /// Names the endpoint that failed a call, and the reason.
 ///
-/// It is in the source chain of the call's `Status`: walk the chain, because after retries another `Status` precedes it. It is present if the
-/// server returned the error, the connection failed, the deadline passed at the endpoint, or the endpoint's limits kept the call from being sent.
-/// It is absent if no endpoint was picked. The message of an error that the server returned does not name the server; this type does.
+/// The error is in the source chain of the call's `Status`. Walk the whole chain, because after retries another `Status` precedes the
+/// error. The error is present in these cases: the server returned an error, the connection failed, the deadline passed at the endpoint, or
+/// the limits of the endpoint prevented the call from being sent. It is absent if no endpoint was picked. The message of a status that the
+/// server returned does not name the server; this type does.
 ///
 /// ```
 /// use std::error::Error;
@@ -59,7 +60,7 @@ impl CallError {
         self
     }
 
-    /// The endpoint that failed the call.
+    /// Returns the endpoint that failed the call.
     #[must_use]
     pub fn address(&self) -> &Address {
         &self.address
@@ -78,8 +79,8 @@ impl Error for CallError {
     }
 }
 
-/// The status of a call that an endpoint's connection has failed. `blame` is the error with which the endpoint has ended the connection:
-/// calls below the last stream of its GOAWAY see no more than a closed socket.
+/// Returns the status of a call whose connection or stream failed. `blame` is the error with which the endpoint ended the connection. It is
+/// added to the message, because a call up to the last stream of the GOAWAY fails only with a closed socket.
 pub(super) fn broken(
     service: &str,
     address: &Address,
@@ -95,7 +96,7 @@ pub(super) fn broken(
     with_source(code, message, Arc::new(source))
 }
 
-/// The status of a call that had a connection of its own, which the endpoint has ended: the call itself is the likely cause.
+/// Returns the status of a call that had a connection of its own, which the endpoint ended. The call itself is the likely cause.
 pub(super) fn refused_alone(
     service: &str,
     address: &Address,
@@ -115,7 +116,7 @@ pub(super) fn refused_alone(
     with_source(code, message, Arc::new(source))
 }
 
-/// The status of a call that needs a connection of its own and got none. It was not sent.
+/// Returns the status of a call that needs a connection of its own, which could not be made. The call was not sent.
 pub(super) fn not_alone(service: &str, address: &Address, error: &(dyn Error + 'static)) -> Status {
     let what = format!(
         "no connection could be made for a call that may end its connection: {}",
@@ -126,7 +127,7 @@ pub(super) fn not_alone(service: &str, address: &Address, error: &(dyn Error + '
     with_source(Code::Unavailable, message, Arc::new(source))
 }
 
-/// The status of a call whose metadata is larger than the endpoint takes. It was not sent.
+/// Returns the status of a call whose metadata is larger than the endpoint accepts. The call was not sent.
 pub(super) fn too_large(service: &str, address: &Address, metadata: usize, limit: u32) -> Status {
     let what = format!("accepts metadata of at most {limit} bytes, and the call has {metadata}");
     let message = format!("{service}: endpoint {address} {what}; the call was not sent");
@@ -134,7 +135,7 @@ pub(super) fn too_large(service: &str, address: &Address, metadata: usize, limit
     with_source(Code::ResourceExhausted, message, Arc::new(source))
 }
 
-/// The status of a call whose response is not gRPC's.
+/// Returns the status of a call whose response is not gRPC.
 pub(super) fn foreign(service: &str, address: &Address, response: &Foreign) -> Status {
     let what = response.to_string();
     let message = format!("{service}: endpoint {address}: {what}");
@@ -142,18 +143,18 @@ pub(super) fn foreign(service: &str, address: &Address, response: &Foreign) -> S
     with_source(response.code(), message, Arc::new(source))
 }
 
-/// The status of a response that ended without a gRPC status.
+/// Returns the status of a response that ended without a gRPC status.
 pub(super) fn unfinished(service: &str, address: &Address) -> Status {
     let message = format!("{service}: endpoint {address}: {UNFINISHED}");
     let source = CallError::new(address, UNFINISHED);
     with_source(Code::Unknown, message, Arc::new(source))
 }
 
-/// What is wrong with a response that ended without a gRPC status.
+/// The description of a response that ended without a gRPC status.
 pub(super) const UNFINISHED: &str =
     "the response ended without trailers, which carry the gRPC status";
 
-/// The error that a server has answered with, in headers or trailers, with the endpoint as its source. None if there is no error in them.
+/// Returns the error that a server sent in headers or trailers, with the endpoint as its source. Returns `None` if they carry no error.
 pub(super) fn answered(address: &Address, headers: &HeaderMap) -> Option<Status> {
     let mut status = Status::from_header_map(headers)?;
     if status.code() == Code::Ok {
@@ -164,21 +165,22 @@ pub(super) fn answered(address: &Address, headers: &HeaderMap) -> Option<Status>
     Some(status)
 }
 
-/// Whether a cancellation that comes now is the server's enforcement of the deadline, a moment before our own timer.
+/// Returns whether a cancellation at `now` is the server's enforcement of the deadline, shortly before the client's own timer.
 pub(super) fn is_deadline(deadline: Option<Deadline>, now: Instant) -> bool {
     deadline.is_some_and(|deadline| now + EARLY >= deadline.at())
 }
 
-/// Whether the server has cancelled the call.
+/// Returns whether the server cancelled the call.
 pub(super) fn is_cancelled(error: &h2::Error) -> bool {
     error.is_reset() && error.is_remote() && error.reason() == Some(Reason::CANCEL)
 }
 
-/// Servers reset a call whose deadline has passed with CANCEL, or answer CANCELLED. The timeout that they read is rounded down, and their
-/// timers are as coarse as ours.
+/// How long before the deadline a cancellation counts as the deadline. When the deadline passes, servers reset the call with CANCEL or
+/// respond with CANCELLED. This can be early, because the timeout that they receive is rounded down, and their timers are as coarse as the
+/// client's.
 const EARLY: Duration = Duration::from_millis(2);
 
-/// gRPC's table for HTTP/2 error codes. A connection that fails is always `UNAVAILABLE`.
+/// Maps an error to a gRPC code and a description, as in gRPC's table for HTTP/2 error codes. A failed connection is always `UNAVAILABLE`.
 fn classify(error: &h2::Error) -> (Code, &'static str) {
     if is_unprocessed(error) {
         return (Code::Unavailable, "the call was refused");
@@ -196,13 +198,13 @@ fn classify(error: &h2::Error) -> (Code, &'static str) {
     (code, "the stream was reset")
 }
 
-/// The status of a request that HTTP/2 does not allow.
+/// Returns the status of a request that HTTP/2 does not allow.
 pub(super) fn malformed(service: &str, error: h2::Error) -> Status {
     let message = format!("{service}: the request is malformed: {error}");
     with_source(Code::Internal, message, Arc::new(error))
 }
 
-/// The status of a call that no endpoint can take.
+/// Returns the status of a call that no endpoint can take.
 pub(super) fn unready(core: &Core, summary: &Summary, why: &str) -> Status {
     let message = format!("{}: {why} ({})", core.service, numbers(core, summary));
     match &summary.last_error {
@@ -211,7 +213,7 @@ pub(super) fn unready(core: &Core, summary: &Summary, why: &str) -> Status {
     }
 }
 
-/// The status of a call that finds the queue full.
+/// Returns the status of a call that was rejected because the wait queue is full.
 pub(super) fn crowded(core: &Core, limit: usize) -> Status {
     let numbers = numbers(core, &core.shared().summary());
     Status::resource_exhausted(format!(
@@ -220,7 +222,7 @@ pub(super) fn crowded(core: &Core, limit: usize) -> Status {
     ))
 }
 
-/// The status of a call whose deadline has passed while it was `doing` something.
+/// Returns the status of a call whose deadline passed while it was `doing` something.
 pub(super) fn overdue(core: &Core, deadline: Deadline, doing: &str) -> Status {
     let numbers = numbers(core, &core.shared().summary());
     let timeout = deadline.timeout();
@@ -230,7 +232,7 @@ pub(super) fn overdue(core: &Core, deadline: Deadline, doing: &str) -> Status {
     ))
 }
 
-/// The status of a call whose deadline has passed while it was `doing` something at an endpoint.
+/// Returns the status of a call whose deadline passed while it was `doing` something at an endpoint.
 pub(super) fn overdue_at(
     core: &Core,
     deadline: Deadline,
@@ -244,7 +246,7 @@ pub(super) fn overdue_at(
     with_source(Code::DeadlineExceeded, message, Arc::new(source))
 }
 
-/// How many endpoints there are, and what happened last.
+/// Returns the number of endpoints and the last failures as text.
 fn numbers(core: &Core, summary: &Summary) -> String {
     let mut text = if summary.known {
         let Summary {
@@ -272,7 +274,7 @@ fn with_source(code: Code, message: String, source: Arc<dyn Error + Send + Sync>
     status
 }
 
-/// What a response's head shows against the endpoint, if anything.
+/// Returns the failure that a response head proves against the endpoint, if any.
 pub(super) fn head_blame(head: Head) -> Option<Blame> {
     match head {
         Head::Grpc(code) => code.and_then(blame),
@@ -280,10 +282,10 @@ pub(super) fn head_blame(head: Head) -> Option<Blame> {
     }
 }
 
-/// What a response's status shows against the endpoint, if anything.
+/// Returns the failure that a status proves against the endpoint, if any.
 pub(super) fn blame(code: Code) -> Option<Blame> {
     match code {
-        // gRPC's code for a connection that is gone, and that of proxies for a server behind them.
+        // gRPC's code for a lost connection, and the code of proxies for a failed server behind them.
         Code::Unavailable => Some(Blame::Connection),
         Code::Internal | Code::Unknown | Code::DataLoss | Code::ResourceExhausted => {
             Some(Blame::Server)

@@ -1,4 +1,4 @@
-//! One attempt, as the policy counts: sending again what was certainly not processed.
+//! One attempt, as a retry policy counts it. A call that was certainly not processed is sent again within the attempt.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ use crate::transport::h2_error::{is_connection_lost, is_unprocessed};
 use crate::transport::request_body::{Outgoing, Pumped};
 use crate::transport::response_body::{Broken, Incoming};
 
-/// An attempt whose response's head is here, whatever it says.
+/// An attempt whose response head was received, whether it is a success or a failure.
 pub(super) struct Answered {
     pub(super) attempt: Attempt,
     pub(super) head: Response<Incoming>,
@@ -32,14 +32,14 @@ pub(super) struct Answered {
 /// An attempt without a response.
 pub(super) struct Failed {
     pub(super) status: Status,
-    /// Where, if it got anywhere.
+    /// The endpoint that failed the attempt, if any.
     pub(super) endpoint: Option<Arc<Endpoint>>,
-    /// For another attempt, if there can be one.
+    /// The body for another attempt, if one is possible.
     pub(super) body: Option<Outgoing>,
 }
 
 impl Failed {
-    /// No other attempt would end otherwise.
+    /// Creates a failure that another attempt would not change.
     pub(super) fn for_good(status: Status) -> Self {
         Self {
             status,
@@ -65,16 +65,17 @@ impl Failed {
     }
 }
 
-/// What an attempt sends.
+/// The input of an attempt.
 pub(super) struct Sending {
     pub(super) body: Outgoing,
-    /// Where, if the call has been given a place already.
+    /// The permit that the call already has, if any.
     pub(super) place: Option<Permit>,
     pub(super) which: Try,
     pub(super) deadline: Option<Deadline>,
 }
 
-/// Picks, sends, and does it again, until there is a response or no hope of one.
+/// Picks a connection and sends the call. Repeats this until a response head is received, or the failure does not allow a transparent
+/// retry.
 pub(super) async fn send(
     core: &Core,
     call: &mut Call,
@@ -129,11 +130,11 @@ pub(super) async fn send(
     }
 }
 
-/// Why a call has no place.
+/// The reason why a call got no permit.
 pub(super) enum PickError {
     /// No endpoint takes calls.
     Nowhere(Status),
-    /// The endpoint would not take this call.
+    /// The picked endpoint would not accept this call.
     Refused(Status),
 }
 
@@ -145,7 +146,7 @@ impl PickError {
     }
 }
 
-/// Waits for a place on a connection that is known to work; `first` is tried before any other.
+/// Waits for a permit on a connection that is known to work. `first` is tried before a pick.
 pub(super) async fn place(
     core: &Core,
     call: &Call,
@@ -167,10 +168,10 @@ pub(super) async fn place(
     }
 }
 
-/// After a try that has failed before its head: the body for another one, or how the attempt has ended.
+/// Handles a failure before the response head. Returns the body for a transparent retry, or the failure of the attempt.
 ///
-/// A call that is sent again is a suspect. Without a policy it is sent again only if it was certainly not processed; and if its connection
-/// was ended with an error, which it may have caused, it goes on alone.
+/// A call that is sent again may itself be the cause of the failure. Without a policy it is sent again only if it was certainly not
+/// processed. If a peer ended its connection with an error, the call is sent again on a connection of its own.
 pub(super) async fn recover(
     core: &Core,
     call: &Call,
@@ -203,7 +204,7 @@ pub(super) async fn recover(
     match body {
         Some(body) if is_unprocessed(&error) && !history.is_to_blame() => {
             let address = permit.endpoint().address();
-            tracing::debug!(%address, %error, "the call was not processed: trying elsewhere");
+            tracing::debug!(%address, %error, "the call was not processed: sending it again");
             permit.on_refused();
             if error.is_go_away() {
                 history.add_closed(&permit, error);
@@ -226,11 +227,12 @@ pub(super) async fn recover(
 }
 
 impl Answered {
-    /// Holds a response back that may be lost before it is of any use.
+    /// Buffers a response that may still be lost, so that the call can be retried.
     ///
-    /// gRPC's design has a call committed with its response's head. But a server that is killed has often sent a head and not the rest,
-    /// which is all but one moment's work; of a hundred kills under load one or two hit it. Nobody has seen the head by then, so the call
-    /// can still be sent again. A stream of replies is not kept waiting for its end: what it begins with is handed over soon.
+    /// In gRFC A6 a call is committed when its response head is received. But servers send the head shortly before the rest, and a killed
+    /// server has often sent only the head: under load, one or two of a hundred kills hit this moment. The caller has not received the head
+    /// by then, so the call can still be sent again. A stream of responses is not buffered to its end: its first messages are handed over
+    /// after a short time.
     pub(super) async fn settle(
         mut self,
         core: &Core,
@@ -253,7 +255,7 @@ impl Answered {
         });
         if timeout(ALONE, begun).await.is_ok() {
             let ended = std::future::poll_fn(|cx| incoming.poll_ahead(cx));
-            // In either case it is the caller's now.
+            // After the timeout, the response is handed to the caller although it has not ended.
             let _ = timeout(UNENDED, ended).await;
         }
         match incoming.take_broken() {
@@ -281,7 +283,7 @@ impl Answered {
         }
     }
 
-    /// The body for another attempt. None if it cannot be had again; the caller's own failure, if that is what became of it.
+    /// Returns the body for another attempt. Returns `None` if it is not available any more, and an error if the caller's body failed.
     pub(super) async fn take_body(&mut self) -> Result<Option<Outgoing>, Status> {
         match self.attempt.kept.body() {
             Some(body) => Ok(Some(body)),
@@ -298,8 +300,8 @@ fn given_back(pumped: Option<Pumped>) -> Result<Option<Outgoing>, Status> {
     }
 }
 
-/// The output of a future that is ready before the deadline, or else the deadline. Who polls this has a timer for it, so that none is
-/// needed here.
+/// Returns the output of a future, or the deadline if the future is pending after the deadline. No timer is needed here: the
+/// `ResponseFuture` that polls this has one.
 pub(super) async fn unless_late<F: Future>(
     deadline: Option<Deadline>,
     future: F,
@@ -315,7 +317,8 @@ pub(super) async fn unless_late<F: Future>(
     .await
 }
 
-/// How long a head is held back that nothing follows: longer than it takes a killed process's sockets to be closed.
+/// How long a response head is buffered while no frame follows. This is longer than the system takes to close the sockets of a killed
+/// process.
 const ALONE: Duration = Duration::from_millis(50);
-/// How long the beginning of a response is held back. A stream's first message is late by so much, so it is short.
+/// How long the beginning of a response is buffered. It is short, because it delays the first message of a stream.
 const UNENDED: Duration = Duration::from_millis(5);

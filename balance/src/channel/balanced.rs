@@ -1,4 +1,4 @@
-//! The channel.
+//! The channel and its `tower::Service`.
 
 use std::fmt;
 use std::sync::Arc;
@@ -16,27 +16,28 @@ use crate::address::Address;
 use crate::balance::EndpointStatus;
 use crate::call::{self, Core, ResponseBody, ResponseFuture, Routing};
 
-/// A gRPC channel that is balanced over the instances of a service that are registered *and answer*.
+/// A gRPC channel that balances calls over the registered instances of a service that *respond*.
 ///
-/// It goes wherever tonic's own channel goes: into a generated client, under an interceptor, into a tower stack. Cloning is a reference
-/// count, and all clones share the connections. A task keeps the connections, whether calls run or not; it ends with the last clone, and
-/// calls in flight finish.
+/// The channel can replace tonic's own channel: in a generated client, under an interceptor, or in a tower stack. A clone only increments a
+/// reference count, and all clones share the connections. A task maintains the connections, whether calls run or not. The task ends when
+/// the last clone is dropped; calls in flight finish.
 ///
-/// What happens to a call:
+/// The outcome of a call depends on the situation:
 ///
 /// | situation | outcome |
 /// |---|---|
-/// | endpoints are ready | one is chosen by the [`LbPolicy`](crate::LbPolicy), by its weight and by how it answers |
-/// | an endpoint is down, or accepts and says nothing | it is not chosen; the others serve |
-/// | the call was sent but certainly not processed (a server that shuts down) | it goes to another endpoint by itself |
-/// | the connection breaks in the middle of a call | `UNAVAILABLE`: the call may have been processed. A [`RetryPolicy`](crate::RetryPolicy) sends it again |
-/// | connections are being made | the call waits for the first |
-/// | nothing is registered, or no endpoint can be reached | `UNAVAILABLE` at once, with the numbers and the last cause |
-/// | the registry has not answered yet | the call waits, up to a bound from the channel's start |
-/// | every stream of every connection is in use | the call waits for a free one |
-/// | the deadline passes, wherever the call is | `DEADLINE_EXCEEDED` |
+/// | endpoints are ready | the [`LbPolicy`](crate::LbPolicy) picks an endpoint, by default by weight, latency and load |
+/// | an endpoint is down, or accepts connections and sends nothing | it is not picked; the other endpoints serve |
+/// | the call was sent but certainly not processed (the server shuts down) | it is sent to another endpoint automatically |
+/// | the connection is lost during a call | `UNAVAILABLE`: the call may have been processed. With a [`RetryPolicy`](crate::RetryPolicy) it is sent again |
+/// | connections are being made | the call waits for the first connection |
+/// | nothing is registered, or no endpoint can be reached | `UNAVAILABLE` at once, with the number of endpoints and the last cause |
+/// | the registry has not responded yet | the call waits, at most until the startup timeout |
+/// | every stream of every connection is in use | the call waits for a free stream |
+/// | the deadline passes, in any state of the call | `DEADLINE_EXCEEDED` |
 ///
-/// A request with the extension [`WaitForReady`](crate::WaitForReady) waits where it would fail at once. Each response carries a [`ServedBy`](crate::ServedBy) in its extensions.
+/// A request with the extension [`WaitForReady`](crate::WaitForReady) waits instead of failing at once. Each response has a
+/// [`ServedBy`](crate::ServedBy) in its extensions.
 ///
 /// ```no_run
 /// use tonic_balance::BalancedChannel;
@@ -53,7 +54,7 @@ use crate::call::{self, Core, ResponseBody, ResponseFuture, Routing};
 pub struct BalancedChannel(pub(super) Arc<Core>);
 
 impl BalancedChannel {
-    /// Every endpoint as it is now, sorted by address.
+    /// Returns the current status of every endpoint, sorted by address.
     #[must_use]
     pub fn endpoints(&self) -> Vec<EndpointStatus> {
         self.0.shared().endpoints()
@@ -63,12 +64,12 @@ impl BalancedChannel {
     ///
     /// # Errors
     ///
-    /// If there is none and a call would not wait for one either: nothing is registered, no endpoint can be reached, or the registry has
-    /// not answered within the startup timeout.
+    /// Returns [`ChannelError::Unready`] if no endpoint is ready and a call would fail at once as well: nothing is registered, no endpoint
+    /// can be reached, or the registry has not responded within the startup timeout.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future changes nothing.
+    /// Dropping the future has no effect on the channel.
     pub async fn ready(&self) -> Result<(), ChannelError> {
         let outcome = call::ready(&self.0).await;
         outcome.map_err(|reason| ChannelError::Unready {
@@ -77,14 +78,14 @@ impl BalancedChannel {
         })
     }
 
-    /// Makes a call with routing of its own.
+    /// Makes a call with a [`Routing`].
     pub fn call_routed(&self, routing: &Routing, request: Request<Body>) -> ResponseFuture {
         ResponseFuture::by(Arc::clone(&self.0), request, routing.clone())
     }
 
-    /// Replaces the connection that a routed call was sent on by a new one to the same endpoint.
+    /// Replaces the connection that a routed call was sent on with a new connection to the same endpoint.
     ///
-    /// Calls that are open on it continue. No later routed call is sent on it.
+    /// Open calls on the old connection continue. Later routed calls are not sent on it.
     pub fn reconnect(&self, routing: &Routing) {
         if let Some(connection) = routing.connection() {
             self.0.shared().give_up(&connection);
@@ -110,7 +111,7 @@ impl Service<Request<Body>> for BalancedChannel {
     type Error = Status;
     type Future = ResponseFuture;
 
-    /// Always ready: a call waits for its endpoint itself, so that its deadline holds while it does.
+    /// Always ready: the future of the call waits for an endpoint, so that the call's deadline covers the wait.
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Status>> {
         Poll::Ready(Ok(()))
     }
@@ -129,7 +130,7 @@ impl fmt::Debug for BalancedChannel {
     }
 }
 
-/// Generated clients are held across awaits and shared between tasks.
+/// Generated clients are held across awaits and shared between tasks, so these types must be `Send`.
 const _: () = {
     const fn assert<T: Send + Sync + 'static>() {}
     const fn assert_send<T: Send + 'static>() {}

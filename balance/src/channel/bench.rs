@@ -1,4 +1,4 @@
-//! What the benches see of a channel that nobody else does. Not part of the public interface.
+//! The internals of a channel for the benches. Not part of the public interface.
 
 use std::time::Duration;
 
@@ -7,15 +7,15 @@ use tokio::time::Instant;
 use super::BalancedChannel;
 use crate::balance::{Permit, Pick};
 
-/// Picks an endpoint and lets it go again: what balancing adds to a call. Says whether there was one.
-// A function of its own wherever it is called from, so that its instructions can be counted.
+/// Picks an endpoint and releases the permit: the cost that balancing adds to a call. Returns whether an endpoint was picked.
+// Never inlined, so that its instructions can be counted.
 #[inline(never)]
 #[must_use]
 pub fn pick(channel: &BalancedChannel) -> bool {
     permit(channel).is_some()
 }
 
-/// Notes a call whose response's head came after this time, on whichever endpoint is picked.
+/// Records a call on a picked endpoint. Its response head was received after `latency`.
 pub fn answered(channel: &BalancedChannel, latency: Duration) {
     let now = Instant::now();
     if let Some(mut permit) = permit(channel) {
@@ -24,7 +24,7 @@ pub fn answered(channel: &BalancedChannel, latency: Duration) {
     }
 }
 
-/// How many endpoints the picker sees.
+/// Returns the number of endpoints that picks can use.
 #[must_use]
 pub fn ready(channel: &BalancedChannel) -> usize {
     channel.0.shared().summary().ready

@@ -1,4 +1,4 @@
-//! The options of a channel.
+//! The builder of a channel and its options.
 
 use std::future::Future;
 use std::io;
@@ -29,8 +29,8 @@ use crate::transport::tls::{Tls, TlsConfig};
 
 /// Builds a [`BalancedChannel`].
 ///
-/// [`BalancedChannel::builder`] returns one without a source of endpoints: `S` is `()`. [`addresses`](Self::addresses),
-/// [`discover`](Self::discover) and [`source`](Self::source) set it.
+/// [`BalancedChannel::builder`] returns a builder without a source of endpoints: `S` is `()`. [`addresses`](Self::addresses),
+/// [`discover`](Self::discover) and [`source`](Self::source) set the source.
 #[derive(Clone, Debug)]
 #[must_use = "there is no channel before `connect` or `connect_lazy`"]
 pub struct ChannelBuilder<S = ()> {
@@ -38,7 +38,7 @@ pub struct ChannelBuilder<S = ()> {
     pub(super) config: Config,
 }
 
-/// All options of a channel but its source.
+/// All options of a channel except its source.
 #[derive(Clone, Debug)]
 pub(super) struct Config {
     service: Option<String>,
@@ -53,35 +53,38 @@ pub(super) struct Config {
     address_policy: Option<AddressPolicy>,
     health_check: Option<String>,
     pub(super) keep_alive: KeepAliveOptions,
-    /// The first option or address that cannot be used, and why.
+    /// The first invalid option or address, with the reason.
     invalid: Option<String>,
 }
 
 impl<S> ChannelBuilder<S> {
-    /// How an endpoint is chosen. Default [`LbPolicy::Latency`].
+    /// Sets the policy that picks an endpoint. Default [`LbPolicy::Latency`].
     pub fn policy(mut self, policy: LbPolicy) -> Self {
         self.config.options.policy = policy;
         self
     }
 
-    /// Takes endpoints that fail much more than the others out of use for a while. Off by default; that an endpoint does not answer any more
-    /// is noticed in any case.
+    /// Enables outlier detection: an endpoint that fails many more calls than the others is not used for a while. Disabled by default. An
+    /// endpoint that no longer responds is detected in any case.
     pub fn outlier_detection(mut self, detection: OutlierDetection) -> Self {
         self.config.options.outlier_detection = Some(detection);
         self
     }
 
-    /// Asks each endpoint for the health of a service, `grpc.health.v1.Health/Watch` as in gRFC A17, and calls it only while it says that it
-    /// serves. The empty name asks for the server as a whole. Off by default: servers of this library leave the registry before they stop,
-    /// and that an endpoint does not answer any more is noticed in any case. It is for servers that can be up and unable to serve.
+    /// Watches the health of a service on each endpoint with `grpc.health.v1.Health/Watch` (gRFC A17), and sends calls only to endpoints
+    /// that report `SERVING`. The empty name stands for the server as a whole. Disabled by default, because servers of this library remove
+    /// their keys from the registry before they stop, and an endpoint that no longer responds is detected in any case. Enable it for
+    /// servers that can be up but unable to serve.
     ///
-    /// An endpoint is used once it has answered; within [`connect_timeout`](Self::connect_timeout) it has to. Calls that it is at work on
-    /// when it says `NOT_SERVING` go on. An endpoint that has no health service counts as healthy, and, unlike in the gRFC, so does
-    /// one whose health service does not know the name. Any other error counts as not healthy, and is followed by another try after a wait
-    /// as for a connection. A watch that ends is begun again, at once unless it was short; until that has an answer the last one stands. Where all endpoints say that they do not
-    /// serve, calls fail with `UNAVAILABLE`.
+    /// An endpoint is used after its first health status, which must be received within [`connect_timeout`](Self::connect_timeout). Calls
+    /// in flight continue when an endpoint reports `NOT_SERVING`. An endpoint without a health service counts as healthy. Unlike in the
+    /// gRFC, an endpoint whose health service does not have the name counts as healthy too. Any other error counts as unhealthy, and the
+    /// watch is opened again after a backoff like that of connections.
     ///
-    /// It takes one stream of each connection; an endpoint that allows no more than one is not asked.
+    /// A watch that ends is opened again at once, or after about a second if several watches in a row were short. Until the new watch has a
+    /// status, the last status applies. If all endpoints report that they do not serve, calls fail with `UNAVAILABLE`.
+    ///
+    /// The watch uses one stream of each connection. An endpoint that allows only one stream is not watched.
     ///
     /// ```no_run
     /// use tonic_balance::BalancedChannel;
@@ -98,104 +101,104 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// How long an endpoint that has just become ready takes to its full share: its weight grows from a tenth, as Envoy's slow start has it.
-    /// Off by default: a new endpoint counts as no faster than the others, which keeps it from being flooded. For servers that are slow
-    /// while they are cold.
+    /// Sets how long a new endpoint takes to reach its full share of the calls. Its weight grows from a tenth to the full weight, as in
+    /// Envoy's slow start. Disabled by default: the first latency estimate of a new endpoint is that of the other endpoints, so the
+    /// endpoint is not flooded. Enable it for servers that are slow while they are cold.
     pub fn slow_start(mut self, window: Duration) -> Self {
         self.config.options.slow_start = (!window.is_zero()).then_some(window);
         self
     }
 
-    /// The zone that the caller is in: endpoints that are registered with it are preferred while they can take its calls. No preference by
-    /// default.
+    /// Sets the zone of the caller. Endpoints of the same zone are preferred while they have capacity. Default: no preference.
     ///
-    /// How much they can take is judged by the weights of the endpoints that are ready, as if callers were spread evenly over the zones: a
-    /// zone that has its part of all weights serves its callers alone; of a smaller one's, the rest goes to zones with room to spare, so
-    /// that no endpoint gets more than its weight says. About one call in a thousand leaves the zone in any case.
+    /// The capacity of a zone is its share of the weights of all ready endpoints, under the assumption that callers are spread evenly over
+    /// the zones. A zone with enough capacity serves its callers alone. A smaller zone serves as many calls as its weight allows, and the
+    /// remaining calls are sent to zones with spare capacity. So no endpoint gets more calls than its weight allows. About one call in a
+    /// thousand is sent to another zone in any case.
     pub fn zone(mut self, zone: impl Into<String>) -> Self {
         self.config.options.zone = Some(zone.into().into());
         self
     }
 
-    /// Makes the channel's choices repeatable. By default they are random.
+    /// Sets the seed of the random numbers, which makes the picks repeatable. By default the picks are random.
     pub fn seed(mut self, seed: u64) -> Self {
         self.config.options.seed = Some(seed);
         self
     }
 
-    /// The deadline of calls that name none. None by default.
+    /// Sets the timeout of calls that set none themselves. Default: no timeout.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.config.timeout = Some(timeout);
         self
     }
 
-    /// Whether calls wait for an endpoint where they would fail at once. Not by default; a call can say otherwise with
-    /// [`WaitForReady`](crate::WaitForReady).
+    /// Sets whether calls wait for an endpoint instead of failing at once. Default `false`. The extension
+    /// [`WaitForReady`](crate::WaitForReady) of a request overrides it.
     pub fn wait_for_ready(mut self, wait: bool) -> Self {
         self.config.wait_for_ready = wait;
         self
     }
 
-    /// How long after its start the channel waits for the registry's first answer. Later, calls fail at once until it has come. Default
-    /// 10 s.
+    /// Sets the startup timeout: how long after the start of the channel calls wait for the first set of endpoints from the source. After
+    /// this time calls fail at once until the set is known. Default 10 s.
     pub fn startup_timeout(mut self, bound: Duration) -> Self {
-        // A time to come has to fit into an `Instant`.
+        // The end of the timeout must be representable as an `Instant`.
         self.config.startup_timeout = bound.min(balance::LONGEST);
         self
     }
 
-    /// How many calls may wait at once for an endpoint or a free stream; further ones fail with `RESOURCE_EXHAUSTED`. Default 32 768.
+    /// Sets how many calls may wait at once for an endpoint or a free stream. Further calls fail with `RESOURCE_EXHAUSTED`. Default 32 768.
     pub fn max_waiters(mut self, waiters: usize) -> Self {
         self.config.options.max_waiters = waiters;
         self
     }
 
-    /// How many connections each endpoint gets. One more is made while every stream that an endpoint allows is in use. Default 1; 0 counts
-    /// as 1. A client of few endpoints and many threads gains by more.
+    /// Sets the number of connections to each endpoint. One more connection is made while every stream of an endpoint is in use. Default 1;
+    /// 0 counts as 1. More connections help a client with few endpoints and many threads.
     pub fn connections_per_endpoint(mut self, connections: usize) -> Self {
         self.config.options.connections_per_endpoint = connections.max(1);
         self
     }
 
-    /// How long a connection may take: TCP, TLS and the peer's first answer. Default 10 s.
+    /// Sets the timeout of a connection attempt: TCP, TLS and the first answer of the peer. Default 10 s.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.config.connector.timeout = timeout;
         self
     }
 
-    /// The longest wait between two attempts to connect to an endpoint. Default 120 s, as in gRPC's connection backoff document. A fresh
-    /// registration ends the wait in any case.
+    /// Sets the longest wait between two attempts to connect to an endpoint. Default 120 s, as in gRPC's connection backoff document. A
+    /// fresh registration ends the wait in any case.
     pub fn max_backoff(mut self, backoff: Duration) -> Self {
         self.config.options.max_backoff = backoff;
         self
     }
 
-    /// Sets the flow-control window of a stream: how many bytes a server may send ahead on one response. Default 1 MiB; larger values than
-    /// 2^31 - 1, the HTTP/2 maximum, are reduced to it.
+    /// Sets the flow-control window of a stream: how many bytes of one response a server may send before the client reads them. Default 1
+    /// MiB. Values above 2^31 - 1, the HTTP/2 maximum, are reduced to it.
     pub fn initial_stream_window_size(mut self, bytes: u32) -> Self {
         self.config.connector.http2.stream_window = bytes.min(MAX_WINDOW);
         self
     }
 
-    /// Sets the flow-control window of a connection: how many bytes a server may send ahead on all responses together. Default 2^31 - 1, the
-    /// HTTP/2 maximum: the stream windows already limit the memory.
+    /// Sets the flow-control window of a connection: how many bytes of all responses together a server may send before the client reads
+    /// them. Default 2^31 - 1, the HTTP/2 maximum, because the stream windows already limit the memory.
     ///
-    /// Keep it many times the stream window. Once unread responses fill it, every other call on the connection stops: 64 streams of 1 MiB
-    /// fill one of 64 MiB.
+    /// Keep the connection window many times larger than the stream window. Once unread responses fill the connection window, every other
+    /// call on the connection stops: 64 unread streams of 1 MiB fill a window of 64 MiB.
     pub fn initial_connection_window_size(mut self, bytes: u32) -> Self {
         self.config.connector.http2.connection_window = bytes.min(MAX_WINDOW);
         self
     }
 
-    /// Whether HTTP/2's limits against hostile servers are in force. Off by default: within a thousand calls that were cancelled they end
-    /// the connection, and with it everybody's calls.
+    /// Sets whether the limits of HTTP/2 against hostile servers are enforced. Disabled by default: after at most a thousand cancelled
+    /// calls these limits close the connection, and all calls on it fail.
     pub fn http2_abuse_limits(mut self, limits: bool) -> Self {
         self.config.connector.http2.http2_abuse_limits = limits;
         self
     }
 
-    /// Speaks TLS to the endpoints. Plaintext by default. Unless the addresses are given with
-    /// [`addresses`](ChannelBuilder::addresses), the configuration has to fix the servers' name.
+    /// Enables TLS to the endpoints. Plaintext by default. Unless the endpoints are given with [`addresses`](ChannelBuilder::addresses),
+    /// the configuration must fix the name of the servers.
     #[cfg(feature = "tls")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
     pub fn tls_config(mut self, tls: TlsConfig) -> Self {
@@ -203,7 +206,8 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Makes connections with a function of your own: through a proxy, in memory. TLS, if configured, goes on top.
+    /// Sets a function that opens connections, for example through a proxy or in memory. TLS, if configured, runs on top of these
+    /// connections.
     ///
     /// ```no_run
     /// use tokio::net::TcpStream;
@@ -226,7 +230,7 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Sets the `user-agent` header; `tonic-balance/` and the version are appended. If the text is not a valid header value, the channel is
+    /// Sets the `user-agent` header. `tonic-balance/` and the version are appended. If the text is not a valid header value, the channel is
     /// [invalid](ChannelError::InvalidOption).
     pub fn user_agent(mut self, user_agent: impl Into<String>) -> Self {
         let user_agent = user_agent.into();
@@ -239,19 +243,20 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// The scheme and authority that calls are addressed to. By default the endpoint's address, or TLS's server name.
+    /// Sets the scheme and the authority of calls. The default authority is the server name of the TLS configuration, or else the
+    /// endpoint's address.
     pub fn origin(mut self, origin: Uri) -> Self {
         self.config.origin = Some(origin);
         self
     }
 
-    /// The service's name in messages and logs.
+    /// Sets the service's name in messages and logs.
     pub fn service(mut self, service: impl Into<String>) -> Self {
         self.config.service = Some(service.into());
         self
     }
 
-    /// Which addresses host names may resolve to. By default what the resolver may find, or else [`AddressPolicy::default`].
+    /// Sets the policy for the addresses that host names resolve to. Default: the policy of the source, or else [`AddressPolicy::default`].
     pub fn address_policy(mut self, policy: AddressPolicy) -> Self {
         self.config.address_policy = Some(policy);
         self
@@ -259,7 +264,7 @@ impl<S> ChannelBuilder<S> {
 }
 
 impl BalancedChannel {
-    /// Returns a builder. Give it a source of endpoints, then connect it.
+    /// Returns a builder. Set a source of endpoints on it, then connect.
     pub fn builder() -> ChannelBuilder {
         ChannelBuilder::new()
     }
@@ -290,8 +295,8 @@ impl ChannelBuilder {
         self.map_source(|()| source)
     }
 
-    /// Takes the endpoints from a stream of changes. Its first item makes the set known. An error is logged and changes no endpoint. At its
-    /// end the endpoints stay as they are.
+    /// Takes the endpoints from a stream of changes. The set of endpoints is known after the first item. An error is logged and changes no
+    /// endpoint. After the end of the stream the endpoints stay unchanged.
     pub fn discover<D, A, E>(self, discover: D) -> ChannelBuilder<Discover<D>>
     where
         D: Stream<Item = Result<Change<Address, A>, E>> + Send + 'static,
@@ -301,10 +306,10 @@ impl ChannelBuilder {
         self.map_source(|()| Discover(discover))
     }
 
-    /// Takes fixed endpoints, each `host:port`, `http://host:port` (`https://` with TLS configured) or `unix:/path`.
+    /// Takes fixed endpoints, each in the form `host:port`, `http://host:port` (`https://` with TLS configured) or `unix:/path`.
     ///
-    /// If an address cannot be used (another form, `http://` with TLS configured, `https://` without), the channel is
-    /// [invalid](ChannelError::InvalidOption).
+    /// If an address is invalid, the channel is [invalid](ChannelError::InvalidOption). Invalid are any other form, `http://` with TLS
+    /// configured, and `https://` without TLS.
     pub fn addresses<I>(self, addresses: I) -> ChannelBuilder<Addresses>
     where
         I: IntoIterator,
@@ -316,7 +321,7 @@ impl ChannelBuilder {
 }
 
 impl<S> ChannelBuilder<S> {
-    /// Replaces the source by what `f` returns, for example to set options of a resolver.
+    /// Replaces the source with the value that `f` returns, for example to set options of a resolver.
     pub fn map_source<T>(self, f: impl FnOnce(S) -> T) -> ChannelBuilder<T> {
         ChannelBuilder {
             source: f(self.source),
@@ -326,13 +331,13 @@ impl<S> ChannelBuilder<S> {
 }
 
 impl<S: EndpointSource> ChannelBuilder<S> {
-    /// Makes the channel, and waits until its first endpoint is ready.
+    /// Creates the channel and waits until its first endpoint is ready.
     ///
     /// # Errors
     ///
-    /// If an option is not valid, or if no endpoint is ready: the set is empty, no endpoint can be reached, or the source has not reported
-    /// the set within [`startup_timeout`](Self::startup_timeout). With [`wait_for_ready`](Self::wait_for_ready) it waits for that bound in the
-    /// first two cases as well.
+    /// Returns an error if an option is invalid, or if no endpoint is ready: the set is empty, no endpoint can be reached, or the source
+    /// has not reported the set within [`startup_timeout`](Self::startup_timeout). With [`wait_for_ready`](Self::wait_for_ready), the first
+    /// two cases also fail only after that timeout.
     ///
     /// # Cancel safety
     ///
@@ -340,7 +345,7 @@ impl<S: EndpointSource> ChannelBuilder<S> {
     ///
     /// # Panics
     ///
-    /// Outside a tokio runtime.
+    /// Panics outside a tokio runtime.
     pub async fn connect(self) -> Result<BalancedChannel, ChannelError> {
         let (endpoints, config) = self.start();
         if let Some(reason) = config.invalid_reason() {
@@ -355,13 +360,13 @@ impl<S: EndpointSource> ChannelBuilder<S> {
         Ok(channel)
     }
 
-    /// Makes the channel without waiting. It starts to connect at once; calls wait for the first connection.
+    /// Creates the channel without waiting. The channel starts to connect at once, and calls wait for the first connection.
     ///
-    /// If an option is not valid, an error is logged and every call fails with `UNAVAILABLE` and the reason.
+    /// If an option is invalid, an error is logged and every call fails with `UNAVAILABLE` and the reason.
     ///
     /// # Panics
     ///
-    /// Outside a tokio runtime.
+    /// Panics outside a tokio runtime.
     #[must_use]
     pub fn connect_lazy(self) -> BalancedChannel {
         let (endpoints, config) = self.start();
@@ -371,7 +376,7 @@ impl<S: EndpointSource> ChannelBuilder<S> {
         }
     }
 
-    /// Starts the source. If it cannot be used, the config is invalid.
+    /// Starts the source. If the source cannot be used, marks the configuration as invalid.
     fn start(self) -> (Option<Endpoints<S::Stream>>, Config) {
         let Self { source, mut config } = self;
         match source.start(config.connector.is_tls()) {
@@ -385,7 +390,7 @@ impl<S: EndpointSource> ChannelBuilder<S> {
 }
 
 impl Config {
-    /// Notes an option that cannot be used. Only the first one is reported.
+    /// Records an invalid option or address. Only the first is reported.
     pub(super) fn refuse(&mut self, reason: String) {
         self.invalid.get_or_insert(reason);
     }
@@ -424,7 +429,7 @@ impl Config {
         if let Some(policy) = self.address_policy.or(policy) {
             connector.policy = policy;
         }
-        // The name that was proven is the one that is called; a registry has no say in it.
+        // The authority of calls is the name that the servers' certificates prove. The registry cannot change it.
         let mut scheme = if connector.is_tls() {
             Scheme::HTTPS
         } else {
@@ -488,7 +493,7 @@ impl Config {
     }
 }
 
-/// The endpoints of a channel whose source cannot be used.
+/// Returns an empty set of endpoints, for a channel whose source cannot be used.
 fn nothing() -> Endpoints<Changes> {
     Endpoints::new(tokio_stream::iter(Vec::new()))
 }
@@ -498,7 +503,7 @@ fn is_single_threaded() -> bool {
     runtime.is_ok_and(|runtime| runtime.runtime_flavor() == RuntimeFlavor::CurrentThread)
 }
 
-/// The user's name, if any, and ours.
+/// Returns the caller's user agent, if any, followed by that of this library.
 fn user_agent(user_agent: Option<HeaderValue>) -> HeaderValue {
     let Some(theirs) = user_agent else {
         return HeaderValue::from_static(USER_AGENT);
@@ -508,5 +513,5 @@ fn user_agent(user_agent: Option<HeaderValue>) -> HeaderValue {
 }
 
 const USER_AGENT: &str = concat!("tonic-balance/", env!("CARGO_PKG_VERSION"));
-/// Long enough for an etcd that elects a leader, short enough for a user at a screen.
+/// Long enough for a leader election in etcd, short enough for an interactive program.
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(10);

@@ -1,4 +1,4 @@
-//! Errors of connecting a channel.
+//! The error of a channel that cannot connect.
 
 use tonic::Status;
 
@@ -6,22 +6,22 @@ use tonic::Status;
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ChannelError {
-    /// An option or an address cannot be used. No connection was made.
+    /// An option or an address is invalid. No connection was made.
     #[error("channel for {service:?} is not valid: {reason}")]
     #[non_exhaustive]
     InvalidOption {
-        /// The service.
+        /// The service's name.
         service: String,
-        /// The option or the address, and what is wrong with it.
+        /// The invalid option or address, and the reason.
         reason: String,
     },
     /// No endpoint of the service is ready.
     #[error("no endpoint of {service:?} is ready: {}", reason.message())]
     #[non_exhaustive]
     Unready {
-        /// The service.
+        /// The service's name.
         service: String,
-        /// The status that a call would fail with: how many endpoints are known, and the last failure.
+        /// The status that a call would fail with. It contains the number of known endpoints and the last failure.
         #[source]
         reason: Status,
     },

@@ -1,10 +1,10 @@
-//! The keep-alive of a channel's connections, as its options describe it.
+//! The keep-alive options of a channel.
 
 use std::time::Duration;
 
 use crate::transport::pings::{BUSY_INTERVAL, KeepAlive};
 
-/// The keep-alive options, in whatever order they were set.
+/// The keep-alive options. They may be set in any order, so they are combined at the end.
 #[derive(Clone, Debug)]
 pub(super) struct KeepAliveOptions {
     pub(super) interval: Option<Duration>,
@@ -14,7 +14,7 @@ pub(super) struct KeepAliveOptions {
 }
 
 impl KeepAliveOptions {
-    /// The keep-alive of the connections; `None` if it is disabled.
+    /// Returns the keep-alive of the connections; `None` if it is disabled.
     pub(super) fn build(&self) -> Option<KeepAlive> {
         Some(KeepAlive {
             interval: self.interval?,
@@ -24,7 +24,7 @@ impl KeepAliveOptions {
         })
     }
 
-    /// Returns the option that is set without effect.
+    /// Returns an error message if an option has no effect.
     pub(super) fn useless(&self) -> Option<&'static str> {
         (self.while_idle && self.interval.is_none())
             .then_some("keep_alive_while_idle has no effect without http2_keep_alive_interval")
@@ -42,5 +42,5 @@ impl Default for KeepAliveOptions {
     }
 }
 
-/// As in gRFC A8.
+/// The default of gRFC A8.
 const TIMEOUT: Duration = Duration::from_secs(20);

@@ -1,4 +1,4 @@
-//! The options of a channel that concern PINGs.
+//! The options of a channel that control PINGs.
 
 use std::time::Duration;
 
@@ -6,47 +6,53 @@ use super::ChannelBuilder;
 use crate::balance::LONGEST;
 
 impl<S> ChannelBuilder<S> {
-    /// Enables keep-alive: a connection on which calls are open is pinged if nothing was read for this long. Disabled by default; values below
-    /// 10 ms are raised to it.
+    /// Enables keep-alive: a connection with open calls sends a PING if nothing was read for this long. Disabled by default. Values below
+    /// 10 ms are raised to 10 ms.
     ///
-    /// It is rarely needed, because three checks are always enabled. Before a call is sent on a connection that was silent for more than a
-    /// second, a PING checks it; this is skipped if a connection to the same endpoint has survived a silence as long in the last ten minutes.
-    /// When a call overruns its deadline, its connection is checked. TCP's own keep-alive is on. What is left are calls without a deadline, and
-    /// streams that are silent for minutes, on a path that drops connections silently.
+    /// Keep-alive is rarely needed, because three checks are always enabled:
     ///
-    /// Many servers close the connection of a client that pings more often than every five minutes. By default a connection sends at most two
-    /// PINGs, the ready check included, between two HEADERS or DATA frames of the server. Beyond that it sends one every five minutes while
-    /// calls are open. If the servers permit more, set [`keep_alive_permit_time`](Self::keep_alive_permit_time). If a server closes a
-    /// connection with `too_many_pings` all the same, the interval for it doubles (gRFC A8).
+    /// - A connection that was silent for more than a second is checked with a PING before a call is sent on it. The check is skipped if a
+    ///   connection to the same endpoint survived a silence of the same length in the last ten minutes.
+    /// - A connection is checked when a call on it exceeds its deadline.
+    /// - The keep-alive of TCP is enabled.
+    ///
+    /// Keep-alive helps calls without a deadline, and streams that are silent for minutes, on a network path that drops connections
+    /// silently.
+    ///
+    /// Many servers close the connection of a client that sends PINGs more often than every five minutes. By default a connection sends at
+    /// most two PINGs, including the ready check, between two HEADERS or DATA frames of the server. After those, it sends one PING every
+    /// five minutes while calls are open. If the servers permit more PINGs, set [`keep_alive_permit_time`](Self::keep_alive_permit_time).
+    /// If a server still closes a connection with `too_many_pings`, the interval for that server doubles (gRFC A8).
     pub fn http2_keep_alive_interval(mut self, interval: Duration) -> Self {
         self.config.keep_alive.interval = Some(interval.clamp(SHORTEST_INTERVAL, LONGEST));
         self
     }
 
-    /// Sets how long after a keep-alive PING the connection is closed if nothing is read. Default 20 s, as in gRPC (gRFC A8). Without
-    /// [`http2_keep_alive_interval`](Self::http2_keep_alive_interval) it has no effect.
+    /// Sets the timeout of a keep-alive PING: the connection is closed if nothing is read for this long after the PING. Default 20 s, as in
+    /// gRPC (gRFC A8). Without [`http2_keep_alive_interval`](Self::http2_keep_alive_interval) it has no effect.
     pub fn keep_alive_timeout(mut self, timeout: Duration) -> Self {
         self.config.keep_alive.timeout = timeout.min(LONGEST);
         self
     }
 
-    /// Sets the shortest interval between PINGs that the servers permit: `MinTime` of grpc-go's enforcement policy, `permitKeepAliveTime` of
-    /// grpc-java. Default 5 minutes, which is their default. Without [`http2_keep_alive_interval`](Self::http2_keep_alive_interval) it has no effect.
+    /// Sets the shortest interval between PINGs that the servers permit: `MinTime` of grpc-go's enforcement policy, `permitKeepAliveTime`
+    /// of grpc-java. Default 5 minutes, which is the default of both. Without
+    /// [`http2_keep_alive_interval`](Self::http2_keep_alive_interval) it has no effect.
     pub fn keep_alive_permit_time(mut self, interval: Duration) -> Self {
         self.config.keep_alive.permit = interval;
         self
     }
 
-    /// Sets whether the keep-alive also pings connections without open calls. Default `false`, as in tonic and in gRFC A8.
+    /// Sets whether the keep-alive also sends PINGs on connections without open calls. Default `false`, as in tonic and in gRFC A8.
     ///
-    /// Enable it only if the servers permit it (`PermitWithoutStream` in grpc-go, `permitKeepAliveWithoutCalls` in grpc-java): by default they
-    /// allow such a PING once in two hours and close the connection otherwise. Without [`http2_keep_alive_interval`](Self::http2_keep_alive_interval) the
-    /// channel is [invalid](crate::ChannelError::InvalidOption).
+    /// Enable it only if the servers permit it (`PermitWithoutStream` in grpc-go, `permitKeepAliveWithoutCalls` in grpc-java). By default
+    /// these servers permit one such PING in two hours and close the connection if they receive more. Without
+    /// [`http2_keep_alive_interval`](Self::http2_keep_alive_interval) the channel is [invalid](crate::ChannelError::InvalidOption).
     pub fn keep_alive_while_idle(mut self, enabled: bool) -> Self {
         self.config.keep_alive.while_idle = enabled;
         self
     }
 }
 
-/// A keep-alive without a pause would do nothing but ping.
+/// The shortest interval. With an interval near zero, a connection would send PINGs without a pause.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(10);

@@ -1,4 +1,4 @@
-//! Building a channel over a source of endpoints.
+//! The channel, its builder, and the sources of its endpoints.
 
 mod balanced;
 #[cfg(feature = "__bench")]

@@ -1,15 +1,15 @@
-//! The options of a channel that concern sending calls again.
+//! The options of a channel that control retries and hedging.
 
 use super::ChannelBuilder;
 use crate::call::retry::method_config::MethodPolicy;
 use crate::call::retry::{HedgingPolicy, RetryBudget, RetryPolicy};
 
 impl<S> ChannelBuilder<S> {
-    /// Sends calls again that have failed. Off by default: the server may have processed them. Calls that it certainly has not are sent
-    /// again in any case.
+    /// Enables retries of failed calls. Disabled by default, because the server may have processed a failed call. Calls that the server
+    /// certainly did not process are sent again in any case.
     ///
-    /// A method has one policy, of the most specific name: what is said of the method itself, else of its service, else of the channel; of
-    /// what is said twice, the last.
+    /// A method uses the most specific policy: the policy of the method, else that of its service, else that of the channel. If the same
+    /// policy is set twice, the later value applies.
     ///
     /// ```
     /// use tonic::Code;
@@ -25,21 +25,21 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// As [`retry`](Self::retry), for the methods of one service, `package.Service`, or one method, `package.Service/Method`. With
-    /// a name that is neither, the channel is [invalid](crate::ChannelError::InvalidOption).
+    /// Sets the retry policy of one service (`package.Service`) or one method (`package.Service/Method`), like [`retry`](Self::retry) for
+    /// the channel. If the name has neither form, the channel is [invalid](crate::ChannelError::InvalidOption).
     pub fn retry_for(self, name: impl Into<String>, policy: RetryPolicy) -> Self {
         self.plan(&name.into(), MethodPolicy::Retry(policy))
     }
 
-    /// Sends copies of calls that take long, and takes the first answer. Off by default: only for channels all of whose methods may run
-    /// twice. It takes the place of a [`RetryPolicy`].
+    /// Enables hedging: a call that takes long is sent again, and the first response is used. Disabled by default: enable it only if every
+    /// method of the channel may run twice. It replaces a [`RetryPolicy`].
     pub fn hedge(mut self, policy: HedgingPolicy) -> Self {
         self.config.methods.set_all(MethodPolicy::Hedge(policy));
         self
     }
 
-    /// As [`hedge`](Self::hedge), for the methods of one service, `package.Service`, or one method, `package.Service/Method`. With
-    /// a name that is neither, the channel is [invalid](crate::ChannelError::InvalidOption).
+    /// Sets the hedging policy of one service (`package.Service`) or one method (`package.Service/Method`), like [`hedge`](Self::hedge) for
+    /// the channel. If the name has neither form, the channel is [invalid](crate::ChannelError::InvalidOption).
     ///
     /// ```
     /// use std::time::Duration;
@@ -52,7 +52,7 @@ impl<S> ChannelBuilder<S> {
         self.plan(&name.into(), MethodPolicy::Hedge(policy))
     }
 
-    /// What all retries and hedges together may add to the load of servers that fail. Default [`RetryBudget::default`].
+    /// Sets the limit on the load that all retries and hedges together add to failing servers. Default [`RetryBudget::default`].
     pub fn retry_budget(mut self, budget: RetryBudget) -> Self {
         self.config.methods.set_budget(budget);
         self

@@ -15,27 +15,27 @@ use crate::balance::OnRefused;
 
 /// A source of endpoints for a channel, for example a resolver.
 ///
-/// Implement it for the builder of a resolver, so that the resolver starts when the channel is connected.
-/// A plain stream of changes needs no implementation: see [`ChannelBuilder::discover`](crate::ChannelBuilder::discover).
+/// Implement it for the builder of a resolver, so that the resolver starts when the channel connects. A plain stream of changes needs no
+/// implementation: see [`ChannelBuilder::discover`](crate::ChannelBuilder::discover).
 pub trait EndpointSource {
-    /// What the source reports about an endpoint besides its address.
+    /// The attributes that the source reports for an endpoint, besides its address.
     type Attributes: Into<Attributes> + 'static;
-    /// The error of the stream. An error is logged and changes no endpoint.
+    /// The error of the stream. The channel logs an error and changes no endpoint.
     type Error: Into<Box<dyn std::error::Error + Send + Sync>> + 'static;
-    /// The stream of changes. At its end the endpoints stay as they are.
+    /// The stream of changes. After its end the endpoints stay unchanged.
     type Stream: Stream<Item = Result<Change<Address, Self::Attributes>, Self::Error>>
         + Send
         + 'static;
 
-    /// Starts the source in the current tokio runtime. `tls` is whether the channel connects to its endpoints with TLS.
+    /// Starts the source in the current tokio runtime. `tls` is true if the channel connects to its endpoints with TLS.
     ///
     /// # Errors
     ///
-    /// The reason why the source cannot be used. The channel is then [invalid](crate::ChannelError::InvalidOption).
+    /// Returns the reason why the source cannot be used. The channel is then [invalid](crate::ChannelError::InvalidOption).
     fn start(self, tls: bool) -> Result<Endpoints<Self::Stream>, String>;
 }
 
-/// A stream of changes, and what its source adds to it.
+/// A stream of changes, with the options of its source.
 pub struct Endpoints<S> {
     pub(super) changes: S,
     pub(super) known: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
@@ -46,11 +46,12 @@ pub struct Endpoints<S> {
     pub(super) own_addresses: bool,
 }
 
-/// Returns the current failure of a source.
+/// A function that returns the current failure of a source, if any.
 pub(super) type Trouble = Box<dyn Fn() -> Option<String> + Send + Sync>;
 
 impl<S> Endpoints<S> {
-    /// Takes a stream of changes. Its first item, or its end, makes the set of endpoints known: until then calls wait instead of failing.
+    /// Creates the endpoints of a stream of changes. The set of endpoints is known after the first item or the end of the stream. Until
+    /// then, calls wait instead of failing.
     pub fn new(changes: S) -> Self {
         Self {
             changes,
@@ -63,14 +64,16 @@ impl<S> Endpoints<S> {
         }
     }
 
-    /// The set of endpoints is known when this future has ended, and not with the first item. A source that can find an empty set needs it.
+    /// Sets a future that ends when the set of endpoints is known, in place of the first item. A source whose set may be empty needs this,
+    /// because an empty set yields no item.
     #[must_use]
     pub fn known_after(mut self, known: impl Future<Output = ()> + Send + 'static) -> Self {
         self.known = Some(Box::pin(known));
         self
     }
 
-    /// Sets a function that returns the current failure of the source, if any, for the errors of calls that find no endpoint.
+    /// Sets a function that returns the current failure of the source, if any. The errors of calls that find no endpoint include this
+    /// failure.
     #[must_use]
     pub fn last_error(
         mut self,
@@ -87,14 +90,14 @@ impl<S> Endpoints<S> {
         self
     }
 
-    /// Sets the service's name in messages and logs, unless the channel's builder has one.
+    /// Sets the service's name in messages and logs. A name from the channel's builder takes precedence.
     #[must_use]
     pub fn service(mut self, service: impl Into<String>) -> Self {
         self.service = Some(service.into());
         self
     }
 
-    /// Sets which addresses host names may resolve to, unless the channel's builder has a policy.
+    /// Sets the policy for the addresses that host names resolve to. A policy from the channel's builder takes precedence.
     #[must_use]
     pub fn address_policy(mut self, policy: AddressPolicy) -> Self {
         self.policy = Some(policy);
@@ -110,7 +113,7 @@ impl<S> fmt::Debug for Endpoints<S> {
     }
 }
 
-/// Endpoints from a stream of changes.
+/// A source that takes its endpoints from a stream of changes.
 #[derive(Debug)]
 pub struct Discover<D>(pub(super) D);
 
@@ -129,7 +132,7 @@ where
     }
 }
 
-/// Fixed endpoints.
+/// A source of fixed endpoints.
 #[derive(Clone, Debug)]
 pub struct Addresses(pub(super) Vec<String>);
 
@@ -153,7 +156,7 @@ impl EndpointSource for Addresses {
     }
 }
 
-/// Parses an address, or the URI that a user of tonic's `Channel` has in its place.
+/// Parses an address, or a URI in the form that tonic's `Channel` takes.
 fn parse(given: &str, tls: bool) -> Result<Address, String> {
     let address = match given.split_once("://") {
         Some(("http", _)) if tls => {

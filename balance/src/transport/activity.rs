@@ -1,4 +1,4 @@
-//! What a connection has read, and when: the evidence that its peer is alive, and what it asks of its clients.
+//! What a connection has read, and when. This shows whether the peer is alive, and which limits it announces.
 
 use std::fmt;
 use std::io;
@@ -15,31 +15,31 @@ use tokio::time::Instant;
 
 use super::frames::{Frame, FrameReader};
 
-/// Written by the connection's task as it reads. Calls read it only when a connection was silent for a while or a call takes too long.
+/// The connection's task writes it as it reads. Calls read it only when a connection was silent for a while or a call takes too long.
 pub(super) struct Activity {
     started: Instant,
     bytes: AtomicU64,
-    /// The time of the last read, in microseconds since the start.
+    /// The time of the last read, in microseconds since `started`.
     last: AtomicU64,
-    /// HEADERS and DATA frames of the peer.
+    /// The number of HEADERS and DATA frames that the peer has sent.
     responses: AtomicU64,
-    /// The peer's limit on a header list, in bytes; `u32::MAX` while it has announced none.
+    /// The peer's limit on a header list, in bytes; `u32::MAX` if it has announced none.
     max_header_list: AtomicU32,
     too_many_pings: AtomicBool,
     /// One more than the error code of the peer's GOAWAY; 0 without one.
     goaway: AtomicU64,
-    /// The connection's task has ended, or has found that the peer does not answer.
+    /// Whether the connection's task has ended or has found that the peer does not answer.
     mute: AtomicBool,
-    /// How often the waits for a byte were ended without one.
+    /// The number of times that all waits were ended without a byte.
     ended_waits: AtomicU64,
-    /// How many PINGs the peer has answered.
+    /// The number of PINGs that the peer has answered.
     pongs: AtomicU64,
-    /// Whether a call waits for [`heard`](Self::heard).
+    /// Whether a task waits for [`heard`](Self::heard).
     awaited: AtomicBool,
     heard: Notify,
     /// The first bytes that the peer sent, for the error message if they are not HTTP/2.
     opening: Mutex<Vec<u8>>,
-    /// Whether calls are open on the connection.
+    /// Returns whether calls are open on the connection.
     is_busy: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
 }
 
@@ -63,7 +63,7 @@ impl Activity {
         })
     }
 
-    /// What was read up to now.
+    /// Returns what was read up to now.
     pub(super) fn heard(&self) -> Heard {
         Heard {
             bytes: self.bytes.load(Ordering::Relaxed),
@@ -72,12 +72,12 @@ impl Activity {
         }
     }
 
-    /// When the peer was heard last.
+    /// Returns the time of the last read.
     pub(super) fn last(&self) -> Instant {
         self.started + Duration::from_micros(self.last.load(Ordering::Relaxed))
     }
 
-    /// Whether anything was read since.
+    /// Returns whether anything was read since `then`.
     pub(super) fn is_heard_since(&self, then: Instant) -> bool {
         self.last.load(Ordering::Relaxed) >= self.micros(then)
     }
@@ -86,12 +86,12 @@ impl Activity {
         self.max_header_list.load(Ordering::Relaxed)
     }
 
-    /// Whether the peer has ended the connection because of our PINGs.
+    /// Returns whether the peer has closed the connection because of our PINGs.
     pub(super) fn has_too_many_pings(&self) -> bool {
         self.too_many_pings.load(Ordering::Relaxed)
     }
 
-    /// The error code of the GOAWAY that the peer has sent last.
+    /// Returns the error code of the peer's last GOAWAY.
     pub(super) fn goaway(&self) -> Option<u32> {
         let code = self.goaway.load(Ordering::Relaxed).checked_sub(1)?;
         u32::try_from(code).ok()
@@ -104,7 +104,7 @@ impl Activity {
             .clone()
     }
 
-    /// Sets how the connection finds out whether calls are open on it.
+    /// Sets the function that returns whether calls are open on the connection.
     pub(super) fn set_busy(&self, is_busy: impl Fn() -> bool + Send + Sync + 'static) {
         let _ = self.is_busy.set(Box::new(is_busy));
     }
@@ -113,7 +113,8 @@ impl Activity {
         self.is_busy.get().is_some_and(|is_busy| is_busy())
     }
 
-    /// Returns the state that a wait compares with. Take it before sending the doubt to the connection's task, or the wait can miss the answer.
+    /// Returns the state that a wait compares with. Take it before a doubt is sent to the connection's task: the wait could otherwise miss
+    /// the answer.
     pub(super) fn mark(&self) -> Mark {
         Mark {
             bytes: self.bytes.load(Ordering::SeqCst),
@@ -122,7 +123,7 @@ impl Activity {
         }
     }
 
-    /// Waits until the peer is heard of. Returns false if the connection ends first, or its peer is found not to answer.
+    /// Waits until the peer sends a byte or answers a PING. Returns false if the connection ends first or the peer is found not to answer.
     ///
     /// # Cancel safety
     ///
@@ -132,10 +133,11 @@ impl Activity {
             let heard = self.heard.notified();
             tokio::pin!(heard);
             heard.as_mut().enable();
-            // SeqCst here and in `on_read`: the flag is set before the bytes are compared, and the bytes are added before the flag is read,
-            // so that one of the two sees the other.
+            // SeqCst here and in `on_read`: a wait sets the flag and then compares the bytes; a read adds the bytes and then loads the
+            // flag. So at least one of the two sees the write of the other.
             self.awaited.store(true, Ordering::SeqCst);
-            // The bytes of a PONG may have been read just before the mark, and the PONG looked at after it.
+            // The bytes of a PONG may be read before the mark is taken, and the PONG may be processed after it. So PONGs count as well as
+            // bytes.
             if self.bytes.load(Ordering::SeqCst) > mark.bytes
                 || self.pongs.load(Ordering::SeqCst) != mark.pongs
             {
@@ -149,7 +151,7 @@ impl Activity {
         }
     }
 
-    /// Whether there is no use in waiting for the peer: the connection has ended, or its peer does not answer.
+    /// Sets whether waits for the peer return at once: the connection has ended, or the peer does not answer.
     pub(super) fn set_mute(&self, mute: bool) {
         self.mute.store(mute, Ordering::SeqCst);
         if mute {
@@ -157,13 +159,13 @@ impl Activity {
         }
     }
 
-    /// Ends the waits that are under way: the peer is doubtful, and more cannot be found out.
+    /// Ends the waits in progress: the peer is doubtful, and no PING may be sent to prove more.
     pub(super) fn end_waits(&self) {
         self.ended_waits.fetch_add(1, Ordering::SeqCst);
         self.heard.notify_waiters();
     }
 
-    /// The peer has answered a PING.
+    /// Records that the peer has answered a PING.
     pub(super) fn on_pong(&self) {
         self.pongs.fetch_add(1, Ordering::SeqCst);
         self.heard.notify_waiters();
@@ -171,7 +173,7 @@ impl Activity {
 
     fn on_read(&self, bytes: usize) {
         let bytes = u64::try_from(bytes).unwrap_or_default();
-        // Relaxed: there is one writer, and readers compare the time with another of their own.
+        // Relaxed: there is one writer, and readers only compare the value with a time of their own.
         self.last
             .store(self.micros(Instant::now()), Ordering::Relaxed);
         self.bytes.fetch_add(bytes, Ordering::SeqCst);
@@ -222,7 +224,7 @@ impl fmt::Debug for Activity {
     }
 }
 
-/// What a connection had read at one moment.
+/// What a connection had read at one point in time.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Heard {
     pub(super) bytes: u64,
@@ -230,7 +232,7 @@ pub(super) struct Heard {
     pub(super) at: Instant,
 }
 
-/// The state of a connection when a wait for its peer begins.
+/// The state of a connection when a wait for its peer starts.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Mark {
     bytes: u64,
@@ -238,16 +240,16 @@ pub(super) struct Mark {
     ended_waits: u64,
 }
 
-/// A byte stream whose reads are noted.
+/// A byte stream that records its reads in an [`Activity`].
 #[derive(Debug)]
 pub(super) struct Watched<T> {
     io: T,
     activity: Arc<Activity>,
     frames: FrameReader,
     read: usize,
-    /// What was read behind a GOAWAY and not handed on yet.
+    /// Bytes that were read after a GOAWAY and not passed on to h2 yet.
     held: Bytes,
-    /// Whether the next read waits for h2 to write what it has queued.
+    /// Whether the next read returns `Pending` once, so that h2 writes its queue first.
     pause: bool,
 }
 
@@ -263,11 +265,11 @@ impl<T> Watched<T> {
         }
     }
 
-    /// Looks at what was read from `before` on, and hands it on up to the end of a GOAWAY.
+    /// Parses the bytes that were read from `before` on, and passes them on to h2 up to the end of a GOAWAY.
     ///
-    /// A server that closes in order sends GOAWAY and a PING, and takes the answer for the end of new streams: grpc-java closes the whole
-    /// connection for a request that comes later. h2 writes the answer ahead of requests that it has queued already. So the PING is held back
-    /// until h2 has seen the GOAWAY, after which it opens no stream, and has written its queue.
+    /// In a graceful shutdown the server sends a GOAWAY and then a PING, and takes the PONG as the end of new streams: grpc-java closes the
+    /// whole connection if a request arrives after the PONG. h2 writes the PONG before the requests that are already in its queue. So the
+    /// PING is held back until h2 has processed the GOAWAY, after which it opens no stream, and has written its queue.
     fn hand_on(&mut self, buf: &mut ReadBuf<'_>, before: usize) {
         let activity = &self.activity;
         let read = &buf.filled()[before..];
@@ -351,5 +353,5 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
     }
 }
 
-/// A frame header, and enough to recognise another protocol.
+/// The length of a frame header, and enough bytes to recognise another protocol.
 const OPENING: usize = 24;

@@ -1,6 +1,6 @@
-//! From an address to a connection that is known to work: resolve, dial, TLS, HTTP/2, first answer.
+//! Makes connections: name resolution, dial, TLS, HTTP/2, and the first answer of the peer.
 //!
-//! What is dialled here is TCP and Unix sockets. Anything else comes in through a custom dialler.
+//! The built-in dialler supports TCP and Unix sockets. Any other transport needs a custom dialler.
 
 use std::fmt;
 use std::io;
@@ -30,19 +30,19 @@ pub(crate) type BoxIo = Pin<Box<dyn Io>>;
 type Dialling = Pin<Box<dyn Future<Output = io::Result<BoxIo>> + Send>>;
 type Dial = Arc<dyn Fn(Address) -> Dialling + Send + Sync>;
 
-/// How connections are made.
+/// The options and diallers of connections.
 #[derive(Clone)]
 pub(crate) struct Connector {
-    /// Dials in place of TCP.
+    /// A custom dialler, used instead of TCP.
     pub(crate) dial: Option<Dial>,
     #[cfg(feature = "tls")]
     pub(crate) tls: Option<Tls>,
     pub(crate) http2: Settings,
-    /// For TCP, TLS and the peer's first answer together.
+    /// Limit on the time for TCP, TLS and the peer's first answer together.
     pub(crate) timeout: Duration,
-    /// Judges what a host name resolves to. The addresses themselves were judged where they came from.
+    /// The policy for the IP addresses that a host name resolves to. The source of endpoints has already checked the addresses themselves.
     pub(crate) policy: AddressPolicy,
-    /// Whether the addresses are the program's own, so that a server may prove to be the one that its address names.
+    /// Whether the program itself contains the addresses. Only then can TLS verify a server by the host of its address.
     pub(crate) own_addresses: bool,
 }
 
@@ -60,17 +60,17 @@ impl Default for Connector {
     }
 }
 
-/// What the attempts before this one have shown.
+/// The results of earlier attempts.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Attempt {
-    /// How many failed in a row.
+    /// The number of consecutive failed attempts.
     pub(crate) failed: usize,
     /// The keep-alive that the server tolerates.
     pub(crate) keep_alive: Option<KeepAlive>,
 }
 
 impl Connector {
-    /// Takes a dialler of the user's.
+    /// Sets a custom dialler.
     pub(crate) fn dial_with<F, Fut, T>(&mut self, dial: F)
     where
         F: Fn(Address) -> Fut + Send + Sync + 'static,
@@ -83,37 +83,37 @@ impl Connector {
         }));
     }
 
-    /// The one name that all servers prove to be theirs, if there is such a name.
+    /// Returns the name that the certificates of all servers must be valid for, if one is configured.
     #[cfg(feature = "tls")]
     pub(crate) fn server_name(&self) -> Option<&str> {
         self.tls.as_ref().and_then(Tls::server_name)
     }
 
-    /// Without the feature there is no such thing.
+    /// Returns `None`: the feature `tls` is disabled.
     #[cfg(not(feature = "tls"))]
     #[expect(clippy::unused_self, reason = "the same signature as with the feature")]
     pub(crate) fn server_name(&self) -> Option<&str> {
         None
     }
 
-    /// Whether connections are encrypted.
+    /// Returns whether connections are encrypted.
     #[cfg(feature = "tls")]
     pub(crate) fn is_tls(&self) -> bool {
         self.tls.is_some()
     }
 
-    /// Without the feature they are not.
+    /// Returns false: the feature `tls` is disabled.
     #[cfg(not(feature = "tls"))]
     #[expect(clippy::unused_self, reason = "the same signature as with the feature")]
     pub(crate) fn is_tls(&self) -> bool {
         false
     }
 
-    /// Makes a connection whose peer has answered. `on_event` is called with what becomes of it.
+    /// Makes a connection and waits until its peer has answered. `on_event` is called for each event of the connection.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future closes what it has opened.
+    /// Dropping the future closes the sockets that it has opened.
     pub(crate) async fn connect<F>(
         &self,
         address: &Address,
@@ -148,7 +148,7 @@ impl Connector {
             return self.tcp(socket, address, attempt).await;
         }
         let mut resolved = self.resolve(address).await?;
-        // An address whose server accepts and is of no use must not be the first for ever.
+        // Rotates the addresses: one whose server accepts connections but is unusable must not be the first in every attempt.
         let first = attempt.failed % resolved.len().max(1);
         resolved.rotate_left(first);
         if let [only] = resolved[..] {
@@ -198,7 +198,7 @@ impl Connector {
     async fn resolve(&self, address: &Address) -> Result<Vec<SocketAddr>, DialError> {
         let found = tokio::net::lookup_host((address.host(), address.port())).await;
         let found: Vec<_> = found.map_err(DialError::Resolve)?.collect();
-        // A name may resolve to what its registration could not have named.
+        // The name may resolve to an address that a registration is not allowed to contain.
         let allowed = |found: &SocketAddr| self.policy.check(&Address::from(*found)).is_ok();
         let (allowed, refused): (Vec<_>, Vec<_>) = found.into_iter().partition(allowed);
         if allowed.is_empty() {
@@ -235,7 +235,7 @@ async fn unix(_: &Path) -> io::Result<TcpStream> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
-/// The addresses of a name, the families in turn, the resolver's first choice first.
+/// Returns the addresses with the families alternating, beginning with the family of the resolver's first address.
 fn alternating(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     let v6_first = addresses.first().is_some_and(SocketAddr::is_ipv6);
     let (v6, v4): (Vec<_>, Vec<_>) = addresses.into_iter().partition(SocketAddr::is_ipv6);
@@ -250,9 +250,10 @@ fn alternating(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     mixed
 }
 
-/// Connects to the addresses one after the other, each with a head start before the next, and takes the connection that is ready first.
+/// Dials the addresses one after the other, each with a head start before the next, and returns the first connection that is ready.
 ///
-/// The race ends with a peer that has answered and not with TCP: a server that is stuck still accepts connections.
+/// A dial wins the race when its peer has answered. A completed TCP connect does not count, because a stuck server still accepts
+/// connections.
 pub(super) async fn race<T, F, Fut>(addresses: Vec<SocketAddr>, connect: F) -> Result<T, DialError>
 where
     F: Fn(SocketAddr) -> Fut,
@@ -282,7 +283,7 @@ where
     }
 }
 
-/// Sets what a connection that lives for days needs. A socket that takes an option ill works without it.
+/// Sets the options of a long-lived socket. An error is only logged, because the socket works without them.
 fn tune(stream: &TcpStream) {
     let socket = socket2::SockRef::from(stream);
     let keepalive = socket2::TcpKeepalive::new()
@@ -298,7 +299,7 @@ fn tune(stream: &TcpStream) {
     }
 }
 
-/// Why no connection was made. Nothing was sent on it.
+/// Why no connection was made. No call was sent.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DialError {
     #[error("the host name could not be resolved")]
@@ -312,20 +313,20 @@ pub(crate) enum DialError {
     Http2(#[from] HandshakeError),
     #[error("no answer within {} s", .0.as_secs_f64())]
     TimedOut(Duration),
-    /// A custom dialler has panicked.
+    /// A dial has panicked, usually in a custom dialler.
     #[error("the dialler panicked")]
     Panicked(#[source] tokio::task::JoinError),
 }
 
-/// gRPC's connection backoff document gives a connection 20 s on its first try; halved, since an address whose packets are dropped holds
-/// its share of a starting channel up for no longer.
+/// gRPC's connection backoff document allows 20 s for the first attempt. Half of that limits how long an address whose packets are dropped
+/// delays its part of a starting channel.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// RFC 8305, section 5, recommends 250 ms.
+/// The delay before the next address is dialled; RFC 8305, section 5, recommends 250 ms.
 const HEAD_START: Duration = Duration::from_millis(250);
 const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
 const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// How long sent bytes may stay unacknowledged: without it a peer whose packets are dropped holds its calls for a quarter of an hour.
-/// gRFC A18 has 20 s; a little more lets a process that was stopped for that long live.
+/// Limit on the time that sent bytes stay unacknowledged. Without it, a peer whose packets are dropped holds its calls for a quarter of an
+/// hour. gRFC A18 uses 20 s; 30 s also tolerates a process that was stopped for 20 s.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -333,7 +334,7 @@ const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
 mod tests {
     use super::*;
 
-    /// Read back from the socket: a peer that vanishes takes rights that a test does not have.
+    /// Reads the options back from the socket: dropping the packets of a peer needs privileges that a test does not have.
     #[tokio::test]
     async fn the_kernel_is_told_when_to_give_up_a_peer_whose_packets_vanish() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");

@@ -1,4 +1,4 @@
-//! The task that drives one connection, and what it reports.
+//! The task that drives one connection, and the events that it reports.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -19,18 +19,18 @@ use super::pings::{Action, PingCause};
 
 pub(super) type OnEvent = Box<dyn FnMut(ConnectionEvent) + Send>;
 
-/// What becomes of a connection.
+/// An event of a connection.
 #[derive(Debug)]
 pub(crate) enum ConnectionEvent {
-    /// The peer has left a PING unanswered, though nothing shows that the connection is gone.
+    /// The peer has left a PING unanswered, but the connection is not known to be broken.
     Stalled,
-    /// Nothing was read in time, and no PING was allowed to prove that the peer does not answer.
+    /// Nothing was read in time, and the PING budget allowed no PING to prove that the peer does not answer.
     Doubtful,
-    /// The peer has answered after all.
+    /// The peer answers again.
     Recovered,
-    /// The peer takes more calls at once, or fewer.
+    /// The peer has changed its limit on concurrent streams.
     Streams,
-    /// The connection takes no more streams. This is the last report.
+    /// The connection takes no more streams. This is the last event.
     Left(CloseReason),
 }
 
@@ -43,7 +43,7 @@ pub(crate) enum CloseReason {
     Failed(h2::Error),
     #[error("a keep-alive ping was not answered")]
     Unresponsive,
-    /// Its runtime has ended, or it has panicked.
+    /// The runtime of the task has ended, or the task has panicked.
     #[error("the connection's task has ended")]
     Aborted,
 }
@@ -56,7 +56,7 @@ impl CloseReason {
         }
     }
 
-    /// Whether the peer closed the connection in order, rather than the connection having broken.
+    /// Returns whether the peer closed the connection in order, as opposed to a broken connection.
     pub(crate) fn is_graceful(&self) -> bool {
         match self {
             Self::Closed => true,
@@ -72,8 +72,8 @@ where
     T: AsyncRead + AsyncWrite + Unpin,
 {
     pub(super) connection: h2::client::Connection<Watched<T>, Bytes>,
-    /// Finds out, after every poll, whether streams can still be opened. It would keep the connection open, so it is dropped when the last
-    /// sender is.
+    /// Detects, after every poll, whether streams can still be opened. The probe keeps the connection open, so it is dropped together with
+    /// the last sender.
     pub(super) probe: Option<SendRequest<Bytes>>,
     pub(super) doubted: mpsc::UnboundedReceiver<PingCause>,
     pub(super) limit: Arc<AtomicUsize>,
@@ -82,7 +82,7 @@ where
     pub(super) pinger: Option<Pinger>,
     pub(super) activity: Arc<Activity>,
     pub(super) left: bool,
-    /// The time that is left to a connection whose peer has reported an error.
+    /// The remaining time of a connection whose peer has reported an error.
     pub(super) linger: Option<Pin<Box<Sleep>>>,
     pub(super) on_event: OnEvent,
 }
@@ -128,7 +128,7 @@ where
             && let Poll::Ready(action) = pinger.poll(cx)
         {
             if action == Action::Lost {
-                // Dropping the connection fails its streams with an I/O error, which is what happened to them.
+                // Dropping the connection fails its streams with an I/O error.
                 this.leave(CloseReason::Unresponsive);
                 return Poll::Ready(());
             }
@@ -184,17 +184,18 @@ impl<T> Drop for Task<T>
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
-    /// However the task ends, with its runtime or by a panic, its end is reported.
+    /// Reports the end of the connection, also if the task has panicked or its runtime has ended.
     fn drop(&mut self) {
         self.leave(CloseReason::Aborted);
     }
 }
 
-/// How many of the peer's streams calls may have: one at least, or a peer that allows no more than are reserved could not be used.
+/// Returns how many of the peer's streams calls may use: at least one, because a peer that allows no more streams than are reserved could
+/// otherwise not be used.
 pub(super) fn for_calls(streams: usize, reserved: usize) -> usize {
     streams.saturating_sub(reserved).max(streams.min(1))
 }
 
-/// How long calls on a connection may still be answered after the peer has ended it with an error. It closes the connection itself then (RFC
-/// 9113, section 5.4.1), but Node.js leaves it open, and the calls would wait for ever.
+/// How long calls on a connection may still be answered after the peer has ended it with an error. A peer must close the connection then
+/// (RFC 9113, section 5.4.1), but Node.js leaves it open, and the calls would wait for ever.
 const LINGER: Duration = Duration::from_secs(5);

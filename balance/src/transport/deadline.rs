@@ -1,20 +1,20 @@
-//! The deadline of a call, and the header that tells the server of it.
+//! The deadline of a call, and the header that sends it to the server.
 
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use tokio::time::Instant;
 
-/// When a call has to be over: waiting for an endpoint, retries and the response stream included.
+/// The time by which a call must end, including the wait for an endpoint, retries and the response stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Deadline {
     at: Instant,
-    /// What the caller asked for, for the message.
+    /// The timeout that the caller set, for the error message.
     timeout: Duration,
 }
 
 impl Deadline {
-    /// The deadline of a call that begins `now`; none if it is so far away that the clock cannot express it.
+    /// Returns the deadline of a call that starts at `now`, or `None` if the clock cannot represent it.
     pub(crate) fn after(timeout: Duration, now: Instant) -> Option<Self> {
         let at = now.checked_add(timeout)?;
         Some(Self { at, timeout })
@@ -28,13 +28,13 @@ impl Deadline {
         self.timeout
     }
 
-    /// Tells the server what is left of it.
+    /// Sets the header to the remaining time.
     pub(crate) fn rewrite(&self, headers: &mut HeaderMap, now: Instant) {
         headers.insert(GRPC_TIMEOUT, format(self.at.saturating_duration_since(now)));
     }
 }
 
-/// The timeout that a call's headers name. A value that the gRPC protocol does not allow counts as none.
+/// Returns the timeout in a call's headers. A value that the gRPC protocol does not allow is ignored.
 pub(crate) fn parse(headers: &HeaderMap) -> Option<Duration> {
     let value = headers.get(GRPC_TIMEOUT)?.to_str().ok()?;
     let (digits, unit) = value.split_at_checked(value.len().checked_sub(1)?)?;
@@ -53,7 +53,7 @@ pub(crate) fn parse(headers: &HeaderMap) -> Option<Duration> {
     }
 }
 
-/// A timeout as the header has it: at most eight digits, in the finest unit that they suffice for.
+/// Formats a timeout for the header: at most eight digits, in the finest unit that fits.
 #[must_use]
 pub fn format(timeout: Duration) -> HeaderValue {
     let units = [
@@ -66,14 +66,14 @@ pub fn format(timeout: Duration) -> HeaderValue {
     ];
     let fitting = units.into_iter().find(|(number, _)| *number <= MAX_NUMBER);
     let (number, unit) = fitting.unwrap_or((MAX_NUMBER, 'H'));
-    // Digits and a letter are always a valid value.
+    // Digits and a letter are always a valid header value.
     HeaderValue::try_from(format!("{number}{unit}"))
         .unwrap_or_else(|_| HeaderValue::from_static("99999999H"))
 }
 
-/// The header of gRPC over HTTP/2.
+/// The timeout header of gRPC over HTTP/2.
 pub const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
-/// Eight digits are what the protocol allows.
+/// The largest number with eight digits, the limit of the protocol.
 const MAX_NUMBER: u128 = 99_999_999;
 
 #[cfg(test)]
@@ -129,7 +129,7 @@ mod tests {
             let value = format(timeout);
             let back = parsed(value.to_str().expect("ASCII")).expect("what we write, we read");
             prop_assert!(back <= timeout);
-            // The number has at least five digits unless the finest unit sufficed: from seconds to minutes the step is 60.
+            // The number has at least five digits unless the finest unit fits: the step from seconds to minutes is 60.
             prop_assert!(timeout.saturating_sub(back) <= timeout / 10_000);
         }
     }

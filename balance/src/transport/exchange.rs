@@ -1,4 +1,4 @@
-//! One HTTP/2 exchange: a request that was sent, up to the head of its response.
+//! One HTTP/2 exchange: a request that was sent, until the head of its response is received.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -10,7 +10,7 @@ use super::http2::{Connection, OpenError};
 use super::request_body::{Outgoing, Pump, Pumped, Recall};
 use super::response_body::Incoming;
 
-/// A request that was sent, up to its response's head. Dropping it resets the stream.
+/// A request that was sent and whose response head was not received yet. Dropping it resets the stream.
 #[derive(Debug)]
 pub(crate) struct Exchange {
     response: ResponseFuture,
@@ -18,9 +18,9 @@ pub(crate) struct Exchange {
 }
 
 impl Exchange {
-    /// Sends a request. A body of one frame goes out here and now; any other has a task of its own, under flow control.
+    /// Sends a request. A body of at most one frame is sent immediately; a task sends any other body under flow control.
     ///
-    /// What was not sent comes back.
+    /// If no stream can be opened, the error contains the body, of which nothing was sent.
     pub(crate) fn start(
         connection: &Connection,
         head: Request<()>,
@@ -35,7 +35,7 @@ impl Exchange {
         let pump = match body {
             Outgoing::Empty => None,
             Outgoing::Single(frame) => {
-                // An error decides nothing (the stream may be closed by an early answer): the response knows.
+                // An error is ignored: an early response may have closed the stream. The response future reports the outcome.
                 let _ = stream.send_data(frame, true);
                 None
             }
@@ -54,7 +54,8 @@ impl Exchange {
         Poll::Ready(Ok(response.map(|stream| Incoming::new(stream, pump))))
     }
 
-    /// After a failure: what became of the body, for a second try or for the reason. None if the body was not pumped.
+    /// Waits for the end of the body's pump after a failure, and returns its result: the body for another attempt, or its error. Returns
+    /// `None` if the body has no pump or the runtime has ended.
     pub(crate) async fn into_pumped(self) -> Option<Pumped> {
         self.pump?.finish().await
     }

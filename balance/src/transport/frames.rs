@@ -1,27 +1,27 @@
-//! Reads the frame headers of what a peer sends: pure.
+//! Parses the headers of the frames that a peer sends, without I/O.
 //!
-//! h2 keeps three things to itself that a channel needs: the peer's limit on header lists, whether a PING has been rewarded with a HEADERS
-//! or DATA frame, and the reason in a GOAWAY. All of them are in the bytes that pass through the connection's I/O.
+//! h2 does not expose three facts that a channel needs: the peer's limit on header lists, whether a HEADERS or DATA frame has followed a
+//! PING, and the reason in a GOAWAY. All of them are in the bytes that pass through the connection's I/O.
 
-/// What a frame of the peer means to the connection.
+/// A frame of the peer that matters to the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Frame {
-    /// The beginning, or a part, of a response.
+    /// A HEADERS or DATA frame, which is part of a response.
     Response,
     /// The peer's `SETTINGS_MAX_HEADER_LIST_SIZE`, in bytes.
     MaxHeaderList(u32),
     /// A GOAWAY with this error code.
     GoAway {
         code: u32,
-        /// Whether its debug data is `too_many_pings` (gRFC A8).
+        /// Whether the debug data is `too_many_pings` (gRFC A8).
         too_many_pings: bool,
     },
 }
 
-/// Finds the frames in a stream of bytes, however the stream is cut into reads.
+/// Finds the frames in a stream of bytes, independent of how reads split the stream.
 #[derive(Debug)]
 pub(super) struct FrameReader {
-    /// A frame's header, or the beginning of a payload that is looked at.
+    /// A frame header, or the beginning of a payload that is parsed.
     buffer: [u8; KEPT],
     filled: usize,
     state: State,
@@ -31,7 +31,7 @@ pub(super) struct FrameReader {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Header,
-    /// The payload of a frame of this type, with so many bytes to come.
+    /// The payload of a frame of type `kind`, of which `left` bytes are still to be read.
     Payload {
         kind: u8,
         left: usize,
@@ -50,8 +50,8 @@ impl FrameReader {
         }
     }
 
-    /// Takes the next bytes and reports the frames that they complete. Returns how many bytes were taken: all, or those up to the end of a
-    /// GOAWAY.
+    /// Parses the next bytes and reports the frames that they complete. Returns the number of bytes parsed: all of them, or those up to the
+    /// end of a GOAWAY.
     pub(super) fn read(&mut self, all: &[u8], mut on_frame: impl FnMut(Frame)) -> usize {
         let mut bytes = all;
         while !bytes.is_empty() {
@@ -82,7 +82,7 @@ impl FrameReader {
         all.len() - bytes.len()
     }
 
-    /// Takes what a header lacks, and returns the rest.
+    /// Reads the missing bytes of a frame header, and returns the rest of `bytes`.
     fn header<'a>(&mut self, bytes: &'a [u8], on_frame: &mut impl FnMut(Frame)) -> &'a [u8] {
         let part = (HEADER - self.filled).min(bytes.len());
         self.keep(&bytes[..part]);
@@ -95,7 +95,7 @@ impl FrameReader {
             } else {
                 State::Payload { kind, left }
             };
-            // Reported by the header: the payload of a large DATA frame may take its time.
+            // Reported when the header is complete: the payload of a large DATA frame may take long.
             if self.state != State::Foreign && matches!(kind, DATA | HEADERS) {
                 on_frame(Frame::Response);
             }
@@ -121,7 +121,7 @@ impl FrameReader {
                 }
             }
             GOAWAY => {
-                // The last stream's id, the error code, and the debug data.
+                // The id of the last stream, the error code, and the debug data.
                 if let [_, _, _, _, a, b, c, d, ref data @ ..] = *payload {
                     on_frame(Frame::GoAway {
                         code: u32::from_be_bytes([a, b, c, d]),
@@ -134,7 +134,7 @@ impl FrameReader {
     }
 }
 
-/// What a peer that does not speak HTTP/2 seems to speak, by the first bytes that it sent.
+/// Guesses the protocol of a peer that does not speak HTTP/2 from the first bytes that it sent.
 pub(crate) fn foreign_protocol(opening: &[u8]) -> Option<&'static str> {
     // The first frame of an HTTP/2 server is SETTINGS: type 4 on stream 0.
     if opening.is_empty() || matches!(opening, [_, _, _, SETTINGS, _, 0, 0, 0, 0, ..]) {

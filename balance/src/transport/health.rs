@@ -1,4 +1,4 @@
-//! The gRPC health service as its clients see it: one call of `grpc.health.v1.Health/Watch` on a connection that others use as well.
+//! The client of the gRPC health service: one call of `grpc.health.v1.Health/Watch`, on a connection that other calls use as well.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -18,18 +18,18 @@ use super::http2::{Connection, OpenError};
 use super::request_body::{Outgoing, Recall};
 use super::response_body::{Broken, Incoming};
 
-/// What a server is asked.
+/// The parameters of a health check.
 #[derive(Clone, Debug)]
 pub(crate) struct HealthCheck {
-    /// The service's name; empty for the server as a whole.
+    /// The name of the service; empty for the whole server.
     pub(crate) service: String,
     pub(crate) scheme: Scheme,
-    /// In place of the endpoint's own.
+    /// Replaces the endpoint's own authority.
     pub(crate) authority: Option<Authority>,
     pub(crate) user_agent: HeaderValue,
 }
 
-/// What a server says of a service.
+/// The status of a service in the health protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, prost::Enumeration)]
 #[repr(i32)]
 pub(crate) enum ServingStatus {
@@ -51,12 +51,12 @@ struct HealthCheckResponse {
     status: i32,
 }
 
-/// The statuses that a server sends: the present one, and each change. Dropping it ends the call.
+/// The statuses that a server sends: the current one, and each change. Dropping the value ends the call.
 #[derive(Debug)]
 pub(crate) struct Statuses(Streaming<HealthCheckResponse>);
 
 impl HealthCheck {
-    /// Begins to watch. Waits for the response's head, for as long as the server likes.
+    /// Starts a watch. Waits for the response head without a timeout.
     ///
     /// # Cancel safety
     ///
@@ -103,7 +103,7 @@ impl HealthCheck {
         Ok(head)
     }
 
-    /// The request behind gRPC's prefix: not compressed, and the length.
+    /// Returns the request message with gRPC's prefix: the compression flag (not compressed) and the length.
     fn message(&self) -> Bytes {
         let request = HealthCheckRequest {
             service: self.service.clone(),
@@ -118,19 +118,19 @@ impl HealthCheck {
 }
 
 impl Statuses {
-    /// The next status; none if the server has ended the call as if all were said.
+    /// Returns the next status, or `None` if the server has ended the call without an error.
     ///
     /// # Cancel safety
     ///
     /// Dropping the future loses nothing.
     pub(crate) async fn next(&mut self) -> Result<Option<ServingStatus>, Status> {
         let response = self.0.message().await?;
-        // A status that is not known to us is none that says that it serves.
+        // An unknown status value decodes as `Unknown`, which does not count as serving.
         Ok(response.map(|response| response.status()))
     }
 }
 
-/// A response's body as tonic wants it.
+/// A response body in the form that tonic requires.
 struct StatusesBody(Incoming);
 
 impl Body for StatusesBody {
@@ -158,5 +158,6 @@ fn of_stream(error: h2::Error) -> Status {
 }
 
 const WATCH: &str = "/grpc.health.v1.Health/Watch";
-/// An answer has four bytes. What is longer is no answer, and gets no memory.
+/// Limit on the size of a message. A status message has at most two bytes; a longer one than this limit is rejected before memory is
+/// allocated for it.
 const MAX_MESSAGE: usize = 1 << 10;

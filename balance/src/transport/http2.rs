@@ -1,4 +1,4 @@
-//! One HTTP/2 connection: its handshake, and the one way to send a request on it.
+//! One HTTP/2 connection: its handshake, and the only function that sends a request on it.
 
 use std::fmt;
 use std::pin::Pin;
@@ -24,17 +24,17 @@ use super::pings::{KeepAlive, PingCause, Pings};
 /// The options of a connection.
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
-    /// Bytes that the peer may send ahead on one stream.
+    /// Bytes that the peer may send on one stream before they are read.
     pub(crate) stream_window: u32,
-    /// Bytes that the peer may send ahead on all streams together. The stream windows bound the memory; a smaller bound for all of them lets
-    /// unread streams stop every other call.
+    /// Bytes that the peer may send on all streams together before they are read. The stream windows limit the memory. A smaller window for
+    /// the connection would let unread streams block all other calls.
     pub(crate) connection_window: u32,
-    /// The largest DATA frame that we take: larger frames are fewer wake-ups.
+    /// The largest DATA frame that the client accepts: larger frames cause fewer wake-ups.
     pub(crate) max_frame_size: u32,
-    /// Whether h2's limits against hostile servers are in force.
+    /// Whether h2's limits against hostile servers are enabled.
     pub(crate) http2_abuse_limits: bool,
     pub(crate) keep_alive: Option<KeepAlive>,
-    /// Streams that calls leave free, for what is not a call.
+    /// Streams that calls leave free for other uses, such as the health watch.
     pub(crate) reserved_streams: usize,
 }
 
@@ -60,8 +60,8 @@ impl Settings {
             .max_frame_size(self.max_frame_size)
             .enable_push(false);
         if !self.http2_abuse_limits {
-            // Each of these ends the connection, and with it the calls of everybody else, for something an honest caller does: drop
-            // half-read responses, or leave a stream of small messages unread.
+            // Each of these limits closes the connection, and so fails the calls of all callers, although well-behaved callers can reach
+            // it: they drop half-read responses, or leave a stream of small messages unread.
             builder
                 .max_local_error_reset_streams(None)
                 .max_concurrent_reset_streams(RESET_STREAMS)
@@ -71,28 +71,28 @@ impl Settings {
     }
 }
 
-/// A connection whose peer has answered on HTTP/2. Dropping it closes the connection once its streams have ended.
+/// A connection whose peer has answered on HTTP/2. Dropping it closes the connection after its streams have ended.
 #[derive(Debug)]
 pub(crate) struct Connection {
     limit: Arc<AtomicUsize>,
-    /// A copy of the peer's limit, which changes hardly ever, away from what each read changes.
+    /// A copy of the peer's limit. It rarely changes, so it is kept apart from the fields that every read writes.
     max_header_list: Arc<AtomicU32>,
     reserved: usize,
     send: SendRequest<Bytes>,
     round_trip: Duration,
     activity: Arc<Activity>,
-    /// Reports doubts to the connection's task. Its drop means that no more calls will be sent.
+    /// Sends doubts to the connection's task. Dropping it signals that no more calls will be sent.
     doubts: mpsc::UnboundedSender<PingCause>,
 }
 
-/// A connection whose task has not been started: of several to one peer, only the one that is kept gets a task.
+/// A connection whose task was not started. Of several dials to one peer, only the connection that is kept gets a task.
 pub(crate) struct Established {
     connection: Connection,
     start: Box<dyn FnOnce(OnEvent) + Send>,
 }
 
 impl Established {
-    /// Spawns the task that drives the connection. From that task `on_event` is called with what becomes of the connection.
+    /// Spawns the task that drives the connection. The task calls `on_event` for each event of the connection.
     pub(crate) fn start<F>(self, on_event: F) -> Connection
     where
         F: FnMut(ConnectionEvent) + Send + Unpin + 'static,
@@ -103,9 +103,9 @@ impl Established {
 }
 
 impl Connection {
-    /// Shakes hands and waits until the peer has answered a PING.
+    /// Performs the handshake and waits until the peer has answered a PING.
     ///
-    /// The handshake alone proves nothing: it succeeds before the peer has accepted the connection.
+    /// A completed handshake is not enough: it succeeds before the peer has accepted the connection.
     ///
     /// # Cancel safety
     ///
@@ -179,45 +179,45 @@ impl Connection {
         })
     }
 
-    /// How many calls the peer takes at once. More would wait inside h2, where they cannot be told from sent ones.
+    /// Returns how many calls may be open at once. More calls would wait inside h2, where they cannot be distinguished from sent calls.
     pub(crate) fn max_streams(&self) -> usize {
-        // Relaxed: nothing else hangs on it, and the value is the peer's of a moment ago in any case.
+        // Relaxed: no other memory depends on the value, and the peer may have changed it in the meantime anyway.
         self.limit.load(Ordering::Relaxed)
     }
 
-    /// Whether the streams that calls leave free are there.
+    /// Returns whether the peer allows the reserved streams in addition to those of calls.
     pub(crate) fn has_reserve(&self) -> bool {
         self.send.current_max_send_streams() > self.reserved
     }
 
-    /// The first PING's round trip.
+    /// Returns the round trip time of the first PING.
     pub(crate) fn round_trip(&self) -> Duration {
         self.round_trip
     }
 
-    /// The size of the largest header list that the peer has announced to take, in bytes; `u32::MAX` without an announcement.
+    /// Returns the peer's limit on a header list, in bytes; `u32::MAX` if it has announced none.
     pub(crate) fn max_header_list(&self) -> u32 {
         self.max_header_list.load(Ordering::Relaxed)
     }
 
-    /// Whether the peer has ended the connection because of our PINGs.
+    /// Returns whether the peer has closed the connection because of our PINGs.
     pub(crate) fn has_too_many_pings(&self) -> bool {
         self.activity.has_too_many_pings()
     }
 
-    /// The error with which the peer has ended the connection because of something that was sent on it, if it has. A call below the last
-    /// stream of a GOAWAY does not see it: its own error is that of the socket.
+    /// Returns the error code with which the peer has closed the connection because of a request on it, if there is one. The error of a
+    /// call at or below the GOAWAY's last stream does not contain it: that error is the socket's.
     pub(crate) fn blame(&self) -> Option<Reason> {
         let reason = Reason::from(self.activity.goaway()?);
         (reason != Reason::NO_ERROR && !self.has_too_many_pings()).then_some(reason)
     }
 
-    /// Sets how the connection finds out whether calls are open on it, which decides on keep-alive pings.
+    /// Sets the function that returns whether calls are open on the connection. The keep-alive depends on it.
     pub(crate) fn set_busy(&self, is_busy: impl Fn() -> bool + Send + Sync + 'static) {
         self.activity.set_busy(is_busy);
     }
 
-    /// For how long nothing was read.
+    /// Returns how long nothing was read.
     pub(crate) fn silence(&self, now: Instant) -> Duration {
         now.saturating_duration_since(self.activity.last())
     }
@@ -225,7 +225,7 @@ impl Connection {
     /// Requests a PING for a call sent at `then` that overran, unless bytes were read since.
     pub(crate) fn suspect(&self, then: Instant) {
         if !self.activity.is_heard_since(then) {
-            // The task may be gone, and then the connection is as well.
+            // The send fails only if the task has ended, and then the connection has ended as well.
             let _ = self.doubts.send(PingCause::Overrun);
         }
     }
@@ -237,12 +237,12 @@ impl Connection {
         }
     }
 
-    /// Requests a PING for a connection that was silent for long, for no call.
+    /// Requests a PING for a connection that was silent for long, independent of a call.
     pub(crate) fn check(&self) {
         let _ = self.doubts.send(PingCause::Sweep);
     }
 
-    /// How many bytes were read.
+    /// Returns how many bytes were read.
     pub(crate) fn bytes_read(&self) -> u64 {
         self.activity.heard().bytes
     }
@@ -257,21 +257,21 @@ impl Connection {
         if self.doubts.send(PingCause::Silence).is_err() {
             return false;
         }
-        // The connection's task ends the wait long before, unless its runtime is not driven.
+        // The connection's task ends the wait much earlier, unless its runtime is not driven.
         let heard = self.activity.heard_since(mark);
         tokio::time::timeout(UNDRIVEN, heard).await.unwrap_or(false)
     }
 
-    /// Opens a stream. It never waits; the caller has made sure that a stream is free.
+    /// Opens a stream without waiting. The caller must have reserved a stream.
     pub(crate) fn open(
         &self,
         head: Request<()>,
         end_of_stream: bool,
     ) -> Result<(ResponseFuture, SendStream<Bytes>), OpenError> {
-        // A clone has no memory of a stream that waits to be opened, so it never refuses on that ground.
+        // A clone does not contain the handle's pending stream, so `send_request` does not reject the request because of it.
         let mut send = self.send.clone();
         send.send_request(head, end_of_stream).map_err(|error| {
-            // The error itself does not tell a connection that is gone from a request that is malformed; the handle does.
+            // The error does not distinguish a closed connection from a malformed request, but the state of the handle does.
             match send.poll_ready(&mut Context::from_waker(Waker::noop())) {
                 Poll::Ready(Err(error)) => OpenError::Gone(error),
                 _ => OpenError::Malformed(error),
@@ -280,7 +280,7 @@ impl Connection {
     }
 }
 
-/// Waits for the answer to a first PING and for the peer's SETTINGS. Returns the round trip.
+/// Waits for the answer to a first PING and for the peer's SETTINGS. Returns the round trip time.
 async fn ready_check<T>(
     connection: &mut h2::client::Connection<Watched<T>, Bytes>,
     mut pings: Option<&mut PingPong>,
@@ -293,8 +293,8 @@ where
     if let Some(pings) = &mut pings {
         pings.send_ping(Ping::opaque())?;
     }
-    // The peer's SETTINGS are always before its PONG, so the number of streams it allows is known by then. A peer that allows none cannot
-    // be used yet.
+    // The SETTINGS of a peer always precede its PONG, so its limit on streams is known by then. A peer that allows no streams cannot be
+    // used yet.
     let mut round_trip = pings.is_none().then_some(Duration::ZERO);
     std::future::poll_fn(|cx| {
         if let Poll::Ready(outcome) = Pin::new(&mut *connection).poll(cx) {
@@ -318,7 +318,7 @@ where
 /// Why a peer is not ready for calls.
 #[derive(Debug)]
 pub(crate) struct HandshakeError {
-    /// What the peer seems to speak in place of HTTP/2.
+    /// The protocol that the peer seems to speak instead of HTTP/2.
     pub(crate) speaks: Option<&'static str>,
     pub(crate) source: h2::Error,
 }
@@ -334,23 +334,23 @@ impl fmt::Display for HandshakeError {
 
 impl std::error::Error for HandshakeError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        // h2's error is about a frame that was none.
+        // h2's error describes the bytes of the other protocol as an invalid frame.
         self.speaks.is_none().then_some(&self.source)
     }
 }
 
-/// Why no stream was opened. In either case nothing was sent.
+/// Why no stream was opened. Nothing was sent in either case.
 #[derive(Debug)]
 pub(crate) enum OpenError {
     /// The connection takes no more streams.
     Gone(h2::Error),
-    /// The request breaks HTTP/2's rules, on this connection and any other.
+    /// The request violates HTTP/2, so it fails on every connection.
     Malformed(h2::Error),
 }
 
-/// HTTP/2's largest window.
+/// The largest window of HTTP/2.
 pub(crate) const MAX_WINDOW: u32 = (1 << 31) - 1;
-/// Streams that we have reset and whose late frames are still expected, without an error for the connection.
+/// Limit on streams that the client has reset and whose late frames are still accepted without a connection error.
 const RESET_STREAMS: usize = 1024;
-/// How long a check may take at most.
+/// Limit on the duration of a check.
 const UNDRIVEN: Duration = Duration::from_secs(5);

@@ -1,6 +1,6 @@
-//! HTTP/2 connections, directly over the `h2` crate: one task drives each connection, and calls send and read in their caller's task.
+//! HTTP/2 connections, directly on the `h2` crate. One task drives each connection. Calls send and read in the task of their caller.
 //!
-//! Nothing here knows of endpoints' states, of picking or of retrying; it says what happened, and whether a peer can have seen it.
+//! This module contains no endpoint states, picks or retries. It reports what happened, and whether a peer may have processed a call.
 
 mod activity;
 pub(crate) mod connect;

@@ -1,4 +1,4 @@
-//! The one sender of PINGs on a connection, after the ready check.
+//! Sends all PINGs of a connection after the ready check.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use tokio::time::{Instant, Sleep};
 use super::activity::Activity;
 use super::pings::{Action, PingCause, Pings};
 
-/// Sends what [`Pings`] decides.
+/// Sends the PINGs that [`Pings`] decides on.
 pub(super) struct Pinger {
     pings: PingPong,
     decided: Pings,
@@ -29,12 +29,12 @@ impl Pinger {
         }
     }
 
-    /// The peer is doubted. Returns what has to be reported at once.
+    /// Handles a doubt about the peer. Returns the action that must be reported at once.
     pub(super) fn doubt(&mut self, doubt: PingCause) -> Option<Action> {
         let (heard, busy) = (self.activity.heard(), self.activity.is_busy());
         let action = self.decided.on_doubt(doubt, Instant::now(), heard, busy)?;
         if action == Action::Ping {
-            // A ping that cannot be sent belongs to a connection that ends by itself.
+            // `send_ping` fails only on a connection that ends anyway.
             let _ = self.pings.send_ping(Ping::opaque());
             return None;
         }

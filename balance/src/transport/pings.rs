@@ -1,18 +1,18 @@
-//! When a PING is due, and what its answer, or none, means: pure.
+//! Decides when a PING is due, and what its answer or a missing answer means, without I/O.
 //!
-//! One budget covers every PING of a connection, whatever asks for it, because servers count them together. gRFC A8 lets a server close a
-//! connection that pings more often than it allows; grpc-go and grpc-java allow two PINGs between two HEADERS or DATA frames that they send,
-//! the ready check at the connection's start included, and one each five minutes beyond that. Where the budget is spent, the keep-alive
-//! waits, and a doubt about the peer is settled without a PING: if nothing is read in time, the balancer dials a second connection beside
-//! the first, which stays in use until the second is ready.
+//! All PINGs of a connection share one budget, because servers count them together. gRFC A8 lets a server close a connection that pings
+//! more often than the server allows. grpc-go and grpc-java allow two PINGs between two HEADERS or DATA frames that they send, including
+//! the ready check at the connection's start, and one PING per five minutes beyond that. If the budget is spent, the keep-alive waits, and
+//! a doubt about the peer is settled without a PING: if nothing is read in time, the balancer dials a second connection beside the first,
+//! which stays in use until the second is ready.
 //!
-//! Three things ask for PINGs:
+//! There are three sources of PINGs:
 //!
 //! - the *stall detection*, after a call has overrun its deadline while nothing was read;
-//! - the *check* of a connection that was silent for so long that a middlebox may have forgotten it, before a call is sent on it;
+//! - the *check* of a connection before a call is sent on it, after a silence in which a middlebox may have dropped the flow;
 //! - the *keep-alive*, an option, after an interval in which nothing was read.
 //!
-//! Any byte that is read counts as life, not the answer alone: on a slow link the answer queues behind the responses.
+//! Any byte that is read proves that the peer is alive, not only the PONG: on a slow link the PONG is queued behind the responses.
 
 use std::time::Duration;
 
@@ -20,16 +20,16 @@ use tokio::time::Instant;
 
 use super::activity::Heard;
 
-/// Pings that keep a connection alive.
+/// The options of the keep-alive.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct KeepAlive {
-    /// The shortest interval between PINGs that the servers permit, beyond the two that all of them do.
+    /// The shortest interval between PINGs that the servers permit, beyond the two PINGs that all servers permit.
     pub(crate) permit: Duration,
-    /// How long nothing is read before a ping.
+    /// The interval without a read after which a PING is sent.
     pub(crate) interval: Duration,
-    /// How long nothing may be read after a ping; then the connection counts as lost.
+    /// The time without a read after a PING; then the connection counts as lost.
     pub(crate) timeout: Duration,
-    /// Whether a connection without calls is pinged as well.
+    /// Whether PINGs are also sent on a connection without calls.
     pub(crate) while_idle: bool,
 }
 
@@ -37,37 +37,37 @@ pub(crate) struct KeepAlive {
 #[derive(Debug)]
 pub(super) struct Pings {
     keep_alive: Option<KeepAlive>,
-    /// How long a peer may stay silent after a call has overrun its deadline.
+    /// Limit on the silence of the peer after a call has overrun its deadline.
     patience: Duration,
-    /// How long a call waits for the answer to a check.
+    /// Limit on the time that a call waits for the answer to a check.
     check_patience: Duration,
-    /// Whether an answer is to come: h2 holds one PING at a time.
+    /// Whether a PING waits for its answer: h2 allows one PING at a time.
     outstanding: bool,
-    /// PINGs since the peer's last HEADERS or DATA frame.
+    /// The number of PINGs since the peer's last HEADERS or DATA frame.
     unrewarded: u32,
-    /// The peer's HEADERS and DATA frames when the last PING was sent.
+    /// The number of HEADERS and DATA frames of the peer when the last PING was sent.
     responses_then: u64,
     last_ping: Instant,
-    /// When the keep-alive looks at the connection next.
+    /// The time when the keep-alive checks the connection next.
     next: Option<Instant>,
-    /// When the connection is lost if nothing is read.
+    /// The time when the connection counts as lost if nothing is read.
     lost: Option<Expiry>,
-    /// When the peer has stalled if nothing is read.
+    /// The time when the peer counts as silent if nothing is read.
     stall: Option<Expiry>,
-    /// The bytes read when the peer was found silent, until it sends more.
+    /// The number of bytes read when the peer was found silent; `None` once more was read.
     stalled: Option<u64>,
-    /// Whether a PING has proven it.
+    /// Whether an unanswered PING has proven the silence.
     proven: bool,
 }
 
-/// A time by which more than these bytes must have been read.
+/// A time by which more than `bytes` must have been read.
 #[derive(Clone, Copy, Debug)]
 struct Expiry {
     at: Instant,
     bytes: u64,
     /// Whether a PING waits for its answer.
     pinged: bool,
-    /// How often the time was extended because our own process did not get to run.
+    /// How often the time was extended because our own process was not scheduled.
     extended: u32,
 }
 
@@ -77,7 +77,7 @@ impl Expiry {
     }
 }
 
-/// Why a PING is asked for.
+/// Why a PING is requested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PingCause {
     /// A call has overrun its deadline, and nothing was read since it was sent.
@@ -90,23 +90,23 @@ pub(super) enum PingCause {
     Sweep,
 }
 
-/// What is to be done.
+/// An action for the caller of [`Pings`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
     /// Send a PING.
     Ping,
     /// Report that the peer has left a PING unanswered.
     Stalled,
-    /// Report that nothing was read in time, and that no PING was allowed to prove it.
+    /// Report that nothing was read in time, and that no PING was allowed to prove the silence.
     Doubtful,
-    /// Report that it answers again.
+    /// Report that the peer answers again.
     Recovered,
-    /// Give the connection up.
+    /// Close the connection.
     Lost,
 }
 
 impl Pings {
-    /// After the ready check, whose PING is the first of the budget.
+    /// Creates the state after the ready check, whose PING is the first of the budget.
     pub(super) fn new(
         keep_alive: Option<KeepAlive>,
         round_trip: Duration,
@@ -130,7 +130,7 @@ impl Pings {
         }
     }
 
-    /// When [`on_time`](Self::on_time) has something to report.
+    /// Returns the time at which [`on_time`](Self::on_time) must be called.
     pub(super) fn wake_at(&self) -> Option<Instant> {
         let expiries = [self.lost, self.stall].map(|expiry| expiry.map(|expiry| expiry.at));
         expiries.into_iter().chain([self.next]).flatten().min()
@@ -161,7 +161,7 @@ impl Pings {
             PingCause::Silence | PingCause::Sweep => self.check_patience,
         };
         let at = now.checked_add(patience)?;
-        // What was read since the last doubt has settled that one.
+        // Bytes that were read since the last doubt have settled that doubt.
         if let Some(stall) = self
             .stall
             .as_mut()
@@ -170,14 +170,14 @@ impl Pings {
             stall.at = stall.at.min(at);
             return None;
         }
-        // The stream of a call that waits for a check is not open yet.
+        // A call that waits for a check has no open stream yet, so the connection counts as idle for the server.
         let busy = busy && doubt == PingCause::Overrun;
         let may_ping = self.outstanding || self.may_ping(now, heard, busy);
         if !may_ping && matches!(doubt, PingCause::Dropped | PingCause::Sweep) {
             return None;
         }
         if is_silent && !may_ping {
-            // Found silent before, and no PING may prove it yet: another wait would not tell more.
+            // The peer was found silent before, and no PING may prove it yet: another wait would give the same result.
             return (doubt == PingCause::Silence).then_some(Action::Doubtful);
         }
         self.stall = Some(Expiry {
@@ -193,7 +193,7 @@ impl Pings {
         }
     }
 
-    /// Something was read.
+    /// Handles bytes that were read.
     pub(super) fn on_heard(&mut self, heard: Heard) -> Option<Action> {
         let stalled = self.stalled?;
         (heard.bytes > stalled).then(|| {
@@ -203,17 +203,17 @@ impl Pings {
         })
     }
 
-    /// The answer is here.
+    /// Handles the answer to the PING.
     pub(super) fn on_pong(&mut self, now: Instant, heard: Heard) {
         self.outstanding = false;
-        // Frames that crossed the PING were sent before the server has counted it.
+        // The server sent the frames that crossed the PING before it counted the PING, so they do not reset its count.
         self.responses_then = heard.responses;
         self.lost = None;
         self.stall = None;
         self.rest(now);
     }
 
-    /// Time has passed.
+    /// Handles the passing of time.
     pub(super) fn on_time(&mut self, now: Instant, heard: Heard, busy: bool) -> Option<Action> {
         if let Some(lost) = self.lost.take_if(|lost| lost.is_due(now)) {
             if heard.bytes == lost.bytes {
@@ -224,7 +224,8 @@ impl Pings {
         if let Some(mut stall) = self.stall.take_if(|stall| stall.is_due(now))
             && heard.bytes == stall.bytes
         {
-            // A runtime that wakes this late has not read what the peer has sent. To replace connections would load it more.
+            // A timer that fires late shows that the runtime has not yet read what the peer has sent. Replacing connections would add to
+            // its load.
             let late = now.saturating_duration_since(stall.at);
             if late < LATE || stall.extended >= EXTENSIONS {
                 return Some(self.on_silence(stall));
@@ -260,7 +261,7 @@ impl Pings {
             self.rest(now);
             return None;
         }
-        // Permission for idle connections is what `while_idle` claims.
+        // `while_idle` states that the servers permit PINGs on idle connections, so the interval for open calls applies.
         if !self.outstanding && !self.may_ping(now, heard, true) {
             self.next = self.last_ping.checked_add(keep_alive.permit);
             return None;
@@ -275,7 +276,7 @@ impl Pings {
         self.ping(now, heard)
     }
 
-    /// Sends a PING unless one is on its way, which answers for both.
+    /// Requests a PING, unless the answer to an earlier one is outstanding. That answer then serves both.
     fn ping(&mut self, now: Instant, heard: Heard) -> Option<Action> {
         if self.outstanding {
             return None;
@@ -307,21 +308,22 @@ impl Pings {
     }
 }
 
-/// How long a peer may stay silent at least: a process that the scheduler has not run for a while is not frozen.
+/// Minimum limit on the silence of a peer. A shorter limit would take a process that the scheduler has delayed for a frozen one.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// How long a call waits at least before it is sent elsewhere. As for the next address of a name (RFC 8305, section 5).
+/// Minimum time that a call waits for a check before it is sent elsewhere. RFC 8305, section 5, uses the same delay before the next address
+/// of a name.
 pub(super) const CHECK_PATIENCE: Duration = Duration::from_millis(250);
-/// A timer that fires this late shows that our own process does not get to run.
+/// A timer that fires this late shows that our own process was not scheduled.
 const LATE: Duration = Duration::from_millis(50);
-/// On a long way an answer may take this many round trips.
+/// On a path with a long round trip, an answer may take this many round trips.
 pub(super) const ROUND_TRIPS: u32 = 4;
-/// PINGs between two HEADERS or DATA frames of the peer: gRFC A8's limit of two strikes.
+/// Limit on PINGs between two HEADERS or DATA frames of the peer: gRFC A8 allows two strikes.
 const UNREWARDED: u32 = 2;
-/// How often a time limit is extended at most: a process that never gets to run has to end its waits as well.
+/// Limit on extensions of a time limit: waits must also end in a process that is never scheduled in time.
 const EXTENSIONS: u32 = 3;
 /// The interval that grpc-go and grpc-java allow by default while calls are open.
 pub(crate) const BUSY_INTERVAL: Duration = Duration::from_secs(5 * 60);
-/// The interval that they allow without calls.
+/// The interval that grpc-go and grpc-java allow without calls.
 const IDLE_INTERVAL: Duration = Duration::from_secs(2 * 3600);
 
 #[cfg(test)]
@@ -425,8 +427,8 @@ mod tests {
         assert_eq!(stalled, Some(Action::Stalled));
     }
 
-    /// A server that counts as grpc-java does: a strike per PING, which HEADERS or DATA frames forgive that it sends afterwards. Frames cross,
-    /// answers are late, streams are reset, calls are dropped, and the keep-alive wants its share.
+    /// Simulates a server that counts like grpc-java: each PING is a strike, and HEADERS or DATA frames that the server sends later clear
+    /// the strikes. Frames cross, answers are late, streams are reset, calls are dropped, and the keep-alive sends PINGs as well.
     #[test]
     fn no_server_counts_a_third_ping_between_two_responses() {
         let seed = fastrand::u64(..);
@@ -440,7 +442,7 @@ mod tests {
             };
             let (mut pings, start) = pings(rng.bool().then_some(keep_alive));
             let (mut strikes, mut now) = (1, start);
-            // What the server has sent, and what of it was read.
+            // The bytes and responses that the server has sent, and those that were read.
             let (mut sent, mut read) = ((117, 0), (117, 0));
             let mut pong_at = None;
             for _ in 0..400 {
@@ -453,7 +455,7 @@ mod tests {
                     1 => sent.0 += 13,
                     _ => {}
                 }
-                // Bytes may be read late, and an answer is read behind all that was sent before it.
+                // Bytes may be read late, and an answer is read after all bytes that were sent before it.
                 if rng.bool() {
                     read = sent;
                 }
@@ -573,7 +575,7 @@ mod tests {
         assert_eq!(pings.wake_at(), Some(now + ms(20_500)));
         let ping = pings.on_time(now + ms(20_500), silent, true);
         assert_eq!(ping, Some(Action::Ping), "the servers permit it");
-        // A suspicion meanwhile waits for the same answer.
+        // A doubt in the meantime waits for the same answer.
         let doubt = pings.on_doubt(PingCause::Overrun, now + ms(20_600), silent, true);
         assert_eq!(doubt, None);
         let stalled = pings.on_time(now + ms(21_600), silent, true);

@@ -14,20 +14,20 @@ use tonic::body::Body;
 /// A request body, as far as it was read in the caller's task.
 #[derive(Debug)]
 pub(crate) enum Outgoing {
-    /// Nothing; the head ends the stream.
+    /// No body; the head ends the stream.
     Empty,
-    /// One frame at the end of the body: every unary call.
+    /// One frame that is the whole body, as in every unary call.
     Single(Bytes),
-    /// Anything else.
+    /// Any other body.
     Stream {
-        /// What was read already, in order.
+        /// The frames that were already read, in order.
         read: Vec<Bytes>,
         rest: Body,
     },
 }
 
 impl Outgoing {
-    /// Reads what the body has to give right now: two polls are enough to know a unary call.
+    /// Reads the part of the body that is available now. Two polls are enough to recognise a unary call.
     pub(crate) fn gather(mut body: Body, cx: &mut Context<'_>) -> Result<Self, Status> {
         if body.is_end_stream() {
             return Ok(Self::Empty);
@@ -52,7 +52,7 @@ impl Outgoing {
     }
 }
 
-/// The next data frame. gRPC requests have no trailers.
+/// Polls for the next data frame. gRPC requests have no trailers.
 fn poll_data(body: &mut Body, cx: &mut Context<'_>) -> Result<Poll<Option<Bytes>>, Status> {
     loop {
         return match Pin::new(&mut *body).poll_frame(cx) {
@@ -68,7 +68,7 @@ fn poll_data(body: &mut Body, cx: &mut Context<'_>) -> Result<Poll<Option<Bytes>
     }
 }
 
-/// Whether a body that has a pump may be wanted back although its stream is alive.
+/// Whether a pump may have to return its body while the stream is alive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Recall {
     Never,
@@ -76,7 +76,7 @@ pub(crate) enum Recall {
     Possible,
 }
 
-/// The task that sends a request body. Dropping it ends the task, and resets the stream if its end was not sent.
+/// The task that sends a request body. Dropping the pump stops the task, and resets the stream if its end was not sent.
 #[derive(Debug)]
 pub(crate) struct Pump {
     task: JoinHandle<Pumped>,
@@ -103,24 +103,24 @@ impl Pump {
         Self { task, recall }
     }
 
-    /// Whether the body may be wanted back while the stream is alive.
+    /// Returns whether the body can be taken back while the stream is alive.
     pub(super) fn can_be_recalled(&self) -> bool {
         self.recall.is_some()
     }
 
-    /// Takes the body back. None if nobody said at the start that this might come.
+    /// Takes the body back. Returns `None` if the pump was started with [`Recall::Never`] or its runtime has ended.
     pub(super) async fn recall(self) -> Option<Pumped> {
-        // A pump that has ended by itself has its say all the same.
+        // If the pump has already ended, `finish` returns its result nevertheless.
         self.recall.as_ref()?.cancel();
         self.finish().await
     }
 
-    /// Waits for the end of a pump whose stream is dead. None if its runtime has ended.
+    /// Waits for the end of a pump whose stream is dead. Returns `None` if the pump's runtime has ended.
     pub(super) async fn finish(mut self) -> Option<Pumped> {
         outcome((&mut self.task).await)
     }
 
-    /// The error of the caller's body, if that is what ended the call.
+    /// Returns the error of the caller's body, if that error ended the call.
     pub(super) fn poll_error(&mut self, cx: &mut Context<'_>) -> Option<Status> {
         match Pin::new(&mut self.task).poll(cx).map(outcome) {
             Poll::Ready(Some(Pumped::Failed(status))) => Some(status),
@@ -129,7 +129,7 @@ impl Pump {
     }
 }
 
-/// A body that panics has failed.
+/// Returns the result of a pump's task. A panic of the body counts as a failure of the body.
 fn outcome(ended: Result<Pumped, JoinError>) -> Option<Pumped> {
     match ended {
         Ok(pumped) => Some(pumped),
@@ -147,27 +147,28 @@ impl Drop for Pump {
     }
 }
 
-/// How a pump ended.
+/// The result of a pump.
 #[derive(Debug)]
 pub(crate) enum Pumped {
-    /// The whole body is sent, or the stream died after more of it was sent than is kept.
+    /// The whole body is sent, or the stream died after more of the body was sent than is kept.
     Spent,
-    /// The stream died, and this is the whole body again.
+    /// The stream died. This is the whole body, for another attempt.
     Returned(Outgoing),
     /// The caller's body failed.
     Failed(Status),
 }
 
-/// A stream that a request is sent on.
+/// A stream on which a request body is sent.
 struct Sending {
     stream: SendStream<Bytes>,
     recalled: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
-    /// Whether the pump has come to its end.
+    /// Whether the pump has run to its end.
     finished: bool,
 }
 
 impl Drop for Sending {
-    /// Without a reset the server would wait for the rest of a body that has panicked, and the caller for the server.
+    /// Resets an unfinished stream: the server would otherwise wait for the rest of a body that has panicked, and the caller for the
+    /// server.
     fn drop(&mut self) {
         if !self.finished {
             self.stream.send_reset(Reason::CANCEL);
@@ -176,7 +177,7 @@ impl Drop for Sending {
 }
 
 impl Sending {
-    /// Ready when nothing more is to be sent: the stream is dead, or the body is wanted back. It is not to be polled after that.
+    /// Ready when sending must stop: the stream is dead, or the body was recalled. Must not be polled after that.
     fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if let Some(recalled) = &mut self.recalled
             && recalled.as_mut().poll(cx).is_ready()
@@ -206,7 +207,7 @@ async fn send_all(sending: &mut Sending, read: Vec<Bytes>, mut rest: Body) -> Pu
     }
     loop {
         let frame = std::future::poll_fn(|cx| {
-            // Asked first: it also registers for the wake-up that the end of the stream is.
+            // Polled first: this also registers the waker for the end of the stream.
             if sending.poll_over(cx).is_ready() {
                 return Poll::Ready(None);
             }
@@ -227,7 +228,7 @@ async fn send_all(sending: &mut Sending, read: Vec<Bytes>, mut rest: Body) -> Pu
             Some(Ok(None)) => {
                 ended = true;
                 let _ = sending.stream.send_data(Bytes::new(), true);
-                // It stays for the case that the peer refuses the whole call.
+                // Waits for the end of the stream: if the peer refuses the whole call, the body is returned for another attempt.
                 std::future::poll_fn(|cx| sending.poll_over(cx)).await;
                 return kept.give_back(rest, ended);
             }
@@ -239,10 +240,11 @@ async fn send_all(sending: &mut Sending, read: Vec<Bytes>, mut rest: Body) -> Pu
     }
 }
 
-/// Sends a frame as the peer makes room for it. False if the stream is dead.
+/// Sends a frame as the peer's windows allow. Returns false if the stream is dead.
 async fn send(sending: &mut Sending, mut frame: Bytes) -> bool {
     while !frame.is_empty() {
-        // Capacity is reserved only for bytes in hand, and little of it: what a parked call holds, the other calls on the connection lack.
+        // Capacity is reserved only for bytes that are ready to be sent, and only little: what a stalled call holds, other calls on the
+        // connection cannot use.
         let wanted = frame.len().min(RESERVE);
         sending.stream.reserve_capacity(wanted);
         let capacity = std::future::poll_fn(|cx| {
@@ -262,7 +264,7 @@ async fn send(sending: &mut Sending, mut frame: Bytes) -> bool {
     true
 }
 
-/// The beginning of a body, kept for a second try: its first frame, and more while it is small.
+/// The beginning of a body, kept for another attempt: its first frame, and further frames while the total is small.
 #[derive(Debug, Default)]
 struct Kept {
     frames: Vec<Bytes>,
@@ -292,7 +294,7 @@ impl Kept {
     }
 }
 
-/// What is reserved of a connection's send window at a time.
+/// Bytes reserved from a connection's send window at a time.
 const RESERVE: usize = 64 << 10;
-/// What is kept of a streamed request body beyond its first frame.
+/// Limit on the bytes kept of a streamed request body that has more than one frame.
 const KEPT: usize = 64 << 10;

@@ -1,4 +1,4 @@
-//! Response bodies on their way in.
+//! Response bodies.
 
 use std::collections::VecDeque;
 use std::task::{Context, Poll, ready};
@@ -15,13 +15,13 @@ use super::request_body::{Pump, Pumped};
 #[derive(Debug)]
 pub(crate) struct Incoming {
     stream: RecvStream,
-    /// The request body ends with the response.
+    /// The pump of the request body, which is stopped at the end of the response.
     pump: Option<Pump>,
     data_ended: bool,
     ahead: Option<Box<Ahead>>,
 }
 
-/// What was read of a response before its caller asked for it.
+/// The part of a response that was read before the caller polled for it.
 #[derive(Debug, Default)]
 struct Ahead {
     frames: VecDeque<Frame<Bytes>>,
@@ -45,18 +45,17 @@ impl Incoming {
         incoming
     }
 
-    /// Takes the request's body back, for another try. None if there is no pump, or nobody said when it started that this might come.
+    /// Takes the request body back for another attempt. Returns `None` if there is no pump, or if the pump cannot be recalled.
     pub(crate) async fn recall(&mut self) -> Option<Pumped> {
         self.pump.take()?.recall().await
     }
 
-    /// Whether the peer has sent everything, read or not.
+    /// Returns whether the peer has sent everything, read or not.
     pub(crate) fn is_complete(&self) -> bool {
         self.stream.is_end_stream()
     }
 
-    /// Reads on, and keeps what comes. Ready once no more is to be waited for: at the response's end, or where it breaks, or when what is
-    /// kept is enough.
+    /// Reads ahead and keeps the frames. Ready at the end of the response, when the response breaks, or when enough is kept.
     pub(crate) fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let mut ahead = self.ahead.take().unwrap_or_default();
         let mut polled = Poll::Ready(());
@@ -79,24 +78,24 @@ impl Incoming {
         polled
     }
 
-    /// Whether anything was read ahead.
+    /// Returns whether any frame is kept.
     pub(crate) fn has_begun(&self) -> bool {
         let ahead = self.ahead.as_ref();
         ahead.is_some_and(|ahead| !ahead.frames.is_empty())
     }
 
-    /// Whether reading ahead has found the response broken.
+    /// Returns whether the response was found broken while reading ahead.
     pub(crate) fn is_broken(&self) -> bool {
         let ahead = self.ahead.as_ref();
         ahead.is_some_and(|ahead| ahead.broken.is_some())
     }
 
-    /// What has broken the response, if reading ahead has found it broken.
+    /// Takes the error that was found while reading ahead.
     pub(crate) fn take_broken(&mut self) -> Option<Broken> {
         self.ahead.as_mut()?.broken.take()
     }
 
-    /// The next frame; its room in the windows is given back at once.
+    /// Polls for the next frame. Its bytes are returned to the flow-control windows at once.
     pub(crate) fn poll_frame(
         &mut self,
         cx: &mut Context<'_>,
@@ -120,7 +119,7 @@ impl Incoming {
         while !self.data_ended {
             match ready!(self.stream.poll_data(cx)) {
                 Some(Ok(data)) => {
-                    // It fails only on a stream that is gone already.
+                    // An error means that the stream has already ended.
                     let _ = self.stream.flow_control().release_capacity(data.len());
                     self.end_pump();
                     if !data.is_empty() {
@@ -140,9 +139,9 @@ impl Incoming {
         }
     }
 
-    /// The request is over when its response is: the server's handler is not kept waiting for the rest.
+    /// Stops the pump once the response has ended: the server's handler must not wait for the rest of the request.
     fn end_pump(&mut self) {
-        // Asked only where it matters: it takes h2's lock.
+        // `is_end_stream` takes h2's lock, so it is called only if there is a pump.
         if self.pump.is_some() && self.stream.is_end_stream() {
             self.pump = None;
         }
@@ -154,13 +153,14 @@ impl Incoming {
     }
 }
 
-/// What ended a response before its end.
+/// What ended a response early.
 #[derive(Debug)]
 pub(crate) enum Broken {
     Stream(h2::Error),
-    /// The caller's own request body.
+    /// The error of the caller's own request body.
     Request(Status),
 }
 
-/// How much of a response is read ahead. The peer may send as much again, and a frame, before anybody reads.
+/// Limit on the bytes of a response that are read ahead; the last frame may exceed it. Beyond that, the peer can send a stream window
+/// before the caller reads.
 const AHEAD: usize = 64 << 10;

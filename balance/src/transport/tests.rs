@@ -1,4 +1,4 @@
-//! One connection against a real `h2` server: what each row of the table of failures says about a call, and how bodies travel.
+//! One connection against a real `h2` server: what each kind of failure means for a call, and how bodies are sent and received.
 
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -29,7 +29,7 @@ type Accepted = (Request<RecvStream>, SendResponse<Bytes>);
 static DEFAULTS: LazyLock<Settings> = LazyLock::new(Settings::default);
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A client connection, and what its peer sees.
+/// A client connection, and what its server receives.
 struct Pair {
     client: Connection,
     accepted: mpsc::UnboundedReceiver<Accepted>,
@@ -37,7 +37,7 @@ struct Pair {
     left: mpsc::UnboundedReceiver<CloseReason>,
 }
 
-/// What the server is told to do.
+/// A command to the server.
 enum Order {
     GoAway(Reason),
     GracefulShutdown,
@@ -128,7 +128,7 @@ async fn head(exchange: &mut Exchange) -> Result<Response<Incoming>, h2::Error> 
         .expect("a head in time")
 }
 
-/// A body fed by hand. It ends when its sender goes.
+/// A body whose frames the test sends. It ends when its sender is dropped.
 fn fed() -> (mpsc::UnboundedSender<Bytes>, Body) {
     let (feed, frames) = mpsc::unbounded_channel();
     (feed, Body::new(Fed(frames)))
@@ -228,7 +228,7 @@ async fn calls_above_a_goaway_are_unprocessed_and_the_connection_leaves() {
     let mut pair = Pair::new(|_| ()).await;
     let mut below = pair.send(single());
     let (_request, _respond) = pair.accept().await;
-    // The server has asked for nothing more, so the second call is above the last stream it has seen.
+    // The server has accepted only the first call, so a second call would be above the last stream of the GOAWAY.
     pair.order(Order::GoAway(Reason::NO_ERROR));
     let left = timeout(PATIENCE, pair.left.recv()).await.expect("in time");
     assert!(left.expect("a reason").is_graceful());
@@ -306,7 +306,7 @@ async fn an_error_that_h2_detects_itself_proves_nothing() {
     let (near, mut far) = duplex(1 << 16);
     let server = tokio::spawn(async move {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
-        // SETTINGS, their acknowledgement, and the PONG to the ping that the client sends.
+        // SETTINGS, the acknowledgement of the client's SETTINGS, and the answer to the client's PING.
         let mut preface = [0; 24];
         far.read_exact(&mut preface).await.expect("a preface");
         far.write_all(b"\0\0\0\x04\0\0\0\0\0\0\0\0\x04\x01\0\0\0\0")
@@ -329,7 +329,7 @@ async fn an_error_that_h2_detects_itself_proves_nothing() {
                 _ => {}
             }
         }
-        // DATA on stream 0 breaks the protocol.
+        // DATA on stream 0 violates the protocol.
         far.write_all(b"\0\0\x01\0\0\0\0\0\0x")
             .await
             .expect("rubbish");
@@ -398,7 +398,7 @@ async fn parked_uploads_leave_the_connection_to_others() {
         let (feed, body) = fed();
         feed.send(Bytes::from(vec![0; 1 << 20])).expect("fed");
         let mut exchange = pair.send(gather(body).await);
-        // Polled once, then left.
+        // Polled once, then parked.
         poll_fn(|cx| {
             let _ = exchange.poll_head(cx);
             std::task::Poll::Ready(())
@@ -425,9 +425,9 @@ async fn an_early_answer_is_delivered_while_the_caller_goes_on_sending() {
     respond
         .send_response(Response::new(()), true)
         .expect("an answer");
-    // h2 resets the stream with NO_ERROR once the answer is out.
+    // h2 resets the stream with NO_ERROR after the answer is sent.
     drop(respond);
-    // Once the stream is closed, whoever goes on sending gets h2's "inactive stream".
+    // After the stream is closed, further sends fail with h2's "inactive stream".
     for _ in 0..100 {
         let _ = feed.send("more".into());
         tokio::task::yield_now().await;
@@ -528,7 +528,7 @@ async fn thousands_of_half_read_streams_leave_the_connection_whole() {
             .expect("a frame")
             .expect("no stream is lost to another's end");
     }
-    // The connection's window is intact: twenty times a stream's passes.
+    // The connection's window is intact: twenty times a stream's window is received.
     let mut exchange = pair.send(single());
     let (_request, mut respond) = pair.accept().await;
     let mut stream = respond
@@ -566,7 +566,7 @@ async fn a_connection_nobody_holds_is_closed_after_its_last_call() {
     assert!(closed.is_ok(), "the connection's task ends");
 }
 
-/// A server of bytes: it answers PINGs, and the first request with these frames. Then it hangs up, or does nothing more.
+/// A server that sends raw bytes: it answers PINGs, and answers the first request with `frames`. Then it closes the connection or stops.
 async fn scripted(
     frames: &'static [u8],
     hangs_up: bool,
@@ -612,9 +612,9 @@ async fn scripted(
 #[tokio::test]
 async fn a_call_that_was_sent_above_a_goaway_is_unprocessed_whatever_its_code() {
     for (frames, blame) in [
-        // The last stream is 0, the code NO_ERROR.
+        // Last stream 0, code NO_ERROR.
         (b"\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\0", None),
-        // The same with ENHANCE_YOUR_CALM, and with INTERNAL_ERROR.
+        // The same with ENHANCE_YOUR_CALM and with INTERNAL_ERROR.
         (
             b"\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\x0b",
             Some(Reason::ENHANCE_YOUR_CALM),
@@ -636,7 +636,7 @@ async fn a_call_that_was_sent_above_a_goaway_is_unprocessed_whatever_its_code() 
 
 #[tokio::test]
 async fn a_call_at_a_goaways_last_stream_ends_with_the_connection_and_may_have_run() {
-    // The last stream is 1, the call's.
+    // The last stream is 1, the stream of the call.
     let (client, mut left) = scripted(b"\0\0\x08\x07\0\0\0\0\0\0\0\0\x01\0\0\0\0", true).await;
     let mut exchange = Exchange::start(&client, request(), single(), Recall::Never).expect("sent");
     let error = head(&mut exchange)
@@ -662,7 +662,7 @@ async fn a_refusal_after_the_head_is_the_bodys_error_and_looks_the_same() {
     stream.send_reset(Reason::REFUSED_STREAM);
     let frame = timeout(PATIENCE, poll_fn(|cx| body.poll_frame(cx))).await;
     match frame.expect("in time") {
-        // It was processed: that there was a head is what tells, not the error.
+        // The call was processed. The received head proves that; the error alone does not.
         Some(Err(super::response_body::Broken::Stream(error))) => assert!(is_unprocessed(&error)),
         other => panic!("the stream was reset, but {other:?}"),
     }
@@ -674,7 +674,7 @@ async fn a_call_queued_inside_h2_cannot_be_told_from_one_that_was_sent() {
         builder.max_concurrent_streams(1);
     })
     .await;
-    // The balancer counts streams and never does this.
+    // The balancer counts streams, so it never queues a call inside h2.
     let mut sent = pair.send(single());
     let mut queued = pair.send(single());
     let _accepted = pair.accept().await;
@@ -712,7 +712,7 @@ async fn of_two_addresses_of_which_the_first_is_dead_the_second_is_taken() {
     };
     let address = |listener: &tokio::net::TcpListener| listener.local_addr().expect("an address");
     let alive = listen(16);
-    // Refuses.
+    // This address refuses connections.
     let refusing = address(&listen(1));
     let race = |addresses| {
         race(addresses, async |address| {
@@ -724,7 +724,7 @@ async fn of_two_addresses_of_which_the_first_is_dead_the_second_is_taken() {
     let stream = timeout(PATIENCE, race(vec![refusing, address(&alive)])).await;
     let stream = stream.expect("in time").expect("a connection");
     assert_eq!(stream.peer_addr().expect("a peer"), address(&alive));
-    // Drops packets: the queue of connections that nobody takes is full.
+    // This address drops packets: the accept queue of its listener is full.
     let hole = listen(1);
     let mut queue = Vec::new();
     let dial = || tokio::net::TcpStream::connect(address(&hole));
@@ -738,7 +738,7 @@ async fn of_two_addresses_of_which_the_first_is_dead_the_second_is_taken() {
     assert_eq!(stream.peer_addr().expect("a peer"), address(&alive));
     let took = tokio::time::Instant::now().saturating_duration_since(start);
     assert!(took < Duration::from_secs(5), "{took:?}");
-    // All dead: the last reason.
+    // All addresses fail: the last error is returned.
     let outcome = timeout(PATIENCE, race(vec![refusing, refusing])).await;
     match outcome.expect("in time") {
         Err(DialError::Dial(error)) => {

@@ -13,14 +13,15 @@ use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
-/// TLS to endpoints or to etcd: whom to trust, and who we are.
+/// TLS to endpoints or to etcd: the trusted certificates, and the client's own identity.
 ///
-/// The name that every server's certificate has to be valid for is fixed here, once per channel. It never comes from the registry: whoever
-/// can write there could otherwise point clients at a server of their own with a certificate of their own. Where the program itself has
-/// written the addresses down, as it has etcd's, [`verify_dialled_host`](Self::verify_dialled_host) checks each server for its own.
+/// The name that every server's certificate must be valid for is set here, once per channel. It is never taken from the registry: a process
+/// that can write to the registry could otherwise direct clients to a server of its own with a certificate of its own. If the program
+/// itself contains the addresses, as it does for etcd, [`verify_dialled_host`](Self::verify_dialled_host) verifies each server by the host
+/// of its own address.
 ///
-/// The server is trusted by the system's root certificates unless others are given. Certificates given as files are read again at each
-/// handshake, so they are renewed without a restart.
+/// Servers are verified with the system's root certificates unless other certificates are set. Certificate files are read again at each
+/// handshake, so certificates can be renewed without a restart.
 ///
 /// ```no_run
 /// use tonic_balance::{BalancedChannel, TlsConfig};
@@ -35,7 +36,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 #[derive(Clone)]
 #[must_use = "it does nothing until it is given to a builder"]
 pub struct TlsConfig {
-    /// Or else the host that was dialled.
+    /// `None`: the host that was dialled.
     server_name: Option<String>,
     roots: Vec<Pem>,
     system_roots: bool,
@@ -43,15 +44,16 @@ pub struct TlsConfig {
 }
 
 impl TlsConfig {
-    /// TLS to servers whose certificate is valid for this name or IP address.
+    /// Creates a configuration for servers whose certificate is valid for this name or IP address.
     pub fn new(server_name: impl Into<String>) -> Self {
         Self::of(Some(server_name.into()))
     }
 
-    /// TLS to servers whose certificate is valid for the host name or IP address that each was dialled by.
+    /// Creates a configuration for servers whose certificate is valid for the host name or IP address by which each one was dialled.
     ///
-    /// Only for addresses that the program itself contains: those of [`ChannelBuilder::addresses`](crate::ChannelBuilder::addresses), or of
-    /// etcd's members. A channel with any other source connects to no endpoint with such a configuration.
+    /// This is only for addresses that the program itself contains: those of
+    /// [`ChannelBuilder::addresses`](crate::ChannelBuilder::addresses), or of etcd's members. A channel with any other source connects to
+    /// no endpoint with this configuration.
     ///
     /// ```no_run
     /// use tonic_balance::{BalancedChannel, TlsConfig};
@@ -77,31 +79,32 @@ impl TlsConfig {
         }
     }
 
-    /// Trusts the certificates in this PEM text; the system's are then not trusted unless [`with_native_roots`](Self::with_native_roots) says so.
+    /// Trusts the certificates in this PEM text. The system's root certificates are then trusted only with
+    /// [`with_native_roots`](Self::with_native_roots).
     pub fn ca_certificate(mut self, pem: impl Into<Vec<u8>>) -> Self {
         self.roots.push(Pem::Text(pem.into()));
         self
     }
 
-    /// As [`ca_certificate`](Self::ca_certificate), from a file that is read at each handshake.
+    /// Like [`ca_certificate`](Self::ca_certificate), but from a file that is read at each handshake.
     pub fn ca_certificate_file(mut self, path: impl AsRef<Path>) -> Self {
         self.roots.push(Pem::File(path.as_ref().to_owned()));
         self
     }
 
-    /// Trusts the system's root certificates as well. The default if no others are given.
+    /// Trusts the system's root certificates as well. This is the default if no certificates are set.
     pub fn with_native_roots(mut self) -> Self {
         self.system_roots = true;
         self
     }
 
-    /// The certificate chain and the private key to show to servers, as PEM texts. None by default.
+    /// Sets the certificate chain and the private key that the client presents to servers, as PEM texts. There is none by default.
     pub fn identity(mut self, certificates: impl Into<Vec<u8>>, key: impl Into<Vec<u8>>) -> Self {
         self.identity = Some((Pem::Text(certificates.into()), Pem::Text(key.into())));
         self
     }
 
-    /// As [`identity`](Self::identity), from files that are read at each handshake.
+    /// Like [`identity`](Self::identity), but from files that are read at each handshake.
     pub fn identity_files(mut self, certificates: impl AsRef<Path>, key: impl AsRef<Path>) -> Self {
         let certificates = Pem::File(certificates.as_ref().to_owned());
         self.identity = Some((certificates, Pem::File(key.as_ref().to_owned())));
@@ -114,7 +117,7 @@ impl TlsConfig {
         sources.any(|pem| matches!(pem, Pem::File(_)))
     }
 
-    /// Reads the certificates. It blocks.
+    /// Reads the certificates. This function blocks.
     fn load(&self) -> io::Result<Arc<ClientConfig>> {
         let mut roots = RootCertStore::empty();
         for pem in &self.roots {
@@ -124,7 +127,7 @@ impl TlsConfig {
             }
         }
         if self.system_roots || self.roots.is_empty() {
-            // A machine's store often has a few certificates that cannot be read; the others count.
+            // A system store often contains a few certificates that cannot be parsed. They are skipped, and the others are used.
             roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
         }
         if roots.is_empty() {
@@ -158,7 +161,7 @@ impl fmt::Debug for TlsConfig {
     }
 }
 
-/// Where a PEM text comes from.
+/// The source of a PEM text.
 #[derive(Clone)]
 enum Pem {
     Text(Vec<u8>),
@@ -180,7 +183,7 @@ fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Er
     io::Error::new(io::ErrorKind::InvalidInput, error)
 }
 
-/// A [`TlsConfig`] at work: keeps what it has loaded.
+/// A [`TlsConfig`] in use, with the certificates that were loaded last.
 #[derive(Clone)]
 pub(crate) struct Tls {
     config: Arc<TlsConfig>,
@@ -195,13 +198,14 @@ impl Tls {
         }
     }
 
-    /// The name that all servers are checked for, which is also the authority of calls; none if each is checked for its own.
+    /// Returns the name that all servers are verified by, which is also the authority of calls. `None`: each server is verified by the host
+    /// of its own address.
     pub(crate) fn server_name(&self) -> Option<&str> {
         self.config.server_name.as_deref()
     }
 
-    /// Makes the connection secure, and checks that the peer speaks HTTP/2 over it. The peer is checked for the host only if the
-    /// configuration has no name; then there has to be one.
+    /// Performs the handshake, and checks that the peer did not choose another protocol than HTTP/2. `host` is used only if the
+    /// configuration has no server name, and is then required.
     pub(crate) async fn handshake<T>(&self, io: T, host: Option<&str>) -> io::Result<TlsStream<T>>
     where
         T: AsyncRead + AsyncWrite + Unpin,
@@ -212,13 +216,13 @@ impl Tls {
         let name = ServerName::try_from(name.to_owned()).map_err(invalid)?;
         let connector = TlsConnector::from(self.current().await?);
         let stream = connector.connect(name, io).await.map_err(|error| {
-            // rustls names the record type that it could not read.
+            // rustls names the type of the record that it could not read.
             if error.to_string().contains("InvalidContentType") {
                 return io::Error::new(error.kind(), "the server does not speak TLS");
             }
             error
         })?;
-        // gRPC wants it negotiated, but servers that know nothing else leave it out; those that chose HTTP/1 are told so.
+        // gRPC requires the negotiation of HTTP/2, but servers that support nothing else omit it. A server that chose HTTP/1 is rejected.
         match stream.get_ref().1.alpn_protocol() {
             None | Some(b"h2") => Ok(stream),
             Some(_) => Err(io::Error::other(
@@ -227,8 +231,8 @@ impl Tls {
         }
     }
 
-    /// The configuration for the next handshake. Files that cannot be read now, in the middle of their renewal perhaps, leave the last
-    /// good one in force.
+    /// Returns the configuration for the next handshake. If the files cannot be read now, for example during their renewal, the last good
+    /// configuration stays in use.
     async fn current(&self) -> io::Result<Arc<ClientConfig>> {
         let last = self.lock().clone();
         if let Some(last) = &last
@@ -245,7 +249,7 @@ impl Tls {
             }
             Err(error) => match last {
                 Some(last) => {
-                    tracing::warn!(%error, "could not read the certificates again; the last ones stay in use");
+                    tracing::warn!(%error, "could not reload the certificates; the last ones stay in use");
                     Ok(last)
                 }
                 None => Err(error),

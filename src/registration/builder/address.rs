@@ -1,4 +1,4 @@
-//! Which address a server advertises.
+//! Selects the address that a server advertises.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
@@ -22,9 +22,9 @@ impl RegistrationBuilder {
         self.accepted(address)
     }
 
-    /// The local address that routes to etcd: peers that reach the same etcd are most likely to reach us there.
+    /// Returns the local address of the route to etcd. Clients that reach the same etcd can most likely reach the server at this address.
     async fn routed(&self, bound: SocketAddr) -> Result<Address, AddressError> {
-        // A client of the user's own does not say where its etcd is; the default route is the next best.
+        // An external client does not expose the addresses of etcd. The address of the default route is then the best guess.
         let endpoints = self.etcd.endpoints();
         for target in &endpoints {
             if let Some(ip) = local_ip(target, bound.ip()).await {
@@ -39,7 +39,7 @@ impl RegistrationBuilder {
                 tracing::warn!(
                     %ip,
                     ?endpoints,
-                    "no route to etcd is known yet: the address of the default route is advertised; set the host or the address if peers do not reach it there"
+                    "no route to etcd is known yet: the registration advertises the address of the default route; set the host or the address if clients cannot reach it"
                 );
             }
             return Ok(SocketAddr::new(ip, bound.port()).into());
@@ -49,14 +49,14 @@ impl RegistrationBuilder {
     }
 }
 
-/// The local address from which the kernel would send to `target`. Connecting a UDP socket sends nothing.
+/// Returns the local address from which the kernel would send to `target`. Connecting a UDP socket sends no packet.
 async fn local_ip(target: &str, bound: IpAddr) -> Option<IpAddr> {
     let targets = tokio::time::timeout(LOOKUP, tokio::net::lookup_host(target));
     let targets = targets.await.ok()?.ok()?;
     for target in targets {
         let any: SocketAddr = match target {
             SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
-            // A socket bound to 0.0.0.0 takes no IPv6; one bound to [::] takes both.
+            // A socket bound to 0.0.0.0 does not accept IPv6. A socket bound to [::] accepts IPv4 and IPv6.
             SocketAddr::V6(_) if bound.is_ipv4() => continue,
             SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
         };
@@ -73,7 +73,7 @@ async fn local_ip(target: &str, bound: IpAddr) -> Option<IpAddr> {
     None
 }
 
-/// For the address of one endpoint of etcd's. A resolver that does not answer would take minutes, during which nothing is registered.
+/// Timeout of the DNS lookup for one etcd endpoint. A DNS server that does not respond would otherwise delay the registration by minutes.
 const LOOKUP: Duration = Duration::from_secs(5);
 
 fn with_port(host: &str, port: u16) -> Result<Address, AddressError> {

@@ -1,4 +1,4 @@
-//! What is wrong with a registration before etcd is touched.
+//! Checks the options of a registration before the first request to etcd.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -12,13 +12,14 @@ use crate::keyspace::{Keyspace, check_service};
 use tonic_balance::{Address, AddressError};
 
 impl RegistrationBuilder {
-    /// Checks everything that can be known to be wrong without etcd, and for a server before it has a port.
+    /// Checks everything that can be checked without etcd. For a server, this check runs before the listener is bound, so the port may be
+    /// unknown.
     pub(crate) fn check(&self) -> Result<(), RegisterError> {
         self.check_values().map_err(|reason| self.invalid(reason))?;
         let address = match (&self.address, &self.target) {
             (Some(address), _) => self.accepted(address.parse())?,
             (None, Target::Service { .. }) => SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 1).into(),
-            // A key that was given may be right only for the address to come.
+            // An exact key may be valid only together with the real address, which is not known yet.
             (None, Target::Key(key)) => {
                 return check_key(key).map_err(|reason| self.invalid(reason));
             }
@@ -123,7 +124,7 @@ impl RegistrationBuilder {
         Ok(())
     }
 
-    /// The services by name; none for an exact key.
+    /// Returns the names of the services. Empty for an exact key.
     pub(crate) fn services(&self) -> Vec<String> {
         match &self.target {
             Target::Service { service, .. } => {
@@ -168,7 +169,7 @@ impl RegistrationBuilder {
                 "the format {format:?} has no room for an instance id: the address stands in its place"
             ));
         }
-        // What is not under it would be found by nobody.
+        // A resolver finds only keys below the prefix.
         let prefix = format.service_prefix(keyspace.given(), service);
         if !key.starts_with(&prefix) || key.ends_with('/') {
             return Err(format!(
@@ -199,9 +200,9 @@ fn whole_seconds(ttl: Duration) -> Duration {
     Duration::from_secs(ttl.as_secs() + u64::from(ttl.subsec_nanos() > 0))
 }
 
-/// The smallest that etcd grants with its default election timeout (measured on 3.4.23).
+/// The smallest TTL that etcd grants with its default election timeout (measured on 3.4.23).
 const MIN_TTL: Duration = Duration::from_secs(2);
-/// An entry that outlives its server for longer helps nobody; it is a mistake of units.
+/// An entry that outlives its server for longer is useless: a larger TTL indicates a mistake in the unit.
 const MAX_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
 #[cfg(test)]

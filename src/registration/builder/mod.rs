@@ -1,4 +1,4 @@
-//! The options of a registration, and their check.
+//! The options of a registration, and their checks.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -19,11 +19,11 @@ mod serve;
 
 pub(super) use check::check_weight;
 
-/// A registration that is being described; made by [`Registry::registration`](crate::Registry::registration) and
+/// A builder of a registration, created by [`Registry::registration`](crate::Registry::registration) and
 /// [`Registry::registration_at`](crate::Registry::registration_at).
 ///
-/// Nothing is checked and nothing sent before [`register`](Self::register), or before the server that it is handed to has bound its
-/// socket.
+/// The builder checks nothing and sends nothing until [`register`](Self::register) is called, or until it is passed to a server that
+/// registers itself.
 #[derive(Debug)]
 #[must_use = "nothing is registered before `register` is awaited"]
 pub struct RegistrationBuilder {
@@ -43,7 +43,7 @@ pub struct RegistrationBuilder {
     pub(super) states: watch::Sender<RegistrationState>,
 }
 
-/// Where the registration goes.
+/// The service or the exact key of the registration.
 #[derive(Debug)]
 enum Target {
     Service {
@@ -110,10 +110,11 @@ impl RegistrationBuilder {
         }
     }
 
-    /// Registers the server for one more service, with the same address, id, attributes and lease. Call it once for each.
+    /// Registers the server for one more service, with the same address, id, attributes and lease. Call this function once for each
+    /// service.
     ///
-    /// A server of many services so costs etcd one lease and one renewal. What is done to the registration is done to all of them;
-    /// [`Registration::deregister_service`] takes a single one out. A registration at an exact key has no further services.
+    /// A server with many services then needs one lease and one renewal. Changes of the registration apply to all of its services;
+    /// [`Registration::deregister_service`] removes a single one. A registration at an exact key cannot have additional services.
     ///
     /// ```no_run
     /// # async fn run(registry: tonic_etcd::Registry) -> Result<(), tonic_etcd::RegisterError> {
@@ -132,31 +133,31 @@ impl RegistrationBuilder {
         self
     }
 
-    /// Keeps the registration on a thread and over connections of its own: the lease is renewed even while calls keep every thread of
-    /// the runtime busy for longer than the TTL. Off by default. A client given to [`Registry::from_client`](crate::Registry::from_client)
-    /// keeps its connections where it has them.
+    /// Sets whether the registration runs on its own thread, with its own connections. The lease is then renewed even while calls occupy
+    /// every thread of the runtime for longer than the TTL. Disabled by default. A client passed to
+    /// [`Registry::from_client`](crate::Registry::from_client) keeps its connections on the runtime that created them.
     pub fn dedicated_thread(mut self, dedicated_thread: bool) -> Self {
         self.dedicated_thread = dedicated_thread;
         self
     }
 
-    /// The address that clients are to dial, as `host:port`; IPv6 in brackets.
+    /// Sets the address that clients dial, as `host:port`, with IPv6 addresses in brackets.
     ///
-    /// A server that registers itself ([`ServeRegistered`](crate::ServeRegistered)) needs none: it advertises what it has bound, and
-    /// where that is unspecified (`0.0.0.0`, `::`) the local address that routes to etcd.
+    /// A server that registers itself ([`ServeRegistered`](crate::ServeRegistered)) does not need this option: it advertises the address of
+    /// its listener. If that address is unspecified (`0.0.0.0`, `::`), the server advertises the local address of the route to etcd.
     pub fn address(mut self, address: impl Into<String>) -> Self {
         self.address = Some(address.into());
         self
     }
 
-    /// The host that clients are to dial, with the port that the server has bound. By default the bound address decides.
+    /// Sets the host that clients dial. The port is the port of the listener. By default the host is also taken from the listener.
     pub fn host(mut self, host: impl Into<String>) -> Self {
         self.host = Some(host.into());
         self
     }
 
-    /// The instance's id, the last part of its key. By default the address, so that a restarted server overwrites its old entry. No
-    /// effect on a registration at an exact key; refused where the [`Format`] has the address in that place.
+    /// Sets the instance id, the last part of the key. The default is the address, so that a restarted server overwrites its old entry. The
+    /// id has no effect on a registration at an exact key. It is rejected if the [`Format`] requires the address in that place.
     pub fn instance_id(mut self, instance_id: impl Into<String>) -> Self {
         if let Target::Service { id, .. } = &mut self.target {
             *id = Some(instance_id.into());
@@ -164,34 +165,33 @@ impl RegistrationBuilder {
         self
     }
 
-    /// The weight, 1 to 1 000 000: the share of calls relative to the other instances'. By default that of an instance of the
-    /// [`Format`] which names none: 1, in other libraries' formats also 10 or 100.
+    /// Sets the weight, 1 to 1 000 000: the share of calls relative to the weights of the other instances. The default is the weight that
+    /// the [`Format`] assigns to a value without a weight: 1, or 10 or 100 in the formats of some other libraries.
     pub fn weight(mut self, weight: u32) -> Self {
         self.advertisement.weight = Some(weight);
         self
     }
 
-    /// Says in the registry that the server speaks TLS, where the [`Format`] has a word for that. It is a hint for the clients of other
-    /// libraries, which may choose by it how they connect; those of this one do not. Not said by default.
+    /// Sets whether the entry states that the server uses TLS, if the [`Format`] has a field for that. Clients of other libraries may use
+    /// this hint when they connect; clients of this library ignore it. Disabled by default.
     pub fn tls_hint(mut self, tls: bool) -> Self {
         self.advertisement.tls = tls;
         self
     }
 
-    /// The zone. None by default.
+    /// Sets the zone. The default is no zone.
     pub fn zone(mut self, zone: impl Into<String>) -> Self {
         self.advertisement.zone = Some(zone.into());
         self
     }
 
-    /// The version. None by default.
+    /// Sets the version. The default is no version.
     pub fn version(mut self, version: impl Into<String>) -> Self {
         self.advertisement.version = Some(version.into());
         self
     }
 
-    /// Adds one pair of metadata. The names `weight`, `zone`, `version` and `leaving` have setters or a meaning of their own, and are
-    /// refused.
+    /// Adds one metadata entry. The names `weight`, `zone`, `version` and `leaving` are rejected, because they are attributes.
     pub fn metadata(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.advertisement
             .metadata
@@ -199,36 +199,37 @@ impl RegistrationBuilder {
         self
     }
 
-    /// How long etcd keeps the entry of a server that has died, at least 2 s (etcd's own minimum with default settings); parts of a
-    /// second are rounded up. Default 15 s. The lease is renewed at a third of what etcd grants. It is a minimum: whenever etcd elects a
-    /// leader the time of each lease begins anew.
+    /// Sets the time to live of the lease: how long etcd keeps the entry of a server that has died. The minimum is 2 s, the minimum of etcd
+    /// with its default settings. Fractions of a second are rounded up. The default is 15 s. The lease is renewed after a third of the TTL
+    /// that etcd grants. The entry may remain for longer, because the TTL of every lease restarts when etcd elects a leader.
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.ttl = ttl;
         self
     }
 
-    /// The form of the key and the value. Default [`Format::EtcdNaming`].
+    /// Sets the format of the key and the value. The default is [`Format::EtcdNaming`].
     pub fn format(mut self, format: Format) -> Self {
         self.format = format;
         self
     }
 
-    /// How long [`register`](Self::register) goes on trying while etcd cannot be reached. Default 30 s. What may have reached etcd by then is
-    /// taken back before it returns, for up to [`deregister_timeout`](Self::deregister_timeout) and one second more. A registration that has once
-    /// succeeded tries for ever.
+    /// Sets how long [`register`](Self::register) retries while etcd is unavailable. The default is 30 s. After this timeout, `register`
+    /// removes everything that may have reached etcd before it returns, which takes up to [`deregister_timeout`](Self::deregister_timeout)
+    /// plus one second. After the first success, a registration retries without limit.
     pub fn startup_timeout(mut self, timeout: Duration) -> Self {
         self.startup_timeout = timeout;
         self
     }
 
-    /// How long [`deregister`](Registration::deregister), and a change of a registration, go on trying while etcd cannot be reached.
-    /// Default 5 s. What a deregistration could not remove goes with its lease.
+    /// Sets how long [`deregister`](Registration::deregister) and changes of a registration retry while etcd is unavailable. The default is
+    /// 5 s. An entry that a deregistration could not remove is removed when its lease expires.
     pub fn deregister_timeout(mut self, timeout: Duration) -> Self {
         self.deregister_timeout = timeout;
         self
     }
 
-    /// The registration's state as a watch, from before it is registered: for those who hand the builder to a server and keep this.
+    /// Returns a watch of the state of the registration. The watch is valid before the registration starts, so that it can be kept when the
+    /// builder is passed to a server.
     #[must_use]
     pub fn watch_state(&self) -> watch::Receiver<RegistrationState> {
         self.states.subscribe()
@@ -236,26 +237,26 @@ impl RegistrationBuilder {
 
     /// Registers the server and keeps it registered until [`Registration::deregister`].
     ///
-    /// Returns once the key is in etcd. An entry that somebody left under the same key, by crashing for instance, is overwritten.
+    /// Returns once the key is in etcd. An old entry under the same key, for example of a crashed server, is overwritten.
     ///
     /// # Errors
     ///
-    /// What is not valid is refused by name before etcd is touched. What only an operator can mend (permission denied, credentials) is
-    /// returned at once, and an etcd that cannot be reached after [`startup_timeout`](Self::startup_timeout). Then nothing stays
-    /// registered.
+    /// An invalid option is rejected before the first request to etcd; the error names the option. An error that only an operator can
+    /// resolve (permission denied, credentials) is returned at once. If etcd is unavailable, an error is returned after
+    /// [`startup_timeout`](Self::startup_timeout). After an error, nothing stays registered.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future takes back what has been done, in the background.
+    /// Dropping the future removes in the background everything that was written.
     ///
     /// # Panics
     ///
-    /// Outside a tokio runtime.
+    /// Panics outside a tokio runtime.
     pub async fn register(self) -> Result<Registration, RegisterError> {
         let startup_timeout = self.startup_timeout;
         let registration = self.start(None).await?;
         if let Err(error) = registration.registered(startup_timeout).await {
-            // What may have reached etcd is taken back before anybody is told that it failed.
+            // Everything that may have reached etcd is removed before the error is returned.
             if let Err(error) = registration.deregister().await {
                 tracing::debug!(%error, "could not take the registration back; it goes with its lease");
             }
@@ -264,7 +265,7 @@ impl RegistrationBuilder {
         Ok(registration)
     }
 
-    /// Starts to register a server that listens on `bound`.
+    /// Starts the registration of a server that listens on `bound`.
     pub(crate) async fn start(
         self,
         bound: Option<SocketAddr>,

@@ -10,23 +10,24 @@ use crate::registration::serve::Health;
 use crate::registration::serve::ServerState;
 
 impl RegistrationBuilder {
-    /// Only for [`ServeRegistered`](crate::ServeRegistered): how long a server goes on accepting connections after it was
-    /// deregistered, so that every client has learned of it first. Default 1 s, many times what a watch event takes.
+    /// Sets how long a server accepts connections after it was deregistered. During this grace period, every client receives the change
+    /// from etcd. The default is 1 s, many times the delay of a watch event. Only [`ServeRegistered`](crate::ServeRegistered) reads this
+    /// option.
     pub fn grace_period(mut self, grace: Duration) -> Self {
         self.serve.grace_period = grace;
         self
     }
 
-    /// Only for [`ServeRegistered`](crate::ServeRegistered): how long calls in flight may take after the listener was closed; what is
-    /// left then is cut. Default 20 s: with 5 s for a deregistration and 1 s of grace it stays inside the 30 s that Kubernetes grants
-    /// a pod to end.
+    /// Sets how long calls in flight may take after the listener was closed. The remaining connections are then cut. The default is 20 s:
+    /// together with 5 s for a deregistration and 1 s of grace, the shutdown stays below the 30 s that Kubernetes grants a pod. Only
+    /// [`ServeRegistered`](crate::ServeRegistered) reads this option.
     pub fn drain_timeout(mut self, timeout: Duration) -> Self {
         self.serve.drain_timeout = timeout;
         self
     }
 
-    /// Only for [`ServeRegistered`](crate::ServeRegistered): the server's state as a watch, for endless streams that are to end with it,
-    /// and for what was cut.
+    /// Returns a watch of the state of a server that registers itself ([`ServeRegistered`](crate::ServeRegistered)). With the watch, a
+    /// handler of an endless stream can end the stream at the shutdown. The last state contains the number of cut connections.
     ///
     /// ```no_run
     /// # fn run(registry: &tonic_etcd::Registry) {
@@ -48,11 +49,13 @@ impl RegistrationBuilder {
 #[cfg(feature = "health")]
 #[cfg_attr(docsrs, doc(cfg(feature = "health")))]
 impl RegistrationBuilder {
-    /// Only for [`ServeRegistered`](crate::ServeRegistered): serves `grpc.health.v1.Health` as well. None by default.
+    /// Adds the service `grpc.health.v1.Health` to a server that registers itself ([`ServeRegistered`](crate::ServeRegistered)). By default
+    /// no health service is added.
     ///
-    /// The server as a whole (the name `""`) and each registered service are `SERVING` until the server is told to stop; then, before
-    /// anything else happens, all are `NOT_SERVING`, and a `Watch` is ended when the listener closes. For further names, or a status of
-    /// your own, see [`health_reporter`](Self::health_reporter). etcd has no say in it: a server that etcd has lost serves on.
+    /// The server as a whole (the name `""`) and each registered service are `SERVING` until the shutdown begins. All names then become
+    /// `NOT_SERVING` before any other step of the shutdown, and each `Watch` ends when the listener closes. For further names, or to set a
+    /// status yourself, see [`health_reporter`](Self::health_reporter). The status does not depend on etcd: a server that has lost its
+    /// entry still serves.
     ///
     /// ```no_run
     /// # use tonic::transport::server::Router;
@@ -66,8 +69,8 @@ impl RegistrationBuilder {
     /// # }
     /// ```
     ///
-    /// The router must not have a health service of its own: tonic panics when one is added twice. The layers of the server apply to
-    /// this one, too.
+    /// The router must not have its own health service: tonic panics if one is added twice. The layers of the server also apply to this
+    /// service.
     pub fn health(mut self) -> Self {
         self.serve.health = Some(Health {
             reporter: tonic_health::server::HealthReporter::new(),
@@ -76,8 +79,8 @@ impl RegistrationBuilder {
         self
     }
 
-    /// As [`health`](Self::health), with the statuses that `reporter` is told, of any names and whenever you like. When the server is
-    /// told to stop, all of them are `NOT_SERVING`, whatever the reporter says.
+    /// Adds the health service like [`health`](Self::health), but with the statuses of `reporter`. The reporter can set any name at any
+    /// time. Once the shutdown begins, all names are `NOT_SERVING`, whatever the statuses of the reporter.
     ///
     /// ```no_run
     /// # async fn run(registry: tonic_etcd::Registry) {
@@ -89,8 +92,8 @@ impl RegistrationBuilder {
     /// # }
     /// ```
     ///
-    /// Leave out the `HealthServer` that `tonic_health::server::health_reporter()` gives along with a reporter: the one that is served
-    /// here reads the same reporter.
+    /// Do not add the `HealthServer` that `tonic_health::server::health_reporter()` returns together with a reporter: the service that is
+    /// added here reads the same reporter.
     pub fn health_reporter(mut self, reporter: tonic_health::server::HealthReporter) -> Self {
         self.serve.health = Some(Health {
             reporter,

@@ -1,4 +1,4 @@
-//! What a registration learns from etcd.
+//! The inputs of the lease machine: the results of etcd requests and the events of the watch.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Event, KeepAlive, KeyValue, LeaseId, Revision};
 
 impl Machine {
-    /// Takes the answer to a grant: the TTL that etcd chose.
+    /// Handles the result of a grant: the TTL that etcd chose.
     pub(in crate::registration) fn on_granted(
         &mut self,
         lease: LeaseId,
@@ -23,7 +23,8 @@ impl Machine {
     ) {
         let (ttl, renew_at) = match answer {
             Ok(ttl) => (ttl.min(TTL_MAX), sent + ttl.min(TTL_MAX) / 3),
-            // Our own grant, whose answer was lost: how long it has left only a renewal tells.
+            // An earlier attempt granted this lease, and its response was lost. Only a renewal returns the remaining TTL, so the lease is
+            // renewed at once.
             Err(error)
                 if error.kind() == EtcdErrorKind::LeaseExists && self.asked == Some(lease) =>
             {
@@ -31,7 +32,8 @@ impl Machine {
             }
             Err(error) => {
                 if error.kind() == EtcdErrorKind::LeaseExists {
-                    // Of somebody else, by chance: what hangs on it must not hang on ours.
+                    // Another client has a lease with the same random id. A shared lease would tie the keys of both clients together, so
+                    // the next grant uses a new id.
                     self.state = State::Granting {
                         lease: LeaseId::random(&mut self.rng),
                     };
@@ -42,7 +44,8 @@ impl Machine {
         };
         self.not_before = None;
         self.last_error = None;
-        // The store may be another one than that of the lease before, and its raft terms have begun anew.
+        // The new lease may be in another store than the previous lease. The raft terms of that store may have started anew, so lower terms
+        // are valid again.
         self.term = 0;
         self.granted.push(lease);
         if self.granted.len() > GRANTED_KEPT {
@@ -60,7 +63,7 @@ impl Machine {
         self.state = State::Reading;
     }
 
-    /// Takes the keys as they were read.
+    /// Handles the result of a read of the keys.
     pub(in crate::registration) fn on_read(
         &mut self,
         answer: Result<Vec<Found>, EtcdError>,
@@ -70,7 +73,7 @@ impl Machine {
             Ok(found) => found,
             Err(error) => return self.failed(error, now),
         };
-        // Not the backoff: a read that works before a put that fails would make a loop of them.
+        // The backoff is not reset here: if reads succeed and puts fail, the machine would otherwise repeat both in a tight loop.
         self.not_before = None;
         if let Some(lease) = &mut self.lease {
             lease.unverified = 0;
@@ -100,7 +103,7 @@ impl Machine {
             place.expected = Some(Revision::ZERO);
             return;
         };
-        // An older write of ours is back: the store was restored, and what was written since is lost.
+        // The revision is older than the last own write: the store was restored from a backup, and later writes are lost.
         place.dirty |= place.held.is_some_and(|held| kv.mod_revision < held);
         place.dirty &= !found.current;
         let ours = Some(kv.lease) == lease;
@@ -110,12 +113,12 @@ impl Machine {
         } else if place.claiming || self.granted.contains(&kv.lease) {
             place.expected = Some(kv.mod_revision);
         } else {
-            // A key without a lease was put by somebody else too: nobody here ever does that.
+            // A key without a lease also belongs to another client: a registration never writes a key without a lease.
             place.foreign = Some(kv.lease);
         }
     }
 
-    /// What the keys as they are now call for.
+    /// Selects the next state from the known state of the keys.
     fn judge(&mut self, now: Instant) {
         if self.places().any(|place| place.expected.is_some()) {
             match &self.lease {
@@ -130,7 +133,7 @@ impl Machine {
         }
     }
 
-    /// Takes the answer to a put: the keys' new revision, or nothing if somebody else was faster.
+    /// Handles the result of a put: the new revision of the keys, or `None` if another client has written one of them first.
     pub(in crate::registration) fn on_put(
         &mut self,
         leaving: bool,
@@ -138,7 +141,7 @@ impl Machine {
         now: Instant,
     ) {
         if leaving {
-            // The last word is a courtesy, said once to each hundred keys while etcd answers; the revoke is next.
+            // The leave marker is best effort: it is written once to each batch of 100 keys while etcd responds. The revoke follows.
             for put in self.puts() {
                 self.keys[put.index].held = None;
             }
@@ -167,14 +170,14 @@ impl Machine {
                 self.lease_lost(error, now);
             }
             Err(error) => {
-                // It may have been written all the same: only a read tells.
+                // etcd may have applied the put although it failed here. Only a read returns the actual value.
                 self.state = State::Reading;
                 self.failed(error, now);
             }
         }
     }
 
-    /// Takes the answer to a delete. A key that is not ours any more counts as deleted.
+    /// Handles the result of a delete. A key that is attached to another lease counts as deleted.
     pub(in crate::registration) fn on_deleted(
         &mut self,
         index: usize,
@@ -197,14 +200,15 @@ impl Machine {
         }
     }
 
-    /// What is to go cannot be taken away before then. What is to stay does not wait for it.
+    /// Records a failed delete or revoke, and returns the time of its next attempt. `not_before` does not change, so that the remaining
+    /// keys are not delayed.
     fn not_taken_away(&mut self, error: EtcdError, now: Instant) -> Option<Instant> {
         let before = self.not_before;
         self.failed(error, now);
         std::mem::replace(&mut self.not_before, before)
     }
 
-    /// Takes the answer to a renewal that was sent at `sent`.
+    /// Handles the result of a renewal that was sent at `sent`.
     pub(in crate::registration) fn on_renewed(
         &mut self,
         answer: Result<KeepAlive, EtcdError>,
@@ -230,7 +234,7 @@ impl Machine {
                 let overdue = lease.unverified >= if watched { VERIFY_EVERY } else { 1 };
                 if self.state == State::Registered {
                     self.succeeded();
-                    // An answer is no proof that the key is still there.
+                    // A successful renewal does not prove that the keys still exist.
                     if overdue || outage {
                         self.state = State::Reading;
                     }
@@ -241,8 +245,8 @@ impl Machine {
             }
             Err(error) => {
                 if error.kind() == EtcdErrorKind::StaleTerm && self.state == State::Registered {
-                    // Of a member that was frozen, or of a whole store that was restored from a backup, where terms begin anew and leases
-                    // live on. A linearizable read tells.
+                    // The response is from a member that was frozen, or from a store that was restored from a backup: there, terms start
+                    // anew and leases still exist. A linearizable read distinguishes the two cases.
                     self.state = State::Reading;
                 }
                 self.renewal_failed(error.kind().needs_operator(), now);
@@ -258,11 +262,12 @@ impl Machine {
             return;
         };
         lease.failed += 1;
-        // While the lease lives it is tried at the usual pace, whatever the answer: what an operator sets right in time has cost nothing.
+        // While the lease is valid, the pace of the retries does not depend on the error. If an operator resolves the error before the
+        // lease expires, no key is lost.
         let wait = if needs_operator && lease.expires <= now {
             jittered(lease.ttl.min(OPERATOR_WAIT), &mut self.rng)
         } else if lease.failed == 1 {
-            // The first time at once, and on another member if there is one: it may be this one's trouble alone.
+            // The first failure is retried at once, on another member if available: the cause may be limited to the first member.
             Duration::ZERO
         } else {
             self.backoff.next(&mut self.rng)
@@ -270,7 +275,7 @@ impl Machine {
         lease.renew_at = now + wait;
     }
 
-    /// The lease is gone for good, and with it the key.
+    /// Handles the loss of the lease, and thereby of the keys: starts with a new grant.
     fn lease_lost(&mut self, error: EtcdError, now: Instant) {
         let proven = self.lease.is_some_and(|lease| lease.proven);
         self.lose_lease();
@@ -279,17 +284,19 @@ impl Machine {
         };
         self.failures += 1;
         self.last_error = Some(error);
-        // After an outage the whole fleet is here at once; a lease that was revoked by hand is one server's matter.
+        // After an outage, all servers of a fleet register at the same time, so the grant is delayed by a random part of a third of the
+        // TTL. A lease that was revoked by hand concerns only one server and is replaced at once.
         let spread = self.ttl.mul_f64(self.rng.f64() / 3.0);
         self.not_before = self.disturbed.then(|| now + spread);
         if !proven {
-            // Granted by one store and asked for at another, behind an address that leads to two: the next one is lost as well.
+            // The lease was lost before its first successful renewal or put. This happens if one address leads to two stores: one grants
+            // the lease, the other receives the next request. The next lease would be lost as well, so the backoff applies.
             let wait = self.backoff.next(&mut self.rng);
             self.not_before = self.not_before.max(Some(now + wait));
         }
     }
 
-    /// Takes the answer to a revoke.
+    /// Handles the result of a revoke.
     pub(in crate::registration) fn on_revoked(
         &mut self,
         answer: Result<(), EtcdError>,
@@ -310,7 +317,7 @@ impl Machine {
             return self.failed(error, now);
         }
         self.not_before = None;
-        // The newer ones go first.
+        // Leases are revoked from the newest to the oldest.
         if self.lease.is_some() {
             self.lose_lease();
         } else {
@@ -333,7 +340,7 @@ impl Machine {
         };
     }
 
-    /// Takes an event of a key's watch.
+    /// Handles an event of the watch on a key.
     pub(in crate::registration) fn on_event(&mut self, index: usize, event: &Event, now: Instant) {
         let Some(place) = self.keys.get_mut(index) else {
             return;
@@ -342,7 +349,7 @@ impl Machine {
             && place.gone
             && self.lease.is_some_and(|lease| lease.id == kv.lease)
         {
-            // A put that was given up, carried out after the key was deleted.
+            // etcd applied an own put, which had failed here, after the key was deleted.
             place.gone = false;
             place.held = Some(kv.mod_revision);
         }
@@ -370,7 +377,7 @@ impl Machine {
                         place.foreign = Some(kv.lease);
                         self.judge(now);
                     }
-                    // A put of ours from before the last loss, late.
+                    // A late event of an own put from before the last loss.
                     Event::Put(_) => self.state = State::Reading,
                     Event::Delete { .. } => {
                         place.held = None;
@@ -391,7 +398,7 @@ impl Machine {
         }
     }
 
-    /// The watch on the keys was opened anew: what happened before is only known by a read.
+    /// Handles a reopened watch on the keys. Changes from before the opening are found only by a read.
     pub(in crate::registration) fn on_watch_opened(&mut self) {
         self.key_watched = true;
         match self.state {
@@ -401,19 +408,21 @@ impl Machine {
         }
     }
 
-    /// The watch on the keys has ended.
+    /// Handles the end of the watch on the keys.
     pub(in crate::registration) fn on_watch_lost(&mut self) {
         self.key_watched = false;
         self.disturbed = true;
     }
 
-    /// A linearizable answer was given in this raft term. Such answers never go back, but for those of a store that was restored.
+    /// Records the raft term of a linearizable response. The terms of such responses never decrease, except after a store was restored from
+    /// a backup.
     pub(in crate::registration) fn on_term(&mut self, term: u64) {
         self.term = term;
     }
 
     fn supersede(&mut self, now: Instant) {
-        // The lease has nothing left to hold, but for a key that is to go: it runs out by itself.
+        // No live key is attached to the lease, so it expires by itself. If a removed key is not deleted yet, the lease is recorded for a
+        // later revoke.
         if self.keys.iter().any(|place| place.leaving && !place.gone) {
             self.leave_behind();
         }

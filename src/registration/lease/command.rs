@@ -1,4 +1,4 @@
-//! What a registration does next.
+//! The outputs of the lease machine: its next command.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use super::{Command, DEADLINE_MAX, LEAVE_MARKER_MAX, Machine, Place, State};
 
 impl Machine {
-    /// What to do now.
+    /// Returns the next command.
     pub(in crate::registration) fn command(&self, now: Instant) -> Command {
         let deadline = self.deadline();
         if let State::Leaving { leave_marker, .. } = self.state {
@@ -40,7 +40,8 @@ impl Machine {
         let is_due = |at: Option<Instant>| at.is_none_or(|at| at <= now);
         let leaving = |place: &Place| place.leaving && !place.gone;
         let due = |place: &Place| leaving(place) && is_due(place.delete_at);
-        // While there is an old lease the key may hang on that one.
+        // While an old lease is not revoked, the key may still be attached to that lease. A delete is guarded by the current lease, so the
+        // revoke is sent first.
         if let Some(index) = self.keys.iter().position(due)
             && let Some(lease) = &self.lease
             && self.unrevoked.is_empty()
@@ -52,7 +53,7 @@ impl Machine {
                 deadline,
             };
         }
-        // The keys are where they are to be: what the old lease has left goes.
+        // Every live key is registered or superseded, so an old lease can be revoked together with the keys that are still attached to it.
         if let (State::Registered | State::Superseded, Some(lease)) =
             (self.state, self.unrevoked.last())
             && is_due(self.revoke_at)
@@ -82,7 +83,7 @@ impl Machine {
             (State::Registered, _) => Command::Wait {
                 until: earliest(renew_at, again),
             },
-            // The watch on the key says when the other is gone; the slow reads are for a watch that cannot be had.
+            // The watch reports when the other server's key is deleted. The slow reads cover a watch that cannot be opened.
             (State::Superseded, _) => match self.not_before {
                 Some(not_before) if not_before > now => Command::Wait {
                     until: earliest(Some(not_before), again),
@@ -115,7 +116,8 @@ impl Machine {
         Command::Revoke { lease, deadline }
     }
 
-    /// A renewal that misses a sixth of the TTL is sent again elsewhere while there is time.
+    /// Returns the timeout of a request: a sixth of the TTL, at most 2 s. After this timeout, a renewal is sent again to another member
+    /// while the lease is still valid.
     pub(super) fn deadline(&self) -> Duration {
         let ttl = self.lease.map_or(self.ttl, |lease| lease.ttl);
         (ttl / 6).min(DEADLINE_MAX)

@@ -1,19 +1,21 @@
-//! The machine of one registration, of one key or of several under one lease: pure, so that every order of answers can be played to it.
+//! The state machine of one registration: one key or several keys under one lease. It does no I/O, so that tests can run every order of
+//! responses.
 //!
 //! ```text
-//!                    ┌──────────── lease gone ────────────┐
+//!                    ┌──────────── lease lost ────────────┐
 //!                    ▼                                    │
 //!   start ──▶ Granting ──▶ Reading ──▶ Putting ──▶ Registered ◀─┐ renew at TTL/3
 //!               ▲  ▲         │ ▲          │          │ │  └─────┘
 //!               │  │ foreign │ └─conflict─┘          │ │
 //!               │  │         ▼                       │ └─ deleted, new value, time to verify ──▶ Reading
 //!               │  └─── Superseded ◀── foreign put ──┘
-//!               │   key gone
+//!               │   key deleted
 //!               └── resume ── Paused ◀── pause ── Leaving ── deregister ──▶ Deregistered
 //! ```
 //!
-//! The state alone says what to do next ([`Machine::command`]); a command may be dropped half way and is then simply given again. That
-//! is safe because every write is guarded: by the key's mod revision, and by a lease that dies with the registration.
+//! The state alone determines the next command ([`Machine::command`]). The owner task may cancel a command half way; the same command is
+//! then returned again. That is safe because every write is guarded: by the mod revision of the key, and by a lease that ends with the
+//! registration.
 
 use std::time::Duration;
 
@@ -26,66 +28,66 @@ use crate::keyspace::{KeyValue, LeaseId, Revision};
 mod answers;
 mod command;
 
-/// What the owner task is to do next.
+/// The next command for the owner task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Command {
-    /// Grant this lease; answer with [`Machine::on_granted`].
+    /// Grant this lease. The result is passed to [`Machine::on_granted`].
     Grant { lease: LeaseId, deadline: Duration },
-    /// Read the keys of [`Machine::live`] linearizably; answer with [`Machine::on_read`].
+    /// Read the keys of [`Machine::live`] linearizably. The result is passed to [`Machine::on_read`].
     Read { deadline: Duration },
-    /// Put the value, marked as leaving or not, under the keys of [`Machine::puts`], all of them or none, if the mod revision of each is
-    /// as expected; answer with [`Machine::on_put`].
+    /// Put the value, with or without the leave marker, under the keys of [`Machine::puts`]: all of them or none, and only if each key has
+    /// the expected mod revision. The result is passed to [`Machine::on_put`].
     Put {
         lease: LeaseId,
         leaving: bool,
         deadline: Duration,
     },
-    /// Delete this key if it is under this lease, once it says that the instance is leaving, where it was last written at this revision;
-    /// answer with [`Machine::on_deleted`].
+    /// Delete this key if it is attached to this lease. If `leave_marker` is set, first write the leave marker, on the condition that the
+    /// key still has this mod revision. The result of the delete is passed to [`Machine::on_deleted`].
     Delete {
         index: usize,
         lease: LeaseId,
         leave_marker: Option<Revision>,
         deadline: Duration,
     },
-    /// Renew the lease, and take no answer out of a raft term below this one; answer with [`Machine::on_renewed`].
+    /// Renew the lease, and reject a response with a raft term below `term`. The result is passed to [`Machine::on_renewed`].
     Renew {
         lease: LeaseId,
         term: u64,
         deadline: Duration,
     },
-    /// Revoke the lease; answer with [`Machine::on_revoked`].
+    /// Revoke the lease. The result is passed to [`Machine::on_revoked`].
     Revoke { lease: LeaseId, deadline: Duration },
-    /// Wait for this moment, for an event on the key, or for a request.
+    /// Wait until this time, for an event on a key, or for a request.
     Wait { until: Option<Instant> },
-    /// All is done.
+    /// End the task.
     End,
 }
 
-/// The machine.
+/// The state machine of one registration.
 #[derive(Debug)]
 pub(super) struct Machine {
     ttl: Duration,
     state: State,
     lease: Option<Lease>,
-    /// Leases before it, which keys of ours may still hang on: a revoke of them had no answer.
+    /// Earlier leases whose revoke was not confirmed. Own keys may still be attached to them.
     unrevoked: Vec<LeaseId>,
-    /// None of them is revoked before it.
+    /// The earliest time of the next revoke of an earlier lease.
     revoke_at: Option<Instant>,
-    /// The lease whose grant was asked for and had no answer.
+    /// The lease id of the last failed grant. etcd may have granted the lease although the grant failed here.
     asked: Option<LeaseId>,
-    /// The leases this registration was granted: keys under them are its own.
+    /// The leases that were granted to this registration. Keys attached to them are its own.
     granted: Vec<LeaseId>,
     /// The raft term of the last linearizable read, or of a later renewal.
     term: u64,
     keys: Vec<Place>,
-    /// Whether the owner task watches the keys, so that a loss is seen at once.
+    /// Whether the watch on the keys is open, so that a loss is detected at once.
     key_watched: bool,
-    /// Whether etcd was out of reach, for a renewal or for the watch, since the last good renewal.
+    /// Whether a renewal or the watch has failed since the last successful renewal.
     disturbed: bool,
-    /// Whether the value can say that the instance is leaving.
+    /// Whether the format has a leave marker.
     has_leave_marker: bool,
-    /// Nothing but renewals is sent before it.
+    /// Until this time, no request except renewals is sent.
     not_before: Option<Instant>,
     backoff: Backoff,
     rng: fastrand::Rng,
@@ -101,9 +103,9 @@ enum State {
     Reading,
     Putting,
     Registered,
-    /// Others have every key.
+    /// Other servers have every key.
     Superseded,
-    /// Taking the keys away. `leave_marker`: the last word, that the instance is leaving, is still to be written.
+    /// The keys are being removed. `leave_marker`: whether the leave marker must still be written.
     Leaving {
         leave_marker: bool,
         next: After,
@@ -112,27 +114,27 @@ enum State {
     Deregistered,
 }
 
-/// One key, and what is known of it.
+/// One key and its known state.
 #[expect(
     clippy::struct_excessive_bools,
     reason = "each holds in several states, and is true or false in all of them"
 )]
 #[derive(Clone, Copy, Debug)]
 struct Place {
-    /// Where the key was last written under our lease, while it is there.
+    /// The mod revision of the last own write, while the key exists under the registration's lease.
     held: Option<Revision>,
-    /// The mod revision at which the key is to be written over.
+    /// The mod revision that the next put expects, or `None` if no put is needed.
     expected: Option<Revision>,
-    /// Under whose lease the key is, if another has it.
+    /// The lease that the key is attached to, if another server has the key.
     foreign: Option<LeaseId>,
-    /// Whether the next write takes the key over from whoever holds it: true until the first one.
+    /// Whether the next put overwrites a key of another server: true until the first put.
     claiming: bool,
-    /// Whether the value at hand is newer than the one in etcd.
+    /// Whether the current value is newer than the value in etcd.
     dirty: bool,
-    /// Whether the key is to go while others stay.
+    /// Whether the key must be deleted while other keys stay.
     leaving: bool,
     gone: bool,
-    /// It is not deleted before that: one whose deletion is refused must not keep the others from what they need.
+    /// The earliest time of the next delete. It is per key, because a rejected delete must not delay requests for the other keys.
     delete_at: Option<Instant>,
 }
 
@@ -152,7 +154,7 @@ impl Place {
         !self.leaving && !self.gone
     }
 
-    /// The key has gone with its lease.
+    /// Records that the key no longer exists under the registration's lease.
     fn lose(&mut self) {
         self.held = None;
         self.expected = None;
@@ -160,23 +162,23 @@ impl Place {
     }
 }
 
-/// A key as it was read.
+/// The result of the read of one key.
 #[derive(Clone, Debug)]
 pub(super) struct Found {
     pub(super) index: usize,
     pub(super) kv: Option<KeyValue>,
-    /// Whether its value is the one at hand.
+    /// Whether the value in etcd is the current value.
     pub(super) current: bool,
 }
 
-/// A key that is to be written if its mod revision is as expected.
+/// A guarded put: the key is written only if it has the expected mod revision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Put {
     pub(super) index: usize,
     pub(super) expected: Revision,
 }
 
-/// What comes after the lease is revoked.
+/// The step after the revoke of the lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum After {
     Pause,
@@ -187,18 +189,19 @@ enum After {
 struct Lease {
     id: LeaseId,
     ttl: Duration,
-    /// When it ends if no renewal gets through, counted from when the last good one was sent.
+    /// The time at which the lease expires without a further renewal. It is counted from the time at which the last successful grant or
+    /// renewal was sent.
     expires: Instant,
     renew_at: Instant,
-    /// Failed renewals since the last good one.
+    /// Number of failed renewals since the last success.
     failed: u32,
-    /// Good renewals since the keys were last read.
+    /// Number of successful renewals since the last read of the keys.
     unverified: u32,
-    /// Whether it was ever renewed or written under.
+    /// Whether a renewal or a put under this lease has succeeded.
     proven: bool,
 }
 
-/// Where a registration stands, for its owner.
+/// The state of a registration as reported to its owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     Registering,
@@ -240,8 +243,8 @@ impl Machine {
         }
     }
 
-    /// Where the registration stands. Registered means: every key is known to be there under our lease, and the lease cannot have run
-    /// out yet. One that another has is the news, even if the rest is well.
+    /// Returns the phase. `Registered` means that every key is known to exist under the registration's lease, and that the lease cannot
+    /// have expired yet. If another server has one of the keys, the phase is `Superseded`, even if all other keys are registered.
     pub(super) fn phase(&self, now: Instant) -> Phase {
         match self.state {
             State::Leaving { .. } => return Phase::Leaving,
@@ -252,7 +255,7 @@ impl Machine {
         if let Some(lease) = self.places().find_map(|place| place.foreign) {
             return Phase::Superseded(lease);
         }
-        // Verifying, and writing a new value, leave the old one where it is.
+        // A verification or a put of a new value does not remove the old value, so it does not change the phase.
         match &self.lease {
             Some(lease)
                 if self.places().all(|place| place.held.is_some()) && now < lease.expires =>
@@ -266,23 +269,23 @@ impl Machine {
         }
     }
 
-    /// Whether the newest value is in etcd.
+    /// Returns whether the newest value is in etcd.
     pub(super) fn is_written(&self) -> bool {
         self.state == State::Registered && !self.places().any(|place| place.dirty)
     }
 
-    /// Whether a key has gone for good.
+    /// Returns whether a key is removed for good.
     pub(super) fn is_gone(&self, index: usize) -> bool {
         self.state == State::Deregistered || self.keys.get(index).is_none_or(|place| place.gone)
     }
 
-    /// The keys that are to be kept.
+    /// Returns the indexes of the live keys: neither removed nor being removed.
     pub(super) fn live(&self) -> impl Iterator<Item = usize> {
         let live = |(index, place): (usize, &Place)| place.is_live().then_some(index);
         self.keys.iter().enumerate().filter_map(live)
     }
 
-    /// What [`Command::Put`] is to write.
+    /// Returns the puts of the next [`Command::Put`], at most 100.
     pub(super) fn puts(&self) -> Vec<Put> {
         let leaving = matches!(self.state, State::Leaving { .. });
         let puts = self.keys.iter().enumerate().filter_map(|(index, place)| {
@@ -297,38 +300,38 @@ impl Machine {
         self.keys.iter().filter(|place| place.is_live())
     }
 
-    /// When the phase may change without an input.
+    /// Returns the time at which the phase may change without an input.
     pub(super) fn expires(&self) -> Option<Instant> {
         self.lease.map(|lease| lease.expires)
     }
 
-    /// The value has changed.
+    /// Records that the value has changed.
     pub(super) fn on_new_value(&mut self) {
         for place in &mut self.keys {
             place.dirty = true;
         }
     }
 
-    /// One key is to go for good. The last one takes the registration with it.
+    /// Removes one key for good. Removing the last key ends the registration.
     pub(super) fn on_remove(&mut self, index: usize) {
         if self.live().eq([index]) {
             return self.take_away(After::Deregister);
         }
         if let Some(place) = self.keys.get_mut(index) {
             place.leaving = true;
-            // Where there is no lease there is no key of ours.
+            // Without any lease, no own key exists.
             if self.lease.is_none() && self.unrevoked.is_empty() {
                 place.lose();
             }
         }
     }
 
-    /// The key is to go, and to come back with [`on_resume`](Self::on_resume).
+    /// Removes the keys until [`on_resume`](Self::on_resume).
     pub(super) fn on_pause(&mut self) {
         self.take_away(After::Pause);
     }
 
-    /// The key is to come back.
+    /// Restores the keys after a pause.
     pub(super) fn on_resume(&mut self) {
         if matches!(
             self.state,
@@ -338,15 +341,15 @@ impl Machine {
                     ..
                 }
         ) {
-            // The revoke may be under way: the lease it takes is no lease to go on with. If it never got there the lease is to go all the same,
-            // once the keys hang on another one.
+            // A revoke of the lease may be in flight, so the registration continues with a new lease. If that revoke did not reach etcd,
+            // the old lease is revoked later, once the keys are attached to the new lease.
             self.leave_behind();
             self.lose_lease();
             self.register();
         }
     }
 
-    /// The key is to go for good.
+    /// Removes the keys for good.
     pub(super) fn on_deregister(&mut self) {
         self.take_away(After::Deregister);
     }
@@ -359,13 +362,13 @@ impl Machine {
         };
         self.not_before = None;
         self.state = State::Leaving { leave_marker, next };
-        // Without a lease there is no key. A grant whose answer was lost leaves a lease that nothing hangs on.
+        // Without any lease, no own key exists. A grant whose response was lost may leave a lease, but no key is attached to it.
         if self.lease.is_none() && self.unrevoked.is_empty() {
             self.left(next);
         }
     }
 
-    /// The lease is to go later, with whatever hangs on it.
+    /// Records the lease for a later revoke, which also deletes the keys that are still attached to it.
     fn leave_behind(&mut self) {
         self.unrevoked.extend(self.lease.map(|lease| lease.id));
         if self.unrevoked.len() > UNREVOKED_KEPT {
@@ -373,7 +376,7 @@ impl Machine {
         }
     }
 
-    /// There is no lease any more, and no key under it.
+    /// Drops the lease and all keys under it from the known state.
     fn lose_lease(&mut self) {
         self.lease = None;
         for place in &mut self.keys {
@@ -382,26 +385,28 @@ impl Machine {
     }
 }
 
-/// After an outage leases live again for one TTL: a longer backoff would remove the fleet after etcd has healed.
+/// Longest step of the backoff. After an outage, every lease is valid again for one TTL. With a longer backoff, the leases of a fleet would
+/// expire after etcd has recovered.
 const RETRY_MAX: Duration = Duration::from_secs(3);
 const RETRY_FIRST: Duration = Duration::from_millis(100);
-/// A healthy member answers in milliseconds.
+/// Longest timeout of a request. A healthy member responds within milliseconds.
 const DEADLINE_MAX: Duration = Duration::from_secs(2);
-/// No lease of ours is asked to live longer; a server that says otherwise is not believed.
+/// Longest TTL that is accepted from etcd. No registration requests a longer TTL, so a longer one in a response is an error and is capped.
 const TTL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
-/// For the last word: it is a courtesy, and the revoke after it needs the time.
+/// Timeout of the leave marker. The marker is best effort, and the revoke that follows needs the remaining time.
 pub(super) const LEAVE_MARKER_MAX: Duration = Duration::from_millis(500);
-/// Between tries where credentials or permissions are refused.
+/// Longest wait between attempts while credentials or permissions are rejected.
 const OPERATOR_WAIT: Duration = Duration::from_secs(30);
-/// A third of the TTL each: the keys are read once per TTL while they are watched, and at each renewal while they are not.
+/// Number of renewals, each a third of the TTL apart, per read of the keys. The keys are read once per TTL while they are watched, and
+/// after each renewal while they are not.
 const VERIFY_EVERY: u32 = 3;
-/// Reads of a key that another server holds, while it cannot be watched.
+/// Wait between reads of a key of another server. The reads cover a watch that cannot be opened.
 const SUPERSEDED_READ: Duration = Duration::from_secs(10);
-/// Puts in one transaction: etcd refuses more than 128 operations with its default settings.
+/// Most puts in one transaction. etcd rejects more than 128 operations with its default settings.
 const PUTS_MAX: usize = 100;
-/// Own leases that are remembered. Each stands for a loss of the one before.
+/// Most own leases that are remembered. Each of them replaced a lost lease.
 const GRANTED_KEPT: usize = 64;
-/// Own leases whose revoke had no answer. Each stands for a pause during an outage.
+/// Most earlier leases that are kept for a later revoke. Each of them is the result of a pause during an outage.
 const UNREVOKED_KEPT: usize = 8;
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! The mass-removal hold: pure. Instances that vanish from the registry together with most others are kept for a while, as a last resort.
+//! The mass-removal hold, without I/O. Instances that vanish from the registry together with most others are kept for a limited time, as a
+//! last resort.
 //!
 //! ```text
 //!               vanished, less than half is left            the hold is over, or half is back
@@ -8,11 +9,11 @@
 //!      └──────────────── registered again ──────────┘
 //! ```
 //!
-//! *Half* is half of the largest set of the last 10 s. A set that etcd loses through a bug or a stuck leader does not vanish in one step:
-//! leases that expire together arrive one by one. So nothing but the sum over a while tells such a loss from servers that come and go; and
-//! since sizes are what is compared, a fleet that is replaced by another at other addresses is no loss.
+//! *Half* means half of the largest set of the last 10 s. A set that etcd loses through a bug or a stuck leader does not vanish in one
+//! step: leases that expire together are delivered as separate deletes. Only the sum over a period distinguishes such a loss from normal
+//! turnover of servers. The comparison is by size, so a fleet that is replaced by a fleet at other addresses is not a loss.
 //!
-//! Who said in its last value that it would leave is not missed: it counts neither as vanished nor as part of the set that it was in.
+//! An instance whose last value marks a planned departure does not count as vanished, and no longer counts as part of the earlier set.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
@@ -22,27 +23,27 @@ use tokio::time::Instant;
 use crate::instance::Instance;
 use tonic_balance::Address;
 
-/// The instances that are held, and what tells whether the next one to vanish will be.
+/// The held instances, and the state that decides whether the next instance that vanishes is held.
 #[derive(Debug)]
 pub(super) struct Hold {
-    /// How long an instance is held; `None` holds nothing.
+    /// Duration of each hold; `None` disables holds.
     length: Option<Duration>,
     rng: fastrand::Rng,
     registered: HashSet<Address>,
-    /// How many have left on purpose, ever.
+    /// Number of planned departures since the start.
     left: usize,
-    /// The sizes that the set had within the window, each with the time of its end; only those that no later one exceeds.
+    /// Sizes of the set within the window, each with the time at which it ended. Contains only sizes that exceed every later size.
     peaks: VecDeque<Peak>,
     held: HashMap<Address, Held>,
-    /// Who is held, in the order in which the holds end; those that have come back meanwhile included.
+    /// Held addresses with their deadlines, ordered by deadline. Addresses that were registered again meanwhile stay in the queue.
     queue: VecDeque<(Instant, Address)>,
     episode: Option<Episode>,
-    /// How often instances began to be held.
+    /// Number of episodes since the start.
     episodes: u64,
 }
 
-/// A size that the set had. `strength` is the size plus the number of those that had left on purpose by then: a planned departure leaves
-/// it as it is, so that it lowers the size to be compared with by just one.
+/// A past size of the set. `strength` is the size plus the number of planned departures up to then. A planned departure does not change the
+/// strength, so it lowers the size to compare with by exactly one.
 #[derive(Clone, Copy, Debug)]
 struct Peak {
     ended: Instant,
@@ -55,36 +56,36 @@ struct Held {
     until: Instant,
 }
 
-/// From the first instance that is held to the last.
+/// The time from the first held instance to the end of the last hold.
 #[derive(Clone, Copy, Debug)]
 struct Episode {
-    /// That of the set before the loss.
+    /// Strength of the set before the loss.
     strength: usize,
-    /// Instances whose hold has ended without their return.
+    /// Number of instances that were not registered again before their hold ended.
     removed: usize,
 }
 
-/// What came of a step.
+/// The outcome of a step.
 #[derive(Debug, Default)]
 pub(super) struct Outcome {
-    /// Addresses that are held no longer, though they are not registered again.
+    /// Addresses that are no longer held and were not registered again.
     pub(super) released: Vec<Address>,
     pub(super) news: Option<News>,
 }
 
-/// What an operator is to know.
+/// An event for the operator's log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum News {
-    /// Instances are held, for the first time after none was.
+    /// Instances are held; before, none was held.
     Began {
         registered: usize,
         /// The size of the set before the loss.
         of: usize,
         length: Duration,
     },
-    /// Half of the set is back, or all that were held are.
+    /// Half of the set is registered again, or all held instances are.
     Recovered { registered: usize, removed: usize },
-    /// The last hold has ended, and most instances are not back.
+    /// The last hold has ended, and most instances are not registered again.
     Over { registered: usize, removed: usize },
 }
 
@@ -105,17 +106,17 @@ impl Hold {
         }
     }
 
-    /// The instance held at an address, marked as a last resort.
+    /// Returns the held instance at an address, marked as a last resort.
     pub(super) fn get(&self, address: &Address) -> Option<&Instance> {
         self.held.get(address).map(|held| &held.instance)
     }
 
-    /// The instances held, in no order.
+    /// Returns the held instances, in arbitrary order.
     pub(super) fn instances(&self) -> impl Iterator<Item = &Instance> {
         self.held.values().map(|held| &held.instance)
     }
 
-    /// How many instances are held.
+    /// Returns the number of held instances.
     pub(super) fn len(&self) -> usize {
         self.held.len()
     }
@@ -124,16 +125,17 @@ impl Hold {
         self.episodes
     }
 
-    /// When [`Hold::on_time`] is due.
+    /// Returns the time at which [`Hold::on_time`] is due.
     pub(super) fn deadline(&self) -> Option<Instant> {
         self.queue.front().map(|(until, _)| *until)
     }
 
-    /// Takes what has changed in one step: addresses that are registered, of old or anew, and the last instance of each that is not any
-    /// more.
+    /// Applies the changes of one step. `here` contains the addresses that changed and are registered, new or known; `gone` contains the
+    /// last instance of each address that is no longer registered.
     ///
-    /// The order within a step says nothing. So the new ones count first, or a fleet replaced in one transaction would look lost; and of
-    /// those that vanish together chance decides which are held, or all clients would keep to the same few servers.
+    /// The order of changes within a step carries no information. New addresses are therefore counted first; otherwise a fleet that is
+    /// replaced in one transaction would look lost. Of the instances that vanish together, those to hold are chosen at random; otherwise
+    /// all clients would use the same few servers.
     pub(super) fn on_changes(
         &mut self,
         here: impl IntoIterator<Item = Address>,
@@ -176,7 +178,7 @@ impl Hold {
         self.conclude()
     }
 
-    /// Takes away those that leave on purpose; hands back the others that were there.
+    /// Removes the instances that leave on purpose. Returns the other instances that were registered.
     fn depart(&mut self, gone: Vec<Instance>) -> Vec<Instance> {
         let mut vanished = Vec::new();
         for instance in gone {
@@ -193,7 +195,7 @@ impl Hold {
         vanished
     }
 
-    /// The strength to compare with, once the set ceases to be as it was `before`.
+    /// Records that the set ceases to have the strength `before`. Returns the strength to compare with.
     fn strength(&mut self, before: usize, now: Instant) -> usize {
         while self
             .peaks
@@ -214,17 +216,17 @@ impl Hold {
             self.peaks.pop_front();
         }
         let recent = self.peaks.front().map_or(before, |peak| peak.strength);
-        // As long as instances are held, the set before the loss is what there ought to be.
+        // While instances are held, the reference is at least the set before the loss.
         self.episode
             .map_or(recent, |episode| episode.strength.max(recent))
     }
 
-    /// How large the set of a strength would be now, without those that have left on purpose since.
+    /// Returns the size that a set of this strength would have now: the strength without the planned departures.
     fn size(&self, strength: usize) -> usize {
         strength.saturating_sub(self.left)
     }
 
-    /// Whether less than half is left of the set. With a single instance there is nothing that tells its loss from its end.
+    /// Returns whether less than half of the set is left. A set of one instance is never lost: its loss looks the same as its shutdown.
     fn is_lost(&self, strength: usize) -> bool {
         let size = self.size(strength);
         size > 1 && self.registered.len() * 2 < size
@@ -244,14 +246,14 @@ impl Hold {
         self.held.insert(address, Held { instance, until });
     }
 
-    /// Ends the holds that are over.
+    /// Ends the holds whose deadline has passed.
     pub(super) fn on_time(&mut self, now: Instant) -> Outcome {
         let mut over = Vec::new();
         while self.deadline().is_some_and(|until| until <= now) {
             let Some((until, address)) = self.queue.pop_front() else {
                 break;
             };
-            // It may have come back, and may even be held again since.
+            // The instance may have been registered again, and may have a new hold with a later deadline.
             if self
                 .held
                 .get(&address)
@@ -269,7 +271,7 @@ impl Hold {
         outcome
     }
 
-    /// Ends the episode if half of the set is back, or nobody is held any more.
+    /// Ends the episode if half of the set is registered again, or if no instance is held any more.
     fn conclude(&mut self) -> Outcome {
         let mut outcome = Outcome::default();
         let Some(Episode { strength, removed }) = self.episode else {
@@ -298,10 +300,10 @@ impl Hold {
     }
 }
 
-/// A time to come has to fit into an `Instant`.
+/// The longest hold: its deadline must fit into an `Instant`.
 const LENGTH_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
-/// Longer than leases of the default TTL of 15 s need to expire one after another when all are lost at once: they are renewed at a third
-/// of it, so that is how far apart their ends are.
+/// The time over which removals are summed. When all leases are lost at once, they expire one after another. Leases of the default TTL of
+/// 15 s are renewed every 5 s (a third of the TTL), so they expire within 5 s. The window must be longer than that.
 const WINDOW: Duration = Duration::from_secs(10);
 
 #[cfg(test)]

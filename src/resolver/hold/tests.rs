@@ -1,4 +1,4 @@
-//! Losses of every shape, and random ones against a model that keeps the whole history.
+//! Tests of each kind of loss, and of random losses against a model that keeps the whole history.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,7 +23,7 @@ fn leaving(number: u16) -> Instance {
     Instance::from(advertisement)
 }
 
-/// A hold over a set that was registered at once, a minute ago.
+/// A hold over a set whose instances were all registered a minute ago.
 struct Fleet {
     hold: Hold,
     now: Instant,
@@ -127,7 +127,7 @@ fn half_of_the_set_back_ends_every_hold() {
     let mut fleet = Fleet::of(10);
     fleet.gone(0..10);
     assert_eq!(fleet.hold.len(), 5);
-    // At other addresses: what counts is that there is something to call.
+    // The new instances have other addresses: only the number of instances counts.
     assert_eq!(fleet.here(20..24).released, []);
     let outcome = fleet.here(24..25);
     assert_eq!(outcome.released.len(), 5);
@@ -148,7 +148,7 @@ fn one_that_is_registered_again_is_held_no_longer() {
     fleet.here([4]);
     assert!(fleet.hold.get(&address(4)).is_none());
     assert!(fleet.hold.get(&address(5)).is_some());
-    // Held a second time, for a time of its own.
+    // The address is held a second time, with a new deadline.
     fleet.pass(20_000);
     fleet.gone([4]);
     fleet.pass(10_000);
@@ -242,20 +242,20 @@ fn chance_decides_who_of_those_that_vanish_together_is_held() {
     );
 }
 
-/// The rule, as it reads, over the whole history.
+/// A direct implementation of the rule over the whole history.
 #[derive(Debug, Default)]
 struct Model {
-    /// When each step was, and how large the set was after it: the size, and how many had left on purpose by then.
+    /// The time of each step, the size of the set after the step, and the number of planned departures up to then.
     history: Vec<(Instant, usize, usize)>,
     registered: BTreeSet<Address>,
     held: BTreeMap<Address, Instant>,
     left: usize,
-    /// The strength of the set before the loss, while anyone is held.
+    /// The strength of the set before the loss, while an instance is held.
     before: Option<usize>,
 }
 
 impl Model {
-    /// The largest set of the last 10 s, without those that have left on purpose since.
+    /// Returns the largest strength (size plus planned departures) of the last 10 s, or the strength before the loss if that is larger.
     fn largest(&self, now: Instant) -> usize {
         let ends = self.history.iter().skip(1).map(|(at, ..)| *at).chain([now]);
         let strengths = self
@@ -281,7 +281,7 @@ impl Model {
             }
         }
         let size = largest.saturating_sub(self.left);
-        // Of `vanished` instances, those are held whose going leaves fewer than half.
+        // An instance that vanishes is held if its removal leaves fewer than half of the set.
         let held = (0..vanished)
             .filter(|later| size >= 2 && (self.registered.len() + later) * 2 < size)
             .count();
@@ -292,7 +292,7 @@ impl Model {
         held
     }
 
-    /// Ends the holds as the rule says; `held` are those of the hold under test, of which chance chose some.
+    /// Ends the holds according to the rule. `held` is copied from the hold under test, because the choice of instances is random.
     fn conclude(&mut self) {
         let back = self
             .before

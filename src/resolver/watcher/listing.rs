@@ -1,4 +1,4 @@
-//! A list under way, and how it becomes the set.
+//! The listing state: pages are collected, and the complete list replaces the set.
 
 use super::{Command, KeyState, Machine, State};
 use crate::error::{EtcdError, EtcdErrorKind};
@@ -6,32 +6,33 @@ use crate::keyspace::{
     Event, Header, Key, KeyValue, KeyVersion, ListRequest, Page, Range, Revision,
 };
 
-/// A list under way.
+/// A list in progress.
 #[derive(Debug, Default)]
 pub(super) struct Listing {
     pub(super) kvs: Vec<KeyValue>,
-    /// The first page's header.
+    /// Header of the first page.
     pub(super) header: Option<Header>,
-    /// Where the next page begins; `None` at the range's start.
+    /// First key of the next page; `None` for the start of the range.
     pub(super) next: Option<Key>,
-    /// How often compaction has overtaken it. From the third time on the pages are not pinned to one revision; watching from the first
-    /// page's revision makes the outcome exact all the same.
+    /// Number of times that compaction has interrupted the list. From the third time on, the pages are not pinned to one revision. The
+    /// result is exact all the same, because the watch starts at the revision of the first page.
     pub(super) compacted: u32,
-    /// The next request asks for the name alone of a key that is too large to be read.
+    /// Whether the next request reads only the name of a key that is too large to receive.
     pub(super) naming: bool,
-    /// The key written last among those of the first page.
+    /// Key of the first page that was written last.
     pub(super) check: Option<Key>,
-    /// Keys that are there with a value that cannot be read.
+    /// Keys whose value is too large to receive.
     pub(super) oversized: Vec<KeyVersion>,
-    /// An event was too large to be received: the watch begins after the list's revision, or it would come again.
+    /// Whether an event was too large to receive. The watch then begins after the revision of the list; otherwise that event would be
+    /// delivered again.
     pub(super) skipping: bool,
-    /// The list before this one did not stand up to the check. This one is not checked again: where keys change all the time, a
-    /// check would find them changed after every list.
+    /// Whether a failed check caused this list. This list is then not checked again: where keys change constantly, a check would find
+    /// changes after every list.
     pub(super) distrusted: bool,
 }
 
 impl Machine {
-    /// Takes the answer to [`Command::List`].
+    /// Handles the result of [`Command::List`].
     pub(in crate::resolver) fn on_page(&mut self, answer: Result<Page, EtcdError>) -> Command {
         let State::Listing(listing) = &mut self.state else {
             return self.on_wake();
@@ -57,7 +58,8 @@ impl Machine {
                     return self.on_wake();
                 }
                 let listing = std::mem::take(listing);
-                // One of the first page: a store that is wiped between two pages has another last one.
+                // The key to check is from the first page. If the store is wiped between two pages, a key of a later page would be from the
+                // new store and would pass the check.
                 let check = listing.check.filter(|_| !listing.distrusted);
                 self.complete(header, listing.kvs, listing.oversized);
                 self.page_cap = PAGE_LIMIT;
@@ -97,14 +99,14 @@ impl Machine {
                 Command::Wait(wait)
             }
             _ => {
-                // The pages at hand may be those of a store that is gone when the next one is asked for.
+                // The list starts over: the store may be replaced before the next page is requested.
                 *listing = Listing {
                     distrusted: listing.distrusted,
                     skipping: listing.skipping,
                     ..Listing::default()
                 };
                 if error.kind() == EtcdErrorKind::DeadlineExceeded {
-                    // Over a slow link, a page of large values takes longer than a call may.
+                    // Over a slow link, a page of large values exceeds the call timeout.
                     self.page_cap = (self.page_cap / 2).max(PAGE_CAP_MIN);
                     self.page_limit = self.page_limit.min(self.page_cap);
                 }
@@ -132,14 +134,15 @@ impl Machine {
         }
     }
 
-    /// Takes a whole list over: what is in it is put, what is not is deleted.
+    /// Applies a complete list: listed keys are put, all other keys are deleted.
     pub(super) fn complete(
         &mut self,
         header: Header,
         kvs: Vec<KeyValue>,
         oversized: Vec<KeyVersion>,
     ) {
-        // Not the maximum: after a wipe the store's history begins anew, and with it what can be held against it.
+        // Not the maximum of both headers: after a wipe, the history of the store starts again, and later responses are compared with the
+        // new history.
         self.seen = header;
         self.tombstones.clear();
         self.audit.on_listed();
@@ -158,7 +161,7 @@ impl Machine {
             let KeyVersion {
                 key, mod_revision, ..
             } = version;
-            // Its last good value, if there was one, stays.
+            // The last good value of the key, if any, stays in use.
             let before = gone.remove(&key);
             if before.is_none_or(|before| before.mod_revision != mod_revision) {
                 tracing::warn!(?key, revision = %mod_revision, "skipped a value that is too large to be received");
@@ -174,9 +177,9 @@ impl Machine {
     }
 }
 
-/// Keys per page: 500 values of the usual 150 bytes are 75 KiB, and a page halves itself where values are large.
+/// Keys per page. 500 values of the usual 150 bytes are 75 KiB, and the page size is halved where values are large.
 pub(super) const PAGE_LIMIT: i64 = 500;
-/// Small enough for any link that carries a call's answer at all.
+/// Smallest page after timeouts: any link that can carry the response of a call can carry this page.
 pub(super) const PAGE_CAP_MIN: i64 = 10;
-/// Lists that compaction overtook before pages are no longer pinned to one revision.
+/// Number of lists interrupted by compaction after which pages are no longer pinned to one revision.
 const UNPINNED_AFTER: u32 = 3;

@@ -1,4 +1,4 @@
-//! The list-and-watch machine of one prefix: pure, so that every order of answers can be played to it.
+//! The list-and-watch state machine of one prefix. It performs no I/O, so that tests can replay every order of responses.
 //!
 //! ```text
 //!            ┌─────── too large: smaller pages ──────┐
@@ -12,16 +12,16 @@
 //!   └───────────────────────── set empty ───────────────────────────┘
 //! ```
 //!
-//! A store that was wiped or restored keeps its cluster id, and often its term and revisions: that R means the same there is only
-//! known by a key. So whenever a watch is opened the key written last is read linearizably, before any message of the watch is
-//! looked at. After the opening and not before it: the stream dies with the server process, so what is true then stays true for as
-//! long as the stream lasts.
+//! A store that was wiped or restored keeps its cluster id, and often its raft term and revisions. Only a key shows whether revision R has
+//! the same meaning in that store. After each opening of a watch, the machine therefore reads the key written last, linearizably, before it
+//! processes any message of the watch. The read must follow the opening: the stream ends with the server process, so the result stays valid
+//! for the lifetime of the stream.
 //!
-//! R is the header revision of the list, then the mod revision of the last event applied. The header of a watch message never moves
-//! it: in catch-up batches it runs ahead of the events. A watch is opened at R itself, since a revision may have been cut in two;
-//! what is then seen twice changes nothing.
+//! R is the header revision of the list, and later the mod revision of the last applied event. The header of a watch message never changes
+//! R: in catch-up batches, the header is ahead of the events. A watch is opened at R, not at R + 1, because the previous stream may have
+//! ended in the middle of revision R. Applying an event twice has no effect.
 //!
-//! While it watches, [`audit`] asks now and then whether the watch has brought everything.
+//! While the machine watches, `reconcile` checks periodically that the watch has delivered every change.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
@@ -38,83 +38,84 @@ use listing::{Listing, PAGE_LIMIT};
 use reconcile::Audit;
 use watching::{Fruitless, Watching};
 
-/// What the owner task is to do next. Each is answered by one call of the machine.
+/// The next action of the task that owns the machine. The task reports the result of each command with one call to the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Command {
-    /// Ask for a page; answer with [`Machine::on_page`].
+    /// Request a page; report the result with [`Machine::on_page`].
     List(ListRequest),
-    /// Open a watch at this revision in place of the one at hand; answer with [`Machine::on_watch_opened`] or
+    /// Replace the current watch by a watch that starts at this revision; report the result with [`Machine::on_watch_opened`] or
     /// [`Machine::on_watch_ended`].
     Watch(Revision),
-    /// Take the next message of the watch; answer with [`Machine::on_message`] or [`Machine::on_watch_ended`], or at the time of
-    /// [`Machine::due`] with [`Machine::on_time`].
+    /// Receive the next message of the watch; report it with [`Machine::on_message`], or the end of the watch with
+    /// [`Machine::on_watch_ended`]. If the time of [`Machine::due`] is reached first, call [`Machine::on_time`].
     Receive,
-    /// Read a key linearizably, keeping the watch; answer with [`Machine::on_checked`].
+    /// Read a key linearizably and keep the watch open; report the result with [`Machine::on_checked`].
     Check(Key),
-    /// Ask for a page of names, keeping the watch; answer with [`Machine::on_names`].
+    /// Request a page of key names and keep the watch open; report the result with [`Machine::on_names`].
     Reconcile(ListRequest),
-    /// Read a key with its value, linearizably, keeping the watch; answer with [`Machine::on_read`].
+    /// Read a key with its value, linearizably, and keep the watch open; report the result with [`Machine::on_read`].
     Read(Key),
-    /// Drop the watch, wait, and fetch a fresh token; answer with [`Machine::on_token`].
+    /// Drop the watch, wait, and fetch a fresh token; report the result with [`Machine::on_token`].
     RenewToken(Duration),
-    /// Drop the watch and wait; answer with [`Machine::on_wake`].
+    /// Drop the watch and wait; then call [`Machine::on_wake`].
     Wait(Duration),
 }
 
-/// The machine.
+/// The state machine of one prefix.
 #[derive(Debug)]
 pub(super) struct Machine {
     range: Range,
     state: State,
-    /// The highest header of a linearizable answer: only such answers never go back on a healthy cluster.
+    /// Header of the last linearizable response; later events raise its revision. On a healthy cluster, the revision and the term of
+    /// linearizable responses never decrease.
     seen: Header,
-    /// Every key of the prefix as last applied, decodable or not.
+    /// Every key of the prefix as last applied, whether or not its value can be decoded.
     keys: BTreeMap<Key, KeyState>,
-    /// Keys that a read has found gone, and when, until the watch is past that.
+    /// Keys that a read found deleted, with the revision of the read. An entry is removed when the watch has passed that revision.
     tombstones: HashMap<Key, Revision>,
     audit: Audit,
-    /// Changes that are to be published.
+    /// Changes that are not published yet.
     update: Vec<Event>,
     backoff: Backoff,
     rng: fastrand::Rng,
-    /// Whether the last watch was refused.
+    /// Whether the last watch was rejected with an auth error, and the token was renewed for the next attempt.
     refused: bool,
     fruitless: Fruitless,
-    /// The number of keys asked for at once: halved when an answer is too large, and grown again.
+    /// Number of keys requested per page. Halved when a response is too large, doubled after each page.
     page_limit: i64,
-    /// What it may grow to: halved when an answer takes too long.
+    /// Upper limit of `page_limit`. Halved when a page exceeds the call timeout.
     page_cap: i64,
     pub(super) report: Report,
 }
 
-/// What a user may know of the machine.
+/// The part of the resolver's status that one machine contributes.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Report {
-    /// Whether the set has been listed once.
+    /// Whether the prefix has been listed once.
     pub(super) listed: bool,
-    /// The revision the set is known to be right at.
+    /// Revision at which the set is known to be correct.
     pub(super) revision: Revision,
-    /// Why the set is not being watched right now.
+    /// The failure because of which the prefix is not watched now.
     pub(super) trouble: Option<EtcdError>,
     pub(super) lists: u64,
     pub(super) watches: u64,
-    /// Comparisons with a list of names.
+    /// Number of reconciliations: comparisons of the keys with a list of their names.
     pub(super) reconciliations: u64,
-    /// Keys read one by one.
+    /// Number of individual key reads.
     pub(super) reads: u64,
-    /// Keys that were not as a read has found them.
+    /// Number of reads whose result differed from the known state of the key.
     pub(super) repaired: u64,
-    /// Keys whose value alone is above the message limit.
+    /// Number of writes whose value alone exceeds the message limit.
     pub(super) oversized: u64,
 }
 
-/// A key as last applied, or as it was found.
+/// The version of a key, as last applied or as read.
 #[derive(Clone, Copy, Debug)]
 struct KeyState {
     create_revision: Revision,
     mod_revision: Revision,
     lease: LeaseId,
-    /// Of the value; `None` if that is not known: the key was listed by name, or its value is too large to be received.
+    /// Digest of the value. `None` if the value is unknown: the key was listed by name only, or its value is too large to receive.
     digest: Option<u64>,
 }
 
@@ -128,7 +129,7 @@ impl KeyState {
         }
     }
 
-    /// Whether both are the same write, as far as is known of them.
+    /// Returns whether both are the same write. Digests are compared only if both are known.
     fn is_same(&self, other: &Self) -> bool {
         let differs = |(mine, its): (u64, u64)| mine != its;
         self.create_revision == other.create_revision
@@ -137,7 +138,7 @@ impl KeyState {
             && !self.digest.zip(other.digest).is_some_and(differs)
     }
 
-    /// Whether both are there and the same, or both are not.
+    /// Returns whether both exist and are the same write, or neither exists.
     fn agree(left: Option<&Self>, right: Option<&Self>) -> bool {
         match (left, right) {
             (Some(left), Some(right)) => left.is_same(right),
@@ -154,7 +155,7 @@ enum State {
 }
 
 impl Machine {
-    /// Begins with a list; `reconcile` is the longest time between comparisons with another one.
+    /// Creates a machine that begins with a list. `reconcile` is the longest time between two reconciliations.
     pub(super) fn new(range: Range, reconcile: Option<Duration>, rng: fastrand::Rng) -> Self {
         Self {
             range,
@@ -178,23 +179,23 @@ impl Machine {
         &self.range
     }
 
-    /// The changes since the last call, in order.
+    /// Returns the changes since the last call, in order.
     pub(super) fn take_update(&mut self) -> Vec<Event> {
         std::mem::take(&mut self.update)
     }
 
-    /// Takes the outcome of [`Command::RenewToken`].
+    /// Handles the result of [`Command::RenewToken`].
     pub(super) fn on_token(&mut self, outcome: Result<(), EtcdError>) -> Command {
-        // Without a fresh token the last refusal said nothing of it.
+        // The last rejection counts only if the next attempt uses a fresh token.
         self.refused = outcome.is_ok();
         match outcome {
-            // Each try costs etcd a hash of the password.
+            // Retried slowly, because each attempt costs etcd a password hash.
             Err(error) if error.kind().needs_operator() => self.wait(error),
             _ => self.on_wake(),
         }
     }
 
-    /// The first command, and the one after a wait.
+    /// Returns the first command, and the next command after a wait.
     pub(super) fn on_wake(&mut self) -> Command {
         match &self.state {
             State::Listing(listing) => Command::List(self.request(listing)),
@@ -203,26 +204,27 @@ impl Machine {
                 let revision = *revision;
                 match self.newest() {
                     Some(key) => self.watch(revision, Some(key)),
-                    // An empty set has no key to tell one store from another by.
+                    // An empty set has no key that could identify the store, so the prefix is listed again.
                     None => self.relist(false),
                 }
             }
         }
     }
 
-    /// The key written last: the one that a store with another history is least likely to have.
+    /// Returns the key written last. A store with another history is least likely to contain that write.
     fn newest(&self) -> Option<Key> {
         let newest = self.keys.iter().max_by_key(|(_, state)| state.mod_revision);
         newest.map(|(key, _)| key.clone())
     }
 
-    /// Whether the value of a key is known, so that it can be compared with another one.
+    /// Returns whether the value of a key is known, so that it can be compared.
     pub(super) fn knows_value(&self, key: &Key) -> bool {
         let known = self.keys.get(key);
         known.is_some_and(|known| known.digest.is_some())
     }
 
-    /// Whether a linearizable answer comes from another store than the last one: on a healthy cluster they never go back.
+    /// Returns whether a linearizable response comes from another store than the last one. On a healthy cluster, the revision and the term
+    /// never decrease.
     fn is_other_store(&self, header: Header) -> bool {
         header.cluster_id != self.seen.cluster_id
             || header.revision < self.seen.revision
@@ -237,7 +239,7 @@ impl Machine {
         self.on_wake()
     }
 
-    /// Waits after a failure: jittered, never in a loop, and long where only an operator can help.
+    /// Returns a wait after a failure. The wait is jittered and prevents a busy loop. It is long if only an operator can fix the failure.
     fn wait(&mut self, error: EtcdError) -> Command {
         let slowly = error.kind().needs_operator();
         self.report.trouble = Some(error);
@@ -250,7 +252,7 @@ impl Machine {
 
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
-/// Between tries where credentials or permissions are refused.
+/// Wait between attempts if only an operator can help, as with rejected credentials or permissions.
 const OPERATOR_WAIT: Duration = Duration::from_secs(30);
 
 #[cfg(test)]

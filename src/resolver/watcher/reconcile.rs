@@ -1,4 +1,5 @@
-//! What is done beside the watch, which can lose events: all keys are compared with a list now and then, and single ones are read.
+//! Reconciliation, which runs beside the watch because a watch can lose events. All keys are compared with a list periodically, and single
+//! keys are read.
 //!
 //! ```text
 //!   every few minutes ──▶ names, page by page ──▶ suspects ── 5 s ──▶ still other? ──┐
@@ -6,9 +7,10 @@
 //!   an address refuses connections ─────────────────────── within 2 s ───────────────┘
 //! ```
 //!
-//! A list of names alone decides nothing: what it says may be on its way. It raises a suspicion, and the watch gets the time to dispel it.
-//! Only a linearizable read of the key itself is believed. It stands in for every event of the key up to the revision of its answer, so
-//! those that arrive later are dropped: by the key's mod revision if it is there, by its [`tombstone`](Machine::bury) if not.
+//! A list of names alone proves nothing, because the watch may still deliver the listed change. A difference makes the key a suspect, and
+//! the watch gets 5 s to resolve it. Only a linearizable read of the key itself is trusted. The read replaces every event of the key up to
+//! the revision of its response. Such events are dropped if they arrive later: by the key's mod revision if the key exists, by its
+//! [`tombstone`](Machine::bury) if not.
 
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Bound;
@@ -22,34 +24,34 @@ use crate::backoff::jittered;
 use crate::error::EtcdError;
 use crate::keyspace::{Event, Header, Key, KeyValue, ListRequest, Page, Range, Revision};
 
-/// The lists and reads that are due.
+/// The schedule and the state of reconciliations and key reads.
 #[derive(Debug)]
 pub(super) struct Audit {
-    /// Between lists; `None` for none.
+    /// Longest time between two lists; `None` disables lists.
     interval: Option<Duration>,
     next_list: Option<Instant>,
-    /// Where the list under way goes on, and the revision that it is pinned to.
+    /// Start of the next page of the list in progress, and the revision that the list is pinned to.
     cursor: Option<(Key, Revision)>,
     suspects: Vec<Suspect>,
-    /// When the watch has had its time.
+    /// End of the time that the watch gets to resolve the suspects.
     settled: Option<Instant>,
-    /// Keys to be read, and when.
+    /// Keys to read, with the earliest time of each read.
     reads: BTreeSet<(Instant, Key)>,
-    /// No read before.
+    /// Earliest time of the next read of any key.
     next_read: Option<Instant>,
-    /// When a key was last doubted from outside.
+    /// Time of the last accepted report about each key, from [`ResolverFeedback`](crate::ResolverFeedback).
     doubted: HashMap<Key, Instant>,
-    /// Suspects that are being read. If one of them is not as we know it, the watch has lost something.
+    /// Suspects that are being read. If the read of a suspect differs from the known state, the watch has lost an event.
     confirming: BTreeSet<Key>,
-    /// The watch has lost something.
+    /// Whether the watch has lost an event.
     lossy: bool,
 }
 
-/// A key that a list has otherwise than we know it.
+/// A key whose listed version differs from the known version.
 #[derive(Debug)]
 struct Suspect {
     key: Key,
-    /// `None` if the list has it not.
+    /// The listed version; `None` if the list does not contain the key.
     found: Option<KeyState>,
     /// The revision of the list.
     at: Revision,
@@ -71,17 +73,18 @@ impl Audit {
         }
     }
 
-    /// A watch begins: the next list comes an interval after the first one, and one that was due meanwhile a while later.
+    /// Handles the opening of a watch. The first opening schedules a list one interval later. A list that became due in the meantime is
+    /// postponed.
     pub(super) fn on_watch_opened(&mut self, now: Instant, rng: &mut fastrand::Rng) {
         self.cursor = None;
-        // It may have to catch up first.
+        // The watch may have to catch up first.
         self.settled = self.settled.map(|_| now + SETTLE);
         let Some(interval) = self.interval else {
             return;
         };
         match self.next_list {
             None => self.next_list = Some(now + jittered(interval, rng)),
-            // After an outage it is overdue for everybody at once.
+            // After an outage, the lists of all clients are overdue at once.
             Some(at) if at <= now => {
                 self.next_list = Some(now + jittered(interval.min(OVERDUE), rng));
             }
@@ -89,7 +92,7 @@ impl Audit {
         }
     }
 
-    /// A complete list with its values has been taken over: what was in doubt is known now.
+    /// Handles a complete list with values, which resolves every doubt.
     pub(super) fn on_listed(&mut self) {
         self.cursor = None;
         self.suspects.clear();
@@ -102,7 +105,7 @@ impl Audit {
     fn due(&self) -> Option<Instant> {
         let read = self.reads.first().map(|(at, _)| *at);
         let read = read.map(|at| self.next_read.map_or(at, |next| at.max(next)));
-        // One list at a time, its suspects included.
+        // No new list starts while the last one still has suspects.
         let list = self.next_list.filter(|_| self.suspects.is_empty());
         [read, self.settled, list].into_iter().flatten().min()
     }
@@ -115,8 +118,8 @@ impl Audit {
         self.reads.pop_first().map(|(_, key)| key)
     }
 
-    /// A read has its answer. The next one is counted from it: while one is waited for the watch is not read, and a slow etcd must not keep it
-    /// so for a whole row of them.
+    /// Schedules the next read, counted from the response to this one. The watch is not read while a key read is in progress, and a slow
+    /// etcd must not block the watch for several reads in a row.
     fn on_answer(&mut self, failed: bool, now: Instant) {
         let wait = if failed { SETTLE } else { READ_STEP };
         self.next_read = Some(now + wait);
@@ -124,7 +127,7 @@ impl Audit {
 }
 
 impl Machine {
-    /// When [`Machine::on_time`] is due, while the watch is being read.
+    /// Returns the time at which [`Machine::on_time`] is due; `None` while no watch is open.
     pub(in crate::resolver) fn due(&self) -> Option<Instant> {
         self.audit.due().filter(|_| self.is_watching())
     }
@@ -133,7 +136,7 @@ impl Machine {
         matches!(&self.state, State::Watching(watching) if watching.opened.is_some())
     }
 
-    /// Says what is due beside the watch.
+    /// Returns the command that is due beside the watch.
     pub(in crate::resolver) fn on_time(&mut self, now: Instant) -> Command {
         if !self.is_watching() {
             return self.on_wake();
@@ -165,7 +168,7 @@ impl Machine {
         }
     }
 
-    /// Takes the answer to [`Command::Reconcile`].
+    /// Handles the result of [`Command::Reconcile`].
     pub(in crate::resolver) fn on_names(
         &mut self,
         answer: Result<Page, EtcdError>,
@@ -178,8 +181,8 @@ impl Machine {
         let page = match answer {
             Ok(page) => page,
             Err(error) => {
-                // Whether etcd can be asked is for the watch to say. The next list is as good.
-                tracing::debug!(%error, "could not list the keys to compare them");
+                // Only the watch decides whether etcd is reachable. The next list can replace this one.
+                tracing::debug!(%error, "could not list the keys for reconciliation");
                 return self.end_of_names(now);
             }
         };
@@ -193,7 +196,7 @@ impl Machine {
         let next = next.map(|kv| kv.key.successor());
         self.compare(&start, next.as_ref(), &page, revision);
         match next {
-            // With too many suspects the outcome is clear.
+            // With too many suspects, the prefix will probably be listed again, so no further page is needed.
             Some(next) if self.audit.suspects.len() <= SUSPECTS_MAX => {
                 self.audit.cursor = Some((next.clone(), revision));
                 Command::Reconcile(self.names(next, revision))
@@ -212,7 +215,7 @@ impl Machine {
         Command::Receive
     }
 
-    /// Looks for keys from `start` up to `end` that a page has otherwise.
+    /// Compares the keys from `start` up to `end` with a page, and records each difference as a suspect.
     fn compare(&mut self, start: &Key, end: Option<&Key>, page: &Page, at: Revision) {
         let mut listed: HashMap<_, _> = page.kvs.iter().map(|kv| (&kv.key, kv)).collect();
         let end = end.map_or(Bound::Unbounded, Bound::Excluded);
@@ -232,7 +235,7 @@ impl Machine {
         self.audit.suspects.extend(unknown);
     }
 
-    /// The watch has had its time to bring what the list has seen: what it has not brought is read.
+    /// Handles the end of the time that the watch had to resolve the suspects. Keys that still differ are read.
     fn on_settled(&mut self, now: Instant) -> Command {
         self.audit.settled = None;
         let suspects = std::mem::take(&mut self.audit.suspects);
@@ -245,7 +248,7 @@ impl Machine {
         if left.len() > SUSPECTS_MAX {
             tracing::warn!(
                 keys = left.len(),
-                "the watch has lost changes of many keys: listing anew"
+                "the watch has lost changes of many keys: listing the prefix again"
             );
             return self.relist(true);
         }
@@ -256,8 +259,8 @@ impl Machine {
         Command::Receive
     }
 
-    /// Takes a doubt from outside: the server that a key names refuses connections. One read, a while later and seldom, tells whether the
-    /// key is still there.
+    /// Handles a report that the server named by a key refuses connections. One read shows whether the key still exists; it is delayed and
+    /// rate-limited.
     pub(in crate::resolver) fn on_doubt(&mut self, key: &Key, now: Instant) {
         let audit = &mut self.audit;
         let lately = |at: &Instant| now.saturating_duration_since(*at) < DOUBT_INTERVAL;
@@ -275,7 +278,7 @@ impl Machine {
         audit.reads.insert((now + wait, key.clone()));
     }
 
-    /// Takes the answer to [`Command::Read`].
+    /// Handles the result of [`Command::Read`].
     pub(in crate::resolver) fn on_read(
         &mut self,
         key: Key,
@@ -325,40 +328,41 @@ impl Machine {
         self.bury(key, revision);
     }
 
-    /// Remembers that a key was gone at a revision. Without it, a put that was overtaken by the read would bring the key back, and the
-    /// delete that follows may be what was lost.
+    /// Records that a key did not exist at a revision. Without this record, a put older than the read but delivered after it would restore
+    /// the key; the delete that follows the put may be the lost event.
     fn bury(&mut self, key: Key, revision: Revision) {
         self.tombstones.insert(key, revision);
     }
 
-    /// Opens the watch anew: one that loses changes may do so again.
+    /// Opens a new watch, because a watch that has lost changes may lose more.
     fn distrust_watch(&mut self) -> Command {
         self.audit.lossy = false;
         let State::Watching(watching) = &self.state else {
             return self.on_wake();
         };
-        tracing::warn!(revision = %watching.revision, "the watch has lost changes, which were found by a list: watching anew");
+        tracing::warn!(revision = %watching.revision, "a list found changes that the watch has lost: opening a new watch");
         let revision = watching.revision;
         self.state = State::Resuming { revision };
         self.on_wake()
     }
 }
 
-/// Under it, clients would list without a pause.
+/// Shortest interval. With a shorter one, clients would list without a pause.
 const INTERVAL_MIN: Duration = Duration::from_millis(100);
-/// A time to come has to fit into an `Instant`.
+/// Longest interval: the time of the next list must fit into an `Instant`.
 const INTERVAL_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
-/// Over the second half of which clients make the comparisons that were due during an outage.
+/// Reconciliations that became due during an outage are spread over the second half of this time.
 const OVERDUE: Duration = Duration::from_secs(60);
-/// As long as a watch may be silent before it is probed.
+/// Time for the watch to resolve suspects: as long as a watch may be silent before it is probed.
 const SETTLE: Duration = Duration::from_secs(5);
-/// From here on a list costs less than that many reads.
+/// Limit of suspects. Above it, a list costs less than the reads.
 const SUSPECTS_MAX: usize = 100;
-/// When a server crashes all its clients notice within the same milliseconds.
+/// Reads after reports are spread over this time: when a server crashes, all of its clients detect it within the same milliseconds.
 const DOUBT_SPREAD: Duration = Duration::from_secs(2);
-/// A key whose server goes on refusing connections is not read more often.
+/// Shortest time between two reads of a key whose server keeps refusing connections.
 const DOUBT_INTERVAL: Duration = Duration::from_secs(10);
-/// Between reads, from an answer to the next request: when a thousand servers fail at once, a client asks etcd ten times a second at most.
+/// Time from the response to a read to the next read. When a thousand servers fail at once, a client sends etcd at most ten reads per
+/// second.
 const READ_STEP: Duration = Duration::from_millis(100);
-/// Doubts above it are dropped; what goes on being refused is doubted again.
+/// Limit of pending reads. Reports above it are dropped; an address that keeps refusing connections is reported again.
 const READS_MAX: usize = 100;

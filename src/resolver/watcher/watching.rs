@@ -1,4 +1,4 @@
-//! A watch: opened, checked, read, ended.
+//! The watching state: the opening, the check, the messages and the end of a watch.
 
 use std::time::Duration;
 
@@ -12,25 +12,26 @@ use crate::keyspace::{Event, Header, Key, KeyVersion, LeaseId, Revision, WatchMe
 #[derive(Debug)]
 pub(super) struct Watching {
     pub(super) revision: Revision,
-    /// The revision that it was opened at.
+    /// Revision at which the watch was opened.
     began: Revision,
     pub(super) opened: Option<Instant>,
-    /// Whether the store was seen to be past R: there may be something to catch up with.
+    /// Whether a header was ahead of R, so that the watch may have a backlog to deliver.
     behind: bool,
     /// Events of a revision that is not complete yet.
     pending: Vec<Event>,
-    /// The key that tells whether this is the store that the set came from, until it was asked.
+    /// Key to check: its read shows whether the store is still the one that the set was listed from. `None` after the check was requested.
     check: Option<Key>,
-    /// Whether a header below R has been looked into on this stream.
+    /// Whether a suspicious header (below R, or of another cluster) has already been checked on this stream.
     suspected: bool,
 }
 
-/// Watches in a row that have brought nothing, though the store was past R: there may be more to bring than a server or a link can within the
-/// time, and it would be the same again. A list comes in pages, which shrink where a link is slow.
+/// Counts consecutive watches that delivered nothing although the store was ahead of R. Their backlog may be larger than a server or a link
+/// can deliver in time, and a further watch would fail in the same way. A list is better in that case: it is split into pages, which shrink
+/// on a slow link.
 #[derive(Debug)]
 pub(super) struct Fruitless {
     watches: u32,
-    /// How many are too many: twice as many each time that it was so.
+    /// Number of watches that causes a list. Doubled each time it is reached, up to [`FRUITLESS_MAX`].
     limit: u32,
 }
 
@@ -44,7 +45,7 @@ impl Default for Fruitless {
 }
 
 impl Fruitless {
-    /// Counts one more, and says whether to list instead.
+    /// Counts one more watch; a `silent` watch counts twice. Returns whether to list the prefix instead.
     pub(super) fn is_too_much(&mut self, silent: bool) -> bool {
         self.watches += if silent { 2 } else { 1 };
         let too_much = self.watches >= self.limit;
@@ -71,7 +72,7 @@ impl Machine {
         Command::Watch(revision)
     }
 
-    /// Takes the good answer to [`Command::Watch`].
+    /// Handles the success of [`Command::Watch`].
     pub(in crate::resolver) fn on_watch_opened(&mut self, now: Instant) -> Command {
         self.report.watches += 1;
         let State::Watching(watching) = &mut self.state else {
@@ -85,12 +86,12 @@ impl Machine {
         }
     }
 
-    /// Takes a message that does not cancel the watch.
+    /// Handles a message that does not cancel the watch.
     pub(in crate::resolver) fn on_message(&mut self, message: WatchMessage) -> Command {
         let State::Watching(watching) = &mut self.state else {
             return self.on_wake();
         };
-        // The store at the other end is alive and answers for this prefix: what went wrong before is over.
+        // The member is alive and serves this prefix, so the earlier failure is over.
         self.report.trouble = None;
         self.refused = false;
         watching.behind |= message.header.revision > watching.revision;
@@ -100,7 +101,7 @@ impl Machine {
             message.header.cluster_id != 0 && message.header.cluster_id != self.seen.cluster_id;
         let suspicious = (lags || foreign) && !std::mem::replace(&mut watching.suspected, true);
 
-        // Below R is history that a lagging member replays.
+        // Events below R are history that a lagging member replays.
         let floor = watching.revision;
         watching.pending.extend(
             message
@@ -124,19 +125,19 @@ impl Machine {
         let passed = ready.last().map_or(watching.revision, Event::mod_revision);
         watching.revision = passed;
         self.report.revision = passed;
-        // An event is proof that the store was there: one that was restored from a backup before it must not pass for it.
+        // An event proves that the store has reached its revision. A store restored from an earlier backup must not pass as the same store.
         if !foreign {
             self.seen.revision = self.seen.revision.max(passed);
         }
         for event in ready {
             self.apply(event);
         }
-        // Afterwards: one message may hold what a tombstone overtook, and what is past it.
+        // Only after the loop: one message may contain an event that a tombstone must suppress, and later events past the tombstone.
         self.tombstones.retain(|_, gone| *gone > passed);
         if !suspicious {
             return Command::Receive;
         }
-        // A member that lags looks like this, and so does a store that was wiped: a linearizable read tells.
+        // A lagging member and a wiped store look the same here. A linearizable read distinguishes them.
         if let Some(key) = self.newest() {
             return Command::Check(key);
         }
@@ -172,7 +173,7 @@ impl Machine {
         self.update.push(event);
     }
 
-    /// Takes the end of the watch, whatever it was, or a watch that could not be opened.
+    /// Handles the end of the watch, for any reason, and a watch that could not be opened.
     pub(in crate::resolver) fn on_watch_ended(
         &mut self,
         error: EtcdError,
@@ -202,7 +203,8 @@ impl Machine {
             _ if fruitless && self.fruitless.is_too_much(silent) => {
                 self.state = State::Listing(Listing::default());
             }
-            // A backlog behind a connection that is cut all the time is caught up with, at a pace that no server minds.
+            // The watch is reopened within a second: over a connection that is cut again and again, it still works through the backlog, at
+            // a rate that does not burden the server.
             _ if progressed => self.backoff.ease(PROGRESS),
             _ => {}
         }
@@ -212,8 +214,8 @@ impl Machine {
         if healthy || progressed {
             self.fruitless = Fruitless::default();
         }
-        // Calls renew a refused token by themselves. A watch is refused in a message, and by older servers with the words of a missing
-        // permission; the second time it is meant.
+        // Unary calls renew a rejected token by themselves. A watch is rejected in a message, and older servers report an invalid token as
+        // a missing permission. The first rejection therefore renews the token; the second in a row is treated as a real rejection.
         if error.kind().is_refusal() {
             self.refused = !self.refused;
             if self.refused {
@@ -224,7 +226,7 @@ impl Machine {
         self.wait(error)
     }
 
-    /// Takes the answer to [`Command::Check`].
+    /// Handles the result of [`Command::Check`].
     pub(in crate::resolver) fn on_checked(
         &mut self,
         answer: Result<(Header, Option<KeyVersion>), EtcdError>,
@@ -232,7 +234,7 @@ impl Machine {
     ) -> Command {
         let (header, found) = match answer {
             Ok(answer) => answer,
-            // What cannot be checked is not believed.
+            // A watch that cannot be checked is not trusted.
             Err(error) => return self.on_watch_ended(error, now),
         };
         let State::Watching(watching) = &self.state else {
@@ -241,7 +243,7 @@ impl Machine {
         let floor = watching.revision;
         let same = found.is_some_and(|found| {
             self.keys.get(&found.key).is_some_and(|known| {
-                // Written again under the same lease, by its owner, is the same store: the watch brings the write.
+                // If the owner has written the key again under the same lease, the store is the same: the watch delivers that write.
                 let later = found.mod_revision > floor && known.lease != LeaseId::NONE;
                 known.lease == found.lease && (later || known.is_same(&KeyState::of(&found)))
             })
@@ -254,12 +256,12 @@ impl Machine {
     }
 }
 
-/// How often a watch may be cut off before it has brought anything of what there is; one that is silent for as long as it is waited for counts
-/// twice.
+/// Number of consecutive watches that may end before they deliver any of the backlog. A watch that ends by timeout counts twice.
 const FRUITLESS: u32 = 3;
-/// What that grows to. Others may write to the store all the time, and whether a backlog is ours a watch that brings nothing does not tell.
+/// Upper limit of that number. Other keys may be written all the time, and a watch that delivers nothing does not show whether the backlog
+/// concerns this prefix.
 const FRUITLESS_MAX: u32 = 48;
-/// The longest wait after a watch that has brought something.
+/// Longest wait after a watch that delivered events.
 const PROGRESS: Duration = Duration::from_secs(1);
 /// A watch that lasted this long was healthy, and its end is the first failure of a new series.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);

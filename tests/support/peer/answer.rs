@@ -1,4 +1,4 @@
-//! What a server answers a call with.
+//! Responses of a test server.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +16,7 @@ use crate::support::greeter::{HelloReply, HelloRequest};
 
 #[derive(Clone, Copy, Debug, Default)]
 pub enum Answer {
-    /// A reply, or as many as the request wants.
+    /// One reply, or as many as the request demands.
     #[default]
     Reply,
     /// A response of a web server or a proxy.
@@ -25,32 +25,32 @@ pub enum Answer {
         content_type: Option<&'static str>,
         body: &'static str,
     },
-    /// A head with this grpc-status, and nothing else.
+    /// Headers with this grpc-status, and nothing else.
     Fail(Code),
-    /// A head and a message of gRPC, and then the end without trailers.
+    /// gRPC headers and a message, and then the end without trailers.
     NoTrailers,
-    /// A stream is refused unseen.
+    /// The stream is reset with `REFUSED_STREAM` before the call runs.
     Refuse,
     /// A stream is reset with CANCEL after this time.
     Cancel(Duration),
-    /// Nothing, until the client gives up.
+    /// No response until the client cancels the call.
     Hang,
-    /// Streams: a head and one message at once, and then nothing, until the client gives up.
+    /// For streams: headers and one message at once, and then nothing until the client cancels the call.
     Quiet,
-    /// Nothing, until the server's own timer for the deadline fires.
+    /// No response until the server's own timer for the deadline fires.
     Overrun(Enforce),
 }
 
-/// What a server does whose timer for a deadline has fired.
+/// Reaction of a server whose timer for a deadline has fired.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Enforce {
-    /// grpc-go, grpc-java: `RST_STREAM` CANCEL, a moment before the client's own timer.
+    /// grpc-go, grpc-java: `RST_STREAM` with CANCEL, a moment before the client's own timer.
     Reset,
-    /// tonic: a head with grpc-status CANCELLED.
+    /// tonic: headers with grpc-status CANCELLED.
     Status,
 }
 
-/// HTML, as proxies answer.
+/// HTML, as sent by proxies.
 pub const HTML: &str = "<html><body><h1>Not the page you are looking for</h1></body></html>";
 
 impl Answer {
@@ -133,7 +133,7 @@ pub(super) async fn run(
     }
 }
 
-/// Lets the deadline pass, on the server's clock.
+/// Waits for the deadline on the server's clock and then ends the call.
 async fn overrun(mut respond: SendResponse<Bytes>, how: Enforce, unary: bool, deadline: Instant) {
     let mut stream = None;
     if !unary {
@@ -199,7 +199,7 @@ async fn sleep_unless_zero(delay: Duration) {
     }
 }
 
-/// What the client's deadline leaves, as its header has it.
+/// Returns the time until the client's deadline, from the `grpc-timeout` header.
 fn timeout(headers: &HeaderMap) -> Duration {
     let value = headers.get("grpc-timeout").expect("a call with a deadline");
     let value = value.to_str().unwrap();
@@ -227,7 +227,7 @@ fn failed(code: Code, message: &'static str) -> Response<()> {
     head
 }
 
-/// A gRPC message in its frame.
+/// Returns a message with its gRPC length prefix.
 fn framed(message: &impl Message) -> Bytes {
     let mut frame = BytesMut::new();
     frame.put_u8(0);
@@ -236,6 +236,6 @@ fn framed(message: &impl Message) -> Bytes {
     frame.freeze()
 }
 
-/// Between the server's clock and the client's.
+/// How much earlier the server's timer fires than the client's.
 const EARLY: Duration = Duration::from_micros(1_500);
 const EXPIRED: &str = "Timeout expired";

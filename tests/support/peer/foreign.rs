@@ -1,4 +1,4 @@
-//! Servers of other protocols on the port where a gRPC server is looked for.
+//! Servers of other protocols on the port of a gRPC server.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::timeout;
 
-/// What it speaks.
+/// Protocol of the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Speaks {
     Http1,
@@ -21,7 +21,7 @@ pub enum Speaks {
 }
 
 impl Speaks {
-    /// The word by which an error names it.
+    /// Returns the name of the protocol in errors.
     pub fn name(self) -> &'static str {
         match self {
             Self::Http1 => "HTTP/1",
@@ -31,7 +31,7 @@ impl Speaks {
         }
     }
 
-    /// Whether it speaks before it is spoken to.
+    /// Returns whether the server sends the first bytes.
     fn greets(self) -> bool {
         self == Self::Ssh
     }
@@ -42,7 +42,7 @@ impl Speaks {
                 b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/html\r\nContent-Length: 19\r\nConnection: close\r\n\r\n<h1>Bad Request</h1"
             }
             Self::Ssh => b"SSH-2.0-OpenSSH_9.2p1 Debian-2+deb12u3\r\n",
-            // Fatal, unexpected message.
+            // A fatal alert, `unexpected_message`.
             Self::Tls => &[0x15, 0x03, 0x03, 0x00, 0x02, 0x02, 0x0a],
             Self::Redis => b"-ERR unknown command 'PRI', with args beginning with: '*' 'HTTP/2.0' \r\n",
         }
@@ -93,7 +93,7 @@ async fn answer(mut socket: TcpStream, speaks: Speaks) {
     }
     let _ = socket.write_all(speaks.words()).await;
     let _ = socket.shutdown().await;
-    // Unread bytes would turn the orderly close into a reset, which takes the words along.
+    // Unread bytes would turn the orderly close into a reset, which discards the response.
     let drained = async { while matches!(socket.read(&mut buffer).await, Ok(1..)) {} };
     let _ = timeout(Duration::from_secs(1), drained).await;
 }

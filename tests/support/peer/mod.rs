@@ -1,5 +1,5 @@
-//! A gRPC server on bare `h2` that behaves well or ill, as its [`Manner`] has it: what stands at the other end of a connection in the field.
-//! Between the socket and `h2` stands the [`wire`], where frames are counted, refused and added.
+//! A gRPC server on bare `h2` that behaves well or badly, according to its [`Manner`], like servers and proxies in production. The [`wire`]
+//! between the socket and `h2` counts, rejects and adds frames.
 
 pub mod answer;
 pub mod foreign;
@@ -18,24 +18,24 @@ use tokio::task::{JoinHandle, JoinSet};
 
 pub use answer::Answer;
 
-/// How a server behaves. The default answers at once and keeps its connections.
+/// Behaviour of a server. The default answers at once and keeps its connections.
 #[derive(Clone, Debug, Default)]
 pub struct Manner {
     pub answer: Answer,
-    /// How long it takes to an answer.
+    /// Delay of each answer.
     pub delay: Duration,
-    /// The content-type of its replies, if not `application/grpc`.
+    /// The content-type of replies, if not `application/grpc`.
     pub content_type: Option<&'static str>,
-    /// How large the text of each reply is; zero means a word.
+    /// Size of the text in each reply. Zero means a word.
     pub reply: usize,
     pub close: Option<Close>,
     pub limit: Option<Limit>,
     pub police: Option<Police>,
-    /// How many streams a connection may have open.
+    /// Limit of open streams per connection.
     pub max_streams: Option<u32>,
 }
 
-/// When it ends a connection, and how.
+/// When and how a connection is closed.
 #[derive(Clone, Copy, Debug)]
 pub struct Close {
     pub when: When,
@@ -44,47 +44,48 @@ pub struct Close {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum When {
-    /// With this request of a connection.
+    /// At this request of a connection.
     Requests(u32),
     /// At this age of a connection.
     Age(Duration),
-    /// With its first answer to a PING, before any call.
+    /// At the first PING response of a connection, before any call.
     Pong,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum How {
-    /// nginx: one GOAWAY `NO_ERROR` that names the last stream; later streams are dropped; closed when the open ones have ended.
+    /// nginx: one GOAWAY `NO_ERROR` that names the last stream. Later streams are dropped. The connection is closed when the open streams
+    /// have ended.
     Goaway,
-    /// gRPC servers: GOAWAY `NO_ERROR` without a last stream, a PING, and a second GOAWAY with the answer.
+    /// gRPC servers: a GOAWAY `NO_ERROR` without a last stream, a PING, and a second GOAWAY after the PING response.
     Graceful,
-    /// No GOAWAY: closed when the open streams have ended.
+    /// No GOAWAY. The connection is closed when the open streams have ended.
     Fin,
 }
 
-/// The largest block of request headers, in bytes on the wire, and what happens beyond it.
+/// Limit of a block of request headers, in bytes on the wire, and the reaction to a larger block.
 #[derive(Clone, Copy, Debug)]
 pub struct Limit {
     pub bytes: u32,
-    /// Whether `SETTINGS_MAX_HEADER_LIST_SIZE` names it.
+    /// Whether `SETTINGS_MAX_HEADER_LIST_SIZE` announces the limit.
     pub announced: bool,
     pub beyond: Beyond,
 }
 
 #[derive(Clone, Copy, Debug)]
 pub enum Beyond {
-    /// GOAWAY with this code; the request is above its last stream. Then the connection is closed.
+    /// Sends a GOAWAY with this code whose last stream is below the request, and then closes the connection.
     Goaway(Reason),
-    /// The connection is closed without a frame.
+    /// Closes the connection without a frame.
     Drop,
 }
 
-/// Whose rules for PINGs it enforces.
+/// The implementation whose rules for PINGs the server enforces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Police {
-    /// `KeepAliveEnforcer` of grpc-java: every PING is a strike until HEADERS or DATA are sent; the third ends the connection.
+    /// `KeepAliveEnforcer` of grpc-java: every PING is a strike until HEADERS or DATA are sent. The third strike ends the connection.
     Java,
-    /// `handlePing` of grpc-go: the first PING after HEADERS or DATA were sent is free; the third strike ends the connection.
+    /// `handlePing` of grpc-go: the first PING after HEADERS or DATA were sent is free. The third strike ends the connection.
     Go,
 }
 
@@ -95,14 +96,14 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 
 type BoxIo = Box<dyn Io>;
 
-/// A running server. It ends, with its connections, when it is dropped.
+/// A running server. Dropping it ends the server and its connections.
 pub struct Peer {
     pub address: SocketAddr,
     shared: Arc<Shared>,
     task: JoinHandle<()>,
 }
 
-/// What the connections of a server share.
+/// State shared by the connections of a server.
 struct Shared {
     manner: Mutex<Manner>,
     counts: Counts,
@@ -114,7 +115,7 @@ impl Shared {
     }
 }
 
-/// What a server has seen.
+/// Counters of a server.
 #[derive(Default)]
 pub struct Counts {
     connections: AtomicUsize,
@@ -122,7 +123,7 @@ pub struct Counts {
     requests: AtomicUsize,
     executed: AtomicUsize,
     pings: AtomicUsize,
-    /// How long each of the connections lived that were ended because of too many PINGs.
+    /// Lifetimes of the connections that were ended because of too many PINGs.
     scolded: Mutex<Vec<Duration>>,
     oversized: AtomicUsize,
 }
@@ -134,7 +135,7 @@ impl Counts {
 }
 
 impl Peer {
-    /// A server that behaves well.
+    /// Starts a server that behaves well.
     pub async fn good() -> Self {
         Self::start(Manner::default()).await
     }
@@ -166,7 +167,7 @@ impl Peer {
         .await
     }
 
-    /// As `start`, with TLS and the certificate of `localhost`.
+    /// Like `start`, with TLS and the certificate of `localhost`.
     #[cfg(feature = "tls")]
     pub async fn with_tls(manner: Manner, localhost: &super::tls::Localhost) -> Self {
         Self::with_tls_at("127.0.0.1:0", manner, localhost).await
@@ -223,48 +224,48 @@ impl Peer {
         }
     }
 
-    /// Behaves otherwise from now on: calls at once, connections with the next one.
+    /// Changes the behaviour, for calls at once, for connections from the next connection on.
     pub fn set(&self, manner: Manner) {
         *self.shared.manner.lock().unwrap() = manner;
     }
 
-    /// Ends it with all its connections, and waits until its port is free.
+    /// Stops the server with all its connections and waits until its port is free.
     pub async fn stopped(mut self) {
         self.task.abort();
         let _ = (&mut self.task).await;
     }
 
-    /// Connections accepted so far.
+    /// Returns the number of connections accepted so far.
     pub fn connections(&self) -> usize {
         self.shared.counts.connections.load(Ordering::SeqCst)
     }
 
-    /// Connections that are open now.
+    /// Returns the number of open connections.
     pub fn open(&self) -> usize {
         self.shared.counts.open.load(Ordering::SeqCst)
     }
 
-    /// Requests whose first frame has come in, dropped and refused ones included.
+    /// Returns the number of requests whose first frame was received, including dropped and refused requests.
     pub fn requests(&self) -> usize {
         self.shared.counts.requests.load(Ordering::SeqCst)
     }
 
-    /// Calls that a handler has begun.
+    /// Returns the number of calls that a handler has begun.
     pub fn executed(&self) -> usize {
         self.shared.counts.executed.load(Ordering::SeqCst)
     }
 
-    /// PINGs that have come in, answers aside.
+    /// Returns the number of received PINGs, without acknowledgements.
     pub fn pings(&self) -> usize {
         self.shared.counts.pings.load(Ordering::SeqCst)
     }
 
-    /// Connections ended because of too many PINGs: how long each of them lived.
+    /// Returns the lifetimes of the connections that were ended because of too many PINGs.
     pub fn scolded(&self) -> Vec<Duration> {
         self.shared.counts.scolded.lock().unwrap().clone()
     }
 
-    /// Connections ended because of metadata that were too large.
+    /// Returns the number of connections that were ended because of oversized metadata.
     pub fn oversized(&self) -> usize {
         self.shared.counts.oversized.load(Ordering::SeqCst)
     }
@@ -276,7 +277,7 @@ impl Drop for Peer {
     }
 }
 
-/// One open connection, until dropped.
+/// Counts one open connection until it is dropped.
 struct Open(Arc<Shared>);
 
 impl Drop for Open {
@@ -285,7 +286,7 @@ impl Drop for Open {
     }
 }
 
-/// One connection: the wire, and `h2` behind it. It ends when the wire has.
+/// Serves one connection: the wire, and `h2` behind it. Ends when the wire has ended.
 async fn serve(io: BoxIo, shared: Arc<Shared>) {
     let (near, far) = tokio::io::duplex(PIPE);
     let leave = Arc::new(Notify::new());
@@ -315,7 +316,7 @@ async fn http2(near: tokio::io::DuplexStream, shared: Arc<Shared>, leave: Arc<No
     let Ok(mut connection) = builder.handshake(near).await else {
         return;
     };
-    // The calls go with the connection.
+    // The calls end with the connection.
     let mut calls = JoinSet::new();
     let mut leaves = false;
     loop {
@@ -335,5 +336,5 @@ async fn http2(near: tokio::io::DuplexStream, shared: Arc<Shared>, leave: Arc<No
     }
 }
 
-/// What is on its way between the wire and `h2`.
+/// Size of the buffer between the wire and `h2`.
 const PIPE: usize = 1 << 20;

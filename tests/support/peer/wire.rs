@@ -1,5 +1,5 @@
-//! The frames between a client and `h2`: read one by one, counted, and refused where `h2` itself would take them. What `h2` cannot be brought to
-//! send is added here.
+//! The frames between a client and `h2`: read one by one, counted, and rejected where `h2` itself would accept them. Frames that `h2`
+//! cannot be made to send are added here.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
@@ -13,7 +13,7 @@ use tokio::time::{Instant, timeout};
 
 use super::{Beyond, BoxIo, Close, Counts, How, Limit, Police, Shared, When};
 
-/// Carries one connection until one side has ended it.
+/// Relays one connection until one side has ended it.
 pub(super) async fn run(io: BoxIo, far: DuplexStream, shared: Arc<Shared>, leave: &Notify) {
     let (from_client, to_client) = tokio::io::split(io);
     let (from_h2, to_h2) = tokio::io::split(far);
@@ -56,7 +56,7 @@ pub(super) async fn run(io: BoxIo, far: DuplexStream, shared: Arc<Shared>, leave
         () = outbound => {}
         () = age => {}
     }
-    // Unread bytes would turn the close into a reset, which can take the last frames along.
+    // Unread bytes would turn the close into a reset, which can discard the last frames.
     wire.lock().unwrap().ended = true;
     let _ = timeout(DRAIN, inbound).await;
 }
@@ -97,7 +97,7 @@ async fn outbound(
     let (mut buffer, mut passed) = (BytesMut::new(), BytesMut::new());
     loop {
         tokio::select! {
-            // The GOAWAY of a close is out before the last answer, with which the connection ends.
+            // The GOAWAY of a close must be sent before the last response, after which the connection ends.
             biased;
             Some(order) = ordered.recv() => match order {
                 Order::Send(bytes) => passed.extend_from_slice(&bytes),
@@ -122,15 +122,15 @@ async fn outbound(
     let _ = to.shutdown().await;
 }
 
-/// What the way out is to do between two frames.
+/// Instruction for the outbound direction, executed between two frames.
 enum Order {
     Send(Bytes),
-    /// See whether the connection has finished.
+    /// Checks whether the connection has finished.
     Look,
     Cut,
 }
 
-/// What is known of a connection.
+/// State of a connection.
 struct Wire<'a> {
     close: Option<Close>,
     limit: Option<Limit>,
@@ -142,20 +142,20 @@ struct Wire<'a> {
     /// Streams that have not ended.
     open: HashSet<u32>,
     requests: u32,
-    /// The last stream, and the one before it.
+    /// ID of the last stream. `below` is the ID of the stream before it.
     last: u32,
     below: u32,
-    /// The header block that is coming in, in bytes.
+    /// Size of the header block that is being received, in bytes.
     block: usize,
-    /// Streams above it are dropped.
+    /// Streams above this ID are dropped.
     ceiling: Option<u32>,
-    /// It ends with the last open stream.
+    /// Whether the connection ends with the last open stream.
     closing: bool,
     ended: bool,
 }
 
 impl Wire<'_> {
-    /// A frame of the client's. False if `h2` is not to see it.
+    /// Processes a frame of the client. Returns false if `h2` must not receive it.
     fn takes(&mut self, frame: &Frame) -> bool {
         if frame.kind == PING && frame.flags & ACK == 0 {
             Counts::add(&self.counts.pings);
@@ -190,7 +190,7 @@ impl Wire<'_> {
         self.ceiling.is_some_and(|ceiling| stream > ceiling)
     }
 
-    /// A frame of `h2`'s.
+    /// Processes a frame of `h2`.
     fn gives(&mut self, frame: &Frame) {
         if matches!(frame.kind, DATA | HEADERS)
             && let Some(strikes) = &mut self.strikes
@@ -217,7 +217,7 @@ impl Wire<'_> {
         self.closing && self.open.is_empty()
     }
 
-    /// Ends the connection in order.
+    /// Closes the connection in order.
     fn close(&mut self, how: How) {
         match how {
             How::Graceful => return self.leave.notify_one(),
@@ -239,13 +239,13 @@ impl Wire<'_> {
         let _ = self.orders.send(Order::Send(frame.freeze()));
     }
 
-    /// Ends the connection at once.
+    /// Closes the connection at once.
     fn cut(&mut self) {
         self.ended = true;
         let _ = self.orders.send(Order::Cut);
     }
 
-    /// A part of a header block has come in.
+    /// Checks the size of the header block after a part of it was received.
     fn measure(&mut self) {
         let Some(limit) = self.limit else {
             return;
@@ -260,7 +260,7 @@ impl Wire<'_> {
         self.cut();
     }
 
-    /// A PING has come in.
+    /// Counts a received PING, and ends the connection if it is one too many.
     fn police(&mut self) {
         if self.ended || !self.strikes.as_mut().is_some_and(Strikes::strike) {
             return;
@@ -272,7 +272,7 @@ impl Wire<'_> {
     }
 }
 
-/// PINGs since the server has sent anything. The five minutes that both servers permit one in are longer than any test.
+/// PINGs since the server last sent HEADERS or DATA. Both servers permit one PING in five minutes, which is longer than any test.
 struct Strikes {
     police: Police,
     count: u32,
@@ -288,7 +288,7 @@ impl Strikes {
         }
     }
 
-    /// True when it was one too many.
+    /// Returns true if this PING is one too many.
     fn strike(&mut self) -> bool {
         if !std::mem::take(&mut self.free) {
             self.count += 1;
@@ -302,12 +302,12 @@ impl Strikes {
     }
 }
 
-/// A whole frame.
+/// A complete frame.
 struct Frame {
     kind: u8,
     flags: u8,
     stream: u32,
-    /// With its head.
+    /// The bytes of the frame, with its header.
     bytes: BytesMut,
 }
 
@@ -339,5 +339,5 @@ const GOAWAY: u8 = 7;
 const CONTINUATION: u8 = 9;
 const ACK: u8 = 1;
 const END_STREAM: u8 = 1;
-/// How long what comes in after the end is read.
+/// How long bytes are read after the end of the connection.
 const DRAIN: Duration = Duration::from_millis(500);

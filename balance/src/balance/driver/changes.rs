@@ -1,4 +1,4 @@
-//! What the registry says: endpoints come, change in place, and go.
+//! Applies the changes of discovery: endpoints are added, updated and removed.
 
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ impl Driver {
     where
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        // An error does not make the set known.
+        // A batch that has only errors does not make the set known.
         let is_news = batch.changes.is_empty() || batch.changes.iter().any(Result::is_ok);
         for change in batch.changes {
             match change {
@@ -31,7 +31,7 @@ impl Driver {
                 Ok(Change::Remove(address)) => self.remove(&address),
                 Err(error) => {
                     let error = causes(&*error.into());
-                    tracing::warn!(%error, "discovery failed; the set stays as it is");
+                    tracing::warn!(%error, "discovery failed; the last known set stays in use");
                     self.summary.source_error = Some(error.into());
                     self.publish_soon();
                 }
@@ -55,10 +55,10 @@ impl Driver {
         let before = std::mem::replace(&mut entry.attributes, attributes);
         entry.endpoint.set_attributes(weight, last_resort);
         let subchannels = entry.subchannels.clone();
-        // Another server, or the same one after a restart.
+        // A new generation: another server, or the same server after a restart.
         let fresh = before.generation() != entry.attributes.generation();
         if before.is_last_resort() != last_resort {
-            tracing::info!(%address, last_resort, "endpoint changed its rank");
+            tracing::info!(%address, last_resort, "the last-resort flag of the endpoint has changed");
         }
         if fresh {
             entry.ejection = Ejection::default();
@@ -127,7 +127,7 @@ impl Driver {
         };
         let state = match state {
             State::Ready(subchannel) if fresh && subchannel.is_silent() => {
-                // The stall belongs to the previous registration.
+                // The silence belongs to the previous registration.
                 self.drop_spare(&address);
                 State::Idle(self.replace_connection(id, &address, subchannel))
             }
@@ -139,12 +139,13 @@ impl Driver {
                 State::Idle(subchannel.wake(false))
             }
             State::Connecting(subchannel) if last_resort => {
-                // What comes of it is not to be taken for the outcome of another dial.
+                // The outcome of the cancelled dial must not be taken for the outcome of a later dial.
                 self.forget_dial(id);
                 State::Idle(subchannel.cancel())
             }
             State::TransientFailure(subchannel) if last_resort => State::Idle(subchannel.retry()),
-            // It waits behind all others, and has been started again since. Where it stands in that queue it is passed over.
+            // The subchannel waits in the queue of failing ones and moves to the regular queue. Its old entry is skipped, because the
+            // subchannel is then no longer idle.
             State::Idle(subchannel) if fresh && !last_resort && subchannel.is_failing() => {
                 self.enqueue(id);
                 State::Idle(subchannel.refreshed())
@@ -166,7 +167,7 @@ impl Driver {
             return;
         };
         tracing::info!(%address, "endpoint removed");
-        // What ailed an endpoint that is gone explains nothing any more.
+        // The last error of a removed endpoint no longer explains why calls fail.
         self.summary
             .last_error
             .take_if(|error| error.address == *address);
@@ -176,7 +177,7 @@ impl Driver {
         let mut drains = false;
         for id in entry.subchannels {
             self.resting.remove(&id);
-            // Dropping the other states ends what they do.
+            // Dropping a subchannel in any other state stops its dial or its wait.
             if let Some((_, State::Ready(subchannel))) = self.subchannels.remove(&id) {
                 let connection = Arc::clone(subchannel.connection());
                 self.close(id, subchannel);
@@ -188,7 +189,7 @@ impl Driver {
         self.publish_now();
     }
 
-    /// Closes a connection once its calls are over. No call is sent on it any more.
+    /// Closes a connection after its last call. No call is sent on the connection from now on.
     pub(super) fn close(&mut self, id: SubchannelId, subchannel: Subchannel<Ready>) {
         let connection = subchannel.connection();
         self.evict(id, connection);
@@ -196,7 +197,7 @@ impl Driver {
         self.draining.push((endpoint, subchannel.drain()));
     }
 
-    /// Takes a connection out of the set that calls pick from.
+    /// Removes a connection from the sets that calls pick from.
     pub(super) fn evict(&mut self, id: SubchannelId, connection: &Arc<ReadyConnection>) {
         connection.set_takes_calls(false);
         if self.primary.remove(&id) || self.last_resort.remove(&id) {

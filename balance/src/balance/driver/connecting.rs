@@ -1,4 +1,4 @@
-//! Connections: made, refused, lost, and made again.
+//! Dials connections, and handles failed dials and lost connections.
 
 use std::cmp::Reverse;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::transport::connection_task::CloseReason;
 use crate::transport::http2::Connection;
 
 impl Driver {
-    /// Has a subchannel dialled when it is its turn, which is at random.
+    /// Queues a subchannel for dialling, in random order.
     pub(super) fn enqueue(&mut self, id: SubchannelId) {
         let is_failing =
             matches!(self.subchannels.get(&id), Some((_, State::Idle(one))) if one.is_failing());
@@ -37,8 +37,8 @@ impl Driver {
         queue.swap(place, last);
     }
 
-    /// The next one to dial. Those that are failing come last and get half of the attempts at most: where a thousand do not answer, each
-    /// attempt takes its whole timeout, and whoever is well must not wait for them.
+    /// Returns the next subchannel to dial. Failing subchannels are dialled last and use at most half of the dials: if a thousand endpoints
+    /// do not answer, each dial takes its whole timeout, and the other endpoints must not wait for them.
     fn next_queued(&mut self) -> Option<SubchannelId> {
         if let Some(id) = self.queue.pop_front() {
             return Some(id);
@@ -87,7 +87,7 @@ impl Driver {
         let dial_id = self.next_id;
         let events = self.on_event.clone();
         let on_event = move |event| {
-            // The driver may be gone, and then nobody cares.
+            // The send fails only if the driver has ended, and then no task reads the event.
             let _ = events.send((dial_id, SubchannelEvent::Connection(event)));
         };
         let (connector, address) = (Arc::clone(&self.connector), address.clone());
@@ -108,7 +108,7 @@ impl Driver {
         dial
     }
 
-    /// What a subchannel's attempt comes to is of no interest any more.
+    /// Drops the record of a subchannel's dial, so that its outcome is ignored.
     pub(super) fn forget_dial(&mut self, id: SubchannelId) {
         let (retries, lost_early) = (&mut self.retries, &mut self.lost_early);
         self.dialling.retain(|_, dial| {
@@ -139,7 +139,7 @@ impl Driver {
             return;
         };
         let State::Connecting(subchannel) = state else {
-            // Cancelled meanwhile.
+            // The dial was cancelled before its outcome was received.
             self.subchannels.insert(id, (address, state));
             return;
         };
@@ -177,7 +177,7 @@ impl Driver {
         ));
         connection.follow_limit();
         let weak = Arc::downgrade(&connection);
-        // Weak: the connection's task must not keep the connection open.
+        // A weak reference: the connection's task must not keep the connection open.
         connection.http2().set_busy(move || {
             let connection = weak.upgrade();
             connection.is_some_and(|connection| connection.load().in_flight() > 0)
@@ -199,13 +199,13 @@ impl Driver {
             .connections_per_endpoint
             .saturating_sub(connections);
         if is_asked {
-            tracing::debug!(%address, ?round_trip, "connected: asking the endpoint how it is");
+            tracing::debug!(%address, ?round_trip, "connected: waiting for the health check");
         } else {
             tracing::info!(%address, ?round_trip, "endpoint ready");
             self.start_slowly(address, Instant::now());
             self.update_ready_set(id);
         }
-        // Only an endpoint that answers is worth its other connections.
+        // The other connections of an endpoint are dialled only after the first one is ready.
         for _ in 0..missing {
             self.add_subchannel(address, dial);
         }
@@ -255,7 +255,7 @@ impl Driver {
         let Some(id) = self.connected.remove(&dial_id) else {
             return;
         };
-        // A removed endpoint's connection leaves as well, and nobody minds.
+        // The connection of a removed endpoint ends as well, but has no subchannel any more.
         let Some((address, State::Ready(subchannel))) = self.subchannels.remove(&id) else {
             return;
         };
@@ -309,7 +309,7 @@ impl Driver {
         self.reclassify(&address);
     }
 
-    /// Pings an endpoint half as often whose server has ended a connection for its PINGs (gRFC A8).
+    /// Doubles the keep-alive interval of an endpoint whose server has closed a connection because of its PINGs (gRFC A8).
     fn heed_pings(&mut self, address: &Address, connection: &ReadyConnection) {
         if !connection.http2().has_too_many_pings() {
             return;
@@ -323,7 +323,7 @@ impl Driver {
             let interval = keep_alive.interval;
             tracing::warn!(%address, ?interval, "too many pings: the keep-alive interval is doubled");
         } else {
-            tracing::warn!(%address, "the server has closed a connection for its pings");
+            tracing::warn!(%address, "the server has closed a connection because of its PINGs");
         }
     }
 
@@ -346,7 +346,7 @@ impl Driver {
                 self.enqueue(id);
                 State::Idle(subchannel.wake(false))
             }
-            // A timer of an earlier wait finds another one running.
+            // A timer of an earlier wait may fire during a later wait. The guard ignores it.
             State::TransientFailure(subchannel) if subchannel.until() <= now => {
                 self.enqueue_as(id, subchannel.is_failing());
                 State::Idle(subchannel.retry())
@@ -357,5 +357,5 @@ impl Driver {
     }
 }
 
-/// Connections made at once: enough for a set of thousands to come up in a second, few enough for a limit on open files.
+/// Limit on concurrent dials: enough to connect thousands of endpoints within a second, and few enough for a limit on open files.
 const DIALS: usize = 256;

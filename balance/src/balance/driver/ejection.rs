@@ -1,4 +1,4 @@
-//! Connections that are there and get no calls: their peer has stopped answering, or has failed too many.
+//! Open connections that get no calls: the peer does not answer, or too many calls to the endpoint failed.
 
 use std::sync::Arc;
 
@@ -28,7 +28,7 @@ impl Driver {
         }
     }
 
-    /// The peer has changed its mind on how many calls it takes.
+    /// Handles a change of the peer's limit on concurrent streams.
     fn on_streams(&mut self, dial_id: DialId) {
         let Some(&id) = self.connected.get(&dial_id) else {
             return;
@@ -40,16 +40,16 @@ impl Driver {
         subchannel.connection().offer();
         self.shared.changed.notify_waiters();
         if self.options.health_check.is_some() && !subchannel.connection().http2().has_reserve() {
-            // A call would wait for the watch's stream inside h2, for ever.
+            // The health watch holds the only stream, so h2 would queue every call until the watch ends, possibly for ever.
             let address = address.clone();
-            tracing::warn!(%address, "no health check any more: the endpoint allows one stream, and calls need it");
+            tracing::warn!(%address, "health check stopped: the endpoint allows one stream, and calls need it");
             subchannel.end_health_watch();
             self.update_ready_set(id);
             self.reclassify(&address);
         }
     }
 
-    /// Nothing was read from a connection in time. If a PING has proven that, it gets no calls.
+    /// Handles a connection on which nothing was read in time. If a PING has proven that the peer is stalled, the connection gets no calls.
     fn on_silent(&mut self, dial_id: DialId, silence: Silence) {
         let Some(&id) = self.connected.get(&dial_id) else {
             return;
@@ -58,11 +58,11 @@ impl Driver {
             return;
         };
         if !subchannel.set_silence(silence) {
-            // Another call has found out the same.
+            // The same silence was already reported.
             return;
         }
         let address = address.clone();
-        // A connection that has served calls is worth another one at once.
+        // If the connection has served calls, the backoff is reset and the second connection is dialled at once.
         let has_served = subchannel.connection().used().is_answered();
         if silence == Silence::Stalled {
             tracing::warn!(%address, "connection does not answer: dialling a second one beside it");
@@ -85,14 +85,15 @@ impl Driver {
         };
         let address = address.clone();
         if subchannel.is_stalled() {
-            // It was away, and is taken for as fast as the pool.
+            // The latency estimate is older than the stall, so the connection starts again with the pool's median.
             subchannel.connection().load().forget(median);
             tracing::info!(%address, "connection answers again");
         }
         subchannel.set_silence(Silence::None);
         self.update_ready_set(id);
         if let Some((_, State::Ready(subchannel))) = self.subchannels.get(&id) {
-            // It may have been in the ready set all the time, and calls that did not trust it wait.
+            // A doubtful connection stays in the ready set, but calls that did not trust it are in the wait queue. Its permits are offered
+            // to them.
             subchannel.connection().offer();
         }
         self.shared.changed.notify_waiters();
@@ -100,7 +101,8 @@ impl Driver {
         self.reclassify(&address);
     }
 
-    /// Moves a connection to the primary or the last-resort ready set, according to its endpoint, or out of both if it does not answer.
+    /// Moves a connection to the primary or the last-resort ready set, according to its endpoint, or removes it from both if its peer does
+    /// not answer or is not healthy.
     pub(super) fn update_ready_set(&mut self, id: SubchannelId) {
         let Some((address, State::Ready(subchannel))) = self.subchannels.get(&id) else {
             return;
@@ -135,7 +137,7 @@ impl Driver {
         } else if !here.reweigh(&id, weight) {
             return;
         }
-        // If the connection changed sets, publishes immediately; a change of weight alone can be batched.
+        // A connection that changed sets is published immediately; a change of weight alone can be batched.
         if moved {
             self.publish_now();
         } else {
@@ -143,7 +145,7 @@ impl Driver {
         }
     }
 
-    /// Leaves what calls have given up.
+    /// Replaces the connections that calls have given up.
     pub(super) fn redial_given_up(&mut self) {
         let given_up = self.shared.given_up();
         if given_up.is_empty() {
@@ -157,7 +159,8 @@ impl Driver {
             self.redial(id);
         }
         self.publish();
-        // Only now can nobody pick them.
+        // The entries are removed after `publish`: until then a pick can still find these connections, and calls use the list to exclude
+        // them.
         self.shared.lock_given_up().retain(|connection| {
             let mut done = given_up.iter();
             !done.any(|done| Arc::ptr_eq(done, connection))
@@ -170,7 +173,7 @@ impl Driver {
         entry.subchannels.iter().find(is_it).copied()
     }
 
-    /// Dials anew, whatever is at the old connection's end.
+    /// Replaces a ready connection by a new one, even if its peer still answers.
     fn redial(&mut self, id: SubchannelId) {
         let Some((address, state)) = self.subchannels.remove(&id) else {
             return;
@@ -182,28 +185,28 @@ impl Driver {
             state => state,
         };
         self.subchannels.insert(id, (address.clone(), state));
-        // The new connection stands for the one that was dialled beside the old.
+        // The new connection also makes the second connection unnecessary that was dialled beside the old one.
         self.drop_spare(&address);
         self.reclassify(&address);
     }
 
-    /// Gives a connection up for a new one; its calls go on as long as they can.
+    /// Closes a connection and queues a dial in its place. Calls in flight continue until they end or the connection breaks.
     pub(super) fn replace_connection(
         &mut self,
         id: SubchannelId,
         address: &Address,
         subchannel: Subchannel<Ready>,
     ) -> Subchannel<Idle> {
-        tracing::info!(%address, "left a connection: connecting anew");
+        tracing::info!(%address, "closing a connection and dialling a new one");
         subchannel.connection().endpoint().set_ejected(false);
         self.close(id, subchannel);
-        // The id goes to the new connection, and what the old one reports from now on is not about that.
+        // The new connection takes over the subchannel's id, so later events of the old connection must not be applied to it.
         self.connected.retain(|_, connected| *connected != id);
         self.enqueue(id);
         Subchannel::new(ConnectBackoff::new(self.options.max_backoff))
     }
 
-    /// Judges the endpoints by what they did since the last time.
+    /// Runs the outlier detection on the calls since the last sweep.
     pub(super) fn sweep(&mut self, now: Instant) {
         let Some(config) = &self.options.outlier_detection else {
             return;
@@ -226,7 +229,7 @@ impl Driver {
                 (false, true) => {
                     tracing::warn!(%address, ?counts, "endpoint ejected: it fails much more than the others");
                 }
-                (true, false) => tracing::info!(%address, "endpoint is back from its ejection"),
+                (true, false) => tracing::info!(%address, "endpoint is no longer ejected"),
                 _ => {
                     entry.ejection = ejection;
                     continue;

@@ -1,7 +1,7 @@
-//! Endpoints whose answers are not gRPC's: error pages of a proxy, another server at the address.
+//! Endpoints whose answers are not gRPC responses, such as error pages of a proxy or answers of another server at the address.
 //!
-//! They answer quickly, so latency-based picking prefers them although every call fails. They are taken out of the set and tried again after
-//! a while, a little later each time. Where all endpoints are like that they are used all the same.
+//! Such endpoints answer quickly, so latency-based picking prefers them although every call fails. They are removed from the set for a
+//! while and then tried again; the interval grows each time. If all endpoints are like that, calls use them nevertheless.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,10 +10,10 @@ use tokio::time::Instant;
 
 use super::Driver;
 
-/// How long an endpoint is excluded from picks.
+/// The exclusion of an endpoint from picks.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Quarantine {
-    /// `None` on probation: the next foreign answer extends the quarantine, a gRPC answer ends it.
+    /// The end of the quarantine, or `None` on probation: the next foreign answer extends the quarantine, and a gRPC answer ends it.
     until: Option<Instant>,
     length: Duration,
 }
@@ -34,11 +34,11 @@ impl Driver {
             let Some(entry) = self.endpoints.get_mut(address) else {
                 continue;
             };
-            // The address may have been registered anew, with an endpoint of its own.
+            // The address may have been removed and added again. The report is then about the old endpoint.
             if !Arc::ptr_eq(&entry.endpoint, &endpoint) {
                 continue;
             }
-            // Calls in flight report the same endpoint several times, some after it was quarantined.
+            // Several calls in flight may report the same endpoint, some of them after it was quarantined.
             let is_out = entry
                 .quarantine
                 .is_some_and(|quarantine| !quarantine.is_over());
@@ -77,7 +77,7 @@ impl Driver {
                     }
                     self.quarantined.push(address);
                 }
-                // An answer has cleared it.
+                // A gRPC answer has ended the probation.
                 None if entry.endpoint.is_grpc() => entry.quarantine = None,
                 None => self.quarantined.push(address),
             }
@@ -85,7 +85,7 @@ impl Driver {
     }
 }
 
-/// Longer than the restart of a server behind a proxy takes as a rule.
+/// The first quarantine: usually longer than a server behind a proxy needs for a restart.
 const FIRST: Duration = Duration::from_secs(1);
-/// gRFC A50's ejections grow up to five minutes; here each probation costs no more than one call or a few.
+/// The longest quarantine. gRFC A50's ejections grow up to five minutes; here each probation costs only one call or a few.
 const LONGEST: Duration = Duration::from_secs(30);

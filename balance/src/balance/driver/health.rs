@@ -1,4 +1,4 @@
-//! Active health checks: a task for each connection watches what its server says of itself, and the driver acts on it.
+//! Active health checks: a task for each connection watches the health status that the server reports, and the driver applies it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::balance::subchannel::StopOnDrop;
 use crate::transport::health::HealthCheck;
 
 impl Driver {
-    /// Begins to watch an endpoint's health, if that is wanted and there is a stream for it.
+    /// Starts the health watch of a connection, if health checks are enabled and the peer allows a stream for them.
     pub(super) fn watch_health(
         &mut self,
         dial_id: DialId,
@@ -27,7 +27,7 @@ impl Driver {
         }
         let events = self.on_event.clone();
         let event = move |health| {
-            // The driver may be gone, and then nobody cares.
+            // The send fails only if the driver has ended, and then no task reads the event.
             let _ = events.send((dial_id, SubchannelEvent::Health(health)));
         };
         let watch = HealthWatch::new(self.options.max_backoff);
@@ -64,12 +64,13 @@ impl Driver {
             Health::Unknown => {}
             Health::Serving => {
                 tracing::info!(%address, "endpoint is healthy");
-                // Not before: a connection that is only silent may serve, and this one might not.
+                // Silent connections are replaced only now: before its first SERVING, this connection may be worse than a merely silent
+                // connection.
                 self.replace_stalled(&address, id);
                 self.start_slowly(&address, Instant::now());
             }
             Health::NotServing(reason) => {
-                tracing::info!(%address, %reason, "endpoint is not healthy: no calls until it is");
+                tracing::info!(%address, %reason, "endpoint is not healthy and gets no calls");
                 self.note(&address, reason);
             }
         }
@@ -78,7 +79,7 @@ impl Driver {
     }
 }
 
-/// Reports a watch that panics: the endpoint would otherwise keep its last health for ever.
+/// Reports a panic of the watch: the endpoint would otherwise keep its last health for ever.
 struct Panicked<F: Fn(Health)>(F);
 
 impl<F: Fn(Health)> Drop for Panicked<F> {
@@ -89,7 +90,7 @@ impl<F: Fn(Health)> Drop for Panicked<F> {
     }
 }
 
-/// Watches until the server turns out to have no health service. Dropping the connection's state ends the watch.
+/// Watches the health until the server turns out to have no health service. Dropping the subchannel's state stops the watch.
 async fn run(
     check: HealthCheck,
     connection: Arc<ReadyConnection>,
@@ -117,7 +118,7 @@ async fn run(
     }
 }
 
-/// Follows one watch to its end, and says what that was.
+/// Runs one watch until it ends, and returns the status with which it ended.
 async fn follow(
     check: &HealthCheck,
     connection: &ReadyConnection,
@@ -136,7 +137,7 @@ async fn follow(
     let (mut statuses, mut status) = match timeout(patience, first).await {
         Ok(Ok(first)) => first,
         Ok(Err(status)) => return status,
-        // A server says at once how it is.
+        // A health server sends its current status at once, so a timeout is a failure.
         Err(_) => return Status::deadline_exceeded(format!("no answer within {patience:?}")),
     };
     while let Some(said) = status {

@@ -1,4 +1,4 @@
-//! The driver: the one task that dials, loses and retires connections, and says which are ready.
+//! The driver: the one task that dials connections, handles their loss, closes them, and publishes the ready set.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
@@ -44,10 +44,10 @@ mod zones;
 
 use foreign::Quarantine;
 
-/// A subchannel's number, never used twice.
+/// The number of a subchannel; numbers are never reused.
 type SubchannelId = u64;
 
-/// A subchannel in whichever state.
+/// A subchannel in any of its states.
 #[derive(Debug)]
 enum State {
     Idle(Subchannel<Idle>),
@@ -57,16 +57,16 @@ enum State {
     TransientFailure(Subchannel<TransientFailure>),
 }
 
-/// An attempt under way.
+/// A dial in progress.
 #[derive(Clone, Copy, Debug)]
 struct Dial {
     subchannel: SubchannelId,
     id: DialId,
-    /// Whether the last one failed.
+    /// Whether the previous attempt failed.
     is_retry: bool,
 }
 
-/// An address that the registry names.
+/// An endpoint in the current set.
 #[derive(Debug)]
 struct EndpointEntry {
     endpoint: Arc<Endpoint>,
@@ -74,24 +74,24 @@ struct EndpointEntry {
     subchannels: Vec<SubchannelId>,
     class: Class,
     ejection: Ejection,
-    /// Set while its answers are not gRPC's.
+    /// Set while the endpoint's answers are not gRPC responses.
     quarantine: Option<Quarantine>,
-    /// A second connection, dialled because the first stalled; cleared when either answers.
+    /// A second connection, dialled because the first one is silent. Cleared when either of them answers.
     spare: Option<SubchannelId>,
-    /// The pace of such connections, and when the next one may be dialled.
+    /// The backoff between dials of second connections, and the earliest time of the next one.
     spare_backoff: ConnectBackoff,
     spare_at: Option<Instant>,
-    /// Whether a connection to it was ready since it failed or was registered.
+    /// Whether a connection was ready since the last failed attempt or registration.
     warm: bool,
-    /// The keep-alive that its server tolerates.
+    /// The keep-alive that the server tolerates.
     keep_alive: Option<KeepAlive>,
-    /// When it became ready, while its share still grows.
+    /// The time when the endpoint became ready, while its share still grows.
     started: Option<Instant>,
-    /// What it had done when the last interval of the outlier detection ended.
+    /// The counters at the end of the last interval of the outlier detection.
     judged: Tally,
 }
 
-/// What an endpoint counts as.
+/// The class of an endpoint in the summary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Class {
     Ready,
@@ -99,14 +99,14 @@ enum Class {
     Failing,
 }
 
-/// What a connection has to say.
+/// An event of a connection.
 #[derive(Debug)]
 enum SubchannelEvent {
     Connection(connection_task::ConnectionEvent),
     Health(Health),
 }
 
-/// A dial's number, and that of the connection that came of it.
+/// The number of a dial and of the connection that it makes.
 type DialId = u64;
 
 /// Owns the subchannels of a channel.
@@ -118,26 +118,27 @@ pub(super) struct Driver {
     rng: fastrand::Rng,
 
     endpoints: HashMap<Address, EndpointEntry>,
-    /// Each state apart from its endpoint, so that a transition takes it out and puts the next one in.
+    /// All subchannels. They are not stored in their endpoint's entry, so that a transition can take a state out and insert the next one.
     subchannels: HashMap<SubchannelId, (Address, State)>,
     next_id: SubchannelId,
     draining: Vec<(Arc<Endpoint>, Subchannel<Draining>)>,
-    /// Removed since the last set was published, and whether calls are in flight there. They are shown until no pick can find them.
+    /// Endpoints removed since the last set was published, and whether calls are in flight there. They stay in the endpoint list until no
+    /// pick can find them.
     removed: Vec<(Arc<Endpoint>, bool)>,
 
-    /// Idle subchannels that want a connection.
+    /// Idle subchannels to dial.
     queue: VecDeque<SubchannelId>,
-    /// Those whose last attempt failed.
+    /// Idle subchannels to dial whose last attempt failed.
     failing: VecDeque<SubchannelId>,
-    /// Attempts after a failed one that are under way.
+    /// Number of dials in progress whose previous attempt failed.
     retries: usize,
     dials: JoinSet<Result<Connection, DialError>>,
     dialling: HashMap<Id, Dial>,
-    /// Endpoints with a connection that does not answer.
+    /// Endpoints that have a silent connection.
     stalled: Vec<Address>,
-    /// Endpoints whose answers are not gRPC's.
+    /// Endpoints whose answers are not gRPC responses.
     quarantined: Vec<Address>,
-    /// Subchannels that rest until a call wants them.
+    /// Resting subchannels, which are dialled when a call needs them.
     resting: HashSet<SubchannelId>,
     /// Total number of calls at the last scan for resting connections.
     calls_then: Option<u64>,
@@ -145,33 +146,33 @@ pub(super) struct Driver {
     timers: BinaryHeap<Reverse<(Instant, SubchannelId)>>,
     events: mpsc::UnboundedReceiver<(DialId, SubchannelEvent)>,
     on_event: mpsc::UnboundedSender<(DialId, SubchannelEvent)>,
-    /// Connections that were lost before we heard that they were made.
+    /// Connections whose loss was reported before the outcome of their dial.
     lost_early: HashMap<DialId, CloseReason>,
 
     primary: ReadySetBuilder<SubchannelId, ReadyEntry>,
     last_resort: ReadySetBuilder<SubchannelId, ReadyEntry>,
-    /// Whether calls pick from the last resort.
+    /// Whether calls pick from the last-resort set.
     is_last_resort: bool,
     loads: Loads,
     summary: Summary,
     pending: usize,
-    /// Endpoints that are ready and not published yet.
+    /// Endpoints that became ready since the last set was published.
     joined: Vec<Address>,
-    /// When the set is to be published, if it has changed.
+    /// The time of the next publication, if the set has changed.
     publish_at: Option<Instant>,
     refresh_at: Instant,
-    /// Endpoints whose share still grows.
+    /// Endpoints whose share still grows (slow start).
     starting: Vec<Address>,
-    /// When it is to be looked who needs one more connection, and when that was done last.
+    /// The times of the next and the last scan for endpoints that need another connection.
     grow_at: Option<Instant>,
     grew_at: Instant,
-    /// Endpoints with a connection more than they are to have, and since when.
+    /// Endpoints with an additional connection, and the time when it was added.
     grown: HashMap<Address, Instant>,
-    /// What weights are multiplied with, by zone.
+    /// The factor of each zone, which weights are multiplied with.
     zones: Zones<u32>,
-    /// When outliers are looked for next, if they are.
+    /// The time of the next outlier detection, if it is enabled.
     sweep_at: Option<Instant>,
-    /// The pool's median latency as of the last refresh: looked for at each join it would make loading a large set quadratic.
+    /// The pool's median latency as of the last refresh. Computing it at each join would make loading a large set quadratic.
     median: f32,
 }
 
@@ -236,7 +237,8 @@ impl Driver {
             self.on_time(Instant::now());
             self.dial_queued();
             let wake = self.wake_at();
-            // What is lost comes first, and what might never end, the stream, last.
+            // Lost connections are handled first. The stream of changes is last: it may always be ready and would then starve the other
+            // branches.
             tokio::select! {
                 biased;
                 Some((dial_id, event)) = self.events.recv() => self.on_event(dial_id, event),
@@ -273,7 +275,8 @@ impl Driver {
         if self.sweep_at.is_some_and(|at| at <= now) {
             self.sweep(now);
         }
-        // The clock is read again: what has just been found to be an outlier is out now, and not with the next tick of a timer.
+        // Reads the clock again: with `now`, an outlier that `sweep` has just ejected would stay in the set until the next tick of the
+        // timer.
         if self.publish_at.is_some_and(|at| at <= Instant::now()) {
             self.publish();
         }
@@ -293,7 +296,7 @@ impl Driver {
 }
 
 impl Drop for Driver {
-    /// However the driver ends, with its runtime or by a panic, calls fail with the reason and none waits for it.
+    /// Fails all calls with the reason: waiting calls would otherwise never end. This also covers a panic and the end of the runtime.
     fn drop(&mut self) {
         let ended = if std::thread::panicking() {
             "the channel's driver has panicked"
@@ -306,5 +309,5 @@ impl Drop for Driver {
 
 /// Minimum interval between scans for endpoints that need another connection; every waiting call requests one.
 const GROW: Duration = Duration::from_millis(5);
-/// How often estimates are brought up to date.
+/// Interval between refreshes of the latency estimates.
 const REFRESH: Duration = Duration::from_millis(200);

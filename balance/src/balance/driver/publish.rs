@@ -1,4 +1,4 @@
-//! What calls get to see: the ready set, the numbers, and estimates that keep up with time.
+//! Publishes the ready set and the summary, and refreshes the latency estimates.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,7 +27,7 @@ impl Driver {
         self.draining.retain(|(endpoint, subchannel)| {
             let drained = subchannel.is_drained();
             let entry = self.endpoints.get(endpoint.address());
-            // One connection of several, or one that another has replaced, is not the endpoint.
+            // The endpoint is forgotten only if it was removed. If it is still registered, only one of its connections has ended.
             if drained && entry.is_none_or(|entry| !Arc::ptr_eq(&entry.endpoint, endpoint)) {
                 self.shared.forget(endpoint);
             }
@@ -71,7 +71,7 @@ impl Driver {
                 State::Idle(one) if one.is_failing() || entry.attributes.is_last_resort() => {
                     (Class::Failing, EndpointState::Idle)
                 }
-                // One that rests is dialled when a call waits.
+                // A resting subchannel is dialled when a call waits, so it counts as pending.
                 State::Idle(_) | State::Resting(_) => (Class::Pending, EndpointState::Idle),
                 State::TransientFailure(_) => (Class::Failing, EndpointState::TransientFailure),
             };
@@ -81,7 +81,7 @@ impl Driver {
         }
         let before = std::mem::replace(&mut entry.class, class);
         match (before, class) {
-            // Ready is what calls can pick, so it is said once the set that has it is out.
+            // `Ready` means that calls can pick the endpoint, so the state is set only after the new set is published.
             (Class::Ready, Class::Ready) => {}
             (_, Class::Ready) => self.joined.push(address.clone()),
             _ => entry.endpoint.set_state(shown),
@@ -114,7 +114,7 @@ impl Driver {
         }
         self.weigh_zones();
         self.summary.pending = self.pending;
-        // Both, since a roster holds on to what it has frozen last.
+        // Both builders are frozen: each one keeps the connections of its last frozen set open.
         let (primary, held) = (self.primary.freeze(), self.last_resort.freeze());
         let last_resort = primary.len() == 0;
         if std::mem::replace(&mut self.is_last_resort, last_resort) != last_resort {
@@ -158,7 +158,7 @@ impl Driver {
     }
 }
 
-/// Up to so many connections a set costs a few microseconds to publish, and a join is published at once.
+/// Up to this many ready connections, a publication takes a few microseconds, and a change is published at once.
 const FEW: usize = 64;
-/// How long joins to a larger set are gathered before they are published.
+/// How long changes to a larger set are collected before they are published.
 const GATHER: Duration = Duration::from_millis(1);

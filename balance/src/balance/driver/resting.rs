@@ -1,4 +1,4 @@
-//! Connections that their server has closed while no call used them: dialled again when a call wants one.
+//! Connections that the server closed while no call used them. They are dialled again when a call needs one.
 
 use std::sync::atomic::Ordering;
 
@@ -15,11 +15,11 @@ impl Driver {
         }
     }
 
-    /// Dials one resting connection if calls were sent since the last scan, so that its endpoint gets its share while there is traffic. One,
-    /// since a caller that makes a call now and then needs no more.
+    /// Dials one resting connection if calls were sent since the last scan, so that its endpoint gets its share of the traffic. Only one is
+    /// dialled, since a caller with few calls needs no more.
     pub(super) fn wake_resting_for_calls(&mut self) {
         let Some(&id) = self.resting.iter().next() else {
-            // Calls before the first one rests do not count.
+            // Calls that were sent before the first connection rests do not count.
             self.calls_then = None;
             return;
         };
@@ -31,7 +31,7 @@ impl Driver {
         }
     }
 
-    /// Dials a connection that rests.
+    /// Dials a resting connection. `wanted`: a call waits for it.
     pub(super) fn wake(&mut self, id: SubchannelId, wanted: bool) {
         self.resting.remove(&id);
         let Some((address, state)) = self.subchannels.remove(&id) else {

@@ -1,4 +1,4 @@
-//! How many connections an endpoint has: one more while every stream is in use, and back again.
+//! The number of connections of an endpoint: one more is added while every stream is in use, and removed later.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use super::{Driver, EndpointEntry, State};
 use crate::address::Address;
 
 impl Driver {
-    /// A call found every stream in use.
+    /// Adds a connection to every endpoint whose streams are all in use.
     pub(super) fn grow(&mut self) {
         let limit = self.options.connections_per_endpoint + 1;
         let is_full = |entry: &EndpointEntry| {
@@ -25,13 +25,13 @@ impl Driver {
             .map(|(address, _)| address.clone())
             .collect();
         for address in full {
-            tracing::debug!(%address, "every stream is in use: one more connection");
+            tracing::debug!(%address, "every stream is in use: adding a connection");
             self.add_subchannel(&address, true);
             self.grown.insert(address, Instant::now());
         }
     }
 
-    /// Takes additional connections back whose streams the others could carry with room to spare.
+    /// Closes additional connections whose calls fit on the other connections with room to spare.
     pub(super) fn shrink(&mut self, now: Instant) {
         let is_old = |since: Instant| now.saturating_duration_since(since) >= GROWN;
         let old: Vec<_> = self
@@ -41,7 +41,7 @@ impl Driver {
             .map(|(address, _)| address.clone())
             .collect();
         for address in old {
-            // A connection that does not answer carries nothing, so another one is needed in its place.
+            // A silent connection carries no calls, so the additional one is needed in its place.
             if !self.has_silent(&address) && self.is_dispensable(&address) {
                 self.grown.remove(&address);
                 self.drop_last(&address);
@@ -49,7 +49,8 @@ impl Driver {
         }
     }
 
-    /// Whether an endpoint's calls are less than half of what its connections but one can take. An endpoint that is gone needs nothing.
+    /// Returns whether the endpoint's calls take at most half of the streams of all its connections but one. Also true for a removed
+    /// endpoint.
     fn is_dispensable(&self, address: &Address) -> bool {
         let Some(entry) = self.endpoints.get(address) else {
             return true;
@@ -79,14 +80,14 @@ impl Driver {
         if entry.subchannels.len() <= self.options.connections_per_endpoint {
             return;
         }
-        // One that is dialled beside a stalled connection is not the additional one.
+        // The second connection beside a silent one is not the additional connection.
         let spare = entry.spare;
         let mut ids = entry.subchannels.iter();
         let Some(last) = ids.rposition(|id| Some(*id) != spare) else {
             return;
         };
         let id = entry.subchannels.remove(last);
-        tracing::debug!(%address, "one connection less: its streams are not needed any more");
+        tracing::debug!(%address, "removing an additional connection: its streams are no longer needed");
         self.resting.remove(&id);
         if let Some((_, State::Ready(subchannel))) = self.subchannels.remove(&id) {
             self.close(id, subchannel);
@@ -95,5 +96,5 @@ impl Driver {
     }
 }
 
-/// How long an additional connection stays at least: less than this would make and drop connections in step with bursts.
+/// Minimum lifetime of an additional connection. With a shorter one, connections would be dialled and closed in step with bursts of calls.
 const GROWN: Duration = Duration::from_secs(30);

@@ -1,7 +1,8 @@
-//! Slow start: an endpoint that has just become ready gets its share little by little.
+//! Slow start: the share of an endpoint that has just become ready grows gradually.
 //!
-//! What is new is cold: caches, pools, a just-in-time compiler. It is never flooded, since its first latency is the pool's; where that is not
-//! enough, its weight grows over a window. The formula is Envoy's with an aggression of 1: the elapsed part of the window, a tenth at least.
+//! A new server has cold caches, empty pools and code that is not compiled yet. It is never flooded, because its first latency estimate is
+//! the pool's median. Where that is not enough, its weight grows over a window. The formula is Envoy's with an aggression of 1: the weight
+//! is multiplied by the elapsed fraction of the window, at least 0.1.
 
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use super::{Class, Driver, EndpointEntry};
 use crate::address::Address;
 
 impl Driver {
-    /// An endpoint has a connection: if it is its first, its share begins to grow.
+    /// Starts the growth of an endpoint's share if the endpoint has just become ready and its server is not warm.
     pub(super) fn start_slowly(&mut self, address: &Address, now: Instant) {
         if self.options.slow_start.is_none() {
             return;
@@ -19,7 +20,7 @@ impl Driver {
         let Some(entry) = self.endpoints.get_mut(address) else {
             return;
         };
-        // A connection beside another one, or after one that was closed in order, is to a server that is warm.
+        // The server is warm if another connection is ready, or if one was ready since the last failed attempt or registration.
         if entry.class == Class::Ready || std::mem::replace(&mut entry.warm, true) {
             return;
         }
@@ -28,7 +29,7 @@ impl Driver {
         }
     }
 
-    /// What an endpoint weighs now.
+    /// Returns the current weight of an endpoint.
     pub(super) fn share(&self, entry: &EndpointEntry, now: Instant) -> u32 {
         let weight = entry.attributes.weight();
         match (self.options.slow_start, entry.started) {
@@ -40,7 +41,7 @@ impl Driver {
         }
     }
 
-    /// Brings the shares that grow up to date.
+    /// Updates the shares that still grow.
     pub(super) fn grow_shares(&mut self, now: Instant) {
         let Some(window) = self.options.slow_start else {
             return;
@@ -76,7 +77,7 @@ fn grown(weight: u32, elapsed: Duration, window: Duration) -> u32 {
     share
 }
 
-/// Weights are integers and often 1: a part of one needs finer steps.
+/// Scale of weights with slow start: weights are integers, and a fraction of 1 needs finer steps.
 const SCALE: u32 = 100;
 /// Envoy's `min_weight_percent`.
 const MIN_FACTOR: f64 = 0.1;

@@ -1,6 +1,7 @@
-//! A stalled connection does not prove that its server is down: a second one is dialled beside it, and the first to answer is used.
+//! Second connections. A silent connection does not prove that its server is down, so a second one is dialled beside it, and the first of
+//! the two that answers is used.
 //!
-//! Middleboxes forget flows while TCP still acknowledges them, and behind one address there may be several servers.
+//! Middleboxes drop the state of flows while TCP still acknowledges them, and one address may belong to several servers.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use super::{Driver, State, SubchannelId};
 use crate::address::Address;
 
 impl Driver {
-    /// Dials beside a connection that does not answer, unless that is being done or was done a moment ago in vain.
+    /// Dials a second connection beside a silent one, unless a second connection exists or a recent one failed.
     pub(super) fn dial_beside(&mut self, address: &Address, has_served: bool) {
         let Some(entry) = self.endpoints.get_mut(address) else {
             return;
@@ -27,7 +28,7 @@ impl Driver {
         self.dial_spare(address, Instant::now());
     }
 
-    /// Dials beside connections whose turn has come.
+    /// Dials the second connections that are due.
     pub(super) fn dial_spares(&mut self, now: Instant) {
         for address in std::mem::take(&mut self.stalled) {
             if self.has_silent(&address) {
@@ -62,7 +63,7 @@ impl Driver {
         entry.is_some_and(|entry| entry.subchannels.iter().any(|id| self.is_silent(*id)))
     }
 
-    /// Drops the second connection once every other one answers again, or the endpoint was registered anew.
+    /// Closes the second connection if no connection of the endpoint is silent any more.
     pub(super) fn drop_spare(&mut self, address: &Address) {
         if self.has_silent(address) {
             return;
@@ -75,20 +76,20 @@ impl Driver {
             return;
         };
         if entry.subchannels.len() <= regular {
-            // One of the others has ended meanwhile, and this one stands for it.
+            // A regular connection has ended in the meantime, and the second connection replaces it.
             return;
         }
         entry.subchannels.retain(|id| *id != spare);
         self.forget_dial(spare);
         self.resting.remove(&spare);
-        // Dropping the state stops the dial. A connection whose health was not known yet is closed.
+        // Dropping a subchannel that is not ready stops its dial. A ready one, whose health may still be unknown, is closed.
         if let Some((_, State::Ready(subchannel))) = self.subchannels.remove(&spare) {
             self.close(spare, subchannel);
         }
         self.reclassify(address);
     }
 
-    /// A connection is ready. If it was dialled beside others that do not answer, it takes their place; their calls go on.
+    /// Replaces the silent connections of an endpoint by the second connection once it is ready. Calls on the silent connections continue.
     pub(super) fn replace_stalled(&mut self, address: &Address, id: SubchannelId) {
         let Some(entry) = self.endpoints.get_mut(address) else {
             return;
@@ -107,12 +108,12 @@ impl Driver {
                 self.close(id, subchannel);
             }
         }
-        tracing::debug!(%address, "connected beside a connection that does not answer");
+        tracing::debug!(%address, "the second connection is ready and replaces the silent one");
     }
 
     /// Handles the end of a silent connection. Returns true if the second connection replaces it.
     pub(super) fn spare_takes_over(&mut self, address: &Address, id: SubchannelId) -> bool {
-        // The one that has ended is in no state any more.
+        // The ended connection is no longer in `subchannels`, so only the others are checked.
         let others_are_silent = self.has_silent(address);
         let Some(entry) = self.endpoints.get_mut(address) else {
             return false;
@@ -127,7 +128,7 @@ impl Driver {
         true
     }
 
-    /// A call has found a connection dead after a silence: others are checked before calls are sent on them.
+    /// Checks silent connections after a call found one to be dead after a silence, before calls are sent on the others.
     pub(super) fn check_silent(&mut self) {
         if !self.shared.silent.swap(false, Ordering::Relaxed) {
             return;
@@ -144,7 +145,7 @@ impl Driver {
     }
 }
 
-/// As for a call that is about to be sent.
+/// The same limit as for the check before a call is sent.
 const SILENCE: Duration = Duration::from_secs(1);
 /// Limit on connections checked at once, to avoid a burst of PINGs.
 const CHECKS: usize = 64;

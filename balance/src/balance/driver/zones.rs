@@ -1,10 +1,10 @@
-//! Zone preference: weights that keep calls in the caller's zone as far as it can take them.
+//! Zone preference: weights that keep calls in the caller's zone, up to the capacity of that zone.
 
 use super::{Driver, EndpointEntry, SubchannelId};
 use crate::balance::zone::{Zones, factors};
 
 impl Driver {
-    /// What an endpoint's weight is multiplied with.
+    /// Returns the factor that an endpoint's weight is multiplied with.
     pub(super) fn zone_factor(&self, entry: &EndpointEntry) -> u32 {
         if self.options.zone.is_none() {
             return 1;
@@ -13,7 +13,7 @@ impl Driver {
         self.zones.get(zone).copied().unwrap_or(1)
     }
 
-    /// Brings the factors up to date with who can take calls.
+    /// Recomputes the factors from the weights of the ready connections.
     pub(super) fn weigh_zones(&mut self) {
         let Some(own) = &self.options.zone else {
             return;
@@ -24,7 +24,7 @@ impl Driver {
             let connections = entry.subchannels.iter().filter(ready).count();
             let weight = u64::from(entry.attributes.weight()).saturating_mul(connections as u64);
             let zone = entry.attributes.zone().unwrap_or_default();
-            // Looked for first, so that a zone's name is copied once and not for each of its endpoints.
+            // The lookup before the insertion avoids a copy of the zone's name for each of its endpoints.
             match weights.get_mut(zone) {
                 Some(sum) => *sum = sum.saturating_add(weight),
                 None => drop(weights.insert(zone.into(), weight)),
@@ -34,7 +34,11 @@ impl Driver {
         if factors == self.zones {
             return;
         }
-        tracing::debug!(own = &**own, ?factors, "zones weighed anew");
+        tracing::debug!(
+            own = &**own,
+            ?factors,
+            "the weights of the zones have changed"
+        );
         self.zones = factors;
         let all: Vec<_> = self.subchannels.keys().copied().collect();
         for id in all {

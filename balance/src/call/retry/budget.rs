@@ -1,29 +1,29 @@
-//! How many calls of a channel may be sent again: a bucket of tokens.
+//! The retry budget of a channel: a bucket of tokens.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// A limit on what all retries and hedges of a channel together add to the load of servers that fail: "retry throttling" in gRPC's
-/// [retry design (A6)][A6].
+/// A limit on the load that all retries and hedges of a channel together add to failing servers: "retry throttling" in gRPC's [retry design
+/// (gRFC A6)][A6].
 ///
-/// A bucket begins full. Each failure that a policy covers takes one token, each call that goes well puts a part of one back. While half
-/// the bucket or less is left, nothing is sent again: the failure is the caller's.
+/// The bucket is full at the start. Each failure that a policy covers takes one token, and each successful call returns a fraction of a
+/// token. While half of the bucket or less is left, no call is sent again, and the failure is returned to the caller.
 ///
-/// Default 1 000 tokens, and 0.1 back. The part is that of A6's example: in the long run at most one call in ten is a retry. The size is
-/// the largest that A6's implementations allow, and not the example's 10: one server that is killed fails every call that it has at that
-/// moment, and a bucket of 10 is used up after five.
+/// The default is 1 000 tokens and a fraction of 0.1. The fraction is that of the example in A6: in the long run, at most one call in ten
+/// is a retry. The size is the largest that implementations of A6 allow. The size in the example, 10, is too small: a killed server fails
+/// all its calls at once, and five failures use up a bucket of 10.
 ///
 /// [A6]: https://github.com/grpc/proposal/blob/master/A6-client-retries.md
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use = "a budget does nothing before a channel is given it"]
 pub struct RetryBudget {
-    /// Both in thousandths of a token: A6 has three decimal places.
+    /// `size` and `ratio` are in thousandths of a token, because A6 allows three decimal places.
     size: u32,
     ratio: u32,
 }
 
 impl RetryBudget {
-    /// A bucket of so many tokens, 1 to 1 000, and the part of one, 0.001 to 1, that a call puts back when it goes well. What is beyond
-    /// these limits, which are A6's, counts as the nearest.
+    /// Creates a budget with a bucket of `tokens`, 1 to 1 000. A successful call returns `ratio` of a token, 0.001 to 1. Values beyond
+    /// these limits of A6 count as the nearest allowed value.
     pub fn new(tokens: u32, ratio: f32) -> Self {
         #[expect(
             clippy::cast_possible_truncation,
@@ -47,7 +47,7 @@ impl Default for RetryBudget {
     }
 }
 
-/// The bucket.
+/// The bucket of tokens.
 #[derive(Debug)]
 pub(in crate::call) struct Tokens {
     left: AtomicU32,
@@ -62,10 +62,10 @@ impl Tokens {
         }
     }
 
-    /// A call went well.
+    /// Returns a fraction of a token to the bucket after a successful call.
     pub(in crate::call) fn on_success(&self) {
-        // Relaxed, here and below: the number is all there is, and nothing else hangs on it. A full bucket, the usual case, is only read,
-        // so that callers on many threads do not fight for it.
+        // Relaxed, here and below: no other memory depends on the number. A full bucket, the usual case, is only read, so that callers on
+        // many threads do not contend for it.
         if self.left.load(Ordering::Relaxed) < self.budget.size {
             let add = |left: u32| Some((left + self.budget.ratio).min(self.budget.size));
             let _ = self
@@ -74,7 +74,7 @@ impl Tokens {
         }
     }
 
-    /// A call has failed in a way that a policy covers. Says whether it may be sent again.
+    /// Takes a token after a failure that a policy covers. Returns whether the call may be sent again.
     pub(in crate::call) fn on_failure(&self) -> bool {
         let take = |left: u32| Some(left.saturating_sub(TOKEN));
         let _ = self
@@ -83,15 +83,15 @@ impl Tokens {
         self.suffices()
     }
 
-    /// Whether anything may be sent again.
+    /// Returns whether calls may be sent again.
     pub(in crate::call) fn suffices(&self) -> bool {
         self.left.load(Ordering::Relaxed) > self.budget.size / 2
     }
 }
 
-/// In the unit of the bucket.
+/// One token, in thousandths of a token.
 const TOKEN: u32 = 1_000;
-/// The bound on `maxTokens` in gRPC's service config.
+/// The limit on `maxTokens` in gRPC's service config.
 const MAX_TOKENS: u32 = 1_000;
 
 #[cfg(test)]
@@ -101,10 +101,10 @@ mod tests {
     #[test]
     fn half_the_bucket_is_for_retries_and_successes_fill_it_again() {
         let tokens = Tokens::new(RetryBudget::new(10, 0.1));
-        // As in A6's example: from 10 down to 6 it goes on, at 5 it ends.
+        // As in A6's example: calls are sent again while 9 to 6 tokens are left, and not at 5.
         assert_eq!((0..6).filter(|_| tokens.on_failure()).count(), 4);
         assert!(!tokens.suffices());
-        // 4 are left; ten successes make one token, and more than half is needed.
+        // 4 tokens are left. Ten successes return one token, and more than half of the bucket is needed.
         for _ in 0..10 {
             tokens.on_success();
             assert!(!tokens.suffices());

@@ -1,4 +1,4 @@
-//! Whether a call that has failed is sent again: pure.
+//! The decision whether a failed call is sent again. Pure.
 
 use std::time::Duration;
 
@@ -9,19 +9,19 @@ use tonic::Code;
 use super::budget::Tokens;
 use super::policy::RetryPolicy;
 
-/// What the server says of another attempt.
+/// The server's pushback: its instruction about further attempts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::call) enum Pushback {
-    /// Nothing.
+    /// No instruction.
     None,
-    /// After this wait.
+    /// Another attempt after this wait.
     After(Duration),
-    /// Not at all.
+    /// No further attempt.
     Never,
 }
 
 impl Pushback {
-    /// What is there twice, negative or no number says no, as A6 has it.
+    /// Parses the pushback header. A duplicate, negative or non-numeric header means "do not retry" (gRFC A6).
     pub(in crate::call) fn of(headers: &HeaderMap) -> Self {
         let mut values = headers.get_all(PUSHBACK).iter();
         let (Some(value), None) = (values.next(), values.next()) else {
@@ -42,40 +42,40 @@ impl Pushback {
     }
 }
 
-/// What is to be done after a failure.
+/// The decision after a failed attempt.
 #[derive(Debug, PartialEq)]
 pub(in crate::call) enum Decision {
-    /// Sent again after this wait.
+    /// The call is sent again after this wait.
     Again(Duration),
-    /// Not sent again, for this reason if the policy covers it at all.
+    /// The call is not sent again. The reason is `None` if the policy does not cover the failure.
     GiveUp(Option<&'static str>),
 }
 
-/// How far a call is under its policy.
+/// The progress of a call under its retry policy.
 #[derive(Debug)]
 pub(in crate::call) struct Progress {
     made: u32,
-    /// Waits in a row that the server had no say in.
+    /// Consecutive waits that the policy chose and not the server.
     waits: u32,
 }
 
 impl Progress {
-    /// The first attempt is under way.
+    /// Starts with the first attempt in flight.
     pub(in crate::call) fn new() -> Self {
         Self { made: 1, waits: 0 }
     }
 
-    /// Attempts made before the one under way.
+    /// Returns the number of attempts before the current one.
     pub(in crate::call) fn previous(&self) -> u32 {
         self.made - 1
     }
 
-    /// Another attempt is under way.
+    /// Records that another attempt is in flight.
     pub(in crate::call) fn advance(&mut self) {
         self.made += 1;
     }
 
-    /// After an attempt that has failed. `random` is from 0 to 1.
+    /// Decides what follows a failed attempt. `random` is between 0 and 1.
     pub(in crate::call) fn next(
         &mut self,
         policy: &RetryPolicy,
@@ -85,7 +85,7 @@ impl Progress {
         random: f64,
     ) -> Decision {
         let covered = policy.covers(code);
-        // A server that asks for quiet counts whatever its code, so that other calls leave it alone as well.
+        // A pushback that forbids retries takes a token whatever the code, so that other calls spare the server as well.
         let counts = covered || pushback == Pushback::Never;
         let suffices = !counts || tokens.on_failure();
         if !covered {
@@ -110,7 +110,7 @@ impl Progress {
     }
 }
 
-/// "Pushback" in A6.
+/// The header of "pushback" in A6.
 const PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
 
 #[cfg(test)]
@@ -144,7 +144,7 @@ mod tests {
         }
     }
 
-    /// One failure after the other, until it is given up. The waits, and the reason.
+    /// Repeats the failures until the call is given up. Returns the waits and the reason.
     fn run(
         policy: &RetryPolicy,
         tokens: &Tokens,
@@ -177,10 +177,10 @@ mod tests {
             decision(&[(Code::NotFound, Pushback::None)]),
             (vec![], None)
         );
-        // Also where the server would have it otherwise.
+        // The policy must cover the code, even if the server requests another attempt.
         let pushed_elsewhere = (Code::NotFound, Pushback::After(Duration::ZERO));
         assert_eq!(decision(&[pushed_elsewhere]), (vec![], None));
-        // After a wait of the server's, ours begin anew.
+        // After a wait that the server chose, the policy's waits start from the first again.
         assert_eq!(decision(&[lost, pushed]), (vec![100, 7, 100], all));
         assert_eq!(decision(&[pushed]), (vec![7, 7, 7], all));
         let never = (Code::Unavailable, Pushback::Never);
@@ -193,7 +193,7 @@ mod tests {
         let policy = RetryPolicy::new([Code::Unavailable]);
         let lost = (Code::Unavailable, Pushback::None);
         let tokens = Tokens::new(RetryBudget::new(4, 0.001));
-        // It begins with 4; the second failure leaves half.
+        // The bucket has 4 tokens at first. After the second failure, half of it is left.
         let used_up = Some("the retry budget is used up");
         assert_eq!(run(&policy, &tokens, &[lost]), (vec![100], used_up));
 

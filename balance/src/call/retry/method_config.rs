@@ -1,22 +1,22 @@
-//! Which policy a method has.
+//! The retry and hedging policy of each method.
 
 use std::collections::HashMap;
 
 use super::budget::{RetryBudget, Tokens};
 use super::policy::{HedgingPolicy, RetryPolicy};
 
-/// How calls are sent more than once.
+/// The policy by which calls of a method are sent more than once.
 #[derive(Clone, Debug)]
 pub(crate) enum MethodPolicy {
     Retry(RetryPolicy),
     Hedge(HedgingPolicy),
 }
 
-/// The policies that a channel is built with.
+/// The policies that the channel's builder collects.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct MethodConfigBuilder {
     all: Option<MethodPolicy>,
-    /// By `package.Service/Method` or `package.Service`.
+    /// Policies, keyed by `package.Service/Method` or `package.Service`.
     named: HashMap<Box<str>, MethodPolicy>,
     budget: RetryBudget,
 }
@@ -26,7 +26,7 @@ impl MethodConfigBuilder {
         self.all = Some(plan);
     }
 
-    /// Sets the plan of a service or method. Returns false if the name is that of neither.
+    /// Sets the policy of a service or method. Returns false if the name has neither form.
     pub(crate) fn set(&mut self, name: &str, plan: MethodPolicy) -> bool {
         let trimmed = name.strip_prefix('/').unwrap_or(name);
         let trimmed = trimmed.strip_suffix('/').unwrap_or(trimmed);
@@ -42,7 +42,7 @@ impl MethodConfigBuilder {
         self.budget = budget;
     }
 
-    /// What calls see of it; none if there is no policy.
+    /// Builds the policies for calls. Returns `None` if no policy is set.
     pub(crate) fn build(self) -> Option<Box<MethodConfig>> {
         let mut plans = self.all.iter().chain(self.named.values());
         let hedges = plans.any(|plan| matches!(plan, MethodPolicy::Hedge(_)));
@@ -62,13 +62,13 @@ impl MethodConfigBuilder {
 pub(crate) struct MethodConfig {
     all: Option<MethodPolicy>,
     named: HashMap<Box<str>, MethodPolicy>,
-    /// Whether any plan hedges: only then a call's plan is looked for before it has failed.
+    /// Whether any policy hedges. Only then is the policy of a call looked up before the call fails.
     hedges: bool,
     tokens: Tokens,
 }
 
 impl MethodConfig {
-    /// The policy by which calls to this path are retried, if any.
+    /// Returns the retry policy for this path, if any.
     pub(crate) fn retry(&self, path: &str) -> Option<&RetryPolicy> {
         match self.plan(path)? {
             MethodPolicy::Retry(policy) if policy.attempt_limit() > 1 => Some(policy),
@@ -76,7 +76,7 @@ impl MethodConfig {
         }
     }
 
-    /// The policy by which calls to this path are hedged, if any.
+    /// Returns the hedging policy for this path, if any.
     pub(crate) fn hedging(&self, path: &str) -> Option<&HedgingPolicy> {
         if !self.hedges {
             return None;
@@ -87,7 +87,7 @@ impl MethodConfig {
         }
     }
 
-    /// The most specific one.
+    /// Returns the most specific policy for this path.
     fn plan(&self, path: &str) -> Option<&MethodPolicy> {
         let method = path.strip_prefix('/').unwrap_or(path);
         let service = || method.rsplit_once('/').map(|(service, _)| service);
@@ -101,7 +101,7 @@ impl MethodConfig {
         &self.tokens
     }
 
-    /// A call went well, under whichever policy or none.
+    /// Records a successful call, with or without a policy.
     pub(crate) fn on_success(&self) {
         self.tokens.on_success();
     }

@@ -1,4 +1,4 @@
-//! The policies by which a call is sent more than once, and the decision whether it is.
+//! The policies for sending a call more than once, and the decision after a failure.
 
 mod budget;
 pub(super) mod decision;

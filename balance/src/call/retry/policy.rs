@@ -1,29 +1,30 @@
-//! What users say about sending calls again.
+//! The policies that users set for retries and hedging.
 
 use std::time::Duration;
 
 use tonic::Code;
 
-/// When a call that has failed is sent again, how often, and after which wait: gRPC's [retry design (A6)][A6].
+/// A retry policy: which failed calls are sent again, how often, and after which wait. It follows gRPC's [retry design (gRFC A6)][A6].
 ///
-/// It is opt-in, for a channel ([`ChannelBuilder::retry`]) or for a service or method of it ([`ChannelBuilder::retry_for`]), because the
-/// server may have processed what has failed: name only codes that are safe to run a method again after. A call that was certainly not
-/// processed is sent again without any policy, and does not count as an attempt.
+/// Retries are opt-in, because the server may have processed a failed call. They are enabled for a channel ([`ChannelBuilder::retry`]), or
+/// for one service or method ([`ChannelBuilder::retry_for`]). Name only codes after which a method can safely run again. A call that was
+/// certainly not processed is sent again without any policy. Such a transparent retry does not count as an attempt.
 ///
-/// - The failure has to come before the caller has anything of the response: a lost connection, no endpoint that can be reached (both
-///   `UNAVAILABLE`), or an error that is the whole response, as servers send it when they have sent no message before.
-/// - Where the request is one message, the response is held back until it is complete, but a stream's first message for 5 ms at most, and a
-///   head that nothing follows for 50 ms: a server that is killed while it answers fails no call. A6 would give up at the head.
-/// - Another attempt goes to an endpoint that the call has not been to; where there is none, to any but the one that has just failed; and to
-///   that one only where no other is ready.
-/// - A request of one message is sent again whatever its size: the bytes are shared, not copied. Of a stream of requests the first message
-///   and up to 64 KiB are kept; a call that has sent more is not sent again.
-/// - A server may ask for another wait, or for none of this, with the header `grpc-retry-pushback-ms`.
-/// - The call's deadline spans all attempts. A call whose deadline would pass during the wait fails at once.
+/// - A call is retried only if the caller has received no part of the response. The failure is a lost connection, no reachable endpoint
+///   (both `UNAVAILABLE`), or an error that is the whole response, which servers send if they have sent no message before.
+/// - If the request is one message, the response is buffered until it is complete, so that a server that is killed while it responds fails
+///   no call. The first message of a stream is buffered for at most 5 ms, and a head without further frames for at most 50 ms. In A6 a call
+///   is committed when its head is received.
+/// - Another attempt is sent to an endpoint that the call has not used. If no such endpoint is ready, it is sent to any endpoint except the
+///   last that failed. That endpoint is used only if no other endpoint is ready.
+/// - A request of one message is sent again whatever its size: the bytes are shared, not copied. Of a request stream, the first message and
+///   up to 64 KiB are kept. A call that has sent more is not retried.
+/// - A server can set another wait, or forbid retries, with the header `grpc-retry-pushback-ms`.
+/// - The call's deadline covers all attempts. A call whose deadline would pass during the wait fails at once.
 /// - All attempts of a channel together are limited by its [`RetryBudget`].
 ///
-/// The server finds the number of attempts before in the header `grpc-previous-rpc-attempts`, the caller in the response's. The message of a
-/// call that fails in spite of it all ends with a list of its attempts.
+/// The header `grpc-previous-rpc-attempts` contains the number of earlier attempts, in the request for the server and in the response for
+/// the caller. If the call still fails, its message ends with a list of the attempts.
 ///
 /// ```
 /// use std::time::Duration;
@@ -51,8 +52,8 @@ pub struct RetryPolicy {
 }
 
 impl RetryPolicy {
-    /// Sends a call again that has failed with one of these codes. All else is as in A6's example: 4 attempts, with waits of 0.1 s, 0.2 s
-    /// and 0.4 s between them.
+    /// Creates a policy that retries calls that failed with one of these codes. The other values are those of A6's example: 4 attempts,
+    /// with waits of 0.1 s, 0.2 s and 0.4 s between them.
     pub fn new(codes: impl IntoIterator<Item = Code>) -> Self {
         Self {
             codes: codes.into_iter().collect(),
@@ -63,15 +64,15 @@ impl RetryPolicy {
         }
     }
 
-    /// How often a call is sent at most, the first time included. Default 4, as in A6's example; more than 5 count as 5, which is A6's limit.
-    /// 1 is how a method is left out of its channel's policy.
+    /// Sets how often a call is sent at most, including the first attempt. Default 4, as in A6's example. Values above 5, A6's limit, count
+    /// as 5. The value 1 excludes a method from its channel's policy.
     pub fn max_attempts(mut self, attempts: u32) -> Self {
         self.attempts = attempts.clamp(1, MAX_ATTEMPTS);
         self
     }
 
-    /// Sets the wait before the second attempt. Default 0.1 s, as in A6's example. Each wait is made up to 20 % longer or shorter at random,
-    /// as in A6.
+    /// Sets the wait before the second attempt. Default 0.1 s, as in A6's example. Each wait is randomly up to 20 % longer or shorter, as
+    /// in A6.
     pub fn initial_backoff(mut self, backoff: Duration) -> Self {
         self.first = backoff;
         self
@@ -83,7 +84,7 @@ impl RetryPolicy {
         self
     }
 
-    /// How many times as long as the one before each wait is. Default 2, as in A6's example; what is no number, or less than 1, counts as 1.
+    /// Sets the factor between one wait and the next. Default 2, as in A6's example. NaN and values below 1 count as 1.
     pub fn multiplier(mut self, multiplier: f64) -> Self {
         self.multiplier = multiplier.max(1.0);
         self
@@ -97,7 +98,7 @@ impl RetryPolicy {
         self.attempts
     }
 
-    /// The wait after so many waits, for a random number from 0 to 1.
+    /// Returns the wait after this number of waits. `random` is between 0 and 1.
     pub(in crate::call) fn wait(&self, waits: u32, random: f64) -> Duration {
         let factor = self
             .multiplier
@@ -108,18 +109,18 @@ impl RetryPolicy {
     }
 }
 
-/// Sends a call a second time before it has failed, and takes the answer that comes first: hedging, as in gRPC's
-/// [retry design (A6)][A6].
+/// A hedging policy: a call is sent again before the first attempt has failed, and the first response is used. It follows gRPC's [retry
+/// design (gRFC A6)][A6].
 ///
-/// It cuts the slowest calls short, at the price of calls that run twice: only for methods that may. It is opt-in, by
-/// [`ChannelBuilder::hedge`] or [`ChannelBuilder::hedge_for`], in place of a [`RetryPolicy`].
+/// Hedging shortens the slowest calls, but calls run more than once. Use it only for methods that may run more than once. It is opt-in,
+/// with [`ChannelBuilder::hedge`] or [`ChannelBuilder::hedge_for`], and replaces a [`RetryPolicy`].
 ///
-/// - Each copy goes to an endpoint that the call has not been to. Where none is ready, none is sent.
-/// - The first answer that is no failure, or a failure that is fatal, is the call's. The other copies are cancelled.
-/// - A failure that is not fatal sends the next copy at once. A server can put it off or call it off with the header
+/// - Each hedge is sent to an endpoint that the call has not used. If no such endpoint is ready, no hedge is sent.
+/// - The first success or fatal failure ends the call. The other attempts are cancelled.
+/// - After a failure that is not fatal, the next hedge is sent at once. A server can delay or forbid it with the header
 ///   `grpc-retry-pushback-ms`.
-/// - All copies of a channel together are limited by its [`RetryBudget`](crate::RetryBudget).
-/// - Only calls whose request is there as a whole when they are made are hedged: those of one message.
+/// - All hedges of a channel together are limited by its [`RetryBudget`](crate::RetryBudget).
+/// - A call is hedged only if its whole request is available when the call is made, such as a request of one message.
 ///
 /// ```
 /// use std::time::Duration;
@@ -140,9 +141,9 @@ pub struct HedgingPolicy {
 }
 
 impl HedgingPolicy {
-    /// Sends a call up to `attempts` times, `delay` apart, until an answer is there. More than 5 times count as 5, which is A6's limit; 1 is
-    /// how a method is left out. A `delay` of zero sends all copies at once; a good one is the time within which 95 of 100 calls are
-    /// answered.
+    /// Creates a policy that sends a call up to `attempts` times, `delay` apart, until a response is received. Values above 5, A6's limit,
+    /// count as 5. The value 1 excludes a method from its channel's policy. A `delay` of zero sends all attempts at once. A good `delay` is
+    /// the time within which 95 of 100 calls are answered.
     pub fn new(attempts: u32, delay: Duration) -> Self {
         Self {
             attempts: attempts.clamp(1, MAX_ATTEMPTS),
@@ -151,7 +152,8 @@ impl HedgingPolicy {
         }
     }
 
-    /// The codes after which another copy may still succeed. Default `UNAVAILABLE`, the first of A6's example; A6 itself names none.
+    /// Sets the codes after which another hedge may still succeed. Default `UNAVAILABLE`, the first code of A6's example. A6 itself has no
+    /// default.
     pub fn non_fatal_codes(mut self, codes: impl IntoIterator<Item = Code>) -> Self {
         self.non_fatal = codes.into_iter().collect();
         self
@@ -170,7 +172,7 @@ impl HedgingPolicy {
     }
 }
 
-/// A set of codes, a bit for each.
+/// A set of codes, with one bit for each code.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Codes(u32);
 
@@ -185,14 +187,14 @@ impl Codes {
 }
 
 impl FromIterator<Code> for Codes {
-    /// A call that went well is no failure, whatever a set says.
+    /// Drops [`Code::Ok`], because a successful call is not a failure.
     fn from_iter<I: IntoIterator<Item = Code>>(codes: I) -> Self {
         let failures = codes.into_iter().filter(|code| *code != Code::Ok);
         Self(failures.fold(0, |codes, code| codes | Self::bit(code)))
     }
 }
 
-/// A6's example of a policy.
+/// The values of A6's example policy.
 const ATTEMPTS: u32 = 4;
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(1);

@@ -1,4 +1,4 @@
-//! Restarts, kills, refusals: what is replayed and what is not, and that no call runs twice.
+//! Restarts, kills and refusals: which calls are sent again and which are not. No call runs twice.
 
 use std::io;
 
@@ -19,7 +19,7 @@ fn counting(processed: &Arc<AtomicUsize>) -> support::Cut {
     )
 }
 
-/// A server that resets every call, and counts them.
+/// A server that resets and counts every call.
 fn resetting(reason: Reason, seen: &Arc<AtomicUsize>) -> support::Cut {
     let seen = Arc::clone(seen);
     Raw::answering(
@@ -120,7 +120,7 @@ async fn a_refusal_after_the_head_is_not_replayed() {
             let mut reading = reading.clone();
             async move {
                 let mut stream = respond.send_response(grpc_head(), false).expect("a head");
-                // A reset would take the head along that is not out yet.
+                // A reset would discard a head that is not written yet, so the server waits until the client has read it.
                 let _ = reading.wait_for(|reading| *reading).await;
                 stream.send_reset(Reason::REFUSED_STREAM);
             }
@@ -273,7 +273,7 @@ async fn a_server_killed_again_and_again_fails_only_what_was_in_flight() {
     drop(shaky);
     let _back = Greeter::start_with("back", port, |server| server);
     ready(&channel, 2).await;
-    // One caller alone takes whichever answers faster, until the other one's estimate has faded.
+    // A single caller uses the faster server until the latency estimate of the other server has decayed.
     let used = async { while !tally(&channel, 1).await.contains_key("back") {} };
     in_time("it is used again", used).await;
 }
@@ -303,7 +303,7 @@ async fn a_goaway_below_a_call_that_was_sent_sends_it_elsewhere() {
     let other = counting(&processed);
     let channel = over([shy, other.address()]);
     ready(&channel, 2).await;
-    // Round robin would do, but the default must do it as well: sooner or later the shy one is picked.
+    // Uses the default policy and not round robin: it picks the shy server sooner or later as well.
     let left = async {
         while channel
             .endpoints()
@@ -321,7 +321,7 @@ async fn a_goaway_below_a_call_that_was_sent_sends_it_elsewhere() {
     );
 }
 
-/// The other endpoint cannot be reached, and may not be for hours.
+/// The other endpoint refuses connections, possibly for hours, so the call must not wait for it.
 #[tokio::test]
 async fn a_goaway_below_a_call_sends_it_to_the_same_endpoint_once_that_is_back() {
     let (shy, back) = (support::shy(0), Greeter::start("back"));
@@ -353,7 +353,8 @@ async fn a_goaway_below_a_call_sends_it_to_the_same_endpoint_once_that_is_back()
     assert!(took < Duration::from_secs(10), "{took:?}");
 }
 
-/// Calls wait although one of very many connections has a place: whoever is woken for it looks for it everywhere.
+/// All streams of very many connections are in use, and one call waits. A stream that becomes free on any connection is handed to that
+/// call.
 #[tokio::test]
 async fn a_place_that_becomes_free_on_one_of_a_thousand_connections_is_found() {
     const ENDPOINTS: usize = 600;
@@ -368,7 +369,7 @@ async fn a_place_that_becomes_free_on_one_of_a_thousand_connections_is_found() {
                 builder.max_concurrent_streams(1);
                 let mut connection = builder.handshake(far).await.expect("a connection");
                 while let Some(Ok(call)) = connection.accept().await {
-                    // The test may be over.
+                    // The receiver is dropped at the end of the test.
                     let _ = accepts.send(call);
                 }
             });
@@ -382,7 +383,7 @@ async fn a_place_that_becomes_free_on_one_of_a_thousand_connections_is_found() {
         tokio::spawn(async move { say(&channel).await.expect("an answer") })
     };
     let (mut calls, mut held) = (Vec::new(), Vec::new());
-    // An endpoint whose streams are all in use gets one connection more.
+    // An endpoint whose streams are all in use gets one more connection.
     for _ in 0..2 * ENDPOINTS {
         calls.push(call());
     }
@@ -401,7 +402,7 @@ async fn a_place_that_becomes_free_on_one_of_a_thousand_connections_is_found() {
     }
 }
 
-/// What does not answer takes each attempt its whole timeout.
+/// An attempt to connect to an endpoint that does not respond takes its whole timeout.
 #[tokio::test(start_paused = true)]
 async fn a_thousand_endpoints_that_swallow_connections_hold_up_nobody() {
     let (changes, stream) = mpsc::unbounded_channel();
@@ -423,7 +424,7 @@ async fn a_thousand_endpoints_that_swallow_connections_hold_up_nobody() {
     for port in 1..=3_000 {
         insert(&changes, &format!("hole:{port}"), Attributes::new());
     }
-    // Every one of them has been dialled and is known to be failing; more of them than can be dialled at once are due at any time.
+    // By now every endpoint was dialled and has failed. At any time, more endpoints are due than can be dialled at once.
     tokio::time::sleep(Duration::from_secs(180)).await;
     for round in 1..=10 {
         insert(&changes, &format!("alpha:{round}"), Attributes::new());
@@ -433,7 +434,8 @@ async fn a_thousand_endpoints_that_swallow_connections_hold_up_nobody() {
         assert!(took < Duration::from_secs(1), "{took:?}");
         tokio::time::sleep(Duration::from_secs(3)).await;
     }
-    // One of those that fail is started again, whatever it waits for: its backoff or its turn.
+    // If the server of a failing endpoint is started again, the endpoint is dialled at once, whether it waits for its backoff or for its
+    // turn.
     for round in 1..=10 {
         let address = format!("hole:{round}");
         insert(&changes, &address, Attributes::new().with_generation(round));
@@ -484,7 +486,7 @@ async fn what_waits_for_a_free_stream_waits_in_our_hands_and_goes_elsewhere() {
         let channel = channel.clone();
         calls.spawn(async move { say(&channel).await });
     }
-    // One stream on each of the two connections that an endpoint may have then.
+    // The endpoint may have two connections now, with one stream each.
     let running = [full.accept().await, full.accept().await];
     until("the others wait", || channel.endpoints()[0].in_flight == 2).await;
     assert!(
@@ -524,7 +526,7 @@ async fn an_address_whose_packets_are_dropped_delays_no_call() {
     }
     took.sort_unstable();
     let p99 = took[took.len() * 99 / 100];
-    // Whoever waited for the hole would wait for seconds.
+    // A call that waited for the address would take seconds.
     assert!(p99 < Duration::from_millis(500), "{p99:?}");
     let connecting = channel.endpoints();
     let connecting = connecting
@@ -581,13 +583,13 @@ async fn pings_on_an_idle_connection_keep_it() {
         .addresses([server.address()])
         .connect_lazy();
     say(&channel).await.expect("an answer");
-    // What is waited for is that nothing happens, thirty pings long.
+    // The interval of 5 ms is raised to 10 ms, so 150 ms are fifteen keep-alive intervals. The connection must survive them.
     tokio::time::sleep(Duration::from_millis(150)).await;
     say(&channel).await.expect("an answer");
     assert_eq!(channel.endpoints()[0].last_error, None);
 }
 
-/// Speaks as much HTTP/2 as it takes to count calls. The first is told how many there may be `then` at once, if that is said.
+/// A server with just enough HTTP/2 to count calls. After the first call it announces `then`, if set, as the limit of concurrent streams.
 async fn count_calls(
     mut io: DuplexStream,
     then: Option<u8>,
@@ -595,7 +597,7 @@ async fn count_calls(
 ) -> io::Result<()> {
     let mut preface = [0; 24];
     io.read_exact(&mut preface).await?;
-    // SETTINGS, and the acknowledgement of the client's.
+    // Sends SETTINGS and acknowledges the client's SETTINGS.
     io.write_all(b"\0\0\0\x04\0\0\0\0\0\0\0\0\x04\x01\0\0\0\0")
         .await?;
     loop {
@@ -643,7 +645,7 @@ async fn a_server_that_allows_fewer_streams_than_before_is_sent_no_more() {
         callers.spawn(async move { say(&channel).await });
     };
     ready(&channel, 1).await;
-    // The new limit is published like a new set, so that whoever waits for a stream looks again.
+    // A new limit is published like a new ready set, so that waiting calls pick again.
     let limited = channel.0.shared().changed().notified();
     tokio::pin!(limited);
     limited.as_mut().enable();
@@ -662,7 +664,7 @@ async fn a_server_that_allows_one_stream_at_last_has_it_for_calls_and_not_for_it
     let counted = Arc::clone(&calls);
     let channel = BalancedChannel::builder()
         .health_check("")
-        // Or a watch that has no answer is given up, and begun again.
+        // The timeout also limits a watch without a response. It is long, so that the watch stays open.
         .connect_timeout(PATIENCE * 3)
         .connector(move |_| {
             let (near, far) = tokio::io::duplex(1 << 16);
@@ -671,7 +673,7 @@ async fn a_server_that_allows_one_stream_at_last_has_it_for_calls_and_not_for_it
         })
         .addresses(["fake:1"])
         .connect_lazy();
-    // The watch is the first, and has no answer.
+    // The watch is the first call, and the server does not respond to it.
     until("it is watched", || calls.load(Ordering::SeqCst) == 1).await;
     let call = tokio::spawn({
         let channel = channel.clone();

@@ -1,4 +1,4 @@
-//! What generated clients do with a channel: compression, metadata, large messages, errors.
+//! Features of generated clients over the channel: compression, metadata, large messages, errors.
 
 use tonic::codec::CompressionEncoding;
 use tonic::metadata::{BinaryMetadataValue, MetadataValue};
@@ -8,7 +8,7 @@ use super::greeter::HelloReply;
 use super::greeter::greeter_server::{self, GreeterServer};
 use super::*;
 
-/// Answers with what it was sent, and fails those who ask for it.
+/// A service that echoes requests, and returns an error for the name `fail`.
 struct Mirror;
 
 impl Mirror {
@@ -82,7 +82,7 @@ impl greeter_server::Greeter for Mirror {
     }
 }
 
-/// A mirror on loopback that compresses if it is asked to.
+/// Starts a [`Mirror`] on loopback that supports compression, and returns a channel to it.
 fn mirror() -> BalancedChannel {
     let listener = support::listen(0);
     let address = listener.local_addr().expect("an address");
@@ -195,7 +195,8 @@ async fn a_large_message_reaches_a_server_that_reads_slowly_and_others_pass_it()
         let data = data.expect("no error");
         received += data.len();
         let _ = body.flow_control().release_capacity(data.len());
-        // A small call does not wait for the large one. The server reads on meanwhile: both share the connection's window.
+        // A small call does not wait for the large one. The server keeps reading the large request, because both calls share the connection
+        // window.
         let (answered, call) = small.take().unwrap_or_else(|| {
             let channel = channel.clone();
             let call = tokio::spawn(async move { say(&channel).await });

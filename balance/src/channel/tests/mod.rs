@@ -1,4 +1,4 @@
-//! The channel against real servers on loopback sockets.
+//! Tests of the channel against real servers on loopback sockets.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -52,7 +52,7 @@ fn over<I: Into<String>>(addresses: impl IntoIterator<Item = I>) -> BalancedChan
         .connect_lazy()
 }
 
-/// A channel whose endpoints the test inserts and removes.
+/// Returns a channel, and the sender of its endpoint changes.
 fn fed() -> (Changes, BalancedChannel) {
     let (changes, stream) = mpsc::unbounded_channel();
     let channel = BalancedChannel::builder()
@@ -82,7 +82,7 @@ async fn say(channel: &BalancedChannel) -> Result<String, tonic::Status> {
     Ok(reply.into_inner().message)
 }
 
-/// Who serves how many of these calls; none may fail.
+/// Returns how many of these calls each server serves. No call may fail.
 async fn tally(channel: &BalancedChannel, calls: usize) -> BTreeMap<String, usize> {
     let mut tally = BTreeMap::new();
     for _ in 0..calls {
@@ -218,7 +218,7 @@ async fn an_endpoint_that_is_down_or_silent_from_the_start_fails_no_call() {
     let tally = tally(&channel, 1_000).await;
     assert_eq!(tally.values().sum::<usize>(), 1_000);
     let statuses = channel.endpoints();
-    // It may be dialled again at this moment.
+    // The endpoint may be connecting again at this moment, so the test only checks that it is not ready.
     let failing = statuses.iter().find(|status| status.last_error.is_some());
     let failing = failing.expect("one refuses");
     assert_ne!(failing.state, EndpointState::Ready);
@@ -436,7 +436,7 @@ async fn an_endpoint_that_is_not_listed_any_more_is_not_picked_any_more() {
         insert(&changes, &address(index), Attributes::new());
     }
     ready(&channel, ENDPOINTS).await;
-    // One batch, in which the first removals are seen while the last are still being made.
+    // Sends the removals as one batch. The first removals are visible while the last are still being applied.
     for index in 1..ENDPOINTS {
         remove(&changes, &address(index));
     }
@@ -460,7 +460,7 @@ async fn an_endpoint_that_is_not_listed_any_more_is_not_picked_any_more() {
 
 #[tokio::test]
 async fn attributes_change_in_place() {
-    // Latencies of servers in one busy process differ by more than noise; calls in flight do not.
+    // Compares calls in flight, because the latencies of servers in one busy process differ by more than noise.
     let (changes, stream) = mpsc::unbounded_channel();
     let channel = BalancedChannel::builder()
         .policy(LbPolicy::LeastRequest)
@@ -483,7 +483,7 @@ async fn attributes_change_in_place() {
         channel.endpoints().iter().any(|status| status.weight == 9)
     })
     .await;
-    // Picks see it with the next set.
+    // Picks use the new weight with the next ready set.
     let heavy = async { while tally(&channel, 400).await["heavy"] <= 300 {} };
     in_time("the heavy one's share", heavy).await;
     assert!(
@@ -527,14 +527,14 @@ async fn a_last_resort_serves_only_while_nothing_else_is_ready_and_is_never_dial
     };
     let status = say(&channel).await.expect_err("its connection is gone");
     assert_eq!(status.code(), Code::Unavailable);
-    // One that the channel hears of for the first time, too.
+    // A new endpoint that is a last resort is not dialled either.
     let other = Raw::start(|_| ());
     insert(
         &changes,
         &other.address(),
         Attributes::new().with_last_resort(true),
     );
-    // Longer than the first backoff: nothing is to come of it.
+    // Longer than the first backoff, so that a dial would have happened.
     tokio::time::sleep(Duration::from_millis(1_500)).await;
     assert_eq!(channel.endpoints().len(), 2);
     let dialled = other.connections.load(Ordering::SeqCst);
@@ -551,7 +551,7 @@ async fn a_last_resort_serves_only_while_nothing_else_is_ready_and_is_never_dial
 async fn a_fresh_registration_ends_the_backoff() {
     let (changes, channel) = fed();
     let address = refusing();
-    // Several failures, so that the next wait is longer than the test is patient for.
+    // Several failures make the next wait longer than the timeout of the test.
     insert(&changes, &address, Attributes::new().with_generation(1));
     for generation in 2..=4 {
         until("it fails", || {
@@ -820,7 +820,7 @@ async fn ten_thousand_calls_at_once_are_all_served() {
         let channel = channel.clone();
         calls.spawn(async move { say(&channel).await.map(drop) });
     }
-    // All on one thread, with the servers.
+    // Calls and servers share one thread, so the timeout is long.
     let bound = Duration::from_secs(90);
     let outcomes = tokio::time::timeout(bound, calls.join_all()).await;
     let outcomes = outcomes.expect("ten thousand calls take too long");
@@ -830,12 +830,12 @@ async fn ten_thousand_calls_at_once_are_all_served() {
 
 #[tokio::test]
 async fn a_body_read_frame_by_frame_gives_its_room_back() {
-    // Ten stream windows pass through one stream.
+    // The response is ten times as large as a stream window.
     let server = Raw::answering(
         |_| (),
         |(_, mut respond)| async move {
             let mut stream = respond.send_response(grpc_head(), false).expect("a head");
-            // A message of 1 024 bytes: its frame, the field and its length, and the text.
+            // A message of 1 024 bytes after the frame header: the tag and length of the field, and the text.
             let message = [&[0, 0, 0, 4, 0, 10, 0xfd, 7][..], &[b'x'; 1021]].concat();
             let message = Bytes::from(message);
             for _ in 0..10_000 {

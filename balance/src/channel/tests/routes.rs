@@ -1,4 +1,4 @@
-//! Calls with a route of their own: what they avoid, where they went, and connections that they give up.
+//! Calls with a [`Routing`]: endpoints that they avoid, the endpoint that they report, and connections that they replace.
 
 use tokio::time::Instant;
 use tower::service_fn;
@@ -6,7 +6,7 @@ use tower::service_fn;
 use super::*;
 use crate::Routing;
 
-/// One call by a route.
+/// Makes one call with this routing.
 async fn say_by(channel: &BalancedChannel, route: &Routing) -> Result<String, tonic::Status> {
     let service = service_fn(|request| channel.call_routed(route, request));
     let mut client = GreeterClient::new(service);
@@ -32,7 +32,7 @@ async fn what_a_route_avoids_gets_no_call_while_another_is_ready_and_the_last_on
     for (avoided, expected) in [
         (vec![&*alpha], vec![&beta, &gamma]),
         (vec![&alpha, &beta], vec![&gamma]),
-        // Where all are avoided, the last one is what the next call is kept from.
+        // If all endpoints are avoided, only the last of the list gets no call.
         (vec![&alpha, &beta, &gamma], vec![&alpha, &beta]),
     ] {
         let mut went = std::collections::BTreeSet::new();
@@ -66,7 +66,7 @@ async fn a_complaint_counts_against_the_endpoint() {
     let route = avoiding(&[]);
     say_by(&channel, &route).await.expect("an answer");
     let latency = || channel.endpoints()[0].latency.expect("a call was made");
-    // A complaint counts as 100 ms, and the first call may have taken longer.
+    // A reported failure counts as 100 ms. The first call may have taken longer, so further calls lower the latency first.
     while latency() > Duration::from_millis(50) {
         say_by(&channel, &route).await.expect("an answer");
     }
@@ -75,7 +75,7 @@ async fn a_complaint_counts_against_the_endpoint() {
     assert!(latency() > before, "{before:?} {:?}", latency());
 }
 
-/// A connection that is given up takes no further call of a route, from that moment on, though what is open on it goes on.
+/// After `reconnect`, no further routed call is sent on the old connection, and its open streams continue.
 #[tokio::test]
 async fn a_connection_that_is_given_up_is_left_at_once_and_its_streams_go_on() {
     let connections = Arc::new(AtomicUsize::new(0));
@@ -107,7 +107,7 @@ async fn a_connection_that_is_given_up_is_left_at_once_and_its_streams_go_on() {
     feed.send(hello("still here")).expect("an open stream");
     let reply = in_time("a reply", replies.message()).await;
     assert!(reply.expect("a reply").is_some());
-    // Connections without calls are gone by the next look at them, and the endpoint is there all the same.
+    // The next check of the driver closes old connections without calls. The endpoint stays ready.
     until("the old connections are closed", || {
         channel.endpoints()[0].connections == 2
     })

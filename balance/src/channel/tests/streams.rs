@@ -1,8 +1,8 @@
-//! Bodies at the edges: unread, dropped, parked, answered early, stalled.
+//! Edge cases of bodies: unread, dropped, parked, answered early, stalled.
 
 use super::*;
 
-/// Answers every call with this many messages of this size.
+/// Starts a server that answers each call with this many messages of this size.
 fn streaming(messages: usize, size: usize) -> support::Cut {
     Raw::answering(|_| (), move |call| stream(call, messages, size))
 }
@@ -49,7 +49,7 @@ async fn frame(body: &mut Body) -> Option<Result<http_body::Frame<Bytes>, tonic:
     in_time("a frame", frame).await
 }
 
-/// Reads to the end, and says how many bytes that were.
+/// Reads to the end and returns the number of bytes.
 async fn read_all(body: &mut Body) -> usize {
     let mut bytes = 0;
     while let Some(frame) = frame(body).await {
@@ -67,7 +67,7 @@ async fn streams_nobody_reads_stop_nobody_else() {
     for _ in 0..20 {
         parked.push(open(&channel).await);
     }
-    // Each fills its window now, whenever that is: what comes after must not mind.
+    // Each parked stream fills its window at some point. Later calls must not be affected.
     let mut body = open(&channel).await;
     for _ in 0..20_000 {
         frame(&mut body).await.expect("a frame").expect("no error");
@@ -128,7 +128,7 @@ async fn thousands_of_dropped_streams_cost_no_call() {
     idle(&channel).await;
 }
 
-/// The body of a response to a call with a deadline of a second.
+/// Makes a call with a timeout of one second and returns the body of its response.
 async fn open_for_a_second(channel: &BalancedChannel) -> crate::ResponseBody {
     use tower::Service;
     let request = http::Request::post("/helloworld.Greeter/SayHellos")
@@ -200,7 +200,7 @@ async fn parked_uploads_stop_nobody_else() {
             let requests = UnboundedReceiverStream::new(requests);
             client.greet_all(requests).await.map(drop)
         });
-        // Polled for a moment in mid-upload, then left.
+        // The call is polled for 2 ms during the upload and then parked.
         let moment = tokio::time::timeout(Duration::from_millis(2), &mut call);
         assert!(moment.await.is_err(), "the upload has not ended");
         parked.push((feed, call));
@@ -261,7 +261,7 @@ async fn an_answer_in_the_middle_of_an_upload_is_delivered() {
 
 #[tokio::test]
 async fn a_server_that_never_reads_holds_little_of_an_upload() {
-    // With a connection window of one stream's, h2's default, the server would stop the other calls itself.
+    // With h2's default, a connection window as large as one stream window, the server itself would stop the other calls.
     let mut raw = Raw::start(|builder| {
         builder.initial_connection_window_size(1 << 20);
     });
@@ -276,7 +276,7 @@ async fn a_server_that_never_reads_holds_little_of_an_upload() {
     let call = tokio::spawn(async move { client.greet_all(requests).await.map(drop) });
     let accepted = raw.accept().await;
     until("the first is taken", || produced.load(Ordering::SeqCst) > 0).await;
-    // A server that answers other calls has had the time to take more, if any were sent.
+    // After 100 other calls the server would have received more of the upload, if more had been sent.
     for _ in 0..100 {
         let other = tokio::spawn({
             let channel = channel.clone();
@@ -340,7 +340,7 @@ async fn cancelled_calls_and_half_read_streams_beside_ordinary_calls_cost_nothin
                 replies.message().await.map(drop)
             });
         }
-        // Some are not sent yet, some are half read, some have ended.
+        // At this point some calls are not sent yet, some responses are half read, and some calls have ended.
         for _ in 0..fastrand::usize(1..40) {
             tokio::task::yield_now().await;
         }

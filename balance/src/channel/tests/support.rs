@@ -1,4 +1,4 @@
-//! Backends on real sockets: tonic's greeter, and a bare `h2` server that does as it is told.
+//! Servers on real sockets: tonic's greeter, and a bare `h2` server that the tests control.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -40,7 +40,7 @@ pub(super) async fn in_time<T>(what: &str, future: impl Future<Output = T>) -> T
     output.unwrap_or_else(|_| unreachable!("{what} took too long"))
 }
 
-/// A listener, on this port if it is not 0.
+/// Returns a listener, on this port unless it is 0.
 pub(super) fn listen(port: u16) -> TcpListener {
     let socket = TcpSocket::new_v4().expect("a socket");
     socket.set_reuseaddr(true).expect("an option");
@@ -49,7 +49,8 @@ pub(super) fn listen(port: u16) -> TcpListener {
     socket.listen(1024).expect("a listener")
 }
 
-/// An address that refuses connections until somebody listens there on purpose: its port is given to nobody for as long as the tests run.
+/// Returns an address that refuses connections until a test listens on it. The socket stays bound, so that the system assigns its port to
+/// no other socket while the tests run.
 pub(super) fn refusing() -> String {
     let socket = TcpSocket::new_v4().expect("a socket");
     socket.set_reuseaddr(true).expect("an option");
@@ -60,14 +61,14 @@ pub(super) fn refusing() -> String {
     address.to_string()
 }
 
-/// An address that accepts connections and never says a word.
+/// Returns an address that accepts connections and never sends a byte, with its listener.
 pub(super) fn black_hole() -> (std::net::TcpListener, String) {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
     let address = listener.local_addr().expect("an address").to_string();
     (listener, address)
 }
 
-/// tonic's greeter.
+/// A server with tonic's greeter.
 pub(super) struct Greeter {
     pub(super) address: SocketAddr,
     stop: CancellationToken,
@@ -108,7 +109,7 @@ impl Greeter {
         self.address.to_string()
     }
 
-    /// Shuts down as tonic does: GOAWAY, and the calls in flight finish.
+    /// Shuts down as tonic does: the server sends GOAWAY and finishes the calls in flight.
     pub(super) async fn shut_down(self) {
         self.stop.cancel();
         in_time("a graceful shutdown", self.served)
@@ -119,7 +120,7 @@ impl Greeter {
 
 pub(super) type Accepted = (Request<RecvStream>, SendResponse<Bytes>);
 
-/// A bare `h2` server. Every call is handed to the test, or to a function; cutting it closes its sockets.
+/// A bare `h2` server. Each call is passed to the test or to a function. [`cut`](Self::cut) closes its sockets.
 pub(super) struct Raw {
     pub(super) address: SocketAddr,
     pub(super) accepted: mpsc::UnboundedReceiver<Accepted>,
@@ -173,7 +174,7 @@ impl Raw {
         }
     }
 
-    /// Answers every call with this function, in a task of its own.
+    /// Starts a server that answers each call with this function, in a task for each call.
     pub(super) fn answering<F, Fut>(
         configure: impl Fn(&mut h2::server::Builder) + Send + 'static,
         answer: F,
@@ -214,12 +215,12 @@ impl Raw {
 
 impl Drop for Raw {
     fn drop(&mut self) {
-        // `answering` moves it into a task that lives as long as the server.
+        // `answering` moves the value into a task that runs as long as the server, so that the server is not aborted early.
         self.task.abort();
     }
 }
 
-/// A [`Raw`] that answers by itself.
+/// A [`Raw`] server that answers its calls without the test.
 pub(super) struct Cut {
     pub(super) address: SocketAddr,
     task: AbortHandle,
@@ -237,10 +238,10 @@ impl Drop for Cut {
     }
 }
 
-/// A gRPC message of no bytes, in its frame.
+/// An empty gRPC message in its frame.
 pub(super) const EMPTY_MESSAGE: &[u8] = &[0, 0, 0, 0, 0];
 
-/// Reads the whole request, and answers it with an empty message.
+/// Reads the whole request and sends an empty message as the response.
 pub(super) async fn reply((request, mut respond): Accepted) {
     let mut body = request.into_body();
     while let Some(Ok(data)) = body.data().await {
@@ -253,13 +254,13 @@ pub(super) async fn reply((request, mut respond): Accepted) {
     let _ = stream.send_trailers(ok());
 }
 
-/// The head of a gRPC server's response.
+/// Returns the head of a gRPC response.
 pub(super) fn grpc_head() -> Response<()> {
     let head = Response::builder().header("content-type", "application/grpc");
     head.body(()).expect("a head")
 }
 
-/// The trailers of a call that went well.
+/// Returns the trailers of a successful call.
 pub(super) fn ok() -> HeaderMap {
     let mut trailers = HeaderMap::new();
     trailers.insert("grpc-status", "0".parse().expect("a value"));
@@ -278,7 +279,8 @@ pub(super) async fn ready(channel: &BalancedChannel, endpoints: usize) {
             == endpoints
     })
     .await;
-    // An endpoint says that it is ready up to a millisecond before calls can be given to it: joins are published together.
+    // The state of an endpoint becomes ready up to a millisecond before picks can use the endpoint, because new connections are published
+    // in batches.
     let published = || channel.0.shared().summary().ready;
     let first_choice = |status: &crate::EndpointStatus| is_ready(status) && !status.last_resort;
     until("calls can be given to them", || {
@@ -292,7 +294,7 @@ pub(super) async fn ready(channel: &BalancedChannel, endpoints: usize) {
     .await;
 }
 
-/// How many times a test does something: few, and all of them with `SOAK=1` in the environment. It says so.
+/// Returns how often a test repeats a step: `full` times with `SOAK=1` in the environment, and otherwise `small` times, which is printed.
 pub(super) fn soak(what: &str, small: usize, full: usize) -> usize {
     if std::env::var_os("SOAK").is_some_and(|soak| soak == "1") {
         return full;
@@ -312,14 +314,15 @@ pub(super) async fn idle(channel: &BalancedChannel) {
     .await;
 }
 
-/// The time that something takes.
+/// Returns the output of a future and its duration.
 pub(super) async fn timed<T>(future: impl Future<Output = T>) -> (T, Duration) {
     let start = Instant::now();
     let output = in_time("a call", future).await;
     (output, Instant::now().saturating_duration_since(start))
 }
 
-/// A server that answers PINGs, and the first call with a GOAWAY that names this stream as the last one it has seen. Then it hangs up.
+/// Starts a server that answers PINGs. It answers the first call with a GOAWAY that names `last` as the last stream, and closes the
+/// connection.
 pub(super) fn shy(last: u8) -> String {
     let listener = listen(0);
     let address = listener.local_addr().expect("an address");
@@ -350,13 +353,13 @@ pub(super) fn shy(last: u8) -> String {
         let goaway = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, last, 0, 0, 0, 0];
         socket.write_all(&goaway).await.expect("a goaway");
         let _ = socket.shutdown().await;
-        // Closing with unread data would be a reset, which could overtake the GOAWAY.
+        // A socket that is closed with unread data sends a reset, which could overtake the GOAWAY.
         let _ = socket.read_to_end(&mut Vec::new()).await;
     });
     address.to_string()
 }
 
-/// An address whose packets are dropped: nobody takes connections from its queue, and the queue is full.
+/// An address whose packets are dropped: the queue of its listener is full, and no connection is accepted from the queue.
 pub(super) struct Hole {
     address: SocketAddr,
     _listener: TcpListener,
@@ -389,7 +392,7 @@ impl Hole {
     }
 }
 
-/// An address in front of another one, and how to stop every byte between the two without closing anything.
+/// Returns an address that forwards to `target`, and a switch that stops all bytes between the two without closing a connection.
 pub(super) fn valve(target: SocketAddr) -> (SocketAddr, watch::Sender<bool>) {
     let listener = listen(0);
     let address = listener.local_addr().expect("an address");
@@ -403,7 +406,7 @@ pub(super) fn valve(target: SocketAddr) -> (SocketAddr, watch::Sender<bool>) {
                     _ = tokio::io::copy_bidirectional(&mut near, &mut far) => return,
                     _ = is_shut.wait_for(|shut| *shut) => {}
                 }
-                // The sockets stay open for as long as somebody holds the valve.
+                // Keeps the sockets open until the switch is dropped.
                 while is_shut.changed().await.is_ok() {}
             });
         }

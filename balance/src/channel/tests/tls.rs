@@ -1,4 +1,4 @@
-//! TLS: the name is the client's, the roots are checked, certificates are read again.
+//! TLS: the client fixes the name of the server, checks the roots, and reads certificates again.
 
 use tonic::transport::{Certificate, Identity, ServerTlsConfig};
 
@@ -100,7 +100,7 @@ async fn a_server_that_asks_for_it_is_shown_our_certificate() {
     assert_eq!(status.code(), Code::Unavailable);
 }
 
-/// Calls until there is an answer.
+/// Repeats a call until it succeeds.
 async fn answered(channel: &BalancedChannel) {
     while say(channel).await.is_err() {}
 }
@@ -130,7 +130,7 @@ async fn an_identity_in_files_is_read_again_and_half_of_it_leaves_the_last_one_i
     }
     in_time("a call with the new identity", answered(&channel)).await;
 
-    // A renewal in its middle: the key is not there.
+    // A renewal is half done: the key file is missing.
     std::fs::remove_file(file("client.key")).expect("a file");
     let port = server.address.port();
     server.shut_down().await;
@@ -151,7 +151,7 @@ async fn servers_prove_their_own_name_only_at_addresses_that_the_program_wrote_d
     authority.sign("server", "greeter.internal");
     let server = serve(&authority);
     let tls = || TlsConfig::verify_dialled_host().ca_certificate(authority.read("ca.pem"));
-    // The certificate is for 127.0.0.1 as well.
+    // The certificate is also valid for 127.0.0.1.
     say(&secured(&server, tls())).await.expect("an answer");
 
     let other = server.address().replace("127.0.0.1", "localhost");

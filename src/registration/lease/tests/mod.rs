@@ -1,4 +1,4 @@
-//! Plays an etcd to the machine: one that loses answers, forgets leases, restarts, and lets others write the key.
+//! Simulates an etcd for the machine: it loses responses, drops leases, restarts, and accepts writes of other clients to the key.
 
 use proptest::prelude::{ProptestConfig, any, proptest};
 
@@ -10,14 +10,14 @@ mod taken_away;
 
 const TTL: Duration = Duration::from_secs(6);
 
-/// One key and the leases, as etcd keeps them.
+/// One key and the leases, as etcd stores them.
 #[derive(Debug)]
 struct Store {
     revision: i64,
     term: u64,
     key: Option<KeyValue>,
     leases: Vec<(LeaseId, Instant)>,
-    /// Who wrote the key, one after another.
+    /// The leases of all puts of the key, in order.
     owners: Vec<LeaseId>,
     events: Vec<Event>,
 }
@@ -76,7 +76,7 @@ impl Store {
             .map_or(Revision::ZERO, |kv| kv.mod_revision)
     }
 
-    /// Renews a lease for one who takes no answer out of a term below this one.
+    /// Renews a lease for a client that rejects a response with a raft term below `term`.
     fn renewal(&mut self, lease: LeaseId, term: u64, now: Instant) -> Result<KeepAlive, EtcdError> {
         let header = Some(Header {
             cluster_id: 7,
@@ -109,13 +109,13 @@ fn alone(kv: Option<KeyValue>, current: bool) -> Found {
     }
 }
 
-/// Whether an exchange gets through.
+/// The fate of an exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
     Good,
-    /// etcd never sees it.
+    /// The request does not reach etcd.
     Lost,
-    /// etcd does it, and the answer is lost.
+    /// etcd executes the request, and the response is lost.
     AnswerLost,
 }
 
@@ -131,7 +131,7 @@ struct Player {
     machine: Machine,
     now: Instant,
     rng: fastrand::Rng,
-    /// Events go to the machine up to here.
+    /// Number of events that were delivered to the machine.
     seen: usize,
 }
 
@@ -242,7 +242,7 @@ impl Player {
         player
     }
 
-    /// Lets everything go well until the newest value is written, and says where.
+    /// Runs without faults until the newest value is written, and returns its mod revision.
     fn settled(&mut self) -> Option<Revision> {
         while !self.machine.is_written() {
             self.step(Fate::Good);
@@ -251,7 +251,7 @@ impl Player {
         self.store.key.as_ref().map(|kv| kv.mod_revision)
     }
 
-    /// Lets everything go well until the key is registered, and says how long that took.
+    /// Runs without faults until the key is registered, and returns the elapsed time.
     fn settle(&mut self) -> Duration {
         let start = self.now;
         for _ in 0..200 {
@@ -285,7 +285,7 @@ proptest! {
                 0..4 => player.store.delete(),
                 4..8 => player.store.leases.clear(),
                 8..10 => {
-                    // Wiped.
+                    // The store is wiped.
                     player.store.leases.clear();
                     player.store.key = None;
                     player.store.revision = 1;
@@ -297,7 +297,7 @@ proptest! {
                 }
                 10..12 => player.store.term += 1,
                 44..46 => {
-                    // Restored from a backup: terms begin anew, leases live on.
+                    // The store is restored from a backup: terms start anew, and leases still exist.
                     player.store.term = 2;
                     player.machine.on_watch_lost();
                     player.machine.on_watch_opened();
@@ -318,7 +318,7 @@ proptest! {
             player.step(fate);
             assert_ne!(player.store.key.as_ref().map(|kv| kv.lease), Some(LeaseId::NONE), "never without a lease");
         }
-        // The watch on the key was lost and comes back with the rest.
+        // The watch on the key was lost, and is reopened now that the faults end.
         player.seen = player.store.events.len();
         player.machine.on_watch_opened();
         let took = player.settle();
@@ -350,7 +350,7 @@ proptest! {
             player.step(Fate::Good);
         }
         assert_eq!(player.machine.phase(player.now), Phase::Superseded(other));
-        // When the other goes, the key is claimed.
+        // After the lease of the other server ends, the machine claims the key.
         player.store.leases.retain(|(lease, _)| *lease != other);
         assert!(player.settle() <= TTL);
     }
@@ -421,7 +421,7 @@ fn while_etcd_is_silent_the_old_lease_is_tried_at_least_every_quarter_of_the_ttl
                 let gap = player.now.saturating_duration_since(last);
                 assert!(gap <= TTL / 4 + TTL / 6, "{gap:?} between two tries");
             } else {
-                // The first one was due after a third of the TTL.
+                // The first attempt is due after a third of the TTL.
             }
         }
     }
@@ -501,7 +501,7 @@ fn a_store_that_was_restored_is_taken_for_what_it_is() {
     while player.machine.term != 9 {
         player.step(Fate::Good);
     }
-    // What a restored store has is older: a key that was written again since, leases that live on, and terms that begin anew.
+    // A restored store contains old data: an older version of a key, leases that still exist, and terms that start anew.
     let backup = player.store.key.clone();
     player.machine.on_new_value();
     let written = player.settled();
@@ -526,7 +526,7 @@ fn a_store_that_was_restored_is_taken_for_what_it_is() {
         writes + 1,
         "the value is put back, once"
     );
-    // And what happens to the key is noticed.
+    // Later changes of the key are still detected.
     player.store.delete();
     player.settle();
 }
@@ -595,7 +595,7 @@ fn what_happened_while_the_key_was_not_watched_is_found_by_a_read() {
     player.machine.on_watch_lost();
     player.store.leases.clear();
     player.store.expire(player.now);
-    // The event is missed: the watch that is opened now shows what comes after it.
+    // The event is missed: the watch that is opened now delivers only later events.
     player.seen = player.store.events.len();
     player.machine.on_watch_opened();
     assert!(player.settle() <= Duration::from_millis(50));
@@ -689,7 +689,7 @@ fn a_full_store_is_not_tried_again_and_again_without_a_growing_wait() {
     assert!((3..15).contains(&puts), "{puts} puts");
 }
 
-/// How many renewals there are from one read of the keys to the next.
+/// Returns the number of renewals from one read of the keys to the next.
 fn renewals_between_reads(player: &mut Player) -> u32 {
     let mut renewals = 0;
     loop {
@@ -710,7 +710,7 @@ fn keys_are_read_once_per_ttl_and_at_each_renewal_while_they_are_not_watched() {
         } else {
             player.machine.on_watch_lost();
         }
-        // The read that follows an opening.
+        // Skips the first interval: a read follows the opening of the watch.
         renewals_between_reads(&mut player);
         for _ in 0..2 {
             assert_eq!(renewals_between_reads(&mut player), renewals, "{watched}");
@@ -718,7 +718,7 @@ fn keys_are_read_once_per_ttl_and_at_each_renewal_while_they_are_not_watched() {
     }
 }
 
-/// Renewals that fail in this way for a while: how many there are, and the longest wait between two.
+/// Fails every renewal with `kind` for `time`. Returns the number of attempts and the longest wait between two attempts.
 fn failing_renewals(player: &mut Player, kind: EtcdErrorKind, time: Duration) -> (u32, Duration) {
     let (start, mut last, mut tries, mut longest) = (player.now, player.now, 0, Duration::ZERO);
     while player.now < start + time {

@@ -1,8 +1,8 @@
-//! What is taken away, or was never ours: single keys, old leases, ids that somebody else has.
+//! Tests of removals and foreign objects: single keys, old leases, lease ids of other clients.
 
 use super::*;
 
-/// Of two keys or more, all registered; and what carries commands out while all is well.
+/// A machine with two or more registered keys. Its commands are executed without faults.
 struct Pair {
     machine: Machine,
     now: Instant,
@@ -69,7 +69,7 @@ impl Pair {
     }
 }
 
-/// A member that was frozen carries it out when the key was deleted over another one.
+/// The put was sent to a frozen member, which applies it after the key was deleted through another member.
 #[test]
 fn a_put_that_lands_after_its_key_was_deleted_is_taken_away_as_well() {
     let mut pair = Pair::registered();
@@ -102,7 +102,7 @@ fn a_deletion_that_is_refused_keeps_the_other_keys_from_nothing() {
     assert!(matches!(pair.step(), Command::Read { .. }));
     assert!(matches!(pair.step(), Command::Put { .. }));
     assert!(pair.machine.is_written());
-    // And it is tried again.
+    // The delete is attempted again.
     pair.now += TTL;
     while !pair.machine.is_gone(1) {
         match pair.machine.command(pair.now) {
@@ -130,7 +130,7 @@ fn one_deletion_that_is_refused_does_not_keep_another_from_being_made() {
     assert!(pair.machine.is_gone(2) && !pair.machine.is_gone(1));
 }
 
-/// The watch brings the last word and the deletion itself.
+/// The watch delivers the leave marker and the deletion.
 #[test]
 fn a_deletion_of_our_own_is_not_made_twice() {
     let mut pair = Pair::registered();
@@ -148,7 +148,7 @@ fn a_deletion_of_our_own_is_not_made_twice() {
     assert!(matches!(next, Command::Wait { .. }), "{next:?}");
 }
 
-/// The key may hang on it still.
+/// The key may still be attached to the old lease.
 #[test]
 fn a_key_is_deleted_after_the_old_lease_is_revoked() {
     let mut pair = Pair::registered();
@@ -191,7 +191,7 @@ fn a_lease_whose_revoke_had_no_answer_is_revoked_once_the_key_hangs_on_another()
 
 #[test]
 fn a_deregistration_is_not_done_before_the_old_lease_is_revoked_as_well() {
-    // Before the new lease is granted, and after that; and the same twice.
+    // The deregistration happens before or after the grant of the new lease. The last case has two old leases.
     for (steps, pauses) in [(0, 1), (1, 1), (2, 1), (1, 2)] {
         let mut player = Player::registered(21);
         for _ in 0..pauses {
@@ -219,7 +219,7 @@ fn a_deregistration_is_not_done_before_the_old_lease_is_revoked_as_well() {
     }
 }
 
-/// As where one address leads to two clusters: granted by the one, unknown to the other.
+/// Simulates one address that leads to two clusters: one grants the lease, the other does not have it.
 #[test]
 fn a_lease_that_is_lost_as_soon_as_it_is_granted_is_not_replaced_in_a_loop() {
     let mut player = Player::new(22);
@@ -240,7 +240,7 @@ fn a_lease_that_somebody_else_has_is_not_taken() {
     let Command::Grant { lease, .. } = player.machine.command(player.now) else {
         panic!("a grant comes first");
     };
-    // It was never asked for before.
+    // No earlier grant used this lease id.
     player
         .machine
         .on_granted(lease, exists(), player.now, player.now);
@@ -249,7 +249,7 @@ fn a_lease_that_somebody_else_has_is_not_taken() {
         panic!("another one is asked for");
     };
     assert_ne!(other, lease);
-    // This one was, and is ours.
+    // An earlier grant used this lease id, so the lease is the registration's own.
     let lost = Err(error(EtcdErrorKind::DeadlineExceeded));
     player
         .machine

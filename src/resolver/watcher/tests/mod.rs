@@ -1,5 +1,5 @@
-//! Plays a store to the machine: one that changes, compacts, lags, cuts streams anywhere, splits revisions over fragments, and is
-//! wiped. Whatever the order, what is known in the end is what the store holds.
+//! Runs the machine against a simulated store. The store changes, compacts, lags, cuts streams anywhere, splits revisions over fragments,
+//! and is wiped. In every order of these steps, the final set must match the content of the store.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -20,7 +20,7 @@ mod table;
 const PREFIX: &str = "/gRPC/greeter/";
 const RECONCILE: Duration = Duration::from_secs(60);
 
-/// An etcd store with its whole history, compacted or not.
+/// A simulated etcd store. It keeps its whole history, including the compacted part.
 #[derive(Debug)]
 struct Store {
     rng: fastrand::Rng,
@@ -28,9 +28,9 @@ struct Store {
     revision: i64,
     compacted: i64,
     term: u64,
-    /// Its watches lose events.
+    /// Whether its watches lose events.
     lossy: bool,
-    /// It answers every list with what was asked for.
+    /// Whether every list succeeds with full pages.
     steady: bool,
 }
 
@@ -55,7 +55,7 @@ impl Store {
         }
     }
 
-    /// The keys as they were at a revision.
+    /// Returns the keys as of a revision.
     fn at(&self, revision: i64) -> BTreeMap<Key, KeyValue> {
         let mut keys = BTreeMap::new();
         for event in &self.history {
@@ -70,7 +70,7 @@ impl Store {
         keys
     }
 
-    /// One transaction of puts and deletes.
+    /// Applies one random transaction of puts and deletes.
     fn change(&mut self) {
         let now = self.at(self.revision);
         self.revision += 1;
@@ -102,7 +102,7 @@ impl Store {
         self.compacted = self.rng.i64(self.compacted..=self.revision);
     }
 
-    /// Starts again empty, with the same cluster id, and often with more revisions than before.
+    /// Restarts the store empty, with the same cluster id. The new history often has more revisions than the old one.
     fn wipe(&mut self) {
         self.history.clear();
         self.revision = 1;
@@ -127,7 +127,7 @@ impl Store {
             20..40 if request.limit > 1 => return Err(error(EtcdErrorKind::ResponseTooLarge)),
             _ => {}
         }
-        // The server may send less than was asked for, as a smaller limit of its own would.
+        // A server may return fewer keys than requested, for example because of its own smaller limit.
         let mut limit = usize::try_from(request.limit).expect("positive");
         if !self.steady {
             limit = limit.min(self.rng.usize(1..20));
@@ -157,7 +157,7 @@ impl Store {
         )
     }
 
-    /// What a watch from a revision sends, message by message.
+    /// Returns the messages of a watch that starts at a revision.
     fn watch(&mut self, from: i64) -> VecDeque<Result<WatchMessage, EtcdErrorKind>> {
         let lag = i64::from(self.rng.u8(..3));
         let mut header = self.header();
@@ -171,7 +171,7 @@ impl Store {
             messages.push_back(Err(EtcdErrorKind::Compacted));
             return messages;
         }
-        // A member that lags replays what was not asked for.
+        // A lagging member replays events from before the requested revision.
         let from = from - i64::from(self.rng.u8(..3)).min(from);
         let mut events: Vec<_> = self
             .history
@@ -204,19 +204,19 @@ fn error(kind: EtcdErrorKind) -> EtcdError {
     EtcdError::new(kind, "test", "127.0.0.1:1", "scripted")
 }
 
-/// The machine with the set that is made of its updates.
+/// The machine, the simulated store, and the set built from the machine's updates.
 struct Player {
     store: Store,
     machine: Machine,
     snapshot: Instances,
     stream: VecDeque<Result<WatchMessage, EtcdErrorKind>>,
-    /// From where the stream at hand has sent everything.
+    /// Revision up to which the current stream has sent every event.
     sent: i64,
     now: Instant,
     command: Command,
-    /// The server was restarted, and the next exchange is the first to notice.
+    /// Whether the server was restarted and the next exchange fails because of it.
     restarted: bool,
-    /// The revision of each key's last change, while none may go back.
+    /// Revision of the last change of each key, for tests in which it must never decrease.
     facts: Option<BTreeMap<Key, Revision>>,
 }
 
@@ -238,11 +238,11 @@ impl Player {
         }
     }
 
-    /// Answers one command. With `faults`, anything may fail.
+    /// Executes one command. With `faults`, any exchange may fail.
     fn step(&mut self, faults: bool) {
         let waiting = matches!(self.command, Command::Wait(_) | Command::RenewToken(_));
         let restarted = !waiting && std::mem::take(&mut self.restarted);
-        // Beside the watch, which will end as well.
+        // These commands run beside the watch, which must fail as well.
         self.restarted |=
             restarted && matches!(self.command, Command::Reconcile(_) | Command::Read(_));
         let fault = restarted || faults && self.store.rng.u8(..) < 25;
@@ -348,8 +348,8 @@ impl Player {
             && self.sent == self.store.revision
     }
 
-    /// The set is right if each key's last good value is there. What was good before a key was listed for the first time nobody
-    /// knows, so only keys whose value is good now, and keys that are gone, are compared.
+    /// Checks that the set contains the last good value of each key. Good values from before the first list of a key are unknown to the
+    /// machine. Only keys with a good current value and deleted keys are therefore compared.
     fn check(&mut self) {
         for _ in 0..10_000 {
             if self.is_idle() {
@@ -393,7 +393,7 @@ proptest! {
                 90..94 => player.store.compact(),
                 94..96 => player.store.term += 1,
                 96 => {
-                    // A wiped server is a restarted one: whatever is under way fails.
+                    // A wiped server is also a restarted server: every exchange in progress fails.
                     player.store.wipe();
                     player.restarted = true;
                 }
@@ -512,7 +512,7 @@ fn a_store_that_went_back_or_forgot_is_listed_anew() {
     }
 }
 
-/// Between what was read last and what the watch has brought since.
+/// The restored revision lies between the last read and the last event of the watch.
 #[test]
 fn a_store_that_was_restored_to_before_an_event_is_listed_anew() {
     let mut player = populated(2);
@@ -529,14 +529,14 @@ fn a_store_that_was_restored_to_before_an_event_is_listed_anew() {
         .machine
         .on_message(message(seen + 60, vec![gone], false));
     let key = reopened(&mut player);
-    // The key that was written last is as it was.
+    // The key written last is unchanged.
     let (mut header, found) = player.store.read(&key);
     header.revision = Revision::new(seen + 30);
     let next = player.machine.on_checked(Ok((header, found)), player.now);
     assert!(matches!(next, Command::List(_)), "{next:?}");
 }
 
-/// A server that ends each watch after a message is not asked in a loop, and not left alone for long either.
+/// A server that ends each watch after one message must cause neither a busy loop nor long waits.
 #[test]
 fn a_watch_that_is_cut_after_each_message_is_opened_again_within_a_second() {
     let mut player = populated(2);
@@ -560,8 +560,8 @@ fn a_watch_that_is_cut_after_each_message_is_opened_again_within_a_second() {
     assert!(waits.iter().all(|wait| within.contains(wait)), "{waits:?}");
 }
 
-/// A watch of a store that is so far ahead, which brings something or not and ends like this after so many seconds: whether it is followed by
-/// a list.
+/// Runs one watch of a store that is `ahead` revisions ahead of R. If `brings` is true, the watch delivers an event. It ends with `end`
+/// after `lives` seconds. Returns whether a list follows.
 fn is_followed_by_a_list(
     player: &mut Player,
     ahead: i64,
@@ -585,7 +585,7 @@ fn is_followed_by_a_list(
     matches!(player.machine.on_wake(), Command::List(_))
 }
 
-/// What a server cannot send in time it cannot send in time again.
+/// A backlog that a server could not send in time once will not arrive in time on the next watch.
 #[test]
 fn a_watch_that_brings_nothing_of_a_backlog_is_replaced_by_a_list() {
     let silent = EtcdErrorKind::DeadlineExceeded;
@@ -601,7 +601,7 @@ fn a_watch_that_brings_nothing_of_a_backlog_is_replaced_by_a_list() {
         assert!(!once(), "the next one goes to another member");
         assert_eq!(once(), lists, "{:?}", (ahead, brings, lives));
     }
-    // Cut off before it comes through: the third time in a row.
+    // Watches that are cut before they deliver anything: the third in a row causes a list.
     let cut = EtcdErrorKind::Unavailable;
     let mut player = populated(2);
     reopened(&mut player);
@@ -618,7 +618,7 @@ fn a_watch_that_brings_nothing_of_a_backlog_is_replaced_by_a_list() {
     }
 }
 
-/// It may be others that write, to a store whose watches are cut off all the time.
+/// The backlog may consist of writes to other keys, in a store whose watches are cut all the time.
 #[test]
 fn lists_in_place_of_watches_become_seldom() {
     let mut fruitless = Fruitless::default();
@@ -814,7 +814,7 @@ fn events_of_the_past_change_nothing() {
 #[test]
 fn a_member_that_lags_causes_one_check_and_no_list() {
     let mut player = populated(7);
-    // On a stream of its own: the one at hand may have lagged already.
+    // Uses a new stream, because the current one may have lagged already.
     let key = reopened(&mut player);
     let answer = player.store.read(&key);
     player.machine.on_checked(Ok(answer), player.now);
@@ -944,7 +944,7 @@ fn refusals_renew_the_token_once_and_are_then_retried_slowly_each_time() {
     );
 }
 
-/// A change of the store's users has every watch refused at once.
+/// A change of the etcd users causes every watch to be rejected at once.
 #[test]
 fn a_crowd_that_is_refused_at_once_does_not_renew_at_once() {
     let mut waits: Vec<_> = (0..100)

@@ -1,11 +1,11 @@
-//! A watch that loses events, and doubts from outside.
+//! Tests of watches that lose events, and of reports about refused connections.
 
 use proptest::prelude::{ProptestConfig, any, proptest};
 
 use super::*;
 
 impl Player {
-    /// Lets so much time pass, without faults.
+    /// Runs the machine for this time, without faults.
     fn rest(&mut self, time: Duration) {
         self.store.steady = true;
         let until = self.now + time;
@@ -14,7 +14,7 @@ impl Player {
         }
     }
 
-    /// Changes the store behind the watch's back: the events are never sent.
+    /// Changes the store without sending the events to the watch.
     fn change_unseen(&mut self, change: impl FnOnce(&mut Store)) {
         assert!(self.is_idle());
         change(&mut self.store);
@@ -125,7 +125,7 @@ fn a_lost_put_is_found_by_the_next_list() {
     assert_eq!(player.machine.report.repaired, 2);
 }
 
-/// A write of the same revision under another lease is that of another store, and so is another write under the same lease.
+/// A write of the same revision under another lease belongs to another store. So does a write of another revision under the same lease.
 #[test]
 fn a_list_is_compared_by_revision_and_by_lease() {
     for difference in ["lease", "mod revision", "create revision"] {
@@ -175,7 +175,7 @@ fn nothing_is_read_while_the_watch_brings_everything() {
 fn a_change_that_is_on_its_way_is_waited_for() {
     let mut player = populated(24);
     let late = some_key(&player);
-    // The store has it, and the watch has not sent it yet.
+    // The store contains the delete, but the watch has not sent it yet.
     player.store.delete(&late);
     let due = player.machine.due().expect("a list is due some time");
     let Command::Reconcile(request) = player.machine.on_time(due) else {
@@ -209,7 +209,7 @@ fn a_put_that_was_overtaken_by_a_read_brings_nothing_back() {
     let gone = some_key(&player);
     player.machine.on_doubt(&gone, player.now);
     let before = player.store.revision;
-    // Written once more and deleted; a read sees the outcome before the watch brings either.
+    // The key is written once more and deleted. A read returns the outcome before the watch delivers either event.
     player.store.put(&gone, "10.9.9.9:3");
     let put = player.store.history.last().expect("a put").clone();
     player.store.delete(&gone);
@@ -226,7 +226,7 @@ fn a_put_that_was_overtaken_by_a_read_brings_nothing_back() {
         .machine
         .on_message(message(before + 1, vec![put], false));
     assert_eq!(player.machine.take_update(), [], "it is gone");
-    // Registered again later it is there again.
+    // A later registration restores the key.
     player.store.put(&gone, "10.9.9.9:4");
     let again = player.store.history.last().expect("a put").clone();
     player
@@ -269,7 +269,7 @@ fn a_thousand_doubts_are_a_few_reads_and_each_key_is_read_once_in_a_while() {
     assert_eq!(machine.report.repaired, 0);
 }
 
-/// When a server crashes, all clients are refused at once.
+/// When a server crashes, the connections of all clients are refused at once.
 #[test]
 fn a_crowd_that_doubts_at_once_reads_over_two_seconds() {
     let waits: Vec<_> = (0..100)
@@ -294,7 +294,7 @@ fn a_crowd_that_doubts_at_once_reads_over_two_seconds() {
     }
 }
 
-/// While a read is under way nobody reads the watch.
+/// The watch is not read while a key read is in progress.
 #[test]
 fn the_watch_is_read_between_two_reads_however_long_they_take() {
     let mut player = populated(26);
@@ -316,14 +316,14 @@ fn the_watch_is_read_between_two_reads_however_long_they_take() {
         assert_eq!(player.machine.on_read(key, answer, now), Command::Receive);
         let due = player.machine.due().expect("another read is due");
         let wait = due.saturating_duration_since(now);
-        // Where etcd does not answer the next one would not be answered either.
+        // After a failed read the wait is longer, because the next read would probably fail as well.
         let least = Duration::from_millis(if failed { 5_000 } else { 100 });
         assert!(wait >= least, "{wait:?}");
         now = due;
     }
 }
 
-/// Everybody's is overdue when etcd is back.
+/// After an outage of etcd, the lists of all clients are overdue.
 #[test]
 fn a_list_that_was_due_during_an_outage_is_not_made_at_its_end() {
     let mut player = populated(26);

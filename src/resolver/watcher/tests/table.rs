@@ -1,10 +1,10 @@
-//! Every state with every input, against `table.txt`.
+//! Tests every state with every input against `table.txt`.
 
 use std::fmt::Write;
 
 use super::*;
 
-/// The set as it is known: one key, written at revision 5 under lease 1, at a store that is at revision 10.
+/// The only known key: written at revision 5 under lease 1, in a store at revision 10.
 fn known() -> KeyValue {
     KeyValue {
         key: Key::from("/gRPC/greeter/a"),
@@ -218,7 +218,8 @@ fn change(update: &[Event]) -> &'static str {
     }
 }
 
-/// The table as the machine makes it: for each input and state the command, the state after it, and whether a key was put or deleted.
+/// Returns the table of the machine's actual behaviour: for each input and state the command, the next state, and whether a key was put or
+/// deleted.
 fn table() -> String {
     let mut table = String::new();
     for (input, play) in INPUTS {

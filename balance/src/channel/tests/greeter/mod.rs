@@ -1,5 +1,5 @@
-//! The greeter of the examples. `helloworld.rs` is generated from `proto/helloworld.proto` and checked in, so that this package builds without
-//! `protoc`; a test of `tonic-etcd` compares it with what its build script generates.
+//! The greeter of the examples. `helloworld.rs` is generated from `proto/helloworld.proto` and checked in, so that this package builds
+//! without `protoc`. A test of `tonic-etcd` compares it with the output of its build script.
 #![allow(
     dead_code,
     missing_docs,
@@ -14,7 +14,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 include!("helloworld.rs");
 
-/// Greets in the name of one server.
+/// A greeter whose replies contain the name of its server.
 #[derive(Debug, Clone)]
 pub struct NamedGreeter(pub String);
 
