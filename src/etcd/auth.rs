@@ -1,31 +1,34 @@
-//! The token that etcd wants on every request.
+//! The authentication token that etcd requires in every request.
 //!
-//! `etcd-client` can do this by itself, but renews a token only for `Unauthenticated` on a unary call: not when the store's users have
-//! changed (`InvalidArgument`), and not when a watch is cancelled for it. So credentials stay here.
+//! `etcd-client` can manage the token itself, but renews it only after `Unauthenticated` on a unary call. It does not renew the token after
+//! a change of the store's users (`InvalidArgument`), nor when etcd cancels a watch because of the token. So this module manages the
+//! credentials.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use http::HeaderValue;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::request_channel::RequestService;
+use super::error;
 use super::token::{Credentials, Token, TokenCell};
-use super::{error, raw};
 use crate::backoff::Backoff;
 use crate::error::{EtcdError, EtcdErrorKind};
 use tonic_balance::Address;
 
-/// Name, password, and the token they were last exchanged for. Cloning is a reference count.
+/// The user name, the password, and the last token that etcd issued for them. A clone shares them by a reference count.
 #[derive(Clone)]
 pub(super) struct Auth(Arc<Inner>);
 
 struct Inner {
     credentials: Option<Credentials>,
     token: TokenCell,
-    /// Held while a token is fetched: etcd spends 50-130 ms of bcrypt on each, so a fleet of tasks must ask once.
-    refreshing: tokio::sync::Mutex<Refreshing>,
-    /// When the token was fetched, and from which member.
+    /// Held while a token is fetched. etcd spends 50-130 ms of bcrypt on each exchange, so many tasks must share one exchange.
+    refreshing: Mutex<Refreshing>,
+    /// The time at which an external client last fetched a token. Held during a renewal, so that concurrent callers cause one.
+    client_refreshed: tokio::sync::Mutex<Option<Instant>>,
+    /// The time at which the token was fetched, and the member that issued it.
     issued: Mutex<Option<(Instant, Address)>>,
 }
 
@@ -34,12 +37,13 @@ impl Auth {
         Self(Arc::new(Inner {
             credentials,
             token: TokenCell::default(),
-            refreshing: tokio::sync::Mutex::new(Refreshing::new()),
+            refreshing: Mutex::new(Refreshing::new()),
+            client_refreshed: tokio::sync::Mutex::default(),
             issued: Mutex::default(),
         }))
     }
 
-    /// The same credentials and the same token, and nothing to wait for that another runtime has begun.
+    /// Returns a copy with the same credentials and the same token. The copy never waits for an exchange that another runtime has started.
     pub(super) fn detached(&self) -> Self {
         let auth = Self::new(self.0.credentials.clone());
         auth.0.token.set(self.0.token.get());
@@ -54,26 +58,27 @@ impl Auth {
             .map(|credentials| credentials.user.as_str())
     }
 
-    /// The token in use, to be handed to [`Auth::refresh`] if etcd refuses it.
+    /// Returns the token in use. The caller passes it to [`Auth::refresh`] if etcd rejects it.
     pub(super) fn token(&self) -> Option<Token> {
         self.0.token.get()
     }
 
-    /// The cell of the token, for requests.
+    /// Returns the token cell that requests read.
     pub(super) fn cell(&self) -> &TokenCell {
         &self.0.token
     }
 
-    /// The member that has issued the token, while it is new: it knows the token, and to others the cluster's log may bring it a moment
-    /// later.
+    /// Returns the member that issued the token, within the first second. The issuer accepts the token at once; other members accept it
+    /// when the cluster's log has reached them, a moment later.
     pub(super) fn new_issuer(&self) -> Option<Address> {
         let issued = self.0.issued.lock().unwrap_or_else(PoisonError::into_inner);
         let (at, member) = issued.as_ref()?;
         (Instant::now().saturating_duration_since(*at) < JUST_NOW).then(|| member.clone())
     }
 
-    /// Whether the token is too new to have expired with default settings. What is forbidden with it is forbidden with the next one as well:
-    /// a permission that is missing in a whole fleet must not cost etcd a hash of the password for each try.
+    /// Returns whether the token is too new to have expired under etcd's default settings. A request that is forbidden with a new token
+    /// will be forbidden with its successor as well. When a whole fleet lacks a permission, its retries must not cost etcd a password hash
+    /// each.
     pub(super) fn is_young(&self) -> bool {
         let issued = self.0.issued.lock().unwrap_or_else(PoisonError::into_inner);
         let at = issued.as_ref().map(|(at, _)| *at);
@@ -85,19 +90,11 @@ impl Auth {
         *issued = member.map(|member| (Instant::now(), member));
     }
 
-    /// Exchanges the credentials for a new token, unless `refused` is not the token in use any more: then somebody else just did.
-    ///
-    /// Says whether there is a new token to try.
-    pub(super) async fn refresh(
-        &self,
-        refused: Option<&Token>,
-        service: &RequestService,
-        deadline: Duration,
-    ) -> Result<bool, EtcdError> {
+    /// Returns how to replace the token that was `refused`.
+    pub(super) fn replacement(&self, refused: Option<&Token>, now: Instant) -> Replacement {
         let Some(credentials) = &self.0.credentials else {
-            return Ok(false);
+            return Replacement::Done(Ok(false));
         };
-        let mut refreshing = self.0.refreshing.lock().await;
         let current = self.0.token.get();
         let same = match (&current, refused) {
             (Some(current), Some(refused)) => Arc::ptr_eq(current, refused),
@@ -105,80 +102,145 @@ impl Auth {
             _ => false,
         };
         if !same {
-            return Ok(true);
+            return Replacement::Done(Ok(true));
         }
-        if let Some(error) = refreshing.held_back(Instant::now()) {
-            return Err(error);
+        let mut refreshing = self.refreshing();
+        if let Some(error) = refreshing.held_back(now) {
+            return Replacement::Done(Err(error));
         }
-        if refreshing.asked {
-            // A change of the store's users has every client here at once, and each answer costs etcd a hash of the password.
-            tokio::time::sleep(REFRESH_SPREAD.mul_f64(fastrand::f64())).await;
+        if let Some(running) = refreshing.running.as_ref().filter(|one| !one.is_over()) {
+            return Replacement::Running(running.clone());
         }
-        refreshing.asked = true;
-        // Whoever waits for this may give up before the answer.
-        let silence = error::deadline("authenticate", &service.endpoint(), deadline);
-        refreshing.on_failure(silence, Instant::now() + deadline);
-        let answer = raw::authenticate(service, credentials, deadline).await;
-        refreshing.on_answer(answer.as_ref().err());
+        let is_repeated = std::mem::replace(&mut refreshing.asked, true);
+        let (outcome, running) = watch::channel(None);
+        refreshing.running = Some(Running(running.clone()));
+        Replacement::Begin {
+            credentials: credentials.clone(),
+            // After a restart of etcd or a change of its users, all clients renew their tokens at once.
+            spread: if is_repeated {
+                REFRESH_SPREAD.mul_f64(fastrand::f64())
+            } else {
+                Duration::ZERO
+            },
+            outcome,
+            running: Running(running),
+        }
+    }
+
+    /// Records the outcome of an exchange. Returns whether the token has changed, so that a repeated request may succeed.
+    pub(super) fn on_exchanged(
+        &self,
+        answer: Result<String, EtcdError>,
+        member: Option<Address>,
+    ) -> Result<bool, EtcdError> {
+        self.refreshing()
+            .on_answer(answer.as_ref().err(), Instant::now());
         match answer {
             Ok(token) => {
                 let header = HeaderValue::from_str(&token).map_err(|source| {
-                    let endpoint = service.endpoint();
-                    EtcdError::new(
-                        EtcdErrorKind::Unavailable,
-                        "authenticate",
-                        &endpoint,
-                        source,
-                    )
+                    let kind = EtcdErrorKind::Unavailable;
+                    let member = member.as_ref().map_or("(no member)", Address::as_str);
+                    EtcdError::new(kind, "authenticate", member, source)
                 })?;
-                self.set_issuer(service.routing.address());
+                self.set_issuer(member);
                 self.0.token.set(Some(Arc::new(header)));
                 Ok(true)
             }
             Err(error) if error.kind() == EtcdErrorKind::AuthNotEnabled => {
                 tracing::warn!(
-                    endpoint = %service.endpoint(),
-                    "credentials are configured, but etcd has authentication switched off: going on without a token"
+                    endpoint = error.endpoint(),
+                    "credentials are configured, but authentication is disabled in etcd: continuing without a token"
                 );
+                let had_token = self.0.token.get().is_some();
                 self.0.token.set(None);
-                Ok(current.is_some())
+                Ok(had_token)
             }
             Err(error) => Err(error),
         }
     }
 
-    /// Makes a client that the user made exchange its credentials, if it has any, for a new token. It renews a token that has expired by
-    /// itself, but not one that a change of the store's users has made invalid.
+    fn refreshing(&self) -> MutexGuard<'_, Refreshing> {
+        // Nothing panics while it is held.
+        self.0
+            .refreshing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes an external client (created by the user) exchange its credentials, if it has any, for a new token. The client renews an
+    /// expired token by itself, but not a token that became invalid after a change of the store's users.
     pub(super) async fn refresh_client(
         &self,
         client: &etcd_client::Client,
         endpoint: &str,
     ) -> Result<bool, EtcdError> {
-        let mut refreshed = self.0.refreshing.lock().await;
+        let mut refreshed = self.0.client_refreshed.lock().await;
         let now = Instant::now();
-        // Its token cannot be seen: whoever waited for somebody else's renewal has got it.
-        let at = refreshed.of_client;
-        if at.is_some_and(|at| now.saturating_duration_since(at) < JUST_NOW) {
+        // The token of the client is not accessible. A caller that waited for the lock during another renewal already has the new token.
+        if refreshed.is_some_and(|at| now.saturating_duration_since(at) < JUST_NOW) {
             return Ok(true);
         }
         let outcome = client.refresh_token().await;
         outcome.map_err(|source| error::of_client("authenticate", endpoint, source))?;
-        refreshed.of_client = Some(Instant::now());
+        *refreshed = Some(Instant::now());
         Ok(true)
     }
 }
 
-/// How the exchange of the credentials goes.
+/// How a token is replaced.
+pub(super) enum Replacement {
+    /// Nothing is exchanged: whether the token has changed already, or the cached error of the last exchange.
+    Done(Result<bool, EtcdError>),
+    /// An exchange is running.
+    Running(Running),
+    /// The caller starts an exchange after this wait, and sends its outcome.
+    Begin {
+        credentials: Credentials,
+        spread: Duration,
+        outcome: watch::Sender<Option<Result<bool, EtcdError>>>,
+        running: Running,
+    },
+}
+
+/// An exchange of the credentials that is running.
+#[derive(Clone)]
+pub(super) struct Running(watch::Receiver<Option<Result<bool, EtcdError>>>);
+
+impl Running {
+    /// Returns whether the exchange has ended, or its runtime has.
+    fn is_over(&self) -> bool {
+        self.0.borrow().is_some() || self.0.has_changed().is_err()
+    }
+
+    /// Waits for the outcome of the exchange.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future does not stop the exchange.
+    pub(super) async fn outcome(mut self) -> Result<bool, EtcdError> {
+        match self.0.wait_for(Option::is_some).await {
+            Ok(outcome) => outcome.clone().unwrap_or(Ok(false)),
+            Err(_) => Err(EtcdError::new(
+                EtcdErrorKind::Unavailable,
+                "authenticate",
+                "(none)",
+                "the runtime of the exchange has ended",
+            )),
+        }
+    }
+}
+
+/// The state of the exchange of credentials.
 struct Refreshing {
-    /// Whether a token was ever asked for.
+    /// Whether a token was ever requested.
     asked: bool,
-    /// Failures in a row that may have cost the server a hash, the last of them, and how long nobody asks after it. Etcd goes on hashing for
-    /// those who have given up: a fleet that asks again and again would never be answered.
+    /// Consecutive failures that may have cost etcd a password hash.
     failures: u32,
+    /// The last such failure, and the end of its backoff. etcd continues to hash for callers that have timed out, so a fleet that retries
+    /// without a backoff would never get a token.
     last: Option<(Instant, EtcdError)>,
     backoff: Backoff,
-    /// When a client that the user made has last fetched one.
-    of_client: Option<Instant>,
+    running: Option<Running>,
 }
 
 impl Refreshing {
@@ -188,42 +250,35 @@ impl Refreshing {
             failures: 0,
             last: None,
             backoff: Backoff::new(BACKOFF_FIRST, BACKOFF_MAX),
-            of_client: None,
+            running: None,
         }
     }
 
-    /// What whoever asks now is told instead of an answer.
+    /// Returns the cached error while the exchange is in backoff.
     fn held_back(&self, now: Instant) -> Option<EtcdError> {
         let last = self.last.as_ref().filter(|(until, _)| now < *until);
         last.map(|(_, error)| error.clone())
     }
 
-    fn on_failure(&mut self, error: EtcdError, at: Instant) {
+    /// Records the outcome of an exchange. An error that may have cost etcd a password hash starts a backoff, the first one in a row excepted:
+    /// it may affect a single member only.
+    fn on_answer(&mut self, error: Option<&EtcdError>, now: Instant) {
+        let is_costly = |error: &&EtcdError| {
+            matches!(
+                error.kind(),
+                EtcdErrorKind::DeadlineExceeded | EtcdErrorKind::BadCredentials
+            )
+        };
+        let Some(error) = error.filter(is_costly) else {
+            self.failures = 0;
+            self.last = None;
+            self.backoff.reset();
+            return;
+        };
         self.failures += 1;
-        // The first may be one member's trouble alone.
         if self.failures > 1 {
-            let until = at + self.backoff.next(&mut fastrand::Rng::new());
-            self.last = Some((until, error));
-        }
-    }
-
-    /// Takes the answer that was feared not to come.
-    fn on_answer(&mut self, error: Option<&EtcdError>) {
-        let costly = [
-            EtcdErrorKind::DeadlineExceeded,
-            EtcdErrorKind::BadCredentials,
-        ];
-        match (error, &mut self.last) {
-            (Some(error), last) if costly.contains(&error.kind()) => {
-                if let Some((_, last)) = last {
-                    last.clone_from(error);
-                }
-            }
-            _ => {
-                self.failures = 0;
-                self.last = None;
-                self.backoff.reset();
-            }
+            let until = now + self.backoff.next(&mut fastrand::Rng::new());
+            self.last = Some((until, error.clone()));
         }
     }
 }
@@ -231,9 +286,9 @@ impl Refreshing {
 const BACKOFF_FIRST: Duration = Duration::from_millis(500);
 const BACKOFF_MAX: Duration = Duration::from_secs(10);
 const JUST_NOW: Duration = Duration::from_secs(1);
-/// etcd's `--auth-token-ttl`, by default.
+/// The default of etcd's `--auth-token-ttl`.
 const YOUNG: Duration = Duration::from_secs(300);
-/// Over how long the renewals of refused tokens are spread. It is part of the deadline of a call, which is 2 s here.
+/// The interval over which renewals of rejected tokens are spread. It is part of the deadline of a call, which is 2 s.
 const REFRESH_SPREAD: Duration = Duration::from_millis(200);
 
 impl std::fmt::Debug for Auth {

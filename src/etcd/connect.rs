@@ -1,4 +1,4 @@
-//! Connecting to etcd, and saying what is wrong when that fails.
+//! Connects to etcd, and explains a failure.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use tonic_balance::Address;
 use tonic_balance::TlsConfig;
 use tonic_balance::{BalancedChannel, ChannelBuilder};
 
-/// How to connect.
+/// The options of a connection.
 #[derive(Clone, Default)]
 pub(crate) struct Config {
     pub(crate) endpoints: Vec<String>,
@@ -48,7 +48,7 @@ impl Config {
         Ok(members)
     }
 
-    /// How a channel over the members is opened.
+    /// Returns the function that opens a channel over the members.
     #[cfg_attr(
         not(feature = "tls"),
         expect(clippy::unused_self, reason = "the same signature as with the feature")
@@ -77,8 +77,8 @@ impl Config {
     }
 }
 
-/// The options of a channel to etcd. HTTP/2 keep-alive is none of them: etcd closes connections that ping while idle, and whatever is open has a
-/// deadline or a watchdog of its own, after which a PING asks whether the member is there.
+/// Sets the options of a channel to etcd. HTTP/2 keep-alive stays disabled: etcd closes connections that send PINGs while idle. Each open
+/// request has a deadline or a watchdog instead; when the deadline or watchdog expires, a PING checks the connection.
 pub(super) fn tuned(channel: ChannelBuilder) -> ChannelBuilder {
     channel
         .service("etcd")
@@ -86,14 +86,14 @@ pub(super) fn tuned(channel: ChannelBuilder) -> ChannelBuilder {
         .max_backoff(MAX_BACKOFF)
 }
 
-/// Within a call's deadline of 2 s, so that a member whose packets are dropped is told from one that is slow.
+/// Not longer than the 2 s deadline of a call, so that a member whose packets are dropped can be distinguished from a slow member.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// Leases live again for one TTL when etcd is back: most of it must be left when we notice.
+/// A restarted etcd keeps leases alive for one more TTL. The client must reconnect while most of that TTL is left.
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
 
 impl Etcd {
-    /// Connects, and reads one key to know that it is true. Permission denied counts as connected: users who may read only their own
-    /// services are the rule.
+    /// Connects, and reads one key as a check. `PermissionDenied` counts as connected, because most users may read only the keys of their
+    /// own services.
     pub(crate) async fn connect(config: &Config, key: &Key) -> Result<Self, RegistryError> {
         let members = config.members()?;
         let etcd = Self::over(config, &members);
@@ -112,7 +112,7 @@ impl Etcd {
         }
     }
 
-    /// Connects when there is something to ask.
+    /// Returns a handle that connects at its first request.
     pub(crate) fn connect_lazy(config: &Config) -> Result<Self, RegistryError> {
         let members = config.members()?;
         Ok(Self::over(config, &members))
@@ -124,14 +124,14 @@ impl Etcd {
         Self::lazy(addresses.collect(), config.open(members), auth)
     }
 
-    /// Fetches the first token, from whichever member answers.
+    /// Fetches the first token from any member that responds.
     async fn authenticate(&self) -> Result<(), EtcdError> {
         let renew = || self.renew_token(None, DEADLINE);
         self.retry("authenticate", renew).await.map(drop)
     }
 }
 
-/// Makes the error that tells the user what to do.
+/// Converts the error into an error that describes how to fix the configuration.
 async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError) -> RegistryError {
     let endpoints: Vec<_> = members
         .iter()
@@ -163,7 +163,7 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
         kind if !kind.is_transient() => return RegistryError::Refused { endpoints, source },
         _ => {}
     }
-    // The failure says little of what is at the other end: hyper reports a TLS alert as a broken frame. Ask the peer itself.
+    // The error does not identify the protocol of the peer: h2 reports a TLS alert as an invalid frame. Probe the peer directly.
     let failed = members
         .iter()
         .find(|member| member.address().as_str() == source.endpoint());
@@ -186,7 +186,8 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
                 source,
             );
         }
-        // A server that wants a certificate says so after the handshake, and may have hung up before that is read.
+        // A server that requires a client certificate rejects the connection after the handshake, and may close it before the client reads
+        // the alert.
         let hung_up = source.kind() == EtcdErrorKind::Unavailable
             && answer.is_some_and(|bytes| is_tls(&bytes));
         if hung_up || TLS_WORDS.iter().any(|word| cause.contains(word)) {
@@ -216,7 +217,7 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
     }
 }
 
-/// What rustls says where a handshake fails for what somebody configured.
+/// Parts of rustls errors for handshakes that fail because of the configuration.
 const TLS_WORDS: [&str; 5] = [
     "fatal alert",
     "certificate",
@@ -225,7 +226,7 @@ const TLS_WORDS: [&str; 5] = [
     "UnknownIssuer",
 ];
 
-/// The first bytes a peer answers to an HTTP/2 preface with, if it answers within a second.
+/// Returns the first bytes that a peer sends after an HTTP/2 preface, if it sends any within one second.
 async fn first_bytes(member: &MemberEndpoint) -> Option<Vec<u8>> {
     // The preface and an empty SETTINGS frame.
     const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
@@ -243,12 +244,13 @@ async fn first_bytes(member: &MemberEndpoint) -> Option<Vec<u8>> {
         .flatten()
 }
 
-/// A server's HTTP/2 connection begins with a SETTINGS frame: type 4 on stream 0.
+/// Returns whether the bytes begin with a SETTINGS frame (type 4 on stream 0), the first frame of an HTTP/2 server.
 fn is_http2(bytes: &[u8]) -> bool {
     matches!(bytes, [_, _, _, 4, _, 0, 0, 0, 0, ..])
 }
 
-/// A TLS server answers what is no TLS with an alert, a line of HTTP/1, or by hanging up, as etcd does.
+/// Returns whether the bytes are the reaction of a TLS server to plaintext: an alert, a line of HTTP/1, or a closed connection, as with
+/// etcd.
 fn is_tls(bytes: &[u8]) -> bool {
     bytes.is_empty() || bytes.starts_with(&[0x15, 0x03]) || bytes.starts_with(b"HTTP/1.")
 }

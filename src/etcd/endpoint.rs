@@ -1,11 +1,11 @@
-//! Where a member of etcd is, as users write it.
+//! Parses the configured addresses of etcd members.
 
 use http::Uri;
 
 use crate::error::RegistryError;
 use tonic_balance::Address;
 
-/// One member's address, parsed.
+/// The parsed address of one member.
 #[derive(Clone, Debug)]
 pub(crate) struct MemberEndpoint {
     address: Address,
@@ -13,7 +13,7 @@ pub(crate) struct MemberEndpoint {
 }
 
 impl MemberEndpoint {
-    /// Parses `host:port`, `http://host:port` or `https://host:port`; `tls` decides the scheme where none is given.
+    /// Parses `host:port`, `http://host:port` or `https://host:port`. Without a scheme, `tls` selects one.
     pub(crate) fn parse(endpoint: &str, tls: bool) -> Result<Self, RegistryError> {
         let invalid = |reason: String| RegistryError::InvalidEndpoint {
             endpoint: without_password(endpoint),
@@ -74,7 +74,7 @@ impl MemberEndpoint {
     }
 }
 
-/// An endpoint as it was given, fit for a log.
+/// Returns the endpoint without its password, for errors and logs.
 fn without_password(endpoint: &str) -> String {
     let Some((userinfo, rest)) = endpoint.rsplit_once('@') else {
         return endpoint.to_owned();

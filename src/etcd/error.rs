@@ -1,10 +1,10 @@
-//! Tells what an etcd answer means, by its text.
+//! Classifies the errors of etcd by their texts.
 
 use std::time::Duration;
 
 use crate::error::{EtcdError, EtcdErrorKind};
 
-/// Classifies a failure of `etcd-client`.
+/// Classifies an error of `etcd-client`.
 pub(super) fn of_client(
     operation: &'static str,
     endpoint: &str,
@@ -12,7 +12,7 @@ pub(super) fn of_client(
 ) -> EtcdError {
     match error {
         etcd_client::Error::GRpcStatus(status) => of_status(operation, endpoint, status),
-        // The first answer of a keep-alive had a TTL of 0; etcd-client says so in this text alone.
+        // The first response of a keep-alive had a TTL of 0; `etcd-client` reports this only in the text of the error.
         etcd_client::Error::LeaseKeepAliveError(text) if text == "lease not found" => {
             EtcdError::new(EtcdErrorKind::LeaseNotFound, operation, endpoint, text)
         }
@@ -27,11 +27,11 @@ pub(super) fn of_status(
     status: tonic::Status,
 ) -> EtcdError {
     let kind = match of_text(status.message()) {
-        // Only a server that has no such service says this, and says it in words of its own.
+        // A server without the service returns this code, with a text of its own.
         EtcdErrorKind::Unavailable if status.code() == tonic::Code::Unimplemented => {
             EtcdErrorKind::Unimplemented
         }
-        // Ours, for the most part: the deadline is in the request, and the channel keeps it.
+        // Mostly a status of the client's own channel, which enforces the deadline in the request.
         EtcdErrorKind::Unavailable if status.code() == tonic::Code::DeadlineExceeded => {
             EtcdErrorKind::DeadlineExceeded
         }
@@ -40,7 +40,7 @@ pub(super) fn of_status(
     EtcdError::new(kind, operation, endpoint, status)
 }
 
-/// Classifies the reason a server gives for cancelling a watch.
+/// Classifies the reason that a server gives when it cancels a watch.
 pub(super) fn of_reason(operation: &'static str, endpoint: &str, reason: &str) -> EtcdError {
     EtcdError::new(
         of_text(reason),
@@ -55,8 +55,8 @@ pub(super) fn deadline(operation: &'static str, endpoint: &str, deadline: Durati
     EtcdError::new(EtcdErrorKind::DeadlineExceeded, operation, endpoint, source)
 }
 
-/// The texts of etcd's `rpctypes`, the same from 3.4 to 3.7, and tonic's own for a message over the limit. Services built on etcd's Go
-/// client prefix or wrap them, hence `contains`.
+/// The texts of etcd's `rpctypes`, identical from 3.4 to 3.7, and tonic's text for a message over the limit. Services built on etcd's Go
+/// client add a prefix or wrap the text, hence `contains`.
 const TEXTS: &[(&str, EtcdErrorKind)] = &[
     (
         "required revision has been compacted",
@@ -71,7 +71,7 @@ const TEXTS: &[(&str, EtcdErrorKind)] = &[
         EtcdErrorKind::ResponseTooLarge,
     ),
     ("request is too large", EtcdErrorKind::RequestTooLarge),
-    // gRPC's own, before etcd sees it.
+    // The text of grpc-go, which rejects the message before etcd receives it.
     (
         "received message larger than max",
         EtcdErrorKind::RequestTooLarge,

@@ -1,4 +1,4 @@
-//! Reading and writing keys.
+//! Reads and writes keys.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use crate::keyspace::{
 };
 
 impl Etcd {
-    /// Reads up to `limit` keys of a range, linearizably: at `revision`, or at the newest.
+    /// Reads up to `limit` keys of a range, linearizably, at `revision` or at the newest revision.
     pub(crate) async fn list(&self, request: &ListRequest) -> Result<Page, EtcdError> {
         const OPERATION: &str = "list";
         self.call(OPERATION, |channel| {
@@ -51,7 +51,7 @@ impl Etcd {
             .await
     }
 
-    /// Reads which write of a key is the last, linearizably, with its value or without it.
+    /// Reads the version of a key, linearizably, with or without the digest of its value.
     pub(crate) async fn version(
         &self,
         key: &Key,
@@ -72,7 +72,7 @@ impl Etcd {
         Ok((page.header, page.kvs.first().map(version)))
     }
 
-    /// As [`Etcd::read`], tried once.
+    /// Reads one key as [`Etcd::read`] does, in a single attempt.
     pub(crate) async fn read_once(
         &self,
         key: &Key,
@@ -84,7 +84,7 @@ impl Etcd {
         .await
     }
 
-    /// Reads keys in their order, linearizably; each hundred at one revision. Tried once.
+    /// Reads the keys in the given order, linearizably. Each batch of a hundred keys is read at one revision, in a single attempt.
     pub(crate) async fn read_each(
         &self,
         keys: &[Key],
@@ -103,8 +103,8 @@ impl Etcd {
         Ok((head, found))
     }
 
-    /// Puts keys under a lease, all of them or none, if nobody has written them since `expected` (zero: if it does not exist). Says the
-    /// new revision, or `None` if somebody has. Tried once.
+    /// Puts all keys under a lease, or none of them. Succeeds if no key has been written since its `expected` revision (zero: the key does
+    /// not exist). Returns the new revision, or `None` if a key has been written. Makes a single attempt.
     pub(crate) async fn put_if(
         &self,
         puts: &[GuardedPut],
@@ -134,7 +134,7 @@ impl Etcd {
         .await
     }
 
-    /// Deletes a key if it is under this lease; else there is nothing to do. Tried once.
+    /// Deletes a key if it is attached to this lease; otherwise does nothing. Makes a single attempt.
     pub(crate) async fn delete_if(
         &self,
         key: &Key,
@@ -189,7 +189,7 @@ async fn read_all(
             _ => None,
         });
     let mut found: Vec<_> = found.collect();
-    // As many answers as questions, whatever came.
+    // The caller expects one result for each key, even if the response is too short.
     found.resize(keys.len(), None);
     Ok((header(response.0.header.as_ref()), found))
 }
@@ -208,5 +208,5 @@ async fn read(channel: RequestChannel, key: Key) -> Result<(Header, Option<KeyVa
     ))
 }
 
-/// Operations in one transaction: etcd refuses more than 128 with its default settings.
+/// Maximum number of operations in one transaction. etcd rejects more than 128 by default.
 const OPERATIONS_MAX: usize = 100;

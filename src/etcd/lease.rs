@@ -1,4 +1,4 @@
-//! Granting, renewing and revoking leases.
+//! Grants, renews and revokes leases.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Header, KeepAlive, LeaseId};
 
 impl Etcd {
-    /// Grants a lease under a chosen id, and says its time to live, which may be longer than asked. Tried once.
+    /// Grants a lease with the given id. Returns its time to live, which may be longer than requested. Makes a single attempt.
     pub(crate) async fn grant(
         &self,
         lease: LeaseId,
@@ -29,7 +29,7 @@ impl Etcd {
                 .await;
             let response = response
                 .map_err(|source| error::of_client(OPERATION, &channel.endpoint(), source))?;
-            // A store that chooses its own ids would drop nothing of ours when this lease is revoked.
+            // A store may choose its own lease ids. Expiry of the requested lease would then delete no key.
             if response.id() != lease.get() {
                 let source = format!("lease {:x} was granted in place of {lease}", response.id());
                 let kind = EtcdErrorKind::Unimplemented;
@@ -40,8 +40,8 @@ impl Etcd {
         .await
     }
 
-    /// Renews a lease. An answer out of a raft term below `term` renews nothing: a leader that was frozen and thawed gives one for leases
-    /// that the cluster has dropped. Tried once.
+    /// Renews a lease. A response with a raft term below `term` renews nothing: a leader that was frozen and thawed sends such responses
+    /// for leases that the cluster has already dropped. Makes a single attempt.
     pub(crate) async fn keep_alive(
         &self,
         lease: LeaseId,
@@ -52,13 +52,14 @@ impl Etcd {
         self.attempt(Traffic::Leases, OPERATION, deadline, |channel| async move {
             let (header, ttl) = Self::keep_alive_over(&channel, lease).await?;
             let endpoint = channel.endpoint();
-            // Whatever it says of the lease. Here and not by who asks, so that the next try goes to another member.
+            // A response from an old term is invalid whatever its TTL. It is rejected here and not in the caller, so that the failure
+            // counts against the member and the next attempt uses another one.
             if let Some(header) = header.filter(|header| header.raft_term < term) {
                 let source = format!("raft term {} after {term}", header.raft_term);
                 let kind = EtcdErrorKind::StaleTerm;
                 return Err(EtcdError::new(kind, OPERATION, &endpoint, source));
             }
-            // Etcd says that a lease is gone by a TTL that is not positive.
+            // etcd reports an expired or revoked lease by a TTL that is not positive.
             match u64::try_from(ttl) {
                 Ok(seconds) if seconds > 0 => Ok(KeepAlive {
                     header,
@@ -74,7 +75,7 @@ impl Etcd {
         .await
     }
 
-    /// The header and the TTL of one answer.
+    /// Sends one keep-alive and returns the header and the TTL of the response.
     async fn keep_alive_over(
         channel: &RequestChannel,
         lease: LeaseId,
@@ -90,7 +91,7 @@ impl Etcd {
             .keep_alive(lease.get())
             .await
             .map_err(failed)?;
-        // etcd-client keeps the first answer's TTL and header to itself; the second one on the stream shows both.
+        // `etcd-client` does not expose the TTL and the header of the first response; the second response on the stream shows both.
         keeper.keep_alive().await.map_err(failed)?;
         let answer = answers.message().await.map_err(failed)?;
         let answer = answer.ok_or_else(|| raw::closed(OPERATION, &channel.endpoint()))?;
@@ -98,7 +99,7 @@ impl Etcd {
         Ok((head.map(|head| header(Some(head))), answer.ttl()))
     }
 
-    /// Revokes a lease, and with it every key that hangs on it. Tried once; a lease that is gone counts as revoked.
+    /// Revokes a lease, which deletes every key that is attached to it. A missing lease counts as revoked. Makes a single attempt.
     pub(crate) async fn revoke(&self, lease: LeaseId, deadline: Duration) -> Result<(), EtcdError> {
         const OPERATION: &str = "lease revoke";
         let outcome = self

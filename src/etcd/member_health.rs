@@ -1,7 +1,7 @@
-//! What is held against members: which of them a request is kept from while there are others.
+//! The failure records of members. Requests avoid a member with recent failures while other members are available.
 //!
-//! The channel knows of connections. That a member has lost its cluster, that it is no etcd, or that its disk hangs shows in its answers
-//! alone, or in their absence, and its connection is as good as any.
+//! The channel only observes connections. A member that has lost its cluster, is not an etcd, or has a stalled disk is visible only in its
+//! responses, or in missing responses; its connection looks healthy.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -10,55 +10,55 @@ use tokio::time::Instant;
 
 use tonic_balance::Address;
 
-/// Which connection a request goes over.
+/// The channel of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Traffic {
-    /// Keys and watches.
+    /// Requests for keys, and watches.
     Keys,
     Leases,
 }
 
-/// How all members stand.
+/// The failure records of all members.
 #[derive(Debug, Default)]
 pub(super) struct MemberHealth(HashMap<Address, Standing>);
 
-/// How a member stands that has failed.
+/// The failure record of a member.
 #[derive(Debug)]
 struct Standing {
     failed: Instant,
-    /// For how long it is avoided.
+    /// The time for which requests avoid the member.
     penalty: Duration,
-    /// Requests in a row that it has left without an answer, by their connection.
+    /// Consecutive requests without a response, by channel.
     silent: [u32; 2],
 }
 
-/// How a member has failed.
+/// The failure of a member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Failure {
-    /// It has said so, or its connection broke.
+    /// The member returned an error, or its connection broke.
     Error,
-    /// It has not answered in time.
+    /// The member did not respond in time.
     Timeout,
-    /// It has not answered for so long that nothing more is expected of its connection.
+    /// The member was silent for so long that its connection must be replaced.
     StreamTimeout,
 }
 
 impl MemberHealth {
-    /// The member has answered as it should.
+    /// Records a successful response.
     pub(super) fn on_answer(&mut self, member: &Address, traffic: Traffic) {
         let Some(standing) = self.0.get_mut(member) else {
             return;
         };
         standing.penalty = Duration::ZERO;
-        // Behind one address each connection may lead to another member: an answer over one says nothing of the other.
+        // One address may lead to a different member on each connection, so a response on one channel does not clear the other.
         standing.silent[traffic as usize] = 0;
         if standing.silent == [0; 2] {
             self.0.remove(member);
         }
     }
 
-    /// The member has failed. Says whether its connection is to be left for a new one: behind the only address of a balancer or a service
-    /// another member may answer then, and one that is really the same has lost nothing but a handshake.
+    /// Records a failure. Returns whether the connection to the member must be replaced. Behind the single address of a load balancer or a
+    /// service, the new connection may reach another member; if it reaches the same member, the cost is one handshake.
     pub(super) fn on_failure(
         &mut self,
         member: &Address,
@@ -71,7 +71,7 @@ impl MemberHealth {
             penalty: Duration::ZERO,
             silent: [0; 2],
         });
-        // Of many requests that fail together one counts.
+        // Requests that fail together count once.
         if now >= standing.failed + standing.penalty {
             standing.penalty = (standing.penalty * 2).clamp(FIRST, LONGEST);
         }
@@ -89,7 +89,7 @@ impl MemberHealth {
         give_up
     }
 
-    /// The members that requests are kept from, the one that has failed last at the end.
+    /// Returns the members that requests avoid. The member with the most recent failure is last.
     pub(super) fn avoided(&self, now: Instant) -> Vec<Address> {
         let mut avoided: Vec<_> = self
             .0
@@ -104,11 +104,11 @@ impl MemberHealth {
     }
 }
 
-/// Longer than an election, after which members of a cluster that has lost its leader are as good as before.
+/// Longer than an election: after that time, the members of a cluster that had lost its leader are healthy again.
 const FIRST: Duration = Duration::from_secs(5);
-/// A member that fails each time it is tried costs one request of those of a minute its first try.
+/// A member that fails every time fails the first attempt of one request per minute.
 const LONGEST: Duration = Duration::from_secs(60);
-/// Requests in a row without an answer after which a connection is given up. One alone may be a disk that has stalled.
+/// Consecutive requests without a response after which a connection is replaced. A single one may be caused by a stalled disk.
 const SILENT: u32 = 2;
 
 #[cfg(test)]
@@ -163,7 +163,7 @@ mod tests {
             "the new one is new"
         );
         assert!(fails(Traffic::Keys, Failure::StreamTimeout));
-        // The lease's request above is not forgotten for what came over the other connection.
+        // A response on the channel for keys does not clear the earlier timeout on the channel for leases.
         health.on_answer(&member(1), Traffic::Keys);
         assert!(health.avoided(now).is_empty(), "it has answered");
         let fails = health.on_failure(&member(1), Traffic::Leases, Failure::Timeout, now);

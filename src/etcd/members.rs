@@ -1,4 +1,4 @@
-//! The members of a cluster: two channels over all of them, and how they stand.
+//! The members of a cluster: two channels over all members, and their failure records.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -15,12 +15,12 @@ use tonic_balance::{BalancedChannel, Routing};
 /// Opens a channel over all members.
 pub(super) type Open = Arc<dyn Fn() -> BalancedChannel + Send + Sync>;
 
-/// The members, and our connections to them. What keeps leases alive has its own: whatever happens on the others, watches that nobody reads
-/// or a list of ten thousand keys, a renewal does not wait behind it.
+/// The members and the connections to them. Lease requests have a channel of their own, so that a renewal never waits behind unread watches
+/// or behind a list of ten thousand keys.
 pub(super) struct Members {
     pub(super) addresses: Vec<Address>,
     open: Open,
-    /// Opened by their first request: a client that registers nothing has no lease, and needs no connections for any.
+    /// Opened by the first request: a client that registers nothing has no lease and needs no connections for leases.
     keys: Mutex<Option<BalancedChannel>>,
     leases: Mutex<Option<BalancedChannel>>,
     health: Mutex<MemberHealth>,
@@ -39,12 +39,12 @@ impl Members {
         }
     }
 
-    /// The same members over connections of the runtime that they are first used on.
+    /// Returns the same members without connections. The first request opens new connections on its own runtime.
     pub(super) fn detached(&self) -> Self {
         Self::new(self.addresses.clone(), Arc::clone(&self.open))
     }
 
-    /// The way of one request.
+    /// Returns the channel for one request.
     pub(super) async fn channel(
         &self,
         traffic: Traffic,
@@ -57,7 +57,7 @@ impl Members {
         };
         let mut avoided = self.health().avoided(Instant::now());
         if let Some(issuer) = auth.new_issuer() {
-            // Nobody else may know of the token yet. Who has failed stays behind those that have not.
+            // Other members may not have received the token yet, so requests avoid them. Members that have failed stay last.
             let others = self.addresses.iter().filter(|member| **member != issuer);
             let well = others.filter(|member| !avoided.contains(member)).cloned();
             avoided = well.chain(avoided.iter().cloned()).collect();
@@ -68,11 +68,11 @@ impl Members {
             deadline,
             token: auth.cell().clone(),
         };
-        // Boxed, for `etcd-client`'s futures are large.
+        // Boxed because the futures of `etcd-client` are large.
         Box::pin(RequestChannel::over(service)).await
     }
 
-    /// The channel of this runtime. One whose runtime has ended is opened anew: a registry may outlive the runtime that has used it first.
+    /// Returns the open channel, or opens a new one if its runtime has ended: a registry may outlive the runtime of its first request.
     fn current(&self, channel: &Mutex<Option<BalancedChannel>>) -> BalancedChannel {
         let mut channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
         match &*channel {
@@ -81,15 +81,15 @@ impl Members {
         }
     }
 
-    /// The member that a request went to has answered it.
+    /// Records a successful response of the member that received the request.
     pub(super) fn on_answer(&self, service: &RequestService, traffic: Traffic) {
         if let Some(member) = service.routing.address() {
             self.health().on_answer(&member, traffic);
         }
     }
 
-    /// The member that a request went to has failed it, or the stream that it began: the next one goes elsewhere. One that went nowhere is
-    /// nobody's fault.
+    /// Records a failure of the member that received the request, whether of the request or of the stream that it opened; later requests
+    /// avoid the member. Does nothing if the request was not sent.
     pub(super) fn on_failure(&self, service: &RequestService, traffic: Traffic, failure: Failure) {
         let Some(member) = service.routing.address() else {
             return;
@@ -101,19 +101,19 @@ impl Members {
             (news, health.on_failure(&member, traffic, failure, now))
         };
         if news && self.addresses.len() > 1 {
-            tracing::info!(%member, ?failure, "an etcd member has failed a request or a watch: others are asked first");
+            tracing::info!(%member, ?failure, "an etcd member has failed a request or a watch: other members are preferred");
         }
         let since = now.checked_sub(service.deadline).unwrap_or(now);
         let silent_since = (failure != Failure::Error).then_some(since);
         service.routing.report_failure(now, silent_since);
         if give_up {
-            tracing::debug!(%member, ?traffic, "etcd is silent on a connection; the next request goes over another");
+            tracing::debug!(%member, ?traffic, "etcd does not respond on a connection; the next request uses a new connection");
             service.channel.reconnect(&service.routing);
         }
     }
 
     fn health(&self) -> MutexGuard<'_, MemberHealth> {
-        // Nothing panics while it is held; and the data would be whole even then.
+        // No code panics while the lock is held, and the data would be consistent even then.
         self.health.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

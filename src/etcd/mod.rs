@@ -1,7 +1,8 @@
-//! etcd, as the tasks see it. The only place that names `etcd_client`.
+//! The etcd client of this crate. Outside this module, `etcd_client` is named only by `Registry::from_client`.
 //!
-//! The client runs on channels that are balanced over all members: a member that is down is not asked, and one that does not answer is not
-//! asked again. What a connection does not show, [`standing`] remembers: whoever fails a request or a stream is avoided by the next ones.
+//! The module uses channels that are balanced over all members. A member that is down gets no requests, and a member that does not respond
+//! gets no further requests. For failures that a connection does not show, [`member_health`] keeps a record: later requests avoid a member
+//! that failed a request or a stream.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,6 +18,7 @@ mod auth;
 mod connect;
 mod endpoint;
 mod error;
+mod exchange;
 mod kv;
 mod lease;
 mod member_health;
@@ -26,6 +28,7 @@ mod request_channel;
 mod retry;
 mod token;
 mod watch;
+mod watch_stream;
 
 pub(crate) use connect::Config;
 pub(crate) use endpoint::MemberEndpoint;
@@ -37,48 +40,60 @@ use member_health::{Failure, Traffic};
 use members::{Members, Open};
 use request_channel::RequestChannel;
 use retry::with_deadline;
+use watch_stream::WatchStreams;
 
-/// A handle on an etcd cluster. Cloning is a reference count.
+/// A handle to an etcd cluster. A clone shares the handle by a reference count.
 #[derive(Clone, Debug)]
 pub(crate) struct Etcd(Arc<Cluster>);
 
 struct Cluster {
     source: Source,
     auth: Auth,
+    streams: WatchStreams,
 }
 
-/// Where connections come from.
+impl Cluster {
+    fn new(source: Source, auth: Auth) -> Self {
+        Self {
+            source,
+            auth,
+            streams: WatchStreams::default(),
+        }
+    }
+}
+
+/// The source of connections.
 enum Source {
     Members(Members),
-    /// A client that the user made, whose connections are its own.
+    /// An external client, which the user has created, with its own connections.
     Given(Arc<Client>),
 }
 
 impl Etcd {
-    /// Takes the members as they are: connections are made by the first request.
+    /// Creates a handle over the members. The first request connects.
     fn lazy(addresses: Vec<Address>, open: Open, auth: Auth) -> Self {
         let source = Source::Members(Members::new(addresses, open));
-        Self(Arc::new(Cluster { source, auth }))
+        Self(Arc::new(Cluster::new(source, auth)))
     }
 
-    /// Takes a client that the user made.
+    /// Creates a handle over an external client.
     pub(crate) fn from_client(client: Client) -> Self {
         let source = Source::Given(Arc::new(client));
         let auth = Auth::new(None);
-        Self(Arc::new(Cluster { source, auth }))
+        Self(Arc::new(Cluster::new(source, auth)))
     }
 
-    /// The same cluster over connections of the runtime that it is then used on; a client that the user made stays on its own.
+    /// Returns a handle to the same cluster whose connections belong to the runtime of its first request. An external client keeps its own.
     pub(crate) fn detached(&self) -> Self {
         let source = match &self.0.source {
             Source::Members(members) => Source::Members(members.detached()),
             Source::Given(client) => Source::Given(Arc::clone(client)),
         };
         let auth = self.0.auth.detached();
-        Self(Arc::new(Cluster { source, auth }))
+        Self(Arc::new(Cluster::new(source, auth)))
     }
 
-    /// The members' addresses as `host:port`; none for a client that the user made.
+    /// Returns the addresses of the members as `host:port`. Empty for an external client.
     pub(crate) fn endpoints(&self) -> Vec<String> {
         let addresses = self.addresses().iter();
         addresses.map(ToString::to_string).collect()
@@ -91,18 +106,18 @@ impl Etcd {
         }
     }
 
-    /// How many members there are; a client that the user made counts as one.
+    /// Returns the number of members. An external client counts as one.
     pub(crate) fn members(&self) -> usize {
         self.addresses().len().max(1)
     }
 
-    /// Whether the same request may succeed later, or at another member.
+    /// Returns whether the same request may succeed later or at another member.
     fn may_succeed(&self, error: &EtcdError) -> bool {
         let elsewhere = error.kind() == EtcdErrorKind::Unimplemented && self.members() > 1;
         error.kind().is_transient() || elsewhere
     }
 
-    /// The way of one request.
+    /// Returns the channel for one request.
     async fn channel(
         &self,
         traffic: Traffic,
@@ -114,7 +129,7 @@ impl Etcd {
         }
     }
 
-    /// Takes note of how a request, or the stream that it began, has ended.
+    /// Records the outcome of a request, or of the stream that it opened.
     fn record_outcome(
         &self,
         channel: &RequestChannel,
@@ -126,7 +141,7 @@ impl Etcd {
         };
         let failure = match error.map(EtcdError::kind) {
             Some(EtcdErrorKind::DeadlineExceeded) => Failure::Timeout,
-            // A full store is full at every member.
+            // A full store is full on every member.
             Some(EtcdErrorKind::NoSpace) => return,
             Some(_) if error.is_some_and(|error| self.may_succeed(error)) => Failure::Error,
             _ => return members.on_answer(service, traffic),
@@ -134,52 +149,43 @@ impl Etcd {
         members.on_failure(service, traffic, failure);
     }
 
-    /// Fetches a fresh token, unless somebody else has done so since one was `refused`. Says whether there is one to try.
-    async fn renew_token(
-        &self,
-        refused: Option<&Token>,
-        deadline: Duration,
-    ) -> Result<bool, EtcdError> {
-        let deadline = deadline.max(DEADLINE);
-        let channel = self.channel(Traffic::Keys, deadline).await?;
-        let auth = &self.0.auth;
-        let renewal = Box::pin(async {
-            match &channel.service {
-                Some(service) => auth.refresh(refused, service, deadline).await,
-                None => {
-                    auth.refresh_client(&channel.client, &channel.endpoint())
-                        .await
-                }
-            }
-        });
-        // The wait for somebody else's renewal included.
-        let outcome = with_deadline("authenticate", deadline, &channel, renewal).await;
-        self.record_outcome(&channel, Traffic::Keys, outcome.as_ref().err());
-        outcome
-    }
-
-    /// Opens a watch on a range; `None` watches from now. Waits for the first message's head, up to 2 s; tried once.
+    /// Opens a watch on a range from a revision, or from now if `from` is `None`. Waits up to 2 s for the response headers, in a single
+    /// attempt.
     pub(crate) async fn watch(
         &self,
         range: &Range,
         from: Option<Revision>,
     ) -> Result<Watch, EtcdError> {
-        let open = |channel: RequestChannel| watch::open(channel, range.clone(), from);
+        self.watch_ranges(vec![range.clone()], from).await
+    }
+
+    async fn watch_ranges(
+        &self,
+        ranges: Vec<Range>,
+        from: Option<Revision>,
+    ) -> Result<Watch, EtcdError> {
+        let open = |channel: RequestChannel| {
+            let (streams, token) = (self.0.streams.clone(), self.token());
+            let ranges = ranges.clone();
+            async move { streams.watch(channel, token, ranges, from).await }
+        };
         self.attempt(Traffic::Keys, "watch", DEADLINE, open).await
     }
 
-    /// Opens a watch from now on each of the keys, over one stream, and waits until all of them are watched, for 2 s each for the first and for
-    /// the others. Tried once.
-    pub(crate) async fn watch_each(&self, first: &Key, others: &[Key]) -> Result<Watch, EtcdError> {
-        let mut watch = self.watch(&Range::key(first), None).await?;
+    /// Returns how many watch streams are open.
+    #[cfg(test)]
+    fn watch_streams(&self) -> usize {
+        self.0.streams.count()
+    }
+
+    /// Opens a watch from now on each of the keys. Waits until all keys are watched: up to 2 s for a stream, and up to 2 s for the watchers.
+    /// Makes a single attempt.
+    pub(crate) async fn watch_each(&self, keys: &[Key]) -> Result<Watch, EtcdError> {
+        let ranges = keys.iter().map(Range::key).collect();
+        let mut watch = self.watch_ranges(ranges, None).await?;
         let channel = watch.channel.clone();
-        let all = async {
-            for key in others {
-                watch.add(Range::key(key)).await?;
-            }
-            watch.created().await
-        };
-        match with_deadline("watch", DEADLINE, &channel, Box::pin(all)).await {
+        let created = Box::pin(watch.created());
+        match with_deadline("watch", DEADLINE, &channel, created).await {
             Ok(()) => Ok(watch),
             Err(error) => {
                 self.report(&watch, &error);
@@ -188,10 +194,13 @@ impl Etcd {
         }
     }
 
-    /// Answers a watch's end: if it is the member's fault, the next one goes elsewhere.
+    /// Records the end of a watch. If the member failed, the next watch uses another member.
     pub(crate) fn report(&self, watch: &Watch, error: &EtcdError) {
+        if !watch.reports_end() {
+            return;
+        }
         match (&self.0.source, &watch.channel.service) {
-            // The watchdog has waited for long enough.
+            // The watchdog of the watch has already waited long enough; the connection is replaced.
             (Source::Members(members), Some(service))
                 if error.kind() == EtcdErrorKind::DeadlineExceeded =>
             {
@@ -201,12 +210,12 @@ impl Etcd {
         }
     }
 
-    /// The token in use, to be handed to [`Etcd::refused`] if a watch that is opened now is refused later.
+    /// Returns the token in use. The caller passes it to [`Etcd::refused`] if etcd rejects a watch that is opened now.
     pub(crate) fn token(&self) -> Option<Token> {
         self.0.auth.token()
     }
 
-    /// Answers a refusal that came in a watch's messages: fetches a fresh token, unless somebody else has done so since.
+    /// Handles a rejected token in the messages of a watch: fetches a new token, unless a concurrent request has already done so.
     pub(crate) async fn refused(&self, token: Option<&Token>) -> Result<(), EtcdError> {
         self.renew_token(token, DEADLINE).await.map(drop)
     }
@@ -234,7 +243,7 @@ fn header(header: Option<&etcd_client::proto::PbResponseHeader>) -> Header {
 fn key_value(kv: etcd_client::proto::PbKeyValue) -> KeyValue {
     let mut value = kv.value;
     if value.len() > MAX_VALUE {
-        // It will be refused; until then a list of many must not fill the memory.
+        // The decoder rejects such a value later. Until then, a list of many such values must not fill the memory.
         value.truncate(MAX_VALUE + 1);
         value.shrink_to_fit();
     }
@@ -247,10 +256,10 @@ fn key_value(kv: etcd_client::proto::PbKeyValue) -> KeyValue {
     }
 }
 
-/// The bound on one try of one call. A healthy member answers in milliseconds; a frozen one never does.
+/// The deadline of one attempt of a call. A healthy member responds in milliseconds; a frozen member never does.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(2);
-/// The limit on one message: a page of 500 values and a watch's backlog of a thousand revisions, one key each, stay below, a hostile prefix
-/// does not get more memory. What is larger is listed, in pages that are halved until they fit.
+/// Maximum size of one message. A page of 500 values fits, and so does a watch backlog of a thousand revisions with one key each. The limit
+/// bounds the memory that a hostile prefix can use. Larger content is listed in pages, which are halved until they fit.
 const MAX_MESSAGE: usize = 16 << 20;
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! The two calls that `etcd-client` does not offer the way we need them: a single keep-alive whose answer's raft term can be seen, and
-//! the exchange of credentials for a token. The messages are etcd's, cut down to the fields in use.
+//! Two calls that `etcd-client` does not offer in the required form: a single keep-alive that exposes the raft term of the response, and
+//! the exchange of credentials for a token. The messages are etcd's, reduced to the fields in use.
 
 use std::time::Duration;
 
@@ -53,7 +53,7 @@ struct LeaseKeepAliveResponse {
     ttl: i64,
 }
 
-/// Exchanges name and password for a token.
+/// Exchanges a user name and a password for a token.
 pub(super) async fn authenticate(
     service: &RequestService,
     credentials: &Credentials,
@@ -79,8 +79,8 @@ pub(super) async fn authenticate(
     Ok(response.into_inner().token)
 }
 
-/// Renews a lease over a stream of its own: one request, one answer, closed. An open stream to a healthy follower hangs for seconds
-/// behind a frozen leader, where a fresh one is answered at once.
+/// Renews a lease over a new stream with one request and one response. While the leader is frozen, an open stream on a healthy follower
+/// stalls for seconds, but a new stream gets a response at once.
 pub(super) async fn keep_alive(
     service: &RequestService,
     lease: LeaseId,
@@ -91,7 +91,8 @@ pub(super) async fn keep_alive(
     grpc.ready().await.map_err(failed)?;
     let codec = ProstCodec::<LeaseKeepAliveRequest, LeaseKeepAliveResponse>::default();
     let path = PathAndQuery::from_static(LEASE_KEEP_ALIVE);
-    // Not closed after the one request: `etcd grpc-proxy` takes that for the end and gives no answer. Dropping the answers ends it.
+    // The request stream stays open after the request: `etcd grpc-proxy` treats its end as the end of the call and sends no response.
+    // Dropping the response stream ends the call.
     let requests = tokio_stream::once(LeaseKeepAliveRequest { id: lease.get() });
     let request = Request::new(requests.chain(tokio_stream::pending()));
     let mut answers = grpc
@@ -109,7 +110,7 @@ pub(super) async fn keep_alive(
     Ok((header, answer.ttl))
 }
 
-/// A stream that ended before its answer says nothing of the lease.
+/// Creates the error for a stream that ended before its response. It does not describe the state of the lease.
 pub(super) fn closed(operation: &'static str, endpoint: &str) -> EtcdError {
     let source = "the stream ended without an answer";
     EtcdError::new(EtcdErrorKind::Unavailable, operation, endpoint, source)

@@ -1,4 +1,4 @@
-//! The way of one request: the client that it is made with, and the service under the client, which knows where it went.
+//! The channel of one request: the `etcd-client` client for the request, and the service below it, which records the member.
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -18,16 +18,16 @@ use tonic_balance::{
     BalancedChannel, GRPC_TIMEOUT, ResponseBody, ResponseFuture, Routing, format_timeout,
 };
 
-/// What one request, or the stream that it opens, goes over. Clones are of the same request.
+/// The channel of one request, or of the stream that the request opens. Clones belong to the same request.
 #[derive(Clone)]
 pub(super) struct RequestChannel {
     pub(super) client: Arc<Client>,
-    /// `None` for a client that the user made.
+    /// `None` for an external client, which the user has created.
     pub(super) service: Option<RequestService>,
 }
 
 impl RequestChannel {
-    /// Takes a client that the user made, whose connections are its own.
+    /// Wraps an external client with its own connections.
     pub(super) fn given(client: &Arc<Client>) -> Self {
         Self {
             client: Arc::clone(client),
@@ -35,7 +35,7 @@ impl RequestChannel {
         }
     }
 
-    /// Makes a client for one request: which member has served it is not to be had through `etcd-client`.
+    /// Creates a client for one request, because `etcd-client` does not expose the member that served a request.
     pub(super) async fn over(service: RequestService) -> Result<Self, EtcdError> {
         let boxed = service
             .clone()
@@ -51,7 +51,7 @@ impl RequestChannel {
         })
     }
 
-    /// The member that was asked; if none was, the one whose connection has failed last.
+    /// Returns the member that received the request. If none did, returns the member whose connection failed last.
     pub(super) fn endpoint(&self) -> String {
         let service = self.service.as_ref();
         service.map_or_else(|| GIVEN.to_owned(), RequestService::endpoint)
@@ -66,8 +66,8 @@ impl std::fmt::Debug for RequestChannel {
     }
 }
 
-/// The channel over all members, for one request: adds the token, the deadline, and the wish to be refused by a member that has lost its
-/// cluster.
+/// The channel over all members for one request. It adds the token, the deadline, and the `hasleader` header, with which a member without a
+/// leader rejects the request.
 #[derive(Clone)]
 pub(super) struct RequestService {
     pub(super) channel: BalancedChannel,
@@ -80,7 +80,7 @@ impl RequestService {
     pub(super) fn endpoint(&self) -> String {
         let address = self.routing.address();
         let address = address.or_else(|| self.channel.last_failed_endpoint());
-        // Nobody was asked, and nothing has failed: connections are being made.
+        // The request was not sent and no connection has failed: the connections are still being established.
         address.map_or_else(|| "(no member)".to_owned(), |address| address.to_string())
     }
 }
@@ -97,7 +97,7 @@ impl Service<http::Request<Body>> for RequestService {
     fn call(&mut self, mut request: http::Request<Body>) -> ResponseFuture {
         let path = request.uri().path();
         let unary = !STREAMS.contains(&path);
-        // A token sent along with the request for a new one would have that refused as well.
+        // `Authenticate` carries no token: etcd would reject the request if the token had expired.
         let token = self.token.get().filter(|_| path != AUTHENTICATE);
         let headers = request.headers_mut();
         headers.insert("hasleader", HeaderValue::from_static("true"));
@@ -111,9 +111,9 @@ impl Service<http::Request<Body>> for RequestService {
     }
 }
 
-/// What has no deadline: a watch ends by its watchdog, and a renewal's stream with its answer or with whoever waits for it.
+/// Methods without a deadline. A watchdog ends a watch; a keep-alive stream ends with its response or when the caller drops the future.
 const STREAMS: [&str; 2] = ["/etcdserverpb.Watch/Watch", LEASE_KEEP_ALIVE];
-/// In place of a member's address.
+/// A placeholder for the address of a member.
 const GIVEN: &str = "(the given client)";
 pub(super) const AUTHENTICATE: &str = "/etcdserverpb.Auth/Authenticate";
 pub(super) const LEASE_KEEP_ALIVE: &str = "/etcdserverpb.Lease/LeaseKeepAlive";

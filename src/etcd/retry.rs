@@ -1,4 +1,4 @@
-//! One request, on one member after another.
+//! Attempts of one request on successive members.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use super::{DEADLINE, Etcd, error};
 use crate::error::{EtcdError, EtcdErrorKind};
 
 impl Etcd {
-    /// Tries a request up to five times, 2 s each, on one member after another.
+    /// Makes up to five attempts of a request on successive members, with a deadline of 2 s each.
     pub(super) async fn call<T, Fut>(
         &self,
         operation: &'static str,
@@ -37,7 +37,7 @@ impl Etcd {
                     tracing::debug!(%error, operation, tries, "etcd call failed, trying again");
                     let step = match error.kind() {
                         EtcdErrorKind::NoLeader => ELECTION_STEP,
-                        // The first try at each further member costs no wait.
+                        // The first attempt on each further member starts without a wait.
                         _ if (tries as usize) < self.members() => Duration::ZERO,
                         _ => RETRY_STEP,
                     };
@@ -53,8 +53,8 @@ impl Etcd {
         }
     }
 
-    /// Tries a request once, on a member that is well as far as is known. A refusal is answered with a fresh token and a second try, and a
-    /// server that is no etcd with a try at every other one.
+    /// Makes one attempt of a request, on a member without known failures. If etcd rejects the token, the request is repeated with a new
+    /// token. If the server is not an etcd, the request is repeated on every other member.
     pub(super) async fn attempt<T, Fut>(
         &self,
         traffic: Traffic,
@@ -70,9 +70,9 @@ impl Etcd {
             let outcome = self.try_once(traffic, operation, deadline, &request).await;
             left = left.saturating_sub(1);
             match outcome {
-                // One wrong endpoint among good ones must not be the end, and has done nothing.
+                // One wrong endpoint among good ones must not fail the request. A repeat is safe: the server has not executed the request.
                 Err(error) if error.kind() == EtcdErrorKind::Unimplemented && left > 0 => {
-                    tracing::debug!(%error, "asking another member");
+                    tracing::debug!(%error, "repeating the request on another member");
                 }
                 outcome => return outcome,
             }
@@ -91,7 +91,7 @@ impl Etcd {
     {
         let mut channel = self.channel(traffic, deadline).await?;
         let token = self.0.auth.token();
-        // Boxed, for `etcd-client`'s futures are 20 KiB large, and every task of ours would be.
+        // Boxed because the futures of `etcd-client` take 20 KiB, which would be part of every task.
         let mut outcome = with_deadline(
             operation,
             deadline,
@@ -116,7 +116,7 @@ impl Etcd {
                     .await;
                 }
                 Ok(false) => {}
-                // Whoever failed that was told so already.
+                // The failed exchange has already recorded this failure against its member.
                 Err(error) => return Err(error),
             }
         }
@@ -136,10 +136,11 @@ pub(super) async fn with_deadline<T>(
         .unwrap_or_else(|_| Err(error::deadline(operation, &channel.endpoint(), deadline)))
 }
 
-/// With three members, five tries pass a dead one and a frozen one and still see the third twice.
+/// With three members, five attempts cover one dead and one frozen member and still reach the third member twice.
 const TRIES: u32 = 5;
-/// Doubled after each try and jittered: the waits of five tries make 1.1 to 2.2 s together.
+/// The first wait. It doubles after each attempt and is jittered: with a single member, the waits between five attempts take 1.1 to 2.2 s
+/// in total.
 const RETRY_STEP: Duration = Duration::from_millis(150);
-/// The same while there is no leader: 3 to 6 s, in which a cluster with the default election timeout of 1 s has found one even if the
-/// first vote is split.
+/// The first wait while there is no leader. The waits take 3 to 6 s in total. Within that time, a cluster with the default election timeout
+/// of 1 s elects a leader even if the first vote is split.
 const ELECTION_STEP: Duration = Duration::from_millis(400);

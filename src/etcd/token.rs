@@ -1,4 +1,4 @@
-//! The credentials, and the cell that holds the token they were exchanged for.
+//! The credentials, and the cell with the token that etcd issued for them.
 
 use std::sync::Arc;
 
@@ -11,10 +11,10 @@ pub(crate) struct Credentials {
     pub(crate) password: String,
 }
 
-/// A token as the value of a header. Two tokens are the same if they are the same allocation.
+/// A token as a header value. Two tokens are the same if they share one allocation.
 pub(crate) type Token = Arc<HeaderValue>;
 
-/// The token in use. Clones share it: `auth` writes it, and every request reads it.
+/// The token in use. Clones share it: `auth` writes the token, and every request reads it.
 #[derive(Clone, Default)]
 pub(super) struct TokenCell(Arc<ArcSwapOption<HeaderValue>>);
 

@@ -1,4 +1,4 @@
-//! The watch on the registration's own keys: only a short cut, for the keys are read as well.
+//! The watch on the registration's own keys. It only detects a loss earlier: the keys are also read regularly.
 
 use std::time::Duration;
 
@@ -11,25 +11,25 @@ use crate::error::EtcdError;
 use crate::etcd::{Etcd, Token, Watch};
 use crate::keyspace::{Event, Key};
 
-/// The watch on our own keys, over one stream.
+/// The watch on the registration's own keys, over one stream.
 pub(super) struct KeyWatch {
     open: Option<Watch>,
-    /// One that is being opened, by a task of its own: renewals come in between, and with a short TTL it would be begun anew at each. Left
-    /// where it was it could hold the lock of the token, which the renewal may need.
+    /// The task that opens a watch. It is a separate task because renewals interrupt [`KeyWatch::next`]: with a short TTL, each renewal
+    /// would restart the attempt. An abandoned future could also hold the lock of the token, which the renewal may need.
     opening: JoinSet<Result<Watch, EtcdError>>,
-    /// When it was opened.
+    /// The time at which the open watch was opened.
     since: Option<Instant>,
     backoff: Backoff,
-    /// What the watch was opened with.
+    /// The token with which the watch was opened.
     token: Option<Token>,
     not_before: Option<Instant>,
-    /// How often in a row it was refused.
+    /// Number of consecutive rejections.
     refusals: u32,
 }
 
-/// What the watch on our own keys has to say.
+/// An event of the watch on the registration's own keys.
 pub(super) enum News {
-    /// From here on nothing is missed.
+    /// The watch is open: every later change of the keys is received.
     Opened,
     Events(Vec<Event>),
     Lost(EtcdError),
@@ -48,11 +48,11 @@ impl KeyWatch {
         }
     }
 
-    /// The next news of the keys, of which there is at least one.
+    /// Returns the next event. `keys` has at least one key.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future loses no news, and a watch that is being opened goes on being opened with the next one.
+    /// Dropping the future loses no event. A watch that is being opened is continued by the next call.
     pub(super) async fn next(&mut self, etcd: &Etcd, keys: &[Key]) -> News {
         let error = match &mut self.open {
             None => match self.reopen(etcd, keys).await {
@@ -78,7 +78,8 @@ impl KeyWatch {
         self.open = None;
         let refused = error.kind().is_refusal();
         self.refusals = if refused { self.refusals + 1 } else { 0 };
-        // Once refused, a fresh token may help; then only an operator can, as where none is to be had.
+        // After the first rejection, a new token may help. After the second rejection, or if no token can be obtained, only an operator can
+        // resolve the error.
         let hopeless = self.refusals > 1 || !refused && error.kind().needs_operator();
         let since = self.since.take();
         if since.is_some_and(|since| Instant::now().saturating_duration_since(since) >= REWATCH_MAX)
@@ -100,35 +101,37 @@ impl KeyWatch {
             self.prepare(etcd).await?;
             let (etcd, keys) = (etcd.clone(), keys.to_vec());
             self.token = etcd.token();
-            let opening = async move { etcd.watch_each(&keys[0], &keys[1..]).await };
+            let opening = async move { etcd.watch_each(&keys).await };
             self.opening.spawn(opening.in_current_span());
         }
         match self.opening.join_next().await {
             Some(Ok(opened)) => self.open = Some(opened?),
             Some(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-            // Only a runtime that is shutting down cancels it.
+            // The task is cancelled only by a runtime that shuts down.
             _ => std::future::pending().await,
         }
         self.since = Some(Instant::now());
         Ok(())
     }
 
-    /// Waits until it is time, and sees to the token.
+    /// Waits for the backoff, and replaces a rejected token.
     async fn prepare(&mut self, etcd: &Etcd) -> Result<(), EtcdError> {
         if let Some(not_before) = self.not_before {
             sleep_until(not_before).await;
         }
         if self.refusals == 1 {
-            // Calls renew their token by themselves; a watch is told in a message.
+            // A unary request replaces a rejected token by itself. A watch receives the rejection as a message, so its token is replaced
+            // here.
             etcd.refused(self.token.as_ref()).await?;
         }
         Ok(())
     }
 }
 
-/// Between two tries to watch our own keys, at first. It is only a short cut: they are read at each renewal meanwhile.
+/// First wait between attempts to open the watch. Until it is open, the keys are read at each renewal.
 const REWATCH: Duration = Duration::from_secs(1);
-/// What that grows to, for each watch that is opened costs a read as well. One that lasted for so long was well.
+/// Longest wait between attempts; the wait grows because each opened watch also costs a read. A watch that lived this long counts as
+/// healthy and resets the backoff.
 const REWATCH_MAX: Duration = Duration::from_secs(15);
-/// The same while it is refused.
+/// Wait between attempts while only an operator can resolve the error.
 const REFUSED: Duration = Duration::from_secs(30);

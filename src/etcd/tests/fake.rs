@@ -1,5 +1,5 @@
-//! A scripted etcd: real messages over an in-memory connection, in any order that a real server is known to have produced. The entries
-//! named A1 to B5 are what was measured of real servers.
+//! A scripted etcd: real messages over an in-memory connection, in any order that a real server is known to have produced. The labels A1 to
+//! B6 number the behaviours that were measured on real servers.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -30,60 +30,60 @@ use crate::etcd::members::Open;
 use tonic_balance::Address;
 use tonic_balance::BalancedChannel;
 
-/// The server. Clones share the store.
+/// The scripted server. Clones share the store.
 #[derive(Clone)]
 pub(super) struct Fake {
     store: Arc<Mutex<Store>>,
     script: Arc<Mutex<Script>>,
-    /// Raised at each change, and to end every stream.
+    /// Incremented at each change, and when every stream must end.
     pub(super) changed: watch::Sender<u64>,
-    /// Which connection this one serves.
+    /// The number of the connection that this value serves.
     connection: u32,
-    /// At which address.
+    /// The address of the member that this value serves.
     pub(super) member: Arc<str>,
 }
 
-/// What goes wrong.
+/// The faults to inject, and the requests counted so far.
 pub(super) struct Script {
     pub(super) rng: fastrand::Rng,
-    /// How many of 100 exchanges go wrong.
+    /// Percentage of exchanges with a fault.
     pub(super) faults: u8,
-    /// So many watches more are opened without a word.
+    /// Number of further watches that are opened but send no message.
     pub(super) mute_watches: u32,
-    /// So many deletions more are kept from every watch.
+    /// Number of further deletions that no watch sends.
     pub(super) lost_deletes: usize,
-    /// Connections so far.
+    /// Number of connections so far.
     pub(super) connections: u32,
-    /// Those that keys were read over, and those that had to do with leases.
+    /// The connections that carried reads of keys, and the connections that carried lease requests.
     pub(super) keys_over: BTreeSet<u32>,
     pub(super) leases_over: BTreeSet<u32>,
-    /// A key that somebody else writes, with this lease, just before the next transaction.
+    /// A key that another server writes, with this lease, just before the next transaction.
     pub(super) usurped: Option<(Vec<u8>, i64)>,
-    /// So many renewals more are answered out of a raft term that is over.
+    /// Number of further renewals with a response from an old raft term.
     pub(super) stale_renewals: u32,
     pub(super) users: Users,
-    /// No request over a connection up to this one is answered any more.
+    /// Requests on connections up to this number get no response.
     pub(super) frozen: u32,
-    /// The member whose watches say nothing more.
+    /// The member whose watches send no more messages.
     pub(super) mute: Option<&'static str>,
-    /// So many renewals more are not answered: their streams end.
+    /// Number of further renewals without a response: their streams end.
     pub(super) closed_renewals: u32,
-    /// Watches that were asked for.
+    /// Number of requested watches.
     pub(super) watches: u32,
-    /// Streams of renewals that are open.
+    /// Number of open renewal streams.
     pub(super) renewing: u32,
-    /// Keys that were read one by one, with their values.
+    /// Number of keys that were read one by one, with their values.
     pub(super) reads_of_values: u32,
-    /// Pages of lists that were asked for.
+    /// Number of requested list pages.
     pub(super) pages: u32,
-    /// The next grants are done, and their answers lost.
+    /// Number of further grants that are executed, but whose responses are lost.
     pub(super) lost_grants: u32,
-    /// Grants ignore the id that was asked for and name another, as kine does.
+    /// Whether grants ignore the requested id and return another one, as kine does.
     pub(super) chooses_leases: bool,
 }
 
 impl Script {
-    /// Whether the next thing goes wrong, and how: one of so many ways.
+    /// Draws whether the next exchange has a fault, and which of the `ways` it is.
     pub(super) fn fault(&mut self, ways: u8) -> Option<u8> {
         (self.rng.u8(..100) < self.faults).then(|| self.rng.u8(..ways))
     }
@@ -124,14 +124,14 @@ impl Fake {
         self.script.lock().expect(BROKEN)
     }
 
-    /// What must hold for every request. A panic of the server's alone would only end a connection, and the library lives through that: it
-    /// poisons the script, so that whoever looks at it next fails.
+    /// Asserts a property of every request. A panic in the task of the server alone would only end a connection, and the library survives
+    /// that. The panic also poisons the script, so that the next access to the script fails the test.
     pub(super) fn insist(&self, holds: bool, what: &str) {
         let _poisoned = self.script();
         assert!(holds, "{what}");
     }
 
-    /// The store, with what has run out by now gone.
+    /// Returns the store after it has expired old leases.
     pub(super) fn store(&self) -> MutexGuard<'_, Store> {
         let mut store = self.store.lock().expect(BROKEN);
         let before = store.revision;
@@ -142,7 +142,7 @@ impl Fake {
         store
     }
 
-    /// Ends every stream, as a member does that is started again.
+    /// Ends every stream, like a member that restarts.
     pub(super) fn cut(&self) {
         self.store().epoch += 1;
         self.tell();
@@ -152,12 +152,12 @@ impl Fake {
         self.changed.send_modify(|count| *count += 1);
     }
 
-    /// Our client for so many members of it.
+    /// Creates a client for this number of members.
     pub(super) fn etcd(&self, members: usize) -> Etcd {
         self.etcd_at((0..members).map(|index| format!("member{index}:1")))
     }
 
-    /// The same for members by their addresses, of which those called `stranger` are no etcd.
+    /// Creates a client for members at the given addresses. Members with the host name `stranger` are not an etcd.
     pub(super) fn etcd_at(&self, addresses: impl IntoIterator<Item = String>) -> Etcd {
         let addresses = addresses.into_iter();
         let addresses: Vec<Address> = addresses
@@ -171,7 +171,7 @@ impl Fake {
         )
     }
 
-    /// Connections in memory, so that paused time passes only while nobody has anything to do.
+    /// Connects in memory, so that paused time advances only while every task is idle.
     fn open(&self, addresses: Vec<Address>) -> Open {
         let fake = self.clone();
         Arc::new(move || {
@@ -207,13 +207,14 @@ impl Fake {
         let router = tonic::transport::Server::builder().add_routes(services);
         let incoming = tokio_stream::once(Ok::<_, std::io::Error>(theirs));
         tokio::spawn(async move {
-            // It ends with its connection.
+            // The server ends with its connection.
             drop(router.serve_with_incoming(incoming).await);
         });
         ours
     }
 
-    /// What may happen to a request: refused, lost, or done with its answer lost. `true`: the answer is to be lost.
+    /// Draws the fault of a request: an error, no response, a lost response after execution, or a delay. Returns whether the response is
+    /// lost.
     async fn fate(&self) -> Result<bool, Status> {
         if self.connection <= self.script().frozen {
             tokio::time::sleep(NEVER).await;
@@ -257,8 +258,8 @@ impl Fake {
     }
 }
 
-/// What every request of ours has: the wish to be refused by a member that has lost its cluster, and a deadline if it has an answer to wait
-/// for.
+/// Checks the metadata of every request: `hasleader`, with which a member without a leader rejects the request, and a deadline if the
+/// request is unary.
 fn is_well_formed<T>(fake: &Fake, request: &Request<T>, unary: bool) {
     let asks = request.metadata().get("hasleader");
     let asks = asks.is_some_and(|asks| asks == "true");
@@ -273,7 +274,7 @@ fn range(store: &Store, request: &PbRangeRequest) -> Result<PbRangeResponse, Sta
         return Err(Status::out_of_range(text));
     }
     if request.revision > 0 && request.revision < store.revision {
-        // Pages of an older revision are not kept.
+        // The script keeps no pages of an older revision.
         let text = "etcdserver: mvcc: required revision has been compacted";
         return Err(Status::out_of_range(text));
     }
@@ -501,7 +502,7 @@ impl PbLeaseService for Fake {
                     fake.script().closed_renewals -= 1;
                     break;
                 }
-                // A8: a leader that was frozen answers for a lease that the cluster has dropped, out of a term that is over.
+                // A8: a leader that was frozen sends a response for a lease that the cluster has dropped, from an old raft term.
                 let lie = {
                     let mut script = fake.script();
                     let stale = script.stale_renewals > 0;
@@ -549,7 +550,7 @@ fn renewal(store: &mut Store, id: i64, lie: bool) -> PbLeaseKeepAliveResponse {
         ttl = i64::try_from(length.as_secs()).unwrap_or(i64::MAX);
     }
     if lie {
-        // For a lease that it does not know yet, too.
+        // The old leader may also report that a lease does not exist, because it has not received the grant.
         ttl = if id % 2 == 0 { 10 } else { 0 };
         header.raft_term -= 1;
     }
@@ -569,7 +570,7 @@ impl PbWatchService for Fake {
         request: Request<Streaming<PbWatchRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         is_well_formed(self, &request, false);
-        // A token that is not good any more is told in a message. A10 (a)
+        // A10 (a): etcd rejects an invalid token in a message of the stream.
         let refusal = self.admits(&request).err();
         self.script().watches += 1;
         if self.script().fault(4) == Some(0) {
@@ -591,8 +592,8 @@ impl PbWatchService for Fake {
     }
 }
 
-/// Longer than anybody waits.
+/// Longer than any timeout of the tests.
 const NEVER: Duration = Duration::from_secs(3_600);
 
-/// Why the script or the store is poisoned.
+/// The panic message for a poisoned script or store.
 const BROKEN: &str = "every request so far may be made";

@@ -1,4 +1,4 @@
-//! What members that fail cost, against `etcd-client` over the same endpoints.
+//! The cost of failing members, compared with `etcd-client` over the same endpoints.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ fn since(start: Instant) -> Duration {
     Instant::now().saturating_duration_since(start)
 }
 
-/// Who leads, once somebody does.
+/// Waits for a leader and returns its index.
 async fn leader(cluster: &testing::Etcd) -> usize {
     let start = Instant::now();
     loop {
@@ -29,7 +29,7 @@ async fn leader(cluster: &testing::Etcd) -> usize {
     }
 }
 
-/// Cuts a member off, once it answers who it is.
+/// Isolates a member, as soon as the member reports its id.
 async fn isolate(cluster: &mut testing::Etcd, member: usize) {
     let start = Instant::now();
     while let Err(error) = cluster.isolate(member).await {
@@ -46,7 +46,7 @@ async fn connect(endpoints: Vec<String>) -> Etcd {
     connected.expect("etcd answers")
 }
 
-/// Reads of ours, one after the other: how many fail, and how long the slowest and the rest took.
+/// Reads one key repeatedly. Returns the number of failures, the slowest read, and the mean of the other reads.
 async fn ours(etcd: &Etcd, reads: u32) -> (u32, Duration, Duration) {
     let (mut failed, mut slowest, mut total) = (0, Duration::ZERO, Duration::ZERO);
     for _ in 0..reads {
@@ -59,7 +59,7 @@ async fn ours(etcd: &Etcd, reads: u32) -> (u32, Duration, Duration) {
     (failed, slowest, total.saturating_sub(slowest) / reads)
 }
 
-/// The same over one client for all endpoints: how many fail, and how many hang.
+/// Reads one key concurrently over one `etcd-client` for all endpoints. Returns the number of failures and of timeouts.
 async fn stock(client: &etcd_client::Client, reads: u32) -> (u32, u32) {
     let mut tasks = JoinSet::new();
     for _ in 0..reads {
@@ -76,7 +76,7 @@ async fn stock(client: &etcd_client::Client, reads: u32) -> (u32, u32) {
     tasks.join_all().await.into_iter().fold((0, 0), add)
 }
 
-/// How long each of so many reads took, one after the other; none may fail.
+/// Reads one key repeatedly and returns the duration of each read. No read may fail.
 async fn reads(etcd: &Etcd, reads: usize) -> Vec<Duration> {
     let mut took = Vec::with_capacity(reads);
     for _ in 0..reads {
@@ -88,8 +88,8 @@ async fn reads(etcd: &Etcd, reads: usize) -> Vec<Duration> {
     took
 }
 
-/// Says how many reads waited for a deadline of 2 s, how long, and when the last of them was made; no more than `few` may. Which of them
-/// is the first to go to the bad member is chance: one caller may leave a member alone that was slow once.
+/// Prints how many reads waited for a deadline of 2 s, how long the slowest took, and when the last of them was made. At most `few` reads
+/// may wait. The first read that is sent to the bad member is random: a single caller may avoid a member after one slow response.
 fn few_wait(what: &str, took: &[Duration], few: usize, longest: Duration) {
     let waits = |took: &&Duration| **took > Duration::from_millis(1_500);
     let waited = took.iter().filter(waits).count();
@@ -135,13 +135,13 @@ async fn one_member_of_three_that_is_frozen_or_dead_costs_one_read_its_first_try
     few_wait("one dead", &took, 0, Duration::from_millis(1_900));
     cluster.restart(follower).await.expect("restarted");
 
-    // The others elect another leader first, which takes them a second or two.
+    // The other members first elect a new leader, which takes a second or two.
     cluster.freeze(leader).await.expect("frozen");
     let took = reads(&etcd, 300).await;
     few_wait("the leader frozen", &took, 4, Duration::from_secs(12));
 }
 
-/// A watch on a member for which `is_it` holds.
+/// Opens a watch on a member for which `is_it` returns true.
 async fn watch_at(etcd: &Etcd, is_it: impl Fn(&str) -> bool) -> Watch {
     let start = Instant::now();
     loop {
@@ -152,10 +152,16 @@ async fn watch_at(etcd: &Etcd, is_it: impl Fn(&str) -> bool) -> Watch {
             return watch;
         }
         assert!(since(start) < Duration::from_secs(20), "never there");
+        drop(watch);
+        // The next watch would share the stream otherwise.
+        super::rules::until(Duration::from_secs(2), "the stream is closed", || {
+            etcd.watch_streams() == 0
+        })
+        .await;
     }
 }
 
-/// How a watch ends.
+/// Returns the error that ends a watch.
 async fn end(watch: &mut Watch) -> EtcdError {
     loop {
         if let Err(error) = watch.message().await {
@@ -186,11 +192,11 @@ async fn a_watch_whose_member_freezes_or_loses_its_leader_moves_to_another_membe
         let error = end(&mut watch).await;
         println!("{fault}: the watch ended after {:?}: {error}", since(start));
         assert_eq!(error.endpoint(), address);
-        // 5 s of silence and 3 s for an answer.
+        // 5 s of silence, and 3 s without an answer to the probe.
         let bound = Duration::from_secs(12);
         assert!(since(start) < bound, "{:?}", since(start));
         etcd.report(&watch, &error);
-        // Certainly elsewhere, and not by luck; and the first of it is there at once.
+        // Every further watch must use another member, and its first message must be received at once.
         let start = Instant::now();
         let mut slowest = Duration::ZERO;
         for _ in 0..30 {
@@ -204,7 +210,7 @@ async fn a_watch_whose_member_freezes_or_loses_its_leader_moves_to_another_membe
             etcd.read(&Key::from("/a")).await.expect("read");
             slowest = slowest.max(since(step));
         }
-        // Leases go over connections of their own, and know of the member all the same.
+        // Lease requests have their own connections, but share the failure record of the member.
         etcd.keep_alive(lease, 0, deadline).await.expect("renewed");
         println!(
             "{fault}: 30 watches, 30 reads, and a renewal took {:?}",
@@ -218,7 +224,7 @@ async fn a_watch_whose_member_freezes_or_loses_its_leader_moves_to_another_membe
     }
 }
 
-/// Of the five members three are known; one of them dies, and one more freezes.
+/// The client has three of the five members. One of these dies, and another one freezes.
 #[tokio::test]
 async fn a_dead_and_a_frozen_member_cost_one_deadline_in_all() {
     let mut cluster = testing::Etcd::start_cluster(5).await.expect("etcd");
@@ -233,7 +239,7 @@ async fn a_dead_and_a_frozen_member_cost_one_deadline_in_all() {
 
     let (dead, frozen) = (0, 1);
     cluster.kill(dead).await.expect("killed");
-    // With four of five there is a leader, at once or after an election.
+    // Four of five members have a leader, at once or after an election.
     leader(&cluster).await;
     let (failed, slowest, mean) = ours(&etcd, 300).await;
     let (refused, hung) = stock(&client, 300).await;
@@ -245,10 +251,11 @@ async fn a_dead_and_a_frozen_member_cost_one_deadline_in_all() {
     cluster.freeze(frozen).await.expect("frozen");
     let (failed, slowest, mean) = ours(&etcd, 20).await;
     assert_eq!(failed, 0);
-    // Two deadlines if the one that leads is frozen as well: an election.
+    // Two deadlines, and an election if the frozen member is the leader.
     assert!(slowest < Duration::from_secs(12), "{slowest:?}");
     assert!(mean < Duration::from_millis(200), "{mean:?}");
-    // What the reads have found holds for leases; if they have been nowhere near the frozen member, a renewal is the first to find it.
+    // The failures that reads have recorded also apply to leases. If no read reached the frozen member, a renewal is the first request to
+    // do so.
     let start = Instant::now();
     if etcd.keep_alive(lease, 0, deadline).await.is_err() {
         etcd.keep_alive(lease, 0, deadline).await.expect("renewed");
@@ -263,7 +270,7 @@ async fn a_dead_and_a_frozen_member_cost_one_deadline_in_all() {
     assert!(mean < Duration::from_millis(200), "{mean:?}");
 }
 
-/// One address for several members, as a service in Kubernetes is: new connections go to whichever member it is told.
+/// One address for several members, like a service in Kubernetes. A new connection is forwarded to the member that the test has set.
 async fn service(mut member: watch::Receiver<String>) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address").to_string();
@@ -294,14 +301,14 @@ async fn a_frozen_member_behind_the_only_address_is_left_by_a_new_connection() {
         .expect("granted");
     cluster.freeze(frozen).await.expect("frozen");
     member.send_replace(cluster.endpoint(well));
-    // A check of the silent connection, or two deadlines, then a new connection.
+    // A check of the silent connection or two deadlines, and then a new connection.
     let start = Instant::now();
     etcd.read(&Key::from("/a")).await.expect("read");
     assert!(since(start) < Duration::from_secs(10), "{:?}", since(start));
     for _ in 0..2 {
         drop(etcd.keep_alive(lease, 0, deadline).await);
     }
-    // Over the new connection, which takes its time.
+    // The renewal needs a new connection, so its deadline is longer.
     let long = Duration::from_secs(5);
     etcd.keep_alive(lease, 0, long).await.expect("renewed");
 }

@@ -1,4 +1,4 @@
-//! The resolver and the registration over the real client, against a scripted etcd, in paused time.
+//! The resolver and the registration with the real client and a scripted etcd, in paused time.
 #![allow(
     clippy::print_stdout,
     reason = "seeds, and what members that fail cost"
@@ -33,7 +33,7 @@ const PREFIX: &str = "/gRPC/greeter/";
 const TTL: Duration = Duration::from_secs(6);
 const RECONCILE: Duration = Duration::from_secs(20);
 
-/// How many seeds are played: a few in the suite, many in the soak.
+/// Returns the seeds to play: a few in the test suite, many in the soak test.
 fn seeds() -> std::ops::Range<u64> {
     let number = |name: &str| {
         std::env::var(name)
@@ -52,7 +52,8 @@ struct World {
     resolver: Resolver,
     registration: Registration,
     lossy: bool,
-    /// What the store had at some time. It is restored once: the raft term tells it from the one before, and would not a second time.
+    /// An earlier state of the store. It is restored at most once: the client detects a restore by a lower raft term, and a second restore
+    /// has the same term.
     backup: RefCell<Backup>,
 }
 
@@ -65,7 +66,7 @@ enum Backup {
 }
 
 impl World {
-    /// In a lossy world watches lose deletions, and keys are compared every now and then.
+    /// Creates the world. In a lossy world, watches lose deletions, and the resolver reconciles periodically.
     async fn new(seed: u64, lossy: bool) -> Self {
         let fake = Fake::new(seed, 0);
         let etcd = fake.etcd(2);
@@ -90,7 +91,7 @@ impl World {
         }
     }
 
-    /// Something that operators, other servers or etcd itself do.
+    /// Plays one event that operators, other servers or etcd itself may cause.
     fn happen(&self) {
         let change = |rng: &mut fastrand::Rng| {
             let key = format!("{PREFIX}{}", rng.u8(..12)).into_bytes();
@@ -100,7 +101,7 @@ impl World {
         let mut script = self.fake.script();
         let rng = &mut script.rng;
         let kind = rng.u8(..60);
-        // One change, a transaction of many, or many transactions.
+        // One change, one transaction with many changes, or many transactions.
         let (transactions, size) = match rng.u8(..4) {
             0 => (1, 20),
             1 => (20, 1),
@@ -114,13 +115,13 @@ impl World {
         match kind {
             0 => store.wipe(),
             1 => {
-                // Other writes have carried the new revision past the old one before anybody is back.
+                // Other writes raise the new revision above the old one before any client reconnects.
                 let revision = store.revision;
                 store.wipe();
                 store.revision = revision + 50;
             }
             2..5 => {
-                // Compacted before a watch has seen them.
+                // Compacts the changes before a watch has received them.
                 for changes in changes {
                     store.apply(changes);
                 }
@@ -156,7 +157,7 @@ impl World {
             .resolver
             .instances()
             .iter()
-            // What is held is known to be gone; how long it is, the hold's own tests say.
+            // The keys of held instances are deleted. The tests of the hold cover how long they are held.
             .filter(|i| !i.is_last_resort())
             .map(|i| i.address().to_string())
             .collect();
@@ -182,7 +183,7 @@ impl World {
 
 /// Plays one history.
 async fn play(seed: u64) {
-    // Whoever draws jitter, leases and members does so on this thread.
+    // Jitter, lease ids and members are drawn on this thread.
     fastrand::seed(seed);
     let lossy = seed.is_multiple_of(4);
     let world = World::new(seed, lossy).await;
@@ -194,7 +195,8 @@ async fn play(seed: u64) {
     }
     world.fake.script().faults = 0;
     world.fake.script().lost_deletes = 0;
-    // A watchdog, a relist that has backed off, and a lease that is granted anew; then a comparison, for what the watch has lost.
+    // The bound covers a watchdog, a list after a backoff, and a new lease. In a lossy world, it also covers the reconciliations that find
+    // the lost deletions.
     let bound = Duration::from_secs(30) + RECONCILE * 2 * u32::from(lossy);
     let right = world.becomes_right(bound).await;
     assert!(
@@ -205,7 +207,7 @@ async fn play(seed: u64) {
         world.resolver.instances(),
         world.fake.store().values(PREFIX)
     );
-    // And it stays so.
+    // The state must also remain correct.
     sleep(TTL * 2).await;
     assert!(world.is_right(), "TEST_SEED={seed}: it does not stay");
     world.registration.deregister().await.expect("all is well");
@@ -213,7 +215,7 @@ async fn play(seed: u64) {
     assert!(own.is_empty(), "TEST_SEED={seed}: {own:?} is left");
 }
 
-/// Each history has a runtime and a paused clock of its own; there are as many at once as there are processors.
+/// Each history has a runtime and a paused clock of its own. As many histories run in parallel as there are processors.
 #[test]
 fn whatever_etcd_sends_and_in_whatever_order_the_end_is_exact() {
     let seeds = seeds();
@@ -267,7 +269,7 @@ async fn a_deletion_that_the_watch_never_brings_is_found_by_a_comparison() {
     assert!(knows(3, 5).await);
     fake.script().lost_deletes = 1;
     change("2", None);
-    // What comes after it does not bring it back.
+    // A later event does not repair the lost deletion.
     change("4", Some("127.0.0.1:4"));
     assert!(knows(4, 5).await);
     assert_eq!(fake.script().lost_deletes, 0, "it was lost");
@@ -314,7 +316,7 @@ async fn one_wrong_endpoint_among_good_ones_fails_nothing() {
         let range = Range::prefix(PREFIX);
         let mut watch = etcd.watch(&range, None).await.expect("a watch");
         assert!(watch.message().await.expect("a message").created);
-        // Now and then it is tried again.
+        // The wait lets the penalty of the wrong endpoint expire from time to time.
         sleep(Duration::from_secs(20)).await;
     }
 }
@@ -331,7 +333,7 @@ async fn a_watch_whose_first_message_does_not_come_is_given_up_after_two_seconds
     let took = Instant::now().saturating_duration_since(start);
     assert_eq!(error.kind(), EtcdErrorKind::DeadlineExceeded);
     assert!(took < Duration::from_millis(2_500), "{took:?}");
-    // It is the member's failure: the next watch goes elsewhere.
+    // The failure counts against the member: the next watch uses another member.
     etcd.report(&watch, &error);
     for _ in 0..20 {
         let mut next = etcd.watch(&range, None).await.expect("a head");

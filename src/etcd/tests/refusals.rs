@@ -1,4 +1,4 @@
-//! Tokens that expire, passwords that change, and what that costs the server: it hashes a password for each token.
+//! Expired tokens, changed passwords, and their cost for the server, which hashes a password for each token.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use crate::registration::RegistrationBuilder;
 use crate::resolver::{Resolver, ResolverBuilder};
 use tonic_balance::AddressPolicy;
 
-/// With authentication on.
+/// Creates a scripted etcd with authentication, and a client for it.
 fn protected() -> (Fake, Etcd) {
     let fake = Fake::new(1, 0);
     fake.script().users.password = Some("secret".to_owned());
@@ -27,7 +27,7 @@ fn resolver(etcd: Etcd) -> Resolver {
     ResolverBuilder::service(etcd, &keyspace, "greeter", AddressPolicy::default()).start()
 }
 
-/// A change, and whether a resolver knows it in time.
+/// Adds an instance, and returns whether the resolver receives it in time.
 async fn arrives(fake: &Fake, resolver: &Resolver, bound: Duration) -> bool {
     let before = resolver.instances().len();
     let key = format!("{PREFIX}{before}").into_bytes();
@@ -60,7 +60,7 @@ async fn however_many_requests_are_refused_one_token_is_fetched() {
     assert_eq!(fake.script().users.authentications, 2);
 }
 
-/// To the others the cluster's log brings it a moment later.
+/// The other members accept the token a moment later, when the cluster's log has reached them.
 #[tokio::test(start_paused = true)]
 async fn a_new_token_goes_to_the_member_that_has_issued_it() {
     let (fake, _) = protected();
@@ -74,7 +74,7 @@ async fn a_new_token_goes_to_the_member_that_has_issued_it() {
     }
 }
 
-/// A change of the store's users has every client of it here at once.
+/// After a change of the store's users, all clients renew their tokens at once.
 #[tokio::test(start_paused = true)]
 async fn clients_whose_tokens_are_refused_at_once_fetch_new_ones_one_after_the_other() {
     const CLIENTS: u32 = 40;
@@ -107,28 +107,26 @@ async fn clients_whose_tokens_are_refused_at_once_fetch_new_ones_one_after_the_o
     assert!(most <= CLIENTS / 2, "{most} of {CLIENTS} within 20 ms");
 }
 
-/// Etcd goes on hashing for those who have given up.
+/// etcd continues to hash for callers that have timed out. A client that abandoned its requests would never get a token.
 #[tokio::test(start_paused = true)]
-async fn a_server_that_is_busy_hashing_is_left_alone_for_longer_each_time() {
+async fn a_server_that_is_busy_hashing_gets_few_requests_and_has_time_to_answer() {
     let (fake, etcd) = protected();
     let key = Key::from("/a");
     etcd.read(&key).await.expect("a token was fetched");
     fake.script().users.token += 1;
     fake.script().users.overloaded = true;
     let start = Instant::now();
-    while Instant::now().saturating_duration_since(start) < Duration::from_secs(120) {
-        etcd.read(&key).await.expect_err("no token");
+    while etcd.read(&key).await.is_err() {
         sleep(Duration::from_millis(100)).await;
     }
-    // 2 s and up to 10 s each.
+    let took = Instant::now().saturating_duration_since(start);
+    // A hash takes 60 s.
+    assert!(took < Duration::from_secs(65), "{took:?}");
     let asked = fake.script().users.authentications - 1;
-    assert!((8..=24).contains(&asked), "{asked} times in two minutes");
-    fake.script().users.overloaded = false;
-    sleep(Duration::from_secs(10)).await;
-    etcd.read(&key).await.expect("a token was fetched");
+    assert!((1..=3).contains(&asked), "{asked} exchanges");
 }
 
-/// A token is refused in a watch's first message, by older servers with the words of a missing permission.
+/// etcd rejects a token in the first message of a watch. Older servers use the text for a missing permission.
 #[tokio::test(start_paused = true)]
 async fn a_watch_that_is_refused_goes_on_with_a_fresh_token() {
     let (fake, etcd) = protected();
@@ -165,7 +163,7 @@ async fn a_password_that_was_changed_is_told_and_costs_the_server_little() {
     let before = fake.script().users.authentications;
     sleep(Duration::from_secs(600)).await;
     let asked = fake.script().users.authentications - before;
-    // Every 15 to 30 s.
+    // One attempt every 15 to 30 s.
     assert!((10..=42).contains(&asked), "{asked} times in ten minutes");
     assert_eq!(resolver.instances().len(), 1, "nothing is removed");
     let error = resolver.status().last_error.expect("told");
@@ -182,7 +180,8 @@ async fn who_may_not_read_asks_seldom_until_it_may() {
     sleep(Duration::from_secs(600)).await;
     let error = resolver.status().last_error.expect("told");
     assert_eq!(error.kind(), EtcdErrorKind::PermissionDenied);
-    // Every 15 to 30 s, and with a fresh token when the one before might have expired, which older servers would have said in these words.
+    // One list every 15 to 30 s. A new token is fetched only when the previous one may have expired, because older servers report an
+    // expired token with the same text.
     let asked = fake.script().users.authentications;
     assert!((2..=4).contains(&asked), "{asked} times in ten minutes");
     let pages = fake.script().pages;
@@ -192,7 +191,7 @@ async fn who_may_not_read_asks_seldom_until_it_may() {
     ready.expect("it may read");
 }
 
-/// The token that is refused in the end may be another one than that which was refused for want of a permission.
+/// The token that is finally rejected may be newer than the token that lacked the permission.
 #[tokio::test(start_paused = true)]
 async fn a_permission_that_is_taken_and_given_back_is_found_with_a_fresh_token() {
     let (fake, etcd) = protected();
@@ -203,13 +202,13 @@ async fn a_permission_that_is_taken_and_given_back_is_found_with_a_fresh_token()
     fake.cut();
     sleep(Duration::from_secs(60)).await;
     assert_eq!(resolver.instances().len(), 1, "nothing is removed");
-    // A change of the store's users makes every token invalid.
+    // A change of the store's users invalidates every token.
     fake.script().users.token += 1;
     fake.script().users.denied = false;
     assert!(arrives(&fake, &resolver, Duration::from_secs(40)).await);
 }
 
-/// Older servers renew leases whatever the token: the registration is well, but for reads of its key and the watch on it.
+/// Older servers renew leases with any token: only the reads of the key and the watch on it fail.
 #[tokio::test(start_paused = true)]
 async fn a_registration_whose_password_was_changed_costs_the_server_little() {
     let (fake, etcd) = protected();
@@ -234,7 +233,7 @@ async fn a_registration_whose_password_was_changed_costs_the_server_little() {
         let asked = fake.script().users.authentications - before;
         let watches = fake.script().watches - watches;
         assert!(watches <= 50, "{watches} watches in ten minutes");
-        // Twice per TTL at most for what is asked of the key, and every 15 s for the watch.
+        // At most two attempts per TTL for requests on the key, and one every 15 s for the watch.
         let most = if renewals_are_checked { 160 } else { 130 };
         assert!((20..most).contains(&asked), "{asked} times in ten minutes");
         fake.script().users.password = Some("secret".to_owned());
@@ -248,21 +247,21 @@ async fn a_registration_whose_password_was_changed_costs_the_server_little() {
     registration.deregister().await.expect("all is well");
 }
 
-/// The watch on its key renews the token itself, and does not wait for the reads to do it.
+/// The watch on the key renews the token itself and does not wait for the reads to do so.
 #[tokio::test(start_paused = true)]
 async fn a_registration_whose_watch_is_refused_watches_on_with_a_fresh_token() {
     let (fake, etcd) = protected();
     let keyspace = Keyspace::new("/gRPC/");
     let policy = AddressPolicy::default();
     let registration = RegistrationBuilder::service(etcd, policy, keyspace, "greeter");
-    // It reads its key at its renewals, every twenty seconds.
+    // With this TTL, the registration reads its key only at its renewals, every 20 s.
     let ttl = Duration::from_secs(60);
     let registration = registration.address("127.0.0.1:1").ttl(ttl);
     let registration = registration.register().await.expect("all is well");
     sleep(Duration::from_secs(1)).await;
     fake.script().users.token += 1;
     fake.cut();
-    // The first two waits of a second, and the hash.
+    // The first two waits of the backoff, one second each, and the time for the password hash.
     sleep(Duration::from_secs(4)).await;
     let key = format!("{PREFIX}127.0.0.1:1").into_bytes();
     fake.store().apply(vec![(key.clone(), None)]);
@@ -277,7 +276,8 @@ async fn a_registration_whose_watch_is_refused_watches_on_with_a_fresh_token() {
     registration.deregister().await.expect("all is well");
 }
 
-/// A registration on a thread of its own is there for a runtime that is busy: it must not wait for what that one has begun.
+/// A registration on its own thread must work while the other runtime is busy, so it must not wait for an exchange that the other runtime
+/// has started.
 #[tokio::test(start_paused = true)]
 async fn who_is_set_apart_fetches_a_token_without_the_others() {
     let (fake, etcd) = protected();
@@ -287,7 +287,7 @@ async fn who_is_set_apart_fetches_a_token_without_the_others() {
     detached.read(&key).await.expect("it has the token");
     assert_eq!(fake.script().users.authentications, 1);
     fake.script().users.token += 1;
-    // On its way to a token, and then its runtime is busy.
+    // The request starts to fetch a token and is then not polled, as on a busy runtime.
     let mut busy = pin!(etcd.read(&key));
     while fake.script().users.authentications == 1 {
         let step = timeout(Duration::from_millis(1), busy.as_mut()).await;

@@ -1,4 +1,4 @@
-//! Single rules that a random history need not come across.
+//! Single rules that a random history may not exercise.
 
 use std::io::ErrorKind;
 use std::time::Duration;
@@ -35,14 +35,14 @@ fn own_key() -> Vec<u8> {
     format!("{PREFIX}127.0.0.1:1").into_bytes()
 }
 
-/// The lease of our key in the store; 0 if it is not there.
+/// Returns the lease of the test's own key in the store, or 0 if the key does not exist.
 fn lease(fake: &Fake) -> i64 {
     let store = fake.store();
     store.keys.get(&own_key()).map_or(0, |kv| kv.lease)
 }
 
-/// Waits until the condition holds, and says how long that took.
-async fn until(bound: Duration, what: &str, condition: impl Fn() -> bool) -> Duration {
+/// Waits until the condition holds, and returns the time that it took.
+pub(super) async fn until(bound: Duration, what: &str, condition: impl Fn() -> bool) -> Duration {
     let start = Instant::now();
     while !condition() {
         assert!(since(start) < bound, "not within {bound:?}: {what}");
@@ -94,7 +94,7 @@ async fn a_renewal_out_of_an_old_raft_term_is_tried_at_another_member() {
     }
 }
 
-/// Its raft terms begin anew, and its leases live on.
+/// The raft terms of a restored store restart, and its leases remain valid.
 #[tokio::test(start_paused = true)]
 async fn a_store_that_was_restored_keeps_its_registrations() {
     let fake = Fake::new(1, 0);
@@ -116,7 +116,7 @@ async fn a_store_that_was_restored_keeps_its_registrations() {
     let kv = fake.store().keys[&own_key()].clone();
     let value = String::from_utf8(kv.value).expect("text");
     assert!(value.contains("\"weight\":9"), "{value}");
-    // And it notices what happens to its key.
+    // The registration must also detect a deletion of its key.
     fake.store().apply(vec![(own_key(), None)]);
     fake.tell();
     until(TTL, "the key is back", || lease(&fake) == before).await;
@@ -186,7 +186,8 @@ async fn a_store_that_chooses_its_own_leases_gets_no_key() {
     assert!(fake.store().keys.is_empty(), "nothing is written");
 }
 
-/// Behind the one address of a balancer the connection has to be left; it is, after two exchanges without an answer.
+/// Behind the single address of a load balancer, the frozen connection must be replaced. The client replaces it after two requests without
+/// a response.
 #[tokio::test(start_paused = true)]
 async fn whoever_changes_the_weight_all_the_time_does_not_keep_a_renewal_from_its_deadline() {
     let fake = Fake::new(1, 0);
@@ -257,19 +258,20 @@ async fn a_resolver_leaves_a_member_whose_watch_is_mute_for_another_one() {
         let key = format!("{PREFIX}1").into_bytes();
         fake.store().apply(vec![(key, Some((change, 0)))]);
         fake.tell();
-        // The first message's 2 s, and a backoff; a second mute watch would take as long again.
+        // The bound allows 2 s for the first message, and a backoff. A second watch on the mute member would take another 2 s.
         let bound = Duration::from_millis(3_500);
         let known = || resolver.instances().len() == 2;
         until(bound, "the change is known", known).await;
     }
 }
 
-/// It notices after 8 s, and waits for one at most; a watch that the same member does not even create would take 2 s more.
+/// The watch detects the silence after 8 s and waits at most one second. A new watch on the same member would take 2 s more, because that
+/// member does not create it.
 #[tokio::test(start_paused = true)]
 async fn a_registration_leaves_a_member_whose_watch_falls_silent_for_another_one() {
     for seed in 0..20 {
         let fake = Fake::new(seed, 0);
-        // It reads its key at its renewals, every twenty seconds.
+        // With this TTL, the registration reads its key only at its renewals, every 20 s.
         let registered = registration(fake.etcd(2)).ttl(TTL * 10).register().await;
         let registered = registered.expect("all is well");
         sleep(Duration::from_millis(100)).await;
@@ -282,7 +284,7 @@ async fn a_registration_leaves_a_member_whose_watch_falls_silent_for_another_one
     }
 }
 
-/// A server that renews leases and does not answer watches is not asked for one each second by every server there is.
+/// A member may renew leases but not answer watches. The registrations of a fleet must not all retry their watches every second.
 #[tokio::test(start_paused = true)]
 async fn a_watch_on_the_own_key_that_cannot_be_had_is_tried_seldom() {
     let fake = Fake::new(1, 0);
@@ -296,7 +298,7 @@ async fn a_watch_on_the_own_key_that_cannot_be_had_is_tried_seldom() {
     assert!(registered.state().is_registered());
 }
 
-/// Whoever does not ask for long is told of the last change of an address, and of no other.
+/// A consumer that polls the stream rarely receives only the last change of an address.
 #[tokio::test(start_paused = true)]
 async fn an_address_that_changes_all_the_time_is_one_change() {
     let fake = Fake::new(1, 0);
@@ -325,7 +327,7 @@ async fn an_address_that_changes_all_the_time_is_one_change() {
     assert!(more.is_err(), "{more:?}");
 }
 
-/// 24 MB in 400 values: more than a message may have.
+/// 400 values take 24 MB, which exceeds the limit of one message.
 #[tokio::test(start_paused = true)]
 async fn a_page_of_more_than_sixteen_mib_is_not_taken() {
     let fake = Fake::new(1, 0);
@@ -351,7 +353,7 @@ async fn a_page_of_more_than_sixteen_mib_is_not_taken() {
     );
 }
 
-/// More services than etcd takes in one transaction.
+/// The number of services exceeds the limit for one etcd transaction.
 #[tokio::test(start_paused = true)]
 async fn every_key_says_that_it_is_leaving_before_it_goes() {
     let fake = Fake::new(1, 0);
@@ -374,7 +376,7 @@ async fn every_key_says_that_it_is_leaving_before_it_goes() {
     assert_eq!(goodbyes(&fake), 151);
 }
 
-/// What a channel cannot connect to may be gone from the registry: it has the key read.
+/// The key of an endpoint that refuses connections may be deleted, so the channel makes the resolver read the key.
 #[tokio::test(start_paused = true)]
 async fn a_channel_whose_endpoint_refuses_connections_has_its_key_read() {
     let fake = Fake::new(1, 0);
@@ -384,7 +386,7 @@ async fn a_channel_whose_endpoint_refuses_connections_has_its_key_read() {
     let key = format!("{PREFIX}1").into_bytes();
     fake.store().apply(vec![(key, Some((refusing, 0)))]);
     let resolver = ResolverBuilder::service(fake.etcd(1), &keyspace, "greeter", policy);
-    // Not by the kernel, whose answer paused time does not wait for.
+    // The connector refuses the connection itself: paused time would not wait for the kernel to refuse it.
     let refused =
         |_| std::future::ready(Err::<DuplexStream, _>(ErrorKind::ConnectionRefused.into()));
     let channel = BalancedChannel::builder()

@@ -1,4 +1,4 @@
-//! What the scripted etcd keeps: keys with their history, leases, terms.
+//! The store of the scripted etcd: keys with their history, leases, terms.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
@@ -6,14 +6,14 @@ use std::time::Duration;
 use etcd_client::proto::{PbEvent, PbKeyValue, PbResponseHeader};
 use tokio::time::Instant;
 
-/// A key with its new value and lease, or none to delete it.
+/// A key with its new value and lease, or with `None` for a deletion.
 pub(super) type Change = (Vec<u8>, Option<(Vec<u8>, i64)>);
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct Store {
     pub(super) revision: i64,
     pub(super) term: u64,
-    /// How often it was started again.
+    /// Number of restarts.
     pub(super) epoch: u64,
     pub(super) keys: BTreeMap<Vec<u8>, PbKeyValue>,
     pub(super) history: Vec<(i64, Vec<PbEvent>)>,
@@ -39,7 +39,7 @@ impl Store {
         }
     }
 
-    /// One transaction of puts (with a value and a lease) and deletes.
+    /// Applies one transaction of puts (with a value and a lease) and deletes.
     pub(super) fn apply(&mut self, changes: Vec<Change>) {
         let revision = self.revision + 1;
         let mut events = Vec::new();
@@ -80,7 +80,7 @@ impl Store {
         let dead = |kv: &PbKeyValue| kv.lease != 0 && !self.leases.contains_key(&kv.lease);
         let dead = self.keys.values().filter(|kv| dead(kv));
         let dead: Vec<_> = dead.map(|kv| kv.key.clone()).collect();
-        // One message each, as etcd does it.
+        // Each key is deleted in a change of its own, as in etcd.
         for key in dead {
             self.apply(vec![(key, None)]);
         }
@@ -92,7 +92,7 @@ impl Store {
             .retain(|(revision, _)| *revision >= self.revision);
     }
 
-    /// Loses everything, as a member that is started again with its flags and without its data. Cluster id and term stay the same. A3
+    /// A3: loses all data, like a member that restarts with the same flags and without its data. The cluster id and the term stay the same.
     pub(super) fn wipe(&mut self) {
         *self = Self {
             epoch: self.epoch + 1,
@@ -100,7 +100,7 @@ impl Store {
         };
     }
 
-    /// Becomes what it was, as a member that is started from a backup: leases begin their time anew, and raft terms are those of a new log.
+    /// Restores a backup, like a member that starts from a backup: leases get their full time again, and raft terms restart.
     pub(super) fn restore(&mut self, backup: &Self, now: Instant) {
         let epoch = self.epoch + 1;
         *self = Self {
@@ -113,7 +113,7 @@ impl Store {
         }
     }
 
-    /// What happened in a range from a revision on.
+    /// Returns the events of a range from a revision on.
     pub(super) fn events(&self, from: i64, start: &[u8], end: &[u8]) -> Vec<PbEvent> {
         let events = self
             .history

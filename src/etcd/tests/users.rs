@@ -1,4 +1,4 @@
-//! The one user of the scripted etcd: a password, tokens that expire, and what may be refused.
+//! The single user of the scripted etcd: its password, tokens that expire, and rejected requests.
 
 use std::convert::Infallible;
 use std::future::{Ready, ready};
@@ -18,30 +18,30 @@ use tower::Service;
 use super::fake::Fake;
 use crate::etcd::token::Credentials;
 
-/// What is known of users. Without a password authentication is off.
+/// The state of authentication. Without a password, authentication is disabled.
 #[derive(Debug, Default)]
 pub(super) struct Users {
     pub(super) password: Option<String>,
-    /// The number of the token that is good.
+    /// The number of the valid token.
     pub(super) token: u32,
-    /// What a bad token is refused with; older servers say that permission is denied. A10 (a)
+    /// A10 (a): the error for an invalid token. Older servers return "permission denied".
     pub(super) refusal: Option<&'static str>,
-    /// Whether the user may do nothing at all.
+    /// Whether all requests of the user are forbidden.
     pub(super) denied: bool,
-    /// Whether a renewal needs a good token: older servers renew without one.
+    /// Whether a renewal requires a valid token; older servers renew without one.
     pub(super) renewals_are_checked: bool,
-    /// Whether it takes longer to hash a password than anybody waits.
+    /// Whether a password hash takes longer than any caller waits.
     pub(super) overloaded: bool,
-    /// How often a password was asked for.
+    /// Number of requested exchanges of a password for a token.
     pub(super) authentications: u32,
-    /// How long a token is known to the member alone that has issued it.
+    /// The time for which only the issuing member accepts a new token.
     pub(super) lag: Duration,
-    /// Which member that was of the last one, and when.
+    /// The member that issued the last token, and the time.
     issued: Option<(Arc<str>, Instant)>,
 }
 
 impl Users {
-    /// What a client that is made now is given.
+    /// Returns the credentials of a new client.
     pub(super) fn credentials(&self) -> Option<Credentials> {
         let password = self.password.clone()?;
         let user = "greeter".to_owned();
@@ -52,7 +52,7 @@ impl Users {
         format!("token{}", self.token)
     }
 
-    /// Whether a member knows of the token that is good.
+    /// Returns whether a member accepts the valid token.
     fn known_to(&self, member: &Arc<str>) -> bool {
         let issued = self.issued.as_ref();
         issued.is_none_or(|(issuer, at)| issuer == member || Instant::now() >= *at + self.lag)
@@ -60,7 +60,7 @@ impl Users {
 }
 
 impl Fake {
-    /// Whether a request has a good token, where it needs one.
+    /// Checks the token of a request, if the request requires one.
     pub(super) fn admits<T>(&self, request: &Request<T>) -> Result<(), Status> {
         let script = self.script();
         let users = &script.users;
@@ -81,7 +81,7 @@ impl Fake {
     }
 }
 
-/// The service that exchanges passwords for tokens, and nothing else of it: the messages of other methods are not to be had.
+/// The service that exchanges passwords for tokens. It has no other methods, because their message types are not available.
 #[derive(Clone)]
 pub(super) struct Authenticate(pub(super) Fake);
 
@@ -104,7 +104,7 @@ impl Service<http::Request<Body>> for Authenticate {
         fake.insist(authenticates, "there is nothing else");
         fake.script().users.authentications += 1;
         Box::pin(async move {
-            // A hash of the password takes its time.
+            // A password hash takes time.
             let overloaded = fake.script().users.overloaded;
             let takes = Duration::from_millis(if overloaded { 60_000 } else { 100 });
             tokio::time::sleep(takes).await;

@@ -14,11 +14,11 @@ struct Watcher {
     next: i64,
     start: Vec<u8>,
     end: Vec<u8>,
-    /// A throw-away watcher with both kinds of events filtered out.
+    /// Whether the watcher is a probe: both kinds of events are filtered out.
     deaf: bool,
 }
 
-/// Whether the stream goes on.
+/// Whether the stream stays open.
 type Alive = Result<(), ()>;
 
 struct Stream {
@@ -26,9 +26,9 @@ struct Stream {
     answers: mpsc::Sender<Result<PbWatchResponse, Status>>,
     watchers: Vec<Watcher>,
     ids: i64,
-    /// It is open and will never say anything again.
+    /// Whether the stream stays open but sends no more messages.
     silent: bool,
-    /// Why every watcher is refused.
+    /// The reason for which every watcher is rejected.
     refusal: Option<Status>,
 }
 
@@ -58,7 +58,7 @@ pub(super) async fn serve(
                 _ => return,
             },
             _ = changed.changed() => {
-                // What was started again has lost its streams.
+                // A member that restarts loses its streams.
                 if stream.fake.store().epoch != epoch {
                     return;
                 }
@@ -85,7 +85,7 @@ impl Stream {
 
     fn message(&self, watch_id: i64) -> PbWatchResponse {
         PbWatchResponse {
-            // It runs ahead of the events. A2 (a)
+            // A2 (a): the revision in the header runs ahead of the events.
             header: Some(self.header()),
             watch_id,
             ..PbWatchResponse::default()
@@ -99,10 +99,6 @@ impl Stream {
                 let fake = &self.fake;
                 fake.insist(!create.fragment, "that takes a server minutes");
                 fake.insist(!deaf || create.filters.len() == 2, "a probe has no events");
-                // Keys are watched one by one, over one stream; of a prefix there is one watcher, and what comes after it is a probe.
-                let one = create.range_end.strip_prefix(&*create.key) == Some(&[0]);
-                let probes = !one && self.ids > 0;
-                fake.insist(!probes || deaf, "a probe would bring events twice");
                 if let Some(refusal) = &self.refusal {
                     let refused = PbWatchResponse {
                         created: true,
@@ -152,7 +148,8 @@ impl Stream {
         }
     }
 
-    /// Compaction is past what a watcher has not seen. A2 (d): after a success, and with no revision in the header.
+    /// A2 (d): a compaction has passed the events that a watcher still needs. The watcher is cancelled after its creation has succeeded,
+    /// and the header has no revision.
     async fn overtaken(&mut self, id: i64, compacted: i64) -> Alive {
         self.watchers.retain(|watcher| watcher.id != id);
         let cancelled = PbWatchResponse {
@@ -164,7 +161,7 @@ impl Stream {
         self.send(cancelled).await
     }
 
-    /// Sends every watcher what it has not seen, in one of the ways in which real servers did.
+    /// Sends the outstanding events to every watcher, in one of the ways that real servers have shown.
     async fn catch_up(&mut self) -> Alive {
         let ids: Vec<_> = self.watchers.iter().map(|watcher| watcher.id).collect();
         for id in ids {
@@ -183,7 +180,7 @@ impl Stream {
                 self.overtaken(id, compacted).await?;
                 continue;
             }
-            // A store that was wiped is behind the watch, which then hangs. A3
+            // A3: the revision of a wiped store is below that of the watch, which then receives nothing.
             if deaf || reached < next {
                 continue;
             }
@@ -197,7 +194,7 @@ impl Stream {
         Ok(())
     }
 
-    /// Servers were known to lose deletions. B6
+    /// B6: real servers have lost deletions.
     fn without_lost(&self, mut events: Vec<PbEvent>) -> Vec<PbEvent> {
         let mut script = self.fake.script();
         events.retain(|event| {
@@ -208,12 +205,12 @@ impl Stream {
         events
     }
 
-    /// What comes before, or instead of, the events.
+    /// Draws a fault that precedes the events or replaces them.
     async fn disturb(&mut self, id: i64, stale: Vec<PbEvent>) -> Alive {
         let fault = self.fake.script().fault(9);
         match fault {
             Some(0) => self.silent = true,
-            // Streams end cleanly, or with an error that says nothing.
+            // Streams end cleanly, or with an error without details.
             Some(1) => return Err(()),
             Some(2) => {
                 let broken = Status::unknown("transport error");
@@ -225,7 +222,7 @@ impl Stream {
                 let progress = self.message(-1);
                 self.send(progress).await?;
             }
-            // A2 (f): a member that lags replays what is older than what was asked for.
+            // A2 (f): a member that lags replays events that are older than the requested revision.
             Some(4 | 5) => {
                 let replayed = PbWatchResponse {
                     events: stale,
@@ -247,7 +244,7 @@ impl Stream {
                 self.send(cancelled).await?;
                 return Err(());
             }
-            // An empty message is nothing.
+            // An empty message must have no effect.
             Some(_) => {
                 let nothing = self.message(id);
                 self.send(nothing).await?;
@@ -257,7 +254,8 @@ impl Stream {
         Ok(())
     }
 
-    /// The events, in messages that are cut anywhere: a revision may be split over fragments, and a stream may end after each.
+    /// Sends the events in messages that are cut at random: a revision may be split into fragments, and the stream may end after each
+    /// message.
     async fn batches(&mut self, id: i64, events: Vec<PbEvent>) -> Alive {
         let mut events = events.as_slice();
         while !events.is_empty() {

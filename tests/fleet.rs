@@ -1,0 +1,149 @@
+//! Many services in one process, and many processes at one etcd.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a failed step is a failed test"
+)]
+
+mod support;
+
+use std::time::Duration;
+
+use support::roles::{protect, user_at};
+use support::{client, registry, within};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tonic_etcd::testing::Etcd;
+use tonic_etcd::{Resolver, ResolverState};
+
+/// Returns the time since `start`.
+fn since(start: Instant) -> Duration {
+    Instant::now().saturating_duration_since(start)
+}
+
+/// Returns how many resolvers have an up-to-date set of one instance each.
+fn fresh(resolvers: &[Resolver]) -> usize {
+    let is_fresh = |resolver: &&Resolver| {
+        resolver.status().state == ResolverState::Fresh && resolver.instances().len() == 1
+    };
+    resolvers.iter().filter(is_fresh).count()
+}
+
+/// A server or proxy limits the streams of a connection. Watches of their own for each service would fill them, and a registration on the same
+/// registry would wait for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_services_are_watched_through_a_hundred_streams() {
+    const SERVICES: usize = 1_000;
+    let builder = Etcd::builder().arg("--max-concurrent-streams=100");
+    let etcd = builder.start().await.unwrap();
+    let mut kv = client(&etcd).await.kv_client();
+    for service in 0..SERVICES {
+        let key = format!("/gRPC/service{service}/a");
+        kv.put(key, "10.0.0.5:80", None).await.unwrap();
+    }
+    let registry = registry(&etcd).await;
+    let start = Instant::now();
+    let watch = |service| registry.resolver(format!("service{service}")).start();
+    let resolvers: Vec<_> = (0..SERVICES).map(watch).collect();
+    within(Duration::from_secs(4), "all are fresh", async || {
+        fresh(&resolvers) == SERVICES
+    })
+    .await;
+    println!("{SERVICES} services are fresh after {:?}", since(start));
+    let start = Instant::now();
+    let registration = registry.registration("greeter").address("127.0.0.1:80");
+    let registration = registration.register().await.unwrap();
+    println!("registered in {:?}", since(start));
+    assert!(since(start) < Duration::from_secs(1));
+    // Each of them receives its own events, and no other's.
+    for service in [0, 1, SERVICES - 1] {
+        let key = format!("/gRPC/service{service}/b");
+        kv.put(key, "10.0.0.6:80", None).await.unwrap();
+    }
+    within(Duration::from_secs(2), "the events", async || {
+        fresh(&resolvers) == SERVICES - 3
+    })
+    .await;
+    drop(registration);
+}
+
+/// The events of one watch do not delay those of another, and a watch that is dropped ends alone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prefix_that_is_flooded_delays_no_other() {
+    let etcd = support::etcd().await;
+    let registry = registry(&etcd).await;
+    let flooded = registry.resolver("flooded").start();
+    let quiet = registry.resolver("quiet").start();
+    let dropped = registry.resolver("dropped").start();
+    for resolver in [&flooded, &quiet, &dropped] {
+        resolver.ready().await;
+    }
+    drop(dropped);
+    let mut kv = client(&etcd).await.kv_client();
+    let mut writers = JoinSet::new();
+    for writer in 0..8 {
+        let mut kv = client(&etcd).await.kv_client();
+        writers.spawn(async move {
+            for number in 0.. {
+                let key = format!("/gRPC/flooded/{writer}-{}", number % 100);
+                let value = format!("10.0.{writer}.{}:80", number % 100);
+                kv.put(key, value, None).await.unwrap();
+            }
+        });
+    }
+    let mut slowest = Duration::ZERO;
+    for round in 1..=20 {
+        let start = Instant::now();
+        let address = format!("10.0.0.5:{round}");
+        kv.put("/gRPC/quiet/a", address.as_str(), None)
+            .await
+            .unwrap();
+        within(
+            Duration::from_secs(2),
+            "the quiet one's event",
+            async || support::addresses(&quiet) == [address.clone()],
+        )
+        .await;
+        slowest = slowest.max(since(start));
+    }
+    println!(
+        "the slowest event took {slowest:?} beside {} instances",
+        flooded.instances().len()
+    );
+    writers.shutdown().await;
+    assert_eq!(quiet.status().watches, 1, "the stream was never lost");
+}
+
+/// etcd loses simple tokens when it restarts, and an exchange costs it a password hash of 50 to 130 ms. All clients are back once each has had
+/// its hash, with one repeat.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_process_is_back_after_a_restart_that_costs_each_a_password_hash() {
+    let clients = support::soak("clients with a password", 150, 500);
+    let mut etcd = support::etcd().await;
+    protect(&etcd).await;
+    let mut resolvers = Vec::new();
+    let first = Instant::now();
+    for _ in 0..clients {
+        let registry = user_at(etcd.endpoints(), "reader").await.unwrap();
+        let resolver = registry.resolver("greeter").start();
+        resolver.ready().await;
+        resolvers.push((registry, resolver));
+    }
+    // Each had its own hash, one after the other.
+    let hash = since(first) / u32::try_from(clients).unwrap();
+    etcd.stop(0).await.unwrap();
+    etcd.restart(0).await.unwrap();
+    let start = Instant::now();
+    let bound = hash * u32::try_from(clients).unwrap() * 2 + Duration::from_secs(5);
+    let back = within(bound, "all are back", async || {
+        let is_fresh =
+            |(_, resolver): &(_, Resolver)| resolver.status().state == ResolverState::Fresh;
+        resolvers.iter().all(is_fresh)
+    })
+    .await;
+    println!(
+        "{clients} clients are back after {back:?} ({:?}); a hash and a read take {hash:?}",
+        since(start)
+    );
+}
