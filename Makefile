@@ -8,12 +8,14 @@ ETCD_TESTS ?= --test auth --test faults --test registration
 # among them.
 TEST_THREADS ?= 4
 WAITING := auth faults health_check mass_removal network registration resolver
-# All others, with none to be listed here and forgotten, but for those that need what `make interop` installs.
+# All others, except those that need what `make interop` installs, and the list of the public interface, which `make lint` compares.
 FILES := $(patsubst tests/%.rs,%,$(wildcard tests/*.rs)) $(patsubst tests/%/main.rs,%,$(wildcard tests/*/main.rs))
-REST := $(filter-out $(WAITING) peers,$(FILES))
+REST := $(filter-out $(WAITING) api peers,$(FILES))
+# Each set of features is built and documented by itself.
+FEATURE_SETS := none tls health testing tls,health tls,testing health,testing
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint test test-newest interop soak bench fmt clean
+.PHONY: help setup demo lint features api minimal-versions test test-newest interop soak bench fmt clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,12 +29,30 @@ demo: setup ## Run a load-balanced cluster on this machine
 	$(CARGO) run --locked --all-features --example greeter_cluster
 
 # The bare libraries are checked by themselves because the tests enable features.
-lint: setup ## Check formatting, lints and docs
+lint: setup features api ## Check formatting, lints, docs, each set of features, dependencies and the public interface
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets --all-features -- -D warnings
 	$(CARGO) clippy --locked --test peers --all-features -- -D warnings
 	$(CARGO) clippy --locked --workspace --lib --no-default-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --all-features
+	$(CARGO) rustc --locked --lib -p tonic-balance --all-features -- -D unused-crate-dependencies
+	$(CARGO) rustc --locked --lib -p tonic-etcd --all-features -- -D unused-crate-dependencies
+
+features: setup ## Check each feature alone, and in pairs, with its docs
+	@set -e; for features in $(subst none,,$(FEATURE_SETS)) ""; do \
+		echo "features: $${features:-none}"; \
+		$(CARGO) clippy --locked --quiet --lib -p tonic-etcd --no-default-features --features "$$features" -- -D warnings; \
+		RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --quiet --no-deps -p tonic-etcd --no-default-features --features "$$features"; \
+	done
+	$(CARGO) clippy --locked --quiet --lib -p tonic-balance --no-default-features -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --quiet --no-deps -p tonic-balance --no-default-features
+
+api: setup ## Compare the public interface with the list in docs/api; API_UPDATE=1 writes the list
+	$(CARGO) test --locked --all-features --test api
+
+# With the oldest versions of the direct dependencies that Cargo.toml allows. In a copy, for the lock file is replaced.
+minimal-versions: setup ## Check that the oldest dependencies allowed still suffice
+	scripts/minimal-versions
 
 # Together these cover the libraries, the examples, the integration tests and the doc tests, but not the benches.
 # Where Go is, the tests that depend on etcd run once more with the newest one.
