@@ -11,11 +11,13 @@ WAITING := auth faults health_check mass_removal network registration resolver
 # All others, except those that need what `make interop` installs, and the list of the public interface, which `make lint` compares.
 FILES := $(patsubst tests/%.rs,%,$(wildcard tests/*.rs)) $(patsubst tests/%/main.rs,%,$(wildcard tests/*/main.rs))
 REST := $(filter-out $(WAITING) api peers,$(FILES))
+# As in Cargo.toml.
+MSRV := 1.88.0
 # Each set of features is built and documented by itself.
 FEATURE_SETS := none tls health testing tls,health tls,testing health,testing
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint features api minimal-versions test test-newest interop soak bench fmt clean
+.PHONY: help setup demo lint features api minimal-versions msrv test test-newest interop soak bench fmt clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +51,10 @@ features: setup ## Check each feature alone, and in pairs, with its docs
 
 api: setup ## Compare the public interface with the list in docs/api; API_UPDATE=1 writes the list
 	$(CARGO) test --locked --all-features --test api
+
+msrv: setup ## Build with the oldest Rust that is supported, which rustup installs
+	rustup toolchain install $(MSRV) --profile minimal
+	$(CARGO) +$(MSRV) check --locked --workspace --lib --all-features --target-dir target/msrv
 
 # With the oldest versions of the direct dependencies that Cargo.toml allows. In a copy, for the lock file is replaced.
 minimal-versions: setup ## Check that the oldest dependencies allowed still suffice
