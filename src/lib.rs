@@ -104,7 +104,9 @@ pub use instance::{Instance, KeyLocation};
 pub use keyspace::{LeaseId, Revision};
 pub use registration::{Registration, RegistrationBuilder, RegistrationState, ServerState};
 pub use registry::{Registry, RegistryBuilder, connect};
-pub use resolver::{Resolver, ResolverBuilder, ResolverFeedback, ResolverState, ResolverStatus};
+pub use resolver::{
+    RejectedKey, Resolver, ResolverBuilder, ResolverFeedback, ResolverState, ResolverStatus,
+};
 pub use server::ServeRegistered;
 #[cfg(feature = "__bench")]
 #[doc(hidden)]

@@ -324,13 +324,16 @@ impl AddressPolicy {
     fn check_ip(&self, ip: IpAddr) -> Result<(), &'static str> {
         let ip = embedded_v4(ip.to_canonical());
         if is_unspecified(ip) {
-            return Err("is unspecified and can be dialled by nobody else");
+            return Err("is unspecified and not reachable from other hosts");
         }
         if ip.is_multicast() || ip == IpAddr::V4(Ipv4Addr::BROADCAST) {
             return Err("is a multicast or broadcast address");
         }
         if is_link_local(ip) {
             return Err("is link-local");
+        }
+        if is_metadata_service(ip) {
+            return Err("is the metadata service of a cloud");
         }
         if self.loopback_forbidden && ip.is_loopback() {
             return Err("is loopback, which the address policy forbids");
@@ -342,15 +345,31 @@ impl AddressPolicy {
     }
 }
 
-/// Returns the IPv4 address inside a NAT64 address (`64:ff9b::/96`, RFC 6052), and any other address unchanged. The NAT64 gateway forwards
-/// to the IPv4 address, so the policy must check that address.
+/// Returns the IPv4 address inside an IPv6 address that a gateway translates, and any other address unchanged. The gateway forwards to the
+/// IPv4 address, so the policy must check that address. The prefixes are those of NAT64 (`64:ff9b::/96`, RFC 6052; `64:ff9b:1::/48`, RFC
+/// 8215) and of 6to4 (`2002::/16`, RFC 3056).
 fn embedded_v4(ip: IpAddr) -> IpAddr {
+    let IpAddr::V6(v6) = ip else {
+        return ip;
+    };
+    let octets = v6.octets();
+    let v4 = match v6.segments() {
+        [0x64, 0xff9b, 0, 0, 0, 0, ..] => [octets[12], octets[13], octets[14], octets[15]],
+        // With a prefix of 48 bits, the octet in the middle is skipped (RFC 6052, section 2.2).
+        [0x64, 0xff9b, 1, ..] => [octets[6], octets[7], octets[9], octets[10]],
+        [0x2002, ..] => [octets[2], octets[3], octets[4], octets[5]],
+        _ => return ip,
+    };
+    Ipv4Addr::from(v4).into()
+}
+
+/// Returns whether the address is one at which a cloud serves credentials of the machine: of AWS over IPv6, of Alibaba Cloud, and of Azure.
+/// That of AWS, Google and others over IPv4, 169.254.169.254, is link-local.
+fn is_metadata_service(ip: IpAddr) -> bool {
+    const V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
     match ip {
-        IpAddr::V6(v6) if v6.segments()[..6] == [0x64, 0xff9b, 0, 0, 0, 0] => {
-            let [.., a, b, c, d] = v6.octets();
-            Ipv4Addr::new(a, b, c, d).into()
-        }
-        ip => ip,
+        IpAddr::V4(v4) => matches!(v4.octets(), [100, 100, 100, 200] | [168, 63, 129, 16]),
+        IpAddr::V6(v6) => v6 == V6,
     }
 }
 

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::Resolver;
+use super::instances::Limit;
 use super::options::{Filter, Options};
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::etcd::Etcd;
@@ -110,6 +111,15 @@ impl ResolverBuilder {
         F: Fn(&Instance) -> bool + Send + Sync + 'static,
     {
         self.options.filter = Some(Filter::new(accepts));
+        self
+    }
+
+    /// Sets the limits on the set: how many keys, and how many bytes of keys and values together. Default 100 000 keys and 64 MiB.
+    ///
+    /// A key beyond them is not used, counts as a [rejected value](crate::ResolverStatus::rejected_values), and is listed by
+    /// [`Resolver::rejected`]. A writer that fills the prefix therefore cannot fill the memory of every client.
+    pub fn max_size(mut self, keys: usize, bytes: usize) -> Self {
+        self.options.limit = Limit { keys, bytes };
         self
     }
 

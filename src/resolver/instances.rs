@@ -16,6 +16,9 @@ pub(super) struct Instances {
     keys: BTreeMap<Key, Entry>,
     /// Keys that name an address, ordered by create revision.
     addresses: HashMap<Address, BTreeSet<(Revision, Key)>>,
+    /// Bytes of the keys and values of all instances.
+    bytes: usize,
+    limit: Limit,
 }
 
 /// The state of one key.
@@ -23,8 +26,35 @@ pub(super) struct Instances {
 struct Entry {
     /// The instance from the last value that could be decoded, if any.
     instance: Option<Instance>,
-    /// The latest write, if its value could not be decoded.
-    rejected: Option<(Revision, LeaseId)>,
+    /// The latest write, if its value could not be used.
+    rejected: Option<Rejected>,
+    /// Bytes of the key and of its last good value.
+    bytes: usize,
+}
+
+/// A write whose value could not be used.
+#[derive(Debug)]
+struct Rejected {
+    revision: Revision,
+    lease: LeaseId,
+    reason: FormatError,
+}
+
+/// The limit on a set of instances. Keys beyond it are rejected, so that a writer cannot fill the memory of every client.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limit {
+    pub(super) keys: usize,
+    pub(super) bytes: usize,
+}
+
+impl Default for Limit {
+    /// A thousand times the keys of a large service, and one hundredth of the memory of a small host.
+    fn default() -> Self {
+        Self {
+            keys: 100_000,
+            bytes: 64 << 20,
+        }
+    }
 }
 
 /// The outcome of a batch of events.
@@ -40,6 +70,13 @@ pub(super) struct Applied {
 }
 
 impl Instances {
+    pub(super) fn new(limit: Limit) -> Self {
+        Self {
+            limit,
+            ..Self::default()
+        }
+    }
+
     /// Applies the events of one prefix in order.
     pub(super) fn apply(
         &mut self,
@@ -65,10 +102,16 @@ impl Instances {
             Ok(None) => return self.delete(&kv.key, applied),
             Err(error) => return self.reject(kv, error, applied),
         };
+        let bytes = kv.key.as_bytes().len() + kv.value.len();
+        if let Err(error) = self.check_limit(&kv.key, bytes) {
+            return self.reject(kv, error, applied);
+        }
         let id = String::from_utf8_lossy(range.suffix(&kv.key)).into_owned();
         let instance = read.at(id, KeyLocation::new(key, &kv));
         let entry = self.keys.entry(kv.key.clone()).or_default();
         entry.rejected = None;
+        self.bytes = self.bytes - entry.bytes + bytes;
+        entry.bytes = bytes;
         if entry.instance.as_ref() == Some(&instance) {
             return;
         }
@@ -92,9 +135,25 @@ impl Instances {
     /// Records a write whose value cannot be decoded. The last good value of the key stays in use. Each write is counted once, however
     /// often it is listed.
     fn reject(&mut self, kv: KeyValue, error: FormatError, applied: &mut Applied) {
-        let write = (kv.mod_revision, kv.lease);
+        let is_known = self.keys.contains_key(&kv.key);
+        if !is_known && self.keys.len() >= self.limit.keys + REJECTED {
+            // Not even listed, but counted.
+            applied.rejected += 1;
+            applied
+                .first_rejected
+                .get_or_insert((kv.key, kv.mod_revision, error));
+            return;
+        }
         let entry = self.keys.entry(kv.key.clone()).or_default();
-        if entry.rejected.replace(write) != Some(write) {
+        let write = Rejected {
+            revision: kv.mod_revision,
+            lease: kv.lease,
+            reason: error.clone(),
+        };
+        let before = entry.rejected.replace(write);
+        let is_same =
+            |before: Rejected| (before.revision, before.lease) == (kv.mod_revision, kv.lease);
+        if !before.is_some_and(is_same) {
             applied.rejected += 1;
             applied
                 .first_rejected
@@ -102,8 +161,37 @@ impl Instances {
         }
     }
 
+    fn check_limit(&self, key: &Key, bytes: usize) -> Result<(), FormatError> {
+        let before = self.keys.get(key).map_or(0, |entry| entry.bytes);
+        let is_new = before == 0;
+        let Limit {
+            keys: most_keys,
+            bytes: most_bytes,
+        } = self.limit;
+        if is_new && self.keys.len() >= most_keys {
+            let reason = format!("is over the resolver's limit of {most_keys} keys");
+            return Err(FormatError::new(reason));
+        }
+        if bytes > before && self.bytes - before + bytes > most_bytes {
+            let reason = format!("is over the resolver's limit of {most_bytes} bytes");
+            return Err(FormatError::new(reason));
+        }
+        Ok(())
+    }
+
+    /// Returns the keys whose latest value is not used, with the revision of the write and the reason.
+    pub(super) fn rejected(&self) -> impl Iterator<Item = (&Key, Revision, &FormatError)> {
+        self.keys.iter().filter_map(|(key, entry)| {
+            let Rejected {
+                revision, reason, ..
+            } = entry.rejected.as_ref()?;
+            Some((key, *revision, reason))
+        })
+    }
+
     fn delete(&mut self, key: &Key, applied: &mut Applied) {
         let entry = self.keys.remove(key);
+        self.bytes -= entry.as_ref().map_or(0, |entry| entry.bytes);
         if let Some(before) = entry.and_then(|entry| entry.instance) {
             applied.changed.push(before.address().clone());
             if self.unname(&before, key) {
@@ -149,6 +237,9 @@ impl Instances {
         self.addresses.len()
     }
 }
+
+/// Keys with rejected values that are kept beyond the limit on keys, for [`Instances::rejected`].
+const REJECTED: usize = 1_000;
 
 /// Returns the create revision of an instance's key.
 fn created(instance: &Instance) -> Revision {

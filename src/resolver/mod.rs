@@ -33,7 +33,7 @@ mod watcher;
 
 pub use builder::ResolverBuilder;
 pub use feedback::ResolverFeedback;
-pub use status::{ResolverState, ResolverStatus};
+pub use status::{RejectedKey, ResolverState, ResolverStatus};
 
 use options::Options;
 use store::Core;
@@ -146,6 +146,13 @@ impl Resolver {
     #[must_use]
     pub fn watch_status(&self) -> watch::Receiver<ResolverStatus> {
         self.core.status.subscribe()
+    }
+
+    /// Returns the keys whose latest value is not used: it cannot be decoded, the address policy rejects its address, or it is over a limit.
+    /// At most 1 000 keys beyond the [limit](ResolverBuilder::max_size) are listed.
+    #[must_use]
+    pub fn rejected(&self) -> Vec<RejectedKey> {
+        self.core.rejected()
     }
 
     /// Returns a handle to report addresses that refuse connections. A [`BalancedChannel`](crate::BalancedChannel) reports them by itself;

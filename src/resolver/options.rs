@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tonic_balance::AddressPolicy;
 
+use super::instances::Limit;
 use crate::format::Decoder;
 use crate::instance::Instance;
 
@@ -15,6 +16,7 @@ pub(super) struct Options {
     pub(super) hold: Option<Duration>,
     pub(super) reconcile: Option<Duration>,
     pub(super) filter: Option<Filter>,
+    pub(super) limit: Limit,
 }
 
 /// A predicate that selects the instances to use.
@@ -47,6 +49,7 @@ impl Options {
             hold: Some(HOLD),
             reconcile: Some(RECONCILE),
             filter: None,
+            limit: Limit::default(),
         }
     }
 }

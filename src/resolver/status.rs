@@ -3,6 +3,7 @@
 use tokio::time::Instant;
 
 use crate::error::EtcdError;
+use crate::format::FormatError;
 use crate::keyspace::Revision;
 
 /// The status of a resolver: whether its set of instances is in sync with etcd, the last error, and counters.
@@ -34,6 +35,18 @@ pub struct ResolverStatus {
     pub held: usize,
     /// Number of mass removals since the start: episodes in which instances were held.
     pub mass_removals: u64,
+}
+
+/// A key whose latest value is not used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RejectedKey {
+    /// The key. Bytes that are not UTF-8 are replaced, and control characters are escaped.
+    pub key: String,
+    /// The revision of the write.
+    pub revision: Revision,
+    /// The reason, which completes the sentence "the value ...".
+    pub reason: FormatError,
 }
 
 /// Whether a set of instances is known and in sync with etcd.

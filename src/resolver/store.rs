@@ -12,11 +12,12 @@ use tower::discover::Change;
 use super::hold::{Hold, News, Outcome};
 use super::instances::{Applied, Instances};
 use super::options::{Filter, Options};
-use super::status::{ResolverState, ResolverStatus};
+use super::status::{RejectedKey, ResolverState, ResolverStatus};
 use super::watcher::{Machine, Report};
 use crate::error::EtcdError;
-use crate::format::Decoder;
+use crate::format::{Decoder, FormatError};
 use crate::instance::Instance;
+use crate::keyspace::{Key, Revision};
 use tonic_balance::Address;
 
 /// The state that the tasks and the subscriptions share.
@@ -180,7 +181,7 @@ impl Core {
             });
         }
         let shared = Shared {
-            snapshot: Instances::default(),
+            snapshot: Instances::new(options.limit),
             hold: Hold::new(options.hold, fastrand::Rng::new()),
             views: Vec::new(),
             reports,
@@ -220,6 +221,18 @@ impl Core {
         }
         shared.views.push(view);
         shared.views.len() - 1
+    }
+
+    /// Returns the keys whose latest value is not used.
+    pub(super) fn rejected(&self) -> Vec<RejectedKey> {
+        let shared = self.lock();
+        let rejected = shared.snapshot.rejected();
+        let of = |(key, revision, reason): (&Key, Revision, &FormatError)| RejectedKey {
+            key: key.to_string(),
+            revision,
+            reason: reason.clone(),
+        };
+        rejected.map(of).collect()
     }
 
     /// Publishes the changes that a machine has collected. The lock is held for the whole batch, so that subscribers see the instances of

@@ -2,13 +2,22 @@
 
 use std::io;
 
-/// SIGTERM and SIGINT, or Ctrl-C on platforms without them.
+/// SIGTERM and SIGINT on Unix. On Windows, Ctrl-C, Ctrl-Break, and the events that close the console or shut down the system. Ctrl-C on other
+/// platforms.
 #[derive(Debug)]
 pub(super) struct Signals {
     #[cfg(unix)]
     terminate: tokio::signal::unix::Signal,
     #[cfg(unix)]
     interrupt: tokio::signal::unix::Signal,
+    #[cfg(windows)]
+    interrupt: tokio::signal::windows::CtrlC,
+    #[cfg(windows)]
+    pause: tokio::signal::windows::CtrlBreak,
+    #[cfg(windows)]
+    close: tokio::signal::windows::CtrlClose,
+    #[cfg(windows)]
+    shutdown: tokio::signal::windows::CtrlShutdown,
 }
 
 impl Signals {
@@ -22,7 +31,20 @@ impl Signals {
         })
     }
 
-    #[cfg(not(unix))]
+    /// Installs the handlers. The events then no longer end the process by themselves. Windows ends it about 5 s after the console was
+    /// closed, whatever the handler does.
+    #[cfg(windows)]
+    pub(super) fn install() -> io::Result<Self> {
+        use tokio::signal::windows::{ctrl_break, ctrl_c, ctrl_close, ctrl_shutdown};
+        Ok(Self {
+            interrupt: ctrl_c()?,
+            pause: ctrl_break()?,
+            close: ctrl_close()?,
+            shutdown: ctrl_shutdown()?,
+        })
+    }
+
+    #[cfg(not(any(unix, windows)))]
     pub(super) fn install() -> io::Result<Self> {
         Ok(Self {})
     }
@@ -36,7 +58,18 @@ impl Signals {
         }
     }
 
-    #[cfg(not(unix))]
+    /// Waits for the next event.
+    #[cfg(windows)]
+    pub(super) async fn recv(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.pause.recv() => {}
+            _ = self.close.recv() => {}
+            _ = self.shutdown.recv() => {}
+        }
+    }
+
+    #[cfg(not(any(unix, windows)))]
     pub(super) async fn recv(&mut self) {
         if tokio::signal::ctrl_c().await.is_err() {
             std::future::pending::<()>().await;
