@@ -18,15 +18,15 @@ mod builder;
 mod entry;
 mod key_watch;
 mod lease;
-mod serve;
+mod serve_options;
 mod status;
 mod task;
 
 pub use builder::RegistrationBuilder;
 #[cfg(feature = "health")]
-pub(crate) use serve::Health;
-pub(crate) use serve::ServeOptions;
-pub use serve::ServerState;
+pub(crate) use serve_options::Health;
+pub(crate) use serve_options::ServeOptions;
+pub use serve_options::ServerState;
 pub use status::RegistrationState;
 
 use entry::Entry;

@@ -19,12 +19,12 @@ mod connection;
 mod health;
 mod incoming;
 mod opening;
-mod serving;
+mod shutdown;
 mod signal;
 
 use connection::Connections;
 use incoming::Incoming;
-use serving::Serving;
+use shutdown::Serving;
 use signal::Signals;
 
 /// Serves a tonic [`Router`] that is registered in etcd while it serves.

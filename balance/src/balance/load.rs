@@ -50,7 +50,7 @@ impl Load {
 
     /// Returns the maximum number of calls in flight.
     pub(crate) fn limit(&self) -> usize {
-        // Relaxed: no other data depends on it, and the value is the peer's of a moment ago in any case.
+        // Relaxed: no other data depends on it, and the peer may have changed its limit since.
         self.limit.load(Ordering::Relaxed) as usize
     }
 
@@ -64,8 +64,8 @@ impl Load {
         // SeqCst here and in `release`. A waiter registers itself and then looks for a free stream; a finished call releases its stream and
         // then looks for waiters. One of the two must see the other, which weaker orderings do not guarantee.
         //
-        // A single update, and not an increment that is undone above the limit: the temporary increment could hide a stream that has just
-        // become free from the call that was woken for it.
+        // One conditional update. If the count were raised and then lowered again, a call that was woken for a free stream could find it
+        // occupied meanwhile.
         let limit = self.limit.load(Ordering::Relaxed);
         let one_more = |before| (before < limit).then_some(before + 1);
         let taken = self
@@ -84,8 +84,8 @@ impl Load {
         self.sample(micros(elapsed), now);
     }
 
-    /// Records a failed call. The sample has a minimum, since a fast failure must not count as a fast response. The sample counts at once:
-    /// the grace period for few samples is for cold servers only.
+    /// Records a failed call. The sample has a minimum, since a fast failure must not count as a fast response. The estimate counts
+    /// as warm at once: only slow responses of a cold server are excused.
     pub(crate) fn on_failure(&self, elapsed: Duration, now: Ticks) {
         let seed = f32::from_bits(self.seed.load(Ordering::Relaxed));
         let sample = micros(elapsed).max(PENALTY).max(seed * PENALTY_FACTOR);
@@ -294,7 +294,7 @@ impl Ticks {
         Self(millis as u32 & TICK_MASK)
     }
 
-    /// Like [`since`](Self::since), but returns a difference of more than a day unchanged. Only a backward step of less than a second
+    /// Like [`since`](Self::since), but a long difference is not taken for a backward step of the clock. Only a backward step of less than a second
     /// counts as two clock reads in reverse order.
     fn quiet_since(self, earlier: Self) -> f32 {
         let millis = self.0.wrapping_sub(earlier.0) & TICK_MASK;
@@ -334,7 +334,8 @@ pub(crate) fn median(latencies: &mut [f32]) -> f32 {
     let Some(last) = latencies.len().checked_sub(1) else {
         return 0.0;
     };
-    // The lower of two middle values: in a pair, the slower endpoint must fade to a better value than its own.
+    // The lower of two middle values. With two endpoints, the upper one would be the slower endpoint's own latency, so that its estimate would
+    // never improve.
     let middle = last / 2;
     *latencies.select_nth_unstable_by(middle, f32::total_cmp).1
 }

@@ -150,7 +150,7 @@ impl Queue for Waiters {
             return;
         }
         connection.load().release();
-        // A call that joined after the first load has looked for a stream before this one was free.
+        // A call that joined after `joined` was read may have searched before this stream was released.
         if self.waiting() > 0 && self.joined.load(Ordering::SeqCst) != joined {
             self.offer(connection);
         }
@@ -217,5 +217,5 @@ impl Drop for Waiting {
     }
 }
 
-/// Number of entries of calls that do not wait any more, beyond one for each waiting call, above which the queue is cleaned up.
+/// The queue is cleaned up when its stale entries outnumber the waiting calls by more than this.
 const SPARE: usize = 64;

@@ -12,7 +12,7 @@ use tokio::time::{Instant, Sleep};
 use tonic::{Code, Status};
 
 use super::core::Core;
-use super::response_head::code;
+use super::http_status::code;
 use super::status;
 use crate::balance::{AnswerFault, Blame, Permit};
 use crate::transport::deadline::Deadline;

@@ -7,8 +7,8 @@ use std::time::Duration;
 use http::uri::{Authority, Scheme};
 use http::{HeaderValue, Response, Uri};
 
+use super::http_status;
 use super::request::{Call, KeptBody};
-use super::response_head;
 use super::retry::method_config::MethodConfig;
 use super::retry::{HedgingPolicy, RetryPolicy};
 use crate::balance::{Balancer, Shared};
@@ -73,7 +73,7 @@ impl Core {
         if self.method_config.is_none() || self.retry(call).is_none() {
             return true;
         }
-        if response_head::failure(response).is_some() {
+        if http_status::failure(response).is_some() {
             return false;
         }
         let response = response.body_mut();

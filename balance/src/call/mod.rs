@@ -4,7 +4,7 @@
 //!   future: the first attempt, without a task, a lock or a box
 //!      │ not ready, refused, lost, or an error that a policy may cover          │ hedged
 //!      ▼                                                                        ▼
-//!   retry_loop ── one attempt ──▶ transparent_retry ──▶ pick ──▶ prepare ◀── hedging
+//!   retry_loop ── one attempt ──▶ transparent_retry ──▶ queue_pick ──▶ prepare ◀── hedging
 //!      │ failed                                                                 │
 //!      └───▶ retry::decision (policy, progress, budget, pushback) ◀─────────────┘
 //! ```
@@ -18,11 +18,11 @@ mod extension;
 mod future;
 mod hedging;
 mod history;
-mod pick;
+mod http_status;
 mod prepare;
+mod queue_pick;
 mod request;
 mod request_headers;
-mod response_head;
 pub(crate) mod retry;
 mod retry_loop;
 mod routing;
@@ -36,4 +36,4 @@ pub use routing::Routing;
 pub use status::CallError;
 
 pub(crate) use self::core::Core;
-pub(crate) use pick::ready;
+pub(crate) use queue_pick::ready;

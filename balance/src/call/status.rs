@@ -1,5 +1,5 @@
-//! The statuses of failed calls. The message of a status that is created here contains the service, the endpoint and the numbers. The typed
-//! cause is the source of the status, also if a server returned the status.
+//! The statuses of failed calls. The message of a status that is created here names the service, and the endpoint or the number of ready
+//! endpoints. The typed cause is the source of the status, also if a server returned the status.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use tonic::{Code, Status};
 
 use super::core::Core;
-use super::response_head::{Foreign, Head};
+use super::http_status::{Foreign, Head};
 use crate::address::Address;
 use crate::balance::{Blame, Endpoint, Summary};
 use crate::error::causes;
@@ -80,7 +80,7 @@ impl Error for CallError {
 }
 
 /// Returns the status of a call whose connection or stream failed. `blame` is the error with which the endpoint ended the connection. It is
-/// added to the message, because a call up to the last stream of the GOAWAY fails only with a closed socket.
+/// added to the message, because a call that the GOAWAY still covers fails later, with only a socket error.
 pub(super) fn broken(
     service: &str,
     address: &Address,
@@ -175,7 +175,7 @@ pub(super) fn is_cancelled(error: &h2::Error) -> bool {
     error.is_reset() && error.is_remote() && error.reason() == Some(Reason::CANCEL)
 }
 
-/// How long before the deadline a cancellation counts as the deadline. When the deadline passes, servers reset the call with CANCEL or
+/// A cancellation at most this long before the deadline is reported as the deadline. When the deadline passes, servers reset the call with CANCEL or
 /// respond with CANCELLED. This can be early, because the timeout that they receive is rounded down, and their timers are as coarse as the
 /// client's.
 const EARLY: Duration = Duration::from_millis(2);

@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 
 use super::connection_task::ConnectionEvent;
 use super::http2::{Connection, Established, HandshakeError, Settings};
-use super::pings::KeepAlive;
+use super::ping_policy::KeepAlive;
 #[cfg(feature = "tls")]
 use super::tls::Tls;
 use crate::address::{Address, AddressPolicy};
@@ -318,8 +318,8 @@ pub(crate) enum DialError {
     Panicked(#[source] tokio::task::JoinError),
 }
 
-/// gRPC's connection backoff document allows 20 s for the first attempt. Half of that limits how long an address whose packets are dropped
-/// delays its part of a starting channel.
+/// gRPC's connection backoff document allows 20 s for the first attempt. Half of that is used, so that an unreachable address
+/// delays the start of a channel less.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The delay before the next address is dialled; RFC 8305, section 5, recommends 250 ms.
 const HEAD_START: Duration = Duration::from_millis(250);

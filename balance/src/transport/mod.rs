@@ -11,8 +11,8 @@ mod frames;
 pub(crate) mod h2_error;
 pub(crate) mod health;
 pub(crate) mod http2;
+pub(crate) mod ping_policy;
 mod pinger;
-pub(crate) mod pings;
 pub(crate) mod request_body;
 pub(crate) mod response_body;
 #[cfg(feature = "tls")]

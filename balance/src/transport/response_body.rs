@@ -161,6 +161,6 @@ pub(crate) enum Broken {
     Request(Status),
 }
 
-/// Limit on the bytes of a response that are read ahead; the last frame may exceed it. Beyond that, the peer can send a stream window
-/// before the caller reads.
+/// Limit on the bytes of a response that are read ahead; the last frame may exceed it. h2 may buffer up to one more flow-control
+/// window.
 const AHEAD: usize = 64 << 10;

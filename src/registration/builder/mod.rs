@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::serve::ServeOptions;
+use super::serve_options::ServeOptions;
 use super::{Registration, RegistrationState};
 use crate::error::RegisterError;
 use crate::etcd::Etcd;
@@ -15,7 +15,7 @@ use tonic_balance::AddressPolicy;
 
 mod address;
 mod check;
-mod serve;
+mod serve_options;
 
 pub(super) use check::check_weight;
 

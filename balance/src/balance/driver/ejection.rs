@@ -101,8 +101,8 @@ impl Driver {
         self.reclassify(&address);
     }
 
-    /// Moves a connection to the primary or the last-resort ready set, according to its endpoint, or removes it from both if its peer does
-    /// not answer or is not healthy.
+    /// Removes a connection from both ready sets if its peer does not answer or is not healthy. Otherwise puts it into the last-resort set if
+    /// its endpoint is ejected or marked as last resort, and else into the primary set.
     pub(super) fn update_ready_set(&mut self, id: SubchannelId) {
         let Some((address, State::Ready(subchannel))) = self.subchannels.get(&id) else {
             return;
@@ -185,7 +185,7 @@ impl Driver {
             state => state,
         };
         self.subchannels.insert(id, (address.clone(), state));
-        // The new connection also makes the second connection unnecessary that was dialled beside the old one.
+        // The second connection, dialled beside the old one, is no longer needed.
         self.drop_spare(&address);
         self.reclassify(&address);
     }

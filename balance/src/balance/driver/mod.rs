@@ -28,7 +28,7 @@ use crate::attributes::Attributes;
 use crate::transport::connect::{Connector, DialError};
 use crate::transport::connection_task::{self, CloseReason};
 use crate::transport::http2::Connection;
-use crate::transport::pings::KeepAlive;
+use crate::transport::ping_policy::KeepAlive;
 
 mod changes;
 mod connecting;

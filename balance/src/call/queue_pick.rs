@@ -28,7 +28,7 @@ pub(super) async fn queue_pick(
     // For a short time, the call waits for a full endpoint rather than use an endpoint where it failed.
     let mut fresh_until = history.avoids().then(|| Instant::now() + PREFERENCE);
     let now = Instant::now();
-    // A silent connection is better than none. The driver has dialled a second connection since the check failed.
+    // After this time the call also accepts a silent connection: it is better than none. The driver has dialled a second connection since the check failed.
     let mut silent_until = history.has_silent().then(|| now + DISTRUST);
     loop {
         // Registers before it loads the snapshot, so that no later change is missed.
@@ -37,8 +37,8 @@ pub(super) async fn queue_pick(
         changed.as_mut().enable();
         let until = {
             // A stream that became free before this call joined the queue is not handed over: the call must find it in the ready set. The
-            // scan limit is divided among the waiting calls, so a few calls scan all slots each, and many calls scan a part each. A stream
-            // that becomes free later is handed over.
+            // waiting calls share `LOOKS`: if few wait, each scans all slots; if many wait, each scans a part. A stream that becomes free
+            // later is handed over.
             let around = if waiting.is_some() {
                 LOOKS / shared.waiters().waiting().max(1)
             } else {

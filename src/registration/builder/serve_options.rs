@@ -6,8 +6,8 @@ use tokio::sync::watch;
 
 use super::RegistrationBuilder;
 #[cfg(feature = "health")]
-use crate::registration::serve::Health;
-use crate::registration::serve::ServerState;
+use crate::registration::serve_options::Health;
+use crate::registration::serve_options::ServerState;
 
 impl RegistrationBuilder {
     /// Sets how long a server accepts connections after it was deregistered. During this grace period, every client receives the change
