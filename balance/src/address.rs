@@ -403,6 +403,29 @@ mod tests {
     }
 
     #[test]
+    fn the_metadata_services_of_clouds_are_rejected_however_they_are_written() {
+        let policy = AddressPolicy::default();
+        for ip in [
+            "169.254.169.254",
+            "100.100.100.200",
+            "168.63.129.16",
+            "[fd00:ec2::254]",
+            "[::ffff:169.254.169.254]",
+            // NAT64, its local prefix, and 6to4.
+            "[64:ff9b::a9fe:a9fe]",
+            "[64:ff9b:1:a9fe:a9:fe00::]",
+            "[2002:a9fe:a9fe::1]",
+        ] {
+            let address: Address = format!("{ip}:80").parse().expect("an address");
+            policy.check(&address).expect_err(ip);
+        }
+        for ip in ["10.0.0.5", "[fd00:ec2::253]", "[2002:a00:5::1]"] {
+            let address: Address = format!("{ip}:80").parse().expect("an address");
+            policy.check(&address).expect(ip);
+        }
+    }
+
+    #[test]
     fn addresses_have_one_canonical_form() {
         for (text, canonical) in [
             ("10.0.0.5:50051", "10.0.0.5:50051"),

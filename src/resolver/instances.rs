@@ -294,6 +294,37 @@ mod tests {
     }
 
     #[test]
+    fn keys_beyond_the_limits_are_rejected_and_listed() {
+        let mut set = Instances::new(Limit {
+            keys: 2,
+            bytes: 100,
+        });
+        let puts = ["/s/a", "/s/b", "/s/c"].map(|key| put(key, "10.0.0.1:80", 1, 1, 1));
+        let applied = apply(&mut set, puts);
+        assert_eq!(applied.rejected, 1);
+        let rejected: Vec<_> = set
+            .rejected()
+            .map(|(key, revision, reason)| format!("{key} {revision} {reason}"))
+            .collect();
+        assert_eq!(rejected, ["/s/c 1 is over the resolver's limit of 2 keys"]);
+        // A value that is too large leaves the last one in use.
+        let large = format!(
+            "{{\"Addr\":\"10.0.0.2:80\",\"Metadata\":\"{}\"}}",
+            "x".repeat(90)
+        );
+        let applied = apply(&mut set, [put("/s/a", &large, 1, 2, 1)]);
+        assert_eq!((applied.rejected, applied.changed.len()), (1, 0));
+        assert_eq!(known(&set), ["b=10.0.0.1:80"], "two keys, one address");
+        // What is deleted makes room.
+        apply(&mut set, [delete("/s/b", 3), delete("/s/c", 3)]);
+        let applied = apply(&mut set, [put("/s/d", "10.0.0.4:80", 4, 4, 1)]);
+        assert_eq!(applied.rejected, 0);
+        // A good value ends the rejection.
+        apply(&mut set, [put("/s/a", "10.0.0.1:80", 1, 5, 1)]);
+        assert_eq!(set.rejected().count(), 0);
+    }
+
+    #[test]
     fn keys_that_name_one_address_are_one_instance_until_the_last_goes() {
         let mut snapshot = Instances::default();
         apply(
