@@ -167,7 +167,11 @@ impl Etcd {
         let open = |channel: RequestChannel| {
             let (streams, token) = (self.0.streams.clone(), self.token());
             let ranges = ranges.clone();
-            async move { streams.watch(channel, token, ranges, from).await }
+            async move {
+                let count = ranges.len();
+                let subscribed = streams.watch(channel, token, ranges, from).await?;
+                Ok(Watch::new(subscribed, count))
+            }
         };
         self.attempt(Traffic::Keys, "watch", DEADLINE, open).await
     }

@@ -4,7 +4,7 @@ use tokio::sync::mpsc;
 
 use super::error;
 use super::request_channel::RequestChannel;
-use super::watch_stream::{Delivery, Subscription};
+use super::watch_stream::{Delivery, Subscribed, Subscription};
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Revision, WatchMessage};
 
@@ -23,12 +23,7 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    pub(super) fn new(
-        channel: RequestChannel,
-        deliveries: mpsc::UnboundedReceiver<Delivery>,
-        subscription: Subscription,
-        ranges: usize,
-    ) -> Self {
+    pub(super) fn new((channel, deliveries, subscription): Subscribed, ranges: usize) -> Self {
         Self {
             channel,
             deliveries,

@@ -20,7 +20,6 @@ use tracing::Instrument;
 
 use super::request_channel::RequestChannel;
 use super::token::Token;
-use super::watch::Watch;
 use super::{DEADLINE, MAX_MESSAGE, error, header, key_value};
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Event, Key, Range, Revision, WatchMessage};
@@ -71,6 +70,13 @@ pub(super) enum Delivery {
     },
 }
 
+/// The channel of a watch's stream, what the watch receives, and its hold on the stream.
+pub(super) type Subscribed = (
+    RequestChannel,
+    mpsc::UnboundedReceiver<Delivery>,
+    Subscription,
+);
+
 /// A watch, as its stream sees it.
 #[derive(Debug)]
 struct Subscriber {
@@ -119,8 +125,7 @@ impl WatchStreams {
         token: Option<Token>,
         ranges: Vec<Range>,
         from: Option<Revision>,
-    ) -> Result<Watch, EtcdError> {
-        let count = ranges.len();
+    ) -> Result<Subscribed, EtcdError> {
         let (deliveries, received) = mpsc::unbounded_channel();
         let backlog = Arc::new(AtomicUsize::new(0));
         let subscriber = Subscriber {
@@ -148,7 +153,7 @@ impl WatchStreams {
             commands,
             backlog,
         };
-        Ok(Watch::new(channel, received, subscription, count))
+        Ok((channel, received, subscription))
     }
 
     /// Adds a watch to a stream that is open, or returns it if there is none with room.
