@@ -155,7 +155,6 @@ impl Range {
         }
     }
 
-    #[cfg(test)]
     pub(crate) fn contains(&self, key: &Key) -> bool {
         (&self.start..&self.end).contains(&key)
     }

@@ -10,12 +10,13 @@ mod support;
 
 use std::time::Duration;
 
+use support::greeter::greeter_client::GreeterClient;
 use support::roles::{protect, user_at};
 use support::{client, registry, within};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tonic_etcd::testing::Etcd;
-use tonic_etcd::{Resolver, ResolverState};
+use tonic_etcd::{BalancedChannel, Registry, Resolver, ResolverState};
 
 /// Returns the time since `start`.
 fn since(start: Instant) -> Duration {
@@ -146,4 +147,86 @@ async fn every_process_is_back_after_a_restart_that_costs_each_a_password_hash()
         "{clients} clients are back after {back:?} ({:?}); a hash and a read take {hash:?}",
         since(start)
     );
+}
+
+/// A deployment during an outage of etcd: the clients that start then have the servers of the last run.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_start_without_etcd_serves_calls_from_the_cache_and_the_first_list_replaces_it() {
+    let mut etcd = support::etcd().await;
+    let (address, _server) = support::greeter("cached").await;
+    let mut kv = client(&etcd).await.kv_client();
+    let key = "/gRPC/greeter/a";
+    kv.put(key, address.to_string(), None).await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let members = etcd.endpoints();
+    let lazily = || {
+        let registry = Registry::builder(members.clone()).connect_lazy().unwrap();
+        registry
+            .channel("greeter")
+            .map_source(|resolver| resolver.cache_dir(folder.path()))
+            .connect_lazy()
+    };
+    let say = async |channel: &BalancedChannel| {
+        let mut request = tonic::Request::new(support::hello());
+        request.set_timeout(Duration::from_secs(5));
+        let mut client = GreeterClient::new(channel.clone());
+        client.say_hello(request).await
+    };
+    let channel = lazily();
+    say(&channel).await.unwrap();
+    let files = || std::fs::read_dir(folder.path()).unwrap().count();
+    within(Duration::from_secs(5), "the cache is written", async || {
+        files() == 1
+    })
+    .await;
+    drop(channel);
+
+    etcd.stop(0).await.unwrap();
+    let start = Instant::now();
+    let channel = lazily();
+    say(&channel).await.unwrap();
+    println!("the first call without etcd took {:?}", since(start));
+    assert!(since(start) < Duration::from_millis(500));
+    drop(channel);
+
+    // What cannot be trusted is not used, and nothing else is harmed.
+    let file = std::fs::read_dir(folder.path()).unwrap().next().unwrap();
+    let file = file.unwrap().path();
+    let good = std::fs::read(&file).unwrap();
+    std::fs::write(&file, &good[..good.len() / 2]).unwrap();
+    let channel = lazily();
+    let mut request = tonic::Request::new(support::hello());
+    request.set_timeout(Duration::from_millis(500));
+    let mut client_of = GreeterClient::new(channel.clone());
+    client_of
+        .say_hello(request)
+        .await
+        .expect_err("no server is known");
+
+    // The cache is replaced by what etcd lists.
+    std::fs::write(&file, &good).unwrap();
+    let registry = Registry::builder(etcd.endpoints()).connect_lazy().unwrap();
+    let resolver = registry
+        .resolver("greeter")
+        .cache_dir(folder.path())
+        .start();
+    within(Duration::from_secs(2), "the cache is used", async || {
+        resolver.status().cached == 1
+    })
+    .await;
+    assert_eq!(resolver.status().state, ResolverState::Stale);
+    etcd.restart(0).await.unwrap();
+    let mut kv = client(&etcd).await.kv_client();
+    kv.put(key, "10.0.0.9:80", None).await.unwrap();
+    within(
+        Duration::from_secs(10),
+        "the list replaces it",
+        async || {
+            let status = resolver.status();
+            status.state == ResolverState::Fresh
+                && status.cached == 0
+                && support::addresses(&resolver) == ["10.0.0.9:80"]
+        },
+    )
+    .await;
 }

@@ -80,6 +80,7 @@ impl Etcd {
             // A single member has all the hashes to compute.
             LONE
         };
+        let mut failures = 0;
         loop {
             if let Some((service, at)) = sent.take() {
                 self.on_silence(&service, at);
@@ -90,12 +91,26 @@ impl Etcd {
                 Err(error) if requests.is_empty() => return (Err(error), None),
                 Err(_) => {}
             }
-            let next = (now + patience).min(end);
+            let mut next = (now + patience).min(end);
             patience *= 8;
-            tokio::select! {
-                biased;
-                Some(answer) = answer(&mut requests) => return answer,
-                () = sleep_until(next) => {}
+            loop {
+                let (answer, member) = tokio::select! {
+                    biased;
+                    Some(answer) = answer(&mut requests) => answer,
+                    () = sleep_until(next) => break,
+                };
+                match &answer {
+                    Err(error) if error.kind().is_transient() => failures += 1,
+                    _ => return (answer, member),
+                }
+                // The member that answered is not the silent one.
+                sent = None;
+                if failures < self.members() {
+                    // Its failure says nothing about the others, and a silent member is not waited for.
+                    next = (Instant::now() + RETRY).min(end);
+                } else if requests.is_empty() {
+                    return (answer, member);
+                }
             }
             if Instant::now() >= end {
                 let members = self.endpoints().join(", ");
@@ -133,24 +148,23 @@ impl Etcd {
             && members.addresses.len() > 1
         {
             members.on_failure(service, Traffic::Keys, Failure::Timeout);
-        } else {
-            service.routing.report_failure(Instant::now(), Some(since));
         }
+        service.routing.report_failure(Instant::now(), Some(since));
     }
 }
 
-/// Returns the first answer that decides: a failure counts once no other request is running.
+/// Returns the next answer.
 async fn answer(requests: &mut JoinSet<Answer>) -> Option<Answer> {
-    loop {
-        match requests.join_next().await? {
-            Ok((Err(error), _)) if error.kind().is_transient() && !requests.is_empty() => {}
-            Ok(answer) => return Some(answer),
-            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-            // Only a runtime that shuts down cancels it.
-            Err(_) => std::future::pending().await,
-        }
+    match requests.join_next().await? {
+        Ok(answer) => Some(answer),
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        // Only a runtime that shuts down cancels it.
+        Err(_) => std::future::pending().await,
     }
 }
+
+/// The wait before another member is tried after a failure.
+const RETRY: Duration = Duration::from_millis(150);
 
 /// The time after which a single member gets a second request. Within it, one core computes about 100 hashes.
 const LONE: Duration = Duration::from_secs(8);

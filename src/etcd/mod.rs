@@ -39,7 +39,6 @@ use auth::Auth;
 use member_health::{Failure, Traffic};
 use members::{Members, Open};
 use request_channel::RequestChannel;
-use retry::with_deadline;
 use watch_stream::WatchStreams;
 
 /// A handle to an etcd cluster. A clone shares the handle by a reference count.
@@ -182,25 +181,27 @@ impl Etcd {
         self.0.streams.count()
     }
 
-    /// Opens a watch from now on each of the keys. Waits until all keys are watched: up to 2 s for a stream, and up to 2 s for the watchers.
+    /// Opens a watch from now on each of the keys. Waits until all keys are watched: up to 2 s for a stream, and up to 8 s for the watchers.
     /// Makes a single attempt.
     pub(crate) async fn watch_each(&self, keys: &[Key]) -> Result<Watch, EtcdError> {
         let ranges = keys.iter().map(Range::key).collect();
         let mut watch = self.watch_ranges(ranges, None).await?;
         let channel = watch.channel.clone();
-        let created = Box::pin(watch.created());
-        match with_deadline("watch", DEADLINE, &channel, created).await {
-            Ok(()) => Ok(watch),
-            Err(error) => {
+        let created = tokio::time::timeout(WATCHED, Box::pin(watch.created())).await;
+        match created {
+            Ok(Ok(())) => Ok(watch),
+            Ok(Err(error)) => {
                 self.report(&watch, &error);
                 Err(error)
             }
+            // The requests may be behind those of many other watches. The task of the stream finds out if its member is the reason.
+            Err(_) => Err(error::deadline("watch", &channel.endpoint(), WATCHED)),
         }
     }
 
     /// Records the end of a watch. If the member failed, the next watch uses another member.
     pub(crate) fn report(&self, watch: &Watch, error: &EtcdError) {
-        if !watch.reports_end() {
+        if !watch.take_report() {
             return;
         }
         match (&self.0.source, &watch.channel.service) {
@@ -259,6 +260,9 @@ fn key_value(kv: etcd_client::proto::PbKeyValue) -> KeyValue {
         lease: LeaseId::new(kv.lease),
     }
 }
+
+/// The limit on the time until the watchers of a registration's keys are created.
+const WATCHED: Duration = Duration::from_secs(8);
 
 /// The deadline of one attempt of a call. A healthy member responds in milliseconds; a frozen member never does.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(2);

@@ -1,6 +1,11 @@
 //! A watch: the handle of one subscription on a shared watch stream.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
 use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout_at};
 
 use super::error;
 use super::request_channel::RequestChannel;
@@ -18,8 +23,9 @@ pub(crate) struct Watch {
     subscription: Subscription,
     /// Watchers that the server has not created yet.
     uncreated: usize,
-    /// Whether the end of the stream still counts against its member. Of all watches on a stream, one reports it.
-    reports_end: bool,
+    /// Whether the end of the stream was counted against its member. The watches of the stream share it.
+    is_reported: Option<Arc<AtomicBool>>,
+    opened: Instant,
 }
 
 impl Watch {
@@ -29,7 +35,8 @@ impl Watch {
             deliveries,
             subscription,
             uncreated: ranges,
-            reports_end: true,
+            is_reported: None,
+            opened: Instant::now(),
         }
     }
 
@@ -50,18 +57,30 @@ impl Watch {
     ///
     /// Dropping the future loses nothing.
     pub(crate) async fn message(&mut self) -> Result<WatchMessage, EtcdError> {
-        match self.deliveries.recv().await {
+        let received = if self.uncreated > 0 {
+            // The task of the stream has shorter timeouts, but its runtime may not be driven, or another watch's messages may hide that this one
+            // has no answer.
+            let received = timeout_at(self.opened + CREATED, self.deliveries.recv()).await;
+            let Ok(received) = received else {
+                self.is_reported = Some(Arc::new(AtomicBool::new(true)));
+                return Err(error::deadline("watch", &self.channel.endpoint(), CREATED));
+            };
+            received
+        } else {
+            self.deliveries.recv().await
+        };
+        match received {
             Some(Delivery::Message(message)) => {
                 self.subscription.on_received(&message);
                 self.uncreated -= usize::from(message.created).min(self.uncreated);
                 Ok(message)
             }
-            Some(Delivery::Ended { error, is_first }) => {
-                self.reports_end = is_first;
+            Some(Delivery::Ended { error, is_reported }) => {
+                self.is_reported = Some(is_reported);
                 Err(error)
             }
             None => {
-                self.reports_end = false;
+                self.is_reported = Some(Arc::new(AtomicBool::new(true)));
                 let reason = "the task of the watch stream has ended";
                 let endpoint = self.channel.endpoint();
                 let kind = EtcdErrorKind::Unavailable;
@@ -70,9 +89,10 @@ impl Watch {
         }
     }
 
-    /// Returns whether an error of this watch counts for or against its member.
-    pub(super) fn reports_end(&self) -> bool {
-        self.reports_end
+    /// Returns whether the caller counts an error of this watch for or against its member. True once for each stream.
+    pub(super) fn take_report(&self) -> bool {
+        let reported = self.is_reported.as_ref();
+        reported.is_none_or(|reported| !reported.swap(true, Ordering::Relaxed))
     }
 
     /// Returns the member that serves the watch.
@@ -95,3 +115,6 @@ impl Watch {
         error::of_reason("watch", &self.channel.endpoint(), &message.cancel_reason)
     }
 }
+
+/// The limit on the time until a watcher is created. Longer than the timeouts of the stream.
+const CREATED: Duration = Duration::from_secs(15);

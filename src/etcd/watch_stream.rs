@@ -8,7 +8,7 @@
 //! fill the memory. The end of the stream ends all its watches, which resume on the next one.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -63,10 +63,10 @@ enum Command {
 #[derive(Debug)]
 pub(super) enum Delivery {
     Message(WatchMessage),
-    /// The stream has ended. `is_first` is true for one watch of the stream.
+    /// The watch has ended. The watches of one stream share `is_reported`: its end counts once against its member.
     Ended {
         error: EtcdError,
-        is_first: bool,
+        is_reported: Arc<AtomicBool>,
     },
 }
 
@@ -84,7 +84,7 @@ struct Subscriber {
     ranges: Vec<Range>,
     from: Option<Revision>,
     deliveries: mpsc::UnboundedSender<Delivery>,
-    /// Events that were delivered and not received yet.
+    /// Bytes that were delivered and not received yet.
     backlog: Arc<AtomicUsize>,
 }
 
@@ -98,8 +98,7 @@ pub(super) struct Subscription {
 
 impl Subscription {
     pub(super) fn on_received(&self, message: &WatchMessage) {
-        self.backlog
-            .fetch_sub(message.events.len(), Ordering::Relaxed);
+        self.backlog.fetch_sub(size(message), Ordering::Relaxed);
     }
 }
 
@@ -205,9 +204,8 @@ impl WatchStreams {
         };
         let client = channel.client.watch_client();
         let mut client = client.max_decoding_message_size(MAX_MESSAGE);
-        let stream = client
-            .watch(range.start.as_bytes(), Some(options(&range, from)))
-            .await;
+        let options = options(&range, from).with_watch_id(FIRST_ID);
+        let stream = client.watch(range.start.as_bytes(), Some(options)).await;
         let stream =
             stream.map_err(|source| error::of_client("watch", &channel.endpoint(), source))?;
         let (commands, received) = mpsc::unbounded_channel();
@@ -224,7 +222,9 @@ impl WatchStreams {
             own: commands.clone(),
             commands: received,
             probe: range,
-            creating: VecDeque::from([Creating::Watcher(subscriber.id)]),
+            creating: VecDeque::from([(FIRST_ID, Creating::Watcher(subscriber.id))]),
+            last_id: FIRST_ID,
+            numbering: Numbering::Unknown,
             queue: creates,
             watchers: HashMap::new(),
             subscribers: HashMap::from([(subscriber.id, Watched::new(subscriber))]),
@@ -253,7 +253,18 @@ fn creates(subscriber: &Subscriber) -> VecDeque<Create> {
     subscriber.ranges.iter().map(create).collect()
 }
 
-/// A watcher that was requested and is not created yet. etcd creates them in the order of the requests.
+/// Whether the server numbers watchers as the requests ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Numbering {
+    /// No watcher was created yet.
+    Unknown,
+    /// It does, as etcd itself. It also answers in the order of the requests.
+    AsAsked,
+    /// It chooses the numbers, as `etcd grpc-proxy`, which also answers in any order. So one watcher is created at a time.
+    Own,
+}
+
+/// A watcher that was requested and is not created yet.
 #[derive(Clone, Copy, Debug)]
 enum Creating {
     Watcher(u64),
@@ -290,7 +301,10 @@ struct Task {
     commands: mpsc::UnboundedReceiver<Command>,
     /// The range that probes watch.
     probe: Range,
-    creating: VecDeque<Creating>,
+    /// By the number that was asked for.
+    creating: VecDeque<(i64, Creating)>,
+    last_id: i64,
+    numbering: Numbering,
     queue: VecDeque<Create>,
     /// Subscribers by the ids of their watchers.
     watchers: HashMap<i64, u64>,
@@ -309,11 +323,13 @@ impl Task {
             if let Err(error) = self.send_creates().await {
                 break error;
             }
-            let patience = match (self.creating.is_empty(), self.probing) {
-                (_, true) => PROBE_ANSWER,
+            let patience = match (self.numbering, self.creating.is_empty(), self.probing) {
                 // Every member reports at once that a watcher is created, or why it is not.
-                (false, false) => DEADLINE,
-                (true, false) => SILENCE,
+                (Numbering::Unknown, ..) => DEADLINE,
+                (_, _, true) => PROBE_ANSWER,
+                // Other messages have shown life, and the answer may be behind a long one.
+                (_, false, false) => SILENCE + PROBE_ANSWER,
+                (_, true, false) => SILENCE,
             };
             let message = tokio::select! {
                 biased;
@@ -340,7 +356,7 @@ impl Task {
                     Err(error::deadline("watch", &self.endpoint(), waited))
                 }
                 Err(_) if !self.creating.is_empty() => {
-                    Err(error::deadline("watch", &self.endpoint(), DEADLINE))
+                    Err(error::deadline("watch", &self.endpoint(), patience))
                 }
                 Err(_) => self.send_probe().await,
             };
@@ -387,20 +403,54 @@ impl Task {
 
     /// Requests watchers. Only so many at a time: the answers have to be read in between, or both sides would wait for each other.
     async fn send_creates(&mut self) -> Result<(), EtcdError> {
-        while self.creating.len() < CREATING
+        let most = match self.numbering {
+            Numbering::AsAsked => CREATING,
+            Numbering::Unknown | Numbering::Own => 1,
+        };
+        while self.creating.len() < most
             && let Some(create) = self.queue.pop_front()
         {
             if !self.subscribers.contains_key(&create.subscriber) {
                 continue;
             }
             let options = options(&create.range, create.from);
-            let key = create.range.start.as_bytes().to_vec();
-            let sent = self.stream.watch(key, Some(options)).await;
-            self.sent(sent)?;
-            self.creating
-                .push_back(Creating::Watcher(create.subscriber));
+            let creating = Creating::Watcher(create.subscriber);
+            self.send_create(&create.range, options, creating).await?;
         }
         Ok(())
+    }
+
+    async fn send_create(
+        &mut self,
+        range: &Range,
+        options: WatchOptions,
+        creating: Creating,
+    ) -> Result<(), EtcdError> {
+        self.last_id += 1;
+        let options = options.with_watch_id(self.last_id);
+        let key = range.start.as_bytes().to_vec();
+        let sent = self.stream.watch(key, Some(options)).await;
+        self.sent(sent)?;
+        self.creating.push_back((self.last_id, creating));
+        Ok(())
+    }
+
+    /// Returns the request that a `created` message answers. A refusal has the number that was asked for, -1 from etcd 3.4.22 and 3.5.6 on,
+    /// or that of a proxy.
+    fn answered(&mut self, id: i64, is_refused: bool) -> Option<Creating> {
+        let asked = self.creating.iter().position(|(asked, _)| *asked == id);
+        if self.numbering == Numbering::Unknown && !is_refused {
+            self.numbering = if asked.is_some() {
+                Numbering::AsAsked
+            } else {
+                Numbering::Own
+            };
+        }
+        let index = match self.numbering {
+            Numbering::AsAsked => asked.unwrap_or(0),
+            Numbering::Unknown | Numbering::Own => 0,
+        };
+        self.creating.remove(index).map(|(_, creating)| creating)
     }
 
     async fn unsubscribe(&mut self, id: u64) -> Result<(), EtcdError> {
@@ -431,10 +481,17 @@ impl Task {
         let id = message.watch_id;
         // A watcher that is refused is created and cancelled in one message. A cancellation alone may answer a request of this task.
         let subscriber = if message.created {
-            match self.creating.pop_front() {
+            if message.canceled {
+                // The token of the stream may be the reason, so no further watch joins it.
+                self.retire();
+            }
+            match self.answered(id, message.canceled) {
                 Some(Creating::Watcher(subscriber)) => subscriber,
                 Some(Creating::Probe) | None if message.canceled => return Ok(()),
-                Some(Creating::Probe) | None => return self.cancel(id).await,
+                Some(Creating::Probe) | None => {
+                    self.on_quiet();
+                    return self.cancel(id).await;
+                }
             }
         } else {
             match self.watchers.get(&id) {
@@ -450,38 +507,61 @@ impl Task {
                 self.cancel(id).await
             };
         };
-        if message.canceled {
-            self.watchers.remove(&id);
-            watched.watchers.retain(|known| *known != id);
-        } else if message.created {
+        if message.created && !message.canceled {
             self.watchers.insert(id, subscriber);
             watched.watchers.push(id);
             let header = header(message.header.as_ref());
             let from = watched.subscriber.from;
             watched.is_behind = from.is_some_and(|from| header.revision >= from);
+        } else if message.canceled && !message.created {
+            self.watchers.remove(&id);
+            watched.watchers.retain(|known| *known != id);
         } else if !message.events.is_empty() {
             watched.is_behind = false;
         }
-        let message = own(message);
-        let events = message.events.len();
-        let backlog = &watched.subscriber.backlog;
-        if backlog.fetch_add(events, Ordering::Relaxed) + events > BACKLOG {
-            let reason = format!("more than {BACKLOG} events were not received by their watch");
+        let mut message = own(message);
+        // A server that mixed up its watchers must not mix up services.
+        let ranges = &watched.subscriber.ranges;
+        message
+            .events
+            .retain(|event| ranges.iter().any(|range| range.contains(event.key())));
+        let bytes = size(&message);
+        let before = watched
+            .subscriber
+            .backlog
+            .fetch_add(bytes, Ordering::Relaxed);
+        let delivery = if before > 0 && before + bytes > BACKLOG {
+            let reason =
+                format!("more than {BACKLOG} bytes of events were not received by their watch");
             let kind = EtcdErrorKind::ResponseTooLarge;
             let error = EtcdError::new(kind, "watch", &self.channel.endpoint(), reason);
-            let delivery = Delivery::Ended {
+            Delivery::Ended {
                 error,
-                is_first: false,
-            };
-            // A watch that is being dropped receives nothing.
-            let _ = watched.subscriber.deliveries.send(delivery);
+                is_reported: Arc::new(AtomicBool::new(true)),
+            }
+        } else {
+            Delivery::Message(message)
+        };
+        let has_ended = matches!(delivery, Delivery::Ended { .. });
+        // A watch that is being dropped receives nothing.
+        let _ = watched.subscriber.deliveries.send(delivery);
+        if has_ended {
             return self.unsubscribe(subscriber).await;
         }
-        let _ = watched
-            .subscriber
-            .deliveries
-            .send(Delivery::Message(message));
         Ok(())
+    }
+
+    /// Lets no further watch join the stream. Its watches stay.
+    fn retire(&self) {
+        let mut open = self.streams.0.open();
+        open.retain(|open| !open.commands.same_channel(&self.own));
+    }
+
+    /// The server has answered a probe after a silence: no history is on its way.
+    fn on_quiet(&mut self) {
+        for watched in self.subscribers.values_mut() {
+            watched.is_behind = false;
+        }
     }
 
     /// Creates a watcher that receives nothing, and is cancelled once it exists: any message shows that the stream works.
@@ -492,12 +572,9 @@ impl Task {
         self.heard = Instant::now();
         self.probing = true;
         let filters = [WatchFilterType::NoPut, WatchFilterType::NoDelete];
-        let options = options(&self.probe, None).with_filters(filters);
-        let key = self.probe.start.as_bytes().to_vec();
-        let sent = self.stream.watch(key, Some(options)).await;
-        self.sent(sent)?;
-        self.creating.push_back(Creating::Probe);
-        Ok(())
+        let range = self.probe.clone();
+        let options = options(&range, None).with_filters(filters);
+        self.send_create(&range, options, Creating::Probe).await
     }
 
     fn sent(&self, sent: Result<(), etcd_client::Error>) -> Result<(), EtcdError> {
@@ -506,10 +583,7 @@ impl Task {
 
     /// Ends all watches of the stream.
     fn fail(mut self, error: &EtcdError) {
-        self.streams
-            .0
-            .open()
-            .retain(|open| !open.commands.same_channel(&self.own));
+        self.retire();
         // Watches that were added before the stream was removed from the list.
         while let Ok(command) = self.commands.try_recv() {
             if let Command::Subscribe(subscriber) = command {
@@ -519,7 +593,7 @@ impl Task {
         }
         let is_too_large = error.kind() == EtcdErrorKind::ResponseTooLarge;
         let has_cause = self.subscribers.values().any(|watched| watched.is_behind);
-        let mut is_first = true;
+        let is_reported = Arc::new(AtomicBool::new(false));
         for watched in self.subscribers.into_values() {
             // History is what makes a message too large. A watch that has received its own only resumes.
             let error = if is_too_large && has_cause && !watched.is_behind {
@@ -529,8 +603,12 @@ impl Task {
             } else {
                 error.clone()
             };
-            let delivery = Delivery::Ended { error, is_first };
-            is_first &= watched.subscriber.deliveries.send(delivery).is_err();
+            let delivery = Delivery::Ended {
+                error,
+                is_reported: Arc::clone(&is_reported),
+            };
+            // A watch that is being dropped receives nothing.
+            let _ = watched.subscriber.deliveries.send(delivery);
         }
     }
 }
@@ -578,5 +656,19 @@ const PROBE_ANSWER: Duration = Duration::from_secs(3);
 const WATCHERS: usize = 1_000;
 /// Requests for watchers that are not answered yet. The queue of `etcd-client` has room for 100.
 const CREATING: usize = 64;
-/// Events that a watch may leave unreceived. It holds 10 000 instances with ten writes each.
-const BACKLOG: usize = 100_000;
+/// The number of the first watcher of a stream. Not 0, which means that the server chooses.
+const FIRST_ID: i64 = 1;
+/// Bytes that a watch may leave unreceived, beyond a single message.
+const BACKLOG: usize = 4 * MAX_MESSAGE;
+
+/// Returns about how much memory a message takes.
+fn size(message: &WatchMessage) -> usize {
+    let of = |event: &Event| match event {
+        Event::Put(kv) => kv.key.as_bytes().len() + kv.value.len() + OVERHEAD,
+        Event::Delete { key, .. } => key.as_bytes().len() + OVERHEAD,
+    };
+    message.events.iter().map(of).sum()
+}
+
+/// Bytes of an event besides its key and value.
+const OVERHEAD: usize = 100;

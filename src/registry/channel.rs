@@ -70,9 +70,7 @@ impl EndpointSource for ResolverBuilder {
     type Stream = Resolver;
 
     fn start(self, tls: bool) -> Result<Endpoints<Resolver>, String> {
-        let policy = self.policy().clone();
-        let endpoints = EndpointSource::start(self.start(), tls)?;
-        Ok(endpoints.address_policy(policy))
+        EndpointSource::start(self.start(), tls)
     }
 }
 
@@ -98,11 +96,13 @@ impl EndpointSource for Resolver {
             Some(format!("registry: {error}"))
         };
         let service = self.service().to_owned();
+        let policy = self.policy().clone();
         let feedback = self.feedback();
         let endpoints = Endpoints::new(self)
             .known_after(known)
             .last_error(last_error)
             .on_refused(move |address| feedback.refused(address))
+            .address_policy(policy)
             .service(service);
         Ok(endpoints)
     }

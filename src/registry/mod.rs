@@ -221,10 +221,7 @@ impl Registry {
         if let Some(format) = format {
             resolver = resolver.format(format);
         }
-        BalancedChannel::builder()
-            .source(resolver)
-            .address_policy(self.policy.clone())
-            .service(path)
+        BalancedChannel::builder().source(resolver).service(path)
     }
 }
 

@@ -1,8 +1,10 @@
 //! The builder of a resolver.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::Resolver;
+use super::cache::Cache;
 use super::instances::Limit;
 use super::options::{Filter, Options};
 use crate::error::{EtcdError, EtcdErrorKind};
@@ -58,10 +60,6 @@ impl ResolverBuilder {
     pub fn format(mut self, format: Format) -> Self {
         self.options.decoder.format = Some(format);
         self
-    }
-
-    pub(crate) fn policy(&self) -> &AddressPolicy {
-        &self.options.decoder.policy
     }
 
     /// Sets which addresses are accepted. The default is the policy of the registry.
@@ -136,6 +134,32 @@ impl ResolverBuilder {
         self
     }
 
+    /// Keeps the last good set in a file of this directory, and uses it while etcd has not answered since the start. Disabled by default.
+    ///
+    /// The file is used if etcd has not answered within 50 ms. The [status](Resolver::status) is then [`Stale`](crate::ResolverState::Stale),
+    /// a warning is logged, and the first list replaces the set. The file is written about a second after a change, and never for an empty
+    /// set. The directory is created if it is missing; only its owner can read it. A file that is corrupt, of another version or of another
+    /// service is reported and ignored.
+    ///
+    /// ```no_run
+    /// # fn run(registry: tonic_etcd::Registry) {
+    /// let channel = registry
+    ///     .channel("helloworld.Greeter")
+    ///     .map_source(|resolver| resolver.cache_dir("/var/cache/greeter"))
+    ///     .connect_lazy();
+    /// # }
+    /// ```
+    pub fn cache_dir(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.options.cache_dir = Some(directory.into());
+        self
+    }
+
+    /// Sets the instances to use while etcd has not answered since the start, if there is no [cache](Self::cache_dir). None by default.
+    pub fn seeds(mut self, instances: impl IntoIterator<Item = Instance>) -> Self {
+        self.options.seeds = instances.into_iter().collect();
+        self
+    }
+
     /// Starts watching.
     ///
     /// An invalid service name or prefix (empty, or a service name with a slash) is not an error here. Instead, the set counts as known and
@@ -172,7 +196,11 @@ impl ResolverBuilder {
             .iter()
             .map(|prefix| Range::prefix(prefix))
             .collect();
-        Resolver::start(&etcd, service, ranges, options, trouble)
+        let file = options
+            .cache_dir
+            .as_ref()
+            .map(|directory| Cache::new(directory, &service, prefixes));
+        Resolver::start(&etcd, service, ranges, options, file, trouble)
     }
 
     /// Returns the prefixes to watch, or the reason why the service name or the prefixes are invalid.

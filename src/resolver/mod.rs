@@ -19,9 +19,10 @@ use crate::error::EtcdError;
 use crate::etcd::Etcd;
 use crate::instance::Instance;
 use crate::keyspace::Range;
-use tonic_balance::Address;
+use tonic_balance::{Address, AddressPolicy};
 
 mod builder;
+mod cache;
 mod feedback;
 mod hold;
 mod instances;
@@ -35,6 +36,7 @@ pub use builder::ResolverBuilder;
 pub use feedback::ResolverFeedback;
 pub use status::{RejectedKey, ResolverState, ResolverStatus};
 
+use cache::Cache;
 use options::Options;
 use store::Core;
 use watcher::Machine;
@@ -97,12 +99,21 @@ impl Resolver {
         etcd: &Etcd,
         service: String,
         ranges: Vec<Range>,
-        options: Options,
+        mut options: Options,
+        file: Option<Cache>,
         trouble: Option<EtcdError>,
     ) -> Self {
         let reconcile = options.reconcile;
+        let (seeds, policy) = (
+            std::mem::take(&mut options.seeds),
+            options.decoder.policy.clone(),
+        );
         let core = Arc::new(Core::new(service, ranges.len(), options, trouble));
         let mut tasks = vec![tokio::spawn(task::release(Arc::clone(&core))).abort_handle()];
+        if file.is_some() || !seeds.is_empty() {
+            let task = task::keep(Arc::clone(&core), file, seeds, policy);
+            tasks.push(tokio::spawn(task.in_current_span()).abort_handle());
+        }
         let mut prefixes = Vec::with_capacity(ranges.len());
         for (index, range) in ranges.into_iter().enumerate() {
             let span = tracing::info_span!("resolver", prefix = %range.start);
@@ -118,6 +129,11 @@ impl Resolver {
             tasks: Arc::new(Tasks(tasks)),
             feedback: ResolverFeedback::new(prefixes),
         }
+    }
+
+    /// Returns the policy for the addresses of instances.
+    pub(crate) fn policy(&self) -> &AddressPolicy {
+        self.core.policy()
     }
 
     /// Returns the service name, or the watched prefixes joined by `, `.

@@ -1,5 +1,6 @@
 //! The options of a resolver.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +18,10 @@ pub(super) struct Options {
     pub(super) reconcile: Option<Duration>,
     pub(super) filter: Option<Filter>,
     pub(super) limit: Limit,
+    /// The directory of the cache file.
+    pub(super) cache_dir: Option<PathBuf>,
+    /// The instances to use if there is no cache.
+    pub(super) seeds: Vec<Instance>,
 }
 
 /// A predicate that selects the instances to use.
@@ -50,6 +55,8 @@ impl Options {
             reconcile: Some(RECONCILE),
             filter: None,
             limit: Limit::default(),
+            cache_dir: None,
+            seeds: Vec::new(),
         }
     }
 }

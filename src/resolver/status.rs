@@ -31,6 +31,8 @@ pub struct ResolverStatus {
     pub reads: u64,
     /// Number of those reads that returned another state of the key than the watch had delivered.
     pub repaired: u64,
+    /// Number of instances from the [cache](crate::ResolverBuilder::cache_dir) or the seeds, while etcd has not answered since the start.
+    pub cached: usize,
     /// Number of instances that vanished together with most others and are [held](crate::ResolverBuilder::mass_removal_protection) now.
     pub held: usize,
     /// Number of mass removals since the start: episodes in which instances were held.
@@ -75,7 +77,7 @@ impl ResolverStatus {
                 status.lists,
                 status.watches,
                 (status.reconciliations, status.reads, status.repaired),
-                status.held,
+                (status.cached, status.held),
                 status.mass_removals,
             )
         };

@@ -1,6 +1,6 @@
 //! The state that the tasks and the subscriptions of a resolver share.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::time::Duration;
@@ -18,7 +18,7 @@ use crate::error::EtcdError;
 use crate::format::{Decoder, FormatError};
 use crate::instance::Instance;
 use crate::keyspace::{Key, Revision};
-use tonic_balance::Address;
+use tonic_balance::{Address, AddressPolicy};
 
 /// The state that the tasks and the subscriptions share.
 #[derive(Debug)]
@@ -29,12 +29,16 @@ pub(super) struct Core {
     pub(super) status: watch::Sender<ResolverStatus>,
     /// Wakes the task that ends holds, after holds have begun or ended.
     pub(super) held: Notify,
+    /// Wakes the task that writes the cache.
+    pub(super) changed: Notify,
 }
 
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) snapshot: Instances,
     pub(super) hold: Hold,
+    /// The instances of the cache, or the seeds, while the first list is not complete.
+    fallback: HashMap<Address, Instance>,
     pub(super) views: Vec<Option<Subscription>>,
     pub(super) reports: Vec<Report>,
     /// Number of writes whose value could not be decoded.
@@ -89,12 +93,19 @@ impl Shared {
         self.snapshot
             .get(address)
             .or_else(|| self.hold.get(address))
+            .or_else(|| self.fallback.get(address))
             .filter(|instance| self.accepts(instance))
     }
 
     pub(super) fn instances(&self) -> impl Iterator<Item = &Instance> {
         let all = self.snapshot.instances().chain(self.hold.instances());
-        all.filter(|instance| self.accepts(instance))
+        let is_listed = |address: &Address| {
+            self.snapshot.get(address).is_some() || self.hold.get(address).is_some()
+        };
+        let fallback = self.fallback.values();
+        let fallback = fallback.filter(move |instance| !is_listed(instance.address()));
+        all.chain(fallback)
+            .filter(|instance| self.accepts(instance))
     }
 
     fn accepts(&self, instance: &Instance) -> bool {
@@ -143,14 +154,15 @@ impl Shared {
     fn notify(&mut self, changed: &[Address]) -> Vec<Waker> {
         let mut wakers = Vec::new();
         if !changed.is_empty() {
-            let (snapshot, hold) = (&self.snapshot, &self.hold);
+            let (snapshot, hold, fallback) = (&self.snapshot, &self.hold, &self.fallback);
             let is_known = |address: &Address| {
                 snapshot
                     .get(address)
                     .or_else(|| hold.get(address))
+                    .or_else(|| fallback.get(address))
                     .is_some()
             };
-            let known = snapshot.len() + hold.len();
+            let known = snapshot.len() + hold.len() + fallback.len();
             for view in self.views.iter_mut().flatten() {
                 for address in changed {
                     view.notify(address);
@@ -183,6 +195,7 @@ impl Core {
         let shared = Shared {
             snapshot: Instances::new(options.limit),
             hold: Hold::new(options.hold, fastrand::Rng::new()),
+            fallback: HashMap::new(),
             views: Vec::new(),
             reports,
             rejected: 0,
@@ -196,12 +209,17 @@ impl Core {
             shared: Mutex::new(shared),
             status,
             held: Notify::new(),
+            changed: Notify::new(),
         }
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Shared> {
         // No code panics while it holds this lock, and the data would be consistent even after a panic.
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn policy(&self) -> &AddressPolicy {
+        &self.decoder.policy
     }
 
     pub(super) fn open_view(&self) -> usize {
@@ -221,6 +239,30 @@ impl Core {
         }
         shared.views.push(view);
         shared.views.len() - 1
+    }
+
+    /// Uses these instances until the first list is complete. Returns false if it already is.
+    pub(super) fn use_fallback(&self, instances: Vec<Instance>) -> bool {
+        let mut shared = self.lock();
+        if shared.reports.iter().all(|report| report.listed) {
+            return false;
+        }
+        let addresses: Vec<_> = instances
+            .iter()
+            .map(|instance| instance.address().clone())
+            .collect();
+        let by_address = instances.into_iter();
+        let by_address = by_address.map(|instance| (instance.address().clone(), instance));
+        shared.fallback = by_address.collect();
+        let wakers = shared.notify(&addresses);
+        drop(shared);
+        self.announce(None, wakers);
+        true
+    }
+
+    /// Returns the registered instances, for the cache.
+    pub(super) fn registered(&self) -> Vec<Instance> {
+        self.lock().snapshot.instances().cloned().collect()
     }
 
     /// Returns the keys whose latest value is not used.
@@ -254,12 +296,20 @@ impl Core {
             }
         }
         let news = shared.on_applied(&mut applied, now);
-        let wakers = shared.notify(&applied.changed);
+        let mut wakers = shared.notify(&applied.changed);
         shared.rejected += applied.rejected;
         if let Some(report) = shared.reports.get_mut(index) {
             report.clone_from(&machine.report);
         }
+        let is_listed = shared.reports.iter().all(|report| report.listed);
+        if is_listed && !shared.fallback.is_empty() {
+            let fallback: Vec<_> = std::mem::take(&mut shared.fallback).into_keys().collect();
+            wakers.extend(shared.notify(&fallback));
+        }
         drop(shared);
+        if is_listed && !applied.changed.is_empty() {
+            self.changed.notify_one();
+        }
         self.announce(news, wakers);
     }
 
@@ -365,7 +415,11 @@ fn status_of(shared: &Shared, before: Option<&ResolverStatus>) -> ResolverStatus
     let sum = |count: fn(&Report) -> u64| reports.iter().map(count).sum::<u64>();
     let last_error = reports.iter().find_map(|report| report.trouble.clone());
     let state = if !reports.iter().all(|report| report.listed) {
-        ResolverState::Unknown
+        if shared.fallback.is_empty() {
+            ResolverState::Unknown
+        } else {
+            ResolverState::Stale
+        }
     } else if last_error.is_some() {
         ResolverState::Stale
     } else {
@@ -389,6 +443,7 @@ fn status_of(shared: &Shared, before: Option<&ResolverStatus>) -> ResolverStatus
         reconciliations: sum(|report| report.reconciliations),
         reads: sum(|report| report.reads),
         repaired: sum(|report| report.repaired),
+        cached: shared.fallback.len(),
         held: shared.hold.len(),
         mass_removals: shared.hold.episodes(),
     }

@@ -1,14 +1,18 @@
 //! The tasks of a resolver: one for each prefix, and one that ends holds.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::cache::Cache;
+use super::status::ResolverState;
 use super::store::Core;
 use super::watcher::{Command, Machine};
 use crate::etcd::{DEADLINE, Etcd, Watch};
-use tonic_balance::Address;
+use crate::instance::Instance;
+use tonic_balance::{Address, AddressPolicy};
 
 /// Executes the commands of a machine in an endless loop.
 pub(super) async fn run(
@@ -102,6 +106,71 @@ pub(super) async fn release(core: Arc<Core>) {
         }
     }
 }
+
+/// Uses the cache or the seeds if etcd does not answer in time, and then keeps the cache up to date, for ever.
+pub(super) async fn keep(
+    core: Arc<Core>,
+    file: Option<Cache>,
+    seeds: Vec<Instance>,
+    policy: AddressPolicy,
+) {
+    let mut status = core.status.subscribe();
+    let is_known = status.wait_for(|status| status.state != ResolverState::Unknown);
+    if tokio::time::timeout(PATIENCE, is_known).await.is_err() {
+        let cached = match file.clone() {
+            Some(file) => load(file, policy).await,
+            None => None,
+        };
+        let (instances, from) = match cached {
+            Some(cached) => (cached, "the cache"),
+            None => (seeds, "the seeds"),
+        };
+        let count = instances.len();
+        if count > 0 && core.use_fallback(instances) {
+            let service = &core.service;
+            tracing::warn!(
+                service,
+                instances = count,
+                "etcd has not answered since the start: using the instances of {from}"
+            );
+        }
+    }
+    let Some(file) = file else {
+        return;
+    };
+    loop {
+        core.changed.notified().await;
+        // One write for many changes.
+        tokio::time::sleep(WRITE_DELAY).await;
+        let instances = core.registered();
+        if instances.is_empty() {
+            continue;
+        }
+        let written = file.clone();
+        let store = tokio::task::spawn_blocking(move || written.store(&instances));
+        if let Ok(Err(error)) = store.await {
+            tracing::warn!(file = %file.file().display(), %error, "could not write the cache");
+        }
+    }
+}
+
+async fn load(file: Cache, policy: AddressPolicy) -> Option<Vec<Instance>> {
+    let path = file.file().to_owned();
+    let load = tokio::task::spawn_blocking(move || file.load(&policy));
+    match load.await {
+        Ok(Ok(instances)) => instances,
+        Ok(Err(error)) => {
+            tracing::warn!(file = %path.display(), %error, "ignoring the cache");
+            None
+        }
+        Err(_) => None,
+    }
+}
+
+/// The time that etcd gets to answer before the cache is used. A member on the same continent answers within it.
+const PATIENCE: Duration = Duration::from_millis(50);
+/// The time between a change and the write of the cache.
+const WRITE_DELAY: Duration = Duration::from_secs(1);
 
 async fn until(instant: Option<Instant>) {
     match instant {

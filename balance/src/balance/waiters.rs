@@ -46,13 +46,16 @@ impl Exclusions {
 
 #[derive(Debug)]
 struct Waiter {
-    exclusions: Exclusions,
     place: Mutex<Handover>,
 }
 
 #[derive(Debug)]
 enum Handover {
-    None(Option<Waker>),
+    /// The call waits. The connections that it excludes are kept no longer than that.
+    None {
+        waker: Option<Waker>,
+        exclusions: Exclusions,
+    },
     Given(Permit),
     /// The call does not wait any more.
     Left,
@@ -84,12 +87,14 @@ impl Waiters {
             return None;
         }
         let waiter = Arc::new(Waiter {
-            exclusions,
-            place: Mutex::new(Handover::None(None)),
+            place: Mutex::new(Handover::None {
+                waker: None,
+                exclusions,
+            }),
         });
         let mut queue = self.lock();
         if queue.len() > 2 * waiting + SPARE {
-            queue.retain(|waiter| matches!(*waiter.lock(), Handover::None(_)));
+            queue.retain(|waiter| matches!(*waiter.lock(), Handover::None { .. }));
         }
         queue.push_back(Arc::clone(&waiter));
         drop(queue);
@@ -116,18 +121,21 @@ impl Waiters {
         while let Some(waiter) = queue.get(index).map(Arc::clone) {
             let mut place = waiter.lock();
             match &mut *place {
-                Handover::None(waker) if waiter.exclusions.allow(connection) => {
+                Handover::None { waker, exclusions } if exclusions.allow(connection) => {
                     let waker = waker.take();
-                    *place = Handover::Given(Permit::taken(connection));
+                    let given = Handover::Given(Permit::taken(connection));
+                    let before = std::mem::replace(&mut *place, given);
                     drop(place);
                     queue.remove(index);
                     drop(queue);
+                    // Outside the locks: it may hold the last reference to a connection.
+                    drop(before);
                     if let Some(waker) = waker {
                         waker.wake();
                     }
                     return true;
                 }
-                Handover::None(_) => index += 1,
+                Handover::None { .. } => index += 1,
                 Handover::Given(_) | Handover::Left => {
                     drop(place);
                     queue.remove(index);
@@ -190,7 +198,7 @@ impl Waiting {
     pub(crate) async fn place(&self) -> Permit {
         std::future::poll_fn(|cx| {
             let mut place = self.waiter.lock();
-            if let Handover::None(waker) = &mut *place {
+            if let Handover::None { waker, .. } = &mut *place {
                 if waker
                     .as_ref()
                     .is_none_or(|waker| !waker.will_wake(cx.waker()))

@@ -349,7 +349,8 @@ impl<S: EndpointSource> ChannelBuilder<S> {
     pub async fn connect(self) -> Result<BalancedChannel, ChannelError> {
         let (endpoints, config) = self.start();
         if let Some(reason) = config.invalid_reason() {
-            let service = config.service.unwrap_or_default();
+            let named = endpoints.and_then(|endpoints| endpoints.service);
+            let service = config.service.or(named).unwrap_or_default();
             return Err(ChannelError::InvalidOption { service, reason });
         }
         let channel = match endpoints {

@@ -80,6 +80,8 @@ pub(super) struct Script {
     pub(super) lost_grants: u32,
     /// Whether grants ignore the requested id and return another one, as kine does.
     pub(super) chooses_leases: bool,
+    /// Watchers get numbers of the server, whatever the client asks for, as from `etcd grpc-proxy`.
+    pub(super) numbers_watchers: bool,
 }
 
 impl Script {
@@ -113,6 +115,7 @@ impl Fake {
                 pages: 0,
                 lost_grants: 0,
                 chooses_leases: false,
+                numbers_watchers: false,
             })),
             changed: watch::Sender::new(0),
             connection: 0,

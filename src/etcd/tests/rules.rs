@@ -12,7 +12,7 @@ use super::fake::Fake;
 use super::{PREFIX, TTL};
 use crate::error::{EtcdErrorKind, RegisterError};
 use crate::etcd::Etcd;
-use crate::keyspace::{Key, Keyspace, LeaseId};
+use crate::keyspace::{Key, Keyspace, LeaseId, Range};
 use crate::registration::{RegistrationBuilder, RegistrationState};
 use crate::resolver::ResolverBuilder;
 use tonic_balance::AddressPolicy;
@@ -184,6 +184,48 @@ async fn a_store_that_chooses_its_own_leases_gets_no_key() {
     let text = error.to_string();
     assert!(text.contains("in place of"), "{text}");
     assert!(fake.store().keys.is_empty(), "nothing is written");
+}
+
+/// Watches share a stream, and each receives its own events, whether the server numbers the watchers as asked or by itself.
+#[tokio::test(start_paused = true)]
+async fn watches_on_one_stream_receive_their_own_events() {
+    for numbers_watchers in [false, true] {
+        let fake = Fake::new(1, 0);
+        fake.script().numbers_watchers = numbers_watchers;
+        let etcd = fake.etcd(1);
+        let services = ["a", "b", "c", "d"];
+        let mut watches = Vec::new();
+        for service in services {
+            let range = Range::prefix(&format!("/gRPC/{service}/"));
+            watches.push(etcd.watch(&range, None).await.expect("a watch"));
+        }
+        for watch in &mut watches {
+            watch.created().await.expect("created");
+        }
+        assert_eq!(etcd.watch_streams(), 1);
+        // A watch that is dropped takes nothing from the others.
+        drop(watches.remove(1));
+        for service in ["a", "c", "d"] {
+            let key = format!("/gRPC/{service}/1").into_bytes();
+            fake.store()
+                .apply(vec![(key, Some((b"10.0.0.1:80".to_vec(), 0)))]);
+        }
+        fake.tell();
+        for (watch, service) in watches.iter_mut().zip(["a", "c", "d"]) {
+            let message = watch.message().await.expect("a message");
+            let keys: Vec<_> = message
+                .events
+                .iter()
+                .map(|event| event.key().to_string())
+                .collect();
+            assert_eq!(keys, [format!("/gRPC/{service}/1")]);
+        }
+        drop(watches);
+        until(DEADLINE, "the stream is closed", || {
+            etcd.watch_streams() == 0
+        })
+        .await;
+    }
 }
 
 /// Behind the single address of a load balancer, the frozen connection must be replaced. The client replaces it after two requests without

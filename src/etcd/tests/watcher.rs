@@ -109,7 +109,12 @@ impl Stream {
                     return self.send(refused).await;
                 }
                 self.ids += 1;
-                let id = self.ids;
+                let own = self.fake.script().numbers_watchers || create.watch_id == 0;
+                let id = if own {
+                    1_000 - self.ids
+                } else {
+                    create.watch_id
+                };
                 let created = PbWatchResponse {
                     created: true,
                     ..self.message(id)

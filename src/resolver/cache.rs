@@ -1,0 +1,257 @@
+//! The last good set of a service on disk, for a start without etcd.
+//!
+//! A file is written beside the old one, flushed, and renamed, so that a reader never sees half of it. A file that is corrupt, of another
+//! version or of another service is reported and ignored.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use tonic_balance::{Address, AddressPolicy};
+
+use crate::instance::Instance;
+
+/// The file of one service.
+#[derive(Clone, Debug)]
+pub(super) struct Cache {
+    file: PathBuf,
+    /// The prefixes of the service, which tell its file from another one's.
+    prefixes: Vec<String>,
+}
+
+/// The reason why a file is not used.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CacheError {
+    #[error("it cannot be read: {0}")]
+    Io(#[from] io::Error),
+    #[error("it is not valid: {0}")]
+    Json(#[from] serde_json::Error),
+    #[error("it has version {0}, and this library writes version {VERSION}")]
+    Version(u32),
+    #[error("its checksum does not match its content")]
+    Checksum,
+    #[error("it belongs to the prefixes {0:?}")]
+    Foreign(Vec<String>),
+}
+
+#[derive(Serialize, Deserialize)]
+struct File {
+    version: u32,
+    checksum: u64,
+    /// The JSON of [`Content`], as text, so that the checksum is that of certain bytes.
+    content: String,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Content {
+    prefixes: Vec<String>,
+    instances: Vec<Cached>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Cached {
+    address: String,
+    weight: u32,
+    zone: Option<String>,
+    version: Option<String>,
+    metadata: BTreeMap<String, String>,
+    tls: bool,
+}
+
+impl Cached {
+    fn of(instance: &Instance) -> Self {
+        Self {
+            address: instance.address().to_string(),
+            weight: instance.weight(),
+            zone: instance.zone().map(str::to_owned),
+            version: instance.version().map(str::to_owned),
+            metadata: instance.metadata().clone(),
+            tls: instance.is_tls(),
+        }
+    }
+
+    fn into_instance(self) -> Option<Instance> {
+        let address: Address = self.address.parse().ok()?;
+        let mut instance = Instance::new(address)
+            .with_weight(self.weight)
+            .with_tls(self.tls);
+        if let Some(zone) = self.zone {
+            instance = instance.with_zone(zone);
+        }
+        if let Some(version) = self.version {
+            instance = instance.with_version(version);
+        }
+        let pairs = self.metadata.into_iter();
+        Some(pairs.fold(instance, |instance, (name, value)| {
+            instance.with_metadata(name, value)
+        }))
+    }
+}
+
+impl Cache {
+    /// Returns the file of a service in a directory.
+    pub(super) fn new(directory: &Path, service: &str, prefixes: Vec<String>) -> Self {
+        // A service name may contain any character but a slash, and a prefix that too.
+        let name: String = service
+            .chars()
+            .map(|letter| match letter {
+                'a'..='z' | 'A'..='Z' | '0'..='9' | '.' | '-' | '_' => letter,
+                _ => '_',
+            })
+            .take(100)
+            .collect();
+        let number = checksum(prefixes.join("\n").as_bytes());
+        Self {
+            file: directory.join(format!("{name}-{number:016x}.json")),
+            prefixes,
+        }
+    }
+
+    pub(super) fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// Reads the instances. `None` if there is no file. Addresses that the policy rejects are left out.
+    pub(super) fn load(&self, policy: &AddressPolicy) -> Result<Option<Vec<Instance>>, CacheError> {
+        let text = match fs::read(&self.file) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let file: File = serde_json::from_slice(&text)?;
+        if file.version != VERSION {
+            return Err(CacheError::Version(file.version));
+        }
+        if checksum(file.content.as_bytes()) != file.checksum {
+            return Err(CacheError::Checksum);
+        }
+        let content: Content = serde_json::from_str(&file.content)?;
+        if content.prefixes != self.prefixes {
+            return Err(CacheError::Foreign(content.prefixes));
+        }
+        let instances = content.instances.into_iter();
+        let instances = instances.filter_map(Cached::into_instance);
+        let is_accepted = |instance: &Instance| policy.check(instance.address()).is_ok();
+        Ok(Some(instances.filter(is_accepted).collect()))
+    }
+
+    /// Replaces the file.
+    pub(super) fn store(&self, instances: &[Instance]) -> io::Result<()> {
+        let content = Content {
+            prefixes: self.prefixes.clone(),
+            instances: instances.iter().map(Cached::of).collect(),
+        };
+        let content = serde_json::to_string(&content)?;
+        let file = File {
+            version: VERSION,
+            checksum: checksum(content.as_bytes()),
+            content,
+        };
+        if let Some(directory) = self.file.parent() {
+            create_private(directory)?;
+        }
+        // Processes that share the directory write files of their own before the rename.
+        let beside = self
+            .file
+            .with_extension(format!("{}.tmp", std::process::id()));
+        let mut options = fs::OpenOptions::new();
+        options.write(true).create(true).truncate(true);
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        let mut written = options.open(&beside)?;
+        written.write_all(&serde_json::to_vec(&file)?)?;
+        written.sync_all()?;
+        fs::rename(&beside, &self.file)
+    }
+}
+
+/// Creates a directory that only its owner can read.
+fn create_private(directory: &Path) -> io::Result<()> {
+    let mut builder = fs::DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.create(directory)
+}
+
+/// FNV-1a with 64 bits. It detects damage, not forgery: the directory is private.
+fn checksum(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+const VERSION: u32 = 1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn instance(address: &str) -> Instance {
+        Instance::new(address.parse().expect("an address"))
+    }
+
+    #[test]
+    fn what_is_stored_is_loaded() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let folder = directory.path().join("new");
+        let cache = Cache::new(&folder, "a/b", vec!["/gRPC/a/b/".to_owned()]);
+        let policy = AddressPolicy::default();
+        assert!(cache.load(&policy).expect("no file").is_none());
+        let one = instance("10.0.0.1:80")
+            .with_weight(3)
+            .with_zone("a")
+            .with_version("1.2")
+            .with_metadata("rack", "7")
+            .with_tls(true);
+        let two = instance("10.0.0.2:80");
+        for set in [vec![one.clone(), two.clone()], vec![two], Vec::new()] {
+            cache.store(&set).expect("stored");
+            assert_eq!(cache.load(&policy).expect("loaded"), Some(set));
+        }
+        cache.store(&[one]).expect("stored");
+        let forbidden =
+            AddressPolicy::default().allow("192.168.0.0/16".parse().expect("a network"));
+        assert_eq!(cache.load(&forbidden).expect("loaded"), Some(Vec::new()));
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            let mode =
+                |path: &Path| fs::metadata(path).expect("there").permissions().mode() & 0o777;
+            assert_eq!((mode(cache.file()), mode(&folder)), (0o600, 0o700));
+        }
+        let files = fs::read_dir(&folder).expect("a directory").count();
+        assert_eq!(files, 1, "no file is left beside it");
+    }
+
+    #[test]
+    fn a_file_that_is_damaged_old_or_of_another_service_is_an_error() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let cache = Cache::new(directory.path(), "a", vec!["/gRPC/a/".to_owned()]);
+        let policy = AddressPolicy::default();
+        cache.store(&[instance("10.0.0.1:80")]).expect("stored");
+        let good = fs::read_to_string(cache.file()).expect("a file");
+        for (bad, reason) in [
+            (String::new(), "not valid"),
+            (good[..good.len() / 2].to_owned(), "not valid"),
+            (good.replace("10.0.0.1", "10.0.0.9"), "checksum"),
+            (
+                good.replace("\"version\":1,\"ch", "\"version\":2,\"ch"),
+                "version 2",
+            ),
+        ] {
+            fs::write(cache.file(), bad).expect("written");
+            let error = cache.load(&policy).expect_err(reason).to_string();
+            assert!(error.contains(reason), "{error}");
+        }
+        let other = Cache {
+            prefixes: vec!["/gRPC/b/".to_owned()],
+            ..cache.clone()
+        };
+        fs::write(cache.file(), good).expect("written");
+        let error = other.load(&policy).expect_err("foreign").to_string();
+        assert!(error.contains("/gRPC/a/"), "{error}");
+    }
+}
