@@ -349,8 +349,14 @@ pub(crate) fn check_service(service: &str) -> Result<(), &'static str> {
     if service.chars().any(char::is_control) {
         return Err("contains a control character");
     }
+    if service.len() > SERVICE_MAX {
+        return Err("is longer than 1 024 bytes");
+    }
     Ok(())
 }
+
+/// The limit on a service name in bytes. gRPC sets none; the longest names in use have about a hundred.
+const SERVICE_MAX: usize = 1_024;
 
 #[cfg(test)]
 mod tests {

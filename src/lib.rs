@@ -102,7 +102,9 @@ pub use error::{EtcdError, EtcdErrorKind, RegisterError, RegistryError, ServeErr
 pub use format::{Format, FormatError, InstanceFormat};
 pub use instance::{Instance, KeyLocation};
 pub use keyspace::{LeaseId, Revision};
-pub use registration::{Registration, RegistrationBuilder, RegistrationState, ServerState};
+pub use registration::{
+    Registration, RegistrationBuilder, RegistrationHandle, RegistrationState, ServerState,
+};
 pub use registry::{Registry, RegistryBuilder, connect};
 pub use resolver::{
     RejectedKey, Resolver, ResolverBuilder, ResolverFeedback, ResolverState, ResolverStatus,

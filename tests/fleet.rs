@@ -47,7 +47,7 @@ async fn a_thousand_services_are_watched_through_a_hundred_streams() {
     let start = Instant::now();
     let watch = |service| registry.resolver(format!("service{service}")).start();
     let resolvers: Vec<_> = (0..SERVICES).map(watch).collect();
-    within(Duration::from_secs(4), "all are fresh", async || {
+    within(Duration::from_secs(10), "all are fresh", async || {
         fresh(&resolvers) == SERVICES
     })
     .await;
@@ -56,13 +56,13 @@ async fn a_thousand_services_are_watched_through_a_hundred_streams() {
     let registration = registry.registration("greeter").address("127.0.0.1:80");
     let registration = registration.register().await.unwrap();
     println!("registered in {:?}", since(start));
-    assert!(since(start) < Duration::from_secs(1));
+    assert!(since(start) < Duration::from_secs(5));
     // Each of them receives its own events, and no other's.
     for service in [0, 1, SERVICES - 1] {
         let key = format!("/gRPC/service{service}/b");
         kv.put(key, "10.0.0.6:80", None).await.unwrap();
     }
-    within(Duration::from_secs(2), "the events", async || {
+    within(Duration::from_secs(5), "the events", async || {
         fresh(&resolvers) == SERVICES - 3
     })
     .await;
@@ -101,7 +101,7 @@ async fn a_prefix_that_is_flooded_delays_no_other() {
             .await
             .unwrap();
         within(
-            Duration::from_secs(2),
+            Duration::from_secs(5),
             "the quiet one's event",
             async || support::addresses(&quiet) == [address.clone()],
         )
@@ -136,7 +136,7 @@ async fn every_process_is_back_after_a_restart_that_costs_each_a_password_hash()
     etcd.stop(0).await.unwrap();
     etcd.restart(0).await.unwrap();
     let start = Instant::now();
-    let bound = hash * u32::try_from(clients).unwrap() * 2 + Duration::from_secs(5);
+    let bound = hash * u32::try_from(clients).unwrap() * 2 + Duration::from_secs(10);
     let back = within(bound, "all are back", async || {
         let is_fresh =
             |(_, resolver): &(_, Resolver)| resolver.status().state == ResolverState::Fresh;
@@ -186,7 +186,7 @@ async fn a_start_without_etcd_serves_calls_from_the_cache_and_the_first_list_rep
     let channel = lazily();
     say(&channel).await.unwrap();
     println!("the first call without etcd took {:?}", since(start));
-    assert!(since(start) < Duration::from_millis(500));
+    assert!(since(start) < Duration::from_secs(2));
     drop(channel);
 
     // What cannot be trusted is not used, and nothing else is harmed.

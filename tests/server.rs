@@ -9,12 +9,16 @@ mod support;
 
 use std::time::Duration;
 
+use support::greeter::NamedGreeter;
 use support::greeter::greeter_client::GreeterClient;
+use support::greeter::greeter_server::GreeterServer;
 use support::{Registered, SOON, World, addresses, client, connect, eventually, hello};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, timeout};
-use tonic::transport::Channel;
-use tonic_etcd::{RegisterError, RegistrationState, Registry, ServeError, ServerState};
+use tonic::transport::{Channel, Server};
+use tonic_etcd::{
+    RegisterError, RegistrationState, Registry, ServeError, ServeRegistered, ServerState,
+};
 
 #[tokio::test]
 async fn what_was_bound_is_registered_and_served_and_gone_after_the_end() {
@@ -86,6 +90,61 @@ async fn the_state_can_be_watched_from_outside() {
         .unwrap();
     server.stopped().await.unwrap();
     assert!(matches!(*states.borrow(), RegistrationState::Deregistered));
+}
+
+/// A handle shows the address of port 0, and takes the server out and back without an effect on its shutdown.
+#[tokio::test]
+async fn a_handle_names_pauses_and_weighs_a_served_registration() {
+    let world = World::new().await;
+    let registration = world.registration();
+    let handle = registration.handle();
+    let server = Registered::start("alpha", "127.0.0.1:0", registration);
+    let address = timeout(SOON, handle.address()).await.unwrap().unwrap();
+    world.counts(1).await;
+    assert_eq!(addresses(&world.resolver), [address.as_str()]);
+    assert_eq!(handle.keys().await, [format!("/gRPC/greeter/{address}")]);
+    handle.pause().await.unwrap();
+    world.counts(0).await;
+    let mut client = connect(address.as_str()).await;
+    client.say_hello(hello()).await.unwrap();
+    handle.resume().await.unwrap();
+    world.counts(1).await;
+    handle.clone().set_weight(7).await.unwrap();
+    eventually("the weight is there", async || {
+        world.resolver.instances()[0].weight() == 7
+    })
+    .await;
+    server.stopped().await.unwrap();
+    assert_eq!(world.keys().await, 0);
+    let error = handle.pause().await.unwrap_err();
+    assert!(matches!(error, RegisterError::Ended { .. }), "{error:?}");
+    // A server that never starts ends what waits for it.
+    let registration = world.registration();
+    let handle = registration.handle();
+    drop(registration);
+    assert!(timeout(SOON, handle.address()).await.unwrap().is_none());
+}
+
+/// A listener of the program's own: bound before the registration, by a service manager or with options of its own.
+#[tokio::test]
+async fn a_listener_that_is_already_bound_is_served_and_registered() {
+    let world = World::new().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let bound = listener.local_addr().unwrap().to_string();
+    let greeter = GreeterServer::new(NamedGreeter("alpha".to_owned()));
+    let router = Server::builder().add_service(greeter);
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let registration = world.registration();
+    let serving = router.serve_registered_with_listener(listener, registration, async {
+        drop(stopped.await);
+    });
+    let serving = tokio::spawn(serving);
+    world.counts(1).await;
+    assert_eq!(addresses(&world.resolver), [bound.clone()]);
+    connect(&bound).await.say_hello(hello()).await.unwrap();
+    drop(stop);
+    timeout(SOON, serving).await.unwrap().unwrap().unwrap();
+    assert_eq!(world.keys().await, 0);
 }
 
 #[tokio::test]

@@ -53,13 +53,123 @@ use task::{Answer, Failure, Request, Task};
 #[derive(Debug)]
 #[must_use = "dropping it deregisters the server"]
 pub struct Registration {
+    parts: Arc<Parts>,
+    /// The task deregisters when the last sender is dropped.
+    requests: mpsc::Sender<Request>,
+}
+
+/// What a registration and its handles share.
+#[derive(Debug)]
+struct Parts {
     /// The key of each service and the name of the service. The name is empty for an exact key.
     keys: Vec<(String, String)>,
     entry: Entry,
     endpoints: Vec<String>,
     change_timeout: Duration,
-    requests: mpsc::Sender<Request>,
     states: watch::Receiver<RegistrationState>,
+}
+
+/// A handle of the registration of a server, which does not keep it registered; made by [`RegistrationBuilder::handle`].
+///
+/// Clones refer to the same registration. Its methods wait until the server has started.
+#[derive(Clone, Debug)]
+pub struct RegistrationHandle {
+    started: watch::Receiver<Option<Started>>,
+}
+
+/// A registration that has started.
+#[derive(Clone, Debug)]
+pub(crate) struct Started {
+    parts: Arc<Parts>,
+    requests: mpsc::WeakSender<Request>,
+}
+
+impl RegistrationHandle {
+    pub(crate) fn new(started: watch::Receiver<Option<Started>>) -> Self {
+        Self { started }
+    }
+
+    /// Waits until the server has bound its socket, and returns the address that it advertises. `None` if the server has ended before.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future changes nothing.
+    pub async fn address(&self) -> Option<Address> {
+        let started = self.started().await?;
+        Some(started.parts.entry.instance.address().clone())
+    }
+
+    /// Waits until the server has bound its socket, and returns its keys in etcd, one for each service. Empty if the server has ended
+    /// before.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future changes nothing.
+    pub async fn keys(&self) -> Vec<String> {
+        let keys = |started: Started| {
+            let keys = started.parts.keys.iter();
+            keys.map(|(key, _)| key.clone()).collect()
+        };
+        self.started().await.map(keys).unwrap_or_default()
+    }
+
+    /// Removes the entry until [`resume`](Self::resume). The server still serves the calls that it receives.
+    ///
+    /// # Errors
+    ///
+    /// As [`Registration::pause`], and if the server has ended.
+    ///
+    /// # Cancel safety
+    ///
+    /// After the request is sent, it is carried out even if the future is dropped.
+    pub async fn pause(&self) -> Result<(), RegisterError> {
+        self.registration().await?.pause().await
+    }
+
+    /// Restores the entry after a [`pause`](Self::pause).
+    ///
+    /// # Errors
+    ///
+    /// As [`Registration::resume`], and if the server has ended.
+    ///
+    /// # Cancel safety
+    ///
+    /// After the request is sent, it is carried out even if the future is dropped.
+    pub async fn resume(&self) -> Result<(), RegisterError> {
+        self.registration().await?.resume().await
+    }
+
+    /// Changes the weight, 1 to 1 000 000, without a new registration.
+    ///
+    /// # Errors
+    ///
+    /// As [`Registration::set_weight`], and if the server has ended.
+    ///
+    /// # Cancel safety
+    ///
+    /// After the request is sent, it is carried out even if the future is dropped.
+    pub async fn set_weight(&self, weight: u32) -> Result<(), RegisterError> {
+        self.registration().await?.set_weight(weight).await
+    }
+
+    async fn started(&self) -> Option<Started> {
+        let mut started = self.started.clone();
+        let started = started.wait_for(Option::is_some).await;
+        started.ok()?.clone()
+    }
+
+    /// Returns the registration for one request. Dropping it deregisters nothing while the server has its own.
+    async fn registration(&self) -> Result<Registration, RegisterError> {
+        let ended = |key: &str| RegisterError::Ended {
+            key: key.to_owned(),
+        };
+        let Started { parts, requests } = self.started().await.ok_or_else(|| ended("(none)"))?;
+        let Some(requests) = requests.upgrade() else {
+            let key = parts.keys.first().map_or("", |(key, _)| key);
+            return Err(ended(key));
+        };
+        Ok(Registration { parts, requests })
+    }
 }
 
 impl Registration {
@@ -75,13 +185,16 @@ impl Registration {
         let services = entry.services.iter().cloned();
         let services = services.chain(std::iter::repeat(String::new()));
         let keys = entry.keys.iter().map(ToString::to_string);
-        let registration = Self {
+        let parts = Parts {
             keys: keys.zip(services).collect(),
             entry: entry.clone(),
             endpoints: etcd.endpoints(),
             change_timeout,
-            requests,
             states: states.subscribe(),
+        };
+        let registration = Self {
+            parts: Arc::new(parts),
+            requests,
         };
         let span = tracing::info_span!("registration", key = registration.key());
         let run = async move |etcd| {
@@ -101,9 +214,17 @@ impl Registration {
         Ok(registration)
     }
 
+    /// Returns what a handle needs.
+    pub(crate) fn started(&self) -> Started {
+        Started {
+            parts: Arc::clone(&self.parts),
+            requests: self.requests.downgrade(),
+        }
+    }
+
     /// Waits until the registration succeeds for the first time, or fails with an error that only an operator can resolve.
     pub(crate) async fn registered(&self, bound: Duration) -> Result<(), RegisterError> {
-        let mut states = self.states.clone();
+        let mut states = self.parts.states.clone();
         let first = async {
             loop {
                 let state = states.borrow_and_update().clone();
@@ -136,30 +257,30 @@ impl Registration {
     /// Returns the key in etcd, or the first key if the registration has [several](Self::keys).
     #[must_use]
     pub fn key(&self) -> &str {
-        self.keys.first().map_or("", |(key, _)| key)
+        self.parts.keys.first().map_or("", |(key, _)| key)
     }
 
     /// Returns the keys in etcd, one for each service, in the order in which the services were added.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
-        self.keys.iter().map(|(key, _)| key.as_str())
+        self.parts.keys.iter().map(|(key, _)| key.as_str())
     }
 
     /// Returns the advertised address.
     #[must_use]
     pub fn address(&self) -> &Address {
-        self.entry.instance.address()
+        self.parts.entry.instance.address()
     }
 
     /// Returns the current state of the registration.
     #[must_use]
     pub fn state(&self) -> RegistrationState {
-        self.states.borrow().clone()
+        self.parts.states.borrow().clone()
     }
 
     /// Returns a watch of the state of the registration, for example for a health check, a metric or a log.
     #[must_use]
     pub fn watch_state(&self) -> watch::Receiver<RegistrationState> {
-        self.states.clone()
+        self.parts.states.clone()
     }
 
     /// Removes the entry until [`resume`](Self::resume). The server still serves the calls that it receives.
@@ -208,9 +329,10 @@ impl Registration {
             reason,
         };
         builder::check_weight(weight).map_err(invalid)?;
-        let entry = self.entry.weighted(weight);
-        let entry = entry
-            .map_err(|error| invalid(format!("the format {:?} {error}", self.entry.format)))?;
+        let entry = self.parts.entry.weighted(weight);
+        let entry = entry.map_err(|error| {
+            invalid(format!("the format {:?} {error}", self.parts.entry.format))
+        })?;
         self.ask(|answer| Request::SetWeight(entry, answer)).await
     }
 
@@ -227,7 +349,7 @@ impl Registration {
     ///
     /// After the request is sent, it is carried out even if the future is dropped.
     pub async fn deregister_service(&self, service: &str) -> Result<(), RegisterError> {
-        let index = self.keys.iter().position(|(_, name)| name == service);
+        let index = self.parts.keys.iter().position(|(_, name)| name == service);
         let index = index.ok_or_else(|| RegisterError::Invalid {
             service: service.to_owned(),
             reason: format!(
@@ -261,14 +383,19 @@ impl Registration {
             outcome.await.unwrap_or(Err(Failure::Ended))
         };
         // The task itself abandons a deregistration at its timeout and reports the result, so this timeout is slightly longer.
-        match timeout(self.change_timeout.saturating_add(ANSWER_SLACK), asked).await {
+        match timeout(
+            self.parts.change_timeout.saturating_add(ANSWER_SLACK),
+            asked,
+        )
+        .await
+        {
             Ok(Ok(())) => Ok(()),
             Ok(Err(Failure::Superseded(lease))) => Err(RegisterError::Superseded {
                 key: self.key().to_owned(),
                 lease,
             }),
             Ok(Err(Failure::Ended)) => Err(self.ended()),
-            Ok(Err(Failure::GaveUp)) | Err(_) => Err(self.timed_out(self.change_timeout)),
+            Ok(Err(Failure::GaveUp)) | Err(_) => Err(self.timed_out(self.parts.change_timeout)),
         }
     }
 
@@ -287,7 +414,7 @@ impl Registration {
         };
         RegisterError::TimedOut {
             key: self.key().to_owned(),
-            endpoints: self.endpoints.clone(),
+            endpoints: self.parts.endpoints.clone(),
             bound,
             source,
         }

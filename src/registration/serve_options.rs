@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use super::Started;
+
 /// The state of a server that registers itself. The state only moves forward, and it may skip a state.
 ///
 /// At the drain timeout, open calls are cut. A handler of an endless stream avoids the cut if it ends the stream once the server
@@ -49,6 +51,8 @@ pub(crate) struct ServeOptions {
     pub(crate) grace_period: Duration,
     pub(crate) drain_timeout: Duration,
     pub(crate) states: watch::Sender<ServerState>,
+    /// The registration, once it has started, for its handles.
+    pub(crate) started: watch::Sender<Option<Started>>,
     /// The source of the health service, or `None` for a server without one.
     #[cfg(feature = "health")]
     pub(crate) health: Option<Health>,
@@ -60,6 +64,7 @@ impl Default for ServeOptions {
             grace_period: GRACE_PERIOD,
             drain_timeout: DRAIN_TIMEOUT,
             states: watch::Sender::new(ServerState::Starting),
+            started: watch::Sender::new(None),
             #[cfg(feature = "health")]
             health: None,
         }

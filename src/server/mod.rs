@@ -68,10 +68,9 @@ use signal::Signals;
 /// [`watch_server_state`](RegistrationBuilder::watch_server_state) returns a watch of these phases. A handler of an endless stream avoids
 /// the cut if it ends the stream once the server drains.
 ///
-/// A server that must start while etcd is unavailable needs a registry that can be created without etcd:
-/// [`Registry::from_client`](crate::Registry::from_client), with a client whose `connect` does not authenticate and therefore sends no
-/// request. Set [`startup_timeout`](RegistrationBuilder::startup_timeout) to at least the longest expected outage. The server serves calls
-/// in the meantime.
+/// A server that must start while etcd is down needs a registry that does not connect at once, from
+/// [`RegistryBuilder::connect_lazy`](crate::RegistryBuilder::connect_lazy), and a
+/// [`startup_timeout`](RegistrationBuilder::startup_timeout) as long as the outage may be. It serves meanwhile.
 ///
 /// `TCP_NODELAY` and TCP keep-alive are enabled on accepted sockets. The TCP settings of the router do not apply, as with
 /// `serve_with_incoming` of tonic.

@@ -62,6 +62,7 @@ impl Serving {
         self.enter(ServerState::Serving);
         let mut stop = std::pin::pin!(stop);
         let startup_timeout = registration.startup_timeout;
+        let handles = registration.serve.started.clone();
         let registration = tokio::select! {
             biased;
             started = registration.start(Some(bound)) => match started {
@@ -74,6 +75,9 @@ impl Serving {
                 () = now => self.cut().await,
             },
         };
+        handles.send_replace(Some(registration.started()));
+        // Handles that wait then end with the server.
+        drop(handles);
         let registered = async {
             registration.registered(startup_timeout).await?;
             tracing::info!(%bound, key = registration.key(), address = %registration.address(), "registered");

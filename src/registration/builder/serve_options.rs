@@ -5,6 +5,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::RegistrationBuilder;
+use crate::registration::RegistrationHandle;
 #[cfg(feature = "health")]
 use crate::registration::serve_options::Health;
 use crate::registration::serve_options::ServerState;
@@ -24,6 +25,29 @@ impl RegistrationBuilder {
     pub fn drain_timeout(mut self, timeout: Duration) -> Self {
         self.serve.drain_timeout = timeout;
         self
+    }
+
+    /// Returns a handle of the registration, for a server that [`ServeRegistered`](crate::ServeRegistered) runs: its address and keys, and
+    /// pause, resume and a change of weight while it serves.
+    ///
+    /// ```no_run
+    /// # async fn run(router: tonic::transport::server::Router, registry: tonic_etcd::Registry) -> Result<(), Box<dyn std::error::Error>> {
+    /// use tonic_etcd::ServeRegistered;
+    ///
+    /// let registration = registry.registration("helloworld.Greeter");
+    /// let handle = registration.handle();
+    /// tokio::spawn(async move {
+    ///     if let Some(address) = handle.address().await {
+    ///         println!("serving on {address}");
+    ///     }
+    /// });
+    /// router.serve_registered("0.0.0.0:0".parse()?, registration).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn handle(&self) -> RegistrationHandle {
+        RegistrationHandle::new(self.serve.started.subscribe())
     }
 
     /// Returns a watch of the state of a server that registers itself ([`ServeRegistered`](crate::ServeRegistered)). With the watch, a

@@ -5,8 +5,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{
-    After, Found, GRANTED_KEPT, Lease, Machine, OPERATOR_WAIT, SUPERSEDED_READ, State, TTL_MAX,
-    VERIFY_EVERY,
+    After, Found, GRANTED_KEPT, Lease, Machine, OPERATOR_WAIT, Removal, SUPERSEDED_READ, State,
+    TTL_MAX, VERIFY_EVERY,
 };
 use crate::backoff::jittered;
 use crate::error::{EtcdError, EtcdErrorKind};
@@ -92,40 +92,40 @@ impl Machine {
 
     fn on_found(&mut self, found: &Found) {
         let lease = self.lease.map(|lease| lease.id);
-        let Some(place) = self.keys.get_mut(found.index) else {
+        let Some(entry) = self.keys.get_mut(found.index) else {
             return;
         };
-        place.foreign = None;
-        place.expected = None;
+        entry.foreign = None;
+        entry.expected = None;
         let Some(kv) = &found.kv else {
-            place.dirty &= !found.current;
-            place.held = None;
-            place.expected = Some(Revision::ZERO);
+            entry.dirty &= !found.current;
+            entry.held = None;
+            entry.expected = Some(Revision::ZERO);
             return;
         };
         // The revision is older than the last own write: the store was restored from a backup, and later writes are lost.
-        place.dirty |= place.held.is_some_and(|held| kv.mod_revision < held);
-        place.dirty &= !found.current;
+        entry.dirty |= entry.held.is_some_and(|held| kv.mod_revision < held);
+        entry.dirty &= !found.current;
         let ours = Some(kv.lease) == lease;
-        place.held = ours.then_some(kv.mod_revision);
-        if ours && !place.dirty {
-            place.claiming = false;
-        } else if place.claiming || self.granted.contains(&kv.lease) {
-            place.expected = Some(kv.mod_revision);
+        entry.held = ours.then_some(kv.mod_revision);
+        if ours && !entry.dirty {
+            entry.claiming = false;
+        } else if entry.claiming || self.granted.contains(&kv.lease) {
+            entry.expected = Some(kv.mod_revision);
         } else {
             // A key without a lease also belongs to another client: a registration never writes a key without a lease.
-            place.foreign = Some(kv.lease);
+            entry.foreign = Some(kv.lease);
         }
     }
 
     /// Selects the next state from the known state of the keys.
     fn judge(&mut self, now: Instant) {
-        if self.places().any(|place| place.expected.is_some()) {
+        if self.live_entries().any(|entry| entry.expected.is_some()) {
             match &self.lease {
                 Some(_) => self.state = State::Putting,
                 None => self.register(),
             }
-        } else if self.places().all(|place| place.foreign.is_some()) {
+        } else if self.live_entries().all(|entry| entry.foreign.is_some()) {
             self.supersede(now);
         } else {
             self.succeeded();
@@ -145,7 +145,7 @@ impl Machine {
             for put in self.puts() {
                 self.keys[put.index].held = None;
             }
-            let more = answer.is_ok() && self.places().any(|place| place.held.is_some());
+            let more = answer.is_ok() && self.live_entries().any(|entry| entry.held.is_some());
             if let State::Leaving { leave_marker, .. } = &mut self.state {
                 *leave_marker = more;
             }
@@ -157,11 +157,11 @@ impl Machine {
                     lease.proven = true;
                 }
                 for put in self.puts() {
-                    let place = &mut self.keys[put.index];
-                    place.claiming = false;
-                    place.dirty = false;
-                    place.expected = None;
-                    place.held = Some(mod_revision);
+                    let entry = &mut self.keys[put.index];
+                    entry.claiming = false;
+                    entry.dirty = false;
+                    entry.expected = None;
+                    entry.held = Some(mod_revision);
                 }
                 self.judge(now);
             }
@@ -187,14 +187,14 @@ impl Machine {
         match answer {
             Ok(()) => {
                 self.succeeded();
-                if let Some(place) = self.keys.get_mut(index) {
-                    place.lose();
+                if let Some(entry) = self.keys.get_mut(index) {
+                    entry.lose();
                 }
             }
             Err(error) => {
                 let again = self.not_taken_away(error, now);
-                if let Some(place) = self.keys.get_mut(index) {
-                    place.delete_at = again;
+                if let Some(entry) = self.keys.get_mut(index) {
+                    entry.delete_at = again;
                 }
             }
         }
@@ -330,8 +330,8 @@ impl Machine {
 
     pub(super) fn left(&mut self, next: After) {
         self.lose_lease();
-        for place in &mut self.keys {
-            place.foreign = None;
+        for entry in &mut self.keys {
+            entry.foreign = None;
         }
         self.last_error = None;
         self.state = match next {
@@ -342,56 +342,56 @@ impl Machine {
 
     /// Handles an event of the watch on a key.
     pub(in crate::registration) fn on_event(&mut self, index: usize, event: &Event, now: Instant) {
-        let Some(place) = self.keys.get_mut(index) else {
+        let Some(entry) = self.keys.get_mut(index) else {
             return;
         };
         if let Event::Put(kv) = event
-            && place.gone
+            && entry.removal == Removal::Done
             && self.lease.is_some_and(|lease| lease.id == kv.lease)
         {
             // etcd applied an own put, which had failed here, after the key was deleted.
-            place.gone = false;
-            place.held = Some(kv.mod_revision);
+            entry.removal = Removal::Requested;
+            entry.held = Some(kv.mod_revision);
         }
         if let Event::Delete { mod_revision, .. } = event
-            && place.leaving
-            && place.held.is_none_or(|held| *mod_revision > held)
+            && entry.removal != Removal::None
+            && entry.held.is_none_or(|held| *mod_revision > held)
         {
-            place.lose();
+            entry.lose();
         }
-        if !place.is_live() {
+        if !entry.is_live() {
             return;
         }
         let own = |kv: &KeyValue| self.granted.contains(&kv.lease);
         match (self.state, event) {
             (State::Registered, event)
-                if place.held.is_none_or(|held| event.mod_revision() > held) =>
+                if entry.held.is_none_or(|held| event.mod_revision() > held) =>
             {
                 match event {
                     Event::Put(kv) if self.lease.is_some_and(|lease| lease.id == kv.lease) => {
-                        place.held = Some(kv.mod_revision);
-                        place.foreign = None;
+                        entry.held = Some(kv.mod_revision);
+                        entry.foreign = None;
                     }
                     Event::Put(kv) if !own(kv) => {
-                        place.held = None;
-                        place.foreign = Some(kv.lease);
+                        entry.held = None;
+                        entry.foreign = Some(kv.lease);
                         self.judge(now);
                     }
                     // A late event of an own put from before the last loss.
                     Event::Put(_) => self.state = State::Reading,
                     Event::Delete { .. } => {
-                        place.held = None;
-                        place.foreign = None;
+                        entry.held = None;
+                        entry.foreign = None;
                         self.state = State::Reading;
                     }
                 }
             }
             (State::Superseded, Event::Put(kv)) if !own(kv) => {
-                place.foreign = Some(kv.lease);
+                entry.foreign = Some(kv.lease);
                 self.supersede(now);
             }
             (State::Superseded, Event::Delete { .. }) => {
-                place.foreign = None;
+                entry.foreign = None;
                 self.register();
             }
             _ => {}
@@ -423,7 +423,8 @@ impl Machine {
     fn supersede(&mut self, now: Instant) {
         // No live key is attached to the lease, so it expires by itself. If a removed key is not deleted yet, the lease is recorded for a
         // later revoke.
-        if self.keys.iter().any(|place| place.leaving && !place.gone) {
+        let mut entries = self.keys.iter();
+        if entries.any(|entry| entry.removal == Removal::Requested) {
             self.leave_behind();
         }
         self.state = State::Superseded;

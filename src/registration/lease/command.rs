@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Command, DEADLINE_MAX, LEAVE_MARKER_MAX, Machine, Place, State};
+use super::{Command, DEADLINE_MAX, KeyEntry, LEAVE_MARKER_MAX, Machine, Removal, State};
 
 impl Machine {
     /// Returns the next command.
@@ -38,8 +38,7 @@ impl Machine {
             };
         }
         let is_due = |at: Option<Instant>| at.is_none_or(|at| at <= now);
-        let leaving = |place: &Place| place.leaving && !place.gone;
-        let due = |place: &Place| leaving(place) && is_due(place.delete_at);
+        let due = |entry: &KeyEntry| entry.removal == Removal::Requested && is_due(entry.delete_at);
         // While an old lease is not revoked, the key may still be attached to that lease. A delete is guarded by the current lease, so the
         // revoke is sent first.
         if let Some(index) = self.keys.iter().position(due)
@@ -61,8 +60,11 @@ impl Machine {
             let lease = *lease;
             return Command::Revoke { lease, deadline };
         }
-        let deletions = self.keys.iter().filter(|place| leaving(place));
-        let deletions = deletions.filter_map(|place| place.delete_at);
+        let deletions = self
+            .keys
+            .iter()
+            .filter(|entry| entry.removal == Removal::Requested);
+        let deletions = deletions.filter_map(|entry| entry.delete_at);
         let revoke_at = self.revoke_at.filter(|_| !self.unrevoked.is_empty());
         let again = deletions.chain(revoke_at).filter(|at| *at > now).min();
         match (self.state, &self.lease) {
@@ -74,8 +76,8 @@ impl Machine {
             },
             (State::Registered, Some(_))
                 if self
-                    .places()
-                    .any(|place| place.dirty && place.foreign.is_none()) =>
+                    .live_entries()
+                    .any(|entry| entry.dirty && entry.foreign.is_none()) =>
             {
                 Command::Read { deadline }
             }

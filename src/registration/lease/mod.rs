@@ -80,7 +80,7 @@ pub(super) struct Machine {
     granted: Vec<LeaseId>,
     /// The raft term of the last linearizable read, or of a later renewal.
     term: u64,
-    keys: Vec<Place>,
+    keys: Vec<KeyEntry>,
     /// Whether the watch on the keys is open, so that a loss is detected at once.
     key_watched: bool,
     /// Whether a renewal or the watch has failed since the last successful renewal.
@@ -115,12 +115,8 @@ enum State {
 }
 
 /// One key and its known state.
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "each holds in several states, and is true or false in all of them"
-)]
 #[derive(Clone, Copy, Debug)]
-struct Place {
+struct KeyEntry {
     /// The mod revision of the last own write, while the key exists under the registration's lease.
     held: Option<Revision>,
     /// The mod revision that the next put expects, or `None` if no put is needed.
@@ -131,34 +127,44 @@ struct Place {
     claiming: bool,
     /// Whether the current value is newer than the value in etcd.
     dirty: bool,
-    /// Whether the key must be deleted while other keys stay.
-    leaving: bool,
-    gone: bool,
+    removal: Removal,
     /// The earliest time of the next delete. It is per key, because a rejected delete must not delay requests for the other keys.
     delete_at: Option<Instant>,
 }
 
-impl Place {
+/// The removal of one key while other keys stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Removal {
+    /// The key stays.
+    None,
+    /// The key must be deleted.
+    Requested,
+    /// The key is deleted.
+    Done,
+}
+
+impl KeyEntry {
     const NEW: Self = Self {
         held: None,
         expected: None,
         foreign: None,
         claiming: true,
         dirty: true,
-        leaving: false,
-        gone: false,
+        removal: Removal::None,
         delete_at: None,
     };
 
     fn is_live(&self) -> bool {
-        !self.leaving && !self.gone
+        self.removal == Removal::None
     }
 
     /// Records that the key no longer exists under the registration's lease.
     fn lose(&mut self) {
         self.held = None;
         self.expected = None;
-        self.gone |= self.leaving;
+        if self.removal == Removal::Requested {
+            self.removal = Removal::Done;
+        }
     }
 }
 
@@ -231,7 +237,7 @@ impl Machine {
             asked: None,
             granted: Vec::new(),
             term: 0,
-            keys: vec![Place::NEW; keys],
+            keys: vec![KeyEntry::NEW; keys],
             key_watched: false,
             disturbed: false,
             has_leave_marker,
@@ -252,13 +258,13 @@ impl Machine {
             State::Deregistered => return Phase::Deregistered,
             _ => {}
         }
-        if let Some(lease) = self.places().find_map(|place| place.foreign) {
+        if let Some(lease) = self.live_entries().find_map(|entry| entry.foreign) {
             return Phase::Superseded(lease);
         }
         // A verification or a put of a new value does not remove the old value, so it does not change the phase.
         match &self.lease {
             Some(lease)
-                if self.places().all(|place| place.held.is_some()) && now < lease.expires =>
+                if self.live_entries().all(|entry| entry.held.is_some()) && now < lease.expires =>
             {
                 Phase::Registered {
                     lease: lease.id,
@@ -271,33 +277,34 @@ impl Machine {
 
     /// Returns whether the newest value is in etcd.
     pub(super) fn is_written(&self) -> bool {
-        self.state == State::Registered && !self.places().any(|place| place.dirty)
+        self.state == State::Registered && !self.live_entries().any(|entry| entry.dirty)
     }
 
     /// Returns whether a key is removed for good.
     pub(super) fn is_gone(&self, index: usize) -> bool {
-        self.state == State::Deregistered || self.keys.get(index).is_none_or(|place| place.gone)
+        let is_deleted = |entry: &KeyEntry| entry.removal == Removal::Done;
+        self.state == State::Deregistered || self.keys.get(index).is_none_or(is_deleted)
     }
 
     /// Returns the indexes of the live keys: neither removed nor being removed.
     pub(super) fn live(&self) -> impl Iterator<Item = usize> {
-        let live = |(index, place): (usize, &Place)| place.is_live().then_some(index);
+        let live = |(index, entry): (usize, &KeyEntry)| entry.is_live().then_some(index);
         self.keys.iter().enumerate().filter_map(live)
     }
 
     /// Returns the puts of the next [`Command::Put`], at most 100.
     pub(super) fn puts(&self) -> Vec<Put> {
         let leaving = matches!(self.state, State::Leaving { .. });
-        let puts = self.keys.iter().enumerate().filter_map(|(index, place)| {
-            let expected = if leaving { place.held } else { place.expected };
-            let expected = expected.filter(|_| place.is_live())?;
+        let puts = self.keys.iter().enumerate().filter_map(|(index, entry)| {
+            let expected = if leaving { entry.held } else { entry.expected };
+            let expected = expected.filter(|_| entry.is_live())?;
             Some(Put { index, expected })
         });
         puts.take(PUTS_MAX).collect()
     }
 
-    fn places(&self) -> impl Iterator<Item = &Place> {
-        self.keys.iter().filter(|place| place.is_live())
+    fn live_entries(&self) -> impl Iterator<Item = &KeyEntry> {
+        self.keys.iter().filter(|entry| entry.is_live())
     }
 
     /// Returns the time at which the phase may change without an input.
@@ -307,8 +314,8 @@ impl Machine {
 
     /// Records that the value has changed.
     pub(super) fn on_new_value(&mut self) {
-        for place in &mut self.keys {
-            place.dirty = true;
+        for entry in &mut self.keys {
+            entry.dirty = true;
         }
     }
 
@@ -317,11 +324,13 @@ impl Machine {
         if self.live().eq([index]) {
             return self.take_away(After::Deregister);
         }
-        if let Some(place) = self.keys.get_mut(index) {
-            place.leaving = true;
+        if let Some(entry) = self.keys.get_mut(index) {
+            if entry.removal == Removal::None {
+                entry.removal = Removal::Requested;
+            }
             // Without any lease, no own key exists.
             if self.lease.is_none() && self.unrevoked.is_empty() {
-                place.lose();
+                entry.lose();
             }
         }
     }
@@ -358,7 +367,7 @@ impl Machine {
         let leave_marker = match self.state {
             State::Deregistered => return,
             State::Leaving { leave_marker, .. } => leave_marker,
-            _ => self.has_leave_marker && self.places().any(|place| place.held.is_some()),
+            _ => self.has_leave_marker && self.live_entries().any(|entry| entry.held.is_some()),
         };
         self.not_before = None;
         self.state = State::Leaving { leave_marker, next };
@@ -379,8 +388,8 @@ impl Machine {
     /// Drops the lease and all keys under it from the known state.
     fn lose_lease(&mut self) {
         self.lease = None;
-        for place in &mut self.keys {
-            place.lose();
+        for entry in &mut self.keys {
+            entry.lose();
         }
     }
 }

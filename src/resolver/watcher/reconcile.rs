@@ -84,9 +84,11 @@ impl Audit {
         };
         match self.next_list {
             None => self.next_list = Some(now + jittered(interval, rng)),
-            // After an outage, the lists of all clients are overdue at once.
+            // After an outage longer than the interval, the lists of all clients are overdue at once. They are spread over one interval, as
+            // they were before it.
             Some(at) if at <= now => {
-                self.next_list = Some(now + jittered(interval.min(OVERDUE), rng));
+                let wait = interval.mul_f64(rng.f64());
+                self.next_list = Some(now + wait.max(SETTLE.min(interval)));
             }
             Some(_) => {}
         }
@@ -351,8 +353,6 @@ impl Machine {
 const INTERVAL_MIN: Duration = Duration::from_millis(100);
 /// Longest interval: the time of the next list must fit into an `Instant`.
 const INTERVAL_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
-/// Reconciliations that became due during an outage are spread over the second half of this time.
-const OVERDUE: Duration = Duration::from_secs(60);
 /// Time for the watch to resolve suspects: as long as a watch may be silent before it is probed.
 const SETTLE: Duration = Duration::from_secs(5);
 /// Limit of suspects. Above it, a list costs less than the reads.
