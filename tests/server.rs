@@ -140,7 +140,7 @@ async fn a_listener_that_is_already_bound_is_served_and_registered() {
     });
     let serving = tokio::spawn(serving);
     world.counts(1).await;
-    assert_eq!(addresses(&world.resolver), [bound.clone()]);
+    assert_eq!(addresses(&world.resolver), std::slice::from_ref(&bound));
     connect(&bound).await.say_hello(hello()).await.unwrap();
     drop(stop);
     timeout(SOON, serving).await.unwrap().unwrap().unwrap();
