@@ -178,7 +178,8 @@ impl Resolver {
         self.feedback.clone()
     }
 
-    /// Waits until every prefix has been listed once, so that the instances are known. It waits forever if etcd never responds: wrap it in
+    /// Waits until every prefix has been listed once, so that the instances are known, or until the [cache](ResolverBuilder::cache_dir) or the
+    /// [seeds](ResolverBuilder::seeds) are used. Without them it waits forever if etcd never responds: wrap it in
     /// [`tokio::time::timeout`], and read the reason from the [`status`](Self::status).
     ///
     /// # Cancel safety
