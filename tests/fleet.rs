@@ -230,3 +230,64 @@ async fn a_start_without_etcd_serves_calls_from_the_cache_and_the_first_list_rep
     )
     .await;
 }
+
+/// `etcd grpc-proxy` numbers the watchers itself, and answers requests for watchers in any order. A mix-up would send calls to another service.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn watches_through_etcds_own_proxy_receive_their_own_events() {
+    const SERVICES: u8 = 40;
+    let etcd = support::etcd().await;
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = free.local_addr().unwrap().to_string();
+    drop(free);
+    let binary = std::env::var_os("ETCD_BIN").unwrap_or_else(|| "etcd".into());
+    let _proxy = tokio::process::Command::new(binary)
+        .args(["grpc-proxy", "start", "--endpoints", &etcd.endpoint(0)])
+        .args(["--listen-addr", &address])
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut kv = client(&etcd).await.kv_client();
+    for service in 0..SERVICES {
+        let key = format!("/gRPC/service{service}/a");
+        kv.put(key, format!("10.0.{service}.1:80"), None)
+            .await
+            .unwrap();
+    }
+    let mut registry = None;
+    within(Duration::from_secs(10), "the proxy serves", async || {
+        registry = Registry::connect([address.clone()]).await.ok();
+        registry.is_some()
+    })
+    .await;
+    let registry = registry.unwrap();
+    let watch = |service| registry.resolver(format!("service{service}")).start();
+    let resolvers: Vec<_> = (0..SERVICES).map(watch).collect();
+    let have = |number: usize| {
+        (0..SERVICES).zip(&resolvers).all(|(service, resolver)| {
+            let own = format!("10.0.{service}.");
+            let addresses = support::addresses(resolver);
+            let is_own = |address: &String| address.starts_with(&own);
+            assert!(addresses.iter().all(is_own), "{service}: {addresses:?}");
+            let is_fresh = resolver.status().state == ResolverState::Fresh;
+            is_fresh && addresses.len() == number
+        })
+    };
+    within(Duration::from_secs(10), "all are listed", async || have(1)).await;
+    for service in 0..SERVICES {
+        let key = format!("/gRPC/service{service}/b");
+        kv.put(key, format!("10.0.{service}.2:80"), None)
+            .await
+            .unwrap();
+    }
+    within(Duration::from_secs(10), "each has its event", async || {
+        have(2)
+    })
+    .await;
+    let lists: u64 = resolvers
+        .iter()
+        .map(|resolver| resolver.status().lists)
+        .sum();
+    assert_eq!(lists, u64::from(SERVICES), "the events came by the watches");
+}

@@ -137,11 +137,13 @@ impl Auth {
             .on_answer(answer.as_ref().err(), Instant::now());
         match answer {
             Ok(token) => {
-                let header = HeaderValue::from_str(&token).map_err(|source| {
+                let mut header = HeaderValue::from_str(&token).map_err(|source| {
                     let kind = EtcdErrorKind::Unavailable;
                     let member = member.as_ref().map_or("(no member)", Address::as_str);
                     EtcdError::new(kind, "authenticate", member, source)
                 })?;
+                // Kept out of debug output and of HPACK's table.
+                header.set_sensitive(true);
                 self.set_issuer(member);
                 self.0.token.set(Some(Arc::new(header)));
                 Ok(true)

@@ -106,7 +106,7 @@ impl Etcd {
                 // The member that answered is not the silent one.
                 sent = None;
                 if failures < self.members() {
-                    // Its failure says nothing about the others, and a silent member is not waited for.
+                    // A failure of one member shows nothing about the others, and the exchange does not wait for a silent one.
                     next = (Instant::now() + RETRY).min(end);
                 } else if requests.is_empty() {
                     return (answer, member);

@@ -60,7 +60,7 @@ impl RequestChannel {
 
 impl std::fmt::Debug for RequestChannel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Link")
+        f.debug_struct("RequestChannel")
             .field("endpoint", &self.endpoint())
             .finish_non_exhaustive()
     }

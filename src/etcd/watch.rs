@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::error;
 use super::request_channel::RequestChannel;
-use super::watch_stream::{Delivery, Subscribed, Subscription};
+use super::watch_stream::{Delivery, Subscribed, WatchGuard};
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Revision, WatchMessage};
 
@@ -20,7 +20,7 @@ pub(crate) struct Watch {
     pub(super) channel: RequestChannel,
     deliveries: mpsc::UnboundedReceiver<Delivery>,
     /// Ends the subscription when it is dropped.
-    subscription: Subscription,
+    guard: WatchGuard,
     /// Watchers that the server has not created yet.
     uncreated: usize,
     /// Whether the end of the stream was counted against its member. The watches of the stream share it.
@@ -29,11 +29,11 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    pub(super) fn new((channel, deliveries, subscription): Subscribed, ranges: usize) -> Self {
+    pub(super) fn new((channel, deliveries, guard): Subscribed, ranges: usize) -> Self {
         Self {
             channel,
             deliveries,
-            subscription,
+            guard,
             uncreated: ranges,
             is_reported: None,
             opened: Instant::now(),
@@ -71,7 +71,7 @@ impl Watch {
         };
         match received {
             Some(Delivery::Message(message)) => {
-                self.subscription.on_received(&message);
+                self.guard.on_received(&message);
                 self.uncreated -= usize::from(message.created).min(self.uncreated);
                 Ok(message)
             }

@@ -74,7 +74,7 @@ pub(super) enum Delivery {
 pub(super) type Subscribed = (
     RequestChannel,
     mpsc::UnboundedReceiver<Delivery>,
-    Subscription,
+    WatchGuard,
 );
 
 /// A watch, as its stream sees it.
@@ -90,19 +90,19 @@ struct Subscriber {
 
 /// A watch's hold on its stream, until dropped.
 #[derive(Debug)]
-pub(super) struct Subscription {
+pub(super) struct WatchGuard {
     id: u64,
     commands: mpsc::UnboundedSender<Command>,
     backlog: Arc<AtomicUsize>,
 }
 
-impl Subscription {
+impl WatchGuard {
     pub(super) fn on_received(&self, message: &WatchMessage) {
         self.backlog.fetch_sub(size(message), Ordering::Relaxed);
     }
 }
 
-impl Drop for Subscription {
+impl Drop for WatchGuard {
     fn drop(&mut self) {
         // A stream that has ended needs no word.
         let _ = self.commands.send(Command::Unsubscribe(self.id));
@@ -147,12 +147,12 @@ impl WatchStreams {
             }
         };
         let (commands, channel) = joined;
-        let subscription = Subscription {
+        let guard = WatchGuard {
             id,
             commands,
             backlog,
         };
-        Ok((channel, received, subscription))
+        Ok((channel, received, guard))
     }
 
     /// Adds a watch to a stream that is open, or returns it if there is none with room.

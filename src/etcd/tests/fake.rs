@@ -80,7 +80,7 @@ pub(super) struct Script {
     pub(super) lost_grants: u32,
     /// Whether grants ignore the requested id and return another one, as kine does.
     pub(super) chooses_leases: bool,
-    /// Watchers get numbers of the server, whatever the client asks for, as from `etcd grpc-proxy`.
+    /// The server numbers the watchers itself and ignores the requested numbers, as `etcd grpc-proxy` does.
     pub(super) numbers_watchers: bool,
 }
 

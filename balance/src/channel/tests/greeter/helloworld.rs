@@ -174,7 +174,7 @@ pub mod greeter_client {
                 .insert(GrpcMethod::new("helloworld.Greeter", "GreetAll"));
             self.inner.client_streaming(req, path, codec).await
         }
-        /// Greets each name as it comes.
+        /// Greets each name when it is received.
         pub async fn chat(
             &mut self,
             request: impl tonic::IntoStreamingRequest<Message = super::HelloRequest>,
@@ -238,7 +238,7 @@ pub mod greeter_server {
             >
             + std::marker::Send
             + 'static;
-        /// Greets each name as it comes.
+        /// Greets each name when it is received.
         async fn chat(
             &self,
             request: tonic::Request<tonic::Streaming<super::HelloRequest>>,
