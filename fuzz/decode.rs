@@ -4,7 +4,7 @@ use tonic_etcd::{AddressPolicy, Format};
 
 /// Reading never panics, never gives an address that the policy forbids, never repeats the value in an error; and what was read can be
 /// written to the same key, and is the same when it is read again.
-pub fn check(format: Format, key: &str, value: &[u8]) {
+pub fn check(format: &Format, key: &str, value: &[u8]) {
     let network = "10.0.0.0/8".parse().expect("a network");
     for policy in [
         AddressPolicy::default(),
@@ -14,7 +14,7 @@ pub fn check(format: Format, key: &str, value: &[u8]) {
             Ok(Some(instance)) => {
                 policy.check(instance.address()).expect("the policy holds");
                 assert!((1..=1_000_000).contains(&instance.weight()));
-                if format == Format::Mixed {
+                if *format == Format::Mixed {
                     continue;
                 }
                 // That it reads the same again is checked by `encode` itself.

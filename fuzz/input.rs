@@ -6,7 +6,7 @@ use tonic_etcd::Format;
 mod decode;
 
 /// Takes the bytes apart: up to the first newline the key, then the value.
-pub fn check_bytes(format: Format, bytes: &[u8]) {
+pub fn check_bytes(format: &Format, bytes: &[u8]) {
     let end = bytes.iter().position(|byte| *byte == b'\n');
     let (key, value) = bytes.split_at(end.unwrap_or(0));
     let value = value.strip_prefix(b"\n").unwrap_or(value);

@@ -49,7 +49,7 @@ struct Golden {
     read: String,
 }
 
-fn golden(format: Format) -> Vec<Golden> {
+fn golden(format: &Format) -> Vec<Golden> {
     let mut name = String::new();
     for letter in format!("{format:?}").chars() {
         if letter.is_uppercase() && !name.is_empty() {
@@ -104,7 +104,7 @@ fn summary(instance: Option<&Instance>) -> String {
     line
 }
 
-fn read(format: Format, key: &str, value: &str) -> Result<String, FormatError> {
+fn read(format: &Format, key: &str, value: &str) -> Result<String, FormatError> {
     let instance = format.decode(key, value.as_bytes(), &AddressPolicy::default())?;
     Ok(summary(instance.as_ref()))
 }
@@ -130,9 +130,9 @@ fn values_as_their_own_libraries_write_them_are_read() {
             key,
             value,
             read: expected,
-        } in golden(format)
+        } in golden(&format)
         {
-            let read = read(format, &key, &value);
+            let read = read(&format, &key, &value);
             assert_eq!(read.as_deref(), Ok(&*expected), "{format:?} {key} {value}");
         }
     }
@@ -141,7 +141,7 @@ fn values_as_their_own_libraries_write_them_are_read() {
 #[test]
 fn reading_then_writing_loses_nothing_that_the_format_holds() {
     for format in written() {
-        for Golden { key, value, .. } in golden(format) {
+        for Golden { key, value, .. } in golden(&format) {
             let read = format.decode(&key, value.as_bytes(), &AddressPolicy::default());
             let Some(instance) = read.unwrap() else {
                 continue;
@@ -190,7 +190,7 @@ fn keys_that_say_more_than_the_address_are_written_as_they_were_read() {
         (Format::GoFrame, "/service/default/default/"),
         (Format::AddressInKey, ""),
     ] {
-        for Golden { key, value, .. } in golden(format) {
+        for Golden { key, value, .. } in golden(&format) {
             let read = format.decode(&key, value.as_bytes(), &AddressPolicy::default());
             let Some(instance) = read.unwrap() else {
                 continue;
@@ -207,9 +207,9 @@ fn keys_that_say_more_than_the_address_are_written_as_they_were_read() {
 #[test]
 fn readers_put_up_with_what_their_own_libraries_do() {
     for (format, key, value, expected) in TOLERATED {
-        let read = read(*format, key, value);
+        let read = read(format, key, value);
         assert_eq!(read.as_deref(), Ok(*expected), "{format:?} {key} {value}");
-        check(*format, key, value.as_bytes());
+        check(format, key, value.as_bytes());
     }
 }
 
@@ -447,7 +447,7 @@ fn what_is_broken_is_an_error() {
         (Mixed, "test/x", "y"),
     ] {
         assert!(
-            read(format, key, value).is_err(),
+            read(&format, key, value).is_err(),
             "{format:?} {key} {value}"
         );
     }
@@ -460,12 +460,12 @@ fn several_formats_under_one_prefix_are_told_apart() {
             key,
             value,
             read: expected,
-        } in golden(format)
+        } in golden(&format)
         {
             // Two cases are guesses with the same result: kratos values that only the service name identifies, and plain values that could
             // be go-zero's.
             let named_otherwise = value.contains("helloworld-admin");
-            let read = read(Format::Mixed, &key, &value);
+            let read = read(&Format::Mixed, &key, &value);
             if !named_otherwise {
                 assert_eq!(read.as_deref(), Ok(&*expected), "{format:?} {key} {value}");
             }
@@ -476,7 +476,7 @@ fn several_formats_under_one_prefix_are_told_apart() {
 }
 
 /// Returns the attributes that a format can store, and whether it has a map of metadata.
-fn room(format: Format) -> (&'static [&'static str], bool) {
+fn room(format: &Format) -> (&'static [&'static str], bool) {
     match format {
         Format::Plain | Format::GoZero | Format::AddressInKey => (&[], false),
         Format::Url => (&["tls"], false),
@@ -512,7 +512,7 @@ prop_compose! {
         tls in any::<bool>(),
         metadata in proptest::collection::btree_map(text(), text(), 0..4),
     ) -> Instance {
-        let (attributes, map) = room(format);
+        let (attributes, map) = room(&format);
         let mut instance = Instance::new(address.parse().unwrap());
         if attributes.contains(&"weight") {
             instance = instance.with_weight(weight);
@@ -553,7 +553,7 @@ fn property(name: &str, format: Format, cases: u32) {
         ..ProptestConfig::default()
     };
     let mut runner = proptest::test_runner::TestRunner::new_with_rng(config, rng);
-    let outcome = runner.run(&(instance(format), text()), |(instance, prefix)| {
+    let outcome = runner.run(&(instance(format.clone()), text()), |(instance, prefix)| {
         let prefix = format!("/{prefix}/");
         let base = [None, Some(""), Some("/base"), Some(&*prefix)];
         for base in base {
@@ -662,7 +662,7 @@ impl InstanceFormat for Loud {
 
 #[test]
 fn a_format_of_ones_own_can_neither_panic_us_nor_get_round_the_policy() {
-    let format = Format::Custom(&Loud);
+    let format = Format::custom(Loud);
     let read = |value: &[u8]| format.decode("s/a", value, &AddressPolicy::default());
     assert!(read(b"panic").unwrap_err().to_string().contains("panic"));
     assert!(read(b"").unwrap_err().to_string().contains("unspecified"));
@@ -817,13 +817,13 @@ fn no_bytes_get_past_the_decoders() {
     let seed = number("FORMATS_SEED").unwrap_or_else(|| fastrand::u64(..));
     eprintln!("FORMATS_SEED={seed}");
     let mut rng = fastrand::Rng::with_seed(seed);
-    let seeds: Vec<_> = written().flat_map(golden).collect();
+    let seeds: Vec<_> = written().flat_map(|format| golden(&format)).collect();
     for _ in 0..number("FORMATS_RUNS").unwrap_or(4_000) {
         let one = &seeds[rng.usize(0..seeds.len())];
         let other = &seeds[rng.usize(0..seeds.len())];
         let key = mutated(&mut rng, &one.key, &other.key);
         let value = mutated(&mut rng, &one.value, &other.value);
-        for format in FORMATS {
+        for format in &FORMATS {
             check(format, &String::from_utf8_lossy(&key), &value);
         }
     }
@@ -853,15 +853,15 @@ async fn servers_are_registered_where_the_format_has_them_and_found_there() {
             "/service/default/default/greeter/latest/10.0.0.5:80",
         ),
         (Format::AddressInKey, "greeter/10.0.0.5:80"),
-        (Format::Custom(&Semicolon), "/custom/greeter/10.0.0.5:80"),
+        (Format::custom(Semicolon), "/custom/greeter/10.0.0.5:80"),
     ] {
         let registration = registry
             .registration("greeter")
             .address("10.0.0.5:80")
-            .format(format);
+            .format(format.clone());
         let registration = registration.register().await.unwrap();
         assert_eq!(registration.key(), key, "{format:?}");
-        let resolver = registry.resolver("greeter").format(format).start();
+        let resolver = registry.resolver("greeter").format(format.clone()).start();
         knows(&resolver, &["10.0.0.5:80"]).await;
         // Some formats have their own default weight for values without a weight.
         let weight = resolver.instances()[0].weight();
@@ -946,7 +946,7 @@ async fn what_the_format_cannot_say_is_refused_before_anything_is_written() {
             "version",
         ),
         (registration().format(Format::Mixed), "for reading"),
-        (registration().format(Format::Custom(&Loud)), "address"),
+        (registration().format(Format::custom(Loud)), "address"),
         (
             registry
                 .registration_at("/x/10.0.0.6:80")
@@ -1007,7 +1007,7 @@ async fn a_mixed_prefix_is_read_whole() {
     let mut by_hand = client(&etcd).await;
     let mut expected = Vec::new();
     for format in written() {
-        for (index, Golden { key, value, read }) in golden(format).into_iter().enumerate() {
+        for (index, Golden { key, value, read }) in golden(&format).into_iter().enumerate() {
             if value.contains("helloworld-admin") {
                 continue;
             }

@@ -5,5 +5,5 @@
 mod input;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
-    input::check_bytes(tonic_etcd::Format::GoMicro, bytes);
+    input::check_bytes(&tonic_etcd::Format::GoMicro, bytes);
 });

@@ -7,9 +7,11 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::auth::Auth;
+use super::cluster::Etcd;
+use super::endpoint::MemberEndpoint;
+use super::limits::DEADLINE;
 use super::members::Open;
 use super::token::Credentials;
-use super::{DEADLINE, Etcd, MemberEndpoint};
 use crate::error::{EtcdError, EtcdErrorKind, RegistryError, causes};
 use crate::keyspace::Key;
 use tonic_balance::Address;

@@ -13,11 +13,13 @@ use tonic_balance::Address;
 use tracing::Instrument;
 
 use super::auth::Replacement;
+use super::cluster::{Etcd, Source};
+use super::limits::DEADLINE;
 use super::member_health::{Failure, Traffic};
 use super::request_channel::RequestService;
 use super::retry::with_deadline;
 use super::token::{Credentials, Token};
-use super::{DEADLINE, Etcd, Source, error, raw};
+use super::{error, raw};
 use crate::error::EtcdError;
 
 /// An answer, and the member that gave it.

@@ -5,9 +5,12 @@ use std::time::Duration;
 use etcd_client::proto::PbTxnOpResponse;
 use etcd_client::{Compare, CompareOp, GetOptions, PutOptions, SortOrder, SortTarget, Txn, TxnOp};
 
+use super::cluster::Etcd;
+use super::decode::{header, key_value};
+use super::error;
+use super::limits::MAX_MESSAGE;
 use super::member_health::Traffic;
 use super::request_channel::RequestChannel;
-use super::{Etcd, MAX_MESSAGE, error, header, key_value};
 use crate::error::EtcdError;
 use crate::keyspace::{
     GuardedPut, Header, Key, KeyValue, KeyVersion, LeaseId, ListRequest, Page, Range, Revision,

@@ -4,9 +4,11 @@ use std::time::Duration;
 
 use etcd_client::LeaseGrantOptions;
 
+use super::cluster::Etcd;
+use super::decode::header;
 use super::member_health::Traffic;
 use super::request_channel::RequestChannel;
-use super::{Etcd, error, header, raw};
+use super::{error, raw};
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Header, KeepAlive, LeaseId};
 

@@ -4,23 +4,16 @@
 //! gets no further requests. For failures that a connection does not show, [`member_health`] keeps a record: later requests avoid a member
 //! that failed a request or a stream.
 
-use std::sync::Arc;
-use std::time::Duration;
-
-use etcd_client::Client;
-
-use crate::error::{EtcdError, EtcdErrorKind};
-use crate::format::MAX_VALUE;
-use crate::keyspace::{Header, Key, KeyValue, LeaseId, Range, Revision};
-use tonic_balance::Address;
-
 mod auth;
+mod cluster;
 mod connect;
+mod decode;
 mod endpoint;
 mod error;
 mod exchange;
 mod kv;
 mod lease;
+mod limits;
 mod member_health;
 mod members;
 mod raw;
@@ -30,245 +23,11 @@ mod token;
 mod watch;
 mod watch_stream;
 
+pub(crate) use cluster::Etcd;
 pub(crate) use connect::Config;
-pub(crate) use endpoint::MemberEndpoint;
+pub(crate) use limits::DEADLINE;
 pub(crate) use token::{Credentials, Token};
 pub(crate) use watch::Watch;
-
-use auth::Auth;
-use member_health::{Failure, Traffic};
-use members::{Members, Open};
-use request_channel::RequestChannel;
-use watch_stream::WatchStreams;
-
-/// A handle to an etcd cluster. A clone shares the handle by a reference count.
-#[derive(Clone, Debug)]
-pub(crate) struct Etcd(Arc<Cluster>);
-
-struct Cluster {
-    source: Source,
-    auth: Auth,
-    streams: WatchStreams,
-}
-
-impl Cluster {
-    fn new(source: Source, auth: Auth) -> Self {
-        Self {
-            source,
-            auth,
-            streams: WatchStreams::default(),
-        }
-    }
-}
-
-/// The source of connections.
-enum Source {
-    Members(Members),
-    /// An external client, which the user has created, with its own connections.
-    Given(Arc<Client>),
-}
-
-impl Etcd {
-    /// Creates a handle over the members. The first request connects.
-    fn lazy(addresses: Vec<Address>, open: Open, auth: Auth) -> Self {
-        let source = Source::Members(Members::new(addresses, open));
-        Self(Arc::new(Cluster::new(source, auth)))
-    }
-
-    /// Creates a handle over an external client.
-    pub(crate) fn from_client(client: Client) -> Self {
-        let source = Source::Given(Arc::new(client));
-        let auth = Auth::new(None);
-        Self(Arc::new(Cluster::new(source, auth)))
-    }
-
-    /// Returns a handle to the same cluster whose connections belong to the runtime of its first request. An external client keeps its own.
-    pub(crate) fn detached(&self) -> Self {
-        let source = match &self.0.source {
-            Source::Members(members) => Source::Members(members.detached()),
-            Source::Given(client) => Source::Given(Arc::clone(client)),
-        };
-        let auth = self.0.auth.detached();
-        Self(Arc::new(Cluster::new(source, auth)))
-    }
-
-    /// Returns the addresses of the members as `host:port`. Empty for an external client.
-    pub(crate) fn endpoints(&self) -> Vec<String> {
-        let addresses = self.addresses().iter();
-        addresses.map(ToString::to_string).collect()
-    }
-
-    fn addresses(&self) -> &[Address] {
-        match &self.0.source {
-            Source::Members(members) => &members.addresses,
-            Source::Given(_) => &[],
-        }
-    }
-
-    /// Returns the number of members. An external client counts as one.
-    pub(crate) fn members(&self) -> usize {
-        self.addresses().len().max(1)
-    }
-
-    /// Returns whether the same request may succeed later or at another member.
-    fn may_succeed(&self, error: &EtcdError) -> bool {
-        let elsewhere = error.kind() == EtcdErrorKind::Unimplemented && self.members() > 1;
-        error.kind().is_transient() || elsewhere
-    }
-
-    /// Returns the channel for one request.
-    async fn channel(
-        &self,
-        traffic: Traffic,
-        deadline: Duration,
-    ) -> Result<RequestChannel, EtcdError> {
-        match &self.0.source {
-            Source::Members(members) => members.channel(traffic, deadline, &self.0.auth).await,
-            Source::Given(client) => Ok(RequestChannel::given(client)),
-        }
-    }
-
-    /// Records the outcome of a request, or of the stream that it opened.
-    fn record_outcome(
-        &self,
-        channel: &RequestChannel,
-        traffic: Traffic,
-        error: Option<&EtcdError>,
-    ) {
-        let (Source::Members(members), Some(service)) = (&self.0.source, &channel.service) else {
-            return;
-        };
-        let failure = match error.map(EtcdError::kind) {
-            Some(EtcdErrorKind::DeadlineExceeded) => Failure::Timeout,
-            // A full store is full on every member.
-            Some(EtcdErrorKind::NoSpace) => return,
-            Some(_) if error.is_some_and(|error| self.may_succeed(error)) => Failure::Error,
-            _ => return members.on_answer(service, traffic),
-        };
-        members.on_failure(service, traffic, failure);
-    }
-
-    /// Opens a watch on a range from a revision, or from now if `from` is `None`. Waits up to 2 s for the response headers, in a single
-    /// attempt.
-    pub(crate) async fn watch(
-        &self,
-        range: &Range,
-        from: Option<Revision>,
-    ) -> Result<Watch, EtcdError> {
-        self.watch_ranges(vec![range.clone()], from).await
-    }
-
-    async fn watch_ranges(
-        &self,
-        ranges: Vec<Range>,
-        from: Option<Revision>,
-    ) -> Result<Watch, EtcdError> {
-        let open = |channel: RequestChannel| {
-            let (streams, token) = (self.0.streams.clone(), self.token());
-            let ranges = ranges.clone();
-            async move {
-                let count = ranges.len();
-                let subscribed = streams.watch(channel, token, ranges, from).await?;
-                Ok(Watch::new(subscribed, count))
-            }
-        };
-        self.attempt(Traffic::Keys, "watch", DEADLINE, open).await
-    }
-
-    /// Returns how many watch streams are open.
-    #[cfg(test)]
-    fn watch_streams(&self) -> usize {
-        self.0.streams.count()
-    }
-
-    /// Opens a watch from now on each of the keys. Waits until all keys are watched: up to 2 s for a stream, and up to 8 s for the watchers.
-    /// Makes a single attempt.
-    pub(crate) async fn watch_each(&self, keys: &[Key]) -> Result<Watch, EtcdError> {
-        let ranges = keys.iter().map(Range::key).collect();
-        let mut watch = self.watch_ranges(ranges, None).await?;
-        let channel = watch.channel.clone();
-        let created = tokio::time::timeout(WATCHED, Box::pin(watch.created())).await;
-        match created {
-            Ok(Ok(())) => Ok(watch),
-            Ok(Err(error)) => {
-                self.report(&watch, &error);
-                Err(error)
-            }
-            // The requests may be behind those of many other watches. The task of the stream finds out if its member is the reason.
-            Err(_) => Err(error::deadline("watch", &channel.endpoint(), WATCHED)),
-        }
-    }
-
-    /// Records the end of a watch. If the member failed, the next watch uses another member.
-    pub(crate) fn report(&self, watch: &Watch, error: &EtcdError) {
-        if !watch.take_report() {
-            return;
-        }
-        match (&self.0.source, &watch.channel.service) {
-            // The watchdog of the watch has already waited long enough; the connection is replaced.
-            (Source::Members(members), Some(service))
-                if error.kind() == EtcdErrorKind::DeadlineExceeded =>
-            {
-                members.on_failure(service, Traffic::Keys, Failure::StreamTimeout);
-            }
-            _ => self.record_outcome(&watch.channel, Traffic::Keys, Some(error)),
-        }
-    }
-
-    /// Returns the token in use. The caller passes it to [`Etcd::refused`] if etcd rejects a watch that is opened now.
-    pub(crate) fn token(&self) -> Option<Token> {
-        self.0.auth.token()
-    }
-
-    /// Handles a rejected token in the messages of a watch: fetches a new token, unless a concurrent request has already done so.
-    pub(crate) async fn refused(&self, token: Option<&Token>) -> Result<(), EtcdError> {
-        self.renew_token(token, DEADLINE).await.map(drop)
-    }
-}
-
-impl std::fmt::Debug for Cluster {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mut shown = f.debug_struct("Cluster");
-        match &self.source {
-            Source::Members(members) => shown.field("members", &members.addresses),
-            Source::Given(_) => shown.field("members", &"(the given client)"),
-        };
-        shown.field("auth", &self.auth).finish_non_exhaustive()
-    }
-}
-
-fn header(header: Option<&etcd_client::proto::PbResponseHeader>) -> Header {
-    header.map_or_else(Header::default, |header| Header {
-        cluster_id: header.cluster_id,
-        revision: Revision::new(header.revision),
-        raft_term: header.raft_term,
-    })
-}
-
-fn key_value(kv: etcd_client::proto::PbKeyValue) -> KeyValue {
-    let mut value = kv.value;
-    if value.len() > MAX_VALUE {
-        // The decoder rejects such a value later. Until then, a list of many such values must not fill the memory.
-        value.truncate(MAX_VALUE + 1);
-        value.shrink_to_fit();
-    }
-    KeyValue {
-        key: kv.key.into(),
-        value,
-        create_revision: Revision::new(kv.create_revision),
-        mod_revision: Revision::new(kv.mod_revision),
-        lease: LeaseId::new(kv.lease),
-    }
-}
-
-/// The limit on the time until the watchers of a registration's keys are created.
-const WATCHED: Duration = Duration::from_secs(8);
-
-/// The deadline of one attempt of a call. A healthy member responds in milliseconds; a frozen member never does.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(2);
-/// Maximum size of one message. A page of 500 values fits, and so does a watch backlog of a thousand revisions with one key each. The limit
-/// bounds the memory that a hostile prefix can use. Larger content is listed in pages, which are halved until they fit.
-const MAX_MESSAGE: usize = 16 << 20;
 
 #[cfg(test)]
 mod tests;

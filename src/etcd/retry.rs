@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
+use super::cluster::Etcd;
+use super::error;
+use super::limits::DEADLINE;
 use super::member_health::Traffic;
 use super::request_channel::RequestChannel;
-use super::{DEADLINE, Etcd, error};
 use crate::error::{EtcdError, EtcdErrorKind};
 
 impl Etcd {

@@ -18,9 +18,11 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
 
+use super::decode::{header, key_value};
+use super::error;
+use super::limits::{DEADLINE, MAX_MESSAGE};
 use super::request_channel::RequestChannel;
 use super::token::Token;
-use super::{DEADLINE, MAX_MESSAGE, error, header, key_value};
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Event, Key, Range, Revision, WatchMessage};
 

@@ -1,6 +1,8 @@
 //! The address is the last part of the key and the value is empty, as in the npm package `@zcong/grpc-etcd-resolver`.
 
-use super::{FormatError, InstanceFormat, last_segment};
+use super::error::FormatError;
+use super::instance_format::InstanceFormat;
+use super::text::last_segment;
 use crate::instance::{Advertisement, Instance};
 
 /// Key `<service>/<host:port>`, empty value. The format has no room for other attributes.

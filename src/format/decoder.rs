@@ -1,6 +1,10 @@
 //! Decodes registry values, restricted by a format and an address policy.
 
-use super::{Format, FormatError, MAX_VALUE, attributes::MAX_WEIGHT, recognise};
+use super::attributes::MAX_WEIGHT;
+use super::error::FormatError;
+use super::format::Format;
+use super::limits::MAX_VALUE;
+use super::recognise;
 #[cfg(test)]
 use crate::instance::Advertisement;
 use crate::instance::Instance;
@@ -26,7 +30,7 @@ impl Decoder {
             let reason = format!("is over the limit of {MAX_VALUE} bytes");
             return Err(FormatError::new(reason));
         }
-        let read = match self.format {
+        let read = match &self.format {
             None => recognise::by_value(key, value),
             Some(format) => format.read(key, value),
         };
@@ -48,5 +52,27 @@ impl Decoder {
         let instance = self.read("", value)?;
         let instance = instance.ok_or(FormatError::of("is not an instance"))?;
         Ok(instance.advertisement().clone())
+    }
+}
+
+impl Format {
+    /// Decodes the instance at a key, without the attributes that only etcd provides. Returns `None` if the key is not the key of a
+    /// callable instance.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the value cannot be decoded, is over 64 KiB, or contains an address that the policy rejects. Arbitrary bytes never cause a
+    /// panic.
+    pub fn decode(
+        &self,
+        key: &str,
+        value: &[u8],
+        policy: &AddressPolicy,
+    ) -> Result<Option<Instance>, FormatError> {
+        let decoder = Decoder {
+            format: Some(self.clone()),
+            policy: policy.clone(),
+        };
+        decoder.read(key, value)
     }
 }

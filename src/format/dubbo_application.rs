@@ -3,8 +3,10 @@
 use serde_json::{Value, json};
 
 use super::attributes::{Attributes, weight};
+use super::error::FormatError;
+use super::instance_format::InstanceFormat;
 use super::object::{Object, Written};
-use super::{FormatError, InstanceFormat, last_segment, parent, text};
+use super::text::{last_segment, parent, text};
 use crate::instance::{Advertisement, Instance};
 use tonic_balance::Address;
 

@@ -3,9 +3,11 @@
 use serde_json::{Map, Value};
 
 use super::attributes::Attributes;
+use super::error::FormatError;
+use super::instance_format::InstanceFormat;
 use super::object::Object;
+use super::text::{last_segment, parent};
 use super::url::{Parts, escape, read_query, unescape, write_query};
-use super::{FormatError, InstanceFormat, last_segment, parent};
 use crate::instance::{Advertisement, Instance};
 
 /// Key `/dubbo/<service>/providers/<escaped URL>`, empty value. Providers with the protocols `tri` and `grpc` are read, others are ignored.

@@ -3,8 +3,10 @@
 use serde_json::{Map, Value};
 
 use super::attributes::Attributes;
+use super::error::FormatError;
+use super::instance_format::InstanceFormat;
 use super::object::{Object, Written, map_or_null};
-use super::{FormatError, InstanceFormat, text};
+use super::text::text;
 use crate::instance::{Advertisement, DEFAULT_WEIGHT, Instance};
 
 /// Key `<target>/<id>`, the address in `Addr`, attributes inside `Metadata`.

@@ -3,8 +3,10 @@
 use serde_json::{Map, Value};
 
 use super::attributes::Attributes;
+use super::error::FormatError;
+use super::instance_format::InstanceFormat;
 use super::object::{Object, Written};
-use super::{FormatError, InstanceFormat, last_segment, parent, text};
+use super::text::{last_segment, parent, text};
 use crate::instance::{Advertisement, DEFAULT_WEIGHT, Instance};
 
 /// Key `/service/default/default/<name>/<version>/<address>[,<address>…]`, JSON of metadata as the value. Several addresses belong to one

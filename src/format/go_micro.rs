@@ -3,8 +3,10 @@
 use serde_json::{Map, Value};
 
 use super::attributes::Attributes;
+use super::error::FormatError;
+use super::instance_format::InstanceFormat;
 use super::object::{Object, Written, map_or_null};
-use super::{FormatError, InstanceFormat, last_segment, parent, text};
+use super::text::{last_segment, parent, text};
 use crate::instance::{Advertisement, DEFAULT_WEIGHT, Instance};
 
 /// Key `/micro/registry/<service>/<node id>`, the address in `nodes[].address`, attributes in the `metadata` of the node. Nodes with

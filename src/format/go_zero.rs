@@ -1,6 +1,9 @@
 //! go-zero's `core/discov`: `host:port` under `<key>/<id>`, without its own prefix.
 
-use super::{FormatError, InstanceFormat, plain, text};
+use super::error::FormatError;
+use super::instance_format::InstanceFormat;
+use super::plain;
+use super::text::text;
 use crate::instance::Instance;
 
 /// Key `<key>/<id>`, the address as the value. The ids that go-zero writes are lease ids or configured numbers, and its readers ignore

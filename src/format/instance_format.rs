@@ -2,12 +2,12 @@
 
 use std::fmt;
 
-use super::FormatError;
+use super::error::FormatError;
 use crate::instance::{DEFAULT_WEIGHT, Instance};
 use crate::keyspace::DEFAULT_PREFIX;
 
 /// A format for keys and values of instances: encodes and decodes them. The formats of [`Format`](super::Format) implement this trait.
-/// [`Format::Custom`](super::Format::Custom) takes your own implementation.
+/// [`Format::custom`](super::Format::custom) takes your own implementation.
 ///
 /// ```
 /// use tonic_etcd::{AddressPolicy, Format, FormatError, Instance, InstanceFormat};
@@ -39,7 +39,7 @@ use crate::keyspace::DEFAULT_PREFIX;
 ///     }
 /// }
 ///
-/// let format = Format::Custom(&WithZone);
+/// let format = Format::custom(WithZone);
 /// let instance = Instance::new("10.0.0.5:50051".parse()?).with_zone("eu-1a");
 /// let key = format.key(None, "greeter", &instance)?;
 /// assert_eq!(key, "/services/greeter/10.0.0.5:50051");

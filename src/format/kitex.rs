@@ -3,8 +3,10 @@
 use serde_json::Value;
 
 use super::attributes::{Attributes, weight};
+use super::error::FormatError;
+use super::instance_format::InstanceFormat;
 use super::object::{Object, Written, map_or_null};
-use super::{FormatError, InstanceFormat, text};
+use super::text::text;
 use crate::instance::{Advertisement, Instance};
 
 /// Key `kitex/registry-etcd/<service>/<id>`, the address in `address`, the weight in `weight` (10 by default), other attributes in `tags`.

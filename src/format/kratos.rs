@@ -3,9 +3,11 @@
 use serde_json::Value;
 
 use super::attributes::Attributes;
+use super::error::FormatError;
+use super::instance_format::InstanceFormat;
 use super::object::{Object, Written, map_or_null};
+use super::text::{last_segment, parent, text};
 use super::url::Parts;
-use super::{FormatError, InstanceFormat, last_segment, parent, text};
 use crate::instance::{Advertisement, Instance};
 
 /// Key `/microservices/<name>/<id>`, the address in the first `grpc` or `grpcs` URL of `endpoints`, the weight as a string in `metadata`

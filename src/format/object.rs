@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::FormatError;
+use super::error::FormatError;
 
 /// The fields of an object. The decoder takes the fields that it evaluates; the remaining fields are kept.
 #[derive(Clone, Debug)]

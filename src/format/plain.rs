@@ -1,6 +1,8 @@
 //! `host:port` and no other attribute.
 
-use super::{FormatError, InstanceFormat, text};
+use super::error::FormatError;
+use super::instance_format::InstanceFormat;
+use super::text::text;
 use crate::instance::{Advertisement, Instance};
 
 /// Key `<service>/<id>`, the address as the value. The format has no room for other attributes.

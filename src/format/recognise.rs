@@ -3,10 +3,13 @@
 
 use serde_json::Value;
 
+use super::error::FormatError;
+use super::instance_format::InstanceFormat;
 use super::object::Object;
+use super::text::{last_segment, parent, text};
 use super::{
-    Format, FormatError, InstanceFormat, dubbo_application, etcd_naming, go_micro, kitex, kratos,
-    last_segment, parent, plain, text, url,
+    address_in_key, dubbo_application, dubbo_interface, etcd_naming, go_frame, go_micro, kitex,
+    kratos, plain, rpcx, url,
 };
 use crate::instance::Instance;
 use tonic_balance::Address;
@@ -62,7 +65,7 @@ impl InstanceFormat for Mixed {
 
     fn decode(&self, key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
         by_value(key, value).or_else(|error| match by_key(key, value) {
-            Some(format) => format.dialect().decode(key, value),
+            Some(format) => format.decode(key, value),
             None if is_directory(key, value) => Ok(None),
             None => Err(error),
         })
@@ -70,21 +73,21 @@ impl InstanceFormat for Mixed {
 }
 
 /// Returns the format that matches the key.
-fn by_key(key: &str, value: &[u8]) -> Option<Format> {
+fn by_key(key: &str, value: &[u8]) -> Option<&'static dyn InstanceFormat> {
     let segment = last_segment(key);
     let category = last_segment(parent(key));
     if segment.contains("%3A%2F%2F") && ["providers", "consumers"].contains(&category) {
-        return Some(Format::DubboInterface);
+        return Some(&dubbo_interface::DubboInterface);
     }
     if segment.contains('@') {
-        return Some(Format::Rpcx);
+        return Some(&rpcx::Rpcx);
     }
     let first = segment.split(',').next().unwrap_or_default();
     let is_address = first.parse::<Address>().is_ok();
     match value.first() {
-        Some(b'{') if is_address => Some(Format::GoFrame),
-        Some(_) if is_address && value.contains(&b'=') => Some(Format::Rpcx),
-        None if is_address => Some(Format::AddressInKey),
+        Some(b'{') if is_address => Some(&go_frame::GoFrame),
+        Some(_) if is_address && value.contains(&b'=') => Some(&rpcx::Rpcx),
+        None if is_address => Some(&address_in_key::AddressInKey),
         _ => None,
     }
 }

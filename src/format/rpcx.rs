@@ -3,8 +3,10 @@
 use serde_json::Value;
 
 use super::attributes::Attributes;
+use super::error::FormatError;
+use super::instance_format::InstanceFormat;
+use super::text::{last_segment, text};
 use super::url::{read_query, write_query};
-use super::{FormatError, InstanceFormat, last_segment, text};
 use crate::instance::{Advertisement, DEFAULT_WEIGHT, Instance};
 
 /// Key `<base>/<service>/<network>@<address>`, value such as `weight=7&group=a`. The registry also has keys of directories.

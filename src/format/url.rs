@@ -3,7 +3,9 @@
 use percent_encoding::percent_decode_str;
 use serde_json::{Map, Value};
 
-use super::{FormatError, InstanceFormat, text};
+use super::error::FormatError;
+use super::instance_format::InstanceFormat;
+use super::text::text;
 use crate::instance::{Advertisement, Instance};
 use tonic_balance::Address;
 

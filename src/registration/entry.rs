@@ -101,3 +101,13 @@ impl Entry {
         leave_marker.unwrap_or_else(|_| value())
     }
 }
+
+/// Checks that a weight is within the limits.
+pub(super) fn check_weight(weight: u32) -> Result<(), String> {
+    if (1..=MAX_WEIGHT).contains(&weight) {
+        return Ok(());
+    }
+    Err(format!(
+        "the weight is {weight}; it must be from 1 to {MAX_WEIGHT}. To get no calls, pause the registration"
+    ))
+}

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::Started;
+use super::registration::Started;
 
 /// The state of a server that registers itself. The state only moves forward, and it may skip a state.
 ///

@@ -7,10 +7,10 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
-use super::RegistrationState;
 use super::entry::Entry;
 use super::key_watch::{KeyWatch, News};
 use super::lease::{Command, Found, LEAVE_MARKER_MAX, Machine, Phase, Put};
+use super::status::RegistrationState;
 use crate::etcd::Etcd;
 use crate::keyspace::{GuardedPut, Key, KeyValue, LeaseId};
 

@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::Resolver;
 use super::cache::Cache;
 use super::instances::Limit;
 use super::options::{Filter, Options};
+use super::resolver::Resolver;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::etcd::Etcd;
 use crate::format::Format;
@@ -210,7 +210,7 @@ impl ResolverBuilder {
                 let service = &self.service;
                 check_service(service)
                     .map_err(|reason| format!("the service name {service:?} {reason}"))?;
-                let format = self.options.decoder.format.unwrap_or_default();
+                let format = self.options.decoder.format.clone().unwrap_or_default();
                 Ok(vec![format.service_prefix(keyspace.given(), service)])
             }
             Source::Prefixes(prefixes)

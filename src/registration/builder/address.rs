@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
-use super::RegistrationBuilder;
+use super::registration_builder::RegistrationBuilder;
 use crate::error::RegisterError;
 use tonic_balance::{Address, AddressError};
 

@@ -3,12 +3,12 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use super::super::entry::Entry;
-use super::{Attributes, RegistrationBuilder, Target};
+use super::registration_builder::{Attributes, RegistrationBuilder, Target};
 use crate::error::RegisterError;
-use crate::format::{MAX_WEIGHT, RESERVED};
+use crate::format::RESERVED;
 use crate::instance::{Advertisement, Instance};
 use crate::keyspace::{Keyspace, check_service};
+use crate::registration::entry::{Entry, check_weight};
 use tonic_balance::{Address, AddressError};
 
 impl RegistrationBuilder {
@@ -73,7 +73,13 @@ impl RegistrationBuilder {
         advertisement.metadata = metadata.iter().cloned().collect();
         let keys = self.instance_keys(&advertisement)?;
         let ttl = whole_seconds(self.ttl);
-        let entry = Entry::new(&keys, self.services(), advertisement, self.format, ttl);
+        let entry = Entry::new(
+            &keys,
+            self.services(),
+            advertisement,
+            self.format.clone(),
+            ttl,
+        );
         entry.map_err(|error| format!("the format {:?} {error}", self.format))
     }
 
@@ -161,7 +167,7 @@ impl RegistrationBuilder {
         id: &str,
         instance: &Instance,
     ) -> Result<String, String> {
-        let format = self.format;
+        let format = &self.format;
         let key = format.key(keyspace.given(), service, instance);
         let key = key.map_err(|error| format!("the format {format:?} {error}"))?;
         if !key.ends_with(id) {
@@ -185,15 +191,6 @@ fn check_key(key: &str) -> Result<(), String> {
         return Err("the key is empty or ends in a slash, and so names no instance".to_owned());
     }
     Ok(())
-}
-
-pub(in crate::registration) fn check_weight(weight: u32) -> Result<(), String> {
-    if (1..=MAX_WEIGHT).contains(&weight) {
-        return Ok(());
-    }
-    Err(format!(
-        "the weight is {weight}; it must be from 1 to {MAX_WEIGHT}. To get no calls, pause the registration"
-    ))
 }
 
 fn whole_seconds(ttl: Duration) -> Duration {

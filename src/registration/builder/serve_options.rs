@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::RegistrationBuilder;
-use crate::registration::RegistrationHandle;
+use super::registration_builder::RegistrationBuilder;
+use crate::registration::handle::RegistrationHandle;
 #[cfg(feature = "health")]
 use crate::registration::serve_options::Health;
 use crate::registration::serve_options::ServerState;

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{
-    After, Found, GRANTED_KEPT, Lease, Machine, OPERATOR_WAIT, Removal, SUPERSEDED_READ, State,
-    TTL_MAX, VERIFY_EVERY,
+use super::machine::{
+    After, Claim, Found, GRANTED_KEPT, Lease, Machine, OPERATOR_WAIT, Removal, SUPERSEDED_READ,
+    State, TTL_MAX, VERIFY_EVERY, Value,
 };
 use crate::backoff::jittered;
 use crate::error::{EtcdError, EtcdErrorKind};
@@ -98,19 +98,24 @@ impl Machine {
         entry.foreign = None;
         entry.expected = None;
         let Some(kv) = &found.kv else {
-            entry.dirty &= !found.current;
+            if found.current {
+                entry.value = Value::Written;
+            }
             entry.held = None;
             entry.expected = Some(Revision::ZERO);
             return;
         };
         // The revision is older than the last own write: the store was restored from a backup, and later writes are lost.
-        entry.dirty |= entry.held.is_some_and(|held| kv.mod_revision < held);
-        entry.dirty &= !found.current;
+        if found.current {
+            entry.value = Value::Written;
+        } else if entry.held.is_some_and(|held| kv.mod_revision < held) {
+            entry.value = Value::Pending;
+        }
         let ours = Some(kv.lease) == lease;
         entry.held = ours.then_some(kv.mod_revision);
-        if ours && !entry.dirty {
-            entry.claiming = false;
-        } else if entry.claiming || self.granted.contains(&kv.lease) {
+        if ours && !entry.is_pending() {
+            entry.claim = Claim::Made;
+        } else if entry.claim == Claim::Open || self.granted.contains(&kv.lease) {
             entry.expected = Some(kv.mod_revision);
         } else {
             // A key without a lease also belongs to another client: a registration never writes a key without a lease.
@@ -158,8 +163,8 @@ impl Machine {
                 }
                 for put in self.puts() {
                     let entry = &mut self.keys[put.index];
-                    entry.claiming = false;
-                    entry.dirty = false;
+                    entry.claim = Claim::Made;
+                    entry.value = Value::Written;
                     entry.expected = None;
                     entry.held = Some(mod_revision);
                 }

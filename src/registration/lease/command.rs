@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Command, DEADLINE_MAX, KeyEntry, LEAVE_MARKER_MAX, Machine, Removal, State};
+use super::machine::{Command, DEADLINE_MAX, KeyEntry, LEAVE_MARKER_MAX, Machine, Removal, State};
 
 impl Machine {
     /// Returns the next command.
@@ -77,7 +77,7 @@ impl Machine {
             (State::Registered, Some(_))
                 if self
                     .live_entries()
-                    .any(|entry| entry.dirty && entry.foreign.is_none()) =>
+                    .any(|entry| entry.is_pending() && entry.foreign.is_none()) =>
             {
                 Command::Read { deadline }
             }

@@ -1,35 +1,9 @@
 //! The listing state: pages are collected, and the complete list replaces the set.
 
-use super::{Command, KeyState, Machine, State};
+use super::machine::{Command, Machine, PAGE_LIMIT};
+use super::state::{KeyState, Listing, State};
 use crate::error::{EtcdError, EtcdErrorKind};
-use crate::keyspace::{
-    Event, Header, Key, KeyValue, KeyVersion, ListRequest, Page, Range, Revision,
-};
-
-/// A list in progress.
-#[derive(Debug, Default)]
-pub(super) struct Listing {
-    pub(super) kvs: Vec<KeyValue>,
-    /// Header of the first page.
-    pub(super) header: Option<Header>,
-    /// First key of the next page; `None` for the start of the range.
-    pub(super) next: Option<Key>,
-    /// Number of times that compaction has interrupted the list. From the third time on, the pages are not pinned to one revision. The
-    /// result is exact all the same, because the watch starts at the revision of the first page.
-    pub(super) compacted: u32,
-    /// Whether the next request reads only the name of a key that is too large to receive.
-    pub(super) naming: bool,
-    /// Key of the first page that was written last.
-    pub(super) check: Option<Key>,
-    /// Keys whose value is too large to receive.
-    pub(super) oversized: Vec<KeyVersion>,
-    /// Whether an event was too large to receive. The watch then begins after the revision of the list; otherwise that event would be
-    /// delivered again.
-    pub(super) skipping: bool,
-    /// Whether a failed check caused this list. This list is then not checked again: where keys change constantly, a check would find
-    /// changes after every list.
-    pub(super) distrusted: bool,
-}
+use crate::keyspace::{Event, Header, KeyValue, KeyVersion, ListRequest, Page, Range, Revision};
 
 impl Machine {
     /// Handles the result of [`Command::List`].
@@ -145,7 +119,7 @@ impl Machine {
         // new history.
         self.seen = header;
         self.tombstones.clear();
-        self.audit.on_listed();
+        self.reconciler.on_listed();
         self.report.listed = true;
         self.report.lists += 1;
         self.report.trouble = None;
@@ -177,8 +151,6 @@ impl Machine {
     }
 }
 
-/// Keys per page. 500 values of the usual 150 bytes are 75 KiB, and the page size is halved where values are large.
-pub(super) const PAGE_LIMIT: i64 = 500;
 /// Smallest page after timeouts: any link that can carry the response of a call can carry this page.
 pub(super) const PAGE_CAP_MIN: i64 = 10;
 /// Number of lists interrupted by compaction after which pages are no longer pinned to one revision.

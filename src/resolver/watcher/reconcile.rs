@@ -12,126 +12,23 @@
 //! the revision of its response. Such events are dropped if they arrive later: by the key's mod revision if the key exists, by its
 //! [`tombstone`](Machine::bury) if not.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::ops::Bound;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::listing::PAGE_LIMIT;
-use super::{Command, KeyState, Machine, State};
+use super::machine::{Command, Machine, PAGE_LIMIT};
+use super::reconciler::{SETTLE, Suspect};
+use super::state::{KeyState, State};
 use crate::backoff::jittered;
 use crate::error::EtcdError;
 use crate::keyspace::{Event, Header, Key, KeyValue, ListRequest, Page, Range, Revision};
 
-/// The schedule and the state of reconciliations and key reads.
-#[derive(Debug)]
-pub(super) struct Audit {
-    /// Longest time between two lists; `None` disables lists.
-    interval: Option<Duration>,
-    next_list: Option<Instant>,
-    /// Start of the next page of the list in progress, and the revision that the list is pinned to.
-    cursor: Option<(Key, Revision)>,
-    suspects: Vec<Suspect>,
-    /// End of the time that the watch gets to resolve the suspects.
-    settled: Option<Instant>,
-    /// Keys to read, with the earliest time of each read.
-    reads: BTreeSet<(Instant, Key)>,
-    /// Earliest time of the next read of any key.
-    next_read: Option<Instant>,
-    /// Time of the last accepted report about each key, from [`ResolverFeedback`](crate::ResolverFeedback).
-    doubted: HashMap<Key, Instant>,
-    /// Suspects that are being read. If the read of a suspect differs from the known state, the watch has lost an event.
-    confirming: BTreeSet<Key>,
-    /// Whether the watch has lost an event.
-    lossy: bool,
-}
-
-/// A key whose listed version differs from the known version.
-#[derive(Debug)]
-struct Suspect {
-    key: Key,
-    /// The listed version; `None` if the list does not contain the key.
-    found: Option<KeyState>,
-    /// The revision of the list.
-    at: Revision,
-}
-
-impl Audit {
-    pub(super) fn new(interval: Option<Duration>) -> Self {
-        Self {
-            interval: interval.map(|interval| interval.clamp(INTERVAL_MIN, INTERVAL_MAX)),
-            next_list: None,
-            cursor: None,
-            suspects: Vec::new(),
-            settled: None,
-            reads: BTreeSet::new(),
-            next_read: None,
-            doubted: HashMap::new(),
-            confirming: BTreeSet::new(),
-            lossy: false,
-        }
-    }
-
-    /// Handles the opening of a watch. The first opening schedules a list one interval later. A list that became due in the meantime is
-    /// postponed.
-    pub(super) fn on_watch_opened(&mut self, now: Instant, rng: &mut fastrand::Rng) {
-        self.cursor = None;
-        // The watch may have to catch up first.
-        self.settled = self.settled.map(|_| now + SETTLE);
-        let Some(interval) = self.interval else {
-            return;
-        };
-        match self.next_list {
-            None => self.next_list = Some(now + jittered(interval, rng)),
-            // After an outage longer than the interval, the lists of all clients are overdue at once. They are spread over one interval, as
-            // they were before it.
-            Some(at) if at <= now => {
-                let wait = interval.mul_f64(rng.f64());
-                self.next_list = Some(now + wait.max(SETTLE.min(interval)));
-            }
-            Some(_) => {}
-        }
-    }
-
-    /// Handles a complete list with values, which resolves every doubt.
-    pub(super) fn on_listed(&mut self) {
-        self.cursor = None;
-        self.suspects.clear();
-        self.settled = None;
-        self.reads.clear();
-        self.confirming.clear();
-        self.lossy = false;
-    }
-
-    fn due(&self) -> Option<Instant> {
-        let read = self.reads.first().map(|(at, _)| *at);
-        let read = read.map(|at| self.next_read.map_or(at, |next| at.max(next)));
-        // No new list starts while the last one still has suspects.
-        let list = self.next_list.filter(|_| self.suspects.is_empty());
-        [read, self.settled, list].into_iter().flatten().min()
-    }
-
-    fn take_read(&mut self, now: Instant) -> Option<Key> {
-        let (at, _) = self.reads.first()?;
-        if *at > now || self.next_read.is_some_and(|next| next > now) {
-            return None;
-        }
-        self.reads.pop_first().map(|(_, key)| key)
-    }
-
-    /// Schedules the next read, counted from the response to this one. The watch is not read while a key read is in progress, and a slow
-    /// etcd must not block the watch for several reads in a row.
-    fn on_answer(&mut self, failed: bool, now: Instant) {
-        let wait = if failed { SETTLE } else { READ_STEP };
-        self.next_read = Some(now + wait);
-    }
-}
-
 impl Machine {
     /// Returns the time at which [`Machine::on_time`] is due; `None` while no watch is open.
     pub(in crate::resolver) fn due(&self) -> Option<Instant> {
-        self.audit.due().filter(|_| self.is_watching())
+        self.reconciler.due().filter(|_| self.is_watching())
     }
 
     fn is_watching(&self) -> bool {
@@ -143,18 +40,18 @@ impl Machine {
         if !self.is_watching() {
             return self.on_wake();
         }
-        if let Some(key) = self.audit.take_read(now) {
+        if let Some(key) = self.reconciler.take_read(now) {
             self.report.reads += 1;
             return Command::Read(key);
         }
-        if self.audit.settled.is_some_and(|at| at <= now) {
+        if self.reconciler.settled.is_some_and(|at| at <= now) {
             return self.on_settled(now);
         }
-        if let (Some(at), Some(interval)) = (self.audit.next_list, self.audit.interval)
+        if let (Some(at), Some(interval)) = (self.reconciler.next_list, self.reconciler.interval)
             && at <= now
-            && self.audit.suspects.is_empty()
+            && self.reconciler.suspects.is_empty()
         {
-            self.audit.next_list = Some(now + jittered(interval, &mut self.rng));
+            self.reconciler.next_list = Some(now + jittered(interval, &mut self.rng));
             return Command::Reconcile(self.names(self.range.start.clone(), Revision::ZERO));
         }
         Command::Receive
@@ -176,7 +73,7 @@ impl Machine {
         answer: Result<Page, EtcdError>,
         now: Instant,
     ) -> Command {
-        let cursor = self.audit.cursor.take();
+        let cursor = self.reconciler.cursor.take();
         if !self.is_watching() {
             return self.on_wake();
         }
@@ -199,8 +96,8 @@ impl Machine {
         self.compare(&start, next.as_ref(), &page, revision);
         match next {
             // With too many suspects, the prefix will probably be listed again, so no further page is needed.
-            Some(next) if self.audit.suspects.len() <= SUSPECTS_MAX => {
-                self.audit.cursor = Some((next.clone(), revision));
+            Some(next) if self.reconciler.suspects.len() <= SUSPECTS_MAX => {
+                self.reconciler.cursor = Some((next.clone(), revision));
                 Command::Reconcile(self.names(next, revision))
             }
             _ => {
@@ -211,8 +108,8 @@ impl Machine {
     }
 
     fn end_of_names(&mut self, now: Instant) -> Command {
-        if !self.audit.suspects.is_empty() {
-            self.audit.settled = Some(now + SETTLE);
+        if !self.reconciler.suspects.is_empty() {
+            self.reconciler.settled = Some(now + SETTLE);
         }
         Command::Receive
     }
@@ -225,7 +122,7 @@ impl Machine {
             let found = listed.remove(key).map(|kv| KeyState::of(&kv.named()));
             if !KeyState::agree(found.as_ref(), Some(known)) {
                 let key = key.clone();
-                self.audit.suspects.push(Suspect { key, found, at });
+                self.reconciler.suspects.push(Suspect { key, found, at });
             }
         }
         let unknown = listed.into_values();
@@ -234,13 +131,13 @@ impl Machine {
             found: Some(KeyState::of(&kv.named())),
             at,
         });
-        self.audit.suspects.extend(unknown);
+        self.reconciler.suspects.extend(unknown);
     }
 
     /// Handles the end of the time that the watch had to resolve the suspects. Keys that still differ are read.
     fn on_settled(&mut self, now: Instant) -> Command {
-        self.audit.settled = None;
-        let suspects = std::mem::take(&mut self.audit.suspects);
+        self.reconciler.settled = None;
+        let suspects = std::mem::take(&mut self.reconciler.suspects);
         let left = suspects.into_iter().filter(|suspect| {
             let known = self.keys.get(&suspect.key);
             let passed = known.is_some_and(|known| known.mod_revision > suspect.at);
@@ -255,8 +152,8 @@ impl Machine {
             return self.relist(true);
         }
         for key in left {
-            self.audit.confirming.insert(key.clone());
-            self.audit.reads.insert((now, key));
+            self.reconciler.confirming.insert(key.clone());
+            self.reconciler.reads.insert((now, key));
         }
         Command::Receive
     }
@@ -264,20 +161,20 @@ impl Machine {
     /// Handles a report that the server named by a key refuses connections. One read shows whether the key still exists; it is delayed and
     /// rate-limited.
     pub(in crate::resolver) fn on_doubt(&mut self, key: &Key, now: Instant) {
-        let audit = &mut self.audit;
+        let reconciler = &mut self.reconciler;
         let lately = |at: &Instant| now.saturating_duration_since(*at) < DOUBT_INTERVAL;
         if !self.keys.contains_key(key)
-            || audit.reads.len() >= READS_MAX
-            || audit.doubted.get(key).is_some_and(lately)
+            || reconciler.reads.len() >= READS_MAX
+            || reconciler.doubted.get(key).is_some_and(lately)
         {
             return;
         }
-        if audit.doubted.len() >= READS_MAX {
-            audit.doubted.retain(|_, at| lately(at));
+        if reconciler.doubted.len() >= READS_MAX {
+            reconciler.doubted.retain(|_, at| lately(at));
         }
-        audit.doubted.insert(key.clone(), now);
+        reconciler.doubted.insert(key.clone(), now);
         let wait = DOUBT_SPREAD.mul_f64(self.rng.f64());
-        audit.reads.insert((now + wait, key.clone()));
+        reconciler.reads.insert((now + wait, key.clone()));
     }
 
     /// Handles the result of [`Command::Read`].
@@ -287,8 +184,8 @@ impl Machine {
         answer: Result<(Header, Option<KeyValue>), EtcdError>,
         now: Instant,
     ) -> Command {
-        self.audit.on_answer(answer.is_err(), now);
-        let confirms = self.audit.confirming.remove(&key);
+        self.reconciler.on_answer(answer.is_err(), now);
+        let confirms = self.reconciler.confirming.remove(&key);
         if !self.is_watching() {
             return self.on_wake();
         }
@@ -306,14 +203,14 @@ impl Machine {
                 let read = found.as_ref().map(|kv| KeyState::of(&kv.version()));
                 if !KeyState::agree(read.as_ref(), known.as_ref()) {
                     self.report.repaired += 1;
-                    self.audit.lossy |= confirms;
+                    self.reconciler.lossy |= confirms;
                     tracing::debug!(?key, revision = %header.revision, there = found.is_some(), "a read was ahead of the watch");
                     self.believe(key, found, header.revision);
                 }
             }
             Err(error) => tracing::debug!(?key, %error, "could not read a key in doubt"),
         }
-        if self.audit.lossy && self.audit.confirming.is_empty() {
+        if self.reconciler.lossy && self.reconciler.confirming.is_empty() {
             return self.distrust_watch();
         }
         Command::Receive
@@ -338,7 +235,7 @@ impl Machine {
 
     /// Opens a new watch, because a watch that has lost changes may lose more.
     fn distrust_watch(&mut self) -> Command {
-        self.audit.lossy = false;
+        self.reconciler.lossy = false;
         let State::Watching(watching) = &self.state else {
             return self.on_wake();
         };
@@ -349,20 +246,11 @@ impl Machine {
     }
 }
 
-/// Shortest interval. With a shorter one, clients would list without a pause.
-const INTERVAL_MIN: Duration = Duration::from_millis(100);
-/// Longest interval: the time of the next list must fit into an `Instant`.
-const INTERVAL_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
-/// Time for the watch to resolve suspects: as long as a watch may be silent before it is probed.
-const SETTLE: Duration = Duration::from_secs(5);
 /// Limit of suspects. Above it, a list costs less than the reads.
 const SUSPECTS_MAX: usize = 100;
 /// Reads after reports are spread over this time: when a server crashes, all of its clients detect it within the same milliseconds.
 const DOUBT_SPREAD: Duration = Duration::from_secs(2);
 /// Shortest time between two reads of a key whose server keeps refusing connections.
 const DOUBT_INTERVAL: Duration = Duration::from_secs(10);
-/// Time from the response to a read to the next read. When a thousand servers fail at once, a client sends etcd at most ten reads per
-/// second.
-const READ_STEP: Duration = Duration::from_millis(100);
 /// Limit of pending reads. Reports above it are dropped; an address that keeps refusing connections is reported again.
 const READS_MAX: usize = 100;

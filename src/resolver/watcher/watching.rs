@@ -4,58 +4,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::listing::Listing;
-use super::{Command, KeyState, Machine, State};
+use super::machine::{Command, Machine};
+use super::state::{Fruitless, KeyState, Listing, State, Watching};
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Event, Header, Key, KeyVersion, LeaseId, Revision, WatchMessage};
-
-#[derive(Debug)]
-pub(super) struct Watching {
-    pub(super) revision: Revision,
-    /// Revision at which the watch was opened.
-    began: Revision,
-    pub(super) opened: Option<Instant>,
-    /// Whether a header was ahead of R, so that the watch may have a backlog to deliver.
-    behind: bool,
-    /// Events of a revision that is not complete yet.
-    pending: Vec<Event>,
-    /// Key to check: its read shows whether the store is still the one that the set was listed from. `None` after the check was requested.
-    check: Option<Key>,
-    /// Whether a suspicious header (below R, or of another cluster) has already been checked on this stream.
-    suspected: bool,
-}
-
-/// Counts consecutive watches that delivered nothing although the store was ahead of R. Their backlog may be larger than a server or a link
-/// can deliver in time, and a further watch would fail in the same way. A list is better in that case: it is split into pages, which shrink
-/// on a slow link.
-#[derive(Debug)]
-pub(super) struct Fruitless {
-    watches: u32,
-    /// Number of watches that causes a list. Doubled each time it is reached, up to [`FRUITLESS_MAX`].
-    limit: u32,
-}
-
-impl Default for Fruitless {
-    fn default() -> Self {
-        Self {
-            watches: 0,
-            limit: FRUITLESS,
-        }
-    }
-}
-
-impl Fruitless {
-    /// Counts one more watch; a `silent` watch counts twice. Returns whether to list the prefix instead.
-    pub(super) fn is_too_much(&mut self, silent: bool) -> bool {
-        self.watches += if silent { 2 } else { 1 };
-        let too_much = self.watches >= self.limit;
-        if too_much {
-            self.watches = 0;
-            self.limit = (self.limit * 2).min(FRUITLESS_MAX);
-        }
-        too_much
-    }
-}
 
 impl Machine {
     pub(super) fn watch(&mut self, revision: Revision, check: Option<Key>) -> Command {
@@ -79,7 +31,7 @@ impl Machine {
             return self.on_wake();
         };
         watching.opened = Some(now);
-        self.audit.on_watch_opened(now, &mut self.rng);
+        self.reconciler.on_watch_opened(now, &mut self.rng);
         match watching.check.take() {
             Some(key) => Command::Check(key),
             None => Command::Receive,
@@ -256,11 +208,6 @@ impl Machine {
     }
 }
 
-/// Number of consecutive watches that may end before they deliver any of the backlog. A watch that ends by timeout counts twice.
-const FRUITLESS: u32 = 3;
-/// Upper limit of that number. Other keys may be written all the time, and a watch that delivers nothing does not show whether the backlog
-/// concerns this prefix.
-const FRUITLESS_MAX: u32 = 48;
 /// Longest wait after a watch that delivered events.
 const PROGRESS: Duration = Duration::from_secs(1);
 /// A watch that lasted this long was healthy, and its end is the first failure of a new series.

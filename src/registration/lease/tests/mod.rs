@@ -1,10 +1,14 @@
 //! Simulates an etcd for the machine: it loses responses, drops leases, restarts, and accepts writes of other clients to the key.
 
-use proptest::prelude::{ProptestConfig, any, proptest};
+use std::time::Duration;
 
+use proptest::prelude::{ProptestConfig, any, proptest};
+use tokio::time::Instant;
+
+use super::machine::{Lease, RETRY_MAX, SUPERSEDED_READ, State, Value};
 use super::*;
-use crate::error::EtcdErrorKind;
-use crate::keyspace::{Event, Header, KeepAlive, Key, KeyValue};
+use crate::error::{EtcdError, EtcdErrorKind};
+use crate::keyspace::{Event, Header, KeepAlive, Key, KeyValue, LeaseId, Revision};
 
 mod taken_away;
 
@@ -746,7 +750,7 @@ fn a_long_ttl_does_not_make_long_waits() {
     let (lease, now) = (player.machine.lease, player.now);
     player.machine = Machine::new(ttl, 1, true, fastrand::Rng::with_seed(15));
     player.machine.keys[0].held = Some(Revision::new(1));
-    player.machine.keys[0].dirty = false;
+    player.machine.keys[0].value = Value::Written;
     player.machine.state = State::Registered;
     player.machine.lease = lease.map(|lease| Lease {
         ttl,

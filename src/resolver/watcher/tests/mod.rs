@@ -2,6 +2,7 @@
 //! and is wiped. In every order of these steps, the final set must match the content of the store.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
 
 use proptest::prelude::{ProptestConfig, any, proptest};
 
@@ -9,10 +10,15 @@ use tokio::time::Instant;
 
 use super::super::instances::Instances;
 use super::listing::PAGE_CAP_MIN;
+use super::machine::{BACKOFF_FIRST, OPERATOR_WAIT};
+use super::state::{Fruitless, State};
 use super::*;
-use crate::error::EtcdErrorKind;
+use crate::error::{EtcdError, EtcdErrorKind};
 use crate::format::Decoder;
-use crate::keyspace::{KeyValue, KeyVersion, Page, WatchMessage};
+use crate::keyspace::{
+    Event, Header, Key, KeyValue, KeyVersion, LeaseId, ListRequest, Page, Range, Revision,
+    WatchMessage,
+};
 
 mod reconcile;
 mod table;

@@ -1,0 +1,278 @@
+//! The choice of a format.
+
+use std::fmt;
+use std::hash::{Hash, Hasher};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use super::attributes::MAX_WEIGHT;
+use super::error::FormatError;
+use super::instance_format::InstanceFormat;
+use super::limits::MAX_VALUE;
+use crate::instance::Instance;
+use crate::keyspace::with_slash;
+
+/// The format of the keys and values of instances. It selects how a registration writes, and restricts what a resolver reads.
+///
+/// A registration writes [`EtcdNaming`](Self::EtcdNaming) by default. A resolver without a format recognises every value below that
+/// contains its address: JSON by the field with the address, then URLs, then `host:port`. An ambiguous value is resolved by a fixed rule:
+/// `{"address":…}` is a value of kitex, unless it also contains a host or a service name; then it is a value of dubbo-go. Without a format,
+/// a resolver never reads an address from a key; set the format, or [`Mixed`](Self::Mixed), for such keys.
+///
+/// | format | key, unless the registry has a prefix | address | weight (default) | TLS hint |
+/// |---|---|---|---|---|
+/// | `EtcdNaming` | `/gRPC/<service>/<id>` | JSON, `Addr` | in `Metadata` (1) | - |
+/// | `Plain` | `/gRPC/<service>/<id>` | the value | - | - |
+/// | `Url` | `/gRPC/<service>/<id>` | the value's authority | - | the scheme |
+/// | `GoZero` | `<key>/<id>` | the value | - | - |
+/// | `Kratos` | `/microservices/<name>/<id>` | JSON, the `grpc` URL in `endpoints` | in `metadata` (100) | `grpcs` |
+/// | `Kitex` | `kitex/registry-etcd/<service>/<id>` | JSON, `address` | `weight` (10) | - |
+/// | `GoMicro` | `/micro/registry/<service>/<id>` | JSON, `nodes[].address` | in the node's `metadata` (1) | - |
+/// | `Rpcx` | `/rpcx_test/<service>/tcp@<address>` | the key | in the query (1) | - |
+/// | `DubboInterface` | `/dubbo/<service>/providers/<URL>` | the key | in the URL (100) | - |
+/// | `DubboApplication` | `/services/<application>/<id>` | JSON, `Host` and `Port` | `Weight` (100) | - |
+/// | `GoFrame` | `/service/default/default/<name>/<version>/<address>` | the key | in the JSON (1) | `insecure` |
+/// | `AddressInKey` | `<service>/<address>` | the key | - | - |
+///
+/// `<id>` is the instance id, by default the address. [`RegistryBuilder::prefix`](crate::RegistryBuilder::prefix) replaces the part before
+/// the service in all formats; the prefix can be empty. Weights are units of the format and compare only within one format. Zone, version
+/// and metadata are stored in their own field if the format has one, otherwise in its map of metadata. A registration with an attribute
+/// that its format cannot represent is rejected. As in Go, readers treat `null` as empty, match field names in any case, and ignore unknown
+/// fields and a newline after the value. The TLS hint is the result of [`Instance::is_tls`] and has no effect on connections.
+#[derive(Clone, Default)]
+#[non_exhaustive]
+pub enum Format {
+    /// The JSON of etcd's own Go naming package, `{"Op":0,"Addr":"10.0.0.5:50051","Metadata":null}`, so that grpc-go's etcd resolver finds
+    /// the servers of this library. Weight, zone and version are inside `Metadata`. The default for writing.
+    #[default]
+    EtcdNaming,
+    /// `host:port` alone, without a weight, a zone, a version or metadata.
+    Plain,
+    /// A URL, `http://10.0.0.5:50051`, as in go-kit and many custom registries. Readers accept the schemes `http`, `https`, `grpc`,
+    /// `grpcs`, `tcp` and `tri`.
+    Url,
+    /// go-zero: `host:port` under `<key>/<id>`, without a prefix.
+    GoZero,
+    /// go-kratos' `contrib/registry/etcd`. Instances without a gRPC endpoint, and instances whose name differs from the name in the key,
+    /// are ignored.
+    Kratos,
+    /// kitex' `registry-etcd`. For hertz, set the prefix of the registry to `hertz/registry-etcd`.
+    Kitex,
+    /// go-micro's etcd registry. Nodes with another protocol than gRPC are ignored.
+    GoMicro,
+    /// rpcx' etcd plugin. rpcx has no base path of its own; the default is the base path of its examples. Instances with `state=inactive`,
+    /// and instances on other networks than TCP, are ignored.
+    Rpcx,
+    /// dubbo-go's interface-level registry. Providers with other protocols than `tri` and `grpc` are ignored. The key contains all
+    /// attributes, so the weight cannot change without a new key.
+    DubboInterface,
+    /// dubbo-go's application-level registry. Instances that have endpoints but no `tri` or `grpc` endpoint, and instances that are
+    /// disabled or not healthy, are ignored.
+    ///
+    /// Consumers of dubbo-go request the exported services from the metadata service of an application. A server without that service is
+    /// discovered but receives no calls from them; use [`DubboInterface`](Self::DubboInterface) for such consumers.
+    DubboApplication,
+    /// `GoFrame`'s etcd registry. Several addresses in a key belong to one server, and the first is called.
+    GoFrame,
+    /// `<service>/<host:port>` with an empty value, as the npm package `@zcong/grpc-etcd-resolver` writes and reads it.
+    AddressInKey,
+    /// For reading only: a prefix that contains several formats. Values are recognised as by a resolver without a format. If the value
+    /// contains no address, the key is read.
+    ///
+    /// The result is a guess. An empty value whose key ends in `host:port` is an instance, whichever library has written it. JSON without
+    /// an address under such a key is a value of `GoFrame`. An `@` in the last part of the key, or a `=` in the value under such a key,
+    /// marks an instance of rpcx. An escaped URL below `providers` is an instance of dubbo-go. Weights count as each value states them: a
+    /// kitex instance (10) receives ten times the calls of an instance in etcd's own format (1). Set a format wherever a prefix contains
+    /// only one.
+    Mixed,
+    /// A format of your own, from [`Format::custom`].
+    Custom(Arc<dyn InstanceFormat>),
+}
+
+impl Format {
+    /// Creates a format from your own implementation of [`InstanceFormat`], which documents an example.
+    #[must_use]
+    pub fn custom(format: impl InstanceFormat + 'static) -> Self {
+        Self::Custom(Arc::new(format))
+    }
+
+    /// Returns the key of an instance of a service under a prefix, by default the prefix of the format.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the format cannot represent the instance in a key.
+    pub fn key(
+        &self,
+        prefix: Option<&str>,
+        service: &str,
+        instance: &Instance,
+    ) -> Result<String, FormatError> {
+        self.dialect().key(&self.prefix(prefix), service, instance)
+    }
+
+    /// Returns the prefix of all keys of a service under a prefix, by default the prefix of the format.
+    #[must_use]
+    pub fn service_prefix(&self, prefix: Option<&str>, service: &str) -> String {
+        let prefix = self.prefix(prefix);
+        with_slash(&self.dialect().service_prefix(&prefix, service))
+    }
+
+    /// Encodes the value of an instance at a key.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the format cannot represent an attribute of the instance, so that decoding would lose it. Also fails if the value is over
+    /// 64 KiB.
+    pub fn encode(&self, key: &str, instance: &Instance) -> Result<Vec<u8>, FormatError> {
+        let value = self.write(key, instance)?;
+        if value.len() > MAX_VALUE {
+            let reason = format!(
+                "would be {} bytes long, over the limit of {MAX_VALUE}",
+                value.len()
+            );
+            return Err(FormatError::new(reason));
+        }
+        let read = self.read(key, &value)?;
+        let advertisement = instance.advertisement();
+        let missing = match &read {
+            Some(read) => advertisement.difference(read.advertisement()),
+            None => Some("the address".to_owned()),
+        };
+        match missing {
+            None => Ok(value),
+            Some(missing) => Err(FormatError::new(format!(
+                "has no room for {missing} at this key"
+            ))),
+        }
+    }
+
+    /// Encodes a value without a check that the format can represent every attribute.
+    pub(crate) fn write(&self, key: &str, instance: &Instance) -> Result<Vec<u8>, FormatError> {
+        guarded(self, |format| format.encode(key, instance))
+    }
+
+    pub(super) fn read(&self, key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
+        guarded(self, |format| format.decode(key, value))
+    }
+
+    pub(crate) fn default_weight(&self) -> u32 {
+        self.dialect().default_weight().clamp(1, MAX_WEIGHT)
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        self.dialect().name()
+    }
+
+    fn prefix(&self, prefix: Option<&str>) -> String {
+        match prefix.unwrap_or(self.dialect().default_prefix()) {
+            "" => String::new(),
+            prefix => with_slash(prefix),
+        }
+    }
+
+    fn dialect(&self) -> &dyn InstanceFormat {
+        match self {
+            Self::EtcdNaming => &super::etcd_naming::EtcdNaming,
+            Self::Plain => &super::plain::Plain,
+            Self::Url => &super::url::Url,
+            Self::GoZero => &super::go_zero::GoZero,
+            Self::Kratos => &super::kratos::Kratos,
+            Self::Kitex => &super::kitex::Kitex,
+            Self::GoMicro => &super::go_micro::GoMicro,
+            Self::Rpcx => &super::rpcx::Rpcx,
+            Self::DubboInterface => &super::dubbo_interface::DubboInterface,
+            Self::DubboApplication => &super::dubbo_application::DubboApplication,
+            Self::GoFrame => &super::go_frame::GoFrame,
+            Self::AddressInKey => &super::address_in_key::AddressInKey,
+            Self::Mixed => &super::recognise::Mixed,
+            Self::Custom(format) => &**format,
+        }
+    }
+}
+
+impl fmt::Debug for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Writes the name of the format, which [`FromStr`](std::str::FromStr) parses.
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Parses the name of a format of this library, such as `etcd naming` or `go-zero`. Case, blanks, hyphens and underscores are ignored.
+///
+/// ```
+/// use tonic_etcd::Format;
+///
+/// assert_eq!("go-zero".parse::<Format>()?, Format::GoZero);
+/// assert_eq!("etcd_naming".parse::<Format>()?, Format::EtcdNaming);
+/// # Ok::<(), tonic_etcd::FormatError>(())
+/// ```
+impl std::str::FromStr for Format {
+    type Err = FormatError;
+
+    fn from_str(name: &str) -> Result<Self, FormatError> {
+        let plain = |name: &str| -> String {
+            let letters = name.chars().filter(char::is_ascii_alphanumeric);
+            letters.map(|letter| letter.to_ascii_lowercase()).collect()
+        };
+        let wanted = plain(name);
+        let found = NAMED.iter().find(|format| plain(format.name()) == wanted);
+        found.cloned().ok_or_else(|| {
+            let names: Vec<_> = NAMED.iter().map(|format| format.name()).collect();
+            FormatError::new(format!("{name:?} is none of {}", names.join(", ")))
+        })
+    }
+}
+
+/// All formats that [`FromStr`](std::str::FromStr) can parse.
+const NAMED: [Format; 13] = [
+    Format::EtcdNaming,
+    Format::Plain,
+    Format::Url,
+    Format::GoZero,
+    Format::Kratos,
+    Format::Kitex,
+    Format::GoMicro,
+    Format::Rpcx,
+    Format::DubboInterface,
+    Format::DubboApplication,
+    Format::GoFrame,
+    Format::AddressInKey,
+    Format::Mixed,
+];
+
+/// Custom formats are equal if they have the same name and are the same object.
+impl PartialEq for Format {
+    fn eq(&self, other: &Self) -> bool {
+        self.name() == other.name()
+            && match (self, other) {
+                (Self::Custom(a), Self::Custom(b)) => Arc::ptr_eq(a, b),
+                (a, b) => std::mem::discriminant(a) == std::mem::discriminant(b),
+            }
+    }
+}
+
+impl Eq for Format {}
+
+impl Hash for Format {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.name().hash(state);
+    }
+}
+
+/// Calls a format. A panic in a custom format must not end the discovery of other services.
+fn guarded<T>(
+    format: &Format,
+    call: impl FnOnce(&dyn InstanceFormat) -> Result<T, FormatError>,
+) -> Result<T, FormatError> {
+    let Format::Custom(custom) = format else {
+        return call(format.dialect());
+    };
+    catch_unwind(AssertUnwindSafe(|| call(&**custom)))
+        .unwrap_or(Err(FormatError::of("makes its format panic")))
+}

@@ -1,0 +1,282 @@
+//! The options of a registration.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tonic_balance::AddressPolicy;
+
+use crate::error::RegisterError;
+use crate::etcd::Etcd;
+use crate::format::Format;
+use crate::keyspace::Keyspace;
+use crate::registration::registration::Registration;
+use crate::registration::serve_options::ServeOptions;
+use crate::registration::status::RegistrationState;
+
+/// A builder of a registration, created by [`Registry::registration`](crate::Registry::registration) and
+/// [`Registry::registration_at`](crate::Registry::registration_at).
+///
+/// The builder checks nothing and sends nothing until [`register`](Self::register) is called, or until it is passed to a server that
+/// registers itself.
+#[derive(Debug)]
+#[must_use = "nothing is registered before `register` is awaited"]
+pub struct RegistrationBuilder {
+    pub(super) etcd: Etcd,
+    pub(super) policy: AddressPolicy,
+    pub(super) target: Target,
+    pub(super) further: Vec<String>,
+    dedicated_thread: bool,
+    pub(super) address: Option<String>,
+    pub(super) host: Option<String>,
+    pub(super) advertisement: Attributes,
+    pub(super) ttl: Duration,
+    pub(super) format: Format,
+    pub(crate) startup_timeout: Duration,
+    pub(in crate::registration) deregister_timeout: Duration,
+    pub(crate) serve: ServeOptions,
+    pub(in crate::registration) states: watch::Sender<RegistrationState>,
+}
+
+/// The service or the exact key of the registration.
+#[derive(Debug)]
+pub(super) enum Target {
+    Service {
+        keyspace: Keyspace,
+        service: String,
+        id: Option<String>,
+    },
+    Key(String),
+}
+
+#[derive(Debug)]
+pub(super) struct Attributes {
+    pub(super) weight: Option<u32>,
+    pub(super) tls: bool,
+    pub(super) zone: Option<String>,
+    pub(super) version: Option<String>,
+    pub(super) metadata: Vec<(String, String)>,
+}
+
+impl RegistrationBuilder {
+    pub(crate) fn service(
+        etcd: Etcd,
+        policy: AddressPolicy,
+        keyspace: Keyspace,
+        service: &str,
+    ) -> Self {
+        Self::new(
+            etcd,
+            policy,
+            Target::Service {
+                keyspace,
+                service: service.to_owned(),
+                id: None,
+            },
+        )
+    }
+
+    pub(crate) fn key(etcd: Etcd, policy: AddressPolicy, key: &str) -> Self {
+        Self::new(etcd, policy, Target::Key(key.to_owned()))
+    }
+
+    fn new(etcd: Etcd, policy: AddressPolicy, target: Target) -> Self {
+        Self {
+            etcd,
+            policy,
+            target,
+            further: Vec::new(),
+            dedicated_thread: false,
+            address: None,
+            host: None,
+            advertisement: Attributes {
+                weight: None,
+                tls: false,
+                zone: None,
+                version: None,
+                metadata: Vec::new(),
+            },
+            ttl: DEFAULT_TTL,
+            format: Format::default(),
+            startup_timeout: STARTUP_TIMEOUT,
+            deregister_timeout: DEREGISTER_TIMEOUT,
+            serve: ServeOptions::default(),
+            states: watch::Sender::new(RegistrationState::Registering { last_error: None }),
+        }
+    }
+
+    /// Registers the server for one more service, with the same address, id, attributes and lease. Call this function once for each
+    /// service.
+    ///
+    /// A server with many services then needs one lease and one renewal. Changes of the registration apply to all of its services;
+    /// [`Registration::deregister_service`] removes a single one. A registration at an exact key cannot have additional services.
+    ///
+    /// ```no_run
+    /// # async fn run(registry: tonic_etcd::Registry) -> Result<(), tonic_etcd::RegisterError> {
+    /// let registration = registry
+    ///     .registration("helloworld.Greeter")
+    ///     .additional_service("routeguide.RouteGuide")
+    ///     .address("10.0.0.5:50051")
+    ///     .register()
+    ///     .await?;
+    /// registration.deregister_service("routeguide.RouteGuide").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn additional_service(mut self, service: impl Into<String>) -> Self {
+        self.further.push(service.into());
+        self
+    }
+
+    /// Sets whether the registration runs on its own thread, with its own connections. The lease is then renewed even while calls occupy
+    /// every thread of the runtime for longer than the TTL. Disabled by default. A client passed to
+    /// [`Registry::from_client`](crate::Registry::from_client) keeps its connections on the runtime that created them.
+    pub fn dedicated_thread(mut self, dedicated_thread: bool) -> Self {
+        self.dedicated_thread = dedicated_thread;
+        self
+    }
+
+    /// Sets the address that clients dial, as `host:port`, with IPv6 addresses in brackets.
+    ///
+    /// A server that registers itself ([`ServeRegistered`](crate::ServeRegistered)) does not need this option: it advertises the address of
+    /// its listener. If that address is unspecified (`0.0.0.0`, `::`), the server advertises the local address of the route to etcd.
+    pub fn address(mut self, address: impl Into<String>) -> Self {
+        self.address = Some(address.into());
+        self
+    }
+
+    /// Sets the host that clients dial. The port is the port of the listener. By default the host is also taken from the listener.
+    pub fn host(mut self, host: impl Into<String>) -> Self {
+        self.host = Some(host.into());
+        self
+    }
+
+    /// Sets the instance id, the last part of the key. The default is the address, so that a restarted server overwrites its old entry. The
+    /// id has no effect on a registration at an exact key. It is rejected if the [`Format`] requires the address in that place.
+    pub fn instance_id(mut self, instance_id: impl Into<String>) -> Self {
+        if let Target::Service { id, .. } = &mut self.target {
+            *id = Some(instance_id.into());
+        }
+        self
+    }
+
+    /// Sets the weight, 1 to 1 000 000: the share of calls relative to the weights of the other instances. The default is the weight that
+    /// the [`Format`] assigns to a value without a weight: 1, or 10 or 100 in the formats of some other libraries.
+    pub fn weight(mut self, weight: u32) -> Self {
+        self.advertisement.weight = Some(weight);
+        self
+    }
+
+    /// Sets whether the entry states that the server uses TLS, if the [`Format`] has a field for that. Clients of other libraries may use
+    /// this hint when they connect; clients of this library ignore it. Disabled by default.
+    pub fn tls_hint(mut self, tls: bool) -> Self {
+        self.advertisement.tls = tls;
+        self
+    }
+
+    /// Sets the zone. The default is no zone.
+    pub fn zone(mut self, zone: impl Into<String>) -> Self {
+        self.advertisement.zone = Some(zone.into());
+        self
+    }
+
+    /// Sets the version. The default is no version.
+    pub fn version(mut self, version: impl Into<String>) -> Self {
+        self.advertisement.version = Some(version.into());
+        self
+    }
+
+    /// Adds one metadata entry. The names `weight`, `zone`, `version` and `leaving` are rejected, because they are attributes.
+    pub fn metadata(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.advertisement
+            .metadata
+            .push((name.into(), value.into()));
+        self
+    }
+
+    /// Sets the time to live of the lease: how long etcd keeps the entry of a server that has died. The minimum is 2 s, the minimum of etcd
+    /// with its default settings. Fractions of a second are rounded up. The default is 15 s. The lease is renewed after a third of the TTL
+    /// that etcd grants. The entry may remain for longer, because the TTL of every lease restarts when etcd elects a leader.
+    pub fn ttl(mut self, ttl: Duration) -> Self {
+        self.ttl = ttl;
+        self
+    }
+
+    /// Sets the format of the key and the value. The default is [`Format::EtcdNaming`].
+    pub fn format(mut self, format: Format) -> Self {
+        self.format = format;
+        self
+    }
+
+    /// Sets how long [`register`](Self::register) retries while etcd is unavailable. The default is 30 s. After this timeout, `register`
+    /// removes everything that may have reached etcd before it returns, which takes up to [`deregister_timeout`](Self::deregister_timeout)
+    /// plus one second. After the first success, a registration retries without limit.
+    pub fn startup_timeout(mut self, timeout: Duration) -> Self {
+        self.startup_timeout = timeout;
+        self
+    }
+
+    /// Sets how long [`deregister`](Registration::deregister) and changes of a registration retry while etcd is unavailable. The default is
+    /// 5 s. An entry that a deregistration could not remove is removed when its lease expires.
+    pub fn deregister_timeout(mut self, timeout: Duration) -> Self {
+        self.deregister_timeout = timeout;
+        self
+    }
+
+    /// Returns a watch of the state of the registration. The watch is valid before the registration starts, so that it can be kept when the
+    /// builder is passed to a server.
+    #[must_use]
+    pub fn watch_state(&self) -> watch::Receiver<RegistrationState> {
+        self.states.subscribe()
+    }
+
+    /// Registers the server and keeps it registered until [`Registration::deregister`].
+    ///
+    /// Returns once the key is in etcd. An old entry under the same key, for example of a crashed server, is overwritten.
+    ///
+    /// # Errors
+    ///
+    /// An invalid option is rejected before the first request to etcd; the error names the option. An error that only an operator can
+    /// resolve (permission denied, credentials) is returned at once. If etcd is unavailable, an error is returned after
+    /// [`startup_timeout`](Self::startup_timeout). After an error, nothing stays registered.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future removes in the background everything that was written.
+    ///
+    /// # Panics
+    ///
+    /// Panics outside a tokio runtime.
+    pub async fn register(self) -> Result<Registration, RegisterError> {
+        let startup_timeout = self.startup_timeout;
+        let registration = self.start(None).await?;
+        if let Err(error) = registration.registered(startup_timeout).await {
+            // Everything that may have reached etcd is removed before the error is returned.
+            if let Err(error) = registration.deregister().await {
+                tracing::debug!(%error, "could not take the registration back; it goes with its lease");
+            }
+            return Err(error);
+        }
+        Ok(registration)
+    }
+
+    /// Starts the registration of a server that listens on `bound`.
+    pub(crate) async fn start(
+        self,
+        bound: Option<SocketAddr>,
+    ) -> Result<Registration, RegisterError> {
+        self.check()?;
+        let entry = self.entry(self.advertised(bound).await?)?;
+        Registration::start(
+            self.etcd,
+            entry,
+            self.deregister_timeout,
+            self.dedicated_thread,
+            self.states,
+        )
+    }
+}
+
+const DEFAULT_TTL: Duration = Duration::from_secs(15);
+const STARTUP_TIMEOUT: Duration = Duration::from_secs(30);
+const DEREGISTER_TIMEOUT: Duration = Duration::from_secs(5);

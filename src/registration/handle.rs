@@ -1,0 +1,103 @@
+//! A handle of the registration of a server, for code beside the server.
+
+use tokio::sync::watch;
+use tonic_balance::Address;
+
+use super::registration::{Registration, Started};
+use crate::error::RegisterError;
+
+/// A handle of the registration of a server, which does not keep it registered; made by [`RegistrationBuilder::handle`].
+///
+/// Clones refer to the same registration. Its methods wait until the server has started.
+#[derive(Clone, Debug)]
+pub struct RegistrationHandle {
+    started: watch::Receiver<Option<Started>>,
+}
+
+impl RegistrationHandle {
+    pub(crate) fn new(started: watch::Receiver<Option<Started>>) -> Self {
+        Self { started }
+    }
+
+    /// Waits until the server has bound its socket, and returns the address that it advertises. `None` if the server has ended before.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future changes nothing.
+    pub async fn address(&self) -> Option<Address> {
+        let started = self.started().await?;
+        Some(started.parts.entry.instance.address().clone())
+    }
+
+    /// Waits until the server has bound its socket, and returns its keys in etcd, one for each service. Empty if the server has ended
+    /// before.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future changes nothing.
+    pub async fn keys(&self) -> Vec<String> {
+        let keys = |started: Started| {
+            let keys = started.parts.keys.iter();
+            keys.map(|(key, _)| key.clone()).collect()
+        };
+        self.started().await.map(keys).unwrap_or_default()
+    }
+
+    /// Removes the entry until [`resume`](Self::resume). The server still serves the calls that it receives.
+    ///
+    /// # Errors
+    ///
+    /// As [`Registration::pause`], and if the server has ended.
+    ///
+    /// # Cancel safety
+    ///
+    /// After the request is sent, it is carried out even if the future is dropped.
+    pub async fn pause(&self) -> Result<(), RegisterError> {
+        self.registration().await?.pause().await
+    }
+
+    /// Restores the entry after a [`pause`](Self::pause).
+    ///
+    /// # Errors
+    ///
+    /// As [`Registration::resume`], and if the server has ended.
+    ///
+    /// # Cancel safety
+    ///
+    /// After the request is sent, it is carried out even if the future is dropped.
+    pub async fn resume(&self) -> Result<(), RegisterError> {
+        self.registration().await?.resume().await
+    }
+
+    /// Changes the weight, 1 to 1 000 000, without a new registration.
+    ///
+    /// # Errors
+    ///
+    /// As [`Registration::set_weight`], and if the server has ended.
+    ///
+    /// # Cancel safety
+    ///
+    /// After the request is sent, it is carried out even if the future is dropped.
+    pub async fn set_weight(&self, weight: u32) -> Result<(), RegisterError> {
+        self.registration().await?.set_weight(weight).await
+    }
+
+    async fn started(&self) -> Option<Started> {
+        let mut started = self.started.clone();
+        let started = started.wait_for(Option::is_some).await;
+        started.ok()?.clone()
+    }
+
+    /// Returns the registration for one request. Dropping it deregisters nothing while the server has its own.
+    async fn registration(&self) -> Result<Registration, RegisterError> {
+        let ended = |key: &str| RegisterError::Ended {
+            key: key.to_owned(),
+        };
+        let Started { parts, requests } = self.started().await.ok_or_else(|| ended("(none)"))?;
+        let Some(requests) = requests.upgrade() else {
+            let key = parts.keys.first().map_or("", |(key, _)| key);
+            return Err(ended(key));
+        };
+        Ok(Registration { parts, requests })
+    }
+}

@@ -1,0 +1,420 @@
+//! The state of a lease and of the keys under it.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::backoff::Backoff;
+use crate::error::EtcdError;
+use crate::keyspace::{KeyValue, LeaseId, Revision};
+
+/// The next command for the owner task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::registration) enum Command {
+    /// Grant this lease. The result is passed to [`Machine::on_granted`].
+    Grant { lease: LeaseId, deadline: Duration },
+    /// Read the keys of [`Machine::live`] linearizably. The result is passed to [`Machine::on_read`].
+    Read { deadline: Duration },
+    /// Put the value, with or without the leave marker, under the keys of [`Machine::puts`]: all of them or none, and only if each key has
+    /// the expected mod revision. The result is passed to [`Machine::on_put`].
+    Put {
+        lease: LeaseId,
+        leaving: bool,
+        deadline: Duration,
+    },
+    /// Delete this key if it is attached to this lease. If `leave_marker` is set, first write the leave marker, on the condition that the
+    /// key still has this mod revision. The result of the delete is passed to [`Machine::on_deleted`].
+    Delete {
+        index: usize,
+        lease: LeaseId,
+        leave_marker: Option<Revision>,
+        deadline: Duration,
+    },
+    /// Renew the lease, and reject a response with a raft term below `term`. The result is passed to [`Machine::on_renewed`].
+    Renew {
+        lease: LeaseId,
+        term: u64,
+        deadline: Duration,
+    },
+    /// Revoke the lease. The result is passed to [`Machine::on_revoked`].
+    Revoke { lease: LeaseId, deadline: Duration },
+    /// Wait until this time, for an event on a key, or for a request.
+    Wait { until: Option<Instant> },
+    /// End the task.
+    End,
+}
+
+/// The state machine of one registration.
+#[derive(Debug)]
+pub(in crate::registration) struct Machine {
+    pub(super) ttl: Duration,
+    pub(super) state: State,
+    pub(super) lease: Option<Lease>,
+    /// Earlier leases whose revoke was not confirmed. Own keys may still be attached to them.
+    pub(super) unrevoked: Vec<LeaseId>,
+    /// The earliest time of the next revoke of an earlier lease.
+    pub(super) revoke_at: Option<Instant>,
+    /// The lease id of the last failed grant. etcd may have granted the lease although the grant failed here.
+    pub(super) asked: Option<LeaseId>,
+    /// The leases that were granted to this registration. Keys attached to them are its own.
+    pub(super) granted: Vec<LeaseId>,
+    /// The raft term of the last linearizable read, or of a later renewal.
+    pub(super) term: u64,
+    pub(super) keys: Vec<KeyEntry>,
+    /// Whether the watch on the keys is open, so that a loss is detected at once.
+    pub(super) key_watched: bool,
+    /// Whether a renewal or the watch has failed since the last successful renewal.
+    pub(super) disturbed: bool,
+    /// Whether the format has a leave marker.
+    pub(super) has_leave_marker: bool,
+    /// Until this time, no request except renewals is sent.
+    pub(super) not_before: Option<Instant>,
+    pub(super) backoff: Backoff,
+    pub(super) rng: fastrand::Rng,
+    pub(in crate::registration) failures: u64,
+    pub(in crate::registration) last_error: Option<EtcdError>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Granting {
+        lease: LeaseId,
+    },
+    Reading,
+    Putting,
+    Registered,
+    /// Other servers have every key.
+    Superseded,
+    /// The keys are being removed. `leave_marker`: whether the leave marker must still be written.
+    Leaving {
+        leave_marker: bool,
+        next: After,
+    },
+    Paused,
+    Deregistered,
+}
+
+/// One key and its known state.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct KeyEntry {
+    /// The mod revision of the last own write, while the key exists under the registration's lease.
+    pub(super) held: Option<Revision>,
+    /// The mod revision that the next put expects, or `None` if no put is needed.
+    pub(super) expected: Option<Revision>,
+    /// The lease that the key is attached to, if another server has the key.
+    pub(super) foreign: Option<LeaseId>,
+    pub(super) claim: Claim,
+    pub(super) value: Value,
+    pub(super) removal: Removal,
+    /// The earliest time of the next delete. It is per key, because a rejected delete must not delay requests for the other keys.
+    pub(super) delete_at: Option<Instant>,
+}
+
+/// The claim of the registration to a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Claim {
+    /// The registration has not written the key yet. Its first put may overwrite the key of another server.
+    Open,
+    /// The registration has written the key, or has found it with its own value and lease. A key of another server is not overwritten.
+    Made,
+}
+
+/// The value of a key in etcd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Value {
+    /// The current value is not in etcd, or it is not known whether it is.
+    Pending,
+    /// The current value is in etcd.
+    Written,
+}
+
+/// The removal of one key while other keys stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Removal {
+    /// The key stays.
+    None,
+    /// The key must be deleted.
+    Requested,
+    /// The key is deleted.
+    Done,
+}
+
+impl KeyEntry {
+    const NEW: Self = Self {
+        held: None,
+        expected: None,
+        foreign: None,
+        claim: Claim::Open,
+        value: Value::Pending,
+        removal: Removal::None,
+        delete_at: None,
+    };
+
+    pub(super) fn is_live(&self) -> bool {
+        self.removal == Removal::None
+    }
+
+    /// Returns whether the current value must still be written.
+    pub(super) fn is_pending(&self) -> bool {
+        self.value == Value::Pending
+    }
+
+    /// Records that the key no longer exists under the registration's lease.
+    pub(super) fn lose(&mut self) {
+        self.held = None;
+        self.expected = None;
+        if self.removal == Removal::Requested {
+            self.removal = Removal::Done;
+        }
+    }
+}
+
+/// The result of the read of one key.
+#[derive(Clone, Debug)]
+pub(in crate::registration) struct Found {
+    pub(in crate::registration) index: usize,
+    pub(in crate::registration) kv: Option<KeyValue>,
+    /// Whether the value in etcd is the current value.
+    pub(in crate::registration) current: bool,
+}
+
+/// A guarded put: the key is written only if it has the expected mod revision.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::registration) struct Put {
+    pub(in crate::registration) index: usize,
+    pub(in crate::registration) expected: Revision,
+}
+
+/// The step after the revoke of the lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum After {
+    Pause,
+    Deregister,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Lease {
+    pub(super) id: LeaseId,
+    pub(super) ttl: Duration,
+    /// The time at which the lease expires without a further renewal. It is counted from the time at which the last successful grant or
+    /// renewal was sent.
+    pub(super) expires: Instant,
+    pub(super) renew_at: Instant,
+    /// Number of failed renewals since the last success.
+    pub(super) failed: u32,
+    /// Number of successful renewals since the last read of the keys.
+    pub(super) unverified: u32,
+    /// Whether a renewal or a put under this lease has succeeded.
+    pub(super) proven: bool,
+}
+
+/// The state of a registration as reported to its owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::registration) enum Phase {
+    Registering,
+    Registered { lease: LeaseId, expires: Instant },
+    Superseded(LeaseId),
+    Leaving,
+    Paused,
+    Deregistered,
+}
+
+impl Machine {
+    pub(in crate::registration) fn new(
+        ttl: Duration,
+        keys: usize,
+        has_leave_marker: bool,
+        mut rng: fastrand::Rng,
+    ) -> Self {
+        let bound = (ttl / 4).min(RETRY_MAX);
+        Self {
+            ttl,
+            state: State::Granting {
+                lease: LeaseId::random(&mut rng),
+            },
+            lease: None,
+            unrevoked: Vec::new(),
+            revoke_at: None,
+            asked: None,
+            granted: Vec::new(),
+            term: 0,
+            keys: vec![KeyEntry::NEW; keys],
+            key_watched: false,
+            disturbed: false,
+            has_leave_marker,
+            not_before: None,
+            backoff: Backoff::new(RETRY_FIRST, bound),
+            rng,
+            failures: 0,
+            last_error: None,
+        }
+    }
+
+    /// Returns the phase. `Registered` means that every key is known to exist under the registration's lease, and that the lease cannot
+    /// have expired yet. If another server has one of the keys, the phase is `Superseded`, even if all other keys are registered.
+    pub(in crate::registration) fn phase(&self, now: Instant) -> Phase {
+        match self.state {
+            State::Leaving { .. } => return Phase::Leaving,
+            State::Paused => return Phase::Paused,
+            State::Deregistered => return Phase::Deregistered,
+            _ => {}
+        }
+        if let Some(lease) = self.live_entries().find_map(|entry| entry.foreign) {
+            return Phase::Superseded(lease);
+        }
+        // A verification or a put of a new value does not remove the old value, so it does not change the phase.
+        match &self.lease {
+            Some(lease)
+                if self.live_entries().all(|entry| entry.held.is_some()) && now < lease.expires =>
+            {
+                Phase::Registered {
+                    lease: lease.id,
+                    expires: lease.expires,
+                }
+            }
+            _ => Phase::Registering,
+        }
+    }
+
+    /// Returns whether the newest value is in etcd.
+    pub(in crate::registration) fn is_written(&self) -> bool {
+        self.state == State::Registered && !self.live_entries().any(KeyEntry::is_pending)
+    }
+
+    /// Returns whether a key is removed for good.
+    pub(in crate::registration) fn is_gone(&self, index: usize) -> bool {
+        let is_deleted = |entry: &KeyEntry| entry.removal == Removal::Done;
+        self.state == State::Deregistered || self.keys.get(index).is_none_or(is_deleted)
+    }
+
+    /// Returns the indexes of the live keys: neither removed nor being removed.
+    pub(in crate::registration) fn live(&self) -> impl Iterator<Item = usize> {
+        let live = |(index, entry): (usize, &KeyEntry)| entry.is_live().then_some(index);
+        self.keys.iter().enumerate().filter_map(live)
+    }
+
+    /// Returns the puts of the next [`Command::Put`], at most 100.
+    pub(in crate::registration) fn puts(&self) -> Vec<Put> {
+        let leaving = matches!(self.state, State::Leaving { .. });
+        let puts = self.keys.iter().enumerate().filter_map(|(index, entry)| {
+            let expected = if leaving { entry.held } else { entry.expected };
+            let expected = expected.filter(|_| entry.is_live())?;
+            Some(Put { index, expected })
+        });
+        puts.take(PUTS_MAX).collect()
+    }
+
+    pub(super) fn live_entries(&self) -> impl Iterator<Item = &KeyEntry> {
+        self.keys.iter().filter(|entry| entry.is_live())
+    }
+
+    /// Returns the time at which the phase may change without an input.
+    pub(in crate::registration) fn expires(&self) -> Option<Instant> {
+        self.lease.map(|lease| lease.expires)
+    }
+
+    /// Records that the value has changed.
+    pub(in crate::registration) fn on_new_value(&mut self) {
+        for entry in &mut self.keys {
+            entry.value = Value::Pending;
+        }
+    }
+
+    /// Removes one key for good. Removing the last key ends the registration.
+    pub(in crate::registration) fn on_remove(&mut self, index: usize) {
+        if self.live().eq([index]) {
+            return self.take_away(After::Deregister);
+        }
+        if let Some(entry) = self.keys.get_mut(index) {
+            if entry.removal == Removal::None {
+                entry.removal = Removal::Requested;
+            }
+            // Without any lease, no own key exists.
+            if self.lease.is_none() && self.unrevoked.is_empty() {
+                entry.lose();
+            }
+        }
+    }
+
+    /// Removes the keys until [`on_resume`](Self::on_resume).
+    pub(in crate::registration) fn on_pause(&mut self) {
+        self.take_away(After::Pause);
+    }
+
+    /// Restores the keys after a pause.
+    pub(in crate::registration) fn on_resume(&mut self) {
+        if matches!(
+            self.state,
+            State::Paused
+                | State::Leaving {
+                    next: After::Pause,
+                    ..
+                }
+        ) {
+            // A revoke of the lease may be in flight, so the registration continues with a new lease. If that revoke did not reach etcd,
+            // the old lease is revoked later, once the keys are attached to the new lease.
+            self.leave_behind();
+            self.lose_lease();
+            self.register();
+        }
+    }
+
+    /// Removes the keys for good.
+    pub(in crate::registration) fn on_deregister(&mut self) {
+        self.take_away(After::Deregister);
+    }
+
+    fn take_away(&mut self, next: After) {
+        let leave_marker = match self.state {
+            State::Deregistered => return,
+            State::Leaving { leave_marker, .. } => leave_marker,
+            _ => self.has_leave_marker && self.live_entries().any(|entry| entry.held.is_some()),
+        };
+        self.not_before = None;
+        self.state = State::Leaving { leave_marker, next };
+        // Without any lease, no own key exists. A grant whose response was lost may leave a lease, but no key is attached to it.
+        if self.lease.is_none() && self.unrevoked.is_empty() {
+            self.left(next);
+        }
+    }
+
+    /// Records the lease for a later revoke, which also deletes the keys that are still attached to it.
+    pub(super) fn leave_behind(&mut self) {
+        self.unrevoked.extend(self.lease.map(|lease| lease.id));
+        if self.unrevoked.len() > UNREVOKED_KEPT {
+            self.unrevoked.remove(0);
+        }
+    }
+
+    /// Drops the lease and all keys under it from the known state.
+    pub(super) fn lose_lease(&mut self) {
+        self.lease = None;
+        for entry in &mut self.keys {
+            entry.lose();
+        }
+    }
+}
+
+/// Longest step of the backoff. After an outage, every lease is valid again for one TTL. With a longer backoff, the leases of a fleet would
+/// expire after etcd has recovered.
+pub(super) const RETRY_MAX: Duration = Duration::from_secs(3);
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+/// Longest timeout of a request. A healthy member responds within milliseconds.
+pub(super) const DEADLINE_MAX: Duration = Duration::from_secs(2);
+/// Longest TTL that is accepted from etcd. No registration requests a longer TTL, so a longer one in a response is an error and is capped.
+pub(super) const TTL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+/// Timeout of the leave marker. The marker is best effort, and the revoke that follows needs the remaining time.
+pub(in crate::registration) const LEAVE_MARKER_MAX: Duration = Duration::from_millis(500);
+/// Longest wait between attempts while credentials or permissions are rejected.
+pub(super) const OPERATOR_WAIT: Duration = Duration::from_secs(30);
+/// Number of renewals, each a third of the TTL apart, per read of the keys. The keys are read once per TTL while they are watched, and
+/// after each renewal while they are not.
+pub(super) const VERIFY_EVERY: u32 = 3;
+/// Wait between reads of a key of another server. The reads cover a watch that cannot be opened.
+pub(super) const SUPERSEDED_READ: Duration = Duration::from_secs(10);
+/// Most puts in one transaction. etcd rejects more than 128 operations with its default settings.
+const PUTS_MAX: usize = 100;
+/// Most own leases that are remembered. Each of them replaced a lost lease.
+pub(super) const GRANTED_KEPT: usize = 64;
+/// Most earlier leases that are kept for a later revoke. Each of them is the result of a pause during an outage.
+const UNREVOKED_KEPT: usize = 8;

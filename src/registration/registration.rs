@@ -1,0 +1,329 @@
+//! A registered server, and the requests to the task that keeps it registered.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
+use tonic_balance::Address;
+use tracing::Instrument;
+
+use super::entry::{Entry, check_weight};
+use super::status::RegistrationState;
+use super::task::{Answer, Failure, Request, Task};
+use crate::error::RegisterError;
+use crate::etcd::Etcd;
+
+/// A registered server. It stays registered until it is [deregistered](Self::deregister): after a failure of etcd, the entry is restored.
+///
+/// Dropping it deregisters the server in the background and does not report the result.
+///
+/// ```no_run
+/// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+/// let registry = tonic_etcd::Registry::connect(["127.0.0.1:2379"]).await?;
+/// let registration = registry
+///     .registration("helloworld.Greeter")
+///     .address("10.0.0.5:50051")
+///     .zone("eu-1a")
+///     .register()
+///     .await?;
+/// // serve ...
+/// registration.deregister().await?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+#[must_use = "dropping it deregisters the server"]
+pub struct Registration {
+    pub(super) parts: Arc<Parts>,
+    /// The task deregisters when the last sender is dropped.
+    pub(super) requests: mpsc::Sender<Request>,
+}
+
+/// What a registration and its handles share.
+#[derive(Debug)]
+pub(super) struct Parts {
+    /// The key of each service and the name of the service. The name is empty for an exact key.
+    pub(super) keys: Vec<(String, String)>,
+    pub(super) entry: Entry,
+    endpoints: Vec<String>,
+    change_timeout: Duration,
+    states: watch::Receiver<RegistrationState>,
+}
+
+/// A registration that has started.
+#[derive(Clone, Debug)]
+pub(crate) struct Started {
+    pub(super) parts: Arc<Parts>,
+    pub(super) requests: mpsc::WeakSender<Request>,
+}
+
+impl Registration {
+    /// Starts the registration. [`registered`](Self::registered) returns the result.
+    pub(super) fn start(
+        etcd: Etcd,
+        entry: Entry,
+        change_timeout: Duration,
+        dedicated_thread: bool,
+        states: watch::Sender<RegistrationState>,
+    ) -> Result<Self, RegisterError> {
+        let (requests, inbox) = mpsc::channel(8);
+        let services = entry.services.iter().cloned();
+        let services = services.chain(std::iter::repeat(String::new()));
+        let keys = entry.keys.iter().map(ToString::to_string);
+        let parts = Parts {
+            keys: keys.zip(services).collect(),
+            entry: entry.clone(),
+            endpoints: etcd.endpoints(),
+            change_timeout,
+            states: states.subscribe(),
+        };
+        let registration = Self {
+            parts: Arc::new(parts),
+            requests,
+        };
+        let span = tracing::info_span!("registration", key = registration.key());
+        let run = async move |etcd| {
+            let task = Task::new(etcd, entry, inbox, states, change_timeout);
+            // The futures of the etcd client are large.
+            Box::pin(task.run().instrument(span)).await;
+        };
+        if dedicated_thread {
+            let started = detached(etcd, run);
+            started.map_err(|source| RegisterError::Thread {
+                key: registration.key().to_owned(),
+                source: Arc::new(source),
+            })?;
+        } else {
+            tokio::spawn(Box::pin(run(etcd)));
+        }
+        Ok(registration)
+    }
+
+    /// Returns what a handle needs.
+    pub(crate) fn started(&self) -> Started {
+        Started {
+            parts: Arc::clone(&self.parts),
+            requests: self.requests.downgrade(),
+        }
+    }
+
+    /// Waits until the registration succeeds for the first time, or fails with an error that only an operator can resolve.
+    pub(crate) async fn registered(&self, bound: Duration) -> Result<(), RegisterError> {
+        let mut states = self.parts.states.clone();
+        let first = async {
+            loop {
+                let state = states.borrow_and_update().clone();
+                match state {
+                    RegistrationState::Registered { .. } => return Ok(()),
+                    RegistrationState::Registering {
+                        last_error: Some(source),
+                    } if source.kind().needs_operator() => {
+                        return Err(RegisterError::Refused {
+                            key: self.key().to_owned(),
+                            source,
+                        });
+                    }
+                    RegistrationState::Deregistered | RegistrationState::Aborted => {
+                        return Err(self.ended());
+                    }
+                    _ => {}
+                }
+                if states.changed().await.is_err() {
+                    return Err(self.ended());
+                }
+            }
+        };
+        match timeout(bound, first).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(self.timed_out(bound)),
+        }
+    }
+
+    /// Returns the key in etcd, or the first key if the registration has [several](Self::keys).
+    #[must_use]
+    pub fn key(&self) -> &str {
+        self.parts.keys.first().map_or("", |(key, _)| key)
+    }
+
+    /// Returns the keys in etcd, one for each service, in the order in which the services were added.
+    pub fn keys(&self) -> impl Iterator<Item = &str> {
+        self.parts.keys.iter().map(|(key, _)| key.as_str())
+    }
+
+    /// Returns the advertised address.
+    #[must_use]
+    pub fn address(&self) -> &Address {
+        self.parts.entry.instance.address()
+    }
+
+    /// Returns the current state of the registration.
+    #[must_use]
+    pub fn state(&self) -> RegistrationState {
+        self.parts.states.borrow().clone()
+    }
+
+    /// Returns a watch of the state of the registration, for example for a health check, a metric or a log.
+    #[must_use]
+    pub fn watch_state(&self) -> watch::Receiver<RegistrationState> {
+        self.parts.states.clone()
+    }
+
+    /// Removes the entry until [`resume`](Self::resume). The server still serves the calls that it receives.
+    ///
+    /// # Errors
+    ///
+    /// Fails if etcd does not confirm the change before the timeout (5 s by default). The attempts continue in the background. The entry is
+    /// removed when its lease expires, at the latest.
+    ///
+    /// # Cancel safety
+    ///
+    /// After the request is sent, it is carried out even if the future is dropped.
+    pub async fn pause(&self) -> Result<(), RegisterError> {
+        self.ask(Request::Pause).await
+    }
+
+    /// Restores the entry after a [`pause`](Self::pause). Returns once the entry is in etcd, or at once if the registration is not paused.
+    ///
+    /// # Errors
+    ///
+    /// Fails if etcd does not confirm the change before the timeout (5 s by default); the attempts continue in the background. Also fails
+    /// if another server has the key.
+    ///
+    /// # Cancel safety
+    ///
+    /// After the request is sent, it is carried out even if the future is dropped.
+    pub async fn resume(&self) -> Result<(), RegisterError> {
+        self.ask(Request::Resume).await
+    }
+
+    /// Changes the weight, 1 to 1 000 000, without a new registration: clients keep their connections. A paused registration uses the new
+    /// weight when it resumes.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the weight is out of range, or if the format has no field for a weight; the error states the reason. Fails if etcd does not
+    /// confirm the change before the timeout (5 s by default); the attempts continue in the background. Also fails if another server has
+    /// the key.
+    ///
+    /// # Cancel safety
+    ///
+    /// After the request is sent, it is carried out even if the future is dropped.
+    pub async fn set_weight(&self, weight: u32) -> Result<(), RegisterError> {
+        let invalid = |reason| RegisterError::Invalid {
+            service: self.key().to_owned(),
+            reason,
+        };
+        check_weight(weight).map_err(invalid)?;
+        let entry = self.parts.entry.weighted(weight);
+        let entry = entry.map_err(|error| {
+            invalid(format!("the format {:?} {error}", self.parts.entry.format))
+        })?;
+        self.ask(|answer| Request::SetWeight(entry, answer)).await
+    }
+
+    /// Removes the entry of one of [several services](RegistrationBuilder::additional_service). The entries of the other services stay.
+    /// Removing the last entry ends the registration, as [`deregister`](Self::deregister) does. A second call for the same service has no
+    /// effect.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the registration does not contain this service. Also fails if etcd does not confirm the change before the timeout (5 s by
+    /// default); the attempts continue in the background.
+    ///
+    /// # Cancel safety
+    ///
+    /// After the request is sent, it is carried out even if the future is dropped.
+    pub async fn deregister_service(&self, service: &str) -> Result<(), RegisterError> {
+        let index = self.parts.keys.iter().position(|(_, name)| name == service);
+        let index = index.ok_or_else(|| RegisterError::Invalid {
+            service: service.to_owned(),
+            reason: format!(
+                "the registration of {:?} is not of this service",
+                self.key()
+            ),
+        })?;
+        self.ask(|answer| Request::Remove(index, answer)).await
+    }
+
+    /// Removes the entry, revokes the lease and ends the registration. The server is not registered again afterwards.
+    ///
+    /// # Errors
+    ///
+    /// Fails if etcd does not confirm the change before the timeout (5 s by default). The entry is then removed when its lease expires, one
+    /// TTL later at the latest.
+    ///
+    /// # Cancel safety
+    ///
+    /// After the request is sent, it is carried out even if the future is dropped.
+    pub async fn deregister(self) -> Result<(), RegisterError> {
+        self.ask(Request::Deregister).await
+    }
+
+    async fn ask(&self, request: impl FnOnce(Answer) -> Request) -> Result<(), RegisterError> {
+        let (answer, outcome) = oneshot::channel();
+        let asked = async {
+            // The inbox may be full while the task is busy with earlier requests.
+            let sent = self.requests.send(request(answer)).await;
+            sent.map_err(|_| Failure::Ended)?;
+            outcome.await.unwrap_or(Err(Failure::Ended))
+        };
+        // The task itself abandons a deregistration at its timeout and reports the result, so this timeout is slightly longer.
+        match timeout(
+            self.parts.change_timeout.saturating_add(ANSWER_SLACK),
+            asked,
+        )
+        .await
+        {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(Failure::Superseded(lease))) => Err(RegisterError::Superseded {
+                key: self.key().to_owned(),
+                lease,
+            }),
+            Ok(Err(Failure::Ended)) => Err(self.ended()),
+            Ok(Err(Failure::GaveUp)) | Err(_) => Err(self.timed_out(self.parts.change_timeout)),
+        }
+    }
+
+    fn ended(&self) -> RegisterError {
+        RegisterError::Ended {
+            key: self.key().to_owned(),
+        }
+    }
+
+    fn timed_out(&self, bound: Duration) -> RegisterError {
+        let source = match self.state() {
+            RegistrationState::Registering { last_error }
+            | RegistrationState::Registered { last_error, .. }
+            | RegistrationState::Leaving { last_error } => last_error,
+            _ => None,
+        };
+        RegisterError::TimedOut {
+            key: self.key().to_owned(),
+            endpoints: self.parts.endpoints.clone(),
+            bound,
+            source,
+        }
+    }
+}
+
+/// Runs a registration on its own thread, with its own connections.
+fn detached<Run>(etcd: Etcd, run: Run) -> io::Result<()>
+where
+    Run: AsyncFnOnce(Etcd) + Send + 'static,
+{
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let thread = std::thread::Builder::new().name("registration".to_owned());
+    let body = move || {
+        runtime.block_on(async move {
+            run(etcd.detached()).await;
+        });
+    };
+    thread.spawn(body).map(drop)
+}
+
+/// Extra time for a result that the task sends at its own timeout.
+const ANSWER_SLACK: Duration = Duration::from_secs(1);

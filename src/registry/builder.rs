@@ -1,0 +1,165 @@
+//! The options of a registry, and its connection.
+
+use tonic_balance::AddressPolicy;
+
+use super::registry::Registry;
+use crate::error::RegistryError;
+use crate::etcd::{Config, Credentials, Etcd};
+use crate::keyspace::{Key, Keyspace};
+
+impl Registry {
+    /// Connects to etcd with default options, and makes one round trip: a wrong address or a missing password is reported as an error.
+    ///
+    /// An endpoint is `host:port`, `http://host:port` or `https://host:port` (feature `tls`), with IPv6 addresses in brackets. Pass the
+    /// endpoints of all members: a request that one member leaves unanswered is sent to another member within 2 s, and a member that is
+    /// down receives no requests. Either all endpoints use TLS or none. Further members are not discovered.
+    ///
+    /// # Errors
+    ///
+    /// The variant and the message of the error distinguish these cases: no server responds, a server other than etcd responds, only one
+    /// side uses TLS, or etcd rejects the user. The call fails after about 2 s if nothing listens, and after about 5 s if nothing responds.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future closes the connections that it has opened.
+    pub async fn connect<I>(endpoints: I) -> Result<Self, RegistryError>
+    where
+        I: IntoIterator,
+        I::Item: Into<String>,
+    {
+        Self::builder(endpoints).connect().await
+    }
+
+    /// Returns a builder for a registry with options.
+    ///
+    /// ```no_run
+    /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+    /// let registry = tonic_etcd::Registry::builder(["10.0.0.1:2379", "10.0.0.2:2379", "10.0.0.3:2379"])
+    ///     .prefix("/production/")
+    ///     .user("greeter", std::env::var("ETCD_PASSWORD")?)
+    ///     .connect()
+    ///     .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn builder<I>(endpoints: I) -> RegistryBuilder
+    where
+        I: IntoIterator,
+        I::Item: Into<String>,
+    {
+        let endpoints = endpoints.into_iter().map(Into::into).collect();
+        let config = Config {
+            endpoints,
+            ..Config::default()
+        };
+        RegistryBuilder {
+            config,
+            keyspace: Keyspace::default(),
+            policy: AddressPolicy::default(),
+        }
+    }
+}
+
+/// A builder for a [`Registry`] with options; created by [`Registry::builder`].
+#[derive(Clone)]
+#[must_use = "there is no registry before `connect` or `connect_lazy`"]
+pub struct RegistryBuilder {
+    config: Config,
+    keyspace: Keyspace,
+    policy: AddressPolicy,
+}
+
+impl RegistryBuilder {
+    /// Sets the prefix of the service keys. A missing trailing slash is added. The default is `/gRPC/`, or for each [`Format`] of another
+    /// library the prefix that this library uses. With an empty prefix, keys begin with the service name, as for `etcd:///service` in
+    /// grpc-go.
+    pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
+        self.keyspace = Keyspace::new(&prefix.into());
+        self
+    }
+
+    /// Sets the etcd user. The default is no user. The token that etcd issues for the user is renewed whenever etcd rejects it.
+    pub fn user(mut self, name: impl Into<String>, password: impl Into<String>) -> Self {
+        self.config.credentials = Some(Credentials {
+            user: name.into(),
+            password: password.into(),
+        });
+        self
+    }
+
+    /// Enables TLS to etcd with this configuration. By default, endpoints with `https://` are verified against the system's root
+    /// certificates.
+    ///
+    /// The certificate of every member must be valid for the name in the configuration, or with
+    /// [`TlsConfig::verify_dialled_host`](tonic_balance::TlsConfig::verify_dialled_host) for the member's own host. Certificate files are
+    /// read again at each handshake, so renewed certificates need no restart.
+    #[cfg(feature = "tls")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
+    pub fn tls_config(mut self, tls: tonic_balance::TlsConfig) -> Self {
+        self.config.tls = Some(tls);
+        self
+    }
+
+    /// Sets the policy for the addresses that resolvers accept and registrations may advertise. See [`AddressPolicy`] for the default.
+    pub fn address_policy(mut self, policy: AddressPolicy) -> Self {
+        self.policy = policy;
+        self
+    }
+
+    /// Connects, and makes one round trip.
+    ///
+    /// # Errors
+    ///
+    /// Fails as [`Registry::connect`] does.
+    pub async fn connect(self) -> Result<Registry, RegistryError> {
+        // The probe reads the prefix itself as a key: no server writes this key, and every user with read access to the prefix may read it.
+        // An empty key is not valid in etcd.
+        let probe = match self.keyspace.prefix() {
+            "" => "/",
+            prefix => prefix,
+        };
+        let etcd = Etcd::connect(&self.config, &Key::from(probe)).await?;
+        Ok(self.over(etcd))
+    }
+
+    /// Creates a registry that connects at its first request, for programs that must start while etcd is down. Wrong addresses, a wrong
+    /// user or a wrong TLS configuration are reported later: the first registration fails, while the first resolver or channel reports the
+    /// error in its status and retries.
+    ///
+    /// Give servers a long [`startup_timeout`](RegistrationBuilder::startup_timeout), within which etcd must become available.
+    ///
+    /// ```
+    /// use tonic_etcd::Registry;
+    ///
+    /// # fn main() -> Result<(), tonic_etcd::RegistryError> {
+    /// let registry = Registry::builder(["127.0.0.1:2379"]).connect_lazy()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Fails if no endpoint is configured, or if an endpoint is not valid.
+    pub fn connect_lazy(self) -> Result<Registry, RegistryError> {
+        let etcd = Etcd::connect_lazy(&self.config)?;
+        Ok(self.over(etcd))
+    }
+
+    fn over(self, etcd: Etcd) -> Registry {
+        Registry {
+            etcd,
+            keyspace: self.keyspace,
+            policy: self.policy,
+        }
+    }
+}
+
+impl std::fmt::Debug for RegistryBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RegistryBuilder")
+            // An endpoint that is not checked yet may contain a password.
+            .field("endpoints", &self.config.endpoints.len())
+            .field("prefix", &self.keyspace.prefix())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,169 @@
+//! A registry: one etcd cluster, and the location of services in it.
+
+use tonic_balance::AddressPolicy;
+use tonic_balance::{BalancedChannel, ChannelBuilder};
+
+use super::target::{Lookup, Target};
+use crate::error::RegistryError;
+use crate::etcd::Etcd;
+use crate::format::Format;
+use crate::keyspace::Keyspace;
+use crate::registration::RegistrationBuilder;
+use crate::resolver::ResolverBuilder;
+
+/// A registry of services in etcd. A clone is cheap, and all clones share the connections.
+///
+/// ```no_run
+/// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+/// use tonic_etcd::Registry;
+///
+/// let registry = Registry::connect(["127.0.0.1:2379"]).await?;
+/// let channel = registry.channel("helloworld.Greeter").connect().await?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Registry {
+    pub(super) etcd: Etcd,
+    pub(super) keyspace: Keyspace,
+    pub(super) policy: AddressPolicy,
+}
+
+impl Registry {
+    /// Creates a registry from an existing etcd client, under the default prefix. [`with_prefix`](Self::with_prefix) and
+    /// [`with_address_policy`](Self::with_address_policy) set the other options.
+    ///
+    /// Build the client with `with_require_leader(true)` and `with_auto_token_refresh(true)`. Without them, a member that is cut off from
+    /// its cluster stays silent, and an expired token is not renewed. Such a client does its own balancing, so failover from a frozen
+    /// member depends on the client.
+    #[must_use]
+    pub fn from_client(client: etcd_client::Client) -> Self {
+        Self {
+            etcd: Etcd::from_client(client),
+            keyspace: Keyspace::default(),
+            policy: AddressPolicy::default(),
+        }
+    }
+
+    /// Sets the prefix, as [`RegistryBuilder::prefix`] does. The new registry shares its connections with the original.
+    #[must_use]
+    pub fn with_prefix(mut self, prefix: impl Into<String>) -> Self {
+        self.keyspace = Keyspace::new(&prefix.into());
+        self
+    }
+
+    /// Sets the address policy, as [`RegistryBuilder::address_policy`] does.
+    #[must_use]
+    pub fn with_address_policy(mut self, policy: AddressPolicy) -> Self {
+        self.policy = policy;
+        self
+    }
+
+    /// Returns the prefix of the service keys: the configured prefix, or `/gRPC/`.
+    #[must_use]
+    pub fn prefix(&self) -> &str {
+        self.keyspace.prefix()
+    }
+
+    /// Returns a builder of a registration of a server for a service. The key will be `<prefix><service>/<instance id>`, or the key that
+    /// its [`Format`] defines.
+    ///
+    /// The service name must not be empty and must not contain a slash. An invalid name is reported when the server is registered.
+    pub fn registration(&self, service: impl Into<String>) -> RegistrationBuilder {
+        RegistrationBuilder::service(
+            self.etcd.clone(),
+            self.policy.clone(),
+            self.keyspace.clone(),
+            &service.into(),
+        )
+    }
+
+    /// Returns a builder of a registration at an exact key, regardless of the prefix.
+    pub fn registration_at(&self, key: impl Into<String>) -> RegistrationBuilder {
+        RegistrationBuilder::key(self.etcd.clone(), self.policy.clone(), &key.into())
+    }
+
+    /// Returns a builder of a resolver, which watches the instances of a service. The watch begins with [`start`](ResolverBuilder::start).
+    ///
+    /// ```no_run
+    /// # async fn run(registry: tonic_etcd::Registry) {
+    /// let resolver = registry.resolver("helloworld.Greeter").start();
+    /// println!("{} instances", resolver.instances().len());
+    /// # }
+    /// ```
+    pub fn resolver(&self, service: impl Into<String>) -> ResolverBuilder {
+        ResolverBuilder::service(
+            self.etcd.clone(),
+            &self.keyspace,
+            &service.into(),
+            self.policy.clone(),
+        )
+    }
+
+    /// Returns a builder of a resolver, which watches all keys under the given prefixes. A missing trailing slash is added to a prefix:
+    /// `/web/node1` is under `/web`, `/webs/node1` is not. The prefix of the registry is not used.
+    pub fn resolver_at<I>(&self, prefixes: I) -> ResolverBuilder
+    where
+        I: IntoIterator,
+        I::Item: Into<String>,
+    {
+        let prefixes: Vec<_> = prefixes.into_iter().map(Into::into).collect();
+        ResolverBuilder::prefixes(self.etcd.clone(), &prefixes, self.policy.clone())
+    }
+
+    /// Returns a builder of a channel that is balanced over the instances of a service.
+    ///
+    /// ```no_run
+    /// # async fn run(registry: tonic_etcd::Registry) -> Result<(), Box<dyn std::error::Error>> {
+    /// use tonic_etcd::LbPolicy;
+    ///
+    /// let channel = registry.channel("helloworld.Greeter").policy(LbPolicy::LeastRequest).connect().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn channel(&self, service: impl Into<String>) -> ChannelBuilder<ResolverBuilder> {
+        BalancedChannel::builder().source(self.resolver(service))
+    }
+
+    /// Returns a builder of a channel over all keys under the given prefixes, as [`resolver_at`](Self::resolver_at) watches them.
+    pub fn channel_at<I>(&self, prefixes: I) -> ChannelBuilder<ResolverBuilder>
+    where
+        I: IntoIterator,
+        I::Item: Into<String>,
+    {
+        BalancedChannel::builder().source(self.resolver_at(prefixes))
+    }
+
+    /// Returns a builder of a channel for a grpc-go target `etcd:///service`: the keys `service/<instance id>`, regardless of the prefix of
+    /// the registry. With four slashes, as in `etcd:////gRPC/service`, the path begins with a slash.
+    ///
+    /// ```no_run
+    /// # async fn run(registry: tonic_etcd::Registry) -> Result<(), Box<dyn std::error::Error>> {
+    /// let channel = registry.channel_to("etcd:///helloworld.Greeter")?.connect().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// Fails if the target has another form. For a target that names etcd members, use [`connect`].
+    pub fn channel_to(
+        &self,
+        target: impl Into<String>,
+    ) -> Result<ChannelBuilder<ResolverBuilder>, RegistryError> {
+        Target::of_registry(&target.into()).map(|lookup| self.channel_for(lookup))
+    }
+
+    pub(crate) fn channel_for(&self, lookup: Lookup) -> ChannelBuilder<ResolverBuilder> {
+        let (path, format) = match lookup {
+            Lookup::Service(service) => return self.channel(service),
+            Lookup::Path(path) => (path, None),
+            Lookup::GoZero(key) => (key, Some(Format::GoZero)),
+        };
+        let mut resolver = self.resolver_at([path.as_str()]);
+        if let Some(format) = format {
+            resolver = resolver.format(format);
+        }
+        BalancedChannel::builder().source(resolver).service(path)
+    }
+}

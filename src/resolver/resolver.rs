@@ -1,0 +1,208 @@
+//! The subscription to a set of instances, as a stream of changes.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use tokio::sync::watch;
+use tokio::task::AbortHandle;
+use tokio_stream::Stream;
+use tonic_balance::{Address, AddressPolicy};
+use tower::discover::Change;
+use tracing::Instrument;
+
+use super::cache::Cache;
+use super::feedback::ResolverFeedback;
+use super::options::Options;
+use super::status::{RejectedKey, ResolverState, ResolverStatus};
+use super::store::Core;
+use super::task;
+use super::watcher::Machine;
+use crate::error::EtcdError;
+use crate::etcd::Etcd;
+use crate::instance::Instance;
+use crate::keyspace::Range;
+
+/// The live set of instances of a service, as a `Stream` of [`Change`]s. It therefore implements [`tower::discover::Discover`].
+///
+/// The stream never ends and never fails. Failures of etcd are reported by [`status`](Self::status) and have no other effect: no instance
+/// is removed because etcd is unreachable.
+///
+/// A clone is a separate subscription to the same watch: its stream begins with an insert for every known instance. The watch is closed
+/// when the last clone is dropped.
+///
+/// ```no_run
+/// use tokio_stream::StreamExt;
+/// use tower::discover::Change;
+///
+/// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+/// let registry = tonic_etcd::Registry::connect(["127.0.0.1:2379"]).await?;
+/// let mut resolver = registry.resolver("helloworld.Greeter").start();
+/// while let Some(Ok(change)) = resolver.next().await {
+///     match change {
+///         Change::Insert(address, instance) => println!("{address} is there, weight {}", instance.weight()),
+///         Change::Remove(address) => println!("{address} is gone"),
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Cancel safety
+///
+/// Dropping the future of `next` loses no change.
+#[derive(Debug)]
+pub struct Resolver {
+    view: usize,
+    core: Arc<Core>,
+    tasks: Arc<Tasks>,
+    feedback: ResolverFeedback,
+}
+
+/// Aborts the tasks when the last subscription is dropped.
+#[derive(Debug)]
+struct Tasks(Vec<AbortHandle>);
+
+impl Drop for Tasks {
+    fn drop(&mut self) {
+        for task in &self.0 {
+            task.abort();
+        }
+    }
+}
+
+impl Resolver {
+    /// Starts one task per range, and one task that ends holds.
+    ///
+    /// # Panics
+    ///
+    /// Panics if called outside a tokio runtime.
+    pub(super) fn start(
+        etcd: &Etcd,
+        service: String,
+        ranges: Vec<Range>,
+        mut options: Options,
+        file: Option<Cache>,
+        trouble: Option<EtcdError>,
+    ) -> Self {
+        let reconcile = options.reconcile;
+        let (seeds, policy) = (
+            std::mem::take(&mut options.seeds),
+            options.decoder.policy.clone(),
+        );
+        let core = Arc::new(Core::new(service, ranges.len(), options, trouble));
+        let mut tasks = vec![tokio::spawn(task::release(Arc::clone(&core))).abort_handle()];
+        if file.is_some() || !seeds.is_empty() {
+            let task = task::keep(Arc::clone(&core), file, seeds, policy);
+            tasks.push(tokio::spawn(task.in_current_span()).abort_handle());
+        }
+        let mut prefixes = Vec::with_capacity(ranges.len());
+        for (index, range) in ranges.into_iter().enumerate() {
+            let span = tracing::info_span!("resolver", prefix = %range.start);
+            let machine = Machine::new(range, reconcile, fastrand::Rng::new());
+            let (reports, reported) = super::feedback::channel();
+            prefixes.push(reports);
+            let task = task::run(etcd.clone(), machine, Arc::clone(&core), index, reported);
+            tasks.push(tokio::spawn(task.instrument(span)).abort_handle());
+        }
+        Self {
+            view: core.open_view(),
+            core,
+            tasks: Arc::new(Tasks(tasks)),
+            feedback: ResolverFeedback::new(prefixes),
+        }
+    }
+
+    /// Returns the policy for the addresses of instances.
+    pub(crate) fn policy(&self) -> &AddressPolicy {
+        self.core.policy()
+    }
+
+    /// Returns the service name, or the watched prefixes joined by `, `.
+    #[must_use]
+    pub fn service(&self) -> &str {
+        &self.core.service
+    }
+
+    /// Returns the known instances, one per address, sorted by address. Instances that are [held](ResolverBuilder::mass_removal_protection)
+    /// are included; [`Instance::is_last_resort`] returns true for them. The result is empty until the first list is complete; see
+    /// [`ready`](Self::ready).
+    #[must_use]
+    pub fn instances(&self) -> Vec<Instance> {
+        let mut instances: Vec<_> = self.core.lock().instances().cloned().collect();
+        instances.sort_by(|a, b| a.address().cmp(b.address()));
+        instances
+    }
+
+    /// Returns the current status: whether the set is in sync with etcd, the last error, and counters.
+    #[must_use]
+    pub fn status(&self) -> ResolverStatus {
+        self.core.status.borrow().clone()
+    }
+
+    /// Returns a watch channel of the [`status`](Self::status) that notifies the receiver of each change.
+    #[must_use]
+    pub fn watch_status(&self) -> watch::Receiver<ResolverStatus> {
+        self.core.status.subscribe()
+    }
+
+    /// Returns the keys whose latest value is not used: it cannot be decoded, the address policy rejects its address, or it is over a limit.
+    /// At most 1 000 keys beyond the [limit](ResolverBuilder::max_size) are listed.
+    #[must_use]
+    pub fn rejected(&self) -> Vec<RejectedKey> {
+        self.core.rejected()
+    }
+
+    /// Returns a handle to report addresses that refuse connections. A [`BalancedChannel`](crate::BalancedChannel) reports them by itself;
+    /// other code that connects to the instances of a resolver may use the handle.
+    #[must_use]
+    pub fn feedback(&self) -> ResolverFeedback {
+        self.feedback.clone()
+    }
+
+    /// Waits until every prefix has been listed once, so that the instances are known, or until the [cache](ResolverBuilder::cache_dir) or the
+    /// [seeds](ResolverBuilder::seeds) are used. Without them it waits forever if etcd never responds: wrap it in
+    /// [`tokio::time::timeout`], and read the reason from the [`status`](Self::status).
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future has no effect.
+    pub async fn ready(&self) {
+        let mut statuses = self.watch_status();
+        // `self.core` owns the sender, so this cannot fail.
+        let _ = statuses
+            .wait_for(|status| status.state != ResolverState::Unknown)
+            .await;
+    }
+}
+
+impl Clone for Resolver {
+    fn clone(&self) -> Self {
+        Self {
+            view: self.core.open_view(),
+            core: Arc::clone(&self.core),
+            tasks: Arc::clone(&self.tasks),
+            feedback: self.feedback.clone(),
+        }
+    }
+}
+
+impl Drop for Resolver {
+    fn drop(&mut self) {
+        self.core.lock().views[self.view] = None;
+    }
+}
+
+impl Stream for Resolver {
+    type Item = Result<Change<Address, Instance>, Infallible>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let mut shared = self.core.lock();
+        if let Some(change) = shared.next(self.view) {
+            return Poll::Ready(Some(Ok(change)));
+        }
+        shared.wake_later(self.view, cx.waker());
+        Poll::Pending
+    }
+}

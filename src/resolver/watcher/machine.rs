@@ -1,0 +1,188 @@
+//! The state of the list and of the watch of one prefix.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+use super::reconciler::Reconciler;
+use super::state::{Fruitless, KeyState, Listing, State};
+use crate::backoff::{Backoff, jittered};
+use crate::error::EtcdError;
+use crate::keyspace::{Event, Header, Key, ListRequest, Range, Revision};
+
+/// The next action of the task that owns the machine. The task reports the result of each command with one call to the machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::resolver) enum Command {
+    /// Request a page; report the result with [`Machine::on_page`].
+    List(ListRequest),
+    /// Replace the current watch by a watch that starts at this revision; report the result with [`Machine::on_watch_opened`] or
+    /// [`Machine::on_watch_ended`].
+    Watch(Revision),
+    /// Receive the next message of the watch; report it with [`Machine::on_message`], or the end of the watch with
+    /// [`Machine::on_watch_ended`]. If the time of [`Machine::due`] is reached first, call [`Machine::on_time`].
+    Receive,
+    /// Read a key linearizably and keep the watch open; report the result with [`Machine::on_checked`].
+    Check(Key),
+    /// Request a page of key names and keep the watch open; report the result with [`Machine::on_names`].
+    Reconcile(ListRequest),
+    /// Read a key with its value, linearizably, and keep the watch open; report the result with [`Machine::on_read`].
+    Read(Key),
+    /// Drop the watch, wait, and fetch a fresh token; report the result with [`Machine::on_token`].
+    RenewToken(Duration),
+    /// Drop the watch and wait; then call [`Machine::on_wake`].
+    Wait(Duration),
+}
+
+/// The state machine of one prefix.
+#[derive(Debug)]
+pub(in crate::resolver) struct Machine {
+    pub(super) range: Range,
+    pub(super) state: State,
+    /// Header of the last linearizable response; later events raise its revision. On a healthy cluster, the revision and the term of
+    /// linearizable responses never decrease.
+    pub(super) seen: Header,
+    /// Every key of the prefix as last applied, whether or not its value can be decoded.
+    pub(super) keys: BTreeMap<Key, KeyState>,
+    /// Keys that a read found deleted, with the revision of the read. An entry is removed when the watch has passed that revision.
+    pub(super) tombstones: HashMap<Key, Revision>,
+    pub(super) reconciler: Reconciler,
+    /// Changes that are not published yet.
+    pub(super) update: Vec<Event>,
+    pub(super) backoff: Backoff,
+    pub(super) rng: fastrand::Rng,
+    /// Whether the last watch was rejected with an auth error, and the token was renewed for the next attempt.
+    pub(super) refused: bool,
+    pub(super) fruitless: Fruitless,
+    /// Number of keys requested per page. Halved when a response is too large, doubled after each page.
+    pub(super) page_limit: i64,
+    /// Upper limit of `page_limit`. Halved when a page exceeds the call timeout.
+    pub(super) page_cap: i64,
+    pub(in crate::resolver) report: Report,
+}
+
+/// The part of the resolver's status that one machine contributes.
+#[derive(Clone, Debug, Default)]
+pub(in crate::resolver) struct Report {
+    /// Whether the prefix has been listed once.
+    pub(in crate::resolver) listed: bool,
+    /// Revision at which the set is known to be correct.
+    pub(in crate::resolver) revision: Revision,
+    /// The failure because of which the prefix is not watched now.
+    pub(in crate::resolver) trouble: Option<EtcdError>,
+    pub(in crate::resolver) lists: u64,
+    pub(in crate::resolver) watches: u64,
+    /// Number of reconciliations: comparisons of the keys with a list of their names.
+    pub(in crate::resolver) reconciliations: u64,
+    /// Number of individual key reads.
+    pub(in crate::resolver) reads: u64,
+    /// Number of reads whose result differed from the known state of the key.
+    pub(in crate::resolver) repaired: u64,
+    /// Number of writes whose value alone exceeds the message limit.
+    pub(in crate::resolver) oversized: u64,
+}
+
+impl Machine {
+    /// Creates a machine that begins with a list. `reconcile` is the longest time between two reconciliations.
+    pub(in crate::resolver) fn new(
+        range: Range,
+        reconcile: Option<Duration>,
+        rng: fastrand::Rng,
+    ) -> Self {
+        Self {
+            range,
+            state: State::Listing(Listing::default()),
+            seen: Header::default(),
+            keys: BTreeMap::new(),
+            tombstones: HashMap::new(),
+            reconciler: Reconciler::new(reconcile),
+            update: Vec::new(),
+            backoff: Backoff::new(BACKOFF_FIRST, BACKOFF_MAX),
+            rng,
+            refused: false,
+            fruitless: Fruitless::default(),
+            page_limit: PAGE_LIMIT,
+            page_cap: PAGE_LIMIT,
+            report: Report::default(),
+        }
+    }
+
+    pub(in crate::resolver) fn range(&self) -> &Range {
+        &self.range
+    }
+
+    /// Returns the changes since the last call, in order.
+    pub(in crate::resolver) fn take_update(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.update)
+    }
+
+    /// Handles the result of [`Command::RenewToken`].
+    pub(in crate::resolver) fn on_token(&mut self, outcome: Result<(), EtcdError>) -> Command {
+        // The last rejection counts only if the next attempt uses a fresh token.
+        self.refused = outcome.is_ok();
+        match outcome {
+            // Retried slowly, because each attempt costs etcd a password hash.
+            Err(error) if error.kind().needs_operator() => self.wait(error),
+            _ => self.on_wake(),
+        }
+    }
+
+    /// Returns the first command, and the next command after a wait.
+    pub(in crate::resolver) fn on_wake(&mut self) -> Command {
+        match &self.state {
+            State::Listing(listing) => Command::List(self.request(listing)),
+            State::Watching(watching) => Command::Watch(watching.revision),
+            State::Resuming { revision } => {
+                let revision = *revision;
+                match self.newest() {
+                    Some(key) => self.watch(revision, Some(key)),
+                    // An empty set has no key that could identify the store, so the prefix is listed again.
+                    None => self.relist(false),
+                }
+            }
+        }
+    }
+
+    /// Returns the key written last. A store with another history is least likely to contain that write.
+    pub(super) fn newest(&self) -> Option<Key> {
+        let newest = self.keys.iter().max_by_key(|(_, state)| state.mod_revision);
+        newest.map(|(key, _)| key.clone())
+    }
+
+    /// Returns whether the value of a key is known, so that it can be compared.
+    pub(in crate::resolver) fn knows_value(&self, key: &Key) -> bool {
+        let known = self.keys.get(key);
+        known.is_some_and(|known| known.digest.is_some())
+    }
+
+    /// Returns whether a linearizable response comes from another store than the last one. On a healthy cluster, the revision and the term
+    /// never decrease.
+    pub(super) fn is_other_store(&self, header: Header) -> bool {
+        header.cluster_id != self.seen.cluster_id
+            || header.revision < self.seen.revision
+            || header.raft_term < self.seen.raft_term
+    }
+
+    pub(super) fn relist(&mut self, distrusted: bool) -> Command {
+        self.state = State::Listing(Listing {
+            distrusted,
+            ..Listing::default()
+        });
+        self.on_wake()
+    }
+
+    /// Returns a wait after a failure. The wait is jittered and prevents a busy loop. It is long if only an operator can fix the failure.
+    pub(super) fn wait(&mut self, error: EtcdError) -> Command {
+        let slowly = error.kind().needs_operator();
+        self.report.trouble = Some(error);
+        if slowly {
+            return Command::Wait(jittered(OPERATOR_WAIT, &mut self.rng));
+        }
+        Command::Wait(self.backoff.next(&mut self.rng))
+    }
+}
+
+pub(super) const BACKOFF_FIRST: Duration = Duration::from_millis(100);
+const BACKOFF_MAX: Duration = Duration::from_secs(5);
+/// Wait between attempts if only an operator can help, as with rejected credentials or permissions.
+pub(super) const OPERATOR_WAIT: Duration = Duration::from_secs(30);
+/// Keys per page. 500 values of the usual 150 bytes are 75 KiB, and the page size is halved where values are large.
+pub(super) const PAGE_LIMIT: i64 = 500;

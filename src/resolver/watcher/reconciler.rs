@@ -1,0 +1,124 @@
+//! The schedule and the state of reconciliations and key reads.
+
+use std::collections::{BTreeSet, HashMap};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::state::KeyState;
+use crate::backoff::jittered;
+use crate::keyspace::{Key, Revision};
+
+/// The schedule and the state of reconciliations and key reads.
+#[derive(Debug)]
+pub(super) struct Reconciler {
+    /// Longest time between two lists; `None` disables lists.
+    pub(super) interval: Option<Duration>,
+    pub(super) next_list: Option<Instant>,
+    /// Start of the next page of the list in progress, and the revision that the list is pinned to.
+    pub(super) cursor: Option<(Key, Revision)>,
+    pub(super) suspects: Vec<Suspect>,
+    /// End of the time that the watch gets to resolve the suspects.
+    pub(super) settled: Option<Instant>,
+    /// Keys to read, with the earliest time of each read.
+    pub(super) reads: BTreeSet<(Instant, Key)>,
+    /// Earliest time of the next read of any key.
+    next_read: Option<Instant>,
+    /// Time of the last accepted report about each key, from [`ResolverFeedback`](crate::ResolverFeedback).
+    pub(super) doubted: HashMap<Key, Instant>,
+    /// Suspects that are being read. If the read of a suspect differs from the known state, the watch has lost an event.
+    pub(super) confirming: BTreeSet<Key>,
+    /// Whether the watch has lost an event.
+    pub(super) lossy: bool,
+}
+
+/// A key whose listed version differs from the known version.
+#[derive(Debug)]
+pub(super) struct Suspect {
+    pub(super) key: Key,
+    /// The listed version; `None` if the list does not contain the key.
+    pub(super) found: Option<KeyState>,
+    /// The revision of the list.
+    pub(super) at: Revision,
+}
+
+impl Reconciler {
+    pub(super) fn new(interval: Option<Duration>) -> Self {
+        Self {
+            interval: interval.map(|interval| interval.clamp(INTERVAL_MIN, INTERVAL_MAX)),
+            next_list: None,
+            cursor: None,
+            suspects: Vec::new(),
+            settled: None,
+            reads: BTreeSet::new(),
+            next_read: None,
+            doubted: HashMap::new(),
+            confirming: BTreeSet::new(),
+            lossy: false,
+        }
+    }
+
+    /// Handles the opening of a watch. The first opening schedules a list one interval later. A list that became due in the meantime is
+    /// postponed.
+    pub(super) fn on_watch_opened(&mut self, now: Instant, rng: &mut fastrand::Rng) {
+        self.cursor = None;
+        // The watch may have to catch up first.
+        self.settled = self.settled.map(|_| now + SETTLE);
+        let Some(interval) = self.interval else {
+            return;
+        };
+        match self.next_list {
+            None => self.next_list = Some(now + jittered(interval, rng)),
+            // After an outage longer than the interval, the lists of all clients are overdue at once. They are spread over one interval, as
+            // they were before it.
+            Some(at) if at <= now => {
+                let wait = interval.mul_f64(rng.f64());
+                self.next_list = Some(now + wait.max(SETTLE.min(interval)));
+            }
+            Some(_) => {}
+        }
+    }
+
+    /// Handles a complete list with values, which resolves every doubt.
+    pub(super) fn on_listed(&mut self) {
+        self.cursor = None;
+        self.suspects.clear();
+        self.settled = None;
+        self.reads.clear();
+        self.confirming.clear();
+        self.lossy = false;
+    }
+
+    pub(super) fn due(&self) -> Option<Instant> {
+        let read = self.reads.first().map(|(at, _)| *at);
+        let read = read.map(|at| self.next_read.map_or(at, |next| at.max(next)));
+        // No new list starts while the last one still has suspects.
+        let list = self.next_list.filter(|_| self.suspects.is_empty());
+        [read, self.settled, list].into_iter().flatten().min()
+    }
+
+    pub(super) fn take_read(&mut self, now: Instant) -> Option<Key> {
+        let (at, _) = self.reads.first()?;
+        if *at > now || self.next_read.is_some_and(|next| next > now) {
+            return None;
+        }
+        self.reads.pop_first().map(|(_, key)| key)
+    }
+
+    /// Schedules the next read, counted from the response to this one. The watch is not read while a key read is in progress, and a slow
+    /// etcd must not block the watch for several reads in a row.
+    pub(super) fn on_answer(&mut self, failed: bool, now: Instant) {
+        let wait = if failed { SETTLE } else { READ_STEP };
+        self.next_read = Some(now + wait);
+    }
+}
+
+/// Longest interval: the time of the next list must fit into an `Instant`.
+pub(super) const INTERVAL_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
+/// Shortest interval. With a shorter one, clients would list without a pause.
+pub(super) const INTERVAL_MIN: Duration = Duration::from_millis(100);
+/// Time from the response to a read to the next read. When a thousand servers fail at once, a client sends etcd at most ten reads per
+/// second.
+pub(super) const READ_STEP: Duration = Duration::from_millis(100);
+/// Time for the watch to resolve suspects: as long as a watch may be silent before it is probed.
+pub(super) const SETTLE: Duration = Duration::from_secs(5);

@@ -1,0 +1,131 @@
+//! What the machine knows: the version of each key, and the state of the list or of the watch.
+
+use tokio::time::Instant;
+
+use crate::keyspace::{Event, Header, Key, KeyValue, KeyVersion, LeaseId, Revision};
+
+/// The state of a machine.
+#[derive(Debug)]
+pub(super) enum State {
+    Listing(Listing),
+    Watching(Watching),
+    Resuming { revision: Revision },
+}
+
+/// A list in progress.
+#[derive(Debug, Default)]
+pub(super) struct Listing {
+    pub(super) kvs: Vec<KeyValue>,
+    /// Header of the first page.
+    pub(super) header: Option<Header>,
+    /// First key of the next page; `None` for the start of the range.
+    pub(super) next: Option<Key>,
+    /// Number of times that compaction has interrupted the list. From the third time on, the pages are not pinned to one revision. The
+    /// result is exact all the same, because the watch starts at the revision of the first page.
+    pub(super) compacted: u32,
+    /// Whether the next request reads only the name of a key that is too large to receive.
+    pub(super) naming: bool,
+    /// Key of the first page that was written last.
+    pub(super) check: Option<Key>,
+    /// Keys whose value is too large to receive.
+    pub(super) oversized: Vec<KeyVersion>,
+    /// Whether an event was too large to receive. The watch then begins after the revision of the list; otherwise that event would be
+    /// delivered again.
+    pub(super) skipping: bool,
+    /// Whether a failed check caused this list. This list is then not checked again: where keys change constantly, a check would find
+    /// changes after every list.
+    pub(super) distrusted: bool,
+}
+
+/// An open watch, or the watch to open next.
+#[derive(Debug)]
+pub(super) struct Watching {
+    pub(super) revision: Revision,
+    /// Revision at which the watch was opened.
+    pub(super) began: Revision,
+    pub(super) opened: Option<Instant>,
+    /// Whether a header was ahead of R, so that the watch may have a backlog to deliver.
+    pub(super) behind: bool,
+    /// Events of a revision that is not complete yet.
+    pub(super) pending: Vec<Event>,
+    /// Key to check: its read shows whether the store is still the one that the set was listed from. `None` after the check was requested.
+    pub(super) check: Option<Key>,
+    /// Whether a suspicious header (below R, or of another cluster) has already been checked on this stream.
+    pub(super) suspected: bool,
+}
+
+/// Counts consecutive watches that delivered nothing although the store was ahead of R. Their backlog may be larger than a server or a link
+/// can deliver in time, and a further watch would fail in the same way. A list is better in that case: it is split into pages, which shrink
+/// on a slow link.
+#[derive(Debug)]
+pub(super) struct Fruitless {
+    watches: u32,
+    /// Number of watches that causes a list. Doubled each time it is reached, up to [`FRUITLESS_MAX`].
+    limit: u32,
+}
+
+impl Default for Fruitless {
+    fn default() -> Self {
+        Self {
+            watches: 0,
+            limit: FRUITLESS,
+        }
+    }
+}
+
+impl Fruitless {
+    /// Counts one more watch; a `silent` watch counts twice. Returns whether to list the prefix instead.
+    pub(super) fn is_too_much(&mut self, silent: bool) -> bool {
+        self.watches += if silent { 2 } else { 1 };
+        let too_much = self.watches >= self.limit;
+        if too_much {
+            self.watches = 0;
+            self.limit = (self.limit * 2).min(FRUITLESS_MAX);
+        }
+        too_much
+    }
+}
+
+/// The version of a key, as last applied or as read.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct KeyState {
+    create_revision: Revision,
+    pub(super) mod_revision: Revision,
+    pub(super) lease: LeaseId,
+    /// Digest of the value. `None` if the value is unknown: the key was listed by name only, or its value is too large to receive.
+    pub(super) digest: Option<u64>,
+}
+
+impl KeyState {
+    pub(super) fn of(version: &KeyVersion) -> Self {
+        Self {
+            create_revision: version.create_revision,
+            mod_revision: version.mod_revision,
+            lease: version.lease,
+            digest: version.digest,
+        }
+    }
+
+    /// Returns whether both are the same write. Digests are compared only if both are known.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        let differs = |(mine, its): (u64, u64)| mine != its;
+        self.create_revision == other.create_revision
+            && self.mod_revision == other.mod_revision
+            && self.lease == other.lease
+            && !self.digest.zip(other.digest).is_some_and(differs)
+    }
+
+    /// Returns whether both exist and are the same write, or neither exists.
+    pub(super) fn agree(left: Option<&Self>, right: Option<&Self>) -> bool {
+        match (left, right) {
+            (Some(left), Some(right)) => left.is_same(right),
+            (left, right) => left.is_none() && right.is_none(),
+        }
+    }
+}
+
+/// Number of consecutive watches that may end before they deliver any of the backlog. A watch that ends by timeout counts twice.
+const FRUITLESS: u32 = 3;
+/// Upper limit of that number. Other keys may be written all the time, and a watch that delivers nothing does not show whether the backlog
+/// concerns this prefix.
+const FRUITLESS_MAX: u32 = 48;

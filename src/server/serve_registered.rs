@@ -1,0 +1,255 @@
+//! The trait that serves a registered router, and its steps.
+
+use std::future::{Future, pending};
+use std::net::SocketAddr;
+
+use http_body::Body as HttpBody;
+use tokio::net::TcpListener;
+use tonic::body::Body;
+use tonic::service::Routes;
+use tonic::transport::server::Router;
+use tower::{Layer, Service};
+use tracing::Instrument;
+
+use super::connection::Connections;
+#[cfg(feature = "health")]
+use super::health;
+use super::incoming::Incoming;
+use super::shutdown::Serving;
+use super::signal::Signals;
+use crate::error::ServeError;
+use crate::registration::RegistrationBuilder;
+
+/// Serves a tonic [`Router`] that is registered in etcd while it serves.
+///
+/// ```no_run
+/// # use std::convert::Infallible;
+/// use tonic::transport::Server;
+/// use tonic_etcd::{Registry, ServeRegistered};
+///
+/// # async fn run<G>(greeter: G) -> Result<(), Box<dyn std::error::Error>>
+/// # where
+/// #     G: tower::Service<http::Request<tonic::body::Body>, Error = Infallible, Response = http::Response<tonic::body::Body>>
+/// #         + tonic::server::NamedService + Clone + Send + Sync + 'static,
+/// #     G::Future: Send + 'static,
+/// # {
+/// let registry = Registry::connect(["127.0.0.1:2379"]).await?;
+/// Server::builder()
+///     .add_service(greeter)
+///     .serve_registered("0.0.0.0:50051".parse()?, registry.registration("helloworld.Greeter"))
+///     .await?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// At the start, the server binds the listener, serves, and registers the bound address. The shutdown has five phases, each with a time
+/// limit and a log line:
+///
+/// 1. Report `NOT_SERVING` for every name in the health service (feature `health`, [`RegistrationBuilder`]`::health`). This phase takes no
+///    time.
+/// 2. Deregister: mark the entry as leaving, if the format has a field for that, then revoke the lease. The [deregister
+///    timeout](RegistrationBuilder::deregister_timeout) is 5 s by default. If the timeout is exceeded, the entry is removed when its lease
+///    expires.
+/// 3. Accept connections for the [grace period](RegistrationBuilder::grace_period), 1 s by default. In this time, clients receive the
+///    change from etcd.
+/// 4. Close the listener, so that new connections are refused. Send GOAWAY to the connected clients, and wait for calls in flight. The
+///    limit is the [drain timeout](RegistrationBuilder::drain_timeout), 20 s by default. Connections on which the client has not started
+///    HTTP are closed after 200 ms, idle connections after the client has acknowledged the GOAWAY, and health watches at once.
+/// 5. Cut the remaining connections, within one second. The number of cut connections is logged, and is a field of
+///    [`ServerState::Stopped`](crate::ServerState::Stopped).
+///
+/// [`watch_server_state`](RegistrationBuilder::watch_server_state) returns a watch of these phases. A handler of an endless stream avoids
+/// the cut if it ends the stream once the server drains.
+///
+/// A server that must start while etcd is down needs a registry that does not connect at once, from
+/// [`RegistryBuilder::connect_lazy`](crate::RegistryBuilder::connect_lazy), and a
+/// [`startup_timeout`](RegistrationBuilder::startup_timeout) as long as the outage may be. It serves meanwhile.
+///
+/// `TCP_NODELAY` and TCP keep-alive are enabled on accepted sockets. The TCP settings of the router do not apply, as with
+/// `serve_with_incoming` of tonic.
+///
+/// The trait is sealed: only [`Router`] implements it.
+pub trait ServeRegistered: sealed::Sealed + Sized {
+    /// Serves until SIGTERM or SIGINT, and returns after a clean shutdown.
+    ///
+    /// A second signal ends the server at once: the listener and every connection are closed without a grace period. A deregistration in
+    /// progress gets 500 ms more. A healthy etcd needs a fraction of that time, and without the deregistration clients would dial a stopped
+    /// server until the lease expires.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the socket cannot be bound, if the registration is rejected, or if the server fails. After an error, nothing is registered
+    /// and nothing is served. Cut connections are not an error.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future stops the server and cuts open connections. The server is deregistered in the background.
+    fn serve_registered(
+        self,
+        address: SocketAddr,
+        registration: RegistrationBuilder,
+    ) -> impl Future<Output = Result<(), ServeError>> + Send;
+
+    /// Serves until `signal` completes, and returns after a clean shutdown. SIGTERM and SIGINT are not handled. To end the server at once,
+    /// drop the future.
+    ///
+    /// # Errors
+    ///
+    /// See [`serve_registered`](Self::serve_registered).
+    ///
+    /// # Cancel safety
+    ///
+    /// See [`serve_registered`](Self::serve_registered).
+    fn serve_registered_with_shutdown<F>(
+        self,
+        address: SocketAddr,
+        registration: RegistrationBuilder,
+        signal: F,
+    ) -> impl Future<Output = Result<(), ServeError>> + Send
+    where
+        F: Future<Output = ()> + Send;
+
+    /// Serves like [`serve_registered_with_shutdown`](Self::serve_registered_with_shutdown), but on a listener that is already bound, for
+    /// example for socket activation by a service manager or for other socket options.
+    ///
+    /// ```no_run
+    /// # async fn run(router: tonic::transport::server::Router, registry: tonic_etcd::Registry) -> Result<(), Box<dyn std::error::Error>> {
+    /// use tonic_etcd::ServeRegistered;
+    ///
+    /// let listener = tokio::net::TcpListener::bind("0.0.0.0:0").await?;
+    /// println!("listens on {}", listener.local_addr()?);
+    /// let registration = registry.registration("helloworld.Greeter");
+    /// let stop = async { tokio::signal::ctrl_c().await.unwrap_or_default() };
+    /// router.serve_registered_with_listener(listener, registration, stop).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// See [`serve_registered`](Self::serve_registered).
+    ///
+    /// # Cancel safety
+    ///
+    /// See [`serve_registered`](Self::serve_registered).
+    fn serve_registered_with_listener<F>(
+        self,
+        listener: TcpListener,
+        registration: RegistrationBuilder,
+        signal: F,
+    ) -> impl Future<Output = Result<(), ServeError>> + Send
+    where
+        F: Future<Output = ()> + Send;
+}
+
+mod sealed {
+    #[allow(unnameable_types, reason = "that is what seals the trait")]
+    pub trait Sealed {}
+
+    impl<L> Sealed for tonic::transport::server::Router<L> {}
+}
+
+impl<L, ResBody> ServeRegistered for Router<L>
+where
+    L: Layer<Routes> + Send + 'static,
+    L::Service:
+        Service<http::Request<Body>, Response = http::Response<ResBody>> + Clone + Send + 'static,
+    <L::Service as Service<http::Request<Body>>>::Future: Send,
+    <L::Service as Service<http::Request<Body>>>::Error: Into<tower::BoxError> + Send,
+    ResBody: HttpBody<Data = bytes::Bytes> + Send + 'static,
+    ResBody::Error: Into<tower::BoxError>,
+{
+    async fn serve_registered(
+        self,
+        address: SocketAddr,
+        registration: RegistrationBuilder,
+    ) -> Result<(), ServeError> {
+        let mut signals = Signals::install().map_err(ServeError::Signal)?;
+        #[expect(
+            clippy::async_yields_async,
+            reason = "the first signal gives the second one"
+        )]
+        let stop = async move {
+            signals.recv().await;
+            async move { signals.recv().await }
+        };
+        serve(self, || bind(address), registration, stop).await
+    }
+
+    async fn serve_registered_with_shutdown<F>(
+        self,
+        address: SocketAddr,
+        registration: RegistrationBuilder,
+        signal: F,
+    ) -> Result<(), ServeError>
+    where
+        F: Future<Output = ()> + Send,
+    {
+        serve(self, || bind(address), registration, once(signal)).await
+    }
+
+    async fn serve_registered_with_listener<F>(
+        self,
+        listener: TcpListener,
+        registration: RegistrationBuilder,
+        signal: F,
+    ) -> Result<(), ServeError>
+    where
+        F: Future<Output = ()> + Send,
+    {
+        serve(self, || Ok(listener), registration, once(signal)).await
+    }
+}
+
+/// Returns a stop signal without a second signal, which would end the server at once.
+async fn once(signal: impl Future<Output = ()>) -> impl Future<Output = ()> {
+    signal.await;
+    pending()
+}
+
+fn bind(address: SocketAddr) -> Result<TcpListener, ServeError> {
+    Incoming::bind(address).map_err(|source| ServeError::Bind { address, source })
+}
+
+/// Serves on a listener, and registers its address. The registration is checked before the listener is bound.
+async fn serve<L, ResBody, N>(
+    router: Router<L>,
+    listener: impl FnOnce() -> Result<TcpListener, ServeError>,
+    registration: RegistrationBuilder,
+    stop: impl Future<Output = N>,
+) -> Result<(), ServeError>
+where
+    L: Layer<Routes> + Send + 'static,
+    L::Service:
+        Service<http::Request<Body>, Response = http::Response<ResBody>> + Clone + Send + 'static,
+    <L::Service as Service<http::Request<Body>>>::Future: Send,
+    <L::Service as Service<http::Request<Body>>>::Error: Into<tower::BoxError> + Send,
+    ResBody: HttpBody<Data = bytes::Bytes> + Send + 'static,
+    ResBody::Error: Into<tower::BoxError>,
+    N: Future<Output = ()>,
+{
+    registration.check()?;
+    let listener = listener()?;
+    let unspecified = SocketAddr::from(([0, 0, 0, 0], 0));
+    let bound = listener.local_addr().map_err(|source| ServeError::Bind {
+        address: unspecified,
+        source,
+    })?;
+    let connections = Connections::default();
+    let incoming = Incoming::new(listener, connections.clone());
+    #[cfg(feature = "health")]
+    let router = match registration.serve.health.clone() {
+        Some(health) => {
+            let states = registration.watch_server_state();
+            let services = registration.services();
+            router.add_service(health::service(health, services, states).await)
+        }
+        None => router,
+    };
+    // `Incoming` ends by itself. tonic then waits for open connections only if it was given a shutdown signal, so it gets a signal that
+    // never completes.
+    let serving = router.serve_with_incoming_shutdown(incoming, pending());
+    let task = tokio::spawn(serving.in_current_span());
+    let server = Serving::new(task, connections, &registration.serve);
+    server.run(bound, registration, stop).await
+}
