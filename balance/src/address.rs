@@ -403,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn the_metadata_services_of_clouds_are_rejected_however_they_are_written() {
+    fn cloud_metadata_addresses_are_rejected_in_every_notation() {
         let policy = AddressPolicy::default();
         for ip in [
             "169.254.169.254",
@@ -442,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_an_address_is_refused() {
+    fn invalid_addresses_are_rejected() {
         for text in [
             "",
             ":80",
@@ -477,7 +477,7 @@ mod tests {
     }
 
     #[test]
-    fn the_policy_refuses_what_no_peer_can_be() {
+    fn the_default_policy_rejects_addresses_that_no_peer_can_have() {
         let policy = AddressPolicy::default();
         for text in [
             "0.0.0.0:80",
@@ -507,7 +507,7 @@ mod tests {
     }
 
     #[test]
-    fn sockets_are_refused_unless_allowed_and_no_longer_than_the_system_takes() {
+    fn unix_sockets_must_be_allowed_and_fit_the_system_limit() {
         let longest = format!("unix:/{}", "a".repeat(106));
         let socket: Address = longest.parse().expect("valid form");
         assert!(AddressPolicy::default().check(&socket).is_err());
@@ -521,7 +521,7 @@ mod tests {
     }
 
     #[test]
-    fn loopback_and_foreign_networks_can_be_forbidden() {
+    fn loopback_and_other_networks_can_be_forbidden() {
         let policy = AddressPolicy::default().forbid_loopback();
         for text in [
             "127.0.0.1:80",

@@ -38,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn waits_are_those_of_the_document() {
+    fn waits_follow_the_grpc_connection_backoff_document() {
         let mut rng = fastrand::Rng::with_seed(7);
         let mut backoff = ConnectBackoff::new(Duration::from_secs(120));
         let mut step = 1.0_f64;

@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_server_that_says_so_is_not_used_and_only_news_are_told() {
+    fn only_changes_of_the_serving_status_are_reported() {
         let (mut watch, _) = watch();
         for (status, serves) in [
             (ServingStatus::NotServing, Some(false)),
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_without_the_health_service_is_never_asked_again() {
+    fn a_server_without_the_health_service_is_not_watched_again() {
         let (mut watch, mut rng) = watch();
         let why = Status::unimplemented("no such service");
         let end = watch.on_end(&why, Duration::ZERO, &mut rng);
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_does_not_know_the_service_is_used_and_asked_again() {
+    fn a_server_that_does_not_know_the_service_is_used_and_watched_again() {
         let (mut watch, mut rng) = watch();
         let why = Status::not_found("service not registered");
         let End::After(health, wait) = watch.on_end(&why, Duration::ZERO, &mut rng) else {
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn who_never_answers_is_asked_less_and_less_often() {
+    fn a_watch_without_any_response_is_retried_with_growing_waits() {
         let (mut watch, mut rng) = watch();
         let ended = Status::unavailable("the stream ended");
         let mut last = Duration::ZERO;
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_watch_that_ends_is_begun_again_at_once_but_not_in_a_loop() {
+    fn a_watch_that_ends_is_reopened_at_once_but_not_in_a_loop() {
         let (mut watch, mut rng) = watch();
         let ended = Status::unavailable("the stream ended");
         let mut end_after = |lasted: u64| {

@@ -385,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_endpoint_has_the_pools_latency_and_not_zero_or_a_second() {
+    fn a_new_endpoint_starts_with_the_latency_of_the_pool() {
         let load = Load::fresh(None, 1_500.0);
         assert!(near(load.latency(), 1_500.0));
         load.on_head(ms(50), Ticks(0));
@@ -400,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_sample_sets_the_estimate_and_few_are_their_plain_mean() {
+    fn the_first_sample_sets_the_estimate_and_a_few_samples_are_averaged() {
         let load = Load::fresh(None, 0.0);
         load.on_head(ms(4), Ticks(0));
         assert!(near(load.estimate().expect("a sample").mean(), 4_000.0));
@@ -409,7 +409,7 @@ mod tests {
     }
 
     #[test]
-    fn the_mean_is_weighted_by_time_and_not_by_samples() {
+    fn the_mean_is_weighted_by_time_and_not_by_sample_count() {
         let load = warmed(ms(1), Ticks(0));
         // One call of a second among a thousand calls within a second counts by its share of the mean, not as a peak.
         for millis in 1..1_000 {
@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn a_weekend_is_a_silence_and_a_step_back_is_none() {
+    fn days_without_calls_count_as_silence_and_a_clock_step_back_does_not() {
         let load = warmed(ms(1), Ticks(5_000));
         for hours in [1, 28, 62, 74] {
             let now = Ticks((5_000 + hours * 3_600_000) & TICK_MASK);
@@ -442,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn an_abandoned_call_only_raises() {
+    fn an_abandoned_call_can_only_raise_the_latency() {
         let load = warmed(ms(10), Ticks(0));
         load.on_abandoned(ms(1), Ticks(1_000));
         assert!(near(load.latency(), 10_000.0));
@@ -451,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn an_estimate_nothing_renews_goes_to_the_median() {
+    fn the_latency_decays_to_the_median_without_new_samples() {
         let load = warmed(ms(50), Ticks(0));
         load.refresh(1_000.0, Ticks(0));
         assert!(near(load.latency(), 50_000.0));
@@ -469,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn places_are_limited_and_come_back() {
+    fn acquire_fails_at_the_limit_and_succeeds_after_a_release() {
         let load = Load::fresh(None, 0.0);
         load.set_limit(2);
         assert!(load.acquire() && load.acquire());
@@ -482,7 +482,7 @@ mod tests {
     }
 
     #[test]
-    fn a_clock_that_steps_back_is_no_time() {
+    fn ticks_that_step_back_are_zero_and_wrap_without_a_jump() {
         assert!(near(Ticks(5).since(Ticks(6)) + 1.0, 1.0));
         assert!(
             near(Ticks(2).since(Ticks(TICK_MASK)), 0.003),
@@ -491,7 +491,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_packed_is_unpacked() {
+    fn unpacking_returns_the_packed_values() {
         let estimate = Estimate {
             mean: 1234.5,
             updated: Ticks(0x0abc_def1),
@@ -501,7 +501,7 @@ mod tests {
     }
 
     #[test]
-    fn the_median_of_none_is_nothing() {
+    fn the_median_of_an_empty_set_is_none() {
         assert!(median(&mut []).abs() < f32::EPSILON);
         assert!(near(median(&mut [3.0, 1.0, 2.0]), 2.0));
         assert!(near(median(&mut [3.0, 1.0]), 1.0));

@@ -298,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn who_fails_much_more_than_the_others_is_out() {
+    fn an_endpoint_that_fails_much_more_than_the_others_is_ejected() {
         let config = OutlierDetection::new().without_failure_percentage();
         let mut hosts = vec![counts(1_000, 1); 9];
         hosts.push(counts(700, 300));
@@ -307,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn overruns_count_only_in_the_comparison() {
+    fn overruns_count_only_for_the_success_rate() {
         let slow = Counts {
             successes: 0,
             failures: 0,
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn who_fails_nearly_everything_is_out_even_among_others_that_fail() {
+    fn an_endpoint_that_fails_nearly_all_calls_is_ejected_even_among_failing_ones() {
         let config = OutlierDetection::new().without_success_rate();
         let mut hosts = vec![counts(20, 80), counts(20, 80), counts(10, 90)];
         hosts.extend([counts(20, 80), counts(15, 85)]);
@@ -332,7 +332,7 @@ mod tests {
     }
 
     #[test]
-    fn few_endpoints_or_few_calls_judge_nobody() {
+    fn few_endpoints_or_few_calls_cause_no_ejection() {
         let mut few = vec![counts(1_000, 0), counts(1_000, 0), counts(0, 1_000)];
         sweep(&OutlierDetection::new(), &mut few, Instant::now());
         assert!(ejected(&few).is_empty());
@@ -343,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn each_ejection_is_longer_up_to_a_bound_and_good_intervals_are_forgiven() {
+    fn ejections_grow_up_to_a_limit_and_shrink_after_good_intervals() {
         let config = OutlierDetection::new();
         let mut now = Instant::now();
         let bad = || {
@@ -377,7 +377,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn never_all_and_never_more_than_the_share_but_one(
+        fn at_most_the_configured_share_is_ejected_and_never_all(
             hosts in proptest::collection::vec((0..200_u64, 0..200_u64), 0..40),
             percent in 0..=100_u32,
             sweeps in 1..6_u64,

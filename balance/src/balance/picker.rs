@@ -345,7 +345,7 @@ mod tests {
     ];
 
     #[test]
-    fn equal_endpoints_get_equal_shares_also_from_one_caller() {
+    fn equal_endpoints_get_equal_shares_from_a_single_caller() {
         for policy in POLICIES {
             // Latencies that differ no more than measurements of equal servers.
             let (fakes, set) = set([(100.0, 1, 9), (110.0, 1, 9), (95.0, 1, 9), (102.0, 1, 9)]);
@@ -364,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn busy_endpoints_share_by_weight_as_well() {
+    fn busy_endpoints_share_calls_by_weight() {
         for policy in [LbPolicy::Latency, LbPolicy::LeastRequest] {
             let (fakes, set) = set([(100.0, 1, u32::MAX), (100.0, 3, u32::MAX)]);
             let picker = Picker::new(policy, Some(7));
@@ -380,14 +380,14 @@ mod tests {
     }
 
     #[test]
-    fn the_slow_one_is_left_alone_while_the_others_are_free() {
+    fn a_slow_endpoint_is_avoided_while_the_others_are_free() {
         let (fakes, set) = set([(50_000.0, 1, 9), (1_000.0, 1, 9), (1_000.0, 1, 9)]);
         let picker = Picker::new(LbPolicy::Latency, Some(7));
         assert_near(&shares(&picker, &fakes, &set), &[0.0, 0.5, 0.5]);
     }
 
     #[test]
-    fn an_endpoint_nothing_is_known_of_is_not_flooded() {
+    fn an_endpoint_without_samples_is_not_flooded() {
         let (fakes, set) = set([(0.0, 1, u32::MAX), (1_000.0, 1, u32::MAX)]);
         let picker = Picker::new(LbPolicy::Latency, Some(7));
         for _ in 0..1_000 {
@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn round_robin_takes_turns() {
+    fn round_robin_picks_in_turns() {
         let (fakes, set) = set([(0.0, 1, u32::MAX), (0.0, 1, u32::MAX), (0.0, 1, u32::MAX)]);
         let picker = Picker::new(LbPolicy::WeightedRoundRobin, Some(7));
         for _ in 0..3 {
@@ -410,7 +410,7 @@ mod tests {
     }
 
     #[test]
-    fn round_robin_among_equals_takes_each_once_per_round() {
+    fn round_robin_picks_each_equal_endpoint_once_per_round() {
         let (fakes, set) = set((0..100).map(|_| (0.0, 7, u32::MAX)));
         let picker = Picker::new(LbPolicy::WeightedRoundRobin, Some(7));
         for round in 1..5 {
@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn round_robin_is_as_exact_when_threads_pick_at_once() {
+    fn round_robin_is_exact_when_threads_pick_concurrently() {
         let weights = [1, 5, 25, 69];
         let (fakes, set) = set(weights.map(|weight| (0.0, weight, u32::MAX)));
         let picker = Picker::new(LbPolicy::WeightedRoundRobin, Some(7));
@@ -440,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_endpoint_is_tried_once_per_turn_and_its_turns_go_to_all_others() {
+    fn a_full_endpoint_is_tried_once_per_turn_and_all_others_share_its_turns() {
         let weights = [1, 1, 1, 1, 1, 1, 1, 2];
         let (fakes, set) = set(weights.map(|weight| (0.0, weight, 1_000)));
         fakes[0].in_flight.store(1_000, Ordering::Relaxed);
@@ -456,7 +456,7 @@ mod tests {
     }
 
     #[test]
-    fn full_connections_are_passed_over_and_the_last_free_one_is_found() {
+    fn full_connections_are_skipped_and_the_last_free_one_is_found() {
         for (policy, heavy) in POLICIES
             .into_iter()
             .flat_map(|policy| [(policy, 1), (policy, 9)])
@@ -479,7 +479,7 @@ mod tests {
     }
 
     #[test]
-    fn what_may_not_be_used_is_not_taken() {
+    fn excluded_connections_are_not_picked() {
         let (fakes, set) = set([(100.0, 1, 9), (100.0, 1, 9)]);
         let picker = Picker::new(LbPolicy::Latency, Some(7));
         for _ in 0..9 {
@@ -497,7 +497,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_set_has_nothing_to_pick() {
+    fn a_pick_from_an_empty_set_fails() {
         let (_, set) = set([]);
         assert_eq!(
             Picker::new(LbPolicy::Latency, None).pick(&set, |_| true, SCAN_LIMIT),
@@ -506,7 +506,7 @@ mod tests {
     }
 
     #[test]
-    fn a_seed_repeats_the_picks() {
+    fn a_seed_makes_the_picks_reproducible() {
         let picks = || {
             let (_, set) = set((0..10).map(|_| (100.0, 1, u32::MAX)));
             let picker = Picker::new(LbPolicy::LeastRequest, Some(42));

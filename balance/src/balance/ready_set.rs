@@ -339,7 +339,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_frozen_set_is_what_the_changes_say(ops in proptest::collection::vec(op(), 0..600)) {
+        fn a_frozen_set_contains_exactly_the_applied_changes(ops in proptest::collection::vec(op(), 0..600)) {
             let mut builder = ReadySetBuilder::new(true);
             let mut model = BTreeMap::new();
             for op in ops {
@@ -370,7 +370,7 @@ mod tests {
     }
 
     #[test]
-    fn draws_follow_the_weights() {
+    fn draws_are_proportional_to_the_weights() {
         let mut builder = ReadySetBuilder::new(true);
         for key in 0..200_u32 {
             builder.insert(key, key, if key < 100 { 1 } else { 3 });
@@ -391,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_set_draws_nothing() {
+    fn a_draw_from_an_empty_set_is_none() {
         let set = ReadySet::<u32>::default();
         let index = set.draw(u64::MAX, u64::MAX);
         assert!(index.and_then(|index| set.get(index)).is_none());

@@ -314,7 +314,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn shares_follow_the_weights_over_any_turns(
+        fn shares_match_the_weights_over_any_turns(
             weights in proptest::collection::vec(weight(), 1..300),
             start: u32,
             length in 1..10_000_u64,
@@ -326,7 +326,7 @@ mod tests {
         }
 
         #[test]
-        fn no_place_is_ever_far_from_its_share(
+        fn no_slot_deviates_far_from_its_share(
             weights in proptest::collection::vec(weight(), 1..30),
             start: u32,
         ) {
@@ -365,7 +365,7 @@ mod tests {
         }
 
         #[test]
-        fn changes_lead_to_the_same_rotation_as_a_new_start(
+        fn changes_produce_the_same_rotation_as_a_rebuild(
             changes in proptest::collection::vec((0..400_usize, 0..2_000_u32), 1..1_000),
         ) {
             let (mut changed, mut weights) = (Ranking::default(), vec![0; 400]);

@@ -220,7 +220,7 @@ fn assert_fair(policy: LbPolicy, servers: [Server; 2]) {
 }
 
 #[test]
-fn equal_servers_share_by_weight_whatever_the_callers() {
+fn equal_servers_get_shares_by_weight_for_every_arrival_pattern() {
     for policy in [LbPolicy::Latency, LbPolicy::LeastRequest] {
         for (heavy, light) in [(100, 30), (10, 1), (3, 2), (2, 1)] {
             assert_fair(
@@ -232,7 +232,7 @@ fn equal_servers_share_by_weight_whatever_the_callers() {
 }
 
 #[test]
-fn a_server_that_is_cold_because_it_is_light_keeps_its_share() {
+fn a_rarely_called_cold_server_keeps_its_share() {
     // A call after an idle second takes eleven times as long. With one call every 20 ms, a call to the server with the smaller weight takes
     // about one and a half times as long as a call to the other.
     let cold = Server {
@@ -246,7 +246,7 @@ fn a_server_that_is_cold_because_it_is_light_keeps_its_share() {
 }
 
 #[test]
-fn a_slow_server_is_avoided_whatever_it_weighs() {
+fn a_slow_server_is_avoided_at_every_weight() {
     let fast = Server {
         micros: 1_000.0,
         ..EQUAL

@@ -390,7 +390,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_failure_sticks_until_a_connection_works() {
+    async fn a_subchannel_keeps_failing_until_a_connection_works() {
         let mut rng = fastrand::Rng::with_seed(7);
         let now = Instant::now();
         let failed = connecting(idle(), now).failed(&mut rng, now);
@@ -402,7 +402,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_dial_that_took_longer_than_its_wait_is_followed_at_once() {
+    async fn a_dial_longer_than_its_backoff_is_retried_at_once() {
         let mut rng = fastrand::Rng::with_seed(7);
         let started = Instant::now();
         let now = started + Duration::from_secs(10);
@@ -411,7 +411,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn each_failure_in_a_row_waits_longer_and_a_fresh_registration_does_not() {
+    async fn consecutive_failures_wait_longer_and_a_new_registration_resets_the_wait() {
         let mut rng = fastrand::Rng::with_seed(7);
         let now = Instant::now();
         let mut subchannel = idle();
@@ -457,7 +457,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_connection_that_has_served_is_followed_by_another_at_once_however_it_ended() {
+    async fn a_connection_that_served_a_call_is_redialled_at_once_after_any_end() {
         let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
         for graceful in [true, false] {
             let mut subchannel = after_an_outage(now, &mut rng);
@@ -473,7 +473,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_unused_connection_closed_in_order_is_redialled_less_and_less_often() {
+    async fn an_unused_connection_closed_gracefully_is_redialled_with_growing_waits() {
         let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
         let mut subchannel = after_an_outage(now, &mut rng);
         let mut waits = Vec::new();
@@ -496,7 +496,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn connections_in_a_row_that_serve_none_of_the_calls_that_want_them_are_a_failure() {
+    async fn consecutive_connections_that_serve_no_waiting_call_count_as_a_failure() {
         let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
         let mut subchannel = idle();
         for _ in 1..VAIN {
@@ -510,7 +510,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_call_that_is_answered_after_its_connection_was_closed_counts() {
+    async fn a_response_after_the_close_of_its_connection_counts() {
         let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
         let mut subchannel = idle();
         for _ in 0..100 {
@@ -525,7 +525,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_server_that_answers_a_ping_and_breaks_is_not_dialled_in_a_loop() {
+    async fn a_server_that_answers_a_ping_and_disconnects_is_not_dialled_in_a_loop() {
         let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
         let lost = lose(idle(), ending(false, false, false), &mut rng, now);
         let Lost::Idle(first) = lost else {
@@ -536,7 +536,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_connection_that_a_call_wanted_and_that_idled_is_no_vain_one() {
+    async fn a_connection_dialled_for_a_call_that_then_idles_is_not_a_failure() {
         let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
         let lost = lose(idle(), ending(true, false, false), &mut rng, now);
         let Lost::Resting(resting) = lost else {

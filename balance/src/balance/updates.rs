@@ -111,7 +111,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_that_is_there_is_one_batch() {
+    fn all_available_updates_form_one_batch() {
         let (sender, changes) = tokio::sync::mpsc::unbounded_channel();
         let mut feed = Updates::new(tokio_stream::wrappers::UnboundedReceiverStream::new(
             changes,
@@ -131,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn an_empty_set_is_known_when_its_source_says_so() {
+    fn an_empty_set_is_known_once_its_source_reports_it() {
         let (told, known) = tokio::sync::oneshot::channel::<()>();
         let known = async {
             let _ = known.await;
@@ -144,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_of_a_set_is_not_known() {
+    fn a_partial_set_is_not_known() {
         let known = std::future::pending();
         let (sender, changes) = tokio::sync::mpsc::unbounded_channel();
         let changes = tokio_stream::wrappers::UnboundedReceiverStream::new(changes);
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_that_panics_has_ended() {
+    fn a_stream_that_panics_counts_as_ended() {
         let feed = tokio_stream::StreamExt::map(tokio_stream::once(1), |_: u8| -> u8 {
             panic!("a stream of the user's")
         });

@@ -79,14 +79,14 @@ mod tests {
     }
 
     #[test]
-    fn a_zone_that_suffices_keeps_its_calls() {
+    fn a_zone_with_enough_capacity_keeps_its_calls() {
         assert_eq!(of("0", &[10, 10, 10]), [WHOLE, 1, 1]);
         assert_eq!(of("1", &[2, 10, 10]), [1, WHOLE, 1]);
         assert_eq!(of("0", &[7]), [WHOLE]);
     }
 
     #[test]
-    fn a_small_zone_spills_over_to_those_with_room() {
+    fn a_small_zone_spills_over_to_zones_with_spare_capacity() {
         // The demand is a third of the calls, and the zone has an eleventh of the weight: 3 of 11 calls stay, and the two large zones share
         // the rest.
         assert_eq!(of("0", &[2, 10, 10]), [WHOLE, 267, 267]);
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn without_anybody_near_all_are_alike() {
+    fn without_local_endpoints_all_zones_are_equal() {
         assert_eq!(of("0", &[0, 5, 50]), [WHOLE; 3]);
         assert_eq!(of("unheard of", &[3, 5]), [WHOLE; 2]);
         assert!(of("0", &[]).is_empty());

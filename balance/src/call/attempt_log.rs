@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn the_list_names_every_attempt_and_why_it_ended() {
+    fn the_log_lists_every_attempt_and_its_status() {
         let last = Status::unavailable("gone");
         let status = attempt_log(&["a:1", "", "b:2"]).into_status(last, Some("enough"));
         assert_eq!(
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn one_attempt_without_a_reason_is_a_call_like_any_other() {
+    fn a_single_attempt_without_a_reason_leaves_the_status_unchanged() {
         let status = attempt_log(&["a:1"]).into_status(Status::unavailable("gone"), None);
         assert_eq!(status.message(), "gone");
     }

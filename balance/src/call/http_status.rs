@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_a_grpc_server_has_sent_is_a_success() {
+    fn a_response_without_grpc_headers_is_foreign() {
         let grpc = ("content-type", "application/grpc+proto");
         let html = ("content-type", "text/html");
         let not_found = Head::Grpc(Some(Code::NotFound));
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn only_a_head_with_an_error_is_a_failure() {
+    fn only_a_response_head_with_an_error_is_a_failure() {
         let grpc = ("content-type", "application/grpc");
         let begun = response(200, &[grpc]);
         assert_eq!(failure(&begun), None, "the answer is still to come");
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_foreign_response_is_described_in_one_line() {
+    fn a_non_grpc_response_is_described_in_one_line() {
         let page = response(502, &[("content-type", "text/html")]);
         assert_eq!(
             Foreign::of(&page).to_string(),

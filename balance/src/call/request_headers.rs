@@ -147,7 +147,7 @@ mod tests {
     const OURS: HeaderValue = HeaderValue::from_static("tonic-etcd/1");
 
     #[test]
-    fn every_try_has_the_headers_of_the_first() {
+    fn every_attempt_has_the_headers_of_the_first() {
         let metadata = |name, value| {
             let mut headers = plain(&OURS);
             headers.append(
@@ -174,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn a_timeout_is_left_out_only_where_it_is_written_anew() {
+    fn a_timeout_is_omitted_only_if_it_is_rewritten() {
         let mut given = plain(&OURS);
         given.insert(GRPC_TIMEOUT, HeaderValue::from_static("1S"));
         let mut known = Headers::new(given.clone(), &OURS, true);
@@ -208,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copied_connection_header_cannot_take_away_what_grpc_needs() {
+    fn a_copied_connection_header_cannot_remove_required_headers() {
         let mut given = plain(&OURS);
         let names = "te, content-type, user-agent, grpc-timeout";
         given.insert(CONNECTION, HeaderValue::from_static(names));
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn the_size_is_that_of_the_rfc_and_at_least_the_real_one() {
+    fn the_header_size_follows_the_rfc() {
         let mut given = plain(&OURS);
         assert_eq!(Headers::new(given.clone(), &OURS, false).size(), 0);
         given.insert(

@@ -336,7 +336,7 @@ mod tests {
 
     /// Reads the options back from the socket: dropping the packets of a peer needs privileges that a test does not have.
     #[tokio::test]
-    async fn the_kernel_is_told_when_to_give_up_a_peer_whose_packets_vanish() {
+    async fn tcp_user_timeout_and_keep_alive_are_set_on_the_socket() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
         let address = listener.local_addr().expect("an address").to_string();
         let address: Address = address.parse().expect("an address");

@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn every_unit_is_read() {
+    fn every_unit_is_parsed() {
         assert_eq!(parsed("2H"), Some(Duration::from_secs(7200)));
         assert_eq!(parsed("3M"), Some(Duration::from_secs(180)));
         assert_eq!(parsed("42S"), Some(Duration::from_secs(42)));
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_protocol_does_not_allow_is_no_timeout() {
+    fn invalid_timeouts_are_ignored() {
         for value in [
             "",
             "S",
@@ -124,7 +124,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn formatting_loses_less_than_a_unit_and_never_adds(nanos in 0_u64..) {
+        fn formatting_rounds_down_by_less_than_a_unit(nanos in 0_u64..) {
             let timeout = Duration::from_nanos(nanos);
             let value = format(timeout);
             let back = parsed(value.to_str().expect("ASCII")).expect("what we write, we read");

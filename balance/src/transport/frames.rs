@@ -200,7 +200,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn frames_are_found_however_the_bytes_are_cut(cuts in proptest::collection::vec(1..300_usize, 0..200)) {
+        fn frames_are_parsed_for_every_split_of_the_bytes(cuts in proptest::collection::vec(1..300_usize, 0..200)) {
             let (bytes, expected) = connection();
             let (mut reader, mut found) = (FrameReader::new(), Vec::new());
             let (mut rest, mut cuts) = (&bytes[..], cuts.into_iter());
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn a_goaway_for_another_reason_is_not_about_pings() {
+    fn a_goaway_with_another_reason_is_not_too_many_pings() {
         let (mut reader, mut found) = (FrameReader::new(), Vec::new());
         let mut bytes = frame(SETTINGS, &[]);
         bytes.extend(frame(GOAWAY, b"\0\0\0\0\0\0\0\x0bheaders"));
@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_bytes_show_the_protocol() {
+    fn the_first_bytes_identify_the_protocol() {
         for (opening, expected) in [
             (&b"HTTP/1.1 400 Bad Request"[..], Some("HTTP/1")),
             (b"\x15\x03\x01\0\x02\x02\x16", Some("TLS")),

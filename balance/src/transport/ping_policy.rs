@@ -348,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_peer_has_stalled_and_its_first_byte_brings_it_back() {
+    fn a_silent_peer_is_stalled_until_its_next_byte() {
         let (mut pings, now) = pings(None);
         let silent = heard(100, 0, now);
         assert_eq!(pings.wake_at(), None);
@@ -368,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn a_check_is_impatient_also_while_a_suspicion_waits() {
+    fn a_silence_check_keeps_its_short_timeout_during_another_check() {
         let (mut pings, now) = pings(None);
         let silent = heard(100, 0, now);
         pings.on_doubt(PingCause::Overrun, now, silent, true);
@@ -378,7 +378,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_does_not_get_to_run_blames_no_peer_but_does_not_wait_for_ever() {
+    fn late_timers_extend_the_wait_a_limited_number_of_times() {
         let (mut pings, mut now) = pings(None);
         let silent = heard(100, 0, now);
         pings.on_doubt(PingCause::Silence, now, silent, true);
@@ -394,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn any_byte_clears_a_doubt() {
+    fn any_received_byte_clears_a_suspicion() {
         let (mut pings, now) = pings(None);
         pings.on_doubt(PingCause::Overrun, now, heard(100, 1, now), true);
         pings.on_pong(now + ms(500), heard(117, 1, now));
@@ -414,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn a_doubt_after_a_byte_begins_anew() {
+    fn a_suspicion_after_a_received_byte_restarts_the_timeout() {
         let (mut pings, now) = pings(None);
         pings.on_doubt(PingCause::Overrun, now, heard(100, 0, now), true);
         let later = now + ms(900);
@@ -430,7 +430,7 @@ mod tests {
     /// Simulates a server that counts like grpc-java: each PING is a strike, and HEADERS or DATA frames that the server sends later clear
     /// the strikes. Frames cross, answers are late, streams are reset, calls are dropped, and the keep-alive sends PINGs as well.
     #[test]
-    fn no_server_counts_a_third_ping_between_two_responses() {
+    fn at_most_two_pings_are_sent_between_two_responses() {
         let seed = fastrand::u64(..);
         let mut rng = fastrand::Rng::with_seed(seed);
         for _ in 0..200 {
@@ -487,7 +487,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_budget_a_doubt_proves_nothing_and_five_minutes_renew_it() {
+    fn without_a_ping_budget_a_connection_is_doubtful_until_the_budget_is_renewed() {
         let (mut pings, now) = pings(None);
         let silent = heard(100, 0, now);
         let ping = pings.on_doubt(PingCause::Overrun, now, silent, true);
@@ -511,7 +511,7 @@ mod tests {
     }
 
     #[test]
-    fn each_doubt_about_a_doubtful_connection_is_settled() {
+    fn each_check_of_a_doubtful_connection_has_an_outcome() {
         let (mut pings, now) = pings(None);
         let silent = heard(100, 0, now);
         pings.on_doubt(PingCause::Overrun, now, silent, true);
@@ -531,7 +531,7 @@ mod tests {
     }
 
     #[test]
-    fn a_doubt_that_comes_with_the_recovery_is_settled() {
+    fn a_check_concurrent_with_the_recovery_has_an_outcome() {
         let (mut pings, now) = pings(None);
         pings.on_doubt(PingCause::Silence, now, heard(100, 0, now), true);
         let stalled = pings.on_time(now + ms(250), heard(100, 0, now), true);
@@ -545,7 +545,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_way_is_given_its_round_trips() {
+    fn the_check_timeout_is_at_least_four_round_trips() {
         let now = Instant::now();
         let silent = heard(0, 0, now);
         let mut pings = Pings::new(None, ms(400), silent, now);
@@ -563,7 +563,7 @@ mod tests {
     };
 
     #[test]
-    fn the_keep_alive_pings_after_silence_and_gives_up() {
+    fn the_keep_alive_pings_after_silence_and_closes_without_a_response() {
         let (mut pings, now) = pings(Some(KEEP_ALIVE));
         let silent = heard(0, 0, now);
         assert_eq!(pings.wake_at(), Some(now + ms(10_000)));
@@ -585,7 +585,7 @@ mod tests {
     }
 
     #[test]
-    fn the_keep_alive_waits_for_what_servers_permit_by_default() {
+    fn the_keep_alive_respects_the_default_permit_time_of_servers() {
         let (mut pings, now) = pings(Some(KeepAlive {
             permit: BUSY_INTERVAL,
             ..KEEP_ALIVE
@@ -609,7 +609,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_that_receives_is_neither_pinged_nor_given_up() {
+    fn a_connection_that_receives_data_is_neither_pinged_nor_closed() {
         let (mut pings, now) = pings(Some(KEEP_ALIVE));
         let at = now + ms(9_999);
         assert_eq!(pings.on_time(now + ms(10_000), heard(5, 0, at), true), None);
@@ -624,7 +624,7 @@ mod tests {
     }
 
     #[test]
-    fn an_idle_connection_is_pinged_only_if_that_is_wanted() {
+    fn an_idle_connection_is_pinged_only_if_enabled() {
         let (mut pings, now) = pings(Some(KEEP_ALIVE));
         let silent = heard(0, 0, now);
         assert_eq!(pings.on_time(now + ms(10_000), silent, false), None);

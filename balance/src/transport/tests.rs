@@ -170,7 +170,7 @@ async fn read_all(mut body: RecvStream) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn a_call_goes_out_and_its_answer_comes_back_with_trailers() {
+async fn a_call_returns_its_response_and_trailers() {
     let mut pair = Pair::new(|_| ()).await;
     let mut exchange = pair.send(single());
     let (request, mut respond) = pair.accept().await;
@@ -193,7 +193,7 @@ async fn a_call_goes_out_and_its_answer_comes_back_with_trailers() {
 }
 
 #[tokio::test]
-async fn a_peer_that_never_answers_is_never_connected() {
+async fn a_peer_that_never_responds_is_not_connected() {
     let (near, _far) = duplex(1 << 16);
     let establishing = Connection::establish(near, &DEFAULTS, None);
     let outcome = timeout(Duration::from_millis(50), establishing).await;
@@ -215,7 +215,7 @@ async fn a_peer_that_allows_no_streams_is_not_connected() {
 }
 
 #[tokio::test]
-async fn the_peers_stream_limit_is_known_from_the_start() {
+async fn the_stream_limit_of_the_peer_is_known_from_the_start() {
     let pair = Pair::new(|builder| {
         builder.max_concurrent_streams(7);
     })
@@ -224,7 +224,7 @@ async fn the_peers_stream_limit_is_known_from_the_start() {
 }
 
 #[tokio::test]
-async fn calls_above_a_goaway_are_unprocessed_and_the_connection_leaves() {
+async fn calls_above_the_last_stream_of_a_goaway_are_unprocessed_and_the_connection_ends() {
     let mut pair = Pair::new(|_| ()).await;
     let mut below = pair.send(single());
     let (_request, _respond) = pair.accept().await;
@@ -244,7 +244,7 @@ async fn calls_above_a_goaway_are_unprocessed_and_the_connection_leaves() {
 }
 
 #[tokio::test]
-async fn a_goaway_with_a_code_is_not_graceful() {
+async fn a_goaway_with_an_error_code_is_not_graceful() {
     let mut pair = Pair::new(|_| ()).await;
     pair.order(Order::GoAway(Reason::ENHANCE_YOUR_CALM));
     let left = timeout(PATIENCE, pair.left.recv()).await.expect("in time");
@@ -252,7 +252,7 @@ async fn a_goaway_with_a_code_is_not_graceful() {
 }
 
 #[tokio::test]
-async fn a_graceful_shutdown_finishes_what_runs() {
+async fn a_graceful_shutdown_finishes_calls_in_flight() {
     let mut pair = Pair::new(|_| ()).await;
     let mut exchange = pair.send(single());
     let (_request, mut respond) = pair.accept().await;
@@ -272,7 +272,7 @@ async fn a_graceful_shutdown_finishes_what_runs() {
 }
 
 #[tokio::test]
-async fn a_broken_connection_proves_nothing() {
+async fn a_broken_connection_does_not_prove_a_call_unprocessed() {
     let mut pair = Pair::new(|_| ()).await;
     let mut exchange = pair.send(single());
     let _accepted = pair.accept().await;
@@ -302,7 +302,7 @@ async fn only_a_refused_stream_is_unprocessed() {
 }
 
 #[tokio::test]
-async fn an_error_that_h2_detects_itself_proves_nothing() {
+async fn a_local_h2_error_does_not_prove_a_call_unprocessed() {
     let (near, mut far) = duplex(1 << 16);
     let server = tokio::spawn(async move {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -349,7 +349,7 @@ async fn an_error_that_h2_detects_itself_proves_nothing() {
 }
 
 #[tokio::test]
-async fn a_malformed_request_is_told_from_a_lost_connection() {
+async fn a_malformed_request_is_distinguished_from_a_lost_connection() {
     let pair = Pair::new(|_| ()).await;
     let mut malformed = request();
     malformed
@@ -362,7 +362,7 @@ async fn a_malformed_request_is_told_from_a_lost_connection() {
 }
 
 #[tokio::test]
-async fn a_unary_body_is_known_without_a_task() {
+async fn a_complete_request_body_needs_no_stream() {
     let (feed, body) = fed();
     feed.send("x".into()).expect("fed");
     drop(feed);
@@ -373,7 +373,7 @@ async fn a_unary_body_is_known_without_a_task() {
 }
 
 #[tokio::test]
-async fn a_caller_may_wait_for_the_head_before_it_sends() {
+async fn a_caller_can_wait_for_the_response_head_before_it_sends() {
     let mut pair = Pair::new(|_| ()).await;
     let (feed, body) = fed();
     let mut exchange = pair.send(gather(body).await);
@@ -391,7 +391,7 @@ async fn a_caller_may_wait_for_the_head_before_it_sends() {
 }
 
 #[tokio::test]
-async fn parked_uploads_leave_the_connection_to_others() {
+async fn parked_uploads_do_not_block_the_connection() {
     let mut pair = Pair::new(|_| ()).await;
     let mut parked = Vec::new();
     for _ in 0..100 {
@@ -415,7 +415,7 @@ async fn parked_uploads_leave_the_connection_to_others() {
 }
 
 #[tokio::test]
-async fn an_early_answer_is_delivered_while_the_caller_goes_on_sending() {
+async fn an_early_response_is_delivered_while_the_caller_sends() {
     let mut pair = Pair::new(|_| ()).await;
     let (feed, body) = fed();
     feed.send("first".into()).expect("fed");
@@ -457,7 +457,7 @@ async fn a_dropped_response_ends_the_request_stream() {
 }
 
 #[tokio::test]
-async fn a_refused_stream_gives_its_body_back_while_it_is_small() {
+async fn a_refused_stream_returns_its_body_while_it_is_small() {
     let mut pair = Pair::new(|_| ()).await;
     let (feed, body) = fed();
     feed.send("one".into()).expect("fed");
@@ -472,7 +472,7 @@ async fn a_refused_stream_gives_its_body_back_while_it_is_small() {
 }
 
 #[tokio::test]
-async fn a_failing_body_resets_the_call_and_says_why() {
+async fn a_failing_body_resets_the_call_with_the_error_of_the_body() {
     struct Failing;
     impl http_body::Body for Failing {
         type Data = Bytes;
@@ -499,7 +499,7 @@ async fn a_failing_body_resets_the_call_and_says_why() {
 }
 
 #[tokio::test]
-async fn thousands_of_half_read_streams_leave_the_connection_whole() {
+async fn thousands_of_half_read_streams_leave_the_connection_window_intact() {
     let mut pair = Pair::new(|_| ()).await;
     let ended = Arc::new(AtomicUsize::new(0));
     for _ in 0..3_000 {
@@ -552,7 +552,7 @@ async fn thousands_of_half_read_streams_leave_the_connection_whole() {
 }
 
 #[tokio::test]
-async fn a_connection_nobody_holds_is_closed_after_its_last_call() {
+async fn a_dropped_connection_is_closed_after_its_last_call() {
     let mut pair = Pair::new(|_| ()).await;
     let mut exchange = pair.send(single());
     let (_request, mut respond) = pair.accept().await;
@@ -610,7 +610,7 @@ async fn scripted(
 }
 
 #[tokio::test]
-async fn a_call_that_was_sent_above_a_goaway_is_unprocessed_whatever_its_code() {
+async fn a_call_above_the_last_stream_of_a_goaway_is_unprocessed_for_every_code() {
     for (frames, blame) in [
         // Last stream 0, code NO_ERROR.
         (b"\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\0", None),
@@ -635,7 +635,7 @@ async fn a_call_that_was_sent_above_a_goaway_is_unprocessed_whatever_its_code() 
 }
 
 #[tokio::test]
-async fn a_call_at_a_goaways_last_stream_ends_with_the_connection_and_may_have_run() {
+async fn a_call_at_the_last_stream_of_a_goaway_may_have_run() {
     // The last stream is 1, the stream of the call.
     let (client, mut left) = scripted(b"\0\0\x08\x07\0\0\0\0\0\0\0\0\x01\0\0\0\0", true).await;
     let mut exchange = Exchange::start(&client, request(), single(), Recall::Never).expect("sent");
@@ -651,7 +651,7 @@ async fn a_call_at_a_goaways_last_stream_ends_with_the_connection_and_may_have_r
 }
 
 #[tokio::test]
-async fn a_refusal_after_the_head_is_the_bodys_error_and_looks_the_same() {
+async fn a_refusal_after_the_response_head_is_an_error_of_the_body() {
     let mut pair = Pair::new(|_| ()).await;
     let mut exchange = pair.send(single());
     let (_request, mut respond) = pair.accept().await;
@@ -669,7 +669,7 @@ async fn a_refusal_after_the_head_is_the_bodys_error_and_looks_the_same() {
 }
 
 #[tokio::test]
-async fn a_call_queued_inside_h2_cannot_be_told_from_one_that_was_sent() {
+async fn a_call_queued_inside_h2_looks_like_a_sent_call() {
     let mut pair = Pair::new(|builder| {
         builder.max_concurrent_streams(1);
     })
@@ -688,7 +688,7 @@ async fn a_call_queued_inside_h2_cannot_be_told_from_one_that_was_sent() {
 }
 
 #[tokio::test]
-async fn the_limit_on_streams_follows_the_peers_settings() {
+async fn the_stream_limit_follows_the_settings_of_the_peer() {
     // SETTINGS with MAX_CONCURRENT_STREAMS of 3.
     let settings = b"\0\0\x06\x04\0\0\0\0\0\0\x03\0\0\0\x03";
     let (client, _left) = scripted(settings, false).await;
@@ -703,7 +703,7 @@ async fn the_limit_on_streams_follows_the_peers_settings() {
 }
 
 #[tokio::test]
-async fn of_two_addresses_of_which_the_first_is_dead_the_second_is_taken() {
+async fn the_second_address_is_used_if_the_first_does_not_respond() {
     let listen = |backlog| {
         let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
         let local = std::net::SocketAddr::from(([127, 0, 0, 1], 0));

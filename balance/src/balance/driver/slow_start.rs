@@ -87,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_share_grows_from_a_tenth_to_the_whole() {
+    fn a_share_grows_from_a_tenth_to_one() {
         let window = Duration::from_secs(10);
         let at = |seconds| grown(2, Duration::from_secs(seconds), window);
         assert_eq!(

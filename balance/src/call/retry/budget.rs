@@ -99,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn half_the_bucket_is_for_retries_and_successes_fill_it_again() {
+    fn half_of_the_bucket_is_for_retries_and_successes_refill_it() {
         let tokens = Tokens::new(RetryBudget::new(10, 0.1));
         // As in A6's example: calls are sent again while 9 to 6 tokens are left, and not at 5.
         assert_eq!((0..6).filter(|_| tokens.on_failure()).count(), 4);
@@ -114,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bucket_never_overflows_nor_goes_below_nothing() {
+    fn the_bucket_stays_between_zero_and_its_size() {
         let tokens = Tokens::new(RetryBudget::new(2, 0.9));
         for _ in 0..100 {
             tokens.on_success();
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_out_of_bounds_counts_as_the_nearest() {
+    fn budget_parameters_out_of_range_are_clamped() {
         assert_eq!(RetryBudget::new(0, -1.0), RetryBudget::new(1, 0.001));
         assert_eq!(RetryBudget::new(9_999, 7.0), RetryBudget::new(1_000, 1.0));
         assert_eq!(RetryBudget::new(9, f32::NAN), RetryBudget::new(9, 0.0));

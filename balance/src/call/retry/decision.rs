@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn pushback_is_read_as_the_design_has_it() {
+    fn pushback_is_parsed_as_in_grfc_a6() {
         let after = |millis| Pushback::After(Duration::from_millis(millis));
         for (values, expected) in [
             (&[][..], Pushback::None),
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn each_rule_of_the_design() {
+    fn decisions_follow_each_rule_of_grfc_a6() {
         let policy = RetryPolicy::new([Code::Unavailable]);
         let all = Some("that is all the policy allows");
         let lost = (Code::Unavailable, Pushback::None);
@@ -189,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn the_budget_ends_it_and_counts_what_the_design_counts() {
+    fn the_budget_ends_retries_and_counts_failures_as_in_grfc_a6() {
         let policy = RetryPolicy::new([Code::Unavailable]);
         let lost = (Code::Unavailable, Pushback::None);
         let tokens = Tokens::new(RetryBudget::new(4, 0.001));

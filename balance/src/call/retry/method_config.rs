@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn the_most_specific_policy_is_a_methods() {
+    fn a_method_uses_the_most_specific_policy() {
         let mut plans = MethodConfigBuilder::default();
         plans.set_all(retry(Code::Unavailable));
         plans.set("a.Service", retry(Code::Aborted));
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn what_names_no_method_is_left_out() {
+    fn names_that_match_no_method_are_ignored() {
         let mut plans = MethodConfigBuilder::default();
         for name in ["", "/", "a//b", "a/b/c", "//a"] {
             plans.set(name, retry(Code::Unavailable));

@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn no_parameter_breaks_a_policy() {
+    fn extreme_parameters_are_clamped() {
         let policy = RetryPolicy::new([])
             .multiplier(f64::NAN)
             .initial_backoff(Duration::MAX)
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn exactly_the_named_codes_are_covered() {
+    fn exactly_the_listed_codes_are_covered() {
         let policy = RetryPolicy::new([Code::Ok, Code::Unavailable, Code::Unauthenticated]);
         let covered: Vec<_> = (0..=16)
             .map(Code::from_i32)

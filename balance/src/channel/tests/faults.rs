@@ -33,7 +33,7 @@ fn resetting(reason: Reason, seen: &Arc<AtomicUsize>) -> support::Cut {
 }
 
 #[tokio::test]
-async fn a_refused_call_goes_elsewhere_and_runs_once() {
+async fn a_refused_call_is_sent_to_another_server_and_runs_once() {
     let (refused, processed) = (Arc::default(), Arc::default());
     let servers = [
         resetting(Reason::REFUSED_STREAM, &refused),
@@ -60,7 +60,7 @@ async fn a_refused_call_goes_elsewhere_and_runs_once() {
 }
 
 #[tokio::test]
-async fn a_call_refused_everywhere_fails_after_four_tries() {
+async fn a_call_refused_by_every_server_fails_after_four_attempts() {
     let seen = Arc::default();
     let servers: Vec<_> = (0..6)
         .map(|_| resetting(Reason::REFUSED_STREAM, &seen))
@@ -78,7 +78,7 @@ async fn a_call_refused_everywhere_fails_after_four_tries() {
 }
 
 #[tokio::test]
-async fn one_server_that_refuses_is_asked_once() {
+async fn a_lone_server_that_refuses_gets_one_attempt() {
     let seen = Arc::default();
     let server = resetting(Reason::REFUSED_STREAM, &seen);
     let channel = over([server.address()]);
@@ -89,7 +89,7 @@ async fn one_server_that_refuses_is_asked_once() {
 }
 
 #[tokio::test]
-async fn other_resets_are_not_replayed_and_have_their_code() {
+async fn other_resets_are_not_replayed_and_keep_their_code() {
     for (reason, code) in [
         (Reason::CANCEL, Code::Cancelled),
         (Reason::INTERNAL_ERROR, Code::Internal),
@@ -145,7 +145,7 @@ async fn a_refusal_after_the_head_is_not_replayed() {
 }
 
 #[tokio::test]
-async fn a_streamed_call_is_replayed_while_its_beginning_is_at_hand() {
+async fn a_streamed_call_is_replayed_while_its_first_messages_are_buffered() {
     let (refused, processed) = (Arc::default(), Arc::default());
     let servers = [
         resetting(Reason::REFUSED_STREAM, &refused),
@@ -170,7 +170,7 @@ async fn a_streamed_call_is_replayed_while_its_beginning_is_at_hand() {
 }
 
 #[tokio::test]
-async fn a_connection_that_breaks_in_a_call_is_unavailable_and_names_the_endpoint() {
+async fn a_connection_lost_during_a_call_is_unavailable_and_names_the_endpoint() {
     let mut raw = Raw::start(|_| ());
     let processed = Arc::default();
     let other = counting(&processed);
@@ -238,7 +238,7 @@ async fn graceful_restarts_fail_no_call_and_run_none_twice() {
 }
 
 #[tokio::test]
-async fn a_lone_server_may_restart_between_calls_in_flight() {
+async fn a_lone_server_can_restart_between_calls() {
     let server = Greeter::start("before");
     let channel = over([server.address()]);
     say(&channel).await.expect("an answer");
@@ -255,7 +255,7 @@ async fn a_lone_server_may_restart_between_calls_in_flight() {
 }
 
 #[tokio::test]
-async fn a_server_killed_again_and_again_fails_only_what_was_in_flight() {
+async fn repeated_kills_fail_only_the_calls_in_flight() {
     let steady = Greeter::start("steady");
     let shaky = Raw::start(|_| ());
     let port = shaky.address.port();
@@ -279,7 +279,7 @@ async fn a_server_killed_again_and_again_fails_only_what_was_in_flight() {
 }
 
 #[tokio::test]
-async fn a_malformed_request_is_internal_and_costs_no_endpoint() {
+async fn a_malformed_request_is_internal_and_no_failure_of_the_endpoint() {
     use tower::Service;
     let server = Greeter::start("alpha");
     let mut channel = over([server.address()]);
@@ -297,7 +297,7 @@ async fn a_malformed_request_is_internal_and_costs_no_endpoint() {
 }
 
 #[tokio::test]
-async fn a_goaway_below_a_call_that_was_sent_sends_it_elsewhere() {
+async fn a_call_above_the_last_stream_of_a_goaway_is_sent_to_another_server() {
     let processed = Arc::default();
     let shy = support::shy(0);
     let other = counting(&processed);
@@ -323,7 +323,7 @@ async fn a_goaway_below_a_call_that_was_sent_sends_it_elsewhere() {
 
 /// The other endpoint refuses connections, possibly for hours, so the call must not wait for it.
 #[tokio::test]
-async fn a_goaway_below_a_call_sends_it_to_the_same_endpoint_once_that_is_back() {
+async fn a_call_above_the_last_stream_of_a_goaway_is_resent_after_a_reconnect() {
     let (shy, back) = (support::shy(0), Greeter::start("back"));
     let (dials, then) = (AtomicUsize::new(0), back.address());
     let channel = BalancedChannel::builder()
@@ -356,7 +356,7 @@ async fn a_goaway_below_a_call_sends_it_to_the_same_endpoint_once_that_is_back()
 /// All streams of very many connections are in use, and one call waits. A stream that becomes free on any connection is handed to that
 /// call.
 #[tokio::test]
-async fn a_place_that_becomes_free_on_one_of_a_thousand_connections_is_found() {
+async fn a_stream_freed_on_one_of_a_thousand_connections_is_used() {
     const ENDPOINTS: usize = 600;
     let (accepts, mut accepted) = mpsc::unbounded_channel::<support::Accepted>();
     let channel = BalancedChannel::builder()
@@ -404,7 +404,7 @@ async fn a_place_that_becomes_free_on_one_of_a_thousand_connections_is_found() {
 
 /// An attempt to connect to an endpoint that does not respond takes its whole timeout.
 #[tokio::test(start_paused = true)]
-async fn a_thousand_endpoints_that_swallow_connections_hold_up_nobody() {
+async fn a_thousand_unresponsive_endpoints_do_not_delay_the_others() {
     let (changes, stream) = mpsc::unbounded_channel();
     let channel = BalancedChannel::builder()
         .seed(7)
@@ -449,7 +449,7 @@ async fn a_thousand_endpoints_that_swallow_connections_hold_up_nobody() {
 }
 
 #[tokio::test]
-async fn the_longest_times_are_taken() {
+async fn the_longest_durations_are_accepted() {
     let outliers = OutlierDetection::new().interval(Duration::MAX);
     let channel = BalancedChannel::builder()
         .startup_timeout(Duration::MAX)
@@ -461,7 +461,7 @@ async fn the_longest_times_are_taken() {
 }
 
 #[tokio::test]
-async fn a_goaway_at_the_call_and_then_the_end_may_have_run_it() {
+async fn a_call_at_the_last_stream_of_a_goaway_is_not_replayed() {
     let processed = Arc::default();
     let shy = support::shy(1);
     let channel = over([&shy]);
@@ -474,7 +474,7 @@ async fn a_goaway_at_the_call_and_then_the_end_may_have_run_it() {
 }
 
 #[tokio::test]
-async fn what_waits_for_a_free_stream_waits_in_our_hands_and_goes_elsewhere() {
+async fn calls_waiting_for_a_free_stream_are_not_queued_on_a_connection() {
     let mut full = Raw::start(|builder| {
         builder.max_concurrent_streams(1);
     });
@@ -508,7 +508,7 @@ async fn what_waits_for_a_free_stream_waits_in_our_hands_and_goes_elsewhere() {
 }
 
 #[tokio::test]
-async fn an_address_whose_packets_are_dropped_delays_no_call() {
+async fn an_address_whose_packets_are_dropped_does_not_delay_calls() {
     let servers = [
         Greeter::start("alpha"),
         Greeter::start("beta"),
@@ -539,7 +539,7 @@ async fn an_address_whose_packets_are_dropped_delays_no_call() {
 }
 
 #[tokio::test]
-async fn a_connection_that_swallows_everything_is_given_up_with_keep_alive_on() {
+async fn keep_alive_closes_an_unresponsive_connection() {
     let mut raw = Raw::start(|_| ());
     let (frozen, freeze) = support::valve(raw.address);
     let channel = BalancedChannel::builder()
@@ -573,7 +573,7 @@ async fn a_connection_that_swallows_everything_is_given_up_with_keep_alive_on() 
 }
 
 #[tokio::test]
-async fn pings_on_an_idle_connection_keep_it() {
+async fn pings_keep_an_idle_connection_open() {
     let server = Greeter::start("alpha");
     let channel = BalancedChannel::builder()
         .http2_keep_alive_interval(Duration::from_millis(5))
@@ -623,7 +623,7 @@ async fn count_calls(
 }
 
 #[tokio::test]
-async fn a_server_that_allows_fewer_streams_than_before_is_sent_no_more() {
+async fn a_lowered_stream_limit_is_respected() {
     let calls = [Arc::<AtomicUsize>::default(), Arc::default()];
     let count = |connection: usize| calls[connection].load(Ordering::SeqCst);
     let connections = AtomicUsize::new(0);
@@ -659,7 +659,7 @@ async fn a_server_that_allows_fewer_streams_than_before_is_sent_no_more() {
 }
 
 #[tokio::test]
-async fn a_server_that_allows_one_stream_at_last_has_it_for_calls_and_not_for_its_health() {
+async fn a_lone_stream_is_used_for_calls_and_not_for_the_health_watch() {
     let calls = Arc::<AtomicUsize>::default();
     let counted = Arc::clone(&calls);
     let channel = BalancedChannel::builder()

@@ -100,7 +100,7 @@ fn mirror() -> BalancedChannel {
 }
 
 #[tokio::test]
-async fn messages_are_compressed_both_ways() {
+async fn messages_are_compressed_in_both_directions() {
     let channel = mirror();
     let mut client = GreeterClient::new(channel.clone())
         .send_compressed(CompressionEncoding::Gzip)
@@ -129,7 +129,7 @@ async fn messages_are_compressed_both_ways() {
 }
 
 #[tokio::test]
-async fn metadata_of_any_bytes_passes_both_ways_and_interceptors_add_theirs() {
+async fn binary_metadata_passes_in_both_directions_and_interceptors_add_metadata() {
     let channel = mirror();
     let bytes: Vec<u8> = (0..=255).collect();
     let intercepting = {
@@ -161,7 +161,7 @@ async fn metadata_of_any_bytes_passes_both_ways_and_interceptors_add_theirs() {
 }
 
 #[tokio::test]
-async fn an_error_comes_with_its_message_details_and_metadata() {
+async fn an_error_keeps_its_message_details_and_metadata() {
     let channel = mirror();
     let status = GreeterClient::new(channel.clone())
         .say_hello(hello("fail"))
@@ -179,7 +179,7 @@ async fn an_error_comes_with_its_message_details_and_metadata() {
 }
 
 #[tokio::test]
-async fn a_large_message_reaches_a_server_that_reads_slowly_and_others_pass_it() {
+async fn a_large_message_to_a_slow_reader_does_not_block_other_calls() {
     let mut raw = Raw::start(|_| ());
     let channel = over([raw.address()]);
     let mut client = GreeterClient::new(channel.clone());

@@ -94,7 +94,7 @@ async fn tally(channel: &BalancedChannel, calls: usize) -> BTreeMap<String, usiz
 }
 
 #[tokio::test]
-async fn every_kind_of_call_works_and_the_load_returns_to_zero() {
+async fn every_kind_of_call_works_and_leaves_no_call_in_flight() {
     let servers = [Greeter::start("alpha"), Greeter::start("beta")];
     let channel = over(servers.iter().map(Greeter::address));
     let mut client = GreeterClient::new(channel.clone());
@@ -143,7 +143,7 @@ async fn every_kind_of_call_works_and_the_load_returns_to_zero() {
 }
 
 #[tokio::test]
-async fn calls_are_shared_out_in_every_policy() {
+async fn every_policy_distributes_calls_over_all_servers() {
     let servers = ["alpha", "beta", "gamma"].map(Greeter::start);
     for policy in [
         LbPolicy::Latency,
@@ -180,7 +180,7 @@ async fn interceptors_and_large_messages_pass() {
 }
 
 #[tokio::test]
-async fn the_authority_is_the_endpoints_and_the_user_agent_names_us() {
+async fn the_authority_is_the_address_of_the_endpoint_and_the_user_agent_is_ours() {
     let mut raw = Raw::start(|_| ());
     let channel = BalancedChannel::builder()
         .user_agent("greeter/1.0")
@@ -209,7 +209,7 @@ async fn the_authority_is_the_endpoints_and_the_user_agent_names_us() {
 }
 
 #[tokio::test]
-async fn an_endpoint_that_is_down_or_silent_from_the_start_fails_no_call() {
+async fn an_endpoint_that_is_down_or_unresponsive_from_the_start_fails_no_call() {
     let servers = [Greeter::start("alpha"), Greeter::start("beta")];
     let (_silent, hole) = black_hole();
     let mut addresses: Vec<_> = servers.iter().map(Greeter::address).collect();
@@ -227,7 +227,7 @@ async fn an_endpoint_that_is_down_or_silent_from_the_start_fails_no_call() {
 }
 
 #[tokio::test]
-async fn nothing_registered_fails_at_once_and_says_so() {
+async fn a_call_without_a_registered_endpoint_fails_at_once_with_the_reason() {
     let channel = over([""; 0]);
     let (outcome, took) = timed(say(&channel)).await;
     let status = outcome.expect_err("there is nobody");
@@ -244,7 +244,7 @@ async fn nothing_registered_fails_at_once_and_says_so() {
 }
 
 #[tokio::test]
-async fn all_down_fails_at_once_with_the_numbers_and_the_last_cause() {
+async fn a_call_with_all_endpoints_down_fails_at_once_with_counts_and_the_last_cause() {
     let (one, two) = (refusing(), refusing());
     let channel = over([&one, &two]);
     let (outcome, took) = timed(say(&channel)).await;
@@ -265,7 +265,7 @@ async fn all_down_fails_at_once_with_the_numbers_and_the_last_cause() {
 }
 
 #[tokio::test]
-async fn a_set_that_stays_unknown_fails_at_the_start_up_bound() {
+async fn a_set_that_stays_unknown_fails_at_the_startup_timeout() {
     let stream =
         tokio_stream::pending::<Result<Change<Address, Attributes>, std::convert::Infallible>>();
     let (outcome, took) = timed(async {
@@ -289,14 +289,14 @@ async fn a_set_that_stays_unknown_fails_at_the_start_up_bound() {
 }
 
 #[tokio::test]
-async fn an_address_that_is_none_is_named() {
+async fn an_invalid_address_is_reported() {
     let channel = over(["not an address"]);
     let status = say(&channel).await.expect_err("there is nobody");
     assert!(status.message().contains("\"not an address\""), "{status}");
 }
 
 #[tokio::test]
-async fn a_call_that_waits_for_ready_is_served_by_whoever_comes() {
+async fn a_wait_for_ready_call_is_served_by_a_new_endpoint() {
     let (changes, channel) = fed();
     insert(&changes, &refusing(), Attributes::new());
     until("the first has failed", || {
@@ -324,7 +324,7 @@ async fn a_call_that_waits_for_ready_is_served_by_whoever_comes() {
 }
 
 #[tokio::test]
-async fn waiting_ends_with_the_deadline_and_says_what_for() {
+async fn a_wait_ends_at_the_deadline_and_the_error_states_its_cause() {
     let channel = BalancedChannel::builder()
         .service("greeter")
         .wait_for_ready(true)
@@ -345,7 +345,7 @@ async fn waiting_ends_with_the_deadline_and_says_what_for() {
 }
 
 #[tokio::test]
-async fn the_deadline_holds_for_a_server_that_says_nothing() {
+async fn the_deadline_applies_to_a_server_that_does_not_respond() {
     let mut raw = Raw::start(|_| ());
     let channel = over([raw.address()]);
     let mut client = GreeterClient::new(channel.clone());
@@ -369,7 +369,7 @@ async fn the_deadline_holds_for_a_server_that_says_nothing() {
 }
 
 #[tokio::test]
-async fn a_dropped_call_reaches_the_server() {
+async fn a_dropped_call_is_cancelled_at_the_server() {
     let mut raw = Raw::start(|_| ());
     let channel = over([raw.address()]);
     let call = tokio::spawn({
@@ -384,7 +384,7 @@ async fn a_dropped_call_reaches_the_server() {
 }
 
 #[tokio::test]
-async fn a_removed_endpoint_gets_no_more_calls_and_finishes_those_it_has() {
+async fn a_removed_endpoint_gets_no_new_calls_and_finishes_those_in_flight() {
     let (changes, channel) = fed();
     let mut old = Raw::start(|_| ());
     insert(&changes, &old.address(), Attributes::new());
@@ -422,7 +422,7 @@ async fn a_removed_endpoint_gets_no_more_calls_and_finishes_those_it_has() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_endpoint_that_is_not_listed_any_more_is_not_picked_any_more() {
+async fn an_endpoint_that_is_no_longer_listed_is_not_picked() {
     const ENDPOINTS: usize = 400;
     let raw = Raw::start(|_| ());
     let to = raw.address;
@@ -459,7 +459,7 @@ async fn an_endpoint_that_is_not_listed_any_more_is_not_picked_any_more() {
 }
 
 #[tokio::test]
-async fn attributes_change_in_place() {
+async fn attributes_change_without_a_reconnect() {
     // Compares calls in flight, because the latencies of servers in one busy process differ by more than noise.
     let (changes, stream) = mpsc::unbounded_channel();
     let channel = BalancedChannel::builder()
@@ -548,7 +548,7 @@ async fn a_last_resort_serves_only_while_nothing_else_is_ready_and_is_never_dial
 }
 
 #[tokio::test]
-async fn a_fresh_registration_ends_the_backoff() {
+async fn a_new_registration_ends_the_backoff() {
     let (changes, channel) = fed();
     let address = refusing();
     // Several failures make the next wait longer than the timeout of the test.
@@ -587,7 +587,7 @@ async fn a_fresh_registration_ends_the_backoff() {
 }
 
 #[tokio::test]
-async fn who_fails_much_more_than_the_others_is_out_until_it_is_registered_anew() {
+async fn an_outlier_stays_ejected_until_it_is_registered_again() {
     let (changes, stream) = mpsc::unbounded_channel();
     let detection = OutlierDetection::new()
         .without_success_rate()
@@ -637,7 +637,7 @@ async fn who_fails_much_more_than_the_others_is_out_until_it_is_registered_anew(
 }
 
 #[tokio::test]
-async fn one_stream_at_a_time_serves_a_hundred_callers() {
+async fn a_limit_of_one_stream_serves_a_hundred_callers() {
     let running = Arc::new(AtomicUsize::new(0));
     let server = Raw::answering(
         |builder| {
@@ -673,7 +673,7 @@ async fn one_stream_at_a_time_serves_a_hundred_callers() {
 }
 
 #[tokio::test]
-async fn a_caller_that_tries_again_at_once_lets_others_run() {
+async fn a_caller_that_retries_in_a_loop_does_not_starve_other_tasks() {
     let channel = BalancedChannel::builder()
         .addresses([refusing()])
         .connect_lazy();
@@ -694,7 +694,7 @@ async fn a_caller_that_tries_again_at_once_lets_others_run() {
 }
 
 #[tokio::test]
-async fn too_many_waiting_calls_are_refused() {
+async fn calls_beyond_max_waiters_are_rejected() {
     let channel = BalancedChannel::builder()
         .wait_for_ready(true)
         .max_waiters(3)
@@ -714,7 +714,7 @@ async fn too_many_waiting_calls_are_refused() {
 }
 
 #[tokio::test]
-async fn the_last_clone_ends_everything() {
+async fn dropping_the_last_clone_closes_the_connections() {
     let mut raw = Raw::start(|_| ());
     let channel = over([raw.address()]);
     let call = tokio::spawn(async move { say(&channel).await });
@@ -728,7 +728,7 @@ async fn the_last_clone_ends_everything() {
 }
 
 #[tokio::test]
-async fn several_connections_share_an_endpoints_calls() {
+async fn several_connections_share_the_calls_of_an_endpoint() {
     let server = Greeter::start("alpha");
     let channel = BalancedChannel::builder()
         .connections_per_endpoint(4)
@@ -755,7 +755,7 @@ async fn several_connections_share_an_endpoints_calls() {
 }
 
 #[tokio::test]
-async fn a_custom_dialler_is_used() {
+async fn a_custom_connector_is_used() {
     let server = Greeter::start("far");
     let to = server.address;
     let channel = BalancedChannel::builder()
@@ -766,7 +766,7 @@ async fn a_custom_dialler_is_used() {
 }
 
 #[tokio::test]
-async fn a_dialler_that_panics_is_a_failed_dial() {
+async fn a_connector_that_panics_is_a_failed_dial() {
     let channel = BalancedChannel::builder()
         .connector(|_| async {
             panic!("a dialler of the user's") as std::io::Result<tokio::io::DuplexStream>
@@ -778,14 +778,14 @@ async fn a_dialler_that_panics_is_a_failed_dial() {
 }
 
 #[tokio::test]
-async fn a_name_is_resolved() {
+async fn a_host_name_is_resolved() {
     let server = Greeter::start("alpha");
     let channel = over([format!("localhost:{}", server.address.port())]);
     assert!(say(&channel).await.is_ok());
 }
 
 #[tokio::test]
-async fn a_response_without_a_body_is_a_response() {
+async fn a_response_without_a_body_is_valid() {
     let server = Raw::answering(
         |_| (),
         |(_, mut respond)| async move {
@@ -812,7 +812,7 @@ async fn a_response_without_a_body_is_a_response() {
 }
 
 #[tokio::test]
-async fn ten_thousand_calls_at_once_are_all_served() {
+async fn ten_thousand_concurrent_calls_are_all_served() {
     let servers = [Greeter::start("alpha"), Greeter::start("beta")];
     let channel = over(servers.iter().map(Greeter::address));
     let mut calls = JoinSet::new();
@@ -829,7 +829,7 @@ async fn ten_thousand_calls_at_once_are_all_served() {
 }
 
 #[tokio::test]
-async fn a_body_read_frame_by_frame_gives_its_room_back() {
+async fn a_body_read_frame_by_frame_releases_its_window() {
     // The response is ten times as large as a stream window.
     let server = Raw::answering(
         |_| (),

@@ -20,7 +20,7 @@ fn avoiding(addresses: &[&str]) -> Routing {
 }
 
 #[tokio::test]
-async fn what_a_route_avoids_gets_no_call_while_another_is_ready_and_the_last_one_last() {
+async fn avoided_endpoints_get_no_call_while_another_is_ready() {
     let servers = [
         Greeter::start("alpha"),
         Greeter::start("beta"),
@@ -60,7 +60,7 @@ async fn what_a_route_avoids_gets_no_call_while_another_is_ready_and_the_last_on
 }
 
 #[tokio::test]
-async fn a_complaint_counts_against_the_endpoint() {
+async fn a_reported_failure_counts_against_the_endpoint() {
     let server = Greeter::start("alpha");
     let channel = over([server.address()]);
     let route = avoiding(&[]);
@@ -77,7 +77,7 @@ async fn a_complaint_counts_against_the_endpoint() {
 
 /// After `reconnect`, no further routed call is sent on the old connection, and its open streams continue.
 #[tokio::test]
-async fn a_connection_that_is_given_up_is_left_at_once_and_its_streams_go_on() {
+async fn a_replaced_connection_gets_no_new_calls_and_its_streams_continue() {
     let connections = Arc::new(AtomicUsize::new(0));
     let server = Greeter::start("alpha");
     let (address, count) = (server.address(), Arc::clone(&connections));

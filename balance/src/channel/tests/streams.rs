@@ -60,7 +60,7 @@ async fn read_all(body: &mut Body) -> usize {
 }
 
 #[tokio::test]
-async fn streams_nobody_reads_stop_nobody_else() {
+async fn unread_streams_do_not_block_other_calls() {
     let unread = streaming(100_000, 1024);
     let channel = over([unread.address()]);
     let mut parked = Vec::new();
@@ -78,7 +78,7 @@ async fn streams_nobody_reads_stop_nobody_else() {
 }
 
 #[tokio::test]
-async fn one_stream_of_small_messages_may_wait_to_be_read() {
+async fn an_unread_stream_of_small_messages_does_not_block_other_calls() {
     let server = Raw::answering(
         |_| (),
         |call: support::Accepted| async {
@@ -104,7 +104,7 @@ async fn one_stream_of_small_messages_may_wait_to_be_read() {
 }
 
 #[tokio::test]
-async fn thousands_of_dropped_streams_cost_no_call() {
+async fn thousands_of_dropped_streams_fail_no_call() {
     let server = Raw::answering(
         |_| (),
         |call: support::Accepted| async {
@@ -140,7 +140,7 @@ async fn open_for_a_second(channel: &BalancedChannel) -> crate::ResponseBody {
 }
 
 #[tokio::test]
-async fn the_deadline_holds_over_the_response_stream() {
+async fn the_deadline_applies_to_the_response_stream() {
     let server = Raw::answering(
         |_| (),
         |(_, mut respond)| async move {
@@ -168,7 +168,7 @@ async fn the_deadline_holds_over_the_response_stream() {
 
 /// A server that ignores the deadline and sends faster than its client reads.
 #[tokio::test]
-async fn the_deadline_holds_while_there_is_always_something_to_read() {
+async fn the_deadline_applies_while_messages_are_always_available() {
     let server = streaming(1_000_000, 1024);
     let channel = over([server.address()]);
     let mut body = Box::pin(open_for_a_second(&channel).await);
@@ -187,7 +187,7 @@ async fn the_deadline_holds_while_there_is_always_something_to_read() {
 }
 
 #[tokio::test]
-async fn parked_uploads_stop_nobody_else() {
+async fn parked_uploads_do_not_block_other_calls() {
     let server = Raw::answering(|_| (), reply);
     let channel = over([server.address()]);
     ready(&channel, 1).await;
@@ -225,7 +225,7 @@ async fn parked_uploads_stop_nobody_else() {
 }
 
 #[tokio::test]
-async fn an_answer_in_the_middle_of_an_upload_is_delivered() {
+async fn a_response_during_an_upload_is_delivered() {
     let server = Raw::answering(
         |_| (),
         |(request, mut respond)| async move {
@@ -260,7 +260,7 @@ async fn an_answer_in_the_middle_of_an_upload_is_delivered() {
 }
 
 #[tokio::test]
-async fn a_server_that_never_reads_holds_little_of_an_upload() {
+async fn an_upload_to_a_server_that_never_reads_is_limited_by_the_window() {
     // With h2's default, a connection window as large as one stream window, the server itself would stop the other calls.
     let mut raw = Raw::start(|builder| {
         builder.initial_connection_window_size(1 << 20);
@@ -297,7 +297,7 @@ async fn a_server_that_never_reads_holds_little_of_an_upload() {
 }
 
 #[tokio::test]
-async fn half_a_response_dropped_cancels_the_call_and_its_upload() {
+async fn dropping_an_unfinished_response_cancels_the_call_and_its_upload() {
     let mut raw = Raw::start(|_| ());
     let channel = over([raw.address()]);
     let mut client = GreeterClient::new(channel.clone());
@@ -319,7 +319,7 @@ async fn half_a_response_dropped_cancels_the_call_and_its_upload() {
 }
 
 #[tokio::test]
-async fn cancelled_calls_and_half_read_streams_beside_ordinary_calls_cost_nothing() {
+async fn cancelled_calls_and_half_read_streams_do_not_affect_other_calls() {
     let server = Greeter::start("alpha");
     let channel = over([server.address()]);
     ready(&channel, 1).await;

@@ -37,7 +37,7 @@ fn secured(server: &Greeter, tls: TlsConfig) -> BalancedChannel {
 }
 
 #[tokio::test]
-async fn the_fixed_name_is_checked_against_the_given_roots() {
+async fn the_configured_name_is_verified_against_the_given_roots() {
     let authority = Authority::new();
     authority.sign("server", "greeter.internal");
     let server = serve(&authority);
@@ -58,7 +58,7 @@ async fn the_fixed_name_is_checked_against_the_given_roots() {
 }
 
 #[tokio::test]
-async fn certificates_in_files_are_read_again() {
+async fn certificate_files_are_read_again() {
     let (old, new) = (Authority::new(), Authority::new());
     new.sign("server", "greeter.internal");
     let server = serve(&new);
@@ -74,7 +74,7 @@ async fn certificates_in_files_are_read_again() {
 }
 
 #[tokio::test]
-async fn a_server_that_asks_for_it_is_shown_our_certificate() {
+async fn the_client_certificate_is_sent_on_request() {
     let (authority, clients) = (Authority::new(), Authority::new());
     authority.sign("server", "greeter.internal");
     clients.sign("client", "caller.internal");
@@ -106,7 +106,7 @@ async fn answered(channel: &BalancedChannel) {
 }
 
 #[tokio::test]
-async fn an_identity_in_files_is_read_again_and_half_of_it_leaves_the_last_one_in_force() {
+async fn identity_files_are_read_again_and_an_incomplete_pair_is_ignored() {
     let (authority, clients) = (Authority::new(), Authority::new());
     authority.sign("server", "greeter.internal");
     let roots = Certificate::from_pem(clients.read("ca.pem"));
@@ -146,7 +146,7 @@ async fn an_identity_in_files_is_read_again_and_half_of_it_leaves_the_last_one_i
 }
 
 #[tokio::test]
-async fn servers_prove_their_own_name_only_at_addresses_that_the_program_wrote_down() {
+async fn verify_dialled_host_is_limited_to_static_addresses() {
     let authority = Authority::new();
     authority.sign("server", "greeter.internal");
     let server = serve(&authority);
