@@ -93,7 +93,7 @@ interop: setup ## Run the tests with real servers and proxies: grpc-go, grpc-jav
 # histories optimized, hundreds in a second. With the newest etcd where Go is.
 soak: setup ## Run all tests with the times, sizes and numbers of seeds that `make test` spares
 	SOAK=1 $(CARGO) test --locked --workspace --all-features -- --nocapture --test-threads=1
-	TEST_SEEDS=5000 $(CARGO) test --locked --all-features --profile bench --lib whatever_etcd_sends
+	TEST_SEEDS=5000 $(CARGO) test --locked --all-features --profile bench --lib the_final_set_is_exact
 	@if command -v go >/dev/null 2>&1; then \
 		SOAK=1 $(MAKE) --no-print-directory test-newest TEST_THREADS=1; \
 	else \

@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn waits_grow_to_the_bound_and_never_fall_under_half_a_step() {
+    fn waits_grow_to_the_limit_and_never_fall_below_half_a_step() {
         let mut rng = fastrand::Rng::with_seed(7);
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(3));
         let mut step = Duration::from_millis(100);
@@ -67,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn no_two_wait_for_the_same_time() {
+    fn waits_are_spread_by_jitter() {
         let mut rng = fastrand::Rng::with_seed(7);
         let step = Duration::from_secs(3);
         let mut waits: Vec<_> = (0..100).map(|_| jittered(step, &mut rng)).collect();
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn the_bound_holds_from_the_first_wait() {
+    fn the_limit_applies_from_the_first_wait() {
         let mut rng = fastrand::Rng::with_seed(7);
         let mut backoff = Backoff::new(Duration::from_secs(5), Duration::from_secs(1));
         assert!(backoff.next(&mut rng) <= Duration::from_secs(1));

@@ -408,7 +408,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_line_of_an_error_has_every_cause_once() {
+    fn the_error_line_contains_every_cause_once() {
         let mut status = tonic::Status::unavailable("greeter: no route");
         status.set_source(Arc::new(io::Error::other("no route")));
         let error = EtcdError::new(EtcdErrorKind::Unavailable, "list", "10.0.0.1:2379", status);

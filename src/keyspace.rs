@@ -372,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn a_service_never_sees_the_keys_of_another_that_begins_alike() {
+    fn a_service_does_not_match_keys_of_another_with_the_same_prefix() {
         let range = Range::prefix("/gRPC/user/");
         assert!(range.contains(&Key::from("/gRPC/user/10.0.0.1:80")));
         assert!(!range.contains(&Key::from("/gRPC/user-admin/10.0.0.1:80")));
@@ -381,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn service_names_are_checked() {
+    fn service_names_are_validated() {
         assert!(check_service("helloworld.Greeter").is_ok());
         for service in ["", "a/b", "/", "a\nb"] {
             assert!(

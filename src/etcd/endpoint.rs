@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn endpoints_are_taken_with_and_without_scheme() {
+    fn endpoints_are_accepted_with_and_without_a_scheme() {
         for (endpoint, authority) in [
             ("127.0.0.1:2379", "127.0.0.1:2379"),
             ("http://127.0.0.1:2379/", "127.0.0.1:2379"),
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_endpoint_is_refused_by_name() {
+    fn invalid_endpoints_are_rejected_by_name() {
         for endpoint in [
             "",
             "http://",

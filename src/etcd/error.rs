@@ -105,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_text_decides_and_not_the_code() {
+    fn the_error_kind_depends_on_the_message_and_not_on_the_code() {
         use tonic::{Code, Status};
         for (code, text, kind) in [
             (

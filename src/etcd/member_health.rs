@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn who_fails_is_avoided_for_longer_each_time_until_it_answers() {
+    fn a_failing_member_is_avoided_longer_each_time_until_it_responds() {
         let (mut health, mut now) = (MemberHealth::default(), Instant::now());
         for seconds in [5, 10, 20, 40, 60, 60] {
             for _ in 0..3 {
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_to_fail_is_the_last_to_be_asked() {
+    fn the_member_that_failed_last_is_tried_last() {
         let (mut health, now) = (MemberHealth::default(), Instant::now());
         for (port, millis) in [(1, 0), (2, 1), (3, 2), (1, 3)] {
             let at = now + Duration::from_millis(millis);
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_is_left_after_two_silent_requests_in_a_row_or_a_mute_watch() {
+    fn a_connection_is_replaced_after_two_request_timeouts_or_one_watch_timeout() {
         let (mut health, now) = (MemberHealth::default(), Instant::now());
         let mut fails = |traffic, failure| health.on_failure(&member(1), traffic, failure, now);
         assert!(!fails(Traffic::Keys, Failure::Timeout));

@@ -6,7 +6,7 @@ fn read(value: &str) -> Result<Advertisement, FormatError> {
 }
 
 #[test]
-fn every_known_form_is_recognised() {
+fn every_known_format_is_detected() {
     for value in [
         "10.0.0.5:8080",
         "10.0.0.5:8080\n",
@@ -26,7 +26,7 @@ fn every_known_form_is_recognised() {
 }
 
 #[test]
-fn attributes_are_read_wherever_a_format_keeps_them() {
+fn attributes_are_read_from_every_location_of_a_format() {
     let naming = r#"{"Op":0,"Addr":"10.0.0.5:80","Metadata":{"weight":3,"zone":"eu-1a","version":"1.2.0","rack":"7","nested":{"a":[1]}}}"#;
     let read_naming = read(naming).expect("valid");
     assert_eq!(
@@ -62,7 +62,7 @@ fn attributes_are_read_wherever_a_format_keeps_them() {
 }
 
 #[test]
-fn garbage_is_an_error_and_never_a_panic() {
+fn invalid_values_are_errors_and_never_a_panic() {
     let deep = "[".repeat(30_000);
     let deep_object = "{\"a\":".repeat(10_000);
     let long = "x".repeat(MAX_VALUE + 1);
@@ -98,7 +98,7 @@ fn garbage_is_an_error_and_never_a_panic() {
 }
 
 #[test]
-fn a_reader_with_a_format_reads_nothing_else() {
+fn a_reader_with_a_fixed_format_rejects_other_formats() {
     let only = Decoder {
         format: Some(Format::Plain),
         ..Decoder::default()

@@ -150,7 +150,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_form_is_taken_apart() {
+    fn every_form_of_target_is_parsed() {
         let service = |name: &str| Lookup::Service(name.to_owned());
         let path = |path: &str| Lookup::Path(path.to_owned());
         let go_zero = |key: &str| Lookup::GoZero(key.to_owned());
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_target_or_could_be_two_is_refused_by_name() {
+    fn invalid_and_ambiguous_targets_are_rejected_with_the_reason() {
         for (target, word) in [
             ("", "etcd://"),
             ("http://127.0.0.1:2379/svc", "etcd://"),

@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn held_instances_stay_only_while_there_is_no_other() {
+    fn held_instances_stay_only_while_no_other_is_registered() {
         let mut set = Set::default();
         let all = (1..=4).map(|port| insert(port, false)).collect();
         assert_eq!(set.apply(all).len(), 4);
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_comes_back_is_not_dialled_again_and_one_that_is_not_there_never() {
+    fn an_instance_that_returns_is_not_dialled_again_and_a_held_one_is_never_dialled() {
         let mut set = Set::default();
         assert_eq!(set.apply(vec![insert(1, true)]), []);
         assert_eq!(set.apply(vec![remove(1)]), []);

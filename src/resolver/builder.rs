@@ -249,7 +249,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn prefixes_inside_others_are_left_out() {
+    fn nested_prefixes_are_omitted() {
         let prefixes = ["/web/a/", "/gRPC/", "/web/", "/web/", "/webb/"];
         assert_eq!(
             disjoint(prefixes.map(String::from).to_vec()),

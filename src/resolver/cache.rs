@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_stored_is_loaded() {
+    fn a_stored_set_is_loaded() {
         let directory = tempfile::tempdir().expect("a directory");
         let folder = directory.path().join("new");
         let cache = Cache::new(&folder, "a/b", vec!["/gRPC/a/b/".to_owned()]);

@@ -325,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_that_name_one_address_are_one_instance_until_the_last_goes() {
+    fn keys_of_one_address_are_one_instance_until_the_last_is_deleted() {
         let mut snapshot = Instances::default();
         apply(
             &mut snapshot,
@@ -351,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_moves_to_another_address_takes_the_old_one_away() {
+    fn a_key_that_changes_its_address_removes_the_old_one() {
         let mut snapshot = Instances::default();
         apply(&mut snapshot, [put("/s/a", "1.1.1.1:1", 2, 2, 7)]);
         let applied = apply(&mut snapshot, [put("/s/a", "2.2.2.2:2", 2, 3, 7)]);
@@ -360,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_value_leaves_the_last_good_one_and_is_counted_once_per_write() {
+    fn an_invalid_value_keeps_the_last_good_one_and_is_counted_once_per_write() {
         let mut snapshot = Instances::default();
         apply(&mut snapshot, [put("/s/a", "1.1.1.1:1", 2, 2, 7)]);
         let garbage = || put("/s/a", "{", 2, 3, 7);
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_says_it_is_out_of_service_is_gone_and_not_rejected() {
+    fn a_key_marked_out_of_service_is_removed_and_not_rejected() {
         let mut snapshot = Instances::default();
         let decoder = Decoder {
             format: Some(Format::Rpcx),
@@ -396,7 +396,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_listed_again_unchanged_is_no_change() {
+    fn an_unchanged_relist_causes_no_change() {
         let mut snapshot = Instances::default();
         apply(&mut snapshot, [put("/s/a", "1.1.1.1:1", 2, 2, 7)]);
         assert!(

@@ -455,7 +455,7 @@ mod tests {
 
     /// A subscriber that only reads the list never polls its stream.
     #[test]
-    fn addresses_that_come_and_go_unasked_do_not_pile_up() {
+    fn unread_address_changes_do_not_accumulate() {
         let mut view = Subscription {
             pending: VecDeque::new(),
             queued: HashSet::new(),

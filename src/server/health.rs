@@ -141,7 +141,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_watcher_that_was_not_polled_meanwhile_is_told_before_its_stream_ends() {
+    async fn a_watcher_that_is_polled_late_receives_not_serving_before_the_end() {
         let (states, receiver) = watch::channel(ServerState::Serving);
         let health = LameDuck {
             reported: HealthService::from_health_reporter(HealthReporter::new()),

@@ -101,7 +101,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn who_has_connected_before_the_end_is_handed_on() {
+    async fn connections_accepted_before_the_drain_are_returned() {
         let connections = Connections::default();
         let address = "127.0.0.1:0".parse().expect("an address");
         let mut incoming = Incoming::new(

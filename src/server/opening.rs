@@ -76,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn in_plaintext_the_bytes_decide() {
+    fn in_plaintext_the_complete_preface_ends_the_opening() {
         let mut opening = Opening::default();
         opening.on_http();
         opening.on_write();
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn under_tls_the_handshake_is_no_opening_and_an_answer_is() {
+    fn under_tls_the_acknowledged_settings_end_the_opening() {
         let mut opening = Opening::default();
         for _ in 0..3 {
             opening.on_read(500);
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn under_tls_a_request_of_http_1_is_an_opening() {
+    fn under_tls_an_http_1_request_ends_the_opening() {
         let mut opening = Opening::default();
         opening.on_read(500);
         opening.on_http();

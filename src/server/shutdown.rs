@@ -224,7 +224,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn connections_that_do_not_even_end_when_cut_are_left_behind() {
+    async fn connections_that_do_not_end_when_cut_are_abandoned() {
         let options = ServeOptions {
             drain_timeout: Duration::from_secs(5),
             ..ServeOptions::default()
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_drain_that_has_no_time_takes_none() {
+    async fn a_drain_with_a_zero_timeout_ends_at_once() {
         let options = ServeOptions {
             drain_timeout: Duration::ZERO,
             ..ServeOptions::default()

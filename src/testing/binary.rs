@@ -72,14 +72,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_version_is_read_from_its_line() {
+    fn the_version_is_parsed_from_its_line() {
         let printed = "etcd Version: 3.4.23\nGit SHA: Not provided\nGo Version: go1.19.8\n";
         assert_eq!(parse_version(printed), "3.4.23");
         assert_eq!(parse_version("usage: something else"), "unknown");
     }
 
     #[test]
-    fn a_folder_or_a_plain_file_is_no_binary() {
+    fn a_folder_or_a_plain_file_is_not_a_binary() {
         assert!(is_executable(Path::new("/bin/sh")));
         assert!(!is_executable(Path::new("/bin")));
         assert!(!is_executable(Path::new(concat!(

@@ -314,7 +314,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_tail_has_at_most_the_lines_asked_for() {
+    fn the_tail_has_at_most_the_requested_lines() {
         assert_eq!(tail("a\nb\nc\n", 2), "b\nc");
         assert_eq!(tail("a\nb\nc", 3), "a\nb\nc");
         assert_eq!(tail("a\nb", 9), "a\nb");
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn every_member_is_told_of_all_peers_and_of_its_own_ports() {
+    fn every_member_is_configured_with_all_peers_and_its_own_ports() {
         let ports = [Ports::draw(), Ports::draw()].map(|ports| ports.expect("ports are free"));
         let peers = [1, 2];
         let flags = flags(1, &ports, &peers, true, "a-token");

@@ -188,7 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_request_names_its_sender() {
+    fn a_request_identifies_its_sender() {
         let head = b"POST /raft HTTP/1.1\r\nHost: a\r\nX-Server-From: 8e9e05c52164694d\r\n\r\nbody";
         assert_eq!(sender(head).as_deref(), Some("8e9e05c52164694d"));
         assert_eq!(sender(b"GET /raft/probing HTTP/1.1\r\n\r\n"), None);

@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_port_is_reserved_while_it_lives_and_free_after() {
+    fn a_port_is_reserved_until_it_is_dropped() {
         // The port is outside the candidates, so that no parallel draw can return it.
         let port = Port::reserve(9_999).expect("nobody draws it");
         assert!(
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn drawn_ports_lie_below_the_ephemeral_range() {
+    fn allocated_ports_are_below_the_ephemeral_range() {
         let port = Port::draw().expect("some port is free");
         assert!(CANDIDATES.contains(&port.number()));
     }

@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_member_named_as_leader_leads() {
+    fn only_the_reported_leader_is_the_leader() {
         let term = parse_leading_term(&status("12", r#","leader":"12""#));
         assert_eq!(term, Some(7));
         let term = parse_leading_term(&status("12", r#","leader":"13""#));

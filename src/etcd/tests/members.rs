@@ -107,7 +107,7 @@ fn few_wait(what: &str, took: &[Duration], few: usize, longest: Duration) {
 }
 
 #[tokio::test]
-async fn one_member_of_three_that_is_frozen_or_dead_costs_one_read_its_first_try() {
+async fn one_frozen_or_dead_member_of_three_delays_one_read() {
     let mut cluster = testing::Etcd::start_cluster(3).await.expect("etcd");
     let etcd = connect(cluster.endpoints()).await;
     let client = etcd_client::Client::connect(cluster.endpoints(), None).await;
@@ -171,7 +171,7 @@ async fn end(watch: &mut Watch) -> EtcdError {
 }
 
 #[tokio::test]
-async fn a_watch_whose_member_freezes_or_loses_its_leader_moves_to_another_member() {
+async fn a_watch_is_moved_from_a_member_that_freezes_or_loses_its_leader() {
     let starting = testing::Etcd::builder().members(3).partitionable();
     let mut cluster = starting.start().await.expect("etcd");
     let etcd = connect(cluster.endpoints()).await;
@@ -226,7 +226,7 @@ async fn a_watch_whose_member_freezes_or_loses_its_leader_moves_to_another_membe
 
 /// The client has three of the five members. One of these dies, and another one freezes.
 #[tokio::test]
-async fn a_dead_and_a_frozen_member_cost_one_deadline_in_all() {
+async fn a_dead_and_a_frozen_member_cost_one_deadline_in_total() {
     let mut cluster = testing::Etcd::start_cluster(5).await.expect("etcd");
     let known = cluster.endpoints()[..3].to_vec();
     let etcd = connect(known.clone()).await;
@@ -288,7 +288,7 @@ async fn service(mut member: watch::Receiver<String>) -> String {
 }
 
 #[tokio::test]
-async fn a_frozen_member_behind_the_only_address_is_left_by_a_new_connection() {
+async fn a_frozen_member_behind_a_load_balancer_is_replaced_by_a_new_connection() {
     let mut cluster = testing::Etcd::start_cluster(3).await.expect("etcd");
     let leader = leader(&cluster).await;
     let (frozen, well) = ((leader + 1) % 3, (leader + 2) % 3);

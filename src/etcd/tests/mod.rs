@@ -217,7 +217,7 @@ async fn play(seed: u64) {
 
 /// Each history has a runtime and a paused clock of its own. As many histories run in parallel as there are processors.
 #[test]
-fn whatever_etcd_sends_and_in_whatever_order_the_end_is_exact() {
+fn the_final_set_is_exact_for_any_order_of_etcd_messages() {
     let seeds = seeds();
     println!("TEST_SEED={seeds:?}; TEST_SEEDS=5000 plays more of them");
     let next = AtomicU64::new(seeds.start);
@@ -241,7 +241,7 @@ fn whatever_etcd_sends_and_in_whatever_order_the_end_is_exact() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_deletion_that_the_watch_never_brings_is_found_by_a_comparison() {
+async fn a_deletion_missing_from_the_watch_is_found_by_reconciliation() {
     let fake = Fake::new(1, 0);
     let keyspace = Keyspace::new("/gRPC/");
     let policy = AddressPolicy::default();
@@ -278,7 +278,7 @@ async fn a_deletion_that_the_watch_never_brings_is_found_by_a_comparison() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn leases_have_a_connection_of_their_own() {
+async fn leases_use_a_separate_connection() {
     let fake = Fake::new(1, 0);
     let etcd = fake.etcd(1);
     let key = Key::from("/a");
@@ -302,7 +302,7 @@ async fn leases_have_a_connection_of_their_own() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn one_wrong_endpoint_among_good_ones_fails_nothing() {
+async fn one_wrong_endpoint_among_good_ones_causes_no_failure() {
     let fake = Fake::new(1, 0);
     let addresses = ["stranger:1", "member0:1", "member1:1"];
     let etcd = fake.etcd_at(addresses.map(str::to_owned));
@@ -322,7 +322,7 @@ async fn one_wrong_endpoint_among_good_ones_fails_nothing() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_watch_whose_first_message_does_not_come_is_given_up_after_two_seconds() {
+async fn a_watch_without_a_first_message_times_out_after_two_seconds() {
     let fake = Fake::new(1, 0);
     let etcd = fake.etcd(2);
     let range = Range::prefix(PREFIX);

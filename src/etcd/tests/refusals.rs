@@ -43,7 +43,7 @@ async fn arrives(fake: &Fake, resolver: &Resolver, bound: Duration) -> bool {
 }
 
 #[tokio::test(start_paused = true)]
-async fn however_many_requests_are_refused_one_token_is_fetched() {
+async fn many_rejected_requests_fetch_one_token() {
     let (fake, etcd) = protected();
     let key = Key::from("/a");
     etcd.read(&key).await.expect("a token was fetched");
@@ -62,7 +62,7 @@ async fn however_many_requests_are_refused_one_token_is_fetched() {
 
 /// The other members accept the token a moment later, when the cluster's log has reached them.
 #[tokio::test(start_paused = true)]
-async fn a_new_token_goes_to_the_member_that_has_issued_it() {
+async fn a_new_token_is_used_at_the_member_that_issued_it() {
     let (fake, _) = protected();
     fake.script().users.lag = Duration::from_millis(200);
     let key = Key::from("/a");
@@ -76,7 +76,7 @@ async fn a_new_token_goes_to_the_member_that_has_issued_it() {
 
 /// After a change of the store's users, all clients renew their tokens at once.
 #[tokio::test(start_paused = true)]
-async fn clients_whose_tokens_are_refused_at_once_fetch_new_ones_one_after_the_other() {
+async fn clients_rejected_at_the_same_time_spread_their_token_requests() {
     const CLIENTS: u32 = 40;
     let (fake, _) = protected();
     let key = Key::from("/a");
@@ -109,7 +109,7 @@ async fn clients_whose_tokens_are_refused_at_once_fetch_new_ones_one_after_the_o
 
 /// etcd continues to hash for callers that have timed out. A client that abandoned its requests would never get a token.
 #[tokio::test(start_paused = true)]
-async fn a_server_that_is_busy_hashing_gets_few_requests_and_has_time_to_answer() {
+async fn a_server_that_is_busy_hashing_passwords_gets_few_requests() {
     let (fake, etcd) = protected();
     let key = Key::from("/a");
     etcd.read(&key).await.expect("a token was fetched");
@@ -128,7 +128,7 @@ async fn a_server_that_is_busy_hashing_gets_few_requests_and_has_time_to_answer(
 
 /// etcd rejects a token in the first message of a watch. Older servers use the text for a missing permission.
 #[tokio::test(start_paused = true)]
-async fn a_watch_that_is_refused_goes_on_with_a_fresh_token() {
+async fn a_rejected_watch_continues_with_a_new_token() {
     let (fake, etcd) = protected();
     let resolver = resolver(etcd);
     resolver.ready().await;
@@ -152,7 +152,7 @@ async fn a_watch_that_is_refused_goes_on_with_a_fresh_token() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_password_that_was_changed_is_told_and_costs_the_server_little() {
+async fn a_changed_password_is_reported_and_retried_slowly() {
     let (fake, etcd) = protected();
     let resolver = resolver(etcd);
     resolver.ready().await;
@@ -173,7 +173,7 @@ async fn a_password_that_was_changed_is_told_and_costs_the_server_little() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn who_may_not_read_asks_seldom_until_it_may() {
+async fn a_client_without_permission_retries_slowly_until_it_has_permission() {
     let (fake, etcd) = protected();
     fake.script().users.denied = true;
     let resolver = resolver(etcd);
@@ -193,7 +193,7 @@ async fn who_may_not_read_asks_seldom_until_it_may() {
 
 /// The token that is finally rejected may be newer than the token that lacked the permission.
 #[tokio::test(start_paused = true)]
-async fn a_permission_that_is_taken_and_given_back_is_found_with_a_fresh_token() {
+async fn a_permission_that_is_revoked_and_restored_is_found_with_a_new_token() {
     let (fake, etcd) = protected();
     let resolver = resolver(etcd);
     resolver.ready().await;
@@ -210,7 +210,7 @@ async fn a_permission_that_is_taken_and_given_back_is_found_with_a_fresh_token()
 
 /// Older servers renew leases with any token: only the reads of the key and the watch on it fail.
 #[tokio::test(start_paused = true)]
-async fn a_registration_whose_password_was_changed_costs_the_server_little() {
+async fn a_registration_with_a_changed_password_retries_slowly() {
     let (fake, etcd) = protected();
     let ttl = Duration::from_secs(15);
     let keyspace = Keyspace::new("/gRPC/");
@@ -249,7 +249,7 @@ async fn a_registration_whose_password_was_changed_costs_the_server_little() {
 
 /// The watch on the key renews the token itself and does not wait for the reads to do so.
 #[tokio::test(start_paused = true)]
-async fn a_registration_whose_watch_is_refused_watches_on_with_a_fresh_token() {
+async fn a_rejected_watch_of_a_registration_continues_with_a_new_token() {
     let (fake, etcd) = protected();
     let keyspace = Keyspace::new("/gRPC/");
     let policy = AddressPolicy::default();
@@ -279,7 +279,7 @@ async fn a_registration_whose_watch_is_refused_watches_on_with_a_fresh_token() {
 /// A registration on its own thread must work while the other runtime is busy, so it must not wait for an exchange that the other runtime
 /// has started.
 #[tokio::test(start_paused = true)]
-async fn who_is_set_apart_fetches_a_token_without_the_others() {
+async fn a_detached_client_fetches_its_own_token() {
     let (fake, etcd) = protected();
     let key = Key::from("/a");
     etcd.read(&key).await.expect("a token was fetched");

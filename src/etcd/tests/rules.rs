@@ -52,7 +52,7 @@ pub(super) async fn until(bound: Duration, what: &str, condition: impl Fn() -> b
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_another_writes_between_our_read_and_our_put_is_not_written_over() {
+async fn a_concurrent_write_between_read_and_put_is_not_overwritten() {
     let fake = Fake::new(1, 0);
     let registered = registration(fake.etcd(2)).register().await;
     let registered = registered.expect("all is well");
@@ -72,7 +72,7 @@ async fn what_another_writes_between_our_read_and_our_put_is_not_written_over() 
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_renewal_out_of_an_old_raft_term_is_tried_at_another_member() {
+async fn a_renewal_from_an_old_raft_term_is_retried_at_another_member() {
     let fake = Fake::new(1, 0);
     for round in 1..20 {
         let etcd = fake.etcd(2);
@@ -123,7 +123,7 @@ async fn a_store_that_was_restored_keeps_its_registrations() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_key_is_verified_though_its_watch_says_nothing() {
+async fn a_key_is_verified_while_its_watch_is_silent() {
     let fake = Fake::new(1, 0);
     let registered = registration(fake.etcd(2)).register().await;
     let registered = registered.expect("all is well");
@@ -152,7 +152,7 @@ async fn a_renewal_leaves_no_stream_open() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_renewal_that_ends_without_an_answer_says_nothing_of_the_lease() {
+async fn a_renewal_that_ends_without_a_response_does_not_end_the_lease() {
     let fake = Fake::new(1, 0);
     let etcd = fake.etcd(1);
     let lease = LeaseId::new(42);
@@ -165,7 +165,7 @@ async fn a_renewal_that_ends_without_an_answer_says_nothing_of_the_lease() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_grant_whose_answer_was_lost_is_repeated_without_harm() {
+async fn a_grant_whose_response_was_lost_can_be_repeated() {
     let fake = Fake::new(1, 0);
     fake.script().lost_grants = 1;
     let start = Instant::now();
@@ -176,7 +176,7 @@ async fn a_grant_whose_answer_was_lost_is_repeated_without_harm() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_store_that_chooses_its_own_leases_gets_no_key() {
+async fn no_key_is_written_if_the_store_ignores_the_requested_lease_id() {
     let fake = Fake::new(1, 0);
     fake.script().chooses_leases = true;
     let error = registration(fake.etcd(1)).register().await;
@@ -231,7 +231,7 @@ async fn watches_on_one_stream_receive_their_own_events() {
 /// Behind the single address of a load balancer, the frozen connection must be replaced. The client replaces it after two requests without
 /// a response.
 #[tokio::test(start_paused = true)]
-async fn whoever_changes_the_weight_all_the_time_does_not_keep_a_renewal_from_its_deadline() {
+async fn constant_weight_changes_do_not_delay_a_renewal_past_its_deadline() {
     let fake = Fake::new(1, 0);
     let registered = registration(fake.etcd(1)).register().await;
     let registered = registered.expect("all is well");
@@ -253,7 +253,7 @@ async fn whoever_changes_the_weight_all_the_time_does_not_keep_a_renewal_from_it
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_is_set_apart_has_connections_of_its_own() {
+async fn a_detached_client_uses_separate_connections() {
     let fake = Fake::new(1, 0);
     let etcd = fake.etcd(1);
     let key = Key::from("/a");
@@ -263,7 +263,7 @@ async fn what_is_set_apart_has_connections_of_its_own() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stream_that_ends_cleanly_is_opened_again_at_once() {
+async fn a_stream_that_ends_cleanly_is_reopened_at_once() {
     let fake = Fake::new(1, 0);
     let keyspace = Keyspace::new("/gRPC/");
     let policy = AddressPolicy::default();
@@ -282,7 +282,7 @@ async fn a_stream_that_ends_cleanly_is_opened_again_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_resolver_leaves_a_member_whose_watch_is_mute_for_another_one() {
+async fn a_resolver_moves_from_a_member_whose_watch_is_silent() {
     for seed in 0..20 {
         let fake = Fake::new(seed, 0);
         fake.script().mute = Some("member0:1");
@@ -310,7 +310,7 @@ async fn a_resolver_leaves_a_member_whose_watch_is_mute_for_another_one() {
 /// The watch detects the silence after 8 s and waits at most one second. A new watch on the same member would take 2 s more, because that
 /// member does not create it.
 #[tokio::test(start_paused = true)]
-async fn a_registration_leaves_a_member_whose_watch_falls_silent_for_another_one() {
+async fn a_registration_moves_from_a_member_whose_watch_becomes_silent() {
     for seed in 0..20 {
         let fake = Fake::new(seed, 0);
         // With this TTL, the registration reads its key only at its renewals, every 20 s.
@@ -328,7 +328,7 @@ async fn a_registration_leaves_a_member_whose_watch_falls_silent_for_another_one
 
 /// A member may renew leases but not answer watches. The registrations of a fleet must not all retry their watches every second.
 #[tokio::test(start_paused = true)]
-async fn a_watch_on_the_own_key_that_cannot_be_had_is_tried_seldom() {
+async fn a_key_watch_that_cannot_be_opened_is_retried_slowly() {
     let fake = Fake::new(1, 0);
     let registered = registration(fake.etcd(1)).register().await;
     let registered = registered.expect("all is well");
@@ -342,7 +342,7 @@ async fn a_watch_on_the_own_key_that_cannot_be_had_is_tried_seldom() {
 
 /// A consumer that polls the stream rarely receives only the last change of an address.
 #[tokio::test(start_paused = true)]
-async fn an_address_that_changes_all_the_time_is_one_change() {
+async fn repeated_changes_of_an_address_are_merged() {
     let fake = Fake::new(1, 0);
     let keyspace = Keyspace::new("/gRPC/");
     let policy = AddressPolicy::default();
@@ -371,7 +371,7 @@ async fn an_address_that_changes_all_the_time_is_one_change() {
 
 /// 400 values take 24 MB, which exceeds the limit of one message.
 #[tokio::test(start_paused = true)]
-async fn a_page_of_more_than_sixteen_mib_is_not_taken() {
+async fn a_page_larger_than_sixteen_mib_is_rejected() {
     let fake = Fake::new(1, 0);
     for number in 0..400 {
         let key = format!("{PREFIX}{number}").into_bytes();
@@ -397,7 +397,7 @@ async fn a_page_of_more_than_sixteen_mib_is_not_taken() {
 
 /// The number of services exceeds the limit for one etcd transaction.
 #[tokio::test(start_paused = true)]
-async fn every_key_says_that_it_is_leaving_before_it_goes() {
+async fn every_key_is_marked_as_leaving_before_its_deletion() {
     let fake = Fake::new(1, 0);
     let mut builder = registration(fake.etcd(2));
     for number in 0..150 {
@@ -420,7 +420,7 @@ async fn every_key_says_that_it_is_leaving_before_it_goes() {
 
 /// The key of an endpoint that refuses connections may be deleted, so the channel makes the resolver read the key.
 #[tokio::test(start_paused = true)]
-async fn a_channel_whose_endpoint_refuses_connections_has_its_key_read() {
+async fn a_refused_connection_makes_the_resolver_read_the_key() {
     let fake = Fake::new(1, 0);
     let keyspace = Keyspace::new("/gRPC/");
     let policy = AddressPolicy::default();

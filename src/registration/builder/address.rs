@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hosts_get_the_bound_port() {
+    fn an_advertised_host_gets_the_bound_port() {
         for (host, address) in [
             ("10.0.0.5", "10.0.0.5:80"),
             ("::1", "[::1]:80"),

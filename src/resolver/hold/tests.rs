@@ -61,7 +61,7 @@ impl Fleet {
 }
 
 #[test]
-fn of_a_set_that_vanishes_at_once_those_beyond_half_are_held() {
+fn of_a_set_that_is_removed_at_once_the_part_beyond_half_is_held() {
     for (size, held) in [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (10, 5), (101, 51)] {
         let mut fleet = Fleet::of(size);
         let outcome = fleet.gone(0..size);
@@ -77,7 +77,7 @@ fn of_a_set_that_vanishes_at_once_those_beyond_half_are_held() {
 }
 
 #[test]
-fn leases_that_expire_one_by_one_are_a_loss_like_any_other() {
+fn leases_that_expire_one_by_one_are_held_too() {
     let mut fleet = Fleet::of(4);
     for number in 0..4 {
         fleet.gone([number]);
@@ -89,7 +89,7 @@ fn leases_that_expire_one_by_one_are_a_loss_like_any_other() {
 }
 
 #[test]
-fn those_that_go_slowly_are_not_missed() {
+fn instances_removed_slowly_are_not_held() {
     let mut fleet = Fleet::of(4);
     for number in 0..4 {
         fleet.gone([number]);
@@ -99,7 +99,7 @@ fn those_that_go_slowly_are_not_missed() {
 }
 
 #[test]
-fn a_hold_ends_for_each_by_itself() {
+fn a_hold_ends_separately_for_each_instance() {
     let mut fleet = Fleet::of(4);
     fleet.gone([0, 1]);
     fleet.gone([2]);
@@ -123,7 +123,7 @@ fn a_hold_ends_for_each_by_itself() {
 }
 
 #[test]
-fn half_of_the_set_back_ends_every_hold() {
+fn the_return_of_half_of_the_set_ends_every_hold() {
     let mut fleet = Fleet::of(10);
     fleet.gone(0..10);
     assert_eq!(fleet.hold.len(), 5);
@@ -140,7 +140,7 @@ fn half_of_the_set_back_ends_every_hold() {
 }
 
 #[test]
-fn one_that_is_registered_again_is_held_no_longer() {
+fn an_instance_that_is_registered_again_is_no_longer_held() {
     let mut fleet = Fleet::of(6);
     fleet.gone(0..4);
     fleet.gone([4]);
@@ -158,7 +158,7 @@ fn one_that_is_registered_again_is_held_no_longer() {
 }
 
 #[test]
-fn who_said_that_it_would_leave_is_not_held_and_not_missed() {
+fn an_instance_marked_as_leaving_is_not_held() {
     let mut fleet = Fleet::of(10);
     fleet.left(0..10);
     assert_eq!(fleet.hold.len(), 0, "a planned pause of everything");
@@ -175,7 +175,7 @@ fn who_said_that_it_would_leave_is_not_held_and_not_missed() {
 }
 
 #[test]
-fn a_fleet_that_is_replaced_is_no_loss() {
+fn a_replaced_fleet_is_not_held() {
     let mut fleet = Fleet::of(10);
     let gone = (0..10).map(instance).collect();
     fleet
@@ -191,7 +191,7 @@ fn a_fleet_that_is_replaced_is_no_loss() {
 }
 
 #[test]
-fn one_that_flaps_alone_is_not_held() {
+fn a_single_flapping_instance_is_not_held() {
     let mut fleet = Fleet::of(1);
     for _ in 0..5 {
         fleet.gone([0]);
@@ -201,7 +201,7 @@ fn one_that_flaps_alone_is_not_held() {
 }
 
 #[test]
-fn nothing_is_held_when_the_hold_is_off() {
+fn nothing_is_held_while_the_hold_is_disabled() {
     for length in [None, Some(Duration::ZERO)] {
         let mut hold = Hold::new(length, fastrand::Rng::with_seed(1));
         let now = Instant::now();
@@ -212,7 +212,7 @@ fn nothing_is_held_when_the_hold_is_off() {
 }
 
 #[test]
-fn a_length_beyond_all_time_is_no_panic() {
+fn the_longest_hold_duration_does_not_panic() {
     let mut hold = Hold::new(Some(Duration::MAX), fastrand::Rng::with_seed(1));
     let now = Instant::now();
     hold.on_changes((0..9).map(address).collect::<Vec<_>>(), Vec::new(), now);
@@ -221,7 +221,7 @@ fn a_length_beyond_all_time_is_no_panic() {
 }
 
 #[test]
-fn chance_decides_who_of_those_that_vanish_together_is_held() {
+fn held_instances_are_chosen_at_random() {
     let kept = |seed| {
         let mut fleet = Fleet::of(20);
         fleet.hold.rng = fastrand::Rng::with_seed(seed);
@@ -310,7 +310,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
     #[test]
-    fn whatever_comes_and_goes_the_rule_holds(seed in any::<u64>()) {
+    fn the_hold_matches_the_model_for_any_changes(seed in any::<u64>()) {
         let mut rng = fastrand::Rng::with_seed(seed);
         let mut hold = Hold::new(Some(LENGTH), rng.fork());
         let mut model = Model::default();

@@ -282,7 +282,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 1_000, ..ProptestConfig::default() })]
 
     #[test]
-    fn whatever_etcd_does_the_key_is_back_within_a_ttl(seed in any::<u64>()) {
+    fn the_key_is_restored_within_a_ttl_after_any_fault(seed in any::<u64>()) {
         let mut player = Player::new(seed);
         for _ in 0..150 {
             match player.rng.u8(..) {
@@ -360,7 +360,7 @@ proptest! {
     }
 
     #[test]
-    fn nothing_is_left_after_a_deregistration(seed in any::<u64>()) {
+    fn a_deregistration_leaves_no_key_and_no_lease(seed in any::<u64>()) {
         let mut player = Player::new(seed);
         for _ in 0..player.rng.u8(0..8) {
             let fate = if player.rng.bool() { Fate::AnswerLost } else { Fate::Good };
@@ -382,7 +382,7 @@ proptest! {
 }
 
 #[test]
-fn a_server_start_takes_its_key_over_at_once() {
+fn a_restarted_server_takes_over_its_key_at_once() {
     let mut player = Player::new(1);
     player
         .store
@@ -396,7 +396,7 @@ fn a_server_start_takes_its_key_over_at_once() {
 }
 
 #[test]
-fn a_lease_is_renewed_at_a_third_of_its_ttl_and_again_at_once_if_that_fails() {
+fn a_lease_is_renewed_at_a_third_of_its_ttl_and_a_failure_is_retried_at_once() {
     let mut player = Player::registered(2);
     let granted = player.now;
     while !matches!(player.machine.command(player.now), Command::Renew { .. }) {
@@ -415,7 +415,7 @@ fn a_lease_is_renewed_at_a_third_of_its_ttl_and_again_at_once_if_that_fails() {
 }
 
 #[test]
-fn while_etcd_is_silent_the_old_lease_is_tried_at_least_every_quarter_of_the_ttl() {
+fn without_a_response_the_old_lease_is_retried_every_quarter_of_the_ttl() {
     let mut player = Player::registered(3);
     let start = player.now;
     let mut last = None;
@@ -441,7 +441,7 @@ fn while_etcd_is_silent_the_old_lease_is_tried_at_least_every_quarter_of_the_ttl
 }
 
 #[test]
-fn a_fleet_comes_back_spread_over_a_third_of_the_ttl_and_a_single_loss_at_once() {
+fn a_fleet_registers_again_over_a_third_of_the_ttl_and_a_single_loss_at_once() {
     let mut waits = Vec::new();
     for seed in 0..200 {
         let mut player = Player::registered(seed);
@@ -473,7 +473,7 @@ fn a_fleet_comes_back_spread_over_a_third_of_the_ttl_and_a_single_loss_at_once()
 }
 
 #[test]
-fn an_answer_out_of_an_old_raft_term_renews_nothing() {
+fn a_response_from_an_old_raft_term_renews_nothing() {
     let mut player = Player::registered(4);
     let keep_alive = |raft_term| KeepAlive {
         header: Some(Header {
@@ -499,7 +499,7 @@ fn an_answer_out_of_an_old_raft_term_renews_nothing() {
 }
 
 #[test]
-fn a_store_that_was_restored_is_taken_for_what_it_is() {
+fn a_restored_store_is_detected() {
     let mut player = Player::registered(10);
     player.store.term = 9;
     while player.machine.term != 9 {
@@ -536,7 +536,7 @@ fn a_store_that_was_restored_is_taken_for_what_it_is() {
 }
 
 #[test]
-fn a_renewal_counts_from_when_it_was_sent() {
+fn a_renewal_counts_from_the_time_it_was_sent() {
     let mut player = Player::registered(5);
     let sent = player.now;
     let answered = sent + Duration::from_secs(1);
@@ -549,7 +549,7 @@ fn a_renewal_counts_from_when_it_was_sent() {
 }
 
 #[test]
-fn a_full_store_and_a_lost_leader_are_passing_errors() {
+fn a_full_store_and_a_lost_leader_are_transient_errors() {
     for kind in [
         EtcdErrorKind::NoSpace,
         EtcdErrorKind::NoLeader,
@@ -570,7 +570,7 @@ fn a_full_store_and_a_lost_leader_are_passing_errors() {
 }
 
 #[test]
-fn a_pause_says_goodbye_and_a_resume_comes_back_under_a_new_lease() {
+fn a_pause_marks_the_key_as_leaving_and_a_resume_uses_a_new_lease() {
     let mut player = Player::registered(7);
     player.machine.on_pause();
     assert!(matches!(
@@ -589,7 +589,7 @@ fn a_pause_says_goodbye_and_a_resume_comes_back_under_a_new_lease() {
 }
 
 #[test]
-fn what_happened_while_the_key_was_not_watched_is_found_by_a_read() {
+fn changes_missed_while_the_watch_was_closed_are_found_by_a_read() {
     let mut player = Player::registered(8);
     let other = LeaseId::new(42);
     player.store.leases.push((other, player.now + TTL * 1_000));
@@ -606,7 +606,7 @@ fn what_happened_while_the_key_was_not_watched_is_found_by_a_read() {
 }
 
 #[test]
-fn a_key_that_another_has_is_read_now_and_then_even_if_it_cannot_be_watched() {
+fn a_key_held_by_another_is_polled_if_it_cannot_be_watched() {
     let mut player = Player::registered(9);
     player.store.put(LeaseId::NONE);
     player.deliver();
@@ -617,7 +617,7 @@ fn a_key_that_another_has_is_read_now_and_then_even_if_it_cannot_be_watched() {
 }
 
 #[test]
-fn the_raft_terms_of_a_store_that_was_wiped_begin_anew() {
+fn raft_terms_start_again_after_a_wipe() {
     let mut player = Player::registered(10);
     player.store.term = 9;
     while player.machine.term != 9 {
@@ -638,7 +638,7 @@ fn the_raft_terms_of_a_store_that_was_wiped_begin_anew() {
 }
 
 #[test]
-fn a_renewal_that_is_refused_is_tried_again_while_the_lease_lives() {
+fn a_rejected_renewal_is_retried_while_the_lease_is_valid() {
     let mut player = Player::registered(11);
     let start = player.now;
     let mut tries = 0;
@@ -662,7 +662,7 @@ fn a_renewal_that_is_refused_is_tried_again_while_the_lease_lives() {
 }
 
 #[test]
-fn a_put_whose_answer_was_lost_is_not_repeated() {
+fn a_put_whose_response_was_lost_is_not_repeated() {
     let mut player = Player::new(12);
     player.step(Fate::Good);
     player.step(Fate::Good);
@@ -675,7 +675,7 @@ fn a_put_whose_answer_was_lost_is_not_repeated() {
 }
 
 #[test]
-fn a_full_store_is_not_tried_again_and_again_without_a_growing_wait() {
+fn a_full_store_is_retried_with_growing_waits() {
     let mut player = Player::registered(13);
     player.machine.on_new_value();
     let start = player.now;
@@ -764,7 +764,7 @@ fn a_long_ttl_does_not_make_long_waits() {
 }
 
 #[test]
-fn a_refused_renewal_is_tried_twice_per_ttl_when_the_lease_may_be_gone() {
+fn a_rejected_renewal_is_retried_twice_per_ttl_once_the_lease_may_have_expired() {
     let mut player = Player::registered(16);
     failing_renewals(&mut player, EtcdErrorKind::PermissionDenied, TTL);
     let time = TTL * 100;
@@ -777,7 +777,7 @@ fn a_refused_renewal_is_tried_twice_per_ttl_when_the_lease_may_be_gone() {
 }
 
 #[test]
-fn a_lease_that_is_not_found_is_given_up_at_once() {
+fn a_lease_that_is_not_found_is_replaced_at_once() {
     let mut player = Player::registered(17);
     let gone = Err(error(EtcdErrorKind::LeaseNotFound));
     player.machine.on_renewed(gone, player.now, player.now);

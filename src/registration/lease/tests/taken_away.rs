@@ -71,7 +71,7 @@ impl Pair {
 
 /// The put was sent to a frozen member, which applies it after the key was deleted through another member.
 #[test]
-fn a_put_that_lands_after_its_key_was_deleted_is_taken_away_as_well() {
+fn a_put_applied_after_the_deletion_of_its_key_is_deleted() {
     let mut pair = Pair::registered();
     pair.machine.on_remove(1);
     assert!(matches!(pair.step(), Command::Delete { index: 1, .. }));
@@ -85,7 +85,7 @@ fn a_put_that_lands_after_its_key_was_deleted_is_taken_away_as_well() {
 }
 
 #[test]
-fn a_deletion_that_is_refused_keeps_the_other_keys_from_nothing() {
+fn a_rejected_deletion_does_not_affect_other_keys() {
     let mut pair = Pair::registered();
     pair.machine.on_remove(1);
     let refused = Err(error(EtcdErrorKind::PermissionDenied));
@@ -120,7 +120,7 @@ fn a_deletion_that_is_refused_keeps_the_other_keys_from_nothing() {
 }
 
 #[test]
-fn one_deletion_that_is_refused_does_not_keep_another_from_being_made() {
+fn a_rejected_deletion_does_not_block_another_deletion() {
     let mut pair = Pair::of(3);
     pair.machine.on_remove(1);
     let refused = Err(error(EtcdErrorKind::PermissionDenied));
@@ -132,7 +132,7 @@ fn one_deletion_that_is_refused_does_not_keep_another_from_being_made() {
 
 /// The watch delivers the leave marker and the deletion.
 #[test]
-fn a_deletion_of_our_own_is_not_made_twice() {
+fn a_deletion_is_not_repeated_after_its_event() {
     let mut pair = Pair::registered();
     pair.machine.on_remove(1);
     pair.step();
@@ -170,7 +170,7 @@ fn a_key_is_deleted_after_the_old_lease_is_revoked() {
 }
 
 #[test]
-fn a_lease_whose_revoke_had_no_answer_is_revoked_once_the_key_hangs_on_another() {
+fn a_revoke_without_a_response_is_repeated_after_the_key_has_a_new_lease() {
     let mut player = Player::registered(20);
     let old = player.machine.lease.expect("there is one").id;
     player.machine.on_pause();
@@ -190,7 +190,7 @@ fn a_lease_whose_revoke_had_no_answer_is_revoked_once_the_key_hangs_on_another()
 }
 
 #[test]
-fn a_deregistration_is_not_done_before_the_old_lease_is_revoked_as_well() {
+fn a_deregistration_waits_for_the_revoke_of_the_old_lease() {
     // The deregistration happens before or after the grant of the new lease. The last case has two old leases.
     for (steps, pauses) in [(0, 1), (1, 1), (2, 1), (1, 2)] {
         let mut player = Player::registered(21);
@@ -221,7 +221,7 @@ fn a_deregistration_is_not_done_before_the_old_lease_is_revoked_as_well() {
 
 /// Simulates one address that leads to two clusters: one grants the lease, the other does not have it.
 #[test]
-fn a_lease_that_is_lost_as_soon_as_it_is_granted_is_not_replaced_in_a_loop() {
+fn a_lease_lost_immediately_after_its_grant_is_not_replaced_in_a_loop() {
     let mut player = Player::new(22);
     let start = player.now;
     let mut grants = 0;
@@ -234,7 +234,7 @@ fn a_lease_that_is_lost_as_soon_as_it_is_granted_is_not_replaced_in_a_loop() {
 }
 
 #[test]
-fn a_lease_that_somebody_else_has_is_not_taken() {
+fn a_lease_id_that_is_in_use_is_not_adopted() {
     let mut player = Player::new(23);
     let exists = || Err(error(EtcdErrorKind::LeaseExists));
     let Command::Grant { lease, .. } = player.machine.command(player.now) else {

@@ -391,7 +391,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 500, ..ProptestConfig::default() })]
 
     #[test]
-    fn whatever_happens_the_set_converges(seed in any::<u64>()) {
+    fn the_set_converges_after_any_fault(seed in any::<u64>()) {
         let mut player = Player::new(seed);
         for _ in 0..200 {
             match player.store.rng.u8(..) {
@@ -487,7 +487,7 @@ fn a_watch_that_ends_is_resumed_without_a_list() {
 }
 
 #[test]
-fn a_store_that_went_back_or_forgot_is_listed_anew() {
+fn a_store_with_a_lower_revision_or_missing_keys_is_listed_again() {
     for damage in [
         "revision",
         "term",
@@ -520,7 +520,7 @@ fn a_store_that_went_back_or_forgot_is_listed_anew() {
 
 /// The restored revision lies between the last read and the last event of the watch.
 #[test]
-fn a_store_that_was_restored_to_before_an_event_is_listed_anew() {
+fn a_store_restored_to_before_an_event_is_listed_again() {
     let mut player = populated(2);
     let seen = player.machine.seen.revision.get();
     let brought = put("later", seen + 50);
@@ -544,7 +544,7 @@ fn a_store_that_was_restored_to_before_an_event_is_listed_anew() {
 
 /// A server that ends each watch after one message must cause neither a busy loop nor long waits.
 #[test]
-fn a_watch_that_is_cut_after_each_message_is_opened_again_within_a_second() {
+fn a_watch_closed_after_each_message_is_reopened_within_a_second() {
     let mut player = populated(2);
     for _ in 0..10 {
         reopened(&mut player);
@@ -593,7 +593,7 @@ fn is_followed_by_a_list(
 
 /// A backlog that a server could not send in time once will not arrive in time on the next watch.
 #[test]
-fn a_watch_that_brings_nothing_of_a_backlog_is_replaced_by_a_list() {
+fn a_watch_without_progress_on_a_backlog_is_replaced_by_a_list() {
     let silent = EtcdErrorKind::DeadlineExceeded;
     for (ahead, brings, lives, lists) in [
         (5_000, false, 8, true),
@@ -626,7 +626,7 @@ fn a_watch_that_brings_nothing_of_a_backlog_is_replaced_by_a_list() {
 
 /// The backlog may consist of writes to other keys, in a store whose watches are cut all the time.
 #[test]
-fn lists_in_place_of_watches_become_seldom() {
+fn lists_in_place_of_watches_become_less_frequent() {
     let mut fruitless = Fruitless::default();
     let mut lists = Vec::new();
     for _ in 0..6 {
@@ -640,7 +640,7 @@ fn lists_in_place_of_watches_become_seldom() {
 }
 
 #[test]
-fn the_key_that_was_written_last_is_checked() {
+fn the_most_recently_written_key_is_checked() {
     let mut player = populated(2);
     let newest = player.machine.keys.iter();
     let newest = newest.max_by_key(|(_, known)| known.mod_revision);
@@ -650,7 +650,7 @@ fn the_key_that_was_written_last_is_checked() {
 }
 
 #[test]
-fn every_linearizable_answer_raises_what_the_next_one_is_measured_by() {
+fn every_linearizable_response_raises_the_known_revision() {
     let header = |player: &Player, ahead: i64| Header {
         revision: Revision::new(player.store.revision + ahead),
         ..player.store.header()
@@ -692,7 +692,7 @@ fn every_linearizable_answer_raises_what_the_next_one_is_measured_by() {
 }
 
 #[test]
-fn a_list_that_did_not_stand_up_to_the_check_is_made_again_once() {
+fn a_list_that_fails_the_check_is_repeated_once() {
     let mut player = populated(2);
     let key = reopened(&mut player);
     let (header, _) = player.store.read(&key);
@@ -715,7 +715,7 @@ fn a_list_that_did_not_stand_up_to_the_check_is_made_again_once() {
 }
 
 #[test]
-fn a_key_that_its_owner_has_written_again_is_no_other_store() {
+fn a_key_written_again_by_its_owner_is_not_a_store_change() {
     let mut player = populated(2);
     let key = reopened(&mut player);
     let (header, found) = player.store.read(&key);
@@ -730,7 +730,7 @@ fn a_key_that_its_owner_has_written_again_is_no_other_store() {
 }
 
 #[test]
-fn what_cannot_be_checked_is_not_believed() {
+fn a_watch_that_cannot_be_checked_is_reopened_and_checked_again() {
     let mut player = populated(2);
     reopened(&mut player);
     let next = player
@@ -746,7 +746,7 @@ fn what_cannot_be_checked_is_not_believed() {
 }
 
 #[test]
-fn an_empty_set_is_listed_anew() {
+fn an_empty_set_is_listed_again() {
     let mut player = Player::new(3);
     listed(&mut player);
     player
@@ -756,7 +756,7 @@ fn an_empty_set_is_listed_anew() {
 }
 
 #[test]
-fn the_header_of_a_watch_never_moves_the_revision() {
+fn a_watch_header_does_not_advance_the_revision() {
     let mut player = populated(4);
     let revision = player.machine.report.revision.get();
     player
@@ -772,7 +772,7 @@ fn the_header_of_a_watch_never_moves_the_revision() {
 }
 
 #[test]
-fn a_revision_in_fragments_is_seen_whole_or_not_at_all() {
+fn a_fragmented_revision_is_applied_atomically() {
     let mut player = populated(5);
     let revision = player.machine.report.revision.get();
     let events = vec![put("a", revision + 1), put("b", revision + 2)];
@@ -808,7 +808,7 @@ fn a_revision_in_fragments_is_seen_whole_or_not_at_all() {
 }
 
 #[test]
-fn events_of_the_past_change_nothing() {
+fn old_events_are_ignored() {
     let mut player = populated(6);
     let revision = player.machine.report.revision.get();
     player
@@ -818,7 +818,7 @@ fn events_of_the_past_change_nothing() {
 }
 
 #[test]
-fn a_member_that_lags_causes_one_check_and_no_list() {
+fn a_lagging_member_causes_one_check_and_no_list() {
     let mut player = populated(7);
     // Uses a new stream, because the current one may have lagged already.
     let key = reopened(&mut player);
@@ -846,7 +846,7 @@ fn a_member_that_lags_causes_one_check_and_no_list() {
 }
 
 #[test]
-fn a_list_that_compaction_overtakes_three_times_is_no_longer_pinned() {
+fn a_list_compacted_three_times_is_no_longer_pinned_to_a_revision() {
     let mut machine = Machine::new(Range::prefix(PREFIX), None, fastrand::Rng::with_seed(8));
     let page = |revision: i64| {
         let Event::Put(kv) = put("a", 1) else {
@@ -890,7 +890,7 @@ fn a_list_that_compaction_overtakes_three_times_is_no_longer_pinned() {
 }
 
 #[test]
-fn a_page_that_is_too_large_is_halved_down_to_one_key_that_is_skipped() {
+fn a_page_that_is_too_large_is_halved_until_one_key_is_skipped() {
     let mut machine = Machine::new(Range::prefix(PREFIX), None, fastrand::Rng::with_seed(9));
     let mut command = machine.on_wake();
     let mut limits = Vec::new();
@@ -931,7 +931,7 @@ fn a_page_that_is_too_large_is_halved_down_to_one_key_that_is_skipped() {
 }
 
 #[test]
-fn refusals_renew_the_token_once_and_are_then_retried_slowly_each_time() {
+fn rejections_renew_the_token_once_and_are_then_retried_slowly() {
     let mut player = populated(10);
     let first = player
         .machine
@@ -952,7 +952,7 @@ fn refusals_renew_the_token_once_and_are_then_retried_slowly_each_time() {
 
 /// A change of the etcd users causes every watch to be rejected at once.
 #[test]
-fn a_crowd_that_is_refused_at_once_does_not_renew_at_once() {
+fn rejections_of_many_clients_spread_their_token_renewals() {
     let mut waits: Vec<_> = (0..100)
         .map(|seed| {
             let mut player = populated(seed);
@@ -970,7 +970,7 @@ fn a_crowd_that_is_refused_at_once_does_not_renew_at_once() {
 }
 
 #[test]
-fn a_token_that_could_not_be_renewed_is_no_reason_to_wait_for_an_operator() {
+fn a_failed_token_renewal_is_retried_without_the_slow_wait() {
     let mut player = populated(11);
     player
         .machine
@@ -984,7 +984,7 @@ fn a_token_that_could_not_be_renewed_is_no_reason_to_wait_for_an_operator() {
 }
 
 #[test]
-fn a_wrong_password_is_tried_slowly_and_told() {
+fn a_wrong_password_is_retried_slowly_and_reported() {
     let mut player = populated(11);
     for _ in 0..5 {
         let refused = player
@@ -1032,7 +1032,7 @@ fn an_event_that_is_too_large_is_listed_and_skipped() {
 }
 
 #[test]
-fn a_key_whose_new_value_is_too_large_keeps_its_last_good_one() {
+fn a_key_whose_new_value_is_too_large_keeps_its_last_good_value() {
     let mut machine = Machine::new(Range::prefix(PREFIX), None, fastrand::Rng::with_seed(13));
     let Event::Put(kv) = put("a", 2) else {
         panic!("a put")
@@ -1069,7 +1069,7 @@ fn a_key_whose_new_value_is_too_large_keeps_its_last_good_one() {
 }
 
 #[test]
-fn pages_that_take_too_long_become_smaller() {
+fn pages_that_time_out_become_smaller() {
     let mut machine = Machine::new(Range::prefix(PREFIX), None, fastrand::Rng::with_seed(14));
     let mut command = machine.on_wake();
     for _ in 0..10 {

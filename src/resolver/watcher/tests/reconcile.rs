@@ -63,7 +63,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
 
     #[test]
-    fn what_a_watch_loses_is_found(seed in any::<u64>()) {
+    fn events_missing_from_a_watch_are_found(seed in any::<u64>()) {
         let mut player = Player::new(seed);
         player.store.lossy = true;
         for _ in 0..100 {
@@ -80,7 +80,7 @@ proptest! {
     }
 
     #[test]
-    fn no_key_goes_back_in_time(seed in any::<u64>()) {
+    fn no_key_reverts_to_an_older_revision(seed in any::<u64>()) {
         let mut player = Player::new(seed);
         player.store.lossy = seed % 2 == 0;
         player.facts = Some(BTreeMap::new());
@@ -98,7 +98,7 @@ proptest! {
 }
 
 #[test]
-fn a_lost_delete_is_found_by_the_next_list_and_the_watch_made_anew() {
+fn a_lost_delete_is_found_by_the_next_list_and_the_watch_is_reopened() {
     let mut player = populated(21);
     let gone = some_key(&player);
     player.change_unseen(|store| store.delete(&gone));
@@ -152,7 +152,7 @@ fn a_list_is_compared_by_revision_and_by_lease() {
 }
 
 #[test]
-fn nothing_is_read_while_the_watch_brings_everything() {
+fn nothing_is_read_while_the_watch_is_complete() {
     let mut player = populated(23);
     let before = player.machine.report.clone();
     for _ in 0..300 {
@@ -172,7 +172,7 @@ fn nothing_is_read_while_the_watch_brings_everything() {
 }
 
 #[test]
-fn a_change_that_is_on_its_way_is_waited_for() {
+fn a_change_in_flight_is_awaited() {
     let mut player = populated(24);
     let late = some_key(&player);
     // The store contains the delete, but the watch has not sent it yet.
@@ -204,7 +204,7 @@ fn whole(store: &Store) -> Page {
 }
 
 #[test]
-fn a_put_that_was_overtaken_by_a_read_brings_nothing_back() {
+fn a_put_older_than_a_read_does_not_restore_the_key() {
     let mut player = populated(25);
     let gone = some_key(&player);
     player.machine.on_doubt(&gone, player.now);
@@ -237,7 +237,7 @@ fn a_put_that_was_overtaken_by_a_read_brings_nothing_back() {
 }
 
 #[test]
-fn a_thousand_doubts_are_a_few_reads_and_each_key_is_read_once_in_a_while() {
+fn a_thousand_suspect_keys_are_read_at_a_limited_rate() {
     let mut machine = Machine::new(Range::prefix(PREFIX), None, fastrand::Rng::with_seed(26));
     let mut store = Store::new(fastrand::Rng::with_seed(26));
     for number in 0..1_000 {
@@ -271,7 +271,7 @@ fn a_thousand_doubts_are_a_few_reads_and_each_key_is_read_once_in_a_while() {
 
 /// When a server crashes, the connections of all clients are refused at once.
 #[test]
-fn a_crowd_that_doubts_at_once_reads_over_two_seconds() {
+fn reads_of_many_clients_are_spread_over_two_seconds() {
     let waits: Vec<_> = (0..100)
         .map(|seed| {
             let mut player = populated(seed);
@@ -296,7 +296,7 @@ fn a_crowd_that_doubts_at_once_reads_over_two_seconds() {
 
 /// The watch is not read while a key read is in progress.
 #[test]
-fn the_watch_is_read_between_two_reads_however_long_they_take() {
+fn the_watch_is_polled_between_two_slow_reads() {
     let mut player = populated(26);
     let keys: Vec<_> = player.machine.keys.keys().cloned().collect();
     for key in &keys {
@@ -355,7 +355,7 @@ fn lists_that_were_due_during_an_outage_are_spread_over_an_interval() {
 }
 
 #[test]
-fn a_read_of_another_store_lists_anew() {
+fn a_read_from_another_store_causes_a_list() {
     for damage in ["revision", "cluster", "mod revision"] {
         let mut player = populated(27);
         let doubted = player.machine.newest().expect("there are keys");
@@ -374,7 +374,7 @@ fn a_read_of_another_store_lists_anew() {
 }
 
 #[test]
-fn a_list_that_fails_changes_nothing_and_is_made_again_later() {
+fn a_failed_list_changes_nothing_and_is_repeated_later() {
     let mut player = populated(28);
     let due = player.machine.due().expect("a list is due some time");
     assert!(matches!(player.machine.on_time(due), Command::Reconcile(_)));
@@ -386,7 +386,7 @@ fn a_list_that_fails_changes_nothing_and_is_made_again_later() {
 }
 
 #[test]
-fn intervals_of_any_length_are_taken() {
+fn intervals_of_any_length_are_accepted() {
     for interval in [Duration::ZERO, Duration::MAX] {
         let range = Range::prefix(PREFIX);
         let mut machine = Machine::new(range, Some(interval), fastrand::Rng::with_seed(30));
@@ -399,7 +399,7 @@ fn intervals_of_any_length_are_taken() {
 }
 
 #[test]
-fn a_watch_that_has_lost_most_is_replaced_by_a_list() {
+fn a_watch_that_lost_most_events_is_replaced_by_a_list() {
     let mut player = populated(29);
     player.change_unseen(|store| {
         for number in 0..150 {

@@ -242,7 +242,7 @@ fn table() -> String {
 }
 
 #[test]
-fn every_state_answers_every_input_as_the_table_says() {
+fn every_state_handles_every_input_as_in_the_table() {
     let (is, expected) = (table(), include_str!("table.txt"));
     for (is, expected) in is.lines().zip(expected.lines()) {
         if is != expected {
