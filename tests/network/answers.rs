@@ -61,7 +61,7 @@ fn assert_named(status: &Status, peer: &Peer, http: &str, answer: Answer) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_not_grpc_is_reported_with_its_code_and_its_origin() {
+async fn a_non_grpc_answer_is_reported_with_its_code_and_origin() {
     let mut wrong = Vec::new();
     for (answer, http, code) in ANSWERS {
         let peer = Peer::answering(answer).await;
@@ -91,7 +91,7 @@ async fn what_is_not_grpc_is_reported_with_its_code_and_its_origin() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_is_not_grpc_counts_against_the_endpoint_and_shows() {
+async fn a_non_grpc_answer_counts_as_a_failure_and_is_the_last_error() {
     let mut wrong = Vec::new();
     for (answer, http, _) in ANSWERS {
         let peer = Peer::answering(answer).await;
@@ -205,12 +205,12 @@ async fn gets_hardly_a_call(good: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_whose_answers_are_not_grpc_gets_hardly_a_call_beside_one() {
+async fn a_server_with_non_grpc_answers_gets_few_calls_beside_one_good_server() {
     gets_hardly_a_call(1).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_whose_answers_are_not_grpc_gets_hardly_a_call_beside_four() {
+async fn a_server_with_non_grpc_answers_gets_few_calls_beside_four_good_servers() {
     gets_hardly_a_call(4).await;
 }
 
@@ -225,7 +225,7 @@ async fn an_unavailable_proxy_beside_a_good_server_fails_no_call_under_a_retry_p
 
 /// Every content-type of gRPC's own servers is accepted, whatever follows the prefix.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_content_type_of_grpc_is_grpc() {
+async fn every_grpc_content_type_is_accepted() {
     for content_type in [
         "application/grpc",
         "application/grpc+proto",
@@ -245,7 +245,7 @@ async fn every_content_type_of_grpc_is_grpc() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_of_another_protocol_is_never_picked_and_named() {
+async fn a_server_of_another_protocol_is_never_picked_and_is_named() {
     let mut wrong = Vec::new();
     for speaks in [Speaks::Http1, Speaks::Ssh, Speaks::Tls, Speaks::Redis] {
         let foreign = Foreign::start(speaks).await;
@@ -275,7 +275,7 @@ async fn a_server_of_another_protocol_is_never_picked_and_named() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_call_that_finds_only_another_protocol_names_it() {
+async fn a_call_with_only_servers_of_another_protocol_names_the_protocol() {
     for speaks in [Speaks::Http1, Speaks::Ssh, Speaks::Tls, Speaks::Redis] {
         let foreign = Foreign::start(speaks).await;
         let channel = lazily(BalancedChannel::builder(), &[foreign.address.to_string()]);
@@ -292,7 +292,7 @@ async fn a_call_that_finds_only_another_protocol_names_it() {
 
 /// A server that answered in HTML and is then repaired gets calls again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_server_that_answers_again_gets_its_calls_back() {
+async fn a_server_that_recovers_gets_calls_again() {
     let sick = Peer::answering(html(503)).await;
     let good = Peer::good().await;
     let channel = over(BalancedChannel::builder(), &addresses([&sick, &good])).await;

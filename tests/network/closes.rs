@@ -116,7 +116,7 @@ async fn a_maximum_age_of_connections_fails_no_call() {
 
 /// A call in flight on a closing connection is lost, so these callers pause between their calls.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_close_without_a_goaway_between_calls_fails_none() {
+async fn a_close_without_a_goaway_between_calls_fails_no_call() {
     for servers in [1, 3] {
         for requests in [1, 5] {
             let peers = closing(servers, When::Requests(requests), How::Fin).await;
@@ -162,7 +162,7 @@ async fn a_close_without_a_goaway_fails_no_call_under_a_retry_policy() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn streams_that_are_open_at_a_goaway_are_finished() {
+async fn streams_open_at_a_goaway_are_finished() {
     for builder in [BalancedChannel::builder, retrying] {
         for servers in [1, 3] {
             let peers = closing(servers, When::Requests(20), How::Goaway).await;
@@ -183,7 +183,7 @@ async fn streams_that_are_open_at_a_goaway_are_finished() {
 
 /// Make before break: open calls end on the old connection, and new calls do not wait for them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_long_call_ends_on_its_connection_while_a_new_one_serves() {
+async fn a_long_call_finishes_on_its_connection_while_a_new_connection_serves() {
     for how in [How::Goaway, How::Graceful] {
         let peer = Peer::start(Manner {
             close: Some(Close {
@@ -214,7 +214,7 @@ async fn a_long_call_ends_on_its_connection_while_a_new_one_serves() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn fifty_endpoints_that_close_again_and_again_fail_no_call() {
+async fn fifty_endpoints_that_close_repeatedly_fail_no_call() {
     let peers = closing(50, When::Requests(5), How::Goaway).await;
     let channel = over(BalancedChannel::builder(), &addresses(&peers)).await;
     let calls = all_well(Callers::start(&channel, 16), ms(3_000), "50 servers").await;

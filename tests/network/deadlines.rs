@@ -90,7 +90,7 @@ async fn a_status_at_the_deadline_is_the_deadline() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_deadline_that_has_passed_is_not_sent() {
+async fn a_call_whose_deadline_has_passed_is_not_sent() {
     for builder in BUILDERS {
         for deadline in [Duration::ZERO, Duration::from_nanos(1)] {
             let peer = Peer::good().await;
@@ -119,7 +119,7 @@ async fn a_deadline_that_has_passed_is_not_sent() {
 
 /// The deadline expires during the backoff, so no second attempt is sent.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_deadline_that_passes_between_two_attempts_is_not_sent_again() {
+async fn a_call_whose_deadline_passes_between_attempts_is_not_resent() {
     let wait = tonic_etcd::RetryPolicy::new([Code::Unavailable])
         .initial_backoff(ms(100))
         .max_backoff(ms(100));
@@ -143,7 +143,7 @@ async fn a_deadline_that_passes_between_two_attempts_is_not_sent_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_cancel_well_before_the_deadline_stays_one() {
+async fn a_cancel_long_before_the_deadline_stays_cancelled() {
     for builder in BUILDERS {
         let peer = Peer::answering(Answer::Cancel(ms(20))).await;
         let channel = over(builder(), &addresses([&peer])).await;

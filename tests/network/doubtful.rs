@@ -38,7 +38,7 @@ async fn a_call_is_sent_as_soon_as_a_slow_path_answers() {
 
 /// Servers limit PINGs, so none may be left for the check. The call waits for another connection for at most one second.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_call_is_sent_on_the_only_connection_though_no_ping_is_left_to_check_it() {
+async fn a_call_is_sent_on_the_only_connection_without_a_ping_budget() {
     let delayed = Manner {
         delay: ms(400),
         ..Manner::default()

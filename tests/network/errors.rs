@@ -11,7 +11,7 @@ use super::support::{etcd, registry, within};
 use super::{addresses, lazily, ms, over, retrying, say};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_unready_channel_names_the_cause_in_one_line() {
+async fn the_error_of_an_unready_channel_is_one_line_with_the_cause() {
     let channel = lazily(BalancedChannel::builder(), &["127.0.0.1:1".to_owned()]);
     let error = channel.ready().await.expect_err("no server listens there");
     let line = error.to_string();
@@ -27,7 +27,7 @@ async fn an_unready_channel_names_the_cause_in_one_line() {
 
 #[cfg(feature = "tls")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn different_causes_are_different_lines() {
+async fn different_causes_have_different_messages() {
     use super::support::peer::Manner;
     use super::support::tls::Localhost;
     let localhost = Localhost::new();
@@ -89,7 +89,7 @@ fn chain(status: &Status) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_status_of_a_server_names_the_server_in_its_chain_and_keeps_its_message() {
+async fn a_server_status_keeps_its_message_and_has_the_server_in_its_source_chain() {
     for builder in [
         BalancedChannel::builder as fn() -> tonic_etcd::ChannelBuilder,
         retrying,
@@ -115,7 +115,7 @@ async fn a_status_of_a_server_names_the_server_in_its_chain_and_keeps_its_messag
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_call_that_a_connection_has_failed_names_the_endpoint_in_its_chain() {
+async fn a_call_failed_by_its_connection_has_the_endpoint_in_its_source_chain() {
     let peer = Peer::answering(Answer::Cancel(ms(10))).await;
     let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
     let status = say(&channel, ms(2_000)).await.expect_err("it is reset");
@@ -129,7 +129,7 @@ async fn a_call_that_a_connection_has_failed_names_the_endpoint_in_its_chain() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_failed_call_is_downcast_to_its_endpoint() {
+async fn a_failed_call_can_be_downcast_to_a_call_error() {
     for answer in [
         Answer::Fail(Code::NotFound),
         Answer::Cancel(ms(10)),
@@ -153,7 +153,7 @@ async fn a_failed_call_is_downcast_to_its_endpoint() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_service_name_with_a_slash_is_no_outage_of_etcd() {
+async fn a_service_name_with_a_slash_is_not_reported_as_an_etcd_outage() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
     let builder = registry.channel("team/greeter").startup_timeout(ms(1_000));
@@ -197,7 +197,7 @@ async fn a_service_name_with_a_slash_is_no_outage_of_etcd() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_address_with_a_scheme_works_or_names_the_scheme() {
+async fn an_address_with_a_scheme_works_or_the_error_names_the_scheme() {
     let peer = Peer::good().await;
     let channel = lazily(
         BalancedChannel::builder(),

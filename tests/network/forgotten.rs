@@ -61,7 +61,7 @@ async fn the_call_after_a_silence_gets_a_new_connection_within_its_deadline() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn four_forgotten_flows_cost_a_call_each_at_most() {
+async fn four_forgotten_flows_fail_at_most_one_call_each() {
     let (_peers, links, addresses) = forgetful(4).await;
     let channel = over(BalancedChannel::builder(), &addresses).await;
     assert_eq!(
@@ -90,7 +90,7 @@ async fn four_forgotten_flows_cost_a_call_each_at_most() {
 
 /// Many callers at once after the silence, with the usual deadline: they do not lose their calls one after the other.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn callers_after_a_silence_are_served_again_within_one_deadline() {
+async fn callers_after_a_silence_are_served_within_one_deadline() {
     let (_peers, _links, addresses) = forgetful(4).await;
     let channel = over(BalancedChannel::builder(), &addresses).await;
     assert_eq!(
@@ -116,7 +116,7 @@ async fn callers_after_a_silence_are_served_again_within_one_deadline() {
 
 /// The flow of each call is forgotten, unless a new connection was established in time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_caller_that_is_slower_than_the_middlebox_forgets_is_served_from_the_second_call_on() {
+async fn a_caller_slower_than_the_flow_timeout_loses_at_most_its_first_call() {
     let (_peers, links, addresses) = forgetful(1).await;
     let channel = over(BalancedChannel::builder(), &addresses).await;
     let mut outcomes = Vec::new();
@@ -144,7 +144,7 @@ async fn a_caller_that_is_slower_than_the_middlebox_forgets_is_served_from_the_s
 
 /// A black hole discards the bytes of old and new flows. After its end, the endpoint is ready again within one backoff.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_endpoint_is_back_soon_after_a_black_hole() {
+async fn an_endpoint_recovers_soon_after_a_black_hole() {
     let (_peers, links, addresses) = forgetful(1).await;
     links[0].set(Behaviour::Pass);
     let builder = BalancedChannel::builder().connect_timeout(ms(500));

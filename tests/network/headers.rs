@@ -55,7 +55,7 @@ async fn headers_of_a_connection_do_not_fail_a_call() {
 
 /// Other headers are passed through unchanged.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_connection_survives_all_of_them_at_once() {
+async fn the_connection_survives_all_connection_headers_at_once() {
     let peer = Peer::good().await;
     let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
     let copied = MapRequest::new(channel.clone(), move |mut request: Request<Body>| {

@@ -109,7 +109,7 @@ async fn a_lone_server_that_closes_before_it_serves_is_not_dialled_in_a_loop() {
 
 /// Behind a proxy that closes idle connections, a channel without calls redials at growing intervals.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_channel_that_is_idle_redials_less_and_less() {
+async fn an_idle_channel_redials_with_growing_waits() {
     let peer = Peer::good().await;
     let link = Link::behaving(peer.address, Behaviour::CloseIdle(ms(250))).await;
     let channel = over(BalancedChannel::builder(), &[link.address.to_string()]).await;

@@ -30,7 +30,7 @@ fn panicking(at: u32) -> impl tokio_stream::Stream<Item = HelloRequest> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_request_stream_that_panics_ends_its_call_and_no_other() {
+async fn a_request_stream_that_panics_fails_only_its_own_call() {
     for builder in [BalancedChannel::builder as fn() -> ChannelBuilder, retrying] {
         let peer = Peer::good().await;
         let channel = over(builder(), &addresses([&peer])).await;

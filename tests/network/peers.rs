@@ -49,7 +49,7 @@ async fn whole(response: ResponseFuture) -> Result<(), h2::Error> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_call_up_to_a_goaway_is_answered_and_none_beyond_is_run() {
+async fn calls_up_to_the_last_stream_of_a_goaway_are_answered_and_none_beyond_is_run() {
     for round in 0..50 {
         let delay = Duration::from_millis(round % 3);
         let peer = Peer::start(Manner {
@@ -90,7 +90,7 @@ async fn every_call_up_to_a_goaway_is_answered_and_none_beyond_is_run() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn strikes_are_counted_as_the_servers_count_them() {
+async fn ping_strikes_are_counted_like_the_real_servers() {
     for (police, allowed) in [(Police::Java, 2), (Police::Go, 3)] {
         let peer = Peer::start(Manner {
             police: Some(police),
@@ -143,7 +143,7 @@ async fn echoed(flow: &mut TcpStream, within: u64) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_link_forgets_idle_flows_for_ever_and_takes_new_ones() {
+async fn a_link_drops_idle_flows_permanently_and_accepts_new_ones() {
     let link = Link::behaving(echo().await, Behaviour::Forget(ms(300))).await;
     let mut flow = TcpStream::connect(link.address).await.unwrap();
     assert!(echoed(&mut flow, 1_000).await, "the flow is new");
@@ -159,7 +159,7 @@ async fn a_link_forgets_idle_flows_for_ever_and_takes_new_ones() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_link_switches_with_its_flows_open() {
+async fn a_link_changes_its_fault_with_open_flows() {
     let link = Link::start(echo().await).await;
     let mut flow = TcpStream::connect(link.address).await.unwrap();
     assert!(echoed(&mut flow, 1_000).await);
@@ -182,7 +182,7 @@ async fn a_link_switches_with_its_flows_open() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_slow_link_passes_so_many_bytes_in_a_second() {
+async fn a_slow_link_limits_the_bytes_per_second() {
     let link = Link::behaving(echo().await, Behaviour::Rate(100_000)).await;
     let flow = TcpStream::connect(link.address).await.unwrap();
     let (mut from, mut to) = flow.into_split();

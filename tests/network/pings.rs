@@ -189,7 +189,7 @@ async fn a_busy_connection_is_not_pinged() {
 
 /// The PING response waits behind the downloaded data.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_slow_link_full_of_downloads_is_alive() {
+async fn a_slow_link_full_of_downloads_is_not_closed_by_the_keep_alive() {
     let peer = Peer::start(Manner {
         reply: 200_000,
         ..Manner::default()

@@ -29,7 +29,7 @@ fn one_stream(answer: Answer, delay: u64) -> Manner {
 /// A retry that must not use the server of its failed attempt is first in the wait queue. A permit on that server is given to the calls
 /// behind the retry.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_place_that_a_retry_avoids_goes_to_the_next_in_the_queue() {
+async fn a_permit_that_a_retry_excludes_is_given_to_the_next_waiter() {
     let failing = Peer::start(one_stream(Answer::Fail(Code::Unavailable), 400)).await;
     let full = Peer::start(one_stream(Answer::Hang, 0)).await;
     let channel = over(retrying(), &addresses([&failing, &full])).await;
@@ -125,7 +125,7 @@ impl Gated {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn each_place_that_is_freed_among_many_is_used_at_once() {
+async fn each_stream_freed_among_many_connections_is_used_at_once() {
     let server = Gated {
         begun: Arc::default(),
         permits: Arc::new(Semaphore::new(0)),

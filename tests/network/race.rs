@@ -142,8 +142,8 @@ async fn a_name_with_a_silent_address_is_ready_within_two_attempts_under_tls() {
 
 /// If the server at the connected address freezes later, the channel uses the other address of the name.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_name_goes_over_to_its_other_address() {
-    if !has_names("race::a_name_goes_over_to_its_other_address") {
+async fn a_name_fails_over_to_its_other_address() {
+    if !has_names("race::a_name_fails_over_to_its_other_address") {
         return;
     }
     let Some(both) = addresses("both.test").await else {
@@ -169,8 +169,8 @@ async fn a_name_goes_over_to_its_other_address() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_name_of_etcd_with_a_silent_address_is_connected() {
-    if !has_names("race::a_name_of_etcd_with_a_silent_address_is_connected") {
+async fn an_etcd_name_with_a_silent_address_connects() {
+    if !has_names("race::an_etcd_name_with_a_silent_address_connects") {
         return;
     }
     let etcd = etcd().await;

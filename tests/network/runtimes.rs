@@ -66,7 +66,7 @@ fn a_channel_whose_runtime_has_ended_serves_or_fails_at_once() {
 
 /// The same for a channel that was never connected when its runtime ended, and for a call that was waiting at that time.
 #[test]
-fn a_call_that_waits_while_the_runtime_of_its_channel_ends_is_not_left_waiting() {
+fn a_waiting_call_fails_when_the_runtime_of_its_channel_ends() {
     let first = runtime();
     let second = runtime();
     // No server ever answers at this address.

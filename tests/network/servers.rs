@@ -158,7 +158,7 @@ async fn a_deadline_that_tonics_server_enforces_is_the_deadline() {
 
 /// The end of a health watch removes no server from the ready set.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn servers_that_close_and_are_watched_keep_their_share() {
+async fn health_checked_servers_that_close_connections_keep_their_share() {
     let aged = || Server::builder().max_connection_age(ms(400));
     let (all, addresses) = some(4, aged).await;
     let channel = over(checked(), &addresses).await;

@@ -89,7 +89,7 @@ async fn the_last_error_of_a_source_that_has_ended_is_shown() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_filtered_resolver_of_an_empty_service_does_not_accuse_the_registry() {
+async fn a_filtered_resolver_of_an_empty_service_does_not_blame_the_registry() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
     let resolver = registry.resolver("greeter").start();
@@ -110,7 +110,7 @@ async fn a_filtered_resolver_of_an_empty_service_does_not_accuse_the_registry() 
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_filter_that_leaves_nothing_does_not_accuse_the_registry() {
+async fn a_filter_that_rejects_all_does_not_blame_the_registry() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
     let peer = Peer::good().await;
@@ -142,7 +142,7 @@ async fn a_filter_that_leaves_nothing_does_not_accuse_the_registry() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_filter_that_leaves_some_serves_by_those() {
+async fn a_filter_that_accepts_some_endpoints_uses_them() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
     let (kept, dropped) = (Peer::good().await, Peer::good().await);
@@ -178,7 +178,7 @@ async fn a_filter_that_leaves_some_serves_by_those() {
 
 /// With the resolver's own filter, the channel still detects when the set is complete. A filter on the stream hides that.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_resolvers_own_filter_keeps_known_and_empty_known() {
+async fn a_filter_on_the_resolver_keeps_an_empty_set_known() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
     let (kept, dropped) = (Peer::good().await, Peer::good().await);
