@@ -74,7 +74,7 @@ async fn an_age_of_300_ms_fails_no_call(kind: Kind) {
 
 /// With an unlimited grace, a stream outlives the age of its connection.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn streams_that_are_longer_than_the_age_end_well_with_grpc_java() {
+async fn streams_longer_than_the_maximum_age_finish_with_grpc_java() {
     let options = Options {
         max_age: Some(ms(3_000)),
         ..Options::default()
@@ -114,7 +114,7 @@ async fn streams_that_are_longer_than_the_age_end_well_with_grpc_java() {
 /// shows when it was received. grpc-java treats DATA of a stream that was opened later as a connection error and ends all calls of the
 /// connection.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn no_stream_is_opened_after_the_answer_to_the_ping_behind_a_goaway() {
+async fn no_stream_is_opened_after_the_answer_to_the_ping_that_follows_a_goaway() {
     let late = Arc::<AtomicUsize>::default();
     let noted = Arc::clone(&late);
     let server = Raw::start(&[], move |connection| {

@@ -57,7 +57,7 @@ fn status(channel: &BalancedChannel, address: &str) -> EndpointStatus {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_page_of_nginx_is_reported_with_its_code_and_what_it_is() {
+async fn an_nginx_page_is_reported_with_its_code_and_origin() {
     let mut wrong = Vec::new();
     for (extra, http, code) in ANSWERS {
         let Some(front) = nginx(extra).await else {
@@ -93,7 +93,7 @@ fn calls(channel: &BalancedChannel, address: &str) -> (u64, u64) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nginx_that_answers_with_pages_gets_hardly_a_call() {
+async fn an_nginx_that_answers_with_pages_gets_few_calls() {
     let mut wrong = Vec::new();
     for good in [1, 3] {
         for (extra, http, _) in ANSWERS {

@@ -162,7 +162,7 @@ async fn refused_by(kind: Kind, tls: Option<&Localhost>) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn metadata_beyond_8_kib_that_grpc_go_refuses_fail_no_other_call() {
+async fn metadata_beyond_8_kib_that_grpc_go_rejects_fail_no_other_call() {
     let options = Options {
         max_metadata: Some(8_192),
         ..Options::default()
@@ -186,17 +186,17 @@ async fn through(kind: fronts::Kind, limits: Limits) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn metadata_that_nginx_refuses_fail_no_other_call() {
+async fn metadata_that_nginx_rejects_fail_no_other_call() {
     through(fronts::Kind::Nginx, limits(0, 120_000)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn metadata_that_haproxy_refuses_fail_no_other_call() {
+async fn metadata_that_haproxy_rejects_fail_no_other_call() {
     through(fronts::Kind::Haproxy, limits(0, 120_000)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn metadata_that_caddy_refuses_fail_no_other_call() {
+async fn metadata_that_caddy_rejects_fail_no_other_call() {
     let limits = Limits {
         answers_for_itself: true,
         ..limits(0, 120_000)

@@ -183,7 +183,7 @@ async fn ping(connection: &mut Connection, payload: &'static [u8]) -> io::Result
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn max_streams_of_one_is_obeyed_and_every_call_served() {
+async fn a_limit_of_one_stream_is_respected_and_every_call_is_served() {
     let most = Arc::<AtomicUsize>::default();
     let noted = Arc::clone(&most);
     let server = Raw::start(&[(MAX_CONCURRENT_STREAMS, 1)], move |mut connection| {

@@ -75,7 +75,7 @@ async fn load(setup: Setup) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nginx_closes_in_order_and_fails_no_call() {
+async fn graceful_closes_of_nginx_fail_no_call() {
     load(NGINX).await;
 }
 
@@ -126,7 +126,7 @@ async fn late(setup: Setup) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn proxies_that_start_late_fail_no_call_once_they_are_reached() {
+async fn proxies_that_start_late_fail_no_call_once_they_are_connected() {
     for setup in [NGINX, HAPROXY_5S, CADDY] {
         late(setup).await;
     }
@@ -157,7 +157,7 @@ async fn sparse(setup: Setup) -> Option<(usize, String)> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn sparse_callers_fail_no_call_at_idle_closes() {
+async fn idle_closes_fail_no_call_of_sparse_callers() {
     let (nginx, haproxy, caddy) = tokio::join!(
         sparse(NGINX.extra("keepalive_timeout 1s;")),
         sparse(HAPROXY_1S),

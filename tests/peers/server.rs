@@ -86,7 +86,7 @@ async fn every_case(etcd: &Etcd, tls: Option<&Localhost>) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_case_of_grpc_gos_client_passes() {
+async fn every_interop_case_of_the_grpc_go_client_passes() {
     let etcd = etcd().await;
     every_case(&etcd, None).await;
     every_case(&etcd, Some(&Localhost::new())).await;
