@@ -165,13 +165,13 @@ async fn heals(etcd: Etcd) {
 }
 
 #[tokio::test]
-async fn simple_tokens_that_are_refused_are_renewed() {
+async fn rejected_simple_tokens_are_renewed() {
     let etcd = Etcd::builder().arg("--auth-token-ttl=1").start();
     Box::pin(heals(etcd.await.unwrap())).await;
 }
 
 #[tokio::test]
-async fn signed_tokens_that_are_refused_are_renewed() {
+async fn rejected_signed_tokens_are_renewed() {
     let keys = Authority::new();
     keys.token_keys();
     let token = format!(
@@ -185,7 +185,7 @@ async fn signed_tokens_that_are_refused_are_renewed() {
 
 /// Other members accept a token a moment after one member has issued it.
 #[tokio::test]
-async fn a_new_token_is_good_whichever_member_is_asked() {
+async fn a_new_token_is_valid_at_every_member() {
     // An election during the test would lose the operator's writes.
     let etcd = Etcd::builder().members(3).arg("--heartbeat-interval=500");
     let etcd = etcd.arg("--election-timeout=5000");
@@ -200,7 +200,7 @@ async fn a_new_token_is_good_whichever_member_is_asked() {
 }
 
 #[tokio::test]
-async fn who_may_not_read_is_told_so() {
+async fn a_missing_read_permission_is_reported() {
     let etcd = etcd().await;
     protect(&etcd).await;
     let resolver = user(&etcd, "nobody")

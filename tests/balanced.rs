@@ -48,7 +48,7 @@ async fn a_rolling_graceful_restart_under_load_fails_no_call_and_runs_none_twice
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn endpoints_that_refuse_or_swallow_connections_fail_no_call() {
+async fn endpoints_that_refuse_connections_or_do_not_respond_fail_no_call() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
     let counter = Counting::default();
@@ -87,7 +87,7 @@ async fn endpoints_that_refuse_or_swallow_connections_fail_no_call() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn calls_do_not_notice_that_etcd_is_gone() {
+async fn calls_continue_while_etcd_is_down() {
     let mut etcd = etcd().await;
     let registry = registry(&etcd).await;
     let counter = Counting::default();
@@ -124,7 +124,7 @@ async fn refused(channel: &BalancedChannel) -> Status {
 }
 
 #[tokio::test]
-async fn without_a_server_the_error_says_what_is_missing() {
+async fn without_a_server_the_error_states_the_cause() {
     let mut etcd = etcd().await;
     let registry = registry(&etcd).await;
     // No instance is registered: the call fails at once.
@@ -170,7 +170,7 @@ async fn without_a_server_the_error_says_what_is_missing() {
 }
 
 #[tokio::test]
-async fn one_line_is_enough() {
+async fn a_server_and_a_channel_each_start_in_one_line() {
     let etcd = etcd().await;
     let registry: Registry = registry(&etcd).await;
     let counter = Counting::default();

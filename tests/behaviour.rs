@@ -21,7 +21,7 @@ fn code(folder: &Path, found: &mut String) {
 }
 
 #[test]
-fn every_test_that_the_page_of_behaviour_names_exists() {
+fn every_test_named_in_the_behaviour_page_exists() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let page = fs::read_to_string(root.join("docs/behaviour.md")).unwrap();
     let mut tests = String::new();

@@ -55,7 +55,7 @@ async fn answers(bytes: &'static [u8]) -> String {
 }
 
 #[tokio::test]
-async fn nothing_listening_is_said_with_the_endpoints_tried() {
+async fn a_refused_connection_lists_the_endpoints_tried() {
     let error = refused(&["127.0.0.1:1", "http://127.0.0.1:2"]).await;
     assert!(
         matches!(error, RegistryError::Unreachable { .. }),
@@ -70,7 +70,7 @@ async fn nothing_listening_is_said_with_the_endpoints_tried() {
 }
 
 #[tokio::test]
-async fn a_server_that_accepts_and_says_nothing_is_given_up() {
+async fn a_server_that_accepts_and_does_not_respond_times_out() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let error = refused(&[&address]).await;
@@ -81,7 +81,7 @@ async fn a_server_that_accepts_and_says_nothing_is_given_up() {
 }
 
 #[tokio::test]
-async fn a_web_server_is_no_etcd() {
+async fn a_web_server_is_reported_as_not_etcd() {
     let address = answers(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n").await;
     let error = told(&address).await;
     assert!(matches!(error, RegistryError::NotEtcd { .. }), "{error:?}");
@@ -92,14 +92,14 @@ async fn a_web_server_is_no_etcd() {
 }
 
 #[tokio::test]
-async fn something_else_altogether_is_no_etcd() {
+async fn another_protocol_is_reported_as_not_etcd() {
     let address = answers(b"SSH-2.0-OpenSSH_9.2\r\n").await;
     let error = told(&address).await;
     assert!(matches!(error, RegistryError::NotEtcd { .. }), "{error:?}");
 }
 
 #[tokio::test]
-async fn another_grpc_server_is_no_etcd() {
+async fn another_grpc_server_is_reported_as_not_etcd() {
     let (address, _server) = greeter("alpha").await;
     let error = told(&address.to_string()).await;
     assert!(matches!(error, RegistryError::NotEtcd { .. }), "{error:?}");
@@ -107,7 +107,7 @@ async fn another_grpc_server_is_no_etcd() {
 }
 
 #[tokio::test]
-async fn a_tls_server_is_told_from_a_dead_one() {
+async fn a_tls_server_is_distinguished_from_a_dead_one() {
     // The alert `unexpected_message`, with which a TLS server answers an HTTP/2 preface.
     let address = answers(&[0x15, 0x03, 0x03, 0x00, 0x02, 0x02, 0x0a]).await;
     let error = told(&address).await;
@@ -117,7 +117,7 @@ async fn a_tls_server_is_told_from_a_dead_one() {
 
 #[cfg(feature = "tls")]
 #[tokio::test]
-async fn a_plain_etcd_is_told_from_a_tls_one() {
+async fn a_plaintext_etcd_is_distinguished_from_a_tls_one() {
     let etcd = etcd().await;
     let endpoint = format!("https://{}", etcd.endpoint(0));
     let error = told(&endpoint).await;
@@ -126,7 +126,7 @@ async fn a_plain_etcd_is_told_from_a_tls_one() {
 }
 
 #[tokio::test]
-async fn malformed_endpoints_are_refused_by_name() {
+async fn malformed_endpoints_are_rejected_by_name() {
     for endpoint in [
         "127.0.0.1",
         "ftp://127.0.0.1:2379",
@@ -150,7 +150,7 @@ async fn malformed_endpoints_are_refused_by_name() {
 }
 
 #[tokio::test]
-async fn a_dead_member_among_the_endpoints_does_no_harm() {
+async fn a_dead_member_among_the_endpoints_fails_nothing() {
     let etcd = etcd().await;
     for _ in 0..10 {
         let endpoints = [
@@ -165,7 +165,7 @@ async fn a_dead_member_among_the_endpoints_does_no_harm() {
 }
 
 #[tokio::test]
-async fn endpoints_are_taken_with_a_scheme_and_over_ipv6() {
+async fn endpoints_are_accepted_with_a_scheme_and_over_ipv6() {
     let etcd = etcd().await;
     Registry::connect([format!("http://{}", etcd.endpoint(0))])
         .await
@@ -185,7 +185,7 @@ async fn endpoints_are_taken_with_a_scheme_and_over_ipv6() {
 }
 
 #[tokio::test]
-async fn a_client_of_the_users_own_works_as_well() {
+async fn a_client_provided_by_the_user_works() {
     let etcd = etcd().await;
     let options = ConnectOptions::new().with_require_leader(true);
     let client = Client::connect(etcd.endpoints(), Some(options))
@@ -196,7 +196,7 @@ async fn a_client_of_the_users_own_works_as_well() {
 }
 
 #[tokio::test]
-async fn authentication_from_connect_to_registration() {
+async fn authentication_works_from_connect_to_registration() {
     // Tokens expire within the test.
     let etcd = Etcd::builder()
         .arg("--auth-token-ttl=1")
@@ -290,7 +290,7 @@ async fn authentication_from_connect_to_registration() {
 }
 
 #[tokio::test]
-async fn the_prefix_is_an_option() {
+async fn the_prefix_is_configurable() {
     let etcd = etcd().await;
     let registry = Registry::builder(etcd.endpoints())
         .prefix("/production")

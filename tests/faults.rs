@@ -138,7 +138,7 @@ async fn an_outage_of_etcd_deletes_no_key_and_fails_no_call() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_wiped_etcd_is_filled_again_and_ghosts_go() {
+async fn a_wiped_etcd_is_filled_again_and_stale_instances_are_removed() {
     for later_writes in [0, 200] {
         let mut etcd = etcd().await;
         let registry = registry(&etcd).await;
@@ -183,7 +183,7 @@ async fn a_wiped_etcd_is_filled_again_and_ghosts_go() {
 
 /// A restore resets the Raft term, and leases start again with their full TTL.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_restored_etcd_keeps_who_is_there_and_forgets_who_is_not() {
+async fn a_restored_etcd_keeps_live_servers_and_loses_dead_ones() {
     let mut etcd = etcd().await;
     let registry = registry(&etcd).await;
     let ttl = Duration::from_secs(5);
@@ -280,7 +280,7 @@ async fn backlog(etcd: &etcd_client::Client, lease: i64, compact: bool) -> i64 {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_watch_that_is_cut_after_every_message_misses_nothing() {
+async fn a_watch_closed_after_every_message_misses_nothing() {
     let etcd = etcd().await;
     let by_hand = client(&etcd).await;
     let relay = Relay::start(&etcd.endpoint(0)).await;
@@ -386,7 +386,7 @@ async fn lost(fleet: &Fleet, etcd: &Etcd, bad: usize) -> usize {
 
 /// Every member in turn, including the leader and the members to which the client and the servers are connected.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_member_that_dies_freezes_or_is_cut_off_loses_no_key_and_fails_no_call() {
+async fn a_dead_frozen_or_isolated_member_loses_no_key_and_fails_no_call() {
     let starting = Etcd::builder().members(3).partitionable().start();
     let mut etcd = starting.await.unwrap();
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
@@ -448,7 +448,7 @@ async fn no_key_is_lost_while_a_leader_is_frozen_for_longer_than_the_ttl() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn keys_lost_by_hand_come_back_and_fail_no_call() {
+async fn keys_removed_by_hand_are_restored_and_fail_no_call() {
     let etcd = etcd().await;
     let ttl = Duration::from_secs(10);
     let fleet = Fleet::start(&registry(&etcd).await, 4, ttl).await;
@@ -483,7 +483,7 @@ async fn register(etcd: &Etcd, key: &str, address: &str) -> (Child, Output) {
 }
 
 #[tokio::test]
-async fn a_server_that_was_frozen_past_its_ttl_takes_nothing_back() {
+async fn a_server_frozen_past_its_ttl_does_not_take_its_key_back() {
     let etcd = etcd().await;
     let by_hand = client(&etcd).await;
     let (key, address) = ("/gRPC/greeter/a", "127.0.0.1:80");
@@ -515,7 +515,7 @@ async fn a_server_that_was_frozen_past_its_ttl_takes_nothing_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn writes_beside_us_cause_no_list_and_no_new_watch() {
+async fn unrelated_writes_cause_no_list_and_no_new_watch() {
     // An election would end the watches.
     let etcd = Etcd::builder().members(3).arg("--heartbeat-interval=500");
     let etcd = etcd.arg("--election-timeout=5000").start().await.unwrap();

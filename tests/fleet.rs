@@ -34,7 +34,7 @@ fn fresh(resolvers: &[Resolver]) -> usize {
 /// A server or proxy limits the streams of a connection. Watches of their own for each service would fill them, and a registration on the same
 /// registry would wait for ever.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_thousand_services_are_watched_through_a_hundred_streams() {
+async fn a_thousand_services_are_watched_within_a_limit_of_a_hundred_streams() {
     const SERVICES: usize = 1_000;
     let builder = Etcd::builder().arg("--max-concurrent-streams=100");
     let etcd = builder.start().await.unwrap();
@@ -71,7 +71,7 @@ async fn a_thousand_services_are_watched_through_a_hundred_streams() {
 
 /// The events of one watch do not delay those of another, and a watch that is dropped ends alone.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_prefix_that_is_flooded_delays_no_other() {
+async fn a_flooded_prefix_does_not_delay_others() {
     let etcd = support::etcd().await;
     let registry = registry(&etcd).await;
     let flooded = registry.resolver("flooded").start();
@@ -119,7 +119,7 @@ async fn a_prefix_that_is_flooded_delays_no_other() {
 /// etcd loses simple tokens when it restarts, and an exchange costs it a password hash of 50 to 130 ms. All clients are back once each has had
 /// its hash, with one repeat.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_process_is_back_after_a_restart_that_costs_each_a_password_hash() {
+async fn a_fleet_recovers_from_a_restart_within_two_password_hashes_per_client() {
     let clients = support::soak("clients with a password", 150, 500);
     let mut etcd = support::etcd().await;
     protect(&etcd).await;

@@ -124,7 +124,7 @@ fn written() -> impl Iterator<Item = Format> {
 }
 
 #[test]
-fn values_as_their_own_libraries_write_them_are_read() {
+fn values_written_by_the_original_libraries_are_read() {
     for format in written() {
         for Golden {
             key,
@@ -139,7 +139,7 @@ fn values_as_their_own_libraries_write_them_are_read() {
 }
 
 #[test]
-fn reading_then_writing_loses_nothing_that_the_format_holds() {
+fn reading_then_writing_keeps_all_fields_of_the_format() {
     for format in written() {
         for Golden { key, value, .. } in golden(&format) {
             let read = format.decode(&key, value.as_bytes(), &AddressPolicy::default());
@@ -183,7 +183,7 @@ const EQUAL: &[(&str, &str)] = &[
 ];
 
 #[test]
-fn keys_that_say_more_than_the_address_are_written_as_they_were_read() {
+fn keys_with_more_than_the_address_are_written_as_read() {
     for (format, prefix) in [
         (Format::Rpcx, "/rpcx_test/"),
         (Format::DubboInterface, "/dubbo/"),
@@ -205,7 +205,7 @@ fn keys_that_say_more_than_the_address_are_written_as_they_were_read() {
 }
 
 #[test]
-fn readers_put_up_with_what_their_own_libraries_do() {
+fn deviations_of_the_original_libraries_are_tolerated() {
     for (format, key, value, expected) in TOLERATED {
         let read = read(format, key, value);
         assert_eq!(read.as_deref(), Ok(*expected), "{format:?} {key} {value}");
@@ -409,7 +409,7 @@ const TOLERATED: &[(Format, &str, &str, &str)] = &[
 ];
 
 #[test]
-fn what_is_broken_is_an_error() {
+fn malformed_values_are_errors() {
     use Format::*;
     for (format, key, value) in [
         (EtcdNaming, "s/a", ""),
@@ -454,7 +454,7 @@ fn what_is_broken_is_an_error() {
 }
 
 #[test]
-fn several_formats_under_one_prefix_are_told_apart() {
+fn several_formats_under_one_prefix_are_distinguished() {
     for format in written() {
         for Golden {
             key,
@@ -588,7 +588,7 @@ fn writing_then_reading_any_instance_gives_it_back() {
 }
 
 #[test]
-fn what_a_format_has_no_room_for_is_refused_by_name() {
+fn fields_that_a_format_cannot_hold_are_rejected_by_name() {
     let instance = || Instance::new("10.0.0.5:80".parse().unwrap());
     for (format, instance, word) in [
         (Format::Plain, instance().with_weight(2), "weight 2"),
@@ -661,7 +661,7 @@ impl InstanceFormat for Loud {
 }
 
 #[test]
-fn a_format_of_ones_own_can_neither_panic_us_nor_get_round_the_policy() {
+fn a_custom_format_cannot_panic_the_decoder_or_bypass_the_policy() {
     let format = Format::custom(Loud);
     let read = |value: &[u8]| format.decode("s/a", value, &AddressPolicy::default());
     assert!(read(b"panic").unwrap_err().to_string().contains("panic"));
@@ -723,7 +723,7 @@ fn hostile() -> Vec<String> {
 }
 
 #[test]
-fn the_largest_values_are_read_in_bounded_time_and_memory() {
+fn the_largest_values_are_decoded_in_limited_time_and_memory() {
     let peak = || {
         let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
         let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
@@ -812,7 +812,7 @@ fn mutated(rng: &mut fastrand::Rng, text: &str, other: &str) -> Vec<u8> {
 
 /// Runs the check of the fuzz targets on nearly valid values. `FORMATS_SEED` repeats a run, `FORMATS_RUNS` makes it longer.
 #[test]
-fn no_bytes_get_past_the_decoders() {
+fn mutated_values_never_break_the_decoders() {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse().unwrap());
     let seed = number("FORMATS_SEED").unwrap_or_else(|| fastrand::u64(..));
     eprintln!("FORMATS_SEED={seed}");
@@ -830,7 +830,7 @@ fn no_bytes_get_past_the_decoders() {
 }
 
 #[tokio::test]
-async fn servers_are_registered_where_the_format_has_them_and_found_there() {
+async fn servers_are_registered_and_found_at_the_keys_of_the_format() {
     let etcd = etcd().await;
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
     let by_hand = client(&etcd).await;
@@ -917,7 +917,7 @@ impl InstanceFormat for Semicolon {
 }
 
 #[tokio::test]
-async fn what_the_format_cannot_say_is_refused_before_anything_is_written() {
+async fn fields_that_a_format_cannot_hold_are_rejected_before_any_write() {
     let etcd = etcd().await;
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
     let registration = || registry.registration("greeter").address("10.0.0.5:80");
@@ -977,7 +977,7 @@ async fn what_the_format_cannot_say_is_refused_before_anything_is_written() {
 }
 
 #[tokio::test]
-async fn a_prefix_takes_the_place_of_the_formats_own_and_may_be_empty() {
+async fn a_prefix_replaces_the_default_of_the_format_and_can_be_empty() {
     let etcd = etcd().await;
     for (prefix, key) in [
         ("team/blue", "team/blue/greeter/10.0.0.5:80"),
@@ -1002,7 +1002,7 @@ async fn a_prefix_takes_the_place_of_the_formats_own_and_may_be_empty() {
 }
 
 #[tokio::test]
-async fn a_mixed_prefix_is_read_whole() {
+async fn a_prefix_with_mixed_formats_is_read_completely() {
     let etcd = etcd().await;
     let mut by_hand = client(&etcd).await;
     let mut expected = Vec::new();
@@ -1039,7 +1039,7 @@ async fn a_mixed_prefix_is_read_whole() {
 }
 
 #[tokio::test]
-async fn go_zeros_targets_find_what_go_zero_has_registered() {
+async fn go_zero_targets_find_go_zero_servers() {
     let etcd = etcd().await;
     let (address, server) = support::greeter("alpha").await;
     let key = "team/user.rpc/7587870460981677828";

@@ -3,7 +3,7 @@
 #![allow(clippy::panic, reason = "a failed step is a failed test")]
 
 #[test]
-fn the_checked_in_greeter_is_what_protoc_generates() {
+fn the_checked_in_greeter_matches_the_output_of_protoc() {
     let generated = include_str!(concat!(env!("OUT_DIR"), "/helloworld.rs"));
     let checked_in = include_str!("../balance/src/channel/tests/greeter/helloworld.rs");
     let without_blanks = |text: &str| text.split_whitespace().collect::<String>();

@@ -47,7 +47,7 @@ async fn not_found(client: &mut HealthClient<Channel>, service: &str) {
 }
 
 #[tokio::test]
-async fn watchers_are_told_before_the_entry_leaves_etcd_and_do_not_hold_up_the_end() {
+async fn watchers_receive_not_serving_before_deregistration_and_do_not_delay_the_shutdown() {
     let mut world = World::new().await;
     let reporter = HealthReporter::new();
     let serving = ServingStatus::Serving;
@@ -96,7 +96,7 @@ async fn watchers_are_told_before_the_entry_leaves_etcd_and_do_not_hold_up_the_e
 }
 
 #[tokio::test]
-async fn a_watcher_is_told_even_if_the_phases_rush_by() {
+async fn a_watcher_receives_not_serving_even_if_all_phases_are_instant() {
     let mut world = World::new().await;
     let registration = world
         .registration()
@@ -115,7 +115,7 @@ async fn a_watcher_is_told_even_if_the_phases_rush_by() {
 }
 
 #[tokio::test]
-async fn a_server_tells_its_health_only_if_asked_to() {
+async fn the_health_service_is_served_only_if_enabled() {
     let world = World::new().await;
     let (server, address) = world.start(world.registration()).await;
     let error = check(&mut connect(&address).await, "").await.unwrap_err();
@@ -141,7 +141,7 @@ async fn a_server_tells_its_health_only_if_asked_to() {
 }
 
 #[tokio::test]
-async fn what_a_reporter_says_is_passed_on() {
+async fn the_status_of_a_health_reporter_is_served() {
     let world = World::new().await;
     let reporter = HealthReporter::new();
     let registration = world.registration().health_reporter(reporter.clone());

@@ -184,7 +184,7 @@ async fn call(channel: &BalancedChannel) -> Result<(), Status> {
 }
 
 #[tokio::test]
-async fn calls_go_where_the_server_says_that_it_serves_and_none_fails_when_it_changes_its_mind() {
+async fn calls_follow_the_health_status_and_none_fails_when_it_changes() {
     let one = Patient::start(Say(Wire::Serving)).await;
     let other = Patient::start(Say(Wire::NotServing)).await;
     let channel = over(checked(), &[&one, &other]);
@@ -217,7 +217,7 @@ async fn calls_go_where_the_server_says_that_it_serves_and_none_fails_when_it_ch
 }
 
 #[tokio::test]
-async fn a_server_without_the_service_is_taken_as_healthy() {
+async fn a_server_without_the_health_service_counts_as_healthy() {
     let greeter = Counting::default();
     let without = serve(greeter.router()).await;
     // tonic-health's own server, which has no status for the name.
@@ -243,7 +243,7 @@ async fn a_server_without_the_service_is_taken_as_healthy() {
 }
 
 #[tokio::test]
-async fn where_none_serves_calls_fail_at_once_and_say_why_or_wait_if_they_are_told_to() {
+async fn without_a_serving_server_calls_fail_with_the_reason_or_wait_for_ready() {
     let servers = [
         Patient::start(Say(Wire::NotServing)).await,
         Patient::start(Say(Wire::Unknown)).await,
@@ -271,7 +271,7 @@ async fn where_none_serves_calls_fail_at_once_and_say_why_or_wait_if_they_are_to
 }
 
 #[tokio::test]
-async fn a_server_that_does_not_answer_is_not_used_and_asked_again() {
+async fn a_server_without_a_health_response_is_not_used_and_watched_again() {
     let silent = Patient::start(Nothing).await;
     let channel = over(
         checked()
@@ -290,7 +290,7 @@ async fn a_server_that_does_not_answer_is_not_used_and_asked_again() {
 }
 
 #[tokio::test]
-async fn a_watch_that_ends_is_renewed_and_no_call_notices() {
+async fn a_watch_that_ends_is_reopened_and_fails_no_call() {
     let server = Patient::start(Say(Wire::Serving)).await;
     // A watch that is answered and ended at once is renewed with a backoff, not in a loop.
     let channel = over(checked().max_backoff(Duration::from_millis(20)), &[&server]);
@@ -305,7 +305,7 @@ async fn a_watch_that_ends_is_renewed_and_no_call_notices() {
 }
 
 #[tokio::test]
-async fn calls_leave_the_watch_its_stream_and_have_the_only_one_to_themselves() {
+async fn a_stream_is_kept_for_the_health_watch_unless_only_one_is_allowed() {
     for (streams, watches) in [(1, 0), (2, 1)] {
         let limited = |server: Server| server.max_concurrent_streams(streams);
         let server = Patient::start_with(Say(Wire::Serving), limited).await;

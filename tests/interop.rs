@@ -114,7 +114,7 @@ async fn go_clients_follow_our_servers_through_joins_restarts_and_kills() {
 }
 
 #[tokio::test]
-async fn go_clients_call_our_servers_in_every_way() {
+async fn go_clients_call_our_servers_with_every_kind_of_call() {
     let Some(go) = go().await else { return };
     let etcd = etcd().await;
     let ours = Ours::start(Server::builder(), &etcd).await;
@@ -309,7 +309,7 @@ async fn our_channel_follows_go_servers_through_joins_restarts_and_kills() {
 }
 
 #[tokio::test]
-async fn our_channel_calls_go_servers_in_every_way() {
+async fn our_channel_calls_go_servers_with_every_kind_of_call() {
     let Some(go) = go().await else { return };
     let etcd = etcd().await;
     let _server = go.server(&etcd, SERVICE, "go", None).await;
@@ -396,7 +396,7 @@ async fn every_way(channel: BalancedChannel) {
 /// A Go server closes the connection of a client that sends PINGs more often than every 5 minutes while calls are open, or every 2 hours
 /// without calls. The third excess PING closes it. `INTEROP_SECONDS=330` runs for longer than the first limit.
 #[tokio::test]
-async fn go_servers_find_nothing_wrong_with_our_pings() {
+async fn go_servers_accept_our_pings() {
     let Some(go) = go().await else { return };
     let seconds = std::env::var("INTEROP_SECONDS").map_or(8, |text| text.parse().unwrap());
     let etcd = etcd().await;
@@ -422,7 +422,7 @@ async fn go_servers_find_nothing_wrong_with_our_pings() {
 }
 
 #[tokio::test]
-async fn the_golden_values_are_what_etcds_own_package_writes() {
+async fn the_golden_values_match_the_go_package_of_etcd() {
     let Some(go) = go().await else { return };
     let etcd = etcd().await;
     go.run(&["golden", &etcd.endpoints().join(",")]).await;
@@ -438,7 +438,7 @@ async fn the_golden_values_are_what_etcds_own_package_writes() {
 }
 
 #[tokio::test]
-async fn etcds_own_package_reads_what_we_write() {
+async fn the_go_package_of_etcd_reads_our_values() {
     let Some(go) = go().await else { return };
     let etcd = etcd().await;
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();

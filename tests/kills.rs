@@ -52,7 +52,7 @@ async fn serving(channel: &BalancedChannel) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_kill_fails_no_more_than_what_is_in_flight_on_the_killed() {
+async fn a_kill_fails_only_the_calls_in_flight_on_the_killed_server() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
     let mut servers: Vec<_> = (0..SERVERS).map(|_| greeter_server(&etcd)).collect();

@@ -231,7 +231,7 @@ fn top(file: &str) -> &str {
 }
 
 #[test]
-fn folders_import_only_what_is_below_them() {
+fn folders_import_only_lower_layers() {
     let mut wrong = Vec::new();
     for package in PACKAGES {
         let files = load(package);
@@ -254,7 +254,7 @@ fn folders_import_only_what_is_below_them() {
 }
 
 #[test]
-fn no_files_import_each_other_in_a_circle() {
+fn no_files_import_each_other_in_a_cycle() {
     let mut circles = BTreeSet::new();
     for package in PACKAGES {
         let files = load(package);

@@ -28,7 +28,7 @@ impl std::io::Write for Log {
 }
 
 #[tokio::test]
-async fn a_garbage_value_is_one_log_line_that_does_not_show_it_and_a_hold_is_two() {
+async fn an_invalid_value_is_one_log_line_without_the_value_and_a_hold_is_two_lines() {
     let log = Log::default();
     let writer = log.clone();
     let subscriber = tracing_subscriber::fmt()

@@ -144,7 +144,7 @@ async fn none_is_left(resolver: &Resolver) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_delete_of_the_whole_prefix_fails_no_call_for_the_length_of_the_hold() {
+async fn a_deletion_of_the_whole_prefix_fails_no_call_during_the_hold() {
     let etcd = etcd().await;
     let _fleet = Fleet::start(&etcd).await;
     let (resolver, channel) = watched(&registry(&etcd).await).await;
@@ -162,7 +162,7 @@ async fn a_delete_of_the_whole_prefix_fails_no_call_for_the_length_of_the_hold()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn leases_revoked_one_by_one_fail_no_call_for_the_length_of_the_hold() {
+async fn leases_revoked_one_by_one_fail_no_call_during_the_hold() {
     let etcd = etcd().await;
     let fleet = Fleet::start(&etcd).await;
     let (resolver, channel) = watched(&registry(&etcd).await).await;
@@ -181,7 +181,7 @@ async fn leases_revoked_one_by_one_fail_no_call_for_the_length_of_the_hold() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_loss_found_after_a_partition_fails_no_call_for_the_length_of_the_hold() {
+async fn a_loss_found_after_a_partition_fails_no_call_during_the_hold() {
     let etcd = etcd().await;
     let _fleet = Fleet::start(&etcd).await;
     let proxy = Proxy::start("127.0.0.1:0", etcd.endpoint(0)).await;
@@ -232,7 +232,7 @@ async fn by_default_the_hold_lasts_thirty_seconds() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_planned_pause_of_everything_is_not_held() {
+async fn a_planned_pause_of_all_servers_is_not_held() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
     let mut registrations = Vec::new();
@@ -315,7 +315,7 @@ async fn a_wiped_etcd_fails_no_call() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn half_of_the_set_back_ends_the_hold() {
+async fn the_return_of_half_of_the_set_ends_the_hold() {
     let etcd = etcd().await;
     let fleet = Fleet::start(&etcd).await;
     let registry = registry(&etcd).await;
@@ -353,7 +353,7 @@ async fn half_of_the_set_back_ends_the_hold() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_a_hold_an_instance_goes_with_its_key() {
+async fn without_a_hold_an_instance_is_removed_with_its_key() {
     let etcd = etcd().await;
     let _fleet = Fleet::start(&etcd).await;
     let registry = registry(&etcd).await;
@@ -374,7 +374,7 @@ async fn without_a_hold_an_instance_goes_with_its_key() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_stock_channel_keeps_what_is_held_while_there_is_nothing_else() {
+async fn the_tonic_channel_keeps_held_instances_while_no_other_is_registered() {
     let etcd = etcd().await;
     let _fleet = Fleet::start(&etcd).await;
     let resolver = registry(&etcd)

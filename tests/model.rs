@@ -379,7 +379,7 @@ async fn leaves_nothing(mut world: World, tasks: usize, files: usize) {
 }
 
 #[test]
-fn no_history_loses_a_call_or_leaves_anything_behind() {
+fn no_history_loses_a_call_or_leaks_resources() {
     let seed = std::env::var("MODEL_SEED").map_or_else(
         |_| rand_seed(),
         |seed| seed.parse().expect("MODEL_SEED is a number"),

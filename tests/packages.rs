@@ -39,7 +39,7 @@ fn the_channel_needs_neither_etcd_client_nor_protoc() {
 }
 
 #[test]
-fn features_that_are_off_cost_no_dependency() {
+fn disabled_features_add_no_dependency() {
     let names = dependencies("tonic-etcd", &["--no-default-features"]);
     for (feature, dependency) in [
         ("tls", "rustls"),
@@ -56,7 +56,7 @@ fn features_that_are_off_cost_no_dependency() {
 }
 
 #[test]
-fn every_dependency_has_a_licence_that_is_compatible_with_ours() {
+fn every_dependency_has_a_compatible_licence() {
     const ALLOWED: [&str; 9] = [
         "Apache-2.0",
         "MIT",
@@ -89,7 +89,7 @@ fn every_dependency_has_a_licence_that_is_compatible_with_ours() {
 }
 
 #[test]
-fn no_crate_is_linked_in_two_versions_but_those_that_are_known() {
+fn only_known_crates_are_linked_in_two_versions() {
     // Dependencies of ring, of procedural macros and of the testing feature, as long as they require different versions.
     const KNOWN: [&str; 2] = ["getrandom", "syn"];
     let tree = ["tree", "--locked", "--workspace", "--all-features"];

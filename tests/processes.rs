@@ -22,7 +22,7 @@ fn is_alive(pid: u32) -> bool {
 }
 
 #[tokio::test]
-async fn an_etcd_that_is_dropped_leaves_nothing() {
+async fn a_dropped_etcd_leaves_no_process_and_no_directory() {
     let cluster = Etcd::start_cluster(3).await.unwrap();
     let pids: Vec<_> = (0..3).map(|member| cluster.pid(member).unwrap()).collect();
     let command_line = std::fs::read_to_string(format!("/proc/{}/cmdline", pids[0])).unwrap();
@@ -98,7 +98,7 @@ async fn members_are_stopped_killed_frozen_wiped_and_restarted() {
 }
 
 #[tokio::test]
-async fn without_a_binary_the_error_says_how_to_get_one() {
+async fn the_error_for_a_missing_binary_contains_instructions() {
     let error = Etcd::builder()
         .binary("/nonexistent/etcd")
         .start()
@@ -152,7 +152,7 @@ async fn the_register_and_discover_examples_follow_each_other() {
 }
 
 #[tokio::test]
-async fn the_discover_example_tells_a_change_from_a_newcomer() {
+async fn the_discover_example_distinguishes_a_change_from_a_new_instance() {
     let etcd = etcd().await;
     let mut discover = example("discover")
         .env("ETCD_ENDPOINTS", etcd.endpoint(0))
@@ -182,7 +182,7 @@ async fn the_discover_example_tells_a_change_from_a_newcomer() {
 }
 
 #[tokio::test]
-async fn the_register_example_leaves_on_sigterm_and_says_what_is_wrong_in_words() {
+async fn the_register_example_deregisters_on_sigterm_and_reports_errors_in_plain_text() {
     let etcd = etcd().await;
     let mut register = example("register")
         .args(["/web/node1", "localhost:8000"])
@@ -240,7 +240,7 @@ async fn the_greeter_examples_find_each_other() {
 }
 
 #[tokio::test]
-async fn the_greeter_cluster_ends_well() {
+async fn the_greeter_cluster_succeeds() {
     let output = timeout(
         Duration::from_secs(90),
         example("greeter_cluster")

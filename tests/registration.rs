@@ -46,7 +46,7 @@ async fn is_kept(etcd: &etcd_client::Client, registration: &Registration) -> boo
 }
 
 #[tokio::test]
-async fn what_is_registered_is_what_was_said() {
+async fn a_registration_writes_the_configured_values() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
     let by_hand = client(&etcd).await;
@@ -121,7 +121,7 @@ async fn what_is_registered_is_what_was_said() {
 }
 
 #[tokio::test]
-async fn a_lease_is_renewed_for_as_long_as_the_server_lives() {
+async fn a_lease_is_renewed_while_the_server_runs() {
     let etcd = etcd().await;
     let by_hand = client(&etcd).await;
     let registration = register(&registry(&etcd).await).await;
@@ -263,7 +263,7 @@ async fn a_frozen_etcd_is_survived() {
 }
 
 #[tokio::test]
-async fn a_key_taken_over_is_left_alone_until_it_goes() {
+async fn a_key_taken_over_is_left_unchanged_until_it_is_deleted() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
     let by_hand = client(&etcd).await;
@@ -315,7 +315,7 @@ async fn a_key_taken_over_is_left_alone_until_it_goes() {
 }
 
 #[tokio::test]
-async fn a_value_edited_by_hand_under_our_lease_stays() {
+async fn a_value_edited_by_hand_under_the_same_lease_is_kept() {
     let etcd = etcd().await;
     let by_hand = client(&etcd).await;
     let registration = register(&registry(&etcd).await).await;
@@ -337,7 +337,7 @@ async fn a_value_edited_by_hand_under_our_lease_stays() {
 }
 
 #[tokio::test]
-async fn a_pause_takes_the_server_out_and_a_resume_brings_it_back() {
+async fn a_pause_removes_the_server_and_a_resume_registers_it_again() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
     let resolver = registry.resolver("greeter").start();
@@ -390,7 +390,7 @@ async fn a_weight_changes_in_place() {
 }
 
 #[tokio::test]
-async fn changes_while_etcd_is_away_are_made_when_it_is_back() {
+async fn changes_while_etcd_is_down_are_written_when_it_is_available_again() {
     let mut etcd = etcd().await;
     let registry = registry(&etcd).await;
     let registration = describe(&registry)
@@ -433,7 +433,7 @@ async fn changes_while_etcd_is_away_are_made_when_it_is_back() {
 }
 
 #[tokio::test]
-async fn a_registration_that_is_dropped_is_taken_back() {
+async fn a_dropped_registration_is_deregistered() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
     let by_hand = client(&etcd).await;
@@ -468,7 +468,7 @@ async fn a_registration_that_is_dropped_is_taken_back() {
 }
 
 #[tokio::test]
-async fn bad_input_is_refused_by_name_before_etcd_is_touched() {
+async fn invalid_input_is_rejected_by_name_before_any_request() {
     let mut etcd = etcd().await;
     let registry = registry(&etcd).await;
     // A request to etcd would now fail later, and with another error.
@@ -532,7 +532,7 @@ async fn bad_input_is_refused_by_name_before_etcd_is_touched() {
 }
 
 #[tokio::test]
-async fn an_etcd_that_stays_away_fails_the_registration_at_the_bound() {
+async fn a_registration_without_etcd_fails_at_the_startup_timeout() {
     let mut etcd = etcd().await;
     let registry = registry(&etcd).await;
     etcd.kill(0).await.unwrap();
@@ -566,7 +566,7 @@ async fn kept(etcd: &etcd_client::Client, registration: &Registration) -> Vec<St
 }
 
 #[tokio::test]
-async fn several_services_hang_on_one_lease_and_leave_one_by_one() {
+async fn several_services_share_one_lease_and_are_deregistered_one_by_one() {
     let etcd = etcd().await;
     let by_hand = client(&etcd).await;
     let registry = registry(&etcd).await;
@@ -649,7 +649,7 @@ async fn several_services_hang_on_one_lease_and_leave_one_by_one() {
 }
 
 #[tokio::test]
-async fn of_several_services_only_the_one_that_another_takes_is_lost() {
+async fn only_the_service_taken_over_by_another_server_is_superseded() {
     let etcd = etcd().await;
     let by_hand = client(&etcd).await;
     let registry = registry(&etcd).await;
@@ -717,7 +717,7 @@ async fn busy_for_three_ttls(dedicated_thread: bool) -> bool {
 }
 
 #[tokio::test]
-async fn a_registration_on_its_own_thread_outlives_a_busy_runtime() {
+async fn a_registration_on_a_dedicated_thread_survives_a_busy_runtime() {
     assert!(
         Box::pin(busy_for_three_ttls(true)).await,
         "the lease was renewed"

@@ -34,7 +34,7 @@ async fn call(client: &mut GreeterClient<tonic::transport::Channel>) -> Option<S
 }
 
 #[tokio::test]
-async fn values_put_by_hand_are_called_until_their_key_goes() {
+async fn values_put_by_hand_are_called_until_their_key_is_deleted() {
     let etcd = etcd().await;
     let (alpha, _alpha) = greeter("alpha").await;
     let (beta, _beta) = greeter("beta").await;
@@ -86,7 +86,7 @@ async fn values_put_by_hand_are_called_until_their_key_goes() {
 }
 
 #[tokio::test]
-async fn empty_is_a_state_like_any_other() {
+async fn an_empty_set_is_a_known_state() {
     let etcd = etcd().await;
     let resolver = registry(&etcd).await.resolver("greeter").start();
     timeout(support::SOON, resolver.ready())
@@ -107,7 +107,7 @@ async fn empty_is_a_state_like_any_other() {
 }
 
 #[tokio::test]
-async fn several_prefixes_make_one_set() {
+async fn several_prefixes_form_one_set() {
     let etcd = etcd().await;
     let mut by_hand = client(&etcd).await;
     by_hand
@@ -138,7 +138,7 @@ async fn several_prefixes_make_one_set() {
 }
 
 #[tokio::test]
-async fn garbage_beside_good_values_changes_a_counter_and_nothing_else() {
+async fn invalid_values_only_change_a_counter() {
     let etcd = etcd().await;
     let mut by_hand = client(&etcd).await;
     let large = vec![b'x'; 70_000];
@@ -188,7 +188,7 @@ async fn garbage_beside_good_values_changes_a_counter_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn ten_thousand_bad_values_hold_up_nobody() {
+async fn ten_thousand_invalid_values_do_not_delay_a_good_one() {
     let etcd = etcd().await;
     let by_hand = client(&etcd).await;
     for batch in 0..100 {
@@ -219,7 +219,7 @@ async fn ten_thousand_bad_values_hold_up_nobody() {
 }
 
 #[tokio::test]
-async fn a_reader_can_be_held_to_one_format() {
+async fn a_resolver_can_be_limited_to_one_format() {
     let etcd = etcd().await;
     let mut by_hand = client(&etcd).await;
     by_hand
@@ -239,7 +239,7 @@ async fn a_reader_can_be_held_to_one_format() {
 }
 
 #[tokio::test]
-async fn a_service_name_that_cannot_be_right_is_known_and_empty() {
+async fn an_invalid_service_name_is_a_known_empty_set_with_an_error() {
     let etcd = etcd().await;
     for service in ["", "a/b"] {
         let resolver = registry(&etcd).await.resolver(service).start();
@@ -274,7 +274,7 @@ async fn watchers(etcd: &Etcd) -> u64 {
 }
 
 #[tokio::test]
-async fn the_watch_ends_with_the_last_handle() {
+async fn dropping_the_last_handle_ends_the_watch() {
     let etcd = etcd().await;
     let before = watchers(&etcd).await;
     let resolver = registry(&etcd).await.resolver("greeter").start();
@@ -387,7 +387,7 @@ fn length(short: u64, long: u64) -> Duration {
 }
 
 #[tokio::test]
-async fn a_quiet_watch_is_probed_and_not_rebuilt() {
+async fn a_quiet_watch_is_probed_and_not_reopened() {
     let etcd = etcd().await;
     let resolver = registry(&etcd).await.resolver("greeter").start();
     resolver.ready().await;
@@ -414,7 +414,7 @@ async fn a_quiet_watch_is_probed_and_not_rebuilt() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_thousand_writes_a_second_beside_us_cause_no_list() {
+async fn a_thousand_unrelated_writes_per_second_cause_no_list() {
     // An election would end the watches.
     let etcd = Etcd::builder().members(3).arg("--heartbeat-interval=500");
     let etcd = etcd.arg("--election-timeout=5000").start().await.unwrap();
@@ -464,7 +464,7 @@ async fn a_thousand_writes_a_second_beside_us_cause_no_list() {
 }
 
 #[tokio::test]
-async fn comparisons_with_a_list_find_nothing_amiss_while_keys_change() {
+async fn reconciliations_find_no_difference_while_keys_change() {
     let etcd = etcd().await;
     let mut by_hand = client(&etcd).await;
     let resolver = registry(&etcd)
@@ -495,7 +495,7 @@ async fn comparisons_with_a_list_find_nothing_amiss_while_keys_change() {
 }
 
 #[tokio::test]
-async fn what_refuses_connections_is_read_seldom_and_stays_while_it_is_registered() {
+async fn keys_of_refusing_endpoints_are_read_rarely_and_stay_while_registered() {
     let etcd = etcd().await;
     let mut by_hand = client(&etcd).await;
     for batch in 0..10 {
@@ -606,7 +606,7 @@ async fn put_leased(by_hand: &mut etcd_client::Client, numbers: std::ops::RangeI
 }
 
 #[tokio::test]
-async fn a_wiped_etcd_leaves_no_ghost() {
+async fn a_wiped_etcd_leaves_no_stale_instance() {
     for later_writes in [0, 50] {
         let mut etcd = etcd().await;
         let mut by_hand = client(&etcd).await;
@@ -634,7 +634,7 @@ async fn a_wiped_etcd_leaves_no_ghost() {
 }
 
 #[tokio::test]
-async fn changes_behind_a_cut_and_a_compaction_are_all_found() {
+async fn changes_missed_across_a_disconnect_and_a_compaction_are_found() {
     let etcd = etcd().await;
     let by_hand = client(&etcd).await;
     let proxy = Proxy::start("127.0.0.1:0", etcd.endpoint(0)).await;
@@ -679,7 +679,7 @@ async fn changes_behind_a_cut_and_a_compaction_are_all_found() {
 }
 
 #[tokio::test]
-async fn members_that_die_or_freeze_are_left_for_the_others() {
+async fn the_resolver_moves_from_members_that_die_or_freeze() {
     let mut etcd = Etcd::start_cluster(3).await.unwrap();
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
     let resolver = registry.resolver("greeter").start();
@@ -756,7 +756,7 @@ fn is_what_is_listed(resolver: &Resolver, listed: &[(String, String, i64)]) -> b
 
 /// Ten thousand random steps: puts, deletes and lease expiries.
 #[tokio::test]
-async fn ten_thousand_random_steps_leave_what_etcd_lists() {
+async fn ten_thousand_random_steps_match_a_list_of_etcd() {
     let seed = std::env::var("TEST_SEED")
         .ok()
         .and_then(|seed| seed.parse().ok())

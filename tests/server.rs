@@ -21,7 +21,7 @@ use tonic_etcd::{
 };
 
 #[tokio::test]
-async fn what_was_bound_is_registered_and_served_and_gone_after_the_end() {
+async fn the_bound_address_is_registered_served_and_removed_after_the_shutdown() {
     let world = World::new().await;
     let (server, address) = world.start(world.registry.registration("greeter")).await;
     assert!(
@@ -48,7 +48,7 @@ async fn what_was_bound_is_registered_and_served_and_gone_after_the_end() {
 }
 
 #[tokio::test]
-async fn an_unspecified_address_is_advertised_as_the_one_that_routes_to_etcd() {
+async fn an_unspecified_address_is_advertised_as_the_local_address_towards_etcd() {
     let world = World::new().await;
     let World {
         registry, resolver, ..
@@ -79,7 +79,7 @@ async fn an_unspecified_address_is_advertised_as_the_one_that_routes_to_etcd() {
 }
 
 #[tokio::test]
-async fn the_state_can_be_watched_from_outside() {
+async fn the_server_state_can_be_watched() {
     let world = World::new().await;
     let registration = world.registration();
     let mut states = registration.watch_state();
@@ -94,7 +94,7 @@ async fn the_state_can_be_watched_from_outside() {
 
 /// A handle shows the address of port 0, and takes the server out and back without an effect on its shutdown.
 #[tokio::test]
-async fn a_handle_names_pauses_and_weighs_a_served_registration() {
+async fn a_handle_reads_pauses_and_reweights_a_served_registration() {
     let world = World::new().await;
     let registration = world.registration();
     let handle = registration.handle();
@@ -148,7 +148,7 @@ async fn a_listener_that_is_already_bound_is_served_and_registered() {
 }
 
 #[tokio::test]
-async fn a_port_that_is_taken_is_a_bind_error_and_registers_nothing() {
+async fn a_port_in_use_is_a_bind_error_and_registers_nothing() {
     let world = World::new().await;
     let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = taken.local_addr().unwrap().to_string();
@@ -164,7 +164,7 @@ async fn a_port_that_is_taken_is_a_bind_error_and_registers_nothing() {
 }
 
 #[tokio::test]
-async fn a_registration_that_is_refused_stops_the_server() {
+async fn a_rejected_registration_stops_the_server() {
     let mut world = World::new().await;
     // An invalid registration is reported before the socket is bound.
     let server = Registered::start("alpha", "127.0.0.1:0", world.registry.registration("a/b"));
@@ -232,7 +232,7 @@ async fn a_server_can_start_while_etcd_is_down() {
 }
 
 #[tokio::test]
-async fn a_shutdown_during_the_registration_is_a_shutdown() {
+async fn a_shutdown_during_the_registration_succeeds() {
     let mut world = World::new().await;
     world.etcd.freeze(0).await.unwrap();
     let port = TcpListener::bind("127.0.0.1:0")
@@ -251,7 +251,7 @@ async fn a_shutdown_during_the_registration_is_a_shutdown() {
 }
 
 #[tokio::test]
-async fn a_server_that_is_dropped_takes_its_entry_along() {
+async fn a_dropped_server_is_deregistered() {
     let world = World::new().await;
     let registration = world.registration().ttl(Duration::from_secs(60));
     let (server, address) = world.start(registration).await;
@@ -280,7 +280,7 @@ async fn load(channel: Channel, mut stop: tokio::sync::watch::Receiver<bool>) ->
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_rolling_restart_under_load_fails_under_one_call_in_a_hundred_over_the_stock_channel() {
+async fn a_rolling_restart_over_the_tonic_channel_fails_less_than_one_call_in_a_hundred() {
     let world = World::new().await;
     let start = |name: &str| {
         let grace = Duration::from_millis(500);
@@ -317,7 +317,7 @@ async fn a_rolling_restart_under_load_fails_under_one_call_in_a_hundred_over_the
 }
 
 #[tokio::test]
-async fn attributes_change_without_a_reconnect_on_the_stock_channel() {
+async fn attributes_change_without_a_reconnect_on_the_tonic_channel() {
     let world = World::new().await;
     let (address, _server) = support::greeter("alpha").await;
     let proxy = support::proxy::Proxy::start("127.0.0.1:0", address.to_string()).await;
@@ -366,7 +366,7 @@ async fn attributes_change_without_a_reconnect_on_the_stock_channel() {
 }
 
 #[tokio::test]
-async fn a_stock_channel_follows_an_address_that_comes_and_goes() {
+async fn a_tonic_channel_follows_an_address_that_is_added_and_removed() {
     let world = World::new().await;
     let (address, _server) = support::greeter("alpha").await;
     let mut greeter = GreeterClient::new(world.resolver.clone().into_tonic_channel());

@@ -75,7 +75,7 @@ fn since(start: Instant) -> Duration {
 }
 
 #[tokio::test]
-async fn the_state_tells_of_each_phase() {
+async fn the_state_reports_each_phase() {
     let world = World::new().await;
     let registration = world.registration();
     let mut states = registration.watch_server_state();
@@ -111,7 +111,7 @@ async fn the_state_tells_of_each_phase() {
 }
 
 #[tokio::test]
-async fn a_deregistration_without_an_answer_is_given_up_at_its_bound() {
+async fn a_deregistration_without_a_response_ends_at_its_timeout() {
     let mut world = World::new().await;
     let registration = world
         .registration()
@@ -134,7 +134,7 @@ async fn a_deregistration_without_an_answer_is_given_up_at_its_bound() {
 }
 
 #[tokio::test]
-async fn clients_learn_before_the_listener_closes() {
+async fn clients_see_the_deregistration_before_the_listener_closes() {
     let world = World::new().await;
     let grace = Duration::from_secs(2);
     let (mut server, address) = world.start(world.registration().grace_period(grace)).await;
@@ -172,7 +172,7 @@ async fn idle_connections_end_at_once() {
 }
 
 #[tokio::test]
-async fn while_calls_in_flight_are_waited_for_new_connections_are_refused() {
+async fn new_connections_are_refused_during_the_drain() {
     let world = World::new().await;
     let registration = world.registration();
     let mut states = registration.watch_server_state();
@@ -206,7 +206,7 @@ async fn ends(mut connection: impl AsyncRead + Unpin) {
 }
 
 #[tokio::test]
-async fn connections_that_never_began_are_ended_while_calls_go_on() {
+async fn connections_without_a_preface_are_closed_during_the_drain() {
     let world = World::new().await;
     let registration = world.registration();
     let states = registration.watch_server_state();
@@ -239,7 +239,7 @@ async fn is_told_to_go_away(connection: &mut TcpStream) -> bool {
 }
 
 #[tokio::test]
-async fn who_begins_just_after_the_listener_closed_is_still_heard() {
+async fn a_connection_that_starts_just_after_the_listener_closed_receives_a_goaway() {
     let world = World::new().await;
     // The connection must begin HTTP/2 within 200 ms. If the test takes longer, the connection may be cut, and the test tries again.
     for _ in 0..20 {
@@ -270,7 +270,7 @@ async fn who_begins_just_after_the_listener_closed_is_still_heard() {
 
 #[cfg(feature = "tls")]
 #[tokio::test]
-async fn under_tls_connections_that_never_began_are_ended_while_calls_go_on() {
+async fn under_tls_connections_without_a_preface_are_closed_during_the_drain() {
     let world = World::new().await;
     let registration = world.registration();
     let states = registration.watch_server_state();
@@ -313,7 +313,7 @@ async fn under_tls_connections_that_never_began_are_ended_while_calls_go_on() {
 }
 
 #[tokio::test]
-async fn what_does_not_end_is_cut_at_the_deadline_and_counted() {
+async fn connections_that_do_not_end_are_cut_at_the_drain_timeout_and_counted() {
     let world = World::new().await;
     let registration = world
         .registration()
@@ -371,7 +371,7 @@ async fn an_endless_stream_that_follows_the_state_is_not_cut() {
 }
 
 #[tokio::test]
-async fn a_server_that_is_dropped_says_what_it_cut() {
+async fn a_dropped_server_reports_the_connections_that_it_cut() {
     let world = World::new().await;
     let registration = world.registration();
     let mut states = registration.watch_server_state();
@@ -385,7 +385,7 @@ async fn a_server_that_is_dropped_says_what_it_cut() {
 
 /// The other tests of this file stop their servers through a future and ignore the signals that this test sends to its own process.
 #[tokio::test]
-async fn a_signal_ends_a_server_in_order_and_a_second_one_at_once() {
+async fn a_signal_shuts_down_gracefully_and_a_second_one_at_once() {
     let world = World::new().await;
     let start = |grace| {
         let greeter = GreeterServer::new(NamedGreeter("alpha".to_owned()));
@@ -439,7 +439,7 @@ async fn greeter_server(
 }
 
 #[tokio::test]
-async fn a_process_logs_each_phase_in_order_and_exits_well() {
+async fn a_process_logs_each_phase_in_order_and_exits_successfully() {
     let world = World::new().await;
     let (mut server, mut log, address) = greeter_server(&world).await;
     let _silent = TcpStream::connect(&address).await.unwrap();
@@ -485,7 +485,7 @@ async fn signal_twice(world: &mut World, answers: bool) -> bool {
 }
 
 #[tokio::test]
-async fn a_second_signal_waits_a_moment_for_the_entry_to_leave() {
+async fn a_second_signal_waits_briefly_for_the_deregistration() {
     let mut world = World::new().await;
     // The second signal waits for half a second. A busy machine may exceed that, so there are five tries.
     let mut left = true;

@@ -170,7 +170,7 @@ fn key(server: usize) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn everything_at_once_for_a_while_leaves_nothing_behind() {
+async fn concurrent_faults_leak_no_resources() {
     let seed =
         std::env::var("SOAK_SEED").map_or_else(|_| fastrand::u64(..), |seed| seed.parse().unwrap());
     println!("SOAK_SEED={seed} repeats it");

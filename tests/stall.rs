@@ -63,7 +63,7 @@ fn status(channel: &BalancedChannel, address: &str) -> EndpointStatus {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_frozen_server_costs_a_handful_of_calls_and_is_back_when_it_thaws() {
+async fn a_frozen_server_fails_a_handful_of_calls_and_is_used_again_after_it_thaws() {
     let etcd = etcd().await;
     let servers: Vec<_> = (0..SERVERS).map(|_| greeter_server(&etcd)).collect();
     let registry = registry(&etcd).await;

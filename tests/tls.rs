@@ -34,7 +34,7 @@ async fn works(builder: RegistryBuilder) {
 }
 
 #[tokio::test]
-async fn etcd_is_spoken_to_over_tls_and_mutual_tls() {
+async fn etcd_is_connected_over_tls_and_mutual_tls() {
     let authority = Authority::new();
     let etcd = mutual(&authority).await;
     // The certificate of each member is verified against its own host, which is an IP address here.
@@ -78,7 +78,7 @@ async fn etcd_is_spoken_to_over_tls_and_mutual_tls() {
 }
 
 #[tokio::test]
-async fn certificates_that_are_renewed_need_no_restart() {
+async fn renewed_certificates_need_no_restart() {
     let authority = Authority::new();
     let mut etcd = mutual(&authority).await;
     let tls = TlsConfig::new("etcd")

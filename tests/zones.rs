@@ -35,7 +35,7 @@ async fn tally(channel: &BalancedChannel) -> BTreeMap<String, usize> {
 }
 
 #[tokio::test]
-async fn calls_stay_in_the_zone_as_far_as_it_can_take_them() {
+async fn calls_stay_in_the_zone_up_to_its_capacity() {
     let (changes, stream) = mpsc::unbounded_channel::<Result<_, Infallible>>();
     let channel = BalancedChannel::builder()
         .zone("near")

@@ -63,11 +63,11 @@ fn check(package: &str) {
 }
 
 #[test]
-fn the_interface_of_tonic_balance_is_the_one_that_is_checked_in() {
+fn the_public_api_of_tonic_balance_matches_the_checked_in_list() {
     check("tonic-balance");
 }
 
 #[test]
-fn the_interface_of_tonic_etcd_is_the_one_that_is_checked_in() {
+fn the_public_api_of_tonic_etcd_matches_the_checked_in_list() {
     check("tonic-etcd");
 }

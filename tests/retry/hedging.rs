@@ -11,7 +11,7 @@ fn hedged(attempts: u32, delay: Duration) -> ChannelBuilder {
 }
 
 #[tokio::test]
-async fn a_slow_server_costs_a_delay_and_what_it_loses_is_cancelled() {
+async fn a_slow_server_costs_one_hedging_delay_and_the_losing_call_is_cancelled() {
     let servers = [
         Server::always(Act::Hang).await,
         Server::always(Act::Reply).await,
@@ -47,7 +47,7 @@ async fn a_slow_server_costs_a_delay_and_what_it_loses_is_cancelled() {
 
 /// A client that calls rarely finds every connection silent.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_silence_before_the_call_costs_it_no_copy() {
+async fn a_ping_check_after_a_silence_does_not_use_up_a_hedge() {
     let servers = [
         Server::always(Act::Hang).await,
         Server::always(Act::Reply).await,
@@ -62,7 +62,7 @@ async fn a_silence_before_the_call_costs_it_no_copy() {
 }
 
 #[tokio::test]
-async fn no_more_copies_than_the_policy_says_and_each_at_another_server() {
+async fn hedges_are_limited_by_the_policy_and_sent_to_different_servers() {
     let mut servers = Vec::new();
     for _ in 0..5 {
         servers.push(Server::always(Act::Hang).await);
@@ -78,7 +78,7 @@ async fn no_more_copies_than_the_policy_says_and_each_at_another_server() {
 }
 
 #[tokio::test]
-async fn one_server_gets_one_copy() {
+async fn a_lone_server_gets_no_hedge() {
     let servers = [Server::always(Act::Slow(DELAY * 5)).await];
     let channel = over(hedged(5, DELAY), &servers).await;
     say(&channel).await.unwrap();
@@ -86,7 +86,7 @@ async fn one_server_gets_one_copy() {
 }
 
 #[tokio::test]
-async fn a_failure_that_is_not_fatal_sends_the_next_at_once() {
+async fn a_non_fatal_failure_sends_the_next_hedge_at_once() {
     let servers = [
         Server::always(DOWN).await,
         Server::always(Act::Reset(Reason::REFUSED_STREAM)).await,
@@ -122,7 +122,7 @@ async fn a_fatal_failure_ends_the_call() {
 }
 
 #[tokio::test]
-async fn a_server_says_when_and_whether_there_is_another() {
+async fn pushback_delays_or_stops_hedges() {
     let later = Act::Fail(Code::Unavailable, &[("grpc-retry-pushback-ms", "200")]);
     let servers = [
         Server::always(later.clone()).await,
@@ -145,7 +145,7 @@ async fn a_server_says_when_and_whether_there_is_another() {
 }
 
 #[tokio::test]
-async fn the_budget_limits_copies() {
+async fn the_retry_budget_limits_hedges() {
     let servers = [Server::always(DOWN).await, Server::always(DOWN).await];
     let builder = hedged(2, DELAY).retry_budget(RetryBudget::new(10, 0.001));
     let channel = over(builder, &servers).await;
@@ -157,7 +157,7 @@ async fn the_budget_limits_copies() {
 }
 
 #[tokio::test]
-async fn a_stream_of_requests_that_goes_on_is_not_hedged() {
+async fn an_unfinished_request_stream_is_not_hedged() {
     let servers = [
         Server::always(Act::Slow(DELAY * 5)).await,
         Server::always(Act::Slow(DELAY * 5)).await,

@@ -89,7 +89,7 @@ fn count(servers: &[Server]) -> usize {
 const DOWN: Act = Act::Fail(Code::Unavailable, &[]);
 
 #[tokio::test]
-async fn a_call_goes_on_to_a_server_that_serves_it_and_both_sides_know() {
+async fn a_retry_succeeds_at_another_server_and_both_sides_see_the_attempts() {
     let servers = [Server::always(DOWN).await, Server::always(Act::Reply).await];
     let channel = over(retrying(policy()), &servers).await;
     let mut retried = 0;
@@ -123,7 +123,7 @@ async fn a_call_goes_on_to_a_server_that_serves_it_and_both_sides_know() {
 }
 
 #[tokio::test]
-async fn the_error_lists_every_attempt_and_no_server_is_asked_twice() {
+async fn the_error_lists_every_attempt_and_no_server_is_tried_twice() {
     let mut servers = Vec::new();
     for _ in 0..4 {
         servers.push(Server::always(DOWN).await);
@@ -144,7 +144,7 @@ async fn the_error_lists_every_attempt_and_no_server_is_asked_twice() {
 }
 
 #[tokio::test]
-async fn where_all_have_failed_it_is_never_the_one_that_just_has() {
+async fn a_retry_never_uses_the_server_of_the_last_attempt() {
     let servers = [Server::always(DOWN).await, Server::always(DOWN).await];
     let channel = over(retrying(policy().max_attempts(5)), &servers).await;
     for _ in 0..10 {
@@ -166,7 +166,7 @@ async fn where_all_have_failed_it_is_never_the_one_that_just_has() {
 }
 
 #[tokio::test]
-async fn one_server_alone_is_asked_again() {
+async fn a_lone_server_is_retried() {
     let acts = |call| if call < 2 { DOWN } else { Act::Reply };
     let servers = [Server::start(acts).await];
     let channel = over(retrying(policy()), &servers).await;
@@ -181,7 +181,7 @@ async fn one_server_alone_is_asked_again() {
 }
 
 #[tokio::test]
-async fn what_the_policy_does_not_name_is_the_callers() {
+async fn codes_outside_the_policy_are_returned_unchanged() {
     let refused = Act::Fail(Code::NotFound, &[("grpc-status-details-bin", "AQID")]);
     let servers = [Server::always(refused).await];
     let channel = over(retrying(policy()), &servers).await;
@@ -195,7 +195,7 @@ async fn what_the_policy_does_not_name_is_the_callers() {
 }
 
 #[tokio::test]
-async fn without_a_policy_nothing_is_retried_or_touched() {
+async fn without_a_policy_nothing_is_retried_or_changed() {
     let servers = [Server::always(DOWN).await];
     let elsewhere = BalancedChannel::builder()
         .retry_for("other.Service", policy())
@@ -225,7 +225,7 @@ async fn each_method_has_its_own_policy() {
 }
 
 #[tokio::test]
-async fn a_server_says_when_and_whether() {
+async fn pushback_delays_or_stops_a_retry() {
     let later = Act::Fail(Code::Unavailable, &[("grpc-retry-pushback-ms", "300")]);
     let acts = move |call| if call == 0 { later.clone() } else { Act::Reply };
     let servers = [Server::start(acts).await];
@@ -249,7 +249,7 @@ async fn a_server_says_when_and_whether() {
 }
 
 #[tokio::test]
-async fn the_wait_grows_by_default_as_in_the_design() {
+async fn the_default_backoff_grows_as_in_grfc_a6() {
     let servers = [Server::always(DOWN).await];
     let channel = over(retrying(RetryPolicy::new([Code::Unavailable])), &servers).await;
     say(&channel).await.unwrap_err();
@@ -262,7 +262,7 @@ async fn the_wait_grows_by_default_as_in_the_design() {
 }
 
 #[tokio::test]
-async fn a_storm_is_stopped_by_the_budget_and_forgotten_by_good_calls() {
+async fn the_budget_stops_a_retry_storm_and_successful_calls_refill_it() {
     let down = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
     let is_down = std::sync::Arc::clone(&down);
     let acts = move |_| {
@@ -334,7 +334,7 @@ async fn the_deadline_spans_all_attempts() {
 }
 
 #[tokio::test]
-async fn a_response_that_has_begun_is_the_callers() {
+async fn a_response_that_has_started_is_not_retried() {
     let late = Act::HeadThenReset(Duration::from_secs(2));
     for act in [late, Act::FailLate(Code::Unavailable)] {
         let servers = [Server::always(act.clone()).await];
@@ -347,7 +347,7 @@ async fn a_response_that_has_begun_is_the_callers() {
 }
 
 #[tokio::test]
-async fn a_head_that_nobody_has_seen_binds_nobody() {
+async fn a_response_head_that_was_not_delivered_does_not_prevent_a_retry() {
     let early = Act::HeadThenReset(Duration::from_millis(5));
     let servers = [
         Server::always(early).await,
@@ -373,7 +373,7 @@ async fn a_head_that_nobody_has_seen_binds_nobody() {
 }
 
 #[tokio::test]
-async fn resets_and_foreign_errors_count_by_their_codes() {
+async fn resets_and_http_errors_are_retried_by_their_codes() {
     for (act, code) in [
         (Act::Reset(Reason::INTERNAL_ERROR), Code::Internal),
         (
@@ -405,7 +405,7 @@ async fn resets_and_foreign_errors_count_by_their_codes() {
 }
 
 #[tokio::test]
-async fn no_endpoint_is_a_failure_like_another() {
+async fn a_missing_endpoint_is_retried_as_unavailable() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let refusing = listener.local_addr().unwrap().to_string();
     drop(listener);
@@ -418,7 +418,7 @@ async fn no_endpoint_is_a_failure_like_another() {
 }
 
 #[tokio::test]
-async fn a_request_is_sent_again_whole_whatever_its_size() {
+async fn a_request_of_any_size_is_resent_completely() {
     let servers = [Server::always(DOWN).await];
     let channel = over(retrying(policy()), &servers).await;
     let mut client = GreeterClient::new(channel);
@@ -459,7 +459,7 @@ async fn stream(act: Act, size: usize) -> (Result<Response<()>, Status>, Vec<scr
 }
 
 #[tokio::test]
-async fn a_stream_of_requests_is_sent_again_from_its_beginning() {
+async fn a_request_stream_is_resent_from_its_start() {
     let (outcome, calls) = stream(Act::FailEarly(Code::Unavailable), 10).await;
     outcome.expect("at the second attempt");
     assert_eq!(calls.len(), 2);
@@ -470,7 +470,7 @@ async fn a_stream_of_requests_is_sent_again_from_its_beginning() {
 }
 
 #[tokio::test]
-async fn a_stream_of_which_too_much_was_sent_is_not_sent_again() {
+async fn a_request_stream_beyond_the_buffer_is_not_resent() {
     let (outcome, calls) = stream(Act::FailEarly(Code::Unavailable), 50_000).await;
     let status = outcome.unwrap_err();
     assert_eq!(calls.len(), 1);
@@ -478,7 +478,7 @@ async fn a_stream_of_which_too_much_was_sent_is_not_sent_again() {
 }
 
 #[tokio::test]
-async fn a_stream_of_replies_is_retried_until_it_begins() {
+async fn a_response_stream_is_retried_until_its_first_message() {
     let servers = [Server::start(|call| if call == 0 { DOWN } else { Act::Reply }).await];
     let channel = over(retrying(policy()), &servers).await;
     let mut client = GreeterClient::new(channel.clone());
