@@ -70,7 +70,7 @@ async fn show() -> Result<(), Error> {
     for name in ["alpha", "beta", "gamma"] {
         servers.insert(name, ServerProcess::start(name, &endpoints)?);
     }
-    until("three servers are found", || {
+    until("three servers are listed", || {
         resolver.instances().len() == 3
     })
     .await?;
@@ -79,14 +79,14 @@ async fn show() -> Result<(), Error> {
     let callers: Vec<_> = (0..CALLERS)
         .map(|_| tokio::spawn(call(channel.clone(), Arc::clone(&tally))))
         .collect();
-    until("all three serve", || {
+    until("all three receive calls", || {
         tally.lock().is_ok_and(|tally| tally.servers() == 3)
     })
     .await?;
     watch("three servers", &tally, &resolver, Duration::from_secs(2)).await;
 
     servers.insert("delta", ServerProcess::start("delta", &endpoints)?);
-    until("delta serves", || {
+    until("delta receives calls", || {
         tally
             .lock()
             .is_ok_and(|tally| tally.served.contains_key("delta"))
@@ -100,9 +100,9 @@ async fn show() -> Result<(), Error> {
     )
     .await;
 
-    let mut alpha = servers.remove("alpha").ok_or("alpha is there")?;
+    let mut alpha = servers.remove("alpha").ok_or("alpha is missing")?;
     alpha.terminate()?;
-    until("alpha is no longer found", || {
+    until("alpha is no longer listed", || {
         resolver.instances().len() == 3
     })
     .await?;
@@ -112,7 +112,7 @@ async fn show() -> Result<(), Error> {
     let served = tally.lock().map_or(0, |tally| tally.count("alpha"));
     watch("alpha has left", &tally, &resolver, Duration::from_secs(2)).await;
 
-    let beta = servers.remove("beta").ok_or("beta is there")?;
+    let beta = servers.remove("beta").ok_or("beta is missing")?;
     let beta = kill_and_restart(beta, &endpoints, &tally, &resolver).await?;
     servers.insert("beta", beta);
 
@@ -125,7 +125,7 @@ async fn show() -> Result<(), Error> {
     }
     let tally = tally.lock().map_err(|_| "a caller has panicked")?;
     if tally.count("alpha") != served {
-        return Err("alpha was called after it had left".into());
+        return Err("alpha was called after its shutdown".into());
     }
     if tally.failed > 0 {
         println!("the last failure: {}", tally.last_failure);
@@ -141,7 +141,7 @@ async fn show() -> Result<(), Error> {
         tally.servers()
     );
     if tally.failed > 0 || tally.caught > CALLERS as u64 {
-        return Err("calls failed that need not have".into());
+        return Err("unexpected failed calls".into());
     }
     Ok(())
 }
@@ -158,7 +158,7 @@ async fn kill_and_restart(
     let before = served();
     watch("beta is killed", tally, resolver, Duration::from_secs(2)).await;
     let beta = ServerProcess::start("beta", endpoints)?;
-    until("beta serves again", || served() > before + 100).await?;
+    until("beta receives calls again", || served() > before + 100).await?;
     watch("beta is back", tally, resolver, Duration::from_secs(2)).await;
     Ok(beta)
 }
@@ -276,7 +276,7 @@ async fn until(what: &str, condition: impl Fn() -> bool) -> Result<(), Error> {
     };
     timeout(Duration::from_secs(15), poll)
         .await
-        .map_err(|_| format!("waited in vain until {what}").into())
+        .map_err(|_| format!("timed out waiting until {what}").into())
 }
 
 /// A server in a separate process.

@@ -23,7 +23,7 @@ async fn run() -> Result<(), Box<dyn std::error::Error>> {
     let (Some(key), Some(address)) = (args.next(), args.next()) else {
         return Err("usage: register KEY HOST:PORT".into());
     };
-    let mut told_to_stop = std::pin::pin!(told_to_stop()?);
+    let mut stop_signal = std::pin::pin!(stop_signal()?);
     let registry = Registry::connect(greeter::etcd_endpoints()).await?;
     let registration = registry
         .registration_at(key)
@@ -41,7 +41,7 @@ async fn run() -> Result<(), Box<dyn std::error::Error>> {
     let mut states = registration.watch_state();
     loop {
         tokio::select! {
-            () = &mut told_to_stop => break,
+            () = &mut stop_signal => break,
             _ = states.changed() => println!("{}", describe(&states.borrow_and_update())),
         }
     }
@@ -73,7 +73,7 @@ fn describe(state: &RegistrationState) -> String {
 
 /// Installs handlers for Ctrl-C and SIGTERM. The returned future completes on the first of these signals.
 #[cfg(unix)]
-fn told_to_stop() -> std::io::Result<impl Future<Output = ()>> {
+fn stop_signal() -> std::io::Result<impl Future<Output = ()>> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -86,6 +86,6 @@ fn told_to_stop() -> std::io::Result<impl Future<Output = ()>> {
 }
 
 #[cfg(not(unix))]
-fn told_to_stop() -> std::io::Result<impl Future<Output = ()>> {
+fn stop_signal() -> std::io::Result<impl Future<Output = ()>> {
     Ok(async { drop(tokio::signal::ctrl_c().await) })
 }

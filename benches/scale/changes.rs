@@ -172,7 +172,10 @@ impl Subject {
         while seen::ready(&self.channel) != endpoints {
             tokio::time::sleep(Duration::from_micros(100)).await;
             let waited = Instant::now().saturating_duration_since(start);
-            assert!(waited < Duration::from_secs(10), "{endpoints} are not seen");
+            assert!(
+                waited < Duration::from_secs(10),
+                "{endpoints} endpoints are not in the set"
+            );
         }
     }
 }

@@ -104,7 +104,7 @@ pub async fn ready(channel: &BalancedChannel, endpoints: usize) {
         }
     };
     let in_time = tokio::time::timeout(std::time::Duration::from_secs(60), seen).await;
-    assert!(in_time.is_ok(), "{endpoints} endpoints do not get ready");
+    assert!(in_time.is_ok(), "{endpoints} endpoints do not become ready");
 }
 
 const PREFACE: usize = 24;
