@@ -148,7 +148,7 @@ mod tests {
         let (mut watch, mut rng) = watch();
         let why = Status::not_found("service not registered");
         let End::After(health, wait) = watch.on_end(&why, Duration::ZERO, &mut rng) else {
-            unreachable!("it may know it later");
+            unreachable!("the watch ends for good");
         };
         assert_eq!(health, Health::Serving);
         assert!(wait > Duration::from_millis(700));
@@ -189,13 +189,12 @@ mod tests {
             let End::After(_, wait) = end else {
                 unreachable!("{end:?}");
             };
-            assert!(wait < Duration::from_secs(2), "it answers: {wait:?}");
+            assert!(
+                wait < Duration::from_secs(2),
+                "the server responds: {wait:?}"
+            );
         }
-        assert_eq!(
-            end_after(60),
-            End::Again,
-            "however long the wait has become"
-        );
-        assert_eq!(end_after(0), End::Again, "it has made up for it");
+        assert_eq!(end_after(60), End::Again, "a long watch resets the wait");
+        assert_eq!(end_after(0), End::Again, "the wait was reset");
     }
 }

@@ -391,12 +391,15 @@ mod tests {
         load.on_head(ms(50), Ticks(0));
         assert!(
             near(load.latency(), 1_500.0),
-            "one cold call does not condemn it"
+            "one cold call does not change the estimate"
         );
         for _ in 0..WARM {
             load.on_head(ms(50), Ticks(0));
         }
-        assert!(near(load.latency(), 50_000.0), "enough of them do");
+        assert!(
+            near(load.latency(), 50_000.0),
+            "enough samples change the estimate"
+        );
     }
 
     #[test]
@@ -464,7 +467,7 @@ mod tests {
         assert!(near(load.latency(), 1_000.0));
         assert!(
             near(load.estimate().expect("samples").mean(), 50_000.0),
-            "the estimate itself stays what was measured"
+            "the stored estimate is unchanged"
         );
     }
 
@@ -474,7 +477,7 @@ mod tests {
         load.set_limit(2);
         assert!(load.acquire() && load.acquire());
         assert!(!load.acquire());
-        assert_eq!(load.in_flight(), 2, "a refusal leaves nothing behind");
+        assert_eq!(load.in_flight(), 2, "a failed acquire changes nothing");
         load.release();
         assert!(load.acquire());
         load.set_limit(0);
@@ -486,7 +489,7 @@ mod tests {
         assert!(near(Ticks(5).since(Ticks(6)) + 1.0, 1.0));
         assert!(
             near(Ticks(2).since(Ticks(TICK_MASK)), 0.003),
-            "it wraps without a jump"
+            "ticks wrap around"
         );
     }
 

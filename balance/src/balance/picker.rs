@@ -324,7 +324,7 @@ mod tests {
         for _ in 0..CALLS {
             match picker.pick(set, |_| true, SCAN_LIMIT) {
                 Pick::Taken(fake) => fake.in_flight.store(0, Ordering::Relaxed),
-                other => panic!("everyone is free, but {other:?}"),
+                other => panic!("all connections are free, but {other:?}"),
             }
         }
         let share =
@@ -466,7 +466,7 @@ mod tests {
             let picker = Picker::new(policy, Some(7));
             match picker.pick(&set, |_| true, SCAN_LIMIT) {
                 Pick::Taken(fake) => assert_eq!(fake.name, 63),
-                other => panic!("one was free, but {other:?}"),
+                other => panic!("one connection was free, but {other:?}"),
             }
             assert_eq!(picker.pick(&set, |_| true, SCAN_LIMIT), Pick::Full);
         }
@@ -485,7 +485,7 @@ mod tests {
         for _ in 0..9 {
             match picker.pick(&set, |fake| fake.name != 0, SCAN_LIMIT) {
                 Pick::Taken(fake) => assert_eq!(fake.name, 1),
-                other => panic!("one is usable, but {other:?}"),
+                other => panic!("one connection is usable, but {other:?}"),
             }
         }
         assert_eq!(
@@ -512,7 +512,7 @@ mod tests {
             let picker = Picker::new(LbPolicy::LeastRequest, Some(42));
             let pick = || match picker.pick(&set, |_| true, SCAN_LIMIT) {
                 Pick::Taken(fake) => fake.name,
-                other => panic!("everyone is free, but {other:?}"),
+                other => panic!("all connections are free, but {other:?}"),
             };
             (0..100).map(|_| pick()).collect::<Vec<_>>()
         };

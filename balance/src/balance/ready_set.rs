@@ -387,7 +387,7 @@ mod tests {
         }
         let share = f64::from(heavy) / 200_000.0;
         assert!((share - 0.75).abs() < 0.01, "{share}");
-        assert!(each.iter().all(|&drawn| drawn > 300), "everybody is drawn");
+        assert!(each.iter().all(|&drawn| drawn > 300), "every slot is drawn");
     }
 
     #[test]

@@ -396,9 +396,12 @@ mod tests {
         let failed = connecting(idle(), now).failed(&mut rng, now);
         assert!(failed.is_failing());
         let again = connecting(failed.retry(), now);
-        assert!(again.is_failing(), "an attempt is no recovery");
+        assert!(again.is_failing(), "an attempt does not end the failure");
         let failed = again.failed(&mut rng, now);
-        assert!(!failed.reset().is_failing(), "a fresh registration is");
+        assert!(
+            !failed.reset().is_failing(),
+            "a new registration ends the failure"
+        );
     }
 
     #[tokio::test(start_paused = true)]
@@ -556,6 +559,6 @@ mod tests {
             waits.push(resting.until() - later);
             subchannel = resting.wake(false);
         }
-        assert!(waits.is_sorted(), "less and less often: {waits:?}");
+        assert!(waits.is_sorted(), "waits grow: {waits:?}");
     }
 }

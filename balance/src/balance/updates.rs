@@ -132,14 +132,14 @@ mod tests {
 
     #[test]
     fn an_empty_set_is_known_once_its_source_reports_it() {
-        let (told, known) = tokio::sync::oneshot::channel::<()>();
+        let (signal, known) = tokio::sync::oneshot::channel::<()>();
         let known = async {
             let _ = known.await;
         };
         let mut feed = Updates::known_after(tokio_stream::pending::<u8>(), known);
         let mut next = task::spawn(feed.next());
         assert_pending!(next.poll());
-        told.send(()).expect("open");
+        signal.send(()).expect("open");
         assert!(assert_ready!(next.poll()).known);
     }
 
@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn a_stream_that_panics_counts_as_ended() {
         let feed = tokio_stream::StreamExt::map(tokio_stream::once(1), |_: u8| -> u8 {
-            panic!("a stream of the user's")
+            panic!("a panic in a stream")
         });
         let mut feed = Updates::new(feed);
         assert!(assert_ready!(task::spawn(feed.next()).poll()).known);

@@ -345,9 +345,9 @@ mod tests {
         tune(&stream);
         assert!(stream.nodelay().expect("an option"));
         let socket = socket2::SockRef::from(&stream);
-        let given_up = socket.tcp_user_timeout().expect("an option");
-        assert_eq!(given_up, Some(TCP_USER_TIMEOUT), "with calls open");
-        assert!(socket.keepalive().expect("an option"), "without");
+        let user_timeout = socket.tcp_user_timeout().expect("an option");
+        assert_eq!(user_timeout, Some(TCP_USER_TIMEOUT), "open calls");
+        assert!(socket.keepalive().expect("an option"), "no open calls");
         assert_eq!(
             socket.tcp_keepalive_time().expect("an option"),
             TCP_KEEPALIVE

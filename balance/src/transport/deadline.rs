@@ -127,7 +127,7 @@ mod tests {
         fn formatting_rounds_down_by_less_than_a_unit(nanos in 0_u64..) {
             let timeout = Duration::from_nanos(nanos);
             let value = format(timeout);
-            let back = parsed(value.to_str().expect("ASCII")).expect("what we write, we read");
+            let back = parsed(value.to_str().expect("ASCII")).expect("a formatted timeout can be parsed");
             prop_assert!(back <= timeout);
             // The number has at least five digits unless the finest unit fits: the step from seconds to minutes is 60.
             prop_assert!(timeout.saturating_sub(back) <= timeout / 10_000);

@@ -361,7 +361,7 @@ mod tests {
         assert_eq!(stalled, Some(Action::Stalled));
         let doubt = pings.on_doubt(PingCause::Overrun, now + ms(1_001), silent, true);
         assert_eq!(doubt, None);
-        assert_eq!(pings.wake_at(), None, "no timer brings it back");
+        assert_eq!(pings.wake_at(), None, "no timer ends the stall");
         assert_eq!(pings.on_heard(silent), None);
         assert_eq!(pings.on_heard(heard(117, 0, now)), Some(Action::Recovered));
         assert_eq!(pings.on_heard(heard(118, 0, now)), None);
@@ -383,7 +383,11 @@ mod tests {
         let silent = heard(100, 0, now);
         pings.on_doubt(PingCause::Silence, now, silent, true);
         now += ms(400);
-        assert_eq!(pings.on_time(now, silent, true), None, "150 ms late");
+        assert_eq!(
+            pings.on_time(now, silent, true),
+            None,
+            "the timer is 150 ms late"
+        );
         assert_eq!(pings.wake_at(), Some(now + ms(250)));
         for _ in 1..EXTENSIONS {
             now += ms(400);
@@ -406,9 +410,9 @@ mod tests {
         pings.on_doubt(PingCause::Overrun, now + ms(6_000), then, true);
         let read = heard(1_001, 2, now);
         assert_eq!(pings.on_time(now + ms(7_000), read, true), None);
-        assert!(pings.is_outstanding(), "its answer is still to come");
+        assert!(pings.is_outstanding(), "the PING is unanswered");
         let second = pings.on_doubt(PingCause::Overrun, now + ms(7_100), read, true);
-        assert_eq!(second, None, "h2 holds one ping");
+        assert_eq!(second, None, "h2 allows one PING at a time");
         let stalled = pings.on_time(now + ms(8_100), read, true);
         assert_eq!(stalled, Some(Action::Stalled));
     }
@@ -495,7 +499,7 @@ mod tests {
         pings.on_pong(now, silent);
         for doubt in [PingCause::Dropped, PingCause::Sweep] {
             assert_eq!(pings.on_doubt(doubt, now, silent, true), None);
-            assert_eq!(pings.wake_at(), None, "{doubt:?} is not worth a connection");
+            assert_eq!(pings.wake_at(), None, "{doubt:?} starts no timer");
         }
         assert_eq!(pings.on_doubt(PingCause::Silence, now, silent, true), None);
         let doubtful = pings.on_time(now + ms(250), silent, true);
@@ -504,7 +508,7 @@ mod tests {
         assert_eq!(pings.on_heard(heard_again), Some(Action::Recovered));
         let later = now + BUSY_INTERVAL;
         let idle = pings.on_doubt(PingCause::Silence, later, heard_again, true);
-        assert_eq!(idle, None, "the stream of a call that waits is not open");
+        assert_eq!(idle, None, "a waiting call has no open stream");
         pings.on_heard(heard(102, 0, now));
         let busy = pings.on_doubt(PingCause::Overrun, later, heard(102, 0, now), true);
         assert_eq!(busy, Some(Action::Ping));
@@ -520,10 +524,10 @@ mod tests {
         let doubtful = pings.on_time(now + ms(250), silent, true);
         assert_eq!(doubtful, Some(Action::Doubtful));
         let again = pings.on_doubt(PingCause::Silence, now + ms(300), silent, true);
-        assert_eq!(again, Some(Action::Doubtful), "the wait is ended");
+        assert_eq!(again, Some(Action::Doubtful), "the call does not wait");
         let later = now + BUSY_INTERVAL;
         let ping = pings.on_doubt(PingCause::Overrun, later, silent, true);
-        assert_eq!(ping, Some(Action::Ping), "the budget is back");
+        assert_eq!(ping, Some(Action::Ping), "the PING budget is renewed");
         let stalled = pings.on_time(later + ms(1_000), silent, true);
         assert_eq!(stalled, Some(Action::Stalled));
         let proven = pings.on_doubt(PingCause::Silence, later + ms(1_001), silent, true);
@@ -574,7 +578,7 @@ mod tests {
         pings.on_pong(at, silent);
         assert_eq!(pings.wake_at(), Some(now + ms(20_500)));
         let ping = pings.on_time(now + ms(20_500), silent, true);
-        assert_eq!(ping, Some(Action::Ping), "the servers permit it");
+        assert_eq!(ping, Some(Action::Ping), "the permit time has passed");
         // A doubt in the meantime waits for the same answer.
         let doubt = pings.on_doubt(PingCause::Overrun, now + ms(20_600), silent, true);
         assert_eq!(doubt, None);
@@ -595,7 +599,7 @@ mod tests {
         assert_eq!(
             ping,
             Some(Action::Ping),
-            "the second, after the ready check"
+            "the second PING, after the ready check"
         );
         pings.on_pong(now + ms(10_001), heard(34, 0, now));
         assert_eq!(
@@ -619,7 +623,7 @@ mod tests {
         assert_eq!(ping, Some(Action::Ping));
         let trickle = heard(6, 0, later + ms(2_999));
         let queued = pings.on_time(later + ms(3_000), trickle, true);
-        assert_eq!(queued, None, "the answer queues");
+        assert_eq!(queued, None, "the response is queued");
         assert_eq!(pings.wake_at(), Some(trickle.at + ms(10_000)));
     }
 

@@ -197,7 +197,7 @@ async fn a_peer_that_never_responds_is_not_connected() {
     let (near, _far) = duplex(1 << 16);
     let establishing = Connection::establish(near, &DEFAULTS, None);
     let outcome = timeout(Duration::from_millis(50), establishing).await;
-    assert!(outcome.is_err(), "a handshake is no answer");
+    assert!(outcome.is_err(), "a handshake without a response");
 }
 
 #[tokio::test]
@@ -211,7 +211,7 @@ async fn a_peer_that_allows_no_streams_is_not_connected() {
     });
     let establishing = Connection::establish(near, &DEFAULTS, None);
     let outcome = timeout(Duration::from_millis(50), establishing).await;
-    assert!(outcome.is_err(), "a limit of 0 is not ready");
+    assert!(outcome.is_err(), "a limit of 0 streams");
 }
 
 #[tokio::test]
@@ -234,13 +234,12 @@ async fn calls_above_the_last_stream_of_a_goaway_are_unprocessed_and_the_connect
     assert!(left.expect("a reason").is_graceful());
     match Exchange::start(&pair.client, request(), single(), Recall::Never) {
         Err((OpenError::Gone(_), Outgoing::Single(_))) => {}
-        other => panic!("nothing can be sent any more, but {other:?}"),
+        other => panic!("the connection accepts no calls, but {other:?}"),
     }
-    let error = head(&mut below).await.expect_err("the connection is gone");
-    assert!(
-        !is_unprocessed(&error),
-        "at or below the last id it may have run: {error}"
-    );
+    let error = head(&mut below)
+        .await
+        .expect_err("the connection is closed");
+    assert!(!is_unprocessed(&error), "the call may have run: {error}");
 }
 
 #[tokio::test]
@@ -268,7 +267,7 @@ async fn a_graceful_shutdown_finishes_calls_in_flight() {
         .expect("a head");
     head(&mut exchange)
         .await
-        .expect("a call in flight is finished");
+        .expect("the call in flight finishes");
 }
 
 #[tokio::test]
@@ -277,10 +276,12 @@ async fn a_broken_connection_does_not_prove_a_call_unprocessed() {
     let mut exchange = pair.send(single());
     let _accepted = pair.accept().await;
     pair.order(Order::Vanish);
-    let error = head(&mut exchange).await.expect_err("the peer is gone");
+    let error = head(&mut exchange)
+        .await
+        .expect_err("the peer has disconnected");
     assert!(
         !is_unprocessed(&error),
-        "it may have been processed: {error}"
+        "the call may have been processed: {error}"
     );
 }
 
@@ -332,7 +333,7 @@ async fn a_local_h2_error_does_not_prove_a_call_unprocessed() {
         // DATA on stream 0 violates the protocol.
         far.write_all(b"\0\0\x01\0\0\0\0\0\0x")
             .await
-            .expect("rubbish");
+            .expect("an invalid frame");
         std::future::pending::<()>().await;
     });
     let established = Connection::establish(near, &DEFAULTS, None);
@@ -342,7 +343,7 @@ async fn a_local_h2_error_does_not_prove_a_call_unprocessed() {
     let error = head(&mut exchange).await.expect_err("a protocol error");
     assert!(
         error.is_go_away(),
-        "the trap: it looks like a GOAWAY: {error}"
+        "h2 reports its own error as a GOAWAY: {error}"
     );
     assert!(!is_unprocessed(&error));
     server.abort();
@@ -357,7 +358,7 @@ async fn a_malformed_request_is_distinguished_from_a_lost_connection() {
         .insert("connection", "close".parse().expect("a value"));
     match Exchange::start(&pair.client, malformed, single(), Recall::Never) {
         Err((OpenError::Malformed(_), _)) => {}
-        other => panic!("HTTP/2 has no such header, but {other:?}"),
+        other => panic!("HTTP/2 forbids the header, but {other:?}"),
     }
 }
 
@@ -467,7 +468,7 @@ async fn a_refused_stream_returns_its_body_while_it_is_small() {
     head(&mut exchange).await.expect_err("refused");
     match exchange.into_pumped().await {
         Some(Pumped::Returned(Outgoing::Stream { read, .. })) => assert_eq!(read, ["one"]),
-        other => panic!("the body must come back, but {other:?}"),
+        other => panic!("the body must be returned, but {other:?}"),
     }
 }
 
@@ -494,7 +495,7 @@ async fn a_failing_body_resets_the_call_with_the_error_of_the_body() {
     head(&mut exchange).await.expect_err("reset");
     match exchange.into_pumped().await {
         Some(Pumped::Failed(status)) => assert_eq!(status.code(), tonic::Code::DataLoss),
-        other => panic!("the body's error is the call's, but {other:?}"),
+        other => panic!("the call must fail with the error of the body, but {other:?}"),
     }
 }
 
@@ -526,7 +527,7 @@ async fn thousands_of_half_read_streams_leave_the_connection_window_intact() {
         frame
             .expect("in time")
             .expect("a frame")
-            .expect("no stream is lost to another's end");
+            .expect("the stream survives the end of others");
     }
     // The connection's window is intact: twenty times a stream's window is received.
     let mut exchange = pair.send(single());
@@ -560,7 +561,7 @@ async fn a_dropped_connection_is_closed_after_its_last_call() {
     respond
         .send_response(Response::new(()), true)
         .expect("a head");
-    head(&mut exchange).await.expect("the call is finished");
+    head(&mut exchange).await.expect("the call finishes");
     drop(exchange);
     let closed = timeout(PATIENCE, pair.left.recv()).await;
     assert!(closed.is_ok(), "the connection's task ends");
@@ -627,7 +628,9 @@ async fn a_call_above_the_last_stream_of_a_goaway_is_unprocessed_for_every_code(
         let (client, _left) = scripted(frames, true).await;
         let mut exchange =
             Exchange::start(&client, request(), single(), Recall::Never).expect("sent");
-        let error = head(&mut exchange).await.expect_err("not taken");
+        let error = head(&mut exchange)
+            .await
+            .expect_err("the server did not process the call");
         assert!(error.is_go_away() && error.is_remote(), "{error:?}");
         assert!(is_unprocessed(&error), "{error}");
         assert_eq!(client.blame(), blame, "whether the call may be the cause");
@@ -641,10 +644,10 @@ async fn a_call_at_the_last_stream_of_a_goaway_may_have_run() {
     let mut exchange = Exchange::start(&client, request(), single(), Recall::Never).expect("sent");
     let error = head(&mut exchange)
         .await
-        .expect_err("the connection is gone");
+        .expect_err("the connection is closed");
     assert!(
         error.is_io() && !error.is_go_away(),
-        "never the GOAWAY: {error:?}"
+        "the error is not a GOAWAY: {error:?}"
     );
     assert!(!is_unprocessed(&error), "{error}");
     assert!(left.recv().await.is_some());
@@ -679,9 +682,16 @@ async fn a_call_queued_inside_h2_looks_like_a_sent_call() {
     let mut queued = pair.send(single());
     let _accepted = pair.accept().await;
     pair.order(Order::Vanish);
-    let sent = head(&mut sent).await.expect_err("the peer is gone");
-    let queued = head(&mut queued).await.expect_err("the peer is gone");
-    assert!(pair.accepted.try_recv().is_err(), "it never got there");
+    let sent = head(&mut sent)
+        .await
+        .expect_err("the peer has disconnected");
+    let queued = head(&mut queued)
+        .await
+        .expect_err("the peer has disconnected");
+    assert!(
+        pair.accepted.try_recv().is_err(),
+        "the queued call was not received"
+    );
     for error in [sent, queued] {
         assert!(error.is_io() && !is_unprocessed(&error), "{error:?}");
     }
@@ -692,7 +702,7 @@ async fn the_stream_limit_follows_the_settings_of_the_peer() {
     // SETTINGS with MAX_CONCURRENT_STREAMS of 3.
     let settings = b"\0\0\x06\x04\0\0\0\0\0\0\x03\0\0\0\x03";
     let (client, _left) = scripted(settings, false).await;
-    assert!(client.max_streams() > 3, "no limit was named");
+    assert!(client.max_streams() > 3, "the peer announced no limit");
     let _exchange = Exchange::start(&client, request(), single(), Recall::Never).expect("sent");
     let known = async {
         while client.max_streams() != 3 {

@@ -119,14 +119,14 @@ mod tests {
         for _ in 0..100 {
             tokens.on_success();
         }
-        assert!(!tokens.on_failure(), "it held two at most");
+        assert!(!tokens.on_failure(), "the bucket held at most two tokens");
         for _ in 0..100 {
             tokens.on_failure();
         }
         tokens.on_success();
         assert!(!tokens.suffices());
         tokens.on_success();
-        assert!(tokens.suffices(), "and had no debts");
+        assert!(tokens.suffices(), "the bucket was not negative");
     }
 
     #[test]

@@ -199,8 +199,11 @@ mod tests {
 
         let tokens = Tokens::new(RetryBudget::new(2, 0.001));
         run(&policy, &tokens, &[(Code::NotFound, Pushback::None)]);
-        assert!(tokens.suffices(), "not covered, not counted");
+        assert!(
+            tokens.suffices(),
+            "codes outside the policy are not counted"
+        );
         run(&policy, &tokens, &[(Code::NotFound, Pushback::Never)]);
-        assert!(!tokens.suffices(), "but a server that wants quiet is heard");
+        assert!(!tokens.suffices(), "a negative pushback is counted");
     }
 }

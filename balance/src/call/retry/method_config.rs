@@ -145,7 +145,10 @@ mod tests {
             assert!(policy.covers(code), "{path}: {policy:?}");
             assert!(retries.hedging(path).is_none());
         }
-        assert!(retries.retry("/b.Service/Get").is_none(), "left out by 1");
+        assert!(
+            retries.retry("/b.Service/Get").is_none(),
+            "one attempt disables retries"
+        );
         assert!(retries.retry("/c.Service/Get").is_none());
         assert!(retries.hedging("/c.Service/Get").is_some());
     }
@@ -156,6 +159,6 @@ mod tests {
         for name in ["", "/", "a//b", "a/b/c", "//a"] {
             plans.set(name, retry(Code::Unavailable));
         }
-        assert!(plans.build().is_none(), "without a policy there is nothing");
+        assert!(plans.build().is_none(), "no policy was set");
     }
 }

@@ -42,19 +42,21 @@ async fn a_refused_call_is_sent_to_another_server_and_runs_once() {
     let channel = over(servers.iter().map(support::Cut::address));
     ready(&channel, 2).await;
     for _ in 0..200 {
-        say(&channel).await.expect("the other one serves");
+        say(&channel)
+            .await
+            .expect("the other server serves the call");
     }
     assert_eq!(processed.load(Ordering::SeqCst), 200, "no call runs twice");
     assert!(
         refused.load(Ordering::SeqCst) > 0,
-        "the refusing one was asked"
+        "the refusing server received calls"
     );
     assert!(
         channel
             .endpoints()
             .iter()
             .all(|status| status.failures == 0),
-        "a refusal is no failure"
+        "a refused stream is not a failure"
     );
     idle(&channel).await;
 }
@@ -67,13 +69,15 @@ async fn a_call_refused_by_every_server_fails_after_four_attempts() {
         .collect();
     let channel = over(servers.iter().map(support::Cut::address));
     ready(&channel, 6).await;
-    let status = say(&channel).await.expect_err("everybody refuses");
+    let status = say(&channel)
+        .await
+        .expect_err("all servers refuse the call");
     assert_eq!(status.code(), Code::Unavailable);
     assert!(status.message().contains("endpoint 127.0.0.1"), "{status}");
     assert_eq!(
         seen.load(Ordering::SeqCst),
         4,
-        "once, and three times again: {status:?}"
+        "one attempt and three retries: {status:?}"
     );
 }
 
@@ -163,7 +167,7 @@ async fn a_streamed_call_is_replayed_while_its_first_messages_are_buffered() {
             let _ = feed.send(hello("two"));
             drop(feed);
         });
-        outcome.expect("the other one serves");
+        outcome.expect("the other server serves the call");
     }
     assert_eq!(processed.load(Ordering::SeqCst), 50);
     assert!(refused.load(Ordering::SeqCst) > 0);
@@ -192,7 +196,7 @@ async fn a_connection_lost_during_a_call_is_unavailable_and_names_the_endpoint()
         0,
         "it may have been processed"
     );
-    until("the loss is seen", || {
+    until("the channel detects the lost connection", || {
         channel
             .endpoints()
             .iter()
@@ -262,7 +266,7 @@ async fn repeated_kills_fail_only_the_calls_in_flight() {
     let channel = over([steady.address(), shaky.address()]);
     ready(&channel, 2).await;
     shaky.cut();
-    until("the loss is seen", || {
+    until("the channel detects the lost connection", || {
         channel
             .endpoints()
             .iter()
@@ -275,7 +279,7 @@ async fn repeated_kills_fail_only_the_calls_in_flight() {
     ready(&channel, 2).await;
     // A single caller uses the faster server until the latency estimate of the other server has decayed.
     let used = async { while !tally(&channel, 1).await.contains_key("back") {} };
-    in_time("it is used again", used).await;
+    in_time("the endpoint receives calls again", used).await;
 }
 
 #[tokio::test]
@@ -310,14 +314,16 @@ async fn a_call_above_the_last_stream_of_a_goaway_is_sent_to_another_server() {
             .iter()
             .all(|status| status.last_error.is_none())
         {
-            say(&channel).await.expect("the other one serves");
+            say(&channel)
+                .await
+                .expect("the other server serves the call");
         }
     };
-    in_time("the shy one", left).await;
+    in_time("the call to the server with the GOAWAY", left).await;
     let calls: u64 = channel.endpoints().iter().map(|status| status.calls).sum();
     assert!(
         calls > processed.load(Ordering::SeqCst) as u64,
-        "one was sent in vain"
+        "one call was sent twice"
     );
 }
 
@@ -342,14 +348,14 @@ async fn a_call_above_the_last_stream_of_a_goaway_is_resent_after_a_reconnect() 
         .addresses(["alpha:1", "beta:1"])
         .connect_lazy();
     ready(&channel, 1).await;
-    until("the other one refuses", || {
+    until("the other endpoint refuses connections", || {
         let endpoints = channel.endpoints();
         let mut states = endpoints.iter().map(|endpoint| endpoint.state);
         states.any(|state| state == EndpointState::TransientFailure)
     })
     .await;
     let (outcome, took) = timed(say(&channel)).await;
-    outcome.expect("it is back");
+    outcome.expect("the endpoint is connected again");
     assert!(took < Duration::from_secs(10), "{took:?}");
 }
 
@@ -444,7 +450,7 @@ async fn a_thousand_unresponsive_endpoints_do_not_delay_the_others() {
             let one = endpoints.iter().find(|one| one.address.as_str() == address);
             one.is_some_and(|one| one.state == EndpointState::Connecting)
         };
-        until("it is dialled at once", dialled).await;
+        until("the endpoint is dialled at once", dialled).await;
     }
 }
 
@@ -456,7 +462,7 @@ async fn the_longest_durations_are_accepted() {
         .outlier_detection(outliers)
         .addresses([refusing()])
         .connect_lazy();
-    let status = say(&channel).await.expect_err("nobody is there");
+    let status = say(&channel).await.expect_err("no endpoint is ready");
     assert_eq!(status.code(), Code::Unavailable);
 }
 
@@ -467,7 +473,7 @@ async fn a_call_at_the_last_stream_of_a_goaway_is_not_replayed() {
     let channel = over([&shy]);
     ready(&channel, 1).await;
     let other: support::Cut = counting(&processed);
-    let status = say(&channel).await.expect_err("nobody knows");
+    let status = say(&channel).await.expect_err("the call may have run");
     assert_eq!(status.code(), Code::Unavailable, "{status}");
     assert!(status.message().contains("connection was lost"), "{status}");
     drop(other);
@@ -488,10 +494,13 @@ async fn calls_waiting_for_a_free_stream_are_not_queued_on_a_connection() {
     }
     // The endpoint may have two connections now, with one stream each.
     let running = [full.accept().await, full.accept().await];
-    until("the others wait", || channel.endpoints()[0].in_flight == 2).await;
+    until("the other calls wait", || {
+        channel.endpoints()[0].in_flight == 2
+    })
+    .await;
     assert!(
         full.accepted.try_recv().is_err(),
-        "nothing is queued behind them"
+        "no call is queued on the connections"
     );
     let rescue = Greeter::start("rescue");
     insert(&changes, &rescue.address(), Attributes::new());
@@ -503,7 +512,7 @@ async fn calls_waiting_for_a_free_stream_are_not_queued_on_a_connection() {
         .iter()
         .filter_map(|outcome| outcome.as_ref().err())
         .collect();
-    assert!(failed.len() <= 2, "only what was sent is lost: {failed:?}");
+    assert!(failed.len() <= 2, "only sent calls are lost: {failed:?}");
     idle(&channel).await;
 }
 
@@ -521,7 +530,7 @@ async fn an_address_whose_packets_are_dropped_does_not_delay_calls() {
     let mut took = Vec::new();
     for _ in 0..2_000 {
         let (outcome, time) = timed(say(&channel)).await;
-        outcome.expect("the others serve");
+        outcome.expect("the other servers serve the call");
         took.push(time);
     }
     took.sort_unstable();
@@ -533,7 +542,7 @@ async fn an_address_whose_packets_are_dropped_does_not_delay_calls() {
         .iter()
         .find(|status| status.address.to_string() == hole.address());
     assert_eq!(
-        connecting.expect("it is known").state,
+        connecting.expect("the endpoint is known").state,
         EndpointState::Connecting
     );
 }
@@ -565,7 +574,7 @@ async fn keep_alive_closes_an_unresponsive_connection() {
     assert_eq!(status.code(), Code::Unavailable, "{status}");
     assert!(took < Duration::from_secs(10), "{took:?}");
     let error = channel.endpoints()[0].last_error.clone();
-    until("it is dialled again", || {
+    until("the endpoint is dialled again", || {
         channel.endpoints()[0].state != EndpointState::Ready
     })
     .await;
@@ -654,8 +663,8 @@ async fn a_lowered_stream_limit_is_respected() {
     for _ in 0..9 {
         call();
     }
-    until("all calls are there", || count(0) + count(1) == 10).await;
-    assert_eq!(count(0), 2, "as many as it allows");
+    until("all calls are received", || count(0) + count(1) == 10).await;
+    assert_eq!(count(0), 2, "as many calls as the server allows");
 }
 
 #[tokio::test]
@@ -674,11 +683,14 @@ async fn a_lone_stream_is_used_for_calls_and_not_for_the_health_watch() {
         .addresses(["fake:1"])
         .connect_lazy();
     // The watch is the first call, and the server does not respond to it.
-    until("it is watched", || calls.load(Ordering::SeqCst) == 1).await;
+    until("the health watch is open", || {
+        calls.load(Ordering::SeqCst) == 1
+    })
+    .await;
     let call = tokio::spawn({
         let channel = channel.clone();
         async move { say(&channel).await }
     });
-    until("the call is there", || calls.load(Ordering::SeqCst) == 2).await;
+    until("the call is received", || calls.load(Ordering::SeqCst) == 2).await;
     call.abort();
 }

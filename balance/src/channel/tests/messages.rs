@@ -111,11 +111,11 @@ async fn messages_are_compressed_in_both_directions() {
         .await
         .expect("an answer");
     let encoding = reply.metadata().get("grpc-encoding");
-    assert_eq!(encoding.expect("it is compressed"), "gzip");
+    assert_eq!(encoding.expect("a compressed response"), "gzip");
     let message = reply.into_inner().message;
     assert!(
         message.starts_with(&name) && message.ends_with("gzip -"),
-        "the request was as well"
+        "the request was compressed"
     );
 
     let requests = tokio_stream::iter((0..10).map({
@@ -148,7 +148,7 @@ async fn binary_metadata_passes_in_both_directions_and_interceptors_add_metadata
     let back = reply
         .metadata()
         .get_bin("trace-bin")
-        .expect("it is sent back");
+        .expect("metadata in the response");
     assert_eq!(back.to_bytes().expect("base64"), bytes);
     assert_eq!(reply.into_inner().message, "it plain yes");
 
@@ -157,7 +157,7 @@ async fn binary_metadata_passes_in_both_directions_and_interceptors_add_metadata
     let status = client.say_hello(hello("it")).await.expect_err("refused");
     assert_eq!(status.code(), Code::Unauthenticated);
     let calls: u64 = channel.endpoints().iter().map(|status| status.calls).sum();
-    assert_eq!(calls, 1, "what an interceptor refuses goes nowhere");
+    assert_eq!(calls, 1, "a call rejected by an interceptor is not sent");
 }
 
 #[tokio::test]
@@ -166,15 +166,22 @@ async fn an_error_keeps_its_message_details_and_metadata() {
     let status = GreeterClient::new(channel.clone())
         .say_hello(hello("fail"))
         .await
-        .expect_err("asked for");
+        .expect_err("the requested error");
     assert_eq!(
         (status.code(), status.message()),
         (Code::FailedPrecondition, "näh")
     );
     assert_eq!(status.details(), b"\0\x01");
-    let why = status.metadata().get_bin("why-bin").expect("it is sent");
+    let why = status
+        .metadata()
+        .get_bin("why-bin")
+        .expect("metadata in the error");
     assert_eq!(why.to_bytes().expect("base64")[..], b"\xff\0"[..]);
-    assert_eq!(channel.endpoints()[0].failures, 0, "the caller is at fault");
+    assert_eq!(
+        channel.endpoints()[0].failures,
+        0,
+        "the failure is not counted for the endpoint"
+    );
     idle(&channel).await;
 }
 
@@ -211,7 +218,10 @@ async fn a_large_message_to_a_slow_reader_does_not_block_other_calls() {
             tokio::task::yield_now().await;
         }
     }
-    assert!(passed > 3, "{passed} small calls have passed the large one");
+    assert!(
+        passed > 3,
+        "{passed} small calls ended before the large one"
+    );
     if let Some((_, call)) = small {
         call.abort();
     }
@@ -223,7 +233,7 @@ async fn a_large_message_to_a_slow_reader_does_not_block_other_calls() {
     let status = in_time("a call", large)
         .await
         .expect("no panic")
-        .expect_err("asked for");
+        .expect_err("the requested error");
     assert_eq!(status.code(), Code::NotFound);
     idle(&channel).await;
 }

@@ -156,7 +156,7 @@ async fn every_policy_distributes_calls_over_all_servers() {
             .connect_lazy();
         ready(&channel, 3).await;
         let tally = tally(&channel, 90).await;
-        assert_eq!(tally.len(), 3, "{policy:?} leaves somebody out: {tally:?}");
+        assert_eq!(tally.len(), 3, "{policy:?} skips a server: {tally:?}");
     }
 }
 
@@ -220,7 +220,7 @@ async fn an_endpoint_that_is_down_or_unresponsive_from_the_start_fails_no_call()
     let statuses = channel.endpoints();
     // The endpoint may be connecting again at this moment, so the test only checks that it is not ready.
     let failing = statuses.iter().find(|status| status.last_error.is_some());
-    let failing = failing.expect("one refuses");
+    let failing = failing.expect("one endpoint refuses connections");
     assert_ne!(failing.state, EndpointState::Ready);
     let error = failing.last_error.as_deref().expect("a reason");
     assert!(error.contains("refused"), "{error}");
@@ -230,7 +230,7 @@ async fn an_endpoint_that_is_down_or_unresponsive_from_the_start_fails_no_call()
 async fn a_call_without_a_registered_endpoint_fails_at_once_with_the_reason() {
     let channel = over([""; 0]);
     let (outcome, took) = timed(say(&channel)).await;
-    let status = outcome.expect_err("there is nobody");
+    let status = outcome.expect_err("no endpoint");
     assert_eq!(status.code(), Code::Unavailable);
     assert!(
         status.message().contains("greeter: nothing is registered"),
@@ -248,7 +248,7 @@ async fn a_call_with_all_endpoints_down_fails_at_once_with_counts_and_the_last_c
     let (one, two) = (refusing(), refusing());
     let channel = over([&one, &two]);
     let (outcome, took) = timed(say(&channel)).await;
-    let status = outcome.expect_err("everybody refuses");
+    let status = outcome.expect_err("all endpoints refuse connections");
     assert_eq!(status.code(), Code::Unavailable);
     let message = status.message();
     assert!(message.contains("0 of 2 endpoints ready"), "{message}");
@@ -259,7 +259,7 @@ async fn a_call_with_all_endpoints_down_fails_at_once_with_counts_and_the_last_c
     assert!(message.contains("refused"), "{message}");
     assert!(
         std::error::Error::source(&status).is_some(),
-        "the cause is typed"
+        "the cause has its own type"
     );
     assert!(took < Duration::from_secs(2), "{took:?}");
 }
@@ -277,21 +277,21 @@ async fn a_set_that_stays_unknown_fails_at_the_startup_timeout() {
     })
     .await;
     let (outcome, channel) = outcome;
-    let status = outcome.expect_err("nothing is known");
+    let status = outcome.expect_err("the set is unknown");
     assert_eq!(status.code(), Code::Unavailable);
     assert!(status.message().contains("startup timeout"), "{status}");
     assert!(took >= Duration::from_millis(990), "{took:?}");
     let (outcome, took) = timed(say(&channel)).await;
     assert!(
         outcome.is_err() && took < Duration::from_millis(900),
-        "the bound is the channel's"
+        "the timeout is that of the channel"
     );
 }
 
 #[tokio::test]
 async fn an_invalid_address_is_reported() {
     let channel = over(["not an address"]);
-    let status = say(&channel).await.expect_err("there is nobody");
+    let status = say(&channel).await.expect_err("no endpoint");
     assert!(status.message().contains("\"not an address\""), "{status}");
 }
 
@@ -299,14 +299,17 @@ async fn an_invalid_address_is_reported() {
 async fn a_wait_for_ready_call_is_served_by_a_new_endpoint() {
     let (changes, channel) = fed();
     insert(&changes, &refusing(), Attributes::new());
-    until("the first has failed", || {
+    until("the first attempt has failed", || {
         channel
             .endpoints()
             .iter()
             .any(|status| status.state == EndpointState::TransientFailure)
     })
     .await;
-    assert!(say(&channel).await.is_err(), "it does not wait by default");
+    assert!(
+        say(&channel).await.is_err(),
+        "a call does not wait by default"
+    );
     let mut client = GreeterClient::new(channel.clone());
     let mut request = Request::new(hello("patient"));
     request.extensions_mut().insert(WaitForReady::new(true));
@@ -331,7 +334,7 @@ async fn a_wait_ends_at_the_deadline_and_the_error_states_its_cause() {
         .timeout(Duration::from_secs(1))
         .addresses([refusing()])
         .connect_lazy();
-    let status = say(&channel).await.expect_err("nobody comes");
+    let status = say(&channel).await.expect_err("no endpoint becomes ready");
     assert_eq!(status.code(), Code::DeadlineExceeded);
     assert!(
         status.message().contains("waiting for an endpoint"),
@@ -363,7 +366,7 @@ async fn the_deadline_applies_to_a_server_that_does_not_respond() {
     assert_eq!(
         reset.expect("a reset"),
         Reason::CANCEL,
-        "the server learns of it"
+        "the server receives a reset"
     );
     idle(&channel).await;
 }
@@ -397,7 +400,7 @@ async fn a_removed_endpoint_gets_no_new_calls_and_finishes_those_in_flight() {
     insert(&changes, &new.address(), Attributes::new());
     ready(&channel, 2).await;
     remove(&changes, &old.address());
-    until("the removal is seen", || {
+    until("the channel applies the removal", || {
         channel
             .endpoints()
             .iter()
@@ -414,8 +417,11 @@ async fn a_removed_endpoint_gets_no_new_calls_and_finishes_those_in_flight() {
         .await
         .expect("no panic")
         .expect("the call in flight is finished");
-    until("it is forgotten", || channel.endpoints().len() == 1).await;
-    until("its connection is closed", || {
+    until("the endpoint is removed from the status", || {
+        channel.endpoints().len() == 1
+    })
+    .await;
+    until("the connection of the endpoint is closed", || {
         old.connections.load(Ordering::SeqCst) == 0
     })
     .await;
@@ -444,7 +450,7 @@ async fn an_endpoint_that_is_no_longer_listed_is_not_picked() {
     loop {
         let listed = channel.endpoints();
         let crate::balance::Pick::Taken(permit) = shared.pick(|_| true) else {
-            unreachable!("one endpoint stays");
+            unreachable!("no endpoint is left");
         };
         let picked = permit.endpoint().address();
         assert!(
@@ -479,13 +485,13 @@ async fn attributes_change_without_a_reconnect() {
         &servers[1].address(),
         Attributes::new().with_weight(9),
     );
-    until("the weight is seen", || {
+    until("the channel applies the weight", || {
         channel.endpoints().iter().any(|status| status.weight == 9)
     })
     .await;
     // Picks use the new weight with the next ready set.
     let heavy = async { while tally(&channel, 400).await["heavy"] <= 300 {} };
-    in_time("the heavy one's share", heavy).await;
+    in_time("the share of the heavy endpoint", heavy).await;
     assert!(
         channel
             .endpoints()
@@ -505,19 +511,29 @@ async fn a_last_resort_serves_only_while_nothing_else_is_ready_and_is_never_dial
         &held.address(),
         Attributes::new().with_last_resort(true),
     );
-    until("the rank is seen", || channel.endpoints()[0].last_resort).await;
-    assert_eq!(tally(&channel, 10).await["held"], 10, "it is all there is");
+    until("the channel applies the rank", || {
+        channel.endpoints()[0].last_resort
+    })
+    .await;
+    assert_eq!(
+        tally(&channel, 10).await["held"],
+        10,
+        "no other endpoint exists"
+    );
     insert(&changes, &fresh.address(), Attributes::new());
     ready(&channel, 2).await;
     let served = async { while !tally(&channel, 1).await.contains_key("fresh") {} };
-    in_time("the new one", served).await;
+    in_time("a call to the new endpoint", served).await;
     assert_eq!(
         tally(&channel, 10).await["fresh"],
         10,
-        "a last resort is for later"
+        "a last resort receives no calls"
     );
     remove(&changes, &fresh.address());
-    until("the removal is seen", || channel.endpoints().len() == 1).await;
+    until("the channel applies the removal", || {
+        channel.endpoints().len() == 1
+    })
+    .await;
     assert_eq!(tally(&channel, 10).await["held"], 10);
 
     let mut stranger = {
@@ -525,7 +541,7 @@ async fn a_last_resort_serves_only_while_nothing_else_is_ready_and_is_never_dial
         held.shut_down().await;
         Raw::start_on(port, |_| ())
     };
-    let status = say(&channel).await.expect_err("its connection is gone");
+    let status = say(&channel).await.expect_err("the connection is closed");
     assert_eq!(status.code(), Code::Unavailable);
     // A new endpoint that is a last resort is not dialled either.
     let other = Raw::start(|_| ());
@@ -538,12 +554,12 @@ async fn a_last_resort_serves_only_while_nothing_else_is_ready_and_is_never_dial
     tokio::time::sleep(Duration::from_millis(1_500)).await;
     assert_eq!(channel.endpoints().len(), 2);
     let dialled = other.connections.load(Ordering::SeqCst);
-    assert_eq!(dialled, 0, "the new one was dialled");
+    assert_eq!(dialled, 0, "the new last resort was dialled");
     assert!(stranger.accepted.try_recv().is_err());
     assert_eq!(
         stranger.connections.load(Ordering::SeqCst),
         0,
-        "it was dialled"
+        "the last resort was dialled"
     );
 }
 
@@ -554,7 +570,7 @@ async fn a_new_registration_ends_the_backoff() {
     // Several failures make the next wait longer than the timeout of the test.
     insert(&changes, &address, Attributes::new().with_generation(1));
     for generation in 2..=4 {
-        until("it fails", || {
+        until("the endpoint is failing", || {
             channel.endpoints()[..]
                 .iter()
                 .any(|status| status.state == EndpointState::TransientFailure)
@@ -581,7 +597,7 @@ async fn a_new_registration_ends_the_backoff() {
     let ((), took) = timed(ready(&channel, 1)).await;
     assert!(
         took < Duration::from_millis(500),
-        "it waited for its backoff: {took:?}"
+        "the dial waited for the backoff: {took:?}"
     );
     drop(server);
 }
@@ -624,7 +640,7 @@ async fn an_outlier_stays_ejected_until_it_is_registered_again() {
             Attributes::new().with_generation(generation),
         );
         ready(&channel, 3).await;
-        until("it is not ejected", || !ejected()).await;
+        until("the endpoint is not ejected", || !ejected()).await;
         let out = async {
             while !ejected() {
                 drop(say(&channel).await);
@@ -667,7 +683,7 @@ async fn a_limit_of_one_stream_serves_a_hundred_callers() {
     assert_eq!(
         channel.endpoints()[0].connections,
         2,
-        "one more is made where streams run out"
+        "a second connection is opened when the streams are used up"
     );
     idle(&channel).await;
 }
@@ -687,9 +703,9 @@ async fn a_caller_that_retries_in_a_loop_does_not_starve_other_tasks() {
     let turn = tokio::spawn(async {});
     let mut calls = 0;
     while !turn.is_finished() {
-        say(&channel).await.expect_err("nobody is there");
+        say(&channel).await.expect_err("no endpoint is ready");
         calls += 1;
-        assert!(calls < 10_000, "the other task has no turn");
+        assert!(calls < 10_000, "the other task is starved");
     }
 }
 
@@ -769,7 +785,7 @@ async fn a_custom_connector_is_used() {
 async fn a_connector_that_panics_is_a_failed_dial() {
     let channel = BalancedChannel::builder()
         .connector(|_| async {
-            panic!("a dialler of the user's") as std::io::Result<tokio::io::DuplexStream>
+            panic!("a panic in a connector") as std::io::Result<tokio::io::DuplexStream>
         })
         .addresses(["127.0.0.1:1"])
         .connect_lazy();
@@ -806,7 +822,7 @@ async fn a_response_without_a_body_is_valid() {
     assert_eq!(
         channel.endpoints()[0].failures,
         0,
-        "that is no failure of the server"
+        "the failure is not counted for the server"
     );
     assert_eq!(channel.endpoints()[0].in_flight, 0);
 }

@@ -40,7 +40,12 @@ async fn avoided_endpoints_get_no_call_while_another_is_ready() {
             let route = avoiding(&avoided);
             assert_eq!(route.address(), None);
             say_by(&channel, &route).await.expect("an answer");
-            went.insert(route.address().expect("it went somewhere").to_string());
+            went.insert(
+                route
+                    .address()
+                    .expect("the address of the call")
+                    .to_string(),
+            );
         }
         let expected = expected.into_iter().cloned().collect();
         assert_eq!(went, expected, "avoiding {avoided:?}");
@@ -48,14 +53,16 @@ async fn avoided_endpoints_get_no_call_while_another_is_ready() {
     let [_, beta_server, gamma_server] = servers;
     beta_server.shut_down().await;
     gamma_server.shut_down().await;
-    until("the others are gone", || {
+    until("the other endpoints are not ready", || {
         let endpoints = channel.endpoints();
         let ready = |status: &&crate::EndpointStatus| status.state == EndpointState::Ready;
         endpoints.iter().filter(ready).count() == 1
     })
     .await;
     let route = avoiding(&[&alpha]);
-    say_by(&channel, &route).await.expect("nobody else is left");
+    say_by(&channel, &route)
+        .await
+        .expect("the last ready endpoint serves");
     assert_eq!(route.address(), Some(alpha.parse().expect("an address")));
 }
 
@@ -102,7 +109,11 @@ async fn a_replaced_connection_gets_no_new_calls_and_its_streams_continue() {
         say_by(&channel, &next).await.expect("an answer");
         channel.reconnect(&next);
         say_by(&channel, &avoiding(&[])).await.expect("an answer");
-        assert_eq!(connections.load(Ordering::SeqCst), round + 1, "a new one");
+        assert_eq!(
+            connections.load(Ordering::SeqCst),
+            round + 1,
+            "a new connection is open"
+        );
     }
     feed.send(hello("still here")).expect("an open stream");
     let reply = in_time("a reply", replies.message()).await;

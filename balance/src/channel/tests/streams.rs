@@ -123,7 +123,7 @@ async fn thousands_of_dropped_streams_fail_no_call() {
     assert_eq!(
         channel.endpoints()[0].last_error,
         None,
-        "the connection has lived through it"
+        "the connection is still open"
     );
     idle(&channel).await;
 }
@@ -162,7 +162,7 @@ async fn the_deadline_applies_to_the_response_stream() {
         status.message().contains("reading the response"),
         "{status}"
     );
-    assert!(next().await.is_none(), "the stream is over");
+    assert!(next().await.is_none(), "the stream has ended");
     idle(&channel).await;
 }
 
@@ -180,7 +180,7 @@ async fn the_deadline_applies_while_messages_are_always_available() {
             Err(status) => break status,
         }
         let read = tokio::time::Instant::now().saturating_duration_since(start);
-        assert!(read < Duration::from_secs(10), "it goes on for ever");
+        assert!(read < Duration::from_secs(10), "the stream does not end");
     };
     assert_eq!(status.code(), Code::DeadlineExceeded);
     idle(&channel).await;
@@ -219,7 +219,7 @@ async fn parked_uploads_do_not_block_other_calls() {
         drop(feed);
         in_time("an upload", call)
             .await
-            .expect("it goes on where it was left");
+            .expect("the upload continues");
     }
     idle(&channel).await;
 }

@@ -32,7 +32,7 @@ pub(super) async fn until(what: &str, mut condition: impl FnMut() -> bool) {
         }
     };
     let held = timeout(PATIENCE, poll).await;
-    assert!(held.is_ok(), "waited in vain until {what}");
+    assert!(held.is_ok(), "timed out waiting until {what}");
 }
 
 pub(super) async fn in_time<T>(what: &str, future: impl Future<Output = T>) -> T {
@@ -283,7 +283,7 @@ pub(super) async fn ready(channel: &BalancedChannel, endpoints: usize) {
     // in batches.
     let published = || channel.0.shared().summary().ready;
     let first_choice = |status: &crate::EndpointStatus| is_ready(status) && !status.last_resort;
-    until("calls can be given to them", || {
+    until("the endpoints are in the ready set", || {
         let statuses = channel.endpoints();
         let first = statuses
             .iter()

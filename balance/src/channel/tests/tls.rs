@@ -86,17 +86,21 @@ async fn the_client_certificate_is_sent_on_request() {
     let channel = secured(&server, tls().identity(certificate, key));
     say(&channel).await.expect("an answer");
 
-    let status = say(&secured(&server, tls())).await.expect_err("nobody");
+    let status = say(&secured(&server, tls()))
+        .await
+        .expect_err("no client certificate");
     assert_eq!(status.code(), Code::Unavailable);
     assert!(
         status.message().contains("ertificate"),
-        "it says why: {status}"
+        "the message names the reason: {status}"
     );
 
     authority.sign("client", "caller.internal");
     let (certificate, key) = (authority.read("client.pem"), authority.read("client.key"));
     let stranger = secured(&server, tls().identity(certificate, key));
-    let status = say(&stranger).await.expect_err("signed by somebody else");
+    let status = say(&stranger)
+        .await
+        .expect_err("signed by another authority");
     assert_eq!(status.code(), Code::Unavailable);
 }
 
@@ -123,7 +127,7 @@ async fn identity_files_are_read_again_and_an_incomplete_pair_is_ignored() {
         .connect_lazy();
     say(&channel)
         .await
-        .expect_err("not the servers' clients' authority");
+        .expect_err("the authority is not trusted by the server");
     clients.sign("client", "caller.internal");
     for name in ["client.pem", "client.key"] {
         std::fs::write(file(name), clients.read(name)).expect("a file");
@@ -168,6 +172,6 @@ async fn verify_dialled_host_is_limited_to_static_addresses() {
         .discover(UnboundedReceiverStream::new(stream))
         .connect_lazy();
     insert(&changes, &server.address(), Attributes::new());
-    let status = say(&channel).await.expect_err("anybody's address");
+    let status = say(&channel).await.expect_err("an address from discovery");
     assert!(status.message().contains("TlsConfig::new"), "{status}");
 }
