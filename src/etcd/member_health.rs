@@ -154,19 +154,25 @@ mod tests {
         let (mut health, now) = (MemberHealth::default(), Instant::now());
         let mut fails = |traffic, failure| health.on_failure(&member(1), traffic, failure, now);
         assert!(!fails(Traffic::Keys, Failure::Timeout));
-        assert!(!fails(Traffic::Leases, Failure::Timeout), "it has its own");
-        assert!(!fails(Traffic::Keys, Failure::Error), "that is an answer");
+        assert!(
+            !fails(Traffic::Leases, Failure::Timeout),
+            "the channel for leases counts separately"
+        );
+        assert!(
+            !fails(Traffic::Keys, Failure::Error),
+            "an error is a response"
+        );
         assert!(!fails(Traffic::Keys, Failure::Timeout));
         assert!(fails(Traffic::Keys, Failure::Timeout));
         assert!(
             !fails(Traffic::Keys, Failure::Timeout),
-            "the new one is new"
+            "a new connection starts without timeouts"
         );
         assert!(fails(Traffic::Keys, Failure::StreamTimeout));
         // A response on the channel for keys does not clear the earlier timeout on the channel for leases.
         health.on_answer(&member(1), Traffic::Keys);
-        assert!(health.avoided(now).is_empty(), "it has answered");
+        assert!(health.avoided(now).is_empty(), "the member has responded");
         let fails = health.on_failure(&member(1), Traffic::Leases, Failure::Timeout, now);
-        assert!(fails, "the second in a row");
+        assert!(fails, "the second timeout in a row");
     }
 }

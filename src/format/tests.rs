@@ -51,7 +51,7 @@ fn attributes_are_read_from_every_location_of_a_format() {
             .expect("valid")
             .weight,
         10,
-        "kitex takes its default for what is not above 0"
+        "kitex uses its default for weights below 1"
     );
     assert_eq!(
         read(r#"{"address":"10.0.0.5:80","weight":1e300}"#)

@@ -207,7 +207,7 @@ mod tests {
             ("etcd://a:1,/svc", "no etcd member"),
             ("etcd://u:p@a:1/svc", "user"),
             ("etcd://a:1/web/svc", "one service"),
-            ("etcd://a:1/svc?key=x", "are the members those"),
+            ("etcd://a:1/svc?key=x", "the members match"),
             ("etcd://a:1/svc#x", "fragment"),
             ("etcd:///a:1", "?key="),
             ("etcd:///a:1,b:1", "?key="),

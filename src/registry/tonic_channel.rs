@@ -191,8 +191,16 @@ mod tests {
         assert_eq!(set.apply(all).len(), 4);
         let lost = vec![remove(1), insert(2, true), remove(3)];
         let steps = [1, 3, 2].map(|port| Step::Remove(address(port)));
-        assert_eq!(set.apply(lost), steps, "the fourth is registered");
-        assert_eq!(set.apply(vec![insert(4, true)]), [], "it is all there is");
+        assert_eq!(
+            set.apply(lost),
+            steps,
+            "the fourth instance is still registered"
+        );
+        assert_eq!(
+            set.apply(vec![insert(4, true)]),
+            [],
+            "the last instance stays"
+        );
         let back = vec![insert(1, false)];
         let steps = [Step::Insert(address(1)), Step::Remove(address(4))];
         assert_eq!(set.apply(back), steps);

@@ -223,7 +223,7 @@ mod tests {
             assert_eq!((mode(cache.file()), mode(&folder)), (0o600, 0o700));
         }
         let files = fs::read_dir(&folder).expect("a directory").count();
-        assert_eq!(files, 1, "no file is left beside it");
+        assert_eq!(files, 1, "no temporary file is left");
     }
 
     #[test]

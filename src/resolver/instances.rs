@@ -343,7 +343,7 @@ mod tests {
         assert_eq!(
             known(&snapshot),
             ["a=1.1.1.1:1"],
-            "the address stays with the other key"
+            "the address is still listed by the other key"
         );
         let applied = apply(&mut snapshot, [delete("/s/a", 5)]);
         assert_eq!(known(&snapshot), [""; 0]);
@@ -373,7 +373,7 @@ mod tests {
         );
         assert_eq!(known(&snapshot), ["a=1.1.1.1:1"]);
         let applied = apply(&mut snapshot, [put("/s/a", "{", 2, 4, 7)]);
-        assert_eq!(applied.rejected, 1, "the next write is another one");
+        assert_eq!(applied.rejected, 1, "the next write counts again");
         apply(&mut snapshot, [delete("/s/a", 5)]);
         assert_eq!(snapshot.len(), 0);
     }
@@ -408,7 +408,7 @@ mod tests {
         assert_eq!(
             again.changed.len(),
             1,
-            "another lease is a fresh registration"
+            "another lease is a new registration"
         );
     }
 }

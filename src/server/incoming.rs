@@ -120,7 +120,7 @@ mod tests {
         drop(incoming);
         assert!(
             std::net::TcpStream::connect(bound).is_err(),
-            "nobody listens"
+            "the listener is closed"
         );
     }
 }

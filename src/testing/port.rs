@@ -70,10 +70,10 @@ mod tests {
     #[test]
     fn a_port_is_reserved_until_it_is_dropped() {
         // The port is outside the candidates, so that no parallel draw can return it.
-        let port = Port::reserve(9_999).expect("nobody draws it");
+        let port = Port::reserve(9_999).expect("the port is outside the range");
         assert!(
             Port::reserve(9_999).is_none(),
-            "a live port is not handed out again"
+            "a reserved port is not allocated again"
         );
         drop(port);
         assert!(

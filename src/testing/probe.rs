@@ -93,7 +93,7 @@ mod tests {
         let term = parse_leading_term(&status("12", r#","leader":"12""#));
         assert_eq!(term, Some(7));
         let term = parse_leading_term(&status("12", r#","leader":"13""#));
-        assert_eq!(term, None, "a follower names somebody else");
+        assert_eq!(term, None, "a follower reports another leader");
         let term = parse_leading_term(&status("12", ""));
         assert_eq!(term, None, "no leader is known");
     }

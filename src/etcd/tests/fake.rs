@@ -268,7 +268,7 @@ fn is_well_formed<T>(fake: &Fake, request: &Request<T>, unary: bool) {
     let asks = asks.is_some_and(|asks| asks == "true");
     fake.insist(asks, "hasleader is missing");
     let deadline = request.metadata().contains_key("grpc-timeout");
-    fake.insist(deadline == unary, "what has an answer has a deadline");
+    fake.insist(deadline == unary, "unary requests have a deadline");
 }
 
 fn range(store: &Store, request: &PbRangeRequest) -> Result<PbRangeResponse, Status> {
@@ -337,8 +337,8 @@ fn txn(store: &mut Store, request: PbTxnRequest) -> Result<PbTxnResponse, Status
                 response: Some(PbTxnOpResponse::ResponseRange(range(store, &request)?)),
             },
             Some(PbTxnOpRequest::RequestPut(put)) => {
-                assert_ne!(put.lease, 0, "nothing is ever put without a lease");
-                assert!(guarded(&put.key), "nothing is put over what was not read");
+                assert_ne!(put.lease, 0, "every put has a lease");
+                assert!(guarded(&put.key), "every put is guarded by a comparison");
                 if !store.leases.contains_key(&put.lease) {
                     return Err(Status::not_found("etcdserver: requested lease not found"));
                 }
@@ -369,7 +369,7 @@ impl PbKvService for Fake {
         request: Request<PbRangeRequest>,
     ) -> Result<Response<PbRangeResponse>, Status> {
         is_well_formed(self, &request, true);
-        self.insist(!request.get_ref().serializable, "a member may lag");
+        self.insist(!request.get_ref().serializable, "reads are linearizable");
         let one = request.get_ref().range_end.is_empty();
         self.script().pages += u32::from(!one && request.get_ref().limit != 1);
         self.admits(&request)?;
@@ -599,4 +599,4 @@ impl PbWatchService for Fake {
 const NEVER: Duration = Duration::from_secs(3_600);
 
 /// The panic message for a poisoned script or store.
-const BROKEN: &str = "every request so far may be made";
+const BROKEN: &str = "an earlier request was not allowed";

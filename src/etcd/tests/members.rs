@@ -24,7 +24,7 @@ async fn leader(cluster: &testing::Etcd) -> usize {
         if let Some(leader) = cluster.leader().await {
             return leader;
         }
-        assert!(since(start) < Duration::from_secs(20), "nobody leads");
+        assert!(since(start) < Duration::from_secs(20), "there is no leader");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -113,7 +113,7 @@ async fn one_frozen_or_dead_member_of_three_delays_one_read() {
     let client = etcd_client::Client::connect(cluster.endpoints(), None).await;
     let client = client.expect("etcd answers");
     few_wait(
-        "all well",
+        "all members healthy",
         &reads(&etcd, 300).await,
         0,
         Duration::from_millis(1_900),
@@ -151,7 +151,7 @@ async fn watch_at(etcd: &Etcd, is_it: impl Fn(&str) -> bool) -> Watch {
         if is_it(&watch.endpoint()) {
             return watch;
         }
-        assert!(since(start) < Duration::from_secs(20), "never there");
+        assert!(since(start) < Duration::from_secs(20), "unreachable");
         drop(watch);
         // The next watch would share the stream otherwise.
         super::rules::until(Duration::from_secs(2), "the stream is closed", || {

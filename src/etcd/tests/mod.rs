@@ -79,7 +79,7 @@ impl World {
             .address("127.0.0.1:1")
             .format(Format::Plain)
             .ttl(TTL);
-        let registration = registration.register().await.expect("all is well");
+        let registration = registration.register().await.expect("no error");
         let resolver = resolver.start();
         resolver.ready().await;
         Self {
@@ -209,8 +209,11 @@ async fn play(seed: u64) {
     );
     // The state must also remain correct.
     sleep(TTL * 2).await;
-    assert!(world.is_right(), "TEST_SEED={seed}: it does not stay");
-    world.registration.deregister().await.expect("all is well");
+    assert!(
+        world.is_right(),
+        "TEST_SEED={seed}: the state does not stay correct"
+    );
+    world.registration.deregister().await.expect("no error");
     let own = world.fake.store().values("/gRPC/second/");
     assert!(own.is_empty(), "TEST_SEED={seed}: {own:?} is left");
 }
@@ -219,7 +222,7 @@ async fn play(seed: u64) {
 #[test]
 fn the_final_set_is_exact_for_any_order_of_etcd_messages() {
     let seeds = seeds();
-    println!("TEST_SEED={seeds:?}; TEST_SEEDS=5000 plays more of them");
+    println!("TEST_SEED={seeds:?}; TEST_SEEDS=5000 runs more seeds");
     let next = AtomicU64::new(seeds.start);
     let play_all = || {
         loop {
@@ -272,7 +275,7 @@ async fn a_deletion_missing_from_the_watch_is_found_by_reconciliation() {
     // A later event does not repair the lost deletion.
     change("4", Some("127.0.0.1:4"));
     assert!(knows(4, 5).await);
-    assert_eq!(fake.script().lost_deletes, 0, "it was lost");
+    assert_eq!(fake.script().lost_deletes, 0, "the deletion was dropped");
     assert!(knows(3, 70).await, "{:?}", resolver.status());
     assert_eq!(resolver.status().repaired, 1);
 }
@@ -283,15 +286,19 @@ async fn leases_use_a_separate_connection() {
     let etcd = fake.etcd(1);
     let key = Key::from("/a");
     let deadline = Duration::from_secs(1);
-    etcd.read(&key).await.expect("all is well");
-    assert_eq!(fake.script().connections, 1, "none for leases without one");
+    etcd.read(&key).await.expect("no error");
+    assert_eq!(
+        fake.script().connections,
+        1,
+        "no connection for leases without a lease"
+    );
     let lease = LeaseId::new(42);
     etcd.grant(lease, TTL, deadline).await.expect("granted");
     etcd.keep_alive(lease, 0, deadline).await.expect("renewed");
-    assert_eq!(fake.script().connections, 2, "one for the leases");
+    assert_eq!(fake.script().connections, 2, "one connection for leases");
     etcd.revoke(lease, deadline).await.expect("revoked");
-    etcd.read(&key).await.expect("all is well");
-    assert_eq!(fake.script().connections, 2, "and no more");
+    etcd.read(&key).await.expect("no error");
+    assert_eq!(fake.script().connections, 2, "no further connection");
     let script = fake.script();
     assert!(
         script.keys_over.is_disjoint(&script.leases_over),

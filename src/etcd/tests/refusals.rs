@@ -164,9 +164,12 @@ async fn a_changed_password_is_reported_and_retried_slowly() {
     sleep(Duration::from_secs(600)).await;
     let asked = fake.script().users.authentications - before;
     // One attempt every 15 to 30 s.
-    assert!((10..=42).contains(&asked), "{asked} times in ten minutes");
-    assert_eq!(resolver.instances().len(), 1, "nothing is removed");
-    let error = resolver.status().last_error.expect("told");
+    assert!(
+        (10..=42).contains(&asked),
+        "{asked} exchanges in ten minutes"
+    );
+    assert_eq!(resolver.instances().len(), 1, "no instance is removed");
+    let error = resolver.status().last_error.expect("an error");
     assert_eq!(error.kind(), EtcdErrorKind::BadCredentials);
     fake.script().users.password = Some("secret".to_owned());
     assert!(arrives(&fake, &resolver, Duration::from_secs(40)).await);
@@ -178,17 +181,17 @@ async fn a_client_without_permission_retries_slowly_until_it_has_permission() {
     fake.script().users.denied = true;
     let resolver = resolver(etcd);
     sleep(Duration::from_secs(600)).await;
-    let error = resolver.status().last_error.expect("told");
+    let error = resolver.status().last_error.expect("an error");
     assert_eq!(error.kind(), EtcdErrorKind::PermissionDenied);
     // One list every 15 to 30 s. A new token is fetched only when the previous one may have expired, because older servers report an
     // expired token with the same text.
     let asked = fake.script().users.authentications;
-    assert!((2..=4).contains(&asked), "{asked} times in ten minutes");
+    assert!((2..=4).contains(&asked), "{asked} exchanges in ten minutes");
     let pages = fake.script().pages;
     assert!((20..=42).contains(&pages), "{pages} lists in ten minutes");
     fake.script().users.denied = false;
     let ready = timeout(Duration::from_secs(40), resolver.ready()).await;
-    ready.expect("it may read");
+    ready.expect("the user has permission");
 }
 
 /// The token that is finally rejected may be newer than the token that lacked the permission.
@@ -201,7 +204,7 @@ async fn a_permission_that_is_revoked_and_restored_is_found_with_a_new_token() {
     fake.script().users.denied = true;
     fake.cut();
     sleep(Duration::from_secs(60)).await;
-    assert_eq!(resolver.instances().len(), 1, "nothing is removed");
+    assert_eq!(resolver.instances().len(), 1, "no instance is removed");
     // A change of the store's users invalidates every token.
     fake.script().users.token += 1;
     fake.script().users.denied = false;
@@ -221,7 +224,7 @@ async fn a_registration_with_a_changed_password_retries_slowly() {
         .ttl(ttl)
         .register()
         .await;
-    let registration = registration.expect("all is well");
+    let registration = registration.expect("no error");
     for renewals_are_checked in [false, true] {
         fake.script().users.renewals_are_checked = renewals_are_checked;
         fake.script().users.password = Some("another".to_owned());
@@ -235,7 +238,10 @@ async fn a_registration_with_a_changed_password_retries_slowly() {
         assert!(watches <= 50, "{watches} watches in ten minutes");
         // At most two attempts per TTL for requests on the key, and one every 15 s for the watch.
         let most = if renewals_are_checked { 160 } else { 130 };
-        assert!((20..most).contains(&asked), "{asked} times in ten minutes");
+        assert!(
+            (20..most).contains(&asked),
+            "{asked} exchanges in ten minutes"
+        );
         fake.script().users.password = Some("secret".to_owned());
         sleep(ttl * 3).await;
         assert!(
@@ -244,7 +250,7 @@ async fn a_registration_with_a_changed_password_retries_slowly() {
             registration.state()
         );
     }
-    registration.deregister().await.expect("all is well");
+    registration.deregister().await.expect("no error");
 }
 
 /// The watch on the key renews the token itself and does not wait for the reads to do so.
@@ -257,7 +263,7 @@ async fn a_rejected_watch_of_a_registration_continues_with_a_new_token() {
     // With this TTL, the registration reads its key only at its renewals, every 20 s.
     let ttl = Duration::from_secs(60);
     let registration = registration.address("127.0.0.1:1").ttl(ttl);
-    let registration = registration.register().await.expect("all is well");
+    let registration = registration.register().await.expect("no error");
     sleep(Duration::from_secs(1)).await;
     fake.script().users.token += 1;
     fake.cut();
@@ -272,8 +278,8 @@ async fn a_rejected_watch_of_a_registration_continues_with_a_new_token() {
         }
     };
     let back = timeout(Duration::from_secs(1), back).await;
-    back.expect("it is seen at once");
-    registration.deregister().await.expect("all is well");
+    back.expect("the change is detected at once");
+    registration.deregister().await.expect("no error");
 }
 
 /// A registration on its own thread must work while the other runtime is busy, so it must not wait for an exchange that the other runtime
@@ -284,14 +290,14 @@ async fn a_detached_client_fetches_its_own_token() {
     let key = Key::from("/a");
     etcd.read(&key).await.expect("a token was fetched");
     let detached = etcd.detached();
-    detached.read(&key).await.expect("it has the token");
+    detached.read(&key).await.expect("the token is shared");
     assert_eq!(fake.script().users.authentications, 1);
     fake.script().users.token += 1;
     // The request starts to fetch a token and is then not polled, as on a busy runtime.
     let mut busy = pin!(etcd.read(&key));
     while fake.script().users.authentications == 1 {
         let step = timeout(Duration::from_millis(1), busy.as_mut()).await;
-        assert!(step.is_err(), "not yet");
+        assert!(step.is_err(), "the request is still waiting");
     }
     let start = Instant::now();
     detached.read(&key).await.expect("a token was fetched");

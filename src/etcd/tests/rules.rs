@@ -55,7 +55,7 @@ pub(super) async fn until(bound: Duration, what: &str, condition: impl Fn() -> b
 async fn a_concurrent_write_between_read_and_put_is_not_overwritten() {
     let fake = Fake::new(1, 0);
     let registered = registration(fake.etcd(2)).register().await;
-    let registered = registered.expect("all is well");
+    let registered = registered.expect("no error");
     let other = 77;
     let long = Duration::from_secs(1_000);
     let leased = (long, Instant::now() + long);
@@ -66,7 +66,10 @@ async fn a_concurrent_write_between_read_and_put_is_not_overwritten() {
         matches!(outcome, Err(RegisterError::Superseded { .. })),
         "{outcome:?}"
     );
-    assert!(fake.script().usurped.is_none(), "it was in between");
+    assert!(
+        fake.script().usurped.is_none(),
+        "the other write came between read and put"
+    );
     sleep(TTL * 3).await;
     assert_eq!(lease(&fake), other);
 }
@@ -83,7 +86,7 @@ async fn a_renewal_from_an_old_raft_term_is_retried_at_another_member() {
         let mut refused_at = Vec::new();
         for _ in 0..2 {
             let stale = etcd.keep_alive(lease, term, DEADLINE).await;
-            let error = stale.expect_err("the term is over");
+            let error = stale.expect_err("a stale term");
             assert_eq!(error.kind(), EtcdErrorKind::StaleTerm);
             refused_at.push(error.endpoint().to_owned());
         }
@@ -100,9 +103,9 @@ async fn a_store_that_was_restored_keeps_its_registrations() {
     let fake = Fake::new(1, 0);
     fake.store().term = 7;
     let registered = registration(fake.etcd(2)).register().await;
-    let registered = registered.expect("all is well");
+    let registered = registered.expect("no error");
     let backup = fake.store().clone();
-    registered.set_weight(9).await.expect("all is well");
+    registered.set_weight(9).await.expect("no error");
     let before = lease(&fake);
     fake.store().restore(&backup, Instant::now());
     fake.tell();
@@ -112,29 +115,33 @@ async fn a_store_that_was_restored_keeps_its_registrations() {
         panic!("{state:?}");
     };
     assert!(last_error.is_none(), "{last_error:?}");
-    assert_eq!(lease(&fake), before, "its lease lives on");
+    assert_eq!(lease(&fake), before, "the lease is unchanged");
     let kv = fake.store().keys[&own_key()].clone();
     let value = String::from_utf8(kv.value).expect("text");
     assert!(value.contains("\"weight\":9"), "{value}");
     // The registration must also detect a deletion of its key.
     fake.store().apply(vec![(own_key(), None)]);
     fake.tell();
-    until(TTL, "the key is back", || lease(&fake) == before).await;
+    until(TTL, "the key is restored", || lease(&fake) == before).await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_key_is_verified_while_its_watch_is_silent() {
     let fake = Fake::new(1, 0);
     let registered = registration(fake.etcd(2)).register().await;
-    let registered = registered.expect("all is well");
+    let registered = registered.expect("no error");
     sleep(Duration::from_secs(1)).await;
     fake.script().lost_deletes = 1;
     fake.store().apply(vec![(own_key(), None)]);
     fake.tell();
     sleep(Duration::from_millis(100)).await;
-    assert_eq!(fake.script().lost_deletes, 0, "it is watched");
-    assert_eq!(lease(&fake), 0, "and the watch has lost it");
-    until(TTL * 3 / 2, "the key is back", || lease(&fake) != 0).await;
+    assert_eq!(
+        fake.script().lost_deletes,
+        0,
+        "the watch received the deletion"
+    );
+    assert_eq!(lease(&fake), 0, "the watch dropped the deletion");
+    until(TTL * 3 / 2, "the key is restored", || lease(&fake) != 0).await;
     assert!(registered.state().is_registered());
 }
 
@@ -170,7 +177,7 @@ async fn a_grant_whose_response_was_lost_can_be_repeated() {
     fake.script().lost_grants = 1;
     let start = Instant::now();
     let registered = registration(fake.etcd(2)).register().await;
-    let _registered = registered.expect("all is well");
+    let _registered = registered.expect("no error");
     assert!(since(start) < TTL / 2, "{:?}", since(start));
     assert_eq!(fake.store().leases.len(), 1, "the same lease");
 }
@@ -180,10 +187,10 @@ async fn no_key_is_written_if_the_store_ignores_the_requested_lease_id() {
     let fake = Fake::new(1, 0);
     fake.script().chooses_leases = true;
     let error = registration(fake.etcd(1)).register().await;
-    let error = error.expect_err("the key would outlive its server");
+    let error = error.expect_err("another lease id");
     let text = error.to_string();
     assert!(text.contains("in place of"), "{text}");
-    assert!(fake.store().keys.is_empty(), "nothing is written");
+    assert!(fake.store().keys.is_empty(), "no key is written");
 }
 
 /// Watches share a stream, and each receives its own events, whether the server numbers the watchers as asked or by itself.
@@ -234,7 +241,7 @@ async fn watches_on_one_stream_receive_their_own_events() {
 async fn constant_weight_changes_do_not_delay_a_renewal_past_its_deadline() {
     let fake = Fake::new(1, 0);
     let registered = registration(fake.etcd(1)).register().await;
-    let registered = registered.expect("all is well");
+    let registered = registered.expect("no error");
     let before = lease(&fake);
     {
         let mut script = fake.script();
@@ -248,7 +255,7 @@ async fn constant_weight_changes_do_not_delay_a_renewal_past_its_deadline() {
         drop(timeout(Duration::from_millis(300), change).await);
         sleep(Duration::from_millis(10)).await;
     }
-    assert_eq!(lease(&fake), before, "the lease was never lost");
+    assert_eq!(lease(&fake), before, "the lease is unchanged");
     assert!(registered.state().is_registered());
 }
 
@@ -257,8 +264,8 @@ async fn a_detached_client_uses_separate_connections() {
     let fake = Fake::new(1, 0);
     let etcd = fake.etcd(1);
     let key = Key::from("/a");
-    etcd.read(&key).await.expect("all is well");
-    etcd.detached().read(&key).await.expect("all is well");
+    etcd.read(&key).await.expect("no error");
+    etcd.detached().read(&key).await.expect("no error");
     assert_eq!(fake.script().connections, 2);
 }
 
@@ -277,7 +284,7 @@ async fn a_stream_that_ends_cleanly_is_reopened_at_once() {
         fake.store().apply(vec![(key, Some((value, 0)))]);
         fake.tell();
         let known = || resolver.instances().len() == round;
-        until(Duration::from_secs(3), "the change is known", known).await;
+        until(Duration::from_secs(3), "the change is applied", known).await;
     }
 }
 
@@ -303,7 +310,7 @@ async fn a_resolver_moves_from_a_member_whose_watch_is_silent() {
         // The bound allows 2 s for the first message, and a backoff. A second watch on the mute member would take another 2 s.
         let bound = Duration::from_millis(3_500);
         let known = || resolver.instances().len() == 2;
-        until(bound, "the change is known", known).await;
+        until(bound, "the change is applied", known).await;
     }
 }
 
@@ -315,13 +322,13 @@ async fn a_registration_moves_from_a_member_whose_watch_becomes_silent() {
         let fake = Fake::new(seed, 0);
         // With this TTL, the registration reads its key only at its renewals, every 20 s.
         let registered = registration(fake.etcd(2)).ttl(TTL * 10).register().await;
-        let registered = registered.expect("all is well");
+        let registered = registered.expect("no error");
         sleep(Duration::from_millis(100)).await;
         fake.script().mute = Some("member0:1");
         sleep(Duration::from_millis(9_300)).await;
         fake.store().apply(vec![(own_key(), None)]);
         fake.tell();
-        until(DEADLINE, "the key is back", || lease(&fake) != 0).await;
+        until(DEADLINE, "the key is restored", || lease(&fake) != 0).await;
         drop(registered);
     }
 }
@@ -331,7 +338,7 @@ async fn a_registration_moves_from_a_member_whose_watch_becomes_silent() {
 async fn a_key_watch_that_cannot_be_opened_is_retried_slowly() {
     let fake = Fake::new(1, 0);
     let registered = registration(fake.etcd(1)).register().await;
-    let registered = registered.expect("all is well");
+    let registered = registered.expect("no error");
     fake.script().mute = Some("member0:1");
     let before = fake.script().watches;
     sleep(Duration::from_secs(600)).await;
@@ -359,10 +366,10 @@ async fn repeated_changes_of_an_address_are_merged() {
                 .iter()
                 .any(|one| one.weight() == weight)
         };
-        until(DEADLINE, "the change is known", known).await;
+        until(DEADLINE, "the change is applied", known).await;
     }
     let Some(Ok(Change::Insert(_, instance))) = resolver.next().await else {
-        panic!("it is there");
+        panic!("no instance is listed");
     };
     assert_eq!(instance.weight(), 50);
     let more = timeout(DEADLINE, resolver.next()).await;
@@ -391,7 +398,7 @@ async fn a_page_larger_than_sixteen_mib_is_rejected() {
     assert_eq!(
         fake.script().pages,
         3,
-        "a whole one in vain, and two halves"
+        "one full page that failed and two halves"
     );
 }
 
@@ -403,7 +410,7 @@ async fn every_key_is_marked_as_leaving_before_its_deletion() {
     for number in 0..150 {
         builder = builder.additional_service(format!("service{number}"));
     }
-    let registered = builder.register().await.expect("all is well");
+    let registered = builder.register().await.expect("no error");
     let goodbyes = |fake: &Fake| {
         let store = fake.store();
         let events = store.history.iter().flat_map(|(_, events)| events);
@@ -412,9 +419,9 @@ async fn every_key_is_marked_as_leaving_before_its_deletion() {
         leaving.count()
     };
     let one = registered.deregister_service("service7").await;
-    one.expect("all is well");
+    one.expect("no error");
     assert_eq!(goodbyes(&fake), 1);
-    registered.deregister().await.expect("all is well");
+    registered.deregister().await.expect("no error");
     assert_eq!(goodbyes(&fake), 151);
 }
 
@@ -437,5 +444,9 @@ async fn a_refused_connection_makes_the_resolver_read_the_key() {
         .connect_lazy();
     let read = || fake.script().reads_of_values > 0;
     until(Duration::from_secs(5), "the key is read", read).await;
-    assert_eq!(channel.endpoints().len(), 1, "it is still registered");
+    assert_eq!(
+        channel.endpoints().len(),
+        1,
+        "the instance is still registered"
+    );
 }

@@ -101,7 +101,7 @@ impl Service<http::Request<Body>> for Authenticate {
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         let fake = self.0.clone();
         let authenticates = request.uri().path() == "/etcdserverpb.Auth/Authenticate";
-        fake.insist(authenticates, "there is nothing else");
+        fake.insist(authenticates, "no other request");
         fake.script().users.authentications += 1;
         Box::pin(async move {
             // A password hash takes time.

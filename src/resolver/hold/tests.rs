@@ -161,13 +161,17 @@ fn an_instance_that_is_registered_again_is_no_longer_held() {
 fn an_instance_marked_as_leaving_is_not_held() {
     let mut fleet = Fleet::of(10);
     fleet.left(0..10);
-    assert_eq!(fleet.hold.len(), 0, "a planned pause of everything");
+    assert_eq!(fleet.hold.len(), 0, "a planned pause of all instances");
 
     let mut fleet = Fleet::of(10);
     fleet.left(0..6);
     fleet.gone([6]);
     fleet.gone([7]);
-    assert_eq!(fleet.hold.len(), 0, "2 of 4 are left, and 4 were to be");
+    assert_eq!(
+        fleet.hold.len(),
+        0,
+        "half of the four expected instances are left"
+    );
     fleet.gone([8]);
     assert!(fleet.hold.get(&address(8)).is_some());
     fleet.left([9]);
@@ -187,7 +191,7 @@ fn a_replaced_fleet_is_not_held() {
         fleet.here([20 + number]);
         fleet.pass(500);
     }
-    assert_eq!(fleet.hold.len(), 0, "one after another");
+    assert_eq!(fleet.hold.len(), 0, "one by one");
 }
 
 #[test]
@@ -235,11 +239,7 @@ fn held_instances_are_chosen_at_random() {
         kept.sort();
         kept
     };
-    assert_ne!(
-        kept(1),
-        kept(2),
-        "or all clients would keep to the same servers"
-    );
+    assert_ne!(kept(1), kept(2), "clients hold different instances");
 }
 
 /// A direct implementation of the rule over the whole history.
@@ -342,7 +342,7 @@ proptest! {
                 .iter()
                 .filter(|(number, _)| hold.get(&address(*number)).is_some())
                 .collect();
-            prop_assert!(fresh.iter().all(|(_, planned)| !planned), "who leaves on purpose is not held");
+            prop_assert!(fresh.iter().all(|(_, planned)| !planned), "an instance marked as leaving is not held");
             prop_assert_eq!(fresh.len(), expected);
             model.held.extend(fresh.iter().map(|(number, _)| (address(*number), now + LENGTH)));
             model.conclude();

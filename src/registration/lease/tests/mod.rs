@@ -215,7 +215,7 @@ impl Player {
                 }
                 self.machine.on_revoked(delivered(fate, ()), self.now);
             }
-            Command::Delete { .. } => panic!("one of one key is never removed"),
+            Command::Delete { .. } => panic!("a lone key was removed"),
             Command::Wait { until } => {
                 let bound = self.now + TTL;
                 self.now = until.map_or(bound, |until| until.min(bound)).max(self.now);
@@ -347,8 +347,8 @@ proptest! {
             let fate = if player.rng.u8(..) < 60 { Fate::AnswerLost } else { Fate::Good };
             player.step(fate);
         }
-        let first = player.store.owners.iter().position(|owner| *owner == other).expect("it has written");
-        assert!(player.store.owners[first..].iter().all(|owner| *owner == other), "nobody writes over the other");
+        let first = player.store.owners.iter().position(|owner| *owner == other).expect("the other server has written");
+        assert!(player.store.owners[first..].iter().all(|owner| *owner == other), "no later write replaces the other server's key");
         for _ in 0..20 {
             player.deliver();
             player.step(Fate::Good);
@@ -374,7 +374,7 @@ proptest! {
         let mut steps = 0;
         while player.step(Fate::Good) != Command::End {
             steps += 1;
-            assert!(steps < 20, "it does not end: {:?}", player.machine);
+            assert!(steps < 20, "the machine does not end: {:?}", player.machine);
         }
         assert_eq!(player.store.key, None);
         assert_eq!(player.machine.phase(player.now), Phase::Deregistered);
@@ -409,7 +409,7 @@ fn a_lease_is_renewed_at_a_third_of_its_ttl_and_a_failure_is_retried_at_once() {
     );
     player.step(Fate::Lost);
     let Command::Renew { deadline, .. } = player.machine.command(player.now) else {
-        panic!("the second try follows at once")
+        panic!("no second attempt follows")
     };
     assert_eq!(deadline, TTL / 6);
 }
@@ -423,7 +423,7 @@ fn without_a_response_the_old_lease_is_retried_every_quarter_of_the_ttl() {
         if let Command::Renew { .. } = player.step(Fate::Lost) {
             if let Some(last) = last.replace(player.now) {
                 let gap = player.now.saturating_duration_since(last);
-                assert!(gap <= TTL / 4 + TTL / 6, "{gap:?} between two tries");
+                assert!(gap <= TTL / 4 + TTL / 6, "{gap:?} between two attempts");
             } else {
                 // The first attempt is due after a third of the TTL.
             }
@@ -432,11 +432,11 @@ fn without_a_response_the_old_lease_is_retried_every_quarter_of_the_ttl() {
     assert_eq!(
         player.machine.phase(player.now),
         Phase::Registering,
-        "after a TTL of silence nobody can know"
+        "the lease may have expired"
     );
     assert!(
         player.machine.lease.is_some(),
-        "only etcd can say that a lease is gone"
+        "a lease is only dropped after a response of etcd"
     );
 }
 
@@ -494,7 +494,7 @@ fn a_response_from_an_old_raft_term_renews_nothing() {
     let again = player.machine.command(later);
     assert!(
         matches!(again, Command::Renew { term: 5, .. }),
-        "it is renewed again at once, and not {again:?}"
+        "the renewal is repeated at once, not {again:?}"
     );
 }
 
@@ -519,16 +519,19 @@ fn a_restored_store_is_detected() {
         player.step(Fate::Good);
     }
     assert!(player.is_registered(), "{:?}", player.machine);
-    assert!(player.machine.expires() > before, "renewals count");
+    assert!(
+        player.machine.expires() > before,
+        "the renewal extends the lease"
+    );
     assert_eq!(
         player.machine.lease.map(|lease| lease.id),
         lease.map(|lease| lease.id),
-        "the lease is a good one"
+        "the lease is kept"
     );
     assert_eq!(
         player.store.owners.len(),
         writes + 1,
-        "the value is put back, once"
+        "the value is written once"
     );
     // Later changes of the key are still detected.
     player.store.delete();
@@ -563,7 +566,7 @@ fn a_full_store_and_a_lost_leader_are_transient_errors() {
         assert_eq!(
             player.machine.lease.map(|lease| lease.id),
             lease,
-            "{kind:?} must not give the lease up"
+            "{kind:?} must keep the lease"
         );
         assert!(player.is_registered());
     }
@@ -633,7 +636,10 @@ fn raft_terms_start_again_after_a_wipe() {
     for _ in 0..10 {
         player.step(Fate::Good);
     }
-    assert!(player.machine.expires() > expires, "renewals count");
+    assert!(
+        player.machine.expires() > expires,
+        "the renewal extends the lease"
+    );
     assert!(player.is_registered());
 }
 
@@ -653,10 +659,10 @@ fn a_rejected_renewal_is_retried_while_the_lease_is_valid() {
             other => panic!("{other:?}"),
         }
     }
-    assert!(tries >= 3, "{tries} tries");
+    assert!(tries >= 3, "{tries} attempts");
     assert!(
         player.settle() <= TTL / 4,
-        "what is set right in time has cost nothing"
+        "the lease survives a short outage"
     );
     assert_eq!(player.store.owners.len(), 1, "the key was never lost");
 }
@@ -771,7 +777,7 @@ fn a_rejected_renewal_is_retried_twice_per_ttl_once_the_lease_may_have_expired()
     let (tries, longest) = failing_renewals(&mut player, EtcdErrorKind::PermissionDenied, time);
     assert!(
         (100..=201).contains(&tries),
-        "{tries} tries in a hundred TTLs"
+        "{tries} attempts in a hundred TTLs"
     );
     assert!(longest <= TTL, "{longest:?}");
 }

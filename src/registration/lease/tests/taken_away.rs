@@ -28,7 +28,7 @@ impl Pair {
     }
 
     fn lease(&self) -> LeaseId {
-        self.machine.lease.expect("there is one").id
+        self.machine.lease.expect("a lease").id
     }
 
     fn step(&mut self) -> Command {
@@ -91,7 +91,7 @@ fn a_rejected_deletion_does_not_affect_other_keys() {
     let refused = Err(error(EtcdErrorKind::PermissionDenied));
     pair.machine.on_deleted(1, refused, pair.now);
     let Command::Wait { until: Some(until) } = pair.machine.command(pair.now) else {
-        panic!("it is not deleted again at once");
+        panic!("the deletion is repeated at once");
     };
     assert!(until > pair.now);
     let lost = Event::Delete {
@@ -172,7 +172,7 @@ fn a_key_is_deleted_after_the_old_lease_is_revoked() {
 #[test]
 fn a_revoke_without_a_response_is_repeated_after_the_key_has_a_new_lease() {
     let mut player = Player::registered(20);
-    let old = player.machine.lease.expect("there is one").id;
+    let old = player.machine.lease.expect("a lease").id;
     player.machine.on_pause();
     player.step(Fate::Good);
     assert!(matches!(player.step(Fate::Lost), Command::Revoke { .. }));
@@ -238,7 +238,7 @@ fn a_lease_id_that_is_in_use_is_not_adopted() {
     let mut player = Player::new(23);
     let exists = || Err(error(EtcdErrorKind::LeaseExists));
     let Command::Grant { lease, .. } = player.machine.command(player.now) else {
-        panic!("a grant comes first");
+        panic!("the first command is not a grant");
     };
     // No earlier grant used this lease id.
     player
@@ -246,7 +246,7 @@ fn a_lease_id_that_is_in_use_is_not_adopted() {
         .on_granted(lease, exists(), player.now, player.now);
     player.now += TTL;
     let Command::Grant { lease: other, .. } = player.machine.command(player.now) else {
-        panic!("another one is asked for");
+        panic!("no other lease is requested");
     };
     assert_ne!(other, lease);
     // An earlier grant used this lease id, so the lease is the registration's own.

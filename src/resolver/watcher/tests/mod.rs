@@ -310,10 +310,7 @@ impl Player {
             ),
             Command::Read(key) => machine.on_read(key.clone(), Ok(self.store.value(key)), self.now),
             Command::RenewToken(wait) | Command::Wait(wait) => {
-                assert!(
-                    *wait >= BACKOFF_FIRST / 2,
-                    "waits have a floor, or a failure becomes a loop"
-                );
+                assert!(*wait >= BACKOFF_FIRST / 2, "every wait has a minimum");
                 self.now += *wait;
                 match self.command {
                     Command::RenewToken(_) => {
@@ -335,7 +332,7 @@ impl Player {
                 let before = facts.insert(key.clone(), revision);
                 assert!(
                     before <= Some(revision),
-                    "{key} goes back in time: {before:?}, {event:?}"
+                    "{key} reverts to an older revision: {before:?}, {event:?}"
                 );
             }
         }
@@ -365,7 +362,7 @@ impl Player {
         }
         assert!(
             self.is_idle(),
-            "the machine does not come to rest: {:?}",
+            "the machine does not become idle: {:?}",
             self.command
         );
         let decoder = Decoder::default();
@@ -379,7 +376,7 @@ impl Player {
         }
         for instance in self.snapshot.instances() {
             let key = Key::from(instance.location().expect("read").key());
-            assert!(listed.contains_key(&key), "{key} is a ghost");
+            assert!(listed.contains_key(&key), "{key} is stale");
             if let Some(address) = good.get(&key) {
                 assert_eq!(instance.address(), address, "{key} has an old value");
             }
@@ -418,7 +415,7 @@ fn listed(player: &mut Player) {
         }
         player.step(false);
     }
-    panic!("the machine does not come to rest");
+    panic!("the machine does not become idle");
 }
 
 fn populated(seed: u64) -> Player {
@@ -464,12 +461,12 @@ fn reopened(player: &mut Player) -> Key {
     assert!(matches!(wait, Command::Wait(_)));
     assert!(
         player.machine.report.trouble.is_some(),
-        "the trouble is visible"
+        "the report contains the error"
     );
     assert_eq!(player.machine.on_wake(), Command::Watch(revision));
     match player.machine.on_watch_opened(player.now) {
         Command::Check(key) => key,
-        other => panic!("a watch is checked when it is opened, not {other:?}"),
+        other => panic!("a new watch starts with a check, not {other:?}"),
     }
 }
 
@@ -501,7 +498,7 @@ fn a_store_with_a_lower_revision_or_missing_keys_is_listed_again() {
         let mut player = populated(2);
         let key = reopened(&mut player);
         let (mut header, found) = player.store.read(&key);
-        let mut found = found.expect("it is there");
+        let mut found = found.expect("the key exists");
         match damage {
             "revision" => header.revision = Revision::new(header.revision.get() - 1),
             "term" => header.raft_term -= 1,
@@ -604,7 +601,7 @@ fn a_watch_without_progress_on_a_backlog_is_replaced_by_a_list() {
         let mut player = populated(2);
         reopened(&mut player);
         let mut once = || is_followed_by_a_list(&mut player, ahead, brings, silent, lives);
-        assert!(!once(), "the next one goes to another member");
+        assert!(!once(), "the next watch uses another member");
         assert_eq!(once(), lists, "{:?}", (ahead, brings, lives));
     }
     // Watches that are cut before they deliver anything: the third in a row causes a list.
@@ -686,7 +683,7 @@ fn every_linearizable_response_raises_the_known_revision() {
             .on_checked(Ok((behind, checked(&found))), player.now);
         assert!(
             matches!(next, Command::List(_)),
-            "after a {answer} the store went back, and not {next:?}"
+            "a lower revision after a {answer} causes a list, not {next:?}"
         );
     }
 }
@@ -707,11 +704,7 @@ fn a_list_that_fails_the_check_is_repeated_once() {
     }
     assert!(matches!(command, Command::Watch(_)));
     let next = player.machine.on_watch_opened(player.now);
-    assert_eq!(
-        next,
-        Command::Receive,
-        "or a set that changes all the time would be listed for ever"
-    );
+    assert_eq!(next, Command::Receive, "the list is repeated only once");
 }
 
 #[test]
@@ -719,7 +712,7 @@ fn a_key_written_again_by_its_owner_is_not_a_store_change() {
     let mut player = populated(2);
     let key = reopened(&mut player);
     let (header, found) = player.store.read(&key);
-    let mut found = found.expect("it is there");
+    let mut found = found.expect("the key exists");
     found.mod_revision = Revision::new(header.revision.get() + 5);
     assert_eq!(
         player
@@ -790,7 +783,7 @@ fn a_fragmented_revision_is_applied_atomically() {
     assert_eq!(
         player.machine.report.revision.get(),
         revision + 1,
-        "it is asked for again"
+        "the incomplete revision is requested again"
     );
 
     let mut player = populated(5);
@@ -829,7 +822,7 @@ fn a_lagging_member_causes_one_check_and_no_list() {
         .machine
         .on_message(message(revision - 1, Vec::new(), false))
     else {
-        panic!("a lower header is looked into")
+        panic!("the lower revision is not checked")
     };
     let answer = player.store.read(&key);
     assert_eq!(
@@ -841,7 +834,7 @@ fn a_lagging_member_causes_one_check_and_no_list() {
             .machine
             .on_message(message(revision - 1, Vec::new(), false)),
         Command::Receive,
-        "once per stream"
+        "one check per stream"
     );
 }
 
@@ -866,7 +859,7 @@ fn a_list_compacted_three_times_is_no_longer_pinned_to_a_revision() {
     machine.on_wake();
     for round in 0..4 {
         let Command::List(second) = machine.on_page(Ok(page(10 + round))) else {
-            panic!("there is more")
+            panic!("no further page is requested")
         };
         let pinned = if round < 3 { 10 + round } else { 0 };
         assert_eq!(second.revision.get(), pinned, "round {round}");
@@ -885,7 +878,7 @@ fn a_list_compacted_three_times_is_no_longer_pinned_to_a_revision() {
     assert_eq!(
         machine.on_page(Ok(last)),
         Command::Watch(Revision::new(13)),
-        "the watch begins where the first page was"
+        "the watch starts after the revision of the first page"
     );
 }
 
@@ -920,7 +913,7 @@ fn a_page_that_is_too_large_is_halved_until_one_key_is_skipped() {
     assert_eq!(
         next.range.start,
         kv.key.successor(),
-        "it goes on after the key"
+        "the next page starts after the key"
     );
     assert!(!next.keys_only);
     machine.on_page(Ok(Page::default()));
@@ -995,7 +988,7 @@ fn a_wrong_password_is_retried_slowly_and_reported() {
         let next = player.machine.on_token(wrong);
         assert!(
             matches!(next, Command::Wait(wait) if wait >= OPERATOR_WAIT / 2),
-            "each try costs etcd a hash of the password, not {next:?}"
+            "each attempt costs a password hash, so it waits, not {next:?}"
         );
         let trouble = player.machine.report.trouble.as_ref();
         let kind = trouble.map(EtcdError::kind);
@@ -1027,7 +1020,7 @@ fn an_event_that_is_too_large_is_listed_and_skipped() {
     assert_eq!(
         next,
         Command::Watch(Revision::new(revision + 2)),
-        "at the revision itself it would come again"
+        "the watch starts after the skipped event"
     );
 }
 
@@ -1063,7 +1056,7 @@ fn a_key_whose_new_value_is_too_large_keeps_its_last_good_value() {
         };
         machine.on_page(Ok(page(&larger)));
         assert!(machine.take_update().is_empty(), "nothing is deleted");
-        assert_eq!(machine.report.oversized, 1, "it is counted once");
+        assert_eq!(machine.report.oversized, 1, "the key is counted once");
         machine.on_watch_ended(error(EtcdErrorKind::Compacted), Instant::now());
     }
 }

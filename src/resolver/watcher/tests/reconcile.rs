@@ -50,13 +50,7 @@ fn key(name: &str) -> Key {
 }
 
 fn some_key(player: &Player) -> Key {
-    player
-        .machine
-        .keys
-        .keys()
-        .next()
-        .expect("there are keys")
-        .clone()
+    player.machine.keys.keys().next().expect("a key").clone()
 }
 
 proptest! {
@@ -108,8 +102,12 @@ fn a_lost_delete_is_found_by_the_next_list_and_the_watch_is_reopened() {
     assert!(!player.machine.keys.contains_key(&gone));
     let report = &player.machine.report;
     assert_eq!((report.repaired, report.lists), (1, before.lists));
-    assert_eq!(report.watches, before.watches + 1, "it has lost something");
-    assert_eq!(report.reads, 1, "one key is in doubt");
+    assert_eq!(
+        report.watches,
+        before.watches + 1,
+        "the watch is reopened after a loss"
+    );
+    assert_eq!(report.reads, 1, "one suspect key is read");
 }
 
 #[test]
@@ -130,7 +128,7 @@ fn a_lost_put_is_found_by_the_next_list() {
 fn a_list_is_compared_by_revision_and_by_lease() {
     for difference in ["lease", "mod revision", "create revision"] {
         let mut player = populated(22);
-        let due = player.machine.due().expect("a list is due some time");
+        let due = player.machine.due().expect("a list is due");
         let request = player.machine.on_time(due);
         assert!(matches!(request, Command::Reconcile(_)), "{request:?}");
         let mut page = whole(&player.store);
@@ -142,7 +140,7 @@ fn a_list_is_compared_by_revision_and_by_lease() {
         }
         let doubted = kv.key.clone();
         assert_eq!(player.machine.on_names(Ok(page), due), Command::Receive);
-        let settled = player.machine.due().expect("there is a suspect");
+        let settled = player.machine.due().expect("a suspect key");
         let mut next = player.machine.on_time(settled);
         if next == Command::Receive {
             next = player.machine.on_time(settled);
@@ -177,14 +175,14 @@ fn a_change_in_flight_is_awaited() {
     let late = some_key(&player);
     // The store contains the delete, but the watch has not sent it yet.
     player.store.delete(&late);
-    let due = player.machine.due().expect("a list is due some time");
+    let due = player.machine.due().expect("a list is due");
     let Command::Reconcile(request) = player.machine.on_time(due) else {
-        panic!("it is due")
+        panic!("no reconciliation is due")
     };
     assert!(request.keys_only);
     let page = whole(&player.store);
     assert_eq!(player.machine.on_names(Ok(page), due), Command::Receive);
-    let settled = player.machine.due().expect("there is a suspect");
+    let settled = player.machine.due().expect("a suspect key");
     assert_eq!(settled, due + Duration::from_secs(5));
     player.machine.on_message(message(
         player.store.revision,
@@ -225,7 +223,7 @@ fn a_put_older_than_a_read_does_not_restore_the_key() {
     player
         .machine
         .on_message(message(before + 1, vec![put], false));
-    assert_eq!(player.machine.take_update(), [], "it is gone");
+    assert_eq!(player.machine.take_update(), [], "the key stays deleted");
     // A later registration restores the key.
     player.store.put(&gone, "10.9.9.9:4");
     let again = player.store.history.last().expect("a put").clone();
@@ -289,7 +287,7 @@ fn reads_of_many_clients_are_spread_over_two_seconds() {
         let reads = reads.count();
         assert!(
             (10..=40).contains(&reads),
-            "{reads} of 100 from {from:?} on"
+            "{reads} of 100 reads after {from:?}"
         );
     }
 }
@@ -337,7 +335,7 @@ fn lists_that_were_due_during_an_outage_are_spread_over_an_interval() {
             .on_watch_ended(error(EtcdErrorKind::Unavailable), player.now);
         player.machine.on_wake();
         player.machine.on_watch_opened(later);
-        let due = player.machine.due().expect("a list is due some time");
+        let due = player.machine.due().expect("a list is due");
         waits.push(due.saturating_duration_since(later));
     }
     assert!(waits.iter().all(|wait| *wait <= RECONCILE), "{waits:?}");
@@ -358,9 +356,9 @@ fn lists_that_were_due_during_an_outage_are_spread_over_an_interval() {
 fn a_read_from_another_store_causes_a_list() {
     for damage in ["revision", "cluster", "mod revision"] {
         let mut player = populated(27);
-        let doubted = player.machine.newest().expect("there are keys");
+        let doubted = player.machine.newest().expect("a key");
         let (mut header, found) = player.store.value(&doubted);
-        let mut found = found.expect("it is there");
+        let mut found = found.expect("the key exists");
         match damage {
             "revision" => header.revision = Revision::new(header.revision.get() - 1),
             "cluster" => header.cluster_id += 1,
@@ -376,7 +374,7 @@ fn a_read_from_another_store_causes_a_list() {
 #[test]
 fn a_failed_list_changes_nothing_and_is_repeated_later() {
     let mut player = populated(28);
-    let due = player.machine.due().expect("a list is due some time");
+    let due = player.machine.due().expect("a list is due");
     assert!(matches!(player.machine.on_time(due), Command::Reconcile(_)));
     let failed = Err(error(EtcdErrorKind::Unavailable));
     assert_eq!(player.machine.on_names(failed, due), Command::Receive);

@@ -223,7 +223,7 @@ fn change(update: &[Event]) -> &'static str {
 fn table() -> String {
     let mut table = String::new();
     for (input, play) in INPUTS {
-        writeln!(table, "{input}").expect("a string takes all");
+        writeln!(table, "{input}").expect("write to a string");
         for (start, machine) in STATES {
             let mut machine = machine();
             machine.take_update();
@@ -235,7 +235,7 @@ fn table() -> String {
                 command(&next),
                 outcome.trim_end()
             )
-            .expect("a string takes all");
+            .expect("write to a string");
         }
     }
     table
