@@ -66,7 +66,9 @@ async fn a_non_grpc_answer_is_reported_with_its_code_and_origin() {
     for (answer, http, code) in ANSWERS {
         let peer = Peer::answering(answer).await;
         let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
-        let error = say(&channel, ms(2_000)).await.expect_err("it is no answer");
+        let error = say(&channel, ms(2_000))
+            .await
+            .expect_err("a non-gRPC response");
         if error.code() != code {
             wrong.push((http, code, error));
             continue;
@@ -76,9 +78,7 @@ async fn a_non_grpc_answer_is_reported_with_its_code_and_origin() {
             support::greeter::greeter_client::GreeterClient::new(channel.clone()),
             hello(),
         );
-        let error = streamed
-            .await
-            .expect_err("it is no answer to a stream either");
+        let error = streamed.await.expect_err("a non-gRPC response to a stream");
         assert_eq!(error.code(), code, "{answer:?}: {error:?}");
         assert_named(&error, &peer, http, answer);
     }
@@ -97,7 +97,9 @@ async fn a_non_grpc_answer_counts_as_a_failure_and_is_the_last_error() {
         let peer = Peer::answering(answer).await;
         let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
         for _ in 0..5 {
-            say(&channel, ms(2_000)).await.expect_err("it is no answer");
+            say(&channel, ms(2_000))
+                .await
+                .expect_err("a non-gRPC response");
         }
         let shown = status(&channel, peer.address);
         let error = shown.last_error.clone().unwrap_or_default();
@@ -107,7 +109,7 @@ async fn a_non_grpc_answer_counts_as_a_failure_and_is_the_last_error() {
     }
     assert!(
         wrong.is_empty(),
-        "each such call is a failure of the endpoint, and `last_error` names what it answers: {wrong:#?}"
+        "each call must count as a failure, and `last_error` must contain the HTTP status: {wrong:#?}"
     );
 }
 
@@ -118,9 +120,13 @@ async fn a_response_without_trailers_is_an_error_and_a_failure() {
     for unary in [true, false] {
         let client = support::greeter::greeter_client::GreeterClient::new(channel.clone());
         let error = if unary {
-            send(&channel, hello()).await.expect_err("it has no status")
+            send(&channel, hello())
+                .await
+                .expect_err("a response without a status")
         } else {
-            stream(client, hello()).await.expect_err("it has no status")
+            stream(client, hello())
+                .await
+                .expect_err("a response without a status")
         };
         assert!(
             [Code::Unknown, Code::Internal].contains(&error.code()),
@@ -128,16 +134,16 @@ async fn a_response_without_trailers_is_an_error_and_a_failure() {
         );
         assert!(
             error.message().contains("without") && names_the_end(error.message()),
-            "the message names what is missing: {error:?}"
+            "the message must name the missing part: {error:?}"
         );
         assert!(
             error.message().contains(&peer.address.to_string()),
-            "and where: {error:?}"
+            "the message must name the server: {error:?}"
         );
     }
     let known = status(&channel, peer.address);
-    assert_eq!(known.failures, 2, "each is a failure of the endpoint");
-    let error = known.last_error.expect("what is wrong with it shows");
+    assert_eq!(known.failures, 2, "each call is a failure of the endpoint");
+    let error = known.last_error.expect("the last error");
     assert!(names_the_end(&error), "{error}");
 }
 
@@ -183,7 +189,7 @@ fn as_f64(count: usize) -> f64 {
     f64::from(u32::try_from(count).unwrap())
 }
 
-async fn gets_hardly_a_call(good: usize) {
+async fn gets_few_calls(good: usize) {
     let mut wrong = Vec::new();
     for answer in [
         html(200),
@@ -200,18 +206,18 @@ async fn gets_hardly_a_call(good: usize) {
     }
     assert!(
         wrong.is_empty(),
-        "at most one call of a hundred goes to a server that answers none, beside {good}: {wrong:#?}"
+        "a failing server must get at most one call of a hundred, beside {good}: {wrong:#?}"
     );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_with_non_grpc_answers_gets_few_calls_beside_one_good_server() {
-    gets_hardly_a_call(1).await;
+    gets_few_calls(1).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_with_non_grpc_answers_gets_few_calls_beside_four_good_servers() {
-    gets_hardly_a_call(4).await;
+    gets_few_calls(4).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -270,7 +276,7 @@ async fn a_server_of_another_protocol_is_never_picked_and_is_named() {
     }
     assert!(
         wrong.is_empty(),
-        "`last_error` names what the peer speaks: {wrong:#?}"
+        "`last_error` must name the protocol of the peer: {wrong:#?}"
     );
 }
 
@@ -281,7 +287,7 @@ async fn a_call_with_only_servers_of_another_protocol_names_the_protocol() {
         let channel = lazily(BalancedChannel::builder(), &[foreign.address.to_string()]);
         let error = say(&channel, ms(5_000))
             .await
-            .expect_err("it is no gRPC server");
+            .expect_err("a server without gRPC");
         assert_eq!(error.code(), Code::Unavailable, "{error:?}");
         assert!(
             error.message().contains(speaks.name()),
@@ -302,6 +308,9 @@ async fn a_server_that_recovers_gets_calls_again() {
     sick.set(Manner::default());
     let before = sick.requests();
     // The channel forgets an estimate within seconds.
-    eventually("it serves again", async || sick.requests() > before + 100).await;
+    eventually("the server receives calls again", async || {
+        sick.requests() > before + 100
+    })
+    .await;
     callers.stopped().await;
 }

@@ -49,7 +49,7 @@ async fn calls_go_well(
             connections >= executed / requests as usize,
             "{what}: {connections} connections for {executed} requests"
         ),
-        _ => assert!(connections > servers, "{what}: connections have ended"),
+        _ => assert!(connections > servers, "{what}: connections are closed"),
     }
 }
 
@@ -173,7 +173,7 @@ async fn streams_open_at_a_goaway_are_finished() {
                     replies: 20,
                 };
                 let replies = stream(client, with_deadline(wanted)).await?;
-                assert_eq!(replies, 20, "a stream that ends well is whole");
+                assert_eq!(replies, 20, "a finished stream is complete");
                 Ok(())
             });
             all_well(callers, ms(1_000), &format!("streams, {servers} servers")).await;
@@ -197,19 +197,28 @@ async fn a_long_call_finishes_on_its_connection_while_a_new_connection_serves() 
         let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
         let called = channel.clone();
         let long = tokio::spawn(async move { say(&called, ms(5_000)).await });
-        eventually("the long call is there", async || peer.executed() == 1).await;
-        eventually("a successor is there", async || peer.connections() >= 2).await;
+        eventually("the long call is received", async || peer.executed() == 1).await;
+        eventually("a second connection is open", async || {
+            peer.connections() >= 2
+        })
+        .await;
         peer.set(Manner::default());
-        assert!(!long.is_finished(), "{how:?}: the long call is not lost");
+        assert!(
+            !long.is_finished(),
+            "{how:?}: the long call is still running"
+        );
         for _ in 0..20 {
             say(&channel, ms(1_000))
                 .await
-                .expect("the successor serves");
+                .expect("the second connection serves the call");
         }
-        assert!(!long.is_finished(), "{how:?}: nothing had to wait for it");
+        assert!(
+            !long.is_finished(),
+            "{how:?}: no call waited for the long call"
+        );
         long.await
             .unwrap()
-            .expect("a call that was open at the GOAWAY ends well");
+            .expect("a call open at the GOAWAY succeeds");
     }
 }
 
@@ -219,7 +228,7 @@ async fn fifty_endpoints_that_close_repeatedly_fail_no_call() {
     let channel = over(BalancedChannel::builder(), &addresses(&peers)).await;
     let calls = all_well(Callers::start(&channel, 16), ms(3_000), "50 servers").await;
     let unused = peers.iter().filter(|peer| peer.executed() == 0).count();
-    assert_eq!(unused, 0, "all of them stay in use, over {calls} calls");
+    assert_eq!(unused, 0, "all servers receive calls, over {calls} calls");
 }
 
 #[cfg(feature = "tls")]

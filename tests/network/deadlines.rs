@@ -75,7 +75,7 @@ async fn enforced(how: Enforce) {
     }
     assert!(
         wrong.is_empty(),
-        "a deadline that the server enforces is still the deadline, and no failure of the connection: {wrong:#?}"
+        "a deadline enforced by the server must be DEADLINE_EXCEEDED and no failure of the connection: {wrong:#?}"
     );
 }
 
@@ -98,7 +98,7 @@ async fn a_call_whose_deadline_has_passed_is_not_sent() {
             for unary in [true, false] {
                 for _ in 0..50 {
                     let error = call(channel.clone(), deadline, unary).await;
-                    let error = error.expect_err("it has passed");
+                    let error = error.expect_err("the deadline has passed");
                     assert_eq!(error.code(), Code::DeadlineExceeded, "{error:?}");
                 }
             }
@@ -110,9 +110,13 @@ async fn a_call_whose_deadline_has_passed_is_not_sent() {
             assert_eq!(
                 peer.executed(),
                 1,
-                "{deadline:?}: no server works for a call that is over"
+                "{deadline:?}: an expired call is not executed"
             );
-            assert_eq!(peer.requests(), 1, "{deadline:?}: it is not even sent");
+            assert_eq!(
+                peer.requests(),
+                1,
+                "{deadline:?}: an expired call is not sent"
+            );
         }
     }
 }
@@ -130,14 +134,14 @@ async fn a_call_whose_deadline_passes_between_attempts_is_not_resent() {
         let before = failing.executed();
         let error = say(&channel, ms(30))
             .await
-            .expect_err("no server serves it");
+            .expect_err("no server serves the call");
         let codes = [Code::DeadlineExceeded, Code::Unavailable];
         assert!(codes.contains(&error.code()), "{error:?}");
         tokio::time::sleep(ms(120)).await;
         assert_eq!(
             failing.executed() - before,
             1,
-            "its deadline passes in the wait"
+            "the deadline passes during the backoff"
         );
     }
 }
@@ -150,7 +154,7 @@ async fn a_cancel_long_before_the_deadline_stays_cancelled() {
         for unary in [true, false] {
             for deadline in [ms(500), ms(2_000)] {
                 let error = call(channel.clone(), deadline, unary).await;
-                let error = error.expect_err("the server has cancelled it");
+                let error = error.expect_err("the server has cancelled the call");
                 assert_eq!(error.code(), Code::Cancelled, "{error:?}");
             }
         }
@@ -158,7 +162,7 @@ async fn a_cancel_long_before_the_deadline_stays_cancelled() {
         let channel = over(builder(), &addresses([&failed])).await;
         let error = say(&channel, ms(2_000))
             .await
-            .expect_err("the server has cancelled it");
+            .expect_err("the server has cancelled the call");
         assert_eq!(error.code(), Code::Cancelled, "{error:?}");
     }
 }

@@ -12,7 +12,7 @@ async fn called(manner: Manner) -> (Peer, Link, BalancedChannel) {
     let peer = Peer::start(manner).await;
     let link = Link::start(peer.address).await;
     let channel = over(BalancedChannel::builder(), &[link.address.to_string()]).await;
-    say(&channel, ms(2_000)).await.expect("the path is there");
+    say(&channel, ms(2_000)).await.expect("the path works");
     (peer, link, channel)
 }
 
@@ -21,7 +21,7 @@ async fn timed(channel: &BalancedChannel) -> u128 {
     let outcome = say(channel, ms(10_000)).await;
     let took = Instant::now().saturating_duration_since(start);
     println!("{outcome:?} after {took:?}");
-    outcome.expect("the server is well");
+    outcome.expect("the server works");
     took.as_millis()
 }
 
@@ -50,7 +50,7 @@ async fn a_call_is_sent_on_the_only_connection_without_a_ping_budget() {
     let mut client = super::GreeterClient::new(channel.clone());
     for _ in 0..3 {
         let given_up = timeout(ms(200), client.say_hello(hello())).await;
-        given_up.expect_err("the caller was faster");
+        given_up.expect_err("the deadline of the caller");
         sleep(ms(100)).await;
     }
     sleep(ms(1_300)).await;

@@ -22,7 +22,7 @@ async fn the_error_of_an_unready_channel_is_one_line_with_the_cause() {
             "{part:?} is missing in the Display: {line}"
         );
     }
-    assert!(!line.contains('\n'), "one line: {line}");
+    assert!(!line.contains('\n'), "the message is one line: {line}");
 }
 
 #[cfg(feature = "tls")]
@@ -77,7 +77,7 @@ async fn different_causes_have_different_messages() {
     assert_eq!(
         causes.len(),
         lines.len(),
-        "each cause has a text of its own: {lines:#?}"
+        "each cause has its own text: {lines:#?}"
     );
 }
 
@@ -101,7 +101,7 @@ async fn a_server_status_keeps_its_message_and_has_the_server_in_its_source_chai
         assert_eq!(
             status.message(),
             "as told",
-            "the server's words stay as they are"
+            "the message of the server is unchanged"
         );
         let causes = chain(&status);
         println!("{causes:?}");
@@ -118,7 +118,9 @@ async fn a_server_status_keeps_its_message_and_has_the_server_in_its_source_chai
 async fn a_call_failed_by_its_connection_has_the_endpoint_in_its_source_chain() {
     let peer = Peer::answering(Answer::Cancel(ms(10))).await;
     let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
-    let status = say(&channel, ms(2_000)).await.expect_err("it is reset");
+    let status = say(&channel, ms(2_000))
+        .await
+        .expect_err("the call is reset");
     let causes = chain(&status);
     assert!(
         causes
@@ -138,7 +140,7 @@ async fn a_failed_call_can_be_downcast_to_a_call_error() {
     ] {
         let peer = Peer::answering(answer).await;
         let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
-        let status = say(&channel, ms(2_000)).await.expect_err("it fails");
+        let status = say(&channel, ms(2_000)).await.expect_err("the call fails");
         let causes = std::iter::successors(Error::source(&status), |error| (*error).source());
         let mut found = causes.filter_map(|error| error.downcast_ref::<CallError>());
         let found = found.next();
@@ -159,7 +161,7 @@ async fn a_service_name_with_a_slash_is_not_reported_as_an_etcd_outage() {
     let builder = registry.channel("team/greeter").startup_timeout(ms(1_000));
     let connected = tokio::time::timeout(ms(5_000), builder.connect()).await;
     let error = connected
-        .expect("it fails at once")
+        .expect("the call fails at once")
         .expect_err("no such name");
     let text = with_causes(&error);
     println!("connect: {text}");
@@ -167,7 +169,10 @@ async fn a_service_name_with_a_slash_is_not_reported_as_an_etcd_outage() {
         text.contains('/') && text.contains("slash"),
         "the slash is named: {text}"
     );
-    assert!(!text.contains("is unavailable"), "etcd is there: {text}");
+    assert!(
+        !text.contains("is unavailable"),
+        "etcd is available: {text}"
+    );
 
     let lazy = registry
         .channel("team/greeter")
@@ -181,7 +186,7 @@ async fn a_service_name_with_a_slash_is_not_reported_as_an_etcd_outage() {
     );
     assert!(
         !status.message().contains("is unavailable"),
-        "etcd is there: {status:?}"
+        "etcd is available: {status:?}"
     );
 
     let resolver = registry.resolver("team/greeter").start();
@@ -193,7 +198,10 @@ async fn a_service_name_with_a_slash_is_not_reported_as_an_etcd_outage() {
     let text = with_causes(&error);
     println!("resolver: {text}");
     assert!(text.contains("slash"), "the slash is named: {text}");
-    assert!(!text.contains("is unavailable"), "etcd is there: {text}");
+    assert!(
+        !text.contains("is unavailable"),
+        "etcd is available: {text}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -208,15 +216,18 @@ async fn an_address_with_a_scheme_works_or_the_error_names_the_scheme() {
         let message = status.message();
         assert!(
             message.contains("scheme"),
-            "the scheme is what is wrong: {message}"
+            "the message must name the scheme: {message}"
         );
-        assert!(!message.contains("IPv6"), "and nothing else: {message}");
+        assert!(
+            !message.contains("IPv6"),
+            "the message must name no other cause: {message}"
+        );
     }
     let channel = lazily(
         BalancedChannel::builder(),
         &[format!("https://{}", peer.address)],
     );
-    let status = say(&channel, ms(3_000)).await.expect_err("there is no TLS");
+    let status = say(&channel, ms(3_000)).await.expect_err("TLS is disabled");
     println!("{status:?}");
     assert!(!status.message().contains("IPv6"), "{}", status.message());
 }

@@ -33,7 +33,7 @@ async fn failed_of(channel: &BalancedChannel, calls: usize, deadline: u64) -> us
 async fn the_call_after_a_silence_gets_a_new_connection_within_its_deadline() {
     let (_peers, links, addresses) = forgetful(1).await;
     let channel = over(BalancedChannel::builder(), &addresses).await;
-    assert_eq!(failed_of(&channel, 10, 1_000).await, 0, "the flow is there");
+    assert_eq!(failed_of(&channel, 10, 1_000).await, 0, "the flow is open");
     // The flow must be silent for this long.
     sleep(ms(2_000)).await;
     let began = Instant::now();
@@ -48,15 +48,15 @@ async fn the_call_after_a_silence_gets_a_new_connection_within_its_deadline() {
         say(&channel, ms(1_000)).await.is_ok()
     })
     .await;
-    println!("calls go well {recovered:?} later");
+    println!("calls succeed {recovered:?} later");
     assert_eq!(
         failed_of(&channel, 50, 1_000).await,
         0,
-        "the new flow serves"
+        "the new flow serves calls"
     );
     assert!(
         links[0].accepted() <= 4,
-        "one dial beside the old one, not one per call"
+        "one additional dial, not one per call"
     );
 }
 
@@ -67,11 +67,11 @@ async fn four_forgotten_flows_fail_at_most_one_call_each() {
     assert_eq!(
         failed_of(&channel, 40, 1_000).await,
         0,
-        "the flows are there"
+        "the flows are open"
     );
     sleep(ms(2_000)).await;
     let mut lost = Vec::new();
-    let healed = within(ms(10_000), "ten calls in a row go well", async || {
+    let healed = within(ms(10_000), "ten calls in a row succeed", async || {
         for _ in 0..10 {
             if let Err(status) = say(&channel, ms(2_000)).await {
                 lost.push(status.code());
@@ -81,9 +81,16 @@ async fn four_forgotten_flows_fail_at_most_one_call_each() {
         true
     })
     .await;
-    println!("healed after {healed:?}, {} lost: {lost:?}", lost.len());
-    assert!(lost.len() <= 4, "each flow is found out once: {lost:?}");
-    assert_eq!(failed_of(&channel, 100, 2_000).await, 0, "then none fails");
+    println!("recovered after {healed:?}, {} lost: {lost:?}", lost.len());
+    assert!(
+        lost.len() <= 4,
+        "each flow fails at most one call: {lost:?}"
+    );
+    assert_eq!(
+        failed_of(&channel, 100, 2_000).await,
+        0,
+        "no later call fails"
+    );
     let dials: usize = links.iter().map(Link::accepted).sum();
     assert!(dials <= 16, "{dials} connections to four endpoints");
 }
@@ -96,7 +103,7 @@ async fn callers_after_a_silence_are_served_within_one_deadline() {
     assert_eq!(
         failed_of(&channel, 40, 1_000).await,
         0,
-        "the flows are there"
+        "the flows are open"
     );
     sleep(ms(2_000)).await;
     let mut callers = super::Callers::making(&channel, 16, async |mut client| {
@@ -109,9 +116,12 @@ async fn callers_after_a_silence_are_served_within_one_deadline() {
     let lost = callers.failed().len();
     sleep(ms(1_500)).await;
     let (calls, failed) = callers.stopped().await;
-    println!("{lost} lost at first, {} of {calls} later", failed.len());
+    println!(
+        "{lost} lost before the recovery, {} of {calls} after it",
+        failed.len()
+    );
     assert!(failed.is_empty(), "{}", super::shown(&failed));
-    assert!(lost <= 64, "a handful for each caller at most: {lost}");
+    assert!(lost <= 64, "at most a handful of calls per caller: {lost}");
 }
 
 /// The flow of each call is forgotten, unless a new connection was established in time.
@@ -133,11 +143,11 @@ async fn a_caller_slower_than_the_flow_timeout_loses_at_most_its_first_call() {
     assert_eq!(
         failed.count(),
         0,
-        "only the first may be lost: {outcomes:?}"
+        "only the first call may fail: {outcomes:?}"
     );
     assert!(
         links[0].accepted() <= 20,
-        "bounded dials: {}",
+        "too many dials: {}",
         links[0].accepted()
     );
 }
@@ -149,14 +159,22 @@ async fn an_endpoint_recovers_soon_after_a_black_hole() {
     links[0].set(Behaviour::Pass);
     let builder = BalancedChannel::builder().connect_timeout(ms(500));
     let channel = over(builder, &addresses).await;
-    assert_eq!(failed_of(&channel, 10, 1_000).await, 0, "the flow is there");
+    assert_eq!(failed_of(&channel, 10, 1_000).await, 0, "the flow is open");
     links[0].set(Behaviour::BlackHole);
-    assert_eq!(failed_of(&channel, 4, 300).await, 4, "nothing comes back");
+    assert_eq!(
+        failed_of(&channel, 4, 300).await,
+        4,
+        "no response is received"
+    );
     links[0].set(Behaviour::Pass);
-    let back = within(ms(6_000), "the endpoint is back", async || {
+    let back = within(ms(6_000), "the endpoint has recovered", async || {
         say(&channel, ms(500)).await.is_ok()
     })
     .await;
-    println!("back after {back:?}");
-    assert_eq!(failed_of(&channel, 50, 1_000).await, 0, "and stays");
+    println!("recovered after {back:?}");
+    assert_eq!(
+        failed_of(&channel, 50, 1_000).await,
+        0,
+        "the endpoint stays available"
+    );
 }

@@ -48,7 +48,7 @@ async fn headers_of_a_connection_do_not_fail_a_call() {
     }
     assert!(
         wrong.is_empty(),
-        "what HTTP/2 does not allow is left out, and the call goes on: {} failed",
+        "headers that HTTP/2 forbids must be removed: {} failed",
         wrong.len()
     );
 }
@@ -76,7 +76,7 @@ async fn the_connection_survives_all_connection_headers_at_once() {
         client
             .say_hello(support::hello())
             .await
-            .expect("they are left out");
+            .expect("the headers are removed");
     }
     assert_eq!(peer.connections(), 1, "on one connection");
     assert_eq!(peer.executed(), 10);

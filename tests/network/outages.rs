@@ -15,7 +15,10 @@ use super::{addresses, all_well, lazily, ms, over, say, shown};
 async fn outage(link: &Link) {
     let before = link.accepted();
     // The attempts are made at about 0, 0, 1, 2.6 and 5.2 seconds.
-    eventually("the wait has grown", async || link.accepted() >= before + 4).await;
+    eventually("the backoff has grown", async || {
+        link.accepted() >= before + 4
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -41,7 +44,7 @@ async fn idle_closes_after_an_outage_fail_no_call() {
     );
     assert!(
         failed.is_empty(),
-        "an idle close is no failure, however long the last outage was: {failed:?}"
+        "an idle close must not count as a failure: {failed:?}"
     );
 }
 
@@ -64,7 +67,7 @@ async fn a_server_that_closes_before_it_serves_is_not_dialled_in_a_loop() {
         let good = [Peer::good().await, Peer::good().await];
         let all = addresses([&broken, &good[0], &good[1]]);
         let channel = lazily(BalancedChannel::builder(), &all);
-        eventually("the good ones are ready", async || {
+        eventually("the good servers are ready", async || {
             let known = channel.endpoints();
             known.iter().filter(|one| one.latency.is_some()).count() >= 2
                 || say(&channel, ms(1_000)).await.is_err()
@@ -75,7 +78,7 @@ async fn a_server_that_closes_before_it_serves_is_not_dialled_in_a_loop() {
         let connections = broken.connections();
         let (calls, failed) = callers.stopped().await;
         println!(
-            "{how:?}: {connections} connections to the one that closes, {calls} calls, {}",
+            "{how:?}: {connections} connections to the closing server, {calls} calls, {}",
             shown(&failed)
         );
         // Without a GOAWAY, a call that was sent between the PING response and the close may have run, so it may fail.
@@ -117,15 +120,18 @@ async fn an_idle_channel_redials_with_growing_waits() {
     // Only a few dials are expected in this time.
     sleep(ms(8_000)).await;
     let dialled = link.accepted() - first;
-    println!("{dialled} connections in 8 s of idleness");
+    println!("{dialled} connections in 8 s without calls");
     assert!(
         dialled <= 16,
-        "{dialled} connections for no call, at the same pace all the time (32)"
+        "{dialled} connections without calls; 32 at a constant rate"
     );
     let before = Instant::now();
     say(&channel, ms(5_000))
         .await
         .expect("a call dials at once");
     let took = Instant::now().saturating_duration_since(before);
-    assert!(took < ms(1_000), "a call wakes an idle endpoint: {took:?}");
+    assert!(
+        took < ms(1_000),
+        "a call must redial an idle endpoint at once: {took:?}"
+    );
 }

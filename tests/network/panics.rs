@@ -24,7 +24,7 @@ fn panicking(at: u32) -> impl tokio_stream::Stream<Item = HelloRequest> {
         }
     });
     ReceiverStream::new(receiver).map(move |number| {
-        assert!(number != at, "a bug in the caller's stream");
+        assert!(number != at, "a panic in a stream");
         support::hello()
     })
 }
@@ -55,7 +55,7 @@ async fn a_request_stream_that_panics_fails_only_its_own_call() {
                 });
                 match ended {
                     Ok(outcome) => {
-                        let status = outcome.expect_err("the request was not whole");
+                        let status = outcome.expect_err("the request was incomplete");
                         println!("message {at}, streaming {streaming}: {status:?}");
                     }
                     Err(error) => assert!(error.is_panic(), "{error}"),
@@ -63,6 +63,6 @@ async fn a_request_stream_that_panics_fails_only_its_own_call() {
             }
         }
         all_well(callers, ms(200), "beside panics").await;
-        assert_eq!(peer.connections(), 1, "the connection is not lost");
+        assert_eq!(peer.connections(), 1, "the connection is still open");
     }
 }

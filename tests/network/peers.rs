@@ -111,11 +111,14 @@ async fn ping_strikes_are_counted_like_the_real_servers() {
             answered += 1;
         }
         println!("{police:?}: {answered} pings were answered");
-        eventually("the connection is ended", async || {
+        eventually("the peer closes the connection", async || {
             peer.scolded().len() == 1
         })
         .await;
-        let error = requests.ready().await.expect_err("it is ended");
+        let error = requests
+            .ready()
+            .await
+            .expect_err("the connection is closed");
         assert_eq!(error.reason(), Some(Reason::ENHANCE_YOUR_CALM), "{error:?}");
         assert!(answered <= allowed, "{police:?}: {answered}");
     }
@@ -148,14 +151,14 @@ async fn a_link_drops_idle_flows_permanently_and_accepts_new_ones() {
     let mut flow = TcpStream::connect(link.address).await.unwrap();
     assert!(echoed(&mut flow, 1_000).await, "the flow is new");
     tokio::time::sleep(ms(500)).await;
-    assert!(!echoed(&mut flow, 200).await, "it is forgotten");
+    assert!(!echoed(&mut flow, 200).await, "the flow is dropped");
     let mut new = TcpStream::connect(link.address).await.unwrap();
-    assert!(echoed(&mut new, 1_000).await, "a new one works");
+    assert!(echoed(&mut new, 1_000).await, "a new flow works");
     link.set(Behaviour::Pass);
-    assert!(!echoed(&mut flow, 200).await, "it stays forgotten");
+    assert!(!echoed(&mut flow, 200).await, "the flow stays dropped");
     assert_eq!((link.accepted(), link.open()), (2, 2));
     drop(flow);
-    eventually("its end is seen", async || link.open() == 1).await;
+    eventually("the link closes the flow", async || link.open() == 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -164,21 +167,21 @@ async fn a_link_changes_its_fault_with_open_flows() {
     let mut flow = TcpStream::connect(link.address).await.unwrap();
     assert!(echoed(&mut flow, 1_000).await);
     link.set(Behaviour::HalfOpen);
-    assert!(echoed(&mut flow, 1_000).await, "the old flow goes on");
+    assert!(echoed(&mut flow, 1_000).await, "the old flow continues");
     let mut new = TcpStream::connect(link.address).await.unwrap();
     assert!(
         !echoed(&mut new, 200).await,
-        "a new one is accepted and not answered"
+        "a new flow is accepted and not answered"
     );
     link.set(Behaviour::CloseIdle(ms(200)));
     let ended = timeout(ms(2_000), flow.read(&mut [0; 8])).await.unwrap();
-    assert_eq!(ended.unwrap(), 0, "an idle flow is closed in order");
+    assert_eq!(ended.unwrap(), 0, "an idle flow is closed gracefully");
     link.set(Behaviour::Pass);
     let mut flow = TcpStream::connect(link.address).await.unwrap();
     assert!(echoed(&mut flow, 1_000).await);
     link.set(Behaviour::Refuse);
     let ended = timeout(ms(2_000), flow.read(&mut [0; 8])).await.unwrap();
-    assert!(matches!(ended, Ok(0) | Err(_)), "all flows are ended");
+    assert!(matches!(ended, Ok(0) | Err(_)), "all flows are closed");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -192,6 +195,6 @@ async fn a_slow_link_limits_the_bytes_per_second() {
     from.read_exact(&mut got).await.unwrap();
     let took = Instant::now().saturating_duration_since(began);
     println!("50 kB at 100 kB/s took {took:?}");
-    assert!(took > ms(400), "not faster: {took:?}");
-    assert!(took < ms(2_000), "and not much slower: {took:?}");
+    assert!(took > ms(400), "too fast: {took:?}");
+    assert!(took < ms(2_000), "too slow: {took:?}");
 }

@@ -36,7 +36,9 @@ async fn overruns(police: Police, beside_a_stream: bool, deadline: u64) {
     }
     peer.set(policed(police, Answer::Hang));
     for _ in 0..10 {
-        let error = say(&channel, ms(deadline)).await.expect_err("it hangs");
+        let error = say(&channel, ms(deadline))
+            .await
+            .expect_err("the call times out");
         assert_eq!(error.code(), Code::DeadlineExceeded, "{what}: {error:?}");
     }
     println!(
@@ -48,14 +50,19 @@ async fn overruns(police: Police, beside_a_stream: bool, deadline: u64) {
     assert_eq!(
         peer.scolded().len(),
         0,
-        "{what}: no connection is lost to our pings"
+        "{what}: no connection is closed because of PINGs"
     );
     if let Some(replies) = &mut replies {
         let quiet = tokio::time::timeout(ms(100), replies.message()).await;
-        assert!(quiet.is_err(), "{what}: the stream is open, not {quiet:?}");
+        assert!(
+            quiet.is_err(),
+            "{what}: the stream must be open, not {quiet:?}"
+        );
     }
     peer.set(policed(police, Answer::Reply));
-    say(&channel, ms(2_000)).await.expect("it answers again");
+    say(&channel, ms(2_000))
+        .await
+        .expect("the server responds again");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -85,7 +92,10 @@ async fn a_keep_alive_loses_no_connection_by_default() {
         let mut replies = client.say_hellos(hello()).await.unwrap().into_inner();
         replies.message().await.unwrap().expect("one reply");
         let quiet = tokio::time::timeout(ms(2_000), replies.message()).await;
-        assert!(quiet.is_err(), "{police:?}: the stream goes on: {quiet:?}");
+        assert!(
+            quiet.is_err(),
+            "{police:?}: the stream must continue: {quiet:?}"
+        );
         assert_eq!(peer.scolded().len(), 0, "{police:?}");
         assert_eq!(peer.connections(), 1, "{police:?}");
     }
@@ -123,17 +133,17 @@ async fn keep_alive(police: Police) {
     );
     assert!(
         lived.len() >= 2,
-        "the first interval was too short: {lived:?}"
+        "the first interval must be too short: {lived:?}"
     );
     assert!(
         lived.len() <= 5 && connections <= 7,
-        "{police:?}: a handful of connections is lost: {lived:?} of {connections}"
+        "{police:?}: only a handful of connections may be closed: {lived:?} of {connections}"
     );
     // The interval has jitter, and the first PING of a connection is not a keep-alive PING.
     for pair in lived.windows(2) {
         assert!(
             pair[1] > pair[0].mul_f64(1.5),
-            "{police:?}: the interval doubles with each connection lost: {lived:?}"
+            "{police:?}: the interval must double with each closed connection: {lived:?}"
         );
     }
 }
@@ -159,11 +169,11 @@ async fn an_idle_connection_is_not_pinged_by_default() {
     println!("{} pings on an idle connection", peer.pings());
     assert!(
         peer.pings() <= 1,
-        "only the one that proves it ready: {}",
+        "only the PING of the ready check: {}",
         peer.pings()
     );
-    assert_eq!(peer.scolded().len(), 0, "and so it lives");
-    say(&channel, ms(1_000)).await.expect("it serves");
+    assert_eq!(peer.scolded().len(), 0, "the connection is not closed");
+    say(&channel, ms(1_000)).await.expect("the server responds");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -177,11 +187,15 @@ async fn a_busy_connection_is_not_pinged() {
         let callers = Callers::start(&channel, 2);
         super::all_well(callers, ms(2_000), &format!("busy, {police:?}")).await;
         println!("{police:?}: {} pings on a busy connection", peer.pings());
-        assert_eq!(peer.scolded().len(), 0, "{police:?}: no connection is lost");
+        assert_eq!(
+            peer.scolded().len(),
+            0,
+            "{police:?}: no connection is closed"
+        );
         // A busy machine may occasionally leave a gap of one interval.
         assert!(
             peer.pings() <= 4,
-            "{police:?}: every byte that is read is life: {} pings",
+            "{police:?}: received bytes must postpone the PING: {} pings",
             peer.pings()
         );
     }
@@ -213,8 +227,11 @@ async fn a_slow_link_full_of_downloads_is_not_closed_by_the_keep_alive() {
         failed.len(),
         link.accepted()
     );
-    assert!(failed.is_empty(), "bytes that come in are life: {failed:?}");
-    assert_eq!(link.accepted(), 1, "the connection was never given up");
+    assert!(
+        failed.is_empty(),
+        "received bytes must postpone the keep-alive timeout: {failed:?}"
+    );
+    assert_eq!(link.accepted(), 1, "the connection was not replaced");
 }
 
 /// A dead connection with open calls is still detected.
@@ -233,10 +250,13 @@ async fn a_keep_alive_finds_a_dead_connection() {
     link.set(Behaviour::BlackHole);
     let ended = tokio::time::timeout(ms(3_000), replies.message()).await;
     let error = ended.expect("a PING without an answer ends the connection");
-    assert_eq!(error.expect_err("it is lost").code(), Code::Unavailable);
+    assert_eq!(
+        error.expect_err("the connection is closed").code(),
+        Code::Unavailable
+    );
     link.set(Behaviour::Pass);
     peer.set(Manner::default());
-    eventually("it is dialled anew", async || {
+    eventually("the endpoint is dialled again", async || {
         say(&channel, ms(500)).await.is_ok()
     })
     .await;

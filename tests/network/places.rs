@@ -49,8 +49,8 @@ async fn a_permit_that_a_retry_excludes_is_given_to_the_next_waiter() {
     .await;
     sleep(ms(500)).await;
     let (held, failed) = (full.executed(), failing.executed());
-    println!("{held} calls hold the one server, {failed} have failed on the other and wait");
-    assert!(failed >= 1, "there is a retry that waits");
+    println!("{held} calls hold one server, {failed} have failed on the other and wait");
+    assert!(failed >= 1, "a retry waits");
     failing.set(one_stream(Answer::Reply, 100));
     let began = Instant::now();
     let mut callers = JoinSet::new();
@@ -67,11 +67,11 @@ async fn a_permit_that_a_retry_excludes_is_given_to_the_next_waiter() {
         .filter(|(outcome, _)| outcome.is_err())
         .count();
     let longest = outcomes.iter().map(|(_, took)| *took).max().unwrap();
-    println!("{unserved} of 8 were not served in 5 s, the longest took {longest:?}");
-    assert_eq!(unserved, 0, "there is a free place all the time");
+    println!("{unserved} of 8 calls were not served in 5 s, the longest took {longest:?}");
+    assert_eq!(unserved, 0, "a stream is free at all times");
     assert!(
         longest < ms(2_000),
-        "eight times 100 ms one after the other at most: {longest:?}"
+        "at most eight calls of 100 ms in sequence: {longest:?}"
     );
 }
 
@@ -153,7 +153,7 @@ async fn each_stream_freed_among_many_connections_is_used_at_once() {
         callers.spawn(async move { client.say_hello(support::hello()).await });
     }
     let mut last = (0, Instant::now());
-    eventually("every place is taken", async || {
+    eventually("every stream is in use", async || {
         let (begun, now) = (server.begun(), Instant::now());
         if begun != last.0 {
             last = (begun, now);
@@ -171,11 +171,11 @@ async fn each_stream_freed_among_many_connections_is_used_at_once() {
             used = server.begun() - before;
         }
         let took = Instant::now().saturating_duration_since(began);
-        println!("round {round}: {used} of {FREED} freed places used after {took:?}");
-        assert_eq!(used, FREED, "a place that is free is used while calls wait");
+        println!("round {round}: {used} of {FREED} freed streams used after {took:?}");
+        assert_eq!(used, FREED, "free streams are used while calls wait");
     }
     callers.abort_all();
-    within(ms(5_000), "the callers have gone", async || {
+    within(ms(5_000), "all calls have ended", async || {
         while callers.try_join_next().is_some() {}
         callers.is_empty()
     })

@@ -39,7 +39,7 @@ async fn poisoned(channel: &BalancedChannel, bytes: usize) -> Status {
         request.metadata_mut().insert(key, value.parse().unwrap());
     }
     let outcome = send(channel, request).await;
-    outcome.expect_err("no server takes it")
+    outcome.expect_err("no server accepts the call")
 }
 
 fn connections(peers: &[Peer]) -> usize {
@@ -97,17 +97,17 @@ async fn poison(case: Case) {
     let failed = at_the_end.len() + late.len();
     assert!(
         failed == 0,
-        "{what}: bystanders have nothing to do with it: {failed} of {calls} failed; {}",
+        "{what}: bystanders must not fail: {failed} of {calls} failed; {}",
         shown(&at_the_end)
     );
     assert!(
         late.is_empty(),
-        "{what}: it is over with the poisoned calls: {}",
+        "{what}: no bystander may fail after the poisoned calls: {}",
         shown(&late)
     );
     assert!(
         most <= 2,
-        "{what}: one call ends at most two connections, not {most}"
+        "{what}: one call must end at most two connections, not {most}"
     );
     for status in statuses {
         if announced {
@@ -121,7 +121,10 @@ async fn poison(case: Case) {
         }
     }
     if announced {
-        assert_eq!(killed, 0, "{what}: what the server will refuse is not sent");
+        assert_eq!(
+            killed, 0,
+            "{what}: a call that the server would reject is not sent"
+        );
         assert_eq!(
             connections(&peers),
             servers,
@@ -135,7 +138,7 @@ fn assert_unsent(status: &Status, bytes: usize, what: &str) {
     let message = status.message();
     assert!(
         message.contains(&LIMIT.to_string()),
-        "{what}: the message names the server's limit of {LIMIT}: {message}"
+        "{what}: the message must contain the limit of {LIMIT}: {message}"
     );
     // The size as defined by HTTP/2: names, values and 32 bytes per header.
     let numbers = message.split(|c: char| !c.is_ascii_digit());
@@ -144,7 +147,7 @@ fn assert_unsent(status: &Status, bytes: usize, what: &str) {
         numbers
             .into_iter()
             .any(|number| (bytes..bytes + 4_096).contains(&number)),
-        "{what}: the message names the size of the metadata, about {bytes}: {message}"
+        "{what}: the message must contain the size of about {bytes}: {message}"
     );
 }
 
@@ -238,10 +241,10 @@ async fn metadata_below_the_limit_are_sent() {
         .insert("x-large", value.parse().unwrap());
     send(&channel, request)
         .await
-        .expect("7 000 bytes of 8 192 are taken");
+        .expect("7 000 bytes of 8 192 are accepted");
     say(&channel, ms(1_000))
         .await
-        .expect("and so is the next call");
+        .expect("the next call is accepted");
     assert_eq!(peers[0].connections(), 1);
 }
 
@@ -263,7 +266,7 @@ async fn a_lone_server_that_ends_the_connection_serves_the_next_call() {
             for _ in 0..2 {
                 next = say(&channel, ms(2_000)).await;
             }
-            next.expect("a call that the server takes is served after it");
+            next.expect("the next small call is served");
         }
         let killed = oversized(&peers);
         assert!(killed <= 6, "{beyond:?}: three calls, {killed} connections");

@@ -56,7 +56,7 @@ fn has_names(test: &str) -> bool {
 
 /// Writes directly to stderr, because the test harness would hide that the test is skipped.
 fn skipped(test: &str, reason: &str) {
-    let line = format!("SKIPPED {test}: no name with two addresses can be made here: {reason}\n");
+    let line = format!("SKIPPED {test}: cannot create a name with two addresses: {reason}\n");
     std::io::stderr().write_all(line.as_bytes()).unwrap();
 }
 
@@ -68,7 +68,7 @@ async fn addresses(name: &str) -> Option<[SocketAddr; 2]> {
             panic!("{name} has two addresses: {found:?}");
         };
         let Ok(probe) = TcpListener::bind(first).await else {
-            skipped(name, &format!("{first} is not there"));
+            skipped(name, &format!("{first} is missing"));
             return None;
         };
         let port = probe.local_addr().unwrap().port();
@@ -164,7 +164,7 @@ async fn a_name_fails_over_to_its_other_address() {
     // From now on, this address accepts connections and never answers.
     let silent = TcpListener::bind(address).await.unwrap();
     is_ready_soon(&channel, "after the first address went silent").await;
-    assert!(other.executed() > 0, "the other one serves");
+    assert!(other.executed() > 0, "the other address serves");
     drop(silent);
 }
 
@@ -182,13 +182,13 @@ async fn an_etcd_name_with_a_silent_address_connects() {
     let began = Instant::now();
     let connected =
         tokio::time::timeout(ms(8_000), Registry::connect([format!("both.test:{port}")]));
-    let connected = connected.await.expect("it ends");
+    let connected = connected.await.expect("connect returns in time");
     let took = Instant::now().saturating_duration_since(began);
     println!("after {took:?}: {:?}", connected.as_ref().err());
     connected.expect("etcd answers on the other address");
     assert!(
         took < ms(4_000),
-        "without the connect timeout's help: {took:?}"
+        "faster than the connect timeout: {took:?}"
     );
     drop((silent, link));
 }

@@ -32,10 +32,10 @@ fn served_or_explained<T, E: std::error::Error + 'static>(
         println!("{what}: {text}");
         assert!(
             text.contains("runtime"),
-            "{what}: the error names the reason: {text}"
+            "{what}: the error must name the runtime: {text}"
         );
     } else {
-        println!("{what}: it serves");
+        println!("{what}: served");
     }
 }
 
@@ -143,7 +143,9 @@ fn a_server_that_was_restarted_between_two_block_ons_serves_the_second() {
     let channel = caller.block_on(over(BalancedChannel::builder(), &addresses([&peer])));
     let mut failed = Vec::new();
     for round in 0..5 {
-        caller.block_on(say(&channel, ms(2_000))).expect("it is up");
+        caller
+            .block_on(say(&channel, ms(2_000)))
+            .expect("a response");
         peer = machine.block_on(async {
             peer.stopped().await;
             Peer::at(&address, Manner::default()).await
@@ -154,18 +156,18 @@ fn a_server_that_was_restarted_between_two_block_ons_serves_the_second() {
             failed.push((round, status));
             // This failure must not affect the next round.
             let recovered = caller.block_on(async {
-                support::within(ms(5_000), "it is back", async || {
+                support::within(ms(5_000), "the server has recovered", async || {
                     say(&channel, ms(500)).await.is_ok()
                 })
                 .await
             });
-            println!("round {round}: back after {recovered:?}");
+            println!("round {round}: recovered after {recovered:?}");
         }
     }
     println!("{} of 5 first calls failed", failed.len());
     assert!(
         failed.is_empty(),
-        "what has happened meanwhile is read before a call is sent: {failed:?}"
+        "pending events must be processed before a call is sent: {failed:?}"
     );
     let _entered = machine.enter();
     drop(peer);

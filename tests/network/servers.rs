@@ -105,7 +105,11 @@ async fn metadata_beyond_the_limit_of_tonics_servers_are_not_sent() {
             request
                 .metadata_mut()
                 .insert("x-large", value.parse().unwrap());
-            statuses.push(send(&channel, request).await.expect_err("it is too large"));
+            statuses.push(
+                send(&channel, request)
+                    .await
+                    .expect_err("the metadata is too large"),
+            );
             sleep(ms(200)).await;
         }
         let (calls, failed) = bystanders.stopped().await;
@@ -123,7 +127,7 @@ async fn metadata_beyond_the_limit_of_tonics_servers_are_not_sent() {
             assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
             assert!(
                 status.message().contains("16384"),
-                "it names the limit: {status:?}"
+                "the message must contain the limit: {status:?}"
             );
         }
         drop(all);
@@ -145,7 +149,7 @@ async fn a_deadline_that_tonics_server_enforces_is_the_deadline() {
                 calls.spawn(async move { say(&channel, ms(deadline)).await });
             }
             for outcome in calls.join_all().await {
-                let status = outcome.expect_err("it takes two seconds");
+                let status = outcome.expect_err("the call takes two seconds");
                 if status.code() != Code::DeadlineExceeded {
                     wrong.push(status);
                 }
@@ -168,5 +172,8 @@ async fn health_checked_servers_that_close_connections_keep_their_share() {
     println!("{counts:?}");
     let least = counts.iter().min().unwrap();
     let most = counts.iter().max().unwrap();
-    assert!(least * 6 > *most, "none of them is left out: {counts:?}");
+    assert!(
+        least * 6 > *most,
+        "every server must get its share: {counts:?}"
+    );
 }

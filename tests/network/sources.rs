@@ -43,11 +43,11 @@ async fn an_error_of_the_source_is_not_an_empty_set() {
     );
     assert!(
         !error.message().contains("nothing is registered"),
-        "that is not known: {error:?}"
+        "the set is unknown: {error:?}"
     );
     assert!(
         took >= ms(300),
-        "until the startup timeout the call waits: {took:?}"
+        "the call must wait until the startup timeout: {took:?}"
     );
 }
 
@@ -105,7 +105,7 @@ async fn a_filtered_resolver_of_an_empty_service_does_not_blame_the_registry() {
     println!("{error:?}");
     assert!(
         !error.message().contains("has not answered"),
-        "the registry has answered: {error:?}"
+        "the registry has responded: {error:?}"
     );
 }
 
@@ -127,16 +127,16 @@ async fn a_filter_that_rejects_all_does_not_blame_the_registry() {
         .service("greeter")
         .startup_timeout(ms(1_000));
     let channel = builder.discover(filtered).connect_lazy();
-    within(ms(5_000), "the registry has answered", async || {
+    within(ms(5_000), "the registry has responded", async || {
         status.borrow().state == tonic_etcd::ResolverState::Fresh
     })
     .await;
     let error = say(&channel, ms(5_000))
         .await
-        .expect_err("the filter leaves none");
+        .expect_err("the filter rejects all endpoints");
     assert!(
         !error.message().contains("has not answered"),
-        "the registry has answered: {error:?}"
+        "the registry has responded: {error:?}"
     );
     registration.deregister().await.unwrap();
 }
@@ -170,7 +170,7 @@ async fn a_filter_that_accepts_some_endpoints_uses_them() {
             .await
             .expect("one endpoint is left");
     }
-    assert_eq!(dropped.executed(), 0, "the other is filtered out");
+    assert_eq!(dropped.executed(), 0, "the other endpoint is filtered out");
     for registration in registrations {
         registration.deregister().await.unwrap();
     }
@@ -201,10 +201,12 @@ async fn a_filter_on_the_resolver_keeps_an_empty_set_known() {
     for _ in 0..20 {
         say(&served, ms(5_000)).await.expect("one endpoint is left");
     }
-    assert_eq!(dropped.executed(), 0, "the other is filtered out");
+    assert_eq!(dropped.executed(), 0, "the other endpoint is filtered out");
     let none = channel("3.0.0").connect_lazy();
     let began = Instant::now();
-    let error = say(&none, ms(5_000)).await.expect_err("none is accepted");
+    let error = say(&none, ms(5_000))
+        .await
+        .expect_err("no endpoint is accepted");
     assert_eq!(error.code(), Code::Unavailable);
     assert!(
         error.message().contains("nothing is registered"),
