@@ -58,7 +58,7 @@ async fn closed_at(kind: Kind, age: Duration, period: Duration) {
 async fn streamed(client: Client, responses: usize, interval: Duration) -> Result<(), Status> {
     let request = Request::new(wanting(vec![(1_000, interval); responses]));
     let received = stream(client, request).await?;
-    assert_eq!(received, responses, "a stream that ends well is whole");
+    assert_eq!(received, responses, "a finished stream is complete");
     Ok(())
 }
 

@@ -20,7 +20,7 @@ async fn pass(what: &str, channel: &BalancedChannel, cases: &[Case]) {
         let running = tokio::spawn(timeout(SOON, case(channel.clone())));
         match running.await {
             Ok(Ok(())) => {}
-            Ok(Err(_)) => failed.push(format!("{name}: it does not end")),
+            Ok(Err(_)) => failed.push(format!("{name}: the case does not end")),
             Err(panic) => failed.push(format!("{name}: {panic}")),
         }
     }

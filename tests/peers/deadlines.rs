@@ -83,5 +83,9 @@ async fn a_deadline_that_passes_is_deadline_exceeded(kind: Kind) {
     let seen = link.seen();
     println!("{kind:?}: {seen:?}");
     assert!(wrong.is_empty(), "{wrong:#?}");
-    assert_eq!(seen.lost(), 0, "{kind:?}: no connection is lost: {seen:?}");
+    assert_eq!(
+        seen.lost(),
+        0,
+        "{kind:?}: no connection is closed: {seen:?}"
+    );
 }

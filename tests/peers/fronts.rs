@@ -168,7 +168,7 @@ impl Front {
 
     /// Reloads the configuration of the proxy.
     pub async fn reload(&self) {
-        let program = self.program.as_ref().expect("it runs");
+        let program = self.program.as_ref().expect("the proxy runs");
         match self.setup.kind {
             Kind::Nginx => program.signal(Signal::SIGHUP),
             Kind::Haproxy => program.signal(Signal::SIGUSR2),

@@ -77,7 +77,7 @@ async fn poison(
         let failed = bystanders.failed();
         let (proxys, failed): (Vec<_>, Vec<_>) = failed
             .into_iter()
-            .partition(|failed| limits.answers_for_itself && is_proxys(failed));
+            .partition(|failed| limits.answers_for_itself && is_from_proxy(failed));
         println!(
             "{what}: {ended} connections; bystanders: {}, and {} that the proxy has answered; {outcome:?}",
             shown(&failed),
@@ -101,14 +101,14 @@ async fn poison(
     let (calls, failed) = bystanders.stopped().await;
     println!("{what}: {calls} calls of bystanders");
     if !failed.is_empty() {
-        wrong.push(format!("{what}: after it: {}", shown(&failed)));
+        wrong.push(format!("{what}: after the large call: {}", shown(&failed)));
     }
     empty(Client::new(channel)).await.expect("calls are served");
     wrong
 }
 
 /// Returns whether a proxy has answered a call with its own page.
-fn is_proxys(failed: &Failed) -> bool {
+fn is_from_proxy(failed: &Failed) -> bool {
     failed.status.message().contains("502")
 }
 
@@ -130,8 +130,8 @@ async fn with_and_without_a_policy(
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-for_each_server!(metadata_that_a_server_refuses_fail_no_other_call);
-async fn metadata_that_a_server_refuses_fail_no_other_call(kind: Kind) {
+for_each_server!(metadata_that_a_server_rejects_fail_no_other_call);
+async fn metadata_that_a_server_rejects_fail_no_other_call(kind: Kind) {
     let localhost = Localhost::new();
     for tls in [None, Some(&localhost)] {
         refused_by(kind, tls).await;

@@ -92,7 +92,7 @@ async fn reset_after(code: u32, part: fn(&[u8]) -> &[u8]) -> (Status, Status, us
             loop {
                 match answer.message().await {
                     Ok(Some(_)) => messages += 1,
-                    Ok(None) => panic!("it has not ended well"),
+                    Ok(None) => panic!("the call has failed"),
                     Err(status) => break status,
                 }
             }
@@ -101,7 +101,7 @@ async fn reset_after(code: u32, part: fn(&[u8]) -> &[u8]) -> (Status, Status, us
     assert_eq!(
         server.connections(),
         1,
-        "a reset stream costs no connection"
+        "a reset stream must not close the connection"
     );
     (unary, streaming, messages)
 }

@@ -42,7 +42,9 @@ impl Quiet {
         // If the call has ended, reading the response returns the reason.
         let _ = self.requests.send(request).await;
         let response = self.responses.message().await?;
-        response.map(drop).ok_or_else(|| Status::ok("it has ended"))
+        response
+            .map(drop)
+            .ok_or_else(|| Status::ok("the stream has ended"))
     }
 }
 
@@ -72,7 +74,11 @@ async fn overruns_beside_a_quiet_stream_lose_no_connection(kind: Kind) {
     let seen = link.seen();
     println!("{kind:?}: {OVERRUNS} overruns, {seen:?}, the stream: {survived:?}");
     survived.expect("the quiet stream is still answered");
-    assert_eq!(seen.lost(), 0, "{kind:?}: no connection is lost: {seen:?}");
+    assert_eq!(
+        seen.lost(),
+        0,
+        "{kind:?}: no connection is closed: {seen:?}"
+    );
 }
 
 /// A keep-alive interval shorter than the server permits loses no connection, because the channel limits its PINGs.
@@ -109,7 +115,7 @@ async fn keep_alive(kind: Kind) {
         "{kind:?}: keep-alive of 1 s for {PERIOD:?}: {connections} connections, {streams} streams; {broken:#?}"
     );
     // The server permits two PINGs. Further PINGs wait for its five minutes.
-    assert_eq!(connections, 1, "{kind:?}: no connection is lost");
+    assert_eq!(connections, 1, "{kind:?}: no connection is closed");
     assert_eq!(streams, 1, "{kind:?}: the stream survives");
     empty(Client::new(channel)).await.expect("calls are served");
 }

@@ -80,17 +80,17 @@ impl Program {
                     return port.parse().unwrap();
                 }
             }
-            panic!("it has not started: {}", self.logged());
+            panic!("the program has not started: {}", self.logged());
         };
         let port = timeout(SOON, reading).await;
-        port.unwrap_or_else(|_| panic!("it does not start: {}", self.logged()))
+        port.unwrap_or_else(|_| panic!("the program does not start: {}", self.logged()))
     }
 
     /// Waits until the program accepts connections on a port.
     pub async fn listens(&mut self, port: u16) {
         eventually("the program listens", async || {
             let ended = self.child.try_wait().unwrap();
-            assert!(ended.is_none(), "it has ended: {}", self.logged());
+            assert!(ended.is_none(), "the program has ended: {}", self.logged());
             TcpStream::connect(("127.0.0.1", port)).await.is_ok()
         })
         .await;

@@ -113,7 +113,7 @@ async fn late(setup: Setup) {
     let mut callers = Callers::start(&channel, CALLERS);
     sleep(ms(2_000)).await;
     let failed = callers.failed();
-    assert!(!failed.is_empty(), "nothing listens yet");
+    assert!(!failed.is_empty(), "the proxy is not started yet");
     for front in &mut fronts {
         front.run().await;
     }
@@ -182,7 +182,10 @@ async fn reloads(setup: Setup) {
         fronts[0].reload().await;
     }
     all_well(callers, ms(2_000), &format!("{setup:?}, reloads")).await;
-    eventually("it is ready", async || channel.ready().await.is_ok()).await;
+    eventually("the endpoint is ready", async || {
+        channel.ready().await.is_ok()
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -49,7 +49,10 @@ async fn every_case(etcd: &Etcd, tls: Option<&Localhost>) {
     });
     let server = tokio::spawn(serving);
     let resolver = registry.resolver(&service).start();
-    eventually("it is registered", async || resolver.instances().len() == 1).await;
+    eventually("the server is registered", async || {
+        resolver.instances().len() == 1
+    })
+    .await;
     let port = resolver.instances()[0].address().port();
     let mut failed = Vec::new();
     for case in CASES {
