@@ -104,7 +104,7 @@ async fn heals(etcd: Etcd) {
     for way in &pair.ways {
         way.reset();
     }
-    pair.is_well("watches are opened with whatever token there is")
+    pair.is_well("watches are opened with the current token")
         .await;
     assert!(pair.resolver.status().watches > watches);
 
@@ -120,13 +120,13 @@ async fn heals(etcd: Etcd) {
     pair.is_well("the store's users have changed").await;
 
     pair.root().await.auth_disable().await.unwrap();
-    pair.is_well("authentication is switched off").await;
+    pair.is_well("authentication is disabled").await;
     pair.root().await.auth_enable().await.unwrap();
-    pair.is_well("authentication is switched on again").await;
+    pair.is_well("authentication is enabled again").await;
     assert_eq!(
         list(&pair.root().await, &key).await[0].2,
         lease,
-        "the lease was never lost"
+        "the lease is unchanged"
     );
 
     // The password stays changed until the registration has detected the rejection. The state then contains the reason.
@@ -135,7 +135,7 @@ async fn heals(etcd: Etcd) {
         .user_change_password("writer", "another")
         .await
         .unwrap();
-    eventually("the refusal is seen", async || {
+    eventually("the status reports the rejection", async || {
         // A member that does not check the token of a renewal keeps the key alive.
         let (RegistrationState::Registering {
             last_error: Some(error),
@@ -212,6 +212,6 @@ async fn a_missing_read_permission_is_reported() {
         let error = resolver.status().last_error;
         error.is_some_and(|error| error.kind() == EtcdErrorKind::PermissionDenied)
     };
-    eventually("it is told", refused).await;
+    eventually("the status reports the error", refused).await;
     assert_eq!(resolver.status().state, ResolverState::Unknown);
 }

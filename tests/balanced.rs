@@ -29,7 +29,7 @@ async fn a_rolling_graceful_restart_under_load_fails_no_call_and_runs_none_twice
     };
     let mut servers: Vec<_> = (0..4).map(|_| start()).collect();
     let all_registered = async || {
-        eventually("four are registered", async || {
+        eventually("four servers are registered", async || {
             resolver.instances().len() == 4
         })
         .await;
@@ -74,7 +74,7 @@ async fn endpoints_that_refuse_connections_or_do_not_respond_fail_no_call() {
         .await
         .unwrap();
     let resolver = registry.resolver("greeter").start();
-    eventually("five are registered", async || {
+    eventually("five servers are registered", async || {
         resolver.instances().len() == 5
     })
     .await;
@@ -96,7 +96,7 @@ async fn calls_continue_while_etcd_is_down() {
         .map(|_| counter.register(registry.registration("greeter").ttl(ttl)))
         .collect();
     let resolver = registry.resolver("greeter").start();
-    eventually("three are registered", async || {
+    eventually("three servers are registered", async || {
         resolver.instances().len() == 3
     })
     .await;
@@ -107,7 +107,7 @@ async fn calls_continue_while_etcd_is_down() {
     tokio::time::sleep(ttl * 2).await;
     assert_eq!(resolver.instances().len(), 3);
     etcd.restart(0).await.unwrap();
-    eventually("the resolver is fresh again", async || {
+    eventually("the resolver is `Fresh` again", async || {
         resolver.status().state == tonic_etcd::ResolverState::Fresh
     })
     .await;
@@ -120,7 +120,7 @@ async fn refused(channel: &BalancedChannel) -> Status {
     let call = timeout(SOON, client.say_hello(hello()));
     call.await
         .expect("an answer in time")
-        .expect_err("nobody can serve it")
+        .expect_err("no server is registered")
 }
 
 #[tokio::test]
@@ -130,7 +130,7 @@ async fn without_a_server_the_error_states_the_cause() {
     // No instance is registered: the call fails at once.
     let empty = registry.channel("greeter").connect_lazy();
     registry.resolver("greeter").start().ready().await;
-    eventually("it is known to be empty", async || {
+    eventually("the set is known and empty", async || {
         let start = Instant::now();
         let status = refused(&empty).await;
         let took = Instant::now().saturating_duration_since(start);
@@ -141,7 +141,7 @@ async fn without_a_server_the_error_states_the_cause() {
     .await;
     assert!(
         registry.channel("greeter").connect().await.is_err(),
-        "connect says the same"
+        "connect returns the same error"
     );
     // All endpoints are down: the error contains the last cause.
     let dead = registry
@@ -176,7 +176,10 @@ async fn a_server_and_a_channel_each_start_in_one_line() {
     let counter = Counting::default();
     let server = counter.register(registry.registration("helloworld.Greeter"));
     let resolver = registry.resolver("helloworld.Greeter").start();
-    eventually("it is registered", async || resolver.instances().len() == 1).await;
+    eventually("the server is registered", async || {
+        resolver.instances().len() == 1
+    })
+    .await;
     let target = format!("etcd://{}/helloworld.Greeter", etcd.endpoint(0));
     let channel = tonic_etcd::connect(&target).await.unwrap();
     GreeterClient::new(channel.clone())
@@ -186,7 +189,7 @@ async fn a_server_and_a_channel_each_start_in_one_line() {
     let known = channel.endpoints();
     assert_eq!(known.len(), 1);
     server.stopped().await.unwrap();
-    eventually("the endpoint is gone", async || {
+    eventually("the endpoint is removed", async || {
         channel.endpoints().is_empty()
     })
     .await;

@@ -38,5 +38,5 @@ fn every_test_named_in_the_behaviour_page_exists() {
             named += 1;
         }
     }
-    assert!(named > 20, "{named} tests are named");
+    assert!(named > 20, "{named} tests are listed");
 }

@@ -26,12 +26,12 @@ async fn refused(endpoints: &[&str]) -> RegistryError {
     timeout(Duration::from_secs(30), connecting)
         .await
         .expect("an answer in time")
-        .expect_err("there is no etcd")
+        .expect_err("no etcd listens")
 }
 
 /// Returns the error for an endpoint that does answer. Retries on `Unreachable`: the endpoint has one second to answer, and a busy machine
 /// may exceed that.
-async fn told(endpoint: &str) -> RegistryError {
+async fn connect_error(endpoint: &str) -> RegistryError {
     for _ in 0..3 {
         let error = refused(&[endpoint]).await;
         if !matches!(error, RegistryError::Unreachable { .. }) {
@@ -83,7 +83,7 @@ async fn a_server_that_accepts_and_does_not_respond_times_out() {
 #[tokio::test]
 async fn a_web_server_is_reported_as_not_etcd() {
     let address = answers(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n").await;
-    let error = told(&address).await;
+    let error = connect_error(&address).await;
     assert!(matches!(error, RegistryError::NotEtcd { .. }), "{error:?}");
     assert!(
         error.to_string().contains("HTTP/1") && error.to_string().contains(&address),
@@ -94,14 +94,14 @@ async fn a_web_server_is_reported_as_not_etcd() {
 #[tokio::test]
 async fn another_protocol_is_reported_as_not_etcd() {
     let address = answers(b"SSH-2.0-OpenSSH_9.2\r\n").await;
-    let error = told(&address).await;
+    let error = connect_error(&address).await;
     assert!(matches!(error, RegistryError::NotEtcd { .. }), "{error:?}");
 }
 
 #[tokio::test]
 async fn another_grpc_server_is_reported_as_not_etcd() {
     let (address, _server) = greeter("alpha").await;
-    let error = told(&address.to_string()).await;
+    let error = connect_error(&address.to_string()).await;
     assert!(matches!(error, RegistryError::NotEtcd { .. }), "{error:?}");
     assert!(error.to_string().contains("etcd's services"), "{error}");
 }
@@ -110,7 +110,7 @@ async fn another_grpc_server_is_reported_as_not_etcd() {
 async fn a_tls_server_is_distinguished_from_a_dead_one() {
     // The alert `unexpected_message`, with which a TLS server answers an HTTP/2 preface.
     let address = answers(&[0x15, 0x03, 0x03, 0x00, 0x02, 0x02, 0x0a]).await;
-    let error = told(&address).await;
+    let error = connect_error(&address).await;
     assert!(matches!(error, RegistryError::Tls { .. }), "{error:?}");
     assert!(error.to_string().contains("https://"), "{error}");
 }
@@ -120,7 +120,7 @@ async fn a_tls_server_is_distinguished_from_a_dead_one() {
 async fn a_plaintext_etcd_is_distinguished_from_a_tls_one() {
     let etcd = etcd().await;
     let endpoint = format!("https://{}", etcd.endpoint(0));
-    let error = told(&endpoint).await;
+    let error = connect_error(&endpoint).await;
     assert!(matches!(error, RegistryError::Tls { .. }), "{error:?}");
     assert!(error.to_string().contains("http://"), "{error}");
 }
@@ -160,7 +160,7 @@ async fn a_dead_member_among_the_endpoints_fails_nothing() {
         ];
         Registry::connect(endpoints)
             .await
-            .expect("one of them answers");
+            .expect("one endpoint responds");
     }
 }
 
@@ -206,7 +206,7 @@ async fn authentication_works_from_connect_to_registration() {
     // Credentials for an etcd without authentication are no error.
     let early = user(&etcd, "writer")
         .await
-        .expect("goes on without a token");
+        .expect("connects without a token");
     protect(&etcd).await;
 
     let wrong = Registry::builder(etcd.endpoints())
@@ -273,7 +273,7 @@ async fn authentication_works_from_connect_to_registration() {
     // A write that was rejected twice is retried after 15 s at the earliest.
     let denied = timeout(Duration::from_secs(10), denied)
         .await
-        .expect("at once")
+        .expect("without a delay")
         .expect_err("read only");
     assert!(
         matches!(denied, RegisterError::Refused { .. }),

@@ -48,12 +48,12 @@ impl Fleet {
             .map(|_| counter.register(registry.registration("greeter").ttl(ttl)))
             .collect();
         let resolver = registry.resolver("greeter").start();
-        eventually("all are registered", async || {
+        eventually("all servers are registered", async || {
             resolver.instances().len() == size
         })
         .await;
         let channel = registry.channel("greeter").connect().await.unwrap();
-        eventually("all are known to the channel", async || {
+        eventually("the channel knows all servers", async || {
             channel.endpoints().len() == size
         })
         .await;
@@ -77,7 +77,10 @@ impl Fleet {
     /// Waits until the servers have served further calls.
     async fn serves(&self) {
         let before = self.counter.count();
-        eventually("calls go on", async || self.counter.count() > before + 100).await;
+        eventually("calls continue", async || {
+            self.counter.count() > before + 100
+        })
+        .await;
     }
 }
 
@@ -126,14 +129,14 @@ async fn an_outage_of_etcd_deletes_no_key_and_fails_no_call() {
     etcd.restart(0).await.unwrap();
     // Past the time at which the old leases would have expired, so that they must have been renewed.
     sleep(ttl * 3 / 2).await;
-    eventually("the resolver is fresh", async || {
+    eventually("the resolver is `Fresh`", async || {
         fleet.resolver.status().state == ResolverState::Fresh
     })
     .await;
     assert_eq!(fleet.resolver.instances().len(), 3);
     let by_hand = client(&etcd).await;
     let lost = deletions(&by_hand, &fleet.keys).await;
-    assert_eq!(lost, 0, "no key was lost");
+    assert_eq!(lost, 0, "no key was deleted");
     callers.none_failed().await;
 }
 
@@ -154,7 +157,7 @@ async fn a_wiped_etcd_is_filled_again_and_stale_instances_are_removed() {
             .put("/gRPC/greeter/ghost", ghost, Some(options))
             .await
             .unwrap();
-        eventually("the ghost is known", async || {
+        eventually("the stale instance is listed", async || {
             addresses(&fleet.resolver).contains(&ghost.to_owned())
         })
         .await;
@@ -166,11 +169,11 @@ async fn a_wiped_etcd_is_filled_again_and_stale_instances_are_removed() {
         for _ in 0..later_writes {
             by_hand.kv_client().put("/other", "", None).await.unwrap();
         }
-        within(ttl, "all are registered again", async || {
+        within(ttl, "all servers are registered again", async || {
             list(&by_hand, "/gRPC/greeter/").await.len() == 3
         })
         .await;
-        within(ttl * 4, "the set is exact", async || {
+        within(ttl * 4, "the set matches the servers", async || {
             let known = addresses(&fleet.resolver);
             known.len() == 3 && !known.contains(&ghost.to_owned())
         })
@@ -197,7 +200,7 @@ async fn a_restored_etcd_keeps_live_servers_and_loses_dead_ones() {
     for _ in 0..3 {
         etcd.restart(0).await.unwrap();
     }
-    within(ttl * 3, "it is registered again", async || {
+    within(ttl * 3, "the server is registered again", async || {
         registration.state().is_registered() && fleet.resolver.instances().len() == 3
     })
     .await;
@@ -212,7 +215,7 @@ async fn a_restored_etcd_keeps_live_servers_and_loses_dead_ones() {
     let ghost = ("/gRPC/greeter/ghost", "127.0.0.1:1");
     let mut kv = by_hand.kv_client();
     kv.put(ghost.0, ghost.1, Some(leased)).await.unwrap();
-    eventually("the ghost is known", async || {
+    eventually("the stale instance is listed", async || {
         addresses(&fleet.resolver).contains(&ghost.1.to_owned())
     })
     .await;
@@ -220,12 +223,12 @@ async fn a_restored_etcd_keeps_live_servers_and_loses_dead_ones() {
     etcd.kill(0).await.unwrap();
     etcd.restore(0).await.unwrap();
     etcd.restart(0).await.unwrap();
-    within(ttl * 4, "the set is exact", async || {
+    within(ttl * 4, "the set matches the servers", async || {
         let known = addresses(&fleet.resolver);
         known.len() == 3 && !known.contains(&ghost.1.to_owned())
     })
     .await;
-    within(ttl * 2, "it is registered, and as it was", async || {
+    within(ttl * 2, "the registration is unchanged", async || {
         let listed = list(&client(&etcd).await, registration.key()).await;
         let value = listed.first().map(|(_, value, _)| value.clone());
         let restored = value.is_some_and(|value| value.contains("\"weight\":9"));
@@ -307,7 +310,7 @@ async fn a_watch_closed_after_every_message_misses_nothing() {
         // The watch may still be in the process of being opened.
         relay.refuse_watches(true);
         write("127.0.0.1:2").await;
-        eventually("it is known, or the watch is cut", async || {
+        eventually("the change is listed or the watch is closed", async || {
             resolver.status().state == ResolverState::Stale
                 || addresses(&resolver) == ["127.0.0.1:2"]
         })
@@ -320,7 +323,7 @@ async fn a_watch_closed_after_every_message_misses_nothing() {
         expected.sort();
         expected.dedup();
         // After each message the watch waits for longer before it is opened again, up to 5 s.
-        within(Duration::from_secs(90), "the end is exact", async || {
+        within(Duration::from_secs(90), "the set is exact", async || {
             let mut known = addresses(&resolver);
             known.sort();
             known == expected && resolver.status().revision.get() >= revision
@@ -330,11 +333,11 @@ async fn a_watch_closed_after_every_message_misses_nothing() {
         let (cuts, lists) = (relay.cuts() - cuts, status.lists - before.lists);
         println!("{cuts} cuts, {lists} lists");
         if compact {
-            assert_eq!(lists, 1, "what is compacted away is listed");
+            assert_eq!(lists, 1, "a compaction causes a list");
         } else {
             // One message contains a thousand revisions.
-            assert!(cuts > 2, "it catches up in {cuts} messages");
-            assert_eq!(lists, 0, "it resumes");
+            assert!(cuts > 2, "the resolver catches up in {cuts} messages");
+            assert_eq!(lists, 0, "the watch is resumed");
         }
     }
 }
@@ -346,7 +349,7 @@ async fn change_arrives(fleet: &Fleet, etcd: &Etcd, bad: usize, port: u16) {
     let address = format!("127.0.0.1:{port}");
     let start = Instant::now();
     let mut registry = None;
-    eventually("somebody leads", async || {
+    eventually("a leader is elected", async || {
         registry = Registry::connect(well.clone()).await.ok();
         registry.is_some()
     })
@@ -355,7 +358,7 @@ async fn change_arrives(fleet: &Fleet, etcd: &Etcd, bad: usize, port: u16) {
     // Another election may delay the deregistration.
     let registering = registering.address(&address).deregister_timeout(SOON);
     let registration = registering.register().await.unwrap();
-    let took = within(Duration::from_secs(15), "the change arrives", async || {
+    let took = within(Duration::from_secs(15), "change applied", async || {
         addresses(&fleet.resolver).contains(&address)
     })
     .await;
@@ -369,7 +372,7 @@ async fn change_arrives(fleet: &Fleet, etcd: &Etcd, bad: usize, port: u16) {
 /// Returns the leader, once a leader is elected.
 async fn leader(etcd: &Etcd) -> usize {
     let mut leader = None;
-    eventually("the members see each other", async || {
+    eventually("the members are connected", async || {
         leader = etcd.leader().await;
         leader.is_some()
     })
@@ -407,17 +410,20 @@ async fn a_dead_frozen_or_isolated_member_loses_no_key_and_fails_no_call() {
     }
     for member in 0..3 {
         leader(&etcd).await;
-        eventually("it is cut off", async || etcd.isolate(member).await.is_ok()).await;
+        eventually("the member is isolated", async || {
+            etcd.isolate(member).await.is_ok()
+        })
+        .await;
         change_arrives(&fleet, &etcd, member, 3).await;
         etcd.rejoin(member).unwrap();
     }
     callers.none_failed().await;
-    eventually("the last change is gone again", async || {
+    eventually("the last change is removed", async || {
         fleet.resolver.instances().len() == 3
     })
     .await;
     // Reads the history of member 0, because member 2 was cut off last and may still be catching up.
-    assert_eq!(lost(&fleet, &etcd, 2).await, 0, "no key was lost");
+    assert_eq!(lost(&fleet, &etcd, 2).await, 0, "no key was deleted");
 }
 
 /// The leader is frozen for longer than the TTL, and no key is lost in this time. After the thaw, etcd itself revokes leases: for a moment
@@ -435,12 +441,12 @@ async fn no_key_is_lost_while_a_leader_is_frozen_for_longer_than_the_ttl() {
     change_arrives(&fleet, &etcd, frozen, 1).await;
     sleep(span(12, 60)).await;
     let lost_while_frozen = lost(&fleet, &etcd, frozen).await;
-    assert_eq!(lost_while_frozen, 0, "no key was lost");
+    assert_eq!(lost_while_frozen, 0, "no key was deleted");
     etcd.thaw(frozen).await.unwrap();
     sleep(Duration::from_secs(5)).await;
     let lost = lost(&fleet, &etcd, frozen).await;
     println!("{lost} keys were revoked by the thawed leader");
-    eventually("all are registered", async || {
+    eventually("all servers are registered", async || {
         fleet.resolver.instances().len() == 3 && fleet.resolver.status().held == 0
     })
     .await;
@@ -462,7 +468,7 @@ async fn keys_removed_by_hand_are_restored_and_fail_no_call() {
             let lease = list(&by_hand, key).await[0].2;
             by_hand.lease_client().revoke(lease).await.unwrap();
         }
-        within(ttl, "the key is back", async || {
+        within(ttl, "the key is restored", async || {
             list(&by_hand, "/gRPC/greeter/").await.len() == 4
         })
         .await;
@@ -490,7 +496,7 @@ async fn a_server_frozen_past_its_ttl_does_not_take_its_key_back() {
     let (old, mut old_says) = register(&etcd, key, address).await;
     line_with(&mut old_says, "registered under lease").await;
     signal(&old, Signal::SIGSTOP);
-    eventually("its lease has run out", async || {
+    eventually("the lease has expired", async || {
         list(&by_hand, key).await.is_empty()
     })
     .await;
@@ -543,7 +549,7 @@ async fn unrelated_writes_cause_no_list_and_no_new_watch() {
         });
     }
     let writes: u32 = tasks.join_all().await.into_iter().sum();
-    println!("{writes} writes beside");
+    println!("{writes} unrelated writes");
     by_hand
         .kv_client()
         .put("/gRPC/greeter/1", "127.0.0.1:1", None)

@@ -47,11 +47,11 @@ async fn a_thousand_services_are_watched_within_a_limit_of_a_hundred_streams() {
     let start = Instant::now();
     let watch = |service| registry.resolver(format!("service{service}")).start();
     let resolvers: Vec<_> = (0..SERVICES).map(watch).collect();
-    within(Duration::from_secs(10), "all are fresh", async || {
+    within(Duration::from_secs(10), "all `Fresh`", async || {
         fresh(&resolvers) == SERVICES
     })
     .await;
-    println!("{SERVICES} services are fresh after {:?}", since(start));
+    println!("{SERVICES} resolvers are `Fresh` after {:?}", since(start));
     let start = Instant::now();
     let registration = registry.registration("greeter").address("127.0.0.1:80");
     let registration = registration.register().await.unwrap();
@@ -102,18 +102,18 @@ async fn a_flooded_prefix_does_not_delay_others() {
             .unwrap();
         within(
             Duration::from_secs(5),
-            "the quiet one's event",
+            "the event of the quiet service",
             async || support::addresses(&quiet) == [address.clone()],
         )
         .await;
         slowest = slowest.max(since(start));
     }
     println!(
-        "the slowest event took {slowest:?} beside {} instances",
+        "the slowest event took {slowest:?} with {} instances",
         flooded.instances().len()
     );
     writers.shutdown().await;
-    assert_eq!(quiet.status().watches, 1, "the stream was never lost");
+    assert_eq!(quiet.status().watches, 1, "the stream was not reopened");
 }
 
 /// etcd loses simple tokens when it restarts, and an exchange costs it a password hash of 50 to 130 ms. All clients are back once each has had
@@ -137,14 +137,14 @@ async fn a_fleet_recovers_from_a_restart_within_two_password_hashes_per_client()
     etcd.restart(0).await.unwrap();
     let start = Instant::now();
     let bound = hash * u32::try_from(clients).unwrap() * 2 + Duration::from_secs(10);
-    let back = within(bound, "all are back", async || {
+    let back = within(bound, "all clients have recovered", async || {
         let is_fresh =
             |(_, resolver): &(_, Resolver)| resolver.status().state == ResolverState::Fresh;
         resolvers.iter().all(is_fresh)
     })
     .await;
     println!(
-        "{clients} clients are back after {back:?} ({:?}); a hash and a read take {hash:?}",
+        "{clients} clients recover after {back:?} ({:?}); a hash and a read take {hash:?}",
         since(start)
     );
 }
@@ -289,5 +289,5 @@ async fn watches_through_etcds_own_proxy_receive_their_own_events() {
         .iter()
         .map(|resolver| resolver.status().lists)
         .sum();
-    assert_eq!(lists, u64::from(SERVICES), "the events came by the watches");
+    assert_eq!(lists, u64::from(SERVICES), "the watches sent the events");
 }

@@ -90,11 +90,11 @@ fn summary(instance: Option<&Instance>) -> String {
             write!(line, " {name}={value}").unwrap();
         }
     }
-    for (said, word) in [
+    for (is_set, word) in [
         (instance.is_tls(), "tls"),
         (instance.is_leaving(), "leaving"),
     ] {
-        if said {
+        if is_set {
             write!(line, " {word}").unwrap();
         }
     }
@@ -653,7 +653,7 @@ impl InstanceFormat for Loud {
     }
 
     fn decode(&self, _: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
-        assert!(value != b"panic", "as told");
+        assert!(value != b"panic", "deliberate panic");
         Ok(Some(
             Instance::new("0.0.0.0:1".parse().unwrap()).with_weight(u32::MAX),
         ))
@@ -748,14 +748,14 @@ fn the_largest_values_are_decoded_in_limited_time_and_memory() {
                 let enough = Duration::from_millis(500);
                 assert!(
                     (0..5).map(took).any(|took| took < enough),
-                    "{format:?} takes longer for {}...",
+                    "{format:?} is too slow for {}...",
                     &key[..20.min(key.len())]
                 );
             }
         }
     }
     let grown = peak().saturating_sub(before);
-    assert!(grown < 128 * 1024, "the process has grown by {grown} KiB");
+    assert!(grown < 128 * 1024, "the process grew by {grown} KiB");
 }
 
 /// Returns a key or a value with random mutations.

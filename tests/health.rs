@@ -82,7 +82,7 @@ async fn watchers_receive_not_serving_before_deregistration_and_do_not_delay_the
     assert_eq!(*states.borrow(), ServerState::LameDuck);
     world.etcd.thaw(0).await.unwrap();
     for watch in &mut watches {
-        assert_eq!(next(watch).await, None, "told once, and ended");
+        assert_eq!(next(watch).await, None, "the watch ends after one message");
     }
     server.stopped().await.unwrap();
     assert!(matches!(

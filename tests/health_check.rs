@@ -75,7 +75,7 @@ impl Health for Scripted {
         &self,
         _: Request<HealthCheckRequest>,
     ) -> Result<Response<HealthCheckResponse>, Status> {
-        Err(Status::internal("nobody checks"))
+        Err(Status::internal("unary checks are not used"))
     }
 
     type WatchStream = Pin<Box<dyn Stream<Item = Result<HealthCheckResponse, Status>> + Send>>;
@@ -91,14 +91,14 @@ impl Health for Scripted {
         let statuses = WatchStream::new(self.answer.clone());
         let cuts = self.answer.borrow().0;
         let statuses = statuses.take_while(move |answer| answer.0 == cuts);
-        let said = statuses.filter_map(move |(_, answer)| {
+        let responses = statuses.filter_map(move |(_, answer)| {
             let _watching = &watching;
             let Say(status) = answer else { return None };
             let mut response = HealthCheckResponse::default();
             response.set_status(status);
             Some(Ok(response))
         });
-        Ok(Response::new(Box::pin(said)))
+        Ok(Response::new(Box::pin(responses)))
     }
 }
 
@@ -130,12 +130,12 @@ impl Patient {
     }
 
     fn say(&self, answer: Answer) {
-        self.answer.send_modify(|said| said.1 = answer);
+        self.answer.send_modify(|state| state.1 = answer);
     }
 
     /// Ends every watch, like a proxy that limits the duration of calls.
     fn cut(&self) {
-        self.answer.send_modify(|said| said.0 += 1);
+        self.answer.send_modify(|state| state.0 += 1);
     }
 
     fn watches(&self) -> usize {
@@ -195,12 +195,15 @@ async fn calls_follow_the_health_status_and_none_fails_when_it_changes() {
     for _ in 0..20 {
         let before = down.greeter.count();
         let so_far = callers.calls();
-        eventually("there are calls", async || callers.calls() > so_far + 50).await;
-        assert_eq!(down.greeter.count(), before, "it does not serve");
+        eventually("calls are made", async || callers.calls() > so_far + 50).await;
+        assert_eq!(down.greeter.count(), before, "the server does not serve");
         // Both servers serve for a moment, so that at least one of them serves at any time.
         down.say(Say(Wire::Serving));
         is(&channel, down.address, EndpointState::Ready).await;
-        eventually("it gets calls", async || down.greeter.count() > before).await;
+        eventually("the server receives calls", async || {
+            down.greeter.count() > before
+        })
+        .await;
         serving.say(Say(Wire::NotServing));
         is(&channel, serving.address, EndpointState::TransientFailure).await;
         // Calls that were picked before may still be in flight.
@@ -210,7 +213,7 @@ async fn calls_follow_the_health_status_and_none_fails_when_it_changes() {
             let known = known.iter().find(|one| one.address.to_string() == address);
             known.unwrap().in_flight == 0
         };
-        eventually("its calls are over", in_flight).await;
+        eventually("the calls of the server have ended", in_flight).await;
         std::mem::swap(&mut serving, &mut down);
     }
     assert!(callers.none_failed().await > 1_000);
@@ -249,7 +252,7 @@ async fn without_a_serving_server_calls_fail_with_the_reason_or_wait_for_ready()
         Patient::start(Say(Wire::Unknown)).await,
     ];
     let channel = over(checked(), &[&servers[0], &servers[1]]);
-    let status = call(&channel).await.expect_err("none serves");
+    let status = call(&channel).await.expect_err("no server serves");
     assert_eq!(status.code(), Code::Unavailable);
     for part in ["0 of 2 endpoints ready", "its health check says"] {
         assert!(status.message().contains(part), "{status}");
@@ -280,13 +283,15 @@ async fn a_server_without_a_health_response_is_not_used_and_watched_again() {
         &[&silent],
     );
     // Until the timeout, calls wait, as they do for a connection.
-    let status = call(&channel).await.expect_err("it says nothing");
+    let status = call(&channel)
+        .await
+        .expect_err("the server does not respond");
     assert_eq!(status.code(), Code::Unavailable);
     assert!(status.message().contains("no answer within"), "{status}");
-    eventually("it is asked again", async || silent.begun() >= 3).await;
+    eventually("the watch is opened again", async || silent.begun() >= 3).await;
     silent.say(Say(Wire::Serving));
     is(&channel, silent.address, EndpointState::Ready).await;
-    call(&channel).await.expect("it serves");
+    call(&channel).await.expect("the server serves");
 }
 
 #[tokio::test]
@@ -298,8 +303,8 @@ async fn a_watch_that_ends_is_reopened_and_fails_no_call() {
     let callers = Callers::start(&channel, 4);
     for round in 1..=20 {
         server.cut();
-        eventually("the watch is renewed", async || server.begun() > round).await;
-        eventually("by one", async || server.watches() == 1).await;
+        eventually("the watch is reopened", async || server.begun() > round).await;
+        eventually("one further watch", async || server.watches() == 1).await;
     }
     callers.none_failed().await;
 }
@@ -312,14 +317,14 @@ async fn a_stream_is_kept_for_the_health_watch_unless_only_one_is_allowed() {
         let channel = over(checked(), &[&server]);
         is(&channel, server.address, EndpointState::Ready).await;
         let callers = Callers::start(&channel, 8);
-        eventually("there are calls", async || {
+        eventually("calls are made", async || {
             for endpoint in channel.endpoints() {
                 assert!(endpoint.in_flight <= endpoint.connections, "{endpoint:?}");
             }
             callers.calls() > 500
         })
         .await;
-        assert!(server.watches() <= 2, "one for each connection");
+        assert!(server.watches() <= 2, "one watch for each connection");
         assert_eq!(server.watches() > 0, watches > 0);
         callers.none_failed().await;
     }
@@ -348,8 +353,14 @@ async fn a_watch_ends_with_its_endpoint_and_with_the_channel() {
     let gone = servers[0].address.to_string().parse().unwrap();
     let change = tower::discover::Change::Remove(gone);
     assert!(changes.send(Ok(change)).is_ok());
-    eventually("its watch is over", async || servers[0].watches() == 0).await;
+    eventually("the watch of the endpoint has ended", async || {
+        servers[0].watches() == 0
+    })
+    .await;
     assert_eq!(servers[1].watches(), 1);
     drop(channel);
-    eventually("the other as well", async || servers[1].watches() == 0).await;
+    eventually("the other watch has ended", async || {
+        servers[1].watches() == 0
+    })
+    .await;
 }

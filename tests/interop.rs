@@ -78,12 +78,16 @@ async fn go_clients_follow_our_servers_through_joins_restarts_and_kills() {
         example("greeter_server", &etcd),
     ];
     let mut load = Load::start(&go, &etcd, &PREFIXED).await;
-    load.until("both serve", |tally| tally.servers.len() == 2)
-        .await;
+    load.until("both servers receive calls", |tally| {
+        tally.servers.len() == 2
+    })
+    .await;
 
     servers.push(example("greeter_server", &etcd));
     let joined = load
-        .until("the third serves", |tally| tally.servers.len() == 3)
+        .until("the third server receives calls", |tally| {
+            tally.servers.len() == 3
+        })
         .await;
     assert_eq!(joined.failed, 0, "{joined:?}");
 
@@ -92,7 +96,7 @@ async fn go_clients_follow_our_servers_through_joins_restarts_and_kills() {
         server.ended().await;
         *server = example("greeter_server", &etcd);
         let name = server.name();
-        let restarted = load.until("the new one serves", |tally| {
+        let restarted = load.until("the new server receives calls", |tally| {
             tally.servers.contains_key(&name)
         });
         let restarted = restarted.await;
@@ -103,7 +107,7 @@ async fn go_clients_follow_our_servers_through_joins_restarts_and_kills() {
     let name = killed.name();
     killed.signal(Signal::SIGKILL);
     let after = load
-        .until("the killed one is out", |tally| {
+        .until("the killed server receives no calls", |tally| {
             !tally.servers.contains_key(&name)
         })
         .await;
@@ -201,7 +205,7 @@ impl Ours {
             serving.await
         });
         let resolver = registry.resolver(SERVICE).start();
-        eventually("it is registered", async || {
+        eventually("the server is registered", async || {
             !resolver.instances().is_empty()
         })
         .await;
@@ -273,7 +277,7 @@ async fn our_channel_follows_go_servers_through_joins_restarts_and_kills() {
     let channel = channel_to_go(&etcd).await;
     let callers = Callers::start(&channel);
     let is_called = async |address: &str| {
-        eventually("it is called", async || {
+        eventually("the server receives calls", async || {
             let endpoints = channel.endpoints();
             endpoints
                 .iter()
@@ -296,7 +300,7 @@ async fn our_channel_follows_go_servers_through_joins_restarts_and_kills() {
     servers[2].ended().await;
     let gone = within(
         Duration::from_secs(30),
-        "its key goes with its lease",
+        "the key expires with its lease",
         async || channel.endpoints().len() == 2,
     );
     gone.await;
@@ -414,10 +418,10 @@ async fn go_servers_accept_our_pings() {
     let endpoints = channel.endpoints();
     assert_eq!(endpoints.len(), 1);
     server.signal(Signal::SIGTERM);
-    let said = server.ended().await;
+    let printed = server.ended().await;
     assert!(
-        said.contains("accepted 1\n"),
-        "one connection for all of it: {said}"
+        printed.contains("accepted 1\n"),
+        "one connection for all of it: {printed}"
     );
 }
 

@@ -37,13 +37,15 @@ async fn locate(channel: &BalancedChannel) -> BTreeMap<u32, String> {
             located.insert(pid, address);
         }
     };
-    timeout(SOON, locating).await.expect("every server answers");
+    timeout(SOON, locating)
+        .await
+        .expect("every server responds");
     located
 }
 
 /// Waits until as many servers are ready as are running. The keys of killed servers remain for one TTL.
 async fn serving(channel: &BalancedChannel) {
-    eventually("four are ready", async || {
+    eventually("four endpoints are ready", async || {
         let endpoints = channel.endpoints();
         let ready = endpoints.iter().map(|status| status.state);
         ready.filter(|state| *state == EndpointState::Ready).count() == SERVERS
@@ -57,7 +59,7 @@ async fn a_kill_fails_only_the_calls_in_flight_on_the_killed_server() {
     let registry = registry(&etcd).await;
     let mut servers: Vec<_> = (0..SERVERS).map(|_| greeter_server(&etcd)).collect();
     let resolver = registry.resolver(support::SERVICE).start();
-    eventually("four are registered", async || {
+    eventually("four servers are registered", async || {
         resolver.instances().len() == SERVERS
     })
     .await;
@@ -75,12 +77,12 @@ async fn a_kill_fails_only_the_calls_in_flight_on_the_killed_server() {
             let mut statuses = channel.endpoints().into_iter();
             statuses.find(|status| status.address.to_string() == address)
         };
-        eventually("the loss is seen", async || {
+        eventually("the channel detects the kill", async || {
             of_victim().is_none_or(|status| status.state != EndpointState::Ready)
         })
         .await;
         let seen = Instant::now();
-        eventually("no call is in flight there", async || {
+        eventually("no call is in flight on the killed server", async || {
             of_victim().is_none_or(|status| status.in_flight == 0)
         })
         .await;
@@ -100,7 +102,7 @@ async fn a_kill_fails_only_the_calls_in_flight_on_the_killed_server() {
             );
             assert!(
                 *began <= seen,
-                "a call went to {address} after its loss was seen"
+                "a call was sent to {address} after its kill was detected"
             );
         }
         servers.push(greeter_server(&etcd));

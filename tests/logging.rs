@@ -48,7 +48,7 @@ async fn an_invalid_value_is_one_log_line_without_the_value_and_a_hold_is_two_li
         .resolver("greeter")
         .mass_removal_protection(Some(Duration::from_millis(500)))
         .start();
-    eventually("it is counted", async || {
+    eventually("the value is counted", async || {
         resolver.status().rejected_values == 1
     })
     .await;
@@ -57,7 +57,7 @@ async fn an_invalid_value_is_one_log_line_without_the_value_and_a_hold_is_two_li
         let mut by_hand = client(&etcd).await;
         let bad = by_hand.put("/gRPC/greeter/1", "password=secret", None);
         bad.await.unwrap();
-        eventually("it is counted", async || {
+        eventually("the value is counted", async || {
             resolver.status().rejected_values == rejected
         })
         .await;
@@ -82,9 +82,12 @@ async fn an_invalid_value_is_one_log_line_without_the_value_and_a_hold_is_two_li
             .unwrap();
     }
     let options = etcd_client::DeleteOptions::new().with_prefix();
-    eventually("four are known", async || resolver.instances().len() == 4).await;
+    eventually("four instances are known", async || {
+        resolver.instances().len() == 4
+    })
+    .await;
     by_hand.delete("/gRPC/", Some(options)).await.unwrap();
-    eventually("two are held, and let go", async || {
+    eventually("two instances are held and released", async || {
         resolver.status().mass_removals == 1 && resolver.instances().is_empty()
     })
     .await;

@@ -38,17 +38,17 @@ fn callers(channel: &BalancedChannel) -> Callers {
 /// Waits for the first failed call and stops the callers. Asserts that no call failed before `until`, and that the errors name the service.
 async fn failed_only_after(mut callers: Callers, until: Instant) {
     let mut failed = Vec::new();
-    eventually("calls fail when the hold is over", async || {
+    eventually("calls fail after the hold", async || {
         failed.extend(callers.failed());
         !failed.is_empty()
     })
     .await;
     let (calls, last) = callers.stopped().await;
     failed.extend(last);
-    let first = failed.first().expect("it was waited for");
+    let first = failed.first().expect("the hold has ended");
     assert!(
         first.ended >= until,
-        "of {calls} calls one failed {:?} before the hold was over: {:?}",
+        "one of {calls} calls failed {:?} before the end of the hold: {:?}",
         until.saturating_duration_since(first.ended),
         first.status
     );
@@ -136,7 +136,7 @@ async fn half_is_held(resolver: &Resolver) -> Instant {
 }
 
 async fn none_is_left(resolver: &Resolver) {
-    eventually("the hold is over", async || {
+    eventually("the hold has ended", async || {
         resolver.instances().is_empty() && resolver.status().held == 0
     })
     .await;
@@ -152,7 +152,7 @@ async fn a_deletion_of_the_whole_prefix_fails_no_call_during_the_hold() {
     let lost = Instant::now();
     delete_all(&etcd).await;
     half_is_held(&resolver).await;
-    eventually("the channel knows them as a last resort", async || {
+    eventually("the endpoints are a last resort", async || {
         let endpoints = channel.endpoints();
         endpoints.len() == SERVERS / 2 && endpoints.iter().all(|endpoint| endpoint.last_resort)
     })
@@ -200,7 +200,7 @@ async fn a_loss_found_after_a_partition_fails_no_call_during_the_hold() {
     let found = Instant::now();
     proxy.heal();
     half_is_held(&resolver).await;
-    assert_eq!(resolver.status().lists, 2, "it was found by a list");
+    assert_eq!(resolver.status().lists, 2, "a list found the loss");
     none_is_left(&resolver).await;
     failed_only_after(callers, found + HOLD).await;
 }
@@ -222,7 +222,7 @@ async fn by_default_the_hold_lasts_thirty_seconds() {
         }
         assert!(
             Instant::now() < lost + DEFAULT + Duration::from_secs(5),
-            "it has an end"
+            "the hold ends"
         );
         sleep(Duration::from_millis(50)).await;
     };
@@ -263,7 +263,7 @@ async fn a_planned_pause_of_all_servers_is_not_held() {
     for registration in &registrations {
         registration.resume().await.unwrap();
     }
-    eventually("all are back", async || {
+    eventually("all servers are registered again", async || {
         resolver.instances().len() == SERVERS
     })
     .await;
@@ -343,10 +343,7 @@ async fn the_return_of_half_of_the_set_ends_the_hold() {
     )
     .await;
     // The new keys may have exactly the addresses that were held. Then the set is complete before the last hold ends.
-    eventually("nothing is held any more", async || {
-        resolver.status().held == 0
-    })
-    .await;
+    eventually("no instance is held", async || resolver.status().held == 0).await;
     assert!(!resolver.instances().iter().any(Instance::is_last_resort));
     let (calls, failed) = callers.stopped().await;
     assert!(failed.is_empty(), "of {calls}: {:?}", failed.first());
@@ -395,10 +392,10 @@ async fn the_tonic_channel_keeps_held_instances_while_no_other_is_registered() {
     half_is_held(&resolver).await;
     while Instant::now() < lost + HOLD - Duration::from_secs(1) {
         let call = timeout(SOON, client.say_hello(hello())).await;
-        call.expect("somebody is there").unwrap();
+        call.expect("an endpoint is available").unwrap();
     }
     none_is_left(&resolver).await;
-    eventually("nobody is called any more", async || {
+    eventually("no endpoint receives calls", async || {
         timeout(Duration::from_millis(200), client.say_hello(hello()))
             .await
             .is_err()

@@ -132,7 +132,7 @@ impl World {
     /// Waits until the channel reports a server as removed. From then on, no call reaches the server.
     async fn sees_removal(&self, server: usize) {
         let name = self.name(server);
-        eventually("the removal is seen", async || {
+        eventually("the removal is applied", async || {
             self.channel.endpoints().iter().all(|status| {
                 status.address.to_string() != name || status.state == EndpointState::Draining
             })
@@ -159,7 +159,7 @@ impl World {
         let up = |server: &usize| self.fleet.get(*server).is_up();
         let expected: BTreeSet<_> = self.registered.iter().copied().filter(up).collect();
         let names: BTreeSet<_> = expected.iter().map(|server| self.name(*server)).collect();
-        eventually("the set is what it is to be", async || {
+        eventually("the set matches the model", async || {
             let statuses = self.channel.endpoints();
             let ready = statuses
                 .iter()
@@ -232,7 +232,7 @@ impl World {
             match outcome {
                 Ok(()) => {}
                 Err(status) if !self.stable.is_empty() && !self.unsettled => {
-                    panic!("{:?} could have served it: {status}", self.stable)
+                    panic!("{:?} could have served the call: {status}", self.stable)
                 }
                 Err(status) => assert_eq!(status.code(), Code::Unavailable, "{status}"),
             }
@@ -259,14 +259,14 @@ async fn call(
     request.extensions_mut().insert(WaitForReady::new(wait));
     let mut client = GreeterClient::new(channel.clone());
     let outcome = timeout(SOON, client.say_hello(request)).await;
-    match outcome.expect("no call waits for ever") {
+    match outcome.expect("every call ends") {
         Ok(response) => {
             let served_by = response.extensions().get::<ServedBy>().unwrap();
             let name = served_by.address().to_string();
             let still = known.lock().unwrap().absent.get(&name).copied();
             assert!(
                 still.is_none() || absent.get(&name).copied() != still,
-                "{name} was called after its removal was seen"
+                "{name} was called after its removal was applied"
             );
             Ok(())
         }
@@ -277,7 +277,7 @@ async fn call(
                 let ago = Instant::now().saturating_duration_since(*at);
                 status.message().contains(name) && ago < Duration::from_secs(10)
             });
-            assert!(killed, "nobody was killed, but {status}");
+            assert!(killed, "no server was killed, but {status}");
             Ok(())
         }
     }
@@ -361,7 +361,7 @@ async fn live(policy: LbPolicy, ops: &[Op]) -> usize {
 /// Asserts that no call is in flight after the last call has ended, and that no task and no file is left after the channel is dropped.
 async fn leaves_nothing(mut world: World, tasks: usize, files: usize) {
     world.streams.clear();
-    eventually("nothing is in flight and nothing drains", async || {
+    eventually("no call is in flight and no endpoint drains", async || {
         let statuses = world.channel.endpoints();
         statuses
             .iter()
@@ -371,7 +371,7 @@ async fn leaves_nothing(mut world: World, tasks: usize, files: usize) {
     let World { fleet, channel, .. } = world;
     drop(channel);
     let metrics = Handle::current().metrics();
-    eventually("all tasks and sockets are gone", async || {
+    eventually("all tasks and sockets are closed", async || {
         metrics.num_alive_tasks() <= tasks && open_files() <= files
     })
     .await;

@@ -36,7 +36,10 @@ async fn a_dropped_etcd_leaves_no_process_and_no_directory() {
         .unwrap_or(arguments[data + 1]);
     let data = PathBuf::from(data);
     assert!(data.exists());
-    eventually("somebody leads", async || cluster.leader().await.is_some()).await;
+    eventually("a leader is elected", async || {
+        cluster.leader().await.is_some()
+    })
+    .await;
     drop(cluster);
     assert!(pids.iter().all(|pid| !is_alive(*pid)), "a process is left");
     assert!(
@@ -60,7 +63,7 @@ async fn members_are_stopped_killed_frozen_wiped_and_restarted() {
         assert_eq!(
             list(&client(&etcd).await, "/").await.len(),
             1,
-            "the data is still there"
+            "the data is kept"
         );
     }
     assert!(matches!(
@@ -75,7 +78,7 @@ async fn members_are_stopped_killed_frozen_wiped_and_restarted() {
     );
     etcd.thaw(0).await.unwrap();
     etcd.stop(0).await.unwrap();
-    assert!(etcd.restore(0).await.is_err(), "there is no backup");
+    assert!(etcd.restore(0).await.is_err(), "no backup exists");
     etcd.restart(0).await.unwrap();
     assert_eq!(list(&client(&etcd).await, "/").await.len(), 1);
     etcd.stop(0).await.unwrap();

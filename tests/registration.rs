@@ -202,7 +202,7 @@ async fn an_outage_longer_than_the_ttl_is_survived() {
     for _ in 0..5 {
         timeout(SOON, states.changed())
             .await
-            .expect("renewals go on")
+            .expect("renewals continue")
             .unwrap();
         assert!(is_kept(&by_hand, &registration).await);
     }
@@ -253,13 +253,13 @@ async fn a_frozen_etcd_is_survived() {
         for _ in 0..2 {
             let before = expires(&registration);
             let renewed = states.wait_for(|_| expires(&registration) > before);
-            let renewed = timeout(SOON, renewed).await.expect("renewals go on");
+            let renewed = timeout(SOON, renewed).await.expect("renewals continue");
             drop(renewed.unwrap());
             assert!(before.is_some(), "member {member} is frozen");
         }
         etcd.thaw(member).await.unwrap();
     }
-    assert_eq!(lease(&registration), first, "the lease was never lost");
+    assert_eq!(lease(&registration), first, "the lease is unchanged");
 }
 
 #[tokio::test]
@@ -271,13 +271,13 @@ async fn a_key_taken_over_is_left_unchanged_until_it_is_deleted() {
     // Another process starts on the same address and gets the key at once.
     let new = timeout(Duration::from_secs(5), register(&registry))
         .await
-        .expect("at once");
+        .expect("without a delay");
     let mut states = old.watch_state();
     let superseded =
         |state: &RegistrationState| matches!(state, RegistrationState::Superseded { .. });
     timeout(SOON, states.wait_for(superseded))
         .await
-        .expect("the old one is told")
+        .expect("the old registration is superseded")
         .unwrap();
     assert!(matches!(
         old.set_weight(5).await,
@@ -289,10 +289,13 @@ async fn a_key_taken_over_is_left_unchanged_until_it_is_deleted() {
             .await
             .expect("a renewal")
             .unwrap();
-        assert!(is_kept(&by_hand, &new).await, "nobody fights for the key");
+        assert!(
+            is_kept(&by_hand, &new).await,
+            "the old registration does not write the key"
+        );
     }
     new.deregister().await.unwrap();
-    within(SOON, "the old one is back", async || {
+    within(SOON, "the old registration has the key again", async || {
         is_kept(&by_hand, &old).await
     })
     .await;
@@ -304,13 +307,13 @@ async fn a_key_taken_over_is_left_unchanged_until_it_is_deleted() {
         .unwrap();
     timeout(SOON, states.wait_for(superseded))
         .await
-        .expect("the old one is told")
+        .expect("the old registration is superseded")
         .unwrap();
     old.deregister().await.unwrap();
     assert_eq!(
         list(&by_hand, "/").await.len(),
         1,
-        "what is not ours is not deleted"
+        "the key of the other server is kept"
     );
 }
 
@@ -374,7 +377,7 @@ async fn a_weight_changes_in_place() {
     let before = lease(&registration);
     for weight in [7, 1, 1_000_000] {
         registration.set_weight(weight).await.unwrap();
-        eventually("the weight arrives", async || {
+        eventually("the new weight is listed", async || {
             resolver
                 .instances()
                 .first()
@@ -426,7 +429,7 @@ async fn changes_while_etcd_is_down_are_written_when_it_is_available_again() {
         "{error:?}"
     );
     etcd.thaw(0).await.unwrap();
-    within(TTL * 2, "the key goes with its lease", async || {
+    within(TTL * 2, "the key expires with its lease", async || {
         list(&by_hand, &key).await.is_empty()
     })
     .await;
@@ -444,7 +447,7 @@ async fn a_dropped_registration_is_deregistered() {
             .await
             .unwrap(),
     );
-    eventually("the key is gone", async || {
+    eventually("the key is deleted", async || {
         list(&by_hand, "/").await.is_empty()
     })
     .await;
@@ -541,7 +544,7 @@ async fn a_registration_without_etcd_fails_at_the_startup_timeout() {
         .register();
     let error = timeout(Duration::from_secs(10), registering)
         .await
-        .expect("at the bound")
+        .expect("the startup timeout")
         .expect_err("no etcd");
     assert!(matches!(error, RegisterError::TimedOut { .. }), "{error:?}");
     assert!(
@@ -552,7 +555,7 @@ async fn a_registration_without_etcd_fails_at_the_startup_timeout() {
     let registering = tokio::spawn(describe(&registry).register());
     etcd.restart(0).await.unwrap();
     let registered = timeout(SOON, registering).await.unwrap().unwrap();
-    drop(registered.expect("registered as soon as etcd is there"));
+    drop(registered.expect("registered once etcd is available"));
 }
 
 /// Returns the keys in etcd under the lease that a registration reports.
@@ -595,13 +598,13 @@ async fn several_services_share_one_lease_and_are_deregistered_one_by_one() {
         .await
         .unwrap();
     // Each key is watched, so the key is put back before the next renewal.
-    within(TTL * 4 / 3, "the key is back", async || {
+    within(TTL * 4 / 3, "the key is restored", async || {
         kept(&by_hand, &registration).await == all
     })
     .await;
     let lost = lease(&registration).unwrap();
     by_hand.lease_client().revoke(lost.get()).await.unwrap();
-    within(TTL * 4, "all are back", async || {
+    within(TTL * 4, "all keys are restored", async || {
         kept(&by_hand, &registration).await == all
     })
     .await;
@@ -620,7 +623,7 @@ async fn several_services_share_one_lease_and_are_deregistered_one_by_one() {
         registration
             .deregister_service(service)
             .await
-            .expect("gone is gone");
+            .expect("a repeated deregistration succeeds");
     }
     let left: Vec<_> = [&all[1..3], &all[4..]].concat();
     let mut states = registration.watch_state();
@@ -678,9 +681,12 @@ async fn only_the_service_taken_over_by_another_server_is_superseded() {
         assert_eq!(
             list(&by_hand, &first).await[0].2,
             held,
-            "the other one is kept"
+            "the other key is kept"
         );
-        assert!(is_kept(&by_hand, &other).await, "nobody fights for the key");
+        assert!(
+            is_kept(&by_hand, &other).await,
+            "the old registration does not write the key"
+        );
     }
     // A key of another owner is not deleted.
     ours.deregister_service("second").await.unwrap();
@@ -724,6 +730,6 @@ async fn a_registration_on_a_dedicated_thread_survives_a_busy_runtime() {
     );
     assert!(
         !Box::pin(busy_for_three_ttls(false)).await,
-        "without a thread of its own it is not: the test tests something"
+        "without a dedicated thread the lease expires"
     );
 }

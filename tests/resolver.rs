@@ -79,7 +79,7 @@ async fn values_put_by_hand_are_called_until_their_key_is_deleted() {
     .await;
     by_hand.delete("/gRPC/greeter/2", None).await.unwrap();
     knows(&resolver, &[]).await;
-    eventually("nobody is called any more", async || {
+    eventually("no server receives calls", async || {
         call(&mut greeter).await.is_none()
     })
     .await;
@@ -91,7 +91,7 @@ async fn an_empty_set_is_a_known_state() {
     let resolver = registry(&etcd).await.resolver("greeter").start();
     timeout(support::SOON, resolver.ready())
         .await
-        .expect("an empty set is known as well");
+        .expect("an empty set is known");
     assert_eq!(resolver.status().state, ResolverState::Fresh);
     assert!(resolver.instances().is_empty());
     let mut by_hand = client(&etcd).await;
@@ -245,8 +245,11 @@ async fn an_invalid_service_name_is_a_known_empty_set_with_an_error() {
         let resolver = registry(&etcd).await.resolver(service).start();
         timeout(support::SOON, resolver.ready())
             .await
-            .expect("nothing to wait for");
-        let error = resolver.status().last_error.expect("the status says why");
+            .expect("the set is known at once");
+        let error = resolver
+            .status()
+            .last_error
+            .expect("the status contains the error");
         assert!(
             std::error::Error::source(&error)
                 .is_some_and(|cause| cause.to_string().contains("service name")),
@@ -358,14 +361,14 @@ async fn nothing_is_removed_while_etcd_is_down() {
     knows(&resolver, &["127.0.0.1:1"]).await;
     let lists = resolver.status().lists;
     etcd.kill(0).await.unwrap();
-    eventually("the status says so", async || {
+    eventually("the status is updated", async || {
         resolver.status().state == ResolverState::Stale
     })
     .await;
     assert!(resolver.status().last_error.is_some());
     assert_eq!(addresses(&resolver), ["127.0.0.1:1"]);
     etcd.restart(0).await.unwrap();
-    eventually("it is fresh again", async || {
+    eventually("the resolver is `Fresh` again", async || {
         resolver.status().state == ResolverState::Fresh
     })
     .await;
@@ -400,7 +403,7 @@ async fn a_quiet_watch_is_probed_and_not_reopened() {
         (status.watches, status.lists, status.state),
         (1, 1, ResolverState::Fresh)
     );
-    eventually("no throw-away watcher is left", async || {
+    eventually("no probe watcher is left", async || {
         watchers(&etcd).await == before
     })
     .await;
@@ -484,7 +487,7 @@ async fn reconciliations_find_no_difference_while_keys_change() {
     }
     let compared = resolver.status().reconciliations;
     // Differences that the last reconciliation suspected during the changes must first be cleared.
-    eventually("compared again and again", async || {
+    eventually("several reconciliations", async || {
         resolver.status().reconciliations >= compared + 10
     })
     .await;
@@ -512,7 +515,7 @@ async fn keys_of_refusing_endpoints_are_read_rarely_and_stay_while_registered() 
             .unwrap();
     }
     let resolver = registry(&etcd).await.resolver("greeter").start();
-    eventually("a thousand are known", async || {
+    eventually("a thousand instances are known", async || {
         resolver.instances().len() == 1_000
     })
     .await;
@@ -521,14 +524,14 @@ async fn keys_of_refusing_endpoints_are_read_rarely_and_stay_while_registered() 
     let first = resolver.instances()[0].address().clone();
     feedback.refused(&first);
     feedback.refused(&first);
-    let read = eventually("it is read", async || resolver.status().reads > 0);
+    let read = eventually("the key is read", async || resolver.status().reads > 0);
     // The reads are spread over 2 s.
     read.await;
     let start = Instant::now();
     for instance in resolver.instances() {
         feedback.refused(instance.address());
     }
-    eventually("some are read", async || resolver.status().reads >= 25).await;
+    eventually("some keys are read", async || resolver.status().reads >= 25).await;
     let elapsed = Instant::now().saturating_duration_since(start);
     assert!(
         elapsed >= Duration::from_secs(2),
@@ -564,7 +567,7 @@ async fn values_that_do_not_fit_into_one_message_are_listed_in_smaller_pages() {
     let resolver = registry(&etcd).await.resolver("greeter").start();
     // A page of 10 MB may take longer than its timeout in a debug build.
     let bound = Duration::from_secs(60);
-    support::within(bound, "all are known", async || {
+    support::within(bound, "all instances are known", async || {
         resolver.instances().len() == 600
     })
     .await;
@@ -583,7 +586,7 @@ async fn a_resolver_that_starts_before_etcd_waits_for_it() {
         .unwrap();
     etcd.kill(0).await.unwrap();
     let resolver = registry.resolver("greeter").start();
-    eventually("the status says why", async || {
+    eventually("the status contains the error", async || {
         resolver.status().last_error.is_some()
     })
     .await;
@@ -691,7 +694,7 @@ async fn the_resolver_moves_from_members_that_die_or_freeze() {
             .collect();
         // An election may take longer than the retries of one call.
         let mut writer = None;
-        eventually("somebody leads", async || {
+        eventually("a leader is elected", async || {
             writer = Registry::connect(alive.clone()).await.ok();
             writer.is_some()
         })
@@ -710,7 +713,7 @@ async fn the_resolver_moves_from_members_that_die_or_freeze() {
     for member in 0..3 {
         etcd.kill(member).await.unwrap();
         kept.push(write(&etcd, member, 100 + u16::try_from(member).unwrap()).await);
-        eventually("the change arrives", async || {
+        eventually("the change is applied", async || {
             addresses(&resolver).len() == kept.len()
         })
         .await;
@@ -721,7 +724,7 @@ async fn the_resolver_moves_from_members_that_die_or_freeze() {
         kept.push(write(&etcd, member, 200 + u16::try_from(member).unwrap()).await);
         let start = Instant::now();
         // 5 s of silence before the probe, and 3 s for its response.
-        eventually("the change arrives", async || {
+        eventually("the change is applied", async || {
             addresses(&resolver).len() == kept.len()
         })
         .await;
@@ -820,14 +823,14 @@ async fn ten_thousand_random_steps_match_a_list_of_etcd() {
     })
     .await;
     for mut view in views {
-        let mut told = std::collections::BTreeSet::new();
+        let mut listed = std::collections::BTreeSet::new();
         let all = resolver.instances().len();
         while let Ok(Some(Ok(change))) = timeout(Duration::from_millis(200), view.next()).await {
             match change {
-                Change::Insert(address, _) => told.insert(address.to_string()),
-                Change::Remove(address) => told.remove(address.as_str()),
+                Change::Insert(address, _) => listed.insert(address.to_string()),
+                Change::Remove(address) => listed.remove(address.as_str()),
             };
         }
-        assert_eq!(told.len(), all, "a view of the set sees all of it");
+        assert_eq!(listed.len(), all, "the stream of changes matches the set");
     }
 }

@@ -140,7 +140,7 @@ async fn a_hundred_graceful_restarts_under_load_fail_no_call_and_run_none_twice(
     println!("{calls} calls in {took:.1?}, {rate} per second");
     assert_eq!(fleet.counter.count(), calls, "each call ran once");
     assert_eq!(fleet.cut, 0, "no connection was cut");
-    assert!(calls > restarts * 50, "{calls} calls are no load");
+    assert!(calls > restarts * 50, "{calls} calls are too few");
     for member in fleet.servers {
         member.server.stopped().await.unwrap();
     }

@@ -43,7 +43,7 @@ async fn the_bound_address_is_registered_served_and_removed_after_the_shutdown()
     );
     assert!(
         TcpStream::connect(&address).await.is_err(),
-        "nobody listens any more"
+        "the listener is closed"
     );
 }
 
@@ -68,7 +68,7 @@ async fn an_unspecified_address_is_advertised_as_the_local_address_towards_etcd(
         registry.registration("named").host("localhost"),
     );
     let named_resolver = registry.resolver("named").start();
-    eventually("it is registered", async || {
+    eventually("the server is registered", async || {
         named_resolver.instances().len() == 1
     })
     .await;
@@ -110,7 +110,7 @@ async fn a_handle_reads_pauses_and_reweights_a_served_registration() {
     handle.resume().await.unwrap();
     world.counts(1).await;
     handle.clone().set_weight(7).await.unwrap();
-    eventually("the weight is there", async || {
+    eventually("the new weight is listed", async || {
         world.resolver.instances()[0].weight() == 7
     })
     .await;
@@ -157,7 +157,7 @@ async fn a_port_in_use_is_a_bind_error_and_registers_nothing() {
         .await
         .unwrap()
         .unwrap()
-        .expect_err("the port is taken");
+        .expect_err("the port is in use");
     assert!(matches!(error, ServeError::Bind { .. }), "{error:?}");
     assert!(error.to_string().contains(&address), "{error}");
     assert_eq!(world.keys().await, 0);
@@ -186,7 +186,7 @@ async fn a_rejected_registration_stops_the_server() {
         .unwrap();
     let registration = world.registration().startup_timeout(Duration::from_secs(2));
     let server = Registered::start("alpha", &port.to_string(), registration);
-    eventually("it serves while it tries", async || {
+    eventually("the server serves while it registers", async || {
         TcpStream::connect(port).await.is_ok()
     })
     .await;
@@ -201,7 +201,7 @@ async fn a_rejected_registration_stops_the_server() {
     );
     assert!(
         TcpStream::connect(port).await.is_err(),
-        "nobody listens any more"
+        "the listener is closed"
     );
 }
 
@@ -224,7 +224,7 @@ async fn a_server_can_start_while_etcd_is_down() {
     // The server serves before it is registered, because a client that resolves its address must be served at once.
     let mut client = connect(&port).await;
     let early = timeout(SOON, client.say_hello(hello())).await;
-    early.expect("it serves already").unwrap();
+    early.expect("the server already serves").unwrap();
     world.etcd.restart(0).await.unwrap();
     let address = world.the_one().await;
     connect(&address).await.say_hello(hello()).await.unwrap();
@@ -241,13 +241,16 @@ async fn a_shutdown_during_the_registration_succeeds() {
         .local_addr()
         .unwrap();
     let server = Registered::start("alpha", &port.to_string(), world.registration());
-    eventually("it serves", async || TcpStream::connect(port).await.is_ok()).await;
+    eventually("the server serves", async || {
+        TcpStream::connect(port).await.is_ok()
+    })
+    .await;
     let start = Instant::now();
     server.stopped().await.unwrap();
     // The shutdown waits for a grant in progress, up to its timeout of 2 s, and then for the grace period.
     assert!(Instant::now().saturating_duration_since(start) < Duration::from_secs(10));
     world.etcd.thaw(0).await.unwrap();
-    eventually("nothing is left", async || world.keys().await == 0).await;
+    eventually("no key is left", async || world.keys().await == 0).await;
 }
 
 #[tokio::test]
@@ -257,7 +260,7 @@ async fn a_dropped_server_is_deregistered() {
     let (server, address) = world.start(registration).await;
     server.task.abort();
     world.counts(0).await;
-    eventually("nobody listens any more", async || {
+    eventually("the listener is closed", async || {
         TcpStream::connect(&address).await.is_err()
     })
     .await;
@@ -336,7 +339,7 @@ async fn attributes_change_without_a_reconnect_on_the_tonic_channel() {
     greeter.say_hello(hello()).await.unwrap();
     for weight in 2..10 {
         registration.set_weight(weight).await.unwrap();
-        eventually("the weight arrives", async || {
+        eventually("the new weight is listed", async || {
             let instances = resolver.instances();
             instances
                 .first()

@@ -41,14 +41,14 @@ impl Chat {
             names,
             replies: replies.into_inner(),
         };
-        chat.goes_on().await;
+        chat.continues().await;
         chat
     }
 
-    async fn goes_on(&mut self) {
+    async fn continues(&mut self) {
         self.names.send(hello()).await.unwrap();
         let reply = self.replies.message().await;
-        reply.expect("the call goes on").expect("a reply");
+        reply.expect("the call continues").expect("a reply");
     }
 
     async fn ends(mut self) {
@@ -189,7 +189,7 @@ async fn new_connections_are_refused_during_the_drain() {
         let error = TcpStream::connect(&address).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::ConnectionRefused);
         assert!(since(start) < Duration::from_secs(5));
-        chat.goes_on().await;
+        chat.continues().await;
     }
     assert!(!server.task.is_finished());
     chat.ends().await;
@@ -202,7 +202,7 @@ async fn ends(mut connection: impl AsyncRead + Unpin) {
     let mut bytes = Vec::new();
     // The connection is closed, or reset because the server never read the sent bytes.
     let end = timeout(SOON, connection.read_to_end(&mut bytes)).await;
-    drop(end.expect("it is ended"));
+    drop(end.expect("the connection is closed"));
 }
 
 #[tokio::test]
@@ -218,14 +218,14 @@ async fn connections_without_a_preface_are_closed_during_the_drain() {
     server.stop();
     ends(silent).await;
     ends(halting).await;
-    chat.goes_on().await;
+    chat.continues().await;
     chat.ends().await;
     server.stopped().await.unwrap();
     assert_eq!(connections_cut(&states), 0);
 }
 
 /// Reads HTTP/2 frames up to a GOAWAY. Returns whether a GOAWAY was received.
-async fn is_told_to_go_away(connection: &mut TcpStream) -> bool {
+async fn receives_goaway(connection: &mut TcpStream) -> bool {
     let mut header = [0; 9];
     while connection.read_exact(&mut header).await.is_ok() {
         if header[3] == 7 {
@@ -256,16 +256,16 @@ async fn a_connection_that_starts_just_after_the_listener_closed_receives_a_goaw
         let begins = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
         let begun = late.write_all(begins).await.is_ok();
         let took = since(start);
-        let told = timeout(SOON, is_told_to_go_away(&mut late)).await.unwrap();
+        let received = timeout(SOON, receives_goaway(&mut late)).await.unwrap();
         drop(late);
         server.stopped().await.unwrap();
-        if begun && told {
+        if begun && received {
             return;
         }
         let slow = took > Duration::from_millis(150);
-        assert!(slow, "a connection that is cut loses its calls: {took:?}");
+        assert!(slow, "the connection must not be cut: {took:?}");
     }
-    panic!("it takes longer to stop the server each time");
+    panic!("every attempt took too long");
 }
 
 #[cfg(feature = "tls")]
@@ -303,11 +303,11 @@ async fn under_tls_connections_without_a_preface_are_closed_during_the_drain() {
     ends(no_handshake).await;
     ends(silent).await;
     ends(halting).await;
-    chat.goes_on().await;
+    chat.continues().await;
     chat.ends().await;
     assert!(!server.task.is_finished());
     drop(names);
-    waiting.await.unwrap().expect("the call ends well");
+    waiting.await.unwrap().expect("the call succeeds");
     server.stopped().await.unwrap();
     assert_eq!(connections_cut(&states), 0);
 }
@@ -350,7 +350,7 @@ async fn connections_that_do_not_end_are_cut_at_the_drain_timeout_and_counted() 
     );
     assert_eq!(connections_cut(&states), 3);
     while let Ok(reply) = endless.get_mut().message().await {
-        assert!(reply.is_some(), "the call did not end well");
+        assert!(reply.is_some(), "the call failed");
     }
     health.message().await.expect_err("the call was cut");
     drop(unread);
@@ -407,12 +407,18 @@ async fn a_signal_shuts_down_gracefully_and_a_second_one_at_once() {
     let mut chat = Chat::start(&mut client).await;
     raise(Signal::SIGTERM);
     world.counts(0).await;
-    chat.goes_on().await;
+    chat.continues().await;
     assert!(!serving.is_finished(), "the grace period");
     raise(Signal::SIGTERM);
     let ended = timeout(SOON, serving).await;
-    ended.expect("at once, not after 600 s").unwrap().unwrap();
-    chat.replies.message().await.expect_err("it was cut");
+    ended
+        .expect("the server ends before 600 s")
+        .unwrap()
+        .unwrap();
+    chat.replies
+        .message()
+        .await
+        .expect_err("the connection was cut");
     assert!(TcpStream::connect(&address).await.is_err());
 }
 
@@ -451,7 +457,7 @@ async fn a_process_logs_each_phase_in_order_and_exits_successfully() {
     assert_eq!(world.keys().await, 0);
     let line = line_with(&mut log, "closed the listener").await;
     assert!(line.contains("connections=2"), "{line}");
-    chat.goes_on().await;
+    chat.continues().await;
     chat.ends().await;
     let status = timeout(SOON, server.wait()).await.unwrap().unwrap();
     assert!(status.success());
@@ -492,9 +498,9 @@ async fn a_second_signal_waits_briefly_for_the_deregistration() {
     for _ in 0..5 {
         left = left && signal_twice(&mut world, true).await;
     }
-    assert!(!left, "etcd answered, so the entry is gone");
+    assert!(!left, "etcd responded, so the entry is deleted");
     assert!(
         signal_twice(&mut world, false).await,
-        "etcd did not answer, so the entry is left"
+        "etcd did not respond, so the entry remains"
     );
 }

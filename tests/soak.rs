@@ -210,7 +210,7 @@ async fn concurrent_faults_leak_no_resources() {
     let late = resident();
     let early = early.unwrap_or(late);
     world.heal().await;
-    eventually("everybody is known and ready", async || {
+    eventually("all servers are known and ready", async || {
         let statuses = channel.endpoints();
         let ready = statuses
             .iter()
@@ -223,7 +223,7 @@ async fn concurrent_faults_leak_no_resources() {
     while let Some(outcome) = callers.join_next().await {
         outcome.unwrap();
     }
-    eventually("nothing is in flight", async || {
+    eventually("no call is in flight", async || {
         let statuses = channel.endpoints();
         statuses.iter().all(|status| status.in_flight == 0)
     })
@@ -243,7 +243,7 @@ async fn concurrent_faults_leak_no_resources() {
     );
     drop(channel);
     // A few more tasks and files belong to the other resolver, whose watch was replaced at each restart of etcd.
-    eventually("tasks and sockets are gone", async || {
+    eventually("tasks and sockets are closed", async || {
         metrics.num_alive_tasks() <= tasks + 4 && open_files() <= files + 2
     })
     .await;

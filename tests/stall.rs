@@ -79,19 +79,16 @@ async fn a_frozen_server_fails_a_handful_of_calls_and_is_used_again_after_it_tha
     .await;
 
     let mut callers = callers(&channel);
-    eventually("the callers are under way", async || {
-        callers.calls() > 2_000
-    })
-    .await;
+    eventually("the callers make calls", async || callers.calls() > 2_000).await;
     signal(&servers[0], Signal::SIGSTOP);
-    eventually("it stands still", async || {
+    eventually("the server is frozen", async || {
         is_stopped(servers[0].id().unwrap())
     })
     .await;
     // The freeze costs the calls that are sent to the frozen server.
     let sent = || status(&channel, &frozen).calls;
     let before = sent();
-    let out = within(FROZEN, "the frozen server is out", async || {
+    let out = within(FROZEN, "the frozen server receives no calls", async || {
         status(&channel, &frozen).ejected
     })
     .await;
@@ -103,7 +100,10 @@ async fn a_frozen_server_fails_a_handful_of_calls_and_is_used_again_after_it_tha
         "out after {out:?} and {first} calls to it; then {} of {after}",
         all - first
     );
-    assert!(status(&channel, &frozen).ejected, "it is still frozen");
+    assert!(
+        status(&channel, &frozen).ejected,
+        "the server is still frozen"
+    );
     // Calls that picked the server before its ejection may still be sent.
     assert!(
         all - first <= CALLERS as u64,
@@ -112,7 +112,7 @@ async fn a_frozen_server_fails_a_handful_of_calls_and_is_used_again_after_it_tha
     );
     assert!(
         all <= 4 * CALLERS as u64,
-        "a handful for each caller at most: {all}"
+        "at most a handful of calls per caller: {all}"
     );
     let failed = callers.failed().len();
 
@@ -120,14 +120,14 @@ async fn a_frozen_server_fails_a_handful_of_calls_and_is_used_again_after_it_tha
     signal(&servers[0], Signal::SIGCONT);
     let back = within(
         Duration::from_secs(5),
-        "the server is back in use",
+        "the server receives calls again",
         async || {
             let status = status(&channel, &frozen);
             !status.ejected && status.calls > served + 100
         },
     )
     .await;
-    println!("back after {back:?}");
+    println!("used again after {back:?}");
     let (calls, last) = callers.stopped().await;
     let failed = (failed + last.len()) as u64;
     println!("{failed} of {calls} calls failed");
@@ -149,7 +149,7 @@ async fn a_lone_frozen_server_stays_in_use() {
         .await
         .unwrap();
     signal(&only, Signal::SIGSTOP);
-    within(Duration::from_secs(5), "it is noticed", async || {
+    within(Duration::from_secs(5), "ejected", async || {
         let _ = call(channel.clone(), Duration::from_millis(250)).await;
         status(&channel, &address).ejected
     })

@@ -53,7 +53,7 @@ async fn calls_stay_in_the_zone_up_to_its_capacity() {
         address
     };
     let ready = async |endpoints: usize| {
-        eventually("they are ready", async || {
+        eventually("the endpoints are ready", async || {
             let known = channel.endpoints();
             known.len() == endpoints && known.iter().all(|one| one.state == EndpointState::Ready)
         })

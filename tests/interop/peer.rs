@@ -37,11 +37,11 @@ async fn build() -> Option<Go> {
         Ok(output) => output,
         Err(error) => return left_out(&format!("no Go: {error}")),
     };
-    let said = String::from_utf8_lossy(&output.stderr);
-    if !output.status.success() && said.contains("requires go >=") {
-        return left_out(said.trim());
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() && stderr.contains("requires go >=") {
+        return left_out(stderr.trim());
     }
-    assert!(output.status.success(), "go build: {said}");
+    assert!(output.status.success(), "go build: {stderr}");
     Some(Go(program))
 }
 
@@ -56,15 +56,15 @@ impl Go {
     /// Runs a mode to its end and returns its output.
     pub async fn run(&self, arguments: &[&str]) -> String {
         let output = self.output(arguments).await;
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{arguments:?}: {said}");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}: {stderr}");
         String::from_utf8(output.stdout).unwrap()
     }
 
     /// Runs a mode that must fail and returns its error output.
     pub async fn fails(&self, arguments: &[&str]) -> String {
         let output = self.output(arguments).await;
-        assert!(!output.status.success(), "{arguments:?} has worked");
+        assert!(!output.status.success(), "{arguments:?} succeeds");
         String::from_utf8(output.stderr).unwrap()
     }
 
@@ -72,7 +72,7 @@ impl Go {
         let mut command = Command::new(&self.0);
         command.args(arguments).kill_on_drop(true);
         let output = timeout(SOON * 2, command.output()).await;
-        let output = output.unwrap_or_else(|_| panic!("{arguments:?} takes too long"));
+        let output = output.unwrap_or_else(|_| panic!("{arguments:?} timed out"));
         output.unwrap()
     }
 
@@ -99,8 +99,10 @@ impl Go {
         }
         let mut peer = Peer::start(&mut command);
         let line = timeout(SOON, peer.lines.next_line()).await.unwrap();
-        let line = line.unwrap().expect("it has started");
-        let address = line.strip_prefix("serving ").expect("it serves");
+        let line = line.unwrap().expect("the program has started");
+        let address = line
+            .strip_prefix("serving ")
+            .expect("the program prints its address");
         address.clone_into(&mut peer.address);
         peer
     }
@@ -152,16 +154,16 @@ impl Peer {
 
     /// Waits until the process ends and returns its remaining output.
     pub async fn ended(&mut self) -> String {
-        let mut said = String::new();
+        let mut printed = String::new();
         let reading = async {
             while let Some(line) = self.lines.next_line().await.unwrap() {
-                said.push_str(&line);
-                said.push('\n');
+                printed.push_str(&line);
+                printed.push('\n');
             }
             self.child.wait().await.unwrap();
         };
-        timeout(SOON, reading).await.expect("it ends");
-        said
+        timeout(SOON, reading).await.expect("the program ends");
+        printed
     }
 }
 
@@ -188,7 +190,7 @@ impl Load {
             .await
             .unwrap();
         let resolver = registry.resolver("helloworld.Greeter").start();
-        eventually("both are registered", async || {
+        eventually("both servers are registered", async || {
             resolver.instances().len() == 2
         })
         .await;
@@ -207,7 +209,7 @@ impl Load {
     pub async fn report(&mut self) -> Tally {
         self.input.write_all(b"\n").await.unwrap();
         let line = timeout(SOON, self.lines.next_line()).await.unwrap();
-        serde_json::from_str(&line.unwrap().expect("it is there")).unwrap()
+        serde_json::from_str(&line.unwrap().expect("the server is registered")).unwrap()
     }
 
     /// Requests reports until one satisfies the condition and contains enough calls. Returns it, with the failures of all reports so far.

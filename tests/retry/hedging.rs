@@ -19,7 +19,7 @@ async fn a_slow_server_costs_one_hedging_delay_and_the_losing_call_is_cancelled(
     let channel = over(hedged(2, DELAY), &servers).await;
     for _ in 0..30 {
         let start = Instant::now();
-        say(&channel).await.expect("the other one answers");
+        say(&channel).await.expect("the other server responds");
         let took = Instant::now().saturating_duration_since(start);
         assert!(took < Duration::from_secs(5), "{took:?}");
     }
@@ -27,10 +27,10 @@ async fn a_slow_server_costs_one_hedging_delay_and_the_losing_call_is_cancelled(
     assert_eq!(
         servers[1].count(),
         30,
-        "one copy each, and no two at one server"
+        "one hedge per call, and never two at one server"
     );
     let lost = servers[0].count();
-    eventually("the lost copies are cancelled", async || {
+    eventually("the losing calls are cancelled", async || {
         servers[0].cancelled() == lost
     })
     .await;
@@ -56,7 +56,7 @@ async fn a_ping_check_after_a_silence_does_not_use_up_a_hedge() {
     for _ in 0..4 {
         sleep(Duration::from_millis(1200)).await;
         let status = say_within(&channel, Some(Duration::from_secs(5))).await;
-        status.expect("the other one answers");
+        status.expect("the other server responds");
     }
     assert_eq!(servers[1].count(), 4);
 }
@@ -95,7 +95,9 @@ async fn a_non_fatal_failure_sends_the_next_hedge_at_once() {
     // A refused attempt was not processed, and does not count as one of the two.
     let channel = over(hedged(2, NEVER), &servers).await;
     for _ in 0..30 {
-        say(&channel).await.expect("the last one serves");
+        say(&channel)
+            .await
+            .expect("the last server serves the call");
     }
     assert!(servers[0].count() > 0 && servers[1].count() > 0);
     idle(&channel).await;
@@ -168,7 +170,7 @@ async fn an_unfinished_request_stream_is_not_hedged() {
     feed.send(hello("one")).unwrap();
     let call = client.greet_all(UnboundedReceiverStream::new(requests));
     let (outcome, ()) = tokio::join!(call, async {
-        eventually("it is sent", async || count(&servers) > 0).await;
+        eventually("the message is sent", async || count(&servers) > 0).await;
         sleep(DELAY * 2).await;
         drop(feed);
     });

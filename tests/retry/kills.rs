@@ -105,5 +105,5 @@ async fn no_call_fails_while_servers_are_killed_one_after_another() {
     let calls = callers.none_failed().await;
     let retried = retried.load(Ordering::SeqCst);
     eprintln!("{kills} kill -9: {calls} calls, {retried} retried, 0 failed");
-    assert!(retried > 0, "the kills have met calls");
+    assert!(retried > 0, "kills interrupted calls");
 }

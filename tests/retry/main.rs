@@ -94,7 +94,9 @@ async fn a_retry_succeeds_at_another_server_and_both_sides_see_the_attempts() {
     let channel = over(retrying(policy()), &servers).await;
     let mut retried = 0;
     for _ in 0..50 {
-        let response = say(&channel).await.expect("the other one serves");
+        let response = say(&channel)
+            .await
+            .expect("the other server serves the call");
         retried += usize::from(
             response
                 .metadata()
@@ -119,7 +121,11 @@ async fn a_retry_succeeds_at_another_server_and_both_sides_see_the_attempts() {
     );
     idle(&channel).await;
     let failures: u64 = channel.endpoints().iter().map(|one| one.failures).sum();
-    assert_eq!(failures, u64::try_from(retried).unwrap(), "all are counted");
+    assert_eq!(
+        failures,
+        u64::try_from(retried).unwrap(),
+        "all attempts are counted"
+    );
 }
 
 #[tokio::test]
@@ -136,7 +142,7 @@ async fn the_error_lists_every_attempt_and_no_server_is_tried_twice() {
         "{status}"
     );
     for server in &servers {
-        assert_eq!(server.count(), 1, "each one once");
+        assert_eq!(server.count(), 1, "each server received one attempt");
         let listed = format!("{} Unavailable", server.address);
         assert!(status.message().contains(&listed), "{status}");
     }
@@ -217,11 +223,11 @@ async fn each_method_has_its_own_policy() {
         .retry_for("/helloworld.Greeter/SayHellos", policy().max_attempts(1));
     let channel = over(builder, &servers).await;
     say(&channel).await.unwrap_err();
-    assert_eq!(count(&servers), 3, "by the service's name");
+    assert_eq!(count(&servers), 3, "policy of the service");
     let mut client = GreeterClient::new(channel.clone());
     let status = client.say_hellos(hello("stream")).await.unwrap_err();
     assert_eq!(status.message(), "as told");
-    assert_eq!(count(&servers), 4, "by the method's own");
+    assert_eq!(count(&servers), 4, "policy of the method");
 }
 
 #[tokio::test]
@@ -284,7 +290,7 @@ async fn the_budget_stops_a_retry_storm_and_successful_calls_refill_it() {
     );
     down.store(false, std::sync::atomic::Ordering::SeqCst);
     for _ in 0..40 {
-        say(&channel).await.expect("it serves again");
+        say(&channel).await.expect("the server serves again");
     }
     down.store(true, std::sync::atomic::Ordering::SeqCst);
     let before = count(&servers);
@@ -325,8 +331,8 @@ async fn the_deadline_spans_all_attempts() {
     assert!(status.message().contains(&listed), "{status}");
     let left = |seen: &script::Seen| seen.timeout.clone().expect("a timeout");
     let calls = servers[0].calls();
-    assert_ne!(left(&calls[0]), left(&calls[1]), "written anew");
-    eventually("the second is cancelled", async || {
+    assert_ne!(left(&calls[0]), left(&calls[1]), "the timeout is rewritten");
+    eventually("the second attempt is cancelled", async || {
         servers[0].cancelled() == 1
     })
     .await;
@@ -392,7 +398,9 @@ async fn resets_and_http_errors_are_retried_by_their_codes() {
             .max_backoff(max);
         let channel = over(retrying(named), &servers).await;
         for _ in 0..20 {
-            say(&channel).await.expect("the other one serves");
+            say(&channel)
+                .await
+                .expect("the other server serves the call");
         }
         assert!(servers[0].count() > 0);
         let other = RetryPolicy::new([Code::Aborted]);

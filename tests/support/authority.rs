@@ -47,7 +47,7 @@ impl Authority {
             .current_dir(self.0.path())
             .output()
             .expect("openssl is installed");
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{said}");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{stderr}");
     }
 }

@@ -64,7 +64,7 @@ impl Callers {
                             ended,
                             status,
                         };
-                        assert!(fails.send(failed).is_ok(), "who counts is there");
+                        assert!(fails.send(failed).is_ok(), "the counting task runs");
                         sleep(Duration::from_millis(1)).await;
                     }
                 }

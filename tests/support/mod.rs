@@ -166,7 +166,7 @@ pub fn addresses(resolver: &Resolver) -> Vec<String> {
 pub async fn knows(resolver: &Resolver, expected: &[&str]) {
     let mut expected: Vec<_> = expected.iter().map(ToString::to_string).collect();
     expected.sort();
-    let what = format!("the resolver knows {expected:?}");
+    let what = format!("the resolver lists {expected:?}");
     eventually(&what, async || {
         let mut known = addresses(resolver);
         known.sort();
@@ -265,7 +265,7 @@ pub fn soak<T: Debug>(what: &str, small: T, full: T) -> T {
         return full;
     }
     // Writes directly to stderr, because the test harness would hide that the test is reduced.
-    let left_out = format!("{what}: {small:?} of {full:?}; all of it with SOAK=1\n");
+    let left_out = format!("{what}: {small:?} of {full:?}; all with SOAK=1\n");
     std::io::stderr().write_all(left_out.as_bytes()).unwrap();
     small
 }

@@ -92,7 +92,7 @@ pub(super) async fn run(
             sleep(after).await;
             respond.send_reset(Reason::CANCEL);
         }
-        Answer::Hang => gone(&mut respond).await,
+        Answer::Hang => until_reset(&mut respond).await,
         Answer::Overrun(how) => {
             let unary = head.uri.path().ends_with("/SayHello");
             overrun(respond, how, unary, came + timeout(&head.headers)).await;
@@ -154,7 +154,7 @@ async fn overrun(mut respond: SendResponse<Bytes>, how: Enforce, unary: bool, de
     }
 }
 
-async fn gone(respond: &mut SendResponse<Bytes>) {
+async fn until_reset(respond: &mut SendResponse<Bytes>) {
     let _ = std::future::poll_fn(|cx| respond.poll_reset(cx)).await;
 }
 
