@@ -5,7 +5,7 @@
 //! ```
 //!
 //! `+` marks a new server, `~` a changed server and `-` a removed server.
-#![allow(clippy::print_stdout, reason = "it is what the example is for")]
+#![allow(clippy::print_stdout, reason = "the example prints its results")]
 
 mod greeter;
 

@@ -3,7 +3,7 @@
 //! ```sh
 //! cargo run --example greeter_client
 //! ```
-#![allow(clippy::print_stdout, reason = "it is what the example is for")]
+#![allow(clippy::print_stdout, reason = "the example prints its results")]
 
 mod greeter;
 

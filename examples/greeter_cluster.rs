@@ -7,7 +7,7 @@
 //!
 //! The program ends after about twenty seconds. It fails if the client did not follow a join or a leave, or if a call failed. Only calls in
 //! flight to a killed server may fail, at most one per caller.
-#![allow(clippy::print_stdout, reason = "it is what the example is for")]
+#![allow(clippy::print_stdout, reason = "the example prints its results")]
 
 mod greeter;
 

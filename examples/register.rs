@@ -3,7 +3,7 @@
 //! ```sh
 //! cargo run --example register -- /web/node1 localhost:8000
 //! ```
-#![allow(clippy::print_stdout, reason = "it is what the example is for")]
+#![allow(clippy::print_stdout, reason = "the example prints its results")]
 
 mod greeter;
 

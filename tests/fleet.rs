@@ -189,7 +189,7 @@ async fn a_start_without_etcd_serves_calls_from_the_cache_and_the_first_list_rep
     assert!(since(start) < Duration::from_secs(2));
     drop(channel);
 
-    // What cannot be trusted is not used, and nothing else is harmed.
+    // Invalid cache files are not used, and have no other effect.
     let file = std::fs::read_dir(folder.path()).unwrap().next().unwrap();
     let file = file.unwrap().path();
     let good = std::fs::read(&file).unwrap();

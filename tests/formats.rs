@@ -152,7 +152,7 @@ fn reading_then_writing_keeps_all_fields_of_the_format() {
             let same = canonical(again.trim_end()) == canonical(trimmed)
                 || EQUAL.contains(&(trimmed, again.trim_end()));
             assert!(same, "{format:?}\n{trimmed}\n{again}");
-            // A change of other metadata loses nothing either.
+            // A change of other metadata loses no fields either.
             let renamed = instance.clone().with_metadata("added", "1");
             if let Ok(changed) = format.encode(&key, &renamed) {
                 let changed = String::from_utf8(changed).unwrap();

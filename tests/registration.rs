@@ -189,7 +189,7 @@ async fn an_outage_longer_than_the_ttl_is_survived() {
     let mut states = registration.watch_state();
     timeout(SOON, states.wait_for(|state| !state.is_registered()))
         .await
-        .expect("after a TTL it is not known to be registered")
+        .expect("after a TTL the lease may have expired")
         .unwrap();
     assert_eq!(addresses(&resolver), ["127.0.0.1:80"]);
     etcd.restart(0).await.unwrap();

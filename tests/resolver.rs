@@ -380,7 +380,7 @@ async fn nothing_is_removed_while_etcd_is_down() {
     assert_eq!(
         resolver.status().lists,
         lists,
-        "the watch was resumed and not the set listed anew"
+        "the watch was resumed without a list"
     );
 }
 

@@ -80,7 +80,7 @@ pub fn etcd_endpoints() -> Vec<String> {
 }
 
 /// Prints the error of a failed program to stderr and returns the exit code.
-#[allow(clippy::print_stderr, reason = "it is where a program's errors go")]
+#[allow(clippy::print_stderr, reason = "errors are printed to stderr")]
 pub fn report(outcome: Result<(), Box<dyn std::error::Error>>) -> std::process::ExitCode {
     match outcome {
         Ok(()) => std::process::ExitCode::SUCCESS,

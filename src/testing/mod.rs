@@ -16,7 +16,7 @@
 //! etcd.freeze(leader).await?;
 //! etcd.thaw(leader).await?;
 //!
-//! // The whole cluster loses its data and comes back empty, at the same addresses.
+//! // The whole cluster loses its data and restarts empty, at the same addresses.
 //! etcd.kill_all().await?;
 //! etcd.wipe_all().await?;
 //! etcd.restart_all().await?;

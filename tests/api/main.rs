@@ -1,6 +1,6 @@
 //! The public interface of both packages, as a list that is checked in: a change of it is seen in review.
 //!
-//! `make api` compares, and `API_UPDATE=1 make api` writes the list anew.
+//! `make api` compares, and `API_UPDATE=1 make api` rewrites the list.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,

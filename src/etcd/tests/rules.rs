@@ -193,7 +193,7 @@ async fn no_key_is_written_if_the_store_ignores_the_requested_lease_id() {
     assert!(fake.store().keys.is_empty(), "no key is written");
 }
 
-/// Watches share a stream, and each receives its own events, whether the server numbers the watchers as asked or by itself.
+/// Watches share a stream, and each receives its own events, whether the server uses the requested watch ids or its own.
 #[tokio::test(start_paused = true)]
 async fn watches_on_one_stream_receive_their_own_events() {
     for numbers_watchers in [false, true] {
@@ -210,7 +210,7 @@ async fn watches_on_one_stream_receive_their_own_events() {
             watch.created().await.expect("created");
         }
         assert_eq!(etcd.watch_streams(), 1);
-        // A watch that is dropped takes nothing from the others.
+        // A dropped watch does not affect the others.
         drop(watches.remove(1));
         for service in ["a", "c", "d"] {
             let key = format!("/gRPC/{service}/1").into_bytes();

@@ -581,7 +581,7 @@ async fn a_new_registration_ends_the_backoff() {
             &address,
             Attributes::new().with_generation(generation),
         );
-        until("it is dialled at once", || {
+        until("the endpoint is dialled at once", || {
             channel.endpoints()[0].state == EndpointState::TransientFailure
         })
         .await;

@@ -301,7 +301,7 @@ proptest! {
                 }
                 10..12 => player.store.term += 1,
                 44..46 => {
-                    // The store is restored from a backup: terms start anew, and leases still exist.
+                    // The store is restored from a backup: terms start again, and leases still exist.
                     player.store.term = 2;
                     player.machine.on_watch_lost();
                     player.machine.on_watch_opened();
@@ -505,7 +505,7 @@ fn a_restored_store_is_detected() {
     while player.machine.term != 9 {
         player.step(Fate::Good);
     }
-    // A restored store contains old data: an older version of a key, leases that still exist, and terms that start anew.
+    // A restored store contains old data: an older version of a key, leases that still exist, and terms that start again.
     let backup = player.store.key.clone();
     player.machine.on_new_value();
     let written = player.settled();
