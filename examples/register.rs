@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use tokio::time::Instant;
-use tonic_etcd::{Format, RegistrationState, Registry};
+use tonic_etcd::{Format, Registry, registration::RegistrationState};
 
 #[tokio::main]
 async fn main() -> ExitCode {

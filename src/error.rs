@@ -1,4 +1,4 @@
-//! The errors of the public operations, one type each, and the kinds of etcd errors.
+//! The errors of all public operations, and the kinds of etcd errors.
 
 use std::fmt;
 use std::io;
@@ -7,7 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub(crate) use tonic_balance::error::causes;
-use tonic_balance::{AddressError, ChannelError};
+
+pub use crate::format::error::FormatError;
+pub use tonic_balance::{AddressError, CallError, ChannelError};
 
 /// A failed exchange with etcd: the operation, the member, and the cause.
 ///

@@ -1,11 +1,12 @@
-//! One registered server of a service, as described in the registry.
+//! One registered server of a service, and its location in etcd.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use crate::keyspace::{KeyValue, LeaseId, Revision};
+use crate::keyspace::KeyValue;
+pub use crate::keyspace::{LeaseId, Revision};
 use tonic_balance::Address;
 
 /// One registered server of a service.
@@ -21,7 +22,7 @@ use tonic_balance::Address;
 ///
 /// let instance = Instance::new("10.0.0.5:50051".parse()?).with_weight(3).with_zone("eu-1a");
 /// assert_eq!(instance.weight(), 3);
-/// # Ok::<(), tonic_etcd::AddressError>(())
+/// # Ok::<(), tonic_etcd::error::AddressError>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Instance {

@@ -19,8 +19,8 @@
 //! # }
 //! ```
 //!
-//! [`connect`](ChannelBuilder::connect) waits for the first server that responds, and fails if none does.
-//! [`connect_lazy`](ChannelBuilder::connect_lazy) does not wait. [`BalancedChannel::builder`] creates a channel without etcd, from
+//! [`connect`](channel::ChannelBuilder::connect) waits for the first server that responds, and fails if none does.
+//! [`connect_lazy`](channel::ChannelBuilder::connect_lazy) does not wait. [`BalancedChannel::builder`] creates a channel without etcd, from
 //! addresses or from any stream of changes. For a function that requires a `tonic::transport::Channel`,
 //! [`into_tonic_channel`](Resolver::into_tonic_channel) feeds tonic's own channel, with the limits documented there.
 //!
@@ -60,14 +60,12 @@
 //! the keys again. A [`BalancedChannel`] keeps a connection to every server. Its [`LbPolicy`] picks among the connections on which the peer
 //! has responded over HTTP/2. Calls never pass through etcd.
 //!
-#![doc = include_str!("../docs/behaviour.md")]
-//!
-#![doc = include_str!("../docs/errors.md")]
+//! [`guide::behaviour`] states what happens in each failure, and [`guide::errors`] what an error means and what to do.
 //!
 //! # Fleets that already use etcd
 //!
 //! [`Format`] reads and writes the keys and values of existing registries: etcd's own for grpc-go, go-zero, kratos, kitex, go-micro, rpcx,
-//! dubbo-go and others. [`coming_from_go`] compares the code in Go with the code for this library, and describes a migration.
+//! dubbo-go and others. [`guide::coming_from_go`] compares the code in Go with the code for this library, and describes a migration.
 //!
 //! # Features
 //!
@@ -82,33 +80,39 @@
 //! Rust 1.88 or later, tonic 0.14, and etcd 3.4 or later. The build requires `protoc` with protobuf's include files, for `etcd-client`.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
-#[doc = include_str!("../docs/coming-from-go.md")]
-pub mod coming_from_go {}
 mod backoff;
-mod error;
+/// The options and the states of a [`BalancedChannel`]. Its policies are at the root of the crate.
+pub mod channel {
+    pub use tonic_balance::{
+        Attributes, ChannelBuilder, EndpointSource, EndpointState, EndpointStatus, HedgingPolicy,
+        OutlierDetection, ResponseBody, ResponseFuture, RetryBudget, Routing, ServedBy,
+        WaitForReady,
+    };
+}
+pub mod error;
 mod etcd;
-mod format;
-mod instance;
+pub mod format;
+pub mod guide;
+pub mod instance;
 mod keyspace;
-mod registration;
-mod registry;
-mod resolver;
+pub mod registration;
+pub mod registry;
+pub mod resolver;
 mod server;
 #[cfg(all(feature = "testing", unix))]
 #[cfg_attr(docsrs, doc(cfg(feature = "testing")))]
 pub mod testing;
 
-pub use error::{EtcdError, EtcdErrorKind, RegisterError, RegistryError, ServeError};
-pub use format::{Format, FormatError, InstanceFormat};
-pub use instance::{Instance, KeyLocation};
-pub use keyspace::{LeaseId, Revision};
-pub use registration::{
-    Registration, RegistrationBuilder, RegistrationHandle, RegistrationState, ServerState,
-};
-pub use registry::{Registry, RegistryBuilder, connect};
-pub use resolver::{
-    RejectedKey, Resolver, ResolverBuilder, ResolverFeedback, ResolverState, ResolverStatus,
-};
+#[doc(inline)]
+pub use format::Format;
+#[doc(inline)]
+pub use instance::Instance;
+#[doc(inline)]
+pub use registration::Registration;
+#[doc(inline)]
+pub use registry::{Registry, connect};
+#[doc(inline)]
+pub use resolver::Resolver;
 pub use server::ServeRegistered;
 #[cfg(feature = "__bench")]
 #[doc(hidden)]
@@ -116,9 +120,4 @@ pub use tonic_balance::__bench;
 #[cfg(feature = "tls")]
 #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
 pub use tonic_balance::TlsConfig;
-pub use tonic_balance::{
-    Address, AddressError, AddressPolicy, Attributes, BalancedChannel, CallError, ChannelBuilder,
-    ChannelError, EndpointSource, EndpointState, EndpointStatus, HedgingPolicy, IpNet, LbPolicy,
-    OutlierDetection, ResponseBody, ResponseFuture, RetryBudget, RetryPolicy, Routing, ServedBy,
-    WaitForReady,
-};
+pub use tonic_balance::{Address, AddressPolicy, BalancedChannel, IpNet, LbPolicy, RetryPolicy};

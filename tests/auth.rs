@@ -14,7 +14,10 @@ use support::proxy::Proxy;
 use support::roles::{protect, root, user, user_at};
 use support::{addresses, etcd, eventually, knows, list, within};
 use tonic_etcd::testing::Etcd;
-use tonic_etcd::{EtcdErrorKind, Registration, RegistrationState, Resolver, ResolverState};
+use tonic_etcd::{
+    Registration, Resolver, error::EtcdErrorKind, registration::RegistrationState,
+    resolver::ResolverState,
+};
 
 const TTL: Duration = Duration::from_secs(5);
 

@@ -108,7 +108,7 @@ async fn calls_continue_while_etcd_is_down() {
     assert_eq!(resolver.instances().len(), 3);
     etcd.restart(0).await.unwrap();
     eventually("the resolver is `Fresh` again", async || {
-        resolver.status().state == tonic_etcd::ResolverState::Fresh
+        resolver.status().state == tonic_etcd::resolver::ResolverState::Fresh
     })
     .await;
     callers.none_failed().await;

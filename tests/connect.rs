@@ -18,7 +18,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio::time::timeout;
 use tonic_etcd::testing::Etcd;
-use tonic_etcd::{RegisterError, Registry, RegistryError};
+use tonic_etcd::{
+    Registry,
+    error::{RegisterError, RegistryError},
+};
 
 /// Connects to endpoints without an etcd and returns the error, which must occur in time.
 async fn refused(endpoints: &[&str]) -> RegistryError {

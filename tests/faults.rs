@@ -24,7 +24,7 @@ use support::{
 use tokio::process::Child;
 use tokio::time::{Instant, sleep, timeout};
 use tonic_etcd::testing::Etcd;
-use tonic_etcd::{BalancedChannel, Registry, Resolver, ResolverState};
+use tonic_etcd::{BalancedChannel, Registry, Resolver, resolver::ResolverState};
 
 /// Returns `short` seconds, or `long` seconds in the soak.
 fn span(short: u64, long: u64) -> Duration {

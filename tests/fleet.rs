@@ -16,7 +16,7 @@ use support::{client, registry, within};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tonic_etcd::testing::Etcd;
-use tonic_etcd::{BalancedChannel, Registry, Resolver, ResolverState};
+use tonic_etcd::{BalancedChannel, Registry, Resolver, resolver::ResolverState};
 
 /// Returns the time since `start`.
 fn since(start: Instant) -> Duration {

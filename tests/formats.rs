@@ -23,7 +23,9 @@ use decode::check;
 use proptest::prelude::*;
 use support::{client, etcd, eventually, knows, list};
 use tokio::time::Instant;
-use tonic_etcd::{AddressPolicy, Format, FormatError, Instance, InstanceFormat, Registry};
+use tonic_etcd::{
+    AddressPolicy, Format, Instance, Registry, error::FormatError, format::InstanceFormat,
+};
 
 /// Every format for reading.
 const FORMATS: [Format; 13] = [
@@ -537,7 +539,7 @@ prop_compose! {
 }
 
 /// Runs a property with a printed seed, so that a failure can be reproduced.
-fn property(name: &str, format: Format, cases: u32) {
+fn property(name: &str, format: &Format, cases: u32) {
     let seed: u64 = std::env::var("FORMATS_SEED")
         .map_or_else(|_| fastrand::u64(..), |seed| seed.parse().unwrap());
     eprintln!("{name} {format:?}: FORMATS_SEED={seed}");
@@ -583,7 +585,7 @@ fn property(name: &str, format: Format, cases: u32) {
 #[test]
 fn writing_then_reading_any_instance_gives_it_back() {
     for format in written() {
-        property("writing then reading", format, 200);
+        property("writing then reading", &format, 200);
     }
 }
 

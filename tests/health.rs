@@ -13,7 +13,7 @@ use support::{Registered, SOON, World};
 use tokio::time::timeout;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
-use tonic_etcd::ServerState;
+use tonic_etcd::registration::ServerState;
 use tonic_health::ServingStatus;
 use tonic_health::pb::health_check_response::ServingStatus as Wire;
 use tonic_health::pb::health_client::HealthClient;

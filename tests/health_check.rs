@@ -26,7 +26,10 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Code, Request, Response, Status};
-use tonic_etcd::{BalancedChannel, ChannelBuilder, EndpointState, WaitForReady};
+use tonic_etcd::{
+    BalancedChannel,
+    channel::{ChannelBuilder, EndpointState, WaitForReady},
+};
 use tonic_health::pb::health_check_response::ServingStatus as Wire;
 use tonic_health::pb::health_server::{Health, HealthServer};
 use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse};

@@ -39,7 +39,7 @@ use tonic::transport::Server;
 use tonic::transport::server::Router;
 use tonic::{Code, Request};
 use tonic_etcd::testing::Etcd;
-use tonic_etcd::{BalancedChannel, Registry, ServeError, ServeRegistered};
+use tonic_etcd::{BalancedChannel, Registry, ServeRegistered, error::ServeError};
 
 const SERVICE: &str = "helloworld.Greeter";
 /// The target of etcd's resolver for keys that begin with the service name.

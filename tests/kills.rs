@@ -18,7 +18,10 @@ use support::program::greeter_server;
 use support::{SOON, all_ready, etcd, eventually, registry, soak};
 use tokio::time::{Instant, timeout};
 use tonic::Code;
-use tonic_etcd::{BalancedChannel, EndpointState, ServedBy};
+use tonic_etcd::{
+    BalancedChannel,
+    channel::{EndpointState, ServedBy},
+};
 
 const SERVERS: usize = 4;
 const CALLERS: usize = 32;

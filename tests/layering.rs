@@ -309,6 +309,30 @@ fn pure_files_name_no_runtime() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
+/// A `mod.rs` has docs, modules and re-exports. A type there would be in a circle with the files that it declares.
+#[test]
+fn a_mod_file_has_no_logic() {
+    let mut wrong = Vec::new();
+    for package in PACKAGES {
+        for (file, text) in load(package) {
+            let is_mod = file.ends_with("/mod") && top(&file) != "testing";
+            let mut text = text.as_str();
+            while is_mod && !text.trim().is_empty() {
+                let item = text.trim_start();
+                let is_allowed = ["mod ", "pub mod ", "pub(", "pub use ", "use ", "#["];
+                if !is_allowed.iter().any(|start| item.starts_with(start)) {
+                    let line = item.lines().next().unwrap_or_default();
+                    wrong.push(format!("{}: {file}: {line}", package.name));
+                    break;
+                }
+                let end = if item.starts_with("#[") { "]" } else { ";" };
+                text = item.split_once(end).map_or("", |(_, rest)| rest);
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
 #[test]
 fn only_the_etcd_folder_names_etcd_client() {
     let files = load(&PACKAGES[1]);

@@ -26,7 +26,8 @@ use tokio::time::{Instant, timeout};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Code, Request, Status, Streaming};
 use tonic_etcd::{
-    Address, BalancedChannel, EndpointState, Instance, LbPolicy, ServedBy, WaitForReady,
+    Address, BalancedChannel, Instance, LbPolicy,
+    channel::{EndpointState, ServedBy, WaitForReady},
 };
 use tower::discover::Change;
 

@@ -15,7 +15,10 @@ use support::{SOON, addresses, client, etcd, eventually, knows, list, registry, 
 use tokio::time::{Instant, timeout};
 use tonic_etcd::testing::Etcd;
 use tonic_etcd::{
-    Format, LeaseId, RegisterError, Registration, RegistrationBuilder, RegistrationState, Registry,
+    Format, Registration, Registry,
+    error::RegisterError,
+    instance::LeaseId,
+    registration::{RegistrationBuilder, RegistrationState},
 };
 
 const TTL: Duration = Duration::from_secs(3);

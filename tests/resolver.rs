@@ -17,7 +17,7 @@ use support::{addresses, client, etcd, eventually, greeter, knows, list, registr
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_stream::StreamExt;
 use tonic_etcd::testing::Etcd;
-use tonic_etcd::{Address, Format, Registry, Resolver, ResolverState};
+use tonic_etcd::{Address, Format, Registry, Resolver, resolver::ResolverState};
 use tower::discover::Change;
 
 async fn call(client: &mut GreeterClient<tonic::transport::Channel>) -> Option<String> {

@@ -16,7 +16,7 @@ use support::{Registered, SOON, World, eventually, hello, soak};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 use tonic::Status;
-use tonic_etcd::ServerState;
+use tonic_etcd::registration::ServerState;
 
 /// The servers of the service, and the greeter in which all of them count their calls.
 struct Fleet {
@@ -52,7 +52,7 @@ impl Fleet {
         let mut registered = registration.watch_state();
         let states = registration.watch_server_state();
         let server = Registered::serve(self.counter.router(), address, registration);
-        let known = registered.wait_for(tonic_etcd::RegistrationState::is_registered);
+        let known = registered.wait_for(tonic_etcd::registration::RegistrationState::is_registered);
         drop(timeout(SOON, known).await.unwrap().unwrap());
         let others: Vec<_> = self.servers.iter().map(|member| &member.address).collect();
         let mut address = None;

@@ -17,7 +17,9 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, timeout};
 use tonic::transport::{Channel, Server};
 use tonic_etcd::{
-    RegisterError, RegistrationState, Registry, ServeError, ServeRegistered, ServerState,
+    Registry, ServeRegistered,
+    error::{RegisterError, ServeError},
+    registration::{RegistrationState, ServerState},
 };
 
 #[tokio::test]

@@ -25,7 +25,7 @@ use tokio::time::{Instant, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::{Channel, Server};
-use tonic_etcd::{ServeRegistered, ServerState};
+use tonic_etcd::{ServeRegistered, registration::ServerState};
 
 /// A call that stays open until its caller ends it.
 struct Chat {

@@ -21,7 +21,11 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::{Code, Request, Status};
 use tonic_etcd::testing::Etcd;
-use tonic_etcd::{BalancedChannel, EndpointState, ResolverState, WaitForReady};
+use tonic_etcd::{
+    BalancedChannel,
+    channel::{EndpointState, WaitForReady},
+    resolver::ResolverState,
+};
 
 const SERVERS: usize = 6;
 /// The server that is never killed and never removed.

@@ -17,7 +17,10 @@ use support::greeter::greeter_client::GreeterClient;
 use support::program::{greeter_server, signal};
 use support::{all_ready, etcd, eventually, registry, within};
 use tonic::{Code, Request, Status};
-use tonic_etcd::{BalancedChannel, EndpointStatus, ServedBy};
+use tonic_etcd::{
+    BalancedChannel,
+    channel::{EndpointStatus, ServedBy},
+};
 
 const SERVERS: usize = 4;
 const CALLERS: usize = 16;

@@ -13,7 +13,7 @@ use std::time::Duration;
 use support::authority::Authority;
 use support::{client, eventually, keeps_a_registration, knows, list};
 use tonic_etcd::testing::Etcd;
-use tonic_etcd::{Registry, RegistryBuilder, RegistryError, TlsConfig};
+use tonic_etcd::{Registry, TlsConfig, error::RegistryError, registry::RegistryBuilder};
 
 /// Starts an etcd that requires client certificates.
 async fn mutual(authority: &Authority) -> Etcd {

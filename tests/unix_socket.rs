@@ -16,7 +16,7 @@ use greeter::greeter_server::GreeterServer;
 use greeter::{HelloRequest, NamedGreeter};
 use tokio::net::UnixListener;
 use tonic::transport::Server;
-use tonic_etcd::{BalancedChannel, ServedBy};
+use tonic_etcd::{BalancedChannel, channel::ServedBy};
 
 #[tokio::test]
 async fn a_server_on_a_unix_socket_is_called() {
@@ -46,7 +46,7 @@ async fn a_server_on_a_unix_socket_is_called() {
     let mut request = tonic::Request::new(request());
     request
         .extensions_mut()
-        .insert(tonic_etcd::WaitForReady::new(true));
+        .insert(tonic_etcd::channel::WaitForReady::new(true));
     let response = client.say_hello(request).await.unwrap();
     let served_by: &ServedBy = response.extensions().get().unwrap();
     assert_eq!(served_by.address().as_str(), address);

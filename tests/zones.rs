@@ -15,7 +15,10 @@ use support::greeter::greeter_client::GreeterClient;
 use support::{eventually, greeter};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic_etcd::{BalancedChannel, EndpointState, Instance, LbPolicy, ServedBy};
+use tonic_etcd::{
+    BalancedChannel, Instance, LbPolicy,
+    channel::{EndpointState, ServedBy},
+};
 use tower::discover::Change;
 
 /// Returns how many of a thousand calls each server has served.

@@ -30,7 +30,7 @@ use greeter::HelloRequest;
 use measure::{Load, Table, compare};
 use peers::Peer;
 use server::ServerProcess;
-use tonic_etcd::{LbPolicy, OutlierDetection, RetryPolicy};
+use tonic_etcd::{LbPolicy, RetryPolicy, channel::OutlierDetection};
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).collect();

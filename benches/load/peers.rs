@@ -16,7 +16,10 @@ use tokio::net::TcpStream;
 use tonic::body::Body;
 use tonic::client::GrpcService;
 use tonic::transport::{Channel, Endpoint};
-use tonic_etcd::{BalancedChannel, ChannelBuilder, EndpointState, EndpointStatus};
+use tonic_etcd::{
+    BalancedChannel,
+    channel::{ChannelBuilder, EndpointState, EndpointStatus},
+};
 use tower::Service;
 
 use super::measure::{self, Load, Sample};

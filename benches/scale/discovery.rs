@@ -9,7 +9,10 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout};
 use tonic_etcd::testing::Etcd;
-use tonic_etcd::{BalancedChannel, Registry, ServedBy, WaitForReady};
+use tonic_etcd::{
+    BalancedChannel, Registry,
+    channel::{ServedBy, WaitForReady},
+};
 
 use super::greeter::HelloRequest;
 use super::greeter::greeter_client::GreeterClient;

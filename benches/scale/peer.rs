@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tonic_etcd::{BalancedChannel, ChannelBuilder, LbPolicy};
+use tonic_etcd::{BalancedChannel, LbPolicy, channel::ChannelBuilder};
 
 #[derive(Default)]
 pub struct Peer {

@@ -34,7 +34,7 @@ use crate::keyspace::with_slash;
 /// | `GoFrame` | `/service/default/default/<name>/<version>/<address>` | the key | in the JSON (1) | `insecure` |
 /// | `AddressInKey` | `<service>/<address>` | the key | - | - |
 ///
-/// `<id>` is the instance id, by default the address. [`RegistryBuilder::prefix`](crate::RegistryBuilder::prefix) replaces the part before
+/// `<id>` is the instance id, by default the address. [`RegistryBuilder::prefix`](crate::registry::RegistryBuilder::prefix) replaces the part before
 /// the service in all formats; the prefix can be empty. Weights are units of the format and compare only within one format. Zone, version
 /// and metadata are stored in their own field if the format has one, otherwise in its map of metadata. A registration with an attribute
 /// that its format cannot represent is rejected. As in Go, readers treat `null` as empty, match field names in any case, and ignore unknown
@@ -210,7 +210,7 @@ impl fmt::Display for Format {
 ///
 /// assert_eq!("go-zero".parse::<Format>()?, Format::GoZero);
 /// assert_eq!("etcd_naming".parse::<Format>()?, Format::EtcdNaming);
-/// # Ok::<(), tonic_etcd::FormatError>(())
+/// # Ok::<(), tonic_etcd::error::FormatError>(())
 /// ```
 impl std::str::FromStr for Format {
     type Err = FormatError;
@@ -223,7 +223,7 @@ impl std::str::FromStr for Format {
         let wanted = plain(name);
         let found = NAMED.iter().find(|format| plain(format.name()) == wanted);
         found.cloned().ok_or_else(|| {
-            let names: Vec<_> = NAMED.iter().map(|format| format.name()).collect();
+            let names: Vec<_> = NAMED.iter().map(Format::name).collect();
             FormatError::new(format!("{name:?} is none of {}", names.join(", ")))
         })
     }

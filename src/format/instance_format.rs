@@ -10,7 +10,7 @@ use crate::keyspace::DEFAULT_PREFIX;
 /// [`Format::custom`](super::Format::custom) takes your own implementation.
 ///
 /// ```
-/// use tonic_etcd::{AddressPolicy, Format, FormatError, Instance, InstanceFormat};
+/// use tonic_etcd::{AddressPolicy, Format, Instance, error::FormatError, format::InstanceFormat};
 ///
 /// /// `host:port;zone`
 /// #[derive(Debug)]
@@ -54,7 +54,7 @@ pub trait InstanceFormat: fmt::Debug + Send + Sync {
     /// Returns the name of the format for messages.
     fn name(&self) -> &str;
 
-    /// Returns the prefix of all services, unless the registry has its own [prefix](crate::RegistryBuilder::prefix). The prefix is empty or
+    /// Returns the prefix of all services, unless the registry has its own [prefix](crate::registry::RegistryBuilder::prefix). The prefix is empty or
     /// ends in a slash. The default is `/gRPC/`.
     fn default_prefix(&self) -> &str {
         DEFAULT_PREFIX

@@ -1,11 +1,11 @@
-//! The formats of keys and values in a registry: one file per format, and a recogniser for values of any format.
+//! The formats of keys and values: of etcd's Go naming resolver, of other registries, and of your own.
 
 mod address_in_key;
 mod attributes;
 mod decoder;
 mod dubbo_application;
 mod dubbo_interface;
-mod error;
+pub(crate) mod error;
 mod etcd_naming;
 mod format;
 mod go_frame;
@@ -24,7 +24,7 @@ mod url;
 
 pub(crate) use attributes::{MAX_WEIGHT, RESERVED};
 pub(crate) use decoder::Decoder;
-pub use error::FormatError;
+pub(crate) use error::FormatError;
 pub use format::Format;
 pub use instance_format::InstanceFormat;
 pub(crate) use limits::MAX_VALUE;

@@ -6,7 +6,7 @@ use tonic_balance::Address;
 use super::registration::{Registration, Started};
 use crate::error::RegisterError;
 
-/// A handle of the registration of a server, which does not keep it registered; made by [`RegistrationBuilder::handle`].
+/// A handle of the registration of a server, which does not keep it registered; made by [`RegistrationBuilder::handle`](crate::registration::RegistrationBuilder::handle).
 ///
 /// Clones refer to the same registration. Its methods wait until the server has started.
 #[derive(Clone, Debug)]

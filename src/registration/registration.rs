@@ -223,7 +223,7 @@ impl Registration {
         self.ask(|answer| Request::SetWeight(entry, answer)).await
     }
 
-    /// Removes the entry of one of [several services](RegistrationBuilder::additional_service). The entries of the other services stay.
+    /// Removes the entry of one of [several services](crate::registration::RegistrationBuilder::additional_service). The entries of the other services stay.
     /// Removing the last entry ends the registration, as [`deregister`](Self::deregister) does. A second call for the same service has no
     /// effect.
     ///

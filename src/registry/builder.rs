@@ -70,7 +70,7 @@ pub struct RegistryBuilder {
 }
 
 impl RegistryBuilder {
-    /// Sets the prefix of the service keys. A missing trailing slash is added. The default is `/gRPC/`, or for each [`Format`] of another
+    /// Sets the prefix of the service keys. A missing trailing slash is added. The default is `/gRPC/`, or for each [`Format`](crate::Format) of another
     /// library the prefix that this library uses. With an empty prefix, keys begin with the service name, as for `etcd:///service` in
     /// grpc-go.
     pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
@@ -126,12 +126,12 @@ impl RegistryBuilder {
     /// user or a wrong TLS configuration are reported later: the first registration fails, while the first resolver or channel reports the
     /// error in its status and retries.
     ///
-    /// Give servers a long [`startup_timeout`](RegistrationBuilder::startup_timeout), within which etcd must become available.
+    /// Give servers a long [`startup_timeout`](crate::registration::RegistrationBuilder::startup_timeout), within which etcd must become available.
     ///
     /// ```
     /// use tonic_etcd::Registry;
     ///
-    /// # fn main() -> Result<(), tonic_etcd::RegistryError> {
+    /// # fn main() -> Result<(), tonic_etcd::error::RegistryError> {
     /// let registry = Registry::builder(["127.0.0.1:2379"]).connect_lazy()?;
     /// # Ok(())
     /// # }

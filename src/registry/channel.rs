@@ -28,7 +28,7 @@ use crate::resolver::{Resolver, ResolverBuilder, ResolverState};
 ///
 /// # Errors
 ///
-/// Fails as [`Registry::connect`] and [`ChannelBuilder::connect`](crate::ChannelBuilder::connect) do. Also fails if the URL has none of
+/// Fails as [`Registry::connect`] and [`ChannelBuilder::connect`](crate::channel::ChannelBuilder::connect) do. Also fails if the URL has none of
 /// these forms or is ambiguous.
 ///
 /// # Cancel safety

@@ -1,4 +1,4 @@
-//! The entry point of the crate: one etcd cluster, and the location of services in it.
+//! The registry: one etcd cluster, and the location of services in it.
 
 mod builder;
 mod channel;

@@ -45,14 +45,14 @@ impl Registry {
         }
     }
 
-    /// Sets the prefix, as [`RegistryBuilder::prefix`] does. The new registry shares its connections with the original.
+    /// Sets the prefix, as [`RegistryBuilder::prefix`](crate::registry::RegistryBuilder::prefix) does. The new registry shares its connections with the original.
     #[must_use]
     pub fn with_prefix(mut self, prefix: impl Into<String>) -> Self {
         self.keyspace = Keyspace::new(&prefix.into());
         self
     }
 
-    /// Sets the address policy, as [`RegistryBuilder::address_policy`] does.
+    /// Sets the address policy, as [`RegistryBuilder::address_policy`](crate::registry::RegistryBuilder::address_policy) does.
     #[must_use]
     pub fn with_address_policy(mut self, policy: AddressPolicy) -> Self {
         self.policy = policy;
@@ -146,7 +146,7 @@ impl Registry {
     ///
     /// # Errors
     ///
-    /// Fails if the target has another form. For a target that names etcd members, use [`connect`].
+    /// Fails if the target has another form. For a target that names etcd members, use [`connect`](crate::connect).
     pub fn channel_to(
         &self,
         target: impl Into<String>,

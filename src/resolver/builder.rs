@@ -82,8 +82,8 @@ impl ResolverBuilder {
     ///
     /// An instance that deregisters or pauses is never held if its format can mark a planned departure: [`Format::EtcdNaming`] can,
     /// [`Format::Plain`] cannot. The start and the end of each episode of holds are logged.
-    /// [`ResolverStatus::held`](crate::ResolverStatus::held) is the number of held instances, and
-    /// [`mass_removals`](crate::ResolverStatus::mass_removals) is the number of such episodes.
+    /// [`ResolverStatus::held`](crate::resolver::ResolverStatus::held) is the number of held instances, and
+    /// [`mass_removals`](crate::resolver::ResolverStatus::mass_removals) is the number of such episodes.
     pub fn mass_removal_protection(mut self, hold: Option<Duration>) -> Self {
         self.options.hold = hold;
         self
@@ -114,7 +114,7 @@ impl ResolverBuilder {
 
     /// Sets the limits on the set: how many keys, and how many bytes of keys and values together. Default 100 000 keys and 64 MiB.
     ///
-    /// A key beyond them is not used, counts as a [rejected value](crate::ResolverStatus::rejected_values), and is listed by
+    /// A key beyond them is not used, counts as a [rejected value](crate::resolver::ResolverStatus::rejected_values), and is listed by
     /// [`Resolver::rejected`]. A writer that fills the prefix therefore cannot fill the memory of every client.
     pub fn max_size(mut self, keys: usize, bytes: usize) -> Self {
         self.options.limit = Limit { keys, bytes };
@@ -127,7 +127,7 @@ impl ResolverBuilder {
     ///
     /// Reconciliation detects faults in etcd: several such faults have lost events of a watch without an error. A list contains no values:
     /// names, revisions and leases of 10 000 instances are about a megabyte. If a key differs in the list, the watch gets 5 s to deliver
-    /// the change; after that, the key is read individually. [`ResolverStatus::repaired`](crate::ResolverStatus::repaired) counts the keys
+    /// the change; after that, the key is read individually. [`ResolverStatus::repaired`](crate::resolver::ResolverStatus::repaired) counts the keys
     /// that were corrected.
     pub fn reconcile_interval(mut self, interval: Option<Duration>) -> Self {
         self.options.reconcile = interval;
@@ -136,7 +136,7 @@ impl ResolverBuilder {
 
     /// Keeps the last good set in a file of this directory, and uses it while etcd has not answered since the start. Disabled by default.
     ///
-    /// The file is used if etcd has not answered within 50 ms. The [status](Resolver::status) is then [`Stale`](crate::ResolverState::Stale),
+    /// The file is used if etcd has not answered within 50 ms. The [status](Resolver::status) is then [`Stale`](crate::resolver::ResolverState::Stale),
     /// a warning is logged, and the first list replaces the set. The file is written about a second after a change, and never for an empty
     /// set. The directory is created if it is missing; only its owner can read it. A file that is corrupt, of another version or of another
     /// service is reported and ignored.

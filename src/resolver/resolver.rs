@@ -125,7 +125,7 @@ impl Resolver {
         &self.core.service
     }
 
-    /// Returns the known instances, one per address, sorted by address. Instances that are [held](ResolverBuilder::mass_removal_protection)
+    /// Returns the known instances, one per address, sorted by address. Instances that are [held](crate::resolver::ResolverBuilder::mass_removal_protection)
     /// are included; [`Instance::is_last_resort`] returns true for them. The result is empty until the first list is complete; see
     /// [`ready`](Self::ready).
     #[must_use]
@@ -148,7 +148,7 @@ impl Resolver {
     }
 
     /// Returns the keys whose latest value is not used: it cannot be decoded, the address policy rejects its address, or it is over a limit.
-    /// At most 1 000 keys beyond the [limit](ResolverBuilder::max_size) are listed.
+    /// At most 1 000 keys beyond the [limit](crate::resolver::ResolverBuilder::max_size) are listed.
     #[must_use]
     pub fn rejected(&self) -> Vec<RejectedKey> {
         self.core.rejected()
@@ -161,8 +161,8 @@ impl Resolver {
         self.feedback.clone()
     }
 
-    /// Waits until every prefix has been listed once, so that the instances are known, or until the [cache](ResolverBuilder::cache_dir) or the
-    /// [seeds](ResolverBuilder::seeds) are used. Without them it waits forever if etcd never responds: wrap it in
+    /// Waits until every prefix has been listed once, so that the instances are known, or until the [cache](crate::resolver::ResolverBuilder::cache_dir) or the
+    /// [seeds](crate::resolver::ResolverBuilder::seeds) are used. Without them it waits forever if etcd never responds: wrap it in
     /// [`tokio::time::timeout`], and read the reason from the [`status`](Self::status).
     ///
     /// # Cancel safety

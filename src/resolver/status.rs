@@ -27,13 +27,13 @@ pub struct ResolverStatus {
     /// Number of reconciliations since the start. A reconciliation compares the keys with a list of their names.
     pub reconciliations: u64,
     /// Number of individual key reads since the start. A key is read if it differed in a reconciliation, or if
-    /// [`ResolverFeedback`](crate::ResolverFeedback) reported its address.
+    /// [`ResolverFeedback`](crate::resolver::ResolverFeedback) reported its address.
     pub reads: u64,
     /// Number of those reads that returned another state of the key than the watch had delivered.
     pub repaired: u64,
-    /// Number of instances from the [cache](crate::ResolverBuilder::cache_dir) or the seeds, while etcd has not answered since the start.
+    /// Number of instances from the [cache](crate::resolver::ResolverBuilder::cache_dir) or the seeds, while etcd has not answered since the start.
     pub cached: usize,
-    /// Number of instances that vanished together with most others and are [held](crate::ResolverBuilder::mass_removal_protection) now.
+    /// Number of instances that vanished together with most others and are [held](crate::resolver::ResolverBuilder::mass_removal_protection) now.
     pub held: usize,
     /// Number of mass removals since the start: episodes in which instances were held.
     pub mass_removals: u64,

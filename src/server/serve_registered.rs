@@ -56,13 +56,13 @@ use crate::registration::RegistrationBuilder;
 ///    limit is the [drain timeout](RegistrationBuilder::drain_timeout), 20 s by default. Connections on which the client has not started
 ///    HTTP are closed after 200 ms, idle connections after the client has acknowledged the GOAWAY, and health watches at once.
 /// 5. Cut the remaining connections, within one second. The number of cut connections is logged, and is a field of
-///    [`ServerState::Stopped`](crate::ServerState::Stopped).
+///    [`ServerState::Stopped`](crate::registration::ServerState::Stopped).
 ///
 /// [`watch_server_state`](RegistrationBuilder::watch_server_state) returns a watch of these phases. A handler of an endless stream avoids
 /// the cut if it ends the stream once the server drains.
 ///
 /// A server that must start while etcd is down needs a registry that does not connect at once, from
-/// [`RegistryBuilder::connect_lazy`](crate::RegistryBuilder::connect_lazy), and a
+/// [`RegistryBuilder::connect_lazy`](crate::registry::RegistryBuilder::connect_lazy), and a
 /// [`startup_timeout`](RegistrationBuilder::startup_timeout) as long as the outage may be. It serves meanwhile.
 ///
 /// `TCP_NODELAY` and TCP keep-alive are enabled on accepted sockets. The TCP settings of the router do not apply, as with

@@ -2,7 +2,7 @@
 
 use tokio::time::sleep;
 use tonic::{Code, Status};
-use tonic_etcd::{BalancedChannel, EndpointState};
+use tonic_etcd::{BalancedChannel, channel::EndpointState};
 
 use super::support::callers::Callers;
 use super::support::peer::foreign::{Foreign, Speaks};

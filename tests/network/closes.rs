@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep};
-use tonic_etcd::{BalancedChannel, ChannelBuilder};
+use tonic_etcd::{BalancedChannel, channel::ChannelBuilder};
 
 use super::support::callers::{Callers, with_deadline};
 use super::support::eventually;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tonic::{Code, Status};
-use tonic_etcd::{BalancedChannel, ChannelBuilder};
+use tonic_etcd::{BalancedChannel, channel::ChannelBuilder};
 
 use super::support::greeter::greeter_client::GreeterClient;
 use super::support::peer::answer::Enforce;

@@ -3,7 +3,7 @@
 use std::error::Error;
 
 use tonic::{Code, Status};
-use tonic_etcd::{BalancedChannel, CallError};
+use tonic_etcd::{BalancedChannel, error::CallError};
 
 use super::support::greeter::with_causes;
 use super::support::peer::{Answer, Peer};
@@ -91,7 +91,7 @@ fn chain(status: &Status) -> Vec<String> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_status_keeps_its_message_and_has_the_server_in_its_source_chain() {
     for builder in [
-        BalancedChannel::builder as fn() -> tonic_etcd::ChannelBuilder,
+        BalancedChannel::builder as fn() -> tonic_etcd::channel::ChannelBuilder,
         retrying,
     ] {
         let peer = Peer::answering(Answer::Fail(Code::NotFound)).await;

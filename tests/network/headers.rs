@@ -2,7 +2,7 @@
 
 use http::{HeaderName, HeaderValue, Request};
 use tonic::body::Body;
-use tonic_etcd::{BalancedChannel, ChannelBuilder};
+use tonic_etcd::{BalancedChannel, channel::ChannelBuilder};
 use tower::util::MapRequest;
 
 use super::support::greeter::greeter_client::GreeterClient;

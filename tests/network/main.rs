@@ -39,7 +39,10 @@ use support::peer::Peer;
 use support::{SOON, all_ready};
 use tokio::time::timeout;
 use tonic::{Code, Request, Status};
-use tonic_etcd::{BalancedChannel, ChannelBuilder, EndpointStatus, RetryPolicy};
+use tonic_etcd::{
+    BalancedChannel, RetryPolicy,
+    channel::{ChannelBuilder, EndpointStatus},
+};
 
 /// Returns a channel over these addresses once all of them are ready.
 async fn over(builder: ChannelBuilder, addresses: &[String]) -> BalancedChannel {

@@ -4,7 +4,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic_etcd::{BalancedChannel, ChannelBuilder};
+use tonic_etcd::{BalancedChannel, channel::ChannelBuilder};
 
 use super::support::callers::Callers;
 use super::support::greeter::HelloRequest;

@@ -3,7 +3,7 @@
 use h2::Reason;
 use tokio::time::sleep;
 use tonic::{Code, Status};
-use tonic_etcd::{BalancedChannel, ChannelBuilder};
+use tonic_etcd::{BalancedChannel, channel::ChannelBuilder};
 
 use super::support::callers::Callers;
 use super::support::peer::{Beyond, Limit, Manner, Peer};
@@ -87,7 +87,7 @@ async fn poison(case: Case) {
     let ready = channel.endpoints();
     let ready = ready
         .iter()
-        .filter(|one| one.state == tonic_etcd::EndpointState::Ready);
+        .filter(|one| one.state == tonic_etcd::channel::EndpointState::Ready);
     println!(
         "{what}: {calls} calls of bystanders, {}; {killed} connections killed, at most {most} by one call; {} ready; {:?}",
         shown(&at_the_end),

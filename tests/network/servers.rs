@@ -9,7 +9,7 @@ use tokio::time::sleep;
 use tonic::Code;
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
-use tonic_etcd::{BalancedChannel, ChannelBuilder};
+use tonic_etcd::{BalancedChannel, channel::ChannelBuilder};
 
 use super::support::callers::Callers;
 use super::support::counting::Counting;

@@ -128,7 +128,7 @@ async fn a_filter_that_rejects_all_does_not_blame_the_registry() {
         .startup_timeout(ms(1_000));
     let channel = builder.discover(filtered).connect_lazy();
     within(ms(5_000), "the registry has responded", async || {
-        status.borrow().state == tonic_etcd::ResolverState::Fresh
+        status.borrow().state == tonic_etcd::resolver::ResolverState::Fresh
     })
     .await;
     let error = say(&channel, ms(5_000))

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use tokio::net::TcpListener;
 use tokio::time::sleep;
 use tonic::Code;
-use tonic_etcd::{BalancedChannel, EndpointStatus};
+use tonic_etcd::{BalancedChannel, channel::EndpointStatus};
 
 use crate::fronts::{Front, Kind, Setup};
 use crate::support::callers::{Callers, with_deadline};

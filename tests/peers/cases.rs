@@ -9,7 +9,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{iter, once, pending};
 use tonic::metadata::{MetadataMap, MetadataValue};
 use tonic::{Code, Request, Status};
-use tonic_etcd::{BalancedChannel, EndpointStatus};
+use tonic_etcd::{BalancedChannel, channel::EndpointStatus};
 
 use crate::echo::{INITIAL, TRAILING};
 use crate::proto::unimplemented_service_client::UnimplementedServiceClient;

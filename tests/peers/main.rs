@@ -70,7 +70,7 @@ use std::time::Duration;
 use support::callers::{Callers, Failed};
 use tokio::time::{Instant, sleep, timeout};
 use tonic::{Code, Request, Status};
-use tonic_etcd::{BalancedChannel, ChannelBuilder, RetryPolicy};
+use tonic_etcd::{BalancedChannel, RetryPolicy, channel::ChannelBuilder};
 
 type Client = proto::test_service_client::TestServiceClient<BalancedChannel>;
 

@@ -3,7 +3,7 @@
 use tokio::time::sleep;
 use tonic::metadata::AsciiMetadataKey;
 use tonic::{Code, Request, Status};
-use tonic_etcd::{BalancedChannel, ChannelBuilder};
+use tonic_etcd::{BalancedChannel, channel::ChannelBuilder};
 
 use crate::fronts::{self, Front, Setup};
 use crate::proto::Empty;

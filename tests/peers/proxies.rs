@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::time::{Instant, interval, sleep};
-use tonic_etcd::{BalancedChannel, ChannelBuilder};
+use tonic_etcd::{BalancedChannel, channel::ChannelBuilder};
 
 use crate::fronts::{Front, Kind, Setup};
 use crate::support::callers::{Callers, with_deadline};

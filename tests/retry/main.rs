@@ -22,7 +22,10 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Code, Request, Response, Status};
-use tonic_etcd::{BalancedChannel, ChannelBuilder, HedgingPolicy, RetryBudget, RetryPolicy};
+use tonic_etcd::{
+    BalancedChannel, RetryPolicy,
+    channel::{ChannelBuilder, HedgingPolicy, RetryBudget},
+};
 
 /// Returns a channel over these servers once all of them are ready.
 async fn over(builder: ChannelBuilder, servers: &[Server]) -> BalancedChannel {

@@ -11,7 +11,7 @@ use tokio_stream::{Stream, StreamExt, iter};
 use tonic::transport::Server;
 use tonic::transport::server::Router;
 use tonic::{Request, Response, Status, Streaming};
-use tonic_etcd::RegistrationBuilder;
+use tonic_etcd::registration::RegistrationBuilder;
 
 use super::Registered;
 use super::greeter::greeter_server::{Greeter, GreeterServer};

@@ -21,8 +21,8 @@ use tonic::transport::server::Router;
 use tonic::transport::{Channel, Server};
 use tonic_etcd::testing::Etcd;
 use tonic_etcd::{
-    BalancedChannel, EndpointState, RegistrationBuilder, Registry, Resolver, ServeError,
-    ServeRegistered,
+    BalancedChannel, Registry, Resolver, ServeRegistered, channel::EndpointState,
+    error::ServeError, registration::RegistrationBuilder,
 };
 
 pub mod authority;

@@ -2,7 +2,7 @@
 
 use etcd_client::{Client, ConnectOptions, Permission, PermissionType};
 use tonic_etcd::testing::Etcd;
-use tonic_etcd::{Registry, RegistryError};
+use tonic_etcd::{Registry, error::RegistryError};
 
 use super::client;
 

@@ -112,7 +112,7 @@ impl RegistrationBuilder {
     /// [`Registration::deregister_service`] removes a single one. A registration at an exact key cannot have additional services.
     ///
     /// ```no_run
-    /// # async fn run(registry: tonic_etcd::Registry) -> Result<(), tonic_etcd::RegisterError> {
+    /// # async fn run(registry: tonic_etcd::Registry) -> Result<(), tonic_etcd::error::RegisterError> {
     /// let registration = registry
     ///     .registration("helloworld.Greeter")
     ///     .additional_service("routeguide.RouteGuide")

@@ -1,11 +1,14 @@
 //! Tests of each kind of loss, and of random losses against a model that keeps the whole history.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use proptest::prelude::{ProptestConfig, any, prop_assert, prop_assert_eq, proptest};
+use tokio::time::Instant;
+use tonic_balance::Address;
 
 use super::*;
-use crate::instance::Advertisement;
+use crate::instance::{Advertisement, Instance};
 
 const LENGTH: Duration = Duration::from_secs(30);
 

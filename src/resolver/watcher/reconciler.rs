@@ -24,7 +24,7 @@ pub(super) struct Reconciler {
     pub(super) reads: BTreeSet<(Instant, Key)>,
     /// Earliest time of the next read of any key.
     next_read: Option<Instant>,
-    /// Time of the last accepted report about each key, from [`ResolverFeedback`](crate::ResolverFeedback).
+    /// Time of the last accepted report about each key, from [`ResolverFeedback`](crate::resolver::ResolverFeedback).
     pub(super) doubted: HashMap<Key, Instant>,
     /// Suspects that are being read. If the read of a suspect differs from the known state, the watch has lost an event.
     pub(super) confirming: BTreeSet<Key>,

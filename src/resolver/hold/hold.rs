@@ -1,19 +1,4 @@
-//! The mass-removal hold, without I/O. Instances that vanish from the registry together with most others are kept for a limited time, as a
-//! last resort.
-//!
-//! ```text
-//!               vanished, less than half is left            the hold is over, or half is back
-//!   registered ──────────────────────────────────▶ held ──────────────────────────────────────▶ gone
-//!      ▲  │                                         │                                            ▲
-//!      │  └──── vanished otherwise, or said that it would leave ────────────────────────────────┤
-//!      └──────────────── registered again ──────────┘
-//! ```
-//!
-//! *Half* means half of the largest set of the last 10 s. A set that etcd loses through a bug or a stuck leader does not vanish in one
-//! step: leases that expire together are delivered as separate deletes. Only the sum over a period distinguishes such a loss from normal
-//! turnover of servers. The comparison is by size, so a fleet that is replaced by a fleet at other addresses is not a loss.
-//!
-//! An instance whose last value marks a planned departure does not count as vanished, and no longer counts as part of the earlier set.
+//! The held instances, and the rule that decides whether an instance is held.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
@@ -25,10 +10,10 @@ use tonic_balance::Address;
 
 /// The held instances, and the state that decides whether the next instance that vanishes is held.
 #[derive(Debug)]
-pub(super) struct Hold {
+pub(in crate::resolver) struct Hold {
     /// Duration of each hold; `None` disables holds.
     length: Option<Duration>,
-    rng: fastrand::Rng,
+    pub(super) rng: fastrand::Rng,
     registered: HashSet<Address>,
     /// Number of planned departures since the start.
     left: usize,
@@ -67,15 +52,15 @@ struct Episode {
 
 /// The outcome of a step.
 #[derive(Debug, Default)]
-pub(super) struct Outcome {
+pub(in crate::resolver) struct Outcome {
     /// Addresses that are no longer held and were not registered again.
-    pub(super) released: Vec<Address>,
-    pub(super) news: Option<News>,
+    pub(in crate::resolver) released: Vec<Address>,
+    pub(in crate::resolver) news: Option<News>,
 }
 
 /// An event for the operator's log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum News {
+pub(in crate::resolver) enum News {
     /// Instances are held; before, none was held.
     Began {
         registered: usize,
@@ -90,7 +75,7 @@ pub(super) enum News {
 }
 
 impl Hold {
-    pub(super) fn new(length: Option<Duration>, rng: fastrand::Rng) -> Self {
+    pub(in crate::resolver) fn new(length: Option<Duration>, rng: fastrand::Rng) -> Self {
         Self {
             length: length
                 .filter(|length| !length.is_zero())
@@ -107,26 +92,26 @@ impl Hold {
     }
 
     /// Returns the held instance at an address, marked as a last resort.
-    pub(super) fn get(&self, address: &Address) -> Option<&Instance> {
+    pub(in crate::resolver) fn get(&self, address: &Address) -> Option<&Instance> {
         self.held.get(address).map(|held| &held.instance)
     }
 
     /// Returns the held instances, in arbitrary order.
-    pub(super) fn instances(&self) -> impl Iterator<Item = &Instance> {
+    pub(in crate::resolver) fn instances(&self) -> impl Iterator<Item = &Instance> {
         self.held.values().map(|held| &held.instance)
     }
 
     /// Returns the number of held instances.
-    pub(super) fn len(&self) -> usize {
+    pub(in crate::resolver) fn len(&self) -> usize {
         self.held.len()
     }
 
-    pub(super) fn episodes(&self) -> u64 {
+    pub(in crate::resolver) fn episodes(&self) -> u64 {
         self.episodes
     }
 
     /// Returns the time at which [`Hold::on_time`] is due.
-    pub(super) fn deadline(&self) -> Option<Instant> {
+    pub(in crate::resolver) fn deadline(&self) -> Option<Instant> {
         self.queue.front().map(|(until, _)| *until)
     }
 
@@ -136,7 +121,7 @@ impl Hold {
     /// The order of changes within a step carries no information. New addresses are therefore counted first; otherwise a fleet that is
     /// replaced in one transaction would look lost. Of the instances that vanish together, those to hold are chosen at random; otherwise
     /// all clients would use the same few servers.
-    pub(super) fn on_changes(
+    pub(in crate::resolver) fn on_changes(
         &mut self,
         here: impl IntoIterator<Item = Address>,
         gone: Vec<Instance>,
@@ -247,7 +232,7 @@ impl Hold {
     }
 
     /// Ends the holds whose deadline has passed.
-    pub(super) fn on_time(&mut self, now: Instant) -> Outcome {
+    pub(in crate::resolver) fn on_time(&mut self, now: Instant) -> Outcome {
         let mut over = Vec::new();
         while self.deadline().is_some_and(|until| until <= now) {
             let Some((until, address)) = self.queue.pop_front() else {
@@ -305,6 +290,3 @@ const LENGTH_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 /// The time over which removals are summed. When all leases are lost at once, they expire one after another. Leases of the default TTL of
 /// 15 s are renewed every 5 s (a third of the TTL), so they expire within 5 s. The window must be longer than that.
 const WINDOW: Duration = Duration::from_secs(10);
-
-#[cfg(test)]
-mod tests;

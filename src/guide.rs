@@ -1,0 +1,22 @@
+//! Guides: the behaviour in failures, the errors, and a comparison with the libraries for Go.
+
+pub mod behaviour {
+    #![doc = include_str!("../docs/behaviour.md")]
+
+    #[cfg(doc)]
+    use crate::{channel::*, error::*, instance::*, registration::*, registry::*, resolver::*, *};
+}
+
+pub mod coming_from_go {
+    #![doc = include_str!("../docs/coming-from-go.md")]
+
+    #[cfg(doc)]
+    use crate::{channel::*, error::*, instance::*, registration::*, registry::*, resolver::*, *};
+}
+
+pub mod errors {
+    #![doc = include_str!("../docs/errors.md")]
+
+    #[cfg(doc)]
+    use crate::{channel::*, error::*, instance::*, registration::*, registry::*, resolver::*, *};
+}
