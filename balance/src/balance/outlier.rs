@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::LONGEST;
+use super::limits::MAX_DURATION;
 
 /// Ejects endpoints for a while if they fail far more calls than the others. This is gRPC's outlier detection (gRFC A50), with the defaults
 /// of the gRFC. Disabled unless it is passed to [`ChannelBuilder::outlier_detection`](crate::ChannelBuilder::outlier_detection).
@@ -86,7 +86,7 @@ impl OutlierDetection {
 
     /// Sets the time between two evaluations. Each evaluation judges the calls since the previous one. Default 10 s, minimum 1 ms.
     pub fn interval(mut self, interval: Duration) -> Self {
-        self.interval = interval.clamp(Duration::from_millis(1), LONGEST);
+        self.interval = interval.clamp(Duration::from_millis(1), MAX_DURATION);
         self
     }
 

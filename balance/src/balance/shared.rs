@@ -11,12 +11,13 @@ use tokio::time::Instant;
 use super::dial_permit::DialPermit;
 use super::endpoint::{AnswerFault, Endpoint, EndpointStatus};
 use super::load::Loads;
+use super::options::Options;
 use super::permit::Permit;
 use super::picker::{Pick, Picker, SCAN_LIMIT};
 use super::ready_connection::{ReadyConnection, ReadyEntry};
 use super::ready_set::ReadySet;
+use super::summary::Summary;
 use super::waiters::Waiters;
-use super::{Options, Published, Summary};
 use crate::address::Address;
 use crate::transport::connect::{Attempt, Connector, DialError};
 
@@ -227,6 +228,13 @@ impl Shared {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A published state: a ready set and the matching summary.
+#[derive(Debug, Default)]
+pub(super) struct Published {
+    pub(super) ready: ReadySet<ReadyEntry>,
+    pub(super) summary: Summary,
 }
 
 /// One published state, for both a pick and the decision that follows it. If the state were loaded twice, the first load could have no

@@ -143,7 +143,7 @@ impl<S> ChannelBuilder<S> {
     /// this time calls fail at once until the set is known. Default 10 s.
     pub fn startup_timeout(mut self, bound: Duration) -> Self {
         // The end of the timeout must be representable as an `Instant`.
-        self.config.startup_timeout = bound.min(balance::LONGEST);
+        self.config.startup_timeout = bound.min(balance::MAX_DURATION);
         self
     }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::ChannelBuilder;
-use crate::balance::LONGEST;
+use crate::balance::MAX_DURATION;
 
 impl<S> ChannelBuilder<S> {
     /// Enables keep-alive: a connection with open calls sends a PING if nothing was read for this long. Disabled by default. Values below
@@ -24,14 +24,14 @@ impl<S> ChannelBuilder<S> {
     /// five minutes while calls are open. If the servers permit more PINGs, set [`keep_alive_permit_time`](Self::keep_alive_permit_time).
     /// If a server still closes a connection with `too_many_pings`, the interval for that server doubles (gRFC A8).
     pub fn http2_keep_alive_interval(mut self, interval: Duration) -> Self {
-        self.config.keep_alive.interval = Some(interval.clamp(SHORTEST_INTERVAL, LONGEST));
+        self.config.keep_alive.interval = Some(interval.clamp(SHORTEST_INTERVAL, MAX_DURATION));
         self
     }
 
     /// Sets the timeout of a keep-alive PING: the connection is closed if nothing is read for this long after the PING. Default 20 s, as in
     /// gRPC (gRFC A8). Without [`http2_keep_alive_interval`](Self::http2_keep_alive_interval) it has no effect.
     pub fn keep_alive_timeout(mut self, timeout: Duration) -> Self {
-        self.config.keep_alive.timeout = timeout.min(LONGEST);
+        self.config.keep_alive.timeout = timeout.min(MAX_DURATION);
         self
     }
 

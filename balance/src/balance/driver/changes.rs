@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tower::discover::Change;
 
-use super::{Class, Driver, EndpointEntry, State, SubchannelId};
+use super::driver::{Class, Driver, EndpointEntry, State, SubchannelId};
 use crate::address::Address;
 use crate::attributes::Attributes;
 use crate::balance::connect_backoff::ConnectBackoff;

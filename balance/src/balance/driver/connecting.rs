@@ -6,12 +6,14 @@ use std::sync::Arc;
 use tokio::task::{AbortHandle, Id, JoinError};
 use tokio::time::Instant;
 
-use super::{Dial, DialId, Driver, State, SubchannelEvent, SubchannelId};
+use super::driver::{Dial, DialId, Driver, State, SubchannelEvent, SubchannelId};
 use crate::address::Address;
+use crate::balance::limits::MAX_DURATION;
+use crate::balance::options::OnRefused;
 use crate::balance::ready_connection::ReadyConnection;
 use crate::balance::subchannel::{Connecting, Ending, Lost, Subchannel};
+use crate::balance::summary::EndpointError;
 use crate::balance::waiters::Waiters;
-use crate::balance::{EndpointError, LONGEST, OnRefused};
 use crate::error::causes;
 use crate::transport::connect::{Attempt, DialError};
 use crate::transport::connection_task::CloseReason;
@@ -318,7 +320,7 @@ impl Driver {
             return;
         };
         if let Some(keep_alive) = &mut entry.keep_alive {
-            keep_alive.interval = keep_alive.interval.saturating_mul(2).min(LONGEST);
+            keep_alive.interval = keep_alive.interval.saturating_mul(2).min(MAX_DURATION);
             keep_alive.permit = keep_alive.permit.max(keep_alive.interval);
             let interval = keep_alive.interval;
             tracing::warn!(%address, ?interval, "too many pings: the keep-alive interval is doubled");

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::time::Instant;
 
-use super::{DialId, Driver, State, SubchannelEvent, SubchannelId};
+use super::driver::{DialId, Driver, State, SubchannelEvent, SubchannelId};
 use crate::address::Address;
 use crate::balance::connect_backoff::ConnectBackoff;
 use crate::balance::health::Health;

@@ -8,21 +8,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::Driver;
-
-/// The exclusion of an endpoint from picks.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Quarantine {
-    /// The end of the quarantine, or `None` on probation: the next foreign answer extends the quarantine, and a gRPC answer ends it.
-    until: Option<Instant>,
-    length: Duration,
-}
-
-impl Quarantine {
-    pub(super) fn is_over(self) -> bool {
-        self.until.is_none()
-    }
-}
+use super::driver::Driver;
+use super::quarantine::Quarantine;
 
 impl Driver {
     /// Removes the endpoints that calls have reported from the primary set.

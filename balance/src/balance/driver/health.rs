@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::Status;
 
-use super::{DialId, Driver, State, SubchannelEvent};
+use super::driver::{DialId, Driver, State, SubchannelEvent};
 use crate::balance::health::{End, Health, HealthWatch};
 use crate::balance::ready_connection::ReadyConnection;
 use crate::balance::subchannel::StopOnDrop;

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Class, Driver, State};
+use super::driver::{Class, Driver, State};
 use crate::address::Address;
-use crate::balance::Published;
 use crate::balance::endpoint::EndpointState;
 use crate::balance::health::Health;
 use crate::balance::load::{Ticks, median};
+use crate::balance::shared::Published;
 
 impl Driver {
     pub(super) fn refresh(&mut self, now: Instant) {

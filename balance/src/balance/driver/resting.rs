@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::{Driver, State, SubchannelId};
+use super::driver::{Driver, State, SubchannelId};
 
 impl Driver {
     /// Dials every resting connection because a call waits.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Driver, EndpointEntry, State};
+use super::driver::{Driver, EndpointEntry, State};
 use crate::address::Address;
 
 impl Driver {

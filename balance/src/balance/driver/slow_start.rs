@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Class, Driver, EndpointEntry};
+use super::driver::{Class, Driver, EndpointEntry};
 use crate::address::Address;
 
 impl Driver {

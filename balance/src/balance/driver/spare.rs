@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Driver, State, SubchannelId};
+use super::driver::{Driver, State, SubchannelId};
 use crate::address::Address;
 
 impl Driver {

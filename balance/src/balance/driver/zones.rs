@@ -1,6 +1,6 @@
 //! Zone preference: weights that keep calls in the caller's zone, up to the capacity of that zone.
 
-use super::{Driver, EndpointEntry, SubchannelId};
+use super::driver::{Driver, EndpointEntry, SubchannelId};
 use crate::balance::zone::{Zones, factors};
 
 impl Driver {

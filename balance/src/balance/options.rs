@@ -1,0 +1,60 @@
+//! The options of a balancer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::outlier::OutlierDetection;
+use super::picker::LbPolicy;
+use crate::address::Address;
+use crate::transport::health::HealthCheck;
+
+/// The options of a balancer, which the builder of the channel sets.
+#[derive(Clone, Debug)]
+pub(crate) struct Options {
+    pub(crate) policy: LbPolicy,
+    pub(crate) seed: Option<u64>,
+    pub(crate) connections_per_endpoint: usize,
+    pub(crate) max_backoff: Duration,
+    pub(crate) max_waiters: usize,
+    pub(crate) outlier_detection: Option<OutlierDetection>,
+    /// The health check of the endpoints, if it is enabled.
+    pub(crate) health_check: Option<HealthCheck>,
+    /// The time in which a new endpoint grows to its full share.
+    pub(crate) slow_start: Option<Duration>,
+    pub(crate) on_refused: Option<OnRefused>,
+    /// The zone whose endpoints are preferred.
+    pub(crate) zone: Option<Box<str>>,
+}
+
+/// Callback for an announced address that accepts no connection. The driver calls it after each failed attempt, so it must not block.
+#[derive(Clone)]
+pub(crate) struct OnRefused(pub(crate) Arc<dyn Fn(&Address) + Send + Sync>);
+
+impl std::fmt::Debug for OnRefused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("OnRefused").finish_non_exhaustive()
+    }
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            policy: LbPolicy::default(),
+            seed: None,
+            connections_per_endpoint: 1,
+            max_backoff: MAX_BACKOFF,
+            max_waiters: MAX_WAITERS,
+            outlier_detection: None,
+            health_check: None,
+            slow_start: None,
+            on_refused: None,
+            zone: None,
+        }
+    }
+}
+
+/// Limit on the connect backoff, from gRPC's connection backoff document.
+const MAX_BACKOFF: Duration = Duration::from_secs(120);
+/// Limit on waiting calls. Each of them holds its request, at least a few kilobytes: a higher limit would spend memory on calls that have
+/// no chance.
+const MAX_WAITERS: usize = 32_768;

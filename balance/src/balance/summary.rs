@@ -1,0 +1,31 @@
+//! The state of the set of endpoints, as calls see it.
+
+use std::sync::Arc;
+
+use crate::address::Address;
+
+/// The state of the set of endpoints, for error messages and for calls that wait.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Summary {
+    /// Whether the set of endpoints is known: the first list was received.
+    pub(crate) known: bool,
+    pub(crate) endpoints: usize,
+    pub(crate) ready: usize,
+    /// Endpoints that are neither ready nor failing: they may become ready at any moment.
+    pub(crate) pending: usize,
+    /// Why the channel makes no more calls, or why it never made one.
+    pub(crate) ended: Option<Arc<str>>,
+    /// The last error of the source of endpoints.
+    pub(crate) source_error: Option<Arc<str>>,
+    /// The last failed attempt to connect, or the last lost connection.
+    pub(crate) last_error: Option<Arc<EndpointError>>,
+}
+
+/// An error of an endpoint's connection.
+#[derive(Debug, thiserror::Error)]
+#[error("endpoint {address}: {reason}")]
+pub(crate) struct EndpointError {
+    pub(crate) address: Address,
+    /// The error with all its causes, in one line.
+    pub(crate) reason: Arc<str>,
+}
