@@ -30,20 +30,20 @@ pub(crate) struct Shared {
     /// Wakes the driver: a call waits, has given up a connection, or has reported a fault.
     pub(super) demand: Notify,
     /// Connections that calls have given up and that the driver has not removed from the set yet.
-    pub(super) given_up: Mutex<Vec<Arc<ReadyConnection>>>,
+    given_up: Mutex<Vec<Arc<ReadyConnection>>>,
     pub(super) waiters: Arc<Waiters>,
-    pub(super) picker: Picker,
+    picker: Picker,
     pub(super) directory: Mutex<HashMap<Address, Arc<Endpoint>>>,
     /// Dials the connections that carry one call each.
-    pub(super) connector: Arc<Connector>,
+    connector: Arc<Connector>,
     /// Whether a call has found a connection dead after a silence. Other connections may be dead as well.
-    pub(super) silent: AtomicBool,
+    found_dead: AtomicBool,
     /// Whether a call waits for a connection.
-    pub(super) wanting: AtomicBool,
+    call_waits: AtomicBool,
     /// Why no more calls are made.
-    pub(super) ended: OnceLock<Arc<str>>,
-    /// Endpoints whose responses are not gRPC.
-    pub(super) foreign: Mutex<Vec<Arc<Endpoint>>>,
+    ended: OnceLock<Arc<str>>,
+    /// Endpoints that calls have reported because their responses are not gRPC.
+    not_grpc: Mutex<Vec<Arc<Endpoint>>>,
     pub(super) started: Instant,
 }
 
@@ -51,10 +51,10 @@ impl Shared {
     pub(super) fn new(options: &Options, connector: Arc<Connector>) -> Self {
         Self {
             connector,
-            silent: AtomicBool::new(false),
-            wanting: AtomicBool::new(false),
+            found_dead: AtomicBool::new(false),
+            call_waits: AtomicBool::new(false),
             ended: OnceLock::new(),
-            foreign: Mutex::new(Vec::new()),
+            not_grpc: Mutex::new(Vec::new()),
             published: ArcSwap::from_pointee(Published::default()),
             changed: Notify::new(),
             demand: Notify::new(),
@@ -104,13 +104,13 @@ impl Shared {
     /// Wakes the driver because a call waits. The driver adds a connection to endpoints whose streams are all in use, and dials resting
     /// connections.
     pub(crate) fn demand(&self) {
-        self.wanting.store(true, Ordering::Relaxed);
+        self.call_waits.store(true, Ordering::Relaxed);
         self.demand.notify_one();
     }
 
     /// Makes the driver check the connections that were silent for long.
     pub(crate) fn check_silent(&self) {
-        self.silent.store(true, Ordering::Relaxed);
+        self.found_dead.store(true, Ordering::Relaxed);
         self.demand.notify_one();
     }
 
@@ -125,13 +125,28 @@ impl Shared {
     ) {
         endpoint.note(noted, describe);
         if endpoint.on_foreign() >= FOREIGN {
-            self.foreign().push(Arc::clone(endpoint));
+            self.lock_not_grpc().push(Arc::clone(endpoint));
             self.demand.notify_one();
         }
     }
 
-    pub(super) fn foreign(&self) -> MutexGuard<'_, Vec<Arc<Endpoint>>> {
-        self.foreign.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Removes and returns the endpoints that calls have reported because their responses are not gRPC.
+    pub(super) fn take_not_grpc(&self) -> Vec<Arc<Endpoint>> {
+        std::mem::take(&mut *self.lock_not_grpc())
+    }
+
+    fn lock_not_grpc(&self) -> MutexGuard<'_, Vec<Arc<Endpoint>>> {
+        self.not_grpc.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns whether a call has waited for a connection since the last time.
+    pub(super) fn take_call_waits(&self) -> bool {
+        self.call_waits.swap(false, Ordering::Relaxed)
+    }
+
+    /// Returns whether a call has found a connection dead after a silence since the last time.
+    pub(super) fn take_found_dead(&self) -> bool {
+        self.found_dead.swap(false, Ordering::Relaxed)
     }
 
     /// Dials a connection to an endpoint for one call.
@@ -175,7 +190,15 @@ impl Shared {
         self.lock_given_up().clone()
     }
 
-    pub(super) fn lock_given_up(&self) -> MutexGuard<'_, Vec<Arc<ReadyConnection>>> {
+    /// Removes these connections from those that were given up.
+    pub(super) fn forget_given_up(&self, replaced: &[Arc<ReadyConnection>]) {
+        self.lock_given_up().retain(|connection| {
+            let mut replaced = replaced.iter();
+            !replaced.any(|replaced| Arc::ptr_eq(replaced, connection))
+        });
+    }
+
+    fn lock_given_up(&self) -> MutexGuard<'_, Vec<Arc<ReadyConnection>>> {
         self.given_up.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

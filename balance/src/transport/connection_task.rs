@@ -31,7 +31,7 @@ pub(crate) enum ConnectionEvent {
     /// The peer has changed its limit on concurrent streams.
     Streams,
     /// The connection takes no more streams. This is the last event.
-    Left(CloseReason),
+    Closed(CloseReason),
 }
 
 /// Why a connection takes no more streams.
@@ -175,7 +175,7 @@ where
     fn leave(&mut self, why: CloseReason) {
         self.activity.set_mute(true);
         if !std::mem::replace(&mut self.left, true) {
-            (self.on_event)(ConnectionEvent::Left(why));
+            (self.on_event)(ConnectionEvent::Closed(why));
         }
     }
 }

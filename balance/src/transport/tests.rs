@@ -55,7 +55,7 @@ impl Pair {
         tokio::spawn(serve(far, builder, accepts, orders));
         let (leaves, left) = mpsc::unbounded_channel();
         let on_event = move |report| {
-            if let ConnectionEvent::Left(leave) = report {
+            if let ConnectionEvent::Closed(leave) = report {
                 let _ = leaves.send(leave);
             }
         };
@@ -603,7 +603,7 @@ async fn scripted(
     let established = Connection::establish(near, &DEFAULTS, None);
     let established = timeout(PATIENCE, established).await.expect("in time");
     let client = established.expect("a connection").start(move |report| {
-        if let ConnectionEvent::Left(leave) = report {
+        if let ConnectionEvent::Closed(leave) = report {
             let _ = leaves.send(leave);
         }
     });

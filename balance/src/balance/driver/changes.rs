@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use tower::discover::Change;
 
-use super::driver::{Class, Driver, EndpointEntry, State, SubchannelId};
+use super::driver::Driver;
+use super::endpoint_entry::EndpointEntry;
+use super::subchannels::{State, SubchannelId};
 use crate::address::Address;
 use crate::attributes::Attributes;
 use crate::balance::connect_backoff::ConnectBackoff;
-use crate::balance::endpoint::{Endpoint, Tally};
-use crate::balance::outlier::Ejection;
+use crate::balance::endpoint::Endpoint;
 use crate::balance::ready_connection::ReadyConnection;
 use crate::balance::subchannel::{Ready, Subchannel};
 use crate::balance::updates::Batch;
@@ -25,29 +26,28 @@ impl Driver {
         for change in batch.changes {
             match change {
                 Ok(Change::Insert(address, attributes)) => {
-                    self.summary.source_error = None;
+                    self.publication.set_source_error(None);
                     self.insert(&address, attributes);
                 }
                 Ok(Change::Remove(address)) => self.remove(&address),
                 Err(error) => {
                     let error = causes(&*error.into());
                     tracing::warn!(%error, "discovery failed; the last known set stays in use");
-                    self.summary.source_error = Some(error.into());
-                    self.publish_soon();
+                    self.publication.set_source_error(Some(error.into()));
+                    self.publication.soon();
                 }
             }
         }
-        if batch.known && is_news && !self.summary.known {
-            self.summary.known = true;
+        if batch.known && is_news && self.publication.set_known() {
             tracing::info!(
                 endpoints = self.endpoints.len(),
                 "the set of endpoints is known"
             );
-            self.publish_now();
+            self.publication.now();
         }
     }
 
-    pub(super) fn insert(&mut self, address: &Address, attributes: Attributes) {
+    fn insert(&mut self, address: &Address, attributes: Attributes) {
         let Some(entry) = self.endpoints.get_mut(address) else {
             return self.add(address, attributes);
         };
@@ -55,29 +55,25 @@ impl Driver {
         let before = std::mem::replace(&mut entry.attributes, attributes);
         entry.endpoint.set_attributes(weight, last_resort);
         let subchannels = entry.subchannels.clone();
-        // A new generation: another server, or the same server after a restart.
-        let fresh = before.generation() != entry.attributes.generation();
+        // Another server, or the same server after a restart.
+        let is_new_generation = before.generation() != entry.attributes.generation();
         if before.is_last_resort() != last_resort {
             tracing::info!(%address, last_resort, "the last-resort flag of the endpoint has changed");
         }
-        if fresh {
-            entry.ejection = Ejection::default();
-            entry.quarantine = None;
-            entry.spare_backoff.reset();
-            entry.spare_at = None;
-            entry.warm = false;
-            entry.endpoint.forget();
+        if is_new_generation {
+            entry.on_new_generation();
+            self.quarantines.forget(address);
         }
         for id in subchannels {
             if before.is_last_resort() && !last_resort {
                 self.enqueue(id);
             }
-            self.update(id, last_resort, fresh);
+            self.update(id, last_resort, is_new_generation);
         }
         self.reclassify(address);
     }
 
-    pub(super) fn add(&mut self, address: &Address, attributes: Attributes) {
+    fn add(&mut self, address: &Address, attributes: Attributes) {
         let endpoint = Arc::new(Endpoint::new(address.clone()));
         endpoint.set_attributes(attributes.weight(), attributes.is_last_resort());
         self.shared
@@ -85,54 +81,42 @@ impl Driver {
             .insert(address.clone(), Arc::clone(&endpoint));
         tracing::info!(%address, weight = attributes.weight(), "endpoint added");
         let dial = !attributes.is_last_resort();
-        let entry = EndpointEntry {
-            endpoint,
-            attributes,
-            subchannels: Vec::new(),
-            class: Class::Failing,
-            ejection: Ejection::default(),
-            quarantine: None,
-            spare: None,
-            spare_backoff: ConnectBackoff::new(self.options.max_backoff),
-            spare_at: None,
-            warm: false,
-            keep_alive: self.connector.http2.keep_alive,
-            started: None,
-            judged: Tally::default(),
-        };
+        let keep_alive = self.connector.http2.keep_alive;
+        let max_backoff = self.options.max_backoff;
+        let entry = EndpointEntry::new(endpoint, attributes, max_backoff, keep_alive);
         self.endpoints.insert(address.clone(), entry);
-        self.summary.endpoints = self.endpoints.len();
+        self.publication.set_endpoints(self.endpoints.len());
         self.add_subchannel(address, dial);
         self.reclassify(address);
-        self.publish_soon();
+        self.publication.soon();
     }
 
     pub(super) fn add_subchannel(&mut self, address: &Address, dial: bool) -> Option<SubchannelId> {
         let entry = self.endpoints.get_mut(address)?;
-        self.next_id += 1;
-        let id = self.next_id;
+        let id = self.subchannels.next_id();
         entry.subchannels.push(id);
         let subchannel = Subchannel::new(ConnectBackoff::new(self.options.max_backoff));
         self.subchannels
-            .insert(id, (address.clone(), State::Idle(subchannel)));
+            .insert(id, address.clone(), State::Idle(subchannel));
         if dial {
             self.enqueue(id);
         }
         Some(id)
     }
 
-    pub(super) fn update(&mut self, id: SubchannelId, last_resort: bool, fresh: bool) {
-        let Some((address, state)) = self.subchannels.remove(&id) else {
+    /// Applies changed attributes to a subchannel.
+    fn update(&mut self, id: SubchannelId, last_resort: bool, is_new_generation: bool) {
+        let Some((address, state)) = self.subchannels.take(id) else {
             return;
         };
         let state = match state {
-            State::Ready(subchannel) if fresh && subchannel.is_silent() => {
+            State::Ready(subchannel) if is_new_generation && subchannel.is_silent() => {
                 // The silence belongs to the previous registration.
-                self.drop_spare(&address);
+                self.drop_second_connection(&address);
                 State::Idle(self.replace_connection(id, &address, subchannel))
             }
-            State::Resting(subchannel) if last_resort || fresh => {
-                self.resting.remove(&id);
+            State::Resting(subchannel) if last_resort || is_new_generation => {
+                self.resting.remove(id);
                 if !last_resort {
                     self.enqueue(id);
                 }
@@ -140,53 +124,52 @@ impl Driver {
             }
             State::Connecting(subchannel) if last_resort => {
                 // The outcome of the cancelled dial must not be taken for the outcome of a later dial.
-                self.forget_dial(id);
+                self.dials.forget(id);
                 State::Idle(subchannel.cancel())
             }
             State::TransientFailure(subchannel) if last_resort => State::Idle(subchannel.retry()),
             // The subchannel waits in the queue of failing ones and moves to the regular queue. Its old entry is skipped, because the
             // subchannel is then no longer idle.
-            State::Idle(subchannel) if fresh && !last_resort && subchannel.is_failing() => {
+            State::Idle(subchannel)
+                if is_new_generation && !last_resort && subchannel.is_failing() =>
+            {
                 self.enqueue(id);
                 State::Idle(subchannel.refreshed())
             }
-            State::Connecting(subchannel) if fresh => State::Connecting(subchannel.refreshed()),
-            State::TransientFailure(subchannel) if fresh => {
+            State::Connecting(subchannel) if is_new_generation => {
+                State::Connecting(subchannel.refreshed())
+            }
+            State::TransientFailure(subchannel) if is_new_generation => {
                 tracing::debug!(%address, "fresh registration: connecting at once");
                 self.enqueue(id);
                 State::Idle(subchannel.reset())
             }
             state => state,
         };
-        self.subchannels.insert(id, (address, state));
+        self.subchannels.insert(id, address, state);
         self.update_ready_set(id);
     }
 
-    pub(super) fn remove(&mut self, address: &Address) {
+    fn remove(&mut self, address: &Address) {
         let Some(entry) = self.endpoints.remove(address) else {
             return;
         };
         tracing::info!(%address, "endpoint removed");
-        // The last error of a removed endpoint no longer explains why calls fail.
-        self.summary
-            .last_error
-            .take_if(|error| error.address == *address);
-        if entry.class == Class::Pending {
-            self.pending -= 1;
-        }
-        let mut drains = false;
+        self.slow_start.forget(address);
+        self.quarantines.forget(address);
+        let mut has_calls = false;
         for id in entry.subchannels {
-            self.resting.remove(&id);
-            // Dropping a subchannel in any other state stops its dial or its wait.
-            if let Some((_, State::Ready(subchannel))) = self.subchannels.remove(&id) {
+            self.resting.remove(id);
+            if let Some(subchannel) = self.subchannels.remove(id) {
                 let connection = Arc::clone(subchannel.connection());
                 self.close(id, subchannel);
-                drains |= connection.load().in_flight() > 0;
+                has_calls |= connection.load().in_flight() > 0;
             }
         }
-        self.removed.push((entry.endpoint, drains));
-        self.summary.endpoints = self.endpoints.len();
-        self.publish_now();
+        self.publication
+            .on_removed(entry.endpoint, entry.class, has_calls);
+        self.publication.set_endpoints(self.endpoints.len());
+        self.publication.now();
     }
 
     /// Closes a connection after its last call. No call is sent on the connection from now on.
@@ -194,14 +177,14 @@ impl Driver {
         let connection = subchannel.connection();
         self.evict(id, connection);
         let endpoint = Arc::clone(connection.endpoint());
-        self.draining.push((endpoint, subchannel.drain()));
+        self.draining.push(endpoint, subchannel.drain());
     }
 
     /// Removes a connection from the sets that calls pick from.
     pub(super) fn evict(&mut self, id: SubchannelId, connection: &Arc<ReadyConnection>) {
         connection.set_takes_calls(false);
-        if self.primary.remove(&id) || self.last_resort.remove(&id) {
-            self.publish_now();
+        if self.ready_sets.remove(id) {
+            self.publication.now();
         }
     }
 }

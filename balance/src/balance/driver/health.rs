@@ -6,7 +6,9 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::Status;
 
-use super::driver::{DialId, Driver, State, SubchannelEvent};
+use super::driver::Driver;
+use super::events::SubchannelEvent;
+use super::subchannels::DialId;
 use crate::balance::health::{End, Health, HealthWatch};
 use crate::balance::ready_connection::ReadyConnection;
 use crate::balance::subchannel::StopOnDrop;
@@ -25,20 +27,17 @@ impl Driver {
             tracing::warn!(%address, "no health check: the endpoint allows one stream, and calls need it");
             return None;
         }
-        let events = self.on_event.clone();
-        let event = move |health| {
-            // The send fails only if the driver has ended, and then no task reads the event.
-            let _ = events.send((dial_id, SubchannelEvent::Health(health)));
-        };
+        let report = self.events.reporter(dial_id);
+        let event = move |health| report(SubchannelEvent::Health(health));
         let watch = HealthWatch::new(self.options.max_backoff);
         let rng = self.rng.fork();
-        let patience = self.connector.timeout;
+        let first_status_timeout = self.connector.timeout;
         let watching = run(
             check,
             Arc::clone(connection),
             watch,
             rng,
-            patience,
+            first_status_timeout,
             event.clone(),
         );
         let watching = async move {
@@ -49,10 +48,7 @@ impl Driver {
     }
 
     pub(super) fn on_health(&mut self, dial_id: DialId, health: Health) {
-        let Some(&id) = self.connected.get(&dial_id) else {
-            return;
-        };
-        let Some((address, State::Ready(subchannel))) = self.subchannels.get_mut(&id) else {
+        let Some((id, address, subchannel)) = self.subchannels.of_connection(dial_id) else {
             return;
         };
         let address = address.clone();
@@ -66,12 +62,12 @@ impl Driver {
                 tracing::info!(%address, "endpoint is healthy");
                 // Silent connections are replaced only now: before its first SERVING, this connection may be worse than a merely silent
                 // connection.
-                self.replace_stalled(&address, id);
+                self.replace_silent(&address, id);
                 self.start_slowly(&address, Instant::now());
             }
             Health::NotServing(reason) => {
                 tracing::info!(%address, %reason, "endpoint is not healthy and gets no calls");
-                self.note(&address, reason);
+                self.set_last_error(&address, reason);
             }
         }
         self.update_ready_set(id);
@@ -96,12 +92,19 @@ async fn run(
     connection: Arc<ReadyConnection>,
     mut watch: HealthWatch,
     mut rng: fastrand::Rng,
-    patience: Duration,
+    first_status_timeout: Duration,
     event: impl Fn(Health) + Send,
 ) {
     loop {
         let began = Instant::now();
-        let ended = follow(&check, &connection, &mut watch, patience, &event).await;
+        let ended = follow(
+            &check,
+            &connection,
+            &mut watch,
+            first_status_timeout,
+            &event,
+        )
+        .await;
         let lasted = Instant::now().saturating_duration_since(began);
         match watch.on_end(&ended, lasted, &mut rng) {
             End::Again => {}
@@ -123,7 +126,7 @@ async fn follow(
     check: &HealthCheck,
     connection: &ReadyConnection,
     watch: &mut HealthWatch,
-    patience: Duration,
+    first_status_timeout: Duration,
     event: &(impl Fn(Health) + Send),
 ) -> Status {
     let endpoint = connection.endpoint();
@@ -134,14 +137,16 @@ async fn follow(
         let status = statuses.next().await?;
         Ok((statuses, status))
     };
-    let (mut statuses, mut status) = match timeout(patience, first).await {
+    let (mut statuses, mut status) = match timeout(first_status_timeout, first).await {
         Ok(Ok(first)) => first,
         Ok(Err(status)) => return status,
         // A health server sends its current status at once, so a timeout is a failure.
-        Err(_) => return Status::deadline_exceeded(format!("no answer within {patience:?}")),
+        Err(_) => {
+            return Status::deadline_exceeded(format!("no answer within {first_status_timeout:?}"));
+        }
     };
-    while let Some(said) = status {
-        if let Some(health) = watch.on_status(said) {
+    while let Some(new) = status {
+        if let Some(health) = watch.on_status(new) {
             event(health);
         }
         status = match statuses.next().await {

@@ -1,164 +1,160 @@
-//! Publishes the ready set and the summary, and refreshes the latency estimates.
+//! Publishes the ready set and the summary, and keeps both up to date.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::driver::{Class, Driver, State};
+use super::driver::Driver;
+use super::endpoint_entry::EndpointEntry;
+use super::ready_sets::Placed;
+use super::subchannels::{Class, SubchannelId};
 use crate::address::Address;
 use crate::balance::endpoint::EndpointState;
 use crate::balance::health::Health;
-use crate::balance::load::{Ticks, median};
+use crate::balance::ready_connection::ReadyEntry;
 use crate::balance::shared::Published;
 
 impl Driver {
-    pub(super) fn refresh(&mut self, now: Instant) {
-        self.grow_shares(now);
-        self.wake_resting_for_calls();
-        self.try_foreign(now);
-        self.dial_spares(now);
-        self.shrink(now);
-        self.median = self.find_median();
-        let now = Ticks::at(now, self.shared.started);
-        for entry in self.primary.entries().chain(self.last_resort.entries()) {
-            entry.load().refresh(self.median, now);
+    /// Removes a connection from both ready sets if its peer does not answer or is not healthy. Otherwise puts it into the last-resort set if
+    /// its endpoint is ejected, in quarantine or marked as last resort, and else into the primary set.
+    pub(super) fn update_ready_set(&mut self, id: SubchannelId) {
+        let Some((address, subchannel)) = self.subchannels.ready(id) else {
+            return;
+        };
+        let Some(entry) = self.endpoints.get(address) else {
+            return;
+        };
+        let is_quarantined = self.quarantines.is_quarantined(address);
+        let ejected = entry.ejection.is_ejected() || is_quarantined;
+        entry
+            .endpoint
+            .set_ejected(ejected || subchannel.is_stalled());
+        let connection = subchannel.connection();
+        if *subchannel.health() != Health::Serving || subchannel.is_stalled() {
+            let connection = Arc::clone(connection);
+            return self.evict(id, &connection);
         }
-        self.draining.retain(|(endpoint, subchannel)| {
-            let drained = subchannel.is_drained();
-            let entry = self.endpoints.get(endpoint.address());
-            // The endpoint is forgotten only if it was removed. If it is still registered, only one of its connections has ended.
-            if drained && entry.is_none_or(|entry| !Arc::ptr_eq(&entry.endpoint, endpoint)) {
-                self.shared.forget(endpoint);
-            }
-            !drained
+        let weight = self.current_weight(entry, Instant::now());
+        let is_last_resort = ejected || entry.attributes.is_last_resort();
+        let ready = ReadyEntry::new(connection);
+        match self.ready_sets.place(id, ready, weight, is_last_resort) {
+            Placed::Unchanged => {}
+            // A connection that changed sets is published immediately; a change of weight alone can be batched.
+            Placed::Changed => self.publication.soon(),
+            Placed::Moved => self.publication.now(),
+        }
+    }
+
+    /// Updates the ready sets for all connections of an endpoint.
+    pub(super) fn update_ready_sets(&mut self, address: &Address) {
+        let entry = self.endpoints.get(address);
+        for id in entry.map_or_else(Vec::new, |entry| entry.subchannels.clone()) {
+            self.update_ready_set(id);
+        }
+    }
+
+    /// Returns the current weight of an endpoint's connections.
+    fn current_weight(&self, entry: &EndpointEntry, now: Instant) -> u32 {
+        let (address, weight) = (entry.endpoint.address(), entry.attributes.weight());
+        let weight = self.slow_start.current_weight(address, weight, now);
+        weight.saturating_mul(self.zones.factor(entry.attributes.zone()))
+    }
+
+    /// Starts the growth of an endpoint's weight if the endpoint has just become ready and its server is not warm.
+    pub(super) fn start_slowly(&mut self, address: &Address, now: Instant) {
+        if !self.slow_start.is_enabled() {
+            return;
+        }
+        let Some(entry) = self.endpoints.get_mut(address) else {
+            return;
+        };
+        // The server is warm if another connection is ready, or if one was ready since the last failed attempt or registration.
+        if entry.class == Class::Ready || std::mem::replace(&mut entry.is_warm, true) {
+            return;
+        }
+        self.slow_start.start(address, now);
+    }
+
+    /// Updates the weights that still grow.
+    pub(super) fn grow_weights(&mut self, now: Instant) {
+        for address in self.slow_start.grow(now) {
+            self.update_ready_sets(&address);
+        }
+    }
+
+    /// Recomputes the factors of the zones from the weights of the ready connections.
+    fn weigh_zones(&mut self) {
+        if !self.zones.is_enabled() {
+            return;
+        }
+        let ready_sets = &self.ready_sets;
+        let endpoints = self.endpoints.values().map(|entry| {
+            let primary = |id: &&SubchannelId| ready_sets.is_primary(**id);
+            let connections = entry.subchannels.iter().filter(primary).count();
+            let weight = u64::from(entry.attributes.weight()).saturating_mul(connections as u64);
+            (entry.attributes.zone(), weight)
         });
+        if self.zones.update(endpoints) {
+            for id in self.subchannels.ids() {
+                self.update_ready_set(id);
+            }
+        }
     }
 
-    fn find_median(&self) -> f32 {
-        let estimates = self
-            .primary
-            .entries()
-            .filter_map(|entry| entry.load().estimate());
-        let mut latencies: Vec<_> = estimates.map(|estimate| estimate.mean()).collect();
-        median(&mut latencies)
-    }
-
+    /// Updates the class and the state of an endpoint after a change of its subchannels.
     pub(super) fn reclassify(&mut self, address: &Address) {
         let Some(entry) = self.endpoints.get_mut(address) else {
             return;
         };
-        let states = entry
+        let is_last_resort = entry.attributes.is_last_resort();
+        let (class, state) = self
             .subchannels
-            .iter()
-            .filter_map(|id| self.subchannels.get(id));
-        let mut class = Class::Failing;
-        let mut shown = EndpointState::Idle;
-        for (_, state) in states {
-            let (of_one, seen) = match state {
-                State::Ready(one) if one.is_stalled() => {
-                    (Class::Failing, EndpointState::TransientFailure)
-                }
-                State::Ready(one) => match one.health() {
-                    Health::Serving => (Class::Ready, EndpointState::Ready),
-                    Health::Unknown => (Class::Pending, EndpointState::Connecting),
-                    Health::NotServing(_) => (Class::Failing, EndpointState::TransientFailure),
-                },
-                State::Connecting(one) if one.is_failing() => {
-                    (Class::Failing, EndpointState::Connecting)
-                }
-                State::Connecting(_) => (Class::Pending, EndpointState::Connecting),
-                State::Idle(one) if one.is_failing() || entry.attributes.is_last_resort() => {
-                    (Class::Failing, EndpointState::Idle)
-                }
-                // A resting subchannel is dialled when a call waits, so it counts as pending.
-                State::Idle(_) | State::Resting(_) => (Class::Pending, EndpointState::Idle),
-                State::TransientFailure(_) => (Class::Failing, EndpointState::TransientFailure),
-            };
-            if class == Class::Failing || of_one == Class::Ready {
-                (class, shown) = (of_one, seen);
-            }
-        }
+            .classify(&entry.subchannels, is_last_resort);
         let before = std::mem::replace(&mut entry.class, class);
-        match (before, class) {
-            // `Ready` means that calls can pick the endpoint, so the state is set only after the new set is published.
-            (Class::Ready, Class::Ready) => {}
-            (_, Class::Ready) => self.joined.push(address.clone()),
-            _ => entry.endpoint.set_state(shown),
+        // `Ready` means that calls can pick the endpoint, so the state is set only after the new set is published.
+        if class != Class::Ready {
+            entry.endpoint.set_state(state);
         }
-        self.pending += usize::from(class == Class::Pending);
-        self.pending -= usize::from(before == Class::Pending);
-        if before != class {
-            self.publish_soon();
-        }
+        self.publication.on_class(address, before, class);
     }
 
-    pub(super) fn publish_soon(&mut self) {
-        let delay = if self.summary.ready < FEW {
-            Duration::ZERO
-        } else {
-            GATHER
-        };
-        self.publish_at
-            .get_or_insert_with(|| Instant::now() + delay);
-    }
-
-    pub(super) fn publish_now(&mut self) {
-        self.publish_at = Some(Instant::now());
-    }
-
+    /// Publishes the ready set and the summary.
     pub(super) fn publish(&mut self) {
-        self.publish_at = None;
+        self.publication.clear();
         if self.shared.has_ended() {
             return;
         }
         self.weigh_zones();
-        self.summary.pending = self.pending;
-        // Both builders are frozen: each one keeps the connections of its last frozen set open.
-        let (primary, held) = (self.primary.freeze(), self.last_resort.freeze());
-        let last_resort = primary.len() == 0;
-        if std::mem::replace(&mut self.is_last_resort, last_resort) != last_resort {
-            for entry in self.last_resort.entries() {
-                entry.connection().set_takes_calls(last_resort);
-            }
-        }
-        let ready = if last_resort { held } else { primary };
-        let were_ready = std::mem::replace(&mut self.summary.ready, ready.len());
-        if (were_ready == 0) != (ready.len() == 0) {
-            tracing::info!(
-                ready = ready.len(),
-                endpoints = self.summary.endpoints,
-                last_resort = last_resort && ready.len() > 0,
-                "channel {}",
-                if ready.len() > 0 {
-                    "ready"
-                } else {
-                    "has no ready endpoint"
-                }
-            );
-        }
-        let summary = self.summary.clone();
+        let ready = self.ready_sets.freeze();
+        let is_last_resort = self.ready_sets.is_last_resort();
+        let summary = self.publication.summarize(ready.len(), is_last_resort);
         self.shared
             .published
             .store(Arc::new(Published { ready, summary }));
-        for address in std::mem::take(&mut self.joined) {
+        for address in self.publication.take_became_ready() {
             let entry = self.endpoints.get(&address);
             if let Some(entry) = entry.filter(|entry| entry.class == Class::Ready) {
                 entry.endpoint.set_state(EndpointState::Ready);
             }
         }
         self.shared.changed.notify_waiters();
-        for (endpoint, drains) in self.removed.drain(..) {
-            if drains {
+        for (endpoint, has_calls) in self.publication.take_removed() {
+            if has_calls {
                 endpoint.set_state(EndpointState::Draining);
             } else {
                 self.shared.forget(&endpoint);
             }
         }
     }
-}
 
-/// Up to this many ready connections, a publication takes a few microseconds, and a change is published at once.
-const FEW: usize = 64;
-/// How long changes to a larger set are collected before they are published.
-const GATHER: Duration = Duration::from_millis(1);
+    /// Removes the endpoints whose last call has ended from the reported endpoints.
+    pub(super) fn forget_drained(&mut self) {
+        for endpoint in self.draining.take_drained() {
+            let entry = self.endpoints.get(endpoint.address());
+            // The endpoint is forgotten only if it was removed. If it is still registered, only one of its connections has ended.
+            if entry.is_none_or(|entry| !Arc::ptr_eq(&entry.endpoint, &endpoint)) {
+                self.shared.forget(&endpoint);
+            }
+        }
+    }
+}

@@ -1,19 +1,119 @@
-//! The quarantine of an endpoint whose answers are not gRPC responses.
+//! Quarantine of endpoints whose answers are not gRPC responses, such as error pages of a proxy or answers of another server at the address.
+//!
+//! Such endpoints answer quickly, so latency-based picking prefers them although every call fails. They are removed from the set for a
+//! while and then tried again; the interval grows each time. If all endpoints are like that, calls use them nevertheless.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The exclusion of an endpoint from picks.
+use crate::address::Address;
+
+/// The endpoints that are in quarantine or on probation.
+#[derive(Debug, Default)]
+pub(super) struct Quarantines(HashMap<Address, Quarantine>);
+
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Quarantine {
-    /// The end of the quarantine, or `None` on probation: the next foreign answer extends the quarantine, and a gRPC answer ends it.
-    pub(super) until: Option<Instant>,
-    pub(super) length: Duration,
+struct Quarantine {
+    /// The end of the quarantine, or `None` on probation: the next answer that is not gRPC starts a longer quarantine, and a gRPC answer
+    /// ends the probation.
+    until: Option<Instant>,
+    length: Duration,
 }
 
-impl Quarantine {
-    pub(super) fn is_over(self) -> bool {
-        self.until.is_none()
+impl Quarantines {
+    /// Handles a report about an endpoint that does not answer with gRPC. Returns the length of the quarantine that it starts. Returns
+    /// `None` if the endpoint already is in quarantine: several calls in flight may report it.
+    pub(super) fn on_report(&mut self, address: &Address, now: Instant) -> Option<Duration> {
+        if self.is_quarantined(address) {
+            return None;
+        }
+        let before = self.0.get(address);
+        let length = before.map_or(FIRST, |before| before.length * 2);
+        let length = length.min(LONGEST);
+        let quarantine = Quarantine {
+            until: Some(now + length),
+            length,
+        };
+        self.0.insert(address.clone(), quarantine);
+        Some(length)
+    }
+
+    /// Returns whether the endpoint is excluded from picks. False on probation.
+    pub(super) fn is_quarantined(&self, address: &Address) -> bool {
+        let quarantine = self.0.get(address);
+        quarantine.is_some_and(|quarantine| quarantine.until.is_some())
+    }
+
+    pub(super) fn forget(&mut self, address: &Address) {
+        self.0.remove(address);
+    }
+
+    /// Ends quarantines and probations. Returns the endpoints whose quarantine has expired; they are on probation from now on. `is_grpc`
+    /// returns whether the last answer of an endpoint was gRPC.
+    pub(super) fn on_time(
+        &mut self,
+        now: Instant,
+        is_grpc: impl Fn(&Address) -> bool,
+    ) -> Vec<Address> {
+        let mut expired = Vec::new();
+        self.0.retain(|address, quarantine| match quarantine.until {
+            Some(until) if until > now => true,
+            Some(_) => {
+                quarantine.until = None;
+                expired.push(address.clone());
+                true
+            }
+            None => !is_grpc(address),
+        });
+        expired
+    }
+}
+
+/// The first quarantine: usually longer than a server behind a proxy needs for a restart.
+const FIRST: Duration = Duration::from_secs(1);
+/// The longest quarantine. gRFC A50's ejections grow up to five minutes; here each probation costs only one call or a few.
+const LONGEST: Duration = Duration::from_secs(30);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_failed_probation_starts_a_longer_quarantine_and_a_grpc_answer_ends_it() {
+        let address: Address = "10.0.0.5:80".parse().expect("an address");
+        let mut now = Instant::now();
+        let mut quarantines = Quarantines::default();
+        let mut lengths = Vec::new();
+        for _ in 0..7 {
+            let length = quarantines.on_report(&address, now).expect("a quarantine");
+            assert!(quarantines.is_quarantined(&address));
+            assert_eq!(quarantines.on_report(&address, now), None, "reported twice");
+            assert!(quarantines.on_time(now, |_| false).is_empty());
+            now += length;
+            assert_eq!(
+                quarantines.on_time(now, |_| false),
+                std::slice::from_ref(&address)
+            );
+            assert!(!quarantines.is_quarantined(&address), "on probation");
+            assert!(quarantines.on_time(now, |_| false).is_empty());
+            lengths.push(length.as_secs());
+        }
+        assert_eq!(lengths, [1, 2, 4, 8, 16, 30, 30]);
+        assert!(quarantines.on_time(now, |_| true).is_empty());
+        let length = quarantines.on_report(&address, now);
+        assert_eq!(length, Some(FIRST), "the probation had ended");
+    }
+
+    #[test]
+    fn a_fresh_registration_ends_the_quarantine() {
+        let address: Address = "10.0.0.5:80".parse().expect("an address");
+        let now = Instant::now();
+        let mut quarantines = Quarantines::default();
+        quarantines.on_report(&address, now);
+        quarantines.forget(&address);
+        assert!(!quarantines.is_quarantined(&address));
+        assert_eq!(quarantines.on_report(&address, now), Some(FIRST));
     }
 }

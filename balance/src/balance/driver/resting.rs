@@ -1,49 +1,60 @@
-//! Connections that the server closed while no call used them. They are dialled again when a call needs one.
+//! Resting subchannels: the server closed their connections while no call used them, and they are dialled again when a call needs one.
 
-use std::sync::atomic::Ordering;
+use std::collections::HashSet;
 
-use super::driver::{Driver, State, SubchannelId};
+use super::subchannels::SubchannelId;
 
-impl Driver {
-    /// Dials every resting connection because a call waits.
-    pub(super) fn wake_resting(&mut self) {
-        if !self.shared.wanting.swap(false, Ordering::Relaxed) {
-            return;
-        }
-        for id in std::mem::take(&mut self.resting) {
-            self.wake(id, true);
-        }
+/// The set of resting subchannels.
+#[derive(Debug, Default)]
+pub(super) struct Resting {
+    subchannels: HashSet<SubchannelId>,
+    /// The total number of calls at the last scan.
+    calls: Option<u64>,
+}
+
+impl Resting {
+    pub(super) fn insert(&mut self, id: SubchannelId) {
+        self.subchannels.insert(id);
     }
 
-    /// Dials one resting connection if calls were sent since the last scan, so that its endpoint gets its share of the traffic. Only one is
-    /// dialled, since a caller with few calls needs no more.
-    pub(super) fn wake_resting_for_calls(&mut self) {
-        let Some(&id) = self.resting.iter().next() else {
+    pub(super) fn remove(&mut self, id: SubchannelId) {
+        self.subchannels.remove(&id);
+    }
+
+    /// Removes and returns all subchannels.
+    pub(super) fn take(&mut self) -> HashSet<SubchannelId> {
+        std::mem::take(&mut self.subchannels)
+    }
+
+    /// Returns one subchannel if calls were sent since the last scan. `calls` returns the total number of calls.
+    pub(super) fn scan(&mut self, calls: impl FnOnce() -> u64) -> Option<SubchannelId> {
+        let Some(&id) = self.subchannels.iter().next() else {
             // Calls that were sent before the first connection rests do not count.
-            self.calls_then = None;
-            return;
+            self.calls = None;
+            return None;
         };
-        let endpoints = self.endpoints.values().map(|entry| &entry.endpoint);
-        let calls = endpoints.map(|endpoint| endpoint.calls()).sum();
-        let before = self.calls_then.replace(calls);
-        if before.is_some_and(|before| before != calls) {
-            self.wake(id, false);
-        }
+        let calls = calls();
+        let before = self.calls.replace(calls);
+        before.filter(|before| *before != calls).map(|_| id)
     }
+}
 
-    /// Dials a resting connection. `wanted`: a call waits for it.
-    pub(super) fn wake(&mut self, id: SubchannelId, wanted: bool) {
-        self.resting.remove(&id);
-        let Some((address, state)) = self.subchannels.remove(&id) else {
-            return;
-        };
-        let state = match state {
-            State::Resting(subchannel) => {
-                self.enqueue(id);
-                State::Idle(subchannel.wake(wanted))
-            }
-            state => state,
-        };
-        self.subchannels.insert(id, (address, state));
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_subchannel_is_dialled_only_if_calls_were_sent_while_it_rests() {
+        let mut resting = Resting::default();
+        assert_eq!(resting.scan(|| unreachable!("nothing rests")), None);
+        resting.insert(7);
+        assert_eq!(resting.scan(|| 100), None, "calls from before the rest");
+        assert_eq!(resting.scan(|| 100), None);
+        assert_eq!(resting.scan(|| 101), Some(7));
+        assert_eq!(resting.scan(|| 101), None);
+        resting.remove(7);
+        assert_eq!(resting.scan(|| 102), None);
+        resting.insert(8);
+        assert_eq!(resting.scan(|| 103), None, "the count starts again");
     }
 }

@@ -1,100 +1,102 @@
-//! The number of connections of an endpoint: one more is added while every stream is in use, and removed later.
+//! Additional connections: when to look for endpoints that need one more, and when to check whether they still need it.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::driver::{Driver, EndpointEntry, State};
 use crate::address::Address;
 
-impl Driver {
-    /// Adds a connection to every endpoint whose streams are all in use.
-    pub(super) fn grow(&mut self) {
-        let limit = self.options.connections_per_endpoint + 1;
-        let is_full = |entry: &EndpointEntry| {
-            !entry.attributes.is_last_resort()
-                && entry.subchannels.len() < limit
-                && entry.subchannels.iter().all(|id| {
-                    matches!(self.subchannels.get(id), Some((_, State::Ready(ready))) if ready.connection().is_full())
-                })
-        };
-        let full: Vec<_> = self
-            .endpoints
-            .iter()
-            .filter(|(_, entry)| is_full(entry))
-            .map(|(address, _)| address.clone())
-            .collect();
-        for address in full {
-            tracing::debug!(%address, "every stream is in use: adding a connection");
-            self.add_subchannel(&address, true);
-            self.grown.insert(address, Instant::now());
+/// The endpoints with an additional connection, and the times of scans for further ones.
+#[derive(Debug)]
+pub(super) struct Scaling {
+    scan_at: Option<Instant>,
+    scanned_at: Instant,
+    /// The time when the additional connection of each endpoint was added.
+    added: HashMap<Address, Instant>,
+}
+
+impl Scaling {
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            scan_at: None,
+            scanned_at: now,
+            added: HashMap::new(),
         }
     }
 
-    /// Closes additional connections whose calls fit on the other connections with room to spare.
-    pub(super) fn shrink(&mut self, now: Instant) {
-        let is_old = |since: Instant| now.saturating_duration_since(since) >= GROWN;
-        let old: Vec<_> = self
-            .grown
-            .iter()
-            .filter(|(_, since)| is_old(**since))
-            .map(|(address, _)| address.clone())
-            .collect();
-        for address in old {
-            // A silent connection carries no calls, so the additional one is needed in its place.
-            if !self.has_silent(&address) && self.is_dispensable(&address) {
-                self.grown.remove(&address);
-                self.drop_last(&address);
-            }
-        }
+    /// Schedules a scan, because a call waits.
+    pub(super) fn request(&mut self, now: Instant) {
+        let earliest = self.scanned_at + SCAN_INTERVAL;
+        self.scan_at.get_or_insert(earliest.max(now));
     }
 
-    /// Returns whether the endpoint's calls take at most half of the streams of all its connections but one. Also true for a removed
-    /// endpoint.
-    fn is_dispensable(&self, address: &Address) -> bool {
-        let Some(entry) = self.endpoints.get(address) else {
-            return true;
-        };
-        let connections =
-            entry
-                .subchannels
-                .iter()
-                .filter_map(|id| match self.subchannels.get(id) {
-                    Some((_, State::Ready(ready))) => Some(ready.connection()),
-                    _ => None,
-                });
-        let (mut in_flight, mut room) = (0_usize, Vec::new());
-        for connection in connections {
-            in_flight += connection.load().in_flight() as usize;
-            room.push(connection.load().limit());
-        }
-        room.pop();
-        let room = room.into_iter().fold(0, usize::saturating_add);
-        in_flight.saturating_mul(2) <= room
+    /// Returns the time of the next scan.
+    pub(super) fn next(&self) -> Option<Instant> {
+        self.scan_at
     }
 
-    fn drop_last(&mut self, address: &Address) {
-        let Some(entry) = self.endpoints.get_mut(address) else {
-            return;
-        };
-        if entry.subchannels.len() <= self.options.connections_per_endpoint {
-            return;
+    /// Returns whether a scan is due, and marks it as done.
+    pub(super) fn take_due(&mut self, now: Instant) -> bool {
+        let due = self.scan_at.take_if(|at| *at <= now).is_some();
+        if due {
+            self.scanned_at = now;
         }
-        // The second connection beside a silent one is not the additional connection.
-        let spare = entry.spare;
-        let mut ids = entry.subchannels.iter();
-        let Some(last) = ids.rposition(|id| Some(*id) != spare) else {
-            return;
-        };
-        let id = entry.subchannels.remove(last);
-        tracing::debug!(%address, "removing an additional connection: its streams are no longer needed");
-        self.resting.remove(&id);
-        if let Some((_, State::Ready(subchannel))) = self.subchannels.remove(&id) {
-            self.close(id, subchannel);
-        }
-        self.reclassify(address);
+        due
+    }
+
+    /// Records an additional connection.
+    pub(super) fn on_added(&mut self, address: Address, now: Instant) {
+        self.added.insert(address, now);
+    }
+
+    pub(super) fn forget(&mut self, address: &Address) {
+        self.added.remove(address);
+    }
+
+    /// Returns the endpoints whose additional connection has reached its minimum lifetime.
+    pub(super) fn old(&self, now: Instant) -> Vec<Address> {
+        let is_old = |since: Instant| now.saturating_duration_since(since) >= MIN_LIFETIME;
+        let old = self.added.iter().filter(|(_, since)| is_old(**since));
+        old.map(|(address, _)| address.clone()).collect()
     }
 }
 
+/// Minimum interval between scans for endpoints that need another connection; every waiting call requests one.
+const SCAN_INTERVAL: Duration = Duration::from_millis(5);
 /// Minimum lifetime of an additional connection. With a shorter one, connections would be dialled and closed in step with bursts of calls.
-const GROWN: Duration = Duration::from_secs(30);
+const MIN_LIFETIME: Duration = Duration::from_secs(30);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_share_a_scan_and_scans_keep_their_interval() {
+        let start = Instant::now();
+        let at = |millis| start + Duration::from_millis(millis);
+        let mut scaling = Scaling::new(start);
+        assert_eq!(scaling.next(), None);
+        scaling.request(at(1));
+        scaling.request(at(2));
+        assert_eq!(scaling.next(), Some(at(5)));
+        assert!(!scaling.take_due(at(4)));
+        assert!(scaling.take_due(at(6)));
+        assert!(!scaling.take_due(at(6)), "done");
+        scaling.request(at(100));
+        assert_eq!(scaling.next(), Some(at(100)));
+    }
+
+    #[test]
+    fn an_additional_connection_is_kept_for_a_while() {
+        let address: Address = "10.0.0.5:80".parse().expect("an address");
+        let start = Instant::now();
+        let mut scaling = Scaling::new(start);
+        scaling.on_added(address.clone(), start);
+        assert!(scaling.old(start + Duration::from_secs(29)).is_empty());
+        let later = start + Duration::from_secs(30);
+        assert_eq!(scaling.old(later), std::slice::from_ref(&address));
+        scaling.forget(&address);
+        assert!(scaling.old(later).is_empty());
+    }
+}

@@ -1,66 +1,65 @@
-//! Slow start: the share of an endpoint that has just become ready grows gradually.
+//! Slow start: the weight of an endpoint that has just become ready grows gradually.
 //!
 //! A new server has cold caches, empty pools and code that is not compiled yet. It is never flooded, because its first latency estimate is
 //! the pool's median. Where that is not enough, its weight grows over a window. The formula is Envoy's with an aggression of 1: the weight
 //! is multiplied by the elapsed fraction of the window, at least 0.1.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::driver::{Class, Driver, EndpointEntry};
 use crate::address::Address;
 
-impl Driver {
-    /// Starts the growth of an endpoint's share if the endpoint has just become ready and its server is not warm.
-    pub(super) fn start_slowly(&mut self, address: &Address, now: Instant) {
-        if self.options.slow_start.is_none() {
-            return;
-        }
-        let Some(entry) = self.endpoints.get_mut(address) else {
-            return;
-        };
-        // The server is warm if another connection is ready, or if one was ready since the last failed attempt or registration.
-        if entry.class == Class::Ready || std::mem::replace(&mut entry.warm, true) {
-            return;
-        }
-        if entry.started.replace(now).is_none() {
-            self.starting.push(address.clone());
+/// The endpoints whose weight still grows.
+#[derive(Debug)]
+pub(super) struct SlowStart {
+    /// The time in which a weight grows; `None` if slow start is disabled.
+    window: Option<Duration>,
+    /// The time when each endpoint became ready.
+    started: HashMap<Address, Instant>,
+}
+
+impl SlowStart {
+    pub(super) fn new(window: Option<Duration>) -> Self {
+        Self {
+            window,
+            started: HashMap::new(),
         }
     }
 
-    /// Returns the current weight of an endpoint.
-    pub(super) fn share(&self, entry: &EndpointEntry, now: Instant) -> u32 {
-        let weight = entry.attributes.weight();
-        match (self.options.slow_start, entry.started) {
-            (None, _) => weight,
-            (Some(_), None) => weight.saturating_mul(SCALE),
-            (Some(window), Some(started)) => {
-                grown(weight, now.saturating_duration_since(started), window)
-            }
+    pub(super) fn is_enabled(&self) -> bool {
+        self.window.is_some()
+    }
+
+    /// Starts the growth of an endpoint's weight.
+    pub(super) fn start(&mut self, address: &Address, now: Instant) {
+        if self.is_enabled() {
+            self.started.insert(address.clone(), now);
         }
     }
 
-    /// Updates the shares that still grow.
-    pub(super) fn grow_shares(&mut self, now: Instant) {
-        let Some(window) = self.options.slow_start else {
-            return;
+    pub(super) fn forget(&mut self, address: &Address) {
+        self.started.remove(address);
+    }
+
+    /// Returns the endpoints whose weight has grown since the last call. An endpoint that has its full weight is returned for the last time.
+    pub(super) fn grow(&mut self, now: Instant) -> Vec<Address> {
+        let grown = self.started.keys().cloned().collect();
+        let window = self.window.unwrap_or_default();
+        self.started
+            .retain(|_, started| now.saturating_duration_since(*started) < window);
+        grown
+    }
+
+    /// Returns the current weight of an endpoint with this full weight.
+    pub(super) fn current_weight(&self, address: &Address, weight: u32, now: Instant) -> u32 {
+        let Some(window) = self.window else {
+            return weight;
         };
-        for address in std::mem::take(&mut self.starting) {
-            let Some(entry) = self.endpoints.get_mut(&address) else {
-                continue;
-            };
-            let Some(started) = entry.started else {
-                continue;
-            };
-            if now.saturating_duration_since(started) >= window {
-                entry.started = None;
-            } else {
-                self.starting.push(address);
-            }
-            for id in entry.subchannels.clone() {
-                self.update_ready_set(id);
-            }
+        match self.started.get(address) {
+            None => weight.saturating_mul(SCALE),
+            Some(started) => grown(weight, now.saturating_duration_since(*started), window),
         }
     }
 }
@@ -73,8 +72,8 @@ fn grown(weight: u32, elapsed: Duration, window: Duration) -> u32 {
         clippy::cast_sign_loss,
         reason = "a cast to an integer saturates, and nothing here is negative"
     )]
-    let share = (f64::from(weight.saturating_mul(SCALE)) * factor) as u32;
-    share
+    let grown = (f64::from(weight.saturating_mul(SCALE)) * factor) as u32;
+    grown
 }
 
 /// Scale of weights with slow start: weights are integers, and a fraction of 1 needs finer steps.
@@ -96,5 +95,30 @@ mod tests {
         );
         assert_eq!(grown(1, Duration::ZERO, Duration::ZERO), 10);
         assert_eq!(grown(u32::MAX, window, window), u32::MAX);
+    }
+
+    #[test]
+    fn only_endpoints_that_grow_are_updated_and_a_last_time_at_the_end() {
+        let address: Address = "10.0.0.5:80".parse().expect("an address");
+        let now = Instant::now();
+        let at = |seconds| now + Duration::from_secs(seconds);
+        let mut slow_start = SlowStart::new(Some(Duration::from_secs(10)));
+        assert_eq!(slow_start.current_weight(&address, 3, now), 300);
+        slow_start.start(&address, now);
+        assert_eq!(slow_start.current_weight(&address, 3, now), 30);
+        assert_eq!(slow_start.grow(at(5)), std::slice::from_ref(&address));
+        assert_eq!(slow_start.current_weight(&address, 3, at(5)), 150);
+        assert_eq!(slow_start.grow(at(10)), std::slice::from_ref(&address));
+        assert_eq!(slow_start.current_weight(&address, 3, at(10)), 300);
+        assert!(slow_start.grow(at(11)).is_empty());
+    }
+
+    #[test]
+    fn without_slow_start_weights_are_those_of_the_endpoints() {
+        let address: Address = "10.0.0.5:80".parse().expect("an address");
+        let mut slow_start = SlowStart::new(None);
+        slow_start.start(&address, Instant::now());
+        assert_eq!(slow_start.current_weight(&address, 3, Instant::now()), 3);
+        assert!(slow_start.grow(Instant::now()).is_empty());
     }
 }

@@ -1,0 +1,167 @@
+//! Handles the events of connections: silence, the end, and new limits.
+
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use super::driver::Driver;
+use super::events::SubchannelEvent;
+use super::subchannels::{DialId, State};
+use crate::address::Address;
+use crate::balance::ready_connection::ReadyConnection;
+use crate::balance::subchannel::{Ending, Lost, Silence};
+use crate::transport::connection_task::{CloseReason, ConnectionEvent};
+
+impl Driver {
+    pub(super) fn on_event(&mut self, dial_id: DialId, event: SubchannelEvent) {
+        let event = match event {
+            SubchannelEvent::Health(health) => return self.on_health(dial_id, health),
+            SubchannelEvent::Connection(event) => event,
+        };
+        match event {
+            ConnectionEvent::Stalled => self.on_silent(dial_id, Silence::Stalled),
+            ConnectionEvent::Doubtful => self.on_silent(dial_id, Silence::Doubtful),
+            ConnectionEvent::Recovered => self.on_recovered(dial_id),
+            ConnectionEvent::Streams => self.on_streams(dial_id),
+            ConnectionEvent::Closed(reason) => {
+                if let Some(reason) = self.dials.on_closed(dial_id, reason) {
+                    self.on_closed(dial_id, &reason);
+                }
+            }
+        }
+    }
+
+    /// Handles a change of the peer's limit on concurrent streams.
+    fn on_streams(&mut self, dial_id: DialId) {
+        let Some((id, address, subchannel)) = self.subchannels.of_connection(dial_id) else {
+            return;
+        };
+        subchannel.connection().follow_limit();
+        subchannel.connection().offer();
+        self.shared.changed.notify_waiters();
+        if self.options.health_check.is_some() && !subchannel.connection().http2().has_reserve() {
+            // The health watch holds the only stream, so h2 would queue every call until the watch ends, possibly for ever.
+            let address = address.clone();
+            tracing::warn!(%address, "health check stopped: the endpoint allows one stream, and calls need it");
+            subchannel.end_health_watch();
+            self.update_ready_set(id);
+            self.reclassify(&address);
+        }
+    }
+
+    /// Handles a connection on which nothing was read in time. If a PING has proven that the peer is stalled, the connection gets no calls.
+    fn on_silent(&mut self, dial_id: DialId, silence: Silence) {
+        let Some((id, address, subchannel)) = self.subchannels.of_connection(dial_id) else {
+            return;
+        };
+        if !subchannel.set_silence(silence) {
+            // The same silence was already reported.
+            return;
+        }
+        let address = address.clone();
+        // If the connection has served calls, the backoff is reset and the second connection is dialled at once.
+        let has_served = subchannel.connection().used().is_answered();
+        if silence == Silence::Stalled {
+            tracing::warn!(%address, "connection does not answer: dialling a second one beside it");
+            self.set_last_error(&address, "does not answer any more".into());
+        } else {
+            tracing::debug!(%address, "connection is silent: dialling a second one beside it");
+        }
+        self.update_ready_set(id);
+        self.dial_beside(&address, has_served);
+        self.reclassify(&address);
+    }
+
+    fn on_recovered(&mut self, dial_id: DialId) {
+        let median = self.latencies.median();
+        let Some((id, address, subchannel)) = self.subchannels.of_connection(dial_id) else {
+            return;
+        };
+        let address = address.clone();
+        if subchannel.is_stalled() {
+            // The latency estimate is older than the stall, so the connection starts again with the pool's median.
+            subchannel.connection().load().forget(median);
+            tracing::info!(%address, "connection answers again");
+        }
+        subchannel.set_silence(Silence::None);
+        self.update_ready_set(id);
+        if let Some((_, subchannel)) = self.subchannels.ready(id) {
+            // A doubtful connection stays in the ready set, but calls that did not trust it are in the wait queue. Its permits are offered
+            // to them.
+            subchannel.connection().offer();
+        }
+        self.shared.changed.notify_waiters();
+        self.drop_second_connection(&address);
+        self.reclassify(&address);
+    }
+
+    /// Handles the end of a connection.
+    pub(super) fn on_closed(&mut self, dial_id: DialId, reason: &CloseReason) {
+        // The connection of a removed endpoint ends as well, but has no subchannel any more.
+        let Some((id, address, subchannel)) = self.subchannels.take_closed(dial_id) else {
+            return;
+        };
+        self.evict(id, subchannel.connection());
+        self.check_too_many_pings(&address, subchannel.connection());
+        if reason.is_graceful() {
+            tracing::debug!(%address, %reason, "connection closed by its server");
+        } else {
+            tracing::info!(%address, %reason, "connection lost");
+            self.set_last_error(&address, reason.to_string().into());
+        }
+        if subchannel.is_silent() && self.second_connection_takes_over(&address, id) {
+            return self.reclassify(&address);
+        }
+        let entry = self.endpoints.get(&address);
+        if let Some(entry) = entry {
+            let estimate = subchannel.connection().load().estimate();
+            entry.endpoint.keep_estimate(estimate);
+        }
+        let last_resort = entry.is_some_and(|entry| entry.attributes.is_last_resort());
+        let ending = Ending {
+            graceful: reason.is_graceful(),
+            used: Arc::clone(subchannel.connection().used()),
+        };
+        let state = match subchannel.lost(ending, &mut self.rng, Instant::now()) {
+            Lost::Resting(subchannel) if last_resort => State::Idle(subchannel.wake(false)),
+            Lost::Resting(subchannel) => {
+                self.timers.push(subchannel.until(), id);
+                self.resting.insert(id);
+                State::Resting(subchannel)
+            }
+            Lost::Idle(subchannel) => {
+                if !last_resort {
+                    self.dials
+                        .enqueue(id, subchannel.is_failing(), &mut self.rng);
+                }
+                State::Idle(subchannel)
+            }
+            Lost::TransientFailure(subchannel) if last_resort => State::Idle(subchannel.retry()),
+            Lost::TransientFailure(subchannel) => {
+                if reason.is_graceful() {
+                    let reason = "the server closes its connections before it serves a call";
+                    self.set_last_error(&address, reason.into());
+                }
+                self.timers.push(subchannel.until(), id);
+                State::TransientFailure(subchannel)
+            }
+        };
+        self.subchannels.insert(id, address.clone(), state);
+        self.reclassify(&address);
+    }
+
+    /// Sends fewer PINGs to an endpoint whose server has closed a connection because of them (gRFC A8).
+    fn check_too_many_pings(&mut self, address: &Address, connection: &ReadyConnection) {
+        if !connection.http2().has_too_many_pings() {
+            return;
+        }
+        let Some(entry) = self.endpoints.get_mut(address) else {
+            return;
+        };
+        if let Some(interval) = entry.on_too_many_pings() {
+            tracing::warn!(%address, ?interval, "too many pings: the keep-alive interval is doubled");
+        } else {
+            tracing::warn!(%address, "the server has closed a connection because of its PINGs");
+        }
+    }
+}

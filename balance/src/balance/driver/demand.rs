@@ -1,0 +1,158 @@
+//! Handles the requests of calls: one more connection, a new one, or a check.
+
+use tokio::time::Instant;
+
+use super::driver::Driver;
+use super::subchannels::{State, SubchannelId};
+use crate::address::Address;
+use crate::balance::connect_backoff::ConnectBackoff;
+use crate::balance::subchannel::{Idle, Ready, Subchannel};
+
+impl Driver {
+    pub(super) fn on_demand(&mut self) {
+        self.redial_given_up();
+        self.wake_resting();
+        self.check_silent();
+        self.quarantine_reported();
+        self.scaling.request(Instant::now());
+    }
+
+    /// Replaces the connections that calls have given up.
+    fn redial_given_up(&mut self) {
+        let given_up = self.shared.given_up();
+        if given_up.is_empty() {
+            return;
+        }
+        for connection in &given_up {
+            let entry = self.endpoints.get(connection.endpoint().address());
+            let id = entry.and_then(|entry| self.subchannels.find(&entry.subchannels, connection));
+            if let Some(id) = id {
+                self.redial(id);
+            }
+        }
+        self.publish();
+        // The entries are removed after `publish`: until then a pick can still find these connections, and calls use the list to exclude
+        // them.
+        self.shared.forget_given_up(&given_up);
+    }
+
+    /// Replaces a ready connection by a new one, even if its peer still answers.
+    fn redial(&mut self, id: SubchannelId) {
+        let Some((address, state)) = self.subchannels.take(id) else {
+            return;
+        };
+        let state = match state {
+            State::Ready(subchannel) => {
+                State::Idle(self.replace_connection(id, &address, subchannel))
+            }
+            state => state,
+        };
+        self.subchannels.insert(id, address.clone(), state);
+        // The second connection, dialled beside the old one, is no longer needed.
+        self.drop_second_connection(&address);
+        self.reclassify(&address);
+    }
+
+    /// Closes a connection and queues a dial in its place. Calls in flight continue until they end or the connection breaks.
+    pub(super) fn replace_connection(
+        &mut self,
+        id: SubchannelId,
+        address: &Address,
+        subchannel: Subchannel<Ready>,
+    ) -> Subchannel<Idle> {
+        tracing::info!(%address, "closing a connection and dialling a new one");
+        subchannel.connection().endpoint().set_ejected(false);
+        self.close(id, subchannel);
+        // The new connection takes over the subchannel's id, so later events of the old connection must not be applied to it.
+        self.subchannels.forget_connection(id);
+        self.enqueue(id);
+        Subchannel::new(ConnectBackoff::new(self.options.max_backoff))
+    }
+
+    /// Dials every resting connection because a call waits.
+    fn wake_resting(&mut self) {
+        if self.shared.take_call_waits() {
+            for id in self.resting.take() {
+                self.wake(id, true);
+            }
+        }
+    }
+
+    /// Dials one resting connection if calls were sent since the last scan, so that its endpoint gets its share of the traffic. Only one is
+    /// dialled, since a caller with few calls needs no more.
+    pub(super) fn wake_resting_for_calls(&mut self) {
+        let endpoints = self.endpoints.values().map(|entry| &entry.endpoint);
+        let calls = || endpoints.map(|endpoint| endpoint.calls()).sum::<u64>();
+        if let Some(id) = self.resting.scan(calls) {
+            self.wake(id, false);
+        }
+    }
+
+    /// Dials a resting connection. `wanted`: a call waits for it.
+    fn wake(&mut self, id: SubchannelId, wanted: bool) {
+        self.resting.remove(id);
+        let Some((address, state)) = self.subchannels.take(id) else {
+            return;
+        };
+        let state = match state {
+            State::Resting(subchannel) => {
+                self.enqueue(id);
+                State::Idle(subchannel.wake(wanted))
+            }
+            state => state,
+        };
+        self.subchannels.insert(id, address, state);
+    }
+
+    /// Adds a connection to every endpoint whose streams are all in use.
+    pub(super) fn add_connections(&mut self) {
+        let limit = self.options.connections_per_endpoint + 1;
+        let full = self.endpoints.iter().filter(|(_, entry)| {
+            !entry.attributes.is_last_resort()
+                && entry.subchannels.len() < limit
+                && self.subchannels.are_full(&entry.subchannels)
+        });
+        let full: Vec<_> = full.map(|(address, _)| address.clone()).collect();
+        for address in full {
+            tracing::debug!(%address, "every stream is in use: adding a connection");
+            self.add_subchannel(&address, true);
+            self.scaling.on_added(address, Instant::now());
+        }
+    }
+
+    /// Closes additional connections whose calls fit on the other connections with room to spare.
+    pub(super) fn remove_connections(&mut self, now: Instant) {
+        for address in self.scaling.old(now) {
+            let is_dispensable = self.endpoints.get(&address).is_none_or(|entry| {
+                // A silent connection carries no calls, so the additional one is needed in its place.
+                !self.has_silent(&address) && self.subchannels.can_spare_one(&entry.subchannels)
+            });
+            if is_dispensable {
+                self.scaling.forget(&address);
+                self.remove_connection(&address);
+            }
+        }
+    }
+
+    fn remove_connection(&mut self, address: &Address) {
+        let Some(entry) = self.endpoints.get_mut(address) else {
+            return;
+        };
+        if entry.subchannels.len() <= self.options.connections_per_endpoint {
+            return;
+        }
+        // The second connection beside a silent one is not the additional connection.
+        let second = entry.spare.subchannel();
+        let mut ids = entry.subchannels.iter();
+        let Some(last) = ids.rposition(|id| Some(*id) != second) else {
+            return;
+        };
+        let id = entry.subchannels.remove(last);
+        tracing::debug!(%address, "removing an additional connection: its streams are no longer needed");
+        self.resting.remove(id);
+        if let Some(subchannel) = self.subchannels.remove(id) {
+            self.close(id, subchannel);
+        }
+        self.reclassify(address);
+    }
+}

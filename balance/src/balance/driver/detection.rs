@@ -1,0 +1,36 @@
+//! The schedule of outlier detection.
+
+use tokio::time::Instant;
+
+use crate::balance::outlier::{self, Counts, Ejection, OutlierDetection};
+
+/// Outlier detection, if it is enabled, and the time of its next sweep.
+#[derive(Debug)]
+pub(super) struct Detection {
+    config: Option<OutlierDetection>,
+    sweep_at: Option<Instant>,
+}
+
+impl Detection {
+    pub(super) fn new(config: Option<OutlierDetection>, now: Instant) -> Self {
+        let sweep_at = config.as_ref().map(|config| now + config.period());
+        Self { config, sweep_at }
+    }
+
+    /// Returns the time of the next sweep.
+    pub(super) fn next(&self) -> Option<Instant> {
+        self.sweep_at
+    }
+
+    pub(super) fn is_due(&self, now: Instant) -> bool {
+        self.sweep_at.is_some_and(|at| at <= now)
+    }
+
+    /// Updates the ejection of each endpoint from its calls since the last sweep.
+    pub(super) fn sweep(&mut self, endpoints: &mut [(Counts, Ejection)], now: Instant) {
+        if let Some(config) = &self.config {
+            self.sweep_at = Some(now + config.period());
+            outlier::sweep(config, endpoints, now);
+        }
+    }
+}

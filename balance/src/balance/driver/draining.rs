@@ -1,0 +1,24 @@
+//! Connections that take no more calls and close after their last one.
+
+use std::sync::Arc;
+
+use crate::balance::endpoint::Endpoint;
+use crate::balance::subchannel::{Draining, Subchannel};
+
+/// The draining connections, each with its endpoint.
+#[derive(Debug, Default)]
+pub(super) struct DrainingConnections(Vec<(Arc<Endpoint>, Subchannel<Draining>)>);
+
+impl DrainingConnections {
+    pub(super) fn push(&mut self, endpoint: Arc<Endpoint>, subchannel: Subchannel<Draining>) {
+        self.0.push((endpoint, subchannel));
+    }
+
+    /// Removes the connections whose last call has ended, and returns their endpoints.
+    pub(super) fn take_drained(&mut self) -> impl Iterator<Item = Arc<Endpoint>> {
+        let drained = self
+            .0
+            .extract_if(.., |(_, subchannel)| subchannel.is_drained());
+        drained.map(|(endpoint, _)| endpoint)
+    }
+}

@@ -1,0 +1,65 @@
+//! Endpoints that are excluded from ordinary picks: too many of their calls failed, or their answers are not gRPC responses.
+
+use std::sync::Arc;
+
+use tokio::time::Instant;
+
+use super::driver::Driver;
+use super::endpoint_entry::EndpointEntry;
+use crate::address::Address;
+
+impl Driver {
+    /// Runs the outlier detection on the calls since the last sweep.
+    pub(super) fn detect_outliers(&mut self, now: Instant) {
+        let entries = self.endpoints.values_mut();
+        let mut hosts: Vec<_> = entries.map(EndpointEntry::sweep).collect();
+        self.detection.sweep(&mut hosts, now);
+        let mut moved = Vec::new();
+        for (entry, (counts, ejection)) in self.endpoints.values_mut().zip(hosts) {
+            let address = entry.endpoint.address();
+            let before = std::mem::replace(&mut entry.ejection, ejection);
+            match (before.is_ejected(), ejection.is_ejected()) {
+                (false, true) => {
+                    tracing::warn!(%address, ?counts, "endpoint ejected: it fails much more than the others");
+                }
+                (true, false) => tracing::info!(%address, "endpoint is no longer ejected"),
+                _ => continue,
+            }
+            moved.extend(entry.subchannels.iter().copied());
+        }
+        for id in moved {
+            self.update_ready_set(id);
+        }
+    }
+
+    /// Starts the quarantine of the endpoints that calls have reported.
+    pub(super) fn quarantine_reported(&mut self) {
+        let now = Instant::now();
+        for endpoint in self.shared.take_not_grpc() {
+            let address = endpoint.address();
+            let Some(entry) = self.endpoints.get(address) else {
+                continue;
+            };
+            // The address may have been removed and added again. The report is then about the old endpoint.
+            if !Arc::ptr_eq(&entry.endpoint, &endpoint) || endpoint.is_grpc() {
+                continue;
+            }
+            if let Some(length) = self.quarantines.on_report(address, now) {
+                tracing::warn!(%address, ?length, "endpoint does not answer with gRPC: no calls for a while");
+                self.update_ready_sets(address);
+            }
+        }
+    }
+
+    /// Returns endpoints whose quarantine has expired to the set, on probation.
+    pub(super) fn end_quarantines(&mut self, now: Instant) {
+        let endpoints = &self.endpoints;
+        let is_grpc = |address: &Address| {
+            let entry = endpoints.get(address);
+            entry.is_none_or(|entry| entry.endpoint.is_grpc())
+        };
+        for address in self.quarantines.on_time(now, is_grpc) {
+            self.update_ready_sets(&address);
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! The latency estimates of all connections, and their median.
+
+use super::ready_sets::ReadySets;
+use crate::balance::load::{Estimate, LoadHandle, Loads, Ticks, median};
+use crate::balance::ready_connection::ReadyEntry;
+
+/// Creates the loads of connections, and refreshes their estimates.
+#[derive(Debug)]
+pub(super) struct Latencies {
+    loads: Loads,
+    /// The median latency as of the last refresh. Computing it at each join would make loading a large set quadratic.
+    median: f32,
+}
+
+impl Latencies {
+    pub(super) fn new() -> Self {
+        Self {
+            loads: Loads::new(),
+            median: 0.0,
+        }
+    }
+
+    pub(super) fn median(&self) -> f32 {
+        self.median
+    }
+
+    /// Returns the load of a new connection, with the estimate of an earlier connection to the endpoint, or else with the median.
+    pub(super) fn begin(&mut self, inherited: Option<Estimate>) -> LoadHandle {
+        self.loads.begin(inherited, self.median)
+    }
+
+    /// Computes the median, and updates the estimate of each connection.
+    pub(super) fn refresh(&mut self, sets: &ReadySets<ReadyEntry>, now: Ticks) {
+        let primary = sets.primary();
+        let estimates = primary.filter_map(|entry| entry.load().estimate());
+        let mut latencies: Vec<_> = estimates.map(|estimate| estimate.mean()).collect();
+        self.median = median(&mut latencies);
+        for entry in sets.all() {
+            entry.load().refresh(self.median, now);
+        }
+    }
+}

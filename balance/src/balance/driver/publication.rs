@@ -1,0 +1,188 @@
+//! The next publication: its time, its summary, and the endpoints whose state it changes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::subchannels::Class;
+use crate::address::Address;
+use crate::balance::endpoint::Endpoint;
+use crate::balance::summary::{EndpointError, Summary};
+
+/// The changes since the last publication.
+#[derive(Debug, Default)]
+pub(super) struct Publication {
+    summary: Summary,
+    /// The time of the next publication, if there are changes.
+    publish_at: Option<Instant>,
+    /// Endpoints that became ready.
+    became_ready: Vec<Address>,
+    /// Endpoints that were removed, and whether calls are in flight there. They stay in the endpoint list until no pick can find them.
+    removed: Vec<(Arc<Endpoint>, bool)>,
+}
+
+impl Publication {
+    pub(super) fn summary(&self) -> &Summary {
+        &self.summary
+    }
+
+    /// Returns the time of the next publication.
+    pub(super) fn next(&self) -> Option<Instant> {
+        self.publish_at
+    }
+
+    pub(super) fn is_due(&self, now: Instant) -> bool {
+        self.publish_at.is_some_and(|at| at <= now)
+    }
+
+    /// Schedules a publication. If the set is large, further changes are collected for a moment.
+    pub(super) fn soon(&mut self) {
+        let delay = if self.summary.ready < FEW {
+            Duration::ZERO
+        } else {
+            GATHER
+        };
+        self.publish_at
+            .get_or_insert_with(|| Instant::now() + delay);
+    }
+
+    /// Schedules a publication without a delay.
+    pub(super) fn now(&mut self) {
+        self.publish_at = Some(Instant::now());
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.publish_at = None;
+    }
+
+    /// Records that the set of endpoints is known. Returns whether it was not known before.
+    pub(super) fn set_known(&mut self) -> bool {
+        !std::mem::replace(&mut self.summary.known, true)
+    }
+
+    /// Records the number of endpoints.
+    pub(super) fn set_endpoints(&mut self, endpoints: usize) {
+        self.summary.endpoints = endpoints;
+    }
+
+    /// Records the last error of the source of endpoints, or that the source works again.
+    pub(super) fn set_source_error(&mut self, error: Option<Arc<str>>) {
+        self.summary.source_error = error;
+    }
+
+    /// Records an error of an endpoint's connection.
+    pub(super) fn set_last_error(&mut self, address: Address, reason: Arc<str>) {
+        self.summary.last_error = Some(Arc::new(EndpointError { address, reason }));
+        self.soon();
+    }
+
+    /// Handles a change of the class of an endpoint.
+    pub(super) fn on_class(&mut self, address: &Address, before: Class, class: Class) {
+        if before == class {
+            return;
+        }
+        if class == Class::Ready {
+            self.became_ready.push(address.clone());
+        }
+        self.summary.pending += usize::from(class == Class::Pending);
+        self.summary.pending -= usize::from(before == Class::Pending);
+        self.soon();
+    }
+
+    /// Handles the removal of an endpoint. `has_calls`: calls are in flight there.
+    pub(super) fn on_removed(&mut self, endpoint: Arc<Endpoint>, class: Class, has_calls: bool) {
+        // The last error of a removed endpoint no longer explains why calls fail.
+        self.summary
+            .last_error
+            .take_if(|error| error.address == *endpoint.address());
+        self.summary.pending -= usize::from(class == Class::Pending);
+        self.removed.push((endpoint, has_calls));
+    }
+
+    /// Returns the summary for a set with this number of ready connections.
+    pub(super) fn summarize(&mut self, ready: usize, is_last_resort: bool) -> Summary {
+        let were_ready = std::mem::replace(&mut self.summary.ready, ready);
+        if (were_ready == 0) != (ready == 0) {
+            tracing::info!(
+                ready,
+                endpoints = self.summary.endpoints,
+                last_resort = is_last_resort && ready > 0,
+                "channel {}",
+                if ready > 0 {
+                    "ready"
+                } else {
+                    "has no ready endpoint"
+                }
+            );
+        }
+        self.summary.clone()
+    }
+
+    /// Removes and returns the endpoints that became ready. Some of them may not be ready any more.
+    pub(super) fn take_became_ready(&mut self) -> Vec<Address> {
+        std::mem::take(&mut self.became_ready)
+    }
+
+    /// Removes and returns the removed endpoints, and whether calls are in flight there.
+    pub(super) fn take_removed(&mut self) -> impl Iterator<Item = (Arc<Endpoint>, bool)> {
+        self.removed.drain(..)
+    }
+}
+
+/// Up to this many ready connections, a publication takes a few microseconds, and a change is published at once.
+const FEW: usize = 64;
+/// How long changes to a larger set are collected before they are published.
+const GATHER: Duration = Duration::from_millis(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address() -> Address {
+        "10.0.0.5:80".parse().expect("an address")
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn changes_to_a_large_set_are_collected_and_an_urgent_one_is_not() {
+        let now = Instant::now();
+        let mut publication = Publication::default();
+        publication.soon();
+        assert!(publication.is_due(now), "the set is small");
+        publication.clear();
+        publication.summarize(FEW, false);
+        publication.soon();
+        assert_eq!(publication.next(), Some(now + GATHER));
+        publication.now();
+        assert!(publication.is_due(now));
+    }
+
+    #[tokio::test]
+    async fn pending_endpoints_are_counted() {
+        let mut publication = Publication::default();
+        publication.on_class(&address(), Class::Failing, Class::Pending);
+        publication.on_class(&address(), Class::Pending, Class::Pending);
+        assert_eq!(publication.summary().pending, 1);
+        publication.on_class(&address(), Class::Pending, Class::Ready);
+        assert_eq!(publication.summary().pending, 0);
+        assert_eq!(publication.take_became_ready(), [address()]);
+        publication.on_class(&address(), Class::Ready, Class::Pending);
+        let endpoint = Arc::new(Endpoint::new(address()));
+        publication.on_removed(endpoint, Class::Pending, true);
+        assert_eq!(publication.summary().pending, 0);
+    }
+
+    #[tokio::test]
+    async fn the_error_of_a_removed_endpoint_is_forgotten() {
+        let mut publication = Publication::default();
+        publication.set_last_error(address(), "refused".into());
+        let other = "10.0.0.6:80".parse().expect("an address");
+        let other = Arc::new(Endpoint::new(other));
+        publication.on_removed(other, Class::Failing, false);
+        assert!(publication.summary().last_error.is_some());
+        let endpoint = Arc::new(Endpoint::new(address()));
+        publication.on_removed(endpoint, Class::Failing, false);
+        assert!(publication.summary().last_error.is_none());
+        assert_eq!(publication.take_removed().count(), 2);
+    }
+}

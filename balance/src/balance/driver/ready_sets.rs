@@ -1,0 +1,160 @@
+//! The two sets of ready connections. Calls pick from the primary set, or from the last-resort set if the primary set is empty.
+
+use super::subchannels::SubchannelId;
+use crate::balance::ready_connection::ReadyEntry;
+use crate::balance::ready_set::{ReadySet, ReadySetBuilder};
+
+/// An entry of a ready set.
+pub(super) trait Entry: Clone {
+    /// Sets whether the entry is in the set that calls pick from.
+    fn set_takes_calls(&self, takes_calls: bool);
+}
+
+impl Entry for ReadyEntry {
+    fn set_takes_calls(&self, takes_calls: bool) {
+        self.connection().set_takes_calls(takes_calls);
+    }
+}
+
+/// The builders of both sets.
+#[derive(Debug)]
+pub(super) struct ReadySets<E> {
+    primary: ReadySetBuilder<SubchannelId, E>,
+    last_resort: ReadySetBuilder<SubchannelId, E>,
+    /// Whether calls pick from the last-resort set.
+    is_last_resort: bool,
+}
+
+/// The effect of [`ReadySets::place`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Placed {
+    /// The entry was in its set with this weight.
+    Unchanged,
+    /// The entry is new, or its weight has changed.
+    Changed,
+    /// The entry was in the other set.
+    Moved,
+}
+
+impl<E: Entry> ReadySets<E> {
+    pub(super) fn new(takes_turns: bool) -> Self {
+        Self {
+            primary: ReadySetBuilder::new(takes_turns),
+            last_resort: ReadySetBuilder::new(takes_turns),
+            is_last_resort: false,
+        }
+    }
+
+    /// Puts an entry into one of the sets, or changes its weight.
+    pub(super) fn place(
+        &mut self,
+        id: SubchannelId,
+        entry: E,
+        weight: u32,
+        is_last_resort: bool,
+    ) -> Placed {
+        let (set, other) = if is_last_resort {
+            (&mut self.last_resort, &mut self.primary)
+        } else {
+            (&mut self.primary, &mut self.last_resort)
+        };
+        entry.set_takes_calls(!is_last_resort || self.is_last_resort);
+        let moved = other.remove(&id);
+        if !set.contains(&id) {
+            set.insert(id, entry, weight);
+        } else if !set.reweigh(&id, weight) {
+            return Placed::Unchanged;
+        }
+        if moved {
+            Placed::Moved
+        } else {
+            Placed::Changed
+        }
+    }
+
+    /// Removes an entry. Returns whether it was in one of the sets.
+    pub(super) fn remove(&mut self, id: SubchannelId) -> bool {
+        self.primary.remove(&id) || self.last_resort.remove(&id)
+    }
+
+    /// Returns whether the subchannel is in the primary set.
+    pub(super) fn is_primary(&self, id: SubchannelId) -> bool {
+        self.primary.contains(&id)
+    }
+
+    /// Returns the entries of the primary set.
+    pub(super) fn primary(&self) -> impl Iterator<Item = &E> {
+        self.primary.entries()
+    }
+
+    /// Returns the entries of both sets.
+    pub(super) fn all(&self) -> impl Iterator<Item = &E> {
+        self.primary.entries().chain(self.last_resort.entries())
+    }
+
+    /// Returns whether calls pick from the last-resort set, as of the last [`freeze`](Self::freeze).
+    pub(super) fn is_last_resort(&self) -> bool {
+        self.is_last_resort
+    }
+
+    /// Returns the set that calls pick from: the primary set unless it is empty.
+    pub(super) fn freeze(&mut self) -> ReadySet<E> {
+        // Both builders are frozen: each one keeps the connections of its last frozen set open.
+        let (primary, last_resort) = (self.primary.freeze(), self.last_resort.freeze());
+        let is_last_resort = primary.len() == 0;
+        if std::mem::replace(&mut self.is_last_resort, is_last_resort) != is_last_resort {
+            for entry in self.last_resort.entries() {
+                entry.set_takes_calls(is_last_resort);
+            }
+        }
+        if is_last_resort { last_resort } else { primary }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::rc::Rc;
+
+    use super::*;
+
+    #[derive(Clone, Debug, Default)]
+    struct Fake(Rc<Cell<bool>>);
+
+    impl Entry for Fake {
+        fn set_takes_calls(&self, takes_calls: bool) {
+            self.0.set(takes_calls);
+        }
+    }
+
+    #[test]
+    fn last_resorts_take_calls_only_while_the_primary_set_is_empty() {
+        let mut sets = ReadySets::new(false);
+        let (ordinary, last_resort) = (Fake::default(), Fake::default());
+        sets.place(1, ordinary.clone(), 1, false);
+        sets.place(2, last_resort.clone(), 1, true);
+        assert_eq!(sets.freeze().len(), 1);
+        assert!(!sets.is_last_resort());
+        assert!(ordinary.0.get() && !last_resort.0.get());
+        assert!(sets.remove(1));
+        sets.freeze();
+        assert!(sets.is_last_resort() && last_resort.0.get());
+        sets.place(1, ordinary, 1, false);
+        sets.freeze();
+        assert!(!sets.is_last_resort() && !last_resort.0.get());
+    }
+
+    #[test]
+    fn an_entry_is_in_one_of_the_sets() {
+        let mut sets = ReadySets::new(false);
+        let entry = Fake::default();
+        assert_eq!(sets.place(1, entry.clone(), 1, false), Placed::Changed);
+        assert_eq!(sets.place(1, entry.clone(), 1, false), Placed::Unchanged);
+        assert_eq!(sets.place(1, entry.clone(), 2, false), Placed::Changed);
+        assert_eq!(sets.place(1, entry.clone(), 2, true), Placed::Moved);
+        assert!(!sets.is_primary(1));
+        assert_eq!(sets.all().count(), 1);
+        assert!(sets.remove(1));
+        assert!(!sets.remove(1));
+    }
+}
