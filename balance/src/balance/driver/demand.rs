@@ -142,7 +142,7 @@ impl Driver {
             return;
         }
         // The second connection beside a silent one is not the additional connection.
-        let second = entry.spare.subchannel();
+        let second = entry.second.subchannel();
         let mut ids = entry.subchannels.iter();
         let Some(last) = ids.rposition(|id| Some(*id) != second) else {
             return;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::spare::Spare;
+use super::second_connection::SecondConnection;
 use super::subchannels::{Class, SubchannelId};
 use crate::attributes::Attributes;
 use crate::balance::endpoint::{Endpoint, Tally};
@@ -20,7 +20,7 @@ pub(super) struct EndpointEntry {
     pub(super) class: Class,
     pub(super) ejection: Ejection,
     /// A second connection, dialled because the first one is silent. It ends its role when either of them answers.
-    pub(super) spare: Spare,
+    pub(super) second: SecondConnection,
     /// Whether a connection was ready since the last failed attempt or registration.
     pub(super) is_warm: bool,
     /// The keep-alive that the server tolerates.
@@ -42,7 +42,7 @@ impl EndpointEntry {
             subchannels: Vec::new(),
             class: Class::Failing,
             ejection: Ejection::default(),
-            spare: Spare::new(max_backoff),
+            second: SecondConnection::new(max_backoff),
             is_warm: false,
             keep_alive,
             swept: Tally::default(),
@@ -52,7 +52,7 @@ impl EndpointEntry {
     /// Forgets all observations. The server is another one, or was started again.
     pub(super) fn on_new_generation(&mut self) {
         self.ejection = Ejection::default();
-        self.spare.reset_backoff();
+        self.second.reset_backoff();
         self.is_warm = false;
         self.endpoint.forget();
     }

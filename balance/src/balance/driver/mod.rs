@@ -11,7 +11,7 @@ mod driver;
 mod exclusion;
 mod health;
 mod publish;
-mod second_connection;
+mod silence;
 
 // The parts.
 mod detection;
@@ -25,8 +25,8 @@ mod quarantine;
 mod ready_sets;
 mod resting;
 mod scaling;
+mod second_connection;
 mod slow_start;
-mod spare;
 mod subchannels;
 mod timers;
 mod zone_preference;

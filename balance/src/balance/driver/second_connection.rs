@@ -1,148 +1,89 @@
-//! Dials a second connection beside a silent one, and uses the first of the two that answers.
+//! The second connection of an endpoint.
+//!
+//! A silent connection does not prove that its server is down, so a second one is dialled beside it, and the first of the two that answers
+//! is used. Middleboxes drop the state of flows while TCP still acknowledges them, and one address may belong to several servers.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::driver::Driver;
 use super::subchannels::SubchannelId;
-use crate::address::Address;
+use crate::balance::connect_backoff::ConnectBackoff;
 
-impl Driver {
-    /// Dials a second connection beside a silent one, unless a second connection exists or a recent one failed.
-    pub(super) fn dial_beside(&mut self, address: &Address, has_served: bool) {
-        let Some(entry) = self.endpoints.get_mut(address) else {
-            return;
-        };
-        entry.endpoint.forget_silence();
-        if has_served {
-            entry.spare.reset_backoff();
-        }
-        self.silent.insert(address.clone());
-        self.dial_second_connection(address, Instant::now());
-    }
+/// The second connection of an endpoint, and the backoff between dials of second connections.
+#[derive(Debug)]
+pub(super) struct SecondConnection {
+    subchannel: Option<SubchannelId>,
+    backoff: ConnectBackoff,
+    /// The earliest time of the next dial.
+    not_before: Option<Instant>,
+}
 
-    /// Dials the second connections that are due.
-    pub(super) fn dial_second_connections(&mut self, now: Instant) {
-        for address in std::mem::take(&mut self.silent) {
-            if self.has_silent(&address) {
-                self.dial_second_connection(&address, now);
-                self.silent.insert(address);
-            }
+impl SecondConnection {
+    pub(super) fn new(max_backoff: Duration) -> Self {
+        Self {
+            subchannel: None,
+            backoff: ConnectBackoff::new(max_backoff),
+            not_before: None,
         }
     }
 
-    fn dial_second_connection(&mut self, address: &Address, now: Instant) {
-        let Some(entry) = self.endpoints.get_mut(address) else {
-            return;
-        };
-        if !entry.spare.may_dial(now) || entry.attributes.is_last_resort() {
-            return;
-        }
-        entry.spare.on_dial(now, &mut self.rng);
-        let second = self.add_subchannel(address, true);
-        if let Some(entry) = self.endpoints.get_mut(address) {
-            entry.spare.set(second);
-        }
-        self.reclassify(address);
+    /// Ends the backoff. The next second connection is dialled at once.
+    pub(super) fn reset_backoff(&mut self) {
+        self.backoff.reset();
+        self.not_before = None;
     }
 
-    pub(super) fn has_silent(&self, address: &Address) -> bool {
-        let entry = self.endpoints.get(address);
-        entry.is_some_and(|entry| {
-            let mut ids = entry.subchannels.iter();
-            ids.any(|id| self.subchannels.is_silent(*id))
-        })
+    /// Returns the subchannel of the second connection, if there is one.
+    pub(super) fn subchannel(&self) -> Option<SubchannelId> {
+        self.subchannel
     }
 
-    /// Closes the second connection if no connection of the endpoint is silent any more.
-    pub(super) fn drop_second_connection(&mut self, address: &Address) {
-        if self.has_silent(address) {
-            return;
-        }
-        let regular = self.options.connections_per_endpoint;
-        let Some(entry) = self.endpoints.get_mut(address) else {
-            return;
-        };
-        let Some(second) = entry.spare.take() else {
-            return;
-        };
-        if entry.subchannels.len() <= regular {
-            // A regular connection has ended in the meantime, and the second connection replaces it.
-            return;
-        }
-        entry.subchannels.retain(|id| *id != second);
-        self.dials.forget(second);
-        self.resting.remove(second);
-        // It may be ready, if its health is still unknown.
-        if let Some(subchannel) = self.subchannels.remove(second) {
-            self.close(second, subchannel);
-        }
-        self.reclassify(address);
+    /// Returns whether there is no second connection and the backoff is over.
+    pub(super) fn may_dial(&self, now: Instant) -> bool {
+        self.subchannel.is_none() && self.not_before.is_none_or(|at| at <= now)
     }
 
-    /// Replaces the silent connections of an endpoint by the second connection once it is ready. Calls on the silent connections continue.
-    pub(super) fn replace_silent(&mut self, address: &Address, id: SubchannelId) {
-        let Some(entry) = self.endpoints.get_mut(address) else {
-            return;
-        };
-        if !entry.spare.take_if(id) {
-            return;
-        }
-        let ids = entry.subchannels.clone();
-        let (silent, others): (Vec<_>, Vec<_>) = ids
-            .into_iter()
-            .partition(|id| self.subchannels.is_silent(*id));
-        if let Some(entry) = self.endpoints.get_mut(address) {
-            entry.subchannels = others;
-        }
-        for id in silent {
-            if let Some(subchannel) = self.subchannels.remove(id) {
-                self.close(id, subchannel);
-            }
-        }
-        tracing::debug!(%address, "the second connection is ready and replaces the silent one");
+    /// Starts the backoff before the next dial.
+    pub(super) fn on_dial(&mut self, now: Instant, rng: &mut fastrand::Rng) {
+        self.not_before = Some(now + self.backoff.next(rng));
     }
 
-    /// Handles the end of a silent connection. Returns true if the second connection replaces it.
-    pub(super) fn second_connection_takes_over(
-        &mut self,
-        address: &Address,
-        id: SubchannelId,
-    ) -> bool {
-        // The ended connection is no longer in `subchannels`, so only the others are checked.
-        let others_are_silent = self.has_silent(address);
-        let Some(entry) = self.endpoints.get_mut(address) else {
-            return false;
-        };
-        if entry.spare.subchannel().is_none() {
-            return false;
-        }
-        if !others_are_silent {
-            entry.spare.take();
-        }
-        entry.subchannels.retain(|entry| *entry != id);
-        true
+    pub(super) fn set(&mut self, subchannel: Option<SubchannelId>) {
+        self.subchannel = subchannel;
     }
 
-    /// Checks silent connections after a call found one to be dead after a silence, before calls are sent on the others.
-    pub(super) fn check_silent(&mut self) {
-        if !self.shared.take_found_dead() {
-            return;
-        }
-        let now = Instant::now();
-        let doubtful = self
-            .ready_sets
-            .primary()
-            .map(|entry| entry.connection().http2())
-            .filter(|connection| connection.silence(now) >= SILENCE);
-        for connection in doubtful.take(CHECKS) {
-            connection.check();
-        }
+    /// Ends the role of the second connection, and returns its subchannel.
+    pub(super) fn take(&mut self) -> Option<SubchannelId> {
+        self.subchannel.take()
+    }
+
+    /// Ends the role of the second connection if it is this subchannel. Returns whether it was.
+    pub(super) fn take_if(&mut self, id: SubchannelId) -> bool {
+        self.subchannel.take_if(|second| *second == id).is_some()
     }
 }
 
-/// The same limit as for the check before a call is sent.
-const SILENCE: Duration = Duration::from_secs(1);
-/// Limit on connections checked at once, to avoid a burst of PINGs.
-const CHECKS: usize = 64;
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn second_connections_are_dialled_one_at_a_time_and_with_a_backoff() {
+        let mut rng = fastrand::Rng::with_seed(7);
+        let now = Instant::now();
+        let mut second = SecondConnection::new(Duration::from_secs(120));
+        assert!(second.may_dial(now));
+        second.on_dial(now, &mut rng);
+        second.set(Some(7));
+        let later = now + Duration::from_secs(2);
+        assert!(!second.may_dial(later), "one is being dialled");
+        assert!(!second.take_if(8));
+        assert!(second.take_if(7));
+        assert!(!second.may_dial(now), "the backoff is not over");
+        assert!(second.may_dial(later));
+        second.on_dial(now, &mut rng);
+        second.reset_backoff();
+        assert!(second.may_dial(now));
+    }
+}

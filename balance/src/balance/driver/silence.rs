@@ -1,0 +1,148 @@
+//! Handles silent connections: a second one is dialled beside a silent one, and the first of the two that answers is used.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::driver::Driver;
+use super::subchannels::SubchannelId;
+use crate::address::Address;
+
+impl Driver {
+    /// Dials a second connection beside a silent one, unless a second connection exists or a recent one failed.
+    pub(super) fn dial_beside(&mut self, address: &Address, has_served: bool) {
+        let Some(entry) = self.endpoints.get_mut(address) else {
+            return;
+        };
+        entry.endpoint.forget_silence();
+        if has_served {
+            entry.second.reset_backoff();
+        }
+        self.silent.insert(address.clone());
+        self.dial_second_connection(address, Instant::now());
+    }
+
+    /// Dials the second connections that are due.
+    pub(super) fn dial_second_connections(&mut self, now: Instant) {
+        for address in std::mem::take(&mut self.silent) {
+            if self.has_silent(&address) {
+                self.dial_second_connection(&address, now);
+                self.silent.insert(address);
+            }
+        }
+    }
+
+    fn dial_second_connection(&mut self, address: &Address, now: Instant) {
+        let Some(entry) = self.endpoints.get_mut(address) else {
+            return;
+        };
+        if !entry.second.may_dial(now) || entry.attributes.is_last_resort() {
+            return;
+        }
+        entry.second.on_dial(now, &mut self.rng);
+        let second = self.add_subchannel(address, true);
+        if let Some(entry) = self.endpoints.get_mut(address) {
+            entry.second.set(second);
+        }
+        self.reclassify(address);
+    }
+
+    pub(super) fn has_silent(&self, address: &Address) -> bool {
+        let entry = self.endpoints.get(address);
+        entry.is_some_and(|entry| {
+            let mut ids = entry.subchannels.iter();
+            ids.any(|id| self.subchannels.is_silent(*id))
+        })
+    }
+
+    /// Closes the second connection if no connection of the endpoint is silent any more.
+    pub(super) fn drop_second_connection(&mut self, address: &Address) {
+        if self.has_silent(address) {
+            return;
+        }
+        let regular = self.options.connections_per_endpoint;
+        let Some(entry) = self.endpoints.get_mut(address) else {
+            return;
+        };
+        let Some(second) = entry.second.take() else {
+            return;
+        };
+        if entry.subchannels.len() <= regular {
+            // A regular connection has ended in the meantime, and the second connection replaces it.
+            return;
+        }
+        entry.subchannels.retain(|id| *id != second);
+        self.dials.forget(second);
+        self.resting.remove(second);
+        // It may be ready, if its health is still unknown.
+        if let Some(subchannel) = self.subchannels.remove(second) {
+            self.close(second, subchannel);
+        }
+        self.reclassify(address);
+    }
+
+    /// Replaces the silent connections of an endpoint by the second connection once it is ready. Calls on the silent connections continue.
+    pub(super) fn replace_silent(&mut self, address: &Address, id: SubchannelId) {
+        let Some(entry) = self.endpoints.get_mut(address) else {
+            return;
+        };
+        if !entry.second.take_if(id) {
+            return;
+        }
+        let ids = entry.subchannels.clone();
+        let (silent, others): (Vec<_>, Vec<_>) = ids
+            .into_iter()
+            .partition(|id| self.subchannels.is_silent(*id));
+        if let Some(entry) = self.endpoints.get_mut(address) {
+            entry.subchannels = others;
+        }
+        for id in silent {
+            if let Some(subchannel) = self.subchannels.remove(id) {
+                self.close(id, subchannel);
+            }
+        }
+        tracing::debug!(%address, "the second connection is ready and replaces the silent one");
+    }
+
+    /// Handles the end of a silent connection. Returns true if the second connection replaces it.
+    pub(super) fn second_connection_takes_over(
+        &mut self,
+        address: &Address,
+        id: SubchannelId,
+    ) -> bool {
+        // The ended connection is no longer in `subchannels`, so only the others are checked.
+        let others_are_silent = self.has_silent(address);
+        let Some(entry) = self.endpoints.get_mut(address) else {
+            return false;
+        };
+        if entry.second.subchannel().is_none() {
+            return false;
+        }
+        if !others_are_silent {
+            entry.second.take();
+        }
+        entry.subchannels.retain(|entry| *entry != id);
+        true
+    }
+
+    /// Checks silent connections after a call found one to be dead after a silence, before calls are sent on the others.
+    pub(super) fn check_silent(&mut self) {
+        if !self.shared.take_found_dead() {
+            return;
+        }
+        let now = Instant::now();
+        let doubtful = self
+            .ready_sets
+            .primary()
+            .map(|entry| entry.connection().http2())
+            .filter(|connection| connection.silence(now) >= SILENCE);
+        for connection in doubtful.take(CHECKS) {
+            connection.check();
+        }
+    }
+}
+
+/// The same limit as for the check before a call is sent.
+const SILENCE: Duration = Duration::from_secs(1);
+/// Limit on connections checked at once, to avoid a burst of PINGs.
+const CHECKS: usize = 64;
