@@ -19,15 +19,15 @@ impl DialPermit {
         drop(self.0.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
-    /// Ends the permit after [`TRIAL`], even if the call is still running.
+    /// Ends the permit after [`MAX_HOLD`], even if the call is still running.
     pub(super) fn end_soon(&self) {
-        let trial = self.clone();
+        let permit = self.clone();
         tokio::spawn(async move {
-            tokio::time::sleep(TRIAL).await;
-            trial.end();
+            tokio::time::sleep(MAX_HOLD).await;
+            permit.end();
         });
     }
 }
 
 /// How long a call may hold its dial permit once its connection is ready.
-const TRIAL: Duration = Duration::from_millis(250);
+const MAX_HOLD: Duration = Duration::from_millis(250);

@@ -25,18 +25,18 @@ pub(crate) struct Endpoint {
     faults: AtomicU64,
     overruns: AtomicU64,
     /// Calls that are no evidence about the endpoint: the server refused them unprocessed, or the caller dropped them.
-    unjudged: AtomicU64,
+    inconclusive: AtomicU64,
     /// The longest silence after which a connection still answered, and the time of that check.
-    trusted: Mutex<Option<(Duration, Instant)>>,
+    survived_silence: Mutex<Option<(Duration, Instant)>>,
     /// The largest metadata, in bytes, that the endpoint has accepted on a connection for a single call.
     largest_metadata: AtomicUsize,
     /// Permits to dial a connection for a single call.
-    trials: Arc<Semaphore>,
-    /// Kind of the last recorded error. A repeated error is not formatted again.
-    noted: AtomicU32,
+    dial_permits: Arc<Semaphore>,
+    /// The code of the last fault in a response. A repeated fault is not formatted again.
+    last_fault: AtomicU32,
     /// Consecutive responses that were not gRPC.
-    foreign: AtomicU32,
-    described: Mutex<Details>,
+    not_grpc: AtomicU32,
+    details: Mutex<Details>,
 }
 
 /// The cause of a failed call.
@@ -50,7 +50,7 @@ pub(crate) enum Blame {
 
 /// The part of a connection that [`Endpoint::status`] reports.
 #[derive(Debug)]
-pub(super) struct Vitals {
+pub(super) struct ConnectionStats {
     pub(super) load: LoadHandle,
     pub(super) round_trip: Duration,
 }
@@ -63,7 +63,7 @@ struct Details {
     last_resort: bool,
     ejected: bool,
     last_error: Option<Arc<str>>,
-    connections: Vec<Weak<Vitals>>,
+    connections: Vec<Weak<ConnectionStats>>,
     /// The latency estimate of the last connection that was closed.
     estimate: Option<Estimate>,
 }
@@ -80,13 +80,13 @@ impl Endpoint {
             failures: AtomicU64::new(0),
             faults: AtomicU64::new(0),
             overruns: AtomicU64::new(0),
-            unjudged: AtomicU64::new(0),
-            trusted: Mutex::new(None),
+            inconclusive: AtomicU64::new(0),
+            survived_silence: Mutex::new(None),
             largest_metadata: AtomicUsize::new(0),
-            trials: Arc::new(Semaphore::new(TRIALS)),
-            noted: AtomicU32::new(0),
-            foreign: AtomicU32::new(0),
-            described: Mutex::new(Details {
+            dial_permits: Arc::new(Semaphore::new(DIAL_PERMITS)),
+            last_fault: AtomicU32::new(0),
+            not_grpc: AtomicU32::new(0),
+            details: Mutex::new(Details {
                 state: EndpointState::Idle,
                 weight: 1,
                 last_resort: false,
@@ -111,9 +111,9 @@ impl Endpoint {
     }
 
     pub(super) fn set_attributes(&self, weight: u32, last_resort: bool) {
-        let mut described = self.lock();
-        described.weight = weight;
-        described.last_resort = last_resort;
+        let mut details = self.lock();
+        details.weight = weight;
+        details.last_resort = last_resort;
     }
 
     pub(super) fn set_ejected(&self, ejected: bool) {
@@ -122,59 +122,59 @@ impl Endpoint {
 
     /// Returns all counters up to now. The caller subtracts an earlier tally.
     pub(super) fn tally(&self) -> Tally {
-        let described = self.lock();
-        let connections = described.connections.iter().filter_map(Weak::upgrade);
+        let details = self.lock();
+        let connections = details.connections.iter().filter_map(Weak::upgrade);
         let in_flight = connections.map(|connection| u64::from(connection.load.in_flight()));
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Tally {
-            judged: count(&self.calls)
+            conclusive: count(&self.calls)
                 .saturating_sub(in_flight.sum())
-                .saturating_sub(count(&self.unjudged)),
+                .saturating_sub(count(&self.inconclusive)),
             faults: count(&self.faults),
             overruns: count(&self.overruns),
         }
     }
 
     pub(super) fn set_last_error(&self, error: Arc<str>) {
-        self.noted.store(0, Ordering::Relaxed);
+        self.last_fault.store(0, Ordering::Relaxed);
         self.lock().last_error = Some(error);
     }
 
     /// Records a response from a gRPC server.
     pub(super) fn on_answer(&self) {
         // Loads before it stores: all calls read this cache line, and hardly any call must write to it.
-        if self.foreign.load(Ordering::Relaxed) > 0 {
-            self.foreign.store(0, Ordering::Relaxed);
+        if self.not_grpc.load(Ordering::Relaxed) > 0 {
+            self.not_grpc.store(0, Ordering::Relaxed);
         }
     }
 
     /// Records a response that was not gRPC. Returns the number of such responses in a row.
-    pub(super) fn on_foreign(&self) -> u32 {
-        self.foreign.fetch_add(1, Ordering::Relaxed) + 1
+    pub(super) fn on_not_grpc(&self) -> u32 {
+        self.not_grpc.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     /// Returns whether the last response was gRPC. Also true before the first response.
     pub(super) fn is_grpc(&self) -> bool {
-        self.foreign.load(Ordering::Relaxed) == 0
+        self.not_grpc.load(Ordering::Relaxed) == 0
     }
 
     /// Records a fault that a call found in the endpoint's response.
-    pub(super) fn note(&self, noted: AnswerFault, describe: impl FnOnce() -> String) {
-        let noted = match noted {
+    pub(super) fn record_fault(&self, fault: AnswerFault, describe: impl FnOnce() -> String) {
+        let code = match fault {
             AnswerFault::Unfinished => 1,
-            AnswerFault::Foreign(http) => u32::from(http.as_u16()),
+            AnswerFault::NotGrpc(http) => u32::from(http.as_u16()),
         };
-        if self.noted.swap(noted, Ordering::Relaxed) != noted {
+        if self.last_fault.swap(code, Ordering::Relaxed) != code {
             self.lock().last_error = Some(describe().into());
         }
     }
 
     /// Returns the longest silence of a connection after which a call is sent on it without a check.
     pub(super) fn trusted_silence(&self, now: Instant) -> Duration {
-        let trusted = *self.trusted();
+        let survived = *self.survived_silence();
         let recent =
-            |(_, found): &(Duration, Instant)| now.saturating_duration_since(*found) < TRUST;
-        trusted
+            |(_, found): &(Duration, Instant)| now.saturating_duration_since(*found) < TRUSTED_FOR;
+        survived
             .filter(recent)
             .map_or(SILENCE, |(silence, _)| silence.max(SILENCE))
     }
@@ -183,24 +183,26 @@ impl Endpoint {
     /// of middleboxes do not change from minute to minute.
     pub(super) fn on_checked(&self, silence: Duration, is_alive: bool, now: Instant) {
         let longest = self.trusted_silence(now).max(silence);
-        *self.trusted() = is_alive.then_some((longest, now));
+        *self.survived_silence() = is_alive.then_some((longest, now));
     }
 
-    fn trusted(&self) -> MutexGuard<'_, Option<(Duration, Instant)>> {
-        self.trusted.lock().unwrap_or_else(PoisonError::into_inner)
+    fn survived_silence(&self) -> MutexGuard<'_, Option<(Duration, Instant)>> {
+        self.survived_silence
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Forgets the longest trusted silence. A connection was found dead, so a silence that earlier connections survived proves nothing any
     /// more.
     pub(super) fn forget_silence(&self) {
-        *self.trusted() = None;
+        *self.survived_silence() = None;
     }
 
     /// Discards all observations of the old server. Called for a fresh registration, which may be a different server.
     pub(super) fn forget(&self) {
         self.forget_silence();
         self.largest_metadata.store(0, Ordering::Relaxed);
-        self.foreign.store(0, Ordering::Relaxed);
+        self.not_grpc.store(0, Ordering::Relaxed);
     }
 
     pub(crate) fn largest_metadata(&self) -> usize {
@@ -212,23 +214,21 @@ impl Endpoint {
     }
 
     /// Waits for a permit to dial a connection for a single call.
-    pub(crate) async fn trial(&self) -> DialPermit {
-        let trials = Arc::clone(&self.trials);
-        DialPermit::new(trials.acquire_owned().await.ok())
+    pub(crate) async fn dial_permit(&self) -> DialPermit {
+        let dial_permits = Arc::clone(&self.dial_permits);
+        DialPermit::new(dial_permits.acquire_owned().await.ok())
     }
 
-    pub(super) fn add_connection(&self, vitals: &Arc<Vitals>) {
-        let mut described = self.lock();
-        described
-            .connections
-            .retain(|known| known.strong_count() > 0);
-        described.connections.push(Arc::downgrade(vitals));
+    pub(super) fn add_connection(&self, stats: &Arc<ConnectionStats>) {
+        let mut details = self.lock();
+        details.connections.retain(|known| known.strong_count() > 0);
+        details.connections.push(Arc::downgrade(stats));
     }
 
     /// Keeps the estimate of a closed connection for the next one.
     pub(super) fn keep_estimate(&self, estimate: Option<Estimate>) {
-        let mut described = self.lock();
-        described.estimate = estimate.or(described.estimate);
+        let mut details = self.lock();
+        details.estimate = estimate.or(details.estimate);
     }
 
     pub(super) fn estimate(&self) -> Option<Estimate> {
@@ -258,24 +258,24 @@ impl Endpoint {
     }
 
     /// Counts a call that was sent but is no evidence about the endpoint.
-    pub(super) fn on_unjudged(&self) {
-        self.unjudged.fetch_add(1, Ordering::Relaxed);
+    pub(super) fn on_inconclusive(&self) {
+        self.inconclusive.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Returns the current status of the endpoint.
     pub(super) fn status(&self) -> EndpointStatus {
-        let described = self.lock();
-        let connections = described.connections.iter().filter_map(Weak::upgrade);
+        let details = self.lock();
+        let connections = details.connections.iter().filter_map(Weak::upgrade);
         let connections: Vec<_> = connections.collect();
         let latency = connections
             .iter()
             .find_map(|connection| connection.load.estimate())
-            .or(described.estimate);
+            .or(details.estimate);
         EndpointStatus {
             address: self.address.clone(),
-            state: described.state,
-            weight: described.weight,
-            last_resort: described.last_resort,
+            state: details.state,
+            weight: details.weight,
+            last_resort: details.last_resort,
             connections: connections.len(),
             in_flight: connections
                 .iter()
@@ -285,16 +285,14 @@ impl Endpoint {
             round_trip: connections.last().map(|connection| connection.round_trip),
             calls: self.calls.load(Ordering::Relaxed),
             failures: self.failures.load(Ordering::Relaxed),
-            ejected: described.ejected,
-            last_error: described.last_error.as_deref().map(str::to_owned),
+            ejected: details.ejected,
+            last_error: details.last_error.as_deref().map(str::to_owned),
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, Details> {
         // No code panics while it holds this lock, and the data would be consistent even then.
-        self.described
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.details.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -304,13 +302,14 @@ pub(crate) enum AnswerFault {
     /// A response ended without a gRPC status.
     Unfinished,
     /// A response was not gRPC.
-    Foreign(StatusCode),
+    NotGrpc(StatusCode),
 }
 
 /// Counters of an endpoint since it was added.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Tally {
-    judged: u64,
+    /// Calls that have ended and are evidence about the endpoint.
+    conclusive: u64,
     faults: u64,
     overruns: u64,
 }
@@ -320,9 +319,9 @@ impl Tally {
     pub(super) fn since(self, earlier: Self) -> Counts {
         let faults = self.faults.saturating_sub(earlier.faults);
         let overruns = self.overruns.saturating_sub(earlier.overruns);
-        let judged = self.judged.saturating_sub(earlier.judged);
+        let conclusive = self.conclusive.saturating_sub(earlier.conclusive);
         Counts {
-            successes: judged.saturating_sub(faults + overruns),
+            successes: conclusive.saturating_sub(faults + overruns),
             failures: faults,
             overruns,
         }
@@ -384,7 +383,7 @@ pub enum EndpointState {
 /// A connection is not checked after a silence of up to this length.
 pub(super) const SILENCE: Duration = Duration::from_secs(1);
 /// How long a survived silence remains trusted.
-const TRUST: Duration = Duration::from_secs(600);
+const TRUSTED_FOR: Duration = Duration::from_secs(600);
 /// Permits per endpoint for dialling a connection for a single call: enough for the few calls that may break a connection, and no load on a
 /// server.
-const TRIALS: usize = 8;
+const DIAL_PERMITS: usize = 8;

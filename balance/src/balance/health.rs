@@ -27,9 +27,9 @@ pub(super) enum Health {
 pub(super) struct HealthWatch {
     backoff: ConnectBackoff,
     /// The last status that this watch received.
-    heard: Option<Health>,
+    last_status: Option<Health>,
     /// Whether a short watch was already restarted without a wait.
-    hasty: bool,
+    restarted_immediately: bool,
 }
 
 /// The action that follows the end of a watch.
@@ -47,8 +47,8 @@ impl HealthWatch {
     pub(super) fn new(max_backoff: Duration) -> Self {
         Self {
             backoff: ConnectBackoff::new(max_backoff),
-            heard: None,
-            hasty: false,
+            last_status: None,
+            restarted_immediately: false,
         }
     }
 
@@ -60,7 +60,7 @@ impl HealthWatch {
             ServingStatus::NotServing => not_serving("NOT_SERVING"),
             ServingStatus::Unknown => not_serving("UNKNOWN"),
         };
-        let before = self.heard.replace(health.clone());
+        let before = self.last_status.replace(health.clone());
         (before.as_ref() != Some(&health)).then_some(health)
     }
 
@@ -76,16 +76,16 @@ impl HealthWatch {
         }
         // Proxies limit the duration of a call, and servers limit the age of a connection. The end of a watch is therefore no failure,
         // however often it happens. But a server that answers each watch and ends it at once must not be queried in a tight loop.
-        if let Some(health) = self.heard.take() {
+        if let Some(health) = self.last_status.take() {
             self.backoff.reset();
-            if lasted >= LASTING {
-                self.hasty = false;
+            if lasted >= MIN_LIFETIME {
+                self.restarted_immediately = false;
                 return End::Again;
             }
-            if !std::mem::replace(&mut self.hasty, true) {
+            if !std::mem::replace(&mut self.restarted_immediately, true) {
                 return End::Again;
             }
-            return End::After(health, PACE.mul_f64(0.8 + 0.4 * rng.f64()));
+            return End::After(health, RESTART_INTERVAL.mul_f64(0.8 + 0.4 * rng.f64()));
         }
         let health = match why.code() {
             // tonic-health returns this code for a service that it does not know.
@@ -96,19 +96,19 @@ impl HealthWatch {
     }
 
     fn next_wait(&mut self, rng: &mut fastrand::Rng) -> Duration {
-        self.backoff.next(rng).max(SHORTEST)
+        self.backoff.next(rng).max(MIN_WAIT)
     }
 }
 
 /// A health watch that lived this long counts as successful, whichever side closed it.
-const LASTING: Duration = Duration::from_secs(1);
+const MIN_LIFETIME: Duration = Duration::from_secs(1);
 /// Wait between watches that were answered and then ended early.
-const PACE: Duration = Duration::from_secs(1);
+const RESTART_INTERVAL: Duration = Duration::from_secs(1);
 /// Shortest wait, whatever the channel's backoff is: no server is queried in a tight loop.
-const SHORTEST: Duration = Duration::from_millis(10);
+const MIN_WAIT: Duration = Duration::from_millis(10);
 
-fn not_serving(said: &str) -> Health {
-    Health::NotServing(format!("its health check says {said}").into())
+fn not_serving(status: &str) -> Health {
+    Health::NotServing(format!("its health check says {status}").into())
 }
 
 #[cfg(test)]

@@ -19,10 +19,10 @@ pub(crate) struct Load {
     in_flight: AtomicU32,
     /// Maximum number of calls in flight.
     limit: AtomicU32,
-    /// The value that picks compare: the latency in microseconds, as the bits of an `f32`. 0 while no latency is known.
-    shown: AtomicU32,
+    /// The latency that picks compare, in microseconds, as the bits of an `f32`. 0 while no latency is known.
+    latency: AtomicU32,
     /// The median of all endpoints, in the same form. It replaces an estimate that has too few samples.
-    seed: AtomicU32,
+    median: AtomicU32,
     /// The packed [`Estimate`]: the mean, the time of its last change, and the number of its samples.
     estimate: AtomicU64,
 }
@@ -32,9 +32,9 @@ impl Load {
     /// all endpoints.
     fn begin(&self, inherited: Option<Estimate>, median: f32) {
         let estimate = inherited.unwrap_or_default();
-        let shown = estimate.shown(median);
-        self.shown.store(shown.to_bits(), Ordering::Relaxed);
-        self.seed.store(median.to_bits(), Ordering::Relaxed);
+        let latency = estimate.effective(median);
+        self.latency.store(latency.to_bits(), Ordering::Relaxed);
+        self.median.store(median.to_bits(), Ordering::Relaxed);
         self.estimate.store(estimate.pack(), Ordering::Relaxed);
     }
 
@@ -45,7 +45,7 @@ impl Load {
 
     /// Returns the latency that picks compare, in microseconds.
     pub(crate) fn latency(&self) -> f32 {
-        f32::from_bits(self.shown.load(Ordering::Relaxed))
+        f32::from_bits(self.latency.load(Ordering::Relaxed))
     }
 
     /// Returns the maximum number of calls in flight.
@@ -87,8 +87,10 @@ impl Load {
     /// Records a failed call. The sample has a minimum, since a fast failure must not count as a fast response. The estimate counts
     /// as warm at once: only slow responses of a cold server are excused.
     pub(crate) fn on_failure(&self, elapsed: Duration, now: Ticks) {
-        let seed = f32::from_bits(self.seed.load(Ordering::Relaxed));
-        let sample = micros(elapsed).max(PENALTY).max(seed * PENALTY_FACTOR);
+        let median = f32::from_bits(self.median.load(Ordering::Relaxed));
+        let sample = micros(elapsed)
+            .max(MIN_FAILURE_LATENCY)
+            .max(median * FAILURE_FACTOR);
         self.update(|estimate| Estimate {
             samples: WARM,
             ..estimate.with(sample, now)
@@ -96,8 +98,8 @@ impl Load {
     }
 
     /// Returns the seconds since the last sample, within the range of [`Ticks`].
-    pub(crate) fn quiet(&self, now: Ticks) -> f32 {
-        now.quiet_since(Estimate::unpack(self.estimate.load(Ordering::Relaxed)).updated)
+    pub(crate) fn since_last_sample(&self, now: Ticks) -> f32 {
+        now.long_since(Estimate::unpack(self.estimate.load(Ordering::Relaxed)).updated)
     }
 
     /// Records a call that was dropped before the head of its response. The call would have taken at least this long, so it can only raise
@@ -122,27 +124,27 @@ impl Load {
                 });
         if let Ok(before) = updated {
             let estimate = change(Estimate::unpack(before));
-            let seed = f32::from_bits(self.seed.load(Ordering::Relaxed));
-            self.shown
-                .store(estimate.shown(seed).to_bits(), Ordering::Relaxed);
+            let median = f32::from_bits(self.median.load(Ordering::Relaxed));
+            self.latency
+                .store(estimate.effective(median).to_bits(), Ordering::Relaxed);
         }
     }
 
-    /// Updates the value that picks compare. An estimate without new samples approaches the median of all endpoints, so that an endpoint
+    /// Updates the latency that picks compare. An estimate without new samples approaches the median of all endpoints, so that an endpoint
     /// that was slow once is tried again.
     pub(crate) fn refresh(&self, median: f32, now: Ticks) {
-        self.seed.store(median.to_bits(), Ordering::Relaxed);
+        self.median.store(median.to_bits(), Ordering::Relaxed);
         let estimate = Estimate::unpack(self.estimate.load(Ordering::Relaxed));
-        let shown = estimate.faded(median, now);
-        self.shown.store(shown.to_bits(), Ordering::Relaxed);
+        let latency = estimate.decayed(median, now);
+        self.latency.store(latency.to_bits(), Ordering::Relaxed);
     }
 
     /// Forgets all samples. The peer did not answer for a while, and now counts as fast as the median.
     pub(crate) fn forget(&self, median: f32) {
         let nothing = Estimate::default();
         self.estimate.store(nothing.pack(), Ordering::Relaxed);
-        self.seed.store(median.to_bits(), Ordering::Relaxed);
-        self.shown.store(median.to_bits(), Ordering::Relaxed);
+        self.median.store(median.to_bits(), Ordering::Relaxed);
+        self.latency.store(median.to_bits(), Ordering::Relaxed);
     }
 
     /// Returns the estimate, if it has samples.
@@ -243,9 +245,9 @@ impl Estimate {
         }
     }
 
-    /// Returns the value that picks compare, right after a sample. With fewer than [`WARM`] samples, an endpoint counts as no slower than
+    /// Returns the latency that picks compare, right after a sample. With fewer than [`WARM`] samples, an endpoint counts as no slower than
     /// the median.
-    fn shown(self, median: f32) -> f32 {
+    fn effective(self, median: f32) -> f32 {
         match self.samples {
             0 => median,
             1..WARM => self.mean.min(median),
@@ -253,10 +255,10 @@ impl Estimate {
         }
     }
 
-    /// Returns the value that picks compare at a later time.
-    fn faded(self, median: f32, now: Ticks) -> f32 {
+    /// Returns the latency that picks compare at a later time. It decays to the median.
+    fn decayed(self, median: f32, now: Ticks) -> f32 {
         if self.samples < WARM {
-            return self.shown(median);
+            return self.effective(median);
         }
         let left = (-now.since(self.updated) / TIME_CONSTANT).exp();
         median + (self.mean - median) * left
@@ -294,9 +296,9 @@ impl Ticks {
         Self(millis as u32 & TICK_MASK)
     }
 
-    /// Like [`since`](Self::since), but a long difference is not taken for a backward step of the clock. Only a backward step of less than a second
-    /// counts as two clock reads in reverse order.
-    fn quiet_since(self, earlier: Self) -> f32 {
+    /// Returns the seconds since a time that may be days ago. Like [`since`](Self::since), but a long difference is not taken for a
+    /// backward step of the clock. Only a backward step of less than a second counts as two clock reads in reverse order.
+    fn long_since(self, earlier: Self) -> f32 {
         let millis = self.0.wrapping_sub(earlier.0) & TICK_MASK;
         if TICK_MASK - millis < 1_000 {
             return 0.0;
@@ -334,8 +336,8 @@ pub(crate) fn median(latencies: &mut [f32]) -> f32 {
     let Some(last) = latencies.len().checked_sub(1) else {
         return 0.0;
     };
-    // The lower of two middle values. With two endpoints, the upper one would be the slower endpoint's own latency, so that its estimate would
-    // never improve.
+    // The lower of two middle values. With two endpoints, the upper one would be the slower endpoint's own latency, so that its estimate
+    // would never improve.
     let middle = last / 2;
     *latencies.select_nth_unstable_by(middle, f32::total_cmp).1
 }
@@ -352,9 +354,9 @@ const TICK_MASK: u32 = u32::MAX >> SAMPLE_BITS;
 /// Differences in milliseconds above this limit count as a backward step of the clock.
 const BACKWARDS: f32 = 1e8;
 /// Minimum latency that a failed call counts as, in microseconds.
-const PENALTY: f32 = 100_000.0;
+const MIN_FAILURE_LATENCY: f32 = 100_000.0;
 /// A failed call counts as at least this many times the median of all endpoints.
-const PENALTY_FACTOR: f32 = 8.0;
+const FAILURE_FACTOR: f32 = 8.0;
 
 #[cfg(test)]
 mod tests {
@@ -439,9 +441,12 @@ mod tests {
         let load = warmed(ms(1), Ticks(5_000));
         for hours in [1, 28, 62, 74] {
             let now = Ticks((5_000 + hours * 3_600_000) & TICK_MASK);
-            assert!(load.quiet(now) > 1.0, "{hours} h");
+            assert!(load.since_last_sample(now) > 1.0, "{hours} h");
         }
-        assert!(load.quiet(Ticks(4_990)) < 1.0, "ten milliseconds back");
+        assert!(
+            load.since_last_sample(Ticks(4_990)) < 1.0,
+            "ten milliseconds back"
+        );
     }
 
     #[test]

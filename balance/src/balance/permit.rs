@@ -24,7 +24,7 @@ pub(crate) struct Permit {
 #[derive(Debug)]
 struct Alone {
     metadata: usize,
-    trial: DialPermit,
+    dial_permit: DialPermit,
 }
 
 impl Permit {
@@ -41,10 +41,13 @@ impl Permit {
     pub(super) fn alone(
         connection: &Arc<ReadyConnection>,
         metadata: usize,
-        trial: DialPermit,
+        dial_permit: DialPermit,
     ) -> Self {
         let mut permit = Self::taken(connection);
-        permit.alone = Some(Box::new(Alone { metadata, trial }));
+        permit.alone = Some(Box::new(Alone {
+            metadata,
+            dial_permit,
+        }));
         permit
     }
 
@@ -59,13 +62,18 @@ impl Permit {
     pub(crate) fn is_doubtful(&self, now: Instant, single_threaded: bool) -> bool {
         let connection = &self.connection;
         // The pick has just written to the cache line of the last sample. The time of the last read is in another cache line.
-        let quiet = connection.load().quiet(connection.ticks(now));
-        if quiet < if single_threaded { UNDRIVEN } else { QUIET } {
+        let since_last_sample = connection.load().since_last_sample(connection.ticks(now));
+        let recent = if single_threaded {
+            RECENT_SAMPLE_SINGLE_THREADED
+        } else {
+            RECENT_SAMPLE
+        };
+        if since_last_sample < recent {
             return false;
         }
         let silence = connection.http2().silence(now);
         silence > connection.endpoint().trusted_silence(now)
-            || (single_threaded && silence > UNDRIVEN_FOR)
+            || (single_threaded && silence > SINGLE_THREADED_SILENCE)
     }
 
     /// Checks a doubtful connection.
@@ -120,13 +128,13 @@ impl Permit {
             .load()
             .on_head(elapsed, self.connection.ticks(now));
         if let Some(alone) = &mut self.alone {
-            alone.trial.end();
+            alone.dial_permit.end();
             self.connection.endpoint().on_metadata(alone.metadata);
         }
     }
 
     /// Returns whether the outcome of the response head, or of the whole call, was recorded.
-    pub(crate) fn is_noted(&self) -> bool {
+    pub(crate) fn is_recorded(&self) -> bool {
         self.sent.is_none()
     }
 
@@ -139,8 +147,8 @@ impl Permit {
     /// Records that the call overran its deadline. Requests a PING, which shows whether the server is slow or does not answer any more.
     pub(crate) fn on_overdue(&mut self, now: Instant) {
         self.connection.endpoint().on_overrun();
-        // After the head of the response, the time of the last read counts: a PING is sent if nothing was read for `SUSPECT`.
-        let silent_since = now.checked_sub(SUSPECT).unwrap_or(now);
+        // After the head of the response, the time of the last read counts: a PING is sent if nothing was read for `MIN_OVERRUN`.
+        let silent_since = now.checked_sub(MIN_OVERRUN).unwrap_or(now);
         let sent = self.sent.take();
         self.connection
             .http2()
@@ -155,7 +163,7 @@ impl Permit {
     /// Records that the server refused to process the call. A refusal is no evidence about the server's latency.
     pub(crate) fn on_refused(&mut self) {
         self.sent = None;
-        self.connection.endpoint().on_unjudged();
+        self.connection.endpoint().on_inconclusive();
     }
 
     fn fail(&self, elapsed: Duration, now: Instant, blame: Blame) {
@@ -172,9 +180,9 @@ impl Drop for Permit {
             let elapsed = now.saturating_duration_since(sent);
             let ticks = self.connection.ticks(now);
             self.connection.load().on_abandoned(elapsed, ticks);
-            self.connection.endpoint().on_unjudged();
+            self.connection.endpoint().on_inconclusive();
             // A caller with a timeout of its own drops the call, so a late drop may be an overrun.
-            if elapsed >= SUSPECT {
+            if elapsed >= MIN_OVERRUN {
                 self.connection.http2().suspect_dropped(sent);
             }
         }
@@ -183,9 +191,9 @@ impl Drop for Permit {
 }
 
 /// A drop earlier than this after the send is not taken for an overrun. The value is half of the shortest deadlines in use.
-const SUSPECT: Duration = Duration::from_millis(100);
+const MIN_OVERRUN: Duration = Duration::from_millis(100);
 /// A connection that has recorded a sample within this time, in seconds, is not examined further.
-const QUIET: f32 = 1.0;
+const RECENT_SAMPLE: f32 = 1.0;
 /// The same limit if the connection tasks share a thread with the callers: longer than the gap between two calls of a busy caller.
-const UNDRIVEN: f32 = 0.005;
-const UNDRIVEN_FOR: Duration = Duration::from_millis(5);
+const RECENT_SAMPLE_SINGLE_THREADED: f32 = 0.005;
+const SINGLE_THREADED_SILENCE: Duration = Duration::from_millis(5);

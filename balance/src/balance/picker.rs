@@ -6,7 +6,7 @@
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::ready_set::{ReadySet, Slot, below};
+use super::ready_set::{ReadySet, Slot, random_below};
 
 /// How a channel picks among the ready endpoints. Every policy respects the weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -70,12 +70,12 @@ impl Picker {
     }
 
     /// Picks a connection that is `usable` for the call, and reserves a stream on it. If no drawn connection can take the call, scans up to
-    /// `around` adjacent slots.
+    /// `scan_limit` adjacent slots.
     pub(crate) fn pick<'a, M: Candidate>(
         &self,
         set: &'a ReadySet<M>,
         usable: impl Fn(&M) -> bool,
-        around: usize,
+        scan_limit: usize,
     ) -> Pick<&'a M> {
         if set.len() == 0 {
             return Pick::Empty;
@@ -88,7 +88,7 @@ impl Picker {
             taken
         };
         for _ in 0..DRAWS {
-            let Some((first, second)) = self.draw(set) else {
+            let Some((first, second)) = self.candidates(set) else {
                 break;
             };
             if taken(first) {
@@ -99,8 +99,8 @@ impl Picker {
             }
         }
         // The set has a single slot, or nearly all connections are full. Scans for a free stream, but not the whole set.
-        let start = below(self.rng.next(), set.len());
-        for step in 0..set.len().min(around) {
+        let start = random_below(self.rng.next(), set.len());
+        for step in 0..set.len().min(scan_limit) {
             let slot = set.get((start + step) % set.len());
             if let Some(slot) = slot.filter(|slot| taken(slot)) {
                 return Pick::Taken(&slot.connection);
@@ -115,7 +115,7 @@ impl Picker {
 
     /// Returns the slot to try first. If the policy draws two slots, also returns the worse one, to try next. Returns `None` if the set has
     /// a single slot.
-    fn draw<'a, M: Candidate>(&self, set: &'a ReadySet<M>) -> Option<Drawn<'a, M>> {
+    fn candidates<'a, M: Candidate>(&self, set: &'a ReadySet<M>) -> Option<Drawn<'a, M>> {
         if set.len() == 1 {
             return None;
         }
@@ -124,7 +124,7 @@ impl Picker {
             let turn = self.cursor.fetch_add(1, Ordering::Relaxed);
             return Some((set.in_turn(turn)?, None));
         }
-        let (first, second) = self.two(set)?;
+        let (first, second) = self.draw_two(set)?;
         Some(if self.is_worse(first, second) {
             (second, Some(first))
         } else {
@@ -134,10 +134,10 @@ impl Picker {
 
     /// Draws two different slots. Both are drawn by weight. If the second draw yields the first slot again, it is replaced by a uniformly
     /// drawn other slot.
-    fn two<'a, M>(&self, set: &'a ReadySet<M>) -> Option<(&'a Slot<M>, &'a Slot<M>)> {
+    fn draw_two<'a, M>(&self, set: &'a ReadySet<M>) -> Option<(&'a Slot<M>, &'a Slot<M>)> {
         let random = self.rng.next();
         let (first, second) = if set.is_uniform() {
-            let first = below(random, set.len());
+            let first = random_below(random, set.len());
             // The lower half of the word is as random as the upper half.
             (first, other(first, random << 32, set.len()))
         } else {
@@ -175,7 +175,7 @@ type Drawn<'a, M> = (&'a Slot<M>, Option<&'a Slot<M>>);
 
 /// Returns a random index that is not `first`.
 fn other(first: usize, random: u64, len: usize) -> usize {
-    let second = first + 1 + below(random, len - 1);
+    let second = first + 1 + random_below(random, len - 1);
     if second < len { second } else { second - len }
 }
 
@@ -205,11 +205,11 @@ fn is_worse_by_far(in_flight: (u32, u32), weights: (u32, u32), latencies: (f32, 
     );
     // One call at the endpoint with the smaller weight, in the same unit. If the next call were added to both sides instead, the endpoint
     // with the larger weight would always be the better one of two idle endpoints.
-    let one = float(weights.0.max(weights.1));
+    let one_call = float(weights.0.max(weights.1));
     if are_alike(latencies, NOISE_OF_UNEQUAL) {
-        first > IMBALANCE * (second + one)
+        first > IMBALANCE * (second + one_call)
     } else {
-        (first + one) * latencies.0 > (second + one) * latencies.1
+        (first + one_call) * latencies.0 > (second + one_call) * latencies.1
     }
 }
 

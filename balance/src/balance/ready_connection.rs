@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::endpoint::{Endpoint, Vitals};
+use super::endpoint::{ConnectionStats, Endpoint};
 use super::load::{Load, LoadHandle, Ticks};
 use super::picker::Candidate;
 use crate::transport::http2::Connection;
@@ -17,7 +17,7 @@ use crate::transport::http2::Connection;
 pub(crate) struct ReadyConnection {
     load: LoadHandle,
     /// The endpoint holds a weak reference to it, and reports it as long as the connection exists.
-    _vitals: Arc<Vitals>,
+    _stats: Arc<ConnectionStats>,
     http2: Connection,
     endpoint: Arc<Endpoint>,
     waiters: Arc<dyn Queue>,
@@ -79,14 +79,14 @@ impl ReadyConnection {
         waiters: Arc<dyn Queue>,
         epoch: Instant,
     ) -> Self {
-        let vitals = Arc::new(Vitals {
+        let stats = Arc::new(ConnectionStats {
             load: load.clone(),
             round_trip: http2.round_trip(),
         });
-        endpoint.add_connection(&vitals);
+        endpoint.add_connection(&stats);
         Self {
             load,
-            _vitals: vitals,
+            _stats: stats,
             http2,
             endpoint,
             waiters,

@@ -62,19 +62,19 @@ impl<M> ReadySet<M> {
 
     /// Returns the slot of this turn in round robin.
     pub(crate) fn in_turn(&self, turn: u64) -> Option<&Slot<M>> {
-        let place = if let Some(rotation) = &self.rotation {
-            rotation.place(turn)?
+        let index = if let Some(rotation) = &self.rotation {
+            rotation.index_at(turn)?
         } else {
-            let place = turn.checked_rem(u64::try_from(self.len).ok()?)?;
-            usize::try_from(place).ok()?
+            let index = turn.checked_rem(u64::try_from(self.len).ok()?)?;
+            usize::try_from(index).ok()?
         };
-        self.get(place)
+        self.get(index)
     }
 
     /// Draws the index of a slot by weight, from two random words.
     pub(crate) fn draw(&self, outer: u64, inner: u64) -> Option<usize> {
         let Some(alias) = &self.alias else {
-            return Some(below(outer, self.len));
+            return Some(random_below(outer, self.len));
         };
         let index = alias.draw(outer);
         let chunk = self.chunks.get(index)?;
@@ -94,7 +94,7 @@ impl<M> Default for ReadySet<M> {
 }
 
 /// Returns a random number below `len`, from the upper half of a random word.
-pub(super) fn below(random: u64, len: usize) -> usize {
+pub(super) fn random_below(random: u64, len: usize) -> usize {
     // The product of two 32-bit numbers, shifted right by 32 bits, is less than the second number. This avoids a division, and its bias is
     // negligible.
     let len = u64::try_from(len).unwrap_or(u64::MAX) & 0xffff_ffff;
@@ -118,7 +118,7 @@ impl Alias {
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
         clippy::cast_precision_loss,
-        reason = "shares of one are scaled to 32 bits, and a set has fewer places than that"
+        reason = "shares of one are scaled to 32 bits, and a set has fewer slots than that"
     )]
     fn new(weights: impl Iterator<Item = u64>) -> Self {
         let mut shares: Vec<f64> = weights.map(|weight| weight as f64).collect();
@@ -154,7 +154,7 @@ impl Alias {
     }
 
     fn draw(&self, random: u64) -> usize {
-        let index = below(random, self.0.len());
+        let index = random_below(random, self.0.len());
         match self.0.get(index) {
             Some(column) if random & 0xffff_ffff >= u64::from(column.keep) => column.other as usize,
             _ => index,
@@ -166,7 +166,7 @@ impl Alias {
 #[derive(Debug)]
 pub(crate) struct ReadySetBuilder<K, M> {
     slots: Vec<(K, Slot<M>)>,
-    places: HashMap<K, usize>,
+    indexes: HashMap<K, usize>,
     /// Number of slots for each weight.
     weights: BTreeMap<u32, usize>,
     /// The slots ordered by weight; `None` unless picks are made in turn.
@@ -180,7 +180,7 @@ impl<K, M> ReadySetBuilder<K, M> {
     pub(crate) fn new(takes_turns: bool) -> Self {
         Self {
             slots: Vec::new(),
-            places: HashMap::new(),
+            indexes: HashMap::new(),
             weights: BTreeMap::new(),
             ranking: takes_turns.then(Ranking::default),
             chunks: Vec::new(),
@@ -195,34 +195,34 @@ impl<K: Clone + Eq + Hash, M: Clone> ReadySetBuilder<K, M> {
     }
 
     pub(crate) fn contains(&self, key: &K) -> bool {
-        self.places.contains_key(key)
+        self.indexes.contains_key(key)
     }
 
     /// Adds an entry, or replaces the entry of this key.
     pub(crate) fn insert(&mut self, key: K, connection: M, weight: u32) {
         self.remove(&key);
         let weight = weight.max(1);
-        self.places.insert(key.clone(), self.slots.len());
+        self.indexes.insert(key.clone(), self.slots.len());
         self.stale.insert(self.slots.len() / CHUNK);
-        self.note_weight(weight, self.slots.len());
+        self.add_weight(weight, self.slots.len());
         self.slots.push((key, Slot { connection, weight }));
     }
 
     /// Removes an entry. Returns whether it existed.
     pub(crate) fn remove(&mut self, key: &K) -> bool {
-        let Some(place) = self.places.remove(key) else {
+        let Some(index) = self.indexes.remove(key) else {
             return false;
         };
-        let (_, slot) = self.slots.swap_remove(place);
-        self.forget_weight(slot.weight, place);
-        if let Some((moved, slot)) = self.slots.get(place) {
-            self.places.insert(moved.clone(), place);
+        let (_, slot) = self.slots.swap_remove(index);
+        self.remove_weight(slot.weight, index);
+        if let Some((moved, slot)) = self.slots.get(index) {
+            self.indexes.insert(moved.clone(), index);
             if let Some(ranking) = &mut self.ranking {
                 ranking.remove(slot.weight, self.slots.len());
-                ranking.insert(slot.weight, place);
+                ranking.insert(slot.weight, index);
             }
         }
-        self.stale.insert(place / CHUNK);
+        self.stale.insert(index / CHUNK);
         self.stale.insert(self.slots.len() / CHUNK);
         true
     }
@@ -230,32 +230,32 @@ impl<K: Clone + Eq + Hash, M: Clone> ReadySetBuilder<K, M> {
     /// Changes the weight of an entry in place. Returns whether the weight has changed.
     pub(crate) fn reweigh(&mut self, key: &K, weight: u32) -> bool {
         let weight = weight.max(1);
-        let Some(&place) = self.places.get(key) else {
+        let Some(&index) = self.indexes.get(key) else {
             return false;
         };
-        let Some((_, slot)) = self.slots.get_mut(place) else {
+        let Some((_, slot)) = self.slots.get_mut(index) else {
             return false;
         };
         let before = std::mem::replace(&mut slot.weight, weight);
         if before == weight {
             return false;
         }
-        self.forget_weight(before, place);
-        self.note_weight(weight, place);
-        self.stale.insert(place / CHUNK);
+        self.remove_weight(before, index);
+        self.add_weight(weight, index);
+        self.stale.insert(index / CHUNK);
         true
     }
 
-    fn note_weight(&mut self, weight: u32, place: usize) {
+    fn add_weight(&mut self, weight: u32, index: usize) {
         *self.weights.entry(weight).or_default() += 1;
         if let Some(ranking) = &mut self.ranking {
-            ranking.insert(weight, place);
+            ranking.insert(weight, index);
         }
     }
 
-    fn forget_weight(&mut self, weight: u32, place: usize) {
+    fn remove_weight(&mut self, weight: u32, index: usize) {
         if let Some(ranking) = &mut self.ranking {
-            ranking.remove(weight, place);
+            ranking.remove(weight, index);
         }
         if let Some(count) = self.weights.get_mut(&weight) {
             *count -= 1;

@@ -20,14 +20,14 @@ pub(super) enum Rotation {
 
 impl Rotation {
     /// Returns the index of the slot that has this turn.
-    pub(super) fn place(&self, turn: u64) -> Option<usize> {
+    pub(super) fn index_at(&self, turn: u64) -> Option<usize> {
         match self {
-            Self::Schedule(places) => {
-                let index = turn.checked_rem(u64::try_from(places.len()).ok()?)?;
-                let place = places.get(usize::try_from(index).ok()?)?;
-                Some(*place as usize)
+            Self::Schedule(indexes) => {
+                let index = turn.checked_rem(u64::try_from(indexes.len()).ok()?)?;
+                let index = indexes.get(usize::try_from(index).ok()?)?;
+                Some(*index as usize)
             }
-            Self::Line(line) => line.place(turn.wrapping_mul(GOLDEN)),
+            Self::Line(line) => line.index_at(turn.wrapping_mul(GOLDEN)),
         }
     }
 }
@@ -62,8 +62,8 @@ impl Piece {
 
 impl Ranking {
     /// Adds a slot. Its weight is at least 1.
-    pub(super) fn insert(&mut self, weight: u32, place: usize) {
-        let slot = slot(weight, place);
+    pub(super) fn insert(&mut self, weight: u32, index: usize) {
+        let slot = slot(weight, index);
         self.len += 1;
         let index = self.find(slot);
         let Some(piece) = self.pieces.get_mut(index) else {
@@ -79,8 +79,8 @@ impl Ranking {
     }
 
     /// Removes a slot that was added with this weight.
-    pub(super) fn remove(&mut self, weight: u32, place: usize) {
-        let slot = slot(weight, place);
+    pub(super) fn remove(&mut self, weight: u32, index: usize) {
+        let slot = slot(weight, index);
         let index = self.find(slot);
         let Some(piece) = self.pieces.get_mut(index) else {
             return;
@@ -144,8 +144,8 @@ impl Ranking {
     }
 }
 
-fn slot(weight: u32, place: usize) -> (u32, u32) {
-    (weight, u32::try_from(place).unwrap_or(u32::MAX))
+fn slot(weight: u32, index: usize) -> (u32, u32) {
+    (weight, u32::try_from(index).unwrap_or(u32::MAX))
 }
 
 fn gcd(a: u32, b: u32) -> u32 {
@@ -188,12 +188,12 @@ pub(super) struct Line(Segments<Segments<u32>>);
 
 impl Line {
     /// Returns the index of the slot at a point. The point is a fraction of the line in units of 2^-64.
-    fn place(&self, fraction: u64) -> Option<usize> {
+    fn index_at(&self, fraction: u64) -> Option<usize> {
         let length = u128::from(self.0.length());
         let point = u64::try_from((u128::from(fraction) * length) >> 64).ok()?;
         let (piece, start) = self.0.at(point)?;
-        let (place, _) = piece.at(point - start)?;
-        Some(*place as usize)
+        let (index, _) = piece.at(point - start)?;
+        Some(*index as usize)
     }
 }
 
@@ -278,14 +278,14 @@ mod tests {
 
     fn ranking(weights: &[u32]) -> Ranking {
         let mut ranking = Ranking::default();
-        for (place, weight) in weights.iter().enumerate() {
-            ranking.insert(*weight, place);
+        for (index, weight) in weights.iter().enumerate() {
+            ranking.insert(*weight, index);
         }
         ranking
     }
 
     fn turns(rotation: &Rotation, start: u64, turns: u64) -> impl Iterator<Item = usize> {
-        (start..start + turns).map(|turn| rotation.place(turn).expect("not empty"))
+        (start..start + turns).map(|turn| rotation.index_at(turn).expect("not empty"))
     }
 
     /// Returns the number of turns that each slot should get.
@@ -298,8 +298,8 @@ mod tests {
     fn counts(weights: &[u32], start: u64, length: u64) -> Vec<f64> {
         let rotation = ranking(weights).rotation();
         let mut counts = vec![0.0; weights.len()];
-        for place in turns(&rotation, start, length) {
-            counts[place] += 1.0;
+        for index in turns(&rotation, start, length) {
+            counts[index] += 1.0;
         }
         counts
     }
@@ -334,11 +334,11 @@ mod tests {
             let bound = if matches!(rotation, Rotation::Schedule(_)) { 2.0 } else { LINE };
             let due = fair(&weights, 1);
             let mut owed = vec![0.0; weights.len()];
-            for place in turns(&rotation, start.into(), 3_000) {
+            for index in turns(&rotation, start.into(), 3_000) {
                 for (owed, due) in owed.iter_mut().zip(&due) {
                     *owed += due;
                 }
-                owed[place] -= 1.0;
+                owed[index] -= 1.0;
                 prop_assert!(owed.iter().all(|owed| owed.abs() < bound), "{owed:?}");
             }
         }
@@ -349,16 +349,16 @@ mod tests {
             unit in 1..100_u32,
         ) {
             let scaled: Vec<_> = weights.iter().map(|weight| weight * unit).collect();
-            let Rotation::Schedule(places) = ranking(&scaled).rotation() else {
+            let Rotation::Schedule(indexes) = ranking(&scaled).rotation() else {
                 panic!("small sets have a schedule");
             };
             let due = fair(&weights, 1);
             let mut owed = vec![0.0; weights.len()];
-            for place in &places {
+            for index in &indexes {
                 for (owed, due) in owed.iter_mut().zip(&due) {
                     *owed += due;
                 }
-                owed[*place as usize] -= 1.0;
+                owed[*index as usize] -= 1.0;
                 prop_assert!(owed.iter().all(|owed| owed.abs() < 1.0), "{owed:?}");
             }
             prop_assert!(owed.iter().all(|owed| owed.abs() < 1e-6), "{owed:?}");
@@ -369,27 +369,27 @@ mod tests {
             changes in proptest::collection::vec((0..400_usize, 0..2_000_u32), 1..1_000),
         ) {
             let (mut changed, mut weights) = (Ranking::default(), vec![0; 400]);
-            for (number, (place, weight)) in changes.into_iter().enumerate() {
-                let before = std::mem::replace(&mut weights[place], weight);
+            for (number, (index, weight)) in changes.into_iter().enumerate() {
+                let before = std::mem::replace(&mut weights[index], weight);
                 if before > 0 {
-                    changed.remove(before, place);
+                    changed.remove(before, index);
                 }
                 if weight > 0 {
-                    changed.insert(weight, place);
+                    changed.insert(weight, index);
                 }
                 if number % 50 == 0 {
                     changed.rotation();
                 }
             }
             let mut new = Ranking::default();
-            for (place, weight) in weights.iter().enumerate().filter(|(_, weight)| **weight > 0) {
-                new.insert(*weight, place);
+            for (index, weight) in weights.iter().enumerate().filter(|(_, weight)| **weight > 0) {
+                new.insert(*weight, index);
             }
             let pieces = changed.pieces.iter().map(|piece| piece.slots.len());
             prop_assert!(pieces.clone().all(|slots| (1..=PIECE).contains(&slots)));
             let (changed, new) = (changed.rotation(), new.rotation());
             for turn in 0..2_000 {
-                prop_assert_eq!(changed.place(turn), new.place(turn));
+                prop_assert_eq!(changed.index_at(turn), new.index_at(turn));
             }
         }
     }
@@ -408,7 +408,7 @@ mod tests {
     #[test]
     fn classes_of_weights_get_their_shares_among_ten_thousand() {
         let mut rng = fastrand::Rng::with_seed(7);
-        let decades = (0..10_000).map(|place| 10_u32.pow(place % 6)).collect();
+        let decades = (0..10_000).map(|index| 10_u32.pow(index % 6)).collect();
         let random = (0..10_000).map(|_| rng.u32(1..=100_000)).collect();
         for weights in [decades, random] {
             let weights: Vec<u32> = weights;
@@ -434,10 +434,10 @@ mod tests {
     #[test]
     fn a_slot_of_weight_two_among_three_of_one_never_has_two_turns_in_a_row() {
         let rotation = ranking(&[1, 2, 1, 1]).rotation();
-        let places: Vec<_> = turns(&rotation, 3, 100).collect();
+        let indexes: Vec<_> = turns(&rotation, 3, 100).collect();
         assert!(
-            places.windows(2).all(|pair| pair[0] != pair[1]),
-            "{places:?}"
+            indexes.windows(2).all(|pair| pair[0] != pair[1]),
+            "{indexes:?}"
         );
     }
 
@@ -445,7 +445,7 @@ mod tests {
     fn a_lone_light_slot_does_not_wait_for_the_end_of_the_period() {
         let rotation = ranking(&[100, 1]).rotation();
         let light: Vec<_> = (0..202)
-            .filter(|turn| rotation.place(*turn) == Some(1))
+            .filter(|turn| rotation.index_at(*turn) == Some(1))
             .collect();
         assert_eq!(light.len(), 2);
         assert_eq!(light[1] - light[0], 101);

@@ -74,12 +74,12 @@ impl Shared {
         self.snapshot(SCAN_LIMIT).pick(usable)
     }
 
-    /// Returns the published state. If the drawn connections cannot take the call, a pick scans at most `around` slots.
-    pub(crate) fn snapshot(&self, around: usize) -> Snapshot<'_> {
+    /// Returns the published state. If the drawn connections cannot take the call, a pick scans at most `scan_limit` slots.
+    pub(crate) fn snapshot(&self, scan_limit: usize) -> Snapshot<'_> {
         Snapshot {
             picker: &self.picker,
             published: self.published.load(),
-            around,
+            scan_limit,
         }
     }
 
@@ -117,14 +117,14 @@ impl Shared {
     /// Records a response that was not gRPC. After a few such responses in a row, or after a single one on probation, the endpoint gets no
     /// calls for a while.
     #[cold]
-    pub(crate) fn on_foreign(
+    pub(crate) fn on_not_grpc(
         &self,
         endpoint: &Arc<Endpoint>,
-        noted: AnswerFault,
+        fault: AnswerFault,
         describe: impl FnOnce() -> String,
     ) {
-        endpoint.note(noted, describe);
-        if endpoint.on_foreign() >= FOREIGN {
+        endpoint.record_fault(fault, describe);
+        if endpoint.on_not_grpc() >= MAX_NOT_GRPC {
             self.lock_not_grpc().push(Arc::clone(endpoint));
             self.demand.notify_one();
         }
@@ -158,7 +158,7 @@ impl Shared {
         &self,
         endpoint: &Arc<Endpoint>,
         metadata: usize,
-        trial: DialPermit,
+        dial_permit: DialPermit,
     ) -> Result<Permit, DialError> {
         let connected = self
             .connector
@@ -174,8 +174,8 @@ impl Shared {
         let connection = Arc::new(connection);
         connection.follow_limit();
         connection.load().acquire();
-        trial.end_soon();
-        Ok(Permit::alone(&connection, metadata, trial))
+        dial_permit.end_soon();
+        Ok(Permit::alone(&connection, metadata, dial_permit))
     }
 
     /// Makes the driver replace a connection by a new one to the same endpoint. Calls on the old connection finish.
@@ -266,14 +266,17 @@ pub(super) struct Published {
 pub(crate) struct Snapshot<'a> {
     pub(super) picker: &'a Picker,
     pub(super) published: Guard<Arc<Published>>,
-    around: usize,
+    scan_limit: usize,
 }
 
 impl Snapshot<'_> {
     /// Picks as [`Shared::pick`] does.
     pub(crate) fn pick(&self, usable: impl Fn(&Arc<ReadyConnection>) -> bool) -> Pick<Permit> {
         let usable = |entry: &ReadyEntry| usable(entry.connection());
-        match self.picker.pick(&self.published.ready, usable, self.around) {
+        match self
+            .picker
+            .pick(&self.published.ready, usable, self.scan_limit)
+        {
             Pick::Taken(entry) => Pick::Taken(Permit::taken(entry.connection())),
             Pick::Full => Pick::Full,
             Pick::Excluded => Pick::Excluded,
@@ -288,4 +291,4 @@ impl Snapshot<'_> {
 
 /// Number of consecutive responses that are not gRPC, after which an endpoint no longer counts as a gRPC server. A single such response may
 /// be sent by a proxy while the server behind it restarts.
-const FOREIGN: u32 = 3;
+const MAX_NOT_GRPC: u32 = 3;

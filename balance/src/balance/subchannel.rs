@@ -29,18 +29,18 @@ use super::ready_connection::{ReadyConnection, Used};
 pub(super) struct Subchannel<S> {
     backoff: ConnectBackoff,
     /// The backoff between connections that the peer closes unused.
-    rest: ConnectBackoff,
+    rest_backoff: ConnectBackoff,
     /// Consecutive attempts that did not yield a connection.
     failed: usize,
-    /// Consecutive connections that were closed without serving a call although calls needed them. `last` is the use of the latest one,
+    /// Consecutive connections that were closed without serving a call although calls needed them. `last_use` is the use of the latest one,
     /// since a call on it may still be answered later.
-    vain: u32,
-    last: Option<Arc<Used>>,
+    unserved: u32,
+    last_use: Option<Arc<Used>>,
     /// Set by a failure, and cleared by a connection that is ready. It stays set between two attempts: otherwise calls would wait forever
     /// for an endpoint that is down.
     failing: bool,
     /// Whether the one immediate redial after an early loss was used.
-    hasty: bool,
+    redialled_immediately: bool,
     /// Whether calls wait for the next connection.
     wanted: bool,
     state: S,
@@ -119,12 +119,12 @@ impl<S> Subchannel<S> {
     fn become_<T>(self, state: T) -> Subchannel<T> {
         Subchannel {
             backoff: self.backoff,
-            rest: self.rest,
+            rest_backoff: self.rest_backoff,
             failed: self.failed,
-            vain: self.vain,
-            last: self.last,
+            unserved: self.unserved,
+            last_use: self.last_use,
             failing: self.failing,
-            hasty: self.hasty,
+            redialled_immediately: self.redialled_immediately,
             wanted: self.wanted,
             state,
         }
@@ -133,11 +133,11 @@ impl<S> Subchannel<S> {
     /// Discards all observations of earlier connections. Called for a fresh registration, and after a connection has served a call.
     fn forget(&mut self) {
         self.backoff.reset();
-        self.rest.reset();
+        self.rest_backoff.reset();
         self.failing = false;
-        self.hasty = false;
-        self.vain = 0;
-        self.last = None;
+        self.redialled_immediately = false;
+        self.unserved = 0;
+        self.last_use = None;
         self.wanted = false;
     }
 
@@ -150,13 +150,13 @@ impl<S> Subchannel<S> {
 impl Subchannel<Idle> {
     pub(super) fn new(backoff: ConnectBackoff) -> Self {
         Self {
-            rest: backoff.clone(),
+            rest_backoff: backoff.clone(),
             backoff,
             failed: 0,
-            vain: 0,
-            last: None,
+            unserved: 0,
+            last_use: None,
             failing: false,
-            hasty: false,
+            redialled_immediately: false,
             wanted: false,
             state: Idle,
         }
@@ -291,31 +291,31 @@ impl<S> Subchannel<S> {
             self.forget();
             return Lost::Idle(self.become_(Idle));
         }
-        if self.last.take().is_some_and(|last| last.is_answered()) {
-            self.vain = 0;
+        if self.last_use.take().is_some_and(|last| last.is_answered()) {
+            self.unserved = 0;
         }
-        let lasted = now.saturating_duration_since(started) >= LASTING;
+        let lasted = now.saturating_duration_since(started) >= MIN_LIFETIME;
         // If a connection lasted without a call, no call needed it.
         let wanted = ending.used.is_sent() || (self.wanted && !lasted);
         if lasted {
             self.backoff.reset();
-            self.hasty = false;
+            self.redialled_immediately = false;
         }
         if wanted && ending.graceful {
-            self.vain += 1;
-            self.last = Some(ending.used);
+            self.unserved += 1;
+            self.last_use = Some(ending.used);
             self.wanted = true;
-            if self.vain < VAIN {
+            if self.unserved < MAX_UNSERVED {
                 return Lost::Idle(self.become_(Idle));
             }
             return Lost::TransientFailure(self.give_up(started, rng, now));
         }
         if !wanted && (ending.graceful || lasted) {
             self.wanted = false;
-            let until = now + self.rest.next(rng);
+            let until = now + self.rest_backoff.next(rng);
             return Lost::Resting(self.become_(Resting { until }));
         }
-        if lasted || !std::mem::replace(&mut self.hasty, true) {
+        if lasted || !std::mem::replace(&mut self.redialled_immediately, true) {
             return Lost::Idle(self.become_(Idle));
         }
         Lost::TransientFailure(self.give_up(started, rng, now))
@@ -372,10 +372,10 @@ impl Subchannel<Draining> {
 }
 
 /// A connection that lived this long counts as successful even if no call used it.
-const LASTING: Duration = Duration::from_secs(1);
+const MIN_LIFETIME: Duration = Duration::from_secs(1);
 /// Number of consecutive connections that are closed without serving any of the calls that needed them, after which the endpoint counts as
 /// failing.
-const VAIN: u32 = 5;
+const MAX_UNSERVED: u32 = 5;
 
 #[cfg(test)]
 mod tests {
@@ -502,7 +502,7 @@ mod tests {
     async fn consecutive_connections_that_serve_no_waiting_call_count_as_a_failure() {
         let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
         let mut subchannel = idle();
-        for _ in 1..VAIN {
+        for _ in 1..MAX_UNSERVED {
             match lose(subchannel, ending(true, true, false), &mut rng, now) {
                 Lost::Idle(next) => subchannel = next,
                 lost => panic!("{lost:?}"),

@@ -46,25 +46,25 @@ impl Exclusions {
 
 #[derive(Debug)]
 struct Waiter {
-    place: Mutex<Handover>,
+    handover: Mutex<Handover>,
 }
 
 #[derive(Debug)]
 enum Handover {
     /// The call waits. The connections that it excludes are kept no longer than that.
-    None {
+    Waiting {
         waker: Option<Waker>,
         exclusions: Exclusions,
     },
     Given(Permit),
     /// The call does not wait any more.
-    Left,
+    Done,
 }
 
 impl Waiter {
     fn lock(&self) -> MutexGuard<'_, Handover> {
         // No code panics while it holds this lock.
-        self.place.lock().unwrap_or_else(PoisonError::into_inner)
+        self.handover.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -87,14 +87,14 @@ impl Waiters {
             return None;
         }
         let waiter = Arc::new(Waiter {
-            place: Mutex::new(Handover::None {
+            handover: Mutex::new(Handover::Waiting {
                 waker: None,
                 exclusions,
             }),
         });
         let mut queue = self.lock();
-        if queue.len() > 2 * waiting + SPARE {
-            queue.retain(|waiter| matches!(*waiter.lock(), Handover::None { .. }));
+        if queue.len() > 2 * waiting + MAX_STALE {
+            queue.retain(|waiter| matches!(*waiter.lock(), Handover::Waiting { .. }));
         }
         queue.push_back(Arc::clone(&waiter));
         drop(queue);
@@ -119,13 +119,13 @@ impl Waiters {
         let mut queue = self.lock();
         let mut index = 0;
         while let Some(waiter) = queue.get(index).map(Arc::clone) {
-            let mut place = waiter.lock();
-            match &mut *place {
-                Handover::None { waker, exclusions } if exclusions.allow(connection) => {
+            let mut handover = waiter.lock();
+            match &mut *handover {
+                Handover::Waiting { waker, exclusions } if exclusions.allow(connection) => {
                     let waker = waker.take();
                     let given = Handover::Given(Permit::taken(connection));
-                    let before = std::mem::replace(&mut *place, given);
-                    drop(place);
+                    let before = std::mem::replace(&mut *handover, given);
+                    drop(handover);
                     queue.remove(index);
                     drop(queue);
                     // Outside the locks: it may hold the last reference to a connection.
@@ -135,9 +135,9 @@ impl Waiters {
                     }
                     return true;
                 }
-                Handover::None { .. } => index += 1,
-                Handover::Given(_) | Handover::Left => {
-                    drop(place);
+                Handover::Waiting { .. } => index += 1,
+                Handover::Given(_) | Handover::Done => {
+                    drop(handover);
                     queue.remove(index);
                 }
             }
@@ -195,10 +195,10 @@ impl Waiting {
     /// # Cancel safety
     ///
     /// Dropping the future keeps the call in the queue.
-    pub(crate) async fn place(&self) -> Permit {
+    pub(crate) async fn permit(&self) -> Permit {
         std::future::poll_fn(|cx| {
-            let mut place = self.waiter.lock();
-            if let Handover::None { waker, .. } = &mut *place {
+            let mut handover = self.waiter.lock();
+            if let Handover::Waiting { waker, .. } = &mut *handover {
                 if waker
                     .as_ref()
                     .is_none_or(|waker| !waker.will_wake(cx.waker()))
@@ -207,7 +207,7 @@ impl Waiting {
                 }
                 return Poll::Pending;
             }
-            match std::mem::replace(&mut *place, Handover::Left) {
+            match std::mem::replace(&mut *handover, Handover::Done) {
                 Handover::Given(permit) => Poll::Ready(permit),
                 _ => Poll::Pending,
             }
@@ -220,10 +220,10 @@ impl Drop for Waiting {
     fn drop(&mut self) {
         self.waiters.waiting.fetch_sub(1, Ordering::SeqCst);
         // The permit is dropped after the lock is released. Its stream is then handed to the next waiter.
-        let place = std::mem::replace(&mut *self.waiter.lock(), Handover::Left);
-        drop(place);
+        let handover = std::mem::replace(&mut *self.waiter.lock(), Handover::Done);
+        drop(handover);
     }
 }
 
 /// The queue is cleaned up when its stale entries outnumber the waiting calls by more than this.
-const SPARE: usize = 64;
+const MAX_STALE: usize = 64;

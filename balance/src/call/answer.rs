@@ -79,16 +79,16 @@ pub(super) fn record_head<T>(
     permit: &mut Permit,
     now: Instant,
 ) {
-    if permit.is_noted() {
+    if permit.is_recorded() {
         return;
     }
     let head = Head::of(response);
     permit.on_head(now, status::head_blame(head));
     if let Head::Foreign(_) = head {
         let foreign = Foreign::of(response);
-        let noted = AnswerFault::Foreign(foreign.http());
+        let fault = AnswerFault::NotGrpc(foreign.http());
         core.shared()
-            .on_foreign(permit.endpoint(), noted, || foreign.to_string());
+            .on_not_grpc(permit.endpoint(), fault, || foreign.to_string());
     } else {
         permit.on_answer();
     }

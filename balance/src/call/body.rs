@@ -172,7 +172,7 @@ impl Stream {
         // A truncated response is not a success, even if all received frames are valid.
         let endpoint = self.permit.endpoint();
         let shared = self.core.shared();
-        shared.on_foreign(endpoint, AnswerFault::Unfinished, || {
+        shared.on_not_grpc(endpoint, AnswerFault::Unfinished, || {
             status::UNFINISHED.to_owned()
         });
         let unfinished = status::unfinished(&self.core.service, endpoint.address());

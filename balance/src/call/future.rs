@@ -224,7 +224,7 @@ impl State {
             return Ok(Self::Retry(channel, hedged));
         }
         let mut history = History::default();
-        let (body, place) = match channel.shared().pick(|_| true) {
+        let (body, permit) = match channel.shared().pick(|_| true) {
             // Keeps the permit: a second pick would take a second turn in the round robin.
             Pick::Taken(permit) if !is_unquestioned(channel, request, &permit, now) => {
                 (body, Some(permit))
@@ -244,7 +244,7 @@ impl State {
             Arc::clone(&channel),
             request,
             body,
-            place,
+            permit,
             history,
             deadline,
         );

@@ -20,7 +20,7 @@ use super::retry::HedgingPolicy;
 use super::retry::decision::Pushback;
 use super::retry_loop::{Conclusion, Outcome, Retrying};
 use super::status;
-use super::transparent_retry::{Answered, Failed, PickError, place, recover, unless_late};
+use super::transparent_retry::{Answered, Failed, PickError, pick_prepared, recover, unless_late};
 use crate::balance::{Permit, Pick, SCAN_LIMIT};
 use crate::transport::deadline::Deadline;
 use crate::transport::request_body::Outgoing;
@@ -73,7 +73,7 @@ impl Hedging {
                 if let Some(last) = self.last.take() {
                     return self.finish(last);
                 }
-                let permit = match self.first_place().await {
+                let permit = match self.first_permit().await {
                     Ok(permit) => permit?,
                     Err(late) => return self.overdue(late, "waiting for an endpoint"),
                 };
@@ -96,11 +96,11 @@ impl Hedging {
     }
 
     /// Waits for a permit while no attempt is in flight, like any other call.
-    async fn first_place(&mut self) -> Result<Result<Permit, Status>, Deadline> {
+    async fn first_permit(&mut self) -> Result<Result<Permit, Status>, Deadline> {
         let Conclusion { core, call, .. } = &self.conclusion;
-        let placed = place(core, call, None, &mut self.history);
-        let placed = unless_late(self.conclusion.deadline, placed).await?;
-        Ok(placed.map_err(PickError::into_status))
+        let picked = pick_prepared(core, call, None, &mut self.history);
+        let picked = unless_late(self.conclusion.deadline, picked).await?;
+        Ok(picked.map_err(PickError::into_status))
     }
 
     /// Sends one attempt. Returns false if the connection did not accept it.
@@ -205,7 +205,7 @@ impl Hedging {
 
     /// Returns the outcome if it ends the call. Otherwise keeps it, in case no other attempt succeeds.
     fn weigh(&mut self, mut outcome: Outcome) -> Option<Outcome> {
-        let Some((code, pushback)) = self.conclusion.note(&outcome) else {
+        let Some((code, pushback)) = self.conclusion.record_failure(&outcome) else {
             return Some(outcome);
         };
         if let Ok(answered) = &mut outcome {

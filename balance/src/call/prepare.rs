@@ -79,13 +79,13 @@ async fn alone(core: &Core, metadata: usize, permit: Permit, history: &mut Histo
     // The permit on the shared connection is not needed any more.
     let endpoint = Arc::clone(permit.endpoint());
     drop(permit);
-    let trial = endpoint.trial().await;
+    let dial_permit = endpoint.dial_permit().await;
     if !history.is_suspect() && metadata <= endpoint.largest_metadata() {
         // Another call has meanwhile shown that the endpoint accepts this size.
         return Prepared::Unfit;
     }
     // Boxed, because the future of a handshake is large and would enlarge the future of every queued call.
-    let dialled = Box::pin(core.shared().dial_alone(&endpoint, metadata, trial));
+    let dialled = Box::pin(core.shared().dial_alone(&endpoint, metadata, dial_permit));
     match dialled.await {
         Ok(alone) => Prepared::Ready(alone),
         Err(error) => {

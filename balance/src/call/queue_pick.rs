@@ -26,10 +26,13 @@ pub(super) async fn queue_pick(
     }
     let mut waiting = None;
     // For a short time, the call waits for a full endpoint rather than use an endpoint where it failed.
-    let mut fresh_until = history.avoids().then(|| Instant::now() + PREFERENCE);
+    let mut fresh_until = history
+        .avoids()
+        .then(|| Instant::now() + FRESH_ENDPOINT_WAIT);
     let now = Instant::now();
-    // After this time the call also accepts a silent connection: it is better than none. The driver has dialled a second connection since the check failed.
-    let mut silent_until = history.has_silent().then(|| now + DISTRUST);
+    // After this time the call also accepts a silent connection: it is better than none. The driver has dialled a second connection since
+    // the check failed.
+    let mut silent_until = history.has_silent().then(|| now + SILENT_CONNECTION_WAIT);
     loop {
         // Registers before it loads the snapshot, so that no later change is missed.
         let changed = shared.changed().notified();
@@ -37,14 +40,14 @@ pub(super) async fn queue_pick(
         changed.as_mut().enable();
         let until = {
             // A stream that became free before this call joined the queue is not handed over: the call must find it in the ready set. The
-            // waiting calls share `LOOKS`: if few wait, each scans all slots; if many wait, each scans a part. A stream that becomes free
-            // later is handed over.
-            let around = if waiting.is_some() {
-                LOOKS / shared.waiters().waiting().max(1)
+            // waiting calls share `SCAN_BUDGET`: if few wait, each scans all slots; if many wait, each scans a part. A stream that becomes
+            // free later is handed over.
+            let scan_limit = if waiting.is_some() {
+                SCAN_BUDGET / shared.waiters().waiting().max(1)
             } else {
                 0
             };
-            let snapshot = shared.snapshot(around.max(SCAN_LIMIT));
+            let snapshot = shared.snapshot(scan_limit.max(SCAN_LIMIT));
             let next = match history.pick(&snapshot, fresh_until.is_some()) {
                 Pick::Taken(permit) => return Ok(permit),
                 Pick::Excluded if history.is_refusal_final() => Next::fail("refused"),
@@ -61,7 +64,7 @@ pub(super) async fn queue_pick(
         // Wakes the driver. If all streams are in use, it makes one more connection. It also dials connections that rest until a call needs
         // them.
         shared.demand();
-        let Some(place) = &waiting else {
+        let Some(queued) = &waiting else {
             let waiters = shared.waiters();
             let joined = waiters.join(history.exclusions(fresh_until.is_some()));
             waiting = Some(joined.ok_or_else(|| status::crowded(core, waiters.limit()))?);
@@ -70,7 +73,7 @@ pub(super) async fn queue_pick(
         };
         tokio::select! {
             biased;
-            permit = place.place() => return Ok(permit),
+            permit = queued.permit() => return Ok(permit),
             () = changed => {}
             () = sleep_until(until) => {}
         }
@@ -160,9 +163,9 @@ pub(super) async fn sleep_until(until: Option<Instant>) {
 }
 
 /// The number of slots that all waiting calls together scan when a ready set is published: some milliseconds of work.
-const LOOKS: usize = 200_000;
+const SCAN_BUDGET: usize = 200_000;
 /// How long a retry waits for a free stream on an endpoint where it has not failed. About the duration of a call.
-const PREFERENCE: Duration = Duration::from_millis(50);
+const FRESH_ENDPOINT_WAIT: Duration = Duration::from_millis(50);
 /// How long a call waits for another connection after its connection did not answer a check. About the time after which TCP repeats its
 /// first packet (RFC 6298, section 2), so that a dial whose first packet was lost still succeeds in time.
-const DISTRUST: Duration = Duration::from_secs(1);
+const SILENT_CONNECTION_WAIT: Duration = Duration::from_secs(1);

@@ -52,17 +52,17 @@ pub(super) fn after_first(
     })
 }
 
-/// Runs a call that was not sent, or that was refused. `place` is a permit that the call already has.
+/// Runs a call that was not sent, or that was refused. `permit` is a permit that the call already has.
 pub(super) async fn run(
     core: Arc<Core>,
     call: Call,
     body: Outgoing,
-    place: Option<Permit>,
+    permit: Option<Permit>,
     history: History,
     deadline: Option<Deadline>,
 ) -> Result<Response<ResponseBody>, Status> {
     let mut attempts = Attempts::new(core, call, history, deadline);
-    let outcome = attempts.attempt(body, place).await;
+    let outcome = attempts.attempt(body, permit).await;
     attempts.run_attempts(outcome).await
 }
 
@@ -102,14 +102,14 @@ impl Attempts {
             let Some(body) = take_body(&mut outcome).await? else {
                 return self.finish(outcome, Some("more of the request was sent than is kept"));
             };
-            self.leave(outcome);
+            self.end_attempt(outcome);
             tokio::time::sleep_until(resume).await;
             self.progress.advance();
             outcome = self.attempt(body, None).await;
         }
     }
 
-    async fn attempt(&mut self, body: Outgoing, place: Option<Permit>) -> Outcome {
+    async fn attempt(&mut self, body: Outgoing, permit: Option<Permit>) -> Outcome {
         let which = Try::Later {
             previous: self.progress.previous(),
         };
@@ -121,7 +121,7 @@ impl Attempts {
         } = &mut self.conclusion;
         let sending = Sending {
             body,
-            place,
+            permit,
             which,
             deadline: *deadline,
         };
@@ -130,7 +130,7 @@ impl Attempts {
 
     /// Records a failure and decides what follows.
     fn decide(&mut self, outcome: &Outcome) -> Decision {
-        let Some((code, pushback)) = self.conclusion.note(outcome) else {
+        let Some((code, pushback)) = self.conclusion.record_failure(outcome) else {
             return Decision::GiveUp(None);
         };
         let Conclusion { core, call, .. } = &self.conclusion;
@@ -151,7 +151,7 @@ impl Attempts {
     }
 
     /// Ends an attempt that is not the last: records its outcome, releases its permit and avoids its endpoint.
-    fn leave(&mut self, outcome: Outcome) {
+    fn end_attempt(&mut self, outcome: Outcome) {
         let endpoint = match outcome {
             Ok(Answered { attempt, head }) => {
                 let mut permit = attempt.permit;
@@ -196,7 +196,7 @@ impl Conclusion {
     }
 
     /// Records a failed attempt. Returns its code and the server's pushback; `None` if the attempt did not fail.
-    pub(super) fn note(&mut self, outcome: &Outcome) -> Option<(Code, Pushback)> {
+    pub(super) fn record_failure(&mut self, outcome: &Outcome) -> Option<(Code, Pushback)> {
         let (code, endpoint, pushback) = match outcome {
             Ok(answered) => {
                 let code = failure(&answered.head)?;

@@ -175,9 +175,9 @@ pub(super) fn is_cancelled(error: &h2::Error) -> bool {
     error.is_reset() && error.is_remote() && error.reason() == Some(Reason::CANCEL)
 }
 
-/// A cancellation at most this long before the deadline is reported as the deadline. When the deadline passes, servers reset the call with CANCEL or
-/// respond with CANCELLED. This can be early, because the timeout that they receive is rounded down, and their timers are as coarse as the
-/// client's.
+/// A cancellation at most this long before the deadline is reported as the deadline. When the deadline passes, servers reset the call with
+/// CANCEL or respond with CANCELLED. This can be early, because the timeout that they receive is rounded down, and their timers are as
+/// coarse as the client's.
 const EARLY: Duration = Duration::from_millis(2);
 
 /// Maps an error to a gRPC code and a description, as in gRPC's table for HTTP/2 error codes. A failed connection is always `UNAVAILABLE`.

@@ -69,7 +69,7 @@ impl Failed {
 pub(super) struct Sending {
     pub(super) body: Outgoing,
     /// The permit that the call already has, if any.
-    pub(super) place: Option<Permit>,
+    pub(super) permit: Option<Permit>,
     pub(super) which: Try,
     pub(super) deadline: Option<Deadline>,
 }
@@ -84,13 +84,13 @@ pub(super) async fn send(
 ) -> Result<Answered, Failed> {
     let Sending {
         mut body,
-        place: mut first,
+        permit: mut first,
         which,
         deadline,
     } = sending;
     loop {
-        let placed = place(core, call, first.take(), history);
-        let permit = match unless_late(deadline, placed).await {
+        let picked = pick_prepared(core, call, first.take(), history);
+        let permit = match unless_late(deadline, picked).await {
             Ok(Ok(permit)) => permit,
             Ok(Err(PickError::Nowhere(status))) => return Err(Failed::unsent(status, body)),
             Ok(Err(PickError::Refused(status))) => return Err(Failed::for_good(status)),
@@ -147,7 +147,7 @@ impl PickError {
 }
 
 /// Waits for a permit on a connection that is known to work. `first` is tried before a pick.
-pub(super) async fn place(
+pub(super) async fn pick_prepared(
     core: &Core,
     call: &Call,
     mut first: Option<Permit>,

@@ -38,9 +38,9 @@ pub(crate) struct KeepAlive {
 pub(super) struct Pings {
     keep_alive: Option<KeepAlive>,
     /// Limit on the silence of the peer after a call has overrun its deadline.
-    patience: Duration,
+    overrun_timeout: Duration,
     /// Limit on the time that a call waits for the answer to a check.
-    check_patience: Duration,
+    check_timeout: Duration,
     /// Whether a PING waits for its answer: h2 allows one PING at a time.
     outstanding: bool,
     /// The number of PINGs since the peer's last HEADERS or DATA frame.
@@ -116,8 +116,8 @@ impl Pings {
         let long_way = round_trip.saturating_mul(ROUND_TRIPS);
         Self {
             keep_alive,
-            patience: PATIENCE.max(long_way),
-            check_patience: CHECK_PATIENCE.max(long_way),
+            overrun_timeout: OVERRUN_TIMEOUT.max(long_way),
+            check_timeout: CHECK_TIMEOUT.max(long_way),
             outstanding: false,
             unrewarded: 1,
             responses_then: heard.responses,
@@ -156,11 +156,11 @@ impl Pings {
         if is_silent && self.proven {
             return None;
         }
-        let patience = match doubt {
-            PingCause::Overrun | PingCause::Dropped => self.patience,
-            PingCause::Silence | PingCause::Sweep => self.check_patience,
+        let timeout = match doubt {
+            PingCause::Overrun | PingCause::Dropped => self.overrun_timeout,
+            PingCause::Silence | PingCause::Sweep => self.check_timeout,
         };
-        let at = now.checked_add(patience)?;
+        let at = now.checked_add(timeout)?;
         // Bytes that were read since the last doubt have settled that doubt.
         if let Some(stall) = self
             .stall
@@ -230,7 +230,7 @@ impl Pings {
             if late < LATE || stall.extended >= EXTENSIONS {
                 return Some(self.on_silence(stall));
             }
-            stall.at = now + self.check_patience.max(late);
+            stall.at = now + self.check_timeout.max(late);
             stall.extended += 1;
             self.stall = Some(stall);
         }
@@ -309,10 +309,10 @@ impl Pings {
 }
 
 /// Minimum limit on the silence of a peer. A shorter limit would take a process that the scheduler has delayed for a frozen one.
-const PATIENCE: Duration = Duration::from_secs(1);
+const OVERRUN_TIMEOUT: Duration = Duration::from_secs(1);
 /// Minimum time that a call waits for a check before it is sent elsewhere. RFC 8305, section 5, uses the same delay before the next address
 /// of a name.
-pub(super) const CHECK_PATIENCE: Duration = Duration::from_millis(250);
+pub(super) const CHECK_TIMEOUT: Duration = Duration::from_millis(250);
 /// A timer that fires this late shows that our own process was not scheduled.
 const LATE: Duration = Duration::from_millis(50);
 /// On a path with a long round trip, an answer may take this many round trips.

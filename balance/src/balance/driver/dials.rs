@@ -59,9 +59,9 @@ impl Dials {
         queue.swap(index, last);
     }
 
-    /// Removes and returns the next subchannel to dial, unless the limit on dials is reached. Failing subchannels are dialled last and use at
-    /// most half of the dials: if a thousand endpoints do not answer, each dial takes its whole timeout, and the other endpoints must not
-    /// wait for them.
+    /// Removes and returns the next subchannel to dial, unless the limit on dials is reached. Failing subchannels are dialled last and use
+    /// at most half of the dials: if a thousand endpoints do not answer, each dial takes its whole timeout, and the other endpoints must
+    /// not wait for them.
     pub(super) fn next(&mut self) -> Option<SubchannelId> {
         if self.tasks.len() >= MAX_DIALS {
             return None;

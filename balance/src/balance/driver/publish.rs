@@ -15,8 +15,8 @@ use crate::balance::ready_connection::ReadyEntry;
 use crate::balance::shared::Published;
 
 impl Driver {
-    /// Removes a connection from both ready sets if its peer does not answer or is not healthy. Otherwise puts it into the last-resort set if
-    /// its endpoint is ejected, in quarantine or marked as last resort, and else into the primary set.
+    /// Removes a connection from both ready sets if its peer does not answer or is not healthy. Otherwise puts it into the last-resort set
+    /// if its endpoint is ejected, in quarantine or marked as last resort, and else into the primary set.
     pub(super) fn update_ready_set(&mut self, id: SubchannelId) {
         let Some((address, subchannel)) = self.subchannels.ready(id) else {
             return;

@@ -1,4 +1,5 @@
-//! Quarantine of endpoints whose answers are not gRPC responses, such as error pages of a proxy or answers of another server at the address.
+//! Quarantine of endpoints whose answers are not gRPC responses, such as error pages of a proxy or answers of another server at the
+//! address.
 //!
 //! Such endpoints answer quickly, so latency-based picking prefers them although every call fails. They are removed from the set for a
 //! while and then tried again; the interval grows each time. If all endpoints are like that, calls use them nevertheless.

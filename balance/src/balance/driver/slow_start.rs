@@ -43,7 +43,8 @@ impl SlowStart {
         self.started.remove(address);
     }
 
-    /// Returns the endpoints whose weight has grown since the last call. An endpoint that has its full weight is returned for the last time.
+    /// Returns the endpoints whose weight has grown since the last call. An endpoint that has its full weight is returned for the last
+    /// time.
     pub(super) fn grow(&mut self, now: Instant) -> Vec<Address> {
         let grown = self.started.keys().cloned().collect();
         let window = self.window.unwrap_or_default();
