@@ -84,8 +84,8 @@ mod backoff;
 /// The options and the states of a [`BalancedChannel`]. Its policies are at the root of the crate.
 pub mod channel {
     pub use tonic_balance::{
-        Attributes, ChannelBuilder, EndpointSource, EndpointState, EndpointStatus, HedgingPolicy,
-        OutlierDetection, ResponseBody, ResponseFuture, RetryBudget, Routing, ServedBy,
+        Attributes, ChannelBuilder, EndpointSource, EndpointState, EndpointStatus,
+        FailurePercentageEjection, HedgingPolicy, OutlierDetection, ResponseBody, ResponseFuture, RetryBudget, Routing, ServedBy, SuccessRateEjection,
         WaitForReady,
     };
 }

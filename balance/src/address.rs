@@ -17,40 +17,40 @@ use ipnet::IpNet;
 /// use tonic_balance::Address;
 ///
 /// let address: Address = "[::1]:50051".parse()?;
-/// assert_eq!(address.host(), "::1");
-/// assert_eq!(address.port(), 50051);
+/// assert_eq!(address.host(), Some("::1"));
+/// assert_eq!(address.port(), Some(50051));
 /// assert!("10.0.0.5".parse::<Address>().is_err()); // a port is required
 ///
 /// let socket: Address = "unix:///run/greeter.sock".parse()?;
 /// assert_eq!(socket.as_str(), "unix:/run/greeter.sock");
+/// assert_eq!(socket.port(), None);
 /// # Ok::<(), tonic_balance::AddressError>(())
 /// ```
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Address(Arc<str>);
 
 impl Address {
-    /// Returns the host: an IP address without brackets, a host name, or `localhost` for a Unix socket.
+    /// Returns the host, which is an IP address without brackets or a host name; `None` for a Unix socket.
     #[must_use]
-    pub fn host(&self) -> &str {
-        if self.socket_path().is_some() {
-            return "localhost";
-        }
-        let host = self.0.rsplit_once(':').map_or(&*self.0, |(host, _)| host);
-        host.strip_prefix('[')
-            .and_then(|host| host.strip_suffix(']'))
-            .unwrap_or(host)
+    pub fn host(&self) -> Option<&str> {
+        Some(self.host_and_port()?.0)
     }
 
-    /// Returns the TCP port, or 0 for a Unix socket. A TCP address never has port 0.
+    /// Returns the TCP port, which is never 0; `None` for a Unix socket.
     #[must_use]
-    pub fn port(&self) -> u16 {
+    pub fn port(&self) -> Option<u16> {
+        Some(self.host_and_port()?.1)
+    }
+
+    /// Returns the host and the port of a TCP address.
+    pub(crate) fn host_and_port(&self) -> Option<(&str, u16)> {
         if self.socket_path().is_some() {
-            return 0;
+            return None;
         }
-        self.0
-            .rsplit_once(':')
-            .and_then(|(_, port)| port.parse().ok())
-            .unwrap_or_default()
+        let (host, port) = self.0.rsplit_once(':')?;
+        let v6 = host.strip_prefix('[');
+        let v6 = v6.and_then(|host| host.strip_suffix(']'));
+        Some((v6.unwrap_or(host), port.parse().ok()?))
     }
 
     /// Returns the path of a Unix socket; `None` for a TCP address.
@@ -68,7 +68,7 @@ impl Address {
     /// Returns the IP address; `None` if the host is a name or the address is a Unix socket.
     #[must_use]
     pub fn ip(&self) -> Option<IpAddr> {
-        self.host().parse().ok()
+        self.host()?.parse().ok()
     }
 }
 
@@ -301,13 +301,13 @@ impl AddressPolicy {
 
     /// Checks an address against the policy.
     pub fn check(&self, address: &Address) -> Result<(), AddressError> {
-        let verdict = match (address.socket_path(), address.ip()) {
-            (Some(_), _) if self.sockets_allowed => Ok(()),
-            (Some(_), _) => Err("is a Unix socket, which the address policy does not allow"),
-            (None, Some(ip)) => self.check_ip(ip),
-            (None, None) => self.check_host(address.host()),
+        let checked = match (address.host(), address.ip()) {
+            (None, _) if self.sockets_allowed => Ok(()),
+            (None, _) => Err("is a Unix socket, which the address policy does not allow"),
+            (Some(_), Some(ip)) => self.check_ip(ip),
+            (Some(host), None) => self.check_host(host),
         };
-        verdict.map_err(|reason| AddressError::new(address.as_str(), reason))
+        checked.map_err(|reason| AddressError::new(address.as_str(), reason))
     }
 
     fn check_host(&self, host: &str) -> Result<(), &'static str> {
@@ -516,7 +516,7 @@ mod tests {
         assert!(parse(&format!("{longest}a")).is_err());
         assert_eq!(
             (socket.host(), socket.port(), socket.ip()),
-            ("localhost", 0, None)
+            (None, None, None)
         );
     }
 

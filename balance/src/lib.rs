@@ -38,7 +38,10 @@ mod transport;
 
 pub use address::{Address, AddressError, AddressPolicy};
 pub use attributes::Attributes;
-pub use balance::{EndpointState, EndpointStatus, LbPolicy, OutlierDetection};
+pub use balance::{
+    EndpointState, EndpointStatus, FailurePercentageEjection, LbPolicy, OutlierDetection,
+    SuccessRateEjection,
+};
 pub use call::retry::{HedgingPolicy, RetryBudget, RetryPolicy};
 pub use call::{CallError, ResponseBody, ResponseFuture, Routing, ServedBy, WaitForReady};
 #[cfg(feature = "__bench")]

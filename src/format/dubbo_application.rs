@@ -118,10 +118,10 @@ struct Place {
 
 impl Place {
     fn of(address: &Address) -> Self {
-        let endpoints = json!([{ "port": address.port(), "protocol": "tri" }]);
+        let endpoints = json!([{ "port": address.port().unwrap_or_default(), "protocol": "tri" }]);
         Self {
-            host: address.host().into(),
-            port: address.port().into(),
+            host: address.host().unwrap_or("localhost").into(),
+            port: address.port().unwrap_or_default().into(),
             address: address.as_str().into(),
             endpoints: endpoints.to_string().into(),
         }
@@ -140,7 +140,7 @@ impl Place {
             (Ports::Grpc(port), Some(host), _) => (host, Some(port)),
             (Ports::Grpc(port), None, Some(whole)) => {
                 let whole: Address = whole.parse()?;
-                (whole.host().to_owned(), Some(port))
+                (whole.host().unwrap_or("localhost").to_owned(), Some(port))
             }
             (_, _, Some(whole)) => return Ok(Some(whole.parse()?)),
             (_, host, None) => (host.unwrap_or_default(), self.port.as_u64()),

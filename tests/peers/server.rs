@@ -53,7 +53,7 @@ async fn every_case(etcd: &Etcd, tls: Option<&Localhost>) {
         resolver.instances().len() == 1
     })
     .await;
-    let port = resolver.instances()[0].address().port();
+    let port = resolver.instances()[0].address().port().unwrap();
     let mut failed = Vec::new();
     for case in CASES {
         let mut command = Command::new(&client);

@@ -32,7 +32,7 @@ pub(crate) use endpoint::{AnswerFault, Blame, Endpoint};
 pub use endpoint::{EndpointState, EndpointStatus};
 pub(crate) use limits::MAX_DURATION;
 pub(crate) use options::{OnRefused, Options};
-pub use outlier::OutlierDetection;
+pub use outlier::{FailurePercentageEjection, OutlierDetection, SuccessRateEjection};
 pub(crate) use permit::Permit;
 pub use picker::LbPolicy;
 pub(crate) use picker::{Pick, SCAN_LIMIT};

@@ -36,25 +36,112 @@ pub struct OutlierDetection {
     base_ejection_time: Duration,
     max_ejection_time: Duration,
     max_ejection_percent: u32,
-    success_rate: Option<SuccessRate>,
-    failure_percentage: Option<FailurePercentage>,
+    success_rate: Option<SuccessRateEjection>,
+    failure_percentage: Option<FailurePercentageEjection>,
 }
 
-/// Ejects an endpoint whose success rate is below the mean by more than this many standard deviations.
+/// The comparison of success rates: ejects an endpoint whose success rate is far below the mean. This is gRPC's
+/// `success_rate_ejection` (gRFC A50).
+///
+/// ```
+/// use tonic_balance::{OutlierDetection, SuccessRateEjection};
+///
+/// let rule = SuccessRateEjection::new().stdev_factor(2_500).minimum_hosts(3);
+/// let detection = OutlierDetection::new().success_rate(rule);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct SuccessRate {
-    /// In thousandths of a standard deviation.
+#[must_use = "it does nothing before it is given to an `OutlierDetection`"]
+pub struct SuccessRateEjection {
     stdev_factor: u32,
     minimum_hosts: usize,
     request_volume: u64,
 }
 
-/// Ejects an endpoint that fails more than this percentage of its calls, whatever the rates of the other endpoints are.
+impl Default for SuccessRateEjection {
+    fn default() -> Self {
+        Self {
+            stdev_factor: 1_900,
+            minimum_hosts: 5,
+            request_volume: 100,
+        }
+    }
+}
+
+impl SuccessRateEjection {
+    /// Creates the rule with the defaults of gRFC A50.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets how far below the mean a success rate must be, in thousandths of a standard deviation. Default 1900.
+    pub fn stdev_factor(mut self, thousandths: u32) -> Self {
+        self.stdev_factor = thousandths;
+        self
+    }
+
+    /// Sets how many endpoints must have the [`request_volume`](Self::request_volume). With fewer, no endpoint is ejected. Default 5.
+    pub fn minimum_hosts(mut self, hosts: usize) -> Self {
+        self.minimum_hosts = hosts;
+        self
+    }
+
+    /// Sets how many calls an endpoint must have had within an interval to be compared. Default 100.
+    pub fn request_volume(mut self, calls: u64) -> Self {
+        self.request_volume = calls;
+        self
+    }
+}
+
+/// The limit on failures: ejects an endpoint that fails too large a part of its calls, whatever the rates of the other endpoints are. This
+/// is gRPC's `failure_percentage_ejection` (gRFC A50).
+///
+/// ```
+/// use tonic_balance::{FailurePercentageEjection, OutlierDetection};
+///
+/// let rule = FailurePercentageEjection::new().threshold(50).request_volume(20);
+/// let detection = OutlierDetection::new().failure_percentage(rule);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct FailurePercentage {
+#[must_use = "it does nothing before it is given to an `OutlierDetection`"]
+pub struct FailurePercentageEjection {
     threshold: u32,
     minimum_hosts: usize,
     request_volume: u64,
+}
+
+impl Default for FailurePercentageEjection {
+    fn default() -> Self {
+        Self {
+            threshold: 85,
+            minimum_hosts: 5,
+            request_volume: 50,
+        }
+    }
+}
+
+impl FailurePercentageEjection {
+    /// Creates the rule with the defaults of gRFC A50.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets the percentage of failed calls above which an endpoint is ejected. Default 85.
+    pub fn threshold(mut self, percent: u32) -> Self {
+        self.threshold = percent;
+        self
+    }
+
+    /// Sets how many endpoints must have the [`request_volume`](Self::request_volume). With fewer, no endpoint is ejected. Default 5.
+    pub fn minimum_hosts(mut self, hosts: usize) -> Self {
+        self.minimum_hosts = hosts;
+        self
+    }
+
+    /// Sets how many calls an endpoint must have had within an interval to be ejected. Default 50.
+    pub fn request_volume(mut self, calls: u64) -> Self {
+        self.request_volume = calls;
+        self
+    }
 }
 
 impl Default for OutlierDetection {
@@ -64,16 +151,8 @@ impl Default for OutlierDetection {
             base_ejection_time: Duration::from_secs(30),
             max_ejection_time: Duration::from_secs(300),
             max_ejection_percent: 10,
-            success_rate: Some(SuccessRate {
-                stdev_factor: 1_900,
-                minimum_hosts: 5,
-                request_volume: 100,
-            }),
-            failure_percentage: Some(FailurePercentage {
-                threshold: 85,
-                minimum_hosts: 5,
-                request_volume: 50,
-            }),
+            success_rate: Some(SuccessRateEjection::new()),
+            failure_percentage: Some(FailurePercentageEjection::new()),
         }
     }
 }
@@ -110,20 +189,9 @@ impl OutlierDetection {
         self
     }
 
-    /// Enables the comparison of success rates. An endpoint is ejected if its rate is more than `stdev_factor` thousandths of a standard
-    /// deviation below the mean. The comparison needs at least `minimum_hosts` endpoints with `request_volume` calls each within an
-    /// interval. Default 1900, 5 and 100.
-    pub fn success_rate(
-        mut self,
-        stdev_factor: u32,
-        minimum_hosts: usize,
-        request_volume: u64,
-    ) -> Self {
-        self.success_rate = Some(SuccessRate {
-            stdev_factor,
-            minimum_hosts,
-            request_volume,
-        });
+    /// Sets the rule that compares success rates. Enabled by default.
+    pub fn success_rate(mut self, rule: SuccessRateEjection) -> Self {
+        self.success_rate = Some(rule);
         self
     }
 
@@ -133,19 +201,9 @@ impl OutlierDetection {
         self
     }
 
-    /// Enables the limit on failures. An endpoint is ejected if more than `threshold` percent of its calls fail. The limit applies only if
-    /// at least `minimum_hosts` endpoints had `request_volume` calls each within an interval. Default 85, 5 and 50.
-    pub fn failure_percentage(
-        mut self,
-        threshold: u32,
-        minimum_hosts: usize,
-        request_volume: u64,
-    ) -> Self {
-        self.failure_percentage = Some(FailurePercentage {
-            threshold,
-            minimum_hosts,
-            request_volume,
-        });
+    /// Sets the rule that limits failures. Enabled by default.
+    pub fn failure_percentage(mut self, rule: FailurePercentageEjection) -> Self {
+        self.failure_percentage = Some(rule);
         self
     }
 
@@ -212,7 +270,7 @@ pub(super) fn sweep(config: &OutlierDetection, hosts: &mut [(Counts, Ejection)],
     }
 }
 
-impl SuccessRate {
+impl SuccessRateEjection {
     #[expect(
         clippy::cast_precision_loss,
         reason = "rates need no more digits than calls within an interval have"
@@ -240,16 +298,16 @@ impl SuccessRate {
     }
 }
 
-impl FailurePercentage {
+impl FailurePercentageEjection {
     fn eject(self, config: &OutlierDetection, hosts: &mut [(Counts, Ejection)], now: Instant) {
         let total = |counts: &Counts| counts.successes + counts.failures;
-        let heard = |counts: &Counts| total(counts) >= self.request_volume && total(counts) > 0;
-        let voters = hosts.iter().filter(|(counts, _)| heard(counts)).count();
-        if voters < self.minimum_hosts {
+        let has_volume = |counts: &Counts| total(counts) >= self.request_volume.max(1);
+        let with_volume = hosts.iter().filter(|(counts, _)| has_volume(counts));
+        if with_volume.count() < self.minimum_hosts {
             return;
         }
         eject_where(config, hosts, now, |counts| {
-            heard(counts) && counts.failures * 100 > u64::from(self.threshold) * total(counts)
+            has_volume(counts) && counts.failures * 100 > u64::from(self.threshold) * total(counts)
         });
     }
 }
@@ -384,8 +442,18 @@ mod tests {
         ) {
             let config = OutlierDetection::new()
                 .max_ejection_percent(percent)
-                .success_rate(0, 1, 1)
-                .failure_percentage(0, 1, 1);
+                .success_rate(
+                    SuccessRateEjection::new()
+                        .stdev_factor(0)
+                        .minimum_hosts(1)
+                        .request_volume(1),
+                )
+                .failure_percentage(
+                    FailurePercentageEjection::new()
+                        .threshold(0)
+                        .minimum_hosts(1)
+                        .request_volume(1),
+                );
             let mut hosts: Vec<_> = hosts.into_iter().map(|(s, f)| counts(s, f)).collect();
             let start = Instant::now();
             for sweep_number in 0..sweeps {

@@ -215,7 +215,10 @@ impl<S> ChannelBuilder<S> {
     ///
     /// # fn run() {
     /// let channel = BalancedChannel::builder()
-    ///     .connector(|address| async move { TcpStream::connect(("gateway", address.port())).await })
+    ///     .connector(|address| async move {
+    ///         let port = address.port().unwrap_or(443);
+    ///         TcpStream::connect(("gateway", port)).await
+    ///     })
     ///     .addresses(["greeter:50051"])
     ///     .connect_lazy();
     /// # }

@@ -143,8 +143,8 @@ impl Connector {
             let io = unix(path).await.map_err(DialError::Dial)?;
             return self.secure(io, address, attempt).await;
         }
-        if let Some(ip) = address.ip() {
-            let socket = SocketAddr::new(ip, address.port());
+        if let (Some(ip), Some(port)) = (address.ip(), address.port()) {
+            let socket = SocketAddr::new(ip, port);
             return self.tcp(socket, address, attempt).await;
         }
         let mut resolved = self.resolve(address).await?;
@@ -188,7 +188,9 @@ impl Connector {
     {
         #[cfg(feature = "tls")]
         if let Some(tls) = &self.tls {
-            let host = self.own_addresses.then(|| address.host());
+            // The certificate of a server on a Unix socket is verified for `localhost`.
+            let host = || address.host().unwrap_or("localhost");
+            let host = self.own_addresses.then(host);
             let io = tls.handshake(io, host).await.map_err(DialError::Tls)?;
             return Ok(Connection::establish(io, &self.http2, attempt.keep_alive).await?);
         }
@@ -196,7 +198,10 @@ impl Connector {
     }
 
     async fn resolve(&self, address: &Address) -> Result<Vec<SocketAddr>, DialError> {
-        let found = tokio::net::lookup_host((address.host(), address.port())).await;
+        let target = address.host_and_port();
+        let target =
+            target.ok_or_else(|| DialError::Resolve(io::ErrorKind::InvalidInput.into()))?;
+        let found = tokio::net::lookup_host(target).await;
         let found: Vec<_> = found.map_err(DialError::Resolve)?.collect();
         // The name may resolve to an address that a registration is not allowed to contain.
         let allowed = |found: &SocketAddr| self.policy.check(&Address::from(*found)).is_ok();

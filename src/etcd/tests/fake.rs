@@ -200,7 +200,7 @@ impl Fake {
         };
         let (ours, theirs) = tokio::io::duplex(1 << 16);
         let mut services = tonic::service::Routes::default();
-        if address.host() != "stranger" {
+        if address.host() != Some("stranger") {
             services = services
                 .add_service(PbKvServer::new(fake.clone()))
                 .add_service(Authenticate(fake.clone()))

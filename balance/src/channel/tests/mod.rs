@@ -16,8 +16,8 @@ use tonic::{Code, Request};
 use tower::discover::Change;
 
 use crate::{
-    Address, Attributes, BalancedChannel, EndpointState, LbPolicy, OutlierDetection, ServedBy,
-    WaitForReady,
+    Address, Attributes, BalancedChannel, EndpointState, FailurePercentageEjection, LbPolicy,
+    OutlierDetection, ServedBy, WaitForReady,
 };
 
 mod faults;
@@ -610,7 +610,12 @@ async fn an_outlier_stays_ejected_until_it_is_registered_again() {
         .interval(Duration::from_millis(100))
         .base_ejection_time(Duration::from_secs(300))
         .max_ejection_percent(50)
-        .failure_percentage(50, 2, 5);
+        .failure_percentage(
+            FailurePercentageEjection::new()
+                .threshold(50)
+                .minimum_hosts(2)
+                .request_volume(5),
+        );
     let channel = BalancedChannel::builder()
         .policy(LbPolicy::WeightedRoundRobin)
         .outlier_detection(detection)
