@@ -85,8 +85,8 @@ mod backoff;
 pub mod channel {
     pub use tonic_balance::{
         Attributes, ChannelBuilder, EndpointSource, EndpointState, EndpointStatus,
-        FailurePercentageEjection, HedgingPolicy, OutlierDetection, ResponseBody, ResponseFuture, RetryBudget, Routing, ServedBy, SuccessRateEjection,
-        WaitForReady,
+        FailurePercentageEjection, HedgingPolicy, OutlierDetection, ResponseBody, ResponseFuture,
+        RetryBudget, Routing, ServedBy, SuccessRateEjection, WaitForReady,
     };
 }
 pub mod error;

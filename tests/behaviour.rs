@@ -1,4 +1,4 @@
-//! Checks that the tests named in the documentation of the behaviour exist.
+//! Checks that the tests and the files named in the documentation exist.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -39,4 +39,45 @@ fn every_test_named_in_the_behaviour_page_exists() {
         }
     }
     assert!(named > 20, "{named} tests are listed");
+}
+
+#[test]
+fn every_file_named_in_the_documentation_exists() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut pages = [
+        "ARCHITECTURE.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "README.md",
+    ]
+    .map(|name| root.join(name))
+    .to_vec();
+    let docs = fs::read_dir(root.join("docs")).unwrap();
+    pages.extend(docs.map(|entry| entry.unwrap().path()));
+    let folders = [
+        "balance/",
+        "benches/",
+        "docs/",
+        "examples/",
+        "scripts/",
+        "src/",
+        "tests/",
+    ];
+    let mut named = 0;
+    let mut missing = Vec::new();
+    for page in pages.iter().filter(|page| page.is_file()) {
+        let text = fs::read_to_string(page).unwrap();
+        for name in text.split('`').skip(1).step_by(2) {
+            let is_path = folders.iter().any(|folder| name.starts_with(folder));
+            let is_plain = |letter: char| letter.is_ascii_alphanumeric() || "/._-".contains(letter);
+            if is_path && name.chars().all(is_plain) {
+                named += 1;
+                if !root.join(name).exists() {
+                    missing.push(format!("{}: {name}", page.display()));
+                }
+            }
+        }
+    }
+    assert!(missing.is_empty(), "{missing:#?}");
+    assert!(named > 50, "{named} files are named");
 }

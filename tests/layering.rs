@@ -309,6 +309,42 @@ fn pure_files_name_no_runtime() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
+/// The arrows of the picture in ARCHITECTURE.md are the imports between folders: no more and no fewer.
+#[test]
+fn the_picture_of_the_architecture_shows_the_imports() {
+    let page = include_str!("../ARCHITECTURE.md");
+    let mut drawn = BTreeSet::new();
+    let mut package = "";
+    for line in page.lines().map(str::trim) {
+        if line.starts_with("subgraph") {
+            let is_channel = line.contains("tonic-balance");
+            package = if is_channel {
+                "tonic-balance"
+            } else {
+                "tonic-etcd"
+            };
+        } else if let Some((from, to)) = line.split_once(" --> F_") {
+            let from = from.trim_start_matches("F_");
+            let name = |text: &str| text.split('[').next().unwrap().to_owned();
+            drawn.insert((package, name(from), name(to)));
+        }
+    }
+    let mut real = BTreeSet::new();
+    for package in PACKAGES {
+        let files = load(package);
+        for (file, imports) in imports(&files) {
+            for import in imports {
+                let (from, to) = (top(file), top(&import));
+                let is_vocabulary = |name| package.vocabulary.contains(&name);
+                if from != to && !is_vocabulary(from) && !is_vocabulary(to) {
+                    real.insert((package.name, from.to_owned(), to.to_owned()));
+                }
+            }
+        }
+    }
+    assert_eq!(drawn, real, "left: the picture; right: the imports");
+}
+
 /// A `mod.rs` has docs, modules and re-exports. A type there would be in a circle with the files that it declares.
 #[test]
 fn a_mod_file_has_no_logic() {
