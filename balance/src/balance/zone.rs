@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 /// an empty name.
 pub(super) type Zones<T> = BTreeMap<Box<str>, T>;
 
-/// Returns the factor for the weights of each zone, from 1 to [`WHOLE`], for callers in the zone `own`.
+/// Returns the factor for the weights of each zone, from 1 to [`MAX_FACTOR`], for callers in the zone `own`.
 pub(super) fn factors(own: &str, weights: &Zones<u64>) -> Zones<u32> {
     #[expect(clippy::cast_precision_loss, reason = "a part needs no more digits")]
     let float = |weight: u64| weight as f64;
@@ -20,34 +20,37 @@ pub(super) fn factors(own: &str, weights: &Zones<u64>) -> Zones<u32> {
     #[expect(clippy::cast_precision_loss, reason = "there are few zones")]
     let demand = 1.0 / weights.len().max(1) as f64;
     let part = |weight: &u64| float(*weight) / total;
-    let local = weights.get(own).map_or(0.0, part);
-    if local <= 0.0 {
+    let own_part = weights.get(own).map_or(0.0, part);
+    if own_part <= 0.0 {
         // No endpoint is in the zone of the caller, so all zones count the same.
-        return weights.keys().map(|zone| (zone.clone(), WHOLE)).collect();
+        return weights
+            .keys()
+            .map(|zone| (zone.clone(), MAX_FACTOR))
+            .collect();
     }
-    let kept = (local / demand).min(1.0);
-    let room = |weight: &u64| (part(weight) - demand).max(0.0);
-    let rooms: f64 = weights.values().map(room).sum();
+    let kept = (own_part / demand).min(1.0);
+    let spare = |weight: &u64| (part(weight) - demand).max(0.0);
+    let all_spare: f64 = weights.values().map(spare).sum();
     // Calls per unit of weight.
     let density = |zone: &str, weight: &u64| {
         if zone == own {
-            kept / local
+            kept / own_part
         } else if *weight == 0 {
             0.0
         } else {
-            (1.0 - kept) * room(weight) / rooms.max(f64::MIN_POSITIVE) / part(weight)
+            (1.0 - kept) * spare(weight) / all_spare.max(f64::MIN_POSITIVE) / part(weight)
         }
     };
-    let most = kept / local;
+    let own_density = kept / own_part;
     let factor = |zone: &str, weight: &u64| {
-        let share = (density(zone, weight) / most * f64::from(WHOLE)).round();
+        let factor = (density(zone, weight) / own_density * f64::from(MAX_FACTOR)).round();
         #[expect(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,
             reason = "a cast to an integer saturates, and nothing here is negative"
         )]
-        let share = (share as u32).clamp(1, WHOLE);
-        share
+        let factor = (factor as u32).clamp(1, MAX_FACTOR);
+        factor
     };
     let zones = weights.iter();
     zones
@@ -57,7 +60,7 @@ pub(super) fn factors(own: &str, weights: &Zones<u64>) -> Zones<u32> {
 
 /// The factor of the zone that is used most. The smallest factor is a thousandth of it, so that the latency of an endpoint in another zone
 /// is never quite unknown.
-pub(super) const WHOLE: u32 = 1_000;
+pub(super) const MAX_FACTOR: u32 = 1_000;
 
 #[cfg(test)]
 #[expect(
@@ -80,24 +83,24 @@ mod tests {
 
     #[test]
     fn a_zone_with_enough_capacity_keeps_its_calls() {
-        assert_eq!(of("0", &[10, 10, 10]), [WHOLE, 1, 1]);
-        assert_eq!(of("1", &[2, 10, 10]), [1, WHOLE, 1]);
-        assert_eq!(of("0", &[7]), [WHOLE]);
+        assert_eq!(of("0", &[10, 10, 10]), [MAX_FACTOR, 1, 1]);
+        assert_eq!(of("1", &[2, 10, 10]), [1, MAX_FACTOR, 1]);
+        assert_eq!(of("0", &[7]), [MAX_FACTOR]);
     }
 
     #[test]
     fn a_small_zone_spills_over_to_zones_with_spare_capacity() {
         // The demand is a third of the calls, and the zone has an eleventh of the weight: 3 of 11 calls stay, and the two large zones share
         // the rest.
-        assert_eq!(of("0", &[2, 10, 10]), [WHOLE, 267, 267]);
+        assert_eq!(of("0", &[2, 10, 10]), [MAX_FACTOR, 267, 267]);
         // The other small zone has no spare capacity.
-        assert_eq!(of("0", &[2, 2, 18]), [WHOLE, 1, 296]);
+        assert_eq!(of("0", &[2, 2, 18]), [MAX_FACTOR, 1, 296]);
     }
 
     #[test]
     fn without_local_endpoints_all_zones_are_equal() {
-        assert_eq!(of("0", &[0, 5, 50]), [WHOLE; 3]);
-        assert_eq!(of("unheard of", &[3, 5]), [WHOLE; 2]);
+        assert_eq!(of("0", &[0, 5, 50]), [MAX_FACTOR; 3]);
+        assert_eq!(of("unheard of", &[3, 5]), [MAX_FACTOR; 2]);
         assert!(of("0", &[]).is_empty());
     }
 

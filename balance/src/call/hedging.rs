@@ -39,10 +39,10 @@ pub(super) fn hedge(
         body,
         policy,
         history: History::default(),
-        flights: Vec::new(),
+        open_attempts: Vec::new(),
         sent: 0,
         next: None,
-        is_called_off: false,
+        is_stopped: false,
         last: None,
     };
     Box::pin(hedging.run())
@@ -55,13 +55,13 @@ struct Hedging {
     policy: HedgingPolicy,
     history: History,
     /// Attempts without a response. Dropping an attempt resets its stream and releases its permit.
-    flights: Vec<Attempt>,
+    open_attempts: Vec<Attempt>,
     /// The number of attempts sent, without those that were refused.
     sent: u32,
     /// When the next hedge is due, if any.
     next: Option<Instant>,
     /// Whether further hedges are forbidden: by a server, or because the call may end its connections.
-    is_called_off: bool,
+    is_stopped: bool,
     /// The failure that ends the call if no other attempt succeeds.
     last: Option<Outcome>,
 }
@@ -69,7 +69,7 @@ struct Hedging {
 impl Hedging {
     async fn run(mut self) -> Result<Response<ResponseBody>, Status> {
         loop {
-            if self.flights.is_empty() && self.next.is_none() {
+            if self.open_attempts.is_empty() && self.next.is_none() {
                 if let Some(last) = self.last.take() {
                     return self.finish(last);
                 }
@@ -82,12 +82,12 @@ impl Hedging {
                 }
                 continue;
             }
-            let event = event(&mut self.flights, self.next);
+            let event = event(&mut self.open_attempts, self.next);
             match unless_late(self.conclusion.deadline, event).await {
                 Err(late) => return self.overdue(late, "waiting for the response"),
                 Ok(None) => self.send_another()?,
-                Ok(Some(landed)) => {
-                    if let Some(outcome) = self.land(landed).await {
+                Ok(Some(ended)) => {
+                    if let Some(outcome) = self.on_ended(ended).await {
                         return self.finish(outcome);
                     }
                 }
@@ -120,7 +120,7 @@ impl Hedging {
         match Attempt::start(core, call, permit, body, *deadline, which, now) {
             Ok(attempt) => {
                 self.history.avoid(&endpoint);
-                self.flights.push(attempt);
+                self.open_attempts.push(attempt);
                 self.sent += 1;
                 Ok(true)
             }
@@ -160,7 +160,7 @@ impl Hedging {
         // A call that lost a connection may be the cause of the loss. A hedge could then cost another connection, with the other calls on
         // it.
         let is_innocent = !self.history.has_lost();
-        suffices && is_innocent && !self.is_called_off && self.sent < self.policy.attempt_limit()
+        suffices && is_innocent && !self.is_stopped && self.sent < self.policy.attempt_limit()
     }
 
     /// Schedules the next hedge after this wait, if another hedge is allowed.
@@ -170,13 +170,13 @@ impl Hedging {
     }
 
     /// Handles an attempt that failed or whose response head was received. Returns the outcome of the call if this attempt decides it.
-    async fn land(&mut self, (attempt, head): Landed) -> Option<Outcome> {
+    async fn on_ended(&mut self, (attempt, head): EndedAttempt) -> Option<Outcome> {
         let outcome = match head {
             Ok(head) => Ok(Answered { attempt, head }),
             Err(error) => match self.recover(attempt, error).await {
                 Ok(_) if self.history.is_suspect() => {
                     // A peer ended a connection with an error while this call was on it. Each hedge could cost one more connection.
-                    self.is_called_off = true;
+                    self.is_stopped = true;
                     let status = Status::unavailable("the call may be what ended its connection");
                     Err(Failed::for_good(status))
                 }
@@ -190,7 +190,7 @@ impl Hedging {
                 Err(failed) => Err(failed),
             },
         };
-        self.weigh(outcome)
+        self.record(outcome)
     }
 
     async fn recover(&mut self, attempt: Attempt, error: h2::Error) -> Result<Outgoing, Failed> {
@@ -204,7 +204,7 @@ impl Hedging {
     }
 
     /// Returns the outcome if it ends the call. Otherwise keeps it, in case no other attempt succeeds.
-    fn weigh(&mut self, mut outcome: Outcome) -> Option<Outcome> {
+    fn record(&mut self, mut outcome: Outcome) -> Option<Outcome> {
         let Some((code, pushback)) = self.conclusion.record_failure(&outcome) else {
             return Some(outcome);
         };
@@ -231,7 +231,7 @@ impl Hedging {
             Pushback::None => self.schedule(Duration::ZERO),
             Pushback::After(wait) => self.schedule(wait),
             Pushback::Never => {
-                self.is_called_off = true;
+                self.is_stopped = true;
                 self.next = None;
             }
         }
@@ -245,7 +245,7 @@ impl Hedging {
 
     /// Ends the call after its deadline. Logs each attempt without a response, and has its connection checked with a PING.
     fn overdue(mut self, late: Deadline, doing: &str) -> Result<Response<ResponseBody>, Status> {
-        for attempt in &mut self.flights {
+        for attempt in &mut self.open_attempts {
             attempt.permit.on_overdue(Instant::now());
             let address = attempt.permit.endpoint().address().clone();
             self.conclusion
@@ -258,12 +258,12 @@ impl Hedging {
 }
 
 /// An attempt with its response head, or with the error that ended it.
-type Landed = (Attempt, Result<Response<Incoming>, h2::Error>);
+type EndedAttempt = (Attempt, Result<Response<Incoming>, h2::Error>);
 
 /// Waits until an attempt fails or its response head is received. Returns `None` if the next hedge is due before that.
-async fn event(flights: &mut Vec<Attempt>, next: Option<Instant>) -> Option<Landed> {
+async fn event(open_attempts: &mut Vec<Attempt>, next: Option<Instant>) -> Option<EndedAttempt> {
     let head = std::future::poll_fn(|cx| {
-        for (index, attempt) in flights.iter_mut().enumerate() {
+        for (index, attempt) in open_attempts.iter_mut().enumerate() {
             if let Poll::Ready(head) = attempt.exchange.poll_head(cx) {
                 return Poll::Ready((index, head));
             }
@@ -272,7 +272,7 @@ async fn event(flights: &mut Vec<Attempt>, next: Option<Instant>) -> Option<Land
     });
     tokio::select! {
         biased;
-        (index, head) = head => Some((flights.swap_remove(index), head)),
+        (index, head) = head => Some((open_attempts.swap_remove(index), head)),
         () = sleep_until(next) => None,
     }
 }

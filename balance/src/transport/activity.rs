@@ -20,7 +20,7 @@ pub(super) struct Activity {
     started: Instant,
     bytes: AtomicU64,
     /// The time of the last read, in microseconds since `started`.
-    last: AtomicU64,
+    last_read: AtomicU64,
     /// The number of HEADERS and DATA frames that the peer has sent.
     responses: AtomicU64,
     /// The peer's limit on a header list, in bytes; `u32::MAX` if it has announced none.
@@ -29,16 +29,16 @@ pub(super) struct Activity {
     /// One more than the error code of the peer's GOAWAY; 0 without one.
     goaway: AtomicU64,
     /// Whether the connection's task has ended or has found that the peer does not answer.
-    mute: AtomicBool,
+    unresponsive: AtomicBool,
     /// The number of times that all waits were ended without a byte.
     ended_waits: AtomicU64,
     /// The number of PINGs that the peer has answered.
     pongs: AtomicU64,
-    /// Whether a task waits for [`heard`](Self::heard).
+    /// Whether a task waits in [`wait_since`](Self::wait_since).
     awaited: AtomicBool,
-    heard: Notify,
+    changed: Notify,
     /// The first bytes that the peer sent, for the error message if they are not HTTP/2.
-    opening: Mutex<Vec<u8>>,
+    first_bytes: Mutex<Vec<u8>>,
     /// Returns whether calls are open on the connection.
     is_busy: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
 }
@@ -48,38 +48,38 @@ impl Activity {
         Arc::new(Self {
             started: Instant::now(),
             bytes: AtomicU64::new(0),
-            last: AtomicU64::new(0),
+            last_read: AtomicU64::new(0),
             responses: AtomicU64::new(0),
             max_header_list: AtomicU32::new(u32::MAX),
             too_many_pings: AtomicBool::new(false),
             goaway: AtomicU64::new(0),
-            mute: AtomicBool::new(false),
+            unresponsive: AtomicBool::new(false),
             ended_waits: AtomicU64::new(0),
             pongs: AtomicU64::new(0),
             awaited: AtomicBool::new(false),
-            heard: Notify::new(),
-            opening: Mutex::new(Vec::new()),
+            changed: Notify::new(),
+            first_bytes: Mutex::new(Vec::new()),
             is_busy: OnceLock::new(),
         })
     }
 
     /// Returns what was read up to now.
-    pub(super) fn heard(&self) -> Heard {
-        Heard {
+    pub(super) fn progress(&self) -> ReadProgress {
+        ReadProgress {
             bytes: self.bytes.load(Ordering::Relaxed),
             responses: self.responses.load(Ordering::Relaxed),
-            at: self.last(),
+            at: self.last_read(),
         }
     }
 
     /// Returns the time of the last read.
-    pub(super) fn last(&self) -> Instant {
-        self.started + Duration::from_micros(self.last.load(Ordering::Relaxed))
+    pub(super) fn last_read(&self) -> Instant {
+        self.started + Duration::from_micros(self.last_read.load(Ordering::Relaxed))
     }
 
     /// Returns whether anything was read since `then`.
-    pub(super) fn is_heard_since(&self, then: Instant) -> bool {
-        self.last.load(Ordering::Relaxed) >= self.micros(then)
+    pub(super) fn has_read_since(&self, then: Instant) -> bool {
+        self.last_read.load(Ordering::Relaxed) >= self.micros(then)
     }
 
     pub(super) fn max_header_list(&self) -> u32 {
@@ -97,8 +97,8 @@ impl Activity {
         u32::try_from(code).ok()
     }
 
-    pub(super) fn opening(&self) -> Vec<u8> {
-        self.opening
+    pub(super) fn first_bytes(&self) -> Vec<u8> {
+        self.first_bytes
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
@@ -128,11 +128,11 @@ impl Activity {
     /// # Cancel safety
     ///
     /// Dropping the future changes nothing.
-    pub(super) async fn heard_since(&self, mark: Mark) -> bool {
+    pub(super) async fn wait_since(&self, mark: Mark) -> bool {
         loop {
-            let heard = self.heard.notified();
-            tokio::pin!(heard);
-            heard.as_mut().enable();
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
             // SeqCst here and in `on_read`: a wait sets the flag and then compares the bytes; a read adds the bytes and then loads the
             // flag. So at least one of the two sees the write of the other.
             self.awaited.store(true, Ordering::SeqCst);
@@ -144,42 +144,42 @@ impl Activity {
                 return true;
             }
             let is_ended = self.ended_waits.load(Ordering::SeqCst) != mark.ended_waits;
-            if is_ended || self.mute.load(Ordering::SeqCst) {
+            if is_ended || self.unresponsive.load(Ordering::SeqCst) {
                 return false;
             }
-            heard.await;
+            changed.await;
         }
     }
 
     /// Sets whether waits for the peer return at once: the connection has ended, or the peer does not answer.
-    pub(super) fn set_mute(&self, mute: bool) {
-        self.mute.store(mute, Ordering::SeqCst);
-        if mute {
-            self.heard.notify_waiters();
+    pub(super) fn set_unresponsive(&self, unresponsive: bool) {
+        self.unresponsive.store(unresponsive, Ordering::SeqCst);
+        if unresponsive {
+            self.changed.notify_waiters();
         }
     }
 
     /// Ends the waits in progress: the peer is doubtful, and no PING may be sent to prove more.
     pub(super) fn end_waits(&self) {
         self.ended_waits.fetch_add(1, Ordering::SeqCst);
-        self.heard.notify_waiters();
+        self.changed.notify_waiters();
     }
 
     /// Records that the peer has answered a PING.
     pub(super) fn on_pong(&self) {
         self.pongs.fetch_add(1, Ordering::SeqCst);
-        self.heard.notify_waiters();
+        self.changed.notify_waiters();
     }
 
     fn on_read(&self, bytes: usize) {
         let bytes = u64::try_from(bytes).unwrap_or_default();
         // Relaxed: there is one writer, and readers only compare the value with a time of their own.
-        self.last
+        self.last_read
             .store(self.micros(Instant::now()), Ordering::Relaxed);
         self.bytes.fetch_add(bytes, Ordering::SeqCst);
         if self.awaited.load(Ordering::SeqCst) {
             self.awaited.store(false, Ordering::SeqCst);
-            self.heard.notify_waiters();
+            self.changed.notify_waiters();
         }
     }
 
@@ -202,10 +202,13 @@ impl Activity {
         }
     }
 
-    fn keep_opening(&self, bytes: &[u8]) {
-        let mut opening = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
-        let room = OPENING.saturating_sub(opening.len());
-        opening.extend_from_slice(&bytes[..bytes.len().min(room)]);
+    fn keep_first_bytes(&self, bytes: &[u8]) {
+        let mut first_bytes = self
+            .first_bytes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let room = MAX_FIRST_BYTES.saturating_sub(first_bytes.len());
+        first_bytes.extend_from_slice(&bytes[..bytes.len().min(room)]);
     }
 
     fn micros(&self, at: Instant) -> u64 {
@@ -219,14 +222,14 @@ impl fmt::Debug for Activity {
         f.debug_struct("Activity")
             .field("bytes", &self.bytes)
             .field("responses", &self.responses)
-            .field("mute", &self.mute)
+            .field("unresponsive", &self.unresponsive)
             .finish_non_exhaustive()
     }
 }
 
 /// What a connection had read at one point in time.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Heard {
+pub(super) struct ReadProgress {
     pub(super) bytes: u64,
     pub(super) responses: u64,
     pub(super) at: Instant,
@@ -312,8 +315,8 @@ impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
         let polled = Pin::new(&mut this.io).poll_read(cx, buf);
         let read = &buf.filled()[before..];
         if !read.is_empty() {
-            if this.read < OPENING {
-                this.activity.keep_opening(read);
+            if this.read < MAX_FIRST_BYTES {
+                this.activity.keep_first_bytes(read);
             }
             this.read = this.read.saturating_add(read.len());
             this.activity.on_read(read.len());
@@ -354,4 +357,4 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
 }
 
 /// The length of a frame header, and enough bytes to recognise another protocol.
-const OPENING: usize = 24;
+const MAX_FIRST_BYTES: usize = 24;

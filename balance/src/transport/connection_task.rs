@@ -75,13 +75,14 @@ where
     /// Detects, after every poll, whether streams can still be opened. The probe keeps the connection open, so it is dropped together with
     /// the last sender.
     pub(super) probe: Option<SendRequest<Bytes>>,
-    pub(super) doubted: mpsc::UnboundedReceiver<PingCause>,
+    pub(super) doubts: mpsc::UnboundedReceiver<PingCause>,
     pub(super) limit: Arc<AtomicUsize>,
     pub(super) max_header_list: Arc<AtomicU32>,
     pub(super) reserved: usize,
     pub(super) pinger: Option<Pinger>,
     pub(super) activity: Arc<Activity>,
-    pub(super) left: bool,
+    /// Whether the end was reported.
+    pub(super) is_closed: bool,
     /// The remaining time of a connection whose peer has reported an error.
     pub(super) linger: Option<Pin<Box<Sleep>>>,
     pub(super) on_event: OnEvent,
@@ -96,7 +97,7 @@ where
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = &mut *self;
         if let Poll::Ready(outcome) = Pin::new(&mut this.connection).poll(cx) {
-            this.leave(CloseReason::new(outcome));
+            this.report_closed(CloseReason::new(outcome));
             return Poll::Ready(());
         }
         this.poll_doubts(cx);
@@ -116,7 +117,7 @@ where
                 if !is_orderly_goaway(&error) {
                     this.linger = Some(Box::pin(tokio::time::sleep(LINGER)));
                 }
-                this.leave(CloseReason::Failed(error));
+                this.report_closed(CloseReason::Failed(error));
             }
         }
         if let Some(linger) = &mut this.linger
@@ -129,7 +130,7 @@ where
         {
             if action == Action::Lost {
                 // Dropping the connection fails its streams with an I/O error.
-                this.leave(CloseReason::Unresponsive);
+                this.report_closed(CloseReason::Unresponsive);
                 return Poll::Ready(());
             }
             this.report(action);
@@ -143,7 +144,7 @@ where
     T: AsyncRead + AsyncWrite + Unpin,
 {
     fn poll_doubts(&mut self, cx: &mut Context<'_>) {
-        while let Poll::Ready(doubt) = self.doubted.poll_recv(cx) {
+        while let Poll::Ready(doubt) = self.doubts.poll_recv(cx) {
             let Some(doubt) = doubt else {
                 self.probe = None;
                 return;
@@ -163,18 +164,19 @@ where
             Action::Ping | Action::Lost => return,
         };
         match action {
-            Action::Stalled => self.activity.set_mute(true),
+            Action::Stalled => self.activity.set_unresponsive(true),
             Action::Doubtful => self.activity.end_waits(),
-            _ => self.activity.set_mute(false),
+            _ => self.activity.set_unresponsive(false),
         }
-        if !self.left {
+        if !self.is_closed {
             (self.on_event)(report);
         }
     }
 
-    fn leave(&mut self, why: CloseReason) {
-        self.activity.set_mute(true);
-        if !std::mem::replace(&mut self.left, true) {
+    /// Reports the end of the connection, once.
+    fn report_closed(&mut self, why: CloseReason) {
+        self.activity.set_unresponsive(true);
+        if !std::mem::replace(&mut self.is_closed, true) {
             (self.on_event)(ConnectionEvent::Closed(why));
         }
     }
@@ -186,7 +188,7 @@ where
 {
     /// Reports the end of the connection, also if the task has panicked or its runtime has ended.
     fn drop(&mut self) {
-        self.leave(CloseReason::Aborted);
+        self.report_closed(CloseReason::Aborted);
     }
 }
 

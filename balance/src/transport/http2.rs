@@ -122,7 +122,7 @@ impl Connection {
         let io = Watched::new(io, Arc::clone(&activity));
         let handshake = Self::shake_hands(io, settings, keep_alive, Arc::clone(&activity));
         handshake.await.map_err(|source| HandshakeError {
-            speaks: foreign_protocol(&activity.opening()),
+            speaks: foreign_protocol(&activity.first_bytes()),
             source,
         })
     }
@@ -145,22 +145,22 @@ impl Connection {
         let limit = Arc::new(AtomicUsize::new(limit));
         let max_header_list = Arc::new(AtomicU32::new(activity.max_header_list()));
         let task_max_header_list = Arc::clone(&max_header_list);
-        let (doubts, doubted) = mpsc::unbounded_channel();
-        let decided = Pings::new(keep_alive, round_trip, activity.heard(), Instant::now());
-        let pinger = pings.map(|pings| Pinger::new(pings, decided, Arc::clone(&activity)));
+        let (on_doubt, doubts) = mpsc::unbounded_channel();
+        let policy = Pings::new(keep_alive, round_trip, activity.progress(), Instant::now());
+        let pinger = pings.map(|pings| Pinger::new(pings, policy, Arc::clone(&activity)));
         let probe = Some(send.clone());
         let (task_limit, task_activity) = (Arc::clone(&limit), Arc::clone(&activity));
         let start = move |on_event: OnEvent| {
             tokio::spawn(Task {
                 connection,
                 probe,
-                doubted,
+                doubts,
                 limit: task_limit,
                 max_header_list: task_max_header_list,
                 reserved,
                 pinger,
                 activity: task_activity,
-                left: false,
+                is_closed: false,
                 linger: None,
                 on_event,
             });
@@ -174,7 +174,7 @@ impl Connection {
                 send,
                 round_trip,
                 activity,
-                doubts,
+                doubts: on_doubt,
             },
         })
     }
@@ -219,12 +219,12 @@ impl Connection {
 
     /// Returns how long nothing was read.
     pub(crate) fn silence(&self, now: Instant) -> Duration {
-        now.saturating_duration_since(self.activity.last())
+        now.saturating_duration_since(self.activity.last_read())
     }
 
     /// Requests a PING for a call sent at `then` that overran, unless bytes were read since.
     pub(crate) fn suspect(&self, then: Instant) {
-        if !self.activity.is_heard_since(then) {
+        if !self.activity.has_read_since(then) {
             // The send fails only if the task has ended, and then the connection has ended as well.
             let _ = self.doubts.send(PingCause::Overrun);
         }
@@ -232,7 +232,7 @@ impl Connection {
 
     /// Requests a PING for a call sent at `then` that its caller dropped, unless bytes were read since.
     pub(crate) fn suspect_dropped(&self, then: Instant) {
-        if !self.activity.is_heard_since(then) {
+        if !self.activity.has_read_since(then) {
             let _ = self.doubts.send(PingCause::Dropped);
         }
     }
@@ -244,7 +244,7 @@ impl Connection {
 
     /// Returns how many bytes were read.
     pub(crate) fn bytes_read(&self) -> u64 {
-        self.activity.heard().bytes
+        self.activity.progress().bytes
     }
 
     /// Requests a PING and waits for a byte from the peer. Returns false if none arrives in time, or if the connection ends.
@@ -258,8 +258,10 @@ impl Connection {
             return false;
         }
         // The connection's task ends the wait much earlier, unless its runtime is not driven.
-        let heard = self.activity.heard_since(mark);
-        tokio::time::timeout(UNDRIVEN, heard).await.unwrap_or(false)
+        let answered = self.activity.wait_since(mark);
+        tokio::time::timeout(UNDRIVEN, answered)
+            .await
+            .unwrap_or(false)
     }
 
     /// Opens a stream without waiting. The caller must have reserved a stream.

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::activity::Heard;
+use super::activity::ReadProgress;
 
 /// The options of the keep-alive.
 #[derive(Clone, Copy, Debug)]
@@ -44,12 +44,12 @@ pub(super) struct Pings {
     /// Whether a PING waits for its answer: h2 allows one PING at a time.
     outstanding: bool,
     /// The number of PINGs since the peer's last HEADERS or DATA frame.
-    unrewarded: u32,
+    without_response: u32,
     /// The number of HEADERS and DATA frames of the peer when the last PING was sent.
-    responses_then: u64,
+    responses_at_ping: u64,
     last_ping: Instant,
     /// The time when the keep-alive checks the connection next.
-    next: Option<Instant>,
+    keep_alive_at: Option<Instant>,
     /// The time when the connection counts as lost if nothing is read.
     lost: Option<Expiry>,
     /// The time when the peer counts as silent if nothing is read.
@@ -110,7 +110,7 @@ impl Pings {
     pub(super) fn new(
         keep_alive: Option<KeepAlive>,
         round_trip: Duration,
-        heard: Heard,
+        progress: ReadProgress,
         now: Instant,
     ) -> Self {
         let long_way = round_trip.saturating_mul(ROUND_TRIPS);
@@ -119,10 +119,10 @@ impl Pings {
             overrun_timeout: OVERRUN_TIMEOUT.max(long_way),
             check_timeout: CHECK_TIMEOUT.max(long_way),
             outstanding: false,
-            unrewarded: 1,
-            responses_then: heard.responses,
+            without_response: 1,
+            responses_at_ping: progress.responses,
             last_ping: now,
-            next: keep_alive.and_then(|keep_alive| now.checked_add(keep_alive.interval)),
+            keep_alive_at: keep_alive.and_then(|keep_alive| now.checked_add(keep_alive.interval)),
             lost: None,
             stall: None,
             stalled: None,
@@ -133,7 +133,11 @@ impl Pings {
     /// Returns the time at which [`on_time`](Self::on_time) must be called.
     pub(super) fn wake_at(&self) -> Option<Instant> {
         let expiries = [self.lost, self.stall].map(|expiry| expiry.map(|expiry| expiry.at));
-        expiries.into_iter().chain([self.next]).flatten().min()
+        expiries
+            .into_iter()
+            .chain([self.keep_alive_at])
+            .flatten()
+            .min()
     }
 
     pub(super) fn is_outstanding(&self) -> bool {
@@ -149,10 +153,10 @@ impl Pings {
         &mut self,
         doubt: PingCause,
         now: Instant,
-        heard: Heard,
+        progress: ReadProgress,
         busy: bool,
     ) -> Option<Action> {
-        let is_silent = self.stalled == Some(heard.bytes);
+        let is_silent = self.stalled == Some(progress.bytes);
         if is_silent && self.proven {
             return None;
         }
@@ -165,14 +169,14 @@ impl Pings {
         if let Some(stall) = self
             .stall
             .as_mut()
-            .filter(|stall| stall.bytes == heard.bytes)
+            .filter(|stall| stall.bytes == progress.bytes)
         {
             stall.at = stall.at.min(at);
             return None;
         }
         // A call that waits for a check has no open stream yet, so the connection counts as idle for the server.
         let busy = busy && doubt == PingCause::Overrun;
-        let may_ping = self.outstanding || self.may_ping(now, heard, busy);
+        let may_ping = self.outstanding || self.may_ping(now, progress, busy);
         if !may_ping && matches!(doubt, PingCause::Dropped | PingCause::Sweep) {
             return None;
         }
@@ -182,21 +186,21 @@ impl Pings {
         }
         self.stall = Some(Expiry {
             at,
-            bytes: heard.bytes,
+            bytes: progress.bytes,
             pinged: may_ping,
             extended: 0,
         });
         if may_ping {
-            self.ping(now, heard)
+            self.ping(now, progress)
         } else {
             None
         }
     }
 
     /// Handles bytes that were read.
-    pub(super) fn on_heard(&mut self, heard: Heard) -> Option<Action> {
+    pub(super) fn on_read(&mut self, progress: ReadProgress) -> Option<Action> {
         let stalled = self.stalled?;
-        (heard.bytes > stalled).then(|| {
+        (progress.bytes > stalled).then(|| {
             self.stalled = None;
             self.proven = false;
             Action::Recovered
@@ -204,25 +208,30 @@ impl Pings {
     }
 
     /// Handles the answer to the PING.
-    pub(super) fn on_pong(&mut self, now: Instant, heard: Heard) {
+    pub(super) fn on_pong(&mut self, now: Instant, progress: ReadProgress) {
         self.outstanding = false;
         // The server sent the frames that crossed the PING before it counted the PING, so they do not reset its count.
-        self.responses_then = heard.responses;
+        self.responses_at_ping = progress.responses;
         self.lost = None;
         self.stall = None;
-        self.rest(now);
+        self.schedule_keep_alive(now);
     }
 
     /// Handles the passing of time.
-    pub(super) fn on_time(&mut self, now: Instant, heard: Heard, busy: bool) -> Option<Action> {
+    pub(super) fn on_time(
+        &mut self,
+        now: Instant,
+        progress: ReadProgress,
+        busy: bool,
+    ) -> Option<Action> {
         if let Some(lost) = self.lost.take_if(|lost| lost.is_due(now)) {
-            if heard.bytes == lost.bytes {
+            if progress.bytes == lost.bytes {
                 return Some(Action::Lost);
             }
-            self.rest(heard.at);
+            self.schedule_keep_alive(progress.at);
         }
         if let Some(mut stall) = self.stall.take_if(|stall| stall.is_due(now))
-            && heard.bytes == stall.bytes
+            && progress.bytes == stall.bytes
         {
             // A timer that fires late shows that the runtime has not yet read what the peer has sent. Replacing connections would add to
             // its load.
@@ -234,8 +243,8 @@ impl Pings {
             stall.extended += 1;
             self.stall = Some(stall);
         }
-        if self.next.is_some_and(|next| next <= now) {
-            return self.keep_alive(now, heard, busy);
+        if self.keep_alive_at.is_some_and(|at| at <= now) {
+            return self.keep_alive(now, progress, busy);
         }
         None
     }
@@ -250,59 +259,60 @@ impl Pings {
         }
     }
 
-    fn keep_alive(&mut self, now: Instant, heard: Heard, busy: bool) -> Option<Action> {
+    fn keep_alive(&mut self, now: Instant, progress: ReadProgress, busy: bool) -> Option<Action> {
         let keep_alive = self.keep_alive?;
-        let due = heard.at.checked_add(keep_alive.interval);
+        let due = progress.at.checked_add(keep_alive.interval);
         if due.is_none_or(|due| due > now) {
-            self.next = due;
+            self.keep_alive_at = due;
             return None;
         }
         if !busy && !keep_alive.while_idle {
-            self.rest(now);
+            self.schedule_keep_alive(now);
             return None;
         }
         // `while_idle` states that the servers permit PINGs on idle connections, so the interval for open calls applies.
-        if !self.outstanding && !self.may_ping(now, heard, true) {
-            self.next = self.last_ping.checked_add(keep_alive.permit);
+        if !self.outstanding && !self.may_ping(now, progress, true) {
+            self.keep_alive_at = self.last_ping.checked_add(keep_alive.permit);
             return None;
         }
-        self.next = None;
+        self.keep_alive_at = None;
         self.lost = now.checked_add(keep_alive.timeout).map(|at| Expiry {
             at,
-            bytes: heard.bytes,
+            bytes: progress.bytes,
             pinged: true,
             extended: 0,
         });
-        self.ping(now, heard)
+        self.ping(now, progress)
     }
 
     /// Requests a PING, unless the answer to an earlier one is outstanding. That answer then serves both.
-    fn ping(&mut self, now: Instant, heard: Heard) -> Option<Action> {
+    fn ping(&mut self, now: Instant, progress: ReadProgress) -> Option<Action> {
         if self.outstanding {
             return None;
         }
-        if heard.responses > self.responses_then {
-            self.unrewarded = 0;
+        if progress.responses > self.responses_at_ping {
+            self.without_response = 0;
         }
-        self.unrewarded += 1;
-        self.responses_then = heard.responses;
+        self.without_response += 1;
+        self.responses_at_ping = progress.responses;
         self.last_ping = now;
         self.outstanding = true;
         Some(Action::Ping)
     }
 
-    fn may_ping(&self, now: Instant, heard: Heard, busy: bool) -> bool {
+    fn may_ping(&self, now: Instant, progress: ReadProgress, busy: bool) -> bool {
         let permit = self
             .keep_alive
             .map_or(BUSY_INTERVAL, |keep_alive| keep_alive.permit);
         let interval = if busy { permit } else { IDLE_INTERVAL };
-        heard.responses > self.responses_then
-            || self.unrewarded < UNREWARDED
+        progress.responses > self.responses_at_ping
+            || self.without_response < MAX_PINGS_WITHOUT_RESPONSE
             || now.saturating_duration_since(self.last_ping) >= interval
     }
 
-    fn rest(&mut self, from: Instant) {
-        self.next = self
+    /// Schedules the keep-alive one interval after this time.
+    fn schedule_keep_alive(&mut self, from: Instant) {
+        self.keep_alive_at = self
             .keep_alive
             .and_then(|keep_alive| from.checked_add(keep_alive.interval));
     }
@@ -318,7 +328,7 @@ const LATE: Duration = Duration::from_millis(50);
 /// On a path with a long round trip, an answer may take this many round trips.
 pub(super) const ROUND_TRIPS: u32 = 4;
 /// Limit on PINGs between two HEADERS or DATA frames of the peer: gRFC A8 allows two strikes.
-const UNREWARDED: u32 = 2;
+const MAX_PINGS_WITHOUT_RESPONSE: u32 = 2;
 /// Limit on extensions of a time limit: waits must also end in a process that is never scheduled in time.
 const EXTENSIONS: u32 = 3;
 /// The interval that grpc-go and grpc-java allow by default while calls are open.
@@ -334,8 +344,8 @@ mod tests {
         Duration::from_millis(millis)
     }
 
-    fn heard(bytes: u64, responses: u64, at: Instant) -> Heard {
-        Heard {
+    fn progress(bytes: u64, responses: u64, at: Instant) -> ReadProgress {
+        ReadProgress {
             bytes,
             responses,
             at,
@@ -344,13 +354,16 @@ mod tests {
 
     fn pings(keep_alive: Option<KeepAlive>) -> (Pings, Instant) {
         let now = Instant::now();
-        (Pings::new(keep_alive, ms(1), heard(17, 0, now), now), now)
+        (
+            Pings::new(keep_alive, ms(1), progress(17, 0, now), now),
+            now,
+        )
     }
 
     #[test]
     fn a_silent_peer_is_stalled_until_its_next_byte() {
         let (mut pings, now) = pings(None);
-        let silent = heard(100, 0, now);
+        let silent = progress(100, 0, now);
         assert_eq!(pings.wake_at(), None);
         let ping = pings.on_doubt(PingCause::Overrun, now, silent, true);
         assert_eq!(ping, Some(Action::Ping));
@@ -362,15 +375,15 @@ mod tests {
         let doubt = pings.on_doubt(PingCause::Overrun, now + ms(1_001), silent, true);
         assert_eq!(doubt, None);
         assert_eq!(pings.wake_at(), None, "no timer ends the stall");
-        assert_eq!(pings.on_heard(silent), None);
-        assert_eq!(pings.on_heard(heard(117, 0, now)), Some(Action::Recovered));
-        assert_eq!(pings.on_heard(heard(118, 0, now)), None);
+        assert_eq!(pings.on_read(silent), None);
+        assert_eq!(pings.on_read(progress(117, 0, now)), Some(Action::Recovered));
+        assert_eq!(pings.on_read(progress(118, 0, now)), None);
     }
 
     #[test]
     fn a_silence_check_keeps_its_short_timeout_during_another_check() {
         let (mut pings, now) = pings(None);
-        let silent = heard(100, 0, now);
+        let silent = progress(100, 0, now);
         pings.on_doubt(PingCause::Overrun, now, silent, true);
         assert_eq!(pings.on_doubt(PingCause::Silence, now, silent, true), None);
         let stalled = pings.on_time(now + ms(250), silent, true);
@@ -380,7 +393,7 @@ mod tests {
     #[test]
     fn late_timers_extend_the_wait_a_limited_number_of_times() {
         let (mut pings, mut now) = pings(None);
-        let silent = heard(100, 0, now);
+        let silent = progress(100, 0, now);
         pings.on_doubt(PingCause::Silence, now, silent, true);
         now += ms(400);
         assert_eq!(
@@ -400,15 +413,15 @@ mod tests {
     #[test]
     fn any_received_byte_clears_a_suspicion() {
         let (mut pings, now) = pings(None);
-        pings.on_doubt(PingCause::Overrun, now, heard(100, 1, now), true);
-        pings.on_pong(now + ms(500), heard(117, 1, now));
+        pings.on_doubt(PingCause::Overrun, now, progress(100, 1, now), true);
+        pings.on_pong(now + ms(500), progress(117, 1, now));
         assert_eq!(
-            pings.on_time(now + ms(5_000), heard(117, 1, now), true),
+            pings.on_time(now + ms(5_000), progress(117, 1, now), true),
             None
         );
-        let then = heard(1_000, 2, now);
+        let then = progress(1_000, 2, now);
         pings.on_doubt(PingCause::Overrun, now + ms(6_000), then, true);
-        let read = heard(1_001, 2, now);
+        let read = progress(1_001, 2, now);
         assert_eq!(pings.on_time(now + ms(7_000), read, true), None);
         assert!(pings.is_outstanding(), "the PING is unanswered");
         let second = pings.on_doubt(PingCause::Overrun, now + ms(7_100), read, true);
@@ -420,14 +433,14 @@ mod tests {
     #[test]
     fn a_suspicion_after_a_received_byte_restarts_the_timeout() {
         let (mut pings, now) = pings(None);
-        pings.on_doubt(PingCause::Overrun, now, heard(100, 0, now), true);
+        pings.on_doubt(PingCause::Overrun, now, progress(100, 0, now), true);
         let later = now + ms(900);
-        pings.on_doubt(PingCause::Overrun, later, heard(113, 0, later), true);
+        pings.on_doubt(PingCause::Overrun, later, progress(113, 0, later), true);
         assert_eq!(
-            pings.on_time(now + ms(1_000), heard(113, 0, later), true),
+            pings.on_time(now + ms(1_000), progress(113, 0, later), true),
             None
         );
-        let stalled = pings.on_time(later + ms(1_000), heard(113, 0, later), true);
+        let stalled = pings.on_time(later + ms(1_000), progress(113, 0, later), true);
         assert_eq!(stalled, Some(Action::Stalled));
     }
 
@@ -464,11 +477,11 @@ mod tests {
                     read = sent;
                 }
                 let answered = pong_at.take_if(|bytes| read.0 >= *bytes).is_some();
-                let now_heard = heard(read.0, read.1, now);
+                let now_heard = progress(read.0, read.1, now);
                 if answered {
                     pings.on_pong(now, now_heard);
                 }
-                pings.on_heard(now_heard);
+                pings.on_read(now_heard);
                 let busy = rng.bool();
                 let action = match rng.u8(..6) {
                     0 => pings.on_doubt(PingCause::Silence, now, now_heard, busy),
@@ -493,7 +506,7 @@ mod tests {
     #[test]
     fn without_a_ping_budget_a_connection_is_doubtful_until_the_budget_is_renewed() {
         let (mut pings, now) = pings(None);
-        let silent = heard(100, 0, now);
+        let silent = progress(100, 0, now);
         let ping = pings.on_doubt(PingCause::Overrun, now, silent, true);
         assert_eq!(ping, Some(Action::Ping));
         pings.on_pong(now, silent);
@@ -504,20 +517,20 @@ mod tests {
         assert_eq!(pings.on_doubt(PingCause::Silence, now, silent, true), None);
         let doubtful = pings.on_time(now + ms(250), silent, true);
         assert_eq!(doubtful, Some(Action::Doubtful));
-        let heard_again = heard(101, 0, now);
-        assert_eq!(pings.on_heard(heard_again), Some(Action::Recovered));
+        let read_again = progress(101, 0, now);
+        assert_eq!(pings.on_read(read_again), Some(Action::Recovered));
         let later = now + BUSY_INTERVAL;
         let idle = pings.on_doubt(PingCause::Silence, later, heard_again, true);
         assert_eq!(idle, None, "a waiting call has no open stream");
-        pings.on_heard(heard(102, 0, now));
-        let busy = pings.on_doubt(PingCause::Overrun, later, heard(102, 0, now), true);
+        pings.on_read(progress(102, 0, now));
+        let busy = pings.on_doubt(PingCause::Overrun, later, progress(102, 0, now), true);
         assert_eq!(busy, Some(Action::Ping));
     }
 
     #[test]
     fn each_check_of_a_doubtful_connection_has_an_outcome() {
         let (mut pings, now) = pings(None);
-        let silent = heard(100, 0, now);
+        let silent = progress(100, 0, now);
         pings.on_doubt(PingCause::Overrun, now, silent, true);
         pings.on_pong(now, silent);
         pings.on_doubt(PingCause::Silence, now, silent, true);
@@ -537,13 +550,13 @@ mod tests {
     #[test]
     fn a_check_concurrent_with_the_recovery_has_an_outcome() {
         let (mut pings, now) = pings(None);
-        pings.on_doubt(PingCause::Silence, now, heard(100, 0, now), true);
-        let stalled = pings.on_time(now + ms(250), heard(100, 0, now), true);
+        pings.on_doubt(PingCause::Silence, now, progress(100, 0, now), true);
+        let stalled = pings.on_time(now + ms(250), progress(100, 0, now), true);
         assert_eq!(stalled, Some(Action::Stalled));
         let later = now + ms(300);
-        let more = heard(110, 0, later);
+        let more = progress(110, 0, later);
         pings.on_doubt(PingCause::Silence, later, more, true);
-        assert_eq!(pings.on_heard(more), Some(Action::Recovered));
+        assert_eq!(pings.on_read(more), Some(Action::Recovered));
         let stalled = pings.on_time(later + ms(250), more, true);
         assert_eq!(stalled, Some(Action::Stalled));
     }
@@ -551,7 +564,7 @@ mod tests {
     #[test]
     fn the_check_timeout_is_at_least_four_round_trips() {
         let now = Instant::now();
-        let silent = heard(0, 0, now);
+        let silent = progress(0, 0, now);
         let mut pings = Pings::new(None, ms(400), silent, now);
         pings.on_doubt(PingCause::Silence, now, silent, true);
         assert_eq!(pings.on_time(now + ms(1_599), silent, true), None);
@@ -569,12 +582,12 @@ mod tests {
     #[test]
     fn the_keep_alive_pings_after_silence_and_closes_without_a_response() {
         let (mut pings, now) = pings(Some(KEEP_ALIVE));
-        let silent = heard(0, 0, now);
+        let silent = progress(0, 0, now);
         assert_eq!(pings.wake_at(), Some(now + ms(10_000)));
         let ping = pings.on_time(now + ms(10_000), silent, true);
         assert_eq!(ping, Some(Action::Ping));
         let at = now + ms(10_500);
-        let silent = heard(17, 0, at);
+        let silent = progress(17, 0, at);
         pings.on_pong(at, silent);
         assert_eq!(pings.wake_at(), Some(now + ms(20_500)));
         let ping = pings.on_time(now + ms(20_500), silent, true);
@@ -594,21 +607,21 @@ mod tests {
             permit: BUSY_INTERVAL,
             ..KEEP_ALIVE
         }));
-        let silent = heard(17, 0, now);
+        let silent = progress(17, 0, now);
         let ping = pings.on_time(now + ms(10_000), silent, true);
         assert_eq!(
             ping,
             Some(Action::Ping),
             "the second PING, after the ready check"
         );
-        pings.on_pong(now + ms(10_001), heard(34, 0, now));
+        pings.on_pong(now + ms(10_001), progress(34, 0, now));
         assert_eq!(
-            pings.on_time(now + ms(20_001), heard(34, 0, now), true),
+            pings.on_time(now + ms(20_001), progress(34, 0, now), true),
             None
         );
         let permitted = now + ms(10_000) + BUSY_INTERVAL;
         assert_eq!(pings.wake_at(), Some(permitted));
-        let ping = pings.on_time(permitted, heard(34, 0, now), true);
+        let ping = pings.on_time(permitted, progress(34, 0, now), true);
         assert_eq!(ping, Some(Action::Ping));
     }
 
@@ -616,12 +629,15 @@ mod tests {
     fn a_connection_that_receives_data_is_neither_pinged_nor_closed() {
         let (mut pings, now) = pings(Some(KEEP_ALIVE));
         let at = now + ms(9_999);
-        assert_eq!(pings.on_time(now + ms(10_000), heard(5, 0, at), true), None);
+        assert_eq!(
+            pings.on_time(now + ms(10_000), progress(5, 0, at), true),
+            None
+        );
         assert_eq!(pings.wake_at(), Some(at + ms(10_000)));
         let later = at + ms(10_000);
-        let ping = pings.on_time(later, heard(5, 0, at), true);
+        let ping = pings.on_time(later, progress(5, 0, at), true);
         assert_eq!(ping, Some(Action::Ping));
-        let trickle = heard(6, 0, later + ms(2_999));
+        let trickle = progress(6, 0, later + ms(2_999));
         let queued = pings.on_time(later + ms(3_000), trickle, true);
         assert_eq!(queued, None, "the response is queued");
         assert_eq!(pings.wake_at(), Some(trickle.at + ms(10_000)));
@@ -630,7 +646,7 @@ mod tests {
     #[test]
     fn an_idle_connection_is_pinged_only_if_enabled() {
         let (mut pings, now) = pings(Some(KEEP_ALIVE));
-        let silent = heard(0, 0, now);
+        let silent = progress(0, 0, now);
         assert_eq!(pings.on_time(now + ms(10_000), silent, false), None);
         assert_eq!(pings.wake_at(), Some(now + ms(20_000)));
         let while_idle = KeepAlive {

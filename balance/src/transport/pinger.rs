@@ -13,17 +13,17 @@ use super::ping_policy::{Action, PingCause, Pings};
 /// Sends the PINGs that [`Pings`] decides on.
 pub(super) struct Pinger {
     pings: PingPong,
-    decided: Pings,
+    policy: Pings,
     activity: Arc<Activity>,
     timer: Pin<Box<Sleep>>,
 }
 
 impl Pinger {
-    pub(super) fn new(pings: PingPong, decided: Pings, activity: Arc<Activity>) -> Self {
-        let at = decided.wake_at().unwrap_or_else(Instant::now);
+    pub(super) fn new(pings: PingPong, policy: Pings, activity: Arc<Activity>) -> Self {
+        let at = policy.wake_at().unwrap_or_else(Instant::now);
         Self {
             pings,
-            decided,
+            policy,
             activity,
             timer: Box::pin(tokio::time::sleep_until(at)),
         }
@@ -31,8 +31,10 @@ impl Pinger {
 
     /// Handles a doubt about the peer. Returns the action that must be reported at once.
     pub(super) fn doubt(&mut self, doubt: PingCause) -> Option<Action> {
-        let (heard, busy) = (self.activity.heard(), self.activity.is_busy());
-        let action = self.decided.on_doubt(doubt, Instant::now(), heard, busy)?;
+        let (progress, busy) = (self.activity.progress(), self.activity.is_busy());
+        let action = self
+            .policy
+            .on_doubt(doubt, Instant::now(), progress, busy)?;
         if action == Action::Ping {
             // `send_ping` fails only on a connection that ends anyway.
             let _ = self.pings.send_ping(Ping::opaque());
@@ -44,24 +46,25 @@ impl Pinger {
     /// Returns the next action that the connection's task must report.
     pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Action> {
         loop {
-            if self.decided.is_outstanding() && self.pings.poll_pong(cx).is_ready() {
-                self.decided.on_pong(Instant::now(), self.activity.heard());
+            if self.policy.is_outstanding() && self.pings.poll_pong(cx).is_ready() {
+                self.policy
+                    .on_pong(Instant::now(), self.activity.progress());
                 self.activity.on_pong();
             }
-            if self.decided.is_stalled()
-                && let Some(action) = self.decided.on_heard(self.activity.heard())
+            if self.policy.is_stalled()
+                && let Some(action) = self.policy.on_read(self.activity.progress())
             {
                 return Poll::Ready(action);
             }
-            let Some(wake_at) = self.decided.wake_at() else {
+            let Some(wake_at) = self.policy.wake_at() else {
                 return Poll::Pending;
             };
             if self.timer.deadline() != wake_at {
                 self.timer.as_mut().reset(wake_at);
             }
             ready!(self.timer.as_mut().poll(cx));
-            let (heard, busy) = (self.activity.heard(), self.activity.is_busy());
-            match self.decided.on_time(Instant::now(), heard, busy) {
+            let (progress, busy) = (self.activity.progress(), self.activity.is_busy());
+            match self.policy.on_time(Instant::now(), progress, busy) {
                 Some(Action::Ping) if self.pings.send_ping(Ping::opaque()).is_err() => {
                     return Poll::Ready(Action::Lost);
                 }

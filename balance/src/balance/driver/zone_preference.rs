@@ -65,7 +65,7 @@ impl ZonePreference {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::balance::zone::WHOLE;
+    use crate::balance::zone::MAX_FACTOR;
 
     #[test]
     fn factors_follow_the_ready_endpoints() {
@@ -73,11 +73,11 @@ mod tests {
         assert_eq!(zones.factor(Some("a")), 1, "nothing is ready");
         let endpoints = [(Some("a"), 2), (Some("b"), 1), (Some("a"), 1), (None, 1)];
         assert!(zones.update(endpoints.into_iter()));
-        assert_eq!(zones.factor(Some("a")), WHOLE);
+        assert_eq!(zones.factor(Some("a")), MAX_FACTOR);
         assert_eq!(zones.factor(Some("b")), 1);
         assert!(!zones.update(endpoints.into_iter()), "nothing has changed");
         assert!(zones.update([(None, 5)].into_iter()));
-        assert_eq!(zones.factor(None), WHOLE, "no endpoint is near");
+        assert_eq!(zones.factor(None), MAX_FACTOR, "no endpoint is near");
     }
 
     #[test]
