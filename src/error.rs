@@ -9,7 +9,7 @@ use std::time::Duration;
 pub(crate) use tonic_balance::error::causes;
 
 pub use crate::format::error::FormatError;
-pub use tonic_balance::{AddressError, CallError, ChannelError};
+pub use tonic_balance::error::{AddressError, CallError, ChannelError};
 
 /// A failed exchange with etcd: the operation, the member, and the cause.
 ///

@@ -83,7 +83,7 @@
 mod backoff;
 /// The options and the states of a [`BalancedChannel`]. Its policies are at the root of the crate.
 pub mod channel {
-    pub use tonic_balance::{
+    pub use tonic_balance::channel::{
         Attributes, ChannelBuilder, EndpointSource, EndpointState, EndpointStatus,
         FailurePercentageEjection, HedgingPolicy, OutlierDetection, ResponseBody, ResponseFuture,
         RetryBudget, Routing, ServedBy, SuccessRateEjection, WaitForReady,

@@ -24,7 +24,7 @@ use ipnet::IpNet;
 /// let socket: Address = "unix:///run/greeter.sock".parse()?;
 /// assert_eq!(socket.as_str(), "unix:/run/greeter.sock");
 /// assert_eq!(socket.port(), None);
-/// # Ok::<(), tonic_balance::AddressError>(())
+/// # Ok::<(), tonic_balance::error::AddressError>(())
 /// ```
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Address(Arc<str>);

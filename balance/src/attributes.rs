@@ -7,7 +7,7 @@ use std::sync::Arc;
 /// The *address* is the identity of an endpoint. Attributes may change while its connections stay open.
 ///
 /// ```
-/// use tonic_balance::Attributes;
+/// use tonic_balance::channel::Attributes;
 ///
 /// let attributes = Attributes::new().with_weight(3).with_zone("eu-1a");
 /// assert_eq!(attributes.weight(), 3);
@@ -39,7 +39,7 @@ impl Attributes {
         self
     }
 
-    /// Sets the zone. It affects only channels that have a [zone](crate::ChannelBuilder::zone). Default: no zone.
+    /// Sets the zone. It affects only channels that have a [zone](crate::channel::ChannelBuilder::zone). Default: no zone.
     #[must_use]
     pub fn with_zone(mut self, zone: impl Into<Arc<str>>) -> Self {
         self.zone = Some(zone.into());

@@ -1,6 +1,6 @@
 //! A client-side balanced gRPC channel for [tonic](https://docs.rs/tonic).
 //!
-//! A [`BalancedChannel`] connects to every endpoint that its [source](EndpointSource) reports. It sends each call to an endpoint that is
+//! A [`BalancedChannel`] connects to every endpoint that its [source](channel::EndpointSource) reports. It sends each call to an endpoint that is
 //! connected *and responds*. The channel can replace tonic's own channel: in a generated client, under an interceptor, or in a tower stack.
 //!
 //! ```no_run
@@ -18,8 +18,8 @@
 //! # }
 //! ```
 //!
-//! The endpoints are given as a list of [addresses](ChannelBuilder::addresses), a [stream of
-//! `tower::discover::Change`](ChannelBuilder::discover), or an [`EndpointSource`]. The crate `tonic-etcd` provides a source over etcd.
+//! The endpoints are given as a list of [addresses](channel::ChannelBuilder::addresses), a [stream of
+//! `tower::discover::Change`](channel::ChannelBuilder::discover), or an [`EndpointSource`](channel::EndpointSource). The crate `tonic-etcd` provides a source over etcd.
 //!
 //! # Features
 //!
@@ -32,26 +32,32 @@ mod address;
 mod attributes;
 mod balance;
 mod call;
-mod channel;
-pub mod error;
+mod causes;
+pub mod channel;
 mod transport;
 
-pub use address::{Address, AddressError, AddressPolicy};
-pub use attributes::Attributes;
-pub use balance::{
-    EndpointState, EndpointStatus, FailurePercentageEjection, LbPolicy, OutlierDetection,
-    SuccessRateEjection,
-};
-pub use call::retry::{HedgingPolicy, RetryBudget, RetryPolicy};
-pub use call::{CallError, ResponseBody, ResponseFuture, Routing, ServedBy, WaitForReady};
+/// The errors of the channel, and their text for logs.
+pub mod error {
+    pub use crate::address::AddressError;
+    pub use crate::call::CallError;
+    pub use crate::causes::causes;
+    pub use crate::channel::error::ChannelError;
+}
+
+/// The deadline of a call in its headers.
+pub mod deadline {
+    pub use crate::transport::deadline::{GRPC_TIMEOUT, format as format_timeout};
+}
+
+pub use address::{Address, AddressPolicy};
+pub use balance::LbPolicy;
+pub use call::retry::RetryPolicy;
+#[doc(inline)]
+pub use channel::BalancedChannel;
 #[cfg(feature = "__bench")]
 #[doc(hidden)]
 pub use channel::bench as __bench;
-pub use channel::{
-    Addresses, BalancedChannel, ChannelBuilder, ChannelError, Discover, EndpointSource, Endpoints,
-};
 pub use ipnet::IpNet;
-pub use transport::deadline::{GRPC_TIMEOUT, format as format_timeout};
 #[cfg(feature = "tls")]
 #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
 pub use transport::tls::TlsConfig;

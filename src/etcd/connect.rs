@@ -17,7 +17,7 @@ use crate::keyspace::Key;
 use tonic_balance::Address;
 #[cfg(feature = "tls")]
 use tonic_balance::TlsConfig;
-use tonic_balance::{BalancedChannel, ChannelBuilder};
+use tonic_balance::{BalancedChannel, channel::ChannelBuilder};
 
 /// The options of a connection.
 #[derive(Clone, Default)]

@@ -10,7 +10,7 @@ use super::member_health::{Failure, MemberHealth, Traffic};
 use super::request_channel::{RequestChannel, RequestService};
 use crate::error::EtcdError;
 use tonic_balance::Address;
-use tonic_balance::{BalancedChannel, Routing};
+use tonic_balance::{BalancedChannel, channel::Routing};
 
 /// Opens a channel over all members.
 pub(super) type Open = Arc<dyn Fn() -> BalancedChannel + Send + Sync>;

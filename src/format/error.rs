@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 
-use tonic_balance::AddressError;
+use tonic_balance::error::AddressError;
 
 /// The reason why a format cannot read a key and its value, or cannot write an instance.
 ///

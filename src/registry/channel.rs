@@ -2,7 +2,10 @@
 
 use std::convert::Infallible;
 
-use tonic_balance::{Attributes, BalancedChannel, EndpointSource, Endpoints};
+use tonic_balance::{
+    BalancedChannel,
+    channel::{Attributes, EndpointSource, Endpoints},
+};
 
 use super::Registry;
 use super::target::Target;

@@ -1,7 +1,7 @@
 //! A registry: one etcd cluster, and the location of services in it.
 
 use tonic_balance::AddressPolicy;
-use tonic_balance::{BalancedChannel, ChannelBuilder};
+use tonic_balance::{BalancedChannel, channel::ChannelBuilder};
 
 use super::target::{Lookup, Target};
 use crate::error::RegistryError;

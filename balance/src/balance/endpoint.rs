@@ -355,7 +355,7 @@ pub struct EndpointStatus {
     /// server.
     pub failures: u64,
     /// Whether the endpoint is excluded from ordinary picks. It gets no calls if its connection does not answer. It gets calls only while
-    /// no other endpoint is ready if it has failed too many calls ([`OutlierDetection`](crate::OutlierDetection)) or does not answer with
+    /// no other endpoint is ready if it has failed too many calls ([`OutlierDetection`](crate::channel::OutlierDetection)) or does not answer with
     /// gRPC.
     pub ejected: bool,
     /// Why the last attempt to connect failed, why the last connection was lost, or why the last response did not count as gRPC.
@@ -374,7 +374,7 @@ pub enum EndpointState {
     /// A connection has answered and takes calls.
     Ready,
     /// The last attempt failed and the next one follows after a backoff, or the connection does not answer any more, or the endpoint
-    /// reports that it is not serving ([`health_check`](crate::ChannelBuilder::health_check)).
+    /// reports that it is not serving ([`health_check`](crate::channel::ChannelBuilder::health_check)).
     TransientFailure,
     /// The endpoint was removed, and its last calls are still running.
     Draining,

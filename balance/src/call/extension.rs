@@ -7,7 +7,7 @@ use crate::address::Address;
 /// The deadline of the call still applies. Without a deadline, the call may wait forever.
 ///
 /// ```
-/// use tonic_balance::WaitForReady;
+/// use tonic_balance::channel::WaitForReady;
 ///
 /// let mut request = tonic::Request::new("world");
 /// request.extensions_mut().insert(WaitForReady::new(true));
@@ -26,7 +26,7 @@ impl WaitForReady {
 /// A response extension: the endpoint that served the call.
 ///
 /// ```
-/// use tonic_balance::ServedBy;
+/// use tonic_balance::channel::ServedBy;
 ///
 /// fn log<T>(response: &tonic::Response<T>) {
 ///     if let Some(served_by) = response.extensions().get::<ServedBy>() {

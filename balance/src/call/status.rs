@@ -14,7 +14,7 @@ use super::core::Core;
 use super::http_status::{Foreign, Head};
 use crate::address::Address;
 use crate::balance::{Blame, Endpoint, Summary};
-use crate::error::causes;
+use crate::causes::causes;
 use crate::transport::deadline::Deadline;
 use crate::transport::h2_error::is_unprocessed;
 
@@ -27,7 +27,7 @@ use crate::transport::h2_error::is_unprocessed;
 ///
 /// ```
 /// use std::error::Error;
-/// use tonic_balance::CallError;
+/// use tonic_balance::error::CallError;
 ///
 /// fn log(status: &tonic::Status) {
 ///     let mut cause = status.source();

@@ -36,8 +36,8 @@ use crate::call::{self, Core, ResponseBody, ResponseFuture, Routing};
 /// | every stream of every connection is in use | the call waits for a free stream |
 /// | the deadline passes, in any state of the call | `DEADLINE_EXCEEDED` |
 ///
-/// A request with the extension [`WaitForReady`](crate::WaitForReady) waits instead of failing at once. Each response has a
-/// [`ServedBy`](crate::ServedBy) in its extensions.
+/// A request with the extension [`WaitForReady`](crate::channel::WaitForReady) waits instead of failing at once. Each response has a
+/// [`ServedBy`](crate::channel::ServedBy) in its extensions.
 ///
 /// ```no_run
 /// use tonic_balance::BalancedChannel;

@@ -133,7 +133,7 @@ impl<S> ChannelBuilder<S> {
     }
 
     /// Sets whether calls wait for an endpoint instead of failing at once. Default `false`. The extension
-    /// [`WaitForReady`](crate::WaitForReady) of a request overrides it.
+    /// [`WaitForReady`](crate::channel::WaitForReady) of a request overrides it.
     pub fn wait_for_ready(mut self, wait: bool) -> Self {
         self.config.wait_for_ready = wait;
         self

@@ -47,7 +47,7 @@ impl<S> ChannelBuilder<S> {
     ///
     /// Enable it only if the servers permit it (`PermitWithoutStream` in grpc-go, `permitKeepAliveWithoutCalls` in grpc-java). By default
     /// these servers permit one such PING in two hours and close the connection if they receive more. Without
-    /// [`http2_keep_alive_interval`](Self::http2_keep_alive_interval) the channel is [invalid](crate::ChannelError::InvalidOption).
+    /// [`http2_keep_alive_interval`](Self::http2_keep_alive_interval) the channel is [invalid](crate::error::ChannelError::InvalidOption).
     pub fn keep_alive_while_idle(mut self, enabled: bool) -> Self {
         self.config.keep_alive.while_idle = enabled;
         self

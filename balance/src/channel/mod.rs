@@ -1,18 +1,24 @@
-//! The channel, its builder, and the sources of its endpoints.
+//! The options and the states of a [`BalancedChannel`], and the sources of its endpoints. Its policies are at the root of the crate.
 
 mod balanced;
 #[cfg(feature = "__bench")]
 pub mod bench;
 mod builder;
-mod error;
+pub(crate) mod error;
 mod keep_alive;
 mod keep_alive_options;
 mod retry_options;
 mod source;
 
+pub use crate::attributes::Attributes;
+pub use crate::balance::{
+    EndpointState, EndpointStatus, FailurePercentageEjection, OutlierDetection, SuccessRateEjection,
+};
+pub use crate::call::retry::{HedgingPolicy, RetryBudget};
+pub use crate::call::{ResponseBody, ResponseFuture, Routing, ServedBy, WaitForReady};
 pub use balanced::BalancedChannel;
 pub use builder::ChannelBuilder;
-pub use error::ChannelError;
+pub(crate) use error::ChannelError;
 pub use source::{Addresses, Discover, EndpointSource, Endpoints};
 
 #[cfg(test)]

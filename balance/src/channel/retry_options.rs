@@ -26,7 +26,7 @@ impl<S> ChannelBuilder<S> {
     }
 
     /// Sets the retry policy of one service (`package.Service`) or one method (`package.Service/Method`), like [`retry`](Self::retry) for
-    /// the channel. If the name has neither form, the channel is [invalid](crate::ChannelError::InvalidOption).
+    /// the channel. If the name has neither form, the channel is [invalid](crate::error::ChannelError::InvalidOption).
     pub fn retry_for(self, name: impl Into<String>, policy: RetryPolicy) -> Self {
         self.plan(&name.into(), MethodPolicy::Retry(policy))
     }
@@ -39,11 +39,11 @@ impl<S> ChannelBuilder<S> {
     }
 
     /// Sets the hedging policy of one service (`package.Service`) or one method (`package.Service/Method`), like [`hedge`](Self::hedge) for
-    /// the channel. If the name has neither form, the channel is [invalid](crate::ChannelError::InvalidOption).
+    /// the channel. If the name has neither form, the channel is [invalid](crate::error::ChannelError::InvalidOption).
     ///
     /// ```
     /// use std::time::Duration;
-    /// use tonic_balance::{BalancedChannel, HedgingPolicy};
+    /// use tonic_balance::{BalancedChannel, channel::HedgingPolicy};
     ///
     /// let policy = HedgingPolicy::new(2, Duration::from_millis(20));
     /// let channel = BalancedChannel::builder().hedge_for("helloworld.Greeter/SayHello", policy);

@@ -16,7 +16,7 @@ use crate::balance::OnRefused;
 /// A source of endpoints for a channel, for example a resolver.
 ///
 /// Implement it for the builder of a resolver, so that the resolver starts when the channel connects. A plain stream of changes needs no
-/// implementation: see [`ChannelBuilder::discover`](crate::ChannelBuilder::discover).
+/// implementation: see [`ChannelBuilder::discover`](crate::channel::ChannelBuilder::discover).
 pub trait EndpointSource {
     /// The attributes that the source reports for an endpoint, besides its address.
     type Attributes: Into<Attributes> + 'static;
@@ -31,7 +31,7 @@ pub trait EndpointSource {
     ///
     /// # Errors
     ///
-    /// Returns the reason why the source cannot be used. The channel is then [invalid](crate::ChannelError::InvalidOption).
+    /// Returns the reason why the source cannot be used. The channel is then [invalid](crate::error::ChannelError::InvalidOption).
     fn start(self, tls: bool) -> Result<Endpoints<Self::Stream>, String>;
 }
 

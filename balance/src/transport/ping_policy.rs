@@ -376,7 +376,10 @@ mod tests {
         assert_eq!(doubt, None);
         assert_eq!(pings.wake_at(), None, "no timer ends the stall");
         assert_eq!(pings.on_read(silent), None);
-        assert_eq!(pings.on_read(progress(117, 0, now)), Some(Action::Recovered));
+        assert_eq!(
+            pings.on_read(progress(117, 0, now)),
+            Some(Action::Recovered)
+        );
         assert_eq!(pings.on_read(progress(118, 0, now)), None);
     }
 
@@ -520,7 +523,7 @@ mod tests {
         let read_again = progress(101, 0, now);
         assert_eq!(pings.on_read(read_again), Some(Action::Recovered));
         let later = now + BUSY_INTERVAL;
-        let idle = pings.on_doubt(PingCause::Silence, later, heard_again, true);
+        let idle = pings.on_doubt(PingCause::Silence, later, read_again, true);
         assert_eq!(idle, None, "a waiting call has no open stream");
         pings.on_read(progress(102, 0, now));
         let busy = pings.on_doubt(PingCause::Overrun, later, progress(102, 0, now), true);

@@ -52,7 +52,7 @@ impl TlsConfig {
     /// Creates a configuration for servers whose certificate is valid for the host name or IP address by which each one was dialled.
     ///
     /// This is only for addresses that the program itself contains: those of
-    /// [`ChannelBuilder::addresses`](crate::ChannelBuilder::addresses), or of etcd's members. A channel with any other source connects to
+    /// [`ChannelBuilder::addresses`](crate::channel::ChannelBuilder::addresses), or of etcd's members. A channel with any other source connects to
     /// no endpoint with this configuration.
     ///
     /// ```no_run

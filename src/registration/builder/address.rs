@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::registration_builder::RegistrationBuilder;
 use crate::error::RegisterError;
-use tonic_balance::{Address, AddressError};
+use tonic_balance::{Address, error::AddressError};
 
 impl RegistrationBuilder {
     pub(super) async fn advertised(

@@ -9,7 +9,7 @@ use crate::format::RESERVED;
 use crate::instance::{Advertisement, Instance};
 use crate::keyspace::{Keyspace, check_service};
 use crate::registration::entry::{Entry, check_weight};
-use tonic_balance::{Address, AddressError};
+use tonic_balance::{Address, error::AddressError};
 
 impl RegistrationBuilder {
     /// Checks everything that can be checked without etcd. For a server, this check runs before the listener is bound, so the port may be

@@ -14,7 +14,7 @@ use crate::balance::endpoint::Endpoint;
 use crate::balance::ready_connection::ReadyConnection;
 use crate::balance::subchannel::{Ready, Subchannel};
 use crate::balance::updates::Batch;
-use crate::error::causes;
+use crate::causes::causes;
 
 impl Driver {
     pub(super) fn on_batch<E>(&mut self, batch: Batch<Result<Change<Address, Attributes>, E>>)

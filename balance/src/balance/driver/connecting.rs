@@ -14,7 +14,7 @@ use crate::balance::options::OnRefused;
 use crate::balance::ready_connection::ReadyConnection;
 use crate::balance::subchannel::{Connecting, Idle, Subchannel};
 use crate::balance::waiters::Waiters;
-use crate::error::causes;
+use crate::causes::causes;
 use crate::transport::connect::{Attempt, DialError};
 use crate::transport::http2::Connection;
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::balance::limits::MAX_DURATION;
 
 /// Ejects endpoints for a while if they fail far more calls than the others. This is gRPC's outlier detection (gRFC A50), with the defaults
-/// of the gRFC. Disabled unless it is passed to [`ChannelBuilder::outlier_detection`](crate::ChannelBuilder::outlier_detection).
+/// of the gRFC. Disabled unless it is passed to [`ChannelBuilder::outlier_detection`](crate::channel::ChannelBuilder::outlier_detection).
 ///
 /// Three things count as failures: a lost connection, the status `UNAVAILABLE`, and a response that is not gRPC. A call that overran its
 /// deadline counts only in the comparison of success rates. Unlike in the gRFC, errors of the application do not count. Calls that the
@@ -16,7 +16,7 @@ use crate::balance::limits::MAX_DURATION;
 ///
 /// ```
 /// use std::time::Duration;
-/// use tonic_balance::{BalancedChannel, OutlierDetection};
+/// use tonic_balance::{BalancedChannel, channel::OutlierDetection};
 ///
 /// # fn run() {
 /// let detection = OutlierDetection::new().base_ejection_time(Duration::from_secs(10));
@@ -114,7 +114,7 @@ impl OutlierDetection {
 /// `success_rate_ejection` (gRFC A50).
 ///
 /// ```
-/// use tonic_balance::{OutlierDetection, SuccessRateEjection};
+/// use tonic_balance::channel::{OutlierDetection, SuccessRateEjection};
 ///
 /// let rule = SuccessRateEjection::new().stdev_factor(2_500).minimum_hosts(3);
 /// let detection = OutlierDetection::new().success_rate(rule);
@@ -166,7 +166,7 @@ impl SuccessRateEjection {
 /// is gRPC's `failure_percentage_ejection` (gRFC A50).
 ///
 /// ```
-/// use tonic_balance::{FailurePercentageEjection, OutlierDetection};
+/// use tonic_balance::channel::{FailurePercentageEjection, OutlierDetection};
 ///
 /// let rule = FailurePercentageEjection::new().threshold(50).request_volume(20);
 /// let detection = OutlierDetection::new().failure_percentage(rule);

@@ -38,9 +38,9 @@ use tonic::Code;
 /// ```
 ///
 /// [A6]: https://github.com/grpc/proposal/blob/master/A6-client-retries.md
-/// [`ChannelBuilder::retry`]: crate::ChannelBuilder::retry
-/// [`ChannelBuilder::retry_for`]: crate::ChannelBuilder::retry_for
-/// [`RetryBudget`]: crate::RetryBudget
+/// [`ChannelBuilder::retry`]: crate::channel::ChannelBuilder::retry
+/// [`ChannelBuilder::retry_for`]: crate::channel::ChannelBuilder::retry_for
+/// [`RetryBudget`]: crate::channel::RetryBudget
 #[derive(Clone, Debug, PartialEq)]
 #[must_use = "a policy does nothing before a channel is given it"]
 pub struct RetryPolicy {
@@ -119,19 +119,19 @@ impl RetryPolicy {
 /// - The first success or fatal failure ends the call. The other attempts are cancelled.
 /// - After a failure that is not fatal, the next hedge is sent at once. A server can delay or forbid it with the header
 ///   `grpc-retry-pushback-ms`.
-/// - All hedges of a channel together are limited by its [`RetryBudget`](crate::RetryBudget).
+/// - All hedges of a channel together are limited by its [`RetryBudget`](crate::channel::RetryBudget).
 /// - A call is hedged only if its whole request is available when the call is made, such as a request of one message.
 ///
 /// ```
 /// use std::time::Duration;
-/// use tonic_balance::HedgingPolicy;
+/// use tonic_balance::channel::HedgingPolicy;
 ///
 /// let policy = HedgingPolicy::new(2, Duration::from_millis(50));
 /// ```
 ///
 /// [A6]: https://github.com/grpc/proposal/blob/master/A6-client-retries.md
-/// [`ChannelBuilder::hedge`]: crate::ChannelBuilder::hedge
-/// [`ChannelBuilder::hedge_for`]: crate::ChannelBuilder::hedge_for
+/// [`ChannelBuilder::hedge`]: crate::channel::ChannelBuilder::hedge
+/// [`ChannelBuilder::hedge_for`]: crate::channel::ChannelBuilder::hedge_for
 #[derive(Clone, Debug, PartialEq)]
 #[must_use = "a policy does nothing before a channel is given it"]
 pub struct HedgingPolicy {

@@ -16,8 +16,11 @@ use tonic::{Code, Request};
 use tower::discover::Change;
 
 use crate::{
-    Address, Attributes, BalancedChannel, EndpointState, FailurePercentageEjection, LbPolicy,
-    OutlierDetection, ServedBy, WaitForReady,
+    Address, BalancedChannel, LbPolicy,
+    channel::{
+        Attributes, EndpointState, FailurePercentageEjection, OutlierDetection, ServedBy,
+        WaitForReady,
+    },
 };
 
 mod faults;

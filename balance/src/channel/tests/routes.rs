@@ -4,7 +4,7 @@ use tokio::time::Instant;
 use tower::service_fn;
 
 use super::*;
-use crate::Routing;
+use crate::channel::Routing;
 
 /// Makes one call with this routing.
 async fn say_by(channel: &BalancedChannel, route: &Routing) -> Result<String, tonic::Status> {
@@ -55,7 +55,7 @@ async fn avoided_endpoints_get_no_call_while_another_is_ready() {
     gamma_server.shut_down().await;
     until("the other endpoints are not ready", || {
         let endpoints = channel.endpoints();
-        let ready = |status: &&crate::EndpointStatus| status.state == EndpointState::Ready;
+        let ready = |status: &&crate::channel::EndpointStatus| status.state == EndpointState::Ready;
         endpoints.iter().filter(ready).count() == 1
     })
     .await;

@@ -29,7 +29,7 @@ async fn stream((request, mut respond): support::Accepted, messages: usize, size
     let _ = stream.send_trailers(support::ok());
 }
 
-type Body = std::pin::Pin<Box<crate::ResponseBody>>;
+type Body = std::pin::Pin<Box<crate::channel::ResponseBody>>;
 
 async fn open(channel: &BalancedChannel) -> Body {
     open_path(channel, "/helloworld.Greeter/SayHellos").await
@@ -129,7 +129,7 @@ async fn thousands_of_dropped_streams_fail_no_call() {
 }
 
 /// Makes a call with a timeout of one second and returns the body of its response.
-async fn open_for_a_second(channel: &BalancedChannel) -> crate::ResponseBody {
+async fn open_for_a_second(channel: &BalancedChannel) -> crate::channel::ResponseBody {
     use tower::Service;
     let request = http::Request::post("/helloworld.Greeter/SayHellos")
         .header("grpc-timeout", "1000m")

@@ -269,7 +269,9 @@ pub(super) fn ok() -> HeaderMap {
 
 /// Waits until this many endpoints are ready.
 pub(super) async fn ready(channel: &BalancedChannel, endpoints: usize) {
-    let is_ready = |status: &crate::EndpointStatus| status.state == crate::EndpointState::Ready;
+    let is_ready = |status: &crate::channel::EndpointStatus| {
+        status.state == crate::channel::EndpointState::Ready
+    };
     until("endpoints are ready", || {
         channel
             .endpoints()
@@ -282,7 +284,8 @@ pub(super) async fn ready(channel: &BalancedChannel, endpoints: usize) {
     // The state of an endpoint becomes ready up to a millisecond before picks can use the endpoint, because new connections are published
     // in batches.
     let published = || channel.0.shared().summary().ready;
-    let first_choice = |status: &crate::EndpointStatus| is_ready(status) && !status.last_resort;
+    let first_choice =
+        |status: &crate::channel::EndpointStatus| is_ready(status) && !status.last_resort;
     until("the endpoints are in the ready set", || {
         let statuses = channel.endpoints();
         let first = statuses
