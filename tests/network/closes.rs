@@ -41,6 +41,8 @@ async fn calls_go_well(
     let calls = all_well(callers_at_work, Duration::ZERO, &what).await;
     let executed: usize = peers.iter().map(Peer::executed).sum();
     assert_eq!(executed as u64, calls, "{what}: each call ran once");
+    let failures: u64 = channel.endpoints().iter().map(|one| one.failures).sum();
+    assert_eq!(failures, 0, "{what}: no close is a server's failure");
     let connections = connections();
     println!("{what}: {connections} connections");
     // After a graceful GOAWAY, the server serves further calls until the client has read the GOAWAY.
@@ -68,7 +70,7 @@ async fn a_goaway_after_a_thousand_requests_fails_no_call() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_goaway_after_a_hundred_requests_fails_no_call() {
     for sizes in SIZES {
-        for how in [How::Goaway, How::Graceful] {
+        for how in [How::Goaway, How::Graceful, How::Strict] {
             let close = (When::Requests(100), how);
             calls_go_well(BalancedChannel::builder(), sizes, close, ms(800)).await;
         }
@@ -105,6 +107,7 @@ async fn a_maximum_age_of_connections_fails_no_call() {
         (1, 16, 300, How::Goaway),
         (1, 1, 300, How::Graceful),
         (3, 16, 300, How::Graceful),
+        (1, 16, 300, How::Strict),
         (1, 16, 1_000, How::Graceful),
         (3, 1, 1_000, How::Goaway),
     ] {

@@ -62,8 +62,13 @@ async fn a_maximum_age_after_an_outage_fails_no_call() {
 /// A server that accepts connections and never serves a call is not dialled every millisecond.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_closes_before_it_serves_is_not_dialled_in_a_loop() {
-    for how in [How::Goaway, How::Fin] {
-        let broken = Peer::closing(When::Pong, how).await;
+    for (when, how) in [
+        (When::Pong, How::Goaway),
+        (When::Pong, How::Fin),
+        (When::Unserved, How::Goaway),
+        (When::Unserved, How::Fin),
+    ] {
+        let broken = Peer::closing(when, how).await;
         let good = [Peer::good().await, Peer::good().await];
         let all = addresses([&broken, &good[0], &good[1]]);
         let channel = lazily(BalancedChannel::builder(), &all);
@@ -73,20 +78,28 @@ async fn a_server_that_closes_before_it_serves_is_not_dialled_in_a_loop() {
                 || say(&channel, ms(1_000)).await.is_err()
         })
         .await;
-        let callers = Callers::start(&channel, 4);
+        let callers = Callers::start(&channel, CALLERS);
         sleep(ms(3_000)).await;
         let connections = broken.connections();
         let (calls, failed) = callers.stopped().await;
         println!(
-            "{how:?}: {connections} connections to the closing server, {calls} calls, {}",
+            "{when:?}, {how:?}: {connections} connections to the one that closes, {calls} calls, {}",
             shown(&failed)
         );
         // Without a GOAWAY, a call that was sent between the PING response and the close may have run, so it may fail.
-        let lost = if how == How::Fin { connections } else { 0 };
-        assert!(failed.len() <= lost, "{how:?}: {}", shown(&failed));
+        let lost = if how == How::Fin {
+            CALLERS * connections
+        } else {
+            0
+        };
+        assert!(
+            failed.len() <= lost,
+            "{when:?}, {how:?}: {}",
+            shown(&failed)
+        );
         assert!(
             connections <= 10,
-            "{how:?}: {connections} connections within 3 s, none of which served a call"
+            "{when:?}, {how:?}: {connections} connections within 3 s, none of which served a call"
         );
         assert_eq!(broken.executed(), 0);
     }
@@ -94,20 +107,22 @@ async fn a_server_that_closes_before_it_serves_is_not_dialled_in_a_loop() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lone_server_that_closes_before_it_serves_is_not_dialled_in_a_loop() {
-    let broken = Peer::closing(When::Pong, How::Goaway).await;
-    let channel = lazily(BalancedChannel::builder(), &addresses([&broken]));
-    let callers = Callers::start(&channel, 2);
-    sleep(Duration::from_secs(3)).await;
-    let connections = broken.connections();
-    let (calls, failed) = callers.stopped().await;
-    println!(
-        "{connections} connections; {} of {calls} calls failed",
-        failed.len()
-    );
-    assert!(
-        connections <= 10,
-        "{connections} connections within 3 s, none of which served a call"
-    );
+    for when in [When::Pong, When::Unserved] {
+        let broken = Peer::closing(when, How::Goaway).await;
+        let channel = lazily(BalancedChannel::builder(), &addresses([&broken]));
+        let callers = Callers::start(&channel, 2);
+        sleep(Duration::from_secs(3)).await;
+        let connections = broken.connections();
+        let (calls, failed) = callers.stopped().await;
+        println!(
+            "{when:?}: {connections} connections; {} of {calls} calls failed",
+            failed.len()
+        );
+        assert!(
+            connections <= 10,
+            "{when:?}: {connections} connections within 3 s, none of which served a call"
+        );
+    }
 }
 
 /// Behind a proxy that closes idle connections, a channel without calls redials at growing intervals.
@@ -122,8 +137,8 @@ async fn an_idle_channel_redials_with_growing_waits() {
     let dialled = link.accepted() - first;
     println!("{dialled} connections in 8 s without calls");
     assert!(
-        dialled <= 16,
-        "{dialled} connections without calls; 32 at a constant rate"
+        dialled <= 4,
+        "{dialled} connections for no call: the waits of 1 s, 1.6 s and so on allow three or four"
     );
     let before = Instant::now();
     say(&channel, ms(5_000))
@@ -135,3 +150,5 @@ async fn an_idle_channel_redials_with_growing_waits() {
         "a call must redial an idle endpoint at once: {took:?}"
     );
 }
+
+const CALLERS: usize = 4;

@@ -48,8 +48,10 @@ pub enum When {
     Requests(u32),
     /// At this age of a connection.
     Age(Duration),
-    /// At the first PING response of a connection, before any call.
+    /// At the first PING response of a connection, before any call. The client usually takes this for a failed dial.
     Pong,
+    /// At the first request of a connection, which is not served.
+    Unserved,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +61,8 @@ pub enum How {
     Goaway,
     /// gRPC servers: a GOAWAY `NO_ERROR` without a last stream, a PING, and a second GOAWAY after the PING response.
     Graceful,
+    /// grpc-java: like `Graceful`, but the connection is closed at once if a request is received after the PING response.
+    Strict,
     /// No GOAWAY. The connection is closed when the open streams have ended.
     Fin,
 }

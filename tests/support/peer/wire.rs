@@ -35,6 +35,7 @@ pub(super) async fn run(io: BoxIo, far: DuplexStream, shared: Arc<Shared>, leave
         block: 0,
         ceiling: None,
         closing: false,
+        shutdown: Shutdown::Lenient,
         ended: false,
     });
     let inbound = inbound(from_client, to_h2, &wire);
@@ -151,7 +152,19 @@ struct Wire<'a> {
     ceiling: Option<u32>,
     /// Whether the connection ends with the last open stream.
     closing: bool,
+    shutdown: Shutdown,
     ended: bool,
+}
+
+/// What a further request does to a connection that shuts down.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shutdown {
+    /// Nothing.
+    Lenient,
+    /// Nothing until the PING response is received.
+    Strict,
+    /// It ends the connection.
+    Over,
 }
 
 impl Wire<'_> {
@@ -161,10 +174,23 @@ impl Wire<'_> {
             Counts::add(&self.counts.pings);
             self.police();
         }
+        if frame.kind == PING && frame.flags & ACK != 0 && self.shutdown == Shutdown::Strict {
+            self.shutdown = Shutdown::Over;
+        }
         if frame.kind == HEADERS && frame.stream > self.last {
+            if self.shutdown == Shutdown::Over {
+                self.cut();
+            }
             Counts::add(&self.counts.requests);
             (self.below, self.last) = (self.last, frame.stream);
             self.block = 0;
+            if let Some(Close { how, .. }) =
+                self.close.take_if(|close| close.when == When::Unserved)
+            {
+                // The request is beyond the last stream of the GOAWAY.
+                self.last = self.below;
+                self.close(how);
+            }
             if !self.is_dropped(frame.stream) {
                 self.open.insert(frame.stream);
                 self.requests += 1;
@@ -220,7 +246,12 @@ impl Wire<'_> {
     /// Closes the connection in order.
     fn close(&mut self, how: How) {
         match how {
-            How::Graceful => return self.leave.notify_one(),
+            How::Graceful | How::Strict => {
+                if how == How::Strict {
+                    self.shutdown = Shutdown::Strict;
+                }
+                return self.leave.notify_one();
+            }
             How::Goaway => self.go_away(self.last, Reason::NO_ERROR, b""),
             How::Fin => {}
         }
