@@ -13,18 +13,23 @@ use super::{addresses, hello, ms, over, retrying, say, send, shown};
 async fn limited(servers: usize, announced: bool, beyond: Beyond) -> Vec<Peer> {
     let mut peers = Vec::new();
     for _ in 0..servers {
-        let limit = Limit {
-            bytes: LIMIT,
-            announced,
-            beyond,
-        };
-        let manner = Manner {
-            limit: Some(limit),
-            ..Manner::default()
-        };
-        peers.push(Peer::start(manner).await);
+        peers.push(accepting(LIMIT, announced, beyond).await);
     }
     peers
+}
+
+/// Starts a server that accepts this many bytes of metadata.
+async fn accepting(bytes: u32, announced: bool, beyond: Beyond) -> Peer {
+    let limit = Limit {
+        bytes,
+        announced,
+        beyond,
+    };
+    Peer::start(Manner {
+        limit: Some(limit),
+        ..Manner::default()
+    })
+    .await
 }
 
 /// Sends a call with this many bytes of metadata.
@@ -226,6 +231,26 @@ async fn a_poisoned_call_that_ends_in_closed_connections_spares_the_bystanders()
             beyond: Beyond::Drop,
         })
         .await;
+    }
+}
+
+/// The metadata are so small that the call is first sent on the shared connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_call_that_may_have_ended_its_connection_is_sent_again_on_one_of_its_own() {
+    for builder in [BalancedChannel::builder as fn() -> ChannelBuilder, retrying] {
+        let peer = accepting(4_096, false, CALM).await;
+        let channel = over(builder(), &addresses([&peer])).await;
+        let status = poisoned(&channel, 6_016).await;
+        println!("{status:?}");
+        assert!(
+            status.message().contains("this call alone"),
+            "the second connection carried no other call: {status:?}"
+        );
+        assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+        assert_eq!(peer.oversized(), 2, "it ends two connections and no more");
+        say(&channel, ms(2_000))
+            .await
+            .expect("the shared connection is dialled anew");
     }
 }
 
