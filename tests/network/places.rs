@@ -15,7 +15,7 @@ use tonic_etcd::BalancedChannel;
 use super::support::greeter::greeter_client::GreeterClient;
 use super::support::peer::{Answer, Manner, Peer};
 use super::support::{eventually, within};
-use super::{addresses, ms, over, retrying, say, support};
+use super::{addresses, ms, over, retrying, say, status, support};
 
 fn one_stream(answer: Answer, delay: u64) -> Manner {
     Manner {
@@ -73,6 +73,43 @@ async fn a_permit_that_a_retry_excludes_is_given_to_the_next_waiter() {
         longest < ms(2_000),
         "at most eight calls of 100 ms in sequence: {longest:?}"
     );
+}
+
+/// A call that was refused by one server waits for another one, and never uses a permit on the first. The calls behind it get that permit.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_place_at_a_server_that_has_refused_the_first_in_the_queue_goes_to_the_next() {
+    let refusing = Peer::start(one_stream(Answer::Refuse, 0)).await;
+    let full = Peer::start(one_stream(Answer::Hang, 0)).await;
+    let channel = over(BalancedChannel::builder(), &addresses([&refusing, &full])).await;
+    let mut fillers = JoinSet::new();
+    let mut occupy = || {
+        let channel = channel.clone();
+        fillers.spawn(async move { say(&channel, ms(15_000)).await });
+    };
+    // The server opens a second connection while its stream is in use.
+    for held in 1..=2 {
+        occupy();
+        eventually("the call holds a stream", async || full.executed() == held).await;
+    }
+    let refused = refusing.requests();
+    occupy();
+    eventually("a call was refused and waits", async || {
+        refusing.requests() > refused && status(&channel, refusing.address).in_flight == 0
+    })
+    .await;
+    refusing.set(one_stream(Answer::Reply, 100));
+    let began = Instant::now();
+    let mut callers = JoinSet::new();
+    for _ in 0..8 {
+        let channel = channel.clone();
+        callers.spawn(async move { say(&channel, ms(5_000)).await });
+    }
+    let outcomes = callers.join_all().await;
+    let took = Instant::now().saturating_duration_since(began);
+    let unserved: Vec<_> = outcomes.into_iter().filter_map(Result::err).collect();
+    println!("{} of 8 were not served, after {took:?}", unserved.len());
+    assert!(unserved.is_empty(), "{unserved:?}");
+    assert_eq!(full.executed(), 2, "the first in the queue still waits");
 }
 
 /// A server in this process with one stream per connection. It answers a call when its semaphore has a permit.
