@@ -12,7 +12,7 @@ use super::support::eventually;
 use super::support::greeter::greeter_client::GreeterClient;
 use super::support::link::{Behaviour, Link};
 use super::support::peer::{Answer, Manner, Peer, Police};
-use super::{addresses, hello, ms, over, say};
+use super::{addresses, hello, ms, over, say, send};
 
 fn policed(police: Police, answer: Answer) -> Manner {
     Manner {
@@ -77,6 +77,31 @@ async fn overruns_do_not_trip_the_ping_policy_of_grpc_go() {
     overruns(Police::Go, false, 200).await;
     overruns(Police::Go, true, 50).await;
     overruns(Police::Go, true, 300).await;
+}
+
+/// Servers forgive PINGs when they send HEADERS or DATA, but not when they send other frames.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn window_updates_allow_no_further_pings() {
+    for police in [Police::Java, Police::Go] {
+        let peer = Peer::start(policed(police, Answer::Hang)).await;
+        let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
+        for _ in 0..8 {
+            // When this call is cancelled, the server returns the window that its message has used.
+            let mut large = hello();
+            large.get_mut().name = "x".repeat(40_000);
+            large.set_timeout(ms(50));
+            send(&channel, large).await.expect_err("it hangs");
+            for _ in 0..2 {
+                say(&channel, ms(50)).await.expect_err("it hangs");
+            }
+        }
+        println!("{police:?}: {} pings", peer.pings());
+        assert_eq!(
+            peer.scolded().len(),
+            0,
+            "{police:?}: no connection is lost to our pings"
+        );
+    }
 }
 
 /// By default, keep-alive sends no more PINGs than every server permits.
