@@ -1,5 +1,13 @@
-//! Request streams that panic.
+//! Panics in the code of users: request streams and transports.
 
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::StreamExt;
@@ -10,7 +18,8 @@ use super::support::callers::Callers;
 use super::support::greeter::HelloRequest;
 use super::support::greeter::greeter_client::GreeterClient;
 use super::support::peer::Peer;
-use super::{addresses, all_well, ms, over, retrying, support};
+use super::support::within;
+use super::{addresses, all_well, ms, over, retrying, say, support};
 
 /// A request stream that panics at message `at`. The pauses between its messages ensure that it is polled in the background.
 fn panicking(at: u32) -> impl tokio_stream::Stream<Item = HelloRequest> {
@@ -65,4 +74,65 @@ async fn a_request_stream_that_panics_fails_only_its_own_call() {
         all_well(callers, ms(200), "beside panics").await;
         assert_eq!(peer.connections(), 1, "the connection is still open");
     }
+}
+
+/// A transport that panics when it is read after it has become faulty.
+struct Fragile {
+    socket: TcpStream,
+    faulty: Arc<AtomicBool>,
+}
+
+impl AsyncRead for Fragile {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let faulty = self.faulty.load(Ordering::SeqCst);
+        assert!(!faulty, "a bug in the caller's transport");
+        Pin::new(&mut self.socket).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Fragile {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.socket).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.socket).poll_shutdown(cx)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_whose_task_has_panicked_is_replaced() {
+    let peer = Peer::good().await;
+    let faulty = Arc::new(AtomicBool::new(false));
+    let shared = Arc::clone(&faulty);
+    let builder = BalancedChannel::builder().connector(move |address| {
+        let faulty = Arc::clone(&shared);
+        async move {
+            let socket = TcpStream::connect(address.as_str()).await?;
+            Ok(Fragile { socket, faulty })
+        }
+    });
+    let channel = over(builder, &addresses([&peer])).await;
+    say(&channel, ms(2_000)).await.expect("it works");
+    faulty.store(true, Ordering::SeqCst);
+    // The task of the connection panics at this call, which must end.
+    let outcome = say(&channel, ms(2_000)).await;
+    println!("{outcome:?}");
+    faulty.store(false, Ordering::SeqCst);
+    within(ms(5_000), "a new connection serves", async || {
+        say(&channel, ms(500)).await.is_ok()
+    })
+    .await;
 }
