@@ -152,8 +152,8 @@ fn names_the_end(text: &str) -> bool {
     text.contains("trailers") || text.contains("status")
 }
 
-/// Returns the share of calls, in percent, that a server with this answer receives beside `good` good servers, after one second.
-async fn share(answer: Answer, good: usize) -> f64 {
+/// Returns how many calls a server with this answer receives beside `good` good servers after one second, and their share in percent.
+async fn share(answer: Answer, good: usize) -> (usize, f64) {
     let bad = Peer::answering(answer).await;
     // A reply takes longer than an error page.
     let manner = Manner {
@@ -165,7 +165,7 @@ async fn share(answer: Answer, good: usize) -> f64 {
         peers.push(Peer::start(manner.clone()).await);
     }
     let channel = over(BalancedChannel::builder(), &addresses(&peers)).await;
-    let callers = Callers::start(&channel, 8);
+    let callers = Callers::start(&channel, CALLERS);
     sleep(ms(1_000)).await;
     let requests = || {
         (
@@ -182,7 +182,7 @@ async fn share(answer: Answer, good: usize) -> f64 {
         "{answer:?} beside {good}: {share:.2} % of the calls; of {calls} calls {}",
         shown(&failed)
     );
-    share
+    (after - before, share)
 }
 
 fn as_f64(count: usize) -> f64 {
@@ -199,8 +199,9 @@ async fn gets_few_calls(good: usize) {
         other(None),
         Answer::NoTrailers,
     ] {
-        let share = share(answer, good).await;
-        if share > 1.0 {
+        let (count, share) = share(answer, good).await;
+        // On a busy machine, the one trial of each caller may be more than a hundredth of the calls.
+        if share > 1.0 && count > CALLERS {
             wrong.push((answer, share));
         }
     }
@@ -314,3 +315,5 @@ async fn a_server_that_recovers_gets_calls_again() {
     .await;
     callers.stopped().await;
 }
+
+const CALLERS: usize = 8;
