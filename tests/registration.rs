@@ -49,6 +49,30 @@ async fn is_kept(etcd: &etcd_client::Client, registration: &Registration) -> boo
 }
 
 #[tokio::test]
+async fn a_clone_of_a_builder_registers_another_server_with_a_state_of_its_own() {
+    let etcd = etcd().await;
+    let registry = registry(&etcd).await;
+    let builder = describe(&registry).zone("eu-1a");
+    let copy = builder.clone().address("127.0.0.1:81");
+    let (states, copied) = (builder.watch_state(), copy.watch_state());
+    let registered =
+        |state: &RegistrationState| matches!(state, RegistrationState::Registered { .. });
+    let _first = builder.register().await.unwrap();
+    assert!(registered(&states.borrow()));
+    assert!(!registered(&copied.borrow()), "the clone is not registered");
+    let second = copy.register().await.unwrap();
+    assert!(registered(&copied.borrow()));
+    second.deregister().await.unwrap();
+    assert!(
+        registered(&states.borrow()),
+        "the original stays registered"
+    );
+    let resolver = registry.resolver("greeter").start();
+    knows(&resolver, &["127.0.0.1:80"]).await;
+    assert_eq!(resolver.instances()[0].zone(), Some("eu-1a"));
+}
+
+#[tokio::test]
 async fn a_registration_writes_the_configured_values() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;

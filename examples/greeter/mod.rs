@@ -14,7 +14,7 @@ use tonic::{Request, Response, Status, Streaming};
 tonic::include_proto!("helloworld");
 
 /// A greeter whose replies contain the name of its server.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct NamedGreeter(pub String);
 
 #[tonic::async_trait]

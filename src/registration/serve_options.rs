@@ -58,6 +58,19 @@ pub(crate) struct ServeOptions {
     pub(crate) health: Option<Health>,
 }
 
+impl Clone for ServeOptions {
+    /// Copies the options. The senders are new, as for the registration.
+    fn clone(&self) -> Self {
+        Self {
+            grace_period: self.grace_period,
+            drain_timeout: self.drain_timeout,
+            #[cfg(feature = "health")]
+            health: self.health.clone(),
+            ..Self::default()
+        }
+    }
+}
+
 impl Default for ServeOptions {
     fn default() -> Self {
         Self {

@@ -83,7 +83,7 @@ async fn a_server_that_closes_before_it_serves_is_not_dialled_in_a_loop() {
         let connections = broken.connections();
         let (calls, failed) = callers.stopped().await;
         println!(
-            "{when:?}, {how:?}: {connections} connections to the one that closes, {calls} calls, {}",
+            "{when:?}, {how:?}: {connections} connections to the closing server, {calls} calls, {}",
             shown(&failed)
         );
         // Without a GOAWAY, a call that was sent between the PING response and the close may have run, so it may fail.

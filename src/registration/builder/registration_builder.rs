@@ -19,6 +19,8 @@ use crate::registration::status::RegistrationState;
 ///
 /// The builder checks nothing and sends nothing until [`register`](Self::register) is called, or until it is passed to a server that
 /// registers itself.
+///
+/// A clone has the same options. Its states and its handle are its own: they report only what the clone registers.
 #[derive(Debug)]
 #[must_use = "nothing is registered before `register` is awaited"]
 pub struct RegistrationBuilder {
@@ -39,7 +41,7 @@ pub struct RegistrationBuilder {
 }
 
 /// The service or the exact key of the registration.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Target {
     Service {
         keyspace: Keyspace,
@@ -49,13 +51,35 @@ pub(super) enum Target {
     Key(String),
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Attributes {
     pub(super) weight: Option<u32>,
     pub(super) tls: bool,
     pub(super) zone: Option<String>,
     pub(super) version: Option<String>,
     pub(super) metadata: Vec<(String, String)>,
+}
+
+impl Clone for RegistrationBuilder {
+    /// Copies the options. The senders are new: with shared ones, a watch would mix the states of two registrations.
+    fn clone(&self) -> Self {
+        Self {
+            etcd: self.etcd.clone(),
+            policy: self.policy.clone(),
+            target: self.target.clone(),
+            further: self.further.clone(),
+            dedicated_thread: self.dedicated_thread,
+            address: self.address.clone(),
+            host: self.host.clone(),
+            advertisement: self.advertisement.clone(),
+            ttl: self.ttl,
+            format: self.format.clone(),
+            startup_timeout: self.startup_timeout,
+            deregister_timeout: self.deregister_timeout,
+            serve: self.serve.clone(),
+            states: new_states(),
+        }
+    }
 }
 
 impl RegistrationBuilder {
@@ -101,7 +125,7 @@ impl RegistrationBuilder {
             startup_timeout: STARTUP_TIMEOUT,
             deregister_timeout: DEREGISTER_TIMEOUT,
             serve: ServeOptions::default(),
-            states: watch::Sender::new(RegistrationState::Registering { last_error: None }),
+            states: new_states(),
         }
     }
 
@@ -280,3 +304,7 @@ impl RegistrationBuilder {
 const DEFAULT_TTL: Duration = Duration::from_secs(15);
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(30);
 const DEREGISTER_TIMEOUT: Duration = Duration::from_secs(5);
+
+fn new_states() -> watch::Sender<RegistrationState> {
+    watch::Sender::new(RegistrationState::Registering { last_error: None })
+}

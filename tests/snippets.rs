@@ -1,0 +1,316 @@
+//! The Rust code of the README and of the pages in `docs/`, so that it is compiled. A test compares both.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    unused_imports,
+    unused_variables,
+    clippy::items_after_statements,
+    clippy::pedantic,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "the code is as a user writes it"
+)]
+
+use std::error::Error;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use tonic_etcd::Registry;
+
+#[path = "../examples/greeter/mod.rs"]
+mod greeter;
+use greeter::greeter_client::GreeterClient;
+
+mod readme_1 {
+    use super::greeter::{NamedGreeter as MyGreeter, *};
+    use greeter_client::GreeterClient;
+    use greeter_server::GreeterServer;
+
+    use tonic::transport::Server;
+    use tonic_etcd::{Registry, ServeRegistered};
+
+    #[tokio::main]
+    async fn main() -> Result<(), Box<dyn std::error::Error>> {
+        let registry = Registry::connect(["127.0.0.1:2379"]).await?;
+        let registration = registry.registration("helloworld.Greeter");
+        Server::builder()
+            .add_service(GreeterServer::new(MyGreeter::default()))
+            .serve_registered("0.0.0.0:50051".parse()?, registration)
+            .await?;
+        Ok(())
+    }
+}
+
+mod readme_2 {
+    use super::greeter::{NamedGreeter as MyGreeter, *};
+    use greeter_client::GreeterClient;
+    use greeter_server::GreeterServer;
+
+    use std::time::Duration;
+    use tonic_etcd::Registry;
+
+    #[tokio::main]
+    async fn main() -> Result<(), Box<dyn std::error::Error>> {
+        let registry = Registry::connect(["127.0.0.1:2379"]).await?;
+        let channel = registry
+            .channel("helloworld.Greeter")
+            .timeout(Duration::from_secs(5))
+            .connect()
+            .await?;
+        let mut client = GreeterClient::new(channel);
+        let request = HelloRequest {
+            name: "world".to_owned(),
+            ..Default::default()
+        };
+        println!("{}", client.say_hello(request).await?.into_inner().message);
+        Ok(())
+    }
+}
+
+async fn formats_1(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use tonic_etcd::{Format, Instance, error::FormatError, format::InstanceFormat};
+
+    /// `host:port;zone`
+    #[derive(Debug)]
+    struct WithZone;
+
+    impl InstanceFormat for WithZone {
+        fn name(&self) -> &str {
+            "WithZone"
+        }
+
+        fn encode(&self, _key: &str, instance: &Instance) -> Result<Vec<u8>, FormatError> {
+            let zone = instance.zone().unwrap_or_default();
+            Ok(format!("{};{zone}", instance.address()).into_bytes())
+        }
+
+        fn decode(&self, _key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
+            let text = str::from_utf8(value).map_err(|_| FormatError::new("is not UTF-8"))?;
+            let (address, zone) = text
+                .split_once(';')
+                .ok_or(FormatError::new("has no zone"))?;
+            let address = address
+                .parse()
+                .map_err(|_| FormatError::new("has no address"))?;
+            let instance = Instance::new(address);
+            Ok(Some(if zone.is_empty() {
+                instance
+            } else {
+                instance.with_zone(zone)
+            }))
+        }
+    }
+
+    let format = Format::custom(WithZone);
+    Ok(())
+}
+
+async fn migration_1(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use tonic::transport::{Channel, Endpoint};
+
+    let endpoints = ["http://10.0.0.5:50051", "http://10.0.0.6:50051"]
+        .into_iter()
+        .map(Endpoint::from_static);
+    let channel = Channel::balance_list(endpoints);
+    let mut client = GreeterClient::new(channel);
+    Ok(())
+}
+
+async fn migration_2(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use tonic_balance::BalancedChannel;
+
+    let channel = BalancedChannel::builder()
+        .addresses(["http://10.0.0.5:50051", "http://10.0.0.6:50051"])
+        .connect_lazy();
+    let mut client = GreeterClient::new(channel);
+    Ok(())
+}
+
+async fn migration_3(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use tonic_etcd::Registry;
+
+    let registry = Registry::connect(["10.0.0.1:2379"]).await?;
+    let channel = registry.channel("helloworld.Greeter").connect_lazy();
+    let mut client = GreeterClient::new(channel);
+    Ok(())
+}
+
+async fn migration_4(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use tonic::transport::channel::Change;
+    use tonic::transport::{Channel, Endpoint};
+
+    let (channel, changes) = Channel::balance_channel::<&str>(16);
+    let endpoint = Endpoint::from_static("http://10.0.0.5:50051");
+    changes.send(Change::Insert("a", endpoint)).await?;
+    changes.send(Change::Remove("a")).await?;
+    Ok(())
+}
+
+async fn migration_5(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use std::convert::Infallible;
+
+    use tokio_stream::wrappers::ReceiverStream;
+    use tonic_balance::{Address, BalancedChannel};
+    use tower::discover::Change;
+
+    let (changes, receiver) =
+        tokio::sync::mpsc::channel::<Result<Change<Address, ()>, Infallible>>(16);
+    let channel = BalancedChannel::builder()
+        .discover(ReceiverStream::new(receiver))
+        .connect_lazy();
+    let address: Address = "10.0.0.5:50051".parse()?;
+    changes
+        .send(Ok(Change::Insert(address.clone(), ())))
+        .await?;
+    changes.send(Ok(Change::Remove(address))).await?;
+    Ok(())
+}
+
+async fn migration_6(registry: Registry) -> Result<(), Box<dyn Error>> {
+    let channel = registry
+        .resolver("helloworld.Greeter")
+        .start()
+        .into_tonic_channel();
+    Ok(())
+}
+
+async fn migration_7(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use std::time::Duration;
+
+    let channel = registry
+        .resolver("helloworld.Greeter")
+        .start()
+        .into_tonic_channel_with(|endpoint| endpoint.timeout(Duration::from_secs(5)));
+    Ok(())
+}
+
+async fn migration_8(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use std::time::Duration;
+
+    use tonic_etcd::Registry;
+
+    let registry = Registry::connect(["10.0.0.1:2379"]).await?;
+    let channel = registry
+        .channel("helloworld.Greeter")
+        .timeout(Duration::from_secs(10))
+        .connect()
+        .await?;
+    let mut client = GreeterClient::new(channel);
+    Ok(())
+}
+
+mod migration_9 {
+    use super::greeter::{NamedGreeter as MyGreeter, *};
+    use greeter_client::GreeterClient;
+    use greeter_server::GreeterServer;
+
+    use std::collections::HashSet;
+    use std::convert::Infallible;
+    use std::time::Duration;
+
+    use tokio::net::lookup_host;
+    use tokio::sync::mpsc;
+    use tokio_stream::wrappers::ReceiverStream;
+    use tonic_balance::{Address, BalancedChannel};
+    use tower::discover::Change;
+
+    fn channel(host: &'static str, port: u16) -> BalancedChannel {
+        let (sender, receiver) = mpsc::channel::<Result<Change<Address, ()>, Infallible>>(64);
+        tokio::spawn(async move {
+            let mut known: HashSet<Address> = HashSet::new();
+            while !sender.is_closed() {
+                // A failed lookup removes no endpoint.
+                if let Ok(addresses) = lookup_host((host, port)).await {
+                    let found: HashSet<Address> = addresses.map(Address::from).collect();
+                    let mut changes = Vec::new();
+                    for address in found.difference(&known) {
+                        changes.push(Change::Insert(address.clone(), ()));
+                    }
+                    for address in known.difference(&found) {
+                        changes.push(Change::Remove(address.clone()));
+                    }
+                    for change in changes {
+                        if sender.send(Ok(change)).await.is_err() {
+                            return;
+                        }
+                    }
+                    known = found;
+                }
+                tokio::time::sleep(Duration::from_secs(5)).await;
+            }
+        });
+        BalancedChannel::builder()
+            .service(host)
+            .discover(ReceiverStream::new(receiver))
+            .connect_lazy()
+    }
+}
+
+async fn options_1(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use tonic::Code;
+    use tonic_etcd::RetryPolicy;
+
+    let channel = registry
+        .channel("shop.Orders")
+        .retry(RetryPolicy::new([Code::Unavailable]).max_attempts(3))
+        // Pay must not run twice.
+        .retry_for("shop.Orders/Pay", RetryPolicy::new([]))
+        .connect()
+        .await?;
+    Ok(())
+}
+
+async fn options_2(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use std::time::Duration;
+
+    let channel = registry
+        .channel("helloworld.Greeter")
+        .http2_keep_alive_interval(Duration::from_secs(60))
+        .keep_alive_timeout(Duration::from_secs(20))
+        .connect()
+        .await?;
+    Ok(())
+}
+
+async fn options_3(registry: Registry) -> Result<(), Box<dyn Error>> {
+    let resolver = registry.resolver("helloworld.Greeter").start();
+    resolver.ready().await;
+    println!("{} instances", resolver.instances().len());
+
+    let channel = registry
+        .channel("helloworld.Greeter")
+        .map_source(|resolver| resolver.filter(|instance| instance.version() == Some("1.2.0")))
+        .connect()
+        .await?;
+    Ok(())
+}
+
+/// Returns the text without indentation, line breaks and trailing commas, which depend on the place of the code.
+fn plain(text: &str) -> String {
+    let text: String = text.split_whitespace().collect();
+    text.replace(",)", ")").replace(",}", "}")
+}
+
+#[test]
+fn the_rust_code_of_the_documentation_is_compiled() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let compiled = plain(include_str!("snippets.rs"));
+    let mut pages: Vec<PathBuf> = vec![root.join("README.md")];
+    let docs = fs::read_dir(root.join("docs")).unwrap();
+    pages.extend(docs.map(|entry| entry.unwrap().path()));
+    let mut missing = Vec::new();
+    let mut found = 0;
+    for page in pages.iter().filter(|page| page.is_file()) {
+        let text = fs::read_to_string(page).unwrap();
+        for block in text.split("```rust\n").skip(1) {
+            let block = block.split("```").next().unwrap();
+            found += 1;
+            if !compiled.contains(&plain(block)) {
+                missing.push(format!("{}: {block}", page.display()));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "not in tests/snippets.rs: {missing:#?}");
+    assert!(found > 10, "{found} blocks");
+}
