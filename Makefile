@@ -53,8 +53,11 @@ api: setup ## Compare the public interface with the list in docs/api; API_UPDATE
 	$(CARGO) test --locked --all-features --test api
 
 msrv: setup ## Build with the oldest Rust that is supported, which rustup installs
-	rustup toolchain install $(MSRV) --profile minimal
-	$(CARGO) +$(MSRV) check --locked --workspace --lib --all-features --target-dir target/msrv
+	@if ! rustup toolchain install $(MSRV) --profile minimal; then \
+		echo "LEFT OUT: the build with Rust $(MSRV), because rustup is missing or cannot install it"; \
+	else \
+		$(CARGO) +$(MSRV) check --locked --workspace --lib --all-features --target-dir target/msrv; \
+	fi
 
 # With the oldest versions of the direct dependencies that Cargo.toml allows. In a copy, for the lock file is replaced.
 minimal-versions: setup ## Check that the oldest dependencies allowed still suffice
