@@ -15,6 +15,7 @@ mod doubtful;
 mod errors;
 mod forgotten;
 mod headers;
+mod idle;
 mod outages;
 mod panics;
 mod peers;

@@ -14,6 +14,11 @@ impl DrainingConnections {
         self.0.push((endpoint, subchannel));
     }
 
+    /// Returns whether a connection still has calls.
+    pub(super) fn is_waiting(&self) -> bool {
+        !self.0.is_empty()
+    }
+
     /// Removes the connections whose last call has ended, and returns their endpoints.
     pub(super) fn take_drained(&mut self) -> impl Iterator<Item = Arc<Endpoint>> {
         let drained = self

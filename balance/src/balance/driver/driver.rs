@@ -60,7 +60,9 @@ pub(in crate::balance) struct Driver {
     pub(super) zones: ZonePreference,
     pub(super) detection: Detection,
     pub(super) quarantines: Quarantines,
-    refresh_at: Instant,
+    refreshed_at: Instant,
+    /// Whether calls used a connection shortly before the last refresh.
+    in_use: bool,
 }
 
 impl Driver {
@@ -93,7 +95,8 @@ impl Driver {
             zones: ZonePreference::new(options.zone.clone()),
             detection: Detection::new(options.outlier_detection.clone(), now),
             quarantines: Quarantines::default(),
-            refresh_at: now + REFRESH,
+            refreshed_at: now,
+            in_use: true,
             options,
         }
     }
@@ -127,8 +130,8 @@ impl Driver {
         if self.scaling.take_due(now) {
             self.add_connections();
         }
-        if self.refresh_at <= now {
-            self.refresh_at = now + REFRESH;
+        if self.refresh_at() <= now {
+            self.refreshed_at = now;
             self.refresh(now);
         }
         if self.detection.is_due(now) {
@@ -148,7 +151,18 @@ impl Driver {
             self.scaling.next(),
         ];
         let first = wakes.into_iter().flatten().min();
-        first.map_or(self.refresh_at, |first| first.min(self.refresh_at))
+        let refresh = self.refresh_at();
+        first.map_or(refresh, |first| first.min(refresh))
+    }
+
+    /// Returns the time of the next refresh, which is later if nothing depends on it.
+    fn refresh_at(&self) -> Instant {
+        let waits = self.slow_start.is_waiting()
+            || self.quarantines.is_waiting()
+            || self.draining.is_waiting()
+            || !self.silent.is_empty();
+        let is_idle = !self.in_use && !waits;
+        self.refreshed_at + if is_idle { IDLE_REFRESH } else { REFRESH }
     }
 
     /// Does what needs no timer of its own.
@@ -159,7 +173,7 @@ impl Driver {
         self.dial_second_connections(now);
         self.remove_connections(now);
         let ticks = Ticks::at(now, self.shared.started);
-        self.latencies.refresh(&self.ready_sets, ticks);
+        self.in_use = self.latencies.refresh(&self.ready_sets, ticks);
         self.forget_drained();
     }
 }
@@ -178,3 +192,6 @@ impl Drop for Driver {
 
 /// Interval between refreshes of the latency estimates.
 const REFRESH: Duration = Duration::from_millis(200);
+/// The interval of a channel that is not in use. The first calls after a pause use estimates of this age; waking the driver for them would
+/// cost every call a check.
+const IDLE_REFRESH: Duration = Duration::from_secs(2);

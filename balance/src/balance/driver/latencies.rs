@@ -29,14 +29,21 @@ impl Latencies {
         self.loads.begin(inherited, self.median)
     }
 
-    /// Computes the median, and updates the estimate of each connection.
-    pub(super) fn refresh(&mut self, sets: &ReadySets<ReadyEntry>, now: Ticks) {
+    /// Computes the median, and updates the estimate of each connection. Returns whether a connection has had a call within the last 10 s.
+    pub(super) fn refresh(&mut self, sets: &ReadySets<ReadyEntry>, now: Ticks) -> bool {
         let primary = sets.primary();
         let estimates = primary.filter_map(|entry| entry.load().estimate());
         let mut latencies: Vec<_> = estimates.map(|estimate| estimate.mean()).collect();
         self.median = median(&mut latencies);
+        let mut in_use = false;
         for entry in sets.all() {
-            entry.load().refresh(self.median, now);
+            let load = entry.load();
+            in_use |= load.in_flight() > 0 || load.since_last_sample(now) < RECENT_USE;
+            load.refresh(self.median, now);
         }
+        in_use
     }
 }
+
+/// In seconds. Longer than the gap between two calls of a caller that calls seldom.
+const RECENT_USE: f32 = 10.0;

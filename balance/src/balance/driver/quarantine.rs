@@ -41,6 +41,11 @@ impl Quarantines {
         Some(length)
     }
 
+    /// Returns whether an endpoint is in quarantine or on probation.
+    pub(super) fn is_waiting(&self) -> bool {
+        !self.0.is_empty()
+    }
+
     /// Returns whether the endpoint is excluded from picks. False on probation.
     pub(super) fn is_quarantined(&self, address: &Address) -> bool {
         let quarantine = self.0.get(address);

@@ -32,6 +32,11 @@ impl SlowStart {
         self.window.is_some()
     }
 
+    /// Returns whether a weight still grows.
+    pub(super) fn is_waiting(&self) -> bool {
+        !self.started.is_empty()
+    }
+
     /// Starts the growth of an endpoint's weight.
     pub(super) fn start(&mut self, address: &Address, now: Instant) {
         if self.is_enabled() {
