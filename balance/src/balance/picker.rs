@@ -115,7 +115,7 @@ impl Picker {
 
     /// Returns the slot to try first. If the policy draws two slots, also returns the worse one, to try next. Returns `None` if the set has
     /// a single slot.
-    fn candidates<'a, M: Candidate>(&self, set: &'a ReadySet<M>) -> Option<Drawn<'a, M>> {
+    fn candidates<'a, M: Candidate>(&self, set: &'a ReadySet<M>) -> Option<Candidates<'a, M>> {
         if set.len() == 1 {
             return None;
         }
@@ -139,14 +139,13 @@ impl Picker {
         let (first, second) = if set.is_uniform() {
             let first = random_below(random, set.len());
             // The lower half of the word is as random as the upper half.
-            (first, other(first, random << 32, set.len()))
+            (first, other_index(first, random << 32, set.len()))
         } else {
             let first = set.draw(random, self.rng.next())?;
             let second = set.draw(self.rng.next(), self.rng.next())?;
             // An endpoint with a large weight is often drawn twice. Compared with itself, it would never be avoided, however slow it is.
-            let again = second == first;
-            let second = if again {
-                other(first, self.rng.next(), set.len())
+            let second = if second == first {
+                other_index(first, self.rng.next(), set.len())
             } else {
                 second
             };
@@ -171,10 +170,10 @@ impl Picker {
 }
 
 /// The slot to try first, and the one to try next.
-type Drawn<'a, M> = (&'a Slot<M>, Option<&'a Slot<M>>);
+type Candidates<'a, M> = (&'a Slot<M>, Option<&'a Slot<M>>);
 
 /// Returns a random index that is not `first`.
-fn other(first: usize, random: u64, len: usize) -> usize {
+fn other_index(first: usize, random: u64, len: usize) -> usize {
     let second = first + 1 + random_below(random, len - 1);
     if second < len { second } else { second - len }
 }

@@ -34,7 +34,7 @@ pub(crate) struct Core {
     /// `None` if no policy is set. A channel without policies pays only for this check.
     pub(crate) method_config: Option<Box<MethodConfig>>,
     /// Returns the current failure of the source of endpoints, if any.
-    pub(crate) trouble: Option<Box<dyn Fn() -> Option<String> + Send + Sync>>,
+    pub(crate) source_error: Option<Box<dyn Fn() -> Option<String> + Send + Sync>>,
 }
 
 impl Core {
@@ -87,7 +87,9 @@ impl Core {
         }
     }
 
-    pub(crate) fn trouble(&self) -> Option<String> {
-        self.trouble.as_ref().and_then(|trouble| trouble())
+    pub(crate) fn source_error(&self) -> Option<String> {
+        self.source_error
+            .as_ref()
+            .and_then(|source_error| source_error())
     }
 }

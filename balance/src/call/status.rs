@@ -262,8 +262,8 @@ fn numbers(core: &Core, summary: &Summary) -> String {
     if let Some(error) = &summary.source_error {
         text = format!("{text}; discovery: {error}");
     }
-    if let Some(trouble) = core.trouble() {
-        text = format!("{text}; {trouble}");
+    if let Some(source_error) = core.source_error() {
+        text = format!("{text}; {source_error}");
     }
     text
 }

@@ -358,7 +358,7 @@ impl<S: EndpointSource> ChannelBuilder<S> {
         }
         let channel = match endpoints {
             Some(endpoints) => config.build(endpoints),
-            None => config.build(nothing()),
+            None => config.build(no_endpoints()),
         };
         channel.ready().await?;
         Ok(channel)
@@ -376,7 +376,7 @@ impl<S: EndpointSource> ChannelBuilder<S> {
         let (endpoints, config) = self.start();
         match endpoints {
             Some(endpoints) => config.build(endpoints),
-            None => config.build(nothing()),
+            None => config.build(no_endpoints()),
         }
     }
 
@@ -400,8 +400,10 @@ impl Config {
     }
 
     fn invalid_reason(&self) -> Option<String> {
-        let useless = self.keep_alive.useless();
-        self.invalid.clone().or_else(|| useless.map(str::to_owned))
+        let ineffective = self.keep_alive.ineffective();
+        self.invalid
+            .clone()
+            .or_else(|| ineffective.map(str::to_owned))
     }
 
     fn build<C, A, E>(mut self, endpoints: Endpoints<C>) -> BalancedChannel
@@ -414,7 +416,7 @@ impl Config {
         let Endpoints {
             changes,
             known,
-            trouble,
+            source_error,
             on_refused,
             service,
             policy,
@@ -492,13 +494,13 @@ impl Config {
             unknown,
             is_single_threaded: is_single_threaded(),
             method_config: self.methods.build(),
-            trouble,
+            source_error,
         }))
     }
 }
 
 /// Returns an empty set of endpoints, for a channel whose source cannot be used.
-fn nothing() -> Endpoints<Changes> {
+fn no_endpoints() -> Endpoints<Changes> {
     Endpoints::new(tokio_stream::iter(Vec::new()))
 }
 

@@ -25,7 +25,7 @@ impl KeepAliveOptions {
     }
 
     /// Returns an error message if an option has no effect.
-    pub(super) fn useless(&self) -> Option<&'static str> {
+    pub(super) fn ineffective(&self) -> Option<&'static str> {
         (self.while_idle && self.interval.is_none())
             .then_some("keep_alive_while_idle has no effect without http2_keep_alive_interval")
     }

@@ -28,7 +28,7 @@ impl<S> ChannelBuilder<S> {
     /// Sets the retry policy of one service (`package.Service`) or one method (`package.Service/Method`), like [`retry`](Self::retry) for
     /// the channel. If the name has neither form, the channel is [invalid](crate::error::ChannelError::InvalidOption).
     pub fn retry_for(self, name: impl Into<String>, policy: RetryPolicy) -> Self {
-        self.plan(&name.into(), MethodPolicy::Retry(policy))
+        self.set_method_policy(&name.into(), MethodPolicy::Retry(policy))
     }
 
     /// Enables hedging: a call that takes long is sent again, and the first response is used. Disabled by default: enable it only if every
@@ -49,7 +49,7 @@ impl<S> ChannelBuilder<S> {
     /// let channel = BalancedChannel::builder().hedge_for("helloworld.Greeter/SayHello", policy);
     /// ```
     pub fn hedge_for(self, name: impl Into<String>, policy: HedgingPolicy) -> Self {
-        self.plan(&name.into(), MethodPolicy::Hedge(policy))
+        self.set_method_policy(&name.into(), MethodPolicy::Hedge(policy))
     }
 
     /// Sets the limit on the load that all retries and hedges together add to failing servers. Default [`RetryBudget::default`].
@@ -58,8 +58,8 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    fn plan(mut self, name: &str, plan: MethodPolicy) -> Self {
-        if !self.config.methods.set(name, plan) {
+    fn set_method_policy(mut self, name: &str, policy: MethodPolicy) -> Self {
+        if !self.config.methods.set(name, policy) {
             self.config.refuse(format!(
                 "{name:?} names no service and no method; write package.Service or package.Service/Method"
             ));

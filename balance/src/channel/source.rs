@@ -39,7 +39,7 @@ pub trait EndpointSource {
 pub struct Endpoints<S> {
     pub(super) changes: S,
     pub(super) known: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
-    pub(super) trouble: Option<Trouble>,
+    pub(super) source_error: Option<SourceError>,
     pub(super) on_refused: Option<OnRefused>,
     pub(super) service: Option<String>,
     pub(super) policy: Option<AddressPolicy>,
@@ -47,7 +47,7 @@ pub struct Endpoints<S> {
 }
 
 /// A function that returns the current failure of a source, if any.
-pub(super) type Trouble = Box<dyn Fn() -> Option<String> + Send + Sync>;
+pub(super) type SourceError = Box<dyn Fn() -> Option<String> + Send + Sync>;
 
 impl<S> Endpoints<S> {
     /// Creates the endpoints of a stream of changes. The set of endpoints is known after the first item or the end of the stream. Until
@@ -56,7 +56,7 @@ impl<S> Endpoints<S> {
         Self {
             changes,
             known: None,
-            trouble: None,
+            source_error: None,
             on_refused: None,
             service: None,
             policy: None,
@@ -79,7 +79,7 @@ impl<S> Endpoints<S> {
         mut self,
         last_error: impl Fn() -> Option<String> + Send + Sync + 'static,
     ) -> Self {
-        self.trouble = Some(Box::new(last_error));
+        self.source_error = Some(Box::new(last_error));
         self
     }
 

@@ -34,3 +34,25 @@ impl Detection {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn sweeps_keep_their_interval_and_do_not_exist_without_a_configuration() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut detection = Detection::new(Some(OutlierDetection::new()), start);
+        assert_eq!(detection.next(), Some(at(10)));
+        assert!(!detection.is_due(at(9)) && detection.is_due(at(11)));
+        detection.sweep(&mut [], at(11));
+        assert!(!detection.is_due(at(20)));
+        assert_eq!(detection.next(), Some(at(21)));
+        let mut detection = Detection::new(None, start);
+        detection.sweep(&mut [], at(11));
+        assert_eq!(detection.next(), None);
+    }
+}

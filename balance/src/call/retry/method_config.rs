@@ -22,19 +22,19 @@ pub(crate) struct MethodConfigBuilder {
 }
 
 impl MethodConfigBuilder {
-    pub(crate) fn set_all(&mut self, plan: MethodPolicy) {
-        self.all = Some(plan);
+    pub(crate) fn set_all(&mut self, policy: MethodPolicy) {
+        self.all = Some(policy);
     }
 
     /// Sets the policy of a service or method. Returns false if the name has neither form.
-    pub(crate) fn set(&mut self, name: &str, plan: MethodPolicy) -> bool {
+    pub(crate) fn set(&mut self, name: &str, policy: MethodPolicy) -> bool {
         let trimmed = name.strip_prefix('/').unwrap_or(name);
         let trimmed = trimmed.strip_suffix('/').unwrap_or(trimmed);
         let parts = || trimmed.split('/');
         if parts().count() > 2 || parts().any(str::is_empty) {
             return false;
         }
-        self.named.insert(trimmed.into(), plan);
+        self.named.insert(trimmed.into(), policy);
         true
     }
 
@@ -44,8 +44,8 @@ impl MethodConfigBuilder {
 
     /// Builds the policies for calls. Returns `None` if no policy is set.
     pub(crate) fn build(self) -> Option<Box<MethodConfig>> {
-        let mut plans = self.all.iter().chain(self.named.values());
-        let hedges = plans.any(|plan| matches!(plan, MethodPolicy::Hedge(_)));
+        let mut policies = self.all.iter().chain(self.named.values());
+        let hedges = policies.any(|policy| matches!(policy, MethodPolicy::Hedge(_)));
         (self.all.is_some() || !self.named.is_empty()).then(|| {
             Box::new(MethodConfig {
                 hedges,
@@ -70,7 +70,7 @@ pub(crate) struct MethodConfig {
 impl MethodConfig {
     /// Returns the retry policy for this path, if any.
     pub(crate) fn retry(&self, path: &str) -> Option<&RetryPolicy> {
-        match self.plan(path)? {
+        match self.policy(path)? {
             MethodPolicy::Retry(policy) if policy.attempt_limit() > 1 => Some(policy),
             _ => None,
         }
@@ -81,14 +81,14 @@ impl MethodConfig {
         if !self.hedges {
             return None;
         }
-        match self.plan(path)? {
+        match self.policy(path)? {
             MethodPolicy::Hedge(policy) if policy.attempt_limit() > 1 => Some(policy),
             _ => None,
         }
     }
 
     /// Returns the most specific policy for this path.
-    fn plan(&self, path: &str) -> Option<&MethodPolicy> {
+    fn policy(&self, path: &str) -> Option<&MethodPolicy> {
         let method = path.strip_prefix('/').unwrap_or(path);
         let service = || method.rsplit_once('/').map(|(service, _)| service);
         self.named
@@ -121,19 +121,19 @@ mod tests {
 
     #[test]
     fn a_method_uses_the_most_specific_policy() {
-        let mut plans = MethodConfigBuilder::default();
-        plans.set_all(retry(Code::Unavailable));
-        plans.set("a.Service", retry(Code::Aborted));
-        plans.set("/a.Service/Get", retry(Code::Internal));
-        plans.set(
+        let mut policies = MethodConfigBuilder::default();
+        policies.set_all(retry(Code::Unavailable));
+        policies.set("a.Service", retry(Code::Aborted));
+        policies.set("/a.Service/Get", retry(Code::Internal));
+        policies.set(
             "b.Service/",
             MethodPolicy::Retry(RetryPolicy::new([]).max_attempts(1)),
         );
-        plans.set(
+        policies.set(
             "c.Service/Get",
             MethodPolicy::Hedge(HedgingPolicy::new(2, Duration::ZERO)),
         );
-        let retries = plans.build().expect("policies");
+        let retries = policies.build().expect("policies");
         for (path, code) in [
             ("/a.Service/Get", Code::Internal),
             ("/a.Service/Put", Code::Aborted),
@@ -155,10 +155,10 @@ mod tests {
 
     #[test]
     fn names_that_match_no_method_are_ignored() {
-        let mut plans = MethodConfigBuilder::default();
+        let mut policies = MethodConfigBuilder::default();
         for name in ["", "/", "a//b", "a/b/c", "//a"] {
-            plans.set(name, retry(Code::Unavailable));
+            policies.set(name, retry(Code::Unavailable));
         }
-        assert!(plans.build().is_none(), "no policy was set");
+        assert!(policies.build().is_none(), "no policy was set");
     }
 }
