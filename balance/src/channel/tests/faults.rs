@@ -554,6 +554,7 @@ async fn keep_alive_closes_an_unresponsive_connection() {
     let channel = BalancedChannel::builder()
         .http2_keep_alive_interval(Duration::from_millis(50))
         .keep_alive_timeout(Duration::from_millis(200))
+        .keep_alive_permit_time(Duration::from_millis(50))
         .addresses([frozen.to_string()])
         .connect_lazy();
     let healthy = tokio::spawn({
