@@ -67,10 +67,12 @@ impl InstanceFormat for DubboApplication {
 }
 
 pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, FormatError> {
+    if object.is_out_of_service() {
+        return Ok(None);
+    }
+    // Written again as true.
     for flag in ["Enable", "Healthy"] {
-        if object.take(flag) == Some(false.into()) {
-            return Ok(None);
-        }
+        object.take(flag);
     }
     let mut metadata = object.take_map("Metadata");
     let said = Place {
@@ -197,15 +199,19 @@ fn ports(endpoints: &Value) -> Ports {
     let Ok(Value::Array(endpoints)) = serde_json::from_str(text) else {
         return Ports::Unknown;
     };
-    let ours = endpoints.iter().find(|endpoint| {
+    let ours = endpoints.iter().filter(|endpoint| {
         let protocol = endpoint.get("protocol").and_then(Value::as_str);
         matches!(protocol, Some("tri" | "grpc"))
     });
-    let port = ours.map(|endpoint| endpoint.get("port").and_then(Value::as_u64));
-    match port {
-        Some(Some(port)) => Ports::Grpc(port),
-        None if !endpoints.is_empty() => Ports::Foreign,
-        _ => Ports::Unknown,
+    let ports: Vec<_> = ours
+        .map(|endpoint| endpoint.get("port").and_then(Value::as_u64))
+        .collect();
+    // An endpoint without a valid port does not hide the others.
+    let is_valid = |port: &u64| (1..=u64::from(u16::MAX)).contains(port);
+    match ports.iter().flatten().copied().find(is_valid) {
+        Some(port) => Ports::Grpc(port),
+        None if ports.is_empty() && !endpoints.is_empty() => Ports::Foreign,
+        None => Ports::Unknown,
     }
 }
 

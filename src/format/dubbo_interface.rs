@@ -68,6 +68,9 @@ impl InstanceFormat for DubboInterface {
         let mut advertisement = Advertisement::new(parts.address()?);
         let service = last_segment(parent(category));
         let mut query = read_query(parts.query());
+        if Object::from(query.clone()).is_out_of_service() {
+            return Ok(None);
+        }
         query.retain(|name, value| !(name == "interface" && value == service));
         ATTRIBUTES.read(&mut advertisement, &query);
         let mut kept = Object::from(Map::new());

@@ -31,7 +31,11 @@ impl InstanceFormat for EtcdNaming {
     }
 
     fn decode(&self, _: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
-        read(Object::parse(text(value)?)?).map(Some)
+        let object = Object::parse(text(value)?)?;
+        if object.is_out_of_service() {
+            return Ok(None);
+        }
+        read(object).map(Some)
     }
 }
 

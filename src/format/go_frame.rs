@@ -8,6 +8,7 @@ use super::instance_format::InstanceFormat;
 use super::object::{Object, Written};
 use super::text::{last_segment, parent, text};
 use crate::instance::{Advertisement, DEFAULT_WEIGHT, Instance};
+use tonic_balance::Address;
 
 /// Key `/service/default/default/<name>/<version>/<address>[,<address>…]`, JSON of metadata as the value. Several addresses belong to one
 /// server, and the first is called.
@@ -64,7 +65,16 @@ impl InstanceFormat for GoFrame {
             Some((first, others)) => (first, Some(others)),
             None => (last_segment(key), None),
         };
-        let mut advertisement = Advertisement::new(address.parse()?);
+        // An address that cannot be called does not hide the others.
+        let (address, others) = match address.parse::<Address>() {
+            Ok(address) => (address, others),
+            Err(error) => {
+                let mut rest = others.into_iter().flat_map(|others| others.split(','));
+                let usable = rest.find_map(|address| address.parse().ok());
+                (usable.ok_or(error)?, None)
+            }
+        };
+        let mut advertisement = Advertisement::new(address);
         let version = Some(last_segment(parent(key))).filter(|version| *version != LATEST);
         advertisement.version = version.map(str::to_owned);
         let mut metadata = match text(value)? {

@@ -8,6 +8,7 @@ use super::instance_format::InstanceFormat;
 use super::object::{Object, Written, map_or_null};
 use super::text::{last_segment, parent, text};
 use crate::instance::{Advertisement, DEFAULT_WEIGHT, Instance};
+use tonic_balance::Address;
 
 /// Key `/micro/registry/<service>/<node id>`, the address in `nodes[].address`, attributes in the `metadata` of the node. Nodes with
 /// another protocol than gRPC are ignored.
@@ -55,17 +56,31 @@ pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, Fo
     if nodes.is_empty() {
         return Err(FormatError::of("has no nodes"));
     }
+    if object.is_out_of_service() {
+        return Ok(None);
+    }
     let mut nodes = nodes.into_iter().filter_map(|node| match node {
         Value::Object(node) => Some(Object::from(node)),
         _ => None,
     });
-    let Some(mut node) = nodes.find(is_grpc) else {
-        return Ok(None);
+    // A node that cannot be called, or that is out of service, does not hide the others.
+    let mut unusable = None;
+    let usable = nodes.find_map(|mut node| {
+        if !is_grpc(&node) || node.is_out_of_service() {
+            return None;
+        }
+        match address(&mut node) {
+            Ok(address) => Some((node, address)),
+            Err(error) => {
+                unusable.get_or_insert(error);
+                None
+            }
+        }
+    });
+    let Some((mut node, address)) = usable else {
+        return unusable.map_or(Ok(None), Err);
     };
-    let address = node
-        .take_text("address")
-        .ok_or(FormatError::of("has a node without an address"))?;
-    let mut advertisement = Advertisement::new(address.parse()?);
+    let mut advertisement = Advertisement::new(address);
     advertisement.version = object
         .take_text("version")
         .filter(|version| version != LATEST);
@@ -86,6 +101,12 @@ pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, Fo
     object.keep("name", name, &last_segment(parent(key)).into());
     advertisement.keep(NAME, object.rest());
     Ok(Some(advertisement.into()))
+}
+
+fn address(node: &mut Object) -> Result<Address, FormatError> {
+    let address = node.take_text("address");
+    let address = address.ok_or(FormatError::of("has a node without an address"))?;
+    Ok(address.parse()?)
 }
 
 fn is_grpc(node: &Object) -> bool {

@@ -42,7 +42,11 @@ impl InstanceFormat for Kitex {
     }
 
     fn decode(&self, _: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
-        read(Object::parse(text(value)?)?).map(Some)
+        let object = Object::parse(text(value)?)?;
+        if object.is_out_of_service() {
+            return Ok(None);
+        }
+        read(object).map(Some)
     }
 }
 

@@ -9,6 +9,7 @@ use super::object::{Object, Written, map_or_null};
 use super::text::{last_segment, parent, text};
 use super::url::Parts;
 use crate::instance::{Advertisement, Instance};
+use tonic_balance::Address;
 
 /// Key `/microservices/<name>/<id>`, the address in the first `grpc` or `grpcs` URL of `endpoints`, the weight as a string in `metadata`
 /// (100 by default).
@@ -68,15 +69,17 @@ fn is_folder(folder: &str, service: &str) -> bool {
 }
 
 pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, FormatError> {
+    if object.is_out_of_service() {
+        return Ok(None);
+    }
     let urls = object.take("endpoints").unwrap_or_default();
-    let Some(url) = grpc_url(&urls) else {
+    let Some((parts, address)) = grpc_endpoint(&urls).transpose()? else {
         return match urls.as_array() {
             Some(others) if !others.is_empty() => Ok(None),
             _ => Err(FormatError::of("has no endpoints")),
         };
     };
-    let parts = Parts::of(url)?;
-    let mut advertisement = Advertisement::new(parts.address()?);
+    let mut advertisement = Advertisement::new(address);
     // Up to 2.3.0, kratos marked TLS in the query.
     advertisement.tls = parts.scheme == "grpcs" || parts.query() == "isSecure=true";
     advertisement.version = object.take_text("version");
@@ -94,10 +97,23 @@ pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, Fo
     Ok(Some(advertisement.into()))
 }
 
-/// Returns the first gRPC URL of the endpoints.
-fn grpc_url(endpoints: &Value) -> Option<&str> {
-    let mut urls = endpoints.as_array()?.iter().filter_map(Value::as_str);
-    urls.find(|url| is_grpc(url))
+/// Returns the first gRPC endpoint with an address, or the error of the first gRPC endpoint if none has one.
+fn grpc_endpoint(endpoints: &Value) -> Option<Result<(Parts<'_>, Address), FormatError>> {
+    let urls = endpoints.as_array()?.iter().filter_map(Value::as_str);
+    let mut unusable = None;
+    for url in urls.filter(|url| is_grpc(url)) {
+        match called(url) {
+            Ok(endpoint) => return Some(Ok(endpoint)),
+            Err(error) => drop(unusable.get_or_insert(error)),
+        }
+    }
+    unusable.map(Err)
+}
+
+fn called(url: &str) -> Result<(Parts<'_>, Address), FormatError> {
+    let parts = Parts::of(url)?;
+    let address = parts.address()?;
+    Ok((parts, address))
 }
 
 fn is_grpc(url: &str) -> bool {
@@ -111,9 +127,11 @@ fn endpoints(advertisement: &Advertisement, kept: Option<Value>) -> Value {
     let Some(Value::Array(mut endpoints)) = kept else {
         return Value::from(vec![url]);
     };
-    let ours = endpoints
-        .iter_mut()
-        .find(|endpoint| endpoint.as_str().is_some_and(is_grpc));
+    let ours = endpoints.iter_mut().find(|endpoint| {
+        endpoint
+            .as_str()
+            .is_some_and(|url| is_grpc(url) && called(url).is_ok())
+    });
     match ours {
         Some(endpoint) if says(endpoint, advertisement) => {}
         Some(endpoint) => *endpoint = url.into(),

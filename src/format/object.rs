@@ -31,6 +31,18 @@ impl Object {
             .map(String::as_str)
     }
 
+    /// Returns whether the value marks its instance as out of service. The names of such flags differ between registries, and some write
+    /// the flags as text.
+    pub(super) fn is_out_of_service(&self) -> bool {
+        let is = |name: &&str, flag: bool| match self.field(name) {
+            Some(Value::Bool(value)) => *value == flag,
+            Some(Value::String(text)) => text.eq_ignore_ascii_case(&flag.to_string()),
+            _ => false,
+        };
+        IN_SERVICE.iter().any(|name| is(name, false))
+            || OUT_OF_SERVICE.iter().any(|name| is(name, true))
+    }
+
     /// Takes a field. `null` counts as a missing field, because Go writes empty values as `null`.
     pub(super) fn take(&mut self, name: &str) -> Option<Value> {
         let key = self.name_of(name)?.to_owned();
@@ -122,3 +134,8 @@ pub(super) fn map_or_null(map: Map<String, Value>) -> Value {
         Value::Object(map)
     }
 }
+
+/// Flags that are false for an instance that must not be called.
+const IN_SERVICE: [&str; 4] = ["enable", "enabled", "healthy", "available"];
+/// Flags that are true for an instance that must not be called.
+const OUT_OF_SERVICE: [&str; 3] = ["disable", "disabled", "unhealthy"];

@@ -29,6 +29,9 @@ pub(super) fn by_value(key: &str, value: &[u8]) -> Result<Option<Instance>, Form
 /// Decodes an object by the field with the address, which differs between the formats. dubbo-go is checked before kitex, because the only
 /// field that identifies kitex also exists in values of dubbo-go.
 fn object(key: &str, object: Object) -> Result<Option<Instance>, FormatError> {
+    if object.is_out_of_service() {
+        return Ok(None);
+    }
     let has = |name| object.field(name).is_some_and(|value| !value.is_null());
     if object.field("Addr").is_some_and(Value::is_string) {
         return etcd_naming::read(object).map(Some);
