@@ -17,9 +17,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, timeout};
 use tonic::transport::{Channel, Server};
 use tonic_etcd::{
-    Registry, ServeRegistered,
+    AddressPolicy, Registry, ServeRegistered,
     error::{RegisterError, ServeError},
     registration::{RegistrationState, ServerState},
+    resolver::{ResolverHandle, ResolverState},
 };
 
 #[tokio::test]
@@ -137,7 +138,7 @@ async fn a_listener_that_is_already_bound_is_served_and_registered() {
     let router = Server::builder().add_service(greeter);
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let registration = world.registration();
-    let serving = router.serve_registered_with_listener(listener, registration, async {
+    let serving = router.serve_registered_with_listener_shutdown(listener, registration, async {
         drop(stopped.await);
     });
     let serving = tokio::spawn(serving);
@@ -147,6 +148,67 @@ async fn a_listener_that_is_already_bound_is_served_and_registered() {
     drop(stop);
     timeout(SOON, serving).await.unwrap().unwrap().unwrap();
     assert_eq!(world.keys().await, 0);
+}
+
+/// Connections that the program accepts itself: here with a filter, and on a Unix socket.
+#[cfg(unix)]
+#[tokio::test]
+async fn any_stream_of_connections_is_served_and_registered() {
+    let mut world = World::new().await;
+    let policy = AddressPolicy::default().allow_unix_sockets();
+    world.registry = world.registry.clone().with_address_policy(policy);
+    world.resolver = world.registry.resolver("greeter").start();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let bound = listener.local_addr().unwrap().to_string();
+    let incoming = tokio_stream::wrappers::TcpListenerStream::new(listener);
+    serves_incoming(&world, incoming, &bound).await;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("greeter.sock");
+    let listener = tokio::net::UnixListener::bind(&path).unwrap();
+    let incoming = tokio_stream::wrappers::UnixListenerStream::new(listener);
+    serves_incoming(&world, incoming, &format!("unix:{}", path.display())).await;
+    // There is no bound address that could be advertised.
+    let incoming = tokio_stream::empty::<std::io::Result<tokio::net::TcpStream>>();
+    let router = Server::builder().add_service(GreeterServer::new(NamedGreeter::default()));
+    let serving = router.serve_registered_with_incoming_shutdown(
+        incoming,
+        world.registration(),
+        std::future::pending(),
+    );
+    let error = timeout(SOON, serving).await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("address"), "{error}");
+}
+
+async fn serves_incoming<I, T>(world: &World, incoming: I, address: &str)
+where
+    I: tokio_stream::Stream<Item = std::io::Result<T>> + Send + 'static,
+    T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+    T: tonic::transport::server::Connected<ConnectInfo: Clone + Send + Sync + 'static>,
+{
+    let greeter = GreeterServer::new(NamedGreeter("alpha".to_owned()));
+    let router = Server::builder().add_service(greeter);
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let registration = world.registration().address(address);
+    let stopped = async { drop(stopped.await) };
+    let serving = router.serve_registered_with_incoming_shutdown(incoming, registration, stopped);
+    let serving = tokio::spawn(serving);
+    world.counts(1).await;
+    assert_eq!(addresses(&world.resolver), [address]);
+    let channel = world.registry.channel("greeter").connect().await.unwrap();
+    let mut client = GreeterClient::new(channel.clone());
+    client.say_hello(hello()).await.unwrap();
+    // The state of the resolver is read from the channel.
+    let resolver = channel.source_handle::<ResolverHandle>().unwrap();
+    assert_eq!(resolver.status().state, ResolverState::Fresh);
+    assert_eq!(resolver.instances().len(), 1);
+    assert!(
+        channel.source_handle::<String>().is_none(),
+        "of another type"
+    );
+    drop(stop);
+    timeout(SOON, serving).await.unwrap().unwrap().unwrap();
+    assert_eq!(world.keys().await, 0);
+    world.counts(0).await;
 }
 
 #[tokio::test]

@@ -101,11 +101,13 @@ impl EndpointSource for Resolver {
         let service = self.service().to_owned();
         let policy = self.policy().clone();
         let feedback = self.feedback();
+        let handle = self.handle();
         let endpoints = Endpoints::new(self)
             .known_after(known)
             .last_error(last_error)
             .on_refused(move |address| feedback.refused(address))
             .address_policy(policy)
+            .handle(handle)
             .service(service);
         Ok(endpoints)
     }

@@ -7,6 +7,7 @@
 mod builder;
 mod cache;
 mod feedback;
+mod handle;
 mod hold;
 mod instances;
 mod options;
@@ -18,5 +19,6 @@ mod watcher;
 
 pub use builder::ResolverBuilder;
 pub use feedback::ResolverFeedback;
+pub use handle::ResolverHandle;
 pub use resolver::Resolver;
 pub use status::{RejectedKey, ResolverState, ResolverStatus};

@@ -14,6 +14,7 @@ use tracing::Instrument;
 
 use super::cache::Cache;
 use super::feedback::ResolverFeedback;
+use super::handle::ResolverHandle;
 use super::options::Options;
 use super::status::{RejectedKey, ResolverState, ResolverStatus};
 use super::store::Core;
@@ -130,9 +131,7 @@ impl Resolver {
     /// [`ready`](Self::ready).
     #[must_use]
     pub fn instances(&self) -> Vec<Instance> {
-        let mut instances: Vec<_> = self.core.lock().instances().cloned().collect();
-        instances.sort_by(|a, b| a.address().cmp(b.address()));
-        instances
+        self.core.instances()
     }
 
     /// Returns the current status: whether the set is in sync with etcd, the last error, and counters.
@@ -152,6 +151,12 @@ impl Resolver {
     #[must_use]
     pub fn rejected(&self) -> Vec<RejectedKey> {
         self.core.rejected()
+    }
+
+    /// Returns a handle with the status and the instances, which does not keep the watch open.
+    #[must_use]
+    pub fn handle(&self) -> ResolverHandle {
+        ResolverHandle::new(Arc::clone(&self.core))
     }
 
     /// Returns a handle to report addresses that refuse connections. A [`BalancedChannel`](crate::BalancedChannel) reports them by itself;

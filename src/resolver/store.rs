@@ -265,6 +265,13 @@ impl Core {
         self.lock().snapshot.instances().cloned().collect()
     }
 
+    /// Returns the known instances, sorted by address.
+    pub(super) fn instances(&self) -> Vec<Instance> {
+        let mut instances: Vec<_> = self.lock().instances().cloned().collect();
+        instances.sort_by(|a, b| a.address().cmp(b.address()));
+        instances
+    }
+
     /// Returns the keys whose latest value is not used.
     pub(super) fn rejected(&self) -> Vec<RejectedKey> {
         let shared = self.lock();

@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tonic::transport::server::Connected;
 
 use super::opening::Opening;
 
@@ -65,9 +65,9 @@ impl Connections {
 /// An accepted connection that the server can close. After the close, every operation on it fails. If only reads failed, the connection
 /// would retry the flush and never end.
 #[derive(Debug)]
-pub(super) struct Connection {
-    stream: TcpStream,
-    info: TcpConnectInfo,
+pub(super) struct Connection<T: Connected = TcpStream> {
+    stream: T,
+    info: T::ConnectInfo,
     unopened: Pin<Box<WaitForCancellationFutureOwned>>,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
     gauges: Arc<Gauges>,
@@ -75,7 +75,8 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    pub(super) fn new(stream: TcpStream, connections: &Connections) -> Self {
+    /// Wraps a TCP connection, and sets its options.
+    pub(super) fn tcp(stream: TcpStream, connections: &Connections) -> Self {
         // A call consists of a few small frames in each direction. Nagle's algorithm would delay the last frame by one round trip.
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "could not set TCP_NODELAY");
@@ -84,6 +85,12 @@ impl Connection {
         if let Err(error) = socket2::SockRef::from(&stream).set_tcp_keepalive(&keepalive) {
             tracing::debug!(%error, "could not set TCP keep-alive");
         }
+        Self::new(stream, connections)
+    }
+}
+
+impl<T: Connected> Connection<T> {
+    pub(super) fn new(stream: T, connections: &Connections) -> Self {
         connections.gauges.open.fetch_add(1, Ordering::Relaxed);
         Self {
             info: stream.connect_info(),
@@ -96,11 +103,14 @@ impl Connection {
     }
 
     /// Runs an operation on the socket, unless the server has closed the connection. A pending operation is woken by the close.
-    fn poll_unless_ended<T>(
+    fn poll_unless_ended<O>(
         &mut self,
         cx: &mut Context<'_>,
-        operation: impl FnOnce(Pin<&mut TcpStream>, &mut Context<'_>) -> Poll<io::Result<T>>,
-    ) -> Poll<io::Result<T>> {
+        operation: impl FnOnce(Pin<&mut T>, &mut Context<'_>) -> Poll<io::Result<O>>,
+    ) -> Poll<io::Result<O>>
+    where
+        T: Unpin,
+    {
         if self.gauges.ending.load(Ordering::Acquire) {
             self.check_ended(cx)?;
         }
@@ -122,14 +132,17 @@ impl Connection {
     }
 }
 
-impl Drop for Connection {
+/// No field is pinned in place: the stream is `Unpin`, and the others are moved or boxed.
+impl<T: Connected + Unpin> Unpin for Connection<T> {}
+
+impl<T: Connected> Drop for Connection<T> {
     fn drop(&mut self) {
         self.gauges.open.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-impl Connected for Connection {
-    type ConnectInfo = TcpConnectInfo;
+impl<T: Connected> Connected for Connection<T> {
+    type ConnectInfo = T::ConnectInfo;
 
     fn connect_info(&self) -> Self::ConnectInfo {
         // tonic calls this function when it starts to serve the connection. With TLS, this is after the handshake.
@@ -138,7 +151,7 @@ impl Connected for Connection {
     }
 }
 
-impl AsyncRead for Connection {
+impl<T: AsyncRead + Connected + Unpin> AsyncRead for Connection<T> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -151,7 +164,7 @@ impl AsyncRead for Connection {
     }
 }
 
-impl AsyncWrite for Connection {
+impl<T: AsyncWrite + Connected + Unpin> AsyncWrite for Connection<T> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -167,9 +180,8 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let write = |stream: Pin<&mut TcpStream>, cx: &mut Context<'_>| {
-            stream.poll_write_vectored(cx, bufs)
-        };
+        let write =
+            |stream: Pin<&mut T>, cx: &mut Context<'_>| stream.poll_write_vectored(cx, bufs);
         let written = ready!(self.poll_unless_ended(cx, write))?;
         self.opening.on_write();
         Poll::Ready(Ok(written))

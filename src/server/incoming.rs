@@ -11,6 +11,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time::Sleep;
 use tokio_stream::Stream;
 use tokio_util::sync::WaitForCancellationFutureOwned;
+use tonic::transport::server::Connected;
 
 use super::connection::{Connection, Connections};
 
@@ -61,7 +62,7 @@ impl Incoming {
         let (socket, _) = socket2::SockRef::from(&self.listener).accept().ok()?;
         socket.set_nonblocking(true).ok()?;
         let stream = TcpStream::from_std(socket.into()).ok()?;
-        Some(Connection::new(stream, &self.connections))
+        Some(Connection::tcp(stream, &self.connections))
     }
 }
 
@@ -79,13 +80,49 @@ impl Stream for Incoming {
             self.pause = None;
         }
         match ready!(self.listener.poll_accept(cx)) {
-            Ok((stream, _)) => Poll::Ready(Some(Ok(Connection::new(stream, &self.connections)))),
+            Ok((stream, _)) => Poll::Ready(Some(Ok(Connection::tcp(stream, &self.connections)))),
             Err(error) => {
                 tracing::warn!(%error, "could not accept a connection");
                 self.pause = Some(Box::pin(tokio::time::sleep(ACCEPT_PAUSE)));
                 Poll::Ready(Some(Err(error)))
             }
         }
+    }
+}
+
+/// A stream of connections that the caller accepts, until the drain begins.
+#[derive(Debug)]
+pub(super) struct Accepted<I> {
+    accepted: Pin<Box<I>>,
+    connections: Connections,
+    closing: Pin<Box<WaitForCancellationFutureOwned>>,
+}
+
+impl<I> Accepted<I> {
+    pub(super) fn new(accepted: I, connections: Connections) -> Self {
+        Self {
+            accepted: Box::pin(accepted),
+            closing: Box::pin(connections.draining()),
+            connections,
+        }
+    }
+}
+
+impl<I, T, E> Stream for Accepted<I>
+where
+    I: Stream<Item = Result<T, E>>,
+    T: Connected,
+{
+    type Item = Result<Connection<T>, E>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.closing.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(None);
+        }
+        let accepted = ready!(self.accepted.as_mut().poll_next(cx));
+        let connection =
+            accepted.map(|accepted| accepted.map(|io| Connection::new(io, &self.connections)));
+        Poll::Ready(connection)
     }
 }
 

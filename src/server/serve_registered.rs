@@ -4,17 +4,19 @@ use std::future::{Future, pending};
 use std::net::SocketAddr;
 
 use http_body::Body as HttpBody;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
+use tokio_stream::Stream;
 use tonic::body::Body;
 use tonic::service::Routes;
-use tonic::transport::server::Router;
+use tonic::transport::server::{Connected, Router};
 use tower::{Layer, Service};
 use tracing::Instrument;
 
-use super::connection::Connections;
+use super::connection::{Connection, Connections};
 #[cfg(feature = "health")]
 use super::health;
-use super::incoming::Incoming;
+use super::incoming::{Accepted, Incoming};
 use super::shutdown::Serving;
 use super::signal::Signals;
 use crate::error::ServeError;
@@ -120,7 +122,7 @@ pub trait ServeRegistered: sealed::Sealed + Sized {
     /// println!("listens on {}", listener.local_addr()?);
     /// let registration = registry.registration("helloworld.Greeter");
     /// let stop = async { tokio::signal::ctrl_c().await.unwrap_or_default() };
-    /// router.serve_registered_with_listener(listener, registration, stop).await?;
+    /// router.serve_registered_with_listener_shutdown(listener, registration, stop).await?;
     /// # Ok(())
     /// # }
     /// ```
@@ -132,13 +134,54 @@ pub trait ServeRegistered: sealed::Sealed + Sized {
     /// # Cancel safety
     ///
     /// See [`serve_registered`](Self::serve_registered).
-    fn serve_registered_with_listener<F>(
+    fn serve_registered_with_listener_shutdown<F>(
         self,
         listener: TcpListener,
         registration: RegistrationBuilder,
         signal: F,
     ) -> impl Future<Output = Result<(), ServeError>> + Send
     where
+        F: Future<Output = ()> + Send;
+
+    /// Serves like [`serve_registered_with_shutdown`](Self::serve_registered_with_shutdown), but on connections that `incoming` yields, for
+    /// example those of a Unix socket. The registration needs an [`address`](RegistrationBuilder::address), and for a Unix socket an
+    /// [address policy](crate::AddressPolicy::allow_unix_sockets) that allows it, on both sides.
+    ///
+    /// After the grace period no more connections are taken from `incoming`, and it is dropped.
+    ///
+    /// ```no_run
+    /// # #[cfg(unix)]
+    /// # async fn run(router: tonic::transport::server::Router, registry: tonic_etcd::Registry) -> Result<(), Box<dyn std::error::Error>> {
+    /// use tokio_stream::wrappers::UnixListenerStream;
+    /// use tonic_etcd::ServeRegistered;
+    ///
+    /// let listener = tokio::net::UnixListener::bind("/run/greeter.sock")?;
+    /// let registration = registry.registration("helloworld.Greeter").address("unix:/run/greeter.sock");
+    /// let stop = async { tokio::signal::ctrl_c().await.unwrap_or_default() };
+    /// let incoming = UnixListenerStream::new(listener);
+    /// router.serve_registered_with_incoming_shutdown(incoming, registration, stop).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// See [`serve_registered`](Self::serve_registered). Also fails if the registration has no address.
+    ///
+    /// # Cancel safety
+    ///
+    /// See [`serve_registered`](Self::serve_registered).
+    fn serve_registered_with_incoming_shutdown<I, T, E, F>(
+        self,
+        incoming: I,
+        registration: RegistrationBuilder,
+        signal: F,
+    ) -> impl Future<Output = Result<(), ServeError>> + Send
+    where
+        I: Stream<Item = Result<T, E>> + Send + 'static,
+        T: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+        T::ConnectInfo: Clone + Send + Sync + 'static,
+        E: Into<tower::BoxError> + Send + 'static,
         F: Future<Output = ()> + Send;
 }
 
@@ -188,7 +231,7 @@ where
         serve(self, || bind(address), registration, once(signal)).await
     }
 
-    async fn serve_registered_with_listener<F>(
+    async fn serve_registered_with_listener_shutdown<F>(
         self,
         listener: TcpListener,
         registration: RegistrationBuilder,
@@ -198,6 +241,33 @@ where
         F: Future<Output = ()> + Send,
     {
         serve(self, || Ok(listener), registration, once(signal)).await
+    }
+
+    async fn serve_registered_with_incoming_shutdown<I, T, E, F>(
+        self,
+        incoming: I,
+        registration: RegistrationBuilder,
+        signal: F,
+    ) -> Result<(), ServeError>
+    where
+        I: Stream<Item = Result<T, E>> + Send + 'static,
+        T: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+        T::ConnectInfo: Clone + Send + Sync + 'static,
+        E: Into<tower::BoxError> + Send + 'static,
+        F: Future<Output = ()> + Send,
+    {
+        registration.check()?;
+        let connections = Connections::default();
+        let incoming = Accepted::new(incoming, connections.clone());
+        serve_connections(
+            self,
+            incoming,
+            connections,
+            None,
+            registration,
+            once(signal),
+        )
+        .await
     }
 }
 
@@ -237,6 +307,40 @@ where
     })?;
     let connections = Connections::default();
     let incoming = Incoming::new(listener, connections.clone());
+    serve_connections(
+        router,
+        incoming,
+        connections,
+        Some(bound),
+        registration,
+        stop,
+    )
+    .await
+}
+
+/// Serves on a stream of connections, which ends when the drain begins.
+async fn serve_connections<L, ResBody, N, I, T, E>(
+    router: Router<L>,
+    incoming: I,
+    connections: Connections,
+    bound: Option<SocketAddr>,
+    registration: RegistrationBuilder,
+    stop: impl Future<Output = N>,
+) -> Result<(), ServeError>
+where
+    L: Layer<Routes> + Send + 'static,
+    L::Service:
+        Service<http::Request<Body>, Response = http::Response<ResBody>> + Clone + Send + 'static,
+    <L::Service as Service<http::Request<Body>>>::Future: Send,
+    <L::Service as Service<http::Request<Body>>>::Error: Into<tower::BoxError> + Send,
+    ResBody: HttpBody<Data = bytes::Bytes> + Send + 'static,
+    ResBody::Error: Into<tower::BoxError>,
+    N: Future<Output = ()>,
+    I: Stream<Item = Result<Connection<T>, E>> + Send + 'static,
+    T: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+    T::ConnectInfo: Clone + Send + Sync + 'static,
+    E: Into<tower::BoxError> + Send + 'static,
+{
     #[cfg(feature = "health")]
     let router = match registration.serve.health.clone() {
         Some(health) => {

@@ -54,18 +54,19 @@ impl Serving {
     /// at once.
     pub(super) async fn run<N: Future<Output = ()>>(
         mut self,
-        bound: SocketAddr,
+        bound: Option<SocketAddr>,
         registration: RegistrationBuilder,
         stop: impl Future<Output = N>,
     ) -> Result<(), ServeError> {
-        tracing::info!(%bound, "serving");
+        let shown = bound.map(tracing::field::display);
+        tracing::info!(bound = shown, "serving");
         self.enter(ServerState::Serving);
         let mut stop = std::pin::pin!(stop);
         let startup_timeout = registration.startup_timeout;
         let handles = registration.serve.started.clone();
         let registration = tokio::select! {
             biased;
-            started = registration.start(Some(bound)) => match started {
+            started = registration.start(bound) => match started {
                 Ok(registration) => registration,
                 Err(error) => return Err(self.stop(error).await),
             },
@@ -80,7 +81,7 @@ impl Serving {
         drop(handles);
         let registered = async {
             registration.registered(startup_timeout).await?;
-            tracing::info!(%bound, key = registration.key(), address = %registration.address(), "registered");
+            tracing::info!(bound = bound.map(tracing::field::display), key = registration.key(), address = %registration.address(), "registered");
             pending::<Result<Infallible, RegisterError>>().await
         };
         tokio::select! {

@@ -1,5 +1,6 @@
 //! The state that all clones of a channel and all its calls share.
 
+use std::any::Any;
 use std::sync::Arc;
 use std::task::Context;
 use std::time::Duration;
@@ -35,6 +36,8 @@ pub(crate) struct Core {
     pub(crate) method_config: Option<Box<MethodConfig>>,
     /// Returns the current failure of the source of endpoints, if any.
     pub(crate) source_error: Option<Box<dyn Fn() -> Option<String> + Send + Sync>>,
+    /// The handle of the source, for the users of the channel.
+    pub(crate) source_handle: Option<Box<dyn Any + Send + Sync>>,
 }
 
 impl Core {

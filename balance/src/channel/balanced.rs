@@ -1,5 +1,6 @@
 //! The channel and its `tower::Service`.
 
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -58,6 +59,13 @@ impl BalancedChannel {
     #[must_use]
     pub fn endpoints(&self) -> Vec<EndpointStatus> {
         self.0.shared().endpoints()
+    }
+
+    /// Returns the handle of the source of the endpoints, if the source has one of this type. The resolver of `tonic-etcd` has a
+    /// `ResolverHandle`, with its status and its instances.
+    #[must_use]
+    pub fn source_handle<H: Any>(&self) -> Option<&H> {
+        self.0.source_handle.as_ref()?.downcast_ref()
     }
 
     /// Waits until an endpoint is ready.

@@ -421,6 +421,7 @@ impl Config {
             service,
             policy,
             own_addresses,
+            handle,
         } = endpoints;
         let service = self.service.take().or(service);
         let service = service.unwrap_or_else(|| "(unnamed)".to_owned());
@@ -495,6 +496,7 @@ impl Config {
             is_single_threaded: is_single_threaded(),
             method_config: self.methods.build(),
             source_error,
+            source_handle: handle,
         }))
     }
 }

@@ -1,5 +1,6 @@
 //! Sources of endpoints: a list of addresses, a stream of changes, or any type that implements [`EndpointSource`].
 
+use std::any::Any;
 use std::convert::Infallible;
 use std::fmt;
 use std::future::Future;
@@ -44,7 +45,11 @@ pub struct Endpoints<S> {
     pub(super) service: Option<String>,
     pub(super) policy: Option<AddressPolicy>,
     pub(super) own_addresses: bool,
+    pub(super) handle: Option<SourceHandle>,
 }
+
+/// A handle of the source, which the channel keeps for its users.
+pub(super) type SourceHandle = Box<dyn Any + Send + Sync>;
 
 /// A function that returns the current failure of a source, if any.
 pub(super) type SourceError = Box<dyn Fn() -> Option<String> + Send + Sync>;
@@ -61,6 +66,7 @@ impl<S> Endpoints<S> {
             service: None,
             policy: None,
             own_addresses: false,
+            handle: None,
         }
     }
 
@@ -87,6 +93,14 @@ impl<S> Endpoints<S> {
     #[must_use]
     pub fn on_refused(mut self, on_refused: impl Fn(&Address) + Send + Sync + 'static) -> Self {
         self.on_refused = Some(OnRefused(Arc::new(on_refused)));
+        self
+    }
+
+    /// Sets a handle of the source, which [`BalancedChannel::source_handle`](crate::BalancedChannel::source_handle) returns, for example to
+    /// read the state of a resolver. The channel drops it with its last clone.
+    #[must_use]
+    pub fn handle(mut self, handle: impl Any + Send + Sync) -> Self {
+        self.handle = Some(Box::new(handle));
         self
     }
 
