@@ -1,0 +1,287 @@
+//! The fleet: many clients and servers, each with a registry of its own, as in processes of their own.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+use tonic_etcd::{Registration, Registry, Resolver, ResolverState};
+
+use super::Result;
+use super::world::World;
+
+/// The service of the fleet. The users of [`super::roles`] may read and write it.
+pub const SERVICE: &str = "greeter";
+
+/// How the registries connect.
+#[derive(Clone, Debug)]
+struct Plan {
+    endpoints: Vec<String>,
+    protected: bool,
+    ttl: Duration,
+    /// Registries that connect at once. With passwords, each costs etcd a hash.
+    connecting: Arc<Semaphore>,
+}
+
+/// A process that calls the service.
+#[derive(Debug)]
+struct Client {
+    resolver: Resolver,
+    _registry: Registry,
+}
+
+/// A process that serves it.
+#[derive(Debug)]
+struct Server {
+    registration: Registration,
+    _registry: Registry,
+}
+
+#[derive(Debug)]
+pub struct Fleet {
+    plan: Plan,
+    clients: Vec<Client>,
+    servers: Vec<Server>,
+    /// Number of addresses that were used.
+    addresses: u32,
+    /// Address of the key that the operator wrote last. A client that has it has seen everything before it.
+    canary: Option<String>,
+}
+
+/// When half of the fleet was right, and when all of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Right {
+    pub half: Duration,
+    pub all: Duration,
+}
+
+impl Fleet {
+    pub fn new(world: &World, ttl: Duration) -> Self {
+        let connecting = if world.protected {
+            2
+        } else {
+            Semaphore::MAX_PERMITS
+        };
+        Self {
+            plan: Plan {
+                endpoints: world.etcd.endpoints(),
+                protected: world.protected,
+                ttl,
+                connecting: Arc::new(Semaphore::new(connecting)),
+            },
+            clients: Vec::new(),
+            servers: Vec::new(),
+            addresses: 0,
+            canary: None,
+        }
+    }
+
+    pub fn clients(&self) -> usize {
+        self.clients.len()
+    }
+
+    pub fn servers(&self) -> usize {
+        self.servers.len()
+    }
+
+    /// Returns the number of complete lists by all clients.
+    pub fn lists(&self) -> u64 {
+        self.clients
+            .iter()
+            .map(|client| client.resolver.status().lists)
+            .sum()
+    }
+
+    /// Starts servers, all at once.
+    pub async fn start_servers(&mut self, count: usize) -> Result<()> {
+        let mut starting = JoinSet::new();
+        for _ in 0..count {
+            starting.spawn(start_server(self.plan.clone(), self.next_address()));
+        }
+        while let Some(server) = starting.join_next().await {
+            self.servers.push(joined(server)?);
+        }
+        Ok(())
+    }
+
+    /// Starts clients, all at once.
+    pub async fn start_clients(&mut self, count: usize) -> Result<()> {
+        let mut starting = JoinSet::new();
+        for _ in 0..count {
+            starting.spawn(start_client(self.plan.clone()));
+        }
+        while let Some(client) = starting.join_next().await {
+            self.clients.push(joined(client)?);
+        }
+        Ok(())
+    }
+
+    /// Replaces one server by a new process at another address. The new one is registered before the old one is deregistered.
+    pub async fn replace_server(&mut self, index: usize) -> Result<()> {
+        let address = self.next_address();
+        let server = start_server(self.plan.clone(), address).await?;
+        let old = std::mem::replace(&mut self.servers[index], server);
+        let key = old.registration.key().to_owned();
+        let deregistered = old.registration.deregister().await;
+        deregistered.map_err(|error| format!("deregister {key}: {error}"))
+    }
+
+    /// Replaces one client by a new process.
+    pub async fn replace_client(&mut self, index: usize) -> Result<()> {
+        self.clients[index] = start_client(self.plan.clone()).await?;
+        Ok(())
+    }
+
+    /// Writes a new instance through a member, which every client has to see.
+    pub async fn write_canary(&mut self, world: &World, member: usize) -> Result<()> {
+        let address = self.next_address();
+        world
+            .put(member, &format!("/gRPC/{SERVICE}/canary"), &address)
+            .await?;
+        self.canary = Some(address);
+        Ok(())
+    }
+
+    /// Waits until every client has exactly the servers and the canary, and every server is registered. Returns the times since `start`.
+    pub async fn right(&self, start: Instant, limit: Duration) -> Result<Right> {
+        let servers = self
+            .servers
+            .iter()
+            .map(|server| server.registration.address().to_string());
+        let expected: HashSet<_> = servers.chain(self.canary.clone()).collect();
+        let all = || {
+            let clients = self.clients.iter().map(|client| client as &dyn Participant);
+            let servers = self.servers.iter().map(|server| server as &dyn Participant);
+            clients.chain(servers).enumerate().collect::<Vec<_>>()
+        };
+        let mut wrong = all();
+        let mut times = vec![Duration::ZERO; wrong.len()];
+        loop {
+            let since = Instant::now().saturating_duration_since(start);
+            wrong.retain(|(index, member)| {
+                let is_wrong = member.fault(&expected).is_some();
+                if !is_wrong {
+                    times[*index] = since;
+                }
+                is_wrong
+            });
+            if wrong.is_empty() {
+                // One that was right before may be wrong again.
+                wrong = all();
+                wrong.retain(|(_, member)| member.fault(&expected).is_some());
+                if wrong.is_empty() {
+                    times.sort_unstable();
+                    return Ok(Right {
+                        half: times[times.len() / 2],
+                        all: since,
+                    });
+                }
+            }
+            if since > limit {
+                let fault = wrong
+                    .first()
+                    .and_then(|(_, member)| member.fault(&expected));
+                let (left, all) = (wrong.len(), times.len());
+                return Err(format!(
+                    "{left} of {all} are wrong after {limit:?}, the first: {}",
+                    fault.unwrap_or_default()
+                ));
+            }
+            sleep(POLL).await;
+        }
+    }
+
+    fn next_address(&mut self) -> String {
+        let [_, b, c, d] = self.addresses.to_be_bytes();
+        self.addresses += 1;
+        format!("10.{b}.{c}.{d}:50051")
+    }
+}
+
+/// A part of the fleet that is right or wrong.
+trait Participant {
+    /// Returns what is wrong, or `None`.
+    fn fault(&self, expected: &HashSet<String>) -> Option<String>;
+}
+
+impl Participant for Client {
+    fn fault(&self, expected: &HashSet<String>) -> Option<String> {
+        let status = self.resolver.status();
+        if status.state != ResolverState::Fresh {
+            return Some(format!(
+                "a client is {:?}: {:?}",
+                status.state, status.last_error
+            ));
+        }
+        let instances = self.resolver.instances();
+        let right = instances.iter().filter(|instance| {
+            !instance.is_last_resort() && expected.contains(instance.address().as_str())
+        });
+        let right = right.count();
+        let is_right = right == expected.len() && instances.len() == right;
+        (!is_right).then(|| {
+            format!(
+                "a client has {right} of {} instances, and {} others",
+                expected.len(),
+                instances.len() - right
+            )
+        })
+    }
+}
+
+impl Participant for Server {
+    fn fault(&self, _: &HashSet<String>) -> Option<String> {
+        let state = self.registration.state();
+        (!state.is_registered()).then(|| format!("{} is {state:?}", self.registration.key()))
+    }
+}
+
+async fn start_client(plan: Plan) -> Result<Client> {
+    let registry = connect(&plan, "reader").await?;
+    let resolver = registry.resolver(SERVICE).start();
+    let ready = timeout(PATIENCE, resolver.ready()).await;
+    ready.map_err(|_| {
+        format!(
+            "no list of {SERVICE} in {PATIENCE:?}: {:?}",
+            resolver.status().last_error
+        )
+    })?;
+    Ok(Client {
+        resolver,
+        _registry: registry,
+    })
+}
+
+async fn start_server(plan: Plan, address: String) -> Result<Server> {
+    let registry = connect(&plan, "writer").await?;
+    let registration = registry
+        .registration(SERVICE)
+        .address(address.as_str())
+        .ttl(plan.ttl);
+    let registration = registration.startup_timeout(PATIENCE).register().await;
+    Ok(Server {
+        registration: registration.map_err(|error| format!("register {address}: {error}"))?,
+        _registry: registry,
+    })
+}
+
+async fn connect(plan: &Plan, user: &str) -> Result<Registry> {
+    let _permit = plan.connecting.acquire().await;
+    let builder = Registry::builder(plan.endpoints.clone());
+    let builder = if plan.protected {
+        builder.user(user, format!("{user}-password"))
+    } else {
+        builder
+    };
+    let registry = builder.connect().await;
+    registry.map_err(|error| format!("connect a registry: {error}"))
+}
+
+fn joined<T>(outcome: std::result::Result<Result<T>, tokio::task::JoinError>) -> Result<T> {
+    outcome.map_err(|error| format!("a task of the fleet has ended: {error}"))?
+}
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const POLL: Duration = Duration::from_millis(20);

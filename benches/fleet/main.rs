@@ -1,0 +1,146 @@
+//! Fleet: what many clients and servers cost etcd, at rest and in its faults.
+//!
+//! ```sh
+//! make fleet                                                    # everything, about eight minutes
+//! cargo bench --bench fleet -- --number 300 restart wipe        # some scenarios, with 300 clients and 300 servers
+//! ```
+//!
+//! Clients and servers are real registries in this process: each client has one resolver, and each server one registration. etcd is real and
+//! runs on a core of its own, if the machine has several and `taskset` is installed. All figures are read from etcd's `/metrics`.
+//!
+//! | Scenario | What happens |
+//! |---|---|
+//! | `start` | All servers start at once, then all clients. Part of every run. |
+//! | `rest` | Nothing, for the time of `--rest` (30 s). |
+//! | `servers`, `clients` | Every server or client is replaced, one after the other. |
+//! | `storm` | Every 100 ms, a key is written and the history is compacted, for 10 s. |
+//! | `restart`, `pause`, `outage` | etcd is restarted: at once, after 10 s, and after the time of `--outage` (60 s). |
+//! | `wipe` | etcd is killed and restarted without its data. |
+//! | `three` | Three members: rest, and the restart of one. |
+//! | `slow` | Three members, of which one is frozen for 10 s. |
+//! | `password` | etcd with authentication is restarted, and all tokens are lost. |
+//! | `services` | One process watches 1 000 services (`--services`). |
+//! | `instances` | One process watches a service with 10 000 instances (`--instances`). |
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::cast_precision_loss,
+    clippy::pedantic,
+    reason = "a bench; a failed step ends it"
+)]
+
+mod fleet;
+mod metrics;
+mod one_process;
+mod options;
+#[allow(dead_code, reason = "shared with the tests")]
+#[path = "../../tests/support/roles.rs"]
+mod roles;
+mod scenarios;
+mod table;
+mod world;
+
+use options::Options;
+use table::Row;
+use tonic_etcd::testing::Etcd;
+
+/// The reason of a failure names the step that failed.
+type Result<T> = std::result::Result<T, String>;
+
+fn main() -> std::process::ExitCode {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+    let outcome = match arguments[..] {
+        ["watch", endpoint, services, instances] => {
+            let (services, instances) = (services.parse().unwrap(), instances.parse().unwrap());
+            runtime.block_on(one_process::watch(endpoint, services, instances))
+        }
+        _ => runtime.block_on(run(&arguments)),
+    };
+    match outcome {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("fleet: {error}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: &[&str]) -> Result<()> {
+    let options = Options::parse(arguments.iter().map(ToString::to_string))?;
+    println!(
+        "seed {}, {} clients and {} servers",
+        options.seed, options.number, options.number
+    );
+    let mut rows = Vec::new();
+    let outcome = scenarios(&options, &mut rows).await;
+    table::print(&rows);
+    goals(&rows);
+    outcome?;
+    if options.wants("services") {
+        let process = one_process::measure(&options, options.services, 1).await?;
+        let (received, sent) = process.rates();
+        println!(
+            "one process, {} services: fresh after {:?}; at rest {received:.2} messages/s to etcd and {sent:.2} from it (goal: under 1)",
+            process.services, process.fresh
+        );
+        println!(
+            "memory: {:.1} kB for each service with one instance (goal: under 16 kB)",
+            process.memory / process.services as f64 / 1e3
+        );
+    }
+    if options.wants("instances") {
+        let process = one_process::measure(&options, 1, options.instances).await?;
+        println!(
+            "one service, {} instances: fresh after {:?}; memory: {:.2} kB for each instance (goal: under 1 kB)",
+            process.instances,
+            process.fresh,
+            process.memory / process.instances as f64 / 1e3
+        );
+    }
+    Ok(())
+}
+
+async fn scenarios(options: &Options, rows: &mut Vec<Row>) -> Result<()> {
+    scenarios::one_member(options, rows).await?;
+    scenarios::three_members(options, rows).await?;
+    scenarios::passwords(options, rows).await
+}
+
+/// Prints the goals of a fleet, and whether they are reached.
+fn goals(rows: &[Row]) {
+    const NUMBER: usize = 10_000;
+    let verdict = |is_reached: bool| if is_reached { "reached" } else { "missed" };
+    println!();
+    for row in rows {
+        if row.name == "rest" {
+            let rate = row.rate(NUMBER);
+            println!(
+                "at rest, {NUMBER} clients and servers: {rate:.0} requests/s (goal: under 1 000), {}",
+                verdict(rate < 1e3)
+            );
+        }
+        if let ("restart", Some(right)) = (row.name.as_str(), row.right) {
+            println!(
+                "restart: all right after {:?} (goal: 10 s), {}",
+                right.all,
+                verdict(right.all.as_secs() < 10)
+            );
+        }
+    }
+}
+
+/// Returns the operator's client, before passwords are required.
+async fn client(etcd: &Etcd) -> etcd_client::Client {
+    etcd_client::Client::connect(etcd.endpoints(), None)
+        .await
+        .unwrap()
+}

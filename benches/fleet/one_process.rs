@@ -1,0 +1,160 @@
+//! One process with many services, and one service with many instances: messages at rest, and memory.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use etcd_client::{Txn, TxnOp};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
+use tokio::process::Command;
+use tokio::time::{Instant, sleep, timeout};
+use tonic_etcd::{Registry, Resolver, ResolverState};
+
+use super::Result;
+use super::metrics::{Measured, Meter};
+use super::options::Options;
+use super::world::World;
+
+/// What was measured of one process.
+#[derive(Debug)]
+pub struct Process {
+    /// Number of services, and instances of each.
+    pub services: usize,
+    pub instances: usize,
+    pub measured: Measured,
+    /// Growth of its resident memory, in bytes.
+    pub memory: f64,
+    /// Time until all services were fresh.
+    pub fresh: Duration,
+}
+
+impl Process {
+    /// Returns the messages per second from the process to etcd, and from etcd to the process.
+    pub fn rates(&self) -> (f64, f64) {
+        let seconds = self.measured.time.as_secs_f64();
+        let counters = &self.measured.counters;
+        (
+            counters.requests() / seconds,
+            counters.responses() / seconds,
+        )
+    }
+}
+
+/// Measures a process that watches `services` services with `instances` instances each.
+pub async fn measure(options: &Options, services: usize, instances: usize) -> Result<Process> {
+    let world = World::start(1, false).await?;
+    let keys = (0..services)
+        .flat_map(|service| (0..instances).map(move |instance| put(service, instance)));
+    let keys: Vec<_> = keys.collect();
+    let mut kv = world.operator(0).await?.kv_client();
+    for keys in keys.chunks(OPERATIONS) {
+        let written = kv.txn(Txn::new().and_then(keys)).await;
+        written.map_err(|error| format!("write the instances: {error}"))?;
+    }
+    let program = std::env::current_exe().map_err(|error| format!("find this program: {error}"))?;
+    let mut child = Command::new(program)
+        .args([
+            "watch",
+            &world.etcd.endpoint(0),
+            &services.to_string(),
+            &instances.to_string(),
+        ])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|error| format!("start the process with {services} services: {error}"))?;
+    let output = child.stdout.take().ok_or("the process has no output")?;
+    let mut lines = BufReader::new(output).lines();
+    let line = timeout(PATIENCE, lines.next_line()).await;
+    let line = line.map_err(|_| format!("{services} services are not fresh in {PATIENCE:?}"))?;
+    let line = line.ok().flatten().unwrap_or_default();
+    let (memory, fresh) = line
+        .split_once(' ')
+        .ok_or_else(|| format!("the process with {services} services has failed"))?;
+    let parse = |figure: &str| {
+        figure
+            .parse::<f64>()
+            .map_err(|error| format!("read {line:?}: {error}"))
+    };
+    let (memory, fresh) = (parse(memory)?, parse(fresh)?);
+    let mut meter = Meter::start(world.etcd.endpoints()).await?;
+    let rest = async {
+        sleep(options.rest).await;
+        Ok(())
+    };
+    meter.during(rest).await?;
+    let measured = meter.end().await?;
+    drop(child.stdin.take());
+    let ended = timeout(PATIENCE, child.wait()).await;
+    ended
+        .map_err(|_| format!("the process with {services} services does not end"))?
+        .map_err(|error| format!("wait for the process: {error}"))?;
+    Ok(Process {
+        services,
+        instances,
+        measured,
+        memory,
+        fresh: Duration::from_secs_f64(fresh),
+    })
+}
+
+/// Runs the measured process: watches the services, prints the growth of its memory and the time, and waits for the end of its input.
+pub async fn watch(endpoint: &str, services: usize, instances: usize) -> Result<()> {
+    let registry = Registry::connect([endpoint]).await;
+    let registry = registry.map_err(|error| format!("connect to {endpoint}: {error}"))?;
+    // Opens the connections and the watch stream, which all services share.
+    let first = registry.resolver("first").start();
+    first.ready().await;
+    let before = resident_memory()?;
+    let start = Instant::now();
+    let resolvers: Vec<_> = (0..services)
+        .map(|service| registry.resolver(name(service)).start())
+        .collect();
+    let is_fresh = |resolver: &Resolver| {
+        resolver.status().state == ResolverState::Fresh && resolver.instances().len() == instances
+    };
+    while !resolvers.iter().all(is_fresh) {
+        sleep(Duration::from_millis(20)).await;
+    }
+    let time = Instant::now().saturating_duration_since(start);
+    let after = resident_memory()?;
+    println!("{} {}", after - before, time.as_secs_f64());
+    let mut input = String::new();
+    let read = tokio::io::stdin().read_to_string(&mut input).await;
+    read.map(drop)
+        .map_err(|error| format!("wait for the end of the input: {error}"))
+}
+
+/// Returns the resident memory of this process in bytes.
+fn resident_memory() -> Result<f64> {
+    let text = std::fs::read_to_string("/proc/self/smaps_rollup");
+    let text = text.map_err(|error| format!("read the memory of this process: {error}"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Rss:"));
+    let kilobytes =
+        line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse::<f64>().ok());
+    kilobytes
+        .map(|kilobytes| kilobytes * 1024.0)
+        .ok_or_else(|| "no line \"Rss\" in /proc/self/smaps_rollup".to_owned())
+}
+
+fn name(service: usize) -> String {
+    format!("service{service}")
+}
+
+/// Returns the write of one instance with a value of usual size: address, weight, zone, version and one more field.
+fn put(service: usize, instance: usize) -> TxnOp {
+    let address = format!(
+        "10.{}.{}.{}:50051",
+        service % 250,
+        instance / 250,
+        instance % 250
+    );
+    let value = format!(
+        r#"{{"Op":0,"Addr":"{address}","Metadata":{{"weight":"10","zone":"eu-1a","version":"1.2.0","host":"node{instance}.example"}}}}"#
+    );
+    TxnOp::put(format!("/gRPC/{}/{address}", name(service)), value, None)
+}
+
+/// Operations of one transaction; etcd accepts 128.
+const OPERATIONS: usize = 100;
+const PATIENCE: Duration = Duration::from_secs(60);

@@ -1,0 +1,241 @@
+//! The table of the scenarios, with the figures of larger fleets.
+
+use std::time::Duration;
+
+use super::fleet::Right;
+use super::metrics::Measured;
+
+/// The fleets that the figures are multiplied to.
+const SIZES: [usize; 2] = [1_000, 10_000];
+/// Keys in one page of a list.
+const PAGE: usize = 500;
+
+/// What a scenario has measured.
+#[derive(Debug)]
+pub struct Row {
+    pub name: String,
+    /// Number of clients, and number of servers.
+    pub number: usize,
+    pub measured: Measured,
+    /// Complete lists by the clients.
+    pub lists: u64,
+    pub right: Option<Right>,
+    pub scale: Scale,
+}
+
+/// How the figures of a scenario grow with the fleet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scale {
+    /// Each process adds the same, per second.
+    Rate,
+    /// Each process adds the same, in all.
+    Total,
+    /// As `Total`, and each change of a server is an event for each client.
+    Changes,
+    /// The rates are those of the scenario and not of the fleet.
+    None,
+}
+
+/// A number of messages, and the mark of its growth.
+struct Figure(f64, &'static str);
+
+impl Row {
+    /// Returns the figures of the messages for a fleet of this size.
+    fn messages(&self, number: usize) -> Vec<Figure> {
+        let counters = &self.measured.counters;
+        let factor = number as f64 / self.number as f64;
+        let pages = |number: usize| (number + 1).div_ceil(PAGE) as f64;
+        let lists = self.lists as f64;
+        let range = counters.received("Range") - lists * pages(self.number);
+        let range = (range + lists * pages(number)) * factor;
+        let watch = counters.received("Watch");
+        // Each creation and each cancellation has one response.
+        let events = (counters.sent("Watch") - watch).max(0.0);
+        let linear = |method| Figure(counters.received(method) * factor, "");
+        let listed = if self.lists > 0 { "+" } else { "" };
+        let event = if self.scale == Scale::Changes {
+            Figure(events * factor * factor, "*")
+        } else {
+            Figure(events * factor, "")
+        };
+        vec![
+            Figure(range, listed),
+            Figure(
+                (counters.received("Put") + counters.received("Txn")) * factor,
+                "",
+            ),
+            linear("LeaseGrant"),
+            linear("LeaseRevoke"),
+            linear("LeaseKeepAlive"),
+            Figure(watch * factor, ""),
+            event,
+            linear("Authenticate"),
+        ]
+    }
+
+    /// Prints that the scenario is complete.
+    pub fn print_progress(&self) {
+        let seconds = self.measured.time.as_secs_f64();
+        println!("{}: measured for {seconds:.1} s", self.name);
+    }
+
+    /// Prints the row of the measured fleet.
+    fn print(&self) {
+        let (counters, gauges) = (&self.measured.counters, &self.measured.gauges);
+        let seconds = self.measured.time.as_secs_f64();
+        let cell = |count: f64| format!("{} ({}/s)", short(count), short(count / seconds));
+        let mut cells = vec![
+            format!("{}, {}", self.name, self.number),
+            format!("{seconds:.1} s"),
+        ];
+        cells.extend(
+            self.messages(self.number)
+                .iter()
+                .map(|figure| cell(figure.0)),
+        );
+        cells.push(cell(counters.requests()));
+        cells.push(format!("{}/s", short(self.measured.peak)));
+        cells.push(format!(
+            "{:.2} s, {:.1} %",
+            counters.cpu,
+            counters.cpu / seconds * 100.0
+        ));
+        cells.push(format!("{:.0} MB", gauges.memory / 1e6));
+        cells.push(format!("{:.1} MB", counters.bytes / 1e6));
+        cells.push(gauges.connections.to_string());
+        cells.push(format!("{}, {}", gauges.watchers, gauges.watch_streams));
+        cells.push(self.right.map_or_else(String::new, |right| {
+            format!("{}, {}", time(right.half), time(right.all))
+        }));
+        println!("| {} |", cells.join(" | "));
+    }
+
+    /// Prints the row of a larger fleet.
+    fn print_scaled(&self, number: usize) {
+        let seconds = self.measured.time.as_secs_f64();
+        let is_rate = self.scale == Scale::Rate;
+        let cell = |figure: &Figure| {
+            let Figure(count, mark) = figure;
+            let mark = if *count > 0.0 { mark } else { "" };
+            if is_rate {
+                format!("{}/s{mark}", short(count / seconds))
+            } else {
+                format!("{}{mark}", short(*count))
+            }
+        };
+        let mut cells = vec![format!("- computed, {number}"), String::new()];
+        let messages = self.messages(number);
+        cells.extend(messages.iter().map(cell));
+        cells.push(cell(&Figure(self.requests(number), "")));
+        cells.push(String::new());
+        let factor = number as f64 / self.number as f64;
+        let connections = self.measured.gauges.connections as f64 * factor;
+        // The CPU time of events and lists does not grow with the number of processes alone.
+        let cpu = self.measured.counters.cpu * factor;
+        cells.push(match self.scale {
+            Scale::Rate => format!("{:.0} %", cpu / seconds * 100.0),
+            Scale::Total if self.lists == 0 => format!("{cpu:.1} s"),
+            _ => String::new(),
+        });
+        cells.extend([
+            String::new(),
+            String::new(),
+            short(connections),
+            String::new(),
+            String::new(),
+        ]);
+        println!("| {} |", cells.join(" | "));
+    }
+
+    /// Returns the messages that etcd receives from a fleet of this size.
+    pub fn requests(&self, number: usize) -> f64 {
+        let messages = self.messages(number);
+        let sent_by_etcd = messages[EVENTS].0;
+        messages.iter().map(|figure| figure.0).sum::<f64>() - sent_by_etcd
+    }
+
+    /// Returns the requests per second of a fleet of this size.
+    pub fn rate(&self, number: usize) -> f64 {
+        self.requests(number) / self.measured.time.as_secs_f64()
+    }
+}
+
+/// Prints the table.
+pub fn print(rows: &[Row]) {
+    println!("\n| {} |", HEADER.join(" | "));
+    println!("|{}", "---|".repeat(HEADER.len()));
+    for row in rows {
+        row.print();
+        if row.scale != Scale::None {
+            for number in SIZES {
+                row.print_scaled(number);
+            }
+        }
+    }
+    println!("{LEGEND}");
+}
+
+fn time(time: Duration) -> String {
+    if time < Duration::from_secs(1) {
+        format!("{} ms", time.as_millis())
+    } else {
+        format!("{:.1} s", time.as_secs_f64())
+    }
+}
+
+/// Formats a number with three digits or with all of its digits before the point.
+fn short(number: f64) -> String {
+    if number == 0.0 {
+        return "0".to_owned();
+    }
+    let digits = if number < 9.95 { 1 } else { 0 };
+    let text = format!("{number:.digits$}");
+    let (whole, rest) = text
+        .split_once('.')
+        .map_or((text.as_str(), ""), |(whole, rest)| (whole, rest));
+    let mut grouped = String::new();
+    for (index, digit) in whole.chars().enumerate() {
+        if index > 0 && (whole.len() - index).is_multiple_of(3) {
+            grouped.push(' ');
+        }
+        grouped.push(digit);
+    }
+    if !rest.is_empty() && rest != "0" {
+        grouped.push('.');
+        grouped.push_str(rest);
+    }
+    grouped
+}
+
+/// The index of the events in [`Row::messages`].
+const EVENTS: usize = 6;
+
+const HEADER: [&str; 18] = [
+    "Scenario, clients and servers",
+    "Time",
+    "Range",
+    "Put, Txn",
+    "LeaseGrant",
+    "LeaseRevoke",
+    "LeaseKeepAlive",
+    "Watch requests",
+    "Watch events",
+    "Authenticate",
+    "Requests",
+    "Most in 1 s",
+    "etcd CPU",
+    "etcd memory",
+    "Sent by etcd",
+    "Connections",
+    "Watchers, streams",
+    "Right after: half, all",
+];
+
+const LEGEND: &str = "
+All figures are of etcd: of all members together, except the CPU in percent, which is of one core. A message of a stream counts as one
+request. \"Watch requests\" create and cancel watchers; each has one response. \"Watch events\" are the other messages of watches, which etcd
+sends. \"Requests\" are all others that etcd receives. \"Right after\" is the time until half and all of the processes are right: every client
+has exactly the registered servers and a key that was written during the scenario, and every server is registered.
+
+A computed row is linear in the number of clients and servers. Exceptions: \"*\" grows with clients times servers, if the servers change, and
+\"+\" has one request per list and 500 keys. A figure that is not linear and has no rule is left out.";
