@@ -17,7 +17,7 @@ MSRV := 1.88.0
 FEATURE_SETS := none tls health testing tls,health tls,testing health,testing
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint features api minimal-versions msrv test test-newest interop soak bench fmt clean
+.PHONY: help setup demo lint features api minimal-versions msrv test test-newest interop soak bench fleet fmt clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,7 @@ lint: setup features api ## Check formatting, lints, docs, each set of features,
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets --all-features -- -D warnings
 	$(CARGO) clippy --locked --test peers --all-features -- -D warnings
+	$(CARGO) clippy --locked --bench fleet --all-features -- -D warnings
 	$(CARGO) clippy --locked --workspace --lib --no-default-features -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --all-features
 	$(CARGO) rustc --locked --lib -p tonic-balance --all-features -- -D unused-crate-dependencies
@@ -105,6 +106,11 @@ soak: setup ## Run all tests with the times, sizes and numbers of seeds that `ma
 
 bench: setup ## Run the benchmarks
 	$(CARGO) bench --locked
+
+# FLEET has the scenarios and the options: make fleet FLEET="rest restart --number 300". etcd is the one of ETCD_BIN.
+fleet: setup ## Measure what a fleet of clients and servers costs etcd
+	@"$${ETCD_BIN:-etcd}" --version | sed -n 1p
+	$(CARGO) bench --locked --bench fleet -- $(FLEET)
 
 fmt: ## Format the code
 	$(CARGO) fmt --all

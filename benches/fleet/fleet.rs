@@ -46,8 +46,8 @@ pub struct Fleet {
     servers: Vec<Server>,
     /// Number of addresses that were used.
     addresses: u32,
-    /// Address of the key that the operator wrote last. A client that has it has seen everything before it.
-    canary: Option<String>,
+    /// Addresses of the keys that the operator wrote. A client that has the last one has seen everything before it.
+    canaries: Vec<String>,
 }
 
 /// When half of the fleet was right, and when all of it.
@@ -74,7 +74,7 @@ impl Fleet {
             clients: Vec::new(),
             servers: Vec::new(),
             addresses: 0,
-            canary: None,
+            canaries: Vec::new(),
         }
     }
 
@@ -137,20 +137,29 @@ impl Fleet {
     /// Writes a new instance through a member, which every client has to see.
     pub async fn write_canary(&mut self, world: &World, member: usize) -> Result<()> {
         let address = self.next_address();
-        world
-            .put(member, &format!("/gRPC/{SERVICE}/canary"), &address)
-            .await?;
-        self.canary = Some(address);
+        let key = format!("/gRPC/{SERVICE}/{address}");
+        world.put(member, &key, &address).await?;
+        self.canaries.push(address);
         Ok(())
     }
 
-    /// Waits until every client has exactly the servers and the canary, and every server is registered. Returns the times since `start`.
+    /// Returns the address of the last canary.
+    pub fn canary(&self) -> &str {
+        self.canaries.last().map_or("", String::as_str)
+    }
+
+    /// Records that etcd has lost its data, and with it the keys of the operator.
+    pub fn on_wiped(&mut self) {
+        self.canaries.clear();
+    }
+
+    /// Waits until every client has exactly the servers and the canaries, and every server is registered. Returns the times since `start`.
     pub async fn right(&self, start: Instant, limit: Duration) -> Result<Right> {
         let servers = self
             .servers
             .iter()
             .map(|server| server.registration.address().to_string());
-        let expected: HashSet<_> = servers.chain(self.canary.clone()).collect();
+        let expected: HashSet<_> = servers.chain(self.canaries.iter().cloned()).collect();
         let all = || {
             let clients = self.clients.iter().map(|client| client as &dyn Participant);
             let servers = self.servers.iter().map(|server| server as &dyn Participant);

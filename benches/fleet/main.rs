@@ -43,6 +43,7 @@ mod scenarios;
 mod table;
 mod world;
 
+use one_process::Shape;
 use options::Options;
 use table::Row;
 use tonic_etcd::testing::Etcd;
@@ -59,9 +60,9 @@ fn main() -> std::process::ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
     let outcome = match arguments[..] {
-        ["watch", endpoint, services, instances] => {
+        ["watch", endpoint, services, instances, start] => {
             let (services, instances) = (services.parse().unwrap(), instances.parse().unwrap());
-            runtime.block_on(one_process::watch(endpoint, services, instances))
+            runtime.block_on(one_process::watch(endpoint, services, instances, start))
         }
         _ => runtime.block_on(run(&arguments)),
     };
@@ -82,30 +83,68 @@ async fn run(arguments: &[&str]) -> Result<()> {
     );
     let mut rows = Vec::new();
     let outcome = scenarios(&options, &mut rows).await;
-    table::print(&rows);
-    goals(&rows);
+    if !rows.is_empty() {
+        table::print(&rows);
+        goals(&rows);
+    }
     outcome?;
     if options.wants("services") {
-        let process = one_process::measure(&options, options.services, 1).await?;
-        let (received, sent) = process.rates();
-        println!(
-            "one process, {} services: fresh after {:?}; at rest {received:.2} messages/s to etcd and {sent:.2} from it (goal: under 1)",
-            process.services, process.fresh
-        );
-        println!(
-            "memory: {:.1} kB for each service with one instance (goal: under 16 kB)",
-            process.memory / process.services as f64 / 1e3
-        );
+        for at_once in [true, false] {
+            services(&options, at_once).await?;
+        }
     }
     if options.wants("instances") {
-        let process = one_process::measure(&options, 1, options.instances).await?;
-        println!(
-            "one service, {} instances: fresh after {:?}; memory: {:.2} kB for each instance (goal: under 1 kB)",
-            process.instances,
-            process.fresh,
-            process.memory / process.instances as f64 / 1e3
-        );
+        for metadata in [false, true] {
+            instances(&options, metadata).await?;
+        }
     }
+    Ok(())
+}
+
+/// Measures one process with many services.
+async fn services(options: &Options, at_once: bool) -> Result<()> {
+    let services = options.services;
+    let shape = Shape {
+        services,
+        instances: 1,
+        at_once,
+        metadata: true,
+    };
+    let process = one_process::measure(options, shape).await?;
+    let start = if at_once {
+        "started at once"
+    } else {
+        "started one after the other"
+    };
+    let (received, sent) = process.rates();
+    println!(
+        "one process, {services} services, {start}: fresh after {:?}; at rest {received:.2} messages/s to etcd and {sent:.2} from it (goal: under 1); {:.1} kB for each service with one instance (goal: under 16 kB)",
+        process.fresh,
+        process.memory / services as f64 / 1e3
+    );
+    Ok(())
+}
+
+/// Measures one process with a large service.
+async fn instances(options: &Options, metadata: bool) -> Result<()> {
+    let instances = options.instances;
+    let shape = Shape {
+        services: 1,
+        instances,
+        at_once: true,
+        metadata,
+    };
+    let process = one_process::measure(options, shape).await?;
+    let values = if metadata {
+        "weight, zone, version and a field of metadata"
+    } else {
+        "only an address"
+    };
+    println!(
+        "one service, {instances} instances with {values}: fresh after {:?}; {:.2} kB for each instance (goal: under 1 kB)",
+        process.fresh,
+        process.memory / instances as f64 / 1e3
+    );
     Ok(())
 }
 

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tonic_etcd::testing::Etcd;
 
 use super::Result;
 
@@ -17,6 +18,8 @@ pub struct Counters {
     received: BTreeMap<String, f64>,
     /// Messages that etcd sent, by gRPC method.
     sent: BTreeMap<String, f64>,
+    /// Streams that have ended, by gRPC method.
+    ended: BTreeMap<String, f64>,
     /// CPU time in seconds.
     pub cpu: f64,
     /// Bytes that etcd sent to its clients.
@@ -48,6 +51,7 @@ impl Counters {
         let pairs = [
             (&mut self.received, &now.received, &before.received),
             (&mut self.sent, &now.sent, &before.sent),
+            (&mut self.ended, &now.ended, &before.ended),
         ];
         for (sum, now, before) in pairs {
             for (method, value) in now {
@@ -61,20 +65,23 @@ impl Counters {
 }
 
 /// Values at one time, summed over the members.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Gauges {
     /// Resident memory in bytes.
     pub memory: f64,
     /// Open connections of clients.
     pub connections: usize,
     pub watchers: f64,
-    pub watch_streams: f64,
+    /// Watch streams of each member.
+    pub watch_streams: Vec<f64>,
 }
 
 /// Measures what etcd counts from the creation of the meter on.
 #[derive(Debug)]
 pub struct Meter {
     endpoints: Vec<String>,
+    /// Whether etcd counts the end of a stream as a message that it received.
+    counts_ends: bool,
     /// The last reading of each member.
     last: Vec<Counters>,
     /// Members that are not read, because they do not respond.
@@ -93,16 +100,17 @@ pub struct Measured {
     pub counters: Counters,
     pub gauges: Gauges,
     pub time: Duration,
-    /// Most requests per second, over about one second.
-    pub peak: f64,
+    /// Most requests per second, over about one second. `None` for a shorter measurement.
+    pub peak: Option<f64>,
 }
 
 impl Meter {
-    pub async fn start(endpoints: Vec<String>) -> Result<Self> {
+    pub async fn start(etcd: &Etcd) -> Result<Self> {
         let now = Instant::now();
         let mut meter = Self {
-            last: vec![Counters::default(); endpoints.len()],
-            endpoints,
+            last: vec![Counters::default(); etcd.members()],
+            endpoints: etcd.endpoints(),
+            counts_ends: counts_ends(&etcd.version()),
             silent: Vec::new(),
             sum: Counters::default(),
             gauges: Gauges::default(),
@@ -116,6 +124,31 @@ impl Meter {
         meter.read = (meter.start, 0.0);
         meter.peak = 0.0;
         Ok(meter)
+    }
+
+    /// Waits until etcd has exactly this many watchers.
+    pub async fn wait_for_watchers(&mut self, watchers: usize) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            self.read().await?;
+            if self.gauges.watchers == watchers as f64 {
+                return Ok(());
+            }
+            if Instant::now().saturating_duration_since(start) > PATIENCE {
+                let there = self.gauges.watchers;
+                return Err(format!(
+                    "{there} watchers and not {watchers} after {PATIENCE:?}"
+                ));
+            }
+            sleep(POLL).await;
+        }
+    }
+
+    /// Returns the member with the most watch streams at the last reading.
+    pub fn busiest(&self) -> usize {
+        let streams = self.gauges.watch_streams.iter().enumerate();
+        let busiest = streams.max_by(|a, b| a.1.total_cmp(b.1));
+        busiest.map_or(0, |(member, _)| member)
     }
 
     /// Leaves out a member that does not respond. It is read again after [`Meter::on_thawed`].
@@ -151,11 +184,19 @@ impl Meter {
 
     pub async fn end(mut self) -> Result<Measured> {
         self.read().await?;
+        let mut counters = self.sum;
+        if self.counts_ends {
+            for (method, ended) in &counters.ended {
+                if let Some(received) = counters.received.get_mut(method) {
+                    *received = (*received - ended).max(0.0);
+                }
+            }
+        }
         Ok(Measured {
-            counters: self.sum,
+            counters,
             gauges: self.gauges,
             time: Instant::now().saturating_duration_since(self.start),
-            peak: self.peak,
+            peak: (self.peak > 0.0).then_some(self.peak),
         })
     }
 
@@ -163,12 +204,14 @@ impl Meter {
         let mut gauges = Gauges::default();
         for (member, endpoint) in self.endpoints.iter().enumerate() {
             if self.silent.contains(&member) {
+                gauges.watch_streams.push(0.0);
                 continue;
             }
             let text = timeout(PATIENCE, fetch(endpoint)).await;
             let text =
                 text.map_err(|_| format!("no answer to /metrics of {endpoint} in {PATIENCE:?}"))?;
             let text = text.map_err(|error| format!("read /metrics of {endpoint}: {error}"))?;
+            gauges.watch_streams.push(0.0);
             let counters = parse(&text, &mut gauges);
             self.sum.add(&counters, &self.last[member]);
             self.last[member] = counters;
@@ -208,12 +251,19 @@ fn parse(text: &str, gauges: &mut Gauges) -> Counters {
         let (metric, labels) = name.split_once('{').unwrap_or((name, ""));
         match metric {
             "grpc_server_msg_received_total" => count(&mut counters.received, labels, value),
+            "grpc_server_handled_total" if labels.contains("bidi_stream") => {
+                count(&mut counters.ended, labels, value);
+            }
             "grpc_server_msg_sent_total" => count(&mut counters.sent, labels, value),
             "process_cpu_seconds_total" => counters.cpu = value,
             "etcd_network_client_grpc_sent_bytes_total" => counters.bytes = value,
             "process_resident_memory_bytes" => gauges.memory += value,
             "etcd_debugging_mvcc_watcher_total" => gauges.watchers += value,
-            "etcd_debugging_mvcc_watch_stream_total" => gauges.watch_streams += value,
+            "etcd_debugging_mvcc_watch_stream_total" => {
+                if let Some(streams) = gauges.watch_streams.last_mut() {
+                    *streams = value;
+                }
+            }
             _ => {}
         }
     }
@@ -230,6 +280,12 @@ fn count(methods: &mut BTreeMap<String, f64>, labels: &str, value: f64) {
     if let Some(method) = label("grpc_method=\"").filter(|_| is_etcd && value > 0.0) {
         *methods.entry(method.to_owned()).or_default() += value;
     }
+}
+
+/// Returns whether this version of etcd counts the end of a stream as a message that it received: the library that counts was replaced in 3.6.
+fn counts_ends(version: &str) -> bool {
+    let mut parts = version.split('.').map(|part| part.parse().unwrap_or(0));
+    (parts.next(), parts.next()) >= (Some(3), Some(6))
 }
 
 /// Returns the number of open connections to the members, as the operating system lists them. etcd has no such metric.
@@ -253,3 +309,4 @@ fn connections(endpoints: &[String]) -> usize {
 /// Time between two readings. One reading costs etcd a few milliseconds.
 const SAMPLE: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(20);
+const POLL: Duration = Duration::from_millis(100);

@@ -4,7 +4,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use etcd_client::{Txn, TxnOp};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::Command;
 use tokio::time::{Instant, sleep, timeout};
 use tonic_etcd::{Registry, Resolver, ResolverState};
@@ -17,11 +17,8 @@ use super::world::World;
 /// What was measured of one process.
 #[derive(Debug)]
 pub struct Process {
-    /// Number of services, and instances of each.
-    pub services: usize,
-    pub instances: usize,
     pub measured: Measured,
-    /// Growth of its resident memory, in bytes.
+    /// Growth of its resident memory after the time at rest, in bytes.
     pub memory: f64,
     /// Time until all services were fresh.
     pub fresh: Duration,
@@ -39,11 +36,29 @@ impl Process {
     }
 }
 
-/// Measures a process that watches `services` services with `instances` instances each.
-pub async fn measure(options: &Options, services: usize, instances: usize) -> Result<Process> {
+/// The start of the services, and the values of the instances.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    pub services: usize,
+    /// Instances of each service.
+    pub instances: usize,
+    /// Whether the services start at once, and not one after the other.
+    pub at_once: bool,
+    /// Whether the values have metadata.
+    pub metadata: bool,
+}
+
+/// Measures a process that watches services.
+pub async fn measure(options: &Options, shape: Shape) -> Result<Process> {
+    let Shape {
+        services,
+        instances,
+        at_once,
+        metadata,
+    } = shape;
     let world = World::start(1, false).await?;
     let keys = (0..services)
-        .flat_map(|service| (0..instances).map(move |instance| put(service, instance)));
+        .flat_map(|service| (0..instances).map(move |instance| put(service, instance, metadata)));
     let keys: Vec<_> = keys.collect();
     let mut kv = world.operator(0).await?.kv_client();
     for keys in keys.chunks(OPERATIONS) {
@@ -57,72 +72,88 @@ pub async fn measure(options: &Options, services: usize, instances: usize) -> Re
             &world.etcd.endpoint(0),
             &services.to_string(),
             &instances.to_string(),
+            if at_once { AT_ONCE } else { "in-turn" },
         ])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .kill_on_drop(true)
         .spawn()
         .map_err(|error| format!("start the process with {services} services: {error}"))?;
+    let mut input = child.stdin.take().ok_or("the process has no input")?;
     let output = child.stdout.take().ok_or("the process has no output")?;
     let mut lines = BufReader::new(output).lines();
-    let line = timeout(PATIENCE, lines.next_line()).await;
-    let line = line.map_err(|_| format!("{services} services are not fresh in {PATIENCE:?}"))?;
-    let line = line.ok().flatten().unwrap_or_default();
-    let (memory, fresh) = line
-        .split_once(' ')
-        .ok_or_else(|| format!("the process with {services} services has failed"))?;
-    let parse = |figure: &str| {
-        figure
-            .parse::<f64>()
-            .map_err(|error| format!("read {line:?}: {error}"))
+    let mut figure = async || -> Result<f64> {
+        let line = timeout(PATIENCE, lines.next_line()).await;
+        let line =
+            line.map_err(|_| format!("{services} services are not fresh in {PATIENCE:?}"))?;
+        let line = line.ok().flatten().unwrap_or_default();
+        line.parse().map_err(|error| {
+            format!("read {line:?} from the process with {services} services: {error}")
+        })
     };
-    let (memory, fresh) = (parse(memory)?, parse(fresh)?);
-    let mut meter = Meter::start(world.etcd.endpoints()).await?;
+    let fresh = figure().await?;
+    let mut meter = Meter::start(&world.etcd).await?;
+    meter.wait_for_watchers(services).await?;
+    let mut meter = Meter::start(&world.etcd).await?;
     let rest = async {
         sleep(options.rest).await;
         Ok(())
     };
     meter.during(rest).await?;
     let measured = meter.end().await?;
-    drop(child.stdin.take());
+    input
+        .write_all(b"\n")
+        .await
+        .map_err(|error| format!("write to the process: {error}"))?;
+    let memory = figure().await?;
+    drop(input);
     let ended = timeout(PATIENCE, child.wait()).await;
     ended
         .map_err(|_| format!("the process with {services} services does not end"))?
         .map_err(|error| format!("wait for the process: {error}"))?;
     Ok(Process {
-        services,
-        instances,
         measured,
         memory,
         fresh: Duration::from_secs_f64(fresh),
     })
 }
 
-/// Runs the measured process: watches the services, prints the growth of its memory and the time, and waits for the end of its input.
-pub async fn watch(endpoint: &str, services: usize, instances: usize) -> Result<()> {
+/// Runs the measured process: watches the services and prints the time until all are fresh. Prints the growth of its memory for each line of its
+/// input, and ends with it.
+pub async fn watch(endpoint: &str, services: usize, instances: usize, start: &str) -> Result<()> {
     let registry = Registry::connect([endpoint]).await;
     let registry = registry.map_err(|error| format!("connect to {endpoint}: {error}"))?;
-    // Opens the connections and the watch stream, which all services share.
+    // Opens the connections, which all services share.
     let first = registry.resolver("first").start();
     first.ready().await;
     let before = resident_memory()?;
-    let start = Instant::now();
-    let resolvers: Vec<_> = (0..services)
-        .map(|service| registry.resolver(name(service)).start())
-        .collect();
+    drop(first);
+    let began = Instant::now();
+    let mut resolvers = Vec::with_capacity(services);
+    for service in 0..services {
+        let resolver = registry.resolver(name(service)).start();
+        if start != AT_ONCE {
+            resolver.ready().await;
+        }
+        resolvers.push(resolver);
+    }
     let is_fresh = |resolver: &Resolver| {
         resolver.status().state == ResolverState::Fresh && resolver.instances().len() == instances
     };
     while !resolvers.iter().all(is_fresh) {
         sleep(Duration::from_millis(20)).await;
     }
-    let time = Instant::now().saturating_duration_since(start);
-    let after = resident_memory()?;
-    println!("{} {}", after - before, time.as_secs_f64());
-    let mut input = String::new();
-    let read = tokio::io::stdin().read_to_string(&mut input).await;
-    read.map(drop)
-        .map_err(|error| format!("wait for the end of the input: {error}"))
+    println!(
+        "{}",
+        Instant::now()
+            .saturating_duration_since(began)
+            .as_secs_f64()
+    );
+    let mut lines = BufReader::new(tokio::io::stdin()).lines();
+    while let Ok(Some(_)) = lines.next_line().await {
+        println!("{}", resident_memory()? - before);
+    }
+    Ok(())
 }
 
 /// Returns the resident memory of this process in bytes.
@@ -141,20 +172,26 @@ fn name(service: usize) -> String {
     format!("service{service}")
 }
 
-/// Returns the write of one instance with a value of usual size: address, weight, zone, version and one more field.
-fn put(service: usize, instance: usize) -> TxnOp {
+/// Returns the write of one instance: its address, and with metadata also weight, zone, version and one more field.
+fn put(service: usize, instance: usize, metadata: bool) -> TxnOp {
     let address = format!(
         "10.{}.{}.{}:50051",
         service % 250,
         instance / 250,
         instance % 250
     );
-    let value = format!(
-        r#"{{"Op":0,"Addr":"{address}","Metadata":{{"weight":"10","zone":"eu-1a","version":"1.2.0","host":"node{instance}.example"}}}}"#
-    );
+    let metadata = if metadata {
+        format!(
+            r#"{{"weight":"10","zone":"eu-1a","version":"1.2.0","host":"node{instance}.example"}}"#
+        )
+    } else {
+        "null".to_owned()
+    };
+    let value = format!(r#"{{"Op":0,"Addr":"{address}","Metadata":{metadata}}}"#);
     TxnOp::put(format!("/gRPC/{}/{address}", name(service)), value, None)
 }
 
+const AT_ONCE: &str = "at-once";
 /// Operations of one transaction; etcd accepts 128.
 const OPERATIONS: usize = 100;
 const PATIENCE: Duration = Duration::from_secs(60);

@@ -83,7 +83,12 @@ impl Row {
     fn print(&self) {
         let (counters, gauges) = (&self.measured.counters, &self.measured.gauges);
         let seconds = self.measured.time.as_secs_f64();
-        let cell = |count: f64| format!("{} ({}/s)", short(count), short(count / seconds));
+        let cell = |count: f64| {
+            if count == 0.0 {
+                return short(count);
+            }
+            format!("{} ({}/s)", short(count), short(count / seconds))
+        };
         let mut cells = vec![
             format!("{}, {}", self.name, self.number),
             format!("{seconds:.1} s"),
@@ -94,16 +99,20 @@ impl Row {
                 .map(|figure| cell(figure.0)),
         );
         cells.push(cell(counters.requests()));
-        cells.push(format!("{}/s", short(self.measured.peak)));
+        let peak = self.measured.peak;
+        cells.push(peak.map_or_else(String::new, |peak| format!("{}/s", short(peak))));
         cells.push(format!(
             "{:.2} s, {:.1} %",
             counters.cpu,
             counters.cpu / seconds * 100.0
         ));
         cells.push(format!("{:.0} MB", gauges.memory / 1e6));
-        cells.push(format!("{:.1} MB", counters.bytes / 1e6));
+        cells.push(format!("{:.2} MB", counters.bytes / 1e6));
+        cells.push(self.lists.to_string());
         cells.push(gauges.connections.to_string());
-        cells.push(format!("{}, {}", gauges.watchers, gauges.watch_streams));
+        let streams = gauges.watch_streams.iter().map(ToString::to_string);
+        let streams = streams.collect::<Vec<_>>().join(" + ");
+        cells.push(format!("{}, {streams}", gauges.watchers));
         cells.push(self.right.map_or_else(String::new, |right| {
             format!("{}, {}", time(right.half), time(right.all))
         }));
@@ -127,8 +136,9 @@ impl Row {
         let messages = self.messages(number);
         cells.extend(messages.iter().map(cell));
         cells.push(cell(&Figure(self.requests(number), "")));
-        cells.push(String::new());
         let factor = number as f64 / self.number as f64;
+        let peak = self.measured.peak.filter(|_| self.lists == 0);
+        cells.push(peak.map_or_else(String::new, |peak| format!("{}/s", short(peak * factor))));
         let connections = self.measured.gauges.connections as f64 * factor;
         // The CPU time of events and lists does not grow with the number of processes alone.
         let cpu = self.measured.counters.cpu * factor;
@@ -140,6 +150,7 @@ impl Row {
         cells.extend([
             String::new(),
             String::new(),
+            short(self.lists as f64 * factor),
             short(connections),
             String::new(),
             String::new(),
@@ -210,7 +221,7 @@ fn short(number: f64) -> String {
 /// The index of the events in [`Row::messages`].
 const EVENTS: usize = 6;
 
-const HEADER: [&str; 18] = [
+const HEADER: [&str; 19] = [
     "Scenario, clients and servers",
     "Time",
     "Range",
@@ -226,16 +237,17 @@ const HEADER: [&str; 18] = [
     "etcd CPU",
     "etcd memory",
     "Sent by etcd",
+    "Lists",
     "Connections",
     "Watchers, streams",
     "Right after: half, all",
 ];
 
 const LEGEND: &str = "
-All figures are of etcd: of all members together, except the CPU in percent, which is of one core. A message of a stream counts as one
-request. \"Watch requests\" create and cancel watchers; each has one response. \"Watch events\" are the other messages of watches, which etcd
-sends. \"Requests\" are all others that etcd receives. \"Right after\" is the time until half and all of the processes are right: every client
-has exactly the registered servers and a key that was written during the scenario, and every server is registered.
+All figures are of etcd: of all members together, except the CPU in percent, which is of one core. \"Requests\" are all messages that etcd
+receives; each message of a stream counts. \"Watch requests\" create and cancel watchers; each has one response. \"Watch events\" are the other
+messages of watches, which etcd sends. \"Lists\" are complete lists by clients. \"Right after\" is the time until half and all of the processes
+are right: every client has exactly the registered servers and a key that was written during the scenario, and every server is registered.
 
 A computed row is linear in the number of clients and servers. Exceptions: \"*\" grows with clients times servers, if the servers change, and
 \"+\" has one request per list and 500 keys. A figure that is not linear and has no rule is left out.";
