@@ -15,7 +15,7 @@ use super::world::World;
 /// The service of the fleet. The users of [`super::roles`] may read and write it.
 pub const SERVICE: &str = "greeter";
 
-/// How the registries connect.
+/// The options of all registries.
 #[derive(Clone, Debug)]
 struct Plan {
     endpoints: Vec<String>,
@@ -25,14 +25,14 @@ struct Plan {
     connecting: Arc<Semaphore>,
 }
 
-/// A process that calls the service.
+/// A process with a resolver of the service.
 #[derive(Debug)]
 struct Client {
     resolver: Resolver,
     _registry: Registry,
 }
 
-/// A process that serves it.
+/// A process with a registration.
 #[derive(Debug)]
 struct Server {
     registration: Registration,
@@ -46,11 +46,11 @@ pub struct Fleet {
     servers: Vec<Server>,
     /// Number of addresses that were used.
     addresses: u32,
-    /// Addresses of the keys that the operator wrote. A client that has the last one has seen everything before it.
+    /// Addresses of the keys that the operator wrote. A client that contains the last one has received all earlier changes.
     canaries: Vec<String>,
 }
 
-/// When half of the fleet was right, and when all of it.
+/// The times after which half and all of the fleet were right.
 #[derive(Clone, Copy, Debug)]
 pub struct Right {
     pub half: Duration,
@@ -134,7 +134,7 @@ impl Fleet {
         Ok(())
     }
 
-    /// Writes a new instance through a member, which every client has to see.
+    /// Writes a new instance, the canary, through a member. A client is right only if it contains the canary.
     pub async fn write_canary(&mut self, world: &World, member: usize) -> Result<()> {
         let address = self.next_address();
         let key = format!("/gRPC/{SERVICE}/{address}");
@@ -177,7 +177,7 @@ impl Fleet {
                 is_wrong
             });
             if wrong.is_empty() {
-                // One that was right before may be wrong again.
+                // A part that was right before may be wrong again.
                 wrong = all();
                 wrong.retain(|(_, member)| member.fault(&expected).is_some());
                 if wrong.is_empty() {
@@ -209,9 +209,9 @@ impl Fleet {
     }
 }
 
-/// A part of the fleet that is right or wrong.
+/// A client or a server.
 trait Participant {
-    /// Returns what is wrong, or `None`.
+    /// Returns the reason why it is wrong, or `None`.
     fn fault(&self, expected: &HashSet<String>) -> Option<String>;
 }
 

@@ -1,14 +1,14 @@
-//! Fleet: what many clients and servers cost etcd, at rest and in its faults.
+//! Fleet: the load of many clients and servers on etcd, at rest and in faults.
 //!
 //! ```sh
-//! make fleet                                                    # everything, about eight minutes
+//! make fleet                                                    # everything, about nine minutes
 //! cargo bench --bench fleet -- --number 300 restart wipe        # some scenarios, with 300 clients and 300 servers
 //! ```
 //!
 //! Clients and servers are real registries in this process: each client has one resolver, and each server one registration. etcd is real and
 //! runs on a core of its own, if the machine has several and `taskset` is installed. All figures are read from etcd's `/metrics`.
 //!
-//! | Scenario | What happens |
+//! | Scenario | Actions |
 //! |---|---|
 //! | `start` | All servers start at once, then all clients. Part of every run. |
 //! | `rest` | Nothing, for the time of `--rest` (30 s). |
@@ -16,11 +16,13 @@
 //! | `storm` | Every 100 ms, a key is written and the history is compacted, for 10 s. |
 //! | `restart`, `pause`, `outage` | etcd is restarted: at once, after 10 s, and after the time of `--outage` (60 s). |
 //! | `wipe` | etcd is killed and restarted without its data. |
-//! | `three` | Three members: rest, and the restart of one. |
-//! | `slow` | Three members, of which one is frozen for 10 s. |
+//! | `three` | Three members: rest, and the restart of the one with the most watches. |
+//! | `slow` | Three members, of which the one with the most watches is frozen for 10 s. |
 //! | `password` | etcd with authentication is restarted, and all tokens are lost. |
 //! | `services` | One process watches 1 000 services (`--services`). |
 //! | `instances` | One process watches a service with 10 000 instances (`--instances`). |
+//!
+//! Further options: `--ttl` of the leases in seconds, and `--seed` of the order of replacements.
 #![allow(
     missing_docs,
     unreachable_pub,
@@ -48,7 +50,7 @@ use options::Options;
 use table::Row;
 use tonic_etcd::testing::Etcd;
 
-/// The reason of a failure names the step that failed.
+/// The error is a message that names the step that failed.
 type Result<T> = std::result::Result<T, String>;
 
 fn main() -> std::process::ExitCode {

@@ -76,7 +76,7 @@ pub struct Gauges {
     pub watch_streams: Vec<f64>,
 }
 
-/// Measures what etcd counts from the creation of the meter on.
+/// Measures the growth of etcd's counters since the creation of the meter.
 #[derive(Debug)]
 pub struct Meter {
     endpoints: Vec<String>,
@@ -94,7 +94,7 @@ pub struct Meter {
     peak: f64,
 }
 
-/// What a [`Meter`] has measured.
+/// The result of a [`Meter`].
 #[derive(Clone, Debug)]
 pub struct Measured {
     pub counters: Counters,
@@ -151,20 +151,22 @@ impl Meter {
         busiest.map_or(0, |(member, _)| member)
     }
 
-    /// Leaves out a member that does not respond. It is read again after [`Meter::on_thawed`].
-    pub fn on_frozen(&mut self, member: usize) {
+    /// Excludes a member that does not respond, until [`Meter::include`].
+    pub fn exclude(&mut self, member: usize) {
         self.silent.push(member);
     }
 
-    pub fn on_thawed(&mut self, member: usize) {
+    pub fn include(&mut self, member: usize) {
         self.silent.retain(|silent| *silent != member);
     }
 
-    /// Records that the counters of a member began again at zero. The time of the measurement begins again too.
+    /// Records that the counters of a member were reset to zero. If there is no other member, the time of the measurement starts again.
     pub fn on_restarted(&mut self, member: usize) {
         self.last[member] = Counters::default();
-        self.start = Instant::now();
-        self.read = (self.start, self.sum.requests());
+        if self.last.len() == 1 {
+            self.start = Instant::now();
+            self.read = (self.start, self.sum.requests());
+        }
     }
 
     /// Reads the counters every second until the work is complete.
@@ -282,7 +284,8 @@ fn count(methods: &mut BTreeMap<String, f64>, labels: &str, value: f64) {
     }
 }
 
-/// Returns whether this version of etcd counts the end of a stream as a message that it received: the library that counts was replaced in 3.6.
+/// Returns whether this version of etcd counts the end of a stream as a received message. Versions from 3.6 on do, because they use another
+/// library for these counters.
 fn counts_ends(version: &str) -> bool {
     let mut parts = version.split('.').map(|part| part.parse().unwrap_or(0));
     (parts.next(), parts.next()) >= (Some(3), Some(6))

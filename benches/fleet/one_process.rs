@@ -14,7 +14,7 @@ use super::metrics::{Measured, Meter};
 use super::options::Options;
 use super::world::World;
 
-/// What was measured of one process.
+/// The measurement of one process.
 #[derive(Debug)]
 pub struct Process {
     pub measured: Measured,
@@ -118,8 +118,8 @@ pub async fn measure(options: &Options, shape: Shape) -> Result<Process> {
     })
 }
 
-/// Runs the measured process: watches the services and prints the time until all are fresh. Prints the growth of its memory for each line of its
-/// input, and ends with it.
+/// Runs the measured process. It watches the services and prints the time until all are fresh. For each line of its input it prints the growth
+/// of its memory. It ends at the end of the input.
 pub async fn watch(endpoint: &str, services: usize, instances: usize, start: &str) -> Result<()> {
     let registry = Registry::connect([endpoint]).await;
     let registry = registry.map_err(|error| format!("connect to {endpoint}: {error}"))?;

@@ -69,7 +69,7 @@ pub async fn three_members(options: &Options, rows: &mut Vec<Row>) -> Result<()>
     let mut run = Run::start(options, 3, false, "three members: ", rows).await?;
     if options.wants("three") {
         run.rest().await?;
-        run.restart("restart of one", Duration::ZERO).await?;
+        run.restart_one().await?;
     }
     if options.wants("slow") {
         run.freeze().await?;
@@ -77,7 +77,7 @@ pub async fn three_members(options: &Options, rows: &mut Vec<Row>) -> Result<()>
     Ok(())
 }
 
-/// Runs the restart with passwords.
+/// Runs the restart of an etcd that requires passwords.
 pub async fn passwords(options: &Options, rows: &mut Vec<Row>) -> Result<()> {
     if !options.wants("password") {
         return Ok(());
@@ -268,16 +268,15 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Stops a member in order, and starts it again. Counts from the time at which it is healthy.
+    /// Stops the only member gracefully and starts it again. The measurement starts when the member is healthy.
     async fn restart(&mut self, name: &str, down: Duration) -> Result<()> {
         let lists = self.fleet.lists();
-        let member = self.rng.usize(..self.world.etcd.members());
-        let failed = |error| format!("restart member {member} of etcd: {error}");
+        let failed = |error| format!("restart etcd: {error}");
         let mut meter = self.meter().await?;
-        self.world.etcd.stop(member).await.map_err(failed)?;
+        self.world.etcd.stop(0).await.map_err(failed)?;
         sleep(down).await;
-        self.world.etcd.restart(member).await.map_err(failed)?;
-        meter.on_restarted(member);
+        self.world.etcd.restart(0).await.map_err(failed)?;
+        meter.on_restarted(0);
         self.recover(name, meter, lists, Scale::Total).await
     }
 
@@ -290,14 +289,12 @@ impl<'a> Run<'a> {
         etcd.kill_all().await.map_err(failed)?;
         etcd.wipe_all().await.map_err(failed)?;
         etcd.restart_all().await.map_err(failed)?;
-        for member in 0..etcd.members() {
-            meter.on_restarted(member);
-        }
+        meter.on_restarted(0);
         self.fleet.on_wiped();
         self.recover("wipe", meter, lists, Scale::Changes).await
     }
 
-    /// Waits until the fleet is right, and counts for at least a TTL and a third: the time in which each part has reacted.
+    /// Waits until the fleet is right, and measures for at least 4/3 of the TTL, in which every process has reacted.
     async fn recover(
         &mut self,
         name: &str,
@@ -320,7 +317,43 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Freezes the member with the most watch streams for 10 s. A key that is written meanwhile has to reach every client.
+    /// Stops the member with the most watch streams gracefully, waits until the fleet is right, and starts the member again.
+    async fn restart_one(&mut self) -> Result<()> {
+        let lists = self.fleet.lists();
+        let mut meter = self.meter().await?;
+        let member = meter.busiest();
+        let other = (member + 1) % self.world.etcd.members();
+        let failed = |error| format!("restart member {member} of etcd: {error}");
+        let start = Instant::now();
+        meter.exclude(member);
+        self.world.etcd.stop(member).await.map_err(failed)?;
+        let (world, fleet) = (&self.world, &mut self.fleet);
+        let recovery = async {
+            fleet.write_canary(world, other).await?;
+            fleet.right(start, LIMIT).await
+        };
+        let right = meter.during(recovery).await?;
+        self.world.etcd.restart(member).await.map_err(failed)?;
+        meter.include(member);
+        meter.on_restarted(member);
+        let end = start + self.options.ttl * 4 / 3;
+        let rest = async {
+            tokio::time::sleep_until(end).await;
+            Ok(())
+        };
+        meter.during(rest).await?;
+        let lists = self.fleet.lists() - lists;
+        self.add(
+            "one member restarted",
+            meter.end().await?,
+            lists,
+            Some(right),
+            Scale::Total,
+        );
+        Ok(())
+    }
+
+    /// Freezes the member with the most watch streams for 10 s. Every client must receive a key that is written in this time.
     async fn freeze(&mut self) -> Result<()> {
         const FROZEN: Duration = Duration::from_secs(10);
         let lists = self.fleet.lists();
@@ -330,7 +363,7 @@ impl<'a> Run<'a> {
         let is_leader = self.world.etcd.leader().await == Some(member);
         let failed = |error| format!("freeze member {member} of etcd: {error}");
         self.world.etcd.freeze(member).await.map_err(failed)?;
-        meter.on_frozen(member);
+        meter.exclude(member);
         let start = Instant::now();
         let (world, fleet) = (&self.world, &mut self.fleet);
         let write = async { fleet.write_canary(world, (member + 1) % members).await };
@@ -345,7 +378,7 @@ impl<'a> Run<'a> {
             })
             .await?;
         self.world.etcd.thaw(member).await.map_err(failed)?;
-        meter.on_thawed(member);
+        meter.include(member);
         let right = match right {
             Ok(right) => right?,
             // Not all of them while the member was frozen.

@@ -10,7 +10,7 @@ const SIZES: [usize; 2] = [1_000, 10_000];
 /// Keys in one page of a list.
 const PAGE: usize = 500;
 
-/// What a scenario has measured.
+/// The measurement of one scenario.
 #[derive(Debug)]
 pub struct Row {
     pub name: String,
@@ -36,7 +36,7 @@ pub enum Scale {
     None,
 }
 
-/// A number of messages, and the mark of its growth.
+/// A number of messages, and the mark of the rule by which it grows.
 struct Figure(f64, &'static str);
 
 impl Row {
