@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tonic_etcd::{Registration, Registry, Resolver, ResolverState};
 
 use super::Result;
-use super::world::World;
+use super::world::{World, put};
 
 /// The service of the fleet. The users of [`super::roles`] may read and write it.
 pub const SERVICE: &str = "greeter";
@@ -134,11 +134,11 @@ impl Fleet {
         Ok(())
     }
 
-    /// Writes a new instance, the canary, through a member. A client is right only if it contains the canary.
-    pub async fn write_canary(&mut self, world: &World, member: usize) -> Result<()> {
+    /// Writes a new instance, the canary. A client is right only if it contains the canary.
+    pub async fn write_canary(&mut self, operator: &etcd_client::Client) -> Result<()> {
         let address = self.next_address();
         let key = format!("/gRPC/{SERVICE}/{address}");
-        world.put(member, &key, &address).await?;
+        put(operator, &key, &address).await?;
         self.canaries.push(address);
         Ok(())
     }

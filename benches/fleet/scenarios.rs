@@ -129,7 +129,7 @@ impl<'a> Run<'a> {
         let starting = async {
             fleet.start_servers(options.number).await?;
             fleet.start_clients(options.number).await?;
-            fleet.write_canary(world, 0).await?;
+            fleet.write_canary(&world.operator(0).await?).await?;
             fleet.right(start, LIMIT).await
         };
         let right = meter.during(starting).await?;
@@ -236,7 +236,7 @@ impl<'a> Run<'a> {
         let mut kv = self.world.operator(0).await?.kv_client();
         let mut meter = self.meter().await?;
         let (world, fleet) = (&self.world, &mut self.fleet);
-        fleet.write_canary(world, 0).await?;
+        fleet.write_canary(&world.operator(0).await?).await?;
         let address = fleet.canary().to_owned();
         let key = format!("/gRPC/{SERVICE}/{address}");
         let storm = async {
@@ -253,7 +253,7 @@ impl<'a> Run<'a> {
                 let compacted = kv.compact(revision, Some(options)).await;
                 compacted.map_err(|error| format!("compact at revision {revision}: {error}"))?;
             }
-            fleet.write_canary(world, 0).await?;
+            fleet.write_canary(&world.operator(0).await?).await?;
             fleet.right(Instant::now(), LIMIT).await
         };
         let right = meter.during(storm).await?;
@@ -306,7 +306,7 @@ impl<'a> Run<'a> {
         let reaction = self.options.ttl * 4 / 3;
         let (world, fleet) = (&self.world, &mut self.fleet);
         let recovery = async {
-            fleet.write_canary(world, 0).await?;
+            fleet.write_canary(&world.operator(0).await?).await?;
             let right = fleet.right(start, LIMIT).await;
             tokio::time::sleep_until(start + reaction).await;
             right
@@ -317,22 +317,24 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Stops the member with the most watch streams gracefully, waits until the fleet is right, and starts the member again.
+    /// Stops the member with the most watch streams gracefully and restarts it. The fleet must be right while the member stops or is down.
     async fn restart_one(&mut self) -> Result<()> {
         let lists = self.fleet.lists();
         let mut meter = self.meter().await?;
         let member = meter.busiest();
         let other = (member + 1) % self.world.etcd.members();
         let failed = |error| format!("restart member {member} of etcd: {error}");
-        let start = Instant::now();
+        let operator = self.world.operator(other).await?;
         meter.exclude(member);
-        self.world.etcd.stop(member).await.map_err(failed)?;
-        let (world, fleet) = (&self.world, &mut self.fleet);
+        let start = Instant::now();
+        let (etcd, fleet) = (&mut self.world.etcd, &mut self.fleet);
+        let stop = async { etcd.stop(member).await.map_err(failed) };
         let recovery = async {
-            fleet.write_canary(world, other).await?;
+            fleet.write_canary(&operator).await?;
             fleet.right(start, LIMIT).await
         };
-        let right = meter.during(recovery).await?;
+        let stopped = async { tokio::try_join!(stop, recovery) };
+        let ((), right) = meter.during(stopped).await?;
         self.world.etcd.restart(member).await.map_err(failed)?;
         meter.include(member);
         meter.on_restarted(member);
@@ -366,7 +368,10 @@ impl<'a> Run<'a> {
         meter.exclude(member);
         let start = Instant::now();
         let (world, fleet) = (&self.world, &mut self.fleet);
-        let write = async { fleet.write_canary(world, (member + 1) % members).await };
+        let write = async {
+            let operator = world.operator((member + 1) % members).await?;
+            fleet.write_canary(&operator).await
+        };
         meter.during(write).await?;
         let right = meter
             .during(async { Ok(timeout(FROZEN, fleet.right(start, LIMIT)).await) })

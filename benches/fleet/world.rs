@@ -64,19 +64,19 @@ impl World {
             sleep(RETRY).await;
         }
     }
+}
 
-    /// Puts a key through one member. Repeats the put until it succeeds.
-    pub async fn put(&self, member: usize, key: &str, value: &str) -> Result<()> {
-        let mut kv = self.operator(member).await?.kv_client();
-        let start = Instant::now();
-        while let Err(error) = kv.put(key, value, None).await {
-            if Instant::now().saturating_duration_since(start) > PATIENCE {
-                return Err(format!("put {key} in {PATIENCE:?}: {error}"));
-            }
-            sleep(RETRY).await;
+/// Puts a key. Repeats the put until it succeeds.
+pub async fn put(operator: &Client, key: &str, value: &str) -> Result<()> {
+    let mut kv = operator.kv_client();
+    let start = Instant::now();
+    while let Err(error) = kv.put(key, value, None).await {
+        if Instant::now().saturating_duration_since(start) > PATIENCE {
+            return Err(format!("put {key} in {PATIENCE:?}: {error}"));
         }
-        Ok(())
+        sleep(RETRY).await;
     }
+    Ok(())
 }
 
 /// Creates a program that runs etcd on the first core. Returns `None` if there is one core, or no `taskset`.
