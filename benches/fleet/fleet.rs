@@ -7,7 +7,8 @@ use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
-use tonic_etcd::{Registration, Registry, Resolver, ResolverState};
+use tonic_etcd::resolver::ResolverState;
+use tonic_etcd::{Registration, Registry, Resolver};
 
 use super::Result;
 use super::world::{World, put};

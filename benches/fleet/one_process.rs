@@ -7,7 +7,8 @@ use etcd_client::{Txn, TxnOp};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::Command;
 use tokio::time::{Instant, sleep, timeout};
-use tonic_etcd::{Registry, Resolver, ResolverState};
+use tonic_etcd::resolver::ResolverState;
+use tonic_etcd::{Registry, Resolver};
 
 use super::Result;
 use super::metrics::{Measured, Meter};
