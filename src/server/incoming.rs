@@ -93,7 +93,7 @@ impl Stream for Incoming {
 /// A stream of connections that the caller accepts, until the drain begins.
 #[derive(Debug)]
 pub(super) struct Accepted<I> {
-    accepted: Pin<Box<I>>,
+    stream: Pin<Box<I>>,
     connections: Connections,
     closing: Pin<Box<WaitForCancellationFutureOwned>>,
 }
@@ -101,7 +101,7 @@ pub(super) struct Accepted<I> {
 impl<I> Accepted<I> {
     pub(super) fn new(accepted: I, connections: Connections) -> Self {
         Self {
-            accepted: Box::pin(accepted),
+            stream: Box::pin(accepted),
             closing: Box::pin(connections.draining()),
             connections,
         }
@@ -119,7 +119,7 @@ where
         if self.closing.as_mut().poll(cx).is_ready() {
             return Poll::Ready(None);
         }
-        let accepted = ready!(self.accepted.as_mut().poll_next(cx));
+        let accepted = ready!(self.stream.as_mut().poll_next(cx));
         let connection =
             accepted.map(|accepted| accepted.map(|io| Connection::new(io, &self.connections)));
         Poll::Ready(connection)

@@ -22,7 +22,10 @@ impl Machine {
         now: Instant,
     ) {
         let (ttl, renew_at) = match answer {
-            Ok(ttl) => (ttl.min(TTL_MAX), sent + ttl.min(TTL_MAX) / 3),
+            Ok(ttl) => {
+                let ttl = ttl.min(TTL_MAX);
+                (ttl, sent + self.first_renewal(ttl))
+            }
             // An earlier attempt granted this lease, and its response was lost. Only a renewal returns the remaining TTL, so the lease is
             // renewed at once.
             Err(error)
@@ -220,17 +223,18 @@ impl Machine {
         sent: Instant,
         now: Instant,
     ) {
+        let first = self.first_renewal(self.ttl.min(TTL_MAX));
         let Some(lease) = &mut self.lease else {
             return;
         };
         match answer {
             Ok(KeepAlive { header, ttl }) => {
+                let ttl = ttl.min(TTL_MAX);
                 self.term = header.map_or(self.term, |header| header.raft_term.max(self.term));
                 let outage = lease.failed > 0;
-                let ttl = ttl.min(TTL_MAX);
                 lease.ttl = ttl;
                 lease.expires = sent + ttl;
-                lease.renew_at = sent + ttl / 3;
+                lease.renew_at = sent + if outage { first.min(ttl / 3) } else { ttl / 3 };
                 lease.failed = 0;
                 lease.proven = true;
                 self.disturbed = false;
@@ -258,6 +262,12 @@ impl Machine {
                 self.last_error = Some(error);
             }
         }
+    }
+
+    /// Returns the time until the first renewal after a grant or an outage: at most a third of the TTL. It is random, because the processes
+    /// of a fleet start and recover together, and would otherwise renew together from then on.
+    fn first_renewal(&mut self, ttl: Duration) -> Duration {
+        (ttl / 3).mul_f64(1.0 - 0.75 * self.rng.f64())
     }
 
     fn renewal_failed(&mut self, needs_operator: bool, now: Instant) {

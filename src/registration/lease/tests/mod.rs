@@ -398,11 +398,13 @@ fn a_restarted_server_takes_over_its_key_at_once() {
 #[test]
 fn a_lease_is_renewed_at_a_third_of_its_ttl_and_a_failure_is_retried_at_once() {
     let mut player = Player::registered(2);
-    let granted = player.now;
+    // The first renewal is earlier, at a random time.
+    while !matches!(player.step(Fate::Good), Command::Renew { .. }) {}
+    let renewed = player.now;
     while !matches!(player.machine.command(player.now), Command::Renew { .. }) {
         player.step(Fate::Good);
     }
-    let waited = player.now.saturating_duration_since(granted);
+    let waited = player.now.saturating_duration_since(renewed);
     assert!(
         waited <= TTL / 3 && waited + Duration::from_millis(20) >= TTL / 3,
         "{waited:?}"
@@ -412,6 +414,28 @@ fn a_lease_is_renewed_at_a_third_of_its_ttl_and_a_failure_is_retried_at_once() {
         panic!("no second attempt follows")
     };
     assert_eq!(deadline, TTL / 6);
+}
+
+/// The servers of a fleet that start together do not renew their leases together.
+#[test]
+fn leases_that_are_granted_together_are_renewed_over_a_third_of_the_ttl() {
+    let mut waits = Vec::new();
+    for seed in 0..200 {
+        let mut player = Player::registered(seed);
+        let registered = player.now;
+        while !matches!(player.machine.command(player.now), Command::Renew { .. }) {
+            player.step(Fate::Good);
+        }
+        waits.push(player.now.saturating_duration_since(registered));
+    }
+    assert!(waits.iter().all(|wait| *wait <= TTL / 3), "{waits:?}");
+    // A tenth of that time has at most a quarter of the renewals.
+    let part = TTL / 30;
+    for start in 0..10 {
+        let within = part * start..part * (start + 1);
+        let many = waits.iter().filter(|wait| within.contains(wait)).count();
+        assert!(many <= 50, "{many} of 200 in {within:?}");
+    }
 }
 
 #[test]
