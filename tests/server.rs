@@ -105,7 +105,10 @@ async fn a_handle_reads_pauses_and_reweights_a_served_registration() {
     let address = timeout(SOON, handle.address()).await.unwrap().unwrap();
     world.counts(1).await;
     assert_eq!(addresses(&world.resolver), [address.as_str()]);
-    assert_eq!(handle.keys().await, [format!("/gRPC/greeter/{address}")]);
+    assert_eq!(
+        handle.keys().await.unwrap(),
+        [format!("/gRPC/greeter/{address}")]
+    );
     handle.pause().await.unwrap();
     world.counts(0).await;
     let mut client = connect(address.as_str()).await;
@@ -168,7 +171,7 @@ async fn any_stream_of_connections_is_served_and_registered() {
     let incoming = tokio_stream::wrappers::UnixListenerStream::new(listener);
     serves_incoming(&world, incoming, &format!("unix:{}", path.display())).await;
     // There is no bound address that could be advertised.
-    let incoming = tokio_stream::empty::<std::io::Result<tokio::net::TcpStream>>();
+    let incoming = tokio_stream::empty::<std::io::Result<TcpStream>>();
     let router = Server::builder().add_service(GreeterServer::new(NamedGreeter::default()));
     let serving = router.serve_registered_with_incoming_shutdown(
         incoming,

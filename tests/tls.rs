@@ -8,8 +8,10 @@
 
 mod support;
 
+use std::error::Error;
 use std::time::Duration;
 
+use etcd_client::Permission;
 use support::authority::Authority;
 use support::{client, eventually, keeps_a_registration, knows, list};
 use tonic_etcd::testing::Etcd;
@@ -125,4 +127,57 @@ async fn renewed_certificates_need_no_restart() {
     })
     .await;
     registration.deregister().await.unwrap();
+}
+
+/// With authentication enabled, etcd takes the user from the common name of the client's certificate. No password is exchanged, so a restart
+/// of etcd costs no password hash and invalidates no token.
+#[tokio::test]
+async fn a_client_certificate_replaces_the_password() {
+    let authority = Authority::new();
+    let mut etcd = mutual(&authority).await;
+    authority.sign("stranger", "stranger");
+    let mut auth = client(&etcd).await.auth_client();
+    auth.role_add("greeter").await.unwrap();
+    let permission = Permission::read_write("/gRPC/").with_prefix();
+    auth.role_grant_permission("greeter", permission)
+        .await
+        .unwrap();
+    auth.role_add("root").await.unwrap();
+    // etcd never compares these passwords: both users present certificates.
+    for (user, role) in [("greeter", "greeter"), ("root", "root")] {
+        auth.user_add(user, "unused", None).await.unwrap();
+        auth.user_grant_role(user, role).await.unwrap();
+    }
+    auth.user_add("stranger", "unused", None).await.unwrap();
+    auth.auth_enable().await.unwrap();
+
+    let tls = |name: &str| {
+        let (chain, key) = (format!("{name}.pem"), format!("{name}.key"));
+        TlsConfig::new("etcd")
+            .ca_certificate_file(authority.path("ca.pem"))
+            .identity_files(authority.path(&chain), authority.path(&key))
+    };
+    let registry = Registry::builder(etcd.tls_endpoints()).tls_config(tls("client"));
+    let registry = registry.connect().await.unwrap();
+    keeps_a_registration(&registry).await;
+    let registration = registry.registration("kept").address("127.0.0.1:80");
+    let registration = registration.register().await.unwrap();
+    let resolver = registry.resolver("kept").start();
+    knows(&resolver, &["127.0.0.1:80"]).await;
+    etcd.restart(0).await.unwrap();
+    let second = registry.registration("kept").address("127.0.0.1:81");
+    let second = second.register().await.unwrap();
+    knows(&resolver, &["127.0.0.1:80", "127.0.0.1:81"]).await;
+    assert!(registration.state().is_registered());
+    registration.deregister().await.unwrap();
+    second.deregister().await.unwrap();
+
+    // The user of this certificate has no role.
+    let stranger = Registry::builder(etcd.tls_endpoints()).tls_config(tls("stranger"));
+    let stranger = stranger.connect().await.unwrap();
+    let refused = stranger.registration("greeter").address("127.0.0.1:80");
+    let refused = refused.register().await.expect_err("without permission");
+    let cause = refused.source().map(ToString::to_string);
+    let cause = cause.unwrap_or_default();
+    assert!(cause.contains("permission denied"), "{refused}: {cause}");
 }

@@ -1,5 +1,6 @@
 //! Addresses of instances, and the policy for addresses that a client may dial.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
@@ -238,9 +239,10 @@ impl AddressError {
         self.reason
     }
 
-    /// Creates an error from an address and a reason. Keeps only the first 80 characters of the address.
+    /// Creates an error from an address and a reason. Keeps only the first 80 characters of the address, and no password.
     #[must_use]
     pub fn new(address: &str, reason: &'static str) -> Self {
+        let address = &*without_password(address);
         // A hostile value may be 64 KiB long. Its first characters are enough to find it.
         let end = address
             .char_indices()
@@ -250,6 +252,21 @@ impl AddressError {
             address: address[..end].to_owned(),
             reason,
         }
+    }
+}
+
+/// Returns a URL or an address without the password before an `@`, for errors and logs.
+pub(crate) fn without_password(given: &str) -> Cow<'_, str> {
+    let (scheme, rest) = match given.split_once("://") {
+        Some((scheme, rest)) => (format!("{scheme}://"), rest),
+        None => (String::new(), given),
+    };
+    match rest.rsplit_once('@') {
+        Some((user, host)) => {
+            let user = user.split(':').next().unwrap_or_default();
+            format!("{scheme}{user}:***@{host}").into()
+        }
+        None => given.into(),
     }
 }
 

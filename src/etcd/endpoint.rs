@@ -74,8 +74,8 @@ impl MemberEndpoint {
     }
 }
 
-/// Returns the endpoint without its password, for errors and logs.
-fn without_password(endpoint: &str) -> String {
+/// Returns an endpoint or a target without its password, for errors and logs.
+pub(crate) fn without_password(endpoint: &str) -> String {
     let Some((userinfo, rest)) = endpoint.rsplit_once('@') else {
         return endpoint.to_owned();
     };

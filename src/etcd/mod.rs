@@ -25,6 +25,7 @@ mod watch_stream;
 
 pub(crate) use cluster::Etcd;
 pub(crate) use connect::Config;
+pub(crate) use endpoint::without_password;
 pub(crate) use limits::DEADLINE;
 pub(crate) use token::{Credentials, Token};
 pub(crate) use watch::Watch;

@@ -43,8 +43,9 @@ impl From<AddressError> for FormatError {
     }
 }
 
-impl From<serde_json::Error> for FormatError {
-    fn from(error: serde_json::Error) -> Self {
+impl FormatError {
+    /// Creates the error of a value that is not JSON.
+    pub(super) fn json(error: &serde_json::Error) -> Self {
         let (line, column) = (error.line(), error.column());
         Self(format!("is not valid JSON at line {line}, column {column}").into())
     }

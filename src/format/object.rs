@@ -10,7 +10,8 @@ pub(super) struct Object(Map<String, Value>);
 
 impl Object {
     pub(super) fn parse(text: &str) -> Result<Self, FormatError> {
-        match serde_json::from_str(text)? {
+        let value = serde_json::from_str(text).map_err(|error| FormatError::json(&error))?;
+        match value {
             Value::Object(fields) => Ok(Self(fields)),
             _ => Err(FormatError::of("is not a JSON object")),
         }

@@ -6,7 +6,7 @@ use tonic_balance::Address;
 use super::registration::{Registration, Started};
 use crate::error::RegisterError;
 
-/// A handle of the registration of a server, which does not keep it registered; made by [`RegistrationBuilder::handle`](crate::registration::RegistrationBuilder::handle).
+/// A handle of a registration, which does not keep the server registered; made by [`RegistrationBuilder::handle`](crate::registration::RegistrationBuilder::handle).
 ///
 /// Clones refer to the same registration. Its methods wait until the server has started.
 #[derive(Clone, Debug)]
@@ -29,18 +29,18 @@ impl RegistrationHandle {
         Some(started.parts.entry.instance.address().clone())
     }
 
-    /// Waits until the server has bound its socket, and returns its keys in etcd, one for each service. Empty if the server has ended
-    /// before.
+    /// Waits until the server has bound its socket, and returns its keys in etcd, one for each service. `None` if the server has
+    /// ended before.
     ///
     /// # Cancel safety
     ///
     /// Dropping the future changes nothing.
-    pub async fn keys(&self) -> Vec<String> {
+    pub async fn keys(&self) -> Option<Vec<String>> {
         let keys = |started: Started| {
             let keys = started.parts.keys.iter();
             keys.map(|(key, _)| key.clone()).collect()
         };
-        self.started().await.map(keys).unwrap_or_default()
+        self.started().await.map(keys)
     }
 
     /// Removes the entry until [`resume`](Self::resume). The server still serves the calls that it receives.

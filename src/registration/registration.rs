@@ -17,7 +17,8 @@ use crate::etcd::Etcd;
 
 /// A registered server. It stays registered until it is [deregistered](Self::deregister): after a failure of etcd, the entry is restored.
 ///
-/// Dropping it deregisters the server in the background and does not report the result.
+/// Dropping it deregisters the server in the background and does not report the result. If the runtime ends right after the drop, as at the
+/// end of `main`, the entry stays until its lease expires: await [`deregister`](Self::deregister) before.
 ///
 /// ```no_run
 /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
@@ -211,8 +212,14 @@ impl Registration {
     ///
     /// After the request is sent, it is carried out even if the future is dropped.
     pub async fn set_weight(&self, weight: u32) -> Result<(), RegisterError> {
+        let service = self.parts.keys.first().map_or("", |(_, service)| service);
+        let service = if service.is_empty() {
+            self.key()
+        } else {
+            service
+        };
         let invalid = |reason| RegisterError::Invalid {
-            service: self.key().to_owned(),
+            service: service.to_owned(),
             reason,
         };
         check_weight(weight).map_err(invalid)?;

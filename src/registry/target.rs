@@ -3,6 +3,7 @@
 use percent_encoding::percent_decode_str;
 
 use crate::error::RegistryError;
+use crate::etcd::without_password;
 
 /// A parsed target.
 #[derive(Debug, PartialEq, Eq)]
@@ -59,7 +60,7 @@ impl Target {
         }
         let (authority, path) = rest.split_once('/').ok_or("it names no service")?;
         if authority.contains('@') {
-            return Err("a user belongs into `Registry::builder`");
+            return Err("it contains a user; set the user with `RegistryBuilder::user`");
         }
         if path.contains('#') {
             return Err("it has a fragment");
@@ -140,7 +141,7 @@ fn key(query: &str) -> Result<String, &'static str> {
 
 fn invalid(target: &str, reason: &'static str) -> RegistryError {
     RegistryError::InvalidTarget {
-        target: target.to_owned(),
+        target: without_password(target),
         reason: reason.to_owned(),
     }
 }

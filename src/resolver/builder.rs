@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::cache::Cache;
-use super::instances::Limit;
 use super::options::{Filter, Options};
 use super::resolver::Resolver;
 use crate::error::{EtcdError, EtcdErrorKind};
@@ -112,12 +111,19 @@ impl ResolverBuilder {
         self
     }
 
-    /// Sets the limits on the set: how many keys, and how many bytes of keys and values together. Default 100 000 keys and 64 MiB.
+    /// Sets the limit on the number of keys of the set. The default is 100 000.
     ///
-    /// A key beyond them is not used, counts as a [rejected value](crate::resolver::ResolverStatus::rejected_values), and is listed by
+    /// A key beyond the limit is not used, counts as a [rejected value](crate::resolver::ResolverStatus::rejected_values), and is listed by
     /// [`Resolver::rejected`]. A writer that fills the prefix therefore cannot fill the memory of every client.
-    pub fn max_size(mut self, keys: usize, bytes: usize) -> Self {
-        self.options.limit = Limit { keys, bytes };
+    pub fn max_keys(mut self, keys: usize) -> Self {
+        self.options.limit.keys = keys;
+        self
+    }
+
+    /// Sets the limit on the bytes of all keys and values of the set together. The default is 64 MiB. A key beyond the limit is not used, as
+    /// with [`max_keys`](Self::max_keys).
+    pub fn max_bytes(mut self, bytes: usize) -> Self {
+        self.options.limit.bytes = bytes;
         self
     }
 

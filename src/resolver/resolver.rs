@@ -147,7 +147,7 @@ impl Resolver {
     }
 
     /// Returns the keys whose latest value is not used: it cannot be decoded, the address policy rejects its address, or it is over a limit.
-    /// At most 1 000 keys beyond the [limit](crate::resolver::ResolverBuilder::max_size) are listed.
+    /// At most 1 000 keys beyond the [limit](crate::resolver::ResolverBuilder::max_keys) are listed.
     #[must_use]
     pub fn rejected(&self) -> Vec<RejectedKey> {
         self.core.rejected()

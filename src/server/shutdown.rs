@@ -63,7 +63,6 @@ impl Serving {
         self.enter(ServerState::Serving);
         let mut stop = std::pin::pin!(stop);
         let startup_timeout = registration.startup_timeout;
-        let handles = registration.serve.started.clone();
         let registration = tokio::select! {
             biased;
             started = registration.start(bound) => match started {
@@ -76,9 +75,6 @@ impl Serving {
                 () = now => self.cut().await,
             },
         };
-        handles.send_replace(Some(registration.started()));
-        // Handles that wait then end with the server.
-        drop(handles);
         let registered = async {
             registration.registered(startup_timeout).await?;
             tracing::info!(bound = bound.map(tracing::field::display), key = registration.key(), address = %registration.address(), "registered");

@@ -15,6 +15,7 @@ pub enum ProcessError {
     NoBinary,
     /// A program could not be run: etcd, or the `sh` process that serves as its watchdog.
     #[error("could not run {}", .program.display())]
+    #[non_exhaustive]
     Spawn {
         /// The program.
         program: PathBuf,
@@ -27,6 +28,7 @@ pub enum ProcessError {
     Prepare(#[source] io::Error),
     /// A member exited by itself while it was expected to become healthy.
     #[error("etcd member {member} exited early ({status}), its log ends:\n{log}")]
+    #[non_exhaustive]
     ExitedEarly {
         /// The index of the member.
         member: usize,
@@ -37,6 +39,7 @@ pub enum ProcessError {
     },
     /// A member did not become healthy in time. The member keeps running.
     #[error("etcd member {member} was not healthy within {waited:?}, its log ends:\n{log}")]
+    #[non_exhaustive]
     NotHealthy {
         /// The index of the member.
         member: usize,
@@ -47,6 +50,7 @@ pub enum ProcessError {
     },
     /// A member could not be signalled or waited for.
     #[error("could not signal etcd member {member}")]
+    #[non_exhaustive]
     Signal {
         /// The index of the member.
         member: usize,
@@ -55,12 +59,14 @@ pub enum ProcessError {
     },
     /// The operation needs a running member.
     #[error("etcd member {member} is not running")]
+    #[non_exhaustive]
     NotRunning {
         /// The index of the member.
         member: usize,
     },
     /// The operation needs a stopped member, or a killed member did not exit.
     #[error("etcd member {member} is still running")]
+    #[non_exhaustive]
     StillRunning {
         /// The index of the member.
         member: usize,
@@ -71,12 +77,14 @@ pub enum ProcessError {
     #[error(
         "etcd member {member} cannot be isolated: start the cluster with `partitionable()`, and the member before it is isolated"
     )]
+    #[non_exhaustive]
     NotPartitionable {
         /// The index of the member.
         member: usize,
     },
     /// No member has this index.
     #[error("no etcd member {member}: there are {members}, counted from 0")]
+    #[non_exhaustive]
     NoSuchMember {
         /// The requested index.
         member: usize,

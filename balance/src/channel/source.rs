@@ -10,7 +10,7 @@ use std::sync::Arc;
 use tokio_stream::Stream;
 use tower::discover::Change;
 
-use crate::address::{Address, AddressError, AddressPolicy};
+use crate::address::{Address, AddressError, AddressPolicy, without_password};
 use crate::attributes::Attributes;
 use crate::balance::OnRefused;
 
@@ -128,7 +128,7 @@ impl<S> fmt::Debug for Endpoints<S> {
 }
 
 /// A source that takes its endpoints from a stream of changes.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Discover<D>(pub(super) D);
 
 impl<D, A, E> EndpointSource for Discover<D>
@@ -147,8 +147,15 @@ where
 }
 
 /// A source of fixed endpoints.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Addresses(pub(super) Vec<String>);
+
+impl fmt::Debug for Addresses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // An address that is not checked yet may contain a password.
+        f.debug_tuple("Addresses").field(&self.0.len()).finish()
+    }
+}
 
 /// The changes of a fixed list of endpoints.
 pub(super) type Changes =
@@ -172,15 +179,16 @@ impl EndpointSource for Addresses {
 
 /// Parses an address, or a URI in the form that tonic's `Channel` takes.
 fn parse(given: &str, tls: bool) -> Result<Address, String> {
+    let shown = without_password(given);
     let address = match given.split_once("://") {
         Some(("http", _)) if tls => {
             return Err(format!(
-                "{given:?} is plaintext, and TLS is configured; write https://"
+                "{shown:?} is plaintext, and TLS is configured; write https://"
             ));
         }
         Some(("https", _)) if !tls => {
             return Err(format!(
-                "{given:?} requires TLS, and none is configured; call `tls_config` first"
+                "{shown:?} requires TLS, and none is configured; call `tls_config` first"
             ));
         }
         Some(("http" | "https", rest)) => rest.strip_suffix('/').unwrap_or(rest),

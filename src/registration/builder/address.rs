@@ -17,7 +17,11 @@ impl RegistrationBuilder {
             (None, Some(host), Some(bound)) => with_port(host, bound.port()),
             (None, None, Some(bound)) if bound.ip().is_unspecified() => self.routed(bound).await,
             (None, None, Some(bound)) => Ok(bound.into()),
-            (None, _, None) => Err(AddressError::new("", "is not given")),
+            (None, Some(host), None) => Err(AddressError::new(
+                host,
+                "has no port; without a server that binds a port, set the whole `address`",
+            )),
+            (None, None, None) => Err(AddressError::new("", "is not given")),
         };
         self.accepted(address)
     }

@@ -146,6 +146,9 @@ impl RegistrationBuilder {
             Target::Service { keyspace, id, .. } => (keyspace, id.as_deref()),
             Target::Key(key) => return check_key(key).map(|()| vec![key.clone()]),
         };
+        if id.is_some_and(|id| id.len() > MAX_NAME) {
+            return Err(format!("the instance id is longer than {MAX_NAME} bytes"));
+        }
         if id
             .is_some_and(|id| id.is_empty() || id.contains('/') || id.chars().any(char::is_control))
         {
@@ -190,6 +193,11 @@ fn check_key(key: &str) -> Result<(), String> {
     if key.is_empty() || key.ends_with('/') {
         return Err("the key is empty or ends in a slash, and so names no instance".to_owned());
     }
+    if key.len() > MAX_KEY || key.chars().any(char::is_control) {
+        return Err(format!(
+            "the key is longer than {MAX_KEY} bytes or contains a control character"
+        ));
+    }
     Ok(())
 }
 
@@ -201,6 +209,11 @@ fn whole_seconds(ttl: Duration) -> Duration {
 const MIN_TTL: Duration = Duration::from_secs(2);
 /// An entry that outlives its server for longer is useless: a larger TTL indicates a mistake in the unit.
 const MAX_TTL: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// The limit on an instance id, in bytes: the same as for the name of a service.
+const MAX_NAME: usize = 1_024;
+/// The limit on an exact key, in bytes. Readers ignore longer keys than 64 KiB, and no such key is intended.
+const MAX_KEY: usize = 4_096;
 
 #[cfg(test)]
 mod tests {

@@ -291,13 +291,16 @@ impl RegistrationBuilder {
     ) -> Result<Registration, RegisterError> {
         self.check()?;
         let entry = self.entry(self.advertised(bound).await?)?;
-        Registration::start(
+        let handles = self.serve.started;
+        let registration = Registration::start(
             self.etcd,
             entry,
             self.deregister_timeout,
             self.dedicated_thread,
             self.states,
-        )
+        )?;
+        handles.send_replace(Some(registration.started()));
+        Ok(registration)
     }
 }
 
