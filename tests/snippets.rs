@@ -287,6 +287,55 @@ async fn options_3(registry: Registry) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+#[cfg(feature = "tls")]
+async fn options_tls_client(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use tonic_etcd::TlsConfig;
+
+    let channel = registry
+        .channel("helloworld.Greeter")
+        .tls_config(TlsConfig::new("greeter.internal").ca_certificate_file("ca.pem"))
+        .connect()
+        .await?;
+    Ok(())
+}
+
+async fn options_tls_server(registry: Registry) -> Result<(), Box<dyn Error>> {
+    use greeter::NamedGreeter as MyGreeter;
+    use greeter::greeter_server::GreeterServer;
+
+    use tonic::transport::{Identity, Server, ServerTlsConfig};
+    use tonic_etcd::ServeRegistered;
+
+    let identity = Identity::from_pem(std::fs::read("server.pem")?, std::fs::read("server.key")?);
+    Server::builder()
+        .tls_config(ServerTlsConfig::new().identity(identity))?
+        .add_service(GreeterServer::new(MyGreeter::default()))
+        .serve_registered(
+            "0.0.0.0:50051".parse()?,
+            registry.registration("helloworld.Greeter"),
+        )
+        .await?;
+    Ok(())
+}
+
+mod errors {
+    use std::error::Error;
+
+    use tonic_etcd::error::CallError;
+
+    /// Returns the server that failed the call.
+    fn failed_server(status: &tonic::Status) -> Option<String> {
+        let mut cause = status.source();
+        while let Some(error) = cause {
+            if let Some(failed) = error.downcast_ref::<CallError>() {
+                return Some(failed.address().to_string());
+            }
+            cause = error.source();
+        }
+        None
+    }
+}
+
 /// Returns the text without indentation, line breaks and trailing commas, which depend on the place of the code.
 fn plain(text: &str) -> String {
     let text: String = text.split_whitespace().collect();
