@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::error;
-use super::token::{Credentials, Token, TokenCell};
+use super::token_cell::{Credentials, Token, TokenCell};
 use crate::backoff::Backoff;
 use crate::error::{EtcdError, EtcdErrorKind};
 use tonic_balance::Address;

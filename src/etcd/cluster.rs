@@ -12,7 +12,7 @@ use super::limits::DEADLINE;
 use super::member_health::{Failure, Traffic};
 use super::members::{Members, Open};
 use super::request_channel::RequestChannel;
-use super::token::Token;
+use super::token_cell::Token;
 use super::watch::Watch;
 use super::watch_stream::WatchStreams;
 use crate::error::{EtcdError, EtcdErrorKind};

@@ -11,7 +11,7 @@ use super::cluster::Etcd;
 use super::endpoint::MemberEndpoint;
 use super::limits::DEADLINE;
 use super::members::Open;
-use super::token::Credentials;
+use super::token_cell::Credentials;
 use crate::error::{EtcdError, EtcdErrorKind, RegistryError, causes};
 use crate::keyspace::Key;
 use tonic_balance::Address;

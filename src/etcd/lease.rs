@@ -8,7 +8,7 @@ use super::cluster::Etcd;
 use super::decode::header;
 use super::member_health::Traffic;
 use super::request_channel::RequestChannel;
-use super::{error, raw};
+use super::{error, rpc};
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Header, KeepAlive, LeaseId};
 
@@ -84,7 +84,7 @@ impl Etcd {
     ) -> Result<(Option<Header>, i64), EtcdError> {
         const OPERATION: &str = "lease keep-alive";
         if let Some(service) = &channel.service {
-            return raw::keep_alive(service, lease).await;
+            return rpc::keep_alive(service, lease).await;
         }
         let failed = |source| error::of_client(OPERATION, &channel.endpoint(), source);
         let (mut keeper, mut answers) = channel
@@ -96,7 +96,7 @@ impl Etcd {
         // `etcd-client` does not expose the TTL and the header of the first response; the second response on the stream shows both.
         keeper.keep_alive().await.map_err(failed)?;
         let answer = answers.message().await.map_err(failed)?;
-        let answer = answer.ok_or_else(|| raw::closed(OPERATION, &channel.endpoint()))?;
+        let answer = answer.ok_or_else(|| rpc::closed(OPERATION, &channel.endpoint()))?;
         let head = answer.0.header.as_ref();
         Ok((head.map(|head| header(Some(head))), answer.ttl()))
     }

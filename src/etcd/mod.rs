@@ -10,16 +10,16 @@ mod connect;
 mod decode;
 mod endpoint;
 mod error;
-mod exchange;
 mod kv;
 mod lease;
 mod limits;
 mod member_health;
 mod members;
-mod raw;
 mod request_channel;
 mod retry;
-mod token;
+mod rpc;
+mod token_cell;
+mod token_exchange;
 mod watch;
 mod watch_stream;
 
@@ -27,7 +27,7 @@ pub(crate) use cluster::Etcd;
 pub(crate) use connect::Config;
 pub(crate) use endpoint::without_password;
 pub(crate) use limits::DEADLINE;
-pub(crate) use token::{Credentials, Token};
+pub(crate) use token_cell::{Credentials, Token};
 pub(crate) use watch::Watch;
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use tower::util::{BoxCloneSyncService, ServiceExt};
 use tower::{BoxError, Service};
 
 use super::error;
-use super::token::TokenCell;
+use super::token_cell::TokenCell;
 use crate::error::EtcdError;
 use tonic_balance::{
     BalancedChannel,

@@ -22,7 +22,7 @@ use super::decode::{header, key_value};
 use super::error;
 use super::limits::{DEADLINE, MAX_MESSAGE};
 use super::request_channel::RequestChannel;
-use super::token::Token;
+use super::token_cell::Token;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Event, Key, Range, Revision, WatchMessage};
 

@@ -2,7 +2,7 @@
 
 mod connection;
 #[cfg(feature = "health")]
-mod health;
+mod health_service;
 mod incoming;
 mod opening;
 mod serve_registered;

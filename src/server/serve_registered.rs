@@ -15,7 +15,7 @@ use tracing::Instrument;
 
 use super::connection::{Connection, Connections};
 #[cfg(feature = "health")]
-use super::health;
+use super::health_service;
 use super::incoming::{Accepted, Incoming};
 use super::shutdown::Serving;
 use super::signal::Signals;
@@ -346,7 +346,7 @@ where
         Some(health) => {
             let states = registration.watch_server_state();
             let services = registration.services();
-            router.add_service(health::service(health, services, states).await)
+            router.add_service(health_service::service(health, services, states).await)
         }
         None => router,
     };

@@ -48,12 +48,12 @@ mod binary;
 mod builder;
 mod error;
 mod etcd;
-mod health;
 mod member;
 mod peers;
 mod port;
 mod probe;
 mod process;
+mod startup;
 
 pub use self::builder::EtcdBuilder;
 pub use self::error::ProcessError;

@@ -8,7 +8,7 @@ mod connect_backoff;
 mod dial_permit;
 mod driver;
 mod endpoint;
-mod health;
+mod health_status;
 mod limits;
 mod load;
 mod options;
@@ -19,12 +19,10 @@ mod ready_connection;
 mod ready_set;
 mod rotation;
 mod shared;
-#[cfg(test)]
-mod simulation;
+mod stream_queue;
 mod subchannel;
 mod summary;
 mod updates;
-mod waiters;
 mod zone;
 
 pub(crate) use balancer::Balancer;
@@ -38,6 +36,9 @@ pub use picker::LbPolicy;
 pub(crate) use picker::{Pick, SCAN_LIMIT};
 pub(crate) use ready_connection::ReadyConnection;
 pub(crate) use shared::{Shared, Snapshot};
+pub(crate) use stream_queue::Exclusions;
 pub(crate) use summary::Summary;
 pub(crate) use updates::Updates;
-pub(crate) use waiters::Exclusions;
+
+#[cfg(test)]
+mod tests;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::outlier::OutlierDetection;
 use super::picker::LbPolicy;
 use crate::address::Address;
-use crate::transport::health::HealthCheck;
+use crate::transport::health_client::HealthCheck;
 
 /// The options of a balancer, which the builder of the channel sets.
 #[derive(Clone, Debug)]

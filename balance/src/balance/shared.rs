@@ -16,8 +16,8 @@ use super::permit::Permit;
 use super::picker::{Pick, Picker, SCAN_LIMIT};
 use super::ready_connection::{ReadyConnection, ReadyEntry};
 use super::ready_set::ReadySet;
+use super::stream_queue::Waiters;
 use super::summary::Summary;
-use super::waiters::Waiters;
 use crate::address::Address;
 use crate::transport::connect::{Attempt, Connector, DialError};
 

@@ -21,7 +21,7 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
 use super::connect_backoff::ConnectBackoff;
-use super::health::Health;
+use super::health_status::Health;
 use super::ready_connection::{ReadyConnection, Used};
 
 /// A connection in one of its states: idle, connecting, ready, resting, failing or draining.

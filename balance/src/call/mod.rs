@@ -2,11 +2,11 @@
 //!
 //! ```text
 //!   future: the first attempt, without a task, a lock or a box
-//!      │ not ready, refused, lost, or an error that a policy may cover          │ hedged
-//!      ▼                                                                        ▼
-//!   retry_loop ── one attempt ──▶ transparent_retry ──▶ queue_pick ──▶ prepare ◀── hedging
-//!      │ failed                                                                 │
-//!      └───▶ retry::decision (policy, progress, budget, pushback) ◀─────────────┘
+//!      │ not ready, refused, lost, or an error that a policy may cover                 │ hedged
+//!      ▼                                                                               ▼
+//!   retry_loop ── one attempt ──▶ transparent_retry ──▶ wait_for_endpoint ──▶ prepare ◀── hedging
+//!      │ failed                                                                        │
+//!      └───▶ retry::decision (policy, progress, budget, pushback) ◀────────────────────┘
 //! ```
 
 mod answer;
@@ -20,7 +20,6 @@ mod hedging;
 mod history;
 mod http_status;
 mod prepare;
-mod queue_pick;
 mod request;
 mod request_headers;
 pub(crate) mod retry;
@@ -28,6 +27,7 @@ mod retry_loop;
 mod routing;
 mod status;
 mod transparent_retry;
+mod wait_for_endpoint;
 
 pub use body::ResponseBody;
 pub use extension::{ServedBy, WaitForReady};
@@ -36,4 +36,4 @@ pub use routing::Routing;
 pub use status::CallError;
 
 pub(crate) use self::core::Core;
-pub(crate) use queue_pick::ready;
+pub(crate) use wait_for_endpoint::ready;

@@ -14,9 +14,9 @@ use super::core::Core;
 use super::history::History;
 use super::http_status::{Head, failure};
 use super::prepare::{Prepared, prepare};
-use super::queue_pick::queue_pick;
 use super::request::Call;
 use super::status;
+use super::wait_for_endpoint::wait_for_endpoint;
 use crate::balance::{Blame, Endpoint, Permit};
 use crate::transport::deadline::Deadline;
 use crate::transport::h2_error::{is_connection_lost, is_unprocessed};
@@ -157,7 +157,7 @@ pub(super) async fn pick_prepared(
         let permit = if let Some(permit) = first.take() {
             permit
         } else {
-            let waited = queue_pick(core, history, call.wait_for_ready).await;
+            let waited = wait_for_endpoint(core, history, call.wait_for_ready).await;
             waited.map_err(PickError::Nowhere)?
         };
         match prepare(core, call, permit, history).await {

@@ -22,7 +22,7 @@ use crate::call::Core;
 use crate::call::retry::method_config::MethodConfigBuilder;
 use crate::transport::connect::Connector;
 use crate::transport::deadline;
-use crate::transport::health::HealthCheck;
+use crate::transport::health_client::HealthCheck;
 use crate::transport::http2::MAX_WINDOW;
 #[cfg(feature = "tls")]
 use crate::transport::tls::{Tls, TlsConfig};

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::transport::ping_policy::{BUSY_INTERVAL, KeepAlive};
+use crate::transport::stall_detection::{BUSY_INTERVAL, KeepAlive};
 
 /// The keep-alive options. They may be set in any order, so they are combined at the end.
 #[derive(Clone, Debug)]

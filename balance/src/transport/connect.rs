@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 
 use super::connection_task::ConnectionEvent;
 use super::http2::{Connection, Established, HandshakeError, Settings};
-use super::ping_policy::KeepAlive;
+use super::stall_detection::KeepAlive;
 #[cfg(feature = "tls")]
 use super::tls::Tls;
 use crate::address::{Address, AddressPolicy};

@@ -14,8 +14,8 @@ use tokio::time::Sleep;
 
 use super::activity::{Activity, Watched};
 use super::h2_error::is_orderly_goaway;
-use super::ping_policy::{Action, PingCause};
 use super::pinger::Pinger;
+use super::stall_detection::{Action, PingCause};
 
 pub(super) type OnEvent = Box<dyn FnMut(ConnectionEvent) + Send>;
 

@@ -18,8 +18,8 @@ use tokio::time::Instant;
 use super::activity::{Activity, Watched};
 use super::connection_task::{ConnectionEvent, OnEvent, Task, for_calls};
 use super::frames::foreign_protocol;
-use super::ping_policy::{KeepAlive, PingCause, Pings};
 use super::pinger::Pinger;
+use super::stall_detection::{KeepAlive, PingCause, Pings};
 
 /// The options of a connection.
 #[derive(Clone, Debug)]

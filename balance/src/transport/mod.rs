@@ -9,12 +9,12 @@ pub(crate) mod deadline;
 pub(crate) mod exchange;
 mod frames;
 pub(crate) mod h2_error;
-pub(crate) mod health;
+pub(crate) mod health_client;
 pub(crate) mod http2;
-pub(crate) mod ping_policy;
 mod pinger;
 pub(crate) mod request_body;
 pub(crate) mod response_body;
+pub(crate) mod stall_detection;
 #[cfg(feature = "tls")]
 pub(crate) mod tls;
 

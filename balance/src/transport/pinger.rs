@@ -8,7 +8,7 @@ use h2::{Ping, PingPong};
 use tokio::time::{Instant, Sleep};
 
 use super::activity::Activity;
-use super::ping_policy::{Action, PingCause, Pings};
+use super::stall_detection::{Action, PingCause, Pings};
 
 /// Sends the PINGs that [`Pings`] decides on.
 pub(super) struct Pinger {

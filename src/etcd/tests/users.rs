@@ -16,7 +16,7 @@ use tonic_prost::ProstCodec;
 use tower::Service;
 
 use super::fake::Fake;
-use crate::etcd::token::Credentials;
+use crate::etcd::token_cell::Credentials;
 
 /// The state of authentication. Without a password, authentication is disabled.
 #[derive(Debug, Default)]

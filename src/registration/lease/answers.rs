@@ -5,9 +5,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::machine::{
-    After, Claim, Found, GRANTED_KEPT, Lease, Machine, OPERATOR_WAIT, Removal, SUPERSEDED_READ,
-    State, TTL_MAX, VERIFY_EVERY, Value,
+    Found, GRANTED_KEPT, Machine, OPERATOR_WAIT, SUPERSEDED_READ, TTL_MAX, VERIFY_EVERY,
 };
+use super::state::{After, Claim, Lease, Removal, State, Value};
 use crate::backoff::jittered;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Event, KeepAlive, KeyValue, LeaseId, Revision};

@@ -18,8 +18,9 @@
 //! registration.
 
 mod answers;
-mod command;
 mod machine;
+mod next_command;
+mod state;
 
 pub(super) use machine::{Command, Found, LEAVE_MARKER_MAX, Machine, Phase, Put};
 

@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
-use super::reconciler::Reconciler;
+use super::reconcile_schedule::Reconciler;
 use super::state::{Fruitless, KeyState, Listing, State};
-use crate::backoff::{Backoff, jittered};
+use crate::backoff::Backoff;
 use crate::error::EtcdError;
 use crate::keyspace::{Event, Header, Key, ListRequest, Range, Revision};
 
@@ -114,17 +114,6 @@ impl Machine {
         std::mem::take(&mut self.update)
     }
 
-    /// Handles the result of [`Command::RenewToken`].
-    pub(in crate::resolver) fn on_token(&mut self, outcome: Result<(), EtcdError>) -> Command {
-        // The last rejection counts only if the next attempt uses a fresh token.
-        self.refused = outcome.is_ok();
-        match outcome {
-            // Retried slowly, because each attempt costs etcd a password hash.
-            Err(error) if error.kind().needs_operator() => self.wait(error),
-            _ => self.on_wake(),
-        }
-    }
-
     /// Returns the first command, and the next command after a wait.
     pub(in crate::resolver) fn on_wake(&mut self) -> Command {
         match &self.state {
@@ -147,12 +136,6 @@ impl Machine {
         newest.map(|(key, _)| key.clone())
     }
 
-    /// Returns whether the value of a key is known, so that it can be compared.
-    pub(in crate::resolver) fn knows_value(&self, key: &Key) -> bool {
-        let known = self.keys.get(key);
-        known.is_some_and(|known| known.digest.is_some())
-    }
-
     /// Returns whether a linearizable response comes from another store than the last one. On a healthy cluster, the revision and the term
     /// never decrease.
     pub(super) fn is_other_store(&self, header: Header) -> bool {
@@ -161,28 +144,14 @@ impl Machine {
             || header.raft_term < self.seen.raft_term
     }
 
-    pub(super) fn relist(&mut self, distrusted: bool) -> Command {
-        self.state = State::Listing(Listing {
-            distrusted,
-            ..Listing::default()
-        });
-        self.on_wake()
-    }
-
-    /// Returns a wait after a failure. The wait is jittered and prevents a busy loop. It is long if only an operator can fix the failure.
-    pub(super) fn wait(&mut self, error: EtcdError) -> Command {
-        let slowly = error.kind().needs_operator();
-        self.report.trouble = Some(error);
-        if slowly {
-            return Command::Wait(jittered(OPERATOR_WAIT, &mut self.rng));
-        }
-        Command::Wait(self.backoff.next(&mut self.rng))
+    /// Returns whether the value of a key is known, so that it can be compared.
+    pub(in crate::resolver) fn knows_value(&self, key: &Key) -> bool {
+        let known = self.keys.get(key);
+        known.is_some_and(|known| known.digest.is_some())
     }
 }
 
 pub(super) const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
-/// Wait between attempts if only an operator can help, as with rejected credentials or permissions.
-pub(super) const OPERATOR_WAIT: Duration = Duration::from_secs(30);
 /// Keys per page. 500 values of the usual 150 bytes are 75 KiB, and the page size is halved where values are large.
 pub(super) const PAGE_LIMIT: i64 = 500;

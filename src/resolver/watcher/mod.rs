@@ -26,7 +26,8 @@
 mod listing;
 mod machine;
 mod reconcile;
-mod reconciler;
+mod reconcile_schedule;
+mod resume_or_relist;
 mod state;
 mod watching;
 

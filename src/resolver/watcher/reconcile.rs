@@ -19,7 +19,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::machine::{Command, Machine, PAGE_LIMIT};
-use super::reconciler::{SETTLE, Suspect};
+use super::reconcile_schedule::{SETTLE, Suspect};
 use super::state::{KeyState, State};
 use crate::backoff::jittered;
 use crate::error::EtcdError;

@@ -1,12 +1,10 @@
-//! The watching state: the opening, the check, the messages and the end of a watch.
-
-use std::time::Duration;
+//! The watching state: the opening, the check and the messages of a watch.
 
 use tokio::time::Instant;
 
 use super::machine::{Command, Machine};
-use super::state::{Fruitless, KeyState, Listing, State, Watching};
-use crate::error::{EtcdError, EtcdErrorKind};
+use super::state::{KeyState, Listing, State, Watching};
+use crate::error::EtcdError;
 use crate::keyspace::{Event, Header, Key, KeyVersion, LeaseId, Revision, WatchMessage};
 
 impl Machine {
@@ -125,59 +123,6 @@ impl Machine {
         self.update.push(event);
     }
 
-    /// Handles the end of the watch, for any reason, and a watch that could not be opened.
-    pub(in crate::resolver) fn on_watch_ended(
-        &mut self,
-        error: EtcdError,
-        now: Instant,
-    ) -> Command {
-        let State::Watching(watching) = &self.state else {
-            return self.wait(error);
-        };
-        let healthy = |opened| now.saturating_duration_since(opened) >= HEALTHY_AFTER;
-        let healthy = watching.opened.is_some_and(healthy);
-        let progressed = watching.revision > watching.began;
-        let fruitless = watching.behind && !progressed && !healthy;
-        let silent = error.kind() == EtcdErrorKind::DeadlineExceeded;
-        let revision = watching.revision;
-        self.state = State::Resuming { revision };
-        match error.kind() {
-            EtcdErrorKind::Compacted | EtcdErrorKind::FutureRevision => {
-                self.state = State::Listing(Listing::default());
-            }
-            EtcdErrorKind::ResponseTooLarge => {
-                let listing = Listing {
-                    skipping: true,
-                    ..Listing::default()
-                };
-                self.state = State::Listing(listing);
-            }
-            _ if fruitless && self.fruitless.is_too_much(silent) => {
-                self.state = State::Listing(Listing::default());
-            }
-            // The watch is reopened within a second: over a connection that is cut again and again, it still works through the backlog, at
-            // a rate that does not burden the server.
-            _ if progressed => self.backoff.ease(PROGRESS),
-            _ => {}
-        }
-        if healthy {
-            self.backoff.reset();
-        }
-        if healthy || progressed {
-            self.fruitless = Fruitless::default();
-        }
-        // Unary calls renew a rejected token by themselves. A watch is rejected in a message, and older servers report an invalid token as
-        // a missing permission. The first rejection therefore renews the token; the second in a row is treated as a real rejection.
-        if error.kind().is_refusal() {
-            self.refused = !self.refused;
-            if self.refused {
-                self.report.trouble = Some(error);
-                return Command::RenewToken(self.backoff.next(&mut self.rng));
-            }
-        }
-        self.wait(error)
-    }
-
     /// Handles the result of [`Command::Check`].
     pub(in crate::resolver) fn on_checked(
         &mut self,
@@ -207,8 +152,3 @@ impl Machine {
         Command::Receive
     }
 }
-
-/// Longest wait after a watch that delivered events.
-const PROGRESS: Duration = Duration::from_secs(1);
-/// A watch that lasted this long was healthy, and its end is the first failure of a new series.
-const HEALTHY_AFTER: Duration = Duration::from_secs(10);

@@ -7,13 +7,13 @@ use tokio::time::Instant;
 
 use super::dials::Ended;
 use super::driver::Driver;
-use super::events::SubchannelEvent;
+use super::event_queue::SubchannelEvent;
 use super::subchannels::{DialId, State, SubchannelId};
 use crate::address::Address;
 use crate::balance::options::OnRefused;
 use crate::balance::ready_connection::ReadyConnection;
+use crate::balance::stream_queue::Waiters;
 use crate::balance::subchannel::{Connecting, Idle, Subchannel};
-use crate::balance::waiters::Waiters;
 use crate::causes::causes;
 use crate::transport::connect::{Attempt, DialError};
 use crate::transport::http2::Connection;

@@ -5,10 +5,8 @@ use std::sync::Arc;
 use tokio::time::Instant;
 
 use super::driver::Driver;
-use super::events::SubchannelEvent;
+use super::event_queue::SubchannelEvent;
 use super::subchannels::{DialId, State};
-use crate::address::Address;
-use crate::balance::ready_connection::ReadyConnection;
 use crate::balance::subchannel::{Ending, Lost, Silence};
 use crate::transport::connection_task::{CloseReason, ConnectionEvent};
 
@@ -148,20 +146,5 @@ impl Driver {
         };
         self.subchannels.insert(id, address.clone(), state);
         self.reclassify(&address);
-    }
-
-    /// Sends fewer PINGs to an endpoint whose server has closed a connection because of them (gRFC A8).
-    fn check_too_many_pings(&mut self, address: &Address, connection: &ReadyConnection) {
-        if !connection.http2().has_too_many_pings() {
-            return;
-        }
-        let Some(entry) = self.endpoints.get_mut(address) else {
-            return;
-        };
-        if let Some(interval) = entry.on_too_many_pings() {
-            tracing::warn!(%address, ?interval, "too many pings: the keep-alive interval is doubled");
-        } else {
-            tracing::warn!(%address, "the server has closed a connection because of its PINGs");
-        }
     }
 }

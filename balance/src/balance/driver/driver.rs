@@ -8,13 +8,13 @@ use tokio::time::Instant;
 use tokio_stream::Stream;
 use tower::discover::Change;
 
-use super::detection::Detection;
 use super::dials::Dials;
 use super::draining::DrainingConnections;
 use super::endpoint_entry::EndpointEntry;
-use super::events::Events;
+use super::event_queue::Events;
 use super::latencies::Latencies;
-use super::publication::Publication;
+use super::outlier_schedule::OutlierSchedule;
+use super::pending_publication::PendingPublication;
 use super::quarantine::Quarantines;
 use super::ready_sets::ReadySets;
 use super::resting::Resting;
@@ -54,11 +54,11 @@ pub(in crate::balance) struct Driver {
     pub(super) draining: DrainingConnections,
 
     pub(super) ready_sets: ReadySets<ReadyEntry>,
-    pub(super) publication: Publication,
+    pub(super) publication: PendingPublication,
     pub(super) latencies: Latencies,
     pub(super) slow_start: SlowStart,
     pub(super) zones: ZonePreference,
-    pub(super) detection: Detection,
+    pub(super) detection: OutlierSchedule,
     pub(super) quarantines: Quarantines,
     refreshed_at: Instant,
     /// Whether calls used a connection shortly before the last refresh.
@@ -89,11 +89,11 @@ impl Driver {
             scaling: Scaling::new(now),
             draining: DrainingConnections::default(),
             ready_sets: ReadySets::new(takes_turns),
-            publication: Publication::default(),
+            publication: PendingPublication::default(),
             latencies: Latencies::new(),
             slow_start: SlowStart::new(options.slow_start),
             zones: ZonePreference::new(options.zone.clone()),
-            detection: Detection::new(options.outlier_detection.clone(), now),
+            detection: OutlierSchedule::new(options.outlier_detection.clone(), now),
             quarantines: Quarantines::default(),
             refreshed_at: now,
             in_use: true,

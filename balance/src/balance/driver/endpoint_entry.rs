@@ -7,9 +7,8 @@ use super::second_connection::SecondConnection;
 use super::subchannels::{Class, SubchannelId};
 use crate::attributes::Attributes;
 use crate::balance::endpoint::{Endpoint, Tally};
-use crate::balance::limits::MAX_DURATION;
 use crate::balance::outlier::{Counts, Ejection};
-use crate::transport::ping_policy::KeepAlive;
+use crate::transport::stall_detection::KeepAlive;
 
 /// An endpoint, its subchannels, and the observations of its server.
 #[derive(Debug)]
@@ -62,46 +61,5 @@ impl EndpointEntry {
         let tally = self.endpoint.tally();
         let before = std::mem::replace(&mut self.swept, tally);
         (tally.since(before), self.ejection)
-    }
-
-    /// Doubles the keep-alive interval, because the server has closed a connection because of its PINGs (gRFC A8). Returns the new
-    /// interval, if keep-alive is enabled.
-    pub(super) fn on_too_many_pings(&mut self) -> Option<Duration> {
-        let keep_alive = self.keep_alive.as_mut()?;
-        keep_alive.interval = keep_alive.interval.saturating_mul(2).min(MAX_DURATION);
-        keep_alive.permit = keep_alive.permit.max(keep_alive.interval);
-        Some(keep_alive.interval)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn each_complaint_about_pings_doubles_the_interval() {
-        let address = "10.0.0.5:80".parse().expect("an address");
-        let keep_alive = KeepAlive {
-            permit: Duration::from_secs(15),
-            interval: Duration::from_secs(10),
-            timeout: Duration::from_secs(20),
-            while_idle: false,
-        };
-        let mut entry = EndpointEntry::new(
-            Arc::new(Endpoint::new(address)),
-            Attributes::new(),
-            Duration::from_secs(120),
-            Some(keep_alive),
-        );
-        assert_eq!(entry.on_too_many_pings(), Some(Duration::from_secs(20)));
-        assert_eq!(entry.on_too_many_pings(), Some(Duration::from_secs(40)));
-        let keep_alive = entry.keep_alive.expect("enabled");
-        assert_eq!(keep_alive.permit, Duration::from_secs(40));
-        for _ in 0..40 {
-            entry.on_too_many_pings();
-        }
-        assert_eq!(entry.on_too_many_pings(), Some(MAX_DURATION));
-        entry.keep_alive = None;
-        assert_eq!(entry.on_too_many_pings(), None);
     }
 }

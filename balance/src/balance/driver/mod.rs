@@ -3,24 +3,25 @@
 //! The state of the driver is divided into parts. Each part owns its fields and does not know the driver. `driver.rs` has the loop. The
 //! other files with `impl Driver` connect the parts: they handle one kind of event each.
 
-mod changes;
+mod call_demand;
 mod connecting;
 mod connection_events;
-mod demand;
 mod driver;
-mod exclusion;
-mod health;
+mod endpoint_changes;
+mod health_watch;
+mod outliers_and_quarantine;
 mod publish;
 mod silence;
+mod too_many_pings;
 
 // The parts.
-mod detection;
 mod dials;
 mod draining;
 mod endpoint_entry;
-mod events;
+mod event_queue;
 mod latencies;
-mod publication;
+mod outlier_schedule;
+mod pending_publication;
 mod quarantine;
 mod ready_sets;
 mod resting;

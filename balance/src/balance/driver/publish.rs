@@ -10,7 +10,7 @@ use super::ready_sets::Placed;
 use super::subchannels::{Class, SubchannelId};
 use crate::address::Address;
 use crate::balance::endpoint::EndpointState;
-use crate::balance::health::Health;
+use crate::balance::health_status::Health;
 use crate::balance::ready_connection::ReadyEntry;
 use crate::balance::shared::Published;
 

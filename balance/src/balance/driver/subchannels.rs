@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::address::Address;
 use crate::balance::endpoint::EndpointState;
-use crate::balance::health::Health;
+use crate::balance::health_status::Health;
 use crate::balance::ready_connection::ReadyConnection;
 use crate::balance::subchannel::{Connecting, Idle, Ready, Resting, Subchannel, TransientFailure};
 

@@ -5,7 +5,8 @@ use std::time::Duration;
 use proptest::prelude::{ProptestConfig, any, proptest};
 use tokio::time::Instant;
 
-use super::machine::{Lease, RETRY_MAX, SUPERSEDED_READ, State, Value};
+use super::machine::{RETRY_MAX, SUPERSEDED_READ};
+use super::state::{Lease, State, Value};
 use super::*;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Event, Header, KeepAlive, Key, KeyValue, LeaseId, Revision};

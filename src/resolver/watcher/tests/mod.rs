@@ -10,7 +10,8 @@ use tokio::time::Instant;
 
 use super::super::instances::Instances;
 use super::listing::PAGE_CAP_MIN;
-use super::machine::{BACKOFF_FIRST, OPERATOR_WAIT};
+use super::machine::BACKOFF_FIRST;
+use super::resume_or_relist::OPERATOR_WAIT;
 use super::state::{Fruitless, State};
 use super::*;
 use crate::error::{EtcdError, EtcdErrorKind};

@@ -6,12 +6,12 @@ use crate::balance::outlier::{self, Counts, Ejection, OutlierDetection};
 
 /// Outlier detection, if it is enabled, and the time of its next sweep.
 #[derive(Debug)]
-pub(super) struct Detection {
+pub(super) struct OutlierSchedule {
     config: Option<OutlierDetection>,
     sweep_at: Option<Instant>,
 }
 
-impl Detection {
+impl OutlierSchedule {
     pub(super) fn new(config: Option<OutlierDetection>, now: Instant) -> Self {
         let sweep_at = config.as_ref().map(|config| now + config.period());
         Self { config, sweep_at }
@@ -45,13 +45,13 @@ mod tests {
     fn sweeps_keep_their_interval_and_do_not_exist_without_a_configuration() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
-        let mut detection = Detection::new(Some(OutlierDetection::new()), start);
+        let mut detection = OutlierSchedule::new(Some(OutlierDetection::new()), start);
         assert_eq!(detection.next(), Some(at(10)));
         assert!(!detection.is_due(at(9)) && detection.is_due(at(11)));
         detection.sweep(&mut [], at(11));
         assert!(!detection.is_due(at(20)));
         assert_eq!(detection.next(), Some(at(21)));
-        let mut detection = Detection::new(None, start);
+        let mut detection = OutlierSchedule::new(None, start);
         detection.sweep(&mut [], at(11));
         assert_eq!(detection.next(), None);
     }

@@ -11,7 +11,7 @@ use tonic_prost::ProstCodec;
 
 use super::error;
 use super::request_channel::{AUTHENTICATE, LEASE_KEEP_ALIVE, RequestService};
-use super::token::Credentials;
+use super::token_cell::Credentials;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Header, LeaseId, Revision};
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tonic::{Code, Status};
 
 use super::connect_backoff::ConnectBackoff;
-use crate::transport::health::ServingStatus;
+use crate::transport::health_client::ServingStatus;
 
 /// The health of an endpoint according to its own health service.
 #[derive(Clone, Debug, PartialEq, Eq)]

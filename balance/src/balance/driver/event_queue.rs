@@ -3,7 +3,7 @@
 use tokio::sync::mpsc;
 
 use super::subchannels::DialId;
-use crate::balance::health::Health;
+use crate::balance::health_status::Health;
 use crate::transport::connection_task::ConnectionEvent;
 
 /// An event of the connection of a subchannel.

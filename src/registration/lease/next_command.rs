@@ -1,10 +1,11 @@
-//! The outputs of the lease machine: its next command.
+//! Derives the next command from the state of the lease machine.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::machine::{Command, DEADLINE_MAX, KeyEntry, LEAVE_MARKER_MAX, Machine, Removal, State};
+use super::machine::{Command, DEADLINE_MAX, LEAVE_MARKER_MAX, Machine};
+use super::state::{KeyEntry, Removal, State};
 
 impl Machine {
     /// Returns the next command.

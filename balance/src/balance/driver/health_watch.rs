@@ -7,12 +7,12 @@ use tokio::time::{Instant, sleep, timeout};
 use tonic::Status;
 
 use super::driver::Driver;
-use super::events::SubchannelEvent;
+use super::event_queue::SubchannelEvent;
 use super::subchannels::DialId;
-use crate::balance::health::{End, Health, HealthWatch};
+use crate::balance::health_status::{End, Health, HealthWatch};
 use crate::balance::ready_connection::ReadyConnection;
 use crate::balance::subchannel::StopOnDrop;
-use crate::transport::health::HealthCheck;
+use crate::transport::health_client::HealthCheck;
 
 impl Driver {
     /// Starts the health watch of a connection, if health checks are enabled and the peer allows a stream for them.

@@ -12,7 +12,7 @@ use crate::balance::summary::{EndpointError, Summary};
 
 /// The changes since the last publication.
 #[derive(Debug, Default)]
-pub(super) struct Publication {
+pub(super) struct PendingPublication {
     summary: Summary,
     /// The time of the next publication, if there are changes.
     publish_at: Option<Instant>,
@@ -22,7 +22,7 @@ pub(super) struct Publication {
     removed: Vec<(Arc<Endpoint>, bool)>,
 }
 
-impl Publication {
+impl PendingPublication {
     pub(super) fn summary(&self) -> &Summary {
         &self.summary
     }
@@ -146,7 +146,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn changes_to_a_large_set_are_collected_and_an_urgent_one_is_not() {
         let now = Instant::now();
-        let mut publication = Publication::default();
+        let mut publication = PendingPublication::default();
         publication.soon();
         assert!(publication.is_due(now), "the set is small");
         publication.clear();
@@ -159,7 +159,7 @@ mod tests {
 
     #[tokio::test]
     async fn pending_endpoints_are_counted() {
-        let mut publication = Publication::default();
+        let mut publication = PendingPublication::default();
         publication.on_class(&address(), Class::Failing, Class::Pending);
         publication.on_class(&address(), Class::Pending, Class::Pending);
         assert_eq!(publication.summary().pending, 1);
@@ -174,7 +174,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_error_of_a_removed_endpoint_is_forgotten() {
-        let mut publication = Publication::default();
+        let mut publication = PendingPublication::default();
         publication.set_last_error(address(), "refused".into());
         let other = "10.0.0.6:80".parse().expect("an address");
         let other = Arc::new(Endpoint::new(other));

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::load::{LoadHandle, Loads, Ticks, median};
-use super::picker::{Candidate, LbPolicy, Pick, Picker, SCAN_LIMIT};
-use super::ready_set::{ReadySet, ReadySetBuilder};
+use crate::balance::load::{LoadHandle, Loads, Ticks, median};
+use crate::balance::picker::{Candidate, LbPolicy, Pick, Picker, SCAN_LIMIT};
+use crate::balance::ready_set::{ReadySet, ReadySetBuilder};
 
 /// How calls arrive.
 #[derive(Clone, Copy, Debug)]

@@ -12,7 +12,7 @@ use super::status;
 use crate::balance::{Permit, Pick, SCAN_LIMIT, Summary};
 
 /// Waits for a permit on a connection that the call has not tried. Fails if no such connection can be expected.
-pub(super) async fn queue_pick(
+pub(super) async fn wait_for_endpoint(
     core: &Core,
     history: &mut History,
     wait_for_ready: bool,

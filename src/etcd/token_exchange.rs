@@ -18,8 +18,8 @@ use super::limits::DEADLINE;
 use super::member_health::{Failure, Traffic};
 use super::request_channel::RequestService;
 use super::retry::with_deadline;
-use super::token::{Credentials, Token};
-use super::{error, raw};
+use super::token_cell::{Credentials, Token};
+use super::{error, rpc};
 use crate::error::EtcdError;
 
 /// An answer, and the member that gave it.
@@ -136,7 +136,7 @@ impl Etcd {
         };
         let (etcd, credentials, sent) = (self.clone(), credentials.clone(), service.clone());
         let request = async move {
-            let answer = raw::authenticate(&sent, &credentials, left).await;
+            let answer = rpc::authenticate(&sent, &credentials, left).await;
             etcd.record_outcome(&channel, Traffic::Keys, answer.as_ref().err());
             (answer, sent.routing.address())
         };

@@ -1,0 +1,3 @@
+//! Tests of the pick together with the load estimates and the wait queue.
+
+mod simulation;

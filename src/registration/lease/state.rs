@@ -1,0 +1,125 @@
+//! The state of the lease machine, of its lease and of each key.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::keyspace::{LeaseId, Revision};
+
+/// The state of the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Granting {
+        lease: LeaseId,
+    },
+    Reading,
+    Putting,
+    Registered,
+    /// Other servers have every key.
+    Superseded,
+    /// The keys are being removed. `leave_marker`: whether the leave marker must still be written.
+    Leaving {
+        leave_marker: bool,
+        next: After,
+    },
+    Paused,
+    Deregistered,
+}
+
+/// One key and its known state.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct KeyEntry {
+    /// The mod revision of the last own write, while the key exists under the registration's lease.
+    pub(super) held: Option<Revision>,
+    /// The mod revision that the next put expects, or `None` if no put is needed.
+    pub(super) expected: Option<Revision>,
+    /// The lease that the key is attached to, if another server has the key.
+    pub(super) foreign: Option<LeaseId>,
+    pub(super) claim: Claim,
+    pub(super) value: Value,
+    pub(super) removal: Removal,
+    /// The earliest time of the next delete. It is per key, because a rejected delete must not delay requests for the other keys.
+    pub(super) delete_at: Option<Instant>,
+}
+
+/// The claim of the registration to a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Claim {
+    /// The registration has not written the key yet. Its first put may overwrite the key of another server.
+    Open,
+    /// The registration has written the key, or has found it with its own value and lease. A key of another server is not overwritten.
+    Made,
+}
+
+/// The value of a key in etcd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Value {
+    /// The current value is not in etcd, or it is not known whether it is.
+    Pending,
+    /// The current value is in etcd.
+    Written,
+}
+
+/// The removal of one key while other keys stay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Removal {
+    /// The key stays.
+    None,
+    /// The key must be deleted.
+    Requested,
+    /// The key is deleted.
+    Done,
+}
+
+impl KeyEntry {
+    pub(super) const NEW: Self = Self {
+        held: None,
+        expected: None,
+        foreign: None,
+        claim: Claim::Open,
+        value: Value::Pending,
+        removal: Removal::None,
+        delete_at: None,
+    };
+
+    pub(super) fn is_live(&self) -> bool {
+        self.removal == Removal::None
+    }
+
+    /// Returns whether the current value must still be written.
+    pub(super) fn is_pending(&self) -> bool {
+        self.value == Value::Pending
+    }
+
+    /// Records that the key no longer exists under the registration's lease.
+    pub(super) fn lose(&mut self) {
+        self.held = None;
+        self.expected = None;
+        if self.removal == Removal::Requested {
+            self.removal = Removal::Done;
+        }
+    }
+}
+
+/// The step after the revoke of the lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum After {
+    Pause,
+    Deregister,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Lease {
+    pub(super) id: LeaseId,
+    pub(super) ttl: Duration,
+    /// The time at which the lease expires without a further renewal. It is counted from the time at which the last successful grant or
+    /// renewal was sent.
+    pub(super) expires: Instant,
+    pub(super) renew_at: Instant,
+    /// Number of failed renewals since the last success.
+    pub(super) failed: u32,
+    /// Number of successful renewals since the last read of the keys.
+    pub(super) unverified: u32,
+    /// Whether a renewal or a put under this lease has succeeded.
+    pub(super) proven: bool,
+}
