@@ -31,7 +31,7 @@ impl Backoff {
     }
 
     /// Limits the step of the next wait to `longest`.
-    pub(crate) fn ease(&mut self, longest: Duration) {
+    pub(crate) fn cap_next(&mut self, longest: Duration) {
         self.next = self.next.min(longest);
     }
 

@@ -32,7 +32,7 @@ impl Decoder {
         }
         let read = match &self.format {
             None => recognise::by_value(key, value),
-            Some(format) => format.read(key, value),
+            Some(format) => format.decode_unchecked(key, value),
         };
         let Some(mut instance) = read? else {
             return Ok(None);

@@ -107,14 +107,15 @@ impl Format {
         service: &str,
         instance: &Instance,
     ) -> Result<String, FormatError> {
-        self.dialect().key(&self.prefix(prefix), service, instance)
+        self.instance_format()
+            .key(&self.prefix(prefix), service, instance)
     }
 
     /// Returns the prefix of all keys of a service under a prefix, by default the prefix of the format.
     #[must_use]
     pub fn service_prefix(&self, prefix: Option<&str>, service: &str) -> String {
         let prefix = self.prefix(prefix);
-        with_slash(&self.dialect().service_prefix(&prefix, service))
+        with_slash(&self.instance_format().service_prefix(&prefix, service))
     }
 
     /// Encodes the value of an instance at a key.
@@ -124,7 +125,7 @@ impl Format {
     /// Fails if the format cannot represent an attribute of the instance, so that decoding would lose it. Also fails if the value is over
     /// 64 KiB.
     pub fn encode(&self, key: &str, instance: &Instance) -> Result<Vec<u8>, FormatError> {
-        let value = self.write(key, instance)?;
+        let value = self.encode_unchecked(key, instance)?;
         if value.len() > MAX_VALUE {
             let reason = format!(
                 "would be {} bytes long, over the limit of {MAX_VALUE}",
@@ -132,7 +133,7 @@ impl Format {
             );
             return Err(FormatError::new(reason));
         }
-        let read = self.read(key, &value)?;
+        let read = self.decode_unchecked(key, &value)?;
         let advertisement = instance.advertisement();
         let missing = match &read {
             Some(read) => advertisement.difference(read.advertisement()),
@@ -147,30 +148,38 @@ impl Format {
     }
 
     /// Encodes a value without a check that the format can represent every attribute.
-    pub(crate) fn write(&self, key: &str, instance: &Instance) -> Result<Vec<u8>, FormatError> {
-        guarded(self, |format| format.encode(key, instance))
+    pub(crate) fn encode_unchecked(
+        &self,
+        key: &str,
+        instance: &Instance,
+    ) -> Result<Vec<u8>, FormatError> {
+        catch_panic(self, |format| format.encode(key, instance))
     }
 
-    pub(super) fn read(&self, key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
-        guarded(self, |format| format.decode(key, value))
+    pub(super) fn decode_unchecked(
+        &self,
+        key: &str,
+        value: &[u8],
+    ) -> Result<Option<Instance>, FormatError> {
+        catch_panic(self, |format| format.decode(key, value))
     }
 
     pub(crate) fn default_weight(&self) -> u32 {
-        self.dialect().default_weight().clamp(1, MAX_WEIGHT)
+        self.instance_format().default_weight().clamp(1, MAX_WEIGHT)
     }
 
     pub(crate) fn name(&self) -> &str {
-        self.dialect().name()
+        self.instance_format().name()
     }
 
     fn prefix(&self, prefix: Option<&str>) -> String {
-        match prefix.unwrap_or(self.dialect().default_prefix()) {
+        match prefix.unwrap_or(self.instance_format().default_prefix()) {
             "" => String::new(),
             prefix => with_slash(prefix),
         }
     }
 
-    fn dialect(&self) -> &dyn InstanceFormat {
+    fn instance_format(&self) -> &dyn InstanceFormat {
         match self {
             Self::EtcdNaming => &super::etcd_naming::EtcdNaming,
             Self::Plain => &super::plain::Plain,
@@ -216,12 +225,14 @@ impl std::str::FromStr for Format {
     type Err = FormatError;
 
     fn from_str(name: &str) -> Result<Self, FormatError> {
-        let plain = |name: &str| -> String {
+        let normalized = |name: &str| -> String {
             let letters = name.chars().filter(char::is_ascii_alphanumeric);
             letters.map(|letter| letter.to_ascii_lowercase()).collect()
         };
-        let wanted = plain(name);
-        let found = NAMED.iter().find(|format| plain(format.name()) == wanted);
+        let wanted = normalized(name);
+        let found = NAMED
+            .iter()
+            .find(|format| normalized(format.name()) == wanted);
         found.cloned().ok_or_else(|| {
             let names: Vec<_> = NAMED.iter().map(Format::name).collect();
             FormatError::new(format!("{name:?} is none of {}", names.join(", ")))
@@ -266,12 +277,12 @@ impl Hash for Format {
 }
 
 /// Calls a format. A panic in a custom format must not end the discovery of other services.
-fn guarded<T>(
+fn catch_panic<T>(
     format: &Format,
     call: impl FnOnce(&dyn InstanceFormat) -> Result<T, FormatError>,
 ) -> Result<T, FormatError> {
     let Format::Custom(custom) = format else {
-        return call(format.dialect());
+        return call(format.instance_format());
     };
     catch_unwind(AssertUnwindSafe(|| call(&**custom)))
         .unwrap_or(Err(FormatError::of("makes its format panic")))

@@ -55,7 +55,10 @@ impl Entry {
         largest.advertisement_mut().weight = MAX_WEIGHT;
         largest.advertisement_mut().leaving = true;
         for key in &self.keys {
-            let size = self.format.write(&key.to_string(), &largest)?.len();
+            let size = self
+                .format
+                .encode_unchecked(&key.to_string(), &largest)?
+                .len();
             if size > MAX_VALUE {
                 return Err(FormatError::new(format!(
                     "can make the value {size} bytes long, over the limit of {MAX_VALUE}; use less metadata"
@@ -97,7 +100,7 @@ impl Entry {
         }
         let leave_marker = self
             .format
-            .write(&self.keys[index].to_string(), &self.leaving());
+            .encode_unchecked(&self.keys[index].to_string(), &self.leaving());
         leave_marker.unwrap_or_else(|_| value())
     }
 }

@@ -34,9 +34,9 @@ pub(super) struct HealthWatch {
 
 /// The action that follows the end of a watch.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum End {
+pub(super) enum Restart {
     /// Start the watch again at once. Until then the last status stays valid.
-    Again,
+    Now,
     /// Report this health, and start the watch again after this wait.
     After(Health, Duration),
     /// Report this health, and do not start the watch again on this connection: its server has no health service.
@@ -70,9 +70,9 @@ impl HealthWatch {
         why: &Status,
         lasted: Duration,
         rng: &mut fastrand::Rng,
-    ) -> End {
+    ) -> Restart {
         if why.code() == Code::Unimplemented {
-            return End::Never(Health::Serving);
+            return Restart::Never(Health::Serving);
         }
         // Proxies limit the duration of a call, and servers limit the age of a connection. The end of a watch is therefore no failure,
         // however often it happens. But a server that answers each watch and ends it at once must not be queried in a tight loop.
@@ -80,19 +80,19 @@ impl HealthWatch {
             self.backoff.reset();
             if lasted >= MIN_LIFETIME {
                 self.restarted_immediately = false;
-                return End::Again;
+                return Restart::Now;
             }
             if !std::mem::replace(&mut self.restarted_immediately, true) {
-                return End::Again;
+                return Restart::Now;
             }
-            return End::After(health, RESTART_INTERVAL.mul_f64(0.8 + 0.4 * rng.f64()));
+            return Restart::After(health, RESTART_INTERVAL.mul_f64(0.8 + 0.4 * rng.f64()));
         }
         let health = match why.code() {
             // tonic-health returns this code for a service that it does not know.
             Code::NotFound => Health::Serving,
             code => not_serving(&format!("{code:?}: {}", why.message())),
         };
-        End::After(health, self.next_wait(rng))
+        Restart::After(health, self.next_wait(rng))
     }
 
     fn next_wait(&mut self, rng: &mut fastrand::Rng) -> Duration {
@@ -140,14 +140,14 @@ mod tests {
         let (mut watch, mut rng) = watch();
         let why = Status::unimplemented("no such service");
         let end = watch.on_end(&why, Duration::ZERO, &mut rng);
-        assert_eq!(end, End::Never(Health::Serving));
+        assert_eq!(end, Restart::Never(Health::Serving));
     }
 
     #[test]
     fn a_server_that_does_not_know_the_service_is_used_and_watched_again() {
         let (mut watch, mut rng) = watch();
         let why = Status::not_found("service not registered");
-        let End::After(health, wait) = watch.on_end(&why, Duration::ZERO, &mut rng) else {
+        let Restart::After(health, wait) = watch.on_end(&why, Duration::ZERO, &mut rng) else {
             unreachable!("the watch ends for good");
         };
         assert_eq!(health, Health::Serving);
@@ -161,7 +161,7 @@ mod tests {
         let mut last = Duration::ZERO;
         for _ in 0..5 {
             let end = watch.on_end(&ended, Duration::ZERO, &mut rng);
-            let End::After(Health::NotServing(why), wait) = end else {
+            let Restart::After(Health::NotServing(why), wait) = end else {
                 unreachable!("{end:?}");
             };
             assert!(why.contains("the stream ended"), "{why}");
@@ -179,14 +179,14 @@ mod tests {
             watch.on_end(&ended, Duration::from_secs(lasted), &mut rng)
         };
         for _ in 0..5 {
-            assert_eq!(end_after(300), End::Again);
+            assert_eq!(end_after(300), Restart::Now);
         }
-        assert_eq!(end_after(0), End::Again);
+        assert_eq!(end_after(0), Restart::Now);
         for _ in 0..5 {
             let end = end_after(0);
-            let stands = matches!(end, End::After(Health::Serving, wait) if wait > Duration::from_millis(700));
+            let stands = matches!(end, Restart::After(Health::Serving, wait) if wait > Duration::from_millis(700));
             assert!(stands, "{end:?}");
-            let End::After(_, wait) = end else {
+            let Restart::After(_, wait) = end else {
                 unreachable!("{end:?}");
             };
             assert!(
@@ -194,7 +194,7 @@ mod tests {
                 "the server responds: {wait:?}"
             );
         }
-        assert_eq!(end_after(60), End::Again, "a long watch resets the wait");
-        assert_eq!(end_after(0), End::Again, "the wait was reset");
+        assert_eq!(end_after(60), Restart::Now, "a long watch resets the wait");
+        assert_eq!(end_after(0), Restart::Now, "the wait was reset");
     }
 }

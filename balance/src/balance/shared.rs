@@ -19,7 +19,7 @@ use super::ready_set::ReadySet;
 use super::stream_queue::Waiters;
 use super::summary::Summary;
 use crate::address::Address;
-use crate::transport::connect::{Attempt, Connector, DialError};
+use crate::transport::connect::{Connector, DialError, DialHistory};
 
 /// The state that calls share with the driver.
 #[derive(Debug)]
@@ -154,7 +154,7 @@ impl Shared {
     /// # Cancel safety
     ///
     /// Dropping the future closes the connection.
-    pub(crate) async fn dial_alone(
+    pub(crate) async fn dial_private(
         &self,
         endpoint: &Arc<Endpoint>,
         metadata: usize,
@@ -162,7 +162,7 @@ impl Shared {
     ) -> Result<Permit, DialError> {
         let connected = self
             .connector
-            .connect(endpoint.address(), Attempt::default(), |_| {});
+            .connect(endpoint.address(), DialHistory::default(), |_| {});
         let load = Loads::new().begin(None, 0.0);
         let connection = ReadyConnection::new(
             connected.await?,

@@ -9,7 +9,7 @@ use tonic::{Code, Status};
 use super::body::ResponseBody;
 use super::core::Core;
 use super::extension::ServedBy;
-use super::http_status::{Foreign, Head};
+use super::http_status::{Head, NonGrpcResponse};
 use super::request::Call;
 use super::status;
 use crate::balance::{AnswerFault, Permit};
@@ -56,19 +56,19 @@ pub(super) fn failed(
     now: Instant,
 ) -> Status {
     if head == Head::Grpc(Some(Code::Cancelled))
-        && let Some(deadline) = deadline.filter(|_| status::is_deadline(deadline, now))
+        && let Some(deadline) = deadline.filter(|_| status::is_deadline_cancellation(deadline, now))
     {
         permit.on_overdue(now);
         let endpoint = permit.endpoint();
-        return status::overdue_at(core, deadline, "waiting for the response", endpoint);
+        return status::deadline_exceeded_at(core, deadline, "waiting for the response", endpoint);
     }
     record_head(core, response, permit, now);
     let address = permit.endpoint().address();
-    if let Head::Foreign(_) = head {
-        return status::foreign(&core.service, address, &Foreign::of(response));
+    if let Head::NotGrpc(_) = head {
+        return status::not_grpc(&core.service, address, &NonGrpcResponse::of(response));
     }
-    status::answered(address, response.headers())
-        .unwrap_or_else(|| status::unfinished(&core.service, address))
+    status::server_error(address, response.headers())
+        .unwrap_or_else(|| status::missing_trailers(&core.service, address))
 }
 
 /// Records a response head as a success or a failure of its endpoint. It counts once, whether the caller gets the response or another
@@ -84,11 +84,11 @@ pub(super) fn record_head<T>(
     }
     let head = Head::of(response);
     permit.on_head(now, status::head_blame(head));
-    if let Head::Foreign(_) = head {
-        let foreign = Foreign::of(response);
-        let fault = AnswerFault::NotGrpc(foreign.http());
+    if let Head::NotGrpc(_) = head {
+        let not_grpc = NonGrpcResponse::of(response);
+        let fault = AnswerFault::NotGrpc(not_grpc.http());
         core.shared()
-            .on_not_grpc(permit.endpoint(), fault, || foreign.to_string());
+            .on_not_grpc(permit.endpoint(), fault, || not_grpc.to_string());
     } else {
         permit.on_answer();
     }

@@ -94,7 +94,7 @@ impl Unsent {
         match self.error {
             OpenError::Malformed(error) => Err(status::malformed(&core.service, error)),
             OpenError::Gone(error) => {
-                history.add_gone(&self.permit, error);
+                history.exclude_connection(&self.permit, error);
                 Ok(self.body)
             }
         }

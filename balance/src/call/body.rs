@@ -80,7 +80,7 @@ impl Body for ResponseBody {
             return Poll::Ready(None);
         };
         let outcome = stream.incoming.poll_frame(cx);
-        let overdue = match (&outcome, stream.deadline) {
+        let deadline_exceeded = match (&outcome, stream.deadline) {
             (Poll::Pending, None) => return Poll::Pending,
             (Poll::Pending, Some(deadline)) => {
                 // Created only if a read is pending: most responses are received completely before the first read.
@@ -101,12 +101,13 @@ impl Body for ResponseBody {
             }
             _ => None,
         };
-        if let Some(deadline) = overdue {
+        if let Some(deadline) = deadline_exceeded {
             stream.permit.on_overdue(Instant::now());
             let endpoint = stream.permit.endpoint();
-            let overdue = status::overdue_at(&stream.core, deadline, READING, endpoint);
+            let deadline_exceeded =
+                status::deadline_exceeded_at(&stream.core, deadline, READING, endpoint);
             *this.stream = None;
-            return Poll::Ready(Some(Err(overdue)));
+            return Poll::Ready(Some(Err(deadline_exceeded)));
         }
         let Poll::Ready(outcome) = outcome else {
             return Poll::Pending;
@@ -141,27 +142,29 @@ impl Stream {
             Broken::Stream(error) => {
                 let now = Instant::now();
                 if status::is_cancelled(&error)
-                    && let Some(overdue) = self.overdue(now)
+                    && let Some(deadline_exceeded) = self.deadline_exceeded(now)
                 {
-                    return overdue;
+                    return deadline_exceeded;
                 }
                 self.permit.on_failure(now, Blame::Connection);
                 let address = self.permit.endpoint().address();
                 let blame = self.permit.http2().blame();
-                status::broken(&self.core.service, address, error, blame)
+                status::connection_or_stream_failed(&self.core.service, address, error, blame)
             }
         }
     }
 
     /// Returns the status of a response that the server cancelled because of the deadline. Returns `None` if the deadline was not the
     /// cause.
-    fn overdue(&mut self, now: Instant) -> Option<Status> {
+    fn deadline_exceeded(&mut self, now: Instant) -> Option<Status> {
         let deadline = self
             .deadline
-            .filter(|_| status::is_deadline(self.deadline, now))?;
+            .filter(|_| status::is_deadline_cancellation(self.deadline, now))?;
         self.permit.on_overdue(now);
         let endpoint = self.permit.endpoint();
-        Some(status::overdue_at(&self.core, deadline, READING, endpoint))
+        Some(status::deadline_exceeded_at(
+            &self.core, deadline, READING, endpoint,
+        ))
     }
 
     /// Handles the end of a response without a gRPC status in trailers. Returns an error unless the head carried the status.
@@ -173,11 +176,11 @@ impl Stream {
         let endpoint = self.permit.endpoint();
         let shared = self.core.shared();
         shared.on_not_grpc(endpoint, AnswerFault::Unfinished, || {
-            status::UNFINISHED.to_owned()
+            status::MISSING_TRAILERS.to_owned()
         });
-        let unfinished = status::unfinished(&self.core.service, endpoint.address());
+        let status = status::missing_trailers(&self.core.service, endpoint.address());
         self.permit.on_failure(Instant::now(), Blame::Connection);
-        Some(unfinished)
+        Some(status)
     }
 
     /// Checks the trailers. Returns them, or the error that they carry.
@@ -198,15 +201,15 @@ impl Stream {
         self.permit.on_answer();
         let now = Instant::now();
         if code == Code::Cancelled
-            && let Some(overdue) = self.overdue(now)
+            && let Some(deadline_exceeded) = self.deadline_exceeded(now)
         {
-            return Err(overdue);
+            return Err(deadline_exceeded);
         }
         if let Some(blame) = status::blame(code) {
             self.permit.on_failure(now, blame);
         }
         let address = self.permit.endpoint().address();
-        status::answered(address, headers).map_or(Ok(trailers), Err)
+        status::server_error(address, headers).map_or(Ok(trailers), Err)
     }
 }
 

@@ -19,7 +19,7 @@ use super::core::Core;
 use super::extension::WaitForReady;
 use super::hedging::hedge;
 use super::history::History;
-use super::prepare::{TRUSTED_METADATA, is_unquestioned};
+use super::prepare::{TRUSTED_METADATA, needs_no_check};
 use super::request::{Call, KeptBody};
 use super::request_headers::{self, Headers};
 use super::retry_loop::{self, Retrying};
@@ -86,13 +86,13 @@ impl ResponseFuture {
 
 impl ResponseFuture {
     /// Creates the future of a call with a [`Routing`]. Such a call never takes the common path.
-    pub(crate) fn by(core: Arc<Core>, request: Request<Body>, routing: Routing) -> Self {
+    pub(crate) fn with_routing(core: Arc<Core>, request: Request<Body>, routing: Routing) -> Self {
         let mut this = Self::new(core, request);
         let state = std::mem::replace(&mut this.state, State::Done);
         if let (State::New(body), Some(core), Some(call)) =
             (state, this.core.take(), this.call.take())
         {
-            let history = History::by(routing, core.shared().given_up());
+            let history = History::with_routing(routing, core.shared().given_up());
             let deadline = this.deadline;
             let shared = Arc::clone(&core);
             let retrying = async move {
@@ -134,12 +134,12 @@ impl Future for ResponseFuture {
         // The attempt is dropped with the old state, which resets the stream.
         let status = match (std::mem::replace(this.state, State::Done), this.core.take()) {
             (State::Retry(core, _), _) => {
-                status::overdue(&core, deadline, "waiting for an endpoint")
+                status::deadline_exceeded(&core, deadline, "waiting for an endpoint")
             }
             (State::Sent(mut attempt), Some(core)) => {
                 attempt.permit.on_overdue(Instant::now());
                 let endpoint = attempt.permit.endpoint();
-                status::overdue_at(&core, deadline, "waiting for the response", endpoint)
+                status::deadline_exceeded_at(&core, deadline, "waiting for the response", endpoint)
             }
             _ => return Poll::Pending,
         };
@@ -208,7 +208,11 @@ impl State {
         };
         let now = Instant::now();
         if let Some(deadline) = deadline.filter(|deadline| now >= deadline.at()) {
-            return Err(status::overdue(channel, deadline, "making the call"));
+            return Err(status::deadline_exceeded(
+                channel,
+                deadline,
+                "making the call",
+            ));
         }
         if let Some(policy) = channel.hedging(request)
             && !matches!(body, Outgoing::Stream { .. })
@@ -226,7 +230,7 @@ impl State {
         let mut history = History::default();
         let (body, permit) = match channel.shared().pick(|_| true) {
             // Keeps the permit: a second pick would take a second turn in the round robin.
-            Pick::Taken(permit) if !is_unquestioned(channel, request, &permit, now) => {
+            Pick::Taken(permit) if !needs_no_check(channel, request, &permit, now) => {
                 (body, Some(permit))
             }
             Pick::Taken(permit) => {

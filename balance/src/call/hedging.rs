@@ -13,13 +13,15 @@ use super::attempt::{Attempt, Try};
 use super::body::ResponseBody;
 use super::core::Core;
 use super::history::History;
-use super::prepare::is_harmless;
+use super::prepare::has_small_metadata;
 use super::request::{Call, KeptBody};
 use super::retry::HedgingPolicy;
 use super::retry::decision::Pushback;
 use super::retry_loop::{Conclusion, Outcome, Retrying};
 use super::status;
-use super::transparent_retry::{Answered, Failed, PickError, pick_prepared, recover, unless_late};
+use super::transparent_retry::{
+    Answered, Failed, PickError, before_deadline, pick_prepared, recover,
+};
 use super::wait_for_endpoint::sleep_until;
 use crate::balance::{Permit, Pick, SCAN_LIMIT};
 use crate::transport::deadline::Deadline;
@@ -75,7 +77,7 @@ impl Hedging {
                 }
                 let permit = match self.first_permit().await {
                     Ok(permit) => permit?,
-                    Err(late) => return self.overdue(late, "waiting for an endpoint"),
+                    Err(late) => return self.deadline_exceeded(late, "waiting for an endpoint"),
                 };
                 if self.send(permit)? {
                     self.schedule(self.policy.delay());
@@ -83,8 +85,8 @@ impl Hedging {
                 continue;
             }
             let event = event(&mut self.open_attempts, self.next);
-            match unless_late(self.conclusion.deadline, event).await {
-                Err(late) => return self.overdue(late, "waiting for the response"),
+            match before_deadline(self.conclusion.deadline, event).await {
+                Err(late) => return self.deadline_exceeded(late, "waiting for the response"),
                 Ok(None) => self.send_another()?,
                 Ok(Some(ended)) => {
                     if let Some(outcome) = self.on_ended(ended).await {
@@ -99,7 +101,7 @@ impl Hedging {
     async fn first_permit(&mut self) -> Result<Result<Permit, Status>, Deadline> {
         let Conclusion { core, call, .. } = &self.conclusion;
         let picked = pick_prepared(core, call, None, &mut self.history);
-        let picked = unless_late(self.conclusion.deadline, picked).await?;
+        let picked = before_deadline(self.conclusion.deadline, picked).await?;
         Ok(picked.map_err(PickError::into_status))
     }
 
@@ -143,7 +145,7 @@ impl Hedging {
             // A hedge with large metadata is not sent: it does not justify a connection of its own. A silent connection is used without a
             // check. The hedge itself is the check, other attempts are in flight meanwhile, and a channel with few calls may have no other
             // connections.
-            if !is_harmless(&self.conclusion.call, &permit) {
+            if !has_small_metadata(&self.conclusion.call, &permit) {
                 break;
             }
             if self.send(permit)? {
@@ -156,11 +158,12 @@ impl Hedging {
 
     fn may_send(&self) -> bool {
         let method_config = self.conclusion.core.method_config.as_deref();
-        let suffices = method_config.is_some_and(|method_config| method_config.tokens().suffices());
+        let allows_retry =
+            method_config.is_some_and(|method_config| method_config.tokens().allows_retry());
         // A call that lost a connection may be the cause of the loss. A hedge could then cost another connection, with the other calls on
         // it.
-        let is_innocent = !self.history.has_lost();
-        suffices && is_innocent && !self.is_stopped && self.sent < self.policy.attempt_limit()
+        let has_lost_none = !self.history.has_lost_connection();
+        allows_retry && has_lost_none && !self.is_stopped && self.sent < self.policy.attempt_limit()
     }
 
     /// Schedules the next hedge after this wait, if another hedge is allowed.
@@ -178,7 +181,7 @@ impl Hedging {
                     // A peer ended a connection with an error while this call was on it. Each hedge could cost one more connection.
                     self.is_stopped = true;
                     let status = Status::unavailable("the call may be what ended its connection");
-                    Err(Failed::for_good(status))
+                    Err(Failed::permanent(status))
                 }
                 Ok(_) => {
                     // The server certainly did not process the call. It is sent to another endpoint at once, and this attempt does not
@@ -244,7 +247,11 @@ impl Hedging {
     }
 
     /// Ends the call after its deadline. Logs each attempt without a response, and has its connection checked with a PING.
-    fn overdue(mut self, late: Deadline, doing: &str) -> Result<Response<ResponseBody>, Status> {
+    fn deadline_exceeded(
+        mut self,
+        late: Deadline,
+        doing: &str,
+    ) -> Result<Response<ResponseBody>, Status> {
         for attempt in &mut self.open_attempts {
             attempt.permit.on_overdue(Instant::now());
             let address = attempt.permit.endpoint().address().clone();
@@ -252,8 +259,8 @@ impl Hedging {
                 .attempt_log
                 .add(Some(address), Code::DeadlineExceeded);
         }
-        let status = status::overdue(&self.conclusion.core, late, doing);
-        self.finish(Err(Failed::for_good(status)))
+        let status = status::deadline_exceeded(&self.conclusion.core, late, doing);
+        self.finish(Err(Failed::permanent(status)))
     }
 }
 

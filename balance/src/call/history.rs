@@ -22,15 +22,15 @@ pub(super) struct History {
     trusted: Vec<Arc<ReadyConnection>>,
     last: Option<Failure>,
     /// The status of the call if no connection of its own could be made.
-    undialled: Option<Status>,
+    private_dial_error: Option<Status>,
     /// The number of connections that their peer closed in order before it processed the call.
     goaways: usize,
     /// The number of connections that were lost with the call on them, in all attempts.
-    lost: usize,
+    lost_connections: usize,
     /// Whether a peer ended a connection with an error while the call was on it.
-    blamed: bool,
+    goaway_with_error: bool,
     /// Whether a connection was lost that carried only this call.
-    alone: bool,
+    lost_private_connection: bool,
     /// Endpoints of earlier attempts, of concurrent attempts, or from the [`Routing`], the latest last. They are used only if no other
     /// endpoint is ready.
     avoided: Vec<Address>,
@@ -46,7 +46,7 @@ struct Failure {
 
 impl History {
     /// Creates the history of a call with a [`Routing`].
-    pub(super) fn by(route: Routing, given_up: Vec<Arc<ReadyConnection>>) -> Self {
+    pub(super) fn with_routing(route: Routing, given_up: Vec<Arc<ReadyConnection>>) -> Self {
         Self {
             connections: given_up,
             avoided: route.avoided().to_vec(),
@@ -56,14 +56,14 @@ impl History {
     }
 
     /// Records the connection that the call was sent on, for its [`Routing`].
-    pub(super) fn on_placed(&self, permit: &Permit) {
+    pub(super) fn on_sent(&self, permit: &Permit) {
         if let Some(route) = &self.route {
             route.set_connection(permit.connection());
         }
     }
 
     /// Records a connection that accepted no more streams when the call was sent. This is not held against its endpoint.
-    pub(super) fn add_gone(&mut self, permit: &Permit, error: h2::Error) {
+    pub(super) fn exclude_connection(&mut self, permit: &Permit, error: h2::Error) {
         self.connections.push(Arc::clone(permit.connection()));
         self.last = Some(Failure {
             address: permit.endpoint().address().clone(),
@@ -93,44 +93,48 @@ impl History {
     }
 
     /// Records an endpoint to which no connection could be made for this call.
-    pub(super) fn add_undialled(&mut self, endpoint: &Arc<Endpoint>, status: Status) {
+    pub(super) fn add_private_dial_failure(&mut self, endpoint: &Arc<Endpoint>, status: Status) {
         self.endpoints.push(Arc::clone(endpoint));
-        self.undialled = Some(status);
+        self.private_dial_error = Some(status);
     }
 
     /// Records a connection that its peer closed in order before it processed the call. This is not held against its endpoint either.
     pub(super) fn add_closed(&mut self, permit: &Permit, error: h2::Error) {
         self.goaways += 1;
-        self.add_gone(permit, error);
+        self.exclude_connection(permit, error);
     }
 
     /// Records an endpoint that refused the call after it was sent.
     pub(super) fn add_refused(&mut self, permit: &Permit, error: h2::Error) {
         self.endpoints.push(Arc::clone(permit.endpoint()));
-        self.add_gone(permit, error);
+        self.exclude_connection(permit, error);
     }
 
     /// Records that a connection was lost with the call on it. `blamed`: the peer ended the connection because of a call on it. `alone`:
     /// this call was the only one on it, so it is the cause.
-    pub(super) fn on_connection_lost(&mut self, blamed: bool, alone: bool) {
-        self.lost += 1;
-        self.blamed |= blamed;
-        self.alone |= alone;
+    pub(super) fn on_connection_lost(
+        &mut self,
+        goaway_with_error: bool,
+        lost_private_connection: bool,
+    ) {
+        self.lost_connections += 1;
+        self.goaway_with_error |= goaway_with_error;
+        self.lost_private_connection |= lost_private_connection;
     }
 
     /// Returns whether a connection was lost with the call on it. No further hedge is then sent.
-    pub(super) fn has_lost(&self) -> bool {
-        self.lost > 0
+    pub(super) fn has_lost_connection(&self) -> bool {
+        self.lost_connections > 0
     }
 
     /// Returns whether this call may have caused the end of its connection. It is then sent only on connections of its own.
     pub(super) fn is_suspect(&self) -> bool {
-        self.blamed
+        self.goaway_with_error
     }
 
     /// Returns whether this call is treated as the cause of its lost connections. It is then not sent again.
     pub(super) fn is_to_blame(&self) -> bool {
-        self.alone || self.lost >= LOST
+        self.lost_private_connection || self.lost_connections >= MAX_LOST_CONNECTIONS
     }
 
     /// Records an endpoint that another attempt uses only if no other endpoint is ready.
@@ -147,21 +151,21 @@ impl History {
         self.connections.clear();
         self.goaways = 0;
         self.last = None;
-        self.undialled = None;
+        self.private_dial_error = None;
     }
 
     pub(super) fn is_exhausted(&self) -> bool {
-        self.endpoints.len() > REPLAYS || self.goaways > GOAWAYS
+        self.endpoints.len() > MAX_REFUSALS || self.goaways > MAX_GOAWAYS
     }
 
     /// Returns the connections and endpoints that must not be handed to the waiting call. With `fresh`, these include all endpoints of
     /// earlier attempts.
-    pub(super) fn exclusions(&self, fresh: bool) -> Exclusions {
+    pub(super) fn exclusions(&self, avoid_used_endpoints: bool) -> Exclusions {
         let endpoints = self.endpoints.iter();
         let mut endpoints: Vec<_> = endpoints
             .map(|endpoint| endpoint.address().clone())
             .collect();
-        if fresh {
+        if avoid_used_endpoints {
             endpoints.extend(self.avoided.iter().cloned());
         }
         Exclusions {
@@ -179,12 +183,12 @@ impl History {
     /// Returns whether the last failure leaves its connection in the ready set, so that a wait for the next ready set would not help.
     pub(super) fn is_refusal_final(&self) -> bool {
         let is_reset = |last: &Failure| last.error.is_reset();
-        self.undialled.is_some() || self.last.as_ref().is_some_and(is_reset)
+        self.private_dial_error.is_some() || self.last.as_ref().is_some_and(is_reset)
     }
 
     /// Picks a connection. With `fresh`, the result is `Full` if an endpoint that the call has not used is full, so that the call waits for
     /// it instead of using an endpoint where it failed.
-    pub(super) fn pick(&self, snapshot: &Snapshot<'_>, fresh: bool) -> Pick<Permit> {
+    pub(super) fn pick(&self, snapshot: &Snapshot<'_>, avoid_used_endpoints: bool) -> Pick<Permit> {
         let mut is_full = false;
         if !self.avoided.is_empty() {
             let last = self.avoided.last();
@@ -193,10 +197,12 @@ impl History {
             };
             match self.pick_new(snapshot) {
                 Pick::Excluded => {}
-                Pick::Full if !fresh => is_full = true,
+                Pick::Full if !avoid_used_endpoints => is_full = true,
                 pick => return pick,
             }
-            match snapshot.pick(|connection| self.is_open(connection) && !is_last(connection)) {
+            match snapshot
+                .pick(|connection| self.is_untried_endpoint(connection) && !is_last(connection))
+            {
                 Pick::Excluded => {}
                 Pick::Full => is_full = true,
                 pick => return pick,
@@ -205,11 +211,11 @@ impl History {
         let Summary {
             endpoints, pending, ..
         } = *snapshot.summary();
-        let picked = match snapshot.pick(|connection| self.is_open(connection)) {
+        let picked = match snapshot.pick(|connection| self.is_untried_endpoint(connection)) {
             // Every reachable endpoint was tried. Another connection to an endpoint often leads to another server, so untried connections
             // of tried endpoints are allowed. An endpoint that could not be dialled for this call has no other connection.
             Pick::Excluded
-                if self.undialled.is_none()
+                if self.private_dial_error.is_none()
                     && (self.endpoints.len() >= endpoints || pending == 0) =>
             {
                 snapshot.pick(|connection| self.is_untried(connection))
@@ -227,34 +233,34 @@ impl History {
         let avoided = |connection: &Arc<ReadyConnection>| {
             self.avoided.contains(connection.endpoint().address())
         };
-        snapshot.pick(|connection| self.is_open(connection) && !avoided(connection))
+        snapshot.pick(|connection| self.is_untried_endpoint(connection) && !avoided(connection))
     }
 
     /// Returns whether neither the connection nor its endpoint was tried in this attempt.
-    fn is_open(&self, connection: &Arc<ReadyConnection>) -> bool {
+    fn is_untried_endpoint(&self, connection: &Arc<ReadyConnection>) -> bool {
         self.is_untried(connection)
             && !self
                 .endpoints
                 .iter()
-                .any(|history| is_at(history, connection))
+                .any(|endpoint| is_at(endpoint, connection))
     }
 
     fn is_untried(&self, connection: &Arc<ReadyConnection>) -> bool {
-        let is_it = |history: &Arc<ReadyConnection>| Arc::ptr_eq(history, connection);
-        let is_silent = |(history, bytes): &(Arc<ReadyConnection>, u64)| {
-            is_it(history) && history.bytes_read() == *bytes
+        let is_same = |tried: &Arc<ReadyConnection>| Arc::ptr_eq(tried, connection);
+        let is_silent = |(tried, bytes): &(Arc<ReadyConnection>, u64)| {
+            is_same(tried) && tried.bytes_read() == *bytes
         };
-        !self.connections.iter().any(is_it) && !self.silent.iter().any(is_silent)
+        !self.connections.iter().any(is_same) && !self.silent.iter().any(is_silent)
     }
 
     /// Returns the status of a call that no endpoint can take. Clears the recorded failure.
     pub(super) fn take_status(&mut self, core: &Core, summary: &Summary, why: &str) -> Status {
-        if let Some(status) = self.undialled.take() {
+        if let Some(status) = self.private_dial_error.take() {
             return status;
         }
         match self.last.take() {
             Some(Failure { address, error }) => {
-                status::broken(&core.service, &address, error, None)
+                status::connection_or_stream_failed(&core.service, &address, error, None)
             }
             None => status::unready(core, summary, why),
         }
@@ -268,9 +274,9 @@ fn is_at(endpoint: &Endpoint, connection: &ReadyConnection) -> bool {
 }
 
 /// The limit on transparent retries after refusals.
-const REPLAYS: usize = 3;
+const MAX_REFUSALS: usize = 3;
 /// The limit on transparent retries after connections that their peer closed in order. A server that closes each connection after one call
 /// forces all other calls on it to be sent again.
-const GOAWAYS: usize = 64;
+const MAX_GOAWAYS: usize = 64;
 /// The number of connections lost with a call on them after which the call is not sent again.
-const LOST: usize = 2;
+const MAX_LOST_CONNECTIONS: usize = 2;

@@ -12,7 +12,7 @@ pub(super) enum Head {
     /// The head of a gRPC response, with the status if the head is the whole response.
     Grpc(Option<Code>),
     /// The head of another server's response, with gRPC's code for its HTTP status.
-    Foreign(Code),
+    NotGrpc(Code),
 }
 
 impl Head {
@@ -32,7 +32,7 @@ impl Head {
         if code.is_some() || (is_grpc && response.status() == StatusCode::OK) {
             Self::Grpc(code)
         } else {
-            Self::Foreign(from_http(response.status()))
+            Self::NotGrpc(from_http(response.status()))
         }
     }
 
@@ -40,7 +40,7 @@ impl Head {
     pub(super) fn failure(self) -> Option<Code> {
         match self {
             Self::Grpc(code) => code.filter(|code| *code != Code::Ok),
-            Self::Foreign(code) => Some(code),
+            Self::NotGrpc(code) => Some(code),
         }
     }
 }
@@ -67,12 +67,12 @@ fn from_http(status: StatusCode) -> Code {
 
 /// The description of a response that is not gRPC.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Foreign {
+pub(super) struct NonGrpcResponse {
     http: StatusCode,
     content_type: Option<HeaderValue>,
 }
 
-impl Foreign {
+impl NonGrpcResponse {
     #[cold]
     pub(super) fn of<T>(response: &Response<T>) -> Self {
         Self {
@@ -90,7 +90,7 @@ impl Foreign {
     }
 }
 
-impl fmt::Display for Foreign {
+impl fmt::Display for NonGrpcResponse {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let http = self.http.as_u16();
         write!(f, "the response is not gRPC: HTTP status {http}")?;
@@ -137,14 +137,14 @@ mod tests {
         assert_eq!(Head::of(&answered), not_found);
         let unlabelled = response(503, &[html, ("grpc-status", "5")]);
         assert_eq!(Head::of(&unlabelled), not_found);
-        for (foreign, code) in [
+        for (not_grpc, code) in [
             (response(200, &[]), Code::Unknown),
             (response(200, &[html]), Code::Unknown),
             (response(204, &[grpc]), Code::Unknown),
             (response(503, &[grpc]), Code::Unavailable),
             (response(403, &[html]), Code::PermissionDenied),
         ] {
-            assert_eq!(Head::of(&foreign), Head::Foreign(code), "{foreign:?}");
+            assert_eq!(Head::of(&not_grpc), Head::NotGrpc(code), "{not_grpc:?}");
         }
     }
 
@@ -174,12 +174,12 @@ mod tests {
     fn a_non_grpc_response_is_described_in_one_line() {
         let page = response(502, &[("content-type", "text/html")]);
         assert_eq!(
-            Foreign::of(&page).to_string(),
+            NonGrpcResponse::of(&page).to_string(),
             "the response is not gRPC: HTTP status 502, content-type \"text/html\""
         );
         let bare = response(204, &[]);
         assert_eq!(
-            Foreign::of(&bare).to_string(),
+            NonGrpcResponse::of(&bare).to_string(),
             "the response is not gRPC: HTTP status 204 without a content-type"
         );
     }

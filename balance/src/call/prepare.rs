@@ -12,12 +12,12 @@ use super::status;
 use crate::balance::Permit;
 
 /// Returns whether the call can be sent without a check: the connection was not silent for long, and the metadata is small.
-pub(super) fn is_unquestioned(core: &Core, call: &Call, permit: &Permit, now: Instant) -> bool {
-    is_harmless(call, permit) && !permit.is_doubtful(now, core.is_single_threaded)
+pub(super) fn needs_no_check(core: &Core, call: &Call, permit: &Permit, now: Instant) -> bool {
+    has_small_metadata(call, permit) && !permit.is_doubtful(now, core.is_single_threaded)
 }
 
 /// Returns whether the call's metadata is too small to end the connection.
-pub(super) fn is_harmless(call: &Call, permit: &Permit) -> bool {
+pub(super) fn has_small_metadata(call: &Call, permit: &Permit) -> bool {
     let metadata = call.metadata_size();
     metadata == 0
         || (metadata <= TRUSTED_METADATA && metadata <= permit.http2().max_header_list() as usize)
@@ -50,7 +50,7 @@ pub(super) async fn prepare(
     let is_large = metadata > TRUSTED_METADATA && !is_announced;
     let is_accepted = metadata <= permit.endpoint().largest_metadata();
     if history.is_suspect() || (is_large && !is_accepted) {
-        return Ok(alone(core, metadata, permit, history).await);
+        return Ok(dial_private(core, metadata, permit, history).await);
     }
     if core.is_single_threaded {
         // Lets the tasks run that read connections and drive the channel. In a program that drives its runtime only during a call, these
@@ -75,7 +75,12 @@ pub(super) async fn prepare(
 ///
 /// Peers that announce no limit on metadata (nginx, haproxy) end the whole connection when the metadata of a call exceeds their limit. On a
 /// shared connection, all calls would fail. Once the endpoint has accepted a size, calls up to that size use shared connections.
-async fn alone(core: &Core, metadata: usize, permit: Permit, history: &mut History) -> Prepared {
+async fn dial_private(
+    core: &Core,
+    metadata: usize,
+    permit: Permit,
+    history: &mut History,
+) -> Prepared {
     // The permit on the shared connection is not needed any more.
     let endpoint = Arc::clone(permit.endpoint());
     drop(permit);
@@ -85,12 +90,12 @@ async fn alone(core: &Core, metadata: usize, permit: Permit, history: &mut Histo
         return Prepared::Unfit;
     }
     // Boxed, because the future of a handshake is large and would enlarge the future of every queued call.
-    let dialled = Box::pin(core.shared().dial_alone(&endpoint, metadata, dial_permit));
+    let dialled = Box::pin(core.shared().dial_private(&endpoint, metadata, dial_permit));
     match dialled.await {
-        Ok(alone) => Prepared::Ready(alone),
+        Ok(permit) => Prepared::Ready(permit),
         Err(error) => {
-            let status = status::not_alone(&core.service, endpoint.address(), &error);
-            history.add_undialled(&endpoint, status);
+            let status = status::private_dial_failed(&core.service, endpoint.address(), &error);
+            history.add_private_dial_failure(&endpoint, status);
             Prepared::Unfit
         }
     }

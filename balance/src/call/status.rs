@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use tonic::{Code, Status};
 
 use super::core::Core;
-use super::http_status::{Foreign, Head};
+use super::http_status::{Head, NonGrpcResponse};
 use crate::address::Address;
 use crate::balance::{Blame, Endpoint, Summary};
 use crate::causes::causes;
@@ -42,15 +42,15 @@ use crate::transport::h2_error::is_unprocessed;
 #[derive(Clone, Debug)]
 pub struct CallError {
     address: Address,
-    what: String,
+    reason: String,
     source: Option<Arc<dyn Error + Send + Sync>>,
 }
 
 impl CallError {
-    fn new(address: &Address, what: impl Into<String>) -> Self {
+    fn new(address: &Address, reason: impl Into<String>) -> Self {
         Self {
             address: address.clone(),
-            what: what.into(),
+            reason: reason.into(),
             source: None,
         }
     }
@@ -69,7 +69,7 @@ impl CallError {
 
 impl std::fmt::Display for CallError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "endpoint {}: {}", self.address, self.what)
+        write!(f, "endpoint {}: {}", self.address, self.reason)
     }
 }
 
@@ -81,33 +81,33 @@ impl Error for CallError {
 
 /// Returns the status of a call whose connection or stream failed. `blame` is the error with which the endpoint ended the connection. It is
 /// added to the message, because a call that the GOAWAY still covers fails later, with only a socket error.
-pub(super) fn broken(
+pub(super) fn connection_or_stream_failed(
     service: &str,
     address: &Address,
     error: h2::Error,
     blame: Option<Reason>,
 ) -> Status {
-    let (code, what) = classify(&error);
-    let mut message = format!("{service}: endpoint {address}: {what}: {error}");
+    let (code, reason) = classify(&error);
+    let mut message = format!("{service}: endpoint {address}: {reason}: {error}");
     if let Some(blame) = blame.filter(|_| !error.is_go_away()) {
         message = format!("{message}; the endpoint has ended the connection with {blame:?}");
     }
-    let source = CallError::new(address, what).with_source(error);
+    let source = CallError::new(address, reason).with_source(error);
     with_source(code, message, Arc::new(source))
 }
 
 /// Returns the status of a call that had a connection of its own, which the endpoint ended. The call itself is the likely cause.
-pub(super) fn refused_alone(
+pub(super) fn private_connection_ended(
     service: &str,
     address: &Address,
     metadata: usize,
     error: h2::Error,
 ) -> Status {
-    let what = format!(
+    let reason = format!(
         "ended a connection that carried this call alone; its metadata has {metadata} bytes"
     );
-    let message = format!("{service}: endpoint {address}: {what}: {error}");
-    let source = CallError::new(address, what).with_source(error);
+    let message = format!("{service}: endpoint {address}: {reason}: {error}");
+    let source = CallError::new(address, reason).with_source(error);
     let code = if metadata > 0 {
         Code::ResourceExhausted
     } else {
@@ -117,57 +117,61 @@ pub(super) fn refused_alone(
 }
 
 /// Returns the status of a call that needs a connection of its own, which could not be made. The call was not sent.
-pub(super) fn not_alone(service: &str, address: &Address, error: &(dyn Error + 'static)) -> Status {
-    let what = format!(
+pub(super) fn private_dial_failed(
+    service: &str,
+    address: &Address,
+    error: &(dyn Error + 'static),
+) -> Status {
+    let reason = format!(
         "no connection could be made for a call that may end its connection: {}",
         causes(error)
     );
-    let message = format!("{service}: endpoint {address}: {what}");
-    let source = CallError::new(address, what);
+    let message = format!("{service}: endpoint {address}: {reason}");
+    let source = CallError::new(address, reason);
     with_source(Code::Unavailable, message, Arc::new(source))
 }
 
 /// Returns the status of a call whose metadata is larger than the endpoint accepts. The call was not sent.
 pub(super) fn too_large(service: &str, address: &Address, metadata: usize, limit: u32) -> Status {
-    let what = format!("accepts metadata of at most {limit} bytes, and the call has {metadata}");
-    let message = format!("{service}: endpoint {address} {what}; the call was not sent");
-    let source = CallError::new(address, what);
+    let reason = format!("accepts metadata of at most {limit} bytes, and the call has {metadata}");
+    let message = format!("{service}: endpoint {address} {reason}; the call was not sent");
+    let source = CallError::new(address, reason);
     with_source(Code::ResourceExhausted, message, Arc::new(source))
 }
 
 /// Returns the status of a call whose response is not gRPC.
-pub(super) fn foreign(service: &str, address: &Address, response: &Foreign) -> Status {
-    let what = response.to_string();
-    let message = format!("{service}: endpoint {address}: {what}");
-    let source = CallError::new(address, what);
+pub(super) fn not_grpc(service: &str, address: &Address, response: &NonGrpcResponse) -> Status {
+    let reason = response.to_string();
+    let message = format!("{service}: endpoint {address}: {reason}");
+    let source = CallError::new(address, reason);
     with_source(response.code(), message, Arc::new(source))
 }
 
 /// Returns the status of a response that ended without a gRPC status.
-pub(super) fn unfinished(service: &str, address: &Address) -> Status {
-    let message = format!("{service}: endpoint {address}: {UNFINISHED}");
-    let source = CallError::new(address, UNFINISHED);
+pub(super) fn missing_trailers(service: &str, address: &Address) -> Status {
+    let message = format!("{service}: endpoint {address}: {MISSING_TRAILERS}");
+    let source = CallError::new(address, MISSING_TRAILERS);
     with_source(Code::Unknown, message, Arc::new(source))
 }
 
 /// The description of a response that ended without a gRPC status.
-pub(super) const UNFINISHED: &str =
+pub(super) const MISSING_TRAILERS: &str =
     "the response ended without trailers, which carry the gRPC status";
 
 /// Returns the error that a server sent in headers or trailers, with the endpoint as its source. Returns `None` if they carry no error.
-pub(super) fn answered(address: &Address, headers: &HeaderMap) -> Option<Status> {
+pub(super) fn server_error(address: &Address, headers: &HeaderMap) -> Option<Status> {
     let mut status = Status::from_header_map(headers)?;
     if status.code() == Code::Ok {
         return None;
     }
-    let what = format!("answered with {:?}", status.code());
-    status.set_source(Arc::new(CallError::new(address, what)));
+    let reason = format!("answered with {:?}", status.code());
+    status.set_source(Arc::new(CallError::new(address, reason)));
     Some(status)
 }
 
 /// Returns whether a cancellation at `now` is the server's enforcement of the deadline, shortly before the client's own timer.
-pub(super) fn is_deadline(deadline: Option<Deadline>, now: Instant) -> bool {
-    deadline.is_some_and(|deadline| now + EARLY >= deadline.at())
+pub(super) fn is_deadline_cancellation(deadline: Option<Deadline>, now: Instant) -> bool {
+    deadline.is_some_and(|deadline| now + DEADLINE_TOLERANCE >= deadline.at())
 }
 
 /// Returns whether the server cancelled the call.
@@ -178,7 +182,7 @@ pub(super) fn is_cancelled(error: &h2::Error) -> bool {
 /// A cancellation at most this long before the deadline is reported as the deadline. When the deadline passes, servers reset the call with
 /// CANCEL or respond with CANCELLED. This can be early, because the timeout that they receive is rounded down, and their timers are as
 /// coarse as the client's.
-const EARLY: Duration = Duration::from_millis(2);
+const DEADLINE_TOLERANCE: Duration = Duration::from_millis(2);
 
 /// Maps an error to a gRPC code and a description, as in gRPC's table for HTTP/2 error codes. A failed connection is always `UNAVAILABLE`.
 fn classify(error: &h2::Error) -> (Code, &'static str) {
@@ -206,7 +210,11 @@ pub(super) fn malformed(service: &str, error: h2::Error) -> Status {
 
 /// Returns the status of a call that no endpoint can take.
 pub(super) fn unready(core: &Core, summary: &Summary, why: &str) -> Status {
-    let message = format!("{}: {why} ({})", core.service, numbers(core, summary));
+    let message = format!(
+        "{}: {why} ({})",
+        core.service,
+        endpoint_counts(core, summary)
+    );
     match &summary.last_error {
         Some(error) => with_source(Code::Unavailable, message, error.clone()),
         None => Status::unavailable(message),
@@ -214,40 +222,40 @@ pub(super) fn unready(core: &Core, summary: &Summary, why: &str) -> Status {
 }
 
 /// Returns the status of a call that was rejected because the wait queue is full.
-pub(super) fn crowded(core: &Core, limit: usize) -> Status {
-    let numbers = numbers(core, &core.shared().summary());
+pub(super) fn wait_queue_full(core: &Core, limit: usize) -> Status {
+    let endpoint_counts = endpoint_counts(core, &core.shared().summary());
     Status::resource_exhausted(format!(
-        "{}: {limit} calls are waiting already ({numbers})",
+        "{}: {limit} calls are waiting already ({endpoint_counts})",
         core.service
     ))
 }
 
 /// Returns the status of a call whose deadline passed while it was `doing` something.
-pub(super) fn overdue(core: &Core, deadline: Deadline, doing: &str) -> Status {
-    let numbers = numbers(core, &core.shared().summary());
+pub(super) fn deadline_exceeded(core: &Core, deadline: Deadline, doing: &str) -> Status {
+    let endpoint_counts = endpoint_counts(core, &core.shared().summary());
     let timeout = deadline.timeout();
     Status::deadline_exceeded(format!(
-        "{}: deadline of {timeout:?} exceeded while {doing} ({numbers})",
+        "{}: deadline of {timeout:?} exceeded while {doing} ({endpoint_counts})",
         core.service
     ))
 }
 
 /// Returns the status of a call whose deadline passed while it was `doing` something at an endpoint.
-pub(super) fn overdue_at(
+pub(super) fn deadline_exceeded_at(
     core: &Core,
     deadline: Deadline,
     doing: &str,
     endpoint: &Endpoint,
 ) -> Status {
     let (address, timeout) = (endpoint.address(), deadline.timeout());
-    let what = format!("deadline of {timeout:?} exceeded while {doing}");
-    let message = format!("{}: endpoint {address}: {what}", core.service);
-    let source = CallError::new(address, what);
+    let reason = format!("deadline of {timeout:?} exceeded while {doing}");
+    let message = format!("{}: endpoint {address}: {reason}", core.service);
+    let source = CallError::new(address, reason);
     with_source(Code::DeadlineExceeded, message, Arc::new(source))
 }
 
 /// Returns the number of endpoints and the last failures as text.
-fn numbers(core: &Core, summary: &Summary) -> String {
+fn endpoint_counts(core: &Core, summary: &Summary) -> String {
     let mut text = if summary.known {
         let Summary {
             endpoints, ready, ..
@@ -278,7 +286,7 @@ fn with_source(code: Code, message: String, source: Arc<dyn Error + Send + Sync>
 pub(super) fn head_blame(head: Head) -> Option<Blame> {
     match head {
         Head::Grpc(code) => code.and_then(blame),
-        Head::Foreign(_) => Some(Blame::Connection),
+        Head::NotGrpc(_) => Some(Blame::Connection),
     }
 }
 
@@ -312,7 +320,7 @@ mod tests {
             headers.insert(name, HeaderValue::from_static(value));
         }
         let address = "10.0.0.5:50051".parse().expect("an address");
-        let status = answered(&address, &headers).expect("an error");
+        let status = server_error(&address, &headers).expect("an error");
         assert_eq!(status.code(), Code::Unavailable);
         assert_eq!(status.message(), "grüße");
         assert_eq!(status.details(), [1, 2, 3]);
@@ -322,6 +330,6 @@ mod tests {
             .and_then(|source| source.downcast_ref::<CallError>());
         assert_eq!(source.expect("typed").address(), &address);
         headers.insert("grpc-status", HeaderValue::from_static("0"));
-        assert!(answered(&address, &headers).is_none());
+        assert!(server_error(&address, &headers).is_none());
     }
 }

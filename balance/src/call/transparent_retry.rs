@@ -40,7 +40,7 @@ pub(super) struct Failed {
 
 impl Failed {
     /// Creates a failure that another attempt would not change.
-    pub(super) fn for_good(status: Status) -> Self {
+    pub(super) fn permanent(status: Status) -> Self {
         Self {
             status,
             endpoint: None,
@@ -90,31 +90,31 @@ pub(super) async fn send(
     } = sending;
     loop {
         let picked = pick_prepared(core, call, first.take(), history);
-        let permit = match unless_late(deadline, picked).await {
+        let permit = match before_deadline(deadline, picked).await {
             Ok(Ok(permit)) => permit,
-            Ok(Err(PickError::Nowhere(status))) => return Err(Failed::unsent(status, body)),
-            Ok(Err(PickError::Refused(status))) => return Err(Failed::for_good(status)),
+            Ok(Err(PickError::NoEndpoint(status))) => return Err(Failed::unsent(status, body)),
+            Ok(Err(PickError::Refused(status))) => return Err(Failed::permanent(status)),
             Err(late) => {
-                let status = status::overdue(core, late, "waiting for an endpoint");
-                return Err(Failed::for_good(status));
+                let status = status::deadline_exceeded(core, late, "waiting for an endpoint");
+                return Err(Failed::permanent(status));
             }
         };
         let now = Instant::now();
         if let Some(late) = deadline.filter(|deadline| now >= deadline.at()) {
-            let status = status::overdue(core, late, "waiting for an endpoint");
-            return Err(Failed::for_good(status));
+            let status = status::deadline_exceeded(core, late, "waiting for an endpoint");
+            return Err(Failed::permanent(status));
         }
         let mut attempt = match Attempt::start(core, call, permit, body, deadline, which, now) {
             Ok(attempt) => attempt,
             Err(unsent) => {
                 let rest = unsent.into_retry(core, history);
-                body = rest.map_err(Failed::for_good)?;
+                body = rest.map_err(Failed::permanent)?;
                 continue;
             }
         };
-        history.on_placed(&attempt.permit);
+        history.on_sent(&attempt.permit);
         let head = std::future::poll_fn(|cx| attempt.exchange.poll_head(cx));
-        match unless_late(deadline, head).await {
+        match before_deadline(deadline, head).await {
             Ok(Ok(head)) => {
                 let answered = Answered { attempt, head };
                 return answered.settle(core, call, history, deadline).await;
@@ -123,7 +123,8 @@ pub(super) async fn send(
             Err(late) => {
                 attempt.permit.on_overdue(Instant::now());
                 let endpoint = attempt.permit.endpoint();
-                let status = status::overdue_at(core, late, "waiting for the response", endpoint);
+                let status =
+                    status::deadline_exceeded_at(core, late, "waiting for the response", endpoint);
                 return Err(Failed::at(&attempt.permit, status, None));
             }
         }
@@ -133,7 +134,7 @@ pub(super) async fn send(
 /// The reason why a call got no permit.
 pub(super) enum PickError {
     /// No endpoint takes calls.
-    Nowhere(Status),
+    NoEndpoint(Status),
     /// The picked endpoint would not accept this call.
     Refused(Status),
 }
@@ -141,7 +142,7 @@ pub(super) enum PickError {
 impl PickError {
     pub(super) fn into_status(self) -> Status {
         match self {
-            Self::Nowhere(status) | Self::Refused(status) => status,
+            Self::NoEndpoint(status) | Self::Refused(status) => status,
         }
     }
 }
@@ -158,7 +159,7 @@ pub(super) async fn pick_prepared(
             permit
         } else {
             let waited = wait_for_endpoint(core, history, call.wait_for_ready).await;
-            waited.map_err(PickError::Nowhere)?
+            waited.map_err(PickError::NoEndpoint)?
         };
         match prepare(core, call, permit, history).await {
             Ok(Prepared::Ready(permit)) => return Ok(permit),
@@ -186,16 +187,17 @@ pub(super) async fn recover(
         kept,
     } = attempt;
     let now = Instant::now();
-    if let Some(late) = deadline.filter(|_| status::is_deadline(deadline, now))
+    if let Some(late) = deadline.filter(|_| status::is_deadline_cancellation(deadline, now))
         && status::is_cancelled(&error)
     {
         permit.on_overdue(now);
-        let status = status::overdue_at(core, late, "waiting for the response", permit.endpoint());
+        let status =
+            status::deadline_exceeded_at(core, late, "waiting for the response", permit.endpoint());
         return Err(Failed::at(&permit, status, None));
     }
     let body = match kept.body() {
         Some(body) => Some(body),
-        None => given_back(exchange.into_pumped().await).map_err(Failed::for_good)?,
+        None => returned_body(exchange.into_pumped().await).map_err(Failed::permanent)?,
     };
     let blame = permit.http2().blame();
     if is_connection_lost(&error) && (blame.is_some() || !is_unprocessed(&error)) {
@@ -216,9 +218,14 @@ pub(super) async fn recover(
         body => {
             let address = permit.endpoint().address();
             let status = if permit.is_alone() && is_connection_lost(&error) {
-                status::refused_alone(&core.service, address, call.metadata_size(), error)
+                status::private_connection_ended(
+                    &core.service,
+                    address,
+                    call.metadata_size(),
+                    error,
+                )
             } else {
-                status::broken(&core.service, address, error, blame)
+                status::connection_or_stream_failed(&core.service, address, error, blame)
             };
             permit.on_failure(now, Blame::Connection);
             Err(Failed::at(&permit, status, body))
@@ -253,22 +260,24 @@ impl Answered {
             Poll::Pending if !incoming.has_begun() => Poll::Pending,
             _ => Poll::Ready(()),
         });
-        if timeout(ALONE, begun).await.is_ok() {
+        if timeout(HEAD_BUFFER_TIME, begun).await.is_ok() {
             let ended = std::future::poll_fn(|cx| incoming.poll_ahead(cx));
             // After the timeout, the response is handed to the caller although it has not ended.
-            let _ = timeout(UNENDED, ended).await;
+            let _ = timeout(RESPONSE_BUFFER_TIME, ended).await;
         }
         match incoming.take_broken() {
             None => Ok(self),
-            Some(Broken::Request(status)) => Err(Failed::for_good(status)),
+            Some(Broken::Request(status)) => Err(Failed::permanent(status)),
             Some(Broken::Stream(error)) => {
                 let now = Instant::now();
-                if let Some(late) = deadline.filter(|_| status::is_deadline(deadline, now))
+                if let Some(late) =
+                    deadline.filter(|_| status::is_deadline_cancellation(deadline, now))
                     && status::is_cancelled(&error)
                 {
                     permit.on_overdue(now);
                     let endpoint = permit.endpoint();
-                    let status = status::overdue_at(core, late, "reading the response", endpoint);
+                    let status =
+                        status::deadline_exceeded_at(core, late, "reading the response", endpoint);
                     return Err(Failed::at(permit, status, None));
                 }
                 let blame = permit.http2().blame();
@@ -277,7 +286,8 @@ impl Answered {
                 }
                 permit.on_failure(now, Blame::Connection);
                 let address = permit.endpoint().address();
-                let status = status::broken(&core.service, address, error, blame);
+                let status =
+                    status::connection_or_stream_failed(&core.service, address, error, blame);
                 Err(Failed::at(permit, status, Some(body)))
             }
         }
@@ -287,12 +297,12 @@ impl Answered {
     pub(super) async fn take_body(&mut self) -> Result<Option<Outgoing>, Status> {
         match self.attempt.kept.body() {
             Some(body) => Ok(Some(body)),
-            None => given_back(self.head.body_mut().recall().await),
+            None => returned_body(self.head.body_mut().recall().await),
         }
     }
 }
 
-fn given_back(pumped: Option<Pumped>) -> Result<Option<Outgoing>, Status> {
+fn returned_body(pumped: Option<Pumped>) -> Result<Option<Outgoing>, Status> {
     match pumped {
         Some(Pumped::Returned(body)) => Ok(Some(body)),
         Some(Pumped::Failed(status)) => Err(status),
@@ -302,7 +312,7 @@ fn given_back(pumped: Option<Pumped>) -> Result<Option<Outgoing>, Status> {
 
 /// Returns the output of a future, or the deadline if the future is pending after the deadline. No timer is needed here: the
 /// `ResponseFuture` that polls this has one.
-pub(super) async fn unless_late<F: Future>(
+pub(super) async fn before_deadline<F: Future>(
     deadline: Option<Deadline>,
     future: F,
 ) -> Result<F::Output, Deadline> {
@@ -319,6 +329,6 @@ pub(super) async fn unless_late<F: Future>(
 
 /// How long a response head is buffered while no frame follows. This is longer than the system takes to close the sockets of a killed
 /// process.
-const ALONE: Duration = Duration::from_millis(50);
+const HEAD_BUFFER_TIME: Duration = Duration::from_millis(50);
 /// How long the beginning of a response is buffered. It is short, because it delays the first message of a stream.
-const UNENDED: Duration = Duration::from_millis(5);
+const RESPONSE_BUFFER_TIME: Duration = Duration::from_millis(5);

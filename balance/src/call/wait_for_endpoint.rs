@@ -26,9 +26,9 @@ pub(super) async fn wait_for_endpoint(
     }
     let mut waiting = None;
     // For a short time, the call waits for a full endpoint rather than use an endpoint where it failed.
-    let mut fresh_until = history
+    let mut avoid_until = history
         .avoids()
-        .then(|| Instant::now() + FRESH_ENDPOINT_WAIT);
+        .then(|| Instant::now() + UNUSED_ENDPOINT_WAIT);
     let now = Instant::now();
     // After this time the call also accepts a silent connection: it is better than none. The driver has dialled a second connection since
     // the check failed.
@@ -48,11 +48,11 @@ pub(super) async fn wait_for_endpoint(
                 0
             };
             let snapshot = shared.snapshot(scan_limit.max(SCAN_LIMIT));
-            let next = match history.pick(&snapshot, fresh_until.is_some()) {
+            let next = match history.pick(&snapshot, avoid_until.is_some()) {
                 Pick::Taken(permit) => return Ok(permit),
                 Pick::Excluded if history.is_refusal_final() => Next::fail("refused"),
                 Pick::Full | Pick::Excluded => {
-                    Next::Wait([fresh_until, silent_until].into_iter().flatten().min())
+                    Next::Wait([avoid_until, silent_until].into_iter().flatten().min())
                 }
                 Pick::Empty => Next::without_ready(core, snapshot.summary(), wait_for_ready),
             };
@@ -66,8 +66,8 @@ pub(super) async fn wait_for_endpoint(
         shared.demand();
         let Some(queued) = &waiting else {
             let waiters = shared.waiters();
-            let joined = waiters.join(history.exclusions(fresh_until.is_some()));
-            waiting = Some(joined.ok_or_else(|| status::crowded(core, waiters.limit()))?);
+            let joined = waiters.join(history.exclusions(avoid_until.is_some()));
+            waiting = Some(joined.ok_or_else(|| status::wait_queue_full(core, waiters.limit()))?);
             // A stream that becomes free from now on is handed over. The next iteration finds a stream that became free before.
             continue;
         };
@@ -77,8 +77,8 @@ pub(super) async fn wait_for_endpoint(
             () = changed => {}
             () = sleep_until(until) => {}
         }
-        if fresh_until.is_some_and(|until| until <= Instant::now()) {
-            fresh_until = None;
+        if avoid_until.is_some_and(|until| until <= Instant::now()) {
+            avoid_until = None;
             waiting = None;
         }
         if silent_until.is_some_and(|until| until <= Instant::now()) {
@@ -165,7 +165,7 @@ pub(super) async fn sleep_until(until: Option<Instant>) {
 /// The number of slots that all waiting calls together scan when a ready set is published: some milliseconds of work.
 const SCAN_BUDGET: usize = 200_000;
 /// How long a retry waits for a free stream on an endpoint where it has not failed. About the duration of a call.
-const FRESH_ENDPOINT_WAIT: Duration = Duration::from_millis(50);
+const UNUSED_ENDPOINT_WAIT: Duration = Duration::from_millis(50);
 /// How long a call waits for another connection after its connection did not answer a check. About the time after which TCP repeats its
 /// first packet (RFC 6298, section 2), so that a dial whose first packet was lost still succeeds in time.
 const SILENT_CONNECTION_WAIT: Duration = Duration::from_secs(1);

@@ -88,7 +88,7 @@ impl BalancedChannel {
 
     /// Makes a call with a [`Routing`].
     pub fn call_routed(&self, routing: &Routing, request: Request<Body>) -> ResponseFuture {
-        ResponseFuture::by(Arc::clone(&self.0), request, routing.clone())
+        ResponseFuture::with_routing(Arc::clone(&self.0), request, routing.clone())
     }
 
     /// Replaces the connection that a routed call was sent on with a new connection to the same endpoint.

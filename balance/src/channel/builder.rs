@@ -420,7 +420,7 @@ impl Config {
             on_refused,
             service,
             policy,
-            own_addresses,
+            static_addresses,
             handle,
         } = endpoints;
         let service = self.service.take().or(service);
@@ -431,7 +431,7 @@ impl Config {
             "the source of endpoints has reported none within the startup timeout"
         };
         let mut connector = self.connector;
-        connector.own_addresses = own_addresses;
+        connector.static_addresses = static_addresses;
         connector.http2.keep_alive = self.keep_alive.build();
         if let Some(policy) = self.address_policy.or(policy) {
             connector.policy = policy;

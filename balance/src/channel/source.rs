@@ -44,7 +44,7 @@ pub struct Endpoints<S> {
     pub(super) on_refused: Option<OnRefused>,
     pub(super) service: Option<String>,
     pub(super) policy: Option<AddressPolicy>,
-    pub(super) own_addresses: bool,
+    pub(super) static_addresses: bool,
     pub(super) handle: Option<SourceHandle>,
 }
 
@@ -65,7 +65,7 @@ impl<S> Endpoints<S> {
             on_refused: None,
             service: None,
             policy: None,
-            own_addresses: false,
+            static_addresses: false,
             handle: None,
         }
     }
@@ -172,7 +172,7 @@ impl EndpointSource for Addresses {
             .map(|address| address.map(|address| Ok(Change::Insert(address, ()))))
             .collect();
         let mut endpoints = Endpoints::new(tokio_stream::iter(changes?));
-        endpoints.own_addresses = true;
+        endpoints.static_addresses = true;
         Ok(endpoints)
     }
 }

@@ -43,7 +43,7 @@ pub(crate) struct Connector {
     /// The policy for the IP addresses that a host name resolves to. The source of endpoints has already checked the addresses themselves.
     pub(crate) policy: AddressPolicy,
     /// Whether the program itself contains the addresses. Only then can TLS verify a server by the host of its address.
-    pub(crate) own_addresses: bool,
+    pub(crate) static_addresses: bool,
 }
 
 impl Default for Connector {
@@ -55,14 +55,14 @@ impl Default for Connector {
             http2: Settings::default(),
             timeout: CONNECT_TIMEOUT,
             policy: AddressPolicy::default(),
-            own_addresses: false,
+            static_addresses: false,
         }
     }
 }
 
 /// The results of earlier attempts.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Attempt {
+pub(crate) struct DialHistory {
     /// The number of consecutive failed attempts.
     pub(crate) failed: usize,
     /// The keep-alive that the server tolerates.
@@ -117,13 +117,13 @@ impl Connector {
     pub(crate) async fn connect<F>(
         &self,
         address: &Address,
-        attempt: Attempt,
+        history: DialHistory,
         on_event: F,
     ) -> Result<Connection, DialError>
     where
         F: FnMut(ConnectionEvent) + Send + Unpin + 'static,
     {
-        let connected = tokio::time::timeout(self.timeout, self.try_connect(address, attempt));
+        let connected = tokio::time::timeout(self.timeout, self.try_connect(address, history));
         match connected.await {
             Ok(outcome) => outcome.map(|established| established.start(on_event)),
             Err(_) => Err(DialError::TimedOut(self.timeout)),
@@ -133,31 +133,31 @@ impl Connector {
     async fn try_connect(
         &self,
         address: &Address,
-        attempt: Attempt,
+        history: DialHistory,
     ) -> Result<Established, DialError> {
         if let Some(dial) = &self.dial {
             let io = dial(address.clone()).await.map_err(DialError::Dial)?;
-            return self.secure(io, address, attempt).await;
+            return self.handshake(io, address, history).await;
         }
         if let Some(path) = address.socket_path() {
             let io = unix(path).await.map_err(DialError::Dial)?;
-            return self.secure(io, address, attempt).await;
+            return self.handshake(io, address, history).await;
         }
         if let (Some(ip), Some(port)) = (address.ip(), address.port()) {
             let socket = SocketAddr::new(ip, port);
-            return self.tcp(socket, address, attempt).await;
+            return self.tcp(socket, address, history).await;
         }
         let mut resolved = self.resolve(address).await?;
         // Rotates the addresses: one whose server accepts connections but is unusable must not be the first in every attempt.
-        let first = attempt.failed % resolved.len().max(1);
+        let first = history.failed % resolved.len().max(1);
         resolved.rotate_left(first);
         if let [only] = resolved[..] {
-            return self.tcp(only, address, attempt).await;
+            return self.tcp(only, address, history).await;
         }
         let (connector, address) = (self.clone(), address.clone());
-        race(resolved, move |socket| {
+        happy_eyeballs(resolved, move |socket| {
             let (connector, address) = (connector.clone(), address.clone());
-            async move { connector.tcp(socket, &address, attempt).await }
+            async move { connector.tcp(socket, &address, history).await }
         })
         .await
     }
@@ -166,22 +166,22 @@ impl Connector {
         &self,
         socket: SocketAddr,
         address: &Address,
-        attempt: Attempt,
+        history: DialHistory,
     ) -> Result<Established, DialError> {
         let stream = TcpStream::connect(socket).await.map_err(DialError::Dial)?;
-        tune(&stream);
-        self.secure(stream, address, attempt).await
+        set_socket_options(&stream);
+        self.handshake(stream, address, history).await
     }
 
     #[cfg_attr(
         not(feature = "tls"),
         expect(unused_variables, reason = "the same signature as with the feature")
     )]
-    async fn secure<T>(
+    async fn handshake<T>(
         &self,
         io: T,
         address: &Address,
-        attempt: Attempt,
+        history: DialHistory,
     ) -> Result<Established, DialError>
     where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
@@ -190,11 +190,11 @@ impl Connector {
         if let Some(tls) = &self.tls {
             // The certificate of a server on a Unix socket is verified for `localhost`.
             let host = || address.host().unwrap_or("localhost");
-            let host = self.own_addresses.then(host);
+            let host = self.static_addresses.then(host);
             let io = tls.handshake(io, host).await.map_err(DialError::Tls)?;
-            return Ok(Connection::establish(io, &self.http2, attempt.keep_alive).await?);
+            return Ok(Connection::establish(io, &self.http2, history.keep_alive).await?);
         }
-        Ok(Connection::establish(io, &self.http2, attempt.keep_alive).await?)
+        Ok(Connection::establish(io, &self.http2, history.keep_alive).await?)
     }
 
     async fn resolve(&self, address: &Address) -> Result<Vec<SocketAddr>, DialError> {
@@ -259,7 +259,10 @@ fn alternating(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
 ///
 /// A dial wins the race when its peer has answered. A completed TCP connect does not count, because a stuck server still accepts
 /// connections.
-pub(super) async fn race<T, F, Fut>(addresses: Vec<SocketAddr>, connect: F) -> Result<T, DialError>
+pub(super) async fn happy_eyeballs<T, F, Fut>(
+    addresses: Vec<SocketAddr>,
+    connect: F,
+) -> Result<T, DialError>
 where
     F: Fn(SocketAddr) -> Fut,
     Fut: Future<Output = Result<T, DialError>> + Send + 'static,
@@ -271,7 +274,7 @@ where
     loop {
         let more = addresses.next().map(|next| dials.spawn(connect(next)));
         let outcome = if more.is_some() {
-            let started = tokio::time::timeout(HEAD_START, dials.join_next());
+            let started = tokio::time::timeout(CONNECTION_ATTEMPT_DELAY, dials.join_next());
             let Ok(outcome) = started.await else {
                 continue;
             };
@@ -289,7 +292,7 @@ where
 }
 
 /// Sets the options of a long-lived socket. An error is only logged, because the socket works without them.
-fn tune(stream: &TcpStream) {
+fn set_socket_options(stream: &TcpStream) {
     let socket = socket2::SockRef::from(stream);
     let keepalive = socket2::TcpKeepalive::new()
         .with_time(TCP_KEEPALIVE)
@@ -327,7 +330,7 @@ pub(crate) enum DialError {
 /// delays the start of a channel less.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// The delay before the next address is dialled; RFC 8305, section 5, recommends 250 ms.
-const HEAD_START: Duration = Duration::from_millis(250);
+const CONNECTION_ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
 const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// Limit on the time that sent bytes stay unacknowledged. Without it, a peer whose packets are dropped holds its calls for a quarter of an
@@ -347,7 +350,7 @@ mod tests {
         let address: Address = address.parse().expect("an address");
         let stream = TcpStream::connect(address.as_str()).await;
         let stream = stream.expect("a connection");
-        tune(&stream);
+        set_socket_options(&stream);
         assert!(stream.nodelay().expect("an option"));
         let socket = socket2::SockRef::from(&stream);
         let user_timeout = socket.tcp_user_timeout().expect("an option");

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use tonic::Status;
 use tonic::body::Body;
 
-use super::connect::{DialError, race};
+use super::connect::{DialError, happy_eyeballs};
 use super::connection_task::{CloseReason, ConnectionEvent};
 use super::exchange::Exchange;
 use super::h2_error::is_unprocessed;
@@ -724,14 +724,14 @@ async fn the_second_address_is_used_if_the_first_does_not_respond() {
     let alive = listen(16);
     // This address refuses connections.
     let refusing = address(&listen(1));
-    let race = |addresses| {
-        race(addresses, async |address| {
+    let happy_eyeballs = |addresses| {
+        happy_eyeballs(addresses, async |address| {
             tokio::net::TcpStream::connect(address)
                 .await
                 .map_err(DialError::Dial)
         })
     };
-    let stream = timeout(PATIENCE, race(vec![refusing, address(&alive)])).await;
+    let stream = timeout(PATIENCE, happy_eyeballs(vec![refusing, address(&alive)])).await;
     let stream = stream.expect("in time").expect("a connection");
     assert_eq!(stream.peer_addr().expect("a peer"), address(&alive));
     // This address drops packets: the accept queue of its listener is full.
@@ -743,13 +743,17 @@ async fn the_second_address_is_used_if_the_first_does_not_respond() {
         assert!(queue.len() < 1_000, "the queue never fills");
     }
     let start = tokio::time::Instant::now();
-    let stream = timeout(PATIENCE, race(vec![address(&hole), address(&alive)])).await;
+    let stream = timeout(
+        PATIENCE,
+        happy_eyeballs(vec![address(&hole), address(&alive)]),
+    )
+    .await;
     let stream = stream.expect("in time").expect("a connection");
     assert_eq!(stream.peer_addr().expect("a peer"), address(&alive));
     let took = tokio::time::Instant::now().saturating_duration_since(start);
     assert!(took < Duration::from_secs(5), "{took:?}");
     // All addresses fail: the last error is returned.
-    let outcome = timeout(PATIENCE, race(vec![refusing, refusing])).await;
+    let outcome = timeout(PATIENCE, happy_eyeballs(vec![refusing, refusing])).await;
     match outcome.expect("in time") {
         Err(DialError::Dial(error)) => {
             assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);

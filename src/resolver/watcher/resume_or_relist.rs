@@ -43,7 +43,7 @@ impl Machine {
             }
             // The watch is reopened within a second: over a connection that is cut again and again, it still works through the backlog, at
             // a rate that does not burden the server.
-            _ if progressed => self.backoff.ease(PROGRESS),
+            _ if progressed => self.backoff.cap_next(PROGRESS),
             _ => {}
         }
         if healthy {

@@ -15,7 +15,7 @@ use crate::balance::ready_connection::ReadyConnection;
 use crate::balance::stream_queue::Waiters;
 use crate::balance::subchannel::{Connecting, Idle, Subchannel};
 use crate::causes::causes;
-use crate::transport::connect::{Attempt, DialError};
+use crate::transport::connect::{DialError, DialHistory};
 use crate::transport::http2::Connection;
 
 impl Driver {
@@ -59,12 +59,12 @@ impl Driver {
         let report = self.events.reporter(dial_id);
         let on_event = move |event| report(SubchannelEvent::Connection(event));
         let entry = self.endpoints.get(address);
-        let attempt = Attempt {
+        let history = DialHistory {
             failed: subchannel.failed_attempts(),
             keep_alive: entry.and_then(|entry| entry.keep_alive),
         };
         let (connector, address) = (Arc::clone(&self.connector), address.clone());
-        let dial = async move { connector.connect(&address, attempt, on_event).await };
+        let dial = async move { connector.connect(&address, history, on_event).await };
         self.dials.start(id, dial_id, subchannel.is_failing(), dial)
     }
 

@@ -9,7 +9,7 @@ use tonic::Status;
 use super::driver::Driver;
 use super::event_queue::SubchannelEvent;
 use super::subchannels::DialId;
-use crate::balance::health_status::{End, Health, HealthWatch};
+use crate::balance::health_status::{Health, HealthWatch, Restart};
 use crate::balance::ready_connection::ReadyConnection;
 use crate::balance::subchannel::StopOnDrop;
 use crate::transport::health_client::HealthCheck;
@@ -107,12 +107,12 @@ async fn run(
         .await;
         let lasted = Instant::now().saturating_duration_since(began);
         match watch.on_end(&ended, lasted, &mut rng) {
-            End::Again => {}
-            End::After(health, wait) => {
+            Restart::Now => {}
+            Restart::After(health, wait) => {
                 event(health);
                 sleep(wait).await;
             }
-            End::Never(health) => {
+            Restart::Never(health) => {
                 let address = connection.endpoint().address();
                 tracing::debug!(%address, "the endpoint has no health service, and counts as healthy");
                 return event(health);

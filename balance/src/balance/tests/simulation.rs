@@ -14,27 +14,27 @@ use crate::balance::ready_set::{ReadySet, ReadySetBuilder};
 #[derive(Clone, Copy, Debug)]
 enum Callers {
     /// One call per period, in microseconds.
-    Paced(u64),
+    OpenLoop(u64),
     /// A number of callers that each start a call when the previous one has ended.
-    Closed(u32),
+    ClosedLoop(u32),
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Server {
     weight: u32,
     /// The mean time of a call to an idle server, in microseconds. The time of each call is up to 20 % longer or shorter.
-    micros: f64,
-    /// The time that each other call in flight adds, as a multiple of `micros`.
+    service_time_us: f64,
+    /// The time that each other call in flight adds, as a multiple of `service_time_us`.
     queueing: f64,
-    /// The time that a second without calls adds, as a multiple of `micros`.
-    cold: f64,
+    /// The time that a second without calls adds, as a multiple of `service_time_us`.
+    idle_penalty: f64,
 }
 
 const EQUAL: Server = Server {
     weight: 1,
-    micros: 100.0,
+    service_time_us: 100.0,
     queueing: 0.01,
-    cold: 0.0,
+    idle_penalty: 0.0,
 };
 
 #[derive(Clone, Debug)]
@@ -99,8 +99,8 @@ impl Simulation {
     /// Returns the share of the calls that each server gets, not counting the first fifth of the calls.
     fn shares(mut self, callers: Callers) -> Vec<f64> {
         let (period, mut due, callers) = match callers {
-            Callers::Paced(period) => (period, 0, 0),
-            Callers::Closed(callers) => (0, u64::MAX, callers),
+            Callers::OpenLoop(period) => (period, 0, 0),
+            Callers::ClosedLoop(callers) => (0, u64::MAX, callers),
         };
         for _ in 0..callers {
             self.start(0);
@@ -152,9 +152,10 @@ impl Simulation {
             0
         };
         let idle = Duration::from_micros(idle).as_secs_f64().min(1.0);
-        let slower = (1.0 + server.queueing * f64::from(others)) * (1.0 + server.cold * idle);
+        let slower =
+            (1.0 + server.queueing * f64::from(others)) * (1.0 + server.idle_penalty * idle);
         let noise = 0.8 + 0.4 * self.rng.f64();
-        let took = Duration::from_secs_f64(server.micros * slower * noise / 1e6);
+        let took = Duration::from_secs_f64(server.service_time_us * slower * noise / 1e6);
         let end = now + u64::try_from(took.as_micros()).expect("some milliseconds");
         self.calls[index] += 1;
         self.running.push(Reverse((end, index, now)));
@@ -194,16 +195,16 @@ const REFRESH: u64 = 200_000;
 const CALLS: u32 = 10_000;
 
 const CALLERS: [Callers; 10] = [
-    Callers::Paced(1_000),
-    Callers::Paced(20_000),
-    Callers::Paced(200_000),
-    Callers::Closed(1),
-    Callers::Closed(2),
-    Callers::Closed(3),
-    Callers::Closed(4),
-    Callers::Closed(6),
-    Callers::Closed(16),
-    Callers::Closed(64),
+    Callers::OpenLoop(1_000),
+    Callers::OpenLoop(20_000),
+    Callers::OpenLoop(200_000),
+    Callers::ClosedLoop(1),
+    Callers::ClosedLoop(2),
+    Callers::ClosedLoop(3),
+    Callers::ClosedLoop(4),
+    Callers::ClosedLoop(6),
+    Callers::ClosedLoop(16),
+    Callers::ClosedLoop(64),
 ];
 
 /// Asserts that two servers get the shares of their weights, to within three percentage points, for every pattern of callers.
@@ -236,7 +237,7 @@ fn a_rarely_called_cold_server_keeps_its_share() {
     // A call after an idle second takes eleven times as long. With one call every 20 ms, a call to the server with the smaller weight takes
     // about one and a half times as long as a call to the other.
     let cold = Server {
-        cold: 10.0,
+        idle_penalty: 10.0,
         ..EQUAL
     };
     for (heavy, light) in [(100, 30), (3, 2), (2, 1)] {
@@ -248,11 +249,11 @@ fn a_rarely_called_cold_server_keeps_its_share() {
 #[test]
 fn a_slow_server_is_avoided_at_every_weight() {
     let fast = Server {
-        micros: 1_000.0,
+        service_time_us: 1_000.0,
         ..EQUAL
     };
     let slow = Server {
-        micros: 50_000.0,
+        service_time_us: 50_000.0,
         ..EQUAL
     };
     for (heavy, light) in [(1, 1), (100, 30), (30, 100), (1, 9)] {
@@ -270,9 +271,9 @@ fn a_slow_server_is_avoided_at_every_weight() {
             others,
         ];
         for callers in [
-            Callers::Paced(2_000),
-            Callers::Closed(4),
-            Callers::Closed(32),
+            Callers::OpenLoop(2_000),
+            Callers::ClosedLoop(4),
+            Callers::ClosedLoop(32),
         ] {
             let share = Simulation::new(LbPolicy::Latency, &servers).shares(callers)[1];
             assert!(share < 0.01, "{callers:?}: {share}, {servers:?}");

@@ -80,11 +80,11 @@ impl Tokens {
         let _ = self
             .left
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take);
-        self.suffices()
+        self.allows_retry()
     }
 
     /// Returns whether calls may be sent again.
-    pub(in crate::call) fn suffices(&self) -> bool {
+    pub(in crate::call) fn allows_retry(&self) -> bool {
         self.left.load(Ordering::Relaxed) > self.budget.size / 2
     }
 }
@@ -103,14 +103,14 @@ mod tests {
         let tokens = Tokens::new(RetryBudget::new(10, 0.1));
         // As in A6's example: calls are sent again while 9 to 6 tokens are left, and not at 5.
         assert_eq!((0..6).filter(|_| tokens.on_failure()).count(), 4);
-        assert!(!tokens.suffices());
+        assert!(!tokens.allows_retry());
         // 4 tokens are left. Ten successes return one token, and more than half of the bucket is needed.
         for _ in 0..10 {
             tokens.on_success();
-            assert!(!tokens.suffices());
+            assert!(!tokens.allows_retry());
         }
         tokens.on_success();
-        assert!(tokens.suffices());
+        assert!(tokens.allows_retry());
     }
 
     #[test]
@@ -124,9 +124,9 @@ mod tests {
             tokens.on_failure();
         }
         tokens.on_success();
-        assert!(!tokens.suffices());
+        assert!(!tokens.allows_retry());
         tokens.on_success();
-        assert!(tokens.suffices(), "the bucket was not negative");
+        assert!(tokens.allows_retry(), "the bucket was not negative");
     }
 
     #[test]

@@ -87,7 +87,7 @@ impl Progress {
         let covered = policy.covers(code);
         // A pushback that forbids retries takes a token whatever the code, so that other calls spare the server as well.
         let counts = covered || pushback == Pushback::Never;
-        let suffices = !counts || tokens.on_failure();
+        let allows_retry = !counts || tokens.on_failure();
         if !covered {
             return Decision::GiveUp(None);
         }
@@ -97,7 +97,7 @@ impl Progress {
         if self.made >= policy.attempt_limit() {
             return Decision::GiveUp(Some("that is all the policy allows"));
         }
-        if !suffices {
+        if !allows_retry {
             return Decision::GiveUp(Some("the retry budget is used up"));
         }
         if let Pushback::After(wait) = pushback {
@@ -200,10 +200,10 @@ mod tests {
         let tokens = Tokens::new(RetryBudget::new(2, 0.001));
         run(&policy, &tokens, &[(Code::NotFound, Pushback::None)]);
         assert!(
-            tokens.suffices(),
+            tokens.allows_retry(),
             "codes outside the policy are not counted"
         );
         run(&policy, &tokens, &[(Code::NotFound, Pushback::Never)]);
-        assert!(!tokens.suffices(), "a negative pushback is counted");
+        assert!(!tokens.allows_retry(), "a negative pushback is counted");
     }
 }
