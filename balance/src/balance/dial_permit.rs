@@ -1,12 +1,12 @@
-//! Limits the connections that are dialled for a single call.
+//! Limits how many connections that carry only a single call are dialled to one endpoint at the same time.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::OwnedSemaphorePermit;
 
-/// The right to dial a connection for one call. It ends when the call's response is received, or shortly after the connection is ready: it
-/// limits how many connections are made, and not the duration of calls.
+/// The right to dial a connection for one call. It ends when the head of the call's response is received, at the latest [`MAX_HOLD`] after
+/// the connection is ready. It limits how many connections are made, so a long call does not keep it.
 #[derive(Clone, Debug)]
 pub(crate) struct DialPermit(Arc<Mutex<Option<OwnedSemaphorePermit>>>);
 

@@ -34,7 +34,7 @@ pub(crate) struct Endpoint {
     dial_permits: Arc<Semaphore>,
     /// The code of the last fault in a response. A repeated fault is not formatted again.
     last_fault: AtomicU32,
-    /// Consecutive responses that were not gRPC.
+    /// The number of consecutive responses that were not gRPC.
     not_grpc: AtomicU32,
     details: Mutex<Details>,
 }
@@ -142,7 +142,7 @@ impl Endpoint {
 
     /// Records a response from a gRPC server.
     pub(super) fn on_answer(&self) {
-        // Loads before it stores: all calls read this cache line, and hardly any call must write to it.
+        // The value is stored only if it changes, because all calls read this cache line.
         if self.not_grpc.load(Ordering::Relaxed) > 0 {
             self.not_grpc.store(0, Ordering::Relaxed);
         }
@@ -172,11 +172,14 @@ impl Endpoint {
     /// Returns the longest silence of a connection after which a call is sent on it without a check.
     pub(super) fn trusted_silence(&self, now: Instant) -> Duration {
         let survived = *self.survived_silence();
-        let recent =
-            |(_, found): &(Duration, Instant)| now.saturating_duration_since(*found) < TRUSTED_FOR;
+        let recent = |(_, found): &(Duration, Instant)| {
+            now.saturating_duration_since(*found) < TRUST_DURATION
+        };
         survived
             .filter(recent)
-            .map_or(SILENCE, |(silence, _)| silence.max(SILENCE))
+            .map_or(UNCHECKED_SILENCE, |(silence, _)| {
+                silence.max(UNCHECKED_SILENCE)
+            })
     }
 
     /// Records the result of a check after a silence. A silence that a connection survived is not checked again for a while: the timeouts
@@ -192,13 +195,14 @@ impl Endpoint {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Forgets the longest trusted silence. A connection was found dead, so a silence that earlier connections survived proves nothing any
-    /// more.
+    /// Discards the longest trusted silence after a connection was found dead: another connection may not survive the silence that earlier
+    /// ones survived.
     pub(super) fn forget_silence(&self) {
         *self.survived_silence() = None;
     }
 
-    /// Discards all observations of the old server. Called for a fresh registration, which may be a different server.
+    /// Discards all observations of the old server. Called after a fresh registration, because the address may belong to a different
+    /// server.
     pub(super) fn forget(&self) {
         self.forget_silence();
         self.largest_metadata.store(0, Ordering::Relaxed);
@@ -209,7 +213,7 @@ impl Endpoint {
         self.largest_metadata.load(Ordering::Relaxed)
     }
 
-    pub(super) fn on_metadata(&self, size: usize) {
+    pub(super) fn on_metadata_accepted(&self, size: usize) {
         self.largest_metadata.fetch_max(size, Ordering::Relaxed);
     }
 
@@ -366,8 +370,8 @@ pub struct EndpointStatus {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum EndpointState {
-    /// No connection exists and none is being dialled. The endpoint waits for its turn to be dialled, or it is a last resort and is not
-    /// dialled, or its server closed a connection that no call used, and it is dialled again when a call needs it.
+    /// No connection exists and none is being dialled. The endpoint waits for its turn to be dialled, or it is a last resort, or its server
+    /// closed a connection that no call used. In the last case, it is dialled again when a call needs it.
     Idle,
     /// A connection is being dialled.
     Connecting,
@@ -381,9 +385,9 @@ pub enum EndpointState {
 }
 
 /// A connection is not checked after a silence of up to this length.
-pub(super) const SILENCE: Duration = Duration::from_secs(1);
+pub(super) const UNCHECKED_SILENCE: Duration = Duration::from_secs(1);
 /// How long a survived silence remains trusted.
-const TRUSTED_FOR: Duration = Duration::from_secs(600);
-/// Permits per endpoint for dialling a connection for a single call: enough for the few calls that may break a connection, and no load on a
-/// server.
+const TRUST_DURATION: Duration = Duration::from_secs(600);
+/// Permits per endpoint for dialling a connection for a single call: enough for the few calls that may end their connection, and hardly any
+/// load on a server.
 const DIAL_PERMITS: usize = 8;

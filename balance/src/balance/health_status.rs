@@ -35,7 +35,7 @@ pub(super) struct HealthWatch {
 /// The action that follows the end of a watch.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Restart {
-    /// Start the watch again at once. Until then the last status stays valid.
+    /// Start the watch again at once. The last status stays valid until the new watch reports one or ends.
     Now,
     /// Report this health, and start the watch again after this wait.
     After(Health, Duration),
@@ -75,7 +75,7 @@ impl HealthWatch {
             return Restart::Never(Health::Serving);
         }
         // Proxies limit the duration of a call, and servers limit the age of a connection. The end of a watch is therefore no failure,
-        // however often it happens. But a server that answers each watch and ends it at once must not be queried in a tight loop.
+        // however often it happens. But a server that answers each watch and then ends it at once must not be queried in a tight loop.
         if let Some(health) = self.last_status.take() {
             self.backoff.reset();
             if lasted >= MIN_LIFETIME {
@@ -104,7 +104,7 @@ impl HealthWatch {
 const MIN_LIFETIME: Duration = Duration::from_secs(1);
 /// Wait between watches that were answered and then ended early.
 const RESTART_INTERVAL: Duration = Duration::from_secs(1);
-/// Shortest wait, whatever the channel's backoff is: no server is queried in a tight loop.
+/// Shortest wait, even if the channel's maximum backoff is shorter, so that no server is queried in a tight loop.
 const MIN_WAIT: Duration = Duration::from_millis(10);
 
 fn not_serving(status: &str) -> Health {

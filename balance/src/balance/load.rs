@@ -2,8 +2,8 @@
 //!
 //! The latency is a time-weighted mean of the time from a request to the head of its response. A peak is not used: if the methods differ
 //! widely in cost, a peak punishes the server that happened to get the last expensive call. The length of a stream does not count. Calls
-//! write the estimate, and picks read a single number. Work that needs a clock is done by the call when it ends, and periodically by the
-//! driver.
+//! write the estimate, and picks read a single number. A pick reads no clock: each call updates the estimate when it ends, and the driver
+//! does so at intervals.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -84,8 +84,8 @@ impl Load {
         self.sample(micros(elapsed), now);
     }
 
-    /// Records a failed call. The sample has a minimum, since a fast failure must not count as a fast response. The estimate counts
-    /// as warm at once: only slow responses of a cold server are excused.
+    /// Records a failed call. The sample has a minimum, since a fast failure must not count as a fast response. After a failure, the
+    /// estimate counts as warm, so it is not capped at the median: the cap excuses slow responses of a cold server, not failures.
     pub(crate) fn on_failure(&self, elapsed: Duration, now: Ticks) {
         let median = f32::from_bits(self.median.load(Ordering::Relaxed));
         let sample = micros(elapsed)
@@ -139,7 +139,7 @@ impl Load {
         self.latency.store(latency.to_bits(), Ordering::Relaxed);
     }
 
-    /// Forgets all samples. The peer did not answer for a while, and now counts as fast as the median.
+    /// Discards all samples after the peer did not answer for a while. The connection then counts as fast as the median.
     pub(crate) fn forget(&self, median: f32) {
         let nothing = Estimate::default();
         self.estimate.store(nothing.pack(), Ordering::Relaxed);
@@ -284,8 +284,8 @@ impl Estimate {
     }
 }
 
-/// Time in milliseconds since the start of the channel. It wraps after three days, so that after a longer silence the last sample counts as
-/// more recent than it is.
+/// Time in milliseconds since the start of the channel. It wraps after three days, so after a longer pause the last sample counts as more
+/// recent than it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Ticks(u32);
 
@@ -296,8 +296,8 @@ impl Ticks {
         Self(millis as u32 & TICK_MASK)
     }
 
-    /// Returns the seconds since a time that may be days ago. Like [`since`](Self::since), but a long difference is not taken for a
-    /// backward step of the clock. Only a backward step of less than a second counts as two clock reads in reverse order.
+    /// Returns the seconds since a time that may be days ago. Unlike [`since`](Self::since), it does not treat a long difference as a
+    /// backward step of the clock: only a step of less than a second counts as two clock reads in reverse order.
     fn long_since(self, earlier: Self) -> f32 {
         let millis = self.0.wrapping_sub(earlier.0) & TICK_MASK;
         if TICK_MASK - millis < 1_000 {
@@ -318,7 +318,8 @@ impl Ticks {
             reason = "milliseconds more or less after hours do not count"
         )]
         let millis = (self.0.wrapping_sub(earlier.0) & TICK_MASK) as f32;
-        // Two callers may read the clock in one order and get here in the other order. The difference is then zero, not three days.
+        // Two callers may read the clock in one order and reach this line in the other order. The difference then counts as zero, not as
+        // three days.
         if millis > BACKWARDS {
             0.0
         } else {

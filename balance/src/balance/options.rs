@@ -55,6 +55,6 @@ impl Default for Options {
 
 /// Limit on the connect backoff, from gRPC's connection backoff document.
 const MAX_BACKOFF: Duration = Duration::from_secs(120);
-/// Limit on waiting calls. Each of them holds its request, at least a few kilobytes: a higher limit would spend memory on calls that have
-/// no chance.
+/// Limit on waiting calls. Each of them holds its request, at least a few kilobytes. A higher limit would spend memory on calls that would
+/// hardly get a stream before their deadlines.
 const MAX_WAITERS: usize = 32_768;

@@ -16,35 +16,35 @@ pub(crate) struct Permit {
     connection: Arc<ReadyConnection>,
     /// The time at which the call was sent. `None` before that, and after the outcome was recorded.
     sent: Option<Instant>,
-    /// Set for a call on a connection of its own.
-    alone: Option<Box<Alone>>,
+    /// Set for a call on a private connection.
+    private: Option<Box<PrivateConnection>>,
 }
 
-/// A connection that carries a single call, whose metadata may be larger than the endpoint accepts.
+/// A private connection: it carries a single call, whose metadata may be larger than the endpoint accepts.
 #[derive(Debug)]
-struct Alone {
+struct PrivateConnection {
     metadata: usize,
     dial_permit: DialPermit,
 }
 
 impl Permit {
     /// Wraps a stream that was already reserved on the connection.
-    pub(super) fn taken(connection: &Arc<ReadyConnection>) -> Self {
+    pub(super) fn reserved(connection: &Arc<ReadyConnection>) -> Self {
         Self {
             connection: Arc::clone(connection),
             sent: None,
-            alone: None,
+            private: None,
         }
     }
 
-    /// Wraps the only stream of a connection that was dialled for a single call.
-    pub(super) fn alone(
+    /// Wraps the stream of a private connection.
+    pub(super) fn private(
         connection: &Arc<ReadyConnection>,
         metadata: usize,
         dial_permit: DialPermit,
     ) -> Self {
-        let mut permit = Self::taken(connection);
-        permit.alone = Some(Box::new(Alone {
+        let mut permit = Self::reserved(connection);
+        permit.private = Some(Box::new(PrivateConnection {
             metadata,
             dial_permit,
         }));
@@ -52,8 +52,8 @@ impl Permit {
     }
 
     /// Returns whether the connection carries only this call.
-    pub(crate) fn is_alone(&self) -> bool {
-        self.alone.is_some()
+    pub(crate) fn is_private(&self) -> bool {
+        self.private.is_some()
     }
 
     /// Returns whether the connection was silent for too long. After a long silence, a middlebox may have dropped the flow. If the
@@ -61,7 +61,8 @@ impl Permit {
     /// connection yet.
     pub(crate) fn is_doubtful(&self, now: Instant, single_threaded: bool) -> bool {
         let connection = &self.connection;
-        // The pick has just written to the cache line of the last sample. The time of the last read is in another cache line.
+        // The last sample is compared first, because the pick has just loaded its cache line. The time of the last read is in another cache
+        // line.
         let since_last_sample = connection.load().since_last_sample(connection.ticks(now));
         let recent = if single_threaded {
             RECENT_SAMPLE_SINGLE_THREADED
@@ -114,7 +115,7 @@ impl Permit {
         self.connection.endpoint().on_answer();
     }
 
-    /// Records the head of the response, which may already carry a failure.
+    /// Records the head of the response. `failure`: what failed, if the head carries a failure.
     pub(crate) fn on_head(&mut self, now: Instant, failure: Option<Blame>) {
         let Some(sent) = self.sent.take() else {
             return;
@@ -127,9 +128,11 @@ impl Permit {
         self.connection
             .load()
             .on_head(elapsed, self.connection.ticks(now));
-        if let Some(alone) = &mut self.alone {
-            alone.dial_permit.end();
-            self.connection.endpoint().on_metadata(alone.metadata);
+        if let Some(private) = &mut self.private {
+            private.dial_permit.end();
+            self.connection
+                .endpoint()
+                .on_metadata_accepted(private.metadata);
         }
     }
 
@@ -145,14 +148,14 @@ impl Permit {
     }
 
     /// Records that the call overran its deadline. Requests a PING, which shows whether the server is slow or does not answer any more.
-    pub(crate) fn on_overdue(&mut self, now: Instant) {
+    pub(crate) fn on_deadline_exceeded(&mut self, now: Instant) {
         self.connection.endpoint().on_overrun();
-        // After the head of the response, the time of the last read counts: a PING is sent if nothing was read for `MIN_OVERRUN`.
+        // If the head of the response was already received, a PING is sent if nothing was read for `MIN_OVERRUN`.
         let silent_since = now.checked_sub(MIN_OVERRUN).unwrap_or(now);
         let sent = self.sent.take();
         self.connection
             .http2()
-            .suspect(sent.unwrap_or(silent_since));
+            .request_ping_for_overrun(sent.unwrap_or(silent_since));
         if let Some(sent) = sent {
             let elapsed = now.saturating_duration_since(sent);
             let ticks = self.connection.ticks(now);
@@ -181,19 +184,20 @@ impl Drop for Permit {
             let ticks = self.connection.ticks(now);
             self.connection.load().on_abandoned(elapsed, ticks);
             self.connection.endpoint().on_inconclusive();
-            // A caller with a timeout of its own drops the call, so a late drop may be an overrun.
+            // A caller may enforce its own timeout by dropping the call, so a late drop may be an overrun.
             if elapsed >= MIN_OVERRUN {
-                self.connection.http2().suspect_dropped(sent);
+                self.connection.http2().request_ping_for_drop(sent);
             }
         }
         self.connection.release();
     }
 }
 
-/// A drop earlier than this after the send is not taken for an overrun. The value is half of the shortest deadlines in use.
+/// A call that is dropped earlier than this after it was sent does not count as an overrun. The value is half of the shortest deadlines in
+/// use.
 const MIN_OVERRUN: Duration = Duration::from_millis(100);
-/// A connection that has recorded a sample within this time, in seconds, is not examined further.
+/// In seconds. A connection whose last sample is younger than this is not doubtful.
 const RECENT_SAMPLE: f32 = 1.0;
-/// The same limit if the connection tasks share a thread with the callers: longer than the gap between two calls of a busy caller.
+/// The same limit if the connection tasks share a thread with the callers. It is longer than the gap between two calls of a busy caller.
 const RECENT_SAMPLE_SINGLE_THREADED: f32 = 0.005;
 const SINGLE_THREADED_SILENCE: Duration = Duration::from_millis(5);

@@ -120,7 +120,7 @@ impl Picker {
             return None;
         }
         if self.policy == LbPolicy::WeightedRoundRobin {
-            // If the slot is full, its turn is skipped. The next slot is not tried instead, since that slot would then get both turns.
+            // If the slot is full, its turn is skipped. The next slot does not get this turn, because it would then get two turns in a row.
             let turn = self.cursor.fetch_add(1, Ordering::Relaxed);
             return Some((set.in_turn(turn)?, None));
         }
@@ -138,7 +138,7 @@ impl Picker {
         let random = self.rng.next();
         let (first, second) = if set.is_uniform() {
             let first = random_below(random, set.len());
-            // The lower half of the word is as random as the upper half.
+            // The first draw uses the upper half of the random word, and the second draw the lower half.
             (first, other_index(first, random << 32, set.len()))
         } else {
             let first = set.draw(random, self.rng.next())?;
@@ -181,7 +181,7 @@ fn other_index(first: usize, random: u64, len: usize) -> usize {
 /// Returns whether the first of two endpoints of the same weight is the worse choice.
 fn is_worse_among_equals(in_flight: (u32, u32), latencies: (f32, f32)) -> bool {
     let (first, second) = (float(in_flight.0) + 1.0, float(in_flight.1) + 1.0);
-    if are_alike(latencies, NOISE) {
+    if are_alike(latencies, LATENCY_NOISE) {
         first > second
     } else {
         first * latencies.0 > second * latencies.1
@@ -205,15 +205,15 @@ fn is_worse_by_far(in_flight: (u32, u32), weights: (u32, u32), latencies: (f32, 
     // One call at the endpoint with the smaller weight, in the same unit. If the next call were added to both sides instead, the endpoint
     // with the larger weight would always be the better one of two idle endpoints.
     let one_call = float(weights.0.max(weights.1));
-    if are_alike(latencies, NOISE_OF_UNEQUAL) {
+    if are_alike(latencies, LATENCY_NOISE_UNEQUAL_WEIGHTS) {
         first > IMBALANCE * (second + one_call)
     } else {
         (first + one_call) * latencies.0 > (second + one_call) * latencies.1
     }
 }
 
-/// Returns whether two latencies differ by less than noise, or one of them is unknown. Without this rule, a single caller would use only
-/// one of two equal endpoints.
+/// Returns whether two latencies differ by less than noise, or one of them is unknown. Without this rule, a single caller would send all
+/// calls to one of two equal endpoints.
 fn are_alike((left, right): (f32, f32), noise: f32) -> bool {
     let unknown = left <= 0.0 || right <= 0.0;
     unknown || (left <= right * noise && right <= left * noise)
@@ -256,9 +256,9 @@ const DRAWS: usize = 4;
 /// Number of slots that are scanned after the draws, for a call that has not waited yet.
 pub(crate) const SCAN_LIMIT: usize = 128;
 /// Latencies of endpoints with equal weights are alike if they differ by less than this factor.
-const NOISE: f32 = 1.25;
+const LATENCY_NOISE: f32 = 1.25;
 /// The same factor for endpoints of different weights.
-const NOISE_OF_UNEQUAL: f32 = 4.0;
+const LATENCY_NOISE_UNEQUAL_WEIGHTS: f32 = 4.0;
 /// Between endpoints of different weights and similar latency, a load of this many times the other load is worse by far.
 const IMBALANCE: f32 = 2.0;
 

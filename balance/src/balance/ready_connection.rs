@@ -16,16 +16,16 @@ use crate::transport::http2::Connection;
 #[derive(Debug)]
 pub(crate) struct ReadyConnection {
     load: LoadHandle,
-    /// The endpoint holds a weak reference to it, and reports it as long as the connection exists.
+    /// Keeps the statistics alive. The endpoint has only a weak reference to them, and reports them while the connection exists.
     _stats: Arc<ConnectionStats>,
     http2: Connection,
     endpoint: Arc<Endpoint>,
     waiters: Arc<dyn Queue>,
-    /// The start of the channel, from which the estimate counts time.
+    /// The start of the channel. The times in the load estimate are relative to it.
     epoch: Instant,
-    /// Whether waiters may get a permit on this connection: it is in the set that calls pick from.
+    /// Whether the connection is in the set that calls pick from. Only then may waiters get a permit on it.
     takes_calls: AtomicBool,
-    used: Arc<Used>,
+    used: Arc<ConnectionUse>,
 }
 
 /// The wait queue, as connections use it.
@@ -37,14 +37,14 @@ pub(super) trait Queue: Debug + Send + Sync {
     fn offer(&self, connection: &Arc<ReadyConnection>);
 }
 
-/// The use that calls have made of a connection. It outlives the connection and does not keep it open.
+/// Whether calls were sent on a connection, and whether one was answered. The value outlives the connection and does not keep it open.
 #[derive(Debug, Default)]
-pub(super) struct Used {
+pub(super) struct ConnectionUse {
     sent: AtomicBool,
     answered: AtomicBool,
 }
 
-impl Used {
+impl ConnectionUse {
     /// Returns whether a call was sent on the connection.
     pub(super) fn is_sent(&self) -> bool {
         self.sent.load(Ordering::Relaxed)
@@ -64,7 +64,7 @@ impl Used {
     }
 }
 
-/// Sets a flag. Loads it before it stores: all calls read this cache line, and only one of them must write to it.
+/// Sets a flag. The flag is stored only if it changes, because all calls read this cache line.
 fn set(flag: &AtomicBool) {
     if !flag.load(Ordering::Relaxed) {
         flag.store(true, Ordering::Relaxed);
@@ -137,7 +137,7 @@ impl ReadyConnection {
         self.waiters.offer(self);
     }
 
-    pub(super) fn used(&self) -> &Arc<Used> {
+    pub(super) fn used(&self) -> &Arc<ConnectionUse> {
         &self.used
     }
 
@@ -147,16 +147,16 @@ impl ReadyConnection {
     }
 
     /// Adopts the peer's current limit on concurrent calls.
-    pub(super) fn follow_limit(&self) {
+    pub(super) fn update_stream_limit(&self) {
         self.load.set_limit(self.http2.max_streams());
     }
 
-    /// Records a failure of a call or a stream that only the caller can detect. `silent_since` is the time since which a response is
-    /// overdue. If it is set, a PING checks the connection unless bytes were read since then.
+    /// Records a failure of a call or a stream that only the caller can detect. `silent_since` is the time since which a response has been
+    /// overdue. If it is set, and no bytes were read since then, a PING checks the connection.
     pub(crate) fn on_reported_failure(&self, now: Instant, silent_since: Option<Instant>) {
         self.load.on_failure(Duration::ZERO, self.ticks(now));
         if let Some(then) = silent_since {
-            self.http2.suspect(then);
+            self.http2.request_ping_for_overrun(then);
         }
     }
 

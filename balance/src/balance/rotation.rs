@@ -1,7 +1,7 @@
 //! Weighted round robin: maps the number of a turn to a slot of the ready set.
 //!
-//! The mapping is a pure function of that number. Callers share only one counter, and each number is used once. The shares are therefore
-//! the same for any number of threads that pick.
+//! The mapping is a pure function of that number. Callers share only a counter, and each number is used once, so the shares do not depend
+//! on the number of threads that pick.
 //!
 //! A small set gets a *schedule*: one period, computed in advance, in which each slot appears in proportion to its weight and as evenly
 //! spaced as possible. For a large set, or for weights without a common factor, the period would be too long to store. Such a set is a
@@ -167,8 +167,8 @@ fn schedule(slots: &[&(u32, u32)], unit: u32) -> Box<[u32]> {
             owed[index] += weight;
             // The interval ends after `left / weight` turns.
             let left = turns - owed[index];
-            // On a tie, the slot with the larger weight gets the turn, since its following interval ends earlier. It is the later one in
-            // this order.
+            // On a tie, the slot with the larger weight gets the turn, since its following interval ends earlier. The slots are sorted by
+            // weight, so this is the later slot.
             let is_first = |(_, first, of)| left * of <= first * weight;
             if owed[index] > 0 && next.is_none_or(is_first) {
                 next = Some((index, left, weight));
@@ -210,17 +210,17 @@ struct Segments<T> {
 #[derive(Clone, Debug)]
 struct Segment<T> {
     end: u64,
-    what: T,
+    value: T,
 }
 
 impl<T: Clone> Segments<T> {
     /// Lays out segments of these lengths. There is at least one segment, and each length is at least 1.
     fn new<L: Copy + Into<u64>>(lengths: &[(L, T)]) -> Self {
         let mut end = 0;
-        let segments = lengths.iter().map(|(length, what)| {
+        let segments = lengths.iter().map(|(length, value)| {
             end += (*length).into();
-            let what = what.clone();
-            Segment { end, what }
+            let value = value.clone();
+            Segment { end, value }
         });
         let list: Arc<[_]> = segments.collect();
         // There are at least as many buckets as segments. The bucket of a random point therefore has no more than two segments on average,
@@ -255,7 +255,7 @@ impl<T: Clone> Segments<T> {
         let index = first + before.partition_point(|segment| segment.end <= point);
         let start = index.checked_sub(1).and_then(|index| self.list.get(index));
         let start = start.map_or(0, |segment| segment.end);
-        self.list.get(index).map(|segment| (&segment.what, start))
+        self.list.get(index).map(|segment| (&segment.value, start))
     }
 }
 

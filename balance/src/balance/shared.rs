@@ -34,7 +34,7 @@ pub(crate) struct Shared {
     pub(super) waiters: Arc<Waiters>,
     picker: Picker,
     pub(super) directory: Mutex<HashMap<Address, Arc<Endpoint>>>,
-    /// Dials the connections that carry one call each.
+    /// Dials the private connections, which carry one call each.
     connector: Arc<Connector>,
     /// Whether a call has found a connection dead after a silence. Other connections may be dead as well.
     found_dead: AtomicBool,
@@ -139,17 +139,17 @@ impl Shared {
         self.not_grpc.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns whether a call has waited for a connection since the last time.
+    /// Returns whether a call has waited for a connection since this function was last called.
     pub(super) fn take_call_waits(&self) -> bool {
         self.call_waits.swap(false, Ordering::Relaxed)
     }
 
-    /// Returns whether a call has found a connection dead after a silence since the last time.
+    /// Returns whether a call has found a connection dead after a silence, since this function was last called.
     pub(super) fn take_found_dead(&self) -> bool {
         self.found_dead.swap(false, Ordering::Relaxed)
     }
 
-    /// Dials a connection to an endpoint for one call.
+    /// Dials a private connection to an endpoint, for one call.
     ///
     /// # Cancel safety
     ///
@@ -172,10 +172,10 @@ impl Shared {
             self.started,
         );
         let connection = Arc::new(connection);
-        connection.follow_limit();
+        connection.update_stream_limit();
         connection.load().acquire();
         dial_permit.end_soon();
-        Ok(Permit::alone(&connection, metadata, dial_permit))
+        Ok(Permit::private(&connection, metadata, dial_permit))
     }
 
     /// Makes the driver replace a connection by a new one to the same endpoint. Calls on the old connection finish.
@@ -260,8 +260,8 @@ pub(super) struct Published {
     pub(super) summary: Summary,
 }
 
-/// One published state, for both a pick and the decision that follows it. If the state were loaded twice, the first load could have no
-/// ready endpoint and the second load no pending endpoint, because the endpoint became ready in between.
+/// One published state, for both a pick and the decision that follows it. If the state were loaded twice and an endpoint became ready in
+/// between, the first load would have no ready endpoint and the second load no pending endpoint, and the call would fail.
 #[derive(Debug)]
 pub(crate) struct Snapshot<'a> {
     pub(super) picker: &'a Picker,
@@ -277,7 +277,7 @@ impl Snapshot<'_> {
             .picker
             .pick(&self.published.ready, usable, self.scan_limit)
         {
-            Pick::Taken(entry) => Pick::Taken(Permit::taken(entry.connection())),
+            Pick::Taken(entry) => Pick::Taken(Permit::reserved(entry.connection())),
             Pick::Full => Pick::Full,
             Pick::Excluded => Pick::Excluded,
             Pick::Empty => Pick::Empty,

@@ -1,7 +1,7 @@
 //! The wait queue: calls that wait for a free stream, in order of arrival.
 //!
-//! A stream that becomes free is handed directly to a waiter that can use it, and is not free in between. A notification alone is not
-//! enough: the call that it wakes may not be allowed to use that stream, or may not find it among thousands of connections.
+//! A stream that becomes free is handed directly to a waiter that can use it, so that no other call can take it first. A notification alone
+//! is not enough: the call that it wakes may not be allowed to use that stream, or may not find the stream among thousands of connections.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -17,7 +17,7 @@ use crate::address::Address;
 pub(crate) struct Waiters {
     waiting: AtomicUsize,
     limit: usize,
-    /// How many calls have ever joined the queue.
+    /// The number of calls that have ever joined the queue.
     joined: AtomicU64,
     queue: Mutex<VecDeque<Arc<Waiter>>>,
 }
@@ -34,11 +34,11 @@ pub(crate) struct Exclusions {
 
 impl Exclusions {
     fn allow(&self, connection: &Arc<ReadyConnection>) -> bool {
-        let is_it = |excluded: &Arc<ReadyConnection>| Arc::ptr_eq(excluded, connection);
+        let is_same = |excluded: &Arc<ReadyConnection>| Arc::ptr_eq(excluded, connection);
         let silent = |(excluded, bytes): &(Arc<ReadyConnection>, u64)| {
             Arc::ptr_eq(excluded, connection) && excluded.bytes_read() == *bytes
         };
-        !self.connections.iter().any(is_it)
+        !self.connections.iter().any(is_same)
             && !self.silent.iter().any(silent)
             && !self.endpoints.contains(connection.endpoint().address())
     }
@@ -51,7 +51,7 @@ struct Waiter {
 
 #[derive(Debug)]
 enum Handover {
-    /// The call waits. The connections that it excludes are kept no longer than that.
+    /// The call waits. Its exclusions are dropped when the wait ends, because they keep connections open.
     Waiting {
         waker: Option<Waker>,
         exclusions: Exclusions,
@@ -123,12 +123,12 @@ impl Waiters {
             match &mut *handover {
                 Handover::Waiting { waker, exclusions } if exclusions.allow(connection) => {
                     let waker = waker.take();
-                    let given = Handover::Given(Permit::taken(connection));
+                    let given = Handover::Given(Permit::reserved(connection));
                     let before = std::mem::replace(&mut *handover, given);
                     drop(handover);
                     queue.remove(index);
                     drop(queue);
-                    // Outside the locks: it may hold the last reference to a connection.
+                    // Dropped outside the locks, because `before` may hold the last reference to a connection.
                     drop(before);
                     if let Some(waker) = waker {
                         waker.wake();
@@ -158,7 +158,7 @@ impl Queue for Waiters {
             return;
         }
         connection.load().release();
-        // A call that joined after `joined` was read may have searched before this stream was released.
+        // A call that joined after `joined` was read may have searched the set before this stream was released.
         if self.waiting() > 0 && self.joined.load(Ordering::SeqCst) != joined {
             self.offer(connection);
         }
@@ -174,7 +174,7 @@ impl Queue for Waiters {
                 continue;
             }
             connection.load().release();
-            // A call that joined in between may have looked while this stream was reserved.
+            // A call that joined in between may have searched the set while this stream was reserved.
             if self.joined.load(Ordering::SeqCst) == joined {
                 return;
             }

@@ -5,14 +5,14 @@
 //!   Idle ──────────────▶ Connecting ──────────▶ Ready ──▶ (removed) Draining
 //!    ▲ ▲ ▲                  │ failed             │ ended
 //!    │ │ │ retry, reset     ▼                    │
-//!    │ │ └─────────── TransientFailure ◀─────────┤ broken again and again, or no call served again and again
-//!    │ └───────────── Resting ◀──────────────────┤ closed without a call that wanted it
+//!    │ │ └─────────── TransientFailure ◀─────────┤ lost repeatedly, or repeatedly closed before it served a call
+//!    │ └───────────── Resting ◀──────────────────┤ closed while no call needed it
 //!    └───────────────────────────────────────────┘ otherwise
 //! ```
 //!
-//! A connection that ends does not prove that its server fails. gRPC resets the backoff when a connection is ready. Here a connection must
-//! also serve a call or last for a while: otherwise a server that answers one PING and closes the connection would be dialled in a tight
-//! loop.
+//! The end of a connection does not show that its server has failed, so a connection that served a call is dialled again at once. Unlike in
+//! gRPC, a connection that is merely ready does not reset the backoff: it must also serve a call or last for a while. Otherwise a server
+//! that answers one PING and closes the connection would be dialled in a tight loop.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -22,7 +22,7 @@ use tokio::time::Instant;
 
 use super::connect_backoff::ConnectBackoff;
 use super::health_status::Health;
-use super::ready_connection::{ReadyConnection, Used};
+use super::ready_connection::{ConnectionUse, ReadyConnection};
 
 /// A connection in one of its states: idle, connecting, ready, resting, failing or draining.
 #[derive(Debug)]
@@ -32,10 +32,10 @@ pub(super) struct Subchannel<S> {
     rest_backoff: ConnectBackoff,
     /// Consecutive attempts that did not yield a connection.
     failed: usize,
-    /// Consecutive connections that were closed without serving a call although calls needed them. `last_use` is the use of the latest one,
-    /// since a call on it may still be answered later.
+    /// Consecutive connections that were closed without serving a call although calls needed them. `last_use` belongs to the latest of
+    /// these connections: if a call on it is answered later, the series ends.
     unserved: u32,
-    last_use: Option<Arc<Used>>,
+    last_use: Option<Arc<ConnectionUse>>,
     /// Set by a failure, and cleared by a connection that is ready. It stays set between two attempts: otherwise calls would wait forever
     /// for an endpoint that is down.
     failing: bool,
@@ -68,7 +68,7 @@ pub(super) struct Ready {
     health_watch: Option<StopOnDrop>,
 }
 
-/// Closed in order by the peer while no call needed the connection. It is dialled when a call needs it, or after a wait.
+/// Closed gracefully by the peer while no call needed the connection. The subchannel is dialled when a call needs it, or after a wait.
 #[derive(Debug)]
 pub(super) struct Resting {
     until: Instant,
@@ -116,7 +116,7 @@ impl<S> Subchannel<S> {
         self.failed
     }
 
-    fn become_<T>(self, state: T) -> Subchannel<T> {
+    fn into_state<T>(self, state: T) -> Subchannel<T> {
         Subchannel {
             backoff: self.backoff,
             rest_backoff: self.rest_backoff,
@@ -141,6 +141,7 @@ impl<S> Subchannel<S> {
         self.wanted = false;
     }
 
+    /// Discards the observations of the previous registration.
     pub(super) fn refreshed(mut self) -> Self {
         self.forget();
         self
@@ -163,7 +164,7 @@ impl Subchannel<Idle> {
     }
 
     pub(super) fn connect(self, dial: AbortHandle, now: Instant) -> Subchannel<Connecting> {
-        self.become_(Connecting {
+        self.into_state(Connecting {
             started: now,
             dial: StopOnDrop(dial),
         })
@@ -180,7 +181,7 @@ impl Subchannel<Connecting> {
         self.failing = false;
         self.failed = 0;
         let started = self.state.started;
-        self.become_(Ready {
+        self.into_state(Ready {
             started,
             connection,
             silence: Silence::None,
@@ -199,9 +200,9 @@ impl Subchannel<Connecting> {
     ) -> Subchannel<TransientFailure> {
         self.failing = true;
         self.failed += 1;
-        // The backoff document measures the wait from the start of the attempt, so the time that a dial took until its timeout counts.
+        // The backoff document measures the wait from the start of the attempt, so the duration of the failed dial is part of the wait.
         let until = self.state.started + self.backoff.next(rng);
-        self.become_(TransientFailure {
+        self.into_state(TransientFailure {
             until: until.max(now),
         })
     }
@@ -209,17 +210,18 @@ impl Subchannel<Connecting> {
     /// Stops the dial.
     pub(super) fn cancel(self) -> Subchannel<Idle> {
         self.state.dial.0.abort();
-        self.become_(Idle)
+        self.into_state(Idle)
     }
 }
 
 /// How a connection ended.
 #[derive(Clone, Debug)]
 pub(super) struct Ending {
-    /// Whether the peer closed the connection in order.
+    /// Whether the peer closed the connection gracefully.
     pub(super) graceful: bool,
-    /// The use that calls have made of the connection. It can still change, since calls in flight may be answered later.
-    pub(super) used: Arc<Used>,
+    /// Whether calls were sent on the connection, and whether one was answered. This can still change, since calls in flight may be
+    /// answered later.
+    pub(super) used: Arc<ConnectionUse>,
 }
 
 /// The state that follows the end of a connection.
@@ -274,7 +276,7 @@ impl Subchannel<Ready> {
 
     pub(super) fn drain(self) -> Subchannel<Draining> {
         let connection = Arc::downgrade(&self.state.connection);
-        self.become_(Draining { connection })
+        self.into_state(Draining { connection })
     }
 }
 
@@ -289,7 +291,7 @@ impl<S> Subchannel<S> {
     ) -> Lost {
         if ending.used.is_answered() {
             self.forget();
-            return Lost::Idle(self.become_(Idle));
+            return Lost::Idle(self.into_state(Idle));
         }
         if self.last_use.take().is_some_and(|last| last.is_answered()) {
             self.unserved = 0;
@@ -306,22 +308,22 @@ impl<S> Subchannel<S> {
             self.last_use = Some(ending.used);
             self.wanted = true;
             if self.unserved < MAX_UNSERVED {
-                return Lost::Idle(self.become_(Idle));
+                return Lost::Idle(self.into_state(Idle));
             }
-            return Lost::TransientFailure(self.give_up(started, rng, now));
+            return Lost::TransientFailure(self.back_off(started, rng, now));
         }
         if !wanted && (ending.graceful || lasted) {
             self.wanted = false;
             let until = now + self.rest_backoff.next(rng);
-            return Lost::Resting(self.become_(Resting { until }));
+            return Lost::Resting(self.into_state(Resting { until }));
         }
         if lasted || !std::mem::replace(&mut self.redialled_immediately, true) {
-            return Lost::Idle(self.become_(Idle));
+            return Lost::Idle(self.into_state(Idle));
         }
-        Lost::TransientFailure(self.give_up(started, rng, now))
+        Lost::TransientFailure(self.back_off(started, rng, now))
     }
 
-    fn give_up(
+    fn back_off(
         mut self,
         started: Instant,
         rng: &mut fastrand::Rng,
@@ -329,7 +331,7 @@ impl<S> Subchannel<S> {
     ) -> Subchannel<TransientFailure> {
         self.failing = true;
         let until = started + self.backoff.next(rng);
-        self.become_(TransientFailure {
+        self.into_state(TransientFailure {
             until: until.max(now),
         })
     }
@@ -340,10 +342,10 @@ impl Subchannel<Resting> {
         self.state.until
     }
 
-    /// Ends the rest: the wait is over, or, if `wanted`, a call waits for the connection.
+    /// Ends the rest. `wanted`: whether a call waits for the connection; otherwise the wait is over.
     pub(super) fn wake(mut self, wanted: bool) -> Subchannel<Idle> {
         self.wanted = wanted;
-        self.become_(Idle)
+        self.into_state(Idle)
     }
 }
 
@@ -354,13 +356,13 @@ impl Subchannel<TransientFailure> {
 
     /// Ends the backoff. The subchannel still counts as failing.
     pub(super) fn retry(self) -> Subchannel<Idle> {
-        self.become_(Idle)
+        self.into_state(Idle)
     }
 
     /// Skips the rest of the backoff and clears all failures, after a fresh registration.
     pub(super) fn reset(mut self) -> Subchannel<Idle> {
         self.forget();
-        self.become_(Idle)
+        self.into_state(Idle)
     }
 }
 
@@ -373,8 +375,8 @@ impl Subchannel<Draining> {
 
 /// A connection that lived this long counts as successful even if no call used it.
 const MIN_LIFETIME: Duration = Duration::from_secs(1);
-/// Number of consecutive connections that are closed without serving any of the calls that needed them, after which the endpoint counts as
-/// failing.
+/// The endpoint counts as failing after this many consecutive connections that were closed without serving any of the calls that needed
+/// them.
 const MAX_UNSERVED: u32 = 5;
 
 #[cfg(test)]
@@ -440,7 +442,7 @@ mod tests {
     }
 
     fn ending(graceful: bool, sent: bool, answered: bool) -> Ending {
-        let used = Arc::<Used>::default();
+        let used = Arc::<ConnectionUse>::default();
         if sent {
             used.on_sent();
         }

@@ -10,6 +10,7 @@ use tokio_stream::Stream;
 pub(crate) struct Updates<S> {
     changes: Option<Pin<Box<S>>>,
     known: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+    /// Whether `known` has completed, and the changes that were ready at that time are still being read.
     settling: bool,
 }
 
@@ -52,8 +53,8 @@ impl<S: Stream> Updates<S> {
     }
 
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Batch<S::Item>> {
-        // Polled before the stream: when `known` completes, all changes that it covers were already sent to the stream, and they are read
-        // below.
+        // `known` is polled before the stream. When it completes, all changes that it covers were already sent to the stream, so they are
+        // read below.
         if let Some(known) = &mut self.known
             && known.as_mut().poll(cx).is_ready()
         {

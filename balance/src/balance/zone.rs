@@ -1,10 +1,10 @@
 //! Zone preference: computes a factor for the weights of each zone, for callers in one of the zones. Performs no I/O.
 //!
-//! The assumption is that callers are spread evenly over the zones. The callers of each zone then make `1 / zones` of all calls, its
-//! demand, and the endpoints of each zone can take their part of all weights. If the part of a zone is at least its demand, the zone serves
-//! all its own callers. A smaller zone serves as many of them as it can take. The remaining calls are sent to zones with spare capacity, in
-//! proportion to that capacity. So no endpoint gets more calls than its share by weight, even in a small zone, and as few calls as possible
-//! leave their zone.
+//! The computation assumes that callers are spread evenly over the zones, so that the callers of each zone make `1 / zones` of all calls.
+//! This is the *demand* of a zone. The *part* of a zone is its share of all weights, and so the share of all calls that its endpoints can
+//! take. If the part of a zone is at least its demand, the zone serves all its own callers. A smaller zone serves as many of its callers as
+//! it can. Their remaining calls are sent to zones with spare capacity, in proportion to that capacity. So no endpoint gets more calls than
+//! its share by weight, even in a small zone, and as few calls as possible leave their zone.
 
 use std::collections::BTreeMap;
 
@@ -58,8 +58,8 @@ pub(super) fn factors(own: &str, weights: &Zones<u64>) -> Zones<u32> {
         .collect()
 }
 
-/// The factor of the zone that is used most. The smallest factor is a thousandth of it, so that the latency of an endpoint in another zone
-/// is never quite unknown.
+/// The factor of the zone that is used most. The smallest factor is a thousandth of it, so that endpoints in other zones still get some
+/// calls, which measure their latency.
 pub(super) const MAX_FACTOR: u32 = 1_000;
 
 #[cfg(test)]

@@ -37,7 +37,7 @@ pub(super) fn answer(
     }
     let served_by = ServedBy(permit.endpoint().address().clone());
     let (mut parts, incoming) = response.into_parts();
-    // The request's extensions are no longer needed. Their allocation is reused for the response.
+    // The request's extensions are not needed any more, so their allocation is reused for the response.
     std::mem::swap(&mut parts.extensions, call.extensions_mut());
     parts.extensions.clear();
     parts.extensions.insert(served_by);
@@ -58,7 +58,7 @@ pub(super) fn failed(
     if head == Head::Grpc(Some(Code::Cancelled))
         && let Some(deadline) = deadline.filter(|_| status::is_deadline_cancellation(deadline, now))
     {
-        permit.on_overdue(now);
+        permit.on_deadline_exceeded(now);
         let endpoint = permit.endpoint();
         return status::deadline_exceeded_at(core, deadline, "waiting for the response", endpoint);
     }
@@ -71,8 +71,8 @@ pub(super) fn failed(
         .unwrap_or_else(|| status::missing_trailers(&core.service, address))
 }
 
-/// Records a response head as a success or a failure of its endpoint. It counts once, whether the caller gets the response or another
-/// attempt follows.
+/// Records a response head as a success or a failure of its endpoint. Does nothing if the head was already recorded, so that each response
+/// counts once.
 pub(super) fn record_head<T>(
     core: &Core,
     response: &Response<T>,

@@ -32,7 +32,8 @@ pub(super) enum Try {
 }
 
 impl Attempt {
-    /// Sends the request on the picked connection. The callers do not await between the last check of the connection and this function.
+    /// Sends the request on the picked connection. The callers do not await between the last check of the connection and this function, so
+    /// that the result of the check still holds.
     pub(super) fn start(
         core: &Core,
         call: &mut Call,
@@ -88,7 +89,7 @@ pub(super) struct Unsent {
 }
 
 impl Unsent {
-    /// Returns the body for another send, and excludes this connection from later picks. Fails if the request is malformed, because every
+    /// Returns the body for another send, and excludes this connection from later picks. Fails if the request is malformed: every
     /// connection would reject it.
     pub(super) fn into_retry(self, core: &Core, history: &mut History) -> Result<Outgoing, Status> {
         match self.error {
@@ -101,6 +102,6 @@ impl Unsent {
     }
 }
 
-/// "Exposed Retry Metadata" in gRPC's retry design (gRFC A6).
+/// The header with the number of earlier attempts: "Exposed Retry Metadata" in gRPC's retry design (gRFC A6).
 pub(super) const PREVIOUS_ATTEMPTS: HeaderName = HeaderName::from_static(PREVIOUS_ATTEMPTS_KEY);
 pub(super) const PREVIOUS_ATTEMPTS_KEY: &str = "grpc-previous-rpc-attempts";

@@ -21,7 +21,7 @@ use crate::transport::response_body::{Broken, Incoming};
 pin_project! {
     /// The body of a response. Dropping it before its end cancels the call at the server.
     ///
-    /// Until its end, it enforces the call's deadline and counts as a call in flight on its endpoint.
+    /// Until the body ends, it enforces the call's deadline, and the call counts as in flight on its endpoint.
     #[derive(Default)]
     pub struct ResponseBody {
         stream: Option<Stream>,
@@ -49,8 +49,8 @@ impl ResponseBody {
         core: Arc<Core>,
         deadline: Option<Deadline>,
     ) -> Self {
-        // Without a status in the head, trailers must follow, so the response has not ended. `is_complete` takes h2's lock and is called
-        // only for the other responses.
+        // Without a status in the head, trailers must follow, so the response has not ended. `is_complete` takes h2's lock, so it is called
+        // only if the head has a status.
         let ended = status_in_head && incoming.is_complete();
         // The permit of a response that has already ended is dropped here.
         let stream = (!ended).then_some(Stream {
@@ -83,7 +83,7 @@ impl Body for ResponseBody {
         let deadline_exceeded = match (&outcome, stream.deadline) {
             (Poll::Pending, None) => return Poll::Pending,
             (Poll::Pending, Some(deadline)) => {
-                // Created only if a read is pending: most responses are received completely before the first read.
+                // The timer is created only if a read is pending, because most responses are received completely before the first read.
                 if this.timer.is_none() {
                     let timer = tokio::time::sleep_until(deadline.at());
                     this.timer.set(Some(timer));
@@ -102,7 +102,7 @@ impl Body for ResponseBody {
             _ => None,
         };
         if let Some(deadline) = deadline_exceeded {
-            stream.permit.on_overdue(Instant::now());
+            stream.permit.on_deadline_exceeded(Instant::now());
             let endpoint = stream.permit.endpoint();
             let deadline_exceeded =
                 status::deadline_exceeded_at(&stream.core, deadline, READING, endpoint);
@@ -148,7 +148,7 @@ impl Stream {
                 }
                 self.permit.on_failure(now, Blame::Connection);
                 let address = self.permit.endpoint().address();
-                let blame = self.permit.http2().blame();
+                let blame = self.permit.http2().goaway_error();
                 status::connection_or_stream_failed(&self.core.service, address, error, blame)
             }
         }
@@ -160,7 +160,7 @@ impl Stream {
         let deadline = self
             .deadline
             .filter(|_| status::is_deadline_cancellation(self.deadline, now))?;
-        self.permit.on_overdue(now);
+        self.permit.on_deadline_exceeded(now);
         let endpoint = self.permit.endpoint();
         Some(status::deadline_exceeded_at(
             &self.core, deadline, READING, endpoint,

@@ -24,15 +24,15 @@ pub(crate) struct Core {
     pub(crate) scheme: Scheme,
     /// Replaces the authority of endpoints.
     pub(crate) authority: Option<Authority>,
-    /// The timeout of calls that set none, with the value of its `grpc-timeout` header.
+    /// The timeout of calls without a timeout of their own, and its value for the `grpc-timeout` header.
     pub(crate) timeout: Option<(Duration, HeaderValue)>,
     pub(crate) wait_for_ready: bool,
     pub(crate) startup_timeout: Duration,
-    /// The error message of a call if the startup timeout has passed and the set of endpoints is unknown.
+    /// The error message of a call if the set of endpoints is still unknown after the startup timeout.
     pub(crate) unknown: &'static str,
-    /// Whether the channel's tasks share one thread with the callers. The tasks then run only while the callers wait.
+    /// Whether the channel's tasks share one thread with the callers. If so, the tasks run only while the callers wait.
     pub(crate) is_single_threaded: bool,
-    /// `None` if no policy is set. A channel without policies pays only for this check.
+    /// The retry and hedging policies; `None` if no policy is set.
     pub(crate) method_config: Option<Box<MethodConfig>>,
     /// Returns the current failure of the source of endpoints, if any.
     pub(crate) source_error: Option<Box<dyn Fn() -> Option<String> + Send + Sync>>,

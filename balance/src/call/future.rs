@@ -85,7 +85,7 @@ impl ResponseFuture {
 }
 
 impl ResponseFuture {
-    /// Creates the future of a call with a [`Routing`]. Such a call never takes the common path.
+    /// Creates the future of a call with a [`Routing`]. Such a call always runs in the retry loop, which keeps the call's history.
     pub(crate) fn with_routing(core: Arc<Core>, request: Request<Body>, routing: Routing) -> Self {
         let mut this = Self::new(core, request);
         let state = std::mem::replace(&mut this.state, State::Done);
@@ -97,7 +97,7 @@ impl ResponseFuture {
             let shared = Arc::clone(&core);
             let retrying = async move {
                 let mut body = Some(body);
-                // Polled once, and never pending: a task of its own sends a body that is not available yet.
+                // This future is never pending: if the body is not available yet, a separate task sends the body later.
                 let gathered = std::future::poll_fn(|cx| {
                     Poll::Ready(Outgoing::gather(body.take().unwrap_or_default(), cx))
                 });
@@ -137,7 +137,7 @@ impl Future for ResponseFuture {
                 status::deadline_exceeded(&core, deadline, "waiting for an endpoint")
             }
             (State::Sent(mut attempt), Some(core)) => {
-                attempt.permit.on_overdue(Instant::now());
+                attempt.permit.on_deadline_exceeded(Instant::now());
                 let endpoint = attempt.permit.endpoint();
                 status::deadline_exceeded_at(&core, deadline, "waiting for the response", endpoint)
             }
@@ -216,7 +216,7 @@ impl State {
         }
         if let Some(policy) = channel.hedging(request)
             && !matches!(body, Outgoing::Stream { .. })
-            // A call with large metadata may end its connection. Hedges would end several connections.
+            // A call with large metadata may end its connection, and its hedges would end several connections.
             && request.metadata_size() <= TRUSTED_METADATA
         {
             let policy = policy.clone();
@@ -229,7 +229,7 @@ impl State {
         }
         let mut history = History::default();
         let (body, permit) = match channel.shared().pick(|_| true) {
-            // Keeps the permit: a second pick would take a second turn in the round robin.
+            // The permit is kept, because a second pick would take a second turn in round robin.
             Pick::Taken(permit) if !needs_no_check(channel, request, &permit, now) => {
                 (body, Some(permit))
             }

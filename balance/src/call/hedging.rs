@@ -58,7 +58,7 @@ struct Hedging {
     history: History,
     /// Attempts without a response. Dropping an attempt resets its stream and releases its permit.
     open_attempts: Vec<Attempt>,
-    /// The number of attempts sent, without those that were refused.
+    /// The number of attempts that were sent and not refused.
     sent: u32,
     /// When the next hedge is due, if any.
     next: Option<Instant>,
@@ -142,9 +142,8 @@ impl Hedging {
                 break;
             };
             drop(snapshot);
-            // A hedge with large metadata is not sent: it does not justify a connection of its own. A silent connection is used without a
-            // check. The hedge itself is the check, other attempts are in flight meanwhile, and a channel with few calls may have no other
-            // connections.
+            // A hedge with large metadata is not sent, because it would need a private connection. A silent connection is used without a
+            // check: other attempts are in flight meanwhile, and a channel with few calls may have no other connections.
             if !has_small_metadata(&self.conclusion.call, &permit) {
                 break;
             }
@@ -160,10 +159,13 @@ impl Hedging {
         let method_config = self.conclusion.core.method_config.as_deref();
         let allows_retry =
             method_config.is_some_and(|method_config| method_config.tokens().allows_retry());
-        // A call that lost a connection may be the cause of the loss. A hedge could then cost another connection, with the other calls on
-        // it.
-        let has_lost_none = !self.history.has_lost_connection();
-        allows_retry && has_lost_none && !self.is_stopped && self.sent < self.policy.attempt_limit()
+        // If a connection was lost while this call was on it, the call may be the cause. A hedge could then end another connection,
+        // together with the other calls on it.
+        let may_lose_another = self.history.has_lost_connection();
+        allows_retry
+            && !may_lose_another
+            && !self.is_stopped
+            && self.sent < self.policy.attempt_limit()
     }
 
     /// Schedules the next hedge after this wait, if another hedge is allowed.
@@ -178,14 +180,14 @@ impl Hedging {
             Ok(head) => Ok(Answered { attempt, head }),
             Err(error) => match self.recover(attempt, error).await {
                 Ok(_) if self.history.is_suspect() => {
-                    // A peer ended a connection with an error while this call was on it. Each hedge could cost one more connection.
+                    // A peer ended a connection with an error while this call was on it. Each further hedge could end one more connection.
                     self.is_stopped = true;
                     let status = Status::unavailable("the call may be what ended its connection");
                     Err(Failed::permanent(status))
                 }
                 Ok(_) => {
-                    // The server certainly did not process the call. It is sent to another endpoint at once, and this attempt does not
-                    // count.
+                    // The server certainly did not process the call. The call is sent to another endpoint at once, and the refused attempt
+                    // does not count.
                     self.sent -= 1;
                     self.schedule(Duration::ZERO);
                     return None;
@@ -246,14 +248,14 @@ impl Hedging {
         self.conclusion.finish(outcome, previous, None)
     }
 
-    /// Ends the call after its deadline. Logs each attempt without a response, and has its connection checked with a PING.
+    /// Ends the call after its deadline. Logs each attempt without a response, and requests a PING on its connection.
     fn deadline_exceeded(
         mut self,
         late: Deadline,
         doing: &str,
     ) -> Result<Response<ResponseBody>, Status> {
         for attempt in &mut self.open_attempts {
-            attempt.permit.on_overdue(Instant::now());
+            attempt.permit.on_deadline_exceeded(Instant::now());
             let address = attempt.permit.endpoint().address().clone();
             self.conclusion
                 .attempt_log

@@ -10,31 +10,32 @@ use super::status;
 use crate::address::Address;
 use crate::balance::{Endpoint, Exclusions, Permit, Pick, ReadyConnection, Snapshot, Summary};
 
-/// The history of a call: the endpoints and connections that did not process it in this attempt, and the endpoints of earlier attempts.
+/// The history of a call: the endpoints and connections that did not process the call in this attempt, and the endpoints of earlier
+/// attempts.
 #[derive(Default)]
 pub(super) struct History {
     endpoints: Vec<Arc<Endpoint>>,
     connections: Vec<Arc<ReadyConnection>>,
-    /// Connections that did not answer a check, with the number of bytes that were read from the peer before the check. A connection is
-    /// used again once more bytes are read from it.
+    /// Connections that did not answer a check, with the number of bytes that were read from the peer before the check. The call may use
+    /// the connection again as soon as further bytes were read from it.
     silent: Vec<(Arc<ReadyConnection>, u64)>,
-    /// Silent connections that the call may use, because no other connection was made in time.
+    /// Silent connections that the call may use without another check, because no other connection was dialled in time.
     trusted: Vec<Arc<ReadyConnection>>,
     last: Option<Failure>,
-    /// The status of the call if no connection of its own could be made.
+    /// Why a private connection for this call could not be dialled. The call fails with this status if no other endpoint takes it.
     private_dial_error: Option<Status>,
-    /// The number of connections that their peer closed in order before it processed the call.
+    /// The number of connections that the peer closed with a GOAWAY that excludes this call, whatever the GOAWAY's error code.
     goaways: usize,
-    /// The number of connections that were lost with the call on them, in all attempts.
+    /// The number of connections that were lost while this call was on them, in all attempts.
     lost_connections: usize,
-    /// Whether a peer ended a connection with an error while the call was on it.
+    /// Whether a connection ended with a GOAWAY whose code is neither `NO_ERROR` nor due to `too_many_pings`, while this call was on it.
     goaway_with_error: bool,
-    /// Whether a connection was lost that carried only this call.
+    /// Whether a private connection, which carried only this call, was lost.
     lost_private_connection: bool,
-    /// Endpoints of earlier attempts, of concurrent attempts, or from the [`Routing`], the latest last. They are used only if no other
-    /// endpoint is ready.
+    /// Endpoints of earlier attempts, of concurrent attempts, and of the [`Routing`], with the latest at the end. The call uses them only
+    /// if no other endpoint is ready.
     avoided: Vec<Address>,
-    /// Reports the connection of the call to its caller.
+    /// Receives the connection that the call was sent on, for the caller.
     route: Option<Routing>,
 }
 
@@ -62,7 +63,7 @@ impl History {
         }
     }
 
-    /// Records a connection that accepted no more streams when the call was sent. This is not held against its endpoint.
+    /// Excludes a connection that accepted no more streams when the call was sent. Other connections of its endpoint may be picked.
     pub(super) fn exclude_connection(&mut self, permit: &Permit, error: h2::Error) {
         self.connections.push(Arc::clone(permit.connection()));
         self.last = Some(Failure {
@@ -92,13 +93,14 @@ impl History {
         trusted.any(|connection| Arc::ptr_eq(connection, permit.connection()))
     }
 
-    /// Records an endpoint to which no connection could be made for this call.
+    /// Records an endpoint to which no private connection could be dialled for this call.
     pub(super) fn add_private_dial_failure(&mut self, endpoint: &Arc<Endpoint>, status: Status) {
         self.endpoints.push(Arc::clone(endpoint));
         self.private_dial_error = Some(status);
     }
 
-    /// Records a connection that its peer closed in order before it processed the call. This is not held against its endpoint either.
+    /// Records a connection that the peer closed with a GOAWAY that excludes this call, whatever the GOAWAY's error code. The endpoint may
+    /// be picked again on another connection, as after [`exclude_connection`](Self::exclude_connection).
     pub(super) fn add_closed(&mut self, permit: &Permit, error: h2::Error) {
         self.goaways += 1;
         self.exclude_connection(permit, error);
@@ -110,8 +112,9 @@ impl History {
         self.exclude_connection(permit, error);
     }
 
-    /// Records that a connection was lost with the call on it. `blamed`: the peer ended the connection because of a call on it. `alone`:
-    /// this call was the only one on it, so it is the cause.
+    /// Records that a connection was lost while this call was on it. `goaway_with_error`: the GOAWAY had an error code, so a call on the
+    /// connection may be the cause. `lost_private_connection`: the connection was private to this call, so the call is treated as the
+    /// cause.
     pub(super) fn on_connection_lost(
         &mut self,
         goaway_with_error: bool,
@@ -122,27 +125,27 @@ impl History {
         self.lost_private_connection |= lost_private_connection;
     }
 
-    /// Returns whether a connection was lost with the call on it. No further hedge is then sent.
+    /// Returns whether a connection was lost while this call was on it. If so, no further hedge is sent.
     pub(super) fn has_lost_connection(&self) -> bool {
         self.lost_connections > 0
     }
 
-    /// Returns whether this call may have caused the end of its connection. It is then sent only on connections of its own.
+    /// Returns whether this call may have caused the end of a connection. If so, the call is sent only on private connections.
     pub(super) fn is_suspect(&self) -> bool {
         self.goaway_with_error
     }
 
-    /// Returns whether this call is treated as the cause of its lost connections. It is then not sent again.
+    /// Returns whether this call is treated as the cause of its lost connections. If so, the call is not sent again.
     pub(super) fn is_to_blame(&self) -> bool {
         self.lost_private_connection || self.lost_connections >= MAX_LOST_CONNECTIONS
     }
 
-    /// Records an endpoint that another attempt uses only if no other endpoint is ready.
+    /// Records an endpoint that later attempts use only if no other endpoint is ready.
     pub(super) fn avoid(&mut self, endpoint: &Endpoint) {
         self.avoided.push(endpoint.address().clone());
     }
 
-    /// Starts another attempt. Endpoints that refused the last attempt are avoided, but no longer excluded.
+    /// Starts another attempt. Endpoints that refused the last attempt can be picked again, but only if no other endpoint is ready.
     pub(super) fn next_attempt(&mut self, failed: Option<&Arc<Endpoint>>) {
         let refused = std::mem::take(&mut self.endpoints);
         let left = refused.iter().chain(failed);
@@ -158,8 +161,8 @@ impl History {
         self.endpoints.len() > MAX_REFUSALS || self.goaways > MAX_GOAWAYS
     }
 
-    /// Returns the connections and endpoints that must not be handed to the waiting call. With `fresh`, these include all endpoints of
-    /// earlier attempts.
+    /// Returns the connections and endpoints that must not be handed to the waiting call. With `avoid_used_endpoints`, all avoided
+    /// endpoints are included.
     pub(super) fn exclusions(&self, avoid_used_endpoints: bool) -> Exclusions {
         let endpoints = self.endpoints.iter();
         let mut endpoints: Vec<_> = endpoints
@@ -175,19 +178,20 @@ impl History {
         }
     }
 
-    /// Returns whether the call avoids endpoints, and uses them only if no other endpoint is available.
+    /// Returns whether there are endpoints that the call uses only if no other endpoint is available.
     pub(super) fn avoids(&self) -> bool {
         !self.avoided.is_empty()
     }
 
-    /// Returns whether the last failure leaves its connection in the ready set, so that a wait for the next ready set would not help.
+    /// Returns whether waiting for the next ready set would not help: the last failure reset only the stream, so its connection stays in
+    /// the set, or a private connection could not be dialled.
     pub(super) fn is_refusal_final(&self) -> bool {
         let is_reset = |last: &Failure| last.error.is_reset();
         self.private_dial_error.is_some() || self.last.as_ref().is_some_and(is_reset)
     }
 
-    /// Picks a connection. With `fresh`, the result is `Full` if an endpoint that the call has not used is full, so that the call waits for
-    /// it instead of using an endpoint where it failed.
+    /// Picks a connection. With `avoid_used_endpoints`, the call waits rather than return to an endpoint where it failed: if an unused
+    /// endpoint is full and none has a free stream, the result is `Full`.
     pub(super) fn pick(&self, snapshot: &Snapshot<'_>, avoid_used_endpoints: bool) -> Pick<Permit> {
         let mut is_full = false;
         if !self.avoided.is_empty() {
@@ -212,8 +216,9 @@ impl History {
             endpoints, pending, ..
         } = *snapshot.summary();
         let picked = match snapshot.pick(|connection| self.is_untried_endpoint(connection)) {
-            // Every reachable endpoint was tried. Another connection to an endpoint often leads to another server, so untried connections
-            // of tried endpoints are allowed. An endpoint that could not be dialled for this call has no other connection.
+            // Every reachable endpoint was tried. Behind a proxy, another connection to the same endpoint often leads to another server, so
+            // untried connections of tried endpoints are allowed. This does not apply if a private connection could not be dialled: another
+            // shared connection of that endpoint would only lead to the same dial.
             Pick::Excluded
                 if self.private_dial_error.is_none()
                     && (self.endpoints.len() >= endpoints || pending == 0) =>
@@ -267,16 +272,16 @@ impl History {
     }
 }
 
-/// Returns whether a connection has the address of this endpoint. After a new registration the connection may belong to another `Endpoint`
-/// object.
+/// Returns whether a connection has the address of this endpoint. The addresses are compared, because after a new registration the
+/// connection may belong to another `Endpoint` object.
 fn is_at(endpoint: &Endpoint, connection: &ReadyConnection) -> bool {
     endpoint.address() == connection.endpoint().address()
 }
 
 /// The limit on transparent retries after refusals.
 const MAX_REFUSALS: usize = 3;
-/// The limit on transparent retries after connections that their peer closed in order. A server that closes each connection after one call
-/// forces all other calls on it to be sent again.
+/// The limit on transparent retries after connections that the peer closed with a GOAWAY. If a server closes each connection after one
+/// call, all other calls on that connection must be sent again.
 const MAX_GOAWAYS: usize = 64;
-/// The number of connections lost with a call on them after which the call is not sent again.
+/// A call is not sent again after this many connections were lost while it was on them.
 const MAX_LOST_CONNECTIONS: usize = 2;

@@ -9,14 +9,14 @@ use tonic::Code;
 /// The kind of a response head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Head {
-    /// The head of a gRPC response, with the status if the head is the whole response.
+    /// The head of a gRPC response. The code is set if the head is the whole response.
     Grpc(Option<Code>),
-    /// The head of another server's response, with gRPC's code for its HTTP status.
+    /// The head of a response that is not gRPC, with the gRPC code for its HTTP status.
     NotGrpc(Code),
 }
 
 impl Head {
-    /// Classifies a response. Without this, the error page of a proxy would count as a fast success.
+    /// Classifies a response head. Without this check, the error page of a proxy would count as a fast success.
     pub(super) fn of<T>(response: &Response<T>) -> Self {
         let (mut code, mut is_grpc) = (None, false);
         // One pass over the few headers costs less than two look-ups, because each look-up hashes its name.
@@ -36,7 +36,7 @@ impl Head {
         }
     }
 
-    /// Returns the failure that the head carries. The head of a response that continues is not a failure.
+    /// Returns the failure that the head carries, if any. A head that is followed by messages or trailers is not a failure.
     pub(super) fn failure(self) -> Option<Code> {
         match self {
             Self::Grpc(code) => code.filter(|code| *code != Code::Ok),

@@ -1,4 +1,5 @@
-//! The checks before a call is sent on the picked connection: does the peer still respond, and could the call end the connection?
+//! The checks before a call is sent on the picked connection: whether the peer still responds, and whether the call could end the
+//! connection.
 
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ pub(super) fn needs_no_check(core: &Core, call: &Call, permit: &Permit, now: Ins
     has_small_metadata(call, permit) && !permit.is_doubtful(now, core.is_single_threaded)
 }
 
-/// Returns whether the call's metadata is too small to end the connection.
+/// Returns whether the metadata is so small that no peer ends the connection because of its size.
 pub(super) fn has_small_metadata(call: &Call, permit: &Permit) -> bool {
     let metadata = call.metadata_size();
     metadata == 0
@@ -27,13 +28,13 @@ pub(super) fn has_small_metadata(call: &Call, permit: &Permit) -> bool {
 pub(super) enum Prepared {
     /// The call can be sent with this permit.
     Ready(Permit),
-    /// The call must pick again. The history excludes the connection if it is unfit.
+    /// The call must pick again. If the connection is unfit, the history excludes it.
     Unfit,
 }
 
-/// Checks the picked connection, or replaces it with a private one if the call could end it.
+/// Checks the picked connection. If the call could end the connection, the connection is replaced with a private one.
 ///
-/// The call was not sent yet, so a failed check only delays it.
+/// The call was not sent yet, so a failed check only delays the call.
 pub(super) async fn prepare(
     core: &Core,
     call: &Call,
@@ -53,8 +54,8 @@ pub(super) async fn prepare(
         return Ok(dial_private(core, metadata, permit, history).await);
     }
     if core.is_single_threaded {
-        // Lets the tasks run that read connections and drive the channel. In a program that drives its runtime only during a call, these
-        // tasks have not run since the last call.
+        // Yields, so that the tasks that read connections and drive the channel can run. In a program that drives its runtime only during a
+        // call, these tasks have not run since the last call.
         tokio::task::yield_now().await;
         tokio::task::yield_now().await;
     }
@@ -71,10 +72,11 @@ pub(super) async fn prepare(
     Ok(Prepared::Ready(permit))
 }
 
-/// Makes a connection for this call alone, so that no other call is lost with it.
+/// Dials a private connection, so that no other call is lost if this call ends the connection.
 ///
 /// Peers that announce no limit on metadata (nginx, haproxy) end the whole connection when the metadata of a call exceeds their limit. On a
-/// shared connection, all calls would fail. Once the endpoint has accepted a size, calls up to that size use shared connections.
+/// shared connection, all calls would fail. After the endpoint has accepted metadata of some size, calls up to that size use shared
+/// connections.
 async fn dial_private(
     core: &Core,
     metadata: usize,
@@ -101,6 +103,7 @@ async fn dial_private(
     }
 }
 
-/// The size in bytes up to which metadata is sent without a precaution. It is the limit of grpc-java's servers and the size of nginx's
-/// header buffer. Larger metadata made nginx end connections from 14 kB on, haproxy from 16.5 kB, and tonic from 60 kB.
+/// The size in bytes up to which metadata is sent on a shared connection even if the peer announces no limit. It is the limit of
+/// grpc-java's servers and the size of nginx's header buffer. Larger metadata made nginx end connections from 14 kB on, haproxy from 16.5
+/// kB, and tonic from 60 kB.
 pub(super) const TRUSTED_METADATA: usize = 8 << 10;

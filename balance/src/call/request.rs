@@ -65,5 +65,5 @@ impl KeptBody {
     }
 }
 
-/// An estimate of the authority's length: an IPv4 address with its port. The authority itself depends on the endpoint.
+/// An estimate of the authority's length: an IPv4 address with its port. An estimate is used because the authority depends on the endpoint.
 const AUTHORITY: usize = 21;

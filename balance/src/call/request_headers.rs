@@ -1,4 +1,4 @@
-//! The headers of a request, for each time that it is sent.
+//! The headers of a request. They are copied or rebuilt each time that the request is sent.
 
 use http::header::{
     CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HOST, TE, TRANSFER_ENCODING, UPGRADE, USER_AGENT,
@@ -9,8 +9,8 @@ use crate::transport::deadline::GRPC_TIMEOUT;
 
 /// Request headers that are moved out for each send and can be restored.
 ///
-/// h2 takes ownership of the headers, so another send needs a copy. For most calls the headers are known and can be rebuilt. A copy would
-/// be two allocations that are hardly ever used: without it a call costs 4 % less CPU.
+/// h2 takes ownership of the headers, so another send needs them a second time. Most calls have only the headers that every call has, and
+/// these are rebuilt instead of copied. A copy would be two allocations that are hardly ever used; without them, a call costs 4 % less CPU.
 #[derive(Debug)]
 pub(super) struct Headers {
     /// Empty after the headers were moved out without a copy.
@@ -23,8 +23,8 @@ pub(super) struct Headers {
 }
 
 impl Headers {
-    /// Takes a call's headers and removes those that HTTP/2 forbids. With `deadline`, another send writes the timeout again, so
-    /// `grpc-timeout` is not kept.
+    /// Takes a call's headers and removes those that HTTP/2 forbids. `deadline`: whether the call has a deadline. Each further send then
+    /// writes the remaining time to `grpc-timeout`, so the header need not be kept.
     pub(super) fn new(mut map: HeaderMap, user_agent: &HeaderValue, deadline: bool) -> Self {
         let plain = is_plain(&map, user_agent, deadline);
         let size = if plain { 0 } else { clean(&mut map) };
@@ -57,7 +57,7 @@ fn is_plain(headers: &HeaderMap, user_agent: &HeaderValue, deadline: bool) -> bo
         _ => deadline && *name == GRPC_TIMEOUT,
     };
     headers.len() == 3 + usize::from(deadline)
-        // Equal counts rule out that one name occurs twice and another is missing.
+        // If both counts are equal, no name occurs twice, so none of the known names is missing.
         && headers.keys_len() == headers.len()
         && headers.iter().all(is_known)
 }
@@ -136,8 +136,8 @@ const GRPC: &str = "application/grpc";
 const FORBIDDEN: [&str; 3] = ["keep-alive", "proxy-connection", "http2-settings"];
 /// The size that each field adds to the length of its name and value (RFC 9113, section 6.5.2).
 const FIELD_OVERHEAD: usize = 32;
-/// The size of `:method: POST` and `:scheme: https`, and of the names `:authority` and `:path`. The call adds the sizes of the last two
-/// values.
+/// The size of `:method: POST` and `:scheme: https`, and of the names `:authority` and `:path`. The lengths of the last two values are
+/// added in [`Call::metadata_size`](super::request::Call::metadata_size).
 const PSEUDO_HEADERS: usize = 4 * FIELD_OVERHEAD + 11 + 12 + 10 + 5;
 
 #[cfg(test)]

@@ -25,7 +25,7 @@ use crate::transport::response_body::Incoming;
 pub(super) type Retrying =
     Pin<Box<dyn Future<Output = Result<Response<ResponseBody>, Status>> + Send>>;
 
-/// Continues after the first attempt: it failed before its response head, or the retry policy may cover its response.
+/// Continues a call after its first attempt failed before the response head, or after a response that the retry policy may cover.
 pub(super) fn after_first(
     core: Arc<Core>,
     call: Call,
@@ -52,7 +52,7 @@ pub(super) fn after_first(
     })
 }
 
-/// Runs a call that was not sent, or that was refused. `permit` is a permit that the call already has.
+/// Runs a call that was not sent, or that was refused. `permit` is a permit that the call already has, if any.
 pub(super) async fn run(
     core: Arc<Core>,
     call: Call,
@@ -85,7 +85,7 @@ impl Attempts {
         }
     }
 
-    /// Makes attempts until no further attempt follows.
+    /// Makes further attempts until the policy or the deadline ends the call.
     async fn run_attempts(
         mut self,
         mut outcome: Outcome,
@@ -177,7 +177,7 @@ async fn take_body(outcome: &mut Outcome) -> Result<Option<Outgoing>, Status> {
     }
 }
 
-/// The parts of a call that its end needs, whatever the number of attempts.
+/// The data from which the result of a call is built at its end, with retries or hedges.
 pub(super) struct Conclusion {
     pub(super) core: Arc<Core>,
     pub(super) call: Call,

@@ -9,9 +9,8 @@ use crate::balance::ReadyConnection;
 
 /// Routes one call: names endpoints to avoid, and reports the endpoint that the call was sent to.
 ///
-/// It is for callers that have information about an endpoint that its connections do not show, for example that it has lost its quorum.
-/// Create one value for each call and pass it to [`BalancedChannel::call_routed`](crate::BalancedChannel::call_routed). Clones share the
-/// result.
+/// Use it if the caller knows more about an endpoint than its connections show, for example that the endpoint has lost its quorum. Create
+/// one value for each call and pass it to [`BalancedChannel::call_routed`](crate::BalancedChannel::call_routed). Clones share the result.
 #[derive(Clone, Debug)]
 pub struct Routing {
     avoided: Arc<[Address]>,
@@ -46,7 +45,7 @@ impl Routing {
             .map(|connection| connection.endpoint().address().clone())
     }
 
-    /// Counts a failure against the endpoint: a failure of the call, or of a stream that it opened, that the connection does not show.
+    /// Counts a failure of the endpoint that the connection does not show: a failure of the call, or of a stream that the call opened.
     ///
     /// `silent_since` is the time since which a response has been overdue. If it is set, and nothing was read from the connection since
     /// then, a PING checks the connection.

@@ -1,5 +1,6 @@
-//! The statuses of failed calls. The message of a status that is created here names the service, and the endpoint or the number of ready
-//! endpoints. The typed cause is the source of the status, also if a server returned the status.
+//! The statuses of failed calls. The message of a status that is created here names the service. It also names the endpoint, or the number
+//! of ready endpoints, unless the request itself is malformed. If an endpoint failed the call, the source of the status is a [`CallError`],
+//! also if the server returned the status.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -23,7 +24,7 @@ use crate::transport::h2_error::is_unprocessed;
 /// The error is in the source chain of the call's `Status`. Walk the whole chain, because after retries another `Status` precedes the
 /// error. The error is present in these cases: the server returned an error, the connection failed, the deadline passed at the endpoint, or
 /// the limits of the endpoint prevented the call from being sent. It is absent if no endpoint was picked. The message of a status that the
-/// server returned does not name the server; this type does.
+/// server returned does not name the endpoint, but this error does.
 ///
 /// ```
 /// use std::error::Error;
@@ -79,8 +80,9 @@ impl Error for CallError {
     }
 }
 
-/// Returns the status of a call whose connection or stream failed. `blame` is the error with which the endpoint ended the connection. It is
-/// added to the message, because a call that the GOAWAY still covers fails later, with only a socket error.
+/// Returns the status of a call whose connection or stream failed. `blame` is the error code of the endpoint's GOAWAY, if any. It is added
+/// to the message because a call at or below the GOAWAY's last stream id fails only later, when the socket closes, and its own error does
+/// not contain the code.
 pub(super) fn connection_or_stream_failed(
     service: &str,
     address: &Address,
@@ -96,7 +98,7 @@ pub(super) fn connection_or_stream_failed(
     with_source(code, message, Arc::new(source))
 }
 
-/// Returns the status of a call that had a connection of its own, which the endpoint ended. The call itself is the likely cause.
+/// Returns the status of a call on a private connection that the endpoint ended. The call itself is the likely cause.
 pub(super) fn private_connection_ended(
     service: &str,
     address: &Address,
@@ -116,7 +118,7 @@ pub(super) fn private_connection_ended(
     with_source(code, message, Arc::new(source))
 }
 
-/// Returns the status of a call that needs a connection of its own, which could not be made. The call was not sent.
+/// Returns the status of a call that needs a private connection that could not be dialled. The call was not sent.
 pub(super) fn private_dial_failed(
     service: &str,
     address: &Address,
@@ -169,7 +171,8 @@ pub(super) fn server_error(address: &Address, headers: &HeaderMap) -> Option<Sta
     Some(status)
 }
 
-/// Returns whether a cancellation at `now` is the server's enforcement of the deadline, shortly before the client's own timer.
+/// Returns whether a server that cancels the call at `now` does so because of the deadline. Servers may do this shortly before the client's
+/// own timer fires.
 pub(super) fn is_deadline_cancellation(deadline: Option<Deadline>, now: Instant) -> bool {
     deadline.is_some_and(|deadline| now + DEADLINE_TOLERANCE >= deadline.at())
 }
@@ -179,9 +182,9 @@ pub(super) fn is_cancelled(error: &h2::Error) -> bool {
     error.is_reset() && error.is_remote() && error.reason() == Some(Reason::CANCEL)
 }
 
-/// A cancellation at most this long before the deadline is reported as the deadline. When the deadline passes, servers reset the call with
-/// CANCEL or respond with CANCELLED. This can be early, because the timeout that they receive is rounded down, and their timers are as
-/// coarse as the client's.
+/// A cancellation at most this long before the deadline is reported as `DEADLINE_EXCEEDED`. When the deadline passes, servers reset the
+/// call with CANCEL or respond with CANCELLED. They can do so early, because the timeout that they receive is rounded down, and because
+/// their timers are as coarse as the client's.
 const DEADLINE_TOLERANCE: Duration = Duration::from_millis(2);
 
 /// Maps an error to a gRPC code and a description, as in gRPC's table for HTTP/2 error codes. A failed connection is always `UNAVAILABLE`.
@@ -282,7 +285,8 @@ fn with_source(code: Code, message: String, source: Arc<dyn Error + Send + Sync>
     status
 }
 
-/// Returns the failure that a response head proves against the endpoint, if any.
+/// Returns what failed at the endpoint, according to the response head: the connection or the server. Returns `None` if the endpoint is not
+/// at fault.
 pub(super) fn head_blame(head: Head) -> Option<Blame> {
     match head {
         Head::Grpc(code) => code.and_then(blame),
@@ -290,7 +294,8 @@ pub(super) fn head_blame(head: Head) -> Option<Blame> {
     }
 }
 
-/// Returns the failure that a status proves against the endpoint, if any.
+/// Returns what failed at the endpoint, according to the status code: the connection or the server. Returns `None` if the endpoint is not
+/// at fault.
 pub(super) fn blame(code: Code) -> Option<Blame> {
     match code {
         // gRPC's code for a lost connection, and the code of proxies for a failed server behind them.

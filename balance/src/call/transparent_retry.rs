@@ -1,4 +1,5 @@
-//! One attempt, as a retry policy counts it. A call that was certainly not processed is sent again within the attempt.
+//! One attempt of a call, as a retry policy counts attempts. If the server certainly did not process the call, the call is sent again
+//! within the same attempt.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -23,7 +24,7 @@ use crate::transport::h2_error::{is_connection_lost, is_unprocessed};
 use crate::transport::request_body::{Outgoing, Pumped};
 use crate::transport::response_body::{Broken, Incoming};
 
-/// An attempt whose response head was received, whether it is a success or a failure.
+/// An attempt whose response head was received. The head may carry a failure.
 pub(super) struct Answered {
     pub(super) attempt: Attempt,
     pub(super) head: Response<Incoming>,
@@ -39,7 +40,7 @@ pub(super) struct Failed {
 }
 
 impl Failed {
-    /// Creates a failure that another attempt would not change.
+    /// Creates a failure that excludes another attempt.
     pub(super) fn permanent(status: Status) -> Self {
         Self {
             status,
@@ -68,7 +69,7 @@ impl Failed {
 /// The input of an attempt.
 pub(super) struct Sending {
     pub(super) body: Outgoing,
-    /// The permit that the call already has, if any.
+    /// A permit that the call already has, if any.
     pub(super) permit: Option<Permit>,
     pub(super) which: Try,
     pub(super) deadline: Option<Deadline>,
@@ -121,7 +122,7 @@ pub(super) async fn send(
             }
             Ok(Err(error)) => body = recover(core, call, attempt, error, history, deadline).await?,
             Err(late) => {
-                attempt.permit.on_overdue(Instant::now());
+                attempt.permit.on_deadline_exceeded(Instant::now());
                 let endpoint = attempt.permit.endpoint();
                 let status =
                     status::deadline_exceeded_at(core, late, "waiting for the response", endpoint);
@@ -147,7 +148,7 @@ impl PickError {
     }
 }
 
-/// Waits for a permit on a connection that is known to work. `first` is tried before a pick.
+/// Waits for a permit on a connection that has passed the checks of [`prepare`]. If `first` is set, this permit is tried before a pick.
 pub(super) async fn pick_prepared(
     core: &Core,
     call: &Call,
@@ -171,8 +172,8 @@ pub(super) async fn pick_prepared(
 
 /// Handles a failure before the response head. Returns the body for a transparent retry, or the failure of the attempt.
 ///
-/// A call that is sent again may itself be the cause of the failure. Without a policy it is sent again only if it was certainly not
-/// processed. If a peer ended its connection with an error, the call is sent again on a connection of its own.
+/// The call itself may be the cause of the failure. Without a policy, the call is sent again only if it was certainly not processed. If the
+/// peer ended the connection with an error, the call is sent again on a private connection.
 pub(super) async fn recover(
     core: &Core,
     call: &Call,
@@ -190,7 +191,7 @@ pub(super) async fn recover(
     if let Some(late) = deadline.filter(|_| status::is_deadline_cancellation(deadline, now))
         && status::is_cancelled(&error)
     {
-        permit.on_overdue(now);
+        permit.on_deadline_exceeded(now);
         let status =
             status::deadline_exceeded_at(core, late, "waiting for the response", permit.endpoint());
         return Err(Failed::at(&permit, status, None));
@@ -199,9 +200,9 @@ pub(super) async fn recover(
         Some(body) => Some(body),
         None => returned_body(exchange.into_pumped().await).map_err(Failed::permanent)?,
     };
-    let blame = permit.http2().blame();
+    let blame = permit.http2().goaway_error();
     if is_connection_lost(&error) && (blame.is_some() || !is_unprocessed(&error)) {
-        history.on_connection_lost(blame.is_some(), permit.is_alone());
+        history.on_connection_lost(blame.is_some(), permit.is_private());
     }
     match body {
         Some(body) if is_unprocessed(&error) && !history.is_to_blame() => {
@@ -217,7 +218,7 @@ pub(super) async fn recover(
         }
         body => {
             let address = permit.endpoint().address();
-            let status = if permit.is_alone() && is_connection_lost(&error) {
+            let status = if permit.is_private() && is_connection_lost(&error) {
                 status::private_connection_ended(
                     &core.service,
                     address,
@@ -234,12 +235,12 @@ pub(super) async fn recover(
 }
 
 impl Answered {
-    /// Buffers a response that may still be lost, so that the call can be retried.
+    /// Buffers the beginning of a response for a short time. If the response breaks in this time, the call can still be retried.
     ///
     /// In gRFC A6 a call is committed when its response head is received. But servers send the head shortly before the rest, and a killed
-    /// server has often sent only the head: under load, one or two of a hundred kills hit this moment. The caller has not received the head
-    /// by then, so the call can still be sent again. A stream of responses is not buffered to its end: its first messages are handed over
-    /// after a short time.
+    /// server has often sent only the head: under load, this happens in one or two of a hundred kills. While the response is buffered, the
+    /// caller has not received the head, so the call can still be sent again. A stream of responses is not buffered to its end: the caller
+    /// gets its first messages after a short time.
     pub(super) async fn settle(
         mut self,
         core: &Core,
@@ -274,15 +275,15 @@ impl Answered {
                     deadline.filter(|_| status::is_deadline_cancellation(deadline, now))
                     && status::is_cancelled(&error)
                 {
-                    permit.on_overdue(now);
+                    permit.on_deadline_exceeded(now);
                     let endpoint = permit.endpoint();
                     let status =
                         status::deadline_exceeded_at(core, late, "reading the response", endpoint);
                     return Err(Failed::at(permit, status, None));
                 }
-                let blame = permit.http2().blame();
+                let blame = permit.http2().goaway_error();
                 if is_connection_lost(&error) {
-                    history.on_connection_lost(blame.is_some(), permit.is_alone());
+                    history.on_connection_lost(blame.is_some(), permit.is_private());
                 }
                 permit.on_failure(now, Blame::Connection);
                 let address = permit.endpoint().address();
@@ -293,7 +294,8 @@ impl Answered {
         }
     }
 
-    /// Returns the body for another attempt. Returns `None` if it is not available any more, and an error if the caller's body failed.
+    /// Returns the body for another attempt. Returns `None` if more of the body was sent than is kept, and an error if the caller's body
+    /// failed.
     pub(super) async fn take_body(&mut self) -> Result<Option<Outgoing>, Status> {
         match self.attempt.kept.body() {
             Some(body) => Ok(Some(body)),
@@ -310,8 +312,8 @@ fn returned_body(pumped: Option<Pumped>) -> Result<Option<Outgoing>, Status> {
     }
 }
 
-/// Returns the output of a future, or the deadline if the future is pending after the deadline. No timer is needed here: the
-/// `ResponseFuture` that polls this has one.
+/// Returns the output of a future, or the deadline if the future is still pending after the deadline. This function sets no timer: the
+/// [`ResponseFuture`](super::ResponseFuture) that polls it has one.
 pub(super) async fn before_deadline<F: Future>(
     deadline: Option<Deadline>,
     future: F,
@@ -327,8 +329,8 @@ pub(super) async fn before_deadline<F: Future>(
     .await
 }
 
-/// How long a response head is buffered while no frame follows. This is longer than the system takes to close the sockets of a killed
-/// process.
+/// How long a response head is buffered while no frame follows. The operating system closes the sockets of a killed process in less time.
 const HEAD_BUFFER_TIME: Duration = Duration::from_millis(50);
-/// How long the beginning of a response is buffered. It is short, because it delays the first message of a stream.
+/// How long the beginning of a response is buffered after the first frame. The time is short because it delays the first message of a
+/// stream.
 const RESPONSE_BUFFER_TIME: Duration = Duration::from_millis(5);

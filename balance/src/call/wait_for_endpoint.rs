@@ -1,4 +1,5 @@
-//! The queued pick: waits for an endpoint, or for a free stream on an endpoint.
+//! The wait of a call while no endpoint is ready, or while all streams of the ready endpoints are in use. The option `wait_for_ready`
+//! decides whether the call waits at all if no endpoint can be expected.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use super::history::History;
 use super::status;
 use crate::balance::{Permit, Pick, SCAN_LIMIT, Summary};
 
-/// Waits for a permit on a connection that the call has not tried. Fails if no such connection can be expected.
+/// Picks a connection that the call has not tried, and waits until one is available. Fails if no such connection can be expected.
 pub(super) async fn wait_for_endpoint(
     core: &Core,
     history: &mut History,
@@ -30,8 +31,8 @@ pub(super) async fn wait_for_endpoint(
         .avoids()
         .then(|| Instant::now() + UNUSED_ENDPOINT_WAIT);
     let now = Instant::now();
-    // After this time the call also accepts a silent connection: it is better than none. The driver has dialled a second connection since
-    // the check failed.
+    // Until this time, the call waits for the second connection that the driver dials beside a silent one. After it, the call also uses the
+    // silent connection, which is better than none.
     let mut silent_until = history.has_silent().then(|| now + SILENT_CONNECTION_WAIT);
     loop {
         // Registers before it loads the snapshot, so that no later change is missed.
@@ -39,9 +40,8 @@ pub(super) async fn wait_for_endpoint(
         tokio::pin!(changed);
         changed.as_mut().enable();
         let until = {
-            // A stream that became free before this call joined the queue is not handed over: the call must find it in the ready set. The
-            // waiting calls share `SCAN_BUDGET`: if few wait, each scans all slots; if many wait, each scans a part. A stream that becomes
-            // free later is handed over.
+            // A stream that became free before this call joined the queue is not handed to the call: the call must find that stream in the
+            // ready set. All waiting calls share `SCAN_BUDGET`. If few calls wait, each scans all slots; if many wait, each scans a part.
             let scan_limit = if waiting.is_some() {
                 SCAN_BUDGET / shared.waiters().waiting().max(1)
             } else {
@@ -61,14 +61,15 @@ pub(super) async fn wait_for_endpoint(
                 Next::Wait(until) => until,
             }
         };
-        // Wakes the driver. If all streams are in use, it makes one more connection. It also dials connections that rest until a call needs
-        // them.
+        // Wakes the driver. If all streams are in use, the driver dials one more connection. It also dials the connections that rest until
+        // a call needs them.
         shared.demand();
         let Some(queued) = &waiting else {
             let waiters = shared.waiters();
             let joined = waiters.join(history.exclusions(avoid_until.is_some()));
             waiting = Some(joined.ok_or_else(|| status::wait_queue_full(core, waiters.limit()))?);
-            // A stream that becomes free from now on is handed over. The next iteration finds a stream that became free before.
+            // From now on, the queue hands streams that become free to this call. The next iteration searches the set for streams that
+            // became free earlier.
             continue;
         };
         tokio::select! {
@@ -164,8 +165,8 @@ pub(super) async fn sleep_until(until: Option<Instant>) {
 
 /// The number of slots that all waiting calls together scan when a ready set is published: some milliseconds of work.
 const SCAN_BUDGET: usize = 200_000;
-/// How long a retry waits for a free stream on an endpoint where it has not failed. About the duration of a call.
+/// How long a retry waits for a free stream on an endpoint where the call has not failed. The value is about the duration of a call.
 const UNUSED_ENDPOINT_WAIT: Duration = Duration::from_millis(50);
-/// How long a call waits for another connection after its connection did not answer a check. About the time after which TCP repeats its
-/// first packet (RFC 6298, section 2), so that a dial whose first packet was lost still succeeds in time.
+/// How long a call waits for another connection after its connection did not answer a check. TCP repeats its first packet after about this
+/// time (RFC 6298, section 2), so a dial whose first packet was lost may still succeed.
 const SILENT_CONNECTION_WAIT: Duration = Duration::from_secs(1);

@@ -1,4 +1,4 @@
-//! What a connection has read, and when. This shows whether the peer is alive, and which limits it announces.
+//! Records what a connection has read, and when. The record shows whether the peer is alive, and which limits it has announced.
 
 use std::fmt;
 use std::io;
@@ -15,7 +15,8 @@ use tokio::time::Instant;
 
 use super::frames::{Frame, FrameReader};
 
-/// The connection's task writes it as it reads. Calls read it only when a connection was silent for a while or a call takes too long.
+/// The record of one connection. The connection's task writes it with each read. Calls read it only if the connection was silent for a
+/// while, or if a call takes too long.
 pub(super) struct Activity {
     started: Instant,
     bytes: AtomicU64,
@@ -30,7 +31,7 @@ pub(super) struct Activity {
     goaway: AtomicU64,
     /// Whether the connection's task has ended or has found that the peer does not answer.
     unresponsive: AtomicBool,
-    /// The number of times that all waits were ended without a byte.
+    /// The number of times that [`end_waits`](Self::end_waits) has ended all waits.
     ended_waits: AtomicU64,
     /// The number of PINGs that the peer has answered.
     pongs: AtomicU64,
@@ -113,8 +114,7 @@ impl Activity {
         self.is_busy.get().is_some_and(|is_busy| is_busy())
     }
 
-    /// Returns the state that a wait compares with. Take it before a doubt is sent to the connection's task: the wait could otherwise miss
-    /// the answer.
+    /// Returns the state that a wait compares with. Call this before the PING is requested; otherwise the wait could miss the answer.
     pub(super) fn mark(&self) -> Mark {
         Mark {
             bytes: self.bytes.load(Ordering::SeqCst),
@@ -123,7 +123,8 @@ impl Activity {
         }
     }
 
-    /// Waits until the peer sends a byte or answers a PING. Returns false if the connection ends first or the peer is found not to answer.
+    /// Waits until the peer sends a byte or answers a PING. Returns false if the connection ends first, or if the peer does not answer in
+    /// time.
     ///
     /// # Cancel safety
     ///
@@ -151,7 +152,7 @@ impl Activity {
         }
     }
 
-    /// Sets whether waits for the peer return at once: the connection has ended, or the peer does not answer.
+    /// Sets whether waits for the peer return false at once, because the connection has ended or the peer does not answer.
     pub(super) fn set_unresponsive(&self, unresponsive: bool) {
         self.unresponsive.store(unresponsive, Ordering::SeqCst);
         if unresponsive {
@@ -159,7 +160,7 @@ impl Activity {
         }
     }
 
-    /// Ends the waits in progress: the peer is doubtful, and no PING may be sent to prove more.
+    /// Ends the waits in progress, because nothing was read in time and the PING budget allows no PING.
     pub(super) fn end_waits(&self) {
         self.ended_waits.fetch_add(1, Ordering::SeqCst);
         self.changed.notify_waiters();
@@ -250,7 +251,7 @@ pub(super) struct Watched<T> {
     activity: Arc<Activity>,
     frames: FrameReader,
     read: usize,
-    /// Bytes that were read after a GOAWAY and not passed on to h2 yet.
+    /// Bytes that were read after a GOAWAY and that are held back from h2.
     held: Bytes,
     /// Whether the next read returns `Pending` once, so that h2 writes its queue first.
     pause: bool,
@@ -270,10 +271,10 @@ impl<T> Watched<T> {
 
     /// Parses the bytes that were read from `before` on, and passes them on to h2 up to the end of a GOAWAY.
     ///
-    /// In a graceful shutdown the server sends a GOAWAY and then a PING, and takes the PONG as the end of new streams: grpc-java closes the
-    /// whole connection if a request arrives after the PONG. h2 writes the PONG before the requests that are already in its queue. So the
-    /// PING is held back until h2 has processed the GOAWAY, after which it opens no stream, and has written its queue.
-    fn hand_on(&mut self, buf: &mut ReadBuf<'_>, before: usize) {
+    /// In a graceful shutdown the server sends a GOAWAY and then a PING, and expects no new streams after the PONG: grpc-java closes the
+    /// whole connection if a request arrives after the PONG. But h2 writes the PONG before the requests that are already in its queue. So
+    /// the PING is held back until h2 has processed the GOAWAY, after which it opens no streams, and has written its queue.
+    fn pass_on(&mut self, buf: &mut ReadBuf<'_>, before: usize) {
         let activity = &self.activity;
         let read = &buf.filled()[before..];
         let mut paused = false;
@@ -305,9 +306,9 @@ impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
             let part = this.held.len().min(buf.remaining());
             buf.put_slice(&this.held.split_to(part));
             let rest = std::mem::take(&mut this.held);
-            this.hand_on(buf, before);
+            this.pass_on(buf, before);
             if !rest.is_empty() {
-                // Bytes held back a second time precede the bytes that were not parsed yet.
+                // The bytes that were held back again precede the bytes that were not parsed yet.
                 this.held = [&this.held[..], &rest[..]].concat().into();
             }
             return Poll::Ready(Ok(()));
@@ -320,7 +321,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
             }
             this.read = this.read.saturating_add(read.len());
             this.activity.on_read(read.len());
-            this.hand_on(buf, before);
+            this.pass_on(buf, before);
         }
         polled
     }

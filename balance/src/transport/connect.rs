@@ -1,4 +1,4 @@
-//! Makes connections: name resolution, dial, TLS, HTTP/2, and the first answer of the peer.
+//! Makes connections: name resolution, dial, TLS, HTTP/2, and the answer to a first PING.
 //!
 //! The built-in dialler supports TCP and Unix sockets. Any other transport needs a custom dialler.
 
@@ -38,11 +38,12 @@ pub(crate) struct Connector {
     #[cfg(feature = "tls")]
     pub(crate) tls: Option<Tls>,
     pub(crate) http2: Settings,
-    /// Limit on the time for TCP, TLS and the peer's first answer together.
+    /// Limit on the time of a whole attempt: name resolution, dial, TLS, the HTTP/2 handshake, and the answer to the first PING.
     pub(crate) timeout: Duration,
     /// The policy for the IP addresses that a host name resolves to. The source of endpoints has already checked the addresses themselves.
     pub(crate) policy: AddressPolicy,
-    /// Whether the program itself contains the addresses. Only then can TLS verify a server by the host of its address.
+    /// Whether the program gave the addresses, so that they do not come from discovery. Only then can TLS verify a server by the host of
+    /// its address.
     pub(crate) static_addresses: bool,
 }
 
@@ -60,7 +61,7 @@ impl Default for Connector {
     }
 }
 
-/// The results of earlier attempts.
+/// What earlier attempts to connect to this endpoint have shown.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct DialHistory {
     /// The number of consecutive failed attempts.
@@ -148,7 +149,7 @@ impl Connector {
             return self.tcp(socket, address, history).await;
         }
         let mut resolved = self.resolve(address).await?;
-        // Rotates the addresses: one whose server accepts connections but is unusable must not be the first in every attempt.
+        // Rotates the addresses. An address whose server accepts connections but is unusable must not be the first in every attempt.
         let first = history.failed % resolved.len().max(1);
         resolved.rotate_left(first);
         if let [only] = resolved[..] {
@@ -240,7 +241,7 @@ async fn unix(_: &Path) -> io::Result<TcpStream> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
-/// Returns the addresses with the families alternating, beginning with the family of the resolver's first address.
+/// Orders the addresses so that the families alternate, beginning with the family of the resolver's first address.
 fn alternating(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     let v6_first = addresses.first().is_some_and(SocketAddr::is_ipv6);
     let (v6, v4): (Vec<_>, Vec<_>) = addresses.into_iter().partition(SocketAddr::is_ipv6);
@@ -255,9 +256,10 @@ fn alternating(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     mixed
 }
 
-/// Dials the addresses one after the other, each with a head start before the next, and returns the first connection that is ready.
+/// Dials the addresses one after the other, with [`CONNECTION_ATTEMPT_DELAY`] between two dials, and returns the first connection that is
+/// ready (RFC 8305).
 ///
-/// A dial wins the race when its peer has answered. A completed TCP connect does not count, because a stuck server still accepts
+/// A connection is ready when its peer has answered a PING. A completed TCP connect does not count, because a stuck server still accepts
 /// connections.
 pub(super) async fn happy_eyeballs<T, F, Fut>(
     addresses: Vec<SocketAddr>,
@@ -333,8 +335,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECTION_ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
 const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// Limit on the time that sent bytes stay unacknowledged. Without it, a peer whose packets are dropped holds its calls for a quarter of an
-/// hour. gRFC A18 uses 20 s; 30 s also tolerates a process that was stopped for 20 s.
+/// Limit on the time that sent bytes stay unacknowledged. Without this limit, calls to a peer whose packets are dropped hang for a quarter
+/// of an hour. gRFC A18 uses 20 s; 30 s also tolerates a process that was stopped for 20 s.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -342,7 +344,8 @@ const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
 mod tests {
     use super::*;
 
-    /// Reads the options back from the socket: dropping the packets of a peer needs privileges that a test does not have.
+    /// Only reads the options back from the socket. A test of their effect would have to drop packets, which needs privileges that a test
+    /// does not have.
     #[tokio::test]
     async fn tcp_user_timeout_and_keep_alive_are_set_on_the_socket() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");

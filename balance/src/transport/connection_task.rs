@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use tokio::time::Sleep;
 
 use super::activity::{Activity, Watched};
-use super::h2_error::is_orderly_goaway;
+use super::h2_error::is_graceful_goaway;
 use super::pinger::Pinger;
 use super::stall_detection::{Action, PingCause};
 
@@ -22,14 +22,14 @@ pub(super) type OnEvent = Box<dyn FnMut(ConnectionEvent) + Send>;
 /// An event of a connection.
 #[derive(Debug)]
 pub(crate) enum ConnectionEvent {
-    /// The peer has left a PING unanswered, but the connection is not known to be broken.
+    /// The peer has left a PING unanswered, but the connection may still be alive.
     Stalled,
-    /// Nothing was read in time, and the PING budget allowed no PING to prove that the peer does not answer.
+    /// Nothing was read in time, and the PING budget allowed no PING.
     Doubtful,
     /// The peer answers again.
     Recovered,
     /// The peer has changed its limit on concurrent streams.
-    Streams,
+    StreamLimit,
     /// The connection takes no more streams. This is the last event.
     Closed(CloseReason),
 }
@@ -56,11 +56,11 @@ impl CloseReason {
         }
     }
 
-    /// Returns whether the peer closed the connection in order, as opposed to a broken connection.
+    /// Returns whether the peer closed the connection gracefully. If not, the connection was lost.
     pub(crate) fn is_graceful(&self) -> bool {
         match self {
             Self::Closed => true,
-            Self::Failed(error) => is_orderly_goaway(error),
+            Self::Failed(error) => is_graceful_goaway(error),
             Self::Unresponsive | Self::Aborted => false,
         }
     }
@@ -72,10 +72,10 @@ where
     T: AsyncRead + AsyncWrite + Unpin,
 {
     pub(super) connection: h2::client::Connection<Watched<T>, Bytes>,
-    /// Detects, after every poll, whether streams can still be opened. The probe keeps the connection open, so it is dropped together with
-    /// the last sender.
+    /// A handle that shows, after every poll, whether streams can still be opened. It keeps the connection open, so it is dropped when the
+    /// [`Connection`](super::http2::Connection) is dropped.
     pub(super) probe: Option<SendRequest<Bytes>>,
-    pub(super) doubts: mpsc::UnboundedReceiver<PingCause>,
+    pub(super) ping_requests: mpsc::UnboundedReceiver<PingCause>,
     pub(super) limit: Arc<AtomicUsize>,
     pub(super) max_header_list: Arc<AtomicU32>,
     pub(super) reserved: usize,
@@ -83,7 +83,7 @@ where
     pub(super) activity: Arc<Activity>,
     /// Whether the end was reported.
     pub(super) is_closed: bool,
-    /// The remaining time of a connection whose peer has reported an error.
+    /// The time until the task closes a connection whose peer has reported an error.
     pub(super) linger: Option<Pin<Box<Sleep>>>,
     pub(super) on_event: OnEvent,
 }
@@ -100,12 +100,12 @@ where
             this.report_closed(CloseReason::new(outcome));
             return Poll::Ready(());
         }
-        this.poll_doubts(cx);
+        this.poll_ping_requests(cx);
         if let Some(probe) = &mut this.probe {
-            let limit = for_calls(probe.current_max_send_streams(), this.reserved);
+            let limit = streams_for_calls(probe.current_max_send_streams(), this.reserved);
             if this.limit.load(Ordering::Relaxed) != limit {
                 this.limit.store(limit, Ordering::Relaxed);
-                (this.on_event)(ConnectionEvent::Streams);
+                (this.on_event)(ConnectionEvent::StreamLimit);
             }
             let max_header_list = this.activity.max_header_list();
             if this.max_header_list.load(Ordering::Relaxed) != max_header_list {
@@ -114,7 +114,7 @@ where
             }
             if let Poll::Ready(Err(error)) = probe.poll_ready(cx) {
                 this.probe = None;
-                if !is_orderly_goaway(&error) {
+                if !is_graceful_goaway(&error) {
                     this.linger = Some(Box::pin(tokio::time::sleep(LINGER)));
                 }
                 this.report_closed(CloseReason::Failed(error));
@@ -143,13 +143,16 @@ impl<T> Task<T>
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
-    fn poll_doubts(&mut self, cx: &mut Context<'_>) {
-        while let Poll::Ready(doubt) = self.doubts.poll_recv(cx) {
-            let Some(doubt) = doubt else {
+    fn poll_ping_requests(&mut self, cx: &mut Context<'_>) {
+        while let Poll::Ready(cause) = self.ping_requests.poll_recv(cx) {
+            let Some(cause) = cause else {
                 self.probe = None;
                 return;
             };
-            let action = self.pinger.as_mut().and_then(|pinger| pinger.doubt(doubt));
+            let action = self
+                .pinger
+                .as_mut()
+                .and_then(|pinger| pinger.request(cause));
             if let Some(action) = action {
                 self.report(action);
             }
@@ -192,12 +195,12 @@ where
     }
 }
 
-/// Returns how many of the peer's streams calls may use: at least one, because a peer that allows no more streams than are reserved could
-/// otherwise not be used.
-pub(super) fn for_calls(streams: usize, reserved: usize) -> usize {
+/// Returns how many of the peer's streams calls may use. This is at least one if the peer allows any: otherwise a peer that allows only as
+/// many streams as are reserved could not be used.
+pub(super) fn streams_for_calls(streams: usize, reserved: usize) -> usize {
     streams.saturating_sub(reserved).max(streams.min(1))
 }
 
-/// How long calls on a connection may still be answered after the peer has ended it with an error. A peer must close the connection then
-/// (RFC 9113, section 5.4.1), but Node.js leaves it open, and the calls would wait for ever.
+/// How long a connection stays open after the peer has ended it with an error, so that calls may still be answered. A peer must close the
+/// connection after an error (RFC 9113, section 5.4.1), but Node.js leaves it open, and the calls would wait forever.
 const LINGER: Duration = Duration::from_secs(5);

@@ -1,4 +1,4 @@
-//! One HTTP/2 exchange: a request that was sent, until the head of its response is received.
+//! One HTTP/2 exchange, from the sent request to the head of its response.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -20,7 +20,7 @@ pub(crate) struct Exchange {
 impl Exchange {
     /// Sends a request. A body of at most one frame is sent immediately; a task sends any other body under flow control.
     ///
-    /// If no stream can be opened, the error contains the body, of which nothing was sent.
+    /// If no stream can be opened, nothing was sent, and the body is returned with the error.
     pub(crate) fn start(
         connection: &Connection,
         head: Request<()>,
@@ -54,7 +54,7 @@ impl Exchange {
         Poll::Ready(Ok(response.map(|stream| Incoming::new(stream, pump))))
     }
 
-    /// Waits for the end of the body's pump after a failure, and returns its result: the body for another attempt, or its error. Returns
+    /// Waits for the end of the body's pump after a failure, and returns the pump's result, such as the body for another attempt. Returns
     /// `None` if the body has no pump or the runtime has ended.
     pub(crate) async fn into_pumped(self) -> Option<Pumped> {
         self.pump?.finish().await

@@ -21,7 +21,7 @@ pub(super) enum Frame {
 /// Finds the frames in a stream of bytes, independent of how reads split the stream.
 #[derive(Debug)]
 pub(super) struct FrameReader {
-    /// A frame header, or the beginning of a payload that is parsed.
+    /// The bytes of a frame header, or the beginning of a payload that must be parsed.
     buffer: [u8; KEPT],
     filled: usize,
     state: State,
@@ -37,7 +37,7 @@ enum State {
         left: usize,
     },
     /// The peer does not speak HTTP/2.
-    Foreign,
+    NotHttp2,
 }
 
 impl FrameReader {
@@ -56,7 +56,7 @@ impl FrameReader {
         let mut bytes = all;
         while !bytes.is_empty() {
             match self.state {
-                State::Foreign => return all.len(),
+                State::NotHttp2 => return all.len(),
                 State::Header => bytes = self.header(bytes, &mut on_frame),
                 State::Payload { kind, left } => {
                     let part = left.min(bytes.len());
@@ -91,12 +91,12 @@ impl FrameReader {
             let left = usize::from(a) << 16 | usize::from(b) << 8 | usize::from(c);
             self.filled = 0;
             self.state = if std::mem::take(&mut self.is_first) && kind != SETTINGS {
-                State::Foreign
+                State::NotHttp2
             } else {
                 State::Payload { kind, left }
             };
-            // Reported when the header is complete: the payload of a large DATA frame may take long.
-            if self.state != State::Foreign && matches!(kind, DATA | HEADERS) {
+            // The frame is reported when its header is complete, because the payload of a large DATA frame may take long.
+            if self.state != State::NotHttp2 && matches!(kind, DATA | HEADERS) {
                 on_frame(Frame::Response);
             }
         }
@@ -135,7 +135,7 @@ impl FrameReader {
 }
 
 /// Guesses the protocol of a peer that does not speak HTTP/2 from the first bytes that it sent.
-pub(crate) fn foreign_protocol(opening: &[u8]) -> Option<&'static str> {
+pub(crate) fn recognise_protocol(opening: &[u8]) -> Option<&'static str> {
     // The first frame of an HTTP/2 server is SETTINGS: type 4 on stream 0.
     if opening.is_empty() || matches!(opening, [_, _, _, SETTINGS, _, 0, 0, 0, 0, ..]) {
         return None;
@@ -149,7 +149,7 @@ pub(crate) fn foreign_protocol(opening: &[u8]) -> Option<&'static str> {
     })
 }
 
-/// Enough for every SETTINGS frame in use, and for the beginning of a GOAWAY's debug data.
+/// Size of the buffer: enough for every SETTINGS frame in use, and for the beginning of a GOAWAY's debug data.
 const KEPT: usize = 120;
 const HEADER: usize = 9;
 const DATA: u8 = 0;
@@ -252,7 +252,7 @@ mod tests {
             (b"\0\0\x06\x04\0\0\0\0\0\0\x03", None),
             (b"", None),
         ] {
-            let found = foreign_protocol(opening);
+            let found = recognise_protocol(opening);
             assert_eq!(found.is_some(), expected.is_some(), "{opening:?}");
             assert!(
                 found

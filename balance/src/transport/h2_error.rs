@@ -2,21 +2,22 @@
 
 use h2::Reason;
 
-/// Returns whether the peer closes the connection without an error, so that no request on it is to blame.
-pub(crate) fn is_orderly_goaway(error: &h2::Error) -> bool {
+/// Returns whether the peer closes the connection without an error code. No request on the connection is the cause then.
+pub(crate) fn is_graceful_goaway(error: &h2::Error) -> bool {
     error.is_go_away() && error.is_remote() && error.reason() == Some(Reason::NO_ERROR)
 }
 
 /// Returns whether a call that failed with this error before its response head was certainly not processed.
 ///
-/// `is_go_away` alone is not enough: it is also true for errors that h2 detects itself, and the peer may have processed the call then. A
-/// call that was not processed may still be the cause of the error: see [`Connection::blame`](super::http2::Connection::blame).
+/// `is_go_away` alone is not enough: it is also true for errors that h2 itself detects, and in that case the peer may have processed the
+/// call. A call that was not processed may still be the cause of the error: see
+/// [`Connection::goaway_error`](super::http2::Connection::goaway_error).
 pub(crate) fn is_unprocessed(error: &h2::Error) -> bool {
     let refused = error.is_reset() && error.reason() == Some(Reason::REFUSED_STREAM);
     error.is_remote() && (error.is_go_away() || refused)
 }
 
-/// Returns whether the connection broke while the call was open on it.
+/// Returns whether the connection was lost while the call was open on it.
 pub(crate) fn is_connection_lost(error: &h2::Error) -> bool {
-    !error.is_reset() && !is_orderly_goaway(error)
+    !error.is_reset() && !is_graceful_goaway(error)
 }

@@ -16,8 +16,8 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::activity::{Activity, Watched};
-use super::connection_task::{ConnectionEvent, OnEvent, Task, for_calls};
-use super::frames::foreign_protocol;
+use super::connection_task::{ConnectionEvent, OnEvent, Task, streams_for_calls};
+use super::frames::recognise_protocol;
 use super::pinger::Pinger;
 use super::stall_detection::{KeepAlive, PingCause, Pings};
 
@@ -26,10 +26,10 @@ use super::stall_detection::{KeepAlive, PingCause, Pings};
 pub(crate) struct Settings {
     /// Bytes that the peer may send on one stream before they are read.
     pub(crate) stream_window: u32,
-    /// Bytes that the peer may send on all streams together before they are read. The stream windows limit the memory. A smaller window for
-    /// the connection would let unread streams block all other calls.
+    /// Bytes that the peer may send on all streams together before they are read. It is as large as possible, because with a smaller
+    /// window, a few unread streams would block all other calls. The stream windows limit the memory.
     pub(crate) connection_window: u32,
-    /// The largest DATA frame that the client accepts: larger frames cause fewer wake-ups.
+    /// The largest frame that the client accepts. With larger frames, a task wakes up less often.
     pub(crate) max_frame_size: u32,
     /// Whether h2's limits against hostile servers are enabled.
     pub(crate) http2_abuse_limits: bool,
@@ -60,8 +60,8 @@ impl Settings {
             .max_frame_size(self.max_frame_size)
             .enable_push(false);
         if !self.http2_abuse_limits {
-            // Each of these limits closes the connection, and so fails the calls of all callers, although well-behaved callers can reach
-            // it: they drop half-read responses, or leave a stream of small messages unread.
+            // Each of these limits closes the connection, and so fails all its calls. Well-behaved callers can reach them: they drop
+            // half-read responses, or leave a stream of small messages unread.
             builder
                 .max_local_error_reset_streams(None)
                 .max_concurrent_reset_streams(RESET_STREAMS)
@@ -75,14 +75,14 @@ impl Settings {
 #[derive(Debug)]
 pub(crate) struct Connection {
     limit: Arc<AtomicUsize>,
-    /// A copy of the peer's limit. It rarely changes, so it is kept apart from the fields that every read writes.
+    /// A copy of the peer's limit on a header list. It is not read from `activity`, whose cache lines every read of the connection writes.
     max_header_list: Arc<AtomicU32>,
     reserved: usize,
     send: SendRequest<Bytes>,
     round_trip: Duration,
     activity: Arc<Activity>,
-    /// Sends doubts to the connection's task. Dropping it signals that no more calls will be sent.
-    doubts: mpsc::UnboundedSender<PingCause>,
+    /// Requests PINGs from the connection's task. Dropping it signals that no more calls will be sent.
+    ping_requests: mpsc::UnboundedSender<PingCause>,
 }
 
 /// A connection whose task was not started. Of several dials to one peer, only the connection that is kept gets a task.
@@ -105,7 +105,7 @@ impl Established {
 impl Connection {
     /// Performs the handshake and waits until the peer has answered a PING.
     ///
-    /// A completed handshake is not enough: it succeeds before the peer has accepted the connection.
+    /// A completed handshake is not enough, because it succeeds before the peer's process has accepted the connection.
     ///
     /// # Cancel safety
     ///
@@ -122,7 +122,7 @@ impl Connection {
         let io = Watched::new(io, Arc::clone(&activity));
         let handshake = Self::shake_hands(io, settings, keep_alive, Arc::clone(&activity));
         handshake.await.map_err(|source| HandshakeError {
-            speaks: foreign_protocol(&activity.first_bytes()),
+            speaks: recognise_protocol(&activity.first_bytes()),
             source,
         })
     }
@@ -141,11 +141,11 @@ impl Connection {
         let mut pings = connection.ping_pong();
         let round_trip = ready_check(&mut connection, pings.as_mut(), &send).await?;
         let reserved = settings.reserved_streams;
-        let limit = for_calls(send.current_max_send_streams(), reserved);
+        let limit = streams_for_calls(send.current_max_send_streams(), reserved);
         let limit = Arc::new(AtomicUsize::new(limit));
         let max_header_list = Arc::new(AtomicU32::new(activity.max_header_list()));
         let task_max_header_list = Arc::clone(&max_header_list);
-        let (on_doubt, doubts) = mpsc::unbounded_channel();
+        let (request_sender, ping_requests) = mpsc::unbounded_channel();
         let policy = Pings::new(keep_alive, round_trip, activity.progress(), Instant::now());
         let pinger = pings.map(|pings| Pinger::new(pings, policy, Arc::clone(&activity)));
         let probe = Some(send.clone());
@@ -154,7 +154,7 @@ impl Connection {
             tokio::spawn(Task {
                 connection,
                 probe,
-                doubts,
+                ping_requests,
                 limit: task_limit,
                 max_header_list: task_max_header_list,
                 reserved,
@@ -174,7 +174,7 @@ impl Connection {
                 send,
                 round_trip,
                 activity,
-                doubts: on_doubt,
+                ping_requests: request_sender,
             },
         })
     }
@@ -185,7 +185,7 @@ impl Connection {
         self.limit.load(Ordering::Relaxed)
     }
 
-    /// Returns whether the peer allows the reserved streams in addition to those of calls.
+    /// Returns whether the peer allows the reserved streams and at least one stream for calls.
     pub(crate) fn has_reserve(&self) -> bool {
         self.send.current_max_send_streams() > self.reserved
     }
@@ -205,9 +205,10 @@ impl Connection {
         self.activity.has_too_many_pings()
     }
 
-    /// Returns the error code with which the peer has closed the connection because of a request on it, if there is one. The error of a
-    /// call at or below the GOAWAY's last stream does not contain it: that error is the socket's.
-    pub(crate) fn blame(&self) -> Option<Reason> {
+    /// Returns the code of the peer's GOAWAY, if the code shows that a request on the connection may be the cause: neither `NO_ERROR` nor
+    /// `too_many_pings`. A call at or below the GOAWAY's last stream id fails when the socket closes, and its own error does not contain
+    /// this code.
+    pub(crate) fn goaway_error(&self) -> Option<Reason> {
         let reason = Reason::from(self.activity.goaway()?);
         (reason != Reason::NO_ERROR && !self.has_too_many_pings()).then_some(reason)
     }
@@ -222,24 +223,24 @@ impl Connection {
         now.saturating_duration_since(self.activity.last_read())
     }
 
-    /// Requests a PING for a call sent at `then` that overran, unless bytes were read since.
-    pub(crate) fn suspect(&self, then: Instant) {
+    /// Requests a PING because a call that was sent at `then` has overrun its deadline. Does nothing if bytes were read since `then`.
+    pub(crate) fn request_ping_for_overrun(&self, then: Instant) {
         if !self.activity.has_read_since(then) {
             // The send fails only if the task has ended, and then the connection has ended as well.
-            let _ = self.doubts.send(PingCause::Overrun);
+            let _ = self.ping_requests.send(PingCause::Overrun);
         }
     }
 
-    /// Requests a PING for a call sent at `then` that its caller dropped, unless bytes were read since.
-    pub(crate) fn suspect_dropped(&self, then: Instant) {
+    /// Requests a PING because a call that was sent at `then` was dropped. Does nothing if bytes were read since `then`.
+    pub(crate) fn request_ping_for_drop(&self, then: Instant) {
         if !self.activity.has_read_since(then) {
-            let _ = self.doubts.send(PingCause::Dropped);
+            let _ = self.ping_requests.send(PingCause::Dropped);
         }
     }
 
-    /// Requests a PING for a connection that was silent for long, independent of a call.
-    pub(crate) fn check(&self) {
-        let _ = self.doubts.send(PingCause::Sweep);
+    /// Requests a PING because the connection was silent for long. No call waits for the answer.
+    pub(crate) fn request_check(&self) {
+        let _ = self.ping_requests.send(PingCause::Sweep);
     }
 
     /// Returns how many bytes were read.
@@ -254,12 +255,12 @@ impl Connection {
     /// Dropping the future changes nothing for the connection.
     pub(crate) async fn is_alive(&self) -> bool {
         let mark = self.activity.mark();
-        if self.doubts.send(PingCause::Silence).is_err() {
+        if self.ping_requests.send(PingCause::Silence).is_err() {
             return false;
         }
-        // The connection's task ends the wait much earlier, unless its runtime is not driven.
+        // The connection's task usually ends the wait much earlier. The timeout applies if the task's runtime is not driven.
         let answered = self.activity.wait_since(mark);
-        tokio::time::timeout(UNDRIVEN, answered)
+        tokio::time::timeout(MAX_CHECK_TIME, answered)
             .await
             .unwrap_or(false)
     }
@@ -295,8 +296,8 @@ where
     if let Some(pings) = &mut pings {
         pings.send_ping(Ping::opaque())?;
     }
-    // The SETTINGS of a peer always precede its PONG, so its limit on streams is known by then. A peer that allows no streams cannot be
-    // used yet.
+    // The SETTINGS of a peer always precede its PONG, so after the PONG the peer's limit on streams is known. While the peer allows no
+    // streams, the connection is not ready.
     let mut round_trip = pings.is_none().then_some(Duration::ZERO);
     std::future::poll_fn(|cx| {
         if let Poll::Ready(outcome) = Pin::new(&mut *connection).poll(cx) {
@@ -354,5 +355,5 @@ pub(crate) enum OpenError {
 pub(crate) const MAX_WINDOW: u32 = (1 << 31) - 1;
 /// Limit on streams that the client has reset and whose late frames are still accepted without a connection error.
 const RESET_STREAMS: usize = 1024;
-/// Limit on the duration of a check.
-const UNDRIVEN: Duration = Duration::from_secs(5);
+/// Limit on the duration of a check whose connection task does not run.
+const MAX_CHECK_TIME: Duration = Duration::from_secs(5);

@@ -29,12 +29,12 @@ impl Pinger {
         }
     }
 
-    /// Handles a doubt about the peer. Returns the action that must be reported at once.
-    pub(super) fn doubt(&mut self, doubt: PingCause) -> Option<Action> {
+    /// Handles a request for a PING. Returns the action that must be reported at once, if any.
+    pub(super) fn request(&mut self, cause: PingCause) -> Option<Action> {
         let (progress, busy) = (self.activity.progress(), self.activity.is_busy());
         let action = self
             .policy
-            .on_doubt(doubt, Instant::now(), progress, busy)?;
+            .on_request(cause, Instant::now(), progress, busy)?;
         if action == Action::Ping {
             // `send_ping` fails only on a connection that ends anyway.
             let _ = self.pings.send_ping(Ping::opaque());

@@ -52,7 +52,7 @@ impl Outgoing {
     }
 }
 
-/// Polls for the next data frame. gRPC requests have no trailers.
+/// Polls for the next data frame. Trailers count as the end, because gRPC requests have none.
 fn poll_data(body: &mut Body, cx: &mut Context<'_>) -> Result<Poll<Option<Bytes>>, Status> {
     loop {
         return match Pin::new(&mut *body).poll_frame(cx) {
@@ -68,11 +68,11 @@ fn poll_data(body: &mut Body, cx: &mut Context<'_>) -> Result<Poll<Option<Bytes>
     }
 }
 
-/// Whether a pump may have to return its body while the stream is alive.
+/// Whether a body can be recalled from its pump while the stream is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Recall {
     Never,
-    /// The answer may be an error after which the call is sent again.
+    /// The call may be sent again after an error in its response.
     Possible,
 }
 
@@ -103,19 +103,19 @@ impl Pump {
         Self { task, recall }
     }
 
-    /// Returns whether the body can be taken back while the stream is alive.
+    /// Returns whether the body can be recalled while the stream is open.
     pub(super) fn can_be_recalled(&self) -> bool {
         self.recall.is_some()
     }
 
     /// Takes the body back. Returns `None` if the pump was started with [`Recall::Never`] or its runtime has ended.
     pub(super) async fn recall(self) -> Option<Pumped> {
-        // If the pump has already ended, `finish` returns its result nevertheless.
+        // If the pump has already ended, `finish` still returns its result.
         self.recall.as_ref()?.cancel();
         self.finish().await
     }
 
-    /// Waits for the end of a pump whose stream is dead. Returns `None` if the pump's runtime has ended.
+    /// Waits for the end of a pump whose stream has ended or whose body was recalled. Returns `None` if the pump's runtime has ended.
     pub(super) async fn finish(mut self) -> Option<Pumped> {
         outcome((&mut self.task).await)
     }
@@ -167,8 +167,8 @@ struct Sending {
 }
 
 impl Drop for Sending {
-    /// Resets an unfinished stream: the server would otherwise wait for the rest of a body that has panicked, and the caller for the
-    /// server.
+    /// Resets an unfinished stream. Otherwise, after a panic of the body, the server would wait for the rest of the body, and the caller
+    /// for the server.
     fn drop(&mut self) {
         if !self.finished {
             self.stream.send_reset(Reason::CANCEL);
@@ -177,8 +177,8 @@ impl Drop for Sending {
 }
 
 impl Sending {
-    /// Ready when sending must stop: the stream is dead, or the body was recalled. Must not be polled after that.
-    fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    /// Completes when sending must stop, because the stream has ended or the body was recalled. Must not be polled after that.
+    fn poll_stop(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if let Some(recalled) = &mut self.recalled
             && recalled.as_mut().poll(cx).is_ready()
         {
@@ -202,13 +202,13 @@ async fn send_all(sending: &mut Sending, read: Vec<Bytes>, mut rest: Body) -> Pu
     }
     for frame in read {
         if !send(sending, frame).await {
-            return kept.give_back(rest, ended);
+            return kept.into_pumped(rest, ended);
         }
     }
     loop {
         let frame = std::future::poll_fn(|cx| {
-            // Polled first: this also registers the waker for the end of the stream.
-            if sending.poll_over(cx).is_ready() {
+            // `poll_stop` is polled first, and registers the waker for the end of the stream.
+            if sending.poll_stop(cx).is_ready() {
                 return Poll::Ready(None);
             }
             match poll_data(&mut rest, cx) {
@@ -218,19 +218,20 @@ async fn send_all(sending: &mut Sending, read: Vec<Bytes>, mut rest: Body) -> Pu
             }
         });
         match frame.await {
-            None => return kept.give_back(rest, ended),
+            None => return kept.into_pumped(rest, ended),
             Some(Ok(Some(frame))) => {
                 kept.keep(&frame);
                 if !send(sending, frame).await {
-                    return kept.give_back(rest, ended);
+                    return kept.into_pumped(rest, ended);
                 }
             }
             Some(Ok(None)) => {
                 ended = true;
                 let _ = sending.stream.send_data(Bytes::new(), true);
-                // Waits for the end of the stream: if the peer refuses the whole call, the body is returned for another attempt.
-                std::future::poll_fn(|cx| sending.poll_over(cx)).await;
-                return kept.give_back(rest, ended);
+                // Waits for the end of the stream, because the peer may still refuse the call. The body is then returned for another
+                // attempt.
+                std::future::poll_fn(|cx| sending.poll_stop(cx)).await;
+                return kept.into_pumped(rest, ended);
             }
             Some(Err(status)) => {
                 sending.stream.send_reset(Reason::CANCEL);
@@ -240,15 +241,15 @@ async fn send_all(sending: &mut Sending, read: Vec<Bytes>, mut rest: Body) -> Pu
     }
 }
 
-/// Sends a frame as the peer's windows allow. Returns false if the stream is dead.
+/// Sends a frame as the peer's windows allow. Returns false if sending must stop.
 async fn send(sending: &mut Sending, mut frame: Bytes) -> bool {
     while !frame.is_empty() {
-        // Capacity is reserved only for bytes that are ready to be sent, and only little: what a stalled call holds, other calls on the
-        // connection cannot use.
-        let wanted = frame.len().min(RESERVE);
+        // Capacity is reserved only for bytes that are ready to be sent, and only a little at a time: other calls on the connection cannot
+        // use what a stalled call has reserved.
+        let wanted = frame.len().min(RESERVATION);
         sending.stream.reserve_capacity(wanted);
         let capacity = std::future::poll_fn(|cx| {
-            if sending.poll_over(cx).is_ready() {
+            if sending.poll_stop(cx).is_ready() {
                 return Poll::Ready(None);
             }
             sending.stream.poll_capacity(cx)
@@ -269,22 +270,22 @@ async fn send(sending: &mut Sending, mut frame: Bytes) -> bool {
 struct Kept {
     frames: Vec<Bytes>,
     bytes: usize,
-    overflown: bool,
+    is_over_limit: bool,
 }
 
 impl Kept {
     fn keep(&mut self, frame: &Bytes) {
         self.bytes += frame.len();
-        if self.overflown || (!self.frames.is_empty() && self.bytes > KEPT) {
-            self.overflown = true;
+        if self.is_over_limit || (!self.frames.is_empty() && self.bytes > KEPT) {
+            self.is_over_limit = true;
             self.frames = Vec::new();
             return;
         }
         self.frames.push(frame.clone());
     }
 
-    fn give_back(self, rest: Body, ended: bool) -> Pumped {
-        if self.overflown {
+    fn into_pumped(self, rest: Body, ended: bool) -> Pumped {
+        if self.is_over_limit {
             return Pumped::Spent;
         }
         // A body must not be polled after its end.
@@ -295,6 +296,6 @@ impl Kept {
 }
 
 /// Bytes reserved from a connection's send window at a time.
-const RESERVE: usize = 64 << 10;
+const RESERVATION: usize = 64 << 10;
 /// Limit on the bytes kept of a streamed request body that has more than one frame.
 const KEPT: usize = 64 << 10;

@@ -55,7 +55,7 @@ impl Incoming {
         self.stream.is_end_stream()
     }
 
-    /// Reads ahead and keeps the frames. Ready at the end of the response, when the response breaks, or when enough is kept.
+    /// Reads ahead and keeps the frames. Completes at the end of the response, when the response breaks, or when [`AHEAD`] bytes are kept.
     pub(crate) fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let mut ahead = self.ahead.take().unwrap_or_default();
         let mut polled = Poll::Ready(());
@@ -139,7 +139,7 @@ impl Incoming {
         }
     }
 
-    /// Stops the pump once the response has ended: the server's handler must not wait for the rest of the request.
+    /// Stops the pump after the response has ended. The stream is then reset, so that the server does not wait for the rest of the request.
     fn end_pump(&mut self) {
         // `is_end_stream` takes h2's lock, so it is called only if there is a pump.
         if self.pump.is_some() && self.stream.is_end_stream() {

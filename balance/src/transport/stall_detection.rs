@@ -1,18 +1,18 @@
-//! Decides when a PING is due, and what its answer or a missing answer means, without I/O.
+//! Detects that a peer is stalled or dead: decides when a PING is sent, and what a missing answer means. Performs no I/O.
 //!
 //! All PINGs of a connection share one budget, because servers count them together. gRFC A8 lets a server close a connection that pings
 //! more often than the server allows. grpc-go and grpc-java allow two PINGs between two HEADERS or DATA frames that they send, including
 //! the ready check at the connection's start, and one PING per five minutes beyond that. If the budget is spent, the keep-alive waits, and
-//! a doubt about the peer is settled without a PING: if nothing is read in time, the balancer dials a second connection beside the first,
-//! which stays in use until the second is ready.
+//! the other two sources only wait for the next read: if nothing is read in time, the balancer dials a second connection beside the first.
+//! The first connection stays in use until the second is ready.
 //!
-//! There are three sources of PINGs:
+//! There are three causes of PINGs:
 //!
 //! - the *stall detection*, after a call has overrun its deadline while nothing was read;
 //! - the *check* of a connection before a call is sent on it, after a silence in which a middlebox may have dropped the flow;
 //! - the *keep-alive*, an option, after an interval in which nothing was read.
 //!
-//! Any byte that is read proves that the peer is alive, not only the PONG: on a slow link the PONG is queued behind the responses.
+//! Any byte that is read shows that the peer is alive, not only a PONG: on a slow link, the PONG is queued behind the responses.
 
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ pub(crate) struct KeepAlive {
     pub(crate) permit: Duration,
     /// The interval without a read after which a PING is sent.
     pub(crate) interval: Duration,
-    /// The time without a read after a PING; then the connection counts as lost.
+    /// The time without a read after a PING, after which the connection counts as lost.
     pub(crate) timeout: Duration,
     /// Whether PINGs are also sent on a connection without calls.
     pub(crate) while_idle: bool,
@@ -41,7 +41,7 @@ pub(super) struct Pings {
     overrun_timeout: Duration,
     /// Limit on the time that a call waits for the answer to a check.
     check_timeout: Duration,
-    /// Whether a PING waits for its answer: h2 allows one PING at a time.
+    /// Whether a PING was sent and not answered yet. h2 allows one PING at a time.
     outstanding: bool,
     /// The number of PINGs since the peer's last HEADERS or DATA frame.
     without_response: u32,
@@ -51,23 +51,23 @@ pub(super) struct Pings {
     /// The time when the keep-alive checks the connection next.
     keep_alive_at: Option<Instant>,
     /// The time when the connection counts as lost if nothing is read.
-    lost: Option<Expiry>,
+    keep_alive_expiry: Option<Expiry>,
     /// The time when the peer counts as silent if nothing is read.
-    stall: Option<Expiry>,
-    /// The number of bytes read when the peer was found silent; `None` once more was read.
-    stalled: Option<u64>,
-    /// Whether an unanswered PING has proven the silence.
-    proven: bool,
+    stall_expiry: Option<Expiry>,
+    /// The number of bytes read when the peer was found silent. Reset to `None` when further bytes are read.
+    silent_at: Option<u64>,
+    /// Whether the peer was found silent because it did not answer a PING. Otherwise the PING budget allowed no PING.
+    ping_unanswered: bool,
 }
 
-/// A time by which more than `bytes` must have been read.
+/// A time limit. The peer counts as silent if no more than `bytes` were read by then.
 #[derive(Clone, Copy, Debug)]
 struct Expiry {
     at: Instant,
     bytes: u64,
     /// Whether a PING waits for its answer.
     pinged: bool,
-    /// How often the time was extended because our own process was not scheduled.
+    /// How often the limit was extended because our own process was not scheduled.
     extended: u32,
 }
 
@@ -77,7 +77,7 @@ impl Expiry {
     }
 }
 
-/// Why a PING is requested.
+/// The cause of a request for a PING.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PingCause {
     /// A call has overrun its deadline, and nothing was read since it was sent.
@@ -86,7 +86,7 @@ pub(super) enum PingCause {
     Dropped,
     /// A call is about to be sent after a long silence.
     Silence,
-    /// Another connection was found dead after a silence. No call waits.
+    /// Another connection was found dead after a silence. No call waits for the answer.
     Sweep,
 }
 
@@ -97,7 +97,7 @@ pub(super) enum Action {
     Ping,
     /// Report that the peer has left a PING unanswered.
     Stalled,
-    /// Report that nothing was read in time, and that no PING was allowed to prove the silence.
+    /// Report that nothing was read in time, and that the budget allowed no PING.
     Doubtful,
     /// Report that the peer answers again.
     Recovered,
@@ -123,16 +123,17 @@ impl Pings {
             responses_at_ping: progress.responses,
             last_ping: now,
             keep_alive_at: keep_alive.and_then(|keep_alive| now.checked_add(keep_alive.interval)),
-            lost: None,
-            stall: None,
-            stalled: None,
-            proven: false,
+            keep_alive_expiry: None,
+            stall_expiry: None,
+            silent_at: None,
+            ping_unanswered: false,
         }
     }
 
     /// Returns the time at which [`on_time`](Self::on_time) must be called.
     pub(super) fn wake_at(&self) -> Option<Instant> {
-        let expiries = [self.lost, self.stall].map(|expiry| expiry.map(|expiry| expiry.at));
+        let expiries = [self.keep_alive_expiry, self.stall_expiry]
+            .map(|expiry| expiry.map(|expiry| expiry.at));
         expiries
             .into_iter()
             .chain([self.keep_alive_at])
@@ -145,46 +146,46 @@ impl Pings {
     }
 
     pub(super) fn is_stalled(&self) -> bool {
-        self.stalled.is_some()
+        self.silent_at.is_some()
     }
 
-    /// Handles a doubt about the peer. `busy`: calls are open.
-    pub(super) fn on_doubt(
+    /// Handles a request for a PING. `busy`: whether calls are open.
+    pub(super) fn on_request(
         &mut self,
-        doubt: PingCause,
+        cause: PingCause,
         now: Instant,
         progress: ReadProgress,
         busy: bool,
     ) -> Option<Action> {
-        let is_silent = self.stalled == Some(progress.bytes);
-        if is_silent && self.proven {
+        let is_silent = self.silent_at == Some(progress.bytes);
+        if is_silent && self.ping_unanswered {
             return None;
         }
-        let timeout = match doubt {
+        let timeout = match cause {
             PingCause::Overrun | PingCause::Dropped => self.overrun_timeout,
             PingCause::Silence | PingCause::Sweep => self.check_timeout,
         };
         let at = now.checked_add(timeout)?;
-        // Bytes that were read since the last doubt have settled that doubt.
+        // If nothing was read since the last request, its time limit still runs, and the earlier of both limits applies.
         if let Some(stall) = self
-            .stall
+            .stall_expiry
             .as_mut()
             .filter(|stall| stall.bytes == progress.bytes)
         {
             stall.at = stall.at.min(at);
             return None;
         }
-        // A call that waits for a check has no open stream yet, so the connection counts as idle for the server.
-        let busy = busy && doubt == PingCause::Overrun;
+        // For the server, the connection is idle unless a call is open. A call that waits for a check has no open stream yet.
+        let busy = busy && cause == PingCause::Overrun;
         let may_ping = self.outstanding || self.may_ping(now, progress, busy);
-        if !may_ping && matches!(doubt, PingCause::Dropped | PingCause::Sweep) {
+        if !may_ping && matches!(cause, PingCause::Dropped | PingCause::Sweep) {
             return None;
         }
         if is_silent && !may_ping {
-            // The peer was found silent before, and no PING may prove it yet: another wait would give the same result.
-            return (doubt == PingCause::Silence).then_some(Action::Doubtful);
+            // The peer was found silent before, and the budget still allows no PING, so another wait would give the same result.
+            return (cause == PingCause::Silence).then_some(Action::Doubtful);
         }
-        self.stall = Some(Expiry {
+        self.stall_expiry = Some(Expiry {
             at,
             bytes: progress.bytes,
             pinged: may_ping,
@@ -199,10 +200,10 @@ impl Pings {
 
     /// Handles bytes that were read.
     pub(super) fn on_read(&mut self, progress: ReadProgress) -> Option<Action> {
-        let stalled = self.stalled?;
+        let stalled = self.silent_at?;
         (progress.bytes > stalled).then(|| {
-            self.stalled = None;
-            self.proven = false;
+            self.silent_at = None;
+            self.ping_unanswered = false;
             Action::Recovered
         })
     }
@@ -210,38 +211,38 @@ impl Pings {
     /// Handles the answer to the PING.
     pub(super) fn on_pong(&mut self, now: Instant, progress: ReadProgress) {
         self.outstanding = false;
-        // The server sent the frames that crossed the PING before it counted the PING, so they do not reset its count.
+        // Frames that the server sent before it received the PING do not reset its count of PINGs, so they do not count here either.
         self.responses_at_ping = progress.responses;
-        self.lost = None;
-        self.stall = None;
+        self.keep_alive_expiry = None;
+        self.stall_expiry = None;
         self.schedule_keep_alive(now);
     }
 
-    /// Handles the passing of time.
+    /// Handles the timer.
     pub(super) fn on_time(
         &mut self,
         now: Instant,
         progress: ReadProgress,
         busy: bool,
     ) -> Option<Action> {
-        if let Some(lost) = self.lost.take_if(|lost| lost.is_due(now)) {
+        if let Some(lost) = self.keep_alive_expiry.take_if(|lost| lost.is_due(now)) {
             if progress.bytes == lost.bytes {
                 return Some(Action::Lost);
             }
             self.schedule_keep_alive(progress.at);
         }
-        if let Some(mut stall) = self.stall.take_if(|stall| stall.is_due(now))
+        if let Some(mut stall) = self.stall_expiry.take_if(|stall| stall.is_due(now))
             && progress.bytes == stall.bytes
         {
-            // A timer that fires late shows that the runtime has not yet read what the peer has sent. Replacing connections would add to
-            // its load.
+            // If the timer fires late, the runtime is overloaded and may not have read what the peer has sent. The limit is extended,
+            // because replacing connections would add to the load.
             let late = now.saturating_duration_since(stall.at);
-            if late < LATE || stall.extended >= EXTENSIONS {
+            if late < LATE_TIMER || stall.extended >= MAX_EXTENSIONS {
                 return Some(self.on_silence(stall));
             }
             stall.at = now + self.check_timeout.max(late);
             stall.extended += 1;
-            self.stall = Some(stall);
+            self.stall_expiry = Some(stall);
         }
         if self.keep_alive_at.is_some_and(|at| at <= now) {
             return self.keep_alive(now, progress, busy);
@@ -250,8 +251,8 @@ impl Pings {
     }
 
     fn on_silence(&mut self, stall: Expiry) -> Action {
-        self.stalled = Some(stall.bytes);
-        self.proven = stall.pinged;
+        self.silent_at = Some(stall.bytes);
+        self.ping_unanswered = stall.pinged;
         if stall.pinged {
             Action::Stalled
         } else {
@@ -270,13 +271,13 @@ impl Pings {
             self.schedule_keep_alive(now);
             return None;
         }
-        // `while_idle` states that the servers permit PINGs on idle connections, so the interval for open calls applies.
+        // With `while_idle`, the servers permit PINGs on idle connections, so the interval for open calls applies.
         if !self.outstanding && !self.may_ping(now, progress, true) {
             self.keep_alive_at = self.last_ping.checked_add(keep_alive.permit);
             return None;
         }
         self.keep_alive_at = None;
-        self.lost = now.checked_add(keep_alive.timeout).map(|at| Expiry {
+        self.keep_alive_expiry = now.checked_add(keep_alive.timeout).map(|at| Expiry {
             at,
             bytes: progress.bytes,
             pinged: true,
@@ -285,7 +286,7 @@ impl Pings {
         self.ping(now, progress)
     }
 
-    /// Requests a PING, unless the answer to an earlier one is outstanding. That answer then serves both.
+    /// Sends a PING, unless an earlier PING is not answered yet. In that case, one answer serves both requests.
     fn ping(&mut self, now: Instant, progress: ReadProgress) -> Option<Action> {
         if self.outstanding {
             return None;
@@ -318,19 +319,19 @@ impl Pings {
     }
 }
 
-/// Minimum limit on the silence of a peer. A shorter limit would take a process that the scheduler has delayed for a frozen one.
+/// Minimum limit on the silence of a peer. With a shorter limit, a process that the scheduler has delayed would count as frozen.
 const OVERRUN_TIMEOUT: Duration = Duration::from_secs(1);
 /// Minimum time that a call waits for a check before it is sent elsewhere. RFC 8305, section 5, uses the same delay before the next address
 /// of a name.
 pub(super) const CHECK_TIMEOUT: Duration = Duration::from_millis(250);
 /// A timer that fires this late shows that our own process was not scheduled.
-const LATE: Duration = Duration::from_millis(50);
-/// On a path with a long round trip, an answer may take this many round trips.
+const LATE_TIMER: Duration = Duration::from_millis(50);
+/// The limits are at least this many round trips, so that they suit paths with a long round trip.
 pub(super) const ROUND_TRIPS: u32 = 4;
 /// Limit on PINGs between two HEADERS or DATA frames of the peer: gRFC A8 allows two strikes.
 const MAX_PINGS_WITHOUT_RESPONSE: u32 = 2;
-/// Limit on extensions of a time limit: waits must also end in a process that is never scheduled in time.
-const EXTENSIONS: u32 = 3;
+/// Limit on extensions of a time limit, so that waits also end in a process that is never scheduled in time.
+const MAX_EXTENSIONS: u32 = 3;
 /// The interval that grpc-go and grpc-java allow by default while calls are open.
 pub(crate) const BUSY_INTERVAL: Duration = Duration::from_secs(5 * 60);
 /// The interval that grpc-go and grpc-java allow without calls.
@@ -365,15 +366,15 @@ mod tests {
         let (mut pings, now) = pings(None);
         let silent = progress(100, 0, now);
         assert_eq!(pings.wake_at(), None);
-        let ping = pings.on_doubt(PingCause::Overrun, now, silent, true);
+        let ping = pings.on_request(PingCause::Overrun, now, silent, true);
         assert_eq!(ping, Some(Action::Ping));
-        let again = pings.on_doubt(PingCause::Overrun, now, silent, true);
+        let again = pings.on_request(PingCause::Overrun, now, silent, true);
         assert_eq!(again, None, "one ping at a time");
         assert_eq!(pings.on_time(now + ms(999), silent, true), None);
         let stalled = pings.on_time(now + ms(1_000), silent, true);
         assert_eq!(stalled, Some(Action::Stalled));
-        let doubt = pings.on_doubt(PingCause::Overrun, now + ms(1_001), silent, true);
-        assert_eq!(doubt, None);
+        let cause = pings.on_request(PingCause::Overrun, now + ms(1_001), silent, true);
+        assert_eq!(cause, None);
         assert_eq!(pings.wake_at(), None, "no timer ends the stall");
         assert_eq!(pings.on_read(silent), None);
         assert_eq!(
@@ -387,8 +388,11 @@ mod tests {
     fn a_silence_check_keeps_its_short_timeout_during_another_check() {
         let (mut pings, now) = pings(None);
         let silent = progress(100, 0, now);
-        pings.on_doubt(PingCause::Overrun, now, silent, true);
-        assert_eq!(pings.on_doubt(PingCause::Silence, now, silent, true), None);
+        pings.on_request(PingCause::Overrun, now, silent, true);
+        assert_eq!(
+            pings.on_request(PingCause::Silence, now, silent, true),
+            None
+        );
         let stalled = pings.on_time(now + ms(250), silent, true);
         assert_eq!(stalled, Some(Action::Stalled));
     }
@@ -397,7 +401,7 @@ mod tests {
     fn late_timers_extend_the_wait_a_limited_number_of_times() {
         let (mut pings, mut now) = pings(None);
         let silent = progress(100, 0, now);
-        pings.on_doubt(PingCause::Silence, now, silent, true);
+        pings.on_request(PingCause::Silence, now, silent, true);
         now += ms(400);
         assert_eq!(
             pings.on_time(now, silent, true),
@@ -405,7 +409,7 @@ mod tests {
             "the timer is 150 ms late"
         );
         assert_eq!(pings.wake_at(), Some(now + ms(250)));
-        for _ in 1..EXTENSIONS {
+        for _ in 1..MAX_EXTENSIONS {
             now += ms(400);
             assert_eq!(pings.on_time(now, silent, true), None);
         }
@@ -416,18 +420,18 @@ mod tests {
     #[test]
     fn any_received_byte_clears_a_suspicion() {
         let (mut pings, now) = pings(None);
-        pings.on_doubt(PingCause::Overrun, now, progress(100, 1, now), true);
+        pings.on_request(PingCause::Overrun, now, progress(100, 1, now), true);
         pings.on_pong(now + ms(500), progress(117, 1, now));
         assert_eq!(
             pings.on_time(now + ms(5_000), progress(117, 1, now), true),
             None
         );
         let then = progress(1_000, 2, now);
-        pings.on_doubt(PingCause::Overrun, now + ms(6_000), then, true);
+        pings.on_request(PingCause::Overrun, now + ms(6_000), then, true);
         let read = progress(1_001, 2, now);
         assert_eq!(pings.on_time(now + ms(7_000), read, true), None);
         assert!(pings.is_outstanding(), "the PING is unanswered");
-        let second = pings.on_doubt(PingCause::Overrun, now + ms(7_100), read, true);
+        let second = pings.on_request(PingCause::Overrun, now + ms(7_100), read, true);
         assert_eq!(second, None, "h2 allows one PING at a time");
         let stalled = pings.on_time(now + ms(8_100), read, true);
         assert_eq!(stalled, Some(Action::Stalled));
@@ -436,9 +440,9 @@ mod tests {
     #[test]
     fn a_suspicion_after_a_received_byte_restarts_the_timeout() {
         let (mut pings, now) = pings(None);
-        pings.on_doubt(PingCause::Overrun, now, progress(100, 0, now), true);
+        pings.on_request(PingCause::Overrun, now, progress(100, 0, now), true);
         let later = now + ms(900);
-        pings.on_doubt(PingCause::Overrun, later, progress(113, 0, later), true);
+        pings.on_request(PingCause::Overrun, later, progress(113, 0, later), true);
         assert_eq!(
             pings.on_time(now + ms(1_000), progress(113, 0, later), true),
             None
@@ -487,10 +491,10 @@ mod tests {
                 pings.on_read(now_heard);
                 let busy = rng.bool();
                 let action = match rng.u8(..6) {
-                    0 => pings.on_doubt(PingCause::Silence, now, now_heard, busy),
-                    1 => pings.on_doubt(PingCause::Overrun, now, now_heard, busy),
-                    2 => pings.on_doubt(PingCause::Dropped, now, now_heard, busy),
-                    3 => pings.on_doubt(PingCause::Sweep, now, now_heard, busy),
+                    0 => pings.on_request(PingCause::Silence, now, now_heard, busy),
+                    1 => pings.on_request(PingCause::Overrun, now, now_heard, busy),
+                    2 => pings.on_request(PingCause::Dropped, now, now_heard, busy),
+                    3 => pings.on_request(PingCause::Sweep, now, now_heard, busy),
                     _ => pings.on_time(now, now_heard, busy),
                 };
                 if action == Some(Action::Ping) {
@@ -510,23 +514,26 @@ mod tests {
     fn without_a_ping_budget_a_connection_is_doubtful_until_the_budget_is_renewed() {
         let (mut pings, now) = pings(None);
         let silent = progress(100, 0, now);
-        let ping = pings.on_doubt(PingCause::Overrun, now, silent, true);
+        let ping = pings.on_request(PingCause::Overrun, now, silent, true);
         assert_eq!(ping, Some(Action::Ping));
         pings.on_pong(now, silent);
-        for doubt in [PingCause::Dropped, PingCause::Sweep] {
-            assert_eq!(pings.on_doubt(doubt, now, silent, true), None);
-            assert_eq!(pings.wake_at(), None, "{doubt:?} starts no timer");
+        for cause in [PingCause::Dropped, PingCause::Sweep] {
+            assert_eq!(pings.on_request(cause, now, silent, true), None);
+            assert_eq!(pings.wake_at(), None, "{cause:?} starts no timer");
         }
-        assert_eq!(pings.on_doubt(PingCause::Silence, now, silent, true), None);
+        assert_eq!(
+            pings.on_request(PingCause::Silence, now, silent, true),
+            None
+        );
         let doubtful = pings.on_time(now + ms(250), silent, true);
         assert_eq!(doubtful, Some(Action::Doubtful));
         let read_again = progress(101, 0, now);
         assert_eq!(pings.on_read(read_again), Some(Action::Recovered));
         let later = now + BUSY_INTERVAL;
-        let idle = pings.on_doubt(PingCause::Silence, later, read_again, true);
+        let idle = pings.on_request(PingCause::Silence, later, read_again, true);
         assert_eq!(idle, None, "a waiting call has no open stream");
         pings.on_read(progress(102, 0, now));
-        let busy = pings.on_doubt(PingCause::Overrun, later, progress(102, 0, now), true);
+        let busy = pings.on_request(PingCause::Overrun, later, progress(102, 0, now), true);
         assert_eq!(busy, Some(Action::Ping));
     }
 
@@ -534,31 +541,31 @@ mod tests {
     fn each_check_of_a_doubtful_connection_has_an_outcome() {
         let (mut pings, now) = pings(None);
         let silent = progress(100, 0, now);
-        pings.on_doubt(PingCause::Overrun, now, silent, true);
+        pings.on_request(PingCause::Overrun, now, silent, true);
         pings.on_pong(now, silent);
-        pings.on_doubt(PingCause::Silence, now, silent, true);
+        pings.on_request(PingCause::Silence, now, silent, true);
         let doubtful = pings.on_time(now + ms(250), silent, true);
         assert_eq!(doubtful, Some(Action::Doubtful));
-        let again = pings.on_doubt(PingCause::Silence, now + ms(300), silent, true);
+        let again = pings.on_request(PingCause::Silence, now + ms(300), silent, true);
         assert_eq!(again, Some(Action::Doubtful), "the call does not wait");
         let later = now + BUSY_INTERVAL;
-        let ping = pings.on_doubt(PingCause::Overrun, later, silent, true);
+        let ping = pings.on_request(PingCause::Overrun, later, silent, true);
         assert_eq!(ping, Some(Action::Ping), "the PING budget is renewed");
         let stalled = pings.on_time(later + ms(1_000), silent, true);
         assert_eq!(stalled, Some(Action::Stalled));
-        let proven = pings.on_doubt(PingCause::Silence, later + ms(1_001), silent, true);
+        let proven = pings.on_request(PingCause::Silence, later + ms(1_001), silent, true);
         assert_eq!(proven, None);
     }
 
     #[test]
     fn a_check_concurrent_with_the_recovery_has_an_outcome() {
         let (mut pings, now) = pings(None);
-        pings.on_doubt(PingCause::Silence, now, progress(100, 0, now), true);
+        pings.on_request(PingCause::Silence, now, progress(100, 0, now), true);
         let stalled = pings.on_time(now + ms(250), progress(100, 0, now), true);
         assert_eq!(stalled, Some(Action::Stalled));
         let later = now + ms(300);
         let more = progress(110, 0, later);
-        pings.on_doubt(PingCause::Silence, later, more, true);
+        pings.on_request(PingCause::Silence, later, more, true);
         assert_eq!(pings.on_read(more), Some(Action::Recovered));
         let stalled = pings.on_time(later + ms(250), more, true);
         assert_eq!(stalled, Some(Action::Stalled));
@@ -569,7 +576,7 @@ mod tests {
         let now = Instant::now();
         let silent = progress(0, 0, now);
         let mut pings = Pings::new(None, ms(400), silent, now);
-        pings.on_doubt(PingCause::Silence, now, silent, true);
+        pings.on_request(PingCause::Silence, now, silent, true);
         assert_eq!(pings.on_time(now + ms(1_599), silent, true), None);
         let stalled = pings.on_time(now + ms(1_600), silent, true);
         assert_eq!(stalled, Some(Action::Stalled));
@@ -596,8 +603,8 @@ mod tests {
         let ping = pings.on_time(now + ms(20_500), silent, true);
         assert_eq!(ping, Some(Action::Ping), "the permit time has passed");
         // A doubt in the meantime waits for the same answer.
-        let doubt = pings.on_doubt(PingCause::Overrun, now + ms(20_600), silent, true);
-        assert_eq!(doubt, None);
+        let cause = pings.on_request(PingCause::Overrun, now + ms(20_600), silent, true);
+        assert_eq!(cause, None);
         let stalled = pings.on_time(now + ms(21_600), silent, true);
         assert_eq!(stalled, Some(Action::Stalled));
         let lost = pings.on_time(now + ms(23_500), silent, true);

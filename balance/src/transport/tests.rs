@@ -633,7 +633,11 @@ async fn a_call_above_the_last_stream_of_a_goaway_is_unprocessed_for_every_code(
             .expect_err("the server did not process the call");
         assert!(error.is_go_away() && error.is_remote(), "{error:?}");
         assert!(is_unprocessed(&error), "{error}");
-        assert_eq!(client.blame(), blame, "whether the call may be the cause");
+        assert_eq!(
+            client.goaway_error(),
+            blame,
+            "whether the call may be the cause"
+        );
     }
 }
 

@@ -15,10 +15,10 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 /// TLS to endpoints or to etcd: the trusted certificates, and the client's own identity.
 ///
-/// The name that every server's certificate must be valid for is set here, once per channel. It is never taken from the registry: a process
-/// that can write to the registry could otherwise direct clients to a server of its own with a certificate of its own. If the program
-/// itself contains the addresses, as it does for etcd, [`verify_dialled_host`](Self::verify_dialled_host) verifies each server by the host
-/// of its own address.
+/// The name that every server's certificate must be valid for is set here, once per channel. It is never taken from the registry. Otherwise
+/// a process that can write to the registry could direct clients to its own server with its own certificate. If the program itself contains
+/// the addresses, as it does for etcd, [`verify_dialled_host`](Self::verify_dialled_host) verifies each server by the host of its own
+/// address.
 ///
 /// Servers are verified with the system's root certificates unless other certificates are set. Certificate files are read again at each
 /// handshake, so certificates can be renewed without a restart.
@@ -36,7 +36,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 #[derive(Clone)]
 #[must_use = "it does nothing until it is given to a builder"]
 pub struct TlsConfig {
-    /// `None`: the host that was dialled.
+    /// The name that certificates must be valid for. `None`: the host that was dialled.
     server_name: Option<String>,
     roots: Vec<Pem>,
     system_roots: bool,

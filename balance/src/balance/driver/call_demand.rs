@@ -1,4 +1,5 @@
-//! Handles the requests of calls: one more connection, a new one, or a check.
+//! Handles the requests of calls to the driver: an additional connection, the replacement of a connection that a call has given up, or a
+//! check of silent connections.
 
 use tokio::time::Instant;
 
@@ -48,7 +49,7 @@ impl Driver {
             state => state,
         };
         self.subchannels.insert(id, address.clone(), state);
-        // The second connection, dialled beside the old one, is no longer needed.
+        // If a second connection was dialled beside the old one, it is not needed any more.
         self.drop_second_connection(&address);
         self.reclassify(&address);
     }
@@ -78,8 +79,8 @@ impl Driver {
         }
     }
 
-    /// Dials one resting connection if calls were sent since the last scan, so that its endpoint gets its share of the traffic. Only one is
-    /// dialled, since a caller with few calls needs no more.
+    /// Dials one resting connection if calls were sent since the last scan, so that its endpoint gets its share of the traffic. Only one
+    /// connection is dialled per scan, since a caller with few calls needs no more.
     pub(super) fn wake_resting_for_calls(&mut self) {
         let endpoints = self.endpoints.values().map(|entry| &entry.endpoint);
         let calls = || endpoints.map(|endpoint| endpoint.calls()).sum::<u64>();
@@ -88,7 +89,7 @@ impl Driver {
         }
     }
 
-    /// Dials a resting connection. `wanted`: a call waits for it.
+    /// Dials a resting connection. `wanted`: whether a call waits for it.
     fn wake(&mut self, id: SubchannelId, wanted: bool) {
         self.resting.remove(id);
         let Some((address, state)) = self.subchannels.take(id) else {

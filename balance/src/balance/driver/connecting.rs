@@ -32,7 +32,7 @@ impl Driver {
                 continue;
             };
             let state = match state {
-                State::Idle(subchannel) if self.is_dialled(&address) => {
+                State::Idle(subchannel) if self.may_be_dialled(&address) => {
                     let dial = self.dial(id, &address, &subchannel);
                     State::Connecting(subchannel.connect(dial, Instant::now()))
                 }
@@ -43,7 +43,7 @@ impl Driver {
         }
     }
 
-    fn is_dialled(&self, address: &Address) -> bool {
+    fn may_be_dialled(&self, address: &Address) -> bool {
         let entry = self.endpoints.get(address);
         entry.is_some_and(|entry| !entry.attributes.is_last_resort())
     }
@@ -89,7 +89,7 @@ impl Driver {
                     self.on_closed(dialled.id, &reason);
                 }
             }
-            Err(error) => self.on_refused(id, &address, subchannel, &error),
+            Err(error) => self.on_dial_failed(id, &address, subchannel, &error),
         }
     }
 
@@ -113,7 +113,7 @@ impl Driver {
             Arc::<Waiters>::clone(&self.shared.waiters),
             self.shared.started,
         ));
-        connection.follow_limit();
+        connection.update_stream_limit();
         let weak = Arc::downgrade(&connection);
         // A weak reference: the connection's task must not keep the connection open.
         connection.http2().set_busy(move || {
@@ -140,7 +140,7 @@ impl Driver {
             tracing::debug!(%address, ?round_trip, "connected: waiting for the health check");
         } else {
             tracing::info!(%address, ?round_trip, "endpoint ready");
-            self.start_slowly(address, Instant::now());
+            self.begin_slow_start(address, Instant::now());
             self.update_ready_set(id);
         }
         // The other connections of an endpoint are dialled only after the first one is ready.
@@ -151,7 +151,7 @@ impl Driver {
         self.publication.soon();
     }
 
-    fn on_refused(
+    fn on_dial_failed(
         &mut self,
         id: SubchannelId,
         address: &Address,

@@ -1,4 +1,4 @@
-//! Handles the events of connections: silence, the end, and new limits.
+//! Handles the events of connections: silence, recovery, new stream limits, and the end.
 
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ impl Driver {
             ConnectionEvent::Stalled => self.on_silent(dial_id, Silence::Stalled),
             ConnectionEvent::Doubtful => self.on_silent(dial_id, Silence::Doubtful),
             ConnectionEvent::Recovered => self.on_recovered(dial_id),
-            ConnectionEvent::Streams => self.on_streams(dial_id),
+            ConnectionEvent::StreamLimit => self.on_stream_limit(dial_id),
             ConnectionEvent::Closed(reason) => {
                 if let Some(reason) = self.dials.on_closed(dial_id, reason) {
                     self.on_closed(dial_id, &reason);
@@ -30,15 +30,15 @@ impl Driver {
     }
 
     /// Handles a change of the peer's limit on concurrent streams.
-    fn on_streams(&mut self, dial_id: DialId) {
+    fn on_stream_limit(&mut self, dial_id: DialId) {
         let Some((id, address, subchannel)) = self.subchannels.of_connection(dial_id) else {
             return;
         };
-        subchannel.connection().follow_limit();
+        subchannel.connection().update_stream_limit();
         subchannel.connection().offer();
         self.shared.changed.notify_waiters();
         if self.options.health_check.is_some() && !subchannel.connection().http2().has_reserve() {
-            // The health watch holds the only stream, so h2 would queue every call until the watch ends, possibly for ever.
+            // The health watch uses the only stream, so h2 would queue every call until the watch ends.
             let address = address.clone();
             tracing::warn!(%address, "health check stopped: the endpoint allows one stream, and calls need it");
             subchannel.end_health_watch();
@@ -47,7 +47,7 @@ impl Driver {
         }
     }
 
-    /// Handles a connection on which nothing was read in time. If a PING has proven that the peer is stalled, the connection gets no calls.
+    /// Handles a connection on which nothing was read in time. If the peer has left a PING unanswered, the connection gets no more calls.
     fn on_silent(&mut self, dial_id: DialId, silence: Silence) {
         let Some((id, address, subchannel)) = self.subchannels.of_connection(dial_id) else {
             return;
@@ -77,15 +77,15 @@ impl Driver {
         };
         let address = address.clone();
         if subchannel.is_stalled() {
-            // The latency estimate is older than the stall, so the connection starts again with the pool's median.
+            // The latency estimate is older than the stall, so it is replaced by the median of all endpoints.
             subchannel.connection().load().forget(median);
             tracing::info!(%address, "connection answers again");
         }
         subchannel.set_silence(Silence::None);
         self.update_ready_set(id);
         if let Some((_, subchannel)) = self.subchannels.ready(id) {
-            // A doubtful connection stays in the ready set, but calls that did not trust it are in the wait queue. Its permits are offered
-            // to them.
+            // A doubtful connection stays in the ready set, but calls whose check failed do not use it and are in the wait queue. The free
+            // streams of the connection are offered to these calls.
             subchannel.connection().offer();
         }
         self.shared.changed.notify_waiters();
@@ -95,7 +95,7 @@ impl Driver {
 
     /// Handles the end of a connection.
     pub(super) fn on_closed(&mut self, dial_id: DialId, reason: &CloseReason) {
-        // The connection of a removed endpoint ends as well, but has no subchannel any more.
+        // A connection has no subchannel if its endpoint was removed, or if the connection was replaced.
         let Some((id, address, subchannel)) = self.subchannels.take_closed(dial_id) else {
             return;
         };

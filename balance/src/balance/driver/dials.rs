@@ -132,8 +132,8 @@ impl Dials {
         })
     }
 
-    /// Handles the end of a connection. Returns the reason unless the outcome of the dial was not handled yet. In that case, the outcome
-    /// contains the reason.
+    /// Handles the end of a connection. Returns the reason if the outcome of the dial was already handled. Otherwise keeps the reason for
+    /// [`finish`](Self::finish), which returns it together with the outcome.
     pub(super) fn on_closed(&mut self, id: DialId, reason: CloseReason) -> Option<CloseReason> {
         let mut in_progress = self.in_progress.values();
         if in_progress.any(|dial| dial.id == id) {

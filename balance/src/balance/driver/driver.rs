@@ -155,7 +155,7 @@ impl Driver {
         first.map_or(refresh, |first| first.min(refresh))
     }
 
-    /// Returns the time of the next refresh, which is later if nothing depends on it.
+    /// Returns the time of the next refresh. The interval is longer while nothing depends on the refresh.
     fn refresh_at(&self) -> Instant {
         let waits = self.slow_start.is_waiting()
             || self.quarantines.is_waiting()
@@ -165,7 +165,7 @@ impl Driver {
         self.refreshed_at + if is_idle { IDLE_REFRESH } else { REFRESH }
     }
 
-    /// Does what needs no timer of its own.
+    /// Does the periodic work that needs no exact time.
     fn refresh(&mut self, now: Instant) {
         self.grow_weights(now);
         self.wake_resting_for_calls();
@@ -192,6 +192,6 @@ impl Drop for Driver {
 
 /// Interval between refreshes of the latency estimates.
 const REFRESH: Duration = Duration::from_millis(200);
-/// The interval of a channel that is not in use. The first calls after a pause use estimates of this age; waking the driver for them would
-/// cost every call a check.
+/// The interval of a channel that is not in use. The first calls after a pause use estimates of up to this age. To wake the driver for
+/// them, every call would need a check.
 const IDLE_REFRESH: Duration = Duration::from_secs(2);

@@ -22,7 +22,7 @@ impl Driver {
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         // A batch that has only errors does not make the set known.
-        let is_news = batch.changes.is_empty() || batch.changes.iter().any(Result::is_ok);
+        let is_usable = batch.changes.is_empty() || batch.changes.iter().any(Result::is_ok);
         for change in batch.changes {
             match change {
                 Ok(Change::Insert(address, attributes)) => {
@@ -38,7 +38,7 @@ impl Driver {
                 }
             }
         }
-        if batch.known && is_news && self.publication.set_known() {
+        if batch.known && is_usable && self.publication.set_known() {
             tracing::info!(
                 endpoints = self.endpoints.len(),
                 "the set of endpoints is known"
@@ -55,7 +55,7 @@ impl Driver {
         let before = std::mem::replace(&mut entry.attributes, attributes);
         entry.endpoint.set_attributes(weight, last_resort);
         let subchannels = entry.subchannels.clone();
-        // Another server, or the same server after a restart.
+        // A new generation is another server, or the same server after a restart.
         let is_new_generation = before.generation() != entry.attributes.generation();
         if before.is_last_resort() != last_resort {
             tracing::info!(%address, last_resort, "the last-resort flag of the endpoint has changed");
@@ -111,7 +111,7 @@ impl Driver {
         };
         let state = match state {
             State::Ready(subchannel) if is_new_generation && subchannel.is_silent() => {
-                // The silence belongs to the previous registration.
+                // The connection became silent under the previous registration, so it is replaced at once.
                 self.drop_second_connection(&address);
                 State::Idle(self.replace_connection(id, &address, subchannel))
             }
@@ -123,13 +123,13 @@ impl Driver {
                 State::Idle(subchannel.wake(false))
             }
             State::Connecting(subchannel) if last_resort => {
-                // The outcome of the cancelled dial must not be taken for the outcome of a later dial.
+                // The dial is cancelled, so its outcome must not be mistaken for the outcome of a later dial.
                 self.dials.forget(id);
                 State::Idle(subchannel.cancel())
             }
             State::TransientFailure(subchannel) if last_resort => State::Idle(subchannel.retry()),
-            // The subchannel waits in the queue of failing ones and moves to the regular queue. Its old entry is skipped, because the
-            // subchannel is then no longer idle.
+            // The subchannel moves from the queue of failing subchannels to the regular queue. When its old entry is reached, the
+            // subchannel is no longer idle, so the entry is skipped.
             State::Idle(subchannel)
                 if is_new_generation && !last_resort && subchannel.is_failing() =>
             {

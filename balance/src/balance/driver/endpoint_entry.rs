@@ -18,7 +18,7 @@ pub(super) struct EndpointEntry {
     pub(super) subchannels: Vec<SubchannelId>,
     pub(super) class: Class,
     pub(super) ejection: Ejection,
-    /// A second connection, dialled because the first one is silent. It ends its role when either of them answers.
+    /// The second connection, which is dialled while the first one is silent. It loses this role when one of the two answers.
     pub(super) second: SecondConnection,
     /// Whether a connection was ready since the last failed attempt or registration.
     pub(super) is_warm: bool,
@@ -48,7 +48,7 @@ impl EndpointEntry {
         }
     }
 
-    /// Forgets all observations. The server is another one, or was started again.
+    /// Discards all observations, because the server is another one or was restarted.
     pub(super) fn on_new_generation(&mut self) {
         self.ejection = Ejection::default();
         self.second.reset_backoff();

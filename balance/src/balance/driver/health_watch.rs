@@ -41,7 +41,7 @@ impl Driver {
             event.clone(),
         );
         let watching = async move {
-            let _panicked = Panicked(event);
+            let _report_panic = ReportPanic(event);
             watching.await;
         };
         Some(StopOnDrop(tokio::spawn(watching).abort_handle()))
@@ -60,10 +60,10 @@ impl Driver {
             Health::Unknown => {}
             Health::Serving => {
                 tracing::info!(%address, "endpoint is healthy");
-                // Silent connections are replaced only now: before its first SERVING, this connection may be worse than a merely silent
-                // connection.
+                // Silent connections are replaced only now, because a connection that has not reported SERVING may be worse than a silent
+                // one.
                 self.replace_silent(&address, id);
-                self.start_slowly(&address, Instant::now());
+                self.begin_slow_start(&address, Instant::now());
             }
             Health::NotServing(reason) => {
                 tracing::info!(%address, %reason, "endpoint is not healthy and gets no calls");
@@ -75,10 +75,10 @@ impl Driver {
     }
 }
 
-/// Reports a panic of the watch: the endpoint would otherwise keep its last health for ever.
-struct Panicked<F: Fn(Health)>(F);
+/// Reports a panic of the health watch. Otherwise the endpoint would keep its last health forever.
+struct ReportPanic<F: Fn(Health)>(F);
 
-impl<F: Fn(Health)> Drop for Panicked<F> {
+impl<F: Fn(Health)> Drop for ReportPanic<F> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             (self.0)(Health::NotServing("its health watch has panicked".into()));
@@ -86,7 +86,8 @@ impl<F: Fn(Health)> Drop for Panicked<F> {
     }
 }
 
-/// Watches the health until the server turns out to have no health service. Dropping the subchannel's state stops the watch.
+/// Runs one health watch after another, until the server reports that it has no health service. Dropping the state of the subchannel stops
+/// this function.
 async fn run(
     check: HealthCheck,
     connection: Arc<ReadyConnection>,

@@ -8,7 +8,8 @@ use crate::balance::ready_connection::ReadyEntry;
 #[derive(Debug)]
 pub(super) struct Latencies {
     loads: Loads,
-    /// The median latency as of the last refresh. Computing it at each join would make loading a large set quadratic.
+    /// The median latency as of the last refresh. If it were computed for each new connection, connecting a large set would take quadratic
+    /// time.
     median: f32,
 }
 
@@ -45,5 +46,5 @@ impl Latencies {
     }
 }
 
-/// In seconds. Longer than the gap between two calls of a caller that calls seldom.
+/// In seconds. Longer than the gap between two calls of most callers with few calls.
 const RECENT_USE: f32 = 10.0;

@@ -1,6 +1,6 @@
 //! The driver: the one task that dials connections, handles their loss, closes them, and publishes the ready set.
 //!
-//! The state of the driver is divided into parts. Each part owns its fields and does not know the driver. `driver.rs` has the loop. The
+//! The state of the driver is divided into parts. Each part owns its fields and does not refer to the driver. `driver.rs` has the loop. The
 //! other files with `impl Driver` connect the parts: they handle one kind of event each.
 
 mod call_demand;

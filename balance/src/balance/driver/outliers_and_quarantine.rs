@@ -40,7 +40,7 @@ impl Driver {
             let Some(entry) = self.endpoints.get(address) else {
                 continue;
             };
-            // The address may have been removed and added again. The report is then about the old endpoint.
+            // If the address was removed and added again in the meantime, the report is about the old endpoint and is ignored.
             if !Arc::ptr_eq(&entry.endpoint, &endpoint) || endpoint.is_grpc() {
                 continue;
             }
@@ -51,7 +51,7 @@ impl Driver {
         }
     }
 
-    /// Returns endpoints whose quarantine has expired to the set, on probation.
+    /// Puts endpoints whose quarantine has expired back into the set, on probation.
     pub(super) fn end_quarantines(&mut self, now: Instant) {
         let endpoints = &self.endpoints;
         let is_grpc = |address: &Address| {

@@ -38,10 +38,10 @@ impl PendingPublication {
 
     /// Schedules a publication. If the set is large, further changes are collected for a moment.
     pub(super) fn soon(&mut self) {
-        let delay = if self.summary.ready < FEW {
+        let delay = if self.summary.ready < SMALL_SET {
             Duration::ZERO
         } else {
-            GATHER
+            BATCH_DELAY
         };
         self.publish_at
             .get_or_insert_with(|| Instant::now() + delay);
@@ -130,10 +130,10 @@ impl PendingPublication {
     }
 }
 
-/// Up to this many ready connections, a publication takes a few microseconds, and a change is published at once.
-const FEW: usize = 64;
+/// In a set of up to this many ready connections, a change is published at once, because a publication takes only a few microseconds.
+const SMALL_SET: usize = 64;
 /// How long changes to a larger set are collected before they are published.
-const GATHER: Duration = Duration::from_millis(1);
+const BATCH_DELAY: Duration = Duration::from_millis(1);
 
 #[cfg(test)]
 mod tests {
@@ -150,9 +150,9 @@ mod tests {
         publication.soon();
         assert!(publication.is_due(now), "the set is small");
         publication.clear();
-        publication.summarize(FEW, false);
+        publication.summarize(SMALL_SET, false);
         publication.soon();
-        assert_eq!(publication.next(), Some(now + GATHER));
+        assert_eq!(publication.next(), Some(now + BATCH_DELAY));
         publication.now();
         assert!(publication.is_due(now));
     }

@@ -15,8 +15,9 @@ use crate::balance::ready_connection::ReadyEntry;
 use crate::balance::shared::Published;
 
 impl Driver {
-    /// Removes a connection from both ready sets if its peer does not answer or is not healthy. Otherwise puts it into the last-resort set
-    /// if its endpoint is ejected, in quarantine or marked as last resort, and else into the primary set.
+    /// Puts a connection into the right ready set. If the peer does not answer or is not healthy, the connection is in no set. If the
+    /// endpoint is ejected, in quarantine or marked as a last resort, the connection is in the last-resort set. Otherwise it is in the
+    /// primary set.
     pub(super) fn update_ready_set(&mut self, id: SubchannelId) {
         let Some((address, subchannel)) = self.subchannels.ready(id) else {
             return;
@@ -61,7 +62,7 @@ impl Driver {
     }
 
     /// Starts the growth of an endpoint's weight if the endpoint has just become ready and its server is not warm.
-    pub(super) fn start_slowly(&mut self, address: &Address, now: Instant) {
+    pub(super) fn begin_slow_start(&mut self, address: &Address, now: Instant) {
         if !self.slow_start.is_enabled() {
             return;
         }
@@ -83,7 +84,7 @@ impl Driver {
     }
 
     /// Recomputes the factors of the zones from the weights of the ready connections.
-    fn weigh_zones(&mut self) {
+    fn update_zone_factors(&mut self) {
         if !self.zones.is_enabled() {
             return;
         }
@@ -124,7 +125,7 @@ impl Driver {
         if self.shared.has_ended() {
             return;
         }
-        self.weigh_zones();
+        self.update_zone_factors();
         let ready = self.ready_sets.freeze();
         let is_last_resort = self.ready_sets.is_last_resort();
         let summary = self.publication.summarize(ready.len(), is_last_resort);

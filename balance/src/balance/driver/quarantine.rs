@@ -1,8 +1,8 @@
 //! Quarantine of endpoints whose answers are not gRPC responses, such as error pages of a proxy or answers of another server at the
 //! address.
 //!
-//! Such endpoints answer quickly, so latency-based picking prefers them although every call fails. They are removed from the set for a
-//! while and then tried again; the interval grows each time. If all endpoints are like that, calls use them nevertheless.
+//! Such endpoints answer quickly, so latency-based picking prefers them although every call fails. They are moved to the last-resort set
+//! for a while and then tried again, and the time grows with each repetition. If all endpoints are in quarantine, calls still use them.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -79,7 +79,8 @@ impl Quarantines {
 
 /// The first quarantine: usually longer than a server behind a proxy needs for a restart.
 const FIRST: Duration = Duration::from_secs(1);
-/// The longest quarantine. gRFC A50's ejections grow up to five minutes; here each probation costs only one call or a few.
+/// The longest quarantine. The ejections of gRFC A50 grow up to five minutes. A quarantine can be shorter, because each probation fails
+/// only one call or a few.
 const LONGEST: Duration = Duration::from_secs(30);
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The second connection of an endpoint.
 //!
-//! A silent connection does not prove that its server is down, so a second one is dialled beside it, and the first of the two that answers
-//! is used. Middleboxes drop the state of flows while TCP still acknowledges them, and one address may belong to several servers.
+//! A silent connection does not show that its server is down: a middlebox may have dropped the flow, or the address may lead to several
+//! servers. So a second connection is dialled beside the silent one, and the first of the two that answers is used.
 
 use std::time::Duration;
 

@@ -1,12 +1,11 @@
-//! Handles silent connections: a second one is dialled beside a silent one, and the first of the two that answers is used.
-
-use std::time::Duration;
+//! Handles silent connections: a second connection is dialled beside a silent one, and the first of the two that answers is used.
 
 use tokio::time::Instant;
 
 use super::driver::Driver;
 use super::subchannels::SubchannelId;
 use crate::address::Address;
+use crate::balance::endpoint::UNCHECKED_SILENCE;
 
 impl Driver {
     /// Dials a second connection beside a silent one, unless a second connection exists or a recent one failed.
@@ -74,7 +73,7 @@ impl Driver {
         entry.subchannels.retain(|id| *id != second);
         self.dials.forget(second);
         self.resting.remove(second);
-        // It may be ready, if its health is still unknown.
+        // The second connection may already be open and wait for its first health status.
         if let Some(subchannel) = self.subchannels.remove(second) {
             self.close(second, subchannel);
         }
@@ -125,7 +124,7 @@ impl Driver {
         true
     }
 
-    /// Checks silent connections after a call found one to be dead after a silence, before calls are sent on the others.
+    /// Checks the other silent connections after a call has found a connection dead, so that later calls are not sent on dead connections.
     pub(super) fn check_silent(&mut self) {
         if !self.shared.take_found_dead() {
             return;
@@ -135,14 +134,12 @@ impl Driver {
             .ready_sets
             .primary()
             .map(|entry| entry.connection().http2())
-            .filter(|connection| connection.silence(now) >= SILENCE);
+            .filter(|connection| connection.silence(now) >= UNCHECKED_SILENCE);
         for connection in doubtful.take(CHECKS) {
-            connection.check();
+            connection.request_check();
         }
     }
 }
 
-/// The same limit as for the check before a call is sent.
-const SILENCE: Duration = Duration::from_secs(1);
 /// Limit on connections checked at once, to avoid a burst of PINGs.
 const CHECKS: usize = 64;

@@ -1,8 +1,8 @@
 //! Slow start: the weight of an endpoint that has just become ready grows gradually.
 //!
-//! A new server has cold caches, empty pools and code that is not compiled yet. It is never flooded, because its first latency estimate is
-//! the pool's median. Where that is not enough, its weight grows over a window. The formula is Envoy's with an aggression of 1: the weight
-//! is multiplied by the elapsed fraction of the window, at least 0.1.
+//! A new server has cold caches, empty pools and code that is not compiled yet. Even without slow start it is not flooded, because its
+//! first latency estimate is the median of all endpoints. Where that is not enough, its weight grows over a window. The formula is Envoy's
+//! with an aggression of 1: the weight is multiplied by the elapsed fraction of the window, at least 0.1.
 
 use std::collections::HashMap;
 use std::time::Duration;

@@ -33,8 +33,8 @@ pub(super) enum Class {
     Failing,
 }
 
-/// The table of subchannels. They are not stored in their endpoint's entry, so that a transition can take a state out and insert the next
-/// one.
+/// The table of subchannels. Subchannels are stored here and not in the entry of their endpoint, so that a transition can take a state out
+/// and insert the next one.
 #[derive(Debug, Default)]
 pub(super) struct Subchannels {
     states: HashMap<SubchannelId, (Address, State)>,
@@ -120,11 +120,11 @@ impl Subchannels {
         ids: &[SubchannelId],
         connection: &Arc<ReadyConnection>,
     ) -> Option<SubchannelId> {
-        let is_it = |id: &SubchannelId| {
+        let is_same = |id: &SubchannelId| {
             let ready = self.ready(*id);
             ready.is_some_and(|(_, ready)| Arc::ptr_eq(ready.connection(), connection))
         };
-        ids.iter().copied().find(is_it)
+        ids.iter().copied().find(is_same)
     }
 
     /// Returns whether the subchannel is idle after a failed attempt.
@@ -158,8 +158,8 @@ impl Subchannels {
         in_flight.saturating_mul(2) <= room
     }
 
-    /// Returns the class and the state of an endpoint with these subchannels. A ready subchannel decides, or else the first one that is not
-    /// failing.
+    /// Returns the class and the state of an endpoint with these subchannels. They are those of a ready subchannel, or else of the first
+    /// subchannel that is not failing.
     pub(super) fn classify(
         &self,
         ids: &[SubchannelId],

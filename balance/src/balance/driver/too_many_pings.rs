@@ -9,7 +9,7 @@ use crate::balance::limits::MAX_DURATION;
 use crate::balance::ready_connection::ReadyConnection;
 
 impl Driver {
-    /// Sends fewer PINGs to an endpoint whose server has closed a connection because of them (gRFC A8).
+    /// Sends fewer PINGs to an endpoint whose server has closed this connection with `too_many_pings`.
     pub(super) fn check_too_many_pings(&mut self, address: &Address, connection: &ReadyConnection) {
         if !connection.http2().has_too_many_pings() {
             return;
@@ -26,8 +26,8 @@ impl Driver {
 }
 
 impl EndpointEntry {
-    /// Doubles the keep-alive interval, because the server has closed a connection because of its PINGs (gRFC A8). Returns the new
-    /// interval, if keep-alive is enabled.
+    /// Doubles the keep-alive interval after the server has closed a connection with `too_many_pings`. Returns the new interval, or `None`
+    /// if keep-alive is disabled.
     fn on_too_many_pings(&mut self) -> Option<Duration> {
         let keep_alive = self.keep_alive.as_mut()?;
         keep_alive.interval = keep_alive.interval.saturating_mul(2).min(MAX_DURATION);

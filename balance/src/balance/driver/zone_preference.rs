@@ -2,7 +2,7 @@
 
 use crate::balance::zone::{Zones, factors};
 
-/// The factor of each zone, which weights are multiplied with.
+/// The factor of each zone, by which the weights of its endpoints are multiplied.
 #[derive(Debug)]
 pub(super) struct ZonePreference {
     /// The zone of the caller; `None` if no zone is preferred.

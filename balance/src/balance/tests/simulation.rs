@@ -26,7 +26,7 @@ struct Server {
     service_time_us: f64,
     /// The time that each other call in flight adds, as a multiple of `service_time_us`.
     queueing: f64,
-    /// The time that a second without calls adds, as a multiple of `service_time_us`.
+    /// The time that one second of idleness adds to the next call, as a multiple of `service_time_us`.
     idle_penalty: f64,
 }
 
@@ -207,7 +207,8 @@ const CALLERS: [Callers; 10] = [
     Callers::ClosedLoop(64),
 ];
 
-/// Asserts that two servers get the shares of their weights, to within three percentage points, for every pattern of callers.
+/// Asserts, for every pattern of callers, that each of two servers gets a share of the calls in proportion to its weight, to within three
+/// percentage points.
 fn assert_fair(policy: LbPolicy, servers: [Server; 2]) {
     let weights = servers.map(|server| f64::from(server.weight));
     let fair = weights[1] / (weights[0] + weights[1]);

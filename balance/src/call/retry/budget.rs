@@ -64,8 +64,8 @@ impl Tokens {
 
     /// Returns a fraction of a token to the bucket after a successful call.
     pub(in crate::call) fn on_success(&self) {
-        // Relaxed, here and below: no other memory depends on the number. A full bucket, the usual case, is only read, so that callers on
-        // many threads do not contend for it.
+        // Relaxed, here and below: no other memory depends on the number. A full bucket is the usual case. It is only read, so that callers
+        // on many threads do not contend for the cache line.
         if self.left.load(Ordering::Relaxed) < self.budget.size {
             let add = |left: u32| Some((left + self.budget.ratio).min(self.budget.size));
             let _ = self

@@ -55,7 +55,7 @@ pub(in crate::call) enum Decision {
 #[derive(Debug)]
 pub(in crate::call) struct Progress {
     made: u32,
-    /// Consecutive waits that the policy chose and not the server.
+    /// The number of consecutive waits that the policy chose, not the server.
     waits: u32,
 }
 
@@ -85,7 +85,7 @@ impl Progress {
         random: f64,
     ) -> Decision {
         let covered = policy.covers(code);
-        // A pushback that forbids retries takes a token whatever the code, so that other calls spare the server as well.
+        // A pushback that forbids retries takes a token for any code, so that retries of other calls become less likely too.
         let counts = covered || pushback == Pushback::Never;
         let allows_retry = !counts || tokens.on_failure();
         if !covered {
