@@ -3,6 +3,7 @@
     dead_code,
     unreachable_pub,
     unused_imports,
+    unused_qualifications,
     unused_mut,
     unused_variables,
     clippy::items_after_statements,

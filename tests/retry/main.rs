@@ -423,7 +423,7 @@ async fn a_missing_endpoint_is_retried_as_unavailable() {
     let channel = retrying(policy()).addresses([&refusing]).connect_lazy();
     let status = say(&channel).await.unwrap_err();
     assert_eq!(status.code(), Code::Unavailable);
-    let list = "(4 attempts: no endpoint Unavailable, no endpoint Unavailable, ";
+    let list = "(4 attempts: no ready endpoint (Unavailable), no ready endpoint (Unavailable), ";
     assert!(status.message().contains(list), "{status}");
     assert!(status.message().contains(&refusing), "{status}");
 }

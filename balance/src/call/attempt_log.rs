@@ -37,7 +37,7 @@ impl AttemptLog {
             // A write to a string cannot fail.
             let _ = match address {
                 Some(address) => write!(text, "{comma}{address} {code:?}"),
-                None => write!(text, "{comma}no endpoint {code:?}"),
+                None => write!(text, "{comma}no ready endpoint ({code:?})"),
             };
         }
         text.push_str(&why.map_or_else(|| ")".to_owned(), |why| format!("; {why})")));
@@ -81,7 +81,7 @@ mod tests {
         let status = attempt_log(&["a:1", "", "b:2"]).into_status(last, Some("enough"));
         assert_eq!(
             status.message(),
-            "gone (3 attempts: a:1 Unavailable, no endpoint Unavailable, b:2 Unavailable; enough)"
+            "gone (3 attempts: a:1 Unavailable, no ready endpoint (Unavailable), b:2 Unavailable; enough)"
         );
         assert!(status.source().is_some(), "the last failure is the cause");
     }
