@@ -29,7 +29,7 @@ impl Attributes {
     }
 
     fn read_one(&self, advertisement: &mut Advertisement, name: &str, value: &Value) {
-        // Only a query can contain a name twice. Go then uses the first value.
+        // A query can contain a name twice. As in Go, the first value is used.
         let value = match value {
             Value::Array(values) if self.texts => values.first().unwrap_or(&Value::Null),
             value => value,
@@ -59,23 +59,25 @@ impl Attributes {
         }
     }
 
-    /// Writes the map. An entry kept from decoding replaces the entry that would be written, if both mean the same: metadata that was a
-    /// number stays a number.
+    /// Writes the map. If an entry that was kept from decoding means the same as the entry that would be written, the kept entry is used.
+    /// So metadata that was a number stays a number.
     pub(super) fn write(
         &self,
         advertisement: &Advertisement,
         kept: &Map<String, Value>,
     ) -> Map<String, Value> {
-        let mut map = self.plain(advertisement);
+        let mut map = self.to_map(advertisement);
         for (name, value) in kept {
-            if self.said(&advertisement.address, name, value) == self.of(advertisement, name) {
+            if self.only_entry(&advertisement.address, name, value)
+                == self.only_attribute(advertisement, name)
+            {
                 map.insert(name.clone(), value.clone());
             }
         }
         map
     }
 
-    fn plain(&self, advertisement: &Advertisement) -> Map<String, Value> {
+    fn to_map(&self, advertisement: &Advertisement) -> Map<String, Value> {
         let mut map = Map::new();
         for (name, value) in &advertisement.metadata {
             map.insert(name.clone(), value.as_str().into());
@@ -112,35 +114,35 @@ impl Attributes {
         mut map: Map<String, Value>,
     ) -> Map<String, Value> {
         if !map.is_empty() {
-            let written = self.plain(advertisement);
+            let written = self.to_map(advertisement);
             map.retain(|name, value| written.get(name) != Some(value));
         }
         map
     }
 
     /// Returns an advertisement with only the contents of one entry of a map.
-    fn said(&self, address: &Address, name: &str, value: &Value) -> Advertisement {
-        let mut said = Advertisement::new(address.clone());
-        said.weight = self.weight;
-        self.read_one(&mut said, name, value);
-        said
+    fn only_entry(&self, address: &Address, name: &str, value: &Value) -> Advertisement {
+        let mut single = Advertisement::new(address.clone());
+        single.weight = self.weight;
+        self.read_one(&mut single, name, value);
+        single
     }
 
     /// Returns an advertisement with only the attribute or metadata of that name.
-    fn of(&self, advertisement: &Advertisement, name: &str) -> Advertisement {
-        let mut said = Advertisement::new(advertisement.address.clone());
-        said.weight = self.weight;
+    fn only_attribute(&self, advertisement: &Advertisement, name: &str) -> Advertisement {
+        let mut single = Advertisement::new(advertisement.address.clone());
+        single.weight = self.weight;
         if let Some((name, value)) = advertisement.metadata.get_key_value(name) {
-            said.metadata.insert(name.clone(), value.clone());
+            single.metadata.insert(name.clone(), value.clone());
         }
         match name {
             _ if !self.has(name) => {}
-            "weight" => said.weight = advertisement.weight,
-            "zone" => said.zone.clone_from(&advertisement.zone),
-            "version" => said.version.clone_from(&advertisement.version),
-            _ => said.leaving = advertisement.leaving,
+            "weight" => single.weight = advertisement.weight,
+            "zone" => single.zone.clone_from(&advertisement.zone),
+            "version" => single.version.clone_from(&advertisement.version),
+            _ => single.leaving = advertisement.leaving,
         }
-        said
+        single
     }
 
     fn has(&self, name: &str) -> bool {

@@ -14,12 +14,13 @@ use crate::keyspace::with_slash;
 
 /// The format of the keys and values of instances. It selects how a registration writes, and restricts what a resolver reads.
 ///
-/// A registration writes [`EtcdNaming`](Self::EtcdNaming) by default. A resolver without a format recognises every value below that
-/// contains its address: JSON by the field with the address, then URLs, then `host:port`. An ambiguous value is resolved by a fixed rule:
-/// `{"address":…}` is a value of kitex, unless it also contains a host or a service name; then it is a value of dubbo-go. Without a format,
-/// a resolver never reads an address from a key; set the format, or [`Mixed`](Self::Mixed), for such keys.
+/// A registration writes [`EtcdNaming`](Self::EtcdNaming) by default. A resolver without a format recognises the values of those formats in
+/// the table that contain the address in the value. It checks for JSON first (by the field with the address), then for a URL, then for
+/// `host:port`. An ambiguous value is resolved by a fixed rule: `{"address":…}` is a value of kitex, unless it also contains a host or a
+/// service name; then it is a value of dubbo-go. Without a format, a resolver never reads an address from a key; set the format, or
+/// [`Mixed`](Self::Mixed), for such keys.
 ///
-/// | format | key, unless the registry has a prefix | address | weight (default) | TLS hint |
+/// | format | key, with the default prefix | address | weight (default) | TLS hint |
 /// |---|---|---|---|---|
 /// | `EtcdNaming` | `/gRPC/<service>/<id>` | JSON, `Addr` | in `Metadata` (1) | - |
 /// | `Plain` | `/gRPC/<service>/<id>` | the value | - | - |
@@ -34,11 +35,12 @@ use crate::keyspace::with_slash;
 /// | `GoFrame` | `/service/default/default/<name>/<version>/<address>` | the key | in the JSON (1) | `insecure` |
 /// | `AddressInKey` | `<service>/<address>` | the key | - | - |
 ///
-/// `<id>` is the instance id, by default the address. [`RegistryBuilder::prefix`](crate::registry::RegistryBuilder::prefix) replaces the part before
-/// the service in all formats; the prefix can be empty. Weights are units of the format and compare only within one format. Zone, version
-/// and metadata are stored in their own field if the format has one, otherwise in its map of metadata. A registration with an attribute
-/// that its format cannot represent is rejected. As in Go, readers treat `null` as empty, match field names in any case, and ignore unknown
-/// fields and a newline after the value. The TLS hint is the result of [`Instance::is_tls`] and has no effect on connections.
+/// `<id>` is the instance id, by default the address. [`RegistryBuilder::prefix`](crate::registry::RegistryBuilder::prefix) replaces the
+/// part before the service in all formats; the prefix can be empty. Each format has its own scale of weights. Weights of different formats
+/// are not comparable. Zone, version and metadata are stored in their own field if the format has one, otherwise in its map of metadata. A
+/// registration with an attribute that its format cannot represent is rejected. As in Go, readers treat `null` as empty, match field names
+/// in any case, and ignore unknown fields and a newline after the value. The TLS hint is the result of [`Instance::is_tls`] and has no
+/// effect on connections.
 #[derive(Clone, Default)]
 #[non_exhaustive]
 pub enum Format {
@@ -66,11 +68,11 @@ pub enum Format {
     /// dubbo-go's interface-level registry. Providers with other protocols than `tri` and `grpc` are ignored. The key contains all
     /// attributes, so the weight cannot change without a new key.
     DubboInterface,
-    /// dubbo-go's application-level registry. Instances that have endpoints but no `tri` or `grpc` endpoint, and instances that are
-    /// disabled or not healthy, are ignored.
+    /// dubbo-go's application-level registry. An instance is ignored if it is disabled, if it is not healthy, or if it lists endpoints and
+    /// none of them is `tri` or `grpc`. An instance that lists no endpoints is used.
     ///
-    /// Consumers of dubbo-go request the exported services from the metadata service of an application. A server without that service is
-    /// discovered but receives no calls from them; use [`DubboInterface`](Self::DubboInterface) for such consumers.
+    /// Consumers of dubbo-go request the exported services from the metadata service of an application. These consumers discover a server
+    /// that has no metadata service, but send it no calls. For them, use [`DubboInterface`](Self::DubboInterface).
     DubboApplication,
     /// `GoFrame`'s etcd registry. Several addresses in a key belong to one server, and the first is called.
     GoFrame,
@@ -80,23 +82,23 @@ pub enum Format {
     /// contains no address, the key is read.
     ///
     /// The result is a guess. An empty value whose key ends in `host:port` is an instance, whichever library has written it. JSON without
-    /// an address under such a key is a value of `GoFrame`. An `@` in the last part of the key, or a `=` in the value under such a key,
-    /// marks an instance of rpcx. An escaped URL below `providers` is an instance of dubbo-go. Weights count as each value states them: a
-    /// kitex instance (10) receives ten times the calls of an instance in etcd's own format (1). Set a format wherever a prefix contains
-    /// only one.
+    /// an address under such a key is a value of `GoFrame`. An `@` in the last part of the key marks an instance of rpcx. So does a `=` in
+    /// the value if the key ends in `host:port`. An escaped URL below `providers` is an instance of dubbo-go. Weights count as each value
+    /// states them: a kitex instance (10) receives ten times the calls of an instance in etcd's own format (1). Set a format wherever a
+    /// prefix contains only one.
     Mixed,
     /// A format of your own, from [`Format::custom`].
     Custom(Arc<dyn InstanceFormat>),
 }
 
 impl Format {
-    /// Creates a format from your own implementation of [`InstanceFormat`], which documents an example.
+    /// Creates a format from your own implementation of [`InstanceFormat`]. See there for an example.
     #[must_use]
     pub fn custom(format: impl InstanceFormat + 'static) -> Self {
         Self::Custom(Arc::new(format))
     }
 
-    /// Returns the key of an instance of a service under a prefix, by default the prefix of the format.
+    /// Returns the key of an instance. If `prefix` is `None`, the default prefix of the format is used.
     ///
     /// # Errors
     ///
@@ -111,7 +113,7 @@ impl Format {
             .key(&self.prefix(prefix), service, instance)
     }
 
-    /// Returns the prefix of all keys of a service under a prefix, by default the prefix of the format.
+    /// Returns the string that all keys of a service start with. If `prefix` is `None`, the default prefix of the format is used.
     #[must_use]
     pub fn service_prefix(&self, prefix: Option<&str>, service: &str) -> String {
         let prefix = self.prefix(prefix);
@@ -147,7 +149,7 @@ impl Format {
         }
     }
 
-    /// Encodes a value without a check that the format can represent every attribute.
+    /// Encodes a value. Does not check its size, and does not check that the format can represent every attribute.
     pub(crate) fn encode_unchecked(
         &self,
         key: &str,
@@ -156,6 +158,7 @@ impl Format {
         catch_panic(self, |format| format.encode(key, instance))
     }
 
+    /// Decodes a value. Does not check its size and the address policy.
     pub(super) fn decode_unchecked(
         &self,
         key: &str,
@@ -276,7 +279,7 @@ impl Hash for Format {
     }
 }
 
-/// Calls a format. A panic in a custom format must not end the discovery of other services.
+/// Calls a format, and converts a panic of a custom format to an error, because the panic must not end the discovery of other services.
 fn catch_panic<T>(
     format: &Format,
     call: impl FnOnce(&dyn InstanceFormat) -> Result<T, FormatError>,

@@ -133,14 +133,14 @@ fn endpoints(advertisement: &Advertisement, kept: Option<Value>) -> Value {
             .is_some_and(|url| is_grpc(url) && called(url).is_ok())
     });
     match ours {
-        Some(endpoint) if says(endpoint, advertisement) => {}
+        Some(endpoint) if contains_address(endpoint, advertisement) => {}
         Some(endpoint) => *endpoint = url.into(),
         None => endpoints.push(url.into()),
     }
     endpoints.into()
 }
 
-fn says(endpoint: &Value, advertisement: &Advertisement) -> bool {
+fn contains_address(endpoint: &Value, advertisement: &Advertisement) -> bool {
     let Some(Ok(parts)) = endpoint.as_str().map(Parts::of) else {
         return false;
     };

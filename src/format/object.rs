@@ -66,7 +66,7 @@ impl Object {
         }
     }
 
-    /// Keeps a value under a name, unless the same value would be written anyway.
+    /// Keeps a value under a name for a later write, unless the format would write the same value.
     pub(super) fn keep(&mut self, name: &str, value: Option<Value>, written: &Value) {
         if let Some(value) = value.filter(|value| value != written) {
             self.0.insert(name.to_owned(), value);

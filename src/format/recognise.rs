@@ -14,7 +14,7 @@ use super::{
 use crate::instance::Instance;
 use tonic_balance::Address;
 
-/// Decodes a value by its contents. The key only determines which fields have their default value and need not be kept.
+/// Decodes a value by its contents. The key only shows which fields have their default value, so that they need not be kept.
 pub(super) fn by_value(key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
     let text = text(value)?;
     if text.starts_with('{') {
