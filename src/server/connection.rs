@@ -62,8 +62,8 @@ impl Connections {
     }
 }
 
-/// An accepted connection that the server can close. After the close, every operation on it fails. If only reads failed, the connection
-/// would retry the flush and never end.
+/// An accepted connection that the server can close. After the close, every operation on it fails. It would not be enough to fail only
+/// reads, because hyper would then retry the flush and never end.
 #[derive(Debug)]
 pub(super) struct Connection<T: Connected = TcpStream> {
     stream: T,

@@ -76,8 +76,8 @@ impl Health for LameDuck {
     }
 }
 
-/// The stream of the statuses of one name. It ends when the listener closes: the client has received the last status by then, and an open
-/// call would delay the drain.
+/// The stream of the statuses of one name. It ends when the listener closes, because an open call would delay the drain. The client has
+/// received the last status by then.
 #[derive(Debug)]
 pub(super) struct Watching {
     reported: Reported,

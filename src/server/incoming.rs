@@ -23,7 +23,7 @@ pub(super) struct Incoming {
     closing: Pin<Box<WaitForCancellationFutureOwned>>,
     /// Most connections that are accepted after the drain has begun.
     remainder: u32,
-    /// The wait after an accept error. Most accept errors (no free file descriptor) would recur at once.
+    /// The wait after an accept error. Without it, most accept errors (no free file descriptor) would recur at once.
     pause: Option<Pin<Box<Sleep>>>,
 }
 
@@ -69,8 +69,8 @@ impl Incoming {
 impl Stream for Incoming {
     type Item = io::Result<Connection>;
 
-    /// Ends once the drain has begun, which closes the socket. Connections that the kernel has already accepted are returned first: closing
-    /// the socket would reset them, and their clients may have sent a call.
+    /// Returns the next connection. After the drain has begun, first returns the connections that the kernel has already accepted, because
+    /// closing the socket would reset them, and their clients may have sent a call. Then the stream ends, which closes the socket.
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         if self.closing.as_mut().poll(cx).is_ready() {
             return Poll::Ready(self.remaining().map(Ok));

@@ -50,8 +50,8 @@ impl Serving {
         }
     }
 
-    /// Registers the server, and shuts it down in order when `stop` completes. The output of `stop` is a second future that ends the server
-    /// at once.
+    /// Registers the server, and shuts it down gracefully when `stop` completes. The output of `stop` is a second future. If the second
+    /// future completes, the server ends at once.
     pub(super) async fn run<N: Future<Output = ()>>(
         mut self,
         bound: Option<SocketAddr>,
@@ -116,7 +116,7 @@ impl Serving {
         }
     }
 
-    /// Shuts the server down in order, or at once when `now` completes. In the second case, a deregistration in progress still gets a short
+    /// Shuts the server down gracefully. If `now` completes, the server ends at once, but a deregistration in progress still gets a short
     /// time to finish.
     async fn shut_down(
         &mut self,
@@ -127,7 +127,7 @@ impl Serving {
         // functional.
         self.enter(ServerState::LameDuck);
         let mut left = registration.watch_state();
-        let in_order = async |server: &mut Self| {
+        let gracefully = async |server: &mut Self| {
             tracing::info!("told to stop: not serving any more for health checks; deregistering");
             deregister(registration).await;
             tracing::info!(grace = ?server.grace, "accepting on while clients learn");
@@ -139,7 +139,7 @@ impl Serving {
         };
         tokio::select! {
             biased;
-            outcome = in_order(self) => return outcome,
+            outcome = gracefully(self) => return outcome,
             () = now => {}
         }
         tracing::warn!("told to stop once more: ending at once");
@@ -153,7 +153,7 @@ impl Serving {
             };
             left.wait_for(gone).await.is_ok()
         };
-        let (outcome, left) = tokio::join!(self.cut(), timeout(LAST_CHANCE, left));
+        let (outcome, left) = tokio::join!(self.cut(), timeout(FINAL_DEREGISTER_TIMEOUT, left));
         if left.is_err() {
             tracing::warn!("could not deregister in time; the entry goes with its lease");
         }
@@ -166,7 +166,7 @@ impl Serving {
         self.connections.drain();
         let connections = self.connections.open();
         tracing::info!(connections, timeout = ?self.drain, "closed the listener; draining");
-        let opening = OPENING.min(self.drain);
+        let opening = OPENING_TIMEOUT.min(self.drain);
         if let Ok(outcome) = timeout(opening, self.ended()).await {
             return outcome;
         }
@@ -182,7 +182,7 @@ impl Serving {
     async fn cut(&mut self) -> Result<(), ServeError> {
         let connections = self.connections.open();
         self.connections.cut();
-        let outcome = timeout(CUT, self.ended()).await;
+        let outcome = timeout(CUT_TIMEOUT, self.ended()).await;
         self.connections_cut = connections.saturating_sub(self.connections.open());
         if connections > 0 {
             tracing::warn!(connections, "cut the remaining connections");
@@ -190,7 +190,7 @@ impl Serving {
         outcome.unwrap_or_else(|_| {
             // The tasks of these connections are held up by blocking code. The server does not wait for them.
             let connections = self.connections.open();
-            tracing::warn!(connections, bound = ?CUT, "connections are still open after the cut");
+            tracing::warn!(connections, bound = ?CUT_TIMEOUT, "connections are still open after the cut");
             self.task.abort();
             Ok(())
         })
@@ -208,11 +208,12 @@ async fn deregister(registration: Registration) {
 }
 
 /// Time for a connected client to start HTTP after the drain has begun. It is many round trips, and short compared with the drain.
-const OPENING: Duration = Duration::from_millis(200);
-/// Time for connections to end after the cut. They end at their next poll, which only code that blocks a thread delays further.
-const CUT: Duration = Duration::from_secs(1);
+const OPENING_TIMEOUT: Duration = Duration::from_millis(200);
+/// Time for connections to end after the cut. Each connection ends at its next poll. Only code that blocks a thread can delay the poll
+/// further.
+const CUT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time for a deregistration in progress when the server must end at once. It is many times the response time of a healthy etcd.
-const LAST_CHANCE: Duration = Duration::from_millis(500);
+const FINAL_DEREGISTER_TIMEOUT: Duration = Duration::from_millis(500);
 
 #[cfg(test)]
 mod tests {
@@ -235,8 +236,8 @@ mod tests {
             .expect("the drain ends")
             .expect("an abandoned connection is not an error");
         let took = Instant::now().saturating_duration_since(start);
-        let bound = options.drain_timeout + CUT;
-        assert!(took >= bound && took < bound + CUT, "{took:?}");
+        let bound = options.drain_timeout + CUT_TIMEOUT;
+        assert!(took >= bound && took < bound + CUT_TIMEOUT, "{took:?}");
     }
 
     #[tokio::test(start_paused = true)]
@@ -254,6 +255,6 @@ mod tests {
             .expect("the drain ends")
             .expect("an abandoned connection is not an error");
         let took = Instant::now().saturating_duration_since(start);
-        assert!(took < CUT + OPENING, "{took:?}");
+        assert!(took < CUT_TIMEOUT + OPENING_TIMEOUT, "{took:?}");
     }
 }
