@@ -5,8 +5,8 @@ use std::time::Duration;
 /// Exponential backoff with equal jitter: each wait is random between one half of a step and the whole step. The step doubles up to a
 /// maximum.
 ///
-/// The caller resets the backoff after *health*, not after a mere connect. Otherwise a peer that accepts connections and fails at once
-/// would be retried at the first interval forever.
+/// The caller resets the backoff when the peer has worked properly for a while, not when it has merely connected. Otherwise a peer that
+/// accepts connections and then fails would be retried at the first interval forever.
 #[derive(Clone, Debug)]
 pub(crate) struct Backoff {
     first: Duration,

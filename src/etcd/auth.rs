@@ -1,8 +1,8 @@
 //! The authentication token that etcd requires in every request.
 //!
 //! `etcd-client` can manage the token itself, but renews it only after `Unauthenticated` on a unary call. It does not renew the token after
-//! a change of the store's users (`InvalidArgument`), nor when etcd cancels a watch because of the token. So this module manages the
-//! credentials.
+//! a change of the store's users (`InvalidArgument`), nor when etcd cancels a watch because of the token. So this module keeps the
+//! credentials and the token.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -25,7 +25,7 @@ struct Inner {
     credentials: Option<Credentials>,
     token: TokenCell,
     /// Held while a token is fetched. etcd spends 50-130 ms of bcrypt on each exchange, so many tasks must share one exchange.
-    refreshing: Mutex<Refreshing>,
+    refreshing: Mutex<ExchangeState>,
     /// The time at which an external client last fetched a token. Held during a renewal, so that concurrent callers cause one.
     client_refreshed: tokio::sync::Mutex<Option<Instant>>,
     /// The time at which the token was fetched, and the member that issued it.
@@ -37,7 +37,7 @@ impl Auth {
         Self(Arc::new(Inner {
             credentials,
             token: TokenCell::default(),
-            refreshing: Mutex::new(Refreshing::new()),
+            refreshing: Mutex::new(ExchangeState::new()),
             client_refreshed: tokio::sync::Mutex::default(),
             issued: Mutex::default(),
         }))
@@ -68,21 +68,20 @@ impl Auth {
         &self.0.token
     }
 
-    /// Returns the member that issued the token, within the first second. The issuer accepts the token at once; other members accept it
-    /// when the cluster's log has reached them, a moment later.
+    /// Returns the member that issued the token, if the token is less than a second old. The issuer accepts the token at once. Other
+    /// members accept it a moment later, when the cluster's log has reached them.
     pub(super) fn new_issuer(&self) -> Option<Address> {
         let issued = self.0.issued.lock().unwrap_or_else(PoisonError::into_inner);
         let (at, member) = issued.as_ref()?;
-        (Instant::now().saturating_duration_since(*at) < JUST_NOW).then(|| member.clone())
+        (Instant::now().saturating_duration_since(*at) < NEW_TOKEN_TIME).then(|| member.clone())
     }
 
-    /// Returns whether the token is too new to have expired under etcd's default settings. A request that is forbidden with a new token
-    /// will be forbidden with its successor as well. When a whole fleet lacks a permission, its retries must not cost etcd a password hash
-    /// each.
-    pub(super) fn is_young(&self) -> bool {
+    /// Returns whether the token is too new to have expired under etcd's default settings. If a request is forbidden with such a token,
+    /// another token would not help. Without this check, each retry of a fleet that lacks a permission would cost etcd a password hash.
+    pub(super) fn cannot_be_expired(&self) -> bool {
         let issued = self.0.issued.lock().unwrap_or_else(PoisonError::into_inner);
         let at = issued.as_ref().map(|(at, _)| *at);
-        at.is_some_and(|at| Instant::now().saturating_duration_since(at) < YOUNG)
+        at.is_some_and(|at| Instant::now().saturating_duration_since(at) < DEFAULT_TOKEN_TTL)
     }
 
     fn set_issuer(&self, member: Option<Address>) {
@@ -105,18 +104,19 @@ impl Auth {
             return Replacement::Done(Ok(true));
         }
         let mut refreshing = self.refreshing();
-        if let Some(error) = refreshing.held_back(now) {
+        if let Some(error) = refreshing.cached_error(now) {
             return Replacement::Done(Err(error));
         }
-        if let Some(running) = refreshing.running.as_ref().filter(|one| !one.is_over()) {
+        if let Some(running) = refreshing.running.as_ref().filter(|one| !one.has_ended()) {
             return Replacement::Running(running.clone());
         }
-        let is_repeated = std::mem::replace(&mut refreshing.asked, true);
+        let is_repeated = std::mem::replace(&mut refreshing.is_first_done, true);
         let (outcome, running) = watch::channel(None);
         refreshing.running = Some(Running(running.clone()));
         Replacement::Begin {
             credentials: credentials.clone(),
-            // After a restart of etcd or a change of its users, all clients renew their tokens at once.
+            // Spreads the renewals, because after a restart of etcd or a change of its users, all clients renew their tokens at the same
+            // time.
             spread: if is_repeated {
                 REFRESH_SPREAD.mul_f64(fastrand::f64())
             } else {
@@ -142,7 +142,7 @@ impl Auth {
                     let member = member.as_ref().map_or("(no member)", Address::as_str);
                     EtcdError::new(kind, "authenticate", member, source)
                 })?;
-                // Kept out of debug output and of HPACK's table.
+                // Keeps the token out of debug output and out of HPACK's table.
                 header.set_sensitive(true);
                 self.set_issuer(member);
                 self.0.token.set(Some(Arc::new(header)));
@@ -161,8 +161,8 @@ impl Auth {
         }
     }
 
-    fn refreshing(&self) -> MutexGuard<'_, Refreshing> {
-        // Nothing panics while it is held.
+    fn refreshing(&self) -> MutexGuard<'_, ExchangeState> {
+        // No code panics while it holds this lock.
         self.0
             .refreshing
             .lock()
@@ -179,7 +179,7 @@ impl Auth {
         let mut refreshed = self.0.client_refreshed.lock().await;
         let now = Instant::now();
         // The token of the client is not accessible. A caller that waited for the lock during another renewal already has the new token.
-        if refreshed.is_some_and(|at| now.saturating_duration_since(at) < JUST_NOW) {
+        if refreshed.is_some_and(|at| now.saturating_duration_since(at) < NEW_TOKEN_TIME) {
             return Ok(true);
         }
         let outcome = client.refresh_token().await;
@@ -191,11 +191,11 @@ impl Auth {
 
 /// How a token is replaced.
 pub(super) enum Replacement {
-    /// Nothing is exchanged: whether the token has changed already, or the cached error of the last exchange.
+    /// No exchange is needed or allowed: contains whether the token has already changed, or the cached error of the last exchange.
     Done(Result<bool, EtcdError>),
     /// An exchange is running.
     Running(Running),
-    /// The caller starts an exchange after this wait, and sends its outcome.
+    /// The caller starts an exchange after the wait `spread`, and sends the outcome to `outcome`.
     Begin {
         credentials: Credentials,
         spread: Duration,
@@ -209,8 +209,8 @@ pub(super) enum Replacement {
 pub(super) struct Running(watch::Receiver<Option<Result<bool, EtcdError>>>);
 
 impl Running {
-    /// Returns whether the exchange has ended, or its runtime has.
-    fn is_over(&self) -> bool {
+    /// Returns whether the exchange or its runtime has ended.
+    fn has_ended(&self) -> bool {
         self.0.borrow().is_some() || self.0.has_changed().is_err()
     }
 
@@ -233,9 +233,9 @@ impl Running {
 }
 
 /// The state of the exchange of credentials.
-struct Refreshing {
-    /// Whether a token was ever requested.
-    asked: bool,
+struct ExchangeState {
+    /// Whether the first exchange was started. Only later exchanges are spread over time.
+    is_first_done: bool,
     /// Consecutive failures that may have cost etcd a password hash.
     failures: u32,
     /// The last such failure, and the end of its backoff. etcd continues to hash for callers that have timed out, so a fleet that retries
@@ -245,10 +245,10 @@ struct Refreshing {
     running: Option<Running>,
 }
 
-impl Refreshing {
+impl ExchangeState {
     fn new() -> Self {
         Self {
-            asked: false,
+            is_first_done: false,
             failures: 0,
             last: None,
             backoff: Backoff::new(BACKOFF_FIRST, BACKOFF_MAX),
@@ -257,13 +257,13 @@ impl Refreshing {
     }
 
     /// Returns the cached error while the exchange is in backoff.
-    fn held_back(&self, now: Instant) -> Option<EtcdError> {
+    fn cached_error(&self, now: Instant) -> Option<EtcdError> {
         let last = self.last.as_ref().filter(|(until, _)| now < *until);
         last.map(|(_, error)| error.clone())
     }
 
-    /// Records the outcome of an exchange. An error that may have cost etcd a password hash starts a backoff, the first one in a row excepted:
-    /// it may affect a single member only.
+    /// Records the outcome of an exchange. The second and each further consecutive error that may have cost etcd a password hash starts a
+    /// backoff. The first does not, because it may affect a single member only.
     fn on_answer(&mut self, error: Option<&EtcdError>, now: Instant) {
         let is_costly = |error: &&EtcdError| {
             matches!(
@@ -287,9 +287,9 @@ impl Refreshing {
 
 const BACKOFF_FIRST: Duration = Duration::from_millis(500);
 const BACKOFF_MAX: Duration = Duration::from_secs(10);
-const JUST_NOW: Duration = Duration::from_secs(1);
+const NEW_TOKEN_TIME: Duration = Duration::from_secs(1);
 /// The default of etcd's `--auth-token-ttl`.
-const YOUNG: Duration = Duration::from_secs(300);
+const DEFAULT_TOKEN_TTL: Duration = Duration::from_secs(300);
 /// The interval over which renewals of rejected tokens are spread. It is part of the deadline of a call, which is 2 s.
 const REFRESH_SPREAD: Duration = Duration::from_millis(200);
 

@@ -10,7 +10,7 @@ use super::auth::Auth;
 use super::error;
 use super::limits::DEADLINE;
 use super::member_health::{Failure, Traffic};
-use super::members::{Members, Open};
+use super::members::{Members, OpenChannel};
 use super::request_channel::RequestChannel;
 use super::token_cell::Token;
 use super::watch::Watch;
@@ -42,19 +42,19 @@ impl Cluster {
 pub(super) enum Source {
     Members(Members),
     /// An external client, which the user has created, with its own connections.
-    Given(Arc<Client>),
+    External(Arc<Client>),
 }
 
 impl Etcd {
     /// Creates a handle over the members. The first request connects.
-    pub(super) fn lazy(addresses: Vec<Address>, open: Open, auth: Auth) -> Self {
+    pub(super) fn lazy(addresses: Vec<Address>, open: OpenChannel, auth: Auth) -> Self {
         let source = Source::Members(Members::new(addresses, open));
         Self(Arc::new(Cluster::new(source, auth)))
     }
 
     /// Creates a handle over an external client.
     pub(crate) fn from_client(client: Client) -> Self {
-        let source = Source::Given(Arc::new(client));
+        let source = Source::External(Arc::new(client));
         let auth = Auth::new(None);
         Self(Arc::new(Cluster::new(source, auth)))
     }
@@ -63,7 +63,7 @@ impl Etcd {
     pub(crate) fn detached(&self) -> Self {
         let source = match &self.0.source {
             Source::Members(members) => Source::Members(members.detached()),
-            Source::Given(client) => Source::Given(Arc::clone(client)),
+            Source::External(client) => Source::External(Arc::clone(client)),
         };
         let auth = self.0.auth.detached();
         Self(Arc::new(Cluster::new(source, auth)))
@@ -78,7 +78,7 @@ impl Etcd {
     fn addresses(&self) -> &[Address] {
         match &self.0.source {
             Source::Members(members) => &members.addresses,
-            Source::Given(_) => &[],
+            Source::External(_) => &[],
         }
     }
 
@@ -101,7 +101,7 @@ impl Etcd {
     ) -> Result<RequestChannel, EtcdError> {
         match &self.0.source {
             Source::Members(members) => members.channel(traffic, deadline, &self.0.auth).await,
-            Source::Given(client) => Ok(RequestChannel::given(client)),
+            Source::External(client) => Ok(RequestChannel::external(client)),
         }
     }
 
@@ -117,7 +117,7 @@ impl Etcd {
         };
         let failure = match error.map(EtcdError::kind) {
             Some(EtcdErrorKind::DeadlineExceeded) => Failure::Timeout,
-            // A full store is full on every member.
+            // The store is full on every member, so this is no failure of the member.
             Some(EtcdErrorKind::NoSpace) => return,
             Some(_) if error.is_some_and(|error| self.may_succeed(error)) => Failure::Error,
             _ => return members.on_answer(service, traffic),
@@ -152,7 +152,7 @@ impl Etcd {
         self.attempt(Traffic::Keys, "watch", DEADLINE, open).await
     }
 
-    /// Returns how many watch streams are open.
+    /// Returns the number of open watch streams.
     #[cfg(test)]
     pub(super) fn watch_streams(&self) -> usize {
         self.0.streams.count()
@@ -164,25 +164,30 @@ impl Etcd {
         let ranges = keys.iter().map(Range::key).collect();
         let mut watch = self.watch_ranges(ranges, None).await?;
         let channel = watch.channel.clone();
-        let created = tokio::time::timeout(WATCHED, Box::pin(watch.created())).await;
+        let created = tokio::time::timeout(WATCHERS_TIMEOUT, Box::pin(watch.created())).await;
         match created {
             Ok(Ok(())) => Ok(watch),
             Ok(Err(error)) => {
-                self.report(&watch, &error);
+                self.record_watch_end(&watch, &error);
                 Err(error)
             }
-            // The requests may be behind those of many other watches. The task of the stream finds out if its member is the reason.
-            Err(_) => Err(error::deadline("watch", &channel.endpoint(), WATCHED)),
+            // The member is not blamed here: the requests may be queued behind those of many other watches. If the member is the cause, the
+            // task of the stream detects it.
+            Err(_) => Err(error::deadline(
+                "watch",
+                &channel.endpoint(),
+                WATCHERS_TIMEOUT,
+            )),
         }
     }
 
     /// Records the end of a watch. If the member failed, the next watch uses another member.
-    pub(crate) fn report(&self, watch: &Watch, error: &EtcdError) {
+    pub(crate) fn record_watch_end(&self, watch: &Watch, error: &EtcdError) {
         if !watch.take_report() {
             return;
         }
         match (&self.0.source, &watch.channel.service) {
-            // The watchdog of the watch has already waited long enough; the connection is replaced.
+            // The watchdog of the watch has already waited for long, so the connection is replaced at once.
             (Source::Members(members), Some(service))
                 if error.kind() == EtcdErrorKind::DeadlineExceeded =>
             {
@@ -192,13 +197,13 @@ impl Etcd {
         }
     }
 
-    /// Returns the token in use. The caller passes it to [`Etcd::refused`] if etcd rejects a watch that is opened now.
+    /// Returns the token in use. The caller passes it to [`Etcd::on_token_rejected`] if etcd rejects a watch that is opened now.
     pub(crate) fn token(&self) -> Option<Token> {
         self.0.auth.token()
     }
 
     /// Handles a rejected token in the messages of a watch: fetches a new token, unless a concurrent request has already done so.
-    pub(crate) async fn refused(&self, token: Option<&Token>) -> Result<(), EtcdError> {
+    pub(crate) async fn on_token_rejected(&self, token: Option<&Token>) -> Result<(), EtcdError> {
         self.renew_token(token, DEADLINE).await.map(drop)
     }
 }
@@ -208,11 +213,11 @@ impl std::fmt::Debug for Cluster {
         let mut shown = f.debug_struct("Cluster");
         match &self.source {
             Source::Members(members) => shown.field("members", &members.addresses),
-            Source::Given(_) => shown.field("members", &"(the given client)"),
+            Source::External(_) => shown.field("members", &"(the given client)"),
         };
         shown.field("auth", &self.auth).finish_non_exhaustive()
     }
 }
 
 /// The limit on the time until the watchers of a registration's keys are created.
-const WATCHED: Duration = Duration::from_secs(8);
+const WATCHERS_TIMEOUT: Duration = Duration::from_secs(8);

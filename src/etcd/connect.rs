@@ -10,7 +10,7 @@ use super::auth::Auth;
 use super::cluster::Etcd;
 use super::endpoint::MemberEndpoint;
 use super::limits::DEADLINE;
-use super::members::Open;
+use super::members::OpenChannel;
 use super::token_cell::Credentials;
 use crate::error::{EtcdError, EtcdErrorKind, RegistryError, causes};
 use crate::keyspace::Key;
@@ -55,7 +55,7 @@ impl Config {
         not(feature = "tls"),
         expect(clippy::unused_self, reason = "the same signature as with the feature")
     )]
-    fn open(&self, members: &[MemberEndpoint]) -> Open {
+    fn open(&self, members: &[MemberEndpoint]) -> OpenChannel {
         let addresses: Vec<_> = members
             .iter()
             .map(|member| member.address().clone())
@@ -88,9 +88,11 @@ pub(super) fn tuned(channel: ChannelBuilder) -> ChannelBuilder {
         .max_backoff(MAX_BACKOFF)
 }
 
-/// Not longer than the 2 s deadline of a call, so that a member whose packets are dropped can be distinguished from a slow member.
+/// Limit on the time of a connection attempt. It is not longer than the 2 s deadline of a call, so that a member whose packets are dropped
+/// can be distinguished from a slow member.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// A restarted etcd keeps leases alive for one more TTL. The client must reconnect while most of that TTL is left.
+/// Limit on the backoff between connection attempts. A restarted etcd extends all leases by one TTL, and the client must reconnect while
+/// most of that TTL is left.
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
 
 impl Etcd {

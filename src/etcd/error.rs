@@ -27,11 +27,11 @@ pub(super) fn of_status(
     status: tonic::Status,
 ) -> EtcdError {
     let kind = match of_text(status.message()) {
-        // A server without the service returns this code, with a text of its own.
+        // A server without the service returns this code. Its text is not one of etcd's.
         EtcdErrorKind::Unavailable if status.code() == tonic::Code::Unimplemented => {
             EtcdErrorKind::Unimplemented
         }
-        // Mostly a status of the client's own channel, which enforces the deadline in the request.
+        // Usually the client's own channel created this status, because it enforces the deadline of the request.
         EtcdErrorKind::Unavailable if status.code() == tonic::Code::DeadlineExceeded => {
             EtcdErrorKind::DeadlineExceeded
         }
@@ -55,8 +55,8 @@ pub(super) fn deadline(operation: &'static str, endpoint: &str, deadline: Durati
     EtcdError::new(EtcdErrorKind::DeadlineExceeded, operation, endpoint, source)
 }
 
-/// The texts of etcd's `rpctypes`, identical from 3.4 to 3.7, and tonic's text for a message over the limit. Services built on etcd's Go
-/// client add a prefix or wrap the text, hence `contains`.
+/// The texts of etcd's `rpctypes`, identical from 3.4 to 3.7, and tonic's text for a message over the limit. The texts are searched with
+/// `contains`, because services built on etcd's Go client add a prefix or wrap the text.
 const TEXTS: &[(&str, EtcdErrorKind)] = &[
     (
         "required revision has been compacted",

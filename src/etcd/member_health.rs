@@ -20,16 +20,16 @@ pub(super) enum Traffic {
 
 /// The failure records of all members.
 #[derive(Debug, Default)]
-pub(super) struct MemberHealth(HashMap<Address, Standing>);
+pub(super) struct MemberHealth(HashMap<Address, FailureRecord>);
 
 /// The failure record of a member.
 #[derive(Debug)]
-struct Standing {
+struct FailureRecord {
     failed: Instant,
     /// The time for which requests avoid the member.
     penalty: Duration,
     /// Consecutive requests without a response, by channel.
-    silent: [u32; 2],
+    unanswered: [u32; 2],
 }
 
 /// The failure of a member.
@@ -46,13 +46,14 @@ pub(super) enum Failure {
 impl MemberHealth {
     /// Records a successful response.
     pub(super) fn on_answer(&mut self, member: &Address, traffic: Traffic) {
-        let Some(standing) = self.0.get_mut(member) else {
+        let Some(record) = self.0.get_mut(member) else {
             return;
         };
-        standing.penalty = Duration::ZERO;
-        // One address may lead to a different member on each connection, so a response on one channel does not clear the other.
-        standing.silent[traffic as usize] = 0;
-        if standing.silent == [0; 2] {
+        record.penalty = Duration::ZERO;
+        // One address may lead to a different member on each connection, so a response on one channel does not clear the count of the
+        // other.
+        record.unanswered[traffic as usize] = 0;
+        if record.unanswered == [0; 2] {
             self.0.remove(member);
         }
     }
@@ -66,27 +67,27 @@ impl MemberHealth {
         failure: Failure,
         now: Instant,
     ) -> bool {
-        let standing = self.0.entry(member.clone()).or_insert(Standing {
+        let record = self.0.entry(member.clone()).or_insert(FailureRecord {
             failed: now,
             penalty: Duration::ZERO,
-            silent: [0; 2],
+            unanswered: [0; 2],
         });
         // Requests that fail together count once.
-        if now >= standing.failed + standing.penalty {
-            standing.penalty = (standing.penalty * 2).clamp(FIRST, LONGEST);
+        if now >= record.failed + record.penalty {
+            record.penalty = (record.penalty * 2).clamp(FIRST_PENALTY, LONGEST_PENALTY);
         }
-        standing.failed = now;
-        let silent = &mut standing.silent[traffic as usize];
-        *silent = match failure {
+        record.failed = now;
+        let unanswered = &mut record.unanswered[traffic as usize];
+        *unanswered = match failure {
             Failure::Error => 0,
-            Failure::Timeout => *silent + 1,
-            Failure::StreamTimeout => SILENT,
+            Failure::Timeout => *unanswered + 1,
+            Failure::StreamTimeout => MAX_UNANSWERED,
         };
-        let give_up = *silent >= SILENT;
-        if give_up {
-            *silent = 0;
+        let must_reconnect = *unanswered >= MAX_UNANSWERED;
+        if must_reconnect {
+            *unanswered = 0;
         }
-        give_up
+        must_reconnect
     }
 
     /// Returns the members that requests avoid. The member with the most recent failure is last.
@@ -94,9 +95,9 @@ impl MemberHealth {
         let mut avoided: Vec<_> = self
             .0
             .iter()
-            .filter(|(_, standing)| now < standing.failed + standing.penalty)
+            .filter(|(_, record)| now < record.failed + record.penalty)
             .collect();
-        avoided.sort_by_key(|(_, standing)| standing.failed);
+        avoided.sort_by_key(|(_, record)| record.failed);
         avoided
             .into_iter()
             .map(|(member, _)| member.clone())
@@ -104,12 +105,13 @@ impl MemberHealth {
     }
 }
 
-/// Longer than an election: after that time, the members of a cluster that had lost its leader are healthy again.
-const FIRST: Duration = Duration::from_secs(5);
-/// A member that fails every time fails the first attempt of one request per minute.
-const LONGEST: Duration = Duration::from_secs(60);
-/// Consecutive requests without a response after which a connection is replaced. A single one may be caused by a stalled disk.
-const SILENT: u32 = 2;
+/// The first penalty. It is longer than an election, so that the members of a cluster that had lost its leader are healthy again when it
+/// ends.
+const FIRST_PENALTY: Duration = Duration::from_secs(5);
+/// The longest penalty: a member that always fails then costs one attempt per minute.
+const LONGEST_PENALTY: Duration = Duration::from_secs(60);
+/// A connection is replaced after this many consecutive requests without a response. A single one may be caused by a stalled disk.
+const MAX_UNANSWERED: u32 = 2;
 
 #[cfg(test)]
 mod tests {
@@ -135,7 +137,7 @@ mod tests {
         health.on_answer(&member(1), Traffic::Keys);
         assert!(health.avoided(now).is_empty());
         health.on_failure(&member(1), Traffic::Keys, Failure::Error, now);
-        assert!(health.avoided(now + FIRST).is_empty());
+        assert!(health.avoided(now + FIRST_PENALTY).is_empty());
     }
 
     #[test]

@@ -13,21 +13,21 @@ use tonic_balance::Address;
 use tonic_balance::{BalancedChannel, channel::Routing};
 
 /// Opens a channel over all members.
-pub(super) type Open = Arc<dyn Fn() -> BalancedChannel + Send + Sync>;
+pub(super) type OpenChannel = Arc<dyn Fn() -> BalancedChannel + Send + Sync>;
 
-/// The members and the connections to them. Lease requests have a channel of their own, so that a renewal never waits behind unread watches
-/// or behind a list of ten thousand keys.
+/// The members and the connections to them. Lease requests have a separate channel, so that a renewal never waits behind unread watches or
+/// behind a list of ten thousand keys.
 pub(super) struct Members {
     pub(super) addresses: Vec<Address>,
-    open: Open,
-    /// Opened by the first request: a client that registers nothing has no lease and needs no connections for leases.
+    open: OpenChannel,
+    /// Each channel is opened by its first request, so that a client that registers nothing has no connections for leases.
     keys: Mutex<Option<BalancedChannel>>,
     leases: Mutex<Option<BalancedChannel>>,
     health: Mutex<MemberHealth>,
 }
 
 impl Members {
-    pub(super) fn new(mut addresses: Vec<Address>, open: Open) -> Self {
+    pub(super) fn new(mut addresses: Vec<Address>, open: OpenChannel) -> Self {
         addresses.sort();
         addresses.dedup();
         Self {
@@ -72,7 +72,8 @@ impl Members {
         Box::pin(RequestChannel::over(service)).await
     }
 
-    /// Returns the open channel, or opens a new one if its runtime has ended: a registry may outlive the runtime of its first request.
+    /// Returns the open channel. Opens a new one if there is none, or if the channel's runtime has ended: a registry may outlive the
+    /// runtime of its first request.
     fn current(&self, channel: &Mutex<Option<BalancedChannel>>) -> BalancedChannel {
         let mut channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
         match &*channel {
@@ -95,7 +96,7 @@ impl Members {
             return;
         };
         let now = Instant::now();
-        let (news, give_up) = {
+        let (news, must_reconnect) = {
             let mut health = self.health();
             let news = !health.avoided(now).contains(&member);
             (news, health.on_failure(&member, traffic, failure, now))
@@ -106,7 +107,7 @@ impl Members {
         let since = now.checked_sub(service.deadline).unwrap_or(now);
         let silent_since = (failure != Failure::Error).then_some(since);
         service.routing.report_failure(now, silent_since);
-        if give_up {
+        if must_reconnect {
             tracing::debug!(%member, ?traffic, "etcd does not respond on a connection; the next request uses a new connection");
             service.channel.reconnect(&service.routing);
         }

@@ -1,4 +1,5 @@
-//! The channel of one request: the `etcd-client` client for the request, and the service below it, which records the member.
+//! The channel of one request: a client of `etcd-client` that is created for the request, and the service below it, which records the
+//! member.
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -30,7 +31,7 @@ pub(super) struct RequestChannel {
 
 impl RequestChannel {
     /// Wraps an external client with its own connections.
-    pub(super) fn given(client: &Arc<Client>) -> Self {
+    pub(super) fn external(client: &Arc<Client>) -> Self {
         Self {
             client: Arc::clone(client),
             service: None,
@@ -56,7 +57,7 @@ impl RequestChannel {
     /// Returns the member that received the request. If none did, returns the member whose connection failed last.
     pub(super) fn endpoint(&self) -> String {
         let service = self.service.as_ref();
-        service.map_or_else(|| GIVEN.to_owned(), RequestService::endpoint)
+        service.map_or_else(|| EXTERNAL_CLIENT.to_owned(), RequestService::endpoint)
     }
 }
 
@@ -82,7 +83,7 @@ impl RequestService {
     pub(super) fn endpoint(&self) -> String {
         let address = self.routing.address();
         let address = address.or_else(|| self.channel.last_failed_endpoint());
-        // The request was not sent and no connection has failed: the connections are still being established.
+        // If the request was not sent and no connection has failed, the connections are still being established.
         address.map_or_else(|| "(no member)".to_owned(), |address| address.to_string())
     }
 }
@@ -116,6 +117,6 @@ impl Service<http::Request<Body>> for RequestService {
 /// Methods without a deadline. A watchdog ends a watch; a keep-alive stream ends with its response or when the caller drops the future.
 const STREAMS: [&str; 2] = ["/etcdserverpb.Watch/Watch", LEASE_KEEP_ALIVE];
 /// A placeholder for the address of a member.
-const GIVEN: &str = "(the given client)";
+const EXTERNAL_CLIENT: &str = "(the given client)";
 pub(super) const AUTHENTICATE: &str = "/etcdserverpb.Auth/Authenticate";
 pub(super) const LEASE_KEEP_ALIVE: &str = "/etcdserverpb.Lease/LeaseKeepAlive";

@@ -32,23 +32,23 @@ impl Etcd {
     where
         Fut: Future<Output = Result<T, EtcdError>>,
     {
-        let mut tries = 1;
+        let mut attempts = 1;
         loop {
             match attempt().await {
-                Err(error) if self.may_succeed(&error) && tries < TRIES => {
-                    tracing::debug!(%error, operation, tries, "etcd call failed, trying again");
+                Err(error) if self.may_succeed(&error) && attempts < MAX_ATTEMPTS => {
+                    tracing::debug!(%error, operation, attempts, "etcd call failed, trying again");
                     let step = match error.kind() {
                         EtcdErrorKind::NoLeader => ELECTION_STEP,
                         // The first attempt on each further member starts without a wait.
-                        _ if (tries as usize) < self.members() => Duration::ZERO,
+                        _ if (attempts as usize) < self.members() => Duration::ZERO,
                         _ => RETRY_STEP,
                     };
                     let wait = crate::backoff::jittered(
-                        step * 2u32.pow(tries - 1),
+                        step * 2u32.pow(attempts - 1),
                         &mut fastrand::Rng::new(),
                     );
                     tokio::time::sleep(wait).await;
-                    tries += 1;
+                    attempts += 1;
                 }
                 outcome => return outcome,
             }
@@ -103,7 +103,7 @@ impl Etcd {
         .await;
         if let Err(error) = &outcome
             && error.kind().is_refusal()
-            && !(error.kind() == EtcdErrorKind::PermissionDenied && self.0.auth.is_young())
+            && !(error.kind() == EtcdErrorKind::PermissionDenied && self.0.auth.cannot_be_expired())
         {
             match self.renew_token(token.as_ref(), deadline).await {
                 Ok(true) => {
@@ -138,8 +138,8 @@ pub(super) async fn with_deadline<T>(
         .unwrap_or_else(|_| Err(error::deadline(operation, &channel.endpoint(), deadline)))
 }
 
-/// With three members, five attempts cover one dead and one frozen member and still reach the third member twice.
-const TRIES: u32 = 5;
+/// Limit on attempts. With one dead and one frozen member of three, five attempts still reach the third member twice.
+const MAX_ATTEMPTS: u32 = 5;
 /// The first wait. It doubles after each attempt and is jittered: with a single member, the waits between five attempts take 1.1 to 2.2 s
 /// in total.
 const RETRY_STEP: Duration = Duration::from_millis(150);

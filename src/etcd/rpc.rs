@@ -110,7 +110,7 @@ pub(super) async fn keep_alive(
     Ok((header, answer.ttl))
 }
 
-/// Creates the error for a stream that ended before its response. It does not describe the state of the lease.
+/// Creates the error for a stream that ended before its response. The error does not show whether the lease was renewed.
 pub(super) fn closed(operation: &'static str, endpoint: &str) -> EtcdError {
     let source = "the stream ended without an answer";
     EtcdError::new(EtcdErrorKind::Unavailable, operation, endpoint, source)

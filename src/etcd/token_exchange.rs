@@ -1,9 +1,9 @@
-//! The exchange of the credentials for a token, which converges for a fleet.
+//! The exchange of the credentials for a token, in a way that ends also if a whole fleet exchanges at the same time.
 //!
-//! An exchange costs etcd a password hash of 50 to 130 ms, and etcd continues to hash for callers that have timed out. After a restart that
-//! loses its tokens, all clients exchange at once: if each of them timed out after 2 s and tried again, a single core would hash for
-//! abandoned requests only. So an exchange runs in a task of its own, which outlives the requests that wait for it. It is not abandoned
-//! while another one is tried: the first answer wins.
+//! An exchange costs etcd a password hash of 50 to 130 ms, and etcd continues to hash for callers that have timed out. After a restart in
+//! which etcd loses its tokens, all clients exchange at once. If each of them timed out after 2 s and tried again, a single core would only
+//! compute hashes for abandoned requests. So an exchange runs in a separate task, which outlives the requests that wait for it. If a second
+//! request is sent, the first one is not abandoned: the first answer is used.
 
 use std::time::Duration;
 
@@ -26,8 +26,8 @@ use crate::error::EtcdError;
 type Answer = (Result<String, EtcdError>, Option<Address>);
 
 impl Etcd {
-    /// Replaces the `refused` token by a new one, unless a concurrent request has done so. Waits for `deadline` at most, and for 2 s at
-    /// least. Returns whether the token has changed, so that a repeated request may succeed.
+    /// Replaces the `refused` token by a new one, unless a concurrent request has done so. Waits at most for `deadline`, or for 2 s if
+    /// `deadline` is shorter. Returns whether the token has changed, so that a repeated request may succeed.
     ///
     /// # Cancel safety
     ///
@@ -38,7 +38,7 @@ impl Etcd {
         deadline: Duration,
     ) -> Result<bool, EtcdError> {
         let deadline = deadline.max(DEADLINE);
-        if let Source::Given(client) = &self.0.source {
+        if let Source::External(client) = &self.0.source {
             let channel = self.channel(Traffic::Keys, deadline).await?;
             let endpoint = channel.endpoint();
             let renewal = Box::pin(self.0.auth.refresh_client(client, &endpoint));
@@ -71,16 +71,17 @@ impl Etcd {
             })
     }
 
-    /// Exchanges the credentials. If there is no answer, sends another request beside the first, to another member if there is one.
+    /// Exchanges the credentials. If there is no answer for a while, sends a further request, to another member if there is one, and keeps
+    /// the earlier requests.
     async fn exchange(&self, credentials: &Credentials) -> Answer {
-        let end = Instant::now() + LIMIT;
+        let end = Instant::now() + EXCHANGE_LIMIT;
         let mut requests = JoinSet::new();
         let mut sent: Option<(RequestService, Instant)> = None;
-        let mut patience = if self.members() > 1 {
+        let mut wait = if self.members() > 1 {
             DEADLINE
         } else {
-            // A single member has all the hashes to compute.
-            LONE
+            // A single member must compute all hashes, so it gets more time.
+            SINGLE_MEMBER_WAIT
         };
         let mut failures = 0;
         loop {
@@ -93,8 +94,8 @@ impl Etcd {
                 Err(error) if requests.is_empty() => return (Err(error), None),
                 Err(_) => {}
             }
-            let mut next = (now + patience).min(end);
-            patience *= 8;
+            let mut next = (now + wait).min(end);
+            wait *= 8;
             loop {
                 let (answer, member) = tokio::select! {
                     biased;
@@ -105,18 +106,21 @@ impl Etcd {
                     Err(error) if error.kind().is_transient() => failures += 1,
                     _ => return (answer, member),
                 }
-                // The member that answered is not the silent one.
+                // The member that answered must not be recorded as silent.
                 sent = None;
                 if failures < self.members() {
-                    // A failure of one member shows nothing about the others, and the exchange does not wait for a silent one.
-                    next = (Instant::now() + RETRY).min(end);
+                    // A failure of one member shows nothing about the others, so another member is tried soon.
+                    next = (Instant::now() + NEXT_MEMBER_DELAY).min(end);
                 } else if requests.is_empty() {
                     return (answer, member);
                 }
             }
             if Instant::now() >= end {
                 let members = self.endpoints().join(", ");
-                return (Err(error::deadline("authenticate", &members, LIMIT)), None);
+                return (
+                    Err(error::deadline("authenticate", &members, EXCHANGE_LIMIT)),
+                    None,
+                );
             }
         }
     }
@@ -144,7 +148,8 @@ impl Etcd {
         Ok(service)
     }
 
-    /// The next request avoids the member, and the connection is checked: a busy member answers a PING, a frozen one does not.
+    /// Handles a member that has not answered: the next request avoids it, and a PING checks its connection. A busy member answers the
+    /// PING, a frozen one does not.
     fn on_silence(&self, service: &RequestService, since: Instant) {
         if let Source::Members(members) = &self.0.source
             && members.addresses.len() > 1
@@ -160,15 +165,15 @@ async fn answer(requests: &mut JoinSet<Answer>) -> Option<Answer> {
     match requests.join_next().await? {
         Ok(answer) => Some(answer),
         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-        // Only a runtime that shuts down cancels it.
+        // Requests are cancelled only if the runtime shuts down, so this future may stay pending.
         Err(_) => std::future::pending().await,
     }
 }
 
 /// The wait before another member is tried after a failure.
-const RETRY: Duration = Duration::from_millis(150);
+const NEXT_MEMBER_DELAY: Duration = Duration::from_millis(150);
 
-/// The time after which a single member gets a second request. Within it, one core computes about 100 hashes.
-const LONE: Duration = Duration::from_secs(8);
-/// The limit on an exchange. Within it, one core computes the hashes of about 1 000 clients, with one repeat for each.
-const LIMIT: Duration = Duration::from_secs(120);
+/// The time after which a single member gets a second request. In this time, one core computes about 100 hashes.
+const SINGLE_MEMBER_WAIT: Duration = Duration::from_secs(8);
+/// Limit on the time of an exchange. In this time, one core computes the hashes of about 1 000 clients, with one repeated request for each.
+const EXCHANGE_LIMIT: Duration = Duration::from_secs(120);

@@ -23,7 +23,7 @@ pub(crate) struct Watch {
     guard: WatchGuard,
     /// Watchers that the server has not created yet.
     uncreated: usize,
-    /// Whether the end of the stream was counted against its member. The watches of the stream share it.
+    /// Whether the end of the stream was counted against its member. The watches of the stream share this flag.
     is_reported: Option<Arc<AtomicBool>>,
     opened: Instant,
 }
@@ -40,7 +40,8 @@ impl Watch {
         }
     }
 
-    /// Waits until the server has created the watcher of every range. Events before that are dropped: the caller reads the keys afterwards.
+    /// Waits until the server has created the watcher of every range. Earlier events are dropped, because the caller reads the keys
+    /// afterwards.
     pub(crate) async fn created(&mut self) -> Result<(), EtcdError> {
         while self.uncreated > 0 {
             let message = self.message().await?;
@@ -51,15 +52,16 @@ impl Watch {
         Ok(())
     }
 
-    /// Returns the next message of the watchers. The end of the stream is an error, even an orderly one: a watch has no end.
+    /// Returns the next message of the watchers. The end of the stream is an error, even without an error status, because a watch does not
+    /// end by itself.
     ///
     /// # Cancel safety
     ///
     /// Dropping the future loses nothing.
     pub(crate) async fn message(&mut self) -> Result<WatchMessage, EtcdError> {
         let received = if self.uncreated > 0 {
-            // The task of the stream has shorter timeouts, but its runtime may not be driven, or another watch's messages may hide that this one
-            // has no answer.
+            // The task of the stream has shorter timeouts, but they may not fire: its runtime may not be driven, or messages of other
+            // watches may restart them.
             let received = timeout_at(self.opened + CREATED, self.deliveries.recv()).await;
             let Ok(received) = received else {
                 self.is_reported = Some(Arc::new(AtomicBool::new(true)));
@@ -89,7 +91,7 @@ impl Watch {
         }
     }
 
-    /// Returns whether the caller counts an error of this watch for or against its member. True once for each stream.
+    /// Returns whether the caller must record an error of this watch for its member. Returns true once for each stream.
     pub(super) fn take_report(&self) -> bool {
         let reported = self.is_reported.as_ref();
         reported.is_none_or(|reported| !reported.swap(true, Ordering::Relaxed))
@@ -116,5 +118,5 @@ impl Watch {
     }
 }
 
-/// The limit on the time until a watcher is created. Longer than the timeouts of the stream.
+/// Limit on the time until a watcher is created. It is longer than the timeouts of the stream.
 const CREATED: Duration = Duration::from_secs(15);

@@ -1,11 +1,12 @@
 //! Shared watch streams: all watches of a client are multiplexed on few streams.
 //!
-//! A stream of its own for each watch does not scale: servers and proxies limit the streams of a connection (`--max-concurrent-streams`),
-//! so that watches beyond the limit would wait for ever, and with them reads and writes on the same connection; and each silent stream
-//! costs a probe every 5 s. One task owns a stream and gives each message to the watch whose watcher it names.
+//! One stream per watch does not scale. Servers and proxies limit the streams of a connection (`--max-concurrent-streams`): watches beyond
+//! the limit would wait forever, together with reads and writes on the same connection. Each silent stream also costs a probe every 5 s. So
+//! one task owns a stream, and delivers each message to the watch that the message is for.
 //!
-//! A watch that is cancelled, compacted or refused ends alone. A watch whose owner falls too far behind is cancelled, so that it does not
-//! fill the memory. The end of the stream ends all its watches, which resume on the next one.
+//! If the server cancels or rejects a watch, or its history is compacted, only that watch ends. A watch that does not receive its messages
+//! fast enough is cancelled, so that the messages do not fill the memory. When the stream ends, all its watches end, and resume on another
+//! stream.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -32,26 +33,26 @@ pub(super) struct WatchStreams(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// Held while a stream is opened, so that watches that begin together share one.
+    /// Held while a stream is opened, so that watches that start at the same time share one stream.
     opening: tokio::sync::Mutex<()>,
-    open: Mutex<Vec<Open>>,
+    open: Mutex<Vec<OpenStream>>,
 }
 
 impl Shared {
-    fn open(&self) -> MutexGuard<'_, Vec<Open>> {
-        // Nothing panics while it is held.
+    fn open(&self) -> MutexGuard<'_, Vec<OpenStream>> {
+        // No code panics while it holds this lock.
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// A stream that takes further watches.
 #[derive(Debug)]
-struct Open {
+struct OpenStream {
     commands: mpsc::UnboundedSender<Command>,
     channel: RequestChannel,
-    /// The token that it was opened with. etcd checks each watcher against it, so a newer token needs another stream.
+    /// The token that the stream was opened with. etcd checks each watcher against this token, so a newer token needs another stream.
     token: Option<Token>,
-    /// Watchers on it.
+    /// The number of watchers on the stream.
     watchers: usize,
 }
 
@@ -61,25 +62,25 @@ enum Command {
     Unsubscribe(u64),
 }
 
-/// What a watch receives.
+/// A message or the end of a watch, for its owner.
 #[derive(Debug)]
 pub(super) enum Delivery {
     Message(WatchMessage),
-    /// The watch has ended. The watches of one stream share `is_reported`: its end counts once against its member.
+    /// The watch has ended. The watches of one stream share `is_reported`, so that the end of the stream counts once against its member.
     Ended {
         error: EtcdError,
         is_reported: Arc<AtomicBool>,
     },
 }
 
-/// The channel of a watch's stream, what the watch receives, and its hold on the stream.
+/// The channel of the stream, the receiver of the watch's deliveries, and the guard of the watch.
 pub(super) type Subscribed = (
     RequestChannel,
     mpsc::UnboundedReceiver<Delivery>,
     WatchGuard,
 );
 
-/// A watch, as its stream sees it.
+/// A watch that was added to a stream.
 #[derive(Debug)]
 struct Subscriber {
     id: u64,
@@ -90,7 +91,7 @@ struct Subscriber {
     backlog: Arc<AtomicUsize>,
 }
 
-/// A watch's hold on its stream, until dropped.
+/// Keeps a watch on its stream. Dropping the guard cancels the watch.
 #[derive(Debug)]
 pub(super) struct WatchGuard {
     id: u64,
@@ -106,7 +107,7 @@ impl WatchGuard {
 
 impl Drop for WatchGuard {
     fn drop(&mut self) {
-        // A stream that has ended needs no word.
+        // The send fails only if the stream has ended, and with it the watch.
         let _ = self.commands.send(Command::Unsubscribe(self.id));
     }
 }
@@ -118,8 +119,8 @@ impl WatchStreams {
         self.0.open().len()
     }
 
-    /// Begins a watch on a shared stream, which is opened over `channel` if there is none for the token. Waits for the head of a new stream's
-    /// response, and not for the watchers.
+    /// Starts a watch on a shared stream. If no stream was opened with this token, opens one over `channel`, and waits for the head of its
+    /// response. Does not wait until the watchers are created.
     pub(super) async fn watch(
         &self,
         channel: RequestChannel,
@@ -141,7 +142,7 @@ impl WatchStreams {
             Ok(joined) => joined,
             Err(subscriber) => {
                 let _opening = self.0.opening.lock().await;
-                // Another watch may have opened a stream meanwhile.
+                // Another watch may have opened a stream in the meantime.
                 match self.subscribe(subscriber, token.as_ref()) {
                     Ok(joined) => joined,
                     Err(subscriber) => self.open(channel, token, subscriber).await?,
@@ -157,23 +158,23 @@ impl WatchStreams {
         Ok((channel, received, guard))
     }
 
-    /// Adds a watch to a stream that is open, or returns it if there is none with room.
+    /// Adds a watch to an open stream. Returns the watch as the error if no open stream has room.
     fn subscribe(
         &self,
         subscriber: Subscriber,
         token: Option<&Token>,
     ) -> Result<(mpsc::UnboundedSender<Command>, RequestChannel), Subscriber> {
         let mut all = self.0.open();
-        // The task of a stream ends with its runtime, and then it is not in the list any more only if it was polled.
+        // If the runtime of a stream has ended, its task did not remove the stream from the list.
         all.retain(|open| !open.commands.is_closed());
-        let is_same = |open: &Open| match (&open.token, token) {
+        let is_same = |open: &OpenStream| match (&open.token, token) {
             (Some(one), Some(other)) => Arc::ptr_eq(one, other),
             (None, None) => true,
             _ => false,
         };
         let found = all
             .iter_mut()
-            .find(|open| is_same(open) && open.watchers < WATCHERS);
+            .find(|open| is_same(open) && open.watchers < MAX_WATCHERS);
         let Some(open) = found else {
             return Err(subscriber);
         };
@@ -195,10 +196,10 @@ impl WatchStreams {
         token: Option<Token>,
         subscriber: Subscriber,
     ) -> Result<(mpsc::UnboundedSender<Command>, RequestChannel), EtcdError> {
-        let mut creates = creates(&subscriber);
-        let Some((range, from)) = creates
+        let mut watcher_requests = watcher_requests(&subscriber);
+        let Some((range, from)) = watcher_requests
             .pop_front()
-            .map(|create| (create.range, create.from))
+            .map(|request| (request.range, request.from))
         else {
             let reason = "a watch without a range";
             let kind = EtcdErrorKind::InvalidRequest;
@@ -211,7 +212,7 @@ impl WatchStreams {
         let stream =
             stream.map_err(|source| error::of_client("watch", &channel.endpoint(), source))?;
         let (commands, received) = mpsc::unbounded_channel();
-        self.0.open().push(Open {
+        self.0.open().push(OpenStream {
             commands: commands.clone(),
             channel: channel.clone(),
             token,
@@ -221,16 +222,16 @@ impl WatchStreams {
             streams: self.clone(),
             channel: channel.clone(),
             stream,
-            own: commands.clone(),
+            own_commands: commands.clone(),
             commands: received,
             probe: range,
             creating: VecDeque::from([(FIRST_ID, Creating::Watcher(subscriber.id))]),
             last_id: FIRST_ID,
             numbering: Numbering::Unknown,
-            queue: creates,
+            queue: watcher_requests,
             watchers: HashMap::new(),
-            subscribers: HashMap::from([(subscriber.id, Watched::new(subscriber))]),
-            heard: Instant::now(),
+            subscribers: HashMap::from([(subscriber.id, SubscriberState::new(subscriber))]),
+            last_activity: Instant::now(),
             probing: false,
         };
         tokio::spawn(task.run().in_current_span());
@@ -238,16 +239,16 @@ impl WatchStreams {
     }
 }
 
-/// A watcher that is yet to be requested.
+/// A watcher that was not requested yet.
 #[derive(Debug)]
-struct Create {
+struct WatcherRequest {
     subscriber: u64,
     range: Range,
     from: Option<Revision>,
 }
 
-fn creates(subscriber: &Subscriber) -> VecDeque<Create> {
-    let create = |range: &Range| Create {
+fn watcher_requests(subscriber: &Subscriber) -> VecDeque<WatcherRequest> {
+    let create = |range: &Range| WatcherRequest {
         subscriber: subscriber.id,
         range: range.clone(),
         from: subscriber.from,
@@ -255,35 +256,35 @@ fn creates(subscriber: &Subscriber) -> VecDeque<Create> {
     subscriber.ranges.iter().map(create).collect()
 }
 
-/// Whether the server numbers watchers as the requests ask for.
+/// Whether the server gives watchers the numbers that the requests ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Numbering {
     /// No watcher was created yet.
     Unknown,
-    /// It does, as etcd itself. It also answers in the order of the requests.
-    AsAsked,
-    /// It chooses the numbers, as `etcd grpc-proxy`, which also answers in any order. So one watcher is created at a time.
-    Own,
+    /// The server uses the requested numbers, as etcd does. It also answers in the order of the requests.
+    AsRequested,
+    /// The server chooses the numbers, as `etcd grpc-proxy` does. It may answer in any order, so one watcher is created at a time.
+    ByServer,
 }
 
 /// A watcher that was requested and is not created yet.
 #[derive(Clone, Copy, Debug)]
 enum Creating {
     Watcher(u64),
-    /// One that only shows that the stream works.
+    /// A watcher that only shows that the stream works.
     Probe,
 }
 
 /// A subscriber and its watchers.
 #[derive(Debug)]
-struct Watched {
+struct SubscriberState {
     subscriber: Subscriber,
     watchers: Vec<i64>,
-    /// Whether history may still be on its way, which can be larger than a message may be.
+    /// Whether the server may still send history. History can be larger than a message may be.
     is_behind: bool,
 }
 
-impl Watched {
+impl SubscriberState {
     fn new(subscriber: Subscriber) -> Self {
         Self {
             is_behind: subscriber.from.is_some(),
@@ -298,21 +299,21 @@ struct Task {
     streams: WatchStreams,
     channel: RequestChannel,
     stream: WatchStream,
-    /// Tells its entry from those of other streams.
-    own: mpsc::UnboundedSender<Command>,
+    /// Identifies the entry of this stream in the list of open streams.
+    own_commands: mpsc::UnboundedSender<Command>,
     commands: mpsc::UnboundedReceiver<Command>,
     /// The range that probes watch.
     probe: Range,
-    /// By the number that was asked for.
+    /// The requests that were not answered yet, with the requested numbers.
     creating: VecDeque<(i64, Creating)>,
     last_id: i64,
     numbering: Numbering,
-    queue: VecDeque<Create>,
+    queue: VecDeque<WatcherRequest>,
     /// Subscribers by the ids of their watchers.
     watchers: HashMap<i64, u64>,
-    subscribers: HashMap<u64, Watched>,
-    /// When the last message was received, or the probe was sent that is not answered yet.
-    heard: Instant,
+    subscribers: HashMap<u64, SubscriberState>,
+    /// The time of the last message, or of the probe that was not answered yet.
+    last_activity: Instant,
     probing: bool,
 }
 
@@ -322,16 +323,16 @@ impl Task {
             if self.is_done() {
                 return;
             }
-            if let Err(error) = self.send_creates().await {
+            if let Err(error) = self.send_watcher_requests().await {
                 break error;
             }
-            let patience = match (self.numbering, self.creating.is_empty(), self.probing) {
-                // Every member reports at once that a watcher is created, or why it is not.
+            let timeout = match (self.numbering, self.creating.is_empty(), self.probing) {
+                // Every member immediately answers the first request for a watcher.
                 (Numbering::Unknown, ..) => DEADLINE,
-                (_, _, true) => PROBE_ANSWER,
-                // Other messages have shown life, and the answer may be behind a long one.
-                (_, false, false) => SILENCE + PROBE_ANSWER,
-                (_, true, false) => SILENCE,
+                (_, _, true) => PROBE_TIMEOUT,
+                // The stream has worked before, and the answer may be queued behind a long message.
+                (_, false, false) => PROBE_AFTER + PROBE_TIMEOUT,
+                (_, true, false) => PROBE_AFTER,
             };
             let message = tokio::select! {
                 biased;
@@ -343,7 +344,7 @@ impl Task {
                     }
                     continue;
                 }
-                message = timeout_at(self.heard + patience, self.stream.message()) => message,
+                message = timeout_at(self.last_activity + timeout, self.stream.message()) => message,
             };
             let outcome = match message {
                 Ok(Ok(Some(message))) => self.on_message(message.0).await,
@@ -354,11 +355,11 @@ impl Task {
                 }
                 Ok(Err(source)) => Err(error::of_client("watch", &self.endpoint(), source)),
                 Err(_) if self.probing => {
-                    let waited = SILENCE + PROBE_ANSWER;
+                    let waited = PROBE_AFTER + PROBE_TIMEOUT;
                     Err(error::deadline("watch", &self.endpoint(), waited))
                 }
                 Err(_) if !self.creating.is_empty() => {
-                    Err(error::deadline("watch", &self.endpoint(), patience))
+                    Err(error::deadline("watch", &self.endpoint(), timeout))
                 }
                 Err(_) => self.send_probe().await,
             };
@@ -369,17 +370,17 @@ impl Task {
         self.fail(&error);
     }
 
-    /// Returns whether the stream has no watch any more. It is then removed from the list, so that none is added.
+    /// Returns whether the stream has no watch any more. If so, removes the stream from the list, so that no watch is added.
     fn is_done(&self) -> bool {
         if !self.subscribers.is_empty() {
             return false;
         }
         let mut open = self.streams.0.open();
-        // Watches are added under the same lock.
+        // Watches are added under the same lock, so none can be added between this check and the removal.
         if !self.commands.is_empty() {
             return false;
         }
-        open.retain(|open| !open.commands.same_channel(&self.own));
+        open.retain(|open| !open.commands.same_channel(&self.own_commands));
         true
     }
 
@@ -391,38 +392,40 @@ impl Task {
         match command {
             Command::Subscribe(subscriber) => {
                 if self.creating.is_empty() && !self.probing {
-                    // The silence so far was not a silence after a request.
-                    self.heard = Instant::now();
+                    // The timeout of the request starts now, because the stream was silent without a request until now.
+                    self.last_activity = Instant::now();
                 }
-                self.queue.extend(creates(&subscriber));
+                self.queue.extend(watcher_requests(&subscriber));
                 self.subscribers
-                    .insert(subscriber.id, Watched::new(subscriber));
+                    .insert(subscriber.id, SubscriberState::new(subscriber));
                 Ok(())
             }
             Command::Unsubscribe(id) => self.unsubscribe(id).await,
         }
     }
 
-    /// Requests watchers. Only so many at a time: the answers have to be read in between, or both sides would wait for each other.
-    async fn send_creates(&mut self) -> Result<(), EtcdError> {
+    /// Requests watchers. The number of unanswered requests is limited, because the answers must be read in between. Otherwise both sides
+    /// would wait for each other.
+    async fn send_watcher_requests(&mut self) -> Result<(), EtcdError> {
         let most = match self.numbering {
-            Numbering::AsAsked => CREATING,
-            Numbering::Unknown | Numbering::Own => 1,
+            Numbering::AsRequested => MAX_UNANSWERED,
+            Numbering::Unknown | Numbering::ByServer => 1,
         };
         while self.creating.len() < most
-            && let Some(create) = self.queue.pop_front()
+            && let Some(request) = self.queue.pop_front()
         {
-            if !self.subscribers.contains_key(&create.subscriber) {
+            if !self.subscribers.contains_key(&request.subscriber) {
                 continue;
             }
-            let options = options(&create.range, create.from);
-            let creating = Creating::Watcher(create.subscriber);
-            self.send_create(&create.range, options, creating).await?;
+            let options = options(&request.range, request.from);
+            let creating = Creating::Watcher(request.subscriber);
+            self.send_watcher_request(&request.range, options, creating)
+                .await?;
         }
         Ok(())
     }
 
-    async fn send_create(
+    async fn send_watcher_request(
         &mut self,
         range: &Range,
         options: WatchOptions,
@@ -437,20 +440,23 @@ impl Task {
         Ok(())
     }
 
-    /// Returns the request that a `created` message answers. A refusal has the number that was asked for, -1 from etcd 3.4.22 and 3.5.6 on,
-    /// or that of a proxy.
-    fn answered(&mut self, id: i64, is_refused: bool) -> Option<Creating> {
-        let asked = self.creating.iter().position(|(asked, _)| *asked == id);
+    /// Removes and returns the request that a `created` message answers. A rejection has the requested number, or -1 (from etcd 3.4.22 and
+    /// 3.5.6 on), or a number that a proxy has chosen.
+    fn take_answered(&mut self, id: i64, is_refused: bool) -> Option<Creating> {
+        let requested = self
+            .creating
+            .iter()
+            .position(|(requested, _)| *requested == id);
         if self.numbering == Numbering::Unknown && !is_refused {
-            self.numbering = if asked.is_some() {
-                Numbering::AsAsked
+            self.numbering = if requested.is_some() {
+                Numbering::AsRequested
             } else {
-                Numbering::Own
+                Numbering::ByServer
             };
         }
         let index = match self.numbering {
-            Numbering::AsAsked => asked.unwrap_or(0),
-            Numbering::Unknown | Numbering::Own => 0,
+            Numbering::AsRequested => requested.unwrap_or(0),
+            Numbering::Unknown | Numbering::ByServer => 0,
         };
         self.creating.remove(index).map(|(_, creating)| creating)
     }
@@ -461,7 +467,7 @@ impl Task {
         };
         let ranges = watched.subscriber.ranges.len();
         for open in self.streams.0.open().iter_mut() {
-            if open.commands.same_channel(&self.own) {
+            if open.commands.same_channel(&self.own_commands) {
                 open.watchers = open.watchers.saturating_sub(ranges);
             }
         }
@@ -478,20 +484,21 @@ impl Task {
     }
 
     async fn on_message(&mut self, message: PbWatchResponse) -> Result<(), EtcdError> {
-        self.heard = Instant::now();
+        self.last_activity = Instant::now();
         self.probing = false;
         let id = message.watch_id;
-        // A watcher that is refused is created and cancelled in one message. A cancellation alone may answer a request of this task.
+        // A watcher that is rejected is created and cancelled in one message. A message that only cancels may answer a cancellation of this
+        // task.
         let subscriber = if message.created {
             if message.canceled {
-                // The token of the stream may be the reason, so no further watch joins it.
+                // The token of the stream may be the reason, so no further watch is added to the stream.
                 self.retire();
             }
-            match self.answered(id, message.canceled) {
+            match self.take_answered(id, message.canceled) {
                 Some(Creating::Watcher(subscriber)) => subscriber,
                 Some(Creating::Probe) | None if message.canceled => return Ok(()),
                 Some(Creating::Probe) | None => {
-                    self.on_quiet();
+                    self.on_caught_up();
                     return self.cancel(id).await;
                 }
             }
@@ -502,7 +509,7 @@ impl Task {
             }
         };
         let Some(watched) = self.subscribers.get_mut(&subscriber) else {
-            // Dropped before its watcher was created.
+            // The watch was dropped before its watcher was created.
             return if message.canceled {
                 Ok(())
             } else {
@@ -521,8 +528,8 @@ impl Task {
         } else if !message.events.is_empty() {
             watched.is_behind = false;
         }
-        let mut message = own(message);
-        // A server that mixed up its watchers must not mix up services.
+        let mut message = watch_message(message);
+        // If a server confuses its watchers, events of one service must not reach another service.
         let ranges = &watched.subscriber.ranges;
         message
             .events
@@ -532,9 +539,9 @@ impl Task {
             .subscriber
             .backlog
             .fetch_add(bytes, Ordering::Relaxed);
-        let delivery = if before > 0 && before + bytes > BACKLOG {
+        let delivery = if before > 0 && before + bytes > MAX_BACKLOG {
             let reason =
-                format!("more than {BACKLOG} bytes of events were not received by their watch");
+                format!("more than {MAX_BACKLOG} bytes of events were not received by their watch");
             let kind = EtcdErrorKind::ResponseTooLarge;
             let error = EtcdError::new(kind, "watch", &self.channel.endpoint(), reason);
             Delivery::Ended {
@@ -545,7 +552,7 @@ impl Task {
             Delivery::Message(message)
         };
         let has_ended = matches!(delivery, Delivery::Ended { .. });
-        // A watch that is being dropped receives nothing.
+        // The send fails only if the watch is being dropped.
         let _ = watched.subscriber.deliveries.send(delivery);
         if has_ended {
             return self.unsubscribe(subscriber).await;
@@ -553,30 +560,32 @@ impl Task {
         Ok(())
     }
 
-    /// Lets no further watch join the stream. Its watches stay.
+    /// Removes the stream from the list, so that no further watch is added. Its watches continue.
     fn retire(&self) {
         let mut open = self.streams.0.open();
-        open.retain(|open| !open.commands.same_channel(&self.own));
+        open.retain(|open| !open.commands.same_channel(&self.own_commands));
     }
 
-    /// The server has answered a probe after a silence: no history is on its way.
-    fn on_quiet(&mut self) {
+    /// Handles the answer to a probe after a silence: the server has sent all history.
+    fn on_caught_up(&mut self) {
         for watched in self.subscribers.values_mut() {
             watched.is_behind = false;
         }
     }
 
-    /// Creates a watcher that receives nothing, and is cancelled once it exists: any message shows that the stream works.
+    /// Creates a watcher that receives no events, and cancels it after it was created. Its answer, or any other message, shows that the
+    /// stream works.
     ///
-    /// HTTP/2 PINGs do not detect a member whose process hangs behind a live connection, and etcd from 3.5.22 and 3.6.2 on does not answer
-    /// progress requests on a quiet watch.
+    /// Two alternatives do not work. An HTTP/2 PING may be answered although etcd does not serve watches. A progress request is not
+    /// answered on a quiet watch by etcd 3.5.22, 3.6.2 and later.
     async fn send_probe(&mut self) -> Result<(), EtcdError> {
-        self.heard = Instant::now();
+        self.last_activity = Instant::now();
         self.probing = true;
         let filters = [WatchFilterType::NoPut, WatchFilterType::NoDelete];
         let range = self.probe.clone();
         let options = options(&range, None).with_filters(filters);
-        self.send_create(&range, options, Creating::Probe).await
+        self.send_watcher_request(&range, options, Creating::Probe)
+            .await
     }
 
     fn sent(&self, sent: Result<(), etcd_client::Error>) -> Result<(), EtcdError> {
@@ -586,18 +595,18 @@ impl Task {
     /// Ends all watches of the stream.
     fn fail(mut self, error: &EtcdError) {
         self.retire();
-        // Watches that were added before the stream was removed from the list.
+        // Takes the watches that were added before the stream was removed from the list.
         while let Ok(command) = self.commands.try_recv() {
             if let Command::Subscribe(subscriber) = command {
                 self.subscribers
-                    .insert(subscriber.id, Watched::new(subscriber));
+                    .insert(subscriber.id, SubscriberState::new(subscriber));
             }
         }
         let is_too_large = error.kind() == EtcdErrorKind::ResponseTooLarge;
         let has_cause = self.subscribers.values().any(|watched| watched.is_behind);
         let is_reported = Arc::new(AtomicBool::new(false));
         for watched in self.subscribers.into_values() {
-            // History is what makes a message too large. A watch that has received its own only resumes.
+            // Only history makes a message too large. A watch that has received its history is not the cause, so it only resumes.
             let error = if is_too_large && has_cause && !watched.is_behind {
                 let reason = "another watch's message on the stream was too large";
                 let kind = EtcdErrorKind::Unavailable;
@@ -615,9 +624,10 @@ impl Task {
     }
 }
 
-/// The options of a watcher. Without fragments: to divide a batch into fragments etcd measures it again for each event. A backlog of 50 000
-/// events of 90 bytes, received after 0.2 s as one message of 5 MiB, takes 3.4.23 14 s in fragments and 3.7.3 54 s, and one core of the
-/// server as long; no probe is answered meanwhile. A backlog larger than [`MAX_MESSAGE`] is listed, page by page.
+/// Returns the options of a watcher. Fragments are not requested, because to divide a batch into fragments, etcd measures the batch again
+/// for each event. A backlog of 50 000 events of 90 bytes is received after 0.2 s as one message of 5 MiB. In fragments, it takes 14 s with
+/// etcd 3.4.23 and 54 s with 3.7.3, uses one core of the server for this time, and delays the answers to probes. A backlog larger than
+/// [`MAX_MESSAGE`] is listed, page by page.
 fn options(range: &Range, from: Option<Revision>) -> WatchOptions {
     let options = WatchOptions::new().with_range(range.end.as_bytes());
     match from {
@@ -626,7 +636,7 @@ fn options(range: &Range, from: Option<Revision>) -> WatchOptions {
     }
 }
 
-fn own(message: PbWatchResponse) -> WatchMessage {
+fn watch_message(message: PbWatchResponse) -> WatchMessage {
     WatchMessage {
         header: header(message.header.as_ref()),
         events: message.events.into_iter().filter_map(event).collect(),
@@ -638,7 +648,7 @@ fn own(message: PbWatchResponse) -> WatchMessage {
     }
 }
 
-/// Returns an event of a known kind. The accessor of `etcd-client` panics on others, hence the raw field.
+/// Converts an event of a known kind. The raw field is used because the accessor of `etcd-client` panics on other kinds.
 fn event(event: etcd_client::proto::PbEvent) -> Option<Event> {
     let kv = event.kv?;
     match event.r#type {
@@ -651,26 +661,28 @@ fn event(event: etcd_client::proto::PbEvent) -> Option<Event> {
     }
 }
 
-/// Measured on 3.4.23 to 3.5.30: a probe is answered in 0.2 to 2 ms, also during catch-up and through grpc-proxy.
-const SILENCE: Duration = Duration::from_secs(5);
-const PROBE_ANSWER: Duration = Duration::from_secs(3);
-/// Watchers on one stream. More share the time that one message takes.
-const WATCHERS: usize = 1_000;
-/// Requests for watchers that are not answered yet. The queue of `etcd-client` has room for 100.
-const CREATING: usize = 64;
-/// The number of the first watcher of a stream. Not 0, which means that the server chooses.
+/// The silence after which a probe is sent.
+const PROBE_AFTER: Duration = Duration::from_secs(5);
+/// Limit on the time until a probe is answered. On etcd 3.4.23 to 3.5.30, an answer took 0.2 to 2 ms, also during catch-up and through
+/// grpc-proxy.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Limit on the watchers of one stream, because a long message delays all watchers of its stream.
+const MAX_WATCHERS: usize = 1_000;
+/// Limit on requests for watchers that are not answered yet. The queue of `etcd-client` has room for 100.
+const MAX_UNANSWERED: usize = 64;
+/// The number of the first watcher of a stream. With 0, the server would choose the number.
 const FIRST_ID: i64 = 1;
-/// Bytes that a watch may leave unreceived, beyond a single message.
-const BACKLOG: usize = 4 * MAX_MESSAGE;
+/// Limit on the bytes that were delivered to a watch and not received yet. A single message may exceed it.
+const MAX_BACKLOG: usize = 4 * MAX_MESSAGE;
 
-/// Returns about how much memory a message takes.
+/// Estimates the memory that a message takes.
 fn size(message: &WatchMessage) -> usize {
     let of = |event: &Event| match event {
-        Event::Put(kv) => kv.key.as_bytes().len() + kv.value.len() + OVERHEAD,
-        Event::Delete { key, .. } => key.as_bytes().len() + OVERHEAD,
+        Event::Put(kv) => kv.key.as_bytes().len() + kv.value.len() + EVENT_OVERHEAD,
+        Event::Delete { key, .. } => key.as_bytes().len() + EVENT_OVERHEAD,
     };
     message.events.iter().map(of).sum()
 }
 
-/// Bytes of an event besides its key and value.
-const OVERHEAD: usize = 100;
+/// The memory of an event without its key and value, in bytes.
+const EVENT_OVERHEAD: usize = 100;

@@ -1,4 +1,4 @@
-//! A handle of the registration of a server, for code beside the server.
+//! A handle of the registration of a server, for code outside the server.
 
 use tokio::sync::watch;
 use tonic_balance::Address;
@@ -6,7 +6,8 @@ use tonic_balance::Address;
 use super::registration::{Registration, Started};
 use crate::error::RegisterError;
 
-/// A handle of a registration, which does not keep the server registered; made by [`RegistrationBuilder::handle`](crate::registration::RegistrationBuilder::handle).
+/// A handle of a registration, returned by [`RegistrationBuilder::handle`](crate::registration::RegistrationBuilder::handle). The handle
+/// does not keep the server registered.
 ///
 /// Clones refer to the same registration. Its methods wait until the server has started.
 #[derive(Clone, Debug)]
@@ -19,7 +20,8 @@ impl RegistrationHandle {
         Self { started }
     }
 
-    /// Waits until the server has bound its socket, and returns the address that it advertises. `None` if the server has ended before.
+    /// Waits until the server has bound its socket, and returns the address that the server advertises. Returns `None` if the server ends
+    /// before that.
     ///
     /// # Cancel safety
     ///
@@ -29,8 +31,8 @@ impl RegistrationHandle {
         Some(started.parts.entry.instance.address().clone())
     }
 
-    /// Waits until the server has bound its socket, and returns its keys in etcd, one for each service. `None` if the server has
-    /// ended before.
+    /// Waits until the server has bound its socket, and returns its keys in etcd, one for each service. Returns `None` if the server ends
+    /// before that.
     ///
     /// # Cancel safety
     ///
@@ -88,7 +90,7 @@ impl RegistrationHandle {
         started.ok()?.clone()
     }
 
-    /// Returns the registration for one request. Dropping it deregisters nothing while the server has its own.
+    /// Returns a `Registration` for one request. Dropping it does not deregister the server while the server has its own `Registration`.
     async fn registration(&self) -> Result<Registration, RegisterError> {
         let ended = |key: &str| RegisterError::Ended {
             key: key.to_owned(),

@@ -1,4 +1,4 @@
-//! The watch on the registration's own keys. It only detects a loss earlier: the keys are also read regularly.
+//! The watch on the registration's own keys. The keys are also read regularly; the watch only detects a loss earlier.
 
 use std::time::Duration;
 
@@ -41,7 +41,7 @@ impl KeyWatch {
             open: None,
             opening: JoinSet::new(),
             since: None,
-            backoff: Backoff::new(REWATCH, REWATCH_MAX),
+            backoff: Backoff::new(REOPEN_FIRST, REOPEN_MAX),
             token: None,
             not_before: None,
             refusals: 0,
@@ -71,7 +71,7 @@ impl KeyWatch {
                     }
                     Err(error) => error,
                 };
-                etcd.report(watch, &error);
+                etcd.record_watch_end(watch, &error);
                 error
             }
         };
@@ -80,15 +80,15 @@ impl KeyWatch {
         self.refusals = if refused { self.refusals + 1 } else { 0 };
         // After the first rejection, a new token may help. After the second rejection, or if no token can be obtained, only an operator can
         // resolve the error.
-        let hopeless = self.refusals > 1 || !refused && error.kind().needs_operator();
+        let needs_operator = self.refusals > 1 || !refused && error.kind().needs_operator();
         let since = self.since.take();
-        if since.is_some_and(|since| Instant::now().saturating_duration_since(since) >= REWATCH_MAX)
+        if since.is_some_and(|since| Instant::now().saturating_duration_since(since) >= REOPEN_MAX)
         {
             self.backoff.reset();
         }
         let mut rng = fastrand::Rng::new();
-        let wait = if hopeless {
-            jittered(REFUSED, &mut rng)
+        let wait = if needs_operator {
+            jittered(OPERATOR_WAIT, &mut rng)
         } else {
             self.backoff.next(&mut rng)
         };
@@ -98,7 +98,7 @@ impl KeyWatch {
 
     async fn reopen(&mut self, etcd: &Etcd, keys: &[Key]) -> Result<(), EtcdError> {
         if self.opening.is_empty() {
-            self.prepare(etcd).await?;
+            self.wait_and_renew_token(etcd).await?;
             let (etcd, keys) = (etcd.clone(), keys.to_vec());
             self.token = etcd.token();
             let opening = async move { etcd.watch_each(&keys).await };
@@ -115,23 +115,23 @@ impl KeyWatch {
     }
 
     /// Waits for the backoff, and replaces a rejected token.
-    async fn prepare(&mut self, etcd: &Etcd) -> Result<(), EtcdError> {
+    async fn wait_and_renew_token(&mut self, etcd: &Etcd) -> Result<(), EtcdError> {
         if let Some(not_before) = self.not_before {
             sleep_until(not_before).await;
         }
         if self.refusals == 1 {
             // A unary request replaces a rejected token by itself. A watch receives the rejection as a message, so its token is replaced
             // here.
-            etcd.refused(self.token.as_ref()).await?;
+            etcd.on_token_rejected(self.token.as_ref()).await?;
         }
         Ok(())
     }
 }
 
 /// First wait between attempts to open the watch. Until it is open, the keys are read at each renewal.
-const REWATCH: Duration = Duration::from_secs(1);
+const REOPEN_FIRST: Duration = Duration::from_secs(1);
 /// Longest wait between attempts; the wait grows because each opened watch also costs a read. A watch that lived this long counts as
 /// healthy and resets the backoff.
-const REWATCH_MAX: Duration = Duration::from_secs(15);
+const REOPEN_MAX: Duration = Duration::from_secs(15);
 /// Wait between attempts while only an operator can resolve the error.
-const REFUSED: Duration = Duration::from_secs(30);
+const OPERATOR_WAIT: Duration = Duration::from_secs(30);

@@ -17,8 +17,8 @@ use crate::etcd::Etcd;
 
 /// A registered server. It stays registered until it is [deregistered](Self::deregister): after a failure of etcd, the entry is restored.
 ///
-/// Dropping it deregisters the server in the background and does not report the result. If the runtime ends right after the drop, as at the
-/// end of `main`, the entry stays until its lease expires: await [`deregister`](Self::deregister) before.
+/// Dropping a `Registration` deregisters the server in the background and does not report the result. If the runtime ends right after the
+/// drop, as at the end of `main`, the entry stays until its lease expires. To avoid this, await [`deregister`](Self::deregister).
 ///
 /// ```no_run
 /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
@@ -42,7 +42,7 @@ pub struct Registration {
     pub(super) requests: mpsc::Sender<Request>,
 }
 
-/// What a registration and its handles share.
+/// The parts that a registration and its handles share.
 #[derive(Debug)]
 pub(super) struct Parts {
     /// The key of each service and the name of the service. The name is empty for an exact key.
@@ -91,7 +91,7 @@ impl Registration {
             Box::pin(task.run().instrument(span)).await;
         };
         if dedicated_thread {
-            let started = detached(etcd, run);
+            let started = run_on_own_thread(etcd, run);
             started.map_err(|source| RegisterError::Thread {
                 key: registration.key().to_owned(),
                 source: Arc::new(source),
@@ -102,7 +102,7 @@ impl Registration {
         Ok(registration)
     }
 
-    /// Returns what a handle needs.
+    /// Returns the data for handles of the registration.
     pub(crate) fn started(&self) -> Started {
         Started {
             parts: Arc::clone(&self.parts),
@@ -182,7 +182,7 @@ impl Registration {
     ///
     /// After the request is sent, it is carried out even if the future is dropped.
     pub async fn pause(&self) -> Result<(), RegisterError> {
-        self.ask(Request::Pause).await
+        self.request(Request::Pause).await
     }
 
     /// Restores the entry after a [`pause`](Self::pause). Returns once the entry is in etcd, or at once if the registration is not paused.
@@ -196,7 +196,7 @@ impl Registration {
     ///
     /// After the request is sent, it is carried out even if the future is dropped.
     pub async fn resume(&self) -> Result<(), RegisterError> {
-        self.ask(Request::Resume).await
+        self.request(Request::Resume).await
     }
 
     /// Changes the weight, 1 to 1 000 000, without a new registration: clients keep their connections. A paused registration uses the new
@@ -227,7 +227,8 @@ impl Registration {
         let entry = entry.map_err(|error| {
             invalid(format!("the format {:?} {error}", self.parts.entry.format))
         })?;
-        self.ask(|answer| Request::SetWeight(entry, answer)).await
+        self.request(|answer| Request::SetWeight(entry, answer))
+            .await
     }
 
     /// Removes the entry of one of [several services](crate::registration::RegistrationBuilder::additional_service). The entries of the other services stay.
@@ -251,7 +252,7 @@ impl Registration {
                 self.key()
             ),
         })?;
-        self.ask(|answer| Request::Remove(index, answer)).await
+        self.request(|answer| Request::Remove(index, answer)).await
     }
 
     /// Removes the entry, revokes the lease and ends the registration. The server is not registered again afterwards.
@@ -265,10 +266,10 @@ impl Registration {
     ///
     /// After the request is sent, it is carried out even if the future is dropped.
     pub async fn deregister(self) -> Result<(), RegisterError> {
-        self.ask(Request::Deregister).await
+        self.request(Request::Deregister).await
     }
 
-    async fn ask(&self, request: impl FnOnce(Answer) -> Request) -> Result<(), RegisterError> {
+    async fn request(&self, request: impl FnOnce(Answer) -> Request) -> Result<(), RegisterError> {
         let (answer, outcome) = oneshot::channel();
         let asked = async {
             // The inbox may be full while the task is busy with earlier requests.
@@ -289,7 +290,7 @@ impl Registration {
                 lease,
             }),
             Ok(Err(Failure::Ended)) => Err(self.ended()),
-            Ok(Err(Failure::GaveUp)) | Err(_) => Err(self.timed_out(self.parts.change_timeout)),
+            Ok(Err(Failure::TimedOut)) | Err(_) => Err(self.timed_out(self.parts.change_timeout)),
         }
     }
 
@@ -316,7 +317,7 @@ impl Registration {
 }
 
 /// Runs a registration on its own thread, with its own connections.
-fn detached<Run>(etcd: Etcd, run: Run) -> io::Result<()>
+fn run_on_own_thread<Run>(etcd: Etcd, run: Run) -> io::Result<()>
 where
     Run: AsyncFnOnce(Etcd) + Send + 'static,
 {

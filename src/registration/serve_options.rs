@@ -59,7 +59,7 @@ pub(crate) struct ServeOptions {
 }
 
 impl Clone for ServeOptions {
-    /// Copies the options. The senders are new, as for the registration.
+    /// Copies the options. The senders are new, because with shared senders, a watch would mix the states of two servers.
     fn clone(&self) -> Self {
         Self {
             grace_period: self.grace_period,

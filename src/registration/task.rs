@@ -31,7 +31,7 @@ pub(super) type Answer = oneshot::Sender<Result<(), Failure>>;
 #[derive(Debug)]
 pub(super) enum Failure {
     Superseded(LeaseId),
-    GaveUp,
+    TimedOut,
     Ended,
 }
 
@@ -101,7 +101,7 @@ impl Task {
             waiting: Vec::new(),
             key_watch: KeyWatch::new(),
             published: None,
-            budget: budget.min(NEVER),
+            budget: budget.min(FAR_FUTURE),
             give_up: None,
         }
     }
@@ -121,13 +121,13 @@ impl Task {
         }
         for (_, answer) in self.waiting.drain(..) {
             // The caller may have dropped the receiver.
-            let _ = answer.send(Err(Failure::GaveUp));
+            let _ = answer.send(Err(Failure::TimedOut));
         }
         self.states.send_replace(RegistrationState::Deregistered);
     }
 
     async fn step(&mut self, command: Command) {
-        let never = Instant::now() + NEVER;
+        let never = Instant::now() + FAR_FUTURE;
         let give_up = self.give_up.unwrap_or(never);
         // After a deregistration, no further request is handled.
         let listening = self.give_up.is_none();
@@ -314,7 +314,7 @@ impl Entry {
         found.collect()
     }
 
-    fn guarded(&self, puts: &[Put], leaving: bool, lease: LeaseId) -> Vec<GuardedPut> {
+    fn guarded_puts(&self, puts: &[Put], leaving: bool, lease: LeaseId) -> Vec<GuardedPut> {
         let put = |put: &Put| GuardedPut {
             key: self.keys[put.index].clone(),
             value: self.encode(put.index, leaving),
@@ -352,7 +352,7 @@ async fn execute(
             leaving,
             deadline,
         } => {
-            let puts = entry.guarded(&machine.puts(), leaving, lease);
+            let puts = entry.guarded_puts(&machine.puts(), leaving, lease);
             let answer = etcd.put_if(&puts, deadline).await;
             machine.on_put(leaving, answer, Instant::now());
         }
@@ -363,7 +363,7 @@ async fn execute(
             deadline,
         } => {
             if let Some(expected) = leave_marker {
-                let puts = entry.guarded(&[Put { index, expected }], true, lease);
+                let puts = entry.guarded_puts(&[Put { index, expected }], true, lease);
                 // The leave marker is best effort: its result is ignored.
                 drop(etcd.put_if(&puts, deadline.min(LEAVE_MARKER_MAX)).await);
             }
@@ -389,4 +389,4 @@ async fn execute(
 /// Most requests that wait for the end of an exchange. Further requests wait in the inbox.
 const DEFERRED_MAX: usize = 8;
 /// Duration of a timer that must not fire.
-const NEVER: Duration = Duration::from_secs(24 * 60 * 60);
+const FAR_FUTURE: Duration = Duration::from_secs(24 * 60 * 60);

@@ -1,7 +1,7 @@
 //! The last good set of a service on disk, for a start without etcd.
 //!
-//! A file is written beside the old one, flushed, and renamed, so that a reader never sees half of it. A file that is corrupt, of another
-//! version or of another service is reported and ignored.
+//! A new file is written beside the old one, flushed, and renamed, so that a reader never sees an incomplete file. A file that is corrupt,
+//! of another version or of another service is reported and ignored.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,7 +17,7 @@ use crate::instance::Instance;
 #[derive(Clone, Debug)]
 pub(super) struct Cache {
     file: PathBuf,
-    /// The prefixes of the service, which tell its file from another one's.
+    /// The prefixes of the service. They identify its file.
     prefixes: Vec<String>,
 }
 
@@ -40,7 +40,7 @@ pub(super) enum CacheError {
 struct File {
     version: u32,
     checksum: u64,
-    /// The JSON of [`Content`], as text, so that the checksum is that of certain bytes.
+    /// The JSON of [`Content`], as text. The checksum is computed over exactly these bytes.
     content: String,
 }
 
@@ -93,7 +93,7 @@ impl Cached {
 impl Cache {
     /// Returns the file of a service in a directory.
     pub(super) fn new(directory: &Path, service: &str, prefixes: Vec<String>) -> Self {
-        // A service name may contain any character but a slash, and a prefix that too.
+        // A service name may contain any character except a slash. A prefix may also contain slashes.
         let name: String = service
             .chars()
             .map(|letter| match letter {
@@ -152,7 +152,7 @@ impl Cache {
         if let Some(directory) = self.file.parent() {
             create_private(directory)?;
         }
-        // Processes that share the directory write files of their own before the rename.
+        // The name contains the process id, because several processes may share the directory.
         let beside = self
             .file
             .with_extension(format!("{}.tmp", std::process::id()));

@@ -38,5 +38,5 @@ pub(super) fn channel() -> (mpsc::Sender<Address>, mpsc::Receiver<Address>) {
     mpsc::channel(REPORTS)
 }
 
-/// Capacity of the queue: more reports than the task acts on at once.
+/// Capacity of the queue. It is larger than the number of reads that the task keeps pending.
 const REPORTS: usize = 256;

@@ -48,7 +48,7 @@ pub(super) struct Limit {
 }
 
 impl Default for Limit {
-    /// A thousand times the keys of a large service, and one hundredth of the memory of a small host.
+    /// Returns a limit of a thousand times the keys of a large service, and of a hundredth of the memory of a small host.
     fn default() -> Self {
         Self {
             keys: 100_000,
@@ -137,7 +137,7 @@ impl Instances {
     fn reject(&mut self, kv: KeyValue, error: FormatError, applied: &mut Applied) {
         let is_known = self.keys.contains_key(&kv.key);
         if !is_known && self.keys.len() >= self.limit.keys + REJECTED {
-            // Not even listed, but counted.
+            // The write is counted, but not listed.
             applied.rejected += 1;
             applied
                 .first_rejected

@@ -55,7 +55,7 @@ use crate::keyspace::Range;
 /// Dropping the future of `next` loses no change.
 #[derive(Debug)]
 pub struct Resolver {
-    view: usize,
+    subscription: usize,
     core: Arc<Core>,
     tasks: Arc<Tasks>,
     feedback: ResolverFeedback,
@@ -93,9 +93,9 @@ impl Resolver {
             options.decoder.policy.clone(),
         );
         let core = Arc::new(Core::new(service, ranges.len(), options, trouble));
-        let mut tasks = vec![tokio::spawn(task::release(Arc::clone(&core))).abort_handle()];
+        let mut tasks = vec![tokio::spawn(task::release_holds(Arc::clone(&core))).abort_handle()];
         if file.is_some() || !seeds.is_empty() {
-            let task = task::keep(Arc::clone(&core), file, seeds, policy);
+            let task = task::keep_cache(Arc::clone(&core), file, seeds, policy);
             tasks.push(tokio::spawn(task.in_current_span()).abort_handle());
         }
         let mut prefixes = Vec::with_capacity(ranges.len());
@@ -108,7 +108,7 @@ impl Resolver {
             tasks.push(tokio::spawn(task.instrument(span)).abort_handle());
         }
         Self {
-            view: core.open_view(),
+            subscription: core.subscribe(),
             core,
             tasks: Arc::new(Tasks(tasks)),
             feedback: ResolverFeedback::new(prefixes),
@@ -185,7 +185,7 @@ impl Resolver {
 impl Clone for Resolver {
     fn clone(&self) -> Self {
         Self {
-            view: self.core.open_view(),
+            subscription: self.core.subscribe(),
             core: Arc::clone(&self.core),
             tasks: Arc::clone(&self.tasks),
             feedback: self.feedback.clone(),
@@ -195,7 +195,7 @@ impl Clone for Resolver {
 
 impl Drop for Resolver {
     fn drop(&mut self) {
-        self.core.lock().views[self.view] = None;
+        self.core.lock().subscriptions[self.subscription] = None;
     }
 }
 
@@ -204,10 +204,10 @@ impl Stream for Resolver {
 
     fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let mut shared = self.core.lock();
-        if let Some(change) = shared.next(self.view) {
+        if let Some(change) = shared.next(self.subscription) {
             return Poll::Ready(Some(Ok(change)));
         }
-        shared.wake_later(self.view, cx.waker());
+        shared.wake_later(self.subscription, cx.waker());
         Poll::Pending
     }
 }

@@ -64,12 +64,12 @@ pub enum ResolverState {
 }
 
 impl ResolverStatus {
-    pub(super) fn says_the_same(&self, other: &Self) -> bool {
+    pub(super) fn is_same(&self, other: &Self) -> bool {
         let same_error = match (&self.last_error, &other.last_error) {
             (Some(a), Some(b)) => a.is(b),
             (a, b) => a.is_none() && b.is_none(),
         };
-        let told = |status: &Self| {
+        let visible = |status: &Self| {
             (
                 status.state,
                 status.revision,
@@ -81,6 +81,6 @@ impl ResolverStatus {
                 status.mass_removals,
             )
         };
-        same_error && told(self) == told(other)
+        same_error && visible(self) == visible(other)
     }
 }

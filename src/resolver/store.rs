@@ -35,11 +35,11 @@ pub(super) struct Core {
 
 #[derive(Debug)]
 pub(super) struct Shared {
-    pub(super) snapshot: Instances,
+    pub(super) registered: Instances,
     pub(super) hold: Hold,
     /// The instances of the cache, or the seeds, while the first list is not complete.
     fallback: HashMap<Address, Instance>,
-    pub(super) views: Vec<Option<Subscription>>,
+    pub(super) subscriptions: Vec<Option<Subscription>>,
     pub(super) reports: Vec<Report>,
     /// Number of writes whose value could not be decoded.
     pub(super) rejected: u64,
@@ -70,16 +70,16 @@ impl Subscription {
     /// Drops pending addresses that were added and removed again without an announcement. They would otherwise accumulate for a subscriber
     /// that never polls its stream because it only reads the list.
     fn prune(&mut self, is_known: impl Fn(&Address) -> bool, known: usize) {
-        if self.pending.len() <= 2 * (known + self.announced.len()) + UNASKED {
+        if self.pending.len() <= 2 * (known + self.announced.len()) + MAX_UNPOLLED {
             return;
         }
         let announced = &self.announced;
-        let is_news = |address: &Address| is_known(address) || announced.contains(address);
-        self.pending.retain(is_news);
-        self.queued.retain(is_news);
+        let is_relevant = |address: &Address| is_known(address) || announced.contains(address);
+        self.pending.retain(is_relevant);
+        self.queued.retain(is_relevant);
     }
 
-    /// Returns the next address, in first-in, first-out order: an address that changes constantly does not delay others.
+    /// Returns the next address, in first-in, first-out order, so that an address that changes constantly does not delay others.
     fn next(&mut self) -> Option<Address> {
         let address = self.pending.pop_front()?;
         self.queued.remove(&address);
@@ -90,7 +90,7 @@ impl Subscription {
 impl Shared {
     /// Returns the instance at an address: the registered instance, or the last known instance if the address is held.
     pub(super) fn get(&self, address: &Address) -> Option<&Instance> {
-        self.snapshot
+        self.registered
             .get(address)
             .or_else(|| self.hold.get(address))
             .or_else(|| self.fallback.get(address))
@@ -98,9 +98,9 @@ impl Shared {
     }
 
     pub(super) fn instances(&self) -> impl Iterator<Item = &Instance> {
-        let all = self.snapshot.instances().chain(self.hold.instances());
+        let all = self.registered.instances().chain(self.hold.instances());
         let is_listed = |address: &Address| {
-            self.snapshot.get(address).is_some() || self.hold.get(address).is_some()
+            self.registered.get(address).is_some() || self.hold.get(address).is_some()
         };
         let fallback = self.fallback.values();
         let fallback = fallback.filter(move |instance| !is_listed(instance.address()));
@@ -114,25 +114,25 @@ impl Shared {
     }
 
     /// Returns the next change that a subscription has not received yet.
-    pub(super) fn next(&mut self, view: usize) -> Option<Change<Address, Instance>> {
+    pub(super) fn next(&mut self, subscription: usize) -> Option<Change<Address, Instance>> {
         loop {
-            let address = self.views.get_mut(view)?.as_mut()?.next()?;
+            let address = self.subscriptions.get_mut(subscription)?.as_mut()?.next()?;
             let instance = self.get(&address).cloned();
-            let view = self.views.get_mut(view)?.as_mut()?;
+            let subscription = self.subscriptions.get_mut(subscription)?.as_mut()?;
             if let Some(instance) = instance {
-                view.announced.insert(address.clone());
+                subscription.announced.insert(address.clone());
                 return Some(Change::Insert(address, instance));
             }
             // An address that was added and removed between two polls is not reported.
-            if view.announced.remove(&address) {
+            if subscription.announced.remove(&address) {
                 return Some(Change::Remove(address));
             }
         }
     }
 
-    pub(super) fn wake_later(&mut self, view: usize, waker: &Waker) {
-        if let Some(Some(view)) = self.views.get_mut(view) {
-            view.waker = Some(waker.clone());
+    pub(super) fn wake_later(&mut self, subscription: usize, waker: &Waker) {
+        if let Some(Some(subscription)) = self.subscriptions.get_mut(subscription) {
+            subscription.waker = Some(waker.clone());
         }
     }
 
@@ -140,7 +140,7 @@ impl Shared {
     fn on_applied(&mut self, applied: &mut Applied, now: Instant) -> Option<News> {
         let (mut here, mut gone) = (Vec::new(), Vec::new());
         for address in &applied.changed {
-            if self.snapshot.get(address).is_some() {
+            if self.registered.get(address).is_some() {
                 here.push(address.clone());
             } else if let Some(instance) = applied.vanished.remove(address) {
                 gone.push(instance);
@@ -154,7 +154,7 @@ impl Shared {
     fn notify(&mut self, changed: &[Address]) -> Vec<Waker> {
         let mut wakers = Vec::new();
         if !changed.is_empty() {
-            let (snapshot, hold, fallback) = (&self.snapshot, &self.hold, &self.fallback);
+            let (snapshot, hold, fallback) = (&self.registered, &self.hold, &self.fallback);
             let is_known = |address: &Address| {
                 snapshot
                     .get(address)
@@ -163,12 +163,12 @@ impl Shared {
                     .is_some()
             };
             let known = snapshot.len() + hold.len() + fallback.len();
-            for view in self.views.iter_mut().flatten() {
+            for subscription in self.subscriptions.iter_mut().flatten() {
                 for address in changed {
-                    view.notify(address);
+                    subscription.notify(address);
                 }
-                view.prune(is_known, known);
-                wakers.extend(view.waker.take());
+                subscription.prune(is_known, known);
+                wakers.extend(subscription.waker.take());
             }
         }
         wakers
@@ -193,10 +193,10 @@ impl Core {
             });
         }
         let shared = Shared {
-            snapshot: Instances::new(options.limit),
+            registered: Instances::new(options.limit),
             hold: Hold::new(options.hold, fastrand::Rng::new()),
             fallback: HashMap::new(),
-            views: Vec::new(),
+            subscriptions: Vec::new(),
             reports,
             rejected: 0,
             warned: None,
@@ -222,26 +222,26 @@ impl Core {
         &self.decoder.policy
     }
 
-    pub(super) fn open_view(&self) -> usize {
+    pub(super) fn subscribe(&self) -> usize {
         let mut shared = self.lock();
         let addresses = shared.instances().map(Instance::address);
         let pending: VecDeque<_> = addresses.cloned().collect();
         let queued = pending.iter().cloned().collect();
-        let view = Some(Subscription {
+        let subscription = Some(Subscription {
             announced: HashSet::new(),
             pending,
             queued,
             waker: None,
         });
-        if let Some(free) = shared.views.iter().position(Option::is_none) {
-            shared.views[free] = view;
+        if let Some(free) = shared.subscriptions.iter().position(Option::is_none) {
+            shared.subscriptions[free] = subscription;
             return free;
         }
-        shared.views.push(view);
-        shared.views.len() - 1
+        shared.subscriptions.push(subscription);
+        shared.subscriptions.len() - 1
     }
 
-    /// Uses these instances until the first list is complete. Returns false if it already is.
+    /// Uses these instances until the first list is complete. Returns false if the list is already complete.
     pub(super) fn use_fallback(&self, instances: Vec<Instance>) -> bool {
         let mut shared = self.lock();
         if shared.reports.iter().all(|report| report.listed) {
@@ -262,7 +262,7 @@ impl Core {
 
     /// Returns the registered instances, for the cache.
     pub(super) fn registered(&self) -> Vec<Instance> {
-        self.lock().snapshot.instances().cloned().collect()
+        self.lock().registered.instances().cloned().collect()
     }
 
     /// Returns the known instances, sorted by address.
@@ -275,7 +275,7 @@ impl Core {
     /// Returns the keys whose latest value is not used.
     pub(super) fn rejected(&self) -> Vec<RejectedKey> {
         let shared = self.lock();
-        let rejected = shared.snapshot.rejected();
+        let rejected = shared.registered.rejected();
         let of = |(key, revision, reason): (&Key, Revision, &FormatError)| RejectedKey {
             key: key.to_string(),
             revision,
@@ -290,7 +290,7 @@ impl Core {
         let events = machine.take_update();
         let mut shared = self.lock();
         let mut applied = shared
-            .snapshot
+            .registered
             .apply(events, machine.range(), &self.decoder);
         if let Some((key, revision, error)) = &applied.first_rejected {
             let rejected = applied.rejected;
@@ -320,8 +320,8 @@ impl Core {
         self.announce(news, wakers);
     }
 
-    /// Handles the end of the task of a prefix. Its part of the set stays as it is, and the status contains the reason why it no longer
-    /// changes.
+    /// Handles the end of the task of a prefix. The instances of the prefix stay in the set, and the status contains the reason why they no
+    /// longer change.
     pub(super) fn on_task_ended(&self, index: usize) {
         if let Some(report) = self.lock().reports.get_mut(index) {
             report.trouble = Some(EtcdError::task_ended("resolver"));
@@ -350,17 +350,17 @@ impl Core {
             self.held.notify_one();
         }
         self.status.send_if_modified(|status| {
-            // The lock is taken inside the status update and never around it: code that holds a borrow of the status may read the
-            // instances, and that takes the lock.
+            // The lock is taken inside the status update, never around it: code that borrows the status may read the instances, which takes
+            // the lock.
             let shared = self.lock();
             let next = status_of(&shared, Some(status));
-            let instances = shared.snapshot.len();
+            let instances = shared.registered.len();
             drop(shared);
             if next.state != status.state {
                 let error = next.last_error.as_ref().map(tracing::field::display);
                 tracing::info!(state = ?next.state, instances, revision = %next.revision, error, "resolver state changed");
             }
-            let modified = !next.says_the_same(status);
+            let modified = !next.is_same(status);
             *status = next;
             modified
         });
@@ -412,7 +412,7 @@ impl Core {
 }
 
 /// Pending addresses are pruned if they exceed twice the number of known and announced addresses by more than this number.
-const UNASKED: usize = 1024;
+const MAX_UNPOLLED: usize = 1024;
 /// Time between warnings about values that cannot be decoded. Further such values in that time are logged at debug level, and counted.
 const WARN_INTERVAL: Duration = Duration::from_secs(10);
 
@@ -463,7 +463,7 @@ mod tests {
     /// A subscriber that only reads the list never polls its stream.
     #[test]
     fn unread_address_changes_do_not_accumulate() {
-        let mut view = Subscription {
+        let mut subscription = Subscription {
             pending: VecDeque::new(),
             queued: HashSet::new(),
             announced: HashSet::new(),
@@ -472,16 +472,19 @@ mod tests {
         let address =
             |port: u16| -> Address { format!("127.0.0.1:{port}").parse().expect("valid") };
         let (there, told) = (address(1), address(2));
-        view.announced.insert(told.clone());
+        subscription.announced.insert(told.clone());
         for gone in [there.clone(), told.clone()] {
-            view.notify(&gone);
+            subscription.notify(&gone);
         }
         for port in 3..60_000 {
-            view.notify(&address(port));
-            view.prune(|address| *address == there, 1);
-            assert!(view.pending.len() <= 2 * 2 + UNASKED);
-            assert_eq!(view.pending.len(), view.queued.len());
+            subscription.notify(&address(port));
+            subscription.prune(|address| *address == there, 1);
+            assert!(subscription.pending.len() <= 2 * 2 + MAX_UNPOLLED);
+            assert_eq!(subscription.pending.len(), subscription.queued.len());
         }
-        assert_eq!((view.next(), view.next()), (Some(there), Some(told)));
+        assert_eq!(
+            (subscription.next(), subscription.next()),
+            (Some(there), Some(told))
+        );
     }
 }

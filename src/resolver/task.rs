@@ -22,7 +22,7 @@ pub(super) async fn run(
     index: usize,
     mut reported: mpsc::Receiver<Address>,
 ) {
-    let _ended = Ended { core: &core, index };
+    let _report_end = ReportEnd { core: &core, index };
     let mut watch: Option<Watch> = None;
     // The auth token with which the watch was opened.
     let mut token = None;
@@ -58,15 +58,15 @@ pub(super) async fn run(
                 machine.on_names(page, Instant::now())
             }
             Command::Read(key) => {
-                // Tried only once, because the watch is not read meanwhile. A later report or reconciliation requests the key again if it
-                // is still in doubt.
+                // The read is tried only once, because the watch is not read in the meantime. If the key is still in doubt, a later report
+                // or reconciliation requests it again.
                 let answer = etcd.read_once(&key, DEADLINE).await;
                 machine.on_read(key, answer, Instant::now())
             }
             Command::RenewToken(wait) => {
                 watch = None;
                 tokio::time::sleep(wait).await;
-                let renewed = etcd.refused(token.as_ref()).await;
+                let renewed = etcd.on_token_rejected(token.as_ref()).await;
                 if let Err(error) = &renewed {
                     tracing::debug!(%error, "no fresh token");
                 }
@@ -84,19 +84,19 @@ pub(super) async fn run(
 
 /// Reports the end of a task that normally never ends: its runtime was shut down, or the task panicked. If the last subscription was
 /// dropped, the report has no reader.
-struct Ended<'a> {
+struct ReportEnd<'a> {
     core: &'a Core,
     index: usize,
 }
 
-impl Drop for Ended<'_> {
+impl Drop for ReportEnd<'_> {
     fn drop(&mut self) {
         self.core.on_task_ended(self.index);
     }
 }
 
 /// Ends each hold at its deadline, in an endless loop.
-pub(super) async fn release(core: Arc<Core>) {
+pub(super) async fn release_holds(core: Arc<Core>) {
     loop {
         let next = core.release(Instant::now());
         tokio::select! {
@@ -107,8 +107,8 @@ pub(super) async fn release(core: Arc<Core>) {
     }
 }
 
-/// Uses the cache or the seeds if etcd does not answer in time, and then keeps the cache up to date, for ever.
-pub(super) async fn keep(
+/// Uses the cache or the seeds if etcd does not answer in time. Then keeps the cache up to date, in an endless loop.
+pub(super) async fn keep_cache(
     core: Arc<Core>,
     file: Option<Cache>,
     seeds: Vec<Instance>,
@@ -116,7 +116,7 @@ pub(super) async fn keep(
 ) {
     let mut status = core.status.subscribe();
     let is_known = status.wait_for(|status| status.state != ResolverState::Unknown);
-    if tokio::time::timeout(PATIENCE, is_known).await.is_err() {
+    if tokio::time::timeout(CACHE_DELAY, is_known).await.is_err() {
         let cached = match file.clone() {
             Some(file) => load(file, policy).await,
             None => None,
@@ -140,7 +140,7 @@ pub(super) async fn keep(
     };
     loop {
         core.changed.notified().await;
-        // One write for many changes.
+        // Waits, so that many changes cause one write.
         tokio::time::sleep(WRITE_DELAY).await;
         let instances = core.registered();
         if instances.is_empty() {
@@ -167,8 +167,8 @@ async fn load(file: Cache, policy: AddressPolicy) -> Option<Vec<Instance>> {
     }
 }
 
-/// The time that etcd gets to answer before the cache is used. A member on the same continent answers within it.
-const PATIENCE: Duration = Duration::from_millis(50);
+/// The time that etcd gets to answer before the cache is used. A member on the same continent answers in less time.
+const CACHE_DELAY: Duration = Duration::from_millis(50);
 /// The time between a change and the write of the cache.
 const WRITE_DELAY: Duration = Duration::from_secs(1);
 
@@ -192,13 +192,13 @@ async fn receive(
     let due = until(machine.due());
     let message = tokio::select! {
         biased;
-        // Timers are polled before messages. A timer that fires is due again only much later, so it cannot starve the messages. Frequent
-        // messages could starve a timer.
+        // The timer is polled before the messages, because frequent messages could starve it. It cannot starve the messages, because after
+        // it has fired, it is due again only much later.
         () = due => return machine.on_time(Instant::now()),
         message = open.message() => message,
         Some(address) = reported.recv() => {
-            for key in core.lock().snapshot.keys(&address) {
-                machine.on_doubt(key, Instant::now());
+            for key in core.lock().registered.keys(&address) {
+                machine.on_refused_connection(key, Instant::now());
             }
             return Command::Receive;
         }
@@ -209,6 +209,6 @@ async fn receive(
         Err(error) => error,
     };
     tracing::debug!(%error, "the watch ended");
-    etcd.report(open, &error);
+    etcd.record_watch_end(open, &error);
     machine.on_watch_ended(error, Instant::now())
 }

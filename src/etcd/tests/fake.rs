@@ -26,7 +26,7 @@ use super::watcher;
 use crate::etcd::Etcd;
 use crate::etcd::auth::Auth;
 use crate::etcd::connect::tuned;
-use crate::etcd::members::Open;
+use crate::etcd::members::OpenChannel;
 use tonic_balance::Address;
 use tonic_balance::BalancedChannel;
 
@@ -175,7 +175,7 @@ impl Fake {
     }
 
     /// Connects in memory, so that paused time advances only while every task is idle.
-    fn open(&self, addresses: Vec<Address>) -> Open {
+    fn open(&self, addresses: Vec<Address>) -> OpenChannel {
         let fake = self.clone();
         Arc::new(move || {
             let fake = fake.clone();

@@ -195,7 +195,7 @@ async fn a_watch_is_moved_from_a_member_that_freezes_or_loses_its_leader() {
         // 5 s of silence, and 3 s without an answer to the probe.
         let bound = Duration::from_secs(12);
         assert!(since(start) < bound, "{:?}", since(start));
-        etcd.report(&watch, &error);
+        etcd.record_watch_end(&watch, &error);
         // Every further watch must use another member, and its first message must be received at once.
         let start = Instant::now();
         let mut slowest = Duration::ZERO;

@@ -341,7 +341,7 @@ async fn a_watch_without_a_first_message_times_out_after_two_seconds() {
     assert_eq!(error.kind(), EtcdErrorKind::DeadlineExceeded);
     assert!(took < Duration::from_millis(2_500), "{took:?}");
     // The failure counts against the member: the next watch uses another member.
-    etcd.report(&watch, &error);
+    etcd.record_watch_end(&watch, &error);
     for _ in 0..20 {
         let mut next = etcd.watch(&range, None).await.expect("a head");
         assert!(next.message().await.expect("a message").created);

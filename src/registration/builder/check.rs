@@ -207,7 +207,7 @@ fn whole_seconds(ttl: Duration) -> Duration {
 
 /// The smallest TTL that etcd grants with its default election timeout (measured on 3.4.23).
 const MIN_TTL: Duration = Duration::from_secs(2);
-/// An entry that outlives its server for longer is useless: a larger TTL indicates a mistake in the unit.
+/// The largest TTL. A larger value is most likely a mistake in the unit.
 const MAX_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The limit on an instance id, in bytes: the same as for the name of a service.

@@ -20,7 +20,7 @@ use crate::registration::status::RegistrationState;
 /// The builder checks nothing and sends nothing until [`register`](Self::register) is called, or until it is passed to a server that
 /// registers itself.
 ///
-/// A clone has the same options. Its states and its handle are its own: they report only what the clone registers.
+/// A clone has the same options, but its watches and handles report only the registration of the clone.
 #[derive(Debug)]
 #[must_use = "nothing is registered before `register` is awaited"]
 pub struct RegistrationBuilder {
@@ -61,7 +61,7 @@ pub(super) struct Attributes {
 }
 
 impl Clone for RegistrationBuilder {
-    /// Copies the options. The senders are new: with shared ones, a watch would mix the states of two registrations.
+    /// Copies the options. The senders are new, because with shared senders, a watch would mix the states of two registrations.
     fn clone(&self) -> Self {
         Self {
             etcd: self.etcd.clone(),

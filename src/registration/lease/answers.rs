@@ -1,4 +1,4 @@
-//! The inputs of the lease machine: the results of etcd requests and the events of the watch.
+//! Handles the answers to the lease machine: the results of etcd requests and the events of the watch.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use super::machine::{
     Found, GRANTED_KEPT, Machine, OPERATOR_WAIT, SUPERSEDED_READ, TTL_MAX, VERIFY_EVERY,
 };
-use super::state::{After, Claim, Lease, Removal, State, Value};
+use super::state::{AfterRevoke, Claim, Lease, Removal, State, Value};
 use crate::backoff::jittered;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Event, KeepAlive, KeyValue, LeaseId, Revision};
@@ -29,7 +29,8 @@ impl Machine {
             // An earlier attempt granted this lease, and its response was lost. Only a renewal returns the remaining TTL, so the lease is
             // renewed at once.
             Err(error)
-                if error.kind() == EtcdErrorKind::LeaseExists && self.asked == Some(lease) =>
+                if error.kind() == EtcdErrorKind::LeaseExists
+                    && self.failed_grant == Some(lease) =>
             {
                 (self.ttl, now)
             }
@@ -41,7 +42,7 @@ impl Machine {
                         lease: LeaseId::random(&mut self.rng),
                     };
                 }
-                self.asked = Some(lease);
+                self.failed_grant = Some(lease);
                 return self.failed(error, now);
             }
         };
@@ -61,7 +62,7 @@ impl Machine {
             renew_at,
             failed: 0,
             unverified: 0,
-            proven: false,
+            confirmed: false,
         });
         self.state = State::Reading;
     }
@@ -89,7 +90,7 @@ impl Machine {
             for found in found {
                 self.on_found(&found);
             }
-            self.judge(now);
+            self.select_state(now);
         }
     }
 
@@ -108,7 +109,7 @@ impl Machine {
             entry.expected = Some(Revision::ZERO);
             return;
         };
-        // The revision is older than the last own write: the store was restored from a backup, and later writes are lost.
+        // If the revision is older than the last own write, the store was restored from a backup, and the later write is lost.
         if found.current {
             entry.value = Value::Written;
         } else if entry.held.is_some_and(|held| kv.mod_revision < held) {
@@ -127,7 +128,7 @@ impl Machine {
     }
 
     /// Selects the next state from the known state of the keys.
-    fn judge(&mut self, now: Instant) {
+    fn select_state(&mut self, now: Instant) {
         if self.live_entries().any(|entry| entry.expected.is_some()) {
             match &self.lease {
                 Some(_) => self.state = State::Putting,
@@ -162,7 +163,7 @@ impl Machine {
         match answer {
             Ok(Some(mod_revision)) => {
                 if let Some(lease) = &mut self.lease {
-                    lease.proven = true;
+                    lease.confirmed = true;
                 }
                 for put in self.puts() {
                     let entry = &mut self.keys[put.index];
@@ -171,7 +172,7 @@ impl Machine {
                     entry.expected = None;
                     entry.held = Some(mod_revision);
                 }
-                self.judge(now);
+                self.select_state(now);
             }
             Ok(None) => self.state = State::Reading,
             Err(error) if error.kind() == EtcdErrorKind::LeaseNotFound => {
@@ -196,11 +197,11 @@ impl Machine {
             Ok(()) => {
                 self.succeeded();
                 if let Some(entry) = self.keys.get_mut(index) {
-                    entry.lose();
+                    entry.mark_lost();
                 }
             }
             Err(error) => {
-                let again = self.not_taken_away(error, now);
+                let again = self.schedule_retry(error, now);
                 if let Some(entry) = self.keys.get_mut(index) {
                     entry.delete_at = again;
                 }
@@ -210,7 +211,7 @@ impl Machine {
 
     /// Records a failed delete or revoke, and returns the time of its next attempt. `not_before` does not change, so that the remaining
     /// keys are not delayed.
-    fn not_taken_away(&mut self, error: EtcdError, now: Instant) -> Option<Instant> {
+    fn schedule_retry(&mut self, error: EtcdError, now: Instant) -> Option<Instant> {
         let before = self.not_before;
         self.failed(error, now);
         std::mem::replace(&mut self.not_before, before)
@@ -236,7 +237,7 @@ impl Machine {
                 lease.expires = sent + ttl;
                 lease.renew_at = sent + if outage { first.min(ttl / 3) } else { ttl / 3 };
                 lease.failed = 0;
-                lease.proven = true;
+                lease.confirmed = true;
                 self.disturbed = false;
                 lease.unverified += 1;
                 let watched = self.key_watched;
@@ -254,8 +255,8 @@ impl Machine {
             }
             Err(error) => {
                 if error.kind() == EtcdErrorKind::StaleTerm && self.state == State::Registered {
-                    // The response is from a member that was frozen, or from a store that was restored from a backup: there, terms start
-                    // anew and leases still exist. A linearizable read distinguishes the two cases.
+                    // The response is from a member that was frozen, or from a store that was restored from a backup. In a restored store,
+                    // terms start again, but leases still exist. A linearizable read distinguishes the two cases.
                     self.state = State::Reading;
                 }
                 self.renewal_failed(error.kind().needs_operator(), now);
@@ -292,7 +293,7 @@ impl Machine {
 
     /// Handles the loss of the lease, and thereby of the keys: starts with a new grant.
     fn lease_lost(&mut self, error: EtcdError, now: Instant) {
-        let proven = self.lease.is_some_and(|lease| lease.proven);
+        let confirmed = self.lease.is_some_and(|lease| lease.confirmed);
         self.lose_lease();
         self.state = State::Granting {
             lease: LeaseId::random(&mut self.rng),
@@ -303,7 +304,7 @@ impl Machine {
         // TTL. A lease that was revoked by hand concerns only one server and is replaced at once.
         let spread = self.ttl.mul_f64(self.rng.f64() / 3.0);
         self.not_before = self.disturbed.then(|| now + spread);
-        if !proven {
+        if !confirmed {
             // The lease was lost before its first successful renewal or put. This happens if one address leads to two stores: one grants
             // the lease, the other receives the next request. The next lease would be lost as well, so the backoff applies.
             let wait = self.backoff.next(&mut self.rng);
@@ -324,7 +325,7 @@ impl Machine {
                     self.backoff.reset();
                     self.last_error = None;
                 }
-                Err(error) => self.revoke_at = self.not_taken_away(error, now),
+                Err(error) => self.revoke_at = self.schedule_retry(error, now),
             }
             return;
         };
@@ -339,19 +340,19 @@ impl Machine {
             self.unrevoked.pop();
         }
         if self.unrevoked.is_empty() {
-            self.left(next);
+            self.on_removed(next);
         }
     }
 
-    pub(super) fn left(&mut self, next: After) {
+    pub(super) fn on_removed(&mut self, next: AfterRevoke) {
         self.lose_lease();
         for entry in &mut self.keys {
             entry.foreign = None;
         }
         self.last_error = None;
         self.state = match next {
-            After::Pause => State::Paused,
-            After::Deregister => State::Deregistered,
+            AfterRevoke::Pause => State::Paused,
+            AfterRevoke::Deregister => State::Deregistered,
         };
     }
 
@@ -372,7 +373,7 @@ impl Machine {
             && entry.removal != Removal::None
             && entry.held.is_none_or(|held| *mod_revision > held)
         {
-            entry.lose();
+            entry.mark_lost();
         }
         if !entry.is_live() {
             return;
@@ -390,9 +391,9 @@ impl Machine {
                     Event::Put(kv) if !own(kv) => {
                         entry.held = None;
                         entry.foreign = Some(kv.lease);
-                        self.judge(now);
+                        self.select_state(now);
                     }
-                    // A late event of an own put from before the last loss.
+                    // A delayed event of an own put, from before the last loss of the lease.
                     Event::Put(_) => self.state = State::Reading,
                     Event::Delete { .. } => {
                         entry.held = None;
@@ -440,7 +441,7 @@ impl Machine {
         // later revoke.
         let mut entries = self.keys.iter();
         if entries.any(|entry| entry.removal == Removal::Requested) {
-            self.leave_behind();
+            self.record_unrevoked();
         }
         self.state = State::Superseded;
         self.lose_lease();

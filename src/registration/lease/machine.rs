@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::state::{After, KeyEntry, Lease, Removal, State, Value};
+use super::state::{AfterRevoke, KeyEntry, Lease, Removal, State, Value};
 use crate::backoff::Backoff;
 use crate::error::EtcdError;
 use crate::keyspace::{KeyValue, LeaseId, Revision};
@@ -55,8 +55,8 @@ pub(in crate::registration) struct Machine {
     pub(super) unrevoked: Vec<LeaseId>,
     /// The earliest time of the next revoke of an earlier lease.
     pub(super) revoke_at: Option<Instant>,
-    /// The lease id of the last failed grant. etcd may have granted the lease although the grant failed here.
-    pub(super) asked: Option<LeaseId>,
+    /// The lease id of the last failed grant. etcd may have granted the lease, although the client received an error.
+    pub(super) failed_grant: Option<LeaseId>,
     /// The leases that were granted to this registration. Keys attached to them are its own.
     pub(super) granted: Vec<LeaseId>,
     /// The raft term of the last linearizable read, or of a later renewal.
@@ -119,7 +119,7 @@ impl Machine {
             lease: None,
             unrevoked: Vec::new(),
             revoke_at: None,
-            asked: None,
+            failed_grant: None,
             granted: Vec::new(),
             term: 0,
             keys: vec![KeyEntry::NEW; keys],
@@ -207,7 +207,7 @@ impl Machine {
     /// Removes one key for good. Removing the last key ends the registration.
     pub(in crate::registration) fn on_remove(&mut self, index: usize) {
         if self.live().eq([index]) {
-            return self.take_away(After::Deregister);
+            return self.begin_removal(AfterRevoke::Deregister);
         }
         if let Some(entry) = self.keys.get_mut(index) {
             if entry.removal == Removal::None {
@@ -215,14 +215,14 @@ impl Machine {
             }
             // Without any lease, no own key exists.
             if self.lease.is_none() && self.unrevoked.is_empty() {
-                entry.lose();
+                entry.mark_lost();
             }
         }
     }
 
     /// Removes the keys until [`on_resume`](Self::on_resume).
     pub(in crate::registration) fn on_pause(&mut self) {
-        self.take_away(After::Pause);
+        self.begin_removal(AfterRevoke::Pause);
     }
 
     /// Restores the keys after a pause.
@@ -231,13 +231,13 @@ impl Machine {
             self.state,
             State::Paused
                 | State::Leaving {
-                    next: After::Pause,
+                    next: AfterRevoke::Pause,
                     ..
                 }
         ) {
             // A revoke of the lease may be in flight, so the registration continues with a new lease. If that revoke did not reach etcd,
             // the old lease is revoked later, once the keys are attached to the new lease.
-            self.leave_behind();
+            self.record_unrevoked();
             self.lose_lease();
             self.register();
         }
@@ -245,10 +245,10 @@ impl Machine {
 
     /// Removes the keys for good.
     pub(in crate::registration) fn on_deregister(&mut self) {
-        self.take_away(After::Deregister);
+        self.begin_removal(AfterRevoke::Deregister);
     }
 
-    fn take_away(&mut self, next: After) {
+    fn begin_removal(&mut self, next: AfterRevoke) {
         let leave_marker = match self.state {
             State::Deregistered => return,
             State::Leaving { leave_marker, .. } => leave_marker,
@@ -258,12 +258,12 @@ impl Machine {
         self.state = State::Leaving { leave_marker, next };
         // Without any lease, no own key exists. A grant whose response was lost may leave a lease, but no key is attached to it.
         if self.lease.is_none() && self.unrevoked.is_empty() {
-            self.left(next);
+            self.on_removed(next);
         }
     }
 
     /// Records the lease for a later revoke, which also deletes the keys that are still attached to it.
-    pub(super) fn leave_behind(&mut self) {
+    pub(super) fn record_unrevoked(&mut self) {
         self.unrevoked.extend(self.lease.map(|lease| lease.id));
         if self.unrevoked.len() > UNREVOKED_KEPT {
             self.unrevoked.remove(0);
@@ -274,7 +274,7 @@ impl Machine {
     pub(super) fn lose_lease(&mut self) {
         self.lease = None;
         for entry in &mut self.keys {
-            entry.lose();
+            entry.mark_lost();
         }
     }
 }

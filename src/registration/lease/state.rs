@@ -20,7 +20,7 @@ pub(super) enum State {
     /// The keys are being removed. `leave_marker`: whether the leave marker must still be written.
     Leaving {
         leave_marker: bool,
-        next: After,
+        next: AfterRevoke,
     },
     Paused,
     Deregistered,
@@ -92,7 +92,7 @@ impl KeyEntry {
     }
 
     /// Records that the key no longer exists under the registration's lease.
-    pub(super) fn lose(&mut self) {
+    pub(super) fn mark_lost(&mut self) {
         self.held = None;
         self.expected = None;
         if self.removal == Removal::Requested {
@@ -103,7 +103,7 @@ impl KeyEntry {
 
 /// The step after the revoke of the lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum After {
+pub(super) enum AfterRevoke {
     Pause,
     Deregister,
 }
@@ -121,5 +121,5 @@ pub(super) struct Lease {
     /// Number of successful renewals since the last read of the keys.
     pub(super) unverified: u32,
     /// Whether a renewal or a put under this lease has succeeded.
-    pub(super) proven: bool,
+    pub(super) confirmed: bool,
 }

@@ -16,19 +16,20 @@ pub(in crate::resolver) struct Hold {
     pub(super) rng: fastrand::Rng,
     registered: HashSet<Address>,
     /// Number of planned departures since the start.
-    left: usize,
-    /// Sizes of the set within the window, each with the time at which it ended. Contains only sizes that exceed every later size.
+    planned_departures: usize,
+    /// Sizes of the set within the window, each with the time at which the set lost that size. Contains only sizes that exceed every later
+    /// size.
     peaks: VecDeque<Peak>,
     held: HashMap<Address, Held>,
-    /// Held addresses with their deadlines, ordered by deadline. Addresses that were registered again meanwhile stay in the queue.
+    /// Held addresses with their deadlines, ordered by deadline. An address that is registered again stays in the queue until its deadline.
     queue: VecDeque<(Instant, Address)>,
     episode: Option<Episode>,
     /// Number of episodes since the start.
     episodes: u64,
 }
 
-/// A past size of the set. `strength` is the size plus the number of planned departures up to then. A planned departure does not change the
-/// strength, so it lowers the size to compare with by exactly one.
+/// A past size of the set. `strength` is the size plus the number of planned departures until then. So a planned departure does not change
+/// the strength, and [`Hold::size`] subtracts it from the size to compare with.
 #[derive(Clone, Copy, Debug)]
 struct Peak {
     ended: Instant,
@@ -82,7 +83,7 @@ impl Hold {
                 .map(|length| length.min(LENGTH_MAX)),
             rng,
             registered: HashSet::new(),
-            left: 0,
+            planned_departures: 0,
             peaks: VecDeque::new(),
             held: HashMap::new(),
             queue: VecDeque::new(),
@@ -130,20 +131,20 @@ impl Hold {
         let Some(length) = self.length else {
             return Outcome::default();
         };
-        let before = self.registered.len() + self.left;
+        let before = self.registered.len() + self.planned_departures;
         let began_before = self.episodes;
         for address in here {
             self.held.remove(&address);
             self.registered.insert(address);
         }
-        let mut vanished = self.depart(gone);
+        let mut vanished = self.remove_leaving(gone);
         if !vanished.is_empty() {
             self.rng.shuffle(&mut vanished);
             let strength = self.strength(before, now);
             for instance in vanished {
                 self.registered.remove(instance.address());
                 if self.is_lost(strength) {
-                    self.keep(instance, strength, now + length);
+                    self.hold(instance, strength, now + length);
                 }
             }
         }
@@ -160,11 +161,11 @@ impl Hold {
                 news: Some(began),
             };
         }
-        self.conclude()
+        self.end_episode_if_over()
     }
 
-    /// Removes the instances that leave on purpose. Returns the other instances that were registered.
-    fn depart(&mut self, gone: Vec<Instance>) -> Vec<Instance> {
+    /// Removes the instances that are marked as leaving. Returns the other instances that were registered.
+    fn remove_leaving(&mut self, gone: Vec<Instance>) -> Vec<Instance> {
         let mut vanished = Vec::new();
         for instance in gone {
             if !self.registered.contains(instance.address()) {
@@ -172,7 +173,7 @@ impl Hold {
             }
             if instance.is_leaving() {
                 self.registered.remove(instance.address());
-                self.left += 1;
+                self.planned_departures += 1;
             } else {
                 vanished.push(instance);
             }
@@ -180,7 +181,7 @@ impl Hold {
         vanished
     }
 
-    /// Records that the set ceases to have the strength `before`. Returns the strength to compare with.
+    /// Records that the set had the strength `before` until now. Returns the strength to compare with.
     fn strength(&mut self, before: usize, now: Instant) -> usize {
         while self
             .peaks
@@ -208,7 +209,7 @@ impl Hold {
 
     /// Returns the size that a set of this strength would have now: the strength without the planned departures.
     fn size(&self, strength: usize) -> usize {
-        strength.saturating_sub(self.left)
+        strength.saturating_sub(self.planned_departures)
     }
 
     /// Returns whether less than half of the set is left. A set of one instance is never lost: its loss looks the same as its shutdown.
@@ -217,7 +218,7 @@ impl Hold {
         size > 1 && self.registered.len() * 2 < size
     }
 
-    fn keep(&mut self, instance: Instance, strength: usize, until: Instant) {
+    fn hold(&mut self, instance: Instance, strength: usize, until: Instant) {
         if self.episode.is_none() {
             self.episodes += 1;
             self.episode = Some(Episode {
@@ -251,13 +252,13 @@ impl Hold {
         if let Some(episode) = &mut self.episode {
             episode.removed += over.len();
         }
-        let mut outcome = self.conclude();
+        let mut outcome = self.end_episode_if_over();
         outcome.released.extend(over);
         outcome
     }
 
     /// Ends the episode if half of the set is registered again, or if no instance is held any more.
-    fn conclude(&mut self) -> Outcome {
+    fn end_episode_if_over(&mut self) -> Outcome {
         let mut outcome = Outcome::default();
         let Some(Episode { strength, removed }) = self.episode else {
             return outcome;

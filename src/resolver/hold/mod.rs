@@ -5,7 +5,7 @@
 //!               vanished, less than half is left            the hold is over, or half is back
 //!   registered ──────────────────────────────────▶ held ──────────────────────────────────────▶ gone
 //!      ▲  │                                         │                                            ▲
-//!      │  └──── vanished otherwise, or said that it would leave ────────────────────────────────┤
+//!      │  └──── vanished otherwise, or was marked as leaving ────────────────────────────────────┤
 //!      └──────────────── registered again ──────────┘
 //! ```
 //!
@@ -13,7 +13,8 @@
 //! step: leases that expire together are delivered as separate deletes. Only the sum over a period distinguishes such a loss from normal
 //! turnover of servers. The comparison is by size, so a fleet that is replaced by a fleet at other addresses is not a loss.
 //!
-//! An instance whose last value marks a planned departure does not count as vanished, and no longer counts as part of the earlier set.
+//! If the last value of an instance marks a planned departure, the instance does not count as vanished, and is also subtracted from the
+//! earlier size of the set.
 
 mod hold;
 

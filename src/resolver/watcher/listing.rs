@@ -17,7 +17,7 @@ impl Machine {
                 let header = *listing.header.get_or_insert(page.header);
                 let more = page.more && !page.kvs.is_empty();
                 listing.next = page.kvs.last().map(|kv| kv.key.successor());
-                if std::mem::take(&mut listing.naming) {
+                if std::mem::take(&mut listing.reads_name_only) {
                     listing
                         .oversized
                         .extend(page.kvs.iter().map(KeyValue::named));
@@ -34,12 +34,12 @@ impl Machine {
                 let listing = std::mem::take(listing);
                 // The key to check is from the first page. If the store is wiped between two pages, a key of a later page would be from the
                 // new store and would pass the check.
-                let check = listing.check.filter(|_| !listing.distrusted);
+                let check = listing.check.filter(|_| !listing.after_failed_check);
                 self.complete(header, listing.kvs, listing.oversized);
                 self.page_cap = PAGE_LIMIT;
                 let command = self.watch(header.revision, check);
                 match command {
-                    Command::Watch(revision) if listing.skipping => {
+                    Command::Watch(revision) if listing.skips_oversized_event => {
                         Command::Watch(Revision::new(revision.get() + 1))
                     }
                     command => command,
@@ -58,25 +58,25 @@ impl Machine {
                 self.page_limit /= 2;
                 self.on_wake()
             }
-            EtcdErrorKind::ResponseTooLarge if !listing.naming => {
-                listing.naming = true;
+            EtcdErrorKind::ResponseTooLarge if !listing.reads_name_only => {
+                listing.reads_name_only = true;
                 self.on_wake()
             }
             EtcdErrorKind::Compacted | EtcdErrorKind::FutureRevision => {
                 *listing = Listing {
                     compacted: listing.compacted + 1,
-                    distrusted: listing.distrusted,
-                    skipping: listing.skipping,
+                    after_failed_check: listing.after_failed_check,
+                    skips_oversized_event: listing.skips_oversized_event,
                     ..Listing::default()
                 };
                 let wait = self.backoff.next(&mut self.rng);
                 Command::Wait(wait)
             }
             _ => {
-                // The list starts over: the store may be replaced before the next page is requested.
+                // The list starts again from the first page, because the store may be replaced before the next request.
                 *listing = Listing {
-                    distrusted: listing.distrusted,
-                    skipping: listing.skipping,
+                    after_failed_check: listing.after_failed_check,
+                    skips_oversized_event: listing.skips_oversized_event,
                     ..Listing::default()
                 };
                 if error.kind() == EtcdErrorKind::DeadlineExceeded {
@@ -102,9 +102,13 @@ impl Machine {
                 start,
                 end: self.range.end.clone(),
             },
-            limit: if listing.naming { 1 } else { self.page_limit },
+            limit: if listing.reads_name_only {
+                1
+            } else {
+                self.page_limit
+            },
             revision: pinned.map_or(Revision::ZERO, |header| header.revision),
-            keys_only: listing.naming,
+            keys_only: listing.reads_name_only,
         }
     }
 
@@ -115,9 +119,9 @@ impl Machine {
         kvs: Vec<KeyValue>,
         oversized: Vec<KeyVersion>,
     ) {
-        // Not the maximum of both headers: after a wipe, the history of the store starts again, and later responses are compared with the
-        // new history.
-        self.seen = header;
+        // The header is replaced, even by a lower one: after a wipe, the history of the store starts again, and later responses are
+        // compared with the new history.
+        self.last_header = header;
         self.tombstones.clear();
         self.reconciler.on_listed();
         self.report.listed = true;
@@ -151,7 +155,7 @@ impl Machine {
     }
 }
 
-/// Smallest page after timeouts: any link that can carry the response of a call can carry this page.
+/// Smallest page after timeouts. Any link that can carry the responses of calls can carry a page of this size.
 pub(super) const PAGE_CAP_MIN: i64 = 10;
-/// Number of lists interrupted by compaction after which pages are no longer pinned to one revision.
+/// After this many lists that compaction has interrupted, pages are no longer pinned to one revision.
 const UNPINNED_AFTER: u32 = 3;

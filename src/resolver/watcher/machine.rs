@@ -1,10 +1,10 @@
-//! The state of the list and of the watch of one prefix.
+//! The list-and-watch machine of one prefix: its commands, its fields, and the first command.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use super::reconcile_schedule::Reconciler;
-use super::state::{Fruitless, KeyState, Listing, State};
+use super::state::{FruitlessWatches, KeyState, Listing, State};
 use crate::backoff::Backoff;
 use crate::error::EtcdError;
 use crate::keyspace::{Event, Header, Key, ListRequest, Range, Revision};
@@ -37,9 +37,9 @@ pub(in crate::resolver) enum Command {
 pub(in crate::resolver) struct Machine {
     pub(super) range: Range,
     pub(super) state: State,
-    /// Header of the last linearizable response; later events raise its revision. On a healthy cluster, the revision and the term of
+    /// Header of the last linearizable response. Later events increase its revision. On a healthy cluster, the revision and the term of
     /// linearizable responses never decrease.
-    pub(super) seen: Header,
+    pub(super) last_header: Header,
     /// Every key of the prefix as last applied, whether or not its value can be decoded.
     pub(super) keys: BTreeMap<Key, KeyState>,
     /// Keys that a read found deleted, with the revision of the read. An entry is removed when the watch has passed that revision.
@@ -50,8 +50,8 @@ pub(in crate::resolver) struct Machine {
     pub(super) backoff: Backoff,
     pub(super) rng: fastrand::Rng,
     /// Whether the last watch was rejected with an auth error, and the token was renewed for the next attempt.
-    pub(super) refused: bool,
-    pub(super) fruitless: Fruitless,
+    pub(super) token_renewed: bool,
+    pub(super) fruitless: FruitlessWatches,
     /// Number of keys requested per page. Halved when a response is too large, doubled after each page.
     pub(super) page_limit: i64,
     /// Upper limit of `page_limit`. Halved when a page exceeds the call timeout.
@@ -90,15 +90,15 @@ impl Machine {
         Self {
             range,
             state: State::Listing(Listing::default()),
-            seen: Header::default(),
+            last_header: Header::default(),
             keys: BTreeMap::new(),
             tombstones: HashMap::new(),
             reconciler: Reconciler::new(reconcile),
             update: Vec::new(),
             backoff: Backoff::new(BACKOFF_FIRST, BACKOFF_MAX),
             rng,
-            refused: false,
-            fruitless: Fruitless::default(),
+            token_renewed: false,
+            fruitless: FruitlessWatches::default(),
             page_limit: PAGE_LIMIT,
             page_cap: PAGE_LIMIT,
             report: Report::default(),
@@ -139,9 +139,9 @@ impl Machine {
     /// Returns whether a linearizable response comes from another store than the last one. On a healthy cluster, the revision and the term
     /// never decrease.
     pub(super) fn is_other_store(&self, header: Header) -> bool {
-        header.cluster_id != self.seen.cluster_id
-            || header.revision < self.seen.revision
-            || header.raft_term < self.seen.raft_term
+        header.cluster_id != self.last_header.cluster_id
+            || header.revision < self.last_header.revision
+            || header.raft_term < self.last_header.raft_term
     }
 
     /// Returns whether the value of a key is known, so that it can be compared.

@@ -2,15 +2,15 @@
 //! keys are read.
 //!
 //! ```text
-//!   every few minutes ──▶ names, page by page ──▶ suspects ── 5 s ──▶ still other? ──┐
-//!                                                                                    ├──▶ read, and believed
+//!   every few minutes ──▶ names, page by page ──▶ suspects ── 5 s ──▶ differs? ──────┐
+//!                                                                                    ├──▶ read the key, apply the result
 //!   an address refuses connections ─────────────────────── within 2 s ───────────────┘
 //! ```
 //!
-//! A list of names alone proves nothing, because the watch may still deliver the listed change. A difference makes the key a suspect, and
-//! the watch gets 5 s to resolve it. Only a linearizable read of the key itself is trusted. The read replaces every event of the key up to
-//! the revision of its response. Such events are dropped if they arrive later: by the key's mod revision if the key exists, by its
-//! [`tombstone`](Machine::bury) if not.
+//! A difference in a list of names does not show that the watch has lost an event, because the watch may still deliver the change. The key
+//! becomes a suspect, and the watch gets 5 s to deliver the change. Only a linearizable read of the key itself is trusted. The read
+//! replaces every event of the key up to the revision of its response. If such an event arrives later, it is dropped: the event is compared
+//! with the key's mod revision if the key exists, or else with its [`tombstone`](Machine::add_tombstone).
 
 use std::collections::HashMap;
 use std::ops::Bound;
@@ -44,8 +44,8 @@ impl Machine {
             self.report.reads += 1;
             return Command::Read(key);
         }
-        if self.reconciler.settled.is_some_and(|at| at <= now) {
-            return self.on_settled(now);
+        if self.reconciler.settle_at.is_some_and(|at| at <= now) {
+            return self.on_settle_time(now);
         }
         if let (Some(at), Some(interval)) = (self.reconciler.next_list, self.reconciler.interval)
             && at <= now
@@ -80,15 +80,16 @@ impl Machine {
         let page = match answer {
             Ok(page) => page,
             Err(error) => {
-                // Only the watch decides whether etcd is reachable. The next list can replace this one.
+                // The failure is not reported, because only the watch shows whether etcd is reachable. The next reconciliation replaces
+                // this one.
                 tracing::debug!(%error, "could not list the keys for reconciliation");
-                return self.end_of_names(now);
+                return self.finish_names(now);
             }
         };
         if self.is_other_store(page.header) {
             return self.relist(true);
         }
-        self.seen = page.header;
+        self.last_header = page.header;
         let (start, revision) =
             cursor.unwrap_or_else(|| (self.range.start.clone(), page.header.revision));
         let next = page.kvs.last().filter(|_| page.more);
@@ -102,14 +103,14 @@ impl Machine {
             }
             _ => {
                 self.report.reconciliations += 1;
-                self.end_of_names(now)
+                self.finish_names(now)
             }
         }
     }
 
-    fn end_of_names(&mut self, now: Instant) -> Command {
+    fn finish_names(&mut self, now: Instant) -> Command {
         if !self.reconciler.suspects.is_empty() {
-            self.reconciler.settled = Some(now + SETTLE);
+            self.reconciler.settle_at = Some(now + SETTLE);
         }
         Command::Receive
     }
@@ -135,8 +136,8 @@ impl Machine {
     }
 
     /// Handles the end of the time that the watch had to resolve the suspects. Keys that still differ are read.
-    fn on_settled(&mut self, now: Instant) -> Command {
-        self.reconciler.settled = None;
+    fn on_settle_time(&mut self, now: Instant) -> Command {
+        self.reconciler.settle_at = None;
         let suspects = std::mem::take(&mut self.reconciler.suspects);
         let left = suspects.into_iter().filter(|suspect| {
             let known = self.keys.get(&suspect.key);
@@ -160,20 +161,20 @@ impl Machine {
 
     /// Handles a report that the server named by a key refuses connections. One read shows whether the key still exists; it is delayed and
     /// rate-limited.
-    pub(in crate::resolver) fn on_doubt(&mut self, key: &Key, now: Instant) {
+    pub(in crate::resolver) fn on_refused_connection(&mut self, key: &Key, now: Instant) {
         let reconciler = &mut self.reconciler;
-        let lately = |at: &Instant| now.saturating_duration_since(*at) < DOUBT_INTERVAL;
+        let lately = |at: &Instant| now.saturating_duration_since(*at) < REPORT_INTERVAL;
         if !self.keys.contains_key(key)
             || reconciler.reads.len() >= READS_MAX
-            || reconciler.doubted.get(key).is_some_and(lately)
+            || reconciler.reported.get(key).is_some_and(lately)
         {
             return;
         }
-        if reconciler.doubted.len() >= READS_MAX {
-            reconciler.doubted.retain(|_, at| lately(at));
+        if reconciler.reported.len() >= READS_MAX {
+            reconciler.reported.retain(|_, at| lately(at));
         }
-        reconciler.doubted.insert(key.clone(), now);
-        let wait = DOUBT_SPREAD.mul_f64(self.rng.f64());
+        reconciler.reported.insert(key.clone(), now);
+        let wait = REPORT_SPREAD.mul_f64(self.rng.f64());
         reconciler.reads.insert((now + wait, key.clone()));
     }
 
@@ -199,24 +200,24 @@ impl Machine {
                 if older || self.is_other_store(header) {
                     return self.relist(true);
                 }
-                self.seen = header;
+                self.last_header = header;
                 let read = found.as_ref().map(|kv| KeyState::of(&kv.version()));
                 if !KeyState::agree(read.as_ref(), known.as_ref()) {
                     self.report.repaired += 1;
-                    self.reconciler.lossy |= confirms;
+                    self.reconciler.has_lost_event |= confirms;
                     tracing::debug!(?key, revision = %header.revision, there = found.is_some(), "a read was ahead of the watch");
-                    self.believe(key, found, header.revision);
+                    self.apply_read(key, found, header.revision);
                 }
             }
             Err(error) => tracing::debug!(?key, %error, "could not read a key in doubt"),
         }
-        if self.reconciler.lossy && self.reconciler.confirming.is_empty() {
-            return self.distrust_watch();
+        if self.reconciler.has_lost_event && self.reconciler.confirming.is_empty() {
+            return self.reopen_watch();
         }
         Command::Receive
     }
 
-    fn believe(&mut self, key: Key, found: Option<KeyValue>, revision: Revision) {
+    fn apply_read(&mut self, key: Key, found: Option<KeyValue>, revision: Revision) {
         if let Some(kv) = found {
             return self.apply(Event::Put(kv));
         }
@@ -224,18 +225,18 @@ impl Machine {
             key: key.clone(),
             mod_revision: revision,
         });
-        self.bury(key, revision);
+        self.add_tombstone(key, revision);
     }
 
     /// Records that a key did not exist at a revision. Without this record, a put older than the read but delivered after it would restore
     /// the key; the delete that follows the put may be the lost event.
-    fn bury(&mut self, key: Key, revision: Revision) {
+    fn add_tombstone(&mut self, key: Key, revision: Revision) {
         self.tombstones.insert(key, revision);
     }
 
     /// Opens a new watch, because a watch that has lost changes may lose more.
-    fn distrust_watch(&mut self) -> Command {
-        self.reconciler.lossy = false;
+    fn reopen_watch(&mut self) -> Command {
+        self.reconciler.has_lost_event = false;
         let State::Watching(watching) = &self.state else {
             return self.on_wake();
         };
@@ -249,8 +250,8 @@ impl Machine {
 /// Limit of suspects. Above it, a list costs less than the reads.
 const SUSPECTS_MAX: usize = 100;
 /// Reads after reports are spread over this time: when a server crashes, all of its clients detect it within the same milliseconds.
-const DOUBT_SPREAD: Duration = Duration::from_secs(2);
+const REPORT_SPREAD: Duration = Duration::from_secs(2);
 /// Shortest time between two reads of a key whose server keeps refusing connections.
-const DOUBT_INTERVAL: Duration = Duration::from_secs(10);
+const REPORT_INTERVAL: Duration = Duration::from_secs(10);
 /// Limit of pending reads. Reports above it are dropped; an address that keeps refusing connections is reported again.
 const READS_MAX: usize = 100;

@@ -19,17 +19,17 @@ pub(super) struct Reconciler {
     pub(super) cursor: Option<(Key, Revision)>,
     pub(super) suspects: Vec<Suspect>,
     /// End of the time that the watch gets to resolve the suspects.
-    pub(super) settled: Option<Instant>,
+    pub(super) settle_at: Option<Instant>,
     /// Keys to read, with the earliest time of each read.
     pub(super) reads: BTreeSet<(Instant, Key)>,
     /// Earliest time of the next read of any key.
     next_read: Option<Instant>,
     /// Time of the last accepted report about each key, from [`ResolverFeedback`](crate::resolver::ResolverFeedback).
-    pub(super) doubted: HashMap<Key, Instant>,
+    pub(super) reported: HashMap<Key, Instant>,
     /// Suspects that are being read. If the read of a suspect differs from the known state, the watch has lost an event.
     pub(super) confirming: BTreeSet<Key>,
     /// Whether the watch has lost an event.
-    pub(super) lossy: bool,
+    pub(super) has_lost_event: bool,
 }
 
 /// A key whose listed version differs from the known version.
@@ -49,12 +49,12 @@ impl Reconciler {
             next_list: None,
             cursor: None,
             suspects: Vec::new(),
-            settled: None,
+            settle_at: None,
             reads: BTreeSet::new(),
             next_read: None,
-            doubted: HashMap::new(),
+            reported: HashMap::new(),
             confirming: BTreeSet::new(),
-            lossy: false,
+            has_lost_event: false,
         }
     }
 
@@ -62,15 +62,15 @@ impl Reconciler {
     /// postponed.
     pub(super) fn on_watch_opened(&mut self, now: Instant, rng: &mut fastrand::Rng) {
         self.cursor = None;
-        // The watch may have to catch up first.
-        self.settled = self.settled.map(|_| now + SETTLE);
+        // The watch gets the time again, because it may have to catch up first.
+        self.settle_at = self.settle_at.map(|_| now + SETTLE);
         let Some(interval) = self.interval else {
             return;
         };
         match self.next_list {
             None => self.next_list = Some(now + jittered(interval, rng)),
-            // After an outage longer than the interval, the lists of all clients are overdue at once. They are spread over one interval, as
-            // they were before it.
+            // After an outage longer than the interval, the lists of all clients are overdue at the same time, so they are spread over one
+            // interval again.
             Some(at) if at <= now => {
                 let wait = interval.mul_f64(rng.f64());
                 self.next_list = Some(now + wait.max(SETTLE.min(interval)));
@@ -83,10 +83,10 @@ impl Reconciler {
     pub(super) fn on_listed(&mut self) {
         self.cursor = None;
         self.suspects.clear();
-        self.settled = None;
+        self.settle_at = None;
         self.reads.clear();
         self.confirming.clear();
-        self.lossy = false;
+        self.has_lost_event = false;
     }
 
     pub(super) fn due(&self) -> Option<Instant> {
@@ -94,7 +94,7 @@ impl Reconciler {
         let read = read.map(|at| self.next_read.map_or(at, |next| at.max(next)));
         // No new list starts while the last one still has suspects.
         let list = self.next_list.filter(|_| self.suspects.is_empty());
-        [read, self.settled, list].into_iter().flatten().min()
+        [read, self.settle_at, list].into_iter().flatten().min()
     }
 
     pub(super) fn take_read(&mut self, now: Instant) -> Option<Key> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::machine::{Command, Machine};
-use super::state::{Fruitless, Listing, State};
+use super::state::{FruitlessWatches, Listing, State};
 use crate::backoff::jittered;
 use crate::error::{EtcdError, EtcdErrorKind};
 
@@ -33,30 +33,31 @@ impl Machine {
             }
             EtcdErrorKind::ResponseTooLarge => {
                 let listing = Listing {
-                    skipping: true,
+                    skips_oversized_event: true,
                     ..Listing::default()
                 };
                 self.state = State::Listing(listing);
             }
-            _ if fruitless && self.fruitless.is_too_much(silent) => {
+            _ if fruitless && self.fruitless.must_list(silent) => {
                 self.state = State::Listing(Listing::default());
             }
-            // The watch is reopened within a second: over a connection that is cut again and again, it still works through the backlog, at
-            // a rate that does not burden the server.
-            _ if progressed => self.backoff.cap_next(PROGRESS),
+            // The watch is reopened within a second. So the backlog is delivered even over a connection that is lost repeatedly, at a rate
+            // that does not burden the server.
+            _ if progressed => self.backoff.cap_next(MAX_WAIT_AFTER_PROGRESS),
             _ => {}
         }
         if healthy {
             self.backoff.reset();
         }
         if healthy || progressed {
-            self.fruitless = Fruitless::default();
+            self.fruitless = FruitlessWatches::default();
         }
-        // Unary calls renew a rejected token by themselves. A watch is rejected in a message, and older servers report an invalid token as
-        // a missing permission. The first rejection therefore renews the token; the second in a row is treated as a real rejection.
+        // For unary calls, the client renews a rejected token. A watch is rejected in a message, and older servers report an invalid token
+        // as a missing permission. So after the first rejection, the token is renewed. A second consecutive rejection is treated as a
+        // missing permission.
         if error.kind().is_refusal() {
-            self.refused = !self.refused;
-            if self.refused {
+            self.token_renewed = !self.token_renewed;
+            if self.token_renewed {
                 self.report.trouble = Some(error);
                 return Command::RenewToken(self.backoff.next(&mut self.rng));
             }
@@ -67,7 +68,7 @@ impl Machine {
     /// Handles the result of [`Command::RenewToken`].
     pub(in crate::resolver) fn on_token(&mut self, outcome: Result<(), EtcdError>) -> Command {
         // The last rejection counts only if the next attempt uses a fresh token.
-        self.refused = outcome.is_ok();
+        self.token_renewed = outcome.is_ok();
         match outcome {
             // Retried slowly, because each attempt costs etcd a password hash.
             Err(error) if error.kind().needs_operator() => self.wait(error),
@@ -75,9 +76,9 @@ impl Machine {
         }
     }
 
-    pub(super) fn relist(&mut self, distrusted: bool) -> Command {
+    pub(super) fn relist(&mut self, after_failed_check: bool) -> Command {
         self.state = State::Listing(Listing {
-            distrusted,
+            after_failed_check,
             ..Listing::default()
         });
         self.on_wake()
@@ -95,7 +96,7 @@ impl Machine {
 }
 
 /// Longest wait after a watch that delivered events.
-const PROGRESS: Duration = Duration::from_secs(1);
+const MAX_WAIT_AFTER_PROGRESS: Duration = Duration::from_secs(1);
 /// A watch that lasted this long was healthy, and its end is the first failure of a new series.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 /// Wait between attempts if only an operator can help, as with rejected credentials or permissions.

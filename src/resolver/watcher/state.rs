@@ -1,4 +1,4 @@
-//! What the machine knows: the version of each key, and the state of the list or of the watch.
+//! The state of the machine: the version of each key, and the state of the list or of the watch.
 
 use tokio::time::Instant;
 
@@ -21,20 +21,20 @@ pub(super) struct Listing {
     /// First key of the next page; `None` for the start of the range.
     pub(super) next: Option<Key>,
     /// Number of times that compaction has interrupted the list. From the third time on, the pages are not pinned to one revision. The
-    /// result is exact all the same, because the watch starts at the revision of the first page.
+    /// result is still exact, because the watch starts at the revision of the first page and delivers all later changes.
     pub(super) compacted: u32,
     /// Whether the next request reads only the name of a key that is too large to receive.
-    pub(super) naming: bool,
+    pub(super) reads_name_only: bool,
     /// Key of the first page that was written last.
     pub(super) check: Option<Key>,
     /// Keys whose value is too large to receive.
     pub(super) oversized: Vec<KeyVersion>,
-    /// Whether an event was too large to receive. The watch then begins after the revision of the list; otherwise that event would be
+    /// Whether an event was too large to receive. If so, the watch begins after the revision of the list, so that the event is not
     /// delivered again.
-    pub(super) skipping: bool,
-    /// Whether a failed check caused this list. This list is then not checked again: where keys change constantly, a check would find
-    /// changes after every list.
-    pub(super) distrusted: bool,
+    pub(super) skips_oversized_event: bool,
+    /// Whether a failed check caused this list. If so, the watch after this list is not checked: if keys change constantly, every check
+    /// would fail.
+    pub(super) after_failed_check: bool,
 }
 
 /// An open watch, or the watch to open next.
@@ -51,31 +51,31 @@ pub(super) struct Watching {
     /// Key to check: its read shows whether the store is still the one that the set was listed from. `None` after the check was requested.
     pub(super) check: Option<Key>,
     /// Whether a suspicious header (below R, or of another cluster) has already been checked on this stream.
-    pub(super) suspected: bool,
+    pub(super) suspicion_checked: bool,
 }
 
 /// Counts consecutive watches that delivered nothing although the store was ahead of R. Their backlog may be larger than a server or a link
 /// can deliver in time, and a further watch would fail in the same way. A list is better in that case: it is split into pages, which shrink
 /// on a slow link.
 #[derive(Debug)]
-pub(super) struct Fruitless {
+pub(super) struct FruitlessWatches {
     watches: u32,
-    /// Number of watches that causes a list. Doubled each time it is reached, up to [`FRUITLESS_MAX`].
+    /// The number of watches after which the prefix is listed. It doubles each time that it is reached, up to [`FRUITLESS_MAX`].
     limit: u32,
 }
 
-impl Default for Fruitless {
+impl Default for FruitlessWatches {
     fn default() -> Self {
         Self {
             watches: 0,
-            limit: FRUITLESS,
+            limit: FRUITLESS_FIRST,
         }
     }
 }
 
-impl Fruitless {
+impl FruitlessWatches {
     /// Counts one more watch; a `silent` watch counts twice. Returns whether to list the prefix instead.
-    pub(super) fn is_too_much(&mut self, silent: bool) -> bool {
+    pub(super) fn must_list(&mut self, silent: bool) -> bool {
         self.watches += if silent { 2 } else { 1 };
         let too_much = self.watches >= self.limit;
         if too_much {
@@ -125,7 +125,7 @@ impl KeyState {
 }
 
 /// Number of consecutive watches that may end before they deliver any of the backlog. A watch that ends by timeout counts twice.
-const FRUITLESS: u32 = 3;
-/// Upper limit of that number. Other keys may be written all the time, and a watch that delivers nothing does not show whether the backlog
-/// concerns this prefix.
+const FRUITLESS_FIRST: u32 = 3;
+/// Upper limit of that number. The limit grows because a fruitless watch may have no backlog: other keys may be written all the time, and a
+/// watch that delivers nothing does not show whether they belong to this prefix.
 const FRUITLESS_MAX: u32 = 48;

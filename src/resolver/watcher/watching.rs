@@ -17,7 +17,7 @@ impl Machine {
             opened: None,
             pending: Vec::new(),
             check,
-            suspected: false,
+            suspicion_checked: false,
         });
         Command::Watch(revision)
     }
@@ -43,13 +43,14 @@ impl Machine {
         };
         // The member is alive and serves this prefix, so the earlier failure is over.
         self.report.trouble = None;
-        self.refused = false;
+        self.token_renewed = false;
         watching.behind |= message.header.revision > watching.revision;
         let lags = message.header.revision != Revision::ZERO
             && message.header.revision < watching.revision;
-        let foreign =
-            message.header.cluster_id != 0 && message.header.cluster_id != self.seen.cluster_id;
-        let suspicious = (lags || foreign) && !std::mem::replace(&mut watching.suspected, true);
+        let foreign = message.header.cluster_id != 0
+            && message.header.cluster_id != self.last_header.cluster_id;
+        let suspicious =
+            (lags || foreign) && !std::mem::replace(&mut watching.suspicion_checked, true);
 
         // Events below R are history that a lagging member replays.
         let floor = watching.revision;
@@ -75,14 +76,16 @@ impl Machine {
         let passed = ready.last().map_or(watching.revision, Event::mod_revision);
         watching.revision = passed;
         self.report.revision = passed;
-        // An event proves that the store has reached its revision. A store restored from an earlier backup must not pass as the same store.
+        // An event shows that the store has reached the event's revision. `last_header` follows, so that a store that is restored from an
+        // earlier backup is detected.
         if !foreign {
-            self.seen.revision = self.seen.revision.max(passed);
+            self.last_header.revision = self.last_header.revision.max(passed);
         }
         for event in ready {
             self.apply(event);
         }
-        // Only after the loop: one message may contain an event that a tombstone must suppress, and later events past the tombstone.
+        // Tombstones are removed only after the loop: one message may contain an event that a tombstone must suppress, followed by events
+        // after the tombstone's revision.
         self.tombstones.retain(|_, gone| *gone > passed);
         if !suspicious {
             return Command::Receive;
@@ -140,7 +143,7 @@ impl Machine {
         let floor = watching.revision;
         let same = found.is_some_and(|found| {
             self.keys.get(&found.key).is_some_and(|known| {
-                // If the owner has written the key again under the same lease, the store is the same: the watch delivers that write.
+                // If the owner has written the key again under the same lease, the store is the same, and the watch delivers that write.
                 let later = found.mod_revision > floor && known.lease != LeaseId::NONE;
                 known.lease == found.lease && (later || known.is_same(&KeyState::of(&found)))
             })
@@ -148,7 +151,7 @@ impl Machine {
         if self.is_other_store(header) || !same {
             return self.relist(true);
         }
-        self.seen = header;
+        self.last_header = header;
         Command::Receive
     }
 }

@@ -12,7 +12,7 @@ use super::super::instances::Instances;
 use super::listing::PAGE_CAP_MIN;
 use super::machine::BACKOFF_FIRST;
 use super::resume_or_relist::OPERATOR_WAIT;
-use super::state::{Fruitless, State};
+use super::state::{FruitlessWatches, State};
 use super::*;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::format::Decoder;
@@ -36,7 +36,7 @@ struct Store {
     compacted: i64,
     term: u64,
     /// Whether its watches lose events.
-    lossy: bool,
+    has_lost_event: bool,
     /// Whether every list succeeds with full pages.
     steady: bool,
 }
@@ -49,7 +49,7 @@ impl Store {
             revision: 1,
             compacted: 0,
             term: 2,
-            lossy: false,
+            has_lost_event: false,
             steady: false,
         }
     }
@@ -186,7 +186,7 @@ impl Store {
             .filter(|event| event.mod_revision().get() >= from)
             .cloned()
             .collect();
-        if self.lossy {
+        if self.has_lost_event {
             events.retain(|_| self.rng.u8(..) > 25);
         }
         let mut events = &events[..];
@@ -256,7 +256,8 @@ impl Player {
         self.now += Duration::from_millis(self.store.rng.u64(..2_000));
         if faults && self.store.rng.u8(..) < 10 {
             let key = format!("{PREFIX}{:02}", self.store.rng.u8(..60));
-            self.machine.on_doubt(&Key::from(key.as_str()), self.now);
+            self.machine
+                .on_refused_connection(&Key::from(key.as_str()), self.now);
         }
         let machine = &mut self.machine;
         self.command = match &self.command {
@@ -520,7 +521,7 @@ fn a_store_with_a_lower_revision_or_missing_keys_is_listed_again() {
 #[test]
 fn a_store_restored_to_before_an_event_is_listed_again() {
     let mut player = populated(2);
-    let seen = player.machine.seen.revision.get();
+    let seen = player.machine.last_header.revision.get();
     let brought = put("later", seen + 50);
     player
         .machine
@@ -625,11 +626,11 @@ fn a_watch_without_progress_on_a_backlog_is_replaced_by_a_list() {
 /// The backlog may consist of writes to other keys, in a store whose watches are cut all the time.
 #[test]
 fn lists_in_place_of_watches_become_less_frequent() {
-    let mut fruitless = Fruitless::default();
+    let mut fruitless = FruitlessWatches::default();
     let mut lists = Vec::new();
     for _ in 0..6 {
         let mut watches = 1;
-        while !fruitless.is_too_much(false) {
+        while !fruitless.must_list(false) {
             watches += 1;
         }
         lists.push(watches);
@@ -888,7 +889,7 @@ fn a_page_that_is_too_large_is_halved_until_one_key_is_skipped() {
     let mut machine = Machine::new(Range::prefix(PREFIX), None, fastrand::Rng::with_seed(9));
     let mut command = machine.on_wake();
     let mut limits = Vec::new();
-    let naming = loop {
+    let reads_name_only = loop {
         let Command::List(request) = command else {
             panic!("{command:?}")
         };
@@ -899,7 +900,7 @@ fn a_page_that_is_too_large_is_halved_until_one_key_is_skipped() {
         command = machine.on_page(Err(error(EtcdErrorKind::ResponseTooLarge)));
     };
     assert_eq!(limits, [500, 250, 125, 62, 31, 15, 7, 3, 1]);
-    assert_eq!(naming.limit, 1);
+    assert_eq!(reads_name_only.limit, 1);
     let Event::Put(kv) = put("huge", 1) else {
         panic!("a put")
     };

@@ -59,7 +59,7 @@ proptest! {
     #[test]
     fn events_missing_from_a_watch_are_found(seed in any::<u64>()) {
         let mut player = Player::new(seed);
-        player.store.lossy = true;
+        player.store.has_lost_event = true;
         for _ in 0..100 {
             match player.store.rng.u8(..) {
                 0..90 => player.store.change(),
@@ -76,7 +76,7 @@ proptest! {
     #[test]
     fn no_key_reverts_to_an_older_revision(seed in any::<u64>()) {
         let mut player = Player::new(seed);
-        player.store.lossy = seed % 2 == 0;
+        player.store.has_lost_event = seed % 2 == 0;
         player.facts = Some(BTreeMap::new());
         for _ in 0..400 {
             match player.store.rng.u8(..) {
@@ -138,14 +138,14 @@ fn a_list_is_compared_by_revision_and_by_lease() {
             "mod revision" => kv.mod_revision = Revision::new(kv.mod_revision.get() + 1),
             _ => kv.create_revision = Revision::new(kv.create_revision.get() + 1),
         }
-        let doubted = kv.key.clone();
+        let reported = kv.key.clone();
         assert_eq!(player.machine.on_names(Ok(page), due), Command::Receive);
-        let settled = player.machine.due().expect("a suspect key");
-        let mut next = player.machine.on_time(settled);
+        let settle_at = player.machine.due().expect("a suspect key");
+        let mut next = player.machine.on_time(settle_at);
         if next == Command::Receive {
-            next = player.machine.on_time(settled);
+            next = player.machine.on_time(settle_at);
         }
-        assert_eq!(next, Command::Read(doubted), "{difference}");
+        assert_eq!(next, Command::Read(reported), "{difference}");
     }
 }
 
@@ -182,14 +182,14 @@ fn a_change_in_flight_is_awaited() {
     assert!(request.keys_only);
     let page = whole(&player.store);
     assert_eq!(player.machine.on_names(Ok(page), due), Command::Receive);
-    let settled = player.machine.due().expect("a suspect key");
-    assert_eq!(settled, due + Duration::from_secs(5));
+    let settle_at = player.machine.due().expect("a suspect key");
+    assert_eq!(settle_at, due + Duration::from_secs(5));
     player.machine.on_message(message(
         player.store.revision,
         vec![player.store.history.last().expect("a delete").clone()],
         false,
     ));
-    assert_eq!(player.machine.on_time(settled), Command::Receive);
+    assert_eq!(player.machine.on_time(settle_at), Command::Receive);
     assert_eq!(player.machine.report.reads, 0);
 }
 
@@ -205,7 +205,7 @@ fn whole(store: &Store) -> Page {
 fn a_put_older_than_a_read_does_not_restore_the_key() {
     let mut player = populated(25);
     let gone = some_key(&player);
-    player.machine.on_doubt(&gone, player.now);
+    player.machine.on_refused_connection(&gone, player.now);
     let before = player.store.revision;
     // The key is written once more and deleted. A read returns the outcome before the watch delivers either event.
     player.store.put(&gone, "10.9.9.9:3");
@@ -250,7 +250,7 @@ fn a_thousand_suspect_keys_are_read_at_a_limited_rate() {
     let mut read = BTreeMap::new();
     while now < start + Duration::from_secs(30) {
         for key in &keys {
-            machine.on_doubt(key, now);
+            machine.on_refused_connection(key, now);
         }
         if machine.due().is_some_and(|due| due <= now)
             && let Command::Read(key) = machine.on_time(now)
@@ -273,9 +273,9 @@ fn reads_of_many_clients_are_spread_over_two_seconds() {
     let waits: Vec<_> = (0..100)
         .map(|seed| {
             let mut player = populated(seed);
-            let doubted = some_key(&player);
+            let reported = some_key(&player);
             let now = player.now;
-            player.machine.on_doubt(&doubted, now);
+            player.machine.on_refused_connection(&reported, now);
             let due = player.machine.due().expect("a read is due");
             due.saturating_duration_since(now)
         })
@@ -298,7 +298,7 @@ fn the_watch_is_polled_between_two_slow_reads() {
     let mut player = populated(26);
     let keys: Vec<_> = player.machine.keys.keys().cloned().collect();
     for key in &keys {
-        player.machine.on_doubt(key, player.now);
+        player.machine.on_refused_connection(key, player.now);
     }
     let mut now = player.now + Duration::from_secs(3);
     for failed in [false, true] {
@@ -356,8 +356,8 @@ fn lists_that_were_due_during_an_outage_are_spread_over_an_interval() {
 fn a_read_from_another_store_causes_a_list() {
     for damage in ["revision", "cluster", "mod revision"] {
         let mut player = populated(27);
-        let doubted = player.machine.newest().expect("a key");
-        let (mut header, found) = player.store.value(&doubted);
+        let reported = player.machine.newest().expect("a key");
+        let (mut header, found) = player.store.value(&reported);
         let mut found = found.expect("the key exists");
         match damage {
             "revision" => header.revision = Revision::new(header.revision.get() - 1),
@@ -366,7 +366,7 @@ fn a_read_from_another_store_causes_a_list() {
         }
         let next = player
             .machine
-            .on_read(doubted, Ok((header, Some(found))), player.now);
+            .on_read(reported, Ok((header, Some(found))), player.now);
         assert!(matches!(next, Command::List(_)), "{damage}: {next:?}");
     }
 }

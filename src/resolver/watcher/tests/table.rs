@@ -45,7 +45,7 @@ fn fresh() -> Machine {
     machine
 }
 
-fn naming() -> Machine {
+fn reads_name_only() -> Machine {
     let mut machine = fresh();
     while !matches!(
         machine.on_page(Err(error(EtcdErrorKind::ResponseTooLarge))),
@@ -76,7 +76,7 @@ type Start = (&'static str, fn() -> Machine);
 
 const STATES: [Start; 7] = [
     ("Listing", fresh),
-    ("Listing a name", naming),
+    ("Listing a name", reads_name_only),
     ("Opening", || opening(vec![known()])),
     ("Watching", || watching(vec![known()])),
     ("Watching, empty", || watching(Vec::new())),
@@ -151,7 +151,7 @@ const INPUTS: [Input; 30] = [
         machine.on_token(Err(error(EtcdErrorKind::BadCredentials)))
     }),
     ("doubt, and its time", |machine, now| {
-        machine.on_doubt(&known().key, now);
+        machine.on_refused_connection(&known().key, now);
         machine.on_time(now + Duration::from_secs(2))
     }),
     ("time to compare", |machine, now| {
