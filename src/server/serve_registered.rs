@@ -65,7 +65,7 @@ use crate::registration::RegistrationBuilder;
 ///
 /// A server that must start while etcd is down needs a registry that does not connect at once, from
 /// [`RegistryBuilder::connect_lazy`](crate::registry::RegistryBuilder::connect_lazy), and a
-/// [`startup_timeout`](RegistrationBuilder::startup_timeout) as long as the outage may be. It serves meanwhile.
+/// [`startup_timeout`](RegistrationBuilder::startup_timeout) as long as the outage may be. During the outage, it serves calls.
 ///
 /// `TCP_NODELAY` and TCP keep-alive are enabled on accepted sockets. The TCP settings of the router do not apply, as with
 /// `serve_with_incoming` of tonic.

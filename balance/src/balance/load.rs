@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The load of one connection. It holds all data that a pick reads about the connection, in a cache line of its own.
+/// The load of one connection. It contains all data that a pick reads about the connection, in a separate cache line.
 #[derive(Debug, Default)]
 #[repr(align(64))]
 pub(crate) struct Load {
@@ -64,8 +64,8 @@ impl Load {
         // SeqCst here and in `release`. A waiter registers itself and then looks for a free stream; a finished call releases its stream and
         // then looks for waiters. One of the two must see the other, which weaker orderings do not guarantee.
         //
-        // One conditional update. If the count were raised and then lowered again, a call that was woken for a free stream could find it
-        // occupied meanwhile.
+        // One conditional update. If the count were raised and then lowered again, a call that was woken for a free stream could find the
+        // stream occupied in between.
         let limit = self.limit.load(Ordering::Relaxed);
         let one_more = |before| (before < limit).then_some(before + 1);
         let taken = self

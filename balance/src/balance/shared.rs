@@ -236,7 +236,7 @@ impl Shared {
     /// Removes an endpoint from the reported endpoints.
     pub(super) fn forget(&self, endpoint: &Arc<Endpoint>) {
         let mut directory = self.directory();
-        // The address may have been registered again, with an endpoint of its own.
+        // If the address was registered again, the directory contains another endpoint.
         if directory
             .get(endpoint.address())
             .is_some_and(|known| Arc::ptr_eq(known, endpoint))

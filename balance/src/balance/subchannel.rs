@@ -452,7 +452,7 @@ mod tests {
         Ending { graceful, used }
     }
 
-    /// Returns a subchannel with a long backoff, caused by an outage. The backoff must not affect connections that later end in order.
+    /// Returns a subchannel with a long backoff, caused by an outage. The backoff must not affect connections that later end gracefully.
     fn after_an_outage(now: Instant, rng: &mut fastrand::Rng) -> Subchannel<Idle> {
         let mut subchannel = idle();
         for _ in 0..10 {
@@ -550,7 +550,7 @@ mod tests {
         let mut subchannel = resting.wake(true);
         let mut waits = Vec::new();
         for _ in 0..8 {
-            // The peer closes the connection in order after five seconds without a call.
+            // The peer closes the connection gracefully after five seconds without a call.
             let connected = connecting(subchannel, now);
             let later = now + Duration::from_secs(5);
             let lost = connected.ended(now, ending(true, false, false), &mut rng, later);

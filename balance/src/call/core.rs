@@ -24,7 +24,7 @@ pub(crate) struct Core {
     pub(crate) scheme: Scheme,
     /// Replaces the authority of endpoints.
     pub(crate) authority: Option<Authority>,
-    /// The timeout of calls without a timeout of their own, and its value for the `grpc-timeout` header.
+    /// The default timeout of calls, and its value for the `grpc-timeout` header.
     pub(crate) timeout: Option<(Duration, HeaderValue)>,
     pub(crate) wait_for_ready: bool,
     pub(crate) startup_timeout: Duration,

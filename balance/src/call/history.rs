@@ -17,7 +17,7 @@ pub(super) struct History {
     endpoints: Vec<Arc<Endpoint>>,
     connections: Vec<Arc<ReadyConnection>>,
     /// Connections that did not answer a check, with the number of bytes that were read from the peer before the check. The call may use
-    /// the connection again as soon as further bytes were read from it.
+    /// such a connection again as soon as further bytes were read from it.
     silent: Vec<(Arc<ReadyConnection>, u64)>,
     /// Silent connections that the call may use without another check, because no other connection was dialled in time.
     trusted: Vec<Arc<ReadyConnection>>,

@@ -17,7 +17,7 @@ pub(super) fn needs_no_check(core: &Core, call: &Call, permit: &Permit, now: Ins
     has_small_metadata(call, permit) && !permit.is_doubtful(now, core.is_single_threaded)
 }
 
-/// Returns whether the metadata is so small that no peer ends the connection because of its size.
+/// Returns whether the metadata is so small that the peer does not end the connection because of its size.
 pub(super) fn has_small_metadata(call: &Call, permit: &Permit) -> bool {
     let metadata = call.metadata_size();
     metadata == 0
@@ -88,7 +88,7 @@ async fn dial_private(
     drop(permit);
     let dial_permit = endpoint.dial_permit().await;
     if !history.is_suspect() && metadata <= endpoint.largest_metadata() {
-        // Another call has meanwhile shown that the endpoint accepts this size.
+        // In the meantime, another call has shown that the endpoint accepts this size.
         return Prepared::Unfit;
     }
     // Boxed, because the future of a handshake is large and would enlarge the future of every queued call.

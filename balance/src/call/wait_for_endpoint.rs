@@ -31,8 +31,8 @@ pub(super) async fn wait_for_endpoint(
         .avoids()
         .then(|| Instant::now() + UNUSED_ENDPOINT_WAIT);
     let now = Instant::now();
-    // Until this time, the call waits for the second connection that the driver dials beside a silent one. After it, the call also uses the
-    // silent connection, which is better than none.
+    // Until this time, the call waits for the second connection that the driver dials beside a silent one. After this time, the call also
+    // accepts the silent connection, which is better than none.
     let mut silent_until = history.has_silent().then(|| now + SILENT_CONNECTION_WAIT);
     loop {
         // Registers before it loads the snapshot, so that no later change is missed.

@@ -256,8 +256,8 @@ fn alternating(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     mixed
 }
 
-/// Dials the addresses one after the other, with [`CONNECTION_ATTEMPT_DELAY`] between two dials, and returns the first connection that is
-/// ready (RFC 8305).
+/// Dials the addresses one after the other, and returns the first connection that is ready (RFC 8305). The next dial starts when the
+/// previous one fails, at the latest after [`CONNECTION_ATTEMPT_DELAY`].
 ///
 /// A connection is ready when its peer has answered a PING. A completed TCP connect does not count, because a stuck server still accepts
 /// connections.

@@ -3,8 +3,8 @@
 //! All PINGs of a connection share one budget, because servers count them together. gRFC A8 lets a server close a connection that pings
 //! more often than the server allows. grpc-go and grpc-java allow two PINGs between two HEADERS or DATA frames that they send, including
 //! the ready check at the connection's start, and one PING per five minutes beyond that. If the budget is spent, the keep-alive waits, and
-//! the other two sources only wait for the next read: if nothing is read in time, the balancer dials a second connection beside the first.
-//! The first connection stays in use until the second is ready.
+//! the other two causes send no PING but wait for the next read: if nothing is read in time, the balancer dials a second connection beside
+//! the first. The first connection stays in use until the second is ready.
 //!
 //! There are three causes of PINGs:
 //!

@@ -59,7 +59,7 @@ impl RegistrationBuilder {
     /// let mut states = registration.watch_server_state();
     /// tokio::spawn(async move {
     ///     if states.wait_for(|state| state.is_draining()).await.is_ok() {
-    ///         // End what would go on for ever.
+    ///         // End the endless streams.
     ///     }
     /// });
     /// # }

@@ -4,7 +4,7 @@
 use tokio::time::Instant;
 
 use super::driver::Driver;
-use super::subchannels::{State, SubchannelId};
+use super::subchannel_table::{State, SubchannelId};
 use crate::address::Address;
 use crate::balance::connect_backoff::ConnectBackoff;
 use crate::balance::subchannel::{Idle, Ready, Subchannel};

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::dials::Ended;
 use super::driver::Driver;
 use super::event_queue::SubchannelEvent;
-use super::subchannels::{DialId, State, SubchannelId};
+use super::subchannel_table::{DialId, State, SubchannelId};
 use crate::address::Address;
 use crate::balance::options::OnRefused;
 use crate::balance::ready_connection::ReadyConnection;

@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::driver::Driver;
 use super::event_queue::SubchannelEvent;
-use super::subchannels::{DialId, State};
+use super::subchannel_table::{DialId, State};
 use crate::balance::subchannel::{Ending, Lost, Silence};
 use crate::transport::connection_task::{CloseReason, ConnectionEvent};
 

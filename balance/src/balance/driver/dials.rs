@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 
 use tokio::task::{AbortHandle, Id, JoinError, JoinSet};
 
-use super::subchannels::{DialId, SubchannelId};
+use super::subchannel_table::{DialId, SubchannelId};
 use crate::transport::connect::DialError;
 use crate::transport::connection_task::CloseReason;
 use crate::transport::http2::Connection;

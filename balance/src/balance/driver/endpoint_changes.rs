@@ -6,7 +6,7 @@ use tower::discover::Change;
 
 use super::driver::Driver;
 use super::endpoint_entry::EndpointEntry;
-use super::subchannels::{State, SubchannelId};
+use super::subchannel_table::{State, SubchannelId};
 use crate::address::Address;
 use crate::attributes::Attributes;
 use crate::balance::connect_backoff::ConnectBackoff;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::second_connection::SecondConnection;
-use super::subchannels::{Class, SubchannelId};
+use super::subchannel_table::{Class, SubchannelId};
 use crate::attributes::Attributes;
 use crate::balance::endpoint::{Endpoint, Tally};
 use crate::balance::outlier::{Counts, Ejection};

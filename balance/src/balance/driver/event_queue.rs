@@ -2,7 +2,7 @@
 
 use tokio::sync::mpsc;
 
-use super::subchannels::DialId;
+use super::subchannel_table::DialId;
 use crate::balance::health_status::Health;
 use crate::transport::connection_task::ConnectionEvent;
 

@@ -8,7 +8,7 @@ use tonic::Status;
 
 use super::driver::Driver;
 use super::event_queue::SubchannelEvent;
-use super::subchannels::DialId;
+use super::subchannel_table::DialId;
 use crate::balance::health_status::{Health, HealthWatch, Restart};
 use crate::balance::ready_connection::ReadyConnection;
 use crate::balance::subchannel::StopOnDrop;

@@ -1,6 +1,6 @@
 //! The latency estimates of all connections, and their median.
 
-use super::ready_sets::ReadySets;
+use super::ready_set_pair::ReadySets;
 use crate::balance::load::{Estimate, LoadHandle, Loads, Ticks, median};
 use crate::balance::ready_connection::ReadyEntry;
 

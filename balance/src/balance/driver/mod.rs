@@ -23,12 +23,12 @@ mod latencies;
 mod outlier_schedule;
 mod pending_publication;
 mod quarantine;
-mod ready_sets;
+mod ready_set_pair;
 mod resting;
 mod scaling;
 mod second_connection;
 mod slow_start;
-mod subchannels;
+mod subchannel_table;
 mod timers;
 mod zone_preference;
 

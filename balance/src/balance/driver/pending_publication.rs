@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::subchannels::Class;
+use super::subchannel_table::Class;
 use crate::address::Address;
 use crate::balance::endpoint::Endpoint;
 use crate::balance::summary::{EndpointError, Summary};

@@ -6,8 +6,8 @@ use tokio::time::Instant;
 
 use super::driver::Driver;
 use super::endpoint_entry::EndpointEntry;
-use super::ready_sets::Placed;
-use super::subchannels::{Class, SubchannelId};
+use super::ready_set_pair::Placed;
+use super::subchannel_table::{Class, SubchannelId};
 use crate::address::Address;
 use crate::balance::endpoint::EndpointState;
 use crate::balance::health_status::Health;

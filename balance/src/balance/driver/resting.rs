@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use super::subchannels::SubchannelId;
+use super::subchannel_table::SubchannelId;
 
 /// The set of resting subchannels.
 #[derive(Debug, Default)]

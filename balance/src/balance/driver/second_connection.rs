@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::subchannels::SubchannelId;
+use super::subchannel_table::SubchannelId;
 use crate::balance::connect_backoff::ConnectBackoff;
 
 /// The second connection of an endpoint, and the backoff between dials of second connections.

@@ -3,7 +3,7 @@
 use tokio::time::Instant;
 
 use super::driver::Driver;
-use super::subchannels::SubchannelId;
+use super::subchannel_table::SubchannelId;
 use crate::address::Address;
 use crate::balance::endpoint::UNCHECKED_SILENCE;
 

@@ -5,7 +5,7 @@ use std::collections::BinaryHeap;
 
 use tokio::time::Instant;
 
-use super::subchannels::SubchannelId;
+use super::subchannel_table::SubchannelId;
 
 /// Timers in the order of their times. A timer cannot be cancelled: when it expires, the driver checks the state of the subchannel.
 #[derive(Debug, Default)]

@@ -1,3 +1,3 @@
-//! Tests of the pick together with the load estimates and the wait queue.
+//! Tests of several files of this folder together.
 
 mod simulation;

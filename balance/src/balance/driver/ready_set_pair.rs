@@ -1,6 +1,6 @@
 //! The two sets of ready connections. Calls pick from the primary set, or from the last-resort set if the primary set is empty.
 
-use super::subchannels::SubchannelId;
+use super::subchannel_table::SubchannelId;
 use crate::balance::ready_connection::ReadyEntry;
 use crate::balance::ready_set::{ReadySet, ReadySetBuilder};
 
