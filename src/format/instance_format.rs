@@ -46,7 +46,7 @@ use crate::keyspace::DEFAULT_PREFIX;
 /// let value = format.encode(&key, &instance)?;
 /// assert_eq!(value, b"10.0.0.5:50051;eu-1a");
 /// assert_eq!(format.decode(&key, &value, &AddressPolicy::default())?, Some(instance.clone()));
-/// // What the format cannot hold is refused, not lost.
+/// // An attribute that the format cannot represent is rejected, not lost.
 /// assert!(format.encode(&key, &instance.with_weight(3)).is_err());
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```

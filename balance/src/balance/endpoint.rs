@@ -55,7 +55,7 @@ pub(super) struct ConnectionStats {
     pub(super) round_trip: Duration,
 }
 
-/// State that an ordinary call does not touch. It is behind a lock.
+/// The state behind a lock. An ordinary call does not access it.
 #[derive(Debug)]
 struct Details {
     state: EndpointState,

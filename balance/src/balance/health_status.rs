@@ -100,7 +100,7 @@ impl HealthWatch {
     }
 }
 
-/// A health watch that lived this long counts as successful, whichever side closed it.
+/// A health watch that lasted this long counts as successful, whichever side ended it.
 const MIN_LIFETIME: Duration = Duration::from_secs(1);
 /// Wait between watches that were answered and then ended early.
 const RESTART_INTERVAL: Duration = Duration::from_secs(1);

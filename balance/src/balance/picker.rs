@@ -20,7 +20,7 @@ pub enum LbPolicy {
     /// drawn is then used unless the second is better by far: four times as fast, or with less than half of the load.
     #[default]
     Latency,
-    /// Picks, of two endpoints that are drawn at random, the one with fewer calls in flight. Weights count as in [`LbPolicy::Latency`].
+    /// Draws two endpoints at random, and picks the endpoint with fewer calls in flight. Weights count as in [`LbPolicy::Latency`].
     LeastRequest,
     /// Picks each endpoint in turn, in proportion to its weight and evenly spaced. Latency and calls in flight are ignored.
     WeightedRoundRobin,

@@ -12,7 +12,8 @@ use super::load::{Load, LoadHandle, Ticks};
 use super::picker::Candidate;
 use crate::transport::http2::Connection;
 
-/// One connection to an endpoint. It is in the ready set, or was in it when a call picked it.
+/// One open connection to an endpoint: a connection of the ready set, a connection that was removed from the set while calls use it, or a
+/// private connection.
 #[derive(Debug)]
 pub(crate) struct ReadyConnection {
     load: LoadHandle,

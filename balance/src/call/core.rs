@@ -45,7 +45,8 @@ impl Core {
         self.balancer.shared()
     }
 
-    /// Returns the URI of a call to an endpoint. Its authority is that of the channel, else that of the request, else that of the endpoint.
+    /// Returns the URI of a call to an endpoint. The authority is taken from the channel, or else from the request, or else from the
+    /// endpoint.
     pub(crate) fn uri(&self, request: &Uri, endpoint: &Authority) -> Option<Uri> {
         let authority = self.authority.as_ref().or(request.authority());
         let mut parts = http::uri::Parts::default();

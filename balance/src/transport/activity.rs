@@ -228,7 +228,7 @@ impl fmt::Debug for Activity {
     }
 }
 
-/// What a connection had read at one point in time.
+/// The progress of a connection's reads at one time.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ReadProgress {
     pub(super) bytes: u64,

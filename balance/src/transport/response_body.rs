@@ -153,7 +153,7 @@ impl Incoming {
     }
 }
 
-/// What ended a response early.
+/// Why a response ended early.
 #[derive(Debug)]
 pub(crate) enum Broken {
     Stream(h2::Error),

@@ -291,7 +291,7 @@ impl Machine {
         lease.renew_at = now + wait;
     }
 
-    /// Handles the loss of the lease, and thereby of the keys: starts with a new grant.
+    /// Handles the loss of the lease, which also deletes the keys. Starts again with a grant.
     fn lease_lost(&mut self, error: EtcdError, now: Instant) {
         let confirmed = self.lease.is_some_and(|lease| lease.confirmed);
         self.lose_lease();

@@ -159,8 +159,8 @@ impl Machine {
         Command::Receive
     }
 
-    /// Handles a report that the server named by a key refuses connections. One read shows whether the key still exists; it is delayed and
-    /// rate-limited.
+    /// Handles a report that the server named by a key refuses connections. One read shows whether the key still exists. The read is
+    /// delayed and rate-limited.
     pub(in crate::resolver) fn on_refused_connection(&mut self, key: &Key, now: Instant) {
         let reconciler = &mut self.reconciler;
         let lately = |at: &Instant| now.saturating_duration_since(*at) < REPORT_INTERVAL;

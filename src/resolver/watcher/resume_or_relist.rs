@@ -1,5 +1,5 @@
-//! What follows the end of a watch: a new watch at the same revision, or a new list if the revision was compacted, if events are too large,
-//! or if the watches deliver nothing.
+//! Handles the end of a watch: opens a new watch at the same revision, or lists the prefix again if the revision was compacted, if an event
+//! is too large, or if the watches deliver nothing.
 
 use std::time::Duration;
 

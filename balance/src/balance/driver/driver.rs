@@ -179,7 +179,8 @@ impl Driver {
 }
 
 impl Drop for Driver {
-    /// Fails all calls with the reason: waiting calls would otherwise never end. This also covers a panic and the end of the runtime.
+    /// Fails all calls with the reason why the driver has ended. Otherwise waiting calls would never end. This also runs after a panic and
+    /// at the end of the runtime.
     fn drop(&mut self) {
         let ended = if std::thread::panicking() {
             "the channel's driver has panicked"

@@ -99,7 +99,7 @@ impl<E: Entry> ReadySets<E> {
 
     /// Returns the set that calls pick from: the primary set unless it is empty.
     pub(super) fn freeze(&mut self) -> ReadySet<E> {
-        // Both builders are frozen: each one keeps the connections of its last frozen set open.
+        // Both builders are frozen, because each builder keeps the connections of its last frozen set open.
         let (primary, last_resort) = (self.primary.freeze(), self.last_resort.freeze());
         let is_last_resort = primary.len() == 0;
         if std::mem::replace(&mut self.is_last_resort, is_last_resort) != is_last_resort {

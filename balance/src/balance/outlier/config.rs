@@ -74,8 +74,8 @@ impl OutlierDetection {
         self
     }
 
-    /// Sets the percentage of endpoints that may be ejected at once. One endpoint may be ejected in any case, and never all of them.
-    /// Default 10.
+    /// Sets the percentage of endpoints that may be ejected at once. Whatever the percentage is, one endpoint may be ejected, and at least
+    /// one endpoint is never ejected. Default 10.
     pub fn max_ejection_percent(mut self, percent: u32) -> Self {
         self.max_ejection_percent = percent.min(100);
         self
