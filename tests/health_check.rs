@@ -257,7 +257,7 @@ async fn without_a_serving_server_calls_fail_with_the_reason_or_wait_for_ready()
     let channel = over(checked(), &[&servers[0], &servers[1]]);
     let status = call(&channel).await.expect_err("no server serves");
     assert_eq!(status.code(), Code::Unavailable);
-    for part in ["0 of 2 endpoints ready", "its health check says"] {
+    for part in ["0 of 2 endpoints ready", "its health check reports"] {
         assert!(status.message().contains(part), "{status}");
     }
     let waiting = tokio::spawn({

@@ -451,9 +451,9 @@ async fn a_process_logs_each_phase_in_order_and_exits_successfully() {
     let _silent = TcpStream::connect(&address).await.unwrap();
     let mut chat = Chat::start(&mut connect(&address).await).await;
     signal(&server, Signal::SIGTERM);
-    line_with(&mut log, "told to stop").await;
+    line_with(&mut log, "shutdown started").await;
     line_with(&mut log, "deregistered").await;
-    line_with(&mut log, "accepting on").await;
+    line_with(&mut log, "grace period").await;
     assert_eq!(world.keys().await, 0);
     let line = line_with(&mut log, "closed the listener").await;
     assert!(line.contains("connections=2"), "{line}");
@@ -468,9 +468,9 @@ async fn signal_twice(world: &mut World, answers: bool) -> bool {
     let (mut server, mut log, _) = greeter_server(world).await;
     world.etcd.freeze(0).await.unwrap();
     signal(&server, Signal::SIGTERM);
-    line_with(&mut log, "told to stop").await;
+    line_with(&mut log, "shutdown started").await;
     signal(&server, Signal::SIGTERM);
-    line_with(&mut log, "told to stop once more").await;
+    line_with(&mut log, "second signal").await;
     let start = Instant::now();
     if answers {
         world.etcd.thaw(0).await.unwrap();
@@ -483,7 +483,7 @@ async fn signal_twice(world: &mut World, answers: bool) -> bool {
     if !answers {
         world.etcd.thaw(0).await.unwrap();
     }
-    let left = rest(&mut log).await.contains("goes with its lease");
+    let left = rest(&mut log).await.contains("when its lease expires");
     if answers {
         world.counts(0).await;
     }

@@ -176,7 +176,7 @@ fn parse_port(port: &str) -> Result<u16, &'static str> {
         return Err("has a port that is not a number");
     }
     match port.parse() {
-        Ok(0) => Err("has port 0, which nobody can dial"),
+        Ok(0) => Err("has port 0, which cannot be dialled"),
         Ok(port) => Ok(port),
         Err(_) => Err("has a port above 65535"),
     }

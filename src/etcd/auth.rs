@@ -24,9 +24,10 @@ pub(super) struct Auth(Arc<Inner>);
 struct Inner {
     credentials: Option<Credentials>,
     token: TokenCell,
-    /// Held while a token is fetched. etcd spends 50-130 ms of bcrypt on each exchange, so many tasks must share one exchange.
+    /// The state of the exchange. Callers that find an exchange running wait for it. etcd spends 50-130 ms of bcrypt on each exchange, so
+    /// many tasks must share one exchange.
     refreshing: Mutex<ExchangeState>,
-    /// The time at which an external client last fetched a token. Held during a renewal, so that concurrent callers cause one.
+    /// The time at which an external client last fetched a token. Held during a renewal, so that concurrent callers cause only one renewal.
     client_refreshed: tokio::sync::Mutex<Option<Instant>>,
     /// The time at which the token was fetched, and the member that issued it.
     issued: Mutex<Option<(Instant, Address)>>,
@@ -58,7 +59,7 @@ impl Auth {
             .map(|credentials| credentials.user.as_str())
     }
 
-    /// Returns the token in use. The caller passes it to [`Auth::refresh`] if etcd rejects it.
+    /// Returns the token in use. The caller passes it to [`Auth::replacement`] if etcd rejects it.
     pub(super) fn token(&self) -> Option<Token> {
         self.0.token.get()
     }
@@ -169,8 +170,8 @@ impl Auth {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes an external client (created by the user) exchange its credentials, if it has any, for a new token. The client renews an
-    /// expired token by itself, but not a token that became invalid after a change of the store's users.
+    /// Renews the token of an external client, which the user created. If the client has credentials, it exchanges them for a new token.
+    /// The client renews an expired token by itself, but not a token that became invalid after a change of the store's users.
     pub(super) async fn refresh_client(
         &self,
         client: &etcd_client::Client,
@@ -191,7 +192,8 @@ impl Auth {
 
 /// How a token is replaced.
 pub(super) enum Replacement {
-    /// No exchange is needed or allowed: contains whether the token has already changed, or the cached error of the last exchange.
+    /// No exchange starts. `Ok(true)`: the token has already changed. `Ok(false)`: there are no credentials. `Err`: the last exchange
+    /// failed, and its backoff has not ended.
     Done(Result<bool, EtcdError>),
     /// An exchange is running.
     Running(Running),
@@ -204,7 +206,7 @@ pub(super) enum Replacement {
     },
 }
 
-/// An exchange of the credentials that is running.
+/// A running exchange of the credentials for a token.
 #[derive(Clone)]
 pub(super) struct Running(watch::Receiver<Option<Result<bool, EtcdError>>>);
 
@@ -262,8 +264,8 @@ impl ExchangeState {
         last.map(|(_, error)| error.clone())
     }
 
-    /// Records the outcome of an exchange. The second and each further consecutive error that may have cost etcd a password hash starts a
-    /// backoff. The first does not, because it may affect a single member only.
+    /// Records the outcome of an exchange. An error counts if it may have cost etcd a password hash. From the second such error in a row
+    /// on, each one starts a backoff. The first does not, because it may affect a single member only.
     fn on_answer(&mut self, error: Option<&EtcdError>, now: Instant) {
         let is_costly = |error: &&EtcdError| {
             matches!(
@@ -290,7 +292,7 @@ const BACKOFF_MAX: Duration = Duration::from_secs(10);
 const NEW_TOKEN_TIME: Duration = Duration::from_secs(1);
 /// The default of etcd's `--auth-token-ttl`.
 const DEFAULT_TOKEN_TTL: Duration = Duration::from_secs(300);
-/// The interval over which renewals of rejected tokens are spread. It is part of the deadline of a call, which is 2 s.
+/// The interval over which renewals of rejected tokens are spread. This wait counts against a call's deadline of 2 s.
 const REFRESH_SPREAD: Duration = Duration::from_millis(200);
 
 impl std::fmt::Debug for Auth {

@@ -128,9 +128,9 @@ impl Serving {
         self.enter(ServerState::LameDuck);
         let mut left = registration.watch_state();
         let gracefully = async |server: &mut Self| {
-            tracing::info!("told to stop: not serving any more for health checks; deregistering");
+            tracing::info!("shutdown started: deregistering");
             deregister(registration).await;
-            tracing::info!(grace = ?server.grace, "accepting on while clients learn");
+            tracing::info!(grace = ?server.grace, "grace period: still accepting connections");
             tokio::select! {
                 () = sleep(server.grace) => {}
                 outcome = server.ended() => return outcome,
@@ -142,7 +142,7 @@ impl Serving {
             outcome = gracefully(self) => return outcome,
             () = now => {}
         }
-        tracing::warn!("told to stop once more: ending at once");
+        tracing::warn!("second signal: ending at once");
         // The task of the registration continues the deregistration although its result is no longer awaited.
         let left = async {
             let gone = |state: &RegistrationState| {
@@ -155,7 +155,9 @@ impl Serving {
         };
         let (outcome, left) = tokio::join!(self.cut(), timeout(FINAL_DEREGISTER_TIMEOUT, left));
         if left.is_err() {
-            tracing::warn!("could not deregister in time; the entry goes with its lease");
+            tracing::warn!(
+                "could not deregister in time; the entry is removed when its lease expires"
+            );
         }
         outcome
     }
@@ -202,7 +204,7 @@ async fn deregister(registration: Registration) {
     match registration.deregister().await {
         Ok(()) => tracing::info!(key, "deregistered"),
         Err(error) => {
-            tracing::warn!(key, %error, "could not deregister; the entry goes with its lease");
+            tracing::warn!(key, %error, "could not deregister; the entry is removed when its lease expires");
         }
     }
 }

@@ -28,7 +28,7 @@ pub(crate) struct Endpoint {
     inconclusive: AtomicU64,
     /// The longest silence after which a connection still answered, and the time of that check.
     survived_silence: Mutex<Option<(Duration, Instant)>>,
-    /// The largest metadata, in bytes, that the endpoint has accepted on a connection for a single call.
+    /// The size in bytes of the largest metadata that the endpoint has accepted on a private connection, which is dialled for one call.
     largest_metadata: AtomicUsize,
     /// Permits to dial a connection for a single call.
     dial_permits: Arc<Semaphore>,
@@ -169,7 +169,7 @@ impl Endpoint {
         }
     }
 
-    /// Returns the longest silence of a connection after which a call is sent on it without a check.
+    /// Returns how long a connection may be silent before a call must check it first.
     pub(super) fn trusted_silence(&self, now: Instant) -> Duration {
         let survived = *self.survived_silence();
         let recent = |(_, found): &(Duration, Instant)| {
@@ -195,8 +195,8 @@ impl Endpoint {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Discards the longest trusted silence after a connection was found dead: another connection may not survive the silence that earlier
-    /// ones survived.
+    /// Discards the longest trusted silence. Called after a connection was found dead: it is then possible that other connections do not
+    /// survive a silence that earlier ones survived.
     pub(super) fn forget_silence(&self) {
         *self.survived_silence() = None;
     }
@@ -358,9 +358,9 @@ pub struct EndpointStatus {
     /// Calls that failed because of the endpoint: a lost connection, a response that is not gRPC, or a status that indicates a fault of the
     /// server.
     pub failures: u64,
-    /// Whether the endpoint is excluded from ordinary picks. It gets no calls if its connection does not answer. It gets calls only while
-    /// no other endpoint is ready if it has failed too many calls ([`OutlierDetection`](crate::channel::OutlierDetection)) or does not answer with
-    /// gRPC.
+    /// Whether the endpoint is excluded from ordinary picks. It gets no calls if its connection does not answer. If it has failed too many
+    /// calls ([`OutlierDetection`](crate::channel::OutlierDetection)) or does not answer with gRPC, it gets calls only while no other
+    /// endpoint is ready.
     pub ejected: bool,
     /// Why the last attempt to connect failed, why the last connection was lost, or why the last response did not count as gRPC.
     pub last_error: Option<String>,
@@ -371,7 +371,7 @@ pub struct EndpointStatus {
 #[non_exhaustive]
 pub enum EndpointState {
     /// No connection exists and none is being dialled. The endpoint waits for its turn to be dialled, or it is a last resort, or its server
-    /// closed a connection that no call used. In the last case, it is dialled again when a call needs it.
+    /// closed a connection that no call used. An endpoint whose server closed an unused connection is dialled again when a call needs it.
     Idle,
     /// A connection is being dialled.
     Connecting,
@@ -388,6 +388,6 @@ pub enum EndpointState {
 pub(super) const UNCHECKED_SILENCE: Duration = Duration::from_secs(1);
 /// How long a survived silence remains trusted.
 const TRUST_DURATION: Duration = Duration::from_secs(600);
-/// Permits per endpoint for dialling a connection for a single call: enough for the few calls that may end their connection, and hardly any
-/// load on a server.
+/// Permits per endpoint to dial private connections, each for one call. The number suffices because few calls risk the end of their
+/// connection, and so few dials put hardly any load on a server.
 const DIAL_PERMITS: usize = 8;

@@ -108,7 +108,7 @@ const RESTART_INTERVAL: Duration = Duration::from_secs(1);
 const MIN_WAIT: Duration = Duration::from_millis(10);
 
 fn not_serving(status: &str) -> Health {
-    Health::NotServing(format!("its health check says {status}").into())
+    Health::NotServing(format!("its health check reports {status}").into())
 }
 
 #[cfg(test)]

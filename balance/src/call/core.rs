@@ -1,4 +1,4 @@
-//! The state that all clones of a channel and all its calls share.
+//! The options of a channel for its calls, and the choice of the policy for a call.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ pub(crate) struct Core {
     pub(crate) service: String,
     pub(crate) user_agent: HeaderValue,
     pub(crate) scheme: Scheme,
-    /// Replaces the authority of endpoints.
+    /// The authority of all calls, if set. It takes precedence over the authority of the request and of the endpoint.
     pub(crate) authority: Option<Authority>,
     /// The default timeout of calls, and its value for the `grpc-timeout` header.
     pub(crate) timeout: Option<(Duration, HeaderValue)>,
@@ -66,7 +66,8 @@ impl Core {
         self.method_config.as_ref()?.hedging(call.path())
     }
 
-    /// Returns whether the response can be handed to the caller now: it is neither retryable nor still being buffered.
+    /// Returns whether the response can be handed to the caller now. This is always so without a retry policy. With one, it is not so if
+    /// the head carries a failure, or while the response is being buffered.
     pub(super) fn is_final(
         &self,
         call: &Call,

@@ -277,7 +277,7 @@ impl RegistrationBuilder {
         if let Err(error) = registration.registered(startup_timeout).await {
             // Everything that may have reached etcd is removed before the error is returned.
             if let Err(error) = registration.deregister().await {
-                tracing::debug!(%error, "could not take the registration back; it goes with its lease");
+                tracing::debug!(%error, "could not remove the entry; it is removed when its lease expires");
             }
             return Err(error);
         }

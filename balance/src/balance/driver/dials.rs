@@ -19,7 +19,7 @@ pub(super) struct Dials {
     in_progress: HashMap<Id, Dial>,
     /// Number of dials in progress whose previous attempt failed.
     retries: usize,
-    /// Connections whose end was reported before the outcome of their dial.
+    /// Why a connection ended, if its end was reported before the outcome of its dial was handled.
     closed_early: HashMap<DialId, CloseReason>,
 }
 
@@ -132,7 +132,7 @@ impl Dials {
         })
     }
 
-    /// Handles the end of a connection. Returns the reason if the outcome of the dial was already handled. Otherwise keeps the reason for
+    /// Handles the end of a connection. Returns the reason if the dial is not in progress any more. Otherwise keeps the reason for
     /// [`finish`](Self::finish), which returns it together with the outcome.
     pub(super) fn on_closed(&mut self, id: DialId, reason: CloseReason) -> Option<CloseReason> {
         let mut in_progress = self.in_progress.values();
@@ -144,7 +144,8 @@ impl Dials {
     }
 }
 
-/// Limit on concurrent dials: enough to connect thousands of endpoints within a second, and few enough for a limit on open files.
+/// Limit on concurrent dials. It is high enough to connect thousands of endpoints within a second, and low enough that dials do not exhaust
+/// the process's limit on open files.
 const MAX_DIALS: usize = 256;
 
 #[cfg(test)]

@@ -92,7 +92,7 @@ impl Progress {
             return Decision::GiveUp(None);
         }
         if pushback == Pushback::Never {
-            return Decision::GiveUp(Some("the server asks not to be tried again"));
+            return Decision::GiveUp(Some("the server requests no retry"));
         }
         if self.made >= policy.attempt_limit() {
             return Decision::GiveUp(Some("that is all the policy allows"));
@@ -184,7 +184,7 @@ mod tests {
         assert_eq!(decision(&[lost, pushed]), (vec![100, 7, 100], all));
         assert_eq!(decision(&[pushed]), (vec![7, 7, 7], all));
         let never = (Code::Unavailable, Pushback::Never);
-        let quiet = Some("the server asks not to be tried again");
+        let quiet = Some("the server requests no retry");
         assert_eq!(decision(&[lost, never]), (vec![100], quiet));
     }
 
