@@ -27,7 +27,8 @@ struct Inner {
     /// The state of the exchange. Callers that find an exchange running wait for it. etcd spends 50-130 ms of bcrypt on each exchange, so
     /// many tasks must share one exchange.
     refreshing: Mutex<ExchangeState>,
-    /// The time at which an external client last fetched a token. Held during a renewal, so that concurrent callers cause only one renewal.
+    /// The time at which an external client last fetched a token. The lock is held during a renewal, so that concurrent callers cause only
+    /// one renewal.
     client_refreshed: tokio::sync::Mutex<Option<Instant>>,
     /// The time at which the token was fetched, and the member that issued it.
     issued: Mutex<Option<(Instant, Address)>>,
@@ -77,8 +78,8 @@ impl Auth {
         (Instant::now().saturating_duration_since(*at) < NEW_TOKEN_TIME).then(|| member.clone())
     }
 
-    /// Returns whether the token is too new to have expired under etcd's default settings. If a request is forbidden with such a token,
-    /// another token would not help. Without this check, each retry of a fleet that lacks a permission would cost etcd a password hash.
+    /// Returns whether the token is too new to have expired under etcd's default settings. If etcd forbids a request with such a token, a
+    /// new token does not help. Without this check, each attempt of each client that lacks a permission would cost etcd a password hash.
     pub(super) fn cannot_be_expired(&self) -> bool {
         let issued = self.0.issued.lock().unwrap_or_else(PoisonError::into_inner);
         let at = issued.as_ref().map(|(at, _)| *at);
@@ -90,7 +91,7 @@ impl Auth {
         *issued = member.map(|member| (Instant::now(), member));
     }
 
-    /// Returns how to replace the token that was `refused`.
+    /// Returns how to replace the token that etcd rejected. `refused` is `None` if the rejected request carried no token.
     pub(super) fn replacement(&self, refused: Option<&Token>, now: Instant) -> Replacement {
         let Some(credentials) = &self.0.credentials else {
             return Replacement::Done(Ok(false));
@@ -128,7 +129,7 @@ impl Auth {
         }
     }
 
-    /// Records the outcome of an exchange. Returns whether the token has changed, so that a repeated request may succeed.
+    /// Records the outcome of an exchange. Returns whether the token has changed. Only then can a repeated request succeed.
     pub(super) fn on_exchanged(
         &self,
         answer: Result<String, EtcdError>,
@@ -171,7 +172,8 @@ impl Auth {
     }
 
     /// Renews the token of an external client, which the user created. If the client has credentials, it exchanges them for a new token.
-    /// The client renews an expired token by itself, but not a token that became invalid after a change of the store's users.
+    /// The client renews an expired token by itself, but not a token that became invalid after a change of the store's users. Always
+    /// returns true, because the client does not expose whether its token has changed.
     pub(super) async fn refresh_client(
         &self,
         client: &etcd_client::Client,
@@ -179,7 +181,8 @@ impl Auth {
     ) -> Result<bool, EtcdError> {
         let mut refreshed = self.0.client_refreshed.lock().await;
         let now = Instant::now();
-        // The token of the client is not accessible. A caller that waited for the lock during another renewal already has the new token.
+        // The client does not expose its token, so the time of the last renewal is compared instead. If this caller waited for the lock
+        // during a renewal, the client already has a new token.
         if refreshed.is_some_and(|at| now.saturating_duration_since(at) < NEW_TOKEN_TIME) {
             return Ok(true);
         }
@@ -264,8 +267,8 @@ impl ExchangeState {
         last.map(|(_, error)| error.clone())
     }
 
-    /// Records the outcome of an exchange. An error counts if it may have cost etcd a password hash. From the second such error in a row
-    /// on, each one starts a backoff. The first does not, because it may affect a single member only.
+    /// Records the outcome of an exchange. An error counts if it may have cost etcd a password hash. The first such error starts no
+    /// backoff, because its cause may be a single member. Each further one in a row starts a backoff. Any other outcome resets the count.
     fn on_answer(&mut self, error: Option<&EtcdError>, now: Instant) {
         let is_costly = |error: &&EtcdError| {
             matches!(

@@ -59,7 +59,8 @@ impl Etcd {
         Self(Arc::new(Cluster::new(source, auth)))
     }
 
-    /// Returns a handle to the same cluster whose connections belong to the runtime of its first request. An external client keeps its own.
+    /// Returns a second handle to the same cluster, without connections. Its first request opens new connections on the runtime of that
+    /// request. A handle over an external client keeps using the client's connections.
     pub(crate) fn detached(&self) -> Self {
         let source = match &self.0.source {
             Source::Members(members) => Source::Members(members.detached()),
@@ -125,8 +126,8 @@ impl Etcd {
         members.on_failure(service, traffic, failure);
     }
 
-    /// Opens a watch on a range from a revision, or from now if `from` is `None`. Waits up to 2 s for the response headers, in a single
-    /// attempt.
+    /// Opens a watch on a range from a revision, or from now if `from` is `None`. Makes a single attempt, and waits up to 2 s for the
+    /// response headers.
     pub(crate) async fn watch(
         &self,
         range: &Range,
@@ -158,8 +159,8 @@ impl Etcd {
         self.0.streams.count()
     }
 
-    /// Opens a watch from now on each of the keys. Waits until all keys are watched: up to 2 s for a stream, and up to 8 s for the watchers.
-    /// Makes a single attempt.
+    /// Opens one watch on all of the keys, which starts at the current revision. Waits until all keys are watched: up to 2 s for a stream,
+    /// and then up to 8 s for the watchers. Makes a single attempt.
     pub(crate) async fn watch_each(&self, keys: &[Key]) -> Result<Watch, EtcdError> {
         let ranges = keys.iter().map(Range::key).collect();
         let mut watch = self.watch_ranges(ranges, None).await?;
@@ -181,13 +182,13 @@ impl Etcd {
         }
     }
 
-    /// Records the end of a watch. If the member failed, the next watch uses another member.
+    /// Records the end of a watch. If the error is a failure of the member, the next watch avoids that member.
     pub(crate) fn record_watch_end(&self, watch: &Watch, error: &EtcdError) {
         if !watch.take_report() {
             return;
         }
         match (&self.0.source, &watch.channel.service) {
-            // The watchdog of the watch has already waited for long, so the connection is replaced at once.
+            // The watchdog of the watch has already waited for several seconds, so the connection is replaced at once.
             (Source::Members(members), Some(service))
                 if error.kind() == EtcdErrorKind::DeadlineExceeded =>
             {

@@ -253,8 +253,8 @@ fn is_http2(bytes: &[u8]) -> bool {
     matches!(bytes, [_, _, _, 4, _, 0, 0, 0, 0, ..])
 }
 
-/// Returns whether the bytes are the reaction of a TLS server to plaintext: an alert, a line of HTTP/1, or a closed connection, as with
-/// etcd.
+/// Returns whether the bytes are the reaction of a TLS server to plaintext. Such a server sends an alert, sends a line of HTTP/1, or closes
+/// the connection without a byte, as etcd does.
 fn is_tls(bytes: &[u8]) -> bool {
     bytes.is_empty() || bytes.starts_with(&[0x15, 0x03]) || bytes.starts_with(b"HTTP/1.")
 }

@@ -87,7 +87,8 @@ impl Etcd {
         .await
     }
 
-    /// Reads the keys in the given order, linearizably. Each batch of a hundred keys is read at one revision, in a single attempt.
+    /// Reads the keys in the given order, linearizably. Each batch of a hundred keys is read at one revision, in a single attempt. Returns
+    /// the header of the last batch.
     pub(crate) async fn read_each(
         &self,
         keys: &[Key],
@@ -106,8 +107,9 @@ impl Etcd {
         Ok((head, found))
     }
 
-    /// Puts all keys under a lease, or none of them. Succeeds if no key has been written since its `expected` revision (zero: the key does
-    /// not exist). Returns the new revision, or `None` if a key has been written. Makes a single attempt.
+    /// Puts all keys, each under its lease, or puts none of them. The keys are put if the revision of each key is still its `expected`
+    /// revision (zero: the key does not exist). Returns the new revision, or `None` if the revision of a key differs. Makes a single
+    /// attempt.
     pub(crate) async fn put_if(
         &self,
         puts: &[GuardedPut],

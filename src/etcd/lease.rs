@@ -31,7 +31,7 @@ impl Etcd {
                 .await;
             let response = response
                 .map_err(|source| error::of_client(OPERATION, &channel.endpoint(), source))?;
-            // A store may choose its own lease ids. Expiry of the requested lease would then delete no key.
+            // Some stores choose their own lease ids. The requested lease does not exist there, so keys could not be attached to it.
             if response.id() != lease.get() {
                 let source = format!("lease {:x} was granted in place of {lease}", response.id());
                 let kind = EtcdErrorKind::Unimplemented;
@@ -42,8 +42,8 @@ impl Etcd {
         .await
     }
 
-    /// Renews a lease. A response with a raft term below `term` renews nothing: a leader that was frozen and thawed sends such responses
-    /// for leases that the cluster has already dropped. Makes a single attempt.
+    /// Renews a lease. A response with a raft term below `term` is an error, because it does not show that the lease was renewed: a former
+    /// leader that was frozen for a while sends such responses for leases that the cluster has already removed. Makes a single attempt.
     pub(crate) async fn keep_alive(
         &self,
         lease: LeaseId,

@@ -72,7 +72,7 @@ impl MemberHealth {
             penalty: Duration::ZERO,
             unanswered: [0; 2],
         });
-        // Requests that fail together count once.
+        // A failure during a penalty restarts the penalty but does not double it, so that requests that fail together count once.
         if now >= record.failed + record.penalty {
             record.penalty = (record.penalty * 2).clamp(FIRST_PENALTY, LONGEST_PENALTY);
         }
@@ -105,12 +105,13 @@ impl MemberHealth {
     }
 }
 
-/// The first penalty. It is longer than an election, so that the members of a cluster that had lost its leader are healthy again when it
+/// The first penalty. It is longer than an election. If the cluster has lost its leader, its members are healthy again when the penalty
 /// ends.
 const FIRST_PENALTY: Duration = Duration::from_secs(5);
 /// The longest penalty: a member that always fails then costs one attempt per minute.
 const LONGEST_PENALTY: Duration = Duration::from_secs(60);
-/// A connection is replaced after this many consecutive requests without a response. A single one may be caused by a stalled disk.
+/// A connection is replaced after this many consecutive requests without a response. A single missing response may be caused by a stalled
+/// disk.
 const MAX_UNANSWERED: u32 = 2;
 
 #[cfg(test)]

@@ -89,8 +89,8 @@ impl Members {
         }
     }
 
-    /// Records a failure of the member that received the request, whether of the request or of the stream that it opened; later requests
-    /// avoid the member. Does nothing if the request was not sent.
+    /// Records that a request, or the stream that the request opened, has failed on the member that received it. Later requests avoid that
+    /// member. Does nothing if the request was not sent.
     pub(super) fn on_failure(&self, service: &RequestService, traffic: Traffic, failure: Failure) {
         let Some(member) = service.routing.address() else {
             return;

@@ -69,8 +69,8 @@ impl std::fmt::Debug for RequestChannel {
     }
 }
 
-/// The channel over all members for one request. It adds the token, the deadline, and the `hasleader` header, with which a member without a
-/// leader rejects the request.
+/// The channel over all members for one request. It adds the token, the deadline, and the `hasleader` header, which makes a member without
+/// a leader reject the request.
 #[derive(Clone)]
 pub(super) struct RequestService {
     pub(super) channel: BalancedChannel,
@@ -116,7 +116,7 @@ impl Service<http::Request<Body>> for RequestService {
 
 /// Methods without a deadline. A watchdog ends a watch; a keep-alive stream ends with its response or when the caller drops the future.
 const STREAMS: [&str; 2] = ["/etcdserverpb.Watch/Watch", LEASE_KEEP_ALIVE];
-/// A placeholder for the address of a member.
+/// Stands for the address of the member if the client is external.
 const EXTERNAL_CLIENT: &str = "(the given client)";
 pub(super) const AUTHENTICATE: &str = "/etcdserverpb.Auth/Authenticate";
 pub(super) const LEASE_KEEP_ALIVE: &str = "/etcdserverpb.Lease/LeaseKeepAlive";

@@ -1,9 +1,9 @@
-//! The exchange of the credentials for a token, in a way that ends also if a whole fleet exchanges at the same time.
+//! The exchange of the credentials for a token. Clients get their tokens even if a whole fleet exchanges its credentials at the same time.
 //!
 //! An exchange costs etcd a password hash of 50 to 130 ms, and etcd continues to hash for callers that have timed out. After a restart in
 //! which etcd loses its tokens, all clients exchange at once. If each of them timed out after 2 s and tried again, a single core would only
 //! compute hashes for abandoned requests. So an exchange runs in a separate task, which outlives the requests that wait for it. If a second
-//! request is sent, the first one is not abandoned: the first answer is used.
+//! request is sent, the first request stays open, and the answer that arrives first is used.
 
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ type Answer = (Result<String, EtcdError>, Option<Address>);
 
 impl Etcd {
     /// Replaces the `refused` token by a new one, unless a concurrent request has done so. Waits at most for `deadline`, or for 2 s if
-    /// `deadline` is shorter. Returns whether the token has changed, so that a repeated request may succeed.
+    /// `deadline` is shorter. Returns whether the token has changed. Only then can a repeated request succeed.
     ///
     /// # Cancel safety
     ///
@@ -165,7 +165,8 @@ async fn answer(requests: &mut JoinSet<Answer>) -> Option<Answer> {
     match requests.join_next().await? {
         Ok(answer) => Some(answer),
         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-        // Requests are cancelled only if the runtime shuts down, so this future may stay pending.
+        // Requests are cancelled only if the runtime shuts down. The runtime then also drops this future, so the future never needs to
+        // complete.
         Err(_) => std::future::pending().await,
     }
 }

@@ -23,7 +23,8 @@ pub(crate) struct Watch {
     guard: WatchGuard,
     /// Watchers that the server has not created yet.
     uncreated: usize,
-    /// Whether the end of the stream was counted against its member. The watches of the stream share this flag.
+    /// Whether the end of the stream was counted against its member. The watches of the stream share this flag. `None` while the stream
+    /// works.
     is_reported: Option<Arc<AtomicBool>>,
     opened: Instant,
 }
@@ -60,8 +61,8 @@ impl Watch {
     /// Dropping the future loses nothing.
     pub(crate) async fn message(&mut self) -> Result<WatchMessage, EtcdError> {
         let received = if self.uncreated > 0 {
-            // The task of the stream has shorter timeouts, but they may not fire: its runtime may not be driven, or messages of other
-            // watches may restart them.
+            // The shorter timeouts of the stream's task are not sufficient: they do not fire if no thread drives the runtime of the task,
+            // and messages of other watches restart them.
             let received = timeout_at(self.opened + CREATED, self.deliveries.recv()).await;
             let Ok(received) = received else {
                 self.is_reported = Some(Arc::new(AtomicBool::new(true)));
@@ -91,7 +92,8 @@ impl Watch {
         }
     }
 
-    /// Returns whether the caller must record an error of this watch for its member. Returns true once for each stream.
+    /// Returns whether the caller must count the error of this watch against its member. If the stream has ended, this is true for only one
+    /// of its watches. It is false if the error shows nothing about the member.
     pub(super) fn take_report(&self) -> bool {
         let reported = self.is_reported.as_ref();
         reported.is_none_or(|reported| !reported.swap(true, Ordering::Relaxed))

@@ -62,7 +62,7 @@ enum Command {
     Unsubscribe(u64),
 }
 
-/// A message or the end of a watch, for its owner.
+/// What the task of a stream sends to a watch: a message, or the end of the watch.
 #[derive(Debug)]
 pub(super) enum Delivery {
     Message(WatchMessage),
@@ -119,8 +119,8 @@ impl WatchStreams {
         self.0.open().len()
     }
 
-    /// Starts a watch on a shared stream. If no stream was opened with this token, opens one over `channel`, and waits for the head of its
-    /// response. Does not wait until the watchers are created.
+    /// Starts a watch on a shared stream. If no open stream with this token has room, opens a stream over `channel`, and waits for the
+    /// response headers. Does not wait until the watchers are created.
     pub(super) async fn watch(
         &self,
         channel: RequestChannel,
@@ -280,7 +280,7 @@ enum Creating {
 struct SubscriberState {
     subscriber: Subscriber,
     watchers: Vec<i64>,
-    /// Whether the server may still send history. History can be larger than a message may be.
+    /// Whether the server may still send history. Only history can exceed the size limit of a message.
     is_behind: bool,
 }
 
@@ -302,7 +302,7 @@ struct Task {
     /// Identifies the entry of this stream in the list of open streams.
     own_commands: mpsc::UnboundedSender<Command>,
     commands: mpsc::UnboundedReceiver<Command>,
-    /// The range that probes watch.
+    /// The range of the watchers that serve as probes.
     probe: Range,
     /// The requests that were not answered yet, with the requested numbers.
     creating: VecDeque<(i64, Creating)>,
@@ -392,7 +392,7 @@ impl Task {
         match command {
             Command::Subscribe(subscriber) => {
                 if self.creating.is_empty() && !self.probing {
-                    // The timeout of the request starts now, because the stream was silent without a request until now.
+                    // No request was open until now, so the silence of the stream was normal. The timeout of the new request starts now.
                     self.last_activity = Instant::now();
                 }
                 self.queue.extend(watcher_requests(&subscriber));
@@ -404,8 +404,8 @@ impl Task {
         }
     }
 
-    /// Requests watchers. The number of unanswered requests is limited, because the answers must be read in between. Otherwise both sides
-    /// would wait for each other.
+    /// Requests watchers. The number of unanswered requests is limited, because the task reads no answers while it sends. Without the
+    /// limit, the server could wait until its answers are read while the task waits until its requests are read.
     async fn send_watcher_requests(&mut self) -> Result<(), EtcdError> {
         let most = match self.numbering {
             Numbering::AsRequested => MAX_UNANSWERED,
@@ -487,8 +487,8 @@ impl Task {
         self.last_activity = Instant::now();
         self.probing = false;
         let id = message.watch_id;
-        // A watcher that is rejected is created and cancelled in one message. A message that only cancels may answer a cancellation of this
-        // task.
+        // A watcher that is rejected is created and cancelled in one message. A message that only cancels is possibly the answer to a
+        // cancellation that this task has sent.
         let subscriber = if message.created {
             if message.canceled {
                 // The token of the stream may be the reason, so no further watch is added to the stream.
@@ -566,7 +566,7 @@ impl Task {
         open.retain(|open| !open.commands.same_channel(&self.own_commands));
     }
 
-    /// Handles the answer to a probe after a silence: the server has sent all history.
+    /// Handles the answer to a probe. A probe is sent only after a silence, so its answer shows that the server has sent all history.
     fn on_caught_up(&mut self) {
         for watched in self.subscribers.values_mut() {
             watched.is_behind = false;
@@ -606,7 +606,8 @@ impl Task {
         let has_cause = self.subscribers.values().any(|watched| watched.is_behind);
         let is_reported = Arc::new(AtomicBool::new(false));
         for watched in self.subscribers.into_values() {
-            // Only history makes a message too large. A watch that has received its history is not the cause, so it only resumes.
+            // Only history makes a message too large. A watch that has received its history is not the cause, so it gets an error after
+            // which it only resumes.
             let error = if is_too_large && has_cause && !watched.is_behind {
                 let reason = "another watch's message on the stream was too large";
                 let kind = EtcdErrorKind::Unavailable;
