@@ -62,7 +62,7 @@ enum Command {
     Unsubscribe(u64),
 }
 
-/// What the task of a stream sends to a watch: a message, or the end of the watch.
+/// A delivery from the task of a stream to one watch: a message, or the end of the watch.
 #[derive(Debug)]
 pub(super) enum Delivery {
     Message(WatchMessage),
