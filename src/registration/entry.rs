@@ -16,7 +16,7 @@ pub(super) struct Entry {
     pub(super) instance: Instance,
     pub(super) format: Format,
     pub(super) ttl: Duration,
-    /// The checked value of each key. The values may differ, because a format may repeat the key in its value.
+    /// The checked value of each key. The values can differ, because some formats repeat the key in the value.
     values: Vec<Vec<u8>>,
 }
 

@@ -9,7 +9,7 @@ use crate::error::RegisterError;
 /// A handle of a registration, returned by [`RegistrationBuilder::handle`](crate::registration::RegistrationBuilder::handle). The handle
 /// does not keep the server registered.
 ///
-/// Clones refer to the same registration. Its methods wait until the server has started.
+/// Clones refer to the same registration. The methods of a handle wait until the server has started.
 #[derive(Clone, Debug)]
 pub struct RegistrationHandle {
     started: watch::Receiver<Option<Started>>,
@@ -49,7 +49,7 @@ impl RegistrationHandle {
     ///
     /// # Errors
     ///
-    /// As [`Registration::pause`], and if the server has ended.
+    /// Fails as [`Registration::pause`] does, and also if the server has ended.
     ///
     /// # Cancel safety
     ///
@@ -62,7 +62,7 @@ impl RegistrationHandle {
     ///
     /// # Errors
     ///
-    /// As [`Registration::resume`], and if the server has ended.
+    /// Fails as [`Registration::resume`] does, and also if the server has ended.
     ///
     /// # Cancel safety
     ///
@@ -75,7 +75,7 @@ impl RegistrationHandle {
     ///
     /// # Errors
     ///
-    /// As [`Registration::set_weight`], and if the server has ended.
+    /// Fails as [`Registration::set_weight`] does, and also if the server has ended.
     ///
     /// # Cancel safety
     ///

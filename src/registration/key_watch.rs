@@ -130,7 +130,7 @@ impl KeyWatch {
 
 /// First wait between attempts to open the watch. Until it is open, the keys are read at each renewal.
 const REOPEN_FIRST: Duration = Duration::from_secs(1);
-/// Longest wait between attempts; the wait grows because each opened watch also costs a read. A watch that lived this long counts as
+/// Longest wait between attempts; the wait grows because each opened watch also costs a read. A watch that was open for this long counts as
 /// healthy and resets the backoff.
 const REOPEN_MAX: Duration = Duration::from_secs(15);
 /// Wait between attempts while only an operator can resolve the error.

@@ -110,7 +110,8 @@ impl Registration {
         }
     }
 
-    /// Waits until the registration succeeds for the first time, or fails with an error that only an operator can resolve.
+    /// Waits until the registration succeeds for the first time. Fails on an error that only an operator can resolve, on the end of the
+    /// registration, or after the timeout `bound`.
     pub(crate) async fn registered(&self, bound: Duration) -> Result<(), RegisterError> {
         let mut states = self.parts.states.clone();
         let first = async {
@@ -272,7 +273,7 @@ impl Registration {
     async fn request(&self, request: impl FnOnce(Answer) -> Request) -> Result<(), RegisterError> {
         let (answer, outcome) = oneshot::channel();
         let asked = async {
-            // The inbox may be full while the task is busy with earlier requests.
+            // The send waits while the inbox is full, because the task is busy with earlier requests. The timeout includes this wait.
             let sent = self.requests.send(request(answer)).await;
             sent.map_err(|_| Failure::Ended)?;
             outcome.await.unwrap_or(Err(Failure::Ended))

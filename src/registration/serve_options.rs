@@ -51,7 +51,7 @@ pub(crate) struct ServeOptions {
     pub(crate) grace_period: Duration,
     pub(crate) drain_timeout: Duration,
     pub(crate) states: watch::Sender<ServerState>,
-    /// The registration, once it has started, for its handles.
+    /// The started registration, which the handles read. `None` before the start.
     pub(crate) started: watch::Sender<Option<Started>>,
     /// The source of the health service, or `None` for a server without one.
     #[cfg(feature = "health")]
@@ -59,7 +59,7 @@ pub(crate) struct ServeOptions {
 }
 
 impl Clone for ServeOptions {
-    /// Copies the options. The senders are new, because with shared senders, a watch would mix the states of two servers.
+    /// Copies the options. The copy has its own senders, because a watch of shared senders would mix the states of two servers.
     fn clone(&self) -> Self {
         Self {
             grace_period: self.grace_period,

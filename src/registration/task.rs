@@ -129,7 +129,7 @@ impl Task {
     async fn step(&mut self, command: Command) {
         let never = Instant::now() + FAR_FUTURE;
         let give_up = self.give_up.unwrap_or(never);
-        // After a deregistration, no further request is handled.
+        // Once a deregistration has begun, no further request is handled.
         let listening = self.give_up.is_none();
         if let Command::Wait { until } = command {
             let watched = matches!(
@@ -244,7 +244,8 @@ impl Task {
         let written = self.machine.is_written();
         for index in (0..self.waiting.len()).rev() {
             let outcome = match (self.waiting[index].0, phase) {
-                // A resume may have overtaken a pause, and a pause may have overtaken a change of the value.
+                // A later resume completes an earlier pause, and a later pause completes an earlier change of the value: the state that the
+                // earlier request waits for would not be reached.
                 (Goal::Paused, Phase::Paused | Phase::Registered { .. } | Phase::Superseded(_))
                 | (Goal::Written, Phase::Paused)
                 | (Goal::Deregistered, Phase::Deregistered) => Ok(()),

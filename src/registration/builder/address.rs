@@ -33,7 +33,8 @@ impl RegistrationBuilder {
         for target in &endpoints {
             if let Some(ip) = local_ip(target, bound.ip()).await {
                 if ip.is_loopback() {
-                    // With an etcd proxy on each host, all servers of a fleet with the same port would write one key.
+                    // If each host runs an etcd proxy, all servers of a fleet with the same port advertise the same loopback address, and
+                    // overwrite each other's key.
                     tracing::warn!(
                         %ip,
                         "etcd is on this host, so the registration advertises a loopback address, which no other host can reach; set the host or the address, for example from POD_IP"

@@ -19,7 +19,7 @@ impl RegistrationBuilder {
         let address = match (&self.address, &self.target) {
             (Some(address), _) => self.accepted(address.parse())?,
             (None, Target::Service { .. }) => SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 1).into(),
-            // An exact key may be valid only together with the real address, which is not known yet.
+            // Whether a format accepts an exact key can depend on the real address, which is not known yet.
             (None, Target::Key(key)) => {
                 return check_key(key).map_err(|reason| self.invalid(reason));
             }
@@ -212,7 +212,7 @@ const MAX_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// The limit on an instance id, in bytes: the same as for the name of a service.
 const MAX_NAME: usize = 1_024;
-/// The limit on an exact key, in bytes. Readers ignore longer keys than 64 KiB, and no such key is intended.
+/// The limit on an exact key, in bytes. Readers ignore keys longer than 64 KiB. The lower limit rejects keys that are this long by mistake.
 const MAX_KEY: usize = 4_096;
 
 #[cfg(test)]

@@ -61,7 +61,7 @@ pub(super) struct Attributes {
 }
 
 impl Clone for RegistrationBuilder {
-    /// Copies the options. The senders are new, because with shared senders, a watch would mix the states of two registrations.
+    /// Copies the options. The copy has its own senders, because a watch of shared senders would mix the states of two registrations.
     fn clone(&self) -> Self {
         Self {
             etcd: self.etcd.clone(),
@@ -176,7 +176,8 @@ impl RegistrationBuilder {
     }
 
     /// Sets the instance id, the last part of the key. The default is the address, so that a restarted server overwrites its old entry. The
-    /// id has no effect on a registration at an exact key. It is rejected if the [`Format`] requires the address in that place.
+    /// id has no effect on a registration at an exact key. An id is rejected if the [`Format`] requires the address as the last part of the
+    /// key.
     pub fn instance_id(mut self, instance_id: impl Into<String>) -> Self {
         if let Target::Service { id, .. } = &mut self.target {
             *id = Some(instance_id.into());
@@ -220,7 +221,7 @@ impl RegistrationBuilder {
 
     /// Sets the time to live of the lease: how long etcd keeps the entry of a server that has died. The minimum is 2 s, the minimum of etcd
     /// with its default settings. Fractions of a second are rounded up. The default is 15 s. The lease is renewed after a third of the TTL
-    /// that etcd grants. The entry may remain for longer, because the TTL of every lease restarts when etcd elects a leader.
+    /// that etcd grants. The entry can remain for longer, because the TTL of every lease restarts when etcd elects a leader.
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.ttl = ttl;
         self
@@ -232,9 +233,9 @@ impl RegistrationBuilder {
         self
     }
 
-    /// Sets how long [`register`](Self::register) retries while etcd is unavailable. The default is 30 s. After this timeout, `register`
-    /// removes everything that may have reached etcd before it returns, which takes up to [`deregister_timeout`](Self::deregister_timeout)
-    /// plus one second. After the first success, a registration retries without limit.
+    /// Sets how long [`register`](Self::register) retries while etcd is unavailable. The default is 30 s. If the timeout is exceeded,
+    /// `register` first removes everything that may have reached etcd, and then returns an error. The removal takes up to
+    /// [`deregister_timeout`](Self::deregister_timeout) plus one second. After the first success, a registration retries without limit.
     pub fn startup_timeout(mut self, timeout: Duration) -> Self {
         self.startup_timeout = timeout;
         self
@@ -247,8 +248,8 @@ impl RegistrationBuilder {
         self
     }
 
-    /// Returns a watch of the state of the registration. The watch is valid before the registration starts, so that it can be kept when the
-    /// builder is passed to a server.
+    /// Returns a watch of the state of the registration. The watch is valid before the registration starts: create it before you pass the
+    /// builder to a server.
     #[must_use]
     pub fn watch_state(&self) -> watch::Receiver<RegistrationState> {
         self.states.subscribe()
@@ -266,7 +267,7 @@ impl RegistrationBuilder {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future removes in the background everything that was written.
+    /// If the future is dropped, everything that it has written is removed in the background.
     ///
     /// # Panics
     ///

@@ -27,8 +27,8 @@ impl RegistrationBuilder {
         self
     }
 
-    /// Returns a handle of the registration, for a server that [`ServeRegistered`](crate::ServeRegistered) runs: its address and keys, and
-    /// pause, resume and a change of weight while it serves.
+    /// Returns a handle of the registration of a server that [`ServeRegistered`](crate::ServeRegistered) runs. The handle returns the
+    /// address and the keys of the server. It can also pause and resume the registration and change its weight while the server serves.
     ///
     /// ```no_run
     /// # async fn run(router: tonic::transport::server::Router, registry: tonic_etcd::Registry) -> Result<(), Box<dyn std::error::Error>> {

@@ -109,7 +109,8 @@ impl Machine {
             entry.expected = Some(Revision::ZERO);
             return;
         };
-        // If the revision is older than the last own write, the store was restored from a backup, and the later write is lost.
+        // If the key's revision is lower than that of the registration's last write, the store was restored from a backup that does not
+        // contain that write.
         if found.current {
             entry.value = Value::Written;
         } else if entry.held.is_some_and(|held| kv.mod_revision < held) {
@@ -150,7 +151,8 @@ impl Machine {
         now: Instant,
     ) {
         if leaving {
-            // The leave marker is best effort: it is written once to each batch of 100 keys while etcd responds. The revoke follows.
+            // The leave marker is best effort: each batch of 100 keys is written once, and a failed write ends the attempt. The revoke
+            // follows.
             for put in self.puts() {
                 self.keys[put.index].held = None;
             }
@@ -365,7 +367,7 @@ impl Machine {
             && entry.removal == Removal::Done
             && self.lease.is_some_and(|lease| lease.id == kv.lease)
         {
-            // etcd applied an own put, which had failed here, after the key was deleted.
+            // A put of this registration has failed here, but etcd applied it after the key was deleted.
             entry.removal = Removal::Requested;
             entry.held = Some(kv.mod_revision);
         }
@@ -393,7 +395,7 @@ impl Machine {
                         entry.foreign = Some(kv.lease);
                         self.select_state(now);
                     }
-                    // A delayed event of an own put, from before the last loss of the lease.
+                    // The delayed event of a put that the registration sent before it last lost its lease.
                     Event::Put(_) => self.state = State::Reading,
                     Event::Delete { .. } => {
                         entry.held = None;
@@ -430,8 +432,8 @@ impl Machine {
         self.disturbed = true;
     }
 
-    /// Records the raft term of a linearizable response. The terms of such responses never decrease, except after a store was restored from
-    /// a backup.
+    /// Records the raft term of a linearizable response. The terms of such responses decrease only if the store was restored from a backup.
+    /// The lower term is then the valid one.
     pub(in crate::registration) fn on_term(&mut self, term: u64) {
         self.term = term;
     }

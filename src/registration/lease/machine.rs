@@ -62,7 +62,7 @@ pub(in crate::registration) struct Machine {
     /// The raft term of the last linearizable read, or of a later renewal.
     pub(super) term: u64,
     pub(super) keys: Vec<KeyEntry>,
-    /// Whether the watch on the keys is open, so that a loss is detected at once.
+    /// Whether the watch on the keys is open. While it is open, the loss of a key is detected at once.
     pub(super) key_watched: bool,
     /// Whether a renewal or the watch has failed since the last successful renewal.
     pub(super) disturbed: bool,
@@ -160,7 +160,7 @@ impl Machine {
         }
     }
 
-    /// Returns whether the newest value is in etcd.
+    /// Returns whether the newest value of every live key is in etcd, under the registration's lease.
     pub(in crate::registration) fn is_written(&self) -> bool {
         self.state == State::Registered && !self.live_entries().any(KeyEntry::is_pending)
     }
@@ -285,20 +285,21 @@ pub(super) const RETRY_MAX: Duration = Duration::from_secs(3);
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 /// Longest timeout of a request. A healthy member responds within milliseconds.
 pub(super) const DEADLINE_MAX: Duration = Duration::from_secs(2);
-/// Longest TTL that is accepted from etcd. No registration requests a longer TTL, so a longer one in a response is an error and is capped.
+/// Longest TTL that is accepted from etcd. No registration requests a longer TTL, so a longer TTL in a response is a fault of the store,
+/// and is capped.
 pub(super) const TTL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// Timeout of the leave marker. The marker is best effort, and the revoke that follows needs the remaining time.
 pub(in crate::registration) const LEAVE_MARKER_MAX: Duration = Duration::from_millis(500);
 /// Longest wait between attempts while credentials or permissions are rejected.
 pub(super) const OPERATOR_WAIT: Duration = Duration::from_secs(30);
-/// Number of renewals, each a third of the TTL apart, per read of the keys. The keys are read once per TTL while they are watched, and
-/// after each renewal while they are not.
+/// Number of renewals per read of the keys while the keys are watched. Renewals are a third of the TTL apart, so the keys are read once per
+/// TTL. While the keys are not watched, they are read after each renewal.
 pub(super) const VERIFY_EVERY: u32 = 3;
-/// Wait between reads of a key of another server. The reads cover a watch that cannot be opened.
+/// Wait between reads of a key of another server. The reads detect the deletion of the key even if the watch cannot be opened.
 pub(super) const SUPERSEDED_READ: Duration = Duration::from_secs(10);
 /// Most puts in one transaction. etcd rejects more than 128 operations with its default settings.
 const PUTS_MAX: usize = 100;
-/// Most own leases that are remembered. Each of them replaced a lost lease.
+/// Most own leases that are remembered. Each of them, except the first, replaced an earlier lease.
 pub(super) const GRANTED_KEPT: usize = 64;
 /// Most earlier leases that are kept for a later revoke. Each of them is the result of a pause during an outage.
 const UNREVOKED_KEPT: usize = 8;

@@ -40,8 +40,8 @@ impl Machine {
         }
         let is_due = |at: Option<Instant>| at.is_none_or(|at| at <= now);
         let due = |entry: &KeyEntry| entry.removal == Removal::Requested && is_due(entry.delete_at);
-        // While an old lease is not revoked, the key may still be attached to that lease. A delete is guarded by the current lease, so the
-        // revoke is sent first.
+        // While an old lease is not revoked, the key may still be attached to that lease. A delete affects only a key that is attached to
+        // the current lease, so the revoke is sent first.
         if let Some(index) = self.keys.iter().position(due)
             && let Some(lease) = &self.lease
             && self.unrevoked.is_empty()
@@ -86,7 +86,8 @@ impl Machine {
             (State::Registered, _) => Command::Wait {
                 until: earliest(renew_at, again),
             },
-            // The watch reports when the other server's key is deleted. The slow reads cover a watch that cannot be opened.
+            // The watch reports when the other server's key is deleted. The slow reads detect the deletion even if the watch cannot be
+            // opened.
             (State::Superseded, _) => match self.not_before {
                 Some(not_before) if not_before > now => Command::Wait {
                     until: earliest(Some(not_before), again),

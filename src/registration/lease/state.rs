@@ -54,7 +54,7 @@ pub(super) enum Claim {
 /// The value of a key in etcd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Value {
-    /// The current value is not in etcd, or it is not known whether it is.
+    /// The current value is not known to be in etcd.
     Pending,
     /// The current value is in etcd.
     Written,
