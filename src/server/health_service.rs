@@ -76,8 +76,8 @@ impl Health for LameDuck {
     }
 }
 
-/// The stream of the statuses of one name. It ends when the listener closes, because an open call would delay the drain. The client has
-/// received the last status by then.
+/// The stream of the statuses of one name. It ends when the listener closes, because an open call would delay the drain. The last status,
+/// `NOT_SERVING`, is sent before the end.
 #[derive(Debug)]
 pub(super) struct Watching {
     reported: Reported,
@@ -89,7 +89,7 @@ pub(super) struct Watching {
 }
 
 impl Watching {
-    /// Returns the next status. A status equal to the last one is not sent again during the shutdown.
+    /// Returns the next status. During the shutdown, `NOT_SERVING` is sent, unless it is already the last status that was sent.
     fn poll_status(
         &mut self,
         cx: &mut Context<'_>,

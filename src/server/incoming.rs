@@ -15,7 +15,7 @@ use tonic::transport::server::Connected;
 
 use super::connection::{Connection, Connections};
 
-/// A stream of accepted connections, until the drain begins.
+/// A stream of accepted connections. It ends after the drain has begun.
 #[derive(Debug)]
 pub(super) struct Incoming {
     listener: TcpListener,
@@ -90,7 +90,7 @@ impl Stream for Incoming {
     }
 }
 
-/// A stream of connections that the caller accepts, until the drain begins.
+/// A stream of connections that the caller accepts. It ends when the drain begins.
 #[derive(Debug)]
 pub(super) struct Accepted<I> {
     stream: Pin<Box<I>>,

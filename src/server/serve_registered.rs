@@ -65,7 +65,8 @@ use crate::registration::RegistrationBuilder;
 ///
 /// A server that must start while etcd is down needs a registry that does not connect at once, from
 /// [`RegistryBuilder::connect_lazy`](crate::registry::RegistryBuilder::connect_lazy), and a
-/// [`startup_timeout`](RegistrationBuilder::startup_timeout) as long as the outage may be. During the outage, it serves calls.
+/// [`startup_timeout`](RegistrationBuilder::startup_timeout) that is longer than the expected outage. During the outage, the server serves
+/// calls.
 ///
 /// `TCP_NODELAY` and TCP keep-alive are enabled on accepted sockets. The TCP settings of the router do not apply, as with
 /// `serve_with_incoming` of tonic.
@@ -144,8 +145,8 @@ pub trait ServeRegistered: sealed::Sealed + Sized {
         F: Future<Output = ()> + Send;
 
     /// Serves like [`serve_registered_with_shutdown`](Self::serve_registered_with_shutdown), but on connections that `incoming` yields, for
-    /// example those of a Unix socket. The registration needs an [`address`](RegistrationBuilder::address), and for a Unix socket an
-    /// [address policy](crate::AddressPolicy::allow_unix_sockets) that allows it, on both sides.
+    /// example those of a Unix socket. The registration needs an [`address`](RegistrationBuilder::address). For a Unix socket, the server
+    /// and its clients also need an [address policy](crate::AddressPolicy::allow_unix_sockets) that allows Unix sockets.
     ///
     /// After the grace period no more connections are taken from `incoming`, and it is dropped.
     ///
@@ -271,7 +272,8 @@ where
     }
 }
 
-/// Returns a stop signal without a second signal, which would end the server at once.
+/// Waits for the stop signal. The returned future stands for the second signal and never completes, so that the server always ends
+/// gracefully.
 async fn once(signal: impl Future<Output = ()>) -> impl Future<Output = ()> {
     signal.await;
     pending()

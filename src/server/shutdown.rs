@@ -190,7 +190,7 @@ impl Serving {
             tracing::warn!(connections, "cut the remaining connections");
         }
         outcome.unwrap_or_else(|_| {
-            // The tasks of these connections are held up by blocking code. The server does not wait for them.
+            // Blocking code in the tasks of these connections delays their end. The server does not wait for them.
             let connections = self.connections.open();
             tracing::warn!(connections, bound = ?CUT_TIMEOUT, "connections are still open after the cut");
             self.task.abort();
@@ -211,8 +211,7 @@ async fn deregister(registration: Registration) {
 
 /// Time for a connected client to start HTTP after the drain has begun. It is many round trips, and short compared with the drain.
 const OPENING_TIMEOUT: Duration = Duration::from_millis(200);
-/// Time for connections to end after the cut. Each connection ends at its next poll. Only code that blocks a thread can delay the poll
-/// further.
+/// Time for connections to end after the cut. Each connection ends at its next poll. Only code that blocks a thread can delay this poll.
 const CUT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Time for a deregistration in progress when the server must end at once. It is many times the response time of a healthy etcd.
 const FINAL_DEREGISTER_TIMEOUT: Duration = Duration::from_millis(500);
