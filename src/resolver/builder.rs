@@ -68,7 +68,8 @@ impl ResolverBuilder {
     }
 
     /// Sets how long an instance is kept as a last resort when most instances vanish from the registry at once. `None` or zero disables
-    /// this protection. The default is 30 s: twice the default TTL, within which every running server has registered again.
+    /// this protection. The default is 30 s, twice the default TTL. If a running server loses its entry, it registers again within that
+    /// time.
     ///
     /// The protection starts when the removals within 10 s leave fewer than half of the largest set of those 10 s, and at least two
     /// instances have been removed. From that removal on, each removed instance is kept for this duration, or until half of the set is
@@ -131,10 +132,10 @@ impl ResolverBuilder {
     /// reconciliation. The default is 5 minutes. Each wait is random between half of the interval and the whole interval, so that clients
     /// that start together do not list together. An interval below 100 ms counts as 100 ms.
     ///
-    /// Reconciliation detects faults in etcd: several such faults have lost events of a watch without an error. A list contains no values:
+    /// Reconciliation detects faults in etcd: several known faults lose events of a watch without an error. A list contains no values:
     /// names, revisions and leases of 10 000 instances are about a megabyte. If a key differs in the list, the watch gets 5 s to deliver
-    /// the change; after that, the key is read individually. [`ResolverStatus::repaired`](crate::resolver::ResolverStatus::repaired) counts the keys
-    /// that were corrected.
+    /// the change; after that, the key is read individually. [`ResolverStatus::repaired`](crate::resolver::ResolverStatus::repaired) counts
+    /// the keys that were corrected.
     pub fn reconcile_interval(mut self, interval: Option<Duration>) -> Self {
         self.options.reconcile = interval;
         self
@@ -160,7 +161,8 @@ impl ResolverBuilder {
         self
     }
 
-    /// Sets the instances to use while etcd has not answered since the start, if there is no [cache](Self::cache_dir). None by default.
+    /// Sets the instances to use while etcd has not answered since the start, if there is no [cache](Self::cache_dir). The default is no
+    /// seeds.
     pub fn seeds(mut self, instances: impl IntoIterator<Item = Instance>) -> Self {
         self.options.seeds = instances.into_iter().collect();
         self

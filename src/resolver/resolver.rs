@@ -160,14 +160,15 @@ impl Resolver {
     }
 
     /// Returns a handle to report addresses that refuse connections. A [`BalancedChannel`](crate::BalancedChannel) reports them by itself;
-    /// other code that connects to the instances of a resolver may use the handle.
+    /// the handle is for other code that connects to the instances of a resolver.
     #[must_use]
     pub fn feedback(&self) -> ResolverFeedback {
         self.feedback.clone()
     }
 
-    /// Waits until every prefix has been listed once, so that the instances are known, or until the [cache](crate::resolver::ResolverBuilder::cache_dir) or the
-    /// [seeds](crate::resolver::ResolverBuilder::seeds) are used. Without them it waits forever if etcd never responds: wrap it in
+    /// Waits until every prefix has been listed once, so that the instances are known, or until the
+    /// [cache](crate::resolver::ResolverBuilder::cache_dir) or the [seeds](crate::resolver::ResolverBuilder::seeds) are used. Without a
+    /// cache and without seeds, the future never completes if etcd never responds. In this case, wrap the future in
     /// [`tokio::time::timeout`], and read the reason from the [`status`](Self::status).
     ///
     /// # Cancel safety

@@ -18,7 +18,8 @@ pub struct ResolverStatus {
     pub revision: Revision,
     /// The last failure. `None` while the state is [`Fresh`](ResolverState::Fresh).
     pub last_error: Option<EtcdError>,
-    /// Number of writes since the start whose value could not be decoded or was too large to receive. Each is skipped and counted once.
+    /// Number of writes since the start whose value could not be decoded or was too large to receive. Each such write is skipped, and
+    /// counted once.
     pub rejected_values: u64,
     /// Number of complete lists since the start. More than one per prefix means that a watch could not be resumed.
     pub lists: u64,
@@ -29,7 +30,7 @@ pub struct ResolverStatus {
     /// Number of individual key reads since the start. A key is read if it differed in a reconciliation, or if
     /// [`ResolverFeedback`](crate::resolver::ResolverFeedback) reported its address.
     pub reads: u64,
-    /// Number of those reads that returned another state of the key than the watch had delivered.
+    /// Number of individual key reads whose result differed from the state of the key that the watch had delivered.
     pub repaired: u64,
     /// Number of instances from the [cache](crate::resolver::ResolverBuilder::cache_dir) or the seeds, while etcd has not answered since the start.
     pub cached: usize,

@@ -241,7 +241,8 @@ impl Core {
         shared.subscriptions.len() - 1
     }
 
-    /// Uses these instances until the first list is complete. Returns false if the list is already complete.
+    /// Uses these instances until every prefix has been listed. Returns false, and does not use them, if every prefix has already been
+    /// listed.
     pub(super) fn use_fallback(&self, instances: Vec<Instance>) -> bool {
         let mut shared = self.lock();
         if shared.reports.iter().all(|report| report.listed) {

@@ -35,7 +35,7 @@ pub(super) async fn run(
                 machine.on_page(page)
             }
             Command::Watch(revision) => {
-                // Drops the old stream first, so that a member never serves two streams of this task.
+                // Drops the old stream first, so that no member serves two streams of this task at the same time.
                 watch = None;
                 token = etcd.token();
                 match etcd.watch(machine.range(), Some(revision)).await {
@@ -192,8 +192,8 @@ async fn receive(
     let due = until(machine.due());
     let message = tokio::select! {
         biased;
-        // The timer is polled before the messages, because frequent messages could starve it. It cannot starve the messages, because after
-        // it has fired, it is due again only much later.
+        // The timer is polled before the messages, because frequent messages could starve the timer. The timer cannot starve the messages,
+        // because it is due again only much later.
         () = due => return machine.on_time(Instant::now()),
         message = open.message() => message,
         Some(address) = reported.recv() => {

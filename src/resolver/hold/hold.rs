@@ -28,8 +28,9 @@ pub(in crate::resolver) struct Hold {
     episodes: u64,
 }
 
-/// A past size of the set. `strength` is the size plus the number of planned departures until then. So a planned departure does not change
-/// the strength, and [`Hold::size`] subtracts it from the size to compare with.
+/// A past size of the set. `strength` is the size plus the number of planned departures until then. A planned departure reduces the size by
+/// one and increases the number of departures by one, so the strength stays the same. [`Hold::size`] subtracts all planned departures from
+/// the strength, which gives the size to compare with.
 #[derive(Clone, Copy, Debug)]
 struct Peak {
     ended: Instant,
@@ -120,8 +121,8 @@ impl Hold {
     /// last instance of each address that is no longer registered.
     ///
     /// The order of changes within a step carries no information. New addresses are therefore counted first; otherwise a fleet that is
-    /// replaced in one transaction would look lost. Of the instances that vanish together, those to hold are chosen at random; otherwise
-    /// all clients would use the same few servers.
+    /// replaced in one transaction would look lost. If only some of the instances that vanish together must be held, they are chosen at
+    /// random; otherwise all clients would use the same few servers.
     pub(in crate::resolver) fn on_changes(
         &mut self,
         here: impl IntoIterator<Item = Address>,
@@ -181,7 +182,8 @@ impl Hold {
         vanished
     }
 
-    /// Records that the set had the strength `before` until now. Returns the strength to compare with.
+    /// Records that the set had the strength `before` until now. Returns the reference for [`Hold::is_lost`]: the greatest strength of the
+    /// window, or of the set before the current episode.
     fn strength(&mut self, before: usize, now: Instant) -> usize {
         while self
             .peaks
@@ -212,7 +214,8 @@ impl Hold {
         strength.saturating_sub(self.planned_departures)
     }
 
-    /// Returns whether less than half of the set is left. A set of one instance is never lost: its loss looks the same as its shutdown.
+    /// Returns whether fewer than half of the instances of a set with this strength are registered. A set of one instance never counts as
+    /// lost, because the loss of one instance looks the same as its shutdown.
     fn is_lost(&self, strength: usize) -> bool {
         let size = self.size(strength);
         size > 1 && self.registered.len() * 2 < size

@@ -80,7 +80,7 @@ impl Machine {
                     ..Listing::default()
                 };
                 if error.kind() == EtcdErrorKind::DeadlineExceeded {
-                    // Over a slow link, a page of large values exceeds the call timeout.
+                    // Over a slow link, the transfer of a page of large values can exceed the call timeout.
                     self.page_cap = (self.page_cap / 2).max(PAGE_CAP_MIN);
                     self.page_limit = self.page_limit.min(self.page_cap);
                 }

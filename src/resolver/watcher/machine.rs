@@ -136,8 +136,8 @@ impl Machine {
         newest.map(|(key, _)| key.clone())
     }
 
-    /// Returns whether a linearizable response comes from another store than the last one. On a healthy cluster, the revision and the term
-    /// never decrease.
+    /// Returns whether a linearizable response comes from a different store than the last linearizable response. On a healthy cluster, the
+    /// revision and the term never decrease.
     pub(super) fn is_other_store(&self, header: Header) -> bool {
         header.cluster_id != self.last_header.cluster_id
             || header.revision < self.last_header.revision

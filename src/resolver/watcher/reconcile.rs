@@ -135,7 +135,7 @@ impl Machine {
         self.reconciler.suspects.extend(unknown);
     }
 
-    /// Handles the end of the time that the watch had to resolve the suspects. Keys that still differ are read.
+    /// Handles the end of the 5 s in which the watch could deliver the changes of the suspects. Keys that still differ are read.
     fn on_settle_time(&mut self, now: Instant) -> Command {
         self.reconciler.settle_at = None;
         let suspects = std::mem::take(&mut self.reconciler.suspects);
@@ -228,8 +228,9 @@ impl Machine {
         self.add_tombstone(key, revision);
     }
 
-    /// Records that a key did not exist at a revision. Without this record, a put older than the read but delivered after it would restore
-    /// the key; the delete that follows the put may be the lost event.
+    /// Records that a key did not exist at a revision. Without this record, a put that is older than the read but is delivered after the
+    /// read would restore the key. The watch would then possibly not deliver the later delete, because that delete can be the event that it
+    /// has lost.
     fn add_tombstone(&mut self, key: Key, revision: Revision) {
         self.tombstones.insert(key, revision);
     }

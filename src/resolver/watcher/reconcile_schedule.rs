@@ -58,11 +58,11 @@ impl Reconciler {
         }
     }
 
-    /// Handles the opening of a watch. The first opening schedules a list one interval later. A list that became due in the meantime is
-    /// postponed.
+    /// Handles the opening of a watch. The first opening schedules the first list, half an interval to one interval later. A list that
+    /// became due while no watch was open is postponed.
     pub(super) fn on_watch_opened(&mut self, now: Instant, rng: &mut fastrand::Rng) {
         self.cursor = None;
-        // The watch gets the time again, because it may have to catch up first.
+        // The 5 s start again, because the new watch possibly delivers a backlog first.
         self.settle_at = self.settle_at.map(|_| now + SETTLE);
         let Some(interval) = self.interval else {
             return;

@@ -41,8 +41,8 @@ impl Machine {
             _ if fruitless && self.fruitless.must_list(silent) => {
                 self.state = State::Listing(Listing::default());
             }
-            // The watch is reopened within a second. So the backlog is delivered even over a connection that is lost repeatedly, at a rate
-            // that does not burden the server.
+            // A watch that delivered events is reopened within a second. A backlog is therefore delivered even if the connection fails
+            // repeatedly. The limited rate does not burden the server.
             _ if progressed => self.backoff.cap_next(MAX_WAIT_AFTER_PROGRESS),
             _ => {}
         }
@@ -70,7 +70,7 @@ impl Machine {
         // The last rejection counts only if the next attempt uses a fresh token.
         self.token_renewed = outcome.is_ok();
         match outcome {
-            // Retried slowly, because each attempt costs etcd a password hash.
+            // The renewal is retried slowly, because each attempt costs etcd a password hash.
             Err(error) if error.kind().needs_operator() => self.wait(error),
             _ => self.on_wake(),
         }

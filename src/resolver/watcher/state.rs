@@ -25,7 +25,7 @@ pub(super) struct Listing {
     pub(super) compacted: u32,
     /// Whether the next request reads only the name of a key that is too large to receive.
     pub(super) reads_name_only: bool,
-    /// Key of the first page that was written last.
+    /// The key on the first page with the highest mod revision. The check reads this key.
     pub(super) check: Option<Key>,
     /// Keys whose value is too large to receive.
     pub(super) oversized: Vec<KeyVersion>,
@@ -44,7 +44,7 @@ pub(super) struct Watching {
     /// Revision at which the watch was opened.
     pub(super) began: Revision,
     pub(super) opened: Option<Instant>,
-    /// Whether a header was ahead of R, so that the watch may have a backlog to deliver.
+    /// Whether the revision of a header was higher than R. If so, the watch possibly has a backlog to deliver.
     pub(super) behind: bool,
     /// Events of a revision that is not complete yet.
     pub(super) pending: Vec<Event>,
@@ -74,7 +74,7 @@ impl Default for FruitlessWatches {
 }
 
 impl FruitlessWatches {
-    /// Counts one more watch; a `silent` watch counts twice. Returns whether to list the prefix instead.
+    /// Counts one more watch; a `silent` watch counts twice. Returns whether the prefix must be listed before the next watch.
     pub(super) fn must_list(&mut self, silent: bool) -> bool {
         self.watches += if silent { 2 } else { 1 };
         let too_much = self.watches >= self.limit;
@@ -124,8 +124,8 @@ impl KeyState {
     }
 }
 
-/// Number of consecutive watches that may end before they deliver any of the backlog. A watch that ends by timeout counts twice.
+/// Number of consecutive fruitless watches after which the prefix is listed for the first time. A watch that ends by timeout counts twice.
 const FRUITLESS_FIRST: u32 = 3;
-/// Upper limit of that number. The limit grows because a fruitless watch may have no backlog: other keys may be written all the time, and a
-/// watch that delivers nothing does not show whether they belong to this prefix.
+/// Upper limit of the number of watches after which the prefix is listed. The number grows because a fruitless watch does not prove a
+/// backlog: the revision of the store also increases with writes to keys of other prefixes.
 const FRUITLESS_MAX: u32 = 48;

@@ -52,7 +52,7 @@ impl Machine {
         let suspicious =
             (lags || foreign) && !std::mem::replace(&mut watching.suspicion_checked, true);
 
-        // Events below R are history that a lagging member replays.
+        // Events below R are dropped: they are history that a lagging member replays.
         let floor = watching.revision;
         watching.pending.extend(
             message
