@@ -70,9 +70,9 @@ pub struct RegistryBuilder {
 }
 
 impl RegistryBuilder {
-    /// Sets the prefix of the service keys. A missing trailing slash is added. The default is `/gRPC/`, or for each [`Format`](crate::Format) of another
-    /// library the prefix that this library uses. With an empty prefix, keys begin with the service name, as for `etcd:///service` in
-    /// grpc-go.
+    /// Sets the prefix of the service keys. A missing trailing slash is added. The default is `/gRPC/`. For a [`Format`](crate::Format) of
+    /// another library, the default is the prefix of that library. With an empty prefix, keys begin with the service name, as for
+    /// `etcd:///service` in grpc-go.
     pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
         self.keyspace = Keyspace::new(&prefix.into());
         self
@@ -90,9 +90,9 @@ impl RegistryBuilder {
     /// Enables TLS to etcd with this configuration. By default, endpoints with `https://` are verified against the system's root
     /// certificates.
     ///
-    /// The certificate of every member must be valid for the name in the configuration, or with
-    /// [`TlsConfig::verify_dialled_host`](tonic_balance::TlsConfig::verify_dialled_host) for the member's own host. Certificate files are
-    /// read again at each handshake, so renewed certificates need no restart.
+    /// The certificate of every member must be valid for the name in the configuration. With
+    /// [`TlsConfig::verify_dialled_host`](tonic_balance::TlsConfig::verify_dialled_host), the certificate must be valid for the member's
+    /// own host instead. Certificate files are read again at each handshake, so renewed certificates need no restart.
     #[cfg(feature = "tls")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
     pub fn tls_config(mut self, tls: tonic_balance::TlsConfig) -> Self {

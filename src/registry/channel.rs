@@ -43,8 +43,8 @@ pub async fn connect(target: impl Into<String>) -> Result<BalancedChannel, Regis
     Ok(registry.channel_for(lookup).connect().await?)
 }
 
-/// Copies the weight, the zone and the last-resort flag. A new lease or a new key is a new generation: another server, or the same server
-/// after a restart.
+/// Copies the weight, the zone and the last-resort flag. A new lease or a recreated key gives the endpoint a new generation, because it
+/// shows that the address now belongs to another server, or to the same server after a restart.
 impl From<Instance> for Attributes {
     fn from(instance: Instance) -> Self {
         let location = instance.location();
@@ -53,7 +53,8 @@ impl From<Instance> for Attributes {
         let created = location.map_or(0, |location| {
             location.create_revision().get().cast_unsigned()
         });
-        // Revisions are small numbers and lease ids are random, so the sums of two different pairs do not collide in practice.
+        // Revisions are small numbers and lease ids are random, so two different pairs of lease id and revision do not have the same sum in
+        // practice.
         let generation = lease.wrapping_add(created.rotate_left(32));
         let attributes = Self::new()
             .with_weight(instance.weight())

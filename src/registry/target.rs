@@ -106,8 +106,8 @@ impl Target {
         })
     }
 
-    /// Parses `discov://host:port[,host:port…]/key`, which go-zero uses up to 1.10.1, and `etcd:///host:port[,host:port…]?key=key`, which
-    /// it uses since then.
+    /// Parses `discov://host:port[,host:port…]/key`, the form of go-zero up to 1.10.1, and `etcd:///host:port[,host:port…]?key=key`, the
+    /// form of later versions.
     fn go_zero(authority: &str, key: String) -> Result<Self, &'static str> {
         if key.is_empty() || key.ends_with('/') {
             return Err("it names no key");

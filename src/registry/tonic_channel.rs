@@ -163,8 +163,8 @@ fn endpoint(address: &Address) -> Result<transport::Endpoint, transport::Error> 
 
 /// Capacity of the queue of changes. The size has no effect on the result: the resolver keeps the changes that do not fit.
 const CHANGES: usize = 64;
-/// Same as in tonic-xds, and half of the timeout that gRPC's connection backoff document gives a first attempt. An attempt to an address
-/// whose packets are dropped fails after it.
+/// Same as in tonic-xds, and half of the timeout that gRPC's connection backoff document gives a first attempt. If all packets to an
+/// address are dropped, the attempt fails after this time.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[cfg(test)]
