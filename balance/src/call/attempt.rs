@@ -32,8 +32,8 @@ pub(super) enum Try {
 }
 
 impl Attempt {
-    /// Sends the request on the picked connection. The callers do not await between the last check of the connection and this function, so
-    /// that the result of the check still holds.
+    /// Sends the request on the connection of `permit`. Returns [`Unsent`] if the connection does not accept the request. A caller does not
+    /// yield between its last check of the connection and this function, because the result of the check could be outdated after that.
     pub(super) fn start(
         core: &Core,
         call: &mut Call,
@@ -89,8 +89,8 @@ pub(super) struct Unsent {
 }
 
 impl Unsent {
-    /// Returns the body for another send, and excludes this connection from later picks. Fails if the request is malformed: every
-    /// connection would reject it.
+    /// Returns the body for another send, and excludes this connection from later picks. Returns an error if the request is malformed,
+    /// because every connection would reject the request.
     pub(super) fn into_retry(self, core: &Core, history: &mut History) -> Result<Outgoing, Status> {
         match self.error {
             OpenError::Malformed(error) => Err(status::malformed(&core.service, error)),

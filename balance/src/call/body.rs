@@ -183,7 +183,8 @@ impl Stream {
         Some(status)
     }
 
-    /// Checks the trailers. Returns them, or the error that they carry.
+    /// Checks the trailers. Returns the trailers if the call succeeded. Returns an error if they carry one, or if neither head nor trailers
+    /// carry a gRPC status.
     fn check_trailers(&mut self, trailers: Frame<Bytes>) -> Result<Frame<Bytes>, Status> {
         let Some(headers) = trailers.trailers_ref() else {
             return Ok(trailers);

@@ -66,8 +66,9 @@ impl Core {
         self.method_config.as_ref()?.hedging(call.path())
     }
 
-    /// Returns whether the response can be handed to the caller now. This is always so without a retry policy. With one, it is not so if
-    /// the head carries a failure, or while the response is being buffered.
+    /// Returns true if the response can be handed to the caller now. Without a retry policy, every response can. With a retry policy,
+    /// returns false if the head carries a failure, or if the request can be sent again and the response is still being buffered or has
+    /// broken.
     pub(super) fn is_final(
         &self,
         call: &Call,

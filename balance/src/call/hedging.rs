@@ -28,7 +28,7 @@ use crate::transport::deadline::Deadline;
 use crate::transport::request_body::Outgoing;
 use crate::transport::response_body::Incoming;
 
-/// Starts a hedged call. Its body is one message or empty.
+/// Starts a hedged call. `body` is one message or empty.
 pub(super) fn hedge(
     core: Arc<Core>,
     call: Call,
@@ -62,7 +62,7 @@ struct Hedging {
     sent: u32,
     /// When the next hedge is due, if any.
     next: Option<Instant>,
-    /// Whether further hedges are forbidden: by a server, or because the call may end its connections.
+    /// Whether no further hedge is sent, because a server has forbidden hedges or because the call may have caused the end of a connection.
     is_stopped: bool,
     /// The failure that ends the call if no other attempt succeeds.
     last: Option<Outcome>,
@@ -97,7 +97,7 @@ impl Hedging {
         }
     }
 
-    /// Waits for a permit while no attempt is in flight, like any other call.
+    /// Waits for a permit like a call that is not hedged. Used only while no attempt is in flight.
     async fn first_permit(&mut self) -> Result<Result<Permit, Status>, Deadline> {
         let Conclusion { core, call, .. } = &self.conclusion;
         let picked = pick_prepared(core, call, None, &mut self.history);
@@ -105,7 +105,7 @@ impl Hedging {
         Ok(picked.map_err(PickError::into_status))
     }
 
-    /// Sends one attempt. Returns false if the connection did not accept it.
+    /// Sends one attempt. Returns true if it was sent, and false if the connection did not accept it.
     fn send(&mut self, permit: Permit) -> Result<bool, Status> {
         let body = self.body.body().unwrap_or(Outgoing::Empty);
         let which = Try::Later {
@@ -155,6 +155,7 @@ impl Hedging {
         Ok(())
     }
 
+    /// Returns true if another hedge is allowed by the retry budget, the policy, the servers, and the history of lost connections.
     fn may_send(&self) -> bool {
         let method_config = self.conclusion.core.method_config.as_deref();
         let allows_retry =

@@ -22,20 +22,21 @@ pub(super) struct History {
     /// Silent connections that the call may use without another check, because no other connection was dialled in time.
     trusted: Vec<Arc<ReadyConnection>>,
     last: Option<Failure>,
-    /// Why a private connection for this call could not be dialled. The call fails with this status if no other endpoint takes it.
+    /// Why a private connection for this call could not be dialled. The call fails with this status if no other endpoint takes the call.
     private_dial_error: Option<Status>,
     /// The number of connections that the peer closed with a GOAWAY that excludes this call, whatever the GOAWAY's error code.
     goaways: usize,
     /// The number of connections that were lost while this call was on them, in all attempts.
     lost_connections: usize,
-    /// Whether a connection ended with a GOAWAY whose code is neither `NO_ERROR` nor due to `too_many_pings`, while this call was on it.
+    /// Whether a connection that carried this call ended with a GOAWAY with an error code. `NO_ERROR` and a GOAWAY because of
+    /// `too_many_pings` do not count.
     goaway_with_error: bool,
     /// Whether a private connection, which carried only this call, was lost.
     lost_private_connection: bool,
     /// Endpoints of earlier attempts, of concurrent attempts, and of the [`Routing`], with the latest at the end. The call uses them only
     /// if no other endpoint is ready.
     avoided: Vec<Address>,
-    /// Receives the connection that the call was sent on, for the caller.
+    /// The caller's routing, if any. It receives the connection of each send.
     route: Option<Routing>,
 }
 
@@ -88,6 +89,7 @@ impl History {
         self.trusted.extend(silent);
     }
 
+    /// Returns true if the call uses the connection of `permit` without another check, after [`trust_silent`](Self::trust_silent).
     pub(super) fn trusts(&self, permit: &Permit) -> bool {
         let mut trusted = self.trusted.iter();
         trusted.any(|connection| Arc::ptr_eq(connection, permit.connection()))
@@ -157,12 +159,13 @@ impl History {
         self.private_dial_error = None;
     }
 
+    /// Returns true if the limit on transparent retries of this attempt is exceeded. The call then fails.
     pub(super) fn is_exhausted(&self) -> bool {
         self.endpoints.len() > MAX_REFUSALS || self.goaways > MAX_GOAWAYS
     }
 
-    /// Returns the connections and endpoints that must not be handed to the waiting call. With `avoid_used_endpoints`, all avoided
-    /// endpoints are included.
+    /// Returns the exclusions of this call for the wait queue. The queue does not hand the call a stream of an excluded connection or
+    /// endpoint. With `avoid_used_endpoints`, all avoided endpoints are included.
     pub(super) fn exclusions(&self, avoid_used_endpoints: bool) -> Exclusions {
         let endpoints = self.endpoints.iter();
         let mut endpoints: Vec<_> = endpoints
@@ -183,15 +186,15 @@ impl History {
         !self.avoided.is_empty()
     }
 
-    /// Returns whether waiting for the next ready set would not help: the last failure reset only the stream, so its connection stays in
-    /// the set, or a private connection could not be dialled.
+    /// Returns true if the call must fail instead of waiting for the next ready set. There are two cases: the last failure reset only the
+    /// stream, so its connection stays in the set; or a private connection could not be dialled.
     pub(super) fn is_refusal_final(&self) -> bool {
         let is_reset = |last: &Failure| last.error.is_reset();
         self.private_dial_error.is_some() || self.last.as_ref().is_some_and(is_reset)
     }
 
-    /// Picks a connection. With `avoid_used_endpoints`, the call waits rather than return to an endpoint where it failed: if an unused
-    /// endpoint is full and none has a free stream, the result is `Full`.
+    /// Picks a connection, preferably to an endpoint that the call has not used. With `avoid_used_endpoints`, returns `Full` instead of a
+    /// used endpoint if all streams of the ready unused endpoints are in use. The call then waits for a free stream.
     pub(super) fn pick(&self, snapshot: &Snapshot<'_>, avoid_used_endpoints: bool) -> Pick<Permit> {
         let mut is_full = false;
         if !self.avoided.is_empty() {
@@ -250,6 +253,7 @@ impl History {
                 .any(|endpoint| is_at(endpoint, connection))
     }
 
+    /// Returns false if the connection was tried in this attempt, or if it did not answer a check and no byte was read from it since.
     fn is_untried(&self, connection: &Arc<ReadyConnection>) -> bool {
         let is_same = |tried: &Arc<ReadyConnection>| Arc::ptr_eq(tried, connection);
         let is_silent = |(tried, bytes): &(Arc<ReadyConnection>, u64)| {
@@ -273,15 +277,15 @@ impl History {
 }
 
 /// Returns whether a connection has the address of this endpoint. The addresses are compared, because after a new registration the
-/// connection may belong to another `Endpoint` object.
+/// connection can belong to another `Endpoint` object.
 fn is_at(endpoint: &Endpoint, connection: &ReadyConnection) -> bool {
     endpoint.address() == connection.endpoint().address()
 }
 
 /// The limit on transparent retries after refusals.
 const MAX_REFUSALS: usize = 3;
-/// The limit on transparent retries after connections that the peer closed with a GOAWAY. If a server closes each connection after one
-/// call, all other calls on that connection must be sent again.
+/// The limit on transparent retries after a GOAWAY that excluded the call. The limit is high, because some servers close each connection
+/// after one call, and all other calls on that connection must then be sent again.
 const MAX_GOAWAYS: usize = 64;
 /// A call is not sent again after this many connections were lost while it was on them.
 const MAX_LOST_CONNECTIONS: usize = 2;

@@ -17,7 +17,7 @@ pub(super) fn needs_no_check(core: &Core, call: &Call, permit: &Permit, now: Ins
     has_small_metadata(call, permit) && !permit.is_doubtful(now, core.is_single_threaded)
 }
 
-/// Returns whether the metadata is so small that the peer does not end the connection because of its size.
+/// Returns true if the metadata is too small to make the peer end the connection.
 pub(super) fn has_small_metadata(call: &Call, permit: &Permit) -> bool {
     let metadata = call.metadata_size();
     metadata == 0
@@ -28,11 +28,13 @@ pub(super) fn has_small_metadata(call: &Call, permit: &Permit) -> bool {
 pub(super) enum Prepared {
     /// The call can be sent with this permit.
     Ready(Permit),
-    /// The call must pick again. If the connection is unfit, the history excludes it.
+    /// The call must pick again. If the connection failed a check, or no private connection could be dialled, the history excludes the
+    /// connection or the endpoint.
     Unfit,
 }
 
-/// Checks the picked connection. If the call could end the connection, the connection is replaced with a private one.
+/// Checks the picked connection. If the call could make the peer end the connection, the connection is replaced with a private one. Returns
+/// an error if the metadata exceeds the limit that the peer has announced.
 ///
 /// The call was not sent yet, so a failed check only delays the call.
 pub(super) async fn prepare(

@@ -34,7 +34,7 @@ impl Call {
     }
 }
 
-/// The kept part of a body after it was sent.
+/// The part of a body that is kept after the body was sent.
 pub(super) enum KeptBody {
     Empty,
     Single(Bytes),

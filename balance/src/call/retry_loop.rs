@@ -25,7 +25,8 @@ use crate::transport::response_body::Incoming;
 pub(super) type Retrying =
     Pin<Box<dyn Future<Output = Result<Response<ResponseBody>, Status>> + Send>>;
 
-/// Continues a call after its first attempt failed before the response head, or after a response that the retry policy may cover.
+/// Continues a call whose first attempt has no final response yet. The attempt has failed before the response head, the head carries a
+/// failure, or the response is not buffered yet.
 pub(super) fn after_first(
     core: Arc<Core>,
     call: Call,
@@ -52,7 +53,7 @@ pub(super) fn after_first(
     })
 }
 
-/// Runs a call that was not sent, or that was refused. `permit` is a permit that the call already has, if any.
+/// Runs a call that was not sent, or that was sent but certainly not processed. `permit` is a permit that the call already has, if any.
 pub(super) async fn run(
     core: Arc<Core>,
     call: Call,
@@ -177,7 +178,7 @@ async fn take_body(outcome: &mut Outcome) -> Result<Option<Outgoing>, Status> {
     }
 }
 
-/// The data from which the result of a call is built at its end, with retries or hedges.
+/// The data from which the result of a retried or hedged call is built.
 pub(super) struct Conclusion {
     pub(super) core: Arc<Core>,
     pub(super) call: Call,

@@ -45,7 +45,8 @@ impl Routing {
             .map(|connection| connection.endpoint().address().clone())
     }
 
-    /// Counts a failure of the endpoint that the connection does not show: a failure of the call, or of a stream that the call opened.
+    /// Counts a failure of the endpoint that the caller has detected and that the connection does not show: a failure of the call, or of a
+    /// stream that the call opened.
     ///
     /// `silent_since` is the time since which a response has been overdue. If it is set, and nothing was read from the connection since
     /// then, a PING checks the connection.

@@ -1,6 +1,6 @@
 //! The statuses of failed calls. The message of a status that is created here names the service. It also names the endpoint, or the number
-//! of ready endpoints, unless the request itself is malformed. If an endpoint failed the call, the source of the status is a [`CallError`],
-//! also if the server returned the status.
+//! of ready endpoints, unless the request itself is malformed. If an endpoint failed the call, the source of the status is a [`CallError`].
+//! This also applies to a status that the server returned.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -80,9 +80,9 @@ impl Error for CallError {
     }
 }
 
-/// Returns the status of a call whose connection or stream failed. `blame` is the error code of the endpoint's GOAWAY, if any. It is added
-/// to the message because a call at or below the GOAWAY's last stream id fails only later, when the socket closes, and its own error does
-/// not contain the code.
+/// Returns the status of a call whose connection or stream failed. `blame` is the error code of the endpoint's GOAWAY, if any. The message
+/// contains this code if `error` does not: a call at or below the GOAWAY's last stream id fails only later, when the socket closes, and its
+/// error then lacks the code.
 pub(super) fn connection_or_stream_failed(
     service: &str,
     address: &Address,
@@ -171,7 +171,7 @@ pub(super) fn server_error(address: &Address, headers: &HeaderMap) -> Option<Sta
     Some(status)
 }
 
-/// Returns whether a server that cancels the call at `now` does so because of the deadline. Servers may do this shortly before the client's
+/// Returns true if a cancellation by the server at `now` counts as an exceeded deadline. A server can cancel shortly before the client's
 /// own timer fires.
 pub(super) fn is_deadline_cancellation(deadline: Option<Deadline>, now: Instant) -> bool {
     deadline.is_some_and(|deadline| now + DEADLINE_TOLERANCE >= deadline.at())

@@ -1,5 +1,5 @@
-//! One attempt of a call, as a retry policy counts attempts. If the server certainly did not process the call, the call is sent again
-//! within the same attempt.
+//! One attempt of a call, in the sense of a retry policy. An attempt can contain several sends: if the server certainly did not process the
+//! call, the call is sent again within the same attempt.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -40,7 +40,7 @@ pub(super) struct Failed {
 }
 
 impl Failed {
-    /// Creates a failure that excludes another attempt.
+    /// Creates a failure after which no further attempt is made.
     pub(super) fn permanent(status: Status) -> Self {
         Self {
             status,
@@ -235,7 +235,8 @@ pub(super) async fn recover(
 }
 
 impl Answered {
-    /// Buffers the beginning of a response for a short time. If the response breaks in this time, the call can still be retried.
+    /// Buffers the beginning of a response for a short time. If the response breaks in this time, the call can still be retried. Does
+    /// nothing without a retry policy, for a request stream, or if the head carries a failure.
     ///
     /// In gRFC A6 a call is committed when its response head is received. But servers send the head shortly before the rest, and a killed
     /// server has often sent only the head: under load, this happens in one or two of a hundred kills. While the response is buffered, the

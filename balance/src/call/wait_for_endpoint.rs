@@ -1,5 +1,5 @@
-//! The wait of a call while no endpoint is ready, or while all streams of the ready endpoints are in use. The option `wait_for_ready`
-//! decides whether the call waits at all if no endpoint can be expected.
+//! The wait of a call while no endpoint is ready, or while all streams of the ready endpoints are in use. If no endpoint can be expected,
+//! the call fails at once, or waits if the option `wait_for_ready` is set.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,7 +32,7 @@ pub(super) async fn wait_for_endpoint(
         .then(|| Instant::now() + UNUSED_ENDPOINT_WAIT);
     let now = Instant::now();
     // Until this time, the call waits for the second connection that the driver dials beside a silent one. After this time, the call also
-    // accepts the silent connection, which is better than none.
+    // accepts the silent connection.
     let mut silent_until = history.has_silent().then(|| now + SILENT_CONNECTION_WAIT);
     loop {
         // Registers before it loads the snapshot, so that no later change is missed.
@@ -61,8 +61,8 @@ pub(super) async fn wait_for_endpoint(
                 Next::Wait(until) => until,
             }
         };
-        // Wakes the driver. If all streams are in use, the driver dials one more connection. It also dials the connections that rest until
-        // a call needs them.
+        // Wakes the driver. If all streams are in use, the driver dials one more connection. The driver also dials the connections that it
+        // left idle until a call needs them.
         shared.demand();
         let Some(queued) = &waiting else {
             let waiters = shared.waiters();
@@ -90,7 +90,7 @@ pub(super) async fn wait_for_endpoint(
     }
 }
 
-/// Waits until a call could pick an endpoint.
+/// Waits until an endpoint is ready. Returns an error if a call would fail instead of waiting, or after the startup timeout.
 pub(crate) async fn ready(core: &Core) -> Result<(), Status> {
     let shared = core.shared();
     let give_up = Instant::now() + core.startup_timeout;

@@ -64,8 +64,8 @@ impl Tokens {
 
     /// Returns a fraction of a token to the bucket after a successful call.
     pub(in crate::call) fn on_success(&self) {
-        // Relaxed, here and below: no other memory depends on the number. A full bucket is the usual case. It is only read, so that callers
-        // on many threads do not contend for the cache line.
+        // Relaxed, here and below: no other memory depends on the number. A full bucket, the usual case, is only read and not written, so
+        // that callers on many threads do not contend for the cache line.
         if self.left.load(Ordering::Relaxed) < self.budget.size {
             let add = |left: u32| Some((left + self.budget.ratio).min(self.budget.size));
             let _ = self
@@ -74,7 +74,8 @@ impl Tokens {
         }
     }
 
-    /// Takes a token after a failure that a policy covers. Returns whether the call may be sent again.
+    /// Takes a token after a failure that a policy covers. Returns true if the budget allows another send of the call, false if half of the
+    /// bucket or less is left.
     pub(in crate::call) fn on_failure(&self) -> bool {
         let take = |left: u32| Some(left.saturating_sub(TOKEN));
         let _ = self
@@ -83,7 +84,7 @@ impl Tokens {
         self.allows_retry()
     }
 
-    /// Returns whether calls may be sent again.
+    /// Returns true if more than half of the bucket is left, so that failed calls can be sent again.
     pub(in crate::call) fn allows_retry(&self) -> bool {
         self.left.load(Ordering::Relaxed) > self.budget.size / 2
     }

@@ -1,4 +1,4 @@
-//! The decision whether a failed call is sent again. Pure.
+//! The decision whether a failed call is sent again. This module performs no I/O.
 
 use std::time::Duration;
 

@@ -62,7 +62,7 @@ impl MethodConfigBuilder {
 pub(crate) struct MethodConfig {
     all: Option<MethodPolicy>,
     named: HashMap<Box<str>, MethodPolicy>,
-    /// Whether any policy hedges. Only then is the policy of a call looked up before the call fails.
+    /// Whether any policy is a hedging policy. If none is, [`hedging`](Self::hedging) skips the look-up for each call.
     hedges: bool,
     tokens: Tokens,
 }

@@ -7,21 +7,22 @@ use tonic::Code;
 /// A retry policy: which failed calls are sent again, how often, and after which wait. It follows gRPC's [retry design (gRFC A6)][A6].
 ///
 /// Retries are opt-in, because the server may have processed a failed call. They are enabled for a channel ([`ChannelBuilder::retry`]), or
-/// for one service or method ([`ChannelBuilder::retry_for`]). Name only codes after which a method can safely run again. A call that was
-/// certainly not processed is sent again without any policy. Such a transparent retry does not count as an attempt.
+/// for one service or method ([`ChannelBuilder::retry_for`]). Name only codes after which a method can safely run again. A call that the
+/// server certainly did not process is sent again even without a policy. Such a transparent retry does not count as an attempt.
 ///
-/// - A call is retried only if the caller has received no part of the response. The failure is a lost connection, no reachable endpoint
-///   (both `UNAVAILABLE`), or an error that is the whole response, which servers send if they have sent no message before.
-/// - If the request is one message, the response is buffered until it is complete, so that a server that is killed while it responds fails
-///   no call. The first message of a stream is buffered for at most 5 ms, and a head without further frames for at most 50 ms. In A6 a call
-///   is committed when its head is received.
-/// - Another attempt is sent to an endpoint that the call has not used. If no such endpoint is ready, it is sent to any endpoint except the
-///   last that failed. That endpoint is used only if no other endpoint is ready.
-/// - A request of one message is sent again whatever its size: the bytes are shared, not copied. Of a request stream, the first message and
-///   up to 64 KiB are kept. A call that has sent more is not retried.
-/// - A server can set another wait, or forbid retries, with the header `grpc-retry-pushback-ms`.
+/// - A call is retried only if the caller has received no part of the response. Four failures can be retried: a lost connection and no
+///   reachable endpoint (both `UNAVAILABLE`), a reset stream, and an error that is the whole response. A server sends such an error if it
+///   has sent no message before.
+/// - If the request is one message, the beginning of the response is buffered, so that the call can still be retried if the server is
+///   killed while it responds. Buffering ends when the response is complete, when 64 KiB are buffered, 5 ms after the first frame, or 50 ms
+///   after the head if no frame follows. In A6 a call is committed when its head is received.
+/// - Another attempt is sent to an endpoint that the call has not used. If no such endpoint is ready, the attempt is sent to any endpoint
+///   except the endpoint that failed last. The endpoint that failed last is used only if no other endpoint is ready.
+/// - A request of one message is sent again whatever its size: the bytes are shared, not copied. Of a request stream, the first message is
+///   kept whatever its size, and further messages are kept while the total is at most 64 KiB. A call that has sent more is not retried.
+/// - With the response header `grpc-retry-pushback-ms`, a server can replace the wait before the next attempt, or forbid retries.
 /// - The call's deadline covers all attempts. A call whose deadline would pass during the wait fails at once.
-/// - All attempts of a channel together are limited by its [`RetryBudget`].
+/// - The retries of all calls of a channel together are limited by the channel's [`RetryBudget`].
 ///
 /// The header `grpc-previous-rpc-attempts` contains the number of earlier attempts, in the request for the server and in the response for
 /// the caller. If the call still fails, its message ends with a list of the attempts.
@@ -64,8 +65,8 @@ impl RetryPolicy {
         }
     }
 
-    /// Sets how often a call is sent at most, including the first attempt. Default 4, as in A6's example. Values above 5, A6's limit, count
-    /// as 5. The value 1 excludes a method from its channel's policy.
+    /// Sets the maximum number of attempts, including the first. Default 4, as in A6's example. Values above 5, A6's limit, count as 5. The
+    /// value 1 excludes a method from its channel's policy.
     pub fn max_attempts(mut self, attempts: u32) -> Self {
         self.attempts = attempts.clamp(1, MAX_ATTEMPTS);
         self
@@ -112,14 +113,15 @@ impl RetryPolicy {
 /// A hedging policy: a call is sent again before the first attempt has failed, and the first response is used. It follows gRPC's [retry
 /// design (gRFC A6)][A6].
 ///
-/// Hedging shortens the slowest calls, but calls run more than once. Use it only for methods that may run more than once. It is opt-in,
-/// with [`ChannelBuilder::hedge`] or [`ChannelBuilder::hedge_for`], and replaces a [`RetryPolicy`].
+/// Hedging shortens the slowest calls, but servers may run a call more than once. Use hedging only for methods that can safely run more
+/// than once. Hedging is opt-in, with [`ChannelBuilder::hedge`] or [`ChannelBuilder::hedge_for`]. A channel, service or method has either a
+/// hedging policy or a [`RetryPolicy`]: the policy that was set last.
 ///
 /// - Each hedge is sent to an endpoint that the call has not used. If no such endpoint is ready, no hedge is sent.
 /// - The first success or fatal failure ends the call. The other attempts are cancelled.
-/// - After a failure that is not fatal, the next hedge is sent at once. A server can delay or forbid it with the header
-///   `grpc-retry-pushback-ms`.
-/// - All hedges of a channel together are limited by its [`RetryBudget`](crate::channel::RetryBudget).
+/// - After a failure that is not fatal, the next hedge is sent at once. With the response header `grpc-retry-pushback-ms`, a server can
+///   delay or forbid the next hedge.
+/// - The hedges of all calls of a channel together are limited by the channel's [`RetryBudget`](crate::channel::RetryBudget).
 /// - A call is hedged only if its whole request is available when the call is made, such as a request of one message.
 ///
 /// ```
@@ -152,8 +154,8 @@ impl HedgingPolicy {
         }
     }
 
-    /// Sets the codes after which another hedge may still succeed. Default `UNAVAILABLE`, the first code of A6's example. A6 itself has no
-    /// default.
+    /// Sets the non-fatal codes: after a failure with one of these codes, the call continues with its other attempts and further hedges.
+    /// Default `UNAVAILABLE`, the first code of A6's example. A6 itself has no default.
     pub fn non_fatal_codes(mut self, codes: impl IntoIterator<Item = Code>) -> Self {
         self.non_fatal = codes.into_iter().collect();
         self
