@@ -27,7 +27,7 @@ pub(super) struct Activity {
     /// The peer's limit on a header list, in bytes; `u32::MAX` if it has announced none.
     max_header_list: AtomicU32,
     too_many_pings: AtomicBool,
-    /// One more than the error code of the peer's GOAWAY; 0 without one.
+    /// The error code of the peer's last GOAWAY plus one; 0 if the peer has sent no GOAWAY.
     goaway: AtomicU64,
     /// Whether the connection's task has ended or has found that the peer does not answer.
     unresponsive: AtomicBool,
@@ -123,8 +123,8 @@ impl Activity {
         }
     }
 
-    /// Waits until the peer sends a byte or answers a PING. Returns false if the connection ends first, or if the peer does not answer in
-    /// time.
+    /// Waits until the peer sends a byte or answers a PING, and then returns true. Returns false if the connection ends first, if the peer
+    /// does not answer in time, or if [`end_waits`](Self::end_waits) is called.
     ///
     /// # Cancel safety
     ///
@@ -137,8 +137,8 @@ impl Activity {
             // SeqCst here and in `on_read`: a wait sets the flag and then compares the bytes; a read adds the bytes and then loads the
             // flag. So at least one of the two sees the write of the other.
             self.awaited.store(true, Ordering::SeqCst);
-            // The bytes of a PONG may be read before the mark is taken, and the PONG may be processed after it. So PONGs count as well as
-            // bytes.
+            // It can happen that the bytes of a PONG are read before the mark is taken, and that h2 processes the PONG after the mark is
+            // taken. So a PONG ends the wait as well as a byte.
             if self.bytes.load(Ordering::SeqCst) > mark.bytes
                 || self.pongs.load(Ordering::SeqCst) != mark.pongs
             {
@@ -273,7 +273,7 @@ impl<T> Watched<T> {
     ///
     /// In a graceful shutdown the server sends a GOAWAY and then a PING, and expects no new streams after the PONG: grpc-java closes the
     /// whole connection if a request arrives after the PONG. But h2 writes the PONG before the requests that are already in its queue. So
-    /// the PING is held back until h2 has processed the GOAWAY, after which it opens no streams, and has written its queue.
+    /// the PING is held back until h2 has processed the GOAWAY and has written its queue. After the GOAWAY, h2 opens no more streams.
     fn pass_on(&mut self, buf: &mut ReadBuf<'_>, before: usize) {
         let activity = &self.activity;
         let read = &buf.filled()[before..];
@@ -357,5 +357,5 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
     }
 }
 
-/// The length of a frame header, and enough bytes to recognise another protocol.
+/// More bytes than a frame header has, and enough to recognise another protocol.
 const MAX_FIRST_BYTES: usize = 24;

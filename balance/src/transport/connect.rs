@@ -42,8 +42,8 @@ pub(crate) struct Connector {
     pub(crate) timeout: Duration,
     /// The policy for the IP addresses that a host name resolves to. The source of endpoints has already checked the addresses themselves.
     pub(crate) policy: AddressPolicy,
-    /// Whether the program gave the addresses, so that they do not come from discovery. Only then can TLS verify a server by the host of
-    /// its address.
+    /// Whether the program itself contains the addresses. If false, the addresses come from discovery, and TLS does not verify a server by
+    /// the host of its address.
     pub(crate) static_addresses: bool,
 }
 
@@ -204,7 +204,7 @@ impl Connector {
             target.ok_or_else(|| DialError::Resolve(io::ErrorKind::InvalidInput.into()))?;
         let found = tokio::net::lookup_host(target).await;
         let found: Vec<_> = found.map_err(DialError::Resolve)?.collect();
-        // The name may resolve to an address that a registration is not allowed to contain.
+        // A host name can resolve to an address that the policy forbids in a registration.
         let allowed = |found: &SocketAddr| self.policy.check(&Address::from(*found)).is_ok();
         let (allowed, refused): (Vec<_>, Vec<_>) = found.into_iter().partition(allowed);
         if allowed.is_empty() {

@@ -83,7 +83,7 @@ where
     pub(super) activity: Arc<Activity>,
     /// Whether the end was reported.
     pub(super) is_closed: bool,
-    /// The time until the task closes a connection whose peer has reported an error.
+    /// The timer after which the task closes a connection whose peer has ended it with an error.
     pub(super) linger: Option<Pin<Box<Sleep>>>,
     pub(super) on_event: OnEvent,
 }
@@ -195,8 +195,8 @@ where
     }
 }
 
-/// Returns how many of the peer's streams calls may use. This is at least one if the peer allows any: otherwise a peer that allows only as
-/// many streams as are reserved could not be used.
+/// Returns the number of streams that calls can use: the peer's limit without the reserved streams, but at least one if the peer allows any
+/// stream. Otherwise a peer whose limit is not above the number of reserved streams could not be used.
 pub(super) fn streams_for_calls(streams: usize, reserved: usize) -> usize {
     streams.saturating_sub(reserved).max(streams.min(1))
 }

@@ -134,7 +134,8 @@ impl FrameReader {
     }
 }
 
-/// Guesses the protocol of a peer that does not speak HTTP/2 from the first bytes that it sent.
+/// Guesses, from the first bytes that a peer sent, which protocol the peer speaks instead of HTTP/2. Returns `None` if there are no bytes,
+/// or if they begin an HTTP/2 connection.
 pub(crate) fn recognise_protocol(opening: &[u8]) -> Option<&'static str> {
     // The first frame of an HTTP/2 server is SETTINGS: type 4 on stream 0.
     if opening.is_empty() || matches!(opening, [_, _, _, SETTINGS, _, 0, 0, 0, 0, ..]) {

@@ -2,7 +2,7 @@
 
 use h2::Reason;
 
-/// Returns whether the peer closes the connection without an error code. No request on the connection is the cause then.
+/// Returns whether the peer closes the connection without an error code. In this case no request on the connection is the cause.
 pub(crate) fn is_graceful_goaway(error: &h2::Error) -> bool {
     error.is_go_away() && error.is_remote() && error.reason() == Some(Reason::NO_ERROR)
 }
@@ -17,7 +17,7 @@ pub(crate) fn is_unprocessed(error: &h2::Error) -> bool {
     error.is_remote() && (error.is_go_away() || refused)
 }
 
-/// Returns whether the connection was lost while the call was open on it.
+/// Returns true if the connection was lost while the call was open on it. A reset stream and a graceful GOAWAY do not count.
 pub(crate) fn is_connection_lost(error: &h2::Error) -> bool {
     !error.is_reset() && !is_graceful_goaway(error)
 }

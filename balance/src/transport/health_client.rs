@@ -158,6 +158,6 @@ fn of_stream(error: h2::Error) -> Status {
 }
 
 const WATCH: &str = "/grpc.health.v1.Health/Watch";
-/// Limit on the size of a message. A status message has at most two bytes; a longer one than this limit is rejected before memory is
+/// Limit on the size of a message. A status message usually has at most two bytes. A message above this limit is rejected before memory is
 /// allocated for it.
 const MAX_MESSAGE: usize = 1 << 10;

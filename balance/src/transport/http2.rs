@@ -26,8 +26,8 @@ use super::stall_detection::{KeepAlive, PingCause, Pings};
 pub(crate) struct Settings {
     /// Bytes that the peer may send on one stream before they are read.
     pub(crate) stream_window: u32,
-    /// Bytes that the peer may send on all streams together before they are read. It is as large as possible, because with a smaller
-    /// window, a few unread streams would block all other calls. The stream windows limit the memory.
+    /// Bytes that the peer may send on all streams together before they are read. The default is the maximum, because with a smaller window
+    /// a few unread streams would block all other calls. The stream windows limit the memory.
     pub(crate) connection_window: u32,
     /// The largest frame that the client accepts. With larger frames, a task wakes up less often.
     pub(crate) max_frame_size: u32,
@@ -213,12 +213,12 @@ impl Connection {
         (reason != Reason::NO_ERROR && !self.has_too_many_pings()).then_some(reason)
     }
 
-    /// Sets the function that returns whether calls are open on the connection. The keep-alive depends on it.
+    /// Sets the function that returns whether calls are open on the connection. The keep-alive and the PING budget depend on its result.
     pub(crate) fn set_busy(&self, is_busy: impl Fn() -> bool + Send + Sync + 'static) {
         self.activity.set_busy(is_busy);
     }
 
-    /// Returns how long nothing was read.
+    /// Returns the time since the last read.
     pub(crate) fn silence(&self, now: Instant) -> Duration {
         now.saturating_duration_since(self.activity.last_read())
     }
@@ -248,7 +248,8 @@ impl Connection {
         self.activity.progress().bytes
     }
 
-    /// Requests a PING and waits for a byte from the peer. Returns false if none arrives in time, or if the connection ends.
+    /// Requests a PING and waits for a byte from the peer. Returns true if the peer sends a byte, and false if it sends none in time or if
+    /// the connection ends.
     ///
     /// # Cancel safety
     ///
@@ -271,7 +272,8 @@ impl Connection {
         head: Request<()>,
         end_of_stream: bool,
     ) -> Result<(ResponseFuture, SendStream<Bytes>), OpenError> {
-        // A clone does not contain the handle's pending stream, so `send_request` does not reject the request because of it.
+        // A handle rejects a request while an earlier stream of the same handle is pending. A clone has no pending stream, so its
+        // `send_request` does not reject the request for this reason.
         let mut send = self.send.clone();
         send.send_request(head, end_of_stream).map_err(|error| {
             // The error does not distinguish a closed connection from a malformed request, but the state of the handle does.

@@ -150,11 +150,11 @@ impl Drop for Pump {
 /// The result of a pump.
 #[derive(Debug)]
 pub(crate) enum Pumped {
-    /// The whole body is sent, or the stream died after more of the body was sent than is kept.
+    /// The stream has ended or the body was recalled, but more of the body was sent than is kept.
     Spent,
-    /// The stream died. This is the whole body, for another attempt.
+    /// The stream has ended or the body was recalled. The value is the whole body, for another attempt.
     Returned(Outgoing),
-    /// The caller's body failed.
+    /// The caller's body has returned an error or has panicked.
     Failed(Status),
 }
 
@@ -241,7 +241,7 @@ async fn send_all(sending: &mut Sending, read: Vec<Bytes>, mut rest: Body) -> Pu
     }
 }
 
-/// Sends a frame as the peer's windows allow. Returns false if sending must stop.
+/// Sends a frame as the peer's windows allow. Returns true if the whole frame was sent, and false if sending must stop.
 async fn send(sending: &mut Sending, mut frame: Bytes) -> bool {
     while !frame.is_empty() {
         // Capacity is reserved only for bytes that are ready to be sent, and only a little at a time: other calls on the connection cannot

@@ -139,7 +139,8 @@ impl Incoming {
         }
     }
 
-    /// Stops the pump after the response has ended. The stream is then reset, so that the server does not wait for the rest of the request.
+    /// Stops the pump if the response has ended. This resets the stream unless the whole request was sent, so that the server does not wait
+    /// for the rest of the request.
     fn end_pump(&mut self) {
         // `is_end_stream` takes h2's lock, so it is called only if there is a pump.
         if self.pump.is_some() && self.stream.is_end_stream() {

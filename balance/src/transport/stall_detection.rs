@@ -1,16 +1,19 @@
 //! Detects that a peer is stalled or dead: decides when a PING is sent, and what a missing answer means. Performs no I/O.
 //!
+//! There are four causes of PINGs:
+//!
+//! - the *stall detection*, after a call has overrun its deadline, or was dropped after a while, and nothing was read since the call was
+//!   sent;
+//! - the *check* of a connection before a call is sent on it, after a silence in which a middlebox may have dropped the flow;
+//! - the *sweep* of other connections after a silence, when one connection was found dead;
+//! - the *keep-alive*, an option, after an interval in which nothing was read.
+//!
 //! All PINGs of a connection share one budget, because servers count them together. gRFC A8 lets a server close a connection that pings
 //! more often than the server allows. grpc-go and grpc-java allow two PINGs between two HEADERS or DATA frames that they send, including
-//! the ready check at the connection's start, and one PING per five minutes beyond that. If the budget is spent, the keep-alive waits, and
-//! the other two causes send no PING but wait for the next read: if nothing is read in time, the balancer dials a second connection beside
-//! the first. The first connection stays in use until the second is ready.
-//!
-//! There are three causes of PINGs:
-//!
-//! - the *stall detection*, after a call has overrun its deadline while nothing was read;
-//! - the *check* of a connection before a call is sent on it, after a silence in which a middlebox may have dropped the flow;
-//! - the *keep-alive*, an option, after an interval in which nothing was read.
+//! the ready check at the connection's start, and one PING per five minutes beyond that. If the budget is spent, the keep-alive waits until
+//! the next PING is allowed. A request for the sweep, or after a dropped call, is then ignored. After an overrun deadline, and for the
+//! check, no PING is sent, but the next read is awaited. If nothing is read in time, the balancer dials a second connection beside the
+//! first. The first connection stays in use until the second is ready.
 //!
 //! Any byte that is read shows that the peer is alive, not only a PONG: on a slow link, the PONG is queued behind the responses.
 
@@ -37,7 +40,7 @@ pub(crate) struct KeepAlive {
 #[derive(Debug)]
 pub(super) struct Pings {
     keep_alive: Option<KeepAlive>,
-    /// Limit on the silence of the peer after a call has overrun its deadline.
+    /// Limit on the silence of the peer after a call has overrun its deadline or was dropped.
     overrun_timeout: Duration,
     /// Limit on the time that a call waits for the answer to a check.
     check_timeout: Duration,
@@ -56,7 +59,7 @@ pub(super) struct Pings {
     stall_expiry: Option<Expiry>,
     /// The number of bytes read when the peer was found silent. Reset to `None` when further bytes are read.
     silent_at: Option<u64>,
-    /// Whether the peer was found silent because it did not answer a PING. Otherwise the PING budget allowed no PING.
+    /// True if the peer was found silent because it did not answer a PING; false if the PING budget allowed no PING.
     ping_unanswered: bool,
 }
 
@@ -82,7 +85,7 @@ impl Expiry {
 pub(super) enum PingCause {
     /// A call has overrun its deadline, and nothing was read since it was sent.
     Overrun,
-    /// A call was dropped before its response, after a while.
+    /// A call was dropped some time after it was sent, before its response, and nothing was read in between.
     Dropped,
     /// A call is about to be sent after a long silence.
     Silence,
@@ -301,6 +304,7 @@ impl Pings {
         Some(Action::Ping)
     }
 
+    /// Returns true if the budget allows a PING now. `busy`: whether the server counts the connection as having open calls.
     fn may_ping(&self, now: Instant, progress: ReadProgress, busy: bool) -> bool {
         let permit = self
             .keep_alive
@@ -319,7 +323,8 @@ impl Pings {
     }
 }
 
-/// Minimum limit on the silence of a peer. With a shorter limit, a process that the scheduler has delayed would count as frozen.
+/// The shortest limit on the silence of a peer after a call has overrun its deadline or was dropped. With a shorter limit, a process that
+/// the scheduler has delayed would count as frozen.
 const OVERRUN_TIMEOUT: Duration = Duration::from_secs(1);
 /// Minimum time that a call waits for a check before it is sent elsewhere. RFC 8305, section 5, uses the same delay before the next address
 /// of a name.

@@ -49,11 +49,11 @@ impl TlsConfig {
         Self::of(Some(server_name.into()))
     }
 
-    /// Creates a configuration for servers whose certificate is valid for the host name or IP address by which each one was dialled.
+    /// Creates a configuration for servers whose certificate is valid for the host name or IP address by which the client dialled them.
     ///
     /// This is only for addresses that the program itself contains: those of
-    /// [`ChannelBuilder::addresses`](crate::channel::ChannelBuilder::addresses), or of etcd's members. A channel with any other source connects to
-    /// no endpoint with this configuration.
+    /// [`ChannelBuilder::addresses`](crate::channel::ChannelBuilder::addresses), or of etcd's members. With this configuration, a channel
+    /// with any other source connects to no endpoint.
     ///
     /// ```no_run
     /// use tonic_balance::{BalancedChannel, TlsConfig};
@@ -98,7 +98,8 @@ impl TlsConfig {
         self
     }
 
-    /// Sets the certificate chain and the private key that the client presents to servers, as PEM texts. There is none by default.
+    /// Sets the certificate chain and the private key that the client presents to servers, as PEM texts. By default the client presents no
+    /// certificate.
     pub fn identity(mut self, certificates: impl Into<Vec<u8>>, key: impl Into<Vec<u8>>) -> Self {
         self.identity = Some((Pem::Text(certificates.into()), Pem::Text(key.into())));
         self
@@ -222,7 +223,8 @@ impl Tls {
             }
             error
         })?;
-        // gRPC requires the negotiation of HTTP/2, but servers that support nothing else omit it. A server that chose HTTP/1 is rejected.
+        // gRPC requires that HTTP/2 is negotiated with ALPN, but some servers that support only HTTP/2 omit the negotiation. These servers
+        // are accepted. A server that chose HTTP/1 is rejected.
         match stream.get_ref().1.alpn_protocol() {
             None | Some(b"h2") => Ok(stream),
             Some(_) => Err(io::Error::other(
