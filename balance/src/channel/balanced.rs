@@ -17,11 +17,11 @@ use crate::address::Address;
 use crate::balance::EndpointStatus;
 use crate::call::{self, Core, ResponseBody, ResponseFuture, Routing};
 
-/// A gRPC channel that balances calls over the registered instances of a service that *respond*.
+/// A gRPC channel that balances calls over those registered instances of a service that *respond*.
 ///
 /// The channel can replace tonic's own channel: in a generated client, under an interceptor, or in a tower stack. A clone only increments a
-/// reference count, and all clones share the connections. A task maintains the connections, whether calls run or not. The task ends when
-/// the last clone is dropped; calls in flight finish.
+/// reference count, and all clones share the connections. A background task maintains the connections, even while no calls run. The task
+/// ends when the last clone is dropped. Calls in flight continue to their end.
 ///
 /// The outcome of a call depends on the situation:
 ///
@@ -29,7 +29,7 @@ use crate::call::{self, Core, ResponseBody, ResponseFuture, Routing};
 /// |---|---|
 /// | endpoints are ready | the [`LbPolicy`](crate::LbPolicy) picks an endpoint, by default by weight, latency and load |
 /// | an endpoint is down, or accepts connections and sends nothing | it is not picked; the other endpoints serve |
-/// | the call was sent but certainly not processed (the server shuts down) | it is sent to another endpoint automatically |
+/// | the call was sent but certainly not processed, for example because the server shuts down | it is sent to another endpoint |
 /// | the connection is lost during a call | `UNAVAILABLE`: the call may have been processed. With a [`RetryPolicy`](crate::RetryPolicy) it is sent again |
 /// | connections are being made | the call waits for the first connection |
 /// | nothing is registered, or no endpoint can be reached | `UNAVAILABLE` at once, with the number of endpoints and the last cause |
@@ -61,8 +61,8 @@ impl BalancedChannel {
         self.0.shared().endpoints()
     }
 
-    /// Returns the handle of the source of the endpoints, if the source has one of this type. The resolver of `tonic-etcd` has a
-    /// `ResolverHandle`, with its status and its instances.
+    /// Returns the handle of the source of the endpoints, if the source has a handle of type `H`. The handle of the resolver of
+    /// `tonic-etcd` is a `ResolverHandle`, which returns the resolver's status and instances.
     #[must_use]
     pub fn source_handle<H: Any>(&self) -> Option<&H> {
         self.0.source_handle.as_ref()?.downcast_ref()
@@ -72,8 +72,9 @@ impl BalancedChannel {
     ///
     /// # Errors
     ///
-    /// Returns [`ChannelError::Unready`] if no endpoint is ready and a call would fail at once as well: nothing is registered, no endpoint
-    /// can be reached, or the registry has not responded within the startup timeout.
+    /// Returns [`ChannelError::Unready`] in each case in which a call would also fail at once: nothing is registered, no endpoint can be
+    /// reached, or the registry has not responded within the startup timeout. If no endpoint is ready after the startup timeout for any
+    /// other reason, returns the same error.
     ///
     /// # Cancel safety
     ///

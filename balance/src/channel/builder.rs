@@ -77,9 +77,9 @@ impl<S> ChannelBuilder<S> {
     /// servers that can be up but unable to serve.
     ///
     /// An endpoint is used after its first health status, which must be received within [`connect_timeout`](Self::connect_timeout). Calls
-    /// in flight continue when an endpoint reports `NOT_SERVING`. An endpoint without a health service counts as healthy. Unlike in the
-    /// gRFC, an endpoint whose health service does not have the name counts as healthy too. Any other error counts as unhealthy, and the
-    /// watch is opened again after a backoff like that of connections.
+    /// in flight continue when an endpoint reports `NOT_SERVING`. An endpoint without a health service counts as healthy. An endpoint whose
+    /// health service does not have this service name also counts as healthy, unlike in the gRFC. Any other error counts as unhealthy, and
+    /// the watch is opened again after a backoff like that of connections.
     ///
     /// A watch that ends is opened again at once, or after about a second if several watches in a row were short. Until the new watch has a
     /// status, the last status applies. If all endpoints report that they do not serve, calls fail with `UNAVAILABLE`.
@@ -102,8 +102,8 @@ impl<S> ChannelBuilder<S> {
     }
 
     /// Sets how long a new endpoint takes to reach its full share of the calls. Its weight grows from a tenth to the full weight, as in
-    /// Envoy's slow start. Disabled by default: the first latency estimate of a new endpoint is that of the other endpoints, so the
-    /// endpoint is not flooded. Enable it for servers that are slow while they are cold.
+    /// Envoy's slow start. Disabled by default, because a new endpoint starts with the latency estimate of the other endpoints, and so is
+    /// not flooded with calls. Enable slow start for servers that are slow until they have warmed up.
     pub fn slow_start(mut self, window: Duration) -> Self {
         self.config.options.slow_start = (!window.is_zero()).then_some(window);
         self
@@ -126,14 +126,14 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Sets the timeout of calls that set none themselves. Default: no timeout.
+    /// Sets the default timeout of calls. A timeout that the request itself sets takes precedence. Default: no timeout.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.config.timeout = Some(timeout);
         self
     }
 
     /// Sets whether calls wait for an endpoint instead of failing at once. Default `false`. The extension
-    /// [`WaitForReady`](crate::channel::WaitForReady) of a request overrides it.
+    /// [`WaitForReady`](crate::channel::WaitForReady) of a request overrides this setting.
     pub fn wait_for_ready(mut self, wait: bool) -> Self {
         self.config.wait_for_ready = wait;
         self
@@ -154,7 +154,7 @@ impl<S> ChannelBuilder<S> {
     }
 
     /// Sets the number of connections to each endpoint. One more connection is made while every stream of an endpoint is in use. Default 1;
-    /// 0 counts as 1. More connections help a client with few endpoints and many threads.
+    /// 0 counts as 1. More than one connection is useful for a client with few endpoints and many threads.
     pub fn connections_per_endpoint(mut self, connections: usize) -> Self {
         self.config.options.connections_per_endpoint = connections.max(1);
         self
@@ -174,7 +174,7 @@ impl<S> ChannelBuilder<S> {
     }
 
     /// Sets the flow-control window of a stream: how many bytes of one response a server may send before the client reads them. Default 1
-    /// MiB. Values above 2^31 - 1, the HTTP/2 maximum, are reduced to it.
+    /// MiB. Values above 2^31 - 1, the HTTP/2 maximum, are reduced to this maximum.
     pub fn initial_stream_window_size(mut self, bytes: u32) -> Self {
         self.config.connector.http2.stream_window = bytes.min(MAX_WINDOW);
         self
@@ -190,15 +190,15 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Sets whether the limits of HTTP/2 against hostile servers are enforced. Disabled by default: after at most a thousand cancelled
-    /// calls these limits close the connection, and all calls on it fail.
+    /// Sets whether the limits of HTTP/2 against hostile servers are enforced. Disabled by default, because these limits close the
+    /// connection after at most a thousand cancelled calls, and then all calls on the connection fail.
     pub fn http2_abuse_limits(mut self, limits: bool) -> Self {
         self.config.connector.http2.http2_abuse_limits = limits;
         self
     }
 
-    /// Enables TLS to the endpoints. Plaintext by default. Unless the endpoints are given with [`addresses`](ChannelBuilder::addresses),
-    /// the configuration must fix the name of the servers.
+    /// Enables TLS to the endpoints. Plaintext by default. The configuration must contain the name of the servers, unless the source of the
+    /// endpoints is [`addresses`](ChannelBuilder::addresses).
     #[cfg(feature = "tls")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
     pub fn tls_config(mut self, tls: TlsConfig) -> Self {
@@ -298,8 +298,8 @@ impl ChannelBuilder {
         self.map_source(|()| source)
     }
 
-    /// Takes the endpoints from a stream of changes. The set of endpoints is known after the first item. An error is logged and changes no
-    /// endpoint. After the end of the stream the endpoints stay unchanged.
+    /// Takes the endpoints from a stream of changes. The set of endpoints is known after the first item. An error in the stream is logged
+    /// and changes no endpoint. After the end of the stream, the endpoints stay unchanged.
     pub fn discover<D, A, E>(self, discover: D) -> ChannelBuilder<Discover<D>>
     where
         D: Stream<Item = Result<Change<Address, A>, E>> + Send + 'static,
@@ -311,8 +311,8 @@ impl ChannelBuilder {
 
     /// Takes fixed endpoints, each in the form `host:port`, `http://host:port` (`https://` with TLS configured) or `unix:/path`.
     ///
-    /// If an address is invalid, the channel is [invalid](ChannelError::InvalidOption). Invalid are any other form, `http://` with TLS
-    /// configured, and `https://` without TLS.
+    /// An address is invalid if it has another form, if it starts with `http://` and TLS is configured, or if it starts with `https://` and
+    /// TLS is not configured. If an address is invalid, the channel is [invalid](ChannelError::InvalidOption).
     pub fn addresses<I>(self, addresses: I) -> ChannelBuilder<Addresses>
     where
         I: IntoIterator,
@@ -339,8 +339,8 @@ impl<S: EndpointSource> ChannelBuilder<S> {
     /// # Errors
     ///
     /// Returns an error if an option is invalid, or if no endpoint is ready: the set is empty, no endpoint can be reached, or the source
-    /// has not reported the set within [`startup_timeout`](Self::startup_timeout). With [`wait_for_ready`](Self::wait_for_ready), the first
-    /// two cases also fail only after that timeout.
+    /// has not reported the set within [`startup_timeout`](Self::startup_timeout). With [`wait_for_ready`](Self::wait_for_ready), an empty
+    /// set or unreachable endpoints also cause an error only after that timeout.
     ///
     /// # Cancel safety
     ///
@@ -394,7 +394,7 @@ impl<S: EndpointSource> ChannelBuilder<S> {
 }
 
 impl Config {
-    /// Records an invalid option or address. Only the first is reported.
+    /// Records an invalid option or address. If several are recorded, only the first is reported.
     pub(super) fn refuse(&mut self, reason: String) {
         self.invalid.get_or_insert(reason);
     }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::transport::stall_detection::{BUSY_INTERVAL, KeepAlive};
 
-/// The keep-alive options. They may be set in any order, so they are combined at the end.
+/// The keep-alive options. They can be set in any order, so [`build`](Self::build) combines them at the end.
 #[derive(Clone, Debug)]
 pub(super) struct KeepAliveOptions {
     pub(super) interval: Option<Duration>,

@@ -16,8 +16,7 @@ impl<S> ChannelBuilder<S> {
     /// - A connection is checked when a call on it exceeds its deadline.
     /// - The keep-alive of TCP is enabled.
     ///
-    /// Keep-alive helps calls without a deadline, and streams that are silent for minutes, on a network path that drops connections
-    /// silently.
+    /// Keep-alive is useful if the network drops connections silently, and if calls have no deadline or streams are silent for minutes.
     ///
     /// Many servers close the connection of a client that sends PINGs more often than every five minutes. By default a connection sends at
     /// most two PINGs, including the ready check, between two HEADERS or DATA frames of the server. After those, it sends one PING every

@@ -1,4 +1,5 @@
-//! The options and the states of a [`BalancedChannel`], and the sources of its endpoints. Its policies are at the root of the crate.
+//! The options and the states of a [`BalancedChannel`], and the sources of its endpoints. [`RetryPolicy`](crate::RetryPolicy) and
+//! [`LbPolicy`](crate::LbPolicy) are at the root of the crate.
 
 mod balanced;
 #[cfg(feature = "__bench")]

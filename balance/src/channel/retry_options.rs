@@ -6,10 +6,10 @@ use crate::call::retry::{HedgingPolicy, RetryBudget, RetryPolicy};
 
 impl<S> ChannelBuilder<S> {
     /// Enables retries of failed calls. Disabled by default, because the server may have processed a failed call. Calls that the server
-    /// certainly did not process are sent again in any case.
+    /// certainly did not process are sent again even if retries are disabled.
     ///
-    /// A method uses the most specific policy: the policy of the method, else that of its service, else that of the channel. If the same
-    /// policy is set twice, the later value applies.
+    /// A method uses the most specific policy: the policy of the method, else that of its service, else that of the channel. If a policy is
+    /// set more than once for the same method, service or channel, the last policy applies.
     ///
     /// ```
     /// use tonic::Code;
@@ -17,7 +17,7 @@ impl<S> ChannelBuilder<S> {
     ///
     /// let channel = BalancedChannel::builder()
     ///     .retry(RetryPolicy::new([Code::Unavailable]))
-    ///     // One that must not run twice.
+    ///     // This method must not run twice.
     ///     .retry_for("shop.Orders/Pay", RetryPolicy::new([]));
     /// ```
     pub fn retry(mut self, policy: RetryPolicy) -> Self {
@@ -31,8 +31,8 @@ impl<S> ChannelBuilder<S> {
         self.set_method_policy(&name.into(), MethodPolicy::Retry(policy))
     }
 
-    /// Enables hedging: a call that takes long is sent again, and the first response is used. Disabled by default: enable it only if every
-    /// method of the channel may run twice. It replaces a [`RetryPolicy`].
+    /// Enables hedging: a call that takes long is sent again, and the first response is used. Disabled by default. Enable hedging only if
+    /// every method of the channel can safely run more than once. The hedging policy replaces the channel's [`RetryPolicy`].
     pub fn hedge(mut self, policy: HedgingPolicy) -> Self {
         self.config.methods.set_all(MethodPolicy::Hedge(policy));
         self

@@ -16,8 +16,8 @@ use crate::balance::OnRefused;
 
 /// A source of endpoints for a channel, for example a resolver.
 ///
-/// Implement it for the builder of a resolver, so that the resolver starts when the channel connects. A plain stream of changes needs no
-/// implementation: see [`ChannelBuilder::discover`](crate::channel::ChannelBuilder::discover).
+/// Implement this trait for the builder of a resolver, so that the resolver starts when the channel connects. A plain stream of changes
+/// needs no implementation: see [`ChannelBuilder::discover`](crate::channel::ChannelBuilder::discover).
 pub trait EndpointSource {
     /// The attributes that the source reports for an endpoint, besides its address.
     type Attributes: Into<Attributes> + 'static;
@@ -70,8 +70,8 @@ impl<S> Endpoints<S> {
         }
     }
 
-    /// Sets a future that ends when the set of endpoints is known, in place of the first item. A source whose set may be empty needs this,
-    /// because an empty set yields no item.
+    /// Sets a future that completes when the set of endpoints is known. Without this future, the set is known after the first item or the
+    /// end of the stream. A source whose set can be empty needs this future, because an empty set yields no item in the stream.
     #[must_use]
     pub fn known_after(mut self, known: impl Future<Output = ()> + Send + 'static) -> Self {
         self.known = Some(Box::pin(known));
@@ -89,7 +89,7 @@ impl<S> Endpoints<S> {
         self
     }
 
-    /// Sets a function that is called when an endpoint refuses a connection. It must not block.
+    /// Sets a function that is called when an endpoint refuses a connection. The function must not block.
     #[must_use]
     pub fn on_refused(mut self, on_refused: impl Fn(&Address) + Send + Sync + 'static) -> Self {
         self.on_refused = Some(OnRefused(Arc::new(on_refused)));
@@ -97,7 +97,7 @@ impl<S> Endpoints<S> {
     }
 
     /// Sets a handle of the source, which [`BalancedChannel::source_handle`](crate::BalancedChannel::source_handle) returns, for example to
-    /// read the state of a resolver. The channel drops it with its last clone.
+    /// read the state of a resolver. The handle is dropped with the last clone of the channel.
     #[must_use]
     pub fn handle(mut self, handle: impl Any + Send + Sync) -> Self {
         self.handle = Some(Box::new(handle));
@@ -152,7 +152,7 @@ pub struct Addresses(pub(super) Vec<String>);
 
 impl fmt::Debug for Addresses {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // An address that is not checked yet may contain a password.
+        // The addresses are not checked yet, and one of them could contain a password.
         f.debug_tuple("Addresses").field(&self.0.len()).finish()
     }
 }
