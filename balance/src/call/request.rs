@@ -51,6 +51,7 @@ impl KeptBody {
         }
     }
 
+    /// Returns true if a pump task sends the body, as for every request stream.
     pub(super) fn is_pumped(&self) -> bool {
         matches!(self, Self::Pumped)
     }

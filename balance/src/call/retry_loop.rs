@@ -244,6 +244,7 @@ impl Conclusion {
         answer(core, &mut self.call, head, permit, self.deadline)
     }
 
+    /// Returns true if the call has a deadline and the deadline is not after `at`.
     fn is_late(&self, at: Instant) -> bool {
         self.deadline.is_some_and(|deadline| at >= deadline.at())
     }

@@ -26,7 +26,8 @@ impl MethodConfigBuilder {
         self.all = Some(policy);
     }
 
-    /// Sets the policy of a service or method. Returns false if the name is neither `package.Service` nor `package.Service/Method`.
+    /// Sets the policy of a service or method. Returns true if the policy was set, and false if the name is neither `package.Service` nor
+    /// `package.Service/Method`.
     pub(crate) fn set(&mut self, name: &str, policy: MethodPolicy) -> bool {
         let trimmed = name.strip_prefix('/').unwrap_or(name);
         let trimmed = trimmed.strip_suffix('/').unwrap_or(trimmed);

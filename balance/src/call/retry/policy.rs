@@ -91,6 +91,7 @@ impl RetryPolicy {
         self
     }
 
+    /// Returns true if the policy retries calls that failed with this code.
     pub(in crate::call) fn covers(&self, code: Code) -> bool {
         self.codes.contains(code)
     }
@@ -161,6 +162,7 @@ impl HedgingPolicy {
         self
     }
 
+    /// Returns true if a failure with this code ends the call and cancels its other attempts.
     pub(in crate::call) fn is_fatal(&self, code: Code) -> bool {
         !self.non_fatal.contains(code)
     }
