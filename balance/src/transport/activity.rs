@@ -152,7 +152,7 @@ impl Activity {
         }
     }
 
-    /// Sets whether waits for the peer return false at once, because the connection has ended or the peer does not answer.
+    /// Sets whether the connection has ended or the peer does not answer. While this is set, waits for the peer return false at once.
     pub(super) fn set_unresponsive(&self, unresponsive: bool) {
         self.unresponsive.store(unresponsive, Ordering::SeqCst);
         if unresponsive {

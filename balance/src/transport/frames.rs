@@ -95,7 +95,7 @@ impl FrameReader {
             } else {
                 State::Payload { kind, left }
             };
-            // The frame is reported when its header is complete, because the payload of a large DATA frame may take long.
+            // The frame is reported when its header is complete, because the payload of a large DATA frame can arrive much later.
             if self.state != State::NotHttp2 && matches!(kind, DATA | HEADERS) {
                 on_frame(Frame::Response);
             }

@@ -148,6 +148,7 @@ impl Pings {
         self.outstanding
     }
 
+    /// Returns true from the time when the peer is found silent until [`on_read`](Self::on_read) handles further bytes.
     pub(super) fn is_stalled(&self) -> bool {
         self.silent_at.is_some()
     }
@@ -237,8 +238,8 @@ impl Pings {
         if let Some(mut stall) = self.stall_expiry.take_if(|stall| stall.is_due(now))
             && progress.bytes == stall.bytes
         {
-            // If the timer fires late, the runtime is overloaded and may not have read what the peer has sent. The limit is extended,
-            // because replacing connections would add to the load.
+            // If the timer fires late, the runtime is overloaded, and the bytes that the peer has sent are possibly not read yet. The limit
+            // is extended, because replacing connections would add to the load.
             let late = now.saturating_duration_since(stall.at);
             if late < LATE_TIMER || stall.extended >= MAX_EXTENSIONS {
                 return Some(self.on_silence(stall));
