@@ -506,6 +506,7 @@ fn no_endpoints() -> Endpoints<Changes> {
     Endpoints::new(tokio_stream::iter(Vec::new()))
 }
 
+/// Returns true if this function runs in a current-thread runtime of tokio.
 fn is_single_threaded() -> bool {
     let runtime = tokio::runtime::Handle::try_current();
     runtime.is_ok_and(|runtime| runtime.runtime_flavor() == RuntimeFlavor::CurrentThread)
