@@ -1,5 +1,5 @@
-//! Handles the requests of calls to the driver: an additional connection, the replacement of a connection that a call has given up, or a
-//! check of silent connections.
+//! Handles the requests that calls make to the driver: to replace a connection that a call has given up, to dial resting connections, to
+//! check silent connections, to quarantine an endpoint that does not answer with gRPC, or to add a connection.
 
 use tokio::time::Instant;
 
@@ -49,7 +49,7 @@ impl Driver {
             state => state,
         };
         self.subchannels.insert(id, address.clone(), state);
-        // If a second connection was dialled beside the old one, it is not needed any more.
+        // If a second connection was dialled beside the old connection, the second connection is not needed any more.
         self.drop_second_connection(&address);
         self.reclassify(&address);
     }
@@ -125,7 +125,7 @@ impl Driver {
     pub(super) fn remove_connections(&mut self, now: Instant) {
         for address in self.scaling.old(now) {
             let is_dispensable = self.endpoints.get(&address).is_none_or(|entry| {
-                // A silent connection carries no calls, so the additional one is needed in its place.
+                // A silent connection takes few calls or none, so the additional connection is needed in its place.
                 !self.has_silent(&address) && self.subchannels.can_spare_one(&entry.subchannels)
             });
             if is_dispensable {
@@ -142,7 +142,7 @@ impl Driver {
         if entry.subchannels.len() <= self.options.connections_per_endpoint {
             return;
         }
-        // The second connection beside a silent one is not the additional connection.
+        // A second connection, which was dialled beside a silent one, is not an additional connection, so it is skipped.
         let second = entry.second.subchannel();
         let mut ids = entry.subchannels.iter();
         let Some(last) = ids.rposition(|id| Some(*id) != second) else {

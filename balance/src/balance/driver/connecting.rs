@@ -19,7 +19,7 @@ use crate::transport::connect::{DialError, DialHistory};
 use crate::transport::http2::Connection;
 
 impl Driver {
-    /// Queues a subchannel for dialling, in random order.
+    /// Queues a subchannel for dialling, at a random position of the queue.
     pub(super) fn enqueue(&mut self, id: SubchannelId) {
         let is_failing = self.subchannels.is_failing(id);
         self.dials.enqueue(id, is_failing, &mut self.rng);
@@ -115,7 +115,7 @@ impl Driver {
         ));
         connection.update_stream_limit();
         let weak = Arc::downgrade(&connection);
-        // A weak reference: the connection's task must not keep the connection open.
+        // The callback holds a weak reference, so that it does not keep the connection open.
         connection.http2().set_busy(move || {
             let connection = weak.upgrade();
             connection.is_some_and(|connection| connection.load().in_flight() > 0)

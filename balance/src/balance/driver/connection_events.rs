@@ -47,7 +47,8 @@ impl Driver {
         }
     }
 
-    /// Handles a connection on which nothing was read in time. If the peer has left a PING unanswered, the connection gets no more calls.
+    /// Handles a connection on which nothing was read in time. If the peer has left a PING unanswered, the connection gets no calls until
+    /// it recovers.
     fn on_silent(&mut self, dial_id: DialId, silence: Silence) {
         let Some((id, address, subchannel)) = self.subchannels.of_connection(dial_id) else {
             return;
@@ -84,8 +85,8 @@ impl Driver {
         subchannel.set_silence(Silence::None);
         self.update_ready_set(id);
         if let Some((_, subchannel)) = self.subchannels.ready(id) {
-            // A doubtful connection stays in the ready set, but calls whose check failed do not use it and are in the wait queue. The free
-            // streams of the connection are offered to these calls.
+            // A doubtful connection stays in the ready set, but a call whose check of the connection failed excludes the connection and may
+            // be in the wait queue. The free streams of the recovered connection are offered to such calls.
             subchannel.connection().offer();
         }
         self.shared.changed.notify_waiters();

@@ -19,7 +19,7 @@ pub(super) struct Dials {
     in_progress: HashMap<Id, Dial>,
     /// Number of dials in progress whose previous attempt failed.
     retries: usize,
-    /// Why a connection ended, if its end was reported before the outcome of its dial was handled.
+    /// The reasons of connections whose end was reported before the outcome of their dial was handled.
     closed_early: HashMap<DialId, CloseReason>,
 }
 
@@ -60,8 +60,8 @@ impl Dials {
     }
 
     /// Removes and returns the next subchannel to dial, unless the limit on dials is reached. Failing subchannels are dialled last and use
-    /// at most half of the dials: if a thousand endpoints do not answer, each dial takes its whole timeout, and the other endpoints must
-    /// not wait for them.
+    /// at most half of the dials. If a thousand endpoints do not answer, each of their dials takes the whole timeout; the dials of the
+    /// other endpoints must not wait for these dials.
     pub(super) fn next(&mut self) -> Option<SubchannelId> {
         if self.tasks.len() >= MAX_DIALS {
             return None;

@@ -14,7 +14,7 @@ impl DrainingConnections {
         self.0.push((endpoint, subchannel));
     }
 
-    /// Returns whether a connection still has calls.
+    /// Returns whether there are connections that [`take_drained`](Self::take_drained) has not removed yet.
     pub(super) fn is_waiting(&self) -> bool {
         !self.0.is_empty()
     }

@@ -155,7 +155,7 @@ impl Driver {
         first.map_or(refresh, |first| first.min(refresh))
     }
 
-    /// Returns the time of the next refresh. The interval is longer while nothing depends on the refresh.
+    /// Returns the time of the next refresh. The interval is longer while the channel is not in use and no other work waits for a refresh.
     fn refresh_at(&self) -> Instant {
         let waits = self.slow_start.is_waiting()
             || self.quarantines.is_waiting()
@@ -191,8 +191,8 @@ impl Drop for Driver {
     }
 }
 
-/// Interval between refreshes of the latency estimates.
+/// Interval between refreshes, which update the latency estimates and do the other periodic work.
 const REFRESH: Duration = Duration::from_millis(200);
-/// The interval of a channel that is not in use. The first calls after a pause use estimates of up to this age. To wake the driver for
-/// them, every call would need a check.
+/// Interval between refreshes of a channel that is not in use. The first calls after a pause therefore use estimates of up to this age.
+/// Otherwise, every call would have to check whether it must wake the driver.
 const IDLE_REFRESH: Duration = Duration::from_secs(2);

@@ -15,7 +15,7 @@ use crate::balance::subchannel::StopOnDrop;
 use crate::transport::health_client::HealthCheck;
 
 impl Driver {
-    /// Starts the health watch of a connection, if health checks are enabled and the peer allows a stream for them.
+    /// Starts the health watch of a connection. Returns `None` if health checks are disabled, or if the peer allows no stream for them.
     pub(super) fn watch_health(
         &mut self,
         dial_id: DialId,
@@ -86,8 +86,8 @@ impl<F: Fn(Health)> Drop for ReportPanic<F> {
     }
 }
 
-/// Runs one health watch after another, until the server reports that it has no health service. Dropping the state of the subchannel stops
-/// this function.
+/// Runs one health watch after another, until the server reports that it has no health service. The task that runs this function is aborted
+/// when the subchannel leaves the state `Ready`.
 async fn run(
     check: HealthCheck,
     connection: Arc<ReadyConnection>,

@@ -30,7 +30,8 @@ impl Latencies {
         self.loads.begin(inherited, self.median)
     }
 
-    /// Computes the median, and updates the estimate of each connection. Returns whether a connection has had a call within the last 10 s.
+    /// Computes the median, and updates the estimate of each connection. Returns whether a connection has a call in flight, or had one
+    /// within the last 10 s.
     pub(super) fn refresh(&mut self, sets: &ReadySets<ReadyEntry>, now: Ticks) -> bool {
         let primary = sets.primary();
         let estimates = primary.filter_map(|entry| entry.load().estimate());
@@ -46,5 +47,6 @@ impl Latencies {
     }
 }
 
-/// In seconds. Longer than the gap between two calls of most callers with few calls.
+/// How long a connection counts as in use after its last call, in seconds. The value is longer than the gap between two calls of most
+/// callers with few calls.
 const RECENT_USE: f32 = 10.0;

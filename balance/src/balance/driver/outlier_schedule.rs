@@ -17,7 +17,7 @@ impl OutlierSchedule {
         Self { config, sweep_at }
     }
 
-    /// Returns the time of the next sweep.
+    /// Returns the time of the next sweep; `None` if outlier detection is disabled.
     pub(super) fn next(&self) -> Option<Instant> {
         self.sweep_at
     }

@@ -18,7 +18,8 @@ pub(super) struct PendingPublication {
     publish_at: Option<Instant>,
     /// Endpoints that became ready.
     became_ready: Vec<Address>,
-    /// Endpoints that were removed, and whether calls are in flight there. They stay in the endpoint list until no pick can find them.
+    /// Endpoints that were removed, each with whether calls were in flight to it at that time. They stay in the endpoint list until no pick
+    /// can find them.
     removed: Vec<(Arc<Endpoint>, bool)>,
 }
 
@@ -66,7 +67,7 @@ impl PendingPublication {
         self.summary.endpoints = endpoints;
     }
 
-    /// Records the last error of the source of endpoints, or that the source works again.
+    /// Records the last error of the source of endpoints; `None` if the source works again.
     pub(super) fn set_source_error(&mut self, error: Option<Arc<str>>) {
         self.summary.source_error = error;
     }
@@ -90,7 +91,7 @@ impl PendingPublication {
         self.soon();
     }
 
-    /// Handles the removal of an endpoint. `has_calls`: calls are in flight there.
+    /// Handles the removal of an endpoint. `has_calls`: whether calls are in flight to the endpoint.
     pub(super) fn on_removed(&mut self, endpoint: Arc<Endpoint>, class: Class, has_calls: bool) {
         // The last error of a removed endpoint no longer explains why calls fail.
         self.summary
@@ -100,7 +101,8 @@ impl PendingPublication {
         self.removed.push((endpoint, has_calls));
     }
 
-    /// Returns the summary for a set with this number of ready connections.
+    /// Records the number of ready connections, and returns the summary. Logs a message if the channel has become ready or has lost its
+    /// last ready connection.
     pub(super) fn summarize(&mut self, ready: usize, is_last_resort: bool) -> Summary {
         let were_ready = std::mem::replace(&mut self.summary.ready, ready);
         if (were_ready == 0) != (ready == 0) {
@@ -119,12 +121,12 @@ impl PendingPublication {
         self.summary.clone()
     }
 
-    /// Removes and returns the endpoints that became ready. Some of them may not be ready any more.
+    /// Removes and returns the endpoints that became ready. Some of them may have stopped being ready in the meantime.
     pub(super) fn take_became_ready(&mut self) -> Vec<Address> {
         std::mem::take(&mut self.became_ready)
     }
 
-    /// Removes and returns the removed endpoints, and whether calls are in flight there.
+    /// Removes and returns the removed endpoints, each with whether calls were in flight to it when it was removed.
     pub(super) fn take_removed(&mut self) -> impl Iterator<Item = (Arc<Endpoint>, bool)> {
         self.removed.drain(..)
     }

@@ -40,7 +40,7 @@ impl Driver {
         let ready = ReadyEntry::new(connection);
         match self.ready_sets.place(id, ready, weight, is_last_resort) {
             Placed::Unchanged => {}
-            // A connection that changed sets is published immediately; a change of weight alone can be batched.
+            // A new connection or a new weight can be batched with later changes. A move between the sets is published at once.
             Placed::Changed => self.publication.soon(),
             Placed::Moved => self.publication.now(),
         }
@@ -112,7 +112,7 @@ impl Driver {
             .subchannels
             .classify(&entry.subchannels, is_last_resort);
         let before = std::mem::replace(&mut entry.class, class);
-        // `Ready` means that calls can pick the endpoint, so the state is set only after the new set is published.
+        // The state `Ready` means that calls can pick the endpoint, so this state is set only after the new set is published.
         if class != Class::Ready {
             entry.endpoint.set_state(state);
         }
@@ -148,7 +148,7 @@ impl Driver {
         }
     }
 
-    /// Removes the endpoints whose last call has ended from the reported endpoints.
+    /// Takes removed endpoints off the list of reported endpoints once their last call has ended.
     pub(super) fn forget_drained(&mut self) {
         for endpoint in self.draining.take_drained() {
             let entry = self.endpoints.get(endpoint.address());

@@ -2,7 +2,8 @@
 //! address.
 //!
 //! Such endpoints answer quickly, so latency-based picking prefers them although every call fails. They are moved to the last-resort set
-//! for a while and then tried again, and the time grows with each repetition. If all endpoints are in quarantine, calls still use them.
+//! for a while and then tried again. Each further quarantine of an endpoint is longer. If all endpoints are in quarantine, calls still use
+//! them.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -24,8 +25,8 @@ struct Quarantine {
 }
 
 impl Quarantines {
-    /// Handles a report about an endpoint that does not answer with gRPC. Returns the length of the quarantine that it starts. Returns
-    /// `None` if the endpoint already is in quarantine: several calls in flight may report it.
+    /// Handles a report about an endpoint that does not answer with gRPC. Starts a quarantine and returns its length. Returns `None` if the
+    /// endpoint already is in quarantine: several calls in flight can report the same endpoint.
     pub(super) fn on_report(&mut self, address: &Address, now: Instant) -> Option<Duration> {
         if self.is_quarantined(address) {
             return None;
@@ -46,7 +47,7 @@ impl Quarantines {
         !self.0.is_empty()
     }
 
-    /// Returns whether the endpoint is excluded from picks. False on probation.
+    /// Returns whether the endpoint is in quarantine, which excludes it from ordinary picks. Returns false on probation.
     pub(super) fn is_quarantined(&self, address: &Address) -> bool {
         let quarantine = self.0.get(address);
         quarantine.is_some_and(|quarantine| quarantine.until.is_some())
@@ -77,10 +78,10 @@ impl Quarantines {
     }
 }
 
-/// The first quarantine: usually longer than a server behind a proxy needs for a restart.
+/// Length of the first quarantine. It is usually longer than the restart of a server behind a proxy.
 const FIRST: Duration = Duration::from_secs(1);
-/// The longest quarantine. The ejections of gRFC A50 grow up to five minutes. A quarantine can be shorter, because each probation fails
-/// only one call or a few.
+/// Limit on the length of a quarantine. The limit on an ejection is five minutes in gRFC A50. A quarantine can be shorter, because an
+/// unsuccessful probation costs only one failed call or a few.
 const LONGEST: Duration = Duration::from_secs(30);
 
 #[cfg(test)]

@@ -28,7 +28,7 @@ pub(super) struct ReadySets<E> {
 /// The effect of [`ReadySets::place`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Placed {
-    /// The entry was in its set with this weight.
+    /// The entry was already in this set, with this weight.
     Unchanged,
     /// The entry is new, or its weight has changed.
     Changed,
@@ -45,7 +45,8 @@ impl<E: Entry> ReadySets<E> {
         }
     }
 
-    /// Puts an entry into one of the sets, or changes its weight.
+    /// Puts an entry into the last-resort set or the primary set, and removes it from the other set. If the entry already is in the set,
+    /// only its weight is changed.
     pub(super) fn place(
         &mut self,
         id: SubchannelId,
@@ -97,7 +98,7 @@ impl<E: Entry> ReadySets<E> {
         self.is_last_resort
     }
 
-    /// Returns the set that calls pick from: the primary set unless it is empty.
+    /// Returns the set that calls pick from: the primary set, or the last-resort set if the primary set is empty.
     pub(super) fn freeze(&mut self) -> ReadySet<E> {
         // Both builders are frozen, because each builder keeps the connections of its last frozen set open.
         let (primary, last_resort) = (self.primary.freeze(), self.last_resort.freeze());

@@ -1,4 +1,5 @@
-//! Resting subchannels: the server closed their connections while no call used them, and they are dialled again when a call needs one.
+//! Resting subchannels: their connections ended while no call needed them. A resting subchannel is dialled when a call needs a connection,
+//! or after a wait.
 
 use std::collections::HashSet;
 
@@ -26,10 +27,11 @@ impl Resting {
         std::mem::take(&mut self.subchannels)
     }
 
-    /// Returns one subchannel if calls were sent since the last scan. `calls` returns the total number of calls.
+    /// Returns one of the subchannels if calls were sent since the last scan. The subchannel stays in the set. `calls` returns the total
+    /// number of calls.
     pub(super) fn scan(&mut self, calls: impl FnOnce() -> u64) -> Option<SubchannelId> {
         let Some(&id) = self.subchannels.iter().next() else {
-            // Calls that were sent before the first connection rests do not count.
+            // No subchannel rests, so the count starts anew: calls that are sent before the next subchannel rests do not count.
             self.calls = None;
             return None;
         };

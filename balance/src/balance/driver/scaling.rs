@@ -1,4 +1,5 @@
-//! Additional connections: when to look for endpoints that need one more, and when to check whether they still need it.
+//! Additional connections: when to scan for endpoints that need one, and when to check whether an endpoint still needs its additional
+//! connection.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -64,7 +65,8 @@ impl Scaling {
 
 /// Minimum interval between scans for endpoints that need another connection; every waiting call requests one.
 const SCAN_INTERVAL: Duration = Duration::from_millis(5);
-/// Minimum lifetime of an additional connection. With a shorter one, connections would be dialled and closed in step with bursts of calls.
+/// Minimum lifetime of an additional connection. With a shorter lifetime, connections would be dialled and closed in step with bursts of
+/// calls.
 const MIN_LIFETIME: Duration = Duration::from_secs(30);
 
 #[cfg(test)]

@@ -28,7 +28,7 @@ impl SecondConnection {
         }
     }
 
-    /// Ends the backoff. The next second connection is dialled at once.
+    /// Ends the backoff, so that the next second connection can be dialled at once.
     pub(super) fn reset_backoff(&mut self) {
         self.backoff.reset();
         self.not_before = None;

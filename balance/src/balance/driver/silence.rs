@@ -8,7 +8,8 @@ use crate::address::Address;
 use crate::balance::endpoint::UNCHECKED_SILENCE;
 
 impl Driver {
-    /// Dials a second connection beside a silent one, unless a second connection exists or a recent one failed.
+    /// Dials a second connection beside a silent one, unless a second connection exists or the backoff since the last one is not over.
+    /// `has_served`: whether the silent connection has served a call, which ends the backoff.
     pub(super) fn dial_beside(&mut self, address: &Address, has_served: bool) {
         let Some(entry) = self.endpoints.get_mut(address) else {
             return;
@@ -54,7 +55,8 @@ impl Driver {
         })
     }
 
-    /// Closes the second connection if no connection of the endpoint is silent any more.
+    /// Ends the role of the second connection if no connection of the endpoint is silent any more. Closes the second connection, unless it
+    /// replaces a regular connection that has ended.
     pub(super) fn drop_second_connection(&mut self, address: &Address) {
         if self.has_silent(address) {
             return;
@@ -80,7 +82,8 @@ impl Driver {
         self.reclassify(address);
     }
 
-    /// Replaces the silent connections of an endpoint by the second connection once it is ready. Calls on the silent connections continue.
+    /// Replaces the silent connections of an endpoint by the subchannel `id`, which has just become ready. Does nothing if that is not the
+    /// second connection. Calls on the silent connections continue.
     pub(super) fn replace_silent(&mut self, address: &Address, id: SubchannelId) {
         let Some(entry) = self.endpoints.get_mut(address) else {
             return;
@@ -103,7 +106,8 @@ impl Driver {
         tracing::debug!(%address, "the second connection is ready and replaces the silent one");
     }
 
-    /// Handles the end of a silent connection. Returns true if the second connection replaces it.
+    /// Handles the end of a silent connection. Returns true if the second connection replaces it, and false if there is no second
+    /// connection.
     pub(super) fn second_connection_takes_over(
         &mut self,
         address: &Address,
@@ -124,7 +128,8 @@ impl Driver {
         true
     }
 
-    /// Checks the other silent connections after a call has found a connection dead, so that later calls are not sent on dead connections.
+    /// Checks connections on which nothing was read for a while, if a call has found a connection dead. Otherwise later calls could be sent
+    /// on other dead connections.
     pub(super) fn check_silent(&mut self) {
         if !self.shared.take_found_dead() {
             return;

@@ -1,8 +1,9 @@
 //! Slow start: the weight of an endpoint that has just become ready grows gradually.
 //!
-//! A new server has cold caches, empty pools and code that is not compiled yet. Even without slow start it is not flooded, because its
-//! first latency estimate is the median of all endpoints. Where that is not enough, its weight grows over a window. The formula is Envoy's
-//! with an aggression of 1: the weight is multiplied by the elapsed fraction of the window, at least 0.1.
+//! A new server has cold caches, empty pools and code that is not compiled yet. Even without slow start, a new server is not flooded,
+//! because its first latency estimate is the median of all endpoints. For servers that need a gentler start, slow start lets the weight
+//! grow over a window. The formula is Envoy's with an aggression of 1: the weight is multiplied by the elapsed fraction of the window, at
+//! least 0.1.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -48,8 +49,8 @@ impl SlowStart {
         self.started.remove(address);
     }
 
-    /// Returns the endpoints whose weight has grown since the last call. An endpoint that has its full weight is returned for the last
-    /// time.
+    /// Returns the endpoints whose weight has grown since the last call. An endpoint that has reached its full weight is returned once more
+    /// and then forgotten.
     pub(super) fn grow(&mut self, now: Instant) -> Vec<Address> {
         let grown = self.started.keys().cloned().collect();
         let window = self.window.unwrap_or_default();
@@ -58,7 +59,8 @@ impl SlowStart {
         grown
     }
 
-    /// Returns the current weight of an endpoint with this full weight.
+    /// Returns the current weight of an endpoint whose full weight is `weight`. If slow start is enabled, the result is multiplied by
+    /// [`SCALE`], also for an endpoint with its full weight.
     pub(super) fn current_weight(&self, address: &Address, weight: u32, now: Instant) -> u32 {
         let Some(window) = self.window else {
             return weight;

@@ -96,7 +96,7 @@ impl Subchannels {
         }
     }
 
-    /// Takes the ready subchannel of a connection that has ended out of the table. Returns `None` for a connection that was removed or
+    /// Removes the subchannel of an ended connection from the table, and returns it. Returns `None` for a connection that was removed or
     /// replaced.
     pub(super) fn take_closed(
         &mut self,
@@ -132,7 +132,7 @@ impl Subchannels {
         matches!(self.states.get(&id), Some((_, State::Idle(idle))) if idle.is_failing())
     }
 
-    /// Returns whether the subchannel is connected, but its peer does not answer.
+    /// Returns whether the subchannel is connected, but nothing was read from its peer in time.
     pub(super) fn is_silent(&self, id: SubchannelId) -> bool {
         self.ready(id).is_some_and(|(_, ready)| ready.is_silent())
     }
@@ -145,7 +145,8 @@ impl Subchannels {
         })
     }
 
-    /// Returns whether the calls on these subchannels take at most half of the streams of all of them but the last ready one.
+    /// Returns whether these subchannels can do without the last ready one: all their calls together need at most half of the streams of
+    /// the other ready subchannels.
     pub(super) fn can_spare_one(&self, ids: &[SubchannelId]) -> bool {
         let (mut in_flight, mut room) = (0_usize, Vec::new());
         for (_, ready) in ids.iter().filter_map(|id| self.ready(*id)) {
@@ -158,8 +159,8 @@ impl Subchannels {
         in_flight.saturating_mul(2) <= room
     }
 
-    /// Returns the class and the state of an endpoint with these subchannels. They are those of a ready subchannel, or else of the first
-    /// subchannel that is not failing.
+    /// Returns the class and the state of an endpoint with these subchannels. A ready subchannel determines both. Without a ready
+    /// subchannel, the first subchannel that is not failing determines them. If all subchannels are failing, the last one does.
     pub(super) fn classify(
         &self,
         ids: &[SubchannelId],
