@@ -211,8 +211,8 @@ fn check_name(host: &str) -> Result<(), &'static str> {
     if name.len() > 253 || !name.split('.').all(label) {
         return Err("has a host that is neither an IP address nor a host name");
     }
-    // `getaddrinfo` parses "127.1", "2130706433" and "0x7f.1" as IPv4 addresses, which would bypass the address policy. The rule here is
-    // that of the URL standard: a host whose last label is a number must be a valid IPv4 address.
+    // `getaddrinfo` parses "127.1", "2130706433" and "0x7f.1" as IPv4 addresses, which would bypass the address policy. So this check
+    // applies the rule of the URL standard: a host whose last label is a number must be a valid IPv4 address.
     let last = name.rsplit('.').next().unwrap_or(name).to_ascii_lowercase();
     let numeric = last.bytes().all(|byte| byte.is_ascii_digit())
         || last
@@ -243,7 +243,7 @@ impl AddressError {
     #[must_use]
     pub fn new(address: &str, reason: &'static str) -> Self {
         let address = &*without_password(address);
-        // A hostile value may be 64 KiB long. Its first characters are enough to find it.
+        // A hostile value can be 64 KiB long. The first characters of a value are enough to find it in the registry.
         let end = address
             .char_indices()
             .nth(80)
@@ -273,9 +273,10 @@ pub(crate) fn without_password(given: &str) -> Cow<'_, str> {
 /// The rules for addresses in the registry that a client may dial and a server may advertise.
 ///
 /// A process with write access to the registry can direct a client's traffic to any address. The policy always rejects these addresses:
-/// unspecified (`0.0.0.0/8`, `::`), multicast, broadcast, and link-local (`169.254.0.0/16`, which clouds use for their metadata service,
-/// and `fe80::/10`). By default it accepts all other IP addresses, including loopback, and all host names. It rejects Unix sockets by
-/// default, because the same path is a different socket on every machine.
+/// unspecified (`0.0.0.0/8`, `::`), multicast, broadcast, link-local (`169.254.0.0/16`, which clouds use for their metadata service, and
+/// `fe80::/10`), and the other metadata services of AWS (`fd00:ec2::254`), Alibaba Cloud (`100.100.100.200`) and Azure (`168.63.129.16`).
+/// By default it accepts all other IP addresses, including loopback, and all host names. It rejects Unix sockets by default, because the
+/// same path is a different socket on every machine.
 ///
 /// ```
 /// use tonic_balance::AddressPolicy;
@@ -380,8 +381,9 @@ fn embedded_v4(ip: IpAddr) -> IpAddr {
     Ipv4Addr::from(v4).into()
 }
 
-/// Returns whether the address is one at which a cloud serves credentials of the machine: of AWS over IPv6, of Alibaba Cloud, and of Azure.
-/// That of AWS, Google and others over IPv4, 169.254.169.254, is link-local.
+/// Returns whether a cloud serves the credentials of the machine at this address. The list has the addresses of AWS over IPv6, of Alibaba
+/// Cloud, and of Azure. It does not have 169.254.169.254, which AWS, Google and others use over IPv4: the policy rejects this address
+/// because it is link-local.
 fn is_metadata_service(ip: IpAddr) -> bool {
     const V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
     match ip {

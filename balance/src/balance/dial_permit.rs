@@ -1,12 +1,13 @@
-//! Limits how many connections that carry only a single call are dialled to one endpoint at the same time.
+//! Limits how many private connections are dialled to one endpoint at the same time. A private connection carries a single call.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::OwnedSemaphorePermit;
 
-/// The right to dial a connection for one call. It ends when the head of the call's response is received, at the latest [`MAX_HOLD`] after
-/// the connection is ready. It limits how many connections are made, so a long call does not keep it.
+/// The right to dial a private connection for one call. The permit ends when the head of the call's response is received, and at the latest
+/// [`MAX_HOLD`] after the connection is ready. Permits limit concurrent dials and not open connections, so a long call does not keep its
+/// permit.
 #[derive(Clone, Debug)]
 pub(crate) struct DialPermit(Arc<Mutex<Option<OwnedSemaphorePermit>>>);
 

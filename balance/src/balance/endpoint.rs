@@ -30,7 +30,7 @@ pub(crate) struct Endpoint {
     survived_silence: Mutex<Option<(Duration, Instant)>>,
     /// The size in bytes of the largest metadata that the endpoint has accepted on a private connection, which is dialled for one call.
     largest_metadata: AtomicUsize,
-    /// Permits to dial a connection for a single call.
+    /// Permits to dial private connections.
     dial_permits: Arc<Semaphore>,
     /// The code of the last fault in a response. A repeated fault is not formatted again.
     last_fault: AtomicU32,
@@ -169,7 +169,7 @@ impl Endpoint {
         }
     }
 
-    /// Returns how long a connection may be silent before a call must check it first.
+    /// Returns the longest silence after which a call uses a connection without a check.
     pub(super) fn trusted_silence(&self, now: Instant) -> Duration {
         let survived = *self.survived_silence();
         let recent = |(_, found): &(Duration, Instant)| {
@@ -195,8 +195,8 @@ impl Endpoint {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Discards the longest trusted silence. Called after a connection was found dead: it is then possible that other connections do not
-    /// survive a silence that earlier ones survived.
+    /// Discards the longest trusted silence. Called after a connection was found dead: silences that connections survived earlier may now
+    /// break other connections.
     pub(super) fn forget_silence(&self) {
         *self.survived_silence() = None;
     }
@@ -217,7 +217,7 @@ impl Endpoint {
         self.largest_metadata.fetch_max(size, Ordering::Relaxed);
     }
 
-    /// Waits for a permit to dial a connection for a single call.
+    /// Waits for a permit to dial a private connection, which carries a single call.
     pub(crate) async fn dial_permit(&self) -> DialPermit {
         let dial_permits = Arc::clone(&self.dial_permits);
         DialPermit::new(dial_permits.acquire_owned().await.ok())
@@ -342,8 +342,8 @@ pub struct EndpointStatus {
     pub state: EndpointState,
     /// The endpoint's share of the calls relative to other endpoints.
     pub weight: u32,
-    /// Whether the endpoint is a last resort: the registry has lost it together with most other endpoints. It gets calls only while no
-    /// other endpoint is ready.
+    /// Whether the endpoint is a last resort, for example because the source lost it together with most other endpoints. A last resort gets
+    /// calls only while no other endpoint is ready.
     pub last_resort: bool,
     /// Number of open connections.
     pub connections: usize,
@@ -358,9 +358,9 @@ pub struct EndpointStatus {
     /// Calls that failed because of the endpoint: a lost connection, a response that is not gRPC, or a status that indicates a fault of the
     /// server.
     pub failures: u64,
-    /// Whether the endpoint is excluded from ordinary picks. It gets no calls if its connection does not answer. If it has failed too many
-    /// calls ([`OutlierDetection`](crate::channel::OutlierDetection)) or does not answer with gRPC, it gets calls only while no other
-    /// endpoint is ready.
+    /// Whether the endpoint is excluded from ordinary picks. An endpoint whose connection does not answer gets no calls. If an endpoint has
+    /// failed too many calls ([`OutlierDetection`](crate::channel::OutlierDetection)) or does not answer with gRPC, it gets calls only
+    /// while no other endpoint is ready.
     pub ejected: bool,
     /// Why the last attempt to connect failed, why the last connection was lost, or why the last response did not count as gRPC.
     pub last_error: Option<String>,
@@ -388,6 +388,6 @@ pub enum EndpointState {
 pub(super) const UNCHECKED_SILENCE: Duration = Duration::from_secs(1);
 /// How long a survived silence remains trusted.
 const TRUST_DURATION: Duration = Duration::from_secs(600);
-/// Permits per endpoint to dial private connections, each for one call. The number suffices because few calls risk the end of their
-/// connection, and so few dials put hardly any load on a server.
+/// Permits per endpoint to dial private connections, each for one call. The number is sufficient, because few calls need a private
+/// connection. It is also small enough that these dials put hardly any load on a server.
 const DIAL_PERMITS: usize = 8;

@@ -61,11 +61,11 @@ impl Load {
 
     /// Reserves a stream for a call. Returns false if the limit is reached.
     pub(crate) fn acquire(&self) -> bool {
-        // SeqCst here and in `release`. A waiter registers itself and then looks for a free stream; a finished call releases its stream and
-        // then looks for waiters. One of the two must see the other, which weaker orderings do not guarantee.
+        // This function and `release` use SeqCst. A waiter registers itself and then looks for a free stream; a finished call releases its
+        // stream and then looks for waiters. One of the two must see the other, which weaker orderings do not guarantee.
         //
-        // One conditional update. If the count were raised and then lowered again, a call that was woken for a free stream could find the
-        // stream occupied in between.
+        // The update is a single conditional one. If the count were raised and then lowered again, a call that was woken for a free stream
+        // could find the stream occupied in between.
         let limit = self.limit.load(Ordering::Relaxed);
         let one_more = |before| (before < limit).then_some(before + 1);
         let taken = self
@@ -337,8 +337,8 @@ pub(crate) fn median(latencies: &mut [f32]) -> f32 {
     let Some(last) = latencies.len().checked_sub(1) else {
         return 0.0;
     };
-    // The lower of two middle values. With two endpoints, the upper one would be the slower endpoint's own latency, so that its estimate
-    // would never improve.
+    // Of two middle values, the lower one is used. With two endpoints, the upper value would be the slower endpoint's own latency, and the
+    // estimate of that endpoint would never improve.
     let middle = last / 2;
     *latencies.select_nth_unstable_by(middle, f32::total_cmp).1
 }

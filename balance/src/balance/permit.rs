@@ -110,12 +110,12 @@ impl Permit {
         self.connection.endpoint().on_call();
     }
 
-    /// Records a gRPC status: the peer is a gRPC server.
+    /// Records that the peer has sent a gRPC status and therefore is a gRPC server.
     pub(crate) fn on_answer(&self) {
         self.connection.endpoint().on_answer();
     }
 
-    /// Records the head of the response. `failure`: what failed, if the head carries a failure.
+    /// Records the head of the response. `failure`: the cause of the failure, if the head reports one.
     pub(crate) fn on_head(&mut self, now: Instant, failure: Option<Blame>) {
         let Some(sent) = self.sent.take() else {
             return;
@@ -136,7 +136,7 @@ impl Permit {
         }
     }
 
-    /// Returns whether the outcome of the response head, or of the whole call, was recorded.
+    /// Returns whether the outcome of the response head, or of the whole call, was recorded. Also true before the call is sent.
     pub(crate) fn is_recorded(&self) -> bool {
         self.sent.is_none()
     }
@@ -150,7 +150,8 @@ impl Permit {
     /// Records that the call overran its deadline. Requests a PING, which shows whether the server is slow or does not answer any more.
     pub(crate) fn on_deadline_exceeded(&mut self, now: Instant) {
         self.connection.endpoint().on_overrun();
-        // If the head of the response was already received, a PING is sent if nothing was read for `MIN_OVERRUN`.
+        // If the head of the response was already received, `sent` is `None`. A PING is then sent only if nothing was read for
+        // `MIN_OVERRUN`.
         let silent_since = now.checked_sub(MIN_OVERRUN).unwrap_or(now);
         let sent = self.sent.take();
         self.connection
@@ -193,11 +194,11 @@ impl Drop for Permit {
     }
 }
 
-/// A call that is dropped earlier than this after it was sent does not count as an overrun. The value is half of the shortest deadlines in
+/// A dropped call can be an overrun only if it was sent at least this long before. The value is half of the shortest deadlines in common
 /// use.
 const MIN_OVERRUN: Duration = Duration::from_millis(100);
-/// In seconds. A connection whose last sample is younger than this is not doubtful.
+/// Age of the last sample, in seconds, below which a connection is not doubtful.
 const RECENT_SAMPLE: f32 = 1.0;
-/// The same limit if the connection tasks share a thread with the callers. It is longer than the gap between two calls of a busy caller.
+/// The same age if the connection tasks share a thread with the callers. It is longer than the gap between two calls of a busy caller.
 const RECENT_SAMPLE_SINGLE_THREADED: f32 = 0.005;
 const SINGLE_THREADED_SILENCE: Duration = Duration::from_millis(5);

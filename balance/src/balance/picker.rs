@@ -143,7 +143,8 @@ impl Picker {
         } else {
             let first = set.draw(random, self.rng.next())?;
             let second = set.draw(self.rng.next(), self.rng.next())?;
-            // An endpoint with a large weight is often drawn twice. Compared with itself, it would never be avoided, however slow it is.
+            // An endpoint with a large weight is often drawn twice. If the endpoint were compared with itself, it would never be avoided,
+            // however slow it is.
             let second = if second == first {
                 other_index(first, self.rng.next(), set.len())
             } else {

@@ -12,8 +12,8 @@ use super::load::{Load, LoadHandle, Ticks};
 use super::picker::Candidate;
 use crate::transport::http2::Connection;
 
-/// One open connection to an endpoint: a connection of the ready set, a connection that was removed from the set while calls use it, or a
-/// private connection.
+/// One open connection to an endpoint. The connection is in the ready set, or waits for its first health status, or takes no calls for now,
+/// or was removed from the set while calls still use it, or is a private connection.
 #[derive(Debug)]
 pub(crate) struct ReadyConnection {
     load: LoadHandle,
@@ -152,8 +152,8 @@ impl ReadyConnection {
         self.load.set_limit(self.http2.max_streams());
     }
 
-    /// Records a failure of a call or a stream that only the caller can detect. `silent_since` is the time since which a response has been
-    /// overdue. If it is set, and no bytes were read since then, a PING checks the connection.
+    /// Records a failed call or stream whose failure only the caller can detect. `silent_since` is set if a response is overdue. If nothing
+    /// was read since that time, a PING checks the connection.
     pub(crate) fn on_reported_failure(&self, now: Instant, silent_since: Option<Instant>) {
         self.load.on_failure(Duration::ZERO, self.ticks(now));
         if let Some(then) = silent_since {

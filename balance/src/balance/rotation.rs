@@ -34,8 +34,8 @@ impl Rotation {
 
 /// The slots of a set in the order of their weights, from which the next rotation is built.
 ///
-/// The list is divided into pieces that successive rotations share. A slot that is added or removed rebuilds two or three pieces and the
-/// list of pieces. Among 10 000 slots that takes 10 microseconds. A new line would take more than 100 microseconds.
+/// The list is divided into pieces that successive rotations share. Adding or removing a slot rebuilds two or three pieces and the list of
+/// pieces. With 10 000 slots, this rebuild takes 10 microseconds. Building the whole line again would take more than 100 microseconds.
 #[derive(Debug, Default)]
 pub(super) struct Ranking {
     pieces: Vec<Piece>,

@@ -88,7 +88,7 @@ impl Shared {
         self.published.load().summary.clone()
     }
 
-    /// Returns whether no more calls are made.
+    /// Returns true if the channel has ended, so that no more calls are made.
     pub(crate) fn has_ended(&self) -> bool {
         self.ended.get().is_some()
     }
@@ -190,7 +190,7 @@ impl Shared {
         self.lock_given_up().clone()
     }
 
-    /// Removes these connections from those that were given up.
+    /// Removes these connections from the list of connections that calls have given up.
     pub(super) fn forget_given_up(&self, replaced: &[Arc<ReadyConnection>]) {
         self.lock_given_up().retain(|connection| {
             let mut replaced = replaced.iter();

@@ -28,7 +28,7 @@ use super::ready_connection::{ConnectionUse, ReadyConnection};
 #[derive(Debug)]
 pub(super) struct Subchannel<S> {
     backoff: ConnectBackoff,
-    /// The backoff between connections that the peer closes unused.
+    /// The backoff between connections that end while no call needs them.
     rest_backoff: ConnectBackoff,
     /// Consecutive attempts that did not yield a connection.
     failed: usize,
@@ -68,7 +68,8 @@ pub(super) struct Ready {
     health_watch: Option<StopOnDrop>,
 }
 
-/// Closed gracefully by the peer while no call needed the connection. The subchannel is dialled when a call needs it, or after a wait.
+/// Not connected, because the last connection ended while no call needed it. The subchannel is dialled when a call needs a connection, or
+/// after a wait.
 #[derive(Debug)]
 pub(super) struct Resting {
     until: Instant,
@@ -90,7 +91,8 @@ pub(super) struct TransientFailure {
     until: Instant,
 }
 
-/// Removed from the set of endpoints. This state exists until the last call on the connection ends.
+/// Takes no more calls: the endpoint was removed, or the connection was replaced or is no longer needed. This state exists until the last
+/// call on the connection ends.
 #[derive(Debug)]
 pub(super) struct Draining {
     connection: Weak<ReadyConnection>,
@@ -342,7 +344,7 @@ impl Subchannel<Resting> {
         self.state.until
     }
 
-    /// Ends the rest. `wanted`: whether a call waits for the connection; otherwise the wait is over.
+    /// Ends the rest, so that the connection is dialled. `wanted`: whether a call waits for the connection.
     pub(super) fn wake(mut self, wanted: bool) -> Subchannel<Idle> {
         self.wanted = wanted;
         self.into_state(Idle)

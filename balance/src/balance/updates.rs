@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 
 use tokio_stream::Stream;
 
-/// A stream of changes, and a future that completes when the stream has yielded the whole set for the first time.
+/// A stream of changes, and a future that completes once the whole set was sent to the stream for the first time.
 pub(crate) struct Updates<S> {
     changes: Option<Pin<Box<S>>>,
     known: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,

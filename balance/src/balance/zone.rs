@@ -58,8 +58,8 @@ pub(super) fn factors(own: &str, weights: &Zones<u64>) -> Zones<u32> {
         .collect()
 }
 
-/// The factor of the zone that is used most. The smallest factor is a thousandth of it, so that endpoints in other zones still get some
-/// calls, which measure their latency.
+/// The factor of the zone that is used most. The smallest factor is a thousandth of this one. So endpoints in other zones still get a few
+/// calls, and the latency of these endpoints is measured.
 pub(super) const MAX_FACTOR: u32 = 1_000;
 
 #[cfg(test)]

@@ -11,8 +11,8 @@ use crate::balance::limits::MAX_DURATION;
 /// deadline counts only in the comparison of success rates. Unlike in the gRFC, errors of the application do not count. Calls that the
 /// caller dropped do not count either.
 ///
-/// An ejected endpoint keeps its connection. It gets calls only if no other endpoint is ready. A fresh registration in etcd ends the
-/// ejection.
+/// An ejected endpoint keeps its connection. It gets calls only if no other endpoint is ready. A new
+/// [generation](crate::channel::Attributes::with_generation) of the endpoint, such as a fresh registration in etcd, ends the ejection.
 ///
 /// ```
 /// use std::time::Duration;
@@ -61,21 +61,22 @@ impl OutlierDetection {
         self
     }
 
-    /// Sets the time of the first ejection. Each further ejection takes that much longer, and each interval without an ejection reduces the
-    /// next one by that much. Default 30 s.
+    /// Sets the duration of the first ejection. Each further ejection is longer by this duration, and each interval without an ejection
+    /// makes the next ejection shorter by it. Default 30 s.
     pub fn base_ejection_time(mut self, time: Duration) -> Self {
         self.base_ejection_time = time;
         self
     }
 
-    /// Sets the limit on the time of an ejection. Default 300 s.
+    /// Sets the limit on the duration of an ejection. A limit below [`base_ejection_time`](Self::base_ejection_time) counts as that time.
+    /// Default 300 s.
     pub fn max_ejection_time(mut self, time: Duration) -> Self {
         self.max_ejection_time = time;
         self
     }
 
-    /// Sets the percentage of endpoints that may be ejected at once. Whatever the percentage is, one endpoint may be ejected, and at least
-    /// one endpoint is never ejected. Default 10.
+    /// Sets the percentage of endpoints that can be ejected at once. Whatever the percentage is, a first endpoint can be ejected, and the
+    /// last endpoint is never ejected. Default 10.
     pub fn max_ejection_percent(mut self, percent: u32) -> Self {
         self.max_ejection_percent = percent.min(100);
         self

@@ -13,7 +13,7 @@ pub(in crate::balance) struct Counts {
     pub(in crate::balance) overruns: u64,
 }
 
-/// Whether an endpoint is ejected, and for which multiple of the base time.
+/// Whether an endpoint is ejected, and the multiple of the base time that its ejection lasts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(in crate::balance) struct Ejection {
     since: Option<Instant>,
