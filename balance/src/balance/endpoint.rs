@@ -182,8 +182,9 @@ impl Endpoint {
             })
     }
 
-    /// Records the result of a check after a silence. A silence that a connection survived is not checked again for a while: the timeouts
-    /// of middleboxes do not change from minute to minute.
+    /// Records the result of a check after a silence. If the connection is alive, silences of up to this length are not checked for a
+    /// while, because the timeouts of middleboxes do not change from minute to minute. If it is dead, the longest trusted silence is
+    /// discarded.
     pub(super) fn on_checked(&self, silence: Duration, is_alive: bool, now: Instant) {
         let longest = self.trusted_silence(now).max(silence);
         *self.survived_silence() = is_alive.then_some((longest, now));
@@ -195,8 +196,8 @@ impl Endpoint {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Discards the longest trusted silence. Called after a connection was found dead: silences that connections survived earlier may now
-    /// break other connections.
+    /// Discards the longest trusted silence. Called after a connection was found dead: other connections may have been dropped after a
+    /// silence that earlier connections survived.
     pub(super) fn forget_silence(&self) {
         *self.survived_silence() = None;
     }

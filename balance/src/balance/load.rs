@@ -102,8 +102,8 @@ impl Load {
         now.long_since(Estimate::unpack(self.estimate.load(Ordering::Relaxed)).updated)
     }
 
-    /// Records a call that was dropped before the head of its response. The call would have taken at least this long, so it can only raise
-    /// the estimate.
+    /// Records a call that was dropped before the head of its response. The call would have taken at least `elapsed`, so this sample is
+    /// used only if it raises the estimate.
     pub(crate) fn on_abandoned(&self, elapsed: Duration, now: Ticks) {
         let elapsed = micros(elapsed);
         if elapsed > Estimate::unpack(self.estimate.load(Ordering::Relaxed)).mean {
@@ -332,7 +332,7 @@ fn micros(duration: Duration) -> f32 {
     duration.as_secs_f32() * 1e6
 }
 
-/// Returns the median of the known latencies, or 0 if all are unknown.
+/// Returns the median of the latencies, or 0 if there are none. Reorders the slice.
 pub(crate) fn median(latencies: &mut [f32]) -> f32 {
     let Some(last) = latencies.len().checked_sub(1) else {
         return 0.0;

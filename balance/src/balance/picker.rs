@@ -16,8 +16,9 @@ pub enum LbPolicy {
     /// is the mean time until the head of a response, over a few seconds; small differences are ignored. The load is the number of calls in
     /// flight plus one. This is the default.
     ///
-    /// Endpoints are drawn by weight. Between endpoints of different weights, calls in flight are divided by the weight. The first endpoint
-    /// drawn is then used unless the second is better by far: four times as fast, or with less than half of the load.
+    /// Endpoints are drawn by weight. Between endpoints of different weights, calls in flight are divided by the weight, and latencies are
+    /// ignored unless they differ by more than a factor of four. If they are ignored, the first endpoint drawn is used unless the second
+    /// has less than half of its load.
     #[default]
     Latency,
     /// Draws two endpoints at random, and picks the endpoint with fewer calls in flight. Weights count as in [`LbPolicy::Latency`].
@@ -98,7 +99,8 @@ impl Picker {
                 return Pick::Taken(&second.connection);
             }
         }
-        // The set has a single slot, or nearly all connections are full. Scans for a free stream, but not the whole set.
+        // The set has a single slot, or none of the drawn connections can take the call. Scans a part of the set for a usable connection
+        // with a free stream.
         let start = random_below(self.rng.next(), set.len());
         for step in 0..set.len().min(scan_limit) {
             let slot = set.get((start + step) % set.len());
@@ -193,8 +195,8 @@ fn is_worse_among_equals(in_flight: (u32, u32), latencies: (f32, f32)) -> bool {
 ///
 /// Smaller differences are left to the draw, which gives each endpoint its share for any number of callers. Differences in latency are
 /// often caused by the weights: the endpoint with the larger weight is busier, and the other one is idle for longer between calls. The
-/// number of calls in flight changes by whole calls, which is a large relative change if few are in flight. If many are in flight, it
-/// varies with the latency.
+/// number of calls in flight changes by whole calls, which is a large relative change if few are in flight. If many calls are in flight,
+/// their number varies with the latency.
 // Never inlined, so that picks from sets with equal weights do not contain its conversions.
 #[inline(never)]
 fn is_worse_by_far(in_flight: (u32, u32), weights: (u32, u32), latencies: (f32, f32)) -> bool {

@@ -114,8 +114,8 @@ impl Shared {
         self.demand.notify_one();
     }
 
-    /// Records a response that was not gRPC. After a few such responses in a row, or after a single one on probation, the endpoint gets no
-    /// calls for a while.
+    /// Records a response that was not gRPC. After a few such responses in a row, or after a single one on probation, the driver puts the
+    /// endpoint in quarantine.
     #[cold]
     pub(crate) fn on_not_grpc(
         &self,
