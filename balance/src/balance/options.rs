@@ -53,8 +53,8 @@ impl Default for Options {
     }
 }
 
-/// Limit on the connect backoff, from gRPC's connection backoff document.
+/// Default limit on the connect backoff, from gRPC's connection backoff document.
 const MAX_BACKOFF: Duration = Duration::from_secs(120);
-/// Limit on waiting calls. Each of them holds its request, at least a few kilobytes. A higher limit would spend memory on calls that would
-/// hardly get a stream before their deadlines.
+/// Default limit on waiting calls. Each waiting call holds its request, which takes at least a few kilobytes. A higher limit would use
+/// memory for calls that are unlikely to get a stream before their deadlines.
 const MAX_WAITERS: usize = 32_768;

@@ -56,9 +56,9 @@ impl Permit {
         self.private.is_some()
     }
 
-    /// Returns whether the connection was silent for too long. After a long silence, a middlebox may have dropped the flow. If the
-    /// connection tasks are `single_threaded`, a much shorter silence is doubtful as well: the runtime may not have read the end of the
-    /// connection yet.
+    /// Returns whether the connection must be checked before the call is sent on it, because it was silent for too long. After a long
+    /// silence, a middlebox may have dropped the flow. If the connection tasks are `single_threaded`, a much shorter silence is doubtful as
+    /// well: the runtime may not have read the end of the connection yet.
     pub(crate) fn is_doubtful(&self, now: Instant, single_threaded: bool) -> bool {
         let connection = &self.connection;
         // The last sample is compared first, because the pick has just loaded its cache line. The time of the last read is in another cache

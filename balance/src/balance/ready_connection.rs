@@ -119,7 +119,8 @@ impl ReadyConnection {
         self.waiters.release(self);
     }
 
-    /// Returns whether a waiter may get a permit on this connection.
+    /// Returns whether a waiter can get a permit on this connection: it is in the set that calls pick from, and its limit on
+    /// streams is not exceeded.
     pub(super) fn takes_calls(&self) -> bool {
         self.takes_calls.load(Ordering::SeqCst)
             && self.load.in_flight() as usize <= self.load.limit()

@@ -159,7 +159,7 @@ fn schedule(slots: &[&(u32, u32)], unit: u32) -> Box<[u32]> {
     let weights = slots.iter().map(|(weight, _)| i64::from(weight / unit));
     let weights: Vec<_> = weights.collect();
     let turns: i64 = weights.iter().sum();
-    // How far each slot is behind its share, in turns multiplied by `turns`.
+    // The number of turns by which each slot is behind its share, multiplied by `turns` so that it is an integer.
     let mut owed = vec![0; slots.len()];
     let next = |_| {
         let mut next = None;
@@ -259,7 +259,7 @@ impl<T: Clone> Segments<T> {
     }
 }
 
-/// The fractional part of the golden ratio, in units of 2^-64. No other number spreads its multiples as evenly.
+/// The fractional part of the golden ratio, in units of 2^-64. The multiples of no other number are spread as evenly.
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 /// Limit on the product of turns and slots of a schedule. A schedule at this limit takes 25 microseconds to compute, for each new set.
 const MAX_STEPS: usize = 1 << 13;

@@ -344,7 +344,7 @@ impl Subchannel<Resting> {
         self.state.until
     }
 
-    /// Ends the rest, so that the connection is dialled. `wanted`: whether a call waits for the connection.
+    /// Ends the rest. `wanted`: whether a call waits for the connection.
     pub(super) fn wake(mut self, wanted: bool) -> Subchannel<Idle> {
         self.wanted = wanted;
         self.into_state(Idle)

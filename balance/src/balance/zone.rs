@@ -1,10 +1,10 @@
 //! Zone preference: computes a factor for the weights of each zone, for callers in one of the zones. Performs no I/O.
 //!
-//! The computation assumes that callers are spread evenly over the zones, so that the callers of each zone make `1 / zones` of all calls.
-//! This is the *demand* of a zone. The *part* of a zone is its share of all weights, and so the share of all calls that its endpoints can
-//! take. If the part of a zone is at least its demand, the zone serves all its own callers. A smaller zone serves as many of its callers as
-//! it can. Their remaining calls are sent to zones with spare capacity, in proportion to that capacity. So no endpoint gets more calls than
-//! its share by weight, even in a small zone, and as few calls as possible leave their zone.
+//! The computation assumes that callers are spread evenly over the zones. The callers of each zone then make `1 / zones` of all calls. This
+//! fraction is the *demand* of a zone. The *part* of a zone is its share of all weights, and so the share of all calls that its endpoints
+//! can take. If the part of a zone is at least its demand, the zone serves all its own callers. A smaller zone serves as many of its
+//! callers as it can. Their remaining calls are sent to zones with spare capacity, in proportion to that capacity. So no endpoint gets more
+//! calls than its share by weight, even in a small zone, and as few calls as possible leave their zone.
 
 use std::collections::BTreeMap;
 
