@@ -87,7 +87,7 @@ impl<F: Fn(Health)> Drop for ReportPanic<F> {
 }
 
 /// Runs one health watch after another, until the server reports that it has no health service. The task that runs this function is aborted
-/// when the subchannel leaves the state `Ready`.
+/// when the subchannel is no longer `Ready`.
 async fn run(
     check: HealthCheck,
     connection: Arc<ReadyConnection>,

@@ -2,8 +2,8 @@
 //! address.
 //!
 //! Such endpoints answer quickly, so latency-based picking prefers them although every call fails. They are moved to the last-resort set
-//! for a while and then tried again. Each further quarantine of an endpoint is longer. If all endpoints are in quarantine, calls still use
-//! them.
+//! for a while and then tried again. A quarantine that follows an unsuccessful probation is longer, up to a limit. If all endpoints are in
+//! quarantine, calls still use them.
 
 use std::collections::HashMap;
 use std::time::Duration;

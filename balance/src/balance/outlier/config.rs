@@ -62,7 +62,7 @@ impl OutlierDetection {
     }
 
     /// Sets the duration of the first ejection. Each further ejection is longer by this duration, and each interval without an ejection
-    /// makes the next ejection shorter by it. Default 30 s.
+    /// makes the next ejection shorter by the same duration. Default 30 s.
     pub fn base_ejection_time(mut self, time: Duration) -> Self {
         self.base_ejection_time = time;
         self
