@@ -323,7 +323,7 @@ const TOLERATED: &[(Format, &str, &str, &str)] = &[
     ),
     (
         Format::GoFrame,
-        "/s/d/d/n/latest/0.0.0.0:1,2.2.2.2:2",
+        "/s/d/d/n/latest/nowhere,2.2.2.2:2",
         "",
         "2.2.2.2:2 weight=1",
     ),
