@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub(crate) use tonic_balance::error::causes;
+pub(crate) use tonic_balance::error::{causes, without_password};
 
 pub use crate::format::error::FormatError;
 pub use tonic_balance::error::{AddressError, CallError, ChannelError};

@@ -355,8 +355,8 @@ pub(crate) fn check_service(service: &str) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// The limit on a service name in bytes. gRPC sets none; the longest names in use have about a hundred.
-const SERVICE_MAX: usize = 1_024;
+/// The limit on a service name and on an instance id, in bytes. gRPC sets none; the longest names in use have about a hundred.
+pub(crate) const SERVICE_MAX: usize = 1_024;
 
 #[cfg(test)]
 mod tests {

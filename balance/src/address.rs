@@ -256,7 +256,8 @@ impl AddressError {
 }
 
 /// Returns a URL or an address without the password before an `@`, for errors and logs.
-pub(crate) fn without_password(given: &str) -> Cow<'_, str> {
+#[must_use]
+pub fn without_password(given: &str) -> Cow<'_, str> {
     let (scheme, rest) = match given.split_once("://") {
         Some((scheme, rest)) => (format!("{scheme}://"), rest),
         None => (String::new(), given),

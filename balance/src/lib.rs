@@ -38,7 +38,7 @@ mod transport;
 
 /// The errors of the channel, and their text for logs.
 pub mod error {
-    pub use crate::address::AddressError;
+    pub use crate::address::{AddressError, without_password};
     pub use crate::call::CallError;
     pub use crate::causes::causes;
     pub use crate::channel::error::ChannelError;

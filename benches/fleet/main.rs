@@ -38,7 +38,7 @@ mod fleet;
 mod metrics;
 mod one_process;
 mod options;
-#[allow(dead_code, reason = "shared with the tests")]
+#[expect(dead_code, reason = "the tests use the rest of it")]
 #[path = "../../tests/support/roles.rs"]
 mod roles;
 mod scenarios;

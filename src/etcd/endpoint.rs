@@ -2,7 +2,7 @@
 
 use http::Uri;
 
-use crate::error::RegistryError;
+use crate::error::{RegistryError, without_password};
 use tonic_balance::Address;
 
 /// The parsed address of one member.
@@ -16,7 +16,7 @@ impl MemberEndpoint {
     /// Parses `host:port`, `http://host:port` or `https://host:port`. Without a scheme, `tls` selects one.
     pub(crate) fn parse(endpoint: &str, tls: bool) -> Result<Self, RegistryError> {
         let invalid = |reason: String| RegistryError::InvalidEndpoint {
-            endpoint: without_password(endpoint),
+            endpoint: without_password(endpoint).into_owned(),
             reason,
         };
         let text = endpoint.trim().trim_end_matches('/');
@@ -72,19 +72,6 @@ impl MemberEndpoint {
     pub(crate) fn is_tls(&self) -> bool {
         self.tls
     }
-}
-
-/// Returns an endpoint or a target without its password, for errors and logs.
-pub(crate) fn without_password(endpoint: &str) -> String {
-    let Some((userinfo, rest)) = endpoint.rsplit_once('@') else {
-        return endpoint.to_owned();
-    };
-    let (scheme, userinfo) = match userinfo.split_once("://") {
-        Some((scheme, userinfo)) => (format!("{scheme}://"), userinfo),
-        None => (String::new(), userinfo),
-    };
-    let user = userinfo.split(':').next().unwrap_or_default();
-    format!("{scheme}{user}:***@{rest}")
 }
 
 #[cfg(test)]

@@ -25,7 +25,6 @@ mod watch_stream;
 
 pub(crate) use cluster::Etcd;
 pub(crate) use connect::Config;
-pub(crate) use endpoint::without_password;
 pub(crate) use limits::DEADLINE;
 pub(crate) use token_cell::{Credentials, Token};
 pub(crate) use watch::Watch;

@@ -2,8 +2,7 @@
 
 use percent_encoding::percent_decode_str;
 
-use crate::error::RegistryError;
-use crate::etcd::without_password;
+use crate::error::{RegistryError, without_password};
 
 /// A parsed target.
 #[derive(Debug, PartialEq, Eq)]
@@ -141,7 +140,7 @@ fn key(query: &str) -> Result<String, &'static str> {
 
 fn invalid(target: &str, reason: &'static str) -> RegistryError {
     RegistryError::InvalidTarget {
-        target: without_password(target),
+        target: without_password(target).into_owned(),
         reason: reason.to_owned(),
     }
 }

@@ -217,7 +217,12 @@ where
             signals.recv().await;
             async move { signals.recv().await }
         };
-        serve(self, || bind(address), registration, stop).await
+        let Listening {
+            incoming,
+            connections,
+            bound,
+        } = listen(&registration, || bind(address))?;
+        serve(self, incoming, connections, Some(bound), registration, stop).await
     }
 
     async fn serve_registered_with_shutdown<F>(
@@ -229,7 +234,20 @@ where
     where
         F: Future<Output = ()> + Send,
     {
-        serve(self, || bind(address), registration, once(signal)).await
+        let Listening {
+            incoming,
+            connections,
+            bound,
+        } = listen(&registration, || bind(address))?;
+        serve(
+            self,
+            incoming,
+            connections,
+            Some(bound),
+            registration,
+            once(signal),
+        )
+        .await
     }
 
     async fn serve_registered_with_listener_shutdown<F>(
@@ -241,7 +259,20 @@ where
     where
         F: Future<Output = ()> + Send,
     {
-        serve(self, || Ok(listener), registration, once(signal)).await
+        let Listening {
+            incoming,
+            connections,
+            bound,
+        } = listen(&registration, || Ok(listener))?;
+        serve(
+            self,
+            incoming,
+            connections,
+            Some(bound),
+            registration,
+            once(signal),
+        )
+        .await
     }
 
     async fn serve_registered_with_incoming_shutdown<I, T, E, F>(
@@ -260,7 +291,7 @@ where
         registration.check()?;
         let connections = Connections::default();
         let incoming = Accepted::new(incoming, connections.clone());
-        serve_connections(
+        serve(
             self,
             incoming,
             connections,
@@ -283,23 +314,18 @@ fn bind(address: SocketAddr) -> Result<TcpListener, ServeError> {
     Incoming::bind(address).map_err(|source| ServeError::Bind { address, source })
 }
 
-/// Serves on a listener, and registers its address. The registration is checked before the listener is bound.
-async fn serve<L, ResBody, N>(
-    router: Router<L>,
+/// A listener with its address and its connections.
+struct Listening {
+    incoming: Incoming,
+    connections: Connections,
+    bound: SocketAddr,
+}
+
+/// Checks the registration, and then prepares the listener: an invalid registration must not bind a socket.
+fn listen(
+    registration: &RegistrationBuilder,
     listener: impl FnOnce() -> Result<TcpListener, ServeError>,
-    registration: RegistrationBuilder,
-    stop: impl Future<Output = N>,
-) -> Result<(), ServeError>
-where
-    L: Layer<Routes> + Send + 'static,
-    L::Service:
-        Service<http::Request<Body>, Response = http::Response<ResBody>> + Clone + Send + 'static,
-    <L::Service as Service<http::Request<Body>>>::Future: Send,
-    <L::Service as Service<http::Request<Body>>>::Error: Into<tower::BoxError> + Send,
-    ResBody: HttpBody<Data = bytes::Bytes> + Send + 'static,
-    ResBody::Error: Into<tower::BoxError>,
-    N: Future<Output = ()>,
-{
+) -> Result<Listening, ServeError> {
     registration.check()?;
     let listener = listener()?;
     let unspecified = SocketAddr::from(([0, 0, 0, 0], 0));
@@ -308,20 +334,15 @@ where
         source,
     })?;
     let connections = Connections::default();
-    let incoming = Incoming::new(listener, connections.clone());
-    serve_connections(
-        router,
-        incoming,
+    Ok(Listening {
+        incoming: Incoming::new(listener, connections.clone()),
         connections,
-        Some(bound),
-        registration,
-        stop,
-    )
-    .await
+        bound,
+    })
 }
 
 /// Serves on a stream of connections, which ends when the drain begins.
-async fn serve_connections<L, ResBody, N, I, T, E>(
+async fn serve<L, ResBody, N, I, T, E>(
     router: Router<L>,
     incoming: I,
     connections: Connections,

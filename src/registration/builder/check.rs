@@ -7,7 +7,7 @@ use super::registration_builder::{Attributes, RegistrationBuilder, Target};
 use crate::error::RegisterError;
 use crate::format::RESERVED;
 use crate::instance::{Advertisement, Instance};
-use crate::keyspace::{Keyspace, check_service};
+use crate::keyspace::{Keyspace, SERVICE_MAX, check_service};
 use crate::registration::entry::{Entry, check_weight};
 use tonic_balance::{Address, error::AddressError};
 
@@ -146,8 +146,10 @@ impl RegistrationBuilder {
             Target::Service { keyspace, id, .. } => (keyspace, id.as_deref()),
             Target::Key(key) => return check_key(key).map(|()| vec![key.clone()]),
         };
-        if id.is_some_and(|id| id.len() > MAX_NAME) {
-            return Err(format!("the instance id is longer than {MAX_NAME} bytes"));
+        if id.is_some_and(|id| id.len() > SERVICE_MAX) {
+            return Err(format!(
+                "the instance id is longer than {SERVICE_MAX} bytes"
+            ));
         }
         if id
             .is_some_and(|id| id.is_empty() || id.contains('/') || id.chars().any(char::is_control))
@@ -210,8 +212,6 @@ const MIN_TTL: Duration = Duration::from_secs(2);
 /// The largest TTL. A larger value is most likely a mistake in the unit.
 const MAX_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// The limit on an instance id, in bytes: the same as for the name of a service.
-const MAX_NAME: usize = 1_024;
 /// The limit on an exact key, in bytes. Readers ignore keys longer than 64 KiB. The lower limit rejects keys that are this long by mistake.
 const MAX_KEY: usize = 4_096;
 
