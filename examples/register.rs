@@ -65,7 +65,8 @@ fn describe(state: &RegistrationState) -> String {
         } => format!("not registered: {}", greeter::with_causes(error)),
         RegistrationState::Registering { .. } => "registering".to_owned(),
         RegistrationState::Superseded { lease, .. } => {
-            format!("another server has the key, under lease {lease}")
+            let lease = lease.map_or_else(|| "none".to_owned(), |lease| lease.to_string());
+            format!("another server has the key, with lease {lease}")
         }
         other => format!("{other:?}").to_lowercase(),
     }

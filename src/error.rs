@@ -1,4 +1,7 @@
 //! The errors of all public operations, and the kinds of etcd errors.
+//!
+//! The text of each error is complete: one line with what failed, where, all causes, and what to do. `Error::source` returns `None`, because
+//! reporters that print the chain of sources, such as anyhow's, would print the causes twice. The causes are in the fields of the errors.
 
 use std::fmt;
 use std::io;
@@ -6,12 +9,15 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub(crate) use tonic_balance::error::{causes, without_password};
+pub(crate) use tonic_balance::__private::{causes, without_password};
 
 pub use crate::format::error::FormatError;
+use crate::keyspace::LeaseId;
 pub use tonic_balance::error::{AddressError, CallError, ChannelError};
 
 /// A failed exchange with etcd: the operation, the member, and the cause.
+///
+/// The text contains all causes, so [`source`](std::error::Error::source) returns `None`. [`status`](Self::status) returns the gRPC status.
 ///
 /// A clone shares the error by a reference count, so that a status can keep the last error.
 #[derive(Clone, Debug)]
@@ -22,7 +28,7 @@ struct Inner {
     kind: EtcdErrorKind,
     operation: &'static str,
     endpoint: String,
-    source: Box<dyn std::error::Error + Send + Sync>,
+    cause: Box<dyn std::error::Error + Send + Sync>,
 }
 
 impl EtcdError {
@@ -30,13 +36,13 @@ impl EtcdError {
         kind: EtcdErrorKind,
         operation: &'static str,
         endpoint: &str,
-        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+        cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> Self {
         Self(Arc::new(Inner {
             kind,
             operation,
             endpoint: endpoint.to_owned(),
-            source: source.into(),
+            cause: cause.into(),
         }))
     }
 
@@ -53,12 +59,12 @@ impl EtcdError {
 
     /// Creates the error of a task that ended before its owner.
     pub(crate) fn task_ended(operation: &'static str) -> Self {
-        let source = if std::thread::panicking() {
+        let cause = if std::thread::panicking() {
             "it has panicked"
         } else {
             "the runtime on which it was started has ended"
         };
-        Self::new(EtcdErrorKind::TaskEnded, operation, "(none)", source)
+        Self::new(EtcdErrorKind::TaskEnded, operation, "(none)", cause)
     }
 
     /// Returns the name of the operation that failed, such as `lease grant`.
@@ -72,6 +78,14 @@ impl EtcdError {
     pub fn endpoint(&self) -> &str {
         &self.0.endpoint
     }
+
+    /// Returns the gRPC status of the request; `None` if nothing was sent, or if the failure has no status.
+    #[must_use]
+    pub fn status(&self) -> Option<&tonic::Status> {
+        let first: &(dyn std::error::Error + 'static) = &*self.0.cause;
+        std::iter::successors(Some(first), |error| error.source())
+            .find_map(|error| error.downcast_ref())
+    }
 }
 
 impl fmt::Display for EtcdError {
@@ -80,9 +94,9 @@ impl fmt::Display for EtcdError {
             kind,
             operation,
             endpoint,
-            source,
+            cause,
         } = &*self.0;
-        let cause = causes(&**source);
+        let cause = causes(&**cause);
         match kind {
             EtcdErrorKind::InvalidRequest => {
                 return write!(f, "nothing was requested of etcd: {cause}");
@@ -94,11 +108,7 @@ impl fmt::Display for EtcdError {
     }
 }
 
-impl std::error::Error for EtcdError {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        Some(&*self.0.source)
-    }
-}
+impl std::error::Error for EtcdError {}
 
 /// The kind of an [`EtcdError`]. It is derived from the text of etcd's error, not from the gRPC code: etcd uses `OutOfRange` alone for four
 /// different errors.
@@ -240,19 +250,26 @@ pub enum RegistryError {
         /// The reason why the endpoint is not valid.
         reason: String,
     },
+    /// The TLS configuration can never work. Nothing was sent.
+    #[error("the TLS configuration for etcd is not valid: {reason}")]
+    #[non_exhaustive]
+    InvalidTls {
+        /// The invalid part, and the reason.
+        reason: String,
+    },
     /// No member responded.
     #[error(
-        "no etcd answered at {}; check that it runs there and that the port (2379 by default) is right and open: {source}", endpoints.join(", ")
+        "no etcd answered at {}; check that it runs there and that the port (2379 by default) is right and open: {cause}", endpoints.join(", ")
     )]
     #[non_exhaustive]
     Unreachable {
         /// The endpoints that were tried.
         endpoints: Vec<String>,
         /// The last failure.
-        source: EtcdError,
+        cause: EtcdError,
     },
     /// Only one side uses TLS, or the certificates do not match.
-    #[error("no secure connection to etcd at {}: {reason}: {source}", endpoints.join(", "))]
+    #[error("no secure connection to etcd at {}: {reason}: {cause}", endpoints.join(", "))]
     #[non_exhaustive]
     Tls {
         /// The endpoints that were tried.
@@ -260,11 +277,11 @@ pub enum RegistryError {
         /// The observed cause, and how to fix the configuration.
         reason: String,
         /// The last failure.
-        source: EtcdError,
+        cause: EtcdError,
     },
     /// A server responded, but the server is not an etcd.
     #[error(
-        "the server at {} is not an etcd ({reason}); check host and port, etcd's client port is 2379 by default: {source}", endpoints.join(", ")
+        "the server at {} is not an etcd ({reason}); check host and port, etcd's client port is 2379 by default: {cause}", endpoints.join(", ")
     )]
     #[non_exhaustive]
     NotEtcd {
@@ -273,11 +290,11 @@ pub enum RegistryError {
         /// The observed behaviour of the server.
         reason: String,
         /// The last failure.
-        source: EtcdError,
+        cause: EtcdError,
     },
     /// etcd rejected the user.
     #[error(
-        "etcd at {} refused {user}; check name and password given to `.user(name, password)`: {source}", endpoints.join(", ")
+        "etcd at {} refused {user}; check name and password given to `.user(name, password)`: {cause}", endpoints.join(", ")
     )]
     #[non_exhaustive]
     Credentials {
@@ -286,16 +303,16 @@ pub enum RegistryError {
         /// A description of the user, never with the password.
         user: String,
         /// The error from etcd.
-        source: EtcdError,
+        cause: EtcdError,
     },
     /// etcd rejected the connection check with another error.
-    #[error("etcd at {} refused the connection check: {source}", endpoints.join(", "))]
+    #[error("etcd at {} refused the connection check: {cause}", endpoints.join(", "))]
     #[non_exhaustive]
     Refused {
         /// The endpoints that were tried.
         endpoints: Vec<String>,
         /// The error from etcd.
-        source: EtcdError,
+        cause: EtcdError,
     },
 }
 
@@ -314,29 +331,29 @@ pub enum RegisterError {
     },
     /// The advertised address is not valid. Nothing was sent to etcd.
     #[error(
-        "registration of {service:?} has no address that clients can dial; set one with `.address(\"host:port\")`: {source}"
+        "registration of {service:?} has no address that clients can dial; set one with `.address(\"host:port\")`: {cause}"
     )]
     #[non_exhaustive]
     Address {
         /// The service, or the exact key.
         service: String,
         /// The reason why the address is not valid.
-        source: AddressError,
+        cause: AddressError,
     },
     /// etcd rejected the registration permanently, because of credentials, permission or size.
-    #[error("etcd refused to register {key:?}: {source}")]
+    #[error("etcd refused to register {key:?}: {cause}")]
     #[non_exhaustive]
     Refused {
         /// The key.
         key: String,
         /// The error from etcd.
-        source: EtcdError,
+        cause: EtcdError,
     },
     /// etcd did not accept the write within the timeout. An active registration continues to retry.
     #[error(
         "{key:?} could not be written to etcd at {} within {} s{}", endpoints.join(", "),
         bound.as_secs_f64(),
-        cause(source.as_ref())
+        last_failure(cause.as_ref())
     )]
     #[non_exhaustive]
     TimedOut {
@@ -347,25 +364,25 @@ pub enum RegisterError {
         /// The timeout that expired.
         bound: Duration,
         /// The last failure, if a request failed.
-        source: Option<EtcdError>,
+        cause: Option<EtcdError>,
     },
     /// Another server has registered the key.
-    #[error("{key:?} is registered by another server, under lease {lease}")]
+    #[error("{key:?} is registered by another server, {}", under(*lease))]
     #[non_exhaustive]
     Superseded {
         /// The key.
         key: String,
-        /// The lease of the other server.
-        lease: crate::keyspace::LeaseId,
+        /// The lease of the other server; `None` if its key has no lease.
+        lease: Option<LeaseId>,
     },
     /// The operating system could not start the dedicated thread of the registration. Nothing was sent to etcd.
-    #[error("no thread could be started for the registration of {key:?}: {source}")]
+    #[error("no thread could be started for the registration of {key:?}: {cause}")]
     #[non_exhaustive]
     Thread {
         /// The key.
         key: String,
         /// The error from the operating system.
-        source: Arc<io::Error>,
+        cause: Arc<io::Error>,
     },
     /// The registration has ended.
     #[error("the registration of {key:?} has ended")]
@@ -381,28 +398,47 @@ pub enum RegisterError {
 #[non_exhaustive]
 pub enum ServeError {
     /// The listening socket could not be bound. Nothing was registered.
-    #[error("could not listen on {address}: {source}")]
+    #[error("could not listen on {address}: {cause}")]
     #[non_exhaustive]
     Bind {
         /// The address to bind.
         address: SocketAddr,
         /// The error from the operating system.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The registration was rejected. The server was stopped.
     #[error("the server was stopped because it could not be registered: {0}")]
-    Register(#[from] RegisterError),
+    Register(RegisterError),
     /// The server failed. It was deregistered.
     #[error("the server failed: {}", causes(.0))]
-    Serve(#[from] tonic::transport::Error),
+    Serve(tonic::transport::Error),
     /// The signal handlers could not be installed. Nothing was registered.
     #[error("could not listen for SIGTERM and SIGINT: {0}")]
-    Signal(#[source] io::Error),
+    Signal(io::Error),
+}
+
+impl From<RegisterError> for ServeError {
+    fn from(error: RegisterError) -> Self {
+        Self::Register(error)
+    }
+}
+
+impl From<tonic::transport::Error> for ServeError {
+    fn from(error: tonic::transport::Error) -> Self {
+        Self::Serve(error)
+    }
+}
+
+fn under(lease: Option<LeaseId>) -> String {
+    lease.map_or_else(
+        || "without a lease".to_owned(),
+        |lease| format!("under lease {lease}"),
+    )
 }
 
 /// Formats the last failure before a timeout, if a request failed.
-fn cause(source: Option<&EtcdError>) -> String {
-    source.map_or_else(String::new, |source| format!(": {source}"))
+fn last_failure(cause: Option<&EtcdError>) -> String {
+    cause.map_or_else(String::new, |cause| format!(": {cause}"))
 }
 
 #[cfg(test)]
@@ -417,10 +453,14 @@ mod tests {
         let line = "list at etcd 10.0.0.1:2379 failed: the member is unavailable: Unavailable: greeter: no route";
         assert_eq!(error.to_string(), line);
         assert_eq!(causes(&error), line);
+        assert!(std::error::Error::source(&error).is_none());
+        let status = error.status().expect("a status");
+        assert_eq!(status.message(), "greeter: no route");
         let refused = RegistryError::Refused {
             endpoints: vec!["10.0.0.1:2379".to_owned()],
-            source: error,
+            cause: error,
         };
         assert!(refused.to_string().ends_with(line), "{refused}");
+        assert!(std::error::Error::source(&refused).is_none());
     }
 }

@@ -65,7 +65,7 @@ impl KeyLocation {
     /// Returns the lease that the key is attached to, or `None` for a key without a lease. Such a key does not expire.
     #[must_use]
     pub fn lease(&self) -> Option<LeaseId> {
-        (self.lease != LeaseId::NONE).then_some(self.lease)
+        self.lease.known()
     }
 
     /// Returns the revision at which the key was created.

@@ -5,16 +5,21 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A revision of an etcd store: a counter that every change increments. 0 means "none".
+/// A revision of an etcd store: a counter that every change increments.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Revision(i64);
 
 impl Revision {
-    /// The revision of a key that does not exist.
-    pub const ZERO: Self = Self(0);
+    /// The number by which etcd's API states that there is no revision, for example of a key that does not exist.
+    pub(crate) const ZERO: Self = Self(0);
 
     pub(crate) const fn new(revision: i64) -> Self {
         Self(revision)
+    }
+
+    /// Returns `None` for the number that stands for no revision.
+    pub(crate) fn known(self) -> Option<Self> {
+        (self != Self::ZERO).then_some(self)
     }
 
     /// Returns the revision as the number used in etcd's API.
@@ -42,13 +47,13 @@ impl fmt::Display for Revision {
     }
 }
 
-/// The id of an etcd lease. 0 means "none". Displayed in hexadecimal, as in `etcdctl lease list`.
+/// The id of an etcd lease. Displayed in hexadecimal, as in `etcdctl lease list`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LeaseId(i64);
 
 impl LeaseId {
-    /// The lease id of a key without a lease.
-    pub const NONE: Self = Self(0);
+    /// The number by which etcd's API states that a key has no lease.
+    pub(crate) const NONE: Self = Self(0);
 
     pub(crate) const fn new(id: i64) -> Self {
         Self(id)
@@ -58,6 +63,11 @@ impl LeaseId {
     /// bits, a collision with an id of another client is as likely as a broken disk.
     pub(crate) fn random(rng: &mut fastrand::Rng) -> Self {
         Self(rng.i64(1..=i64::MAX >> 1))
+    }
+
+    /// Returns `None` for the number that stands for no lease.
+    pub(crate) fn known(self) -> Option<Self> {
+        (self != Self::NONE).then_some(self)
     }
 
     /// Returns the id as the number used in etcd's API.

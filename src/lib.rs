@@ -81,12 +81,14 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod backoff;
-/// The options and the states of a [`BalancedChannel`]. Its policies are at the root of the crate.
+/// The options and the states of a [`BalancedChannel`], and the sources of its endpoints. [`LbPolicy`] and [`RetryPolicy`] are at the root
+/// of the crate.
 pub mod channel {
     pub use tonic_balance::channel::{
-        Attributes, ChannelBuilder, EndpointSource, EndpointState, EndpointStatus,
-        FailurePercentageEjection, HedgingPolicy, OutlierDetection, ResponseBody, ResponseFuture,
-        RetryBudget, Routing, ServedBy, SuccessRateEjection, WaitForReady,
+        Addresses, Attributes, ChannelBuilder, Discover, EndpointSource, EndpointState,
+        EndpointStatus, Endpoints, FailurePercentageEjection, HedgingPolicy, OutlierDetection,
+        ResponseBody, ResponseFuture, RetryBudget, Routing, ServedBy, SourceContext,
+        SuccessRateEjection, WaitForReady,
     };
 }
 pub mod error;

@@ -7,7 +7,6 @@
 
 mod support;
 
-use std::error::Error;
 use std::time::Duration;
 
 use etcd_client::{Client, ConnectOptions};
@@ -69,7 +68,6 @@ async fn a_refused_connection_lists_the_endpoints_tried() {
         text.contains("127.0.0.1:1, 127.0.0.1:2") && text.contains("check that it runs"),
         "{text}"
     );
-    assert!(error.source().is_some());
 }
 
 #[tokio::test]
@@ -283,11 +281,7 @@ async fn authentication_works_from_connect_to_registration() {
         "{denied:?}"
     );
     assert!(
-        denied
-            .source()
-            .expect("a cause")
-            .to_string()
-            .contains("permission denied"),
+        denied.to_string().contains("permission denied"),
         "{denied:?}"
     );
 }

@@ -224,7 +224,9 @@ mod migration_9 {
             while !sender.is_closed() {
                 // A failed lookup removes no endpoint.
                 if let Ok(addresses) = lookup_host((host, port)).await {
-                    let found: HashSet<Address> = addresses.map(Address::from).collect();
+                    let found: HashSet<Address> = addresses
+                        .filter_map(|found| found.try_into().ok())
+                        .collect();
                     let mut changes = Vec::new();
                     for address in found.difference(&known) {
                         changes.push(Change::Insert(address.clone(), ()));

@@ -54,6 +54,11 @@ impl Address {
         Some((v6.unwrap_or(host), port.parse().ok()?))
     }
 
+    /// Creates a TCP address. An IPv4-mapped IPv6 address becomes IPv4, because both reach the same socket.
+    fn of_socket(ip: IpAddr, port: u16) -> Self {
+        Self(SocketAddr::new(ip.to_canonical(), port).to_string().into())
+    }
+
     /// Returns the path of a Unix socket; `None` for a TCP address.
     #[must_use]
     pub fn socket_path(&self) -> Option<&Path> {
@@ -98,7 +103,7 @@ impl FromStr for Address {
                 .strip_suffix(']')
                 .and_then(|v6| v6.parse().ok())
                 .ok_or_else(|| invalid("is not a valid IPv6 address"))?;
-            return Ok(SocketAddr::new(v6.into(), port).into());
+            return Ok(Self::of_socket(v6.into(), port));
         }
         if host.contains(':') {
             return Err(invalid(
@@ -106,21 +111,22 @@ impl FromStr for Address {
             ));
         }
         if let Ok(v4) = host.parse::<Ipv4Addr>() {
-            return Ok(SocketAddr::new(v4.into(), port).into());
+            return Ok(Self::of_socket(v4.into(), port));
         }
         check_name(host).map_err(invalid)?;
         Ok(Self(format!("{}:{port}", host.to_ascii_lowercase()).into()))
     }
 }
 
-impl From<SocketAddr> for Address {
-    fn from(address: SocketAddr) -> Self {
-        // `to_canonical` converts an IPv4-mapped IPv6 address to IPv4. Both reach the same socket.
-        Self(
-            SocketAddr::new(address.ip().to_canonical(), address.port())
-                .to_string()
-                .into(),
-        )
+impl TryFrom<SocketAddr> for Address {
+    type Error = AddressError;
+
+    /// Fails if the port is 0, which no client can dial.
+    fn try_from(address: SocketAddr) -> Result<Self, AddressError> {
+        if address.port() == 0 {
+            return Err(AddressError::new(&address.to_string(), "has port 0"));
+        }
+        Ok(Self::of_socket(address.ip(), address.port()))
     }
 }
 
@@ -229,19 +235,19 @@ fn check_name(host: &str) -> Result<(), &'static str> {
 #[error("address {address:?} {reason}")]
 pub struct AddressError {
     address: String,
-    reason: &'static str,
+    reason: Cow<'static, str>,
 }
 
 impl AddressError {
     /// Returns the reason as a phrase that follows the address.
     #[must_use]
-    pub fn reason(&self) -> &'static str {
-        self.reason
+    pub fn reason(&self) -> &str {
+        &self.reason
     }
 
     /// Creates an error from an address and a reason. Keeps only the first 80 characters of the address, and no password.
     #[must_use]
-    pub fn new(address: &str, reason: &'static str) -> Self {
+    pub fn new(address: &str, reason: impl Into<Cow<'static, str>>) -> Self {
         let address = &*without_password(address);
         // A hostile value can be 64 KiB long. The first characters of a value are enough to find it in the registry.
         let end = address
@@ -250,7 +256,7 @@ impl AddressError {
             .map_or(address.len(), |(end, _)| end);
         Self {
             address: address[..end].to_owned(),
-            reason,
+            reason: reason.into(),
         }
     }
 }
@@ -319,6 +325,10 @@ impl AddressPolicy {
     }
 
     /// Checks an address against the policy.
+    ///
+    /// # Errors
+    ///
+    /// Fails with the first rule that the address violates.
     pub fn check(&self, address: &Address) -> Result<(), AddressError> {
         let checked = match (address.host(), address.ip()) {
             (None, _) if self.sockets_allowed => Ok(()),
@@ -459,6 +469,20 @@ mod tests {
         ] {
             assert_eq!(parse(text).as_deref(), Ok(canonical));
         }
+    }
+
+    #[test]
+    fn a_socket_address_needs_a_port() {
+        let of = |text: &str| Address::try_from(text.parse::<SocketAddr>().expect("valid"));
+        assert_eq!(
+            of("[::ffff:10.0.0.5]:80").expect("a port").as_str(),
+            "10.0.0.5:80"
+        );
+        let error = of("10.0.0.5:0").expect_err("port 0").to_string();
+        assert!(
+            error.contains("10.0.0.5:0") && error.contains("has port 0"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -36,17 +36,21 @@ mod causes;
 pub mod channel;
 mod transport;
 
-/// The errors of the channel, and their text for logs.
+/// The errors of the channel.
 pub mod error {
-    pub use crate::address::{AddressError, without_password};
+    pub use crate::address::AddressError;
     pub use crate::call::CallError;
-    pub use crate::causes::causes;
     pub use crate::channel::error::ChannelError;
 }
 
-/// The deadline of a call in its headers.
-pub mod deadline {
+/// What `tonic-etcd` shares with this crate. No part of the public interface.
+#[doc(hidden)]
+pub mod __private {
+    pub use crate::address::without_password;
+    pub use crate::causes::causes;
     pub use crate::transport::deadline::{GRPC_TIMEOUT, format as format_timeout};
+    #[cfg(feature = "tls")]
+    pub use crate::transport::tls::check as check_tls;
 }
 
 pub use address::{Address, AddressPolicy};

@@ -57,7 +57,7 @@ fn channel(policy: LbPolicy, weighted: bool, endpoints: usize) -> (Runtime, Bala
         .unwrap();
     let changes = (0..endpoints).map(move |index| {
         let ip = [10, 0, (index >> 8) as u8, index as u8];
-        let address = Address::from(std::net::SocketAddr::from((ip, 1)));
+        let address = Address::try_from(std::net::SocketAddr::from((ip, 1))).expect("valid");
         let weight = if weighted { 1 + index as u32 % 4 } else { 1 };
         let instance = Instance::new(address.clone()).with_weight(weight);
         Ok::<_, std::convert::Infallible>(Change::Insert(address, instance))

@@ -16,7 +16,7 @@ use crate::error::{EtcdError, EtcdErrorKind, RegistryError, causes};
 use crate::keyspace::Key;
 use tonic_balance::Address;
 #[cfg(feature = "tls")]
-use tonic_balance::TlsConfig;
+use tonic_balance::{__private::check_tls, TlsConfig};
 use tonic_balance::{BalancedChannel, channel::ChannelBuilder};
 
 /// The options of a connection.
@@ -40,6 +40,10 @@ impl Config {
             .map(|endpoint| MemberEndpoint::parse(endpoint, tls))
             .collect::<Result<_, _>>()?;
         let first = members.first().ok_or(RegistryError::NoEndpoints)?;
+        #[cfg(feature = "tls")]
+        if let Some(tls) = &self.tls {
+            check_tls(tls).map_err(|reason| RegistryError::InvalidTls { reason })?;
+        }
         let differs = |member: &MemberEndpoint| member.is_tls() != first.is_tls();
         if let Some(position) = members.iter().position(differs) {
             return Err(RegistryError::InvalidEndpoint {
@@ -136,12 +140,12 @@ impl Etcd {
 }
 
 /// Converts the error into an error that describes how to fix the configuration.
-async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError) -> RegistryError {
+async fn explain(config: &Config, members: &[MemberEndpoint], cause: EtcdError) -> RegistryError {
     let endpoints: Vec<_> = members
         .iter()
         .map(|member| member.address().to_string())
         .collect();
-    match source.kind() {
+    match cause.kind() {
         EtcdErrorKind::BadCredentials
         | EtcdErrorKind::CredentialsRequired
         | EtcdErrorKind::InvalidToken => {
@@ -153,7 +157,7 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
             return RegistryError::Credentials {
                 endpoints,
                 user,
-                source,
+                cause,
             };
         }
         EtcdErrorKind::Unimplemented => {
@@ -161,63 +165,63 @@ async fn explain(config: &Config, members: &[MemberEndpoint], source: EtcdError)
             return RegistryError::NotEtcd {
                 endpoints,
                 reason,
-                source,
+                cause,
             };
         }
-        kind if !kind.is_transient() => return RegistryError::Refused { endpoints, source },
+        kind if !kind.is_transient() => return RegistryError::Refused { endpoints, cause },
         _ => {}
     }
     // The error does not identify the protocol of the peer: h2 reports a TLS alert as an invalid frame. Probe the peer directly.
     let failed = members
         .iter()
-        .find(|member| member.address().as_str() == source.endpoint());
+        .find(|member| member.address().as_str() == cause.endpoint());
     let Some(member) = failed.or(members.first()) else {
-        return RegistryError::Unreachable { endpoints, source };
+        return RegistryError::Unreachable { endpoints, cause };
     };
-    let tls = |reason: String, source| RegistryError::Tls {
+    let tls = |reason: String, cause| RegistryError::Tls {
         endpoints: endpoints.clone(),
         reason,
-        source,
+        cause,
     };
     let answer = first_bytes(member).await;
     let bytes = answer.clone().unwrap_or_default();
-    let cause = causes(&source);
+    let text = causes(&cause);
     if member.is_tls() {
-        if is_http2(&bytes) || cause.contains("does not speak TLS") {
+        if is_http2(&bytes) || text.contains("does not speak TLS") {
             return tls(
                 "the server does not speak TLS; write http:// or leave the TLS configuration out"
                     .to_owned(),
-                source,
+                cause,
             );
         }
         // A server that requires a client certificate rejects the connection after the handshake, and may close it before the client reads
         // the alert.
-        let hung_up = source.kind() == EtcdErrorKind::Unavailable
+        let hung_up = cause.kind() == EtcdErrorKind::Unavailable
             && answer.is_some_and(|bytes| is_tls(&bytes));
-        if hung_up || TLS_WORDS.iter().any(|word| cause.contains(word)) {
+        if hung_up || TLS_WORDS.iter().any(|word| text.contains(word)) {
             let advice = "check the CA, the server's name and the client certificate";
             return tls(
-                format!("the TLS handshake failed ({cause}); {advice}"),
-                source,
+                format!("the TLS handshake failed ({text}); {advice}"),
+                cause,
             );
         }
-        return RegistryError::Unreachable { endpoints, source };
+        return RegistryError::Unreachable { endpoints, cause };
     }
-    let not_etcd = |reason: &str, source| RegistryError::NotEtcd {
+    let not_etcd = |reason: &str, cause| RegistryError::NotEtcd {
         endpoints: endpoints.clone(),
         reason: reason.to_owned(),
-        source,
+        cause,
     };
     match &bytes[..] {
         [0x15, 0x03, ..] => {
             let reason = "the server speaks TLS and the client does not; write https:// and configure `.tls_config(..)` (feature `tls`)";
-            tls(reason.to_owned(), source)
+            tls(reason.to_owned(), cause)
         }
-        bytes if bytes.starts_with(b"HTTP/1.") => not_etcd("it speaks HTTP/1 and no gRPC", source),
+        bytes if bytes.starts_with(b"HTTP/1.") => not_etcd("it speaks HTTP/1 and no gRPC", cause),
         bytes if !bytes.is_empty() && !is_http2(bytes) => {
-            not_etcd("it does not speak HTTP/2", source)
+            not_etcd("it does not speak HTTP/2", cause)
         }
-        _ => RegistryError::Unreachable { endpoints, source },
+        _ => RegistryError::Unreachable { endpoints, cause },
     }
 }
 

@@ -16,9 +16,9 @@ use super::error;
 use super::token_cell::TokenCell;
 use crate::error::EtcdError;
 use tonic_balance::{
+    __private::{GRPC_TIMEOUT, format_timeout},
     BalancedChannel,
     channel::{ResponseBody, ResponseFuture, Routing},
-    deadline::{GRPC_TIMEOUT, format_timeout},
 };
 
 /// The channel of one request, or of the stream that the request opens. Clones belong to the same request.

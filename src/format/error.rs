@@ -39,7 +39,7 @@ impl std::error::Error for FormatError {}
 impl From<AddressError> for FormatError {
     fn from(error: AddressError) -> Self {
         // Text that cannot be parsed may be anything, for example a password, so only the reason is kept.
-        Self::of(error.reason())
+        Self(error.reason().to_owned().into())
     }
 }
 

@@ -74,6 +74,10 @@ pub trait InstanceFormat: fmt::Debug + Send + Sync {
 
     /// Returns the key of an instance, which begins with the [service's prefix](Self::service_prefix). By default the instance id follows,
     /// or the address if the instance has no id, so that a restarted server overwrites its old entry.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the format has no key for the instance. The registration is then rejected. The default never fails.
     fn key(&self, prefix: &str, service: &str, instance: &Instance) -> Result<String, FormatError> {
         let id = instance.id().unwrap_or(instance.address().as_str());
         Ok(self.service_prefix(prefix, service) + id)
@@ -82,6 +86,10 @@ pub trait InstanceFormat: fmt::Debug + Send + Sync {
     /// Encodes the value of an instance at a key.
     ///
     /// The value omits attributes that the format cannot represent: callers decode the value again and compare.
+    ///
+    /// # Errors
+    ///
+    /// Fails if the format has no value for the instance. The registration is then rejected.
     fn encode(&self, key: &str, instance: &Instance) -> Result<Vec<u8>, FormatError>;
 
     /// Decodes the instance at a key. Returns `None` if the key is not the key of a callable instance: for a folder, a server with another

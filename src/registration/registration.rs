@@ -92,9 +92,9 @@ impl Registration {
         };
         if dedicated_thread {
             let started = run_on_own_thread(etcd, run);
-            started.map_err(|source| RegisterError::Thread {
+            started.map_err(|cause| RegisterError::Thread {
                 key: registration.key().to_owned(),
-                source: Arc::new(source),
+                cause: Arc::new(cause),
             })?;
         } else {
             tokio::spawn(Box::pin(run(etcd)));
@@ -120,11 +120,11 @@ impl Registration {
                 match state {
                     RegistrationState::Registered { .. } => return Ok(()),
                     RegistrationState::Registering {
-                        last_error: Some(source),
-                    } if source.kind().needs_operator() => {
+                        last_error: Some(cause),
+                    } if cause.kind().needs_operator() => {
                         return Err(RegisterError::Refused {
                             key: self.key().to_owned(),
-                            source,
+                            cause,
                         });
                     }
                     RegistrationState::Deregistered | RegistrationState::Aborted => {
@@ -288,7 +288,7 @@ impl Registration {
             Ok(Ok(())) => Ok(()),
             Ok(Err(Failure::Superseded(lease))) => Err(RegisterError::Superseded {
                 key: self.key().to_owned(),
-                lease,
+                lease: lease.known(),
             }),
             Ok(Err(Failure::Ended)) => Err(self.ended()),
             Ok(Err(Failure::TimedOut)) | Err(_) => Err(self.timed_out(self.parts.change_timeout)),
@@ -302,7 +302,7 @@ impl Registration {
     }
 
     fn timed_out(&self, bound: Duration) -> RegisterError {
-        let source = match self.state() {
+        let cause = match self.state() {
             RegistrationState::Registering { last_error }
             | RegistrationState::Registered { last_error, .. }
             | RegistrationState::Leaving { last_error } => last_error,
@@ -312,7 +312,7 @@ impl Registration {
             key: self.key().to_owned(),
             endpoints: self.parts.endpoints.clone(),
             bound,
-            source,
+            cause,
         }
     }
 }

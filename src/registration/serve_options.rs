@@ -48,14 +48,40 @@ impl ServerState {
 /// Options that only [`ServeRegistered`](crate::ServeRegistered) reads.
 #[derive(Debug)]
 pub(crate) struct ServeOptions {
-    pub(crate) grace_period: Duration,
-    pub(crate) drain_timeout: Duration,
+    pub(crate) grace_period: Option<Duration>,
+    pub(crate) drain_timeout: Option<Duration>,
     pub(crate) states: watch::Sender<ServerState>,
     /// The started registration, which the handles read. `None` before the start.
     pub(crate) started: watch::Sender<Option<Started>>,
     /// The source of the health service, or `None` for a server without one.
     #[cfg(feature = "health")]
     pub(crate) health: Option<Health>,
+}
+
+impl ServeOptions {
+    pub(crate) fn grace_period(&self) -> Duration {
+        self.grace_period.unwrap_or(GRACE_PERIOD)
+    }
+
+    pub(crate) fn drain_timeout(&self) -> Duration {
+        self.drain_timeout.unwrap_or(DRAIN_TIMEOUT)
+    }
+
+    /// Returns the name of an option that has no effect without a server, if one is set.
+    pub(super) fn first_set(&self) -> Option<&'static str> {
+        #[cfg(feature = "health")]
+        if let Some(health) = &self.health {
+            return Some(if health.services {
+                "health"
+            } else {
+                "health_reporter"
+            });
+        }
+        if self.grace_period.is_some() {
+            return Some("grace_period");
+        }
+        self.drain_timeout.map(|_| "drain_timeout")
+    }
 }
 
 impl Clone for ServeOptions {
@@ -74,8 +100,8 @@ impl Clone for ServeOptions {
 impl Default for ServeOptions {
     fn default() -> Self {
         Self {
-            grace_period: GRACE_PERIOD,
-            drain_timeout: DRAIN_TIMEOUT,
+            grace_period: None,
+            drain_timeout: None,
             states: watch::Sender::new(ServerState::Starting),
             started: watch::Sender::new(None),
             #[cfg(feature = "health")]

@@ -30,8 +30,8 @@ pub enum RegistrationState {
     /// Another server has written the key. The registration does not overwrite it, and claims the key again after it is deleted.
     #[non_exhaustive]
     Superseded {
-        /// The lease that the key is now attached to, or 0 for a key without a lease.
-        lease: LeaseId,
+        /// The lease that the key is now attached to; `None` for a key without a lease.
+        lease: Option<LeaseId>,
     },
     /// The key is being removed, for a pause or for good.
     #[non_exhaustive]
@@ -63,7 +63,9 @@ impl RegistrationState {
                 expires,
                 last_error,
             },
-            Phase::Superseded(lease) => Self::Superseded { lease },
+            Phase::Superseded(lease) => Self::Superseded {
+                lease: lease.known(),
+            },
             Phase::Leaving => Self::Leaving { last_error },
             Phase::Paused => Self::Paused,
             Phase::Deregistered => Self::Deregistered,

@@ -4,8 +4,9 @@ use std::convert::Infallible;
 
 use tonic_balance::{
     BalancedChannel,
-    channel::{Attributes, EndpointSource, Endpoints},
+    channel::{Attributes, EndpointSource, Endpoints, SourceContext},
 };
+use tower::BoxError;
 
 use super::Registry;
 use super::target::Target;
@@ -73,8 +74,8 @@ impl EndpointSource for ResolverBuilder {
     type Error = Infallible;
     type Stream = Resolver;
 
-    fn start(self, tls: bool) -> Result<Endpoints<Resolver>, String> {
-        EndpointSource::start(self.start(), tls)
+    fn start(self, context: &SourceContext) -> Result<Endpoints<Resolver>, BoxError> {
+        EndpointSource::start(self.start(), context)
     }
 }
 
@@ -84,7 +85,7 @@ impl EndpointSource for Resolver {
     type Error = Infallible;
     type Stream = Self;
 
-    fn start(self, _: bool) -> Result<Endpoints<Self>, String> {
+    fn start(self, _: &SourceContext) -> Result<Endpoints<Self>, BoxError> {
         let mut statuses = self.watch_status();
         let watched = statuses.clone();
         let known = async move {

@@ -172,7 +172,7 @@ mod tests {
     use super::*;
 
     fn address(port: u16) -> Address {
-        Address::from(std::net::SocketAddr::from(([127, 0, 0, 1], port)))
+        Address::try_from(std::net::SocketAddr::from(([127, 0, 0, 1], port))).expect("valid")
     }
 
     fn insert(port: u16, held: bool) -> Change<Address, Instance> {

@@ -14,8 +14,9 @@ pub struct ResolverStatus {
     pub state: ResolverState,
     /// The time at which the resolver entered this state.
     pub since: Instant,
-    /// The store revision at which the set was last known to be correct. With several prefixes, the lowest of their revisions.
-    pub revision: Revision,
+    /// The store revision at which the set was last known to be correct; `None` while the set is unknown. With several prefixes, the lowest
+    /// of their revisions.
+    pub revision: Option<Revision>,
     /// The last failure. `None` while the state is [`Fresh`](ResolverState::Fresh).
     pub last_error: Option<EtcdError>,
     /// Number of writes since the start whose value could not be decoded or was too large to receive. Each such write is skipped, and

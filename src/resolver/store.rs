@@ -359,7 +359,7 @@ impl Core {
             drop(shared);
             if next.state != status.state {
                 let error = next.last_error.as_ref().map(tracing::field::display);
-                tracing::info!(state = ?next.state, instances, revision = %next.revision, error, "resolver state changed");
+                tracing::info!(state = ?next.state, instances, revision = next.revision.map(Revision::get), error, "resolver state changed");
             }
             let modified = !next.is_same(status);
             *status = next;
@@ -443,7 +443,7 @@ fn status_of(shared: &Shared, before: Option<&ResolverStatus>) -> ResolverStatus
             .iter()
             .map(|report| report.revision)
             .min()
-            .unwrap_or_default(),
+            .and_then(Revision::known),
         last_error,
         rejected_values: shared.rejected + sum(|report| report.oversized),
         lists: sum(|report| report.lists),

@@ -311,7 +311,7 @@ async fn once(signal: impl Future<Output = ()>) -> impl Future<Output = ()> {
 }
 
 fn bind(address: SocketAddr) -> Result<TcpListener, ServeError> {
-    Incoming::bind(address).map_err(|source| ServeError::Bind { address, source })
+    Incoming::bind(address).map_err(|cause| ServeError::Bind { address, cause })
 }
 
 /// A listener with its address and its connections.
@@ -329,9 +329,9 @@ fn listen(
     registration.check()?;
     let listener = listener()?;
     let unspecified = SocketAddr::from(([0, 0, 0, 0], 0));
-    let bound = listener.local_addr().map_err(|source| ServeError::Bind {
+    let bound = listener.local_addr().map_err(|cause| ServeError::Bind {
         address: unspecified,
-        source,
+        cause,
     })?;
     let connections = Connections::default();
     Ok(Listening {

@@ -43,8 +43,8 @@ impl Serving {
         Self {
             task,
             connections,
-            grace: options.grace_period,
-            drain: options.drain_timeout,
+            grace: options.grace_period(),
+            drain: options.drain_timeout(),
             states: options.states.clone(),
             connections_cut: 0,
         }
@@ -225,7 +225,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn connections_that_do_not_end_when_cut_are_abandoned() {
         let options = ServeOptions {
-            drain_timeout: Duration::from_secs(5),
+            drain_timeout: Some(Duration::from_secs(5)),
             ..ServeOptions::default()
         };
         let task = tokio::spawn(pending());
@@ -237,14 +237,14 @@ mod tests {
             .expect("the drain ends")
             .expect("an abandoned connection is not an error");
         let took = Instant::now().saturating_duration_since(start);
-        let bound = options.drain_timeout + CUT_TIMEOUT;
+        let bound = options.drain_timeout() + CUT_TIMEOUT;
         assert!(took >= bound && took < bound + CUT_TIMEOUT, "{took:?}");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_drain_with_a_zero_timeout_ends_at_once() {
         let options = ServeOptions {
-            drain_timeout: Duration::ZERO,
+            drain_timeout: Some(Duration::ZERO),
             ..ServeOptions::default()
         };
         let task = tokio::spawn(pending());

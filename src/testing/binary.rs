@@ -53,9 +53,9 @@ pub(super) async fn version(binary: &Path) -> Result<String, ProcessError> {
     let output = spawn_blocking(move || ask.output()).await;
     match output.unwrap_or_else(|error| Err(error.into())) {
         Ok(output) => Ok(parse_version(&String::from_utf8_lossy(&output.stdout))),
-        Err(source) => Err(ProcessError::Spawn {
+        Err(cause) => Err(ProcessError::Spawn {
             program: binary.to_owned(),
-            source,
+            cause,
         }),
     }
 }

@@ -14,18 +14,18 @@ pub enum ProcessError {
     )]
     NoBinary,
     /// A program could not be run: etcd, or the `sh` process that serves as its watchdog.
-    #[error("could not run {}", .program.display())]
+    #[error("could not run {}: {cause}", .program.display())]
     #[non_exhaustive]
     Spawn {
         /// The program.
         program: PathBuf,
         /// The error of the operating system.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The temporary directory, the log files or the ports could not be allocated, or not be
     /// cleared.
-    #[error("could not prepare the files or the ports of etcd")]
-    Prepare(#[source] io::Error),
+    #[error("could not prepare the files or the ports of etcd: {0}")]
+    Prepare(io::Error),
     /// A member exited by itself while it was expected to become healthy.
     #[error("etcd member {member} exited early ({status}), its log ends:\n{log}")]
     #[non_exhaustive]
@@ -49,13 +49,13 @@ pub enum ProcessError {
         log: String,
     },
     /// A member could not be signalled or waited for.
-    #[error("could not signal etcd member {member}")]
+    #[error("could not signal etcd member {member}: {cause}")]
     #[non_exhaustive]
     Signal {
         /// The index of the member.
         member: usize,
         /// The error of the operating system.
-        source: io::Error,
+        cause: io::Error,
     },
     /// The operation needs a running member.
     #[error("etcd member {member} is not running")]

@@ -267,7 +267,7 @@ pub(super) fn flags(
 
 /// Converts the error of sending a signal.
 fn signal_error(member: usize) -> impl Fn(io::Error) -> ProcessError {
-    move |source| ProcessError::Signal { member, source }
+    move |cause| ProcessError::Signal { member, cause }
 }
 
 /// Returns the last lines of a text.

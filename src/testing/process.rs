@@ -170,8 +170,8 @@ impl Drop for Process {
 /// ends its servers in the order it needs.
 fn spawn(command: &mut Command) -> Result<Child, ProcessError> {
     let spawned = command.process_group(0).spawn();
-    spawned.map_err(|source| ProcessError::Spawn {
+    spawned.map_err(|cause| ProcessError::Spawn {
         program: command.get_program().into(),
-        source,
+        cause,
     })
 }

@@ -1,4 +1,4 @@
-//! Renders rustdoc's description of a crate, one line for each public item.
+//! Renders rustdoc's JSON output for a crate as text, with one line for each public item.
 
 use std::collections::BTreeSet;
 
@@ -61,22 +61,29 @@ impl<'a> Crate<'a> {
         else {
             return;
         };
+        let marks = marks(item);
         match kind.as_str() {
             "module" => {
                 found.insert(format!("mod {path}"));
                 self.module(item, path, found);
             }
             "function" => {
-                found.insert(function(path, inner));
+                found.insert(function(path, inner) + &marks);
             }
             "struct" => {
-                found.insert(format!("struct {path}{}", generics(&inner["generics"])));
+                found.insert(format!(
+                    "struct {path}{}{marks}",
+                    generics(&inner["generics"])
+                ));
                 let fields = &inner["kind"]["plain"]["fields"];
                 self.fields(fields, path, found);
                 self.impls(&inner["impls"], path, found);
             }
             "enum" => {
-                found.insert(format!("enum {path}{}", generics(&inner["generics"])));
+                found.insert(format!(
+                    "enum {path}{}{marks}",
+                    generics(&inner["generics"])
+                ));
                 for variant in list(&inner["variants"]) {
                     if let Some(variant) = self.item(variant) {
                         self.variant(variant, path, found);
@@ -86,7 +93,7 @@ impl<'a> Crate<'a> {
             }
             "trait" => {
                 found.insert(format!(
-                    "trait {path}{}{}",
+                    "trait {path}{}{}{marks}",
                     generics(&inner["generics"]),
                     bounds(": ", &inner["bounds"])
                 ));
@@ -132,7 +139,11 @@ impl<'a> Crate<'a> {
                 format!("{}: {of}", text(&part["name"]))
             })
             .collect();
-        found.insert(format!("variant {path}({})", parts.join(", ")));
+        found.insert(format!(
+            "variant {path}({}){}",
+            parts.join(", "),
+            marks(variant)
+        ));
     }
 
     fn impls(&self, impls: &Value, path: &str, found: &mut BTreeSet<String>) {
@@ -140,6 +151,10 @@ impl<'a> Crate<'a> {
             let inner = &implementation["inner"]["impl"];
             let is_derived = inner["is_synthetic"] == true || !inner["blanket_impl"].is_null();
             if is_derived {
+                let of = text(&inner["trait"]["path"]);
+                if inner["is_negative"] == true && ["Send", "Sync", "Unpin"].contains(&&*of) {
+                    found.insert(format!("impl !{of} for {path}"));
+                }
                 continue;
             }
             if inner["trait"].is_null() {
@@ -176,9 +191,26 @@ fn function(path: &str, function: &Value) -> String {
     format!("{words}fn {path}{generics}({}){output}", inputs.join(", "))
 }
 
+/// Renders the attributes that callers depend on.
+fn marks(item: &Value) -> String {
+    let mut marks = String::new();
+    for attribute in list(&item["attrs"]) {
+        let name = match attribute {
+            Value::Object(fields) => fields.keys().next().map_or("", String::as_str),
+            other => other.as_str().unwrap_or_default(),
+        };
+        for mark in ["must_use", "non_exhaustive"] {
+            if name.trim_start_matches("#[").starts_with(mark) {
+                marks += &format!(" #[{mark}]");
+            }
+        }
+    }
+    marks
+}
+
 fn generics(generics: &Value) -> String {
     let params: Vec<_> = list(&generics["params"])
-        // Those of `impl Trait` in argument position are part of the argument's type.
+        // rustdoc lists a type parameter for each `impl Trait` argument. The type of the argument already shows it.
         .filter(|param| param["kind"]["type"]["is_synthetic"] != true)
         .map(|param| {
             let bounds = bounds(": ", &param["kind"]["type"]["bounds"]);
@@ -221,7 +253,7 @@ fn bound(bound: &Value) -> String {
     }
 }
 
-/// The type that rustdoc describes.
+/// Renders a type in Rust syntax.
 fn type_of(described: &Value) -> String {
     let Some((kind, inner)) = described.as_object().and_then(|one| one.iter().next()) else {
         return text(described);

@@ -13,7 +13,10 @@ use super::{addresses, lazily, ms, over, retrying, say};
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_error_of_an_unready_channel_is_one_line_with_the_cause() {
     let channel = lazily(BalancedChannel::builder(), &["127.0.0.1:1".to_owned()]);
-    let error = channel.ready().await.expect_err("no server listens there");
+    let error = channel
+        .wait_until_ready()
+        .await
+        .expect_err("no server listens there");
     let line = error.to_string();
     println!("{line}");
     for part in ["greeter", "127.0.0.1:1", "refused"] {
@@ -64,7 +67,7 @@ async fn different_causes_have_different_messages() {
             lazily(builder(), &["127.0.0.1:1".to_owned()]),
         ),
     ] {
-        let error = channel.ready().await.expect_err(what);
+        let error = channel.wait_until_ready().await.expect_err(what);
         let line = error.to_string();
         println!("{what}: {line}");
         lines.push(line);

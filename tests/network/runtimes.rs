@@ -58,7 +58,10 @@ fn a_channel_whose_runtime_has_ended_serves_or_fails_at_once() {
             let outcome = timeout(BOUND, client.say_hello(support::hello())).await;
             served_or_explained(&format!("call {call}"), outcome);
         }
-        served_or_explained("ready()", timeout(BOUND, channel.ready()).await);
+        served_or_explained(
+            "wait_until_ready()",
+            timeout(BOUND, channel.wait_until_ready()).await,
+        );
     });
     let _entered = servers.enter();
     drop(peer);

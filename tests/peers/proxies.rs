@@ -183,7 +183,7 @@ async fn reloads(setup: Setup) {
     }
     all_well(callers, ms(2_000), &format!("{setup:?}, reloads")).await;
     eventually("the endpoint is ready", async || {
-        channel.ready().await.is_ok()
+        channel.wait_until_ready().await.is_ok()
     })
     .await;
 }

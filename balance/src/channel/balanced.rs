@@ -79,7 +79,7 @@ impl BalancedChannel {
     /// # Cancel safety
     ///
     /// Dropping the future has no effect on the channel.
-    pub async fn ready(&self) -> Result<(), ChannelError> {
+    pub async fn wait_until_ready(&self) -> Result<(), ChannelError> {
         let outcome = call::ready(&self.0).await;
         outcome.map_err(|reason| ChannelError::Unready {
             service: self.0.service.clone(),

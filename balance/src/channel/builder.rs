@@ -10,10 +10,11 @@ use http::{HeaderValue, Uri};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::runtime::RuntimeFlavor;
 use tokio_stream::{Stream, StreamExt};
+use tower::BoxError;
 use tower::discover::Change;
 
 use super::keep_alive::KeepAliveOptions;
-use super::source::{Addresses, Changes, Discover, EndpointSource, Endpoints};
+use super::source::{Addresses, Changes, Discover, EndpointSource, Endpoints, SourceContext};
 use super::{BalancedChannel, ChannelError};
 use crate::address::{Address, AddressPolicy};
 use crate::attributes::Attributes;
@@ -198,7 +199,8 @@ impl<S> ChannelBuilder<S> {
     }
 
     /// Enables TLS to the endpoints. Plaintext by default. The configuration must contain the name of the servers, unless the source of the
-    /// endpoints is [`addresses`](ChannelBuilder::addresses).
+    /// endpoints is [`addresses`](ChannelBuilder::addresses). A name or a PEM text that is not valid makes the channel invalid; files are
+    /// read at each handshake.
     #[cfg(feature = "tls")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
     pub fn tls_config(mut self, tls: TlsConfig) -> Self {
@@ -304,7 +306,7 @@ impl ChannelBuilder {
     where
         D: Stream<Item = Result<Change<Address, A>, E>> + Send + 'static,
         A: Into<Attributes> + 'static,
-        E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
+        E: Into<BoxError> + 'static,
     {
         self.map_source(|()| Discover(discover))
     }
@@ -360,7 +362,7 @@ impl<S: EndpointSource> ChannelBuilder<S> {
             Some(endpoints) => config.build(endpoints),
             None => config.build(no_endpoints()),
         };
-        channel.ready().await?;
+        channel.wait_until_ready().await?;
         Ok(channel)
     }
 
@@ -383,10 +385,13 @@ impl<S: EndpointSource> ChannelBuilder<S> {
     /// Starts the source. If the source cannot be used, marks the configuration as invalid.
     fn start(self) -> (Option<Endpoints<S::Stream>>, Config) {
         let Self { source, mut config } = self;
-        match source.start(config.connector.is_tls()) {
+        let context = SourceContext {
+            tls: config.connector.is_tls(),
+        };
+        match source.start(&context) {
             Ok(endpoints) => (Some(endpoints), config),
             Err(reason) => {
-                config.refuse(reason);
+                config.refuse(reason.to_string());
                 (None, config)
             }
         }
@@ -404,13 +409,14 @@ impl Config {
         self.invalid
             .clone()
             .or_else(|| ineffective.map(str::to_owned))
+            .or_else(|| self.connector.invalid_tls())
     }
 
     fn build<C, A, E>(mut self, endpoints: Endpoints<C>) -> BalancedChannel
     where
         C: Stream<Item = Result<Change<Address, A>, E>> + Send + 'static,
         A: Into<Attributes> + 'static,
-        E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
+        E: Into<BoxError> + 'static,
     {
         let invalid = self.invalid_reason();
         let Endpoints {

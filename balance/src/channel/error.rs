@@ -22,7 +22,6 @@ pub enum ChannelError {
         /// The service's name.
         service: String,
         /// The status that a call would fail with. It contains the number of known endpoints and the last failure.
-        #[source]
         reason: Status,
     },
 }

@@ -20,7 +20,7 @@ pub use crate::call::{ResponseBody, ResponseFuture, Routing, ServedBy, WaitForRe
 pub use balanced::BalancedChannel;
 pub use builder::ChannelBuilder;
 pub(crate) use error::ChannelError;
-pub use source::{Addresses, Discover, EndpointSource, Endpoints};
+pub use source::{Addresses, Discover, EndpointSource, Endpoints, SourceContext};
 
 #[cfg(test)]
 mod tests;

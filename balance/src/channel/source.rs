@@ -8,6 +8,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use tokio_stream::Stream;
+use tower::BoxError;
 use tower::discover::Change;
 
 use crate::address::{Address, AddressError, AddressPolicy, without_password};
@@ -22,18 +23,32 @@ pub trait EndpointSource {
     /// The attributes that the source reports for an endpoint, besides its address.
     type Attributes: Into<Attributes> + 'static;
     /// The error of the stream. The channel logs an error and changes no endpoint.
-    type Error: Into<Box<dyn std::error::Error + Send + Sync>> + 'static;
+    type Error: Into<BoxError> + 'static;
     /// The stream of changes. After its end the endpoints stay unchanged.
     type Stream: Stream<Item = Result<Change<Address, Self::Attributes>, Self::Error>>
         + Send
         + 'static;
 
-    /// Starts the source in the current tokio runtime. `tls` is true if the channel connects to its endpoints with TLS.
+    /// Starts the source in the current tokio runtime.
     ///
     /// # Errors
     ///
     /// Returns the reason why the source cannot be used. The channel is then [invalid](crate::error::ChannelError::InvalidOption).
-    fn start(self, tls: bool) -> Result<Endpoints<Self::Stream>, String>;
+    fn start(self, context: &SourceContext) -> Result<Endpoints<Self::Stream>, BoxError>;
+}
+
+/// The options of the channel that a source may need when it starts.
+#[derive(Clone, Debug)]
+pub struct SourceContext {
+    pub(super) tls: bool,
+}
+
+impl SourceContext {
+    /// Returns whether the channel connects to its endpoints with TLS.
+    #[must_use]
+    pub fn tls(&self) -> bool {
+        self.tls
+    }
 }
 
 /// A stream of changes, with the options of its source.
@@ -135,13 +150,13 @@ impl<D, A, E> EndpointSource for Discover<D>
 where
     D: Stream<Item = Result<Change<Address, A>, E>> + Send + 'static,
     A: Into<Attributes> + 'static,
-    E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
+    E: Into<BoxError> + 'static,
 {
     type Attributes = A;
     type Error = E;
     type Stream = D;
 
-    fn start(self, _: bool) -> Result<Endpoints<D>, String> {
+    fn start(self, _: &SourceContext) -> Result<Endpoints<D>, BoxError> {
         Ok(Endpoints::new(self.0))
     }
 }
@@ -166,8 +181,8 @@ impl EndpointSource for Addresses {
     type Error = Infallible;
     type Stream = Changes;
 
-    fn start(self, tls: bool) -> Result<Endpoints<Changes>, String> {
-        let addresses = self.0.iter().map(|given| parse(given, tls));
+    fn start(self, context: &SourceContext) -> Result<Endpoints<Changes>, BoxError> {
+        let addresses = self.0.iter().map(|given| parse(given, context.tls));
         let changes: Result<Vec<_>, _> = addresses
             .map(|address| address.map(|address| Ok(Change::Insert(address, ()))))
             .collect();

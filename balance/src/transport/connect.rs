@@ -97,6 +97,19 @@ impl Connector {
         None
     }
 
+    /// Returns the reason why the TLS configuration can never work, if any.
+    #[cfg(feature = "tls")]
+    pub(crate) fn invalid_tls(&self) -> Option<String> {
+        self.tls.as_ref()?.check().err()
+    }
+
+    /// Returns `None`: the feature `tls` is disabled.
+    #[cfg(not(feature = "tls"))]
+    #[expect(clippy::unused_self, reason = "the same signature as with the feature")]
+    pub(crate) fn invalid_tls(&self) -> Option<String> {
+        None
+    }
+
     /// Returns whether connections are encrypted.
     #[cfg(feature = "tls")]
     pub(crate) fn is_tls(&self) -> bool {
@@ -205,7 +218,9 @@ impl Connector {
         let found = tokio::net::lookup_host(target).await;
         let found: Vec<_> = found.map_err(DialError::Resolve)?.collect();
         // A host name can resolve to an address that the policy forbids in a registration.
-        let allowed = |found: &SocketAddr| self.policy.check(&Address::from(*found)).is_ok();
+        let allowed = |found: &SocketAddr| {
+            Address::try_from(*found).is_ok_and(|address| self.policy.check(&address).is_ok())
+        };
         let (allowed, refused): (Vec<_>, Vec<_>) = found.into_iter().partition(allowed);
         if allowed.is_empty() {
             let reason = if refused.is_empty() {

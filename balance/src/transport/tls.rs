@@ -153,6 +153,58 @@ impl TlsConfig {
     }
 }
 
+/// Returns the first part of a configuration that can never work: the name of the server, or a PEM text. Files are not read: they may be
+/// written later.
+pub fn check(config: &TlsConfig) -> Result<(), String> {
+    if let Some(name) = &config.server_name
+        && ServerName::try_from(name.as_str()).is_err()
+    {
+        return Err(format!(
+            "the TLS server name {name:?} is neither a host name nor an IP address"
+        ));
+    }
+    for root in &config.roots {
+        if let Pem::Text(text) = root {
+            let mut count = 0;
+            let mut store = RootCertStore::empty();
+            for certificate in CertificateDer::pem_slice_iter(text) {
+                let added = certificate.map_err(|error| error.to_string());
+                let added = added.and_then(|certificate| {
+                    store.add(certificate).map_err(|error| error.to_string())
+                });
+                added.map_err(|error| format!("`ca_certificate` is not valid PEM: {error}"))?;
+                count += 1;
+            }
+            if count == 0 {
+                return Err("`ca_certificate` contains no PEM certificate".to_owned());
+            }
+        }
+    }
+    let Some((chain, key)) = &config.identity else {
+        return Ok(());
+    };
+    if let Pem::Text(text) = chain {
+        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(text).collect();
+        match chain {
+            Err(error) => {
+                return Err(format!(
+                    "the certificates of `identity` are not valid PEM: {error}"
+                ));
+            }
+            Ok(chain) if chain.is_empty() => {
+                return Err("`identity` contains no PEM certificate".to_owned());
+            }
+            Ok(_) => {}
+        }
+    }
+    if let Pem::Text(text) = key {
+        let key = PrivateKeyDer::from_pem_slice(text);
+        // The error never contains the key.
+        key.map_err(|error| format!("the key of `identity` is not a PEM private key: {error}"))?;
+    }
+    Ok(())
+}
+
 impl fmt::Debug for TlsConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TlsConfig")
@@ -197,6 +249,11 @@ impl Tls {
             config: Arc::new(config),
             loaded: Arc::default(),
         }
+    }
+
+    /// Fails if the configuration can never work, see [`check`].
+    pub(crate) fn check(&self) -> Result<(), String> {
+        check(&self.config)
     }
 
     /// Returns the name that all servers are verified by, which is also the authority of calls. `None`: each server is verified by the host

@@ -16,7 +16,7 @@ impl RegistrationBuilder {
             (Some(address), _, _) => address.parse(),
             (None, Some(host), Some(bound)) => with_port(host, bound.port()),
             (None, None, Some(bound)) if bound.ip().is_unspecified() => self.routed(bound).await,
-            (None, None, Some(bound)) => Ok(bound.into()),
+            (None, None, Some(bound)) => bound.try_into(),
             (None, Some(host), None) => Err(AddressError::new(
                 host,
                 "has no port; without a server that binds a port, set the whole `address`",
@@ -40,7 +40,7 @@ impl RegistrationBuilder {
                         "etcd is on this host, so the registration advertises a loopback address, which no other host can reach; set the host or the address, for example from POD_IP"
                     );
                 }
-                return Ok(SocketAddr::new(ip, bound.port()).into());
+                return SocketAddr::new(ip, bound.port()).try_into();
             }
         }
         for target in ["192.0.2.1:9", "[2001:db8::1]:9"] {
@@ -54,7 +54,7 @@ impl RegistrationBuilder {
                     "no route to etcd is known yet: the registration advertises the address of the default route; set the host or the address if clients cannot reach it"
                 );
             }
-            return Ok(SocketAddr::new(ip, bound.port()).into());
+            return SocketAddr::new(ip, bound.port()).try_into();
         }
         let reason = "is unspecified, and no local address routes to etcd";
         Err(AddressError::new(&bound.to_string(), reason))
@@ -90,7 +90,7 @@ const LOOKUP: Duration = Duration::from_secs(5);
 
 fn with_port(host: &str, port: u16) -> Result<Address, AddressError> {
     match host.trim_matches(['[', ']']).parse::<IpAddr>() {
-        Ok(ip) => Ok(SocketAddr::new(ip, port).into()),
+        Ok(ip) => SocketAddr::new(ip, port).try_into(),
         Err(_) => format!("{host}:{port}").parse(),
     }
 }

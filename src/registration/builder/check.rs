@@ -18,13 +18,25 @@ impl RegistrationBuilder {
         self.check_values().map_err(|reason| self.invalid(reason))?;
         let address = match (&self.address, &self.target) {
             (Some(address), _) => self.accepted(address.parse())?,
-            (None, Target::Service { .. }) => SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 1).into(),
+            (None, Target::Service { .. }) => {
+                let any = Address::try_from(SocketAddr::from((Ipv4Addr::LOCALHOST, 1)));
+                any.map_err(|error| self.invalid(error.to_string()))?
+            }
             // Whether a format accepts an exact key can depend on the real address, which is not known yet.
             (None, Target::Key(key)) => {
                 return check_key(key).map_err(|reason| self.invalid(reason));
             }
         };
         self.entry(address).map(drop)
+    }
+
+    /// Rejects the options that would have no effect, because no server of this library runs.
+    pub(super) fn check_without_server(&self) -> Result<(), RegisterError> {
+        self.serve.first_set().map_or(Ok(()), |option| {
+            Err(self.invalid(format!(
+                "`{option}` applies only to a server that registers itself; call `serve_registered` in place of `register`, or leave it out"
+            )))
+        })
     }
 
     fn invalid(&self, reason: String) -> RegisterError {
@@ -39,9 +51,9 @@ impl RegistrationBuilder {
         address: Result<Address, AddressError>,
     ) -> Result<Address, RegisterError> {
         let checked = address.and_then(|address| self.policy.check(&address).map(|()| address));
-        checked.map_err(|source| RegisterError::Address {
+        checked.map_err(|cause| RegisterError::Address {
             service: self.name().to_owned(),
-            source,
+            cause,
         })
     }
 
@@ -89,6 +101,11 @@ impl RegistrationBuilder {
         } = &self.advertisement;
         if let Target::Service { service, .. } = &self.target {
             check_service(service).map_err(|reason| format!("the service name {reason}"))?;
+        }
+        if let (Target::Key(key), Some(id)) = (&self.target, &self.instance_id) {
+            return Err(format!(
+                "the key {key:?} is exact, so the instance id {id:?} has no place in it; leave `instance_id` out"
+            ));
         }
         self.check_further()?;
         if let Some(weight) = weight {
@@ -143,7 +160,7 @@ impl RegistrationBuilder {
 
     fn instance_keys(&self, advertisement: &Advertisement) -> Result<Vec<String>, String> {
         let (keyspace, id) = match &self.target {
-            Target::Service { keyspace, id, .. } => (keyspace, id.as_deref()),
+            Target::Service { keyspace, .. } => (keyspace, self.instance_id.as_deref()),
             Target::Key(key) => return check_key(key).map(|()| vec![key.clone()]),
         };
         if id.is_some_and(|id| id.len() > SERVICE_MAX) {

@@ -27,6 +27,7 @@ pub struct RegistrationBuilder {
     pub(super) etcd: Etcd,
     pub(super) policy: AddressPolicy,
     pub(super) target: Target,
+    pub(super) instance_id: Option<String>,
     pub(super) further: Vec<String>,
     dedicated_thread: bool,
     pub(super) address: Option<String>,
@@ -43,11 +44,7 @@ pub struct RegistrationBuilder {
 /// The service or the exact key of the registration.
 #[derive(Clone, Debug)]
 pub(super) enum Target {
-    Service {
-        keyspace: Keyspace,
-        service: String,
-        id: Option<String>,
-    },
+    Service { keyspace: Keyspace, service: String },
     Key(String),
 }
 
@@ -67,6 +64,7 @@ impl Clone for RegistrationBuilder {
             etcd: self.etcd.clone(),
             policy: self.policy.clone(),
             target: self.target.clone(),
+            instance_id: self.instance_id.clone(),
             further: self.further.clone(),
             dedicated_thread: self.dedicated_thread,
             address: self.address.clone(),
@@ -95,7 +93,6 @@ impl RegistrationBuilder {
             Target::Service {
                 keyspace,
                 service: service.to_owned(),
-                id: None,
             },
         )
     }
@@ -109,6 +106,7 @@ impl RegistrationBuilder {
             etcd,
             policy,
             target,
+            instance_id: None,
             further: Vec::new(),
             dedicated_thread: false,
             address: None,
@@ -175,13 +173,10 @@ impl RegistrationBuilder {
         self
     }
 
-    /// Sets the instance id, the last part of the key. The default is the address, so that a restarted server overwrites its old entry. The
-    /// id has no effect on a registration at an exact key. An id is rejected if the [`Format`] requires the address as the last part of the
-    /// key.
+    /// Sets the instance id, the last part of the key. The default is the address, so that a restarted server overwrites its old entry. An
+    /// id is rejected for a registration at an exact key, and if the [`Format`] requires the address as the last part of the key.
     pub fn instance_id(mut self, instance_id: impl Into<String>) -> Self {
-        if let Target::Service { id, .. } = &mut self.target {
-            *id = Some(instance_id.into());
-        }
+        self.instance_id = Some(instance_id.into());
         self
     }
 
@@ -273,6 +268,7 @@ impl RegistrationBuilder {
     ///
     /// Panics outside a tokio runtime.
     pub async fn register(self) -> Result<Registration, RegisterError> {
+        self.check_without_server()?;
         let startup_timeout = self.startup_timeout;
         let registration = self.start(None).await?;
         if let Err(error) = registration.registered(startup_timeout).await {

@@ -1,4 +1,4 @@
-//! The options of a registration that only [`ServeRegistered`](crate::ServeRegistered) reads.
+//! The options of a registration that apply only to a server that registers itself ([`ServeRegistered`](crate::ServeRegistered)).
 
 use std::time::Duration;
 
@@ -12,18 +12,17 @@ use crate::registration::serve_options::ServerState;
 
 impl RegistrationBuilder {
     /// Sets how long a server accepts connections after it was deregistered. During this grace period, every client receives the change
-    /// from etcd. The default is 1 s, many times the delay of a watch event. Only [`ServeRegistered`](crate::ServeRegistered) reads this
-    /// option.
+    /// from etcd. The default is 1 s, many times the delay of a watch event. [`register`](Self::register) rejects
+    /// this option.
     pub fn grace_period(mut self, grace: Duration) -> Self {
-        self.serve.grace_period = grace;
+        self.serve.grace_period = Some(grace);
         self
     }
 
     /// Sets how long calls in flight may take after the listener was closed. The remaining connections are then cut. The default is 20 s:
-    /// together with 5 s for a deregistration and 1 s of grace, the shutdown stays below the 30 s that Kubernetes grants a pod. Only
-    /// [`ServeRegistered`](crate::ServeRegistered) reads this option.
+    /// together with 5 s for a deregistration and 1 s of grace, the shutdown stays below the 30 s that Kubernetes grants a pod. [`register`](Self::register) rejects this option.
     pub fn drain_timeout(mut self, timeout: Duration) -> Self {
-        self.serve.drain_timeout = timeout;
+        self.serve.drain_timeout = Some(timeout);
         self
     }
 
@@ -74,7 +73,7 @@ impl RegistrationBuilder {
 #[cfg_attr(docsrs, doc(cfg(feature = "health")))]
 impl RegistrationBuilder {
     /// Adds the service `grpc.health.v1.Health` to a server that registers itself ([`ServeRegistered`](crate::ServeRegistered)). By default
-    /// no health service is added.
+    /// no health service is added. [`register`](Self::register) rejects this option.
     ///
     /// The server as a whole (the name `""`) and each registered service are `SERVING` until the shutdown begins. All names then become
     /// `NOT_SERVING` before any other step of the shutdown, and each `Watch` ends when the listener closes. For further names, or to set a

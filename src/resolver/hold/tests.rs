@@ -13,7 +13,7 @@ use crate::instance::{Advertisement, Instance};
 const LENGTH: Duration = Duration::from_secs(30);
 
 fn address(number: u16) -> Address {
-    Address::from(std::net::SocketAddr::from(([10, 0, 0, 1], number)))
+    Address::try_from(std::net::SocketAddr::from(([10, 0, 0, 1], number + 1))).expect("valid")
 }
 
 fn instance(number: u16) -> Instance {

@@ -4,6 +4,7 @@ use tonic::transport::{Certificate, Identity, ServerTlsConfig};
 
 use super::*;
 use crate::TlsConfig;
+use crate::channel::error::ChannelError;
 
 #[path = "../../../../tests/support/authority.rs"]
 #[allow(
@@ -55,6 +56,48 @@ async fn the_configured_name_is_verified_against_the_given_roots() {
         .await
         .expect_err("another authority");
     assert!(status.message().contains("TLS"), "{status}");
+}
+
+#[tokio::test]
+async fn a_configuration_that_can_never_work_makes_the_channel_invalid() {
+    let authority = Authority::new();
+    authority.sign("client", "caller.internal");
+    let (ca, chain) = (authority.read("ca.pem"), authority.read("client.pem"));
+    let key = authority.read("client.key");
+    let named = || TlsConfig::new("greeter.internal");
+    for (tls, word) in [
+        (TlsConfig::new("not a name"), "\"not a name\""),
+        (TlsConfig::new(""), "\"\""),
+        (named().ca_certificate("no certificate"), "`ca_certificate`"),
+        (named().ca_certificate(key.clone()), "`ca_certificate`"),
+        (named().identity("", key.clone()), "`identity`"),
+        (
+            named().identity(chain.clone(), chain.clone()),
+            "the key of `identity`",
+        ),
+    ] {
+        let builder = BalancedChannel::builder()
+            .addresses(["127.0.0.1:1"])
+            .tls_config(tls);
+        let error = builder.clone().connect().await.expect_err(word);
+        assert!(
+            matches!(error, ChannelError::InvalidOption { .. }),
+            "{error:?}"
+        );
+        assert!(error.to_string().contains(word), "{error}");
+        let status = say(&builder.connect_lazy()).await.expect_err(word);
+        assert!(status.message().contains(word), "{status}");
+    }
+    let files = named().ca_certificate_file("/none/ca.pem");
+    for tls in [named().ca_certificate(ca).identity(chain, key), files] {
+        let builder = BalancedChannel::builder().addresses(["127.0.0.1:1"]);
+        let error = builder
+            .tls_config(tls)
+            .connect()
+            .await
+            .expect_err("no server");
+        assert!(matches!(error, ChannelError::Unready { .. }), "{error:?}");
+    }
 }
 
 #[tokio::test]
