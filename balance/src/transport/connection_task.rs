@@ -16,6 +16,7 @@ use super::activity::{Activity, Watched};
 use super::h2_error::is_graceful_goaway;
 use super::pinger::Pinger;
 use super::stall_detection::{Action, PingCause};
+use super::write_batch::Batched;
 
 pub(super) type OnEvent = Box<dyn FnMut(ConnectionEvent) + Send>;
 
@@ -71,7 +72,9 @@ pub(super) struct Task<T>
 where
     T: AsyncRead + AsyncWrite + Unpin,
 {
-    pub(super) connection: h2::client::Connection<Watched<T>, Bytes>,
+    pub(super) connection: h2::client::Connection<Watched<Batched<T>>, Bytes>,
+    /// The socket, to write what h2 has written in a poll.
+    pub(super) socket: Batched<T>,
     /// A handle that shows, after every poll, whether streams can still be opened. It keeps the connection open, so it is dropped when the
     /// [`Connection`](super::http2::Connection) is dropped.
     pub(super) probe: Option<SendRequest<Bytes>>,
@@ -95,7 +98,18 @@ where
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let this = &mut *self;
+        let polled = self.poll_connection(cx);
+        self.socket.poll_end(cx);
+        polled
+    }
+}
+
+impl<T> Task<T>
+where
+    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    fn poll_connection(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let this = self;
         if let Poll::Ready(outcome) = Pin::new(&mut this.connection).poll(cx) {
             this.report_closed(CloseReason::new(outcome));
             return Poll::Ready(());

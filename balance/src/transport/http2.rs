@@ -20,6 +20,7 @@ use super::connection_task::{ConnectionEvent, OnEvent, Task, streams_for_calls};
 use super::frames::recognise_protocol;
 use super::pinger::Pinger;
 use super::stall_detection::{KeepAlive, PingCause, Pings};
+use super::write_batch::Batched;
 
 /// The options of a connection.
 #[derive(Clone, Debug)]
@@ -119,8 +120,8 @@ impl Connection {
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let activity = Activity::new();
-        let io = Watched::new(io, Arc::clone(&activity));
-        let handshake = Self::shake_hands(io, settings, keep_alive, Arc::clone(&activity));
+        let socket = Batched::new(io);
+        let handshake = Self::shake_hands(socket, settings, keep_alive, Arc::clone(&activity));
         handshake.await.map_err(|source| HandshakeError {
             speaks: recognise_protocol(&activity.first_bytes()),
             source,
@@ -128,7 +129,7 @@ impl Connection {
     }
 
     async fn shake_hands<T>(
-        io: Watched<T>,
+        socket: Batched<T>,
         settings: &Settings,
         keep_alive: Option<KeepAlive>,
         activity: Arc<Activity>,
@@ -136,6 +137,7 @@ impl Connection {
     where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
+        let io = Watched::new(socket.clone(), Arc::clone(&activity));
         let handshake = settings.builder().handshake::<_, Bytes>(io);
         let (send, mut connection) = handshake.await?;
         let mut pings = connection.ping_pong();
@@ -151,8 +153,10 @@ impl Connection {
         let probe = Some(send.clone());
         let (task_limit, task_activity) = (Arc::clone(&limit), Arc::clone(&activity));
         let start = move |on_event: OnEvent| {
+            socket.start();
             tokio::spawn(Task {
                 connection,
+                socket,
                 probe,
                 ping_requests,
                 limit: task_limit,
@@ -287,7 +291,7 @@ impl Connection {
 
 /// Waits for the answer to a first PING and for the peer's SETTINGS. Returns the round trip time.
 async fn ready_check<T>(
-    connection: &mut h2::client::Connection<Watched<T>, Bytes>,
+    connection: &mut h2::client::Connection<Watched<Batched<T>>, Bytes>,
     mut pings: Option<&mut PingPong>,
     send: &SendRequest<Bytes>,
 ) -> Result<Duration, h2::Error>

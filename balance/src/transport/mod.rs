@@ -17,6 +17,7 @@ pub(crate) mod response_body;
 pub(crate) mod stall_detection;
 #[cfg(feature = "tls")]
 pub(crate) mod tls;
+mod write_batch;
 
 #[cfg(test)]
 mod tests;

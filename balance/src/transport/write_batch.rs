@@ -1,0 +1,379 @@
+//! Collects what h2 writes within one poll of the connection's task, and writes it to the socket at the end of the poll.
+//!
+//! h2 writes to the socket once for each DATA frame of 256 bytes or more. A poll that sends the requests of ten callers would make ten system
+//! calls, or ten TLS records. With the batch, it makes one. A frame is never delayed beyond the poll in which h2 wrote it.
+
+use std::fmt;
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+/// The socket of a connection, as h2 sees it. Clones share the socket.
+///
+/// The lock is never contended: h2 and [`Batched::poll_end`] are called by one task, in turn.
+pub(super) struct Batched<T>(Arc<Mutex<Socket<T>>>);
+
+struct Socket<T> {
+    io: T,
+    /// Whether writes are collected. Before the connection's task runs, nothing would write them to the socket.
+    is_batching: bool,
+    /// Bytes that h2 has written. Those before `written` are in the socket.
+    buffer: Vec<u8>,
+    written: usize,
+    /// Whether the socket must be flushed.
+    needs_flush: bool,
+    /// The error of a write at the end of a poll, which h2 receives with its next call.
+    error: Option<io::Error>,
+}
+
+impl<T> Batched<T> {
+    pub(super) fn new(io: T) -> Self {
+        Self(Arc::new(Mutex::new(Socket {
+            io,
+            is_batching: false,
+            buffer: Vec::new(),
+            written: 0,
+            needs_flush: false,
+            error: None,
+        })))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Socket<T>> {
+        // No code panics while the lock is held, except possibly the user's socket. Its connection then ends with the task.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Starts to collect writes. From now on, every poll of h2 must be followed by [`poll_end`](Self::poll_end).
+    pub(super) fn start(&self) {
+        self.lock().is_batching = true;
+    }
+}
+
+impl<T: AsyncWrite + Unpin> Batched<T> {
+    /// Writes what h2 has written in this poll. If the socket takes only a part, the task is woken when the socket takes more.
+    pub(super) fn poll_end(&self, cx: &mut Context<'_>) {
+        let mut socket = self.lock();
+        if let Poll::Ready(Err(error)) = socket.poll_flush(cx) {
+            socket.error = Some(error);
+            cx.waker().wake_by_ref();
+        }
+    }
+}
+
+impl<T> Socket<T> {
+    fn pending(&self) -> &[u8] {
+        &self.buffer[self.written..]
+    }
+
+    /// Records that the socket has taken bytes of the buffer.
+    fn advance(&mut self, bytes: usize) {
+        self.written += bytes;
+        if self.written == self.buffer.len() {
+            self.buffer.clear();
+            self.written = 0;
+        }
+    }
+}
+
+impl<T: AsyncWrite + Unpin> Socket<T> {
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !self.needs_flush {
+            return Poll::Ready(Ok(()));
+        }
+        while !self.pending().is_empty() {
+            let bytes =
+                ready!(Pin::new(&mut self.io).poll_write(cx, &self.buffer[self.written..]))?;
+            if bytes == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.advance(bytes);
+        }
+        ready!(Pin::new(&mut self.io).poll_flush(cx))?;
+        self.needs_flush = false;
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        parts: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        if let Some(error) = self.error.take() {
+            return Poll::Ready(Err(error));
+        }
+        self.needs_flush = true;
+        let total: usize = parts.iter().map(|part| part.len()).sum();
+        let is_small = self.is_batching && total <= LARGE;
+        loop {
+            if is_small && self.pending().len() + total <= LIMIT {
+                for part in parts {
+                    self.buffer.extend_from_slice(part);
+                }
+                return Poll::Ready(Ok(total));
+            }
+            // A large part is not copied: the socket gets it together with the collected bytes.
+            let collected = self.pending().len();
+            let bytes = if collected == 0 {
+                return write_parts(&mut self.io, cx, parts);
+            } else {
+                let io = Pin::new(&mut self.io);
+                let pending = &self.buffer[self.written..];
+                if io.is_write_vectored() && !is_small {
+                    let mut all = [IoSlice::new(&[]); PARTS];
+                    all[0] = IoSlice::new(pending);
+                    let parts = &parts[..parts.len().min(PARTS - 1)];
+                    all[1..=parts.len()].copy_from_slice(parts);
+                    ready!(io.poll_write_vectored(cx, &all[..=parts.len()]))?
+                } else {
+                    ready!(io.poll_write(cx, pending))?
+                }
+            };
+            if bytes == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.advance(bytes.min(collected));
+            if bytes > collected {
+                return Poll::Ready(Ok(bytes - collected));
+            }
+        }
+    }
+}
+
+fn write_parts<T: AsyncWrite + Unpin>(
+    io: &mut T,
+    cx: &mut Context<'_>,
+    parts: &[IoSlice<'_>],
+) -> Poll<io::Result<usize>> {
+    let io = Pin::new(io);
+    if io.is_write_vectored() {
+        return io.poll_write_vectored(cx, parts);
+    }
+    let first = parts.iter().find(|part| !part.is_empty());
+    io.poll_write(cx, first.map_or(&[][..], |part| part))
+}
+
+impl<T> Clone for Batched<T> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<T> fmt::Debug for Batched<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Batched").finish_non_exhaustive()
+    }
+}
+
+impl<T: AsyncRead + Unpin> AsyncRead for Batched<T> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let mut socket = self.lock();
+        if let Some(error) = socket.error.take() {
+            return Poll::Ready(Err(error));
+        }
+        Pin::new(&mut socket.io).poll_read(cx, buf)
+    }
+}
+
+impl<T: AsyncWrite + Unpin> AsyncWrite for Batched<T> {
+    fn poll_write(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.lock().poll_write(cx, &[IoSlice::new(buf)])
+    }
+
+    /// Does nothing while writes are collected: [`Batched::poll_end`] flushes the socket.
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut socket = self.lock();
+        if socket.is_batching {
+            return Poll::Ready(socket.error.take().map_or(Ok(()), Err));
+        }
+        socket.poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut socket = self.lock();
+        ready!(socket.poll_flush(cx))?;
+        Pin::new(&mut socket.io).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.lock().poll_write(cx, bufs)
+    }
+
+    /// True, so that h2 passes the header and the payload of a frame in one call.
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+}
+
+/// Limit on the collected bytes. When it is reached, they are written before the end of the poll.
+const LIMIT: usize = 32 << 10;
+/// A part above this size is not copied.
+const LARGE: usize = 8 << 10;
+/// Maximum number of parts of one write: the collected bytes, and the header and the payload of a frame, with room to spare.
+const PARTS: usize = 8;
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::{any, proptest};
+    use std::task::Waker;
+
+    use super::*;
+
+    /// A socket that takes a random number of bytes, or none.
+    #[derive(Debug)]
+    struct Slow {
+        rng: fastrand::Rng,
+        taken: Vec<u8>,
+        writes: usize,
+        is_vectored: bool,
+        /// Takes everything at once.
+        is_fast: bool,
+    }
+
+    impl Slow {
+        fn room(&mut self) -> Option<usize> {
+            if self.is_fast {
+                return Some(usize::MAX);
+            }
+            (self.rng.u8(..3) > 0).then(|| self.rng.usize(1..20_000))
+        }
+    }
+
+    impl AsyncRead for Slow {
+        fn poll_read(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            _: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
+
+    impl AsyncWrite for Slow {
+        fn poll_write(
+            self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            self.poll_write_vectored(cx, &[IoSlice::new(buf)])
+        }
+
+        fn poll_write_vectored(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            bufs: &[IoSlice<'_>],
+        ) -> Poll<io::Result<usize>> {
+            let Some(mut room) = self.room() else {
+                return Poll::Pending;
+            };
+            self.writes += 1;
+            let mut written = 0;
+            for buf in bufs {
+                let part = buf.len().min(room);
+                self.taken.extend_from_slice(&buf[..part]);
+                room -= part;
+                written += part;
+            }
+            Poll::Ready(Ok(written))
+        }
+
+        fn is_write_vectored(&self) -> bool {
+            self.is_vectored
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    fn batched(seed: u64, is_fast: bool) -> Batched<Slow> {
+        let batched = Batched::new(Slow {
+            rng: fastrand::Rng::with_seed(seed),
+            taken: Vec::new(),
+            writes: 0,
+            is_vectored: seed.is_multiple_of(2),
+            is_fast,
+        });
+        batched.start();
+        batched
+    }
+
+    proptest! {
+        /// Whatever the sizes, and however little the socket takes: the bytes stay in order, the batch keeps its limit, and nothing that the
+        /// socket would have taken is left after the end of a poll.
+        #[test]
+        fn bytes_stay_in_order_within_the_limit(seed in any::<u64>(), is_fast in any::<bool>()) {
+            let mut rng = fastrand::Rng::with_seed(seed);
+            let mut batched = batched(seed, is_fast);
+            let mut cx = Context::from_waker(Waker::noop());
+            let mut sent = Vec::new();
+            for _ in 0..60 {
+                for _ in 0..rng.usize(..6) {
+                    let largest = [100, 1_000, 40_000][rng.usize(..3)];
+                    let size = rng.usize(0..largest) + 9;
+                    let frame: Vec<u8> = std::iter::repeat_with(|| rng.u8(..)).take(size).collect();
+                    let (head, payload) = frame.split_at(9);
+                    let parts = [IoSlice::new(head), IoSlice::new(payload)];
+                    let taken = Pin::new(&mut batched).poll_write_vectored(&mut cx, &parts);
+                    if let Poll::Ready(taken) = taken {
+                        sent.extend_from_slice(&frame[..taken.expect("no error")]);
+                    }
+                    assert!(batched.lock().pending().len() <= LIMIT);
+                }
+                batched.poll_end(&mut cx);
+                assert!(!is_fast || batched.lock().pending().is_empty());
+            }
+            let socket = batched.lock();
+            let all = [&socket.io.taken[..], socket.pending()].concat();
+            assert!(all == sent, "the bytes differ: {} and {}", all.len(), sent.len());
+        }
+    }
+
+    #[test]
+    fn the_frames_of_one_poll_are_one_write() {
+        let mut batched = batched(2, true);
+        let mut cx = Context::from_waker(Waker::noop());
+        for size in [16, 300, 900, 5_000] {
+            for _ in 0..5 {
+                let frame = vec![7; size];
+                let taken = Pin::new(&mut batched).poll_write(&mut cx, &frame);
+                assert!(matches!(taken, Poll::Ready(Ok(taken)) if taken == size));
+            }
+            assert_eq!(batched.lock().io.writes, 0, "nothing before the end");
+            batched.poll_end(&mut cx);
+            assert_eq!(std::mem::take(&mut batched.lock().io.writes), 1);
+        }
+        // A large payload is written at once, with what was collected before.
+        let _ = Pin::new(&mut batched).poll_write(&mut cx, &[7; 300]);
+        let taken = Pin::new(&mut batched).poll_write(&mut cx, &vec![7; 20_000]);
+        assert!(matches!(taken, Poll::Ready(Ok(20_000))));
+        assert_eq!(batched.lock().io.writes, 1);
+    }
+
+    #[test]
+    fn writes_before_the_task_starts_are_not_collected() {
+        let mut batched = batched(2, true);
+        batched.lock().is_batching = false;
+        let mut cx = Context::from_waker(Waker::noop());
+        let _ = Pin::new(&mut batched).poll_write(&mut cx, &[7; 16]);
+        assert_eq!(batched.lock().io.taken.len(), 16);
+    }
+}
