@@ -29,7 +29,10 @@ impl Driver {
                     self.publication.set_source_error(None);
                     self.insert(&address, attributes);
                 }
-                Ok(Change::Remove(address)) => self.remove(&address),
+                Ok(Change::Remove(address)) => {
+                    self.publication.set_source_error(None);
+                    self.remove(&address);
+                }
                 Err(error) => {
                     let error = causes(&*error.into());
                     tracing::warn!(%error, "discovery failed; the last known set stays in use");

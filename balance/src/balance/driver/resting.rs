@@ -37,7 +37,7 @@ impl Resting {
         };
         let calls = calls();
         let before = self.calls.replace(calls);
-        before.filter(|before| *before != calls).map(|_| id)
+        before.filter(|before| *before < calls).map(|_| id)
     }
 }
 
@@ -54,6 +54,8 @@ mod tests {
         assert_eq!(resting.scan(|| 100), None);
         assert_eq!(resting.scan(|| 101), Some(7));
         assert_eq!(resting.scan(|| 101), None);
+        assert_eq!(resting.scan(|| 60), None, "an endpoint was removed");
+        assert_eq!(resting.scan(|| 61), Some(7));
         resting.remove(7);
         assert_eq!(resting.scan(|| 102), None);
         resting.insert(8);
