@@ -261,6 +261,8 @@ pub(crate) struct ListRequest {
     pub(crate) limit: i64,
     /// Revision to read at; zero reads at the newest revision.
     pub(crate) revision: Revision,
+    /// Return only keys that were written after this revision; zero returns all keys.
+    pub(crate) written_after: Revision,
     pub(crate) keys_only: bool,
 }
 
@@ -271,6 +273,8 @@ pub(crate) struct Page {
     pub(crate) kvs: Vec<KeyValue>,
     /// Whether the range has more keys after this page.
     pub(crate) more: bool,
+    /// Number of keys in the range, whether or not they are in the page.
+    pub(crate) count: usize,
 }
 
 /// A put that succeeds only if the key has not changed since it was read.

@@ -29,6 +29,9 @@ impl Etcd {
             if request.keys_only {
                 options = options.with_keys_only();
             }
+            if request.written_after > Revision::ZERO {
+                options = options.with_min_mod_revision(request.written_after.get() + 1);
+            }
             let start = request.range.start.as_bytes().to_vec();
             async move {
                 let mut kv = channel
@@ -41,6 +44,7 @@ impl Etcd {
                 Ok(Page {
                     header: header(response.0.header.as_ref()),
                     more: response.0.more,
+                    count: usize::try_from(response.0.count).unwrap_or(0),
                     kvs: response.0.kvs.into_iter().map(key_value).collect(),
                 })
             }
@@ -64,6 +68,7 @@ impl Etcd {
             range: Range::key(key),
             limit: 1,
             revision: Revision::ZERO,
+            written_after: Revision::ZERO,
             keys_only: !with_value,
         };
         let page = self.list(&request).await?;

@@ -78,6 +78,7 @@ pub(super) async fn run(
                 machine.on_wake()
             }
         };
+        etcd.on_known_servers(machine.known());
         core.publish(index, &mut machine, Instant::now());
     }
 }

@@ -1,7 +1,7 @@
 //! A scripted etcd: real messages over an in-memory connection, in any order that a real server is known to have produced. The labels A1 to
 //! B6 number the behaviours that were measured on real servers.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -78,6 +78,8 @@ pub(super) struct Script {
     pub(super) pages: u32,
     /// Number of further grants that are executed, but whose responses are lost.
     pub(super) lost_grants: u32,
+    /// Number of requests by kind. Each message of a stream counts as one.
+    pub(super) counts: BTreeMap<&'static str, u64>,
     /// Whether grants ignore the requested id and return another one, as kine does.
     pub(super) chooses_leases: bool,
     /// The server numbers the watchers itself and ignores the requested numbers, as `etcd grpc-proxy` does.
@@ -114,6 +116,7 @@ impl Fake {
                 reads_of_values: 0,
                 pages: 0,
                 lost_grants: 0,
+                counts: BTreeMap::new(),
                 chooses_leases: false,
                 numbers_watchers: false,
             })),
@@ -132,6 +135,10 @@ impl Fake {
     pub(super) fn insist(&self, holds: bool, what: &str) {
         let _poisoned = self.script();
         assert!(holds, "{what}");
+    }
+
+    pub(super) fn count(&self, kind: &'static str) {
+        *self.script().counts.entry(kind).or_default() += 1;
     }
 
     /// Returns the store after it has expired old leases.
@@ -290,6 +297,8 @@ fn range(store: &Store, request: &PbRangeRequest) -> Result<PbRangeResponse, Sta
     let found = store.keys.values().filter(|kv| within(&kv.key));
     let mut kvs: Vec<_> = found.cloned().collect();
     let count = kvs.len();
+    kvs.retain(|kv| kv.mod_revision >= request.min_mod_revision);
+    let selected = kvs.len();
     let limit = usize::try_from(request.limit).unwrap_or(0);
     if limit > 0 {
         kvs.truncate(limit);
@@ -301,7 +310,7 @@ fn range(store: &Store, request: &PbRangeRequest) -> Result<PbRangeResponse, Sta
     }
     Ok(PbRangeResponse {
         header: Some(store.header()),
-        more: kvs.len() < count,
+        more: kvs.len() < selected,
         count: i64::try_from(count).unwrap_or(i64::MAX),
         kvs,
     })
@@ -371,6 +380,11 @@ impl PbKvService for Fake {
         is_well_formed(self, &request, true);
         self.insist(!request.get_ref().serializable, "reads are linearizable");
         let one = request.get_ref().range_end.is_empty();
+        self.count(if one || request.get_ref().limit == 1 {
+            "read"
+        } else {
+            "list"
+        });
         self.script().pages += u32::from(!one && request.get_ref().limit != 1);
         self.admits(&request)?;
         {
@@ -383,6 +397,7 @@ impl PbKvService for Fake {
 
     async fn txn(&self, request: Request<PbTxnRequest>) -> Result<Response<PbTxnResponse>, Status> {
         is_well_formed(self, &request, true);
+        self.count("txn");
         self.admits(&request)?;
         if let Some((key, lease)) = self.script().usurped.take() {
             self.store()
@@ -425,6 +440,7 @@ impl PbLeaseService for Fake {
         request: Request<PbLeaseGrantRequest>,
     ) -> Result<Response<PbLeaseGrantResponse>, Status> {
         is_well_formed(self, &request, true);
+        self.count("grant");
         self.admits(&request)?;
         self.script().leases_over.insert(self.connection);
         let PbLeaseGrantRequest { ttl, mut id } = *request.get_ref();
@@ -500,6 +516,7 @@ impl PbLeaseService for Fake {
                 let Ok(Some(request)) = request else {
                     break;
                 };
+                fake.count("renewal");
                 let closed = fake.script().closed_renewals > 0;
                 if closed {
                     fake.script().closed_renewals -= 1;

@@ -108,6 +108,7 @@ impl Machine {
                 self.page_limit
             },
             revision: pinned.map_or(Revision::ZERO, |header| header.revision),
+            written_after: Revision::ZERO,
             keys_only: listing.reads_name_only,
         }
     }
@@ -123,7 +124,7 @@ impl Machine {
         // compared with the new history.
         self.last_header = header;
         self.tombstones.clear();
-        self.reconciler.on_listed();
+        self.reconciler.on_listed(header.revision);
         self.report.listed = true;
         self.report.lists += 1;
         self.report.trouble = None;

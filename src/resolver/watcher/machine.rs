@@ -109,6 +109,11 @@ impl Machine {
         &self.range
     }
 
+    /// Returns the number of known keys.
+    pub(in crate::resolver) fn known(&self) -> usize {
+        self.keys.len()
+    }
+
     /// Returns the changes since the last call, in order.
     pub(in crate::resolver) fn take_update(&mut self) -> Vec<Event> {
         std::mem::take(&mut self.update)

@@ -2,10 +2,18 @@
 //! keys are read.
 //!
 //! ```text
-//!   every few minutes ──▶ names, page by page ──▶ suspects ── 5 s ──▶ differs? ──────┐
+//!   every few minutes ──▶ changes and count ──▶ as known? ──▶ done
+//!                                                   │ no
+//!                                                   ▼
+//!                         names, page by page ──▶ suspects ── 5 s ──▶ differs? ──────┐
 //!                                                                                    ├──▶ read the key, apply the result
 //!   an address refuses connections ─────────────────────── within 2 s ───────────────┘
 //! ```
+//!
+//! One request returns the number of all keys, and the names of the keys written since the last agreement. If the changed keys are known
+//! as they are in etcd, and the number of keys is right, then no key differs: a key that was not written since then is as it was at the last
+//! agreement, unless it was deleted, and then the number is lower. Most reconciliations end here. Every hour or so, all names are listed
+//! even so.
 //!
 //! A difference in a list of names does not show that the watch has lost an event, because the watch may still deliver the change. The key
 //! becomes a suspect, and the watch gets 5 s to deliver the change. Only a linearizable read of the key itself is trusted. The read
@@ -52,9 +60,22 @@ impl Machine {
             && self.reconciler.suspects.is_empty()
         {
             self.reconciler.next_list = Some(now + jittered(interval, &mut self.rng));
-            return Command::Reconcile(self.names(self.range.start.clone(), Revision::ZERO));
+            return match self.reconciler.agreed {
+                Some(agreed) if self.reconciler.compared_changes < COMPLETE_LIST_AFTER => {
+                    self.reconciler.changes_since = Some(agreed);
+                    Command::Reconcile(ListRequest {
+                        written_after: agreed,
+                        ..self.all_names()
+                    })
+                }
+                _ => Command::Reconcile(self.all_names()),
+            };
         }
         Command::Receive
+    }
+
+    fn all_names(&self) -> ListRequest {
+        self.names(self.range.start.clone(), Revision::ZERO)
     }
 
     fn names(&self, start: Key, revision: Revision) -> ListRequest {
@@ -63,6 +84,7 @@ impl Machine {
             range: Range { start, end },
             limit: PAGE_LIMIT,
             revision,
+            written_after: Revision::ZERO,
             keys_only: true,
         }
     }
@@ -74,6 +96,7 @@ impl Machine {
         now: Instant,
     ) -> Command {
         let cursor = self.reconciler.cursor.take();
+        let changes_since = self.reconciler.changes_since.take();
         if !self.is_watching() {
             return self.on_wake();
         }
@@ -90,6 +113,16 @@ impl Machine {
             return self.relist(true);
         }
         self.last_header = page.header;
+        if let Some(since) = changes_since {
+            if !self.agrees(since, &page) {
+                // A change is possibly on its way to the watch, so the names are compared before anything is read.
+                return Command::Reconcile(self.all_names());
+            }
+            self.reconciler.on_agreed(page.header.revision);
+            self.reconciler.compared_changes += 1;
+            self.report.reconciliations += 1;
+            return Command::Receive;
+        }
         let (start, revision) =
             cursor.unwrap_or_else(|| (self.range.start.clone(), page.header.revision));
         let next = page.kvs.last().filter(|_| page.more);
@@ -102,10 +135,26 @@ impl Machine {
                 Command::Reconcile(self.names(next, revision))
             }
             _ => {
+                if self.reconciler.suspects.is_empty() {
+                    self.reconciler.on_agreed(revision);
+                    self.reconciler.compared_changes = 0;
+                }
                 self.report.reconciliations += 1;
                 self.finish_names(now)
             }
         }
+    }
+
+    /// Returns whether the keys are those in etcd. `page` has the changes since a revision at which they were.
+    fn agrees(&self, since: Revision, page: &Page) -> bool {
+        let changed = |known: &&KeyState| known.mod_revision > since;
+        let is_known = |kv: &KeyValue| {
+            KeyState::agree(Some(&KeyState::of(&kv.named())), self.keys.get(&kv.key))
+        };
+        !page.more
+            && page.count == self.keys.len()
+            && page.kvs.len() == self.keys.values().filter(changed).count()
+            && page.kvs.iter().all(is_known)
     }
 
     fn finish_names(&mut self, now: Instant) -> Command {
@@ -248,6 +297,9 @@ impl Machine {
     }
 }
 
+/// Number of reconciliations that compare only the changes between two that list all names. With the default interval, all names are listed
+/// about once an hour.
+const COMPLETE_LIST_AFTER: u32 = 15;
 /// Limit of suspects. Above it, a list costs less than the reads.
 const SUSPECTS_MAX: usize = 100;
 /// Reads after reports are spread over this time: when a server crashes, all of its clients detect it within the same milliseconds.

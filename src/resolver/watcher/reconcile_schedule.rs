@@ -17,6 +17,12 @@ pub(super) struct Reconciler {
     pub(super) next_list: Option<Instant>,
     /// Start of the next page of the list in progress, and the revision that the list is pinned to.
     pub(super) cursor: Option<(Key, Revision)>,
+    /// The last revision at which the keys were known to be those in etcd.
+    pub(super) agreed: Option<Revision>,
+    /// While the changes since `agreed` are requested: that revision.
+    pub(super) changes_since: Option<Revision>,
+    /// Number of reconciliations since the last complete list that compared only the changes.
+    pub(super) compared_changes: u32,
     pub(super) suspects: Vec<Suspect>,
     /// End of the time that the watch gets to resolve the suspects.
     pub(super) settle_at: Option<Instant>,
@@ -48,6 +54,9 @@ impl Reconciler {
             interval: interval.map(|interval| interval.clamp(INTERVAL_MIN, INTERVAL_MAX)),
             next_list: None,
             cursor: None,
+            agreed: None,
+            changes_since: None,
+            compared_changes: 0,
             suspects: Vec::new(),
             settle_at: None,
             reads: BTreeSet::new(),
@@ -62,6 +71,7 @@ impl Reconciler {
     /// became due while no watch was open is postponed.
     pub(super) fn on_watch_opened(&mut self, now: Instant, rng: &mut fastrand::Rng) {
         self.cursor = None;
+        self.changes_since = None;
         // The 5 s start again, because the new watch possibly delivers a backlog first.
         self.settle_at = self.settle_at.map(|_| now + SETTLE);
         let Some(interval) = self.interval else {
@@ -80,13 +90,21 @@ impl Reconciler {
     }
 
     /// Handles a complete list with values, which resolves every doubt.
-    pub(super) fn on_listed(&mut self) {
+    pub(super) fn on_listed(&mut self, revision: Revision) {
+        self.on_agreed(revision);
+        self.compared_changes = 0;
         self.cursor = None;
+        self.changes_since = None;
         self.suspects.clear();
         self.settle_at = None;
         self.reads.clear();
         self.confirming.clear();
         self.has_lost_event = false;
+    }
+
+    /// Records that the keys are those in etcd at this revision.
+    pub(super) fn on_agreed(&mut self, revision: Revision) {
+        self.agreed = Some(revision);
     }
 
     pub(super) fn due(&self) -> Option<Instant> {

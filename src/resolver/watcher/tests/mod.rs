@@ -136,10 +136,13 @@ impl Store {
         }
         // A server may return fewer keys than requested, for example because of its own smaller limit.
         let mut limit = usize::try_from(request.limit).expect("positive");
-        if !self.steady {
+        if !self.steady && request.written_after == Revision::ZERO {
             limit = limit.min(self.rng.usize(1..20));
         }
-        let keys = self.at(revision);
+        let mut keys = self.at(revision);
+        let range = request.range.start.clone()..request.range.end.clone();
+        let count = keys.range(range).count();
+        keys.retain(|_, kv| kv.mod_revision > request.written_after);
         let mut rest = keys.range(request.range.start.clone()..request.range.end.clone());
         let kvs: Vec<_> = rest
             .by_ref()
@@ -150,6 +153,7 @@ impl Store {
             header: self.header(),
             kvs,
             more: rest.next().is_some(),
+            count,
         })
     }
 
@@ -666,9 +670,11 @@ fn every_linearizable_response_raises_the_known_revision() {
                 .on_checked(Ok((ahead, checked(&found))), player.now),
             "names" => {
                 let kvs = player.store.at(player.store.revision).into_values();
+                let kvs: Vec<_> = kvs.collect();
                 let page = Page {
                     header: ahead,
-                    kvs: kvs.collect(),
+                    count: kvs.len(),
+                    kvs,
                     more: false,
                 };
                 player.machine.on_names(Ok(page), player.now)
@@ -856,6 +862,7 @@ fn a_list_compacted_three_times_is_no_longer_pinned_to_a_revision() {
             header,
             kvs: vec![kv],
             more: true,
+            count: 2,
         }
     };
     machine.on_wake();
@@ -1041,6 +1048,7 @@ fn a_key_whose_new_value_is_too_large_keeps_its_last_good_value() {
         header,
         kvs: vec![kv.clone()],
         more: false,
+        count: 1,
     };
     machine.on_wake();
     machine.on_page(Ok(page(&kv)));

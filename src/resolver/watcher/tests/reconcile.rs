@@ -131,6 +131,7 @@ fn a_list_is_compared_by_revision_and_by_lease() {
         let due = player.machine.due().expect("a list is due");
         let request = player.machine.on_time(due);
         assert!(matches!(request, Command::Reconcile(_)), "{request:?}");
+        all_names(&mut player, due);
         let mut page = whole(&player.store);
         let kv = &mut page.kvs[0];
         match difference {
@@ -149,24 +150,74 @@ fn a_list_is_compared_by_revision_and_by_lease() {
     }
 }
 
+/// The watch loses the delete of one key and the put of another, so that the number of keys is right, and then delivers a later change.
+#[test]
+fn a_lost_replacement_is_found_although_the_number_of_keys_is_right() {
+    let mut player = populated(31);
+    let gone = some_key(&player);
+    player.change_unseen(|store| {
+        store.delete(&gone);
+        store.put(&key("replacement"), "10.9.9.9:1");
+    });
+    player.store.put(&key("seen"), "10.9.9.9:2");
+    player.rest(RECONCILE + Duration::from_secs(20));
+    player.check();
+    assert_eq!(player.machine.report.repaired, 2);
+}
+
+#[test]
+fn a_set_without_differences_costs_one_small_request() {
+    let mut player = populated(32);
+    player.store.put(&key("new"), "10.9.9.9:1");
+    player.rest(Duration::from_secs(10));
+    let known = player.machine.keys.len();
+    let mut complete = 0;
+    for _ in 0..64 {
+        let due = player.machine.due().expect("a reconciliation is due");
+        let Command::Reconcile(request) = player.machine.on_time(due) else {
+            panic!("no reconciliation is due")
+        };
+        player.store.steady = true;
+        let page = player.store.list(&request).expect("a page");
+        if request.written_after == Revision::ZERO {
+            complete += 1;
+            assert_eq!(page.kvs.len(), known);
+        } else {
+            assert!(page.kvs.len() <= 1, "only what was written since the list");
+        }
+        assert_eq!(player.machine.on_names(Ok(page), due), Command::Receive);
+    }
+    assert_eq!(complete, 4, "all names are listed every 16th time");
+    assert_eq!(player.machine.report.reads, 0);
+}
+
 #[test]
 fn nothing_is_read_while_the_watch_is_complete() {
-    let mut player = populated(23);
-    let before = player.machine.report.clone();
-    for _ in 0..300 {
-        if player.store.rng.bool() {
-            player.store.change();
+    for seed in 23..33 {
+        let mut player = populated(seed);
+        player.store.steady = true;
+        let before = player.machine.report.clone();
+        for _ in 0..300 {
+            if player.store.rng.bool() {
+                player.store.change();
+                // The watch delivers the change at once.
+                let now = player.now;
+                while !player.is_idle() {
+                    player.step(false);
+                    player.now = now;
+                }
+            }
+            player.step(false);
         }
-        player.step(false);
+        player.rest(RECONCILE);
+        let report = &player.machine.report;
+        assert!(report.reconciliations >= 3, "{}", report.reconciliations);
+        assert_eq!(report.repaired, 0, "seed {seed}");
+        assert_eq!(
+            (report.lists, report.watches),
+            (before.lists, before.watches)
+        );
     }
-    player.rest(RECONCILE);
-    let report = &player.machine.report;
-    assert!(report.reconciliations >= 3, "{}", report.reconciliations);
-    assert_eq!(report.repaired, 0);
-    assert_eq!(
-        (report.lists, report.watches),
-        (before.lists, before.watches)
-    );
 }
 
 #[test]
@@ -180,6 +231,7 @@ fn a_change_in_flight_is_awaited() {
         panic!("no reconciliation is due")
     };
     assert!(request.keys_only);
+    all_names(&mut player, due);
     let page = whole(&player.store);
     assert_eq!(player.machine.on_names(Ok(page), due), Command::Receive);
     let settle_at = player.machine.due().expect("a suspect key");
@@ -194,11 +246,27 @@ fn a_change_in_flight_is_awaited() {
 }
 
 fn whole(store: &Store) -> Page {
+    let kvs: Vec<_> = store.at(store.revision).into_values().collect();
     Page {
         header: store.header(),
-        kvs: store.at(store.revision).into_values().collect(),
+        count: kvs.len(),
+        kvs,
         more: false,
     }
+}
+
+/// Answers the request for the changes so that all names are requested.
+fn all_names(player: &mut Player, due: Instant) {
+    let changes = Page {
+        header: player.store.header(),
+        count: usize::MAX,
+        ..Page::default()
+    };
+    let next = player.machine.on_names(Ok(changes), due);
+    let Command::Reconcile(request) = next else {
+        panic!("the names are not compared: {next:?}")
+    };
+    assert_eq!(request.written_after, Revision::ZERO);
 }
 
 #[test]

@@ -33,6 +33,7 @@ fn elsewhere() -> Header {
 fn page(kvs: Vec<KeyValue>, more: bool) -> Page {
     Page {
         header: header(),
+        count: kvs.len(),
         kvs,
         more,
     }
