@@ -351,7 +351,7 @@ pub enum RegisterError {
     },
     /// etcd did not accept the write within the timeout. An active registration continues to retry.
     #[error(
-        "{key:?} could not be written to etcd at {} within {} s{}", endpoints.join(", "),
+        "etcd at {} did not confirm the change of {key:?} within {} s{}", endpoints.join(", "),
         bound.as_secs_f64(),
         last_failure(cause.as_ref())
     )]

@@ -4,6 +4,7 @@
 //! a change of the store's users (`InvalidArgument`), nor when etcd cancels a watch because of the token. So this module keeps the
 //! credentials and the token.
 
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -32,6 +33,10 @@ struct Inner {
     client_refreshed: tokio::sync::Mutex<Option<Instant>>,
     /// The time at which the token was fetched, and the member that issued it.
     issued: Mutex<Option<(Instant, Address)>>,
+    /// Whether a registration needs the token to renew its lease.
+    renews_leases: AtomicBool,
+    /// The largest number of keys that a resolver of this client has known: an estimate of the servers that exchange passwords as well.
+    known_servers: AtomicUsize,
 }
 
 impl Auth {
@@ -42,6 +47,8 @@ impl Auth {
             refreshing: Mutex::new(ExchangeState::new()),
             client_refreshed: tokio::sync::Mutex::default(),
             issued: Mutex::default(),
+            renews_leases: AtomicBool::new(false),
+            known_servers: AtomicUsize::new(0),
         }))
     }
 
@@ -76,6 +83,29 @@ impl Auth {
         let issued = self.0.issued.lock().unwrap_or_else(PoisonError::into_inner);
         let (at, member) = issued.as_ref()?;
         (Instant::now().saturating_duration_since(*at) < NEW_TOKEN_TIME).then(|| member.clone())
+    }
+
+    /// Records that a registration needs the token to renew its lease.
+    pub(super) fn set_renews_leases(&self) {
+        self.0.renews_leases.store(true, Ordering::Relaxed);
+    }
+
+    /// Records how many keys a resolver knows.
+    pub(super) fn on_known_servers(&self, count: usize) {
+        self.0.known_servers.fetch_max(count, Ordering::Relaxed);
+    }
+
+    /// Returns the interval over which the exchange for a rejected token is spread. After a restart of etcd or a change of its users, all
+    /// processes exchange their passwords at the same time, and share the processor time of etcd. A lease expires if its server does not
+    /// get a token within the TTL, while a client only has an older set for a while. So clients leave etcd the time to serve the servers.
+    fn spread(&self, fastest: Duration) -> Duration {
+        if self.0.renews_leases.load(Ordering::Relaxed) {
+            return REFRESH_SPREAD;
+        }
+        let servers = self.0.known_servers.load(Ordering::Relaxed);
+        let servers = u32::try_from(servers).unwrap_or(u32::MAX);
+        let hashes = fastest.saturating_mul(servers).saturating_mul(2);
+        hashes.clamp(REFRESH_SPREAD, CLIENT_SPREAD_MAX)
     }
 
     /// Returns whether the token is too new to have expired under etcd's default settings. If etcd forbids a request with such a token, a
@@ -113,14 +143,13 @@ impl Auth {
             return Replacement::Running(running.clone());
         }
         let is_repeated = std::mem::replace(&mut refreshing.is_first_done, true);
+        let fastest = refreshing.fastest.unwrap_or_default();
         let (outcome, running) = watch::channel(None);
         refreshing.running = Some(Running(running.clone()));
         Replacement::Begin {
             credentials: credentials.clone(),
-            // Spreads the renewals, because after a restart of etcd or a change of its users, all clients renew their tokens at the same
-            // time.
             spread: if is_repeated {
-                REFRESH_SPREAD.mul_f64(fastrand::f64())
+                self.spread(fastest).mul_f64(fastrand::f64())
             } else {
                 Duration::ZERO
             },
@@ -134,9 +163,10 @@ impl Auth {
         &self,
         answer: Result<String, EtcdError>,
         member: Option<Address>,
+        elapsed: Duration,
     ) -> Result<bool, EtcdError> {
         self.refreshing()
-            .on_answer(answer.as_ref().err(), Instant::now());
+            .on_answer(answer.as_ref().err(), elapsed, Instant::now());
         match answer {
             Ok(token) => {
                 let mut header = HeaderValue::from_str(&token).map_err(|source| {
@@ -248,6 +278,8 @@ struct ExchangeState {
     last: Option<(Instant, EtcdError)>,
     backoff: Backoff,
     running: Option<Running>,
+    /// The duration of the fastest successful exchange: about the time of one password hash.
+    fastest: Option<Duration>,
 }
 
 impl ExchangeState {
@@ -258,6 +290,7 @@ impl ExchangeState {
             last: None,
             backoff: Backoff::new(BACKOFF_FIRST, BACKOFF_MAX),
             running: None,
+            fastest: None,
         }
     }
 
@@ -269,7 +302,11 @@ impl ExchangeState {
 
     /// Records the outcome of an exchange. An error counts if it may have cost etcd a password hash. The first such error starts no
     /// backoff, because its cause may be a single member. Each further one in a row starts a backoff. Any other outcome resets the count.
-    fn on_answer(&mut self, error: Option<&EtcdError>, now: Instant) {
+    fn on_answer(&mut self, error: Option<&EtcdError>, elapsed: Duration, now: Instant) {
+        if error.is_none() {
+            let fastest = self.fastest.unwrap_or(elapsed).min(elapsed);
+            self.fastest = Some(fastest);
+        }
         let is_costly = |error: &&EtcdError| {
             matches!(
                 error.kind(),
@@ -295,8 +332,11 @@ const BACKOFF_MAX: Duration = Duration::from_secs(10);
 const NEW_TOKEN_TIME: Duration = Duration::from_secs(1);
 /// The default of etcd's `--auth-token-ttl`.
 const DEFAULT_TOKEN_TTL: Duration = Duration::from_secs(300);
-/// The interval over which renewals of rejected tokens are spread. This wait counts against a call's deadline of 2 s.
+/// The shortest interval over which exchanges for rejected tokens are spread. This wait counts against a call's deadline of 2 s.
 const REFRESH_SPREAD: Duration = Duration::from_millis(200);
+/// Limit on the interval over which the exchanges of clients are spread: the default TTL. In this time, one core computes the hashes of about
+/// 200 servers.
+const CLIENT_SPREAD_MAX: Duration = Duration::from_secs(15);
 
 impl std::fmt::Debug for Auth {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -203,6 +203,17 @@ impl Etcd {
         self.0.auth.token()
     }
 
+    /// Records that a registration renews its lease with this client, so that a rejected token is replaced at once.
+    pub(crate) fn set_renews_leases(&self) {
+        self.0.auth.set_renews_leases();
+    }
+
+    /// Records how many servers a resolver of this client knows. The more there are, the longer the exchange for a rejected token waits, so
+    /// that the servers get their tokens first.
+    pub(crate) fn on_known_servers(&self, count: usize) {
+        self.0.auth.on_known_servers(count);
+    }
+
     /// Handles a rejected token in the messages of a watch: fetches a new token, unless a concurrent request has already done so.
     pub(crate) async fn on_token_rejected(&self, token: Option<&Token>) -> Result<(), EtcdError> {
         self.renew_token(token, DEADLINE).await.map(drop)

@@ -83,14 +83,27 @@ impl Config {
     }
 }
 
-/// Sets the options of a channel to etcd. HTTP/2 keep-alive stays disabled: etcd closes connections that send PINGs while idle. Each open
-/// request has a deadline or a watchdog instead; when the deadline or watchdog expires, a PING checks the connection.
+/// Sets the options of a channel to etcd. The keep-alive detects a connection that is dead while only watches are open on it, without a
+/// request to etcd. On a connection without open requests, no PING is sent, because etcd closes connections that send PINGs while idle. A
+/// request has a deadline instead; when the deadline expires, a PING checks the connection.
 pub(super) fn tuned(channel: ChannelBuilder) -> ChannelBuilder {
     channel
         .service("etcd")
         .connect_timeout(CONNECT_TIMEOUT)
         .max_backoff(MAX_BACKOFF)
+        .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+        .keep_alive_permit_time(KEEP_ALIVE_PERMIT)
 }
+
+/// Interval of the keep-alive. It exceeds [`KEEP_ALIVE_PERMIT`] by a second, because etcd measures the interval when PINGs arrive: those
+/// that the network has delayed would otherwise count as too frequent.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(6);
+/// Timeout of a keep-alive PING.
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(3);
+/// The default of etcd's `--grpc-keepalive-min-time`. If etcd permits fewer PINGs, it closes the connection, and the channel doubles the
+/// interval.
+const KEEP_ALIVE_PERMIT: Duration = Duration::from_secs(5);
 
 /// Limit on the time of a connection attempt. It is not longer than the 2 s deadline of a call, so that a member whose packets are dropped
 /// can be distinguished from a slow member.
@@ -168,6 +181,9 @@ async fn explain(config: &Config, members: &[MemberEndpoint], cause: EtcdError) 
                 cause,
             };
         }
+        EtcdErrorKind::NoLeader | EtcdErrorKind::NoSpace | EtcdErrorKind::StaleTerm => {
+            return RegistryError::Refused { endpoints, cause };
+        }
         kind if !kind.is_transient() => return RegistryError::Refused { endpoints, cause },
         _ => {}
     }
@@ -197,6 +213,7 @@ async fn explain(config: &Config, members: &[MemberEndpoint], cause: EtcdError) 
         // A server that requires a client certificate rejects the connection after the handshake, and may close it before the client reads
         // the alert.
         let hung_up = cause.kind() == EtcdErrorKind::Unavailable
+            && !text.contains("etcdserver:")
             && answer.is_some_and(|bytes| is_tls(&bytes));
         if hung_up || TLS_WORDS.iter().any(|word| text.contains(word)) {
             let advice = "check the CA, the server's name and the client certificate";

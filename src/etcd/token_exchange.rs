@@ -56,8 +56,10 @@ impl Etcd {
                 let etcd = self.clone();
                 let exchange = async move {
                     tokio::time::sleep(spread).await;
+                    let sent = Instant::now();
                     let (answer, member) = etcd.exchange(&credentials).await;
-                    outcome.send_replace(Some(etcd.0.auth.on_exchanged(answer, member)));
+                    let elapsed = Instant::now().saturating_duration_since(sent);
+                    outcome.send_replace(Some(etcd.0.auth.on_exchanged(answer, member, elapsed)));
                 };
                 tokio::spawn(exchange.in_current_span());
                 running

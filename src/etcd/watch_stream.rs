@@ -1,8 +1,8 @@
 //! Shared watch streams: all watches of a client are multiplexed on few streams.
 //!
 //! One stream per watch does not scale. Servers and proxies limit the streams of a connection (`--max-concurrent-streams`): watches beyond
-//! the limit would wait forever, together with reads and writes on the same connection. Each silent stream also costs a probe every 5 s. So
-//! one task owns a stream, and delivers each message to the watch that the message is for.
+//! the limit would wait forever, together with reads and writes on the same connection. Each silent stream also costs a probe now and then.
+//! So one task owns a stream, and delivers each message to the watch that the message is for.
 //!
 //! If the server cancels or rejects a watch, or its history is compacted, only that watch ends. A watch that does not receive its messages
 //! fast enough is cancelled, so that the messages do not fill the memory. When the stream ends, all its watches end, and resume on another
@@ -232,6 +232,7 @@ impl WatchStreams {
             watchers: HashMap::new(),
             subscribers: HashMap::from([(subscriber.id, SubscriberState::new(subscriber))]),
             last_activity: Instant::now(),
+            probe_after: probe_after(&channel),
             probing: false,
         };
         tokio::spawn(task.run().in_current_span());
@@ -314,6 +315,8 @@ struct Task {
     subscribers: HashMap<u64, SubscriberState>,
     /// The time of the last message, or of the probe that was not answered yet.
     last_activity: Instant,
+    /// The silence after which the next probe is sent.
+    probe_after: Duration,
     probing: bool,
 }
 
@@ -331,8 +334,8 @@ impl Task {
                 (Numbering::Unknown, ..) => DEADLINE,
                 (_, _, true) => PROBE_TIMEOUT,
                 // The stream has worked before, and the answer may be queued behind a long message.
-                (_, false, false) => PROBE_AFTER + PROBE_TIMEOUT,
-                (_, true, false) => PROBE_AFTER,
+                (_, false, false) => ANSWER_TIMEOUT,
+                (_, true, false) => self.probe_after,
             };
             let message = tokio::select! {
                 biased;
@@ -355,7 +358,7 @@ impl Task {
                 }
                 Ok(Err(source)) => Err(error::of_client("watch", &self.endpoint(), source)),
                 Err(_) if self.probing => {
-                    let waited = PROBE_AFTER + PROBE_TIMEOUT;
+                    let waited = self.probe_after + PROBE_TIMEOUT;
                     Err(error::deadline("watch", &self.endpoint(), waited))
                 }
                 Err(_) if !self.creating.is_empty() => {
@@ -432,11 +435,22 @@ impl Task {
         creating: Creating,
     ) -> Result<(), EtcdError> {
         self.last_id += 1;
-        let options = options.with_watch_id(self.last_id);
+        self.send_create(self.last_id, range, options, creating)
+            .await
+    }
+
+    async fn send_create(
+        &mut self,
+        id: i64,
+        range: &Range,
+        options: WatchOptions,
+        creating: Creating,
+    ) -> Result<(), EtcdError> {
+        let options = options.with_watch_id(id);
         let key = range.start.as_bytes().to_vec();
         let sent = self.stream.watch(key, Some(options)).await;
         self.sent(sent)?;
-        self.creating.push_back((self.last_id, creating));
+        self.creating.push_back((id, creating));
         Ok(())
     }
 
@@ -490,6 +504,13 @@ impl Task {
         // A watcher that is rejected is created and cancelled in one message. A message that only cancels is possibly the answer to a
         // cancellation that this task has sent.
         let subscriber = if message.created {
+            if message.canceled && message.cancel_reason.contains(DUPLICATE) {
+                // The answer to a probe.
+                if let Some(Creating::Probe) = self.take_answered(id, true) {
+                    self.on_caught_up();
+                }
+                return Ok(());
+            }
             if message.canceled {
                 // The token of the stream may be the reason, so no further watch is added to the stream.
                 self.retire();
@@ -573,17 +594,24 @@ impl Task {
         }
     }
 
-    /// Creates a watcher that receives no events, and cancels it after it was created. Its answer, or any other message, shows that the
-    /// stream works.
+    /// Requests a watcher. The answer, or any other message, shows that the stream works.
     ///
-    /// Two alternatives do not work. An HTTP/2 PING may be answered although etcd does not serve watches. A progress request is not
-    /// answered on a quiet watch by etcd 3.5.22, 3.6.2 and later.
+    /// The request has the number of an existing watcher. etcd rejects it with one message, so a probe costs one request and one answer. A
+    /// server that chooses the numbers itself creates a watcher, which receives no events and is cancelled when it was created.
+    ///
+    /// A progress request cannot be the probe: etcd 3.5.22, 3.6.2 and later do not answer it on a quiet watch.
     async fn send_probe(&mut self) -> Result<(), EtcdError> {
         self.last_activity = Instant::now();
+        self.probe_after = probe_after(&self.channel);
         self.probing = true;
         let filters = [WatchFilterType::NoPut, WatchFilterType::NoDelete];
         let range = self.probe.clone();
         let options = options(&range, None).with_filters(filters);
+        let existing = self.watchers.keys().next().copied();
+        let existing = existing.filter(|_| self.numbering == Numbering::AsRequested);
+        if let Some(id) = existing {
+            return self.send_create(id, &range, options, Creating::Probe).await;
+        }
         self.send_watcher_request(&range, options, Creating::Probe)
             .await
     }
@@ -662,11 +690,30 @@ fn event(event: etcd_client::proto::PbEvent) -> Option<Event> {
     }
 }
 
-/// The silence after which a probe is sent.
-const PROBE_AFTER: Duration = Duration::from_secs(5);
+/// Returns the silence after which a probe is sent. It is random, so that processes that were started together do not send their probes
+/// together.
+///
+/// On the channel of the registry, the keep-alive closes a dead connection within 9 s. The probe is then needed only if another party
+/// answers the PINGs: an HTTP/2 proxy whose etcd is dead, or an etcd that does not serve watches. An external client has no such keep-alive.
+fn probe_after(channel: &RequestChannel) -> Duration {
+    if channel.service.is_some() {
+        PROBE_AFTER.mul_f64(0.75 + 0.5 * fastrand::f64())
+    } else {
+        PROBE_AFTER_EXTERNAL
+    }
+}
+
+/// Mean silence after which a probe is sent on the channel of the registry.
+const PROBE_AFTER: Duration = Duration::from_secs(30);
+/// The silence after which a probe is sent on the channel of an external client.
+const PROBE_AFTER_EXTERNAL: Duration = Duration::from_secs(5);
 /// Limit on the time until a probe is answered. On etcd 3.4.23 to 3.5.30, an answer took 0.2 to 2 ms, also during catch-up and through
 /// grpc-proxy.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
+/// Limit on the time until the request for a watcher is answered on a stream that has worked before.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
+/// Part of the text with which etcd rejects a watcher whose number is in use (3.4.23 to 3.7.3).
+const DUPLICATE: &str = "duplicate watch";
 /// Limit on the watchers of one stream, because a long message delays all watchers of its stream.
 const MAX_WATCHERS: usize = 1_000;
 /// Limit on requests for watchers that are not answered yet. The queue of `etcd-client` has room for 100.

@@ -1,4 +1,4 @@
-//! The watch on the registration's own keys. The keys are also read regularly; the watch only detects a loss earlier.
+//! The watch on the registration's own keys, which reports their loss at once. Every few minutes, the keys are also read.
 
 use std::time::Duration;
 

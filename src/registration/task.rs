@@ -108,6 +108,7 @@ impl Task {
 
     pub(super) async fn run(mut self) {
         let _aborted = Aborted(self.states.clone());
+        self.etcd.set_renews_leases();
         loop {
             let now = Instant::now();
             self.publish(now);

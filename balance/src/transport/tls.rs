@@ -153,8 +153,11 @@ impl TlsConfig {
     }
 }
 
-/// Returns the first part of a configuration that can never work: the name of the server, or a PEM text. Files are not read: they may be
-/// written later.
+/// Checks the name of the server and the PEM texts. Files are not read: they may be written later.
+///
+/// # Errors
+///
+/// Returns the first part that can never work, and the reason.
 pub fn check(config: &TlsConfig) -> Result<(), String> {
     if let Some(name) = &config.server_name
         && ServerName::try_from(name.as_str()).is_err()

@@ -5,6 +5,7 @@
 )]
 
 mod fake;
+mod fleet;
 #[cfg(feature = "testing")]
 mod members;
 mod refusals;
@@ -26,7 +27,7 @@ use crate::error::EtcdErrorKind;
 use crate::format::Format;
 use crate::keyspace::{Key, Keyspace, LeaseId, Range};
 use crate::registration::{Registration, RegistrationBuilder};
-use crate::resolver::{Resolver, ResolverBuilder};
+use crate::resolver::{Resolver, ResolverBuilder, ResolverState};
 use tonic_balance::AddressPolicy;
 
 const PREFIX: &str = "/gRPC/greeter/";

@@ -93,6 +93,7 @@ impl Stream {
     }
 
     async fn on_request(&mut self, request: PbWatchRequest) -> Alive {
+        self.fake.count("watch request");
         match request.request_union {
             Some(PbWatchRequestUnion::CreateRequest(create)) => {
                 let deaf = !create.filters.is_empty();
@@ -115,6 +116,16 @@ impl Stream {
                 } else {
                     create.watch_id
                 };
+                if self.watchers.iter().any(|watcher| watcher.id == id) {
+                    let refused = PbWatchResponse {
+                        created: true,
+                        canceled: true,
+                        cancel_reason: "mvcc: duplicate watch ID provided on the WatchStream"
+                            .to_owned(),
+                        ..self.message(-1)
+                    };
+                    return self.send(refused).await;
+                }
                 let created = PbWatchResponse {
                     created: true,
                     ..self.message(id)

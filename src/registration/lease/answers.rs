@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::machine::{
-    Found, GRANTED_KEPT, Machine, OPERATOR_WAIT, SUPERSEDED_READ, TTL_MAX, VERIFY_EVERY,
+    Found, GRANTED_KEPT, Machine, OPERATOR_WAIT, SUPERSEDED_READ, TTL_MAX, VERIFY_INTERVAL,
 };
 use super::state::{AfterRevoke, Claim, Lease, Removal, State, Value};
 use crate::backoff::jittered;
@@ -55,13 +55,14 @@ impl Machine {
         if self.granted.len() > GRANTED_KEPT {
             self.granted.remove(0);
         }
+        let verify_at = now + jittered(VERIFY_INTERVAL, &mut self.rng);
         self.lease = Some(Lease {
             id: lease,
             ttl,
             expires: sent + ttl,
             renew_at,
             failed: 0,
-            unverified: 0,
+            verify_at,
             confirmed: false,
         });
         self.state = State::Reading;
@@ -80,7 +81,7 @@ impl Machine {
         // The backoff is not reset here: if reads succeed and puts fail, the machine would otherwise repeat both in a tight loop.
         self.not_before = None;
         if let Some(lease) = &mut self.lease {
-            lease.unverified = 0;
+            lease.verify_at = now + jittered(VERIFY_INTERVAL, &mut self.rng);
         }
         let reading = matches!(
             self.state,
@@ -241,9 +242,7 @@ impl Machine {
                 lease.failed = 0;
                 lease.confirmed = true;
                 self.disturbed = false;
-                lease.unverified += 1;
-                let watched = self.key_watched;
-                let overdue = lease.unverified >= if watched { VERIFY_EVERY } else { 1 };
+                let overdue = !self.key_watched || lease.verify_at <= now;
                 if self.state == State::Registered {
                     self.succeeded();
                     // A successful renewal does not prove that the keys still exist.

@@ -292,9 +292,9 @@ pub(super) const TTL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 pub(in crate::registration) const LEAVE_MARKER_MAX: Duration = Duration::from_millis(500);
 /// Longest wait between attempts while credentials or permissions are rejected.
 pub(super) const OPERATOR_WAIT: Duration = Duration::from_secs(30);
-/// Number of renewals per read of the keys while the keys are watched. Renewals are a third of the TTL apart, so the keys are read once per
-/// TTL. While the keys are not watched, they are read after each renewal.
-pub(super) const VERIFY_EVERY: u32 = 3;
+/// Maximum time between two reads of the keys while the keys are watched; the minimum is half of it. The watch reports the loss of a key at
+/// once, so the read only finds a loss that the watch has not delivered. While the keys are not watched, they are read after each renewal.
+pub(super) const VERIFY_INTERVAL: Duration = Duration::from_secs(60);
 /// Wait between reads of a key of another server. The reads detect the deletion of the key even if the watch cannot be opened.
 pub(super) const SUPERSEDED_READ: Duration = Duration::from_secs(10);
 /// Most puts in one transaction. etcd rejects more than 128 operations with its default settings.

@@ -118,8 +118,8 @@ pub(super) struct Lease {
     pub(super) renew_at: Instant,
     /// Number of failed renewals since the last success.
     pub(super) failed: u32,
-    /// Number of successful renewals since the last read of the keys.
-    pub(super) unverified: u32,
+    /// The time after which a renewal is followed by a read of the keys, even if the keys are watched.
+    pub(super) verify_at: Instant,
     /// Whether a renewal or a put under this lease has succeeded.
     pub(super) confirmed: bool,
 }

@@ -737,9 +737,10 @@ fn renewals_between_reads(player: &mut Player) -> u32 {
 }
 
 #[test]
-fn keys_are_read_once_per_ttl_and_at_each_renewal_while_they_are_not_watched() {
+fn keys_are_read_every_minute_and_after_each_renewal_while_they_are_not_watched() {
     let mut player = Player::registered(14);
-    for (watched, renewals) in [(true, 3), (false, 1), (true, 3)] {
+    // The lease is renewed every 2 s.
+    for (watched, renewals) in [(true, 15..=31), (false, 1..=1), (true, 15..=31)] {
         if watched {
             player.machine.on_watch_opened();
         } else {
@@ -748,7 +749,8 @@ fn keys_are_read_once_per_ttl_and_at_each_renewal_while_they_are_not_watched() {
         // Skips the first interval: a read follows the opening of the watch.
         renewals_between_reads(&mut player);
         for _ in 0..2 {
-            assert_eq!(renewals_between_reads(&mut player), renewals, "{watched}");
+            let between = renewals_between_reads(&mut player);
+            assert!(renewals.contains(&between), "{watched}: {between}");
         }
     }
 }
