@@ -121,7 +121,7 @@ impl FromStr for Address {
 impl TryFrom<SocketAddr> for Address {
     type Error = AddressError;
 
-    /// Fails if the port is 0, which no client can dial.
+    /// Converts a socket address. Fails if the port is 0, because no client can dial it.
     fn try_from(address: SocketAddr) -> Result<Self, AddressError> {
         if address.port() == 0 {
             return Err(AddressError::new(&address.to_string(), "has port 0"));
@@ -177,7 +177,7 @@ impl fmt::Debug for Address {
 }
 
 fn parse_port(port: &str) -> Result<u16, &'static str> {
-    // `u16::from_str` accepts a leading plus sign, which no resolver accepts.
+    // `u16::from_str` accepts a leading plus sign, which is not valid in an address.
     if port.is_empty() || !port.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err("has a port that is not a number");
     }
@@ -188,7 +188,8 @@ fn parse_port(port: &str) -> Result<u16, &'static str> {
     }
 }
 
-/// Returns the path of a Unix socket. Both forms of gRPC's naming document are accepted: `unix:/path` and `unix:///path`.
+/// Checks the part of an address after `unix:`, and returns the path of the socket. Accepts both forms of gRPC's naming document:
+/// `unix:/path` and `unix:///path`.
 fn check_path(path: &str) -> Result<&str, &'static str> {
     let path = path.strip_prefix("//").unwrap_or(path);
     if !path.starts_with('/') || path.starts_with("//") {
@@ -217,7 +218,7 @@ fn check_name(host: &str) -> Result<(), &'static str> {
     if name.len() > 253 || !name.split('.').all(label) {
         return Err("has a host that is neither an IP address nor a host name");
     }
-    // `getaddrinfo` parses "127.1", "2130706433" and "0x7f.1" as IPv4 addresses, which would bypass the address policy. So this check
+    // `getaddrinfo` parses "127.1", "2130706433" and "0x7f.1" as IPv4 addresses, which would bypass the address policy. So this function
     // applies the rule of the URL standard: a host whose last label is a number must be a valid IPv4 address.
     let last = name.rsplit('.').next().unwrap_or(name).to_ascii_lowercase();
     let numeric = last.bytes().all(|byte| byte.is_ascii_digit())
@@ -245,7 +246,7 @@ impl AddressError {
         &self.reason
     }
 
-    /// Creates an error from an address and a reason. Keeps only the first 80 characters of the address, and no password.
+    /// Creates an error from an address and a reason. Keeps only the first 80 characters of the address, and removes a password.
     #[must_use]
     pub fn new(address: &str, reason: impl Into<Cow<'static, str>>) -> Self {
         let address = &*without_password(address);
@@ -261,7 +262,8 @@ impl AddressError {
     }
 }
 
-/// Returns a URL or an address without the password before an `@`, for errors and logs.
+/// Returns a URL or an address in a form for errors and logs. If it contains an `@`, the part between the user name and the last `@` is
+/// replaced by `:***`, because it may be a password.
 #[must_use]
 pub fn without_password(given: &str) -> Cow<'_, str> {
     let (scheme, rest) = match given.split_once("://") {
@@ -277,13 +279,13 @@ pub fn without_password(given: &str) -> Cow<'_, str> {
     }
 }
 
-/// The rules for addresses in the registry that a client may dial and a server may advertise.
+/// The rules for the addresses that a client may dial, and that a server may advertise in the registry.
 ///
-/// A process with write access to the registry can direct a client's traffic to any address. The policy always rejects these addresses:
-/// unspecified (`0.0.0.0/8`, `::`), multicast, broadcast, link-local (`169.254.0.0/16`, which clouds use for their metadata service, and
-/// `fe80::/10`), and the other metadata services of AWS (`fd00:ec2::254`), Alibaba Cloud (`100.100.100.200`) and Azure (`168.63.129.16`).
-/// By default it accepts all other IP addresses, including loopback, and all host names. It rejects Unix sockets by default, because the
-/// same path is a different socket on every machine.
+/// Without a policy, a process with write access to the registry could direct a client's traffic to any address. The policy always rejects
+/// these addresses: unspecified (`0.0.0.0/8`, `::`), multicast, broadcast, link-local (`169.254.0.0/16`, which clouds use for their
+/// metadata service, and `fe80::/10`), and the other metadata services of AWS (`fd00:ec2::254`), Alibaba Cloud (`100.100.100.200`) and
+/// Azure (`168.63.129.16`). By default it accepts all other IP addresses, including loopback, and all host names. It rejects Unix sockets
+/// by default, because the same path is a different socket on every machine.
 ///
 /// ```
 /// use tonic_balance::AddressPolicy;
@@ -308,15 +310,15 @@ impl AddressPolicy {
         self
     }
 
-    /// Accepts the addresses of this network. By default all networks are accepted. Once a network is given, addresses outside the given
-    /// networks are rejected. Host names are then rejected as well, because their addresses are unknown before the dial.
+    /// Adds a network to the accepted networks. By default, all networks are accepted. Once a network is added, the policy rejects IP
+    /// addresses outside the added networks. It then also rejects host names, because their IP addresses are unknown before the dial.
     #[must_use]
     pub fn allow(mut self, network: IpNet) -> Self {
         self.networks.push(network);
         self
     }
 
-    /// Accepts Unix sockets. They are rejected by default. The policy applies to addresses from the registry; an address that the program
+    /// Accepts Unix sockets. They are rejected by default. This affects only addresses from the registry: a Unix socket that the program
     /// itself configures is always dialled.
     #[must_use]
     pub fn allow_unix_sockets(mut self) -> Self {
@@ -419,7 +421,7 @@ fn is_link_local(ip: IpAddr) -> bool {
 
 /// The scheme of Unix sockets in gRPC's naming document.
 const UNIX: &str = "unix:";
-/// The limit on the path of a Unix socket: `sun_path` of unix(7) has 108 bytes, including the terminating NUL.
+/// Limit on the length of the path of a Unix socket, in bytes: `sun_path` of unix(7) has 108 bytes, including the terminating NUL.
 const SOCKET_PATH: usize = 107;
 
 #[cfg(test)]
@@ -441,7 +443,7 @@ mod tests {
             "168.63.129.16",
             "[fd00:ec2::254]",
             "[::ffff:169.254.169.254]",
-            // NAT64, its local prefix, and 6to4.
+            // The first of these addresses behind NAT64, behind NAT64's prefix for local use, and behind 6to4.
             "[64:ff9b::a9fe:a9fe]",
             "[64:ff9b:1:a9fe:a9:fe00::]",
             "[2002:a9fe:a9fe::1]",

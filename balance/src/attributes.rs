@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 /// The attributes of an endpoint that affect balancing.
 ///
-/// The *address* is the identity of an endpoint. Attributes may change while its connections stay open.
+/// The *address* is the identity of an endpoint. Its attributes may change while its connections stay open.
 ///
 /// ```
 /// use tonic_balance::channel::Attributes;
@@ -21,7 +21,7 @@ pub struct Attributes {
 }
 
 impl Attributes {
-    /// Returns the default attributes: weight 1, no zone, generation 0.
+    /// Returns the default attributes: weight 1, no zone, not a last resort, generation 0.
     #[must_use]
     pub const fn new() -> Self {
         Self {
@@ -39,7 +39,7 @@ impl Attributes {
         self
     }
 
-    /// Sets the zone. It affects only channels that have a [zone](crate::channel::ChannelBuilder::zone). Default: no zone.
+    /// Sets the zone. The zone affects only channels that have a [zone](crate::channel::ChannelBuilder::zone). Default: no zone.
     #[must_use]
     pub fn with_zone(mut self, zone: impl Into<Arc<str>>) -> Self {
         self.zone = Some(zone.into());
@@ -49,7 +49,7 @@ impl Attributes {
     /// Sets whether the endpoint is a last resort. A last resort is used only while no other endpoint is ready, and only over a connection
     /// that already exists. Default `false`.
     ///
-    /// Use it for a source that may have lost endpoints by mistake, such as a registry whose data was deleted.
+    /// A source sets this for an endpoint that it may have lost by mistake, for example because the data of the registry was deleted.
     #[must_use]
     pub fn with_last_resort(mut self, last_resort: bool) -> Self {
         self.last_resort = last_resort;
@@ -58,8 +58,8 @@ impl Attributes {
 
     /// Sets a number that changes each time the server at the address is started again. Default 0.
     ///
-    /// When the number changes, the channel resets its state for the endpoint: backoff, ejection and slow start begin again. A connection
-    /// that does not answer is replaced.
+    /// When the number changes, the channel discards what it has observed about the endpoint. The backoff, the ejection and the quarantine
+    /// end, and slow start applies again. A connection that does not answer is replaced.
     #[must_use]
     pub fn with_generation(mut self, generation: u64) -> Self {
         self.generation = generation;

@@ -16,7 +16,7 @@ use crate::address::Address;
 use crate::attributes::Attributes;
 use crate::transport::connect::Connector;
 
-/// A handle to the driver's task. Dropping it stops the task; calls in flight finish.
+/// A handle to the driver's task. Dropping the handle stops the task. Calls in flight still finish.
 #[derive(Debug)]
 pub(crate) struct Balancer {
     shared: Arc<Shared>,
@@ -47,7 +47,7 @@ impl Balancer {
         Self { shared, driver }
     }
 
-    /// Stops the driver. Every call fails with this reason.
+    /// Stops the driver. Waiting calls and all later calls fail with the reason `why`.
     pub(crate) fn end(&self, why: &str) {
         self.shared.end(why, &Summary::default());
         self.driver.abort();

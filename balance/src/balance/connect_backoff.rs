@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-/// The backoff of gRPC's connection backoff document. The first wait is 1 s. Each wait is 1.6 times the previous one, up to a maximum, with
-/// a random jitter of ±20 %.
+/// The backoff of gRPC's connection backoff document. The first wait is 1 s, and each further wait is 1.6 times as long, up to a maximum. A
+/// random jitter of ±20 % is applied to each wait.
 #[derive(Clone, Debug)]
 pub(super) struct ConnectBackoff {
     max: Duration,

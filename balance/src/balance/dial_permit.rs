@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::OwnedSemaphorePermit;
 
 /// The right to dial a private connection for one call. The permit ends when the head of the call's response is received, and at the latest
-/// [`MAX_HOLD`] after the connection is ready. Permits limit concurrent dials and not open connections, so a long call does not keep its
+/// [`MAX_HOLD`] after the connection is ready. Permits limit concurrent dials, not open connections, so a long call does not keep its
 /// permit.
 #[derive(Clone, Debug)]
 pub(crate) struct DialPermit(Arc<Mutex<Option<OwnedSemaphorePermit>>>);
@@ -30,5 +30,5 @@ impl DialPermit {
     }
 }
 
-/// How long a call may hold its dial permit once its connection is ready.
+/// Maximum time for which a call holds its dial permit after its connection is ready.
 const MAX_HOLD: Duration = Duration::from_millis(250);

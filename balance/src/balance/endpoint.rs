@@ -21,18 +21,18 @@ pub(crate) struct Endpoint {
     authority: Authority,
     calls: AtomicU64,
     failures: AtomicU64,
-    /// The part of `failures` with [`Blame::Connection`].
+    /// The failures with [`Blame::Connection`]. They are also counted in `failures`.
     faults: AtomicU64,
     overruns: AtomicU64,
     /// Calls that are no evidence about the endpoint: the server refused them unprocessed, or the caller dropped them.
     inconclusive: AtomicU64,
-    /// The longest silence after which a connection still answered, and the time of that check.
+    /// The longest silence after which a connection still answered, and the time of the last successful check.
     survived_silence: Mutex<Option<(Duration, Instant)>>,
     /// The size in bytes of the largest metadata that the endpoint has accepted on a private connection, which is dialled for one call.
     largest_metadata: AtomicUsize,
     /// Permits to dial private connections.
     dial_permits: Arc<Semaphore>,
-    /// The code of the last fault in a response. A repeated fault is not formatted again.
+    /// A number for the kind of the last fault in a response, so that a repeated fault is not formatted again; 0 if there is none.
     last_fault: AtomicU32,
     /// The number of consecutive responses that were not gRPC.
     not_grpc: AtomicU32,
@@ -70,7 +70,7 @@ struct Details {
 
 impl Endpoint {
     pub(super) fn new(address: Address) -> Self {
-        // Host and port of an address always form a valid authority.
+        // The host and the port of a TCP address always form a valid authority. The authority of a Unix socket is `localhost`.
         let authority = Authority::try_from(address.as_str())
             .unwrap_or_else(|_| Authority::from_static("localhost"));
         Self {
@@ -148,7 +148,7 @@ impl Endpoint {
         }
     }
 
-    /// Records a response that was not gRPC. Returns the number of such responses in a row.
+    /// Records a response that was not gRPC. Returns the number of consecutive responses that were not gRPC.
     pub(super) fn on_not_grpc(&self) -> u32 {
         self.not_grpc.fetch_add(1, Ordering::Relaxed) + 1
     }
@@ -183,8 +183,8 @@ impl Endpoint {
     }
 
     /// Records the result of a check after a silence. If the connection is alive, silences of up to this length are not checked for a
-    /// while, because the timeouts of middleboxes do not change from minute to minute. If it is dead, the longest trusted silence is
-    /// discarded.
+    /// while, because the timeouts of middleboxes do not change from minute to minute. If the connection is dead, the longest trusted
+    /// silence is discarded.
     pub(super) fn on_checked(&self, silence: Duration, is_alive: bool, now: Instant) {
         let longest = self.trusted_silence(now).max(silence);
         *self.survived_silence() = is_alive.then_some((longest, now));
@@ -196,14 +196,13 @@ impl Endpoint {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Discards the longest trusted silence. Called after a connection was found dead: other connections may have been dropped after a
+    /// Discards the longest trusted silence. Called after a connection was found dead, because other connections may be dead after a
     /// silence that earlier connections survived.
     pub(super) fn forget_silence(&self) {
         *self.survived_silence() = None;
     }
 
-    /// Discards all observations of the old server. Called after a fresh registration, because the address may belong to a different
-    /// server.
+    /// Discards all observations of the old server. Called for a new generation, because the address may belong to a different server.
     pub(super) fn forget(&self) {
         self.forget_silence();
         self.largest_metadata.store(0, Ordering::Relaxed);
@@ -230,7 +229,7 @@ impl Endpoint {
         details.connections.push(Arc::downgrade(stats));
     }
 
-    /// Keeps the estimate of a closed connection for the next one.
+    /// Keeps the latency estimate of a closed connection for the next connection.
     pub(super) fn keep_estimate(&self, estimate: Option<Estimate>) {
         let mut details = self.lock();
         details.estimate = estimate.or(details.estimate);
@@ -320,7 +319,7 @@ pub(super) struct Tally {
 }
 
 impl Tally {
-    /// Returns the difference to an earlier tally.
+    /// Returns the counts since an earlier tally.
     pub(super) fn since(self, earlier: Self) -> Counts {
         let faults = self.faults.saturating_sub(earlier.faults);
         let overruns = self.overruns.saturating_sub(earlier.overruns);
@@ -343,14 +342,14 @@ pub struct EndpointStatus {
     pub state: EndpointState,
     /// The endpoint's share of the calls relative to other endpoints.
     pub weight: u32,
-    /// Whether the endpoint is a last resort, for example because the source lost it together with most other endpoints. A last resort gets
-    /// calls only while no other endpoint is ready.
+    /// Whether the endpoint is a last resort, for example because the source has lost it together with most other endpoints. A last resort
+    /// gets calls only while no other endpoint is ready.
     pub last_resort: bool,
     /// Number of open connections.
     pub connections: usize,
     /// Calls whose response has not ended.
     pub in_flight: usize,
-    /// The mean time until the head of a response over the last seconds; `None` before the first call.
+    /// The mean time until the head of a response, over the last few seconds; `None` until the latency of a call is known.
     pub latency: Option<Duration>,
     /// The round-trip time of the first PING on the newest connection.
     pub round_trip: Option<Duration>,
@@ -359,9 +358,9 @@ pub struct EndpointStatus {
     /// Calls that failed because of the endpoint: a lost connection, a response that is not gRPC, or a status that indicates a fault of the
     /// server.
     pub failures: u64,
-    /// Whether the endpoint is excluded from ordinary picks. An endpoint whose connection does not answer gets no calls. If an endpoint has
-    /// failed too many calls ([`OutlierDetection`](crate::channel::OutlierDetection)) or does not answer with gRPC, it gets calls only
-    /// while no other endpoint is ready.
+    /// Whether the endpoint is excluded from ordinary picks. If its connection does not answer, it gets no calls. If it has failed too many
+    /// calls ([`OutlierDetection`](crate::channel::OutlierDetection)) or does not answer with gRPC, it gets calls only while no other
+    /// endpoint is ready.
     pub ejected: bool,
     /// Why the last attempt to connect failed, why the last connection was lost, or why the last response did not count as gRPC.
     pub last_error: Option<String>,
@@ -371,24 +370,26 @@ pub struct EndpointStatus {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum EndpointState {
-    /// No connection exists and none is being dialled. The endpoint waits for its turn to be dialled, or it is a last resort, or its server
-    /// closed a connection that no call used. An endpoint whose server closed an unused connection is dialled again when a call needs it.
+    /// No connection exists, and none is being dialled. There are three possible reasons. The endpoint waits for its turn to be dialled. It
+    /// is a last resort, which is not dialled. Or its server has closed a connection that no call used; the endpoint is then dialled again
+    /// when a call needs it, or after a wait.
     Idle,
     /// A connection is being dialled.
     Connecting,
     /// A connection has answered and takes calls.
     Ready,
-    /// The last attempt failed and the next one follows after a backoff, or the connection does not answer any more, or the endpoint
-    /// reports that it is not serving ([`health_check`](crate::channel::ChannelBuilder::health_check)).
+    /// The endpoint takes no calls, for one of three reasons. The last attempt to connect failed, and the next one follows after a backoff.
+    /// Or the connection does not answer any more. Or the endpoint reports that it is not serving
+    /// ([`health_check`](crate::channel::ChannelBuilder::health_check)).
     TransientFailure,
     /// The endpoint was removed, and its last calls are still running.
     Draining,
 }
 
-/// A connection is not checked after a silence of up to this length.
+/// Maximum silence after which every connection is used without a check.
 pub(super) const UNCHECKED_SILENCE: Duration = Duration::from_secs(1);
-/// How long a survived silence remains trusted.
+/// Time for which a silence remains trusted after a connection has survived it.
 const TRUST_DURATION: Duration = Duration::from_secs(600);
-/// Permits per endpoint to dial private connections, each for one call. The number is sufficient, because few calls need a private
+/// Maximum number of concurrent dials of private connections to one endpoint. It is sufficient, because few calls need a private
 /// connection. It is also small enough that these dials put hardly any load on a server.
 const DIAL_PERMITS: usize = 8;

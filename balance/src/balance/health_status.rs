@@ -1,7 +1,7 @@
 //! Active health checks (gRFC A17): the health that an endpoint reports about itself.
 //!
-//! Performs no I/O. The input is the events of the watch on a connection. The output is whether the connection takes calls, and when to
-//! start the watch again.
+//! This module performs no I/O. Its input is the events of the health watch on a connection. Its output is whether the connection takes
+//! calls, and when the watch is started again.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,14 +28,14 @@ pub(super) struct HealthWatch {
     backoff: ConnectBackoff,
     /// The last status that this watch received.
     last_status: Option<Health>,
-    /// Whether a short watch was already restarted without a wait.
+    /// Whether a short watch was already restarted without a wait, since the last watch that was long enough.
     restarted_immediately: bool,
 }
 
 /// The action that follows the end of a watch.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Restart {
-    /// Start the watch again at once. The last status stays valid until the new watch reports one or ends.
+    /// Start the watch again at once. The last status stays valid until the new watch reports a status or ends.
     Now,
     /// Report this health, and start the watch again after this wait.
     After(Health, Duration),
@@ -55,7 +55,7 @@ impl HealthWatch {
     /// Records a status. Returns the health if it has changed.
     pub(super) fn on_status(&mut self, status: ServingStatus) -> Option<Health> {
         let health = match status {
-            // A server that does not know the service has not reported that the service is down.
+            // A health service without a status for this service has not reported that the service is down.
             ServingStatus::Serving | ServingStatus::ServiceUnknown => Health::Serving,
             ServingStatus::NotServing => not_serving("NOT_SERVING"),
             ServingStatus::Unknown => not_serving("UNKNOWN"),
@@ -64,7 +64,7 @@ impl HealthWatch {
         (before.as_ref() != Some(&health)).then_some(health)
     }
 
-    /// Handles the end of a watch that has `lasted` for this long. Also called if the watch could not be started.
+    /// Handles the end of a watch. `lasted`: the time since its start. Also called if the watch could not be started.
     pub(super) fn on_end(
         &mut self,
         why: &Status,
@@ -88,7 +88,7 @@ impl HealthWatch {
             return Restart::After(health, RESTART_INTERVAL.mul_f64(0.8 + 0.4 * rng.f64()));
         }
         let health = match why.code() {
-            // tonic-health returns this code for a service that it does not know.
+            // tonic-health returns this code for a service without a status.
             Code::NotFound => Health::Serving,
             code => not_serving(&format!("{code:?}: {}", why.message())),
         };
@@ -100,11 +100,11 @@ impl HealthWatch {
     }
 }
 
-/// A health watch that lasted this long counts as successful, whichever side ended it.
+/// Minimum duration of a watch that counts as successful, whichever side ended it.
 const MIN_LIFETIME: Duration = Duration::from_secs(1);
-/// Wait between watches that were answered and then ended early.
+/// Time between a watch that reported a status and then ended early, and the next watch.
 const RESTART_INTERVAL: Duration = Duration::from_secs(1);
-/// Shortest wait, even if the channel's maximum backoff is shorter, so that no server is queried in a tight loop.
+/// Minimum wait after a watch without a status, even if the channel's maximum backoff is shorter. It prevents queries in a tight loop.
 const MIN_WAIT: Duration = Duration::from_millis(10);
 
 fn not_serving(status: &str) -> Health {

@@ -1,9 +1,11 @@
 //! The load of a connection: its calls in flight and its latency.
 //!
-//! The latency is a time-weighted mean of the time from a request to the head of its response. A peak is not used: if the methods differ
-//! widely in cost, a peak punishes the server that happened to get the last expensive call. The length of a stream does not count. Calls
-//! write the estimate, and picks read a single number. A pick reads no clock: each call updates the estimate when it ends, and the driver
-//! does so at intervals.
+//! The latency is a time-weighted mean of the time from a request to the head of its response. A peak is not used, because it would punish
+//! the server that happened to get the last expensive call, if the methods differ widely in cost. The duration of a stream after the head
+//! does not count.
+//!
+//! Calls write the estimate. A pick reads only the latency that results from the estimate, as a single number. A pick reads no clock,
+//! because the number is updated by each call when its outcome is recorded, and by the driver at intervals.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -12,7 +14,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The load of one connection. It contains all data that a pick reads about the connection, in a separate cache line.
+/// The load of one connection. It contains all data that a pick reads about the connection, in a cache line of its own.
 #[derive(Debug, Default)]
 #[repr(align(64))]
 pub(crate) struct Load {
@@ -21,7 +23,8 @@ pub(crate) struct Load {
     limit: AtomicU32,
     /// The latency that picks compare, in microseconds, as the bits of an `f32`. 0 while no latency is known.
     latency: AtomicU32,
-    /// The median of all endpoints, in the same form. It replaces an estimate that has too few samples.
+    /// The median latency of all endpoints, in the same form. It is used if there are no samples. If there are few, the latency is at most
+    /// the median.
     median: AtomicU32,
     /// The packed [`Estimate`]: the mean, the time of its last change, and the number of its samples.
     estimate: AtomicU64,
@@ -50,7 +53,7 @@ impl Load {
 
     /// Returns the maximum number of calls in flight.
     pub(crate) fn limit(&self) -> usize {
-        // Relaxed: no other data depends on it, and the peer may have changed its limit since.
+        // Relaxed: no other data depends on the limit, and the peer may have changed it in the meantime.
         self.limit.load(Ordering::Relaxed) as usize
     }
 
@@ -64,8 +67,8 @@ impl Load {
         // This function and `release` use SeqCst. A waiter registers itself and then looks for a free stream; a finished call releases its
         // stream and then looks for waiters. One of the two must see the other, which weaker orderings do not guarantee.
         //
-        // The update is a single conditional one. If the count were raised and then lowered again, a call that was woken for a free stream
-        // could find the stream occupied in between.
+        // The count is incremented only if it is below the limit. If it were always incremented, and decremented again at the limit, a call
+        // that was woken for a free stream could find the stream occupied in between.
         let limit = self.limit.load(Ordering::Relaxed);
         let one_more = |before| (before < limit).then_some(before + 1);
         let taken = self
@@ -84,8 +87,9 @@ impl Load {
         self.sample(micros(elapsed), now);
     }
 
-    /// Records a failed call. The sample has a minimum, since a fast failure must not count as a fast response. After a failure, the
-    /// estimate counts as warm, so it is not capped at the median: the cap excuses slow responses of a cold server, not failures.
+    /// Records a failed call. The sample has a minimum, because a fast failure must not count as a fast response. After a failure, the
+    /// estimate counts as having [`WARM`] samples, so it is not capped at the median. The cap exists for slow responses of a cold server,
+    /// not for failures.
     pub(crate) fn on_failure(&self, elapsed: Duration, now: Ticks) {
         let median = f32::from_bits(self.median.load(Ordering::Relaxed));
         let sample = micros(elapsed)
@@ -102,8 +106,8 @@ impl Load {
         now.long_since(Estimate::unpack(self.estimate.load(Ordering::Relaxed)).updated)
     }
 
-    /// Records a call that was dropped before the head of its response. The call would have taken at least `elapsed`, so this sample is
-    /// used only if it raises the estimate.
+    /// Records a call that was dropped before the head of its response. The call would have taken at least `elapsed`, so `elapsed` is used
+    /// as a sample only if it raises the estimate.
     pub(crate) fn on_abandoned(&self, elapsed: Duration, now: Ticks) {
         let elapsed = micros(elapsed);
         if elapsed > Estimate::unpack(self.estimate.load(Ordering::Relaxed)).mean {
@@ -139,7 +143,7 @@ impl Load {
         self.latency.store(latency.to_bits(), Ordering::Relaxed);
     }
 
-    /// Discards all samples after the peer did not answer for a while. The connection then counts as fast as the median.
+    /// Discards all samples, because the peer did not answer for a while. The latency is then the median.
     pub(crate) fn forget(&self, median: f32) {
         let nothing = Estimate::default();
         self.estimate.store(nothing.pack(), Ordering::Relaxed);
@@ -174,7 +178,8 @@ impl Deref for LoadHandle {
     }
 }
 
-/// Allocates the loads of new connections. A slab is freed with the last of its connections, and no entry of a slab is reused.
+/// Allocates the loads of new connections in slabs of [`SLAB`] loads. A slab is freed with the last of its connections, and no entry of a
+/// slab is reused.
 #[derive(Debug)]
 pub(crate) struct Loads {
     slab: Arc<Slab>,
@@ -228,8 +233,9 @@ impl Estimate {
         Duration::from_secs_f32(self.mean.max(0.0) / 1e6)
     }
 
-    /// Returns the mean with one more sample. The weight of the old mean is exp(-dt / 3 s). Up to [`WARM`] samples, the new sample weighs
-    /// at least as much as in a plain mean: otherwise one unusual first sample would dominate for seconds.
+    /// Returns the mean with one more sample. The weight of the old mean is exp(-dt / 3 s), where dt is the time since the last sample. Up
+    /// to [`WARM`] samples, the new sample weighs at least as much as in a plain mean. Otherwise one unusual first sample would dominate
+    /// for seconds.
     fn with(self, sample: f32, now: Ticks) -> Self {
         let aged = 1.0 - (-now.since(self.updated) / TIME_CONSTANT).exp();
         let few = 1.0 / (f32::from(self.samples) + 1.0);
@@ -255,7 +261,7 @@ impl Estimate {
         }
     }
 
-    /// Returns the latency that picks compare at a later time. It decays to the median.
+    /// Returns the latency that picks compare at the later time `now`. A mean of [`WARM`] samples decays to the median.
     fn decayed(self, median: f32, now: Ticks) -> f32 {
         if self.samples < WARM {
             return self.effective(median);
@@ -296,8 +302,8 @@ impl Ticks {
         Self(millis as u32 & TICK_MASK)
     }
 
-    /// Returns the seconds since a time that may be days ago. Unlike [`since`](Self::since), it does not treat a long difference as a
-    /// backward step of the clock: only a step of less than a second counts as two clock reads in reverse order.
+    /// Returns the seconds since a time that may be days ago. Unlike [`since`](Self::since), it does not treat every long difference as a
+    /// backward step of the clock. Only a backward step of less than a second is recognised, and counts as zero.
     fn long_since(self, earlier: Self) -> f32 {
         let millis = self.0.wrapping_sub(earlier.0) & TICK_MASK;
         if TICK_MASK - millis < 1_000 {
@@ -318,8 +324,8 @@ impl Ticks {
             reason = "milliseconds more or less after hours do not count"
         )]
         let millis = (self.0.wrapping_sub(earlier.0) & TICK_MASK) as f32;
-        // Two callers may read the clock in one order and reach this line in the other order. The difference then counts as zero, not as
-        // three days.
+        // Two callers may read the clock in one order and update the estimate in the other order. The difference then counts as zero, not
+        // as three days.
         if millis > BACKWARDS {
             0.0
         } else {
@@ -343,16 +349,16 @@ pub(crate) fn median(latencies: &mut [f32]) -> f32 {
     *latencies.select_nth_unstable_by(middle, f32::total_cmp).1
 }
 
-/// Loads per slab: 64 × 64 bytes are four kilobytes, one page.
+/// Number of loads in a slab. 64 loads of 64 bytes fill a page of 4 KiB.
 const SLAB: usize = 64;
-/// Time constant of the mean, in seconds. The weight depends on time and not on the number of samples, since there are many samples per
-/// second.
+/// Time constant of the mean, in seconds. The weight of a sample depends on time and not on the number of samples, because there can be
+/// many samples per second.
 const TIME_CONSTANT: f32 = 3.0;
-/// Number of samples from which on an estimate is used without the median: the largest number that fits into four bits.
+/// Number of samples from which on an estimate is used without the median. It is the largest number that fits into `SAMPLE_BITS` bits.
 const WARM: u8 = 15;
 const SAMPLE_BITS: u32 = 4;
 const TICK_MASK: u32 = u32::MAX >> SAMPLE_BITS;
-/// Differences in milliseconds above this limit count as a backward step of the clock.
+/// Limit on the difference of two times, in milliseconds. A larger difference counts as a backward step of the clock.
 const BACKWARDS: f32 = 1e8;
 /// Minimum latency that a failed call counts as, in microseconds.
 const MIN_FAILURE_LATENCY: f32 = 100_000.0;

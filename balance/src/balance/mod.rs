@@ -1,7 +1,7 @@
-//! Load balancing: turns a stream of changes into ready connections, and picks one of them for each call.
+//! Load balancing: turns a stream of changes into ready connections, and picks a ready connection for each call.
 //!
-//! One task per channel, the *driver*, owns all subchannels. It runs whether calls are made or not. It publishes an immutable ready set,
-//! and a call picks from that set in the task of its caller. This module does not depend on the source of the changes.
+//! One task per channel, the *driver*, owns all subchannels. It runs even while no calls are made. It publishes an immutable ready set, and
+//! each call picks from this set in the task of its caller. This module does not depend on the source of the changes.
 
 mod balancer;
 mod connect_backoff;

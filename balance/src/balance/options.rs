@@ -19,14 +19,14 @@ pub(crate) struct Options {
     pub(crate) outlier_detection: Option<OutlierDetection>,
     /// The health check of the endpoints, if it is enabled.
     pub(crate) health_check: Option<HealthCheck>,
-    /// The time in which a new endpoint grows to its full share.
+    /// The time in which the weight of an endpoint that has become ready grows to its full value; `None` disables slow start.
     pub(crate) slow_start: Option<Duration>,
     pub(crate) on_refused: Option<OnRefused>,
     /// The zone whose endpoints are preferred.
     pub(crate) zone: Option<Box<str>>,
 }
 
-/// Callback for an announced address that accepts no connection. The driver calls it after each failed attempt, so it must not block.
+/// Callback for an endpoint that cannot be connected. The driver calls it after each failed dial, so it must not block.
 #[derive(Clone)]
 pub(crate) struct OnRefused(pub(crate) Arc<dyn Fn(&Address) + Send + Sync>);
 

@@ -10,13 +10,13 @@ use super::endpoint::{Blame, Endpoint};
 use super::ready_connection::ReadyConnection;
 use crate::transport::http2::Connection;
 
-/// The right to send one call on a connection. Dropping it releases the stream, however the call ended.
+/// The right to send one call on a connection. Dropping the permit releases the stream, however the call ended.
 #[derive(Debug)]
 pub(crate) struct Permit {
     connection: Arc<ReadyConnection>,
-    /// The time at which the call was sent. `None` before that, and after the outcome was recorded.
+    /// The time at which the call was sent. `None` before the call is sent, and after its outcome was recorded.
     sent: Option<Instant>,
-    /// Set for a call on a private connection.
+    /// Set if the connection is private.
     private: Option<Box<PrivateConnection>>,
 }
 
@@ -57,8 +57,9 @@ impl Permit {
     }
 
     /// Returns whether the connection must be checked before the call is sent on it, because it was silent for too long. After a long
-    /// silence, a middlebox may have dropped the flow. If the connection tasks are `single_threaded`, a much shorter silence is doubtful as
-    /// well: the runtime may not have read the end of the connection yet.
+    /// silence, a middlebox may have dropped the flow. `single_threaded`: whether the tasks of the connections share one thread with the
+    /// callers. If they do, a much shorter silence is doubtful as well, because the runtime may not have read the end of the connection
+    /// yet.
     pub(crate) fn is_doubtful(&self, now: Instant, single_threaded: bool) -> bool {
         let connection = &self.connection;
         // The last sample is compared first, because the pick has just loaded its cache line. The time of the last read is in another cache
@@ -141,7 +142,8 @@ impl Permit {
         self.sent.is_none()
     }
 
-    /// Records that the server, or the connection to it, failed the call, before the head of the response or after it.
+    /// Records that the call failed because of the server or the connection. The failure can be before the head of the response or after
+    /// it.
     pub(crate) fn on_failure(&mut self, now: Instant, blame: Blame) {
         let sent = self.sent.take().unwrap_or(now);
         self.fail(now.saturating_duration_since(sent), now, blame);
@@ -194,11 +196,13 @@ impl Drop for Permit {
     }
 }
 
-/// A dropped call can be an overrun only if it was sent at least this long before. The value is half of the shortest deadlines in common
-/// use.
+/// Minimum time between the send and the drop of a call that may have overrun a deadline. The value is half of the shortest deadlines in
+/// common use.
 const MIN_OVERRUN: Duration = Duration::from_millis(100);
 /// Age of the last sample, in seconds, below which a connection is not doubtful.
 const RECENT_SAMPLE: f32 = 1.0;
-/// The same age if the connection tasks share a thread with the callers. It is longer than the gap between two calls of a busy caller.
+/// The same age if the tasks of the connections share one thread with the callers. It is longer than the gap between two calls of a busy
+/// caller.
 const RECENT_SAMPLE_SINGLE_THREADED: f32 = 0.005;
+/// Silence above which a connection is doubtful if the tasks of the connections share one thread with the callers.
 const SINGLE_THREADED_SILENCE: Duration = Duration::from_millis(5);

@@ -32,8 +32,8 @@ impl Driver {
             }
         }
         self.publish();
-        // The entries are removed after `publish`: until then a pick can still find these connections, and calls use the list to exclude
-        // them.
+        // The connections stay in the list of given-up connections until `publish` has returned. Until then, a pick can still find these
+        // connections, and calls use the list to exclude them.
         self.shared.forget_given_up(&given_up);
     }
 
@@ -64,13 +64,13 @@ impl Driver {
         tracing::info!(%address, "closing a connection and dialling a new one");
         subchannel.connection().endpoint().set_ejected(false);
         self.close(id, subchannel);
-        // The new connection takes over the subchannel's id, so later events of the old connection must not be applied to it.
+        // The new connection takes over the subchannel's id, so later events of the old connection must not be applied to the new one.
         self.subchannels.forget_connection(id);
         self.enqueue(id);
         Subchannel::new(ConnectBackoff::new(self.options.max_backoff))
     }
 
-    /// Dials every resting connection because a call waits.
+    /// Dials every resting connection if a call waits.
     fn wake_resting(&mut self) {
         if self.shared.take_call_waits() {
             for id in self.resting.take() {
@@ -79,8 +79,8 @@ impl Driver {
         }
     }
 
-    /// Dials one resting connection if calls were sent since the last scan, so that its endpoint gets its share of the traffic. Only one
-    /// connection is dialled per scan, since a caller with few calls needs no more.
+    /// Dials one resting connection if calls were sent on the channel since the last scan, so that the endpoint of this connection gets its
+    /// share of the calls again. Only one connection is dialled per scan, because a caller with few calls needs no more.
     pub(super) fn wake_resting_for_calls(&mut self) {
         let endpoints = self.endpoints.values().map(|entry| &entry.endpoint);
         let calls = || endpoints.map(|endpoint| endpoint.calls()).sum::<u64>();
@@ -105,7 +105,8 @@ impl Driver {
         self.subchannels.insert(id, address, state);
     }
 
-    /// Adds a connection to every endpoint whose streams are all in use.
+    /// Adds a connection to every endpoint whose streams are all in use. An endpoint gets at most one additional connection, and a last
+    /// resort gets none.
     pub(super) fn add_connections(&mut self) {
         let limit = self.options.connections_per_endpoint + 1;
         let full = self.endpoints.iter().filter(|(_, entry)| {
@@ -121,11 +122,12 @@ impl Driver {
         }
     }
 
-    /// Closes additional connections whose calls fit on the other connections with room to spare.
+    /// Closes additional connections that have reached their minimum lifetime and are not needed any more: the calls to the endpoint need
+    /// at most half of the streams of its other connections.
     pub(super) fn remove_connections(&mut self, now: Instant) {
         for address in self.scaling.old(now) {
             let is_dispensable = self.endpoints.get(&address).is_none_or(|entry| {
-                // A silent connection takes few calls or none, so the additional connection is needed in its place.
+                // A silent connection takes few calls or none, so the additional connection is needed as its replacement.
                 !self.has_silent(&address) && self.subchannels.can_spare_one(&entry.subchannels)
             });
             if is_dispensable {

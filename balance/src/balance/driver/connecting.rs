@@ -19,13 +19,13 @@ use crate::transport::connect::{DialError, DialHistory};
 use crate::transport::http2::Connection;
 
 impl Driver {
-    /// Queues a subchannel for dialling, at a random position of the queue.
+    /// Queues a subchannel for a dial, at a random position in the queue.
     pub(super) fn enqueue(&mut self, id: SubchannelId) {
         let is_failing = self.subchannels.is_failing(id);
         self.dials.enqueue(id, is_failing, &mut self.rng);
     }
 
-    /// Starts the dials that the limit allows.
+    /// Starts queued dials, up to the limit on concurrent dials.
     pub(super) fn dial_queued(&mut self) {
         while let Some(id) = self.dials.next() {
             let Some((address, state)) = self.subchannels.take(id) else {
@@ -186,7 +186,7 @@ impl Driver {
         self.publication.set_last_error(address.clone(), reason);
     }
 
-    /// Handles a timer: the end of a backoff or of a rest.
+    /// Handles the timer of a subchannel: the end of its backoff or of its rest.
     pub(super) fn on_backoff_over(&mut self, id: SubchannelId, now: Instant) {
         let Some((address, state)) = self.subchannels.take(id) else {
             return;
@@ -197,7 +197,7 @@ impl Driver {
                 self.enqueue(id);
                 State::Idle(subchannel.wake(false))
             }
-            // A timer of an earlier wait may fire during a later wait. The guard ignores it.
+            // Timers cannot be cancelled, so the timer of an earlier wait may fire during a later wait. The guards ignore such a timer.
             State::TransientFailure(subchannel) if subchannel.until() <= now => {
                 self.dials
                     .enqueue(id, subchannel.is_failing(), &mut self.rng);

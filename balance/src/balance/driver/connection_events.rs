@@ -1,4 +1,4 @@
-//! Handles the events of connections: silence, recovery, new stream limits, and the end.
+//! Handles the events of connections: silence, recovery, new stream limits, and the end of a connection.
 
 use std::sync::Arc;
 
@@ -58,7 +58,7 @@ impl Driver {
             return;
         }
         let address = address.clone();
-        // If the connection has served calls, the backoff is reset and the second connection is dialled at once.
+        // If the connection has served calls, the backoff for second connections is reset, so a second connection is dialled at once.
         let has_served = subchannel.connection().used().is_answered();
         if silence == Silence::Stalled {
             tracing::warn!(%address, "connection does not answer: dialling a second one beside it");
@@ -85,8 +85,8 @@ impl Driver {
         subchannel.set_silence(Silence::None);
         self.update_ready_set(id);
         if let Some((_, subchannel)) = self.subchannels.ready(id) {
-            // A doubtful connection stays in the ready set, but a call whose check of the connection failed excludes the connection and may
-            // be in the wait queue. The free streams of the recovered connection are offered to such calls.
+            // A doubtful connection stays in the ready set. But a call that has checked the connection without success excludes it, and may
+            // wait in the queue. The free streams of the recovered connection are offered to such calls.
             subchannel.connection().offer();
         }
         self.shared.changed.notify_waiters();

@@ -13,13 +13,13 @@ use crate::transport::http2::Connection;
 #[derive(Debug, Default)]
 pub(super) struct Dials {
     queue: VecDeque<SubchannelId>,
-    /// Subchannels whose last attempt failed.
+    /// A separate queue of the subchannels whose last attempt failed.
     failing: VecDeque<SubchannelId>,
     tasks: JoinSet<Result<Connection, DialError>>,
     in_progress: HashMap<Id, Dial>,
-    /// Number of dials in progress whose previous attempt failed.
+    /// Number of dials in progress for subchannels whose previous attempt failed.
     retries: usize,
-    /// The reasons of connections whose end was reported before the outcome of their dial was handled.
+    /// The close reasons of connections that ended before the outcome of their dial was handled.
     closed_early: HashMap<DialId, CloseReason>,
 }
 
@@ -28,7 +28,7 @@ pub(super) struct Dials {
 struct Dial {
     subchannel: SubchannelId,
     id: DialId,
-    /// Whether the previous attempt failed.
+    /// Whether the previous attempt of the subchannel failed.
     is_retry: bool,
 }
 
@@ -41,12 +41,12 @@ pub(super) struct Dialled {
     pub(super) subchannel: SubchannelId,
     pub(super) id: DialId,
     pub(super) outcome: Result<Connection, DialError>,
-    /// Set if the connection has already ended.
+    /// The reason why the connection has ended, if it has already ended.
     pub(super) closed: Option<CloseReason>,
 }
 
 impl Dials {
-    /// Queues a subchannel, at a random place of the queue.
+    /// Queues a subchannel, at a random position in the queue.
     pub(super) fn enqueue(&mut self, id: SubchannelId, is_failing: bool, rng: &mut fastrand::Rng) {
         let queue = if is_failing {
             &mut self.failing
@@ -59,9 +59,9 @@ impl Dials {
         queue.swap(index, last);
     }
 
-    /// Removes and returns the next subchannel to dial, unless the limit on dials is reached. Failing subchannels are dialled last and use
-    /// at most half of the dials. If a thousand endpoints do not answer, each of their dials takes the whole timeout; the dials of the
-    /// other endpoints must not wait for these dials.
+    /// Removes and returns the next subchannel to dial, unless the limit on dials is reached. Failing subchannels are dialled last, and use
+    /// at most half of the dials. A dial to an endpoint that does not answer lasts until its timeout. Even if a thousand endpoints do not
+    /// answer, dials to other endpoints must not wait for that long.
     pub(super) fn next(&mut self) -> Option<SubchannelId> {
         if self.tasks.len() >= MAX_DIALS {
             return None;
@@ -94,7 +94,7 @@ impl Dials {
         task
     }
 
-    /// Drops the record of a subchannel's dial, so that its outcome is ignored.
+    /// Drops the record of a subchannel's dial, so that the outcome of the dial is ignored.
     pub(super) fn forget(&mut self, subchannel: SubchannelId) {
         let (retries, closed_early) = (&mut self.retries, &mut self.closed_early);
         self.in_progress.retain(|_, dial| {
@@ -132,8 +132,8 @@ impl Dials {
         })
     }
 
-    /// Handles the end of a connection. Returns the reason if the dial is not in progress any more. Otherwise keeps the reason for
-    /// [`finish`](Self::finish), which returns it together with the outcome.
+    /// Handles the end of a connection. Returns the reason if the outcome of the connection's dial was already handled. Otherwise keeps the
+    /// reason for [`finish`](Self::finish), which returns it together with the outcome.
     pub(super) fn on_closed(&mut self, id: DialId, reason: CloseReason) -> Option<CloseReason> {
         let mut in_progress = self.in_progress.values();
         if in_progress.any(|dial| dial.id == id) {

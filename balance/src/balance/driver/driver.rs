@@ -33,7 +33,7 @@ use crate::balance::shared::Shared;
 use crate::balance::updates::Updates;
 use crate::transport::connect::Connector;
 
-/// Owns the subchannels of a channel.
+/// Owns the subchannels of a channel, and publishes its ready set.
 #[derive(Debug)]
 pub(in crate::balance) struct Driver {
     pub(super) shared: Arc<Shared>,
@@ -61,7 +61,7 @@ pub(in crate::balance) struct Driver {
     pub(super) detection: OutlierSchedule,
     pub(super) quarantines: Quarantines,
     refreshed_at: Instant,
-    /// Whether calls used a connection shortly before the last refresh.
+    /// Whether a connection was in use at the last refresh or within the 10 s before it.
     in_use: bool,
 }
 
@@ -137,7 +137,8 @@ impl Driver {
         if self.detection.is_due(now) {
             self.detect_outliers(now);
         }
-        // Reads the clock again: with `now`, an outlier that was just ejected would stay in the set until the next tick of the timer.
+        // Reads the clock again, because the steps above may schedule a publication for a time after `now`. With `now`, an outlier that was
+        // just ejected would stay in the ready set until the next tick of the timer.
         if self.publication.is_due(Instant::now()) {
             self.publish();
         }
@@ -179,8 +180,8 @@ impl Driver {
 }
 
 impl Drop for Driver {
-    /// Fails all calls with the reason why the driver has ended. Otherwise waiting calls would never end. This also runs after a panic and
-    /// at the end of the runtime.
+    /// Fails all calls with the reason why the driver has ended. Otherwise waiting calls would never end. This function also runs after a
+    /// panic, and when the runtime shuts down.
     fn drop(&mut self) {
         let ended = if std::thread::panicking() {
             "the channel's driver has panicked"
@@ -193,6 +194,6 @@ impl Drop for Driver {
 
 /// Interval between refreshes, which update the latency estimates and do the other periodic work.
 const REFRESH: Duration = Duration::from_millis(200);
-/// Interval between refreshes of a channel that is not in use. The first calls after a pause therefore use estimates of up to this age.
-/// Otherwise, every call would have to check whether it must wake the driver.
+/// Interval between refreshes of a channel that is not in use. The first calls after a pause may therefore use estimates that are this old.
+/// To avoid that, every call would have to check whether the driver must be woken.
 const IDLE_REFRESH: Duration = Duration::from_secs(2);

@@ -114,7 +114,7 @@ impl Driver {
         };
         let state = match state {
             State::Ready(subchannel) if is_new_generation && subchannel.is_silent() => {
-                // The connection became silent under the previous registration, so it is replaced at once.
+                // The connection became silent under the previous generation, so it is replaced at once.
                 self.drop_second_connection(&address);
                 State::Idle(self.replace_connection(id, &address, subchannel))
             }
@@ -126,13 +126,13 @@ impl Driver {
                 State::Idle(subchannel.wake(false))
             }
             State::Connecting(subchannel) if last_resort => {
-                // The dial is cancelled, so its outcome must not be mistaken for the outcome of a later dial.
+                // The dial is forgotten, so that its outcome is not mistaken for the outcome of a later dial.
                 self.dials.forget(id);
                 State::Idle(subchannel.cancel())
             }
             State::TransientFailure(subchannel) if last_resort => State::Idle(subchannel.retry()),
-            // The subchannel moves from the queue of failing subchannels to the regular queue. When its old entry is reached, the
-            // subchannel is no longer idle, so the entry is skipped.
+            // The subchannel is added to the regular queue, which is dialled first. It also stays in the queue of failing subchannels. When
+            // that entry is reached, the subchannel is no longer idle, so the entry is skipped.
             State::Idle(subchannel)
                 if is_new_generation && !last_resort && subchannel.is_failing() =>
             {

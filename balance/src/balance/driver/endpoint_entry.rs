@@ -10,7 +10,7 @@ use crate::balance::endpoint::{Endpoint, Tally};
 use crate::balance::outlier::{Counts, Ejection};
 use crate::transport::stall_detection::KeepAlive;
 
-/// An endpoint, its subchannels, and the observations of its server.
+/// An endpoint, its subchannels, and what was observed about its server.
 #[derive(Debug)]
 pub(super) struct EndpointEntry {
     pub(super) endpoint: Arc<Endpoint>,
@@ -18,11 +18,12 @@ pub(super) struct EndpointEntry {
     pub(super) subchannels: Vec<SubchannelId>,
     pub(super) class: Class,
     pub(super) ejection: Ejection,
-    /// The second connection, which is dialled while the first one is silent. It loses this role when one of the two answers.
+    /// The second connection, which is dialled while another connection is silent. It loses this role when one of the two connections
+    /// answers.
     pub(super) second: SecondConnection,
-    /// Whether a connection was ready since the last failed attempt or registration.
+    /// Whether a connection has become ready since the last failed dial and since the last new generation. Used for slow start.
     pub(super) is_warm: bool,
-    /// The keep-alive that the server tolerates.
+    /// The keep-alive for later connections. Its interval is doubled when the server rejects PINGs. `None` if keep-alive is disabled.
     pub(super) keep_alive: Option<KeepAlive>,
     /// The counters at the last sweep of the outlier detection.
     swept: Tally,
@@ -48,7 +49,7 @@ impl EndpointEntry {
         }
     }
 
-    /// Discards all observations, because the server is another one or was restarted.
+    /// Discards all observations, because another server has the address now, or the server was restarted.
     pub(super) fn on_new_generation(&mut self) {
         self.ejection = Ejection::default();
         self.second.reset_backoff();

@@ -13,7 +13,7 @@ pub(super) enum SubchannelEvent {
     Health(Health),
 }
 
-/// The queue of events. Each event has the number of its connection.
+/// The queue of events. Each event is stored with the number of the dial that made its connection.
 #[derive(Debug)]
 pub(super) struct Events {
     sender: mpsc::UnboundedSender<(DialId, SubchannelEvent)>,
@@ -33,7 +33,7 @@ impl Events {
     ) -> impl Fn(SubchannelEvent) + Clone + Send + 'static + use<> {
         let sender = self.sender.clone();
         move |event| {
-            // The send fails only if the driver has ended, and then no task reads the event.
+            // The send fails only if the driver has ended, and then the event is not needed.
             let _ = sender.send((dial_id, event));
         }
     }

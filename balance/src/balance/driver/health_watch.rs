@@ -60,8 +60,8 @@ impl Driver {
             Health::Unknown => {}
             Health::Serving => {
                 tracing::info!(%address, "endpoint is healthy");
-                // Silent connections are replaced only now, because a connection that has not reported SERVING may be worse than a silent
-                // one.
+                // The new connection replaces silent ones only now. Before its server reports SERVING, the new connection may be worse than
+                // a silent one.
                 self.replace_silent(&address, id);
                 self.begin_slow_start(&address, Instant::now());
             }
@@ -75,7 +75,7 @@ impl Driver {
     }
 }
 
-/// Reports a panic of the health watch. Otherwise the endpoint would keep its last health forever.
+/// Reports a panic of the health watch. Otherwise the connection would keep its last health state forever.
 struct ReportPanic<F: Fn(Health)>(F);
 
 impl<F: Fn(Health)> Drop for ReportPanic<F> {

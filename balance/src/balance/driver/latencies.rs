@@ -47,6 +47,6 @@ impl Latencies {
     }
 }
 
-/// How long a connection counts as in use after its last call, in seconds. The value is longer than the gap between two calls of most
-/// callers with few calls.
+/// Time for which a connection counts as in use after its last call, in seconds. Most callers send the next call within this time, even if
+/// they send few calls.
 const RECENT_USE: f32 = 10.0;

@@ -1,7 +1,7 @@
 //! The driver: the one task that dials connections, handles their loss, closes them, and publishes the ready set.
 //!
-//! The state of the driver is divided into parts. Each part owns its fields and does not refer to the driver. `driver.rs` has the loop. The
-//! other files with `impl Driver` connect the parts: they handle one kind of event each.
+//! The state of the driver is divided into parts. Each part owns its fields and does not refer to the driver. `driver.rs` has the loop.
+//! Each of the other files with `impl Driver` handles one kind of event, and uses the parts that this event concerns.
 
 mod call_demand;
 mod connecting;

@@ -1,4 +1,4 @@
-//! Endpoints that are excluded from ordinary picks: too many of their calls failed, or their answers are not gRPC responses.
+//! Excludes endpoints from ordinary picks, either because too many of their calls failed, or because their responses are not gRPC.
 
 use std::sync::Arc;
 
@@ -40,7 +40,8 @@ impl Driver {
             let Some(entry) = self.endpoints.get(address) else {
                 continue;
             };
-            // If the address was removed and added again in the meantime, the report is about the old endpoint and is ignored.
+            // If the address was removed and added again in the meantime, the report is about the old endpoint and is ignored. A report is
+            // also ignored if the endpoint has sent a gRPC response since.
             if !Arc::ptr_eq(&entry.endpoint, &endpoint) || endpoint.is_grpc() {
                 continue;
             }
@@ -51,7 +52,7 @@ impl Driver {
         }
     }
 
-    /// Puts endpoints whose quarantine has expired back into the set, on probation.
+    /// Ends the quarantines that have expired. Their endpoints get ordinary picks again, on probation.
     pub(super) fn end_quarantines(&mut self, now: Instant) {
         let endpoints = &self.endpoints;
         let is_grpc = |address: &Address| {

@@ -18,8 +18,8 @@ pub(super) struct PendingPublication {
     publish_at: Option<Instant>,
     /// Endpoints that became ready.
     became_ready: Vec<Address>,
-    /// Endpoints that were removed, each with whether calls were in flight to it at that time. They stay in the endpoint list until no pick
-    /// can find them.
+    /// Endpoints that were removed. The flag is true if calls to the endpoint were in flight at that time. A removed endpoint stays in the
+    /// list of endpoints until the publication, because a pick can still find it.
     removed: Vec<(Arc<Endpoint>, bool)>,
 }
 
@@ -37,7 +37,8 @@ impl PendingPublication {
         self.publish_at.is_some_and(|at| at <= now)
     }
 
-    /// Schedules a publication. If the set is large, further changes are collected for a moment.
+    /// Schedules a publication. If the ready set is large, the publication is delayed by `BATCH_DELAY`, so that it includes further
+    /// changes.
     pub(super) fn soon(&mut self) {
         let delay = if self.summary.ready < SMALL_SET {
             Duration::ZERO
@@ -57,7 +58,7 @@ impl PendingPublication {
         self.publish_at = None;
     }
 
-    /// Records that the set of endpoints is known. Returns whether it was not known before.
+    /// Records that the set of endpoints is known. Returns true if the set was not known before.
     pub(super) fn set_known(&mut self) -> bool {
         !std::mem::replace(&mut self.summary.known, true)
     }
@@ -121,20 +122,21 @@ impl PendingPublication {
         self.summary.clone()
     }
 
-    /// Removes and returns the endpoints that became ready. Some of them may have stopped being ready in the meantime.
+    /// Takes the endpoints that became ready. Some of them may have stopped being ready in the meantime.
     pub(super) fn take_became_ready(&mut self) -> Vec<Address> {
         std::mem::take(&mut self.became_ready)
     }
 
-    /// Removes and returns the removed endpoints, each with whether calls were in flight to it when it was removed.
+    /// Takes the removed endpoints. The flag is true if calls to the endpoint were in flight when it was removed.
     pub(super) fn take_removed(&mut self) -> impl Iterator<Item = (Arc<Endpoint>, bool)> {
         self.removed.drain(..)
     }
 }
 
-/// In a set of up to this many ready connections, a change is published at once, because a publication takes only a few microseconds.
+/// Number of ready connections below which a change is published at once, because the publication of a small set takes only a few
+/// microseconds.
 const SMALL_SET: usize = 64;
-/// How long changes to a larger set are collected before they are published.
+/// Time for which changes to a larger set are collected before they are published.
 const BATCH_DELAY: Duration = Duration::from_millis(1);
 
 #[cfg(test)]

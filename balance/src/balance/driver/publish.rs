@@ -69,7 +69,8 @@ impl Driver {
         let Some(entry) = self.endpoints.get_mut(address) else {
             return;
         };
-        // The server is warm if another connection is ready, or if one was ready since the last failed attempt or registration.
+        // The server is warm if another connection is ready, or if one has become ready since the last failed dial and the last new
+        // generation.
         if entry.class == Class::Ready || std::mem::replace(&mut entry.is_warm, true) {
             return;
         }
@@ -148,11 +149,11 @@ impl Driver {
         }
     }
 
-    /// Takes removed endpoints off the list of reported endpoints once their last call has ended.
+    /// Removes endpoints from the reported endpoints if they were removed from the set and their last call has ended.
     pub(super) fn forget_drained(&mut self) {
         for endpoint in self.draining.take_drained() {
             let entry = self.endpoints.get(endpoint.address());
-            // The endpoint is forgotten only if it was removed. If it is still registered, only one of its connections has ended.
+            // The endpoint is forgotten only if it was removed. If it is still in the set, only one of its connections has ended.
             if entry.is_none_or(|entry| !Arc::ptr_eq(&entry.endpoint, &endpoint)) {
                 self.shared.forget(&endpoint);
             }

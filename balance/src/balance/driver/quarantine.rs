@@ -1,9 +1,9 @@
-//! Quarantine of endpoints whose answers are not gRPC responses, such as error pages of a proxy or answers of another server at the
+//! Quarantine of endpoints whose answers are not gRPC responses, such as error pages of a proxy, or answers of a different server at the
 //! address.
 //!
 //! Such endpoints answer quickly, so latency-based picking prefers them although every call fails. They are moved to the last-resort set
-//! for a while and then tried again. A quarantine that follows an unsuccessful probation is longer, up to a limit. If all endpoints are in
-//! quarantine, calls still use them.
+//! for a while, the *quarantine*. Then they get ordinary picks again, on *probation*. If an answer on probation is not gRPC, the next
+//! quarantine is twice as long, up to a limit. If all endpoints are in quarantine, calls still use them.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -18,15 +18,15 @@ pub(super) struct Quarantines(HashMap<Address, Quarantine>);
 
 #[derive(Clone, Copy, Debug)]
 struct Quarantine {
-    /// The end of the quarantine, or `None` on probation: the next answer that is not gRPC starts a longer quarantine, and a gRPC answer
-    /// ends the probation.
+    /// The end of the quarantine; `None` on probation. On probation, the next answer that is not gRPC starts a longer quarantine, and a
+    /// gRPC answer ends the probation.
     until: Option<Instant>,
     length: Duration,
 }
 
 impl Quarantines {
     /// Handles a report about an endpoint that does not answer with gRPC. Starts a quarantine and returns its length. Returns `None` if the
-    /// endpoint already is in quarantine: several calls in flight can report the same endpoint.
+    /// endpoint is already in quarantine, because several calls in flight can report the same endpoint.
     pub(super) fn on_report(&mut self, address: &Address, now: Instant) -> Option<Duration> {
         if self.is_quarantined(address) {
             return None;
@@ -57,8 +57,8 @@ impl Quarantines {
         self.0.remove(address);
     }
 
-    /// Ends quarantines and probations. Returns the endpoints whose quarantine has expired; they are on probation from now on. `is_grpc`
-    /// returns whether the last answer of an endpoint was gRPC.
+    /// Ends the quarantines that have expired, and the probation of each endpoint whose last answer was gRPC. Returns the endpoints whose
+    /// quarantine has expired. They are on probation from now on. `is_grpc` returns whether the last answer of an endpoint was gRPC.
     pub(super) fn on_time(
         &mut self,
         now: Instant,
@@ -80,8 +80,8 @@ impl Quarantines {
 
 /// Length of the first quarantine. It is usually longer than the restart of a server behind a proxy.
 const FIRST: Duration = Duration::from_secs(1);
-/// Limit on the length of a quarantine. The limit on an ejection is five minutes in gRFC A50. A quarantine can be shorter, because an
-/// unsuccessful probation costs only one failed call or a few.
+/// Limit on the length of a quarantine. It is shorter than the limit on an ejection (five minutes in gRFC A50), because a failed probation
+/// costs only one call or a few calls.
 const LONGEST: Duration = Duration::from_secs(30);
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ impl Entry for ReadyEntry {
     }
 }
 
-/// The builders of both sets.
+/// The builders of the primary set and of the last-resort set.
 #[derive(Debug)]
 pub(super) struct ReadySets<E> {
     primary: ReadySetBuilder<SubchannelId, E>,
@@ -28,7 +28,7 @@ pub(super) struct ReadySets<E> {
 /// The effect of [`ReadySets::place`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Placed {
-    /// The entry was already in this set, with this weight.
+    /// The entry was already in the right set, with this weight.
     Unchanged,
     /// The entry is new, or its weight has changed.
     Changed,
@@ -45,8 +45,8 @@ impl<E: Entry> ReadySets<E> {
         }
     }
 
-    /// Puts an entry into the last-resort set or the primary set, and removes it from the other set. If the entry already is in the set,
-    /// only its weight is changed.
+    /// Puts an entry into the last-resort set if `is_last_resort`, else into the primary set, and removes it from the other set. If the
+    /// entry is already in the right set, only its weight is changed.
     pub(super) fn place(
         &mut self,
         id: SubchannelId,
@@ -100,7 +100,8 @@ impl<E: Entry> ReadySets<E> {
 
     /// Returns the set that calls pick from: the primary set, or the last-resort set if the primary set is empty.
     pub(super) fn freeze(&mut self) -> ReadySet<E> {
-        // Both builders are frozen, because each builder keeps the connections of its last frozen set open.
+        // Both builders are frozen, although only one set is used. A builder keeps the connections of its last frozen set open until it is
+        // frozen again.
         let (primary, last_resort) = (self.primary.freeze(), self.last_resort.freeze());
         let is_last_resort = primary.len() == 0;
         if std::mem::replace(&mut self.is_last_resort, is_last_resort) != is_last_resort {

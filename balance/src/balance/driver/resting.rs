@@ -9,7 +9,7 @@ use super::subchannel_table::SubchannelId;
 #[derive(Debug, Default)]
 pub(super) struct Resting {
     subchannels: HashSet<SubchannelId>,
-    /// The total number of calls at the last scan.
+    /// The total number of calls at the last scan; `None` if no subchannel rested then.
     calls: Option<u64>,
 }
 
@@ -31,7 +31,7 @@ impl Resting {
     /// number of calls.
     pub(super) fn scan(&mut self, calls: impl FnOnce() -> u64) -> Option<SubchannelId> {
         let Some(&id) = self.subchannels.iter().next() else {
-            // No subchannel rests, so the count starts anew: calls that are sent before the next subchannel rests do not count.
+            // No subchannel rests. The count is discarded, so that calls before the next subchannel rests do not count.
             self.calls = None;
             return None;
         };

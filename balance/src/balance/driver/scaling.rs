@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 use crate::address::Address;
 
-/// The endpoints with an additional connection, and the times of scans for further ones.
+/// The endpoints with an additional connection, and the times of the scans for endpoints that need one.
 #[derive(Debug)]
 pub(super) struct Scaling {
     scan_at: Option<Instant>,
@@ -63,7 +63,7 @@ impl Scaling {
     }
 }
 
-/// Minimum interval between scans for endpoints that need another connection; every waiting call requests one.
+/// Minimum interval between scans for endpoints that need another connection. Without it, every waiting call would cause a scan.
 const SCAN_INTERVAL: Duration = Duration::from_millis(5);
 /// Minimum lifetime of an additional connection. With a shorter lifetime, connections would be dialled and closed in step with bursts of
 /// calls.

@@ -58,7 +58,7 @@ impl SecondConnection {
         self.subchannel.take()
     }
 
-    /// Ends the role of the second connection if it is this subchannel. Returns whether it was.
+    /// Ends the role of the second connection if its subchannel is `id`. Returns true in that case.
     pub(super) fn take_if(&mut self, id: SubchannelId) -> bool {
         self.subchannel.take_if(|second| *second == id).is_some()
     }

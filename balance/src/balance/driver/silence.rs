@@ -8,8 +8,8 @@ use crate::address::Address;
 use crate::balance::endpoint::UNCHECKED_SILENCE;
 
 impl Driver {
-    /// Dials a second connection beside a silent one, unless a second connection exists or the backoff since the last one is not over.
-    /// `has_served`: whether the silent connection has served a call, which ends the backoff.
+    /// Dials a second connection beside a silent one, unless a second connection exists or the backoff since the last second connection is
+    /// not over. `has_served`: whether the silent connection has served a call. If so, the backoff ends.
     pub(super) fn dial_beside(&mut self, address: &Address, has_served: bool) {
         let Some(entry) = self.endpoints.get_mut(address) else {
             return;
@@ -82,7 +82,7 @@ impl Driver {
         self.reclassify(address);
     }
 
-    /// Replaces the silent connections of an endpoint by the subchannel `id`, which has just become ready. Does nothing if that is not the
+    /// Replaces the silent connections of an endpoint by the subchannel `id`, which has just become ready. Does nothing if `id` is not the
     /// second connection. Calls on the silent connections continue.
     pub(super) fn replace_silent(&mut self, address: &Address, id: SubchannelId) {
         let Some(entry) = self.endpoints.get_mut(address) else {
@@ -106,14 +106,13 @@ impl Driver {
         tracing::debug!(%address, "the second connection is ready and replaces the silent one");
     }
 
-    /// Handles the end of a silent connection. Returns true if the second connection replaces it, and false if there is no second
-    /// connection.
+    /// Handles the end of a silent connection. Returns true if a second connection replaces it, and false if there is no second connection.
     pub(super) fn second_connection_takes_over(
         &mut self,
         address: &Address,
         id: SubchannelId,
     ) -> bool {
-        // The ended connection is no longer in `subchannels`, so only the others are checked.
+        // The subchannel of the ended connection is no longer in `self.subchannels`, so only the other connections are checked.
         let others_are_silent = self.has_silent(address);
         let Some(entry) = self.endpoints.get_mut(address) else {
             return false;
@@ -128,8 +127,8 @@ impl Driver {
         true
     }
 
-    /// Checks connections on which nothing was read for a while, if a call has found a connection dead. Otherwise later calls could be sent
-    /// on other dead connections.
+    /// If a call has found a connection dead, checks the other connections on which nothing was read for a while. Without these checks,
+    /// later calls could be sent on dead connections.
     pub(super) fn check_silent(&mut self) {
         if !self.shared.take_found_dead() {
             return;
@@ -146,5 +145,5 @@ impl Driver {
     }
 }
 
-/// Limit on connections checked at once, to avoid a burst of PINGs.
+/// Maximum number of connections that are checked at once, to avoid a burst of PINGs.
 const CHECKS: usize = 64;

@@ -60,7 +60,7 @@ impl SlowStart {
     }
 
     /// Returns the current weight of an endpoint whose full weight is `weight`. If slow start is enabled, the result is multiplied by
-    /// [`SCALE`], also for an endpoint with its full weight.
+    /// [`SCALE`], even for an endpoint that has its full weight.
     pub(super) fn current_weight(&self, address: &Address, weight: u32, now: Instant) -> u32 {
         let Some(window) = self.window else {
             return weight;
@@ -84,9 +84,9 @@ fn grown(weight: u32, elapsed: Duration, window: Duration) -> u32 {
     grown
 }
 
-/// Scale of weights with slow start: weights are integers, and a fraction of 1 needs finer steps.
+/// Factor of all weights if slow start is enabled. Weights are integers, so without the factor, a weight of 1 could not be reduced.
 const SCALE: u32 = 100;
-/// Envoy's `min_weight_percent`.
+/// Minimum fraction of the full weight, as in Envoy's `min_weight_percent`.
 const MIN_FACTOR: f64 = 0.1;
 
 #[cfg(test)]

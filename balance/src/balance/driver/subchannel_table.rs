@@ -25,7 +25,7 @@ pub(super) enum State {
     TransientFailure(Subchannel<TransientFailure>),
 }
 
-/// The class of an endpoint in the summary.
+/// The class of an endpoint in the summary. An endpoint is pending if it is neither ready nor failing, and may become ready at any moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Class {
     Ready,
@@ -109,12 +109,12 @@ impl Subchannels {
         }
     }
 
-    /// Ignores later events of a subchannel's connection.
+    /// Forgets the connection of a subchannel, so that later events of the connection are ignored.
     pub(super) fn forget_connection(&mut self, id: SubchannelId) {
         self.connections.retain(|_, connected| *connected != id);
     }
 
-    /// Returns which of these subchannels has the connection.
+    /// Returns the subchannel, among `ids`, that has this connection.
     pub(super) fn find(
         &self,
         ids: &[SubchannelId],
@@ -137,7 +137,7 @@ impl Subchannels {
         self.ready(id).is_some_and(|(_, ready)| ready.is_silent())
     }
 
-    /// Returns whether every stream of these subchannels is in use.
+    /// Returns whether all these subchannels are ready, and every stream of their connections is in use.
     pub(super) fn are_full(&self, ids: &[SubchannelId]) -> bool {
         ids.iter().all(|id| {
             let ready = self.ready(*id);
@@ -145,8 +145,8 @@ impl Subchannels {
         })
     }
 
-    /// Returns whether these subchannels can do without the last ready one: all their calls together need at most half of the streams of
-    /// the other ready subchannels.
+    /// Returns whether the last ready one of these subchannels can be removed: the calls on all of them need at most half of the streams of
+    /// the other ready ones.
     pub(super) fn can_spare_one(&self, ids: &[SubchannelId]) -> bool {
         let (mut in_flight, mut room) = (0_usize, Vec::new());
         for (_, ready) in ids.iter().filter_map(|id| self.ready(*id)) {

@@ -9,7 +9,7 @@ use crate::balance::limits::MAX_DURATION;
 use crate::balance::ready_connection::ReadyConnection;
 
 impl Driver {
-    /// Sends fewer PINGs to an endpoint whose server has closed this connection with `too_many_pings`.
+    /// Makes later connections to an endpoint send fewer PINGs if its server has closed `connection` with `too_many_pings`.
     pub(super) fn check_too_many_pings(&mut self, address: &Address, connection: &ReadyConnection) {
         if !connection.http2().has_too_many_pings() {
             return;

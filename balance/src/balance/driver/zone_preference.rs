@@ -42,7 +42,7 @@ impl ZonePreference {
         let mut weights = Zones::<u64>::new();
         for (zone, weight) in endpoints {
             let zone = zone.unwrap_or_default();
-            // The lookup before the insertion avoids a copy of the zone's name for each of its endpoints.
+            // The lookup before the insertion avoids a copy of the zone's name for each endpoint.
             match weights.get_mut(zone) {
                 Some(sum) => *sum = sum.saturating_add(weight),
                 None => drop(weights.insert(zone.into(), weight)),

@@ -5,7 +5,8 @@ use std::time::Duration;
 use crate::balance::limits::MAX_DURATION;
 
 /// Ejects endpoints for a while if they fail far more calls than the others. This is gRPC's outlier detection (gRFC A50), with the defaults
-/// of the gRFC. Disabled unless it is passed to [`ChannelBuilder::outlier_detection`](crate::channel::ChannelBuilder::outlier_detection).
+/// of the gRFC. It is disabled unless a configuration is passed to
+/// [`ChannelBuilder::outlier_detection`](crate::channel::ChannelBuilder::outlier_detection).
 ///
 /// Three things count as failures: a lost connection, the status `UNAVAILABLE`, and a response that is not gRPC. A call that overran its
 /// deadline counts only in the comparison of success rates. Unlike in the gRFC, errors of the application do not count. Calls that the
@@ -61,8 +62,8 @@ impl OutlierDetection {
         self
     }
 
-    /// Sets the duration of the first ejection. Each further ejection is longer by this duration, and each interval without an ejection
-    /// makes the next ejection shorter by the same duration. Default 30 s.
+    /// Sets the duration of the first ejection. Each further ejection of the endpoint is longer by this duration. Each interval in which
+    /// the endpoint is not ejected makes its next ejection shorter by the same duration. Default 30 s.
     pub fn base_ejection_time(mut self, time: Duration) -> Self {
         self.base_ejection_time = time;
         self
@@ -75,8 +76,8 @@ impl OutlierDetection {
         self
     }
 
-    /// Sets the percentage of endpoints that can be ejected at once. Whatever the percentage is, a first endpoint can be ejected, and the
-    /// last endpoint is never ejected. Default 10.
+    /// Sets the percentage of endpoints that can be ejected at once. Whatever the percentage is, one endpoint can be ejected, and the last
+    /// endpoint is never ejected. Default 10.
     pub fn max_ejection_percent(mut self, percent: u32) -> Self {
         self.max_ejection_percent = percent.min(100);
         self
@@ -94,13 +95,13 @@ impl OutlierDetection {
         self
     }
 
-    /// Sets the rule that limits failures. Enabled by default.
+    /// Sets the rule that limits the percentage of failures. Enabled by default.
     pub fn failure_percentage(mut self, rule: FailurePercentageEjection) -> Self {
         self.failure_percentage = Some(rule);
         self
     }
 
-    /// Disables the limit on failures.
+    /// Disables the limit on the percentage of failures.
     pub fn without_failure_percentage(mut self) -> Self {
         self.failure_percentage = None;
         self
@@ -111,7 +112,7 @@ impl OutlierDetection {
     }
 }
 
-/// The comparison of success rates: ejects an endpoint whose success rate is far below the mean. This is gRPC's
+/// The comparison of success rates: ejects an endpoint whose success rate is far below the mean of the compared endpoints. This is gRPC's
 /// `success_rate_ejection` (gRFC A50).
 ///
 /// ```
@@ -144,7 +145,7 @@ impl SuccessRateEjection {
         Self::default()
     }
 
-    /// Sets how far below the mean a success rate must be, in thousandths of a standard deviation. Default 1900.
+    /// Sets how far below the mean a success rate must be for an ejection, in thousandths of a standard deviation. Default 1900.
     pub fn stdev_factor(mut self, thousandths: u32) -> Self {
         self.stdev_factor = thousandths;
         self
@@ -156,15 +157,15 @@ impl SuccessRateEjection {
         self
     }
 
-    /// Sets how many calls an endpoint must have had within an interval to be compared. Default 100.
+    /// Sets how many calls an endpoint must have had within an interval to be compared with the others. Default 100.
     pub fn request_volume(mut self, calls: u64) -> Self {
         self.request_volume = calls;
         self
     }
 }
 
-/// The limit on failures: ejects an endpoint that fails too large a part of its calls, whatever the rates of the other endpoints are. This
-/// is gRPC's `failure_percentage_ejection` (gRFC A50).
+/// The limit on the percentage of failures: ejects an endpoint that fails too large a part of its calls, whatever the rates of the other
+/// endpoints are. This is gRPC's `failure_percentage_ejection` (gRFC A50).
 ///
 /// ```
 /// use tonic_balance::channel::{FailurePercentageEjection, OutlierDetection};

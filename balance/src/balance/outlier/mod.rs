@@ -1,6 +1,7 @@
 //! Outlier detection (gRFC A50): ejects endpoints that fail far more calls than the others.
 //!
-//! Performs no I/O. The input is the counts of each endpoint within an interval. The output is which endpoints are ejected.
+//! This module performs no I/O. Its input is the number of successful and failed calls of each endpoint within an interval. Its output is
+//! which endpoints are ejected.
 
 mod config;
 mod sweep;

@@ -13,7 +13,7 @@ pub(in crate::balance) struct Counts {
     pub(in crate::balance) overruns: u64,
 }
 
-/// Whether an endpoint is ejected, and the multiple of the base time that its ejection lasts.
+/// Whether an endpoint is ejected, and the factor by which `base_ejection_time` is multiplied for its ejection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(in crate::balance) struct Ejection {
     since: Option<Instant>,
@@ -30,7 +30,7 @@ impl Ejection {
         self.multiplier = self.multiplier.saturating_add(1);
     }
 
-    /// Returns whether the time of the ejection is over.
+    /// Returns whether the endpoint is ejected and the time of its ejection is over.
     fn is_over(&self, config: &OutlierDetection, now: Instant) -> bool {
         let longest = config.max_ejection_time.max(config.base_ejection_time);
         let time = config.base_ejection_time.saturating_mul(self.multiplier);
@@ -39,7 +39,7 @@ impl Ejection {
     }
 }
 
-/// Evaluates the endpoints at the end of an interval.
+/// Evaluates the endpoints at the end of an interval: ejects outliers, and ends the ejections whose time is over.
 pub(in crate::balance) fn sweep(
     config: &OutlierDetection,
     hosts: &mut [(Counts, Ejection)],
@@ -118,8 +118,8 @@ fn eject_where(
     let all = hosts.len();
     let mut ejected = hosts.iter().filter(|(_, e)| e.is_ejected()).count();
     for (counts, ejection) in hosts {
-        // The first ejection is allowed whatever the percentage is: 10 % of a small set would be less than one endpoint. One endpoint
-        // always remains.
+        // The first ejection is allowed whatever the percentage is: 10 % of a small set would be less than one endpoint. One endpoint that
+        // is not ejected always remains.
         let within =
             ejected == 0 || (ejected + 1) * 100 <= all * config.max_ejection_percent as usize;
         if !ejection.is_ejected() && within && ejected + 1 < all && is_outlier(counts) {
