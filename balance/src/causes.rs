@@ -19,8 +19,8 @@ pub fn causes(error: &(dyn std::error::Error + 'static)) -> String {
     text
 }
 
-/// Returns the text of one error in a chain. The `Display` of a [`Status`] contains the `Debug` form of its source, which the chain
-/// repeats, so only the code and the message are used.
+/// Returns the text of one error in a chain. The `Display` of a [`Status`] also prints its source, in `Debug` form. The source is the next
+/// error of the chain anyway, so only the code and the message are used.
 fn one(error: &(dyn std::error::Error + 'static)) -> String {
     match error.downcast_ref::<Status>() {
         Some(status) => format!("{:?}: {}", status.code(), status.message()),

@@ -1,7 +1,7 @@
 //! Picks a connection of the ready set for a call, and reserves a stream on it.
 //!
-//! A pick takes no lock, allocates nothing and reads no clock. Its cost depends neither on the number of endpoints nor on their weights. It
-//! has side effects: it counts the call as in flight, advances the random numbers, and uses up a turn in round robin.
+//! A pick takes no lock, allocates nothing and reads no clock. Its cost depends neither on the number of endpoints nor on their weights. A
+//! pick has side effects: it counts the call as in flight, draws random numbers, and uses up turns in round robin.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,17 +13,19 @@ use super::ready_set::{ReadySet, Slot, random_below};
 #[non_exhaustive]
 pub enum LbPolicy {
     /// Picks the better of two endpoints that are drawn at random: the endpoint with the smaller product of latency and load. The latency
-    /// is the mean time until the head of a response, over a few seconds; small differences are ignored. The load is the number of calls in
-    /// flight plus one. This is the default.
+    /// is the mean time until the head of a response, over the last few seconds. Latencies that differ by at most 25 % count as equal. The
+    /// load is the number of calls in flight plus one. This is the default.
     ///
-    /// Endpoints are drawn by weight. Between endpoints of different weights, calls in flight are divided by the weight, and latencies are
-    /// ignored unless they differ by more than a factor of four. If they are ignored, the first endpoint drawn is used unless the second
-    /// has less than half of its load.
+    /// Endpoints are drawn by weight. Between two endpoints of different weights, the calls in flight of each are divided by its weight,
+    /// and the latencies are ignored unless they differ by more than a factor of four. If the latencies are ignored, the endpoint that was
+    /// drawn first is picked, unless the second endpoint, even with one more call, would have less than half of the load of the first.
     #[default]
     Latency,
-    /// Draws two endpoints at random, and picks the endpoint with fewer calls in flight. Weights count as in [`LbPolicy::Latency`].
+    /// Draws two endpoints at random, and picks the endpoint with fewer calls in flight. Weights have the same effect as in
+    /// [`LbPolicy::Latency`].
     LeastRequest,
-    /// Picks each endpoint in turn, in proportion to its weight and evenly spaced. Latency and calls in flight are ignored.
+    /// Picks the endpoints in turn. Each endpoint gets turns in proportion to its weight, and its turns are evenly spaced. Latency and
+    /// calls in flight are ignored.
     WeightedRoundRobin,
 }
 
@@ -61,7 +63,7 @@ pub(crate) struct Picker {
 impl Picker {
     pub(crate) fn new(policy: LbPolicy, seed: Option<u64>) -> Self {
         let rng = seed.map_or(Rng::Thread, |seed| Rng::Seeded(AtomicU64::new(seed)));
-        // Starts at a random turn: clients that all start at the first endpoint would overload it after each deployment.
+        // Starts at a random turn. If all clients started at the first endpoint, they would overload it after each deployment.
         let cursor = AtomicU64::new(rng.next() >> 32);
         Self {
             policy,
@@ -115,8 +117,8 @@ impl Picker {
         }
     }
 
-    /// Returns the slot to try first. If the policy draws two slots, also returns the worse one, to try next. Returns `None` if the set has
-    /// a single slot.
+    /// Returns the slot to try first. If the policy draws two slots, also returns the worse of the two, to try next. Returns `None` if the
+    /// set has a single slot.
     fn candidates<'a, M: Candidate>(&self, set: &'a ReadySet<M>) -> Option<Candidates<'a, M>> {
         if set.len() == 1 {
             return None;
@@ -134,8 +136,8 @@ impl Picker {
         })
     }
 
-    /// Draws two different slots. Both are drawn by weight. If the second draw yields the first slot again, it is replaced by a uniformly
-    /// drawn other slot.
+    /// Draws two different slots. Both are drawn by weight. If the second draw yields the first slot again, another slot is drawn instead,
+    /// without regard to the weights.
     fn draw_two<'a, M>(&self, set: &'a ReadySet<M>) -> Option<(&'a Slot<M>, &'a Slot<M>)> {
         let random = self.rng.next();
         let (first, second) = if set.is_uniform() {
@@ -172,7 +174,7 @@ impl Picker {
     }
 }
 
-/// The slot to try first, and the one to try next.
+/// The slot to try first, and the slot to try next.
 type Candidates<'a, M> = (&'a Slot<M>, Option<&'a Slot<M>>);
 
 /// Returns a random index that is not `first`.
@@ -193,11 +195,11 @@ fn is_worse_among_equals(in_flight: (u32, u32), latencies: (f32, f32)) -> bool {
 
 /// Returns whether the first of two endpoints of different weights is worse by far.
 ///
-/// Smaller differences are left to the draw, which gives each endpoint its share for any number of callers. Differences in latency are
-/// often caused by the weights: the endpoint with the larger weight is busier, and the other one is idle for longer between calls. The
-/// number of calls in flight changes by whole calls, which is a large relative change if few are in flight. If many calls are in flight,
-/// their number varies with the latency.
-// Never inlined, so that picks from sets with equal weights do not contain its conversions.
+/// Smaller differences are ignored: the endpoint that was drawn first is used, and the draw alone gives each endpoint its share, for any
+/// number of callers. Small differences do not show that an endpoint is slow. Differences in latency are often caused by the weights: the
+/// endpoint with the larger weight is busier, and the other one is idle for longer between calls. If few calls are in flight, one call more
+/// or less is a large relative difference. If many calls are in flight, their number varies with the latency.
+// Never inlined, so that the code of picks from sets with equal weights does not contain the conversions of this function.
 #[inline(never)]
 fn is_worse_by_far(in_flight: (u32, u32), weights: (u32, u32), latencies: (f32, f32)) -> bool {
     // Calls in flight divided by the weight. Both sides are multiplied by both weights to avoid the division.
@@ -205,8 +207,8 @@ fn is_worse_by_far(in_flight: (u32, u32), weights: (u32, u32), latencies: (f32, 
         float(in_flight.0) * float(weights.1),
         float(in_flight.1) * float(weights.0),
     );
-    // One call at the endpoint with the smaller weight, in the same unit. If the next call were added to both sides instead, the endpoint
-    // with the larger weight would always be the better one of two idle endpoints.
+    // One call at the endpoint with the smaller weight, in the same unit. If instead one call were divided by the weight of its own
+    // endpoint on each side, the endpoint with the larger weight would always be the better one of two idle endpoints.
     let one_call = float(weights.0.max(weights.1));
     if are_alike(latencies, LATENCY_NOISE_UNEQUAL_WEIGHTS) {
         first > IMBALANCE * (second + one_call)
@@ -215,8 +217,8 @@ fn is_worse_by_far(in_flight: (u32, u32), weights: (u32, u32), latencies: (f32, 
     }
 }
 
-/// Returns whether two latencies differ by less than noise, or one of them is unknown. Without this rule, a single caller would send all
-/// calls to one of two equal endpoints.
+/// Returns whether two latencies differ by at most the factor `noise`, or one of them is unknown. If smaller differences counted, a single
+/// caller would send all calls to one of two equal endpoints.
 fn are_alike((left, right): (f32, f32), noise: f32) -> bool {
     let unknown = left <= 0.0 || right <= 0.0;
     unknown || (left <= right * noise && right <= left * noise)
@@ -233,7 +235,7 @@ fn float(number: u32) -> f32 {
 /// The source of random numbers.
 #[derive(Debug)]
 enum Rng {
-    /// A generator per thread, so that callers share no state.
+    /// One generator per thread, so that callers share no state.
     Thread,
     /// One sequence for the channel, so that picks are reproducible.
     Seeded(AtomicU64),
@@ -244,7 +246,7 @@ impl Rng {
         match self {
             Self::Thread => fastrand::u64(..),
             Self::Seeded(state) => {
-                // SplitMix64: the state is only a counter, so callers share nothing but one atomic addition.
+                // SplitMix64: the state is only a counter, so one atomic addition is enough to share it between callers.
                 let mut word = state.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
                 word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
                 word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -254,15 +256,16 @@ impl Rng {
     }
 }
 
-/// Number of draws, or of turns in round robin, before the scan.
+/// Maximum number of draws (in round robin: of turns) before the scan.
 const DRAWS: usize = 4;
-/// Number of slots that are scanned after the draws, for a call that has not waited yet.
+/// Maximum number of slots that are scanned after the draws, for a call that has not waited yet.
 pub(crate) const SCAN_LIMIT: usize = 128;
-/// Latencies of endpoints with equal weights are alike if they differ by less than this factor.
+/// Latencies of endpoints with equal weights are alike if they differ by at most this factor.
 const LATENCY_NOISE: f32 = 1.25;
 /// The same factor for endpoints of different weights.
 const LATENCY_NOISE_UNEQUAL_WEIGHTS: f32 = 4.0;
-/// Between endpoints of different weights and similar latency, a load of this many times the other load is worse by far.
+/// Between endpoints of different weights and similar latency, an endpoint is worse by far if its load is more than this many times the
+/// load that the other one has with one more call.
 const IMBALANCE: f32 = 2.0;
 
 #[cfg(test)]
@@ -320,7 +323,7 @@ mod tests {
         (all, builder.freeze())
     }
 
-    /// Makes calls one after the other, each of which ends before the next. Returns the share of each endpoint.
+    /// Makes calls one after the other. Each call ends before the next one starts. Returns the share of each endpoint.
     fn shares(picker: &Picker, fakes: &[Arc<Fake>], set: &ReadySet<Arc<Fake>>) -> Vec<f64> {
         const CALLS: u32 = 40_000;
         for _ in 0..CALLS {
@@ -349,7 +352,7 @@ mod tests {
     #[test]
     fn equal_endpoints_get_equal_shares_from_a_single_caller() {
         for policy in POLICIES {
-            // Latencies that differ no more than measurements of equal servers.
+            // These latencies differ no more than measurements of equal servers do.
             let (fakes, set) = set([(100.0, 1, 9), (110.0, 1, 9), (95.0, 1, 9), (102.0, 1, 9)]);
             let picker = Picker::new(policy, Some(7));
             assert_near(&shares(&picker, &fakes, &set), &[0.25; 4]);

@@ -12,8 +12,8 @@ use super::load::{Load, LoadHandle, Ticks};
 use super::picker::Candidate;
 use crate::transport::http2::Connection;
 
-/// One open connection to an endpoint. The connection is in the ready set, or waits for its first health status, or takes no calls for now,
-/// or was removed from the set while calls still use it, or is a private connection.
+/// One open connection to an endpoint. Usually the connection is in the ready set. A connection outside the set waits for its first health
+/// status, takes no calls for now, was removed while calls still use it, or is private to one call.
 #[derive(Debug)]
 pub(crate) struct ReadyConnection {
     load: LoadHandle,
@@ -24,12 +24,12 @@ pub(crate) struct ReadyConnection {
     waiters: Arc<dyn Queue>,
     /// The start of the channel. The times in the load estimate are relative to it.
     epoch: Instant,
-    /// Whether the connection is in the set that calls pick from. Only then may waiters get a permit on it.
+    /// Whether the connection is in the set that calls pick from. While it is not, no waiter gets a permit on it.
     takes_calls: AtomicBool,
     used: Arc<ConnectionUse>,
 }
 
-/// The wait queue, as connections use it.
+/// The functions of the wait queue that a connection calls.
 pub(super) trait Queue: Debug + Send + Sync {
     /// Releases the stream of a call: hands it to the first waiter that can use it, or else makes it free for any call.
     fn release(&self, connection: &Arc<ReadyConnection>);
@@ -65,7 +65,7 @@ impl ConnectionUse {
     }
 }
 
-/// Sets a flag. The flag is stored only if it changes, because all calls read this cache line.
+/// Sets a flag. Stores it only if it changes: all calls read this cache line, and each store would slow down the reads of other threads.
 fn set(flag: &AtomicBool) {
     if !flag.load(Ordering::Relaxed) {
         flag.store(true, Ordering::Relaxed);
@@ -109,7 +109,7 @@ impl ReadyConnection {
         &self.http2
     }
 
-    /// Converts a time to the unit of the estimate.
+    /// Converts a time to the unit of the load estimate.
     pub(super) fn ticks(&self, now: Instant) -> Ticks {
         Ticks::at(now, self.epoch)
     }
@@ -148,13 +148,13 @@ impl ReadyConnection {
         self.http2.bytes_read()
     }
 
-    /// Adopts the peer's current limit on concurrent calls.
+    /// Adopts the peer's current limit on concurrent streams.
     pub(super) fn update_stream_limit(&self) {
         self.load.set_limit(self.http2.max_streams());
     }
 
-    /// Records a failed call or stream whose failure only the caller can detect. `silent_since` is set if a response is overdue. If nothing
-    /// was read since that time, a PING checks the connection.
+    /// Records a failure that only the caller can detect: of a call, or of a stream that the call opened. `silent_since` is set if a
+    /// response is overdue. If nothing was read from the connection since then, a PING checks the connection.
     pub(crate) fn on_reported_failure(&self, now: Instant, silent_since: Option<Instant>) {
         self.load.on_failure(Duration::ZERO, self.ticks(now));
         if let Some(then) = silent_since {
@@ -168,7 +168,7 @@ impl ReadyConnection {
     }
 }
 
-/// An entry of the ready set. It holds a handle to the load, so that a pick reads no other data of a connection that it does not choose.
+/// An entry of the ready set. It has its own handle to the load, so to compare connections, a pick reads only their loads.
 #[derive(Clone, Debug)]
 pub(crate) struct ReadyEntry {
     connection: Arc<ReadyConnection>,

@@ -16,7 +16,7 @@ pub(crate) struct ReadySet<M> {
     len: usize,
     /// Draws a chunk by its weight; `None` if all connections have the same weight.
     alias: Option<Alias>,
-    /// The order of turns; `None` if it is the order of the slots.
+    /// The order of turns. `None` if all weights are equal, so that turns follow the order of the slots, or if the policy takes no turns.
     rotation: Option<Rotation>,
 }
 
@@ -71,7 +71,7 @@ impl<M> ReadySet<M> {
         self.get(index)
     }
 
-    /// Draws the index of a slot by weight, from two random words.
+    /// Draws the index of a slot by weight, with two random words: `outer` draws the chunk, and `inner` draws the slot in the chunk.
     pub(crate) fn draw(&self, outer: u64, inner: u64) -> Option<usize> {
         let Some(alias) = &self.alias else {
             return Some(random_below(outer, self.len));
@@ -107,7 +107,7 @@ struct Alias(Box<[Column]>);
 
 #[derive(Clone, Copy, Debug)]
 struct Column {
-    /// A random number below this limit selects the column itself.
+    /// A random number below this limit selects the index of the column itself.
     keep: u32,
     /// Any other random number selects this index.
     other: u32,
@@ -137,7 +137,8 @@ impl Alias {
                 large.push(index);
             }
         }
-        // Columns that remain in either list have a whole share, apart from rounding errors.
+        // The loop ends when one of the lists is empty. The columns that remain in the other list have a share of one, apart from rounding
+        // errors, and always select themselves.
         while let (Some(&poor), Some(&rich)) = (small.last(), large.last()) {
             small.pop();
             columns[poor] = Column {
@@ -169,14 +170,15 @@ pub(crate) struct ReadySetBuilder<K, M> {
     indexes: HashMap<K, usize>,
     /// Number of slots for each weight.
     weights: BTreeMap<u32, usize>,
-    /// The slots ordered by weight; `None` unless picks are made in turn.
+    /// The slots ordered by weight; `None` if the policy takes no turns.
     ranking: Option<Ranking>,
     chunks: Vec<Chunk<M>>,
     stale: BTreeSet<usize>,
 }
 
 impl<K, M> ReadySetBuilder<K, M> {
-    /// Creates an empty builder. Its sets have a rotation by weight only if `takes_turns`, since other policies do not use one.
+    /// Creates an empty builder. Its sets have a rotation by weight only if `takes_turns` is true, because only weighted round robin uses
+    /// one.
     pub(crate) fn new(takes_turns: bool) -> Self {
         Self {
             slots: Vec::new(),
@@ -303,7 +305,7 @@ impl<M: Clone> Chunk<M> {
     }
 }
 
-/// Slots per chunk. A change copies this many slots, plus one reference for each chunk.
+/// Number of slots in a chunk. A change copies the slots of each chunk that it touches, and the references to all other chunks.
 const CHUNK: usize = 64;
 
 #[cfg(test)]

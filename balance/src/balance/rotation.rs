@@ -1,13 +1,16 @@
 //! Weighted round robin: maps the number of a turn to a slot of the ready set.
 //!
-//! The mapping is a pure function of that number. Callers share only a counter, and each number is used once, so the shares do not depend
-//! on the number of threads that pick.
+//! The slot of a turn depends only on the number of the turn. Callers share only a counter, and each number is used once, so the shares of
+//! the slots do not depend on how many threads pick.
 //!
-//! A small set gets a *schedule*: one period, computed in advance, in which each slot appears in proportion to its weight and as evenly
-//! spaced as possible. For a large set, or for weights without a common factor, the period would be too long to store. Such a set is a
-//! *line* on which each slot covers a segment as long as its weight. Turn `n` selects the point at the fractional part of `n` times the
-//! golden ratio. Each new point falls into one of the largest gaps between the earlier points. So over any run of turns, each segment and
-//! each run of adjacent segments is selected in proportion to its length, to within about three turns.
+//! A small set gets a *schedule*: a list of slots that is computed in advance and repeated. One pass through the list is a period. In a
+//! period, each slot appears in proportion to its weight, and as evenly spaced as possible. For a large set, or for large weights without a
+//! common factor, the period would be too long to store.
+//!
+//! Such a set gets a *line* instead, on which each slot covers a segment as long as its weight. Turn `n` selects the segment at one point
+//! of the line: the fractional part of `n` times the golden ratio, as a fraction of the line. Each new point falls into one of the largest
+//! gaps between the earlier points. So in any sequence of turns, each segment is selected in proportion to its length, to within about
+//! three turns. The same holds for any group of adjacent segments.
 
 use std::sync::Arc;
 
@@ -32,9 +35,9 @@ impl Rotation {
     }
 }
 
-/// The slots of a set in the order of their weights, from which the next rotation is built.
+/// The slots of a set, ordered by weight. The next rotation is built from this list.
 ///
-/// The list is divided into pieces that successive rotations share. Adding or removing a slot rebuilds two or three pieces and the list of
+/// The list is divided into pieces that successive rotations share. Adding or removing a slot rebuilds only a few pieces and the list of
 /// pieces. With 10 000 slots, this rebuild takes 10 microseconds. Building the whole line again would take more than 100 microseconds.
 #[derive(Debug, Default)]
 pub(super) struct Ranking {
@@ -47,7 +50,7 @@ pub(super) struct Ranking {
 struct Piece {
     /// Weight and index of each slot, sorted. Never empty.
     slots: Vec<(u32, u32)>,
-    /// `None` if the slots have changed since the last rotation.
+    /// The segments of these slots on the line. `None` if the slots have changed since the segments were last built.
     segments: Option<Segments<u32>>,
 }
 
@@ -61,7 +64,7 @@ impl Piece {
 }
 
 impl Ranking {
-    /// Adds a slot. Its weight is at least 1.
+    /// Adds a slot. The weight must be at least 1.
     pub(super) fn insert(&mut self, weight: u32, index: usize) {
         let slot = slot(weight, index);
         self.len += 1;
@@ -118,7 +121,7 @@ impl Ranking {
             .map_or_else(|| Rotation::Line(self.line()), Rotation::Schedule)
     }
 
-    /// Returns a schedule, if it is cheap to compute.
+    /// Returns a schedule, or `None` if it would be too expensive to compute.
     fn schedule(&self) -> Option<Box<[u32]>> {
         if self.len * self.len > MAX_STEPS {
             return None;
@@ -152,10 +155,11 @@ fn gcd(a: u32, b: u32) -> u32 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Computes a period by earliest deadline first. For a slot of share `s`, turn `k` is due between `k / s` and `(k + 1) / s`. Of the slots
-/// that are due, the slot whose interval ends first gets the next turn. This keeps each slot less than one turn from its share at any time.
+/// Computes a period by earliest deadline first. A slot whose share of the turns is `s` must get its own turn number `k` in the interval
+/// from `k / s` to `(k + 1) / s`. A slot is due while such an interval has begun and has had no turn. Of the slots that are due, the slot
+/// whose interval ends first gets the next turn. This keeps each slot less than one turn from its share at any time.
 fn schedule(slots: &[&(u32, u32)], unit: u32) -> Box<[u32]> {
-    // `MAX_STEPS` bounds the sum of the weights, and so all products below.
+    // `MAX_STEPS` limits the sum of the weights, so no product below overflows.
     let weights = slots.iter().map(|(weight, _)| i64::from(weight / unit));
     let weights: Vec<_> = weights.collect();
     let turns: i64 = weights.iter().sum();
@@ -165,10 +169,10 @@ fn schedule(slots: &[&(u32, u32)], unit: u32) -> Box<[u32]> {
         let mut next = None;
         for (index, weight) in weights.iter().enumerate() {
             owed[index] += weight;
-            // The interval ends after `left / weight` turns.
+            // The current interval of the slot ends after `left / weight` turns.
             let left = turns - owed[index];
-            // On a tie, the slot with the larger weight gets the turn, since its following interval ends earlier. The slots are sorted by
-            // weight, so this is the later slot.
+            // If two intervals end at the same time, the slot with the larger weight gets the turn, because its following interval ends
+            // earlier. The slots are sorted by weight, so this is the later slot in the list.
             let is_first = |(_, first, of)| left * of <= first * weight;
             if owed[index] > 0 && next.is_none_or(is_first) {
                 next = Some((index, left, weight));
@@ -181,8 +185,8 @@ fn schedule(slots: &[&(u32, u32)], unit: u32) -> Box<[u32]> {
     (0..turns).map(next).collect()
 }
 
-/// A line of segments as long as the weights. Slots of similar weight are adjacent, so that the share of a whole class of weights is as
-/// exact as the share of a single slot.
+/// A line with one segment per slot, as long as the slot's weight. Slots of similar weight are adjacent, so that together they get their
+/// share as exactly as a single slot.
 #[derive(Debug)]
 pub(super) struct Line(Segments<Segments<u32>>);
 
@@ -197,13 +201,14 @@ impl Line {
     }
 }
 
-/// Adjacent segments. A lookup by a random point takes constant time.
+/// Adjacent segments. The lookup of a random point takes constant time on average.
 #[derive(Clone, Debug)]
 struct Segments<T> {
     list: Arc<[Segment<T>]>,
-    /// For each bucket of the line, the first segment that reaches into it. The last entry is the last segment.
+    /// The line is divided into buckets of equal length. Contains, for each bucket, the index of the first segment that reaches into it.
+    /// The last entry is the index of the last segment.
     guide: Arc<[u32]>,
-    /// The length of a bucket, as a power of two.
+    /// The length of a bucket is `1 << shift`.
     shift: u32,
 }
 
@@ -250,7 +255,7 @@ impl<T: Clone> Segments<T> {
         let bucket = usize::try_from(point >> self.shift).ok()?;
         let (first, last) = (*self.guide.get(bucket)?, *self.guide.get(bucket + 1)?);
         let (first, last) = (first as usize, last as usize);
-        // A binary search, since many short segments can be in one bucket.
+        // A binary search, because one bucket can contain many short segments.
         let before = self.list.get(first..last)?;
         let index = first + before.partition_point(|segment| segment.end <= point);
         let start = index.checked_sub(1).and_then(|index| self.list.get(index));
@@ -259,9 +264,10 @@ impl<T: Clone> Segments<T> {
     }
 }
 
-/// The fractional part of the golden ratio, in units of 2^-64. The multiples of no other number are spread as evenly.
+/// The fractional part of the golden ratio, in units of 2^-64. The fractional parts of its multiples are spread more evenly than those of
+/// any other number.
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
-/// Limit on the product of turns and slots of a schedule. A schedule at this limit takes 25 microseconds to compute, for each new set.
+/// Limit on the product of turns and slots of a schedule. A schedule is computed for each new set. At this limit, it takes 25 microseconds.
 const MAX_STEPS: usize = 1 << 13;
 /// Maximum number of slots in a piece.
 const PIECE: usize = 128;
@@ -309,7 +315,7 @@ mod tests {
         prop_oneof![1..10_u32, 1..1_000_u32, 1..100_000_u32, 1..=u32::MAX]
     }
 
-    /// Limit on the difference between the turns of a slot on a line and its share.
+    /// Limit on the difference between the number of turns that a slot on a line gets and the number that it should get.
     const LINE: f64 = 4.0;
 
     proptest! {

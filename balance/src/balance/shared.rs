@@ -27,7 +27,8 @@ pub(crate) struct Shared {
     pub(super) published: ArcSwap<Published>,
     /// Wakes the calls that wait for a connection, after each published set.
     pub(super) changed: Notify,
-    /// Wakes the driver: a call waits, has given up a connection, or has reported a fault.
+    /// Wakes the driver when a call waits, has given up a connection, has found a connection dead, or has reported a response that is not
+    /// gRPC.
     pub(super) demand: Notify,
     /// Connections that calls have given up and that the driver has not removed from the set yet.
     given_up: Mutex<Vec<Arc<ReadyConnection>>>,
@@ -36,11 +37,12 @@ pub(crate) struct Shared {
     pub(super) directory: Mutex<HashMap<Address, Arc<Endpoint>>>,
     /// Dials the private connections, which carry one call each.
     connector: Arc<Connector>,
-    /// Whether a call has found a connection dead after a silence. Other connections may be dead as well.
+    /// Whether a call has found a connection dead after a silence. Other connections may be dead as well, so the driver then checks those
+    /// that were silent for long.
     found_dead: AtomicBool,
-    /// Whether a call waits for a connection.
+    /// Whether a call has begun to wait since the driver last read this flag.
     call_waits: AtomicBool,
-    /// Why no more calls are made.
+    /// The reason why the channel makes no more calls, once it has ended.
     ended: OnceLock<Arc<str>>,
     /// Endpoints that calls have reported because their responses are not gRPC.
     not_grpc: Mutex<Vec<Arc<Endpoint>>>,
@@ -68,13 +70,13 @@ impl Shared {
 
     /// Picks a `usable` connection and returns a permit on it.
     ///
-    /// The permit refers to the connection and not to an index of the set. Whatever the driver removes between the pick and the send, the
-    /// call cannot reach a different endpoint.
+    /// The permit refers to the connection and not to an index of the set. So the call cannot reach a different endpoint, even if the
+    /// driver replaces the set between the pick and the send.
     pub(crate) fn pick(&self, usable: impl Fn(&Arc<ReadyConnection>) -> bool) -> Pick<Permit> {
         self.snapshot(SCAN_LIMIT).pick(usable)
     }
 
-    /// Returns the published state. If the drawn connections cannot take the call, a pick scans at most `scan_limit` slots.
+    /// Returns the published state. If the connections that a pick draws cannot take the call, the pick scans at most `scan_limit` slots.
     pub(crate) fn snapshot(&self, scan_limit: usize) -> Snapshot<'_> {
         Snapshot {
             picker: &self.picker,
@@ -101,21 +103,21 @@ impl Shared {
         &self.waiters
     }
 
-    /// Wakes the driver because a call waits. The driver adds a connection to endpoints whose streams are all in use, and dials resting
-    /// connections.
+    /// Wakes the driver because a call waits. The driver adds a connection to each endpoint whose streams are all in use, and dials resting
+    /// subchannels.
     pub(crate) fn demand(&self) {
         self.call_waits.store(true, Ordering::Relaxed);
         self.demand.notify_one();
     }
 
-    /// Makes the driver check the connections that were silent for long.
+    /// Makes the driver check the connections that were silent for long, because a call has found one of them dead.
     pub(crate) fn check_silent(&self) {
         self.found_dead.store(true, Ordering::Relaxed);
         self.demand.notify_one();
     }
 
-    /// Records a response that was not gRPC. After a few such responses in a row, or after a single one on probation, the driver puts the
-    /// endpoint in quarantine.
+    /// Records a response that was not gRPC. After [`MAX_NOT_GRPC`] such responses in a row, the driver puts the endpoint in quarantine. If
+    /// no response of the endpoint was gRPC since its last quarantine, the next such response is enough.
     #[cold]
     pub(crate) fn on_not_grpc(
         &self,
@@ -139,7 +141,7 @@ impl Shared {
         self.not_grpc.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns whether a call has waited for a connection since this function was last called.
+    /// Returns whether a call has begun to wait since this function was last called.
     pub(super) fn take_call_waits(&self) -> bool {
         self.call_waits.swap(false, Ordering::Relaxed)
     }
@@ -179,7 +181,7 @@ impl Shared {
     }
 
     /// Makes the driver replace a connection by a new one to the same endpoint. Calls on the old connection finish.
-    /// [`given_up`](Self::given_up) contains the connection at once, since the driver removes it from the ready set only later.
+    /// [`given_up`](Self::given_up) returns the connection from now on, because the driver removes it from the ready set only later.
     pub(crate) fn give_up(&self, connection: &Arc<ReadyConnection>) {
         self.lock_given_up().push(Arc::clone(connection));
         self.demand.notify_one();
@@ -217,8 +219,8 @@ impl Shared {
 
     /// Ends the channel: waiting calls and all later calls fail with this reason.
     pub(super) fn end(&self, why: &str, summary: &Summary) {
-        // Keeps the first reason. `Balancer::end` sets the reason of an invalid channel and then aborts the driver, which calls this
-        // function again when it is dropped.
+        // Keeps the first reason. `Balancer::end` sets the reason of an invalid channel and then aborts the driver, and the driver calls
+        // this function again when it is dropped.
         if self.ended.set(why.into()).is_err() {
             return;
         }
@@ -233,10 +235,10 @@ impl Shared {
         self.changed.notify_waiters();
     }
 
-    /// Removes an endpoint from the reported endpoints.
+    /// Removes an endpoint from the directory, whose endpoints [`endpoints`](Self::endpoints) reports.
     pub(super) fn forget(&self, endpoint: &Arc<Endpoint>) {
         let mut directory = self.directory();
-        // If the address was registered again, the directory contains another endpoint.
+        // If the address was registered again, the directory contains a new endpoint for it, which must stay.
         if directory
             .get(endpoint.address())
             .is_some_and(|known| Arc::ptr_eq(known, endpoint))
@@ -289,6 +291,6 @@ impl Snapshot<'_> {
     }
 }
 
-/// Number of consecutive responses that are not gRPC, after which an endpoint no longer counts as a gRPC server. A single such response may
-/// be sent by a proxy while the server behind it restarts.
+/// Number of consecutive responses that are not gRPC, after which an endpoint no longer counts as a gRPC server. A single such response is
+/// not enough, because a proxy may send it while the server behind it restarts.
 const MAX_NOT_GRPC: u32 = 3;

@@ -26,8 +26,8 @@ pub(crate) struct Waiters {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Exclusions {
     pub(crate) connections: Vec<Arc<ReadyConnection>>,
-    /// Connections that did not answer a check, with the number of bytes read from each at that time. A connection is usable again after it
-    /// has read more bytes.
+    /// Connections that did not answer a check, with the number of bytes that were read from each before the check. A connection is usable
+    /// again after more bytes were read from it.
     pub(crate) silent: Vec<(Arc<ReadyConnection>, u64)>,
     pub(crate) endpoints: Vec<Address>,
 }
@@ -158,7 +158,8 @@ impl Queue for Waiters {
             return;
         }
         connection.load().release();
-        // A call that joined after `joined` was read may have searched the set before this stream was released.
+        // A call that joined the queue after `joined` was read may have searched the set before this stream was released. The stream is
+        // offered to that call.
         if self.waiting() > 0 && self.joined.load(Ordering::SeqCst) != joined {
             self.offer(connection);
         }
@@ -174,7 +175,8 @@ impl Queue for Waiters {
                 continue;
             }
             connection.load().release();
-            // A call that joined in between may have searched the set while this stream was reserved.
+            // A call that joined the queue in the meantime may have searched the set while this stream was reserved. The stream is then
+            // offered once more.
             if self.joined.load(Ordering::SeqCst) == joined {
                 return;
             }
@@ -182,7 +184,8 @@ impl Queue for Waiters {
     }
 }
 
-/// A call in the wait queue. Dropping it removes the call from the queue, and hands on a permit that the call was given but has not taken.
+/// A call in the wait queue. Dropping it ends the wait. If the call was given a permit and has not taken it, the permit's stream is
+/// released to the next waiter.
 #[derive(Debug)]
 pub(crate) struct Waiting {
     waiters: Arc<Waiters>,
@@ -219,11 +222,11 @@ impl Waiting {
 impl Drop for Waiting {
     fn drop(&mut self) {
         self.waiters.waiting.fetch_sub(1, Ordering::SeqCst);
-        // The permit is dropped after the lock is released. Its stream is then handed to the next waiter.
+        // A permit in `handover` is dropped only after the lock is released, because its drop hands the stream to the next waiter.
         let handover = std::mem::replace(&mut *self.waiter.lock(), Handover::Done);
         drop(handover);
     }
 }
 
-/// The queue is cleaned up when its stale entries outnumber the waiting calls by more than this.
+/// Stale entries of the queue are removed when they outnumber the waiting calls by more than this number.
 const MAX_STALE: usize = 64;

@@ -11,8 +11,8 @@
 //! ```
 //!
 //! The end of a connection does not show that its server has failed, so a connection that served a call is dialled again at once. Unlike in
-//! gRPC, a connection that is merely ready does not reset the backoff: it must also serve a call or last for a while. Otherwise a server
-//! that answers one PING and closes the connection would be dialled in a tight loop.
+//! gRPC, a connection that is merely ready does not reset the backoff: the connection must also serve a call, or last for [`MIN_LIFETIME`].
+//! Otherwise a server that answers one PING and closes the connection would be dialled in a tight loop.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -30,16 +30,16 @@ pub(super) struct Subchannel<S> {
     backoff: ConnectBackoff,
     /// The backoff between connections that end while no call needs them.
     rest_backoff: ConnectBackoff,
-    /// Consecutive attempts that did not yield a connection.
+    /// Number of consecutive dials that failed.
     failed: usize,
-    /// Consecutive connections that were closed without serving a call although calls needed them. `last_use` belongs to the latest of
-    /// these connections: if a call on it is answered later, the series ends.
+    /// Number of consecutive connections that were closed gracefully without serving a call, although calls needed them. `last_use` belongs
+    /// to the latest of these connections. If a call on that connection is answered after its close, the count starts again.
     unserved: u32,
     last_use: Option<Arc<ConnectionUse>>,
-    /// Set by a failure, and cleared by a connection that is ready. It stays set between two attempts: otherwise calls would wait forever
-    /// for an endpoint that is down.
+    /// Set by a failure, and cleared when a connection is ready. It stays set during the backoff and the next dial. Otherwise each dial
+    /// would make calls wait for an endpoint that is down.
     failing: bool,
-    /// Whether the one immediate redial after an early loss was used.
+    /// Whether the one immediate redial that is allowed after early losses was used.
     redialled_immediately: bool,
     /// Whether calls wait for the next connection.
     wanted: bool,
@@ -57,7 +57,7 @@ pub(super) struct Connecting {
     dial: StopOnDrop,
 }
 
-/// Connected, and the peer has answered.
+/// Connected, and the peer has answered the first PING.
 #[derive(Debug)]
 pub(super) struct Ready {
     started: Instant,
@@ -75,13 +75,13 @@ pub(super) struct Resting {
     until: Instant,
 }
 
-/// Whether the peer of an open connection has stopped answering.
+/// Whether the peer of an open connection seems to have stopped answering.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Silence {
     None,
-    /// No byte was read in time.
+    /// No byte was read in time, and no PING was permitted.
     Doubtful,
-    /// The peer did not answer a PING.
+    /// No byte was read in time after a PING.
     Stalled,
 }
 
@@ -91,8 +91,8 @@ pub(super) struct TransientFailure {
     until: Instant,
 }
 
-/// Takes no more calls: the endpoint was removed, or the connection was replaced or is no longer needed. This state exists until the last
-/// call on the connection ends.
+/// Takes no more calls, because the endpoint was removed, or because the connection was replaced or is no longer needed. The state lasts
+/// until the last call on the connection ends.
 #[derive(Debug)]
 pub(super) struct Draining {
     connection: Weak<ReadyConnection>,
@@ -113,7 +113,7 @@ impl<S> Subchannel<S> {
         self.failing
     }
 
-    /// Returns the number of consecutive attempts that did not yield a connection.
+    /// Returns the number of consecutive dials that failed.
     pub(super) fn failed_attempts(&self) -> usize {
         self.failed
     }
@@ -132,7 +132,8 @@ impl<S> Subchannel<S> {
         }
     }
 
-    /// Discards all observations of earlier connections. Called for a fresh registration, and after a connection has served a call.
+    /// Discards the observations of earlier connections. Called when the endpoint was registered again, and after a connection has served a
+    /// call.
     fn forget(&mut self) {
         self.backoff.reset();
         self.rest_backoff.reset();
@@ -202,7 +203,8 @@ impl Subchannel<Connecting> {
     ) -> Subchannel<TransientFailure> {
         self.failing = true;
         self.failed += 1;
-        // The backoff document measures the wait from the start of the attempt, so the duration of the failed dial is part of the wait.
+        // gRPC's connection backoff document measures the wait from the start of the attempt, so the duration of the failed dial is part of
+        // the wait.
         let until = self.state.started + self.backoff.next(rng);
         self.into_state(TransientFailure {
             until: until.max(now),
@@ -269,8 +271,8 @@ impl Subchannel<Ready> {
         self.state.health = Health::Serving;
     }
 
-    /// Handles the end of the connection. Two facts are recorded separately: whether the peer can be reached, which controls the backoff,
-    /// and whether calls could use the connection.
+    /// Handles the end of the connection. Records separately whether the connection lasted, which resets the backoff, and whether it served
+    /// the calls that needed it.
     pub(super) fn lost(self, ending: Ending, rng: &mut fastrand::Rng, now: Instant) -> Lost {
         let started = self.state.started;
         self.ended(started, ending, rng, now)
@@ -299,7 +301,7 @@ impl<S> Subchannel<S> {
             self.unserved = 0;
         }
         let lasted = now.saturating_duration_since(started) >= MIN_LIFETIME;
-        // If a connection lasted without a call, no call needed it.
+        // If the connection lasted without a call, no call needed it after all.
         let wanted = ending.used.is_sent() || (self.wanted && !lasted);
         if lasted {
             self.backoff.reset();
@@ -344,7 +346,7 @@ impl Subchannel<Resting> {
         self.state.until
     }
 
-    /// Ends the rest. `wanted`: whether a call waits for the connection.
+    /// Ends the rest. `wanted` is true if a call waits for the connection.
     pub(super) fn wake(mut self, wanted: bool) -> Subchannel<Idle> {
         self.wanted = wanted;
         self.into_state(Idle)
@@ -375,10 +377,10 @@ impl Subchannel<Draining> {
     }
 }
 
-/// A connection that lived this long counts as successful even if no call used it.
+/// A connection that lived this long since the start of its dial counts as successful, even if no call used it.
 const MIN_LIFETIME: Duration = Duration::from_secs(1);
-/// The endpoint counts as failing after this many consecutive connections that were closed without serving any of the calls that needed
-/// them.
+/// The endpoint counts as failing after this many consecutive connections that were closed gracefully without serving any of the calls that
+/// needed them.
 const MAX_UNSERVED: u32 = 5;
 
 #[cfg(test)]

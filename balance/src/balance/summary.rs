@@ -1,17 +1,17 @@
-//! The state of the set of endpoints, as calls see it.
+//! A summary of the state of all endpoints, for calls.
 
 use std::sync::Arc;
 
 use crate::address::Address;
 
-/// The state of the set of endpoints, for error messages and for calls that wait.
+/// A summary of the state of all endpoints, for error messages and for calls that wait.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Summary {
-    /// Whether the set of endpoints is known: the first list was received.
+    /// Whether the set of endpoints is known, because the source has reported its first list.
     pub(crate) known: bool,
     pub(crate) endpoints: usize,
     pub(crate) ready: usize,
-    /// Endpoints that are neither ready nor failing: they may become ready at any moment.
+    /// Number of endpoints that are neither ready nor failing. They may become ready at any moment.
     pub(crate) pending: usize,
     /// Why the channel makes no more calls, or why it never made one.
     pub(crate) ended: Option<Arc<str>>,

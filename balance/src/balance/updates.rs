@@ -1,4 +1,4 @@
-//! The stream of changes. It is read in batches, and a panic in it is caught.
+//! Reads the stream of changes in batches, and catches a panic of the stream.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
@@ -10,7 +10,7 @@ use tokio_stream::Stream;
 pub(crate) struct Updates<S> {
     changes: Option<Pin<Box<S>>>,
     known: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
-    /// Whether `known` has completed, and the changes that were ready at that time are still being read.
+    /// True from the completion of `known` until the changes that were ready at that time have been read.
     settling: bool,
 }
 
@@ -102,7 +102,7 @@ impl<S: Stream> Updates<S> {
     }
 }
 
-/// Maximum number of changes per batch, so that the driver also handles its connections.
+/// Maximum number of changes in a batch. The limit lets the driver handle its connections between two batches.
 const BATCH: usize = 1024;
 
 #[cfg(test)]

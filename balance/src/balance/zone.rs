@@ -1,10 +1,11 @@
-//! Zone preference: computes a factor for the weights of each zone, for callers in one of the zones. Performs no I/O.
+//! Zone preference: computes, for the callers in one zone, a factor by which the weights of the endpoints in each zone are multiplied.
+//! Performs no I/O.
 //!
-//! The computation assumes that callers are spread evenly over the zones. The callers of each zone then make `1 / zones` of all calls. This
-//! fraction is the *demand* of a zone. The *part* of a zone is its share of all weights, and so the share of all calls that its endpoints
-//! can take. If the part of a zone is at least its demand, the zone serves all its own callers. A smaller zone serves as many of its
-//! callers as it can. Their remaining calls are sent to zones with spare capacity, in proportion to that capacity. So no endpoint gets more
-//! calls than its share by weight, even in a small zone, and as few calls as possible leave their zone.
+//! The computation assumes that callers are spread evenly over the zones. With `n` zones, the callers of each zone then make `1 / n` of all
+//! calls. This fraction is the *demand* of a zone. The *part* of a zone is its share of all weights, and so the share of all calls that its
+//! endpoints can take. If the part of a zone is at least its demand, the zone serves all calls of its own callers. A zone with a smaller
+//! part serves as many of their calls as it can. The remaining calls are sent to zones with spare capacity, in proportion to that capacity.
+//! So as few calls as possible leave their zone, and no endpoint gets more calls than its share by weight, even in a small zone.
 
 use std::collections::BTreeMap;
 
@@ -22,7 +23,7 @@ pub(super) fn factors(own: &str, weights: &Zones<u64>) -> Zones<u32> {
     let part = |weight: &u64| float(*weight) / total;
     let own_part = weights.get(own).map_or(0.0, part);
     if own_part <= 0.0 {
-        // No endpoint is in the zone of the caller, so all zones count the same.
+        // No endpoint in the zone of the caller can take calls, so all zones get the same factor.
         return weights
             .keys()
             .map(|zone| (zone.clone(), MAX_FACTOR))
@@ -31,7 +32,7 @@ pub(super) fn factors(own: &str, weights: &Zones<u64>) -> Zones<u32> {
     let kept = (own_part / demand).min(1.0);
     let spare = |weight: &u64| (part(weight) - demand).max(0.0);
     let all_spare: f64 = weights.values().map(spare).sum();
-    // Calls per unit of weight.
+    // The share of the caller's calls that each unit of weight in a zone gets.
     let density = |zone: &str, weight: &u64| {
         if zone == own {
             kept / own_part
@@ -58,8 +59,8 @@ pub(super) fn factors(own: &str, weights: &Zones<u64>) -> Zones<u32> {
         .collect()
 }
 
-/// The factor of the zone that is used most. The smallest factor is a thousandth of this one. So endpoints in other zones still get a few
-/// calls, and the latency of these endpoints is measured.
+/// The factor of the zone that is used most. The smallest factor is 1, a thousandth of this one. So endpoints in other zones still get a
+/// few calls, which measure their latency.
 pub(super) const MAX_FACTOR: u32 = 1_000;
 
 #[cfg(test)]
@@ -121,7 +122,8 @@ mod tests {
             }
             for (zone, load) in load.iter().enumerate() {
                 let fair = weights[zone] as f64 / total;
-                // The tolerance of a fifth is for the smallest factor, which adds up where one zone is a hundred times as large as another.
+                // The tolerance of a fifth is for the calls that the smallest factor sends to other zones. They add up if one zone is a
+                // hundred times as large as another.
                 prop_assert!(*load <= fair * 1.2 + 0.001, "{weights:?}: {load} of {fair}");
             }
         }

@@ -1,4 +1,4 @@
-//! The result of a call for its caller: the response, or the error in its head.
+//! Converts the head of the final response to the result of the call: a response, or an error.
 
 use std::sync::Arc;
 
@@ -71,7 +71,7 @@ pub(super) fn failed(
         .unwrap_or_else(|| status::missing_trailers(&core.service, address))
 }
 
-/// Records a response head as a success or a failure of its endpoint. Does nothing if the head was already recorded, so that each response
+/// Records a response head as a success or a failure of the endpoint. Does nothing if the head was already recorded, so that each response
 /// counts once.
 pub(super) fn record_head<T>(
     core: &Core,

@@ -24,16 +24,16 @@ pub(super) struct Attempt {
 /// The position of an attempt in its call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Try {
-    /// The first send, without a wait before it: the timeout in the headers still equals the remaining time.
+    /// The first send, without a wait before it. The timeout in the headers still equals the remaining time, so it is not rewritten.
     First,
-    /// A send after a wait or after another send: the timeout in the headers is rewritten. `previous` counts the earlier attempts that the
-    /// server may have received.
+    /// A send after a wait or after another send. The timeout in the headers is replaced with the remaining time. `previous` is the number
+    /// of earlier attempts, which a server may have received.
     Later { previous: u32 },
 }
 
 impl Attempt {
-    /// Sends the request on the connection of `permit`. Returns [`Unsent`] if the connection does not accept the request. A caller does not
-    /// yield between its last check of the connection and this function, because the result of the check could be outdated after that.
+    /// Sends the request on the connection of `permit`. Returns [`Unsent`] if the connection does not accept the request. The caller must
+    /// not yield between its last check of the connection and this function. After a yield, the result of the check could be outdated.
     pub(super) fn start(
         core: &Core,
         call: &mut Call,
@@ -89,8 +89,8 @@ pub(super) struct Unsent {
 }
 
 impl Unsent {
-    /// Returns the body for another send, and excludes this connection from later picks. Returns an error if the request is malformed,
-    /// because every connection would reject the request.
+    /// Returns the body for another send, and excludes this connection from the next picks. Returns an error if the request is malformed,
+    /// because every connection would reject it.
     pub(super) fn into_retry(self, core: &Core, history: &mut History) -> Result<Outgoing, Status> {
         match self.error {
             OpenError::Malformed(error) => Err(status::malformed(&core.service, error)),
@@ -102,6 +102,6 @@ impl Unsent {
     }
 }
 
-/// The header with the number of earlier attempts: "Exposed Retry Metadata" in gRPC's retry design (gRFC A6).
+/// The header with the number of earlier attempts, from the section "Exposed Retry Metadata" of gRPC's retry design (gRFC A6).
 pub(super) const PREVIOUS_ATTEMPTS: HeaderName = HeaderName::from_static(PREVIOUS_ATTEMPTS_KEY);
 pub(super) const PREVIOUS_ATTEMPTS_KEY: &str = "grpc-previous-rpc-attempts";

@@ -21,7 +21,7 @@ use crate::transport::response_body::{Broken, Incoming};
 pin_project! {
     /// The body of a response. Dropping it before its end cancels the call at the server.
     ///
-    /// Until the body ends, it enforces the call's deadline, and the call counts as in flight on its endpoint.
+    /// Until it ends, the body enforces the call's deadline, and the call counts as in flight on its endpoint.
     #[derive(Default)]
     pub struct ResponseBody {
         stream: Option<Stream>,
@@ -95,7 +95,7 @@ impl Body for ResponseBody {
                 Some(deadline)
             }
             // A server that ignores the deadline may send faster than the client reads. Then no read is pending, and the timer is never
-            // polled.
+            // polled, so the deadline is compared with the clock at each data frame.
             (Poll::Ready(Some(Ok(frame))), Some(deadline)) if frame.is_data() => {
                 Some(deadline).filter(|deadline| Instant::now() >= deadline.at())
             }
@@ -154,8 +154,8 @@ impl Stream {
         }
     }
 
-    /// Returns the status of a response that the server cancelled because of the deadline. Returns `None` if the deadline was not the
-    /// cause.
+    /// Returns the status of a call whose response the server has cancelled because of the deadline. Returns `None` if the deadline was not
+    /// the cause.
     fn deadline_exceeded(&mut self, now: Instant) -> Option<Status> {
         let deadline = self
             .deadline
@@ -167,7 +167,8 @@ impl Stream {
         ))
     }
 
-    /// Handles the end of a response without a gRPC status in trailers. Returns an error unless the head carried the status.
+    /// Handles the end of a response whose trailers are missing or carry no gRPC status. Returns an error unless the head carried the
+    /// status.
     fn end(&mut self) -> Option<Status> {
         if self.trailers_only {
             return None;
@@ -183,8 +184,8 @@ impl Stream {
         Some(status)
     }
 
-    /// Checks the trailers. Returns the trailers if the call succeeded. Returns an error if they carry one, or if neither head nor trailers
-    /// carry a gRPC status.
+    /// Checks the trailers. Returns the trailers if the call succeeded. Returns an error if the trailers carry the status of a failure, or
+    /// if neither head nor trailers carry a gRPC status.
     fn check_trailers(&mut self, trailers: Frame<Bytes>) -> Result<Frame<Bytes>, Status> {
         let Some(headers) = trailers.trailers_ref() else {
             return Ok(trailers);

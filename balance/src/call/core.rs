@@ -1,4 +1,4 @@
-//! The options of a channel for its calls, and the choice of the policy for a call.
+//! The state that a channel shares with its calls, and the choice of the policy for a call.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -30,7 +30,7 @@ pub(crate) struct Core {
     pub(crate) startup_timeout: Duration,
     /// The error message of a call if the set of endpoints is still unknown after the startup timeout.
     pub(crate) unknown: &'static str,
-    /// Whether the channel's tasks share one thread with the callers. If so, the tasks run only while the callers wait.
+    /// Whether the channel's tasks and the callers share one thread. If so, the tasks run only while the callers wait.
     pub(crate) is_single_threaded: bool,
     /// The retry and hedging policies; `None` if no policy is set.
     pub(crate) method_config: Option<Box<MethodConfig>>,
@@ -67,8 +67,8 @@ impl Core {
     }
 
     /// Returns true if the response can be handed to the caller now. Without a retry policy, every response can. With a retry policy,
-    /// returns false if the head carries a failure, or if the request can be sent again and the response is still being buffered or has
-    /// broken.
+    /// returns false if the head carries a failure. Also returns false while the beginning of the response is being buffered, and if the
+    /// response breaks in this time. The response to a request stream is not buffered.
     pub(super) fn is_final(
         &self,
         call: &Call,
@@ -86,7 +86,7 @@ impl Core {
         kept.is_pumped() || (response.poll_ahead(cx).is_ready() && !response.is_broken())
     }
 
-    /// Records a successful call.
+    /// Records a successful call in the retry budget, if there is one.
     pub(crate) fn on_success(&self) {
         if let Some(method_config) = &self.method_config {
             method_config.on_success();

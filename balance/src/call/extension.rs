@@ -2,7 +2,8 @@
 
 use crate::address::Address;
 
-/// A request extension: sets whether the call waits for an endpoint instead of failing at once. It overrides the default of the channel.
+/// A request extension: sets whether the call waits for an endpoint if it would otherwise fail at once, for example because no endpoint can
+/// be reached. It overrides the default of the channel.
 ///
 /// The deadline of the call still applies. Without a deadline, the call may wait forever.
 ///
@@ -16,7 +17,8 @@ use crate::address::Address;
 pub struct WaitForReady(pub(super) bool);
 
 impl WaitForReady {
-    /// Creates the extension. With `true` the call waits; with `false` it fails at once.
+    /// Creates the extension. With `true` the call waits for an endpoint. With `false` it fails at once if no endpoint is expected to
+    /// become ready.
     #[must_use]
     pub const fn new(wait: bool) -> Self {
         Self(wait)

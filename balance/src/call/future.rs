@@ -1,5 +1,5 @@
-//! The future of one call. The common path is polled here without a task, a lock or a box: an endpoint is ready, and the first attempt gets
-//! a final response. All other cases continue in `retry_loop` or `hedging`.
+//! The future of one call. In the common case, an endpoint is ready, and the first attempt gets a final response. This case, the common
+//! path, runs here, without a task, a lock or a box. All other cases continue in `retry_loop` or `hedging`.
 
 use std::fmt;
 use std::pin::Pin;
@@ -97,7 +97,7 @@ impl ResponseFuture {
             let shared = Arc::clone(&core);
             let retrying = async move {
                 let mut body = Some(body);
-                // This future is never pending: if the body is not available yet, a separate task sends the body later.
+                // This `poll_fn` is never pending. If a part of the body is not available yet, a task sends that part later.
                 let gathered = std::future::poll_fn(|cx| {
                     Poll::Ready(Outgoing::gather(body.take().unwrap_or_default(), cx))
                 });
@@ -131,7 +131,7 @@ impl Future for ResponseFuture {
         if timer.is_none_or(|timer| timer.poll(cx).is_pending()) {
             return Poll::Pending;
         }
-        // The attempt is dropped with the old state, which resets the stream.
+        // Replacing the state drops the attempt, and this resets its stream.
         let status = match (std::mem::replace(this.state, State::Done), this.core.take()) {
             (State::Retry(core, _), _) => {
                 status::deadline_exceeded(&core, deadline, "waiting for an endpoint")
@@ -196,7 +196,7 @@ impl State {
         }
     }
 
-    /// Sends the first attempt if an endpoint is ready.
+    /// Sends the first attempt if an endpoint is ready and no check is needed. In all other cases, the call leaves the common path.
     fn send(
         core: &mut Option<Arc<Core>>,
         call: &mut Option<Call>,
@@ -216,7 +216,7 @@ impl State {
         }
         if let Some(policy) = channel.hedging(request)
             && !matches!(body, Outgoing::Stream { .. })
-            // A call with large metadata may end its connection, and its hedges would end several connections.
+            // A call with large metadata may make the peer end the connection. Its hedges could end further connections.
             && request.metadata_size() <= TRUSTED_METADATA
         {
             let policy = policy.clone();

@@ -56,7 +56,7 @@ struct Hedging {
     body: KeptBody,
     policy: HedgingPolicy,
     history: History,
-    /// Attempts without a response. Dropping an attempt resets its stream and releases its permit.
+    /// Attempts whose response head was not received yet. Dropping an attempt resets its stream and releases its permit.
     open_attempts: Vec<Attempt>,
     /// The number of attempts that were sent and not refused.
     sent: u32,
@@ -97,7 +97,7 @@ impl Hedging {
         }
     }
 
-    /// Waits for a permit like a call that is not hedged. Used only while no attempt is in flight.
+    /// Waits for a permit as a call that is not hedged does. Used only while no attempt is in flight.
     async fn first_permit(&mut self) -> Result<Result<Permit, Status>, Deadline> {
         let Conclusion { core, call, .. } = &self.conclusion;
         let picked = pick_prepared(core, call, None, &mut self.history);
@@ -143,7 +143,7 @@ impl Hedging {
             };
             drop(snapshot);
             // A hedge with large metadata is not sent, because it would need a private connection. A silent connection is used without a
-            // check: other attempts are in flight meanwhile, and a channel with few calls may have no other connections.
+            // check, because other attempts are in flight anyway, and because all connections of a channel with few calls may be silent.
             if !has_small_metadata(&self.conclusion.call, &permit) {
                 break;
             }
@@ -209,7 +209,7 @@ impl Hedging {
         recover(core, call, attempt, error, &mut self.history, *deadline).await
     }
 
-    /// Returns the outcome if it ends the call. Otherwise keeps it, in case no other attempt succeeds.
+    /// Records the outcome of an attempt, and returns it if it ends the call. Otherwise keeps it, in case no other attempt succeeds.
     fn record(&mut self, mut outcome: Outcome) -> Option<Outcome> {
         let Some((code, pushback)) = self.conclusion.record_failure(&outcome) else {
             return Some(outcome);
@@ -249,7 +249,7 @@ impl Hedging {
         self.conclusion.finish(outcome, previous, None)
     }
 
-    /// Ends the call after its deadline. Logs each attempt without a response, and requests a PING on its connection.
+    /// Ends the call after its deadline. Adds each open attempt to the attempt log, and requests a PING on its connection.
     fn deadline_exceeded(
         mut self,
         late: Deadline,

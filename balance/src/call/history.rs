@@ -10,8 +10,8 @@ use super::status;
 use crate::address::Address;
 use crate::balance::{Endpoint, Exclusions, Permit, Pick, ReadyConnection, Snapshot, Summary};
 
-/// The history of a call: the endpoints and connections that did not process the call in this attempt, and the endpoints of earlier
-/// attempts.
+/// The history of a call: the endpoints and connections that did not process the call in its current attempt, and the endpoints of its
+/// earlier attempts.
 #[derive(Default)]
 pub(super) struct History {
     endpoints: Vec<Arc<Endpoint>>,
@@ -24,12 +24,13 @@ pub(super) struct History {
     last: Option<Failure>,
     /// Why a private connection for this call could not be dialled. The call fails with this status if no other endpoint takes the call.
     private_dial_error: Option<Status>,
-    /// The number of connections that the peer closed with a GOAWAY that excludes this call, whatever the GOAWAY's error code.
+    /// The number of connections, in the current attempt, that a peer closed with a GOAWAY whose last stream id excludes this call. The
+    /// error code of the GOAWAY does not matter.
     goaways: usize,
     /// The number of connections that were lost while this call was on them, in all attempts.
     lost_connections: usize,
-    /// Whether a connection that carried this call ended with a GOAWAY with an error code. `NO_ERROR` and a GOAWAY because of
-    /// `too_many_pings` do not count.
+    /// Whether a connection that carried this call ended because its peer sent a GOAWAY with an error code. `NO_ERROR` and a GOAWAY because
+    /// of `too_many_pings` do not count.
     goaway_with_error: bool,
     /// Whether a private connection, which carried only this call, was lost.
     lost_private_connection: bool,
@@ -47,7 +48,7 @@ struct Failure {
 }
 
 impl History {
-    /// Creates the history of a call with a [`Routing`].
+    /// Creates the history of a call with a [`Routing`]. The first attempt does not use the connections in `given_up`.
     pub(super) fn with_routing(route: Routing, given_up: Vec<Arc<ReadyConnection>>) -> Self {
         Self {
             connections: given_up,
@@ -64,7 +65,7 @@ impl History {
         }
     }
 
-    /// Excludes a connection that accepted no more streams when the call was sent. Other connections of its endpoint may be picked.
+    /// Excludes a connection that does not accept or process the call. Other connections of its endpoint may still be picked.
     pub(super) fn exclude_connection(&mut self, permit: &Permit, error: h2::Error) {
         self.connections.push(Arc::clone(permit.connection()));
         self.last = Some(Failure {
@@ -101,8 +102,8 @@ impl History {
         self.private_dial_error = Some(status);
     }
 
-    /// Records a connection that the peer closed with a GOAWAY that excludes this call, whatever the GOAWAY's error code. The endpoint may
-    /// be picked again on another connection, as after [`exclude_connection`](Self::exclude_connection).
+    /// Records a connection that the peer closed with a GOAWAY whose last stream id excludes this call. The endpoint may be picked again on
+    /// another connection, as after [`exclude_connection`](Self::exclude_connection).
     pub(super) fn add_closed(&mut self, permit: &Permit, error: h2::Error) {
         self.goaways += 1;
         self.exclude_connection(permit, error);
@@ -114,9 +115,9 @@ impl History {
         self.exclude_connection(permit, error);
     }
 
-    /// Records that a connection was lost while this call was on it. `goaway_with_error`: the GOAWAY had an error code, so a call on the
-    /// connection may be the cause. `lost_private_connection`: the connection was private to this call, so the call is treated as the
-    /// cause.
+    /// Records that a connection was lost while this call was on it. If `goaway_with_error`, the peer has sent a GOAWAY with an error code,
+    /// so a call on the connection may be the cause. If `lost_private_connection`, the connection was private to this call, so the call is
+    /// treated as the cause.
     pub(super) fn on_connection_lost(
         &mut self,
         goaway_with_error: bool,
@@ -147,7 +148,8 @@ impl History {
         self.avoided.push(endpoint.address().clone());
     }
 
-    /// Starts another attempt. Endpoints that refused the last attempt can be picked again, but only if no other endpoint is ready.
+    /// Starts another attempt. The endpoints that refused the last attempt, and the endpoint `failed` where it failed, can be picked again,
+    /// but only if no other endpoint is ready.
     pub(super) fn next_attempt(&mut self, failed: Option<&Arc<Endpoint>>) {
         let refused = std::mem::take(&mut self.endpoints);
         let left = refused.iter().chain(failed);
@@ -186,15 +188,16 @@ impl History {
         !self.avoided.is_empty()
     }
 
-    /// Returns true if the call must fail instead of waiting for the next ready set. There are two cases: the last failure reset only the
-    /// stream, so its connection stays in the set; or a private connection could not be dialled.
+    /// Returns true if the call must fail instead of waiting for the next ready set. There are two cases. If the last failure reset only
+    /// the stream, its connection stays in the set, so the wait could have no end. If a private connection could not be dialled, the call
+    /// fails for that reason.
     pub(super) fn is_refusal_final(&self) -> bool {
         let is_reset = |last: &Failure| last.error.is_reset();
         self.private_dial_error.is_some() || self.last.as_ref().is_some_and(is_reset)
     }
 
-    /// Picks a connection, preferably to an endpoint that the call has not used. With `avoid_used_endpoints`, returns `Full` instead of a
-    /// used endpoint if all streams of the ready unused endpoints are in use. The call then waits for a free stream.
+    /// Picks a connection, preferably to an endpoint that the call has not used. If all ready endpoints that the call has not used are
+    /// full, picks a used endpoint. With `avoid_used_endpoints`, returns `Full` in this case, so that the call waits for a free stream.
     pub(super) fn pick(&self, snapshot: &Snapshot<'_>, avoid_used_endpoints: bool) -> Pick<Permit> {
         let mut is_full = false;
         if !self.avoided.is_empty() {
@@ -220,8 +223,8 @@ impl History {
         } = *snapshot.summary();
         let picked = match snapshot.pick(|connection| self.is_untried_endpoint(connection)) {
             // Every reachable endpoint was tried. Behind a proxy, another connection to the same endpoint often leads to another server, so
-            // untried connections of tried endpoints are allowed. This does not apply if a private connection could not be dialled: another
-            // shared connection of that endpoint would only lead to the same dial.
+            // untried connections of tried endpoints are allowed. This does not apply if a private connection could not be dialled: on
+            // another shared connection of that endpoint, the call would need the same private connection.
             Pick::Excluded
                 if self.private_dial_error.is_none()
                     && (self.endpoints.len() >= endpoints || pending == 0) =>
@@ -253,7 +256,7 @@ impl History {
                 .any(|endpoint| is_at(endpoint, connection))
     }
 
-    /// Returns false if the connection was tried in this attempt, or if it did not answer a check and no byte was read from it since.
+    /// Returns false if the connection was tried in this attempt, or if it did not answer a check and no byte was read from it since then.
     fn is_untried(&self, connection: &Arc<ReadyConnection>) -> bool {
         let is_same = |tried: &Arc<ReadyConnection>| Arc::ptr_eq(tried, connection);
         let is_silent = |(tried, bytes): &(Arc<ReadyConnection>, u64)| {
@@ -282,10 +285,10 @@ fn is_at(endpoint: &Endpoint, connection: &ReadyConnection) -> bool {
     endpoint.address() == connection.endpoint().address()
 }
 
-/// The limit on transparent retries after refusals.
+/// Limit on the transparent retries of an attempt after refusals.
 const MAX_REFUSALS: usize = 3;
-/// The limit on transparent retries after a GOAWAY that excluded the call. The limit is high, because some servers close each connection
-/// after one call, and all other calls on that connection must then be sent again.
+/// Limit on the transparent retries of an attempt after a GOAWAY that excluded the call. The limit is high, because some servers close each
+/// connection after one call. All other calls on the connection must then be sent again.
 const MAX_GOAWAYS: usize = 64;
-/// A call is not sent again after this many connections were lost while it was on them.
+/// After this many connections were lost with the same call on them, the call is not sent again.
 const MAX_LOST_CONNECTIONS: usize = 2;

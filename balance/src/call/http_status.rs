@@ -1,4 +1,4 @@
-//! The classification of a response head: from a gRPC server, or from another server.
+//! Classifies the head of a response: whether it is gRPC, and which failure it carries.
 
 use std::fmt;
 
@@ -16,7 +16,7 @@ pub(super) enum Head {
 }
 
 impl Head {
-    /// Classifies a response head. Without this check, the error page of a proxy would count as a fast success.
+    /// Classifies a response head. If it were not classified, the error page of a proxy would count as a fast success.
     pub(super) fn of<T>(response: &Response<T>) -> Self {
         let (mut code, mut is_grpc) = (None, false);
         // One pass over the few headers costs less than two look-ups, because each look-up hashes its name.
@@ -28,7 +28,7 @@ impl Head {
                 code = Some(Code::from_bytes(value.as_bytes()));
             }
         }
-        // A gRPC status suffices: some servers send an error without a content-type.
+        // A gRPC status is sufficient, because some servers send an error without a content-type.
         if code.is_some() || (is_grpc && response.status() == StatusCode::OK) {
             Self::Grpc(code)
         } else {
@@ -36,7 +36,7 @@ impl Head {
         }
     }
 
-    /// Returns the failure that the head carries, if any. A head that is followed by messages or trailers is not a failure.
+    /// Returns the failure that the head carries, if any. A gRPC head that is followed by messages or trailers carries no failure.
     pub(super) fn failure(self) -> Option<Code> {
         match self {
             Self::Grpc(code) => code.filter(|code| *code != Code::Ok),

@@ -1,5 +1,5 @@
-//! The checks before a call is sent on the picked connection: whether the peer still responds, and whether the call could end the
-//! connection.
+//! The checks before a call is sent on the picked connection: whether the peer still responds, and whether the call could make the peer end
+//! the connection.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ pub(super) fn needs_no_check(core: &Core, call: &Call, permit: &Permit, now: Ins
     has_small_metadata(call, permit) && !permit.is_doubtful(now, core.is_single_threaded)
 }
 
-/// Returns true if the metadata is too small to make the peer end the connection.
+/// Returns true if the metadata is so small that it does not make the peer end the connection.
 pub(super) fn has_small_metadata(call: &Call, permit: &Permit) -> bool {
     let metadata = call.metadata_size();
     metadata == 0
@@ -28,13 +28,13 @@ pub(super) fn has_small_metadata(call: &Call, permit: &Permit) -> bool {
 pub(super) enum Prepared {
     /// The call can be sent with this permit.
     Ready(Permit),
-    /// The call must pick again. If the connection failed a check, or no private connection could be dialled, the history excludes the
-    /// connection or the endpoint.
+    /// The call must pick again. If the connection failed a check, the history excludes the connection. If no private connection could be
+    /// dialled, the history excludes the endpoint.
     Unfit,
 }
 
-/// Checks the picked connection. If the call could make the peer end the connection, the connection is replaced with a private one. Returns
-/// an error if the metadata exceeds the limit that the peer has announced.
+/// Checks the picked connection. If the call could make the peer end the connection, a private connection is dialled and used instead.
+/// Returns an error if the metadata exceeds the limit that the peer has announced.
 ///
 /// The call was not sent yet, so a failed check only delays the call.
 pub(super) async fn prepare(
@@ -77,8 +77,8 @@ pub(super) async fn prepare(
 /// Dials a private connection, so that no other call is lost if this call ends the connection.
 ///
 /// Peers that announce no limit on metadata (nginx, haproxy) end the whole connection when the metadata of a call exceeds their limit. On a
-/// shared connection, all calls would fail. After the endpoint has accepted metadata of some size, calls up to that size use shared
-/// connections.
+/// shared connection, all other calls would fail with it. After the endpoint has accepted metadata of some size, calls up to that size use
+/// shared connections.
 async fn dial_private(
     core: &Core,
     metadata: usize,
@@ -90,7 +90,7 @@ async fn dial_private(
     drop(permit);
     let dial_permit = endpoint.dial_permit().await;
     if !history.is_suspect() && metadata <= endpoint.largest_metadata() {
-        // In the meantime, another call has shown that the endpoint accepts this size.
+        // In the meantime, another call has shown that the endpoint accepts this size, so this call can use a shared connection.
         return Prepared::Unfit;
     }
     // Boxed, because the future of a handshake is large and would enlarge the future of every queued call.
@@ -105,7 +105,7 @@ async fn dial_private(
     }
 }
 
-/// The size in bytes up to which metadata is sent on a shared connection even if the peer announces no limit. It is the limit of
-/// grpc-java's servers and the size of nginx's header buffer. Larger metadata made nginx end connections from 14 kB on, haproxy from 16.5
-/// kB, and tonic from 60 kB.
+/// Maximum size in bytes of metadata that is sent on a shared connection although the peer announces no limit. It is the limit of
+/// grpc-java's servers and the size of nginx's header buffer. Connections were ended by nginx from 14 kB of metadata on, by haproxy from
+/// 16.5 kB on, and by tonic from 60 kB on.
 pub(super) const TRUSTED_METADATA: usize = 8 << 10;

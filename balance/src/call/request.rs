@@ -51,7 +51,7 @@ impl KeptBody {
         }
     }
 
-    /// Returns true if a pump task sends the body, as for every request stream.
+    /// Returns true if a pump sends the body, as for every request stream.
     pub(super) fn is_pumped(&self) -> bool {
         matches!(self, Self::Pumped)
     }
@@ -66,5 +66,6 @@ impl KeptBody {
     }
 }
 
-/// An estimate of the authority's length: an IPv4 address with its port. An estimate is used because the authority depends on the endpoint.
+/// Estimated length of the authority in bytes: that of an IPv4 address with its port. The exact length is not known before the pick,
+/// because the authority depends on the endpoint.
 const AUTHORITY: usize = 21;

@@ -1,4 +1,4 @@
-//! The headers of a request. They are copied or rebuilt each time that the request is sent.
+//! The headers of a request, which can be sent several times.
 
 use http::header::{
     CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HOST, TE, TRANSFER_ENCODING, UPGRADE, USER_AGENT,
@@ -7,11 +7,11 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::transport::deadline::GRPC_TIMEOUT;
 
-/// Request headers that are moved out for each send and can be restored.
+/// The headers of a request. Each send takes a header map, and another send can take the same headers again.
 ///
-/// h2 takes ownership of the headers, so another send needs them a second time. Most calls have only the headers that every call has, and
-/// these are rebuilt instead of copied. A copy would need two allocations and is hardly ever used. Without the copy, a call costs 4 % less
-/// CPU.
+/// h2 takes ownership of the header map, so another send needs another map. Most calls have only the headers that every call has. Such a
+/// call moves its map to h2 without a copy, and rebuilds the headers if it is sent again. A copy would need two allocations, and is rarely
+/// used. Without the copy, a call costs 4 % less CPU.
 #[derive(Debug)]
 pub(super) struct Headers {
     /// Empty after the headers were moved out without a copy.
@@ -24,8 +24,8 @@ pub(super) struct Headers {
 }
 
 impl Headers {
-    /// Takes a call's headers and removes those that HTTP/2 forbids. `deadline`: whether the call has a deadline. Each further send then
-    /// writes the remaining time to `grpc-timeout`, so the header need not be kept.
+    /// Takes a call's headers and removes those that HTTP/2 forbids. `deadline` is true if the call has a deadline. In this case each
+    /// further send writes the remaining time to `grpc-timeout`, so that header need not be kept.
     pub(super) fn new(mut map: HeaderMap, user_agent: &HeaderValue, deadline: bool) -> Self {
         let plain = is_plain(&map, user_agent, deadline);
         let size = if plain { 0 } else { clean(&mut map) };
@@ -58,15 +58,15 @@ fn is_plain(headers: &HeaderMap, user_agent: &HeaderValue, deadline: bool) -> bo
         _ => deadline && *name == GRPC_TIMEOUT,
     };
     headers.len() == 3 + usize::from(deadline)
-        // If both counts are equal, no name occurs twice, so none of the known names is missing.
+        // If the number of names equals the number of values, no name occurs twice, so none of the known names is missing.
         && headers.keys_len() == headers.len()
         && headers.iter().all(is_known)
 }
 
-/// Removes the headers that a client must not send over HTTP/2. Returns the size of the header list.
+/// Removes the headers that a client must not send over HTTP/2. Returns the size of the header list before the removal.
 ///
 /// Gateways copy the headers of their own callers into metadata. Headers that belong to one connection or one message make the request
-/// malformed (RFC 9113, section 8.2.2): h2 rejects it, and servers may treat it as an error of the whole connection.
+/// malformed (RFC 9113, section 8.2.2). h2 rejects such a request, and a server may treat it as an error of the whole connection.
 fn clean(headers: &mut HeaderMap) -> usize {
     let mut size = PSEUDO_HEADERS;
     let mut unclean = false;
@@ -95,7 +95,7 @@ fn remove_forbidden(headers: &mut HeaderMap) {
         .filter_map(|name| name.trim().parse().ok())
         .collect();
     for name in named {
-        // Keeps the headers that every call needs, even if a copied `connection` header names them.
+        // Keeps the headers that gRPC needs, even if a copied `connection` header names them.
         if ![TE, CONTENT_TYPE, USER_AGENT].contains(&name) && !name.as_str().starts_with("grpc-") {
             headers.remove(name);
         }
@@ -130,15 +130,15 @@ pub(super) fn set_user_agent(ours: &HeaderValue, headers: &mut HeaderMap) {
     }
 }
 
-/// The headers of every gRPC call over HTTP/2.
+/// The values of the headers `te` and `content-type` of every gRPC call over HTTP/2.
 const TRAILERS: &str = "trailers";
 const GRPC: &str = "application/grpc";
-/// Headers of a connection that have no constant in `http`.
+/// Headers that belong to one connection, and that have no constant in the crate `http`.
 const FORBIDDEN: [&str; 3] = ["keep-alive", "proxy-connection", "http2-settings"];
 /// The size that each field adds to the length of its name and value (RFC 9113, section 6.5.2).
 const FIELD_OVERHEAD: usize = 32;
-/// The size of `:method: POST` and `:scheme: https`, and of the names `:authority` and `:path`. The lengths of the last two values are
-/// added in [`Call::metadata_size`](super::request::Call::metadata_size).
+/// The size of `:method: POST` and `:scheme: https`, and of the names `:authority` and `:path`. The lengths of the values of `:authority`
+/// and `:path` are added in [`Call::metadata_size`](super::request::Call::metadata_size).
 const PSEUDO_HEADERS: usize = 4 * FIELD_OVERHEAD + 11 + 12 + 10 + 5;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The attempts of a call, in sequence.
+//! Makes the attempts of a call, one after the other.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -25,8 +25,9 @@ use crate::transport::response_body::Incoming;
 pub(super) type Retrying =
     Pin<Box<dyn Future<Output = Result<Response<ResponseBody>, Status>> + Send>>;
 
-/// Continues a call whose first attempt has no final response yet. The attempt has failed before the response head, the head carries a
-/// failure, or the response is not buffered yet.
+/// Continues a call whose first attempt has no final response yet. There are four cases: the attempt failed before the response head was
+/// received, the head carries a failure, the beginning of the response is still being buffered, or the response broke while it was
+/// buffered.
 pub(super) fn after_first(
     core: Arc<Core>,
     call: Call,
@@ -151,7 +152,7 @@ impl Attempts {
         decision
     }
 
-    /// Ends an attempt that is not the last: records its outcome, releases its permit and avoids its endpoint.
+    /// Ends an attempt that is not the last: records its outcome, releases its permit, and makes later attempts avoid its endpoint.
     fn end_attempt(&mut self, outcome: Outcome) {
         let endpoint = match outcome {
             Ok(Answered { attempt, head }) => {
@@ -170,7 +171,7 @@ impl Attempts {
     }
 }
 
-/// Returns the body for another attempt, if it is available.
+/// Returns the body for another attempt, if the body was kept.
 async fn take_body(outcome: &mut Outcome) -> Result<Option<Outgoing>, Status> {
     match outcome {
         Ok(answered) => answered.take_body().await,

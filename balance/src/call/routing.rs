@@ -10,7 +10,8 @@ use crate::balance::ReadyConnection;
 /// Routes one call: names endpoints to avoid, and reports the endpoint that the call was sent to.
 ///
 /// Use it if the caller knows more about an endpoint than its connections show, for example that the endpoint has lost its quorum. Create
-/// one value for each call and pass it to [`BalancedChannel::call_routed`](crate::BalancedChannel::call_routed). Clones share the result.
+/// one value for each call and pass it to [`BalancedChannel::call_routed`](crate::BalancedChannel::call_routed). The clones of a value
+/// share the reported endpoint.
 #[derive(Clone, Debug)]
 pub struct Routing {
     avoided: Arc<[Address]>,
@@ -19,7 +20,8 @@ pub struct Routing {
 }
 
 impl Routing {
-    /// Creates a routing that uses these endpoints only if no other endpoint is ready. The last of them is the last choice.
+    /// Creates a routing that uses these endpoints only if no other endpoint is ready. Of these endpoints, the last one in the list is used
+    /// last.
     #[must_use]
     pub fn avoiding(endpoints: impl Into<Arc<[Address]>>) -> Self {
         Self {
@@ -45,8 +47,8 @@ impl Routing {
             .map(|connection| connection.endpoint().address().clone())
     }
 
-    /// Counts a failure of the endpoint that the caller has detected and that the connection does not show: a failure of the call, or of a
-    /// stream that the call opened.
+    /// Reports a failure that only the caller can detect: of the call, or of a stream that the call opened. It enters the latency estimate
+    /// of the connection, as any failed call does.
     ///
     /// `silent_since` is the time since which a response has been overdue. If it is set, and nothing was read from the connection since
     /// then, a PING checks the connection.

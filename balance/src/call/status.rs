@@ -22,9 +22,10 @@ use crate::transport::h2_error::is_unprocessed;
 /// Names the endpoint that failed a call, and the reason.
 ///
 /// The error is in the source chain of the call's `Status`. Walk the whole chain, because after retries another `Status` precedes the
-/// error. The error is present in these cases: the server returned an error, the connection failed, the deadline passed at the endpoint, or
-/// the limits of the endpoint prevented the call from being sent. It is absent if no endpoint was picked. The message of a status that the
-/// server returned does not name the endpoint, but this error does.
+/// error. The error is present in these cases: the server returned an error, the response was not gRPC, the connection failed, the deadline
+/// passed after the call was sent, or the call was not sent because its metadata was too large or the private connection that it needed
+/// could not be dialled. It is absent if no endpoint was picked, and if the deadline of a hedged call passed. The message of a status that
+/// the server returned does not name the endpoint, but this error does.
 ///
 /// ```
 /// use std::error::Error;
@@ -80,9 +81,9 @@ impl Error for CallError {
     }
 }
 
-/// Returns the status of a call whose connection or stream failed. `blame` is the error code of the endpoint's GOAWAY, if any. The message
-/// contains this code if `error` does not: a call at or below the GOAWAY's last stream id fails only later, when the socket closes, and its
-/// error then lacks the code.
+/// Returns the status of a call whose connection or stream failed. `blame` is the error code of the endpoint's GOAWAY, if any. If `error`
+/// is not the GOAWAY itself, the message contains this code as well. This is the case for a call at or below the GOAWAY's last stream id:
+/// it fails only later, when the socket closes, and its error does not contain the code.
 pub(super) fn connection_or_stream_failed(
     service: &str,
     address: &Address,
@@ -118,7 +119,7 @@ pub(super) fn private_connection_ended(
     with_source(code, message, Arc::new(source))
 }
 
-/// Returns the status of a call that needs a private connection that could not be dialled. The call was not sent.
+/// Returns the status of a call that needs a private connection, if the connection could not be dialled. The call was not sent.
 pub(super) fn private_dial_failed(
     service: &str,
     address: &Address,
@@ -182,9 +183,9 @@ pub(super) fn is_cancelled(error: &h2::Error) -> bool {
     error.is_reset() && error.is_remote() && error.reason() == Some(Reason::CANCEL)
 }
 
-/// A cancellation at most this long before the deadline is reported as `DEADLINE_EXCEEDED`. When the deadline passes, servers reset the
-/// call with CANCEL or respond with CANCELLED. They can do so early, because the timeout that they receive is rounded down, and because
-/// their timers are as coarse as the client's.
+/// A cancellation by the server at most this long before the deadline is reported as `DEADLINE_EXCEEDED`. When the deadline passes, servers
+/// reset the call with CANCEL or respond with CANCELLED. They can do so slightly early, because the timeout that they receive is rounded
+/// down, and because their timers are as coarse as the client's.
 const DEADLINE_TOLERANCE: Duration = Duration::from_millis(2);
 
 /// Maps an error to a gRPC code and a description, as in gRPC's table for HTTP/2 error codes. A failed connection is always `UNAVAILABLE`.
@@ -257,7 +258,7 @@ pub(super) fn deadline_exceeded_at(
     with_source(Code::DeadlineExceeded, message, Arc::new(source))
 }
 
-/// Returns the number of endpoints and the last failures as text.
+/// Returns the number of ready and known endpoints and the last failures, as text.
 fn endpoint_counts(core: &Core, summary: &Summary) -> String {
     let mut text = if summary.known {
         let Summary {
@@ -298,7 +299,7 @@ pub(super) fn head_blame(head: Head) -> Option<Blame> {
 /// at fault.
 pub(super) fn blame(code: Code) -> Option<Blame> {
     match code {
-        // gRPC's code for a lost connection, and the code of proxies for a failed server behind them.
+        // gRPC uses this code for a lost connection, and proxies use it for a failed server behind them.
         Code::Unavailable => Some(Blame::Connection),
         Code::Internal | Code::Unknown | Code::DataLoss | Code::ResourceExhausted => {
             Some(Blame::Server)

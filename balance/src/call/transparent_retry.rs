@@ -75,7 +75,7 @@ pub(super) struct Sending {
     pub(super) deadline: Option<Deadline>,
 }
 
-/// Picks a connection and sends the call. Repeats this until a response head is received, or the failure does not allow a transparent
+/// Picks a connection and sends the call. Repeats this until a response head is received, or until a failure does not allow a transparent
 /// retry.
 pub(super) async fn send(
     core: &Core,
@@ -134,9 +134,9 @@ pub(super) async fn send(
 
 /// The reason why a call got no permit.
 pub(super) enum PickError {
-    /// No endpoint takes calls.
+    /// No endpoint can take the call.
     NoEndpoint(Status),
-    /// The picked endpoint would not accept this call.
+    /// The picked endpoint would not accept the call, because the metadata is too large.
     Refused(Status),
 }
 
@@ -173,7 +173,7 @@ pub(super) async fn pick_prepared(
 /// Handles a failure before the response head. Returns the body for a transparent retry, or the failure of the attempt.
 ///
 /// The call itself may be the cause of the failure. Without a policy, the call is sent again only if it was certainly not processed. If the
-/// peer ended the connection with an error, the call is sent again on a private connection.
+/// peer has ended the connection with an error code, the call is sent again only on a private connection.
 pub(super) async fn recover(
     core: &Core,
     call: &Call,
@@ -235,11 +235,11 @@ pub(super) async fn recover(
 }
 
 impl Answered {
-    /// Buffers the beginning of a response for a short time. If the response breaks in this time, the call can still be retried. Does
+    /// Buffers the beginning of a response for a short time. If the response breaks during this time, the call can still be retried. Does
     /// nothing without a retry policy, for a request stream, or if the head carries a failure.
     ///
-    /// In gRFC A6 a call is committed when its response head is received. But servers send the head shortly before the rest, and a killed
-    /// server has often sent only the head: under load, this happens in one or two of a hundred kills. While the response is buffered, the
+    /// In gRFC A6 a call is committed when its response head is received. But servers send the head shortly before the rest, so a killed
+    /// server may have sent only the head: under load, this happens in one or two of a hundred kills. While the response is buffered, the
     /// caller has not received the head, so the call can still be sent again. A stream of responses is not buffered to its end: the caller
     /// gets its first messages after a short time.
     pub(super) async fn settle(

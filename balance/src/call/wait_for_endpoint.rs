@@ -1,5 +1,5 @@
-//! The wait of a call while no endpoint is ready, or while all streams of the ready endpoints are in use. If no endpoint can be expected,
-//! the call fails at once, or waits if the option `wait_for_ready` is set.
+//! The wait of a call while no endpoint is ready, or while all streams of the ready endpoints are in use. If no endpoint is expected to
+//! become ready, the call fails at once. With the option `wait_for_ready`, it waits instead.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,21 +12,22 @@ use super::history::History;
 use super::status;
 use crate::balance::{Permit, Pick, SCAN_LIMIT, Summary};
 
-/// Picks a connection that the call has not tried, and waits until one is available. Fails if no such connection can be expected.
+/// Picks a connection that the call has not tried, and waits until one is available. Returns an error if no such connection is expected to
+/// become available.
 pub(super) async fn wait_for_endpoint(
     core: &Core,
     history: &mut History,
     wait_for_ready: bool,
 ) -> Result<Permit, Status> {
-    // Yields to the scheduler when the task's budget is used up. A caller that retries failing calls in a tight loop would otherwise starve
-    // the driver that it waits for.
+    // Yields to the scheduler when the task's cooperative budget is used up. A caller that retries failing calls in a tight loop would
+    // otherwise starve the driver that it waits for.
     tokio::task::coop::consume_budget().await;
     let shared = core.shared();
     if history.is_exhausted() {
         return Err(history.take_status(core, &shared.summary(), "refused"));
     }
     let mut waiting = None;
-    // For a short time, the call waits for a full endpoint rather than use an endpoint where it failed.
+    // For a short time, the call waits for a stream of a full endpoint instead of using an endpoint where it has failed.
     let mut avoid_until = history
         .avoids()
         .then(|| Instant::now() + UNUSED_ENDPOINT_WAIT);
@@ -35,7 +36,7 @@ pub(super) async fn wait_for_endpoint(
     // accepts the silent connection.
     let mut silent_until = history.has_silent().then(|| now + SILENT_CONNECTION_WAIT);
     loop {
-        // Registers before it loads the snapshot, so that no later change is missed.
+        // Registers for notifications before the snapshot is loaded, so that no later change is missed.
         let changed = shared.changed().notified();
         tokio::pin!(changed);
         changed.as_mut().enable();
@@ -61,8 +62,8 @@ pub(super) async fn wait_for_endpoint(
                 Next::Wait(until) => until,
             }
         };
-        // Wakes the driver. If all streams are in use, the driver dials one more connection. The driver also dials the connections that it
-        // left idle until a call needs them.
+        // Wakes the driver. If all streams of an endpoint are in use, the driver dials one more connection to it. The driver also dials the
+        // resting subchannels, which wait until a call needs them.
         shared.demand();
         let Some(queued) = &waiting else {
             let waiters = shared.waiters();
@@ -148,7 +149,7 @@ impl Next {
                 ..
             } => Self::fail(core.unknown),
             Summary { endpoints: 0, .. } => Self::fail("nothing is registered"),
-            // A dial is in progress. It ends with a connection or with its timeout.
+            // A dial is in progress or due. It ends with a connection, an error or its timeout.
             Summary { pending: 1.., .. } => Self::Wait(None),
             _ => Self::fail("no endpoint can be reached"),
         }
@@ -165,7 +166,8 @@ pub(super) async fn sleep_until(until: Option<Instant>) {
 
 /// The number of slots that all waiting calls together scan when a ready set is published: some milliseconds of work.
 const SCAN_BUDGET: usize = 200_000;
-/// How long a retry waits for a free stream on an endpoint where the call has not failed. The value is about the duration of a call.
+/// How long a retry waits for a free stream on an endpoint where the call has not failed. The value is about the duration of a typical
+/// call.
 const UNUSED_ENDPOINT_WAIT: Duration = Duration::from_millis(50);
 /// How long a call waits for another connection after its connection did not answer a check. TCP repeats its first packet after about this
 /// time (RFC 6298, section 2), so a dial whose first packet was lost may still succeed.

@@ -17,7 +17,7 @@ use crate::address::Address;
 use crate::balance::EndpointStatus;
 use crate::call::{self, Core, ResponseBody, ResponseFuture, Routing};
 
-/// A gRPC channel that balances calls over those registered instances of a service that *respond*.
+/// A gRPC channel that balances the calls to a service over those of its endpoints that *respond*.
 ///
 /// The channel can replace tonic's own channel: in a generated client, under an interceptor, or in a tower stack. A clone only increments a
 /// reference count, and all clones share the connections. A background task maintains the connections, even while no calls run. The task
@@ -28,12 +28,12 @@ use crate::call::{self, Core, ResponseBody, ResponseFuture, Routing};
 /// | situation | outcome |
 /// |---|---|
 /// | endpoints are ready | the [`LbPolicy`](crate::LbPolicy) picks an endpoint, by default by weight, latency and load |
-/// | an endpoint is down, or accepts connections and sends nothing | it is not picked; the other endpoints serve |
-/// | the call was sent but certainly not processed, for example because the server shuts down | it is sent to another endpoint |
-/// | the connection is lost during a call | `UNAVAILABLE`: the call may have been processed. With a [`RetryPolicy`](crate::RetryPolicy) it is sent again |
+/// | an endpoint is down, or accepts connections and sends nothing | the endpoint is not picked; the other endpoints serve the calls |
+/// | the call was sent but certainly not processed, for example because the server shuts down | the call is sent to another endpoint |
+/// | the connection is lost during a call | `UNAVAILABLE`: the call may have run. A [`RetryPolicy`](crate::RetryPolicy) can send it again |
 /// | connections are being made | the call waits for the first connection |
 /// | nothing is registered, or no endpoint can be reached | `UNAVAILABLE` at once, with the number of endpoints and the last cause |
-/// | the registry has not responded yet | the call waits, at most until the startup timeout |
+/// | the source has not reported its endpoints yet | the call waits, at most until the startup timeout |
 /// | every stream of every connection is in use | the call waits for a free stream |
 /// | the deadline passes, in any state of the call | `DEADLINE_EXCEEDED` |
 ///
@@ -73,8 +73,8 @@ impl BalancedChannel {
     /// # Errors
     ///
     /// Returns [`ChannelError::Unready`] in each case in which a call would also fail at once: nothing is registered, no endpoint can be
-    /// reached, or the registry has not responded within the startup timeout. If no endpoint is ready after the startup timeout for any
-    /// other reason, returns the same error.
+    /// reached, or the source has not reported its endpoints within the startup timeout. Returns the same error if no endpoint is ready
+    /// after the startup timeout for any other reason.
     ///
     /// # Cancel safety
     ///
@@ -101,13 +101,14 @@ impl BalancedChannel {
         }
     }
 
-    /// Returns whether the channel can make no more calls because its runtime has ended.
+    /// Returns whether the channel can make no more calls, because its runtime has ended, its driver has panicked, or the channel is
+    /// [invalid](ChannelError::InvalidOption).
     #[must_use]
     pub fn is_closed(&self) -> bool {
         self.0.shared().has_ended()
     }
 
-    /// Returns the endpoint whose connection failed last.
+    /// Returns the endpoint whose connection, or whose attempt to connect, failed last.
     #[must_use]
     pub fn last_failed_endpoint(&self) -> Option<Address> {
         let summary = self.0.shared().summary();
@@ -139,7 +140,8 @@ impl fmt::Debug for BalancedChannel {
     }
 }
 
-/// Generated clients are held across awaits and shared between tasks, so these types must be `Send`.
+/// Generated clients are held across awaits and shared between tasks, so the channel must be `Send` and `Sync`, and the futures and bodies
+/// of its calls must be `Send`.
 const _: () = {
     const fn assert<T: Send + Sync + 'static>() {}
     const fn assert_send<T: Send + 'static>() {}

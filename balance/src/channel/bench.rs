@@ -7,7 +7,8 @@ use tokio::time::Instant;
 use super::BalancedChannel;
 use crate::balance::{Permit, Pick};
 
-/// Picks an endpoint and releases the permit: the cost that balancing adds to a call. Returns whether an endpoint was picked.
+/// Picks an endpoint and releases the permit. The cost of this function is the cost that balancing adds to a call. Returns whether an
+/// endpoint was picked.
 // Never inlined, so that its instructions can be counted.
 #[inline(never)]
 #[must_use]
@@ -15,7 +16,7 @@ pub fn pick(channel: &BalancedChannel) -> bool {
     permit(channel).is_some()
 }
 
-/// Records a call on a picked endpoint. Its response head was received after `latency`.
+/// Picks an endpoint and records a call on it whose response head was received after `latency`.
 pub fn answered(channel: &BalancedChannel, latency: Duration) {
     let now = Instant::now();
     if let Some(mut permit) = permit(channel) {

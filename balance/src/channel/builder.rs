@@ -73,17 +73,18 @@ impl<S> ChannelBuilder<S> {
     }
 
     /// Watches the health of a service on each endpoint with `grpc.health.v1.Health/Watch` (gRFC A17), and sends calls only to endpoints
-    /// that report `SERVING`. The empty name stands for the server as a whole. Disabled by default, because servers of this library remove
-    /// their keys from the registry before they stop, and an endpoint that no longer responds is detected in any case. Enable it for
-    /// servers that can be up but unable to serve.
+    /// that report `SERVING`. The empty name stands for the server as a whole. Disabled by default for two reasons: servers of this library
+    /// remove their keys from the registry before they stop, and an endpoint that no longer responds is detected in any case. Enable the
+    /// health check for servers that can be up but unable to serve.
     ///
-    /// An endpoint is used after its first health status, which must be received within [`connect_timeout`](Self::connect_timeout). Calls
-    /// in flight continue when an endpoint reports `NOT_SERVING`. An endpoint without a health service counts as healthy. An endpoint whose
-    /// health service does not have this service name also counts as healthy, unlike in the gRFC. Any other error counts as unhealthy, and
-    /// the watch is opened again after a backoff like that of connections.
+    /// An endpoint is not used before its first health status. Calls in flight continue when an endpoint reports `NOT_SERVING`. An endpoint
+    /// without a health service counts as healthy. An endpoint whose health service does not have this service name also counts as healthy,
+    /// unlike in the gRFC. If a watch fails for any other reason before its first status, or has no status within
+    /// [`connect_timeout`](Self::connect_timeout), the endpoint counts as unhealthy. The watch is then opened again after a backoff like
+    /// that of connections.
     ///
-    /// A watch that ends is opened again at once, or after about a second if several watches in a row were short. Until the new watch has a
-    /// status, the last status applies. If all endpoints report that they do not serve, calls fail with `UNAVAILABLE`.
+    /// A watch that ends after a status is opened again at once, or after about a second if several watches in a row were short. Until the
+    /// new watch has a status, the last status applies. If all endpoints report that they do not serve, calls fail with `UNAVAILABLE`.
     ///
     /// The watch uses one stream of each connection. An endpoint that allows only one stream is not watched.
     ///
@@ -102,9 +103,9 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Sets how long a new endpoint takes to reach its full share of the calls. Its weight grows from a tenth to the full weight, as in
-    /// Envoy's slow start. Disabled by default, because a new endpoint starts with the latency estimate of the other endpoints, and so is
-    /// not flooded with calls. Enable slow start for servers that are slow until they have warmed up.
+    /// Sets how long a new endpoint takes to reach its full share of the calls. In this time, its weight grows from a tenth to the full
+    /// weight, as in Envoy's slow start. Disabled by default: a new endpoint starts with the median latency of all endpoints, so it is not
+    /// flooded with calls. Enable slow start for servers that are slow until they have warmed up.
     pub fn slow_start(mut self, window: Duration) -> Self {
         self.config.options.slow_start = (!window.is_zero()).then_some(window);
         self
@@ -112,10 +113,10 @@ impl<S> ChannelBuilder<S> {
 
     /// Sets the zone of the caller. Endpoints of the same zone are preferred while they have capacity. Default: no preference.
     ///
-    /// The capacity of a zone is its share of the weights of all ready endpoints, under the assumption that callers are spread evenly over
-    /// the zones. A zone with enough capacity serves its callers alone. A smaller zone serves as many calls as its weight allows, and the
-    /// remaining calls are sent to zones with spare capacity. So no endpoint gets more calls than its weight allows. About one call in a
-    /// thousand is sent to another zone in any case.
+    /// The channel assumes that callers are spread evenly over the zones. The capacity of a zone is its share of the weights of all ready
+    /// endpoints. If the capacity of a zone is sufficient for its own callers, the zone serves all their calls. Otherwise it serves as many
+    /// calls as its weight allows, and the remaining calls are sent to zones with spare capacity. So no endpoint gets more calls than its
+    /// weight allows. About one call in a thousand is sent to another zone in any case.
     pub fn zone(mut self, zone: impl Into<String>) -> Self {
         self.config.options.zone = Some(zone.into().into());
         self
@@ -140,35 +141,36 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Sets the startup timeout: how long after the start of the channel calls wait for the first set of endpoints from the source. After
-    /// this time calls fail at once until the set is known. Default 10 s.
+    /// Sets the startup timeout, which begins when the channel starts. Until it ends, calls wait for the source to report its first set of
+    /// endpoints. After that, calls fail at once until the set is known. Default 10 s.
     pub fn startup_timeout(mut self, bound: Duration) -> Self {
         // The end of the timeout must be representable as an `Instant`.
         self.config.startup_timeout = bound.min(balance::MAX_DURATION);
         self
     }
 
-    /// Sets how many calls may wait at once for an endpoint or a free stream. Further calls fail with `RESOURCE_EXHAUSTED`. Default 32 768.
+    /// Sets how many calls may wait for an endpoint or a free stream at the same time. Further calls fail with `RESOURCE_EXHAUSTED`.
+    /// Default 32 768.
     pub fn max_waiters(mut self, waiters: usize) -> Self {
         self.config.options.max_waiters = waiters;
         self
     }
 
-    /// Sets the number of connections to each endpoint. One more connection is made while every stream of an endpoint is in use. Default 1;
+    /// Sets the number of connections to each endpoint. One more connection is made to an endpoint whose streams are all in use. Default 1;
     /// 0 counts as 1. More than one connection is useful for a client with few endpoints and many threads.
     pub fn connections_per_endpoint(mut self, connections: usize) -> Self {
         self.config.options.connections_per_endpoint = connections.max(1);
         self
     }
 
-    /// Sets the timeout of a connection attempt: TCP, TLS and the first answer of the peer. Default 10 s.
+    /// Sets the timeout of a connection attempt: name resolution, TCP, TLS and the first answer of the peer. Default 10 s.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.config.connector.timeout = timeout;
         self
     }
 
-    /// Sets the longest wait between two attempts to connect to an endpoint. Default 120 s, as in gRPC's connection backoff document. A
-    /// fresh registration ends the wait in any case.
+    /// Sets the limit on the wait between two attempts to connect to an endpoint, before the random variation of 20 %. Default 120 s, as in
+    /// gRPC's connection backoff document. A fresh registration ends the wait in any case.
     pub fn max_backoff(mut self, backoff: Duration) -> Self {
         self.config.options.max_backoff = backoff;
         self
@@ -191,16 +193,16 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Sets whether the limits of HTTP/2 against hostile servers are enforced. Disabled by default, because these limits close the
-    /// connection after at most a thousand cancelled calls, and then all calls on the connection fail.
+    /// Sets whether the limits of HTTP/2 against hostile servers are enforced. Disabled by default, because with these limits a connection
+    /// is closed after at most a thousand cancelled calls, and then all calls on the connection fail.
     pub fn http2_abuse_limits(mut self, limits: bool) -> Self {
         self.config.connector.http2.http2_abuse_limits = limits;
         self
     }
 
     /// Enables TLS to the endpoints. Plaintext by default. The configuration must contain the name of the servers, unless the source of the
-    /// endpoints is [`addresses`](ChannelBuilder::addresses). A name or a PEM text that is not valid makes the channel invalid; files are
-    /// read at each handshake.
+    /// endpoints is [`addresses`](ChannelBuilder::addresses). A name or a PEM text that is not valid makes the channel
+    /// [invalid](ChannelError::InvalidOption). Files are read at each handshake, so they are not checked before.
     #[cfg(feature = "tls")]
     #[cfg_attr(docsrs, doc(cfg(feature = "tls")))]
     pub fn tls_config(mut self, tls: TlsConfig) -> Self {
@@ -208,7 +210,7 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Sets a function that opens connections, for example through a proxy or in memory. TLS, if configured, runs on top of these
+    /// Sets a function that opens the connections, for example through a proxy or in memory. If TLS is configured, it runs on top of these
     /// connections.
     ///
     /// ```no_run
@@ -300,8 +302,8 @@ impl ChannelBuilder {
         self.map_source(|()| source)
     }
 
-    /// Takes the endpoints from a stream of changes. The set of endpoints is known after the first item. An error in the stream is logged
-    /// and changes no endpoint. After the end of the stream, the endpoints stay unchanged.
+    /// Takes the endpoints from a stream of changes. The set of endpoints is known after the first item, or after the end of the stream. An
+    /// error in the stream is logged and changes no endpoint. After the end of the stream, the endpoints stay unchanged.
     pub fn discover<D, A, E>(self, discover: D) -> ChannelBuilder<Discover<D>>
     where
         D: Stream<Item = Result<Change<Address, A>, E>> + Send + 'static,
@@ -342,7 +344,7 @@ impl<S: EndpointSource> ChannelBuilder<S> {
     ///
     /// Returns an error if an option is invalid, or if no endpoint is ready: the set is empty, no endpoint can be reached, or the source
     /// has not reported the set within [`startup_timeout`](Self::startup_timeout). With [`wait_for_ready`](Self::wait_for_ready), an empty
-    /// set or unreachable endpoints also cause an error only after that timeout.
+    /// set or unreachable endpoints cause an error only after that timeout.
     ///
     /// # Cancel safety
     ///
@@ -442,7 +444,8 @@ impl Config {
         if let Some(policy) = self.address_policy.or(policy) {
             connector.policy = policy;
         }
-        // The authority of calls is the name that the servers' certificates prove. The registry cannot change it.
+        // With TLS, the authority of calls is the name that the servers' certificates must be valid for. The source of endpoints cannot
+        // change it.
         let mut scheme = if connector.is_tls() {
             Scheme::HTTPS
         } else {
@@ -518,7 +521,7 @@ fn is_single_threaded() -> bool {
     runtime.is_ok_and(|runtime| runtime.runtime_flavor() == RuntimeFlavor::CurrentThread)
 }
 
-/// Returns the caller's user agent, if any, followed by that of this library.
+/// Returns the user agent that the program has set, if any, followed by the user agent of this library.
 fn user_agent(user_agent: Option<HeaderValue>) -> HeaderValue {
     let Some(theirs) = user_agent else {
         return HeaderValue::from_static(USER_AGENT);
@@ -528,5 +531,5 @@ fn user_agent(user_agent: Option<HeaderValue>) -> HeaderValue {
 }
 
 const USER_AGENT: &str = concat!("tonic-balance/", env!("CARGO_PKG_VERSION"));
-/// Long enough for a leader election in etcd, short enough for an interactive program.
+/// Default startup timeout. It is long enough for a leader election in etcd, and short enough for an interactive program.
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(10);

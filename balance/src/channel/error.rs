@@ -1,4 +1,4 @@
-//! The error of a channel that cannot connect.
+//! The error of a channel that is invalid or not ready.
 
 use tonic::Status;
 

@@ -24,7 +24,7 @@ impl KeepAliveOptions {
         })
     }
 
-    /// Returns an error message if an option has no effect.
+    /// Returns an error message if an option that was set has no effect.
     pub(super) fn ineffective(&self) -> Option<&'static str> {
         (self.while_idle && self.interval.is_none())
             .then_some("keep_alive_while_idle has no effect without http2_keep_alive_interval")
@@ -42,5 +42,5 @@ impl Default for KeepAliveOptions {
     }
 }
 
-/// The default of gRFC A8.
+/// Default timeout of a keep-alive PING, from gRFC A8.
 const TIMEOUT: Duration = Duration::from_secs(20);

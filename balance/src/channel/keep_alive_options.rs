@@ -12,16 +12,17 @@ impl<S> ChannelBuilder<S> {
     /// Keep-alive is rarely needed, because three checks are always enabled:
     ///
     /// - A connection that was silent for more than a second is checked with a PING before a call is sent on it. The check is skipped if a
-    ///   connection to the same endpoint survived a silence of the same length in the last ten minutes.
-    /// - A connection is checked when a call on it exceeds its deadline.
+    ///   connection to the same endpoint has survived a silence of at least the same length in the last ten minutes.
+    /// - A connection is checked with a PING when a call on it exceeds its deadline while nothing is read from the connection.
     /// - The keep-alive of TCP is enabled.
     ///
     /// Keep-alive is useful if the network drops connections silently, and if calls have no deadline or streams are silent for minutes.
     ///
     /// Many servers close the connection of a client that sends PINGs more often than every five minutes. By default a connection sends at
-    /// most two PINGs, including the ready check, between two HEADERS or DATA frames of the server. After those, it sends one PING every
-    /// five minutes while calls are open. If the servers permit more PINGs, set [`keep_alive_permit_time`](Self::keep_alive_permit_time).
-    /// If a server still closes a connection with `too_many_pings`, the interval for that server doubles (gRFC A8).
+    /// most two PINGs, including the ready check, between two HEADERS or DATA frames of the server. After these two PINGs, it sends at most
+    /// one PING every five minutes while calls are open. If the servers permit more PINGs, set
+    /// [`keep_alive_permit_time`](Self::keep_alive_permit_time). If a server still closes a connection with `too_many_pings`, the interval
+    /// for that server doubles (gRFC A8).
     pub fn http2_keep_alive_interval(mut self, interval: Duration) -> Self {
         self.config.keep_alive.interval = Some(interval.clamp(SHORTEST_INTERVAL, MAX_DURATION));
         self
@@ -34,8 +35,8 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Sets the shortest interval between PINGs that the servers permit: `MinTime` of grpc-go's enforcement policy, `permitKeepAliveTime`
-    /// of grpc-java. Default 5 minutes, which is the default of both. Without
+    /// Sets the shortest interval between PINGs that the servers permit: `MinTime` of the enforcement policy in grpc-go,
+    /// `permitKeepAliveTime` in grpc-java. Default 5 minutes, which is the default of both libraries. Without
     /// [`http2_keep_alive_interval`](Self::http2_keep_alive_interval) it has no effect.
     pub fn keep_alive_permit_time(mut self, interval: Duration) -> Self {
         self.config.keep_alive.permit = interval;
@@ -53,5 +54,5 @@ impl<S> ChannelBuilder<S> {
     }
 }
 
-/// The shortest interval. With an interval near zero, a connection would send PINGs without a pause.
+/// Minimum of the keep-alive interval. With an interval near zero, a connection would send PINGs without a pause.
 const SHORTEST_INTERVAL: Duration = Duration::from_millis(10);

@@ -15,7 +15,7 @@ use crate::balance::ready_set::{ReadySet, ReadySetBuilder};
 enum Callers {
     /// One call per period, in microseconds.
     OpenLoop(u64),
-    /// A number of callers that each start a call when the previous one has ended.
+    /// A number of callers. Each caller starts a call when its previous call has ended.
     ClosedLoop(u32),
 }
 
@@ -64,7 +64,7 @@ struct Simulation {
     set: ReadySet<Connection>,
     picker: Picker,
     rng: fastrand::Rng,
-    /// When the last call of each server ended.
+    /// When the last call of each server ended, in microseconds.
     ended: Vec<u64>,
     calls: Vec<u32>,
     /// The end, the server and the start of each call in flight.
@@ -96,7 +96,7 @@ impl Simulation {
         }
     }
 
-    /// Returns the share of the calls that each server gets, not counting the first fifth of the calls.
+    /// Returns the share of the calls that each server gets. The first fifth of the calls is not counted.
     fn shares(mut self, callers: Callers) -> Vec<f64> {
         let (period, mut due, callers) = match callers {
             Callers::OpenLoop(period) => (period, 0, 0),
@@ -235,8 +235,8 @@ fn equal_servers_get_shares_by_weight_for_every_arrival_pattern() {
 
 #[test]
 fn a_rarely_called_cold_server_keeps_its_share() {
-    // A call after an idle second takes eleven times as long. With one call every 20 ms, a call to the server with the smaller weight takes
-    // about one and a half times as long as a call to the other.
+    // A call to a server that was idle for a second takes eleven times as long. With one call every 20 ms, a call to the server with the
+    // smaller weight takes about one and a half times as long as a call to the other.
     let cold = Server {
         idle_penalty: 10.0,
         ..EQUAL

@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// (gRFC A6)][A6].
 ///
 /// The bucket is full at the start. Each failure that a policy covers takes one token, and each successful call returns a fraction of a
-/// token. While half of the bucket or less is left, no call is sent again, and the failure is returned to the caller.
+/// token. While half of the bucket or less is left, no policy sends a call again, and the failure is returned to the caller.
 ///
 /// The default is 1 000 tokens and a fraction of 0.1. The fraction is that of the example in A6: in the long run, at most one call in ten
-/// is a retry. The size is the largest that implementations of A6 allow. The size in the example, 10, is too small: a killed server fails
-/// all its calls at once, and five failures use up a bucket of 10.
+/// is a retry. The size of the bucket is the largest that implementations of A6 allow. The size in the example, 10, is too small: a killed
+/// server fails all its calls at once, and after five failures a bucket of 10 allows no retry.
 ///
 /// [A6]: https://github.com/grpc/proposal/blob/master/A6-client-retries.md
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,8 +74,8 @@ impl Tokens {
         }
     }
 
-    /// Takes a token after a failure that a policy covers. Returns true if the budget allows another send of the call, false if half of the
-    /// bucket or less is left.
+    /// Takes a token after a failure that a policy covers. Returns true if the budget allows another send of the call, and false if half of
+    /// the bucket or less is left.
     pub(in crate::call) fn on_failure(&self) -> bool {
         let take = |left: u32| Some(left.saturating_sub(TOKEN));
         let _ = self
@@ -102,10 +102,10 @@ mod tests {
     #[test]
     fn half_of_the_bucket_is_for_retries_and_successes_refill_it() {
         let tokens = Tokens::new(RetryBudget::new(10, 0.1));
-        // As in A6's example: calls are sent again while 9 to 6 tokens are left, and not at 5.
+        // As in A6's example, calls are sent again while 9 to 6 tokens are left, and not when 5 are left.
         assert_eq!((0..6).filter(|_| tokens.on_failure()).count(), 4);
         assert!(!tokens.allows_retry());
-        // 4 tokens are left. Ten successes return one token, and more than half of the bucket is needed.
+        // 4 tokens are left. Ten successes return one token, and 5 tokens are only half of the bucket.
         for _ in 0..10 {
             tokens.on_success();
             assert!(!tokens.allows_retry());

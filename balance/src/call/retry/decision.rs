@@ -14,9 +14,9 @@ use super::policy::RetryPolicy;
 pub(in crate::call) enum Pushback {
     /// No instruction.
     None,
-    /// Another attempt after this wait.
+    /// Another attempt is allowed after this wait.
     After(Duration),
-    /// No further attempt.
+    /// No further attempt is allowed.
     Never,
 }
 
@@ -55,12 +55,12 @@ pub(in crate::call) enum Decision {
 #[derive(Debug)]
 pub(in crate::call) struct Progress {
     made: u32,
-    /// The number of consecutive waits that the policy chose, not the server.
+    /// The number of waits that the policy has chosen since the server last chose one.
     waits: u32,
 }
 
 impl Progress {
-    /// Starts with the first attempt in flight.
+    /// Creates the progress of a call whose first attempt is in flight.
     pub(in crate::call) fn new() -> Self {
         Self { made: 1, waits: 0 }
     }
@@ -85,7 +85,7 @@ impl Progress {
         random: f64,
     ) -> Decision {
         let covered = policy.covers(code);
-        // A pushback that forbids retries takes a token for any code, so that retries of other calls become less likely too.
+        // A pushback that forbids retries takes a token whatever the code is, so that retries of other calls also become less likely.
         let counts = covered || pushback == Pushback::Never;
         let allows_retry = !counts || tokens.on_failure();
         if !covered {
@@ -110,7 +110,7 @@ impl Progress {
     }
 }
 
-/// The header of "pushback" in A6.
+/// The header that carries the pushback (gRFC A6).
 const PUSHBACK: HeaderName = HeaderName::from_static("grpc-retry-pushback-ms");
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use super::budget::{RetryBudget, Tokens};
 use super::policy::{HedgingPolicy, RetryPolicy};
 
-/// The policy by which calls of a method are sent more than once.
+/// The policy that sends calls of a method more than once.
 #[derive(Clone, Debug)]
 pub(crate) enum MethodPolicy {
     Retry(RetryPolicy),
@@ -63,7 +63,7 @@ impl MethodConfigBuilder {
 pub(crate) struct MethodConfig {
     all: Option<MethodPolicy>,
     named: HashMap<Box<str>, MethodPolicy>,
-    /// Whether any policy is a hedging policy. If none is, [`hedging`](Self::hedging) skips the look-up for each call.
+    /// Whether there is a hedging policy. If there is none, [`hedging`](Self::hedging) skips the look-up for each call.
     hedges: bool,
     tokens: Tokens,
 }
@@ -102,7 +102,7 @@ impl MethodConfig {
         &self.tokens
     }
 
-    /// Records a successful call, with or without a policy.
+    /// Records a successful call in the retry budget, whether or not a policy applies to the call.
     pub(crate) fn on_success(&self) {
         self.tokens.on_success();
     }

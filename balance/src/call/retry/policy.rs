@@ -11,13 +11,13 @@ use tonic::Code;
 /// server certainly did not process is sent again even without a policy. Such a transparent retry does not count as an attempt.
 ///
 /// - A call is retried only if the caller has received no part of the response. Four failures can be retried: a lost connection and no
-///   reachable endpoint (both `UNAVAILABLE`), a reset stream, and an error that is the whole response. A server sends such an error if it
-///   has sent no message before.
+///   reachable endpoint (both `UNAVAILABLE`), a reset stream, and an error that is the whole response. A server sends such a response if it
+///   fails a call before it has sent a message.
 /// - If the request is one message, the beginning of the response is buffered, so that the call can still be retried if the server is
 ///   killed while it responds. Buffering ends when the response is complete, when 64 KiB are buffered, 5 ms after the first frame, or 50 ms
-///   after the head if no frame follows. In A6 a call is committed when its head is received.
-/// - Another attempt is sent to an endpoint that the call has not used. If no such endpoint is ready, the attempt is sent to any endpoint
-///   except the endpoint that failed last. The endpoint that failed last is used only if no other endpoint is ready.
+///   after the head if no frame follows. In A6, a call is committed when its head is received, and it is not retried after that.
+/// - Each further attempt is sent to an endpoint that the call has not used. If no such endpoint is ready, the attempt is sent to any
+///   endpoint except the endpoint that failed last. The endpoint that failed last is used only if no other endpoint is ready.
 /// - A request of one message is sent again whatever its size: the bytes are shared, not copied. Of a request stream, the first message is
 ///   kept whatever its size, and further messages are kept while the total is at most 64 KiB. A call that has sent more is not retried.
 /// - With the response header `grpc-retry-pushback-ms`, a server can replace the wait before the next attempt, or forbid retries.
@@ -25,7 +25,7 @@ use tonic::Code;
 /// - The retries of all calls of a channel together are limited by the channel's [`RetryBudget`].
 ///
 /// The header `grpc-previous-rpc-attempts` contains the number of earlier attempts, in the request for the server and in the response for
-/// the caller. If the call still fails, its message ends with a list of the attempts.
+/// the caller. If the call still fails, its error message ends with a list of the attempts.
 ///
 /// ```
 /// use std::time::Duration;
@@ -72,14 +72,14 @@ impl RetryPolicy {
         self
     }
 
-    /// Sets the wait before the second attempt. Default 0.1 s, as in A6's example. Each wait is randomly up to 20 % longer or shorter, as
+    /// Sets the wait before the second attempt. Default 0.1 s, as in A6's example. Each wait is up to 20 % longer or shorter at random, as
     /// in A6.
     pub fn initial_backoff(mut self, backoff: Duration) -> Self {
         self.first = backoff;
         self
     }
 
-    /// Sets the longest wait between two attempts. Default 1 s, as in A6's example.
+    /// Sets the limit on the wait between two attempts, before the random variation of 20 %. Default 1 s, as in A6's example.
     pub fn max_backoff(mut self, backoff: Duration) -> Self {
         self.max = backoff;
         self
@@ -100,7 +100,7 @@ impl RetryPolicy {
         self.attempts
     }
 
-    /// Returns the wait after this number of waits. `random` is between 0 and 1.
+    /// Returns the wait that follows this number of earlier waits. `random` is between 0 and 1.
     pub(in crate::call) fn wait(&self, waits: u32, random: f64) -> Duration {
         let factor = self
             .multiplier
@@ -203,9 +203,9 @@ const ATTEMPTS: u32 = 4;
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
 const MULTIPLIER: f64 = 2.0;
-/// "Limits on Retries and Hedges" in A6.
+/// Limit on the number of attempts: "Limits on Retries and Hedges" in A6.
 const MAX_ATTEMPTS: u32 = 5;
-/// "Exponential Backoff" in A6, as amended in 2024.
+/// Random variation of a wait, as a fraction: "Exponential Backoff" in A6, as amended in 2024.
 const JITTER: f64 = 0.2;
 
 #[cfg(test)]
