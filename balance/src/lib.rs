@@ -1,7 +1,8 @@
 //! A client-side balanced gRPC channel for [tonic](https://docs.rs/tonic).
 //!
-//! A [`BalancedChannel`] connects to every endpoint that its [source](channel::EndpointSource) reports. It sends each call to an endpoint that is
-//! connected *and responds*. The channel can replace tonic's own channel: in a generated client, under an interceptor, or in a tower stack.
+//! A [`BalancedChannel`] connects to every endpoint that its [source](channel::EndpointSource) reports. It sends each call to an endpoint
+//! that is connected *and responds*. The channel can replace tonic's own channel: in a generated client, under an interceptor, or in a
+//! tower stack.
 //!
 //! ```no_run
 //! use tonic_balance::BalancedChannel;
@@ -19,7 +20,8 @@
 //! ```
 //!
 //! The endpoints are given as a list of [addresses](channel::ChannelBuilder::addresses), a [stream of
-//! `tower::discover::Change`](channel::ChannelBuilder::discover), or an [`EndpointSource`](channel::EndpointSource). The crate `tonic-etcd` provides a source over etcd.
+//! `tower::discover::Change`](channel::ChannelBuilder::discover), or an [`EndpointSource`](channel::EndpointSource). The crate `tonic-etcd`
+//! provides a source over etcd.
 //!
 //! # Features
 //!
@@ -43,7 +45,7 @@ pub mod error {
     pub use crate::channel::error::ChannelError;
 }
 
-/// What `tonic-etcd` shares with this crate. No part of the public interface.
+/// Items that `tonic-etcd` uses. They are not part of the public interface.
 #[doc(hidden)]
 pub mod __private {
     pub use crate::address::without_password;

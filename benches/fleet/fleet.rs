@@ -1,4 +1,4 @@
-//! The fleet: many clients and servers, each with a registry of its own, as in processes of their own.
+//! The fleet: many clients and servers, each with a registry of its own, as if each were a separate process.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use tonic_etcd::{Registration, Registry, Resolver};
 use super::Result;
 use super::world::{World, put};
 
-/// The service of the fleet. The users of [`super::roles`] may read and write it.
+/// The service of the fleet. The users that [`super::roles`] creates have permissions for its keys.
 pub const SERVICE: &str = "greeter";
 
 /// The options of all registries.
@@ -22,18 +22,18 @@ struct Plan {
     endpoints: Vec<String>,
     protected: bool,
     ttl: Duration,
-    /// Registries that connect at once. With passwords, each costs etcd a hash.
+    /// Limits the number of registries that connect at the same time. With passwords, each connect costs etcd one password hash.
     connecting: Arc<Semaphore>,
 }
 
-/// A process with a resolver of the service.
+/// One client: a registry, and a resolver of the service.
 #[derive(Debug)]
 struct Client {
     resolver: Resolver,
     _registry: Registry,
 }
 
-/// A process with a registration.
+/// One server: a registry, and a registration of the service.
 #[derive(Debug)]
 struct Server {
     registration: Registration,
@@ -45,13 +45,14 @@ pub struct Fleet {
     plan: Plan,
     clients: Vec<Client>,
     servers: Vec<Server>,
-    /// Number of addresses that were used.
+    /// Number of addresses that were used so far.
     addresses: u32,
-    /// Addresses of the keys that the operator wrote. A client that contains the last one has received all earlier changes.
+    /// Addresses of the instances that the operator wrote. A client whose set contains the last of these addresses has received all earlier
+    /// changes.
     canaries: Vec<String>,
 }
 
-/// The times after which half and all of the fleet were right.
+/// The times after which half of the clients and servers, and all of them, were right. [`Fleet::right`] defines *right*.
 #[derive(Clone, Copy, Debug)]
 pub struct Right {
     pub half: Duration,
@@ -87,7 +88,7 @@ impl Fleet {
         self.servers.len()
     }
 
-    /// Returns the number of complete lists by all clients.
+    /// Returns the number of complete lists that all clients together have made.
     pub fn lists(&self) -> u64 {
         self.clients
             .iter()
@@ -119,7 +120,7 @@ impl Fleet {
         Ok(())
     }
 
-    /// Replaces one server by a new process at another address. The new one is registered before the old one is deregistered.
+    /// Replaces one server with a new server at another address. The new server is registered before the old server is deregistered.
     pub async fn replace_server(&mut self, index: usize) -> Result<()> {
         let address = self.next_address();
         let server = start_server(self.plan.clone(), address).await?;
@@ -129,13 +130,13 @@ impl Fleet {
         deregistered.map_err(|error| format!("deregister {key}: {error}"))
     }
 
-    /// Replaces one client by a new process.
+    /// Replaces one client with a new client.
     pub async fn replace_client(&mut self, index: usize) -> Result<()> {
         self.clients[index] = start_client(self.plan.clone()).await?;
         Ok(())
     }
 
-    /// Writes a new instance, the canary. A client is right only if it contains the canary.
+    /// Writes a new instance, the canary. A client is right only if its set contains the canary.
     pub async fn write_canary(&mut self, operator: &etcd_client::Client) -> Result<()> {
         let address = self.next_address();
         let key = format!("/gRPC/{SERVICE}/{address}");
@@ -154,7 +155,8 @@ impl Fleet {
         self.canaries.clear();
     }
 
-    /// Waits until every client has exactly the servers and the canaries, and every server is registered. Returns the times since `start`.
+    /// Waits until all clients and servers are right. A client is right if its set is fresh and consists of exactly the servers and the
+    /// canaries. A server is right if it is registered. Returns the times since `start`.
     pub async fn right(&self, start: Instant, limit: Duration) -> Result<Right> {
         let servers = self
             .servers
@@ -178,7 +180,7 @@ impl Fleet {
                 is_wrong
             });
             if wrong.is_empty() {
-                // A part that was right before may be wrong again.
+                // A client or server that was right before may be wrong again.
                 wrong = all();
                 wrong.retain(|(_, member)| member.fault(&expected).is_some());
                 if wrong.is_empty() {
@@ -212,7 +214,7 @@ impl Fleet {
 
 /// A client or a server.
 trait Participant {
-    /// Returns the reason why it is wrong, or `None`.
+    /// Returns the reason why the participant is wrong, or `None` if it is right.
     fn fault(&self, expected: &HashSet<String>) -> Option<String>;
 }
 

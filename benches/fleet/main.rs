@@ -5,24 +5,25 @@
 //! cargo bench --bench fleet -- --number 300 restart wipe        # some scenarios, with 300 clients and 300 servers
 //! ```
 //!
-//! Clients and servers are real registries in this process: each client has one resolver, and each server one registration. etcd is real and
-//! runs on a core of its own, if the machine has several and `taskset` is installed. All figures are read from etcd's `/metrics`.
+//! Clients and servers are real registries in this process: each client has one resolver, and each server one registration. etcd is real.
+//! It runs on a core of its own if the machine has several cores and `taskset` is installed. The figures of etcd are read from its
+//! `/metrics`, except the number of connections, which is read from `/proc/net/tcp`.
 //!
 //! | Scenario | Actions |
 //! |---|---|
-//! | `start` | All servers start at once, then all clients. Part of every run. |
+//! | `start` | All servers start at once, then all clients. Each fleet starts with this scenario. |
 //! | `rest` | Nothing, for the time of `--rest` (30 s). |
 //! | `servers`, `clients` | Every server or client is replaced, one after the other. |
 //! | `storm` | Every 100 ms, a key is written and the history is compacted, for 10 s. |
-//! | `restart`, `pause`, `outage` | etcd is restarted: at once, after 10 s, and after the time of `--outage` (60 s). |
+//! | `restart`, `pause`, `outage` | etcd is stopped and started again: at once, after 10 s, or after the time of `--outage` (60 s). |
 //! | `wipe` | etcd is killed and restarted without its data. |
-//! | `three` | Three members: rest, and the restart of the one with the most watches. |
-//! | `slow` | Three members, of which the one with the most watches is frozen for 10 s. |
+//! | `three` | Three members: rest, and the restart of the member with the most watch streams. |
+//! | `slow` | Three members: the member with the most watch streams is frozen for 10 s. |
 //! | `password` | etcd with authentication is restarted, and all tokens are lost. |
 //! | `services` | One process watches 1 000 services (`--services`). |
 //! | `instances` | One process watches a service with 10 000 instances (`--instances`). |
 //!
-//! Further options: `--ttl` of the leases in seconds, and `--seed` of the order of replacements.
+//! Further options: `--ttl` sets the TTL of the leases in seconds, and `--seed` sets the seed for the order of replacements.
 #![allow(
     missing_docs,
     unreachable_pub,
@@ -50,7 +51,7 @@ use options::Options;
 use table::Row;
 use tonic_etcd::testing::Etcd;
 
-/// The error is a message that names the step that failed.
+/// A result whose error is a message that names the failed step.
 type Result<T> = std::result::Result<T, String>;
 
 fn main() -> std::process::ExitCode {
@@ -103,7 +104,7 @@ async fn run(arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Measures one process with many services.
+/// Measures one process that watches many services.
 async fn services(options: &Options, at_once: bool) -> Result<()> {
     let services = options.services;
     let shape = Shape {
@@ -127,7 +128,7 @@ async fn services(options: &Options, at_once: bool) -> Result<()> {
     Ok(())
 }
 
-/// Measures one process with a large service.
+/// Measures one process that watches a service with many instances.
 async fn instances(options: &Options, metadata: bool) -> Result<()> {
     let instances = options.instances;
     let shape = Shape {
@@ -156,7 +157,7 @@ async fn scenarios(options: &Options, rows: &mut Vec<Row>) -> Result<()> {
     scenarios::passwords(options, rows).await
 }
 
-/// Prints the goals of a fleet, and whether they are reached.
+/// Prints the goals for a fleet, and whether the fleet has reached them.
 fn goals(rows: &[Row]) {
     const NUMBER: usize = 10_000;
     let verdict = |is_reached: bool| if is_reached { "reached" } else { "missed" };
@@ -179,7 +180,7 @@ fn goals(rows: &[Row]) {
     }
 }
 
-/// Returns the operator's client, before passwords are required.
+/// Returns a client of the operator. Called before etcd requires passwords.
 async fn client(etcd: &Etcd) -> etcd_client::Client {
     etcd_client::Client::connect(etcd.endpoints(), None)
         .await

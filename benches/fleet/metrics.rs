@@ -11,7 +11,7 @@ use tonic_etcd::testing::Etcd;
 
 use super::Result;
 
-/// Counters since the start of a member, or their growth over a time.
+/// The counters of a member since its start, or the growth of these counters over a time.
 #[derive(Clone, Debug, Default)]
 pub struct Counters {
     /// Messages that etcd received, by gRPC method. A unary request is one message.
@@ -64,15 +64,15 @@ impl Counters {
     }
 }
 
-/// Values at one time, summed over the members.
+/// Values at one time. Each value is the sum over the members, except `watch_streams`.
 #[derive(Clone, Debug, Default)]
 pub struct Gauges {
     /// Resident memory in bytes.
     pub memory: f64,
-    /// Open connections of clients.
+    /// Number of open connections from clients to members.
     pub connections: usize,
     pub watchers: f64,
-    /// Watch streams of each member.
+    /// Number of watch streams of each member.
     pub watch_streams: Vec<f64>,
 }
 
@@ -84,7 +84,7 @@ pub struct Meter {
     counts_ends: bool,
     /// The last reading of each member.
     last: Vec<Counters>,
-    /// Members that are not read, because they do not respond.
+    /// Members that are excluded from the readings, because they do not respond.
     silent: Vec<usize>,
     sum: Counters,
     gauges: Gauges,
@@ -100,7 +100,7 @@ pub struct Measured {
     pub counters: Counters,
     pub gauges: Gauges,
     pub time: Duration,
-    /// Most requests per second, over about one second. `None` for a shorter measurement.
+    /// Maximum number of requests per second, each measured over about one second. `None` if the measurement was shorter.
     pub peak: Option<f64>,
 }
 
@@ -151,7 +151,7 @@ impl Meter {
         busiest.map_or(0, |(member, _)| member)
     }
 
-    /// Excludes a member that does not respond, until [`Meter::include`].
+    /// Excludes a member that does not respond from the readings, until [`Meter::include`] is called.
     pub fn exclude(&mut self, member: usize) {
         self.silent.push(member);
     }
@@ -160,7 +160,7 @@ impl Meter {
         self.silent.retain(|silent| *silent != member);
     }
 
-    /// Records that the counters of a member were reset to zero. If there is no other member, the time of the measurement starts again.
+    /// Records that the counters of a member were reset to zero. If there is no other member, the measured time starts again.
     pub fn on_restarted(&mut self, member: usize) {
         self.last[member] = Counters::default();
         if self.last.len() == 1 {
@@ -169,7 +169,7 @@ impl Meter {
         }
     }
 
-    /// Reads the counters every second until the work is complete.
+    /// Reads the counters every second until `work` is complete.
     pub async fn during<T>(&mut self, work: impl Future<Output = Result<T>>) -> Result<T> {
         let mut work = pin!(work);
         let mut ticks = interval(SAMPLE);
@@ -224,7 +224,7 @@ impl Meter {
         let now = Instant::now();
         self.read = (now, self.sum.requests());
         let time = now.saturating_duration_since(before).as_secs_f64();
-        // A short interval has no meaningful rate.
+        // The rate over a shorter interval would not be meaningful.
         if time > 0.5 {
             self.peak = self.peak.max((self.read.1 - requests) / time);
         }
@@ -232,7 +232,7 @@ impl Meter {
     }
 }
 
-/// Returns the text of `/metrics`. HTTP/1.0 has no chunks.
+/// Returns the text of `/metrics`. The request uses HTTP/1.0, so that the response is not chunked.
 async fn fetch(endpoint: &str) -> std::io::Result<String> {
     let mut socket = TcpStream::connect(endpoint).await?;
     socket.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await?;
@@ -284,14 +284,14 @@ fn count(methods: &mut BTreeMap<String, f64>, labels: &str, value: f64) {
     }
 }
 
-/// Returns whether this version of etcd counts the end of a stream as a received message. Versions from 3.6 on do, because they use another
-/// library for these counters.
+/// Returns whether this version of etcd counts the end of a stream as a received message. Version 3.6 and later versions do, because they
+/// use another library for these counters.
 fn counts_ends(version: &str) -> bool {
     let mut parts = version.split('.').map(|part| part.parse().unwrap_or(0));
     (parts.next(), parts.next()) >= (Some(3), Some(6))
 }
 
-/// Returns the number of open connections to the members, as the operating system lists them. etcd has no such metric.
+/// Returns the number of open connections to the members, as the operating system lists them. etcd has no metric for this number.
 fn connections(endpoints: &[String]) -> usize {
     const ESTABLISHED: &str = "01";
     let ports = endpoints

@@ -1,4 +1,4 @@
-//! One process with many services, and one service with many instances: messages at rest, and memory.
+//! One process that watches many services, or one service with many instances: its messages at rest, and its memory.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -19,9 +19,9 @@ use super::world::World;
 #[derive(Debug)]
 pub struct Process {
     pub measured: Measured,
-    /// Growth of its resident memory after the time at rest, in bytes.
+    /// Growth of the process's resident memory in bytes, from before the services start until after the time at rest.
     pub memory: f64,
-    /// Time until all services were fresh.
+    /// Time until the instances of all services were up to date.
     pub fresh: Duration,
 }
 
@@ -37,13 +37,13 @@ impl Process {
     }
 }
 
-/// The start of the services, and the values of the instances.
+/// The numbers of services and instances, the start of the services, and the values of the instances.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
     pub services: usize,
-    /// Instances of each service.
+    /// Number of instances of each service.
     pub instances: usize,
-    /// Whether the services start at once, and not one after the other.
+    /// Whether the resolvers of all services start at once. Otherwise they start one after the other.
     pub at_once: bool,
     /// Whether the values have metadata.
     pub metadata: bool,
@@ -119,12 +119,12 @@ pub async fn measure(options: &Options, shape: Shape) -> Result<Process> {
     })
 }
 
-/// Runs the measured process. It watches the services and prints the time until all are fresh. For each line of its input it prints the growth
-/// of its memory. It ends at the end of the input.
+/// Runs the measured process. The process watches the services, and prints the time until all services are up to date. For each line of its
+/// input, it prints the growth of its memory. It ends at the end of its input.
 pub async fn watch(endpoint: &str, services: usize, instances: usize, start: &str) -> Result<()> {
     let registry = Registry::connect([endpoint]).await;
     let registry = registry.map_err(|error| format!("connect to {endpoint}: {error}"))?;
-    // Opens the connections, which all services share.
+    // The first resolver opens the connections that all services share, so that they do not count as memory of the services.
     let first = registry.resolver("first").start();
     first.ready().await;
     let before = resident_memory()?;
@@ -173,7 +173,7 @@ fn name(service: usize) -> String {
     format!("service{service}")
 }
 
-/// Returns the write of one instance: its address, and with metadata also weight, zone, version and one more field.
+/// Returns the put of one instance. Its value contains the address, and with `metadata` also weight, zone, version and one more field.
 fn put(service: usize, instance: usize, metadata: bool) -> TxnOp {
     let address = format!(
         "10.{}.{}.{}:50051",
@@ -193,6 +193,6 @@ fn put(service: usize, instance: usize, metadata: bool) -> TxnOp {
 }
 
 const AT_ONCE: &str = "at-once";
-/// Operations of one transaction; etcd accepts 128.
+/// Number of operations in one transaction. By default, etcd accepts at most 128.
 const OPERATIONS: usize = 100;
 const PATIENCE: Duration = Duration::from_secs(60);

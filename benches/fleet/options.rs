@@ -7,20 +7,20 @@ use super::Result;
 
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Number of clients, and number of servers.
+    /// Number of clients, and also of servers.
     pub number: usize,
-    /// Time of the measurement at rest.
+    /// Duration of the measurement at rest.
     pub rest: Duration,
-    /// Time of the outage.
+    /// Duration of the scenario `outage`.
     pub outage: Duration,
     /// Time to live of the leases.
     pub ttl: Duration,
-    /// Number of services of one process.
+    /// Number of services that one process watches, in the scenario `services`.
     pub services: usize,
-    /// Number of instances of one service.
+    /// Number of instances of the service in the scenario `instances`.
     pub instances: usize,
     pub seed: u64,
-    /// The scenarios; empty for all.
+    /// The selected scenarios. If there are none, all scenarios run.
     wanted: Vec<String>,
 }
 
@@ -40,7 +40,7 @@ impl Options {
         while let Some(argument) = arguments.next() {
             let mut value = || arguments.next().unwrap_or_default();
             match argument.as_str() {
-                // Added by cargo.
+                // cargo adds this argument.
                 "--bench" => {}
                 "--number" => options.number = number(&argument, &value())?,
                 "--rest" => options.rest = seconds(&argument, &value())?,

@@ -12,7 +12,7 @@ use super::options::Options;
 use super::table::{Row, Scale};
 use super::world::World;
 
-/// A fleet at an etcd, and the rows that were measured.
+/// A fleet, its etcd, and the rows that were measured so far.
 pub struct Run<'a> {
     options: &'a Options,
     world: World,
@@ -77,7 +77,7 @@ pub async fn three_members(options: &Options, rows: &mut Vec<Row>) -> Result<()>
     Ok(())
 }
 
-/// Runs the restart of an etcd that requires passwords.
+/// Runs the scenario `password`: the restart of an etcd that requires passwords.
 pub async fn passwords(options: &Options, rows: &mut Vec<Row>) -> Result<()> {
     if !options.wants("password") {
         return Ok(());
@@ -105,7 +105,7 @@ pub async fn passwords(options: &Options, rows: &mut Vec<Row>) -> Result<()> {
 }
 
 impl<'a> Run<'a> {
-    /// Starts etcd, the servers, and then the clients.
+    /// Starts etcd, then the servers, and then the clients.
     async fn start(
         options: &'a Options,
         members: usize,
@@ -268,7 +268,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Stops the only member gracefully and starts it again. The measurement starts when the member is healthy.
+    /// Stops the only member gracefully, and starts it again after `down`. The measurement starts when the member is healthy.
     async fn restart(&mut self, name: &str, down: Duration) -> Result<()> {
         let lists = self.fleet.lists();
         let failed = |error| format!("restart etcd: {error}");
@@ -294,7 +294,7 @@ impl<'a> Run<'a> {
         self.recover("wipe", meter, lists, Scale::Changes).await
     }
 
-    /// Waits until the fleet is right, and measures for at least 4/3 of the TTL, in which every process has reacted.
+    /// Waits until the fleet is right. Measures for at least 4/3 of the TTL, because every client and server has reacted by then.
     async fn recover(
         &mut self,
         name: &str,
@@ -317,7 +317,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Stops the member with the most watch streams gracefully and restarts it. The fleet must be right while the member stops or is down.
+    /// Stops the member with the most watch streams gracefully and restarts it. The fleet must become right before the member is restarted.
     async fn restart_one(&mut self) -> Result<()> {
         let lists = self.fleet.lists();
         let mut meter = self.meter().await?;
@@ -355,7 +355,8 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Freezes the member with the most watch streams for 10 s. Every client must receive a key that is written in this time.
+    /// Freezes the member with the most watch streams for 10 s. A key is written in this time, and every client must receive it, at the
+    /// latest after the member thaws.
     async fn freeze(&mut self) -> Result<()> {
         const FROZEN: Duration = Duration::from_secs(10);
         let lists = self.fleet.lists();
@@ -386,7 +387,7 @@ impl<'a> Run<'a> {
         meter.include(member);
         let right = match right {
             Ok(right) => right?,
-            // Not all of them while the member was frozen.
+            // The fleet did not become right while the member was frozen.
             Err(_) => meter.during(self.fleet.right(start, LIMIT)).await?,
         };
         let lists = self.fleet.lists() - lists;
@@ -407,5 +408,5 @@ impl<'a> Run<'a> {
     }
 }
 
-/// The longest time until a fleet is right.
+/// Limit on the time until a fleet is right.
 const LIMIT: Duration = Duration::from_secs(180);

@@ -1,23 +1,23 @@
-//! The table of the scenarios, with the figures of larger fleets.
+//! The table of the scenarios, with computed figures for larger fleets.
 
 use std::time::Duration;
 
 use super::fleet::Right;
 use super::metrics::Measured;
 
-/// The fleets that the figures are multiplied to.
+/// The sizes of the larger fleets for which figures are computed.
 const SIZES: [usize; 2] = [1_000, 10_000];
-/// Keys in one page of a list.
+/// Number of keys in one page of a list.
 const PAGE: usize = 500;
 
 /// The measurement of one scenario.
 #[derive(Debug)]
 pub struct Row {
     pub name: String,
-    /// Number of clients, and number of servers.
+    /// Number of clients, and also of servers.
     pub number: usize,
     pub measured: Measured,
-    /// Complete lists by the clients.
+    /// Number of complete lists that all clients together have made.
     pub lists: u64,
     pub right: Option<Right>,
     pub scale: Scale,
@@ -26,21 +26,21 @@ pub struct Row {
 /// How the figures of a scenario grow with the fleet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scale {
-    /// Each process adds the same, per second.
+    /// Each client or server adds the same number per second.
     Rate,
-    /// Each process adds the same, in all.
+    /// Each client or server adds the same number in total.
     Total,
-    /// As `Total`, and each change of a server is an event for each client.
+    /// As `Total`, but each change of a server causes an event for each client, so the events grow with clients times servers.
     Changes,
-    /// The rates are those of the scenario and not of the fleet.
+    /// The scenario determines the rates, and not the size of the fleet. No figures for larger fleets are computed.
     None,
 }
 
-/// A number of messages, and the mark of the rule by which it grows.
+/// A number of messages, and the mark of the rule by which the number grows with the fleet. `LEGEND` explains the marks.
 struct Figure(f64, &'static str);
 
 impl Row {
-    /// Returns the figures of the messages for a fleet of this size.
+    /// Returns the numbers of messages for a fleet of this size, computed from the measured fleet.
     fn messages(&self, number: usize) -> Vec<Figure> {
         let counters = &self.measured.counters;
         let factor = number as f64 / self.number as f64;
@@ -49,7 +49,7 @@ impl Row {
         let range = counters.received("Range") - lists * pages(self.number);
         let range = (range + lists * pages(number)) * factor;
         let watch = counters.received("Watch");
-        // Each creation and each cancellation has one response.
+        // Each creation and each cancellation of a watcher has one response, which is not an event.
         let events = (counters.sent("Watch") - watch).max(0.0);
         let linear = |method| Figure(counters.received(method) * factor, "");
         let listed = if self.lists > 0 { "+" } else { "" };
@@ -140,7 +140,8 @@ impl Row {
         let peak = self.measured.peak.filter(|_| self.lists == 0);
         cells.push(peak.map_or_else(String::new, |peak| format!("{}/s", short(peak * factor))));
         let connections = self.measured.gauges.connections as f64 * factor;
-        // The CPU time of events and lists does not grow with the number of processes alone.
+        // The CPU time for events and lists does not only grow with the number of processes. So it is computed only for `Rate`, and for
+        // `Total` without lists.
         let cpu = self.measured.counters.cpu * factor;
         cells.push(match self.scale {
             Scale::Rate => format!("{:.0} %", cpu / seconds * 100.0),
@@ -194,7 +195,7 @@ fn time(time: Duration) -> String {
     }
 }
 
-/// Formats a number with three digits or with all of its digits before the point.
+/// Formats a number as an integer with its digits in groups of three. A number below 9.95 has one decimal digit, unless that digit is 0.
 fn short(number: f64) -> String {
     if number == 0.0 {
         return "0".to_owned();

@@ -1,4 +1,4 @@
-//! A real etcd for the fleet, on a core of its own if there are several.
+//! A real etcd for the fleet. If the machine has several cores, etcd runs on one of its own.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -14,7 +14,7 @@ use tonic_etcd::testing::Etcd;
 use super::Result;
 use super::roles;
 
-/// An etcd with an operator.
+/// The etcd of a fleet. An operator, which is not part of the fleet, writes keys to it.
 #[derive(Debug)]
 pub struct World {
     pub etcd: Etcd,
@@ -43,7 +43,7 @@ impl World {
         })
     }
 
-    /// Returns the operator's client of one member.
+    /// Returns a client of the operator that is connected to one member.
     pub async fn operator(&self, member: usize) -> Result<Client> {
         let endpoint = self.etcd.endpoint(member);
         let options = self.protected.then(|| {
@@ -79,7 +79,7 @@ pub async fn put(operator: &Client, key: &str, value: &str) -> Result<()> {
     Ok(())
 }
 
-/// Creates a program that runs etcd on the first core. Returns `None` if there is one core, or no `taskset`.
+/// Creates a shell script that runs etcd on the first core. Returns `None` if there is only one core, or if `taskset` is not installed.
 fn pinned() -> Result<Option<TempDir>> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let taskset = Command::new("taskset").arg("--version").output();

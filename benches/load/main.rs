@@ -1,4 +1,5 @@
-//! Load: calls per second, client CPU per call and latency of all peers (the compared clients), measured in the same run.
+//! Load: calls per second, CPU time per call and latency of the compared clients, which are named *peers*. All peers are measured in the
+//! same run.
 //!
 //! ```sh
 //! cargo bench --bench load              # everything, about five minutes
@@ -6,7 +7,8 @@
 //! ```
 //!
 //! Each server is a separate process. The peers take turns in every round, so that a drift of the machine's speed affects all of them
-//! alike. The printed figures and ratios are medians over the rounds. CPU is the time that the operating system accounts to this process.
+//! alike. The printed figures and ratios are medians over the rounds. CPU is the CPU time that the operating system accounts to this
+//! process, without the servers.
 #![allow(
     missing_docs,
     unreachable_pub,
@@ -70,7 +72,7 @@ fn ping() -> HelloRequest {
     }
 }
 
-/// L1 and L1b: four endpoints, unary.
+/// L1: unary calls to four endpoints.
 async fn unary() {
     let servers = ServerProcess::start_many(&[0; 4]);
     let addresses = ServerProcess::addresses(&servers);
@@ -144,7 +146,7 @@ async fn streams() {
     }
 }
 
-/// L1d: one endpoint, against a single plain channel.
+/// L1d: unary calls to one endpoint, compared with one plain channel of tonic.
 async fn one_endpoint() {
     let servers = ServerProcess::start_many(&[0]);
     let addresses = ServerProcess::addresses(&servers);
@@ -166,7 +168,7 @@ async fn one_endpoint() {
     .await;
 }
 
-/// L2: unequal endpoints, and unequal methods over equal endpoints.
+/// L2: endpoints with unequal latencies, and then calls of unequal durations to equal endpoints.
 async fn unequal() {
     let servers = ServerProcess::start_many(&[1_000, 1_000, 1_000, 50_000]);
     let addresses = ServerProcess::addresses(&servers);

@@ -1,4 +1,4 @@
-//! Drives a load against each peer in turn and prints a comparison.
+//! Measures each peer in turn under the same load, and prints a comparison.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -25,7 +25,8 @@ pub struct Load {
 #[derive(Clone)]
 enum Kind {
     Unary(HelloRequest),
-    /// Unary calls of two durations in microseconds: nine calls in ten take the first, one call in ten takes the second.
+    /// Unary calls of two durations in microseconds. On average, nine calls in ten take the first duration, and one call in ten takes the
+    /// second.
     Mixed(u32, u32),
     ServerStreaming(HelloRequest),
     ClientStreaming(usize, HelloRequest),
@@ -91,7 +92,7 @@ impl Load {
     }
 }
 
-/// Sends one call. Returns whether its latency counts.
+/// Makes one call. Returns whether the latency of the call is recorded.
 async fn call<S: Target>(
     client: &mut GreeterClient<S>,
     kind: &Kind,
@@ -138,7 +139,7 @@ async fn call<S: Target>(
     }
 }
 
-/// Result of one round of one peer.
+/// The result of one round of one peer.
 #[derive(Default)]
 pub struct Sample {
     calls: f64,
@@ -245,7 +246,7 @@ pub enum Table {
     Latencies,
 }
 
-/// Runs the peers in turns and prints the medians. The ratios are relative to the first peer.
+/// Runs the peers in turn and prints the medians. The ratios are relative to the first peer.
 pub async fn compare(title: &str, load: &Load, peers: &[Peer], table: Table) {
     let mut samples: Vec<Vec<Sample>> = peers.iter().map(|_| Vec::new()).collect();
     let mut order: Vec<_> = (0..peers.len()).collect();

@@ -52,11 +52,11 @@ where
 
 type Round = Pin<Box<dyn Future<Output = Sample>>>;
 
-/// One of the compared clients. Only a round as a whole is boxed: a box per call would be a cost that the other clients do not have.
+/// One of the compared clients. A peer boxes only a whole round and not each call, so that the comparison adds no cost to a call.
 ///
 /// Each round opens its own connections. Two things are random but constant while a connection is open: the worker on which its task wakes,
-/// and the number of frames per system call. If each peer kept its connections for a whole run, two peers of the same code would differ by
-/// a tenth in calls and by a fifth in CPU.
+/// and the number of frames per system call. If each peer kept its connections for a whole run, two peers with the same code would differ
+/// by a tenth in calls per second and by a fifth in CPU time per call.
 pub struct Peer {
     name: String,
     round: Box<dyn Fn(Load) -> Round>,
@@ -166,7 +166,7 @@ async fn h2_connections(addresses: Vec<String>) -> H2 {
     H2(connections.into())
 }
 
-/// Returns a channel once all its endpoints are ready, so that connecting is not measured.
+/// Returns a channel after all its endpoints have become ready, so that the dials are not measured.
 async fn ready(builder: ChannelBuilder, addresses: Vec<String>) -> BalancedChannel {
     let channel = builder.addresses(addresses).connect_lazy();
     let ready = async {
@@ -196,7 +196,7 @@ fn pick<T>(connections: &[(T, AtomicUsize)]) -> usize {
     if load(a) <= load(b) { a } else { b }
 }
 
-/// Counts a call as load until its response is dropped.
+/// Counts a call as load of its connection until the ticket is dropped: by `Hyper` after the response head, by `H2` with the response body.
 struct Ticket<T> {
     connections: Arc<[(T, AtomicUsize)]>,
     index: usize,
@@ -248,7 +248,7 @@ impl Service<Request<Body>> for Hyper {
     }
 }
 
-/// P2C over `h2` connections, without any other feature and for unary calls only: the upper bound for the other peers.
+/// P2C over `h2` connections, without any other feature, and only for unary calls. This peer is the upper bound for the other peers.
 #[derive(Clone)]
 pub struct H2(Arc<[(h2::client::SendRequest<Bytes>, AtomicUsize)]>);
 

@@ -1,4 +1,4 @@
-//! The servers. Each is this program, run again as a separate process.
+//! The servers. Each server is this program, started again as a separate process.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -18,7 +18,7 @@ pub struct ServerProcess {
 }
 
 impl ServerProcess {
-    /// Starts one server per delay. Delays are in microseconds.
+    /// Starts one server for each delay. The delays are in microseconds.
     pub fn start_many(delays: &[u64]) -> Vec<Self> {
         delays.iter().map(|delay| Self::start(*delay)).collect()
     }
@@ -83,7 +83,7 @@ pub fn serve(delay: u64) {
     });
 }
 
-/// Echoes a request after a delay. A unary request can set its own delay: its `replies` field is then the delay in microseconds.
+/// Echoes requests, and delays unary responses. A unary request can set its own delay in microseconds, in the field `replies`.
 struct Echo {
     delay: Duration,
 }

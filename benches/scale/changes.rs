@@ -1,4 +1,5 @@
-//! L4: the cost of adding or removing one instance of a large set, from etcd's event to the picker, and the cost of loading the set.
+//! L4: the client's CPU time for adding an instance to a large set or removing one, from the event of etcd to the picker, and the cost of
+//! loading the set.
 
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use super::{cpu, median, percentile};
 const SETS: [usize; 3] = [1_000, 10_000, 20_000];
 const CHANGES: usize = 100;
 const SERVICE: &str = "greeter";
-/// Operations per transaction, within etcd's limit.
+/// Number of operations in one transaction, within the limit of etcd.
 const OPERATIONS: usize = 100;
 
 pub fn run() {
@@ -104,14 +105,14 @@ async fn register(writer: &Client, instances: usize) {
     }
 }
 
-/// A client on its own thread, so that the CPU time of the thread is that of the client alone.
+/// A client on a thread of its own, so that the CPU time of the thread is the CPU time of the client.
 struct Subject {
     channel: BalancedChannel,
     clock: mpsc::UnboundedSender<oneshot::Sender<Duration>>,
     loaded: Loaded,
 }
 
-/// Wall time and CPU time of loading the set.
+/// Wall time and CPU time of loading the set: into a resolver alone, and into a channel until all endpoints are ready.
 struct Loaded {
     resolver: (Duration, Duration),
     channel: (Duration, Duration),

@@ -1,4 +1,4 @@
-//! CPU time of a thread, as accounted by the operating system.
+//! CPU time of a thread, as the operating system accounts it.
 
 use std::time::Duration;
 

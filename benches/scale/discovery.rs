@@ -1,4 +1,5 @@
-//! L5: the time from a change of a key in etcd to calls at its server, compared with a bare watch and a bare connection in the same run.
+//! L5: the time from a change of a key in etcd until calls are sent to its server, or no longer sent to it. The times are compared with a
+//! bare watch and a bare connection in the same run.
 
 use std::time::Duration;
 
@@ -36,7 +37,7 @@ pub fn run() {
     runtime.block_on(measure());
 }
 
-/// Times at which a change was sent, acknowledged and effective.
+/// The times at which a change was sent to etcd, was acknowledged by etcd, and became effective.
 struct Change {
     sent: Instant,
     acknowledged: Instant,
@@ -49,8 +50,8 @@ async fn measure() {
     let addresses = ServerProcess::addresses(&servers);
     let client = Client::connect(etcd.endpoints(), None).await.unwrap();
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
-    // The other addresses keep the set from becoming empty, because the removal of all instances would be held back. The ports of `alone`
-    // have no listener.
+    // The other addresses stay in the set. Without them, the removal of the last instance would count as a mass removal, and the instance
+    // would be held. No server listens on the three ports of `alone`.
     for (service, others) in [
         ("alone", ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"]),
         ("beside", [&*addresses[1], &*addresses[2], &*addresses[3]]),
@@ -135,7 +136,7 @@ async fn delete(client: &Client, service: &str, address: &str) {
     delete.unwrap();
 }
 
-/// Measures a join in which the new endpoint is the only reachable endpoint: a call waits for it.
+/// Measures a join in which the new endpoint is the only reachable endpoint. A call already waits for the endpoint.
 async fn join_alone(client: &Client, channel: &BalancedChannel, address: &str) -> Change {
     let waiting = tokio::spawn(call(channel.clone(), true));
     tokio::time::sleep(REST).await;
@@ -151,7 +152,7 @@ async fn join_alone(client: &Client, channel: &BalancedChannel, address: &str) -
     }
 }
 
-/// Measures a join in which the new endpoint is one of several: calls run continuously until the new endpoint serves a call.
+/// Measures a join in which the new endpoint is one of several. Calls run continuously until the new endpoint serves a call.
 async fn join_beside(client: &Client, channel: &BalancedChannel, address: &str) -> Change {
     let calling: JoinHandle<Instant> = tokio::spawn({
         let (channel, address) = (channel.clone(), address.to_owned());
@@ -175,7 +176,7 @@ async fn join_beside(client: &Client, channel: &BalancedChannel, address: &str) 
     }
 }
 
-/// Measures a removal: calls run continuously, and the change is effective when the last call that the endpoint serves is sent.
+/// Measures a removal. Calls run continuously, and the change becomes effective when the last call that the endpoint serves is sent.
 async fn leave(client: &Client, service: &str, channel: &BalancedChannel, address: &str) -> Change {
     let (last, mut lasts) = mpsc::unbounded_channel();
     let calling = tokio::spawn({
@@ -219,7 +220,7 @@ async fn call(channel: BalancedChannel, wait: bool) -> Result<(String, Instant),
     Ok((served_by.address().to_string(), Instant::now()))
 }
 
-/// A bare watch and bare connections, for comparison.
+/// A watch of `etcd_client` and connections of `h2`, for comparison.
 struct Bare {
     events: mpsc::UnboundedReceiver<Instant>,
 }

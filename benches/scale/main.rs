@@ -1,4 +1,4 @@
-//! Scale: the cost of a pick, of a change and of a discovery for growing sets of endpoints.
+//! Scale: the cost of a pick (L3) and of a change (L4) in growing sets of endpoints, and the time until a change in etcd is effective (L5).
 //!
 //! ```sh
 //! cargo bench --bench scale              # everything, about two minutes
@@ -56,7 +56,7 @@ fn median(mut figures: Vec<f64>) -> f64 {
     figures[figures.len() / 2]
 }
 
-/// Returns the figure at this share of the sorted figures.
+/// Returns a percentile of the figures; `share` is 0.9 for the 90th percentile.
 fn percentile(mut figures: Vec<f64>, share: f64) -> f64 {
     figures.sort_unstable_by(f64::total_cmp);
     figures[((figures.len() as f64 * share) as usize).min(figures.len() - 1)]

@@ -1,4 +1,4 @@
-//! An in-memory peer that performs the HTTP/2 handshake and answers PINGs inside the poll of the writer. It needs no task, so ten thousand
+//! An in-memory peer that performs the HTTP/2 handshake and answers PINGs. It does both in `poll_write` and needs no task, so ten thousand
 //! peers cost little.
 
 use std::io;
@@ -89,7 +89,7 @@ impl AsyncWrite for Peer {
     }
 }
 
-/// Returns a builder of channels whose connections are such peers, whatever the address.
+/// Sets a connector on the builder, so that every connection leads to an in-memory peer, for all addresses.
 pub fn in_memory<S>(builder: ChannelBuilder<S>, policy: LbPolicy) -> ChannelBuilder<S> {
     builder
         .policy(policy)

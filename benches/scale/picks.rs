@@ -1,4 +1,4 @@
-//! L3: the cost of one pick that is released at once, for few and for many ready endpoints.
+//! L3: the cost of one pick whose permit is released at once, for few and for many ready endpoints.
 
 use std::hint::black_box;
 use std::process::Command;
@@ -48,7 +48,7 @@ pub fn run() {
     }
 }
 
-/// Returns a channel whose endpoints have already answered calls, each with a different latency.
+/// Returns a channel on which calls with random latencies were already answered.
 fn channel(policy: LbPolicy, weighted: bool, endpoints: usize) -> (Runtime, BalancedChannel) {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -75,7 +75,7 @@ fn channel(policy: LbPolicy, weighted: bool, endpoints: usize) -> (Runtime, Bala
     (runtime, channel)
 }
 
-/// Returns the nanoseconds per pick when several threads pick at the same time.
+/// Returns the nanoseconds per pick when this many threads pick at the same time.
 fn nanos(channel: &BalancedChannel, threads: usize) -> f64 {
     let round = || {
         let start = Barrier::new(threads);

@@ -5,8 +5,8 @@ use crate::call::retry::method_config::MethodPolicy;
 use crate::call::retry::{HedgingPolicy, RetryBudget, RetryPolicy};
 
 impl<S> ChannelBuilder<S> {
-    /// Enables retries of failed calls. Disabled by default, because the server may have processed a failed call. Calls that the server
-    /// certainly did not process are sent again even if retries are disabled.
+    /// Enables retries of failed calls. Retries are disabled by default, because the server may have processed a failed call. Calls that
+    /// the server certainly did not process are sent again even if retries are disabled.
     ///
     /// A method uses the most specific policy: the policy of the method, else that of its service, else that of the channel. If a policy is
     /// set more than once for the same method, service or channel, the last policy applies.
@@ -25,21 +25,22 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Sets the retry policy of one service (`package.Service`) or one method (`package.Service/Method`), like [`retry`](Self::retry) for
-    /// the channel. If the name has neither form, the channel is [invalid](crate::error::ChannelError::InvalidOption).
+    /// Sets the retry policy of one service (`package.Service`) or one method (`package.Service/Method`), as [`retry`](Self::retry) does
+    /// for the channel. If the name has neither form, `connect` fails with [`InvalidOption`](crate::error::ChannelError::InvalidOption).
     pub fn retry_for(self, name: impl Into<String>, policy: RetryPolicy) -> Self {
         self.set_method_policy(&name.into(), MethodPolicy::Retry(policy))
     }
 
-    /// Enables hedging: a call that takes long is sent again, and the first response is used. Disabled by default. Enable hedging only if
-    /// every method of the channel can safely run more than once. The hedging policy replaces the channel's [`RetryPolicy`].
+    /// Enables hedging: a call that takes long is sent again while the first attempt is still open, and the first response is used. Hedging
+    /// is disabled by default. Enable hedging only if every method of the channel can safely run more than once. The hedging policy
+    /// replaces the channel's [`RetryPolicy`].
     pub fn hedge(mut self, policy: HedgingPolicy) -> Self {
         self.config.methods.set_all(MethodPolicy::Hedge(policy));
         self
     }
 
-    /// Sets the hedging policy of one service (`package.Service`) or one method (`package.Service/Method`), like [`hedge`](Self::hedge) for
-    /// the channel. If the name has neither form, the channel is [invalid](crate::error::ChannelError::InvalidOption).
+    /// Sets the hedging policy of one service (`package.Service`) or one method (`package.Service/Method`), as [`hedge`](Self::hedge) does
+    /// for the channel. If the name has neither form, `connect` fails with [`InvalidOption`](crate::error::ChannelError::InvalidOption).
     ///
     /// ```
     /// use std::time::Duration;
@@ -52,7 +53,7 @@ impl<S> ChannelBuilder<S> {
         self.set_method_policy(&name.into(), MethodPolicy::Hedge(policy))
     }
 
-    /// Sets the limit on the load that all retries and hedges together add to failing servers. Default [`RetryBudget::default`].
+    /// Sets the limit on the load that all retries and hedges together add to failing servers. The default is [`RetryBudget::default`].
     pub fn retry_budget(mut self, budget: RetryBudget) -> Self {
         self.config.methods.set_budget(budget);
         self

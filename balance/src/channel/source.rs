@@ -22,9 +22,9 @@ use crate::balance::OnRefused;
 pub trait EndpointSource {
     /// The attributes that the source reports for an endpoint, besides its address.
     type Attributes: Into<Attributes> + 'static;
-    /// The error of the stream. The channel logs an error and changes no endpoint.
+    /// The error of the stream. If the stream yields an error, the channel logs it and changes no endpoint.
     type Error: Into<BoxError> + 'static;
-    /// The stream of changes. After its end the endpoints stay unchanged.
+    /// The stream of changes. When the stream ends, the channel keeps its endpoints.
     type Stream: Stream<Item = Result<Change<Address, Self::Attributes>, Self::Error>>
         + Send
         + 'static;
@@ -33,7 +33,8 @@ pub trait EndpointSource {
     ///
     /// # Errors
     ///
-    /// Returns the reason why the source cannot be used. The channel is then [invalid](crate::error::ChannelError::InvalidOption).
+    /// Returns the reason why the source cannot be used. `connect` then fails with
+    /// [`InvalidOption`](crate::error::ChannelError::InvalidOption).
     fn start(self, context: &SourceContext) -> Result<Endpoints<Self::Stream>, BoxError>;
 }
 
@@ -63,14 +64,14 @@ pub struct Endpoints<S> {
     pub(super) handle: Option<SourceHandle>,
 }
 
-/// A handle of the source, which the channel keeps for its users.
+/// A handle of the source, which [`BalancedChannel::source_handle`](crate::BalancedChannel::source_handle) returns.
 pub(super) type SourceHandle = Box<dyn Any + Send + Sync>;
 
 /// A function that returns the current failure of a source, if any.
 pub(super) type SourceError = Box<dyn Fn() -> Option<String> + Send + Sync>;
 
 impl<S> Endpoints<S> {
-    /// Creates the endpoints of a stream of changes. The set of endpoints is known after the first item or the end of the stream. Until
+    /// Creates the endpoints from a stream of changes. The set of endpoints is known after the first item or the end of the stream. Until
     /// then, calls wait instead of failing.
     pub fn new(changes: S) -> Self {
         Self {
@@ -86,7 +87,7 @@ impl<S> Endpoints<S> {
     }
 
     /// Sets a future that completes when the set of endpoints is known. Without this future, the set is known after the first item or the
-    /// end of the stream. A source whose set can be empty needs this future, because an empty set yields no item in the stream.
+    /// end of the stream. A source whose set can be empty needs this future, because the stream of an empty set yields no item.
     #[must_use]
     pub fn known_after(mut self, known: impl Future<Output = ()> + Send + 'static) -> Self {
         self.known = Some(Box::pin(known));
@@ -111,15 +112,16 @@ impl<S> Endpoints<S> {
         self
     }
 
-    /// Sets a handle of the source, which [`BalancedChannel::source_handle`](crate::BalancedChannel::source_handle) returns, for example to
-    /// read the state of a resolver. The handle is dropped with the last clone of the channel.
+    /// Sets a handle of the source, for example to read the state of a resolver.
+    /// [`BalancedChannel::source_handle`](crate::BalancedChannel::source_handle) returns the handle. It is dropped with the last clone of
+    /// the channel.
     #[must_use]
     pub fn handle(mut self, handle: impl Any + Send + Sync) -> Self {
         self.handle = Some(Box::new(handle));
         self
     }
 
-    /// Sets the service's name in messages and logs. A name from the channel's builder takes precedence.
+    /// Sets the service's name in error messages and logs. A name from the channel's builder takes precedence.
     #[must_use]
     pub fn service(mut self, service: impl Into<String>) -> Self {
         self.service = Some(service.into());
@@ -142,7 +144,7 @@ impl<S> fmt::Debug for Endpoints<S> {
     }
 }
 
-/// A source that takes its endpoints from a stream of changes.
+/// A source of endpoints over a stream of changes.
 #[derive(Clone, Debug)]
 pub struct Discover<D>(pub(super) D);
 
@@ -167,7 +169,7 @@ pub struct Addresses(pub(super) Vec<String>);
 
 impl fmt::Debug for Addresses {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The addresses are not checked yet, and one of them could contain a password.
+        // The addresses are not parsed yet, and one of them could contain a password. So only their number is printed.
         f.debug_tuple("Addresses").field(&self.0.len()).finish()
     }
 }

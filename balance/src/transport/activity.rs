@@ -1,4 +1,4 @@
-//! Records what a connection has read, and when. The record shows whether the peer is alive, and which limits it has announced.
+//! Records what a connection has read, and when. The record shows whether the peer is alive, and which limits the peer has announced.
 
 use std::fmt;
 use std::io;
@@ -15,21 +15,21 @@ use tokio::time::Instant;
 
 use super::frames::{Frame, FrameReader};
 
-/// The record of one connection. The connection's task writes it with each read. Calls read it only if the connection was silent for a
-/// while, or if a call takes too long.
+/// The record of one connection. The connection's task updates the record at each read. Calls use the record only if the connection was
+/// silent for a while, or if a call takes too long.
 pub(super) struct Activity {
     started: Instant,
     bytes: AtomicU64,
-    /// The time of the last read, in microseconds since `started`.
+    /// The time of the last read, in microseconds since `started`; 0 if nothing was read.
     last_read: AtomicU64,
     /// The number of HEADERS and DATA frames that the peer has sent.
     responses: AtomicU64,
-    /// The peer's limit on a header list, in bytes; `u32::MAX` if it has announced none.
+    /// The peer's limit on a header list, in bytes; `u32::MAX` if the peer has announced no limit.
     max_header_list: AtomicU32,
     too_many_pings: AtomicBool,
     /// The error code of the peer's last GOAWAY plus one; 0 if the peer has sent no GOAWAY.
     goaway: AtomicU64,
-    /// Whether the connection's task has ended or has found that the peer does not answer.
+    /// Whether the end of the connection was reported, or the peer has left a PING unanswered.
     unresponsive: AtomicBool,
     /// The number of times that [`end_waits`](Self::end_waits) has ended all waits.
     ended_waits: AtomicU64,
@@ -40,7 +40,7 @@ pub(super) struct Activity {
     changed: Notify,
     /// The first bytes that the peer sent, for the error message if they are not HTTP/2.
     first_bytes: Mutex<Vec<u8>>,
-    /// Returns whether calls are open on the connection.
+    /// A function that returns whether calls are open on the connection.
     is_busy: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
 }
 
@@ -64,7 +64,7 @@ impl Activity {
         })
     }
 
-    /// Returns what was read up to now.
+    /// Returns the numbers of bytes and responses that were read up to now, and the time of the last read.
     pub(super) fn progress(&self) -> ReadProgress {
         ReadProgress {
             bytes: self.bytes.load(Ordering::Relaxed),
@@ -73,7 +73,7 @@ impl Activity {
         }
     }
 
-    /// Returns the time of the last read.
+    /// Returns the time of the last read. If nothing was read, returns the time when the record was created.
     pub(super) fn last_read(&self) -> Instant {
         self.started + Duration::from_micros(self.last_read.load(Ordering::Relaxed))
     }
@@ -92,7 +92,7 @@ impl Activity {
         self.too_many_pings.load(Ordering::Relaxed)
     }
 
-    /// Returns the error code of the peer's last GOAWAY.
+    /// Returns the error code of the peer's last GOAWAY, if any.
     pub(super) fn goaway(&self) -> Option<u32> {
         let code = self.goaway.load(Ordering::Relaxed).checked_sub(1)?;
         u32::try_from(code).ok()
@@ -114,7 +114,8 @@ impl Activity {
         self.is_busy.get().is_some_and(|is_busy| is_busy())
     }
 
-    /// Returns the state that a wait compares with. Call this before the PING is requested; otherwise the wait could miss the answer.
+    /// Returns the state with which [`wait_since`](Self::wait_since) compares. Call this function before the PING is requested. Otherwise
+    /// the wait could miss the answer.
     pub(super) fn mark(&self) -> Mark {
         Mark {
             bytes: self.bytes.load(Ordering::SeqCst),
@@ -123,8 +124,8 @@ impl Activity {
         }
     }
 
-    /// Waits until the peer sends a byte or answers a PING, and then returns true. Returns false if the connection ends first, if the peer
-    /// does not answer in time, or if [`end_waits`](Self::end_waits) is called.
+    /// Waits until the peer has sent a byte or answered a PING after `mark`, and then returns true. Returns false if the connection ends
+    /// first, if the peer leaves a PING unanswered, or if [`end_waits`](Self::end_waits) is called.
     ///
     /// # Cancel safety
     ///
@@ -137,8 +138,8 @@ impl Activity {
             // SeqCst here and in `on_read`: a wait sets the flag and then compares the bytes; a read adds the bytes and then loads the
             // flag. So at least one of the two sees the write of the other.
             self.awaited.store(true, Ordering::SeqCst);
-            // It can happen that the bytes of a PONG are read before the mark is taken, and that h2 processes the PONG after the mark is
-            // taken. So a PONG ends the wait as well as a byte.
+            // The bytes of a PONG can be read before the mark is taken, while h2 processes the PONG only afterwards. So a processed PONG
+            // also ends the wait, even if no byte was read since the mark.
             if self.bytes.load(Ordering::SeqCst) > mark.bytes
                 || self.pongs.load(Ordering::SeqCst) != mark.pongs
             {
@@ -152,7 +153,8 @@ impl Activity {
         }
     }
 
-    /// Sets whether the connection has ended or the peer does not answer. While this is set, waits for the peer return false at once.
+    /// Sets whether the connection counts as unresponsive, because it has ended or the peer has left a PING unanswered. While it counts as
+    /// unresponsive, waits for the peer return false at once.
     pub(super) fn set_unresponsive(&self, unresponsive: bool) {
         self.unresponsive.store(unresponsive, Ordering::SeqCst);
         if unresponsive {
@@ -160,7 +162,7 @@ impl Activity {
         }
     }
 
-    /// Ends the waits in progress, because nothing was read in time and the PING budget allows no PING.
+    /// Ends the waits in progress. Called when nothing was read in time and the PING budget allows no PING.
     pub(super) fn end_waits(&self) {
         self.ended_waits.fetch_add(1, Ordering::SeqCst);
         self.changed.notify_waiters();
@@ -269,10 +271,11 @@ impl<T> Watched<T> {
         }
     }
 
-    /// Parses the bytes that were read from `before` on, and passes them on to h2 up to the end of a GOAWAY.
+    /// Parses the bytes of `buf` from the index `before` on, and leaves them in `buf` for h2, but only up to the end of a GOAWAY. The rest
+    /// is held back.
     ///
-    /// In a graceful shutdown the server sends a GOAWAY and then a PING, and expects no new streams after the PONG: grpc-java closes the
-    /// whole connection if a request arrives after the PONG. But h2 writes the PONG before the requests that are already in its queue. So
+    /// In a graceful shutdown the server sends a GOAWAY and then a PING, and expects no new streams after the PONG. If a request arrives
+    /// after the PONG, grpc-java closes the whole connection. But h2 writes the PONG before the requests that are already in its queue. So
     /// the PING is held back until h2 has processed the GOAWAY and has written its queue. After the GOAWAY, h2 opens no more streams.
     fn pass_on(&mut self, buf: &mut ReadBuf<'_>, before: usize) {
         let activity = &self.activity;
@@ -308,7 +311,7 @@ impl<T: AsyncRead + Unpin> AsyncRead for Watched<T> {
             let rest = std::mem::take(&mut this.held);
             this.pass_on(buf, before);
             if !rest.is_empty() {
-                // The bytes that were held back again precede the bytes that were not parsed yet.
+                // The bytes that `pass_on` has held back precede the bytes that were not parsed yet.
                 this.held = [&this.held[..], &rest[..]].concat().into();
             }
             return Poll::Ready(Ok(()));
@@ -357,5 +360,5 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Watched<T> {
     }
 }
 
-/// More bytes than a frame header has, and enough to recognise another protocol.
+/// Maximum number of first bytes that are kept. This is more than the 9 bytes of a frame header, and enough to recognise another protocol.
 const MAX_FIRST_BYTES: usize = 24;

@@ -1,4 +1,4 @@
-//! Makes connections: name resolution, dial, TLS, HTTP/2, and the answer to a first PING.
+//! Makes connections: name resolution, dial, TLS, HTTP/2, and the ready check.
 //!
 //! The built-in dialler supports TCP and Unix sockets. Any other transport needs a custom dialler.
 
@@ -33,17 +33,18 @@ type Dial = Arc<dyn Fn(Address) -> Dialling + Send + Sync>;
 /// The options and diallers of connections.
 #[derive(Clone)]
 pub(crate) struct Connector {
-    /// A custom dialler, used instead of TCP.
+    /// A custom dialler, which replaces name resolution, TCP and Unix sockets.
     pub(crate) dial: Option<Dial>,
     #[cfg(feature = "tls")]
     pub(crate) tls: Option<Tls>,
     pub(crate) http2: Settings,
-    /// Limit on the time of a whole attempt: name resolution, dial, TLS, the HTTP/2 handshake, and the answer to the first PING.
+    /// Limit on the time of a whole connection attempt: name resolution, dial, TLS, the HTTP/2 handshake, and the ready check.
     pub(crate) timeout: Duration,
-    /// The policy for the IP addresses that a host name resolves to. The source of endpoints has already checked the addresses themselves.
+    /// The policy for the IP addresses that a host name resolves to. The addresses of the endpoints themselves are not checked here,
+    /// because that is the task of the source.
     pub(crate) policy: AddressPolicy,
-    /// Whether the program itself contains the addresses. If false, the addresses come from discovery, and TLS does not verify a server by
-    /// the host of its address.
+    /// Whether the program itself contains the addresses. If false, the addresses are discovered, and TLS does not verify a server by the
+    /// host of its address.
     pub(crate) static_addresses: bool,
 }
 
@@ -61,12 +62,12 @@ impl Default for Connector {
     }
 }
 
-/// What earlier attempts to connect to this endpoint have shown.
+/// The results of earlier attempts to connect to an endpoint.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct DialHistory {
     /// The number of consecutive failed attempts.
     pub(crate) failed: usize,
-    /// The keep-alive that the server tolerates.
+    /// The keep-alive for this server. Its interval is longer than the configured one if the server has rejected more frequent PINGs.
     pub(crate) keep_alive: Option<KeepAlive>,
 }
 
@@ -90,7 +91,7 @@ impl Connector {
         self.tls.as_ref().and_then(Tls::server_name)
     }
 
-    /// Returns `None`: the feature `tls` is disabled.
+    /// Returns `None`, because the feature `tls` is disabled.
     #[cfg(not(feature = "tls"))]
     #[expect(clippy::unused_self, reason = "the same signature as with the feature")]
     pub(crate) fn server_name(&self) -> Option<&str> {
@@ -103,7 +104,7 @@ impl Connector {
         self.tls.as_ref()?.check().err()
     }
 
-    /// Returns `None`: the feature `tls` is disabled.
+    /// Returns `None`, because the feature `tls` is disabled.
     #[cfg(not(feature = "tls"))]
     #[expect(clippy::unused_self, reason = "the same signature as with the feature")]
     pub(crate) fn invalid_tls(&self) -> Option<String> {
@@ -116,14 +117,14 @@ impl Connector {
         self.tls.is_some()
     }
 
-    /// Returns false: the feature `tls` is disabled.
+    /// Returns false, because the feature `tls` is disabled.
     #[cfg(not(feature = "tls"))]
     #[expect(clippy::unused_self, reason = "the same signature as with the feature")]
     pub(crate) fn is_tls(&self) -> bool {
         false
     }
 
-    /// Makes a connection and waits until its peer has answered. `on_event` is called for each event of the connection.
+    /// Makes a connection and waits until its peer has answered a first PING. `on_event` is called for each event of the connection.
     ///
     /// # Cancel safety
     ///
@@ -162,7 +163,8 @@ impl Connector {
             return self.tcp(socket, address, history).await;
         }
         let mut resolved = self.resolve(address).await?;
-        // Rotates the addresses. An address whose server accepts connections but is unusable must not be the first in every attempt.
+        // The addresses are rotated, because an address whose server accepts connections but is unusable must not be the first in every
+        // attempt.
         let first = history.failed % resolved.len().max(1);
         resolved.rotate_left(first);
         if let [only] = resolved[..] {
@@ -217,7 +219,7 @@ impl Connector {
             target.ok_or_else(|| DialError::Resolve(io::ErrorKind::InvalidInput.into()))?;
         let found = tokio::net::lookup_host(target).await;
         let found: Vec<_> = found.map_err(DialError::Resolve)?.collect();
-        // A host name can resolve to an address that the policy forbids in a registration.
+        // The resolved addresses are checked, because a host name can resolve to an address that the policy forbids in a registration.
         let allowed = |found: &SocketAddr| {
             Address::try_from(*found).is_ok_and(|address| self.policy.check(&address).is_ok())
         };
@@ -256,7 +258,7 @@ async fn unix(_: &Path) -> io::Result<TcpStream> {
     Err(io::ErrorKind::Unsupported.into())
 }
 
-/// Orders the addresses so that the families alternate, beginning with the family of the resolver's first address.
+/// Orders the addresses so that IPv4 and IPv6 alternate, beginning with the family of the first address.
 fn alternating(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     let v6_first = addresses.first().is_some_and(SocketAddr::is_ipv6);
     let (v6, v4): (Vec<_>, Vec<_>) = addresses.into_iter().partition(SocketAddr::is_ipv6);
@@ -271,11 +273,11 @@ fn alternating(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     mixed
 }
 
-/// Dials the addresses one after the other, and returns the first connection that is ready (RFC 8305). The next dial starts when the
-/// previous one fails, at the latest after [`CONNECTION_ATTEMPT_DELAY`].
+/// Dials the addresses one after the other, and returns the first connection that is ready (RFC 8305). The next dial starts when a dial
+/// fails, or at the latest [`CONNECTION_ATTEMPT_DELAY`] after the start of the previous dial.
 ///
-/// A connection is ready when its peer has answered a PING. A completed TCP connect does not count, because a stuck server still accepts
-/// connections.
+/// A connection is ready when its peer has answered a PING. A completed TCP connect is not enough, because the kernel completes it even if
+/// the process of the server is stuck.
 pub(super) async fn happy_eyeballs<T, F, Fut>(
     addresses: Vec<SocketAddr>,
     connect: F,
@@ -308,7 +310,7 @@ where
     }
 }
 
-/// Sets the options of a long-lived socket. An error is only logged, because the socket works without them.
+/// Sets the options of a long-lived socket. An error is only logged, because the socket works without the options.
 fn set_socket_options(stream: &TcpStream) {
     let socket = socket2::SockRef::from(stream);
     let keepalive = socket2::TcpKeepalive::new()
@@ -324,7 +326,7 @@ fn set_socket_options(stream: &TcpStream) {
     }
 }
 
-/// Why no connection was made. No call was sent.
+/// The reason why no connection was made. No call was sent.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DialError {
     #[error("the host name could not be resolved")]
@@ -343,10 +345,10 @@ pub(crate) enum DialError {
     Panicked(#[source] tokio::task::JoinError),
 }
 
-/// gRPC's connection backoff document allows 20 s for the first attempt. Half of that is used, so that an unreachable address
-/// delays the start of a channel less.
+/// Default limit on the time of a connection attempt. gRPC's connection backoff document allows 20 s for the first attempt. The default is
+/// half of that, so that an unreachable address delays the start of a channel less.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// The delay before the next address is dialled; RFC 8305, section 5, recommends 250 ms.
+/// Maximum time between the starts of two dials of the same host name. RFC 8305, section 5, recommends 250 ms.
 const CONNECTION_ATTEMPT_DELAY: Duration = Duration::from_millis(250);
 const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
 const TCP_KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
@@ -359,8 +361,8 @@ const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
 mod tests {
     use super::*;
 
-    /// Only reads the options back from the socket. A test of their effect would have to drop packets, which needs privileges that a test
-    /// does not have.
+    /// The test only reads the options back from the socket. A test of their effect would have to drop packets. This needs privileges that
+    /// a test does not have.
     #[tokio::test]
     async fn tcp_user_timeout_and_keep_alive_are_set_on_the_socket() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");

@@ -23,7 +23,7 @@ pub(super) type OnEvent = Box<dyn FnMut(ConnectionEvent) + Send>;
 /// An event of a connection.
 #[derive(Debug)]
 pub(crate) enum ConnectionEvent {
-    /// The peer has left a PING unanswered, but the connection may still be alive.
+    /// The peer has left a PING unanswered. The connection may still be alive.
     Stalled,
     /// Nothing was read in time, and the PING budget allowed no PING.
     Doubtful,
@@ -35,7 +35,7 @@ pub(crate) enum ConnectionEvent {
     Closed(CloseReason),
 }
 
-/// Why a connection takes no more streams.
+/// The reason why a connection takes no more streams.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CloseReason {
     #[error("the peer closed the connection")]
@@ -75,8 +75,8 @@ where
     pub(super) connection: h2::client::Connection<Watched<Batched<T>>, Bytes>,
     /// The socket, to write what h2 has written in a poll.
     pub(super) socket: Batched<T>,
-    /// A handle that shows, after every poll, whether streams can still be opened. It keeps the connection open, so it is dropped when the
-    /// [`Connection`](super::http2::Connection) is dropped.
+    /// A handle that shows, after every poll, whether streams can still be opened. The handle keeps the connection open, so the task drops
+    /// it when the [`Connection`](super::http2::Connection) is dropped.
     pub(super) probe: Option<SendRequest<Bytes>>,
     pub(super) ping_requests: mpsc::UnboundedReceiver<PingCause>,
     pub(super) limit: Arc<AtomicUsize>,
@@ -84,9 +84,9 @@ where
     pub(super) reserved: usize,
     pub(super) pinger: Option<Pinger>,
     pub(super) activity: Arc<Activity>,
-    /// Whether the end was reported.
+    /// Whether the end of the connection was reported.
     pub(super) is_closed: bool,
-    /// The timer after which the task closes a connection whose peer has ended it with an error.
+    /// The timer of [`LINGER`]. It runs after the peer has ended the connection with an error, and the task then closes the connection.
     pub(super) linger: Option<Pin<Box<Sleep>>>,
     pub(super) on_event: OnEvent,
 }
@@ -209,12 +209,13 @@ where
     }
 }
 
-/// Returns the number of streams that calls can use: the peer's limit without the reserved streams, but at least one if the peer allows any
-/// stream. Otherwise a peer whose limit is not above the number of reserved streams could not be used.
+/// Returns the number of streams that calls can use: the peer's limit minus the reserved streams. If the peer allows any stream, the result
+/// is at least one. Otherwise a peer whose limit is not above the number of reserved streams could not be used.
 pub(super) fn streams_for_calls(streams: usize, reserved: usize) -> usize {
     streams.saturating_sub(reserved).max(streams.min(1))
 }
 
-/// How long a connection stays open after the peer has ended it with an error, so that calls may still be answered. A peer must close the
-/// connection after an error (RFC 9113, section 5.4.1), but Node.js leaves it open, and the calls would wait forever.
+/// Limit on the time that a connection stays open after the peer has ended it with an error. In this time, the peer may still answer open
+/// calls. After an error a peer must close the connection (RFC 9113, section 5.4.1), but Node.js leaves it open. Without this limit, the
+/// open calls would wait forever.
 const LINGER: Duration = Duration::from_secs(5);

@@ -1,4 +1,4 @@
-//! The deadline of a call, and the header that sends it to the server.
+//! The deadline of a call, and the header `grpc-timeout`, which carries it to the server.
 
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ impl Deadline {
         self.timeout
     }
 
-    /// Sets the header to the remaining time.
+    /// Sets the header `grpc-timeout` to the remaining time.
     pub(crate) fn rewrite(&self, headers: &mut HeaderMap, now: Instant) {
         headers.insert(GRPC_TIMEOUT, format(self.at.saturating_duration_since(now)));
     }
@@ -53,7 +53,7 @@ pub(crate) fn parse(headers: &HeaderMap) -> Option<Duration> {
     }
 }
 
-/// Formats a timeout for the header: at most eight digits, in the finest unit that fits.
+/// Formats a timeout for the header `grpc-timeout`, in the finest unit in which the number has at most eight digits.
 #[must_use]
 pub fn format(timeout: Duration) -> HeaderValue {
     let units = [
@@ -73,7 +73,7 @@ pub fn format(timeout: Duration) -> HeaderValue {
 
 /// The timeout header of gRPC over HTTP/2.
 pub const GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
-/// The largest number with eight digits, the limit of the protocol.
+/// The largest number in the header. The gRPC protocol allows at most eight digits.
 const MAX_NUMBER: u128 = 99_999_999;
 
 #[cfg(test)]
@@ -129,7 +129,8 @@ mod tests {
             let value = format(timeout);
             let back = parsed(value.to_str().expect("ASCII")).expect("a formatted timeout can be parsed");
             prop_assert!(back <= timeout);
-            // The number has at least five digits unless the finest unit fits: the step from seconds to minutes is 60.
+            // If the timeout does not fit in nanoseconds, the number has at least six digits, because the factor between two units is at
+            // most 1 000. So less than a ten-thousandth is lost.
             prop_assert!(timeout.saturating_sub(back) <= timeout / 10_000);
         }
     }

@@ -10,7 +10,7 @@ use super::http2::{Connection, OpenError};
 use super::request_body::{Outgoing, Pump, Pumped, Recall};
 use super::response_body::Incoming;
 
-/// A request that was sent and whose response head was not received yet. Dropping it resets the stream.
+/// A request that was sent, and whose response head was not received yet. Dropping the exchange resets the stream.
 #[derive(Debug)]
 pub(crate) struct Exchange {
     response: ResponseFuture,
@@ -35,7 +35,8 @@ impl Exchange {
         let pump = match body {
             Outgoing::Empty => None,
             Outgoing::Single(frame) => {
-                // An error is ignored: an early response may have closed the stream. The response future reports the outcome.
+                // An error is ignored, because it only means that the stream is already closed, for example after an early response. The
+                // response future reports the outcome.
                 let _ = stream.send_data(frame, true);
                 None
             }
@@ -54,8 +55,8 @@ impl Exchange {
         Poll::Ready(Ok(response.map(|stream| Incoming::new(stream, pump))))
     }
 
-    /// Waits for the end of the body's pump after a failure, and returns the pump's result, such as the body for another attempt. Returns
-    /// `None` if the body has no pump or the runtime has ended.
+    /// After a failure, waits until the pump of the body has ended, and returns the result of the pump, such as the body for another
+    /// attempt. Returns `None` if the body has no pump, or if the runtime has ended.
     pub(crate) async fn into_pumped(self) -> Option<Pumped> {
         self.pump?.finish().await
     }

@@ -13,12 +13,12 @@ pub(super) enum Frame {
     /// A GOAWAY with this error code.
     GoAway {
         code: u32,
-        /// Whether the debug data is `too_many_pings` (gRFC A8).
+        /// Whether the debug data begins with `too_many_pings` (gRFC A8).
         too_many_pings: bool,
     },
 }
 
-/// Finds the frames in a stream of bytes, independent of how reads split the stream.
+/// Finds the frames in a stream of bytes. The result does not depend on how reads split the stream.
 #[derive(Debug)]
 pub(super) struct FrameReader {
     /// The bytes of a frame header, or the beginning of a payload that must be parsed.
@@ -31,12 +31,12 @@ pub(super) struct FrameReader {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Header,
-    /// The payload of a frame of type `kind`, of which `left` bytes are still to be read.
+    /// The payload of a frame of type `kind`. Its last `left` bytes are not read yet.
     Payload {
         kind: u8,
         left: usize,
     },
-    /// The peer does not speak HTTP/2.
+    /// The first frame of the peer is not SETTINGS, so the peer does not use HTTP/2.
     NotHttp2,
 }
 
@@ -121,7 +121,7 @@ impl FrameReader {
                 }
             }
             GOAWAY => {
-                // The id of the last stream, the error code, and the debug data.
+                // The payload has the id of the last stream, the error code, and the debug data.
                 if let [_, _, _, _, a, b, c, d, ref data @ ..] = *payload {
                     on_frame(Frame::GoAway {
                         code: u32::from_be_bytes([a, b, c, d]),
@@ -134,8 +134,8 @@ impl FrameReader {
     }
 }
 
-/// Guesses, from the first bytes that a peer sent, which protocol the peer speaks instead of HTTP/2. Returns `None` if there are no bytes,
-/// or if they begin an HTTP/2 connection.
+/// Guesses the protocol of a peer that does not use HTTP/2, from the first bytes that the peer has sent. Returns `None` if there are no
+/// bytes, or if they begin an HTTP/2 connection.
 pub(crate) fn recognise_protocol(opening: &[u8]) -> Option<&'static str> {
     // The first frame of an HTTP/2 server is SETTINGS: type 4 on stream 0.
     if opening.is_empty() || matches!(opening, [_, _, _, SETTINGS, _, 0, 0, 0, 0, ..]) {
@@ -150,7 +150,7 @@ pub(crate) fn recognise_protocol(opening: &[u8]) -> Option<&'static str> {
     })
 }
 
-/// Size of the buffer: enough for every SETTINGS frame in use, and for the beginning of a GOAWAY's debug data.
+/// Size of the buffer in bytes. It is enough for every SETTINGS frame in use, and for the beginning of a GOAWAY's debug data.
 const KEPT: usize = 120;
 const HEADER: usize = 9;
 const DATA: u8 = 0;

@@ -2,15 +2,17 @@
 
 use h2::Reason;
 
-/// Returns whether the peer closes the connection without an error code. In this case no request on the connection is the cause.
+/// Returns whether the peer closes the connection with a GOAWAY without an error code. In this case, no request on the connection has
+/// caused the GOAWAY.
 pub(crate) fn is_graceful_goaway(error: &h2::Error) -> bool {
     error.is_go_away() && error.is_remote() && error.reason() == Some(Reason::NO_ERROR)
 }
 
-/// Returns whether a call that failed with this error before its response head was certainly not processed.
+/// Returns true if this error proves that the peer did not process the call. The call must have failed before its response head was
+/// received.
 ///
-/// `is_go_away` alone is not enough: it is also true for errors that h2 itself detects, and in that case the peer may have processed the
-/// call. A call that was not processed may still be the cause of the error: see
+/// `is_go_away` alone is not enough: it is also true for errors that h2 itself detects. After such an error, the peer may have processed
+/// the call. A call that was not processed may still be the cause of the error: see
 /// [`Connection::goaway_error`](super::http2::Connection::goaway_error).
 pub(crate) fn is_unprocessed(error: &h2::Error) -> bool {
     let refused = error.is_reset() && error.reason() == Some(Reason::REFUSED_STREAM);

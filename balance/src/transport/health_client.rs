@@ -24,7 +24,7 @@ pub(crate) struct HealthCheck {
     /// The name of the service; empty for the whole server.
     pub(crate) service: String,
     pub(crate) scheme: Scheme,
-    /// Replaces the endpoint's own authority.
+    /// If set, replaces the endpoint's own authority.
     pub(crate) authority: Option<Authority>,
     pub(crate) user_agent: HeaderValue,
 }
@@ -51,7 +51,7 @@ struct HealthCheckResponse {
     status: i32,
 }
 
-/// The statuses that a server sends: the current one, and each change. Dropping the value ends the call.
+/// The statuses that a server sends: first the current status, then each change. Dropping the value ends the call.
 #[derive(Debug)]
 pub(crate) struct Statuses(Streaming<HealthCheckResponse>);
 

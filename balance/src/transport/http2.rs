@@ -61,8 +61,8 @@ impl Settings {
             .max_frame_size(self.max_frame_size)
             .enable_push(false);
         if !self.http2_abuse_limits {
-            // Each of these limits closes the connection, and so fails all its calls. Well-behaved callers can reach them: they drop
-            // half-read responses, or leave a stream of small messages unread.
+            // If one of these limits is reached, h2 closes the connection, and all its calls fail. Well-behaved callers can reach them, if
+            // they drop half-read responses or leave a stream of small messages unread.
             builder
                 .max_local_error_reset_streams(None)
                 .max_concurrent_reset_streams(RESET_STREAMS)
@@ -72,21 +72,22 @@ impl Settings {
     }
 }
 
-/// A connection whose peer has answered on HTTP/2. Dropping it closes the connection after its streams have ended.
+/// A connection whose peer has answered on HTTP/2. After the value is dropped, the connection is closed when its streams have ended.
 #[derive(Debug)]
 pub(crate) struct Connection {
     limit: Arc<AtomicUsize>,
-    /// A copy of the peer's limit on a header list. It is not read from `activity`, whose cache lines every read of the connection writes.
+    /// A copy of the peer's limit on a header list. Calls read this copy and not `activity`, because each read of the connection writes to
+    /// the cache lines of `activity`.
     max_header_list: Arc<AtomicU32>,
     reserved: usize,
     send: SendRequest<Bytes>,
     round_trip: Duration,
     activity: Arc<Activity>,
-    /// Requests PINGs from the connection's task. Dropping it signals that no more calls will be sent.
+    /// Requests PINGs from the connection's task. Dropping the sender shows the task that no more calls will be sent.
     ping_requests: mpsc::UnboundedSender<PingCause>,
 }
 
-/// A connection whose task was not started. Of several dials to one peer, only the connection that is kept gets a task.
+/// A connection whose task is not started yet. If several dials to one peer run, only the connection that is kept gets a task.
 pub(crate) struct Established {
     connection: Connection,
     start: Box<dyn FnOnce(OnEvent) + Send>,
@@ -106,7 +107,7 @@ impl Established {
 impl Connection {
     /// Performs the handshake and waits until the peer has answered a PING.
     ///
-    /// A completed handshake is not enough, because it succeeds before the peer's process has accepted the connection.
+    /// A completed handshake is not enough, because the client's handshake succeeds before the peer's process has accepted the connection.
     ///
     /// # Cancel safety
     ///
@@ -183,7 +184,7 @@ impl Connection {
         })
     }
 
-    /// Returns how many calls may be open at once. More calls would wait inside h2, where they cannot be distinguished from sent calls.
+    /// Returns how many calls may be open at once. Further calls would wait inside h2, where they cannot be distinguished from sent calls.
     pub(crate) fn max_streams(&self) -> usize {
         // Relaxed: no other memory depends on the value, and the peer may have changed it in the meantime anyway.
         self.limit.load(Ordering::Relaxed)
@@ -199,7 +200,7 @@ impl Connection {
         self.round_trip
     }
 
-    /// Returns the peer's limit on a header list, in bytes; `u32::MAX` if it has announced none.
+    /// Returns the peer's limit on a header list, in bytes; `u32::MAX` if the peer has announced no limit.
     pub(crate) fn max_header_list(&self) -> u32 {
         self.max_header_list.load(Ordering::Relaxed)
     }
@@ -209,9 +210,9 @@ impl Connection {
         self.activity.has_too_many_pings()
     }
 
-    /// Returns the code of the peer's GOAWAY, if the code shows that a request on the connection may be the cause: neither `NO_ERROR` nor
-    /// `too_many_pings`. A call at or below the GOAWAY's last stream id fails when the socket closes, and its own error does not contain
-    /// this code.
+    /// Returns the error code of the peer's GOAWAY, if a request on the connection may have caused the GOAWAY. Returns `None` for
+    /// `NO_ERROR` and for `too_many_pings`. A call at or below the last stream id of the GOAWAY fails when the socket closes, and the error
+    /// of that call does not contain the code.
     pub(crate) fn goaway_error(&self) -> Option<Reason> {
         let reason = Reason::from(self.activity.goaway()?);
         (reason != Reason::NO_ERROR && !self.has_too_many_pings()).then_some(reason)
@@ -242,7 +243,7 @@ impl Connection {
         }
     }
 
-    /// Requests a PING because the connection was silent for long. No call waits for the answer.
+    /// Requests a PING because the connection was silent for a while and another connection was found dead. No call waits for the answer.
     pub(crate) fn request_check(&self) {
         let _ = self.ping_requests.send(PingCause::Sweep);
     }
@@ -263,7 +264,7 @@ impl Connection {
         if self.ping_requests.send(PingCause::Silence).is_err() {
             return false;
         }
-        // The connection's task usually ends the wait much earlier. The timeout applies if the task's runtime is not driven.
+        // The connection's task usually ends the wait much earlier. The timeout only matters if the task's runtime does not run.
         let answered = self.activity.wait_since(mark);
         tokio::time::timeout(MAX_CHECK_TIME, answered)
             .await
@@ -280,7 +281,7 @@ impl Connection {
         // `send_request` does not reject the request for this reason.
         let mut send = self.send.clone();
         send.send_request(head, end_of_stream).map_err(|error| {
-            // The error does not distinguish a closed connection from a malformed request, but the state of the handle does.
+            // The error alone does not show whether the connection is closed or the request is malformed. The state of the handle does.
             match send.poll_ready(&mut Context::from_waker(Waker::noop())) {
                 Poll::Ready(Err(error)) => OpenError::Gone(error),
                 _ => OpenError::Malformed(error),
@@ -289,7 +290,7 @@ impl Connection {
     }
 }
 
-/// Waits for the answer to a first PING and for the peer's SETTINGS. Returns the round trip time.
+/// Waits until the peer has answered a first PING and allows at least one stream. Returns the round trip time of the PING.
 async fn ready_check<T>(
     connection: &mut h2::client::Connection<Watched<Batched<T>>, Bytes>,
     mut pings: Option<&mut PingPong>,
@@ -324,7 +325,7 @@ where
     .await
 }
 
-/// Why a peer is not ready for calls.
+/// The reason why a peer is not ready for calls.
 #[derive(Debug)]
 pub(crate) struct HandshakeError {
     /// The protocol that the peer seems to speak instead of HTTP/2.
@@ -343,12 +344,13 @@ impl fmt::Display for HandshakeError {
 
 impl std::error::Error for HandshakeError {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        // h2's error describes the bytes of the other protocol as an invalid frame.
+        // If the other protocol is known, h2's error is left out, because it would only describe the bytes of that protocol as an invalid
+        // frame.
         self.speaks.is_none().then_some(&self.source)
     }
 }
 
-/// Why no stream was opened. Nothing was sent in either case.
+/// The reason why no stream was opened. Nothing was sent in either case.
 #[derive(Debug)]
 pub(crate) enum OpenError {
     /// The connection takes no more streams.
@@ -357,9 +359,9 @@ pub(crate) enum OpenError {
     Malformed(h2::Error),
 }
 
-/// The largest window of HTTP/2.
+/// Maximum size of a flow-control window in HTTP/2.
 pub(crate) const MAX_WINDOW: u32 = (1 << 31) - 1;
 /// Limit on streams that the client has reset and whose late frames are still accepted without a connection error.
 const RESET_STREAMS: usize = 1024;
-/// Limit on the duration of a check whose connection task does not run.
+/// Limit on the time that [`Connection::is_alive`] waits if the connection's task does not run.
 const MAX_CHECK_TIME: Duration = Duration::from_secs(5);

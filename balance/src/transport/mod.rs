@@ -1,6 +1,7 @@
 //! HTTP/2 connections, directly on the `h2` crate. One task drives each connection. Calls send and read in the task of their caller.
 //!
-//! This module contains no endpoint states, picks or retries. It reports what happened, and whether a peer may have processed a call.
+//! This module contains no endpoint states, picks or retries. It reports what happened on a connection, and whether a peer may have
+//! processed a call.
 
 mod activity;
 pub(crate) mod connect;

@@ -36,7 +36,7 @@ impl Pinger {
             .policy
             .on_request(cause, Instant::now(), progress, busy)?;
         if action == Action::Ping {
-            // `send_ping` fails only on a connection that ends anyway.
+            // An error is ignored, because `send_ping` fails only on a connection that is already ending.
             let _ = self.pings.send_ping(Ping::opaque());
             return None;
         }

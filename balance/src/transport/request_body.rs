@@ -11,12 +11,12 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::Status;
 use tonic::body::Body;
 
-/// A request body, as far as it was read in the caller's task.
+/// A request body, after its beginning was read in the caller's task.
 #[derive(Debug)]
 pub(crate) enum Outgoing {
-    /// No body; the head ends the stream.
+    /// There is no body, and the head ends the stream.
     Empty,
-    /// One frame that is the whole body, as in every unary call.
+    /// The whole body is one frame, as in every unary call.
     Single(Bytes),
     /// Any other body.
     Stream {
@@ -52,7 +52,7 @@ impl Outgoing {
     }
 }
 
-/// Polls for the next data frame. Trailers count as the end, because gRPC requests have none.
+/// Polls for the next data frame. Skips empty frames. Trailers count as the end of the body, because gRPC requests have no trailers.
 fn poll_data(body: &mut Body, cx: &mut Context<'_>) -> Result<Poll<Option<Bytes>>, Status> {
     loop {
         return match Pin::new(&mut *body).poll_frame(cx) {
@@ -68,7 +68,7 @@ fn poll_data(body: &mut Body, cx: &mut Context<'_>) -> Result<Poll<Option<Bytes>
     }
 }
 
-/// Whether a body can be recalled from its pump while the stream is open.
+/// Whether a body can be recalled, that is, taken back from its pump while the stream is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Recall {
     Never,
@@ -76,7 +76,7 @@ pub(crate) enum Recall {
     Possible,
 }
 
-/// The task that sends a request body. Dropping the pump stops the task, and resets the stream if its end was not sent.
+/// The task that sends a request body. Dropping the pump stops the task, and resets the stream unless the stream has ended.
 #[derive(Debug)]
 pub(crate) struct Pump {
     task: JoinHandle<Pumped>,
@@ -150,7 +150,7 @@ impl Drop for Pump {
 /// The result of a pump.
 #[derive(Debug)]
 pub(crate) enum Pumped {
-    /// The stream has ended or the body was recalled, but more of the body was sent than is kept.
+    /// The stream has ended or the body was recalled. The body cannot be sent again, because more of it was sent than is kept.
     Spent,
     /// The stream has ended or the body was recalled. The value is the whole body, for another attempt.
     Returned(Outgoing),
@@ -168,7 +168,7 @@ struct Sending {
 
 impl Drop for Sending {
     /// Resets an unfinished stream. Otherwise, after a panic of the body, the server would wait for the rest of the body, and the caller
-    /// for the server.
+    /// would wait for the server.
     fn drop(&mut self) {
         if !self.finished {
             self.stream.send_reset(Reason::CANCEL);
@@ -177,7 +177,8 @@ impl Drop for Sending {
 }
 
 impl Sending {
-    /// Completes when sending must stop, because the stream has ended or the body was recalled. Must not be polled after that.
+    /// Completes when sending must stop, because the stream has ended or the body was recalled. This function must not be polled after it
+    /// has completed.
     fn poll_stop(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if let Some(recalled) = &mut self.recalled
             && recalled.as_mut().poll(cx).is_ready()
@@ -228,8 +229,8 @@ async fn send_all(sending: &mut Sending, read: Vec<Bytes>, mut rest: Body) -> Pu
             Some(Ok(None)) => {
                 ended = true;
                 let _ = sending.stream.send_data(Bytes::new(), true);
-                // Waits for the end of the stream, because the peer may still refuse the call. The body is then returned for another
-                // attempt.
+                // The task waits for the end of the stream, because the peer may still refuse the call. In that case the body is returned
+                // for another attempt.
                 std::future::poll_fn(|cx| sending.poll_stop(cx)).await;
                 return kept.into_pumped(rest, ended);
             }
@@ -244,8 +245,8 @@ async fn send_all(sending: &mut Sending, read: Vec<Bytes>, mut rest: Body) -> Pu
 /// Sends a frame as the peer's windows allow. Returns true if the whole frame was sent, and false if sending must stop.
 async fn send(sending: &mut Sending, mut frame: Bytes) -> bool {
     while !frame.is_empty() {
-        // Capacity is reserved only for bytes that are ready to be sent, and only a little at a time: other calls on the connection cannot
-        // use what a stalled call has reserved.
+        // Capacity is reserved only for bytes that are ready to be sent, and only a little at a time, because other calls on the connection
+        // cannot use the capacity that a stalled call has reserved.
         let wanted = frame.len().min(RESERVATION);
         sending.stream.reserve_capacity(wanted);
         let capacity = std::future::poll_fn(|cx| {
@@ -295,7 +296,8 @@ impl Kept {
     }
 }
 
-/// Bytes reserved from a connection's send window at a time.
+/// Maximum number of bytes that a call reserves at a time from the connection's send window.
 const RESERVATION: usize = 64 << 10;
-/// Limit on the bytes kept of a streamed request body that has more than one frame.
+/// Limit on the bytes of a streamed request body that are kept for another attempt. The first frame is kept even if it is larger than this
+/// limit.
 const KEPT: usize = 64 << 10;

@@ -11,7 +11,7 @@ use tonic::Status;
 
 use super::request_body::{Pump, Pumped};
 
-/// A response's body. Dropping it resets the stream unless it has ended.
+/// The body of a response. Dropping the body resets the stream unless the stream has ended.
 #[derive(Debug)]
 pub(crate) struct Incoming {
     stream: RecvStream,
@@ -50,12 +50,12 @@ impl Incoming {
         self.pump.take()?.recall().await
     }
 
-    /// Returns whether the peer has sent everything, read or not.
+    /// Returns whether the peer has ended the stream and everything that it sent was read from the stream.
     pub(crate) fn is_complete(&self) -> bool {
         self.stream.is_end_stream()
     }
 
-    /// Reads ahead and keeps the frames. Completes at the end of the response, when the response breaks, or when [`AHEAD`] bytes are kept.
+    /// Reads ahead and keeps the frames. Completes when the response ends, when an error ends it early, or when [`AHEAD`] bytes are kept.
     pub(crate) fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let mut ahead = self.ahead.take().unwrap_or_default();
         let mut polled = Poll::Ready(());
@@ -78,13 +78,13 @@ impl Incoming {
         polled
     }
 
-    /// Returns whether any frame is kept.
+    /// Returns whether at least one frame that was read ahead is still kept.
     pub(crate) fn has_begun(&self) -> bool {
         let ahead = self.ahead.as_ref();
         ahead.is_some_and(|ahead| !ahead.frames.is_empty())
     }
 
-    /// Returns whether the response was found broken while reading ahead.
+    /// Returns whether an error of the response was found while reading ahead.
     pub(crate) fn is_broken(&self) -> bool {
         let ahead = self.ahead.as_ref();
         ahead.is_some_and(|ahead| ahead.broken.is_some())
@@ -139,8 +139,8 @@ impl Incoming {
         }
     }
 
-    /// Stops the pump if the response has ended. This resets the stream unless the whole request was sent, so that the server does not wait
-    /// for the rest of the request.
+    /// Stops the pump if the response has ended. If the request was not sent completely, this resets the stream, so that the server does
+    /// not wait for the rest of the request.
     fn end_pump(&mut self) {
         // `is_end_stream` takes h2's lock, so it is called only if there is a pump.
         if self.pump.is_some() && self.stream.is_end_stream() {
@@ -154,7 +154,7 @@ impl Incoming {
     }
 }
 
-/// Why a response ended early.
+/// The reason why a response ended early.
 #[derive(Debug)]
 pub(crate) enum Broken {
     Stream(h2::Error),
@@ -162,6 +162,6 @@ pub(crate) enum Broken {
     Request(Status),
 }
 
-/// Limit on the bytes of a response that are read ahead; the last frame may exceed it. h2 may buffer up to one more flow-control
-/// window.
+/// Limit on the bytes of a response that are read ahead. The last frame may exceed the limit. In addition, h2 may buffer up to one
+/// flow-control window.
 const AHEAD: usize = 64 << 10;

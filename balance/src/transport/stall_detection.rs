@@ -1,21 +1,25 @@
-//! Detects that a peer is stalled or dead: decides when a PING is sent, and what a missing answer means. Performs no I/O.
+//! Detects that a peer is stalled or dead. This module decides when a PING is sent, and what a missing answer means. It performs no I/O.
 //!
-//! There are four causes of PINGs:
+//! A PING has one of four causes:
 //!
-//! - the *stall detection*, after a call has overrun its deadline, or was dropped after a while, and nothing was read since the call was
-//!   sent;
-//! - the *check* of a connection before a call is sent on it, after a silence in which a middlebox may have dropped the flow;
-//! - the *sweep* of other connections after a silence, when one connection was found dead;
-//! - the *keep-alive*, an option, after an interval in which nothing was read.
+//! - The *stall detection*: a call has overrun its deadline or was dropped after a while, and nothing was read since the call was sent.
+//! - The *check*: a call is about to be sent on a connection after a silence in which a middlebox may have dropped the flow.
+//! - The *sweep*: one connection was found dead after a silence, so other silent connections are tested as well.
+//! - The *keep-alive*, if it is enabled: nothing was read for an interval.
 //!
-//! All PINGs of a connection share one budget, because servers count them together. gRFC A8 lets a server close a connection that pings
-//! more often than the server allows. grpc-go and grpc-java allow two PINGs between two HEADERS or DATA frames that they send, including
-//! the ready check at the connection's start, and one PING per five minutes beyond that. If the budget is spent, the keep-alive waits until
-//! the next PING is allowed. A request for the sweep, or after a dropped call, is then ignored. After an overrun deadline, and for the
-//! check, no PING is sent, but the next read is awaited. If nothing is read in time, the balancer dials a second connection beside the
-//! first. The first connection stays in use until the second is ready.
+//! All PINGs of a connection share one budget, because servers count them together. gRFC A8 lets a server close a connection if the client
+//! sends more PINGs than the server allows. Between two HEADERS or DATA frames that they send, grpc-go and grpc-java allow two PINGs. The
+//! ready check at the start of the connection is one of them. Beyond that, they allow one PING every five minutes while calls are open, and
+//! one every two hours otherwise.
 //!
-//! Any byte that is read shows that the peer is alive, not only a PONG: on a slow link, the PONG is queued behind the responses.
+//! If the budget allows no PING, the cause determines what follows:
+//!
+//! - The keep-alive waits until the next PING is allowed.
+//! - A request for the sweep or after a dropped call is ignored.
+//! - After an overrun deadline, and for the check, no PING is sent, but the next read is awaited. If nothing is read in time, the driver
+//!   dials a second connection beside the first. The first connection stays in use until the second is ready.
+//!
+//! Any byte that is read shows that the peer is alive, not only a PONG. On a slow link, the PONG is queued behind the responses.
 
 use std::time::Duration;
 
@@ -26,11 +30,11 @@ use super::activity::ReadProgress;
 /// The options of the keep-alive.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct KeepAlive {
-    /// The shortest interval between PINGs that the servers permit, beyond the two PINGs that all servers permit.
+    /// The shortest interval between PINGs that the servers permit. It applies to PINGs beyond the two that all servers permit.
     pub(crate) permit: Duration,
     /// The interval without a read after which a PING is sent.
     pub(crate) interval: Duration,
-    /// The time without a read after a PING, after which the connection counts as lost.
+    /// If nothing is read within this time after a PING, the connection counts as lost.
     pub(crate) timeout: Duration,
     /// Whether PINGs are also sent on a connection without calls.
     pub(crate) while_idle: bool,
@@ -44,11 +48,11 @@ pub(super) struct Pings {
     overrun_timeout: Duration,
     /// Limit on the time that a call waits for the answer to a check.
     check_timeout: Duration,
-    /// Whether a PING was sent and not answered yet. h2 allows one PING at a time.
+    /// Whether a PING was sent that is not answered yet. h2 allows one PING at a time.
     outstanding: bool,
     /// The number of PINGs since the peer's last HEADERS or DATA frame.
     without_response: u32,
-    /// The number of HEADERS and DATA frames of the peer when the last PING was sent.
+    /// The number of HEADERS and DATA frames that the peer had sent when the last PING was sent or answered.
     responses_at_ping: u64,
     last_ping: Instant,
     /// The time when the keep-alive checks the connection next.
@@ -63,14 +67,14 @@ pub(super) struct Pings {
     ping_unanswered: bool,
 }
 
-/// A time limit. The peer counts as silent if no more than `bytes` were read by then.
+/// A time limit for the peer. If at the time `at` no more than `bytes` bytes were read, the peer counts as silent.
 #[derive(Clone, Copy, Debug)]
 struct Expiry {
     at: Instant,
     bytes: u64,
-    /// Whether a PING waits for its answer.
+    /// Whether a PING is outstanding whose answer is due by that time.
     pinged: bool,
-    /// How often the limit was extended because our own process was not scheduled.
+    /// The number of times that the limit was extended because our own process was not scheduled.
     extended: u32,
 }
 
@@ -83,13 +87,13 @@ impl Expiry {
 /// The cause of a request for a PING.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PingCause {
-    /// A call has overrun its deadline, and nothing was read since it was sent.
+    /// A call has overrun its deadline, and nothing was read since the call was sent.
     Overrun,
-    /// A call was dropped some time after it was sent, before its response, and nothing was read in between.
+    /// A call was dropped before its response and some time after it was sent, and nothing was read in between.
     Dropped,
     /// A call is about to be sent after a long silence.
     Silence,
-    /// Another connection was found dead after a silence. No call waits for the answer.
+    /// Another connection was found dead after a silence. No call waits for the answer to this PING.
     Sweep,
 }
 
@@ -170,7 +174,7 @@ impl Pings {
             PingCause::Silence | PingCause::Sweep => self.check_timeout,
         };
         let at = now.checked_add(timeout)?;
-        // If nothing was read since the last request, its time limit still runs, and the earlier of both limits applies.
+        // If nothing was read since the last request, the time limit of that request still runs. The earlier of the two limits applies.
         if let Some(stall) = self
             .stall_expiry
             .as_mut()
@@ -179,7 +183,8 @@ impl Pings {
             stall.at = stall.at.min(at);
             return None;
         }
-        // For the server, the connection is idle unless a call is open. A call that waits for a check has no open stream yet.
+        // The server counts a connection without open streams as idle. `busy` may count a call without an open stream: a call that waits
+        // for a check has no stream yet, and a dropped call has none any more.
         let busy = busy && cause == PingCause::Overrun;
         let may_ping = self.outstanding || self.may_ping(now, progress, busy);
         if !may_ping && matches!(cause, PingCause::Dropped | PingCause::Sweep) {
@@ -215,7 +220,8 @@ impl Pings {
     /// Handles the answer to the PING.
     pub(super) fn on_pong(&mut self, now: Instant, progress: ReadProgress) {
         self.outstanding = false;
-        // Frames that the server sent before it received the PING do not reset its count of PINGs, so they do not count here either.
+        // HEADERS and DATA frames that the server sent before it received the PING do not reset the server's count of PINGs, so they do not
+        // count here either.
         self.responses_at_ping = progress.responses;
         self.keep_alive_expiry = None;
         self.stall_expiry = None;
@@ -239,7 +245,7 @@ impl Pings {
             && progress.bytes == stall.bytes
         {
             // If the timer fires late, the runtime is overloaded, and the bytes that the peer has sent are possibly not read yet. The limit
-            // is extended, because replacing connections would add to the load.
+            // is extended, because new connections would add to the load.
             let late = now.saturating_duration_since(stall.at);
             if late < LATE_TIMER || stall.extended >= MAX_EXTENSIONS {
                 return Some(self.on_silence(stall));
@@ -324,23 +330,23 @@ impl Pings {
     }
 }
 
-/// The shortest limit on the silence of a peer after a call has overrun its deadline or was dropped. With a shorter limit, a process that
-/// the scheduler has delayed would count as frozen.
+/// Minimum of the limit on the silence of a peer after a call has overrun its deadline or was dropped. With a shorter limit, a peer whose
+/// process the scheduler has delayed would count as frozen.
 const OVERRUN_TIMEOUT: Duration = Duration::from_secs(1);
-/// Minimum time that a call waits for a check before it is sent elsewhere. RFC 8305, section 5, uses the same delay before the next address
-/// of a name.
+/// Minimum of the limit on the time that a call waits for a check before it is sent elsewhere. RFC 8305, section 5, recommends the same
+/// delay before the next address of a name is tried.
 pub(super) const CHECK_TIMEOUT: Duration = Duration::from_millis(250);
-/// A timer that fires this late shows that our own process was not scheduled.
+/// If a timer fires at least this late, our own process was not scheduled in time.
 const LATE_TIMER: Duration = Duration::from_millis(50);
-/// The limits are at least this many round trips, so that they suit paths with a long round trip.
+/// The timeouts of a stall and of a check are at least this many round trips, so that they suit paths with a long round trip.
 pub(super) const ROUND_TRIPS: u32 = 4;
-/// Limit on PINGs between two HEADERS or DATA frames of the peer: gRFC A8 allows two strikes.
+/// Maximum number of PINGs between two HEADERS or DATA frames of the peer. gRFC A8 allows two strikes.
 const MAX_PINGS_WITHOUT_RESPONSE: u32 = 2;
-/// Limit on extensions of a time limit, so that waits also end in a process that is never scheduled in time.
+/// Maximum number of extensions of a time limit. With this maximum, waits also end in a process that is never scheduled in time.
 const MAX_EXTENSIONS: u32 = 3;
-/// The interval that grpc-go and grpc-java allow by default while calls are open.
+/// The shortest interval between PINGs that grpc-go and grpc-java allow by default while calls are open.
 pub(crate) const BUSY_INTERVAL: Duration = Duration::from_secs(5 * 60);
-/// The interval that grpc-go and grpc-java allow without calls.
+/// The shortest interval between PINGs that grpc-go and grpc-java allow without open calls.
 const IDLE_INTERVAL: Duration = Duration::from_secs(2 * 3600);
 
 #[cfg(test)]
@@ -457,8 +463,9 @@ mod tests {
         assert_eq!(stalled, Some(Action::Stalled));
     }
 
-    /// Simulates a server that counts like grpc-java: each PING is a strike, and HEADERS or DATA frames that the server sends later clear
-    /// the strikes. Frames cross, answers are late, streams are reset, calls are dropped, and the keep-alive sends PINGs as well.
+    /// Simulates a server that counts PINGs as grpc-java does: each PING is a strike, and a HEADERS or DATA frame that the server sends
+    /// later clears the strikes. Frames cross, answers are late, streams are reset, calls are dropped, and the keep-alive sends PINGs as
+    /// well.
     #[test]
     fn at_most_two_pings_are_sent_between_two_responses() {
         let seed = fastrand::u64(..);
@@ -472,7 +479,7 @@ mod tests {
             };
             let (mut pings, start) = pings(rng.bool().then_some(keep_alive));
             let (mut strikes, mut now) = (1, start);
-            // The bytes and responses that the server has sent, and those that were read.
+            // The numbers of bytes and responses that the server has sent, and that the client has read.
             let (mut sent, mut read) = ((117, 0), (117, 0));
             let mut pong_at = None;
             for _ in 0..400 {
@@ -608,7 +615,7 @@ mod tests {
         assert_eq!(pings.wake_at(), Some(now + ms(20_500)));
         let ping = pings.on_time(now + ms(20_500), silent, true);
         assert_eq!(ping, Some(Action::Ping), "the permit time has passed");
-        // A doubt in the meantime waits for the same answer.
+        // A request for a PING in the meantime waits for the answer to the same PING.
         let cause = pings.on_request(PingCause::Overrun, now + ms(20_600), silent, true);
         assert_eq!(cause, None);
         let stalled = pings.on_time(now + ms(21_600), silent, true);

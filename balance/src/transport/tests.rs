@@ -1,4 +1,4 @@
-//! One connection against a real `h2` server: what each kind of failure means for a call, and how bodies are sent and received.
+//! Tests of one connection to a real `h2` server: what each kind of failure means for a call, and how bodies are sent and received.
 
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -29,7 +29,7 @@ type Accepted = (Request<RecvStream>, SendResponse<Bytes>);
 static DEFAULTS: LazyLock<Settings> = LazyLock::new(Settings::default);
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A client connection, and what its server receives.
+/// A client connection, the calls that its server receives, and the control of the server.
 struct Pair {
     client: Connection,
     accepted: mpsc::UnboundedReceiver<Accepted>,
@@ -128,7 +128,7 @@ async fn head(exchange: &mut Exchange) -> Result<Response<Incoming>, h2::Error> 
         .expect("a head in time")
 }
 
-/// A body whose frames the test sends. It ends when its sender is dropped.
+/// Returns a body whose frames the test sends. The body ends when the sender is dropped.
 fn fed() -> (mpsc::UnboundedSender<Bytes>, Body) {
     let (feed, frames) = mpsc::unbounded_channel();
     (feed, Body::new(Fed(frames)))
@@ -307,7 +307,7 @@ async fn a_local_h2_error_does_not_prove_a_call_unprocessed() {
     let (near, mut far) = duplex(1 << 16);
     let server = tokio::spawn(async move {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
-        // SETTINGS, the acknowledgement of the client's SETTINGS, and the answer to the client's PING.
+        // The server sends SETTINGS, acknowledges the client's SETTINGS, and answers the client's PING.
         let mut preface = [0; 24];
         far.read_exact(&mut preface).await.expect("a preface");
         far.write_all(b"\0\0\0\x04\0\0\0\0\0\0\0\0\x04\x01\0\0\0\0")
@@ -399,7 +399,7 @@ async fn parked_uploads_do_not_block_the_connection() {
         let (feed, body) = fed();
         feed.send(Bytes::from(vec![0; 1 << 20])).expect("fed");
         let mut exchange = pair.send(gather(body).await);
-        // Polled once, then parked.
+        // The call is polled once and then parked.
         poll_fn(|cx| {
             let _ = exchange.poll_head(cx);
             std::task::Poll::Ready(())
@@ -426,7 +426,7 @@ async fn an_early_response_is_delivered_while_the_caller_sends() {
     respond
         .send_response(Response::new(()), true)
         .expect("an answer");
-    // h2 resets the stream with NO_ERROR after the answer is sent.
+    // After the answer is sent, the `h2` server resets the stream with NO_ERROR.
     drop(respond);
     // After the stream is closed, further sends fail with h2's "inactive stream".
     for _ in 0..100 {
@@ -529,7 +529,7 @@ async fn thousands_of_half_read_streams_leave_the_connection_window_intact() {
             .expect("a frame")
             .expect("the stream survives the end of others");
     }
-    // The connection's window is intact: twenty times a stream's window is received.
+    // If the window of the connection is intact, a response of twenty stream windows is received.
     let mut exchange = pair.send(single());
     let (_request, mut respond) = pair.accept().await;
     let mut stream = respond
@@ -567,7 +567,8 @@ async fn a_dropped_connection_is_closed_after_its_last_call() {
     assert!(closed.is_ok(), "the connection's task ends");
 }
 
-/// A server that sends raw bytes: it answers PINGs, and answers the first request with `frames`. Then it closes the connection or stops.
+/// Returns a connection to a server that sends raw bytes. The server answers PINGs, and answers the first request with `frames`. Then it
+/// closes the connection if `hangs_up` is true, and otherwise sends nothing more.
 async fn scripted(
     frames: &'static [u8],
     hangs_up: bool,
@@ -615,7 +616,7 @@ async fn a_call_above_the_last_stream_of_a_goaway_is_unprocessed_for_every_code(
     for (frames, blame) in [
         // Last stream 0, code NO_ERROR.
         (b"\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\0", None),
-        // The same with ENHANCE_YOUR_CALM and with INTERNAL_ERROR.
+        // The same GOAWAY with ENHANCE_YOUR_CALM and with INTERNAL_ERROR.
         (
             b"\0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\x0b",
             Some(Reason::ENHANCE_YOUR_CALM),
@@ -669,7 +670,7 @@ async fn a_refusal_after_the_response_head_is_an_error_of_the_body() {
     stream.send_reset(Reason::REFUSED_STREAM);
     let frame = timeout(PATIENCE, poll_fn(|cx| body.poll_frame(cx))).await;
     match frame.expect("in time") {
-        // The call was processed. The received head proves that; the error alone does not.
+        // The received head proves that the call was processed. The error alone does not prove it.
         Some(Err(super::response_body::Broken::Stream(error))) => assert!(is_unprocessed(&error)),
         other => panic!("the stream was reset, but {other:?}"),
     }
@@ -681,7 +682,7 @@ async fn a_call_queued_inside_h2_looks_like_a_sent_call() {
         builder.max_concurrent_streams(1);
     })
     .await;
-    // The balancer counts streams, so it never queues a call inside h2.
+    // The second call exceeds the limit of one stream. In a channel, the balancer counts streams, so it never queues a call inside h2.
     let mut sent = pair.send(single());
     let mut queued = pair.send(single());
     let _accepted = pair.accept().await;
@@ -726,7 +727,7 @@ async fn the_second_address_is_used_if_the_first_does_not_respond() {
     };
     let address = |listener: &tokio::net::TcpListener| listener.local_addr().expect("an address");
     let alive = listen(16);
-    // This address refuses connections.
+    // This address refuses connections, because its listener is already dropped.
     let refusing = address(&listen(1));
     let happy_eyeballs = |addresses| {
         happy_eyeballs(addresses, async |address| {
@@ -756,7 +757,7 @@ async fn the_second_address_is_used_if_the_first_does_not_respond() {
     assert_eq!(stream.peer_addr().expect("a peer"), address(&alive));
     let took = tokio::time::Instant::now().saturating_duration_since(start);
     assert!(took < Duration::from_secs(5), "{took:?}");
-    // All addresses fail: the last error is returned.
+    // If all addresses fail, the last error is returned.
     let outcome = timeout(PATIENCE, happy_eyeballs(vec![refusing, refusing])).await;
     match outcome.expect("in time") {
         Err(DialError::Dial(error)) => {

@@ -15,10 +15,10 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 /// TLS to endpoints or to etcd: the trusted certificates, and the client's own identity.
 ///
-/// The name that every server's certificate must be valid for is set here, once per channel. It is never taken from the registry. Otherwise
-/// a process that can write to the registry could direct clients to its own server with its own certificate. If the program itself contains
-/// the addresses, as it does for etcd, [`verify_dialled_host`](Self::verify_dialled_host) verifies each server by the host of its own
-/// address.
+/// The certificate of every server must be valid for the name that is set here, once per channel. The name is never taken from the
+/// registry. Otherwise a process that can write to the registry could direct clients to its own server with its own certificate. If the
+/// program itself contains the addresses, as it does for etcd, [`verify_dialled_host`](Self::verify_dialled_host) verifies each server by
+/// the host of its own address.
 ///
 /// Servers are verified with the system's root certificates unless other certificates are set. Certificate files are read again at each
 /// handshake, so certificates can be renewed without a restart.
@@ -36,7 +36,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 #[derive(Clone)]
 #[must_use = "it does nothing until it is given to a builder"]
 pub struct TlsConfig {
-    /// The name that certificates must be valid for. `None`: the host that was dialled.
+    /// The name that certificates must be valid for. If it is `None`, a certificate must be valid for the host that was dialled.
     server_name: Option<String>,
     roots: Vec<Pem>,
     system_roots: bool,
@@ -51,9 +51,9 @@ impl TlsConfig {
 
     /// Creates a configuration for servers whose certificate is valid for the host name or IP address by which the client dialled them.
     ///
-    /// This is only for addresses that the program itself contains: those of
-    /// [`ChannelBuilder::addresses`](crate::channel::ChannelBuilder::addresses), or of etcd's members. With this configuration, a channel
-    /// with any other source connects to no endpoint.
+    /// Use this only for addresses that the program itself contains: those of
+    /// [`ChannelBuilder::addresses`](crate::channel::ChannelBuilder::addresses), or of etcd's members. A channel with this configuration
+    /// and any other source connects to no endpoint.
     ///
     /// ```no_run
     /// use tonic_balance::{BalancedChannel, TlsConfig};
@@ -202,7 +202,7 @@ pub fn check(config: &TlsConfig) -> Result<(), String> {
     }
     if let Pem::Text(text) = key {
         let key = PrivateKeyDer::from_pem_slice(text);
-        // The error never contains the key.
+        // The error of rustls never contains the key.
         key.map_err(|error| format!("the key of `identity` is not a PEM private key: {error}"))?;
     }
     Ok(())
@@ -254,19 +254,19 @@ impl Tls {
         }
     }
 
-    /// Fails if the configuration can never work, see [`check`].
+    /// Returns an error if the configuration can never work; see [`check`].
     pub(crate) fn check(&self) -> Result<(), String> {
         check(&self.config)
     }
 
-    /// Returns the name that all servers are verified by, which is also the authority of calls. `None`: each server is verified by the host
-    /// of its own address.
+    /// Returns the name that the certificates of all servers must be valid for. This name is also the authority of calls. If it is `None`,
+    /// each server is verified by the host of its own address.
     pub(crate) fn server_name(&self) -> Option<&str> {
         self.config.server_name.as_deref()
     }
 
-    /// Performs the handshake, and checks that the peer did not choose another protocol than HTTP/2. `host` is used only if the
-    /// configuration has no server name, and is then required.
+    /// Performs the handshake, and checks that the peer did not choose a protocol other than HTTP/2. `host` is used only if the
+    /// configuration has no server name. In that case it is required.
     pub(crate) async fn handshake<T>(&self, io: T, host: Option<&str>) -> io::Result<TlsStream<T>>
     where
         T: AsyncRead + AsyncWrite + Unpin,
@@ -277,7 +277,7 @@ impl Tls {
         let name = ServerName::try_from(name.to_owned()).map_err(invalid)?;
         let connector = TlsConnector::from(self.current().await?);
         let stream = connector.connect(name, io).await.map_err(|error| {
-            // rustls names the type of the record that it could not read.
+            // This error of rustls means that the first bytes of the server were not a TLS record.
             if error.to_string().contains("InvalidContentType") {
                 return io::Error::new(error.kind(), "the server does not speak TLS");
             }
@@ -293,7 +293,7 @@ impl Tls {
         }
     }
 
-    /// Returns the configuration for the next handshake. If the files cannot be read now, for example during their renewal, the last good
+    /// Returns the configuration for the next handshake. If the files cannot be loaded now, for example during their renewal, the last good
     /// configuration stays in use.
     async fn current(&self) -> io::Result<Arc<ClientConfig>> {
         let last = self.lock().clone();

@@ -1,4 +1,4 @@
-//! Restarts, kills and refusals: which calls are sent again and which are not. No call runs twice.
+//! Restarts and kills of servers, and refused calls: which calls are sent again and which are not. No call runs twice.
 
 use std::io;
 
@@ -7,7 +7,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use super::support::PATIENCE;
 use super::*;
 
-/// A server that counts the calls it has processed.
+/// Starts a server that counts the calls it has processed.
 fn counting(processed: &Arc<AtomicUsize>) -> support::Cut {
     let processed = Arc::clone(processed);
     Raw::answering(
@@ -19,7 +19,7 @@ fn counting(processed: &Arc<AtomicUsize>) -> support::Cut {
     )
 }
 
-/// A server that resets and counts every call.
+/// Starts a server that counts every call and resets its stream with `reason`.
 fn resetting(reason: Reason, seen: &Arc<AtomicUsize>) -> support::Cut {
     let seen = Arc::clone(seen);
     Raw::answering(
@@ -124,7 +124,7 @@ async fn a_refusal_after_the_head_is_not_replayed() {
             let mut reading = reading.clone();
             async move {
                 let mut stream = respond.send_response(grpc_head(), false).expect("a head");
-                // A reset would discard a head that is not written yet, so the server waits until the client has read it.
+                // A reset would discard a head that is not written yet, so the server waits until the client has read the head.
                 let _ = reading.wait_for(|reading| *reading).await;
                 stream.send_reset(Reason::REFUSED_STREAM);
             }
@@ -307,7 +307,7 @@ async fn a_call_above_the_last_stream_of_a_goaway_is_sent_to_another_server() {
     let other = counting(&processed);
     let channel = over([shy, other.address()]);
     ready(&channel, 2).await;
-    // Uses the default policy and not round robin: it picks the shy server sooner or later as well.
+    // The channel uses the default policy. Like round robin, this policy picks the shy server after some calls.
     let left = async {
         while channel
             .endpoints()
@@ -327,7 +327,7 @@ async fn a_call_above_the_last_stream_of_a_goaway_is_sent_to_another_server() {
     );
 }
 
-/// The other endpoint refuses connections, possibly for hours, so the call must not wait for it.
+/// The endpoint `beta` refuses all connections. It could do so for hours, so the call must not wait for it.
 #[tokio::test]
 async fn a_call_above_the_last_stream_of_a_goaway_is_resent_after_a_reconnect() {
     let (shy, back) = (support::shy(0), Greeter::start("back"));
@@ -359,8 +359,8 @@ async fn a_call_above_the_last_stream_of_a_goaway_is_resent_after_a_reconnect() 
     assert!(took < Duration::from_secs(10), "{took:?}");
 }
 
-/// All streams of very many connections are in use, and one call waits. A stream that becomes free on any connection is handed to that
-/// call.
+/// All streams of very many connections are in use, and one call waits. Whichever connection has a free stream first, the waiting call gets
+/// that stream.
 #[tokio::test]
 async fn a_stream_freed_on_one_of_a_thousand_connections_is_used() {
     const ENDPOINTS: usize = 600;
@@ -375,7 +375,7 @@ async fn a_stream_freed_on_one_of_a_thousand_connections_is_used() {
                 builder.max_concurrent_streams(1);
                 let mut connection = builder.handshake(far).await.expect("a connection");
                 while let Some(Ok(call)) = connection.accept().await {
-                    // The receiver is dropped at the end of the test.
+                    // The send fails at the end of the test, when the receiver is dropped.
                     let _ = accepts.send(call);
                 }
             });
@@ -408,7 +408,7 @@ async fn a_stream_freed_on_one_of_a_thousand_connections_is_used() {
     }
 }
 
-/// An attempt to connect to an endpoint that does not respond takes its whole timeout.
+/// A dial of an endpoint that does not respond lasts until the connect timeout.
 #[tokio::test(start_paused = true)]
 async fn a_thousand_unresponsive_endpoints_do_not_delay_the_others() {
     let (changes, stream) = mpsc::unbounded_channel();
@@ -430,7 +430,7 @@ async fn a_thousand_unresponsive_endpoints_do_not_delay_the_others() {
     for port in 1..=3_000 {
         insert(&changes, &format!("hole:{port}"), Attributes::new());
     }
-    // By now every endpoint was dialled and has failed. At any time, more endpoints are due than can be dialled at once.
+    // By now every endpoint has been dialled and has failed. At any time, more endpoints are due for a dial than the channel dials at once.
     tokio::time::sleep(Duration::from_secs(180)).await;
     for round in 1..=10 {
         insert(&changes, &format!("alpha:{round}"), Attributes::new());
@@ -440,8 +440,8 @@ async fn a_thousand_unresponsive_endpoints_do_not_delay_the_others() {
         assert!(took < Duration::from_secs(1), "{took:?}");
         tokio::time::sleep(Duration::from_secs(3)).await;
     }
-    // If the server of a failing endpoint is started again, the endpoint is dialled at once, whether it waits for its backoff or for its
-    // turn.
+    // A new generation means that the server of a failing endpoint was started again. The endpoint is then dialled at once, even if its
+    // backoff has not ended or other endpoints are before it in the queue.
     for round in 1..=10 {
         let address = format!("hole:{round}");
         insert(&changes, &address, Attributes::new().with_generation(round));
@@ -535,7 +535,7 @@ async fn an_address_whose_packets_are_dropped_does_not_delay_calls() {
     }
     took.sort_unstable();
     let p99 = took[took.len() * 99 / 100];
-    // A call that waited for the address would take seconds.
+    // A call that waited for a connection to this address would take seconds.
     assert!(p99 < Duration::from_millis(500), "{p99:?}");
     let connecting = channel.endpoints();
     let connecting = connecting
@@ -593,13 +593,14 @@ async fn pings_keep_an_idle_connection_open() {
         .addresses([server.address()])
         .connect_lazy();
     say(&channel).await.expect("an answer");
-    // The interval of 5 ms is raised to 10 ms, so 150 ms are fifteen keep-alive intervals. The connection must survive them.
+    // The interval of 5 ms is raised to 10 ms, so 150 ms are fifteen keep-alive intervals. The connection must stay open.
     tokio::time::sleep(Duration::from_millis(150)).await;
     say(&channel).await.expect("an answer");
     assert_eq!(channel.endpoints()[0].last_error, None);
 }
 
-/// A server with just enough HTTP/2 to count calls. After the first call it announces `then`, if set, as the limit of concurrent streams.
+/// Runs a server that implements just enough HTTP/2 to count calls. After the first call, the server announces `then`, if set, as its limit
+/// on concurrent streams.
 async fn count_calls(
     mut io: DuplexStream,
     then: Option<u8>,
@@ -674,7 +675,8 @@ async fn a_lone_stream_is_used_for_calls_and_not_for_the_health_watch() {
     let counted = Arc::clone(&calls);
     let channel = BalancedChannel::builder()
         .health_check("")
-        // The timeout also limits a watch without a response. It is long, so that the watch stays open.
+        // The connect timeout also limits the time that a health watch waits for its first response. It is long here, so that the watch
+        // stays open.
         .connect_timeout(PATIENCE * 3)
         .connector(move |_| {
             let (near, far) = tokio::io::duplex(1 << 16);

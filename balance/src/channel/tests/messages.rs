@@ -1,4 +1,4 @@
-//! Features of generated clients over the channel: compression, metadata, large messages, errors.
+//! Features of generated clients that use the channel: compression, metadata, large messages, errors.
 
 use tonic::codec::CompressionEncoding;
 use tonic::metadata::{BinaryMetadataValue, MetadataValue};

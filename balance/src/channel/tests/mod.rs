@@ -85,7 +85,7 @@ async fn say(channel: &BalancedChannel) -> Result<String, tonic::Status> {
     Ok(reply.into_inner().message)
 }
 
-/// Returns how many of these calls each server serves. No call may fail.
+/// Makes this many calls, and returns how many of them each server has served. Panics if a call fails.
 async fn tally(channel: &BalancedChannel, calls: usize) -> BTreeMap<String, usize> {
     let mut tally = BTreeMap::new();
     for _ in 0..calls {
@@ -445,7 +445,7 @@ async fn an_endpoint_that_is_no_longer_listed_is_not_picked() {
         insert(&changes, &address(index), Attributes::new());
     }
     ready(&channel, ENDPOINTS).await;
-    // Sends the removals as one batch. The first removals are visible while the last are still being applied.
+    // The removals are sent as one batch. Picks can see the first removals while the driver still applies the last ones.
     for index in 1..ENDPOINTS {
         remove(&changes, &address(index));
     }
@@ -469,7 +469,7 @@ async fn an_endpoint_that_is_no_longer_listed_is_not_picked() {
 
 #[tokio::test]
 async fn attributes_change_without_a_reconnect() {
-    // Compares calls in flight, because the latencies of servers in one busy process differ by more than noise.
+    // The policy compares calls in flight and not latencies, because the latencies of servers that share one busy process differ too much.
     let (changes, stream) = mpsc::unbounded_channel();
     let channel = BalancedChannel::builder()
         .policy(LbPolicy::LeastRequest)
@@ -492,7 +492,7 @@ async fn attributes_change_without_a_reconnect() {
         channel.endpoints().iter().any(|status| status.weight == 9)
     })
     .await;
-    // Picks use the new weight with the next ready set.
+    // Picks use the new weight after the next ready set is published.
     let heavy = async { while tally(&channel, 400).await["heavy"] <= 300 {} };
     in_time("the share of the heavy endpoint", heavy).await;
     assert!(
@@ -553,7 +553,7 @@ async fn a_last_resort_serves_only_while_nothing_else_is_ready_and_is_never_dial
         &other.address(),
         Attributes::new().with_last_resort(true),
     );
-    // Longer than the first backoff, so that a dial would have happened.
+    // The sleep is longer than the first backoff, so a dial would have happened by now.
     tokio::time::sleep(Duration::from_millis(1_500)).await;
     assert_eq!(channel.endpoints().len(), 2);
     let dialled = other.connections.load(Ordering::SeqCst);
@@ -570,7 +570,8 @@ async fn a_last_resort_serves_only_while_nothing_else_is_ready_and_is_never_dial
 async fn a_new_registration_ends_the_backoff() {
     let (changes, channel) = fed();
     let address = refusing();
-    // Several failures make the next wait longer than the timeout of the test.
+    // After each failure the endpoint waits for a backoff of about 1 s. This is longer than the 500 ms in which the test expects the last
+    // dial.
     insert(&changes, &address, Attributes::new().with_generation(1));
     for generation in 2..=4 {
         until("the endpoint is failing", || {

@@ -1,4 +1,4 @@
-//! Calls with a [`Routing`]: endpoints that they avoid, the endpoint that they report, and connections that they replace.
+//! Calls with a [`Routing`]: avoided endpoints, the endpoint that a call was sent to, reported failures, and replaced connections.
 
 use tokio::time::Instant;
 use tower::service_fn;
@@ -32,7 +32,7 @@ async fn avoided_endpoints_get_no_call_while_another_is_ready() {
     for (avoided, expected) in [
         (vec![&*alpha], vec![&beta, &gamma]),
         (vec![&alpha, &beta], vec![&gamma]),
-        // If all endpoints are avoided, only the last of the list gets no call.
+        // If all endpoints are avoided, only the last endpoint of the list gets no call.
         (vec![&alpha, &beta, &gamma], vec![&alpha, &beta]),
     ] {
         let mut went = std::collections::BTreeSet::new();
@@ -73,7 +73,7 @@ async fn a_reported_failure_counts_against_the_endpoint() {
     let route = avoiding(&[]);
     say_by(&channel, &route).await.expect("an answer");
     let latency = || channel.endpoints()[0].latency.expect("a call was made");
-    // A reported failure counts as 100 ms. The first call may have taken longer, so further calls lower the latency first.
+    // A reported failure counts as 100 ms. The first call may have taken longer, so further calls lower the measured latency first.
     while latency() > Duration::from_millis(50) {
         say_by(&channel, &route).await.expect("an answer");
     }
@@ -82,7 +82,7 @@ async fn a_reported_failure_counts_against_the_endpoint() {
     assert!(latency() > before, "{before:?} {:?}", latency());
 }
 
-/// After `reconnect`, no further routed call is sent on the old connection, and its open streams continue.
+/// After `reconnect`, no further routed call is sent on the old connection. The open streams of the old connection continue.
 #[tokio::test]
 async fn a_replaced_connection_gets_no_new_calls_and_its_streams_continue() {
     let connections = Arc::new(AtomicUsize::new(0));
@@ -118,7 +118,7 @@ async fn a_replaced_connection_gets_no_new_calls_and_its_streams_continue() {
     feed.send(hello("still here")).expect("an open stream");
     let reply = in_time("a reply", replies.message()).await;
     assert!(reply.expect("a reply").is_some());
-    // The next check of the driver closes old connections without calls. The endpoint stays ready.
+    // At its next periodic check, the driver closes old connections without calls. The endpoint stays ready.
     until("the old connections are closed", || {
         channel.endpoints()[0].connections == 2
     })

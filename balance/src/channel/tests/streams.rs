@@ -1,4 +1,4 @@
-//! Edge cases of bodies: unread, dropped, parked, answered early, stalled.
+//! Edge cases of request bodies and response bodies: unread, dropped, parked, answered early, stalled.
 
 use super::*;
 
@@ -166,7 +166,7 @@ async fn the_deadline_applies_to_the_response_stream() {
     idle(&channel).await;
 }
 
-/// A server that ignores the deadline and sends faster than its client reads.
+/// The server ignores the deadline, and sends faster than the client reads.
 #[tokio::test]
 async fn the_deadline_applies_while_messages_are_always_available() {
     let server = streaming(1_000_000, 1024);
@@ -261,7 +261,8 @@ async fn a_response_during_an_upload_is_delivered() {
 
 #[tokio::test]
 async fn an_upload_to_a_server_that_never_reads_is_limited_by_the_window() {
-    // With h2's default, a connection window as large as one stream window, the server itself would stop the other calls.
+    // By default, the connection window of h2 is as large as one stream window. The upload would then use up the server's connection
+    // window, and stop the other calls.
     let mut raw = Raw::start(|builder| {
         builder.initial_connection_window_size(1 << 20);
     });
@@ -276,7 +277,7 @@ async fn an_upload_to_a_server_that_never_reads_is_limited_by_the_window() {
     let call = tokio::spawn(async move { client.greet_all(requests).await.map(drop) });
     let accepted = raw.accept().await;
     until("the first is taken", || produced.load(Ordering::SeqCst) > 0).await;
-    // After 100 other calls the server would have received more of the upload, if more had been sent.
+    // During 100 other calls the channel would take more messages of the upload, if the window did not limit it.
     for _ in 0..100 {
         let other = tokio::spawn({
             let channel = channel.clone();
@@ -340,7 +341,7 @@ async fn cancelled_calls_and_half_read_streams_do_not_affect_other_calls() {
                 replies.message().await.map(drop)
             });
         }
-        // At this point some calls are not sent yet, some responses are half read, and some calls have ended.
+        // After a random number of yields, some calls are not sent yet, some responses are half read, and some calls have ended.
         for _ in 0..fastrand::usize(1..40) {
             tokio::task::yield_now().await;
         }

@@ -40,7 +40,7 @@ pub(super) async fn in_time<T>(what: &str, future: impl Future<Output = T>) -> T
     output.unwrap_or_else(|_| unreachable!("{what} took too long"))
 }
 
-/// Returns a listener, on this port unless it is 0.
+/// Returns a listener on this port of 127.0.0.1. If the port is 0, the system chooses a free port.
 pub(super) fn listen(port: u16) -> TcpListener {
     let socket = TcpSocket::new_v4().expect("a socket");
     socket.set_reuseaddr(true).expect("an option");
@@ -61,7 +61,7 @@ pub(super) fn refusing() -> String {
     address.to_string()
 }
 
-/// Returns an address that accepts connections and never sends a byte, with its listener.
+/// Returns a listener and its address. The kernel accepts connections to the address, but no byte is ever sent on them.
 pub(super) fn black_hole() -> (std::net::TcpListener, String) {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
     let address = listener.local_addr().expect("an address").to_string();
@@ -109,7 +109,7 @@ impl Greeter {
         self.address.to_string()
     }
 
-    /// Shuts down as tonic does: the server sends GOAWAY and finishes the calls in flight.
+    /// Shuts the server down as tonic does: the server sends a GOAWAY and finishes the calls in flight.
     pub(super) async fn shut_down(self) {
         self.stop.cancel();
         in_time("a graceful shutdown", self.served)
@@ -120,7 +120,7 @@ impl Greeter {
 
 pub(super) type Accepted = (Request<RecvStream>, SendResponse<Bytes>);
 
-/// A bare `h2` server. Each call is passed to the test or to a function. [`cut`](Self::cut) closes its sockets.
+/// A bare `h2` server. Each call is passed to the test or to a function. [`cut`](Self::cut) closes all sockets of the server.
 pub(super) struct Raw {
     pub(super) address: SocketAddr,
     pub(super) accepted: mpsc::UnboundedReceiver<Accepted>,
@@ -207,7 +207,7 @@ impl Raw {
         self.accepted.try_recv().ok()
     }
 
-    /// Closes every socket at once, as a `kill -9` does.
+    /// Closes all sockets at once, as a `kill -9` of the server does.
     pub(super) fn cut(&self) {
         self.task.abort();
     }
@@ -215,12 +215,12 @@ impl Raw {
 
 impl Drop for Raw {
     fn drop(&mut self) {
-        // `answering` moves the value into a task that runs as long as the server, so that the server is not aborted early.
+        // `answering` moves its `Raw` into a task that runs as long as the server, so this line does not abort the server early.
         self.task.abort();
     }
 }
 
-/// A [`Raw`] server that answers its calls without the test.
+/// A [`Raw`] server whose calls are answered by a function and not by the test.
 pub(super) struct Cut {
     pub(super) address: SocketAddr,
     task: AbortHandle,
@@ -238,7 +238,7 @@ impl Drop for Cut {
     }
 }
 
-/// An empty gRPC message in its frame.
+/// An empty gRPC message: only the prefix of 5 bytes.
 pub(super) const EMPTY_MESSAGE: &[u8] = &[0, 0, 0, 0, 0];
 
 /// Reads the whole request and sends an empty message as the response.
@@ -324,13 +324,13 @@ pub(super) async fn timed<T>(future: impl Future<Output = T>) -> (T, Duration) {
     (output, Instant::now().saturating_duration_since(start))
 }
 
-/// Starts a server that answers PINGs. It answers the first call with a GOAWAY that names `last` as the last stream, and closes the
-/// connection.
+/// Starts a server that answers PINGs, and returns its address. The server answers the first call with a GOAWAY that has `last` as the id
+/// of the last stream, and closes the connection.
 pub(super) fn shy(last: u8) -> String {
     let listener = listen(0);
     let address = listener.local_addr().expect("an address");
     tokio::spawn(async move {
-        // Later connections are refused.
+        // The listener is dropped, so that later connections are refused.
         let (mut socket, _) = listener.accept().await.expect("a connection");
         drop(listener);
         let mut preface = [0; 24];
@@ -356,13 +356,14 @@ pub(super) fn shy(last: u8) -> String {
         let goaway = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, last, 0, 0, 0, 0];
         socket.write_all(&goaway).await.expect("a goaway");
         let _ = socket.shutdown().await;
-        // A socket that is closed with unread data sends a reset, which could overtake the GOAWAY.
+        // If a socket is closed while data is unread, the kernel sends a TCP reset, and the client could lose the GOAWAY. So the data is
+        // read first.
         let _ = socket.read_to_end(&mut Vec::new()).await;
     });
     address.to_string()
 }
 
-/// An address whose packets are dropped: the queue of its listener is full, and no connection is accepted from the queue.
+/// An address whose connection requests get no response: the accept queue of its listener is full, so the kernel drops the packets.
 pub(super) struct Hole {
     address: SocketAddr,
     _listener: TcpListener,

@@ -1,4 +1,4 @@
-//! TLS: the client fixes the name of the server, checks the roots, and reads certificates again.
+//! TLS: the client verifies the configured name of the server against the given roots, and reads certificate files again.
 
 use tonic::transport::{Certificate, Identity, ServerTlsConfig};
 
@@ -177,7 +177,7 @@ async fn identity_files_are_read_again_and_an_incomplete_pair_is_ignored() {
     }
     in_time("a call with the new identity", answered(&channel)).await;
 
-    // A renewal is half done: the key file is missing.
+    // In the middle of a renewal, the key file is missing.
     std::fs::remove_file(file("client.key")).expect("a file");
     let port = server.address.port();
     server.shut_down().await;

@@ -1,5 +1,5 @@
 //! The greeter of the examples. `helloworld.rs` is generated from `proto/helloworld.proto` and checked in, so that this package builds
-//! without `protoc`. A test of `tonic-etcd` compares it with the output of its build script.
+//! without `protoc`. A test of `tonic-etcd` compares the file with the output of the build script of `tonic-etcd`.
 #![allow(
     dead_code,
     missing_docs,
