@@ -1,4 +1,4 @@
-//! Prints the instances under some prefixes, and each later change:
+//! Prints the instances under the given prefixes, and each later change:
 //!
 //! ```sh
 //! cargo run --example discover -- /web/ /gRPC/
@@ -34,7 +34,7 @@ async fn run() -> Result<(), Box<dyn std::error::Error>> {
     let mut known = HashSet::new();
     while let Some(Ok(change)) = resolver.next().await {
         match change {
-            // An insert of a known address is an update.
+            // An insert of a known address updates its instance.
             Change::Insert(address, instance) => {
                 let sign = if known.insert(address) { '+' } else { '~' };
                 println!("{sign} {}", describe(&instance));

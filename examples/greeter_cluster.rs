@@ -1,12 +1,12 @@
-//! A complete cluster on this machine: an etcd (started here, or the cluster at `ETCD_ENDPOINTS`), three servers, and a client under steady
-//! load. Then a fourth server joins, the first server leaves, and another server is killed and restarted.
+//! A complete cluster on this machine: an etcd (started here, or the cluster at `ETCD_ENDPOINTS`), three servers, and a client that sends
+//! calls at a steady pace. Then a fourth server joins, the first server shuts down, and another server is killed and restarted.
 //!
 //! ```sh
 //! cargo run --example greeter_cluster
 //! ```
 //!
-//! The program ends after about twenty seconds. It fails if the client did not follow a join or a leave, or if a call failed. Only calls in
-//! flight to a killed server may fail, at most one per caller.
+//! The program ends after about twenty seconds. It fails if the client does not call the new server, if the client calls the server that
+//! has shut down, or if a call fails. The only calls that may fail are those in flight on the killed server, at most one per caller.
 #![allow(clippy::print_stdout, reason = "the example prints its results")]
 
 mod greeter;
@@ -41,7 +41,7 @@ async fn main() -> Result<(), Error> {
     {
         return serve_greeter(name, endpoints).await;
     }
-    // The demonstration takes about twenty seconds. A machine that needs more than a minute has a fault.
+    // The demonstration takes about twenty seconds. If it takes more than a minute, the program fails.
     timeout(Duration::from_secs(60), show()).await?
 }
 
@@ -107,7 +107,7 @@ async fn show() -> Result<(), Error> {
     })
     .await?;
     alpha.ended().await?;
-    // The server's last replies may not be counted yet.
+    // Waits until the callers have counted the last replies of the server.
     sleep(Duration::from_millis(100)).await;
     let served = tally.lock().map_or(0, |tally| tally.count("alpha"));
     watch("alpha has left", &tally, &resolver, Duration::from_secs(2)).await;
@@ -163,7 +163,7 @@ async fn kill_and_restart(
     Ok(beta)
 }
 
-/// Number of calls per server, and of failed calls.
+/// The number of calls of each server, and the number of failed calls.
 #[derive(Default)]
 struct Tally {
     served: BTreeMap<String, u64>,
@@ -188,14 +188,15 @@ impl Tally {
     }
 }
 
-/// The period in which a kill may fail calls: from just before the signal until the client has detected the closed connections.
+/// The period in which a kill may fail calls. It begins just before the signal, and ends when the client has detected the closed
+/// connections.
 struct Kill {
     from: Instant,
     until: Option<Instant>,
 }
 
 impl Kill {
-    /// Returns whether a call that ends now was in flight during the kill.
+    /// Returns whether a call that began at `start` and ends now was in flight in this period.
     fn caught(&self, start: Instant) -> bool {
         self.until.is_none_or(|until| start <= until) && Instant::now() >= self.from
     }
@@ -237,7 +238,7 @@ async fn call(channel: BalancedChannel, tally: Arc<Mutex<Tally>>) {
     }
 }
 
-/// Shows the calls per server for a while: on a terminal as one line that is updated, otherwise as one line at the end.
+/// Shows the calls of each server for `time`: on a terminal as one line that is updated, otherwise as one line at the end.
 async fn watch(title: &str, tally: &Mutex<Tally>, resolver: &Resolver, time: Duration) {
     let end = Instant::now() + time;
     let live = std::io::stdout().is_terminal();
@@ -282,7 +283,8 @@ async fn until(what: &str, condition: impl Fn() -> bool) -> Result<(), Error> {
 /// A server in a separate process.
 struct ServerProcess {
     child: Child,
-    /// Pipe whose end stops the process. `Child::wait` would close it.
+    /// The pipe to the standard input of the process, which exits when the pipe is closed. It is kept here because `Child::wait` closes a
+    /// pipe that the `Child` owns.
     _stdin: Option<ChildStdin>,
 }
 
@@ -317,8 +319,8 @@ impl ServerProcess {
             tally.kill = Some(Kill { from, until: None });
         }
         self.child.kill().await?;
-        // The kernel has closed the sockets of the process at this point. Until the runtime has read that, a call may still be sent on one
-        // of them.
+        // The kernel has now closed the sockets of the process. Until the client has detected this, it may still send a call on one of
+        // them.
         let until = Some(Instant::now() + Duration::from_millis(250));
         if let Ok(mut tally) = tally.lock() {
             tally.kill = Some(Kill { from, until });
@@ -338,8 +340,8 @@ impl ServerProcess {
 }
 
 async fn serve_greeter(name: &str, endpoints: &str) -> Result<(), Error> {
-    // The parent holds the other end of standard input: when the parent dies, the read returns and this process exits. The read runs on a
-    // separate thread, because a runtime that ends would wait for it.
+    // The parent has the other end of the pipe to standard input. When the parent ends, the read returns and this process exits. The read
+    // runs on a thread outside the runtime, because a runtime that shuts down would wait for it.
     std::thread::spawn(|| {
         let _ = std::io::stdin().read(&mut [0]);
         std::process::exit(1);

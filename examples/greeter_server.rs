@@ -1,10 +1,10 @@
-//! A gRPC server that is registered in etcd. Several can run at once, because each binds a free port:
+//! A gRPC server that is registered in etcd. Several servers can run at once, because each of them binds a free port:
 //!
 //! ```sh
 //! cargo run --example greeter_server
 //! ```
 //!
-//! It shuts down gracefully on Ctrl-C or SIGTERM, and immediately on a second signal.
+//! The server shuts down gracefully on Ctrl-C or SIGTERM, and immediately on a second signal.
 
 mod greeter;
 

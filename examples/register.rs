@@ -1,4 +1,4 @@
-//! Registers any address under any key, logs each renewal of the lease, and deletes the key on Ctrl-C or SIGTERM:
+//! Registers any address under any key, prints each renewal of the lease, and deletes the key on Ctrl-C or SIGTERM:
 //!
 //! ```sh
 //! cargo run --example register -- /web/node1 localhost:8000

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-/// Exponential backoff with equal jitter: each wait is random between one half of a step and the whole step. The step doubles up to a
-/// maximum.
+/// Exponential backoff with equal jitter. The step doubles after each wait, up to a maximum. Each wait is a random time between half of the
+/// step and the whole step.
 ///
 /// The caller resets the backoff when the peer has worked properly for a while, not when it has merely connected. Otherwise a peer that
 /// accepts connections and then fails would be retried at the first interval forever.

@@ -1,7 +1,8 @@
 //! The errors of all public operations, and the kinds of etcd errors.
 //!
-//! The text of each error is complete: one line with what failed, where, all causes, and what to do. `Error::source` returns `None`, because
-//! reporters that print the chain of sources, such as anyhow's, would print the causes twice. The causes are in the fields of the errors.
+//! The text of each error is complete: it is one line with what failed, where, all causes, and what to do. The causes are in the fields of
+//! the errors. `Error::source` returns `None`, because reporters that print the chain of sources, such as anyhow's, would otherwise print
+//! the causes twice.
 
 use std::fmt;
 use std::io;
@@ -15,11 +16,11 @@ pub use crate::format::error::FormatError;
 use crate::keyspace::LeaseId;
 pub use tonic_balance::error::{AddressError, CallError, ChannelError};
 
-/// A failed exchange with etcd: the operation, the member, and the cause.
+/// A failed request to etcd: the operation, the member, and the cause.
 ///
 /// The text contains all causes, so [`source`](std::error::Error::source) returns `None`. [`status`](Self::status) returns the gRPC status.
 ///
-/// A clone shares the error by a reference count, so that a status can keep the last error.
+/// Clones share one error by a reference count, so that a status can keep its last error.
 #[derive(Clone, Debug)]
 pub struct EtcdError(Arc<Inner>);
 
@@ -52,12 +53,13 @@ impl EtcdError {
         self.0.kind
     }
 
-    /// Returns whether both values are clones of one error. Two equal errors of separate failures do not count.
+    /// Returns whether both values are clones of the same error. Errors of separate failures are never the same, even if their contents are
+    /// equal.
     pub(crate) fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// Creates the error of a task that ended before its owner.
+    /// Creates the error of a task that has ended while its owner still exists.
     pub(crate) fn task_ended(operation: &'static str) -> Self {
         let cause = if std::thread::panicking() {
             "it has panicked"
@@ -73,7 +75,8 @@ impl EtcdError {
         self.0.operation
     }
 
-    /// Returns the member that the request was sent to.
+    /// Returns the member that received the request. If no member received it, returns the member whose connection failed last, a list of
+    /// members, or a text in parentheses such as `(none)`.
     #[must_use]
     pub fn endpoint(&self) -> &str {
         &self.0.endpoint
@@ -110,16 +113,16 @@ impl fmt::Display for EtcdError {
 
 impl std::error::Error for EtcdError {}
 
-/// The kind of an [`EtcdError`]. It is derived from the text of etcd's error, not from the gRPC code: etcd uses `OutOfRange` alone for four
-/// different errors.
+/// The kind of an [`EtcdError`]. The kind of an error from etcd is derived from its text and not from its gRPC code, because etcd uses one
+/// code for different errors: `OutOfRange` alone for four of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum EtcdErrorKind {
-    /// The member could not be reached, or the connection broke. An unknown failure is of this kind as well, and is retried.
+    /// The member could not be reached, or the connection broke. An unknown failure is of this kind as well, so that it is retried.
     Unavailable,
     /// The member did not respond within the deadline.
     DeadlineExceeded,
-    /// The member has lost its cluster: it has no leader.
+    /// The member has no leader: it is cut off from its cluster, or an election is not over yet.
     NoLeader,
     /// The response is from an old raft term: the member was frozen or cut off, or it lags.
     StaleTerm,
@@ -127,7 +130,7 @@ pub enum EtcdErrorKind {
     NoSpace,
     /// The requested revision is compacted.
     Compacted,
-    /// The store has not reached the requested revision: the store was wiped or restored.
+    /// The store has not reached the requested revision, because the store was wiped or restored.
     FutureRevision,
     /// The response is larger than the limit for one message.
     ResponseTooLarge,
@@ -141,7 +144,7 @@ pub enum EtcdErrorKind {
     LeaseTtlTooLarge,
     /// The user may not read or write this key. Older etcd servers return this error for an expired token as well.
     PermissionDenied,
-    /// The token is expired, or the store's users have changed since it was issued.
+    /// The token has expired, or the users of the store have changed since the token was issued.
     InvalidToken,
     /// The user name or the password is wrong.
     BadCredentials,
@@ -149,7 +152,7 @@ pub enum EtcdErrorKind {
     CredentialsRequired,
     /// Credentials are configured, but authentication is disabled in etcd.
     AuthNotEnabled,
-    /// The peer speaks gRPC but is not etcd.
+    /// The peer supports gRPC but is not an etcd, or does not support the operation as etcd does.
     Unimplemented,
     /// The request is not valid: a service name or a prefix is malformed. Nothing was sent.
     InvalidRequest,
@@ -179,7 +182,8 @@ impl EtcdErrorKind {
         )
     }
 
-    /// Returns whether only an operator can resolve the error. Such a failure is final at start, and is retried slowly later.
+    /// Returns whether only an operator can resolve the error. At the start of a registration, such an error is final. Later, the request
+    /// is retried after long waits.
     pub(crate) fn needs_operator(self) -> bool {
         self.is_refusal()
             || matches!(
@@ -219,7 +223,7 @@ impl fmt::Display for EtcdErrorKind {
     }
 }
 
-/// The reason why no connection to etcd could be established.
+/// The reason why a registry, or the channel of a target, could not be created.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RegistryError {
@@ -257,7 +261,7 @@ pub enum RegistryError {
         /// The invalid part, and the reason.
         reason: String,
     },
-    /// No member responded.
+    /// No member gave a usable response: no member responded, or the members have no leader.
     #[error(
         "no etcd answered at {}; check that it runs there and that the port (2379 by default) is right and open: {cause}", endpoints.join(", ")
     )]
@@ -268,7 +272,7 @@ pub enum RegistryError {
         /// The last failure.
         cause: EtcdError,
     },
-    /// Only one side uses TLS, or the certificates do not match.
+    /// Only the client or only the server uses TLS, or the TLS handshake failed, for example because a certificate is not trusted.
     #[error("no secure connection to etcd at {}: {reason}: {cause}", endpoints.join(", "))]
     #[non_exhaustive]
     Tls {
@@ -279,7 +283,7 @@ pub enum RegistryError {
         /// The last failure.
         cause: EtcdError,
     },
-    /// A server responded, but the server is not an etcd.
+    /// A server responded, but it is not an etcd.
     #[error(
         "the server at {} is not an etcd ({reason}); check host and port, etcd's client port is 2379 by default: {cause}", endpoints.join(", ")
     )]
@@ -292,7 +296,7 @@ pub enum RegistryError {
         /// The last failure.
         cause: EtcdError,
     },
-    /// etcd rejected the user.
+    /// etcd rejected the user, or requires a user and none is configured.
     #[error(
         "etcd at {} refused {user}; check name and password given to `.user(name, password)`: {cause}", endpoints.join(", ")
     )]
@@ -305,7 +309,7 @@ pub enum RegistryError {
         /// The error from etcd.
         cause: EtcdError,
     },
-    /// etcd rejected the connection check with another error.
+    /// etcd rejected the read by which `connect` checks the connection, with an error that no other variant covers.
     #[error("etcd at {} refused the connection check: {cause}", endpoints.join(", "))]
     #[non_exhaustive]
     Refused {
@@ -340,7 +344,8 @@ pub enum RegisterError {
         /// The reason why the address is not valid.
         cause: AddressError,
     },
-    /// etcd rejected the registration permanently, because of credentials, permission or size.
+    /// etcd rejected the registration with an error that only an operator can resolve, such as wrong credentials, a missing permission, or
+    /// a request that is too large.
     #[error("etcd refused to register {key:?}: {cause}")]
     #[non_exhaustive]
     Refused {
@@ -349,7 +354,8 @@ pub enum RegisterError {
         /// The error from etcd.
         cause: EtcdError,
     },
-    /// etcd did not accept the write within the timeout. An active registration continues to retry.
+    /// etcd did not confirm the registration, or a change of it, within the timeout. A registration that is still active continues to
+    /// retry.
     #[error(
         "etcd at {} did not confirm the change of {key:?} within {} s{}", endpoints.join(", "),
         bound.as_secs_f64(),
@@ -406,10 +412,10 @@ pub enum ServeError {
         /// The error from the operating system.
         cause: io::Error,
     },
-    /// The registration was rejected. The server was stopped.
+    /// The server could not be registered, so it was stopped.
     #[error("the server was stopped because it could not be registered: {0}")]
     Register(RegisterError),
-    /// The server failed. It was deregistered.
+    /// The server failed, and was deregistered.
     #[error("the server failed: {}", causes(.0))]
     Serve(tonic::transport::Error),
     /// The signal handlers could not be installed. Nothing was registered.

@@ -1,8 +1,8 @@
 //! The authentication token that etcd requires in every request.
 //!
-//! `etcd-client` can manage the token itself, but renews it only after `Unauthenticated` on a unary call. It does not renew the token after
-//! a change of the store's users (`InvalidArgument`), nor when etcd cancels a watch because of the token. So this module keeps the
-//! credentials and the token.
+//! `etcd-client` can manage the token itself, but it renews the token only if a unary call fails with `Unauthenticated`. It does not renew
+//! the token after a change of the store's users (`InvalidArgument`), nor if etcd cancels a watch because of the token. So this module
+//! keeps the credentials and the token.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -18,15 +18,15 @@ use crate::backoff::Backoff;
 use crate::error::{EtcdError, EtcdErrorKind};
 use tonic_balance::Address;
 
-/// The user name, the password, and the last token that etcd issued for them. A clone shares them by a reference count.
+/// The user name, the password, and the last token that etcd issued for them. Clones share them by a reference count.
 #[derive(Clone)]
 pub(super) struct Auth(Arc<Inner>);
 
 struct Inner {
     credentials: Option<Credentials>,
     token: TokenCell,
-    /// The state of the exchange. Callers that find an exchange running wait for it. etcd spends 50-130 ms of bcrypt on each exchange, so
-    /// many tasks must share one exchange.
+    /// The state of the exchange. Each exchange costs etcd 50 to 130 ms of bcrypt, so all tasks share one exchange: a caller that finds a
+    /// running exchange waits for its outcome.
     refreshing: Mutex<ExchangeState>,
     /// The time at which an external client last fetched a token. The lock is held during a renewal, so that concurrent callers cause only
     /// one renewal.
@@ -78,7 +78,7 @@ impl Auth {
     }
 
     /// Returns the member that issued the token, if the token is less than a second old. The issuer accepts the token at once. Other
-    /// members accept it a moment later, when the cluster's log has reached them.
+    /// members accept it a moment later, after the raft log was replicated to them.
     pub(super) fn new_issuer(&self) -> Option<Address> {
         let issued = self.0.issued.lock().unwrap_or_else(PoisonError::into_inner);
         let (at, member) = issued.as_ref()?;
@@ -121,7 +121,8 @@ impl Auth {
         *issued = member.map(|member| (Instant::now(), member));
     }
 
-    /// Returns how to replace the token that etcd rejected. `refused` is `None` if the rejected request carried no token.
+    /// Returns how the caller replaces the token that etcd rejected. `refused` is the token of the rejected request, or `None` if the
+    /// request carried no token.
     pub(super) fn replacement(&self, refused: Option<&Token>, now: Instant) -> Replacement {
         let Some(credentials) = &self.0.credentials else {
             return Replacement::Done(Ok(false));
@@ -201,9 +202,9 @@ impl Auth {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Renews the token of an external client, which the user created. If the client has credentials, it exchanges them for a new token.
-    /// The client renews an expired token by itself, but not a token that became invalid after a change of the store's users. Always
-    /// returns true, because the client does not expose whether its token has changed.
+    /// Renews the token of an external client, which the user created. If the client has credentials, it exchanges them for a new token. By
+    /// itself, the client renews an expired token, but not a token that became invalid after a change of the store's users. Returns true on
+    /// success, because the client does not expose whether its token has changed.
     pub(super) async fn refresh_client(
         &self,
         client: &etcd_client::Client,
@@ -211,8 +212,8 @@ impl Auth {
     ) -> Result<bool, EtcdError> {
         let mut refreshed = self.0.client_refreshed.lock().await;
         let now = Instant::now();
-        // The client does not expose its token, so the time of the last renewal is compared instead. If this caller waited for the lock
-        // during a renewal, the client already has a new token.
+        // The client does not expose its token, so this code compares the time of the last renewal. If another caller renewed the token
+        // while this caller waited for the lock, the client already has a new token.
         if refreshed.is_some_and(|at| now.saturating_duration_since(at) < NEW_TOKEN_TIME) {
             return Ok(true);
         }
@@ -226,11 +227,11 @@ impl Auth {
 /// How a token is replaced.
 pub(super) enum Replacement {
     /// No exchange starts. `Ok(true)`: the token has already changed. `Ok(false)`: there are no credentials. `Err`: the last exchange
-    /// failed, and its backoff has not ended.
+    /// failed, and the backoff after it has not ended.
     Done(Result<bool, EtcdError>),
     /// An exchange is running.
     Running(Running),
-    /// The caller starts an exchange after the wait `spread`, and sends the outcome to `outcome`.
+    /// No exchange is running. The caller waits for `spread`, exchanges `credentials`, and sends the outcome to `outcome`.
     Begin {
         credentials: Credentials,
         spread: Duration,
@@ -269,12 +270,12 @@ impl Running {
 
 /// The state of the exchange of credentials.
 struct ExchangeState {
-    /// Whether the first exchange was started. Only later exchanges are spread over time.
+    /// Whether an exchange was started before. The first exchange starts at once, and later exchanges are spread over time.
     is_first_done: bool,
-    /// Consecutive failures that may have cost etcd a password hash.
+    /// The number of consecutive failures that may have cost etcd a password hash.
     failures: u32,
-    /// The last such failure, and the end of its backoff. etcd continues to hash for callers that have timed out, so a fleet that retries
-    /// without a backoff would never get a token.
+    /// The last of these failures, and the end of the backoff after it. The backoff is necessary, because etcd continues to hash for
+    /// callers that have timed out: a fleet that retries without a backoff would never get a token.
     last: Option<(Instant, EtcdError)>,
     backoff: Backoff,
     running: Option<Running>,
@@ -329,6 +330,7 @@ impl ExchangeState {
 
 const BACKOFF_FIRST: Duration = Duration::from_millis(500);
 const BACKOFF_MAX: Duration = Duration::from_secs(10);
+/// Age up to which a token counts as new: other members may not have received it yet, and a renewal is not repeated.
 const NEW_TOKEN_TIME: Duration = Duration::from_secs(1);
 /// The default of etcd's `--auth-token-ttl`.
 const DEFAULT_TOKEN_TTL: Duration = Duration::from_secs(300);

@@ -1,4 +1,4 @@
-//! A handle to the cluster: the source of its connections, the record of its members, and its watches.
+//! A handle to an etcd cluster: the source of its connections, the credentials, and the watch streams.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -41,7 +41,7 @@ impl Cluster {
 /// The source of connections.
 pub(super) enum Source {
     Members(Members),
-    /// An external client, which the user has created, with its own connections.
+    /// An external client, which the user has created. It has its own connections.
     External(Arc<Client>),
 }
 
@@ -88,7 +88,7 @@ impl Etcd {
         self.addresses().len().max(1)
     }
 
-    /// Returns whether the same request may succeed later or at another member.
+    /// Returns whether the same request may succeed later, or at another member.
     pub(super) fn may_succeed(&self, error: &EtcdError) -> bool {
         let elsewhere = error.kind() == EtcdErrorKind::Unimplemented && self.members() > 1;
         error.kind().is_transient() || elsewhere
@@ -118,7 +118,7 @@ impl Etcd {
         };
         let failure = match error.map(EtcdError::kind) {
             Some(EtcdErrorKind::DeadlineExceeded) => Failure::Timeout,
-            // The store is full on every member, so this is no failure of the member.
+            // The store is full on every member, so this error is not a failure of the member.
             Some(EtcdErrorKind::NoSpace) => return,
             Some(_) if error.is_some_and(|error| self.may_succeed(error)) => Failure::Error,
             _ => return members.on_answer(service, traffic),
@@ -126,8 +126,8 @@ impl Etcd {
         members.on_failure(service, traffic, failure);
     }
 
-    /// Opens a watch on a range from a revision, or from now if `from` is `None`. Makes a single attempt, and waits up to 2 s for the
-    /// response headers.
+    /// Opens a watch on a range from the revision `from`, or from the current revision if `from` is `None`. Makes a single attempt. If a
+    /// new stream is needed, waits up to 2 s for its response headers.
     pub(crate) async fn watch(
         &self,
         range: &Range,
@@ -159,8 +159,8 @@ impl Etcd {
         self.0.streams.count()
     }
 
-    /// Opens one watch on all of the keys, which starts at the current revision. Waits until all keys are watched: up to 2 s for a stream,
-    /// and then up to 8 s for the watchers. Makes a single attempt.
+    /// Opens one watch on all `keys`, from the current revision on. Waits until all keys are watched: up to 2 s for a stream, and then up
+    /// to 8 s for the watchers. Makes a single attempt.
     pub(crate) async fn watch_each(&self, keys: &[Key]) -> Result<Watch, EtcdError> {
         let ranges = keys.iter().map(Range::key).collect();
         let mut watch = self.watch_ranges(ranges, None).await?;
@@ -172,8 +172,8 @@ impl Etcd {
                 self.record_watch_end(&watch, &error);
                 Err(error)
             }
-            // The member is not blamed here: the requests may be queued behind those of many other watches. If the member is the cause, the
-            // task of the stream detects it.
+            // This timeout is not recorded as a failure of the member, because the requests for the watchers may be queued behind those of
+            // many other watches. If the member is the cause, the task of the stream detects it.
             Err(_) => Err(error::deadline(
                 "watch",
                 &channel.endpoint(),
@@ -188,7 +188,7 @@ impl Etcd {
             return;
         }
         match (&self.0.source, &watch.channel.service) {
-            // The watchdog of the watch has already waited for several seconds, so the connection is replaced at once.
+            // A watch ends with this error only after the member was silent for seconds, so its connection is replaced at once.
             (Source::Members(members), Some(service))
                 if error.kind() == EtcdErrorKind::DeadlineExceeded =>
             {
@@ -231,5 +231,5 @@ impl std::fmt::Debug for Cluster {
     }
 }
 
-/// The limit on the time until the watchers of a registration's keys are created.
+/// Limit on the time until the watchers of a registration's keys are created.
 const WATCHERS_TIMEOUT: Duration = Duration::from_secs(8);

@@ -1,4 +1,4 @@
-//! Connects to etcd, and explains a failure.
+//! Connects to etcd. Converts a failure into an error that describes how to fix the configuration.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -108,13 +108,13 @@ const KEEP_ALIVE_PERMIT: Duration = Duration::from_secs(5);
 /// Limit on the time of a connection attempt. It is not longer than the 2 s deadline of a call, so that a member whose packets are dropped
 /// can be distinguished from a slow member.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// Limit on the backoff between connection attempts. A restarted etcd extends all leases by one TTL, and the client must reconnect while
-/// most of that TTL is left.
+/// Limit on the backoff between connection attempts. It is short, because a restarted etcd extends all leases by one TTL, and the client
+/// must reconnect while most of that TTL is left.
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
 
 impl Etcd {
-    /// Connects, and reads one key as a check. `PermissionDenied` counts as connected, because most users may read only the keys of their
-    /// own services.
+    /// Connects, and reads `key` as a check. `PermissionDenied` counts as success, because most users may read only the keys of their own
+    /// services.
     pub(crate) async fn connect(config: &Config, key: &Key) -> Result<Self, RegistryError> {
         let members = config.members()?;
         let etcd = Self::over(config, &members);
@@ -152,7 +152,7 @@ impl Etcd {
     }
 }
 
-/// Converts the error into an error that describes how to fix the configuration.
+/// Converts the error of the check into an error that describes how to fix the configuration.
 async fn explain(config: &Config, members: &[MemberEndpoint], cause: EtcdError) -> RegistryError {
     let endpoints: Vec<_> = members
         .iter()
@@ -187,7 +187,8 @@ async fn explain(config: &Config, members: &[MemberEndpoint], cause: EtcdError) 
         kind if !kind.is_transient() => return RegistryError::Refused { endpoints, cause },
         _ => {}
     }
-    // The error does not identify the protocol of the peer: h2 reports a TLS alert as an invalid frame. Probe the peer directly.
+    // The error does not identify the protocol of the peer: h2 reports a TLS alert as an invalid frame. So this code connects again, and
+    // reads the first bytes that the peer sends.
     let failed = members
         .iter()
         .find(|member| member.address().as_str() == cause.endpoint());
@@ -211,7 +212,7 @@ async fn explain(config: &Config, members: &[MemberEndpoint], cause: EtcdError) 
             );
         }
         // A server that requires a client certificate rejects the connection after the handshake, and may close it before the client reads
-        // the alert.
+        // the alert. So a failed connection to a TLS server counts as a failed handshake, even if the error does not mention TLS.
         let hung_up = cause.kind() == EtcdErrorKind::Unavailable
             && !text.contains("etcdserver:")
             && answer.is_some_and(|bytes| is_tls(&bytes));
@@ -242,7 +243,7 @@ async fn explain(config: &Config, members: &[MemberEndpoint], cause: EtcdError) 
     }
 }
 
-/// Parts of rustls errors for handshakes that fail because of the configuration.
+/// Parts of the texts of rustls errors for handshakes that fail because of the configuration.
 const TLS_WORDS: [&str; 5] = [
     "fatal alert",
     "certificate",
@@ -251,7 +252,8 @@ const TLS_WORDS: [&str; 5] = [
     "UnknownIssuer",
 ];
 
-/// Returns the first bytes that a peer sends after an HTTP/2 preface, if it sends any within one second.
+/// Sends an HTTP/2 preface to a member, and returns the first bytes of the answer. Returns `None` if the connection fails or no answer
+/// arrives within one second.
 async fn first_bytes(member: &MemberEndpoint) -> Option<Vec<u8>> {
     // The preface and an empty SETTINGS frame.
     const HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
@@ -274,8 +276,8 @@ fn is_http2(bytes: &[u8]) -> bool {
     matches!(bytes, [_, _, _, 4, _, 0, 0, 0, 0, ..])
 }
 
-/// Returns whether the bytes are the reaction of a TLS server to plaintext. Such a server sends an alert, sends a line of HTTP/1, or closes
-/// the connection without a byte, as etcd does.
+/// Returns whether a TLS server may have sent these bytes in answer to plaintext. Some TLS servers send an alert, some send a line of
+/// HTTP/1, and some, such as etcd, close the connection without a byte.
 fn is_tls(bytes: &[u8]) -> bool {
     bytes.is_empty() || bytes.starts_with(&[0x15, 0x03]) || bytes.starts_with(b"HTTP/1.")
 }

@@ -3,7 +3,7 @@
 use crate::format::MAX_VALUE;
 use crate::keyspace::{Header, KeyValue, LeaseId, Revision};
 
-/// Converts the header of a response. A missing header converts to zeros.
+/// Converts the header of a response. If the header is missing, all fields are zero.
 pub(super) fn header(header: Option<&etcd_client::proto::PbResponseHeader>) -> Header {
     header.map_or_else(Header::default, |header| Header {
         cluster_id: header.cluster_id,
@@ -16,7 +16,8 @@ pub(super) fn header(header: Option<&etcd_client::proto::PbResponseHeader>) -> H
 pub(super) fn key_value(kv: etcd_client::proto::PbKeyValue) -> KeyValue {
     let mut value = kv.value;
     if value.len() > MAX_VALUE {
-        // The decoder rejects such a value later. Until then, a list of many such values must not fill the memory.
+        // The decoder rejects such a value later. The value is cut to one byte above the limit, so that a list of many such values does not
+        // fill the memory until then.
         value.truncate(MAX_VALUE + 1);
         value.shrink_to_fit();
     }

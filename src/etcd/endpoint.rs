@@ -13,7 +13,8 @@ pub(crate) struct MemberEndpoint {
 }
 
 impl MemberEndpoint {
-    /// Parses `host:port`, `http://host:port` or `https://host:port`. Without a scheme, `tls` selects one.
+    /// Parses `host:port`, `http://host:port` or `https://host:port`. Without a scheme, the scheme is `https` if `tls` is true, and `http`
+    /// otherwise.
     pub(crate) fn parse(endpoint: &str, tls: bool) -> Result<Self, RegistryError> {
         let invalid = |reason: String| RegistryError::InvalidEndpoint {
             endpoint: without_password(endpoint).into_owned(),

@@ -12,7 +12,7 @@ pub(super) fn of_client(
 ) -> EtcdError {
     match error {
         etcd_client::Error::GRpcStatus(status) => of_status(operation, endpoint, status),
-        // The first response of a keep-alive had a TTL of 0; `etcd-client` reports this only in the text of the error.
+        // The first response of a keep-alive had a TTL of 0. `etcd-client` reports this only in the text of the error.
         etcd_client::Error::LeaseKeepAliveError(text) if text == "lease not found" => {
             EtcdError::new(EtcdErrorKind::LeaseNotFound, operation, endpoint, text)
         }
@@ -27,11 +27,11 @@ pub(super) fn of_status(
     status: tonic::Status,
 ) -> EtcdError {
     let kind = match of_text(status.message()) {
-        // A server without the service returns this code. Its text is not one of etcd's.
+        // A server without the service of etcd returns this code, with a text that is not in `TEXTS`.
         EtcdErrorKind::Unavailable if status.code() == tonic::Code::Unimplemented => {
             EtcdErrorKind::Unimplemented
         }
-        // Usually the client's own channel created this status, because it enforces the deadline of the request.
+        // Usually the client's own channel created this status when the deadline of the request passed.
         EtcdErrorKind::Unavailable if status.code() == tonic::Code::DeadlineExceeded => {
             EtcdErrorKind::DeadlineExceeded
         }
@@ -40,7 +40,7 @@ pub(super) fn of_status(
     EtcdError::new(kind, operation, endpoint, status)
 }
 
-/// Classifies the reason that a server gives when it cancels a watch.
+/// Classifies the reason that a server states when it cancels a watch.
 pub(super) fn of_reason(operation: &'static str, endpoint: &str, reason: &str) -> EtcdError {
     EtcdError::new(
         of_text(reason),
@@ -55,8 +55,9 @@ pub(super) fn deadline(operation: &'static str, endpoint: &str, deadline: Durati
     EtcdError::new(EtcdErrorKind::DeadlineExceeded, operation, endpoint, source)
 }
 
-/// The texts of etcd's `rpctypes`, identical from 3.4 to 3.7, and tonic's text for a message over the limit. The texts are searched with
-/// `contains`, because services built on etcd's Go client add a prefix or wrap the text.
+/// Parts of error texts and their kinds: the texts of etcd's `rpctypes`, which are identical from 3.4 to 3.7, and the texts of tonic and of
+/// grpc-go for a message over their limit. They are searched with `contains`, because services built on etcd's Go client add a prefix or
+/// wrap the text.
 const TEXTS: &[(&str, EtcdErrorKind)] = &[
     (
         "required revision has been compacted",

@@ -17,7 +17,8 @@ use crate::keyspace::{
 };
 
 impl Etcd {
-    /// Reads up to `limit` keys of a range, linearizably, at `revision` or at the newest revision.
+    /// Reads one page of a range, linearizably. The page has up to `limit` keys, at `revision` or, if `revision` is zero, at the newest
+    /// revision.
     pub(crate) async fn list(&self, request: &ListRequest) -> Result<Page, EtcdError> {
         const OPERATION: &str = "list";
         self.call(OPERATION, |channel| {
@@ -58,7 +59,7 @@ impl Etcd {
             .await
     }
 
-    /// Reads the version of a key, linearizably, with or without the digest of its value.
+    /// Reads the version of a key, linearizably. The version contains the digest of the value only if `with_value` is true.
     pub(crate) async fn version(
         &self,
         key: &Key,
@@ -93,7 +94,7 @@ impl Etcd {
     }
 
     /// Reads the keys in the given order, linearizably. Each batch of a hundred keys is read at one revision, in a single attempt. Returns
-    /// the header of the last batch.
+    /// the header of the last batch, and one result for each key.
     pub(crate) async fn read_each(
         &self,
         keys: &[Key],
@@ -112,9 +113,9 @@ impl Etcd {
         Ok((head, found))
     }
 
-    /// Puts all keys, each under its lease, or puts none of them. The keys are put if the revision of each key is still its `expected`
-    /// revision (zero: the key does not exist). Returns the new revision, or `None` if the revision of a key differs. Makes a single
-    /// attempt.
+    /// Puts all keys, each attached to its lease, or puts none of them. The keys are put only if the mod revision of each key still equals
+    /// its `expected` revision. An `expected` revision of zero means that the key does not exist. Returns the new revision, or `None` if
+    /// the revision of a key differs. Makes a single attempt.
     pub(crate) async fn put_if(
         &self,
         puts: &[GuardedPut],
@@ -144,7 +145,7 @@ impl Etcd {
         .await
     }
 
-    /// Deletes a key if it is attached to this lease; otherwise does nothing. Makes a single attempt.
+    /// Deletes a key if it is attached to `lease`; otherwise does nothing. Makes a single attempt.
     pub(crate) async fn delete_if(
         &self,
         key: &Key,

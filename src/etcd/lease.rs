@@ -13,7 +13,8 @@ use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Header, KeepAlive, LeaseId};
 
 impl Etcd {
-    /// Grants a lease with the given id. Returns its time to live, which may be longer than requested. Makes a single attempt.
+    /// Grants a lease with the given id. Returns the time to live that etcd has granted, which may be longer than requested. Makes a single
+    /// attempt.
     pub(crate) async fn grant(
         &self,
         lease: LeaseId,
@@ -31,7 +32,7 @@ impl Etcd {
                 .await;
             let response = response
                 .map_err(|source| error::of_client(OPERATION, &channel.endpoint(), source))?;
-            // Some stores choose their own lease ids. The requested lease does not exist there, so keys could not be attached to it.
+            // Some stores choose their own lease ids. Keys could then not be attached to the requested lease, because it does not exist.
             if response.id() != lease.get() {
                 let source = format!("lease {:x} was granted in place of {lease}", response.id());
                 let kind = EtcdErrorKind::Unimplemented;
@@ -42,8 +43,9 @@ impl Etcd {
         .await
     }
 
-    /// Renews a lease. A response with a raft term below `term` is an error, because it does not show that the lease was renewed: a former
-    /// leader that was frozen for a while sends such responses for leases that the cluster has already removed. Makes a single attempt.
+    /// Renews a lease. A response with a raft term below `term` is an error, because it does not prove that the lease was renewed: a former
+    /// leader that was frozen for a while sends such responses even for leases that the cluster has already removed. Makes a single
+    /// attempt.
     pub(crate) async fn keep_alive(
         &self,
         lease: LeaseId,
@@ -54,14 +56,14 @@ impl Etcd {
         self.attempt(Traffic::Leases, OPERATION, deadline, |channel| async move {
             let (header, ttl) = Self::keep_alive_over(&channel, lease).await?;
             let endpoint = channel.endpoint();
-            // A response from an old term is invalid whatever its TTL. It is rejected here and not in the caller, so that the failure
-            // counts against the member and the next attempt uses another one.
+            // A response from an old term is invalid, whatever its TTL. It is rejected here and not in the caller, so that the failure
+            // counts against the member and the next attempt uses another member.
             if let Some(header) = header.filter(|header| header.raft_term < term) {
                 let source = format!("raft term {} after {term}", header.raft_term);
                 let kind = EtcdErrorKind::StaleTerm;
                 return Err(EtcdError::new(kind, OPERATION, &endpoint, source));
             }
-            // etcd reports an expired or revoked lease by a TTL that is not positive.
+            // If the lease has expired or was revoked, the TTL of the response is not positive.
             match u64::try_from(ttl) {
                 Ok(seconds) if seconds > 0 => Ok(KeepAlive {
                     header,
@@ -93,7 +95,8 @@ impl Etcd {
             .keep_alive(lease.get())
             .await
             .map_err(failed)?;
-        // `etcd-client` does not expose the TTL and the header of the first response; the second response on the stream shows both.
+        // `etcd-client` does not expose the TTL and the header of the first response. So a second keep-alive is sent, whose response
+        // contains both.
         keeper.keep_alive().await.map_err(failed)?;
         let answer = answers.message().await.map_err(failed)?;
         let answer = answer.ok_or_else(|| rpc::closed(OPERATION, &channel.endpoint()))?;

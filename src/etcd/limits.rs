@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-/// The deadline of one attempt of a call. A healthy member responds in milliseconds; a frozen member never does.
+/// Deadline of one attempt of a request. A healthy member responds in milliseconds, and a frozen member never responds.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(2);
-/// Maximum size of one message. A page of 500 values fits, and so does a watch backlog of a thousand revisions with one key each. The limit
-/// bounds the memory that a hostile prefix can use. Larger content is listed in pages, which are halved until they fit.
+/// Maximum size of one message, which bounds the memory that a hostile prefix can use. A page of 500 values of usual size fits, and so does
+/// a watch backlog of a thousand revisions with one key each. If a message is larger, the keys are listed in pages, whose size is halved
+/// until they fit.
 pub(super) const MAX_MESSAGE: usize = 16 << 20;

@@ -1,7 +1,7 @@
 //! The failure records of members. Requests avoid a member with recent failures while other members are available.
 //!
-//! The channel only observes connections. A member that has lost its cluster, is not an etcd, or has a stalled disk is visible only in its
-//! responses, or in missing responses; its connection looks healthy.
+//! The channel only observes connections, and the connection of a failing member may look healthy. A member that has lost its cluster, is
+//! not an etcd, or has a stalled disk can be recognised only by its responses, or because they are missing.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use tonic_balance::Address;
 
-/// The channel of a request.
+/// The kind of a request. Each kind has its own channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Traffic {
     /// Requests for keys, and watches.
@@ -28,7 +28,7 @@ struct FailureRecord {
     failed: Instant,
     /// The time for which requests avoid the member.
     penalty: Duration,
-    /// Consecutive requests without a response, by channel.
+    /// The number of consecutive requests without a response, for each kind of request.
     unanswered: [u32; 2],
 }
 
@@ -39,27 +39,27 @@ pub(super) enum Failure {
     Error,
     /// The member did not respond in time.
     Timeout,
-    /// The member was silent for so long that its connection must be replaced.
+    /// The member was silent on a watch stream for so long that its connection must be replaced.
     StreamTimeout,
 }
 
 impl MemberHealth {
-    /// Records a successful response.
+    /// Records a response that shows no failure of the member.
     pub(super) fn on_answer(&mut self, member: &Address, traffic: Traffic) {
         let Some(record) = self.0.get_mut(member) else {
             return;
         };
         record.penalty = Duration::ZERO;
-        // One address may lead to a different member on each connection, so a response on one channel does not clear the count of the
-        // other.
+        // One address may lead to a different member on each connection. So a response on one channel does not clear the count of the other
+        // channel.
         record.unanswered[traffic as usize] = 0;
         if record.unanswered == [0; 2] {
             self.0.remove(member);
         }
     }
 
-    /// Records a failure. Returns whether the connection to the member must be replaced. Behind the single address of a load balancer or a
-    /// service, the new connection may reach another member; if it reaches the same member, the cost is one handshake.
+    /// Records a failure. Returns whether the connection to the member must be replaced. If the address is that of a load balancer or a
+    /// service, the new connection may reach another member. If it reaches the same member, the cost is one handshake.
     pub(super) fn on_failure(
         &mut self,
         member: &Address,
@@ -72,7 +72,8 @@ impl MemberHealth {
             penalty: Duration::ZERO,
             unanswered: [0; 2],
         });
-        // A failure during a penalty restarts the penalty but does not double it, so that requests that fail together count once.
+        // A failure during a penalty restarts the penalty but does not double it, so that requests that fail at the same time count as one
+        // failure.
         if now >= record.failed + record.penalty {
             record.penalty = (record.penalty * 2).clamp(FIRST_PENALTY, LONGEST_PENALTY);
         }
@@ -105,13 +106,13 @@ impl MemberHealth {
     }
 }
 
-/// The first penalty. It is longer than an election. If the cluster has lost its leader, its members are healthy again when the penalty
-/// ends.
+/// Duration of the first penalty. It is longer than an election: if the members have failed because the cluster had no leader, they are
+/// healthy again when the penalty ends.
 const FIRST_PENALTY: Duration = Duration::from_secs(5);
-/// The longest penalty: a member that always fails then costs one attempt per minute.
+/// Limit on the duration of a penalty. With this limit, a member that always fails costs one attempt per minute.
 const LONGEST_PENALTY: Duration = Duration::from_secs(60);
-/// A connection is replaced after this many consecutive requests without a response. A single missing response may be caused by a stalled
-/// disk.
+/// Number of consecutive requests without a response after which a connection is replaced. One missing response is not enough, because a
+/// stalled disk may be the cause.
 const MAX_UNANSWERED: u32 = 2;
 
 #[cfg(test)]

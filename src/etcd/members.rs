@@ -15,8 +15,8 @@ use tonic_balance::{BalancedChannel, channel::Routing};
 /// Opens a channel over all members.
 pub(super) type OpenChannel = Arc<dyn Fn() -> BalancedChannel + Send + Sync>;
 
-/// The members and the connections to them. Lease requests have a separate channel, so that a renewal never waits behind unread watches or
-/// behind a list of ten thousand keys.
+/// The members and the connections to them. Lease requests have a separate channel, so that a renewal never waits behind unread watch
+/// messages or behind a list of ten thousand keys.
 pub(super) struct Members {
     pub(super) addresses: Vec<Address>,
     open: OpenChannel,
@@ -44,7 +44,7 @@ impl Members {
         Self::new(self.addresses.clone(), Arc::clone(&self.open))
     }
 
-    /// Returns the channel for one request.
+    /// Returns a channel for one request, which uses members with recent failures only if no other member is ready.
     pub(super) async fn channel(
         &self,
         traffic: Traffic,
@@ -57,7 +57,8 @@ impl Members {
         };
         let mut avoided = self.health().avoided(Instant::now());
         if let Some(issuer) = auth.new_issuer() {
-            // Other members may not have received the token yet, so requests avoid them. Members that have failed stay last.
+            // Other members may not have received the token yet, so this request avoids them as well. Members with recent failures stay
+            // last in the list, and so are the last choice.
             let others = self.addresses.iter().filter(|member| **member != issuer);
             let well = others.filter(|member| !avoided.contains(member)).cloned();
             avoided = well.chain(avoided.iter().cloned()).collect();
@@ -72,8 +73,8 @@ impl Members {
         Box::pin(RequestChannel::over(service)).await
     }
 
-    /// Returns the open channel. Opens a new one if there is none, or if the channel's runtime has ended: a registry may outlive the
-    /// runtime of its first request.
+    /// Returns the open channel. Opens a new channel if there is none, or if the runtime of the channel has ended, because a registry may
+    /// outlive the runtime of its first request.
     fn current(&self, channel: &Mutex<Option<BalancedChannel>>) -> BalancedChannel {
         let mut channel = channel.lock().unwrap_or_else(PoisonError::into_inner);
         match &*channel {
@@ -82,14 +83,14 @@ impl Members {
         }
     }
 
-    /// Records a successful response of the member that received the request.
+    /// Records that the member that received the request has responded. Errors that another member would return as well count as responses.
     pub(super) fn on_answer(&self, service: &RequestService, traffic: Traffic) {
         if let Some(member) = service.routing.address() {
             self.health().on_answer(&member, traffic);
         }
     }
 
-    /// Records that a request, or the stream that the request opened, has failed on the member that received it. Later requests avoid that
+    /// Records that a request, or the stream that it opened, has failed on the member that received the request. Later requests avoid that
     /// member. Does nothing if the request was not sent.
     pub(super) fn on_failure(&self, service: &RequestService, traffic: Traffic, failure: Failure) {
         let Some(member) = service.routing.address() else {
