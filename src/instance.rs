@@ -11,8 +11,8 @@ use tonic_balance::Address;
 
 /// One registered server of a service.
 ///
-/// The *address* is the identity of an instance: a balancer connects to the address. All other attributes may change in place without a
-/// reconnect. A clone shares the data by a reference count.
+/// The *address* is the identity of an instance: a balancer connects to the address. All other attributes may change in place, without a
+/// new connection. A clone shares the data by a reference count.
 ///
 /// An instance that was read from etcd has an [id](Self::id) and a [location](Self::location). An instance that was created with
 /// [`Instance::new`] has neither.
@@ -37,7 +37,7 @@ struct Data {
     location: Option<KeyLocation>,
 }
 
-/// The key from which an instance was read.
+/// The key from which an instance was read, with its lease and its revisions.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeyLocation {
     key: String,
@@ -138,7 +138,7 @@ impl Instance {
         &self.data.advertisement
     }
 
-    /// Sets the id and the location from which the instance was read.
+    /// Sets the id of the instance, and the key from which it was read.
     pub(crate) fn at(mut self, id: String, location: KeyLocation) -> Self {
         let data = Arc::make_mut(&mut self.data);
         data.id = Some(id);
@@ -162,7 +162,8 @@ impl Instance {
         &self.data.advertisement.address
     }
 
-    /// Returns the weight, at least 1. The default is 1 if the registry value has no weight.
+    /// Returns the weight, at least 1. If the registry value has no weight, this is the default weight of the value's
+    /// [`Format`](crate::Format).
     #[must_use]
     pub fn weight(&self) -> u32 {
         self.data.advertisement.weight
@@ -180,7 +181,8 @@ impl Instance {
         self.data.advertisement.version.as_deref()
     }
 
-    /// Returns the remaining metadata. Values that are not strings in the registry are returned as JSON text.
+    /// Returns the metadata: all names and values except the attributes that have methods of their own. Values that are not strings in the
+    /// registry are returned as JSON text.
     #[must_use]
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.data.advertisement.metadata
@@ -192,7 +194,7 @@ impl Instance {
         self.data.advertisement.tls
     }
 
-    /// Returns whether the last value of the instance announces that the server is about to stop.
+    /// Returns whether the last value of the instance announces that the server is being deregistered or paused.
     #[must_use]
     pub fn is_leaving(&self) -> bool {
         self.data.advertisement.leaving
@@ -212,7 +214,7 @@ impl Instance {
 
     /// Returns the key from which the instance was read, or `None` for an instance that was not read from etcd.
     ///
-    /// A new lease or create revision at the same address is a new registration: the server was restarted, or registered again.
+    /// If the lease or the create revision at an address changes, the server has registered anew: it was restarted, or it registered again.
     #[must_use]
     pub fn location(&self) -> Option<&KeyLocation> {
         self.data.location.as_ref()
@@ -244,7 +246,7 @@ pub(crate) struct Advertisement {
     pub(crate) leaving: bool,
     /// Whether the server advertises TLS.
     pub(crate) tls: bool,
-    /// Fields of the value without a place in this struct, in the value's own format.
+    /// The fields of the value that have no place in this struct, in the format of the value.
     pub(crate) remainder: Option<Arc<Remainder>>,
 }
 
@@ -269,12 +271,12 @@ impl Advertisement {
         }
     }
 
-    /// Stores the remaining fields of a value in the given format.
+    /// Stores the remaining fields of a value, and the name of the value's format.
     pub(crate) fn keep(&mut self, format: &'static str, fields: Map<String, Value>) {
         self.remainder = (!fields.is_empty()).then(|| Arc::new(Remainder { format, fields }));
     }
 
-    /// Returns the remaining fields of a value in this format. Returns no fields if the value was read in another format.
+    /// Returns the remaining fields if the value was read in this format. Otherwise returns no fields.
     pub(crate) fn kept(&self, format: &'static str) -> Map<String, Value> {
         self.remainder
             .as_ref()
@@ -283,7 +285,7 @@ impl Advertisement {
             .unwrap_or_default()
     }
 
-    /// Returns the name of the first attribute that differs between the two, if any.
+    /// Returns the name of the first attribute that differs between the two advertisements, if any.
     pub(crate) fn difference(&self, other: &Self) -> Option<String> {
         let first = |name: &str| Some(name.to_owned());
         if self.address != other.address {
@@ -312,5 +314,5 @@ impl Advertisement {
     }
 }
 
-/// The weight of an instance whose registry value has none.
+/// The weight of an instance whose registry value has no weight, in formats that have no other default.
 pub(crate) const DEFAULT_WEIGHT: u32 = 1;

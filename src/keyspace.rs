@@ -10,14 +10,14 @@ use std::time::Duration;
 pub struct Revision(i64);
 
 impl Revision {
-    /// The number by which etcd's API states that there is no revision, for example of a key that does not exist.
+    /// Zero. In etcd's API, zero stands for no revision, for example of a key that does not exist.
     pub(crate) const ZERO: Self = Self(0);
 
     pub(crate) const fn new(revision: i64) -> Self {
         Self(revision)
     }
 
-    /// Returns `None` for the number that stands for no revision.
+    /// Returns `None` for zero, which stands for no revision.
     pub(crate) fn known(self) -> Option<Self> {
         (self != Self::ZERO).then_some(self)
     }
@@ -47,12 +47,12 @@ impl fmt::Display for Revision {
     }
 }
 
-/// The id of an etcd lease. Displayed in hexadecimal, as in `etcdctl lease list`.
+/// The id of an etcd lease. It is displayed in hexadecimal, as in `etcdctl lease list`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LeaseId(i64);
 
 impl LeaseId {
-    /// The number by which etcd's API states that a key has no lease.
+    /// Zero. In etcd's API, zero stands for no lease.
     pub(crate) const NONE: Self = Self(0);
 
     pub(crate) const fn new(id: i64) -> Self {
@@ -60,12 +60,12 @@ impl LeaseId {
     }
 
     /// Chooses a random lease id. The client chooses the id, so that it can safely repeat a grant whose response was lost. With 62 random
-    /// bits, a collision with an id of another client is as likely as a broken disk.
+    /// bits, a collision with an id of another client is extremely unlikely.
     pub(crate) fn random(rng: &mut fastrand::Rng) -> Self {
         Self(rng.i64(1..=i64::MAX >> 1))
     }
 
-    /// Returns `None` for the number that stands for no lease.
+    /// Returns `None` for zero, which stands for no lease.
     pub(crate) fn known(self) -> Option<Self> {
         (self != Self::NONE).then_some(self)
     }
@@ -95,7 +95,7 @@ impl fmt::Display for LeaseId {
     }
 }
 
-/// An etcd key: arbitrary bytes, cheap to clone. Displayed as text; bytes that are not UTF-8 are replaced.
+/// An etcd key: arbitrary bytes, cheap to clone. It is displayed as text, in which bytes that are not UTF-8 are replaced.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Key(Arc<[u8]>);
 
@@ -210,9 +210,9 @@ impl KeyValue {
     }
 }
 
-/// Identifies one write of a key. Revisions alone are ambiguous: a store that was wiped and filled again can repeat every revision, but not
-/// the lease ids. For keys without a lease, the create revision and the digest of the value are compared as well. Two writes with equal
-/// fields are equivalent.
+/// Identifies one write of a key. Revisions alone are ambiguous: a store that was wiped and filled again can repeat every revision. It does
+/// not repeat the lease ids, so the lease is compared as well. Writes of keys without a lease are distinguished by the create revision and
+/// the digest of the value. Two writes with equal fields are equivalent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct KeyVersion {
     pub(crate) key: Key,
@@ -289,7 +289,7 @@ pub(crate) struct GuardedPut {
 /// The response to a lease renewal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct KeepAlive {
-    /// The header of the responding member; `None` if the client does not expose the header.
+    /// The header of the response; `None` if the client does not expose it.
     pub(crate) header: Option<Header>,
     /// The new time to live.
     pub(crate) ttl: Duration,
@@ -298,11 +298,11 @@ pub(crate) struct KeepAlive {
 /// One message of a watch.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct WatchMessage {
-    /// Header with the revision of the member's store. In catch-up batches the revision runs ahead of the events, so a watch must not
-    /// resume from it.
+    /// Header with the current revision of the member's store. While the member sends history, this revision is higher than the revisions
+    /// of the events, so a watch must not resume from it.
     pub(crate) header: Header,
     pub(crate) events: Vec<Event>,
-    /// Whether the next message continues the revision of the last event.
+    /// Whether the next message has further events of the last event's revision.
     pub(crate) fragment: bool,
     pub(crate) created: bool,
     pub(crate) canceled: bool,
@@ -311,7 +311,8 @@ pub(crate) struct WatchMessage {
     pub(crate) cancel_reason: String,
 }
 
-/// The location of services in the store: the prefix of the registry, or by default the prefix of the format that is written.
+/// The prefix of the keys of all services: the prefix of the registry, if it has one. Otherwise the default prefix of the format that is
+/// written applies.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Keyspace {
     prefix: Option<String>,
@@ -369,7 +370,8 @@ pub(crate) fn check_service(service: &str) -> Result<(), &'static str> {
     Ok(())
 }
 
-/// The limit on a service name and on an instance id, in bytes. gRPC sets none; the longest names in use have about a hundred.
+/// Maximum length of a service name and of an instance id, in bytes. gRPC has no limit. The longest names in use have about a hundred
+/// bytes.
 pub(crate) const SERVICE_MAX: usize = 1_024;
 
 #[cfg(test)]

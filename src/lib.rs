@@ -2,7 +2,7 @@
 //!
 //! A server is registered while it serves: [`ServeRegistered`] binds the address, serves, keeps a key under a lease, and deletes the key
 //! before the server stops. A client gets a [`BalancedChannel`] from [`Registry::channel`]. The channel watches the keys of a service and
-//! sends calls to servers that are registered *and respond*. Both continue to work while etcd is unavailable.
+//! sends calls to servers that are registered *and respond*. Servers and clients continue to work while etcd is unavailable.
 //!
 //! # A client
 //!
@@ -22,7 +22,8 @@
 //! [`connect`](channel::ChannelBuilder::connect) waits for the first server that responds, and fails if none does.
 //! [`connect_lazy`](channel::ChannelBuilder::connect_lazy) does not wait. [`BalancedChannel::builder`] creates a channel without etcd, from
 //! addresses or from any stream of changes. For a function that requires a `tonic::transport::Channel`,
-//! [`into_tonic_channel`](Resolver::into_tonic_channel) feeds tonic's own channel, with the limits documented there.
+//! [`into_tonic_channel`](Resolver::into_tonic_channel) creates tonic's own channel from a resolver. Its documentation lists the limits of
+//! that channel.
 //!
 //! # A server
 //!
@@ -60,16 +61,17 @@
 //! the keys again. A [`BalancedChannel`] keeps a connection to every server. Its [`LbPolicy`] picks among the connections on which the peer
 //! has responded over HTTP/2. Calls never pass through etcd.
 //!
-//! [`guide::behaviour`] states what happens in each failure, and [`guide::errors`] what an error means and what to do.
+//! [`guide::behaviour`] describes what happens in each failure. [`guide::errors`] describes what each error means, and what to do.
 //!
 //! # Fleets that already use etcd
 //!
-//! [`Format`] reads and writes the keys and values of existing registries: etcd's own for grpc-go, go-zero, kratos, kitex, go-micro, rpcx,
-//! dubbo-go and others. [`guide::coming_from_go`] compares the code in Go with the code for this library, and describes a migration.
+//! [`Format`] reads and writes the keys and values of existing registries: the format of etcd's own naming package, which grpc-go uses, and
+//! those of go-zero, kratos, kitex, go-micro, rpcx, dubbo-go and others. [`guide::coming_from_go`] compares the code in Go with the code
+//! for this library, and describes a migration.
 //!
 //! # Features
 //!
-//! No feature is enabled by default; all of the above then works over plaintext.
+//! No feature is enabled by default. Everything above then works, but only over plaintext connections.
 //!
 //! - `tls`: TLS to etcd and to servers, with rustls;
 //! - `health`: the gRPC health service of a registered server, `RegistrationBuilder::health`;

@@ -1,8 +1,8 @@
-//! The etcd client of this crate. Outside this module, `etcd_client` is named only by `Registry::from_client`.
+//! The etcd client of this crate. Outside this module, only `Registry::from_client` names the crate `etcd_client`.
 //!
-//! The module uses channels that are balanced over all members. A member that is down gets no requests, and a member that does not respond
-//! gets no further requests. For failures that a connection does not show, [`member_health`] keeps a record: later requests avoid a member
-//! that failed a request or a stream.
+//! The module sends requests over channels that are balanced over all members. A member that is down, or that has stopped responding, gets
+//! no further requests. Some failures do not show on the connection, for example the loss of the leader. [`member_health`] records failed
+//! requests and streams, so that later requests avoid the member that caused them.
 
 mod auth;
 mod cluster;

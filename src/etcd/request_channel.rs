@@ -1,5 +1,5 @@
-//! The channel of one request: a client of `etcd-client` that is created for the request, and the service below it, which records the
-//! member.
+//! The channel of one request. It consists of an `etcd_client::Client` that is created for the request, and of the tower service below that
+//! client. The service records the member that receives the request.
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -25,12 +25,12 @@ use tonic_balance::{
 #[derive(Clone)]
 pub(super) struct RequestChannel {
     pub(super) client: Arc<Client>,
-    /// `None` for an external client, which the user has created.
+    /// `None` for an external client: a client that the user has passed to `Registry::from_client`.
     pub(super) service: Option<RequestService>,
 }
 
 impl RequestChannel {
-    /// Wraps an external client with its own connections.
+    /// Wraps an external client, which has its own connections.
     pub(super) fn external(client: &Arc<Client>) -> Self {
         Self {
             client: Arc::clone(client),
@@ -38,7 +38,8 @@ impl RequestChannel {
         }
     }
 
-    /// Creates a client for one request, because `etcd-client` does not expose the member that served a request.
+    /// Creates a client for one request. With a client for several requests, the member that served a request would be unknown, because
+    /// `etcd-client` does not expose it.
     pub(super) async fn over(service: RequestService) -> Result<Self, EtcdError> {
         let boxed = service
             .clone()
@@ -54,7 +55,8 @@ impl RequestChannel {
         })
     }
 
-    /// Returns the member that received the request. If none did, returns the member whose connection failed last.
+    /// Returns the address of the member that received the request. If no member received it, returns the member whose connection failed
+    /// last. For an external client, returns a placeholder.
     pub(super) fn endpoint(&self) -> String {
         let service = self.service.as_ref();
         service.map_or_else(|| EXTERNAL_CLIENT.to_owned(), RequestService::endpoint)
@@ -69,8 +71,8 @@ impl std::fmt::Debug for RequestChannel {
     }
 }
 
-/// The channel over all members for one request. It adds the token, the deadline, and the `hasleader` header, which makes a member without
-/// a leader reject the request.
+/// The channel over all members, for one request. It adds the token, the deadline of a unary request, and the `hasleader` header. A member
+/// without a leader rejects a request with this header.
 #[derive(Clone)]
 pub(super) struct RequestService {
     pub(super) channel: BalancedChannel,
@@ -83,7 +85,7 @@ impl RequestService {
     pub(super) fn endpoint(&self) -> String {
         let address = self.routing.address();
         let address = address.or_else(|| self.channel.last_failed_endpoint());
-        // If the request was not sent and no connection has failed, the connections are still being established.
+        // There is no address if the request was not sent and no connection has failed: the connections are still being established.
         address.map_or_else(|| "(no member)".to_owned(), |address| address.to_string())
     }
 }
@@ -100,7 +102,7 @@ impl Service<http::Request<Body>> for RequestService {
     fn call(&mut self, mut request: http::Request<Body>) -> ResponseFuture {
         let path = request.uri().path();
         let unary = !STREAMS.contains(&path);
-        // `Authenticate` carries no token: etcd would reject the request if the token had expired.
+        // `Authenticate` is sent without a token, because etcd would reject it if the token had expired.
         let token = self.token.get().filter(|_| path != AUTHENTICATE);
         let headers = request.headers_mut();
         headers.insert("hasleader", HeaderValue::from_static("true"));
@@ -114,9 +116,10 @@ impl Service<http::Request<Body>> for RequestService {
     }
 }
 
-/// Methods without a deadline. A watchdog ends a watch; a keep-alive stream ends with its response or when the caller drops the future.
+/// Streaming methods, which are sent without `grpc-timeout`. The task of a watch stream ends the stream if it is silent. A keep-alive
+/// stream ends with its response, or when the caller drops the future.
 const STREAMS: [&str; 2] = ["/etcdserverpb.Watch/Watch", LEASE_KEEP_ALIVE];
-/// Stands for the address of the member if the client is external.
+/// Shown in place of the address of a member if the client is external.
 const EXTERNAL_CLIENT: &str = "(the given client)";
 pub(super) const AUTHENTICATE: &str = "/etcdserverpb.Auth/Authenticate";
 pub(super) const LEASE_KEEP_ALIVE: &str = "/etcdserverpb.Lease/LeaseKeepAlive";

@@ -1,4 +1,4 @@
-//! Attempts of one request on successive members.
+//! Sends a request, and sends it again after a failure, to another member if there is one.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use super::request_channel::RequestChannel;
 use crate::error::{EtcdError, EtcdErrorKind};
 
 impl Etcd {
-    /// Makes up to five attempts of a request on successive members, with a deadline of 2 s each.
+    /// Makes up to five attempts of a request, on different members if possible. The deadline of each sent request is 2 s.
     pub(super) async fn call<T, Fut>(
         &self,
         operation: &'static str,
@@ -23,7 +23,7 @@ impl Etcd {
         self.retry(operation, attempt).await
     }
 
-    /// Makes up to five attempts.
+    /// Runs `attempt` up to five times, until it succeeds or fails with an error that a further attempt cannot resolve.
     pub(super) async fn retry<T, Fut>(
         &self,
         operation: &'static str,
@@ -39,7 +39,7 @@ impl Etcd {
                     tracing::debug!(%error, operation, attempts, "etcd call failed, trying again");
                     let step = match error.kind() {
                         EtcdErrorKind::NoLeader => ELECTION_STEP,
-                        // The first attempt on each further member starts without a wait.
+                        // Until every member has had one attempt, the next attempt starts without a wait.
                         _ if (attempts as usize) < self.members() => Duration::ZERO,
                         _ => RETRY_STEP,
                     };
@@ -55,8 +55,8 @@ impl Etcd {
         }
     }
 
-    /// Makes one attempt of a request, on a member without known failures. If etcd rejects the token, the request is repeated with a new
-    /// token. If the server is not an etcd, the request is repeated on every other member.
+    /// Makes one attempt of a request, if possible on a member without recent failures. If etcd rejects the token, the attempt repeats the
+    /// request with a new token. If the server is not an etcd, the attempt repeats the request on the other members, one after another.
     pub(super) async fn attempt<T, Fut>(
         &self,
         traffic: Traffic,
@@ -72,7 +72,8 @@ impl Etcd {
             let outcome = self.try_once(traffic, operation, deadline, &request).await;
             left = left.saturating_sub(1);
             match outcome {
-                // One wrong endpoint among good ones must not fail the request. A repeat is safe: the server has not executed the request.
+                // A single endpoint that is not an etcd must not fail the request. The repetition is safe, because the server has not
+                // executed the request.
                 Err(error) if error.kind() == EtcdErrorKind::Unimplemented && left > 0 => {
                     tracing::debug!(%error, "repeating the request on another member");
                 }
@@ -93,7 +94,7 @@ impl Etcd {
     {
         let mut channel = self.channel(traffic, deadline).await?;
         let token = self.0.auth.token();
-        // Boxed because the futures of `etcd-client` take 20 KiB, which would be part of every task.
+        // Boxed, because a future of `etcd-client` takes 20 KiB, which would otherwise be part of every task.
         let mut outcome = with_deadline(
             operation,
             deadline,
@@ -118,7 +119,7 @@ impl Etcd {
                     .await;
                 }
                 Ok(false) => {}
-                // The failed exchange has already recorded this failure against its member.
+                // No new token could be obtained. The exchange has already recorded this failure for its member.
                 Err(error) => return Err(error),
             }
         }
@@ -138,11 +139,11 @@ pub(super) async fn with_deadline<T>(
         .unwrap_or_else(|_| Err(error::deadline(operation, &channel.endpoint(), deadline)))
 }
 
-/// Limit on attempts. With one dead and one frozen member of three, five attempts still reach the third member twice.
+/// Maximum number of attempts. If one of three members is dead and another one is frozen, five attempts still reach the third member twice.
 const MAX_ATTEMPTS: u32 = 5;
-/// The first wait. It doubles after each attempt and is jittered: with a single member, the waits between five attempts take 1.1 to 2.2 s
-/// in total.
+/// Wait after the first attempt, if there is a single member. It doubles after each further attempt and is jittered, so the four waits
+/// between five attempts take 1.1 to 2.2 s in total.
 const RETRY_STEP: Duration = Duration::from_millis(150);
-/// The first wait while there is no leader. The waits take 3 to 6 s in total. Within that time, a cluster with the default election timeout
-/// of 1 s elects a leader even if the first vote is split.
+/// Wait after the first attempt if the cluster has no leader. It doubles after each further attempt and is jittered, so the four waits take
+/// 3 to 6 s in total. Within that time, a cluster with the default election timeout of 1 s elects a leader even if the first vote is split.
 const ELECTION_STEP: Duration = Duration::from_millis(400);

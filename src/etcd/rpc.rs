@@ -1,5 +1,5 @@
 //! Two calls that `etcd-client` does not offer in the required form: a single keep-alive that exposes the raft term of the response, and
-//! the exchange of credentials for a token. The messages are etcd's, reduced to the fields in use.
+//! the exchange of credentials for a token. The messages are those of etcd, with only the fields that are used here.
 
 use std::time::Duration;
 
@@ -79,8 +79,8 @@ pub(super) async fn authenticate(
     Ok(response.into_inner().token)
 }
 
-/// Renews a lease over a new stream with one request and one response. While the leader is frozen, an open stream on a healthy follower
-/// stalls for seconds, but a new stream gets a response at once.
+/// Renews a lease over a new stream, which carries one request and one response. An open stream is not reused, because it can stall: while
+/// the leader is frozen, an open stream on a healthy follower gets no response for seconds, but a new stream gets one at once.
 pub(super) async fn keep_alive(
     service: &RequestService,
     lease: LeaseId,
@@ -91,8 +91,8 @@ pub(super) async fn keep_alive(
     grpc.ready().await.map_err(failed)?;
     let codec = ProstCodec::<LeaseKeepAliveRequest, LeaseKeepAliveResponse>::default();
     let path = PathAndQuery::from_static(LEASE_KEEP_ALIVE);
-    // The request stream stays open after the request: `etcd grpc-proxy` treats its end as the end of the call and sends no response.
-    // Dropping the response stream ends the call.
+    // The request stream stays open after the request, because `etcd grpc-proxy` treats its end as the end of the call and sends no
+    // response. Dropping the response stream ends the call.
     let requests = tokio_stream::once(LeaseKeepAliveRequest { id: lease.get() });
     let request = Request::new(requests.chain(tokio_stream::pending()));
     let mut answers = grpc
@@ -110,7 +110,7 @@ pub(super) async fn keep_alive(
     Ok((header, answer.ttl))
 }
 
-/// Creates the error for a stream that ended before its response. The error does not show whether the lease was renewed.
+/// Creates the error for a stream that ended before its response. Whether the lease was renewed is then unknown.
 pub(super) fn closed(operation: &'static str, endpoint: &str) -> EtcdError {
     let source = "the stream ended without an answer";
     EtcdError::new(EtcdErrorKind::Unavailable, operation, endpoint, source)

@@ -1,9 +1,10 @@
 //! The exchange of the credentials for a token. Clients get their tokens even if a whole fleet exchanges its credentials at the same time.
 //!
-//! An exchange costs etcd a password hash of 50 to 130 ms, and etcd continues to hash for callers that have timed out. After a restart in
-//! which etcd loses its tokens, all clients exchange at once. If each of them timed out after 2 s and tried again, a single core would only
-//! compute hashes for abandoned requests. So an exchange runs in a separate task, which outlives the requests that wait for it. If a second
-//! request is sent, the first request stays open, and the answer that arrives first is used.
+//! For each exchange, etcd computes a password hash, which takes 50 to 130 ms. It also completes the hashes of callers that have timed out.
+//! After a restart in which etcd loses its tokens, all clients exchange their credentials at the same time. If each client timed out after
+//! 2 s and tried again, a server with a single core would compute hashes only for abandoned requests. So an exchange runs in a separate
+//! task, which continues after the requests that wait for it have timed out. If the task sends a second request, the first one stays open,
+//! and the answer that arrives first is used.
 
 use std::time::Duration;
 
@@ -22,12 +23,12 @@ use super::token_cell::{Credentials, Token};
 use super::{error, rpc};
 use crate::error::EtcdError;
 
-/// An answer, and the member that gave it.
+/// The answer to a request, and the member that sent it.
 type Answer = (Result<String, EtcdError>, Option<Address>);
 
 impl Etcd {
-    /// Replaces the `refused` token by a new one, unless a concurrent request has done so. Waits at most for `deadline`, or for 2 s if
-    /// `deadline` is shorter. Returns whether the token has changed. Only then can a repeated request succeed.
+    /// Replaces the token that etcd has rejected (`refused`), unless a concurrent request has already replaced it. Waits for at most
+    /// `deadline`, or for 2 s if `deadline` is shorter. Returns whether the token has changed. Only then can a repeated request succeed.
     ///
     /// # Cancel safety
     ///
@@ -73,8 +74,8 @@ impl Etcd {
             })
     }
 
-    /// Exchanges the credentials. If there is no answer for a while, sends a further request, to another member if there is one, and keeps
-    /// the earlier requests.
+    /// Exchanges the credentials for a token. If no answer arrives for a while, sends a further request, to another member if there is one.
+    /// The earlier requests stay open.
     async fn exchange(&self, credentials: &Credentials) -> Answer {
         let end = Instant::now() + EXCHANGE_LIMIT;
         let mut requests = JoinSet::new();
@@ -108,7 +109,7 @@ impl Etcd {
                     Err(error) if error.kind().is_transient() => failures += 1,
                     _ => return (answer, member),
                 }
-                // The member that answered must not be recorded as silent.
+                // An answer has arrived, so no member is recorded as silent.
                 sent = None;
                 if failures < self.members() {
                     // A failure of one member shows nothing about the others, so another member is tried soon.
@@ -150,8 +151,8 @@ impl Etcd {
         Ok(service)
     }
 
-    /// Handles a member that has not answered: the next request avoids it, and a PING checks its connection. A busy member answers the
-    /// PING, a frozen one does not.
+    /// Handles a member that has not answered. The next request avoids the member, and a PING checks its connection: a busy member responds
+    /// to the PING, a frozen member does not.
     fn on_silence(&self, service: &RequestService, since: Instant) {
         if let Source::Members(members) = &self.0.source
             && members.addresses.len() > 1
@@ -173,10 +174,10 @@ async fn answer(requests: &mut JoinSet<Answer>) -> Option<Answer> {
     }
 }
 
-/// The wait before another member is tried after a failure.
+/// Time between a failure and the request to another member.
 const NEXT_MEMBER_DELAY: Duration = Duration::from_millis(150);
 
-/// The time after which a single member gets a second request. In this time, one core computes about 100 hashes.
+/// Time after which a second request is sent to a single member. In this time, one core computes about 100 hashes.
 const SINGLE_MEMBER_WAIT: Duration = Duration::from_secs(8);
-/// Limit on the time of an exchange. In this time, one core computes the hashes of about 1 000 clients, with one repeated request for each.
+/// Maximum duration of an exchange. In this time, one core computes the hashes of about 1 000 clients, with one repeated request for each.
 const EXCHANGE_LIMIT: Duration = Duration::from_secs(120);

@@ -13,18 +13,18 @@ use super::watch_stream::{Delivery, Subscribed, WatchGuard};
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Revision, WatchMessage};
 
-/// An open watch on one range or several. Dropping it cancels its watchers at the server.
+/// An open watch on one or several key ranges. Dropping it cancels its watchers at the server.
 #[derive(Debug)]
 pub(crate) struct Watch {
-    /// The channel of the shared stream, which names the member that serves it.
+    /// The channel of the shared stream. It identifies the member that serves the stream.
     pub(super) channel: RequestChannel,
     deliveries: mpsc::UnboundedReceiver<Delivery>,
     /// Ends the subscription when it is dropped.
     guard: WatchGuard,
-    /// Watchers that the server has not created yet.
+    /// Number of watchers that the server has not created yet.
     uncreated: usize,
-    /// Whether the end of the stream was counted against its member. The watches of the stream share this flag. `None` while the stream
-    /// works.
+    /// Whether the end of the stream was already recorded as a failure of its member. The watches of the stream share this flag. `None`
+    /// while the stream works.
     is_reported: Option<Arc<AtomicBool>>,
     opened: Instant,
 }
@@ -41,8 +41,8 @@ impl Watch {
         }
     }
 
-    /// Waits until the server has created the watcher of every range. Earlier events are dropped, because the caller reads the keys
-    /// afterwards.
+    /// Waits until the server has created the watcher of every range. Events that arrive before that are dropped, because the caller reads
+    /// the keys afterwards.
     pub(crate) async fn created(&mut self) -> Result<(), EtcdError> {
         while self.uncreated > 0 {
             let message = self.message().await?;
@@ -53,16 +53,16 @@ impl Watch {
         Ok(())
     }
 
-    /// Returns the next message of the watchers. The end of the stream is an error, even without an error status, because a watch does not
-    /// end by itself.
+    /// Returns the next message of the watchers. The end of the stream is always an error, even without an error status, because a watch
+    /// has no regular end.
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future loses nothing.
+    /// Dropping the future loses no message.
     pub(crate) async fn message(&mut self) -> Result<WatchMessage, EtcdError> {
         let received = if self.uncreated > 0 {
-            // The shorter timeouts of the stream's task are not sufficient: they do not fire if no thread drives the runtime of the task,
-            // and messages of other watches restart them.
+            // The task of the stream has shorter timeouts, but they are not sufficient: they do not fire if no thread drives the runtime of
+            // the task, and messages of other watches restart them.
             let received = timeout_at(self.opened + CREATED, self.deliveries.recv()).await;
             let Ok(received) = received else {
                 self.is_reported = Some(Arc::new(AtomicBool::new(true)));
@@ -92,8 +92,8 @@ impl Watch {
         }
     }
 
-    /// Returns whether the caller must count the error of this watch against its member. If the stream has ended, this is true for only one
-    /// of its watches. It is false if the error shows nothing about the member.
+    /// Returns whether the caller must record the error of this watch as a failure of its member. If the stream has ended, returns true for
+    /// only one of its watches. Returns false if the error shows nothing about the member.
     pub(super) fn take_report(&self) -> bool {
         let reported = self.is_reported.as_ref();
         reported.is_none_or(|reported| !reported.swap(true, Ordering::Relaxed))
@@ -105,7 +105,7 @@ impl Watch {
         self.channel.endpoint()
     }
 
-    /// Returns the reason of a message that cancelled the watch, as an error.
+    /// Converts the reason in a cancellation message to an error.
     pub(crate) fn cancel_error(&self, message: &WatchMessage) -> EtcdError {
         if message.compacted > Revision::ZERO {
             let source = format!("history before revision {} is compacted", message.compacted);
@@ -120,5 +120,5 @@ impl Watch {
     }
 }
 
-/// Limit on the time until a watcher is created. It is longer than the timeouts of the stream.
+/// Limit on the time until a watcher is created. It is longer than the timeouts of the stream's task.
 const CREATED: Duration = Duration::from_secs(15);

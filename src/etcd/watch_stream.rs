@@ -4,9 +4,9 @@
 //! the limit would wait forever, together with reads and writes on the same connection. Each silent stream also costs a probe now and then.
 //! So one task owns a stream, and delivers each message to the watch that the message is for.
 //!
-//! If the server cancels or rejects a watch, or its history is compacted, only that watch ends. A watch that does not receive its messages
-//! fast enough is cancelled, so that the messages do not fill the memory. When the stream ends, all its watches end, and resume on another
-//! stream.
+//! If the server cancels or rejects a watch, or has compacted the history that the watch needs, only that watch ends. A watch whose owner
+//! does not receive the messages fast enough is cancelled, so that the messages do not fill the memory. When the stream ends, all its
+//! watches end, and their owners open new watches on another stream.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -45,12 +45,13 @@ impl Shared {
     }
 }
 
-/// A stream that takes further watches.
+/// An open stream to which watches can be added.
 #[derive(Debug)]
 struct OpenStream {
     commands: mpsc::UnboundedSender<Command>,
     channel: RequestChannel,
-    /// The token that the stream was opened with. etcd checks each watcher against this token, so a newer token needs another stream.
+    /// The token that the stream was opened with. etcd checks every watcher on the stream with this token, so watches with a newer token
+    /// need another stream.
     token: Option<Token>,
     /// The number of watchers on the stream.
     watchers: usize,
@@ -66,28 +67,29 @@ enum Command {
 #[derive(Debug)]
 pub(super) enum Delivery {
     Message(WatchMessage),
-    /// The watch has ended. The watches of one stream share `is_reported`, so that the end of the stream counts once against its member.
+    /// The watch has ended. The watches of one stream share `is_reported`, so that the end of the stream is recorded as a failure of its
+    /// member only once.
     Ended {
         error: EtcdError,
         is_reported: Arc<AtomicBool>,
     },
 }
 
-/// The channel of the stream, the receiver of the watch's deliveries, and the guard of the watch.
+/// A started watch: the channel of the stream, the receiver of the watch's deliveries, and the guard of the watch.
 pub(super) type Subscribed = (
     RequestChannel,
     mpsc::UnboundedReceiver<Delivery>,
     WatchGuard,
 );
 
-/// A watch that was added to a stream.
+/// A watch, as the task of its stream stores it.
 #[derive(Debug)]
 struct Subscriber {
     id: u64,
     ranges: Vec<Range>,
     from: Option<Revision>,
     deliveries: mpsc::UnboundedSender<Delivery>,
-    /// Bytes that were delivered and not received yet.
+    /// Number of bytes that were delivered to the watch and that it has not received yet.
     backlog: Arc<AtomicUsize>,
 }
 
@@ -107,7 +109,7 @@ impl WatchGuard {
 
 impl Drop for WatchGuard {
     fn drop(&mut self) {
-        // The send fails only if the stream has ended, and with it the watch.
+        // The send fails only if the stream has ended. The watch has then ended as well.
         let _ = self.commands.send(Command::Unsubscribe(self.id));
     }
 }
@@ -158,14 +160,14 @@ impl WatchStreams {
         Ok((channel, received, guard))
     }
 
-    /// Adds a watch to an open stream. Returns the watch as the error if no open stream has room.
+    /// Adds a watch to an open stream with the same token. If no such stream has room, returns the watch as the error.
     fn subscribe(
         &self,
         subscriber: Subscriber,
         token: Option<&Token>,
     ) -> Result<(mpsc::UnboundedSender<Command>, RequestChannel), Subscriber> {
         let mut all = self.0.open();
-        // If the runtime of a stream has ended, its task did not remove the stream from the list.
+        // Removes the streams whose runtime has ended: their tasks could not remove them.
         all.retain(|open| !open.commands.is_closed());
         let is_same = |open: &OpenStream| match (&open.token, token) {
             (Some(one), Some(other)) => Arc::ptr_eq(one, other),
@@ -240,7 +242,7 @@ impl WatchStreams {
     }
 }
 
-/// A watcher that was not requested yet.
+/// A request for a watcher that was not sent yet.
 #[derive(Debug)]
 struct WatcherRequest {
     subscriber: u64,
@@ -257,22 +259,23 @@ fn watcher_requests(subscriber: &Subscriber) -> VecDeque<WatcherRequest> {
     subscriber.ranges.iter().map(create).collect()
 }
 
-/// Whether the server gives watchers the numbers that the requests ask for.
+/// Whether the server uses the watch ids that the requests ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Numbering {
-    /// No watcher was created yet.
+    /// Not known yet, because no watcher was created.
     Unknown,
-    /// The server uses the requested numbers, as etcd does. It also answers in the order of the requests.
+    /// The server uses the requested ids, as etcd does. It also answers in the order of the requests.
     AsRequested,
-    /// The server chooses the numbers, as `etcd grpc-proxy` does. It may answer in any order, so one watcher is created at a time.
+    /// The server chooses the ids, as `etcd grpc-proxy` does. It may answer in any order, so only one watcher is requested at a time.
     ByServer,
 }
 
 /// A watcher that was requested and is not created yet.
 #[derive(Clone, Copy, Debug)]
 enum Creating {
+    /// A watcher of the subscriber with this id.
     Watcher(u64),
-    /// A watcher that only shows that the stream works.
+    /// A probe: a watcher whose only purpose is to show that the stream works.
     Probe,
 }
 
@@ -281,7 +284,7 @@ enum Creating {
 struct SubscriberState {
     subscriber: Subscriber,
     watchers: Vec<i64>,
-    /// Whether the server may still send history. Only history can exceed the size limit of a message.
+    /// Whether the server may still send the history that the watch has requested. Only history can make a message exceed the size limit.
     is_behind: bool,
 }
 
@@ -295,25 +298,25 @@ impl SubscriberState {
     }
 }
 
-/// Owns one stream.
+/// The task that owns one stream.
 struct Task {
     streams: WatchStreams,
     channel: RequestChannel,
     stream: WatchStream,
-    /// Identifies the entry of this stream in the list of open streams.
+    /// A sender to `commands`. It identifies this stream in the list of open streams.
     own_commands: mpsc::UnboundedSender<Command>,
     commands: mpsc::UnboundedReceiver<Command>,
-    /// The range of the watchers that serve as probes.
+    /// The range of the probes.
     probe: Range,
-    /// The requests that were not answered yet, with the requested numbers.
+    /// The requests for watchers that were not answered yet, with the requested ids.
     creating: VecDeque<(i64, Creating)>,
     last_id: i64,
     numbering: Numbering,
     queue: VecDeque<WatcherRequest>,
-    /// Subscribers by the ids of their watchers.
+    /// The id of each watcher's subscriber, by the id of the watcher.
     watchers: HashMap<i64, u64>,
     subscribers: HashMap<u64, SubscriberState>,
-    /// The time of the last message, or of the probe that was not answered yet.
+    /// The start of the current timeout: the time of the last message or probe, or of a request that followed an idle time.
     last_activity: Instant,
     /// The silence after which the next probe is sent.
     probe_after: Duration,
@@ -330,7 +333,7 @@ impl Task {
                 break error;
             }
             let timeout = match (self.numbering, self.creating.is_empty(), self.probing) {
-                // Every member immediately answers the first request for a watcher.
+                // A healthy member immediately answers the first request for a watcher.
                 (Numbering::Unknown, ..) => DEADLINE,
                 (_, _, true) => PROBE_TIMEOUT,
                 // The stream has worked before, and the answer may be queued behind a long message.
@@ -379,7 +382,7 @@ impl Task {
             return false;
         }
         let mut open = self.streams.0.open();
-        // Watches are added under the same lock, so none can be added between this check and the removal.
+        // Watches are added under the same lock, so no watch can be added between this check and the removal of the stream.
         if !self.commands.is_empty() {
             return false;
         }
@@ -407,8 +410,8 @@ impl Task {
         }
     }
 
-    /// Requests watchers. The number of unanswered requests is limited, because the task reads no answers while it sends. Without the
-    /// limit, the server could wait until its answers are read while the task waits until its requests are read.
+    /// Sends the queued requests for watchers. The number of unanswered requests is limited, because the task reads no answers while it
+    /// sends. Without the limit, both sides could block: the server until its answers are read, and the task until its requests are read.
     async fn send_watcher_requests(&mut self) -> Result<(), EtcdError> {
         let most = match self.numbering {
             Numbering::AsRequested => MAX_UNANSWERED,
@@ -454,8 +457,8 @@ impl Task {
         Ok(())
     }
 
-    /// Removes and returns the request that a `created` message answers. A rejection has the requested number, or -1 (from etcd 3.4.22 and
-    /// 3.5.6 on), or a number that a proxy has chosen.
+    /// Removes and returns the request that a `created` message answers. A rejection has the requested id, or -1 (from etcd 3.4.22 and
+    /// 3.5.6 on), or an id that a proxy has chosen.
     fn take_answered(&mut self, id: i64, is_refused: bool) -> Option<Creating> {
         let requested = self
             .creating
@@ -501,7 +504,7 @@ impl Task {
         self.last_activity = Instant::now();
         self.probing = false;
         let id = message.watch_id;
-        // A watcher that is rejected is created and cancelled in one message. A message that only cancels is possibly the answer to a
+        // A message that rejects a watcher has both `created` and `canceled` set. A message with only `canceled` set may be the answer to a
         // cancellation that this task has sent.
         let subscriber = if message.created {
             if message.canceled && message.cancel_reason.contains(DUPLICATE) {
@@ -512,7 +515,7 @@ impl Task {
                 return Ok(());
             }
             if message.canceled {
-                // The token of the stream may be the reason, so no further watch is added to the stream.
+                // The reason for the rejection may be the token of the stream, so no further watch is added to the stream.
                 self.retire();
             }
             match self.take_answered(id, message.canceled) {
@@ -550,7 +553,8 @@ impl Task {
             watched.is_behind = false;
         }
         let mut message = watch_message(message);
-        // If a server confuses its watchers, events of one service must not reach another service.
+        // Events outside the ranges of the watch are dropped: if a server confuses its watchers, events of one service must not reach
+        // another service.
         let ranges = &watched.subscriber.ranges;
         message
             .events
@@ -620,10 +624,10 @@ impl Task {
         sent.map_err(|source| error::of_client("watch", &self.endpoint(), source))
     }
 
-    /// Ends all watches of the stream.
+    /// Ends all watches of the stream with the error.
     fn fail(mut self, error: &EtcdError) {
         self.retire();
-        // Takes the watches that were added before the stream was removed from the list.
+        // Includes the watches that were added before the stream was removed from the list, and that the task has not handled yet.
         while let Ok(command) = self.commands.try_recv() {
             if let Command::Subscribe(subscriber) = command {
                 self.subscribers
@@ -634,8 +638,8 @@ impl Task {
         let has_cause = self.subscribers.values().any(|watched| watched.is_behind);
         let is_reported = Arc::new(AtomicBool::new(false));
         for watched in self.subscribers.into_values() {
-            // Only history makes a message too large. A watch that has received its history is not the cause, so it gets an error after
-            // which it only resumes.
+            // Only history makes a message too large, so a watch that has received its history is not the cause. It gets another error,
+            // after which its owner only resumes the watch.
             let error = if is_too_large && has_cause && !watched.is_behind {
                 let reason = "another watch's message on the stream was too large";
                 let kind = EtcdErrorKind::Unavailable;
@@ -647,16 +651,16 @@ impl Task {
                 error,
                 is_reported: Arc::clone(&is_reported),
             };
-            // A watch that is being dropped receives nothing.
+            // The send fails only if the watch is being dropped.
             let _ = watched.subscriber.deliveries.send(delivery);
         }
     }
 }
 
-/// Returns the options of a watcher. Fragments are not requested, because to divide a batch into fragments, etcd measures the batch again
-/// for each event. A backlog of 50 000 events of 90 bytes is received after 0.2 s as one message of 5 MiB. In fragments, it takes 14 s with
-/// etcd 3.4.23 and 54 s with 3.7.3, uses one core of the server for this time, and delays the answers to probes. A backlog larger than
-/// [`MAX_MESSAGE`] is listed, page by page.
+/// Returns the options of a watcher. Fragments are not requested, because they are expensive: to divide a batch into fragments, etcd
+/// measures the batch again for each event. A backlog of 50 000 events of 90 bytes arrives after 0.2 s as one message of 5 MiB. In
+/// fragments, it takes 14 s with etcd 3.4.23 and 54 s with 3.7.3. For this time, one core of the server is busy, and the answers to probes
+/// are delayed. If a backlog is larger than [`MAX_MESSAGE`], the keys are listed instead, page by page.
 fn options(range: &Range, from: Option<Revision>) -> WatchOptions {
     let options = WatchOptions::new().with_range(range.end.as_bytes());
     match from {
@@ -677,7 +681,8 @@ fn watch_message(message: PbWatchResponse) -> WatchMessage {
     }
 }
 
-/// Converts an event of a known kind. The raw field is used because the accessor of `etcd-client` panics on other kinds.
+/// Converts an event, or returns `None` for an unknown kind of event. The raw field is used because the accessor of `etcd-client` panics on
+/// an unknown kind.
 fn event(event: etcd_client::proto::PbEvent) -> Option<Event> {
     let kv = event.kv?;
     match event.r#type {
@@ -716,11 +721,11 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
 const DUPLICATE: &str = "duplicate watch";
 /// Limit on the watchers of one stream, because a long message delays all watchers of its stream.
 const MAX_WATCHERS: usize = 1_000;
-/// Limit on requests for watchers that are not answered yet. The queue of `etcd-client` has room for 100.
+/// Maximum number of requests for watchers that are not answered yet. The queue of `etcd-client` has room for 100 requests.
 const MAX_UNANSWERED: usize = 64;
-/// The number of the first watcher of a stream. With 0, the server would choose the number.
+/// The id of the first watcher of a stream. With 0, the server would choose the id.
 const FIRST_ID: i64 = 1;
-/// Limit on the bytes that were delivered to a watch and not received yet. A single message may exceed it.
+/// Limit on the bytes that were delivered to a watch and that it has not received yet. A single message may exceed this limit.
 const MAX_BACKLOG: usize = 4 * MAX_MESSAGE;
 
 /// Estimates the memory that a message takes.

@@ -5,7 +5,7 @@ use super::instance_format::InstanceFormat;
 use super::text::last_segment;
 use crate::instance::{Advertisement, Instance};
 
-/// Key `<service>/<host:port>`, empty value. The format has no room for other attributes.
+/// The key is `<service>/<host:port>`, and the value is empty. The format has no room for other attributes.
 #[derive(Debug)]
 pub(super) struct AddressInKey;
 
@@ -26,7 +26,7 @@ impl InstanceFormat for AddressInKey {
         Ok(Vec::new())
     }
 
-    /// Ignores the value: readers of this format use only the key.
+    /// Ignores the value, because readers of this format use only the key.
     fn decode(&self, key: &str, _: &[u8]) -> Result<Option<Instance>, FormatError> {
         let address = last_segment(key).parse()?;
         Ok(Some(Advertisement::new(address).into()))

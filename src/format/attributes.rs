@@ -1,19 +1,19 @@
-//! Weight, zone, version and metadata as a map of names and values, which most formats share.
+//! Reads and writes weight, zone, version and metadata as a map of names and values, which most formats have.
 
 use serde_json::{Map, Value};
 
 use crate::instance::Advertisement;
 use tonic_balance::Address;
 
-/// The way in which a format stores attributes in its map of metadata.
+/// How a format stores attributes in its map of metadata.
 #[derive(Debug)]
 pub(super) struct Attributes {
-    /// The attributes in the map. If a format has another field for an attribute, the name of that attribute is ordinary metadata in the
-    /// map.
+    /// The names of the attributes that are in the map. If a format has a field of its own for an attribute, an entry of the map with that
+    /// name is ordinary metadata.
     pub(super) names: &'static [&'static str],
-    /// Whether all values are strings.
+    /// Whether all values in the map are strings.
     pub(super) texts: bool,
-    /// The weight of a value without a weight.
+    /// The weight of an instance whose value has no weight.
     pub(super) weight: u32,
 }
 
@@ -59,8 +59,8 @@ impl Attributes {
         }
     }
 
-    /// Writes the map. If an entry that was kept from decoding means the same as the entry that would be written, the kept entry is used.
-    /// So metadata that was a number stays a number.
+    /// Returns the map to write. `kept` has the entries that were kept from decoding. If a kept entry means the same as the entry that
+    /// would be written, the kept entry is used. So metadata that was a number stays a number.
     pub(super) fn write(
         &self,
         advertisement: &Advertisement,
@@ -107,7 +107,7 @@ impl Attributes {
         map
     }
 
-    /// Returns the entries of a decoded map that would be written differently.
+    /// Returns the entries of a decoded map that a write would change or omit.
     pub(super) fn leftover(
         &self,
         advertisement: &Advertisement,
@@ -128,7 +128,7 @@ impl Attributes {
         single
     }
 
-    /// Returns an advertisement with only the attribute or metadata of that name.
+    /// Returns an advertisement with only the attribute and the metadata of this name.
     fn only_attribute(&self, advertisement: &Advertisement, name: &str) -> Advertisement {
         let mut single = Advertisement::new(advertisement.address.clone());
         single.weight = self.weight;
@@ -158,14 +158,14 @@ impl Attributes {
     }
 }
 
-/// The names that are attributes in some format. A registration must not use them for its own metadata.
+/// Names that are attributes in at least one format. A registration must not use them for its own metadata.
 pub(crate) const RESERVED: [&str; 4] = ["weight", "zone", "version", "leaving"];
 
-/// The largest weight. The sum over ten thousand instances fits into 64 bits, with room for a multiplication.
+/// Maximum weight. The sum of ten thousand such weights fits into 64 bits, with room for a multiplication.
 pub(crate) const MAX_WEIGHT: u32 = 1_000_000;
 
-/// Returns a weight from a number or a decimal string. Any other value, and a value below 1, results in the default. The weight is capped,
-/// so that sums of weights cannot overflow.
+/// Returns the weight that a number or a decimal string contains. Any other value, and a number below 1, results in `default`. The weight
+/// is capped, so that sums of weights cannot overflow.
 pub(super) fn weight(value: &Value, default: u32) -> u32 {
     let weight = match value {
         Value::Number(number) => number.as_i64().or_else(|| number.as_f64().map(whole)),

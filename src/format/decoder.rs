@@ -1,4 +1,4 @@
-//! Decodes registry values, restricted by a format and an address policy.
+//! Decodes registry values of one format or of all formats, and checks their addresses against an address policy.
 
 use super::attributes::MAX_WEIGHT;
 use super::error::FormatError;
@@ -10,10 +10,10 @@ use crate::instance::Advertisement;
 use crate::instance::Instance;
 use tonic_balance::AddressPolicy;
 
-/// Decodes registry values, restricted by a format and an address policy.
+/// Decodes registry values. Accepts only values of `format`, if it is set, and only addresses that `policy` accepts.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Decoder {
-    /// The only format that is read. With `None`, every format that is recognisable by its value is read.
+    /// The only format that is read. With `None`, every format is read that can be recognised by its value.
     pub(crate) format: Option<Format>,
     pub(crate) policy: AddressPolicy,
 }
@@ -56,8 +56,8 @@ impl Decoder {
 }
 
 impl Format {
-    /// Decodes the instance at a key, without the attributes that only etcd provides. Returns `None` if the key is not the key of a
-    /// callable instance.
+    /// Decodes the instance at a key. The instance has no [id](Instance::id) and no [location](Instance::location), because these are known
+    /// only after a read from etcd. Returns `None` if the key is not the key of a callable instance.
     ///
     /// # Errors
     ///

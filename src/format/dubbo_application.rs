@@ -10,7 +10,7 @@ use super::text::{last_segment, parent, text};
 use crate::instance::{Advertisement, Instance};
 use tonic_balance::Address;
 
-/// Key `/services/<application>/<id>`, the address in `Host` and in the port of the `tri` or `grpc` endpoint, otherwise in `Address`. The
+/// The key is `/services/<application>/<id>`. The address is `Host` with the port of the `tri` or `grpc` endpoint, or else `Address`. The
 /// weight is in `Weight`, 100 by default.
 #[derive(Debug)]
 pub(super) struct DubboApplication;
@@ -70,7 +70,7 @@ pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, Fo
     if object.is_out_of_service() {
         return Ok(None);
     }
-    // Written again as true.
+    // The flags are not kept: `encode` always writes them as true.
     for flag in ["Enable", "Healthy"] {
         object.take(flag);
     }
@@ -114,7 +114,7 @@ struct Place {
     host: Value,
     port: Value,
     address: Value,
-    /// A string of JSON.
+    /// The list of endpoints, as JSON in a string.
     endpoints: Value,
 }
 
@@ -129,8 +129,9 @@ impl Place {
         }
     }
 
-    /// Returns the address to call. If a gRPC endpoint has a port, the address is the host with that port. Otherwise it is the field
-    /// `Address`, or the host with its own port. Returns `None` if the instance has endpoints, but no gRPC endpoint.
+    /// Returns the address to call. If a gRPC endpoint has a valid port, the address is that port at `Host`, or at the host of `Address` if
+    /// `Host` is empty. Otherwise the address is `Address`, or `Host` with `Port` if `Address` is empty. Returns `None` if the instance has
+    /// endpoints, but no gRPC endpoint.
     fn called(&self) -> Result<Option<Address>, FormatError> {
         let text = |value: &Value| {
             let text = value.as_str().filter(|text| !text.is_empty());
@@ -159,7 +160,7 @@ impl Place {
         Ok(Some(address.parse()?))
     }
 
-    /// Returns the kept fields, if they still result in the address to call.
+    /// Returns the kept fields, if they still result in `address` as the address to call.
     fn kept(object: &mut Object, address: &Address) -> Option<Self> {
         let written = Self::of(address);
         let place = Self {
@@ -187,10 +188,11 @@ impl Place {
 /// The contents of the list of endpoints, which is JSON inside JSON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ports {
-    /// No list can be read.
+    /// The list is missing, unreadable or empty, or no gRPC endpoint has a valid port.
     Unknown,
     /// The list has endpoints, but no gRPC endpoint.
     Foreign,
+    /// The first valid port of a gRPC endpoint.
     Grpc(u64),
 }
 

@@ -1,4 +1,4 @@
-//! dubbo-go's interface-level registry: all attributes in the key, as an escaped URL.
+//! dubbo-go's interface-level registry. The key contains all attributes, as an escaped URL.
 
 use serde_json::{Map, Value};
 
@@ -10,8 +10,8 @@ use super::text::{last_segment, parent};
 use super::url::{Parts, escape, read_query, unescape, write_query};
 use crate::instance::{Advertisement, Instance};
 
-/// Key `/dubbo/<service>/providers/<escaped URL>`, empty value. Providers with the protocols `tri` and `grpc` are read, others are ignored.
-/// The default weight is 100. No attribute can change without a new key, because the key contains all attributes.
+/// The key is `/dubbo/<service>/providers/<escaped URL>`, and the value is empty. Providers with the protocols `tri` and `grpc` are read,
+/// others are ignored. The default weight is 100. No attribute can change without a new key, because the key contains all attributes.
 #[derive(Debug)]
 pub(super) struct DubboInterface;
 
@@ -57,7 +57,7 @@ impl InstanceFormat for DubboInterface {
     fn decode(&self, key: &str, _: &[u8]) -> Result<Option<Instance>, FormatError> {
         let category = parent(key);
         let url = unescape(last_segment(key));
-        // Besides providers, the registry has consumers and rules, and a key for each folder.
+        // The registry also has keys of consumers, of rules and of folders, which are not instances.
         if last_segment(category) != PROVIDERS || !url.contains("://") {
             return Ok(None);
         }
@@ -84,14 +84,14 @@ impl InstanceFormat for DubboInterface {
     }
 }
 
-/// Returns the service for the path of the URL. dubbo-go escapes the `$` in the names of Java's nested classes.
+/// Returns the service name as it is written in the path of the URL. dubbo-go escapes the `$` in the names of Java's nested classes.
 fn path(service: &str) -> String {
     service.replace('$', "%24")
 }
 
 const NAME: &str = "DubboInterface";
 const PROVIDERS: &str = "providers";
-/// Triple, the protocol of dubbo that is compatible with gRPC.
+/// The scheme of Triple, the protocol of dubbo that is compatible with gRPC.
 const SCHEME: &str = "tri";
 const ATTRIBUTES: Attributes = Attributes {
     names: &["weight", "zone", "version"],

@@ -1,4 +1,4 @@
-//! etcd's own Go naming package: `{"Op":0,"Addr":"host:port","Metadata":…}`.
+//! The format of etcd's own Go naming package: `{"Op":0,"Addr":"host:port","Metadata":…}`.
 
 use serde_json::{Map, Value};
 
@@ -9,7 +9,7 @@ use super::object::{Object, Written, map_or_null};
 use super::text::text;
 use crate::instance::{Advertisement, DEFAULT_WEIGHT, Instance};
 
-/// Key `<target>/<id>`, the address in `Addr`, attributes inside `Metadata`.
+/// The key is `<target>/<id>`. The address is in `Addr`, and the attributes are in `Metadata`.
 #[derive(Debug)]
 pub(super) struct EtcdNaming;
 
@@ -21,7 +21,8 @@ impl InstanceFormat for EtcdNaming {
     fn encode(&self, _: &str, instance: &Instance) -> Result<Vec<u8>, FormatError> {
         let advertisement = instance.advertisement();
         let mut kept = Object::from(advertisement.kept(NAME));
-        // Readers before 3.4.28 evaluate `Op` in their first read. Go writes an empty map as null.
+        // `Op` is written because etcd's own readers before 3.4.28 evaluate it in their first read. An empty map is written as null, as in
+        // Go.
         let value = Written::default()
             .field("Op", 0)
             .field("Addr", advertisement.address.as_str())
@@ -44,12 +45,12 @@ pub(super) fn read(mut object: Object) -> Result<Instance, FormatError> {
         return Err(FormatError::of("has no Addr"));
     };
     let mut advertisement = Advertisement::new(address.parse()?);
-    // `Op` is ignored, because every put is an addition. etcd's own readers have ignored it since 3.4.28.
+    // `Op` is ignored, because every put adds an address. etcd's own readers have ignored it since 3.4.28.
     object.take("Op");
     let metadata = object.take("Metadata");
     match &metadata {
         Some(Value::Object(map)) => ATTRIBUTES.read(&mut advertisement, map),
-        // etcd's own grpc-proxy writes its metadata as a string of JSON.
+        // etcd's own grpc-proxy writes its metadata as a string that contains JSON.
         Some(Value::String(text)) => match nested(text) {
             Some(map) => ATTRIBUTES.read(&mut advertisement, &map),
             None => ATTRIBUTES.read(&mut advertisement, &single(text.as_str().into())),
@@ -68,7 +69,8 @@ pub(super) fn read(mut object: Object) -> Result<Instance, FormatError> {
     Ok(advertisement.into())
 }
 
-/// Returns the new `Metadata`. It may be any JSON, and keeps its JSON type.
+/// Returns the `Metadata` to write. The kept `Metadata` may be any JSON. Its JSON type is preserved, unless only a map can hold the
+/// attributes.
 fn metadata(advertisement: &Advertisement, kept: Option<Value>) -> Value {
     let kept = match kept {
         Some(Value::Object(kept)) => return ATTRIBUTES.write(advertisement, &kept).into(),

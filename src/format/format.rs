@@ -14,11 +14,11 @@ use crate::keyspace::with_slash;
 
 /// The format of the keys and values of instances. It selects how a registration writes, and restricts what a resolver reads.
 ///
-/// A registration writes [`EtcdNaming`](Self::EtcdNaming) by default. A resolver without a format recognises the values of those formats in
-/// the table that contain the address in the value. It checks for JSON first (by the field with the address), then for a URL, then for
-/// `host:port`. An ambiguous value is resolved by a fixed rule: `{"address":…}` is a value of kitex, unless it also contains a host or a
-/// service name; then it is a value of dubbo-go. Without a format, a resolver never reads an address from a key; set the format, or
-/// [`Mixed`](Self::Mixed), for such keys.
+/// A registration writes [`EtcdNaming`](Self::EtcdNaming) by default. A resolver without a format recognises the formats whose values
+/// contain the address (see the column "address" of the table). It checks for JSON, then for a URL, then for `host:port`. The format of
+/// JSON is recognised by the field with the address. JSON with the field `address` is ambiguous: it is read as a value of kitex, or as a
+/// value of dubbo-go if it also contains a host or a service name. A resolver without a format never reads an address from a key. If the
+/// keys contain the addresses, set the format, or [`Mixed`](Self::Mixed).
 ///
 /// | format | key, with the default prefix | address | weight (default) | TLS hint |
 /// |---|---|---|---|---|
@@ -36,11 +36,11 @@ use crate::keyspace::with_slash;
 /// | `AddressInKey` | `<service>/<address>` | the key | - | - |
 ///
 /// `<id>` is the instance id, by default the address. [`RegistryBuilder::prefix`](crate::registry::RegistryBuilder::prefix) replaces the
-/// part before the service in all formats; the prefix can be empty. Each format has its own scale of weights. Weights of different formats
-/// are not comparable. Zone, version and metadata are stored in their own field if the format has one, otherwise in its map of metadata. A
-/// registration with an attribute that its format cannot represent is rejected. As in Go, readers treat `null` as empty, match field names
-/// in any case, and ignore unknown fields and a newline after the value. The TLS hint is the result of [`Instance::is_tls`] and has no
-/// effect on connections.
+/// part before the service in all formats; the prefix can be empty. Each format has its own scale of weights, so weights of different
+/// formats are not comparable. Zone, version and metadata are stored in their own field if the format has one, otherwise in its map of
+/// metadata. A registration with an attribute that its format cannot represent is rejected. As in Go, readers treat `null` as empty, ignore
+/// the case of field names, and ignore unknown fields and a newline after the value. The TLS hint is the result of [`Instance::is_tls`] and
+/// has no effect on connections.
 #[derive(Clone, Default)]
 #[non_exhaustive]
 pub enum Format {
@@ -50,7 +50,7 @@ pub enum Format {
     EtcdNaming,
     /// `host:port` alone, without a weight, a zone, a version or metadata.
     Plain,
-    /// A URL, `http://10.0.0.5:50051`, as in go-kit and many custom registries. Readers accept the schemes `http`, `https`, `grpc`,
+    /// A URL such as `http://10.0.0.5:50051`, as in go-kit and many custom registries. Readers accept the schemes `http`, `https`, `grpc`,
     /// `grpcs`, `tcp` and `tri`.
     Url,
     /// go-zero: `host:port` under `<key>/<id>`, without a prefix.
@@ -62,8 +62,8 @@ pub enum Format {
     Kitex,
     /// go-micro's etcd registry. Nodes with another protocol than gRPC are ignored.
     GoMicro,
-    /// rpcx' etcd plugin. rpcx has no base path of its own; the default is the base path of its examples. Instances with `state=inactive`,
-    /// and instances on other networks than TCP, are ignored.
+    /// rpcx' etcd plugin. rpcx has no base path of its own, so the default is the base path of its examples. Instances with
+    /// `state=inactive`, and instances on other networks than TCP, are ignored.
     Rpcx,
     /// dubbo-go's interface-level registry. Providers with other protocols than `tri` and `grpc` are ignored. The key contains all
     /// attributes, so the weight cannot change without a new key.
@@ -74,7 +74,7 @@ pub enum Format {
     /// Consumers of dubbo-go request the exported services from the metadata service of an application. These consumers discover a server
     /// that has no metadata service, but send it no calls. For them, use [`DubboInterface`](Self::DubboInterface).
     DubboApplication,
-    /// `GoFrame`'s etcd registry. Several addresses in a key belong to one server, and the first is called.
+    /// `GoFrame`'s etcd registry. A key may contain several addresses of one server. The first valid address is called.
     GoFrame,
     /// `<service>/<host:port>` with an empty value, as the npm package `@zcong/grpc-etcd-resolver` writes and reads it.
     AddressInKey,
@@ -83,16 +83,16 @@ pub enum Format {
     ///
     /// The result is a guess. An empty value whose key ends in `host:port` is an instance, whichever library has written it. JSON without
     /// an address under such a key is a value of `GoFrame`. An `@` in the last part of the key marks an instance of rpcx. So does a `=` in
-    /// the value if the key ends in `host:port`. An escaped URL below `providers` is an instance of dubbo-go. Weights count as each value
-    /// states them: a kitex instance (10) receives ten times the calls of an instance in etcd's own format (1). Set a format wherever a
-    /// prefix contains only one.
+    /// the value if the key ends in `host:port`. An escaped URL below `providers` is an instance of dubbo-go. Weights are not converted: a
+    /// kitex instance with the default weight (10) receives ten times the calls of an instance in etcd's own format with the default weight
+    /// (1). If a prefix contains only one format, set that format.
     Mixed,
     /// A format of your own, from [`Format::custom`].
     Custom(Arc<dyn InstanceFormat>),
 }
 
 impl Format {
-    /// Creates a format from your own implementation of [`InstanceFormat`]. See there for an example.
+    /// Creates a format from your own implementation of [`InstanceFormat`], whose documentation has an example.
     #[must_use]
     pub fn custom(format: impl InstanceFormat + 'static) -> Self {
         Self::Custom(Arc::new(format))
@@ -158,7 +158,7 @@ impl Format {
         catch_panic(self, |format| format.encode(key, instance))
     }
 
-    /// Decodes a value. Does not check its size and the address policy.
+    /// Decodes a value. Does not check the size of the value, and does not check the address policy.
     pub(super) fn decode_unchecked(
         &self,
         key: &str,
@@ -208,7 +208,7 @@ impl fmt::Debug for Format {
     }
 }
 
-/// Writes the name of the format, which [`FromStr`](std::str::FromStr) parses.
+/// Writes the name of the format. [`FromStr`](std::str::FromStr) parses the names of all formats except custom ones.
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())

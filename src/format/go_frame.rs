@@ -1,4 +1,4 @@
-//! `GoFrame`: version and addresses in the key, metadata in the value.
+//! `GoFrame`'s registry: the key contains the version and the addresses, and the value contains the metadata.
 
 use serde_json::{Map, Value};
 
@@ -10,8 +10,8 @@ use super::text::{last_segment, parent, text};
 use crate::instance::{Advertisement, DEFAULT_WEIGHT, Instance};
 use tonic_balance::Address;
 
-/// Key `/service/default/default/<name>/<version>/<address>[,<address>…]`, JSON of metadata as the value. Several addresses belong to one
-/// server, and the first is called.
+/// The key is `/service/default/default/<name>/<version>/<address>[,<address>…]`, and the value is the metadata as JSON. A key may contain
+/// several addresses of one server. The first valid address is called.
 #[derive(Debug)]
 pub(super) struct GoFrame;
 
@@ -65,7 +65,7 @@ impl InstanceFormat for GoFrame {
             Some((first, others)) => (first, Some(others)),
             None => (last_segment(key), None),
         };
-        // An address that cannot be called does not hide the others.
+        // If the first address is not valid, the first valid one of the other addresses is used.
         let (address, others) = match address.parse::<Address>() {
             Ok(address) => (address, others),
             Err(error) => {
@@ -104,7 +104,7 @@ impl InstanceFormat for GoFrame {
 }
 
 const NAME: &str = "GoFrame";
-/// The version of a service without a version.
+/// The version in the key of an instance without a version.
 const LATEST: &str = "latest";
 const ATTRIBUTES: Attributes = Attributes {
     names: &["weight", "zone", "leaving"],

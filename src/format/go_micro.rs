@@ -1,4 +1,4 @@
-//! go-micro: JSON of a service with one node.
+//! go-micro's registry: the value is the JSON of a service with one node.
 
 use serde_json::{Map, Value};
 
@@ -10,8 +10,8 @@ use super::text::{last_segment, parent, text};
 use crate::instance::{Advertisement, DEFAULT_WEIGHT, Instance};
 use tonic_balance::Address;
 
-/// Key `/micro/registry/<service>/<node id>`, the address in `nodes[].address`, attributes in the `metadata` of the node. Nodes with
-/// another protocol than gRPC are ignored.
+/// The key is `/micro/registry/<service>/<node id>`. The address is in `nodes[].address`, and the attributes are in the `metadata` of the
+/// node. Nodes with another protocol than gRPC are ignored.
 #[derive(Debug)]
 pub(super) struct GoMicro;
 
@@ -63,7 +63,7 @@ pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, Fo
         Value::Object(node) => Some(Object::from(node)),
         _ => None,
     });
-    // A node that cannot be called, or that is out of service, does not hide the others.
+    // The first usable node is read. Nodes that cannot be called, or that are out of service, are skipped.
     let mut unusable = None;
     let usable = nodes.find_map(|mut node| {
         if !is_grpc(&node) || node.is_out_of_service() {
@@ -85,7 +85,7 @@ pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, Fo
         .take_text("version")
         .filter(|version| version != LATEST);
     let mut metadata = node.take_map("metadata");
-    // Metadata that every gRPC node of go-micro has is dropped. Different values are kept.
+    // Metadata that every gRPC node of go-micro has is dropped, if it has the usual value. Different values are kept.
     metadata.retain(|name, value| !OWN.contains(&(name, value.as_str().unwrap_or_default())));
     ATTRIBUTES.read(&mut advertisement, &metadata);
     let leftover = ATTRIBUTES.leftover(&advertisement, metadata);
@@ -137,7 +137,7 @@ fn node(key: &str, advertisement: &Advertisement, kept: Map<String, Value>) -> V
 }
 
 const NAME: &str = "GoMicro";
-/// The version of a service without a version.
+/// The version in the value of an instance without a version.
 const LATEST: &str = "latest";
 /// The metadata that go-micro's gRPC server writes for each of its nodes.
 const OWN: [(&str, &str); 4] = [

@@ -1,4 +1,4 @@
-//! go-zero's `core/discov`: `host:port` under `<key>/<id>`, without its own prefix.
+//! go-zero's `core/discov`: the key is `<key>/<id>`, without a default prefix, and the value is `host:port`.
 
 use super::error::FormatError;
 use super::instance_format::InstanceFormat;
@@ -6,8 +6,8 @@ use super::plain;
 use super::text::text;
 use crate::instance::Instance;
 
-/// Key `<key>/<id>`, the address as the value. The ids that go-zero writes are lease ids or configured numbers, and its readers ignore
-/// them.
+/// The key is `<key>/<id>`, and the value is the address. go-zero writes lease ids or configured numbers as ids, and its readers ignore the
+/// ids.
 #[derive(Debug)]
 pub(super) struct GoZero;
 

@@ -6,7 +6,7 @@ use super::error::FormatError;
 use crate::instance::{DEFAULT_WEIGHT, Instance};
 use crate::keyspace::DEFAULT_PREFIX;
 
-/// A format for keys and values of instances: encodes and decodes them. The formats of [`Format`](super::Format) implement this trait.
+/// Encodes and decodes the keys and values of instances. The formats of [`Format`](super::Format) implement this trait.
 /// [`Format::custom`](super::Format::custom) takes your own implementation.
 ///
 /// ```
@@ -51,33 +51,33 @@ use crate::keyspace::DEFAULT_PREFIX;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub trait InstanceFormat: fmt::Debug + Send + Sync {
-    /// Returns the name of the format for messages.
+    /// Returns the name of the format, for error messages and logs.
     fn name(&self) -> &str;
 
-    /// Returns the prefix of all services, unless the registry has its own [prefix](crate::registry::RegistryBuilder::prefix). The prefix is empty or
-    /// ends in a slash. The default is `/gRPC/`.
+    /// Returns the prefix of all services. A [prefix](crate::registry::RegistryBuilder::prefix) of the registry replaces it. The prefix is
+    /// empty or ends in a slash. The default is `/gRPC/`.
     fn default_prefix(&self) -> &str {
         DEFAULT_PREFIX
     }
 
-    /// Returns the weight of an instance whose value has no weight, and of a registration without a weight: 1 to 1 000 000. The default is
-    /// 1.
+    /// Returns the default weight, 1 to 1 000 000, for an instance whose value has no weight, and for a registration without a weight. The
+    /// default implementation returns 1.
     fn default_weight(&self) -> u32 {
         DEFAULT_WEIGHT
     }
 
-    /// Returns the prefix of all keys of a service, which is watched. The prefix must end in a slash, so that `user` does not match the
-    /// instances of `user-admin`. The default is `<prefix><service>/`.
+    /// Returns the prefix of all keys of a service. A resolver reads and watches the keys under this prefix. The prefix must end in a
+    /// slash, so that `user` does not match the instances of `user-admin`. The default is `<prefix><service>/`.
     fn service_prefix(&self, prefix: &str, service: &str) -> String {
         format!("{prefix}{service}/")
     }
 
-    /// Returns the key of an instance, which begins with the [service's prefix](Self::service_prefix). By default the instance id follows,
-    /// or the address if the instance has no id, so that a restarted server overwrites its old entry.
+    /// Returns the key of an instance. The key begins with the [service's prefix](Self::service_prefix). By default the instance id
+    /// follows, or the address if the instance has no id. With the address, a restarted server overwrites its old entry.
     ///
     /// # Errors
     ///
-    /// Fails if the format has no key for the instance. The registration is then rejected. The default never fails.
+    /// Fails if the format has no key for the instance. The registration is then rejected. The default implementation never fails.
     fn key(&self, prefix: &str, service: &str, instance: &Instance) -> Result<String, FormatError> {
         let id = instance.id().unwrap_or(instance.address().as_str());
         Ok(self.service_prefix(prefix, service) + id)
@@ -85,17 +85,18 @@ pub trait InstanceFormat: fmt::Debug + Send + Sync {
 
     /// Encodes the value of an instance at a key.
     ///
-    /// The value omits attributes that the format cannot represent: callers decode the value again and compare.
+    /// The value may omit attributes that the format cannot represent: callers decode the value again, and reject the instance if an
+    /// attribute is missing.
     ///
     /// # Errors
     ///
     /// Fails if the format has no value for the instance. The registration is then rejected.
     fn encode(&self, key: &str, instance: &Instance) -> Result<Vec<u8>, FormatError>;
 
-    /// Decodes the instance at a key. Returns `None` if the key is not the key of a callable instance: for a folder, a server with another
-    /// protocol, or an instance that is marked as out of service.
+    /// Decodes the instance at a key. Returns `None` if the key is not the key of an instance that can be called: if it belongs to a
+    /// folder, to a server with another protocol, or to an instance that is marked as out of service.
     ///
-    /// The function must not panic, whatever the bytes. The callers check the address policy and the limits of size and weight.
+    /// The function must not panic, whatever the bytes are. The callers check the address policy and the limits on size and weight.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! kitex' `registry-etcd`, and hertz' under another prefix: JSON with the address, a weight and tags.
+//! kitex' `registry-etcd`: JSON with the address, a weight and tags. hertz uses the same format under another prefix.
 
 use serde_json::Value;
 
@@ -9,7 +9,8 @@ use super::object::{Object, Written, map_or_null};
 use super::text::text;
 use crate::instance::{Advertisement, Instance};
 
-/// Key `kitex/registry-etcd/<service>/<id>`, the address in `address`, the weight in `weight` (10 by default), other attributes in `tags`.
+/// The key is `kitex/registry-etcd/<service>/<id>`. The address is in `address`, the weight in `weight` (10 by default), and other
+/// attributes are in `tags`.
 #[derive(Debug)]
 pub(super) struct Kitex;
 
@@ -69,7 +70,7 @@ pub(super) fn read(mut object: Object) -> Result<Instance, FormatError> {
 }
 
 const NAME: &str = "Kitex";
-/// kitex readers use this default for a weight that is not above 0.
+/// The default weight. kitex readers also use it for a weight that is not above 0.
 const WEIGHT: u32 = 10;
 const ATTRIBUTES: Attributes = Attributes {
     names: &["zone", "version", "leaving"],

@@ -1,4 +1,4 @@
-//! go-kratos: JSON with the endpoints as URLs.
+//! go-kratos' `contrib/registry/etcd`: JSON that contains the endpoints as URLs.
 
 use serde_json::Value;
 
@@ -11,8 +11,8 @@ use super::url::Parts;
 use crate::instance::{Advertisement, Instance};
 use tonic_balance::Address;
 
-/// Key `/microservices/<name>/<id>`, the address in the first `grpc` or `grpcs` URL of `endpoints`, the weight as a string in `metadata`
-/// (100 by default).
+/// The key is `/microservices/<name>/<id>`. The address is in the first `grpc` or `grpcs` URL of `endpoints`, and the weight is a string in
+/// `metadata` (100 by default).
 #[derive(Debug)]
 pub(super) struct Kratos;
 
@@ -62,7 +62,7 @@ impl InstanceFormat for Kratos {
     }
 }
 
-/// Returns whether a folder is the folder of a service. The name of the service may contain slashes.
+/// Returns whether `folder` is the folder of `service`. The name of the service may contain slashes.
 fn is_folder(folder: &str, service: &str) -> bool {
     let before = folder.strip_suffix(service);
     before.is_some_and(|before| before.is_empty() || before.ends_with('/') || service.is_empty())
@@ -80,7 +80,7 @@ pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, Fo
         };
     };
     let mut advertisement = Advertisement::new(address);
-    // Up to 2.3.0, kratos marked TLS in the query.
+    // Versions of kratos up to 2.3.0 mark TLS in the query of the URL.
     advertisement.tls = parts.scheme == "grpcs" || parts.query() == "isSecure=true";
     advertisement.version = object.take_text("version");
     let metadata = object.take_map("metadata");
@@ -97,7 +97,8 @@ pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, Fo
     Ok(Some(advertisement.into()))
 }
 
-/// Returns the first gRPC endpoint with an address, or the error of the first gRPC endpoint if none has one.
+/// Returns the first gRPC endpoint with a valid address. If no gRPC endpoint has one, returns the error of the first gRPC endpoint. Returns
+/// `None` if there is no gRPC endpoint.
 fn grpc_endpoint(endpoints: &Value) -> Option<Result<(Parts<'_>, Address), FormatError>> {
     let urls = endpoints.as_array()?.iter().filter_map(Value::as_str);
     let mut unusable = None;
@@ -120,7 +121,8 @@ fn is_grpc(url: &str) -> bool {
     url.starts_with("grpc://") || url.starts_with("grpcs://")
 }
 
-/// Returns the endpoints. Endpoints with other protocols, and the spelling of the gRPC endpoint, are kept unchanged.
+/// Returns the endpoints to write. Endpoints with other protocols are kept unchanged. The gRPC endpoint is kept unchanged if it has the
+/// address and the TLS setting of the instance, and is replaced otherwise.
 fn endpoints(advertisement: &Advertisement, kept: Option<Value>) -> Value {
     let scheme = if advertisement.tls { "grpcs" } else { "grpc" };
     let url = format!("{scheme}://{}", advertisement.address);

@@ -1,5 +1,5 @@
-//! Limits on what is read and written.
+//! The limit on the size of values.
 
-/// Largest value that is read or written. The largest known format, with descriptions of its endpoints, stays far below. Without this
-/// limit, one faulty writer could fill the memory of every client.
+/// Maximum size of a value that is read or written, and of a key that is read, in bytes. Even the values of the largest known format, which
+/// contain descriptions of endpoints, are far smaller. Without this limit, one faulty writer could fill the memory of every client.
 pub(crate) const MAX_VALUE: usize = 64 * 1024;

@@ -1,4 +1,4 @@
-//! The formats of keys and values: of etcd's Go naming resolver, of other registries, and of your own.
+//! The formats of keys and values: the format of etcd's Go naming resolver, the formats of other registries, and custom formats.
 
 mod address_in_key;
 mod attributes;

@@ -1,10 +1,10 @@
-//! A JSON object with the field rules of Go's decoder, and the writer of such objects.
+//! A JSON object whose fields are found by the rules of Go's decoder, and a writer of JSON objects.
 
 use serde_json::{Map, Value};
 
 use super::error::FormatError;
 
-/// The fields of an object. The decoder takes the fields that it evaluates; the remaining fields are kept.
+/// The fields of an object. A decoder takes the fields that it evaluates. The remaining fields are kept for a later write.
 #[derive(Clone, Debug)]
 pub(super) struct Object(Map<String, Value>);
 
@@ -32,8 +32,8 @@ impl Object {
             .map(String::as_str)
     }
 
-    /// Returns whether the value marks its instance as out of service. The names of such flags differ between registries, and some write
-    /// the flags as text.
+    /// Returns whether the value marks its instance as out of service. The names of such flags differ between registries, and some
+    /// registries write the flags as text.
     pub(super) fn is_out_of_service(&self) -> bool {
         let is = |name: &&str, flag: bool| match self.field(name) {
             Some(Value::Bool(value)) => *value == flag,
@@ -50,7 +50,7 @@ impl Object {
         self.0.remove(&key).filter(|value| !value.is_null())
     }
 
-    /// Takes a field if it is a string that is not empty.
+    /// Takes a field. Returns `None` if it is not a string, or if it is an empty string.
     pub(super) fn take_text(&mut self, name: &str) -> Option<String> {
         match self.take(name)? {
             Value::String(text) if !text.is_empty() => Some(text),
@@ -66,14 +66,14 @@ impl Object {
         }
     }
 
-    /// Keeps a value under a name for a later write, unless the format would write the same value.
+    /// Keeps a value under a name for a later write, unless it equals `written`, the value that the format would write anyway.
     pub(super) fn keep(&mut self, name: &str, value: Option<Value>, written: &Value) {
         if let Some(value) = value.filter(|value| value != written) {
             self.0.insert(name.to_owned(), value);
         }
     }
 
-    /// Takes the kept form of a weight, if it still has the same meaning. Otherwise returns the weight as a number.
+    /// Takes the kept JSON form of a weight, and returns it if it still means `weight`. Otherwise returns `weight` as a number.
     pub(super) fn take_weight(&mut self, name: &str, weight: u32, default: u32) -> Value {
         self.take(name)
             .filter(|kept| super::attributes::weight(kept, default) == weight)
@@ -96,7 +96,7 @@ impl From<Map<String, Value>> for Object {
     }
 }
 
-/// Fields in the order in which the library of a format writes them, followed by the kept fields.
+/// The fields of an object to write, in the order in which the format's own library writes them. The kept fields follow.
 #[derive(Debug, Default)]
 pub(super) struct Written(Vec<(String, Value)>);
 
@@ -136,7 +136,7 @@ pub(super) fn map_or_null(map: Map<String, Value>) -> Value {
     }
 }
 
-/// Flags that are false for an instance that must not be called.
+/// Flags that are false if the instance must not be called.
 const IN_SERVICE: [&str; 4] = ["enable", "enabled", "healthy", "available"];
-/// Flags that are true for an instance that must not be called.
+/// Flags that are true if the instance must not be called.
 const OUT_OF_SERVICE: [&str; 3] = ["disable", "disabled", "unhealthy"];

@@ -1,11 +1,11 @@
-//! `host:port` and no other attribute.
+//! The value is `host:port`, without other attributes.
 
 use super::error::FormatError;
 use super::instance_format::InstanceFormat;
 use super::text::text;
 use crate::instance::{Advertisement, Instance};
 
-/// Key `<service>/<id>`, the address as the value. The format has no room for other attributes.
+/// The key is `<service>/<id>`, and the value is the address. The format has no room for other attributes.
 #[derive(Debug)]
 pub(super) struct Plain;
 

@@ -1,5 +1,5 @@
-//! Recognises the format of a value by its contents. If two formats match, the order of the checks decides. A reader that must not guess
-//! needs a [`Format`](super::Format).
+//! Recognises the format of a value by its contents. If two formats match, the order of the checks decides. To exclude a wrong guess, a
+//! reader sets a [`Format`](super::Format).
 
 use serde_json::Value;
 
@@ -14,7 +14,8 @@ use super::{
 use crate::instance::Instance;
 use tonic_balance::Address;
 
-/// Decodes a value by its contents. The key only shows which fields have their default value, so that they need not be kept.
+/// Recognises the format of a value by its contents, and decodes the value. The key is used only to find the fields that have their default
+/// value, such as the id, and therefore need not be kept.
 pub(super) fn by_value(key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
     let text = text(value)?;
     if text.starts_with('{') {
@@ -26,8 +27,8 @@ pub(super) fn by_value(key: &str, value: &[u8]) -> Result<Option<Instance>, Form
     plain::read(text).map(Some)
 }
 
-/// Decodes an object by the field with the address, which differs between the formats. dubbo-go is checked before kitex, because the only
-/// field that identifies kitex also exists in values of dubbo-go.
+/// Recognises the format of an object by the field with the address, and decodes the object. The check for dubbo-go precedes the check for
+/// kitex, because `address`, the only field that identifies kitex, also exists in values of dubbo-go.
 fn object(key: &str, object: Object) -> Result<Option<Instance>, FormatError> {
     if object.is_out_of_service() {
         return Ok(None);
@@ -53,7 +54,7 @@ fn object(key: &str, object: Object) -> Result<Option<Instance>, FormatError> {
     ))
 }
 
-/// The reader of prefixes with several formats. It reads the value, and the key if the value contains no address.
+/// Reads prefixes that contain several formats. It reads the value, and the key if no address can be read from the value.
 #[derive(Debug)]
 pub(super) struct Mixed;
 
@@ -75,7 +76,7 @@ impl InstanceFormat for Mixed {
     }
 }
 
-/// Returns the format that matches the key.
+/// Returns the format that matches the key, and the value where the key is ambiguous.
 fn by_key(key: &str, value: &[u8]) -> Option<&'static dyn InstanceFormat> {
     let segment = last_segment(key);
     let category = last_segment(parent(key));
@@ -95,7 +96,8 @@ fn by_key(key: &str, value: &[u8]) -> Option<&'static dyn InstanceFormat> {
     }
 }
 
-/// rpcx and dubbo-go write keys for folders. The value is empty or is the name of the folder.
+/// Returns whether the key belongs to a folder. rpcx and dubbo-go write such keys. Their value is empty, the name of the folder, or
+/// `rpcx_path`.
 fn is_directory(key: &str, value: &[u8]) -> bool {
     value.is_empty() || value == b"rpcx_path" || value == last_segment(key).as_bytes()
 }

@@ -1,4 +1,4 @@
-//! rpcx: the address in the key, all other attributes in the value as a query.
+//! rpcx' etcd plugin: the key contains the address, and the value contains all other attributes as a query.
 
 use serde_json::Value;
 
@@ -9,7 +9,8 @@ use super::text::{last_segment, text};
 use super::url::{read_query, write_query};
 use crate::instance::{Advertisement, DEFAULT_WEIGHT, Instance};
 
-/// Key `<base>/<service>/<network>@<address>`, value such as `weight=7&group=a`. The registry also has keys of directories.
+/// The key is `<base>/<service>/<network>@<address>`, and the value is a query such as `weight=7&group=a`. The registry also has keys of
+/// directories, which are ignored.
 #[derive(Debug)]
 pub(super) struct Rpcx;
 

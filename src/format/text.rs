@@ -2,7 +2,7 @@
 
 use super::error::FormatError;
 
-/// Returns the text of a value, without the newline that some libraries append.
+/// Returns the text of a value, without surrounding white space: some libraries append a newline.
 pub(super) fn text(value: &[u8]) -> Result<&str, FormatError> {
     let text = str::from_utf8(value).map_err(|_| FormatError::of("is not UTF-8"))?;
     Ok(text.trim())

@@ -1,4 +1,4 @@
-//! A URL such as `http://host:port`.
+//! The format whose values are URLs such as `http://host:port`, and the functions that parse and write URLs.
 
 use percent_encoding::percent_decode_str;
 use serde_json::{Map, Value};
@@ -9,7 +9,7 @@ use super::text::text;
 use crate::instance::{Advertisement, Instance};
 use tonic_balance::Address;
 
-/// Key `<service>/<id>`, the address in the authority of the value. The scheme is the TLS hint.
+/// The key is `<service>/<id>`, and the address is the authority of the value. The scheme is the TLS hint.
 #[derive(Debug)]
 pub(super) struct Url;
 
@@ -56,7 +56,7 @@ pub(super) fn read(url: &str) -> Result<Instance, FormatError> {
 /// The parts of a URL that a registry uses.
 #[derive(Debug)]
 pub(super) struct Parts<'a> {
-    /// In lower case.
+    /// The scheme, in lower case.
     pub(super) scheme: String,
     authority: &'a str,
     /// Path, query and fragment.
@@ -80,7 +80,7 @@ impl<'a> Parts<'a> {
         })
     }
 
-    /// Returns the authority, with the default port of `http` or `https` if the URL has none.
+    /// Returns the address from the authority. If the authority has no port, the default port of `http` or `https` is added.
     pub(super) fn address(&self) -> Result<Address, FormatError> {
         let default_port = match &*self.scheme {
             "http" => Some(80),

@@ -21,7 +21,8 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    /// Encodes the values, and checks that the format can represent every attribute.
+    /// Creates an entry with encoded values. Fails if the format cannot represent every attribute, or if a value can exceed the limit of
+    /// the readers.
     pub(super) fn new(
         keys: &[String],
         services: Vec<String>,
@@ -48,8 +49,8 @@ impl Entry {
         Ok(self)
     }
 
-    /// Checks the size of the largest value that the entry can have, with the longest weight and the leave marker. A later write must not
-    /// exceed the limit of the readers.
+    /// Checks that the largest value that the entry can ever have is within the limit of the readers. This value has the maximum weight and
+    /// the leave marker.
     fn check_room(&self) -> Result<(), FormatError> {
         let mut largest = self.instance.clone();
         largest.advertisement_mut().weight = MAX_WEIGHT;

@@ -14,8 +14,9 @@ use crate::keyspace::{Event, Key};
 /// The watch on the registration's own keys, over one stream.
 pub(super) struct KeyWatch {
     open: Option<Watch>,
-    /// The task that opens a watch. It is a separate task because renewals interrupt [`KeyWatch::next`]: with a short TTL, each renewal
-    /// would restart the attempt. An abandoned future could also hold the lock of the token, which the renewal may need.
+    /// The task that opens a watch. Renewals interrupt [`KeyWatch::next`]. With a short TTL, each renewal would restart an attempt that
+    /// runs inside `next`, so the attempt runs in a separate task. An interrupted attempt could also hold the lock of the token, which the
+    /// renewal may need.
     opening: JoinSet<Result<Watch, EtcdError>>,
     /// The time at which the open watch was opened.
     since: Option<Instant>,
@@ -52,7 +53,7 @@ impl KeyWatch {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future loses no event. A watch that is being opened is continued by the next call.
+    /// Dropping the future loses no event. If a watch is being opened, the next call waits for the same attempt.
     pub(super) async fn next(&mut self, etcd: &Etcd, keys: &[Key]) -> News {
         let error = match &mut self.open {
             None => match self.reopen(etcd, keys).await {
@@ -107,31 +108,31 @@ impl KeyWatch {
         match self.opening.join_next().await {
             Some(Ok(opened)) => self.open = Some(opened?),
             Some(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-            // The task is cancelled only by a runtime that shuts down.
+            // The task is cancelled only by a runtime that shuts down. The runtime then also drops this future.
             _ => std::future::pending().await,
         }
         self.since = Some(Instant::now());
         Ok(())
     }
 
-    /// Waits for the backoff, and replaces a rejected token.
+    /// Waits until the backoff has ended, and replaces a rejected token.
     async fn wait_and_renew_token(&mut self, etcd: &Etcd) -> Result<(), EtcdError> {
         if let Some(not_before) = self.not_before {
             sleep_until(not_before).await;
         }
         if self.refusals == 1 {
-            // A unary request replaces a rejected token by itself. A watch receives the rejection as a message, so its token is replaced
-            // here.
+            // The token of a rejected unary request is replaced within the request. A watch receives the rejection as a message, so its
+            // token is replaced here.
             etcd.on_token_rejected(self.token.as_ref()).await?;
         }
         Ok(())
     }
 }
 
-/// First wait between attempts to open the watch. Until it is open, the keys are read at each renewal.
+/// First wait before the watch is opened again. Until it is open, the keys are read at each renewal.
 const REOPEN_FIRST: Duration = Duration::from_secs(1);
-/// Longest wait between attempts; the wait grows because each opened watch also costs a read. A watch that was open for this long counts as
-/// healthy and resets the backoff.
+/// Maximum wait before the watch is opened again. The wait grows because each opened watch also costs a read of the keys. A watch that was
+/// open for this long counts as healthy and resets the backoff.
 const REOPEN_MAX: Duration = Duration::from_secs(15);
-/// Wait between attempts while only an operator can resolve the error.
+/// Time between attempts while only an operator can resolve the error.
 const OPERATOR_WAIT: Duration = Duration::from_secs(30);

@@ -1,5 +1,5 @@
-//! A scripted etcd: real messages over an in-memory connection, in any order that a real server is known to have produced. The labels A1 to
-//! B6 number the behaviours that were measured on real servers.
+//! A scripted etcd. It sends real messages over an in-memory connection, in the orders and with the faults that were measured on real
+//! servers. Labels such as A2 (a) and B6 number the measured behaviours.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -30,12 +30,12 @@ use crate::etcd::members::OpenChannel;
 use tonic_balance::Address;
 use tonic_balance::BalancedChannel;
 
-/// The scripted server. Clones share the store.
+/// The scripted server. Clones share the store and the script.
 #[derive(Clone)]
 pub(super) struct Fake {
     store: Arc<Mutex<Store>>,
     script: Arc<Mutex<Script>>,
-    /// Incremented at each change, and when every stream must end.
+    /// A counter that is incremented at each change of the store, and when every stream must end.
     pub(super) changed: watch::Sender<u64>,
     /// The number of the connection that this value serves.
     connection: u32,
@@ -48,31 +48,32 @@ pub(super) struct Script {
     pub(super) rng: fastrand::Rng,
     /// Percentage of exchanges with a fault.
     pub(super) faults: u8,
-    /// Number of further watches that are opened but send no message.
+    /// Number of further watch streams that are opened but send no message.
     pub(super) mute_watches: u32,
-    /// Number of further deletions that no watch sends.
+    /// Number of further delete events that are dropped and not sent on a watch.
     pub(super) lost_deletes: usize,
     /// Number of connections so far.
     pub(super) connections: u32,
-    /// The connections that carried reads of keys, and the connections that carried lease requests.
+    /// The numbers of the connections that carried reads of keys.
     pub(super) keys_over: BTreeSet<u32>,
+    /// The numbers of the connections that carried lease requests.
     pub(super) leases_over: BTreeSet<u32>,
-    /// A key that another server writes, with this lease, just before the next transaction.
+    /// A key and a lease. Just before the next transaction, another server writes the key under this lease.
     pub(super) usurped: Option<(Vec<u8>, i64)>,
     /// Number of further renewals with a response from an old raft term.
     pub(super) stale_renewals: u32,
     pub(super) users: Users,
-    /// Requests on connections up to this number get no response.
+    /// Requests on the connection with this number, and on all earlier connections, get no response.
     pub(super) frozen: u32,
     /// The member whose watches send no more messages.
     pub(super) mute: Option<&'static str>,
-    /// Number of further renewals without a response: their streams end.
+    /// Number of further renewals that get no response: their streams end.
     pub(super) closed_renewals: u32,
-    /// Number of requested watches.
+    /// Number of requested watch streams.
     pub(super) watches: u32,
     /// Number of open renewal streams.
     pub(super) renewing: u32,
-    /// Number of keys that were read one by one, with their values.
+    /// Number of reads of a single key with its value.
     pub(super) reads_of_values: u32,
     /// Number of requested list pages.
     pub(super) pages: u32,
@@ -82,12 +83,12 @@ pub(super) struct Script {
     pub(super) counts: BTreeMap<&'static str, u64>,
     /// Whether grants ignore the requested id and return another one, as kine does.
     pub(super) chooses_leases: bool,
-    /// The server numbers the watchers itself and ignores the requested numbers, as `etcd grpc-proxy` does.
+    /// Whether the server chooses the watch ids itself and ignores the requested ids, as `etcd grpc-proxy` does.
     pub(super) numbers_watchers: bool,
 }
 
 impl Script {
-    /// Draws whether the next exchange has a fault, and which of the `ways` it is.
+    /// Decides at random whether the next exchange has a fault. If so, returns which of the `ways` faults it is.
     pub(super) fn fault(&mut self, ways: u8) -> Option<u8> {
         (self.rng.u8(..100) < self.faults).then(|| self.rng.u8(..ways))
     }
@@ -130,8 +131,9 @@ impl Fake {
         self.script.lock().expect(BROKEN)
     }
 
-    /// Asserts a property of every request. A panic in the task of the server alone would only end a connection, and the library survives
-    /// that. The panic also poisons the script, so that the next access to the script fails the test.
+    /// Asserts a property that every request must have. A panic in the task of the server would only end a connection, and the library
+    /// recovers from that. So the assertion holds the lock of the script: the panic poisons the lock, and the next access to the script
+    /// fails the test.
     pub(super) fn insist(&self, holds: bool, what: &str) {
         let _poisoned = self.script();
         assert!(holds, "{what}");
@@ -152,7 +154,7 @@ impl Fake {
         store
     }
 
-    /// Ends every stream, like a member that restarts.
+    /// Ends every watch stream, like a member that restarts.
     pub(super) fn cut(&self) {
         self.store().epoch += 1;
         self.tell();
@@ -162,12 +164,12 @@ impl Fake {
         self.changed.send_modify(|count| *count += 1);
     }
 
-    /// Creates a client for this number of members.
+    /// Creates a client for a cluster with this number of members.
     pub(super) fn etcd(&self, members: usize) -> Etcd {
         self.etcd_at((0..members).map(|index| format!("member{index}:1")))
     }
 
-    /// Creates a client for members at the given addresses. Members with the host name `stranger` are not an etcd.
+    /// Creates a client for members at the given addresses. A member with the host name `stranger` is a server that is not an etcd.
     pub(super) fn etcd_at(&self, addresses: impl IntoIterator<Item = String>) -> Etcd {
         let addresses = addresses.into_iter();
         let addresses: Vec<Address> = addresses
@@ -181,7 +183,7 @@ impl Fake {
         )
     }
 
-    /// Connects in memory, so that paused time advances only while every task is idle.
+    /// Returns a function that opens channels. Their connections are in memory, so that paused time advances only while every task is idle.
     fn open(&self, addresses: Vec<Address>) -> OpenChannel {
         let fake = self.clone();
         Arc::new(move || {
@@ -223,8 +225,8 @@ impl Fake {
         ours
     }
 
-    /// Draws the fault of a request: an error, no response, a lost response after execution, or a delay. Returns whether the response is
-    /// lost.
+    /// Chooses the fault of a request at random: an error, no response, a response that is lost after the execution, or a delay. Returns
+    /// whether the response must be lost.
     async fn fate(&self) -> Result<bool, Status> {
         if self.connection <= self.script().frozen {
             tokio::time::sleep(NEVER).await;
@@ -268,8 +270,8 @@ impl Fake {
     }
 }
 
-/// Checks the metadata of every request: `hasleader`, with which a member without a leader rejects the request, and a deadline if the
-/// request is unary.
+/// Checks the metadata of a request. Every request must have `hasleader`, which makes a member without a leader reject it. Unary requests,
+/// and only these, must have a deadline.
 fn is_well_formed<T>(fake: &Fake, request: &Request<T>, unary: bool) {
     let asks = request.metadata().get("hasleader");
     let asks = asks.is_some_and(|asks| asks == "true");
@@ -284,7 +286,7 @@ fn range(store: &Store, request: &PbRangeRequest) -> Result<PbRangeResponse, Sta
         return Err(Status::out_of_range(text));
     }
     if request.revision > 0 && request.revision < store.revision {
-        // The script keeps no pages of an older revision.
+        // The scripted store keeps no older revisions of its keys, so every older revision counts as compacted.
         let text = "etcdserver: mvcc: required revision has been compacted";
         return Err(Status::out_of_range(text));
     }
@@ -522,7 +524,8 @@ impl PbLeaseService for Fake {
                     fake.script().closed_renewals -= 1;
                     break;
                 }
-                // A8: a leader that was frozen sends a response for a lease that the cluster has dropped, from an old raft term.
+                // A8: a leader that was frozen responds to a renewal of a lease that the cluster has removed. The response has an old raft
+                // term.
                 let lie = {
                     let mut script = fake.script();
                     let stale = script.stale_renewals > 0;
@@ -590,7 +593,7 @@ impl PbWatchService for Fake {
         request: Request<Streaming<PbWatchRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         is_well_formed(self, &request, false);
-        // A10 (a): etcd rejects an invalid token in a message of the stream.
+        // A10 (a): etcd rejects an invalid token with a message on the stream, not with a status.
         let refusal = self.admits(&request).err();
         self.script().watches += 1;
         if self.script().fault(4) == Some(0) {
@@ -612,7 +615,7 @@ impl PbWatchService for Fake {
     }
 }
 
-/// Longer than any timeout of the tests.
+/// A time that is longer than any timeout of the tests.
 const NEVER: Duration = Duration::from_secs(3_600);
 
 /// The panic message for a poisoned script or store.

@@ -1,4 +1,4 @@
-//! The cost of failing members, compared with `etcd-client` over the same endpoints.
+//! Measures what failing members cost this client, in comparison with `etcd-client` over the same endpoints.
 
 use std::time::Duration;
 
@@ -46,7 +46,7 @@ async fn connect(endpoints: Vec<String>) -> Etcd {
     connected.expect("etcd answers")
 }
 
-/// Reads one key repeatedly. Returns the number of failures, the slowest read, and the mean of the other reads.
+/// Reads one key repeatedly. Returns the number of failures, the duration of the slowest read, and the mean duration of the other reads.
 async fn ours(etcd: &Etcd, reads: u32) -> (u32, Duration, Duration) {
     let (mut failed, mut slowest, mut total) = (0, Duration::ZERO, Duration::ZERO);
     for _ in 0..reads {
@@ -59,7 +59,8 @@ async fn ours(etcd: &Etcd, reads: u32) -> (u32, Duration, Duration) {
     (failed, slowest, total.saturating_sub(slowest) / reads)
 }
 
-/// Reads one key concurrently over one `etcd-client` for all endpoints. Returns the number of failures and of timeouts.
+/// Reads one key with concurrent requests over one `etcd_client::Client` for all endpoints. Returns the number of failures and the number
+/// of timeouts.
 async fn stock(client: &etcd_client::Client, reads: u32) -> (u32, u32) {
     let mut tasks = JoinSet::new();
     for _ in 0..reads {
@@ -88,8 +89,9 @@ async fn reads(etcd: &Etcd, reads: usize) -> Vec<Duration> {
     took
 }
 
-/// Prints how many reads waited for a deadline of 2 s, how long the slowest took, and when the last of them was made. At most `few` reads
-/// may wait. The first read that is sent to the bad member is random: a single caller may avoid a member after one slow response.
+/// Prints how many reads waited for a deadline of 2 s, the index of the last of them, and the duration of the slowest read. At most `few`
+/// reads may wait, and each read must take less than `longest`. It is random which read is the first on the bad member. A single caller may
+/// avoid the member after one slow response.
 fn few_wait(what: &str, took: &[Duration], few: usize, longest: Duration) {
     let waits = |took: &&Duration| **took > Duration::from_millis(1_500);
     let waited = took.iter().filter(waits).count();
@@ -141,7 +143,7 @@ async fn one_frozen_or_dead_member_of_three_delays_one_read() {
     few_wait("the leader frozen", &took, 4, Duration::from_secs(12));
 }
 
-/// Opens a watch on a member for which `is_it` returns true.
+/// Opens a watch on a member for whose address `is_it` returns true.
 async fn watch_at(etcd: &Etcd, is_it: impl Fn(&str) -> bool) -> Watch {
     let start = Instant::now();
     loop {
@@ -153,7 +155,7 @@ async fn watch_at(etcd: &Etcd, is_it: impl Fn(&str) -> bool) -> Watch {
         }
         assert!(since(start) < Duration::from_secs(20), "unreachable");
         drop(watch);
-        // The next watch would share the stream otherwise.
+        // Otherwise the next watch would share this stream.
         super::rules::until(Duration::from_secs(2), "the stream is closed", || {
             etcd.watch_streams() == 0
         })
@@ -161,7 +163,7 @@ async fn watch_at(etcd: &Etcd, is_it: impl Fn(&str) -> bool) -> Watch {
     }
 }
 
-/// Returns the error that ends a watch.
+/// Waits until a watch ends, and returns its error.
 async fn end(watch: &mut Watch) -> EtcdError {
     loop {
         if let Err(error) = watch.message().await {
@@ -192,7 +194,7 @@ async fn a_watch_is_moved_from_a_member_that_freezes_or_loses_its_leader() {
         let error = end(&mut watch).await;
         println!("{fault}: the watch ended after {:?}: {error}", since(start));
         assert_eq!(error.endpoint(), address);
-        // 5 s of silence, and 3 s without an answer to the probe.
+        // The watch ends after 5 s of silence and 3 s without an answer to the probe.
         let bound = Duration::from_secs(12);
         assert!(since(start) < bound, "{:?}", since(start));
         etcd.record_watch_end(&watch, &error);
@@ -224,7 +226,7 @@ async fn a_watch_is_moved_from_a_member_that_freezes_or_loses_its_leader() {
     }
 }
 
-/// The client has three of the five members. One of these dies, and another one freezes.
+/// The client has three endpoints, in a cluster of five members. One of the three members dies, and another one of them freezes.
 #[tokio::test]
 async fn a_dead_and_a_frozen_member_cost_one_deadline_in_total() {
     let mut cluster = testing::Etcd::start_cluster(5).await.expect("etcd");
@@ -239,7 +241,7 @@ async fn a_dead_and_a_frozen_member_cost_one_deadline_in_total() {
 
     let (dead, frozen) = (0, 1);
     cluster.kill(dead).await.expect("killed");
-    // Four of five members have a leader, at once or after an election.
+    // The four remaining members have a leader, at once or after an election.
     leader(&cluster).await;
     let (failed, slowest, mean) = ours(&etcd, 300).await;
     let (refused, hung) = stock(&client, 300).await;
@@ -251,11 +253,11 @@ async fn a_dead_and_a_frozen_member_cost_one_deadline_in_total() {
     cluster.freeze(frozen).await.expect("frozen");
     let (failed, slowest, mean) = ours(&etcd, 20).await;
     assert_eq!(failed, 0);
-    // Two deadlines, and an election if the frozen member is the leader.
+    // The bound covers two deadlines, and an election if the frozen member is the leader.
     assert!(slowest < Duration::from_secs(12), "{slowest:?}");
     assert!(mean < Duration::from_millis(200), "{mean:?}");
-    // The failures that reads have recorded also apply to leases. If no read reached the frozen member, a renewal is the first request to
-    // do so.
+    // The failures that reads have recorded also apply to lease requests. If no read has reached the frozen member, the first renewal may
+    // reach it and fail.
     let start = Instant::now();
     if etcd.keep_alive(lease, 0, deadline).await.is_err() {
         etcd.keep_alive(lease, 0, deadline).await.expect("renewed");
@@ -270,7 +272,8 @@ async fn a_dead_and_a_frozen_member_cost_one_deadline_in_total() {
     assert!(mean < Duration::from_millis(200), "{mean:?}");
 }
 
-/// One address for several members, like a service in Kubernetes. A new connection is forwarded to the member that the test has set.
+/// Starts a proxy with one address for several members, like a service in Kubernetes, and returns the address. Each new connection is
+/// forwarded to the member that the test has set.
 async fn service(mut member: watch::Receiver<String>) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address").to_string();
@@ -301,7 +304,7 @@ async fn a_frozen_member_behind_a_load_balancer_is_replaced_by_a_new_connection(
         .expect("granted");
     cluster.freeze(frozen).await.expect("frozen");
     member.send_replace(cluster.endpoint(well));
-    // A check of the silent connection or two deadlines, and then a new connection.
+    // The read waits for a check of the silent connection or for two deadlines, and then for a new connection.
     let start = Instant::now();
     etcd.read(&Key::from("/a")).await.expect("read");
     assert!(since(start) < Duration::from_secs(10), "{:?}", since(start));

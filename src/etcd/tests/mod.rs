@@ -1,4 +1,4 @@
-//! The resolver and the registration with the real client and a scripted etcd, in paused time.
+//! Tests of the resolver and the registration, with the real client and a scripted etcd, in paused time.
 #![allow(
     clippy::print_stdout,
     reason = "seeds, and what members that fail cost"
@@ -34,7 +34,8 @@ const PREFIX: &str = "/gRPC/greeter/";
 const TTL: Duration = Duration::from_secs(6);
 const RECONCILE: Duration = Duration::from_secs(20);
 
-/// Returns the seeds to play: a few in the test suite, many in the soak test.
+/// Returns the seeds of the histories to play: 150 random ones by default, `TEST_SEEDS` random ones (many in the soak test), or only
+/// `TEST_SEED`.
 fn seeds() -> std::ops::Range<u64> {
     let number = |name: &str| {
         std::env::var(name)
@@ -53,8 +54,8 @@ struct World {
     resolver: Resolver,
     registration: Registration,
     lossy: bool,
-    /// An earlier state of the store. It is restored at most once: the client detects a restore by a lower raft term, and a second restore
-    /// has the same term.
+    /// An earlier state of the store. It is restored at most once. The client detects a restore by its lower raft term, and a second
+    /// restore would have the same term as the first.
     backup: RefCell<Backup>,
 }
 
@@ -92,7 +93,7 @@ impl World {
         }
     }
 
-    /// Plays one event that operators, other servers or etcd itself may cause.
+    /// Plays one random event, as operators, other servers or etcd itself may cause it.
     fn happen(&self) {
         let change = |rng: &mut fastrand::Rng| {
             let key = format!("{PREFIX}{}", rng.u8(..12)).into_bytes();
@@ -102,7 +103,7 @@ impl World {
         let mut script = self.fake.script();
         let rng = &mut script.rng;
         let kind = rng.u8(..60);
-        // One change, one transaction with many changes, or many transactions.
+        // One change, one transaction with 20 changes, or 20 transactions with one change each.
         let (transactions, size) = match rng.u8(..4) {
             0 => (1, 20),
             1 => (20, 1),
@@ -116,7 +117,7 @@ impl World {
         match kind {
             0 => store.wipe(),
             1 => {
-                // Other writes raise the new revision above the old one before any client reconnects.
+                // The store is wiped, and other writes then raise its revision above the old one before any client reconnects.
                 let revision = store.revision;
                 store.wipe();
                 store.revision = revision + 50;
@@ -158,7 +159,7 @@ impl World {
             .resolver
             .instances()
             .iter()
-            // The keys of held instances are deleted. The tests of the hold cover how long they are held.
+            // Held instances have no key in the store. Other tests check how long instances are held.
             .filter(|i| !i.is_last_resort())
             .map(|i| i.address().to_string())
             .collect();
@@ -182,9 +183,9 @@ impl World {
     }
 }
 
-/// Plays one history.
+/// Plays one history of random events and faults, and checks the final state.
 async fn play(seed: u64) {
-    // Jitter, lease ids and members are drawn on this thread.
+    // Jitter, lease ids and the choice of members use the random number generator of this thread.
     fastrand::seed(seed);
     let lossy = seed.is_multiple_of(4);
     let world = World::new(seed, lossy).await;
@@ -196,8 +197,8 @@ async fn play(seed: u64) {
     }
     world.fake.script().faults = 0;
     world.fake.script().lost_deletes = 0;
-    // The bound covers a watchdog, a list after a backoff, and a new lease. In a lossy world, it also covers the reconciliations that find
-    // the lost deletions.
+    // The bound covers the time until a silent watch is detected, a list after a backoff, and a new lease. In a lossy world, it also covers
+    // the reconciliations that find the lost deletions.
     let bound = Duration::from_secs(30) + RECONCILE * 2 * u32::from(lossy);
     let right = world.becomes_right(bound).await;
     assert!(
@@ -324,7 +325,7 @@ async fn one_wrong_endpoint_among_good_ones_causes_no_failure() {
         let range = Range::prefix(PREFIX);
         let mut watch = etcd.watch(&range, None).await.expect("a watch");
         assert!(watch.message().await.expect("a message").created);
-        // The wait lets the penalty of the wrong endpoint expire from time to time.
+        // The wait is long enough that, from time to time, the client no longer avoids the wrong endpoint and tries it again.
         sleep(Duration::from_secs(20)).await;
     }
 }

@@ -1,4 +1,4 @@
-//! Expired tokens, changed passwords, and their cost for the server, which hashes a password for each token.
+//! Tests of expired tokens and changed passwords, and of the load that they cause on the server, which hashes a password for each token.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -60,7 +60,8 @@ async fn many_rejected_requests_fetch_one_token() {
     assert_eq!(fake.script().users.authentications, 2);
 }
 
-/// The other members accept the token a moment later, when the cluster's log has reached them.
+/// Only the member that issued a token accepts it at once. The other members accept it a moment later, when the cluster's log has reached
+/// them.
 #[tokio::test(start_paused = true)]
 async fn a_new_token_is_used_at_the_member_that_issued_it() {
     let (fake, _) = protected();
@@ -74,7 +75,7 @@ async fn a_new_token_is_used_at_the_member_that_issued_it() {
     }
 }
 
-/// After a change of the store's users, all clients renew their tokens at once.
+/// After a change of the store's users, etcd rejects the tokens of all clients at the same time.
 #[tokio::test(start_paused = true)]
 async fn clients_rejected_at_the_same_time_spread_their_token_requests() {
     const CLIENTS: u32 = 40;
@@ -107,7 +108,8 @@ async fn clients_rejected_at_the_same_time_spread_their_token_requests() {
     assert!(most <= CLIENTS / 2, "{most} of {CLIENTS} within 20 ms");
 }
 
-/// etcd continues to hash for callers that have timed out. A client that abandoned its requests would never get a token.
+/// etcd continues to hash a password after the caller has timed out. A client that abandoned each request and sent a new one would never
+/// get a token.
 #[tokio::test(start_paused = true)]
 async fn a_server_that_is_busy_hashing_passwords_gets_few_requests() {
     let (fake, etcd) = protected();
@@ -120,13 +122,13 @@ async fn a_server_that_is_busy_hashing_passwords_gets_few_requests() {
         sleep(Duration::from_millis(100)).await;
     }
     let took = Instant::now().saturating_duration_since(start);
-    // A hash takes 60 s.
+    // The overloaded server takes 60 s for a hash.
     assert!(took < Duration::from_secs(65), "{took:?}");
     let asked = fake.script().users.authentications - 1;
     assert!((1..=3).contains(&asked), "{asked} exchanges");
 }
 
-/// etcd rejects a token in the first message of a watch. Older servers use the text for a missing permission.
+/// etcd rejects an invalid token in the first message of a watch. Older servers report it with the text for a missing permission.
 #[tokio::test(start_paused = true)]
 async fn a_rejected_watch_continues_with_a_new_token() {
     let (fake, etcd) = protected();
@@ -163,7 +165,7 @@ async fn a_changed_password_is_reported_and_retried_slowly() {
     let before = fake.script().users.authentications;
     sleep(Duration::from_secs(600)).await;
     let asked = fake.script().users.authentications - before;
-    // One attempt every 15 to 30 s.
+    // The client makes one attempt every 15 to 30 s.
     assert!(
         (10..=42).contains(&asked),
         "{asked} exchanges in ten minutes"
@@ -183,8 +185,8 @@ async fn a_client_without_permission_retries_slowly_until_it_has_permission() {
     sleep(Duration::from_secs(600)).await;
     let error = resolver.status().last_error.expect("an error");
     assert_eq!(error.kind(), EtcdErrorKind::PermissionDenied);
-    // One list every 15 to 30 s. A new token is fetched only when the previous one may have expired, because older servers report an
-    // expired token with the same text.
+    // The client requests one list every 15 to 30 s. Older servers report an expired token with the text for a missing permission, so the
+    // client fetches a new token, but only when the previous one may have expired.
     let asked = fake.script().users.authentications;
     assert!((2..=4).contains(&asked), "{asked} exchanges in ten minutes");
     let pages = fake.script().pages;
@@ -194,7 +196,7 @@ async fn a_client_without_permission_retries_slowly_until_it_has_permission() {
     ready.expect("the user has permission");
 }
 
-/// The token that is finally rejected may be newer than the token that lacked the permission.
+/// etcd may report the missing permission for one token and later reject another one: the client may have fetched a newer token in between.
 #[tokio::test(start_paused = true)]
 async fn a_permission_that_is_revoked_and_restored_is_found_with_a_new_token() {
     let (fake, etcd) = protected();
@@ -211,7 +213,7 @@ async fn a_permission_that_is_revoked_and_restored_is_found_with_a_new_token() {
     assert!(arrives(&fake, &resolver, Duration::from_secs(40)).await);
 }
 
-/// Older servers renew leases with any token: only the reads of the key and the watch on it fail.
+/// Older servers renew leases whatever the token is, so only the reads of the key and the watch on it fail.
 #[tokio::test(start_paused = true)]
 async fn a_registration_with_a_changed_password_retries_slowly() {
     let (fake, etcd) = protected();
@@ -236,7 +238,7 @@ async fn a_registration_with_a_changed_password_retries_slowly() {
         let asked = fake.script().users.authentications - before;
         let watches = fake.script().watches - watches;
         assert!(watches <= 50, "{watches} watches in ten minutes");
-        // At most two attempts per TTL for requests on the key, and one every 15 s for the watch.
+        // The registration makes at most two attempts per TTL for requests on the key, and one every 15 s for the watch.
         let most = if renewals_are_checked { 160 } else { 130 };
         assert!(
             (20..most).contains(&asked),
@@ -253,21 +255,21 @@ async fn a_registration_with_a_changed_password_retries_slowly() {
     registration.deregister().await.expect("no error");
 }
 
-/// The watch on the key renews the token itself and does not wait for the reads to do so.
+/// The watch on the key renews the token itself, and does not wait until a read renews it.
 #[tokio::test(start_paused = true)]
 async fn a_rejected_watch_of_a_registration_continues_with_a_new_token() {
     let (fake, etcd) = protected();
     let keyspace = Keyspace::new("/gRPC/");
     let policy = AddressPolicy::default();
     let registration = RegistrationBuilder::service(etcd, policy, keyspace, "greeter");
-    // With this TTL, the registration reads its key only at its renewals, every 20 s.
+    // With this TTL, the registration renews its lease only every 20 s. It reads its key only then.
     let ttl = Duration::from_secs(60);
     let registration = registration.address("127.0.0.1:1").ttl(ttl);
     let registration = registration.register().await.expect("no error");
     sleep(Duration::from_secs(1)).await;
     fake.script().users.token += 1;
     fake.cut();
-    // The first two waits of the backoff, one second each, and the time for the password hash.
+    // The time covers the first two waits of the backoff, of up to 1 s and 2 s, and the password hash.
     sleep(Duration::from_secs(4)).await;
     let key = format!("{PREFIX}127.0.0.1:1").into_bytes();
     fake.store().apply(vec![(key.clone(), None)]);
@@ -282,8 +284,8 @@ async fn a_rejected_watch_of_a_registration_continues_with_a_new_token() {
     registration.deregister().await.expect("no error");
 }
 
-/// A registration on its own thread must work while the other runtime is busy, so it must not wait for an exchange that the other runtime
-/// has started.
+/// A registration on its own thread must work while the application's runtime is busy. So it must not wait for an exchange that the
+/// application's runtime has started.
 #[tokio::test(start_paused = true)]
 async fn a_detached_client_fetches_its_own_token() {
     let (fake, etcd) = protected();

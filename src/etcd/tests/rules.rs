@@ -1,4 +1,4 @@
-//! Single rules that a random history may not exercise.
+//! Tests of single rules that a random history may not exercise.
 
 use std::io::ErrorKind;
 use std::time::Duration;
@@ -41,7 +41,7 @@ fn lease(fake: &Fake) -> i64 {
     store.keys.get(&own_key()).map_or(0, |kv| kv.lease)
 }
 
-/// Waits until the condition holds, and returns the time that it took.
+/// Waits until the condition holds, and returns how long that took. Fails the test if it takes longer than `bound`.
 pub(super) async fn until(bound: Duration, what: &str, condition: impl Fn() -> bool) -> Duration {
     let start = Instant::now();
     while !condition() {
@@ -97,7 +97,7 @@ async fn a_renewal_from_an_old_raft_term_is_retried_at_another_member() {
     }
 }
 
-/// The raft terms of a restored store restart, and its leases remain valid.
+/// The raft terms of a restored store start again, and the leases in its backup remain valid.
 #[tokio::test(start_paused = true)]
 async fn a_store_that_was_restored_keeps_its_registrations() {
     let fake = Fake::new(1, 0);
@@ -119,7 +119,7 @@ async fn a_store_that_was_restored_keeps_its_registrations() {
     let kv = fake.store().keys[&own_key()].clone();
     let value = String::from_utf8(kv.value).expect("text");
     assert!(value.contains("\"weight\":9"), "{value}");
-    // The registration must also detect a deletion of its key.
+    // After the restore, the registration must still detect that its key is deleted.
     fake.store().apply(vec![(own_key(), None)]);
     fake.tell();
     until(TTL, "the key is restored", || lease(&fake) == before).await;
@@ -194,7 +194,7 @@ async fn no_key_is_written_if_the_store_ignores_the_requested_lease_id() {
     assert!(fake.store().keys.is_empty(), "no key is written");
 }
 
-/// Watches share a stream, and each receives its own events, whether the server uses the requested watch ids or its own.
+/// Watches that share a stream receive only their own events, whether the server uses the requested watch ids or its own.
 #[tokio::test(start_paused = true)]
 async fn watches_on_one_stream_receive_their_own_events() {
     for numbers_watchers in [false, true] {
@@ -236,8 +236,8 @@ async fn watches_on_one_stream_receive_their_own_events() {
     }
 }
 
-/// Behind the single address of a load balancer, the frozen connection must be replaced. The client replaces it after two requests without
-/// a response.
+/// The client has a single address, as behind a load balancer, so a renewal can succeed only on a new connection. The client replaces the
+/// frozen connection after two requests without a response.
 #[tokio::test(start_paused = true)]
 async fn constant_weight_changes_do_not_delay_a_renewal_past_its_deadline() {
     let fake = Fake::new(1, 0);
@@ -308,15 +308,16 @@ async fn a_resolver_moves_from_a_member_whose_watch_is_silent() {
         let key = format!("{PREFIX}1").into_bytes();
         fake.store().apply(vec![(key, Some((change, 0)))]);
         fake.tell();
-        // The bound allows 2 s for the first message, and a backoff. A second watch on the mute member would take another 2 s.
+        // The bound covers the 2 s in which the first watch waits for its first message, and a backoff. It does not cover a second watch on
+        // the mute member, which would take another 2 s.
         let bound = Duration::from_millis(3_500);
         let known = || resolver.instances().len() == 2;
         until(bound, "the change is applied", known).await;
     }
 }
 
-/// The watch detects the silence after 8 s and waits at most one second. A new watch on the same member would take 2 s more, because that
-/// member does not create it.
+/// The registration detects the silence of its watch after 8 s, and waits at most one second before it opens a new watch. On the same
+/// member, the new watch would take 2 s more, because that member does not create it.
 #[tokio::test(start_paused = true)]
 async fn a_registration_moves_from_a_member_whose_watch_becomes_silent() {
     for seed in 0..20 {
@@ -334,7 +335,7 @@ async fn a_registration_moves_from_a_member_whose_watch_becomes_silent() {
     }
 }
 
-/// A member may renew leases but not answer watches. The registrations of a fleet must not all retry their watches every second.
+/// A member may renew leases but not serve watches. The registrations of a fleet must then not retry their watches every second.
 #[tokio::test(start_paused = true)]
 async fn a_key_watch_that_cannot_be_opened_is_retried_slowly() {
     let fake = Fake::new(1, 0);
@@ -348,7 +349,7 @@ async fn a_key_watch_that_cannot_be_opened_is_retried_slowly() {
     assert!(registered.state().is_registered());
 }
 
-/// A consumer that polls the stream rarely receives only the last change of an address.
+/// If a consumer polls the stream only from time to time, it receives only the last change of each address.
 #[tokio::test(start_paused = true)]
 async fn repeated_changes_of_an_address_are_merged() {
     let fake = Fake::new(1, 0);
@@ -377,7 +378,7 @@ async fn repeated_changes_of_an_address_are_merged() {
     assert!(more.is_err(), "{more:?}");
 }
 
-/// 400 values take 24 MB, which exceeds the limit of one message.
+/// A page of 400 values takes 24 MB, which exceeds the limit for one message.
 #[tokio::test(start_paused = true)]
 async fn a_page_larger_than_sixteen_mib_is_rejected() {
     let fake = Fake::new(1, 0);
@@ -403,7 +404,7 @@ async fn a_page_larger_than_sixteen_mib_is_rejected() {
     );
 }
 
-/// The number of services exceeds the limit for one etcd transaction.
+/// The registration has more keys than one transaction of etcd can write.
 #[tokio::test(start_paused = true)]
 async fn every_key_is_marked_as_leaving_before_its_deletion() {
     let fake = Fake::new(1, 0);
@@ -426,7 +427,7 @@ async fn every_key_is_marked_as_leaving_before_its_deletion() {
     assert_eq!(goodbyes(&fake), 151);
 }
 
-/// The key of an endpoint that refuses connections may be deleted, so the channel makes the resolver read the key.
+/// If an endpoint refuses connections, its key may already be deleted. So the channel makes the resolver read the key.
 #[tokio::test(start_paused = true)]
 async fn a_refused_connection_makes_the_resolver_read_the_key() {
     let fake = Fake::new(1, 0);
@@ -436,7 +437,7 @@ async fn a_refused_connection_makes_the_resolver_read_the_key() {
     let key = format!("{PREFIX}1").into_bytes();
     fake.store().apply(vec![(key, Some((refusing, 0)))]);
     let resolver = ResolverBuilder::service(fake.etcd(1), &keyspace, "greeter", policy);
-    // The connector refuses the connection itself: paused time would not wait for the kernel to refuse it.
+    // The connector itself refuses the connection. In paused time, the test would not wait until the kernel refuses it.
     let refused =
         |_| std::future::ready(Err::<DuplexStream, _>(ErrorKind::ConnectionRefused.into()));
     let channel = BalancedChannel::builder()

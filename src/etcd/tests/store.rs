@@ -1,4 +1,4 @@
-//! The store of the scripted etcd: keys with their history, leases, terms.
+//! The store of the scripted etcd: the keys with their history, the leases, and the raft term.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
@@ -13,7 +13,7 @@ pub(super) type Change = (Vec<u8>, Option<(Vec<u8>, i64)>);
 pub(super) struct Store {
     pub(super) revision: i64,
     pub(super) term: u64,
-    /// Number of restarts.
+    /// Number of restarts so far. Watch streams end when it changes.
     pub(super) epoch: u64,
     pub(super) keys: BTreeMap<Vec<u8>, PbKeyValue>,
     pub(super) history: Vec<(i64, Vec<PbEvent>)>,
@@ -39,7 +39,7 @@ impl Store {
         }
     }
 
-    /// Applies one transaction of puts (with a value and a lease) and deletes.
+    /// Applies puts (with a value and a lease) and deletes as one transaction.
     pub(super) fn apply(&mut self, changes: Vec<Change>) {
         let revision = self.revision + 1;
         let mut events = Vec::new();
@@ -80,7 +80,7 @@ impl Store {
         let dead = |kv: &PbKeyValue| kv.lease != 0 && !self.leases.contains_key(&kv.lease);
         let dead = self.keys.values().filter(|kv| dead(kv));
         let dead: Vec<_> = dead.map(|kv| kv.key.clone()).collect();
-        // Each key is deleted in a change of its own, as in etcd.
+        // Each key is deleted at a revision of its own.
         for key in dead {
             self.apply(vec![(key, None)]);
         }
@@ -92,7 +92,8 @@ impl Store {
             .retain(|(revision, _)| *revision >= self.revision);
     }
 
-    /// A3: loses all data, like a member that restarts with the same flags and without its data. The cluster id and the term stay the same.
+    /// A3: loses all data, like a member that restarts with the same flags and without its data. The cluster id stays the same, and the
+    /// revision and the raft term start again.
     pub(super) fn wipe(&mut self) {
         *self = Self {
             epoch: self.epoch + 1,
@@ -100,7 +101,7 @@ impl Store {
         };
     }
 
-    /// Restores a backup, like a member that starts from a backup: leases get their full time again, and raft terms restart.
+    /// Restores a backup, like a member that starts from a backup: leases get their full time again, and raft terms start again.
     pub(super) fn restore(&mut self, backup: &Self, now: Instant) {
         let epoch = self.epoch + 1;
         *self = Self {

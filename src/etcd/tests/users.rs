@@ -1,4 +1,4 @@
-//! The single user of the scripted etcd: its password, tokens that expire, and rejected requests.
+//! The single user of the scripted etcd: the password, the valid token, and the rejection of requests.
 
 use std::convert::Infallible;
 use std::future::{Ready, ready};
@@ -22,9 +22,9 @@ use crate::etcd::token_cell::Credentials;
 #[derive(Debug, Default)]
 pub(super) struct Users {
     pub(super) password: Option<String>,
-    /// The number of the valid token.
+    /// The number of the valid token. A test increments it to invalidate the earlier tokens.
     pub(super) token: u32,
-    /// A10 (a): the error for an invalid token. Older servers return "permission denied".
+    /// A10 (a): the error text for an invalid token, if not the default. Older servers return "permission denied".
     pub(super) refusal: Option<&'static str>,
     /// Whether all requests of the user are forbidden.
     pub(super) denied: bool,
@@ -34,9 +34,9 @@ pub(super) struct Users {
     pub(super) overloaded: bool,
     /// Number of requested exchanges of a password for a token.
     pub(super) authentications: u32,
-    /// The time for which only the issuing member accepts a new token.
+    /// How long only the issuing member accepts a new token.
     pub(super) lag: Duration,
-    /// The member that issued the last token, and the time.
+    /// The member that issued the last token, and the time at which it did so.
     issued: Option<(Arc<str>, Instant)>,
 }
 
@@ -60,7 +60,7 @@ impl Users {
 }
 
 impl Fake {
-    /// Checks the token of a request, if the request requires one.
+    /// Checks the token of a request. If authentication is disabled, accepts every request.
     pub(super) fn admits<T>(&self, request: &Request<T>) -> Result<(), Status> {
         let script = self.script();
         let users = &script.users;
@@ -81,7 +81,7 @@ impl Fake {
     }
 }
 
-/// The service that exchanges passwords for tokens. It has no other methods, because their message types are not available.
+/// The service that exchanges passwords for tokens. Its other methods are missing, because their message types are not available.
 #[derive(Clone)]
 pub(super) struct Authenticate(pub(super) Fake);
 

@@ -14,11 +14,11 @@ struct Watcher {
     next: i64,
     start: Vec<u8>,
     end: Vec<u8>,
-    /// Whether the watcher is a probe: both kinds of events are filtered out.
+    /// Whether the watcher is a probe, which receives neither puts nor deletes.
     deaf: bool,
 }
 
-/// Whether the stream stays open.
+/// `Ok` if the stream stays open, `Err` if it ends.
 type Alive = Result<(), ()>;
 
 struct Stream {
@@ -28,7 +28,7 @@ struct Stream {
     ids: i64,
     /// Whether the stream stays open but sends no more messages.
     silent: bool,
-    /// The reason for which every watcher is rejected.
+    /// If set, every watcher is rejected with this reason.
     refusal: Option<Status>,
 }
 
@@ -85,7 +85,7 @@ impl Stream {
 
     fn message(&self, watch_id: i64) -> PbWatchResponse {
         PbWatchResponse {
-            // A2 (a): the revision in the header runs ahead of the events.
+            // A2 (a): the revision in the header may be higher than the revisions of the events.
             header: Some(self.header()),
             watch_id,
             ..PbWatchResponse::default()
@@ -164,8 +164,8 @@ impl Stream {
         }
     }
 
-    /// A2 (d): a compaction has passed the events that a watcher still needs. The watcher is cancelled after its creation has succeeded,
-    /// and the header has no revision.
+    /// A2 (d): cancels a watcher, because the events that it still needs are compacted. The creation of the watcher has succeeded before,
+    /// and the header of the cancellation has no revision.
     async fn overtaken(&mut self, id: i64, compacted: i64) -> Alive {
         self.watchers.retain(|watcher| watcher.id != id);
         let cancelled = PbWatchResponse {
@@ -177,7 +177,7 @@ impl Stream {
         self.send(cancelled).await
     }
 
-    /// Sends the outstanding events to every watcher, in one of the ways that real servers have shown.
+    /// Sends the outstanding events to every watcher, possibly with one of the faults that real servers have shown.
     async fn catch_up(&mut self) -> Alive {
         let ids: Vec<_> = self.watchers.iter().map(|watcher| watcher.id).collect();
         for id in ids {
@@ -196,7 +196,7 @@ impl Stream {
                 self.overtaken(id, compacted).await?;
                 continue;
             }
-            // A3: the revision of a wiped store is below that of the watch, which then receives nothing.
+            // A3: a wiped store has a lower revision than the watcher waits for. The watcher then receives nothing.
             if deaf || reached < next {
                 continue;
             }
@@ -210,7 +210,7 @@ impl Stream {
         Ok(())
     }
 
-    /// B6: real servers have lost deletions.
+    /// B6: real servers have lost deletions. Removes the events that the script loses.
     fn without_lost(&self, mut events: Vec<PbEvent>) -> Vec<PbEvent> {
         let mut script = self.fake.script();
         events.retain(|event| {
@@ -221,7 +221,7 @@ impl Stream {
         events
     }
 
-    /// Draws a fault that precedes the events or replaces them.
+    /// Chooses at random a fault that precedes the events or replaces them.
     async fn disturb(&mut self, id: i64, stale: Vec<PbEvent>) -> Alive {
         let fault = self.fake.script().fault(9);
         match fault {
@@ -270,8 +270,7 @@ impl Stream {
         Ok(())
     }
 
-    /// Sends the events in messages that are cut at random: a revision may be split into fragments, and the stream may end after each
-    /// message.
+    /// Sends the events in messages of random length. A revision may be split into fragments, and the stream may end after each message.
     async fn batches(&mut self, id: i64, events: Vec<PbEvent>) -> Alive {
         let mut events = events.as_slice();
         while !events.is_empty() {

@@ -26,15 +26,16 @@ impl RegistrationBuilder {
         self.accepted(address)
     }
 
-    /// Returns the local address of the route to etcd. Clients that reach the same etcd can most likely reach the server at this address.
+    /// Returns the local address from which the kernel would send to etcd, with the port of the listener. Clients that reach the same etcd
+    /// can most likely reach the server at this address.
     async fn routed(&self, bound: SocketAddr) -> Result<Address, AddressError> {
         // An external client does not expose the addresses of etcd. The address of the default route is then the best guess.
         let endpoints = self.etcd.endpoints();
         for target in &endpoints {
             if let Some(ip) = local_ip(target, bound.ip()).await {
                 if ip.is_loopback() {
-                    // If each host runs an etcd proxy, all servers of a fleet with the same port advertise the same loopback address, and
-                    // overwrite each other's key.
+                    // If each host runs an etcd proxy, all servers of a fleet that listen on the same port would advertise the same
+                    // loopback address, and overwrite each other's key.
                     tracing::warn!(
                         %ip,
                         "etcd is on this host, so the registration advertises a loopback address, which no other host can reach; set the host or the address, for example from POD_IP"
@@ -61,14 +62,15 @@ impl RegistrationBuilder {
     }
 }
 
-/// Returns the local address from which the kernel would send to `target`. Connecting a UDP socket sends no packet.
+/// Returns the local address from which the kernel would send to `target`. To find it, a UDP socket is connected, which sends no packet.
 async fn local_ip(target: &str, bound: IpAddr) -> Option<IpAddr> {
     let targets = tokio::time::timeout(LOOKUP, tokio::net::lookup_host(target));
     let targets = targets.await.ok()?.ok()?;
     for target in targets {
         let any: SocketAddr = match target {
             SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
-            // A socket bound to 0.0.0.0 does not accept IPv6. A socket bound to [::] accepts IPv4 and IPv6.
+            // A listener on 0.0.0.0 does not accept IPv6, so an IPv6 address cannot be advertised. A listener on [::] accepts IPv4 and
+            // IPv6.
             SocketAddr::V6(_) if bound.is_ipv4() => continue,
             SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
         };

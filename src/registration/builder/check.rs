@@ -30,7 +30,7 @@ impl RegistrationBuilder {
         self.entry(address).map(drop)
     }
 
-    /// Rejects the options that would have no effect, because no server of this library runs.
+    /// Rejects the options of a server that registers itself. Without such a server, they would have no effect.
     pub(super) fn check_without_server(&self) -> Result<(), RegisterError> {
         self.serve.first_set().map_or(Ok(()), |option| {
             Err(self.invalid(format!(
@@ -197,7 +197,7 @@ impl RegistrationBuilder {
                 "the format {format:?} has no room for an instance id: the address stands in its place"
             ));
         }
-        // A resolver finds only keys below the prefix.
+        // A resolver finds only keys below the prefix of the service.
         let prefix = format.service_prefix(keyspace.given(), service);
         if !key.starts_with(&prefix) || key.ends_with('/') {
             return Err(format!(
@@ -224,12 +224,13 @@ fn whole_seconds(ttl: Duration) -> Duration {
     Duration::from_secs(ttl.as_secs() + u64::from(ttl.subsec_nanos() > 0))
 }
 
-/// The smallest TTL that etcd grants with its default election timeout (measured on 3.4.23).
+/// Minimum TTL: the smallest one that etcd grants with its default election timeout (measured on 3.4.23).
 const MIN_TTL: Duration = Duration::from_secs(2);
-/// The largest TTL. A larger value is most likely a mistake in the unit.
+/// Maximum TTL. A larger value is most likely a mistake in the unit.
 const MAX_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// The limit on an exact key, in bytes. Readers ignore keys longer than 64 KiB. The lower limit rejects keys that are this long by mistake.
+/// Maximum length of an exact key, in bytes. Readers reject keys longer than 64 KiB. This limit is lower, because a key of more than 4 KiB
+/// is most likely a mistake.
 const MAX_KEY: usize = 4_096;
 
 #[cfg(test)]

@@ -58,7 +58,8 @@ pub(super) struct Attributes {
 }
 
 impl Clone for RegistrationBuilder {
-    /// Copies the options. The copy has its own senders, because a watch of shared senders would mix the states of two registrations.
+    /// Copies the options. The copy has its own `watch` senders, because a receiver of a shared sender would see a mixture of the states of
+    /// two registrations.
     fn clone(&self) -> Self {
         Self {
             etcd: self.etcd.clone(),
@@ -130,7 +131,7 @@ impl RegistrationBuilder {
     /// Registers the server for one more service, with the same address, id, attributes and lease. Call this function once for each
     /// service.
     ///
-    /// A server with many services then needs one lease and one renewal. Changes of the registration apply to all of its services;
+    /// A server with many services then needs only one lease and one renewal. Changes of the registration apply to all of its services;
     /// [`Registration::deregister_service`] removes a single one. A registration at an exact key cannot have additional services.
     ///
     /// ```no_run
@@ -150,8 +151,8 @@ impl RegistrationBuilder {
         self
     }
 
-    /// Sets whether the registration runs on its own thread, with its own connections. The lease is then renewed even while calls occupy
-    /// every thread of the runtime for longer than the TTL. Disabled by default. A client passed to
+    /// Sets whether the registration runs on its own thread, with its own connections. The lease is then renewed even if calls occupy every
+    /// thread of the application's runtime for longer than the TTL. Disabled by default. A client passed to
     /// [`Registry::from_client`](crate::Registry::from_client) keeps its connections on the runtime that created them.
     pub fn dedicated_thread(mut self, dedicated_thread: bool) -> Self {
         self.dedicated_thread = dedicated_thread;
@@ -167,7 +168,7 @@ impl RegistrationBuilder {
         self
     }
 
-    /// Sets the host that clients dial. The port is the port of the listener. By default the host is also taken from the listener.
+    /// Sets the host that clients dial. The port is the port of the listener. By default, the host is the host of the listener's address.
     pub fn host(mut self, host: impl Into<String>) -> Self {
         self.host = Some(host.into());
         self
@@ -214,9 +215,10 @@ impl RegistrationBuilder {
         self
     }
 
-    /// Sets the time to live of the lease: how long etcd keeps the entry of a server that has died. The minimum is 2 s, the minimum of etcd
-    /// with its default settings. Fractions of a second are rounded up. The default is 15 s. The lease is renewed after a third of the TTL
-    /// that etcd grants. The entry can remain for longer, because the TTL of every lease restarts when etcd elects a leader.
+    /// Sets the time to live of the lease: how long etcd keeps the entry of a server that has died. The TTL must be from 2 s to 1 day; 2 s
+    /// is the minimum of etcd with its default settings. Fractions of a second are rounded up. The default is 15 s. The lease is renewed
+    /// after a third of the TTL that etcd grants. The entry of a dead server can remain for longer than the TTL, because the TTL of every
+    /// lease restarts when etcd elects a leader.
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.ttl = ttl;
         self
@@ -243,14 +245,14 @@ impl RegistrationBuilder {
         self
     }
 
-    /// Returns a watch of the state of the registration. The watch is valid before the registration starts: create it before you pass the
+    /// Returns a receiver for the state of the registration. It is valid before the registration starts: create it before you pass the
     /// builder to a server.
     #[must_use]
     pub fn watch_state(&self) -> watch::Receiver<RegistrationState> {
         self.states.subscribe()
     }
 
-    /// Registers the server and keeps it registered until [`Registration::deregister`].
+    /// Registers the server. It stays registered until [`Registration::deregister`] is called, or the [`Registration`] is dropped.
     ///
     /// Returns once the key is in etcd. An old entry under the same key, for example of a crashed server, is overwritten.
     ///
@@ -262,7 +264,7 @@ impl RegistrationBuilder {
     ///
     /// # Cancel safety
     ///
-    /// If the future is dropped, everything that it has written is removed in the background.
+    /// If the future is dropped, everything that it has written to etcd is removed in the background.
     ///
     /// # Panics
     ///
@@ -281,7 +283,7 @@ impl RegistrationBuilder {
         Ok(registration)
     }
 
-    /// Starts the registration of a server that listens on `bound`.
+    /// Starts the registration. `bound` is the address of the listener, if the server registers itself.
     pub(crate) async fn start(
         self,
         bound: Option<SocketAddr>,

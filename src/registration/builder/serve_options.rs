@@ -11,16 +11,17 @@ use crate::registration::serve_options::Health;
 use crate::registration::serve_options::ServerState;
 
 impl RegistrationBuilder {
-    /// Sets how long a server accepts connections after it was deregistered. During this grace period, every client receives the change
-    /// from etcd. The default is 1 s, many times the delay of a watch event. [`register`](Self::register) rejects
-    /// this option.
+    /// Sets how long a server continues to accept connections after its entry was removed from etcd. During this grace period, every client
+    /// receives the removal from etcd. The default is 1 s, many times the delay of a watch event. [`register`](Self::register) rejects this
+    /// option.
     pub fn grace_period(mut self, grace: Duration) -> Self {
         self.serve.grace_period = Some(grace);
         self
     }
 
-    /// Sets how long calls in flight may take after the listener was closed. The remaining connections are then cut. The default is 20 s:
-    /// together with 5 s for a deregistration and 1 s of grace, the shutdown stays below the 30 s that Kubernetes grants a pod. [`register`](Self::register) rejects this option.
+    /// Sets how long calls in flight may take after the listener was closed. When this time is over, the remaining connections are cut. The
+    /// default is 20 s: together with 5 s for a deregistration and 1 s of grace, the shutdown stays below the 30 s that Kubernetes grants a
+    /// pod. [`register`](Self::register) rejects this option.
     pub fn drain_timeout(mut self, timeout: Duration) -> Self {
         self.serve.drain_timeout = Some(timeout);
         self
@@ -49,8 +50,8 @@ impl RegistrationBuilder {
         RegistrationHandle::new(self.serve.started.subscribe())
     }
 
-    /// Returns a watch of the state of a server that registers itself ([`ServeRegistered`](crate::ServeRegistered)). With the watch, a
-    /// handler of an endless stream can end the stream at the shutdown. The last state contains the number of cut connections.
+    /// Returns a receiver for the state of a server that registers itself ([`ServeRegistered`](crate::ServeRegistered)). A handler of an
+    /// endless stream can use it to end the stream at the shutdown. The last state contains the number of cut connections.
     ///
     /// ```no_run
     /// # fn run(registry: &tonic_etcd::Registry) {
@@ -92,8 +93,8 @@ impl RegistrationBuilder {
     /// # }
     /// ```
     ///
-    /// The router must not have its own health service: tonic panics if one is added twice. The layers of the server also apply to this
-    /// service.
+    /// The router must not have its own health service: tonic panics if a service is added twice. The layers of the server also apply to
+    /// this service.
     pub fn health(mut self) -> Self {
         self.serve.health = Some(Health {
             reporter: tonic_health::server::HealthReporter::new(),

@@ -1,4 +1,4 @@
-//! Handles the answers to the lease machine: the results of etcd requests and the events of the watch.
+//! Handles the inputs of the lease machine: the results of etcd requests, and the events of the watch.
 
 use std::time::Duration;
 
@@ -36,8 +36,8 @@ impl Machine {
             }
             Err(error) => {
                 if error.kind() == EtcdErrorKind::LeaseExists {
-                    // Another client has a lease with the same random id. A shared lease would tie the keys of both clients together, so
-                    // the next grant uses a new id.
+                    // Another client has a lease with the same random id. If both clients used this lease, a revoke by one of them would
+                    // delete the keys of both. So the next grant uses a new id.
                     self.state = State::Granting {
                         lease: LeaseId::random(&mut self.rng),
                     };
@@ -110,8 +110,8 @@ impl Machine {
             entry.expected = Some(Revision::ZERO);
             return;
         };
-        // If the key's revision is lower than that of the registration's last write, the store was restored from a backup that does not
-        // contain that write.
+        // If the key's revision is lower than the revision of the registration's last write, the store was restored from a backup that does
+        // not contain that write. The value must then be written again.
         if found.current {
             entry.value = Value::Written;
         } else if entry.held.is_some_and(|held| kv.mod_revision < held) {
@@ -182,7 +182,7 @@ impl Machine {
                 self.lease_lost(error, now);
             }
             Err(error) => {
-                // etcd may have applied the put although it failed here. Only a read returns the actual value.
+                // etcd may have applied the put although the request failed. Only a read returns the actual value.
                 self.state = State::Reading;
                 self.failed(error, now);
             }
@@ -279,12 +279,13 @@ impl Machine {
             return;
         };
         lease.failed += 1;
-        // While the lease is valid, the pace of the retries does not depend on the error. If an operator resolves the error before the
-        // lease expires, no key is lost.
+        // While the lease is valid, renewals are retried at the same rate after every kind of error. If an operator resolves the error
+        // before the lease expires, no key is lost.
         let wait = if needs_operator && lease.expires <= now {
             jittered(lease.ttl.min(OPERATOR_WAIT), &mut self.rng)
         } else if lease.failed == 1 {
-            // The first failure is retried at once, on another member if available: the cause may be limited to the first member.
+            // After the first failure, the renewal is retried at once, on another member if available: the cause may be limited to the
+            // first member.
             Duration::ZERO
         } else {
             self.backoff.next(&mut self.rng)
@@ -301,8 +302,8 @@ impl Machine {
         };
         self.failures += 1;
         self.last_error = Some(error);
-        // After an outage, all servers of a fleet register at the same time, so the grant is delayed by a random part of a third of the
-        // TTL. A lease that was revoked by hand concerns only one server and is replaced at once.
+        // After an outage, all servers of a fleet register at the same time. So the grant is delayed by a random time of up to a third of
+        // the TTL. A lease that was revoked by hand concerns only one server and is replaced at once.
         let spread = self.ttl.mul_f64(self.rng.f64() / 3.0);
         self.not_before = self.disturbed.then(|| now + spread);
         if !confirmed {
@@ -366,7 +367,7 @@ impl Machine {
             && entry.removal == Removal::Done
             && self.lease.is_some_and(|lease| lease.id == kv.lease)
         {
-            // A put of this registration has failed here, but etcd applied it after the key was deleted.
+            // This is the event of a put that failed for the registration. etcd nevertheless applied it, after the key was deleted.
             entry.removal = Removal::Requested;
             entry.held = Some(kv.mod_revision);
         }
@@ -394,7 +395,7 @@ impl Machine {
                         entry.foreign = Some(kv.lease);
                         self.select_state(now);
                     }
-                    // The delayed event of a put that the registration sent before it last lost its lease.
+                    // This is the delayed event of a put that the registration sent before it last lost its lease.
                     Event::Put(_) => self.state = State::Reading,
                     Event::Delete { .. } => {
                         entry.held = None;
@@ -415,7 +416,7 @@ impl Machine {
         }
     }
 
-    /// Handles a reopened watch on the keys. Changes from before the opening are found only by a read.
+    /// Handles the opening of the watch on the keys. The watch does not report changes from before its opening, so the keys are read.
     pub(in crate::registration) fn on_watch_opened(&mut self) {
         self.key_watched = true;
         match self.state {
@@ -438,8 +439,8 @@ impl Machine {
     }
 
     fn supersede(&mut self, now: Instant) {
-        // No live key is attached to the lease, so it expires by itself. If a removed key is not deleted yet, the lease is recorded for a
-        // later revoke.
+        // No live key is attached to the lease, so the lease can expire by itself. If a removed key is not deleted yet, the lease is
+        // recorded for a later revoke.
         let mut entries = self.keys.iter();
         if entries.any(|entry| entry.removal == Removal::Requested) {
             self.record_unrevoked();

@@ -1,4 +1,4 @@
-//! The lease machine: its commands, its results, and the requests of its owner.
+//! The lease machine: its commands, its state, and the requests of its owner task.
 
 use std::time::Duration;
 
@@ -16,15 +16,15 @@ pub(in crate::registration) enum Command {
     Grant { lease: LeaseId, deadline: Duration },
     /// Read the keys of [`Machine::live`] linearizably. The result is passed to [`Machine::on_read`].
     Read { deadline: Duration },
-    /// Put the value, with or without the leave marker, under the keys of [`Machine::puts`]: all of them or none, and only if each key has
-    /// the expected mod revision. The result is passed to [`Machine::on_put`].
+    /// In one transaction, put the value, with or without the leave marker, under the keys of [`Machine::puts`]. The transaction writes
+    /// nothing unless each key has its expected mod revision. The result is passed to [`Machine::on_put`].
     Put {
         lease: LeaseId,
         leaving: bool,
         deadline: Duration,
     },
     /// Delete this key if it is attached to this lease. If `leave_marker` is set, first write the leave marker, on the condition that the
-    /// key still has this mod revision. The result of the delete is passed to [`Machine::on_deleted`].
+    /// key still has the given mod revision. The result of the delete is passed to [`Machine::on_deleted`].
     Delete {
         index: usize,
         lease: LeaseId,
@@ -39,7 +39,7 @@ pub(in crate::registration) enum Command {
     },
     /// Revoke the lease. The result is passed to [`Machine::on_revoked`].
     Revoke { lease: LeaseId, deadline: Duration },
-    /// Wait until this time, for an event on a key, or for a request.
+    /// Wait until this time, an event on a key, or a request, whichever is first.
     Wait { until: Option<Instant> },
     /// End the task.
     End,
@@ -57,7 +57,7 @@ pub(in crate::registration) struct Machine {
     pub(super) revoke_at: Option<Instant>,
     /// The lease id of the last failed grant. etcd may have granted the lease, although the client received an error.
     pub(super) failed_grant: Option<LeaseId>,
-    /// The leases that were granted to this registration. Keys attached to them are its own.
+    /// The leases that were granted to this registration. A key that is attached to one of them belongs to this registration.
     pub(super) granted: Vec<LeaseId>,
     /// The raft term of the last linearizable read, or of a later renewal.
     pub(super) term: u64,
@@ -81,7 +81,7 @@ pub(in crate::registration) struct Machine {
 pub(in crate::registration) struct Found {
     pub(in crate::registration) index: usize,
     pub(in crate::registration) kv: Option<KeyValue>,
-    /// Whether the value in etcd is the current value.
+    /// Whether the value of the key in etcd is the registration's current value.
     pub(in crate::registration) current: bool,
 }
 
@@ -135,7 +135,7 @@ impl Machine {
     }
 
     /// Returns the phase. `Registered` means that every key is known to exist under the registration's lease, and that the lease cannot
-    /// have expired yet. If another server has one of the keys, the phase is `Superseded`, even if all other keys are registered.
+    /// have expired yet. If one of the keys belongs to another server, the phase is `Superseded`, even if all other keys are registered.
     pub(in crate::registration) fn phase(&self, now: Instant) -> Phase {
         match self.state {
             State::Leaving { .. } => return Phase::Leaving,
@@ -146,7 +146,7 @@ impl Machine {
         if let Some(lease) = self.live_entries().find_map(|entry| entry.foreign) {
             return Phase::Superseded(lease);
         }
-        // A verification or a put of a new value does not remove the old value, so it does not change the phase.
+        // While the machine reads the keys again or puts a new value, the old value stays in etcd, so the phase does not change.
         match &self.lease {
             Some(lease)
                 if self.live_entries().all(|entry| entry.held.is_some()) && now < lease.expires =>
@@ -192,7 +192,7 @@ impl Machine {
         self.keys.iter().filter(|entry| entry.is_live())
     }
 
-    /// Returns the time at which the phase may change without an input.
+    /// Returns the time at which the lease expires. At that time, the phase may change without an input.
     pub(in crate::registration) fn expires(&self) -> Option<Instant> {
         self.lease.map(|lease| lease.expires)
     }
@@ -204,7 +204,7 @@ impl Machine {
         }
     }
 
-    /// Removes one key for good. Removing the last key ends the registration.
+    /// Removes one key for good. The removal of the last live key ends the registration.
     pub(in crate::registration) fn on_remove(&mut self, index: usize) {
         if self.live().eq([index]) {
             return self.begin_removal(AfterRevoke::Deregister);
@@ -270,7 +270,7 @@ impl Machine {
         }
     }
 
-    /// Drops the lease and all keys under it from the known state.
+    /// Forgets the lease, and marks all keys as lost.
     pub(super) fn lose_lease(&mut self) {
         self.lease = None;
         for entry in &mut self.keys {
@@ -279,27 +279,29 @@ impl Machine {
     }
 }
 
-/// Longest step of the backoff. After an outage, every lease is valid again for one TTL. With a longer backoff, the leases of a fleet would
-/// expire after etcd has recovered.
+/// Maximum step of the backoff. After an outage, every lease is valid again for one TTL. With longer waits, the leases of a fleet would
+/// expire after etcd has recovered, before they are renewed.
 pub(super) const RETRY_MAX: Duration = Duration::from_secs(3);
 const RETRY_FIRST: Duration = Duration::from_millis(100);
-/// Longest timeout of a request. A healthy member responds within milliseconds.
+/// Maximum timeout of a request. A healthy member responds within milliseconds.
 pub(super) const DEADLINE_MAX: Duration = Duration::from_secs(2);
-/// Longest TTL that is accepted from etcd. No registration requests a longer TTL, so a longer TTL in a response is a fault of the store,
+/// Maximum TTL that is accepted from etcd. No registration requests a longer TTL, so a longer TTL in a response is a fault of the store,
 /// and is capped.
 pub(super) const TTL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
-/// Timeout of the leave marker. The marker is best effort, and the revoke that follows needs the remaining time.
+/// Maximum timeout of the request that writes the leave marker. The marker is best effort, and the revoke that follows needs the remaining
+/// time.
 pub(in crate::registration) const LEAVE_MARKER_MAX: Duration = Duration::from_millis(500);
-/// Longest wait between attempts while credentials or permissions are rejected.
+/// Maximum wait between attempts while etcd rejects the credentials or denies the permission.
 pub(super) const OPERATOR_WAIT: Duration = Duration::from_secs(30);
 /// Maximum time between two reads of the keys while the keys are watched; the minimum is half of it. The watch reports the loss of a key at
 /// once, so the read only finds a loss that the watch has not delivered. While the keys are not watched, they are read after each renewal.
 pub(super) const VERIFY_INTERVAL: Duration = Duration::from_secs(60);
 /// Wait between reads of a key of another server. The reads detect the deletion of the key even if the watch cannot be opened.
 pub(super) const SUPERSEDED_READ: Duration = Duration::from_secs(10);
-/// Most puts in one transaction. etcd rejects more than 128 operations with its default settings.
+/// Maximum number of puts in one transaction. etcd rejects more than 128 operations with its default settings.
 const PUTS_MAX: usize = 100;
-/// Most own leases that are remembered. Each of them, except the first, replaced an earlier lease.
+/// Maximum number of own leases that are remembered. Each of them, except the first, replaced an earlier lease.
 pub(super) const GRANTED_KEPT: usize = 64;
-/// Most earlier leases that are kept for a later revoke. Each of them is the result of a pause during an outage.
+/// Maximum number of earlier leases that are kept for a later revoke. An earlier lease is kept, for example, after a pause during an
+/// outage.
 const UNREVOKED_KEPT: usize = 8;

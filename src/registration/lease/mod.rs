@@ -13,9 +13,9 @@
 //!               └── resume ── Paused ◀── pause ── Leaving ── deregister ──▶ Deregistered
 //! ```
 //!
-//! The state alone determines the next command ([`Machine::command`]). If the owner task cancels a command before its result is known, the
-//! machine returns the same command again. The repetition is safe because every write is guarded by the mod revision of the key, and by a
-//! lease that ends with the registration.
+//! The state and the current time alone determine the next command ([`Machine::command`]). If the owner task cancels a command before its
+//! result is known, the machine returns the same command again. The repetition is safe because every write is guarded by the mod revision
+//! of the key, and by a lease that ends with the registration.
 
 mod answers;
 mod machine;

@@ -40,8 +40,8 @@ impl Machine {
         }
         let is_due = |at: Option<Instant>| at.is_none_or(|at| at <= now);
         let due = |entry: &KeyEntry| entry.removal == Removal::Requested && is_due(entry.delete_at);
-        // While an old lease is not revoked, the key may still be attached to that lease. A delete affects only a key that is attached to
-        // the current lease, so the revoke is sent first.
+        // While an earlier lease is not revoked, the key may still be attached to it. A delete affects only a key that is attached to the
+        // current lease, so the earlier lease is revoked first.
         if let Some(index) = self.keys.iter().position(due)
             && let Some(lease) = &self.lease
             && self.unrevoked.is_empty()
@@ -53,7 +53,8 @@ impl Machine {
                 deadline,
             };
         }
-        // Every live key is registered or superseded, so an old lease can be revoked together with the keys that are still attached to it.
+        // In these states, no live key needs an earlier lease: each is attached to the current lease, or belongs to another server. So an
+        // earlier lease can be revoked, which deletes the keys that are still attached to it.
         if let (State::Registered | State::Superseded, Some(lease)) =
             (self.state, self.unrevoked.last())
             && is_due(self.revoke_at)
@@ -86,7 +87,7 @@ impl Machine {
             (State::Registered, _) => Command::Wait {
                 until: earliest(renew_at, again),
             },
-            // The watch reports when the other server's key is deleted. The slow reads detect the deletion even if the watch cannot be
+            // The watch reports the deletion of another server's key. The slow reads detect the deletion even if the watch cannot be
             // opened.
             (State::Superseded, _) => match self.not_before {
                 Some(not_before) if not_before > now => Command::Wait {
@@ -120,8 +121,8 @@ impl Machine {
         Command::Revoke { lease, deadline }
     }
 
-    /// Returns the timeout of a request: a sixth of the TTL, at most 2 s. After this timeout, a renewal is sent again to another member
-    /// while the lease is still valid.
+    /// Returns the timeout of a request: a sixth of the TTL, at most 2 s. After this timeout, there is time to send a renewal again, to
+    /// another member, while the lease is still valid.
     pub(super) fn deadline(&self) -> Duration {
         let ttl = self.lease.map_or(self.ttl, |lease| lease.ttl);
         (ttl / 6).min(DEADLINE_MAX)

@@ -15,7 +15,7 @@ pub(super) enum State {
     Reading,
     Putting,
     Registered,
-    /// Other servers have every key.
+    /// Every live key belongs to another server.
     Superseded,
     /// The keys are being removed. `leave_marker`: whether the leave marker must still be written.
     Leaving {
@@ -33,12 +33,13 @@ pub(super) struct KeyEntry {
     pub(super) held: Option<Revision>,
     /// The mod revision that the next put expects, or `None` if no put is needed.
     pub(super) expected: Option<Revision>,
-    /// The lease that the key is attached to, if another server has the key.
+    /// The lease that the key is attached to, if the key belongs to another server.
     pub(super) foreign: Option<LeaseId>,
     pub(super) claim: Claim,
     pub(super) value: Value,
     pub(super) removal: Removal,
-    /// The earliest time of the next delete. It is per key, because a rejected delete must not delay requests for the other keys.
+    /// The earliest time of the next delete of this key. Each key has its own time, because a rejected delete must not delay requests for
+    /// the other keys.
     pub(super) delete_at: Option<Instant>,
 }
 

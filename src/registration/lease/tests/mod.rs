@@ -1,4 +1,5 @@
-//! Simulates an etcd for the machine: it loses responses, drops leases, restarts, and accepts writes of other clients to the key.
+//! Tests of the machine with a simulated etcd, which loses responses, drops leases, restarts, and accepts writes of other clients to the
+//! key.
 
 use std::time::Duration;
 
@@ -114,7 +115,7 @@ fn alone(kv: Option<KeyValue>, current: bool) -> Found {
     }
 }
 
-/// The fate of an exchange.
+/// What happens to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
     Good,
@@ -323,7 +324,7 @@ proptest! {
             player.step(fate);
             assert_ne!(player.store.key.as_ref().map(|kv| kv.lease), Some(LeaseId::NONE), "never without a lease");
         }
-        // The watch on the key was lost, and is reopened now that the faults end.
+        // The faults end here. The watch on the key, which was lost, is opened again.
         player.seen = player.store.events.len();
         player.machine.on_watch_opened();
         let took = player.settle();
@@ -430,7 +431,7 @@ fn leases_that_are_granted_together_are_renewed_over_a_third_of_the_ttl() {
         waits.push(player.now.saturating_duration_since(registered));
     }
     assert!(waits.iter().all(|wait| *wait <= TTL / 3), "{waits:?}");
-    // A tenth of that time has at most a quarter of the renewals.
+    // Each tenth of this time has at most a quarter of the renewals.
     let part = TTL / 30;
     for start in 0..10 {
         let within = part * start..part * (start + 1);
@@ -558,7 +559,7 @@ fn a_restored_store_is_detected() {
         writes + 1,
         "the value is written once"
     );
-    // Later changes of the key are still detected.
+    // A later change of the key is still detected.
     player.store.delete();
     player.settle();
 }
@@ -627,7 +628,7 @@ fn changes_missed_while_the_watch_was_closed_are_found_by_a_read() {
     player.machine.on_watch_lost();
     player.store.leases.clear();
     player.store.expire(player.now);
-    // The event is missed: the watch that is opened now delivers only later events.
+    // The machine misses the event, because the watch that is opened now delivers only later events.
     player.seen = player.store.events.len();
     player.machine.on_watch_opened();
     assert!(player.settle() <= Duration::from_millis(50));
@@ -724,7 +725,7 @@ fn a_full_store_is_retried_with_growing_waits() {
     assert!((3..15).contains(&puts), "{puts} puts");
 }
 
-/// Returns the number of renewals from one read of the keys to the next.
+/// Runs without faults until the next read of the keys. Returns the number of renewals before that read.
 fn renewals_between_reads(player: &mut Player) -> u32 {
     let mut renewals = 0;
     loop {
@@ -746,7 +747,7 @@ fn keys_are_read_every_minute_and_after_each_renewal_while_they_are_not_watched(
         } else {
             player.machine.on_watch_lost();
         }
-        // Skips the first interval: a read follows the opening of the watch.
+        // Skips the first interval, because a read follows the opening of the watch.
         renewals_between_reads(&mut player);
         for _ in 0..2 {
             let between = renewals_between_reads(&mut player);
