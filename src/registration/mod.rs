@@ -1,6 +1,6 @@
 //! Keeps a server registered: writes its key under a lease, renews the lease, verifies the key, and restores the key after a loss.
 //!
-//! One task owns the state machine of `lease`, which does no I/O, and executes its commands.
+//! One task executes the commands of the lease machine in `lease`, which does no I/O.
 
 mod builder;
 mod entry;

@@ -15,7 +15,7 @@ use super::task::{Answer, Failure, Request, Task};
 use crate::error::RegisterError;
 use crate::etcd::Etcd;
 
-/// A registered server. It stays registered until it is [deregistered](Self::deregister): after a failure of etcd, the entry is restored.
+/// A registered server. It stays registered until it is [deregistered](Self::deregister). After a failure of etcd, the entry is restored.
 ///
 /// Dropping a `Registration` deregisters the server in the background and does not report the result. If the runtime ends right after the
 /// drop, as at the end of `main`, the entry stays until its lease expires. To avoid this, await [`deregister`](Self::deregister).
@@ -53,7 +53,7 @@ pub(super) struct Parts {
     states: watch::Receiver<RegistrationState>,
 }
 
-/// A registration that has started.
+/// The data from which the handles of a registration are created.
 #[derive(Clone, Debug)]
 pub(crate) struct Started {
     pub(super) parts: Arc<Parts>,
@@ -61,7 +61,7 @@ pub(crate) struct Started {
 }
 
 impl Registration {
-    /// Starts the registration. [`registered`](Self::registered) returns the result.
+    /// Starts the task of the registration. [`registered`](Self::registered) waits for the result.
     pub(super) fn start(
         etcd: Etcd,
         entry: Entry,
@@ -110,8 +110,8 @@ impl Registration {
         }
     }
 
-    /// Waits until the registration succeeds for the first time. Fails on an error that only an operator can resolve, on the end of the
-    /// registration, or after the timeout `bound`.
+    /// Waits until the registration succeeds for the first time. Fails if an error occurs that only an operator can resolve, if the
+    /// registration ends, or if the timeout `bound` expires.
     pub(crate) async fn registered(&self, bound: Duration) -> Result<(), RegisterError> {
         let mut states = self.parts.states.clone();
         let first = async {
@@ -172,12 +172,12 @@ impl Registration {
         self.parts.states.clone()
     }
 
-    /// Removes the entry until [`resume`](Self::resume). The server still serves the calls that it receives.
+    /// Removes the entry from etcd until [`resume`](Self::resume) is called. The server still serves the calls that it receives.
     ///
     /// # Errors
     ///
-    /// Fails if etcd does not confirm the change before the timeout (5 s by default). The attempts continue in the background. The entry is
-    /// removed when its lease expires, at the latest.
+    /// Fails if etcd does not confirm the change before the timeout (5 s by default). The attempts then continue in the background. The
+    /// entry is removed when its lease expires, at the latest.
     ///
     /// # Cancel safety
     ///
@@ -186,7 +186,7 @@ impl Registration {
         self.request(Request::Pause).await
     }
 
-    /// Restores the entry after a [`pause`](Self::pause). Returns once the entry is in etcd, or at once if the registration is not paused.
+    /// Restores the entry after a [`pause`](Self::pause). Returns once the entry is in etcd, or at once if it is already there.
     ///
     /// # Errors
     ///
@@ -200,14 +200,14 @@ impl Registration {
         self.request(Request::Resume).await
     }
 
-    /// Changes the weight, 1 to 1 000 000, without a new registration: clients keep their connections. A paused registration uses the new
-    /// weight when it resumes.
+    /// Changes the weight to a value from 1 to 1 000 000. The registration continues, so clients keep their connections. A paused
+    /// registration uses the new weight when it resumes.
     ///
     /// # Errors
     ///
-    /// Fails if the weight is out of range, or if the format has no field for a weight; the error states the reason. Fails if etcd does not
-    /// confirm the change before the timeout (5 s by default); the attempts continue in the background. Also fails if another server has
-    /// the key.
+    /// Fails if the weight is out of range, or if the format has no field for a weight; the error states the reason. Also fails if etcd
+    /// does not confirm the change before the timeout (5 s by default); the attempts continue in the background. Also fails if another
+    /// server has the key.
     ///
     /// # Cancel safety
     ///
@@ -232,9 +232,9 @@ impl Registration {
             .await
     }
 
-    /// Removes the entry of one of [several services](crate::registration::RegistrationBuilder::additional_service). The entries of the other services stay.
-    /// Removing the last entry ends the registration, as [`deregister`](Self::deregister) does. A second call for the same service has no
-    /// effect.
+    /// Removes the entry of one of [several services](crate::registration::RegistrationBuilder::additional_service). The entries of the
+    /// other services stay. Removing the last entry ends the registration, as [`deregister`](Self::deregister) does. A second call for the
+    /// same service has no effect.
     ///
     /// # Errors
     ///
@@ -273,12 +273,13 @@ impl Registration {
     async fn request(&self, request: impl FnOnce(Answer) -> Request) -> Result<(), RegisterError> {
         let (answer, outcome) = oneshot::channel();
         let asked = async {
-            // The send waits while the inbox is full, because the task is busy with earlier requests. The timeout includes this wait.
+            // While the inbox is full, because the task is busy with earlier requests, the send waits. The timeout includes this wait.
             let sent = self.requests.send(request(answer)).await;
             sent.map_err(|_| Failure::Ended)?;
             outcome.await.unwrap_or(Err(Failure::Ended))
         };
-        // The task itself abandons a deregistration at its timeout and reports the result, so this timeout is slightly longer.
+        // The task abandons a deregistration after `change_timeout` and then sends the result. This timeout is slightly longer, so that the
+        // result still arrives.
         match timeout(
             self.parts.change_timeout.saturating_add(ANSWER_SLACK),
             asked,
@@ -334,5 +335,5 @@ where
     thread.spawn(body).map(drop)
 }
 
-/// Extra time for a result that the task sends at its own timeout.
+/// Additional time for a result that the task sends after `change_timeout`.
 const ANSWER_SLACK: Duration = Duration::from_secs(1);

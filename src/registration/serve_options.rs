@@ -8,7 +8,7 @@ use super::registration::Started;
 
 /// The state of a server that registers itself. The state only moves forward, and it may skip a state.
 ///
-/// At the drain timeout, open calls are cut. A handler of an endless stream avoids the cut if it ends the stream once the server
+/// At the drain timeout, open connections are cut. A handler of an endless stream avoids the cut if it ends the stream once the server
 /// [drains](Self::is_draining).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -25,8 +25,8 @@ pub enum ServerState {
     /// The server has ended.
     #[non_exhaustive]
     Stopped {
-        /// Number of connections that were cut, at the drain timeout or because the server had to end at once. Connections that the drain
-        /// closes early, because the client has not started HTTP, are not counted.
+        /// Number of connections that were cut, either at the drain timeout or because the server had to end at once. Connections that the
+        /// drain closes early, because the client has not started HTTP, are not counted.
         connections_cut: usize,
     },
 }
@@ -53,7 +53,7 @@ pub(crate) struct ServeOptions {
     pub(crate) states: watch::Sender<ServerState>,
     /// The started registration, which the handles read. `None` before the start.
     pub(crate) started: watch::Sender<Option<Started>>,
-    /// The source of the health service, or `None` for a server without one.
+    /// The source of the statuses of the health service. `None` if the server has no such service.
     #[cfg(feature = "health")]
     pub(crate) health: Option<Health>,
 }
@@ -67,7 +67,7 @@ impl ServeOptions {
         self.drain_timeout.unwrap_or(DRAIN_TIMEOUT)
     }
 
-    /// Returns the name of an option that has no effect without a server, if one is set.
+    /// Returns the name of the first option that is set, if any. These options have no effect without a server.
     pub(super) fn first_set(&self) -> Option<&'static str> {
         #[cfg(feature = "health")]
         if let Some(health) = &self.health {

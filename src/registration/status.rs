@@ -10,8 +10,8 @@ use crate::keyspace::LeaseId;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum RegistrationState {
-    /// The key is not known to be in etcd, and the registration tries to write it. This is the state at the start, after a loss, and while
-    /// etcd has not responded for longer than the TTL of the lease.
+    /// The key is not known to be in etcd, and the registration tries to write it. This is the state at the start, after the loss of the
+    /// key, and while etcd has not responded for longer than the TTL of the lease.
     #[non_exhaustive]
     Registering {
         /// The last failure, if any.
@@ -24,22 +24,22 @@ pub enum RegistrationState {
         lease: LeaseId,
         /// The time at which the lease expires if no further renewal succeeds.
         expires: Instant,
-        /// The last failure, if no exchange has succeeded since.
+        /// The last failure, if no request has succeeded since.
         last_error: Option<EtcdError>,
     },
-    /// Another server has written the key. The registration does not overwrite it, and claims the key again after it is deleted.
+    /// Another server has written the key. The registration does not overwrite it, and writes its own key again once that key is deleted.
     #[non_exhaustive]
     Superseded {
         /// The lease that the key is now attached to; `None` for a key without a lease.
         lease: Option<LeaseId>,
     },
-    /// The key is being removed, for a pause or for good.
+    /// The key is being removed, because the registration is paused or ends.
     #[non_exhaustive]
     Leaving {
         /// The last failure, if any.
         last_error: Option<EtcdError>,
     },
-    /// The key is removed until the registration is resumed.
+    /// The registration is paused: the key stays removed until the registration is resumed.
     Paused,
     /// The registration has ended.
     Deregistered,

@@ -14,7 +14,7 @@ use super::status::RegistrationState;
 use crate::etcd::Etcd;
 use crate::keyspace::{GuardedPut, Key, KeyValue, LeaseId};
 
-/// A request of the owner of the registration. The task responds once the request is complete.
+/// A request of the owner of the registration. The task responds once the requested change is complete.
 #[derive(Debug)]
 pub(super) enum Request {
     Pause(Answer),
@@ -44,7 +44,7 @@ pub(super) struct Task {
     states: watch::Sender<RegistrationState>,
     waiting: Vec<(Goal, Answer)>,
     key_watch: KeyWatch,
-    /// The last published phase and number of failures, and whether an error was present.
+    /// The phase, the number of failures and whether an error was present, as last published.
     published: Option<(Phase, u64, bool)>,
     /// Timeout of a deregistration.
     budget: Duration,
@@ -130,7 +130,7 @@ impl Task {
     async fn step(&mut self, command: Command) {
         let never = Instant::now() + FAR_FUTURE;
         let give_up = self.give_up.unwrap_or(never);
-        // Once a deregistration has begun, no further request is handled.
+        // Once a deregistration has begun, no further request is received.
         let listening = self.give_up.is_none();
         if let Command::Wait { until } = command {
             let watched = matches!(
@@ -154,7 +154,8 @@ impl Task {
             }
             return;
         }
-        // A grant is not interrupted: if the grant reached etcd after the revoke, the lease would remain.
+        // A request does not interrupt a grant. The machine revokes only leases whose grant it has recorded, so the lease of an interrupted
+        // grant would remain until it expires.
         let interruptible = listening && !matches!(command, Command::Grant { .. });
         let sent = Instant::now();
         let mut deferred = Vec::new();
@@ -166,8 +167,8 @@ impl Task {
                     biased;
                     () = &mut exchange => break None,
                     () = sleep_until(give_up) => break None,
-                    // The number of deferred requests is limited: a caller that sends requests in a tight loop must not delay the end of
-                    // the exchange, or its timeout, after which the next attempt uses another member.
+                    // The number of deferred requests is limited. Otherwise, a caller that sends requests in a tight loop could delay the
+                    // end of the etcd request, or its timeout, after which the next attempt uses another member.
                     request = self.inbox.recv(), if interruptible && deferred.len() < DEFERRED_MAX => match request {
                         Some(request @ (Request::SetWeight(..) | Request::Resume(_))) => deferred.push(request),
                         urgent => break Some(urgent),
@@ -245,8 +246,8 @@ impl Task {
         let written = self.machine.is_written();
         for index in (0..self.waiting.len()).rev() {
             let outcome = match (self.waiting[index].0, phase) {
-                // A later resume completes an earlier pause, and a later pause completes an earlier change of the value: the state that the
-                // earlier request waits for would not be reached.
+                // A later request can replace an earlier one: a resume completes an earlier pause, and a pause completes an earlier resume
+                // or change of the weight. Otherwise, the earlier request would wait for a state that may never be reached.
                 (Goal::Paused, Phase::Paused | Phase::Registered { .. } | Phase::Superseded(_))
                 | (Goal::Written, Phase::Paused)
                 | (Goal::Deregistered, Phase::Deregistered) => Ok(()),
@@ -284,7 +285,7 @@ impl Task {
                 tracing::info!(state = ?next, failures = seen.1, "registration state changed");
             }
         } else if seen.2 && before.is_some_and(|(.., failing)| !failing) {
-            // Logged once per series of failures, because the attempts continue without limit.
+            // Only the first failure of a series is logged, because the attempts continue without limit.
             let error = self.machine.last_error.as_ref();
             let error = error.map(tracing::field::display);
             tracing::warn!(
@@ -388,7 +389,7 @@ async fn execute(
     }
 }
 
-/// Most requests that wait for the end of an exchange. Further requests wait in the inbox.
+/// Maximum number of requests that are deferred until the current etcd request ends. Further requests wait in the inbox.
 const DEFERRED_MAX: usize = 8;
 /// Duration of a timer that must not fire.
 const FAR_FUTURE: Duration = Duration::from_secs(24 * 60 * 60);

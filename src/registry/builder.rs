@@ -1,4 +1,4 @@
-//! The options of a registry, and its connection.
+//! The options of a registry, and the functions that connect it to etcd.
 
 use tonic_balance::AddressPolicy;
 
@@ -8,16 +8,18 @@ use crate::etcd::{Config, Credentials, Etcd};
 use crate::keyspace::{Key, Keyspace};
 
 impl Registry {
-    /// Connects to etcd with default options, and makes one round trip: a wrong address or a missing password is reported as an error.
+    /// Connects to etcd with default options and makes one round trip, so that a wrong address or a missing password is reported as an
+    /// error.
     ///
-    /// An endpoint is `host:port`, `http://host:port` or `https://host:port` (feature `tls`), with IPv6 addresses in brackets. Pass the
-    /// endpoints of all members: a request that one member leaves unanswered is sent to another member within 2 s, and a member that is
-    /// down receives no requests. Either all endpoints use TLS or none. Further members are not discovered.
+    /// An endpoint is `host:port`, `http://host:port` or `https://host:port` (feature `tls`), with IPv6 addresses in brackets. Either all
+    /// endpoints use TLS, or none of them does. Pass the endpoints of all members, because further members are not discovered. If a member
+    /// does not respond to a request, the request is sent to another member within 2 s. A member that is down receives no requests.
     ///
     /// # Errors
     ///
     /// The variant and the message of the error distinguish these cases: no server responds, a server other than etcd responds, only one
-    /// side uses TLS, or etcd rejects the user. The call fails after about 2 s if nothing listens, and after about 5 s if nothing responds.
+    /// side uses TLS, or etcd rejects the user. The call fails after about 2 s if no server listens at the endpoints, and after about 5 s
+    /// if a server listens but does not respond.
     ///
     /// # Cancel safety
     ///
@@ -70,9 +72,9 @@ pub struct RegistryBuilder {
 }
 
 impl RegistryBuilder {
-    /// Sets the prefix of the service keys. A missing trailing slash is added. The default is `/gRPC/`. For a [`Format`](crate::Format) of
-    /// another library, the default is the prefix of that library. With an empty prefix, keys begin with the service name, as for
-    /// `etcd:///service` in grpc-go.
+    /// Sets the prefix of the service keys. A missing trailing slash is added. The default is `/gRPC/`, or, with a
+    /// [`Format`](crate::Format) of another library, the prefix of that library. With an empty prefix, keys begin with the service name, as
+    /// for `etcd:///service` in grpc-go.
     pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
         self.keyspace = Keyspace::new(&prefix.into());
         self
@@ -106,14 +108,14 @@ impl RegistryBuilder {
         self
     }
 
-    /// Connects, and makes one round trip.
+    /// Connects to etcd and makes one round trip.
     ///
     /// # Errors
     ///
     /// Fails as [`Registry::connect`] does.
     pub async fn connect(self) -> Result<Registry, RegistryError> {
-        // The probe reads the prefix itself as a key: no server writes this key, and every user with read access to the prefix may read it.
-        // An empty key is not valid in etcd.
+        // The probe reads the prefix itself as a key. No server writes this key, and every user with read access to the prefix may read it.
+        // An empty key is not valid in etcd, so `/` is read instead.
         let probe = match self.keyspace.prefix() {
             "" => "/",
             prefix => prefix,
@@ -123,10 +125,11 @@ impl RegistryBuilder {
     }
 
     /// Creates a registry that connects at its first request, for programs that must start while etcd is down. Wrong addresses, a wrong
-    /// user or a wrong TLS configuration are reported later: the first registration fails, while the first resolver or channel reports the
-    /// error in its status and retries.
+    /// user or a wrong TLS configuration are reported later: the first registration fails, but a resolver or channel reports the error in
+    /// its status and retries.
     ///
-    /// Give servers a long [`startup_timeout`](crate::registration::RegistrationBuilder::startup_timeout), within which etcd must become available.
+    /// For a server, set a [`startup_timeout`](crate::registration::RegistrationBuilder::startup_timeout) that is longer than the expected
+    /// outage, because the registration fails if etcd does not become available within this time.
     ///
     /// ```
     /// use tonic_etcd::Registry;
@@ -157,7 +160,7 @@ impl RegistryBuilder {
 impl std::fmt::Debug for RegistryBuilder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("RegistryBuilder")
-            // An endpoint that is not checked yet may contain a password.
+            // Endpoints are checked only when the registry connects. Until then they may contain a password, so only their number is shown.
             .field("endpoints", &self.config.endpoints.len())
             .field("prefix", &self.keyspace.prefix())
             .finish_non_exhaustive()

@@ -1,4 +1,4 @@
-//! Channels with the endpoints that a resolver finds.
+//! Channels whose source of endpoints is a resolver.
 
 use std::convert::Infallible;
 
@@ -20,8 +20,9 @@ use crate::resolver::{Resolver, ResolverBuilder, ResolverState};
 /// [`Registry::channel`].
 ///
 /// For services that go-zero has registered, the forms of go-zero are accepted as well: `discov://host:port/key` and
-/// `etcd:///host:port?key=key`. go-zero also writes `etcd://` for the first form. Such a URL is read as the form of this library, because
-/// the two cannot be distinguished. For grpc-go's `etcd:///service`, which names no members, see [`Registry::channel_to`].
+/// `etcd:///host:port?key=key`. go-zero also writes the first of them with the scheme `etcd://`. Such a URL cannot be distinguished from
+/// the form of this library, and is read as that form. For the form of grpc-go, `etcd:///service`, which names no members, see
+/// [`Registry::channel_to`].
 ///
 /// ```no_run
 /// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
@@ -32,8 +33,8 @@ use crate::resolver::{Resolver, ResolverBuilder, ResolverState};
 ///
 /// # Errors
 ///
-/// Fails as [`Registry::connect`] and [`ChannelBuilder::connect`](crate::channel::ChannelBuilder::connect) do. Also fails if the URL has none of
-/// these forms or is ambiguous.
+/// Fails as [`Registry::connect`] and [`ChannelBuilder::connect`](crate::channel::ChannelBuilder::connect) do. Also fails if the URL has
+/// none of these forms or is ambiguous.
 ///
 /// # Cancel safety
 ///
@@ -44,8 +45,8 @@ pub async fn connect(target: impl Into<String>) -> Result<BalancedChannel, Regis
     Ok(registry.channel_for(lookup).connect().await?)
 }
 
-/// Copies the weight, the zone and the last-resort flag. A new lease or a recreated key gives the endpoint a new generation, because it
-/// shows that the address now belongs to another server, or to the same server after a restart.
+/// Copies the weight, the zone and the last-resort flag. A new lease or a recreated key gives the endpoint a new generation. In both cases,
+/// the address now belongs to another server, or to the same server after a restart.
 impl From<Instance> for Attributes {
     fn from(instance: Instance) -> Self {
         let location = instance.location();
@@ -79,7 +80,8 @@ impl EndpointSource for ResolverBuilder {
     }
 }
 
-/// Unlike a plain stream of changes, a resolver reports an empty set as known. Its errors become part of the errors of calls.
+/// Unlike a plain stream of changes, a resolver reports when its set is known, even if the set is empty. The last error of the resolver is
+/// added to the errors of calls.
 impl EndpointSource for Resolver {
     type Attributes = Instance;
     type Error = Infallible;
@@ -89,7 +91,7 @@ impl EndpointSource for Resolver {
         let mut statuses = self.watch_status();
         let watched = statuses.clone();
         let known = async move {
-            // `wait_for` fails if the resolver has ended. The set then never becomes known.
+            // `wait_for` fails once the resolver and all of its handles are dropped. The set then never becomes known.
             let known = statuses.wait_for(|status| status.state != ResolverState::Unknown);
             if known.await.is_err() {
                 std::future::pending::<()>().await;

@@ -34,8 +34,8 @@ impl Registry {
     /// [`with_address_policy`](Self::with_address_policy) set the other options.
     ///
     /// Build the client with `with_require_leader(true)` and `with_auto_token_refresh(true)`. Without the first option, a member that is
-    /// cut off from its cluster does not respond. Without the second option, an expired token is not renewed. Such a client does its own
-    /// balancing, so failover from a frozen member depends on the client.
+    /// cut off from its cluster does not respond. Without the second option, an expired token is not renewed. The client balances its own
+    /// requests, so failover from a frozen member depends on the client.
     #[must_use]
     pub fn from_client(client: etcd_client::Client) -> Self {
         Self {
@@ -45,7 +45,8 @@ impl Registry {
         }
     }
 
-    /// Sets the prefix, as [`RegistryBuilder::prefix`](crate::registry::RegistryBuilder::prefix) does. The new registry shares its connections with the original.
+    /// Sets the prefix, as [`RegistryBuilder::prefix`](crate::registry::RegistryBuilder::prefix) does. The new registry shares its
+    /// connections with the original.
     #[must_use]
     pub fn with_prefix(mut self, prefix: impl Into<String>) -> Self {
         self.keyspace = Keyspace::new(&prefix.into());
@@ -65,10 +66,11 @@ impl Registry {
         self.keyspace.prefix()
     }
 
-    /// Returns a builder of a registration of a server for a service. The key will be `<prefix><service>/<instance id>`, or the key that
-    /// its [`Format`] defines.
+    /// Returns a builder of a registration of a server for a service. The key is `<prefix><service>/<instance id>`, unless the [`Format`]
+    /// of the registration defines another key.
     ///
-    /// The service name must not be empty and must not contain a slash. An invalid name is reported when the server is registered.
+    /// The service name must not be empty and must not contain a slash. An invalid name is reported as an error when the server is
+    /// registered.
     pub fn registration(&self, service: impl Into<String>) -> RegistrationBuilder {
         RegistrationBuilder::service(
             self.etcd.clone(),
@@ -78,12 +80,12 @@ impl Registry {
         )
     }
 
-    /// Returns a builder of a registration at an exact key, regardless of the prefix.
+    /// Returns a builder of a registration at exactly this key. The prefix of the registry is not used.
     pub fn registration_at(&self, key: impl Into<String>) -> RegistrationBuilder {
         RegistrationBuilder::key(self.etcd.clone(), self.policy.clone(), &key.into())
     }
 
-    /// Returns a builder of a resolver, which watches the instances of a service. The watch begins with [`start`](ResolverBuilder::start).
+    /// Returns a builder of a resolver that watches the instances of a service. The watch begins with [`start`](ResolverBuilder::start).
     ///
     /// ```no_run
     /// # async fn run(registry: tonic_etcd::Registry) {
@@ -100,8 +102,8 @@ impl Registry {
         )
     }
 
-    /// Returns a builder of a resolver, which watches all keys under the given prefixes. A missing trailing slash is added to a prefix:
-    /// `/web/node1` is under `/web`, `/webs/node1` is not. The prefix of the registry is not used.
+    /// Returns a builder of a resolver that watches all keys under the given prefixes. A missing trailing slash is added to each prefix:
+    /// `/web/node1` is under `/web`, but `/webs/node1` is not. The prefix of the registry is not used.
     pub fn resolver_at<I>(&self, prefixes: I) -> ResolverBuilder
     where
         I: IntoIterator,
@@ -125,7 +127,7 @@ impl Registry {
         BalancedChannel::builder().source(self.resolver(service))
     }
 
-    /// Returns a builder of a channel over all keys under the given prefixes, as [`resolver_at`](Self::resolver_at) watches them.
+    /// Returns a builder of a channel that is balanced over the instances of a resolver from [`resolver_at`](Self::resolver_at).
     pub fn channel_at<I>(&self, prefixes: I) -> ChannelBuilder<ResolverBuilder>
     where
         I: IntoIterator,
@@ -134,8 +136,8 @@ impl Registry {
         BalancedChannel::builder().source(self.resolver_at(prefixes))
     }
 
-    /// Returns a builder of a channel for a grpc-go target `etcd:///service`: the keys `service/<instance id>`, regardless of the prefix of
-    /// the registry. With four slashes, as in `etcd:////gRPC/service`, the path begins with a slash.
+    /// Returns a builder of a channel for a target in the form of grpc-go, `etcd:///service`. The channel uses the keys below `service/`,
+    /// and the prefix of the registry is not used. With four slashes, as in `etcd:////gRPC/service`, the keys begin with a slash.
     ///
     /// ```no_run
     /// # async fn run(registry: tonic_etcd::Registry) -> Result<(), Box<dyn std::error::Error>> {

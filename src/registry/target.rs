@@ -7,7 +7,7 @@ use crate::error::{RegistryError, without_password};
 /// A parsed target.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Target {
-    /// Empty for grpc-go's form: the registry already has the members.
+    /// Empty for the form of grpc-go, which names no members: the registry's members are used.
     pub(crate) members: Vec<String>,
     pub(crate) lookup: Lookup,
 }
@@ -92,7 +92,7 @@ impl Target {
         if path.is_empty() || path.ends_with('/') {
             return Err("it names no service");
         }
-        // A path with a port or with several parts is not a service name.
+        // A path with a comma, or a path that is an address, is a list of members and not a service name.
         let is_member = |member: &str| member.parse::<crate::Address>().is_ok();
         if path.contains(',') || is_member(path) {
             return Err(
@@ -105,8 +105,8 @@ impl Target {
         })
     }
 
-    /// Parses `discov://host:port[,host:port…]/key`, the form of go-zero up to 1.10.1, and `etcd:///host:port[,host:port…]?key=key`, the
-    /// form of later versions.
+    /// Parses the two forms of go-zero: `discov://host:port[,host:port…]/key` up to version 1.10.1, and
+    /// `etcd:///host:port[,host:port…]?key=key` in later versions.
     fn go_zero(authority: &str, key: String) -> Result<Self, &'static str> {
         if key.is_empty() || key.ends_with('/') {
             return Err("it names no key");

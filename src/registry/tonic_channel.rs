@@ -18,12 +18,12 @@ use tonic_balance::Address;
 impl Resolver {
     /// Creates tonic's own balanced channel over the instances of this resolver, with plaintext endpoints.
     ///
-    /// The resolver feeds the channel until the last clone of the channel is dropped; then the watch ends. An attribute that changes in
-    /// place (weight, metadata, a renewed lease) causes no reconnect.
+    /// The resolver feeds the channel until the last clone of the channel is dropped. The watch ends then. A changed attribute (weight,
+    /// metadata, a new lease) causes no reconnect.
     ///
-    /// The channel has the limits of tonic's implementation. It picks an endpoint at random and treats an endpoint that refuses connections
-    /// as ready. A call without any endpoint waits until one is available, even beyond the deadline of the call. Wrap calls in
-    /// [`tokio::time::timeout`] if this matters.
+    /// The channel has the limits of tonic's implementation. It picks an endpoint at random, and treats an endpoint that refuses
+    /// connections as ready. While there is no endpoint, a call waits, even beyond its deadline. Wrap calls in [`tokio::time::timeout`] if
+    /// this matters.
     ///
     /// # Panics
     ///
@@ -33,11 +33,11 @@ impl Resolver {
         self.into_tonic_channel_with(|endpoint| endpoint)
     }
 
-    /// Creates the channel as [`into_tonic_channel`](Self::into_tonic_channel) does, with options for each endpoint. The connect timeout of
-    /// an endpoint is 10 s unless `configure` changes it.
+    /// Creates the channel as [`into_tonic_channel`](Self::into_tonic_channel) does. Each endpoint is passed through `configure`, which can
+    /// set its options. The connect timeout of an endpoint is 10 s unless `configure` changes it.
     ///
     /// The URI of the endpoint is `http://host:port`. For TLS, which requires a feature of tonic, `configure` must return an endpoint with
-    /// an `https` URI: tonic ignores the TLS configuration of other endpoints.
+    /// an `https` URI, because tonic ignores the TLS configuration of other endpoints.
     ///
     /// ```no_run
     /// # use std::time::Duration;
@@ -112,8 +112,8 @@ async fn batch(resolver: &mut Resolver) -> Vec<Change<Address, Instance>> {
 #[derive(Debug, Default)]
 struct Set {
     registered: HashSet<Address>,
-    /// Last-resort instances, which were removed from the registry together with most others. The channel keeps them only while no instance
-    /// is registered, because it treats a dead endpoint as ready.
+    /// The addresses of held instances. The channel keeps them only while no instance is registered, because it treats a dead endpoint as
+    /// ready and sends calls to it.
     held: HashSet<Address>,
 }
 
@@ -128,8 +128,8 @@ impl Set {
         let mut steps = Vec::new();
         for change in batch {
             match change {
-                // A last resort that the channel does not have is not added: the channel would dial it, and its address may belong to
-                // another server by now.
+                // A last-resort instance that the channel does not have is not added. The channel would dial it, and its address may belong
+                // to another server by now.
                 Change::Insert(address, instance) if instance.is_last_resort() => {
                     if self.registered.remove(&address) {
                         self.held.insert(address);
@@ -161,10 +161,10 @@ fn endpoint(address: &Address) -> Result<transport::Endpoint, transport::Error> 
     Ok(endpoint.connect_timeout(CONNECT_TIMEOUT))
 }
 
-/// Capacity of the queue of changes. The size has no effect on the result: the resolver keeps the changes that do not fit.
+/// Capacity of the queue of changes. The capacity has no effect on the result, because changes that do not fit stay in the resolver.
 const CHANGES: usize = 64;
-/// Same as in tonic-xds, and half of the timeout that gRPC's connection backoff document gives a first attempt. If all packets to an
-/// address are dropped, the attempt fails after this time.
+/// Timeout of a connection attempt. An attempt fails after this time if all packets to an address are dropped. The value is the same as in
+/// tonic-xds, and is half of the timeout of a first attempt in gRPC's connection backoff document.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[cfg(test)]

@@ -54,46 +54,47 @@ impl ResolverBuilder {
         }
     }
 
-    /// Reads keys and values of this format only, under the prefix at which the format stores a service. By default, the resolver watches
-    /// the prefix of this library's own format and detects the format of each value; see [`Format`].
+    /// Restricts the resolver to keys and values of this format, under the prefix at which the format stores a service. By default, the
+    /// resolver watches the prefix of this library's own format, and detects the format of each value; see [`Format`].
     pub fn format(mut self, format: Format) -> Self {
         self.options.decoder.format = Some(format);
         self
     }
 
-    /// Sets which addresses are accepted. The default is the policy of the registry.
+    /// Sets the policy for the addresses of instances. The default is the policy of the registry.
     pub fn address_policy(mut self, policy: AddressPolicy) -> Self {
         self.options.decoder.policy = policy;
         self
     }
 
     /// Sets how long an instance is kept as a last resort when most instances vanish from the registry at once. `None` or zero disables
-    /// this protection. The default is 30 s, twice the default TTL. If a running server loses its entry, it registers again within that
-    /// time.
+    /// this protection. The default is 30 s, twice the default TTL, because a running server that loses its entry registers again within
+    /// that time.
     ///
-    /// The protection starts when the removals within 10 s leave fewer than half of the largest set of those 10 s, and at least two
-    /// instances have been removed. From that removal on, each removed instance is kept for this duration, or until half of the set is
-    /// registered again. Such an instance has [`is_last_resort`](crate::Instance::is_last_resort) set.
+    /// The protection starts when removals leave fewer than half of the largest set of the last 10 s, and at least two instances have been
+    /// removed. The instance whose removal crosses this limit is kept, and so is each instance that is removed while fewer than half
+    /// remain. A kept instance has [`is_last_resort`](crate::Instance::is_last_resort) set. It is removed after this duration, or once half
+    /// of the set is registered again.
     ///
-    /// The removals may be due to an operator's mistake, to a fault in etcd, or to a planned shutdown of the whole fleet; the registry
-    /// looks the same in each case. A [`BalancedChannel`](crate::BalancedChannel) therefore calls such an instance only while no other
-    /// instance is ready, uses only an existing connection, and never dials it. `Resolver::into_tonic_channel` keeps such instances only
-    /// while its set would otherwise be empty.
+    /// Such removals may be due to an operator's mistake, to a fault in etcd, or to a planned shutdown of the whole fleet, and the registry
+    /// looks the same in each case. A [`BalancedChannel`](crate::BalancedChannel) therefore calls a kept instance only while no other
+    /// instance is ready, and only over an existing connection. It never dials a kept instance. `Resolver::into_tonic_channel` drops the
+    /// kept instances as soon as any instance is registered.
     ///
-    /// An instance that deregisters or pauses is never held if its format can mark a planned departure: [`Format::EtcdNaming`] can,
-    /// [`Format::Plain`] cannot. The start and the end of each episode of holds are logged.
-    /// [`ResolverStatus::held`](crate::resolver::ResolverStatus::held) is the number of held instances, and
-    /// [`mass_removals`](crate::resolver::ResolverStatus::mass_removals) is the number of such episodes.
+    /// An instance that deregisters or pauses is not kept if its format can mark a planned departure: [`Format::EtcdNaming`] can,
+    /// [`Format::Plain`] cannot. The start and the end of each period in which instances are kept are logged.
+    /// [`ResolverStatus::held`](crate::resolver::ResolverStatus::held) is the number of instances that are kept now, and
+    /// [`mass_removals`](crate::resolver::ResolverStatus::mass_removals) is the number of such periods.
     pub fn mass_removal_protection(mut self, hold: Option<Duration>) -> Self {
         self.options.hold = hold;
         self
     }
 
-    /// Uses only the instances that the function accepts, such as those of one version. By default, all instances are used.
+    /// Uses only the instances that the function accepts, such as the instances of one version. By default, all instances are used.
     ///
-    /// Prefer this to a filter on the resolver's stream: the channel can then detect that the list is complete, and calls fail at once if
-    /// no instance is accepted. The function runs on every read of the set of instances, never for a call. It must be cheap, and must
-    /// always return the same result for the same instance. It also applies to instances that
+    /// Prefer this method to a filter on the resolver's stream. With this method, the channel can detect that the list is complete, so
+    /// calls fail at once if no instance is accepted. The function runs on every read of the set of instances, never for a call. It must be
+    /// cheap, and must always return the same result for the same instance. It also applies to instances that
     /// [`mass_removal_protection`](Self::mass_removal_protection) keeps.
     ///
     /// ```no_run
@@ -112,30 +113,30 @@ impl ResolverBuilder {
         self
     }
 
-    /// Sets the limit on the number of keys of the set. The default is 100 000.
+    /// Sets the limit on the number of keys that the resolver stores. The default is 100 000.
     ///
-    /// A key beyond the limit is not used, counts as a [rejected value](crate::resolver::ResolverStatus::rejected_values), and is listed by
-    /// [`Resolver::rejected`]. A writer that fills the prefix therefore cannot fill the memory of every client.
+    /// A key beyond the limit is not used. It counts as a [rejected value](crate::resolver::ResolverStatus::rejected_values), and is listed
+    /// by [`Resolver::rejected`]. A writer that fills the prefix therefore cannot fill the memory of every client.
     pub fn max_keys(mut self, keys: usize) -> Self {
         self.options.limit.keys = keys;
         self
     }
 
-    /// Sets the limit on the bytes of all keys and values of the set together. The default is 64 MiB. A key beyond the limit is not used, as
-    /// with [`max_keys`](Self::max_keys).
+    /// Sets the limit on the total size of the keys and values that the resolver stores. The default is 64 MiB. A key beyond the limit is
+    /// not used, as with [`max_keys`](Self::max_keys).
     pub fn max_bytes(mut self, bytes: usize) -> Self {
         self.options.limit.bytes = bytes;
         self
     }
 
-    /// Sets the longest time between two reconciliations, which compare the keys with a list of their names in etcd. `None` disables
-    /// reconciliation. The default is 5 minutes. Each wait is random between half of the interval and the whole interval, so that clients
-    /// that start together do not list together. An interval below 100 ms counts as 100 ms.
+    /// Sets the maximum time between two reconciliations. A reconciliation compares the keys that the resolver has with a list of the keys
+    /// in etcd. `None` disables reconciliation. The default is 5 minutes. Each wait is random between half of the interval and the whole
+    /// interval, so that clients that start together do not list together. An interval below 100 ms counts as 100 ms.
     ///
-    /// Reconciliation detects faults in etcd: several known faults lose events of a watch without an error. A list contains no values:
-    /// names, revisions and leases of 10 000 instances are about a megabyte. If a key differs in the list, the watch gets 5 s to deliver
-    /// the change; after that, the key is read individually. [`ResolverStatus::repaired`](crate::resolver::ResolverStatus::repaired) counts
-    /// the keys that were corrected.
+    /// Reconciliation detects faults in etcd: with several known faults, a watch loses events without an error. The list contains names,
+    /// revisions and leases, but no values. It is about a megabyte for 10 000 instances. If a key in the list differs from the state that
+    /// the resolver has, the watch gets 5 s to deliver the change. If the difference remains, the key is read individually.
+    /// [`ResolverStatus::repaired`](crate::resolver::ResolverStatus::repaired) counts the keys that were corrected.
     pub fn reconcile_interval(mut self, interval: Option<Duration>) -> Self {
         self.options.reconcile = interval;
         self
@@ -143,10 +144,10 @@ impl ResolverBuilder {
 
     /// Keeps the last good set in a file of this directory, and uses it while etcd has not answered since the start. Disabled by default.
     ///
-    /// The file is used if etcd has not answered within 50 ms. The [status](Resolver::status) is then [`Stale`](crate::resolver::ResolverState::Stale),
-    /// a warning is logged, and the first list replaces the set. The file is written about a second after a change, and never for an empty
-    /// set. The directory is created if it is missing; only its owner can read it. A file that is corrupt, of another version or of another
-    /// service is reported and ignored.
+    /// The file is used if etcd has not answered within 50 ms. The [status](Resolver::status) is then
+    /// [`Stale`](crate::resolver::ResolverState::Stale), a warning is logged, and the first complete list replaces the set. The file is
+    /// written about a second after a change, and never for an empty set. The directory is created if it is missing; only its owner can
+    /// then read it. A file that is corrupt, of another version or of another service is reported in the log and ignored.
     ///
     /// ```no_run
     /// # fn run(registry: tonic_etcd::Registry) {
@@ -161,8 +162,8 @@ impl ResolverBuilder {
         self
     }
 
-    /// Sets the instances to use while etcd has not answered since the start, if there is no [cache](Self::cache_dir). The default is no
-    /// seeds.
+    /// Sets the instances to use while etcd has not answered since the start, if there is no usable [cache](Self::cache_dir). The default
+    /// is no seeds.
     pub fn seeds(mut self, instances: impl IntoIterator<Item = Instance>) -> Self {
         self.options.seeds = instances.into_iter().collect();
         self
@@ -170,8 +171,8 @@ impl ResolverBuilder {
 
     /// Starts watching.
     ///
-    /// An invalid service name or prefix (empty, or a service name with a slash) is not an error here. Instead, the set counts as known and
-    /// empty, and the [status](Resolver::status) contains the reason. Calls then fail at once with that reason.
+    /// An invalid service name or an empty prefix is not an error here. Instead, the set counts as known and empty, and the
+    /// [status](Resolver::status) contains the reason. Calls then fail at once with that reason.
     ///
     /// # Panics
     ///
@@ -234,8 +235,8 @@ impl ResolverBuilder {
     }
 }
 
-/// Returns the prefixes without those nested in another prefix. Each key must have exactly one watch: with two, a delete from one watch
-/// could be undone by a late put from the other.
+/// Removes duplicates, and prefixes that are nested in another prefix. Each key must have exactly one watch. With two watches, a late put
+/// from one watch could undo a delete from the other.
 fn disjoint(mut prefixes: Vec<String>) -> Vec<String> {
     prefixes.sort();
     prefixes.dedup();

@@ -1,7 +1,7 @@
 //! The last good set of a service on disk, for a start without etcd.
 //!
-//! A new file is written beside the old one, flushed, and renamed, so that a reader never sees an incomplete file. A file that is corrupt,
-//! of another version or of another service is reported and ignored.
+//! A new file is written under a temporary name, flushed to the disk, and renamed, so that a reader never sees an incomplete file. A file
+//! that is corrupt, of another version or of another service is reported and ignored.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,7 +17,7 @@ use crate::instance::Instance;
 #[derive(Clone, Debug)]
 pub(super) struct Cache {
     file: PathBuf,
-    /// The prefixes of the service. They identify its file.
+    /// The prefixes of the service, which the file also contains. A file with other prefixes is not used.
     prefixes: Vec<String>,
 }
 
@@ -91,9 +91,10 @@ impl Cached {
 }
 
 impl Cache {
-    /// Returns the file of a service in a directory.
+    /// Returns the cache of a service in a directory.
     pub(super) fn new(directory: &Path, service: &str, prefixes: Vec<String>) -> Self {
-        // A service name may contain any character except a slash. A prefix may also contain slashes.
+        // A service name or a prefix may contain characters that are not valid in a file name, so these characters are replaced. The
+        // checksum of the prefixes distinguishes files whose names would otherwise be equal.
         let name: String = service
             .chars()
             .map(|letter| match letter {
@@ -113,7 +114,8 @@ impl Cache {
         &self.file
     }
 
-    /// Reads the instances. `None` if there is no file. Addresses that the policy rejects are left out.
+    /// Reads the instances. Returns `None` if there is no file. Instances whose address is not valid or is rejected by the policy are left
+    /// out.
     pub(super) fn load(&self, policy: &AddressPolicy) -> Result<Option<Vec<Instance>>, CacheError> {
         let text = match fs::read(&self.file) {
             Ok(text) => text,
@@ -167,7 +169,7 @@ impl Cache {
     }
 }
 
-/// Creates a directory that only its owner can read.
+/// Creates a directory that only its owner can read, if it is missing. An existing directory keeps its permissions.
 fn create_private(directory: &Path) -> io::Result<()> {
     let mut builder = fs::DirBuilder::new();
     builder.recursive(true);
@@ -176,7 +178,7 @@ fn create_private(directory: &Path) -> io::Result<()> {
     builder.create(directory)
 }
 
-/// FNV-1a with 64 bits. It detects damage, not forgery: the directory is private.
+/// Computes FNV-1a with 64 bits. It detects damage, not forgery: the permissions of the directory protect against forgery.
 fn checksum(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)

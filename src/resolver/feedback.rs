@@ -10,11 +10,11 @@ use tonic_balance::Address;
 /// [`Resolver::feedback`](crate::Resolver::feedback).
 ///
 /// Normally, an instance is removed when the watch delivers the delete of its key. Feedback covers the case that the watch has lost the
-/// delete. After a report, each key of the address is read once, at a random moment within 2 s. The resolver applies the result: the
-/// instance is removed, updated, or left unchanged. Each key is read at most every 10 s, and a resolver reads at most ten keys per second.
-/// A whole fleet that fails at once therefore costs etcd no more than a single server.
+/// delete. After a report, each key of the address is read once, at a random time within 2 s. The resolver applies the result: the instance
+/// is removed, updated, or left unchanged. For 10 s after a report, further reports of the same key are ignored. For each of its prefixes,
+/// a resolver reads at most ten keys per second. The load on etcd is therefore limited even if a whole fleet fails at once.
 ///
-/// A handle does not keep the resolver's watch open. Cloning increments a reference count.
+/// A handle does not keep the resolver's watch open. A clone is cheap: it increments a reference count.
 #[derive(Clone, Debug)]
 pub struct ResolverFeedback(Arc<[mpsc::Sender<Address>]>);
 
@@ -23,11 +23,13 @@ impl ResolverFeedback {
         Self(prefixes.into())
     }
 
-    /// Reports that a connection to the address was refused, or was lost as soon as it was open. Call this once per connection attempt; a
-    /// backoff between attempts keeps the reports rare. This function never waits. A report is dropped if too many reports are pending.
+    /// Reports that a connection to the address was refused, or was lost as soon as it was open. Call this function once per connection
+    /// attempt. With a backoff between attempts, the reports are rare. This function never waits: a report is dropped if too many reports
+    /// are pending.
     pub fn refused(&self, address: &Address) {
         for prefix in &*self.0 {
-            // The queue is full, or the resolver was dropped. An address that keeps refusing connections is reported again.
+            // An error means that the queue is full or that the resolver was dropped. An address that keeps refusing connections is
+            // reported again.
             let _ = prefix.try_send(address.clone());
         }
     }
@@ -38,5 +40,5 @@ pub(super) fn channel() -> (mpsc::Sender<Address>, mpsc::Receiver<Address>) {
     mpsc::channel(REPORTS)
 }
 
-/// Capacity of the queue. It is larger than the number of reads that the task keeps pending.
+/// Capacity of the queue of reports. It is larger than the maximum number of pending reads (100).
 const REPORTS: usize = 256;

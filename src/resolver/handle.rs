@@ -1,4 +1,4 @@
-//! A handle of a resolver, for code beside the channel that uses the resolver.
+//! A handle of a resolver, for code that does not own the resolver, for example because a channel owns it.
 
 use std::sync::Arc;
 
@@ -8,9 +8,10 @@ use super::status::{RejectedKey, ResolverStatus};
 use super::store::Core;
 use crate::instance::Instance;
 
-/// A handle of a [`Resolver`](crate::Resolver): its status and its instances, without a subscription to the changes.
+/// A handle of a [`Resolver`](crate::Resolver). It gives access to the resolver's status and instances, without a subscription to the
+/// changes.
 ///
-/// [`Resolver::handle`](crate::Resolver::handle) returns it, and so does a channel whose endpoints a resolver finds:
+/// [`Resolver::handle`](crate::Resolver::handle) returns a handle. A channel whose source is a resolver also has one:
 ///
 /// ```no_run
 /// use tonic_etcd::{Registry, resolver::ResolverHandle};
@@ -24,7 +25,8 @@ use crate::instance::Instance;
 /// # }
 /// ```
 ///
-/// A handle does not keep the watch open: after the last resolver or channel is dropped, the state no longer changes.
+/// A handle does not keep the watch open. After the last resolver or channel is dropped, the instances no longer change, and the status
+/// contains the error that the task of the resolver has ended.
 #[derive(Clone, Debug)]
 pub struct ResolverHandle(Arc<Core>);
 
@@ -51,7 +53,7 @@ impl ResolverHandle {
         self.0.status.borrow().clone()
     }
 
-    /// Returns a watch channel of the [`status`](Self::status) that notifies the receiver of each change.
+    /// Returns a watch channel of the [`status`](Self::status). The receiver is notified of each change.
     #[must_use]
     pub fn watch_status(&self) -> watch::Receiver<ResolverStatus> {
         self.0.status.subscribe()

@@ -1,7 +1,7 @@
-//! The set of instances, without I/O: events of keys change the set of addresses.
+//! The set of instances, without I/O. Events of keys change the set of addresses.
 //!
-//! The unit of load balancing is the address. Several keys may name one address, for example after a restart under a new instance id. In
-//! that case the key with the highest create revision describes the address, and the address is removed with its last key.
+//! The unit of load balancing is the address. Several keys may contain the same address, for example after a restart under a new instance
+//! id. The key with the highest create revision then describes the address. The address is removed with its last key.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -14,9 +14,9 @@ use tonic_balance::Address;
 #[derive(Debug, Default)]
 pub(super) struct Instances {
     keys: BTreeMap<Key, Entry>,
-    /// Keys that name an address, ordered by create revision.
+    /// The keys that contain each address, ordered by create revision.
     addresses: HashMap<Address, BTreeSet<(Revision, Key)>>,
-    /// Bytes of the keys and values of all instances.
+    /// Total size of the keys that have a good value, and of these values.
     bytes: usize,
     limit: Limit,
 }
@@ -26,9 +26,9 @@ pub(super) struct Instances {
 struct Entry {
     /// The instance from the last value that could be decoded, if any.
     instance: Option<Instance>,
-    /// The latest write, if its value could not be used.
+    /// The latest write of the key, if its value could not be used.
     rejected: Option<Rejected>,
-    /// Bytes of the key and of its last good value.
+    /// Size of the key and of its last good value. Zero if the key has no good value.
     bytes: usize,
 }
 
@@ -40,7 +40,7 @@ struct Rejected {
     reason: FormatError,
 }
 
-/// The limit on a set of instances. Keys beyond it are rejected, so that a writer cannot fill the memory of every client.
+/// The limits on a set of instances. Keys beyond a limit are rejected, so that a writer cannot fill the memory of every client.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limit {
     pub(super) keys: usize,
@@ -48,7 +48,7 @@ pub(super) struct Limit {
 }
 
 impl Default for Limit {
-    /// Returns a limit of a thousand times the keys of a large service, and of a hundredth of the memory of a small host.
+    /// Returns the default limits: a thousand times the number of keys of a large service, and a hundredth of the memory of a small host.
     fn default() -> Self {
         Self {
             keys: 100_000,
@@ -64,7 +64,7 @@ pub(super) struct Applied {
     pub(super) changed: Vec<Address>,
     /// The last instance of each address that lost its last key. A later event may have registered the address again.
     pub(super) vanished: HashMap<Address, Instance>,
-    /// Number of writes whose value could not be decoded. `first_rejected` describes the first such write.
+    /// Number of writes whose value could not be used. `first_rejected` describes the first such write.
     pub(super) rejected: u64,
     pub(super) first_rejected: Option<(Key, Revision, FormatError)>,
 }
@@ -98,7 +98,8 @@ impl Instances {
         let key = kv.key.to_string();
         let read = match decoder.read(&key, &kv.value) {
             Ok(Some(read)) => read,
-            // The value marks the instance as out of service, or the key names no instance. Both count as a delete of the key.
+            // Either the value marks the instance as out of service, or the key is not the key of an instance. Both cases count as a delete
+            // of the key.
             Ok(None) => return self.delete(&kv.key, applied),
             Err(error) => return self.reject(kv, error, applied),
         };
@@ -132,12 +133,12 @@ impl Instances {
         applied.changed.push(instance.address().clone());
     }
 
-    /// Records a write whose value cannot be decoded. The last good value of the key stays in use. Each write is counted once, however
-    /// often it is listed.
+    /// Records a write whose value cannot be used. The last good value of the key stays in use. Each write is counted once, however often a
+    /// list contains it.
     fn reject(&mut self, kv: KeyValue, error: FormatError, applied: &mut Applied) {
         let is_known = self.keys.contains_key(&kv.key);
         if !is_known && self.keys.len() >= self.limit.keys + REJECTED {
-            // The write is counted, but not listed.
+            // The write is counted, but [`Instances::rejected`] does not return it.
             applied.rejected += 1;
             applied
                 .first_rejected
@@ -200,7 +201,7 @@ impl Instances {
         }
     }
 
-    /// Removes a key from its address. Returns whether this was the last key of the address.
+    /// Removes a key from the keys of its address. Returns whether it was the last key of the address.
     fn unname(&mut self, before: &Instance, key: &Key) -> bool {
         let Some(keys) = self.addresses.get_mut(before.address()) else {
             return false;
@@ -213,7 +214,7 @@ impl Instances {
         unnamed
     }
 
-    /// Returns the keys that name an address.
+    /// Returns the keys that contain an address.
     pub(super) fn keys(&self, address: &Address) -> impl Iterator<Item = &Key> {
         let keys = self.addresses.get(address).into_iter().flatten();
         keys.map(|(_, key)| key)
@@ -238,7 +239,7 @@ impl Instances {
     }
 }
 
-/// Keys with rejected values that are kept beyond the limit on keys, for [`Instances::rejected`].
+/// Number of keys with rejected values that are kept in addition to the limit on keys, so that [`Instances::rejected`] can return them.
 const REJECTED: usize = 1_000;
 
 /// Returns the create revision of an instance's key.
@@ -307,7 +308,7 @@ mod tests {
             .map(|(key, revision, reason)| format!("{key} {revision} {reason}"))
             .collect();
         assert_eq!(rejected, ["/s/c 1 is over the resolver's limit of 2 keys"]);
-        // A value that is too large leaves the last one in use.
+        // A value that is too large does not replace the last good value.
         let large = format!(
             "{{\"Addr\":\"10.0.0.2:80\",\"Metadata\":\"{}\"}}",
             "x".repeat(90)
@@ -315,7 +316,7 @@ mod tests {
         let applied = apply(&mut set, [put("/s/a", &large, 1, 2, 1)]);
         assert_eq!((applied.rejected, applied.changed.len()), (1, 0));
         assert_eq!(known(&set), ["b=10.0.0.1:80"], "two keys, one address");
-        // What is deleted makes room.
+        // Deleted keys no longer count towards the limit.
         apply(&mut set, [delete("/s/b", 3), delete("/s/c", 3)]);
         let applied = apply(&mut set, [put("/s/d", "10.0.0.4:80", 4, 4, 1)]);
         assert_eq!(applied.rejected, 0);

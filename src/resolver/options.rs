@@ -20,7 +20,7 @@ pub(super) struct Options {
     pub(super) limit: Limit,
     /// The directory of the cache file.
     pub(super) cache_dir: Option<PathBuf>,
-    /// The instances to use if there is no cache.
+    /// The instances to use until the first list is complete, if there is no usable cache.
     pub(super) seeds: Vec<Instance>,
 }
 
@@ -61,8 +61,8 @@ impl Options {
     }
 }
 
-/// The default reconciliation interval. The load is negligible: a thousand clients of a service with a hundred instances together list 0.3
-/// MB per second.
+/// The default reconciliation interval. The load is negligible: the lists of a thousand clients of a service with a hundred instances
+/// amount to 0.3 MB per second.
 const RECONCILE: Duration = Duration::from_secs(300);
-/// The default duration of a hold: twice the default TTL. A server that lost its registration registers again within one TTL.
+/// The default duration of a hold: twice the default TTL. A running server that has lost its entry registers again within one TTL.
 const HOLD: Duration = Duration::from_secs(30);

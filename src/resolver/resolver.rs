@@ -25,12 +25,12 @@ use crate::etcd::Etcd;
 use crate::instance::Instance;
 use crate::keyspace::Range;
 
-/// The live set of instances of a service, as a `Stream` of [`Change`]s. It therefore implements [`tower::discover::Discover`].
+/// The current set of instances of a service, as a `Stream` of [`Change`]s. A resolver therefore implements [`tower::discover::Discover`].
 ///
-/// The stream never ends and never fails. Failures of etcd are reported by [`status`](Self::status) and have no other effect: no instance
-/// is removed because etcd is unreachable.
+/// The stream never ends and never fails. [`status`](Self::status) reports failures of etcd. They have no other effect: no instance is
+/// removed because etcd is unreachable.
 ///
-/// A clone is a separate subscription to the same watch: its stream begins with an insert for every known instance. The watch is closed
+/// A clone is a separate subscription to the same watch. Its stream begins with an insert for every known instance. The watch is closed
 /// when the last clone is dropped.
 ///
 /// ```no_run
@@ -74,7 +74,7 @@ impl Drop for Tasks {
 }
 
 impl Resolver {
-    /// Starts one task per range, and one task that ends holds.
+    /// Starts one task per range, one task that ends holds, and, with a cache or seeds, one task for them.
     ///
     /// # Panics
     ///
@@ -126,8 +126,9 @@ impl Resolver {
         &self.core.service
     }
 
-    /// Returns the known instances, one per address, sorted by address. Instances that are [held](crate::resolver::ResolverBuilder::mass_removal_protection)
-    /// are included; [`Instance::is_last_resort`] returns true for them. The result is empty until the first list is complete; see
+    /// Returns the known instances, one per address, sorted by address. Instances that are
+    /// [held](crate::resolver::ResolverBuilder::mass_removal_protection) are included; [`Instance::is_last_resort`] returns true for them.
+    /// Until the first list is complete, the result is empty, or contains the instances of the cache or the seeds; see
     /// [`ready`](Self::ready).
     #[must_use]
     pub fn instances(&self) -> Vec<Instance> {
@@ -140,33 +141,33 @@ impl Resolver {
         self.core.status.borrow().clone()
     }
 
-    /// Returns a watch channel of the [`status`](Self::status) that notifies the receiver of each change.
+    /// Returns a watch channel of the [`status`](Self::status). The receiver is notified of each change.
     #[must_use]
     pub fn watch_status(&self) -> watch::Receiver<ResolverStatus> {
         self.core.status.subscribe()
     }
 
-    /// Returns the keys whose latest value is not used: it cannot be decoded, the address policy rejects its address, or it is over a limit.
-    /// At most 1 000 keys beyond the [limit](crate::resolver::ResolverBuilder::max_keys) are listed.
+    /// Returns the keys whose latest value is not used, because it cannot be decoded, because the address policy rejects its address, or
+    /// because it is over a limit. At most 1 000 keys beyond the [limit](crate::resolver::ResolverBuilder::max_keys) are listed.
     #[must_use]
     pub fn rejected(&self) -> Vec<RejectedKey> {
         self.core.rejected()
     }
 
-    /// Returns a handle with the status and the instances, which does not keep the watch open.
+    /// Returns a handle that gives access to the status and the instances. The handle does not keep the watch open.
     #[must_use]
     pub fn handle(&self) -> ResolverHandle {
         ResolverHandle::new(Arc::clone(&self.core))
     }
 
-    /// Returns a handle to report addresses that refuse connections. A [`BalancedChannel`](crate::BalancedChannel) reports them by itself;
-    /// the handle is for other code that connects to the instances of a resolver.
+    /// Returns a handle for reports of addresses that refuse connections. A [`BalancedChannel`](crate::BalancedChannel) sends such reports
+    /// by itself; the handle is for other code that connects to the instances of a resolver.
     #[must_use]
     pub fn feedback(&self) -> ResolverFeedback {
         self.feedback.clone()
     }
 
-    /// Waits until every prefix has been listed once, so that the instances are known, or until the
+    /// Waits until the instances are known: until every prefix has been listed once, or until the
     /// [cache](crate::resolver::ResolverBuilder::cache_dir) or the [seeds](crate::resolver::ResolverBuilder::seeds) are used. Without a
     /// cache and without seeds, the future never completes if etcd never responds. In this case, wrap the future in
     /// [`tokio::time::timeout`], and read the reason from the [`status`](Self::status).
@@ -176,7 +177,7 @@ impl Resolver {
     /// Dropping the future has no effect.
     pub async fn ready(&self) {
         let mut statuses = self.watch_status();
-        // `self.core` owns the sender, so this cannot fail.
+        // `self.core` owns the sender, so `wait_for` cannot fail.
         let _ = statuses
             .wait_for(|status| status.state != ResolverState::Unknown)
             .await;

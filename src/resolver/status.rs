@@ -14,30 +14,33 @@ pub struct ResolverStatus {
     pub state: ResolverState,
     /// The time at which the resolver entered this state.
     pub since: Instant,
-    /// The store revision at which the set was last known to be correct; `None` while the set is unknown. With several prefixes, the lowest
-    /// of their revisions.
+    /// The store revision at which the set was last known to be correct. `None` until every prefix has been listed. With several prefixes,
+    /// this is the lowest of their revisions.
     pub revision: Option<Revision>,
     /// The last failure. `None` while the state is [`Fresh`](ResolverState::Fresh).
     pub last_error: Option<EtcdError>,
-    /// Number of writes since the start whose value could not be decoded or was too large to receive. Each such write is skipped, and
-    /// counted once.
+    /// Number of writes since the start whose value is not used: it cannot be decoded, the address policy rejects its address, it is over a
+    /// limit, or it is too large to receive. Each write is counted once.
     pub rejected_values: u64,
-    /// Number of complete lists since the start. More than one per prefix means that a watch could not be resumed.
+    /// Number of complete lists since the start. More than one list per prefix means that a prefix was listed again, for example because
+    /// its watch could not be resumed.
     pub lists: u64,
-    /// Number of watch streams opened since the start.
+    /// Number of watches opened since the start.
     pub watches: u64,
-    /// Number of reconciliations since the start. A reconciliation compares the keys with a list of their names.
+    /// Number of reconciliations since the start. A reconciliation compares the known keys with a list of the keys in etcd.
     pub reconciliations: u64,
-    /// Number of individual key reads since the start. A key is read if it differed in a reconciliation, or if
+    /// Number of reads of individual keys since the start. A key is read if it differed in a reconciliation, or if
     /// [`ResolverFeedback`](crate::resolver::ResolverFeedback) reported its address.
     pub reads: u64,
-    /// Number of individual key reads whose result differed from the state of the key that the watch had delivered.
+    /// Number of reads of individual keys whose result differed from the state that the watch had delivered.
     pub repaired: u64,
-    /// Number of instances from the [cache](crate::resolver::ResolverBuilder::cache_dir) or the seeds, while etcd has not answered since the start.
+    /// Number of instances in use from the [cache](crate::resolver::ResolverBuilder::cache_dir) or the seeds. Zero once every prefix has
+    /// been listed.
     pub cached: usize,
-    /// Number of instances that vanished together with most others and are [held](crate::resolver::ResolverBuilder::mass_removal_protection) now.
+    /// Number of instances that vanished together with most others and are currently
+    /// [held](crate::resolver::ResolverBuilder::mass_removal_protection).
     pub held: usize,
-    /// Number of mass removals since the start: episodes in which instances were held.
+    /// Number of mass removals since the start. A mass removal is a period in which instances are held.
     pub mass_removals: u64,
 }
 
@@ -57,11 +60,12 @@ pub struct RejectedKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ResolverState {
-    /// The set is not known yet: at least one prefix has not been listed.
+    /// The set is not known yet: at least one prefix has not been listed, and neither a cache nor seeds are in use.
     Unknown,
     /// The set is in sync with etcd.
     Fresh,
-    /// The set is the last known one. etcd is currently unreachable, or rejects the resolver's requests.
+    /// The set is the last known one, or the set of the cache or the seeds. etcd is currently unreachable, or rejects the resolver's
+    /// requests.
     Stale,
 }
 

@@ -27,7 +27,7 @@ pub(super) struct Core {
     decoder: Decoder,
     shared: Mutex<Shared>,
     pub(super) status: watch::Sender<ResolverStatus>,
-    /// Wakes the task that ends holds, after holds have begun or ended.
+    /// Wakes the task that ends holds, after an episode of holds has begun or ended.
     pub(super) held: Notify,
     /// Wakes the task that writes the cache.
     pub(super) changed: Notify,
@@ -37,25 +37,25 @@ pub(super) struct Core {
 pub(super) struct Shared {
     pub(super) registered: Instances,
     pub(super) hold: Hold,
-    /// The instances of the cache, or the seeds, while the first list is not complete.
+    /// The instances of the cache, or the seeds, until every prefix has been listed.
     fallback: HashMap<Address, Instance>,
     pub(super) subscriptions: Vec<Option<Subscription>>,
     pub(super) reports: Vec<Report>,
-    /// Number of writes whose value could not be decoded.
+    /// Number of writes whose value could not be used.
     pub(super) rejected: u64,
-    /// Time of the last warning about such writes.
+    /// Time of the last warning about writes whose value could not be used.
     warned: Option<Instant>,
     filter: Option<Filter>,
 }
 
-/// The addresses whose changes one subscriber has not received yet. They form a set: however often an address changes, the subscriber
-/// receives one change with the newest state.
+/// The addresses whose changes one subscriber has not received yet. Each address is contained once: however often it changes, the
+/// subscriber receives one change with the newest state.
 #[derive(Debug)]
 pub(super) struct Subscription {
     pending: VecDeque<Address>,
     /// The addresses in `pending`, as a set.
     queued: HashSet<Address>,
-    /// Addresses for which the subscriber has received an insert, and no remove since.
+    /// Addresses for which the subscriber has received an insert and no later remove.
     announced: HashSet<Address>,
     pub(super) waker: Option<Waker>,
 }
@@ -67,8 +67,8 @@ impl Subscription {
         }
     }
 
-    /// Drops pending addresses that were added and removed again without an announcement. They would otherwise accumulate for a subscriber
-    /// that never polls its stream because it only reads the list.
+    /// Drops pending addresses that are no longer known and that the subscriber has never received. They would otherwise accumulate if a
+    /// subscriber only reads the list and never polls its stream.
     fn prune(&mut self, is_known: impl Fn(&Address) -> bool, known: usize) {
         if self.pending.len() <= 2 * (known + self.announced.len()) + MAX_UNPOLLED {
             return;
@@ -79,7 +79,7 @@ impl Subscription {
         self.queued.retain(is_relevant);
     }
 
-    /// Returns the next address, in first-in, first-out order, so that an address that changes constantly does not delay others.
+    /// Returns the next address in first-in, first-out order. An address that changes constantly therefore does not delay other addresses.
     fn next(&mut self) -> Option<Address> {
         let address = self.pending.pop_front()?;
         self.queued.remove(&address);
@@ -88,7 +88,8 @@ impl Subscription {
 }
 
 impl Shared {
-    /// Returns the instance at an address: the registered instance, or the last known instance if the address is held.
+    /// Returns the instance at an address: the registered instance, else the held instance, else the instance of the cache or the seeds.
+    /// Returns `None` if the filter rejects the instance.
     pub(super) fn get(&self, address: &Address) -> Option<&Instance> {
         self.registered
             .get(address)
@@ -113,7 +114,7 @@ impl Shared {
         filter.is_none_or(|filter| filter.accepts(instance))
     }
 
-    /// Returns the next change that a subscription has not received yet.
+    /// Returns the next change that the subscriber has not received yet.
     pub(super) fn next(&mut self, subscription: usize) -> Option<Change<Address, Instance>> {
         loop {
             let address = self.subscriptions.get_mut(subscription)?.as_mut()?.next()?;
@@ -123,7 +124,7 @@ impl Shared {
                 subscription.announced.insert(address.clone());
                 return Some(Change::Insert(address, instance));
             }
-            // An address that was added and removed between two polls is not reported.
+            // An address that was added and removed again between two polls causes no change.
             if subscription.announced.remove(&address) {
                 return Some(Change::Remove(address));
             }
@@ -185,7 +186,7 @@ impl Core {
     ) -> Self {
         let mut reports = vec![Report::default(); prefixes];
         if prefixes == 0 {
-            // Without a prefix, etcd has nothing to list. The empty set therefore counts as known, and the status contains the reason.
+            // Without a prefix, there is nothing to list. The empty set therefore counts as known, and the status contains the reason.
             reports.push(Report {
                 listed: true,
                 trouble,
@@ -214,7 +215,8 @@ impl Core {
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Shared> {
-        // No code panics while it holds this lock, and the data would be consistent even after a panic.
+        // Only a filter or a custom format can panic while this lock is held. The data is consistent even then, so a poisoned lock is used
+        // as usual.
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -285,8 +287,8 @@ impl Core {
         rejected.map(of).collect()
     }
 
-    /// Publishes the changes that a machine has collected. The lock is held for the whole batch, so that subscribers see the instances of
-    /// one batch together.
+    /// Publishes the changes that a machine has collected. The lock is held for the whole batch, so that subscribers see all changes of the
+    /// batch at once.
     pub(super) fn publish(&self, index: usize, machine: &mut Machine, now: Instant) {
         let events = machine.take_update();
         let mut shared = self.lock();
@@ -295,7 +297,7 @@ impl Core {
             .apply(events, machine.range(), &self.decoder);
         if let Some((key, revision, error)) = &applied.first_rejected {
             let rejected = applied.rejected;
-            // Warnings are rate-limited: a writer that stores a bad value every second must not flood the log of every client.
+            // Warnings are rate-limited, because a writer that stores a bad value every second must not flood the log of every client.
             if shared.warned.is_none_or(|at| now >= at + WARN_INTERVAL) {
                 shared.warned = Some(now);
                 tracing::warn!(?key, %revision, rejected, "skipped values that cannot be decoded; the first value {error}");
@@ -321,8 +323,8 @@ impl Core {
         self.announce(news, wakers);
     }
 
-    /// Handles the end of the task of a prefix. The instances of the prefix stay in the set, and the status contains the reason why they no
-    /// longer change.
+    /// Handles the end of the task of a prefix. The instances of the prefix stay in the set, but they no longer change. The status contains
+    /// the reason.
     pub(super) fn on_task_ended(&self, index: usize) {
         if let Some(report) = self.lock().reports.get_mut(index) {
             report.trouble = Some(EtcdError::task_ended("resolver"));
@@ -351,8 +353,8 @@ impl Core {
             self.held.notify_one();
         }
         self.status.send_if_modified(|status| {
-            // The lock is taken inside the status update, never around it: code that borrows the status may read the instances, which takes
-            // the lock.
+            // The lock is taken inside the status update, and must not be held around it. Code that borrows the status blocks the update,
+            // and may itself take the lock to read the instances.
             let shared = self.lock();
             let next = status_of(&shared, Some(status));
             let instances = shared.registered.len();
@@ -412,9 +414,9 @@ impl Core {
     }
 }
 
-/// Pending addresses are pruned if they exceed twice the number of known and announced addresses by more than this number.
+/// Pending addresses are pruned if their number exceeds twice the number of known and announced addresses by more than this.
 const MAX_UNPOLLED: usize = 1024;
-/// Time between warnings about values that cannot be decoded. Further such values in that time are logged at debug level, and counted.
+/// Minimum time between two warnings about values that could not be used. Values in between are counted, and logged at debug level.
 const WARN_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Combines the reports of the tasks into one status.
@@ -461,7 +463,7 @@ fn status_of(shared: &Shared, before: Option<&ResolverStatus>) -> ResolverStatus
 mod tests {
     use super::*;
 
-    /// A subscriber that only reads the list never polls its stream.
+    /// Simulates a subscriber that only reads the list and never polls its stream.
     #[test]
     fn unread_address_changes_do_not_accumulate() {
         let mut subscription = Subscription {

@@ -1,4 +1,4 @@
-//! The tasks of a resolver: one for each prefix, and one that ends holds.
+//! The tasks of a resolver: one for each prefix, one that ends holds, and one for the cache and the seeds.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,7 +35,7 @@ pub(super) async fn run(
                 machine.on_page(page)
             }
             Command::Watch(revision) => {
-                // Drops the old stream first, so that no member serves two streams of this task at the same time.
+                // The old watch is dropped first, so that no member serves two watches of this task at the same time.
                 watch = None;
                 token = etcd.token();
                 match etcd.watch(machine.range(), Some(revision)).await {
@@ -58,8 +58,8 @@ pub(super) async fn run(
                 machine.on_names(page, Instant::now())
             }
             Command::Read(key) => {
-                // The read is tried only once, because the watch is not read in the meantime. If the key is still in doubt, a later report
-                // or reconciliation requests it again.
+                // The read is tried only once, because no message of the watch is received in the meantime. If the read fails, a later
+                // report or reconciliation can request another one.
                 let answer = etcd.read_once(&key, DEADLINE).await;
                 machine.on_read(key, answer, Instant::now())
             }
@@ -83,8 +83,8 @@ pub(super) async fn run(
     }
 }
 
-/// Reports the end of a task that normally never ends: its runtime was shut down, or the task panicked. If the last subscription was
-/// dropped, the report has no reader.
+/// Reports the end of a task. The task never ends by itself: its runtime was shut down, the task panicked, or the last subscription was
+/// dropped. In the last case, only a handle of the resolver can still read the report.
 struct ReportEnd<'a> {
     core: &'a Core,
     index: usize,
@@ -108,7 +108,7 @@ pub(super) async fn release_holds(core: Arc<Core>) {
     }
 }
 
-/// Uses the cache or the seeds if etcd does not answer in time. Then keeps the cache up to date, in an endless loop.
+/// Uses the cache or the seeds if the first lists are not complete in time. Then keeps the cache up to date, in an endless loop.
 pub(super) async fn keep_cache(
     core: Arc<Core>,
     file: Option<Cache>,
@@ -141,7 +141,7 @@ pub(super) async fn keep_cache(
     };
     loop {
         core.changed.notified().await;
-        // Waits, so that many changes cause one write.
+        // Changes in quick succession then cause only one write.
         tokio::time::sleep(WRITE_DELAY).await;
         let instances = core.registered();
         if instances.is_empty() {
@@ -168,9 +168,9 @@ async fn load(file: Cache, policy: AddressPolicy) -> Option<Vec<Instance>> {
     }
 }
 
-/// The time that etcd gets to answer before the cache is used. A member on the same continent answers in less time.
+/// The time to wait for the first lists before the cache or the seeds are used. A member on the same continent answers in less time.
 const CACHE_DELAY: Duration = Duration::from_millis(50);
-/// The time between a change and the write of the cache.
+/// The time between a change and the write of the cache file.
 const WRITE_DELAY: Duration = Duration::from_secs(1);
 
 async fn until(instant: Option<Instant>) {
@@ -193,8 +193,8 @@ async fn receive(
     let due = until(machine.due());
     let message = tokio::select! {
         biased;
-        // The timer is polled before the messages, because frequent messages could starve the timer. The timer cannot starve the messages,
-        // because it is due again only much later.
+        // The timer is polled before the messages, because frequent messages could otherwise starve it. The timer cannot starve the
+        // messages, because it is due again only much later.
         () = due => return machine.on_time(Instant::now()),
         message = open.message() => message,
         Some(address) = reported.recv() => {

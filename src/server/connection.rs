@@ -1,4 +1,4 @@
-//! The connections that a server has accepted. This type is used in place of tonic's own, so that the server can count and close
+//! The connections that a server has accepted. [`Connection`] is used in place of tonic's own type, so that the server can count and close
 //! connections.
 
 use std::io;
@@ -38,12 +38,12 @@ impl Connections {
         self.gauges.open.load(Ordering::Relaxed)
     }
 
-    /// Closes the listener. Each accepted connection ends by itself after its last call.
+    /// Closes the listener. Each accepted connection then ends by itself after its last call.
     pub(super) fn drain(&self) {
         self.draining.cancel();
     }
 
-    /// Closes connections on which the client has not started HTTP. No other event would end them.
+    /// Closes connections on which the client has not started HTTP. A graceful shutdown does not end such connections.
     pub(super) fn cut_unopened(&self) {
         self.gauges.ending.store(true, Ordering::Release);
         self.unopened.cancel();
@@ -62,8 +62,8 @@ impl Connections {
     }
 }
 
-/// An accepted connection that the server can close. After the close, every operation on it fails. It would not be enough to fail only
-/// reads, because hyper would then retry the flush and never end.
+/// An accepted connection that the server can close. After the close, every operation on the connection fails. If only reads failed, hyper
+/// would retry the flush and never end.
 #[derive(Debug)]
 pub(super) struct Connection<T: Connected = TcpStream> {
     stream: T,
@@ -75,7 +75,7 @@ pub(super) struct Connection<T: Connected = TcpStream> {
 }
 
 impl Connection {
-    /// Wraps a TCP connection, and sets its options.
+    /// Wraps a TCP connection, and sets the options of its socket.
     pub(super) fn tcp(stream: TcpStream, connections: &Connections) -> Self {
         // A call consists of a few small frames in each direction. Nagle's algorithm would delay the last frame by one round trip.
         if let Err(error) = stream.set_nodelay(true) {
@@ -102,7 +102,7 @@ impl<T: Connected> Connection<T> {
         }
     }
 
-    /// Runs an operation on the socket, unless the server has closed the connection. A pending operation is woken by the close.
+    /// Runs an operation on the socket, unless the server has closed the connection. The close wakes a pending operation.
     fn poll_unless_ended<O>(
         &mut self,
         cx: &mut Context<'_>,
@@ -121,7 +121,7 @@ impl<T: Connected> Connection<T> {
         outcome
     }
 
-    /// Returns an error if the server has closed the connection. Otherwise registers the task for a wakeup at the close.
+    /// Returns an error if the server has closed the connection. Otherwise, registers the task to be woken by the close.
     fn check_ended(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let unopened = !self.opening.is_over() && self.unopened.as_mut().poll(cx).is_ready();
         if unopened || self.cut.as_mut().poll(cx).is_ready() {
@@ -132,7 +132,7 @@ impl<T: Connected> Connection<T> {
     }
 }
 
-/// No field is pinned in place: the stream is `Unpin`, and the others are moved or boxed.
+/// No field is pinned in place: the stream is `Unpin`, and the other fields are moved or boxed.
 impl<T: Connected + Unpin> Unpin for Connection<T> {}
 
 impl<T: Connected> Drop for Connection<T> {
@@ -202,6 +202,6 @@ impl<T: AsyncWrite + Connected + Unpin> AsyncWrite for Connection<T> {
     }
 }
 
-/// Idle time before the first keep-alive probe. A client that disappeared silently is detected within minutes: by default the kernel sends
-/// nine probes, 75 s apart.
+/// Idle time before the first keep-alive probe. A client that has disappeared silently is detected within minutes, because the kernel by
+/// default sends nine probes, 75 s apart.
 const TCP_KEEPALIVE: Duration = Duration::from_secs(60);

@@ -1,8 +1,8 @@
-//! The health service of a server that registers itself. It reports the statuses of a reporter while the server serves, and `NOT_SERVING`
-//! for every name once the shutdown begins.
+//! The health service of a server that registers itself. While the server serves, the service reports the statuses of a reporter. Once the
+//! shutdown begins, it reports `NOT_SERVING` for every name.
 //!
-//! A reporter alone is not sufficient: it does not list its names, so it cannot set all of them to `NOT_SERVING`, and its open watches
-//! would delay the drain.
+//! A reporter alone is not sufficient. It does not list its names, so the server could not set all of them to `NOT_SERVING`. Its open
+//! watches would also delay the drain.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -51,7 +51,7 @@ impl Health for LameDuck {
         &self,
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<HealthCheckResponse>, Status> {
-        // An unknown name returns the error of the reporter, also during the shutdown.
+        // For an unknown name, the result is the error of the reporter, also during the shutdown.
         let reported = self.reported.check(request).await?;
         if self.states.borrow().is_stopping() {
             return Ok(Response::new(not_serving()));
@@ -76,8 +76,8 @@ impl Health for LameDuck {
     }
 }
 
-/// The stream of the statuses of one name. It ends when the listener closes, because an open call would delay the drain. The last status,
-/// `NOT_SERVING`, is sent before the end.
+/// The stream of the statuses of one name. It ends when the listener closes, because an open watch would delay the drain. The last status
+/// is always `NOT_SERVING`.
 #[derive(Debug)]
 pub(super) struct Watching {
     reported: Reported,

@@ -1,5 +1,5 @@
-//! The listening socket. This type is used in place of tonic's own, so that the server controls when the socket closes and keeps every
-//! connection that the kernel has accepted.
+//! The listening socket. [`Incoming`] is used in place of tonic's own type, so that the server controls when the socket closes, and does
+//! not lose connections that the kernel has already accepted.
 
 use std::io;
 use std::net::SocketAddr;
@@ -21,9 +21,9 @@ pub(super) struct Incoming {
     listener: TcpListener,
     connections: Connections,
     closing: Pin<Box<WaitForCancellationFutureOwned>>,
-    /// Most connections that are accepted after the drain has begun.
+    /// Number of connections that may still be accepted after the drain has begun.
     remainder: u32,
-    /// The wait after an accept error. Without it, most accept errors (no free file descriptor) would recur at once.
+    /// The wait after an accept error. Without it, most accept errors, such as a lack of file descriptors, would recur at once.
     pause: Option<Pin<Box<Sleep>>>,
 }
 
@@ -35,7 +35,7 @@ impl Incoming {
             socket2::Type::STREAM,
             Some(socket2::Protocol::TCP),
         )?;
-        // A restarted server can bind its port again although connections of the old process are still in TIME_WAIT.
+        // With this option, a restarted server can bind its port again although connections of the old process are still in TIME_WAIT.
         #[cfg(unix)]
         socket.set_reuse_address(true)?;
         socket.set_nonblocking(true)?;
@@ -57,7 +57,7 @@ impl Incoming {
     /// Returns a connection that the kernel has already accepted. The socket is polled directly, because the runtime may not have received
     /// the readiness event yet.
     fn remaining(&mut self) -> Option<Connection> {
-        // A flood of new connections must not keep the socket open.
+        // The number is limited, so that a flood of new connections cannot keep the socket open.
         self.remainder = self.remainder.checked_sub(1)?;
         let (socket, _) = socket2::SockRef::from(&self.listener).accept().ok()?;
         socket.set_nonblocking(true).ok()?;
@@ -69,8 +69,9 @@ impl Incoming {
 impl Stream for Incoming {
     type Item = io::Result<Connection>;
 
-    /// Returns the next connection. After the drain has begun, first returns the connections that the kernel has already accepted, because
-    /// closing the socket would reset them, and their clients may have sent a call. Then the stream ends, which closes the socket.
+    /// Returns the next connection. After the drain has begun, the stream first returns the connections that the kernel has already
+    /// accepted. Closing the socket would reset them, although their clients may have sent a call. Then the stream ends, and tonic drops
+    /// it, which closes the socket.
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         if self.closing.as_mut().poll(cx).is_ready() {
             return Poll::Ready(self.remaining().map(Ok));
@@ -90,7 +91,7 @@ impl Stream for Incoming {
     }
 }
 
-/// A stream of connections that the caller accepts. It ends when the drain begins.
+/// A stream of connections that the caller of this library accepts. It ends when the drain begins.
 #[derive(Debug)]
 pub(super) struct Accepted<I> {
     stream: Pin<Box<I>>,
@@ -126,8 +127,8 @@ where
     }
 }
 
-/// Limit of the accept queue: the default limit of the kernel (`net.core.somaxconn`). With a shorter queue, simultaneous reconnects of a
-/// fleet would be refused.
+/// Limit on the accept queue. It is the default limit of the kernel (`net.core.somaxconn`). With a shorter queue, simultaneous reconnects
+/// of a fleet would be refused.
 const BACKLOG: i32 = 4096;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 

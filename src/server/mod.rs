@@ -1,4 +1,4 @@
-//! Serves a registered router, from the bind to the last call.
+//! Serves a router that is registered in etcd, from the bind of the listener to the last call.
 
 mod connection;
 #[cfg(feature = "health")]

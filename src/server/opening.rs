@@ -1,16 +1,16 @@
-//! Detects whether the client of a connection has started HTTP. A connection without a complete preface would block a graceful shutdown
-//! forever, because hyper waits for the end of the preface.
+//! Detects whether the client of a connection has started HTTP. If a client sends no complete preface, the connection would block a
+//! graceful shutdown forever, because hyper waits for the end of the preface.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The progress of a connection towards its first call.
 ///
-/// TLS is handled above this layer, by tonic, so the bytes of the client cannot be decoded here. Only the order of reads and writes is
-/// visible. An HTTP/2 server sends its SETTINGS at once, flushes them, and sends nothing more until it has received the preface of the
-/// client. It then acknowledges the SETTINGS of the client.
+/// tonic handles TLS above this layer, so the bytes of the client cannot be decoded here. Only the order of reads and writes is visible. An
+/// HTTP/2 server sends its SETTINGS at once, flushes them, and sends nothing more until it has received the preface and the SETTINGS of the
+/// client. It then acknowledges the SETTINGS of the client. A write after the flush therefore shows that the client has sent its preface.
 #[derive(Debug, Default)]
 pub(super) struct Opening {
-    /// Whether HTTP has begun; with TLS, this is after the handshake. The connection's own task sets the flag through a shared reference.
+    /// Whether HTTP has begun; with TLS, this is after the handshake. The flag is atomic, because it is set through a shared reference.
     http: AtomicBool,
     /// Whether bytes were received before HTTP began.
     tls: bool,
@@ -19,14 +19,14 @@ pub(super) struct Opening {
     greeting: Greeting,
 }
 
-/// The progress of the server's greeting.
+/// The progress of the greeting: the SETTINGS that the server sends at once.
 #[derive(Debug, Default, PartialEq, Eq)]
 enum Greeting {
     #[default]
     Unsent,
     Sent,
     Flushed,
-    /// The server has sent more than its greeting.
+    /// The server has sent more than its greeting: it has acknowledged the SETTINGS of the client.
     Answered,
 }
 
@@ -34,7 +34,7 @@ impl Opening {
     /// Returns whether the client has sent its preface, or the beginning of an HTTP/1 request.
     pub(super) fn is_over(&self) -> bool {
         let preface = PREFACE + if self.tls { TLS_RECORD } else { 0 };
-        // An HTTP/1 server sends no greeting, so the number of received bytes decides.
+        // An HTTP/1 server sends no greeting, so only the number of received bytes can show that a request has begun.
         self.greeting == Greeting::Answered || self.received >= preface
     }
 
@@ -68,7 +68,7 @@ impl Opening {
 
 /// Length of the HTTP/2 client preface (RFC 9113, section 3.4).
 const PREFACE: usize = 24;
-/// Overhead of a TLS 1.3 record (RFC 8446, section 5.2): a header of 5 bytes, the content type, a tag of 16 bytes.
+/// Overhead of a TLS 1.3 record (RFC 8446, section 5.2): a header of 5 bytes, the content type of 1 byte, and a tag of 16 bytes.
 const TLS_RECORD: usize = 22;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The trait that serves a registered router, and its steps.
+//! The trait [`ServeRegistered`], and the steps from the check of the registration to the running server.
 
 use std::future::{Future, pending};
 use std::net::SocketAddr;
@@ -44,45 +44,44 @@ use crate::registration::RegistrationBuilder;
 /// # }
 /// ```
 ///
-/// At the start, the server binds the listener, serves, and registers the bound address. The shutdown has five phases, each with a time
-/// limit and a log line:
+/// At the start, the server binds the listener, serves, and registers the bound address. The shutdown has five phases. Each phase has a
+/// time limit, and the progress is logged:
 ///
 /// 1. Report `NOT_SERVING` for every name in the health service (feature `health`, [`RegistrationBuilder`]`::health`). This phase takes no
 ///    time.
-/// 2. Deregister: mark the entry as leaving, if the format has a field for that, then revoke the lease. The [deregister
-///    timeout](RegistrationBuilder::deregister_timeout) is 5 s by default. If the timeout is exceeded, the entry is removed when its lease
-///    expires.
-/// 3. Accept connections for the [grace period](RegistrationBuilder::grace_period), 1 s by default. In this time, clients receive the
-///    change from etcd.
+/// 2. Deregister: mark the entry as leaving, if the format has a field for this mark, and then revoke the lease. The [deregister
+///    timeout](RegistrationBuilder::deregister_timeout) is 5 s by default. If it is exceeded, the entry is removed when its lease expires.
+/// 3. Continue to accept connections for the [grace period](RegistrationBuilder::grace_period), 1 s by default. In this time, clients
+///    receive the change from etcd.
 /// 4. Close the listener, so that new connections are refused. Send GOAWAY to the connected clients, and wait for calls in flight. The
-///    limit is the [drain timeout](RegistrationBuilder::drain_timeout), 20 s by default. Connections on which the client has not started
-///    HTTP are closed after 200 ms, idle connections after the client has acknowledged the GOAWAY, and health watches at once.
-/// 5. Cut the remaining connections, within one second. The number of cut connections is logged, and is a field of
+///    limit is the [drain timeout](RegistrationBuilder::drain_timeout), 20 s by default. Health watches end at once. An idle connection is
+///    closed when its client has acknowledged the GOAWAY. A connection on which the client has not started HTTP is closed after 200 ms.
+/// 5. Cut the remaining connections. This phase takes at most one second. The number of cut connections is logged, and is a field of
 ///    [`ServerState::Stopped`](crate::registration::ServerState::Stopped).
 ///
-/// [`watch_server_state`](RegistrationBuilder::watch_server_state) returns a watch of these phases. A handler of an endless stream avoids
-/// the cut if it ends the stream once the server drains.
+/// [`watch_server_state`](RegistrationBuilder::watch_server_state) returns a watch of the state of the server, which follows these phases.
+/// A handler of an endless stream avoids the cut if it ends the stream once the server drains.
 ///
-/// A server that must start while etcd is down needs a registry that does not connect at once, from
-/// [`RegistryBuilder::connect_lazy`](crate::registry::RegistryBuilder::connect_lazy), and a
-/// [`startup_timeout`](RegistrationBuilder::startup_timeout) that is longer than the expected outage. During the outage, the server serves
-/// calls.
+/// A server that must start while etcd is down needs two settings: a registry from
+/// [`RegistryBuilder::connect_lazy`](crate::registry::RegistryBuilder::connect_lazy), which does not connect at once, and a
+/// [`startup_timeout`](RegistrationBuilder::startup_timeout) that is longer than the expected outage. The server serves calls during the
+/// outage.
 ///
-/// `TCP_NODELAY` and TCP keep-alive are enabled on accepted sockets. The TCP settings of the router do not apply, as with
-/// `serve_with_incoming` of tonic.
+/// `TCP_NODELAY` and TCP keep-alive are enabled on accepted sockets. The TCP settings of the router have no effect, as with tonic's
+/// `serve_with_incoming`.
 ///
 /// The trait is sealed: only [`Router`] implements it.
 pub trait ServeRegistered: sealed::Sealed + Sized {
     /// Serves until SIGTERM or SIGINT, and returns after a clean shutdown.
     ///
     /// A second signal ends the server at once: the listener and every connection are closed without a grace period. A deregistration in
-    /// progress gets 500 ms more. A healthy etcd needs a fraction of that time, and without the deregistration clients would dial a stopped
-    /// server until the lease expires.
+    /// progress gets 500 ms more, because without it clients would dial a stopped server until the lease expires. A healthy etcd needs a
+    /// fraction of that time.
     ///
     /// # Errors
     ///
-    /// Fails if the socket cannot be bound, if the registration is rejected, or if the server fails. After an error, nothing is registered
-    /// and nothing is served. Cut connections are not an error.
+    /// Fails if the socket cannot be bound, if the server cannot be registered, or if the server fails. After an error, the server no
+    /// longer serves and its registration has ended. Cut connections are not an error.
     ///
     /// # Cancel safety
     ///
@@ -113,7 +112,7 @@ pub trait ServeRegistered: sealed::Sealed + Sized {
         F: Future<Output = ()> + Send;
 
     /// Serves like [`serve_registered_with_shutdown`](Self::serve_registered_with_shutdown), but on a listener that is already bound, for
-    /// example for socket activation by a service manager or for other socket options.
+    /// example by a service manager (socket activation) or with other socket options.
     ///
     /// ```no_run
     /// # async fn run(router: tonic::transport::server::Router, registry: tonic_etcd::Registry) -> Result<(), Box<dyn std::error::Error>> {
@@ -145,10 +144,10 @@ pub trait ServeRegistered: sealed::Sealed + Sized {
         F: Future<Output = ()> + Send;
 
     /// Serves like [`serve_registered_with_shutdown`](Self::serve_registered_with_shutdown), but on connections that `incoming` yields, for
-    /// example those of a Unix socket. The registration needs an [`address`](RegistrationBuilder::address). For a Unix socket, the server
-    /// and its clients also need an [address policy](crate::AddressPolicy::allow_unix_sockets) that allows Unix sockets.
+    /// example connections of a Unix socket. The registration needs an [`address`](RegistrationBuilder::address). For a Unix socket, the
+    /// server and its clients also need an [address policy](crate::AddressPolicy::allow_unix_sockets) that allows Unix sockets.
     ///
-    /// After the grace period no more connections are taken from `incoming`, and it is dropped.
+    /// After the grace period, no more connections are taken from `incoming`, and the stream is dropped.
     ///
     /// ```no_run
     /// # #[cfg(unix)]
@@ -303,8 +302,7 @@ where
     }
 }
 
-/// Waits for the stop signal. The returned future stands for the second signal and never completes, so that the server always ends
-/// gracefully.
+/// Waits for the stop signal. The returned future stands for a second signal. It never completes, so the server always ends gracefully.
 async fn once(signal: impl Future<Output = ()>) -> impl Future<Output = ()> {
     signal.await;
     pending()
@@ -314,14 +312,14 @@ fn bind(address: SocketAddr) -> Result<TcpListener, ServeError> {
     Incoming::bind(address).map_err(|cause| ServeError::Bind { address, cause })
 }
 
-/// A listener with its address and its connections.
+/// A listening socket as a stream of connections, with its address and the state that the connections share.
 struct Listening {
     incoming: Incoming,
     connections: Connections,
     bound: SocketAddr,
 }
 
-/// Checks the registration, and then prepares the listener: an invalid registration must not bind a socket.
+/// Checks the registration and then prepares the listener, so that no socket is bound for an invalid registration.
 fn listen(
     registration: &RegistrationBuilder,
     listener: impl FnOnce() -> Result<TcpListener, ServeError>,
@@ -341,7 +339,7 @@ fn listen(
     })
 }
 
-/// Serves on a stream of connections, which ends when the drain begins.
+/// Serves on a stream of connections. The stream ends when the drain begins.
 async fn serve<L, ResBody, N, I, T, E>(
     router: Router<L>,
     incoming: I,
@@ -373,8 +371,8 @@ where
         }
         None => router,
     };
-    // `Incoming` ends by itself. tonic then waits for open connections only if it was given a shutdown signal, so it gets a signal that
-    // never completes.
+    // The stream `incoming` ends by itself. After its end, tonic waits for open connections only if it was given a shutdown signal. It is
+    // therefore given a signal that never completes.
     let serving = router.serve_with_incoming_shutdown(incoming, pending());
     let task = tokio::spawn(serving.in_current_span());
     let server = Serving::new(task, connections, &registration.serve);

@@ -26,8 +26,8 @@ pub(super) struct Serving {
 
 impl Drop for Serving {
     fn drop(&mut self) {
-        // After an abnormal end, for example a dropped future, connections may still be open. They are counted and cut here. The cut also
-        // ends the accept loop. Aborting the task alone would leave the connections running.
+        // After an abnormal end, for example if the future was dropped, connections may still be open. They are counted and cut here. The
+        // cut also ends the accept loop. If the task were only aborted, the connections would continue to run.
         let connections_cut = self.connections_cut + self.connections.open();
         self.connections.cut();
         self.enter(ServerState::Stopped { connections_cut });
@@ -69,7 +69,7 @@ impl Serving {
                 Ok(registration) => registration,
                 Err(error) => return Err(self.stop(error).await),
             },
-            // The server is not registered yet, so the shutdown begins with the drain.
+            // The registration has not started yet, so the shutdown begins with the drain.
             now = &mut stop => return tokio::select! {
                 outcome = self.drain() => outcome,
                 () = now => self.cut().await,
@@ -103,12 +103,12 @@ impl Serving {
         match (&mut self.task).await {
             Ok(outcome) => outcome.map_err(ServeError::from),
             Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-            // The task is cancelled only by a runtime that shuts down.
+            // At this point, only the shutdown of the runtime can have cancelled the task.
             Err(_) => pending().await,
         }
     }
 
-    /// Ends the server because its registration failed. Clients do not know its address, so no drain is needed.
+    /// Ends the server because its registration failed. Clients have not received its address, so no drain is needed.
     async fn stop(mut self, error: RegisterError) -> ServeError {
         match self.cut().await {
             Ok(()) => error.into(),
@@ -123,8 +123,7 @@ impl Serving {
         registration: Registration,
         now: impl Future<Output = ()>,
     ) -> Result<(), ServeError> {
-        // The health status changes first: clients that watch the health then select other servers while this server is still fully
-        // functional.
+        // The health status changes first. Clients that watch it then select other servers while this server is still fully functional.
         self.enter(ServerState::LameDuck);
         let mut left = registration.watch_state();
         let gracefully = async |server: &mut Self| {
@@ -162,7 +161,8 @@ impl Serving {
         outcome
     }
 
-    /// Closes the listener, sends GOAWAY to the clients, and waits for calls in flight. Connections that remain at the timeout are cut.
+    /// Closes the listener, sends GOAWAY to the clients, and waits for calls in flight. Connections that are open at the drain timeout are
+    /// cut.
     async fn drain(&mut self) -> Result<(), ServeError> {
         self.enter(ServerState::Draining);
         self.connections.drain();
@@ -190,7 +190,7 @@ impl Serving {
             tracing::warn!(connections, "cut the remaining connections");
         }
         outcome.unwrap_or_else(|_| {
-            // Blocking code in the tasks of these connections delays their end. The server does not wait for them.
+            // Some connections do not end, because code in their tasks blocks the thread. The server does not wait for them.
             let connections = self.connections.open();
             tracing::warn!(connections, bound = ?CUT_TIMEOUT, "connections are still open after the cut");
             self.task.abort();
@@ -209,11 +209,13 @@ async fn deregister(registration: Registration) {
     }
 }
 
-/// Time for a connected client to start HTTP after the drain has begun. It is many round trips, and short compared with the drain.
+/// Time for a connected client to start HTTP after the drain has begun. It covers many round trips, and is short compared with the drain
+/// timeout.
 const OPENING_TIMEOUT: Duration = Duration::from_millis(200);
-/// Time for connections to end after the cut. Each connection ends at its next poll. Only code that blocks a thread can delay this poll.
+/// Time for connections to end after the cut. Each connection ends at its next poll, and only code that blocks a thread can delay this
+/// poll.
 const CUT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Time for a deregistration in progress when the server must end at once. It is many times the response time of a healthy etcd.
+/// Time for a deregistration in progress if the server must end at once. It is many times the response time of a healthy etcd.
 const FINAL_DEREGISTER_TIMEOUT: Duration = Duration::from_millis(500);
 
 #[cfg(test)]

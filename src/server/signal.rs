@@ -2,8 +2,8 @@
 
 use std::io;
 
-/// SIGTERM and SIGINT on Unix. On Windows, Ctrl-C, Ctrl-Break, and the events that close the console or shut down the system. Ctrl-C on other
-/// platforms.
+/// Receives SIGTERM and SIGINT on Unix. On Windows, receives Ctrl-C, Ctrl-Break, and the events that close the console or shut down the
+/// system. On other platforms, receives Ctrl-C.
 #[derive(Debug)]
 pub(super) struct Signals {
     #[cfg(unix)]
@@ -21,7 +21,7 @@ pub(super) struct Signals {
 }
 
 impl Signals {
-    /// Installs the handlers. The signals then no longer end the process by themselves.
+    /// Installs the handlers. From then on, the signals do not end the process by themselves.
     #[cfg(unix)]
     pub(super) fn install() -> io::Result<Self> {
         use tokio::signal::unix::{SignalKind, signal};
@@ -31,8 +31,8 @@ impl Signals {
         })
     }
 
-    /// Installs the handlers. The events then no longer end the process by themselves. Windows ends it about 5 s after the console was
-    /// closed, whatever the handler does.
+    /// Installs the handlers. From then on, the events do not end the process by themselves. About 5 s after the console was closed,
+    /// Windows ends the process nevertheless.
     #[cfg(windows)]
     pub(super) fn install() -> io::Result<Self> {
         use tokio::signal::windows::{ctrl_break, ctrl_c, ctrl_close, ctrl_shutdown};

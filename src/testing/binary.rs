@@ -25,7 +25,7 @@ fn on_path() -> Option<PathBuf> {
     candidates.find(|candidate| is_executable(candidate))
 }
 
-/// Returns whether the path is a file with an execute permission for any user.
+/// Returns whether the path is a file that is executable for at least one user.
 fn is_executable(path: &Path) -> bool {
     path.metadata()
         .is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
@@ -33,8 +33,9 @@ fn is_executable(path: &Path) -> bool {
 
 /// Returns a command that runs the binary without the `ETCD_*` variables of this process.
 ///
-/// etcd reads every flag from an `ETCD_*` variable too. `ETCD_UNSUPPORTED_ARCH` is kept: it is not
-/// a flag, and some releases require it on an architecture that they do not support.
+/// etcd also reads each flag from an `ETCD_*` variable, so these variables would change its
+/// settings. `ETCD_UNSUPPORTED_ARCH` is kept: it is not a flag, and some releases require it on an
+/// architecture that they do not support.
 pub(super) fn command(binary: &Path) -> Command {
     let mut command = Command::new(binary);
     command.stdin(Stdio::null());

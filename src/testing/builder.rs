@@ -15,7 +15,8 @@ use super::{
     peers::Peers,
 };
 
-/// Number of start attempts, in case another process takes one of the free ports first.
+/// Maximum number of start attempts. An attempt fails if another process has taken one of the ports
+/// that were free before.
 const START_ATTEMPTS: usize = 5;
 
 /// Builder of an [`Etcd`], returned by [`Etcd::builder`].
@@ -30,7 +31,7 @@ pub struct EtcdBuilder {
 }
 
 impl Etcd {
-    /// Returns a builder, for more options than [`Etcd::start`] has.
+    /// Returns a builder, which has more options than [`Etcd::start`].
     #[must_use]
     pub fn builder() -> EtcdBuilder {
         EtcdBuilder::new()
@@ -59,10 +60,9 @@ impl EtcdBuilder {
 
     /// Adds a flag for every member, such as `--auth-token=simple`. May be called repeatedly.
     ///
-    /// etcd's default election timeout of a second stays in effect, and a single member waits for a
-    /// random part of it before it serves. Tests that start many members can add
-    /// `--heartbeat-interval=10` and `--election-timeout=100`. etcd then also reacts faster to the
-    /// loss of a member.
+    /// etcd's default election timeout is one second. A single member waits for a random part of it
+    /// before it serves. Tests that start many members can add `--heartbeat-interval=10` and
+    /// `--election-timeout=100`. etcd then also reacts faster to the loss of a member.
     #[must_use]
     pub fn arg(mut self, arg: impl Into<OsString>) -> Self {
         self.args.push(arg.into());
@@ -87,7 +87,7 @@ impl EtcdBuilder {
         this
     }
 
-    /// Enables [`Etcd::isolate`]: the traffic between members passes through proxies.
+    /// Enables [`Etcd::isolate`]. For this, the traffic between members passes through proxies.
     #[must_use]
     pub fn partitionable(mut self) -> Self {
         self.partitionable = true;
@@ -102,8 +102,8 @@ impl EtcdBuilder {
         self
     }
 
-    /// Sets the timeout for members to become healthy, at the start and at each restart. The
-    /// default is 30 s.
+    /// Sets the timeout within which the members must become healthy, at the start and at each
+    /// restart. The default is 30 s.
     #[must_use]
     pub fn start_timeout(mut self, timeout: Duration) -> Self {
         self.start_timeout = timeout;
@@ -133,7 +133,7 @@ impl EtcdBuilder {
         }
     }
 
-    /// Reserves the ports and the directory of an etcd, and starts no member yet.
+    /// Reserves the ports and the directory of an etcd. No member is started yet.
     fn prepare(&self, binary: &Path, version: &str) -> Result<Etcd, ProcessError> {
         let directory = tempfile::Builder::new().prefix("tonic-etcd-").tempdir();
         let directory = directory.map_err(ProcessError::Prepare)?;
@@ -147,8 +147,8 @@ impl EtcdBuilder {
         if let Some(peers) = &peers {
             reached = peers.ports();
         }
-        // etcd derives the cluster id from this token, among other values, so two clusters never
-        // share an id.
+        // The token is random. etcd derives the cluster id from it, among other values, so two
+        // clusters never share an id.
         let token = format!("tonic-etcd-{:016x}", fastrand::u64(..));
         let flags: Vec<_> = (0..self.members)
             .map(|index| member::flags(index, &ports, &reached, self.tls, &token))
@@ -173,7 +173,7 @@ impl EtcdBuilder {
     }
 }
 
-/// Returns whether a member failed because one of its ports was already taken.
+/// Returns whether a member failed to start because one of its ports was already in use.
 fn is_port_taken(error: &ProcessError) -> bool {
     matches!(error, ProcessError::ExitedEarly { log, .. } if log.contains("address already in use"))
 }

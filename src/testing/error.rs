@@ -1,4 +1,4 @@
-//! The error of starting and operating an etcd.
+//! The error of the start of an etcd and of the operations on its members.
 
 use std::{io, path::PathBuf, process::ExitStatus, time::Duration};
 
@@ -6,8 +6,8 @@ use std::{io, path::PathBuf, process::ExitStatus, time::Duration};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ProcessError {
-    /// No etcd binary was found: no path was given, `ETCD_BIN` is not set, and `PATH` contains
-    /// none.
+    /// No etcd binary was found: no path was given, `ETCD_BIN` is not set, and no folder of `PATH`
+    /// contains an `etcd`.
     #[error(
         "no etcd binary found: set ETCD_BIN, or install etcd \
          (Debian and Ubuntu: `etcd-server`; macOS: `brew install etcd`)"
@@ -22,8 +22,8 @@ pub enum ProcessError {
         /// The error of the operating system.
         cause: io::Error,
     },
-    /// The temporary directory, the log files or the ports could not be allocated, or not be
-    /// cleared.
+    /// The temporary directory, the ports or the log files could not be allocated, or the data of a
+    /// member could not be copied or deleted.
     #[error("could not prepare the files or the ports of etcd: {0}")]
     Prepare(io::Error),
     /// A member exited by itself while it was expected to become healthy.
@@ -64,7 +64,8 @@ pub enum ProcessError {
         /// The index of the member.
         member: usize,
     },
-    /// The operation needs a stopped member, or a killed member did not exit.
+    /// The operation needs a stopped member, but the member is running. Or a member did not exit
+    /// after it was killed.
     #[error("etcd member {member} is still running")]
     #[non_exhaustive]
     StillRunning {

@@ -20,8 +20,8 @@ use super::probe;
 /// self`, so that two operations never overlap. The addresses are owned strings that stay valid
 /// across restarts.
 ///
-/// If the future of an operation is dropped, the operation is safe to repeat. Its signal may
-/// already have been sent.
+/// An operation whose future was dropped can safely be repeated. The signal of the dropped
+/// operation may already have been sent.
 #[derive(Debug)]
 pub struct Etcd {
     /// Declared before the directory, so that the members are dropped before the directory is
@@ -101,8 +101,9 @@ impl Etcd {
     /// Returns the index of the leader, if the cluster has one.
     ///
     /// This function queries every running member; frozen members do not respond. Two members may
-    /// claim to be the leader, for example after a leader was thawed; the claim with the later raft
-    /// term is correct. Newer servers with authentication enabled reject the query.
+    /// claim to be the leader, for example after a leader was thawed. The claim with the later raft
+    /// term is correct and is returned. Newer servers with authentication enabled reject the query,
+    /// so the result is then `None`.
     pub async fn leader(&self) -> Option<usize> {
         let mut asked = JoinSet::new();
         for member in &self.members {
@@ -117,7 +118,8 @@ impl Etcd {
     }
 
     /// Stops a member gracefully (SIGTERM), and kills it if it has not exited after 10 s. A frozen
-    /// member is thawed for this. Has no effect if the member is already stopped.
+    /// member is thawed, because it would not handle the signal. Has no effect if the member is
+    /// already stopped.
     ///
     /// # Errors
     ///
@@ -208,10 +210,10 @@ impl Etcd {
     /// Deletes the data of a stopped member. After a restart, the member is empty and has the same
     /// flags.
     ///
-    /// In a cluster of one member, or with [`Etcd::wipe_all`], this is the loss of all data. A
-    /// single wiped member of a larger cluster refuses to start again, as etcd does when the other
-    /// members still have it in their configuration: it must be removed from the cluster and added
-    /// again.
+    /// In a cluster of one member, or with [`Etcd::wipe_all`], this is the loss of all data. In a
+    /// larger cluster, etcd refuses to start a single wiped member again, because the other members
+    /// still have it in their configuration. The member must first be removed from the cluster and
+    /// added again.
     ///
     /// # Errors
     ///
@@ -230,8 +232,8 @@ impl Etcd {
     }
 
     /// Restores the data of a stopped member from its last [`Etcd::back_up`], as an operator does
-    /// after a loss. Later writes are lost. Leases that have ended since then exist again for a
-    /// whole TTL, and raft terms continue from the restored state.
+    /// after a loss. Later writes are lost. Leases that have ended since the backup exist again for
+    /// a whole TTL, and raft terms continue from the restored state.
     ///
     /// # Errors
     ///
@@ -247,7 +249,7 @@ impl Etcd {
     ///
     /// Fails if a member cannot be stopped or killed.
     pub async fn stop_all(&mut self) -> Result<(), ProcessError> {
-        // The leader is stopped last. A leader transfers its leadership before it exits. If the
+        // The leader is stopped last. Before a leader exits, it transfers its leadership. If the
         // target of the transfer is exiting as well, this takes 7 s instead of a few milliseconds.
         let leader = self.leader().await;
         let mut order: Vec<_> = self.members.iter_mut().collect();
@@ -305,8 +307,8 @@ impl Etcd {
         found.ok_or(ProcessError::NoSuchMember { member, members })
     }
 
-    /// Sends SIGKILL to every process, so that all of them exit in parallel. A failure is detected
-    /// later, by the wait for each process.
+    /// Sends SIGKILL to every process, so that all of them exit in parallel. If a signal fails, the
+    /// later wait for the process detects the failure.
     fn signal_kill(&self) {
         for member in &self.members {
             if let Some(process) = &member.process {

@@ -1,4 +1,4 @@
-//! The held instances, and the rule that decides whether an instance is held.
+//! The held instances, and the rule that decides whether an instance that vanishes is held.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
@@ -17,8 +17,8 @@ pub(in crate::resolver) struct Hold {
     registered: HashSet<Address>,
     /// Number of planned departures since the start.
     planned_departures: usize,
-    /// Sizes of the set within the window, each with the time at which the set lost that size. Contains only sizes that exceed every later
-    /// size.
+    /// Strengths of the set within the window, each with the time at which the set lost that strength. Contains only strengths that exceed
+    /// every later strength.
     peaks: VecDeque<Peak>,
     held: HashMap<Address, Held>,
     /// Held addresses with their deadlines, ordered by deadline. An address that is registered again stays in the queue until its deadline.
@@ -28,9 +28,9 @@ pub(in crate::resolver) struct Hold {
     episodes: u64,
 }
 
-/// A past size of the set. `strength` is the size plus the number of planned departures until then. A planned departure reduces the size by
-/// one and increases the number of departures by one, so the strength stays the same. [`Hold::size`] subtracts all planned departures from
-/// the strength, which gives the size to compare with.
+/// A past size of the set. `strength` is the size plus the number of planned departures up to then. A planned departure reduces the size by
+/// one and increases the number of departures by one, so it does not change the strength. [`Hold::size`] subtracts all planned departures
+/// from the strength. The result is the size that the current set is compared with.
 #[derive(Clone, Copy, Debug)]
 struct Peak {
     ended: Instant,
@@ -63,16 +63,16 @@ pub(in crate::resolver) struct Outcome {
 /// An event for the operator's log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::resolver) enum News {
-    /// Instances are held; before, none was held.
+    /// The first instances are held. Before, no instance was held.
     Began {
         registered: usize,
         /// The size of the set before the loss.
         of: usize,
         length: Duration,
     },
-    /// Half of the set is registered again, or all held instances are.
+    /// Half of the set is registered again, or all held instances are registered again.
     Recovered { registered: usize, removed: usize },
-    /// The last hold has ended, and most instances are not registered again.
+    /// The last hold has ended, and fewer than half of the set is registered.
     Over { registered: usize, removed: usize },
 }
 
@@ -112,17 +112,17 @@ impl Hold {
         self.episodes
     }
 
-    /// Returns the time at which [`Hold::on_time`] is due.
+    /// Returns the time at which [`Hold::on_time`] must be called.
     pub(in crate::resolver) fn deadline(&self) -> Option<Instant> {
         self.queue.front().map(|(until, _)| *until)
     }
 
-    /// Applies the changes of one step. `here` contains the addresses that changed and are registered, new or known; `gone` contains the
-    /// last instance of each address that is no longer registered.
+    /// Applies the changes of one step. `here` contains the changed addresses that are registered now, whether they are new or not. `gone`
+    /// contains the last instance of each address that is no longer registered.
     ///
-    /// The order of changes within a step carries no information. New addresses are therefore counted first; otherwise a fleet that is
-    /// replaced in one transaction would look lost. If only some of the instances that vanish together must be held, they are chosen at
-    /// random; otherwise all clients would use the same few servers.
+    /// The order of changes within a step has no meaning. New addresses are therefore counted first. Otherwise, a fleet that is replaced in
+    /// one transaction would look lost. If only some of the instances that vanish together must be held, they are chosen at random.
+    /// Otherwise, all clients would use the same few servers.
     pub(in crate::resolver) fn on_changes(
         &mut self,
         here: impl IntoIterator<Item = Address>,
@@ -183,7 +183,7 @@ impl Hold {
     }
 
     /// Records that the set had the strength `before` until now. Returns the reference for [`Hold::is_lost`]: the greatest strength of the
-    /// window, or of the set before the current episode.
+    /// window, or the strength of the set before the current episode if that is greater.
     fn strength(&mut self, before: usize, now: Instant) -> usize {
         while self
             .peaks
@@ -204,12 +204,12 @@ impl Hold {
             self.peaks.pop_front();
         }
         let recent = self.peaks.front().map_or(before, |peak| peak.strength);
-        // While instances are held, the reference is at least the set before the loss.
+        // While instances are held, the reference is at least the strength of the set before the loss.
         self.episode
             .map_or(recent, |episode| episode.strength.max(recent))
     }
 
-    /// Returns the size that a set of this strength would have now: the strength without the planned departures.
+    /// Returns the size that a set of this strength would have after all planned departures.
     fn size(&self, strength: usize) -> usize {
         strength.saturating_sub(self.planned_departures)
     }
@@ -289,8 +289,8 @@ impl Hold {
     }
 }
 
-/// The longest hold: its deadline must fit into an `Instant`.
+/// Limit on the length of a hold, so that its deadline fits into an `Instant`.
 const LENGTH_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 /// The time over which removals are summed. When all leases are lost at once, they expire one after another. Leases of the default TTL of
-/// 15 s are renewed every 5 s (a third of the TTL), so they expire within 5 s. The window must be longer than that.
+/// 15 s are renewed every 5 s (a third of the TTL), so they expire within 5 s. The window must be longer than these 5 s.
 const WINDOW: Duration = Duration::from_secs(10);

@@ -1,5 +1,5 @@
-//! The mass-removal hold, without I/O. Instances that vanish from the registry together with most others are kept for a limited time, as a
-//! last resort.
+//! The mass-removal hold, without I/O. An instance that vanishes from the registry together with most other instances is kept for a limited
+//! time, as a last resort.
 //!
 //! ```text
 //!               vanished, less than half is left            the hold is over, or half is back
@@ -10,11 +10,12 @@
 //! ```
 //!
 //! *Half* means half of the largest set of the last 10 s. A set that etcd loses through a bug or a stuck leader does not vanish in one
-//! step: leases that expire together are delivered as separate deletes. Only the sum over a period distinguishes such a loss from normal
-//! turnover of servers. The comparison is by size, so a fleet that is replaced by a fleet at other addresses is not a loss.
+//! step, because leases that expire together are delivered as separate deletes. Only the sum of the removals over a period distinguishes
+//! such a loss from the normal turnover of servers. Only sizes are compared, so a fleet that is replaced by a fleet at other addresses is
+//! not a loss.
 //!
-//! If the last value of an instance marks a planned departure, the instance does not count as vanished, and is also subtracted from the
-//! earlier size of the set.
+//! An instance whose last value marks a planned departure does not count as vanished. It is also subtracted from the size that *half*
+//! refers to, so that planned departures do not count as a loss.
 
 mod hold;
 

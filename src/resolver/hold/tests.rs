@@ -1,4 +1,4 @@
-//! Tests of each kind of loss, and of random losses against a model that keeps the whole history.
+//! Tests of each kind of loss, and a comparison of random changes with a model that keeps the whole history.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -253,7 +253,7 @@ struct Model {
     registered: BTreeSet<Address>,
     held: BTreeMap<Address, Instant>,
     left: usize,
-    /// The strength of the set before the loss, while an instance is held.
+    /// The strength of the set before the loss. `None` while no instance is held.
     before: Option<usize>,
 }
 
@@ -295,7 +295,7 @@ impl Model {
         held
     }
 
-    /// Ends the holds according to the rule. `held` is copied from the hold under test, because the choice of instances is random.
+    /// Ends the holds according to the rule. The test fills `held` from the hold under test, because instances are chosen at random.
     fn conclude(&mut self) {
         let back = self
             .before

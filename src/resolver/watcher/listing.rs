@@ -1,4 +1,4 @@
-//! The listing state: pages are collected, and the complete list replaces the set.
+//! The listing state. Pages are collected, and the complete list replaces the set.
 
 use super::machine::{Command, Machine, PAGE_LIMIT};
 use super::state::{KeyState, Listing, State};
@@ -32,8 +32,8 @@ impl Machine {
                     return self.on_wake();
                 }
                 let listing = std::mem::take(listing);
-                // The key to check is from the first page. If the store is wiped between two pages, a key of a later page would be from the
-                // new store and would pass the check.
+                // The key to check is from the first page. If the store is wiped between two pages, a key of a later page is from the new
+                // store, so the check would not detect the wipe.
                 let check = listing.check.filter(|_| !listing.after_failed_check);
                 self.complete(header, listing.kvs, listing.oversized);
                 self.page_cap = PAGE_LIMIT;
@@ -73,7 +73,7 @@ impl Machine {
                 Command::Wait(wait)
             }
             _ => {
-                // The list starts again from the first page, because the store may be replaced before the next request.
+                // The list starts again with the first page, because the store may be replaced before the next request.
                 *listing = Listing {
                     after_failed_check: listing.after_failed_check,
                     skips_oversized_event: listing.skips_oversized_event,
@@ -113,15 +113,15 @@ impl Machine {
         }
     }
 
-    /// Applies a complete list: listed keys are put, all other keys are deleted.
+    /// Applies a complete list: the listed keys are put, and all other keys are deleted.
     pub(super) fn complete(
         &mut self,
         header: Header,
         kvs: Vec<KeyValue>,
         oversized: Vec<KeyVersion>,
     ) {
-        // The header is replaced, even by a lower one: after a wipe, the history of the store starts again, and later responses are
-        // compared with the new history.
+        // The header is replaced even if the new one is lower. After a wipe, the history of the store starts again, and later responses
+        // must be compared with the new history.
         self.last_header = header;
         self.tombstones.clear();
         self.reconciler.on_listed(header.revision);
@@ -156,7 +156,7 @@ impl Machine {
     }
 }
 
-/// Smallest page after timeouts. Any link that can carry the responses of calls can carry a page of this size.
+/// Lower limit of `page_cap`, in keys. Any link that can carry the responses of calls can carry a page of this size.
 pub(super) const PAGE_CAP_MIN: i64 = 10;
-/// After this many lists that compaction has interrupted, pages are no longer pinned to one revision.
+/// Number of interruptions of a list by compaction after which its pages are no longer pinned to one revision.
 const UNPINNED_AFTER: u32 = 3;

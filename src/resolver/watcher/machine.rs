@@ -12,7 +12,7 @@ use crate::keyspace::{Event, Header, Key, ListRequest, Range, Revision};
 /// The next action of the task that owns the machine. The task reports the result of each command with one call to the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::resolver) enum Command {
-    /// Request a page; report the result with [`Machine::on_page`].
+    /// Request a page of the list; report the result with [`Machine::on_page`].
     List(ListRequest),
     /// Replace the current watch by a watch that starts at this revision; report the result with [`Machine::on_watch_opened`] or
     /// [`Machine::on_watch_ended`].
@@ -37,22 +37,22 @@ pub(in crate::resolver) enum Command {
 pub(in crate::resolver) struct Machine {
     pub(super) range: Range,
     pub(super) state: State,
-    /// Header of the last linearizable response. Later events increase its revision. On a healthy cluster, the revision and the term of
+    /// Header of the last linearizable response. Later events raise its revision. On a healthy cluster, the revision and the term of
     /// linearizable responses never decrease.
     pub(super) last_header: Header,
     /// Every key of the prefix as last applied, whether or not its value can be decoded.
     pub(super) keys: BTreeMap<Key, KeyState>,
-    /// Keys that a read found deleted, with the revision of the read. An entry is removed when the watch has passed that revision.
+    /// Keys that a read found deleted, with the revision of the read. An entry is removed when the watch has reached that revision.
     pub(super) tombstones: HashMap<Key, Revision>,
     pub(super) reconciler: Reconciler,
     /// Changes that are not published yet.
     pub(super) update: Vec<Event>,
     pub(super) backoff: Backoff,
     pub(super) rng: fastrand::Rng,
-    /// Whether the last watch was rejected with an auth error, and the token was renewed for the next attempt.
+    /// Whether the last watch was rejected and the token was renewed for the next watch.
     pub(super) token_renewed: bool,
     pub(super) fruitless: FruitlessWatches,
-    /// Number of keys requested per page. Halved when a response is too large, doubled after each page.
+    /// Number of keys to request per page. Halved when a response is too large, and doubled after each page.
     pub(super) page_limit: i64,
     /// Upper limit of `page_limit`. Halved when a page exceeds the call timeout.
     pub(super) page_cap: i64,
@@ -66,22 +66,22 @@ pub(in crate::resolver) struct Report {
     pub(in crate::resolver) listed: bool,
     /// Revision at which the set is known to be correct.
     pub(in crate::resolver) revision: Revision,
-    /// The failure because of which the prefix is not watched now.
+    /// The failure that currently prevents the list or the watch of the prefix, if any.
     pub(in crate::resolver) trouble: Option<EtcdError>,
     pub(in crate::resolver) lists: u64,
     pub(in crate::resolver) watches: u64,
-    /// Number of reconciliations: comparisons of the keys with a list of their names.
+    /// Number of reconciliations.
     pub(in crate::resolver) reconciliations: u64,
     /// Number of individual key reads.
     pub(in crate::resolver) reads: u64,
     /// Number of reads whose result differed from the known state of the key.
     pub(in crate::resolver) repaired: u64,
-    /// Number of writes whose value alone exceeds the message limit.
+    /// Number of writes whose value is too large to receive, even as the only key of a page.
     pub(in crate::resolver) oversized: u64,
 }
 
 impl Machine {
-    /// Creates a machine that begins with a list. `reconcile` is the longest time between two reconciliations.
+    /// Creates a machine that begins with a list. `reconcile` is the maximum time between two reconciliations.
     pub(in crate::resolver) fn new(
         range: Range,
         reconcile: Option<Duration>,
@@ -119,7 +119,7 @@ impl Machine {
         std::mem::take(&mut self.update)
     }
 
-    /// Returns the first command, and the next command after a wait.
+    /// Returns the first command, or the next command after a wait.
     pub(in crate::resolver) fn on_wake(&mut self) -> Command {
         match &self.state {
             State::Listing(listing) => Command::List(self.request(listing)),
@@ -135,14 +135,14 @@ impl Machine {
         }
     }
 
-    /// Returns the key written last. A store with another history is least likely to contain that write.
+    /// Returns the key that was written last. Of all keys, it is the least likely to exist unchanged in a store with another history.
     pub(super) fn newest(&self) -> Option<Key> {
         let newest = self.keys.iter().max_by_key(|(_, state)| state.mod_revision);
         newest.map(|(key, _)| key.clone())
     }
 
-    /// Returns whether a linearizable response comes from a different store than the last linearizable response. On a healthy cluster, the
-    /// revision and the term never decrease.
+    /// Returns whether a linearizable response is from a different store than the last linearizable response. In one store, the revision
+    /// and the term never decrease.
     pub(super) fn is_other_store(&self, header: Header) -> bool {
         header.cluster_id != self.last_header.cluster_id
             || header.revision < self.last_header.revision
@@ -158,5 +158,6 @@ impl Machine {
 
 pub(super) const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
-/// Keys per page. 500 values of the usual 150 bytes are 75 KiB, and the page size is halved where values are large.
+/// Maximum number of keys per page. 500 values of the usual 150 bytes are 75 KiB. If values are larger, the page size is halved until a
+/// page can be received.
 pub(super) const PAGE_LIMIT: i64 = 500;

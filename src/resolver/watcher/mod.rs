@@ -12,16 +12,19 @@
 //!   └───────────────────────── set empty ───────────────────────────┘
 //! ```
 //!
-//! A store that was wiped or restored keeps its cluster id, and often its raft term and revisions. Only a key shows whether revision R has
-//! the same meaning in that store. After each opening of a watch, the machine therefore reads the key written last, linearizably, before it
-//! processes any message of the watch. Two watches are not checked: the watch after an empty list, which has no key to read, and the watch
-//! after a list that a failed check has caused. If keys change constantly, every check would fail. The read must follow the opening: the
-//! stream ends with the server process, so the result stays valid for the lifetime of the stream.
+//! A store that was wiped or restored keeps its cluster id, and often has a similar raft term and revision. Only the state of a key shows
+//! whether revision R has the same meaning in that store. After each opening of a watch, the machine therefore reads the key written last,
+//! linearizably, before it processes any message of the watch. This read is the check. The check must follow the opening: a store is
+//! replaced only while its server is stopped, and the stream ends with the server process, so the result stays valid for the lifetime of
+//! the stream.
+//!
+//! Two watches are not checked. The watch after an empty list has no key to read. The watch after a list that a failed check has caused
+//! could otherwise cause list after list: if keys change constantly, every check fails.
 //!
 //! R is the header revision of the list, and later the mod revision of the last applied event. The header of a watch message never changes
-//! R: in catch-up batches, the header is ahead of the events. A watch is opened at R, not at R + 1, because the previous stream may have
-//! ended in the middle of revision R. If an event was too large to receive, the prefix is listed, and the next watch is opened at R + 1, so
-//! that the event is not delivered again. Applying an event twice has no effect.
+//! R, because the header is ahead of the events while a watch delivers a backlog. A watch is opened at R, not at R + 1, because the
+//! previous stream may have ended in the middle of revision R. An event of revision R may then be applied twice, which has no effect. If an
+//! event was too large to receive, the prefix is listed, and the next watch is opened at R + 1, so that the event is not delivered again.
 //!
 //! While the machine watches, `reconcile` checks periodically that the watch has delivered every change.
 

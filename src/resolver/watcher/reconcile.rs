@@ -1,4 +1,4 @@
-//! Reconciliation, which runs beside the watch because a watch can lose events. All keys are compared with a list periodically, and single
+//! Reconciliation. It runs beside the watch, because a watch can lose events. All keys are periodically compared with a list, and single
 //! keys are read.
 //!
 //! ```text
@@ -43,7 +43,7 @@ impl Machine {
         matches!(&self.state, State::Watching(watching) if watching.opened.is_some())
     }
 
-    /// Returns the command that is due beside the watch.
+    /// Returns the command that is due while the watch stays open.
     pub(in crate::resolver) fn on_time(&mut self, now: Instant) -> Command {
         if !self.is_watching() {
             return self.on_wake();
@@ -103,8 +103,8 @@ impl Machine {
         let page = match answer {
             Ok(page) => page,
             Err(error) => {
-                // The failure is not reported, because only the watch shows whether etcd is reachable. The next reconciliation replaces
-                // this one.
+                // The failure is not reported, because only the watch shows whether etcd is reachable. The next reconciliation repeats the
+                // comparison.
                 tracing::debug!(%error, "could not list the keys for reconciliation");
                 return self.finish_names(now);
             }
@@ -129,7 +129,7 @@ impl Machine {
         let next = next.map(|kv| kv.key.successor());
         self.compare(&start, next.as_ref(), &page, revision);
         match next {
-            // With too many suspects, the prefix will probably be listed again, so no further page is needed.
+            // With too many suspects, the prefix is probably listed again, so the remaining pages are not needed.
             Some(next) if self.reconciler.suspects.len() <= SUSPECTS_MAX => {
                 self.reconciler.cursor = Some((next.clone(), revision));
                 Command::Reconcile(self.names(next, revision))
@@ -184,7 +184,7 @@ impl Machine {
         self.reconciler.suspects.extend(unknown);
     }
 
-    /// Handles the end of the 5 s in which the watch could deliver the changes of the suspects. Keys that still differ are read.
+    /// Handles the end of the 5 s in which the watch could deliver the changes of the suspects. Suspects that still differ are read.
     fn on_settle_time(&mut self, now: Instant) -> Command {
         self.reconciler.settle_at = None;
         let suspects = std::mem::take(&mut self.reconciler.suspects);
@@ -277,14 +277,13 @@ impl Machine {
         self.add_tombstone(key, revision);
     }
 
-    /// Records that a key did not exist at a revision. Without this record, a put that is older than the read but is delivered after the
-    /// read would restore the key. The watch would then possibly not deliver the later delete, because that delete can be the event that it
-    /// has lost.
+    /// Records that a key did not exist at a revision. Without this record, a put that is older than the read but is delivered after it
+    /// would restore the key. The key would then possibly stay, because the event that the watch has lost can be the delete of this key.
     fn add_tombstone(&mut self, key: Key, revision: Revision) {
         self.tombstones.insert(key, revision);
     }
 
-    /// Opens a new watch, because a watch that has lost changes may lose more.
+    /// Opens a new watch, because a watch that has lost events may lose more.
     fn reopen_watch(&mut self) -> Command {
         self.reconciler.has_lost_event = false;
         let State::Watching(watching) = &self.state else {
@@ -302,9 +301,10 @@ impl Machine {
 const COMPLETE_LIST_AFTER: u32 = 15;
 /// Limit of suspects. Above it, a list costs less than the reads.
 const SUSPECTS_MAX: usize = 100;
-/// Reads after reports are spread over this time: when a server crashes, all of its clients detect it within the same milliseconds.
+/// The time over which the reads after reports are spread. When a server crashes, all of its clients detect it within the same
+/// milliseconds.
 const REPORT_SPREAD: Duration = Duration::from_secs(2);
-/// Shortest time between two reads of a key whose server keeps refusing connections.
+/// Minimum time between two reports of the same key that cause a read.
 const REPORT_INTERVAL: Duration = Duration::from_secs(10);
-/// Limit of pending reads. Reports above it are dropped; an address that keeps refusing connections is reported again.
+/// Limit on the number of pending reads. Further reports are dropped; an address that keeps refusing connections is reported again.
 const READS_MAX: usize = 100;

@@ -12,10 +12,10 @@ use crate::keyspace::{Key, Revision};
 /// The schedule and the state of reconciliations and key reads.
 #[derive(Debug)]
 pub(super) struct Reconciler {
-    /// Longest time between two lists; `None` disables lists.
+    /// Maximum time between two reconciliations; `None` disables them.
     pub(super) interval: Option<Duration>,
     pub(super) next_list: Option<Instant>,
-    /// Start of the next page of the list in progress, and the revision that the list is pinned to.
+    /// The first key of the next page of the list in progress, and the revision that the list is pinned to.
     pub(super) cursor: Option<(Key, Revision)>,
     /// The last revision at which the keys were known to be those in etcd.
     pub(super) agreed: Option<Revision>,
@@ -24,17 +24,17 @@ pub(super) struct Reconciler {
     /// Number of reconciliations since the last complete list that compared only the changes.
     pub(super) compared_changes: u32,
     pub(super) suspects: Vec<Suspect>,
-    /// End of the time that the watch gets to resolve the suspects.
+    /// The time until which the watch may deliver the changes of the suspects.
     pub(super) settle_at: Option<Instant>,
     /// Keys to read, with the earliest time of each read.
     pub(super) reads: BTreeSet<(Instant, Key)>,
-    /// Earliest time of the next read of any key.
+    /// Earliest time of the next read, whatever the key.
     next_read: Option<Instant>,
     /// Time of the last accepted report about each key, from [`ResolverFeedback`](crate::resolver::ResolverFeedback).
     pub(super) reported: HashMap<Key, Instant>,
-    /// Suspects that are being read. If the read of a suspect differs from the known state, the watch has lost an event.
+    /// Suspects whose read is pending. If the result of such a read differs from the known state, the watch has lost an event.
     pub(super) confirming: BTreeSet<Key>,
-    /// Whether the watch has lost an event.
+    /// Whether such a read has shown that the watch has lost an event.
     pub(super) has_lost_event: bool,
 }
 
@@ -67,8 +67,8 @@ impl Reconciler {
         }
     }
 
-    /// Handles the opening of a watch. The first opening schedules the first list, half an interval to one interval later. A list that
-    /// became due while no watch was open is postponed.
+    /// Handles the opening of a watch. The first opening schedules the first reconciliation, half an interval to one interval later. A
+    /// reconciliation that became due while no watch was open is postponed.
     pub(super) fn on_watch_opened(&mut self, now: Instant, rng: &mut fastrand::Rng) {
         self.cursor = None;
         self.changes_since = None;
@@ -79,8 +79,8 @@ impl Reconciler {
         };
         match self.next_list {
             None => self.next_list = Some(now + jittered(interval, rng)),
-            // After an outage longer than the interval, the lists of all clients are overdue at the same time, so they are spread over one
-            // interval again.
+            // After an outage that is longer than the interval, the reconciliations of all clients are overdue at the same time, so they
+            // are spread over one interval again.
             Some(at) if at <= now => {
                 let wait = interval.mul_f64(rng.f64());
                 self.next_list = Some(now + wait.max(SETTLE.min(interval)));
@@ -110,7 +110,7 @@ impl Reconciler {
     pub(super) fn due(&self) -> Option<Instant> {
         let read = self.reads.first().map(|(at, _)| *at);
         let read = read.map(|at| self.next_read.map_or(at, |next| at.max(next)));
-        // No new list starts while the last one still has suspects.
+        // No reconciliation starts while the previous one still has suspects.
         let list = self.next_list.filter(|_| self.suspects.is_empty());
         [read, self.settle_at, list].into_iter().flatten().min()
     }
@@ -123,20 +123,21 @@ impl Reconciler {
         self.reads.pop_first().map(|(_, key)| key)
     }
 
-    /// Schedules the next read, counted from the response to this one. The watch is not read while a key read is in progress, and a slow
-    /// etcd must not block the watch for several reads in a row.
+    /// Sets the earliest time of the next read after the response to a read. No message of the watch is received while a key is read.
+    /// Without a pause between the reads, a slow etcd would block the watch for several reads in a row.
     pub(super) fn on_answer(&mut self, failed: bool, now: Instant) {
         let wait = if failed { SETTLE } else { READ_STEP };
         self.next_read = Some(now + wait);
     }
 }
 
-/// Longest interval: the time of the next list must fit into an `Instant`.
+/// Limit on the interval, so that the time of the next reconciliation fits into an `Instant`.
 pub(super) const INTERVAL_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
-/// Shortest interval. With a shorter one, clients would list without a pause.
+/// Minimum interval. With a shorter interval, clients would list without a pause.
 pub(super) const INTERVAL_MIN: Duration = Duration::from_millis(100);
-/// Time from the response to a read to the next read. When a thousand servers fail at once, a client sends etcd at most ten reads per
-/// second.
+/// Minimum time from the response to a read to the next read. Even if a thousand servers fail at once, a client sends etcd at most ten
+/// reads per second for each prefix.
 pub(super) const READ_STEP: Duration = Duration::from_millis(100);
-/// Time for the watch to resolve suspects: as long as a watch may be silent before it is probed.
+/// Time for the watch to deliver the changes of suspects, and wait after a failed read. It is the silence after which a watch stream is
+/// probed.
 pub(super) const SETTLE: Duration = Duration::from_secs(5);

@@ -1,5 +1,5 @@
-//! Handles the end of a watch: opens a new watch at the same revision, or lists the prefix again if the revision was compacted, if an event
-//! is too large, or if the watches deliver nothing.
+//! Handles the end of a watch. A new watch is opened at the same revision. The prefix is listed again instead if the revision was
+//! compacted, if an event is too large, or if several watches deliver nothing.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::backoff::jittered;
 use crate::error::{EtcdError, EtcdErrorKind};
 
 impl Machine {
-    /// Handles the end of the watch, for any reason, and a watch that could not be opened.
+    /// Handles the end of the watch, for any reason. Also handles a watch that could not be opened.
     pub(in crate::resolver) fn on_watch_ended(
         &mut self,
         error: EtcdError,
@@ -42,7 +42,7 @@ impl Machine {
                 self.state = State::Listing(Listing::default());
             }
             // A watch that delivered events is reopened within a second. A backlog is therefore delivered even if the connection fails
-            // repeatedly. The limited rate does not burden the server.
+            // repeatedly. The remaining wait limits the load on the server.
             _ if progressed => self.backoff.cap_next(MAX_WAIT_AFTER_PROGRESS),
             _ => {}
         }
@@ -52,9 +52,9 @@ impl Machine {
         if healthy || progressed {
             self.fruitless = FruitlessWatches::default();
         }
-        // For unary calls, the client renews a rejected token. A watch is rejected in a message, and older servers report an invalid token
-        // as a missing permission. So after the first rejection, the token is renewed. A second consecutive rejection is treated as a
-        // missing permission.
+        // For unary requests, `src/etcd/` renews a rejected token by itself. The rejection of a watch arrives as a message, and older
+        // servers report an invalid token as a missing permission. The first rejection of a watch therefore renews the token. A second
+        // rejection in a row is treated as a missing permission.
         if error.kind().is_refusal() {
             self.token_renewed = !self.token_renewed;
             if self.token_renewed {
@@ -67,10 +67,10 @@ impl Machine {
 
     /// Handles the result of [`Command::RenewToken`].
     pub(in crate::resolver) fn on_token(&mut self, outcome: Result<(), EtcdError>) -> Command {
-        // The last rejection counts only if the next attempt uses a fresh token.
+        // The rejection counts as the first of two only if the next attempt uses a fresh token.
         self.token_renewed = outcome.is_ok();
         match outcome {
-            // The renewal is retried slowly, because each attempt costs etcd a password hash.
+            // Credentials that are wrong are retried slowly, because each attempt costs etcd a password hash.
             Err(error) if error.kind().needs_operator() => self.wait(error),
             _ => self.on_wake(),
         }
@@ -84,7 +84,8 @@ impl Machine {
         self.on_wake()
     }
 
-    /// Returns a wait after a failure. The wait is jittered and prevents a busy loop. It is long if only an operator can fix the failure.
+    /// Returns a wait after a failure, which prevents a busy loop. The wait is jittered. It is long if only an operator can resolve the
+    /// failure.
     pub(super) fn wait(&mut self, error: EtcdError) -> Command {
         let slowly = error.kind().needs_operator();
         self.report.trouble = Some(error);
@@ -95,9 +96,9 @@ impl Machine {
     }
 }
 
-/// Longest wait after a watch that delivered events.
+/// Maximum wait after a watch that delivered events.
 const MAX_WAIT_AFTER_PROGRESS: Duration = Duration::from_secs(1);
-/// A watch that lasted this long was healthy, and its end is the first failure of a new series.
+/// A watch that was open for this long was healthy. Its end is the first failure of a new series.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
-/// Wait between attempts if only an operator can help, as with rejected credentials or permissions.
+/// Maximum wait between attempts if only an operator can resolve the failure, such as rejected credentials or permissions.
 pub(super) const OPERATOR_WAIT: Duration = Duration::from_secs(30);

@@ -1,4 +1,4 @@
-//! The state of the machine: the version of each key, and the state of the list or of the watch.
+//! The state of the machine: the version of each key, and the progress of the list or of the watch.
 
 use tokio::time::Instant;
 
@@ -25,15 +25,15 @@ pub(super) struct Listing {
     pub(super) compacted: u32,
     /// Whether the next request reads only the name of a key that is too large to receive.
     pub(super) reads_name_only: bool,
-    /// The key on the first page with the highest mod revision. The check reads this key.
+    /// The key on the first page with the highest mod revision. The check of the watch after the list reads this key.
     pub(super) check: Option<Key>,
     /// Keys whose value is too large to receive.
     pub(super) oversized: Vec<KeyVersion>,
-    /// Whether an event was too large to receive. If so, the watch begins after the revision of the list, so that the event is not
-    /// delivered again.
+    /// Whether an event that was too large to receive has caused this list. If so, the watch begins after the revision of the list, so that
+    /// the event is not delivered again.
     pub(super) skips_oversized_event: bool,
-    /// Whether a failed check caused this list. If so, the watch after this list is not checked: if keys change constantly, every check
-    /// would fail.
+    /// Whether a failed check has caused this list. If so, the watch after this list is not checked. If keys change constantly, every check
+    /// would fail, and lists would be repeated without end.
     pub(super) after_failed_check: bool,
 }
 
@@ -44,19 +44,20 @@ pub(super) struct Watching {
     /// Revision at which the watch was opened.
     pub(super) began: Revision,
     pub(super) opened: Option<Instant>,
-    /// Whether the revision of a header was higher than R. If so, the watch possibly has a backlog to deliver.
+    /// Whether the header of a message had a higher revision than R. If so, the watch possibly has a backlog to deliver.
     pub(super) behind: bool,
-    /// Events of a revision that is not complete yet.
+    /// Events of a revision that has not been received completely.
     pub(super) pending: Vec<Event>,
-    /// Key to check: its read shows whether the store is still the one that the set was listed from. `None` after the check was requested.
+    /// The key that the check reads after the opening, to find out whether the store is still the one that the set was listed from. `None`
+    /// once the check is requested, and for a watch without a check.
     pub(super) check: Option<Key>,
-    /// Whether a suspicious header (below R, or of another cluster) has already been checked on this stream.
+    /// Whether a header below R or of another cluster has already caused a check on this watch.
     pub(super) suspicion_checked: bool,
 }
 
 /// Counts consecutive watches that delivered nothing although the store was ahead of R. Their backlog may be larger than a server or a link
-/// can deliver in time, and a further watch would fail in the same way. A list is better in that case: it is split into pages, which shrink
-/// on a slow link.
+/// can deliver in time, and a further watch would then fail in the same way. A list is split into pages, which shrink on a slow link, so it
+/// can succeed.
 #[derive(Debug)]
 pub(super) struct FruitlessWatches {
     watches: u32,
@@ -74,7 +75,8 @@ impl Default for FruitlessWatches {
 }
 
 impl FruitlessWatches {
-    /// Counts one more watch; a `silent` watch counts twice. Returns whether the prefix must be listed before the next watch.
+    /// Counts one more watch. A watch that ended by a timeout (`silent`) counts twice. Returns whether the prefix must be listed before the
+    /// next watch.
     pub(super) fn must_list(&mut self, silent: bool) -> bool {
         self.watches += if silent { 2 } else { 1 };
         let too_much = self.watches >= self.limit;
@@ -106,7 +108,7 @@ impl KeyState {
         }
     }
 
-    /// Returns whether both are the same write. Digests are compared only if both are known.
+    /// Returns whether the two states are of the same write. Digests are compared only if both are known.
     pub(super) fn is_same(&self, other: &Self) -> bool {
         let differs = |(mine, its): (u64, u64)| mine != its;
         self.create_revision == other.create_revision
@@ -115,7 +117,7 @@ impl KeyState {
             && !self.digest.zip(other.digest).is_some_and(differs)
     }
 
-    /// Returns whether both exist and are the same write, or neither exists.
+    /// Returns whether both states exist and are of the same write, or neither exists.
     pub(super) fn agree(left: Option<&Self>, right: Option<&Self>) -> bool {
         match (left, right) {
             (Some(left), Some(right)) => left.is_same(right),
@@ -124,7 +126,8 @@ impl KeyState {
     }
 }
 
-/// Number of consecutive fruitless watches after which the prefix is listed for the first time. A watch that ends by timeout counts twice.
+/// Number of consecutive fruitless watches after which the prefix is listed for the first time. A watch that ended by a timeout counts
+/// twice.
 const FRUITLESS_FIRST: u32 = 3;
 /// Upper limit of the number of watches after which the prefix is listed. The number grows because a fruitless watch does not prove a
 /// backlog: the revision of the store also increases with writes to keys of other prefixes.

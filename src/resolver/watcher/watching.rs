@@ -41,7 +41,7 @@ impl Machine {
         let State::Watching(watching) = &mut self.state else {
             return self.on_wake();
         };
-        // The member is alive and serves this prefix, so the earlier failure is over.
+        // The member responds and serves this prefix, so the earlier failure is over.
         self.report.trouble = None;
         self.token_renewed = false;
         watching.behind |= message.header.revision > watching.revision;
@@ -52,7 +52,7 @@ impl Machine {
         let suspicious =
             (lags || foreign) && !std::mem::replace(&mut watching.suspicion_checked, true);
 
-        // Events below R are dropped: they are history that a lagging member replays.
+        // Events below R are dropped. They are old events that a lagging member delivers again.
         let floor = watching.revision;
         watching.pending.extend(
             message
@@ -76,16 +76,16 @@ impl Machine {
         let passed = ready.last().map_or(watching.revision, Event::mod_revision);
         watching.revision = passed;
         self.report.revision = passed;
-        // An event shows that the store has reached the event's revision. `last_header` follows, so that a store that is restored from an
-        // earlier backup is detected.
+        // An event shows that the store has reached the event's revision. The revision of `last_header` is raised accordingly, so that a
+        // store that is restored from an earlier backup is detected.
         if !foreign {
             self.last_header.revision = self.last_header.revision.max(passed);
         }
         for event in ready {
             self.apply(event);
         }
-        // Tombstones are removed only after the loop: one message may contain an event that a tombstone must suppress, followed by events
-        // after the tombstone's revision.
+        // Tombstones are removed only after the loop, because one message may contain an event that a tombstone must suppress, followed by
+        // events with higher revisions than that of the tombstone.
         self.tombstones.retain(|_, gone| *gone > passed);
         if !suspicious {
             return Command::Receive;

@@ -1,4 +1,4 @@
-//! Tests of removals and foreign objects: single keys, old leases, lease ids of other clients.
+//! Tests of the removal of single keys, of old leases that are not revoked yet, and of lease ids that another client uses.
 
 use super::*;
 
@@ -69,7 +69,7 @@ impl Pair {
     }
 }
 
-/// The put was sent to a frozen member, which applies it after the key was deleted through another member.
+/// Simulates a put that was sent to a frozen member. The member applies the put after the key was deleted through another member.
 #[test]
 fn a_put_applied_after_the_deletion_of_its_key_is_deleted() {
     let mut pair = Pair::registered();
@@ -102,7 +102,7 @@ fn a_rejected_deletion_does_not_affect_other_keys() {
     assert!(matches!(pair.step(), Command::Read { .. }));
     assert!(matches!(pair.step(), Command::Put { .. }));
     assert!(pair.machine.is_written());
-    // The delete is attempted again.
+    // After the backoff, the delete is attempted again.
     pair.now += TTL;
     while !pair.machine.is_gone(1) {
         match pair.machine.command(pair.now) {
@@ -130,7 +130,7 @@ fn a_rejected_deletion_does_not_block_another_deletion() {
     assert!(pair.machine.is_gone(2) && !pair.machine.is_gone(1));
 }
 
-/// The watch delivers the leave marker and the deletion.
+/// The watch delivers the events of the leave marker and of the deletion.
 #[test]
 fn a_deletion_is_not_repeated_after_its_event() {
     let mut pair = Pair::registered();
@@ -148,7 +148,7 @@ fn a_deletion_is_not_repeated_after_its_event() {
     assert!(matches!(next, Command::Wait { .. }), "{next:?}");
 }
 
-/// The key may still be attached to the old lease.
+/// Until the revoke, the key may still be attached to the old lease. A delete affects only a key that is attached to the current lease.
 #[test]
 fn a_key_is_deleted_after_the_old_lease_is_revoked() {
     let mut pair = Pair::registered();
@@ -219,7 +219,7 @@ fn a_deregistration_waits_for_the_revoke_of_the_old_lease() {
     }
 }
 
-/// Simulates one address that leads to two clusters: one grants the lease, the other does not have it.
+/// Simulates one address that leads to two clusters: one cluster grants the lease, the other cluster receives the next request.
 #[test]
 fn a_lease_lost_immediately_after_its_grant_is_not_replaced_in_a_loop() {
     let mut player = Player::new(22);

@@ -1,5 +1,5 @@
-//! Runs the machine against a simulated store. The store changes, compacts, lags, cuts streams anywhere, splits revisions over fragments,
-//! and is wiped. In every order of these steps, the final set must match the content of the store.
+//! Runs the machine against a simulated store. The store changes, compacts its history, lags, cuts streams at any point, splits revisions
+//! over fragments, and is wiped. In every order of these steps, the final set must match the content of the store.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -35,9 +35,9 @@ struct Store {
     revision: i64,
     compacted: i64,
     term: u64,
-    /// Whether its watches lose events.
+    /// Whether the watches of the store lose events.
     has_lost_event: bool,
-    /// Whether every list succeeds with full pages.
+    /// Whether every list succeeds, with pages as large as requested.
     steady: bool,
 }
 
@@ -109,7 +109,8 @@ impl Store {
         self.compacted = self.rng.i64(self.compacted..=self.revision);
     }
 
-    /// Restarts the store empty, with the same cluster id. The new history often has more revisions than the old one.
+    /// Restarts the store with an empty history and the same cluster id, and applies random changes. The new revision is often higher than
+    /// the old one.
     fn wipe(&mut self) {
         self.history.clear();
         self.revision = 1;
@@ -182,7 +183,7 @@ impl Store {
             messages.push_back(Err(EtcdErrorKind::Compacted));
             return messages;
         }
-        // A lagging member replays events from before the requested revision.
+        // A lagging member delivers events from before the requested revision again.
         let from = from - i64::from(self.rng.u8(..3)).min(from);
         let mut events: Vec<_> = self
             .history
@@ -225,9 +226,9 @@ struct Player {
     sent: i64,
     now: Instant,
     command: Command,
-    /// Whether the server was restarted and the next exchange fails because of it.
+    /// Whether the server was restarted. If so, the next request or watch fails.
     restarted: bool,
-    /// Revision of the last change of each key, for tests in which it must never decrease.
+    /// Revision of the last change of each key, for tests in which this revision must never decrease. `None` in other tests.
     facts: Option<BTreeMap<Key, Revision>>,
 }
 
@@ -249,11 +250,11 @@ impl Player {
         }
     }
 
-    /// Executes one command. With `faults`, any exchange may fail.
+    /// Executes one command. With `faults`, any request or watch may fail.
     fn step(&mut self, faults: bool) {
         let waiting = matches!(self.command, Command::Wait(_) | Command::RenewToken(_));
         let restarted = !waiting && std::mem::take(&mut self.restarted);
-        // These commands run beside the watch, which must fail as well.
+        // These commands do not close the watch. After a restart, the watch must fail as well.
         self.restarted |=
             restarted && matches!(self.command, Command::Reconcile(_) | Command::Read(_));
         let fault = restarted || faults && self.store.rng.u8(..) < 25;
@@ -357,8 +358,8 @@ impl Player {
             && self.sent == self.store.revision
     }
 
-    /// Checks that the set contains the last good value of each key. Good values from before the first list of a key are unknown to the
-    /// machine. Only keys with a good current value and deleted keys are therefore compared.
+    /// Runs the machine until it is idle, and checks that the set contains the last good value of each key. The machine does not receive
+    /// good values from before the first list of a key, so only deleted keys and keys with a good current value are compared.
     fn check(&mut self) {
         for _ in 0..10_000 {
             if self.is_idle() {
@@ -402,7 +403,7 @@ proptest! {
                 90..94 => player.store.compact(),
                 94..96 => player.store.term += 1,
                 96 => {
-                    // A wiped server is also a restarted server: every exchange in progress fails.
+                    // A wiped server is also a restarted server, so every request and watch in progress fails.
                     player.store.wipe();
                     player.restarted = true;
                 }
@@ -458,7 +459,7 @@ fn message(revision: i64, events: Vec<Event>, fragment: bool) -> WatchMessage {
     }
 }
 
-/// Ends the watch and opens it again, up to the check of the newest key.
+/// Ends the watch and opens it again. Returns the key that the machine then checks.
 fn reopened(player: &mut Player) -> Key {
     let revision = player.machine.report.revision;
     let wait = player
@@ -521,7 +522,7 @@ fn a_store_with_a_lower_revision_or_missing_keys_is_listed_again() {
     }
 }
 
-/// The restored revision lies between the last read and the last event of the watch.
+/// The revision of the restored store lies between the revision of the last read and that of the last event of the watch.
 #[test]
 fn a_store_restored_to_before_an_event_is_listed_again() {
     let mut player = populated(2);
@@ -569,8 +570,8 @@ fn a_watch_closed_after_each_message_is_reopened_within_a_second() {
     assert!(waits.iter().all(|wait| within.contains(wait)), "{waits:?}");
 }
 
-/// Runs one watch of a store that is `ahead` revisions ahead of R. If `brings` is true, the watch delivers an event. It ends with `end`
-/// after `lives` seconds. Returns whether a list follows.
+/// Runs one watch of a store that is `ahead` revisions ahead of R. If `brings` is true, the watch delivers an event. The watch ends with
+/// the error `end` after `lives` seconds. Returns whether the machine then requests a list.
 fn is_followed_by_a_list(
     player: &mut Player,
     ahead: i64,
@@ -594,7 +595,7 @@ fn is_followed_by_a_list(
     matches!(player.machine.on_wake(), Command::List(_))
 }
 
-/// A backlog that a server could not send in time once will not arrive in time on the next watch.
+/// If a server could not send a backlog in time once, the next watch does not receive it in time either.
 #[test]
 fn a_watch_without_progress_on_a_backlog_is_replaced_by_a_list() {
     let silent = EtcdErrorKind::DeadlineExceeded;
@@ -610,7 +611,7 @@ fn a_watch_without_progress_on_a_backlog_is_replaced_by_a_list() {
         assert!(!once(), "the next watch uses another member");
         assert_eq!(once(), lists, "{:?}", (ahead, brings, lives));
     }
-    // Watches that are cut before they deliver anything: the third in a row causes a list.
+    // The third watch in a row that is cut before it delivers anything causes a list.
     let cut = EtcdErrorKind::Unavailable;
     let mut player = populated(2);
     reopened(&mut player);
@@ -627,7 +628,8 @@ fn a_watch_without_progress_on_a_backlog_is_replaced_by_a_list() {
     }
 }
 
-/// The backlog may consist of writes to other keys, in a store whose watches are cut all the time.
+/// The store may be ahead only because of writes to other keys, and its watches may be cut all the time. Lists must then not be repeated at
+/// the same rate.
 #[test]
 fn lists_in_place_of_watches_become_less_frequent() {
     let mut fruitless = FruitlessWatches::default();
@@ -821,7 +823,7 @@ fn old_events_are_ignored() {
 #[test]
 fn a_lagging_member_causes_one_check_and_no_list() {
     let mut player = populated(7);
-    // Uses a new stream, because the current one may have lagged already.
+    // A new watch is used, because the current watch may have caused a check already.
     let key = reopened(&mut player);
     let answer = player.store.read(&key);
     player.machine.on_checked(Ok(answer), player.now);
@@ -952,7 +954,7 @@ fn rejections_renew_the_token_once_and_are_then_retried_slowly() {
     );
 }
 
-/// A change of the etcd users causes every watch to be rejected at once.
+/// After a change of the etcd users, the watches of all clients are rejected at the same time.
 #[test]
 fn rejections_of_many_clients_spread_their_token_renewals() {
     let mut waits: Vec<_> = (0..100)

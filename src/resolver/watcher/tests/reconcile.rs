@@ -5,7 +5,7 @@ use proptest::prelude::{ProptestConfig, any, proptest};
 use super::*;
 
 impl Player {
-    /// Runs the machine for this time, without faults.
+    /// Runs the machine for the given time, without faults.
     fn rest(&mut self, time: Duration) {
         self.store.steady = true;
         let until = self.now + time;
@@ -123,7 +123,7 @@ fn a_lost_put_is_found_by_the_next_list() {
     assert_eq!(player.machine.report.repaired, 2);
 }
 
-/// A write of the same revision under another lease belongs to another store. So does a write of another revision under the same lease.
+/// A write with the same revision and another lease belongs to another store. So does a write with another revision and the same lease.
 #[test]
 fn a_list_is_compared_by_revision_and_by_lease() {
     for difference in ["lease", "mod revision", "create revision"] {
@@ -275,7 +275,7 @@ fn a_put_older_than_a_read_does_not_restore_the_key() {
     let gone = some_key(&player);
     player.machine.on_refused_connection(&gone, player.now);
     let before = player.store.revision;
-    // The key is written once more and deleted. A read returns the outcome before the watch delivers either event.
+    // The key is written once more and then deleted. The read returns the result before the watch delivers either event.
     player.store.put(&gone, "10.9.9.9:3");
     let put = player.store.history.last().expect("a put").clone();
     player.store.delete(&gone);
@@ -360,7 +360,7 @@ fn reads_of_many_clients_are_spread_over_two_seconds() {
     }
 }
 
-/// The watch is not read while a key read is in progress.
+/// No message of the watch is received while a key is read.
 #[test]
 fn the_watch_is_polled_between_two_slow_reads() {
     let mut player = populated(26);
@@ -382,14 +382,14 @@ fn the_watch_is_polled_between_two_slow_reads() {
         assert_eq!(player.machine.on_read(key, answer, now), Command::Receive);
         let due = player.machine.due().expect("another read is due");
         let wait = due.saturating_duration_since(now);
-        // After a failed read the wait is longer, because the next read would probably fail as well.
+        // After a failed read, the wait is longer, because the next read would probably fail as well.
         let least = Duration::from_millis(if failed { 5_000 } else { 100 });
         assert!(wait >= least, "{wait:?}");
         now = due;
     }
 }
 
-/// After an outage of etcd, the lists of all clients are overdue. They are spread over one interval, so that no second has more of them than
+/// After an outage of etcd, the lists of all clients are overdue. They are spread over one interval, so that no second has more lists than
 /// before the outage.
 #[test]
 fn lists_that_were_due_during_an_outage_are_spread_over_an_interval() {

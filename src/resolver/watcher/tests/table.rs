@@ -1,10 +1,10 @@
-//! Tests every state with every input against `table.txt`.
+//! Compares the behaviour of every state for every input with `table.txt`.
 
 use std::fmt::Write;
 
 use super::*;
 
-/// The only known key: written at revision 5 under lease 1, in a store at revision 10.
+/// The only known key. It was written at revision 5 under lease 1, and the store is at revision 10.
 fn known() -> KeyValue {
     KeyValue {
         key: Key::from("/gRPC/greeter/a"),
@@ -219,8 +219,8 @@ fn change(update: &[Event]) -> &'static str {
     }
 }
 
-/// Returns the table of the machine's actual behaviour: for each input and state the command, the next state, and whether a key was put or
-/// deleted.
+/// Returns the table of the machine's actual behaviour. For each input and state, it contains the command, the next state, and whether a
+/// key was put or deleted.
 fn table() -> String {
     let mut table = String::new();
     for (input, play) in INPUTS {
