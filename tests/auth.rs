@@ -24,7 +24,7 @@ const TTL: Duration = Duration::from_secs(5);
 /// A server and a client, each with the minimal rights in etcd.
 struct Pair<'a> {
     etcd: &'a Etcd,
-    /// Proxies between etcd and the server and client.
+    /// The proxy between the server and etcd, and the proxy between the client and etcd.
     ways: [Proxy; 2],
     registration: Registration,
     resolver: Resolver,
@@ -80,8 +80,8 @@ impl<'a> Pair<'a> {
         kv.put("/gRPC/greeter/change", address.as_str(), None)
             .await
             .unwrap();
-        // A token with a TTL of one second may expire before its watch is created. The watch is then rejected twice and retried after 15 to
-        // 30 s.
+        // A token with a TTL of one second may expire before the watch that uses it is created. If etcd rejects a watch twice, the next
+        // attempt follows after 15 to 30 s.
         let bound = Duration::from_secs(45);
         within(bound, what, async || {
             addresses(&self.resolver).contains(&address)
@@ -102,7 +102,8 @@ async fn heals(etcd: Etcd) {
     let key = pair.registration.key().to_owned();
     let lease = list(&pair.root().await, &key).await[0].2;
     pair.is_well("tokens expire within the test").await;
-    // Calls renew their token automatically. The rejection of a new watch may be a message of its stream.
+    // If etcd rejects the token of a call, the call renews the token. Watches are tested separately, because etcd may reject a new watch
+    // with a message on the watch stream.
     let watches = pair.resolver.status().watches;
     for way in &pair.ways {
         way.reset();
@@ -132,14 +133,14 @@ async fn heals(etcd: Etcd) {
         "the lease is unchanged"
     );
 
-    // The password stays changed until the registration has detected the rejection. The state then contains the reason.
+    // The password is changed back only after the state of the registration contains the reason of the rejection.
     pair.root()
         .await
         .user_change_password("writer", "another")
         .await
         .unwrap();
     eventually("the status reports the rejection", async || {
-        // A member that does not check the token of a renewal keeps the key alive.
+        // If a member does not check the token of a renewal, the lease stays alive and the state stays `Registered`.
         let (RegistrationState::Registering {
             last_error: Some(error),
             ..
@@ -186,10 +187,10 @@ async fn rejected_signed_tokens_are_renewed() {
     Box::pin(heals(etcd)).await;
 }
 
-/// Other members accept a token a moment after one member has issued it.
+/// One member issues a token, and the other members accept it only a moment later. Requests in this moment must not fail.
 #[tokio::test]
 async fn a_new_token_is_valid_at_every_member() {
-    // An election during the test would lose the operator's writes.
+    // The long timeouts prevent an election during the test. An election would lose the operator's writes.
     let etcd = Etcd::builder().members(3).arg("--heartbeat-interval=500");
     let etcd = etcd.arg("--election-timeout=5000");
     let etcd = etcd.start().await.unwrap();

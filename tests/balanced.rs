@@ -61,7 +61,7 @@ async fn endpoints_that_refuse_connections_or_do_not_respond_fail_no_call() {
         .register()
         .await
         .unwrap();
-    // The listener accepts connections and never sends a byte, like a frozen process.
+    // Like a frozen process, this listener accepts connections and never sends a byte.
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let silent = silent
         .local_addr()
@@ -114,7 +114,7 @@ async fn calls_continue_while_etcd_is_down() {
     callers.none_failed().await;
 }
 
-/// Sends one call, which must fail soon.
+/// Sends one call, which must fail soon, and returns its status.
 async fn refused(channel: &BalancedChannel) -> Status {
     let mut client = GreeterClient::new(channel.clone());
     let call = timeout(SOON, client.say_hello(hello()));

@@ -8,7 +8,7 @@
 use std::fs;
 use std::path::Path;
 
-/// Collects all Rust code of the tests, unit tests included.
+/// Appends the content of all Rust files in a folder and its subfolders to `found`.
 fn code(folder: &Path, found: &mut String) {
     for entry in fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();

@@ -22,7 +22,7 @@ use tonic_etcd::{
     error::{RegisterError, RegistryError},
 };
 
-/// Connects to endpoints without an etcd and returns the error, which must occur in time.
+/// Connects to endpoints at which no etcd listens, and returns the error. The error must occur in time.
 async fn refused(endpoints: &[&str]) -> RegistryError {
     let connecting = Registry::connect(endpoints.iter().copied());
     timeout(Duration::from_secs(30), connecting)
@@ -31,8 +31,8 @@ async fn refused(endpoints: &[&str]) -> RegistryError {
         .expect_err("no etcd listens")
 }
 
-/// Returns the error for an endpoint that does answer. Retries on `Unreachable`: the endpoint has one second to answer, and a busy machine
-/// may exceed that.
+/// Returns the error for an endpoint that responds. Retries after `Unreachable`: the endpoint has one second to respond, which may be too
+/// short on a busy machine.
 async fn connect_error(endpoint: &str) -> RegistryError {
     for _ in 0..3 {
         let error = refused(&[endpoint]).await;
@@ -43,7 +43,7 @@ async fn connect_error(endpoint: &str) -> RegistryError {
     refused(&[endpoint]).await
 }
 
-/// Starts a server that answers the first bytes of each connection with `bytes` and closes it.
+/// Starts a server that answers the first bytes of each connection with `bytes`, and then closes the connection. Returns its address.
 async fn answers(bytes: &'static [u8]) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -204,7 +204,7 @@ async fn authentication_works_from_connect_to_registration() {
         .start()
         .await
         .unwrap();
-    // Credentials for an etcd without authentication are no error.
+    // Credentials are not an error if etcd has no authentication.
     let early = user(&etcd, "writer")
         .await
         .expect("connects without a token");
@@ -232,7 +232,8 @@ async fn authentication_works_from_connect_to_registration() {
         .await
         .expect("permission denied counts as connected");
 
-    // A server needs read and write access to its own prefix, a client needs read access. Both run for longer than their tokens are valid.
+    // A server needs read and write access to its own prefix, and a client needs read access. The server and the client run for longer than
+    // their tokens are valid.
     let writer = user(&etcd, "writer").await.unwrap();
     let reader = user(&etcd, "reader").await.unwrap();
     let resolver = reader.resolver("greeter").start();

@@ -1,6 +1,6 @@
 //! Calls, keys and watches during failures of etcd, with real servers, a real etcd and callers that never pause. No call fails.
 //!
-//! The times are short, so that the suite stays quick. With `SOAK=1` (`make soak`) they are as long as those of weeks in production.
+//! The faults are short, so that the tests stay quick. With `SOAK=1` (`make soak`), they last for one to three minutes.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -26,7 +26,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tonic_etcd::testing::Etcd;
 use tonic_etcd::{BalancedChannel, Registry, Resolver, resolver::ResolverState};
 
-/// Returns `short` seconds, or `long` seconds in the soak.
+/// Returns `short` seconds, or `long` seconds with `SOAK=1`.
 fn span(short: u64, long: u64) -> Duration {
     Duration::from_secs(soak("seconds", short, long))
 }
@@ -37,7 +37,7 @@ struct Fleet {
     _servers: Vec<Registered>,
     resolver: Resolver,
     channel: BalancedChannel,
-    /// Keys of the servers.
+    /// The keys of the servers in etcd.
     keys: Vec<String>,
 }
 
@@ -84,7 +84,7 @@ impl Fleet {
     }
 }
 
-/// Returns the number of deletions of the keys in the whole history of the store, which must not have been compacted.
+/// Returns how often `keys` were deleted in the whole history of the store. The history must not have been compacted.
 async fn deletions(etcd: &etcd_client::Client, keys: &[String]) -> usize {
     // An election may be in progress.
     let mut end = 0;
@@ -96,7 +96,7 @@ async fn deletions(etcd: &etcd_client::Client, keys: &[String]) -> usize {
     .await;
     let options = WatchOptions::new().with_prefix().with_start_revision(1);
     let mut watch = etcd.watch_client().watch("/", Some(options)).await.unwrap();
-    // A key beside the others marks the end of the history.
+    // A write to another key is the event after the history: its revision is greater than `end`.
     eventually("etcd writes", async || {
         etcd.kv_client().put("/end", "", None).await.is_ok()
     })
@@ -115,8 +115,8 @@ async fn deletions(etcd: &etcd_client::Client, keys: &[String]) -> usize {
     }
 }
 
-/// After an outage, etcd extends leases by one TTL. A registration that has backed off for longer than that loses its key although etcd has
-/// recovered.
+/// After an outage, etcd extends leases by one TTL. A registration whose backoff lasts for longer than one TTL would lose its key although
+/// etcd has recovered.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_outage_of_etcd_deletes_no_key_and_fails_no_call() {
     let mut etcd = etcd().await;
@@ -127,7 +127,7 @@ async fn an_outage_of_etcd_deletes_no_key_and_fails_no_call() {
     sleep(span(12, 60)).await;
     assert_eq!(fleet.channel.endpoints().len(), 3);
     etcd.restart(0).await.unwrap();
-    // Past the time at which the old leases would have expired, so that they must have been renewed.
+    // Waits until the old leases would have expired, so that they must have been renewed.
     sleep(ttl * 3 / 2).await;
     eventually("the resolver is `Fresh`", async || {
         fleet.resolver.status().state == ResolverState::Fresh
@@ -147,7 +147,7 @@ async fn a_wiped_etcd_is_filled_again_and_stale_instances_are_removed() {
         let registry = registry(&etcd).await;
         let ttl = Duration::from_secs(10);
         let fleet = Fleet::start(&registry, 3, ttl).await;
-        // An instance that never returns: the process that registered it has died.
+        // An instance that never returns, like that of a process that has died.
         let by_hand = client(&etcd).await;
         let lease = by_hand.lease_client().grant(600, None).await.unwrap().id();
         let options = etcd_client::PutOptions::new().with_lease(lease);
@@ -247,8 +247,8 @@ async fn a_restored_etcd_keeps_live_servers_and_loses_dead_ones() {
     registration.deregister().await.unwrap();
 }
 
-/// Writes 50 000 events in 2 650 revisions, in transactions of 100 keys and in single writes, under one lease. The keys that sort last are
-/// never deleted. Returns the last revision.
+/// Writes about 55 000 events in 2 650 revisions, in transactions of 100 keys and in single writes, under one lease. The keys that sort
+/// last are never deleted. With `compact`, the history is compacted after round 400. Returns the last revision.
 async fn backlog(etcd: &etcd_client::Client, lease: i64, compact: bool) -> i64 {
     let mut revision = 0;
     let host = if compact { "127.0.0.2" } else { "127.0.0.1" };
@@ -307,7 +307,7 @@ async fn a_watch_closed_after_every_message_misses_nothing() {
         write("127.0.0.1:1").await;
         let resolver = registry.resolver("greeter").start();
         resolver.ready().await;
-        // The watch may still be in the process of being opened.
+        // The resolver may still be opening its watch.
         relay.refuse_watches(true);
         write("127.0.0.1:2").await;
         eventually("the change is listed or the watch is closed", async || {
@@ -322,7 +322,7 @@ async fn a_watch_closed_after_every_message_misses_nothing() {
         let mut expected: Vec<_> = listed.into_iter().map(|(_, value, _)| value).collect();
         expected.sort();
         expected.dedup();
-        // After each message the watch waits for longer before it is opened again, up to 5 s.
+        // The relay closes the watch after each message. The resolver opens the watch again after a wait, which grows up to 5 s.
         within(Duration::from_secs(90), "the set is exact", async || {
             let mut known = addresses(&resolver);
             known.sort();
@@ -339,14 +339,14 @@ async fn a_watch_closed_after_every_message_misses_nothing() {
         if compact {
             assert_eq!(lists, 1, "a compaction causes a list");
         } else {
-            // One message contains a thousand revisions.
+            // One message contains at most a thousand revisions, so the backlog needs several messages.
             assert!(cuts > 2, "the resolver catches up in {cuts} messages");
             assert_eq!(lists, 0, "the watch is resumed");
         }
     }
 }
 
-/// Registers one more instance through the healthy members and waits until the resolver contains it.
+/// Registers one more instance through the healthy members, waits until the resolver contains it, and deregisters it.
 async fn change_arrives(fleet: &Fleet, etcd: &Etcd, bad: usize, port: u16) {
     let well = (0..etcd.members()).filter(|member| *member != bad);
     let well: Vec<_> = well.map(|member| etcd.endpoint(member)).collect();
@@ -373,7 +373,7 @@ async fn change_arrives(fleet: &Fleet, etcd: &Etcd, bad: usize, port: u16) {
     registration.deregister().await.unwrap();
 }
 
-/// Returns the leader, once a leader is elected.
+/// Waits until a leader is elected, and returns its index.
 async fn leader(etcd: &Etcd) -> usize {
     let mut leader = None;
     eventually("the members are connected", async || {
@@ -391,14 +391,15 @@ async fn lost(fleet: &Fleet, etcd: &Etcd, bad: usize) -> usize {
     deletions(&by_hand.unwrap(), &fleet.keys).await
 }
 
-/// Every member in turn, including the leader and the members to which the client and the servers are connected.
+/// The leader is killed. Then each member in turn is frozen, and each member in turn is isolated. These include the leader, and the members
+/// to which the client and the servers are connected.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dead_frozen_or_isolated_member_loses_no_key_and_fails_no_call() {
     let starting = Etcd::builder().members(3).partitionable().start();
     let mut etcd = starting.await.unwrap();
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
-    // The TTL is longer than a member stays frozen. Otherwise a thawed leader could revoke leases that were renewed in the meantime: see
-    // the next test.
+    // No member is frozen for as long as the TTL. Otherwise a thawed leader could revoke leases that were renewed in the meantime: see the
+    // next test.
     let fleet = Fleet::start(&registry, 3, Duration::from_secs(30)).await;
     let callers = fleet.callers();
 
@@ -431,8 +432,8 @@ async fn a_dead_frozen_or_isolated_member_loses_no_key_and_fails_no_call() {
 }
 
 /// The leader is frozen for longer than the TTL, and no key is lost in this time. After the thaw, etcd itself revokes leases: for a moment
-/// the old leader still acts as the leader, and expires the leases whose renewals it has not received. Measured with `etcdctl` alone on
-/// 3.7.3: a lease of 5 s was revoked 30 ms after the thaw, 0.3 s after its last renewal. The registrations put their keys back.
+/// the old leader still acts as the leader, and expires the leases whose renewals it has not received. The registrations then put their
+/// keys back. Measured with `etcdctl` alone on etcd 3.7.3: a lease of 5 s was revoked 30 ms after the thaw, 0.3 s after its last renewal.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_key_is_lost_while_a_leader_is_frozen_for_longer_than_the_ttl() {
     let mut etcd = Etcd::start_cluster(3).await.unwrap();
@@ -526,7 +527,7 @@ async fn a_server_frozen_past_its_ttl_does_not_take_its_key_back() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unrelated_writes_cause_no_list_and_no_new_watch() {
-    // An election would end the watches.
+    // The long timeouts prevent an election, which would end the watches.
     let etcd = Etcd::builder().members(3).arg("--heartbeat-interval=500");
     let etcd = etcd.arg("--election-timeout=5000").start().await.unwrap();
     let by_hand = client(&etcd).await;

@@ -1,4 +1,4 @@
-//! Many services in one process, and many processes at one etcd.
+//! Many services in one process, and many clients of one etcd.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -23,7 +23,7 @@ fn since(start: Instant) -> Duration {
     Instant::now().saturating_duration_since(start)
 }
 
-/// Returns how many resolvers have an up-to-date set of one instance each.
+/// Returns the number of resolvers that are `Fresh` and have exactly one instance.
 fn fresh(resolvers: &[Resolver]) -> usize {
     let is_fresh = |resolver: &&Resolver| {
         resolver.status().state == ResolverState::Fresh && resolver.instances().len() == 1
@@ -31,8 +31,8 @@ fn fresh(resolvers: &[Resolver]) -> usize {
     resolvers.iter().filter(is_fresh).count()
 }
 
-/// A server or proxy limits the streams of a connection. Watches of their own for each service would fill them, and a registration on the same
-/// registry would wait for ever.
+/// A server or proxy limits the streams of a connection. If each service had a watch stream of its own, no stream would be free, and a
+/// registration on the same registry would wait for ever.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_services_are_watched_within_a_limit_of_a_hundred_streams() {
     const SERVICES: usize = 1_000;
@@ -57,7 +57,7 @@ async fn a_thousand_services_are_watched_within_a_limit_of_a_hundred_streams() {
     let registration = registration.register().await.unwrap();
     println!("registered in {:?}", since(start));
     assert!(since(start) < Duration::from_secs(5));
-    // Each of them receives its own events, and no other's.
+    // Each resolver receives the events of its own service, and no other events.
     for service in [0, 1, SERVICES - 1] {
         let key = format!("/gRPC/service{service}/b");
         kv.put(key, "10.0.0.6:80", None).await.unwrap();
@@ -69,7 +69,7 @@ async fn a_thousand_services_are_watched_within_a_limit_of_a_hundred_streams() {
     drop(registration);
 }
 
-/// The events of one watch do not delay those of another, and a watch that is dropped ends alone.
+/// The events of one watch do not delay the events of another watch. A watch that is dropped does not end the others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flooded_prefix_does_not_delay_others() {
     let etcd = support::etcd().await;
@@ -116,8 +116,8 @@ async fn a_flooded_prefix_does_not_delay_others() {
     assert_eq!(quiet.status().watches, 1, "the stream was not reopened");
 }
 
-/// etcd loses simple tokens when it restarts, and an exchange costs it a password hash of 50 to 130 ms. All clients are back once each has had
-/// its hash, with one repeat.
+/// etcd loses simple tokens when it restarts. For each exchange, etcd computes a password hash, which takes 50 to 130 ms. One exchange per
+/// client, and one repetition of it, must be enough for all clients to recover.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_fleet_recovers_from_a_restart_within_two_password_hashes_per_client() {
     let clients = support::soak("clients with a password", 150, 500);
@@ -131,7 +131,7 @@ async fn a_fleet_recovers_from_a_restart_within_two_password_hashes_per_client()
         resolver.ready().await;
         resolvers.push((registry, resolver));
     }
-    // Each had its own hash, one after the other.
+    // The clients connected one after the other, and etcd computed one hash for each.
     let hash = since(first) / u32::try_from(clients).unwrap();
     etcd.stop(0).await.unwrap();
     etcd.restart(0).await.unwrap();
@@ -149,7 +149,7 @@ async fn a_fleet_recovers_from_a_restart_within_two_password_hashes_per_client()
     );
 }
 
-/// A deployment during an outage of etcd: the clients that start then have the servers of the last run.
+/// A deployment during an outage of etcd: clients that start in this time use the servers in the cache of the last run.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_start_without_etcd_serves_calls_from_the_cache_and_the_first_list_replaces_it() {
     let mut etcd = support::etcd().await;
@@ -189,7 +189,7 @@ async fn a_start_without_etcd_serves_calls_from_the_cache_and_the_first_list_rep
     assert!(since(start) < Duration::from_secs(2));
     drop(channel);
 
-    // Invalid cache files are not used, and have no other effect.
+    // An invalid cache file is ignored.
     let file = std::fs::read_dir(folder.path()).unwrap().next().unwrap();
     let file = file.unwrap().path();
     let good = std::fs::read(&file).unwrap();
@@ -203,7 +203,7 @@ async fn a_start_without_etcd_serves_calls_from_the_cache_and_the_first_list_rep
         .await
         .expect_err("no server is known");
 
-    // The cache is replaced by what etcd lists.
+    // The first list of etcd replaces the instances from the cache.
     std::fs::write(&file, &good).unwrap();
     let registry = Registry::builder(etcd.endpoints()).connect_lazy().unwrap();
     let resolver = registry
@@ -231,7 +231,8 @@ async fn a_start_without_etcd_serves_calls_from_the_cache_and_the_first_list_rep
     .await;
 }
 
-/// `etcd grpc-proxy` numbers the watchers itself, and answers requests for watchers in any order. A mix-up would send calls to another service.
+/// `etcd grpc-proxy` assigns the watch ids itself, and answers requests for watches in any order. If two watches were confused, calls would
+/// be sent to another service.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn watches_through_etcds_own_proxy_receive_their_own_events() {
     const SERVICES: u8 = 40;

@@ -27,7 +27,7 @@ use tonic_etcd::{
     AddressPolicy, Format, Instance, Registry, error::FormatError, format::InstanceFormat,
 };
 
-/// Every format for reading.
+/// All formats that can be read.
 const FORMATS: [Format; 13] = [
     Format::EtcdNaming,
     Format::Plain,
@@ -81,7 +81,7 @@ fn golden(format: &Format) -> Vec<Golden> {
     found
 }
 
-/// Returns all attributes of an instance on one line.
+/// Returns all attributes of an instance on one line, or `-` without an instance.
 fn summary(instance: Option<&Instance>) -> String {
     let Some(instance) = instance else {
         return "-".to_owned();
@@ -154,7 +154,7 @@ fn reading_then_writing_keeps_all_fields_of_the_format() {
             let same = canonical(again.trim_end()) == canonical(trimmed)
                 || EQUAL.contains(&(trimmed, again.trim_end()));
             assert!(same, "{format:?}\n{trimmed}\n{again}");
-            // A change of other metadata loses no fields either.
+            // Adding metadata loses no fields either.
             let renamed = instance.clone().with_metadata("added", "1");
             if let Ok(changed) = format.encode(&key, &renamed) {
                 let changed = String::from_utf8(changed).unwrap();
@@ -171,7 +171,7 @@ fn reading_then_writing_keeps_all_fields_of_the_format() {
     }
 }
 
-/// Values that are written differently than they were read, with the same meaning for the format's own readers.
+/// Pairs of a value that is read, and a different value that is then written. Both have the same meaning for the format's own readers.
 const EQUAL: &[(&str, &str)] = &[
     (
         r#"{"Addr":"1.2.3.4:8080","Metadata":"..."}"#,
@@ -215,9 +215,10 @@ fn deviations_of_the_original_libraries_are_tolerated() {
     }
 }
 
-/// Values that lack a part that a library writes, or contain more, one for each rule, and the expected result of reading them.
+/// Values that lack a part that a library writes, or contain additional parts, and the expected result of reading them. There is a value
+/// for each rule.
 const TOLERATED: &[(Format, &str, &str, &str)] = &[
-    // Names in any case, as in Go's decoder; unknown fields; no Op; an Op that means delete.
+    // Field names in any case, as in Go's decoder; unknown fields; no `Op`; an `Op` that means delete.
     (
         Format::EtcdNaming,
         "s/a",
@@ -254,7 +255,7 @@ const TOLERATED: &[(Format, &str, &str, &str)] = &[
         r#"{"Addr":"1.1.1.1:1","Metadata":{"weight":1e300}}"#,
         "1.1.1.1:1 weight=1000000",
     ),
-    // Flags that mark an instance as out of service; lists of which a part cannot be used.
+    // Flags that mark an instance as out of service; lists in which some entries cannot be used.
     (
         Format::EtcdNaming,
         "s/a",
@@ -537,8 +538,8 @@ fn several_formats_under_one_prefix_are_distinguished() {
             read: expected,
         } in golden(&format)
         {
-            // Two cases are guesses with the same result: kratos values that only the service name identifies, and plain values that could
-            // be go-zero's.
+            // A kratos value with the name of another service is left out, because `Mixed` does not compare the name. Plain values could
+            // also be go-zero's, but the result is the same.
             let named_otherwise = value.contains("helloworld-admin");
             let read = read(&Format::Mixed, &key, &value);
             if !named_otherwise {
@@ -595,7 +596,7 @@ prop_compose! {
         if let Some(zone) = zone.filter(|_| attributes.contains(&"zone")) {
             instance = instance.with_zone(zone);
         }
-        // GoFrame stores the version in the key.
+        // GoFrame stores the version in the key, so the version cannot contain a slash.
         let in_key = |version: &String| format != Format::GoFrame || !version.contains('/');
         if let Some(version) = version.filter(in_key).filter(|_| attributes.contains(&"version")) {
             instance = instance.with_version(version);
@@ -611,7 +612,7 @@ prop_compose! {
     }
 }
 
-/// Runs a property with a printed seed, so that a failure can be reproduced.
+/// Writes and reads random instances, and checks that they are unchanged. Prints the seed, so that a failure can be reproduced.
 fn property(name: &str, format: &Format, cases: u32) {
     let seed: u64 = std::env::var("FORMATS_SEED")
         .map_or_else(|_| fastrand::u64(..), |seed| seed.parse().unwrap());
@@ -704,7 +705,7 @@ fn fields_that_a_format_cannot_hold_are_rejected_by_name() {
         let error = format.encode(&key, &instance).unwrap_err().to_string();
         assert!(error.contains(word), "{format:?} {error}");
     }
-    // The key contains an address, and it differs from that of the instance.
+    // The address in the key differs from the address of the instance.
     let error = Format::AddressInKey.encode("s/10.0.0.6:80", &instance());
     assert!(error.unwrap_err().to_string().contains("address"));
     let long = instance().with_metadata("a", "x".repeat(70_000));
@@ -751,7 +752,7 @@ fn a_custom_format_cannot_panic_the_decoder_or_bypass_the_policy() {
     assert_ne!(format, Format::Plain);
 }
 
-/// Values that a hostile writer could put: 64 KiB that are expensive to parse.
+/// Values of up to 64 KiB that are expensive to parse, as a hostile writer could put them.
 fn hostile() -> Vec<String> {
     let size = 64 * 1024;
     let fill = |part: &str, close: &str| {
@@ -819,7 +820,8 @@ fn the_largest_values_are_decoded_in_limited_time_and_memory() {
                     drop(format.decode(key, value.as_bytes(), &policy));
                     Instant::now().saturating_duration_since(start)
                 };
-                // Measured in a debug build, in parallel with other tests. A quadratic parser takes seconds in every attempt.
+                // The limit allows for a debug build and for tests that run in parallel. A quadratic parser would take seconds in every
+                // attempt.
                 let enough = Duration::from_millis(500);
                 assert!(
                     (0..5).map(took).any(|took| took < enough),
@@ -885,7 +887,7 @@ fn mutated(rng: &mut fastrand::Rng, text: &str, other: &str) -> Vec<u8> {
     bytes
 }
 
-/// Runs the check of the fuzz targets on nearly valid values. `FORMATS_SEED` repeats a run, `FORMATS_RUNS` makes it longer.
+/// Runs the check of the fuzz targets on nearly valid keys and values. `FORMATS_SEED` repeats a run. `FORMATS_RUNS` makes a run longer.
 #[test]
 fn mutated_values_never_break_the_decoders() {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse().unwrap());

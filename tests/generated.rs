@@ -1,5 +1,5 @@
-//! Compares the greeter that the tests of `tonic-balance` use with the output of `protoc`. It is checked in, because that package builds
-//! without `protoc`.
+//! Compares the greeter that the tests of `tonic-balance` use with the output of `protoc`. This greeter is checked in, because
+//! `tonic-balance` builds without `protoc`.
 #![allow(clippy::panic, reason = "a failed step is a failed test")]
 
 #[test]

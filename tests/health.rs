@@ -66,7 +66,7 @@ async fn watchers_receive_not_serving_before_deregistration_and_do_not_delay_the
         assert_eq!(next(&mut watch).await, Some(Wire::Serving));
         watches.push(watch);
     }
-    // While etcd is frozen, no key can be deleted.
+    // While etcd is frozen, no key can be deleted, so the server stays in `LameDuck`.
     world.etcd.freeze(0).await.unwrap();
     server.stop();
     for watch in &mut watches {

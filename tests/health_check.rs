@@ -51,7 +51,7 @@ use Answer::{Nothing, Say};
 struct Patient {
     address: SocketAddr,
     greeter: Counting,
-    /// Number of cuts so far, and the current answer.
+    /// How often [`Patient::cut`] was called, and the current answer.
     answer: watch::Sender<(u32, Answer)>,
     watches: Arc<AtomicUsize>,
     begun: Arc<AtomicUsize>,
@@ -209,7 +209,7 @@ async fn calls_follow_the_health_status_and_none_fails_when_it_changes() {
         .await;
         serving.say(Say(Wire::NotServing));
         is(&channel, serving.address, EndpointState::TransientFailure).await;
-        // Calls that were picked before may still be in flight.
+        // Calls that were sent to the server before may still be in flight.
         let in_flight = async || {
             let known = channel.endpoints();
             let address = serving.address.to_string();
@@ -226,7 +226,7 @@ async fn calls_follow_the_health_status_and_none_fails_when_it_changes() {
 async fn a_server_without_the_health_service_counts_as_healthy() {
     let greeter = Counting::default();
     let without = serve(greeter.router()).await;
-    // tonic-health's own server, which has no status for the name.
+    // tonic-health's own server, which has no status for `NAME`.
     let reporter = HealthReporter::new();
     let health = HealthServer::new(HealthService::from_health_reporter(reporter.clone()));
     let other = serve(greeter.router().add_service(health)).await;
@@ -239,7 +239,7 @@ async fn a_server_without_the_health_service_counts_as_healthy() {
     for address in addresses {
         is(&channel, address, EndpointState::Ready).await;
     }
-    // Once the server has a status for the name, that status counts.
+    // Once the server has a status for `NAME`, the channel uses this status.
     let not_serving = tonic_health::ServingStatus::NotServing;
     reporter.set_service_status(NAME, not_serving).await;
     is(&channel, other, EndpointState::TransientFailure).await;
@@ -285,7 +285,7 @@ async fn a_server_without_a_health_response_is_not_used_and_watched_again() {
             .max_backoff(Duration::from_millis(20)),
         &[&silent],
     );
-    // Until the timeout, calls wait, as they do for a connection.
+    // Until the timeout, a call waits as it does for a new connection.
     let status = call(&channel)
         .await
         .expect_err("the server does not respond");
@@ -300,7 +300,7 @@ async fn a_server_without_a_health_response_is_not_used_and_watched_again() {
 #[tokio::test]
 async fn a_watch_that_ends_is_reopened_and_fails_no_call() {
     let server = Patient::start(Say(Wire::Serving)).await;
-    // A watch that is answered and ended at once is renewed with a backoff, not in a loop.
+    // A watch that ends soon after its first response is opened again with a backoff. The backoff is short here.
     let channel = over(checked().max_backoff(Duration::from_millis(20)), &[&server]);
     is(&channel, server.address, EndpointState::Ready).await;
     let callers = Callers::start(&channel, 4);

@@ -1,7 +1,6 @@
-//! Interop with real peers: grpc-go with etcd's own naming package, as a client of our servers and as a server for our channel.
+//! Interoperation with grpc-go and etcd's own naming package: a Go client calls our servers, and our channel calls a Go server.
 //!
-//! The programs of the other side are in `tests/interop`. If Go is missing or too old for them, these tests print the reason and are
-//! skipped.
+//! The Go program is in `tests/interop`. If Go is missing or too old for it, these tests print the reason and are skipped.
 #![allow(
     unreachable_pub,
     clippy::unwrap_used,
@@ -42,10 +41,11 @@ use tonic_etcd::testing::Etcd;
 use tonic_etcd::{BalancedChannel, Registry, ServeRegistered, error::ServeError};
 
 const SERVICE: &str = "helloworld.Greeter";
-/// The target of etcd's resolver for keys that begin with the service name.
+/// The target for etcd's Go resolver if the keys begin with the service name.
 const TARGET: &str = "etcd:///helloworld.Greeter";
-/// The target of etcd's resolver for our default prefix. The resolver removes the first slash of the path. grpc-go would send the rest,
-/// escaped, as the authority of its calls, and HTTP/2 servers in Rust reject `%` in an authority. Therefore the authority is set.
+/// The target for etcd's Go resolver if the keys have our default prefix, and an authority. The resolver removes the first slash of the
+/// path. Without an authority, grpc-go would escape the rest of the path and send it as the authority of its calls. HTTP/2 servers in Rust
+/// reject `%` in an authority.
 const PREFIXED: [&str; 4] = [
     "-target",
     "etcd:////gRPC/helloworld.Greeter",
@@ -62,7 +62,7 @@ fn hello(name: &str) -> Request<HelloRequest> {
     request
 }
 
-/// Returns a channel to servers that Go has registered, with the target that a client in Go would use.
+/// Returns a channel to servers that a Go program has registered. Its target is the one that a Go client would use.
 async fn channel_to_go(etcd: &Etcd) -> BalancedChannel {
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
     let channel = registry.channel_to(TARGET).unwrap();
@@ -135,7 +135,7 @@ async fn go_clients_call_our_servers_with_every_kind_of_call() {
     ours.stopped().await;
 }
 
-/// The documented behaviour of a target with a slash.
+/// The documentation states that a target with a slash needs an authority.
 #[tokio::test]
 async fn go_clients_need_an_authority_for_a_target_with_a_slash() {
     let Some(go) = go().await else { return };
@@ -343,7 +343,7 @@ async fn our_channel_calls_go_servers_over_tls() {
     every_way(channel).await;
 }
 
-/// Sends the calls of the Go peer's `check` in the other direction.
+/// Sends the same calls as the mode `check` of the Go program, but from our channel to a Go server.
 async fn every_way(channel: BalancedChannel) {
     let mut client = GreeterClient::new(channel);
     let reply = client.say_hello(hello("unary")).await.unwrap();
@@ -397,8 +397,8 @@ async fn every_way(channel: BalancedChannel) {
     assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
 }
 
-/// A Go server closes the connection of a client that sends PINGs more often than every 5 minutes while calls are open, or every 2 hours
-/// without calls. The third excess PING closes it. `INTEROP_SECONDS=330` runs for longer than the first limit.
+/// A Go server permits one PING every 5 minutes while calls are open, and one every 2 hours without calls. At the third PING beyond that,
+/// it closes the connection. With `INTEROP_SECONDS=330`, the test runs for longer than 5 minutes.
 #[tokio::test]
 async fn go_servers_accept_our_pings() {
     let Some(go) = go().await else { return };
@@ -407,7 +407,7 @@ async fn go_servers_accept_our_pings() {
     let mut server = go.server(&etcd, SERVICE, "go", None).await;
     let channel = channel_to_go(&etcd).await;
     let mut client = GreeterClient::new(channel.clone());
-    // Calls, an open call without traffic, and pauses without any call.
+    // Each round has a call, an open call without traffic, and a pause without any call.
     for _ in 0..seconds {
         client.say_hello(hello("unary")).await.unwrap();
         let mut waiting = hello("deadline");

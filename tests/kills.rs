@@ -26,7 +26,7 @@ use tonic_etcd::{
 const SERVERS: usize = 4;
 const CALLERS: usize = 32;
 
-/// Maps process IDs to addresses: the greeting contains the process ID, the response the address.
+/// Returns the address of each server by its process ID. The greeting contains the process ID, and the extension `ServedBy` the address.
 async fn locate(channel: &BalancedChannel) -> BTreeMap<u32, String> {
     let mut located = BTreeMap::new();
     let mut client = GreeterClient::new(channel.clone());
@@ -46,7 +46,8 @@ async fn locate(channel: &BalancedChannel) -> BTreeMap<u32, String> {
     located
 }
 
-/// Waits until as many servers are ready as are running. The keys of killed servers remain for one TTL.
+/// Waits until as many endpoints are ready as servers are running. There may be more endpoints, because the keys of killed servers remain
+/// for one TTL.
 async fn serving(channel: &BalancedChannel) {
     eventually("four endpoints are ready", async || {
         let endpoints = channel.endpoints();

@@ -54,7 +54,7 @@ const PACKAGES: &[Package] = &[
     },
 ];
 
-/// Code of the files of a package, keyed by module path such as `balance/driver/mod`.
+/// The code of each file of a package, keyed by a module path such as `balance/driver/mod`.
 type Files = BTreeMap<String, String>;
 
 fn sources(root: &Path, folder: &Path, found: &mut Files) {
@@ -73,7 +73,7 @@ fn sources(root: &Path, folder: &Path, found: &mut Files) {
     }
 }
 
-/// Returns the text without comments, without imports for the docs alone, and without the unit tests at the end of the file.
+/// Returns the text without comments, without imports that only the docs use, and without the unit tests at the end of the file.
 fn code(text: &str) -> String {
     let text = text.split("#[cfg(test)]\nmod ").next().unwrap();
     let mut lines = Vec::new();
@@ -142,7 +142,7 @@ fn module(file: &str) -> Vec<&str> {
     parts
 }
 
-/// Returns the file to which a path in `file` refers, through the re-exports of `mod.rs` files.
+/// Returns the file to which a path in `file` refers. Follows the re-exports of `mod.rs` files.
 fn target(files: &Files, file: &str, path: &str) -> Option<String> {
     let mut at: Vec<String> = Vec::new();
     let mut segments = path.split("::").filter(|part| !part.is_empty()).peekable();
@@ -173,7 +173,7 @@ fn target(files: &Files, file: &str, path: &str) -> Option<String> {
             format!("{}/mod", at.join("/"))
         };
         let text = files.get(&here)?;
-        // A re-export, or an item of this file.
+        // The segment is a re-export, or an item of this file.
         let exported = paths_of_exports(text)
             .into_iter()
             .find(|path| path.rsplit("::").next() == Some(segment));
@@ -201,7 +201,7 @@ fn paths_of_exports(text: &str) -> Vec<String> {
     found
 }
 
-/// Returns the files of its own package that each file imports.
+/// Returns, for each file, the files of the same package that it imports.
 fn imports(files: &Files) -> BTreeMap<&str, BTreeSet<String>> {
     let of = |(file, text): (&_, &String)| -> BTreeSet<String> {
         let paths = paths(text);
@@ -309,7 +309,7 @@ fn pure_files_name_no_runtime() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// The arrows of the picture in ARCHITECTURE.md are the imports between folders: no more and no fewer.
+/// The picture in ARCHITECTURE.md has an arrow for every import between folders, and no other arrow.
 #[test]
 fn the_picture_of_the_architecture_shows_the_imports() {
     let page = include_str!("../ARCHITECTURE.md");
@@ -345,7 +345,7 @@ fn the_picture_of_the_architecture_shows_the_imports() {
     assert_eq!(drawn, real, "left: the picture; right: the imports");
 }
 
-/// A `mod.rs` has docs, modules and re-exports. A type there would be in a circle with the files that it declares.
+/// A `mod.rs` has docs, modules and re-exports. A type there would be in a circle with the files that the `mod.rs` declares.
 #[test]
 fn a_mod_file_has_no_logic() {
     let mut wrong = Vec::new();

@@ -1,5 +1,5 @@
-//! Log output for a bad value and for a mass removal. The test runs in its own process: a subscriber for one thread misses events while
-//! threads of other tests register the same call sites without a subscriber.
+//! Log output for a bad value and for a mass removal. The test runs in a process of its own. Otherwise, other tests could register the same
+//! call sites on threads without a subscriber, and the subscriber of this thread would miss events.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -35,7 +35,7 @@ async fn an_invalid_value_is_one_log_line_without_the_value_and_a_hold_is_two_li
         .with_ansi(false)
         .with_writer(move || writer.clone())
         .finish();
-    // The tasks of this test run on this thread.
+    // All tasks of this test run on this thread, so a subscriber for the thread is enough.
     let _guard = tracing::subscriber::set_default(subscriber);
     let mut etcd = etcd().await;
     client(&etcd)

@@ -22,7 +22,7 @@ use tonic_etcd::testing::Etcd;
 use tonic_etcd::{BalancedChannel, Instance, Registry, Resolver};
 
 const PREFIX: &str = "/gRPC/greeter/";
-/// Duration of the hold, short to keep the tests quick.
+/// Duration of the hold. It is short, so that the tests stay quick.
 const HOLD: Duration = Duration::from_secs(4);
 const SERVERS: usize = 4;
 
@@ -259,7 +259,7 @@ async fn a_planned_pause_of_all_servers_is_not_held() {
         refused.is_err_and(|status| status.code() == Code::Unavailable)
     })
     .await;
-    // Resumed instances get calls again, and a later removal by mistake is held.
+    // Resumed instances get calls again. Their deregistration is planned too, so it is not held.
     for registration in &registrations {
         registration.resume().await.unwrap();
     }
@@ -336,13 +336,13 @@ async fn the_return_of_half_of_the_set_ends_the_hold() {
         by_hand.put(key, address.clone(), None).await.unwrap();
         back.push(address);
     }
-    // The keys are different: instances are matched by address.
+    // The servers are back under other keys, because the resolver matches instances by address.
     knows(
         &resolver,
         &back.iter().map(String::as_str).collect::<Vec<_>>(),
     )
     .await;
-    // The new keys may have exactly the addresses that were held. Then the set is complete before the last hold ends.
+    // If the new keys have exactly the addresses that are held, the resolver lists the expected addresses before the hold ends.
     eventually("no instance is held", async || resolver.status().held == 0).await;
     assert!(!resolver.instances().iter().any(Instance::is_last_resort));
     let (calls, failed) = callers.stopped().await;

@@ -42,7 +42,7 @@ enum Op {
     Remove(usize),
     /// The registry inserts the second server and removes the first.
     Replace(usize, usize),
-    /// The registry removes the server and inserts it at once: the same address as a new instance.
+    /// The registry removes the server and at once inserts a new instance with the same address.
     Reinsert(usize),
     Kill(usize),
     Recover(usize),
@@ -83,9 +83,10 @@ fn policy() -> impl Strategy<Value = LbPolicy> {
     ]
 }
 
-/// Facts about the servers that the outcomes of calls are checked against.
+/// Facts about the servers. The outcome of each call is checked against them.
 struct Known {
-    /// Servers whose removal was seen, with the number of that removal. A server may be inserted and removed again while a call waits.
+    /// Servers that the channel reports as removed, each with the number of its last removal. The number is needed because a server may be
+    /// inserted and removed again while a call waits.
     absent: BTreeMap<String, u64>,
     removals: u64,
     /// Last kill of each server, by name.
@@ -101,7 +102,7 @@ struct World {
     channel: BalancedChannel,
     known: Shared,
     registered: BTreeSet<usize>,
-    /// Servers that were registered, up and ready when last checked, and not changed since.
+    /// Servers that were registered, up and ready at the last [`World::settle`], and were not removed or killed since.
     stable: BTreeSet<usize>,
     /// Whether the channel may have a dead connection that it has not detected.
     unsettled: bool,
@@ -155,7 +156,7 @@ impl World {
         self.fleet.get(server).kill();
     }
 
-    /// Waits until exactly the registered servers that are up are ready.
+    /// Waits until the ready endpoints are exactly the registered servers that are up.
     async fn settle(&mut self) {
         let up = |server: &usize| self.fleet.get(*server).is_up();
         let expected: BTreeSet<_> = self.registered.iter().copied().filter(up).collect();
@@ -166,13 +167,14 @@ impl World {
                 .iter()
                 .filter(|status| status.state == EndpointState::Ready)
                 .map(|status| status.address.to_string());
-            // An endpoint may be ready with a dead connection that is not detected yet. Therefore each server must have a connection since
-            // its last kill.
+            // An endpoint may be ready with a dead connection that is not detected yet. Therefore each server must also have accepted a
+            // connection since its last kill.
             let connected = |server: &usize| self.fleet.get(*server).is_connected();
             ready.collect::<BTreeSet<_>>() == names && expected.iter().all(connected)
         })
         .await;
-        // A state is reported up to a millisecond before picks use it. A call that waits for a ready endpoint bridges this time.
+        // The channel reports a state up to a millisecond before picks use it. This call waits for a ready endpoint, so it ends only after
+        // picks use the state.
         if !expected.is_empty() {
             call(&self.channel, &self.known, true, 0).await.unwrap();
         }
@@ -248,7 +250,8 @@ fn hello(millis: usize) -> HelloRequest {
     }
 }
 
-/// Sends one call. Every server may serve the call except those removed before it began, and it may fail only because of a kill.
+/// Sends one call. No server may serve it that was reported as removed before the call began. A call with `wait` may fail only because of a
+/// kill. Returns the error of a call without `wait`.
 async fn call(
     channel: &BalancedChannel,
     known: &Shared,
@@ -324,7 +327,7 @@ async fn live(policy: LbPolicy, ops: &[Op]) -> usize {
         .service("model")
         .policy(policy)
         .seed(7)
-        // Longer waits between dials would dominate the test.
+        // With a longer backoff, most of the test would be waits between dials.
         .max_backoff(Duration::from_millis(5))
         .startup_timeout(Duration::from_millis(20))
         .connector(move |address| dialler.clone().dial(address))

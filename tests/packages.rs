@@ -90,7 +90,7 @@ fn every_dependency_has_a_compatible_licence() {
 
 #[test]
 fn only_known_crates_are_linked_in_two_versions() {
-    // Dependencies of ring, of procedural macros and of the testing feature, as long as they require different versions.
+    // Crates that ring, procedural macros and the testing feature require in different versions.
     const KNOWN: [&str; 2] = ["getrandom", "syn"];
     let tree = ["tree", "--locked", "--workspace", "--all-features"];
     let format = ["-e", "normal", "--prefix", "none", "-f", "{p}"];

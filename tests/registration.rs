@@ -1,4 +1,4 @@
-//! How a registration keeps its server in a real etcd.
+//! How a registration keeps the keys of its server in a real etcd.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -224,7 +224,7 @@ async fn an_outage_longer_than_the_ttl_is_survived() {
         is_kept(&by_hand, &registration).await
     })
     .await;
-    // The registration also lasts for longer than the one TTL by which etcd extends old leases.
+    // After a restart, etcd extends old leases by one TTL. The registration must last for longer than that.
     for _ in 0..5 {
         timeout(SOON, states.changed())
             .await
@@ -237,7 +237,7 @@ async fn an_outage_longer_than_the_ttl_is_survived() {
 #[tokio::test]
 async fn a_wiped_etcd_is_filled_again_within_a_ttl() {
     let mut etcd = etcd().await;
-    // A third of this TTL, as in the other tests, would be used up mostly by the wait before etcd is dialled again.
+    // The TTL of the other tests is too short here: most of it would pass while the client waits before it dials etcd again.
     let ttl = TTL * 3;
     let registration = describe(&registry(&etcd).await).ttl(ttl).register().await;
     let registration = registration.unwrap();
@@ -262,7 +262,7 @@ fn expires(registration: &Registration) -> Option<Instant> {
 #[tokio::test]
 async fn a_frozen_etcd_is_survived() {
     let mut etcd = Etcd::start_cluster(3).await.unwrap();
-    // Longer than an election, during which no lease is renewed.
+    // The TTL is longer than an election, because no lease is renewed during an election.
     let registration = describe(&registry(&etcd).await)
         .ttl(TTL * 3)
         .register()
@@ -477,7 +477,7 @@ async fn a_dropped_registration_is_deregistered() {
         list(&by_hand, "/").await.is_empty()
     })
     .await;
-    // A registration that is dropped half way is removed, too.
+    // A registration that is dropped before it is complete is removed, too.
     for _ in 0..20 {
         // If etcd answers a grant too late, the lease remains until it expires.
         let registering = describe(&registry).ttl(Duration::from_secs(10)).register();
@@ -500,7 +500,7 @@ async fn a_dropped_registration_is_deregistered() {
 async fn invalid_input_is_rejected_by_name_before_any_request() {
     let mut etcd = etcd().await;
     let registry = registry(&etcd).await;
-    // A request to etcd would now fail later, and with another error.
+    // From now on, a request to etcd would fail, but later and with another error.
     etcd.kill(0).await.unwrap();
     let service = |name: &str| registry.registration(name).address("127.0.0.1:80");
     let greeter = || service("greeter");
@@ -608,7 +608,7 @@ async fn several_services_share_one_lease_and_are_deregistered_one_by_one() {
     let etcd = etcd().await;
     let by_hand = client(&etcd).await;
     let registry = registry(&etcd).await;
-    // More keys than etcd accepts in one transaction.
+    // 150 keys are more than etcd accepts in one transaction.
     let services: Vec<_> = (0..150)
         .map(|number| format!("service{number:03}"))
         .collect();
@@ -626,7 +626,7 @@ async fn several_services_share_one_lease_and_are_deregistered_one_by_one() {
     let leases = by_hand.lease_client().leases().await.unwrap();
     assert_eq!(leases.leases().len(), 1);
 
-    // Lost keys are put back: first a single key, then all keys of a revoked lease. Then all values change.
+    // Lost keys are put back: first a single deleted key, and then all keys of a revoked lease. After that, all values are changed.
     by_hand
         .kv_client()
         .delete(all[7].as_str(), None)
@@ -651,7 +651,7 @@ async fn several_services_share_one_lease_and_are_deregistered_one_by_one() {
             .all(|(_, value, _)| value.contains("\"weight\":9"))
     );
 
-    // One service is deregistered, then the first service. Neither key is put back.
+    // An additional service is deregistered, and then the first service. Neither key is put back.
     for service in [3, 0] {
         let service = &services[service];
         registration.deregister_service(service).await.unwrap();
@@ -662,7 +662,7 @@ async fn several_services_share_one_lease_and_are_deregistered_one_by_one() {
     }
     let left: Vec<_> = [&all[1..3], &all[4..]].concat();
     let mut states = registration.watch_state();
-    // The current state, and a renewal.
+    // The first change is the current state, and the second is a renewal.
     for _ in 0..2 {
         timeout(SOON, states.changed()).await.unwrap().unwrap();
         assert!(states.borrow_and_update().is_registered());
@@ -732,12 +732,11 @@ async fn only_the_service_taken_over_by_another_server_is_superseded() {
     assert!(list(&by_hand, &second).await.is_empty());
 }
 
-/// Drives the registration and its clients on one runtime, and blocks the only thread of that runtime for three TTLs. Returns whether the
-/// lease was kept.
+/// Creates a registration on a runtime with a single thread, and blocks this thread for three TTLs. Returns whether the lease was kept.
 async fn busy_for_three_ttls(dedicated_thread: bool) -> bool {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
-    // The registry's connections are open, and this runtime drives them.
+    // After this registration, the registry's connections are open, and this runtime drives them.
     let other = describe(&registry).register().await.unwrap();
     other.deregister().await.unwrap();
     let registration = describe(&registry)

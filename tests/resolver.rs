@@ -1,4 +1,4 @@
-//! The set of instances of a resolver, compared with a real etcd.
+//! The set of instances of a resolver, compared with the keys of a real etcd.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -384,7 +384,7 @@ async fn nothing_is_removed_while_etcd_is_down() {
     );
 }
 
-/// Returns how long a test waits for an event that must not occur.
+/// Returns how long a test waits for an event that must not occur: `short` seconds, or `long` seconds with `SOAK=1`.
 fn length(short: u64, long: u64) -> Duration {
     Duration::from_secs(soak("seconds", short, long))
 }
@@ -418,7 +418,7 @@ async fn a_quiet_watch_is_probed_and_not_reopened() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_unrelated_writes_per_second_cause_no_list() {
-    // An election would end the watches.
+    // The long timeouts prevent an election, which would end the watches.
     let etcd = Etcd::builder().members(3).arg("--heartbeat-interval=500");
     let etcd = etcd.arg("--election-timeout=5000").start().await.unwrap();
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
@@ -427,7 +427,7 @@ async fn a_thousand_unrelated_writes_per_second_cause_no_list() {
         .put("/gRPC/greeter/1", "127.0.0.1:1", None)
         .await
         .unwrap();
-    // Several resolvers, so that some of them are likely to watch a member that lags behind the member that was listed.
+    // There are several resolvers, so that some of them probably watch a member that lags behind the member that answered their list.
     let resolvers: Vec<_> = (0..5)
         .map(|_| registry.resolver("greeter").start())
         .collect();
@@ -439,7 +439,7 @@ async fn a_thousand_unrelated_writes_per_second_cause_no_list() {
             let mut writes = 0_u32;
             // Sixteen writers, each with one write every 16 ms.
             let mut pace = tokio::time::interval(Duration::from_millis(16));
-            // On a slow disk, this many writes take longer.
+            // On a slow disk, 32 writes may take longer than this time.
             while Instant::now() < end || writes < 32 {
                 pace.tick().await;
                 let written = kv.put(format!("/other/{writer}"), "x", None).await;
@@ -486,7 +486,7 @@ async fn reconciliations_find_no_difference_while_keys_change() {
         }
     }
     let compared = resolver.status().reconciliations;
-    // Differences that the last reconciliation suspected during the changes must first be cleared.
+    // During the changes, a reconciliation may have suspected differences. Further reconciliations must clear them first.
     eventually("several reconciliations", async || {
         resolver.status().reconciliations >= compared + 10
     })
@@ -525,7 +525,7 @@ async fn keys_of_refusing_endpoints_are_read_rarely_and_stay_while_registered() 
     feedback.refused(&first);
     feedback.refused(&first);
     let read = eventually("the key is read", async || resolver.status().reads > 0);
-    // The reads are spread over 2 s.
+    // Reads after a report are spread over 2 s.
     read.await;
     let start = Instant::now();
     for instance in resolver.instances() {
@@ -545,7 +545,7 @@ async fn keys_of_refusing_endpoints_are_read_rarely_and_stay_while_registered() 
     feedback.refused(&first);
 }
 
-/// A page of 500 such values exceeds the size limit of a message, so the resolver requests half pages.
+/// A page of 500 values of 40 KiB exceeds the size limit of a message, so the resolver halves the page.
 #[tokio::test]
 async fn values_that_do_not_fit_into_one_message_are_listed_in_smaller_pages() {
     let etcd = etcd().await;
@@ -723,7 +723,7 @@ async fn the_resolver_moves_from_members_that_die_or_freeze() {
         etcd.freeze(member).await.unwrap();
         kept.push(write(&etcd, member, 200 + u16::try_from(member).unwrap()).await);
         let start = Instant::now();
-        // 5 s of silence before the probe, and 3 s for its response.
+        // The resolver notices the frozen member after 5 s of silence, a probe, and 3 s without a response to the probe.
         eventually("the change is applied", async || {
             addresses(&resolver).len() == kept.len()
         })
@@ -734,8 +734,8 @@ async fn the_resolver_moves_from_members_that_die_or_freeze() {
     }
 }
 
-/// Returns whether a resolver contains what is listed. A key whose value turned bad keeps its last good value, so the resolver may contain
-/// more instances for such a key than are listed.
+/// Returns whether a resolver contains the listed instances. A key whose value turned bad keeps its last good value, so the resolver may
+/// also contain an instance for such a key.
 fn is_what_is_listed(resolver: &Resolver, listed: &[(String, String, i64)]) -> bool {
     let (good, bad): (Vec<_>, Vec<_>) = listed
         .iter()
@@ -757,7 +757,7 @@ fn is_what_is_listed(resolver: &Resolver, listed: &[(String, String, i64)]) -> b
     known == expected
 }
 
-/// Ten thousand random steps: puts, deletes and lease expiries.
+/// Ten thousand random puts and deletes, with revoked leases and reset connections.
 #[tokio::test]
 async fn ten_thousand_random_steps_match_a_list_of_etcd() {
     let seed = std::env::var("TEST_SEED")
@@ -805,7 +805,7 @@ async fn ten_thousand_random_steps_match_a_list_of_etcd() {
                 }),
             };
         }
-        // A put may fail because its lease has expired.
+        // A put may fail because its lease has been revoked.
         let expire = (round % 10 == 9).then(|| leases.swap_remove(rng.usize(..leases.len())));
         if let Some(lease) = expire {
             by_hand.lease_client().revoke(lease).await.unwrap();

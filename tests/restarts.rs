@@ -18,7 +18,7 @@ use tokio::time::{Instant, timeout};
 use tonic::Status;
 use tonic_etcd::registration::ServerState;
 
-/// The servers of the service, and the greeter in which all of them count their calls.
+/// The servers of the service, and the counter of calls that all of them share.
 struct Fleet {
     world: World,
     counter: Counting,
@@ -110,7 +110,8 @@ async fn stream(mut client: Client) -> Result<(), Status> {
     Ok(())
 }
 
-/// Number of restarts, without and with `SOAK`. `RESTARTS` in the environment overrides both, and `SEED` repeats a run.
+/// Number of restarts: `RESTARTS` by default, and `SOAK` with `SOAK=1` in the environment. The environment variable `RESTARTS` overrides
+/// both numbers. `SEED` repeats a run.
 const RESTARTS: u64 = 100;
 const SOAK: u64 = 1_000;
 

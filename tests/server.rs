@@ -95,7 +95,8 @@ async fn the_server_state_can_be_watched() {
     assert!(matches!(*states.borrow(), RegistrationState::Deregistered));
 }
 
-/// A handle shows the address of port 0, and takes the server out and back without an effect on its shutdown.
+/// A handle returns the address that was bound for port 0. It also pauses and resumes the registration, which has no effect on the shutdown
+/// of the server.
 #[tokio::test]
 async fn a_handle_reads_pauses_and_reweights_a_served_registration() {
     let world = World::new().await;
@@ -124,14 +125,14 @@ async fn a_handle_reads_pauses_and_reweights_a_served_registration() {
     assert_eq!(world.keys().await, 0);
     let error = handle.pause().await.unwrap_err();
     assert!(matches!(error, RegisterError::Ended { .. }), "{error:?}");
-    // A server that never starts ends what waits for it.
+    // If a server never starts, a wait for its address ends.
     let registration = world.registration();
     let handle = registration.handle();
     drop(registration);
     assert!(timeout(SOON, handle.address()).await.unwrap().is_none());
 }
 
-/// A listener of the program's own: bound before the registration, by a service manager or with options of its own.
+/// The program binds the listener itself before the registration, for example with a service manager or with special socket options.
 #[tokio::test]
 async fn a_listener_that_is_already_bound_is_served_and_registered() {
     let world = World::new().await;
@@ -153,7 +154,7 @@ async fn a_listener_that_is_already_bound_is_served_and_registered() {
     assert_eq!(world.keys().await, 0);
 }
 
-/// Connections that the program accepts itself: here with a filter, and on a Unix socket.
+/// The program accepts the connections itself: here on a TCP listener, and on a Unix socket.
 #[cfg(unix)]
 #[tokio::test]
 async fn any_stream_of_connections_is_served_and_registered() {
@@ -200,7 +201,7 @@ where
     let channel = world.registry.channel("greeter").connect().await.unwrap();
     let mut client = GreeterClient::new(channel.clone());
     client.say_hello(hello()).await.unwrap();
-    // The state of the resolver is read from the channel.
+    // The channel provides a handle of its resolver.
     let resolver = channel.source_handle::<ResolverHandle>().unwrap();
     assert_eq!(resolver.status().state, ResolverState::Fresh);
     assert_eq!(resolver.instances().len(), 1);
@@ -244,7 +245,7 @@ async fn a_rejected_registration_stops_the_server() {
         matches!(error, ServeError::Register(RegisterError::Invalid { .. })),
         "{error:?}"
     );
-    // A registration that etcd does not accept in time stops a server that already serves.
+    // If etcd does not accept the registration in time, the server is stopped, although it already serves.
     world.etcd.kill(0).await.unwrap();
     let port = TcpListener::bind("127.0.0.1:0")
         .await
@@ -333,7 +334,7 @@ async fn a_dropped_server_is_deregistered() {
     .await;
 }
 
-/// Calls without a pause until stopped. Returns the number of calls and the number of failed calls.
+/// Sends calls without a pause until `stop` is true. Returns the number of calls and the number of failed calls.
 async fn load(channel: Channel, mut stop: tokio::sync::watch::Receiver<bool>) -> (u64, u64) {
     let mut client = GreeterClient::new(channel);
     let (mut calls, mut failed) = (0, 0);
@@ -342,7 +343,7 @@ async fn load(channel: Channel, mut stop: tokio::sync::watch::Receiver<bool>) ->
         let call = timeout(Duration::from_secs(5), client.say_hello(hello())).await;
         if !matches!(call, Ok(Ok(_))) {
             failed += 1;
-            // Calls that fail at once would otherwise fail a million times.
+            // Without this pause, calls that fail at once would fail a million times.
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }

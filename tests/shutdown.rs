@@ -166,7 +166,7 @@ async fn idle_connections_end_at_once() {
     let start = Instant::now();
     server.stopped().await.unwrap();
     let took = since(start);
-    // Otherwise the connections would be cut after 20 s.
+    // Connections that do not end by themselves are cut after 20 s.
     assert!(took < Duration::from_secs(10), "{took:?}");
     assert_eq!(connections_cut(&states), 0);
 }
@@ -331,7 +331,7 @@ async fn connections_that_do_not_end_are_cut_at_the_drain_timeout_and_counted() 
     let mut endless = connect(&address).await;
     let mut endless = endless.say_hellos(HelloRequest::default()).await.unwrap();
     endless.get_mut().message().await.unwrap().expect("a reply");
-    // The replies are never read, so the server waits for its window.
+    // The replies are never read, so the server waits until the flow-control window has room.
     let mut unread = connect(&address).await;
     let unread = unread.say_hellos(HelloRequest::default()).await.unwrap();
     let channel = Channel::from_shared(format!("http://{address}")).unwrap();
@@ -463,7 +463,8 @@ async fn a_process_logs_each_phase_in_order_and_exits_successfully() {
     assert!(status.success());
 }
 
-/// Sends two signals to a server whose etcd answers or is frozen. Returns whether the key was left to expire with its lease.
+/// Sends two signals to a server while etcd is frozen. With `answers`, etcd is resumed after the second signal. Returns whether the key was
+/// left to expire with its lease.
 async fn signal_twice(world: &mut World, answers: bool) -> bool {
     let (mut server, mut log, _) = greeter_server(world).await;
     world.etcd.freeze(0).await.unwrap();
@@ -493,7 +494,8 @@ async fn signal_twice(world: &mut World, answers: bool) -> bool {
 #[tokio::test]
 async fn a_second_signal_waits_briefly_for_the_deregistration() {
     let mut world = World::new().await;
-    // The second signal waits for half a second. A busy machine may exceed that, so there are five tries.
+    // After the second signal, the server waits half a second for the deregistration. A busy machine may need longer, so there are five
+    // tries.
     let mut left = true;
     for _ in 0..5 {
         left = left && signal_twice(&mut world, true).await;

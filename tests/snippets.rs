@@ -1,4 +1,4 @@
-//! The Rust code of the README and of the pages in `docs/`, so that it is compiled. A test compares both.
+//! The Rust code of the README and of the pages in `docs/`, so that it is compiled. A test checks that this file contains every code block.
 #![allow(
     dead_code,
     unreachable_pub,
@@ -339,7 +339,7 @@ mod errors {
     }
 }
 
-/// Returns the text without indentation, line breaks and trailing commas, which depend on the place of the code.
+/// Returns the text without whitespace and trailing commas, which depend on the place of the code.
 fn plain(text: &str) -> String {
     let text: String = text.split_whitespace().collect();
     text.replace(",)", ")").replace(",}", "}")

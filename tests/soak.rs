@@ -1,5 +1,5 @@
-//! Hours in seconds: all kinds of changes and faults at once on a channel with a real etcd, and a check for leaks of memory, tasks and
-//! files. With `SOAK=1` in the environment it runs for half an hour. `SOAK_SEED` repeats the choices of a run.
+//! All kinds of changes and faults at once on a channel with a real etcd, and a check for leaks of memory, tasks and files. The test takes
+//! some seconds. With `SOAK=1` in the environment, it runs for half an hour. `SOAK_SEED` repeats the choices of a run.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -246,7 +246,7 @@ async fn concurrent_faults_leak_no_resources() {
         "{early} KiB grew to {late} KiB"
     );
     drop(channel);
-    // A few more tasks and files belong to the other resolver, whose watch was replaced at each restart of etcd.
+    // The other resolver still runs. It may have a few more tasks and files, because its watch was replaced at each restart of etcd.
     eventually("tasks and sockets are closed", async || {
         metrics.num_alive_tasks() <= tasks + 4 && open_files() <= files + 2
     })

@@ -24,8 +24,8 @@ use tonic_etcd::{
 
 const SERVERS: usize = 4;
 const CALLERS: usize = 16;
-/// Longer than every wait until the server is ejected and until it is used again, and shorter than its lease, so that the registry does not
-/// remove it.
+/// Duration of the freeze. It is longer than the time until the server is ejected, and than the time until the server is used again. It is
+/// shorter than the TTL of the server's lease, so that the server stays registered.
 const FROZEN: Duration = Duration::from_secs(6);
 
 async fn call(channel: BalancedChannel, deadline: Duration) -> Result<(String, String), Status> {
@@ -88,7 +88,7 @@ async fn a_frozen_server_fails_a_handful_of_calls_and_is_used_again_after_it_tha
         is_stopped(servers[0].id().unwrap())
     })
     .await;
-    // The freeze costs the calls that are sent to the frozen server.
+    // Only calls that are sent to the frozen server may fail.
     let sent = || status(&channel, &frozen).calls;
     let before = sent();
     let out = within(FROZEN, "the frozen server receives no calls", async || {

@@ -1,4 +1,4 @@
-//! TLS to etcd, on both sides, with certificates that are renewed.
+//! TLS and mutual TLS to etcd, and certificates that are renewed.
 #![cfg(feature = "tls")]
 #![allow(
     clippy::unwrap_used,

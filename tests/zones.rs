@@ -42,7 +42,7 @@ async fn calls_stay_in_the_zone_up_to_its_capacity() {
     let (changes, stream) = mpsc::unbounded_channel::<Result<_, Infallible>>();
     let channel = BalancedChannel::builder()
         .zone("near")
-        // The policy ignores latencies: on a busy machine they differ and shift calls from slower servers.
+        // The policy ignores latencies. On a busy machine, they differ, and would move calls away from slower servers.
         .policy(LbPolicy::LeastRequest)
         .seed(7)
         .discover(UnboundedReceiverStream::new(stream))

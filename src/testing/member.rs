@@ -17,7 +17,8 @@ use super::{binary, error::ProcessError, port::Port, process::Process};
 /// exiting needs 7 s.
 const STOP_BOUND: Duration = Duration::from_secs(10);
 
-/// Timeout for the effect of a signal that cannot be ignored.
+/// Time within which SIGKILL, SIGSTOP or SIGCONT must take effect. A process cannot ignore these
+/// signals.
 const SIGNAL_BOUND: Duration = Duration::from_secs(5);
 
 /// Number of log lines that an error contains.
@@ -56,9 +57,10 @@ pub(super) struct Member {
     pub(super) directory: PathBuf,
     /// The ports that it listens on.
     pub(super) ports: Ports,
-    /// The flags of every start, except for the data directory.
+    /// The flags that every start passes to etcd, except for `--data-dir`.
     pub(super) flags: Vec<OsString>,
-    /// Its process, until its exit is detected.
+    /// The process of the member. `None` if the member is stopped, or once the exit of the process
+    /// was detected.
     pub(super) process: Option<Process>,
 }
 
@@ -95,7 +97,7 @@ impl Member {
         tail(&self.log(), TAIL_LINES).to_owned()
     }
 
-    /// Starts the process without waiting for its health.
+    /// Starts the process. Does not wait until the member is healthy.
     pub(super) fn start(&mut self) -> Result<(), ProcessError> {
         let path = self.log_path();
         let log = OpenOptions::new().create(true).append(true).open(path);
@@ -131,7 +133,7 @@ impl Member {
             return Ok(());
         };
         process.signal(Signal::SIGTERM).map_err(&failed)?;
-        // A frozen process would handle the signal only after it is thawed.
+        // A frozen process handles SIGTERM only after SIGCONT has resumed it.
         process.signal(Signal::SIGCONT).map_err(&failed)?;
         if process.exits_within(STOP_BOUND).await {
             self.process = None;
@@ -155,7 +157,8 @@ impl Member {
         Ok(())
     }
 
-    /// Freezes (`frozen`) or resumes the process, and waits until the signal has taken effect.
+    /// Freezes the process if `frozen` is true, else resumes it. Waits until the signal has taken
+    /// effect.
     pub(super) async fn set_frozen(&mut self, frozen: bool) -> Result<(), ProcessError> {
         let member = self.index;
         let process = self.running().ok_or(ProcessError::NotRunning { member })?;
@@ -230,8 +233,8 @@ impl Member {
     }
 }
 
-/// Returns the flags with which one member forms the cluster, except for its data directory.
-/// `peers` contains the port at which the others reach each member.
+/// Returns the etcd flags of the member with this index, except for `--data-dir`. `peers` contains,
+/// for each member, the port at which the other members reach it.
 pub(super) fn flags(
     index: usize,
     ports: &[Ports],
@@ -265,12 +268,12 @@ pub(super) fn flags(
     flags.into_iter().map(OsString::from).collect()
 }
 
-/// Converts the error of sending a signal.
+/// Returns a function that converts an error of sending a signal to this member.
 fn signal_error(member: usize) -> impl Fn(io::Error) -> ProcessError {
     move |cause| ProcessError::Signal { member, cause }
 }
 
-/// Returns the last lines of a text.
+/// Returns the last `lines` lines of a text.
 fn tail(text: &str, lines: usize) -> &str {
     let text = text.trim_end();
     let mut breaks = text.rmatch_indices('\n');
@@ -283,7 +286,8 @@ fn tail(text: &str, lines: usize) -> &str {
 /// Replaces a directory by a copy of another directory.
 async fn replace(from: PathBuf, to: PathBuf) -> Result<(), ProcessError> {
     let copied = spawn_blocking(move || {
-        // Fails before the removal if no backup exists, because the data could not be replaced.
+        // Checks that `from` exists before `to` is removed. Without this check, a missing backup
+        // would delete the data.
         fs::read_dir(&from)?;
         if to.exists() {
             fs::remove_dir_all(&to)?;

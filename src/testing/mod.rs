@@ -1,8 +1,8 @@
-//! A real etcd for tests and examples. It runs on free loopback ports in a temporary directory, and
-//! is removed when it is dropped.
+//! A real etcd for tests and examples. It runs on free loopback ports in a temporary directory.
+//! Dropping it removes its processes and its directory.
 //!
-//! [`Etcd`] runs the `etcd` binary as one member or as a cluster of any size. It can reproduce the
-//! faults of production for each member: stop, kill, freeze, restart, and loss of data.
+//! [`Etcd`] runs the `etcd` binary as one member or as a cluster of any size. For each member, it
+//! can reproduce the faults of production: stop, kill, freeze, restart, and loss of data.
 //!
 //! ```no_run
 //! use tonic_etcd::testing::Etcd;
@@ -29,20 +29,21 @@
 //! The binary is the path passed to [`EtcdBuilder::binary`], else the path in the environment
 //! variable `ETCD_BIN`, else the `etcd` on `PATH`. The package is `etcd-server` on Debian and
 //! Ubuntu, and `etcd` on Fedora and Arch Linux. On macOS, `brew install etcd` installs it. etcd 3.4
-//! and later are supported. `ETCD_*` variables are not passed on, because etcd would read them as
-//! flags.
+//! and later are supported. `ETCD_*` environment variables are not passed to etcd, because etcd
+//! would read them as flags.
 //!
 //! # Cleanup
 //!
-//! Dropping an [`Etcd`] kills its members and removes its directory. If no drop happens (`SIGKILL`,
-//! an abort, `std::process::exit`, a `static`), a small `sh` process beside each member does this
-//! as soon as the owner process has exited. Nothing is left behind in either case. Members do not
-//! belong to the process group of the terminal, so Ctrl-C reaches only the owner.
+//! Dropping an [`Etcd`] kills its members and removes its directory. After a `SIGKILL`, an abort or
+//! `std::process::exit`, and in a `static`, the value is not dropped. Then a small `sh` process
+//! beside each member does the same as soon as the owner process has exited. Nothing is left behind
+//! in either case. Members do not belong to the process group of the terminal, so Ctrl-C reaches
+//! only the owner.
 //!
 //! # Limits
 //!
-//! This module is Unix only. It works in real time: do not use it on a runtime with a paused clock.
-//! Traffic between members is plaintext.
+//! This module is Unix only. It uses real time, so do not use it on a tokio runtime with a paused
+//! clock. Traffic between members is plaintext.
 
 mod binary;
 mod builder;

@@ -14,9 +14,9 @@ use std::{
 
 use super::port::Port;
 
-/// One proxy per member. The other members reach it only through its proxy.
+/// One proxy for each member. The other members reach the member only through its proxy.
 ///
-/// The proxies use threads instead of tasks, because an etcd belongs to no tokio runtime.
+/// The proxies use threads instead of tasks, because an `Etcd` belongs to no tokio runtime.
 #[derive(Debug)]
 pub(super) struct Peers {
     ports: Vec<Port>,
@@ -31,7 +31,7 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Links {
-    /// The isolated members, by index and by the id that they send in their requests.
+    /// The isolated members: the index of each, and the id that it sends in its requests.
     isolated: BTreeSet<(usize, String)>,
     open: Vec<Link>,
 }
@@ -67,7 +67,7 @@ impl Links {
 }
 
 impl Peers {
-    /// Starts one proxy for each of these ports.
+    /// Starts one proxy in front of each target port.
     pub(super) fn start(targets: &[u16]) -> io::Result<Self> {
         let mut peers = Self {
             ports: Vec::new(),
@@ -107,7 +107,7 @@ impl Drop for Peers {
         self.shared.closed.store(true, Ordering::SeqCst);
         self.shared.links().close(true);
         for port in &self.ports {
-            // Wakes the thread that waits for a connection.
+            // This connection wakes the thread that waits in `accept`.
             TcpStream::connect((Ipv4Addr::LOCALHOST, port.number())).ok();
         }
     }
@@ -172,8 +172,8 @@ fn read_head(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
     Ok(head)
 }
 
-/// Returns the id of the member that sent a request, from the header that raft requests between
-/// members carry.
+/// Returns the id of the member that sent a request. Raft requests between members contain it in
+/// the header `X-Server-From`.
 fn sender(head: &[u8]) -> Option<String> {
     let head = String::from_utf8_lossy(head);
     head.lines().find_map(|line| {

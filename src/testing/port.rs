@@ -8,15 +8,16 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-/// The range of drawn ports. It is below the ephemeral ports of every common system, so that no
-/// outgoing connection takes a port before etcd has bound it, or while its member is stopped.
+/// The range from which ports are drawn. It is below the ephemeral ports of every common system.
+/// Therefore no outgoing connection can take a port before etcd has bound it, or while the member
+/// that uses the port is stopped.
 const CANDIDATES: Range<u16> = 10_000..30_000;
 
-/// Number of candidates that are tried before the last error is returned.
+/// Maximum number of candidates that [`Port::draw`] tries before it returns the last error.
 const ATTEMPTS: usize = 1_000;
 
-/// The ports of all existing [`Port`] values. The operating system regards the port of a stopped
-/// member as free, so it cannot replace this set.
+/// The ports of all existing [`Port`] values. This set is needed because the operating system
+/// regards the port of a stopped member as free.
 static TAKEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
 
 /// A loopback port that was free when it was drawn. This process does not draw it again while the

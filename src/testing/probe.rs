@@ -1,4 +1,5 @@
-//! HTTP requests to a member, written by hand: two kinds of request do not justify an HTTP client.
+//! HTTP requests to a member. They are written by hand, because two kinds of request do not justify
+//! an HTTP client.
 
 use std::{io, net::Ipv4Addr, time::Duration};
 
@@ -9,10 +10,12 @@ use tokio::{
     time::timeout,
 };
 
-/// Timeout of one request: a frozen member accepts connections and never responds.
+/// Timeout of one request. It is needed because a frozen member accepts connections and never
+/// responds.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The fields of the status response that are used. 64-bit numbers are strings in its JSON.
+/// The fields of etcd's status response that this module uses. The JSON of etcd contains 64-bit
+/// numbers as strings.
 #[derive(Debug, Deserialize)]
 struct Status {
     /// The header, with the id of the responding member.
@@ -39,7 +42,7 @@ pub(super) async fn is_healthy(port: u16) -> bool {
     body.is_some_and(|body| body.contains(r#""health":"true""#))
 }
 
-/// Returns the raft term in which the member considers itself the leader; `None` if it does not.
+/// Returns the raft term of the member if it reports itself as the leader, else `None`.
 pub(super) async fn leading_term(port: u16) -> Option<u64> {
     let body = request(port, "POST /v3/maintenance/status", "{}").await?;
     parse_leading_term(&body)

@@ -19,23 +19,25 @@ use super::error::ProcessError;
 
 /// The script of the watchdog. Its arguments are the pid of etcd and the temporary directory.
 ///
-/// Its standard input is a pipe that only the owner holds, so end of file means that the owner has
-/// exited. `read` is built into every shell; `cat` would be a second process to kill. The second
-/// removal deletes files that the dying etcd wrote during the first one.
+/// Its standard input is a pipe. Only the owner holds the other end, so end of file means that the
+/// owner has exited. The script waits with `read`, which is built into every shell, because `cat`
+/// would be a second process to kill. The second `rm` is for a first one that fails because the
+/// dying etcd still writes files.
 const WATCHDOG: &str = r#"while read -r _; do :; done
 kill -9 "$1" 2>/dev/null
 rm -rf "$2" || { sleep 1; rm -rf "$2"; }"#;
 
-/// Time between two checks of a process whose exit or stop is awaited.
+/// Time between two checks whether a process has exited or is stopped.
 const POLL_INTERVAL: Duration = Duration::from_millis(2);
 
-/// Number of checks of a dropped process, one millisecond apart, before it is given up.
+/// Maximum number of checks, one millisecond apart, whether a dropped etcd has exited. If it has
+/// not exited by then, it is not reaped.
 const REAP_ATTEMPTS: usize = 2_000;
 
 /// A running etcd with its watchdog. Dropping it kills and reaps both.
 ///
-/// Both are children of [`std::process`] and belong to no tokio runtime: an etcd started by one
-/// test can be operated by another test on another runtime.
+/// Both are children of [`std::process`] and belong to no tokio runtime. So a test can use an etcd
+/// that another test has started on another runtime.
 #[derive(Debug)]
 pub(super) struct Process {
     /// The server.
@@ -45,7 +47,8 @@ pub(super) struct Process {
 }
 
 impl Process {
-    /// Starts `etcd`, and the watchdog that removes `directory` if this process dies.
+    /// Starts `etcd`, and the watchdog that kills it and removes `directory` if the owner process
+    /// dies.
     pub(super) fn start(etcd: &mut Command, directory: &Path) -> Result<Self, ProcessError> {
         let mut process = Self {
             etcd: spawn(etcd)?,
@@ -84,8 +87,9 @@ impl Process {
         timeout(bound, exit).await.is_ok()
     }
 
-    /// Waits until a SIGSTOP (or, with `frozen` false, a SIGCONT) has taken effect. Returns false
-    /// if the timeout elapses first.
+    /// Waits until a SIGSTOP has taken effect if `frozen` is true, or a SIGCONT if it is false.
+    /// Returns false if the timeout elapses first. Does not wait on a system that does not report
+    /// this state.
     pub(super) async fn is_frozen_within(&self, frozen: bool, bound: Duration) -> bool {
         let change = async {
             while self.is_frozen().is_some_and(|now| now != frozen) {
@@ -101,8 +105,8 @@ impl Process {
         self.etcd.wait()
     }
 
-    /// Returns whether etcd has exited, without reaping it: while the watchdog exists, the pid that
-    /// it would kill must not be reused by another process.
+    /// Returns whether etcd has exited. Does not reap etcd, because the watchdog kills by pid: no
+    /// other process may get this pid while the watchdog exists.
     #[cfg(target_os = "linux")]
     pub(super) fn has_exited(&mut self) -> bool {
         use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
@@ -144,8 +148,8 @@ impl Process {
     /// [`Process::has_exited`].
     fn dismiss_watchdog(&mut self) {
         if let Some(mut watchdog) = self.watchdog.take() {
-            // Killed before `wait` closes its pipe, so that the watchdog never acts on the end of
-            // file.
+            // The watchdog is killed before `wait` closes its pipe, so that it never reads the end
+            // of file.
             watchdog.kill().ok();
             watchdog.wait().ok();
         }
@@ -166,8 +170,8 @@ impl Drop for Process {
     }
 }
 
-/// Spawns a child in its own process group. Ctrl-C in a terminal then reaches only the owner, which
-/// ends its servers in the order it needs.
+/// Spawns a child in its own process group. Ctrl-C in a terminal then reaches only the owner. The
+/// owner ends its servers in the order that it needs.
 fn spawn(command: &mut Command) -> Result<Child, ProcessError> {
     let spawned = command.process_group(0).spawn();
     spawned.map_err(|cause| ProcessError::Spawn {

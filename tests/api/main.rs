@@ -1,6 +1,6 @@
-//! The public interface of both packages, as a list that is checked in: a change of it is seen in review.
+//! Compares the public interface of both packages with a checked-in list, so that every change of the interface is visible in review.
 //!
-//! `make api` compares, and `API_UPDATE=1 make api` rewrites the list.
+//! `make api` runs the comparison. `API_UPDATE=1 make api` rewrites the list.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -17,7 +17,7 @@ use std::{env, fs};
 use render::Crate;
 use serde_json::Value;
 
-/// The description that rustdoc makes of a package. It is an unstable option of a stable compiler.
+/// Returns rustdoc's JSON description of a package. The option for JSON is unstable. `RUSTC_BOOTSTRAP` permits it on a stable compiler.
 fn describe(package: &str) -> Value {
     let target = concat!(env!("CARGO_MANIFEST_DIR"), "/target/api");
     let status = Command::new(env!("CARGO"))
@@ -32,7 +32,7 @@ fn describe(package: &str) -> Value {
     serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap()
 }
 
-/// The features that users may enable.
+/// Returns the features of a package that users may enable.
 fn features(package: &str) -> &'static str {
     match package {
         "tonic-balance" => "tls",

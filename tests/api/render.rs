@@ -17,7 +17,7 @@ impl<'a> Crate<'a> {
         Self { index, root }
     }
 
-    /// All public items, each with its path.
+    /// Returns all public items, each with its path.
     pub(crate) fn items(&self) -> BTreeSet<String> {
         let mut found = BTreeSet::new();
         let name = text(&self.root["name"]);
@@ -210,7 +210,8 @@ fn marks(item: &Value) -> String {
 
 fn generics(generics: &Value) -> String {
     let params: Vec<_> = list(&generics["params"])
-        // rustdoc lists a type parameter for each `impl Trait` argument. The type of the argument already shows it.
+        // rustdoc lists a type parameter for each `impl Trait` argument. It is omitted here, because the type of the argument already shows
+        // it.
         .filter(|param| param["kind"]["type"]["is_synthetic"] != true)
         .map(|param| {
             let bounds = bounds(": ", &param["kind"]["type"]["bounds"]);

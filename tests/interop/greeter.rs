@@ -1,4 +1,4 @@
-//! A greeter with the same answers as that of `server.go`.
+//! A greeter with the same answers as the greeter in `server.go`.
 
 use prost::Message;
 use tonic::metadata::MetadataValue;

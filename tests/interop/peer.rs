@@ -1,4 +1,4 @@
-//! Builds and runs the programs of the other side.
+//! Builds the Go program, and runs it and our examples.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -16,7 +16,7 @@ use tonic_etcd::testing::Etcd;
 
 use crate::support::{SOON, eventually};
 
-/// The program of the Go side.
+/// The path of the Go program.
 #[derive(Clone)]
 pub struct Go(PathBuf);
 
@@ -45,7 +45,7 @@ async fn build() -> Option<Go> {
     Some(Go(program))
 }
 
-/// Writes directly to stderr, because the test runner hides the output of tests that pass.
+/// Prints why the tests are skipped. Writes directly to stderr, because the test runner hides the output of tests that pass.
 fn left_out(reason: &str) -> Option<Go> {
     let line = format!("left out: the tests with grpc-go ({reason})\n");
     std::io::stderr().write_all(line.as_bytes()).unwrap();
@@ -53,7 +53,7 @@ fn left_out(reason: &str) -> Option<Go> {
 }
 
 impl Go {
-    /// Runs a mode to its end and returns its output.
+    /// Runs a mode of the program to its end and returns its output.
     pub async fn run(&self, arguments: &[&str]) -> String {
         let output = self.output(arguments).await;
         let stderr = String::from_utf8_lossy(&output.stderr);
@@ -61,7 +61,7 @@ impl Go {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// Runs a mode that must fail and returns its error output.
+    /// Runs a mode of the program that must fail, and returns its error output.
     pub async fn fails(&self, arguments: &[&str]) -> String {
         let output = self.output(arguments).await;
         assert!(!output.status.success(), "{arguments:?} succeeds");
@@ -108,7 +108,7 @@ impl Go {
     }
 }
 
-/// A process of either side.
+/// A process: the Go program as a server, or one of our examples.
 pub struct Peer {
     child: Child,
     pid: u32,
@@ -138,7 +138,7 @@ impl Peer {
         }
     }
 
-    /// Returns the address of the server.
+    /// Returns the address of a Go server. The address of an example is empty.
     pub fn address(&self) -> &str {
         &self.address
     }
@@ -212,7 +212,8 @@ impl Load {
         serde_json::from_str(&line.unwrap().expect("the server is registered")).unwrap()
     }
 
-    /// Requests reports until one satisfies the condition and contains enough calls. Returns it, with the failures of all reports so far.
+    /// Requests reports until one satisfies the condition and contains enough calls. Returns this report, with the failures of all reports
+    /// so far.
     pub async fn until(&mut self, what: &str, condition: impl Fn(&Tally) -> bool) -> Tally {
         let mut failed = 0;
         let mut found = None;

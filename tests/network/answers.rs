@@ -152,10 +152,11 @@ fn names_the_end(text: &str) -> bool {
     text.contains("trailers") || text.contains("status")
 }
 
-/// Returns how many calls a server with this answer receives beside `good` good servers after one second, and their share in percent.
+/// Runs a server with this answer beside `good` good servers. After the first second, counts the calls that it receives. Returns this
+/// number, and its share of all calls in percent.
 async fn share(answer: Answer, good: usize) -> (usize, f64) {
     let bad = Peer::answering(answer).await;
-    // A reply takes longer than an error page.
+    // The good servers are slower: a reply takes longer than an error page.
     let manner = Manner {
         delay: ms(2),
         ..Manner::default()
@@ -200,7 +201,7 @@ async fn gets_few_calls(good: usize) {
         Answer::NoTrailers,
     ] {
         let (count, share) = share(answer, good).await;
-        // On a busy machine, the one trial of each caller may be more than a hundredth of the calls.
+        // On a busy machine, there are few calls, and one call of each caller may be more than a hundredth of them.
         if share > 1.0 && count > CALLERS {
             wrong.push((answer, share));
         }
@@ -230,7 +231,7 @@ async fn an_unavailable_proxy_beside_a_good_server_fails_no_call_under_a_retry_p
     super::all_well(callers, ms(1_000), "503 under a policy").await;
 }
 
-/// Every content-type of gRPC's own servers is accepted, whatever follows the prefix.
+/// Every content-type that gRPC servers send is accepted, whatever follows `application/grpc`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_grpc_content_type_is_accepted() {
     for content_type in [
@@ -297,7 +298,7 @@ async fn a_call_with_only_servers_of_another_protocol_names_the_protocol() {
     }
 }
 
-/// A server that answered in HTML and is then repaired gets calls again.
+/// A server that answered with HTML gets calls again once it answers with gRPC.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_recovers_gets_calls_again() {
     let sick = Peer::answering(html(503)).await;
@@ -308,7 +309,7 @@ async fn a_server_that_recovers_gets_calls_again() {
     sleep(ms(1_000)).await;
     sick.set(Manner::default());
     let before = sick.requests();
-    // The channel forgets an estimate within seconds.
+    // The failures have raised the latency estimate of the server. The estimate decays within seconds.
     eventually("the server receives calls again", async || {
         sick.requests() > before + 100
     })

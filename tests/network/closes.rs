@@ -1,5 +1,4 @@
-//! Connections that the server closes in order: after a number of requests, at an age, or when idle. None of these is a failure of the
-//! server.
+//! Connections that a healthy server closes, after a number of requests or at an age. Such a close is not a failure of the server.
 
 use std::time::Duration;
 
@@ -31,7 +30,7 @@ async fn calls_go_well(
     let channel = over(builder, &addresses(&peers)).await;
     let callers_at_work = Callers::start(&channel, callers);
     let what = format!("{servers} servers, {callers} callers, {when:?}, {how:?}");
-    // On a busy machine it takes longer until enough connections have closed.
+    // On a busy machine, the calls continue until enough connections have closed.
     let connections = || peers.iter().map(Peer::connections).sum::<usize>();
     let enough = Instant::now() + ms(15_000);
     sleep(period).await;
@@ -45,7 +44,8 @@ async fn calls_go_well(
     assert_eq!(failures, 0, "{what}: no close is a server's failure");
     let connections = connections();
     println!("{what}: {connections} connections");
-    // After a graceful GOAWAY, the server serves further calls until the client has read the GOAWAY.
+    // After a graceful GOAWAY, the server serves further calls until the client has read the GOAWAY. Only `How::Goaway` limits the number
+    // of requests of a connection.
     match (when, how) {
         (When::Requests(requests), How::Goaway) => assert!(
             connections >= executed / requests as usize,
@@ -77,8 +77,8 @@ async fn a_goaway_after_a_hundred_requests_fails_no_call() {
     }
 }
 
-/// `How::Goaway` is run with one caller only: each connection serves one call, and some of 16 concurrent calls would be refused more often
-/// than they are retried transparently.
+/// `How::Goaway` is tested with one caller only, because each connection serves one call. Of 16 concurrent calls, some would be refused
+/// more often than the channel retries them transparently.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_goaway_after_every_request_fails_no_call() {
     for (servers, callers, how) in [
@@ -117,7 +117,7 @@ async fn a_maximum_age_of_connections_fails_no_call() {
     }
 }
 
-/// A call in flight on a closing connection is lost, so these callers pause between their calls.
+/// Without a GOAWAY, a call is lost if it is sent while the server closes the connection. The caller therefore pauses between its calls.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_close_without_a_goaway_between_calls_fails_no_call() {
     for servers in [1, 3] {
@@ -152,13 +152,15 @@ async fn a_close_without_a_goaway_fails_no_call_under_a_retry_policy() {
         sleep(ms(1_000)).await;
         let (calls, failed) = callers.stopped().await;
         println!("{what}: {calls} calls, {}", super::shown(&failed));
-        // Without a GOAWAY, a close looks like a crash. A call that was lost on two connections is not sent a third time.
+        // Without a GOAWAY, a close looks like a crash, which the call itself may have caused. Therefore a call that has lost two
+        // connections is not sent a third time.
         let unexpected: Vec<_> = failed
             .iter()
             .filter(|call| !call.status.message().contains("2 attempts"))
             .collect();
         assert!(unexpected.is_empty(), "{what}: {unexpected:?}");
-        // About 5 of 100 calls are on a connection that closes, and so are 5 of 100 of their second attempts: a quarter of a percent.
+        // About 5 % of the calls are on a connection that closes, and so are about 5 % of their second attempts. Together, about a quarter
+        // of a percent of the calls fail.
         let most = usize::try_from(calls / 100).unwrap_or(usize::MAX);
         assert!(failed.len() <= most, "{what}: {} of {calls}", failed.len());
     }

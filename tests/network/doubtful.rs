@@ -25,18 +25,20 @@ async fn timed(channel: &BalancedChannel) -> u128 {
     took.as_millis()
 }
 
-/// The response to the check's PING arrives after the timeout of the check, and then ends the wait.
+/// The channel checks the silent connection with a PING before the call. The response arrives after the timeout of the check, and the call
+/// is sent as soon as it arrives.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_call_is_sent_as_soon_as_a_slow_path_answers() {
     let (_peer, link, channel) = called(Manner::default()).await;
     link.set(Behaviour::Established(ms(300)));
-    // The connection must be silent for this long.
+    // The channel checks a connection only after more than 1 s of silence.
     sleep(ms(1_200)).await;
     let took = timed(&channel).await;
     assert!((1_200..1_700).contains(&took), "two round trips: {took} ms");
 }
 
-/// Servers limit PINGs, so none may be left for the check. The call waits for another connection for at most one second.
+/// Servers limit PINGs, so no PING may be left for the check. Then the call waits for another connection for at most one second, and is
+/// sent on the only connection.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_call_is_sent_on_the_only_connection_without_a_ping_budget() {
     let delayed = Manner {
@@ -46,7 +48,7 @@ async fn a_call_is_sent_on_the_only_connection_without_a_ping_budget() {
     let (peer, link, channel) = called(delayed).await;
     link.set(Behaviour::Established(ms(0)));
     let pings = peer.pings();
-    // The PINGs that are allowed since the last response are used up by calls that the caller has dropped.
+    // Calls that the caller drops use up the PINGs that are permitted since the last response.
     let mut client = super::GreeterClient::new(channel.clone());
     for _ in 0..3 {
         let given_up = timeout(ms(200), client.say_hello(hello())).await;

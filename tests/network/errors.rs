@@ -84,7 +84,7 @@ async fn different_causes_have_different_messages() {
     );
 }
 
-/// Returns all causes of an error, one per line.
+/// Returns the texts of all causes of a status.
 fn chain(status: &Status) -> Vec<String> {
     let first = Error::source(status);
     let causes = std::iter::successors(first, |error| (*error).source());

@@ -8,7 +8,7 @@ use super::support::peer::Peer;
 use super::support::within;
 use super::{ms, over, say};
 
-/// Starts links to one server each, which forget a flow after one second of silence.
+/// Starts servers, each behind a link that forgets a flow after one second of silence.
 async fn forgetful(servers: usize) -> (Vec<Peer>, Vec<Link>, Vec<String>) {
     let (mut peers, mut links) = (Vec::new(), Vec::new());
     for _ in 0..servers {
@@ -34,7 +34,7 @@ async fn the_call_after_a_silence_gets_a_new_connection_within_its_deadline() {
     let (_peers, links, addresses) = forgetful(1).await;
     let channel = over(BalancedChannel::builder(), &addresses).await;
     assert_eq!(failed_of(&channel, 10, 1_000).await, 0, "the flow is open");
-    // The flow must be silent for this long.
+    // In this time, the link forgets the flow.
     sleep(ms(2_000)).await;
     let began = Instant::now();
     let first = say(&channel, ms(5_000)).await;
@@ -109,7 +109,7 @@ async fn callers_after_a_silence_are_served_within_one_deadline() {
     super::all_well(callers, ms(3_000), "after a silence").await;
 }
 
-/// The flow of each call is forgotten, unless a new connection was established in time.
+/// Before each call, the link forgets the flow of the call before. The channel must establish a new connection in time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_caller_slower_than_the_flow_timeout_loses_at_most_its_first_call() {
     let (_peers, links, addresses) = forgetful(1).await;

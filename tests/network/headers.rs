@@ -1,4 +1,4 @@
-//! Headers that apply to a connection and not to a call, which gateways copy into metadata.
+//! Headers that apply to a connection and not to a call. Gateways copy such headers into the metadata of a call.
 
 use http::{HeaderName, HeaderValue, Request};
 use tonic::body::Body;
@@ -53,7 +53,7 @@ async fn headers_of_a_connection_do_not_fail_a_call() {
     );
 }
 
-/// Other headers are passed through unchanged.
+/// Each call has two headers that apply to a connection, and one other header.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_connection_survives_all_connection_headers_at_once() {
     let peer = Peer::good().await;

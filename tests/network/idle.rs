@@ -7,7 +7,7 @@ use tonic_etcd::BalancedChannel;
 use super::support::peer::Peer;
 use super::{ms, over, say};
 
-/// A process may have hundreds of channels, most of them without calls.
+/// A process may have hundreds of channels, most of them without calls. Therefore a channel without calls must use little CPU time.
 #[tokio::test]
 async fn a_channel_without_calls_seldom_wakes_its_task() {
     let peer = Peer::good().await;

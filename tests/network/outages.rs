@@ -1,4 +1,4 @@
-//! Orderly closes after an outage, and servers that close connections before they serve a call: which of them cause a backoff.
+//! The backoff between dials in two cases: orderly closes after an outage, and servers that close connections before they serve a call.
 
 use std::time::Duration;
 
@@ -11,10 +11,10 @@ use super::support::peer::{How, Peer, When};
 use super::support::{all_ready, eventually};
 use super::{addresses, all_well, lazily, ms, over, say, shown};
 
-/// Refuses all connections until the backoff has grown to some seconds.
+/// Waits until the backoff has grown to some seconds. The link must refuse connections in this time.
 async fn outage(link: &Link) {
     let before = link.accepted();
-    // The attempts are made at about 0, 0, 1, 2.6 and 5.2 seconds.
+    // The channel dials at about 0, 0, 1, 2.6 and 5.2 seconds.
     eventually("the backoff has grown", async || {
         link.accepted() >= before + 4
     })
@@ -30,7 +30,7 @@ async fn idle_closes_after_an_outage_fail_no_call() {
     link.set(Behaviour::CloseIdle(ms(1_000)));
     all_ready(&channel, 1).await;
     let mut failed = Vec::new();
-    // The caller's connection is closed before each of its calls.
+    // Between two calls, the link closes the idle connection.
     for call in 0..5 {
         if let Err(status) = say(&channel, ms(5_000)).await {
             failed.push((call, status));
@@ -59,7 +59,7 @@ async fn a_maximum_age_after_an_outage_fails_no_call() {
     all_well(Callers::start(&channel, 4), ms(3_000), "after an outage").await;
 }
 
-/// A server that accepts connections and never serves a call is not dialled every millisecond.
+/// If a server accepts connections and never serves a call, the channel must not dial it every millisecond.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_closes_before_it_serves_is_not_dialled_in_a_loop() {
     for (when, how) in [

@@ -21,7 +21,7 @@ use super::support::peer::Peer;
 use super::support::within;
 use super::{addresses, all_well, ms, over, retrying, say, support};
 
-/// A request stream that panics at message `at`. The pauses between its messages ensure that it is polled in the background.
+/// A request stream that panics at message `at`. The pauses between its messages ensure that a background task polls it.
 fn panicking(at: u32) -> impl tokio_stream::Stream<Item = HelloRequest> {
     let (sender, receiver) = mpsc::channel(1);
     tokio::spawn(async move {
@@ -47,7 +47,7 @@ async fn a_request_stream_that_panics_fails_only_its_own_call() {
         for at in [0, 1, 5] {
             for streaming in [false, true] {
                 let mut client = GreeterClient::new(channel.clone());
-                // A panic in the caller's own task is visible to the caller.
+                // If the stream panics in the task of the caller, the `JoinHandle` returns the panic.
                 let call = tokio::spawn(async move {
                     if streaming {
                         let mut replies = client.chat(panicking(at)).await?.into_inner();
@@ -76,7 +76,7 @@ async fn a_request_stream_that_panics_fails_only_its_own_call() {
     }
 }
 
-/// A transport that panics when it is read after it has become faulty.
+/// A transport whose reads panic once `faulty` is set.
 struct Fragile {
     socket: TcpStream,
     faulty: Arc<AtomicBool>,
@@ -127,7 +127,7 @@ async fn a_connection_whose_task_has_panicked_is_replaced() {
     let channel = over(builder, &addresses([&peer])).await;
     say(&channel, ms(2_000)).await.expect("it works");
     faulty.store(true, Ordering::SeqCst);
-    // The task of the connection panics at this call, which must end.
+    // The task of the connection panics during this call. The call must end nevertheless.
     let outcome = say(&channel, ms(2_000)).await;
     println!("{outcome:?}");
     faulty.store(false, Ordering::SeqCst);

@@ -1,4 +1,4 @@
-//! The test peers and links themselves, used by a bare `h2` client: the properties that the other tests rely on.
+//! Tests of the test peers and links. A bare `h2` client checks the properties that the other tests rely on.
 
 use std::time::Duration;
 
@@ -64,7 +64,7 @@ async fn calls_up_to_the_last_stream_of_a_goaway_are_answered_and_none_beyond_is
         let (mut requests, _pings) = connect(&peer).await;
         let mut open = Vec::new();
         for _ in 0..12 {
-            // All requests are sent at once. On a busy machine the GOAWAY is received before the last request is sent.
+            // All requests are sent at once. On a busy machine, the GOAWAY may be received before the last request is sent.
             let Ok(ready) = requests.ready().await else {
                 break;
             };
@@ -98,7 +98,7 @@ async fn ping_strikes_are_counted_like_the_real_servers() {
         })
         .await;
         let (mut requests, mut pings) = connect(&peer).await;
-        // Each response resets the server's count.
+        // Each response resets the strikes that the server has counted.
         for _ in 0..3 {
             for _ in 0..allowed {
                 pings.ping(h2::Ping::opaque()).await.unwrap();

@@ -22,7 +22,8 @@ fn policed(police: Police, answer: Answer) -> Manner {
     }
 }
 
-/// Sends calls that exceed their deadline, one after the other, with or without an open stream.
+/// Sends calls that exceed their deadline, one after the other, with or without an open stream. Checks that the server ends no connection
+/// because of PINGs.
 async fn overruns(police: Police, beside_a_stream: bool, deadline: u64) {
     let what = format!("{police:?}, {deadline} ms, stream {beside_a_stream}");
     let peer = Peer::start(policed(police, Answer::Quiet)).await;
@@ -79,14 +80,14 @@ async fn overruns_do_not_trip_the_ping_policy_of_grpc_go() {
     overruns(Police::Go, true, 300).await;
 }
 
-/// Servers forgive PINGs when they send HEADERS or DATA, but not when they send other frames.
+/// Servers reset their count of PINGs when they send HEADERS or DATA, but not when they send other frames.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn window_updates_allow_no_further_pings() {
     for police in [Police::Java, Police::Go] {
         let peer = Peer::start(policed(police, Answer::Hang)).await;
         let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
         for _ in 0..8 {
-            // When this call is cancelled, the server returns the window that its message has used.
+            // When this call is cancelled, the server sends a WINDOW_UPDATE for the window that the message has used.
             let mut large = hello();
             large.get_mut().name = "x".repeat(40_000);
             large.set_timeout(ms(50));
@@ -126,7 +127,8 @@ async fn a_keep_alive_loses_no_connection_by_default() {
     }
 }
 
-/// gRFC A8: after `too_many_pings` the interval is doubled. The channel is configured with a permit time that the server does not permit.
+/// gRFC A8: after `too_many_pings`, the keep-alive interval is doubled. The channel is configured to send PINGs more often than the server
+/// permits.
 async fn keep_alive(police: Police) {
     let peer = Peer::start(policed(police, Answer::Quiet)).await;
     let builder = BalancedChannel::builder()
@@ -164,7 +166,7 @@ async fn keep_alive(police: Police) {
         lived.len() <= 5 && connections <= 7,
         "{police:?}: only a handful of connections may be closed: {lived:?} of {connections}"
     );
-    // The interval has jitter, and the first PING of a connection is not a keep-alive PING.
+    // The lifetimes do not double exactly, because the interval has jitter, and the first PING of a connection is not a keep-alive PING.
     for pair in lived.windows(2) {
         assert!(
             pair[1] > pair[0].mul_f64(1.5),
@@ -217,7 +219,7 @@ async fn a_busy_connection_is_not_pinged() {
             0,
             "{police:?}: no connection is closed"
         );
-        // A busy machine may occasionally leave a gap of one interval.
+        // On a busy machine, the connection may occasionally be silent for one interval.
         assert!(
             peer.pings() <= 4,
             "{police:?}: received bytes must postpone the PING: {} pings",
@@ -226,7 +228,7 @@ async fn a_busy_connection_is_not_pinged() {
     }
 }
 
-/// The PING response waits behind the downloaded data.
+/// The PING response waits behind the downloaded data, for longer than the keep-alive timeout.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_link_full_of_downloads_is_not_closed_by_the_keep_alive() {
     let peer = Peer::start(Manner {

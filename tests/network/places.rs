@@ -26,8 +26,8 @@ fn one_stream(answer: Answer, delay: u64) -> Manner {
     }
 }
 
-/// A retry that must not use the server of its failed attempt is first in the wait queue. A permit on that server is given to the calls
-/// behind the retry.
+/// The first call in the wait queue is a retry, which must not use the server of its failed attempt. A permit on this server is given to
+/// the calls behind the retry.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_permit_that_a_retry_excludes_is_given_to_the_next_waiter() {
     let failing = Peer::start(one_stream(Answer::Fail(Code::Unavailable), 400)).await;
@@ -38,7 +38,7 @@ async fn a_permit_that_a_retry_excludes_is_given_to_the_next_waiter() {
         let channel = channel.clone();
         fillers.spawn(async move { say(&channel, ms(8_000)).await });
     };
-    // Each endpoint opens a second connection while all its streams are in use.
+    // The channel opens a second connection to each endpoint whose streams are all in use.
     for _ in 0..4 {
         occupy();
         sleep(ms(60)).await;
@@ -75,7 +75,8 @@ async fn a_permit_that_a_retry_excludes_is_given_to_the_next_waiter() {
     );
 }
 
-/// A call that was refused by one server waits for another one, and never uses a permit on the first. The calls behind it get that permit.
+/// A call that one server has refused waits for the other server, and never uses a permit on the first. A permit on the first server is
+/// given to the calls behind this call.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_place_at_a_server_that_has_refused_the_first_in_the_queue_goes_to_the_next() {
     let refusing = Peer::start(one_stream(Answer::Refuse, 0)).await;
@@ -86,7 +87,7 @@ async fn a_place_at_a_server_that_has_refused_the_first_in_the_queue_goes_to_the
         let channel = channel.clone();
         fillers.spawn(async move { say(&channel, ms(15_000)).await });
     };
-    // The server opens a second connection while its stream is in use.
+    // The channel opens a second connection to the server while the stream of the first connection is in use.
     for held in 1..=2 {
         occupy();
         eventually("the call holds a stream", async || full.executed() == held).await;
@@ -112,7 +113,7 @@ async fn a_place_at_a_server_that_has_refused_the_first_in_the_queue_goes_to_the
     assert_eq!(full.executed(), 2, "the first in the queue still waits");
 }
 
-/// A server in this process with one stream per connection. It answers a call when its semaphore has a permit.
+/// A server in this process with one stream per connection. It answers one call for each permit of its semaphore.
 #[derive(Clone)]
 struct Gated {
     begun: Arc<AtomicUsize>,
@@ -168,8 +169,8 @@ async fn each_stream_freed_among_many_connections_is_used_at_once() {
         permits: Arc::new(Semaphore::new(0)),
     };
     let (dialled, known) = (server.clone(), Mutex::new(HashSet::new()));
-    // An endpoint opens a second connection while all its streams are in use. The connector never completes that connection, so that the
-    // number of permits stays fixed.
+    // The channel opens a second connection to an endpoint whose streams are all in use. The connector never completes this connection, so
+    // that the number of streams stays fixed.
     let builder = BalancedChannel::builder().connector(move |address| {
         let first = known.lock().unwrap().insert(address);
         let io = first.then(|| dialled.dial());

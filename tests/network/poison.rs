@@ -32,7 +32,7 @@ async fn accepting(bytes: u32, announced: bool, beyond: Beyond) -> Peer {
     .await
 }
 
-/// Sends a call with this many bytes of metadata.
+/// Sends a call with this many bytes of metadata, which must fail. Returns its status.
 async fn poisoned(channel: &BalancedChannel, bytes: usize) -> Status {
     let mut request = hello();
     request.set_timeout(ms(5_000));
@@ -273,7 +273,7 @@ async fn metadata_below_the_limit_are_sent() {
     assert_eq!(peers[0].connections(), 1);
 }
 
-/// A server that announces no limit, like nginx and haproxy, rejects one call and serves the others.
+/// Like nginx and haproxy, the server announces no limit. It ends the connection of an oversized call, and serves the next call.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lone_server_that_ends_the_connection_serves_the_next_call() {
     for beyond in [CALM, Beyond::Drop] {

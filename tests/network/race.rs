@@ -55,13 +55,14 @@ fn has_names(test: &str) -> bool {
     false
 }
 
-/// Writes directly to stderr, because the test harness would hide that the test is skipped.
+/// Prints that a test is skipped. Writes directly to stderr, because the test harness would hide it.
 fn skipped(test: &str, reason: &str) {
     let line = format!("SKIPPED {test}: cannot create a name with two addresses: {reason}\n");
     std::io::stderr().write_all(line.as_bytes()).unwrap();
 }
 
-/// Returns the addresses of a name in the order of dialling, with one free port, or `None` if the machine lacks one of them.
+/// Returns the addresses of a name in the order in which they are dialled, with a port that is free at both. Returns `None` if the machine
+/// lacks one of the addresses.
 async fn addresses(name: &str) -> Option<[SocketAddr; 2]> {
     for _ in 0..20 {
         let found: Vec<_> = lookup_host((name, 0)).await.unwrap().collect();
@@ -81,7 +82,7 @@ async fn addresses(name: &str) -> Option<[SocketAddr; 2]> {
     None
 }
 
-/// Binds one of the addresses to a listener that never answers. Returns it with the other address, which is free for a server.
+/// Binds one of the addresses to a listener that never answers. Returns the listener and the other address, which is free for a server.
 async fn half_dead(name: &str, dead: usize) -> Option<(TcpListener, SocketAddr)> {
     let both = addresses(name).await?;
     let silent = TcpListener::bind(both[dead]).await.unwrap();
@@ -89,7 +90,7 @@ async fn half_dead(name: &str, dead: usize) -> Option<(TcpListener, SocketAddr)>
 }
 
 const CONNECT_TIMEOUT: Duration = ms(3_000);
-/// Less than one connect timeout: the first attempt must succeed.
+/// Limit on the time until a channel serves calls. It is less than `CONNECT_TIMEOUT`, so that the first attempt must succeed.
 const BOUND: Duration = ms(2_500);
 
 async fn is_ready_soon(channel: &BalancedChannel, what: &str) {
@@ -142,7 +143,7 @@ async fn a_name_with_a_silent_address_is_ready_within_two_attempts_under_tls() {
     }
 }
 
-/// If an attempt ends before the second address is dialled, the next attempt begins with that address.
+/// If an attempt ends before the second address is dialled, the next attempt begins with the second address.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_name_with_a_silent_address_is_ready_after_two_short_attempts() {
     if !has_names("race::a_name_with_a_silent_address_is_ready_after_two_short_attempts") {

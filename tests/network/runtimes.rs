@@ -67,7 +67,7 @@ fn a_channel_whose_runtime_has_ended_serves_or_fails_at_once() {
     drop(peer);
 }
 
-/// The same for a channel that was never connected when its runtime ended, and for a call that was waiting at that time.
+/// The runtime of a channel ends while the channel has no connection and a call waits. The call must end in time.
 #[test]
 fn a_waiting_call_fails_when_the_runtime_of_its_channel_ends() {
     let first = runtime();
@@ -136,7 +136,7 @@ fn a_registry_whose_first_runtime_has_ended_serves_or_fails_at_once() {
     drop((etcd, peer));
 }
 
-/// The usage of a library for Python or C: nothing runs between two calls.
+/// A library for Python or C uses a channel in this way: its runtime runs only during a call.
 #[test]
 fn a_server_that_was_restarted_between_two_block_ons_serves_the_second() {
     let machine = runtime();

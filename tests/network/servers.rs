@@ -1,4 +1,4 @@
-//! The same scenarios with tonic's own servers, which most users of this library call.
+//! Maximum age, metadata limit, deadlines and health checks of tonic's own servers, which most users of this library call.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -64,7 +64,8 @@ fn checked() -> ChannelBuilder {
     BalancedChannel::builder().health_check("helloworld.Greeter")
 }
 
-/// Includes a channel with health checks: the health watch ends with its connection, and that end is no sign of an unhealthy server.
+/// One of the channels has health checks. Its health watch ends with the connection. The end of the watch does not mean that the server is
+/// unhealthy.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_maximum_age_of_tonics_servers_fails_no_call() {
     for builder in [
@@ -84,7 +85,7 @@ async fn a_maximum_age_of_tonics_servers_fails_no_call() {
     }
 }
 
-/// hyper announces a limit of 16 KiB and closes the connection slightly above it.
+/// hyper announces a limit of 16 KiB, and closes the connection if the metadata are slightly larger.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn metadata_beyond_the_limit_of_tonics_servers_are_not_sent() {
     for (builder, bytes) in [

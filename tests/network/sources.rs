@@ -176,7 +176,7 @@ async fn a_filter_that_accepts_some_endpoints_uses_them() {
     }
 }
 
-/// With the resolver's own filter, the channel still detects when the set is complete. A filter on the stream hides that.
+/// With the resolver's own filter, the channel detects when the set is complete. A filter on the stream would hide this.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_filter_on_the_resolver_keeps_an_empty_set_known() {
     let etcd = etcd().await;

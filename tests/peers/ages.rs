@@ -16,7 +16,8 @@ use crate::support::{SOON, all_ready};
 use crate::tap::Tap;
 use crate::{Client, calling, empty, ms, shown, stream};
 
-/// Runs unary calls and streams over connections that are closed at an age. Some streams take longer than their connection is kept.
+/// Runs unary calls and streams over connections that are closed at an age. The long streams last for 0.5 s, which is longer than an age of
+/// 300 ms.
 async fn closed_at(kind: Kind, age: Duration, period: Duration) {
     let options = Options {
         max_age: Some(age),
@@ -72,7 +73,7 @@ async fn an_age_of_300_ms_fails_no_call(kind: Kind) {
     closed_at(kind, ms(300), ms(6_000)).await;
 }
 
-/// With an unlimited grace, a stream outlives the age of its connection.
+/// The grace period of the server is unlimited, so a stream may last longer than the maximum age of its connection.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn streams_longer_than_the_maximum_age_finish_with_grpc_java() {
     let options = Options {
@@ -110,9 +111,9 @@ async fn streams_longer_than_the_maximum_age_finish_with_grpc_java() {
     assert!(failures.is_empty() && errors == 0, "{what}");
 }
 
-/// RFC 9113, section 6.8: the receiver of a GOAWAY opens no more streams on the connection. The response to a PING sent after the GOAWAY
-/// shows when it was received. grpc-java treats DATA of a stream that was opened later as a connection error and ends all calls of the
-/// connection.
+/// RFC 9113, section 6.8: the receiver of a GOAWAY opens no more streams on the connection. The response to a PING that is sent after the
+/// GOAWAY shows that the client has received the GOAWAY. grpc-java treats DATA of a stream that was opened later as a connection error and
+/// ends all calls of the connection.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_stream_is_opened_after_the_answer_to_the_ping_that_follows_a_goaway() {
     let late = Arc::<AtomicUsize>::default();
@@ -138,7 +139,7 @@ async fn no_stream_is_opened_after_the_answer_to_the_ping_that_follows_a_goaway(
     assert!(late == 0 && failed.is_empty(), "{what}");
 }
 
-/// Serves some calls, announces the end with GOAWAY and PING, and counts the streams that are opened after the PING response.
+/// Serves 50 calls, and then sends a GOAWAY and a PING. Counts the streams that are opened after the PING response.
 async fn graceful(mut connection: Connection, late: Arc<AtomicUsize>) -> io::Result<()> {
     let (mut served, mut answered) = (0, usize::MAX);
     loop {

@@ -14,7 +14,7 @@ use crate::support::peer::{Manner, Peer};
 use crate::support::{all_ready, hello};
 use crate::{ms, shown};
 
-/// The configuration of nginx, the HTTP status of its response, and the gRPC code for it.
+/// Each entry has additional configuration of nginx, the HTTP status of its response, and the gRPC code for this response.
 const ANSWERS: [(&str, &str, Code); 4] = [
     // The server behind nginx is down.
     ("", "502", Code::Unavailable),
@@ -102,7 +102,7 @@ async fn an_nginx_that_answers_with_pages_gets_few_calls() {
             };
             let mut peers = Vec::new();
             for _ in 0..good {
-                // A reply takes longer than a page.
+                // The good servers are slower: a reply takes longer than a page.
                 let manner = Manner {
                     delay: ms(2),
                     ..Manner::default()

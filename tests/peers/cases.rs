@@ -61,7 +61,7 @@ pub async fn large_unary(channel: BalancedChannel) {
     large(channel).await.unwrap();
 }
 
-/// Sends the large unary call that many cases use.
+/// Sends the large unary call of gRPC's cases, which several tests use.
 pub async fn large(channel: BalancedChannel) -> Result<(), Status> {
     let mut request = Request::new(large_request());
     request.set_timeout(SOON);
@@ -113,8 +113,8 @@ async fn ping_pong(channel: BalancedChannel) {
         ..wanting([(response, Duration::ZERO)])
     });
     let (requests, sent) = mpsc::channel(1);
-    // The first request is sent before the call: some servers send no headers before the first response, and tonic's client waits for the
-    // headers.
+    // The first request is queued before the call. Some servers send no headers before the first response, and tonic's client waits for the
+    // headers, so the call would not return.
     requests.send(pings.next().unwrap()).await.unwrap();
     let mut client = Client::new(channel);
     let answer = client.full_duplex_call(ReceiverStream::new(sent)).await;
@@ -171,7 +171,7 @@ async fn custom_metadata(channel: BalancedChannel) {
     assert_echoed(&initial, &trailing);
 }
 
-/// Returns the statuses of a unary call and of a streaming call that request a status.
+/// Sends a unary call and a streaming call that request a status with this message. Returns the statuses of both calls.
 async fn ended_with(channel: BalancedChannel, message: &str) -> [Status; 2] {
     let wanted = Some(EchoStatus {
         code: Code::Unknown.into(),
@@ -233,7 +233,8 @@ async fn timeout_on_sleeping_server(channel: BalancedChannel) {
     assert_eq!(outcome.unwrap_err().code(), Code::DeadlineExceeded);
 }
 
-/// Waits until no call is in flight. tonic reports no status for a dropped call, so only the channel shows the end of the call.
+/// Waits until no call is in flight, and then checks that the channel serves a call. tonic reports no status for a dropped call, so only
+/// the channel shows the end of the call.
 async fn none_in_flight(channel: &BalancedChannel) {
     let gone = async {
         let mut every = interval(ms(5));

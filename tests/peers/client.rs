@@ -45,7 +45,8 @@ async fn every_case(kind: Kind, tls: Option<&Localhost>) {
     let what = format!("{kind:?}, TLS {}", tls.is_some());
     pass(&what, &channel, &CASES).await;
 
-    // The servers list the cases with compressed requests as unsupported only because of their probe, which these cases omit.
+    // The servers list the cases with compressed requests as unsupported only because of a probe. These cases omit the probe, so the list
+    // is not applied to them.
     let mut compressed = compression::REQUESTS.to_vec();
     if kind == Kind::Go {
         let status = compression::refused(channel.clone()).await;
@@ -69,7 +70,7 @@ async fn every_case_passes_over_tls(kind: Kind) {
 }
 
 for_each_server!(a_soak_fails_no_call);
-/// `rpc_soak` and `channel_soak`, with a limited number of calls.
+/// The cases `rpc_soak` and `channel_soak`, with a limited number of calls.
 async fn a_soak_fails_no_call(kind: Kind) {
     let Some(server) = Server::start(kind, Options::default()).await else {
         return;

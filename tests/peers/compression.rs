@@ -1,4 +1,5 @@
-//! The cases with compression. Their probes are omitted, because no server rejects an uncompressed request that announces compression.
+//! The cases with compression, without their probes. A probe is an uncompressed request that announces compression. The cases expect that
+//! it is rejected, but no server rejects it.
 
 use tokio_stream::iter;
 use tonic::codec::CompressionEncoding;
@@ -52,7 +53,7 @@ async fn client_compressed_streaming(channel: BalancedChannel) {
     assert_eq!(answer.aggregated_payload_size, 73_086);
 }
 
-/// Returns the status with which a server without a compressor answers.
+/// Sends a compressed request to a server that does not support compression. Returns the status.
 pub async fn refused(channel: BalancedChannel) -> Status {
     let outcome = sending(channel).unary_call(large_request()).await;
     let status = outcome.unwrap_err();

@@ -17,8 +17,8 @@ use crate::{Client, ms, since, stream};
 const CALLS: usize = 100;
 const AT_ONCE: usize = 10;
 
-/// Sends calls with a deadline. Returns the number of calls per outcome, and the duration of the slowest call. A stream gets its second
-/// response after one second, another call its first.
+/// Sends calls with a deadline. With `streams`, each call gets its first response at once and its second response after one second.
+/// Otherwise, it gets one response after one second. Returns the number of calls per outcome, and the duration of the slowest call.
 async fn overruns(
     channel: &BalancedChannel,
     deadline: Duration,

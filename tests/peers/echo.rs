@@ -1,4 +1,4 @@
-//! Returns the trailing metadata that a request demands. A service on tonic cannot send them.
+//! A layer that adds the trailing metadata that a request demands. A service on tonic cannot send trailing metadata itself.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};

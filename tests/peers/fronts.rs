@@ -43,7 +43,7 @@ impl Kind {
 #[derive(Clone, Copy, Debug)]
 pub struct Setup {
     pub kind: Kind,
-    /// Additional directives, see the README of the peers.
+    /// Additional directives. `tests/interop_peers/README.md` describes where they are inserted.
     pub extra: &'static str,
     /// Client timeout of haproxy, which has no default.
     pub timeout_client: &'static str,
@@ -80,7 +80,7 @@ pub struct Front {
 }
 
 impl Front {
-    /// Configures a proxy. Returns `None` if its part is missing. With a certificate, clients connect to the proxy over TLS.
+    /// Configures a proxy. Returns `None` if the proxy is not installed. With a certificate, clients connect to the proxy over TLS.
     pub fn new(setup: Setup, upstreams: &[SocketAddr], tls: Option<&Localhost>) -> Option<Self> {
         let name = setup.kind.name();
         let launcher = launcher(name, name)?;
@@ -99,7 +99,7 @@ impl Front {
         };
         let mut list: Vec<_> = upstreams.iter().enumerate().map(upstream).collect();
         if setup.kind == Kind::Nginx {
-            // Without `keepalive`, each call opens a connection to a server.
+            // Without `keepalive`, nginx opens a connection to a server for each call.
             list.push("keepalive 32;".to_owned());
         }
         let config = setup

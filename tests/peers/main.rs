@@ -1,5 +1,5 @@
-//! Tests with real servers and proxies: grpc-go, grpc-java, grpcio, grpc-js, nginx, haproxy, Caddy. `make interop` installs and builds them
-//! and runs these tests. The tests are not part of `make test`.
+//! Tests with real servers and proxies: grpc-go, grpc-java, grpcio, grpc-js, nginx, haproxy, Caddy. `make interop` installs and builds the
+//! servers and proxies, and runs these tests. They are not part of `make test`.
 #![cfg(feature = "tls")]
 #![allow(
     unreachable_pub,
@@ -9,7 +9,7 @@
     reason = "a failed step is a failed test, and the modules are of this target alone"
 )]
 
-/// Runs an async function of the module, which takes a kind of server, as one test per kind.
+/// Creates one test for each kind of server. Each test runs the given async function of the module, which takes the kind.
 macro_rules! for_each_server {
     ($test:ident) => {
         mod $test {

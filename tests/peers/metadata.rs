@@ -17,7 +17,7 @@ use crate::{Client, calling, empty, ms, retrying, shown};
 
 const SIZES: [usize; 4] = [12_000, 20_000, 120_000, 1_000_000];
 const BYSTANDERS: usize = 16;
-/// Limit of connections that one call may end: the shared connection, and a connection that the call has to itself.
+/// Limit on the connections that one call may end: the shared connection, and a connection that the call has to itself.
 const MOST: usize = 2;
 
 async fn poisoned(channel: &BalancedChannel, bytes: usize) -> Result<(), Status> {
@@ -43,7 +43,7 @@ struct Limits {
     refuses: usize,
     /// Whether a proxy's own response to a bystander counts as a failure of the proxy, not of the channel.
     answers_for_itself: bool,
-    /// Whether a rejected call ends with its deadline.
+    /// Whether the server never answers a rejected call, so that the call ends with its deadline.
     leaves_without_an_answer: bool,
 }
 
@@ -150,7 +150,7 @@ async fn refused_by(kind: Kind, tls: Option<&Localhost>) {
         Kind::Tonic => limits(12_000, 20_000),
         Kind::Go => limits(1_000_000, usize::MAX),
         Kind::Java => limits(0, 12_000),
-        // Up to 16 KiB, grpcio rejects at random.
+        // Up to 16 KiB, grpcio rejects metadata at random.
         Kind::Grpcio => limits(0, 20_000),
         // grpc-js limits each value. Above the limit it sends a GOAWAY, keeps the connection open, and never answers the call.
         Kind::Js => Limits {

@@ -106,7 +106,7 @@ async fn reset_after(code: u32, part: fn(&[u8]) -> &[u8]) -> (Status, Status, us
     (unary, streaming, messages)
 }
 
-/// Codes of `RST_STREAM`, with the gRPC codes for them. The server of gRPC's test sends the first.
+/// Error codes of `RST_STREAM`, each with the gRPC codes that are valid for it. The server of gRPC's own test sends only the first.
 const RESETS: [(u32, &[Code]); 4] = [
     (0, &[Code::Internal, Code::Unknown]),
     (2, &[Code::Internal]),

@@ -1,4 +1,4 @@
-//! PINGs, and servers that close the connections of clients that send too many.
+//! PINGs to servers that close the connection if a client sends too many of them.
 
 use std::time::Duration;
 
@@ -81,7 +81,7 @@ async fn overruns_beside_a_quiet_stream_lose_no_connection(kind: Kind) {
     );
 }
 
-/// A keep-alive interval shorter than the server permits loses no connection, because the channel limits its PINGs.
+/// A keep-alive interval that is shorter than the server permits loses no connection, because the channel limits its PINGs.
 async fn keep_alive(kind: Kind) {
     let Some(server) = Server::start(kind, Options::default()).await else {
         return;
@@ -114,7 +114,7 @@ async fn keep_alive(kind: Kind) {
     println!(
         "{kind:?}: keep-alive of 1 s for {PERIOD:?}: {connections} connections, {streams} streams; {broken:#?}"
     );
-    // The server permits two PINGs. Further PINGs wait for its five minutes.
+    // The server permits two PINGs. The channel sends a further PING only after five minutes.
     assert_eq!(connections, 1, "{kind:?}: no connection is closed");
     assert_eq!(streams, 1, "{kind:?}: the stream survives");
     empty(Client::new(channel)).await.expect("calls are served");

@@ -23,7 +23,8 @@ fn root() -> PathBuf {
     temporary.parent().unwrap().join("interop")
 }
 
-/// Returns the launcher of a program. If its part is missing, prints the reason once and returns `None`.
+/// Returns the launcher of a program, which belongs to a part of the installation. If the part is missing, prints the reason once and
+/// returns `None`.
 pub fn launcher(part: &str, program: &str) -> Option<PathBuf> {
     static REPORTED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let missing = fs::read_to_string(root().join("missing"));
@@ -109,7 +110,7 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // Workers survive when only their master is killed. tokio reaps the process itself.
+        // Kills the whole group, because workers survive if only their master is killed. tokio reaps the started process.
         let _ = killpg(self.group, Signal::SIGKILL);
     }
 }

@@ -99,7 +99,7 @@ async fn caddy_fails_no_call() {
     load(CADDY).await;
 }
 
-/// Starts the proxies after the channel. Once they are ready, no call fails.
+/// Starts the proxies after the channel. Once all proxies are ready, no further call may fail.
 async fn late(setup: Setup) {
     let greeters = greeters(2).await;
     let mut fronts = Vec::new();
@@ -120,7 +120,7 @@ async fn late(setup: Setup) {
     let started = Instant::now();
     all_ready(&channel, fronts.len()).await;
     println!("{setup:?}: all ready after {:?}", since(started));
-    // Calls that began earlier may have failed in the meantime.
+    // Discards the failures of calls that began before all proxies were ready.
     callers.failed();
     all_well(callers, ms(3_000), &format!("{setup:?}, started late")).await;
 }
@@ -132,7 +132,8 @@ async fn proxies_that_start_late_fail_no_call_once_they_are_connected() {
     }
 }
 
-/// Runs callers, each with its own connection, that pause for about the idle timeout of the proxy.
+/// Runs callers that pause between their calls for about the idle timeout of the proxy. Each caller has a connection of its own. Returns
+/// the number of failed calls, and a summary.
 async fn sparse(setup: Setup) -> Option<(usize, String)> {
     let fronts = fronts(setup, 1, 1, None).await?;
     let mut callers = Vec::new();

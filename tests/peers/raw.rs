@@ -36,7 +36,7 @@ pub struct Raw {
 }
 
 impl Raw {
-    /// Runs a script on each connection. A script that returns an error has lost its connection.
+    /// Starts a server that runs a script on each connection. A script returns an error if its connection is lost.
     pub async fn start<Fut>(
         settings: &'static [(u16, u32)],
         script: impl Fn(Connection) -> Fut + Clone + Send + 'static,
@@ -85,7 +85,7 @@ pub struct Frame {
     pub payload: Bytes,
 }
 
-/// A connection that obeys the client's windows and opens its own windows at once.
+/// A connection that respects the client's flow-control windows, and returns its own windows at once.
 pub struct Connection {
     socket: TcpStream,
     inbound: BytesMut,

@@ -19,7 +19,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Returns the name of the installed part, or `None` for tonic, which needs none.
+    /// Returns the name of the part that `scripts/setup-interop` installs for the server, or `None` for tonic, which needs no installation.
     fn part(self) -> Option<&'static str> {
         match self {
             Self::Tonic => None,
@@ -68,7 +68,7 @@ enum Running {
 }
 
 impl Server {
-    /// Starts a server. Returns `None` if its part is missing.
+    /// Starts a server. Returns `None` if the server is not installed.
     pub async fn start(kind: Kind, options: Options<'_>) -> Option<Self> {
         let Some(name) = kind.part() else {
             let server = InProcess::start(router(options)).await;

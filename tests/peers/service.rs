@@ -28,8 +28,8 @@ use crate::servers::Options;
 pub fn router(options: Options<'_>) -> Router<Stack<EchoTrailers, Identity>> {
     let mut server = Server::builder()
         .http2_max_header_list_size(options.max_metadata)
-        // On a busy machine, more calls than the default limit of 20 are cancelled before they are accepted. The server would then close
-        // the connection.
+        // On a busy machine, more than 20 calls may be cancelled before they are accepted. With the default limit of 20, the server would
+        // then close the connection.
         .http2_max_pending_accept_reset_streams(Some(1_000));
     if let Some(localhost) = options.tls {
         server = server.tls_config(localhost.server()).unwrap();
@@ -197,7 +197,7 @@ async fn respond(request: StreamingOutputCallRequest, to: &Sender) -> Result<(),
             sleep(Duration::from_micros(interval)).await;
         }
         let payload = Some(payload(parameters.size));
-        // The send fails when the call has ended. The outcome is then not read.
+        // The send fails once the call has ended. Then the outcome is no longer needed.
         let _ = to.send(Ok(StreamingOutputCallResponse { payload })).await;
     }
     Ok(())

@@ -1,5 +1,5 @@
-//! A plaintext link between a client and a server that records how connections end. With `PEERS_TRACE=1` in the environment, it prints
-//! every frame.
+//! A link between a client and a server, for plaintext HTTP/2. It records how connections end. With `PEERS_TRACE=1` in the environment, it
+//! prints every frame.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -131,7 +131,7 @@ async fn carry(client: TcpStream, target: String, number: usize, seen: Arc<Mutex
             seen.ended_by_server += 1;
         }
     }
-    // Unread bytes would turn the close into a reset, which discards data in flight.
+    // Continues to read. Unread bytes would turn the close into a reset, which discards data in flight.
     let rest = async {
         if by_client {
             down.await;

@@ -71,7 +71,7 @@ impl Process {
     }
 }
 
-/// With `SOAK=1`, the test kills a hundred times, and each server is down for a second.
+/// With `SOAK=1`, the test kills a server a hundred times, and the server is down for one second each time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_call_fails_while_servers_are_killed_one_after_another() {
     let (kills, down) = soak("kills, and milliseconds down", (10, 100), (100, 1_000));

@@ -281,7 +281,8 @@ async fn the_budget_stops_a_retry_storm_and_successful_calls_refill_it() {
     for _ in 0..100 {
         say(&channel).await.unwrap_err();
     }
-    // The budget has 20 tokens, 10 of which are for retries: the tenth failure is the first that is not retried.
+    // The budget has 20 tokens, and permits retries while more than 10 are left. Therefore the tenth failure is the first that is not
+    // retried.
     assert!(count(&servers) < 110, "{} attempts", count(&servers));
     let status = say(&channel).await.unwrap_err();
     assert!(
@@ -368,7 +369,8 @@ async fn a_response_head_that_was_not_delivered_does_not_prevent_a_retry() {
     for _ in 0..20 {
         let start = Instant::now();
         let outcome = say(&channel).await;
-        // Headers without a message are held back for 50 ms. On a busy machine the reset may be received too late.
+        // The channel holds back headers without a message for 50 ms, and can retry in this time. On a busy machine, the reset may be
+        // received too late.
         let late = Instant::now().saturating_duration_since(start) > Duration::from_millis(45);
         assert!(outcome.is_ok() || late, "{outcome:?}");
         served += usize::from(outcome.is_ok());
@@ -438,7 +440,7 @@ async fn a_request_of_any_size_is_resent_completely() {
     assert!(calls.iter().all(|seen| seen.body == calls[0].body));
 }
 
-/// Sends a stream of requests: the first two at once, and the third after the first attempt has failed.
+/// Sends a stream of three requests: the first two at once, and the third once a second attempt has begun or the call has ended.
 async fn stream(act: Act, size: usize) -> (Result<Response<()>, Status>, Vec<script::Seen>) {
     let acts = move |call| if call == 0 { act.clone() } else { Act::Reply };
     let servers = [Server::start(acts).await];

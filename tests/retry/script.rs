@@ -32,7 +32,7 @@ pub(super) enum Act {
     HeadThenReset(Duration),
     /// Resets the stream before any response.
     Reset(Reason),
-    /// Sends no response until the client cancels the call, which is counted.
+    /// Sends no response until the client cancels the call. The cancelled calls are counted.
     Hang,
 }
 
@@ -53,7 +53,7 @@ pub(super) struct Server {
 }
 
 impl Server {
-    /// Starts a server that answers the n-th call with the result of `script`.
+    /// Starts a server. `script` returns its reaction to each call, by the number of the call, counted from zero.
     pub(super) async fn start(script: impl Fn(usize) -> Act + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -133,7 +133,7 @@ impl Seen {
 struct Record(Arc<Mutex<Vec<Seen>>>, usize);
 
 impl Record {
-    /// Reads a frame of a request. Returns false at its end.
+    /// Reads a frame of a request. Returns false at the end of the request.
     async fn read(&self, body: &mut RecvStream) -> bool {
         let Some(Ok(data)) = body.data().await else {
             return false;
@@ -157,7 +157,7 @@ async fn answer(
         Act::FailEarly(code) => {
             record.read(&mut body).await;
             let _ = respond.send_response(failed(code, &[]), true);
-            // The client ends the stream.
+            // Reads the rest of the request, which the client still sends.
             while record.read(&mut body).await {}
             return;
         }

@@ -12,7 +12,7 @@ impl Authority {
         this
     }
 
-    /// Signs a certificate for 127.0.0.1 and a name, in `<file>.pem` and `<file>.key`.
+    /// Creates a signed certificate for 127.0.0.1 and a name, in `<file>.pem`, and its key, in `<file>.key`.
     pub fn sign(&self, file: &str, name: &str) {
         self.openssl(&format!(
             "req -newkey rsa:2048 -nodes -keyout new.key -out new.csr -subj /CN={name}"

@@ -1,5 +1,5 @@
-//! A greeter on a bare `h2` server that can be killed and recovered without losing its port. While the server is down, the
-//! [`dialler`](Fleet::dial) refuses connections, not the kernel.
+//! A greeter on a bare `h2` server that can be killed and recovered without losing its port. While the server is down, the port stays open,
+//! and the [`dialler`](Fleet::dial) refuses connections instead of the kernel.
 
 use std::io;
 use std::net::SocketAddr;
@@ -46,7 +46,7 @@ impl Backend {
         let task = tokio::spawn(async move {
             while let Ok((socket, _)) = listener.accept().await {
                 let mut open = open.lock().unwrap();
-                // The connection may have waited in the queue since before the kill.
+                // The connection may have been in the accept queue since before the kill.
                 if !is_up.load(Ordering::SeqCst) {
                     continue;
                 }
@@ -154,7 +154,7 @@ async fn serve(socket: TcpStream, served: Arc<AtomicUsize>) {
     }
 }
 
-/// Answers a unary call after as many milliseconds as its `name` contains, and any other call with an endless stream.
+/// Answers a call after the number of milliseconds in its `name`: a unary call with one reply, any other call with an endless stream.
 async fn answer(
     request: Request<RecvStream>,
     mut respond: SendResponse<Bytes>,

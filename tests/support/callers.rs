@@ -24,7 +24,7 @@ pub struct Failed {
     pub status: Status,
 }
 
-/// Callers that never pause, except for a moment after a failure: calls that fail at once would otherwise fail a million times.
+/// Callers that never pause, except for a moment after a failure. Without this pause, calls that fail at once would fail a million times.
 pub struct Callers {
     stop: watch::Sender<bool>,
     calls: Arc<AtomicU64>,
@@ -88,7 +88,8 @@ impl Callers {
         std::iter::from_fn(|| self.failed.try_recv().ok()).collect()
     }
 
-    /// Stops the callers. Returns the number of calls, and the failed calls that [`failed`](Self::failed) has not returned yet, in order.
+    /// Stops the callers. Returns the number of calls, and the failed calls that [`failed`](Self::failed) has not returned yet, in the
+    /// order in which they ended.
     pub async fn stopped(mut self) -> (u64, Vec<Failed>) {
         self.stop.send_replace(true);
         for task in self.tasks.drain(..) {

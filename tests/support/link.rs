@@ -17,18 +17,19 @@ use tokio::time::{Instant, sleep, sleep_until};
 pub enum Behaviour {
     /// Forwards every byte.
     Pass,
-    /// Forgets a flow without a byte from the client for this long, like a NAT gateway: bytes that either side sends later are acknowledged
-    /// by TCP and discarded. New flows work.
+    /// Like a NAT gateway, forgets a flow if the client sends no byte for this long. Bytes that either side sends later are acknowledged by
+    /// TCP and then discarded. New flows work.
     Forget(Duration),
     /// Forwards this many bytes per second, in each direction of each flow.
     Rate(u64),
-    /// Discards the bytes of all flows, old and new, in both directions. A flow that has lost bytes stays forgotten.
+    /// Discards the bytes of all flows, old and new, in both directions. A flow that has lost bytes stays forgotten after a change of the
+    /// behaviour.
     BlackHole,
     /// Accepts new connections and never answers them. Existing flows continue.
     HalfOpen,
     /// Delays the bytes of existing flows by this time in each direction. Accepts new connections and never answers them.
     Established(Duration),
-    /// Closes a flow in order after this time without a byte in either direction.
+    /// Closes a flow gracefully after this time without a byte in either direction.
     CloseIdle(Duration),
     /// Ends all flows and resets new connections at once.
     Refuse,
@@ -159,8 +160,8 @@ async fn carry(client: TcpStream, target: &str, mut behaves: watch::Receiver<Beh
             () = up => {}
             () = &mut down => return,
         }
-        // After the client has closed its side, the remaining bytes of the server are forwarded. A forgotten flow ends with the client's
-        // close.
+        // After the client has closed its side, the remaining bytes of the server are forwarded. A forgotten flow ends as soon as the
+        // client has closed its side.
         if !flow.is_forgotten() {
             let _ = tokio::time::timeout(LINGER, down).await;
         }
@@ -171,7 +172,7 @@ async fn carry(client: TcpStream, target: &str, mut behaves: watch::Receiver<Beh
     }
 }
 
-/// Makes the close of the connection a reset, like that of a closed port.
+/// Configures the connection so that its close is a reset, like the reset of a closed port.
 fn reset(client: &TcpStream) {
     let _ = socket2::SockRef::from(client).set_linger(Some(Duration::ZERO));
 }
@@ -287,11 +288,11 @@ async fn pump(
     }
     let _ = to.shutdown().await;
     if way == Way::Down {
-        // The client sees this FIN first and answers it with its own.
+        // The client receives this FIN first, and answers with its own FIN.
         sleep(LINGER).await;
     }
 }
 
 const CHUNK: usize = 16 * 1024;
-/// How long one direction stays open after the other has ended.
+/// Time for which one direction stays open after the other has ended.
 const LINGER: Duration = Duration::from_millis(500);

@@ -84,7 +84,7 @@ impl World {
             .grace_period(Duration::from_millis(10))
     }
 
-    /// Starts a server and waits until it is resolved. Returns the server and its address.
+    /// Starts a server and waits until the resolver contains it. Returns the server and its address.
     pub async fn start(&self, registration: RegistrationBuilder) -> (Registered, String) {
         let server = Registered::start("alpha", "127.0.0.1:0", registration);
         (server, self.the_one().await)
@@ -136,7 +136,7 @@ pub async fn eventually(what: &str, condition: impl AsyncFnMut() -> bool) {
     within(SOON, what, condition).await;
 }
 
-/// Polls until the condition holds and returns the elapsed time.
+/// Polls until the condition holds, and returns the elapsed time. Panics with `what` after `bound`.
 pub async fn within(
     bound: Duration,
     what: &str,
@@ -153,7 +153,7 @@ pub async fn within(
     }
 }
 
-/// Returns the addresses of a resolver, in order.
+/// Returns the addresses of a resolver, in the order of its instances.
 pub fn addresses(resolver: &Resolver) -> Vec<String> {
     resolver
         .instances()
@@ -175,7 +175,7 @@ pub async fn knows(resolver: &Resolver, expected: &[&str]) {
     .await;
 }
 
-/// Registers, resolves, renews a few times, and deregisters.
+/// Registers an address, resolves it, waits for a few renewals, and deregisters it.
 pub async fn keeps_a_registration(registry: &Registry) {
     let registration = registry
         .registration("greeter")
@@ -196,7 +196,7 @@ pub async fn keeps_a_registration(registry: &Registry) {
     knows(&resolver, &[]).await;
 }
 
-/// Starts a greeter in this process that is not registered.
+/// Starts a greeter in this process. It is not registered in etcd.
 pub async fn greeter(name: &str) -> (SocketAddr, JoinHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -258,8 +258,7 @@ pub async fn all_ready(channel: &BalancedChannel, endpoints: usize) {
     .await;
 }
 
-/// Returns one of two sizes: with `SOAK=1` in the environment, tests run at full size and for long. Without it, the reduced size is
-/// printed.
+/// Returns `full` with `SOAK=1` in the environment, and `small` without it. Prints the size of a reduced test.
 pub fn soak<T: Debug>(what: &str, small: T, full: T) -> T {
     if std::env::var_os("SOAK").is_some_and(|soak| soak == "1") {
         return full;

@@ -199,7 +199,8 @@ impl http_body::Body for Cut {
                 State::Done => {
                     this.watches.cuts.fetch_add(1, Ordering::SeqCst);
                     this.state = State::Ended;
-                    // The status is sent in trailers: an error of the body would overtake data that still wait for the window.
+                    // The status is sent in trailers, because an error of the body would overtake data that still wait for room in the
+                    // flow-control window.
                     let (head, ()) = Status::unavailable("cut").into_http::<()>().into_parts();
                     return Poll::Ready(Some(Ok(Frame::trailers(head.headers))));
                 }

@@ -236,6 +236,6 @@ fn framed(message: &impl Message) -> Bytes {
     frame.freeze()
 }
 
-/// How much earlier the server's timer fires than the client's.
+/// Time by which the server's timer fires before the client's.
 const EARLY: Duration = Duration::from_micros(1_500);
 const EXPIRED: &str = "Timeout expired";

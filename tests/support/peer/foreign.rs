@@ -93,7 +93,7 @@ async fn answer(mut socket: TcpStream, speaks: Speaks) {
     }
     let _ = socket.write_all(speaks.words()).await;
     let _ = socket.shutdown().await;
-    // Unread bytes would turn the orderly close into a reset, which discards the response.
+    // Reads the remaining bytes. Unread bytes would turn the orderly close into a reset, which discards the response.
     let drained = async { while matches!(socket.read(&mut buffer).await, Ok(1..)) {} };
     let _ = timeout(Duration::from_secs(1), drained).await;
 }

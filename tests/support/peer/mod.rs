@@ -26,7 +26,7 @@ pub struct Manner {
     pub delay: Duration,
     /// The content-type of replies, if not `application/grpc`.
     pub content_type: Option<&'static str>,
-    /// Size of the text in each reply. Zero means a word.
+    /// Size of the text in each reply. Zero means that a reply contains the name from the request.
     pub reply: usize,
     pub close: Option<Close>,
     pub limit: Option<Limit>,
@@ -48,7 +48,7 @@ pub enum When {
     Requests(u32),
     /// At this age of a connection.
     Age(Duration),
-    /// At the first PING response of a connection, before any call. The client usually takes this for a failed dial.
+    /// At the first PING response of the server on a connection, before any call. The client usually treats this as a failed dial.
     Pong,
     /// At the first request of a connection, which is not served.
     Unserved,
@@ -59,7 +59,7 @@ pub enum How {
     /// nginx: one GOAWAY `NO_ERROR` that names the last stream. Later streams are dropped. The connection is closed when the open streams
     /// have ended.
     Goaway,
-    /// gRPC servers: a GOAWAY `NO_ERROR` without a last stream, a PING, and a second GOAWAY after the PING response.
+    /// gRPC servers: a GOAWAY `NO_ERROR` with the maximum stream ID, a PING, and a second GOAWAY after the PING response.
     Graceful,
     /// grpc-java: like `Graceful`, but the connection is closed at once if a request is received after the PING response.
     Strict,
@@ -78,7 +78,7 @@ pub struct Limit {
 
 #[derive(Clone, Copy, Debug)]
 pub enum Beyond {
-    /// Sends a GOAWAY with this code whose last stream is below the request, and then closes the connection.
+    /// Sends a GOAWAY with this code, and then closes the connection. The last stream of the GOAWAY is below the stream of the request.
     Goaway(Reason),
     /// Closes the connection without a frame.
     Drop,
@@ -87,9 +87,11 @@ pub enum Beyond {
 /// The implementation whose rules for PINGs the server enforces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Police {
-    /// `KeepAliveEnforcer` of grpc-java: every PING is a strike until HEADERS or DATA are sent. The third strike ends the connection.
+    /// `KeepAliveEnforcer` of grpc-java: every PING is a strike. The strikes are reset when the server sends HEADERS or DATA. The third
+    /// strike ends the connection.
     Java,
-    /// `handlePing` of grpc-go: the first PING after HEADERS or DATA were sent is free. The third strike ends the connection.
+    /// `handlePing` of grpc-go: the first PING after the server has sent HEADERS or DATA is free, and every further PING is a strike. The
+    /// third strike ends the connection.
     Go,
 }
 
@@ -228,7 +230,7 @@ impl Peer {
         }
     }
 
-    /// Changes the behaviour, for calls at once, for connections from the next connection on.
+    /// Changes the behaviour. The part that concerns calls applies at once. The part that concerns connections applies to new connections.
     pub fn set(&self, manner: Manner) {
         *self.shared.manner.lock().unwrap() = manner;
     }

@@ -1,5 +1,5 @@
-//! The frames between a client and `h2`: read one by one, counted, and rejected where `h2` itself would accept them. Frames that `h2`
-//! cannot be made to send are added here.
+//! Relays the frames between a client and `h2`. It counts frames, rejects frames that `h2` itself would accept, and adds frames that `h2`
+//! cannot be made to send.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
@@ -57,7 +57,7 @@ pub(super) async fn run(io: BoxIo, far: DuplexStream, shared: Arc<Shared>, leave
         () = outbound => {}
         () = age => {}
     }
-    // Unread bytes would turn the close into a reset, which can discard the last frames.
+    // Continues to read. Unread bytes would turn the close into a reset, which can discard the last frames.
     wire.lock().unwrap().ended = true;
     let _ = timeout(DRAIN, inbound).await;
 }
@@ -98,7 +98,7 @@ async fn outbound(
     let (mut buffer, mut passed) = (BytesMut::new(), BytesMut::new());
     loop {
         tokio::select! {
-            // The GOAWAY of a close must be sent before the last response, after which the connection ends.
+            // The GOAWAY of a close must be sent before the last response, because the connection ends after this response.
             biased;
             Some(order) = ordered.recv() => match order {
                 Order::Send(bytes) => passed.extend_from_slice(&bytes),
@@ -243,7 +243,7 @@ impl Wire<'_> {
         self.closing && self.open.is_empty()
     }
 
-    /// Closes the connection in order.
+    /// Begins the orderly close of the connection.
     fn close(&mut self, how: How) {
         match how {
             How::Graceful | How::Strict => {
@@ -291,7 +291,7 @@ impl Wire<'_> {
         self.cut();
     }
 
-    /// Counts a received PING, and ends the connection if it is one too many.
+    /// Counts a received PING as a strike, and ends the connection at the third strike.
     fn police(&mut self) {
         if self.ended || !self.strikes.as_mut().is_some_and(Strikes::strike) {
             return;
@@ -303,7 +303,8 @@ impl Wire<'_> {
     }
 }
 
-/// PINGs since the server last sent HEADERS or DATA. Both servers permit one PING in five minutes, which is longer than any test.
+/// The strikes since the server last sent HEADERS or DATA. Real servers also permit one PING every five minutes. This is left out, because
+/// no test lasts for so long.
 struct Strikes {
     police: Police,
     count: u32,
@@ -319,7 +320,7 @@ impl Strikes {
         }
     }
 
-    /// Returns true if this PING is one too many.
+    /// Counts a PING. Returns true at the third strike.
     fn strike(&mut self) -> bool {
         if !std::mem::take(&mut self.free) {
             self.count += 1;
@@ -370,5 +371,5 @@ const GOAWAY: u8 = 7;
 const CONTINUATION: u8 = 9;
 const ACK: u8 = 1;
 const END_STREAM: u8 = 1;
-/// How long bytes are read after the end of the connection.
+/// Time for which bytes are read after the end of the connection.
 const DRAIN: Duration = Duration::from_millis(500);
