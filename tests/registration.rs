@@ -512,7 +512,7 @@ async fn invalid_input_is_rejected_by_name_before_any_request() {
         (greeter().address("0.0.0.0:80"), "unspecified"),
         (greeter().address("[::]:80"), "unspecified"),
         (greeter().address("169.254.1.1:80"), "link-local"),
-        (registry.registration("greeter"), "not given"),
+        (registry.registration("greeter"), "not set"),
         (
             greeter().ttl(Duration::from_millis(1_999)),
             "TTL is 1.999 s",
@@ -528,7 +528,10 @@ async fn invalid_input_is_rejected_by_name_before_any_request() {
             greeter().metadata("large", "x".repeat(64 * 1024)),
             "over the limit",
         ),
-        (greeter().format(Format::Plain).zone("a"), "no room"),
+        (
+            greeter().format(Format::Plain).zone("a"),
+            "cannot represent",
+        ),
         (greeter().additional_service(""), "is empty"),
         (greeter().additional_service("a/b"), "slash"),
         (greeter().additional_service("greeter"), "named twice"),
@@ -544,18 +547,18 @@ async fn invalid_input_is_rejected_by_name_before_any_request() {
                 .registration_at("/web/a")
                 .address("127.0.0.1:80")
                 .instance_id("b"),
-            "the instance id \"b\" has no place",
+            "cannot have the instance id \"b\"",
         ),
         (greeter().drain_timeout(Duration::ZERO), "drain_timeout"),
         (greeter().grace_period(Duration::ZERO), "grace_period"),
         (greeter().health(), "`health` applies only"),
         (
             registry.registration_at("").address("127.0.0.1:80"),
-            "names no instance",
+            "must not end in a slash",
         ),
         (
             registry.registration_at("/web/").address("127.0.0.1:80"),
-            "names no instance",
+            "must not end in a slash",
         ),
     ] {
         let refused = timeout(Duration::from_millis(100), builder.register())
@@ -567,6 +570,37 @@ async fn invalid_input_is_rejected_by_name_before_any_request() {
             "{error} should contain {word:?}"
         );
     }
+}
+
+/// A list of endpoints may mix two clusters by mistake. The server must not register in both in turn.
+#[tokio::test]
+async fn endpoints_of_two_clusters_lead_to_a_registration_in_one() {
+    let (one, other) = (etcd().await, etcd().await);
+    let registry = Registry::connect([one.endpoint(0), other.endpoint(0)]).await;
+    let registration = describe(&registry.unwrap()).ttl(Duration::from_secs(2));
+    let registration = registration.register().await.unwrap();
+    let mut states = registration.watch_state();
+    let mut leases = std::collections::HashSet::new();
+    let renewals = timeout(Duration::from_secs(10), async {
+        loop {
+            if let RegistrationState::Registered { lease, .. } = &*states.borrow_and_update() {
+                leases.insert(*lease);
+            }
+            states.changed().await.unwrap();
+        }
+    });
+    renewals.await.expect_err("the registration continues");
+    assert_eq!(
+        leases.len(),
+        1,
+        "the server was registered again: {leases:?}"
+    );
+    let mut there = Vec::new();
+    for etcd in [&one, &other] {
+        there.extend(list(&client(etcd).await, "/").await);
+    }
+    assert_eq!(there.len(), 1, "registered in one cluster: {there:?}");
+    registration.deregister().await.unwrap();
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use etcd_client::Client;
 use tonic_balance::Address;
 
 use super::auth::Auth;
+use super::cluster_id::ClusterId;
 use super::error;
 use super::limits::DEADLINE;
 use super::member_health::{Failure, Traffic};
@@ -26,6 +27,8 @@ pub(super) struct Cluster {
     pub(super) source: Source,
     pub(super) auth: Auth,
     streams: WatchStreams,
+    /// The id of the cluster, which every response must have.
+    pub(super) id: ClusterId,
 }
 
 impl Cluster {
@@ -34,6 +37,7 @@ impl Cluster {
             source,
             auth,
             streams: WatchStreams::default(),
+            id: ClusterId::default(),
         }
     }
 }
@@ -225,7 +229,7 @@ impl std::fmt::Debug for Cluster {
         let mut shown = f.debug_struct("Cluster");
         match &self.source {
             Source::Members(members) => shown.field("members", &members.addresses),
-            Source::External(_) => shown.field("members", &"(the given client)"),
+            Source::External(_) => shown.field("members", &"(external client)"),
         };
         shown.field("auth", &self.auth).finish_non_exhaustive()
     }

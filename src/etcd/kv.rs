@@ -42,8 +42,10 @@ impl Etcd {
                 let response = kv.get(start, Some(options)).await;
                 let response = response
                     .map_err(|source| error::of_client(OPERATION, &channel.endpoint(), source))?;
+                let header = header(response.0.header.as_ref());
+                self.0.id.check(header, OPERATION, &channel.endpoint())?;
                 Ok(Page {
-                    header: header(response.0.header.as_ref()),
+                    header,
                     more: response.0.more,
                     count: usize::try_from(response.0.count).unwrap_or(0),
                     kvs: response.0.kvs.into_iter().map(key_value).collect(),
@@ -55,7 +57,7 @@ impl Etcd {
 
     /// Reads one key, linearizably.
     pub(crate) async fn read(&self, key: &Key) -> Result<(Header, Option<KeyValue>), EtcdError> {
-        self.call("read", |channel| read(channel, key.clone()))
+        self.call("read", |channel| self.read_over(channel, key.clone()))
             .await
     }
 
@@ -88,9 +90,20 @@ impl Etcd {
         deadline: Duration,
     ) -> Result<(Header, Option<KeyValue>), EtcdError> {
         self.attempt(Traffic::Keys, "read", deadline, |channel| {
-            read(channel, key.clone())
+            self.read_over(channel, key.clone())
         })
         .await
+    }
+
+    /// Reads one key over `channel`, and checks that the response is from this cluster.
+    async fn read_over(
+        &self,
+        channel: RequestChannel,
+        key: Key,
+    ) -> Result<(Header, Option<KeyValue>), EtcdError> {
+        let (header, found) = read(channel.clone(), key).await?;
+        self.0.id.check(header, "read", &channel.endpoint())?;
+        Ok((header, found))
     }
 
     /// Reads the keys in the given order, linearizably. Each batch of a hundred keys is read at one revision, in a single attempt. Returns
@@ -103,8 +116,10 @@ impl Etcd {
         let mut head = Header::default();
         let mut found = Vec::with_capacity(keys.len());
         for chunk in keys.chunks(OPERATIONS_MAX) {
-            let answer = self.attempt(Traffic::Keys, "read", deadline, |channel| {
-                read_all(channel, chunk.to_vec())
+            let answer = self.attempt(Traffic::Keys, "read", deadline, |channel| async move {
+                let (header, found) = read_all(channel.clone(), chunk.to_vec()).await?;
+                self.0.id.check(header, "read", &channel.endpoint())?;
+                Ok((header, found))
             });
             let (header, chunk) = answer.await?;
             head = header;
@@ -138,7 +153,9 @@ impl Etcd {
                 let response = channel.client.kv_client().txn(txn).await;
                 let response = response
                     .map_err(|source| error::of_client(OPERATION, &channel.endpoint(), source))?;
-                let revision = header(response.0.header.as_ref()).revision;
+                let header = header(response.0.header.as_ref());
+                self.0.id.check(header, OPERATION, &channel.endpoint())?;
+                let revision = header.revision;
                 Ok(response.succeeded().then_some(revision))
             }
         })

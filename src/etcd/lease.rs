@@ -32,6 +32,8 @@ impl Etcd {
                 .await;
             let response = response
                 .map_err(|source| error::of_client(OPERATION, &channel.endpoint(), source))?;
+            let header = header(response.0.header.as_ref());
+            self.0.id.check(header, OPERATION, &channel.endpoint())?;
             // Some stores choose their own lease ids. Keys could then not be attached to the requested lease, because it does not exist.
             if response.id() != lease.get() {
                 let source = format!("lease {:x} was granted in place of {lease}", response.id());
@@ -56,6 +58,9 @@ impl Etcd {
         self.attempt(Traffic::Leases, OPERATION, deadline, |channel| async move {
             let (header, ttl) = Self::keep_alive_over(&channel, lease).await?;
             let endpoint = channel.endpoint();
+            if let Some(header) = header {
+                self.0.id.check(header, OPERATION, &endpoint)?;
+            }
             // A response from an old term is invalid, whatever its TTL. It is rejected here and not in the caller, so that the failure
             // counts against the member and the next attempt uses another member.
             if let Some(header) = header.filter(|header| header.raft_term < term) {
@@ -70,7 +75,7 @@ impl Etcd {
                     ttl: Duration::from_secs(seconds),
                 }),
                 _ => {
-                    let source = format!("lease {lease} has no time left");
+                    let source = format!("lease {lease} has expired or was revoked");
                     let kind = EtcdErrorKind::LeaseNotFound;
                     Err(EtcdError::new(kind, OPERATION, &endpoint, source))
                 }

@@ -6,6 +6,7 @@
 
 mod auth;
 mod cluster;
+mod cluster_id;
 mod connect;
 mod decode;
 mod endpoint;

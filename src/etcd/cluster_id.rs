@@ -1,0 +1,109 @@
+//! Compares the cluster ids in the responses, so that one client uses one cluster.
+//!
+//! An endpoint of another cluster is a mistake in the configuration, or a name that leads to two clusters. A lease of one cluster does not
+//! exist in the other, and the keys differ, so a client that used both would register and list in turn. A response from another cluster
+//! counts as a failure of its member. If no member of the first cluster answers any more, the cluster was replaced, and the client uses the
+//! new one.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::error::{EtcdError, EtcdErrorKind};
+use crate::keyspace::Header;
+
+/// The id of the cluster that a client uses.
+#[derive(Debug, Default)]
+pub(super) struct ClusterId(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    /// The id in the first response; 0 before it.
+    id: u64,
+    /// The time of the first response from another cluster since the last response from this one.
+    other_since: Option<Instant>,
+}
+
+impl ClusterId {
+    /// Returns an error if the response is from another cluster than earlier responses. Stores without cluster ids are accepted.
+    pub(super) fn check(
+        &self,
+        header: Header,
+        operation: &'static str,
+        endpoint: &str,
+    ) -> Result<(), EtcdError> {
+        let (id, now) = (header.cluster_id, Instant::now());
+        // No code panics while it holds this lock.
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if id == 0 || state.id == id || state.id == 0 {
+            if id != 0 {
+                *state = State {
+                    id,
+                    other_since: None,
+                };
+            }
+            return Ok(());
+        }
+        let since = *state.other_since.get_or_insert(now);
+        let expected = state.id;
+        if now.saturating_duration_since(since) < REPLACED_AFTER {
+            let kind = EtcdErrorKind::OtherCluster;
+            let reason = format!("cluster {id:x} in place of {expected:x}; check the endpoints");
+            return Err(EtcdError::new(kind, operation, endpoint, reason));
+        }
+        *state = State {
+            id,
+            other_since: None,
+        };
+        drop(state);
+        tracing::warn!(
+            endpoint,
+            "cluster {expected:x} was replaced by cluster {id:x}: using the new one"
+        );
+        Ok(())
+    }
+}
+
+/// The time without a response from the first cluster after which another cluster has replaced it. It is shorter than a TTL, so that servers
+/// are registered in the new cluster within about a TTL.
+const REPLACED_AFTER: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(cluster: &ClusterId, id: u64) -> Result<(), EtcdErrorKind> {
+        let header = Header {
+            cluster_id: id,
+            ..Header::default()
+        };
+        let checked = cluster.check(header, "read", "10.0.0.1:2379");
+        checked.map_err(|error| error.kind())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_second_cluster_is_rejected_while_the_first_answers() {
+        let cluster = ClusterId::default();
+        check(&cluster, 0).expect("a store without ids");
+        check(&cluster, 7).expect("the first");
+        for _ in 0..20 {
+            tokio::time::advance(Duration::from_secs(3)).await;
+            assert_eq!(check(&cluster, 8), Err(EtcdErrorKind::OtherCluster));
+            tokio::time::advance(Duration::from_secs(1)).await;
+            check(&cluster, 7).expect("the same");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_cluster_that_replaces_the_first_is_used_after_five_seconds() {
+        let cluster = ClusterId::default();
+        check(&cluster, 7).expect("the first");
+        check(&cluster, 8).expect_err("another");
+        tokio::time::advance(Duration::from_secs(4)).await;
+        check(&cluster, 8).expect_err("still another");
+        tokio::time::advance(Duration::from_secs(1)).await;
+        check(&cluster, 8).expect("the new one");
+        check(&cluster, 7).expect_err("the old one");
+    }
+}
