@@ -2,7 +2,7 @@
 //! same run.
 //!
 //! ```sh
-//! cargo bench --bench load              # everything, about five minutes
+//! cargo bench --bench load              # everything, about seven minutes
 //! cargo bench --bench load -- L1 L2     # some of it
 //! ```
 //!
@@ -53,6 +53,12 @@ fn main() {
         if wants("L1") {
             unary().await;
         }
+        if wants("L1e") {
+            payloads().await;
+        }
+        if wants("L1f") {
+            deadlines_and_metadata().await;
+        }
         if wants("L1c") {
             streams().await;
         }
@@ -66,9 +72,69 @@ fn main() {
 }
 
 fn ping() -> HelloRequest {
+    message(16)
+}
+
+fn message(size: usize) -> HelloRequest {
     HelloRequest {
-        name: "x".repeat(16),
+        name: "x".repeat(size),
         replies: 0,
+    }
+}
+
+/// L1e: unary calls with messages of several sizes, compared with bare h2.
+async fn payloads() {
+    let servers = ServerProcess::start_many(&[0; 4]);
+    let addresses = ServerProcess::addresses(&servers);
+    for (callers, size) in [
+        (64, 16),
+        (64, 300),
+        (64, 900),
+        (64, 5_000),
+        (64, 65_536),
+        (1, 16),
+        (1, 900),
+        (1, 65_536),
+    ] {
+        let load = Load::unary(callers, message(size));
+        let peers = [
+            Peer::bare_h2(&addresses),
+            Peer::stock(&addresses),
+            Peer::balanced("BalancedChannel", &addresses),
+        ];
+        compare(
+            &format!("L1e: 4 endpoints, unary of {size} bytes, {callers} callers"),
+            &load,
+            &peers,
+            Table::Ratios,
+        )
+        .await;
+    }
+}
+
+/// L1f: unary calls with a deadline and three metadata entries, as calls in production have.
+async fn deadlines_and_metadata() {
+    let servers = ServerProcess::start_many(&[0; 4]);
+    let addresses = ServerProcess::addresses(&servers);
+    for (what, load) in [
+        ("plain", Load::unary(64, message(300))),
+        (
+            "with a deadline and three metadata entries",
+            Load::unary(64, message(300)).production(),
+        ),
+    ] {
+        let peers = [
+            Peer::bare_h2(&addresses),
+            Peer::stock(&addresses),
+            Peer::balanced("BalancedChannel", &addresses),
+        ];
+        compare(
+            &format!("L1f: 4 endpoints, unary of 300 bytes, 64 callers, {what}"),
+            &load,
+            &peers,
+            Table::Ratios,
+        )
+        .await;
     }
 }
 

@@ -13,6 +13,8 @@ use super::greeter::greeter_client::GreeterClient;
 use super::peers::{Peer, Target};
 
 const ROUNDS: usize = 11;
+/// A value of the usual length of a trace id.
+const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 const ROUND: Duration = Duration::from_millis(800);
 
 #[derive(Clone)]
@@ -20,6 +22,8 @@ pub struct Load {
     callers: usize,
     warm_up: Duration,
     kind: Kind,
+    /// Whether unary calls have a deadline and three metadata entries.
+    production: bool,
 }
 
 #[derive(Clone)]
@@ -39,6 +43,7 @@ impl Load {
             callers,
             warm_up: Duration::from_millis(200),
             kind,
+            production: false,
         }
     }
 
@@ -86,6 +91,11 @@ impl Load {
         )
     }
 
+    pub fn production(mut self) -> Self {
+        self.production = true;
+        self
+    }
+
     pub fn warm_up(mut self, warm_up: Duration) -> Self {
         self.warm_up = warm_up;
         self
@@ -96,9 +106,19 @@ impl Load {
 async fn call<S: Target>(
     client: &mut GreeterClient<S>,
     kind: &Kind,
+    production: bool,
     rng: &mut fastrand::Rng,
 ) -> Result<bool, tonic::Status> {
     match kind {
+        Kind::Unary(request) if production => {
+            let mut request = tonic::Request::new(request.clone());
+            request.set_timeout(Duration::from_secs(5));
+            let metadata = request.metadata_mut();
+            metadata.insert("x-request-id", TRACE.parse().unwrap());
+            metadata.insert("traceparent", TRACE.parse().unwrap());
+            metadata.insert("x-tenant", "tenant-17".parse().unwrap());
+            client.say_hello(request).await.map(|_| true)
+        }
         Kind::Unary(request) => client.say_hello(request.clone()).await.map(|_| true),
         Kind::Mixed(short, long) => {
             let is_long = rng.u8(..10) == 0;
@@ -187,7 +207,7 @@ pub async fn round<S: Target>(load: Load, service: S) -> Sample {
             let mut client = client
                 .max_decoding_message_size(64 << 20)
                 .max_encoding_message_size(64 << 20);
-            let kind = load.kind.clone();
+            let (kind, production) = (load.kind.clone(), load.production);
             let (counting, stop, calls, failed) = (
                 counting.clone(),
                 stop.clone(),
@@ -199,7 +219,7 @@ pub async fn round<S: Target>(load: Load, service: S) -> Sample {
                 let mut rng = fastrand::Rng::new();
                 while !stop.load(Ordering::Relaxed) {
                     let start = Instant::now();
-                    let outcome = call(&mut client, &kind, &mut rng).await;
+                    let outcome = call(&mut client, &kind, production, &mut rng).await;
                     if !counting.load(Ordering::Relaxed) {
                         continue;
                     }
