@@ -94,7 +94,8 @@ impl ResolverBuilder {
     ///
     /// Prefer this method to a filter on the resolver's stream. With this method, the channel can detect that the list is complete, so
     /// calls fail at once if no instance is accepted. The function runs on every read of the set of instances, never for a call. It must be
-    /// cheap, and must always return the same result for the same instance. It also applies to instances that
+    /// cheap, must always return the same result for the same instance, and must not use the resolver or a handle of it, which would
+    /// deadlock. It also applies to instances that
     /// [`mass_removal_protection`](Self::mass_removal_protection) keeps.
     ///
     /// ```no_run
@@ -225,7 +226,7 @@ impl ResolverBuilder {
             Source::Prefixes(prefixes)
                 if prefixes.is_empty() || prefixes.iter().any(String::is_empty) =>
             {
-                Err("an empty prefix is the whole store".to_owned())
+                Err("a prefix is empty, or no prefix is given".to_owned())
             }
             Source::Prefixes(prefixes) => {
                 let prefixes = prefixes.iter().map(|prefix| with_slash(prefix));

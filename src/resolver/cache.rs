@@ -32,7 +32,7 @@ pub(super) enum CacheError {
     Version(u32),
     #[error("its checksum does not match its content")]
     Checksum,
-    #[error("it belongs to the prefixes {0:?}")]
+    #[error("it was written for the prefixes {0:?}")]
     Foreign(Vec<String>),
 }
 

@@ -18,6 +18,8 @@ pub(super) struct Instances {
     addresses: HashMap<Address, BTreeSet<(Revision, Key)>>,
     /// Total size of the keys that have a good value, and of these values.
     bytes: usize,
+    /// Number of keys with a good value.
+    used: usize,
     limit: Limit,
 }
 
@@ -112,6 +114,7 @@ impl Instances {
         let entry = self.keys.entry(kv.key.clone()).or_default();
         entry.rejected = None;
         self.bytes = self.bytes - entry.bytes + bytes;
+        self.used += usize::from(entry.bytes == 0);
         entry.bytes = bytes;
         if entry.instance.as_ref() == Some(&instance) {
             return;
@@ -169,7 +172,7 @@ impl Instances {
             keys: most_keys,
             bytes: most_bytes,
         } = self.limit;
-        if is_new && self.keys.len() >= most_keys {
+        if is_new && self.used >= most_keys {
             let reason = format!("is over the resolver's limit of {most_keys} keys");
             return Err(FormatError::new(reason));
         }
@@ -192,7 +195,9 @@ impl Instances {
 
     fn delete(&mut self, key: &Key, applied: &mut Applied) {
         let entry = self.keys.remove(key);
-        self.bytes -= entry.as_ref().map_or(0, |entry| entry.bytes);
+        let bytes = entry.as_ref().map_or(0, |entry| entry.bytes);
+        self.bytes -= bytes;
+        self.used -= usize::from(bytes > 0);
         if let Some(before) = entry.and_then(|entry| entry.instance) {
             applied.changed.push(before.address().clone());
             if self.unname(&before, key) {
@@ -323,6 +328,23 @@ mod tests {
         // A good value ends the rejection.
         apply(&mut set, [put("/s/a", "10.0.0.1:80", 1, 5, 1)]);
         assert_eq!(set.rejected().count(), 0);
+    }
+
+    #[test]
+    fn keys_without_a_good_value_do_not_use_up_the_limit() {
+        let mut set = Instances::new(Limit {
+            keys: 1,
+            bytes: 1_000,
+        });
+        let bad = ["/s/a", "/s/b"].map(|key| put(key, "{", 1, 1, 1));
+        assert_eq!(apply(&mut set, bad).rejected, 2);
+        apply(&mut set, [put("/s/c", "10.0.0.3:80", 2, 2, 1)]);
+        assert_eq!(known(&set), ["c=10.0.0.3:80"]);
+        let corrected = || [put("/s/a", "10.0.0.1:80", 1, 3, 1)];
+        assert_eq!(apply(&mut set, corrected()).rejected, 1, "the set is full");
+        apply(&mut set, [delete("/s/c", 4)]);
+        assert_eq!(apply(&mut set, corrected()).rejected, 0);
+        assert_eq!(known(&set), ["a=10.0.0.1:80"]);
     }
 
     #[test]

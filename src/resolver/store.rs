@@ -14,7 +14,7 @@ use super::instances::{Applied, Instances};
 use super::options::{Filter, Options};
 use super::status::{RejectedKey, ResolverState, ResolverStatus};
 use super::watcher::{Machine, Report};
-use crate::error::EtcdError;
+use crate::error::{EtcdError, EtcdErrorKind};
 use crate::format::{Decoder, FormatError};
 use crate::instance::Instance;
 use crate::keyspace::{Key, Revision};
@@ -300,9 +300,9 @@ impl Core {
             // Warnings are rate-limited, because a writer that stores a bad value every second must not flood the log of every client.
             if shared.warned.is_none_or(|at| now >= at + WARN_INTERVAL) {
                 shared.warned = Some(now);
-                tracing::warn!(?key, %revision, rejected, "skipped values that cannot be decoded; the first value {error}");
+                tracing::warn!(?key, %revision, rejected, "skipped values that cannot be used; the first value {error}");
             } else {
-                tracing::debug!(?key, %revision, rejected, "skipped values that cannot be decoded; the first value {error}");
+                tracing::debug!(?key, %revision, rejected, "skipped values that cannot be used; the first value {error}");
             }
         }
         let news = shared.on_applied(&mut applied, now);
@@ -326,9 +326,18 @@ impl Core {
     /// Handles the end of the task of a prefix. The instances of the prefix stay in the set, but they no longer change. The status contains
     /// the reason.
     pub(super) fn on_task_ended(&self, index: usize) {
-        if let Some(report) = self.lock().reports.get_mut(index) {
-            report.trouble = Some(EtcdError::task_ended("resolver"));
+        let mut shared = self.lock();
+        // Dropping the last resolver ends its tasks. A handle may remain, and then shows this reason.
+        let is_dropped = shared.subscriptions.iter().all(Option::is_none);
+        if let Some(report) = shared.reports.get_mut(index) {
+            report.trouble = Some(if is_dropped {
+                let kind = EtcdErrorKind::TaskEnded;
+                EtcdError::new(kind, "resolver", "(none)", "the resolver was dropped")
+            } else {
+                EtcdError::task_ended("resolver")
+            });
         }
+        drop(shared);
         self.announce(None, Vec::new());
     }
 
@@ -396,7 +405,7 @@ impl Core {
                     service,
                     registered,
                     removed,
-                    "half of the instances are registered again: no instance is kept as a last resort any more"
+                    "the mass removal is over; no instance is kept as a last resort any more"
                 );
             }
             News::Over {

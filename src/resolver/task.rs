@@ -68,7 +68,7 @@ pub(super) async fn run(
                 tokio::time::sleep(wait).await;
                 let renewed = etcd.on_token_rejected(token.as_ref()).await;
                 if let Err(error) = &renewed {
-                    tracing::debug!(%error, "no fresh token");
+                    tracing::debug!(%error, "could not renew the token of the watch");
                 }
                 machine.on_token(renewed)
             }
@@ -161,7 +161,7 @@ async fn load(file: Cache, policy: AddressPolicy) -> Option<Vec<Instance>> {
     match load.await {
         Ok(Ok(instances)) => instances,
         Ok(Err(error)) => {
-            tracing::warn!(file = %path.display(), %error, "ignoring the cache");
+            tracing::warn!(file = %path.display(), %error, "could not use the cache file");
             None
         }
         Err(_) => None,

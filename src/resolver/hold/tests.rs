@@ -64,7 +64,7 @@ impl Fleet {
 }
 
 #[test]
-fn of_a_set_that_is_removed_at_once_the_part_beyond_half_is_held() {
+fn half_of_a_set_that_is_removed_at_once_is_held() {
     for (size, held) in [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (10, 5), (101, 51)] {
         let mut fleet = Fleet::of(size);
         let outcome = fleet.gone(0..size);

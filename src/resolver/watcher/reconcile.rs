@@ -254,11 +254,11 @@ impl Machine {
                 if !KeyState::agree(read.as_ref(), known.as_ref()) {
                     self.report.repaired += 1;
                     self.reconciler.has_lost_event |= confirms;
-                    tracing::debug!(?key, revision = %header.revision, there = found.is_some(), "a read was ahead of the watch");
+                    tracing::debug!(?key, revision = %header.revision, there = found.is_some(), "a read found a change that the watch has not delivered");
                     self.apply_read(key, found, header.revision);
                 }
             }
-            Err(error) => tracing::debug!(?key, %error, "could not read a key in doubt"),
+            Err(error) => tracing::debug!(?key, %error, "could not read a key to verify it"),
         }
         if self.reconciler.has_lost_event && self.reconciler.confirming.is_empty() {
             return self.reopen_watch();

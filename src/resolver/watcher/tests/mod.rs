@@ -631,7 +631,7 @@ fn a_watch_without_progress_on_a_backlog_is_replaced_by_a_list() {
 /// The store may be ahead only because of writes to other keys, and its watches may be cut all the time. Lists must then not be repeated at
 /// the same rate.
 #[test]
-fn lists_in_place_of_watches_become_less_frequent() {
+fn lists_after_fruitless_watches_become_less_frequent() {
     let mut fruitless = FruitlessWatches::default();
     let mut lists = Vec::new();
     for _ in 0..6 {
