@@ -102,7 +102,7 @@ impl fmt::Display for EtcdError {
         let cause = causes(&**cause);
         match kind {
             EtcdErrorKind::InvalidRequest => {
-                return write!(f, "nothing was requested of etcd: {cause}");
+                return write!(f, "no request was sent to etcd: {cause}");
             }
             EtcdErrorKind::TaskEnded => return write!(f, "{operation}: {kind}: {cause}"),
             _ => {}
@@ -124,6 +124,8 @@ pub enum EtcdErrorKind {
     DeadlineExceeded,
     /// The member has no leader: it is cut off from its cluster, or an election is not over yet.
     NoLeader,
+    /// The response is from another cluster than earlier responses: the endpoints belong to two clusters, or the cluster was replaced.
+    OtherCluster,
     /// The response is from an old raft term: the member was frozen or cut off, or it lags.
     StaleTerm,
     /// The database of the store is full. The request is retried, because a compaction may free space at any time.
@@ -170,6 +172,7 @@ impl EtcdErrorKind {
                 | Self::DeadlineExceeded
                 | Self::NoLeader
                 | Self::StaleTerm
+                | Self::OtherCluster
                 | Self::NoSpace
         )
     }
@@ -202,23 +205,24 @@ impl fmt::Display for EtcdErrorKind {
             Self::Unavailable => "the member is unavailable",
             Self::DeadlineExceeded => "no answer in time",
             Self::NoLeader => "the member has no leader",
-            Self::StaleTerm => "the answer is from a raft term that is over",
+            Self::OtherCluster => "the response is from another cluster",
+            Self::StaleTerm => "the response is from an old raft term",
             Self::NoSpace => "the database space is exceeded",
             Self::Compacted => "the revision is compacted",
-            Self::FutureRevision => "the revision is not reached yet",
+            Self::FutureRevision => "the store has not reached the revision",
             Self::ResponseTooLarge => "the answer is too large",
             Self::RequestTooLarge => "the request is too large",
-            Self::LeaseNotFound => "the lease is gone",
+            Self::LeaseNotFound => "the lease does not exist",
             Self::LeaseExists => "the lease exists already",
             Self::LeaseTtlTooLarge => "the lease TTL is too large",
             Self::PermissionDenied => "permission denied",
-            Self::InvalidToken => "the token is not valid any more",
+            Self::InvalidToken => "the token is no longer valid",
             Self::BadCredentials => "user name or password is wrong",
             Self::CredentialsRequired => "a user name and password are required",
             Self::AuthNotEnabled => "authentication is not enabled",
-            Self::Unimplemented => "the peer is not an etcd",
+            Self::Unimplemented => "the server is not an etcd, or does not support the operation",
             Self::InvalidRequest => "the request is not valid",
-            Self::TaskEnded => "the task that talks to etcd has ended",
+            Self::TaskEnded => "the task that sends requests to etcd has ended",
         })
     }
 }
@@ -263,7 +267,7 @@ pub enum RegistryError {
     },
     /// No member gave a usable response: no member responded, or the members have no leader.
     #[error(
-        "no etcd answered at {}; check that it runs there and that the port (2379 by default) is right and open: {cause}", endpoints.join(", ")
+        "etcd did not respond at {}; check that etcd runs there, and that its client port (2379 by default) is correct and open: {cause}", endpoints.join(", ")
     )]
     #[non_exhaustive]
     Unreachable {
@@ -285,7 +289,7 @@ pub enum RegistryError {
     },
     /// A server responded, but it is not an etcd.
     #[error(
-        "the server at {} is not an etcd ({reason}); check host and port, etcd's client port is 2379 by default: {cause}", endpoints.join(", ")
+        "the server at {} is not an etcd ({reason}); check the host and the port (etcd's client port is 2379 by default): {cause}", endpoints.join(", ")
     )]
     #[non_exhaustive]
     NotEtcd {
@@ -298,7 +302,7 @@ pub enum RegistryError {
     },
     /// etcd rejected the user, or requires a user and none is configured.
     #[error(
-        "etcd at {} refused {user}; check name and password given to `.user(name, password)`: {cause}", endpoints.join(", ")
+        "etcd at {} refused {user}; check the name and the password that are passed to `.user(name, password)`: {cause}", endpoints.join(", ")
     )]
     #[non_exhaustive]
     Credentials {
@@ -310,7 +314,7 @@ pub enum RegistryError {
         cause: EtcdError,
     },
     /// etcd rejected the read by which `connect` checks the connection, with an error that no other variant covers.
-    #[error("etcd at {} refused the connection check: {cause}", endpoints.join(", "))]
+    #[error("etcd at {} rejected the read that checks the connection: {cause}", endpoints.join(", "))]
     #[non_exhaustive]
     Refused {
         /// The endpoints that were tried.
@@ -373,7 +377,7 @@ pub enum RegisterError {
         cause: Option<EtcdError>,
     },
     /// Another server has registered the key.
-    #[error("{key:?} is registered by another server, {}", under(*lease))]
+    #[error("{key:?} is registered by another server ({})", under(*lease))]
     #[non_exhaustive]
     Superseded {
         /// The key.

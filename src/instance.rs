@@ -301,10 +301,10 @@ impl Advertisement {
             return first("the version");
         }
         if self.tls != other.tls {
-            return first("the word that TLS is spoken");
+            return first("the flag that the server uses TLS");
         }
         if self.leaving != other.leaving {
-            return first("the word that the server is leaving");
+            return first("the leave marker");
         }
         let names = self.metadata.keys().chain(other.metadata.keys());
         names

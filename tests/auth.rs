@@ -139,6 +139,9 @@ async fn heals(etcd: Etcd) {
         .user_change_password("writer", "another")
         .await
         .unwrap();
+    for way in &pair.ways {
+        way.reset();
+    }
     eventually("the status reports the rejection", async || {
         // If a member does not check the token of a renewal, the lease stays alive and the state stays `Registered`.
         let (RegistrationState::Registering {

@@ -250,7 +250,7 @@ fn hello(millis: usize) -> HelloRequest {
     }
 }
 
-/// Sends one call. No server may serve it that was reported as removed before the call began. A call with `wait` may fail only because of a
+/// Sends one call. A server that was reported as removed before the call began, and not inserted since, must not serve the call. A call with `wait` may fail only because of a
 /// kill. Returns the error of a call without `wait`.
 async fn call(
     channel: &BalancedChannel,

@@ -120,7 +120,7 @@ async fn the_error_for_a_missing_binary_contains_instructions() {
 }
 
 #[tokio::test]
-async fn the_register_and_discover_examples_follow_each_other() {
+async fn the_discover_example_prints_what_the_register_example_changes() {
     let etcd = etcd().await;
     let mut discover = example("discover")
         .env("ETCD_ENDPOINTS", etcd.endpoint(0))
@@ -207,7 +207,7 @@ async fn the_register_example_deregisters_on_sigterm_and_reports_errors_in_plain
     assert!(!output.status.success());
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(
-        text.starts_with("error: no etcd answered at 127.0.0.1:1") && text.contains("refused"),
+        text.starts_with("error: etcd did not respond at 127.0.0.1:1") && text.contains("refused"),
         "{text}"
     );
 }

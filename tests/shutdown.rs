@@ -385,7 +385,7 @@ async fn a_dropped_server_reports_the_connections_that_it_cut() {
 
 /// The other tests of this file stop their servers through a future and ignore the signals that this test sends to its own process.
 #[tokio::test]
-async fn a_signal_shuts_down_gracefully_and_a_second_one_at_once() {
+async fn the_first_signal_shuts_down_gracefully_and_the_second_signal_at_once() {
     let world = World::new().await;
     let start = |grace| {
         let greeter = GreeterServer::new(NamedGreeter("alpha".to_owned()));

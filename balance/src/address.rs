@@ -89,9 +89,9 @@ impl FromStr for Address {
         }
         if let Some((scheme, _)) = text.split_once("://") {
             return Err(invalid(match scheme {
-                "http" => "has the scheme http://, which an address has not; write host:port",
-                "https" => "has the scheme https://, which an address has not; write host:port",
-                _ => "has a scheme, which an address has not; write host:port",
+                "http" => "has the scheme http://, but an address has no scheme; write host:port",
+                "https" => "has the scheme https://, but an address has no scheme; write host:port",
+                _ => "has a scheme, but an address has none; write host:port",
             }));
         }
         let (host, port) = text
@@ -199,7 +199,9 @@ fn check_path(path: &str) -> Result<&str, &'static str> {
         return Err("names a Unix socket by a path of more than 107 bytes");
     }
     if path.ends_with('/') || path.chars().any(char::is_control) {
-        return Err("names a Unix socket by a path that no socket can have");
+        return Err(
+            "names a Unix socket by a path that ends with a slash or contains a control character",
+        );
     }
     Ok(path)
 }
@@ -344,7 +346,7 @@ impl AddressPolicy {
     fn check_host(&self, host: &str) -> Result<(), &'static str> {
         let host = host.strip_suffix('.').unwrap_or(host);
         if self.loopback_forbidden && (host == "localhost" || host.ends_with(".localhost")) {
-            return Err("is loopback, which the address policy forbids");
+            return Err("is a loopback address, which the address policy forbids");
         }
         if !self.networks.is_empty() {
             return Err("is a host name, and the address policy allows only certain networks");
@@ -355,7 +357,7 @@ impl AddressPolicy {
     fn check_ip(&self, ip: IpAddr) -> Result<(), &'static str> {
         let ip = embedded_v4(ip.to_canonical());
         if is_unspecified(ip) {
-            return Err("is unspecified and not reachable from other hosts");
+            return Err("is an unspecified address, which other hosts cannot reach");
         }
         if ip.is_multicast() || ip == IpAddr::V4(Ipv4Addr::BROADCAST) {
             return Err("is a multicast or broadcast address");
@@ -367,7 +369,7 @@ impl AddressPolicy {
             return Err("is the metadata service of a cloud");
         }
         if self.loopback_forbidden && ip.is_loopback() {
-            return Err("is loopback, which the address policy forbids");
+            return Err("is a loopback address, which the address policy forbids");
         }
         if !self.networks.is_empty() && !self.networks.iter().any(|network| network.contains(&ip)) {
             return Err("is outside the networks that the address policy allows");

@@ -48,7 +48,7 @@ impl Config {
         if let Some(position) = members.iter().position(differs) {
             return Err(RegistryError::InvalidEndpoint {
                 endpoint: self.endpoints[position].clone(),
-                reason: "some endpoints say https and others do not".to_owned(),
+                reason: "some endpoints use https and others do not".to_owned(),
             });
         }
         Ok(members)
@@ -164,7 +164,7 @@ async fn explain(config: &Config, members: &[MemberEndpoint], cause: EtcdError) 
         | EtcdErrorKind::InvalidToken => {
             let user = config.credentials.as_ref();
             let user = user.map_or_else(
-                || "a client without user".to_owned(),
+                || "a client without a user name".to_owned(),
                 |user| format!("user {:?}", user.user),
             );
             return RegistryError::Credentials {
@@ -174,14 +174,17 @@ async fn explain(config: &Config, members: &[MemberEndpoint], cause: EtcdError) 
             };
         }
         EtcdErrorKind::Unimplemented => {
-            let reason = "it speaks gRPC but does not know etcd's services".to_owned();
+            let reason = "it supports gRPC but not the services of etcd".to_owned();
             return RegistryError::NotEtcd {
                 endpoints,
                 reason,
                 cause,
             };
         }
-        EtcdErrorKind::NoLeader | EtcdErrorKind::NoSpace | EtcdErrorKind::StaleTerm => {
+        EtcdErrorKind::NoLeader
+        | EtcdErrorKind::NoSpace
+        | EtcdErrorKind::OtherCluster
+        | EtcdErrorKind::StaleTerm => {
             return RegistryError::Refused { endpoints, cause };
         }
         kind if !kind.is_transient() => return RegistryError::Refused { endpoints, cause },
@@ -206,7 +209,7 @@ async fn explain(config: &Config, members: &[MemberEndpoint], cause: EtcdError) 
     if member.is_tls() {
         if is_http2(&bytes) || text.contains("does not speak TLS") {
             return tls(
-                "the server does not speak TLS; write http:// or leave the TLS configuration out"
+                "the server does not use TLS; write http://, or remove the TLS configuration"
                     .to_owned(),
                 cause,
             );
@@ -232,10 +235,12 @@ async fn explain(config: &Config, members: &[MemberEndpoint], cause: EtcdError) 
     };
     match &bytes[..] {
         [0x15, 0x03, ..] => {
-            let reason = "the server speaks TLS and the client does not; write https:// and configure `.tls_config(..)` (feature `tls`)";
+            let reason = "the server uses TLS and the client does not; write https:// and configure `.tls_config(..)` (feature `tls`)";
             tls(reason.to_owned(), cause)
         }
-        bytes if bytes.starts_with(b"HTTP/1.") => not_etcd("it speaks HTTP/1 and no gRPC", cause),
+        bytes if bytes.starts_with(b"HTTP/1.") => {
+            not_etcd("it uses HTTP/1, so it does not support gRPC", cause)
+        }
         bytes if !bytes.is_empty() && !is_http2(bytes) => {
             not_etcd("it does not speak HTTP/2", cause)
         }

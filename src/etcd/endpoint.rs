@@ -57,7 +57,7 @@ impl MemberEndpoint {
             return Err(invalid("it has no port".to_owned()));
         }
         if !matches!(uri.path(), "" | "/") || uri.query().is_some() {
-            return Err(invalid("it has a path".to_owned()));
+            return Err(invalid("it has a path or a query".to_owned()));
         }
         let address = authority.parse::<Address>();
         Ok(Self {

@@ -103,7 +103,7 @@ impl Members {
             (news, health.on_failure(&member, traffic, failure, now))
         };
         if news && self.addresses.len() > 1 {
-            tracing::info!(%member, ?failure, "an etcd member has failed a request or a watch: other members are preferred");
+            tracing::info!(%member, ?failure, "a request or a watch failed on an etcd member; other members are preferred");
         }
         let since = now.checked_sub(service.deadline).unwrap_or(now);
         let silent_since = (failure != Failure::Error).then_some(since);

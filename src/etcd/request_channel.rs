@@ -120,6 +120,6 @@ impl Service<http::Request<Body>> for RequestService {
 /// stream ends with its response, or when the caller drops the future.
 const STREAMS: [&str; 2] = ["/etcdserverpb.Watch/Watch", LEASE_KEEP_ALIVE];
 /// Shown in place of the address of a member if the client is external.
-const EXTERNAL_CLIENT: &str = "(the given client)";
+const EXTERNAL_CLIENT: &str = "(external client)";
 pub(super) const AUTHENTICATE: &str = "/etcdserverpb.Auth/Authenticate";
 pub(super) const LEASE_KEEP_ALIVE: &str = "/etcdserverpb.Lease/LeaseKeepAlive";

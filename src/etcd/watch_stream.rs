@@ -187,7 +187,7 @@ impl WatchStreams {
                 Ok((open.commands.clone(), open.channel.clone()))
             }
             Err(mpsc::error::SendError(Command::Subscribe(subscriber))) => Err(subscriber),
-            Err(_) => unreachable!("it was sent"),
+            Err(_) => unreachable!("the command that was sent is a `Subscribe`"),
         }
     }
 

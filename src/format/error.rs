@@ -24,7 +24,7 @@ impl FormatError {
 
     /// Creates the error for a valid address that the policy rejects.
     pub(super) fn refused(error: &AddressError) -> Self {
-        Self(format!("names a refused address: {error}").into())
+        Self(format!("contains an address that the address policy rejects: {error}").into())
     }
 }
 

@@ -144,7 +144,7 @@ impl Format {
         match missing {
             None => Ok(value),
             Some(missing) => Err(FormatError::new(format!(
-                "has no room for {missing} at this key"
+                "cannot represent {missing} at this key"
             ))),
         }
     }

@@ -29,7 +29,7 @@ impl InstanceFormat for GoFrame {
         let version = instance.version().unwrap_or(LATEST);
         if version.is_empty() || version.contains('/') {
             return Err(FormatError::of(
-                "has no room for a version that is empty or has a slash, as it is a part of the key",
+                "cannot represent a version that is empty or contains a slash, because the version is part of the key",
             ));
         }
         let prefix = self.service_prefix(prefix, service);

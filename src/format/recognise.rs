@@ -64,7 +64,9 @@ impl InstanceFormat for Mixed {
     }
 
     fn encode(&self, _: &str, _: &Instance) -> Result<Vec<u8>, FormatError> {
-        Err(FormatError::of("is for reading; name the one to write"))
+        Err(FormatError::of(
+            "is only for reading; set the format to write",
+        ))
     }
 
     fn decode(&self, key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {

@@ -249,7 +249,7 @@ impl Registration {
         let index = index.ok_or_else(|| RegisterError::Invalid {
             service: service.to_owned(),
             reason: format!(
-                "the registration of {:?} is not of this service",
+                "the registration of {:?} does not contain this service",
                 self.key()
             ),
         })?;

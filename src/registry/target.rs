@@ -79,7 +79,7 @@ impl Target {
     /// Parses `etcd://host:port[,host:port…]/service`.
     fn ours(authority: &str, service: &str) -> Result<Self, &'static str> {
         if service.is_empty() || service.contains('/') {
-            return Err("its path is not one service's name");
+            return Err("its path must be a single service name");
         }
         Ok(Self {
             members: members(authority)?,
@@ -201,12 +201,12 @@ mod tests {
             ("", "etcd://"),
             ("http://127.0.0.1:2379/svc", "etcd://"),
             ("etcd://127.0.0.1:2379", "no service"),
-            ("etcd://127.0.0.1:2379/", "one service"),
+            ("etcd://127.0.0.1:2379/", "single service"),
             ("etcd:///", "no service"),
             ("etcd:///svc/", "no service"),
             ("etcd://a:1,/svc", "no etcd member"),
             ("etcd://u:p@a:1/svc", "user"),
-            ("etcd://a:1/web/svc", "one service"),
+            ("etcd://a:1/web/svc", "single service"),
             ("etcd://a:1/svc?key=x", "members before the path"),
             ("etcd://a:1/svc#x", "fragment"),
             ("etcd:///a:1", "?key="),

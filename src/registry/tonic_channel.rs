@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn an_instance_that_returns_is_not_dialled_again_and_a_held_one_is_never_dialled() {
+    fn a_returning_or_held_instance_is_not_dialled() {
         let mut set = Set::default();
         assert_eq!(set.apply(vec![insert(1, true)]), []);
         assert_eq!(set.apply(vec![remove(1)]), []);

@@ -49,7 +49,7 @@ async fn whole(response: ResponseFuture) -> Result<(), h2::Error> {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn calls_up_to_the_last_stream_of_a_goaway_are_answered_and_none_beyond_is_run() {
+async fn calls_up_to_the_last_stream_of_a_goaway_are_answered_and_later_calls_are_not_run() {
     for round in 0..50 {
         let delay = Duration::from_millis(round % 3);
         let peer = Peer::start(Manner {

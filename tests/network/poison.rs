@@ -236,14 +236,14 @@ async fn a_poisoned_call_that_ends_in_closed_connections_spares_the_bystanders()
 
 /// The metadata are so small that the call is first sent on the shared connection.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_call_that_may_have_ended_its_connection_is_sent_again_on_one_of_its_own() {
+async fn a_call_that_may_have_ended_its_connection_is_sent_again_on_a_separate_connection() {
     for builder in [BalancedChannel::builder as fn() -> ChannelBuilder, retrying] {
         let peer = accepting(4_096, false, CALM).await;
         let channel = over(builder(), &addresses([&peer])).await;
         let status = poisoned(&channel, 6_016).await;
         println!("{status:?}");
         assert!(
-            status.message().contains("this call alone"),
+            status.message().contains("carried only this call"),
             "the second connection carried no other call: {status:?}"
         );
         assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");

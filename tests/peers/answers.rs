@@ -124,7 +124,7 @@ async fn an_nginx_that_answers_with_pages_gets_few_calls() {
             let (_, failed) = callers.stopped().await;
             let (bad, all) = (bad - bad_before, after - before);
             let what = format!(
-                "{http} beside {good}: {bad} of {all} calls after 1 s; in all {}",
+                "HTTP {http}, {good} good servers: in the 1.5 s after the first second, nginx got {bad} of {all} calls; in the whole run {}",
                 shown(&failed)
             );
             println!("{what}");

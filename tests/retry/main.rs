@@ -484,7 +484,10 @@ async fn a_request_stream_beyond_the_buffer_is_not_resent() {
     let (outcome, calls) = stream(Act::FailEarly(Code::Unavailable), 50_000).await;
     let status = outcome.unwrap_err();
     assert_eq!(calls.len(), 1);
-    assert!(status.message().contains("than is kept"), "{status}");
+    assert!(
+        status.message().contains("too much of the request"),
+        "{status}"
+    );
 }
 
 #[tokio::test]

@@ -394,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_endpoint_starts_with_the_latency_of_the_pool() {
+    fn a_new_endpoint_starts_with_the_median_latency() {
         let load = Load::fresh(None, 1_500.0);
         assert!(near(load.latency(), 1_500.0));
         load.on_head(ms(50), Ticks(0));
@@ -516,7 +516,7 @@ mod tests {
     }
 
     #[test]
-    fn the_median_of_an_empty_set_is_none() {
+    fn the_median_of_an_empty_set_is_zero() {
         assert!(median(&mut []).abs() < f32::EPSILON);
         assert!(near(median(&mut [3.0, 1.0, 2.0]), 2.0));
         assert!(near(median(&mut [3.0, 1.0]), 1.0));

@@ -96,7 +96,9 @@ impl<S: Stream> Updates<S> {
         };
         let polled = catch_unwind(AssertUnwindSafe(|| changes.as_mut().poll_next(cx)));
         polled.unwrap_or_else(|_| {
-            tracing::error!("the stream of changes has panicked; the set no longer changes");
+            tracing::error!(
+                "the stream of changes has panicked; the set of endpoints no longer changes"
+            );
             Poll::Ready(None)
         })
     }

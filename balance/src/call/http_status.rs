@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn a_response_without_grpc_headers_is_foreign() {
+    fn a_response_without_grpc_headers_is_not_grpc() {
         let grpc = ("content-type", "application/grpc+proto");
         let html = ("content-type", "text/html");
         let not_found = Head::Grpc(Some(Code::NotFound));

@@ -66,7 +66,7 @@ pub(super) async fn prepare(
         && let Err(bytes) = permit.check().await
     {
         let address = permit.endpoint().address();
-        tracing::debug!(%address, "the connection did not answer a check after a silence: picking another connection");
+        tracing::debug!(%address, "a silent connection did not answer a PING; picking another connection");
         core.shared().check_silent();
         history.add_silent(&permit, bytes);
         return Ok(Prepared::Unfit);

@@ -99,10 +99,16 @@ impl Attempts {
             };
             let resume = Instant::now().checked_add(wait);
             let Some(resume) = resume.filter(|at| !self.conclusion.is_late(*at)) else {
-                return self.finish(outcome, Some("the deadline leaves no time for another"));
+                return self.finish(
+                    outcome,
+                    Some("the deadline leaves no time for another attempt"),
+                );
             };
             let Some(body) = take_body(&mut outcome).await? else {
-                return self.finish(outcome, Some("more of the request was sent than is kept"));
+                return self.finish(
+                    outcome,
+                    Some("too much of the request was sent to send it again"),
+                );
             };
             self.end_attempt(outcome);
             tokio::time::sleep_until(resume).await;
@@ -143,7 +149,7 @@ impl Attempts {
             return Decision::GiveUp(None);
         };
         if self.history.is_to_blame() {
-            return Decision::GiveUp(Some("its connections were lost with this call on them"));
+            return Decision::GiveUp(Some("connections were lost while this call was on them"));
         }
         let random = fastrand::f64();
         let tokens = method_config.tokens();

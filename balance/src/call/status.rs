@@ -107,7 +107,7 @@ pub(super) fn private_connection_ended(
     error: h2::Error,
 ) -> Status {
     let reason = format!(
-        "ended a connection that carried this call alone; its metadata has {metadata} bytes"
+        "ended a connection that carried only this call, which has {metadata} bytes of metadata"
     );
     let message = format!("{service}: endpoint {address}: {reason}: {error}");
     let source = CallError::new(address, reason).with_source(error);
@@ -126,7 +126,7 @@ pub(super) fn private_dial_failed(
     error: &(dyn Error + 'static),
 ) -> Status {
     let reason = format!(
-        "no connection could be made for a call that may end its connection: {}",
+        "the private connection for a call that may end its connection could not be dialled: {}",
         causes(error)
     );
     let message = format!("{service}: endpoint {address}: {reason}");

@@ -111,7 +111,7 @@ pub(crate) async fn ready(core: &Core) -> Result<(), Status> {
             return Err(status::unready(
                 core,
                 &summary,
-                "no endpoint within the startup timeout",
+                "no endpoint is ready after the startup timeout",
             ));
         }
         shared.demand();

@@ -434,9 +434,9 @@ impl Config {
         let service = self.service.take().or(service);
         let service = service.unwrap_or_else(|| "(unnamed)".to_owned());
         let unknown = if known.is_some() {
-            "the registry has not answered within the startup timeout"
+            "the source of endpoints has not reported the set within the startup timeout"
         } else {
-            "the source of endpoints has reported none within the startup timeout"
+            "the source has reported no endpoint within the startup timeout"
         };
         let mut connector = self.connector;
         connector.static_addresses = static_addresses;

@@ -200,12 +200,12 @@ fn parse(given: &str, tls: bool) -> Result<Address, String> {
     let address = match given.split_once("://") {
         Some(("http", _)) if tls => {
             return Err(format!(
-                "{shown:?} is plaintext, and TLS is configured; write https://"
+                "{shown:?} is plaintext, but TLS is configured; write https://"
             ));
         }
         Some(("https", _)) if !tls => {
             return Err(format!(
-                "{shown:?} requires TLS, and none is configured; call `tls_config` first"
+                "{shown:?} requires TLS, but TLS is not configured; call `tls_config` first"
             ));
         }
         Some(("http" | "https", rest)) => rest.strip_suffix('/').unwrap_or(rest),

@@ -73,7 +73,8 @@ where
     T: AsyncRead + AsyncWrite + Unpin,
 {
     pub(super) connection: h2::client::Connection<Watched<Batched<T>>, Bytes>,
-    /// The socket, to write what h2 has written in a poll.
+    /// A second handle of the socket that `connection` uses. The socket collects what h2 writes during a poll, and the task sends it at the
+    /// end of the poll.
     pub(super) socket: Batched<T>,
     /// A handle that shows, after every poll, whether streams can still be opened. The handle keeps the connection open, so the task drops
     /// it when the [`Connection`](super::http2::Connection) is dropped.
@@ -210,7 +211,7 @@ where
 }
 
 /// Returns the number of streams that calls can use: the peer's limit minus the reserved streams. If the peer allows any stream, the result
-/// is at least one. Otherwise a peer whose limit is not above the number of reserved streams could not be used.
+/// is at least one. Without this minimum, a peer whose limit is not above the number of reserved streams could not be used.
 pub(super) fn streams_for_calls(streams: usize, reserved: usize) -> usize {
     streams.saturating_sub(reserved).max(streams.min(1))
 }

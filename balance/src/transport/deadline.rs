@@ -130,7 +130,7 @@ mod tests {
             let back = parsed(value.to_str().expect("ASCII")).expect("a formatted timeout can be parsed");
             prop_assert!(back <= timeout);
             // If the timeout does not fit in nanoseconds, the number has at least six digits, because the factor between two units is at
-            // most 1 000. So less than a ten-thousandth is lost.
+            // most 1 000. Less than one unit is lost, which is less than a hundred-thousandth. The assertion allows a ten-thousandth.
             prop_assert!(timeout.saturating_sub(back) <= timeout / 10_000);
         }
     }

@@ -272,7 +272,7 @@ impl Tls {
         T: AsyncRead + AsyncWrite + Unpin,
     {
         let name = self.server_name().or(host).ok_or_else(|| {
-            invalid("the server's name is not fixed, and its address was not written down by the program; use TlsConfig::new(name)")
+            invalid("no server name is configured, and the address comes from discovery; use TlsConfig::new(name)")
         })?;
         let name = ServerName::try_from(name.to_owned()).map_err(invalid)?;
         let connector = TlsConnector::from(self.current().await?);
@@ -288,7 +288,7 @@ impl Tls {
         match stream.get_ref().1.alpn_protocol() {
             None | Some(b"h2") => Ok(stream),
             Some(_) => Err(io::Error::other(
-                "the server chose another protocol than HTTP/2",
+                "the server negotiated a protocol other than HTTP/2",
             )),
         }
     }

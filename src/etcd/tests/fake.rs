@@ -619,4 +619,4 @@ impl PbWatchService for Fake {
 const NEVER: Duration = Duration::from_secs(3_600);
 
 /// The panic message for a poisoned script or store.
-const BROKEN: &str = "an earlier request was not allowed";
+const BROKEN: &str = "an earlier request violated an assertion";

@@ -98,7 +98,10 @@ impl Stream {
             Some(PbWatchRequestUnion::CreateRequest(create)) => {
                 let deaf = !create.filters.is_empty();
                 let fake = &self.fake;
-                fake.insist(!create.fragment, "that takes a server minutes");
+                fake.insist(
+                    !create.fragment,
+                    "fragments must not be requested, because they are slow",
+                );
                 fake.insist(!deaf || create.filters.len() == 2, "a probe has no events");
                 if let Some(refusal) = &self.refusal {
                     let refused = PbWatchResponse {

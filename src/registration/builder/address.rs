@@ -21,7 +21,7 @@ impl RegistrationBuilder {
                 host,
                 "has no port; without a server that binds a port, set the whole `address`",
             )),
-            (None, None, None) => Err(AddressError::new("", "is not given")),
+            (None, None, None) => Err(AddressError::new("", "is not set; call `address`")),
         };
         self.accepted(address)
     }

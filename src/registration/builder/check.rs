@@ -34,7 +34,7 @@ impl RegistrationBuilder {
     pub(super) fn check_without_server(&self) -> Result<(), RegisterError> {
         self.serve.first_set().map_or(Ok(()), |option| {
             Err(self.invalid(format!(
-                "`{option}` applies only to a server that registers itself; call `serve_registered` in place of `register`, or leave it out"
+                "`{option}` applies only to a server that registers itself; call `serve_registered` instead of `register`, or remove the option"
             )))
         })
     }
@@ -104,7 +104,7 @@ impl RegistrationBuilder {
         }
         if let (Target::Key(key), Some(id)) = (&self.target, &self.instance_id) {
             return Err(format!(
-                "the key {key:?} is exact, so the instance id {id:?} has no place in it; leave `instance_id` out"
+                "a registration at the exact key {key:?} cannot have the instance id {id:?}; remove `instance_id`"
             ));
         }
         self.check_further()?;
@@ -133,7 +133,7 @@ impl RegistrationBuilder {
     fn check_further(&self) -> Result<(), String> {
         if let (Target::Key(_), Some(service)) = (&self.target, self.further.first()) {
             return Err(format!(
-                "a registration at an exact key has no further service such as {service:?}"
+                "a registration at an exact key cannot have the additional service {service:?}"
             ));
         }
         let services = self.services();
@@ -194,14 +194,14 @@ impl RegistrationBuilder {
         let key = key.map_err(|error| format!("the format {format:?} {error}"))?;
         if !key.ends_with(id) {
             return Err(format!(
-                "the format {format:?} has no room for an instance id: the address stands in its place"
+                "the format {format:?} cannot have an instance id, because its keys end with the address"
             ));
         }
         // A resolver finds only keys below the prefix of the service.
         let prefix = format.service_prefix(keyspace.given(), service);
         if !key.starts_with(&prefix) || key.ends_with('/') {
             return Err(format!(
-                "the format {format:?} makes the key {key:?}, which is not below {prefix:?}"
+                "the format {format:?} returns the key {key:?}, which is not a key under the prefix {prefix:?}"
             ));
         }
         Ok(key)
@@ -210,7 +210,7 @@ impl RegistrationBuilder {
 
 fn check_key(key: &str) -> Result<(), String> {
     if key.is_empty() || key.ends_with('/') {
-        return Err("the key is empty or ends in a slash, and so names no instance".to_owned());
+        return Err("the key must not be empty and must not end in a slash".to_owned());
     }
     if key.len() > MAX_KEY || key.chars().any(char::is_control) {
         return Err(format!(

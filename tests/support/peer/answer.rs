@@ -37,7 +37,8 @@ pub enum Answer {
     Hang,
     /// For streams: headers and one message at once, and then nothing until the client cancels the call.
     Quiet,
-    /// No response until the server's own timer for the deadline fires.
+    /// The server ends the call when its own timer for the deadline fires. Until then, a unary call gets no response; a stream gets its headers
+    /// and one message.
     Overrun(Enforce),
 }
 
@@ -236,6 +237,6 @@ fn framed(message: &impl Message) -> Bytes {
     frame.freeze()
 }
 
-/// Time by which the server's timer fires before the client's.
+/// The server's timer fires this long before the deadline, so that it fires before the client's timer.
 const EARLY: Duration = Duration::from_micros(1_500);
 const EXPIRED: &str = "Timeout expired";

@@ -162,7 +162,7 @@ impl Driver {
         let failed = subchannel.failed(&mut self.rng, Instant::now());
         let reason = causes(error);
         if first {
-            tracing::info!(%address, %reason, "endpoint failing: no connection");
+            tracing::info!(%address, %reason, "endpoint is failing: could not connect");
         } else {
             tracing::debug!(%address, %reason, "endpoint still failing");
         }

@@ -40,7 +40,7 @@ impl Driver {
         if self.options.health_check.is_some() && !subchannel.connection().http2().has_reserve() {
             // The health watch uses the only stream, so h2 would queue every call until the watch ends.
             let address = address.clone();
-            tracing::warn!(%address, "health check stopped: the endpoint allows one stream, and calls need it");
+            tracing::warn!(%address, "health check stopped: the endpoint allows only one stream, which calls need");
             subchannel.end_health_watch();
             self.update_ready_set(id);
             self.reclassify(&address);
@@ -61,10 +61,10 @@ impl Driver {
         // If the connection has served calls, the backoff for second connections is reset, so a second connection is dialled at once.
         let has_served = subchannel.connection().used().is_answered();
         if silence == Silence::Stalled {
-            tracing::warn!(%address, "connection does not answer: dialling a second one beside it");
+            tracing::warn!(%address, "connection does not answer: dialling a second connection");
             self.set_last_error(&address, "does not answer any more".into());
         } else {
-            tracing::debug!(%address, "connection is silent: dialling a second one beside it");
+            tracing::debug!(%address, "nothing was read on the connection: dialling a second connection");
         }
         self.update_ready_set(id);
         self.dial_beside(&address, has_served);

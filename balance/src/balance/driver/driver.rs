@@ -186,7 +186,7 @@ impl Drop for Driver {
         let ended = if std::thread::panicking() {
             "the channel's driver has panicked"
         } else {
-            "the runtime on which the channel was made has ended"
+            "the tokio runtime in which the channel was created has shut down"
         };
         self.shared.end(ended, self.publication.summary());
     }

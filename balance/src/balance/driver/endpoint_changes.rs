@@ -143,7 +143,7 @@ impl Driver {
                 State::Connecting(subchannel.refreshed())
             }
             State::TransientFailure(subchannel) if is_new_generation => {
-                tracing::debug!(%address, "fresh registration: connecting at once");
+                tracing::debug!(%address, "new generation of the endpoint: connecting at once");
                 self.enqueue(id);
                 State::Idle(subchannel.reset())
             }

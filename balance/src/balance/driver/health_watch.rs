@@ -24,7 +24,7 @@ impl Driver {
         let check = self.options.health_check.clone()?;
         let address = connection.endpoint().address();
         if !connection.http2().has_reserve() {
-            tracing::warn!(%address, "no health check: the endpoint allows one stream, and calls need it");
+            tracing::warn!(%address, "no health check: the endpoint allows only one stream, which calls need");
             return None;
         }
         let report = self.events.reporter(dial_id);
@@ -115,7 +115,7 @@ async fn run(
             }
             Restart::Never(health) => {
                 let address = connection.endpoint().address();
-                tracing::debug!(%address, "the endpoint has no health service, and counts as healthy");
+                tracing::debug!(%address, "the endpoint has no health service, so it counts as healthy");
                 return event(health);
             }
         }

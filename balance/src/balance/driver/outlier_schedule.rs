@@ -42,7 +42,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sweeps_keep_their_interval_and_do_not_exist_without_a_configuration() {
+    fn sweeps_keep_their_interval_and_need_a_configuration() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut detection = OutlierSchedule::new(Some(OutlierDetection::new()), start);

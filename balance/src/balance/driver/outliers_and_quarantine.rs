@@ -20,7 +20,7 @@ impl Driver {
             let before = std::mem::replace(&mut entry.ejection, ejection);
             match (before.is_ejected(), ejection.is_ejected()) {
                 (false, true) => {
-                    tracing::warn!(%address, ?counts, "endpoint ejected: it fails much more than the others");
+                    tracing::warn!(%address, ?counts, "endpoint ejected: it fails far more calls than the other endpoints");
                 }
                 (true, false) => tracing::info!(%address, "endpoint is no longer ejected"),
                 _ => continue,
@@ -46,7 +46,7 @@ impl Driver {
                 continue;
             }
             if let Some(length) = self.quarantines.on_report(address, now) {
-                tracing::warn!(%address, ?length, "endpoint does not answer with gRPC: no calls for a while");
+                tracing::warn!(%address, ?length, "endpoint is in quarantine: its responses are not gRPC");
                 self.update_ready_sets(address);
             }
         }

@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn changes_to_a_large_set_are_collected_and_an_urgent_one_is_not() {
+    async fn changes_to_a_large_set_are_collected_unless_they_are_urgent() {
         let now = Instant::now();
         let mut publication = PendingPublication::default();
         publication.soon();

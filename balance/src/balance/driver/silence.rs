@@ -8,8 +8,8 @@ use crate::address::Address;
 use crate::balance::endpoint::UNCHECKED_SILENCE;
 
 impl Driver {
-    /// Dials a second connection beside a silent one, unless a second connection exists or the backoff since the last second connection is
-    /// not over. `has_served`: whether the silent connection has served a call. If so, the backoff ends.
+    /// Dials a second connection beside a silent one. Does nothing if the endpoint has a second connection, if the backoff after the previous
+    /// dial of one still runs, or if the endpoint is a last resort. `has_served`: whether the silent connection has served a call. If so, the backoff ends.
     pub(super) fn dial_beside(&mut self, address: &Address, has_served: bool) {
         let Some(entry) = self.endpoints.get_mut(address) else {
             return;

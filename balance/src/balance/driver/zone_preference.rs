@@ -55,7 +55,7 @@ impl ZonePreference {
         tracing::debug!(
             own = &**own,
             ?factors,
-            "the weights of the zones have changed"
+            "the factors of the zones have changed"
         );
         self.factors = factors;
         true

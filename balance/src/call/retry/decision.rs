@@ -95,7 +95,7 @@ impl Progress {
             return Decision::GiveUp(Some("the server requests no retry"));
         }
         if self.made >= policy.attempt_limit() {
-            return Decision::GiveUp(Some("that is all the policy allows"));
+            return Decision::GiveUp(Some("the policy allows no further attempt"));
         }
         if !allows_retry {
             return Decision::GiveUp(Some("the retry budget is used up"));
@@ -167,7 +167,7 @@ mod tests {
     #[test]
     fn decisions_follow_each_rule_of_grfc_a6() {
         let policy = RetryPolicy::new([Code::Unavailable]);
-        let all = Some("that is all the policy allows");
+        let all = Some("the policy allows no further attempt");
         let lost = (Code::Unavailable, Pushback::None);
         let pushed = (Code::Unavailable, Pushback::After(Duration::from_millis(7)));
         let tokens = || Tokens::new(RetryBudget::default());
