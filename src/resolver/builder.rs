@@ -130,13 +130,15 @@ impl ResolverBuilder {
         self
     }
 
-    /// Sets the maximum time between two reconciliations. A reconciliation compares the keys that the resolver has with a list of the keys
-    /// in etcd. `None` disables reconciliation. The default is 5 minutes. Each wait is random between half of the interval and the whole
+    /// Sets the maximum time between two reconciliations. A reconciliation compares the keys that the resolver has with those in etcd.
+    /// `None` disables reconciliation. The default is 5 minutes. Each wait is random between half of the interval and the whole
     /// interval, so that clients that start together do not list together. An interval below 100 ms counts as 100 ms.
     ///
-    /// Reconciliation detects faults in etcd: with several known faults, a watch loses events without an error. The list contains names,
-    /// revisions and leases, but no values. It is about a megabyte for 10 000 instances. If a key in the list differs from the state that
-    /// the resolver has, the watch gets 5 s to deliver the change. If the difference remains, the key is read individually.
+    /// Reconciliation detects faults in etcd: with several known faults, a watch loses events without an error. The first request
+    /// returns the number of keys, and the names of the keys that were written since the last reconciliation. Only if these differ from what
+    /// the resolver has, and in every sixteenth reconciliation, all names, revisions and leases are listed, about a megabyte for 10 000
+    /// instances. If a key in this list differs, the watch gets 5 s to deliver the change. If the difference remains, the key is read
+    /// individually.
     /// [`ResolverStatus::repaired`](crate::resolver::ResolverStatus::repaired) counts the keys that were corrected.
     pub fn reconcile_interval(mut self, interval: Option<Duration>) -> Self {
         self.options.reconcile = interval;
