@@ -104,7 +104,9 @@ impl Auth {
         }
         let servers = self.0.known_servers.load(Ordering::Relaxed);
         let servers = u32::try_from(servers).unwrap_or(u32::MAX);
-        let hashes = fastest.saturating_mul(servers).saturating_mul(2);
+        // If the process started together with the fleet, even its fastest exchange took long.
+        let hash = fastest.min(HASH_MAX);
+        let hashes = hash.saturating_mul(servers).saturating_mul(2);
         hashes.clamp(REFRESH_SPREAD, CLIENT_SPREAD_MAX)
     }
 
@@ -336,6 +338,8 @@ const NEW_TOKEN_TIME: Duration = Duration::from_secs(1);
 const DEFAULT_TOKEN_TTL: Duration = Duration::from_secs(300);
 /// The shortest interval over which exchanges for rejected tokens are spread. This wait counts against a call's deadline of 2 s.
 const REFRESH_SPREAD: Duration = Duration::from_millis(200);
+/// The longest time that one password hash is assumed to take. etcd takes 50 to 130 ms with its default settings.
+const HASH_MAX: Duration = Duration::from_millis(100);
 /// Limit on the interval over which the exchanges of clients are spread: the default TTL. In this time, one core computes the hashes of about
 /// 200 servers.
 const CLIENT_SPREAD_MAX: Duration = Duration::from_secs(15);

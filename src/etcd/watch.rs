@@ -23,8 +23,9 @@ pub(crate) struct Watch {
     guard: WatchGuard,
     /// Number of watchers that the server has not created yet.
     uncreated: usize,
-    /// Whether the end of the stream was already recorded as a failure of its member. The watches of the stream share this flag. `None`
-    /// while the stream works.
+    /// True if the caller must not record the end of this watch as a failure of its member: another watch of the same stream has recorded
+    /// it, or the error shows nothing about the member. The watches of a stream that has ended share this flag. `None` while the watch
+    /// works.
     is_reported: Option<Arc<AtomicBool>>,
     opened: Instant,
 }

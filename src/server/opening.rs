@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The progress of a connection towards its first call.
 ///
-/// tonic handles TLS above this layer, so the bytes of the client cannot be decoded here. Only the order of reads and writes is visible. An
+/// tonic handles TLS above this layer, so the bytes of the client cannot be decoded here. Only the order of reads and writes, and the numbers of bytes, are visible. An
 /// HTTP/2 server sends its SETTINGS at once, flushes them, and sends nothing more until it has received the preface and the SETTINGS of the
 /// client. It then acknowledges the SETTINGS of the client. A write after the flush therefore shows that the client has sent its preface.
 #[derive(Debug, Default)]

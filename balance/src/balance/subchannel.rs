@@ -39,7 +39,8 @@ pub(super) struct Subchannel<S> {
     /// Set by a failure, and cleared when a connection is ready. It stays set during the backoff and the next dial. Otherwise each dial
     /// would make calls wait for an endpoint that is down.
     failing: bool,
-    /// Whether the one immediate redial that is allowed after early losses was used.
+    /// Whether the subchannel was already dialled again at once after an early loss: a connection that ended within [`MIN_LIFETIME`], not
+    /// gracefully, and without an answered call. The next early loss leads to `TransientFailure`.
     redialled_immediately: bool,
     /// Whether calls wait for the next connection.
     wanted: bool,
@@ -271,8 +272,9 @@ impl Subchannel<Ready> {
         self.state.health = Health::Serving;
     }
 
-    /// Handles the end of the connection. Records separately whether the connection lasted, which resets the backoff, and whether it served
-    /// the calls that needed it.
+    /// Handles the end of the connection, and returns the state that follows. The backoff is reset if the connection served a call or lasted
+    /// for [`MIN_LIFETIME`]. Connections that were closed gracefully without serving the calls that needed them are counted in `unserved`,
+    /// even if they lasted.
     pub(super) fn lost(self, ending: Ending, rng: &mut fastrand::Rng, now: Instant) -> Lost {
         let started = self.state.started;
         self.ended(started, ending, rng, now)
@@ -545,7 +547,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_connection_dialled_for_a_call_that_then_idles_is_not_a_failure() {
+    async fn a_connection_that_was_dialled_for_a_call_but_carried_none_is_not_a_failure() {
         let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
         let lost = lose(idle(), ending(true, false, false), &mut rng, now);
         let Lost::Resting(resting) = lost else {

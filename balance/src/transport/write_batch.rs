@@ -23,6 +23,8 @@ struct Socket<T> {
     /// Bytes that h2 has written. Those before `written` are in the socket.
     buffer: Vec<u8>,
     written: usize,
+    /// Bytes that were collected since the buffer was last empty at the end of a poll.
+    collected: usize,
     /// Whether the socket must be flushed.
     needs_flush: bool,
     /// The error of a write at the end of a poll, which h2 receives with its next call.
@@ -36,6 +38,7 @@ impl<T> Batched<T> {
             is_batching: false,
             buffer: Vec::new(),
             written: 0,
+            collected: 0,
             needs_flush: false,
             error: None,
         })))
@@ -74,6 +77,10 @@ impl<T> Socket<T> {
         if self.written == self.buffer.len() {
             self.buffer.clear();
             self.written = 0;
+        } else if self.written >= LIMIT {
+            // A socket that takes only a part at each poll would otherwise never empty the buffer, which would grow without bound.
+            self.buffer.drain(..self.written);
+            self.written = 0;
         }
     }
 }
@@ -91,6 +98,11 @@ impl<T: AsyncWrite + Unpin> Socket<T> {
             }
             self.advance(bytes);
         }
+        // A connection that has once sent a burst must not keep the memory for it.
+        if self.buffer.capacity() > KEPT && self.collected < KEPT {
+            self.buffer.shrink_to(KEPT);
+        }
+        self.collected = 0;
         ready!(Pin::new(&mut self.io).poll_flush(cx))?;
         self.needs_flush = false;
         Poll::Ready(Ok(()))
@@ -112,6 +124,7 @@ impl<T: AsyncWrite + Unpin> Socket<T> {
                 for part in parts {
                     self.buffer.extend_from_slice(part);
                 }
+                self.collected += total;
                 return Poll::Ready(Ok(total));
             }
             // A large part is not copied: the socket gets it together with the collected bytes.
@@ -221,6 +234,8 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Batched<T> {
 
 /// Limit on the collected bytes. When it is reached, they are written before the end of the poll.
 const LIMIT: usize = 32 << 10;
+/// Memory that an idle connection keeps for the next batch.
+const KEPT: usize = 4 << 10;
 /// A part above this size is not copied.
 const LARGE: usize = 8 << 10;
 /// Maximum number of parts of one write: the collected bytes, and the header and the payload of a frame, with room to spare.
@@ -336,7 +351,9 @@ mod tests {
                     if let Poll::Ready(taken) = taken {
                         sent.extend_from_slice(&frame[..taken.expect("no error")]);
                     }
-                    assert!(batched.lock().pending().len() <= LIMIT);
+                    let socket = batched.lock();
+                    assert!(socket.pending().len() <= LIMIT);
+                    assert!(socket.buffer.len() <= 2 * LIMIT, "{}", socket.buffer.len());
                 }
                 batched.poll_end(&mut cx);
                 assert!(!is_fast || batched.lock().pending().is_empty());
@@ -366,6 +383,30 @@ mod tests {
         let taken = Pin::new(&mut batched).poll_write(&mut cx, &vec![7; 20_000]);
         assert!(matches!(taken, Poll::Ready(Ok(20_000))));
         assert_eq!(batched.lock().io.writes, 1);
+    }
+
+    #[test]
+    fn a_socket_that_never_takes_everything_does_not_fill_the_memory() {
+        let mut batched = batched(2, false);
+        let mut cx = Context::from_waker(Waker::noop());
+        for _ in 0..2_000 {
+            let _ = Pin::new(&mut batched).poll_write(&mut cx, &[7; 5_000]);
+            batched.poll_end(&mut cx);
+            assert!(batched.lock().buffer.len() <= 2 * LIMIT);
+        }
+    }
+
+    #[test]
+    fn the_memory_of_a_burst_is_released() {
+        let mut batched = batched(2, true);
+        let mut cx = Context::from_waker(Waker::noop());
+        for size in [30_000, 100] {
+            for _ in 0..size / 100 {
+                let _ = Pin::new(&mut batched).poll_write(&mut cx, &[7; 100]);
+            }
+            batched.poll_end(&mut cx);
+        }
+        assert!(batched.lock().buffer.capacity() <= KEPT);
     }
 
     #[test]

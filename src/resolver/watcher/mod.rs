@@ -7,8 +7,8 @@
 //!   ┌─▶ Listing ── last page ──▶ Watching{R} ── end, error ──▶ Resuming{R}
 //!   │      ▲                       │  │  ▲                          │
 //!   │      └── compacted, or the ──┘  │  └─────── after a wait ─────┤
-//!   │       store is another one      └ check when opened, or when  │
-//!   │                                   the header is below R       │
+//!   │       store is another one      └ check after the opening,   │
+//!   │                                   or for a suspicious header  │
 //!   └───────────────────────── set empty ───────────────────────────┘
 //! ```
 //!
@@ -18,8 +18,11 @@
 //! replaced only while its server is stopped, and the stream ends with the server process, so the result stays valid for the lifetime of
 //! the stream.
 //!
-//! Two watches are not checked. The watch after an empty list has no key to read. The watch after a list that a failed check has caused
-//! could otherwise cause list after list: if keys change constantly, every check fails.
+//! A message whose header has a revision below R, or another cluster id, also causes a check, at most once per watch.
+//!
+//! Two watches are not checked. The watch after an empty list has no key to read. If a check fails, the prefix is listed again, and the watch
+//! after this list is not checked. If it were checked, keys that change constantly could make each check fail, and each failure would cause
+//! another list.
 //!
 //! R is the header revision of the list, and later the mod revision of the last applied event. The header of a watch message never changes
 //! R, because the header is ahead of the events while a watch delivers a backlog. A watch is opened at R, not at R + 1, because the

@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn only_endpoints_that_grow_are_updated_and_a_last_time_at_the_end() {
+    fn grow_returns_an_endpoint_for_the_last_time_when_its_weight_is_full() {
         let address: Address = "10.0.0.5:80".parse().expect("an address");
         let now = Instant::now();
         let at = |seconds| now + Duration::from_secs(seconds);
