@@ -28,16 +28,16 @@ pub(super) struct Cluster {
     pub(super) auth: Auth,
     streams: WatchStreams,
     /// The id of the cluster, which every response must have.
-    pub(super) id: ClusterId,
+    pub(super) id: Arc<ClusterId>,
 }
 
 impl Cluster {
-    fn new(source: Source, auth: Auth) -> Self {
+    fn new(source: Source, auth: Auth, id: Arc<ClusterId>) -> Self {
         Self {
             source,
             auth,
-            streams: WatchStreams::default(),
-            id: ClusterId::default(),
+            streams: WatchStreams::new(Arc::clone(&id)),
+            id,
         }
     }
 }
@@ -53,14 +53,14 @@ impl Etcd {
     /// Creates a handle over the members. The first request connects.
     pub(super) fn lazy(addresses: Vec<Address>, open: OpenChannel, auth: Auth) -> Self {
         let source = Source::Members(Members::new(addresses, open));
-        Self(Arc::new(Cluster::new(source, auth)))
+        Self(Arc::new(Cluster::new(source, auth, Arc::default())))
     }
 
     /// Creates a handle over an external client.
     pub(crate) fn from_client(client: Client) -> Self {
         let source = Source::External(Arc::new(client));
         let auth = Auth::new(None);
-        Self(Arc::new(Cluster::new(source, auth)))
+        Self(Arc::new(Cluster::new(source, auth, Arc::default())))
     }
 
     /// Returns a second handle to the same cluster, without connections. Its first request opens new connections on the runtime of that
@@ -71,7 +71,7 @@ impl Etcd {
             Source::External(client) => Source::External(Arc::clone(client)),
         };
         let auth = self.0.auth.detached();
-        Self(Arc::new(Cluster::new(source, auth)))
+        Self(Arc::new(Cluster::new(source, auth, Arc::clone(&self.0.id))))
     }
 
     /// Returns the addresses of the members as `host:port`. Empty for an external client.

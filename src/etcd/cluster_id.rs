@@ -21,8 +21,15 @@ pub(super) struct ClusterId(Mutex<State>);
 struct State {
     /// The id in the first response; 0 before it.
     id: u64,
-    /// The time of the first response from another cluster since the last response from this one.
-    other_since: Option<Instant>,
+    /// The responses from another cluster since the last response from this one.
+    others: Option<Others>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Others {
+    first: Instant,
+    last: Instant,
+    count: u32,
 }
 
 impl ClusterId {
@@ -38,24 +45,29 @@ impl ClusterId {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if id == 0 || state.id == id || state.id == 0 {
             if id != 0 {
-                *state = State {
-                    id,
-                    other_since: None,
-                };
+                *state = State { id, others: None };
             }
             return Ok(());
         }
-        let since = *state.other_since.get_or_insert(now);
+        // After a longer pause, the earlier responses show nothing about the first cluster now.
+        let recent = state
+            .others
+            .filter(|others| now.saturating_duration_since(others.last) < PAUSE);
+        let others = Others {
+            first: recent.map_or(now, |others| others.first),
+            last: now,
+            count: recent.map_or(0, |others| others.count) + 1,
+        };
+        state.others = Some(others);
         let expected = state.id;
-        if now.saturating_duration_since(since) < REPLACED_AFTER {
+        let is_replaced = others.count >= REPLACED_RESPONSES
+            && now.saturating_duration_since(others.first) >= REPLACED_AFTER;
+        if !is_replaced {
             let kind = EtcdErrorKind::OtherCluster;
             let reason = format!("cluster {id:x} in place of {expected:x}; check the endpoints");
             return Err(EtcdError::new(kind, operation, endpoint, reason));
         }
-        *state = State {
-            id,
-            other_since: None,
-        };
+        *state = State { id, others: None };
         drop(state);
         tracing::warn!(
             endpoint,
@@ -66,8 +78,12 @@ impl ClusterId {
 }
 
 /// The time without a response from the first cluster after which another cluster has replaced it. It is shorter than a TTL, so that servers
-/// are registered in the new cluster within about a TTL.
-const REPLACED_AFTER: Duration = Duration::from_secs(5);
+/// are registered in the new cluster within about a TTL, and longer than the election of a leader, during which a cluster does not answer.
+const REPLACED_AFTER: Duration = Duration::from_secs(10);
+/// Minimum number of responses from the other cluster in this time.
+const REPLACED_RESPONSES: u32 = 3;
+/// Responses from the other cluster that are further apart do not count together.
+const PAUSE: Duration = Duration::from_secs(10);
 
 #[cfg(test)]
 mod tests {
@@ -96,14 +112,25 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_cluster_that_replaces_the_first_is_used_after_five_seconds() {
+    async fn a_cluster_that_replaces_the_first_is_used_after_ten_seconds() {
         let cluster = ClusterId::default();
         check(&cluster, 7).expect("the first");
-        check(&cluster, 8).expect_err("another");
-        tokio::time::advance(Duration::from_secs(4)).await;
-        check(&cluster, 8).expect_err("still another");
-        tokio::time::advance(Duration::from_secs(1)).await;
+        for _ in 0..3 {
+            check(&cluster, 8).expect_err("another");
+            tokio::time::advance(Duration::from_secs(4)).await;
+        }
         check(&cluster, 8).expect("the new one");
         check(&cluster, 7).expect_err("the old one");
+    }
+
+    /// A client that is idle for hours asks nothing, so the silence of the first cluster shows nothing.
+    #[tokio::test(start_paused = true)]
+    async fn rare_responses_of_another_cluster_do_not_replace_the_first() {
+        let cluster = ClusterId::default();
+        check(&cluster, 7).expect("the first");
+        for _ in 0..10 {
+            check(&cluster, 8).expect_err("another");
+            tokio::time::advance(Duration::from_secs(60)).await;
+        }
     }
 }

@@ -180,8 +180,10 @@ impl Etcd {
                 .and_then([TxnOp::delete(key.as_bytes(), None)]);
             async move {
                 let response = channel.client.kv_client().txn(txn).await;
-                let deleted = response.map(drop);
-                deleted.map_err(|source| error::of_client(OPERATION, &channel.endpoint(), source))
+                let response = response
+                    .map_err(|source| error::of_client(OPERATION, &channel.endpoint(), source))?;
+                let header = header(response.0.header.as_ref());
+                self.0.id.check(header, OPERATION, &channel.endpoint())
             }
         })
         .await

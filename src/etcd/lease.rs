@@ -115,9 +115,10 @@ impl Etcd {
         let outcome = self
             .attempt(Traffic::Leases, OPERATION, deadline, |channel| async move {
                 let response = channel.client.lease_client().revoke(lease.get()).await;
-                response
-                    .map(drop)
-                    .map_err(|source| error::of_client(OPERATION, &channel.endpoint(), source))
+                let response = response
+                    .map_err(|source| error::of_client(OPERATION, &channel.endpoint(), source))?;
+                let header = header(response.0.header.as_ref());
+                self.0.id.check(header, OPERATION, &channel.endpoint())
             })
             .await;
         match outcome {

@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
 
+use super::cluster_id::ClusterId;
 use super::decode::{header, key_value};
 use super::error;
 use super::limits::{DEADLINE, MAX_MESSAGE};
@@ -33,6 +34,7 @@ pub(super) struct WatchStreams(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
+    cluster: Arc<ClusterId>,
     /// Held while a stream is opened, so that watches that start at the same time share one stream.
     opening: tokio::sync::Mutex<()>,
     open: Mutex<Vec<OpenStream>>,
@@ -115,6 +117,13 @@ impl Drop for WatchGuard {
 }
 
 impl WatchStreams {
+    pub(super) fn new(cluster: Arc<ClusterId>) -> Self {
+        Self(Arc::new(Shared {
+            cluster,
+            ..Shared::default()
+        }))
+    }
+
     /// Returns how many streams are open.
     #[cfg(test)]
     pub(super) fn count(&self) -> usize {
@@ -214,6 +223,7 @@ impl WatchStreams {
         let stream =
             stream.map_err(|source| error::of_client("watch", &channel.endpoint(), source))?;
         let (commands, received) = mpsc::unbounded_channel();
+        let may_be_rejected = token.is_some() || channel.service.is_none();
         self.0.open().push(OpenStream {
             commands: commands.clone(),
             channel: channel.clone(),
@@ -227,6 +237,7 @@ impl WatchStreams {
             own_commands: commands.clone(),
             commands: received,
             probe: range,
+            may_be_rejected,
             creating: VecDeque::from([(FIRST_ID, Creating::Watcher(subscriber.id))]),
             last_id: FIRST_ID,
             numbering: Numbering::Unknown,
@@ -308,6 +319,8 @@ struct Task {
     commands: mpsc::UnboundedReceiver<Command>,
     /// The range of the probes.
     probe: Range,
+    /// Whether etcd may reject a probe because of the token of the stream.
+    may_be_rejected: bool,
     /// The requests for watchers that were not answered yet, with the requested ids.
     creating: VecDeque<(i64, Creating)>,
     last_id: i64,
@@ -514,6 +527,13 @@ impl Task {
                 }
                 return Ok(());
             }
+            if message.canceled && self.watchers.contains_key(&id) {
+                // A probe with this number was rejected for another reason. Up to etcd 3.4.21 and 3.5.5, the rejection has the number of the
+                // existing watcher, and etcd sends no more events of that watcher.
+                let kind = EtcdErrorKind::Unavailable;
+                let reason = format!("a probe was rejected: {}", message.cancel_reason);
+                return Err(EtcdError::new(kind, "watch", &self.endpoint(), reason));
+            }
             if message.canceled {
                 // The reason for the rejection may be the token of the stream, so no further watch is added to the stream.
                 self.retire();
@@ -541,9 +561,11 @@ impl Task {
             };
         };
         if message.created && !message.canceled {
+            let header = header(message.header.as_ref());
+            let endpoint = self.channel.endpoint();
+            self.streams.0.cluster.check(header, "watch", &endpoint)?;
             self.watchers.insert(id, subscriber);
             watched.watchers.push(id);
-            let header = header(message.header.as_ref());
             let from = watched.subscriber.from;
             watched.is_behind = from.is_some_and(|from| header.revision >= from);
         } else if message.canceled && !message.created {
@@ -600,8 +622,9 @@ impl Task {
 
     /// Requests a watcher. The answer, or any other message, shows that the stream works.
     ///
-    /// The request has the number of an existing watcher. etcd rejects it with one message, so a probe costs one request and one answer. A
-    /// server that chooses the numbers itself creates a watcher, which receives no events and is cancelled when it was created.
+    /// The request has the number of an existing watcher. etcd rejects it with one message, so a probe costs one request and one answer. If
+    /// the server chooses the numbers itself, or may reject the token of the stream, the request has a new number. The server then creates a
+    /// watcher, which receives no events and is cancelled when it was created.
     ///
     /// A progress request cannot be the probe: etcd 3.5.22, 3.6.2 and later do not answer it on a quiet watch.
     async fn send_probe(&mut self) -> Result<(), EtcdError> {
@@ -612,7 +635,8 @@ impl Task {
         let range = self.probe.clone();
         let options = options(&range, None).with_filters(filters);
         let existing = self.watchers.keys().next().copied();
-        let existing = existing.filter(|_| self.numbering == Numbering::AsRequested);
+        let has_own_numbers = self.numbering == Numbering::AsRequested;
+        let existing = existing.filter(|_| has_own_numbers && !self.may_be_rejected);
         if let Some(id) = existing {
             return self.send_create(id, &range, options, Creating::Probe).await;
         }

@@ -21,6 +21,7 @@ use crate::attributes::Attributes;
 use crate::balance::{self, Balancer, LbPolicy, Options, OutlierDetection, Updates};
 use crate::call::Core;
 use crate::call::retry::method_config::MethodConfigBuilder;
+use crate::causes::causes;
 use crate::transport::connect::Connector;
 use crate::transport::deadline;
 use crate::transport::health_client::HealthCheck;
@@ -393,7 +394,7 @@ impl<S: EndpointSource> ChannelBuilder<S> {
         match source.start(&context) {
             Ok(endpoints) => (Some(endpoints), config),
             Err(reason) => {
-                config.refuse(reason.to_string());
+                config.refuse(causes(&*reason));
                 (None, config)
             }
         }

@@ -122,8 +122,7 @@ impl TlsConfig {
     fn load(&self) -> io::Result<Arc<ClientConfig>> {
         let mut roots = RootCertStore::empty();
         for pem in &self.roots {
-            for certificate in CertificateDer::pem_slice_iter(&pem.read()?) {
-                let certificate = certificate.map_err(invalid)?;
+            for certificate in certificates(&pem.read()?).map_err(invalid)? {
                 roots.add(certificate).map_err(invalid)?;
             }
         }
@@ -141,10 +140,8 @@ impl TlsConfig {
         let mut config = match &self.identity {
             None => config.with_no_client_auth(),
             Some((chain, key)) => {
-                let chain = CertificateDer::pem_slice_iter(&chain.read()?)
-                    .collect::<Result<_, _>>()
-                    .map_err(invalid)?;
-                let key = PrivateKeyDer::from_pem_slice(&key.read()?).map_err(invalid)?;
+                let chain = certificates(&chain.read()?).map_err(invalid)?;
+                let key = private_key(&key.read()?).map_err(invalid)?;
                 config.with_client_auth_cert(chain, key).map_err(invalid)?
             }
         };
@@ -166,46 +163,53 @@ pub fn check(config: &TlsConfig) -> Result<(), String> {
             "the TLS server name {name:?} is neither a host name nor an IP address"
         ));
     }
+    let mut has_roots = config.system_roots || config.roots.is_empty();
     for root in &config.roots {
-        if let Pem::Text(text) = root {
-            let mut count = 0;
-            let mut store = RootCertStore::empty();
-            for certificate in CertificateDer::pem_slice_iter(text) {
-                let added = certificate.map_err(|error| error.to_string());
-                let added = added.and_then(|certificate| {
-                    store.add(certificate).map_err(|error| error.to_string())
-                });
-                added.map_err(|error| format!("`ca_certificate` is not valid PEM: {error}"))?;
-                count += 1;
-            }
-            if count == 0 {
-                return Err("`ca_certificate` contains no PEM certificate".to_owned());
-            }
+        let Pem::Text(text) = root else {
+            has_roots = true;
+            continue;
+        };
+        for certificate in
+            certificates(text).map_err(|reason| format!("`ca_certificate` {reason}"))?
+        {
+            let added = RootCertStore::empty().add(certificate);
+            added
+                .map_err(|error| format!("`ca_certificate` has an invalid certificate: {error}"))?;
+            has_roots = true;
         }
+    }
+    if !has_roots {
+        return Err("`ca_certificate` contains no PEM certificate".to_owned());
     }
     let Some((chain, key)) = &config.identity else {
         return Ok(());
     };
     if let Pem::Text(text) = chain {
-        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(text).collect();
-        match chain {
-            Err(error) => {
-                return Err(format!(
-                    "the certificates of `identity` are not valid PEM: {error}"
-                ));
-            }
-            Ok(chain) if chain.is_empty() => {
-                return Err("`identity` contains no PEM certificate".to_owned());
-            }
-            Ok(_) => {}
+        let chain =
+            certificates(text).map_err(|reason| format!("`identity`: the chain {reason}"))?;
+        if chain.is_empty() {
+            return Err("`identity` contains no PEM certificate".to_owned());
         }
     }
     if let Pem::Text(text) = key {
-        let key = PrivateKeyDer::from_pem_slice(text);
-        // The error of rustls never contains the key.
-        key.map_err(|error| format!("the key of `identity` is not a PEM private key: {error}"))?;
+        private_key(text).map_err(|reason| format!("the key of `identity` {reason}"))?;
     }
     Ok(())
+}
+
+/// Parses the certificates in a PEM text. The error has a fixed text: the error of the parser contains the line that it could not parse, and
+/// the text may be a private key by mistake.
+fn certificates(text: &[u8]) -> Result<Vec<CertificateDer<'static>>, &'static str> {
+    let certificates = CertificateDer::pem_slice_iter(text);
+    certificates
+        .collect::<Result<_, _>>()
+        .map_err(|_| "is not valid PEM")
+}
+
+/// Parses a private key in PEM. The error has a fixed text: the error of the parser contains the line that it could not parse, which is the
+/// whole key if its line breaks were lost.
+fn private_key(text: &[u8]) -> Result<PrivateKeyDer<'static>, &'static str> {
+    PrivateKeyDer::from_pem_slice(text).map_err(|_| "is not a PEM private key")
 }
 
 impl fmt::Debug for TlsConfig {

@@ -88,6 +88,20 @@ async fn a_configuration_that_can_never_work_makes_the_channel_invalid() {
         let status = say(&builder.connect_lazy()).await.expect_err(word);
         assert!(status.message().contains(word), "{status}");
     }
+    // The line breaks of a key from an environment variable are often lost. The error must not contain the key.
+    let secret = String::from_utf8(key.clone())
+        .expect("PEM")
+        .replace('\n', "");
+    for key in [
+        secret.clone(),
+        secret.replace("-----END", "\\n-----END") + "\\n",
+    ] {
+        let tls = named().identity(chain.clone(), key);
+        let builder = BalancedChannel::builder().addresses(["127.0.0.1:1"]);
+        let error = builder.tls_config(tls).connect().await.expect_err("no key");
+        let text = format!("{error} {error:?}");
+        assert!(text.len() < 300 && !text.contains("45, 45"), "{text}");
+    }
     let files = named().ca_certificate_file("/none/ca.pem");
     for tls in [named().ca_certificate(ca).identity(chain, key), files] {
         let builder = BalancedChannel::builder().addresses(["127.0.0.1:1"]);
