@@ -75,11 +75,14 @@ impl EtcdError {
         self.0.operation
     }
 
-    /// Returns the member that received the request. If no member received it, returns the member whose connection failed last, a list of
-    /// members, or a text in parentheses such as `(none)`.
+    /// Returns the member that received the request, or, if no member received it, the member whose connection failed last. Returns `None`
+    /// if there is no such member, if the error concerns several members, and for a client that was passed to
+    /// [`Registry::from_client`](crate::Registry::from_client).
     #[must_use]
-    pub fn endpoint(&self) -> &str {
-        &self.0.endpoint
+    pub fn endpoint(&self) -> Option<&str> {
+        // In the text of the error, the place of the member is never empty: it may have a list, or words in parentheses.
+        let is_member = self.0.endpoint.parse::<tonic_balance::Address>().is_ok();
+        is_member.then_some(&*self.0.endpoint)
     }
 
     /// Returns the gRPC status of the request; `None` if nothing was sent, or if the failure has no status.
@@ -112,6 +115,15 @@ impl fmt::Display for EtcdError {
 }
 
 impl std::error::Error for EtcdError {}
+
+/// Two values are equal if they are clones of the same error.
+impl PartialEq for EtcdError {
+    fn eq(&self, other: &Self) -> bool {
+        self.is(other)
+    }
+}
+
+impl Eq for EtcdError {}
 
 /// The kind of an [`EtcdError`]. The kind of an error from etcd is derived from its text and not from its gRPC code, because etcd uses one
 /// code for different errors: `OutOfRange` alone for four of them.

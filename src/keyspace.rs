@@ -48,7 +48,7 @@ impl fmt::Display for Revision {
 }
 
 /// The id of an etcd lease. It is displayed in hexadecimal, as in `etcdctl lease list`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LeaseId(i64);
 
 impl LeaseId {
@@ -91,7 +91,13 @@ impl From<LeaseId> for i64 {
 
 impl fmt::Display for LeaseId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:x}", self.0)
+        fmt::LowerHex::fmt(&self.0, f)
+    }
+}
+
+impl fmt::Debug for LeaseId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LeaseId({self})")
     }
 }
 

@@ -194,7 +194,7 @@ async fn explain(config: &Config, members: &[MemberEndpoint], cause: EtcdError) 
     // reads the first bytes that the peer sends.
     let failed = members
         .iter()
-        .find(|member| member.address().as_str() == cause.endpoint());
+        .find(|member| Some(member.address().as_str()) == cause.endpoint());
     let Some(member) = failed.or(members.first()) else {
         return RegistryError::Unreachable { endpoints, cause };
     };

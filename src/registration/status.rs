@@ -7,7 +7,7 @@ use crate::error::EtcdError;
 use crate::keyspace::LeaseId;
 
 /// The state of a registration.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RegistrationState {
     /// The key is not known to be in etcd, and the registration tries to write it. This is the state at the start, after the loss of the

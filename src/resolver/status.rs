@@ -7,7 +7,7 @@ use crate::format::FormatError;
 use crate::keyspace::Revision;
 
 /// The status of a resolver: whether its set of instances is in sync with etcd, the last error, and counters.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ResolverStatus {
     /// Whether the set is known and in sync with etcd.

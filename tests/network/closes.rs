@@ -159,9 +159,10 @@ async fn a_close_without_a_goaway_fails_no_call_under_a_retry_policy() {
             .filter(|call| !call.status.message().contains("2 attempts"))
             .collect();
         assert!(unexpected.is_empty(), "{what}: {unexpected:?}");
-        // About 5 % of the calls are on a connection that closes, and so are about 5 % of their second attempts. Together, about a quarter
-        // of a percent of the calls fail.
-        let most = usize::try_from(calls / 100).unwrap_or(usize::MAX);
+        // About 5 % of the calls are on a connection that closes, and 5 to 10 % of these lose their second connection as well: about half of
+        // a percent of all calls. The calls that have lost a connection together are sent again together, so one close can fail the second
+        // attempts of all callers.
+        let most = usize::try_from(calls / 50).unwrap_or(usize::MAX) + sizes.1;
         assert!(failed.len() <= most, "{what}: {} of {calls}", failed.len());
     }
 }

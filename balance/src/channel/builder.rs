@@ -158,9 +158,15 @@ impl<S> ChannelBuilder<S> {
     }
 
     /// Sets the number of connections to each endpoint. One more connection is made to an endpoint whose streams are all in use. Default 1;
-    /// 0 counts as 1. More than one connection is useful for a client with few endpoints and many threads.
+    /// 0 counts as 1, and more than 1 000 make the channel invalid. More than one connection is useful for a client with few endpoints and many threads.
     pub fn connections_per_endpoint(mut self, connections: usize) -> Self {
-        self.config.options.connections_per_endpoint = connections.max(1);
+        if connections > MAX_CONNECTIONS {
+            let reason = format!(
+                "connections_per_endpoint is {connections}; the limit is {MAX_CONNECTIONS}"
+            );
+            self.config.refuse(reason);
+        }
+        self.config.options.connections_per_endpoint = connections.clamp(1, MAX_CONNECTIONS);
         self
     }
 
@@ -171,25 +177,41 @@ impl<S> ChannelBuilder<S> {
     }
 
     /// Sets the limit on the wait between two attempts to connect to an endpoint, before the random variation of 20 %. Default 120 s, as in
-    /// gRPC's connection backoff document. A fresh registration ends the wait in any case.
+    /// gRPC's connection backoff document. A fresh registration ends the wait in any case. 0 makes the channel
+    /// invalid.
     pub fn max_backoff(mut self, backoff: Duration) -> Self {
+        if backoff.is_zero() {
+            let reason = "max_backoff is 0, so a failing endpoint would be dialled without a pause";
+            self.config.refuse(reason.to_owned());
+        }
         self.config.options.max_backoff = backoff;
         self
     }
 
     /// Sets the flow-control window of a stream: how many bytes of one response a server may send before the client reads them. Default 1
-    /// MiB. Values above 2^31 - 1, the HTTP/2 maximum, are reduced to this maximum.
+    /// MiB. Values above 2^31 - 1, the HTTP/2 maximum, are reduced to this maximum; 0 makes the channel invalid.
     pub fn initial_stream_window_size(mut self, bytes: u32) -> Self {
+        if bytes == 0 {
+            let reason = "initial_stream_window_size is 0, so no response could arrive";
+            self.config.refuse(reason.to_owned());
+        }
         self.config.connector.http2.stream_window = bytes.min(MAX_WINDOW);
         self
     }
 
     /// Sets the flow-control window of a connection: how many bytes of all responses together a server may send before the client reads
-    /// them. Default 2^31 - 1, the HTTP/2 maximum, because the stream windows already limit the memory.
+    /// them. Default 2^31 - 1, the HTTP/2 maximum, because the stream windows already limit the memory. Less than
+    /// 65 535, the initial window of HTTP/2, makes the channel invalid.
     ///
     /// Keep the connection window many times larger than the stream window. Once unread responses fill the connection window, every other
     /// call on the connection stops: 64 unread streams of 1 MiB fill a window of 64 MiB.
     pub fn initial_connection_window_size(mut self, bytes: u32) -> Self {
+        if bytes < MIN_CONNECTION_WINDOW {
+            let reason = format!(
+                "initial_connection_window_size is {bytes}; the minimum is {MIN_CONNECTION_WINDOW}, the initial window of HTTP/2"
+            );
+            self.config.refuse(reason);
+        }
         self.config.connector.http2.connection_window = bytes.min(MAX_WINDOW);
         self
     }
@@ -358,7 +380,10 @@ impl<S: EndpointSource> ChannelBuilder<S> {
         let (endpoints, config) = self.start();
         if let Some(reason) = config.invalid_reason() {
             let named = endpoints.and_then(|endpoints| endpoints.service);
-            let service = config.service.or(named).unwrap_or_default();
+            let service = config
+                .service
+                .or(named)
+                .unwrap_or_else(|| UNNAMED.to_owned());
             return Err(ChannelError::InvalidOption { service, reason });
         }
         let channel = match endpoints {
@@ -433,7 +458,7 @@ impl Config {
             handle,
         } = endpoints;
         let service = self.service.take().or(service);
-        let service = service.unwrap_or_else(|| "(unnamed)".to_owned());
+        let service = service.unwrap_or_else(|| UNNAMED.to_owned());
         let unknown = if known.is_some() {
             "the source of endpoints has not reported the set within the startup timeout"
         } else {
@@ -510,6 +535,13 @@ impl Config {
         }))
     }
 }
+
+/// The name in messages of a channel whose service has no name.
+const UNNAMED: &str = "(unnamed)";
+/// Limit on the connections to one endpoint. A larger number is most likely a mistake.
+const MAX_CONNECTIONS: usize = 1_000;
+/// The initial connection window of HTTP/2 (RFC 9113, section 6.9.2), which a client cannot reduce.
+const MIN_CONNECTION_WINDOW: u32 = 65_535;
 
 /// Returns an empty set of endpoints, for a channel whose source cannot be used.
 fn no_endpoints() -> Endpoints<Changes> {

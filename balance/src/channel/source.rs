@@ -19,6 +19,39 @@ use crate::balance::OnRefused;
 ///
 /// Implement this trait for the builder of a resolver, so that the resolver starts when the channel connects. A plain stream of changes
 /// needs no implementation: see [`ChannelBuilder::discover`](crate::channel::ChannelBuilder::discover).
+///
+/// ```no_run
+/// use std::convert::Infallible;
+/// use tokio::sync::mpsc;
+/// use tokio_stream::wrappers::ReceiverStream;
+/// use tonic_balance::channel::{EndpointSource, Endpoints, SourceContext};
+/// use tonic_balance::{Address, BalancedChannel};
+/// use tower::{BoxError, discover::Change};
+///
+/// /// Reads addresses from a file.
+/// struct File(&'static str);
+///
+/// impl EndpointSource for File {
+///     type Attributes = ();
+///     type Error = Infallible;
+///     type Stream = ReceiverStream<Result<Change<Address, ()>, Infallible>>;
+///
+///     fn start(self, _: &SourceContext) -> Result<Endpoints<Self::Stream>, BoxError> {
+///         let text = std::fs::read_to_string(self.0)?;
+///         let addresses: Vec<Address> = text.lines().map(str::parse).collect::<Result<_, _>>()?;
+///         let (changes, stream) = mpsc::channel(addresses.len().max(1));
+///         for address in addresses {
+///             changes.try_send(Ok(Change::Insert(address, ())))?;
+///         }
+///         Ok(Endpoints::new(ReceiverStream::new(stream)).service("greeter"))
+///     }
+/// }
+///
+/// # async fn run() -> Result<(), Box<dyn std::error::Error>> {
+/// let channel = BalancedChannel::builder().source(File("/etc/greeter/servers")).connect().await?;
+/// # Ok(())
+/// # }
+/// ```
 pub trait EndpointSource {
     /// The attributes that the source reports for an endpoint, besides its address.
     type Attributes: Into<Attributes> + 'static;
@@ -47,7 +80,7 @@ pub struct SourceContext {
 impl SourceContext {
     /// Returns whether the channel connects to its endpoints with TLS.
     #[must_use]
-    pub fn tls(&self) -> bool {
+    pub fn is_tls(&self) -> bool {
         self.tls
     }
 }

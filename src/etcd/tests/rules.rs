@@ -88,7 +88,7 @@ async fn a_renewal_from_an_old_raft_term_is_retried_at_another_member() {
             let stale = etcd.keep_alive(lease, term, DEADLINE).await;
             let error = stale.expect_err("a stale term");
             assert_eq!(error.kind(), EtcdErrorKind::StaleTerm);
-            refused_at.push(error.endpoint().to_owned());
+            refused_at.push(error.endpoint().expect("a member").to_owned());
         }
         assert_ne!(refused_at[0], refused_at[1]);
         etcd.keep_alive(lease, term, DEADLINE)

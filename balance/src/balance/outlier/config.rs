@@ -77,7 +77,7 @@ impl OutlierDetection {
     }
 
     /// Sets the percentage of endpoints that can be ejected at once. Whatever the percentage is, one endpoint can be ejected, and the last
-    /// endpoint is never ejected. Default 10.
+    /// endpoint is never ejected. Default 10. Values above 100 count as 100.
     pub fn max_ejection_percent(mut self, percent: u32) -> Self {
         self.max_ejection_percent = percent.min(100);
         self
@@ -197,9 +197,9 @@ impl FailurePercentageEjection {
         Self::default()
     }
 
-    /// Sets the percentage of failed calls above which an endpoint is ejected. Default 85.
+    /// Sets the percentage of failed calls above which an endpoint is ejected. Default 85. Values above 100 count as 100.
     pub fn threshold(mut self, percent: u32) -> Self {
-        self.threshold = percent;
+        self.threshold = percent.min(100);
         self
     }
 

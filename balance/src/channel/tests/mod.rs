@@ -292,6 +292,32 @@ async fn a_set_that_stays_unknown_fails_at_the_startup_timeout() {
 }
 
 #[tokio::test]
+async fn an_option_with_which_no_call_could_succeed_makes_the_channel_invalid() {
+    let builder = || BalancedChannel::builder().addresses(["127.0.0.1:1"]);
+    for (builder, word) in [
+        (builder().max_backoff(Duration::ZERO), "max_backoff"),
+        (
+            builder().connections_per_endpoint(usize::MAX),
+            "connections_per_endpoint",
+        ),
+        (
+            builder().initial_stream_window_size(0),
+            "initial_stream_window_size",
+        ),
+        (
+            builder().initial_connection_window_size(1 << 10),
+            "initial_connection_window_size",
+        ),
+    ] {
+        let error = builder.connect().await.expect_err(word).to_string();
+        assert!(
+            error.contains(word) && error.contains("(unnamed)"),
+            "{error}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn an_invalid_address_is_reported() {
     let channel = over(["not an address"]);
     let status = say(&channel).await.expect_err("no endpoint");
