@@ -197,9 +197,9 @@ async fn play(seed: u64) {
     }
     world.fake.script().faults = 0;
     world.fake.script().lost_deletes = 0;
-    // The bound covers the time until a silent watch is detected, a list after a backoff, and a new lease. In a lossy world, it also covers
+    // The bound covers the time until a silent watch stream is detected (41 s), a list after a backoff, and a new lease. In a lossy world, it also covers
     // the reconciliations that find the lost deletions.
-    let bound = Duration::from_secs(30) + RECONCILE * 2 * u32::from(lossy);
+    let bound = Duration::from_secs(65) + RECONCILE * 2 * u32::from(lossy);
     let right = world.becomes_right(bound).await;
     assert!(
         right,
