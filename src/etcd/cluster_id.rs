@@ -123,7 +123,7 @@ mod tests {
         check(&cluster, 7).expect_err("the old one");
     }
 
-    /// A client that is idle for hours asks nothing, so the silence of the first cluster shows nothing.
+    /// A client that is idle for hours sends no request, so the silence of the first cluster shows nothing.
     #[tokio::test(start_paused = true)]
     async fn rare_responses_of_another_cluster_do_not_replace_the_first() {
         let cluster = ClusterId::default();

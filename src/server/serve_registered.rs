@@ -216,12 +216,8 @@ where
             signals.recv().await;
             async move { signals.recv().await }
         };
-        let Listening {
-            incoming,
-            connections,
-            bound,
-        } = listen(&registration, || bind(address))?;
-        serve(self, incoming, connections, Some(bound), registration, stop).await
+        let listening = listen(&registration, || bind(address))?;
+        serve(self, listening, registration, stop).await
     }
 
     async fn serve_registered_with_shutdown<F>(
@@ -233,20 +229,8 @@ where
     where
         F: Future<Output = ()> + Send,
     {
-        let Listening {
-            incoming,
-            connections,
-            bound,
-        } = listen(&registration, || bind(address))?;
-        serve(
-            self,
-            incoming,
-            connections,
-            Some(bound),
-            registration,
-            once(signal),
-        )
-        .await
+        let listening = listen(&registration, || bind(address))?;
+        serve(self, listening, registration, once(signal)).await
     }
 
     async fn serve_registered_with_listener_shutdown<F>(
@@ -258,20 +242,8 @@ where
     where
         F: Future<Output = ()> + Send,
     {
-        let Listening {
-            incoming,
-            connections,
-            bound,
-        } = listen(&registration, || Ok(listener))?;
-        serve(
-            self,
-            incoming,
-            connections,
-            Some(bound),
-            registration,
-            once(signal),
-        )
-        .await
+        let listening = listen(&registration, || Ok(listener))?;
+        serve(self, listening, registration, once(signal)).await
     }
 
     async fn serve_registered_with_incoming_shutdown<I, T, E, F>(
@@ -289,16 +261,12 @@ where
     {
         registration.check()?;
         let connections = Connections::default();
-        let incoming = Accepted::new(incoming, connections.clone());
-        serve(
-            self,
-            incoming,
+        let listening = Listening {
+            incoming: Accepted::new(incoming, connections.clone()),
             connections,
-            None,
-            registration,
-            once(signal),
-        )
-        .await
+            bound: None,
+        };
+        serve(self, listening, registration, once(signal)).await
     }
 }
 
@@ -312,18 +280,19 @@ fn bind(address: SocketAddr) -> Result<TcpListener, ServeError> {
     Incoming::bind(address).map_err(|cause| ServeError::Bind { address, cause })
 }
 
-/// A listening socket as a stream of connections, with its address and the state that the connections share.
-struct Listening {
-    incoming: Incoming,
+/// A stream of connections, with the state that they share.
+struct Listening<I> {
+    incoming: I,
     connections: Connections,
-    bound: SocketAddr,
+    /// The address of the listening socket; `None` if the user passed the stream of connections.
+    bound: Option<SocketAddr>,
 }
 
 /// Checks the registration and then prepares the listener, so that no socket is bound for an invalid registration.
 fn listen(
     registration: &RegistrationBuilder,
     listener: impl FnOnce() -> Result<TcpListener, ServeError>,
-) -> Result<Listening, ServeError> {
+) -> Result<Listening<Incoming>, ServeError> {
     registration.check()?;
     let listener = listener()?;
     let unspecified = SocketAddr::from(([0, 0, 0, 0], 0));
@@ -335,16 +304,14 @@ fn listen(
     Ok(Listening {
         incoming: Incoming::new(listener, connections.clone()),
         connections,
-        bound,
+        bound: Some(bound),
     })
 }
 
 /// Serves on a stream of connections. The stream ends when the drain begins.
 async fn serve<L, ResBody, N, I, T, E>(
     router: Router<L>,
-    incoming: I,
-    connections: Connections,
-    bound: Option<SocketAddr>,
+    listening: Listening<I>,
     registration: RegistrationBuilder,
     stop: impl Future<Output = N>,
 ) -> Result<(), ServeError>
@@ -362,6 +329,11 @@ where
     T::ConnectInfo: Clone + Send + Sync + 'static,
     E: Into<tower::BoxError> + Send + 'static,
 {
+    let Listening {
+        incoming,
+        connections,
+        bound,
+    } = listening;
     #[cfg(feature = "health")]
     let router = match registration.serve.health.clone() {
         Some(health) => {
