@@ -28,7 +28,8 @@ pub struct EtcdError(Arc<Inner>);
 struct Inner {
     kind: EtcdErrorKind,
     operation: &'static str,
-    endpoint: String,
+    /// The member, or a list of members; `None` if no member was involved.
+    endpoint: Option<String>,
     cause: Box<dyn std::error::Error + Send + Sync>,
 }
 
@@ -42,7 +43,21 @@ impl EtcdError {
         Self(Arc::new(Inner {
             kind,
             operation,
-            endpoint: endpoint.to_owned(),
+            endpoint: Some(endpoint.to_owned()),
+            cause: cause.into(),
+        }))
+    }
+
+    /// Creates an error in which no member was involved.
+    pub(crate) fn without_endpoint(
+        kind: EtcdErrorKind,
+        operation: &'static str,
+        cause: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Self(Arc::new(Inner {
+            kind,
+            operation,
+            endpoint: None,
             cause: cause.into(),
         }))
     }
@@ -66,7 +81,7 @@ impl EtcdError {
         } else {
             "the runtime on which it was started has ended"
         };
-        Self::new(EtcdErrorKind::TaskEnded, operation, "(none)", cause)
+        Self::without_endpoint(EtcdErrorKind::TaskEnded, operation, cause)
     }
 
     /// Returns the name of the operation that failed, such as `lease grant`.
@@ -80,9 +95,9 @@ impl EtcdError {
     /// [`Registry::from_client`](crate::Registry::from_client).
     #[must_use]
     pub fn endpoint(&self) -> Option<&str> {
-        // In the text of the error, the place of the member is never empty: it may have a list, or words in parentheses.
-        let is_member = self.0.endpoint.parse::<tonic_balance::Address>().is_ok();
-        is_member.then_some(&*self.0.endpoint)
+        let endpoint = self.0.endpoint.as_deref();
+        // A list of members is not an address.
+        endpoint.filter(|endpoint| endpoint.parse::<tonic_balance::Address>().is_ok())
     }
 
     /// Returns the gRPC status of the request; `None` if nothing was sent, or if the failure has no status.
@@ -110,7 +125,10 @@ impl fmt::Display for EtcdError {
             EtcdErrorKind::TaskEnded => return write!(f, "{operation}: {kind}: {cause}"),
             _ => {}
         }
-        write!(f, "{operation} at etcd {endpoint} failed: {kind}: {cause}")
+        match endpoint {
+            Some(endpoint) => write!(f, "{operation} at etcd {endpoint} failed: {kind}: {cause}"),
+            None => write!(f, "{operation} failed: {kind}: {cause}"),
+        }
     }
 }
 
@@ -407,11 +425,11 @@ pub enum RegisterError {
         cause: Arc<io::Error>,
     },
     /// The registration has ended.
-    #[error("the registration of {key:?} has ended")]
+    #[error("the registration{} has ended", of(key.as_deref()))]
     #[non_exhaustive]
     Ended {
-        /// The key.
-        key: String,
+        /// The key; `None` if the server ended before it was registered.
+        key: Option<String>,
     },
 }
 
@@ -456,6 +474,10 @@ fn under(lease: Option<LeaseId>) -> String {
         || "without a lease".to_owned(),
         |lease| format!("under lease {lease}"),
     )
+}
+
+fn of(key: Option<&str>) -> String {
+    key.map_or_else(String::new, |key| format!(" of {key:?}"))
 }
 
 /// Formats the last failure before a timeout, if a request failed.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// A revision of an etcd store: a counter that every change increments.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Revision(i64);
 
 impl Revision {
@@ -48,7 +48,7 @@ impl fmt::Display for Revision {
 }
 
 /// The id of an etcd lease. It is displayed in hexadecimal, as in `etcdctl lease list`.
-#[derive(Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LeaseId(i64);
 
 impl LeaseId {
@@ -253,11 +253,22 @@ impl Event {
 }
 
 /// The header of every etcd response.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) cluster_id: u64,
     pub(crate) revision: Revision,
     pub(crate) raft_term: u64,
+}
+
+impl Default for Header {
+    /// The header of a response that has none: every number is zero, as in Protobuf.
+    fn default() -> Self {
+        Self {
+            cluster_id: 0,
+            revision: Revision::ZERO,
+            raft_term: 0,
+        }
+    }
 }
 
 /// The parameters of a list request.
@@ -312,8 +323,8 @@ pub(crate) struct WatchMessage {
     pub(crate) fragment: bool,
     pub(crate) created: bool,
     pub(crate) canceled: bool,
-    /// The oldest revision in the history of the store, if the watch requested an older one; otherwise zero.
-    pub(crate) compacted: Revision,
+    /// The oldest revision in the history of the store, if the watch requested an older one.
+    pub(crate) compacted: Option<Revision>,
     pub(crate) cancel_reason: String,
 }
 

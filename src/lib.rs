@@ -103,6 +103,7 @@ pub mod registration;
 pub mod registry;
 pub mod resolver;
 mod server;
+mod slots;
 #[cfg(all(feature = "testing", unix))]
 #[cfg_attr(docsrs, doc(cfg(feature = "testing")))]
 pub mod testing;

@@ -260,10 +260,9 @@ impl Running {
     pub(super) async fn outcome(mut self) -> Result<bool, EtcdError> {
         match self.0.wait_for(Option::is_some).await {
             Ok(outcome) => outcome.clone().unwrap_or(Ok(false)),
-            Err(_) => Err(EtcdError::new(
+            Err(_) => Err(EtcdError::without_endpoint(
                 EtcdErrorKind::Unavailable,
                 "authenticate",
-                "(none)",
                 "the runtime of the exchange has ended",
             )),
         }

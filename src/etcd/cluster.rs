@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use etcd_client::Client;
+use tokio::time::Instant;
 use tonic_balance::Address;
 
 use super::auth::Auth;
@@ -12,12 +13,14 @@ use super::error;
 use super::limits::DEADLINE;
 use super::member_health::{Failure, Traffic};
 use super::members::{Members, OpenChannel};
+use super::reconcile_batch::ReconcileBatch;
 use super::request_channel::RequestChannel;
 use super::token_cell::Token;
 use super::watch::Watch;
 use super::watch_stream::WatchStreams;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Key, Range, Revision};
+use crate::slots::Slots;
 
 /// A handle to an etcd cluster. A clone shares the handle by a reference count.
 #[derive(Clone, Debug)]
@@ -29,6 +32,9 @@ pub(super) struct Cluster {
     streams: WatchStreams,
     /// The id of the cluster, which every response must have.
     pub(super) id: Arc<ClusterId>,
+    pub(super) reconcile_batch: ReconcileBatch,
+    /// The times at which the services of this handle are reconciled.
+    slots: Slots,
 }
 
 impl Cluster {
@@ -38,6 +44,8 @@ impl Cluster {
             auth,
             streams: WatchStreams::new(Arc::clone(&id)),
             id,
+            reconcile_batch: ReconcileBatch::default(),
+            slots: Slots::new(Instant::now(), &mut fastrand::Rng::new()),
         }
     }
 }
@@ -200,6 +208,11 @@ impl Etcd {
             }
             _ => self.record_outcome(&watch.channel, Traffic::Keys, Some(error)),
         }
+    }
+
+    /// Returns the times at which the services of this handle are reconciled.
+    pub(crate) fn slots(&self) -> Slots {
+        self.0.slots
     }
 
     /// Returns the token in use. The caller passes it to [`Etcd::on_token_rejected`] if etcd rejects a watch that is opened now.

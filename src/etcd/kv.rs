@@ -22,17 +22,7 @@ impl Etcd {
     pub(crate) async fn list(&self, request: &ListRequest) -> Result<Page, EtcdError> {
         const OPERATION: &str = "list";
         self.call(OPERATION, |channel| {
-            let mut options = GetOptions::new()
-                .with_range(request.range.end.as_bytes())
-                .with_limit(request.limit)
-                .with_revision(request.revision.get())
-                .with_sort(SortTarget::Key, SortOrder::Ascend);
-            if request.keys_only {
-                options = options.with_keys_only();
-            }
-            if request.written_after > Revision::ZERO {
-                options = options.with_min_mod_revision(request.written_after.get() + 1);
-            }
+            let options = list_options(request);
             let start = request.range.start.as_bytes().to_vec();
             async move {
                 let mut kv = channel
@@ -190,6 +180,21 @@ impl Etcd {
     }
 }
 
+pub(super) fn list_options(request: &ListRequest) -> GetOptions {
+    let mut options = GetOptions::new()
+        .with_range(request.range.end.as_bytes())
+        .with_limit(request.limit)
+        .with_revision(request.revision.get())
+        .with_sort(SortTarget::Key, SortOrder::Ascend);
+    if request.keys_only {
+        options = options.with_keys_only();
+    }
+    if request.written_after > Revision::ZERO {
+        options = options.with_min_mod_revision(request.written_after.get() + 1);
+    }
+    options
+}
+
 /// Reads up to [`OPERATIONS_MAX`] keys at one revision.
 async fn read_all(
     channel: RequestChannel,
@@ -239,4 +244,4 @@ async fn read(channel: RequestChannel, key: Key) -> Result<(Header, Option<KeyVa
 }
 
 /// Maximum number of operations in one transaction. etcd rejects more than 128 by default.
-const OPERATIONS_MAX: usize = 100;
+pub(super) const OPERATIONS_MAX: usize = 100;

@@ -139,7 +139,7 @@ impl Etcd {
         let Some(service) = channel.service.clone() else {
             let reason = "an external client has its own credentials";
             let kind = crate::error::EtcdErrorKind::InvalidRequest;
-            return Err(EtcdError::new(kind, "authenticate", "(none)", reason));
+            return Err(EtcdError::without_endpoint(kind, "authenticate", reason));
         };
         let (etcd, credentials, sent) = (self.clone(), credentials.clone(), service.clone());
         let request = async move {

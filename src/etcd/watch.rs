@@ -11,7 +11,7 @@ use super::error;
 use super::request_channel::RequestChannel;
 use super::watch_stream::{Delivery, Subscribed, WatchGuard};
 use crate::error::{EtcdError, EtcdErrorKind};
-use crate::keyspace::{Revision, WatchMessage};
+use crate::keyspace::WatchMessage;
 
 /// An open watch on one or several key ranges. Dropping it cancels its watchers at the server.
 #[derive(Debug)]
@@ -108,8 +108,8 @@ impl Watch {
 
     /// Converts the reason in a cancellation message to an error.
     pub(crate) fn cancel_error(&self, message: &WatchMessage) -> EtcdError {
-        if message.compacted > Revision::ZERO {
-            let source = format!("history before revision {} is compacted", message.compacted);
+        if let Some(compacted) = message.compacted {
+            let source = format!("history before revision {compacted} is compacted");
             return EtcdError::new(
                 EtcdErrorKind::Compacted,
                 "watch",

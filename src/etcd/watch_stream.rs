@@ -700,7 +700,7 @@ fn watch_message(message: PbWatchResponse) -> WatchMessage {
         fragment: message.fragment,
         created: message.created,
         canceled: message.canceled,
-        compacted: Revision::new(message.compact_revision),
+        compacted: Revision::new(message.compact_revision).known(),
         cancel_reason: message.cancel_reason,
     }
 }

@@ -92,13 +92,11 @@ impl RegistrationHandle {
 
     /// Returns a `Registration` for one request. Dropping it does not deregister the server while the server has its own `Registration`.
     async fn registration(&self) -> Result<Registration, RegisterError> {
-        let ended = |key: &str| RegisterError::Ended {
-            key: key.to_owned(),
-        };
-        let Started { parts, requests } = self.started().await.ok_or_else(|| ended("(none)"))?;
+        let started = self.started().await;
+        let Started { parts, requests } = started.ok_or(RegisterError::Ended { key: None })?;
         let Some(requests) = requests.upgrade() else {
-            let key = parts.keys.first().map_or("", |(key, _)| key);
-            return Err(ended(key));
+            let key = parts.keys.first().map(|(key, _)| key.clone());
+            return Err(RegisterError::Ended { key });
         };
         Ok(Registration { parts, requests })
     }

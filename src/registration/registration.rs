@@ -298,7 +298,7 @@ impl Registration {
 
     fn ended(&self) -> RegisterError {
         RegisterError::Ended {
-            key: self.key().to_owned(),
+            key: Some(self.key().to_owned()),
         }
     }
 

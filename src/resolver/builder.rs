@@ -150,7 +150,8 @@ impl ResolverBuilder {
     /// The file is used if etcd has not answered within 50 ms. The [status](Resolver::status) is then
     /// [`Stale`](crate::resolver::ResolverState::Stale), a warning is logged, and the first complete list replaces the set. The file is
     /// written about a second after a change, and never for an empty set. The directory is created if it is missing; only its owner can
-    /// then read it. A file that is corrupt, of another version or of another service is reported in the log and ignored.
+    /// then read it. If the first list has fewer than half of the cached instances, the others are held as after any
+    /// [mass removal](Self::mass_removal_protection). A file that is corrupt, of another version or of another service is reported in the log and ignored.
     ///
     /// ```no_run
     /// # fn run(registry: tonic_etcd::Registry) {
@@ -195,10 +196,9 @@ impl ResolverBuilder {
                 tracing::error!(reason, "nothing can be resolved");
                 (
                     Vec::new(),
-                    Some(EtcdError::new(
+                    Some(EtcdError::without_endpoint(
                         EtcdErrorKind::InvalidRequest,
                         "list",
-                        "(none)",
                         reason,
                     )),
                 )

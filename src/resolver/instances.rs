@@ -3,7 +3,7 @@
 //! The unit of load balancing is the address. Several keys may contain the same address, for example after a restart under a new instance
 //! id. The key with the highest create revision then describes the address. The address is removed with its last key.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 
 use crate::format::{Decoder, FormatError};
 use crate::instance::{Instance, KeyLocation};
@@ -14,13 +14,16 @@ use tonic_balance::Address;
 #[derive(Debug, Default)]
 pub(super) struct Instances {
     keys: BTreeMap<Key, Entry>,
-    /// The keys that contain each address, ordered by create revision.
-    addresses: HashMap<Address, BTreeSet<(Revision, Key)>>,
+    /// The keys that contain each address, ordered by create revision. Nearly every address has one key, so the list is a `Vec`: the
+    /// smallest `BTreeSet` has memory for eleven entries.
+    addresses: HashMap<Address, Vec<(Revision, Key)>>,
     /// Total size of the keys that have a good value, and of these values.
     bytes: usize,
     /// Number of keys with a good value.
     used: usize,
     limit: Limit,
+    /// Whether a value was rejected because of a limit since the last list.
+    is_over_limit: bool,
 }
 
 /// The state of one key.
@@ -29,7 +32,7 @@ struct Entry {
     /// The instance from the last value that could be decoded, if any.
     instance: Option<Instance>,
     /// The latest write of the key, if its value could not be used.
-    rejected: Option<Rejected>,
+    rejected: Option<Box<Rejected>>,
     /// Size of the key and of its last good value. Zero if the key has no good value.
     bytes: usize,
 }
@@ -107,6 +110,7 @@ impl Instances {
         };
         let bytes = kv.key.as_bytes().len() + kv.value.len();
         if let Err(error) = self.check_limit(&kv.key, bytes) {
+            self.is_over_limit = true;
             return self.reject(kv, error, applied);
         }
         let id = String::from_utf8_lossy(range.suffix(&kv.key)).into_owned();
@@ -129,10 +133,12 @@ impl Instances {
                 }
             }
         }
-        self.addresses
-            .entry(instance.address().clone())
-            .or_default()
-            .insert((created(&instance), kv.key));
+        let named = (created(&instance), kv.key);
+        let keys = self.addresses.entry(instance.address().clone());
+        let keys = keys.or_insert_with(|| Vec::with_capacity(1));
+        if let Err(position) = keys.binary_search(&named) {
+            keys.insert(position, named);
+        }
         applied.changed.push(instance.address().clone());
     }
 
@@ -154,9 +160,9 @@ impl Instances {
             lease: kv.lease,
             reason: error.clone(),
         };
-        let before = entry.rejected.replace(write);
+        let before = entry.rejected.replace(Box::new(write));
         let is_same =
-            |before: Rejected| (before.revision, before.lease) == (kv.mod_revision, kv.lease);
+            |before: Box<Rejected>| (before.revision, before.lease) == (kv.mod_revision, kv.lease);
         if !before.is_some_and(is_same) {
             applied.rejected += 1;
             applied
@@ -183,12 +189,21 @@ impl Instances {
         Ok(())
     }
 
+    /// Returns whether values that were rejected because of a limit may now be accepted. The prefixes must then be listed again, because
+    /// these values were not kept. Returns true only after a tenth of a limit has become free, so that a set that stays at its limit does
+    /// not cause a list for each removed key.
+    pub(super) fn take_room(&mut self) -> bool {
+        let Limit { keys, bytes } = self.limit;
+        let has_room = self.used <= keys - keys.div_ceil(10) && self.bytes <= bytes - bytes / 10;
+        has_room && std::mem::take(&mut self.is_over_limit)
+    }
+
     /// Returns the keys whose latest value is not used, with the revision of the write and the reason.
     pub(super) fn rejected(&self) -> impl Iterator<Item = (&Key, Revision, &FormatError)> {
         self.keys.iter().filter_map(|(key, entry)| {
             let Rejected {
                 revision, reason, ..
-            } = entry.rejected.as_ref()?;
+            } = entry.rejected.as_deref()?;
             Some((key, *revision, reason))
         })
     }
@@ -211,7 +226,9 @@ impl Instances {
         let Some(keys) = self.addresses.get_mut(before.address()) else {
             return false;
         };
-        keys.remove(&(created(before), key.clone()));
+        if let Ok(position) = keys.binary_search(&(created(before), key.clone())) {
+            keys.remove(position);
+        }
         let unnamed = keys.is_empty();
         if unnamed {
             self.addresses.remove(before.address());
@@ -297,6 +314,29 @@ mod tests {
             .collect();
         known.sort();
         known
+    }
+
+    #[test]
+    fn rejected_keys_have_room_once_a_tenth_of_the_limit_is_free() {
+        let mut set = Instances::new(Limit {
+            keys: 10,
+            bytes: 10_000,
+        });
+        let key = |number: i64| format!("/s/{number:02}");
+        let puts = (1..=11).map(|number| {
+            put(
+                &key(number),
+                &format!("10.0.0.{number}:80"),
+                number,
+                number,
+                1,
+            )
+        });
+        assert_eq!(apply(&mut set, puts).rejected, 1);
+        assert!(!set.take_room());
+        apply(&mut set, [delete(&key(1), 12)]);
+        assert!(set.take_room());
+        assert!(!set.take_room(), "one list is enough");
     }
 
     #[test]

@@ -27,8 +27,8 @@ use crate::keyspace::Range;
 
 /// The current set of instances of a service, as a `Stream` of [`Change`]s. A resolver therefore implements [`tower::discover::Discover`].
 ///
-/// The stream never ends and never fails. [`status`](Self::status) reports failures of etcd. They have no other effect: no instance is
-/// removed because etcd is unreachable.
+/// The stream never ends and never fails. [`status`](Self::status) reports failures of etcd. No instance is removed because etcd is
+/// unreachable.
 ///
 /// A clone is a separate subscription to the same watch. Its stream begins with an insert for every known instance. The watch is closed
 /// when the last clone is dropped.
@@ -74,7 +74,7 @@ impl Drop for Tasks {
 }
 
 impl Resolver {
-    /// Starts one task per range, one task that ends holds, and, with a cache or seeds, one task for them.
+    /// Starts one task per range, one task that drops held instances at their deadline, and, if a cache or seeds are configured, one task that loads and writes them.
     ///
     /// # Panics
     ///
@@ -101,7 +101,7 @@ impl Resolver {
         let mut prefixes = Vec::with_capacity(ranges.len());
         for (index, range) in ranges.into_iter().enumerate() {
             let span = tracing::info_span!("resolver", prefix = %range.start);
-            let machine = Machine::new(range, reconcile, fastrand::Rng::new());
+            let machine = Machine::new(range, reconcile, etcd.slots(), fastrand::Rng::new());
             let (reports, reported) = super::feedback::channel();
             prefixes.push(reports);
             let task = task::run(etcd.clone(), machine, Arc::clone(&core), index, reported);
@@ -128,7 +128,7 @@ impl Resolver {
 
     /// Returns the known instances, one per address, sorted by address. Instances that are
     /// [held](crate::resolver::ResolverBuilder::mass_removal_protection) are included; [`Instance::is_last_resort`] returns true for them.
-    /// Until the first list is complete, the result is empty, or contains the instances of the cache or the seeds; see
+    /// Until every prefix has been listed, the result is incomplete, or contains instances of the cache or the seeds; see
     /// [`ready`](Self::ready).
     #[must_use]
     pub fn instances(&self) -> Vec<Instance> {
@@ -148,7 +148,9 @@ impl Resolver {
     }
 
     /// Returns the keys whose latest value is not used, because it cannot be decoded, because the address policy rejects its address, or
-    /// because it is over a limit. At most 1 000 keys beyond the [limit](crate::resolver::ResolverBuilder::max_keys) are listed.
+    /// because it is over a limit. The resolver remembers at most
+    /// [`max_keys`](crate::resolver::ResolverBuilder::max_keys) and 1 000 keys, used and rejected keys together. Further rejected keys are
+    /// counted, but not returned.
     #[must_use]
     pub fn rejected(&self) -> Vec<RejectedKey> {
         self.core.rejected()
@@ -168,9 +170,9 @@ impl Resolver {
     }
 
     /// Waits until the instances are known: until every prefix has been listed once, or until the
-    /// [cache](crate::resolver::ResolverBuilder::cache_dir) or the [seeds](crate::resolver::ResolverBuilder::seeds) are used. Without a
-    /// cache and without seeds, the future never completes if etcd never responds. In this case, wrap the future in
-    /// [`tokio::time::timeout`], and read the reason from the [`status`](Self::status).
+    /// [cache](crate::resolver::ResolverBuilder::cache_dir) or the [seeds](crate::resolver::ResolverBuilder::seeds) are used. Without
+    /// seeds and without a usable cache, the future never completes while etcd does not respond or rejects the requests. In this case, wrap
+    /// the future in [`tokio::time::timeout`], and read the reason from the [`status`](Self::status).
     ///
     /// # Cancel safety
     ///

@@ -17,10 +17,12 @@ pub struct ResolverStatus {
     /// The store revision at which the set was last known to be correct. `None` until every prefix has been listed. With several prefixes,
     /// this is the lowest of their revisions.
     pub revision: Option<Revision>,
-    /// The last failure. `None` while the state is [`Fresh`](ResolverState::Fresh).
+    /// The failure that currently prevents a list or a watch; with several prefixes, the failure of the first such prefix. `None` while the
+    /// state is [`Fresh`](ResolverState::Fresh).
     pub last_error: Option<EtcdError>,
     /// Number of writes since the start whose value is not used: it cannot be decoded, the address policy rejects its address, it is over a
-    /// limit, or it is too large to receive. Each write is counted once.
+    /// limit, or it is too large to receive. Each write is counted once, but a
+    /// write that is not [remembered](crate::Resolver::rejected) is counted again with each complete list.
     pub rejected_values: u64,
     /// Number of complete lists since the start. More than one list per prefix means that a prefix was listed again, for example because
     /// its watch could not be resumed.
@@ -40,7 +42,7 @@ pub struct ResolverStatus {
     /// Number of instances that vanished together with most others and are currently
     /// [held](crate::resolver::ResolverBuilder::mass_removal_protection).
     pub held: usize,
-    /// Number of mass removals since the start. A mass removal is a period in which instances are held.
+    /// Number of periods since the start in which instances were held.
     pub mass_removals: u64,
 }
 
@@ -64,8 +66,8 @@ pub enum ResolverState {
     Unknown,
     /// The set is in sync with etcd.
     Fresh,
-    /// The set is the last known one, or the set of the cache or the seeds. etcd is currently unreachable, or rejects the resolver's
-    /// requests.
+    /// The set is the last known one, or the set of the cache or the seeds. etcd has not answered yet, is unreachable, or
+    /// rejects the requests; or the resolver cannot send requests, because its service name is invalid or its runtime has ended.
     Stale,
 }
 

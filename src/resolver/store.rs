@@ -27,7 +27,7 @@ pub(super) struct Core {
     decoder: Decoder,
     shared: Mutex<Shared>,
     pub(super) status: watch::Sender<ResolverStatus>,
-    /// Wakes the task that ends holds, after an episode of holds has begun or ended.
+    /// Wakes the task that ends holds. Notified when the first instance is held, and when no instance is held any more.
     pub(super) held: Notify,
     /// Wakes the task that writes the cache.
     pub(super) changed: Notify,
@@ -41,6 +41,8 @@ pub(super) struct Shared {
     fallback: HashMap<Address, Instance>,
     pub(super) subscriptions: Vec<Option<Subscription>>,
     pub(super) reports: Vec<Report>,
+    /// For each prefix, whether it must be listed again.
+    list_again: Vec<bool>,
     /// Number of writes whose value could not be used.
     pub(super) rejected: u64,
     /// Time of the last warning about writes whose value could not be used.
@@ -67,7 +69,7 @@ impl Subscription {
         }
     }
 
-    /// Drops pending addresses that are no longer known and that the subscriber has never received. They would otherwise accumulate if a
+    /// Drops pending addresses that are no longer known and that the subscriber does not currently have. They would otherwise accumulate if a
     /// subscriber only reads the list and never polls its stream.
     fn prune(&mut self, is_known: impl Fn(&Address) -> bool, known: usize) {
         if self.pending.len() <= 2 * (known + self.announced.len()) + MAX_UNPOLLED {
@@ -152,6 +154,20 @@ impl Shared {
         news
     }
 
+    /// Replaces the instances of the cache, or the seeds, by the listed ones. If the lists have fewer than half of them, for example because
+    /// etcd has lost its data, the others are held as after any mass removal. Returns the addresses that may have changed.
+    fn end_fallback(&mut self, now: Instant) -> (Vec<Address>, Option<News>) {
+        let fallback = std::mem::take(&mut self.fallback);
+        let addresses: Vec<_> = fallback.keys().cloned().collect();
+        let unregistered = fallback
+            .into_values()
+            .filter(|instance| self.registered.get(instance.address()).is_none())
+            .collect();
+        self.hold.on_changes(addresses.clone(), Vec::new(), now);
+        let Outcome { released, news } = self.hold.on_changes(Vec::new(), unregistered, now);
+        (addresses.into_iter().chain(released).collect(), news)
+    }
+
     fn notify(&mut self, changed: &[Address]) -> Vec<Waker> {
         let mut wakers = Vec::new();
         if !changed.is_empty() {
@@ -177,7 +193,8 @@ impl Shared {
 }
 
 impl Core {
-    /// Creates the state with an empty set. The set counts as known only if no prefix is configured.
+    /// Creates the state with an empty set. The set is unknown until every prefix has been listed. `trouble` is the reason why there is no
+    /// prefix, such as an invalid service name.
     pub(super) fn new(
         service: String,
         prefixes: usize,
@@ -186,7 +203,7 @@ impl Core {
     ) -> Self {
         let mut reports = vec![Report::default(); prefixes];
         if prefixes == 0 {
-            // Without a prefix, there is nothing to list. The empty set therefore counts as known, and the status contains the reason.
+            // Without a prefix, there is nothing to list, so the empty set counts as known.
             reports.push(Report {
                 listed: true,
                 trouble,
@@ -198,6 +215,7 @@ impl Core {
             hold: Hold::new(options.hold, fastrand::Rng::new()),
             fallback: HashMap::new(),
             subscriptions: Vec::new(),
+            list_again: vec![false; reports.len()],
             reports,
             rejected: 0,
             warned: None,
@@ -215,8 +233,7 @@ impl Core {
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Shared> {
-        // Only a filter or a custom format can panic while this lock is held. The data is consistent even then, so a poisoned lock is used
-        // as usual.
+        // Only a filter can panic while this lock is held, and the data is consistent even then. A poisoned lock is therefore used as usual.
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -287,7 +304,7 @@ impl Core {
         rejected.map(of).collect()
     }
 
-    /// Publishes the changes that a machine has collected. The lock is held for the whole batch, so that subscribers see all changes of the
+    /// Publishes the changes that the state machine of a prefix has collected. The lock is held for the whole batch, so that subscribers see all changes of the
     /// batch at once.
     pub(super) fn publish(&self, index: usize, machine: &mut Machine, now: Instant) {
         let events = machine.take_update();
@@ -305,19 +322,30 @@ impl Core {
                 tracing::debug!(?key, %revision, rejected, "skipped values that cannot be used; the first value {error}");
             }
         }
-        let news = shared.on_applied(&mut applied, now);
+        if shared.registered.take_room() {
+            // The rejected keys may belong to any prefix.
+            shared.list_again.fill(true);
+        }
+        if shared.list_again.get_mut(index).is_some_and(std::mem::take) {
+            machine.list_again(now);
+        }
+        let mut news = shared.on_applied(&mut applied, now);
         let mut wakers = shared.notify(&applied.changed);
         shared.rejected += applied.rejected;
+        let all_listed = |shared: &Shared| shared.reports.iter().all(|report| report.listed);
+        let was_listed = all_listed(&shared);
         if let Some(report) = shared.reports.get_mut(index) {
             report.clone_from(&machine.report);
         }
-        let is_listed = shared.reports.iter().all(|report| report.listed);
+        let is_listed = all_listed(&shared);
         if is_listed && !shared.fallback.is_empty() {
-            let fallback: Vec<_> = std::mem::take(&mut shared.fallback).into_keys().collect();
-            wakers.extend(shared.notify(&fallback));
+            let (addresses, began) = shared.end_fallback(now);
+            news = news.or(began);
+            wakers.extend(shared.notify(&addresses));
         }
         drop(shared);
-        if is_listed && !applied.changed.is_empty() {
+        // The last prefix to be listed may be empty, while the others have instances that are not in the cache yet.
+        if is_listed && (!was_listed || !applied.changed.is_empty()) {
             self.changed.notify_one();
         }
         self.announce(news, wakers);
@@ -332,7 +360,7 @@ impl Core {
         if let Some(report) = shared.reports.get_mut(index) {
             report.trouble = Some(if is_dropped {
                 let kind = EtcdErrorKind::TaskEnded;
-                EtcdError::new(kind, "resolver", "(none)", "the resolver was dropped")
+                EtcdError::without_endpoint(kind, "resolver", "the resolver was dropped")
             } else {
                 EtcdError::task_ended("resolver")
             });
@@ -362,15 +390,16 @@ impl Core {
             self.held.notify_one();
         }
         self.status.send_if_modified(|status| {
-            // The lock is taken inside the status update, and must not be held around it. Code that borrows the status blocks the update,
-            // and may itself take the lock to read the instances.
+            // Lock order: first the status, then the shared state. Code that has borrowed the status may take the second lock, for example
+            // in `instances`, so the opposite order would be a deadlock.
             let shared = self.lock();
             let next = status_of(&shared, Some(status));
             let instances = shared.registered.len();
             drop(shared);
             if next.state != status.state {
                 let error = next.last_error.as_ref().map(tracing::field::display);
-                tracing::info!(state = ?next.state, instances, revision = next.revision.map(Revision::get), error, "resolver state changed");
+                let service = &self.service;
+                tracing::info!(service, state = ?next.state, instances, revision = next.revision.map(Revision::get), error, "resolver state changed");
             }
             let modified = !next.is_same(status);
             *status = next;
@@ -393,8 +422,8 @@ impl Core {
                     service,
                     registered,
                     of,
-                    ?length,
-                    "most instances have vanished from the registry within seconds: further instances that vanish are kept as a last resort"
+                    kept_for = ?length,
+                    "fewer than half of the instances are left in the registry: instances that vanish from now on are kept as a last resort"
                 );
             }
             News::Recovered {
@@ -450,11 +479,7 @@ fn status_of(shared: &Shared, before: Option<&ResolverStatus>) -> ResolverStatus
     ResolverStatus {
         state,
         since,
-        revision: reports
-            .iter()
-            .map(|report| report.revision)
-            .min()
-            .and_then(Revision::known),
+        revision: reports.iter().map(|report| report.revision).min().flatten(),
         last_error,
         rejected_values: shared.rejected + sum(|report| report.oversized),
         lists: sum(|report| report.lists),
@@ -485,8 +510,8 @@ mod tests {
             |port: u16| -> Address { format!("127.0.0.1:{port}").parse().expect("valid") };
         let (there, told) = (address(1), address(2));
         subscription.announced.insert(told.clone());
-        for gone in [there.clone(), told.clone()] {
-            subscription.notify(&gone);
+        for changed in [there.clone(), told.clone()] {
+            subscription.notify(&changed);
         }
         for port in 3..60_000 {
             subscription.notify(&address(port));

@@ -12,6 +12,7 @@ use super::store::Core;
 use super::watcher::{Command, Machine};
 use crate::etcd::{DEADLINE, Etcd, Watch};
 use crate::instance::Instance;
+use crate::keyspace::Revision;
 use tonic_balance::{Address, AddressPolicy};
 
 /// Executes the commands of a machine in an endless loop.
@@ -54,7 +55,12 @@ pub(super) async fn run(
                 machine.on_checked(answer, Instant::now())
             }
             Command::Reconcile(request) => {
-                let page = etcd.list(&request).await;
+                // Only the changes of many services fit into one response.
+                let page = if request.written_after == Revision::ZERO {
+                    etcd.list(&request).await
+                } else {
+                    etcd.reconcile(&request).await
+                };
                 machine.on_names(page, Instant::now())
             }
             Command::Read(key) => {

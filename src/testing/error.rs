@@ -1,4 +1,4 @@
-//! The error of the start of an etcd and of the operations on its members.
+//! The error of starting an etcd, and of operating on its members.
 
 use std::{io, path::PathBuf, process::ExitStatus, time::Duration};
 
@@ -23,7 +23,7 @@ pub enum ProcessError {
         cause: io::Error,
     },
     /// The temporary directory, the ports or the log files could not be allocated, or the data of a
-    /// member could not be copied or deleted.
+    /// member could not be copied or deleted, for example because no backup exists.
     #[error("could not prepare the files or the ports of etcd: {0}")]
     Prepare(io::Error),
     /// A member exited by itself while it was expected to become healthy.
@@ -48,8 +48,8 @@ pub enum ProcessError {
         /// The last lines of its log.
         log: String,
     },
-    /// A member could not be signalled or waited for.
-    #[error("could not signal etcd member {member}: {cause}")]
+    /// A signal could not be sent to a member, or had no effect in time.
+    #[error("could not stop, freeze or resume etcd member {member}: {cause}")]
     #[non_exhaustive]
     Signal {
         /// The index of the member.
@@ -74,9 +74,10 @@ pub enum ProcessError {
     },
     /// The member cannot be isolated: the cluster was not started with
     /// [`EtcdBuilder::partitionable`](super::EtcdBuilder::partitionable), or the member does not
-    /// return its id.
+    /// answer the query for its id, for example because it is frozen or because authentication is
+    /// enabled.
     #[error(
-        "etcd member {member} cannot be isolated: start the cluster with `partitionable()`, and the member before it is isolated"
+        "etcd member {member} cannot be isolated: the cluster was not started with `partitionable()`, or the member does not report its id"
     )]
     #[non_exhaustive]
     NotPartitionable {
@@ -84,7 +85,9 @@ pub enum ProcessError {
         member: usize,
     },
     /// No member has this index.
-    #[error("no etcd member {member}: there are {members}, counted from 0")]
+    #[error(
+        "there is no etcd member with index {member}: the cluster has {members} members, and indexes start at 0"
+    )]
     #[non_exhaustive]
     NoSuchMember {
         /// The requested index.

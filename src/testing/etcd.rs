@@ -58,11 +58,10 @@ impl Etcd {
         self.members.iter().map(Member::endpoint).collect()
     }
 
-    /// Returns the client address of one member; empty if the member does not exist.
+    /// Returns the client address of one member; `None` if the member does not exist.
     #[must_use]
-    pub fn endpoint(&self, member: usize) -> String {
-        let member = self.members.get(member);
-        member.map(Member::endpoint).unwrap_or_default()
+    pub fn endpoint(&self, member: usize) -> Option<String> {
+        self.members.get(member).map(Member::endpoint)
     }
 
     /// Returns the addresses for TLS clients, as `127.0.0.1:port`. Members listen there only with
@@ -91,11 +90,10 @@ impl Etcd {
         Some(process.id())
     }
 
-    /// Returns the log of a member, over all of its starts; empty if the member does not exist.
+    /// Returns the log of a member, over all of its starts; `None` if the member does not exist.
     #[must_use]
-    pub fn log(&self, member: usize) -> String {
-        let member = self.members.get(member);
-        member.map(Member::log).unwrap_or_default()
+    pub fn log(&self, member: usize) -> Option<String> {
+        self.members.get(member).map(Member::log)
     }
 
     /// Returns the index of the leader, if the cluster has one.

@@ -179,7 +179,7 @@ async fn a_watch_is_moved_from_a_member_that_freezes_or_loses_its_leader() {
     let etcd = connect(cluster.endpoints()).await;
     let leader = leader(&cluster).await;
     let bad = (leader + 1) % 3;
-    let address = cluster.endpoint(bad);
+    let address = cluster.endpoint(bad).unwrap();
     let deadline = Duration::from_secs(2);
     let lease = LeaseId::new(42);
     let granted = etcd.grant(lease, Duration::from_secs(60), deadline);
@@ -295,7 +295,7 @@ async fn a_frozen_member_behind_a_load_balancer_is_replaced_by_a_new_connection(
     let mut cluster = testing::Etcd::start_cluster(3).await.expect("etcd");
     let leader = leader(&cluster).await;
     let (frozen, well) = ((leader + 1) % 3, (leader + 2) % 3);
-    let (member, members) = watch::channel(cluster.endpoint(frozen));
+    let (member, members) = watch::channel(cluster.endpoint(frozen).unwrap());
     let etcd = connect(vec![service(members).await]).await;
     let lease = LeaseId::new(42);
     let deadline = Duration::from_secs(1);
@@ -303,7 +303,7 @@ async fn a_frozen_member_behind_a_load_balancer_is_replaced_by_a_new_connection(
         .await
         .expect("granted");
     cluster.freeze(frozen).await.expect("frozen");
-    member.send_replace(cluster.endpoint(well));
+    member.send_replace(cluster.endpoint(well).unwrap());
     // The read waits for a check of the silent connection or for two deadlines, and then for a new connection.
     let start = Instant::now();
     etcd.read(&Key::from("/a")).await.expect("read");

@@ -452,3 +452,43 @@ async fn a_refused_connection_makes_the_resolver_read_the_key() {
         "the instance is still registered"
     );
 }
+
+/// Keys that were rejected because of a limit must be used when the limit no longer applies. Nothing writes them again.
+#[tokio::test(start_paused = true)]
+async fn keys_over_a_limit_are_used_after_other_keys_are_deleted() {
+    let fake = Fake::new(1, 0);
+    let key = |name: &str| format!("{PREFIX}{name}").into_bytes();
+    let value = |port: u16| Some((format!("127.0.0.1:{port}").into_bytes(), 0));
+    // A writer fills the prefix with keys that precede the key of the server.
+    let flood: Vec<_> = (1..=20).map(|port| key(&format!("a{port:02}"))).collect();
+    let puts = (1..)
+        .zip(&flood)
+        .map(|(port, key)| (key.clone(), value(port)));
+    fake.store().apply(puts.collect());
+    fake.store().apply(vec![(key("server"), value(1_000))]);
+    let policy = AddressPolicy::default();
+    let resolver =
+        ResolverBuilder::service(fake.etcd(1), &Keyspace::new("/gRPC/"), "greeter", policy)
+            .mass_removal_protection(None)
+            .max_keys(20)
+            .start();
+    resolver.ready().await;
+    assert_eq!(
+        (resolver.instances().len(), resolver.rejected().len()),
+        (20, 1)
+    );
+    fake.store()
+        .apply(flood.into_iter().map(|key| (key, None)).collect());
+    fake.tell();
+    let is_used = || {
+        let known = resolver.instances();
+        known.len() == 1 && known[0].address().port() == Some(1_000)
+    };
+    until(
+        Duration::from_secs(65),
+        "the key of the server is used",
+        is_used,
+    )
+    .await;
+    assert!(resolver.rejected().is_empty());
+}

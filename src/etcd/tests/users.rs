@@ -24,17 +24,17 @@ pub(super) struct Users {
     pub(super) password: Option<String>,
     /// The number of the valid token. A test increments it to invalidate the earlier tokens.
     pub(super) token: u32,
-    /// A10 (a): the error text for an invalid token, if not the default. Older servers return "permission denied".
+    /// The error text for an invalid token; `None` for the text of current servers. Older servers use "permission denied".
     pub(super) refusal: Option<&'static str>,
     /// Whether all requests of the user are forbidden.
     pub(super) denied: bool,
-    /// Whether a renewal requires a valid token; older servers renew without one.
+    /// Whether the renewal of a lease requires a valid token; older servers renew a lease without one.
     pub(super) renewals_are_checked: bool,
     /// Whether a password hash takes longer than any caller waits.
     pub(super) overloaded: bool,
     /// Number of requested exchanges of a password for a token.
     pub(super) authentications: u32,
-    /// How long only the issuing member accepts a new token.
+    /// The time after the issue of a token in which only the member that issued it accepts it.
     pub(super) lag: Duration,
     /// The member that issued the last token, and the time at which it did so.
     issued: Option<(Arc<str>, Instant)>,
@@ -101,7 +101,10 @@ impl Service<http::Request<Body>> for Authenticate {
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         let fake = self.0.clone();
         let authenticates = request.uri().path() == "/etcdserverpb.Auth/Authenticate";
-        fake.insist(authenticates, "no other request");
+        fake.insist(
+            authenticates,
+            "the only request to the service Auth is `Authenticate`",
+        );
         fake.script().users.authentications += 1;
         Box::pin(async move {
             // A password hash takes time.

@@ -8,6 +8,7 @@ use super::state::{FruitlessWatches, KeyState, Listing, State};
 use crate::backoff::Backoff;
 use crate::error::EtcdError;
 use crate::keyspace::{Event, Header, Key, ListRequest, Range, Revision};
+use crate::slots::Slots;
 
 /// The next action of the task that owns the machine. The task reports the result of each command with one call to the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,8 +65,8 @@ pub(in crate::resolver) struct Machine {
 pub(in crate::resolver) struct Report {
     /// Whether the prefix has been listed once.
     pub(in crate::resolver) listed: bool,
-    /// Revision at which the set is known to be correct.
-    pub(in crate::resolver) revision: Revision,
+    /// Revision at which the set is known to be correct; `None` before the first list is complete.
+    pub(in crate::resolver) revision: Option<Revision>,
     /// The failure that currently prevents the list or the watch of the prefix, if any.
     pub(in crate::resolver) trouble: Option<EtcdError>,
     pub(in crate::resolver) lists: u64,
@@ -81,10 +82,12 @@ pub(in crate::resolver) struct Report {
 }
 
 impl Machine {
-    /// Creates a machine that begins with a list. `reconcile` is the maximum time between two reconciliations.
+    /// Creates a machine that begins with a list. `reconcile` is the maximum time between two reconciliations, and `slots` are the times at
+    /// which the services of the registry are reconciled.
     pub(in crate::resolver) fn new(
         range: Range,
         reconcile: Option<Duration>,
+        slots: Slots,
         rng: fastrand::Rng,
     ) -> Self {
         Self {
@@ -93,7 +96,7 @@ impl Machine {
             last_header: Header::default(),
             keys: BTreeMap::new(),
             tombstones: HashMap::new(),
-            reconciler: Reconciler::new(reconcile),
+            reconciler: Reconciler::new(reconcile, slots),
             update: Vec::new(),
             backoff: Backoff::new(BACKOFF_FIRST, BACKOFF_MAX),
             rng,

@@ -29,7 +29,6 @@ use tokio::time::Instant;
 use super::machine::{Command, Machine, PAGE_LIMIT};
 use super::reconcile_schedule::{SETTLE, Suspect};
 use super::state::{KeyState, State};
-use crate::backoff::jittered;
 use crate::error::EtcdError;
 use crate::keyspace::{Event, Header, Key, KeyValue, ListRequest, Page, Range, Revision};
 
@@ -48,6 +47,9 @@ impl Machine {
         if !self.is_watching() {
             return self.on_wake();
         }
+        if self.reconciler.list_again_at.is_some_and(|at| at <= now) {
+            return self.relist(false);
+        }
         if let Some(key) = self.reconciler.take_read(now) {
             self.report.reads += 1;
             return Command::Read(key);
@@ -59,7 +61,7 @@ impl Machine {
             && at <= now
             && self.reconciler.suspects.is_empty()
         {
-            self.reconciler.next_list = Some(now + jittered(interval, &mut self.rng));
+            self.reconciler.schedule(interval, now, &mut self.rng);
             return match self.reconciler.agreed {
                 Some(agreed) if self.reconciler.compared_changes < COMPLETE_LIST_AFTER => {
                     self.reconciler.changes_since = Some(agreed);
@@ -72,6 +74,13 @@ impl Machine {
             };
         }
         Command::Receive
+    }
+
+    /// Lists all keys and values again, within a minute. All clients of a service notice at the same time that they must list, so the lists
+    /// are spread.
+    pub(in crate::resolver) fn list_again(&mut self, now: Instant) {
+        let at = now + LIST_AGAIN_SPREAD.mul_f64(self.rng.f64());
+        self.reconciler.list_again_at.get_or_insert(at);
     }
 
     fn all_names(&self) -> ListRequest {
@@ -304,6 +313,8 @@ const SUSPECTS_MAX: usize = 100;
 /// The time over which the reads after reports are spread. When a server crashes, all of its clients detect it within the same
 /// milliseconds.
 const REPORT_SPREAD: Duration = Duration::from_secs(2);
+/// The time over which the lists of all clients are spread.
+const LIST_AGAIN_SPREAD: Duration = Duration::from_secs(60);
 /// Minimum time between two reports of the same key that cause a read.
 const REPORT_INTERVAL: Duration = Duration::from_secs(10);
 /// Limit on the number of pending reads. Further reports are dropped; an address that keeps refusing connections is reported again.

@@ -8,13 +8,17 @@ use tokio::time::Instant;
 use super::state::KeyState;
 use crate::backoff::jittered;
 use crate::keyspace::{Key, Revision};
+use crate::slots::Slots;
 
 /// The schedule and the state of reconciliations and key reads.
 #[derive(Debug)]
 pub(super) struct Reconciler {
     /// Maximum time between two reconciliations; `None` disables them.
     pub(super) interval: Option<Duration>,
+    slots: Slots,
     pub(super) next_list: Option<Instant>,
+    /// The time at which all keys and values are listed again, if that is necessary.
+    pub(super) list_again_at: Option<Instant>,
     /// The first key of the next page of the list in progress, and the revision that the list is pinned to.
     pub(super) cursor: Option<(Key, Revision)>,
     /// The last revision at which the keys were known to be those in etcd.
@@ -49,10 +53,12 @@ pub(super) struct Suspect {
 }
 
 impl Reconciler {
-    pub(super) fn new(interval: Option<Duration>) -> Self {
+    pub(super) fn new(interval: Option<Duration>, slots: Slots) -> Self {
         Self {
             interval: interval.map(|interval| interval.clamp(INTERVAL_MIN, INTERVAL_MAX)),
+            slots,
             next_list: None,
+            list_again_at: None,
             cursor: None,
             agreed: None,
             changes_since: None,
@@ -78,15 +84,24 @@ impl Reconciler {
             return;
         };
         match self.next_list {
-            None => self.next_list = Some(now + jittered(interval, rng)),
+            None => self.schedule(interval, now, rng),
             // After an outage that is longer than the interval, the reconciliations of all clients are overdue at the same time, so they
             // are spread over one interval again.
             Some(at) if at <= now => {
                 let wait = interval.mul_f64(rng.f64());
-                self.next_list = Some(now + wait.max(SETTLE.min(interval)));
+                let earliest = now + SETTLE.min(interval);
+                let width = interval / SLOTS;
+                self.next_list = Some(self.slots.align(now + wait, earliest, width));
             }
             Some(_) => {}
         }
+    }
+
+    /// Schedules the next reconciliation, half an interval to one interval from now.
+    pub(super) fn schedule(&mut self, interval: Duration, now: Instant, rng: &mut fastrand::Rng) {
+        let at = now + jittered(interval, rng);
+        let earliest = now + interval / 2;
+        self.next_list = Some(self.slots.align(at, earliest, interval / SLOTS));
     }
 
     /// Handles a complete list with values, which resolves every doubt.
@@ -95,6 +110,7 @@ impl Reconciler {
         self.compared_changes = 0;
         self.cursor = None;
         self.changes_since = None;
+        self.list_again_at = None;
         self.suspects.clear();
         self.settle_at = None;
         self.reads.clear();
@@ -112,7 +128,8 @@ impl Reconciler {
         let read = read.map(|at| self.next_read.map_or(at, |next| at.max(next)));
         // No reconciliation starts while the previous one still has suspects.
         let list = self.next_list.filter(|_| self.suspects.is_empty());
-        [read, self.settle_at, list].into_iter().flatten().min()
+        let times = [read, self.settle_at, list, self.list_again_at];
+        times.into_iter().flatten().min()
     }
 
     pub(super) fn take_read(&mut self, now: Instant) -> Option<Key> {
@@ -131,6 +148,9 @@ impl Reconciler {
     }
 }
 
+/// Number of slots in one interval. A process that watches many services sends at most one request for each slot and a hundred services
+/// that are reconciled in it.
+const SLOTS: u32 = 16;
 /// Limit on the interval, so that the time of the next reconciliation fits into an `Instant`.
 pub(super) const INTERVAL_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Minimum interval. With a shorter interval, clients would list without a pause.

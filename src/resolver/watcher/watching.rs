@@ -9,7 +9,7 @@ use crate::keyspace::{Event, Header, Key, KeyVersion, LeaseId, Revision, WatchMe
 
 impl Machine {
     pub(super) fn watch(&mut self, revision: Revision, check: Option<Key>) -> Command {
-        self.report.revision = revision;
+        self.report.revision = Some(revision);
         self.state = State::Watching(Watching {
             revision,
             began: revision,
@@ -75,7 +75,7 @@ impl Machine {
         let ready: Vec<_> = pending.drain(..pending.len() - incomplete).collect();
         let passed = ready.last().map_or(watching.revision, Event::mod_revision);
         watching.revision = passed;
-        self.report.revision = passed;
+        self.report.revision = Some(passed);
         // An event shows that the store has reached the event's revision. The revision of `last_header` is raised accordingly, so that a
         // store that is restored from an earlier backup is detected.
         if !foreign {

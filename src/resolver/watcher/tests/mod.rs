@@ -20,6 +20,7 @@ use crate::keyspace::{
     Event, Header, Key, KeyValue, KeyVersion, LeaseId, ListRequest, Page, Range, Revision,
     WatchMessage,
 };
+use crate::slots::Slots;
 
 mod reconcile;
 mod table;
@@ -235,7 +236,7 @@ struct Player {
 impl Player {
     fn new(seed: u64) -> Self {
         let mut rng = fastrand::Rng::with_seed(seed);
-        let mut machine = Machine::new(Range::prefix(PREFIX), Some(RECONCILE), rng.fork());
+        let mut machine = Machine::new(Range::prefix(PREFIX), Some(RECONCILE), slots(), rng.fork());
         let command = machine.on_wake();
         Self {
             store: Store::new(rng),
@@ -461,7 +462,7 @@ fn message(revision: i64, events: Vec<Event>, fragment: bool) -> WatchMessage {
 
 /// Ends the watch and opens it again. Returns the key that the machine then checks.
 fn reopened(player: &mut Player) -> Key {
-    let revision = player.machine.report.revision;
+    let revision = player.machine.report.revision.unwrap();
     let wait = player
         .machine
         .on_watch_ended(error(EtcdErrorKind::Unavailable), player.now);
@@ -555,7 +556,7 @@ fn a_watch_closed_after_each_message_is_reopened_within_a_second() {
     }
     let mut waits = Vec::new();
     for _ in 0..20 {
-        let next = player.machine.report.revision.get() + 1;
+        let next = player.machine.report.revision.unwrap().get() + 1;
         let event = put("again", next);
         player.machine.on_message(message(next, vec![event], false));
         let ended = error(EtcdErrorKind::Unavailable);
@@ -579,7 +580,7 @@ fn is_followed_by_a_list(
     end: EtcdErrorKind,
     lives: u64,
 ) -> bool {
-    let revision = player.machine.report.revision.get();
+    let revision = player.machine.report.revision.unwrap().get();
     player.machine.on_watch_opened(player.now);
     player
         .machine
@@ -761,23 +762,23 @@ fn an_empty_set_is_listed_again() {
 #[test]
 fn a_watch_header_does_not_advance_the_revision() {
     let mut player = populated(4);
-    let revision = player.machine.report.revision.get();
+    let revision = player.machine.report.revision.unwrap().get();
     player
         .machine
         .on_message(message(revision + 1_000, Vec::new(), false));
-    assert_eq!(player.machine.report.revision.get(), revision);
+    assert_eq!(player.machine.report.revision.unwrap().get(), revision);
     player.machine.on_message(message(
         revision + 1_000,
         vec![put("a", revision + 5)],
         false,
     ));
-    assert_eq!(player.machine.report.revision.get(), revision + 5);
+    assert_eq!(player.machine.report.revision.unwrap().get(), revision + 5);
 }
 
 #[test]
 fn a_fragmented_revision_is_applied_atomically() {
     let mut player = populated(5);
-    let revision = player.machine.report.revision.get();
+    let revision = player.machine.report.revision.unwrap().get();
     let events = vec![put("a", revision + 1), put("b", revision + 2)];
     player
         .machine
@@ -791,7 +792,7 @@ fn a_fragmented_revision_is_applied_atomically() {
         .machine
         .on_watch_ended(error(EtcdErrorKind::Unavailable), player.now);
     assert_eq!(
-        player.machine.report.revision.get(),
+        player.machine.report.revision.unwrap().get(),
         revision + 1,
         "the incomplete revision is requested again"
     );
@@ -813,7 +814,7 @@ fn a_fragmented_revision_is_applied_atomically() {
 #[test]
 fn old_events_are_ignored() {
     let mut player = populated(6);
-    let revision = player.machine.report.revision.get();
+    let revision = player.machine.report.revision.unwrap().get();
     player
         .machine
         .on_message(message(revision, vec![put("old", revision - 1)], false));
@@ -827,7 +828,7 @@ fn a_lagging_member_causes_one_check_and_no_list() {
     let key = reopened(&mut player);
     let answer = player.store.read(&key);
     player.machine.on_checked(Ok(answer), player.now);
-    let revision = player.machine.report.revision.get();
+    let revision = player.machine.report.revision.unwrap().get();
     let Command::Check(key) = player
         .machine
         .on_message(message(revision - 1, Vec::new(), false))
@@ -850,7 +851,12 @@ fn a_lagging_member_causes_one_check_and_no_list() {
 
 #[test]
 fn a_list_compacted_three_times_is_no_longer_pinned_to_a_revision() {
-    let mut machine = Machine::new(Range::prefix(PREFIX), None, fastrand::Rng::with_seed(8));
+    let mut machine = Machine::new(
+        Range::prefix(PREFIX),
+        None,
+        slots(),
+        fastrand::Rng::with_seed(8),
+    );
     let page = |revision: i64| {
         let Event::Put(kv) = put("a", 1) else {
             panic!("a put")
@@ -895,7 +901,12 @@ fn a_list_compacted_three_times_is_no_longer_pinned_to_a_revision() {
 
 #[test]
 fn a_page_that_is_too_large_is_halved_until_one_key_is_skipped() {
-    let mut machine = Machine::new(Range::prefix(PREFIX), None, fastrand::Rng::with_seed(9));
+    let mut machine = Machine::new(
+        Range::prefix(PREFIX),
+        None,
+        slots(),
+        fastrand::Rng::with_seed(9),
+    );
     let mut command = machine.on_wake();
     let mut limits = Vec::new();
     let reads_name_only = loop {
@@ -1011,7 +1022,7 @@ fn a_wrong_password_is_retried_slowly_and_reported() {
 #[test]
 fn an_event_that_is_too_large_is_listed_and_skipped() {
     let mut player = populated(12);
-    let revision = player.machine.report.revision.get();
+    let revision = player.machine.report.revision.unwrap().get();
     player
         .machine
         .on_watch_ended(error(EtcdErrorKind::ResponseTooLarge), player.now);
@@ -1037,7 +1048,12 @@ fn an_event_that_is_too_large_is_listed_and_skipped() {
 
 #[test]
 fn a_key_whose_new_value_is_too_large_keeps_its_last_good_value() {
-    let mut machine = Machine::new(Range::prefix(PREFIX), None, fastrand::Rng::with_seed(13));
+    let mut machine = Machine::new(
+        Range::prefix(PREFIX),
+        None,
+        slots(),
+        fastrand::Rng::with_seed(13),
+    );
     let Event::Put(kv) = put("a", 2) else {
         panic!("a put")
     };
@@ -1075,7 +1091,12 @@ fn a_key_whose_new_value_is_too_large_keeps_its_last_good_value() {
 
 #[test]
 fn pages_that_time_out_become_smaller() {
-    let mut machine = Machine::new(Range::prefix(PREFIX), None, fastrand::Rng::with_seed(14));
+    let mut machine = Machine::new(
+        Range::prefix(PREFIX),
+        None,
+        slots(),
+        fastrand::Rng::with_seed(14),
+    );
     let mut command = machine.on_wake();
     for _ in 0..10 {
         machine.on_page(Err(error(EtcdErrorKind::DeadlineExceeded)));
@@ -1085,4 +1106,8 @@ fn pages_that_time_out_become_smaller() {
         panic!("{command:?}")
     };
     assert_eq!(request.limit, PAGE_CAP_MIN);
+}
+
+fn slots() -> Slots {
+    Slots::new(Instant::now(), &mut fastrand::Rng::with_seed(1))
 }

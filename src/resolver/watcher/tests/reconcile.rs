@@ -304,7 +304,12 @@ fn a_put_older_than_a_read_does_not_restore_the_key() {
 
 #[test]
 fn a_thousand_suspect_keys_are_read_at_a_limited_rate() {
-    let mut machine = Machine::new(Range::prefix(PREFIX), None, fastrand::Rng::with_seed(26));
+    let mut machine = Machine::new(
+        Range::prefix(PREFIX),
+        None,
+        slots(),
+        fastrand::Rng::with_seed(26),
+    );
     let mut store = Store::new(fastrand::Rng::with_seed(26));
     for number in 0..1_000 {
         store.put(&key(&format!("{number:04}")), "10.9.9.9:5");
@@ -455,7 +460,8 @@ fn a_failed_list_changes_nothing_and_is_repeated_later() {
 fn intervals_of_any_length_are_accepted() {
     for interval in [Duration::ZERO, Duration::MAX] {
         let range = Range::prefix(PREFIX);
-        let mut machine = Machine::new(range, Some(interval), fastrand::Rng::with_seed(30));
+        let mut machine =
+            Machine::new(range, Some(interval), slots(), fastrand::Rng::with_seed(30));
         machine.on_wake();
         machine.on_page(Ok(whole(&Store::new(fastrand::Rng::with_seed(30)))));
         let now = Instant::now();

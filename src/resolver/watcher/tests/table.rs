@@ -41,7 +41,7 @@ fn page(kvs: Vec<KeyValue>, more: bool) -> Page {
 
 fn fresh() -> Machine {
     let range = Range::prefix(PREFIX);
-    let mut machine = Machine::new(range, Some(RECONCILE), fastrand::Rng::with_seed(1));
+    let mut machine = Machine::new(range, Some(RECONCILE), slots(), fastrand::Rng::with_seed(1));
     machine.on_wake();
     machine
 }

@@ -1,0 +1,73 @@
+//! Common times for the periodic requests of one process.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// Times that all services of one registry share, so that their periodic requests are due together and can be sent as one.
+///
+/// Each registry has a random phase. Without it, processes that started together would send their requests together.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slots {
+    start: Instant,
+    /// The time of the first slot, as a part of the width of a slot.
+    phase: f64,
+}
+
+impl Slots {
+    pub(crate) fn new(start: Instant, rng: &mut fastrand::Rng) -> Self {
+        let phase = rng.f64();
+        Self { start, phase }
+    }
+
+    /// Returns the last time of a slot that is not after `at`, or the first time that is not before `earliest`, whichever is later.
+    pub(crate) fn align(&self, at: Instant, earliest: Instant, width: Duration) -> Instant {
+        let first = self.start + width.mul_f64(self.phase);
+        let at = at.max(earliest);
+        let since = at.saturating_duration_since(first).as_nanos();
+        let into = u64::try_from(since % width.as_nanos().max(1)).unwrap_or(0);
+        let into = Duration::from_nanos(into);
+        if into <= at - earliest {
+            at - into
+        } else {
+            at - into + width
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_within_one_slot_become_the_same_time_and_stay_within_their_bounds() {
+        let mut rng = fastrand::Rng::with_seed(1);
+        let (start, width) = (Instant::now(), Duration::from_secs(15));
+        for _ in 0..1_000 {
+            let slots = Slots::new(start, &mut rng);
+            let earliest = start + Duration::from_secs_f64(100.0 + rng.f64() * 100.0);
+            let at = earliest + Duration::from_secs_f64(rng.f64() * 100.0);
+            let aligned = slots.align(at, earliest, width);
+            assert!(aligned >= earliest && aligned < at + width);
+            let since = aligned - (start + width.mul_f64(slots.phase));
+            assert_eq!(since.as_nanos() % width.as_nanos(), 0);
+            assert!(
+                aligned <= at || at - earliest < width,
+                "only the start of the range is moved up"
+            );
+        }
+    }
+
+    #[test]
+    fn registries_that_start_together_have_different_slots() {
+        let mut rng = fastrand::Rng::with_seed(2);
+        let (start, width) = (Instant::now(), Duration::from_secs(15));
+        let at = start + Duration::from_secs(100);
+        let mut times: Vec<_> = (0..100)
+            .map(|_| Slots::new(start, &mut rng).align(at, start, width))
+            .collect();
+        times.sort();
+        times.dedup();
+        assert_eq!(times.len(), 100);
+    }
+}
