@@ -53,8 +53,8 @@ async fn show() -> Result<(), Error> {
         None
     };
     let endpoints = given
-        .or(own.as_ref().map(|etcd| etcd.endpoint(0)))
-        .unwrap_or_default();
+        .or_else(|| own.as_ref().and_then(|etcd| etcd.endpoint(0)))
+        .ok_or("etcd has no member")?;
     println!(
         "etcd {} at {endpoints}",
         own.as_ref().map_or_else(String::new, Etcd::version)

@@ -1,9 +1,9 @@
-//! What must hold for any key and any value, in the fuzz targets and in the seeded run of `tests/formats.rs`.
+//! The properties that decoding has for every key and every value. The fuzz targets and `tests/formats.rs` check them.
 
 use tonic_etcd::{AddressPolicy, Format};
 
-/// Reading never panics, never gives an address that the policy forbids, never repeats the value in an error; and what was read can be
-/// written to the same key, and is the same when it is read again.
+/// Checks one key and one value. Decoding does not panic, returns only addresses that the policy accepts, and returns only short errors. A
+/// decoded instance can be encoded for the same key, and decodes to the same instance again. `Mixed` cannot encode.
 pub fn check(format: &Format, key: &str, value: &[u8]) {
     let network = "10.0.0.0/8".parse().expect("a network");
     for policy in [
@@ -17,15 +17,16 @@ pub fn check(format: &Format, key: &str, value: &[u8]) {
                 if *format == Format::Mixed {
                     continue;
                 }
-                // That it reads the same again is checked by `encode` itself.
+                // `encode` itself checks that the value decodes to an equal instance, apart from the fields that the format does not know.
+                // The assertion below covers these.
                 match format.encode(key, &instance) {
                     Ok(written) => {
                         let again = format.decode(key, &written, &policy);
-                        let again = again.ok().flatten().expect("what was written is read");
+                        let again = again.ok().flatten().expect("the encoded value decodes");
                         let twice = format.encode(key, &again);
                         assert_eq!(twice, Ok(written), "{format:?} {key:?}");
                     }
-                    // Escapes can make it longer than it was.
+                    // The only allowed error is the limit on the size: escapes can make the encoded value longer than the original one.
                     Err(error) => assert!(
                         error.to_string().contains("limit"),
                         "{format:?} {key:?} {error}"

@@ -34,7 +34,7 @@ struct Pair<'a> {
 impl<'a> Pair<'a> {
     async fn start(etcd: &'a Etcd) -> Self {
         protect(etcd).await;
-        let way = async || Proxy::start("127.0.0.1:0", etcd.endpoint(0)).await;
+        let way = async || Proxy::start("127.0.0.1:0", etcd.endpoint(0).unwrap()).await;
         let ways = [way().await, way().await];
         let over = |way: usize| vec![ways[way].address.to_string()];
         let registration = user_at(over(0), "writer")

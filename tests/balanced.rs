@@ -180,7 +180,7 @@ async fn a_server_and_a_channel_each_start_in_one_line() {
         resolver.instances().len() == 1
     })
     .await;
-    let target = format!("etcd://{}/helloworld.Greeter", etcd.endpoint(0));
+    let target = format!("etcd://{}/helloworld.Greeter", etcd.endpoint(0).unwrap());
     let channel = tonic_etcd::connect(&target).await.unwrap();
     GreeterClient::new(channel.clone())
         .say_hello(hello())

@@ -286,7 +286,7 @@ async fn backlog(etcd: &etcd_client::Client, lease: i64, compact: bool) -> i64 {
 async fn a_watch_closed_after_every_message_misses_nothing() {
     let etcd = etcd().await;
     let by_hand = client(&etcd).await;
-    let relay = Relay::start(&etcd.endpoint(0)).await;
+    let relay = Relay::start(&etcd.endpoint(0).unwrap()).await;
     let registry = Registry::connect([relay.address.to_string()])
         .await
         .unwrap();
@@ -349,7 +349,7 @@ async fn a_watch_closed_after_every_message_misses_nothing() {
 /// Registers one more instance through the healthy members, waits until the resolver contains it, and deregisters it.
 async fn change_arrives(fleet: &Fleet, etcd: &Etcd, bad: usize, port: u16) {
     let well = (0..etcd.members()).filter(|member| *member != bad);
-    let well: Vec<_> = well.map(|member| etcd.endpoint(member)).collect();
+    let well: Vec<_> = well.map(|member| etcd.endpoint(member).unwrap()).collect();
     let address = format!("127.0.0.1:{port}");
     let start = Instant::now();
     let mut registry = None;
@@ -387,7 +387,7 @@ async fn leader(etcd: &Etcd) -> usize {
 /// Returns how many keys of a fleet were deleted, according to a healthy member.
 async fn lost(fleet: &Fleet, etcd: &Etcd, bad: usize) -> usize {
     let well = (bad + 1) % etcd.members();
-    let by_hand = etcd_client::Client::connect([etcd.endpoint(well)], None).await;
+    let by_hand = etcd_client::Client::connect([etcd.endpoint(well).unwrap()], None).await;
     deletions(&by_hand.unwrap(), &fleet.keys).await
 }
 
@@ -485,7 +485,7 @@ async fn keys_removed_by_hand_are_restored_and_fail_no_call() {
 async fn register(etcd: &Etcd, key: &str, address: &str) -> (Child, Output) {
     let mut child = example("register")
         .args([key, address])
-        .env("ETCD_ENDPOINTS", etcd.endpoint(0))
+        .env("ETCD_ENDPOINTS", etcd.endpoint(0).unwrap())
         .spawn()
         .unwrap();
     let mut printed = lines(&mut child);

@@ -15,8 +15,9 @@ use support::roles::{protect, user_at};
 use support::{client, registry, within};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tonic_etcd::resolver::{ResolverHandle, ResolverState};
 use tonic_etcd::testing::Etcd;
-use tonic_etcd::{BalancedChannel, Registry, Resolver, resolver::ResolverState};
+use tonic_etcd::{BalancedChannel, Instance, Registry, Resolver};
 
 /// Returns the time since `start`.
 fn since(start: Instant) -> Duration {
@@ -231,6 +232,38 @@ async fn a_start_without_etcd_serves_calls_from_the_cache_and_the_first_list_rep
     .await;
 }
 
+/// A start without etcd, after which etcd answers with an empty set, for example because its data was lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_empty_first_list_does_not_drop_the_servers_in_use() {
+    let mut etcd = support::etcd().await;
+    let (address, _server) = support::greeter("seeded").await;
+    etcd.freeze(0).await.unwrap();
+    let registry = Registry::builder(etcd.endpoints()).connect_lazy().unwrap();
+    let channel = registry
+        .channel("greeter")
+        .map_source(|resolver| resolver.seeds([Instance::new(address.try_into().unwrap())]))
+        .connect_lazy();
+    let say = async || {
+        let mut request = tonic::Request::new(support::hello());
+        request.set_timeout(Duration::from_secs(5));
+        let mut client = GreeterClient::new(channel.clone());
+        client.say_hello(request).await
+    };
+    say().await.unwrap();
+    etcd.thaw(0).await.unwrap();
+    let handle = channel.source_handle::<ResolverHandle>().unwrap();
+    within(
+        Duration::from_secs(15),
+        "the list is complete",
+        async || handle.status().state == ResolverState::Fresh,
+    )
+    .await;
+    assert_eq!((handle.status().cached, handle.status().held), (0, 1));
+    for _ in 0..10 {
+        say().await.unwrap();
+    }
+}
+
 /// `etcd grpc-proxy` assigns the watch ids itself, and answers requests for watches in any order. If two watches were confused, calls would
 /// be sent to another service.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -242,7 +275,12 @@ async fn watches_through_etcds_own_proxy_receive_their_own_events() {
     drop(free);
     let binary = std::env::var_os("ETCD_BIN").unwrap_or_else(|| "etcd".into());
     let _proxy = tokio::process::Command::new(binary)
-        .args(["grpc-proxy", "start", "--endpoints", &etcd.endpoint(0)])
+        .args([
+            "grpc-proxy",
+            "start",
+            "--endpoints",
+            &etcd.endpoint(0).unwrap(),
+        ])
         .args(["--listen-addr", &address])
         .stdout(std::process::Stdio::null())
         .stderr(std::process::Stdio::null())

@@ -184,7 +184,7 @@ async fn leases_revoked_one_by_one_fail_no_call_during_the_hold() {
 async fn a_loss_found_after_a_partition_fails_no_call_during_the_hold() {
     let etcd = etcd().await;
     let _fleet = Fleet::start(&etcd).await;
-    let proxy = Proxy::start("127.0.0.1:0", etcd.endpoint(0)).await;
+    let proxy = Proxy::start("127.0.0.1:0", etcd.endpoint(0).unwrap()).await;
     let registry = Registry::connect([proxy.address.to_string()])
         .await
         .unwrap();

@@ -1,4 +1,4 @@
-//! Properties of the packages that their users depend on: dependencies, licences and files.
+//! Checks the dependencies, the licences and the files of the published packages.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -48,10 +48,13 @@ fn disabled_features_add_no_dependency() {
     ] {
         assert!(
             !names.contains(dependency),
-            "{dependency} without {feature}"
+            "{dependency} is a dependency although the feature {feature} is off"
         );
         let with = dependencies("tonic-etcd", &["--features", feature]);
-        assert!(with.contains(dependency), "{feature} has no {dependency}");
+        assert!(
+            with.contains(dependency),
+            "the feature {feature} does not add {dependency}"
+        );
     }
 }
 
@@ -74,23 +77,74 @@ fn every_dependency_has_a_compatible_licence() {
         let Some((package, licence)) = line.split_once('|') else {
             continue;
         };
-        // `A OR B` permits either licence, `A AND B` requires both. An exception only adds rights.
+        // An exception only adds rights.
         let licence = licence
             .replace(" (*)", "")
             .replace(" WITH LLVM-exception", "");
-        let is_allowed = |term: &str| ALLOWED.contains(&term.trim_matches(['(', ')', ' ']));
-        let all = |choice: &str| choice.split(" AND ").all(is_allowed);
-        let choices = licence.replace('/', " OR ");
+        let expression = licence.replace('/', " OR ");
         assert!(
-            choices.split(" OR ").any(all),
+            is_permitted(&expression, &ALLOWED),
             "{package} is licensed under {licence:?}"
+        );
+    }
+}
+
+/// Evaluates an SPDX expression: `A OR B` permits either licence, and `A AND B` requires both. `AND` binds more tightly than `OR`.
+fn is_permitted(expression: &str, allowed: &[&str]) -> bool {
+    let parts = |separator: &str| {
+        let (mut parts, mut depth, mut start) = (Vec::new(), 0, 0);
+        for (index, byte) in expression.bytes().enumerate() {
+            match byte {
+                b'(' => depth += 1,
+                b')' => depth -= 1,
+                _ if depth == 0 && expression[index..].starts_with(separator) => {
+                    parts.push(&expression[start..index]);
+                    start = index + separator.len();
+                }
+                _ => {}
+            }
+        }
+        parts.push(&expression[start..]);
+        parts
+    };
+    let permitted = |part: &&str| is_permitted(part.trim(), allowed);
+    let (choices, terms) = (parts(" OR "), parts(" AND "));
+    if choices.len() > 1 {
+        return choices.iter().any(permitted);
+    }
+    if terms.len() > 1 {
+        return terms.iter().all(permitted);
+    }
+    let inner = expression.strip_prefix('(');
+    match inner.and_then(|inner| inner.strip_suffix(')')) {
+        Some(inner) => is_permitted(inner.trim(), allowed),
+        None => allowed.contains(&expression.trim()),
+    }
+}
+
+#[test]
+fn licences_in_parentheses_are_evaluated_as_one_term() {
+    let allowed = ["MIT", "Unicode-3.0"];
+    for (expression, permitted) in [
+        ("MIT", true),
+        ("MIT OR GPL-3.0", true),
+        ("MIT AND GPL-3.0", false),
+        ("(MIT OR Apache-2.0) AND Unicode-3.0", true),
+        ("(MIT OR Apache-2.0) AND GPL-3.0", false),
+        ("GPL-3.0 OR (MIT AND Unicode-3.0)", true),
+    ] {
+        assert_eq!(
+            is_permitted(expression, &allowed),
+            permitted,
+            "{expression}"
         );
     }
 }
 
 #[test]
 fn only_known_crates_are_linked_in_two_versions() {
-    // Crates that ring, procedural macros and the testing feature require in different versions.
+    // ring and tempfile, which the feature `testing` adds, need different versions of getrandom. The procedural macros need different
+    // versions of syn, which is not linked.
     const KNOWN: [&str; 2] = ["getrandom", "syn"];
     let tree = ["tree", "--locked", "--workspace", "--all-features"];
     let format = ["-e", "normal", "--prefix", "none", "-f", "{p}"];

@@ -123,14 +123,14 @@ async fn the_error_for_a_missing_binary_contains_instructions() {
 async fn the_discover_example_prints_what_the_register_example_changes() {
     let etcd = etcd().await;
     let mut discover = example("discover")
-        .env("ETCD_ENDPOINTS", etcd.endpoint(0))
+        .env("ETCD_ENDPOINTS", etcd.endpoint(0).unwrap())
         .spawn()
         .unwrap();
     let mut found = lines(&mut discover);
     line_with(&mut found, "0 servers").await;
     let mut register = example("register")
         .args(["/web/node1", "localhost:8000"])
-        .env("ETCD_ENDPOINTS", etcd.endpoint(0))
+        .env("ETCD_ENDPOINTS", etcd.endpoint(0).unwrap())
         .spawn()
         .unwrap();
     let mut log = lines(&mut register);
@@ -158,7 +158,7 @@ async fn the_discover_example_prints_what_the_register_example_changes() {
 async fn the_discover_example_distinguishes_a_change_from_a_new_instance() {
     let etcd = etcd().await;
     let mut discover = example("discover")
-        .env("ETCD_ENDPOINTS", etcd.endpoint(0))
+        .env("ETCD_ENDPOINTS", etcd.endpoint(0).unwrap())
         .spawn()
         .unwrap();
     let mut found = lines(&mut discover);
@@ -189,7 +189,7 @@ async fn the_register_example_deregisters_on_sigterm_and_reports_errors_in_plain
     let etcd = etcd().await;
     let mut register = example("register")
         .args(["/web/node1", "localhost:8000"])
-        .env("ETCD_ENDPOINTS", etcd.endpoint(0))
+        .env("ETCD_ENDPOINTS", etcd.endpoint(0).unwrap())
         .spawn()
         .unwrap();
     let mut log = lines(&mut register);
@@ -216,7 +216,7 @@ async fn the_register_example_deregisters_on_sigterm_and_reports_errors_in_plain
 async fn the_greeter_examples_find_each_other() {
     let etcd = etcd().await;
     let mut server = example("greeter_server")
-        .env("ETCD_ENDPOINTS", etcd.endpoint(0))
+        .env("ETCD_ENDPOINTS", etcd.endpoint(0).unwrap())
         .spawn()
         .unwrap();
     let by_hand = client(&etcd).await;
@@ -225,7 +225,7 @@ async fn the_greeter_examples_find_each_other() {
     })
     .await;
     let mut caller = example("greeter_client")
-        .env("ETCD_ENDPOINTS", etcd.endpoint(0))
+        .env("ETCD_ENDPOINTS", etcd.endpoint(0).unwrap())
         .spawn()
         .unwrap();
     let mut replies = lines(&mut caller);

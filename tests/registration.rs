@@ -431,7 +431,8 @@ async fn changes_while_etcd_is_down_are_written_when_it_is_available_again() {
     let error = registration.set_weight(9).await.expect_err("etcd is down");
     assert!(matches!(error, RegisterError::TimedOut { .. }), "{error:?}");
     assert!(
-        error.to_string().contains(&etcd.endpoint(0)) && error.to_string().contains("failed: "),
+        error.to_string().contains(&etcd.endpoint(0).unwrap())
+            && error.to_string().contains("failed: "),
         "{error}"
     );
     etcd.restart(0).await.unwrap();
@@ -576,7 +577,7 @@ async fn invalid_input_is_rejected_by_name_before_any_request() {
 #[tokio::test]
 async fn endpoints_of_two_clusters_lead_to_a_registration_in_one() {
     let (one, other) = (etcd().await, etcd().await);
-    let registry = Registry::connect([one.endpoint(0), other.endpoint(0)]).await;
+    let registry = Registry::connect([one.endpoint(0).unwrap(), other.endpoint(0).unwrap()]).await;
     let registration = describe(&registry.unwrap()).ttl(Duration::from_secs(2));
     let registration = registration.register().await.unwrap();
     let mut states = registration.watch_state();
@@ -617,7 +618,8 @@ async fn a_registration_without_etcd_fails_at_the_startup_timeout() {
         .expect_err("no etcd");
     assert!(matches!(error, RegisterError::TimedOut { .. }), "{error:?}");
     assert!(
-        error.to_string().contains("0.7 s") && error.to_string().contains(&etcd.endpoint(0)),
+        error.to_string().contains("0.7 s")
+            && error.to_string().contains(&etcd.endpoint(0).unwrap()),
         "{error}"
     );
     // If etcd is available again in time, the registration succeeds.

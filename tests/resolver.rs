@@ -257,7 +257,7 @@ async fn an_invalid_service_name_is_a_known_empty_set_with_an_error() {
 /// Returns the number of watchers that etcd serves.
 async fn watchers(etcd: &Etcd) -> u64 {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let mut socket = tokio::net::TcpStream::connect(etcd.endpoint(0))
+    let mut socket = tokio::net::TcpStream::connect(etcd.endpoint(0).unwrap())
         .await
         .unwrap();
     socket
@@ -610,7 +610,7 @@ async fn a_wiped_etcd_leaves_no_stale_instance() {
         let mut etcd = etcd().await;
         let mut by_hand = client(&etcd).await;
         put_leased(&mut by_hand, 1..=3).await;
-        let proxy = Proxy::start("127.0.0.1:0", etcd.endpoint(0)).await;
+        let proxy = Proxy::start("127.0.0.1:0", etcd.endpoint(0).unwrap()).await;
         let registry = Registry::connect([proxy.address.to_string()])
             .await
             .unwrap();
@@ -636,7 +636,7 @@ async fn a_wiped_etcd_leaves_no_stale_instance() {
 async fn changes_missed_across_a_disconnect_and_a_compaction_are_found() {
     let etcd = etcd().await;
     let by_hand = client(&etcd).await;
-    let proxy = Proxy::start("127.0.0.1:0", etcd.endpoint(0)).await;
+    let proxy = Proxy::start("127.0.0.1:0", etcd.endpoint(0).unwrap()).await;
     let registry = Registry::connect([proxy.address.to_string()])
         .await
         .unwrap();
@@ -686,7 +686,7 @@ async fn the_resolver_moves_from_members_that_die_or_freeze() {
     let write = async |etcd: &Etcd, down: usize, port: u16| {
         let alive: Vec<_> = (0..3)
             .filter(|member| *member != down)
-            .map(|member| etcd.endpoint(member))
+            .map(|member| etcd.endpoint(member).unwrap())
             .collect();
         // An election may take longer than the retries of one call.
         let mut writer = None;
@@ -764,7 +764,7 @@ async fn ten_thousand_random_steps_match_a_list_of_etcd() {
     let mut rng = fastrand::Rng::with_seed(seed);
     let etcd = etcd().await;
     let by_hand = client(&etcd).await;
-    let proxy = Proxy::start("127.0.0.1:0", etcd.endpoint(0)).await;
+    let proxy = Proxy::start("127.0.0.1:0", etcd.endpoint(0).unwrap()).await;
     let registry = Registry::connect([proxy.address.to_string()])
         .await
         .unwrap();

@@ -427,7 +427,7 @@ async fn greeter_server(
     world: &World,
 ) -> (tokio::process::Child, support::program::Output, String) {
     let mut server = example("greeter_server")
-        .env("ETCD_ENDPOINTS", world.etcd.endpoint(0))
+        .env("ETCD_ENDPOINTS", world.etcd.endpoint(0).unwrap())
         .spawn()
         .unwrap();
     let log = lines(&mut server);

@@ -70,7 +70,7 @@ pub async fn measure(options: &Options, shape: Shape) -> Result<Process> {
     let mut child = Command::new(program)
         .args([
             "watch",
-            &world.etcd.endpoint(0),
+            &world.etcd.endpoint(0).unwrap(),
             &services.to_string(),
             &instances.to_string(),
             if at_once { AT_ONCE } else { "in-turn" },

@@ -45,7 +45,7 @@ impl World {
 
     /// Returns a client of the operator that is connected to one member.
     pub async fn operator(&self, member: usize) -> Result<Client> {
-        let endpoint = self.etcd.endpoint(member);
+        let endpoint = self.etcd.endpoint(member).ok_or("no such member")?;
         let options = self.protected.then(|| {
             let options = ConnectOptions::new().with_user("root", "root-password");
             options.with_auto_token_refresh(true)

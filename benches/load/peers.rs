@@ -52,10 +52,11 @@ where
 
 type Round = Pin<Box<dyn Future<Output = Sample>>>;
 
-/// One of the compared clients. A peer boxes only a whole round and not each call, so that the comparison adds no cost to a call.
+/// One of the compared clients. The type of the client is erased once for each round, and not for each call, so that the comparison adds no
+/// cost to a call.
 ///
-/// Each round opens its own connections. Two things are random but constant while a connection is open: the worker on which its task wakes,
-/// and the number of frames per system call. If each peer kept its connections for a whole run, two peers with the same code would differ
+/// Each round opens its own connections. Two properties differ from connection to connection, and hardly change while a connection is open:
+/// the worker that runs its task, and how many frames one system call writes on average. If each peer kept its connections for a whole run, two peers with the same code would differ
 /// by a tenth in calls per second and by a fifth in CPU time per call.
 pub struct Peer {
     name: String,
@@ -188,15 +189,14 @@ async fn connect(address: &str) -> TcpStream {
 
 /// Picks the less loaded of two random connections.
 fn pick<T>(connections: &[(T, AtomicUsize)]) -> usize {
-    let (a, b) = (
-        fastrand::usize(..connections.len()),
-        fastrand::usize(..connections.len()),
-    );
+    let a = fastrand::usize(..connections.len());
+    let b = (a + fastrand::usize(1..connections.len())) % connections.len();
     let load = |index: usize| connections[index].1.load(Ordering::Relaxed);
     if load(a) <= load(b) { a } else { b }
 }
 
-/// Counts a call as load of its connection until the ticket is dropped: by `Hyper` after the response head, by `H2` with the response body.
+/// Counts a call as load of its connection until it is dropped. [`Hyper`] drops the ticket when the response head has arrived. [`H2`] drops
+/// it together with the response body.
 struct Ticket<T> {
     connections: Arc<[(T, AtomicUsize)]>,
     index: usize,

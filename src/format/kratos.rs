@@ -118,7 +118,13 @@ fn called(url: &str) -> Result<(Parts<'_>, Address), FormatError> {
 }
 
 fn is_grpc(url: &str) -> bool {
-    url.starts_with("grpc://") || url.starts_with("grpcs://")
+    let scheme = url.split_once("://").map(|(scheme, _)| scheme);
+    // As in Go, the case of a scheme is not significant.
+    scheme.is_some_and(|scheme| {
+        ["grpc", "grpcs"]
+            .iter()
+            .any(|grpc| scheme.eq_ignore_ascii_case(grpc))
+    })
 }
 
 /// Returns the endpoints to write. Endpoints with other protocols are kept unchanged. The gRPC endpoint is kept unchanged if it has the

@@ -9,7 +9,7 @@ use super::text::text;
 use crate::instance::{Advertisement, Instance};
 use tonic_balance::Address;
 
-/// The key is `<service>/<id>`, and the address is the authority of the value. The scheme is the TLS hint.
+/// The key is `<service>/<id>`, and the address is the authority of the value. The scheme shows whether the server uses TLS.
 #[derive(Debug)]
 pub(super) struct Url;
 
@@ -80,7 +80,8 @@ impl<'a> Parts<'a> {
         })
     }
 
-    /// Returns the address from the authority. If the authority has no port, the default port of `http` or `https` is added.
+    /// Returns the address from the authority. If the scheme is `http` or `https` and the authority has no port, the default port of
+    /// the scheme is added.
     pub(super) fn address(&self) -> Result<Address, FormatError> {
         let default_port = match &*self.scheme {
             "http" => Some(80),
@@ -113,7 +114,7 @@ fn is_tls(scheme: &str) -> bool {
     matches!(scheme, "https" | "grpcs")
 }
 
-/// Parses a query as Go does. A name that occurs once has a string as its value; a name that occurs several times has a list.
+/// Parses a query like Go's `url.ParseQuery`, except that invalid escapes stay unchanged. A name that occurs once has a string as its value; a name that occurs several times has a list.
 pub(super) fn read_query(query: &str) -> Map<String, Value> {
     let mut map = Map::new();
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
@@ -132,10 +133,13 @@ pub(super) fn read_query(query: &str) -> Map<String, Value> {
     map
 }
 
-/// Writes a query as Go does, sorted by name.
+/// Writes a query sorted by name, like Go's `Values.Encode`, except that a space becomes `%20`.
 pub(super) fn write_query(map: &Map<String, Value>) -> String {
     let mut pairs = Vec::new();
-    for (name, value) in map {
+    // The map is sorted only without the feature `preserve_order` of serde_json, which another crate may enable.
+    let mut sorted: Vec<_> = map.iter().collect();
+    sorted.sort_by_key(|(name, _)| *name);
+    for (name, value) in sorted {
         let values = match value {
             Value::Array(values) => values.as_slice(),
             value => std::slice::from_ref(value),

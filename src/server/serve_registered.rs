@@ -60,7 +60,8 @@ use crate::registration::RegistrationBuilder;
 ///    [`ServerState::Stopped`](crate::registration::ServerState::Stopped).
 ///
 /// [`watch_server_state`](RegistrationBuilder::watch_server_state) returns a watch of the state of the server, which follows these phases.
-/// A handler of an endless stream avoids the cut if it ends the stream once the server drains.
+/// The handler of an endless stream should end the stream when the state becomes `Draining`. Otherwise, its connection is cut at the drain
+/// timeout.
 ///
 /// A server that must start while etcd is down needs two settings: a registry from
 /// [`RegistryBuilder::connect_lazy`](crate::registry::RegistryBuilder::connect_lazy), which does not connect at once, and a
@@ -72,7 +73,8 @@ use crate::registration::RegistrationBuilder;
 ///
 /// The trait is sealed: only [`Router`] implements it.
 pub trait ServeRegistered: sealed::Sealed + Sized {
-    /// Serves until SIGTERM or SIGINT, and returns after a clean shutdown.
+    /// Serves until SIGTERM or SIGINT, and returns after a clean shutdown. On Windows, the signals are Ctrl-C, Ctrl-Break, and the close of
+    /// the console or of the session.
     ///
     /// A second signal ends the server at once: the listener and every connection are closed without a grace period. A deregistration in
     /// progress gets 500 ms more, because without it clients would dial a stopped server until the lease expires. A healthy etcd needs a
@@ -80,7 +82,8 @@ pub trait ServeRegistered: sealed::Sealed + Sized {
     ///
     /// # Errors
     ///
-    /// Fails if the socket cannot be bound, if the server cannot be registered, or if the server fails. After an error, the server no
+    /// Fails if the signal handlers cannot be installed, if the socket cannot be bound, if the server cannot be registered, or if the server
+    /// fails. After an error, the server no
     /// longer serves and its registration has ended. Cut connections are not an error.
     ///
     /// # Cancel safety
@@ -210,7 +213,7 @@ where
         let mut signals = Signals::install().map_err(ServeError::Signal)?;
         #[expect(
             clippy::async_yields_async,
-            reason = "the first signal gives the second one"
+            reason = "the output of the first future is the future of the second signal"
         )]
         let stop = async move {
             signals.recv().await;
@@ -270,7 +273,8 @@ where
     }
 }
 
-/// Waits for the stop signal. The returned future stands for a second signal. It never completes, so the server always ends gracefully.
+/// Waits for the stop signal. The output is a future of the second signal. It never completes, because there is no second signal, so the
+/// shutdown is always graceful.
 async fn once(signal: impl Future<Output = ()>) -> impl Future<Output = ()> {
     signal.await;
     pending()

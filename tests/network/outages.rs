@@ -1,4 +1,5 @@
-//! The backoff between dials in two cases: orderly closes after an outage, and servers that close connections before they serve a call.
+//! The backoff between dials: orderly closes after an outage, servers that close connections before they serve a call, and proxies that close
+//! idle connections.
 
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use super::{addresses, all_well, lazily, ms, over, say, shown};
 /// Waits until the backoff has grown to some seconds. The link must refuse connections in this time.
 async fn outage(link: &Link) {
     let before = link.accepted();
-    // The channel dials at about 0, 0, 1, 2.6 and 5.2 seconds.
+    // The channel dials at about 0, 1, 2.6 and 5.2 s. The wait after the fourth dial is about 4 s.
     eventually("the backoff has grown", async || {
         link.accepted() >= before + 4
     })
@@ -22,7 +23,7 @@ async fn outage(link: &Link) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn idle_closes_after_an_outage_fail_no_call() {
+async fn no_call_fails_when_idle_connections_are_closed_after_an_outage() {
     let peer = Peer::good().await;
     let link = Link::behaving(peer.address, Behaviour::Refuse).await;
     let channel = lazily(BalancedChannel::builder(), &[link.address.to_string()]);
@@ -49,7 +50,7 @@ async fn idle_closes_after_an_outage_fail_no_call() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_maximum_age_after_an_outage_fails_no_call() {
+async fn no_call_fails_when_connections_reach_their_maximum_age_after_an_outage() {
     let peer = Peer::closing(When::Age(ms(500)), How::Graceful).await;
     let link = Link::behaving(peer.address, Behaviour::Refuse).await;
     let channel = lazily(BalancedChannel::builder(), &[link.address.to_string()]);
@@ -74,19 +75,25 @@ async fn a_server_that_closes_before_it_serves_is_not_dialled_in_a_loop() {
         let channel = lazily(BalancedChannel::builder(), &all);
         eventually("the good servers are ready", async || {
             let known = channel.endpoints();
-            known.iter().filter(|one| one.latency.is_some()).count() >= 2
-                || say(&channel, ms(1_000)).await.is_err()
+            let has_served = known.iter().filter(|one| one.latency.is_some()).count() >= 2;
+            if !has_served {
+                // Only the good servers answer. A call on a connection that closes without a GOAWAY may fail.
+                let _ = say(&channel, ms(1_000)).await;
+            }
+            has_served
         })
         .await;
+        let before = broken.connections();
         let callers = Callers::start(&channel, CALLERS);
         sleep(ms(3_000)).await;
-        let connections = broken.connections();
+        let connections = broken.connections() - before;
         let (calls, failed) = callers.stopped().await;
         println!(
             "{when:?}, {how:?}: {connections} connections to the closing server, {calls} calls, {}",
             shown(&failed)
         );
-        // Without a GOAWAY, a call that was sent between the PING response and the close may have run, so it may fail.
+        // Without a GOAWAY, the channel cannot know whether a call on the closed connection was executed. It does not repeat such a call,
+        // so the call may fail.
         let lost = if how == How::Fin {
             CALLERS * connections
         } else {
@@ -101,7 +108,7 @@ async fn a_server_that_closes_before_it_serves_is_not_dialled_in_a_loop() {
             connections <= 10,
             "{when:?}, {how:?}: {connections} connections within 3 s, none of which served a call"
         );
-        assert_eq!(broken.executed(), 0);
+        assert!(broken.connections() > 0, "{when:?}, {how:?}: never dialled");
     }
 }
 
@@ -119,7 +126,7 @@ async fn a_lone_server_that_closes_before_it_serves_is_not_dialled_in_a_loop() {
             failed.len()
         );
         assert!(
-            connections <= 10,
+            (2..=10).contains(&connections),
             "{when:?}: {connections} connections within 3 s, none of which served a call"
         );
     }
@@ -137,8 +144,8 @@ async fn an_idle_channel_redials_with_growing_waits() {
     let dialled = link.accepted() - first;
     println!("{dialled} connections in 8 s without calls");
     assert!(
-        dialled <= 4,
-        "{dialled} connections for no call: the waits of 1 s, 1.6 s and so on allow three or four"
+        (1..=4).contains(&dialled),
+        "{dialled} connections in 8 s without a call; with waits of 1 s, 1.6 s, 2.6 s and so on, one to four are expected"
     );
     let before = Instant::now();
     say(&channel, ms(5_000))

@@ -197,7 +197,12 @@ async fn an_etcd_name_with_a_silent_address_connects() {
         return;
     };
     let port = live.port();
-    let link = Link::at(&live.to_string(), etcd.endpoint(0), Behaviour::Pass).await;
+    let link = Link::at(
+        &live.to_string(),
+        etcd.endpoint(0).unwrap(),
+        Behaviour::Pass,
+    )
+    .await;
     let began = Instant::now();
     let connected =
         tokio::time::timeout(ms(8_000), Registry::connect([format!("both.test:{port}")]));

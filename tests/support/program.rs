@@ -29,7 +29,7 @@ pub fn example(name: &str) -> Command {
 /// Starts the example server. Its log is discarded.
 pub fn greeter_server(etcd: &Etcd) -> Child {
     example("greeter_server")
-        .env("ETCD_ENDPOINTS", etcd.endpoint(0))
+        .env("ETCD_ENDPOINTS", etcd.endpoint(0).unwrap())
         .stdout(Stdio::null())
         .spawn()
         .unwrap()

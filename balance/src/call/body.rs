@@ -37,7 +37,7 @@ struct Stream {
     core: Arc<Core>,
     deadline: Option<Deadline>,
     /// Whether the head carried the gRPC status.
-    trailers_only: bool,
+    status_in_head: bool,
 }
 
 impl ResponseBody {
@@ -58,7 +58,7 @@ impl ResponseBody {
             permit,
             core,
             deadline,
-            trailers_only: status_in_head,
+            status_in_head,
         });
         Self {
             stream,
@@ -170,7 +170,7 @@ impl Stream {
     /// Handles the end of a response whose trailers are missing or carry no gRPC status. Returns an error unless the head carried the
     /// status.
     fn end(&mut self) -> Option<Status> {
-        if self.trailers_only {
+        if self.status_in_head {
             return None;
         }
         // A truncated response is not a success, even if all received frames are valid.
@@ -196,7 +196,7 @@ impl Stream {
                 self.core.on_success();
                 return Ok(trailers);
             }
-            None if self.trailers_only => return Ok(trailers),
+            None if self.status_in_head => return Ok(trailers),
             None => return self.end().map_or(Ok(trailers), Err),
             Some(code) => code,
         };

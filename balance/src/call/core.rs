@@ -18,7 +18,7 @@ use crate::transport::response_body::Incoming;
 /// The state that all clones of a channel and all its calls share.
 pub(crate) struct Core {
     pub(crate) balancer: Balancer,
-    /// The service's name in messages.
+    /// The name of the service, as shown in error texts.
     pub(crate) service: String,
     pub(crate) user_agent: HeaderValue,
     pub(crate) scheme: Scheme,
@@ -67,8 +67,8 @@ impl Core {
     }
 
     /// Returns true if the response can be handed to the caller now. Without a retry policy, every response can. With a retry policy,
-    /// returns false if the head carries a failure. Also returns false while the beginning of the response is being buffered, and if the
-    /// response breaks in this time. The response to a request stream is not buffered.
+    /// returns false if the head carries a failure. Also returns false until the first 64 KiB of the response, or all of it, are buffered, and
+    /// if the stream fails before. The response to a request stream is not buffered.
     pub(super) fn is_final(
         &self,
         call: &Call,
@@ -76,7 +76,7 @@ impl Core {
         response: &mut Response<Incoming>,
         cx: &mut Context<'_>,
     ) -> bool {
-        if self.method_config.is_none() || self.retry(call).is_none() {
+        if self.retry(call).is_none() {
             return true;
         }
         if http_status::failure(response).is_some() {

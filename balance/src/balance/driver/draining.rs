@@ -20,10 +20,16 @@ impl DrainingConnections {
     }
 
     /// Removes the connections whose last call has ended, and returns their endpoints.
-    pub(super) fn take_drained(&mut self) -> impl Iterator<Item = Arc<Endpoint>> {
+    pub(super) fn take_drained(&mut self) -> Vec<Arc<Endpoint>> {
         let drained = self
             .0
             .extract_if(.., |(_, subchannel)| subchannel.is_drained());
-        drained.map(|(endpoint, _)| endpoint)
+        drained.map(|(endpoint, _)| endpoint).collect()
+    }
+
+    /// Returns whether a connection of the endpoint is draining.
+    pub(super) fn contains(&self, endpoint: &Arc<Endpoint>) -> bool {
+        let mut endpoints = self.0.iter().map(|(endpoint, _)| endpoint);
+        endpoints.any(|draining| Arc::ptr_eq(draining, endpoint))
     }
 }

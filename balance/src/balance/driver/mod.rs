@@ -1,8 +1,9 @@
-//! The driver: the one task that dials connections, handles their loss, closes them, and publishes the ready set.
+//! The driver: the one task that starts dials, handles the loss of connections, closes them, and publishes the ready set.
 //!
-//! The state of the driver is divided into parts. Each part owns its fields and does not refer to the driver. `driver.rs` has the loop.
-//! Each of the other files with `impl Driver` handles one kind of event, and uses the parts that this event concerns.
+//! The state of the driver is divided into parts. Each part owns its fields and does not refer to the driver. `driver.rs` has the loop. The
+//! handlers are the other modules of the first group, each with an `impl Driver`. A handler uses only the parts that it needs.
 
+// The loop and the handlers.
 mod call_demand;
 mod connecting;
 mod connection_events;

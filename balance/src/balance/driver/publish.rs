@@ -27,9 +27,12 @@ impl Driver {
         };
         let is_quarantined = self.quarantines.is_quarantined(address);
         let ejected = entry.ejection.is_ejected() || is_quarantined;
-        entry
-            .endpoint
-            .set_ejected(ejected || subchannel.is_stalled());
+        let mut connections = entry.subchannels.iter();
+        let all_stalled = connections.all(|id| {
+            let ready = self.subchannels.ready(*id);
+            ready.is_none_or(|(_, subchannel)| subchannel.is_stalled())
+        });
+        entry.endpoint.set_ejected(ejected || all_stalled);
         let connection = subchannel.connection();
         if *subchannel.health() != Health::Serving || subchannel.is_stalled() {
             let connection = Arc::clone(connection);
@@ -69,8 +72,8 @@ impl Driver {
         let Some(entry) = self.endpoints.get_mut(address) else {
             return;
         };
-        // The server is warm if another connection is ready, or if one has become ready since the last failed dial and the last new
-        // generation.
+        // The server is warm if another connection is ready. It is also warm if a connection has become ready and, since then, no dial has
+        // failed and the endpoint was not replaced by a new one at the same address.
         if entry.class == Class::Ready || std::mem::replace(&mut entry.is_warm, true) {
             return;
         }
@@ -84,7 +87,7 @@ impl Driver {
         }
     }
 
-    /// Recomputes the factors of the zones from the weights of the ready connections.
+    /// Recomputes the factors of the zones from the weights of the connections in the primary set.
     fn update_zone_factors(&mut self) {
         if !self.zones.is_enabled() {
             return;
@@ -122,11 +125,12 @@ impl Driver {
 
     /// Publishes the ready set and the summary.
     pub(super) fn publish(&mut self) {
-        self.publication.clear();
         if self.shared.has_ended() {
-            return;
+            return self.publication.clear();
         }
+        // A change of the factors schedules a publication, which this one already contains.
         self.update_zone_factors();
+        self.publication.clear();
         let ready = self.ready_sets.freeze();
         let is_last_resort = self.ready_sets.is_last_resort();
         let summary = self.publication.summarize(ready.len(), is_last_resort);
@@ -149,12 +153,14 @@ impl Driver {
         }
     }
 
-    /// Removes endpoints from the reported endpoints if they were removed from the set and their last call has ended.
+    /// Drops removed endpoints from the endpoints that the channel reports, once their last call has ended.
     pub(super) fn forget_drained(&mut self) {
         for endpoint in self.draining.take_drained() {
             let entry = self.endpoints.get(endpoint.address());
-            // The endpoint is forgotten only if it was removed. If it is still in the set, only one of its connections has ended.
-            if entry.is_none_or(|entry| !Arc::ptr_eq(&entry.endpoint, &endpoint)) {
+            // If the endpoint is still in the set, the drained connection was surplus or was replaced. A removed endpoint may have further
+            // connections with calls.
+            let is_removed = entry.is_none_or(|entry| !Arc::ptr_eq(&entry.endpoint, &endpoint));
+            if is_removed && !self.draining.contains(&endpoint) {
                 self.shared.forget(&endpoint);
             }
         }

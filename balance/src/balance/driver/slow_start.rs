@@ -1,7 +1,7 @@
 //! Slow start: the weight of an endpoint that has just become ready grows gradually.
 //!
-//! A new server has cold caches, empty pools and code that is not compiled yet. Even without slow start, a new server is not flooded,
-//! because its first latency estimate is the median of all endpoints. For servers that need a gentler start, slow start lets the weight
+//! A new server has cold caches, empty pools and code that is not compiled yet. Even without slow start, the default policy does not
+//! flood a new server, because its first latency estimate is the median of all endpoints. For servers that need a gentler start, slow start lets the weight
 //! grow over a window. The formula is Envoy's with an aggression of 1: the weight is multiplied by the elapsed fraction of the window, at
 //! least 0.1.
 
@@ -49,7 +49,7 @@ impl SlowStart {
         self.started.remove(address);
     }
 
-    /// Returns the endpoints whose weight has grown since the last call. An endpoint that has reached its full weight is returned once more
+    /// Returns the endpoints whose weight may have grown since the last call. An endpoint that has reached its full weight is returned once more
     /// and then forgotten.
     pub(super) fn grow(&mut self, now: Instant) -> Vec<Address> {
         let grown = self.started.keys().cloned().collect();

@@ -28,7 +28,7 @@ impl RetryBudget {
         #[expect(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,
-            reason = "clamped; what is no number becomes 0"
+            reason = "clamped, and NaN becomes 0"
         )]
         let ratio = (ratio.clamp(0.0, 1.0) * 1_000.0).round() as u32;
         Self {
@@ -100,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn half_of_the_bucket_is_for_retries_and_successes_refill_it() {
+    fn retries_use_half_of_the_bucket_and_successes_refill_it() {
         let tokens = Tokens::new(RetryBudget::new(10, 0.1));
         // As in A6's example, calls are sent again while 9 to 6 tokens are left, and not when 5 are left.
         assert_eq!((0..6).filter(|_| tokens.on_failure()).count(), 4);
@@ -117,17 +117,18 @@ mod tests {
     #[test]
     fn the_bucket_stays_between_zero_and_its_size() {
         let tokens = Tokens::new(RetryBudget::new(2, 0.9));
+        tokens.on_failure();
         for _ in 0..100 {
             tokens.on_success();
         }
-        assert!(!tokens.on_failure(), "the bucket held at most two tokens");
+        assert!(!tokens.on_failure(), "the bucket has at most two tokens");
         for _ in 0..100 {
             tokens.on_failure();
         }
         tokens.on_success();
         assert!(!tokens.allows_retry());
         tokens.on_success();
-        assert!(tokens.allows_retry(), "the bucket was not negative");
+        assert!(tokens.allows_retry(), "the bucket is never negative");
     }
 
     #[test]
