@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use support::greeter::greeter_client::GreeterClient;
 use support::roles::{protect, user_at};
-use support::{client, registry, within};
+use support::{all_ready, client, registry, within};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tonic_etcd::resolver::{ResolverHandle, ResolverState};
@@ -236,12 +236,14 @@ async fn a_start_without_etcd_serves_calls_from_the_cache_and_the_first_list_rep
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_empty_first_list_does_not_drop_the_servers_in_use() {
     let mut etcd = support::etcd().await;
-    let (address, _server) = support::greeter("seeded").await;
+    let (one, _one) = support::greeter("one").await;
+    let (other, _other) = support::greeter("other").await;
+    let seeds = [one, other].map(|address| Instance::new(address.try_into().unwrap()));
     etcd.freeze(0).await.unwrap();
     let registry = Registry::builder(etcd.endpoints()).connect_lazy().unwrap();
     let channel = registry
         .channel("greeter")
-        .map_source(|resolver| resolver.seeds([Instance::new(address.try_into().unwrap())]))
+        .map_source(|resolver| resolver.seeds(seeds.clone()))
         .connect_lazy();
     let say = async || {
         let mut request = tonic::Request::new(support::hello());
@@ -249,6 +251,7 @@ async fn an_empty_first_list_does_not_drop_the_servers_in_use() {
         let mut client = GreeterClient::new(channel.clone());
         client.say_hello(request).await
     };
+    all_ready(&channel, 2).await;
     say().await.unwrap();
     etcd.thaw(0).await.unwrap();
     let handle = channel.source_handle::<ResolverHandle>().unwrap();
@@ -258,6 +261,7 @@ async fn an_empty_first_list_does_not_drop_the_servers_in_use() {
         async || handle.status().state == ResolverState::Fresh,
     )
     .await;
+    // Of two instances, one is enough for "half of the set", so one is held.
     assert_eq!((handle.status().cached, handle.status().held), (0, 1));
     for _ in 0..10 {
         say().await.unwrap();

@@ -125,13 +125,7 @@ async fn a_process_with_many_services_sends_few_requests_at_rest() {
             .all(|resolver| resolver.instances().len() == 1)
     };
     until(Duration::from_secs(10), "all services are known", all_known).await;
-    let sum = || -> u64 {
-        fake.script()
-            .counts
-            .values()
-            .copied()
-            .sum()
-    };
+    let sum = || -> u64 { fake.script().counts.values().copied().sum() };
     tokio::time::sleep(Duration::from_secs(300)).await;
     let before = sum();
     tokio::time::sleep(Duration::from_secs(1_800)).await;
