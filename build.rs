@@ -1,11 +1,11 @@
-//! Compiles the services of the examples and tests. Crates that depend on the library build nothing
-//! here: the feature is off for them.
+//! Generates the code for the gRPC services of the examples and tests. For a crate that depends on the
+//! library, the feature `helloworld` is off, and this script does nothing.
 
 #[cfg(feature = "helloworld")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     for proto in [
         "proto/helloworld.proto",
-        // The published package has no tests.
+        // This file is missing in the published package, which has no tests.
         "tests/interop_peers/proto/interop.proto",
     ] {
         if std::path::Path::new(proto).exists() {

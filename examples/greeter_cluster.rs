@@ -5,8 +5,9 @@
 //! cargo run --example greeter_cluster
 //! ```
 //!
-//! The program ends after about twenty seconds. It fails if the client does not call the new server, if the client calls the server that
-//! has shut down, or if a call fails. The only calls that may fail are those in flight on the killed server, at most one per caller.
+//! The program ends after about twenty seconds. It fails if the client does not call the new
+//! server, if the client calls the server that has shut down, or if a call fails. Only calls in
+//! flight on the killed server may fail: at most one for each of the 8 callers.
 #![allow(clippy::print_stdout, reason = "the example prints its results")]
 
 mod greeter;
@@ -131,7 +132,7 @@ async fn show() -> Result<(), Error> {
         println!("the last failure: {}", tally.last_failure);
     }
     println!(
-        "{} calls were on their way to beta when it was killed; they failed and are not counted below",
+        "{} calls were in flight on beta when it was killed; they failed, but the next line does not count them as failed",
         tally.caught
     );
     println!(
@@ -163,12 +164,13 @@ async fn kill_and_restart(
     Ok(beta)
 }
 
-/// The number of calls of each server, and the number of failed calls.
+/// The number of calls that each server has answered, and the number of failed calls.
 #[derive(Default)]
 struct Tally {
     served: BTreeMap<String, u64>,
+    /// Number of calls that failed for any other reason than the kill.
     failed: u64,
-    /// Calls that failed because their server was killed.
+    /// Number of calls that failed because their server was killed.
     caught: u64,
     kill: Option<Kill>,
     last_failure: String,
@@ -188,7 +190,8 @@ impl Tally {
     }
 }
 
-/// The period in which a kill may fail calls. It begins just before the signal, and ends when the client has detected the closed
+/// The period in which calls may fail because beta was killed. It begins just before the signal,
+/// and ends 250 ms after the exit of the process. By then, the client has detected the closed
 /// connections.
 struct Kill {
     from: Instant,
@@ -238,7 +241,8 @@ async fn call(channel: BalancedChannel, tally: Arc<Mutex<Tally>>) {
     }
 }
 
-/// Shows the calls of each server for `time`: on a terminal as one line that is updated, otherwise as one line at the end.
+/// For the duration `time`, shows how many calls each server has answered: on a terminal as one
+/// line that is updated, otherwise as one line at the end.
 async fn watch(title: &str, tally: &Mutex<Tally>, resolver: &Resolver, time: Duration) {
     let end = Instant::now() + time;
     let live = std::io::stdout().is_terminal();
@@ -283,8 +287,8 @@ async fn until(what: &str, condition: impl Fn() -> bool) -> Result<(), Error> {
 /// A server in a separate process.
 struct ServerProcess {
     child: Child,
-    /// The pipe to the standard input of the process, which exits when the pipe is closed. It is kept here because `Child::wait` closes a
-    /// pipe that the `Child` owns.
+    /// The pipe to the standard input of the process. The process exits when the pipe is closed. If
+    /// `child` owned the pipe, `Child::wait` would close it.
     _stdin: Option<ChildStdin>,
 }
 
@@ -312,7 +316,7 @@ impl ServerProcess {
         Ok(())
     }
 
-    /// Kills the process with SIGKILL and records the time.
+    /// Kills the process with SIGKILL and records the [`Kill`] period.
     async fn kill(&mut self, tally: &Mutex<Tally>) -> Result<(), Error> {
         let from = Instant::now();
         if let Ok(mut tally) = tally.lock() {
@@ -340,8 +344,9 @@ impl ServerProcess {
 }
 
 async fn serve_greeter(name: &str, endpoints: &str) -> Result<(), Error> {
-    // The parent has the other end of the pipe to standard input. When the parent ends, the read returns and this process exits. The read
-    // runs on a thread outside the runtime, because a runtime that shuts down would wait for it.
+    // The parent has the other end of the pipe to standard input. When the parent ends, the read
+    // returns and this process exits. The read runs on a thread outside the runtime. With tokio's
+    // stdin, the shutdown of the runtime would wait for the read.
     std::thread::spawn(|| {
         let _ = std::io::stdin().read(&mut [0]);
         std::process::exit(1);

@@ -1,4 +1,4 @@
-//! Waits between attempts.
+//! The waits between attempts.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use std::time::Duration;
 /// step and the whole step.
 ///
 /// The caller resets the backoff when the peer has worked properly for a while, not when it has merely connected. Otherwise a peer that
-/// accepts connections and then fails would be retried at the first interval forever.
+/// accepts connections and then fails would be retried after the shortest wait forever.
 #[derive(Clone, Debug)]
 pub(crate) struct Backoff {
     first: Duration,
@@ -58,7 +58,7 @@ mod tests {
             let wait = backoff.next(&mut rng);
             assert!(
                 wait >= step / 2 && wait <= step,
-                "{wait:?} is outside {step:?}"
+                "{wait:?} is not between half of {step:?} and {step:?}"
             );
             step = (step * 2).min(Duration::from_secs(3));
         }
@@ -73,7 +73,7 @@ mod tests {
         let mut waits: Vec<_> = (0..100).map(|_| jittered(step, &mut rng)).collect();
         waits.sort();
         waits.dedup();
-        assert!(waits.len() > 90, "{} of 100", waits.len());
+        assert!(waits.len() > 90, "{} of 100 differ", waits.len());
         assert!(waits[0] < step * 2 / 3 && waits[waits.len() - 1] > step * 5 / 6);
     }
 

@@ -20,7 +20,7 @@ pub use tonic_balance::error::{AddressError, CallError, ChannelError};
 ///
 /// The text contains all causes, so [`source`](std::error::Error::source) returns `None`. [`status`](Self::status) returns the gRPC status.
 ///
-/// Clones share one error by a reference count, so that a status can keep its last error.
+/// Clones share one error by a reference count, so that the status of a resolver or the state of a registration can keep the last error.
 #[derive(Clone, Debug)]
 pub struct EtcdError(Arc<Inner>);
 
@@ -143,8 +143,8 @@ impl PartialEq for EtcdError {
 
 impl Eq for EtcdError {}
 
-/// The kind of an [`EtcdError`]. The kind of an error from etcd is derived from its text and not from its gRPC code, because etcd uses one
-/// code for different errors: `OutOfRange` alone for four of them.
+/// The kind of an [`EtcdError`]. The kind of an error from etcd is derived from the error's text. The gRPC code is not sufficient, because
+/// different errors have the same code: four of these kinds have `OutOfRange`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum EtcdErrorKind {
@@ -257,7 +257,7 @@ impl fmt::Display for EtcdErrorKind {
     }
 }
 
-/// The reason why a registry, or the channel of a target, could not be created.
+/// The reason why a registry, or a channel for a target, could not be created.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RegistryError {
@@ -295,7 +295,7 @@ pub enum RegistryError {
         /// The invalid part, and the reason.
         reason: String,
     },
-    /// No member gave a usable response: no member responded, or the members have no leader.
+    /// No member gave a usable response: the connections failed, or no response arrived within the deadline.
     #[error(
         "etcd did not respond at {}; check that etcd runs there, and that its client port (2379 by default) is correct and open: {cause}", endpoints.join(", ")
     )]
@@ -343,7 +343,8 @@ pub enum RegistryError {
         /// The error from etcd.
         cause: EtcdError,
     },
-    /// etcd rejected the read by which `connect` checks the connection, with an error that no other variant covers.
+    /// etcd rejected the read by which `connect` checks the connection, with an error that no other variant covers, for example because the
+    /// member has no leader.
     #[error("etcd at {} rejected the read that checks the connection: {cause}", endpoints.join(", "))]
     #[non_exhaustive]
     Refused {

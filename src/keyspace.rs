@@ -1,4 +1,5 @@
-//! The etcd data types of the state machines: keys, ranges, revisions, leases, events. Nothing in this module does I/O.
+//! The etcd data types that the resolver, the registration and the etcd client share: keys, ranges, revisions, leases, events. Nothing in
+//! this module does I/O.
 
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -10,7 +11,7 @@ use std::time::Duration;
 pub struct Revision(i64);
 
 impl Revision {
-    /// Zero. In etcd's API, zero stands for no revision, for example of a key that does not exist.
+    /// Zero. In etcd's API, zero stands for no revision: it is, for example, the mod revision of a key that does not exist.
     pub(crate) const ZERO: Self = Self(0);
 
     pub(crate) const fn new(revision: i64) -> Self {
@@ -194,7 +195,7 @@ pub(crate) struct KeyValue {
 }
 
 impl KeyValue {
-    /// Returns the version of the key that this write created.
+    /// Returns the version: it identifies the write that created this value.
     pub(crate) fn version(&self) -> KeyVersion {
         let mut hasher = DefaultHasher::new();
         self.value.hash(&mut hasher);
@@ -216,9 +217,9 @@ impl KeyValue {
     }
 }
 
-/// Identifies one write of a key. Revisions alone are ambiguous: a store that was wiped and filled again can repeat every revision. It does
-/// not repeat the lease ids, so the lease is compared as well. Writes of keys without a lease are distinguished by the create revision and
-/// the digest of the value. Two writes with equal fields are equivalent.
+/// Identifies one write of a key. Revisions alone are ambiguous: a store that was wiped and filled again can repeat every revision. Lease
+/// ids are not repeated, so the lease is compared as well. Writes of keys without a lease are distinguished by the create revision and the
+/// digest of the value. Two writes with equal fields are equivalent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct KeyVersion {
     pub(crate) key: Key,
@@ -261,7 +262,7 @@ pub(crate) struct Header {
 }
 
 impl Default for Header {
-    /// The header of a response that has none: every number is zero, as in Protobuf.
+    /// The header for a response without a header: every number is zero, as in Protobuf.
     fn default() -> Self {
         Self {
             cluster_id: 0,
@@ -316,7 +317,7 @@ pub(crate) struct KeepAlive {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct WatchMessage {
     /// Header with the current revision of the member's store. While the member sends history, this revision is higher than the revisions
-    /// of the events, so a watch must not resume from it.
+    /// of the events, so a watch must not resume from the revision of the header.
     pub(crate) header: Header,
     pub(crate) events: Vec<Event>,
     /// Whether the next message has further events of the last event's revision.
@@ -328,8 +329,7 @@ pub(crate) struct WatchMessage {
     pub(crate) cancel_reason: String,
 }
 
-/// The prefix of the keys of all services: the prefix of the registry, if it has one. Otherwise the default prefix of the format that is
-/// written applies.
+/// The prefix of the keys of all services. If the registry has no prefix, the default prefix of the written format applies.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Keyspace {
     prefix: Option<String>,
@@ -370,7 +370,7 @@ pub(crate) fn with_slash(prefix: &str) -> String {
     }
 }
 
-/// Checks a service name. The error is the rule that the name violates.
+/// Checks a service name. The error states how the name violates a rule, such as "is empty".
 pub(crate) fn check_service(service: &str) -> Result<(), &'static str> {
     if service.is_empty() {
         return Err("is empty");
@@ -405,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn a_service_does_not_match_keys_of_another_with_the_same_prefix() {
+    fn a_service_does_not_match_keys_of_services_with_longer_names() {
         let range = Range::prefix("/gRPC/user/");
         assert!(range.contains(&Key::from("/gRPC/user/10.0.0.1:80")));
         assert!(!range.contains(&Key::from("/gRPC/user-admin/10.0.0.1:80")));
@@ -425,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_range_holds_exactly_one_key() {
+    fn the_range_of_a_key_contains_only_that_key() {
         let key = Key::from("/a");
         let range = Range::key(&key);
         assert!(range.contains(&key));

@@ -4,13 +4,14 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Times that all services of one registry share, so that their periodic requests are due together and can be sent as one.
+/// The slots of one registry: times at a fixed distance, the width. All services of the registry share them, so that their periodic
+/// requests are due together and can be sent as one.
 ///
-/// Each registry has a random phase. Without it, processes that started together would send their requests together.
+/// The slots of each registry start with a random phase. Without it, processes that started together would send their requests together.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Slots {
     start: Instant,
-    /// The time of the first slot, as a part of the width of a slot.
+    /// The time from `start` to the first slot, as a fraction of the width.
     phase: f64,
 }
 
@@ -20,7 +21,7 @@ impl Slots {
         Self { start, phase }
     }
 
-    /// Returns the last time of a slot that is not after `at`, or the first time that is not before `earliest`, whichever is later.
+    /// Returns the time of the last slot that is not after `at`, or of the first slot that is not before `earliest`, whichever is later.
     pub(crate) fn align(&self, at: Instant, earliest: Instant, width: Duration) -> Instant {
         let first = self.start + width.mul_f64(self.phase);
         let at = at.max(earliest);
@@ -53,7 +54,7 @@ mod tests {
             assert_eq!(since.as_nanos() % width.as_nanos(), 0);
             assert!(
                 aligned <= at || at - earliest < width,
-                "only the start of the range is moved up"
+                "moved up although a slot is in the range"
             );
         }
     }

@@ -63,7 +63,7 @@ impl<'a> Pair<'a> {
         root(self.etcd).await
     }
 
-    /// Asserts that renewals, writes and events continue.
+    /// Asserts that renewals, writes and events continue. `what` is the text of the failure.
     async fn is_well(&mut self, what: &str) {
         let mut states = self.registration.watch_state();
         // The first change is the current state.
@@ -101,7 +101,8 @@ async fn heals(etcd: Etcd) {
     let mut pair = Pair::start(&etcd).await;
     let key = pair.registration.key().to_owned();
     let lease = list(&pair.root().await, &key).await[0].2;
-    pair.is_well("tokens expire within the test").await;
+    pair.is_well("renewals, writes and events continue while tokens expire")
+        .await;
     // If etcd rejects the token of a call, the call renews the token. Watches are tested separately, because etcd may reject a new watch
     // with a message on the watch stream.
     let watches = pair.resolver.status().watches;
@@ -121,19 +122,22 @@ async fn heals(etcd: Etcd) {
             .unwrap();
         pair.root().await.user_delete(&name).await.unwrap();
     }
-    pair.is_well("the store's users have changed").await;
+    pair.is_well("clients continue after the list of users has changed")
+        .await;
 
     pair.root().await.auth_disable().await.unwrap();
-    pair.is_well("authentication is disabled").await;
+    pair.is_well("clients continue without authentication")
+        .await;
     pair.root().await.auth_enable().await.unwrap();
-    pair.is_well("authentication is enabled again").await;
+    pair.is_well("clients continue with authentication again")
+        .await;
     assert_eq!(
         list(&pair.root().await, &key).await[0].2,
         lease,
-        "the lease is unchanged"
+        "the lease must not change"
     );
 
-    // The password is changed back only after the state of the registration contains the reason of the rejection.
+    // The test changes the password back only after the state of the registration has reported the rejection.
     pair.root()
         .await
         .user_change_password("writer", "another")
@@ -142,7 +146,7 @@ async fn heals(etcd: Etcd) {
     for way in &pair.ways {
         way.reset();
     }
-    eventually("the status reports the rejection", async || {
+    eventually("the state reports the rejection", async || {
         // If a member does not check the token of a renewal, the lease stays alive and the state stays `Registered`.
         let (RegistrationState::Registering {
             last_error: Some(error),
@@ -167,7 +171,7 @@ async fn heals(etcd: Etcd) {
         pair.registration.state().is_registered()
     })
     .await;
-    pair.is_well("the password is changed back").await;
+    pair.is_well("clients continue with the old password").await;
     pair.registration.deregister().await.unwrap();
 }
 
@@ -190,16 +194,16 @@ async fn rejected_signed_tokens_are_renewed() {
     Box::pin(heals(etcd)).await;
 }
 
-/// One member issues a token, and the other members accept it only a moment later. Requests in this moment must not fail.
+/// One member issues a token, and the other members know it only a moment later. Requests in this moment must not fail.
 #[tokio::test]
-async fn a_new_token_is_valid_at_every_member() {
-    // The long timeouts prevent an election during the test. An election would lose the operator's writes.
+async fn requests_with_a_new_token_succeed_at_every_member() {
+    // The long timeouts prevent an election during the test. An election would make the operator's writes fail.
     let etcd = Etcd::builder().members(3).arg("--heartbeat-interval=500");
     let etcd = etcd.arg("--election-timeout=5000");
     let etcd = etcd.start().await.unwrap();
     protect(&etcd).await;
     for _ in 0..20 {
-        let reader = user(&etcd, "reader").await.expect("connected");
+        let reader = user(&etcd, "reader").await.expect("the reader connects");
         let resolver = reader.resolver("greeter").start();
         resolver.ready().await;
         assert!(resolver.status().last_error.is_none());

@@ -43,7 +43,7 @@ async fn a_rolling_graceful_restart_under_load_fails_no_call_and_runs_none_twice
         all_registered().await;
     }
     let calls = callers.none_failed().await;
-    assert_eq!(counter.count(), calls, "each call ran once");
+    assert_eq!(counter.count(), calls, "each call must run once");
     assert!(calls > 1_000, "{calls}");
 }
 
@@ -80,7 +80,7 @@ async fn endpoints_that_refuse_connections_or_do_not_respond_fail_no_call() {
     .await;
     let channel = registry.channel("greeter").connect().await.unwrap();
     let callers = Callers::start(&channel, 8);
-    eventually("two thousand calls", async || counter.count() > 2_000).await;
+    eventually("2000 calls are served", async || counter.count() > 2_000).await;
     callers.none_failed().await;
     refusing.deregister().await.unwrap();
     swallowing.deregister().await.unwrap();
@@ -114,20 +114,20 @@ async fn calls_continue_while_etcd_is_down() {
     callers.none_failed().await;
 }
 
-/// Sends one call, which must fail soon, and returns its status.
+/// Sends one call, which must fail within [`SOON`], and returns its status.
 async fn refused(channel: &BalancedChannel) -> Status {
     let mut client = GreeterClient::new(channel.clone());
     let call = timeout(SOON, client.say_hello(hello()));
     call.await
         .expect("an answer in time")
-        .expect_err("no server is registered")
+        .expect_err("the call must fail")
 }
 
 #[tokio::test]
 async fn without_a_server_the_error_states_the_cause() {
     let mut etcd = etcd().await;
     let registry = registry(&etcd).await;
-    // No instance is registered: the call fails at once.
+    // While no instance is registered, a call fails at once.
     let empty = registry.channel("greeter").connect_lazy();
     registry.resolver("greeter").start().ready().await;
     eventually("the set is known and empty", async || {
@@ -141,9 +141,9 @@ async fn without_a_server_the_error_states_the_cause() {
     .await;
     assert!(
         registry.channel("greeter").connect().await.is_err(),
-        "connect returns the same error"
+        "`connect` must fail too"
     );
-    // All endpoints are down: the error contains the last cause.
+    // While all endpoints are down, the error contains the last cause.
     let dead = registry
         .registration("greeter")
         .address("127.0.0.1:1")
@@ -158,7 +158,7 @@ async fn without_a_server_the_error_states_the_cause() {
     })
     .await;
     dead.deregister().await.unwrap();
-    // etcd is down from the start: the call fails at the startup timeout.
+    // If etcd is down when the channel starts, the call fails at the startup timeout.
     etcd.kill(0).await.unwrap();
     let unknown = registry
         .channel("other")

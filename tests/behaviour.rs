@@ -34,11 +34,14 @@ fn every_test_named_in_the_behaviour_page_exists() {
         let cells: Vec<_> = row.trim_matches('|').split(" | ").collect();
         assert_eq!(cells.len(), 5, "{row}");
         for name in cells[4].split('`').skip(1).step_by(2) {
-            assert!(tests.contains(&format!("fn {name}()")), "no test {name}");
+            assert!(
+                tests.contains(&format!("fn {name}()")),
+                "no test has the name {name}"
+            );
             named += 1;
         }
     }
-    assert!(named > 20, "{named} tests are listed");
+    assert!(named > 20, "only {named} tests are listed");
 }
 
 #[test]
@@ -79,5 +82,5 @@ fn every_file_named_in_the_documentation_exists() {
         }
     }
     assert!(missing.is_empty(), "{missing:#?}");
-    assert!(named > 50, "{named} files are named");
+    assert!(named > 50, "only {named} files are named");
 }

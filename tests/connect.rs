@@ -31,8 +31,8 @@ async fn refused(endpoints: &[&str]) -> RegistryError {
         .expect_err("`connect` must fail")
 }
 
-/// Returns the error for an endpoint that responds. Retries after `Unreachable`: the endpoint has one second to respond, which may be too
-/// short on a busy machine.
+/// Returns the error for an endpoint that responds. `connect` gives the endpoint one second to respond. On a busy machine, this may be too
+/// short, so `Unreachable` is retried.
 async fn connect_error(endpoint: &str) -> RegistryError {
     for _ in 0..3 {
         let error = refused(&[endpoint]).await;
@@ -51,7 +51,7 @@ async fn answers(bytes: &'static [u8]) -> String {
         while let Ok((mut socket, _)) = listener.accept().await {
             let _ = socket.read(&mut [0; 64]).await;
             let _ = socket.write_all(bytes).await;
-            // A socket that is closed with unread bytes sends a reset, and the client may then lose the answer.
+            // If a socket is closed while it has unread bytes, it sends a reset, and the client may then lose the answer.
             let _ = socket.shutdown().await;
             tokio::spawn(async move { while let Ok(1..) = socket.read(&mut [0; 64]).await {} });
         }
@@ -115,7 +115,7 @@ async fn another_grpc_server_is_reported_as_not_etcd() {
 
 #[tokio::test]
 async fn a_tls_server_is_distinguished_from_a_dead_one() {
-    // The alert `unexpected_message`, with which a TLS server answers an HTTP/2 preface.
+    // A TLS server answers an HTTP/2 preface with the alert `unexpected_message`.
     let address = answers(&[0x15, 0x03, 0x03, 0x00, 0x02, 0x02, 0x0a]).await;
     let error = connect_error(&address).await;
     assert!(matches!(error, RegistryError::Tls { .. }), "{error:?}");
@@ -152,12 +152,12 @@ async fn the_error_for_a_malformed_endpoint_quotes_it() {
     }
     let error = Registry::connect(Vec::<String>::new())
         .await
-        .expect_err("no endpoint");
+        .expect_err("an empty list must be rejected");
     assert!(matches!(error, RegistryError::NoEndpoints));
 }
 
 #[tokio::test]
-async fn a_dead_member_among_the_endpoints_fails_nothing() {
+async fn connect_succeeds_although_two_of_three_endpoints_are_dead() {
     let etcd = etcd().await;
     for _ in 0..10 {
         let endpoints = [
@@ -172,7 +172,7 @@ async fn a_dead_member_among_the_endpoints_fails_nothing() {
 }
 
 #[tokio::test]
-async fn endpoints_are_accepted_with_a_scheme_and_over_ipv6() {
+async fn endpoints_with_a_scheme_and_ipv6_endpoints_are_accepted() {
     let etcd = etcd().await;
     Registry::connect([format!("http://{}", etcd.endpoint(0).unwrap())])
         .await
@@ -213,14 +213,14 @@ async fn authentication_works_from_connect_to_registration() {
     // Credentials are not an error if etcd has no authentication.
     let early = user(&etcd, "writer")
         .await
-        .expect("connects without a token");
+        .expect("the client connects without a token");
     protect(&etcd).await;
 
     let wrong = Registry::builder(etcd.endpoints())
         .user("writer", "a-guess")
         .connect()
         .await
-        .expect_err("wrong password");
+        .expect_err("a wrong password must be rejected");
     assert!(
         matches!(wrong, RegistryError::Credentials { .. }),
         "{wrong:?}"
@@ -252,7 +252,7 @@ async fn authentication_works_from_connect_to_registration() {
         .unwrap();
     knows(&resolver, &["127.0.0.1:80"]).await;
     let mut states = registration.watch_state();
-    // The first `changed` returns the current state at once. The other three are renewals, which take longer than a token is valid.
+    // The first change is the current state. The other three are renewals, which together take longer than a token is valid.
     for _ in 0..4 {
         states.changed().await.unwrap();
         assert!(
@@ -278,11 +278,11 @@ async fn authentication_works_from_connect_to_registration() {
         .registration("greeter")
         .address("127.0.0.1:80")
         .register();
-    // If `register` retried after the rejection, the first retry would be after at least 7.5 s, so the timeout would elapse.
+    // If `register` retried after the rejection, it would wait for at least 7.5 s, so the timeout would elapse.
     let denied = timeout(Duration::from_secs(5), denied)
         .await
-        .expect("without a delay")
-        .expect_err("read only");
+        .expect("`register` fails without a delay")
+        .expect_err("a reader must not register");
     assert!(
         matches!(denied, RegisterError::Refused { .. }),
         "{denied:?}"
@@ -315,7 +315,7 @@ async fn the_prefix_is_configurable() {
 }
 
 #[tokio::test]
-async fn an_etcd_is_found_after_it_was_restarted() {
+async fn a_registry_works_after_a_restart_of_etcd() {
     let mut etcd = etcd().await;
     let registry = registry(&etcd).await;
     etcd.kill(0).await.unwrap();

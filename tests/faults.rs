@@ -5,7 +5,7 @@
     clippy::unwrap_used,
     clippy::panic,
     clippy::print_stdout,
-    reason = "a failed step is a failed test, and figures are shown"
+    reason = "a failed step is a failed test, and figures are printed"
 )]
 
 mod support;
@@ -96,7 +96,7 @@ async fn deletions(etcd: &etcd_client::Client, keys: &[String]) -> usize {
     .await;
     let options = WatchOptions::new().with_prefix().with_start_revision(1);
     let mut watch = etcd.watch_client().watch("/", Some(options)).await.unwrap();
-    // A write to another key is the event after the history: its revision is greater than `end`.
+    // The event of a write to another key marks the end of the history, because its revision is greater than `end`.
     eventually("etcd writes", async || {
         etcd.kv_client().put("/end", "", None).await.is_ok()
     })
@@ -104,7 +104,7 @@ async fn deletions(etcd: &etcd_client::Client, keys: &[String]) -> usize {
     let mut deleted = 0;
     loop {
         let message = timeout(SOON, watch.message()).await.unwrap().unwrap();
-        for event in message.expect("no end").events() {
+        for event in message.expect("the watch continues").events() {
             let kv = event.kv().unwrap();
             let own = keys.iter().any(|key| key.as_bytes() == kv.key());
             deleted += usize::from(own && event.event_type() == EventType::Delete);
@@ -127,7 +127,7 @@ async fn an_outage_of_etcd_deletes_no_key_and_fails_no_call() {
     sleep(span(12, 60)).await;
     assert_eq!(fleet.channel.endpoints().len(), 3);
     etcd.restart(0).await.unwrap();
-    // Waits until the old leases would have expired, so that they must have been renewed.
+    // After the restart, the leases expire within one TTL unless they are renewed.
     sleep(ttl * 3 / 2).await;
     eventually("the resolver is `Fresh`", async || {
         fleet.resolver.status().state == ResolverState::Fresh
@@ -136,7 +136,7 @@ async fn an_outage_of_etcd_deletes_no_key_and_fails_no_call() {
     assert_eq!(fleet.resolver.instances().len(), 3);
     let by_hand = client(&etcd).await;
     let lost = deletions(&by_hand, &fleet.keys).await;
-    assert_eq!(lost, 0, "no key was deleted");
+    assert_eq!(lost, 0, "keys were deleted");
     callers.none_failed().await;
 }
 
@@ -147,7 +147,7 @@ async fn a_wiped_etcd_is_filled_again_and_stale_instances_are_removed() {
         let registry = registry(&etcd).await;
         let ttl = Duration::from_secs(10);
         let fleet = Fleet::start(&registry, 3, ttl).await;
-        // An instance that never returns, like that of a process that has died.
+        // Nobody writes this key again after the wipe, as if its server had died.
         let by_hand = client(&etcd).await;
         let lease = by_hand.lease_client().grant(600, None).await.unwrap().id();
         let options = etcd_client::PutOptions::new().with_lease(lease);
@@ -247,8 +247,8 @@ async fn a_restored_etcd_keeps_live_servers_and_loses_dead_ones() {
     registration.deregister().await.unwrap();
 }
 
-/// Writes about 55 000 events in 2 650 revisions, in transactions of 100 keys and in single writes, under one lease. The keys that sort
-/// last are never deleted. With `compact`, the history is compacted after round 400. Returns the last revision.
+/// Writes about 55 000 events in 2 650 revisions, in transactions of 100 keys and in single writes, under one lease. Keys that begin with
+/// `~` sort after all others and are never deleted. With `compact`, the history is compacted after round 400. Returns the last revision.
 async fn backlog(etcd: &etcd_client::Client, lease: i64, compact: bool) -> i64 {
     let mut revision = 0;
     let host = if compact { "127.0.0.2" } else { "127.0.0.1" };
@@ -310,10 +310,13 @@ async fn a_watch_closed_after_every_message_misses_nothing() {
         // The resolver may still be opening its watch.
         relay.refuse_watches(true);
         write("127.0.0.1:2").await;
-        eventually("the change is listed or the watch is closed", async || {
-            resolver.status().state == ResolverState::Stale
-                || addresses(&resolver) == ["127.0.0.1:2"]
-        })
+        eventually(
+            "the change is received or the resolver is `Stale`",
+            async || {
+                resolver.status().state == ResolverState::Stale
+                    || addresses(&resolver) == ["127.0.0.1:2"]
+            },
+        )
         .await;
         let (cuts, before) = (relay.cuts(), resolver.status());
         let revision = backlog(&by_hand, lease, compact).await;
@@ -322,7 +325,7 @@ async fn a_watch_closed_after_every_message_misses_nothing() {
         let mut expected: Vec<_> = listed.into_iter().map(|(_, value, _)| value).collect();
         expected.sort();
         expected.dedup();
-        // The relay closes the watch after each message. The resolver opens the watch again after a wait, which grows up to 5 s.
+        // The relay ends each watch after one message with events. The resolver opens the watch again after a wait, which grows up to 5 s.
         within(Duration::from_secs(90), "the set is exact", async || {
             let mut known = addresses(&resolver);
             known.sort();
@@ -335,13 +338,13 @@ async fn a_watch_closed_after_every_message_misses_nothing() {
         .await;
         let status = resolver.status();
         let (cuts, lists) = (relay.cuts() - cuts, status.lists - before.lists);
-        println!("{cuts} cuts, {lists} lists");
+        println!("{cuts} watches ended, {lists} lists");
         if compact {
-            assert_eq!(lists, 1, "a compaction causes a list");
+            assert_eq!(lists, 1, "a compaction must cause one list");
         } else {
             // One message contains at most a thousand revisions, so the backlog needs several messages.
-            assert!(cuts > 2, "the resolver catches up in {cuts} messages");
-            assert_eq!(lists, 0, "the watch is resumed");
+            assert!(cuts > 2, "the resolver caught up in only {cuts} messages");
+            assert_eq!(lists, 0, "the watch must be resumed without a list");
         }
     }
 }
@@ -362,9 +365,11 @@ async fn change_arrives(fleet: &Fleet, etcd: &Etcd, bad: usize, port: u16) {
     // Another election may delay the deregistration.
     let registering = registering.address(&address).deregister_timeout(SOON);
     let registration = registering.register().await.unwrap();
-    let took = within(Duration::from_secs(15), "change applied", async || {
-        addresses(&fleet.resolver).contains(&address)
-    })
+    let took = within(
+        Duration::from_secs(15),
+        "the change is applied",
+        async || addresses(&fleet.resolver).contains(&address),
+    )
     .await;
     let since = Instant::now().saturating_duration_since(start);
     println!(
@@ -391,15 +396,15 @@ async fn lost(fleet: &Fleet, etcd: &Etcd, bad: usize) -> usize {
     deletions(&by_hand.unwrap(), &fleet.keys).await
 }
 
-/// The leader is killed. Then each member in turn is frozen, and each member in turn is isolated. These include the leader, and the members
-/// to which the client and the servers are connected.
+/// The leader is killed. Then the members are frozen one after the other, and then isolated one after the other. So each fault also affects
+/// the leader, and the members to which the client and the servers are connected.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dead_frozen_or_isolated_member_loses_no_key_and_fails_no_call() {
     let starting = Etcd::builder().members(3).partitionable().start();
     let mut etcd = starting.await.unwrap();
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
-    // No member is frozen for as long as the TTL. Otherwise a thawed leader could revoke leases that were renewed in the meantime: see the
-    // next test.
+    // The TTL is longer than each freeze. Otherwise a thawed leader could revoke leases that were renewed in the meantime: see the next
+    // test.
     let fleet = Fleet::start(&registry, 3, Duration::from_secs(30)).await;
     let callers = fleet.callers();
 
@@ -423,17 +428,17 @@ async fn a_dead_frozen_or_isolated_member_loses_no_key_and_fails_no_call() {
         etcd.rejoin(member).unwrap();
     }
     callers.none_failed().await;
-    eventually("the last change is removed", async || {
+    eventually("the last additional instance is removed", async || {
         fleet.resolver.instances().len() == 3
     })
     .await;
     // Reads the history of member 0, because member 2 was cut off last and may still be catching up.
-    assert_eq!(lost(&fleet, &etcd, 2).await, 0, "no key was deleted");
+    assert_eq!(lost(&fleet, &etcd, 2).await, 0, "keys were deleted");
 }
 
-/// The leader is frozen for longer than the TTL, and no key is lost in this time. After the thaw, etcd itself revokes leases: for a moment
-/// the old leader still acts as the leader, and expires the leases whose renewals it has not received. The registrations then put their
-/// keys back. Measured with `etcdctl` alone on etcd 3.7.3: a lease of 5 s was revoked 30 ms after the thaw, 0.3 s after its last renewal.
+/// The leader is frozen for longer than the TTL, and no key is lost in this time. After the thaw, etcd may revoke leases: for a moment, the
+/// old leader still acts as the leader, and revokes the leases whose renewals it has not received. The registrations then put their keys
+/// back. Measured with `etcdctl` alone on etcd 3.7.3: a lease of 5 s was revoked 30 ms after the thaw, 0.3 s after its last renewal.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_key_is_lost_while_a_leader_is_frozen_for_longer_than_the_ttl() {
     let mut etcd = Etcd::start_cluster(3).await.unwrap();
@@ -446,7 +451,7 @@ async fn no_key_is_lost_while_a_leader_is_frozen_for_longer_than_the_ttl() {
     change_arrives(&fleet, &etcd, frozen, 1).await;
     sleep(span(12, 60)).await;
     let lost_while_frozen = lost(&fleet, &etcd, frozen).await;
-    assert_eq!(lost_while_frozen, 0, "no key was deleted");
+    assert_eq!(lost_while_frozen, 0, "keys were deleted");
     etcd.thaw(frozen).await.unwrap();
     sleep(Duration::from_secs(5)).await;
     let lost = lost(&fleet, &etcd, frozen).await;

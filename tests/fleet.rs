@@ -63,14 +63,17 @@ async fn a_thousand_services_are_watched_within_a_limit_of_a_hundred_streams() {
         let key = format!("/gRPC/service{service}/b");
         kv.put(key, "10.0.0.6:80", None).await.unwrap();
     }
-    within(Duration::from_secs(5), "the events", async || {
-        fresh(&resolvers) == SERVICES - 3
-    })
+    within(
+        Duration::from_secs(5),
+        "the three events are received",
+        async || fresh(&resolvers) == SERVICES - 3,
+    )
     .await;
     drop(registration);
 }
 
-/// The events of one watch do not delay the events of another watch. A watch that is dropped does not end the others.
+/// The watches of a registry share few streams. Many events of one watch do not delay the events of another watch, and the end of one watch
+/// does not end the others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flooded_prefix_does_not_delay_others() {
     let etcd = support::etcd().await;
@@ -103,7 +106,7 @@ async fn a_flooded_prefix_does_not_delay_others() {
             .unwrap();
         within(
             Duration::from_secs(5),
-            "the event of the quiet service",
+            "the quiet service receives its event",
             async || support::addresses(&quiet) == [address.clone()],
         )
         .await;
@@ -114,11 +117,11 @@ async fn a_flooded_prefix_does_not_delay_others() {
         flooded.instances().len()
     );
     writers.shutdown().await;
-    assert_eq!(quiet.status().watches, 1, "the stream was not reopened");
+    assert_eq!(quiet.status().watches, 1, "the watch was opened again");
 }
 
-/// etcd loses simple tokens when it restarts. For each exchange, etcd computes a password hash, which takes 50 to 130 ms. One exchange per
-/// client, and one repetition of it, must be enough for all clients to recover.
+/// etcd loses simple tokens when it restarts. For each exchange of a password for a token, etcd computes a password hash, which takes 50 to
+/// 130 ms. Two exchanges per client must be enough for all clients to recover.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_fleet_recovers_from_a_restart_within_two_password_hashes_per_client() {
     let clients = support::soak("clients with a password", 150, 500);
@@ -145,12 +148,12 @@ async fn a_fleet_recovers_from_a_restart_within_two_password_hashes_per_client()
     })
     .await;
     println!(
-        "{clients} clients recover after {back:?} ({:?}); a hash and a read take {hash:?}",
+        "{clients} clients recovered after {back:?} ({:?} since the restart); a hash and a read take {hash:?}",
         since(start)
     );
 }
 
-/// A deployment during an outage of etcd: clients that start in this time use the servers in the cache of the last run.
+/// A deployment during an outage of etcd: clients that start in this time use the servers in the cache that the last run has written.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_start_without_etcd_serves_calls_from_the_cache_and_the_first_list_replaces_it() {
     let mut etcd = support::etcd().await;
@@ -202,7 +205,7 @@ async fn a_start_without_etcd_serves_calls_from_the_cache_and_the_first_list_rep
     client_of
         .say_hello(request)
         .await
-        .expect_err("no server is known");
+        .expect_err("a call without a known server must fail");
 
     // The first list of etcd replaces the instances from the cache.
     std::fs::write(&file, &good).unwrap();
@@ -221,7 +224,7 @@ async fn a_start_without_etcd_serves_calls_from_the_cache_and_the_first_list_rep
     kv.put(key, "10.0.0.9:80", None).await.unwrap();
     within(
         Duration::from_secs(10),
-        "the list replaces it",
+        "the list replaces the cached instances",
         async || {
             let status = resolver.status();
             status.state == ResolverState::Fresh
@@ -232,7 +235,7 @@ async fn a_start_without_etcd_serves_calls_from_the_cache_and_the_first_list_rep
     .await;
 }
 
-/// A start without etcd, after which etcd answers with an empty set, for example because its data was lost.
+/// A client starts with a seed while etcd does not respond. Then etcd answers with an empty list, for example because its data was lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_empty_first_list_does_not_drop_the_servers_in_use() {
     let mut etcd = support::etcd().await;
@@ -268,8 +271,8 @@ async fn an_empty_first_list_does_not_drop_the_servers_in_use() {
     }
 }
 
-/// `etcd grpc-proxy` assigns the watch ids itself, and answers requests for watches in any order. If two watches were confused, calls would
-/// be sent to another service.
+/// `etcd grpc-proxy` assigns the watch ids itself, and answers requests for watches in any order. If the resolver confused two watches,
+/// calls would be sent to the wrong service.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn watches_through_etcds_own_proxy_receive_their_own_events() {
     const SERVICES: u8 = 40;
@@ -324,13 +327,19 @@ async fn watches_through_etcds_own_proxy_receive_their_own_events() {
             .await
             .unwrap();
     }
-    within(Duration::from_secs(10), "each has its event", async || {
-        have(2)
-    })
+    within(
+        Duration::from_secs(10),
+        "each resolver has received its event",
+        async || have(2),
+    )
     .await;
     let lists: u64 = resolvers
         .iter()
         .map(|resolver| resolver.status().lists)
         .sum();
-    assert_eq!(lists, u64::from(SERVICES), "the watches sent the events");
+    assert_eq!(
+        lists,
+        u64::from(SERVICES),
+        "the watches must deliver the events"
+    );
 }

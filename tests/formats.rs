@@ -1,4 +1,4 @@
-//! Every format: values as the format's own library writes them, tolerated deviations, round trips, and garbage.
+//! All formats: values as each format's own library writes them, tolerated deviations, round trips, and garbage.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -8,10 +8,7 @@
 mod support;
 
 #[path = "../fuzz/decode.rs"]
-#[allow(
-    unreachable_pub,
-    reason = "a module of its own, and of the fuzz targets"
-)]
+#[allow(unreachable_pub, reason = "the fuzz targets include this file too")]
 mod decode;
 
 use std::collections::BTreeMap;
@@ -77,7 +74,7 @@ fn golden(format: &Format) -> Vec<Golden> {
             found.push(Golden { key, value, read });
         }
     }
-    assert!(!found.is_empty(), "{path} has values");
+    assert!(!found.is_empty(), "{path} has no values");
     found
 }
 
@@ -111,7 +108,8 @@ fn read(format: &Format, key: &str, value: &str) -> Result<String, FormatError> 
     Ok(summary(instance.as_ref()))
 }
 
-/// Returns a value without the differences that two writers may have: the order of fields, and escapes.
+/// Returns a JSON value in a normal form, because writers differ in the order of fields and in the characters that they escape. Returns
+/// other values unchanged.
 fn canonical(value: &str) -> String {
     match serde_json::from_str::<serde_json::Value>(value) {
         Ok(json) => json.to_string(),
@@ -119,6 +117,7 @@ fn canonical(value: &str) -> String {
     }
 }
 
+/// All formats that can be written.
 fn written() -> impl Iterator<Item = Format> {
     FORMATS
         .into_iter()
@@ -171,7 +170,8 @@ fn reading_then_writing_keeps_all_fields_of_the_format() {
     }
 }
 
-/// Pairs of a value that is read, and a different value that is then written. Both have the same meaning for the format's own readers.
+/// Values that change when they are read and written again: the value that is read, and the value that is written. The format's own readers
+/// treat both in the same way.
 const EQUAL: &[(&str, &str)] = &[
     (
         r#"{"Addr":"1.2.3.4:8080","Metadata":"..."}"#,
@@ -215,8 +215,8 @@ fn deviations_of_the_original_libraries_are_tolerated() {
     }
 }
 
-/// Values that lack a part that a library writes, or contain additional parts, and the expected result of reading them. There is a value
-/// for each rule.
+/// Values that differ from what the format's own library writes, and the expected result of reading them: parts are missing, or there are
+/// additional parts. Each tolerated deviation has at least one value.
 const TOLERATED: &[(Format, &str, &str, &str)] = &[
     // Field names in any case, as in Go's decoder; unknown fields; no `Op`; an `Op` that means delete.
     (
@@ -538,8 +538,8 @@ fn several_formats_under_one_prefix_are_distinguished() {
             read: expected,
         } in golden(&format)
         {
-            // A kratos value with the name of another service is left out, because `Mixed` does not compare the name. Plain values could
-            // also be go-zero's, but the result is the same.
+            // A kratos value with the name of another service is left out, because `Mixed` does not compare the name. A plain value can
+            // also be read as a go-zero value, with the same result.
             let named_otherwise = value.contains("helloworld-admin");
             let read = read(&Format::Mixed, &key, &value);
             if !named_otherwise {
@@ -551,7 +551,7 @@ fn several_formats_under_one_prefix_are_distinguished() {
     assert!(refused.unwrap_err().to_string().contains("for reading"));
 }
 
-/// Returns the attributes that a format can store, and whether it has a map of metadata.
+/// Returns the attributes that a format can store, and whether it can store metadata.
 fn room(format: &Format) -> (&'static [&'static str], bool) {
     match format {
         Format::Plain | Format::GoZero | Format::AddressInKey => (&[], false),
@@ -563,8 +563,8 @@ fn room(format: &Format) -> (&'static [&'static str], bool) {
 
 fn text() -> impl Strategy<Value = String> {
     prop_oneof!["[a-z]{1,8}", "[ -~]{1,12}", "\\PC{1,6}"]
-        // Some formats treat `latest` as no version.
-        .prop_filter("a version of its own", |text| text != "latest")
+        // In some formats, the version `latest` means that there is no version.
+        .prop_filter("not `latest`", |text| text != "latest")
 }
 
 fn address() -> impl Strategy<Value = String> {
@@ -596,7 +596,7 @@ prop_compose! {
         if let Some(zone) = zone.filter(|_| attributes.contains(&"zone")) {
             instance = instance.with_zone(zone);
         }
-        // GoFrame stores the version in the key, so the version cannot contain a slash.
+        // GoFrame stores the version as one segment of the key, so the version cannot contain a slash.
         let in_key = |version: &String| format != Format::GoFrame || !version.contains('/');
         if let Some(version) = version.filter(in_key).filter(|_| attributes.contains(&"version")) {
             instance = instance.with_version(version);
@@ -612,7 +612,7 @@ prop_compose! {
     }
 }
 
-/// Writes and reads random instances, and checks that they are unchanged. Prints the seed, so that a failure can be reproduced.
+/// Writes random instances, reads them, and checks that they are unchanged. Prints the seed, so that a failure can be reproduced.
 fn property(name: &str, format: &Format, cases: u32) {
     let seed: u64 = std::env::var("FORMATS_SEED")
         .map_or_else(|_| fastrand::u64(..), |seed| seed.parse().unwrap());
@@ -664,7 +664,7 @@ fn writing_then_reading_any_instance_gives_it_back() {
 }
 
 #[test]
-fn fields_that_a_format_cannot_hold_are_rejected_by_name() {
+fn fields_that_a_format_cannot_store_are_named_in_the_error() {
     let instance = || Instance::new("10.0.0.5:80".parse().unwrap());
     for (format, instance, word) in [
         (Format::Plain, instance().with_weight(2), "weight 2"),
@@ -716,6 +716,7 @@ fn fields_that_a_format_cannot_hold_are_rejected_by_name() {
     assert!(error.contains("limit"), "{error}");
 }
 
+/// A custom format that panics for the value `panic`. All other values have an unspecified address and a weight above the limit.
 #[derive(Debug)]
 struct Loud;
 
@@ -737,7 +738,7 @@ impl InstanceFormat for Loud {
 }
 
 #[test]
-fn a_custom_format_cannot_panic_the_decoder_or_bypass_the_policy() {
+fn a_panic_in_a_custom_format_is_an_error_and_the_address_policy_still_applies() {
     let format = Format::custom(Loud);
     let read = |value: &[u8]| format.decode("s/a", value, &AddressPolicy::default());
     assert!(read(b"panic").unwrap_err().to_string().contains("panic"));
@@ -752,7 +753,7 @@ fn a_custom_format_cannot_panic_the_decoder_or_bypass_the_policy() {
     assert_ne!(format, Format::Plain);
 }
 
-/// Values of up to 64 KiB that are expensive to parse, as a hostile writer could put them.
+/// Values of up to 64 KiB that are expensive to parse. A hostile writer could put them into etcd.
 fn hostile() -> Vec<String> {
     let size = 64 * 1024;
     let fill = |part: &str, close: &str| {
@@ -820,7 +821,7 @@ fn the_largest_values_are_decoded_in_limited_time_and_memory() {
                     drop(format.decode(key, value.as_bytes(), &policy));
                     Instant::now().saturating_duration_since(start)
                 };
-                // The limit allows for a debug build and for tests that run in parallel. A quadratic parser would take seconds in every
+                // 500 ms are enough for a debug build and for tests that run in parallel. A quadratic parser would take seconds in every
                 // attempt.
                 let enough = Duration::from_millis(500);
                 assert!(
@@ -887,7 +888,8 @@ fn mutated(rng: &mut fastrand::Rng, text: &str, other: &str) -> Vec<u8> {
     bytes
 }
 
-/// Runs the check of the fuzz targets on nearly valid keys and values. `FORMATS_SEED` repeats a run. `FORMATS_RUNS` makes a run longer.
+/// Runs the check of the fuzz targets on nearly valid keys and values. The environment variable `FORMATS_SEED` repeats a run, and
+/// `FORMATS_RUNS` sets the number of keys and values.
 #[test]
 fn mutated_values_never_break_the_decoders() {
     let number = |name: &str| std::env::var(name).ok().map(|text| text.parse().unwrap());
@@ -940,7 +942,7 @@ async fn servers_are_registered_and_found_at_the_keys_of_the_format() {
         assert_eq!(registration.key(), key, "{format:?}");
         let resolver = registry.resolver("greeter").format(format.clone()).start();
         knows(&resolver, &["10.0.0.5:80"]).await;
-        // Some formats have their own default weight for values without a weight.
+        // Formats differ in the weight of a value that contains no weight.
         let weight = resolver.instances()[0].weight();
         match registration.set_weight(weight + 1).await {
             Ok(()) => {
@@ -994,7 +996,7 @@ impl InstanceFormat for Semicolon {
 }
 
 #[tokio::test]
-async fn fields_that_a_format_cannot_hold_are_rejected_before_any_write() {
+async fn fields_that_a_format_cannot_store_are_rejected_before_any_write() {
     let etcd = etcd().await;
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
     let registration = || registry.registration("greeter").address("10.0.0.5:80");

@@ -1,5 +1,5 @@
-//! Compares the greeter that the tests of `tonic-balance` use with the output of `protoc`. This greeter is checked in, because
-//! `tonic-balance` builds without `protoc`.
+//! The tests of `tonic-balance` use generated code for the greeter service. This code is checked in, because `tonic-balance` builds without
+//! `protoc`. The test compares it with the output of `protoc`.
 #![allow(clippy::panic, reason = "a failed step is a failed test")]
 
 #[test]
@@ -9,6 +9,6 @@ fn the_checked_in_greeter_matches_the_output_of_protoc() {
     let without_blanks = |text: &str| text.split_whitespace().collect::<String>();
     assert!(
         without_blanks(generated) == without_blanks(checked_in),
-        "copy target/debug/build/tonic-etcd-*/out/helloworld.rs to balance/src/channel/tests/greeter/"
+        "the checked-in code differs: copy target/debug/build/tonic-etcd-*/out/helloworld.rs to balance/src/channel/tests/greeter/"
     );
 }

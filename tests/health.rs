@@ -74,7 +74,7 @@ async fn watchers_receive_not_serving_before_deregistration_and_do_not_delay_the
     }
     for client in [&mut client, &mut connect(&address).await] {
         assert_eq!(check(client, "").await.unwrap(), Wire::NotServing);
-        // The reporter has no effect any more.
+        // After the stop, the reporter has no effect.
         reporter.set_service_status("other", serving).await;
         assert_eq!(check(client, "other").await.unwrap(), Wire::NotServing);
         not_found(client, "unknown").await;
@@ -82,7 +82,7 @@ async fn watchers_receive_not_serving_before_deregistration_and_do_not_delay_the
     assert_eq!(*states.borrow(), ServerState::LameDuck);
     world.etcd.thaw(0).await.unwrap();
     for watch in &mut watches {
-        assert_eq!(next(watch).await, None, "the watch ends after one message");
+        assert_eq!(next(watch).await, None, "the watch must end now");
     }
     server.stopped().await.unwrap();
     assert!(matches!(
@@ -131,7 +131,7 @@ async fn the_health_service_is_served_only_if_enabled() {
     }
     not_found(&mut client, "unknown").await;
     server.stopped().await.unwrap();
-    // A registration at an exact key has no service name to report.
+    // A registration at an exact key has no service name whose status could be reported. The server must start nevertheless.
     let registration = world.registry.registration_at("/greeter/1").health();
     let mut states = registration.watch_server_state();
     let server = Registered::start("alpha", "127.0.0.1:0", registration);
@@ -157,6 +157,6 @@ async fn the_status_of_a_health_reporter_is_served() {
     reporter.set_service_status("greeter", serving).await;
     assert_eq!(next(&mut watch).await, Some(Wire::Serving));
     reporter.clone().clear_service_status("greeter").await;
-    assert_eq!(next(&mut watch).await, None, "cleared");
+    assert_eq!(next(&mut watch).await, None, "the watch must end");
     server.stopped().await.unwrap();
 }

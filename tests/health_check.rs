@@ -53,7 +53,9 @@ struct Patient {
     greeter: Counting,
     /// How often [`Patient::cut`] was called, and the current answer.
     answer: watch::Sender<(u32, Answer)>,
+    /// Number of open watches.
     watches: Arc<AtomicUsize>,
+    /// Number of watches that were ever opened.
     begun: Arc<AtomicUsize>,
 }
 
@@ -64,6 +66,7 @@ struct Scripted {
     begun: Arc<AtomicUsize>,
 }
 
+/// An open watch. When it is dropped, it is subtracted from the number of open watches.
 struct Watching(Arc<AtomicUsize>);
 
 impl Drop for Watching {
@@ -199,8 +202,12 @@ async fn calls_follow_the_health_status_and_none_fails_when_it_changes() {
         let before = down.greeter.count();
         let so_far = callers.calls();
         eventually("calls are made", async || callers.calls() > so_far + 50).await;
-        assert_eq!(down.greeter.count(), before, "the server does not serve");
-        // Both servers serve for a moment, so that at least one of them serves at any time.
+        assert_eq!(
+            down.greeter.count(),
+            before,
+            "a server that does not serve was called"
+        );
+        // For a moment, both servers serve, so that at any time at least one of them serves.
         down.say(Say(Wire::Serving));
         is(&channel, down.address, EndpointState::Ready).await;
         eventually("the server receives calls", async || {
@@ -270,14 +277,14 @@ async fn without_a_serving_server_calls_fail_with_the_reason_or_wait_for_ready()
     });
     servers[1].say(Say(Wire::Serving));
     let waited = timeout(SOON, waiting).await.expect("in time");
-    waited.expect("no panic").expect("an endpoint that serves");
+    waited.expect("no panic").expect("the call succeeds");
     let known = channel.endpoints();
     assert!(known.iter().all(|one| one.last_error.is_some()));
     assert_eq!(servers[0].greeter.count(), 0);
 }
 
 #[tokio::test]
-async fn a_server_without_a_health_response_is_not_used_and_watched_again() {
+async fn a_server_without_a_health_response_is_not_used_but_is_watched_again() {
     let silent = Patient::start(Nothing).await;
     let channel = over(
         checked()
@@ -285,7 +292,7 @@ async fn a_server_without_a_health_response_is_not_used_and_watched_again() {
             .max_backoff(Duration::from_millis(20)),
         &[&silent],
     );
-    // Until the timeout, a call waits as it does for a new connection.
+    // Until the timeout, a call waits for the first response, as it would wait for a connection.
     let status = call(&channel)
         .await
         .expect_err("the server does not respond");
@@ -307,13 +314,13 @@ async fn a_watch_that_ends_is_reopened_and_fails_no_call() {
     for round in 1..=20 {
         server.cut();
         eventually("the watch is reopened", async || server.begun() > round).await;
-        eventually("one further watch", async || server.watches() == 1).await;
+        eventually("one watch is open", async || server.watches() == 1).await;
     }
     callers.none_failed().await;
 }
 
 #[tokio::test]
-async fn a_stream_is_kept_for_the_health_watch_unless_only_one_is_allowed() {
+async fn one_stream_is_reserved_for_the_health_watch_unless_the_server_allows_only_one() {
     for (streams, watches) in [(1, 0), (2, 1)] {
         let limited = |server: Server| server.max_concurrent_streams(streams);
         let server = Patient::start_with(Say(Wire::Serving), limited).await;
@@ -327,7 +334,10 @@ async fn a_stream_is_kept_for_the_health_watch_unless_only_one_is_allowed() {
             callers.calls() > 500
         })
         .await;
-        assert!(server.watches() <= 2, "one watch for each connection");
+        assert!(
+            server.watches() <= 2,
+            "there must be one watch for each connection"
+        );
         assert_eq!(server.watches() > 0, watches > 0);
         callers.none_failed().await;
     }

@@ -5,7 +5,7 @@
     unreachable_pub,
     clippy::unwrap_used,
     clippy::panic,
-    reason = "a failed step is a failed test, and the modules are of this file alone"
+    reason = "a failed step is a failed test, and only this file uses the modules"
 )]
 
 mod support;
@@ -43,9 +43,9 @@ use tonic_etcd::{BalancedChannel, Registry, ServeRegistered, error::ServeError};
 const SERVICE: &str = "helloworld.Greeter";
 /// The target for etcd's Go resolver if the keys begin with the service name.
 const TARGET: &str = "etcd:///helloworld.Greeter";
-/// The target for etcd's Go resolver if the keys have our default prefix, and an authority. The resolver removes the first slash of the
-/// path. Without an authority, grpc-go would escape the rest of the path and send it as the authority of its calls. HTTP/2 servers in Rust
-/// reject `%` in an authority.
+/// The arguments for a Go client if the keys have our default prefix: the target for etcd's Go resolver, and the authority of the calls.
+/// The resolver removes the first slash of the path. If no authority is set, grpc-go escapes the rest of the path and sends it as the
+/// authority. HTTP/2 servers in Rust reject `%` in an authority.
 const PREFIXED: [&str; 4] = [
     "-target",
     "etcd:////gRPC/helloworld.Greeter",
@@ -62,7 +62,7 @@ fn hello(name: &str) -> Request<HelloRequest> {
     request
 }
 
-/// Returns a channel to servers that a Go program has registered. Its target is the one that a Go client would use.
+/// Returns a channel to servers that a Go program has registered. The channel has the same target as a Go client.
 async fn channel_to_go(etcd: &Etcd) -> BalancedChannel {
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
     let channel = registry.channel_to(TARGET).unwrap();
@@ -100,7 +100,10 @@ async fn go_clients_follow_our_servers_through_joins_restarts_and_kills() {
             tally.servers.contains_key(&name)
         });
         let restarted = restarted.await;
-        assert_eq!(restarted.failed, 0, "graceful: {restarted:?}");
+        assert_eq!(
+            restarted.failed, 0,
+            "calls failed during a graceful restart: {restarted:?}"
+        );
     }
 
     let killed = servers.remove(2);
@@ -295,7 +298,11 @@ async fn our_channel_follows_go_servers_through_joins_restarts_and_kills() {
         *server = go.server(&etcd, SERVICE, "again", None).await;
         is_called(server.address()).await;
     }
-    assert_eq!(callers.failed(), 0, "joins and graceful restarts");
+    assert_eq!(
+        callers.failed(),
+        0,
+        "calls failed during joins and graceful restarts"
+    );
     servers[2].signal(Signal::SIGKILL);
     servers[2].ended().await;
     let gone = within(
@@ -397,8 +404,8 @@ async fn every_way(channel: BalancedChannel) {
     assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
 }
 
-/// A Go server permits one PING every 5 minutes while calls are open, and one every 2 hours without calls. At the third PING beyond that,
-/// it closes the connection. With `INTEROP_SECONDS=330`, the test runs for longer than 5 minutes.
+/// A Go server permits one PING every 5 minutes while calls are open, and one every 2 hours without calls. At the third PING that comes
+/// sooner, the server closes the connection. With `INTEROP_SECONDS=330`, the test runs for longer than 5 minutes.
 #[tokio::test]
 async fn go_servers_accept_our_pings() {
     let Some(go) = go().await else { return };
@@ -421,7 +428,7 @@ async fn go_servers_accept_our_pings() {
     let printed = server.ended().await;
     assert!(
         printed.contains("accepted 1\n"),
-        "one connection for all of it: {printed}"
+        "all calls must use one connection: {printed}"
     );
 }
 

@@ -26,7 +26,8 @@ use tonic_etcd::{
 const SERVERS: usize = 4;
 const CALLERS: usize = 32;
 
-/// Returns the address of each server by its process ID. The greeting contains the process ID, and the extension `ServedBy` the address.
+/// Returns the address of each server by its process ID. A reply contains the process ID, and its extension `ServedBy` contains the
+/// address.
 async fn locate(channel: &BalancedChannel) -> BTreeMap<u32, String> {
     let mut located = BTreeMap::new();
     let mut client = GreeterClient::new(channel.clone());
@@ -40,9 +41,7 @@ async fn locate(channel: &BalancedChannel) -> BTreeMap<u32, String> {
             located.insert(pid, address);
         }
     };
-    timeout(SOON, locating)
-        .await
-        .expect("every server responds");
+    timeout(SOON, locating).await.expect("every server replies");
     located
 }
 
@@ -100,13 +99,13 @@ async fn a_kill_fails_only_the_calls_in_flight_on_the_killed_server() {
         println!("kill {kill}: {} calls failed", failures.len());
         assert!(
             failures.len() <= CALLERS,
-            "each caller has one call in flight"
+            "more calls failed than were in flight"
         );
         for Failed { began, status, .. } in &failures {
             assert_eq!(status.code(), Code::Unavailable, "{status}");
             assert!(
                 status.message().contains(&address),
-                "{address} was killed: {status}"
+                "the error does not name the killed server {address}: {status}"
             );
             assert!(
                 *began <= seen,

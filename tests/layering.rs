@@ -1,5 +1,5 @@
-//! Checks the direction of imports in both packages: no folder imports a folder above it, no files import each other in a cycle, and pure
-//! files name no runtime.
+//! Checks the imports in both packages: each folder imports only the layers below it, and no files import each other in a cycle. Files of
+//! pure logic name neither tokio nor tonic, except for `tokio::time::Instant` and `tonic::Code`.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -10,13 +10,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
-/// A package: its sources, the folders or files that each top-level module may import, and its pure files.
+/// A package and its rules.
 struct Package {
     name: &'static str,
     sources: &'static str,
     /// Modules that every other module may import. They import only each other.
     vocabulary: &'static [&'static str],
+    /// The top-level modules, each with the other top-level modules that it may import.
     allowed: &'static [(&'static str, &'static [&'static str])],
+    /// The files and folders of pure logic. The vocabulary is pure too, except for `error` and `causes`.
     pure: &'static [&'static str],
 }
 
@@ -142,7 +144,7 @@ fn module(file: &str) -> Vec<&str> {
     parts
 }
 
-/// Returns the file to which a path in `file` refers. Follows the re-exports of `mod.rs` files.
+/// Returns the file that contains the item at `path`, as seen from `file`. Follows the re-exports of `mod.rs` files.
 fn target(files: &Files, file: &str, path: &str) -> Option<String> {
     let mut at: Vec<String> = Vec::new();
     let mut segments = path.split("::").filter(|part| !part.is_empty()).peekable();
@@ -219,7 +221,7 @@ fn load(package: &Package) -> Files {
     sources(root, root, &mut files);
     assert!(
         files.len() > 20,
-        "the sources of {} are found",
+        "too few source files of {} are found",
         package.name
     );
     files
@@ -309,7 +311,7 @@ fn pure_files_name_no_runtime() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// The picture in ARCHITECTURE.md has an arrow for every import between folders, and no other arrow.
+/// The picture in ARCHITECTURE.md has an arrow for every import between folders, and no other arrow. It leaves out the vocabulary.
 #[test]
 fn the_picture_of_the_architecture_shows_the_imports() {
     let page = include_str!("../ARCHITECTURE.md");
@@ -345,7 +347,8 @@ fn the_picture_of_the_architecture_shows_the_imports() {
     assert_eq!(drawn, real, "left: the picture; right: the imports");
 }
 
-/// A `mod.rs` has docs, modules and re-exports. A type there would be in a circle with the files that the `mod.rs` declares.
+/// A `mod.rs` contains only docs, modules and re-exports. If it contained a type, the files that it declares would import the type, and the
+/// imports would form a cycle.
 #[test]
 fn a_mod_file_has_no_logic() {
     let mut wrong = Vec::new();
@@ -370,7 +373,7 @@ fn a_mod_file_has_no_logic() {
 }
 
 #[test]
-fn only_the_etcd_folder_names_etcd_client() {
+fn only_the_folders_etcd_and_registry_name_etcd_client() {
     let files = load(&PACKAGES[1]);
     let named = files
         .iter()

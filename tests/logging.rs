@@ -1,5 +1,6 @@
-//! Log output for a bad value and for a mass removal. The test runs in a process of its own. Otherwise, other tests could register the same
-//! call sites on threads without a subscriber, and the subscriber of this thread would miss events.
+//! Log output for an invalid value and for a mass removal, which is the removal of most instances at once. The test runs in a process of
+//! its own. Otherwise, other tests could register the same call sites on threads without a subscriber, and the subscriber of this thread
+//! would miss events.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -28,7 +29,7 @@ impl std::io::Write for Log {
 }
 
 #[tokio::test]
-async fn an_invalid_value_is_one_log_line_without_the_value_and_a_hold_is_two_lines() {
+async fn an_invalid_value_is_logged_once_without_the_value_and_a_mass_removal_in_two_lines() {
     let log = Log::default();
     let writer = log.clone();
     let subscriber = tracing_subscriber::fmt()
@@ -52,7 +53,7 @@ async fn an_invalid_value_is_one_log_line_without_the_value_and_a_hold_is_two_li
         resolver.status().rejected_values == 1
     })
     .await;
-    // Further bad values under the same key do not fill the log.
+    // Further invalid values under the same key are counted, but not logged.
     for rejected in 2..=4 {
         let mut by_hand = client(&etcd).await;
         let bad = by_hand.put("/gRPC/greeter/1", "password=secret", None);
@@ -62,7 +63,7 @@ async fn an_invalid_value_is_one_log_line_without_the_value_and_a_hold_is_two_li
         })
         .await;
     }
-    // After a restart, a list may return the same write again. It is not logged a second time.
+    // After a restart of etcd, the resolver may list the same value again. The value is not logged a second time.
     etcd.kill(0).await.unwrap();
     etcd.restart(0).await.unwrap();
     let lists = resolver.status().lists;
@@ -87,9 +88,10 @@ async fn an_invalid_value_is_one_log_line_without_the_value_and_a_hold_is_two_li
     })
     .await;
     by_hand.delete("/gRPC/", Some(options)).await.unwrap();
-    eventually("two instances are held and released", async || {
-        resolver.status().mass_removals == 1 && resolver.instances().is_empty()
-    })
+    eventually(
+        "two instances are held for 500 ms and then removed",
+        async || resolver.status().mass_removals == 1 && resolver.instances().is_empty(),
+    )
     .await;
     let text = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
     let warnings: Vec<_> = text

@@ -1,4 +1,5 @@
-//! All instances are removed from a real etcd while their servers still run.
+//! All instances are removed from a real etcd while their servers still run. The resolver then holds half of the instances: for a limited
+//! time, the hold, they stay in its set as a last resort, which the channel uses only while no other endpoint is ready.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -45,7 +46,7 @@ async fn failed_only_after(mut callers: Callers, until: Instant) {
     .await;
     let (calls, last) = callers.stopped().await;
     failed.extend(last);
-    let first = failed.first().expect("the hold has ended");
+    let first = failed.first().expect("a call has failed");
     assert!(
         first.ended >= until,
         "one of {calls} calls failed {:?} before the end of the hold: {:?}",
@@ -119,7 +120,7 @@ async fn delete_all(etcd: &Etcd) {
     assert_eq!(response.deleted(), i64::try_from(SERVERS).unwrap());
 }
 
-/// Waits until half of the servers are held and the others are removed. Returns the time of the last poll before the hold was seen.
+/// Waits until half of the instances are held and the others are removed. Returns the time of the last poll before the hold began.
 async fn half_is_held(resolver: &Resolver) -> Instant {
     let mut since = Instant::now();
     eventually("half of the instances are held", async || {
@@ -162,7 +163,7 @@ async fn a_deletion_of_the_whole_prefix_fails_no_call_during_the_hold() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn leases_revoked_one_by_one_fail_no_call_during_the_hold() {
+async fn no_call_fails_during_the_hold_after_leases_are_revoked_one_by_one() {
     let etcd = etcd().await;
     let fleet = Fleet::start(&etcd).await;
     let (resolver, channel) = watched(&registry(&etcd).await).await;
@@ -170,7 +171,7 @@ async fn leases_revoked_one_by_one_fail_no_call_during_the_hold() {
     let mut by_hand = client(&etcd).await;
     let mut lost = Instant::now();
     for lease in &fleet.leases {
-        // The leases are revoked one by one. The first held instances are still held when the last lease is revoked.
+        // The pause is short, so that the first held instance is still held when the last lease is revoked.
         sleep(Duration::from_millis(300)).await;
         lost = Instant::now();
         by_hand.lease_revoke(*lease).await.unwrap();
@@ -181,7 +182,7 @@ async fn leases_revoked_one_by_one_fail_no_call_during_the_hold() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_loss_found_after_a_partition_fails_no_call_during_the_hold() {
+async fn no_call_fails_during_the_hold_if_the_removal_is_found_after_a_partition() {
     let etcd = etcd().await;
     let _fleet = Fleet::start(&etcd).await;
     let proxy = Proxy::start("127.0.0.1:0", etcd.endpoint(0).unwrap()).await;
@@ -192,7 +193,7 @@ async fn a_loss_found_after_a_partition_fails_no_call_during_the_hold() {
     let callers = callers(&channel);
     proxy.cut();
     delete_all(&etcd).await;
-    // The history is compacted too, so that only a list can detect the removal.
+    // The history is compacted too. So the watch cannot deliver the removal, and only a list can detect it.
     let mut by_hand = client(&etcd).await;
     let revision = by_hand.put("/other", "", None).await.unwrap();
     let revision = revision.header().unwrap().revision();
@@ -200,7 +201,11 @@ async fn a_loss_found_after_a_partition_fails_no_call_during_the_hold() {
     let found = Instant::now();
     proxy.heal();
     half_is_held(&resolver).await;
-    assert_eq!(resolver.status().lists, 2, "a list found the loss");
+    assert_eq!(
+        resolver.status().lists,
+        2,
+        "a second list must find the removal"
+    );
     none_is_left(&resolver).await;
     failed_only_after(callers, found + HOLD).await;
 }
@@ -222,7 +227,7 @@ async fn by_default_the_hold_lasts_thirty_seconds() {
         }
         assert!(
             Instant::now() < lost + DEFAULT + Duration::from_secs(5),
-            "the hold ends"
+            "the hold has not ended"
         );
         sleep(Duration::from_millis(50)).await;
     };
@@ -232,7 +237,7 @@ async fn by_default_the_hold_lasts_thirty_seconds() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_planned_pause_of_all_servers_is_not_held() {
+async fn instances_that_are_paused_or_deregistered_are_not_held() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
     let mut registrations = Vec::new();
@@ -276,7 +281,7 @@ async fn a_planned_pause_of_all_servers_is_not_held() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_wiped_etcd_fails_no_call() {
+async fn no_call_fails_after_etcd_is_wiped() {
     let mut etcd = etcd().await;
     let registry = registry(&etcd).await;
     let mut registrations = Vec::new();
@@ -311,7 +316,11 @@ async fn a_wiped_etcd_fails_no_call() {
     )
     .await;
     let (calls, failed) = callers.stopped().await;
-    assert!(failed.is_empty(), "of {calls}: {:?}", failed.first());
+    assert!(
+        failed.is_empty(),
+        "calls failed ({calls} in total): {:?}",
+        failed.first()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -336,17 +345,21 @@ async fn the_return_of_half_of_the_set_ends_the_hold() {
         by_hand.put(key, address.clone(), None).await.unwrap();
         back.push(address);
     }
-    // The servers are back under other keys, because the resolver matches instances by address.
+    // The servers return under other keys. The resolver identifies instances by address, so the keys do not matter.
     knows(
         &resolver,
         &back.iter().map(String::as_str).collect::<Vec<_>>(),
     )
     .await;
-    // If the new keys have exactly the addresses that are held, the resolver lists the expected addresses before the hold ends.
+    // If the held instances have the same addresses as the new keys, the wait above ends before the hold does.
     eventually("no instance is held", async || resolver.status().held == 0).await;
     assert!(!resolver.instances().iter().any(Instance::is_last_resort));
     let (calls, failed) = callers.stopped().await;
-    assert!(failed.is_empty(), "of {calls}: {:?}", failed.first());
+    assert!(
+        failed.is_empty(),
+        "calls failed ({calls} in total): {:?}",
+        failed.first()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -392,7 +405,7 @@ async fn the_tonic_channel_keeps_held_instances_while_no_other_is_registered() {
     half_is_held(&resolver).await;
     while Instant::now() < lost + HOLD - Duration::from_secs(1) {
         let call = timeout(SOON, client.say_hello(hello())).await;
-        call.expect("an endpoint is available").unwrap();
+        call.expect("the call ends in time").unwrap();
     }
     none_is_left(&resolver).await;
     eventually("no endpoint receives calls", async || {

@@ -85,11 +85,11 @@ fn policy() -> impl Strategy<Value = LbPolicy> {
 
 /// Facts about the servers. The outcome of each call is checked against them.
 struct Known {
-    /// Servers that the channel reports as removed, each with the number of its last removal. The number is needed because a server may be
-    /// inserted and removed again while a call waits.
+    /// Servers that the channel reports as removed, each with the number of its last removal. While a call waits, a server may be inserted
+    /// and removed again. The number distinguishes the two removals.
     absent: BTreeMap<String, u64>,
     removals: u64,
-    /// Last kill of each server, by name.
+    /// The address of each killed server, and the time of its last kill.
     killed: Vec<(String, Instant)>,
 }
 
@@ -250,8 +250,8 @@ fn hello(millis: usize) -> HelloRequest {
     }
 }
 
-/// Sends one call. A server that was reported as removed before the call began, and not inserted since, must not serve the call. A call with `wait` may fail only because of a
-/// kill. Returns the error of a call without `wait`.
+/// Sends one call. A server that was reported as removed before the call began, and was not inserted since, must not serve the call. A call
+/// with `wait` may fail only because of a kill. Returns the error of a call without `wait`.
 async fn call(
     channel: &BalancedChannel,
     known: &Shared,
@@ -263,7 +263,7 @@ async fn call(
     request.extensions_mut().insert(WaitForReady::new(wait));
     let mut client = GreeterClient::new(channel.clone());
     let outcome = timeout(SOON, client.say_hello(request)).await;
-    match outcome.expect("every call ends") {
+    match outcome.expect("the call ends in time") {
         Ok(response) => {
             let served_by = response.extensions().get::<ServedBy>().unwrap();
             let name = served_by.address().to_string();
@@ -281,7 +281,10 @@ async fn call(
                 let ago = Instant::now().saturating_duration_since(*at);
                 status.message().contains(name) && ago < Duration::from_secs(10)
             });
-            assert!(killed, "no server was killed, but {status}");
+            assert!(
+                killed,
+                "no server in the error was killed in the last 10 s: {status}"
+            );
             Ok(())
         }
     }
@@ -327,7 +330,7 @@ async fn live(policy: LbPolicy, ops: &[Op]) -> usize {
         .service("model")
         .policy(policy)
         .seed(7)
-        // With a longer backoff, most of the test would be waits between dials.
+        // With a longer backoff, the test would spend most of its time between dials.
         .max_backoff(Duration::from_millis(5))
         .startup_timeout(Duration::from_millis(20))
         .connector(move |address| dialler.clone().dial(address))
@@ -353,7 +356,7 @@ async fn live(policy: LbPolicy, ops: &[Op]) -> usize {
     for op in ops {
         world.apply(op).await;
     }
-    // After any history, one recovered server is enough to serve calls.
+    // After any history, one recovered server must be enough to serve calls.
     world.fleet.get(0).recover();
     world.insert(0, 1);
     world.settle().await;
@@ -365,19 +368,23 @@ async fn live(policy: LbPolicy, ops: &[Op]) -> usize {
 /// Asserts that no call is in flight after the last call has ended, and that no task and no file is left after the channel is dropped.
 async fn leaves_nothing(mut world: World, tasks: usize, files: usize) {
     world.streams.clear();
-    eventually("no call is in flight and no endpoint drains", async || {
-        let statuses = world.channel.endpoints();
-        statuses
-            .iter()
-            .all(|status| status.in_flight == 0 && status.state != EndpointState::Draining)
-    })
+    eventually(
+        "no call is in flight and no endpoint is draining",
+        async || {
+            let statuses = world.channel.endpoints();
+            statuses
+                .iter()
+                .all(|status| status.in_flight == 0 && status.state != EndpointState::Draining)
+        },
+    )
     .await;
     let World { fleet, channel, .. } = world;
     drop(channel);
     let metrics = Handle::current().metrics();
-    eventually("all tasks and sockets are closed", async || {
-        metrics.num_alive_tasks() <= tasks && open_files() <= files
-    })
+    eventually(
+        "all tasks have ended and all sockets are closed",
+        async || metrics.num_alive_tasks() <= tasks && open_files() <= files,
+    )
     .await;
     drop(fleet);
 }
@@ -388,7 +395,7 @@ fn no_history_loses_a_call_or_leaks_resources() {
         |_| rand_seed(),
         |seed| seed.parse().expect("MODEL_SEED is a number"),
     );
-    println!("MODEL_SEED={seed} repeats it");
+    println!("MODEL_SEED={seed} repeats this run");
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
     let config = Config {

@@ -77,7 +77,7 @@ fn every_dependency_has_a_compatible_licence() {
         let Some((package, licence)) = line.split_once('|') else {
             continue;
         };
-        // An exception only adds rights.
+        // A `WITH` exception only adds rights, so it is ignored.
         let licence = licence
             .replace(" (*)", "")
             .replace(" WITH LLVM-exception", "");
@@ -143,7 +143,7 @@ fn licences_in_parentheses_are_evaluated_as_one_term() {
 
 #[test]
 fn only_known_crates_are_linked_in_two_versions() {
-    // ring and tempfile, which the feature `testing` adds, need different versions of getrandom. The procedural macros need different
+    // ring needs another version of getrandom than tempfile, a dependency of the feature `testing`. The procedural macros need different
     // versions of syn, which is not linked.
     const KNOWN: [&str; 2] = ["getrandom", "syn"];
     let tree = ["tree", "--locked", "--workspace", "--all-features"];

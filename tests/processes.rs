@@ -63,7 +63,7 @@ async fn members_are_stopped_killed_frozen_wiped_and_restarted() {
         assert_eq!(
             list(&client(&etcd).await, "/").await.len(),
             1,
-            "the data is kept"
+            "the data must be kept"
         );
     }
     assert!(matches!(
@@ -74,11 +74,11 @@ async fn members_are_stopped_killed_frozen_wiped_and_restarted() {
     let reading = async { client(&etcd).await.kv_client().get("/a", None).await };
     assert!(
         timeout(Duration::from_millis(300), reading).await.is_err(),
-        "a frozen member answers nothing"
+        "a frozen member must not answer"
     );
     etcd.thaw(0).await.unwrap();
     etcd.stop(0).await.unwrap();
-    assert!(etcd.restore(0).await.is_err(), "no backup exists");
+    assert!(etcd.restore(0).await.is_err(), "no backup exists yet");
     etcd.restart(0).await.unwrap();
     assert_eq!(list(&client(&etcd).await, "/").await.len(), 1);
     etcd.stop(0).await.unwrap();
@@ -180,7 +180,7 @@ async fn the_discover_example_distinguishes_a_change_from_a_new_instance() {
     let line = line_with(&mut found, "weight 3").await;
     assert!(line.starts_with("~ "), "{line}");
     registration.deregister().await.unwrap();
-    // The value that marks the instance as leaving may be deleted before the program reads it, so only the removal is checked.
+    // Before the deletion, the value marks the instance as leaving. The program may not see this value, so only the removal is checked.
     line_with(&mut found, "- 10.0.0.5:1").await;
 }
 
@@ -243,7 +243,7 @@ async fn the_greeter_examples_find_each_other() {
 }
 
 #[tokio::test]
-async fn the_greeter_cluster_succeeds() {
+async fn the_greeter_cluster_example_succeeds() {
     let output = timeout(
         Duration::from_secs(90),
         example("greeter_cluster")

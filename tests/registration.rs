@@ -58,13 +58,16 @@ async fn a_clone_of_a_builder_registers_another_server_with_a_state_of_its_own()
         |state: &RegistrationState| matches!(state, RegistrationState::Registered { .. });
     let _first = builder.register().await.unwrap();
     assert!(registered(&states.borrow()));
-    assert!(!registered(&copied.borrow()), "the clone is not registered");
+    assert!(
+        !registered(&copied.borrow()),
+        "the clone must not be registered"
+    );
     let second = copy.register().await.unwrap();
     assert!(registered(&copied.borrow()));
     second.deregister().await.unwrap();
     assert!(
         registered(&states.borrow()),
-        "the original stays registered"
+        "the original must stay registered"
     );
     let resolver = registry.resolver("greeter").start();
     knows(&resolver, &["127.0.0.1:80"]).await;
@@ -158,7 +161,7 @@ async fn a_lease_is_renewed_while_the_server_runs() {
     while renewed < 8 {
         timeout(SOON, states.changed())
             .await
-            .expect("a renewal each third of the TTL")
+            .expect("a renewal after each third of the TTL")
             .unwrap();
         assert!(states.borrow_and_update().is_registered());
         renewed += 1;
@@ -167,7 +170,7 @@ async fn a_lease_is_renewed_while_the_server_runs() {
     assert_eq!(
         list(&by_hand, registration.key()).await,
         before,
-        "renewals write nothing"
+        "a renewal must write nothing"
     );
 }
 
@@ -215,7 +218,7 @@ async fn an_outage_longer_than_the_ttl_is_survived() {
     let mut states = registration.watch_state();
     timeout(SOON, states.wait_for(|state| !state.is_registered()))
         .await
-        .expect("after a TTL the lease may have expired")
+        .expect("the state changes one TTL after the last renewal")
         .unwrap();
     assert_eq!(addresses(&resolver), ["127.0.0.1:80"]);
     etcd.restart(0).await.unwrap();
@@ -260,7 +263,7 @@ fn expires(registration: &Registration) -> Option<Instant> {
 }
 
 #[tokio::test]
-async fn a_frozen_etcd_is_survived() {
+async fn the_lease_is_kept_while_any_one_member_is_frozen() {
     let mut etcd = Etcd::start_cluster(3).await.unwrap();
     // The TTL is longer than an election, because no lease is renewed during an election.
     let registration = describe(&registry(&etcd).await)
@@ -275,17 +278,20 @@ async fn a_frozen_etcd_is_survived() {
     for member in 0..3 {
         etcd.freeze(member).await.unwrap();
         let mut states = registration.watch_state();
-        // Waits for two renewals, whichever member is frozen. A failed renewal changes the state too, so the expiry is compared.
+        // Waits for two renewals. A failed renewal changes the state too, so the time of the expiry is compared.
         for _ in 0..2 {
             let before = expires(&registration);
             let renewed = states.wait_for(|_| expires(&registration) > before);
             let renewed = timeout(SOON, renewed).await.expect("renewals continue");
             drop(renewed.unwrap());
-            assert!(before.is_some(), "member {member} is frozen");
+            assert!(
+                before.is_some(),
+                "the lease may have expired while member {member} was frozen"
+            );
         }
         etcd.thaw(member).await.unwrap();
     }
-    assert_eq!(lease(&registration), first, "the lease is unchanged");
+    assert_eq!(lease(&registration), first, "the lease must not change");
 }
 
 #[tokio::test]
@@ -297,7 +303,7 @@ async fn a_key_taken_over_is_left_unchanged_until_it_is_deleted() {
     // Another process starts on the same address and gets the key at once.
     let new = timeout(Duration::from_secs(5), register(&registry))
         .await
-        .expect("without a delay");
+        .expect("`register` succeeds without a delay");
     let mut states = old.watch_state();
     let superseded =
         |state: &RegistrationState| matches!(state, RegistrationState::Superseded { .. });
@@ -317,7 +323,7 @@ async fn a_key_taken_over_is_left_unchanged_until_it_is_deleted() {
             .unwrap();
         assert!(
             is_kept(&by_hand, &new).await,
-            "the old registration does not write the key"
+            "the old registration must not write the key"
         );
     }
     new.deregister().await.unwrap();
@@ -325,7 +331,7 @@ async fn a_key_taken_over_is_left_unchanged_until_it_is_deleted() {
         is_kept(&by_hand, &old).await
     })
     .await;
-    // A key without a lease belongs to another owner, too.
+    // If a key has no lease, the registration also treats it as the key of another server.
     by_hand
         .kv_client()
         .put(old.key(), "127.0.0.1:99", None)
@@ -339,7 +345,7 @@ async fn a_key_taken_over_is_left_unchanged_until_it_is_deleted() {
     assert_eq!(
         list(&by_hand, "/").await.len(),
         1,
-        "the key of the other server is kept"
+        "the key of the other server must be kept"
     );
 }
 
@@ -383,7 +389,7 @@ async fn a_pause_removes_the_server_and_a_resume_registers_it_again() {
         registration
             .set_weight(weight)
             .await
-            .expect("kept for the resume");
+            .expect("the weight is kept for the resume");
         registration.resume().await.unwrap();
         registration
             .resume()
@@ -445,12 +451,12 @@ async fn changes_while_etcd_is_down_are_written_when_it_is_available_again() {
     })
     .await;
 
-    // A deregistration that failed is not repeated later: the key expires with its lease.
+    // If a deregistration fails, it is not tried again, and the key expires with its lease.
     let key = registration.key().to_owned();
     etcd.freeze(0).await.unwrap();
     let error = timeout(Duration::from_secs(4), registration.deregister())
         .await
-        .expect("within its bound");
+        .expect("the deregistration ends at its timeout");
     assert!(
         matches!(error, Err(RegisterError::TimedOut { .. })),
         "{error:?}"
@@ -498,10 +504,10 @@ async fn a_dropped_registration_is_deregistered() {
 }
 
 #[tokio::test]
-async fn invalid_input_is_rejected_by_name_before_any_request() {
+async fn invalid_input_is_rejected_before_any_request_and_the_error_names_it() {
     let mut etcd = etcd().await;
     let registry = registry(&etcd).await;
-    // From now on, a request to etcd would fail, but later and with another error.
+    // From now on, each request to etcd fails, but later and with another error.
     etcd.kill(0).await.unwrap();
     let service = |name: &str| registry.registration(name).address("127.0.0.1:80");
     let greeter = || service("greeter");
@@ -564,7 +570,7 @@ async fn invalid_input_is_rejected_by_name_before_any_request() {
     ] {
         let refused = timeout(Duration::from_millis(100), builder.register())
             .await
-            .expect("without a round trip");
+            .expect("`register` fails without a request");
         let error = refused.expect_err(word);
         assert!(
             error.to_string().contains(word),
@@ -573,7 +579,7 @@ async fn invalid_input_is_rejected_by_name_before_any_request() {
     }
 }
 
-/// A list of endpoints may mix two clusters by mistake. The server must not register in both in turn.
+/// A list of endpoints may mix two clusters by mistake. The server must not be registered in one cluster and then in the other.
 #[tokio::test]
 async fn endpoints_of_two_clusters_lead_to_a_registration_in_one() {
     let (one, other) = (etcd().await, etcd().await);
@@ -590,7 +596,7 @@ async fn endpoints_of_two_clusters_lead_to_a_registration_in_one() {
             states.changed().await.unwrap();
         }
     });
-    renewals.await.expect_err("the registration continues");
+    renewals.await.expect_err("the renewals must not end");
     assert_eq!(
         leases.len(),
         1,
@@ -600,7 +606,7 @@ async fn endpoints_of_two_clusters_lead_to_a_registration_in_one() {
     for etcd in [&one, &other] {
         there.extend(list(&client(etcd).await, "/").await);
     }
-    assert_eq!(there.len(), 1, "registered in one cluster: {there:?}");
+    assert_eq!(there.len(), 1, "one cluster must have the key: {there:?}");
     registration.deregister().await.unwrap();
 }
 
@@ -614,8 +620,8 @@ async fn a_registration_without_etcd_fails_at_the_startup_timeout() {
         .register();
     let error = timeout(Duration::from_secs(10), registering)
         .await
-        .expect("the startup timeout")
-        .expect_err("no etcd");
+        .expect("`register` ends at the startup timeout")
+        .expect_err("`register` must fail without etcd");
     assert!(matches!(error, RegisterError::TimedOut { .. }), "{error:?}");
     assert!(
         error.to_string().contains("0.7 s")
@@ -626,7 +632,7 @@ async fn a_registration_without_etcd_fails_at_the_startup_timeout() {
     let registering = tokio::spawn(describe(&registry).register());
     etcd.restart(0).await.unwrap();
     let registered = timeout(SOON, registering).await.unwrap().unwrap();
-    drop(registered.expect("registered once etcd is available"));
+    drop(registered.expect("`register` succeeds with etcd"));
 }
 
 /// Returns the keys in etcd under the lease that a registration reports.
@@ -668,7 +674,7 @@ async fn several_services_share_one_lease_and_are_deregistered_one_by_one() {
         .delete(all[7].as_str(), None)
         .await
         .unwrap();
-    // Each key is watched, so the key is put back before the next renewal.
+    // The registration watches each of its keys, so it puts the key back before the next renewal.
     within(TTL * 4 / 3, "the key is restored", async || {
         kept(&by_hand, &registration).await == all
     })
@@ -752,14 +758,14 @@ async fn only_the_service_taken_over_by_another_server_is_superseded() {
         assert_eq!(
             list(&by_hand, &first).await[0].2,
             held,
-            "the other key is kept"
+            "the key of the first service must be kept"
         );
         assert!(
             is_kept(&by_hand, &other).await,
-            "the old registration does not write the key"
+            "the old registration must not write the key"
         );
     }
-    // A key of another owner is not deleted.
+    // The deregistration of a service does not delete the key of another server.
     ours.deregister_service("second").await.unwrap();
     assert!(is_kept(&by_hand, &other).await);
     assert!(ours.state().is_registered());
@@ -796,10 +802,10 @@ async fn busy_for_three_ttls(dedicated_thread: bool) -> bool {
 async fn a_registration_on_a_dedicated_thread_survives_a_busy_runtime() {
     assert!(
         Box::pin(busy_for_three_ttls(true)).await,
-        "the lease was renewed"
+        "the lease must be renewed"
     );
     assert!(
         !Box::pin(busy_for_three_ttls(false)).await,
-        "without a dedicated thread the lease expires"
+        "without a dedicated thread, the lease must expire"
     );
 }

@@ -25,7 +25,7 @@ async fn call(client: &mut GreeterClient<tonic::transport::Channel>) -> Option<S
         name: "test".to_owned(),
         replies: 1,
     };
-    // tonic's own deadline does not cover the wait for an endpoint.
+    // The timeout of a tonic request does not cover the wait for an endpoint.
     let reply = timeout(Duration::from_millis(500), client.say_hello(request))
         .await
         .ok()?
@@ -34,7 +34,7 @@ async fn call(client: &mut GreeterClient<tonic::transport::Channel>) -> Option<S
 }
 
 #[tokio::test]
-async fn values_put_by_hand_are_called_until_their_key_is_deleted() {
+async fn servers_are_called_until_the_keys_that_were_put_by_hand_are_deleted() {
     let etcd = etcd().await;
     let (alpha, _alpha) = greeter("alpha").await;
     let (beta, _beta) = greeter("beta").await;
@@ -50,7 +50,7 @@ async fn values_put_by_hand_are_called_until_their_key_is_deleted() {
         .await
         .unwrap();
 
-    // With mass removal protection, the second of two instances that are removed within seconds would be held.
+    // With mass removal protection, if both instances are removed within seconds, the second is held: it stays in the set for a while.
     let resolver = registry(&etcd)
         .await
         .resolver("greeter")
@@ -68,7 +68,7 @@ async fn values_put_by_hand_are_called_until_their_key_is_deleted() {
     by_hand.delete("/gRPC/greeter/1", None).await.unwrap();
     knows(&resolver, &[&beta.to_string()]).await;
     // The channel is updated after the resolver, so the first calls may still reach alpha.
-    eventually("twenty calls in a row for beta", async || {
+    eventually("twenty calls in a row reach beta", async || {
         for _ in 0..20 {
             if call(&mut greeter).await.as_deref() != Some("beta") {
                 return false;
@@ -215,7 +215,11 @@ async fn ten_thousand_invalid_values_do_not_delay_a_good_one() {
     let resolver = registry(&etcd).await.resolver("greeter").start();
     knows(&resolver, &["127.0.0.1:1"]).await;
     assert_eq!(resolver.status().rejected_values, 10_000);
-    assert_eq!(resolver.status().lists, 1, "one list, in pages");
+    assert_eq!(
+        resolver.status().lists,
+        1,
+        "there must be one list, in several pages"
+    );
 }
 
 #[tokio::test]
@@ -292,7 +296,7 @@ async fn dropping_the_last_handle_ends_the_watch() {
     assert_eq!(
         watchers(&etcd).await,
         before + 1,
-        "the channel holds the watch"
+        "the channel must keep the watch open"
     );
     drop(channel);
     eventually("the watch has ended", async || {
@@ -302,7 +306,7 @@ async fn dropping_the_last_handle_ends_the_watch() {
 }
 
 #[tokio::test]
-async fn each_clone_sees_every_change_from_the_beginning() {
+async fn each_clone_receives_the_whole_set_and_then_the_changes() {
     let etcd = etcd().await;
     let mut by_hand = client(&etcd).await;
     by_hand
@@ -332,7 +336,7 @@ async fn each_clone_sees_every_change_from_the_beginning() {
         let value = format!(r#"{{"Addr":"127.0.0.1:1","Metadata":{{"weight":{weight}}}}}"#);
         by_hand.put("/gRPC/greeter/1", value, None).await.unwrap();
     }
-    eventually("the last weight", async || {
+    eventually("the last weight is listed", async || {
         first.instances()[0].weight() == 11
     })
     .await;
@@ -357,7 +361,7 @@ async fn nothing_is_removed_while_etcd_is_down() {
     knows(&resolver, &["127.0.0.1:1"]).await;
     let lists = resolver.status().lists;
     etcd.kill(0).await.unwrap();
-    eventually("the status is updated", async || {
+    eventually("the resolver is `Stale`", async || {
         resolver.status().state == ResolverState::Stale
     })
     .await;
@@ -376,7 +380,7 @@ async fn nothing_is_removed_while_etcd_is_down() {
     assert_eq!(
         resolver.status().lists,
         lists,
-        "the watch was resumed without a list"
+        "the watch must be resumed without a list"
     );
 }
 
@@ -392,7 +396,8 @@ async fn a_quiet_watch_is_probed_and_not_reopened() {
     resolver.ready().await;
     eventually("the watch is open", async || resolver.status().watches == 1).await;
     let before = watchers(&etcd).await;
-    // Two intervals of the probe. Nothing is expected to happen in this time.
+    // The state is expected to stay the same in this time. With `SOAK=1`, the time is long enough for a probe: a watcher that is opened
+    // after 22 to 38 s of silence, to check that the watch stream works.
     tokio::time::sleep(length(12, 60)).await;
     let status = resolver.status();
     assert_eq!(
@@ -423,7 +428,7 @@ async fn a_thousand_unrelated_writes_per_second_cause_no_list() {
         .put("/gRPC/greeter/1", "127.0.0.1:1", None)
         .await
         .unwrap();
-    // There are several resolvers, so that some of them probably watch a member that lags behind the member that answered their list.
+    // With several resolvers, it is likely that some of them watch a member that lags behind the member that answered their list.
     let resolvers: Vec<_> = (0..5)
         .map(|_| registry.resolver("greeter").start())
         .collect();
@@ -435,7 +440,7 @@ async fn a_thousand_unrelated_writes_per_second_cause_no_list() {
             let mut writes = 0_u32;
             // Sixteen writers, each with one write every 16 ms.
             let mut pace = tokio::time::interval(Duration::from_millis(16));
-            // On a slow disk, 32 writes may take longer than this time.
+            // On a slow disk, the writer continues after the end until it has made 32 writes.
             while Instant::now() < end || writes < 32 {
                 pace.tick().await;
                 let written = kv.put(format!("/other/{writer}"), "x", None).await;
@@ -449,7 +454,7 @@ async fn a_thousand_unrelated_writes_per_second_cause_no_list() {
     }
     let late = end + Duration::from_secs(60);
     let written = timeout_at(late, tasks.join_all()).await;
-    let writes: u32 = written.expect("etcd writes").iter().sum();
+    let writes: u32 = written.expect("the writers end in time").iter().sum();
     println!("{writes} writes");
     by_hand
         .put("/gRPC/greeter/2", "127.0.0.1:2", None)
@@ -462,6 +467,7 @@ async fn a_thousand_unrelated_writes_per_second_cause_no_list() {
     }
 }
 
+/// A reconciliation compares the keys that the resolver has with those in etcd.
 #[tokio::test]
 async fn reconciliations_find_no_difference_while_keys_change() {
     let etcd = etcd().await;
@@ -482,8 +488,9 @@ async fn reconciliations_find_no_difference_while_keys_change() {
         }
     }
     let compared = resolver.status().reconciliations;
-    // During the changes, a reconciliation may have suspected differences. Further reconciliations must clear them first.
-    eventually("several reconciliations", async || {
+    // A reconciliation during the changes may have found differences that the watch has not delivered yet. Later reconciliations must find
+    // that these differences are gone.
+    eventually("ten more reconciliations are made", async || {
         resolver.status().reconciliations >= compared + 10
     })
     .await;
@@ -494,7 +501,7 @@ async fn reconciliations_find_no_difference_while_keys_change() {
 }
 
 #[tokio::test]
-async fn keys_of_refusing_endpoints_are_read_rarely_and_stay_while_registered() {
+async fn instances_that_refuse_connections_are_read_rarely_and_kept_while_registered() {
     let etcd = etcd().await;
     let mut by_hand = client(&etcd).await;
     for batch in 0..10 {
@@ -521,7 +528,7 @@ async fn keys_of_refusing_endpoints_are_read_rarely_and_stay_while_registered() 
     feedback.refused(&first);
     feedback.refused(&first);
     let read = eventually("the key is read", async || resolver.status().reads > 0);
-    // Reads after a report are spread over 2 s.
+    // The read follows the report after a random time of up to 2 s.
     read.await;
     let start = Instant::now();
     for instance in resolver.instances() {
@@ -561,7 +568,7 @@ async fn values_that_do_not_fit_into_one_message_are_listed_in_smaller_pages() {
         by_hand.kv_client().txn(puts).await.unwrap();
     }
     let resolver = registry(&etcd).await.resolver("greeter").start();
-    // A page of 10 MB may take longer than its timeout in a debug build.
+    // In a debug build, a page of 10 MB may take longer than its timeout, so this bound is long.
     let bound = Duration::from_secs(60);
     support::within(bound, "all instances are known", async || {
         resolver.instances().len() == 600
@@ -620,7 +627,7 @@ async fn a_wiped_etcd_leaves_no_stale_instance() {
         etcd.kill(0).await.unwrap();
         etcd.wipe(0).await.unwrap();
         etcd.restart(0).await.unwrap();
-        // The second and third instance return with the same revisions as before. The first never returns.
+        // The keys of the second and third instance return with the same revisions as before. The key of the first never returns.
         let mut by_hand = client(&etcd).await;
         by_hand.put("/other", "", None).await.unwrap();
         put_leased(&mut by_hand, 2..=3).await;
@@ -678,7 +685,7 @@ async fn changes_missed_across_a_disconnect_and_a_compaction_are_found() {
 }
 
 #[tokio::test]
-async fn the_resolver_moves_from_members_that_die_or_freeze() {
+async fn the_resolver_moves_to_another_member_if_its_member_dies_or_freezes() {
     let mut etcd = Etcd::start_cluster(3).await.unwrap();
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
     let resolver = registry.resolver("greeter").start();
@@ -688,7 +695,7 @@ async fn the_resolver_moves_from_members_that_die_or_freeze() {
             .filter(|member| *member != down)
             .map(|member| etcd.endpoint(member).unwrap())
             .collect();
-        // An election may take longer than the retries of one call.
+        // `connect` may fail, because an election may take longer than its retries.
         let mut writer = None;
         eventually("a leader is elected", async || {
             writer = Registry::connect(alive.clone()).await.ok();
@@ -719,7 +726,7 @@ async fn the_resolver_moves_from_members_that_die_or_freeze() {
         etcd.freeze(member).await.unwrap();
         kept.push(write(&etcd, member, 200 + u16::try_from(member).unwrap()).await);
         let start = Instant::now();
-        // The resolver notices the frozen member after 5 s of silence, a probe, and 3 s without a response to the probe.
+        // The connection to the frozen member is closed after 6 s of silence, and 3 s without a response to a PING.
         eventually("the change is applied", async || {
             addresses(&resolver).len() == kept.len()
         })
@@ -730,8 +737,8 @@ async fn the_resolver_moves_from_members_that_die_or_freeze() {
     }
 }
 
-/// Returns whether a resolver contains the listed instances. A key whose value turned bad keeps its last good value, so the resolver may
-/// also contain an instance for such a key.
+/// Returns whether a resolver contains the listed instances. If the value of a key turns bad, the resolver keeps the last good value. So it
+/// may also contain an instance for such a key.
 fn is_what_is_listed(resolver: &Resolver, listed: &[(String, String, i64)]) -> bool {
     let (good, bad): (Vec<_>, Vec<_>) = listed
         .iter()
@@ -814,7 +821,7 @@ async fn ten_thousand_random_steps_match_a_list_of_etcd() {
         }
         steps.join_all().await;
     }
-    eventually("the set is what etcd lists", async || {
+    eventually("the set equals the list of etcd", async || {
         is_what_is_listed(&resolver, &list(&by_hand, "/gRPC/greeter/").await)
     })
     .await;
@@ -827,6 +834,10 @@ async fn ten_thousand_random_steps_match_a_list_of_etcd() {
                 Change::Remove(address) => listed.remove(address.as_str()),
             };
         }
-        assert_eq!(listed.len(), all, "the stream of changes matches the set");
+        assert_eq!(
+            listed.len(),
+            all,
+            "the stream of changes must match the set"
+        );
     }
 }

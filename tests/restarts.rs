@@ -23,6 +23,7 @@ struct Fleet {
     world: World,
     counter: Counting,
     servers: Vec<Member>,
+    /// Number of connections that the servers have cut during their shutdowns.
     cut: usize,
 }
 
@@ -70,7 +71,7 @@ impl Fleet {
         }
     }
 
-    /// Restarts one server gracefully, on the same port or on another.
+    /// Stops one server gracefully, and starts a server on the same port or on another port.
     async fn restart(&mut self, rng: &mut fastrand::Rng) {
         let member = self.servers.swap_remove(rng.usize(..self.servers.len()));
         member.server.stopped().await.unwrap();
@@ -110,9 +111,10 @@ async fn stream(mut client: Client) -> Result<(), Status> {
     Ok(())
 }
 
-/// Number of restarts: `RESTARTS` by default, and `SOAK` with `SOAK=1` in the environment. The environment variable `RESTARTS` overrides
-/// both numbers. `SEED` repeats a run.
+/// Default number of restarts. An environment variable with the same name overrides this number and [`SOAK`]. The environment variable
+/// `SEED` repeats the choices of a run.
 const RESTARTS: u64 = 100;
+/// Number of restarts with `SOAK=1` in the environment.
 const SOAK: u64 = 1_000;
 
 fn from_environment(name: &str) -> Option<u64> {
@@ -139,8 +141,8 @@ async fn a_hundred_graceful_restarts_under_load_fail_no_call_and_run_none_twice(
     let calls = unary.none_failed().await + streaming.none_failed().await;
     let rate = u128::from(calls) * 1_000 / took.as_millis().max(1);
     println!("{calls} calls in {took:.1?}, {rate} per second");
-    assert_eq!(fleet.counter.count(), calls, "each call ran once");
-    assert_eq!(fleet.cut, 0, "no connection was cut");
+    assert_eq!(fleet.counter.count(), calls, "each call must run once");
+    assert_eq!(fleet.cut, 0, "connections were cut");
     assert!(calls > restarts * 50, "{calls} calls are too few");
     for member in fleet.servers {
         member.server.stopped().await.unwrap();

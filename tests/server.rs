@@ -46,7 +46,7 @@ async fn the_bound_address_is_registered_served_and_removed_after_the_shutdown()
     );
     assert!(
         TcpStream::connect(&address).await.is_err(),
-        "the listener is closed"
+        "the listener must be closed"
     );
 }
 
@@ -82,7 +82,7 @@ async fn an_unspecified_address_is_advertised_as_the_local_address_towards_etcd(
 }
 
 #[tokio::test]
-async fn the_server_state_can_be_watched() {
+async fn the_registration_state_of_a_server_can_be_watched() {
     let world = World::new().await;
     let registration = world.registration();
     let mut states = registration.watch_state();
@@ -95,10 +95,10 @@ async fn the_server_state_can_be_watched() {
     assert!(matches!(*states.borrow(), RegistrationState::Deregistered));
 }
 
-/// A handle returns the address that was bound for port 0. It also pauses and resumes the registration, which has no effect on the shutdown
-/// of the server.
+/// A handle returns the address that was bound for port 0. It also pauses the registration, resumes it and changes its weight. The shutdown
+/// of the server is the same as without a handle.
 #[tokio::test]
-async fn a_handle_reads_pauses_and_reweights_a_served_registration() {
+async fn a_handle_returns_the_bound_address_and_changes_the_registration_of_a_server() {
     let world = World::new().await;
     let registration = world.registration();
     let handle = registration.handle();
@@ -125,14 +125,14 @@ async fn a_handle_reads_pauses_and_reweights_a_served_registration() {
     assert_eq!(world.keys().await, 0);
     let error = handle.pause().await.unwrap_err();
     assert!(matches!(error, RegisterError::Ended { .. }), "{error:?}");
-    // If a server never starts, a wait for its address ends.
+    // If a server never starts, `address` returns `None`.
     let registration = world.registration();
     let handle = registration.handle();
     drop(registration);
     assert!(timeout(SOON, handle.address()).await.unwrap().is_none());
 }
 
-/// The program binds the listener itself before the registration, for example with a service manager or with special socket options.
+/// The program has bound the listener before the registration, for example to set socket options, or a service manager has bound it.
 #[tokio::test]
 async fn a_listener_that_is_already_bound_is_served_and_registered() {
     let world = World::new().await;
@@ -171,7 +171,7 @@ async fn any_stream_of_connections_is_served_and_registered() {
     let listener = tokio::net::UnixListener::bind(&path).unwrap();
     let incoming = tokio_stream::wrappers::UnixListenerStream::new(listener);
     serves_incoming(&world, incoming, &format!("unix:{}", path.display())).await;
-    // There is no bound address that could be advertised.
+    // Without an address in the registration, the server cannot be registered, because a stream of connections has no bound address.
     let incoming = tokio_stream::empty::<std::io::Result<TcpStream>>();
     let router = Server::builder().add_service(GreeterServer::new(NamedGreeter::default()));
     let serving = router.serve_registered_with_incoming_shutdown(
@@ -207,7 +207,7 @@ where
     assert_eq!(resolver.instances().len(), 1);
     assert!(
         channel.source_handle::<String>().is_none(),
-        "of another type"
+        "a handle of another type must not be found"
     );
     drop(stop);
     timeout(SOON, serving).await.unwrap().unwrap().unwrap();
@@ -225,7 +225,7 @@ async fn a_port_in_use_is_a_bind_error_and_registers_nothing() {
         .await
         .unwrap()
         .unwrap()
-        .expect_err("the port is in use");
+        .expect_err("a port in use must be an error");
     assert!(matches!(error, ServeError::Bind { .. }), "{error:?}");
     assert!(error.to_string().contains(&address), "{error}");
     assert_eq!(world.keys().await, 0);
@@ -240,7 +240,7 @@ async fn a_rejected_registration_stops_the_server() {
         .await
         .unwrap()
         .unwrap()
-        .expect_err("bad name");
+        .expect_err("an invalid service name must be rejected");
     assert!(
         matches!(error, ServeError::Register(RegisterError::Invalid { .. })),
         "{error:?}"
@@ -262,14 +262,14 @@ async fn a_rejected_registration_stops_the_server() {
         .await
         .unwrap()
         .unwrap()
-        .expect_err("no etcd");
+        .expect_err("the registration must fail without etcd");
     assert!(
         matches!(error, ServeError::Register(RegisterError::TimedOut { .. })),
         "{error:?}"
     );
     assert!(
         TcpStream::connect(port).await.is_err(),
-        "the listener is closed"
+        "the listener must be closed"
     );
 }
 
@@ -343,7 +343,7 @@ async fn load(channel: Channel, mut stop: tokio::sync::watch::Receiver<bool>) ->
         let call = timeout(Duration::from_secs(5), client.say_hello(hello())).await;
         if !matches!(call, Ok(Ok(_))) {
             failed += 1;
-            // Without this pause, calls that fail at once would fail a million times.
+            // Without this pause, calls that fail at once would be repeated in a busy loop.
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }

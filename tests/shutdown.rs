@@ -66,7 +66,7 @@ fn connections_cut(states: &watch::Receiver<ServerState>) -> usize {
         ServerState::Stopped {
             connections_cut, ..
         } => connections_cut,
-        state => panic!("still {state:?}"),
+        state => panic!("the server has not stopped: {state:?}"),
     }
 }
 
@@ -126,6 +126,7 @@ async fn a_deregistration_without_a_response_ends_at_its_timeout() {
     connect(&address).await.say_hello(hello()).await.unwrap();
     server.stopped().await.unwrap();
     let took = since(start);
+    // The timeout of the deregistration is 300 ms, and the grace period is 10 ms.
     assert!(
         took >= Duration::from_millis(310) && took < Duration::from_secs(4),
         "{took:?}"
@@ -143,7 +144,7 @@ async fn clients_see_the_deregistration_before_the_listener_closes() {
     world.counts(0).await;
     // A client that has not received the removal yet is still served.
     let late = connect(&address).await.say_hello(hello()).await;
-    late.expect("during the grace period");
+    late.expect("the server serves during the grace period");
     server.stopped().await.unwrap();
     let took = since(start);
     let bound = grace + Duration::from_secs(5);
@@ -263,7 +264,10 @@ async fn a_connection_that_starts_just_after_the_listener_closed_receives_a_goaw
             return;
         }
         let slow = took > Duration::from_millis(150);
-        assert!(slow, "the connection must not be cut: {took:?}");
+        assert!(
+            slow,
+            "the connection was cut, although it began HTTP/2 after {took:?}"
+        );
     }
     panic!("every attempt took too long");
 }
@@ -348,11 +352,12 @@ async fn connections_that_do_not_end_are_cut_at_the_drain_timeout_and_counted() 
         took >= Duration::from_millis(400) && took < Duration::from_secs(10),
         "{took:?}"
     );
+    // Only the three connections with open calls are cut.
     assert_eq!(connections_cut(&states), 3);
     while let Ok(reply) = endless.get_mut().message().await {
-        assert!(reply.is_some(), "the call failed");
+        assert!(reply.is_some(), "the call must fail");
     }
-    health.message().await.expect_err("the call was cut");
+    health.message().await.expect_err("the call must fail");
     drop(unread);
 }
 
@@ -408,7 +413,7 @@ async fn the_first_signal_shuts_down_gracefully_and_the_second_signal_at_once() 
     raise(Signal::SIGTERM);
     world.counts(0).await;
     chat.continues().await;
-    assert!(!serving.is_finished(), "the grace period");
+    assert!(!serving.is_finished(), "the grace period must last");
     raise(Signal::SIGTERM);
     let ended = timeout(SOON, serving).await;
     ended
@@ -418,7 +423,7 @@ async fn the_first_signal_shuts_down_gracefully_and_the_second_signal_at_once() 
     chat.replies
         .message()
         .await
-        .expect_err("the connection was cut");
+        .expect_err("the connection must be cut");
     assert!(TcpStream::connect(&address).await.is_err());
 }
 
@@ -500,9 +505,9 @@ async fn a_second_signal_waits_briefly_for_the_deregistration() {
     for _ in 0..5 {
         left = left && signal_twice(&mut world, true).await;
     }
-    assert!(!left, "etcd responded, so the entry is deleted");
+    assert!(!left, "etcd responded, so the key must be deleted");
     assert!(
         signal_twice(&mut world, false).await,
-        "etcd did not respond, so the entry remains"
+        "etcd did not respond, so the key must remain"
     );
 }

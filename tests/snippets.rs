@@ -1,4 +1,5 @@
-//! The Rust code of the README and of the pages in `docs/`, so that it is compiled. A test checks that this file contains every code block.
+//! Contains the Rust code of the README and of the pages in `docs/`, so that this code is compiled. A test checks that no code block is
+//! missing here.
 #![allow(
     dead_code,
     unreachable_pub,
@@ -339,7 +340,7 @@ mod errors {
     }
 }
 
-/// Returns the text without whitespace and trailing commas, which depend on the place of the code.
+/// Returns the text without whitespace and trailing commas: rustfmt places them differently here and on the page.
 fn plain(text: &str) -> String {
     let text: String = text.split_whitespace().collect();
     text.replace(",)", ")").replace(",}", "}")
@@ -365,5 +366,5 @@ fn the_rust_code_of_the_documentation_is_compiled() {
         }
     }
     assert!(missing.is_empty(), "not in tests/snippets.rs: {missing:#?}");
-    assert!(found > 10, "{found} blocks");
+    assert!(found > 10, "only {found} code blocks were found");
 }

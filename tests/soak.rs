@@ -1,5 +1,6 @@
-//! All kinds of changes and faults at once on a channel with a real etcd, and a check for leaks of memory, tasks and files. The test takes
-//! some seconds. With `SOAK=1` in the environment, it runs for half an hour. `SOAK_SEED` repeats the choices of a run.
+//! A channel with a real etcd under all kinds of changes and faults at once, and a check for leaks of memory, tasks and files. The test
+//! takes some seconds. With `SOAK=1` in the environment, it runs for half an hour. The environment variable `SOAK_SEED` repeats the choices
+//! of a run.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -88,7 +89,7 @@ async fn caller(channel: BalancedChannel, tally: Arc<Tally>, seed: u64) {
             let kills = tally.kills.load(Ordering::SeqCst);
             assert!(
                 lost <= kills * CALLERS,
-                "{lost} lost in {kills} kills: {status}"
+                "{lost} calls were lost in {kills} kills: {status}"
             );
         }
     }
@@ -177,7 +178,7 @@ fn key(server: usize) -> String {
 async fn concurrent_faults_leak_no_resources() {
     let seed =
         std::env::var("SOAK_SEED").map_or_else(|_| fastrand::u64(..), |seed| seed.parse().unwrap());
-    println!("SOAK_SEED={seed} repeats it");
+    println!("SOAK_SEED={seed} repeats these choices");
     let mut world = World::start(seed).await;
     let registry = registry(&world.etcd).await;
     let resolver = registry.resolver("soak").start();
@@ -246,9 +247,11 @@ async fn concurrent_faults_leak_no_resources() {
         "{early} KiB grew to {late} KiB"
     );
     drop(channel);
-    // The other resolver still runs. It may have a few more tasks and files, because its watch was replaced at each restart of etcd.
-    eventually("tasks and sockets are closed", async || {
-        metrics.num_alive_tasks() <= tasks + 4 && open_files() <= files + 2
-    })
+    // The resolver that the test started still runs. It may have a few more tasks and files than before, because its watch was opened again
+    // after each restart of etcd.
+    eventually(
+        "the tasks of the channel have ended and its sockets are closed",
+        async || metrics.num_alive_tasks() <= tasks + 4 && open_files() <= files + 2,
+    )
     .await;
 }

@@ -1,4 +1,5 @@
-//! A server that is frozen under load, and thawed. The tests run alone in their process, so that they have the machine to themselves.
+//! A server that is frozen under load, and thawed. The tests have a file of their own, because Cargo runs the tests of other files at other
+//! times. Load from other tests would make calls exceed their deadlines.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -24,8 +25,8 @@ use tonic_etcd::{
 
 const SERVERS: usize = 4;
 const CALLERS: usize = 16;
-/// Duration of the freeze. It is longer than the time until the server is ejected, and than the time until the server is used again. It is
-/// shorter than the TTL of the server's lease, so that the server stays registered.
+/// Duration of the freeze. It is longer than the channel takes to eject the server, and longer than any wait before the channel uses an
+/// ejected server again. It is shorter than the TTL of the server's lease, so that the server stays registered.
 const FROZEN: Duration = Duration::from_secs(6);
 
 async fn call(channel: BalancedChannel, deadline: Duration) -> Result<(String, String), Status> {
@@ -74,11 +75,14 @@ async fn a_frozen_server_fails_a_handful_of_calls_and_is_used_again_after_it_tha
     all_ready(&channel, SERVERS).await;
     let name = format!("server {}", servers[0].id().unwrap());
     let mut frozen = String::new();
-    eventually("the server to be frozen has served", async || {
-        let (message, address) = call(channel.clone(), Duration::from_secs(5)).await.unwrap();
-        frozen = address;
-        message.ends_with(&name)
-    })
+    eventually(
+        "the server that will be frozen has served a call",
+        async || {
+            let (message, address) = call(channel.clone(), Duration::from_secs(5)).await.unwrap();
+            frozen = address;
+            message.ends_with(&name)
+        },
+    )
     .await;
 
     let mut callers = callers(&channel);
@@ -100,22 +104,22 @@ async fn a_frozen_server_fails_a_handful_of_calls_and_is_used_again_after_it_tha
     tokio::time::sleep(FROZEN.saturating_sub(out)).await;
     let (after, all) = (callers.calls() - calls, sent() - before);
     println!(
-        "out after {out:?} and {first} calls to it; then {} of {after}",
+        "ejected after {out:?} and {first} calls; then it received {} of {after} calls",
         all - first
     );
     assert!(
         status(&channel, &frozen).ejected,
-        "the server is still frozen"
+        "the frozen server must stay ejected"
     );
     // Calls that picked the server before its ejection may still be sent.
     assert!(
         all - first <= CALLERS as u64,
-        "{first} and then {}",
+        "{first} calls before the ejection, and then {}",
         all - first
     );
     assert!(
         all <= 4 * CALLERS as u64,
-        "at most a handful of calls per caller: {all}"
+        "the frozen server received {all} calls"
     );
     let failed = callers.failed().len();
 
@@ -134,15 +138,15 @@ async fn a_frozen_server_fails_a_handful_of_calls_and_is_used_again_after_it_tha
     let (calls, last) = callers.stopped().await;
     let failed = (failed + last.len()) as u64;
     println!("{failed} of {calls} calls failed");
-    // Calls to other servers have a deadline of 250 ms too, which a busy machine sometimes exceeds.
+    // Calls to other servers have a deadline of 250 ms too. On a busy machine, some of them exceed it.
     assert!(
         failed <= all + calls / 50,
-        "{failed} of {calls} calls failed, {all} of them were sent to the frozen server"
+        "{failed} of {calls} calls failed, but only {all} were sent to the frozen server"
     );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lone_frozen_server_stays_in_use() {
+async fn calls_wait_for_a_lone_frozen_server_and_succeed_after_it_thaws() {
     let etcd = etcd().await;
     let only = greeter_server(&etcd);
     let registry = registry(&etcd).await;

@@ -55,10 +55,10 @@ async fn etcd_is_connected_over_tls_and_mutual_tls() {
         Registry::builder(etcd.tls_endpoints()).tls_config(trusting),
         Registry::builder(etcd.tls_endpoints()).tls_config(files),
     ] {
-        let refused = builder.connect().await.expect_err("no certificate");
+        let refused = builder.connect().await.expect_err("must be rejected");
         assert!(matches!(refused, RegistryError::Tls { .. }), "{refused:?}");
     }
-    // A server whose certificate does not contain its host name is rejected.
+    // The client rejects a server whose certificate does not contain the host name.
     let named = etcd.tls_endpoints().into_iter();
     let named: Vec<_> = named
         .map(|endpoint| endpoint.replace("127.0.0.1", "localhost"))
@@ -66,23 +66,23 @@ async fn etcd_is_connected_over_tls_and_mutual_tls() {
     let (chain, key) = (authority.read("client.pem"), authority.read("client.key"));
     let shown = TlsConfig::verify_dialled_host().ca_certificate(authority.read("ca.pem"));
     let refused = Registry::builder(named).tls_config(shown.identity(chain, key));
-    let refused = refused.connect().await.expect_err("another name");
+    let refused = refused.connect().await.expect_err("must be rejected");
     assert!(matches!(refused, RegistryError::Tls { .. }), "{refused:?}");
     // A configuration that can never work is rejected before anything is sent.
     let unnameable = TlsConfig::new("not a name");
     let refused = Registry::builder(["https://127.0.0.1:1"]).tls_config(unnameable);
-    let refused = refused.connect().await.expect_err("no name");
+    let refused = refused.connect().await.expect_err("must be rejected");
     assert!(
         matches!(refused, RegistryError::InvalidTls { .. }),
         "{refused:?}"
     );
-    // A server whose certificate another authority has signed is rejected.
+    // The client rejects a server whose certificate was signed by another authority.
     let stranger = Authority::new();
     let files = TlsConfig::new("etcd")
         .ca_certificate_file(stranger.path("ca.pem"))
         .identity_files(authority.path("client.pem"), authority.path("client.key"));
     let refused = Registry::builder(etcd.tls_endpoints()).tls_config(files);
-    let refused = refused.connect().await.expect_err("not trusted");
+    let refused = refused.connect().await.expect_err("must be rejected");
     assert!(matches!(refused, RegistryError::Tls { .. }), "{refused:?}");
 }
 
@@ -136,8 +136,8 @@ async fn renewed_certificates_need_no_restart() {
     registration.deregister().await.unwrap();
 }
 
-/// With authentication enabled, etcd takes the user from the common name of the client's certificate. No password is exchanged, so a restart
-/// of etcd costs no password hash and invalidates no token.
+/// If authentication is enabled, etcd takes the user from the common name of the client's certificate. There is no password and no token.
+/// So after a restart of etcd, no token is invalid, and etcd computes no password hashes.
 #[tokio::test]
 async fn a_client_certificate_replaces_the_password() {
     let authority = Authority::new();
@@ -183,7 +183,7 @@ async fn a_client_certificate_replaces_the_password() {
     let stranger = Registry::builder(etcd.tls_endpoints()).tls_config(tls("stranger"));
     let stranger = stranger.connect().await.unwrap();
     let refused = stranger.registration("greeter").address("127.0.0.1:80");
-    let refused = refused.register().await.expect_err("without permission");
+    let refused = refused.register().await.expect_err("must be rejected");
     assert!(
         refused.to_string().contains("permission denied"),
         "{refused}"

@@ -42,7 +42,7 @@ async fn calls_stay_in_the_zone_up_to_its_capacity() {
     let (changes, stream) = mpsc::unbounded_channel::<Result<_, Infallible>>();
     let channel = BalancedChannel::builder()
         .zone("near")
-        // The policy ignores latencies. On a busy machine, they differ, and would move calls away from slower servers.
+        // This policy ignores latencies. On a busy machine, latencies differ, and a policy that uses them would prefer the faster servers.
         .policy(LbPolicy::LeastRequest)
         .seed(7)
         .discover(UnboundedReceiverStream::new(stream))
@@ -78,7 +78,7 @@ async fn calls_stay_in_the_zone_up_to_its_capacity() {
     assert!(each(&calls).iter().sum::<usize>() > 980, "{calls:?}");
     assert!(each(&calls).iter().all(|calls| *calls > 200), "{calls:?}");
 
-    // One of four endpoints is near. It serves about half of the calls, and the other zone serves the rest.
+    // Only one of four endpoints is in the zone of the client. It serves about half of the calls, and the other zone serves the rest.
     for gone in &near[1..] {
         changes.send(Ok(Change::Remove(gone.clone()))).unwrap();
     }
@@ -88,7 +88,7 @@ async fn calls_stay_in_the_zone_up_to_its_capacity() {
     assert!((400..600).contains(&left), "{calls:?}");
     assert!(calls.values().all(|calls| *calls > 80), "{calls:?}");
 
-    // No endpoint is near: all endpoints serve equal shares, and no call fails.
+    // No endpoint is in the zone of the client: all endpoints serve equal shares, and no call fails.
     changes.send(Ok(Change::Remove(near[0].clone()))).unwrap();
     ready(3).await;
     let calls = tally(&channel).await;

@@ -396,9 +396,9 @@ fn embedded_v4(ip: IpAddr) -> IpAddr {
     Ipv4Addr::from(v4).into()
 }
 
-/// Returns whether a cloud serves the credentials of the machine at this address. The list has the addresses of AWS over IPv6, of Alibaba
-/// Cloud, and of Azure. It does not have 169.254.169.254, which AWS, Google and others use over IPv4: the policy rejects this address
-/// because it is link-local.
+/// Returns whether this is the address of a cloud's metadata service, which serves the credentials of a virtual machine. The list has the
+/// addresses of AWS over IPv6, of Alibaba Cloud, and of Azure. It does not have 169.254.169.254, which AWS, Google and others use over
+/// IPv4: the policy rejects this address because it is link-local.
 fn is_metadata_service(ip: IpAddr) -> bool {
     const V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
     match ip {
@@ -445,7 +445,7 @@ mod tests {
             "168.63.129.16",
             "[fd00:ec2::254]",
             "[::ffff:169.254.169.254]",
-            // The first of these addresses behind NAT64, behind NAT64's prefix for local use, and behind 6to4.
+            // 169.254.169.254 as a NAT64 address, as a NAT64 address with the prefix for local use, and as a 6to4 address.
             "[64:ff9b::a9fe:a9fe]",
             "[64:ff9b:1:a9fe:a9:fe00::]",
             "[2002:a9fe:a9fe::1]",

@@ -38,8 +38,8 @@ mod causes;
 pub mod channel;
 mod transport;
 
-/// The errors of the channel. The text of each error contains all causes, so [`source`](std::error::Error::source) returns `None`, except for
-/// a [`CallError`](crate::error::CallError), whose source is the error of the connection.
+/// The errors of the channel. The text of each error contains all causes, so [`source`](std::error::Error::source) returns `None`. The
+/// exception is [`CallError`](crate::error::CallError): its source is the error of the connection or stream, if any.
 pub mod error {
     pub use crate::address::AddressError;
     pub use crate::call::CallError;

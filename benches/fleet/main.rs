@@ -32,14 +32,14 @@
     clippy::print_stdout,
     clippy::cast_precision_loss,
     clippy::pedantic,
-    reason = "a bench; a failed step ends it"
+    reason = "this is a benchmark, and a failed step ends it with a panic"
 )]
 
 mod fleet;
 mod metrics;
 mod one_process;
 mod options;
-#[expect(dead_code, reason = "the tests use the rest of it")]
+#[expect(dead_code, reason = "the tests use its other functions")]
 #[path = "../../tests/support/roles.rs"]
 mod roles;
 mod scenarios;

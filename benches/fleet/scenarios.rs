@@ -294,7 +294,8 @@ impl<'a> Run<'a> {
         self.recover("wipe", meter, lists, Scale::Changes).await
     }
 
-    /// Waits until the fleet is right. Measures for at least 4/3 of the TTL, because every client and server has reacted by then.
+    /// Waits until the fleet is [right](Fleet::right). Measures for at least 4/3 of the TTL, because every client and server has reacted by
+    /// then.
     async fn recover(
         &mut self,
         name: &str,
@@ -317,7 +318,8 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Stops the member with the most watch streams gracefully and restarts it. The fleet must become right before the member is restarted.
+    /// Stops the member with the most watch streams gracefully and restarts it. The fleet must become [right](Fleet::right) before the
+    /// member is restarted.
     async fn restart_one(&mut self) -> Result<()> {
         let lists = self.fleet.lists();
         let mut meter = self.meter().await?;
@@ -408,5 +410,5 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Limit on the time until a fleet is right.
+/// Limit on the time until a fleet is [right](Fleet::right).
 const LIMIT: Duration = Duration::from_secs(180);

@@ -250,5 +250,6 @@ receives; each message of a stream counts. \"Watch requests\" create and cancel 
 messages of watches, which etcd sends. \"Lists\" are complete lists by clients. \"Right after\" is the time until half and all of the processes
 are right: every client has exactly the registered servers and a key that was written during the scenario, and every server is registered.
 
-A computed row is linear in the number of clients and servers. Exceptions: \"*\" grows with clients times servers, if the servers change, and
-\"+\" has one request per list and 500 keys. A figure that is not linear and has no rule is left out.";
+A computed row is linear in the number of clients and servers. Exceptions: a figure with \"*\" grows with clients times servers, because the
+servers change; a figure with \"+\" includes one request for every 500 keys of each list. A figure that is not linear and has no rule is
+left out.";

@@ -17,7 +17,7 @@
     clippy::print_stdout,
     clippy::cast_precision_loss,
     clippy::pedantic,
-    reason = "a bench; a failed step ends it"
+    reason = "this is a benchmark, and a failed step ends it with a panic"
 )]
 
 #[path = "../../examples/greeter/mod.rs"]

@@ -56,8 +56,8 @@ type Round = Pin<Box<dyn Future<Output = Sample>>>;
 /// cost to a call.
 ///
 /// Each round opens its own connections. Two properties differ from connection to connection, and hardly change while a connection is open:
-/// the worker that runs its task, and how many frames one system call writes on average. If each peer kept its connections for a whole run, two peers with the same code would differ
-/// by a tenth in calls per second and by a fifth in CPU time per call.
+/// the worker that runs its task, and how many frames one system call writes on average. If each peer kept its connections for a whole run,
+/// two peers with the same code would differ by a tenth in calls per second, and by a fifth in CPU time per call.
 pub struct Peer {
     name: String,
     round: Box<dyn Fn(Load) -> Round>,

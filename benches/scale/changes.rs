@@ -20,7 +20,7 @@ const OPERATIONS: usize = 100;
 
 pub fn run() {
     println!(
-        "\nL4: one instance joins or leaves, CPU of the client until the picker sees it (target: under 200 us among 10 000), and loading the set from etcd (target: 10 000 in under 1 s)\n"
+        "\nL4: the client's CPU time from a join or leave of one instance until the picker sees the change (target: under 200 us in a set of 10 000), and the time to load the set from etcd (target: under 1 s for 10 000)\n"
     );
     println!(
         "| instances | join, CPU | p90 | leave, CPU | p90 | resolver: time, CPU | channel, all ready: time, CPU | CPU per instance | idle, CPU per second |\n|---|---|---|---|---|---|---|---|---|"

@@ -27,7 +27,7 @@ const REST: Duration = Duration::from_millis(40);
 
 pub fn run() {
     println!(
-        "\nL5: from `put` to the first call served by the new endpoint, from `delete` to the last (target: within 2 x of the bare watch event, TCP and HTTP/2 connect and call)\n"
+        "\nL5: the time from `put` to the first call that the new endpoint serves, and from `delete` to the last call (target: at most 2 x the time of a bare watch event, TCP and HTTP/2 connect, and call)\n"
     );
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -50,8 +50,8 @@ async fn measure() {
     let addresses = ServerProcess::addresses(&servers);
     let client = Client::connect(etcd.endpoints(), None).await.unwrap();
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
-    // The other addresses stay in the set. Without them, the removal of the last instance would count as a mass removal, and the instance
-    // would be held. No server listens on the three ports of `alone`.
+    // The other addresses stay in the set. Without them, the removal of the last instance would count as a mass removal, and the resolver
+    // would hold the instance, that is, keep it as a last resort. No server listens on the three ports of `alone`.
     for (service, others) in [
         ("alone", ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"]),
         ("beside", [&*addresses[1], &*addresses[2], &*addresses[3]]),

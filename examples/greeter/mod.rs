@@ -73,7 +73,8 @@ impl NamedGreeter {
     }
 }
 
-/// Returns the etcd endpoints from `ETCD_ENDPOINTS`, separated by commas, or the default port on this machine.
+/// Returns the etcd endpoints in `ETCD_ENDPOINTS`, which are separated by commas. If the variable
+/// is not set, returns the default port of etcd on this machine.
 pub fn etcd_endpoints() -> Vec<String> {
     let endpoints = std::env::var("ETCD_ENDPOINTS").unwrap_or_else(|_| "127.0.0.1:2379".to_owned());
     endpoints.split(',').map(str::to_owned).collect()

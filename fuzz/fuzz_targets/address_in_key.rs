@@ -1,4 +1,4 @@
-//! A key, a newline, and a value, read as the format `AddressInKey` has them.
+//! Fuzzes the decoding of the format `AddressInKey`. The input is a key, a newline, and a value.
 #![no_main]
 
 #[path = "../input.rs"]

@@ -1,4 +1,4 @@
-//! A key, a newline, and a value, read as the format `GoZero` has them.
+//! Fuzzes the decoding of the format `GoZero`. The input is a key, a newline, and a value.
 #![no_main]
 
 #[path = "../input.rs"]

@@ -25,17 +25,18 @@ pub(super) struct Auth(Arc<Inner>);
 struct Inner {
     credentials: Option<Credentials>,
     token: TokenCell,
-    /// The state of the exchange. Each exchange costs etcd 50 to 130 ms of bcrypt, so all tasks share one exchange: a caller that finds a
-    /// running exchange waits for its outcome.
+    /// The state of the exchange of the credentials for a token. Each exchange costs etcd 50 to 130 ms of bcrypt, so all tasks share one
+    /// exchange: a caller that finds a running exchange waits for its outcome.
     refreshing: Mutex<ExchangeState>,
-    /// The time at which an external client last fetched a token. The lock is held during a renewal, so that concurrent callers cause only
-    /// one renewal.
+    /// The time at which an external client (one that the user passed to `Registry::from_client`) last fetched a token. The lock is held
+    /// while a token is fetched, so that concurrent callers fetch only one token.
     client_refreshed: tokio::sync::Mutex<Option<Instant>>,
     /// The time at which the token was fetched, and the member that issued it.
     issued: Mutex<Option<(Instant, Address)>>,
     /// Whether a registration needs the token to renew its lease.
     renews_leases: AtomicBool,
-    /// The largest number of keys that a resolver of this client has known: an estimate of the servers that exchange passwords as well.
+    /// The largest number of keys that a resolver of this client has known: an estimate of the number of servers that also exchange their
+    /// passwords.
     known_servers: AtomicUsize,
 }
 
@@ -95,16 +96,17 @@ impl Auth {
         self.0.known_servers.fetch_max(count, Ordering::Relaxed);
     }
 
-    /// Returns the interval over which the exchange for a rejected token is spread. After a restart of etcd or a change of its users, all
-    /// processes exchange their passwords at the same time, and share the processor time of etcd. A lease expires if its server does not
-    /// get a token within the TTL, while a client only has an older set for a while. So clients leave etcd the time to serve the servers.
+    /// Returns the longest wait before the exchange for a rejected token; the actual wait is a random part of it. After a restart of etcd
+    /// or a change of its users, all processes exchange their passwords at the same time, and share the processor time of etcd. If a server
+    /// does not get a token within the TTL, its lease expires. A client without a token only uses an older set of instances for a while. So
+    /// clients wait longer than servers.
     fn spread(&self, fastest: Duration) -> Duration {
         if self.0.renews_leases.load(Ordering::Relaxed) {
             return REFRESH_SPREAD;
         }
         let servers = self.0.known_servers.load(Ordering::Relaxed);
         let servers = u32::try_from(servers).unwrap_or(u32::MAX);
-        // If the process started together with the fleet, even its fastest exchange took long.
+        // If the process was started together with the fleet, even its fastest exchange took much longer than one hash.
         let hash = fastest.min(HASH_MAX);
         let hashes = hash.saturating_mul(servers).saturating_mul(2);
         hashes.clamp(REFRESH_SPREAD, CLIENT_SPREAD_MAX)
@@ -204,9 +206,9 @@ impl Auth {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Renews the token of an external client, which the user created. If the client has credentials, it exchanges them for a new token. By
-    /// itself, the client renews an expired token, but not a token that became invalid after a change of the store's users. Returns true on
-    /// success, because the client does not expose whether its token has changed.
+    /// Makes an external client exchange its credentials, if it has any, for a new token. Without this call, the client replaces an expired
+    /// token, but not a token that became invalid after a change of the store's users. Returns true on success, because the client does not
+    /// expose whether its token has changed.
     pub(super) async fn refresh_client(
         &self,
         client: &etcd_client::Client,
@@ -214,8 +216,8 @@ impl Auth {
     ) -> Result<bool, EtcdError> {
         let mut refreshed = self.0.client_refreshed.lock().await;
         let now = Instant::now();
-        // The client does not expose its token, so this code compares the time of the last renewal. If another caller renewed the token
-        // while this caller waited for the lock, the client already has a new token.
+        // The client does not expose its token, so this code checks when it last fetched a token. If another caller fetched a token while
+        // this caller waited for the lock, the client already has a new token.
         if refreshed.is_some_and(|at| now.saturating_duration_since(at) < NEW_TOKEN_TIME) {
             return Ok(true);
         }
@@ -269,7 +271,7 @@ impl Running {
     }
 }
 
-/// The state of the exchange of credentials.
+/// The state of the exchange of the credentials for a token.
 struct ExchangeState {
     /// Whether an exchange was started before. The first exchange starts at once, and later exchanges are spread over time.
     is_first_done: bool,
@@ -296,7 +298,7 @@ impl ExchangeState {
         }
     }
 
-    /// Returns the cached error while the exchange is in backoff.
+    /// Returns the last failure until the backoff after it has ended.
     fn cached_error(&self, now: Instant) -> Option<EtcdError> {
         let last = self.last.as_ref().filter(|(until, _)| now < *until);
         last.map(|(_, error)| error.clone())
@@ -331,16 +333,17 @@ impl ExchangeState {
 
 const BACKOFF_FIRST: Duration = Duration::from_millis(500);
 const BACKOFF_MAX: Duration = Duration::from_secs(10);
-/// Age up to which a token counts as new: other members may not have received it yet, and a renewal is not repeated.
+/// Age up to which a token counts as new: other members may not have received it yet, and [`Auth::refresh_client`] does not replace it
+/// again.
 const NEW_TOKEN_TIME: Duration = Duration::from_secs(1);
 /// The default of etcd's `--auth-token-ttl`.
 const DEFAULT_TOKEN_TTL: Duration = Duration::from_secs(300);
 /// The shortest interval over which exchanges for rejected tokens are spread. This wait counts against a call's deadline of 2 s.
 const REFRESH_SPREAD: Duration = Duration::from_millis(200);
-/// The longest time that one password hash is assumed to take. etcd takes 50 to 130 ms with its default settings.
+/// Limit on the assumed time of one password hash. It is a typical value: etcd takes 50 to 130 ms with its default settings.
 const HASH_MAX: Duration = Duration::from_millis(100);
-/// Limit on the interval over which the exchanges of clients are spread: the default TTL. In this time, one core computes the hashes of about
-/// 200 servers.
+/// Limit on the interval over which the exchanges of clients are spread: the default lease TTL. In this time, one core computes the hashes
+/// of about 200 servers.
 const CLIENT_SPREAD_MAX: Duration = Duration::from_secs(15);
 
 impl std::fmt::Debug for Auth {

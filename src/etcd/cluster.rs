@@ -33,7 +33,7 @@ pub(super) struct Cluster {
     /// The id of the cluster, which every response must have.
     pub(super) id: Arc<ClusterId>,
     pub(super) reconcile_batch: ReconcileBatch,
-    /// The times at which the services of this handle are reconciled.
+    /// The common times at which the resolvers of this handle reconcile their services: compare them with a list of the keys in etcd.
     slots: Slots,
 }
 
@@ -138,8 +138,8 @@ impl Etcd {
         members.on_failure(service, traffic, failure);
     }
 
-    /// Opens a watch on a range from the revision `from`, or from the current revision if `from` is `None`. Makes a single attempt. If a
-    /// new stream is needed, waits up to 2 s for its response headers.
+    /// Opens a watch on a range. The watch begins at the revision `from`, or at the current revision if `from` is `None`. Makes a single
+    /// attempt. If a new stream is needed, waits up to 2 s for its response headers.
     pub(crate) async fn watch(
         &self,
         range: &Range,
@@ -172,7 +172,7 @@ impl Etcd {
     }
 
     /// Opens one watch on all `keys`, from the current revision on. Waits until all keys are watched: up to 2 s for a stream, and then up
-    /// to 8 s for the watchers. Makes a single attempt.
+    /// to 8 s until the server has created one watcher for each key. Makes a single attempt.
     pub(crate) async fn watch_each(&self, keys: &[Key]) -> Result<Watch, EtcdError> {
         let ranges = keys.iter().map(Range::key).collect();
         let mut watch = self.watch_ranges(ranges, None).await?;
@@ -220,7 +220,7 @@ impl Etcd {
         self.0.auth.token()
     }
 
-    /// Records that a registration renews its lease with this client, so that a rejected token is replaced at once.
+    /// Records that a registration renews its lease with this client, so that the exchange for a rejected token waits at most 200 ms.
     pub(crate) fn set_renews_leases(&self) {
         self.0.auth.set_renews_leases();
     }
@@ -231,7 +231,7 @@ impl Etcd {
         self.0.auth.on_known_servers(count);
     }
 
-    /// Handles a rejected token in the messages of a watch: fetches a new token, unless a concurrent request has already done so.
+    /// Handles a watch message that reports a rejected token: fetches a new token, unless a concurrent request has already done so.
     pub(crate) async fn on_token_rejected(&self, token: Option<&Token>) -> Result<(), EtcdError> {
         self.renew_token(token, DEADLINE).await.map(drop)
     }

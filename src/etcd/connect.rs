@@ -83,9 +83,9 @@ impl Config {
     }
 }
 
-/// Sets the options of a channel to etcd. The keep-alive detects a connection that is dead while only watches are open on it, without a
+/// Sets the options of a channel to etcd. The HTTP/2 keep-alive detects a dead connection on which only watches are open, and costs no
 /// request to etcd. On a connection without open requests, no PING is sent, because etcd closes connections that send PINGs while idle. A
-/// request has a deadline instead; when the deadline expires, a PING checks the connection.
+/// unary request also has a deadline; when it expires, a PING checks the connection.
 pub(super) fn tuned(channel: ChannelBuilder) -> ChannelBuilder {
     channel
         .service("etcd")
@@ -96,8 +96,8 @@ pub(super) fn tuned(channel: ChannelBuilder) -> ChannelBuilder {
         .keep_alive_permit_time(KEEP_ALIVE_PERMIT)
 }
 
-/// Interval of the keep-alive. It exceeds [`KEEP_ALIVE_PERMIT`] by a second, because etcd measures the interval when PINGs arrive: those
-/// that the network has delayed would otherwise count as too frequent.
+/// Interval of the keep-alive. It exceeds [`KEEP_ALIVE_PERMIT`] by a second, because etcd measures the interval between the arrivals of
+/// PINGs: after a PING that the network has delayed, the next one would otherwise arrive too early.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(6);
 /// Timeout of a keep-alive PING.
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -152,7 +152,7 @@ impl Etcd {
     }
 }
 
-/// Converts the error of the check into an error that describes how to fix the configuration.
+/// Converts the error of the check in [`Etcd::connect`] into an error that describes how to fix the configuration.
 async fn explain(config: &Config, members: &[MemberEndpoint], cause: EtcdError) -> RegistryError {
     let endpoints: Vec<_> = members
         .iter()
@@ -248,7 +248,7 @@ async fn explain(config: &Config, members: &[MemberEndpoint], cause: EtcdError) 
     }
 }
 
-/// Parts of the texts of rustls errors for handshakes that fail because of the configuration.
+/// Parts of the texts of the rustls errors that a wrong configuration causes.
 const TLS_WORDS: [&str; 5] = [
     "fatal alert",
     "certificate",

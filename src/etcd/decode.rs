@@ -16,8 +16,8 @@ pub(super) fn header(header: Option<&etcd_client::proto::PbResponseHeader>) -> H
 pub(super) fn key_value(kv: etcd_client::proto::PbKeyValue) -> KeyValue {
     let mut value = kv.value;
     if value.len() > MAX_VALUE {
-        // The decoder rejects such a value later. The value is cut to one byte above the limit, so that a list of many such values does not
-        // fill the memory until then.
+        // The format rejects such a value when it decodes the value later. The value is cut to one byte above the limit, so that a list of
+        // many such values does not fill the memory until then.
         value.truncate(MAX_VALUE + 1);
         value.shrink_to_fit();
     }

@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn invalid_endpoints_are_rejected_by_name() {
+    fn the_error_for_an_invalid_endpoint_contains_the_endpoint() {
         for endpoint in [
             "",
             "http://",

@@ -27,7 +27,7 @@ pub(super) fn of_status(
     status: tonic::Status,
 ) -> EtcdError {
     let kind = match of_text(status.message()) {
-        // A server without the service of etcd returns this code, with a text that is not in `TEXTS`.
+        // A server that does not implement the gRPC service returns this code, with a text that is not in `TEXTS`.
         EtcdErrorKind::Unavailable if status.code() == tonic::Code::Unimplemented => {
             EtcdErrorKind::Unimplemented
         }
@@ -56,8 +56,8 @@ pub(super) fn deadline(operation: &'static str, endpoint: &str, deadline: Durati
 }
 
 /// Parts of error texts and their kinds: the texts of etcd's `rpctypes`, which are identical from 3.4 to 3.7, and the texts of tonic and of
-/// grpc-go for a message over their limit. They are searched with `contains`, because services built on etcd's Go client add a prefix or
-/// wrap the text.
+/// grpc-go for a message over their size limit. An error matches if its text contains the part, because services built on etcd's Go client
+/// add a prefix or wrap the text.
 const TEXTS: &[(&str, EtcdErrorKind)] = &[
     (
         "required revision has been compacted",
@@ -106,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_error_kind_depends_on_the_message_and_not_on_the_code() {
+    fn the_code_determines_the_error_kind_only_if_the_message_is_unknown() {
         use tonic::{Code, Status};
         for (code, text, kind) in [
             (

@@ -51,7 +51,7 @@ impl Etcd {
             .await
     }
 
-    /// Reads the version of a key, linearizably. The version contains the digest of the value only if `with_value` is true.
+    /// Reads the [`KeyVersion`] of a key, linearizably. It contains the digest of the value only if `with_value` is true.
     pub(crate) async fn version(
         &self,
         key: &Key,

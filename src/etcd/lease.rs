@@ -84,7 +84,7 @@ impl Etcd {
         .await
     }
 
-    /// Sends one keep-alive and returns the header and the TTL of the response.
+    /// Renews a lease over `channel`. Returns the header and the TTL of the response.
     async fn keep_alive_over(
         channel: &RequestChannel,
         lease: LeaseId,

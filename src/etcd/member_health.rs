@@ -1,7 +1,7 @@
 //! The failure records of members. Requests avoid a member with recent failures while other members are available.
 //!
 //! The channel only observes connections, and the connection of a failing member may look healthy. A member that has lost its cluster, is
-//! not an etcd, or has a stalled disk can be recognised only by its responses, or because they are missing.
+//! not an etcd, or has a stalled disk can be recognised only by its responses or by the lack of them.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -58,8 +58,8 @@ impl MemberHealth {
         }
     }
 
-    /// Records a failure. Returns whether the connection to the member must be replaced. If the address is that of a load balancer or a
-    /// service, the new connection may reach another member. If it reaches the same member, the cost is one handshake.
+    /// Records a failure. Returns whether the connection to the member must be replaced. If the address is that of a load balancer or of a
+    /// Kubernetes Service, the new connection may reach another member. If it reaches the same member, the cost is one handshake.
     pub(super) fn on_failure(
         &mut self,
         member: &Address,
@@ -131,9 +131,9 @@ mod tests {
                 health.on_failure(&member(1), Traffic::Keys, Failure::Error, now);
             }
             now += Duration::from_secs(seconds);
-            let before = now.checked_sub(Duration::from_millis(1)).expect("later");
-            assert_eq!(health.avoided(before), [member(1)], "{seconds}");
-            assert!(health.avoided(now).is_empty(), "{seconds}");
+            let before = now.checked_sub(Duration::from_millis(1)).expect("in range");
+            assert_eq!(health.avoided(before), [member(1)], "{seconds} s penalty");
+            assert!(health.avoided(now).is_empty(), "{seconds} s penalty");
         }
         health.on_failure(&member(1), Traffic::Keys, Failure::Error, now);
         health.on_answer(&member(1), Traffic::Keys);
@@ -175,8 +175,8 @@ mod tests {
         assert!(fails(Traffic::Keys, Failure::StreamTimeout));
         // A response on the channel for keys does not clear the earlier timeout on the channel for leases.
         health.on_answer(&member(1), Traffic::Keys);
-        assert!(health.avoided(now).is_empty(), "the member has responded");
+        assert!(health.avoided(now).is_empty(), "avoided after a response");
         let fails = health.on_failure(&member(1), Traffic::Leases, Failure::Timeout, now);
-        assert!(fails, "the second timeout in a row");
+        assert!(fails, "a second timeout in a row replaces the connection");
     }
 }

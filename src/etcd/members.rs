@@ -44,7 +44,7 @@ impl Members {
         Self::new(self.addresses.clone(), Arc::clone(&self.open))
     }
 
-    /// Returns a channel for one request, which uses members with recent failures only if no other member is ready.
+    /// Returns a channel for one request. The channel uses members with recent failures only if no other member is ready.
     pub(super) async fn channel(
         &self,
         traffic: Traffic,

@@ -1,5 +1,5 @@
-//! Sends the reconciliation requests of several services as one transaction. A process that watches a thousand services would otherwise send
-//! several requests per second at rest.
+//! Sends the reconciliation requests of several services as one transaction. A resolver sends such a request periodically, to find changes
+//! that its watch has not delivered. A process that watches a thousand services would otherwise send several requests per second at rest.
 //!
 //! A batch must not let one service affect another: if etcd rejects the transaction, for example because of the permissions on one prefix,
 //! each service sends its own request.
@@ -48,8 +48,8 @@ impl ReconcileBatch {
     }
 }
 
-/// The end of the collection of a batch. If the runtime of the task ends before the batch is sent, each request is sent alone; otherwise
-/// the requests of other runtimes would wait forever.
+/// Held by the task that collects a batch. If the runtime of that task ends before the batch is sent, the drop empties the batch, and the
+/// owner of each request sends the request alone. Without the drop, the requests of other runtimes would wait forever.
 struct Collection(Etcd);
 
 impl Drop for Collection {
@@ -104,7 +104,7 @@ impl Etcd {
                     }
                 }
             }
-            // etcd cannot be asked at present, so further requests would fail as well.
+            // etcd is unavailable at present, so separate requests would fail as well.
             Err(error) if error.kind().is_transient() => {
                 for pending in batch {
                     let _ = pending.reply.send(Err(error.clone()));

@@ -38,8 +38,8 @@ impl RequestChannel {
         }
     }
 
-    /// Creates a client for one request. With a client for several requests, the member that served a request would be unknown, because
-    /// `etcd-client` does not expose it.
+    /// Creates a client for one request. If several requests shared a client, it would be unknown which member served which request,
+    /// because `etcd-client` does not expose the member.
     pub(super) async fn over(service: RequestService) -> Result<Self, EtcdError> {
         let boxed = service
             .clone()
@@ -116,8 +116,8 @@ impl Service<http::Request<Body>> for RequestService {
     }
 }
 
-/// Streaming methods, which are sent without `grpc-timeout`. The task of a watch stream ends the stream if it is silent. A keep-alive
-/// stream ends with its response, or when the caller drops the future.
+/// Streaming methods, which are sent without `grpc-timeout`. The task of a watch stream ends the stream if the server is silent. A
+/// keep-alive stream ends with its response, or when the caller drops the future.
 const STREAMS: [&str; 2] = ["/etcdserverpb.Watch/Watch", LEASE_KEEP_ALIVE];
 /// Shown in place of the address of a member if the client is external.
 const EXTERNAL_CLIENT: &str = "(external client)";

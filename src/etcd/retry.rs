@@ -72,7 +72,7 @@ impl Etcd {
             let outcome = self.try_once(traffic, operation, deadline, &request).await;
             left = left.saturating_sub(1);
             match outcome {
-                // A single endpoint that is not an etcd must not fail the request. The repetition is safe, because the server has not
+                // A single endpoint that is not an etcd must not make the request fail. The repetition is safe, because the server has not
                 // executed the request.
                 Err(error) if error.kind() == EtcdErrorKind::Unimplemented && left > 0 => {
                     tracing::debug!(%error, "repeating the request on another member");

@@ -110,7 +110,7 @@ pub(super) async fn keep_alive(
     Ok((header, answer.ttl))
 }
 
-/// Creates the error for a stream that ended before its response. Whether the lease was renewed is then unknown.
+/// Creates the error for a stream that ended before its response. It is then unknown whether the lease was renewed.
 pub(super) fn closed(operation: &'static str, endpoint: &str) -> EtcdError {
     let source = "the stream ended without an answer";
     EtcdError::new(EtcdErrorKind::Unavailable, operation, endpoint, source)

@@ -177,7 +177,7 @@ async fn answer(requests: &mut JoinSet<Answer>) -> Option<Answer> {
 /// Time between a failure and the request to another member.
 const NEXT_MEMBER_DELAY: Duration = Duration::from_millis(150);
 
-/// Time after which a second request is sent to a single member. In this time, one core computes about 100 hashes.
+/// If there is a single member: time after which a second request is sent to it. In this time, one core computes about 100 hashes.
 const SINGLE_MEMBER_WAIT: Duration = Duration::from_secs(8);
 /// Maximum duration of an exchange. In this time, one core computes the hashes of about 1 000 clients, with one repeated request for each.
 const EXCHANGE_LIMIT: Duration = Duration::from_secs(120);

@@ -1,8 +1,9 @@
 //! Shared watch streams: all watches of a client are multiplexed on few streams.
 //!
 //! One stream per watch does not scale. Servers and proxies limit the streams of a connection (`--max-concurrent-streams`): watches beyond
-//! the limit would wait forever, together with reads and writes on the same connection. Each silent stream also costs a probe now and then.
-//! So one task owns a stream, and delivers each message to the watch that the message is for.
+//! the limit would wait forever, together with reads and writes on the same connection. Each silent stream also costs a probe now and then:
+//! a request that shows whether the stream still works. So one task owns a stream, and delivers each message to the watch that the message
+//! is for. A watch has one watcher at the server for each of its ranges.
 //!
 //! If the server cancels or rejects a watch, or has compacted the history that the watch needs, only that watch ends. A watch whose owner
 //! does not receive the messages fast enough is cancelled, so that the messages do not fill the memory. When the stream ends, all its
@@ -91,7 +92,7 @@ struct Subscriber {
     ranges: Vec<Range>,
     from: Option<Revision>,
     deliveries: mpsc::UnboundedSender<Delivery>,
-    /// Number of bytes that were delivered to the watch and that it has not received yet.
+    /// Estimated number of bytes that the task has queued for the watch and that its owner has not received yet.
     backlog: Arc<AtomicUsize>,
 }
 
@@ -200,7 +201,7 @@ impl WatchStreams {
         }
     }
 
-    /// Opens a stream with its first watch.
+    /// Opens a stream, with `subscriber` as its first watch.
     async fn open(
         &self,
         channel: RequestChannel,
@@ -253,7 +254,7 @@ impl WatchStreams {
     }
 }
 
-/// A request for a watcher that was not sent yet.
+/// A queued request for a watcher: it was not sent yet.
 #[derive(Debug)]
 struct WatcherRequest {
     subscriber: u64,
@@ -528,8 +529,8 @@ impl Task {
                 return Ok(());
             }
             if message.canceled && self.watchers.contains_key(&id) {
-                // A probe with this number was rejected for another reason. Up to etcd 3.4.21 and 3.5.5, the rejection has the number of the
-                // existing watcher, and etcd sends no more events of that watcher.
+                // A probe with the id of an existing watcher was rejected for another reason. Up to etcd 3.4.21 and 3.5.5, the rejection
+                // has the id of the existing watcher, and etcd sends no more events of that watcher.
                 let kind = EtcdErrorKind::Unavailable;
                 let reason = format!("a probe was rejected: {}", message.cancel_reason);
                 return Err(EtcdError::new(kind, "watch", &self.endpoint(), reason));
@@ -607,7 +608,7 @@ impl Task {
         Ok(())
     }
 
-    /// Removes the stream from the list, so that no further watch is added. Its watches continue.
+    /// Removes the stream from the list, so that no further watch is added. The watches on the stream continue.
     fn retire(&self) {
         let mut open = self.streams.0.open();
         open.retain(|open| !open.commands.same_channel(&self.own_commands));
@@ -622,9 +623,9 @@ impl Task {
 
     /// Requests a watcher. The answer, or any other message, shows that the stream works.
     ///
-    /// The request has the number of an existing watcher. etcd rejects it with one message, so a probe costs one request and one answer. If
-    /// the server chooses the numbers itself, or may reject the token of the stream, the request has a new number. The server then creates a
-    /// watcher, which receives no events and is cancelled when it was created.
+    /// The request has the id of an existing watcher. etcd rejects the request with one message, so a probe costs one request and one
+    /// answer. If the server chooses the ids itself, or may reject the token of the stream, the request has a new id. The server then
+    /// creates a watcher, which receives no events and is cancelled as soon as it was created.
     ///
     /// A progress request cannot be the probe: etcd 3.5.22, 3.6.2 and later do not answer it on a quiet watch.
     async fn send_probe(&mut self) -> Result<(), EtcdError> {
@@ -683,8 +684,8 @@ impl Task {
 
 /// Returns the options of a watcher. Fragments are not requested, because they are expensive: to divide a batch into fragments, etcd
 /// measures the batch again for each event. A backlog of 50 000 events of 90 bytes arrives after 0.2 s as one message of 5 MiB. In
-/// fragments, it takes 14 s with etcd 3.4.23 and 54 s with 3.7.3. For this time, one core of the server is busy, and the answers to probes
-/// are delayed. If a backlog is larger than [`MAX_MESSAGE`], the keys are listed instead, page by page.
+/// fragments, it takes 14 s with etcd 3.4.23 and 54 s with 3.7.3. During this time, one core of the server is busy, and the answers to
+/// probes are delayed. If a backlog is larger than [`MAX_MESSAGE`], the keys are listed instead, page by page.
 fn options(range: &Range, from: Option<Revision>) -> WatchOptions {
     let options = WatchOptions::new().with_range(range.end.as_bytes());
     match from {
@@ -722,8 +723,9 @@ fn event(event: etcd_client::proto::PbEvent) -> Option<Event> {
 /// Returns the silence after which a probe is sent. It is random, so that processes that were started together do not send their probes
 /// together.
 ///
-/// On the channel of the registry, the keep-alive closes a dead connection within 9 s. The probe is then needed only if another party
-/// answers the PINGs: an HTTP/2 proxy whose etcd is dead, or an etcd that does not serve watches. An external client has no such keep-alive.
+/// On the channel of the registry, the keep-alive closes a dead connection within 9 s. The probe is then needed only if PINGs are answered
+/// but watches are not served: by an HTTP/2 proxy whose etcd is dead, or by an etcd that does not serve watches. An external client has no
+/// such keep-alive.
 fn probe_after(channel: &RequestChannel) -> Duration {
     if channel.service.is_some() {
         PROBE_AFTER.mul_f64(0.75 + 0.5 * fastrand::f64())
@@ -741,7 +743,7 @@ const PROBE_AFTER_EXTERNAL: Duration = Duration::from_secs(5);
 const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Limit on the time until the request for a watcher is answered on a stream that has worked before.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
-/// Part of the text with which etcd rejects a watcher whose number is in use (3.4.23 to 3.7.3).
+/// Part of the text with which etcd rejects a watcher whose id is in use (etcd 3.4.23 to 3.7.3).
 const DUPLICATE: &str = "duplicate watch";
 /// Limit on the watchers of one stream, because a long message delays all watchers of its stream.
 const MAX_WATCHERS: usize = 1_000;
@@ -749,7 +751,7 @@ const MAX_WATCHERS: usize = 1_000;
 const MAX_UNANSWERED: usize = 64;
 /// The id of the first watcher of a stream. With 0, the server would choose the id.
 const FIRST_ID: i64 = 1;
-/// Limit on the bytes that were delivered to a watch and that it has not received yet. A single message may exceed this limit.
+/// Limit on the bytes that are queued for a watch and that its owner has not received yet. A single message may exceed this limit.
 const MAX_BACKLOG: usize = 4 * MAX_MESSAGE;
 
 /// Estimates the memory that a message takes.

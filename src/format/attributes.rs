@@ -1,4 +1,4 @@
-//! Reads and writes weight, zone, version and metadata as a map of names and values, which most formats have.
+//! Reads and writes weight, zone, version and metadata as entries of a map of metadata. Most formats have such a map.
 
 use serde_json::{Map, Value};
 
@@ -29,7 +29,7 @@ impl Attributes {
     }
 
     fn read_one(&self, advertisement: &mut Advertisement, name: &str, value: &Value) {
-        // A query can contain a name twice. As in Go, the first value is used.
+        // For a name that a query contains several times, `read_query` returns a list. As in Go, the first value is used.
         let value = match value {
             Value::Array(values) if self.texts => values.first().unwrap_or(&Value::Null),
             value => value,
@@ -59,8 +59,8 @@ impl Attributes {
         }
     }
 
-    /// Returns the map to write. `kept` has the entries that were kept from decoding. If a kept entry means the same as the entry that
-    /// would be written, the kept entry is used. So metadata that was a number stays a number.
+    /// Returns the map to write. `kept` has the entries that [`Attributes::leftover`] returned when the value was decoded. If a kept entry
+    /// means the same as the entry that would be written, the kept entry is used. So metadata that was a number stays a number.
     pub(super) fn write(
         &self,
         advertisement: &Advertisement,
@@ -120,7 +120,7 @@ impl Attributes {
         map
     }
 
-    /// Returns an advertisement with only the contents of one entry of a map.
+    /// Returns an advertisement that contains one entry of a map and nothing else.
     fn only_entry(&self, address: &Address, name: &str, value: &Value) -> Advertisement {
         let mut single = Advertisement::new(address.clone());
         single.weight = self.weight;
@@ -128,7 +128,7 @@ impl Attributes {
         single
     }
 
-    /// Returns an advertisement with only the attribute and the metadata of this name.
+    /// Returns an advertisement that contains the attribute and the metadata of this name and nothing else.
     fn only_attribute(&self, advertisement: &Advertisement, name: &str) -> Advertisement {
         let mut single = Advertisement::new(advertisement.address.clone());
         single.weight = self.weight;
@@ -180,7 +180,7 @@ pub(super) fn weight(value: &Value, default: u32) -> u32 {
 
 #[expect(
     clippy::cast_possible_truncation,
-    reason = "`as` saturates, and the cap follows"
+    reason = "`as` saturates, and the caller caps the result at `MAX_WEIGHT`"
 )]
 fn whole(number: f64) -> i64 {
     number as i64

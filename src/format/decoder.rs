@@ -13,7 +13,7 @@ use tonic_balance::AddressPolicy;
 /// Decodes registry values. Accepts only values of `format`, if it is set, and only addresses that `policy` accepts.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Decoder {
-    /// The only format that is read. With `None`, every format is read that can be recognised by its value.
+    /// The only format that is read. With `None`, every format that can be recognised by its value is read.
     pub(crate) format: Option<Format>,
     pub(crate) policy: AddressPolicy,
 }
@@ -23,11 +23,11 @@ impl Decoder {
     ///
     /// # Errors
     ///
-    /// Fails if the value cannot be decoded, is too large, or contains an address that the policy rejects. Arbitrary bytes never cause a
-    /// panic.
+    /// Fails if the key or the value is too large, if the value cannot be decoded, or if it contains an address that the policy rejects.
+    /// Arbitrary bytes never cause a panic.
     pub(crate) fn read(&self, key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
         if key.len() > MAX_VALUE || value.len() > MAX_VALUE {
-            let reason = format!("is over the limit of {MAX_VALUE} bytes");
+            let reason = format!("is over the limit of {MAX_VALUE} bytes, or its key is");
             return Err(FormatError::new(reason));
         }
         let read = match &self.format {
@@ -61,8 +61,8 @@ impl Format {
     ///
     /// # Errors
     ///
-    /// Fails if the value cannot be decoded, is over 64 KiB, or contains an address that the policy rejects. Arbitrary bytes never cause a
-    /// panic.
+    /// Fails if the key or the value is over 64 KiB, if the value cannot be decoded, or if it contains an address that the policy rejects.
+    /// Arbitrary bytes never cause a panic.
     pub fn decode(
         &self,
         key: &str,

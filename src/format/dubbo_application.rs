@@ -160,7 +160,7 @@ impl Place {
         Ok(Some(address.parse()?))
     }
 
-    /// Returns the kept fields, if they still result in `address` as the address to call.
+    /// Returns the fields that were kept from decoding, if they still contain `address`. Otherwise returns `None`.
     fn kept(object: &mut Object, address: &Address) -> Option<Self> {
         let written = Self::of(address);
         let place = Self {
@@ -208,7 +208,7 @@ fn ports(endpoints: &Value) -> Ports {
     let ports: Vec<_> = ours
         .map(|endpoint| endpoint.get("port").and_then(Value::as_u64))
         .collect();
-    // An endpoint without a valid port does not hide the others.
+    // An endpoint without a valid port is skipped, so that a later endpoint with a valid port is used.
     let is_valid = |port: &u64| (1..=u64::from(u16::MAX)).contains(port);
     match ports.iter().flatten().copied().find(is_valid) {
         Some(port) => Ports::Grpc(port),

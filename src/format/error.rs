@@ -38,7 +38,7 @@ impl std::error::Error for FormatError {}
 
 impl From<AddressError> for FormatError {
     fn from(error: AddressError) -> Self {
-        // Text that cannot be parsed may be anything, for example a password, so only the reason is kept.
+        // A text that is not an address can be anything, for example a password. So only the reason is kept, not the text.
         Self(error.reason().to_owned().into())
     }
 }

@@ -21,8 +21,8 @@ impl InstanceFormat for EtcdNaming {
     fn encode(&self, _: &str, instance: &Instance) -> Result<Vec<u8>, FormatError> {
         let advertisement = instance.advertisement();
         let mut kept = Object::from(advertisement.kept(NAME));
-        // `Op` is written because etcd's own readers before 3.4.28 evaluate it in their first read. An empty map is written as null, as in
-        // Go.
+        // `Op` is written because etcd's own readers before 3.4.28 evaluate it when they read the keys for the first time. As in Go, an
+        // empty map is written as null.
         let value = Written::default()
             .field("Op", 0)
             .field("Addr", advertisement.address.as_str())
@@ -92,7 +92,7 @@ fn nested(text: &str) -> Option<Map<String, Value>> {
     serde_json::from_str(text).ok()
 }
 
-/// Returns metadata that is not a map as a map with one entry.
+/// Wraps a `Metadata` that is not a map: returns a map with one entry.
 fn single(value: Value) -> Map<String, Value> {
     Map::from_iter([("Metadata".to_owned(), value)])
 }

@@ -15,10 +15,10 @@ use crate::keyspace::with_slash;
 /// The format of the keys and values of instances. It selects how a registration writes, and restricts what a resolver reads.
 ///
 /// A registration writes [`EtcdNaming`](Self::EtcdNaming) by default. A resolver without a format recognises the formats whose values
-/// contain the address (see the column "address" of the table). It checks for JSON, then for a URL, then for `host:port`. The format of
-/// JSON is recognised by the field with the address. JSON with the field `address` is ambiguous: it is read as a value of kitex, or as a
-/// value of dubbo-go if it also contains a host or a service name. A resolver without a format never reads an address from a key. If the
-/// keys contain the addresses, set the format, or [`Mixed`](Self::Mixed).
+/// contain the address (see the column "address" of the table below). It checks for JSON, then for a URL, then for `host:port`. For JSON,
+/// the field that contains the address shows which format the value has. The field `address` is ambiguous: the value is read as one of
+/// dubbo-go if it also contains a host or a service name, and otherwise as one of kitex. A resolver without a format never reads an
+/// address from a key. If the keys contain the addresses, set the format, or [`Mixed`](Self::Mixed).
 ///
 /// | format | key, with the default prefix | address | weight (default) | TLS hint |
 /// |---|---|---|---|---|
@@ -44,8 +44,8 @@ use crate::keyspace::with_slash;
 #[derive(Clone, Default)]
 #[non_exhaustive]
 pub enum Format {
-    /// The JSON of etcd's own Go naming package, `{"Op":0,"Addr":"10.0.0.5:50051","Metadata":null}`, so that grpc-go's etcd resolver finds
-    /// the servers of this library. Weight, zone and version are inside `Metadata`. The default for writing.
+    /// The JSON of etcd's own Go naming package, `{"Op":0,"Addr":"10.0.0.5:50051","Metadata":null}`. With this format, etcd's resolver for
+    /// grpc-go finds the servers of this library. Weight, zone and version are inside `Metadata`. Registrations use it by default.
     #[default]
     EtcdNaming,
     /// `host:port` alone, without a weight, a zone, a version or metadata.
@@ -78,14 +78,15 @@ pub enum Format {
     GoFrame,
     /// `<service>/<host:port>` with an empty value, as the npm package `@zcong/grpc-etcd-resolver` writes and reads it.
     AddressInKey,
-    /// For reading only: a prefix that contains several formats. Values are recognised as by a resolver without a format. If the value
+    /// For reading only: for a prefix that contains several formats. Values are recognised as by a resolver without a format. If the value
     /// contains no address, the key is read.
     ///
     /// The result is a guess. An empty value whose key ends in `host:port` is an instance, whichever library has written it. JSON without
-    /// an address under such a key is a value of `GoFrame`. An `@` in the last part of the key marks an instance of rpcx. So does a `=` in
-    /// the value if the key ends in `host:port`. An escaped URL below `providers` is an instance of dubbo-go. Weights are not converted: a
-    /// kitex instance with the default weight (10) receives ten times the calls of an instance in etcd's own format with the default weight
-    /// (1). If a prefix contains only one format, set that format.
+    /// an address under such a key is a value of `GoFrame`. An `@` in the last part of the key marks an instance of rpcx, and so does a `=`
+    /// in the value of a key that ends in `host:port`. An escaped URL below `providers` is an instance of dubbo-go.
+    ///
+    /// Weights are not converted: a kitex instance with the default weight (10) receives ten times the calls of an instance in etcd's own
+    /// format with the default weight (1). If a prefix contains only one format, set that format.
     Mixed,
     /// A format of your own, from [`Format::custom`].
     Custom(Arc<dyn InstanceFormat>),
@@ -124,13 +125,13 @@ impl Format {
     ///
     /// # Errors
     ///
-    /// Fails if the format cannot represent an attribute of the instance, so that decoding would lose it. Also fails if the value is over
-    /// 64 KiB.
+    /// Fails if the format cannot represent an attribute of the instance: decoding would then lose the attribute. Also fails if the value
+    /// is over 64 KiB.
     pub fn encode(&self, key: &str, instance: &Instance) -> Result<Vec<u8>, FormatError> {
         let value = self.encode_unchecked(key, instance)?;
         if value.len() > MAX_VALUE {
             let reason = format!(
-                "would be {} bytes long, over the limit of {MAX_VALUE}",
+                "would be {} bytes long, over the limit of {MAX_VALUE} bytes",
                 value.len()
             );
             return Err(FormatError::new(reason));
@@ -279,7 +280,7 @@ impl Hash for Format {
     }
 }
 
-/// Calls a format, and converts a panic of a custom format to an error, because the panic must not end the discovery of other services.
+/// Calls a format. A panic of a custom format becomes an error, because the panic must not end the discovery of other services.
 fn catch_panic<T>(
     format: &Format,
     call: impl FnOnce(&dyn InstanceFormat) -> Result<T, FormatError>,

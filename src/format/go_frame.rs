@@ -65,7 +65,7 @@ impl InstanceFormat for GoFrame {
             Some((first, others)) => (first, Some(others)),
             None => (last_segment(key), None),
         };
-        // If the first address is not valid, the first valid one of the other addresses is used.
+        // The first valid address is used. Only if it is the first of all, the other addresses are kept for a later write.
         let (address, others) = match address.parse::<Address>() {
             Ok(address) => (address, others),
             Err(error) => {

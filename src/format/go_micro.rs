@@ -85,7 +85,7 @@ pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, Fo
         .take_text("version")
         .filter(|version| version != LATEST);
     let mut metadata = node.take_map("metadata");
-    // Metadata that every gRPC node of go-micro has is dropped, if it has the usual value. Different values are kept.
+    // The entries of `OWN` are dropped, because `node` writes them again. Entries with the same names but other values are kept.
     metadata.retain(|name, value| !OWN.contains(&(name, value.as_str().unwrap_or_default())));
     ATTRIBUTES.read(&mut advertisement, &metadata);
     let leftover = ATTRIBUTES.leftover(&advertisement, metadata);

@@ -1,4 +1,4 @@
-//! The trait of all formats, which applications can implement.
+//! The trait that all formats implement. An application can implement it for a format of its own.
 
 use std::fmt;
 
@@ -100,6 +100,6 @@ pub trait InstanceFormat: fmt::Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// Fails if the value cannot be decoded. The value is then skipped and counted, and the last valid value of the key stays.
+    /// Fails if the value cannot be decoded. The value is then skipped and counted, and the last valid value of the key stays in use.
     fn decode(&self, key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError>;
 }

@@ -14,8 +14,8 @@ use super::{
 use crate::instance::Instance;
 use tonic_balance::Address;
 
-/// Recognises the format of a value by its contents, and decodes the value. The key is used only to find the fields that have their default
-/// value, such as the id, and therefore need not be kept.
+/// Recognises the format of a value by its contents, and decodes the value. The key is used only to find fields, such as the id, that have
+/// the default value for this key. These fields need not be kept for a later write.
 pub(super) fn by_value(key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
     let text = text(value)?;
     if text.starts_with('{') {
@@ -54,7 +54,7 @@ fn object(key: &str, object: Object) -> Result<Option<Instance>, FormatError> {
     ))
 }
 
-/// Reads prefixes that contain several formats. It reads the value, and the key if no address can be read from the value.
+/// Reads prefixes that contain several formats. The address is read from the value, or from the key if the value contains no address.
 #[derive(Debug)]
 pub(super) struct Mixed;
 
@@ -78,7 +78,7 @@ impl InstanceFormat for Mixed {
     }
 }
 
-/// Returns the format that matches the key, and the value where the key is ambiguous.
+/// Returns the format that matches the key. If several formats have such keys, the value decides between them.
 fn by_key(key: &str, value: &[u8]) -> Option<&'static dyn InstanceFormat> {
     let segment = last_segment(key);
     let category = last_segment(parent(key));

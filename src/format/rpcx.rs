@@ -9,8 +9,8 @@ use super::text::{last_segment, text};
 use super::url::{read_query, write_query};
 use crate::instance::{Advertisement, DEFAULT_WEIGHT, Instance};
 
-/// The key is `<base>/<service>/<network>@<address>`, and the value is a query such as `weight=7&group=a`. The registry also has keys of
-/// directories, which are ignored.
+/// The key is `<base path>/<service>/<network>@<address>`, and the value is a query such as `weight=7&group=a`. The registry also has keys
+/// of folders, which are ignored.
 #[derive(Debug)]
 pub(super) struct Rpcx;
 

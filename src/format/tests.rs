@@ -28,7 +28,7 @@ fn every_known_format_is_detected() {
 #[test]
 fn attributes_are_read_from_every_location_of_a_format() {
     let naming = r#"{"Op":0,"Addr":"10.0.0.5:80","Metadata":{"weight":3,"zone":"eu-1a","version":"1.2.0","rack":"7","nested":{"a":[1]}}}"#;
-    let read_naming = read(naming).expect("valid");
+    let read_naming = read(naming).expect("the value of etcd naming is valid");
     assert_eq!(
         (
             read_naming.weight,
@@ -41,28 +41,28 @@ fn attributes_are_read_from_every_location_of_a_format() {
     assert_eq!(read_naming.metadata["nested"], r#"{"a":[1]}"#);
     let kratos =
         r#"{"version":"v1","metadata":{"weight":"20"},"endpoints":["grpc://10.0.0.5:80"]}"#;
-    let read_kratos = read(kratos).expect("valid");
+    let read_kratos = read(kratos).expect("the value of kratos is valid");
     assert_eq!(
         (read_kratos.weight, read_kratos.version.as_deref()),
         (20, Some("v1"))
     );
     assert_eq!(
         read(r#"{"address":"10.0.0.5:80","weight":-4}"#)
-            .expect("valid")
+            .expect("a weight below 1 is valid")
             .weight,
         10,
         "kitex uses its default for weights below 1"
     );
     assert_eq!(
         read(r#"{"address":"10.0.0.5:80","weight":1e300}"#)
-            .expect("valid")
+            .expect("a weight above the limit is valid")
             .weight,
         MAX_WEIGHT
     );
 }
 
 #[test]
-fn invalid_values_are_errors_and_never_a_panic() {
+fn invalid_values_cause_an_error_and_no_panic() {
     let deep = "[".repeat(30_000);
     let deep_object = "{\"a\":".repeat(10_000);
     let long = "x".repeat(MAX_VALUE + 1);
@@ -88,7 +88,7 @@ fn invalid_values_are_errors_and_never_a_panic() {
         &deep_object,
         &long,
     ] {
-        let error = read(value).expect_err("garbage");
+        let error = read(value).expect_err("an invalid value must be an error");
         assert!(
             error.to_string().len() < 200,
             "an error must not repeat the value"

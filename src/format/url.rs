@@ -34,7 +34,7 @@ impl InstanceFormat for Url {
     }
 }
 
-/// Decodes a URL with one of the schemes that gRPC servers are registered under.
+/// Decodes a URL. Fails if its scheme is not one of those that gRPC servers are registered with.
 pub(super) fn read(url: &str) -> Result<Instance, FormatError> {
     let parts = Parts::of(url)?;
     if !["http", "https", "grpc", "grpcs", "tcp", "tri"].contains(&&*parts.scheme) {
@@ -114,7 +114,8 @@ fn is_tls(scheme: &str) -> bool {
     matches!(scheme, "https" | "grpcs")
 }
 
-/// Parses a query like Go's `url.ParseQuery`, except that invalid escapes stay unchanged. A name that occurs once has a string as its value; a name that occurs several times has a list.
+/// Parses a query like Go's `url.ParseQuery`, except that invalid escapes stay unchanged. A name that occurs once has a string as its
+/// value. A name that occurs several times has a list of strings.
 pub(super) fn read_query(query: &str) -> Map<String, Value> {
     let mut map = Map::new();
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
@@ -136,7 +137,7 @@ pub(super) fn read_query(query: &str) -> Map<String, Value> {
 /// Writes a query sorted by name, like Go's `Values.Encode`, except that a space becomes `%20`.
 pub(super) fn write_query(map: &Map<String, Value>) -> String {
     let mut pairs = Vec::new();
-    // The map is sorted only without the feature `preserve_order` of serde_json, which another crate may enable.
+    // If another crate enables the feature `preserve_order` of serde_json, the map is not sorted by name.
     let mut sorted: Vec<_> = map.iter().collect();
     sorted.sort_by_key(|(name, _)| *name);
     for (name, value) in sorted {

@@ -21,8 +21,8 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    /// Creates an entry with encoded values. Fails if the format cannot represent every attribute, or if a value can exceed the limit of
-    /// the readers.
+    /// Creates an entry with encoded values. Fails if the format cannot represent every attribute, or if a value can exceed
+    /// [`MAX_VALUE`], the size above which resolvers reject a value.
     pub(super) fn new(
         keys: &[String],
         services: Vec<String>,
@@ -49,7 +49,7 @@ impl Entry {
         Ok(self)
     }
 
-    /// Checks that the largest value that the entry can ever have is within the limit of the readers. This value has the maximum weight and
+    /// Checks that the largest value that the entry can ever have is not longer than [`MAX_VALUE`]. This value has the maximum weight and
     /// the leave marker.
     fn check_room(&self) -> Result<(), FormatError> {
         let mut largest = self.instance.clone();
@@ -62,7 +62,7 @@ impl Entry {
                 .len();
             if size > MAX_VALUE {
                 return Err(FormatError::new(format!(
-                    "can make the value {size} bytes long, over the limit of {MAX_VALUE}; use less metadata"
+                    "can make the value {size} bytes long, over the limit of {MAX_VALUE} bytes; use less metadata"
                 )));
             }
         }
@@ -85,7 +85,7 @@ impl Entry {
         leaving
     }
 
-    /// Returns whether the format has a leave marker: a field for a server that deregisters.
+    /// Returns whether the format has a leave marker: a field that tells clients that the server is about to deregister.
     pub(super) fn has_leave_marker(&self) -> bool {
         let leaving = self.leaving();
         let mut keys = self.keys.iter();

@@ -1,4 +1,5 @@
-//! The watch on the registration's own keys, which reports their loss at once. Every few minutes, the keys are also read.
+//! The watch on the registration's own keys. It reports the loss of a key at once. To find a loss that the watch has not delivered, the
+//! registration also reads the keys, about once a minute.
 
 use std::time::Duration;
 
@@ -14,17 +15,18 @@ use crate::keyspace::{Event, Key};
 /// The watch on the registration's own keys, over one stream.
 pub(super) struct KeyWatch {
     open: Option<Watch>,
-    /// The task that opens a watch. Renewals interrupt [`KeyWatch::next`]. With a short TTL, each renewal would restart an attempt that
-    /// runs inside `next`, so the attempt runs in a separate task. An interrupted attempt could also hold the lock of the token, which the
-    /// renewal may need.
+    /// The task that opens a watch. At each renewal of the lease, the future of [`KeyWatch::next`] is dropped. If the attempt ran inside
+    /// `next`, it would start again at each renewal, and with a short TTL it might never finish. An attempt that is not polled during the
+    /// renewal could also hold the lock of the token, which the renewal may need.
     opening: JoinSet<Result<Watch, EtcdError>>,
     /// The time at which the open watch was opened.
     since: Option<Instant>,
     backoff: Backoff,
     /// The token with which the watch was opened.
     token: Option<Token>,
+    /// The earliest time of the next attempt to open the watch.
     not_before: Option<Instant>,
-    /// Number of consecutive rejections.
+    /// Number of consecutive rejections: the token is invalid, the permission is denied, or credentials are missing.
     refusals: u32,
 }
 
@@ -33,6 +35,7 @@ pub(super) enum News {
     /// The watch is open: every later change of the keys is received.
     Opened,
     Events(Vec<Event>),
+    /// The watch has ended, or could not be opened.
     Lost(EtcdError),
 }
 
@@ -121,7 +124,7 @@ impl KeyWatch {
             sleep_until(not_before).await;
         }
         if self.refusals == 1 {
-            // The token of a rejected unary request is replaced within the request. A watch receives the rejection as a message, so its
+            // A unary request replaces a rejected token by itself and is sent again. A watch receives the rejection as a message, so its
             // token is replaced here.
             etcd.on_token_rejected(self.token.as_ref()).await?;
         }
@@ -129,10 +132,10 @@ impl KeyWatch {
     }
 }
 
-/// First wait before the watch is opened again. Until it is open, the keys are read at each renewal.
+/// Time before the first attempt to open the watch again. While the watch is not open, the keys are read after each renewal.
 const REOPEN_FIRST: Duration = Duration::from_secs(1);
-/// Maximum wait before the watch is opened again. The wait grows because each opened watch also costs a read of the keys. A watch that was
-/// open for this long counts as healthy and resets the backoff.
+/// Maximum time between two attempts to open the watch. The time grows because each opened watch also costs a read of the keys. A watch
+/// that was open for this long counts as healthy and resets the backoff.
 const REOPEN_MAX: Duration = Duration::from_secs(15);
 /// Time between attempts while only an operator can resolve the error.
 const OPERATOR_WAIT: Duration = Duration::from_secs(30);

@@ -1,6 +1,6 @@
 //! Keeps a server registered: writes its key under a lease, renews the lease, verifies the key, and restores the key after a loss.
 //!
-//! One task executes the commands of the lease machine in `lease`, which does no I/O.
+//! The module `lease` contains the state machine of a registration, which does no I/O. One task executes the commands of this machine.
 
 mod builder;
 mod entry;

@@ -87,7 +87,7 @@ impl Registration {
         let span = tracing::info_span!("registration", key = registration.key());
         let run = async move |etcd| {
             let task = Task::new(etcd, entry, inbox, states, change_timeout);
-            // The futures of the etcd client are large.
+            // The future is boxed because the futures of the etcd client are large.
             Box::pin(task.run().instrument(span)).await;
         };
         if dedicated_thread {
@@ -166,7 +166,7 @@ impl Registration {
         self.parts.states.borrow().clone()
     }
 
-    /// Returns a watch of the state of the registration, for example for a health check, a metric or a log.
+    /// Returns a receiver for the state of the registration, for example for a health check, a metric or a log.
     #[must_use]
     pub fn watch_state(&self) -> watch::Receiver<RegistrationState> {
         self.parts.states.clone()
@@ -273,7 +273,7 @@ impl Registration {
     async fn request(&self, request: impl FnOnce(Answer) -> Request) -> Result<(), RegisterError> {
         let (answer, outcome) = oneshot::channel();
         let asked = async {
-            // While the inbox is full, because the task is busy with earlier requests, the send waits. The timeout includes this wait.
+            // If the task is busy with earlier requests, the inbox can be full. The send then waits, and the timeout includes this wait.
             let sent = self.requests.send(request(answer)).await;
             sent.map_err(|_| Failure::Ended)?;
             outcome.await.unwrap_or(Err(Failure::Ended))

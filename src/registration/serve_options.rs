@@ -6,7 +6,7 @@ use tokio::sync::watch;
 
 use super::registration::Started;
 
-/// The state of a server that registers itself. The state only moves forward, and it may skip a state.
+/// The state of a server that registers itself. It changes only in the order of the variants, and it may skip a variant.
 ///
 /// At the drain timeout, open connections are cut. A handler of an endless stream avoids the cut if it ends the stream once the server
 /// [drains](Self::is_draining).
@@ -85,7 +85,8 @@ impl ServeOptions {
 }
 
 impl Clone for ServeOptions {
-    /// Copies the options. The copy has its own senders, because a watch of shared senders would mix the states of two servers.
+    /// Copies the options. The copy has its own senders, because a receiver of a shared sender would see a mixture of the states of two
+    /// servers.
     fn clone(&self) -> Self {
         Self {
             grace_period: self.grace_period,

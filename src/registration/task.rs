@@ -114,7 +114,7 @@ impl Task {
             self.publish(now);
             self.answer(now);
             let command = self.machine.command(now);
-            tracing::trace!(?command, "next");
+            tracing::trace!(?command, "next command");
             if command == Command::End || self.give_up.is_some_and(|give_up| give_up <= now) {
                 break;
             }
@@ -168,7 +168,7 @@ impl Task {
                     () = &mut exchange => break None,
                     () = sleep_until(give_up) => break None,
                     // The number of deferred requests is limited. Otherwise, a caller that sends requests in a tight loop could delay the
-                    // end of the etcd request, or its timeout, after which the next attempt uses another member.
+                    // response to the etcd request. The caller could also delay the timeout, after which another member is tried.
                     request = self.inbox.recv(), if interruptible && deferred.len() < DEFERRED_MAX => match request {
                         Some(request @ (Request::SetWeight(..) | Request::Resume(_))) => deferred.push(request),
                         urgent => break Some(urgent),

@@ -45,8 +45,9 @@ pub async fn connect(target: impl Into<String>) -> Result<BalancedChannel, Regis
     Ok(registry.channel_for(lookup).connect().await?)
 }
 
-/// Copies the weight, the zone and the last-resort flag. A new lease or a recreated key gives the endpoint a new generation. In both cases,
-/// the address now belongs to another server, or to the same server after a restart.
+/// Copies the weight, the zone and the last-resort flag. The [generation](Attributes::generation), a number that tells the channel that the
+/// server was started again, changes with a new lease or a recreated key. In both cases, the address now belongs to another server, or to
+/// the same server after a restart.
 impl From<Instance> for Attributes {
     fn from(instance: Instance) -> Self {
         let location = instance.location();
@@ -80,8 +81,8 @@ impl EndpointSource for ResolverBuilder {
     }
 }
 
-/// Unlike a plain stream of changes, a resolver reports when its set is known, even if the set is empty. The last error of the resolver is
-/// added to the errors of calls.
+/// Unlike a plain stream of changes, a resolver reports when its set of instances is known, even if the set is empty. The last error of the
+/// resolver is added to the errors of calls.
 impl EndpointSource for Resolver {
     type Attributes = Instance;
     type Error = Infallible;

@@ -34,7 +34,7 @@ impl Target {
         if parsed.members.is_empty() {
             return Err(invalid(
                 target,
-                "it names no etcd member; connect a `Registry` to them, and give it to `Registry::channel_to`",
+                "it names no etcd member; connect a `Registry` to the members, and pass the target to `Registry::channel_to`",
             ));
         }
         Ok(parsed)
@@ -46,7 +46,7 @@ impl Target {
         if !parsed.members.is_empty() {
             return Err(invalid(
                 target,
-                "it names etcd members, and the registry has its own; give it to `tonic_etcd::connect`",
+                "it names etcd members, but the registry has its own; pass the target to `tonic_etcd::connect` instead",
             ));
         }
         Ok(parsed.lookup)
@@ -69,7 +69,7 @@ impl Target {
             ("discov", "", None) => Err("it names no etcd member"),
             (_, "", None) => Self::grpc_go(path),
             (_, _, Some(_)) => {
-                Err("it has members before the path and a query after it; remove one of them")
+                Err("it has both members before the path and a query; remove one of the two")
             }
             ("discov", members, None) => Self::go_zero(members, path.to_owned()),
             (_, members, None) => Self::ours(members, path),
@@ -96,7 +96,7 @@ impl Target {
         let is_member = |member: &str| member.parse::<crate::Address>().is_ok();
         if path.contains(',') || is_member(path) {
             return Err(
-                "its path looks like etcd members: then ?key= is missing behind it, or a slash before it is one too many",
+                "its path looks like a list of etcd members; add ?key= after it, or remove one slash before it",
             );
         }
         Ok(Self {

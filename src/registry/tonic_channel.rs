@@ -112,8 +112,8 @@ async fn batch(resolver: &mut Resolver) -> Vec<Change<Address, Instance>> {
 #[derive(Debug, Default)]
 struct Set {
     registered: HashSet<Address>,
-    /// The addresses of held instances. The channel keeps them only while no instance is registered, because it treats a dead endpoint as
-    /// ready and sends calls to it.
+    /// The addresses of held instances: they are gone from etcd, and the resolver keeps them as a last resort. The channel keeps them only
+    /// while no instance is registered, because it treats a dead endpoint as ready and sends calls to it.
     held: HashSet<Address>,
 }
 
@@ -194,12 +194,12 @@ mod tests {
         assert_eq!(
             set.apply(lost),
             steps,
-            "the fourth instance is still registered"
+            "held instances must be removed while the fourth instance is registered"
         );
         assert_eq!(
             set.apply(vec![insert(4, true)]),
             [],
-            "the last instance stays"
+            "the last instance must stay"
         );
         let back = vec![insert(1, false)];
         let steps = [Step::Insert(address(1)), Step::Remove(address(4))];

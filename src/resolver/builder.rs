@@ -55,7 +55,7 @@ impl ResolverBuilder {
     }
 
     /// Restricts the resolver to keys and values of this format, under the prefix at which the format stores a service. By default, the
-    /// resolver watches the prefix of this library's own format, and detects the format of each value; see [`Format`].
+    /// resolver watches the prefix of [`Format::EtcdNaming`], and recognises the format of each value; see [`Format`].
     pub fn format(mut self, format: Format) -> Self {
         self.options.decoder.format = Some(format);
         self
@@ -94,9 +94,8 @@ impl ResolverBuilder {
     ///
     /// Prefer this method to a filter on the resolver's stream. With this method, the channel can detect that the list is complete, so
     /// calls fail at once if no instance is accepted. The function runs on every read of the set of instances, never for a call. It must be
-    /// cheap, must always return the same result for the same instance, and must not use the resolver or a handle of it, which would
-    /// deadlock. It also applies to instances that
-    /// [`mass_removal_protection`](Self::mass_removal_protection) keeps.
+    /// cheap, and must always return the same result for the same instance. It must not use the resolver or a handle of the resolver: this
+    /// would deadlock. The function also applies to instances that [`mass_removal_protection`](Self::mass_removal_protection) keeps.
     ///
     /// ```no_run
     /// # fn run(registry: tonic_etcd::Registry) {
@@ -134,24 +133,26 @@ impl ResolverBuilder {
     /// `None` disables reconciliation. The default is 5 minutes. Each wait is random between half of the interval and the whole
     /// interval, so that clients that start together do not list together. An interval below 100 ms counts as 100 ms.
     ///
-    /// Reconciliation detects faults in etcd: with several known faults, a watch loses events without an error. The first request
-    /// returns the number of keys, and the names of the keys that were written since the last reconciliation. Only if these differ from what
-    /// the resolver has, and in every sixteenth reconciliation, all names, revisions and leases are listed, about a megabyte for 10 000
-    /// instances. If a key in this list differs, the watch gets 5 s to deliver the change. If the difference remains, the key is read
-    /// individually.
+    /// Reconciliation detects faults in etcd: several faults are known in which a watch loses events without an error. A reconciliation
+    /// begins with a request for the number of keys, and for the names of the keys that were written since the last reconciliation. If
+    /// these differ from what the resolver has, and in every sixteenth reconciliation, the resolver lists all names, revisions and leases.
+    /// Such a list is about a megabyte for 10 000 instances. If a key in this list differs, the watch gets 5 s to deliver the change. If
+    /// the difference remains, the key is read individually.
     /// [`ResolverStatus::repaired`](crate::resolver::ResolverStatus::repaired) counts the keys that were corrected.
     pub fn reconcile_interval(mut self, interval: Option<Duration>) -> Self {
         self.options.reconcile = interval;
         self
     }
 
-    /// Keeps the last good set in a file of this directory, and uses it while etcd has not answered since the start. Disabled by default.
+    /// Keeps the last good set in a file in this directory. After the next start, the resolver uses this set until etcd answers. Disabled
+    /// by default.
     ///
     /// The file is used if etcd has not answered within 50 ms. The [status](Resolver::status) is then
     /// [`Stale`](crate::resolver::ResolverState::Stale), a warning is logged, and the first complete list replaces the set. The file is
     /// written about a second after a change, and never for an empty set. The directory is created if it is missing; only its owner can
-    /// then read it. If the first list has fewer than half of the cached instances, the others are held as after any
-    /// [mass removal](Self::mass_removal_protection). A file that is corrupt, of another version or of another service is reported in the log and ignored.
+    /// then read it. If the first list has fewer than half of the cached instances, the missing ones are kept as after any
+    /// [mass removal](Self::mass_removal_protection). A file is logged and ignored if it is corrupt, has another version, or belongs to
+    /// another service.
     ///
     /// ```no_run
     /// # fn run(registry: tonic_etcd::Registry) {
@@ -175,8 +176,8 @@ impl ResolverBuilder {
 
     /// Starts watching.
     ///
-    /// An invalid service name or an empty prefix is not an error here. Instead, the set counts as known and empty, and the
-    /// [status](Resolver::status) contains the reason. Calls then fail at once with that reason.
+    /// This method does not return an error for an invalid service name or an empty prefix. Instead, the set counts as known and empty, and
+    /// the [status](Resolver::status) contains the reason. Calls then fail at once with that reason.
     ///
     /// # Panics
     ///

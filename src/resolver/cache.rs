@@ -1,7 +1,7 @@
-//! The last good set of a service on disk, for a start without etcd.
+//! The cache: a file with the last good set of a service, for a start without etcd.
 //!
 //! A new file is written under a temporary name, flushed to the disk, and renamed, so that a reader never sees an incomplete file. A file
-//! that is corrupt, of another version or of another service is reported and ignored.
+//! is logged and ignored if it is corrupt, has another version, or belongs to another service.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,11 +17,11 @@ use crate::instance::Instance;
 #[derive(Clone, Debug)]
 pub(super) struct Cache {
     file: PathBuf,
-    /// The prefixes of the service, which the file also contains. A file with other prefixes is not used.
+    /// The prefixes of the service. The file contains them as well. A file with other prefixes is not used.
     prefixes: Vec<String>,
 }
 
-/// The reason why a file is not used.
+/// The reason why the cache file is not used. In the texts, "it" is the file.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum CacheError {
     #[error("it cannot be read: {0}")]
@@ -114,8 +114,8 @@ impl Cache {
         &self.file
     }
 
-    /// Reads the instances. Returns `None` if there is no file. Instances whose address is not valid or is rejected by the policy are left
-    /// out.
+    /// Reads the instances. Returns `None` if there is no file. The result does not contain instances whose address is not valid or is
+    /// rejected by the policy.
     pub(super) fn load(&self, policy: &AddressPolicy) -> Result<Option<Vec<Instance>>, CacheError> {
         let text = match fs::read(&self.file) {
             Ok(text) => text,
@@ -139,7 +139,7 @@ impl Cache {
         Ok(Some(instances.filter(is_accepted).collect()))
     }
 
-    /// Replaces the file.
+    /// Replaces the contents of the file with these instances.
     pub(super) fn store(&self, instances: &[Instance]) -> io::Result<()> {
         let content = Content {
             prefixes: self.prefixes.clone(),
@@ -169,7 +169,7 @@ impl Cache {
     }
 }
 
-/// Creates a directory that only its owner can read, if it is missing. An existing directory keeps its permissions.
+/// Creates a directory if it is missing. Only its owner can then read it. An existing directory keeps its permissions.
 fn create_private(directory: &Path) -> io::Result<()> {
     let mut builder = fs::DirBuilder::new();
     builder.recursive(true);
@@ -192,7 +192,7 @@ mod tests {
     use super::*;
 
     fn instance(address: &str) -> Instance {
-        Instance::new(address.parse().expect("an address"))
+        Instance::new(address.parse().expect("the text is an address"))
     }
 
     #[test]
@@ -201,7 +201,7 @@ mod tests {
         let folder = directory.path().join("new");
         let cache = Cache::new(&folder, "a/b", vec!["/gRPC/a/b/".to_owned()]);
         let policy = AddressPolicy::default();
-        assert!(cache.load(&policy).expect("no file").is_none());
+        assert!(cache.load(&policy).expect("absence is no error").is_none());
         let one = instance("10.0.0.1:80")
             .with_weight(3)
             .with_zone("a")
@@ -210,10 +210,10 @@ mod tests {
             .with_tls(true);
         let two = instance("10.0.0.2:80");
         for set in [vec![one.clone(), two.clone()], vec![two], Vec::new()] {
-            cache.store(&set).expect("stored");
-            assert_eq!(cache.load(&policy).expect("loaded"), Some(set));
+            cache.store(&set).expect("the set is stored");
+            assert_eq!(cache.load(&policy).expect("the set is loaded"), Some(set));
         }
-        cache.store(&[one]).expect("stored");
+        cache.store(&[one]).expect("the set is stored");
         let forbidden =
             AddressPolicy::default().allow("192.168.0.0/16".parse().expect("a network"));
         assert_eq!(cache.load(&forbidden).expect("loaded"), Some(Vec::new()));
@@ -221,20 +221,20 @@ mod tests {
         {
             use std::os::unix::fs::PermissionsExt;
             let mode =
-                |path: &Path| fs::metadata(path).expect("there").permissions().mode() & 0o777;
+                |path: &Path| fs::metadata(path).expect("it exists").permissions().mode() & 0o777;
             assert_eq!((mode(cache.file()), mode(&folder)), (0o600, 0o700));
         }
-        let files = fs::read_dir(&folder).expect("a directory").count();
+        let files = fs::read_dir(&folder).expect("it is readable").count();
         assert_eq!(files, 1, "no temporary file is left");
     }
 
     #[test]
-    fn a_file_that_is_damaged_old_or_of_another_service_is_an_error() {
+    fn a_damaged_file_or_one_of_another_version_or_service_is_an_error() {
         let directory = tempfile::tempdir().expect("a directory");
         let cache = Cache::new(directory.path(), "a", vec!["/gRPC/a/".to_owned()]);
         let policy = AddressPolicy::default();
         cache.store(&[instance("10.0.0.1:80")]).expect("stored");
-        let good = fs::read_to_string(cache.file()).expect("a file");
+        let good = fs::read_to_string(cache.file()).expect("the file is readable");
         for (bad, reason) in [
             (String::new(), "not valid"),
             (good[..good.len() / 2].to_owned(), "not valid"),
@@ -244,7 +244,7 @@ mod tests {
                 "version 2",
             ),
         ] {
-            fs::write(cache.file(), bad).expect("written");
+            fs::write(cache.file(), bad).expect("the file is written");
             let error = cache.load(&policy).expect_err(reason).to_string();
             assert!(error.contains(reason), "{error}");
         }
@@ -252,8 +252,8 @@ mod tests {
             prefixes: vec!["/gRPC/b/".to_owned()],
             ..cache.clone()
         };
-        fs::write(cache.file(), good).expect("written");
-        let error = other.load(&policy).expect_err("foreign").to_string();
+        fs::write(cache.file(), good).expect("the file is written");
+        let error = other.load(&policy).expect_err("wrong prefixes").to_string();
         assert!(error.contains("/gRPC/a/"), "{error}");
     }
 }

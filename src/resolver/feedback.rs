@@ -1,4 +1,4 @@
-//! Reports of refused connections to the resolver.
+//! Reports to the resolver that a connection was refused.
 
 use std::sync::Arc;
 
@@ -10,9 +10,10 @@ use tonic_balance::Address;
 /// [`Resolver::feedback`](crate::Resolver::feedback).
 ///
 /// Normally, an instance is removed when the watch delivers the delete of its key. Feedback covers the case that the watch has lost the
-/// delete. After a report, each key of the address is read once, at a random time within 2 s. The resolver applies the result: the instance
-/// is removed, updated, or left unchanged. For 10 s after a report, further reports of the same key are ignored. For each of its prefixes,
-/// a resolver reads at most ten keys per second. The load on etcd is therefore limited even if a whole fleet fails at once.
+/// delete. After a report, each key that contains the address is read once, at a random time within 2 s. The resolver applies the result:
+/// the instance is removed, updated, or left unchanged. For 10 s after a report about a key, further reports about this key are ignored.
+/// For each of its prefixes, a resolver reads at most ten keys per second. This limits the load on etcd even if a whole fleet fails at
+/// once.
 ///
 /// A handle does not keep the resolver's watch open. A clone is cheap: it increments a reference count.
 #[derive(Clone, Debug)]
@@ -35,10 +36,10 @@ impl ResolverFeedback {
     }
 }
 
-/// Creates the queue of reports to the task of one prefix.
+/// Creates the queue over which the task of one prefix receives reports.
 pub(super) fn channel() -> (mpsc::Sender<Address>, mpsc::Receiver<Address>) {
     mpsc::channel(REPORTS)
 }
 
-/// Capacity of the queue of reports. It is larger than the maximum number of pending reads (100).
+/// Number of reports that the queue can hold. It is larger than the maximum number of pending reads (100).
 const REPORTS: usize = 256;

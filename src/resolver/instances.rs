@@ -1,4 +1,4 @@
-//! The set of instances, without I/O. Events of keys change the set of addresses.
+//! The set of instances, without I/O. Puts and deletes of keys change the set.
 //!
 //! The unit of load balancing is the address. Several keys may contain the same address, for example after a restart under a new instance
 //! id. The key with the highest create revision then describes the address. The address is removed with its last key.
@@ -11,29 +11,32 @@ use crate::keyspace::{Event, Key, KeyValue, LeaseId, Range, Revision};
 use tonic_balance::Address;
 
 /// The registered instances, indexed by key and by address.
+///
+/// A *good* value is a value that can be decoded and does not exceed a limit. The last good value of a key stays in use until the
+/// next good value or a delete.
 #[derive(Debug, Default)]
 pub(super) struct Instances {
     keys: BTreeMap<Key, Entry>,
     /// The keys that contain each address, ordered by create revision. Nearly every address has one key, so the list is a `Vec`: the
     /// smallest `BTreeSet` has memory for eleven entries.
     addresses: HashMap<Address, Vec<(Revision, Key)>>,
-    /// Total size of the keys that have a good value, and of these values.
+    /// Total size, in bytes, of the keys that have a good value, and of these values.
     bytes: usize,
     /// Number of keys with a good value.
     used: usize,
     limit: Limit,
-    /// Whether a value was rejected because of a limit since the last list.
+    /// Whether a value was rejected because of a limit since [`Instances::take_room`] last returned true.
     is_over_limit: bool,
 }
 
 /// The state of one key.
 #[derive(Debug, Default)]
 struct Entry {
-    /// The instance from the last value that could be decoded, if any.
+    /// The instance from the last good value, if any.
     instance: Option<Instance>,
     /// The latest write of the key, if its value could not be used.
     rejected: Option<Box<Rejected>>,
-    /// Size of the key and of its last good value. Zero if the key has no good value.
+    /// Size, in bytes, of the key and of its last good value. Zero if the key has no good value.
     bytes: usize,
 }
 
@@ -53,7 +56,8 @@ pub(super) struct Limit {
 }
 
 impl Default for Limit {
-    /// Returns the default limits: a thousand times the number of keys of a large service, and a hundredth of the memory of a small host.
+    /// Returns the default limits: 100 000 keys, a thousand times as many as a large service has, and 64 MiB, about a hundredth of the
+    /// memory of a small host.
     fn default() -> Self {
         Self {
             keys: 100_000,
@@ -67,7 +71,8 @@ impl Default for Limit {
 pub(super) struct Applied {
     /// Addresses whose instance may have changed or been removed.
     pub(super) changed: Vec<Address>,
-    /// The last instance of each address that lost its last key. A later event may have registered the address again.
+    /// For each address that lost its last key: the instance that was at the address. A later event of the batch may have registered the
+    /// address again.
     pub(super) vanished: HashMap<Address, Instance>,
     /// Number of writes whose value could not be used. `first_rejected` describes the first such write.
     pub(super) rejected: u64,
@@ -142,12 +147,12 @@ impl Instances {
         applied.changed.push(instance.address().clone());
     }
 
-    /// Records a write whose value cannot be used. The last good value of the key stays in use. Each write is counted once, however often a
-    /// list contains it.
+    /// Records a write whose value cannot be used. The last good value of the key stays in use. A write that is recorded is counted once,
+    /// however often a list contains it.
     fn reject(&mut self, kv: KeyValue, error: FormatError, applied: &mut Applied) {
         let is_known = self.keys.contains_key(&kv.key);
         if !is_known && self.keys.len() >= self.limit.keys + REJECTED {
-            // The write is counted, but [`Instances::rejected`] does not return it.
+            // The write is counted, and is counted again with each list. `Instances::rejected` does not return it.
             applied.rejected += 1;
             applied
                 .first_rejected
@@ -190,8 +195,8 @@ impl Instances {
     }
 
     /// Returns whether values that were rejected because of a limit may now be accepted. The prefixes must then be listed again, because
-    /// these values were not kept. Returns true only after a tenth of a limit has become free, so that a set that stays at its limit does
-    /// not cause a list for each removed key.
+    /// these values were not kept. Returns true only while a tenth of each limit is free. Otherwise, a set that stays at a limit would
+    /// cause a list for each removed key.
     pub(super) fn take_room(&mut self) -> bool {
         let Limit { keys, bytes } = self.limit;
         let has_room = self.used <= keys - keys.div_ceil(10) && self.bytes <= bytes - bytes / 10;
@@ -317,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn rejected_keys_have_room_once_a_tenth_of_the_limit_is_free() {
+    fn a_list_is_due_once_a_tenth_of_an_exceeded_limit_is_free() {
         let mut set = Instances::new(Limit {
             keys: 10,
             bytes: 10_000,
@@ -336,7 +341,7 @@ mod tests {
         assert!(!set.take_room());
         apply(&mut set, [delete(&key(1), 12)]);
         assert!(set.take_room());
-        assert!(!set.take_room(), "one list is enough");
+        assert!(!set.take_room(), "free room must be reported only once");
     }
 
     #[test]
@@ -353,14 +358,18 @@ mod tests {
             .map(|(key, revision, reason)| format!("{key} {revision} {reason}"))
             .collect();
         assert_eq!(rejected, ["/s/c 1 is over the resolver's limit of 2 keys"]);
-        // A value that is too large does not replace the last good value.
+        // A value over the limit on bytes does not replace the last good value.
         let large = format!(
             "{{\"Addr\":\"10.0.0.2:80\",\"Metadata\":\"{}\"}}",
             "x".repeat(90)
         );
         let applied = apply(&mut set, [put("/s/a", &large, 1, 2, 1)]);
         assert_eq!((applied.rejected, applied.changed.len()), (1, 0));
-        assert_eq!(known(&set), ["b=10.0.0.1:80"], "two keys, one address");
+        assert_eq!(
+            known(&set),
+            ["b=10.0.0.1:80"],
+            "the two keys contain the same address"
+        );
         // Deleted keys no longer count towards the limit.
         apply(&mut set, [delete("/s/b", 3), delete("/s/c", 3)]);
         let applied = apply(&mut set, [put("/s/d", "10.0.0.4:80", 4, 4, 1)]);
@@ -381,7 +390,11 @@ mod tests {
         apply(&mut set, [put("/s/c", "10.0.0.3:80", 2, 2, 1)]);
         assert_eq!(known(&set), ["c=10.0.0.3:80"]);
         let corrected = || [put("/s/a", "10.0.0.1:80", 1, 3, 1)];
-        assert_eq!(apply(&mut set, corrected()).rejected, 1, "the set is full");
+        assert_eq!(
+            apply(&mut set, corrected()).rejected,
+            1,
+            "a corrected value must be rejected while the set is at its limit"
+        );
         apply(&mut set, [delete("/s/c", 4)]);
         assert_eq!(apply(&mut set, corrected()).rejected, 0);
         assert_eq!(known(&set), ["a=10.0.0.1:80"]);
@@ -406,7 +419,7 @@ mod tests {
         assert_eq!(
             known(&snapshot),
             ["a=1.1.1.1:1"],
-            "the address is still listed by the other key"
+            "the other key still contains the address"
         );
         let applied = apply(&mut snapshot, [delete("/s/a", 5)]);
         assert_eq!(known(&snapshot), [""; 0]);
@@ -414,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_changes_its_address_removes_the_old_one() {
+    fn a_key_with_a_new_address_removes_its_old_address() {
         let mut snapshot = Instances::default();
         apply(&mut snapshot, [put("/s/a", "1.1.1.1:1", 2, 2, 7)]);
         let applied = apply(&mut snapshot, [put("/s/a", "2.2.2.2:2", 2, 3, 7)]);
@@ -423,7 +436,7 @@ mod tests {
     }
 
     #[test]
-    fn an_invalid_value_keeps_the_last_good_one_and_is_counted_once_per_write() {
+    fn an_invalid_value_is_counted_once_per_write_and_the_last_good_one_stays() {
         let mut snapshot = Instances::default();
         apply(&mut snapshot, [put("/s/a", "1.1.1.1:1", 2, 2, 7)]);
         let garbage = || put("/s/a", "{", 2, 3, 7);
@@ -432,11 +445,11 @@ mod tests {
         assert_eq!(
             apply(&mut snapshot, [garbage()]).rejected,
             0,
-            "a relist must not count it again"
+            "a write that is listed again must not be counted again"
         );
         assert_eq!(known(&snapshot), ["a=1.1.1.1:1"]);
         let applied = apply(&mut snapshot, [put("/s/a", "{", 2, 4, 7)]);
-        assert_eq!(applied.rejected, 1, "the next write counts again");
+        assert_eq!(applied.rejected, 1, "the next write must be counted");
         apply(&mut snapshot, [delete("/s/a", 5)]);
         assert_eq!(snapshot.len(), 0);
     }
@@ -459,7 +472,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unchanged_relist_causes_no_change() {
+    fn a_key_that_is_listed_again_is_a_change_only_under_another_lease() {
         let mut snapshot = Instances::default();
         apply(&mut snapshot, [put("/s/a", "1.1.1.1:1", 2, 2, 7)]);
         assert!(
@@ -471,7 +484,7 @@ mod tests {
         assert_eq!(
             again.changed.len(),
             1,
-            "another lease is a new registration"
+            "a key under another lease is a new registration"
         );
     }
 }

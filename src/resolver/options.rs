@@ -61,8 +61,8 @@ impl Options {
     }
 }
 
-/// The default reconciliation interval. The load is negligible: the lists of a thousand clients of a service with a hundred instances
-/// amount to 0.3 MB per second.
+/// The default reconciliation interval. The load is negligible: even if every reconciliation listed all names, a thousand clients of a
+/// service with a hundred instances would receive about 45 kB per second in total (100 bytes for each instance, every 225 s on average).
 const RECONCILE: Duration = Duration::from_secs(300);
 /// The default duration of a hold: twice the default TTL. A running server that has lost its entry registers again within one TTL.
 const HOLD: Duration = Duration::from_secs(30);

@@ -74,7 +74,8 @@ impl Drop for Tasks {
 }
 
 impl Resolver {
-    /// Starts one task per range, one task that drops held instances at their deadline, and, if a cache or seeds are configured, one task that loads and writes them.
+    /// Starts one task per range, and one task that drops held instances at their deadline. If a cache or seeds are configured, also starts
+    /// one task that loads them and writes the cache.
     ///
     /// # Panics
     ///
@@ -148,9 +149,8 @@ impl Resolver {
     }
 
     /// Returns the keys whose latest value is not used, because it cannot be decoded, because the address policy rejects its address, or
-    /// because it is over a limit. The resolver remembers at most
-    /// [`max_keys`](crate::resolver::ResolverBuilder::max_keys) and 1 000 keys, used and rejected keys together. Further rejected keys are
-    /// counted, but not returned.
+    /// because it is over a limit. Used and rejected keys together, the resolver remembers at most 1 000 keys more than
+    /// [`max_keys`](crate::resolver::ResolverBuilder::max_keys). Further rejected keys are counted, but not returned.
     #[must_use]
     pub fn rejected(&self) -> Vec<RejectedKey> {
         self.core.rejected()

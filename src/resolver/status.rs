@@ -17,12 +17,12 @@ pub struct ResolverStatus {
     /// The store revision at which the set was last known to be correct. `None` until every prefix has been listed. With several prefixes,
     /// this is the lowest of their revisions.
     pub revision: Option<Revision>,
-    /// The failure that currently prevents a list or a watch; with several prefixes, the failure of the first such prefix. `None` while the
-    /// state is [`Fresh`](ResolverState::Fresh).
+    /// The failure that currently prevents a list or a watch. If several prefixes have one, this is the failure of the first of them.
+    /// `None` while the state is [`Fresh`](ResolverState::Fresh).
     pub last_error: Option<EtcdError>,
     /// Number of writes since the start whose value is not used: it cannot be decoded, the address policy rejects its address, it is over a
-    /// limit, or it is too large to receive. Each write is counted once, but a
-    /// write that is not [remembered](crate::Resolver::rejected) is counted again with each complete list.
+    /// limit, or it is too large to receive. Each write is counted once. Exception: if the resolver has no room to
+    /// [remember](crate::Resolver::rejected) the key, the write is counted again with each complete list.
     pub rejected_values: u64,
     /// Number of complete lists since the start. More than one list per prefix means that a prefix was listed again, for example because
     /// its watch could not be resumed.
@@ -34,15 +34,15 @@ pub struct ResolverStatus {
     /// Number of reads of individual keys since the start. A key is read if it differed in a reconciliation, or if
     /// [`ResolverFeedback`](crate::resolver::ResolverFeedback) reported its address.
     pub reads: u64,
-    /// Number of reads of individual keys whose result differed from the state that the watch had delivered.
+    /// Number of reads of individual keys whose result differed from what the list and the watch had delivered.
     pub repaired: u64,
-    /// Number of instances in use from the [cache](crate::resolver::ResolverBuilder::cache_dir) or the seeds. Zero once every prefix has
-    /// been listed.
+    /// Number of instances from the [cache](crate::resolver::ResolverBuilder::cache_dir) or the seeds that are in use. Zero once every
+    /// prefix has been listed.
     pub cached: usize,
     /// Number of instances that vanished together with most others and are currently
-    /// [held](crate::resolver::ResolverBuilder::mass_removal_protection).
+    /// [kept as a last resort](crate::resolver::ResolverBuilder::mass_removal_protection).
     pub held: usize,
-    /// Number of periods since the start in which instances were held.
+    /// Number of periods since the start in which instances were kept as a last resort.
     pub mass_removals: u64,
 }
 
@@ -54,7 +54,7 @@ pub struct RejectedKey {
     pub key: String,
     /// The revision of the write.
     pub revision: Revision,
-    /// The reason, which completes the sentence "the value ...".
+    /// The reason. Its text completes a sentence that begins with "the value".
     pub reason: FormatError,
 }
 
@@ -66,8 +66,8 @@ pub enum ResolverState {
     Unknown,
     /// The set is in sync with etcd.
     Fresh,
-    /// The set is the last known one, or the set of the cache or the seeds. etcd has not answered yet, is unreachable, or
-    /// rejects the requests; or the resolver cannot send requests, because its service name is invalid or its runtime has ended.
+    /// The set is the last known one, or comes from the cache or the seeds. Either etcd has not answered yet, is unreachable, or rejects
+    /// the requests, or the resolver cannot send requests, because its service name is invalid or its task has ended.
     Stale,
 }
 

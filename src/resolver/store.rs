@@ -27,7 +27,7 @@ pub(super) struct Core {
     decoder: Decoder,
     shared: Mutex<Shared>,
     pub(super) status: watch::Sender<ResolverStatus>,
-    /// Wakes the task that ends holds. Notified when the first instance is held, and when no instance is held any more.
+    /// Wakes the task that ends holds (see [`Hold`]). Notified when the first instance is held, and when no instance is held any more.
     pub(super) held: Notify,
     /// Wakes the task that writes the cache.
     pub(super) changed: Notify,
@@ -69,8 +69,8 @@ impl Subscription {
         }
     }
 
-    /// Drops pending addresses that are no longer known and that the subscriber does not currently have. They would otherwise accumulate if a
-    /// subscriber only reads the list and never polls its stream.
+    /// Drops pending addresses that are no longer known and that the subscriber does not currently have. Otherwise, they would accumulate
+    /// if a subscriber only reads the list and never polls its stream.
     fn prune(&mut self, is_known: impl Fn(&Address) -> bool, known: usize) {
         if self.pending.len() <= 2 * (known + self.announced.len()) + MAX_UNPOLLED {
             return;
@@ -154,8 +154,8 @@ impl Shared {
         news
     }
 
-    /// Replaces the instances of the cache, or the seeds, by the listed ones. If the lists have fewer than half of them, for example because
-    /// etcd has lost its data, the others are held as after any mass removal. Returns the addresses that may have changed.
+    /// Replaces the instances of the cache, or the seeds, by the listed ones. If fewer than half of the cached instances are listed, for
+    /// example because etcd has lost its data, the others are held as after any mass removal. Returns the addresses that may have changed.
     fn end_fallback(&mut self, now: Instant) -> (Vec<Address>, Option<News>) {
         let fallback = std::mem::take(&mut self.fallback);
         let addresses: Vec<_> = fallback.keys().cloned().collect();
@@ -193,8 +193,8 @@ impl Shared {
 }
 
 impl Core {
-    /// Creates the state with an empty set. The set is unknown until every prefix has been listed. `trouble` is the reason why there is no
-    /// prefix, such as an invalid service name.
+    /// Creates the state with an empty set. The state is [`ResolverState::Unknown`] until every prefix has been listed. If there is no
+    /// prefix, `trouble` is the reason, such as an invalid service name.
     pub(super) fn new(
         service: String,
         prefixes: usize,
@@ -233,7 +233,7 @@ impl Core {
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Shared> {
-        // Only a filter can panic while this lock is held, and the data is consistent even then. A poisoned lock is therefore used as usual.
+        // Only a filter can panic while this lock is held, and the data is consistent even then. So a poisoned lock is used as usual.
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -304,8 +304,8 @@ impl Core {
         rejected.map(of).collect()
     }
 
-    /// Publishes the changes that the state machine of a prefix has collected. The lock is held for the whole batch, so that subscribers see all changes of the
-    /// batch at once.
+    /// Publishes the changes that the state machine of a prefix has collected. The lock is held for the whole batch, so that subscribers
+    /// see all changes of the batch at once.
     pub(super) fn publish(&self, index: usize, machine: &mut Machine, now: Instant) {
         let events = machine.take_update();
         let mut shared = self.lock();
@@ -344,7 +344,8 @@ impl Core {
             wakers.extend(shared.notify(&addresses));
         }
         drop(shared);
-        // The last prefix to be listed may be empty, while the others have instances that are not in the cache yet.
+        // The cache is also written when the last prefix has been listed without a change: the other prefixes may have instances that are
+        // not in the cache yet.
         if is_listed && (!was_listed || !applied.changed.is_empty()) {
             self.changed.notify_one();
         }
@@ -355,7 +356,7 @@ impl Core {
     /// the reason.
     pub(super) fn on_task_ended(&self, index: usize) {
         let mut shared = self.lock();
-        // Dropping the last resolver ends its tasks. A handle may remain, and then shows this reason.
+        // When the last resolver is dropped, its tasks are aborted. A handle may remain, and its status then contains this reason.
         let is_dropped = shared.subscriptions.iter().all(Option::is_none);
         if let Some(report) = shared.reports.get_mut(index) {
             report.trouble = Some(if is_dropped {
@@ -391,7 +392,7 @@ impl Core {
         }
         self.status.send_if_modified(|status| {
             // Lock order: first the status, then the shared state. Code that has borrowed the status may take the second lock, for example
-            // in `instances`, so the opposite order would be a deadlock.
+            // in `instances`, so the opposite order could cause a deadlock.
             let shared = self.lock();
             let next = status_of(&shared, Some(status));
             let instances = shared.registered.len();
@@ -454,7 +455,7 @@ impl Core {
 
 /// Pending addresses are pruned if their number exceeds twice the number of known and announced addresses by more than this.
 const MAX_UNPOLLED: usize = 1024;
-/// Minimum time between two warnings about values that could not be used. Values in between are counted, and logged at debug level.
+/// Minimum time between two warnings about values that could not be used. In between, such values are counted and logged at debug level.
 const WARN_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Combines the reports of the tasks into one status.
@@ -507,7 +508,7 @@ mod tests {
             waker: None,
         };
         let address =
-            |port: u16| -> Address { format!("127.0.0.1:{port}").parse().expect("valid") };
+            |port: u16| -> Address { format!("127.0.0.1:{port}").parse().expect("an address") };
         let (there, told) = (address(1), address(2));
         subscription.announced.insert(told.clone());
         for changed in [there.clone(), told.clone()] {

@@ -15,7 +15,7 @@ use crate::instance::Instance;
 use crate::keyspace::Revision;
 use tonic_balance::{Address, AddressPolicy};
 
-/// Executes the commands of a machine in an endless loop.
+/// Executes the commands of the list-and-watch state machine of one prefix, in an endless loop.
 pub(super) async fn run(
     etcd: Etcd,
     mut machine: Machine,
@@ -55,7 +55,8 @@ pub(super) async fn run(
                 machine.on_checked(answer, Instant::now())
             }
             Command::Reconcile(request) => {
-                // Only the changes of many services fit into one response.
+                // A request for changes is sent in one transaction with those of other services. A list of all names is sent alone, because
+                // several such lists may not fit into one response.
                 let page = if request.written_after == Revision::ZERO {
                     etcd.list(&request).await
                 } else {
@@ -64,7 +65,7 @@ pub(super) async fn run(
                 machine.on_names(page, Instant::now())
             }
             Command::Read(key) => {
-                // The read is tried only once, because no message of the watch is received in the meantime. If the read fails, a later
+                // The read is tried only once, because no message of the watch is received during the read. If the read fails, a later
                 // report or reconciliation can request another one.
                 let answer = etcd.read_once(&key, DEADLINE).await;
                 machine.on_read(key, answer, Instant::now())
@@ -89,8 +90,8 @@ pub(super) async fn run(
     }
 }
 
-/// Reports the end of a task. The task never ends by itself: its runtime was shut down, the task panicked, or the last subscription was
-/// dropped. In the last case, only a handle of the resolver can still read the report.
+/// Reports the end of a task when it is dropped. The task never ends by itself: its runtime was shut down, the task panicked, or the last
+/// [`Resolver`](super::Resolver) was dropped. In the last case, only a handle of the resolver can still read the report.
 struct ReportEnd<'a> {
     core: &'a Core,
     index: usize,
@@ -114,7 +115,8 @@ pub(super) async fn release_holds(core: Arc<Core>) {
     }
 }
 
-/// Uses the cache or the seeds if the first lists are not complete in time. Then keeps the cache up to date, in an endless loop.
+/// Uses the cache or the seeds if the first lists are not complete within [`CACHE_DELAY`]. Then keeps the cache up to date, in an endless
+/// loop.
 pub(super) async fn keep_cache(
     core: Arc<Core>,
     file: Option<Cache>,

@@ -18,8 +18,11 @@ use super::opening::Opening;
 /// State that the server shares with its connections.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Connections {
+    /// Cancelled when the listener must close.
     draining: CancellationToken,
+    /// Cancelled when connections on which the client has not started HTTP must close.
     unopened: CancellationToken,
+    /// Cancelled when every connection must close.
     cut: CancellationToken,
     gauges: Arc<Gauges>,
 }

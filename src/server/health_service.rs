@@ -148,7 +148,7 @@ mod tests {
             states: receiver,
         };
         let request = Request::new(HealthCheckRequest::default());
-        let response = Health::watch(&health, request).await.expect("a watch");
+        let response = Health::watch(&health, request).await.expect("no error");
         let mut watching = response.into_inner();
         let first = watching.next().await.expect("a status").expect("no error");
         assert_eq!(first.status(), Wire::Serving);

@@ -158,7 +158,7 @@ mod tests {
         drop(incoming);
         assert!(
             std::net::TcpStream::connect(bound).is_err(),
-            "the listener is closed"
+            "the listener must be closed"
         );
     }
 }

@@ -1,18 +1,19 @@
-//! Detects whether the client of a connection has started HTTP. If a client sends no complete preface, the connection would block a
+//! Detects whether the client of a connection has started HTTP. A connection whose client sends no complete HTTP/2 preface would block a
 //! graceful shutdown forever, because hyper waits for the end of the preface.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The progress of a connection towards its first call.
 ///
-/// tonic handles TLS above this layer, so the bytes of the client cannot be decoded here. Only the order of reads and writes, and the numbers of bytes, are visible. An
-/// HTTP/2 server sends its SETTINGS at once, flushes them, and sends nothing more until it has received the preface and the SETTINGS of the
-/// client. It then acknowledges the SETTINGS of the client. A write after the flush therefore shows that the client has sent its preface.
+/// tonic handles TLS above this layer, so the bytes of the client cannot be decoded here. Only the order of reads and writes, and the
+/// numbers of bytes, are visible. An HTTP/2 server sends its SETTINGS at once, flushes them, and sends nothing more until it has received
+/// the preface and the SETTINGS of the client. It then acknowledges the SETTINGS of the client. A write after the flush therefore shows
+/// that the client has sent its preface.
 #[derive(Debug, Default)]
 pub(super) struct Opening {
     /// Whether HTTP has begun; with TLS, this is after the handshake. The flag is atomic, because it is set through a shared reference.
     http: AtomicBool,
-    /// Whether bytes were received before HTTP began.
+    /// Whether bytes were received before HTTP began: these are the bytes of a TLS handshake.
     tls: bool,
     /// Number of bytes received since HTTP began.
     received: usize,
@@ -95,18 +96,21 @@ mod tests {
             opening.on_write();
             opening.on_flush();
         }
-        assert!(!opening.is_over(), "the handshake");
+        assert!(!opening.is_over(), "the handshake must not count");
         opening.on_http();
         opening.on_flush();
         opening.on_write();
         opening.on_write();
         opening.on_flush();
-        assert!(!opening.is_over(), "the greeting");
+        assert!(!opening.is_over(), "the greeting must not count");
         // A part of the preface.
         opening.on_read(TLS_RECORD + 10);
         assert!(!opening.is_over());
         opening.on_write();
-        assert!(opening.is_over(), "the client's settings are acknowledged");
+        assert!(
+            opening.is_over(),
+            "the acknowledgement of the client's SETTINGS must end the opening"
+        );
     }
 
     #[test]

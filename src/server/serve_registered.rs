@@ -59,9 +59,9 @@ use crate::registration::RegistrationBuilder;
 /// 5. Cut the remaining connections. This phase takes at most one second. The number of cut connections is logged, and is a field of
 ///    [`ServerState::Stopped`](crate::registration::ServerState::Stopped).
 ///
-/// [`watch_server_state`](RegistrationBuilder::watch_server_state) returns a watch of the state of the server, which follows these phases.
-/// The handler of an endless stream should end the stream when the state becomes `Draining`. Otherwise, its connection is cut at the drain
-/// timeout.
+/// [`watch_server_state`](RegistrationBuilder::watch_server_state) returns a receiver for the state of the server, which follows these
+/// phases. The handler of an endless stream should end the stream when the state becomes `Draining`. Otherwise, its connection is cut at
+/// the drain timeout.
 ///
 /// A server that must start while etcd is down needs two settings: a registry from
 /// [`RegistryBuilder::connect_lazy`](crate::registry::RegistryBuilder::connect_lazy), which does not connect at once, and a
@@ -73,18 +73,17 @@ use crate::registration::RegistrationBuilder;
 ///
 /// The trait is sealed: only [`Router`] implements it.
 pub trait ServeRegistered: sealed::Sealed + Sized {
-    /// Serves until SIGTERM or SIGINT, and returns after a clean shutdown. On Windows, the signals are Ctrl-C, Ctrl-Break, and the close of
-    /// the console or of the session.
+    /// Serves until SIGTERM or SIGINT, and returns after a clean shutdown. On Windows, the signals are Ctrl-C, Ctrl-Break, the close of
+    /// the console, and the shutdown of the system.
     ///
     /// A second signal ends the server at once: the listener and every connection are closed without a grace period. A deregistration in
-    /// progress gets 500 ms more, because without it clients would dial a stopped server until the lease expires. A healthy etcd needs a
+    /// progress gets 500 ms more, because clients would otherwise dial a stopped server until the lease expires. A healthy etcd needs a
     /// fraction of that time.
     ///
     /// # Errors
     ///
-    /// Fails if the signal handlers cannot be installed, if the socket cannot be bound, if the server cannot be registered, or if the server
-    /// fails. After an error, the server no
-    /// longer serves and its registration has ended. Cut connections are not an error.
+    /// Fails if the signal handlers cannot be installed, if the socket cannot be bound, if the server cannot be registered, or if the
+    /// server fails. After an error, the server no longer serves and its registration has ended. Cut connections are not an error.
     ///
     /// # Cancel safety
     ///
@@ -189,7 +188,7 @@ pub trait ServeRegistered: sealed::Sealed + Sized {
 }
 
 mod sealed {
-    #[allow(unnameable_types, reason = "that is what seals the trait")]
+    #[allow(unnameable_types, reason = "the private module seals the trait")]
     pub trait Sealed {}
 
     impl<L> Sealed for tonic::transport::server::Router<L> {}
@@ -273,8 +272,8 @@ where
     }
 }
 
-/// Waits for the stop signal. The output is a future of the second signal. It never completes, because there is no second signal, so the
-/// shutdown is always graceful.
+/// Waits for the stop signal. Returns the future of a second signal, which would end the server at once. This future never completes,
+/// because the caller passes only one signal. So the shutdown is always graceful.
 async fn once(signal: impl Future<Output = ()>) -> impl Future<Output = ()> {
     signal.await;
     pending()

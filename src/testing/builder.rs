@@ -39,7 +39,7 @@ impl Etcd {
 }
 
 impl EtcdBuilder {
-    /// Creates a builder of one member of the installed etcd, with its default settings.
+    /// Creates a builder for one member, with the installed etcd and its default settings.
     pub(super) fn new() -> Self {
         Self {
             members: 1,
@@ -69,8 +69,8 @@ impl EtcdBuilder {
         self
     }
 
-    /// Also listens for TLS clients, with this certificate and its key, at [`Etcd::tls_endpoints`].
-    /// etcd reads the files again at each handshake.
+    /// Makes each member also listen for TLS clients, at [`Etcd::tls_endpoints`], with this
+    /// certificate and its key. etcd reads the files again at each handshake.
     ///
     /// With `--client-cert-auth=true` and `--trusted-ca-file` as further [arguments](Self::arg),
     /// etcd requires a client certificate.

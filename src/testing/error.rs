@@ -1,4 +1,4 @@
-//! The error of starting an etcd, and of operating on its members.
+//! The error type for the start of an etcd and for operations on its members.
 
 use std::{io, path::PathBuf, process::ExitStatus, time::Duration};
 
@@ -22,12 +22,12 @@ pub enum ProcessError {
         /// The error of the operating system.
         cause: io::Error,
     },
-    /// The temporary directory, the ports or the log files could not be allocated, or the data of a
+    /// The temporary directory, the ports or the log files could not be allocated. Or the data of a
     /// member could not be copied or deleted, for example because no backup exists.
     #[error("could not prepare the files or the ports of etcd: {0}")]
     Prepare(io::Error),
     /// A member exited by itself while it was expected to become healthy.
-    #[error("etcd member {member} exited early ({status}), its log ends:\n{log}")]
+    #[error("etcd member {member} exited early ({status}); its log ends with:\n{log}")]
     #[non_exhaustive]
     ExitedEarly {
         /// The index of the member.
@@ -38,7 +38,7 @@ pub enum ProcessError {
         log: String,
     },
     /// A member did not become healthy in time. The member keeps running.
-    #[error("etcd member {member} was not healthy within {waited:?}, its log ends:\n{log}")]
+    #[error("etcd member {member} was not healthy within {waited:?}; its log ends with:\n{log}")]
     #[non_exhaustive]
     NotHealthy {
         /// The index of the member.

@@ -139,7 +139,7 @@ impl Member {
             self.process = None;
             return Ok(());
         }
-        tracing::warn!(member = self.index, "etcd ignores SIGTERM and is killed");
+        tracing::warn!(member = self.index, "SIGTERM had no effect; killing etcd");
         self.kill().await
     }
 
@@ -268,7 +268,7 @@ pub(super) fn flags(
     flags.into_iter().map(OsString::from).collect()
 }
 
-/// Returns a function that converts an error of sending a signal to this member.
+/// Returns a function that converts the error of a signal that was sent to this member.
 fn signal_error(member: usize) -> impl Fn(io::Error) -> ProcessError {
     move |cause| ProcessError::Signal { member, cause }
 }

@@ -39,8 +39,11 @@ struct Links {
 /// A connection from one member to another.
 #[derive(Debug)]
 struct Link {
+    /// The index of the member that accepted the connection.
     to: usize,
+    /// The id of the member that opened the connection, if its first request contains it.
     from: Option<String>,
+    /// The two TCP connections of the proxy: from the sender, and to the target.
     ends: [TcpStream; 2],
 }
 

@@ -41,7 +41,7 @@ impl Port {
         Err(last)
     }
 
-    /// Reserves a port. Returns `None` if another value already holds it.
+    /// Reserves a port. Returns `None` if another [`Port`] already has this number.
     fn reserve(number: u16) -> Option<Self> {
         taken().insert(number).then(|| Self(number))
     }
@@ -71,15 +71,15 @@ mod tests {
     #[test]
     fn a_port_is_reserved_until_it_is_dropped() {
         // The port is outside the candidates, so that no parallel draw can return it.
-        let port = Port::reserve(9_999).expect("the port is outside the range");
+        let port = Port::reserve(9_999).expect("no other test uses the port");
         assert!(
             Port::reserve(9_999).is_none(),
-            "a reserved port is not allocated again"
+            "a reserved port must not be reserved again"
         );
         drop(port);
         assert!(
             Port::reserve(9_999).is_some(),
-            "a dropped port is free again"
+            "a dropped port must be free again"
         );
     }
 

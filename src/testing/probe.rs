@@ -92,13 +92,13 @@ mod tests {
     }
 
     #[test]
-    fn only_the_reported_leader_is_the_leader() {
+    fn a_member_leads_only_if_it_reports_its_own_id_as_the_leader() {
         let term = parse_leading_term(&status("12", r#","leader":"12""#));
         assert_eq!(term, Some(7));
         let term = parse_leading_term(&status("12", r#","leader":"13""#));
-        assert_eq!(term, None, "a follower reports another leader");
+        assert_eq!(term, None, "another member is the leader");
         let term = parse_leading_term(&status("12", ""));
-        assert_eq!(term, None, "no leader is known");
+        assert_eq!(term, None, "the cluster has no leader");
     }
 
     #[test]

@@ -21,8 +21,8 @@ use super::error::ProcessError;
 ///
 /// Its standard input is a pipe. Only the owner holds the other end, so end of file means that the
 /// owner has exited. The script waits with `read`, which is built into every shell, because `cat`
-/// would be a second process to kill. The second `rm` is for a first one that fails because the
-/// dying etcd still writes files.
+/// would be a second process to kill. `rm` runs a second time if the first run fails. It can fail
+/// because the dying etcd still writes files.
 const WATCHDOG: &str = r#"while read -r _; do :; done
 kill -9 "$1" 2>/dev/null
 rm -rf "$2" || { sleep 1; rm -rf "$2"; }"#;
@@ -170,8 +170,8 @@ impl Drop for Process {
     }
 }
 
-/// Spawns a child in its own process group. Ctrl-C in a terminal then reaches only the owner. The
-/// owner ends its servers in the order that it needs.
+/// Spawns a child in its own process group. Ctrl-C in a terminal then reaches only the owner, which
+/// can end its servers in the order that it needs.
 fn spawn(command: &mut Command) -> Result<Child, ProcessError> {
     let spawned = command.process_group(0).spawn();
     spawned.map_err(|cause| ProcessError::Spawn {

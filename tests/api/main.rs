@@ -27,7 +27,7 @@ fn describe(package: &str) -> Value {
         .args(["--features", features(package), "--target-dir", target])
         .args(["--", "-Z", "unstable-options", "--output-format", "json"])
         .status();
-    assert!(status.unwrap().success(), "rustdoc fails for {package}");
+    assert!(status.unwrap().success(), "rustdoc failed for {package}");
     let file = format!("{target}/doc/{}.json", package.replace('-', "_"));
     serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap()
 }

@@ -210,8 +210,8 @@ fn marks(item: &Value) -> String {
 
 fn generics(generics: &Value) -> String {
     let params: Vec<_> = list(&generics["params"])
-        // rustdoc lists a type parameter for each `impl Trait` argument. It is omitted here, because the type of the argument already shows
-        // it.
+        // rustdoc lists a type parameter for each `impl Trait` argument. The parameter is omitted here, because the type of the argument
+        // already shows the trait.
         .filter(|param| param["kind"]["type"]["is_synthetic"] != true)
         .map(|param| {
             let bounds = bounds(": ", &param["kind"]["type"]["bounds"]);

@@ -64,7 +64,7 @@ impl Go {
     /// Runs a mode of the program that must fail, and returns its error output.
     pub async fn fails(&self, arguments: &[&str]) -> String {
         let output = self.output(arguments).await;
-        assert!(!output.status.success(), "{arguments:?} succeeds");
+        assert!(!output.status.success(), "{arguments:?} must fail");
         String::from_utf8(output.stderr).unwrap()
     }
 
@@ -99,7 +99,7 @@ impl Go {
         }
         let mut peer = Peer::start(&mut command);
         let line = timeout(SOON, peer.lines.next_line()).await.unwrap();
-        let line = line.unwrap().expect("the program has started");
+        let line = line.unwrap().expect("the program prints a line");
         let address = line
             .strip_prefix("serving ")
             .expect("the program prints its address");
@@ -185,7 +185,7 @@ pub struct Load {
 
 impl Load {
     pub async fn start(go: &Go, etcd: &Etcd, arguments: &[&str]) -> Self {
-        // Both servers must be registered first: without a server, calls fail.
+        // The load starts only after both servers are registered, because calls fail without a server.
         let registry = tonic_etcd::Registry::connect(etcd.endpoints())
             .await
             .unwrap();
@@ -209,7 +209,7 @@ impl Load {
     pub async fn report(&mut self) -> Tally {
         self.input.write_all(b"\n").await.unwrap();
         let line = timeout(SOON, self.lines.next_line()).await.unwrap();
-        serde_json::from_str(&line.unwrap().expect("the server is registered")).unwrap()
+        serde_json::from_str(&line.unwrap().expect("the client prints a report")).unwrap()
     }
 
     /// Requests reports until one satisfies the condition and contains enough calls. Returns this report, with the failures of all reports

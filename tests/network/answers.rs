@@ -68,7 +68,7 @@ async fn a_non_grpc_answer_is_reported_with_its_code_and_origin() {
         let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
         let error = say(&channel, ms(2_000))
             .await
-            .expect_err("a non-gRPC response");
+            .expect_err("a non-gRPC response must fail the call");
         if error.code() != code {
             wrong.push((http, code, error));
             continue;
@@ -78,13 +78,15 @@ async fn a_non_grpc_answer_is_reported_with_its_code_and_origin() {
             support::greeter::greeter_client::GreeterClient::new(channel.clone()),
             hello(),
         );
-        let error = streamed.await.expect_err("a non-gRPC response to a stream");
+        let error = streamed
+            .await
+            .expect_err("a non-gRPC response must fail a stream");
         assert_eq!(error.code(), code, "{answer:?}: {error:?}");
         assert_named(&error, &peer, http, answer);
     }
     assert!(
         wrong.is_empty(),
-        "{} of {}: {wrong:#?}",
+        "{} of {} responses must have another code: {wrong:#?}",
         wrong.len(),
         ANSWERS.len()
     );
@@ -99,7 +101,7 @@ async fn a_non_grpc_answer_counts_as_a_failure_and_is_the_last_error() {
         for _ in 0..5 {
             say(&channel, ms(2_000))
                 .await
-                .expect_err("a non-gRPC response");
+                .expect_err("a non-gRPC response must fail the call");
         }
         let shown = status(&channel, peer.address);
         let error = shown.last_error.clone().unwrap_or_default();
@@ -122,11 +124,11 @@ async fn a_response_without_trailers_is_an_error_and_a_failure() {
         let error = if unary {
             send(&channel, hello())
                 .await
-                .expect_err("a response without a status")
+                .expect_err("a response without a status must fail the call")
         } else {
             stream(client, hello())
                 .await
-                .expect_err("a response without a status")
+                .expect_err("a response without a status must fail the call")
         };
         assert!(
             [Code::Unknown, Code::Internal].contains(&error.code()),
@@ -142,9 +144,15 @@ async fn a_response_without_trailers_is_an_error_and_a_failure() {
         );
     }
     let known = status(&channel, peer.address);
-    assert_eq!(known.failures, 2, "each call is a failure of the endpoint");
-    let error = known.last_error.expect("the last error");
-    assert!(names_the_end(&error), "{error}");
+    assert_eq!(
+        known.failures, 2,
+        "each call must count as a failure of the endpoint"
+    );
+    let error = known.last_error.expect("the endpoint must have an error");
+    assert!(
+        names_the_end(&error),
+        "the last error must name the missing part: {error}"
+    );
 }
 
 /// Returns whether a text names the part that is missing at the end of a response.
@@ -152,11 +160,11 @@ fn names_the_end(text: &str) -> bool {
     text.contains("trailers") || text.contains("status")
 }
 
-/// Runs a server with this answer beside `good` good servers. After the first second, counts the calls that it receives. Returns this
-/// number, and its share of all calls in percent.
+/// Runs a server with this answer beside `good` good servers. One second after the start, counts for 1.5 s the calls that this server
+/// receives. Returns their number, and their share of all calls in percent.
 async fn share(answer: Answer, good: usize) -> (usize, f64) {
     let bad = Peer::answering(answer).await;
-    // The good servers are slower: a reply takes longer than an error page.
+    // The good servers are slower, because a real reply takes longer than an error page.
     let manner = Manner {
         delay: ms(2),
         ..Manner::default()
@@ -201,14 +209,14 @@ async fn gets_few_calls(good: usize) {
         Answer::NoTrailers,
     ] {
         let (count, share) = share(answer, good).await;
-        // On a busy machine, there are few calls, and one call of each caller may be more than a hundredth of them.
+        // On a busy machine, there are few calls. One call of each caller may then be more than a hundredth of all calls.
         if share > 1.0 && count > CALLERS {
             wrong.push((answer, share));
         }
     }
     assert!(
         wrong.is_empty(),
-        "a failing server must get at most one call of a hundred, beside {good}: {wrong:#?}"
+        "a failing server beside {good} good ones must get at most 1 % of the calls: {wrong:#?}"
     );
 }
 
@@ -268,8 +276,12 @@ async fn a_server_of_another_protocol_is_never_picked_and_is_named() {
         .await;
         super::all_well(callers, ms(300), &format!("beside {speaks:?}")).await;
         let known = status(&channel, foreign.address);
-        assert_eq!(known.calls, 0, "{speaks:?} is never picked");
-        assert_ne!(known.state, EndpointState::Ready, "{speaks:?} is not ready");
+        assert_eq!(known.calls, 0, "{speaks:?} must never be picked");
+        assert_ne!(
+            known.state,
+            EndpointState::Ready,
+            "{speaks:?} must not be ready"
+        );
         let error = known.last_error.unwrap();
         println!("{speaks:?}: {error}; {} connections", foreign.connections());
         if !error.contains(speaks.name()) {
@@ -283,17 +295,17 @@ async fn a_server_of_another_protocol_is_never_picked_and_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_call_with_only_servers_of_another_protocol_names_the_protocol() {
+async fn the_error_of_a_call_without_a_grpc_server_names_the_protocol() {
     for speaks in [Speaks::Http1, Speaks::Ssh, Speaks::Tls, Speaks::Redis] {
         let foreign = Foreign::start(speaks).await;
         let channel = lazily(BalancedChannel::builder(), &[foreign.address.to_string()]);
         let error = say(&channel, ms(5_000))
             .await
-            .expect_err("a server without gRPC");
+            .expect_err("a server without gRPC must fail the call");
         assert_eq!(error.code(), Code::Unavailable, "{error:?}");
         assert!(
             error.message().contains(speaks.name()),
-            "{speaks:?}: {error:?}"
+            "{speaks:?}: the error must name the protocol: {error:?}"
         );
     }
 }

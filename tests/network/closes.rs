@@ -1,4 +1,4 @@
-//! Connections that a healthy server closes, after a number of requests or at an age. Such a close is not a failure of the server.
+//! Connections that a healthy server closes after a number of requests, or at a maximum age. Such a close is not a failure of the server.
 
 use std::time::Duration;
 
@@ -39,9 +39,12 @@ async fn calls_go_well(
     }
     let calls = all_well(callers_at_work, Duration::ZERO, &what).await;
     let executed: usize = peers.iter().map(Peer::executed).sum();
-    assert_eq!(executed as u64, calls, "{what}: each call ran once");
+    assert_eq!(executed as u64, calls, "{what}: each call must run once");
     let failures: u64 = channel.endpoints().iter().map(|one| one.failures).sum();
-    assert_eq!(failures, 0, "{what}: no close is a server's failure");
+    assert_eq!(
+        failures, 0,
+        "{what}: a close must not count as a failure of the server"
+    );
     let connections = connections();
     println!("{what}: {connections} connections");
     // After a graceful GOAWAY, the server serves further calls until the client has read the GOAWAY. Only `How::Goaway` limits the number
@@ -49,9 +52,12 @@ async fn calls_go_well(
     match (when, how) {
         (When::Requests(requests), How::Goaway) => assert!(
             connections >= executed / requests as usize,
-            "{what}: {connections} connections for {executed} requests"
+            "{what}: too few connections, {connections} for {executed} requests"
         ),
-        _ => assert!(connections > servers, "{what}: connections are closed"),
+        _ => assert!(
+            connections > servers,
+            "{what}: the servers must have closed connections"
+        ),
     }
 }
 
@@ -135,14 +141,14 @@ async fn a_close_without_a_goaway_between_calls_fails_no_call() {
             let calls = all_well(callers, ms(1_500), &what).await;
             assert!(
                 calls > 20,
-                "{what}: a close does not stop the calls: {calls}"
+                "{what}: a close must not stop the calls: {calls} calls"
             );
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_close_without_a_goaway_fails_no_call_under_a_retry_policy() {
+async fn with_retries_a_close_without_a_goaway_fails_only_calls_that_lost_two_connections() {
     for sizes in SIZES {
         let close = (When::Requests(100), How::Fin);
         let peers = closing(sizes.0, close.0, close.1).await;
@@ -158,12 +164,19 @@ async fn a_close_without_a_goaway_fails_no_call_under_a_retry_policy() {
             .iter()
             .filter(|call| !call.status.message().contains("2 attempts"))
             .collect();
-        assert!(unexpected.is_empty(), "{what}: {unexpected:?}");
-        // About 5 % of the calls are on a connection that closes, and 5 to 10 % of these lose their second connection as well: about half of
-        // a percent of all calls. The calls that have lost a connection together are sent again together, so one close can fail the second
-        // attempts of all callers.
+        assert!(
+            unexpected.is_empty(),
+            "{what}: only calls that lost two connections may fail: {unexpected:?}"
+        );
+        // About 5 % of the calls are on a connection that the server closes. Of these calls, 5 to 10 % also lose their second connection.
+        // These are at most half a percent of all calls. Calls that were on one closed connection are sent again at the same time, so the
+        // next close can fail the second attempts of all callers.
         let most = usize::try_from(calls / 50).unwrap_or(usize::MAX) + sizes.1;
-        assert!(failed.len() <= most, "{what}: {} of {calls}", failed.len());
+        assert!(
+            failed.len() <= most,
+            "{what}: too many calls failed, {} of {calls}",
+            failed.len()
+        );
     }
 }
 
@@ -179,7 +192,7 @@ async fn streams_open_at_a_goaway_are_finished() {
                     replies: 20,
                 };
                 let replies = stream(client, with_deadline(wanted)).await?;
-                assert_eq!(replies, 20, "a finished stream is complete");
+                assert_eq!(replies, 20, "a finished stream must be complete");
                 Ok(())
             });
             all_well(callers, ms(1_000), &format!("streams, {servers} servers")).await;
@@ -187,7 +200,7 @@ async fn streams_open_at_a_goaway_are_finished() {
     }
 }
 
-/// Make before break: open calls end on the old connection, and new calls do not wait for them.
+/// Open calls end on the old connection, and new calls do not wait for these calls.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_long_call_finishes_on_its_connection_while_a_new_connection_serves() {
     for how in [How::Goaway, How::Graceful] {
@@ -211,20 +224,20 @@ async fn a_long_call_finishes_on_its_connection_while_a_new_connection_serves() 
         peer.set(Manner::default());
         assert!(
             !long.is_finished(),
-            "{how:?}: the long call is still running"
+            "{how:?}: the long call must still be running"
         );
         for _ in 0..20 {
             say(&channel, ms(1_000))
                 .await
-                .expect("the second connection serves the call");
+                .expect("the second connection must serve the call");
         }
         assert!(
             !long.is_finished(),
-            "{how:?}: no call waited for the long call"
+            "{how:?}: no other call may wait for the long call"
         );
         long.await
             .unwrap()
-            .expect("a call open at the GOAWAY succeeds");
+            .expect("a call that is open at the GOAWAY must succeed");
     }
 }
 
@@ -234,7 +247,10 @@ async fn fifty_endpoints_that_close_repeatedly_fail_no_call() {
     let channel = over(BalancedChannel::builder(), &addresses(&peers)).await;
     let calls = all_well(Callers::start(&channel, 16), ms(3_000), "50 servers").await;
     let unused = peers.iter().filter(|peer| peer.executed() == 0).count();
-    assert_eq!(unused, 0, "all servers receive calls, over {calls} calls");
+    assert_eq!(
+        unused, 0,
+        "every server must receive some of the {calls} calls"
+    );
 }
 
 #[cfg(feature = "tls")]

@@ -38,7 +38,9 @@ async fn overruns(
         }
         while let Some(outcome) = open.join_next().await {
             calls += 1;
-            let error = outcome.unwrap().expect_err("no call is answered in time");
+            let error = outcome
+                .unwrap()
+                .expect_err("every call must exceed its deadline");
             if error.code() != Code::DeadlineExceeded {
                 wrong.push(error);
             }
@@ -75,7 +77,7 @@ async fn enforced(how: Enforce) {
     }
     assert!(
         wrong.is_empty(),
-        "a deadline enforced by the server must be DEADLINE_EXCEEDED and no failure of the connection: {wrong:#?}"
+        "every call must fail with DEADLINE_EXCEEDED, and no failure may be counted: {wrong:#?}"
     );
 }
 
@@ -98,24 +100,27 @@ async fn a_call_whose_deadline_has_passed_is_not_sent() {
             for unary in [true, false] {
                 for _ in 0..50 {
                     let error = call(channel.clone(), deadline, unary).await;
-                    let error = error.expect_err("the deadline has passed");
+                    let error = error.expect_err("a call whose deadline has passed must fail");
                     assert_eq!(error.code(), Code::DeadlineExceeded, "{error:?}");
                 }
             }
             // If the expired calls had been sent, they would have arrived before this call.
             say(&channel, ms(2_000))
                 .await
-                .expect("a call with time left");
-            println!("{deadline:?}: {} of 100 were executed", peer.executed() - 1);
+                .expect("a call with time left must succeed");
+            println!(
+                "{deadline:?}: {} of 100 expired calls were executed",
+                peer.executed() - 1
+            );
             assert_eq!(
                 peer.executed(),
                 1,
-                "{deadline:?}: an expired call is not executed"
+                "{deadline:?}: an expired call must not be executed"
             );
             assert_eq!(
                 peer.requests(),
                 1,
-                "{deadline:?}: an expired call is not sent"
+                "{deadline:?}: an expired call must not be sent"
             );
         }
     }
@@ -134,14 +139,14 @@ async fn a_call_whose_deadline_passes_between_attempts_is_not_resent() {
         let before = failing.executed();
         let error = say(&channel, ms(30))
             .await
-            .expect_err("no server serves the call");
+            .expect_err("the call must fail, because its only server fails every call");
         let codes = [Code::DeadlineExceeded, Code::Unavailable];
         assert!(codes.contains(&error.code()), "{error:?}");
         tokio::time::sleep(ms(120)).await;
         assert_eq!(
             failing.executed() - before,
             1,
-            "the deadline passes during the backoff"
+            "only one attempt may run, because the deadline passes during the backoff"
         );
     }
 }
@@ -154,7 +159,7 @@ async fn a_cancel_long_before_the_deadline_stays_cancelled() {
         for unary in [true, false] {
             for deadline in [ms(500), ms(2_000)] {
                 let error = call(channel.clone(), deadline, unary).await;
-                let error = error.expect_err("the server has cancelled the call");
+                let error = error.expect_err("a call that the server cancels must fail");
                 assert_eq!(error.code(), Code::Cancelled, "{error:?}");
             }
         }
@@ -162,7 +167,7 @@ async fn a_cancel_long_before_the_deadline_stays_cancelled() {
         let channel = over(builder(), &addresses([&failed])).await;
         let error = say(&channel, ms(2_000))
             .await
-            .expect_err("the server has cancelled the call");
+            .expect_err("a call that the server cancels must fail");
         assert_eq!(error.code(), Code::Cancelled, "{error:?}");
     }
 }

@@ -16,7 +16,7 @@ async fn the_error_of_an_unready_channel_is_one_line_with_the_cause() {
     let error = channel
         .wait_until_ready()
         .await
-        .expect_err("no server listens there");
+        .expect_err("a channel without a server must not become ready");
     let line = error.to_string();
     println!("{line}");
     for part in ["greeter", "127.0.0.1:1", "refused"] {
@@ -25,7 +25,7 @@ async fn the_error_of_an_unready_channel_is_one_line_with_the_cause() {
             "{part:?} is missing in the Display: {line}"
         );
     }
-    assert!(!line.contains('\n'), "the message is one line: {line}");
+    assert!(!line.contains('\n'), "the message must be one line: {line}");
 }
 
 #[cfg(feature = "tls")]
@@ -80,7 +80,7 @@ async fn different_causes_have_different_messages() {
     assert_eq!(
         causes.len(),
         lines.len(),
-        "each cause has its own text: {lines:#?}"
+        "each cause must have its own text: {lines:#?}"
     );
 }
 
@@ -99,12 +99,14 @@ async fn a_server_status_keeps_its_message_and_has_the_server_in_its_source_chai
     ] {
         let peer = Peer::answering(Answer::Fail(Code::NotFound)).await;
         let channel = over(builder(), &addresses([&peer])).await;
-        let status = say(&channel, ms(2_000)).await.expect_err("as told");
+        let status = say(&channel, ms(2_000))
+            .await
+            .expect_err("the call must fail with the status of the server");
         assert_eq!(status.code(), Code::NotFound);
         assert_eq!(
             status.message(),
             "as told",
-            "the message of the server is unchanged"
+            "the message of the server must be unchanged"
         );
         let causes = chain(&status);
         println!("{causes:?}");
@@ -112,7 +114,7 @@ async fn a_server_status_keeps_its_message_and_has_the_server_in_its_source_chai
             causes
                 .iter()
                 .any(|cause| cause.contains(&peer.address.to_string())),
-            "the endpoint is in the chain of causes: {causes:?}"
+            "the endpoint must be in the source chain: {causes:?}"
         );
     }
 }
@@ -123,13 +125,13 @@ async fn a_call_failed_by_its_connection_has_the_endpoint_in_its_source_chain() 
     let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
     let status = say(&channel, ms(2_000))
         .await
-        .expect_err("the call is reset");
+        .expect_err("a call that the server resets must fail");
     let causes = chain(&status);
     assert!(
         causes
             .iter()
             .any(|cause| cause.contains(&peer.address.to_string())),
-        "{causes:?}"
+        "the endpoint must be in the source chain: {causes:?}"
     );
 }
 
@@ -143,7 +145,9 @@ async fn a_failed_call_can_be_downcast_to_a_call_error() {
     ] {
         let peer = Peer::answering(answer).await;
         let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
-        let status = say(&channel, ms(2_000)).await.expect_err("the call fails");
+        let status = say(&channel, ms(2_000))
+            .await
+            .expect_err("the call must fail");
         let causes = std::iter::successors(Error::source(&status), |error| (*error).source());
         let mut found = causes.filter_map(|error| error.downcast_ref::<CallError>());
         let found = found.next();
@@ -164,32 +168,34 @@ async fn a_service_name_with_a_slash_is_not_reported_as_an_etcd_outage() {
     let builder = registry.channel("team/greeter").startup_timeout(ms(1_000));
     let connected = tokio::time::timeout(ms(5_000), builder.connect()).await;
     let error = connected
-        .expect("the call fails at once")
-        .expect_err("no such name");
+        .expect("`connect` must return at once")
+        .expect_err("a service name with a slash must be rejected");
     let text = with_causes(&error);
     println!("connect: {text}");
     assert!(
         text.contains('/') && text.contains("slash"),
-        "the slash is named: {text}"
+        "the error must name the slash: {text}"
     );
     assert!(
         !text.contains("is unavailable"),
-        "etcd is available: {text}"
+        "the error must not report an outage of etcd: {text}"
     );
 
     let lazy = registry
         .channel("team/greeter")
         .startup_timeout(ms(500))
         .connect_lazy();
-    let status = say(&lazy, ms(3_000)).await.expect_err("no such name");
+    let status = say(&lazy, ms(3_000))
+        .await
+        .expect_err("a service name with a slash must fail the call");
     println!("call: {status:?}");
     assert!(
         status.message().contains("slash"),
-        "the slash is named: {status:?}"
+        "the error must name the slash: {status:?}"
     );
     assert!(
         !status.message().contains("is unavailable"),
-        "etcd is available: {status:?}"
+        "the error must not report an outage of etcd: {status:?}"
     );
 
     let resolver = registry.resolver("team/greeter").start();
@@ -200,10 +206,13 @@ async fn a_service_name_with_a_slash_is_not_reported_as_an_etcd_outage() {
     let error = resolver.status().last_error.unwrap();
     let text = with_causes(&error);
     println!("resolver: {text}");
-    assert!(text.contains("slash"), "the slash is named: {text}");
+    assert!(
+        text.contains("slash"),
+        "the error must name the slash: {text}"
+    );
     assert!(
         !text.contains("is unavailable"),
-        "etcd is available: {text}"
+        "the error must not report an outage of etcd: {text}"
     );
 }
 
@@ -216,15 +225,17 @@ async fn an_address_with_a_scheme_works_or_names_what_the_scheme_requires() {
     );
     say(&channel, ms(3_000))
         .await
-        .expect("http:// is plaintext, as is the channel");
+        .expect("an http:// address must work in a channel without TLS");
     let channel = lazily(
         BalancedChannel::builder(),
         &[format!("https://{}", peer.address)],
     );
-    let status = say(&channel, ms(3_000)).await.expect_err("TLS is disabled");
+    let status = say(&channel, ms(3_000))
+        .await
+        .expect_err("an https:// address must fail in a channel without TLS");
     println!("{status:?}");
     assert!(
         status.message().contains("requires TLS"),
-        "the message names what is missing: {status:?}"
+        "the message must name what is missing: {status:?}"
     );
 }

@@ -33,25 +33,29 @@ async fn failed_of(channel: &BalancedChannel, calls: usize, deadline: u64) -> us
 async fn the_call_after_a_silence_gets_a_new_connection_within_its_deadline() {
     let (_peers, links, addresses) = forgetful(1).await;
     let channel = over(BalancedChannel::builder(), &addresses).await;
-    assert_eq!(failed_of(&channel, 10, 1_000).await, 0, "the flow is open");
+    assert_eq!(
+        failed_of(&channel, 10, 1_000).await,
+        0,
+        "calls must succeed while the flow is open"
+    );
     // In this time, the link forgets the flow.
     sleep(ms(2_000)).await;
     let began = Instant::now();
     let first = say(&channel, ms(5_000)).await;
     let took = Instant::now().saturating_duration_since(began);
     println!(
-        "the first call after {took:?}: {first:?}; {} connections",
+        "the first call took {took:?}: {first:?}; {} connections",
         links[0].accepted()
     );
-    first.expect("the call was not sent on the forgotten flow, but on a new one");
+    first.expect("the call must be sent on a new flow, not on the forgotten one");
     assert_eq!(
         failed_of(&channel, 50, 1_000).await,
         0,
-        "the new flow serves calls"
+        "the new flow must serve calls"
     );
     assert!(
         links[0].accepted() <= 4,
-        "one additional dial, not one per call"
+        "the channel must dial once more, not once per call"
     );
 }
 
@@ -62,7 +66,7 @@ async fn four_forgotten_flows_fail_at_most_one_call_each() {
     assert_eq!(
         failed_of(&channel, 40, 1_000).await,
         0,
-        "the flows are open"
+        "calls must succeed while the flows are open"
     );
     sleep(ms(2_000)).await;
     let mut lost = Vec::new();
@@ -79,18 +83,21 @@ async fn four_forgotten_flows_fail_at_most_one_call_each() {
     println!("recovered after {healed:?}, {} lost: {lost:?}", lost.len());
     assert!(
         lost.len() <= 4,
-        "each flow fails at most one call: {lost:?}"
+        "each forgotten flow may fail at most one call: {lost:?}"
     );
     assert_eq!(
         failed_of(&channel, 100, 2_000).await,
         0,
-        "no later call fails"
+        "no later call may fail"
     );
     let dials: usize = links.iter().map(Link::accepted).sum();
-    assert!(dials <= 16, "{dials} connections to four endpoints");
+    assert!(
+        dials <= 16,
+        "too many dials: {dials} connections to four endpoints"
+    );
 }
 
-/// Many callers at once after the silence, with a usual deadline. No call is sent on a forgotten flow, so none is lost.
+/// After the silence, many callers send calls at once, with a deadline of 1.5 s. No call is sent on a forgotten flow, so no call is lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn callers_after_a_silence_are_served_within_one_deadline() {
     let (_peers, _links, addresses) = forgetful(4).await;
@@ -98,7 +105,7 @@ async fn callers_after_a_silence_are_served_within_one_deadline() {
     assert_eq!(
         failed_of(&channel, 40, 1_000).await,
         0,
-        "the flows are open"
+        "calls must succeed while the flows are open"
     );
     sleep(ms(2_000)).await;
     let callers = super::Callers::making(&channel, 16, async |mut client| {
@@ -137,19 +144,23 @@ async fn a_caller_slower_than_the_flow_timeout_loses_at_most_its_first_call() {
     );
 }
 
-/// A black hole discards the bytes of old and new flows. After its end, the endpoint is ready again within one backoff.
+/// The link discards the bytes of old and new flows. After this fault has ended, the endpoint is ready again within one backoff.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_endpoint_recovers_soon_after_a_black_hole() {
     let (_peers, links, addresses) = forgetful(1).await;
     links[0].set(Behaviour::Pass);
     let builder = BalancedChannel::builder().connect_timeout(ms(500));
     let channel = over(builder, &addresses).await;
-    assert_eq!(failed_of(&channel, 10, 1_000).await, 0, "the flow is open");
+    assert_eq!(
+        failed_of(&channel, 10, 1_000).await,
+        0,
+        "calls must succeed while the flow is open"
+    );
     links[0].set(Behaviour::BlackHole);
     assert_eq!(
         failed_of(&channel, 4, 300).await,
         4,
-        "no response is received"
+        "no call may succeed while the link discards all bytes"
     );
     links[0].set(Behaviour::Pass);
     let back = within(ms(6_000), "the endpoint has recovered", async || {
@@ -160,6 +171,6 @@ async fn an_endpoint_recovers_soon_after_a_black_hole() {
     assert_eq!(
         failed_of(&channel, 50, 1_000).await,
         0,
-        "the endpoint stays available"
+        "the endpoint must stay available"
     );
 }

@@ -38,7 +38,7 @@ async fn headers_of_a_connection_do_not_fail_a_call() {
             });
             let mut client = GreeterClient::new(copied);
             let call = tokio::time::timeout(support::SOON, client.say_hello(support::hello()));
-            if let Err(status) = call.await.expect("the call ends") {
+            if let Err(status) = call.await.expect("the call must end") {
                 wrong.push((name, value, status));
             }
         }
@@ -55,7 +55,7 @@ async fn headers_of_a_connection_do_not_fail_a_call() {
 
 /// Each call has two headers that apply to a connection, and one other header.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_connection_survives_all_connection_headers_at_once() {
+async fn a_connection_survives_calls_with_several_connection_headers() {
     let peer = Peer::good().await;
     let channel = over(BalancedChannel::builder(), &addresses([&peer])).await;
     let copied = MapRequest::new(channel.clone(), move |mut request: Request<Body>| {
@@ -76,8 +76,8 @@ async fn the_connection_survives_all_connection_headers_at_once() {
         client
             .say_hello(support::hello())
             .await
-            .expect("the headers are removed");
+            .expect("a call with such headers must succeed");
     }
-    assert_eq!(peer.connections(), 1, "on one connection");
+    assert_eq!(peer.connections(), 1, "all calls must use one connection");
     assert_eq!(peer.executed(), 10);
 }

@@ -12,7 +12,9 @@ use super::{ms, over, say};
 async fn a_channel_without_calls_seldom_wakes_its_task() {
     let peer = Peer::good().await;
     let channel = over(BalancedChannel::builder(), &[peer.address.to_string()]).await;
-    say(&channel, ms(2_000)).await.expect("the server works");
+    say(&channel, ms(2_000))
+        .await
+        .expect("the server must respond");
     // A channel counts as idle after 10 s without calls.
     sleep(ms(12_500)).await;
     let metrics = Handle::current().metrics();
@@ -22,9 +24,9 @@ async fn a_channel_without_calls_seldom_wakes_its_task() {
     println!("{wakes} wakes in 6 s");
     assert!(
         wakes <= 15,
-        "{wakes} wakes in 6 s; 30 with a refresh every 200 ms"
+        "at most 15 wakes in 6 s are expected, not {wakes}; a wake every 200 ms would be 30"
     );
     say(&channel, ms(2_000))
         .await
-        .expect("the channel still works");
+        .expect("the channel must still work");
 }

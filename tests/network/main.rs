@@ -93,7 +93,7 @@ async fn say(channel: &BalancedChannel, deadline: Duration) -> Result<(), Status
 async fn send(channel: &BalancedChannel, request: Request<HelloRequest>) -> Result<(), Status> {
     let mut client = GreeterClient::new(channel.clone());
     let call = timeout(SOON, client.say_hello(request));
-    call.await.expect("the call ends").map(drop)
+    call.await.expect("the call must end").map(drop)
 }
 
 /// Sends one streaming call, reads it to its end and returns the number of replies.
@@ -109,7 +109,7 @@ async fn stream(
         }
         Ok(count)
     };
-    timeout(SOON, read).await.expect("the stream ends")
+    timeout(SOON, read).await.expect("the stream must end")
 }
 
 /// Returns the current status of an endpoint.

@@ -1,5 +1,5 @@
-//! The backoff between dials: orderly closes after an outage, servers that close connections before they serve a call, and proxies that close
-//! idle connections.
+//! The backoff between dials: graceful closes after an outage, servers that close a connection before it has served a call, and proxies
+//! that close idle connections.
 
 use std::time::Duration;
 
@@ -101,14 +101,17 @@ async fn a_server_that_closes_before_it_serves_is_not_dialled_in_a_loop() {
         };
         assert!(
             failed.len() <= lost,
-            "{when:?}, {how:?}: {}",
+            "{when:?}, {how:?}: too many calls failed: {}",
             shown(&failed)
         );
         assert!(
             connections <= 10,
-            "{when:?}, {how:?}: {connections} connections within 3 s, none of which served a call"
+            "{when:?}, {how:?}: at most 10 dials in 3 s are expected, not {connections}"
         );
-        assert!(broken.connections() > 0, "{when:?}, {how:?}: never dialled");
+        assert!(
+            broken.connections() > 0,
+            "{when:?}, {how:?}: the server must be dialled"
+        );
     }
 }
 
@@ -127,7 +130,7 @@ async fn a_lone_server_that_closes_before_it_serves_is_not_dialled_in_a_loop() {
         );
         assert!(
             (2..=10).contains(&connections),
-            "{when:?}: {connections} connections within 3 s, none of which served a call"
+            "{when:?}: 2 to 10 dials in 3 s are expected, not {connections}"
         );
     }
 }
@@ -150,7 +153,7 @@ async fn an_idle_channel_redials_with_growing_waits() {
     let before = Instant::now();
     say(&channel, ms(5_000))
         .await
-        .expect("a call dials at once");
+        .expect("a call must dial at once");
     let took = Instant::now().saturating_duration_since(before);
     assert!(
         took < ms(1_000),

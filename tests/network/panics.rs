@@ -33,7 +33,7 @@ fn panicking(at: u32) -> impl tokio_stream::Stream<Item = HelloRequest> {
         }
     });
     ReceiverStream::new(receiver).map(move |number| {
-        assert!(number != at, "a panic in a stream");
+        assert!(number != at, "the stream panics on purpose");
         support::hello()
     })
 }
@@ -64,7 +64,7 @@ async fn a_request_stream_that_panics_fails_only_its_own_call() {
                 });
                 match ended {
                     Ok(outcome) => {
-                        let status = outcome.expect_err("the request was incomplete");
+                        let status = outcome.expect_err("an incomplete request must fail its call");
                         println!("message {at}, streaming {streaming}: {status:?}");
                     }
                     Err(error) => assert!(error.is_panic(), "{error}"),
@@ -72,7 +72,7 @@ async fn a_request_stream_that_panics_fails_only_its_own_call() {
             }
         }
         all_well(callers, ms(200), "beside panics").await;
-        assert_eq!(peer.connections(), 1, "the connection is still open");
+        assert_eq!(peer.connections(), 1, "the connection must not be replaced");
     }
 }
 
@@ -89,7 +89,7 @@ impl AsyncRead for Fragile {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let faulty = self.faulty.load(Ordering::SeqCst);
-        assert!(!faulty, "a bug in the caller's transport");
+        assert!(!faulty, "the transport panics on purpose");
         Pin::new(&mut self.socket).poll_read(cx, buf)
     }
 }
@@ -125,7 +125,9 @@ async fn a_connection_whose_task_has_panicked_is_replaced() {
         }
     });
     let channel = over(builder, &addresses([&peer])).await;
-    say(&channel, ms(2_000)).await.expect("it works");
+    say(&channel, ms(2_000))
+        .await
+        .expect("a call before the panic must succeed");
     faulty.store(true, Ordering::SeqCst);
     // The task of the connection panics during this call. The call must end nevertheless.
     let outcome = say(&channel, ms(2_000)).await;

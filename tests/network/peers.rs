@@ -1,4 +1,4 @@
-//! Tests of the test peers and links. A bare `h2` client checks the properties that the other tests rely on.
+//! Tests of the test servers ([`Peer`]) and of the links in front of them ([`Link`]), whose properties the other tests rely on.
 
 use std::time::Duration;
 
@@ -84,13 +84,17 @@ async fn calls_up_to_the_last_stream_of_a_goaway_are_answered_and_later_calls_ar
                 }
             }
         }
-        assert_eq!((answered, peer.executed()), (5, 5), "round {round}");
+        assert_eq!(
+            (answered, peer.executed()),
+            (5, 5),
+            "round {round}: the server must run and answer exactly five calls"
+        );
         eventually("the connection is closed", async || peer.open() == 0).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn ping_strikes_are_counted_like_the_real_servers() {
+async fn pings_are_limited_as_grpc_java_and_grpc_go_limit_them() {
     for (police, allowed) in [(Police::Java, 2), (Police::Go, 3)] {
         let peer = Peer::start(Manner {
             police: Some(police),
@@ -98,19 +102,23 @@ async fn ping_strikes_are_counted_like_the_real_servers() {
         })
         .await;
         let (mut requests, mut pings) = connect(&peer).await;
-        // Each response resets the strikes that the server has counted.
+        // Each response resets the number of PINGs that the server has counted.
         for _ in 0..3 {
             for _ in 0..allowed {
                 pings.ping(h2::Ping::opaque()).await.unwrap();
             }
             whole(request(&mut requests).unwrap()).await.unwrap();
         }
-        assert_eq!(peer.scolded().len(), 0, "{police:?}");
+        assert_eq!(
+            peer.scolded().len(),
+            0,
+            "{police:?}: no connection may be closed so far"
+        );
         let mut answered = 0;
         while pings.ping(h2::Ping::opaque()).await.is_ok() {
             answered += 1;
         }
-        println!("{police:?}: {answered} pings were answered");
+        println!("{police:?}: {answered} PINGs were answered");
         eventually("the peer closes the connection", async || {
             peer.scolded().len() == 1
         })
@@ -118,9 +126,12 @@ async fn ping_strikes_are_counted_like_the_real_servers() {
         let error = requests
             .ready()
             .await
-            .expect_err("the connection is closed");
+            .expect_err("the server must close the connection");
         assert_eq!(error.reason(), Some(Reason::ENHANCE_YOUR_CALM), "{error:?}");
-        assert!(answered <= allowed, "{police:?}: {answered}");
+        assert!(
+            answered <= allowed,
+            "{police:?}: the server answered too many PINGs: {answered}"
+        );
     }
 }
 
@@ -149,39 +160,48 @@ async fn echoed(flow: &mut TcpStream, within: u64) -> bool {
 async fn a_link_drops_idle_flows_permanently_and_accepts_new_ones() {
     let link = Link::behaving(echo().await, Behaviour::Forget(ms(300))).await;
     let mut flow = TcpStream::connect(link.address).await.unwrap();
-    assert!(echoed(&mut flow, 1_000).await, "the flow is new");
+    assert!(
+        echoed(&mut flow, 1_000).await,
+        "a new flow must be forwarded"
+    );
     tokio::time::sleep(ms(500)).await;
-    assert!(!echoed(&mut flow, 200).await, "the flow is dropped");
+    assert!(
+        !echoed(&mut flow, 200).await,
+        "an idle flow must be dropped"
+    );
     let mut new = TcpStream::connect(link.address).await.unwrap();
-    assert!(echoed(&mut new, 1_000).await, "a new flow works");
+    assert!(
+        echoed(&mut new, 1_000).await,
+        "a new flow must be forwarded"
+    );
     link.set(Behaviour::Pass);
-    assert!(!echoed(&mut flow, 200).await, "the flow stays dropped");
+    assert!(!echoed(&mut flow, 200).await, "the flow must stay dropped");
     assert_eq!((link.accepted(), link.open()), (2, 2));
     drop(flow);
     eventually("the link closes the flow", async || link.open() == 1).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_link_changes_its_fault_with_open_flows() {
+async fn a_new_behaviour_of_a_link_applies_to_open_flows() {
     let link = Link::start(echo().await).await;
     let mut flow = TcpStream::connect(link.address).await.unwrap();
     assert!(echoed(&mut flow, 1_000).await);
     link.set(Behaviour::HalfOpen);
-    assert!(echoed(&mut flow, 1_000).await, "the old flow continues");
+    assert!(echoed(&mut flow, 1_000).await, "the old flow must continue");
     let mut new = TcpStream::connect(link.address).await.unwrap();
     assert!(
         !echoed(&mut new, 200).await,
-        "a new flow is accepted and not answered"
+        "a new flow must not be answered"
     );
     link.set(Behaviour::CloseIdle(ms(200)));
     let ended = timeout(ms(2_000), flow.read(&mut [0; 8])).await.unwrap();
-    assert_eq!(ended.unwrap(), 0, "an idle flow is closed gracefully");
+    assert_eq!(ended.unwrap(), 0, "an idle flow must be closed gracefully");
     link.set(Behaviour::Pass);
     let mut flow = TcpStream::connect(link.address).await.unwrap();
     assert!(echoed(&mut flow, 1_000).await);
     link.set(Behaviour::Refuse);
     let ended = timeout(ms(2_000), flow.read(&mut [0; 8])).await.unwrap();
-    assert!(matches!(ended, Ok(0) | Err(_)), "all flows are closed");
+    assert!(matches!(ended, Ok(0) | Err(_)), "all flows must be closed");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -32,18 +32,18 @@ async fn overruns(police: Police, beside_a_stream: bool, deadline: u64) {
     if beside_a_stream {
         let mut client = GreeterClient::new(channel.clone());
         let mut open = client.say_hellos(hello()).await.unwrap().into_inner();
-        open.message().await.unwrap().expect("one reply");
+        open.message().await.unwrap().expect("a reply must come");
         replies = Some(open);
     }
     peer.set(policed(police, Answer::Hang));
     for _ in 0..10 {
         let error = say(&channel, ms(deadline))
             .await
-            .expect_err("the call times out");
+            .expect_err("the call must time out");
         assert_eq!(error.code(), Code::DeadlineExceeded, "{what}: {error:?}");
     }
     println!(
-        "{what}: {} pings, {} connections, {} ended for pings",
+        "{what}: {} PINGs, {} connections, {} ended because of PINGs",
         peer.pings(),
         peer.connections(),
         peer.scolded().len()
@@ -51,7 +51,7 @@ async fn overruns(police: Police, beside_a_stream: bool, deadline: u64) {
     assert_eq!(
         peer.scolded().len(),
         0,
-        "{what}: no connection is closed because of PINGs"
+        "{what}: no connection may be closed because of PINGs"
     );
     if let Some(replies) = &mut replies {
         let quiet = tokio::time::timeout(ms(100), replies.message()).await;
@@ -63,7 +63,7 @@ async fn overruns(police: Police, beside_a_stream: bool, deadline: u64) {
     peer.set(policed(police, Answer::Reply));
     say(&channel, ms(2_000))
         .await
-        .expect("the server responds again");
+        .expect("the server must respond again");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -91,21 +91,25 @@ async fn window_updates_allow_no_further_pings() {
             let mut large = hello();
             large.get_mut().name = "x".repeat(40_000);
             large.set_timeout(ms(50));
-            send(&channel, large).await.expect_err("it hangs");
+            send(&channel, large)
+                .await
+                .expect_err("the call must time out");
             for _ in 0..2 {
-                say(&channel, ms(50)).await.expect_err("it hangs");
+                say(&channel, ms(50))
+                    .await
+                    .expect_err("the call must time out");
             }
         }
         println!("{police:?}: {} pings", peer.pings());
         assert_eq!(
             peer.scolded().len(),
             0,
-            "{police:?}: no connection is lost to our pings"
+            "{police:?}: no connection may be closed because of PINGs"
         );
     }
 }
 
-/// By default, keep-alive sends no more PINGs than every server permits.
+/// By default, the keep-alive sends no more PINGs than grpc-java and grpc-go permit.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_keep_alive_loses_no_connection_by_default() {
     for police in [Police::Java, Police::Go] {
@@ -116,11 +120,11 @@ async fn a_keep_alive_loses_no_connection_by_default() {
         let channel = over(builder, &addresses([&peer])).await;
         let mut client = GreeterClient::new(channel);
         let mut replies = client.say_hellos(hello()).await.unwrap().into_inner();
-        replies.message().await.unwrap().expect("one reply");
+        replies.message().await.unwrap().expect("a reply must come");
         let quiet = tokio::time::timeout(ms(2_000), replies.message()).await;
         assert!(
             quiet.is_err(),
-            "{police:?}: the stream must continue: {quiet:?}"
+            "{police:?}: the stream must be open, not {quiet:?}"
         );
         assert_eq!(peer.scolded().len(), 0, "{police:?}");
         assert_eq!(peer.connections(), 1, "{police:?}");
@@ -154,7 +158,7 @@ async fn keep_alive(police: Police) {
     streams.abort();
     let (connections, lived) = (peer.connections(), peer.scolded());
     println!(
-        "{police:?}: {connections} connections, ended for pings after {lived:?}, {} streams, {} pings",
+        "{police:?}: {connections} connections, closed for PINGs after {lived:?}, {} streams, {} PINGs",
         opened.load(Ordering::SeqCst),
         peer.pings()
     );
@@ -196,11 +200,13 @@ async fn an_idle_connection_is_not_pinged_by_default() {
     println!("{} pings on an idle connection", peer.pings());
     assert!(
         peer.pings() <= 1,
-        "only the PING of the ready check: {}",
+        "only one PING may be sent, to check the new connection: {}",
         peer.pings()
     );
-    assert_eq!(peer.scolded().len(), 0, "the connection is not closed");
-    say(&channel, ms(1_000)).await.expect("the server responds");
+    assert_eq!(peer.scolded().len(), 0, "the connection must not be closed");
+    say(&channel, ms(1_000))
+        .await
+        .expect("the server must respond");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -217,7 +223,7 @@ async fn a_busy_connection_is_not_pinged() {
         assert_eq!(
             peer.scolded().len(),
             0,
-            "{police:?}: no connection is closed"
+            "{police:?}: no connection may be closed"
         );
         // On a busy machine, the connection may occasionally be silent for one interval.
         assert!(
@@ -228,7 +234,7 @@ async fn a_busy_connection_is_not_pinged() {
     }
 }
 
-/// The PING response waits behind the downloaded data, for longer than the keep-alive timeout.
+/// The response to the PING arrives after the downloaded data, later than the keep-alive timeout.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_link_full_of_downloads_is_not_closed_by_the_keep_alive() {
     let peer = Peer::start(Manner {
@@ -258,7 +264,7 @@ async fn a_slow_link_full_of_downloads_is_not_closed_by_the_keep_alive() {
         failed.is_empty(),
         "received bytes must postpone the keep-alive timeout: {failed:?}"
     );
-    assert_eq!(link.accepted(), 1, "the connection was not replaced");
+    assert_eq!(link.accepted(), 1, "the connection must not be replaced");
 }
 
 /// A dead connection with open calls is still detected.
@@ -273,12 +279,12 @@ async fn a_keep_alive_finds_a_dead_connection() {
     let channel = over(builder, &[link.address.to_string()]).await;
     let mut client = GreeterClient::new(channel.clone());
     let mut replies = client.say_hellos(hello()).await.unwrap().into_inner();
-    replies.message().await.unwrap().expect("one reply");
+    replies.message().await.unwrap().expect("a reply must come");
     link.set(Behaviour::BlackHole);
     let ended = tokio::time::timeout(ms(3_000), replies.message()).await;
-    let error = ended.expect("a PING without an answer ends the connection");
+    let error = ended.expect("a PING without a response must end the connection");
     assert_eq!(
-        error.expect_err("the connection is closed").code(),
+        error.expect_err("the stream must fail").code(),
         Code::Unavailable
     );
     link.set(Behaviour::Pass);

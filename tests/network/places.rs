@@ -1,4 +1,4 @@
-//! Permits on connections with few concurrent streams, and the calls that wait for a permit.
+//! Connections with few concurrent streams, and the calls that wait for a permit, which is one reserved stream on a connection.
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -49,8 +49,10 @@ async fn a_permit_that_a_retry_excludes_is_given_to_the_next_waiter() {
     .await;
     sleep(ms(500)).await;
     let (held, failed) = (full.executed(), failing.executed());
-    println!("{held} calls hold one server, {failed} have failed on the other and wait");
-    assert!(failed >= 1, "a retry waits");
+    println!(
+        "{held} calls occupy one server; {failed} calls have failed on the other server and wait"
+    );
+    assert!(failed >= 1, "a retry must wait");
     failing.set(one_stream(Answer::Reply, 100));
     let began = Instant::now();
     let mut callers = JoinSet::new();
@@ -70,11 +72,11 @@ async fn a_permit_that_a_retry_excludes_is_given_to_the_next_waiter() {
     println!("{unserved} of 8 calls were not served in 5 s, the longest took {longest:?}");
     assert_eq!(
         unserved, 0,
-        "the first server responds within 100 ms, so every call gets a stream in time"
+        "every call must get a stream in time, because each call on the first server takes 100 ms"
     );
     assert!(
         longest < ms(2_000),
-        "at most eight calls of 100 ms in sequence: {longest:?}"
+        "eight calls of 100 ms in sequence must end within 2 s, not {longest:?}"
     );
 }
 
@@ -90,7 +92,7 @@ async fn a_permit_on_a_server_that_refused_the_first_waiter_is_given_to_the_next
         let channel = channel.clone();
         fillers.spawn(async move { say(&channel, ms(15_000)).await });
     };
-    // The channel opens a second connection to the server while the stream of the first connection is in use.
+    // While the stream of the first connection is in use, the channel opens a second connection to the server.
     for held in 1..=2 {
         occupy();
         eventually("the call holds a stream", async || full.executed() == held).await;
@@ -112,8 +114,15 @@ async fn a_permit_on_a_server_that_refused_the_first_waiter_is_given_to_the_next
     let took = Instant::now().saturating_duration_since(began);
     let unserved: Vec<_> = outcomes.into_iter().filter_map(Result::err).collect();
     println!("{} of 8 were not served, after {took:?}", unserved.len());
-    assert!(unserved.is_empty(), "{unserved:?}");
-    assert_eq!(full.executed(), 2, "the first in the queue still waits");
+    assert!(
+        unserved.is_empty(),
+        "all eight calls must be served: {unserved:?}"
+    );
+    assert_eq!(
+        full.executed(),
+        2,
+        "the refused call must still wait for the full server"
+    );
 }
 
 /// A server in this process with one stream per connection. It answers one call for each permit of its semaphore.
@@ -213,7 +222,10 @@ async fn each_stream_freed_among_many_connections_is_used_at_once() {
         }
         let took = Instant::now().saturating_duration_since(began);
         println!("round {round}: {used} of {FREED} freed streams used after {took:?}");
-        assert_eq!(used, FREED, "free streams are used while calls wait");
+        assert_eq!(
+            used, FREED,
+            "every free stream must be used while calls wait"
+        );
     }
     callers.abort_all();
     within(ms(5_000), "all calls have ended", async || {

@@ -1,4 +1,4 @@
-//! One call whose metadata are too large for the server, beside unrelated callers.
+//! A *poisoned call*, which is a call whose metadata are too large for the server, beside unrelated callers.
 
 use h2::Reason;
 use tokio::time::sleep;
@@ -32,7 +32,7 @@ async fn accepting(bytes: u32, announced: bool, beyond: Beyond) -> Peer {
     .await
 }
 
-/// Sends a call with this many bytes of metadata, which must fail. Returns its status.
+/// Sends a poisoned call with this many bytes of metadata. The call must fail. Returns its status.
 async fn poisoned(channel: &BalancedChannel, bytes: usize) -> Status {
     let mut request = hello();
     request.set_timeout(ms(5_000));
@@ -44,7 +44,7 @@ async fn poisoned(channel: &BalancedChannel, bytes: usize) -> Status {
         request.metadata_mut().insert(key, value.parse().unwrap());
     }
     let outcome = send(channel, request).await;
-    outcome.expect_err("no server accepts the call")
+    outcome.expect_err("every server must reject the call")
 }
 
 fn connections(peers: &[Peer]) -> usize {
@@ -63,7 +63,7 @@ struct Case {
     beyond: Beyond,
 }
 
-/// Sends three oversized calls beside 8 bystanders, which are unrelated callers.
+/// Sends three poisoned calls beside eight bystanders, which are unrelated callers.
 async fn poison(case: Case) {
     let Case {
         builder,
@@ -128,12 +128,12 @@ async fn poison(case: Case) {
     if announced {
         assert_eq!(
             killed, 0,
-            "{what}: a call that the server would reject is not sent"
+            "{what}: a call that the server would reject must not be sent"
         );
         assert_eq!(
             connections(&peers),
             servers,
-            "{what}: no connection was lost"
+            "{what}: no connection may be lost"
         );
     }
 }
@@ -244,13 +244,17 @@ async fn a_call_that_may_have_ended_its_connection_is_sent_again_on_a_separate_c
         println!("{status:?}");
         assert!(
             status.message().contains("carried only this call"),
-            "the second connection carried no other call: {status:?}"
+            "the second connection must have carried no other call: {status:?}"
         );
         assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
-        assert_eq!(peer.oversized(), 2, "it ends two connections and no more");
+        assert_eq!(
+            peer.oversized(),
+            2,
+            "the call must end exactly two connections"
+        );
         say(&channel, ms(2_000))
             .await
-            .expect("the shared connection is dialled anew");
+            .expect("the shared connection must be dialled again");
     }
 }
 
@@ -266,10 +270,10 @@ async fn metadata_below_the_limit_are_sent() {
         .insert("x-large", value.parse().unwrap());
     send(&channel, request)
         .await
-        .expect("7 000 bytes of 8 192 are accepted");
+        .expect("7 000 bytes must be accepted below a limit of 8 192");
     say(&channel, ms(1_000))
         .await
-        .expect("the next call is accepted");
+        .expect("the next call must be accepted");
     assert_eq!(peers[0].connections(), 1);
 }
 
@@ -291,10 +295,13 @@ async fn a_lone_server_that_ends_the_connection_serves_the_next_call() {
             for _ in 0..2 {
                 next = say(&channel, ms(2_000)).await;
             }
-            next.expect("the next small call is served");
+            next.expect("the next small call must be served");
         }
         let killed = oversized(&peers);
-        assert!(killed <= 6, "{beyond:?}: three calls, {killed} connections");
+        assert!(
+            killed <= 6,
+            "{beyond:?}: three calls must end at most six connections, not {killed}"
+        );
     }
 }
 

@@ -1,5 +1,5 @@
-//! Names with a dead and a live address. The machine's own names have one address each, so each test runs again in a separate process with
-//! another `/etc/hosts`.
+//! Host names with two addresses, of which only one answers. The machine's own names have one address each, so each test runs again in a
+//! separate process with another `/etc/hosts`.
 
 use std::io::Write;
 use std::net::SocketAddr;
@@ -55,14 +55,14 @@ fn has_names(test: &str) -> bool {
     false
 }
 
-/// Prints that a test is skipped. Writes directly to stderr, because the test harness would hide it.
+/// Prints that a test is skipped. The line is written directly to stderr, because the test harness captures the output of `eprintln!`.
 fn skipped(test: &str, reason: &str) {
     let line = format!("SKIPPED {test}: cannot create a name with two addresses: {reason}\n");
     std::io::stderr().write_all(line.as_bytes()).unwrap();
 }
 
-/// Returns the addresses of a name in the order in which they are dialled, with a port that is free at both. Returns `None` if the machine
-/// lacks one of the addresses.
+/// Returns the two addresses of a name in the order in which they are dialled, with a port that is free at both addresses. Returns `None`
+/// if the machine lacks the first address, or if no such port is found in 20 attempts.
 async fn addresses(name: &str) -> Option<[SocketAddr; 2]> {
     for _ in 0..20 {
         let found: Vec<_> = lookup_host((name, 0)).await.unwrap().collect();
@@ -99,7 +99,7 @@ async fn is_ready_soon(channel: &BalancedChannel, what: &str) {
     for _ in 0..50 {
         say(channel, ms(1_000))
             .await
-            .expect("the live address serves");
+            .expect("the live address must serve");
     }
 }
 
@@ -159,7 +159,8 @@ async fn a_name_with_a_silent_address_is_ready_after_two_short_attempts() {
     drop((silent, peer));
 }
 
-/// If the server at the connected address stops, and the address then accepts connections without answering, the channel uses the other address of the name.
+/// The server at the connected address stops. From then on, the address accepts connections and does not answer. The channel uses the other
+/// address of the name.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_name_fails_over_to_its_other_address() {
     if !has_names("race::a_name_fails_over_to_its_other_address") {
@@ -183,7 +184,7 @@ async fn a_name_fails_over_to_its_other_address() {
     // From now on, this address accepts connections and never answers.
     let silent = TcpListener::bind(address).await.unwrap();
     is_ready_soon(&channel, "after the first address went silent").await;
-    assert!(other.executed() > 0, "the other address serves");
+    assert!(other.executed() > 0, "the other address must serve");
     drop(silent);
 }
 
@@ -206,13 +207,13 @@ async fn an_etcd_name_with_a_silent_address_connects() {
     let began = Instant::now();
     let connected =
         tokio::time::timeout(ms(8_000), Registry::connect([format!("both.test:{port}")]));
-    let connected = connected.await.expect("connect returns in time");
+    let connected = connected.await.expect("`connect` must return in time");
     let took = Instant::now().saturating_duration_since(began);
     println!("after {took:?}: {:?}", connected.as_ref().err());
-    connected.expect("etcd answers on the other address");
+    connected.expect("etcd must answer on the other address");
     assert!(
         took < ms(1_900),
-        "connect must not wait for the connect timeout: {took:?}"
+        "`connect` must not wait for the connect timeout: {took:?}"
     );
     drop((silent, link));
 }

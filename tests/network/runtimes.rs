@@ -124,7 +124,7 @@ fn a_registry_whose_first_runtime_has_ended_serves_or_fails_at_once() {
         if kept && let Ok(Ok(channel)) = &connected {
             say(channel, ms(2_000))
                 .await
-                .expect("a channel that is connected serves");
+                .expect("a channel that is connected must serve");
         }
         served_or_explained("channel().connect()", connected);
         if let Some(registration) = registration {
@@ -136,7 +136,7 @@ fn a_registry_whose_first_runtime_has_ended_serves_or_fails_at_once() {
     drop((etcd, peer));
 }
 
-/// A library for Python or C uses a channel in this way: its runtime runs only during a call.
+/// A library for Python or C uses a channel in this way: the runtime of the library runs only during a call.
 #[test]
 fn a_server_that_was_restarted_between_two_block_ons_serves_the_second() {
     let machine = runtime();
@@ -148,7 +148,7 @@ fn a_server_that_was_restarted_between_two_block_ons_serves_the_second() {
     for round in 0..5 {
         caller
             .block_on(say(&channel, ms(2_000)))
-            .expect("a response");
+            .expect("the first call of a round must succeed");
         peer = machine.block_on(async {
             peer.stopped().await;
             Peer::at(&address, Manner::default()).await
@@ -167,7 +167,10 @@ fn a_server_that_was_restarted_between_two_block_ons_serves_the_second() {
             println!("round {round}: recovered after {recovered:?}");
         }
     }
-    println!("{} of 5 first calls failed", failed.len());
+    println!(
+        "after {} of 5 restarts, the first call failed",
+        failed.len()
+    );
     assert!(
         failed.is_empty(),
         "pending events must be processed before a call is sent: {failed:?}"

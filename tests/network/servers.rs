@@ -64,8 +64,8 @@ fn checked() -> ChannelBuilder {
     BalancedChannel::builder().health_check("helloworld.Greeter")
 }
 
-/// One of the channels has health checks. Its health watch ends with the connection. The end of the watch does not mean that the server is
-/// unhealthy.
+/// One of the three channels has health checks. When a connection ends, the health watch on it ends as well. This does not mean that the
+/// server is unhealthy.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_maximum_age_of_tonics_servers_fails_no_call() {
     for builder in [
@@ -77,10 +77,10 @@ async fn a_maximum_age_of_tonics_servers_fails_no_call() {
             let aged = || Server::builder().max_connection_age(ms(300));
             let (all, addresses) = some(servers, aged).await;
             let channel = over(builder(), &addresses).await;
-            let what = format!("{servers} servers of tonic's");
+            let what = format!("{servers} tonic servers");
             let calls = all_well(Callers::start(&channel, 8), ms(2_000), &what).await;
             let executed: u64 = all.iter().map(|one| one.counter.count()).sum();
-            assert_eq!(executed, calls, "{what}: each call ran once");
+            assert_eq!(executed, calls, "{what}: each call must run once");
         }
     }
 }
@@ -109,7 +109,7 @@ async fn metadata_beyond_the_limit_of_tonics_servers_are_not_sent() {
             statuses.push(
                 send(&channel, request)
                     .await
-                    .expect_err("the metadata is too large"),
+                    .expect_err("a call with too much metadata must fail"),
             );
             sleep(ms(200)).await;
         }
@@ -121,7 +121,7 @@ async fn metadata_beyond_the_limit_of_tonics_servers_are_not_sent() {
         );
         assert!(
             failed.is_empty(),
-            "{bytes} bytes: bystanders: {}",
+            "{bytes} bytes: no unrelated call may fail: {}",
             shown(&failed)
         );
         for status in statuses {
@@ -150,15 +150,20 @@ async fn a_deadline_that_tonics_server_enforces_is_the_deadline() {
                 calls.spawn(async move { say(&channel, ms(deadline)).await });
             }
             for outcome in calls.join_all().await {
-                let status = outcome.expect_err("the call takes two seconds");
+                let status = outcome.expect_err("a call of two seconds must fail");
                 if status.code() != Code::DeadlineExceeded {
                     wrong.push(status);
                 }
             }
         }
     }
-    println!("{} of 320 are not DEADLINE_EXCEEDED", wrong.len());
-    assert!(wrong.is_empty(), "{}: {:?}", wrong.len(), wrong[0]);
+    println!("{} of 320 calls are not DEADLINE_EXCEEDED", wrong.len());
+    assert!(
+        wrong.is_empty(),
+        "{} calls must end in DEADLINE_EXCEEDED: {:?}",
+        wrong.len(),
+        wrong[0]
+    );
 }
 
 /// The end of a health watch removes no server from the ready set.

@@ -1,4 +1,4 @@
-//! Sources of endpoints that begin with an error, and resolvers with a filter between them and the channel.
+//! Sources of endpoints that begin with an error, and filters between a resolver and a channel.
 
 use std::convert::Infallible;
 use std::io;
@@ -33,17 +33,17 @@ async fn an_error_of_the_source_is_not_an_empty_set() {
     let began = Instant::now();
     let error = say(&channel, ms(5_000))
         .await
-        .expect_err("no endpoint is known");
+        .expect_err("a call must fail while no endpoint is known");
     let took = Instant::now().saturating_duration_since(began);
     println!("after {took:?}: {error:?}");
     assert_eq!(error.code(), Code::Unavailable, "{error:?}");
     assert!(
         error.message().contains("the zoo is closed today"),
-        "the source's own error is shown: {error:?}"
+        "the source's own error must be shown: {error:?}"
     );
     assert!(
         !error.message().contains("nothing is registered"),
-        "the set is unknown: {error:?}"
+        "the unknown set must not be reported as empty: {error:?}"
     );
     assert!(
         took >= ms(300),
@@ -68,7 +68,7 @@ async fn a_source_that_recovers_from_its_first_error_serves() {
     sender.send(Ok(insert(&address))).await.unwrap();
     call.await
         .unwrap()
-        .expect("the call has waited for the first endpoint");
+        .expect("the call must wait for the first endpoint and succeed");
 }
 
 /// If a source has ended after an error, the error of the call contains the source's error.
@@ -81,7 +81,7 @@ async fn the_last_error_of_a_source_that_has_ended_is_shown() {
         .connect_lazy();
     let error = say(&channel, ms(5_000))
         .await
-        .expect_err("no endpoint is known");
+        .expect_err("a call must fail while no endpoint is known");
     assert!(
         error.message().contains("the zoo is closed today"),
         "{error:?}"
@@ -89,7 +89,7 @@ async fn the_last_error_of_a_source_that_has_ended_is_shown() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_filtered_resolver_of_an_empty_service_does_not_blame_the_registry() {
+async fn the_error_of_a_filtered_stream_without_endpoints_names_the_source() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
     let resolver = registry.resolver("greeter").start();
@@ -101,7 +101,7 @@ async fn a_filtered_resolver_of_an_empty_service_does_not_blame_the_registry() {
     let channel = builder.discover(filtered).connect_lazy();
     let error = say(&channel, ms(5_000))
         .await
-        .expect_err("nothing is registered");
+        .expect_err("a call must fail while nothing is registered");
     println!("{error:?}");
     assert!(
         error
@@ -112,7 +112,7 @@ async fn a_filtered_resolver_of_an_empty_service_does_not_blame_the_registry() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_filter_that_rejects_all_does_not_blame_the_registry() {
+async fn the_error_of_a_filter_that_rejects_all_endpoints_names_the_source() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
     let peer = Peer::good().await;
@@ -135,7 +135,7 @@ async fn a_filter_that_rejects_all_does_not_blame_the_registry() {
     .await;
     let error = say(&channel, ms(5_000))
         .await
-        .expect_err("the filter rejects all endpoints");
+        .expect_err("a call must fail if the filter rejects all endpoints");
     assert!(
         error
             .message()
@@ -172,15 +172,19 @@ async fn a_filter_that_accepts_some_endpoints_uses_them() {
     for _ in 0..20 {
         say(&channel, ms(5_000))
             .await
-            .expect("one endpoint is left");
+            .expect("the accepted endpoint must serve");
     }
-    assert_eq!(dropped.executed(), 0, "the other endpoint is filtered out");
+    assert_eq!(
+        dropped.executed(),
+        0,
+        "the rejected endpoint must receive no call"
+    );
     for registration in registrations {
         registration.deregister().await.unwrap();
     }
 }
 
-/// With the resolver's own filter, the channel detects when the set is complete. A filter on the stream would hide this.
+/// With the filter of the resolver, the channel detects when the set is complete. With a filter on the stream of changes, it cannot.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn calls_fail_at_once_if_the_filter_of_the_resolver_accepts_no_instance() {
     let etcd = etcd().await;
@@ -203,21 +207,30 @@ async fn calls_fail_at_once_if_the_filter_of_the_resolver_accepts_no_instance() 
     let served = channel("1.2.0").connect().await.unwrap();
     assert_eq!(served.endpoints().len(), 1);
     for _ in 0..20 {
-        say(&served, ms(5_000)).await.expect("one endpoint is left");
+        say(&served, ms(5_000))
+            .await
+            .expect("the accepted endpoint must serve");
     }
-    assert_eq!(dropped.executed(), 0, "the other endpoint is filtered out");
+    assert_eq!(
+        dropped.executed(),
+        0,
+        "the rejected endpoint must receive no call"
+    );
     let none = channel("3.0.0").connect_lazy();
     let began = Instant::now();
     let error = say(&none, ms(5_000))
         .await
-        .expect_err("no endpoint is accepted");
+        .expect_err("a call must fail if no endpoint is accepted");
     assert_eq!(error.code(), Code::Unavailable);
     assert!(
         error.message().contains("nothing is registered"),
         "{error:?}"
     );
     let took = Instant::now().saturating_duration_since(began);
-    assert!(took < ms(2_000), "not the startup timeout: {took:?}");
+    assert!(
+        took < ms(2_000),
+        "the call must not wait for the startup timeout: {took:?}"
+    );
     for registration in registrations {
         registration.deregister().await.unwrap();
     }

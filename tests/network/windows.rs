@@ -39,13 +39,16 @@ async fn unread_streams_do_not_stop_other_calls() {
         "{failed} of 40 calls failed with {} unread streams",
         unread.len()
     );
-    assert_eq!(failed, 0, "a call needs no window of another stream");
-    assert_eq!(peer.connections(), 1, "all calls use the same connection");
+    assert_eq!(failed, 0, "unread streams must not stop other calls");
+    assert_eq!(peer.connections(), 1, "all calls must use one connection");
     // The messages that waited for the window are complete.
     let mut last = unread.pop().unwrap();
     let mut replies = 0;
     while last.message().await.unwrap().is_some() {
         replies += 1;
     }
-    assert_eq!(replies, 18, "the unread stream is complete when it is read");
+    assert_eq!(
+        replies, 18,
+        "the unread stream must be complete when it is read"
+    );
 }

@@ -16,8 +16,8 @@ use crate::support::{SOON, all_ready};
 use crate::tap::Tap;
 use crate::{Client, calling, empty, ms, shown, stream};
 
-/// Runs unary calls and streams over connections that are closed at an age. The long streams last for 0.5 s, which is longer than an age of
-/// 300 ms.
+/// Runs unary calls and streams over connections that the server closes at a maximum age. The long streams last for 0.5 s, so they are
+/// longer than a maximum age of 300 ms.
 async fn closed_at(kind: Kind, age: Duration, period: Duration) {
     let options = Options {
         max_age: Some(age),
@@ -53,13 +53,16 @@ async fn closed_at(kind: Kind, age: Duration, period: Duration) {
     }
     println!("{kind:?}, {age:?}: {} connections", link.connections());
     assert!(wrong.is_empty(), "{wrong:#?}");
-    assert!(link.connections() > 1, "{kind:?}: connections are closed");
+    assert!(
+        link.connections() > 1,
+        "{kind:?}: the server must have closed connections"
+    );
 }
 
 async fn streamed(client: Client, responses: usize, interval: Duration) -> Result<(), Status> {
     let request = Request::new(wanting(vec![(1_000, interval); responses]));
     let received = stream(client, request).await?;
-    assert_eq!(received, responses, "a finished stream is complete");
+    assert_eq!(received, responses, "a finished stream must be complete");
     Ok(())
 }
 
@@ -83,7 +86,7 @@ async fn streams_longer_than_the_maximum_age_finish_with_grpc_java() {
     let Some(server) = Server::start(Kind::Java, options).await else {
         return;
     };
-    // Several connections, because a single connection is closed only a few times during the test.
+    // The test uses six channels, because a single channel loses its connection only a few times during the test.
     let mut callers = Vec::new();
     for _ in 0..6 {
         let channel = BalancedChannel::builder()
@@ -104,7 +107,7 @@ async fn streams_longer_than_the_maximum_age_finish_with_grpc_java() {
     let log = server.logged();
     let errors = log.matches("does not exist for inbound frame").count();
     let what = format!(
-        "grpc-java, age 3 s: {all} calls, {}; connections that it has failed: {errors}",
+        "grpc-java, age 3 s: {all} calls, {}; connection errors of the server: {errors}",
         shown(&failures)
     );
     println!("{what}");
@@ -131,7 +134,7 @@ async fn no_stream_is_opened_after_the_answer_to_the_ping_that_follows_a_goaway(
     let (calls, failed) = callers.stopped().await;
     let (late, connections) = (late.load(Ordering::SeqCst), server.connections());
     let what = format!(
-        "{calls} calls over {connections} connections: {late} opened late, {}",
+        "{calls} calls over {connections} connections: {late} streams opened late, {}",
         shown(&failed)
     );
     println!("{what}");

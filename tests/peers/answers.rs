@@ -1,4 +1,4 @@
-//! Pages with which nginx answers calls.
+//! Error pages and other HTML pages that nginx returns in response to calls.
 
 use std::net::SocketAddr;
 
@@ -82,7 +82,7 @@ async fn an_nginx_page_is_reported_with_its_code_and_origin() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// Returns the number of calls of an endpoint and of all endpoints.
+/// Returns the number of calls on one endpoint, and the number of calls on all endpoints.
 fn calls(channel: &BalancedChannel, address: &str) -> (u64, u64) {
     let all = channel
         .endpoints()
@@ -102,7 +102,7 @@ async fn an_nginx_that_answers_with_pages_gets_few_calls() {
             };
             let mut peers = Vec::new();
             for _ in 0..good {
-                // The good servers are slower: a reply takes longer than a page.
+                // The good servers are slower, because a real reply takes longer than a page.
                 let manner = Manner {
                     delay: ms(2),
                     ..Manner::default()
@@ -135,6 +135,6 @@ async fn an_nginx_that_answers_with_pages_gets_few_calls() {
     }
     assert!(
         wrong.is_empty(),
-        "at most one call of a hundred: {wrong:#?}"
+        "nginx must get at most 1 % of the calls: {wrong:#?}"
     );
 }

@@ -81,7 +81,7 @@ pub fn large_request() -> SimpleRequest {
 
 pub fn assert_zeros(body: &[u8], size: i32) {
     assert_eq!(body.len(), usize::try_from(size).unwrap());
-    assert!(body.iter().all(|byte| *byte == 0), "zeros");
+    assert!(body.iter().all(|byte| *byte == 0), "all bytes must be zero");
 }
 
 async fn client_streaming(channel: BalancedChannel) {
@@ -100,7 +100,11 @@ async fn server_streaming(channel: BalancedChannel) {
     let answer = Client::new(channel).streaming_output_call(request).await;
     let mut answer = answer.unwrap().into_inner();
     for size in RESPONSES {
-        let response = answer.message().await.unwrap().expect("a response");
+        let response = answer
+            .message()
+            .await
+            .unwrap()
+            .expect("the stream must have one more response");
         assert_zeros(&response.payload.unwrap().body, size);
     }
     assert_eq!(answer.message().await.unwrap(), None);
@@ -120,7 +124,11 @@ async fn ping_pong(channel: BalancedChannel) {
     let answer = client.full_duplex_call(ReceiverStream::new(sent)).await;
     let mut answer = answer.unwrap().into_inner();
     for size in RESPONSES {
-        let response = answer.message().await.unwrap().expect("a response");
+        let response = answer
+            .message()
+            .await
+            .unwrap()
+            .expect("the stream must have one more response");
         assert_zeros(&response.payload.unwrap().body, size);
         if let Some(request) = pings.next() {
             requests.send(request).await.unwrap();
@@ -167,7 +175,11 @@ async fn custom_metadata(channel: BalancedChannel) {
     let answer = client.full_duplex_call(marked(once(request))).await;
     let (initial, mut answer, _) = answer.unwrap().into_parts();
     while answer.message().await.unwrap().is_some() {}
-    let trailing = answer.trailers().await.unwrap().expect("trailers");
+    let trailing = answer
+        .trailers()
+        .await
+        .unwrap()
+        .expect("the response must have trailers");
     assert_echoed(&initial, &trailing);
 }
 
@@ -243,7 +255,7 @@ async fn none_in_flight(channel: &BalancedChannel) {
             every.tick().await;
         }
     };
-    timeout(SOON, gone).await.expect("the call ends");
+    timeout(SOON, gone).await.expect("the call must end");
     empty_unary(channel.clone()).await;
 }
 
@@ -251,7 +263,10 @@ async fn cancel_after_begin(channel: BalancedChannel) {
     let mut client = Client::new(channel.clone());
     let request = marked(pending::<StreamingInputCallRequest>());
     let outcome = timeout(ms(50), client.streaming_input_call(request)).await;
-    assert!(outcome.is_err(), "the server waits for requests");
+    assert!(
+        outcome.is_err(),
+        "the call must not end while the server waits for requests"
+    );
     none_in_flight(&channel).await;
 }
 
@@ -264,7 +279,11 @@ async fn cancel_after_first_response(channel: BalancedChannel) {
     let mut client = Client::new(channel.clone());
     let answer = client.full_duplex_call(requests).await.unwrap();
     let mut answer = answer.into_inner();
-    let response = answer.message().await.unwrap().expect("a response");
+    let response = answer
+        .message()
+        .await
+        .unwrap()
+        .expect("the stream must have one more response");
     assert_zeros(&response.payload.unwrap().body, RESPONSES[0]);
     drop(answer);
     none_in_flight(&channel).await;

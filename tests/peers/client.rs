@@ -25,7 +25,7 @@ async fn pass(what: &str, channel: &BalancedChannel, cases: &[Case]) {
         }
     }
     println!("{what}: {} cases, {} failed", cases.len(), failed.len());
-    assert!(!cases.is_empty(), "{what}: no case has run");
+    assert!(!cases.is_empty(), "{what}: at least one case must run");
     assert!(failed.is_empty(), "{what}: {failed:#?}");
 }
 
@@ -52,8 +52,8 @@ async fn every_case(kind: Kind, tls: Option<&Localhost>) {
         println!("{what}: a compressed request is rejected: {status:?}");
         return;
     }
-    // The other servers list the cases with compressed requests as unsupported, because they accept an uncompressed request that announces
-    // compression. The cases here do not send such a request, so the list is not applied to them.
+    // The other servers list the cases with compressed requests as unsupported, because these servers accept an uncompressed request that
+    // announces compression. The cases in `compression::REQUESTS` do not send such a request, so they also run if they are in the list.
     let mut compressed = compression::REQUESTS.to_vec();
     let unsupported = kind.unsupported().await;
     let is_supported = |(name, _): &&Case| !unsupported.iter().any(|other| other == name);
@@ -96,7 +96,7 @@ async fn a_soak_fails_no_call(kind: Kind) {
         slowest = slowest.max(since(start));
     }
     println!(
-        "{kind:?}: 200 calls and 20 channels, {} failed; at most {slowest:?}",
+        "{kind:?}: 200 calls and 20 channels, {} failed; the slowest call took {slowest:?}",
         failed.len()
     );
     assert!(failed.is_empty(), "{kind:?}: {failed:?}");

@@ -1,5 +1,5 @@
-//! The cases with compression, without their probes. A probe is an uncompressed request that announces compression. The cases expect that
-//! it is rejected, but no server rejects it.
+//! The cases with compression, without their probes. A probe is an uncompressed request that announces compression. The cases expect that a
+//! server rejects the probe, but no server does.
 
 use tokio_stream::iter;
 use tonic::codec::CompressionEncoding;
@@ -23,7 +23,10 @@ fn sending(channel: BalancedChannel) -> Client {
     Client::new(channel).send_compressed(CompressionEncoding::Gzip)
 }
 
-#[expect(clippy::unnecessary_wraps, reason = "it is the type of the fields")]
+#[expect(
+    clippy::unnecessary_wraps,
+    reason = "the fields of the messages have this type"
+)]
 fn flag(value: bool) -> Option<BoolValue> {
     Some(BoolValue { value })
 }
@@ -100,7 +103,11 @@ async fn server_compressed_streaming(channel: BalancedChannel) {
     assert_eq!(answer.metadata().get("grpc-encoding").unwrap(), "gzip");
     let mut answer = answer.into_inner();
     for size in sizes {
-        let response = answer.message().await.unwrap().expect("a response");
+        let response = answer
+            .message()
+            .await
+            .unwrap()
+            .expect("the stream must have one more response");
         assert_zeros(&response.payload.unwrap().body, size);
     }
     assert_eq!(answer.message().await.unwrap(), None);

@@ -86,6 +86,6 @@ async fn a_deadline_that_passes_is_deadline_exceeded(kind: Kind) {
     assert_eq!(
         seen.lost(),
         0,
-        "{kind:?}: no connection is closed: {seen:?}"
+        "{kind:?}: no connection may be closed: {seen:?}"
     );
 }

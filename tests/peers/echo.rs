@@ -1,4 +1,4 @@
-//! A layer that adds the trailing metadata that a request demands. A service on tonic cannot send trailing metadata itself.
+//! A layer that adds trailing metadata to a response if the request demands it. A service on tonic cannot send trailing metadata itself.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};

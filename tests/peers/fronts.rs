@@ -168,7 +168,7 @@ impl Front {
 
     /// Reloads the configuration of the proxy.
     pub async fn reload(&self) {
-        let program = self.program.as_ref().expect("the proxy runs");
+        let program = self.program.as_ref().expect("the proxy must run");
         match self.setup.kind {
             Kind::Nginx => program.signal(Signal::SIGHUP),
             Kind::Haproxy => program.signal(Signal::SIGUSR2),
@@ -187,7 +187,7 @@ impl Front {
     }
 }
 
-/// Returns the directives for TLS or for plaintext connections.
+/// Returns the directives of the listening port, for TLS or for plaintext.
 fn listening(kind: Kind, tls: Option<&Localhost>, folder: &Path) -> String {
     let Some(localhost) = tls else {
         let plain = if kind == Kind::Haproxy {

@@ -6,7 +6,7 @@
     clippy::unwrap_used,
     clippy::panic,
     clippy::print_stdout,
-    reason = "a failed step is a failed test, and the modules are of this target alone"
+    reason = "a failed step is a failed test, and no other target uses the modules"
 )]
 
 /// Creates one test for each kind of server. Each test runs the given async function of the module, which takes the kind.
@@ -74,7 +74,7 @@ use tonic_etcd::{BalancedChannel, RetryPolicy, channel::ChannelBuilder};
 
 type Client = proto::test_service_client::TestServiceClient<BalancedChannel>;
 
-/// Returns a channel builder with a short retry backoff, to keep the tests quick.
+/// Returns a channel builder with a retry policy. Its backoff is short, to keep the tests quick.
 fn retrying() -> ChannelBuilder {
     let policy = RetryPolicy::new([Code::Unavailable])
         .initial_backoff(ms(1))
@@ -114,7 +114,9 @@ async fn stream(
         }
         Ok(count)
     };
-    timeout(support::SOON, read).await.expect("the stream ends")
+    timeout(support::SOON, read)
+        .await
+        .expect("the stream must end")
 }
 
 /// Summarizes failed calls: their number and the first few statuses.

@@ -1,4 +1,4 @@
-//! One call whose metadata are too large for the server or the proxy, beside unrelated callers.
+//! A *poisoned call*, which is a call whose metadata are too large for the server or the proxy, beside unrelated callers (*bystanders*).
 
 use tokio::time::sleep;
 use tonic::metadata::AsciiMetadataKey;
@@ -34,14 +34,14 @@ async fn poisoned(channel: &BalancedChannel, bytes: usize) -> Result<(), Status>
     client.empty_call(request).await.map(drop)
 }
 
-/// Treatment of metadata by a server or a proxy.
+/// The sizes of metadata that a server or a proxy accepts, and its reaction to larger metadata.
 #[derive(Clone, Copy)]
 struct Limits {
     /// Metadata of up to this size must succeed.
     accepts: usize,
     /// Metadata of at least this size must fail. Between the two sizes, both outcomes are valid.
     refuses: usize,
-    /// Whether a proxy's own response to a bystander counts as a failure of the proxy, not of the channel.
+    /// Whether the proxy may answer a bystander with a page of its own. Such a call does not count as a failure of the channel.
     answers_for_itself: bool,
     /// Whether the server never answers a rejected call, so that the call ends with its deadline.
     leaves_without_an_answer: bool,
@@ -103,7 +103,9 @@ async fn poison(
     if !failed.is_empty() {
         wrong.push(format!("{what}: after the large call: {}", shown(&failed)));
     }
-    empty(Client::new(channel)).await.expect("calls are served");
+    empty(Client::new(channel))
+        .await
+        .expect("a small call must still be served");
     wrong
 }
 

@@ -61,7 +61,10 @@ async fn goaway_makes_the_next_call_use_another_connection() {
     let channel = over(&server).await;
     for calls in 1..=3 {
         large(channel.clone()).await.unwrap();
-        assert!(server.connections() >= calls, "one call a connection");
+        assert!(
+            server.connections() >= calls,
+            "each connection must serve only one call"
+        );
     }
 }
 
@@ -92,7 +95,7 @@ async fn reset_after(code: u32, part: fn(&[u8]) -> &[u8]) -> (Status, Status, us
             loop {
                 match answer.message().await {
                     Ok(Some(_)) => messages += 1,
-                    Ok(None) => panic!("the call has failed"),
+                    Ok(None) => panic!("the stream must end with an error"),
                     Err(status) => break status,
                 }
             }
@@ -118,7 +121,7 @@ async fn resets(what: &str, part: fn(&[u8]) -> &[u8], whole: usize) {
     let mut wrong = Vec::new();
     for (code, expected) in RESETS {
         let outcome = timeout(SOON, reset_after(code, part)).await;
-        let (unary, streaming, messages) = outcome.expect("the calls end");
+        let (unary, streaming, messages) = outcome.expect("the calls must end");
         println!("{what}, code {code}: {unary:?}; {streaming:?} after {messages}");
         for status in [unary, streaming] {
             if !expected.contains(&status.code()) {
@@ -206,12 +209,16 @@ async fn a_limit_of_one_stream_is_respected_and_every_call_is_served() {
     for outcome in calls.join_all().await {
         outcome.unwrap();
     }
-    assert_eq!(most.load(Ordering::SeqCst), 1, "streams at once");
+    assert_eq!(
+        most.load(Ordering::SeqCst),
+        1,
+        "at most one stream may be open at once"
+    );
     println!("{} connections", server.connections());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn padding_of_data_frames_is_discarded_and_its_window_returned() {
+async fn padding_of_data_frames_is_discarded_and_its_window_is_returned() {
     // With its padding, the response is several times larger than the window of a stream.
     const SIZE: i32 = 20_000;
     let server = Raw::start(&[], |mut connection| async move {
@@ -226,6 +233,6 @@ async fn padding_of_data_frames_is_discarded_and_its_window_returned() {
     let channel = over(&server).await;
     let mut client = Client::new(channel);
     let call = timeout(SOON, client.unary_call(large_request()));
-    let answer = call.await.expect("the call ends").unwrap();
+    let answer = call.await.expect("the call must end").unwrap();
     assert_zeros(&answer.into_inner().payload.unwrap().body, SIZE);
 }

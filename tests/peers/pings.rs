@@ -48,7 +48,9 @@ impl Quiet {
     }
 }
 
+/// Duration of each test.
 const PERIOD: Duration = Duration::from_secs(20);
+/// Number of overruns, which are calls that exceed their deadline.
 const OVERRUNS: usize = 12;
 
 for_each_server!(overruns_beside_a_quiet_stream_lose_no_connection);
@@ -72,12 +74,12 @@ async fn overruns_beside_a_quiet_stream_lose_no_connection(kind: Kind) {
     sleep_until(start + PERIOD).await;
     let survived = quiet.answers().await;
     let seen = link.seen();
-    println!("{kind:?}: {OVERRUNS} overruns, {seen:?}, the stream: {survived:?}");
-    survived.expect("the quiet stream is still answered");
+    println!("{kind:?}: {OVERRUNS} overruns, {seen:?}; the quiet stream: {survived:?}");
+    survived.expect("the quiet stream must still respond");
     assert_eq!(
         seen.lost(),
         0,
-        "{kind:?}: no connection is closed: {seen:?}"
+        "{kind:?}: no connection may be closed: {seen:?}"
     );
 }
 
@@ -107,17 +109,19 @@ async fn keep_alive(kind: Kind) {
         streams += 1;
         tokio::select! {
             ended = quiet.responses.message() => broken.push(format!("{ended:?}")),
-            () = sleep_until(end) => quiet.answers().await.expect("the last stream is answered"),
+            () = sleep_until(end) => quiet.answers().await.expect("the last stream must respond"),
         }
     }
     let connections = link.connections();
     println!(
         "{kind:?}: keep-alive of 1 s for {PERIOD:?}: {connections} connections, {streams} streams; {broken:#?}"
     );
-    // The server permits two PINGs. The channel sends a further PING only after five minutes.
-    assert_eq!(connections, 1, "{kind:?}: no connection is closed");
-    assert_eq!(streams, 1, "{kind:?}: the stream survives");
-    empty(Client::new(channel)).await.expect("calls are served");
+    // The server permits two PINGs. The channel sends another PING only after five minutes, which is longer than the test.
+    assert_eq!(connections, 1, "{kind:?}: no connection may be closed");
+    assert_eq!(streams, 1, "{kind:?}: the stream must survive");
+    empty(Client::new(channel))
+        .await
+        .expect("a call must be served");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

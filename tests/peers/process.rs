@@ -23,12 +23,12 @@ fn root() -> PathBuf {
     temporary.parent().unwrap().join("interop")
 }
 
-/// Returns the launcher of a program, which belongs to a part of the installation. If the part is missing, prints the reason once and
-/// returns `None`.
+/// Returns the launcher of a program. `part` is the part of the installation that contains the program. If the part is missing, prints the
+/// reason once and returns `None`.
 pub fn launcher(part: &str, program: &str) -> Option<PathBuf> {
     static REPORTED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let missing = fs::read_to_string(root().join("missing"));
-    let missing = missing.expect("run scripts/setup-interop (make interop does)");
+    let missing = missing.expect("`make interop` must have installed the peers");
     let reason = missing.lines().find_map(|line| {
         let (name, reason) = line.split_once('\t')?;
         (name == part).then_some(reason)
@@ -37,7 +37,7 @@ pub fn launcher(part: &str, program: &str) -> Option<PathBuf> {
         return Some(root().join("bin").join(program));
     };
     if REPORTED.lock().unwrap().insert(part.to_owned()) {
-        // Writes directly to stderr, because the test harness would hide that tests are left out.
+        // The line is written directly to stderr, because the test harness captures the output of `eprintln!`.
         let line = format!("left out: the tests with {part} ({reason})\n");
         std::io::stderr().write_all(line.as_bytes()).unwrap();
     }
@@ -110,7 +110,7 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
-        // Kills the whole group, because workers survive if only their master is killed. tokio reaps the started process.
+        // The whole group is killed, because the workers survive if only the started process is killed. tokio reaps the started process.
         let _ = killpg(self.group, Signal::SIGKILL);
     }
 }

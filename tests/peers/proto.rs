@@ -5,7 +5,7 @@
     unused_qualifications,
     unnameable_types,
     clippy::allow_attributes_without_reason,
-    reason = "most of it is generated"
+    reason = "most of the module is generated"
 )]
 
 tonic::include_proto!("grpc.testing");

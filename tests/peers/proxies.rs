@@ -1,4 +1,4 @@
-//! Channels over nginx, haproxy and Caddy: orderly closes, idle closes, outages and reloads.
+//! Channels over nginx, haproxy and Caddy: graceful closes, idle closes, outages and reloads.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -113,7 +113,10 @@ async fn late(setup: Setup) {
     let mut callers = Callers::start(&channel, CALLERS);
     sleep(ms(2_000)).await;
     let failed = callers.failed();
-    assert!(!failed.is_empty(), "the proxy is not started yet");
+    assert!(
+        !failed.is_empty(),
+        "calls must fail before the proxies start"
+    );
     for front in &mut fronts {
         front.run().await;
     }

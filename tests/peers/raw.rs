@@ -238,7 +238,7 @@ impl Connection {
         self.flush().await
     }
 
-    /// Sends each byte in a separate frame with this much padding.
+    /// Sends each byte in a separate frame with this many bytes of padding.
     pub async fn padded(&mut self, stream: u32, bytes: &[u8], padding: u8) -> io::Result<()> {
         for byte in bytes {
             let mut payload = vec![padding, *byte];
@@ -252,7 +252,7 @@ impl Connection {
         self.flush().await
     }
 
-    /// Waits until the windows permit this many bytes, and consumes them.
+    /// Waits until the windows permit this many bytes, and reduces the windows.
     async fn room(&mut self, stream: u32, bytes: usize) -> io::Result<()> {
         let bytes = i64::try_from(bytes).unwrap();
         loop {

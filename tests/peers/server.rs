@@ -70,7 +70,7 @@ async fn every_case(etcd: &Etcd, tls: Option<&Localhost>) {
             command.arg(format!("-ca_file={}", ca.display()));
         }
         let output = timeout(SOON * 2, command.kill_on_drop(true).output()).await;
-        let output = output.expect("the case ends").unwrap();
+        let output = output.expect("the case must end").unwrap();
         if !output.status.success() {
             let logged = String::from_utf8_lossy(&output.stderr).into_owned();
             failed.push(format!("{case}: {logged}"));

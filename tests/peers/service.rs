@@ -24,7 +24,7 @@ use crate::proto::{
 };
 use crate::servers::Options;
 
-/// Returns a server with the test service alone.
+/// Returns a server with only the test service.
 pub fn router(options: Options<'_>) -> Router<Stack<EchoTrailers, Identity>> {
     let mut server = Server::builder()
         .http2_max_header_list_size(options.max_metadata)

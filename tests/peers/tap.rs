@@ -24,7 +24,7 @@ pub struct Tap {
     task: AbortHandle,
 }
 
-/// Events recorded so far.
+/// What the link has recorded so far.
 #[derive(Clone, Debug, Default)]
 pub struct Seen {
     pub connections: usize,
@@ -131,7 +131,7 @@ async fn carry(client: TcpStream, target: String, number: usize, seen: Arc<Mutex
             seen.ended_by_server += 1;
         }
     }
-    // Continues to read. Unread bytes would turn the close into a reset, which discards data in flight.
+    // The other direction is still read. Unread bytes would turn the close into a reset, which discards data in flight.
     let rest = async {
         if by_client {
             down.await;

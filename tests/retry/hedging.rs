@@ -27,15 +27,15 @@ async fn a_slow_server_costs_one_hedging_delay_and_the_losing_call_is_cancelled(
     assert_eq!(
         servers[1].count(),
         30,
-        "one hedge per call, and never two at one server"
+        "this server must receive each call exactly once"
     );
     let lost = servers[0].count();
     eventually("the losing calls are cancelled", async || {
         servers[0].cancelled() == lost
     })
     .await;
-    // A hedge is sent to the server that replies. There is one exception: if that server replies to a first attempt only after the delay,
-    // the hedge is sent to the server that hangs.
+    // Usually, the first attempt is sent to the server that hangs, and the hedge to the server that replies. If the first attempt is sent
+    // to the server that replies, but the reply takes longer than the delay, the hedge is sent to the server that hangs.
     let copies = |server: &Server| {
         let calls = server.calls();
         let copies = calls.iter().filter(|seen| seen.previous.is_some());
@@ -45,7 +45,7 @@ async fn a_slow_server_costs_one_hedging_delay_and_the_losing_call_is_cancelled(
     idle(&channel).await;
 }
 
-/// If a client calls rarely, each connection has been silent before a call, so the channel checks it with a PING.
+/// If a client calls rarely, each connection has been silent before a call, so the channel checks the connection with a PING.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_ping_check_after_a_silence_does_not_use_up_a_hedge() {
     let servers = [
@@ -92,7 +92,7 @@ async fn a_non_fatal_failure_sends_the_next_hedge_at_once() {
         Server::always(Act::Reset(Reason::REFUSED_STREAM)).await,
         Server::always(Act::Reply).await,
     ];
-    // A refused attempt was not processed, and does not count as one of the two attempts.
+    // A server that answers with REFUSED_STREAM has not processed the attempt, so it does not count as one of the two attempts.
     let channel = over(hedged(2, NEVER), &servers).await;
     for _ in 0..30 {
         say(&channel)

@@ -14,10 +14,10 @@ use tonic::transport::server::TcpIncoming;
 
 use super::*;
 
-/// Environment variable with the address on which a process of this test serves.
+/// Environment variable with the address on which a server process of this test listens.
 const SERVE_AT: &str = "TONIC_ETCD_TEST_SERVE_AT";
 
-/// The server process: this test binary, started again with an address. Without an address, this test does nothing.
+/// The server process: the test below starts this test binary again and sets the variable. Without the variable, this test does nothing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_process_that_serves() {
     let Ok(address) = std::env::var(SERVE_AT) else {
@@ -57,13 +57,13 @@ impl Process {
                     return address.to_owned();
                 }
             }
-            panic!("the server does not serve");
+            panic!("the server has ended before it serves");
         };
-        let address = timeout(SOON, serving).await.expect("a server in time");
+        let address = timeout(SOON, serving).await.expect("the server starts");
         Self { child, address }
     }
 
-    /// Runs `kill -9` and restarts the server on the same address after a while.
+    /// Kills the server with SIGKILL, waits for `down`, and starts the server on the same address again.
     async fn kill_and_restart(&mut self, down: Duration) {
         self.child.kill().await.unwrap();
         sleep(down).await;
@@ -104,6 +104,6 @@ async fn no_call_fails_while_servers_are_killed_one_after_another() {
     }
     let calls = callers.none_failed().await;
     let retried = retried.load(Ordering::SeqCst);
-    eprintln!("{kills} kill -9: {calls} calls, {retried} retried, 0 failed");
-    assert!(retried > 0, "kills interrupted calls");
+    eprintln!("{kills} kills: {calls} calls, {retried} retried, 0 failed");
+    assert!(retried > 0, "no call was retried");
 }

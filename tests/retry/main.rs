@@ -107,7 +107,11 @@ async fn a_retry_succeeds_at_another_server_and_both_sides_see_the_attempts() {
         );
     }
     assert!(retried > 0);
-    assert_eq!(servers[0].count(), retried, "one failure each");
+    assert_eq!(
+        servers[0].count(),
+        retried,
+        "each retry must follow one failure"
+    );
     assert_eq!(servers[1].count(), 50);
     let seconds = servers[1].calls();
     let seconds: Vec<_> = seconds
@@ -127,7 +131,7 @@ async fn a_retry_succeeds_at_another_server_and_both_sides_see_the_attempts() {
     assert_eq!(
         failures,
         u64::try_from(retried).unwrap(),
-        "all attempts are counted"
+        "each failed attempt must be counted"
     );
 }
 
@@ -145,7 +149,7 @@ async fn the_error_lists_every_attempt_and_no_server_is_tried_twice() {
         "{status}"
     );
     for server in &servers {
-        assert_eq!(server.count(), 1, "each server received one attempt");
+        assert_eq!(server.count(), 1, "each server must receive one attempt");
         let listed = format!("{} Unavailable", server.address);
         assert!(status.message().contains(&listed), "{status}");
     }
@@ -179,7 +183,7 @@ async fn a_lone_server_is_retried() {
     let acts = |call| if call < 2 { DOWN } else { Act::Reply };
     let servers = [Server::start(acts).await];
     let channel = over(retrying(policy()), &servers).await;
-    say(&channel).await.expect("at the third attempt");
+    say(&channel).await.expect("the third attempt succeeds");
     let previous: Vec<_> = servers[0]
         .calls()
         .into_iter()
@@ -226,11 +230,11 @@ async fn each_method_has_its_own_policy() {
         .retry_for("/helloworld.Greeter/SayHellos", policy().max_attempts(1));
     let channel = over(builder, &servers).await;
     say(&channel).await.unwrap_err();
-    assert_eq!(count(&servers), 3, "policy of the service");
+    assert_eq!(count(&servers), 3, "the policy of the service must apply");
     let mut client = GreeterClient::new(channel.clone());
     let status = client.say_hellos(hello("stream")).await.unwrap_err();
     assert_eq!(status.message(), "as told");
-    assert_eq!(count(&servers), 4, "policy of the method");
+    assert_eq!(count(&servers), 4, "the policy of the method must apply");
 }
 
 #[tokio::test]
@@ -239,7 +243,7 @@ async fn pushback_delays_or_stops_a_retry() {
     let acts = move |call| if call == 0 { later.clone() } else { Act::Reply };
     let servers = [Server::start(acts).await];
     let channel = over(retrying(policy()), &servers).await;
-    say(&channel).await.expect("after the wait");
+    say(&channel).await.expect("the retry succeeds");
     let calls = servers[0].calls();
     let waited = calls[1].at.saturating_duration_since(calls[0].at);
     assert!(waited >= Duration::from_millis(300), "{waited:?}");
@@ -261,6 +265,7 @@ async fn the_default_backoff_grows_as_in_grfc_a6() {
     say(&channel).await.unwrap_err();
     let calls = servers[0].calls();
     assert_eq!(calls.len(), 4);
+    // The backoff is 100 ms, 200 ms and 400 ms, with a jitter of 20 %.
     for (pair, least) in calls.windows(2).zip([80, 160, 320]) {
         let waited = pair[1].at.saturating_duration_since(pair[0].at);
         assert!(waited >= Duration::from_millis(least), "{waited:?}");
@@ -281,8 +286,8 @@ async fn the_budget_stops_a_retry_storm_and_successful_calls_refill_it() {
     for _ in 0..100 {
         say(&channel).await.unwrap_err();
     }
-    // The budget has 20 tokens, and permits retries while more than 10 are left. Therefore the tenth failure is the first that is not
-    // retried.
+    // The budget has 20 tokens, and each failure takes one. Retries are permitted while more than 10 are left. So the tenth failure is the
+    // first that is not retried.
     assert!(count(&servers) < 110, "{} attempts", count(&servers));
     let status = say(&channel).await.unwrap_err();
     assert!(
@@ -296,7 +301,11 @@ async fn the_budget_stops_a_retry_storm_and_successful_calls_refill_it() {
     down.store(true, std::sync::atomic::Ordering::SeqCst);
     let before = count(&servers);
     say(&channel).await.unwrap_err();
-    assert_eq!(count(&servers), before + 4, "the budget is full again");
+    assert_eq!(
+        count(&servers),
+        before + 4,
+        "the budget must permit all retries again"
+    );
 }
 
 #[tokio::test]
@@ -317,7 +326,10 @@ async fn the_deadline_spans_all_attempts() {
         "{status}"
     );
     let previous = status.metadata().get("grpc-previous-rpc-attempts");
-    assert!(previous.is_none(), "there was one attempt");
+    assert!(
+        previous.is_none(),
+        "one attempt must not be reported as a retry"
+    );
 
     // The deadline expires during the second attempt.
     let acts = |call| if call == 0 { DOWN } else { Act::Hang };
@@ -330,9 +342,13 @@ async fn the_deadline_spans_all_attempts() {
     let listed = format!("(2 attempts: {address} Unavailable, {address} DeadlineExceeded)");
     assert!(status.message().contains("2s"), "{status}");
     assert!(status.message().contains(&listed), "{status}");
-    let left = |seen: &script::Seen| seen.timeout.clone().expect("a timeout");
+    let left = |seen: &script::Seen| seen.timeout.clone().expect("the request has a timeout");
     let calls = servers[0].calls();
-    assert_ne!(left(&calls[0]), left(&calls[1]), "the timeout is rewritten");
+    assert_ne!(
+        left(&calls[0]),
+        left(&calls[1]),
+        "the retry must have a shorter timeout"
+    );
     eventually("the second attempt is cancelled", async || {
         servers[0].cancelled() == 1
     })
@@ -369,8 +385,8 @@ async fn a_response_head_that_was_not_delivered_does_not_prevent_a_retry() {
     for _ in 0..20 {
         let start = Instant::now();
         let outcome = say(&channel).await;
-        // The channel holds back headers without a message for 50 ms, and can retry in this time. On a busy machine, the reset may be
-        // received too late.
+        // If headers arrive without a message, the channel delays them for 50 ms, and can retry in this time. On a busy machine, the reset
+        // may be received too late.
         let late = Instant::now().saturating_duration_since(start) > Duration::from_millis(45);
         assert!(outcome.is_ok() || late, "{outcome:?}");
         served += usize::from(outcome.is_ok());
@@ -440,7 +456,7 @@ async fn a_request_of_any_size_is_resent_completely() {
     assert!(calls.iter().all(|seen| seen.body == calls[0].body));
 }
 
-/// Sends a stream of three requests: the first two at once, and the third once a second attempt has begun or the call has ended.
+/// Sends a stream of three requests: two at once, and the third after a second attempt has begun or the call has ended.
 async fn stream(act: Act, size: usize) -> (Result<Response<()>, Status>, Vec<script::Seen>) {
     let acts = move |call| if call == 0 { act.clone() } else { Act::Reply };
     let servers = [Server::start(acts).await];
@@ -457,7 +473,7 @@ async fn stream(act: Act, size: usize) -> (Result<Response<()>, Status>, Vec<scr
             .expect("an answer in time")
             .map(|reply| reply.map(drop))
     });
-    eventually("another attempt, or the end", async || {
+    eventually("a second attempt begins or the call ends", async || {
         servers[0].count() == 2 || call.is_finished()
     })
     .await;
@@ -471,7 +487,7 @@ async fn stream(act: Act, size: usize) -> (Result<Response<()>, Status>, Vec<scr
 #[tokio::test]
 async fn a_request_stream_is_resent_from_its_start() {
     let (outcome, calls) = stream(Act::FailEarly(Code::Unavailable), 10).await;
-    outcome.expect("at the second attempt");
+    outcome.expect("the second attempt succeeds");
     assert_eq!(calls.len(), 2);
     let text = String::from_utf8_lossy(&calls[1].body).into_owned();
     for name in ["aaaaaaaaaa", "bbbbbbbbbb", "last"] {

@@ -53,7 +53,7 @@ pub(super) struct Server {
 }
 
 impl Server {
-    /// Starts a server. `script` returns its reaction to each call, by the number of the call, counted from zero.
+    /// Starts a server. `script` gets the number of a call, counted from zero, and returns the reaction of the server.
     pub(super) async fn start(script: impl Fn(usize) -> Act + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -129,7 +129,7 @@ impl Seen {
     }
 }
 
-/// The record to which the body of a call is appended.
+/// The index of a call in the list of received calls. The body of the call is appended to its record there.
 struct Record(Arc<Mutex<Vec<Seen>>>, usize);
 
 impl Record {

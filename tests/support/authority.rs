@@ -46,7 +46,7 @@ impl Authority {
             .args(arguments.split(' '))
             .current_dir(self.0.path())
             .output()
-            .expect("openssl is installed");
+            .expect("openssl must be installed");
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{stderr}");
     }

@@ -1,5 +1,5 @@
-//! A greeter on a bare `h2` server that can be killed and recovered without losing its port. While the server is down, the port stays open,
-//! and the [`dialler`](Fleet::dial) refuses connections instead of the kernel.
+//! A greeter on a bare `h2` server that can be killed and recovered without losing its port. While the server is down, its listener stays
+//! open. Therefore [`Fleet::dial`], and not the kernel, refuses connections.
 
 use std::io;
 use std::net::SocketAddr;
@@ -46,7 +46,7 @@ impl Backend {
         let task = tokio::spawn(async move {
             while let Ok((socket, _)) = listener.accept().await {
                 let mut open = open.lock().unwrap();
-                // The connection may have been in the accept queue since before the kill.
+                // The connection may have entered the accept queue before the kill.
                 if !is_up.load(Ordering::SeqCst) {
                     continue;
                 }

@@ -24,7 +24,7 @@ pub struct Failed {
     pub status: Status,
 }
 
-/// Callers that never pause, except for a moment after a failure. Without this pause, calls that fail at once would fail a million times.
+/// Callers that pause only for 1 ms after a failed call. Without this pause, calls that fail at once would fail a million times.
 pub struct Callers {
     stop: watch::Sender<bool>,
     calls: Arc<AtomicU64>,
@@ -64,7 +64,10 @@ impl Callers {
                             ended,
                             status,
                         };
-                        assert!(fails.send(failed).is_ok(), "the counting task runs");
+                        assert!(
+                            fails.send(failed).is_ok(),
+                            "the receiver of failed calls must be alive"
+                        );
                         sleep(Duration::from_millis(1)).await;
                     }
                 }

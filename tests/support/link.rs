@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
 
-/// Behaviour of a link on existing and on new flows.
+/// Behaviour of a link on existing and on new flows. A flow is one relayed TCP connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Behaviour {
     /// Forwards every byte.
@@ -22,8 +22,8 @@ pub enum Behaviour {
     Forget(Duration),
     /// Forwards this many bytes per second, in each direction of each flow.
     Rate(u64),
-    /// Discards the bytes of all flows, old and new, in both directions. A flow that has lost bytes stays forgotten after a change of the
-    /// behaviour.
+    /// Discards the bytes of all flows, old and new, in both directions. A flow that has lost bytes never works again, even after a change
+    /// of the behaviour.
     BlackHole,
     /// Accepts new connections and never answers them. Existing flows continue.
     HalfOpen,
@@ -172,7 +172,7 @@ async fn carry(client: TcpStream, target: &str, mut behaves: watch::Receiver<Beh
     }
 }
 
-/// Configures the connection so that its close is a reset, like the reset of a closed port.
+/// Configures the connection so that its close sends a reset, as a closed port does.
 fn reset(client: &TcpStream) {
     let _ = socket2::SockRef::from(client).set_linger(Some(Duration::ZERO));
 }
@@ -254,7 +254,7 @@ async fn pump(
     let mut buffer = vec![0; CHUNK];
     loop {
         let behaviour = *behaves.borrow_and_update();
-        // Small reads keep the rate of a slow link even.
+        // On a slow link, small reads make the flow of bytes even.
         let room = match behaviour {
             Behaviour::Rate(rate) => (rate / 100).clamp(64, CHUNK as u64),
             _ => CHUNK as u64,

@@ -1,11 +1,11 @@
-//! Shared parts of the tests: an etcd with its own client, greeters that count calls, and polling with a timeout.
+//! Shared parts of the tests: an etcd of the test, test servers, callers, relays, and polling with a timeout.
 #![allow(
     dead_code,
     unreachable_pub,
     clippy::missing_panics_doc,
     clippy::unwrap_used,
     clippy::panic,
-    reason = "each test file uses its part; a failed step here is a failed test"
+    reason = "each test file uses only a part of the module; a failed step here is a failed test"
 )]
 
 use std::fmt::Debug;
@@ -258,13 +258,13 @@ pub async fn all_ready(channel: &BalancedChannel, endpoints: usize) {
     .await;
 }
 
-/// Returns `full` with `SOAK=1` in the environment, and `small` without it. Prints the size of a reduced test.
+/// Returns `full` with `SOAK=1` in the environment, and `small` without it. If the test is reduced, prints both sizes.
 pub fn soak<T: Debug>(what: &str, small: T, full: T) -> T {
     if std::env::var_os("SOAK").is_some_and(|soak| soak == "1") {
         return full;
     }
-    // Writes directly to stderr, because the test harness would hide that the test is reduced.
-    let left_out = format!("{what}: {small:?} of {full:?}; all with SOAK=1\n");
+    // The line is written directly to stderr, because the test harness captures the output of `eprintln!`.
+    let left_out = format!("{what}: reduced to {small:?} of {full:?}; SOAK=1 runs all\n");
     std::io::stderr().write_all(left_out.as_bytes()).unwrap();
     small
 }

@@ -62,7 +62,7 @@ pub async fn rest(lines: &mut Output) -> String {
             text.push('\n');
         }
     };
-    timeout(SOON, end).await.expect("the program has ended");
+    timeout(SOON, end).await.expect("the program must end");
     text
 }
 

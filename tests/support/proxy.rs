@@ -59,12 +59,12 @@ impl Proxy {
         }
     }
 
-    /// Closes every connection and forwards no new ones.
+    /// Closes every connection, and forwards no new connections until `heal`.
     pub fn cut(&self) {
         self.open.send_replace(false);
     }
 
-    /// Closes every connection.
+    /// Closes every connection. New connections are still forwarded.
     pub fn reset(&self) {
         self.open.send_modify(|_| {});
     }

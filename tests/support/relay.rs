@@ -30,7 +30,7 @@ pub struct Relay {
 /// State of the relayed watches.
 #[derive(Default)]
 struct Watches {
-    /// Number of watches that were ended.
+    /// Number of watches that the relay has ended.
     cuts: AtomicUsize,
     /// Whether new watches are refused.
     refused: AtomicBool,
@@ -61,7 +61,7 @@ impl Relay {
         self.watches.refused.store(refused, Ordering::SeqCst);
     }
 
-    /// Returns the number of watches that were ended.
+    /// Returns the number of watches that the relay has ended.
     pub fn cuts(&self) -> usize {
         self.watches.cuts.load(Ordering::SeqCst)
     }
@@ -171,7 +171,7 @@ enum State {
 
 /// Returns whether a message of a watch contains events.
 fn has_events(message: &[u8]) -> bool {
-    let message = PbWatchResponse::decode(&message[5..]).expect("a message of a watch");
+    let message = PbWatchResponse::decode(&message[5..]).expect("a valid watch response");
     !message.events.is_empty()
 }
 
@@ -199,8 +199,8 @@ impl http_body::Body for Cut {
                 State::Done => {
                     this.watches.cuts.fetch_add(1, Ordering::SeqCst);
                     this.state = State::Ended;
-                    // The status is sent in trailers, because an error of the body would overtake data that still wait for room in the
-                    // flow-control window.
+                    // The status is sent in trailers. An error of the body would reset the stream before data that still waits for the
+                    // flow-control window is sent.
                     let (head, ()) = Status::unavailable("cut").into_http::<()>().into_parts();
                     return Poll::Ready(Some(Ok(Frame::trailers(head.headers))));
                 }

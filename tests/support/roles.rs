@@ -1,4 +1,4 @@
-//! The two minimal roles: servers read and write the prefix of their service, clients read it.
+//! The two minimal roles in etcd: a server may read and write the prefix of its service, and a client may only read this prefix.
 
 use etcd_client::{Client, ConnectOptions, Permission, PermissionType};
 use tonic_etcd::testing::Etcd;
@@ -46,7 +46,7 @@ pub async fn user_at(endpoints: Vec<String>, user: &str) -> Result<Registry, Reg
         .await
 }
 
-/// Returns the operator's client, whether authentication is enabled or disabled.
+/// Returns a client of the user root. It works whether authentication is enabled or disabled.
 pub async fn root(etcd: &Etcd) -> Client {
     let options = ConnectOptions::new()
         .with_user("root", "root-password")

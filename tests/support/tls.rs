@@ -47,7 +47,7 @@ impl Localhost {
         TlsAcceptor::from(Arc::new(config))
     }
 
-    /// Returns the files of the certificate, of its key, and of the authority's certificate.
+    /// Returns the paths of three files: the certificate, its key, and the certificate of the authority.
     pub fn files(&self) -> [PathBuf; 3] {
         ["server.pem", "server.key", "ca.pem"].map(|file| self.0.path(file))
     }

@@ -1,4 +1,5 @@
-//! The handle of a balancer: starts and stops the driver.
+//! The handle of a balancer. It starts and stops the [`Driver`], the task that dials the endpoints and publishes the connections that calls
+//! can pick.
 
 use std::sync::Arc;
 
@@ -16,7 +17,7 @@ use crate::address::Address;
 use crate::attributes::Attributes;
 use crate::transport::connect::Connector;
 
-/// A handle to the driver's task. Dropping the handle stops the task. Calls in flight still finish.
+/// A handle to the task of the [`Driver`]. Dropping the handle stops the task. Calls in flight still finish.
 #[derive(Debug)]
 pub(crate) struct Balancer {
     shared: Arc<Shared>,

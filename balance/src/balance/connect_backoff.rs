@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-/// The backoff of gRPC's connection backoff document. The first wait is 1 s, and each further wait is 1.6 times as long, up to a maximum. A
-/// random jitter of ±20 % is applied to each wait.
+/// The backoff of gRPC's connection backoff document. The first wait is 1 s, and each further wait is 1.6 times as long as the one before.
+/// No wait is longer than the maximum, except for the random jitter of ±20 % that is then applied to each wait.
 #[derive(Clone, Debug)]
 pub(super) struct ConnectBackoff {
     max: Duration,
@@ -46,7 +46,7 @@ mod tests {
             let wait = backoff.next(&mut rng).as_secs_f64();
             assert!(
                 (step * 0.8..=step * 1.2).contains(&wait),
-                "{wait} around {step}"
+                "a wait of {wait} s is not within 20 % of {step} s"
             );
             step = (step * 1.6).min(120.0);
         }

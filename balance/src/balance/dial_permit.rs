@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use tokio::sync::OwnedSemaphorePermit;
 
-/// The right to dial a private connection for one call. The permit ends when the head of the call's response is received, and at the latest
-/// [`MAX_HOLD`] after the connection is ready. Permits limit concurrent dials, not open connections, so a long call does not keep its
-/// permit.
+/// The right to dial a private connection for one call. The permit ends when the head of a successful response is received, and at the
+/// latest [`MAX_HOLD`] after the connection is ready. Permits limit concurrent dials, not open connections, so a long call does not keep
+/// its permit.
 #[derive(Clone, Debug)]
 pub(crate) struct DialPermit(Arc<Mutex<Option<OwnedSemaphorePermit>>>);
 
@@ -20,7 +20,7 @@ impl DialPermit {
         drop(self.0.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
-    /// Ends the permit after [`MAX_HOLD`], even if the call is still running.
+    /// Starts a task that ends the permit after [`MAX_HOLD`], even if the call is still running then.
     pub(super) fn end_soon(&self) {
         let permit = self.clone();
         tokio::spawn(async move {

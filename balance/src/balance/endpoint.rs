@@ -1,4 +1,4 @@
-//! An endpoint: counters and state of one address, shared by calls and the driver.
+//! An endpoint: the counters and the state of one address, which calls and the driver share.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -24,7 +24,7 @@ pub(crate) struct Endpoint {
     /// The failures with [`Blame::Connection`]. They are also counted in `failures`.
     faults: AtomicU64,
     overruns: AtomicU64,
-    /// Calls that are no evidence about the endpoint: the server refused them unprocessed, or the caller dropped them.
+    /// Calls that are no evidence about the endpoint, because the server refused to process them, or the caller dropped them.
     inconclusive: AtomicU64,
     /// The longest silence after which a connection still answered, and the time of the last successful check.
     survived_silence: Mutex<Option<(Duration, Instant)>>,
@@ -32,7 +32,8 @@ pub(crate) struct Endpoint {
     largest_metadata: AtomicUsize,
     /// Permits to dial private connections.
     dial_permits: Arc<Semaphore>,
-    /// A number for the kind of the last fault in a response, so that a repeated fault is not formatted again; 0 if there is none.
+    /// A code for the kind of the last fault in a response; 0 if there is none. If the same fault is repeated, its text is not formatted
+    /// again.
     last_fault: AtomicU32,
     /// The number of consecutive responses that were not gRPC.
     not_grpc: AtomicU32,
@@ -55,7 +56,7 @@ pub(super) struct ConnectionStats {
     pub(super) round_trip: Duration,
 }
 
-/// The state behind a lock. An ordinary call does not access it.
+/// The part of the state that is behind a lock. An ordinary call does not access it.
 #[derive(Debug)]
 struct Details {
     state: EndpointState,
@@ -120,7 +121,7 @@ impl Endpoint {
         self.lock().ejected = ejected;
     }
 
-    /// Returns all counters up to now. The caller subtracts an earlier tally.
+    /// Returns the counters since the endpoint was added. The caller subtracts an earlier tally.
     pub(super) fn tally(&self) -> Tally {
         let details = self.lock();
         let connections = details.connections.iter().filter_map(Weak::upgrade);
@@ -196,13 +197,14 @@ impl Endpoint {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Discards the longest trusted silence. Called after a connection was found dead, because other connections may be dead after a
-    /// silence that earlier connections survived.
+    /// Discards the longest trusted silence. Called when nothing was read on a connection in time. Other connections may then be dead after
+    /// a silence that earlier connections survived.
     pub(super) fn forget_silence(&self) {
         *self.survived_silence() = None;
     }
 
-    /// Discards all observations of the old server. Called for a new generation, because the address may belong to a different server.
+    /// Discards all observations of the old server. Called for a new generation of the endpoint, because the address may belong to a
+    /// different server now.
     pub(super) fn forget(&self) {
         self.forget_silence();
         self.largest_metadata.store(0, Ordering::Relaxed);
@@ -355,8 +357,8 @@ pub struct EndpointStatus {
     pub round_trip: Option<Duration>,
     /// Calls sent to the endpoint.
     pub calls: u64,
-    /// Calls that failed because of the endpoint: a lost connection, a response that is not gRPC, or a status that indicates a fault of the
-    /// server.
+    /// Calls that failed because of the endpoint. The cause was a lost connection, a response that is not gRPC, or a status that indicates
+    /// a fault of the server.
     pub failures: u64,
     /// Whether the endpoint is excluded from ordinary picks. If its connection does not answer, it gets no calls. If it has failed too many
     /// calls ([`OutlierDetection`](crate::channel::OutlierDetection)) or does not answer with gRPC, it gets calls only while no other
@@ -386,7 +388,7 @@ pub enum EndpointState {
     Draining,
 }
 
-/// Maximum silence after which every connection is used without a check.
+/// After a silence of up to this length, every connection is used without a check.
 pub(super) const UNCHECKED_SILENCE: Duration = Duration::from_secs(1);
 /// Time for which a silence remains trusted after a connection has survived it.
 const TRUST_DURATION: Duration = Duration::from_secs(600);

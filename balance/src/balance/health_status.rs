@@ -26,9 +26,9 @@ pub(super) enum Health {
 #[derive(Debug)]
 pub(super) struct HealthWatch {
     backoff: ConnectBackoff,
-    /// The last status that this watch received.
+    /// The health according to the last status that this watch received.
     last_status: Option<Health>,
-    /// Whether a short watch was already restarted without a wait, since the last watch that was long enough.
+    /// Whether a watch shorter than [`MIN_LIFETIME`] was already restarted without a wait. Cleared by a longer watch.
     restarted_immediately: bool,
 }
 
@@ -55,7 +55,7 @@ impl HealthWatch {
     /// Records a status. Returns the health if it has changed.
     pub(super) fn on_status(&mut self, status: ServingStatus) -> Option<Health> {
         let health = match status {
-            // A health service without a status for this service has not reported that the service is down.
+            // A health service that has no status for this service does not report that the service is down.
             ServingStatus::Serving | ServingStatus::ServiceUnknown => Health::Serving,
             ServingStatus::NotServing => not_serving("NOT_SERVING"),
             ServingStatus::Unknown => not_serving("UNKNOWN"),
@@ -74,8 +74,9 @@ impl HealthWatch {
         if why.code() == Code::Unimplemented {
             return Restart::Never(Health::Serving);
         }
-        // Proxies limit the duration of a call, and servers limit the age of a connection. The end of a watch is therefore no failure,
-        // however often it happens. But a server that answers each watch and then ends it at once must not be queried in a tight loop.
+        // Proxies limit the duration of a call, and servers limit the age of a connection. The end of a watch that has reported a status is
+        // therefore no failure, however often it happens. But if a server answers each watch and then ends it at once, it must not be
+        // queried in a tight loop.
         if let Some(health) = self.last_status.take() {
             self.backoff.reset();
             if lasted >= MIN_LIFETIME {
@@ -100,11 +101,13 @@ impl HealthWatch {
     }
 }
 
-/// Minimum duration of a watch that counts as successful, whichever side ended it.
+/// Minimum duration of a watch after which the next watch is started without a wait, whichever side ended it.
 const MIN_LIFETIME: Duration = Duration::from_secs(1);
-/// Time between a watch that reported a status and then ended early, and the next watch.
+/// Wait before the next watch, if a watch has reported a status and then ended within [`MIN_LIFETIME`]. A random jitter of ±20 % is
+/// applied.
 const RESTART_INTERVAL: Duration = Duration::from_secs(1);
-/// Minimum wait after a watch without a status, even if the channel's maximum backoff is shorter. It prevents queries in a tight loop.
+/// Minimum wait after a watch that reported no status, even if the channel's maximum backoff is shorter. It prevents queries in a tight
+/// loop.
 const MIN_WAIT: Duration = Duration::from_millis(10);
 
 fn not_serving(status: &str) -> Health {
@@ -148,7 +151,7 @@ mod tests {
         let (mut watch, mut rng) = watch();
         let why = Status::not_found("service not registered");
         let Restart::After(health, wait) = watch.on_end(&why, Duration::ZERO, &mut rng) else {
-            unreachable!("the watch ends for good");
+            unreachable!("not watched again after a wait");
         };
         assert_eq!(health, Health::Serving);
         assert!(wait > Duration::from_millis(700));
@@ -162,7 +165,7 @@ mod tests {
         for _ in 0..5 {
             let end = watch.on_end(&ended, Duration::ZERO, &mut rng);
             let Restart::After(Health::NotServing(why), wait) = end else {
-                unreachable!("{end:?}");
+                unreachable!("not retried after a wait: {end:?}");
             };
             assert!(why.contains("the stream ended"), "{why}");
             assert!(wait > last, "{wait:?} after {last:?}");
@@ -185,16 +188,16 @@ mod tests {
         for _ in 0..5 {
             let end = end_after(0);
             let stands = matches!(end, Restart::After(Health::Serving, wait) if wait > Duration::from_millis(700));
-            assert!(stands, "{end:?}");
+            assert!(stands, "the last health should stand: {end:?}");
             let Restart::After(_, wait) = end else {
-                unreachable!("{end:?}");
+                unreachable!("not restarted after a wait: {end:?}");
             };
             assert!(
                 wait < Duration::from_secs(2),
-                "the server responds: {wait:?}"
+                "a server that responds must not cause growing waits: {wait:?}"
             );
         }
-        assert_eq!(end_after(60), Restart::Now, "a long watch resets the wait");
-        assert_eq!(end_after(0), Restart::Now, "the wait was reset");
+        assert_eq!(end_after(60), Restart::Now, "restarted after a wait");
+        assert_eq!(end_after(0), Restart::Now, "the wait was not reset");
     }
 }

@@ -1,11 +1,11 @@
 //! The load of a connection: its calls in flight and its latency.
 //!
-//! The latency is a time-weighted mean of the time from a request to the head of its response. A peak is not used, because it would punish
-//! the server that happened to get the last expensive call, if the methods differ widely in cost. The duration of a stream after the head
-//! does not count.
+//! The latency is a time-weighted mean of the time from a request to the head of its response. The peak latency is not used. If the methods
+//! differ widely in cost, the peak would punish the server that happened to get the last expensive call. The duration of a stream after the
+//! head does not count.
 //!
-//! Calls write the estimate. A pick reads only the latency that results from the estimate, as a single number. A pick reads no clock,
-//! because the number is updated by each call when its outcome is recorded, and by the driver at intervals.
+//! Calls write the estimate. A pick reads only a single number, the latency that results from the estimate. Each call updates this number
+//! when the outcome of the call is recorded, and the driver updates it at intervals, so a pick reads no clock.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -23,16 +23,16 @@ pub(crate) struct Load {
     limit: AtomicU32,
     /// The latency that picks compare, in microseconds, as the bits of an `f32`. 0 while no latency is known.
     latency: AtomicU32,
-    /// The median latency of all endpoints, in the same form. It is used if there are no samples. If there are few, the latency is at most
-    /// the median.
+    /// The median latency of all endpoints, in the same form. It is used as the latency if there are no samples. With fewer than [`WARM`]
+    /// samples, the latency is at most the median.
     median: AtomicU32,
     /// The packed [`Estimate`]: the mean, the time of its last change, and the number of its samples.
     estimate: AtomicU64,
 }
 
 impl Load {
-    /// Initializes the load of a new connection with the latency of an earlier connection to the same endpoint, or else with the median of
-    /// all endpoints.
+    /// Initializes the load of a new connection. The latency is that of an earlier connection to the same endpoint if there was one, and
+    /// else the median of all endpoints.
     fn begin(&self, inherited: Option<Estimate>, median: f32) {
         let estimate = inherited.unwrap_or_default();
         let latency = estimate.effective(median);
@@ -42,7 +42,7 @@ impl Load {
     }
 
     pub(crate) fn in_flight(&self) -> u32 {
-        // Relaxed: a pick compares two numbers that are both outdated a moment later.
+        // Relaxed: a pick only compares the numbers of two connections, and both numbers are outdated a moment later.
         self.in_flight.load(Ordering::Relaxed)
     }
 
@@ -64,11 +64,12 @@ impl Load {
 
     /// Reserves a stream for a call. Returns false if the limit is reached.
     pub(crate) fn acquire(&self) -> bool {
-        // This function and `release` use SeqCst. A waiter registers itself and then looks for a free stream; a finished call releases its
-        // stream and then looks for waiters. One of the two must see the other, which weaker orderings do not guarantee.
+        // This function and `release` use SeqCst. A waiting call registers itself and then looks for a free stream; a finished call
+        // releases its stream and then looks for waiting calls. At least one of the two must see what the other has written. Weaker
+        // orderings do not guarantee this.
         //
-        // The count is incremented only if it is below the limit. If it were always incremented, and decremented again at the limit, a call
-        // that was woken for a free stream could find the stream occupied in between.
+        // The count is incremented only if it is below the limit. If it were always incremented, and decremented again when it is above the
+        // limit, a call that was woken for a free stream could find the limit reached in between.
         let limit = self.limit.load(Ordering::Relaxed);
         let one_more = |before| (before < limit).then_some(before + 1);
         let taken = self
@@ -101,13 +102,13 @@ impl Load {
         });
     }
 
-    /// Returns the seconds since the last sample, within the range of [`Ticks`].
+    /// Returns the seconds since the last sample. The result wraps around with [`Ticks`], after about three days.
     pub(crate) fn since_last_sample(&self, now: Ticks) -> f32 {
         now.long_since(Estimate::unpack(self.estimate.load(Ordering::Relaxed)).updated)
     }
 
-    /// Records a call that was dropped before the head of its response. The call would have taken at least `elapsed`, so `elapsed` is used
-    /// as a sample only if it raises the estimate.
+    /// Records a call that was dropped, or overran its deadline, before the head of its response was received. The call would have taken at
+    /// least `elapsed`, so `elapsed` is used as a sample only if it raises the estimate.
     pub(crate) fn on_abandoned(&self, elapsed: Duration, now: Ticks) {
         let elapsed = micros(elapsed);
         if elapsed > Estimate::unpack(self.estimate.load(Ordering::Relaxed)).mean {
@@ -178,8 +179,8 @@ impl Deref for LoadHandle {
     }
 }
 
-/// Allocates the loads of new connections in slabs of [`SLAB`] loads. A slab is freed with the last of its connections, and no entry of a
-/// slab is reused.
+/// Allocates the loads of new connections in slabs of [`SLAB`] loads. A slab is freed when the last of its connections is dropped. No entry
+/// of a slab is reused.
 #[derive(Debug)]
 pub(crate) struct Loads {
     slab: Arc<Slab>,
@@ -194,8 +195,8 @@ impl Loads {
         }
     }
 
-    /// Returns the load of a new connection: no call is in flight, and the latency is that of an earlier connection to the same endpoint,
-    /// or else the median of all endpoints.
+    /// Returns the load of a new connection. No call is in flight. The latency is that of an earlier connection to the same endpoint if
+    /// there was one, and else the median of all endpoints.
     pub(crate) fn begin(&mut self, inherited: Option<Estimate>, median: f32) -> LoadHandle {
         if self.used == SLAB {
             *self = Self::new();
@@ -251,8 +252,8 @@ impl Estimate {
         }
     }
 
-    /// Returns the latency that picks compare, right after a sample. With fewer than [`WARM`] samples, an endpoint counts as no slower than
-    /// the median.
+    /// Returns the latency that picks compare, as it is right after a sample. With fewer than [`WARM`] samples, an endpoint counts as no
+    /// slower than the median.
     fn effective(self, median: f32) -> f32 {
         match self.samples {
             0 => median,
@@ -279,7 +280,7 @@ impl Estimate {
     fn unpack(word: u64) -> Self {
         #[expect(
             clippy::cast_possible_truncation,
-            reason = "these are the fields' widths"
+            reason = "each half of the word has 32 bits"
         )]
         let (high, low) = ((word >> 32) as u32, word as u32);
         Self {
@@ -290,20 +291,20 @@ impl Estimate {
     }
 }
 
-/// Time in milliseconds since the start of the channel. It wraps after three days, so after a longer pause the last sample counts as more
-/// recent than it is.
+/// Time in milliseconds since the start of the channel. It wraps around after about three days (2^28 ms), so after a longer pause, the last
+/// sample counts as more recent than it is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Ticks(u32);
 
 impl Ticks {
     pub(crate) fn at(now: Instant, start: Instant) -> Self {
         let millis = now.saturating_duration_since(start).as_millis();
-        #[expect(clippy::cast_possible_truncation, reason = "the mask is narrower")]
+        #[expect(clippy::cast_possible_truncation, reason = "only 28 bits are kept")]
         Self(millis as u32 & TICK_MASK)
     }
 
-    /// Returns the seconds since a time that may be days ago. Unlike [`since`](Self::since), it does not treat every long difference as a
-    /// backward step of the clock. Only a backward step of less than a second is recognised, and counts as zero.
+    /// Returns the seconds since a time that may be days ago. Unlike in [`since`](Self::since), a long difference does not count as a
+    /// backward step of the clock. Only a backward step of less than a second is recognised. It counts as zero.
     fn long_since(self, earlier: Self) -> f32 {
         let millis = self.0.wrapping_sub(earlier.0) & TICK_MASK;
         if TICK_MASK - millis < 1_000 {
@@ -311,21 +312,21 @@ impl Ticks {
         }
         #[expect(
             clippy::cast_precision_loss,
-            reason = "seconds more or less do not count"
+            reason = "an error of milliseconds does not count"
         )]
         let seconds = millis as f32 / 1e3;
         seconds
     }
 
-    /// Returns the seconds since an earlier time.
+    /// Returns the seconds since an earlier time. A difference of more than [`BACKWARDS`] counts as zero.
     fn since(self, earlier: Self) -> f32 {
         #[expect(
             clippy::cast_precision_loss,
-            reason = "milliseconds more or less after hours do not count"
+            reason = "an error of milliseconds does not count after hours"
         )]
         let millis = (self.0.wrapping_sub(earlier.0) & TICK_MASK) as f32;
-        // Two callers may read the clock in one order and update the estimate in the other order. The difference then counts as zero, not
-        // as three days.
+        // Two callers may read the clock in one order and update the estimate in the opposite order. The negative difference then counts as
+        // zero, not as three days.
         if millis > BACKWARDS {
             0.0
         } else {
@@ -354,11 +355,12 @@ const SLAB: usize = 64;
 /// Time constant of the mean, in seconds. The weight of a sample depends on time and not on the number of samples, because there can be
 /// many samples per second.
 const TIME_CONSTANT: f32 = 3.0;
-/// Number of samples from which on an estimate is used without the median. It is the largest number that fits into `SAMPLE_BITS` bits.
+/// Number of samples from which an estimate is used as it is. With fewer samples, it is capped at the median. The value is the largest
+/// number that fits into `SAMPLE_BITS` bits.
 const WARM: u8 = 15;
 const SAMPLE_BITS: u32 = 4;
 const TICK_MASK: u32 = u32::MAX >> SAMPLE_BITS;
-/// Limit on the difference of two times, in milliseconds. A larger difference counts as a backward step of the clock.
+/// Limit on the difference of two times, in milliseconds. It is about 28 hours. A larger difference counts as a backward step of the clock.
 const BACKWARDS: f32 = 1e8;
 /// Minimum latency that a failed call counts as, in microseconds.
 const MIN_FAILURE_LATENCY: f32 = 100_000.0;
@@ -400,14 +402,14 @@ mod tests {
         load.on_head(ms(50), Ticks(0));
         assert!(
             near(load.latency(), 1_500.0),
-            "one cold call does not change the estimate"
+            "one slow call must not raise the latency above the median"
         );
         for _ in 0..WARM {
             load.on_head(ms(50), Ticks(0));
         }
         assert!(
             near(load.latency(), 50_000.0),
-            "enough samples change the estimate"
+            "with enough samples, the latency must be their mean"
         );
     }
 
@@ -415,32 +417,32 @@ mod tests {
     fn the_first_sample_sets_the_estimate_and_a_few_samples_are_averaged() {
         let load = Load::fresh(None, 0.0);
         load.on_head(ms(4), Ticks(0));
-        assert!(near(load.estimate().expect("a sample").mean(), 4_000.0));
+        assert!(near(load.estimate().expect("one sample").mean(), 4_000.0));
         load.on_head(ms(2), Ticks(0));
-        assert!(near(load.estimate().expect("samples").mean(), 3_000.0));
+        assert!(near(load.estimate().expect("has samples").mean(), 3_000.0));
     }
 
     #[test]
     fn the_mean_is_weighted_by_time_and_not_by_sample_count() {
         let load = warmed(ms(1), Ticks(0));
-        // One call of a second among a thousand calls within a second counts by its share of the mean, not as a peak.
+        // Among a thousand calls within one second, a call that takes a second counts as one sample of the mean, not as a peak.
         for millis in 1..1_000 {
             load.on_head(ms(1), Ticks(millis));
         }
         load.on_head(ms(1_000), Ticks(1_000));
-        let mean = load.estimate().expect("samples").mean();
-        assert!(mean < 1_500.0, "{mean}");
-        // The same call after three seconds without calls weighs 1 - 1/e.
+        let mean = load.estimate().expect("has samples").mean();
+        assert!(mean < 1_500.0, "mean {mean}");
+        // After three seconds without calls, a call that takes a second has the weight 1 - 1/e.
         load.on_head(ms(1_000), Ticks(4_000));
-        let mean = load.estimate().expect("samples").mean();
-        assert!((600_000.0..660_000.0).contains(&mean), "{mean}");
+        let mean = load.estimate().expect("has samples").mean();
+        assert!((600_000.0..660_000.0).contains(&mean), "mean {mean}");
     }
 
     #[test]
     fn a_failure_counts_as_slow_however_fast_it_was() {
         let load = warmed(ms(1), Ticks(0));
         load.on_failure(ms(0), Ticks(1_000));
-        assert!(load.latency() > 20_000.0, "{}", load.latency());
+        assert!(load.latency() > 20_000.0, "fast: {}", load.latency());
     }
 
     #[test]
@@ -448,11 +450,11 @@ mod tests {
         let load = warmed(ms(1), Ticks(5_000));
         for hours in [1, 28, 62, 74] {
             let now = Ticks((5_000 + hours * 3_600_000) & TICK_MASK);
-            assert!(load.since_last_sample(now) > 1.0, "{hours} h");
+            assert!(load.since_last_sample(now) > 1.0, "{hours} h: no silence");
         }
         assert!(
             load.since_last_sample(Ticks(4_990)) < 1.0,
-            "ten milliseconds back"
+            "a step back of ten milliseconds counts as silence"
         );
     }
 
@@ -478,8 +480,8 @@ mod tests {
         load.refresh(1_000.0, Ticks(60_000));
         assert!(near(load.latency(), 1_000.0));
         assert!(
-            near(load.estimate().expect("samples").mean(), 50_000.0),
-            "the stored estimate is unchanged"
+            near(load.estimate().expect("has samples").mean(), 50_000.0),
+            "the stored estimate must not change"
         );
     }
 
@@ -489,7 +491,7 @@ mod tests {
         load.set_limit(2);
         assert!(load.acquire() && load.acquire());
         assert!(!load.acquire());
-        assert_eq!(load.in_flight(), 2, "a failed acquire changes nothing");
+        assert_eq!(load.in_flight(), 2, "changed by a failed acquire");
         load.release();
         assert!(load.acquire());
         load.set_limit(0);
@@ -497,11 +499,11 @@ mod tests {
     }
 
     #[test]
-    fn ticks_that_step_back_are_zero_and_wrap_without_a_jump() {
+    fn a_step_back_of_ticks_counts_as_zero_and_a_wrap_causes_no_jump() {
         assert!(near(Ticks(5).since(Ticks(6)) + 1.0, 1.0));
         assert!(
             near(Ticks(2).since(Ticks(TICK_MASK)), 0.003),
-            "ticks wrap around"
+            "the difference across the wrap should be 3 ms"
         );
     }
 

@@ -1,7 +1,8 @@
-//! Load balancing: turns a stream of changes into ready connections, and picks a ready connection for each call.
+//! Load balancing: turns a stream of endpoint changes into ready connections, and picks a ready connection for each call.
 //!
-//! One task per channel, the *driver*, owns all subchannels. It runs even while no calls are made. It publishes an immutable ready set, and
-//! each call picks from this set in the task of its caller. This module does not depend on the source of the changes.
+//! One task per channel, the *driver*, owns all subchannels. It runs even while no calls are made. It publishes an immutable *ready set*:
+//! the connections that can take calls. Each call picks from this set in the task of its caller. This module does not depend on the source
+//! of the changes.
 
 mod balancer;
 mod connect_backoff;

@@ -26,7 +26,7 @@ pub(crate) struct Options {
     pub(crate) zone: Option<Box<str>>,
 }
 
-/// Callback for an endpoint that cannot be connected. The driver calls it after each failed dial, so it must not block.
+/// Callback for an endpoint to which no connection could be made. The driver calls it after each failed dial, so it must not block.
 #[derive(Clone)]
 pub(crate) struct OnRefused(pub(crate) Arc<dyn Fn(&Address) + Send + Sync>);
 

@@ -28,7 +28,7 @@ struct PrivateConnection {
 }
 
 impl Permit {
-    /// Wraps a stream that was already reserved on the connection.
+    /// Creates the permit for a stream that was already reserved on the connection.
     pub(super) fn reserved(connection: &Arc<ReadyConnection>) -> Self {
         Self {
             connection: Arc::clone(connection),
@@ -37,7 +37,7 @@ impl Permit {
         }
     }
 
-    /// Wraps the stream of a private connection.
+    /// Creates the permit for the only call of a private connection. `metadata`: the size of the metadata of the call, in bytes.
     pub(super) fn private(
         connection: &Arc<ReadyConnection>,
         metadata: usize,
@@ -56,14 +56,14 @@ impl Permit {
         self.private.is_some()
     }
 
-    /// Returns whether the connection must be checked before the call is sent on it, because it was silent for too long. After a long
+    /// Returns whether the connection must be checked before the call is sent, because nothing was read from it for too long. After a long
     /// silence, a middlebox may have dropped the flow. `single_threaded`: whether the tasks of the connections share one thread with the
-    /// callers. If they do, a much shorter silence is doubtful as well, because the runtime may not have read the end of the connection
-    /// yet.
+    /// callers. If they do, a connection is doubtful after a much shorter silence, because the runtime may not have read the end of the
+    /// connection yet.
     pub(crate) fn is_doubtful(&self, now: Instant, single_threaded: bool) -> bool {
         let connection = &self.connection;
-        // The last sample is compared first, because the pick has just loaded its cache line. The time of the last read is in another cache
-        // line.
+        // The time of the last sample is compared first, because the pick has just loaded the cache line that contains it. The time of the
+        // last read is in another cache line.
         let since_last_sample = connection.load().since_last_sample(connection.ticks(now));
         let recent = if single_threaded {
             RECENT_SAMPLE_SINGLE_THREADED
@@ -82,7 +82,7 @@ impl Permit {
     ///
     /// # Errors
     ///
-    /// If the connection does not answer in time, returns how many bytes the peer had sent before the check.
+    /// If the connection does not answer in time, returns how many bytes the peer had sent on it before the check.
     pub(crate) async fn check(&self) -> Result<(), u64> {
         let connection = self.connection.http2();
         let (silence, bytes) = (connection.silence(Instant::now()), connection.bytes_read());
@@ -137,19 +137,20 @@ impl Permit {
         }
     }
 
-    /// Returns whether the outcome of the response head, or of the whole call, was recorded. Also true before the call is sent.
+    /// Returns whether the head of the response, or the outcome of the whole call, was recorded. Also true before the call is sent.
     pub(crate) fn is_recorded(&self) -> bool {
         self.sent.is_none()
     }
 
-    /// Records that the call failed because of the server or the connection. The failure can be before the head of the response or after
-    /// it.
+    /// Records that the call failed because of the server or the connection. The call may have failed before or after the head of the
+    /// response.
     pub(crate) fn on_failure(&mut self, now: Instant, blame: Blame) {
         let sent = self.sent.take().unwrap_or(now);
         self.fail(now.saturating_duration_since(sent), now, blame);
     }
 
-    /// Records that the call overran its deadline. Requests a PING, which shows whether the server is slow or does not answer any more.
+    /// Records that the call overran its deadline. Requests a PING, which shows whether the server is only slow, or does not answer any
+    /// more.
     pub(crate) fn on_deadline_exceeded(&mut self, now: Instant) {
         self.connection.endpoint().on_overrun();
         // If the head of the response was already received, `sent` is `None`. A PING is then sent only if nothing was read for
@@ -196,13 +197,12 @@ impl Drop for Permit {
     }
 }
 
-/// Minimum time between the send and the drop of a call that may have overrun a deadline. The value is half of the shortest deadlines in
-/// common use.
+/// Minimum time after which a dropped call may have overrun a deadline. The value is half of the shortest deadlines in common use.
 const MIN_OVERRUN: Duration = Duration::from_millis(100);
-/// Age of the last sample, in seconds, below which a connection is not doubtful.
+/// If the last sample is younger than this, in seconds, a connection is not doubtful.
 const RECENT_SAMPLE: f32 = 1.0;
-/// The same age if the tasks of the connections share one thread with the callers. It is longer than the gap between two calls of a busy
-/// caller.
+/// The same limit, in seconds, if the tasks of the connections share one thread with the callers. It is longer than the gap between two
+/// calls of a busy caller.
 const RECENT_SAMPLE_SINGLE_THREADED: f32 = 0.005;
 /// Silence above which a connection is doubtful if the tasks of the connections share one thread with the callers.
 const SINGLE_THREADED_SILENCE: Duration = Duration::from_millis(5);

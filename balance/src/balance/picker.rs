@@ -16,9 +16,10 @@ pub enum LbPolicy {
     /// is the mean time until the head of a response, over the last few seconds. Latencies that differ by at most 25 % count as equal. The
     /// load is the number of calls in flight plus one. This is the default.
     ///
-    /// Endpoints are drawn by weight. Between two endpoints of different weights, the calls in flight of each are divided by its weight,
-    /// and the latencies are ignored unless they differ by more than a factor of four. If the latencies are ignored, the endpoint that was
-    /// drawn first is picked, unless the second endpoint, even with one more call, would have less than half of the load of the first.
+    /// Endpoints are drawn by weight. If two endpoints have different weights, their calls in flight are divided by their weights, and
+    /// their latencies are ignored unless they differ by more than a factor of four. If the latencies are ignored, the endpoint that was
+    /// drawn first is usually picked. The second one is picked only if, even with one more call, it would have less than half as many calls
+    /// in flight per unit of weight as the first.
     #[default]
     Latency,
     /// Draws two endpoints at random, and picks the endpoint with fewer calls in flight. Weights have the same effect as in
@@ -43,9 +44,9 @@ pub(crate) trait Candidate {
 pub(crate) enum Pick<T> {
     /// A stream on this connection is reserved for the call.
     Taken(T),
-    /// Connections are ready, but all usable connections that were examined are full.
+    /// Connections are ready, but every usable connection that was examined is full.
     Full,
-    /// Connections are ready, but this call may use none of the connections that were examined.
+    /// Connections are ready, but none of the connections that were examined is usable for this call.
     Excluded,
     /// No connection is ready.
     Empty,
@@ -63,7 +64,8 @@ pub(crate) struct Picker {
 impl Picker {
     pub(crate) fn new(policy: LbPolicy, seed: Option<u64>) -> Self {
         let rng = seed.map_or(Rng::Thread, |seed| Rng::Seeded(AtomicU64::new(seed)));
-        // Starts at a random turn. If all clients started at the first endpoint, they would overload it after each deployment.
+        // Starts at a random turn. If all clients started at the first endpoint, they would overload it after each deployment of the
+        // clients.
         let cursor = AtomicU64::new(rng.next() >> 32);
         Self {
             policy,
@@ -72,8 +74,8 @@ impl Picker {
         }
     }
 
-    /// Picks a connection that is `usable` for the call, and reserves a stream on it. If no drawn connection can take the call, scans up to
-    /// `scan_limit` adjacent slots.
+    /// Picks a connection that is `usable` for the call, and reserves a stream on it. If none of the connections that the policy draws can
+    /// take the call, scans up to `scan_limit` adjacent slots.
     pub(crate) fn pick<'a, M: Candidate>(
         &self,
         set: &'a ReadySet<M>,
@@ -195,7 +197,7 @@ fn is_worse_among_equals(in_flight: (u32, u32), latencies: (f32, f32)) -> bool {
 
 /// Returns whether the first of two endpoints of different weights is worse by far.
 ///
-/// Smaller differences are ignored: the endpoint that was drawn first is used, and the draw alone gives each endpoint its share, for any
+/// Smaller differences are ignored: the endpoint that was drawn first is used. The draw alone then gives each endpoint its share, for any
 /// number of callers. Small differences do not show that an endpoint is slow. Differences in latency are often caused by the weights: the
 /// endpoint with the larger weight is busier, and the other one is idle for longer between calls. If few calls are in flight, one call more
 /// or less is a large relative difference. If many calls are in flight, their number varies with the latency.
@@ -207,8 +209,8 @@ fn is_worse_by_far(in_flight: (u32, u32), weights: (u32, u32), latencies: (f32, 
         float(in_flight.0) * float(weights.1),
         float(in_flight.1) * float(weights.0),
     );
-    // One call at the endpoint with the smaller weight, in the same unit. If instead one call were divided by the weight of its own
-    // endpoint on each side, the endpoint with the larger weight would always be the better one of two idle endpoints.
+    // One call at the endpoint with the smaller weight, in the same unit as `first` and `second`. If one call were instead divided by the
+    // weight of its own endpoint on each side, the endpoint with the larger weight would always be the better one of two idle endpoints.
     let one_call = float(weights.0.max(weights.1));
     if are_alike(latencies, LATENCY_NOISE_UNEQUAL_WEIGHTS) {
         first > IMBALANCE * (second + one_call)
@@ -217,8 +219,8 @@ fn is_worse_by_far(in_flight: (u32, u32), weights: (u32, u32), latencies: (f32, 
     }
 }
 
-/// Returns whether two latencies differ by at most the factor `noise`, or one of them is unknown. If smaller differences counted, a single
-/// caller would send all calls to one of two equal endpoints.
+/// Returns true if two latencies differ by at most the factor `noise`, or if one of them is unknown. If smaller differences counted, a
+/// single caller would send all calls to one of two equal endpoints.
 fn are_alike((left, right): (f32, f32), noise: f32) -> bool {
     let unknown = left <= 0.0 || right <= 0.0;
     unknown || (left <= right * noise && right <= left * noise)
@@ -226,7 +228,7 @@ fn are_alike((left, right): (f32, f32), noise: f32) -> bool {
 
 #[expect(
     clippy::cast_precision_loss,
-    reason = "exact up to 16 million, and then good enough to compare"
+    reason = "exact up to 16 million, and above that precise enough to compare"
 )]
 fn float(number: u32) -> f32 {
     number as f32
@@ -256,16 +258,16 @@ impl Rng {
     }
 }
 
-/// Maximum number of draws (in round robin: of turns) before the scan.
+/// Maximum number of draws before the scan. In round robin, each draw is one turn.
 const DRAWS: usize = 4;
-/// Maximum number of slots that are scanned after the draws, for a call that has not waited yet.
+/// Maximum number of slots that are scanned after the draws, if the call has not waited yet.
 pub(crate) const SCAN_LIMIT: usize = 128;
 /// Latencies of endpoints with equal weights are alike if they differ by at most this factor.
 const LATENCY_NOISE: f32 = 1.25;
 /// The same factor for endpoints of different weights.
 const LATENCY_NOISE_UNEQUAL_WEIGHTS: f32 = 4.0;
-/// Between endpoints of different weights and similar latency, an endpoint is worse by far if its load is more than this many times the
-/// load that the other one has with one more call.
+/// If two endpoints have different weights and similar latencies, the first is worse by far if it has more than this many times as many
+/// calls in flight per unit of weight as the second would have with one more call.
 const IMBALANCE: f32 = 2.0;
 
 #[cfg(test)]
@@ -323,13 +325,13 @@ mod tests {
         (all, builder.freeze())
     }
 
-    /// Makes calls one after the other. Each call ends before the next one starts. Returns the share of each endpoint.
+    /// Makes calls one after the other: each call ends before the next one starts. Returns the share of the calls that each endpoint gets.
     fn shares(picker: &Picker, fakes: &[Arc<Fake>], set: &ReadySet<Arc<Fake>>) -> Vec<f64> {
         const CALLS: u32 = 40_000;
         for _ in 0..CALLS {
             match picker.pick(set, |_| true, SCAN_LIMIT) {
                 Pick::Taken(fake) => fake.in_flight.store(0, Ordering::Relaxed),
-                other => panic!("all connections are free, but {other:?}"),
+                other => panic!("all connections are free, but the pick returned {other:?}"),
             }
         }
         let share =
@@ -339,7 +341,10 @@ mod tests {
 
     fn assert_near(shares: &[f64], expected: &[f64]) {
         for (share, expected) in shares.iter().zip(expected) {
-            assert!((share - expected).abs() < 0.015, "{shares:?}");
+            assert!(
+                (share - expected).abs() < 0.015,
+                "{share} instead of {expected} in {shares:?}"
+            );
         }
     }
 
@@ -352,7 +357,7 @@ mod tests {
     #[test]
     fn equal_endpoints_get_equal_shares_from_a_single_caller() {
         for policy in POLICIES {
-            // These latencies differ no more than measurements of equal servers do.
+            // The latencies differ only as much as measurements of equal servers do.
             let (fakes, set) = set([(100.0, 1, 9), (110.0, 1, 9), (95.0, 1, 9), (102.0, 1, 9)]);
             let picker = Picker::new(policy, Some(7));
             assert_near(&shares(&picker, &fakes, &set), &[0.25; 4]);
@@ -380,7 +385,7 @@ mod tests {
                 ));
             }
             let share = f64::from(fakes[1].in_flight()) / 4_000.0;
-            assert!((share - 0.75).abs() < 0.02, "{share}");
+            assert!((share - 0.75).abs() < 0.02, "share {share}");
         }
     }
 
@@ -461,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn full_connections_are_skipped_and_the_last_free_one_is_found() {
+    fn full_connections_are_skipped_and_the_only_free_one_is_found() {
         for (policy, heavy) in POLICIES
             .into_iter()
             .flat_map(|policy| [(policy, 1), (policy, 9)])
@@ -471,7 +476,7 @@ mod tests {
             let picker = Picker::new(policy, Some(7));
             match picker.pick(&set, |_| true, SCAN_LIMIT) {
                 Pick::Taken(fake) => assert_eq!(fake.name, 63),
-                other => panic!("one connection was free, but {other:?}"),
+                other => panic!("one connection was free, but the pick returned {other:?}"),
             }
             assert_eq!(picker.pick(&set, |_| true, SCAN_LIMIT), Pick::Full);
         }
@@ -490,7 +495,7 @@ mod tests {
         for _ in 0..9 {
             match picker.pick(&set, |fake| fake.name != 0, SCAN_LIMIT) {
                 Pick::Taken(fake) => assert_eq!(fake.name, 1),
-                other => panic!("one connection is usable, but {other:?}"),
+                other => panic!("one connection is usable, but the pick returned {other:?}"),
             }
         }
         assert_eq!(
@@ -517,7 +522,7 @@ mod tests {
             let picker = Picker::new(LbPolicy::LeastRequest, Some(42));
             let pick = || match picker.pick(&set, |_| true, SCAN_LIMIT) {
                 Pick::Taken(fake) => fake.name,
-                other => panic!("all connections are free, but {other:?}"),
+                other => panic!("all connections are free, but the pick returned {other:?}"),
             };
             (0..100).map(|_| pick()).collect::<Vec<_>>()
         };

@@ -12,19 +12,19 @@ use super::load::{Load, LoadHandle, Ticks};
 use super::picker::Candidate;
 use crate::transport::http2::Connection;
 
-/// One open connection to an endpoint. Usually the connection is in the ready set. A connection outside the set waits for its first health
-/// status, takes no calls for now, was removed while calls still use it, or is private to one call.
+/// One open connection to an endpoint. Usually the connection is in the ready set. It is outside the set if it waits for its first health
+/// status, if its peer does not answer or is not healthy, if it was removed while calls still use it, or if it is private to one call.
 #[derive(Debug)]
 pub(crate) struct ReadyConnection {
     load: LoadHandle,
-    /// Keeps the statistics alive. The endpoint has only a weak reference to them, and reports them while the connection exists.
+    /// Keeps the statistics alive while the connection exists. The endpoint has only a weak reference to them, and reports them.
     _stats: Arc<ConnectionStats>,
     http2: Connection,
     endpoint: Arc<Endpoint>,
     waiters: Arc<dyn Queue>,
     /// The start of the channel. The times in the load estimate are relative to it.
     epoch: Instant,
-    /// Whether the connection is in the set that calls pick from. While it is not, no waiter gets a permit on it.
+    /// Whether the connection is in the set that calls pick from. While it is not in that set, no waiting call gets a permit on it.
     takes_calls: AtomicBool,
     used: Arc<ConnectionUse>,
 }
@@ -38,7 +38,7 @@ pub(super) trait Queue: Debug + Send + Sync {
     fn offer(&self, connection: &Arc<ReadyConnection>);
 }
 
-/// Whether calls were sent on a connection, and whether one was answered. The value outlives the connection and does not keep it open.
+/// Whether a call was sent on a connection, and whether a call was answered. The value outlives the connection and does not keep it open.
 #[derive(Debug, Default)]
 pub(super) struct ConnectionUse {
     sent: AtomicBool,
@@ -51,7 +51,7 @@ impl ConnectionUse {
         self.sent.load(Ordering::Relaxed)
     }
 
-    /// Returns whether a call got a response, including an error.
+    /// Returns whether a call on the connection got a response. An error is also a response.
     pub(super) fn is_answered(&self) -> bool {
         self.answered.load(Ordering::Relaxed)
     }
@@ -119,8 +119,8 @@ impl ReadyConnection {
         self.waiters.release(self);
     }
 
-    /// Returns whether a waiter can get a permit on this connection: it is in the set that calls pick from, and its limit on
-    /// streams is not exceeded.
+    /// Returns whether a waiting call can get a permit on this connection. The connection must be in the set that calls pick from, and its
+    /// limit on streams must not be exceeded.
     pub(super) fn takes_calls(&self) -> bool {
         self.takes_calls.load(Ordering::SeqCst)
             && self.load.in_flight() as usize <= self.load.limit()
@@ -153,8 +153,8 @@ impl ReadyConnection {
         self.load.set_limit(self.http2.max_streams());
     }
 
-    /// Records a failure that only the caller can detect: of a call, or of a stream that the call opened. `silent_since` is set if a
-    /// response is overdue. If nothing was read from the connection since then, a PING checks the connection.
+    /// Records that a call, or a stream that the call opened, has failed in a way that only the caller can detect. `silent_since` is set if
+    /// a response is overdue. If nothing was read from the connection since that time, a PING checks the connection.
     pub(crate) fn on_reported_failure(&self, now: Instant, silent_since: Option<Instant>) {
         self.load.on_failure(Duration::ZERO, self.ticks(now));
         if let Some(then) = silent_since {
@@ -168,7 +168,7 @@ impl ReadyConnection {
     }
 }
 
-/// An entry of the ready set. It has its own handle to the load, so to compare connections, a pick reads only their loads.
+/// An entry of the ready set. It has its own handle to the load, so that a pick that compares connections reads only their loads.
 #[derive(Clone, Debug)]
 pub(crate) struct ReadyEntry {
     connection: Arc<ReadyConnection>,

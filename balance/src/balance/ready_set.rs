@@ -1,7 +1,7 @@
 //! The ready set: immutable, read by every call without a lock, and cheap to replace.
 //!
 //! The set is a list of chunks, and successive sets share unchanged chunks. A change rebuilds the chunks that it touches and the short list
-//! of chunks, but not the whole set. With 10 000 connections, a change takes a few microseconds instead of a hundred.
+//! of chunks, but not the whole set. With 10 000 connections, a change takes a few microseconds instead of 100 µs.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
@@ -16,11 +16,12 @@ pub(crate) struct ReadySet<M> {
     len: usize,
     /// Draws a chunk by its weight; `None` if all connections have the same weight.
     alias: Option<Alias>,
-    /// The order of turns. `None` if all weights are equal, so that turns follow the order of the slots, or if the policy takes no turns.
+    /// The order of turns. `None` if the policy takes no turns, or if all weights are equal. In the latter case, turns follow the order of
+    /// the slots.
     rotation: Option<Rotation>,
 }
 
-/// A part of the set. All chunks but the last are full.
+/// A part of the set. Every chunk except the last one has [`CHUNK`] slots.
 #[derive(Debug)]
 struct Chunk<M> {
     slots: Arc<[Slot<M>]>,
@@ -60,7 +61,7 @@ impl<M> ReadySet<M> {
             .and_then(|chunk| chunk.slots.get(index % CHUNK))
     }
 
-    /// Returns the slot of this turn in round robin.
+    /// Returns the slot that has this turn in round robin.
     pub(crate) fn in_turn(&self, turn: u64) -> Option<&Slot<M>> {
         let index = if let Some(rotation) = &self.rotation {
             rotation.index_at(turn)?
@@ -107,7 +108,7 @@ struct Alias(Box<[Column]>);
 
 #[derive(Clone, Copy, Debug)]
 struct Column {
-    /// A random number below this limit selects the index of the column itself.
+    /// A random number below this limit selects the index of this column.
     keep: u32,
     /// Any other random number selects this index.
     other: u32,
@@ -118,7 +119,7 @@ impl Alias {
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
         clippy::cast_precision_loss,
-        reason = "shares of one are scaled to 32 bits, and a set has fewer slots than that"
+        reason = "shares below one are scaled to 32 bits, and a set has fewer than 2^32 slots"
     )]
     fn new(weights: impl Iterator<Item = u64>) -> Self {
         let mut shares: Vec<f64> = weights.map(|weight| weight as f64).collect();
@@ -138,7 +139,7 @@ impl Alias {
             }
         }
         // The loop ends when one of the lists is empty. The columns that remain in the other list have a share of one, apart from rounding
-        // errors, and always select themselves.
+        // errors. They always select their own index.
         while let (Some(&poor), Some(&rich)) = (small.last(), large.last()) {
             small.pop();
             columns[poor] = Column {
@@ -177,8 +178,8 @@ pub(crate) struct ReadySetBuilder<K, M> {
 }
 
 impl<K, M> ReadySetBuilder<K, M> {
-    /// Creates an empty builder. Its sets have a rotation by weight only if `takes_turns` is true, because only weighted round robin uses
-    /// one.
+    /// Creates an empty builder. The sets that it builds have a rotation by weight only if `takes_turns` is true, because only weighted
+    /// round robin uses one.
     pub(crate) fn new(takes_turns: bool) -> Self {
         Self {
             slots: Vec::new(),
@@ -305,7 +306,7 @@ impl<M: Clone> Chunk<M> {
     }
 }
 
-/// Number of slots in a chunk. A change copies the slots of each chunk that it touches, and the references to all other chunks.
+/// Number of slots in a chunk. A change copies the slots of each chunk that it touches. Of all other chunks, it copies only the references.
 const CHUNK: usize = 64;
 
 #[cfg(test)]
@@ -316,7 +317,7 @@ mod tests {
 
     fn entries(set: &ReadySet<u32>) -> BTreeMap<u32, u32> {
         (0..set.len())
-            .map(|index| set.get(index).expect("below the length"))
+            .map(|index| set.get(index).expect("within the length"))
             .map(|slot| (slot.connection, slot.weight))
             .collect()
     }
@@ -382,18 +383,18 @@ mod tests {
         let mut heavy = 0_u32;
         let mut each = vec![0_u32; 200];
         for _ in 0..200_000 {
-            let index = set.draw(rng.u64(..), rng.u64(..)).expect("not empty");
-            let slot = set.get(index).expect("below the length");
+            let index = set.draw(rng.u64(..), rng.u64(..)).expect("has slots");
+            let slot = set.get(index).expect("within the length");
             heavy += u32::from(slot.weight == 3);
             each[slot.connection as usize] += 1;
         }
         let share = f64::from(heavy) / 200_000.0;
-        assert!((share - 0.75).abs() < 0.01, "{share}");
-        assert!(each.iter().all(|&drawn| drawn > 300), "every slot is drawn");
+        assert!((share - 0.75).abs() < 0.01, "share {share}");
+        assert!(each.iter().all(|&drawn| drawn > 300), "a slot is too rare");
     }
 
     #[test]
-    fn a_draw_from_an_empty_set_is_none() {
+    fn a_draw_from_an_empty_set_yields_no_slot() {
         let set = ReadySet::<u32>::default();
         let index = set.draw(u64::MAX, u64::MAX);
         assert!(index.and_then(|index| set.get(index)).is_none());

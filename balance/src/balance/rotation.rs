@@ -5,12 +5,12 @@
 //!
 //! A small set gets a *schedule*: a list of slots that is computed in advance and repeated. One pass through the list is a period. In a
 //! period, each slot appears in proportion to its weight, and as evenly spaced as possible. For a large set, or for large weights without a
-//! common factor, the period would be too long to store.
+//! common factor, the schedule would be too expensive to compute.
 //!
-//! Such a set gets a *line* instead, on which each slot covers a segment as long as its weight. Turn `n` selects the segment at one point
-//! of the line: the fractional part of `n` times the golden ratio, as a fraction of the line. Each new point falls into one of the largest
-//! gaps between the earlier points. So in any sequence of turns, each segment is selected in proportion to its length, to within about
-//! three turns. The same holds for any group of adjacent segments.
+//! Such a set gets a *line* instead, on which each slot covers a segment as long as its weight. Turn `n` selects the segment at a point of
+//! the line. The position of the point, as a fraction of the line, is the fractional part of `n` times the golden ratio. Each new point
+//! falls into one of the largest gaps between the earlier points. So in any sequence of consecutive turns, the number of turns of each
+//! segment is in proportion to its length, to within about three turns. The same holds for any group of adjacent segments.
 
 use std::sync::Arc;
 
@@ -38,7 +38,7 @@ impl Rotation {
 /// The slots of a set, ordered by weight. The next rotation is built from this list.
 ///
 /// The list is divided into pieces that successive rotations share. Adding or removing a slot rebuilds only a few pieces and the list of
-/// pieces. With 10 000 slots, this rebuild takes 10 microseconds. Building the whole line again would take more than 100 microseconds.
+/// pieces. With 10 000 slots, this rebuild takes 10 microseconds. To build the whole line again would take more than 100 microseconds.
 #[derive(Debug, Default)]
 pub(super) struct Ranking {
     pieces: Vec<Piece>,
@@ -155,9 +155,10 @@ fn gcd(a: u32, b: u32) -> u32 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Computes a period by earliest deadline first. A slot whose share of the turns is `s` must get its own turn number `k` in the interval
-/// from `k / s` to `(k + 1) / s`. A slot is due while such an interval has begun and has had no turn. Of the slots that are due, the slot
-/// whose interval ends first gets the next turn. This keeps each slot less than one turn from its share at any time.
+/// Computes a period by earliest deadline first. A slot whose share of the turns is `s` must get one turn in each interval from turn `k /
+/// s` to turn `(k + 1) / s`, for `k` = 0, 1, 2 and so on. A slot is due if its current interval has begun and the slot has not had its turn
+/// for this interval. Of the slots that are due, the slot whose interval ends first gets the next turn. This keeps each slot less than one
+/// turn from its share at any time.
 fn schedule(slots: &[&(u32, u32)], unit: u32) -> Box<[u32]> {
     // `MAX_STEPS` limits the sum of the weights, so no product below overflows.
     let weights = slots.iter().map(|(weight, _)| i64::from(weight / unit));
@@ -185,8 +186,8 @@ fn schedule(slots: &[&(u32, u32)], unit: u32) -> Box<[u32]> {
     (0..turns).map(next).collect()
 }
 
-/// A line with one segment per slot, as long as the slot's weight. Slots of similar weight are adjacent, so that together they get their
-/// share as exactly as a single slot.
+/// A line with one segment per slot. Each segment is as long as the weight of its slot. Slots of similar weight are adjacent, so that
+/// together they get their share as exactly as a single slot.
 #[derive(Debug)]
 pub(super) struct Line(Segments<Segments<u32>>);
 
@@ -205,8 +206,8 @@ impl Line {
 #[derive(Clone, Debug)]
 struct Segments<T> {
     list: Arc<[Segment<T>]>,
-    /// The line is divided into buckets of equal length. Contains, for each bucket, the index of the first segment that reaches into it.
-    /// The last entry is the index of the last segment.
+    /// The line is divided into buckets of equal length. For each bucket, this list contains the index of the first segment that reaches
+    /// into the bucket. One more entry at the end is the index of the last segment.
     guide: Arc<[u32]>,
     /// The length of a bucket is `1 << shift`.
     shift: u32,
@@ -234,7 +235,8 @@ impl<T: Clone> Segments<T> {
         let shift = mean.max(1).ilog2();
         let mut guide = Vec::new();
         for (index, segment) in (0..).zip(list.iter()) {
-            // Extends the guide to all buckets that start before the end of this segment and that no earlier segment reaches into.
+            // Extends the guide to all buckets that start before the end of this segment, except for the buckets that an earlier segment
+            // reaches into.
             let buckets = ((segment.end - 1) >> shift) + 1;
             guide.resize(usize::try_from(buckets).unwrap_or_default(), index);
         }
@@ -267,7 +269,8 @@ impl<T: Clone> Segments<T> {
 /// The fractional part of the golden ratio, in units of 2^-64. The fractional parts of its multiples are spread more evenly than those of
 /// any other number.
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
-/// Limit on the product of turns and slots of a schedule. A schedule is computed for each new set. At this limit, it takes 25 microseconds.
+/// Limit on the number of turns of a schedule times its number of slots. A schedule is computed for each new set. At this limit, the
+/// computation takes 25 microseconds.
 const MAX_STEPS: usize = 1 << 13;
 /// Maximum number of slots in a piece.
 const PIECE: usize = 128;
@@ -291,7 +294,7 @@ mod tests {
     }
 
     fn turns(rotation: &Rotation, start: u64, turns: u64) -> impl Iterator<Item = usize> {
-        (start..start + turns).map(|turn| rotation.index_at(turn).expect("not empty"))
+        (start..start + turns).map(|turn| rotation.index_at(turn).expect("has slots"))
     }
 
     /// Returns the number of turns that each slot should get.
@@ -320,14 +323,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn shares_match_the_weights_over_any_turns(
+        fn shares_match_the_weights_over_any_consecutive_turns(
             weights in proptest::collection::vec(weight(), 1..300),
             start: u32,
             length in 1..10_000_u64,
         ) {
             let counts = counts(&weights, start.into(), length);
             for (count, fair) in counts.iter().zip(fair(&weights, length)) {
-                prop_assert!((count - fair).abs() < LINE, "{count} of {fair}");
+                prop_assert!((count - fair).abs() < LINE, "{count} turns instead of {fair}");
             }
         }
 
@@ -356,7 +359,7 @@ mod tests {
         ) {
             let scaled: Vec<_> = weights.iter().map(|weight| weight * unit).collect();
             let Rotation::Schedule(indexes) = ranking(&scaled).rotation() else {
-                panic!("small sets have a schedule");
+                panic!("a small set should have a schedule");
             };
             let due = fair(&weights, 1);
             let mut owed = vec![0.0; weights.len()];
@@ -407,7 +410,7 @@ mod tests {
             weights[4_321] = heavy;
             let counts = counts(&weights, 77, 10_000);
             let error = counts[4_321] - fair(&weights, 10_000)[4_321];
-            assert!(error.abs() < LINE, "{heavy}: {error}");
+            assert!(error.abs() < LINE, "weight {heavy}: {error} turns off");
         }
     }
 
@@ -429,10 +432,13 @@ mod tests {
                 let (count, fair) = (sum(&counts, from, 100_001), sum(&fair, from, 100_001));
                 assert!(
                     (count - fair).abs() < LINE,
-                    "from {from}: {count} of {fair}"
+                    "weights from {from}: {count} turns instead of {fair}"
                 );
                 let (count, fair) = (10_000.0 - count, 10_000.0 - fair);
-                assert!((count - fair).abs() < LINE, "to {from}: {count} of {fair}");
+                assert!(
+                    (count - fair).abs() < LINE,
+                    "weights below {from}: {count} turns instead of {fair}"
+                );
             }
         }
     }
@@ -448,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lone_light_slot_does_not_wait_for_the_end_of_the_period() {
+    fn a_slot_of_weight_one_beside_one_of_weight_100_gets_one_turn_per_period() {
         let rotation = ranking(&[100, 1]).rotation();
         let light: Vec<_> = (0..202)
             .filter(|turn| rotation.index_at(*turn) == Some(1))

@@ -27,10 +27,10 @@ pub(crate) struct Shared {
     pub(super) published: ArcSwap<Published>,
     /// Wakes the calls that wait for a connection, after each published set.
     pub(super) changed: Notify,
-    /// Wakes the driver when a call waits, has given up a connection, has found a connection dead, or has reported a response that is not
-    /// gRPC.
+    /// Wakes the driver when a call waits, when the caller has given up a connection, when a call has found a connection dead, or when a
+    /// call has reported a response that is not gRPC.
     pub(super) demand: Notify,
-    /// Connections that calls have given up and that the driver has not removed from the set yet.
+    /// Connections that callers have given up (`BalancedChannel::reconnect`), until the driver has removed them from the ready set.
     given_up: Mutex<Vec<Arc<ReadyConnection>>>,
     pub(super) waiters: Arc<Waiters>,
     picker: Picker,
@@ -38,13 +38,13 @@ pub(crate) struct Shared {
     /// Dials the private connections, which carry one call each.
     connector: Arc<Connector>,
     /// Whether a call has found a connection dead after a silence. Other connections may be dead as well, so the driver then checks those
-    /// that were silent for long.
+    /// on which nothing was read for a while.
     found_dead: AtomicBool,
     /// Whether a call has begun to wait since the driver last read this flag.
     call_waits: AtomicBool,
     /// The reason why the channel makes no more calls, once it has ended.
     ended: OnceLock<Arc<str>>,
-    /// Endpoints that calls have reported because their responses are not gRPC.
+    /// Endpoints whose responses are not gRPC, as reported by calls.
     not_grpc: Mutex<Vec<Arc<Endpoint>>>,
     pub(super) started: Instant,
 }
@@ -76,7 +76,8 @@ impl Shared {
         self.snapshot(SCAN_LIMIT).pick(usable)
     }
 
-    /// Returns the published state. If the connections that a pick draws cannot take the call, the pick scans at most `scan_limit` slots.
+    /// Returns the published state. A pick from it draws a few connections. If none of them can take the call, the pick scans at most
+    /// `scan_limit` slots of the set.
     pub(crate) fn snapshot(&self, scan_limit: usize) -> Snapshot<'_> {
         Snapshot {
             picker: &self.picker,
@@ -110,14 +111,14 @@ impl Shared {
         self.demand.notify_one();
     }
 
-    /// Makes the driver check the connections that were silent for long, because a call has found one of them dead.
+    /// Makes the driver check the connections on which nothing was read for a while, because a call has found one of them dead.
     pub(crate) fn check_silent(&self) {
         self.found_dead.store(true, Ordering::Relaxed);
         self.demand.notify_one();
     }
 
     /// Records a response that was not gRPC. After [`MAX_NOT_GRPC`] such responses in a row, the driver puts the endpoint in quarantine. If
-    /// no response of the endpoint was gRPC since its last quarantine, the next such response is enough.
+    /// no response of the endpoint has been gRPC since its last quarantine, one more response that is not gRPC is enough.
     #[cold]
     pub(crate) fn on_not_grpc(
         &self,
@@ -132,7 +133,7 @@ impl Shared {
         }
     }
 
-    /// Removes and returns the endpoints that calls have reported because their responses are not gRPC.
+    /// Removes and returns the endpoints whose responses are not gRPC, as reported by calls.
     pub(super) fn take_not_grpc(&self) -> Vec<Arc<Endpoint>> {
         std::mem::take(&mut *self.lock_not_grpc())
     }
@@ -151,7 +152,7 @@ impl Shared {
         self.found_dead.swap(false, Ordering::Relaxed)
     }
 
-    /// Dials a private connection to an endpoint, for one call.
+    /// Dials a private connection to an endpoint, for one call. `metadata`: the size of the metadata of the call, in bytes.
     ///
     /// # Cancel safety
     ///
@@ -180,8 +181,8 @@ impl Shared {
         Ok(Permit::private(&connection, metadata, dial_permit))
     }
 
-    /// Makes the driver replace a connection by a new one to the same endpoint. Calls on the old connection finish.
-    /// [`given_up`](Self::given_up) returns the connection from now on, because the driver removes it from the ready set only later.
+    /// Makes the driver replace a connection by a new one to the same endpoint. Calls on the old connection finish. The driver removes the
+    /// old connection from the ready set only later, so [`given_up`](Self::given_up) returns it until then.
     pub(crate) fn give_up(&self, connection: &Arc<ReadyConnection>) {
         self.lock_given_up().push(Arc::clone(connection));
         self.demand.notify_one();
@@ -192,7 +193,7 @@ impl Shared {
         self.lock_given_up().clone()
     }
 
-    /// Removes these connections from the list of connections that calls have given up.
+    /// Removes these connections from the list of connections that callers have given up.
     pub(super) fn forget_given_up(&self, replaced: &[Arc<ReadyConnection>]) {
         self.lock_given_up().retain(|connection| {
             let mut replaced = replaced.iter();
@@ -219,8 +220,8 @@ impl Shared {
 
     /// Ends the channel: waiting calls and all later calls fail with this reason.
     pub(super) fn end(&self, why: &str, summary: &Summary) {
-        // Keeps the first reason. `Balancer::end` sets the reason of an invalid channel and then aborts the driver, and the driver calls
-        // this function again when it is dropped.
+        // Keeps the first reason. `Balancer::end` sets the reason why the channel is invalid, and then aborts the driver. When the driver
+        // is dropped, it calls this function again.
         if self.ended.set(why.into()).is_err() {
             return;
         }
@@ -235,7 +236,7 @@ impl Shared {
         self.changed.notify_waiters();
     }
 
-    /// Removes an endpoint from the directory, whose endpoints [`endpoints`](Self::endpoints) reports.
+    /// Removes an endpoint from the directory. [`endpoints`](Self::endpoints) then no longer reports it.
     pub(super) fn forget(&self, endpoint: &Arc<Endpoint>) {
         let mut directory = self.directory();
         // If the address was registered again, the directory contains a new endpoint for it, which must stay.
@@ -262,8 +263,9 @@ pub(super) struct Published {
     pub(super) summary: Summary,
 }
 
-/// One published state, for both a pick and the decision that follows it. If the state were loaded twice and an endpoint became ready in
-/// between, the first load would have no ready endpoint and the second load no pending endpoint, and the call would fail.
+/// One published state, for both a pick and the decision that follows a pick without a result: whether the call waits or fails. If the
+/// state were loaded once for each, an endpoint could become ready in between. The pick would then find no ready endpoint, the decision
+/// would find no pending endpoint, and the call would fail.
 #[derive(Debug)]
 pub(crate) struct Snapshot<'a> {
     pub(super) picker: &'a Picker,

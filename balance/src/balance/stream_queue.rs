@@ -1,7 +1,7 @@
 //! The wait queue: calls that wait for a free stream, in order of arrival.
 //!
 //! A stream that becomes free is handed directly to a waiter that can use it, so that no other call can take it first. A notification alone
-//! is not enough: the call that it wakes may not be allowed to use that stream, or may not find the stream among thousands of connections.
+//! is not enough: the call that is woken may be excluded from using that stream, or may not find the stream among thousands of connections.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -80,7 +80,7 @@ impl Waiters {
 
     /// Adds a call to the queue. Returns `None` if the queue is full.
     pub(crate) fn join(self: &Arc<Self>, exclusions: Exclusions) -> Option<Waiting> {
-        // SeqCst: see `Load::acquire`. A stream that is released after this line is handed to a waiter.
+        // SeqCst: see `Load::acquire`. From here on, a stream that is released is handed to a waiter that can use it.
         let waiting = self.waiting.fetch_add(1, Ordering::SeqCst);
         if waiting >= self.limit {
             self.waiting.fetch_sub(1, Ordering::SeqCst);
@@ -184,8 +184,8 @@ impl Queue for Waiters {
     }
 }
 
-/// A call in the wait queue. Dropping it ends the wait. If the call was given a permit and has not taken it, the permit's stream is
-/// released to the next waiter.
+/// A call in the wait queue. Dropping this value ends the wait. If the call was given a permit that it has not taken, the stream of the
+/// permit is handed to the next waiter.
 #[derive(Debug)]
 pub(crate) struct Waiting {
     waiters: Arc<Waiters>,
@@ -228,5 +228,6 @@ impl Drop for Waiting {
     }
 }
 
-/// Stale entries of the queue are removed when they outnumber the waiting calls by more than this number.
+/// Entries of calls that no longer wait are removed when the queue has more entries than twice the number of waiting calls plus this
+/// number.
 const MAX_STALE: usize = 64;

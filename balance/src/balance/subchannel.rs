@@ -11,7 +11,7 @@
 //! ```
 //!
 //! The end of a connection does not show that its server has failed, so a connection that served a call is dialled again at once. Unlike in
-//! gRPC, a connection that is merely ready does not reset the backoff: the connection must also serve a call, or last for [`MIN_LIFETIME`].
+//! gRPC, the backoff is not reset as soon as a connection is ready: the connection must also serve a call, or last for [`MIN_LIFETIME`].
 //! Otherwise a server that answers one PING and closes the connection would be dialled in a tight loop.
 
 use std::sync::{Arc, Weak};
@@ -28,19 +28,20 @@ use super::ready_connection::{ConnectionUse, ReadyConnection};
 #[derive(Debug)]
 pub(super) struct Subchannel<S> {
     backoff: ConnectBackoff,
-    /// The backoff between connections that end while no call needs them.
+    /// The backoff before the next dial if the connection has ended while no call needed it.
     rest_backoff: ConnectBackoff,
     /// Number of consecutive dials that failed.
     failed: usize,
     /// Number of consecutive connections that were closed gracefully without serving a call, although calls needed them. `last_use` belongs
-    /// to the latest of these connections. If a call on that connection is answered after its close, the count starts again.
+    /// to the latest of these connections. If a call on that connection is answered after the connection was closed, the count starts
+    /// again.
     unserved: u32,
     last_use: Option<Arc<ConnectionUse>>,
-    /// Set by a failure, and cleared when a connection is ready. It stays set during the backoff and the next dial. Otherwise each dial
-    /// would make calls wait for an endpoint that is down.
+    /// Set by a failure, and cleared when a connection is ready. The flag stays set during the backoff and the next dial. Otherwise calls
+    /// would wait during each dial to an endpoint that is down.
     failing: bool,
-    /// Whether the subchannel was already dialled again at once after an early loss: a connection that ended within [`MIN_LIFETIME`], not
-    /// gracefully, and without an answered call. The next early loss leads to `TransientFailure`.
+    /// Whether the subchannel was already dialled again at once after an early loss. In an early loss, a connection ends within
+    /// [`MIN_LIFETIME`], not gracefully, and without an answered call. The next early loss leads to `TransientFailure`.
     redialled_immediately: bool,
     /// Whether calls wait for the next connection.
     wanted: bool,
@@ -80,7 +81,7 @@ pub(super) struct Resting {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Silence {
     None,
-    /// No byte was read in time, and no PING was permitted.
+    /// No byte was read in time, and no PING was permitted to check the connection.
     Doubtful,
     /// No byte was read in time after a PING.
     Stalled,
@@ -133,8 +134,8 @@ impl<S> Subchannel<S> {
         }
     }
 
-    /// Discards the observations of earlier connections. Called when the endpoint was registered again, and after a connection has served a
-    /// call.
+    /// Discards the observations of earlier connections. Called for a new generation of the endpoint (for example a new registration), and
+    /// after a connection has served a call.
     fn forget(&mut self) {
         self.backoff.reset();
         self.rest_backoff.reset();
@@ -145,7 +146,7 @@ impl<S> Subchannel<S> {
         self.wanted = false;
     }
 
-    /// Discards the observations of the previous registration.
+    /// Discards the observations of the previous generation of the endpoint.
     pub(super) fn refreshed(mut self) -> Self {
         self.forget();
         self
@@ -272,9 +273,9 @@ impl Subchannel<Ready> {
         self.state.health = Health::Serving;
     }
 
-    /// Handles the end of the connection, and returns the state that follows. The backoff is reset if the connection served a call or lasted
-    /// for [`MIN_LIFETIME`]. Connections that were closed gracefully without serving the calls that needed them are counted in `unserved`,
-    /// even if they lasted.
+    /// Handles the end of the connection, and returns the state that follows. The backoff is reset if the connection served a call or
+    /// lasted for [`MIN_LIFETIME`]. Connections that were closed gracefully without serving the calls that needed them are counted in
+    /// `unserved`, even if they lasted that long.
     pub(super) fn lost(self, ending: Ending, rng: &mut fastrand::Rng, now: Instant) -> Lost {
         let started = self.state.started;
         self.ended(started, ending, rng, now)
@@ -287,7 +288,7 @@ impl Subchannel<Ready> {
 }
 
 impl<S> Subchannel<S> {
-    /// Returns the state that follows a connection whose dial started at `started`.
+    /// Returns the state that follows the end of a connection. `started`: when its dial started.
     fn ended(
         mut self,
         started: Instant,
@@ -303,7 +304,7 @@ impl<S> Subchannel<S> {
             self.unserved = 0;
         }
         let lasted = now.saturating_duration_since(started) >= MIN_LIFETIME;
-        // If the connection lasted without a call, no call needed it after all.
+        // If the connection lasted for `MIN_LIFETIME` and no call was sent on it, no call needed it after all.
         let wanted = ending.used.is_sent() || (self.wanted && !lasted);
         if lasted {
             self.backoff.reset();
@@ -365,7 +366,7 @@ impl Subchannel<TransientFailure> {
         self.into_state(Idle)
     }
 
-    /// Skips the rest of the backoff and clears all failures, after a fresh registration.
+    /// Skips the remaining backoff and clears all failures. Called for a new generation of the endpoint.
     pub(super) fn reset(mut self) -> Subchannel<Idle> {
         self.forget();
         self.into_state(Idle)
@@ -381,8 +382,8 @@ impl Subchannel<Draining> {
 
 /// A connection that lived this long since the start of its dial counts as successful, even if no call used it.
 const MIN_LIFETIME: Duration = Duration::from_secs(1);
-/// The endpoint counts as failing after this many consecutive connections that were closed gracefully without serving any of the calls that
-/// needed them.
+/// Limit on the number of consecutive connections that were closed gracefully, although calls needed them and none was served. At this
+/// limit, the subchannel counts as failing.
 const MAX_UNSERVED: u32 = 5;
 
 #[cfg(test)]
@@ -404,11 +405,11 @@ mod tests {
         let failed = connecting(idle(), now).failed(&mut rng, now);
         assert!(failed.is_failing());
         let again = connecting(failed.retry(), now);
-        assert!(again.is_failing(), "an attempt does not end the failure");
+        assert!(again.is_failing(), "not failing during the attempt");
         let failed = again.failed(&mut rng, now);
         assert!(
             !failed.reset().is_failing(),
-            "a new registration ends the failure"
+            "a new generation must end the failure"
         );
     }
 
@@ -422,7 +423,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn consecutive_failures_wait_longer_and_a_new_registration_resets_the_wait() {
+    async fn waits_grow_with_consecutive_failures_and_a_new_generation_resets_them() {
         let mut rng = fastrand::Rng::with_seed(7);
         let now = Instant::now();
         let mut subchannel = idle();
@@ -458,7 +459,8 @@ mod tests {
         Ending { graceful, used }
     }
 
-    /// Returns a subchannel with a long backoff, caused by an outage. The backoff must not affect connections that later end gracefully.
+    /// Returns a subchannel with a long backoff, caused by an outage. This backoff must not delay the dials after later connections that
+    /// served calls or were closed gracefully.
     fn after_an_outage(now: Instant, rng: &mut fastrand::Rng) -> Subchannel<Idle> {
         let mut subchannel = idle();
         for _ in 0..10 {
@@ -475,7 +477,7 @@ mod tests {
             for _ in 0..100 {
                 let lost = lose(subchannel, ending(graceful, true, true), &mut rng, now);
                 let Lost::Idle(next) = lost else {
-                    panic!("{lost:?}");
+                    panic!("unexpected next state: {lost:?}");
                 };
                 assert!(!next.is_failing());
                 subchannel = next;
@@ -491,7 +493,7 @@ mod tests {
         for _ in 0..8 {
             let lost = lose(subchannel, ending(true, false, false), &mut rng, now);
             let Lost::Resting(resting) = lost else {
-                panic!("{lost:?}");
+                panic!("unexpected next state: {lost:?}");
             };
             waits.push(resting.until() - now);
             subchannel = resting.wake(false);
@@ -500,7 +502,7 @@ mod tests {
         assert!(waits.is_sorted(), "{waits:?}");
         let lost = lose(subchannel, ending(true, true, true), &mut rng, now);
         let Lost::Idle(subchannel) = lost else {
-            panic!("{lost:?}");
+            panic!("unexpected next state: {lost:?}");
         };
         let lost = lose(subchannel, ending(true, false, false), &mut rng, now);
         assert!(matches!(lost, Lost::Resting(one) if one.until() - now < Duration::from_secs(2)));
@@ -513,7 +515,7 @@ mod tests {
         for _ in 1..MAX_UNSERVED {
             match lose(subchannel, ending(true, true, false), &mut rng, now) {
                 Lost::Idle(next) => subchannel = next,
-                lost => panic!("{lost:?}"),
+                lost => panic!("unexpected next state: {lost:?}"),
             }
         }
         let lost = lose(subchannel, ending(true, true, false), &mut rng, now);
@@ -521,7 +523,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_response_after_the_close_of_its_connection_counts() {
+    async fn a_response_after_the_close_of_its_connection_counts_as_a_served_call() {
         let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
         let mut subchannel = idle();
         for _ in 0..100 {
@@ -529,7 +531,7 @@ mod tests {
             let used = Arc::clone(&ending.used);
             match lose(subchannel, ending, &mut rng, now) {
                 Lost::Idle(next) => subchannel = next,
-                lost => panic!("{lost:?}"),
+                lost => panic!("unexpected next state: {lost:?}"),
             }
             used.on_answer();
         }
@@ -540,7 +542,7 @@ mod tests {
         let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
         let lost = lose(idle(), ending(false, false, false), &mut rng, now);
         let Lost::Idle(first) = lost else {
-            panic!("{lost:?}");
+            panic!("unexpected next state: {lost:?}");
         };
         let lost = lose(first, ending(false, false, false), &mut rng, now);
         assert!(matches!(lost, Lost::TransientFailure(one) if one.until() > now));
@@ -551,7 +553,7 @@ mod tests {
         let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
         let lost = lose(idle(), ending(true, false, false), &mut rng, now);
         let Lost::Resting(resting) = lost else {
-            panic!("{lost:?}");
+            panic!("unexpected next state: {lost:?}");
         };
         let mut subchannel = resting.wake(true);
         let mut waits = Vec::new();
@@ -561,12 +563,12 @@ mod tests {
             let later = now + Duration::from_secs(5);
             let lost = connected.ended(now, ending(true, false, false), &mut rng, later);
             let Lost::Resting(resting) = lost else {
-                panic!("{lost:?}");
+                panic!("unexpected next state: {lost:?}");
             };
             assert!(!resting.is_failing());
             waits.push(resting.until() - later);
             subchannel = resting.wake(false);
         }
-        assert!(waits.is_sorted(), "waits grow: {waits:?}");
+        assert!(waits.is_sorted(), "the waits must grow: {waits:?}");
     }
 }

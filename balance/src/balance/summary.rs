@@ -1,4 +1,4 @@
-//! A summary of the state of all endpoints, for calls.
+//! A summary of the state of all endpoints.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ pub(crate) struct Summary {
     pub(crate) ready: usize,
     /// Number of endpoints that are neither ready nor failing. They may become ready at any moment.
     pub(crate) pending: usize,
-    /// Why the channel makes no more calls, or why it never made one.
+    /// Why the channel makes no calls any more, or why it never made one.
     pub(crate) ended: Option<Arc<str>>,
     /// The last error of the source of endpoints.
     pub(crate) source_error: Option<Arc<str>>,

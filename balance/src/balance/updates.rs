@@ -1,4 +1,4 @@
-//! Reads the stream of changes in batches, and catches a panic of the stream.
+//! Reads the stream of endpoint changes in batches, and catches a panic of the stream.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 
 use tokio_stream::Stream;
 
-/// A stream of changes, and a future that completes once the whole set was sent to the stream for the first time.
+/// A stream of endpoint changes, and a future that completes once the whole set of endpoints was sent to the stream for the first time.
 pub(crate) struct Updates<S> {
     changes: Option<Pin<Box<S>>>,
     known: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
@@ -23,7 +23,7 @@ pub(super) struct Batch<T> {
 }
 
 impl<S: Stream> Updates<S> {
-    /// Wraps a stream. The set counts as known once the first changes were read, or when the stream ends.
+    /// Wraps a stream. The set counts as known once changes were read and no further change is ready, or when the stream ends.
     pub(crate) fn new(changes: S) -> Self {
         Self {
             changes: Some(Box::pin(changes)),
@@ -53,7 +53,7 @@ impl<S: Stream> Updates<S> {
     }
 
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Batch<S::Item>> {
-        // `known` is polled before the stream. When it completes, all changes that it covers were already sent to the stream, so they are
+        // `known` is polled before the stream. When `known` completes, the whole set was already sent to the stream, so all its changes are
         // read below.
         if let Some(known) = &mut self.known
             && known.as_mut().poll(cx).is_ready()
@@ -104,7 +104,7 @@ impl<S: Stream> Updates<S> {
     }
 }
 
-/// Maximum number of changes in a batch. The limit lets the driver handle its connections between two batches.
+/// Maximum number of changes in a batch. Because of the limit, the driver can handle its connections between two batches.
 const BATCH: usize = 1024;
 
 #[cfg(test)]

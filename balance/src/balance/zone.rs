@@ -1,11 +1,12 @@
-//! Zone preference: computes, for the callers in one zone, a factor by which the weights of the endpoints in each zone are multiplied.
-//! Performs no I/O.
+//! Zone preference: for the callers in one zone, computes a factor for each zone. The weights of the endpoints in that zone are multiplied
+//! by the factor. Performs no I/O.
 //!
 //! The computation assumes that callers are spread evenly over the zones. With `n` zones, the callers of each zone then make `1 / n` of all
 //! calls. This fraction is the *demand* of a zone. The *part* of a zone is its share of all weights, and so the share of all calls that its
-//! endpoints can take. If the part of a zone is at least its demand, the zone serves all calls of its own callers. A zone with a smaller
-//! part serves as many of their calls as it can. The remaining calls are sent to zones with spare capacity, in proportion to that capacity.
-//! So as few calls as possible leave their zone, and no endpoint gets more calls than its share by weight, even in a small zone.
+//! endpoints can take. If the part of a zone is at least its demand, the zone serves all calls of its own callers. If the part is smaller,
+//! the zone serves as many calls of its own callers as its part allows. The remaining calls are sent to zones with spare capacity, in
+//! proportion to that capacity. So as few calls as possible leave their zone, and no endpoint gets more calls than its share by weight,
+//! even in a small zone.
 
 use std::collections::BTreeMap;
 
@@ -13,9 +14,10 @@ use std::collections::BTreeMap;
 /// an empty name.
 pub(super) type Zones<T> = BTreeMap<Box<str>, T>;
 
-/// Returns the factor for the weights of each zone, from 1 to [`MAX_FACTOR`], for callers in the zone `own`.
+/// Returns the factor of each zone, from 1 to [`MAX_FACTOR`], for callers in the zone `own`. `weights` contains the sum of the weights of
+/// each zone.
 pub(super) fn factors(own: &str, weights: &Zones<u64>) -> Zones<u32> {
-    #[expect(clippy::cast_precision_loss, reason = "a part needs no more digits")]
+    #[expect(clippy::cast_precision_loss, reason = "53 bits are enough for a part")]
     let float = |weight: u64| weight as f64;
     let total = float(weights.values().sum()).max(1.0);
     #[expect(clippy::cast_precision_loss, reason = "there are few zones")]
@@ -91,15 +93,15 @@ mod tests {
 
     #[test]
     fn a_small_zone_spills_over_to_zones_with_spare_capacity() {
-        // The demand is a third of the calls, and the zone has an eleventh of the weight: 3 of 11 calls stay, and the two large zones share
-        // the rest.
+        // The demand of the small zone is a third of all calls, and its part is an eleventh of all weights. So 3 of 11 calls of its callers
+        // stay in the zone, and the two large zones share the others.
         assert_eq!(of("0", &[2, 10, 10]), [MAX_FACTOR, 267, 267]);
         // The other small zone has no spare capacity.
         assert_eq!(of("0", &[2, 2, 18]), [MAX_FACTOR, 1, 296]);
     }
 
     #[test]
-    fn without_local_endpoints_all_zones_are_equal() {
+    fn without_local_endpoints_all_zones_have_the_same_factor() {
         assert_eq!(of("0", &[0, 5, 50]), [MAX_FACTOR; 3]);
         assert_eq!(of("unheard of", &[3, 5]), [MAX_FACTOR; 2]);
         assert!(of("0", &[]).is_empty());
@@ -122,9 +124,9 @@ mod tests {
             }
             for (zone, load) in load.iter().enumerate() {
                 let fair = weights[zone] as f64 / total;
-                // The tolerance of a fifth is for the calls that the smallest factor sends to other zones. They add up if one zone is a
-                // hundred times as large as another.
-                prop_assert!(*load <= fair * 1.2 + 0.001, "{weights:?}: {load} of {fair}");
+                // The tolerance of 20 % is for the calls that even the smallest factor sends to other zones. These calls add up if one zone
+                // is a hundred times as large as another.
+                prop_assert!(*load <= fair * 1.2 + 0.001, "{weights:?}: {load} instead of {fair}");
             }
         }
     }

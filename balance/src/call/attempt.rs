@@ -14,7 +14,7 @@ use crate::transport::exchange::Exchange;
 use crate::transport::http2::OpenError;
 use crate::transport::request_body::{Outgoing, Recall};
 
-/// A request that was sent, with its permit.
+/// A request that was sent, with its permit to use a stream of the connection.
 pub(super) struct Attempt {
     pub(super) exchange: Exchange,
     pub(super) permit: Permit,

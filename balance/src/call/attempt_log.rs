@@ -24,8 +24,8 @@ impl AttemptLog {
         self.0.push(Entry { address, code });
     }
 
-    /// Returns the list of attempts, with the reason why no further attempt was made. Returns `None` if the call made one attempt and there
-    /// is no reason.
+    /// Returns the list of attempts, with the reason why no further attempt was made. Returns `None` if the call made only one attempt and
+    /// `why` is `None`.
     fn list(&self, why: Option<&str>) -> Option<String> {
         if self.0.len() < 2 && why.is_none() {
             return None;
@@ -83,7 +83,7 @@ mod tests {
             status.message(),
             "gone (3 attempts: a:1 Unavailable, no ready endpoint (Unavailable), b:2 Unavailable; enough)"
         );
-        assert!(status.source().is_some(), "the last failure is the cause");
+        assert!(status.source().is_some(), "the last failure is no source");
     }
 
     #[test]
@@ -102,6 +102,6 @@ mod tests {
         let expected = "gone (2 attempts: a:1 Unavailable, unix:/100% Unavailable)";
         assert_eq!(status.message(), expected);
         assert_eq!(status.details(), [1, 2, 3]);
-        assert_eq!(status.metadata().get("rack").expect("kept"), "7");
+        assert_eq!(status.metadata().get("rack").expect("metadata"), "7");
     }
 }

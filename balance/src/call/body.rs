@@ -154,8 +154,8 @@ impl Stream {
         }
     }
 
-    /// Returns the status of a call whose response the server has cancelled because of the deadline. Returns `None` if the deadline was not
-    /// the cause.
+    /// Called after the server has cancelled the response. Returns the status of the call if the deadline was the cause, and `None`
+    /// otherwise.
     fn deadline_exceeded(&mut self, now: Instant) -> Option<Status> {
         let deadline = self
             .deadline

@@ -1,4 +1,4 @@
-//! The state that a channel shares with its calls, and the choice of the policy for a call.
+//! The state that a channel shares with its calls, and the choice of the retry or hedging policy for a call.
 
 use std::any::Any;
 use std::sync::Arc;
@@ -67,8 +67,8 @@ impl Core {
     }
 
     /// Returns true if the response can be handed to the caller now. Without a retry policy, every response can. With a retry policy,
-    /// returns false if the head carries a failure. Also returns false until the first 64 KiB of the response, or all of it, are buffered, and
-    /// if the stream fails before. The response to a request stream is not buffered.
+    /// returns false if the head carries a failure. It also returns false while the beginning of the response (the first 64 KiB, or all of
+    /// a shorter response) is being buffered, and if the stream fails during that time. The response to a request stream is not buffered.
     pub(super) fn is_final(
         &self,
         call: &Call,

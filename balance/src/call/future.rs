@@ -196,7 +196,8 @@ impl State {
         }
     }
 
-    /// Sends the first attempt if an endpoint is ready and no check is needed. In all other cases, the call leaves the common path.
+    /// Sends the first attempt if an endpoint is ready and its connection needs no [check](needs_no_check). In all other cases, the call
+    /// leaves the common path.
     fn send(
         core: &mut Option<Arc<Core>>,
         call: &mut Option<Call>,

@@ -97,7 +97,7 @@ impl Hedging {
         }
     }
 
-    /// Waits for a permit as a call that is not hedged does. Used only while no attempt is in flight.
+    /// Waits for a permit, in the same way as a call without hedging. Used only while no attempt is in flight.
     async fn first_permit(&mut self) -> Result<Result<Permit, Status>, Deadline> {
         let Conclusion { core, call, .. } = &self.conclusion;
         let picked = pick_prepared(core, call, None, &mut self.history);
@@ -142,8 +142,9 @@ impl Hedging {
                 break;
             };
             drop(snapshot);
-            // A hedge with large metadata is not sent, because it would need a private connection. A silent connection is used without a
-            // check, because other attempts are in flight anyway, and because all connections of a channel with few calls may be silent.
+            // A hedge with large metadata is not sent, because it would need a private connection. A connection from which nothing was read
+            // for long is used without a check, because other attempts are in flight anyway, and because on a channel with few calls, this
+            // may apply to all connections.
             if !has_small_metadata(&self.conclusion.call, &permit) {
                 break;
             }
@@ -183,7 +184,7 @@ impl Hedging {
                 Ok(_) if self.history.is_suspect() => {
                     // A peer ended a connection with an error while this call was on it. Each further hedge could end one more connection.
                     self.is_stopped = true;
-                    let status = Status::unavailable("the call may be what ended its connection");
+                    let status = Status::unavailable("the call may have ended its connection");
                     Err(Failed::permanent(status))
                 }
                 Ok(_) => {

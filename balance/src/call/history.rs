@@ -16,13 +16,14 @@ use crate::balance::{Endpoint, Exclusions, Permit, Pick, ReadyConnection, Snapsh
 pub(super) struct History {
     endpoints: Vec<Arc<Endpoint>>,
     connections: Vec<Arc<ReadyConnection>>,
-    /// Connections that did not answer a check, with the number of bytes that were read from the peer before the check. The call may use
-    /// such a connection again as soon as further bytes were read from it.
+    /// Connections that did not answer a check (a PING before the call is sent), with the number of bytes read from the peer before the
+    /// check. The call may use such a connection again as soon as further bytes were read from it.
     silent: Vec<(Arc<ReadyConnection>, u64)>,
     /// Silent connections that the call may use without another check, because no other connection was dialled in time.
     trusted: Vec<Arc<ReadyConnection>>,
     last: Option<Failure>,
-    /// Why a private connection for this call could not be dialled. The call fails with this status if no other endpoint takes the call.
+    /// Why a private connection, which would carry only this call, could not be dialled. The call fails with this status if no other
+    /// endpoint takes the call.
     private_dial_error: Option<Status>,
     /// The number of connections, in the current attempt, that a peer closed with a GOAWAY whose last stream id excludes this call. The
     /// error code of the GOAWAY does not matter.
@@ -148,8 +149,8 @@ impl History {
         self.avoided.push(endpoint.address().clone());
     }
 
-    /// Starts another attempt. The endpoints that refused the last attempt, and the endpoint `failed` where it failed, can be picked again,
-    /// but only if no other endpoint is ready.
+    /// Starts another attempt. `failed` is the endpoint at which the last attempt failed, if any. This endpoint, and the endpoints that
+    /// refused the last attempt, can be picked again, but only if no other endpoint is ready.
     pub(super) fn next_attempt(&mut self, failed: Option<&Arc<Endpoint>>) {
         let refused = std::mem::take(&mut self.endpoints);
         let left = refused.iter().chain(failed);
@@ -188,16 +189,17 @@ impl History {
         !self.avoided.is_empty()
     }
 
-    /// Returns true if the call must fail instead of waiting for the next ready set. There are two cases. If the last failure reset only
-    /// the stream, its connection stays in the set, so the wait could have no end. If a private connection could not be dialled, the call
-    /// fails for that reason.
+    /// Returns true if the call must fail instead of waiting until the set of ready connections changes. There are two cases. If the last
+    /// failure reset only the stream, its connection stays in the set, so the wait could have no end. If a private connection could not be
+    /// dialled, the call fails for that reason.
     pub(super) fn is_refusal_final(&self) -> bool {
         let is_reset = |last: &Failure| last.error.is_reset();
         self.private_dial_error.is_some() || self.last.as_ref().is_some_and(is_reset)
     }
 
-    /// Picks a connection, preferably to an endpoint that the call has not used. If all ready endpoints that the call has not used are
-    /// full, picks a used endpoint. With `avoid_used_endpoints`, returns `Full` in this case, so that the call waits for a free stream.
+    /// Picks a connection, preferably to an endpoint that the call has not used. If all ready endpoints that the call has not used are full
+    /// (have no free stream), picks a used endpoint. With `avoid_used_endpoints`, returns `Full` in this case, so that the call waits for a
+    /// free stream.
     pub(super) fn pick(&self, snapshot: &Snapshot<'_>, avoid_used_endpoints: bool) -> Pick<Permit> {
         let mut is_full = false;
         if !self.avoided.is_empty() {

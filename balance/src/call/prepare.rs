@@ -33,8 +33,8 @@ pub(super) enum Prepared {
     Unfit,
 }
 
-/// Checks the picked connection. If the call could make the peer end the connection, a private connection is dialled and used instead.
-/// Returns an error if the metadata exceeds the limit that the peer has announced.
+/// Checks the picked connection. If the call could make the peer end the connection, a private connection, which carries no other call, is
+/// dialled and used instead. Returns an error if the metadata exceeds the limit that the peer has announced.
 ///
 /// The call was not sent yet, so a failed check only delays the call.
 pub(super) async fn prepare(

@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_timeout_is_omitted_only_if_it_is_rewritten() {
+    fn a_timeout_header_is_kept_unless_every_later_send_rewrites_it() {
         let mut given = plain(&OURS);
         given.insert(GRPC_TIMEOUT, HeaderValue::from_static("1S"));
         let mut known = Headers::new(given.clone(), &OURS, true);
@@ -222,7 +222,7 @@ mod tests {
         assert_eq!(Headers::new(given.clone(), &OURS, false).size(), 0);
         given.insert(
             "big",
-            HeaderValue::from_bytes(&[b'x'; 10_000]).expect("valid"),
+            HeaderValue::from_bytes(&[b'x'; 10_000]).expect("a value"),
         );
         let size = Headers::new(given, &OURS, false).size();
         assert!((10_035..10_500).contains(&size), "{size}");

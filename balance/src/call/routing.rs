@@ -47,8 +47,8 @@ impl Routing {
             .map(|connection| connection.endpoint().address().clone())
     }
 
-    /// Reports a failure that only the caller can detect: of the call, or of a stream that the call opened. It enters the latency estimate
-    /// of the connection, as any failed call does.
+    /// Reports a failure that only the caller can detect: a failure of the call, or of a stream that the call opened. The failure changes
+    /// the latency estimate of the connection in the same way as any failed call.
     ///
     /// `silent_since` is the time since which a response has been overdue. If it is set, and nothing was read from the connection since
     /// then, a PING checks the connection.

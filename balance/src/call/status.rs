@@ -1,6 +1,6 @@
 //! The statuses of failed calls. The message of a status that is created here names the service. It also names the endpoint, or the number
-//! of ready endpoints, unless the request itself is malformed. If an endpoint failed the call, the source of the status is a [`CallError`].
-//! This also applies to a status that the server returned.
+//! of ready endpoints, unless the request itself is malformed. If the call failed at an endpoint, the source of the status is a
+//! [`CallError`]. This also applies to a status that the server returned.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -19,13 +19,13 @@ use crate::causes::causes;
 use crate::transport::deadline::Deadline;
 use crate::transport::h2_error::is_unprocessed;
 
-/// Names the endpoint that failed a call, and the reason.
+/// Names the endpoint at which a call failed, and the reason.
 ///
 /// The error is in the source chain of the call's `Status`. Walk the whole chain, because after retries another `Status` precedes the
 /// error. The error is present in these cases: the server returned an error, the response was not gRPC, the connection failed, the deadline
-/// passed after the call was sent, or the call was not sent because its metadata was too large or the private connection that it needed
-/// could not be dialled. It is absent if no endpoint was picked, and if the deadline of a hedged call passed. The message of a status that
-/// the server returned does not name the endpoint, but this error does.
+/// passed after the call was sent, or the call was not sent because its metadata was too large or because the private connection that it
+/// needed, for this call alone, could not be dialled. It is absent if no endpoint was picked, and if the deadline of a hedged call passed.
+/// The message of a status that the server returned does not name the endpoint, but this error does.
 ///
 /// ```
 /// use std::error::Error;
@@ -62,7 +62,7 @@ impl CallError {
         self
     }
 
-    /// Returns the endpoint that failed the call.
+    /// Returns the endpoint at which the call failed.
     #[must_use]
     pub fn address(&self) -> &Address {
         &self.address
@@ -82,8 +82,8 @@ impl Error for CallError {
 }
 
 /// Returns the status of a call whose connection or stream failed. `blame` is the error code of the endpoint's GOAWAY, if any. If `error`
-/// is not the GOAWAY itself, the message contains this code as well. This is the case for a call at or below the GOAWAY's last stream id:
-/// it fails only later, when the socket closes, and its error does not contain the code.
+/// is not the GOAWAY itself, the message contains this code as well. This is the case for a call whose stream id is at most the GOAWAY's
+/// last stream id: the call fails only later, when the socket closes, and its error does not contain the code.
 pub(super) fn connection_or_stream_failed(
     service: &str,
     address: &Address,
@@ -330,11 +330,11 @@ mod tests {
         assert_eq!(status.code(), Code::Unavailable);
         assert_eq!(status.message(), "grüße");
         assert_eq!(status.details(), [1, 2, 3]);
-        assert_eq!(status.metadata().get("rack").expect("kept"), "7");
+        assert_eq!(status.metadata().get("rack").expect("metadata"), "7");
         let source = status
             .source()
             .and_then(|source| source.downcast_ref::<CallError>());
-        assert_eq!(source.expect("typed").address(), &address);
+        assert_eq!(source.expect("a CallError").address(), &address);
         headers.insert("grpc-status", HeaderValue::from_static("0"));
         assert!(server_error(&address, &headers).is_none());
     }

@@ -33,7 +33,7 @@ pub(super) struct Answered {
 /// An attempt without a response.
 pub(super) struct Failed {
     pub(super) status: Status,
-    /// The endpoint that failed the attempt, if any.
+    /// The endpoint at which the attempt failed, if any.
     pub(super) endpoint: Option<Arc<Endpoint>>,
     /// The body for another attempt, if one is possible.
     pub(super) body: Option<Outgoing>,
@@ -296,7 +296,7 @@ impl Answered {
     }
 
     /// Returns the body for another attempt. Returns `None` if more of the body was sent than is kept, and an error if the caller's body
-    /// failed.
+    /// yielded an error.
     pub(super) async fn take_body(&mut self) -> Result<Option<Outgoing>, Status> {
         match self.attempt.kept.body() {
             Some(body) => Ok(Some(body)),

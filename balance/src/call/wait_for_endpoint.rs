@@ -20,7 +20,7 @@ pub(super) async fn wait_for_endpoint(
     wait_for_ready: bool,
 ) -> Result<Permit, Status> {
     // Yields to the scheduler when the task's cooperative budget is used up. A caller that retries failing calls in a tight loop would
-    // otherwise starve the driver that it waits for.
+    // otherwise starve the driver, the channel's background task, for which it waits.
     tokio::task::coop::consume_budget().await;
     let shared = core.shared();
     if history.is_exhausted() {
@@ -32,8 +32,8 @@ pub(super) async fn wait_for_endpoint(
         .avoids()
         .then(|| Instant::now() + UNUSED_ENDPOINT_WAIT);
     let now = Instant::now();
-    // Until this time, the call waits for the second connection that the driver dials beside a silent one. After this time, the call also
-    // accepts the silent connection.
+    // If a connection did not answer a check, the driver dials a second connection to its endpoint. The call waits for the second
+    // connection until this time. After this time, the call also accepts the silent connection.
     let mut silent_until = history.has_silent().then(|| now + SILENT_CONNECTION_WAIT);
     loop {
         // Registers for notifications before the snapshot is loaded, so that no later change is missed.
@@ -42,7 +42,8 @@ pub(super) async fn wait_for_endpoint(
         changed.as_mut().enable();
         let until = {
             // A stream that became free before this call joined the queue is not handed to the call: the call must find that stream in the
-            // ready set. All waiting calls share `SCAN_BUDGET`. If few calls wait, each scans all slots; if many wait, each scans a part.
+            // ready set, the set of connections from which picks are made. All waiting calls share `SCAN_BUDGET`. If few calls wait, each
+            // scans all slots of the ready set; if many wait, each scans a part.
             let scan_limit = if waiting.is_some() {
                 SCAN_BUDGET / shared.waiters().waiting().max(1)
             } else {

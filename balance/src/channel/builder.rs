@@ -34,7 +34,7 @@ use crate::transport::tls::{Tls, TlsConfig};
 /// [`BalancedChannel::builder`] returns a builder without a source of endpoints: `S` is `()`. [`addresses`](Self::addresses),
 /// [`discover`](Self::discover) and [`source`](Self::source) set the source.
 #[derive(Clone, Debug)]
-#[must_use = "there is no channel before `connect` or `connect_lazy`"]
+#[must_use = "a builder does nothing until `connect` or `connect_lazy` is called"]
 pub struct ChannelBuilder<S = ()> {
     source: S,
     pub(super) config: Config,
@@ -158,7 +158,8 @@ impl<S> ChannelBuilder<S> {
     }
 
     /// Sets the number of connections to each endpoint. One more connection is made to an endpoint whose streams are all in use. Default 1;
-    /// 0 counts as 1, and more than 1 000 make the channel invalid. More than one connection is useful for a client with few endpoints and many threads.
+    /// 0 counts as 1, and a value above 1 000 makes the channel invalid. More than one connection is useful for a client with few endpoints
+    /// and many threads.
     pub fn connections_per_endpoint(mut self, connections: usize) -> Self {
         if connections > MAX_CONNECTIONS {
             let reason = format!(
@@ -536,7 +537,7 @@ impl Config {
     }
 }
 
-/// The name in messages of a channel whose service has no name.
+/// The name that messages show for a channel without a service name.
 const UNNAMED: &str = "(unnamed)";
 /// Limit on the connections to one endpoint. A larger number is most likely a mistake.
 const MAX_CONNECTIONS: usize = 1_000;

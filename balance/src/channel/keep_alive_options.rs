@@ -19,8 +19,8 @@ impl<S> ChannelBuilder<S> {
     /// Keep-alive is useful if the network drops connections silently, and if calls have no deadline or streams are silent for minutes.
     ///
     /// Many servers close the connection of a client that sends PINGs more often than every five minutes. By default a connection sends at
-    /// most two PINGs, including the ready check, between two HEADERS or DATA frames of the server. After these two PINGs, it sends at most
-    /// one PING every five minutes while calls are open. If the servers permit more PINGs, set
+    /// most two PINGs between two HEADERS or DATA frames of the server. The PING that checks a new connection counts as one of them. After
+    /// these two PINGs, it sends at most one PING every five minutes while calls are open. If the servers permit more PINGs, set
     /// [`keep_alive_permit_time`](Self::keep_alive_permit_time). If a server still closes a connection with `too_many_pings`, the interval
     /// for that server doubles (gRFC A8).
     pub fn http2_keep_alive_interval(mut self, interval: Duration) -> Self {

@@ -177,7 +177,7 @@ impl<S> fmt::Debug for Endpoints<S> {
     }
 }
 
-/// A source of endpoints over a stream of changes.
+/// A source that takes its endpoints from a stream of changes.
 #[derive(Clone, Debug)]
 pub struct Discover<D>(pub(super) D);
 

@@ -162,7 +162,7 @@ impl Activity {
         }
     }
 
-    /// Ends the waits in progress. Called when nothing was read in time and the PING budget allows no PING.
+    /// Ends the waits in progress. Called when nothing was read in time, and the [PING budget](super::stall_detection) allows no PING.
     pub(super) fn end_waits(&self) {
         self.ended_waits.fetch_add(1, Ordering::SeqCst);
         self.changed.notify_waiters();

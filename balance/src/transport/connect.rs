@@ -1,4 +1,4 @@
-//! Makes connections: name resolution, dial, TLS, HTTP/2, and the ready check.
+//! Makes connections: name resolution, dial, TLS, HTTP/2, and the ready check, which is a first PING that the peer must answer.
 //!
 //! The built-in dialler supports TCP and Unix sockets. Any other transport needs a custom dialler.
 
@@ -219,7 +219,8 @@ impl Connector {
             target.ok_or_else(|| DialError::Resolve(io::ErrorKind::InvalidInput.into()))?;
         let found = tokio::net::lookup_host(target).await;
         let found: Vec<_> = found.map_err(DialError::Resolve)?.collect();
-        // The resolved addresses are checked, because a host name can resolve to an address that the policy forbids in a registration.
+        // The resolved addresses are checked, because a host name can resolve to an address that the policy would reject if it were
+        // registered itself.
         let allowed = |found: &SocketAddr| {
             Address::try_from(*found).is_ok_and(|address| self.policy.check(&address).is_ok())
         };
@@ -374,8 +375,8 @@ mod tests {
         assert!(stream.nodelay().expect("an option"));
         let socket = socket2::SockRef::from(&stream);
         let user_timeout = socket.tcp_user_timeout().expect("an option");
-        assert_eq!(user_timeout, Some(TCP_USER_TIMEOUT), "open calls");
-        assert!(socket.keepalive().expect("an option"), "no open calls");
+        assert_eq!(user_timeout, Some(TCP_USER_TIMEOUT), "a wrong user timeout");
+        assert!(socket.keepalive().expect("an option"), "no keep-alive");
         assert_eq!(
             socket.tcp_keepalive_time().expect("an option"),
             TCP_KEEPALIVE

@@ -25,7 +25,7 @@ pub(super) type OnEvent = Box<dyn FnMut(ConnectionEvent) + Send>;
 pub(crate) enum ConnectionEvent {
     /// The peer has left a PING unanswered. The connection may still be alive.
     Stalled,
-    /// Nothing was read in time, and the PING budget allowed no PING.
+    /// Nothing was read in time, and the PING budget, which [limits the PINGs](super::stall_detection) of a connection, allowed no PING.
     Doubtful,
     /// The peer answers again.
     Recovered,
@@ -87,7 +87,8 @@ where
     pub(super) activity: Arc<Activity>,
     /// Whether the end of the connection was reported.
     pub(super) is_closed: bool,
-    /// The timer of [`LINGER`]. It runs after the peer has ended the connection with an error, and the task then closes the connection.
+    /// The timer of [`LINGER`]. It starts when the peer has ended the connection with an error. When it fires, the task closes the
+    /// connection.
     pub(super) linger: Option<Pin<Box<Sleep>>>,
     pub(super) on_event: OnEvent,
 }
@@ -144,7 +145,7 @@ where
             && let Poll::Ready(action) = pinger.poll(cx)
         {
             if action == Action::Lost {
-                // Dropping the connection fails its streams with an I/O error.
+                // When the connection is dropped, its streams fail with an I/O error.
                 this.report_closed(CloseReason::Unresponsive);
                 return Poll::Ready(());
             }

@@ -2,8 +2,8 @@
 
 use h2::Reason;
 
-/// Returns whether the peer closes the connection with a GOAWAY without an error code. In this case, no request on the connection has
-/// caused the GOAWAY.
+/// Returns whether the error is a GOAWAY from the peer with the code `NO_ERROR`. In this case, no request on the connection has caused the
+/// GOAWAY.
 pub(crate) fn is_graceful_goaway(error: &h2::Error) -> bool {
     error.is_go_away() && error.is_remote() && error.reason() == Some(Reason::NO_ERROR)
 }

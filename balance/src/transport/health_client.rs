@@ -151,7 +151,7 @@ impl Body for StatusesBody {
 
 #[expect(
     clippy::needless_pass_by_value,
-    reason = "it is what errors are mapped with"
+    reason = "`map_err` requires a function that takes the error by value"
 )]
 fn of_stream(error: h2::Error) -> Status {
     Status::unavailable(error.to_string())

@@ -211,14 +211,15 @@ impl Connection {
     }
 
     /// Returns the error code of the peer's GOAWAY, if a request on the connection may have caused the GOAWAY. Returns `None` for
-    /// `NO_ERROR` and for `too_many_pings`. A call at or below the last stream id of the GOAWAY fails when the socket closes, and the error
-    /// of that call does not contain the code.
+    /// `NO_ERROR` and for `too_many_pings`. A call whose stream id is at most the last stream id of the GOAWAY fails when the socket
+    /// closes, and the error of that call does not contain the code.
     pub(crate) fn goaway_error(&self) -> Option<Reason> {
         let reason = Reason::from(self.activity.goaway()?);
         (reason != Reason::NO_ERROR && !self.has_too_many_pings()).then_some(reason)
     }
 
-    /// Sets the function that returns whether calls are open on the connection. The keep-alive and the PING budget depend on its result.
+    /// Sets the function that returns whether calls are open on the connection. The keep-alive and the [PING
+    /// budget](super::stall_detection) depend on its result.
     pub(crate) fn set_busy(&self, is_busy: impl Fn() -> bool + Send + Sync + 'static) {
         self.activity.set_busy(is_busy);
     }

@@ -1,4 +1,4 @@
-//! Sends all PINGs of a connection after the ready check.
+//! Sends all PINGs of a connection except the first PING, which checks that a new connection is ready.
 
 use std::pin::Pin;
 use std::sync::Arc;

@@ -9,15 +9,15 @@
 //!
 //! All PINGs of a connection share one budget, because servers count them together. gRFC A8 lets a server close a connection if the client
 //! sends more PINGs than the server allows. Between two HEADERS or DATA frames that they send, grpc-go and grpc-java allow two PINGs. The
-//! ready check at the start of the connection is one of them. Beyond that, they allow one PING every five minutes while calls are open, and
-//! one every two hours otherwise.
+//! PING that checks whether a new connection is ready (the ready check) is one of them. Beyond that, they allow one PING every five minutes
+//! while calls are open, and one every two hours otherwise.
 //!
 //! If the budget allows no PING, the cause determines what follows:
 //!
 //! - The keep-alive waits until the next PING is allowed.
 //! - A request for the sweep or after a dropped call is ignored.
-//! - After an overrun deadline, and for the check, no PING is sent, but the next read is awaited. If nothing is read in time, the driver
-//!   dials a second connection beside the first. The first connection stays in use until the second is ready.
+//! - After an overrun deadline, and for the check, no PING is sent, but the next read is awaited. If nothing is read in time, the channel's
+//!   background task, the driver, dials a second connection beside the first. The first connection stays in use until the second is ready.
 //!
 //! Any byte that is read shows that the peer is alive, not only a PONG. On a slow link, the PONG is queued behind the responses.
 
@@ -57,9 +57,9 @@ pub(super) struct Pings {
     last_ping: Instant,
     /// The time when the keep-alive checks the connection next.
     keep_alive_at: Option<Instant>,
-    /// The time when the connection counts as lost if nothing is read.
+    /// The time at which the connection counts as lost, unless something is read before.
     keep_alive_expiry: Option<Expiry>,
-    /// The time when the peer counts as silent if nothing is read.
+    /// The time at which the peer counts as silent, unless something is read before.
     stall_expiry: Option<Expiry>,
     /// The number of bytes read when the peer was found silent. Reset to `None` when further bytes are read.
     silent_at: Option<u64>,
@@ -330,11 +330,11 @@ impl Pings {
     }
 }
 
-/// Minimum of the limit on the silence of a peer after a call has overrun its deadline or was dropped. With a shorter limit, a peer whose
-/// process the scheduler has delayed would count as frozen.
+/// The shortest `overrun_timeout`, which limits the silence of a peer after a call has overrun its deadline or was dropped. With a shorter
+/// limit, a peer whose process the scheduler has delayed would count as frozen.
 const OVERRUN_TIMEOUT: Duration = Duration::from_secs(1);
-/// Minimum of the limit on the time that a call waits for a check before it is sent elsewhere. RFC 8305, section 5, recommends the same
-/// delay before the next address of a name is tried.
+/// The shortest `check_timeout`: how long a call waits for the answer to a check before the call is sent elsewhere. RFC 8305, section 5,
+/// recommends the same delay before the next address of a name is tried.
 pub(super) const CHECK_TIMEOUT: Duration = Duration::from_millis(250);
 /// If a timer fires at least this late, our own process was not scheduled in time.
 const LATE_TIMER: Duration = Duration::from_millis(50);
@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn a_silence_check_keeps_its_short_timeout_during_another_check() {
+    fn a_check_keeps_its_short_timeout_while_a_stall_detection_is_in_progress() {
         let (mut pings, now) = pings(None);
         let silent = progress(100, 0, now);
         pings.on_request(PingCause::Overrun, now, silent, true);
@@ -418,7 +418,7 @@ mod tests {
         assert_eq!(
             pings.on_time(now, silent, true),
             None,
-            "the timer is 150 ms late"
+            "a timer that is 150 ms late must extend the wait"
         );
         assert_eq!(pings.wake_at(), Some(now + ms(250)));
         for _ in 1..MAX_EXTENSIONS {
@@ -430,7 +430,7 @@ mod tests {
     }
 
     #[test]
-    fn any_received_byte_clears_a_suspicion() {
+    fn any_received_byte_shows_that_the_peer_is_alive() {
         let (mut pings, now) = pings(None);
         pings.on_request(PingCause::Overrun, now, progress(100, 1, now), true);
         pings.on_pong(now + ms(500), progress(117, 1, now));
@@ -450,7 +450,7 @@ mod tests {
     }
 
     #[test]
-    fn a_suspicion_after_a_received_byte_restarts_the_timeout() {
+    fn an_overrun_after_a_received_byte_restarts_the_timeout() {
         let (mut pings, now) = pings(None);
         pings.on_request(PingCause::Overrun, now, progress(100, 0, now), true);
         let later = now + ms(900);
@@ -515,7 +515,7 @@ mod tests {
                     sent.0 += 17;
                     pong_at = Some(sent.0);
                 }
-                assert!(strikes <= 2, "seed {seed}");
+                assert!(strikes <= 2, "more than two strikes, seed {seed}");
                 if action == Some(Action::Lost) {
                     break;
                 }
@@ -635,7 +635,7 @@ mod tests {
         assert_eq!(
             ping,
             Some(Action::Ping),
-            "the second PING, after the ready check"
+            "the budget must allow a second PING, after that of the ready check"
         );
         pings.on_pong(now + ms(10_001), progress(34, 0, now));
         assert_eq!(
@@ -662,7 +662,7 @@ mod tests {
         assert_eq!(ping, Some(Action::Ping));
         let trickle = progress(6, 0, later + ms(2_999));
         let queued = pings.on_time(later + ms(3_000), trickle, true);
-        assert_eq!(queued, None, "the response is queued");
+        assert_eq!(queued, None, "a byte shows that the peer is alive");
         assert_eq!(pings.wake_at(), Some(trickle.at + ms(10_000)));
     }
 

@@ -197,7 +197,7 @@ async fn a_peer_that_never_responds_is_not_connected() {
     let (near, _far) = duplex(1 << 16);
     let establishing = Connection::establish(near, &DEFAULTS, None);
     let outcome = timeout(Duration::from_millis(50), establishing).await;
-    assert!(outcome.is_err(), "a handshake without a response");
+    assert!(outcome.is_err(), "the handshake ended without a response");
 }
 
 #[tokio::test]
@@ -211,7 +211,7 @@ async fn a_peer_that_allows_no_streams_is_not_connected() {
     });
     let establishing = Connection::establish(near, &DEFAULTS, None);
     let outcome = timeout(Duration::from_millis(50), establishing).await;
-    assert!(outcome.is_err(), "a limit of 0 streams");
+    assert!(outcome.is_err(), "the connection is ready with 0 streams");
 }
 
 #[tokio::test]
@@ -224,17 +224,17 @@ async fn the_stream_limit_of_the_peer_is_known_from_the_start() {
 }
 
 #[tokio::test]
-async fn calls_above_the_last_stream_of_a_goaway_are_unprocessed_and_the_connection_ends() {
+async fn after_a_goaway_new_calls_are_rejected_and_open_calls_may_have_run() {
     let mut pair = Pair::new(|_| ()).await;
     let mut below = pair.send(single());
     let (_request, _respond) = pair.accept().await;
-    // The server has accepted only the first call, so a second call would be above the last stream of the GOAWAY.
+    // The server has accepted only the first call, so the stream id of a second call would be above the GOAWAY's last stream id.
     pair.order(Order::GoAway(Reason::NO_ERROR));
     let left = timeout(PATIENCE, pair.left.recv()).await.expect("in time");
     assert!(left.expect("a reason").is_graceful());
     match Exchange::start(&pair.client, request(), single(), Recall::Never) {
         Err((OpenError::Gone(_), Outgoing::Single(_))) => {}
-        other => panic!("the connection accepts no calls, but {other:?}"),
+        other => panic!("a closed connection must reject calls, but returned {other:?}"),
     }
     let error = head(&mut below)
         .await
@@ -358,12 +358,12 @@ async fn a_malformed_request_is_distinguished_from_a_lost_connection() {
         .insert("connection", "close".parse().expect("a value"));
     match Exchange::start(&pair.client, malformed, single(), Recall::Never) {
         Err((OpenError::Malformed(_), _)) => {}
-        other => panic!("HTTP/2 forbids the header, but {other:?}"),
+        other => panic!("the request must be rejected as malformed, but got {other:?}"),
     }
 }
 
 #[tokio::test]
-async fn a_complete_request_body_needs_no_stream() {
+async fn a_complete_request_body_is_gathered_without_a_stream() {
     let (feed, body) = fed();
     feed.send("x".into()).expect("fed");
     drop(feed);
@@ -452,13 +452,13 @@ async fn a_dropped_response_ends_the_request_stream() {
     assert_eq!(reset.expect("in time").expect("a reset"), Reason::CANCEL);
     assert!(
         timeout(PATIENCE, feed.closed()).await.is_ok(),
-        "the body is dropped"
+        "the body must be dropped"
     );
     drop(request);
 }
 
 #[tokio::test]
-async fn a_refused_stream_returns_its_body_while_it_is_small() {
+async fn the_small_body_of_a_refused_stream_is_returned() {
     let mut pair = Pair::new(|_| ()).await;
     let (feed, body) = fed();
     feed.send("one".into()).expect("fed");
@@ -468,7 +468,7 @@ async fn a_refused_stream_returns_its_body_while_it_is_small() {
     head(&mut exchange).await.expect_err("refused");
     match exchange.into_pumped().await {
         Some(Pumped::Returned(Outgoing::Stream { read, .. })) => assert_eq!(read, ["one"]),
-        other => panic!("the body must be returned, but {other:?}"),
+        other => panic!("the body must be returned, but got {other:?}"),
     }
 }
 
@@ -495,7 +495,7 @@ async fn a_failing_body_resets_the_call_with_the_error_of_the_body() {
     head(&mut exchange).await.expect_err("reset");
     match exchange.into_pumped().await {
         Some(Pumped::Failed(status)) => assert_eq!(status.code(), tonic::Code::DataLoss),
-        other => panic!("the call must fail with the error of the body, but {other:?}"),
+        other => panic!("the call must fail with the error of the body, but got {other:?}"),
     }
 }
 
@@ -564,7 +564,7 @@ async fn a_dropped_connection_is_closed_after_its_last_call() {
     head(&mut exchange).await.expect("the call finishes");
     drop(exchange);
     let closed = timeout(PATIENCE, pair.left.recv()).await;
-    assert!(closed.is_ok(), "the connection's task ends");
+    assert!(closed.is_ok(), "the connection must be closed");
 }
 
 /// Returns a connection to a server that sends raw bytes. The server answers PINGs, and answers the first request with `frames`. Then it
@@ -637,7 +637,7 @@ async fn a_call_above_the_last_stream_of_a_goaway_is_unprocessed_for_every_code(
         assert_eq!(
             client.goaway_error(),
             blame,
-            "whether the call may be the cause"
+            "goaway_error must return every code except NO_ERROR"
         );
     }
 }
@@ -672,7 +672,7 @@ async fn a_refusal_after_the_response_head_is_an_error_of_the_body() {
     match frame.expect("in time") {
         // The received head proves that the call was processed. The error alone does not prove it.
         Some(Err(super::response_body::Broken::Stream(error))) => assert!(is_unprocessed(&error)),
-        other => panic!("the stream was reset, but {other:?}"),
+        other => panic!("expected the reset of the stream, got {other:?}"),
     }
 }
 
@@ -695,7 +695,7 @@ async fn a_call_queued_inside_h2_looks_like_a_sent_call() {
         .expect_err("the peer has disconnected");
     assert!(
         pair.accepted.try_recv().is_err(),
-        "the queued call was not received"
+        "the server must not receive the queued call"
     );
     for error in [sent, queued] {
         assert!(error.is_io() && !is_unprocessed(&error), "{error:?}");
@@ -763,6 +763,6 @@ async fn the_second_address_is_used_if_the_first_does_not_respond() {
         Err(DialError::Dial(error)) => {
             assert_eq!(error.kind(), std::io::ErrorKind::ConnectionRefused);
         }
-        other => panic!("both refuse, but {other:?}"),
+        other => panic!("expected a refused connection, got {other:?}"),
     }
 }

@@ -34,7 +34,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 /// # }
 /// ```
 #[derive(Clone)]
-#[must_use = "it does nothing until it is given to a builder"]
+#[must_use = "a `TlsConfig` does nothing until it is given to a builder"]
 pub struct TlsConfig {
     /// The name that certificates must be valid for. If it is `None`, a certificate must be valid for the host that was dialled.
     server_name: Option<String>,
@@ -197,8 +197,8 @@ pub fn check(config: &TlsConfig) -> Result<(), String> {
     Ok(())
 }
 
-/// Parses the certificates in a PEM text. The error has a fixed text: the error of the parser contains the line that it could not parse, and
-/// the text may be a private key by mistake.
+/// Parses the certificates in a PEM text. The error has a fixed text, because the error of the parser contains the line that it could not
+/// parse. If a private key was given by mistake, that line may be a part of the key.
 fn certificates(text: &[u8]) -> Result<Vec<CertificateDer<'static>>, &'static str> {
     let certificates = CertificateDer::pem_slice_iter(text);
     certificates
@@ -206,8 +206,8 @@ fn certificates(text: &[u8]) -> Result<Vec<CertificateDer<'static>>, &'static st
         .map_err(|_| "is not valid PEM")
 }
 
-/// Parses a private key in PEM. The error has a fixed text: the error of the parser contains the line that it could not parse, which is the
-/// whole key if its line breaks were lost.
+/// Parses a private key in PEM. The error has a fixed text, because the error of the parser contains the line that it could not parse. If
+/// the line breaks of the key were lost, that line is the whole key.
 fn private_key(text: &[u8]) -> Result<PrivateKeyDer<'static>, &'static str> {
     PrivateKeyDer::from_pem_slice(text).map_err(|_| "is not a PEM private key")
 }

@@ -1,7 +1,7 @@
 //! Collects what h2 writes within one poll of the connection's task, and writes it to the socket at the end of the poll.
 //!
-//! h2 writes to the socket once for each DATA frame of 256 bytes or more. A poll that sends the requests of ten callers would make ten system
-//! calls, or ten TLS records. With the batch, it makes one. A frame is never delayed beyond the poll in which h2 wrote it.
+//! h2 writes to the socket once for each DATA frame of 256 bytes or more. A poll that sends the requests of ten callers would make ten
+//! system calls, or ten TLS records. With the batch, the poll makes one. A frame is never delayed beyond the poll in which h2 wrote it.
 
 use std::fmt;
 use std::io::{self, IoSlice};
@@ -18,7 +18,8 @@ pub(super) struct Batched<T>(Arc<Mutex<Socket<T>>>);
 
 struct Socket<T> {
     io: T,
-    /// Whether writes are collected. Before the connection's task runs, nothing would write them to the socket.
+    /// Whether writes are collected. It is false before the connection's task runs, because nothing would then write the collected bytes to
+    /// the socket.
     is_batching: bool,
     /// Bytes that h2 has written. Those before `written` are in the socket.
     buffer: Vec<u8>,
@@ -45,7 +46,8 @@ impl<T> Batched<T> {
     }
 
     fn lock(&self) -> MutexGuard<'_, Socket<T>> {
-        // No code panics while the lock is held, except possibly the user's socket. Its connection then ends with the task.
+        // No code panics while the lock is held, except possibly the socket of a custom connector. Such a panic ends the connection's task,
+        // and with it the connection.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -127,7 +129,7 @@ impl<T: AsyncWrite + Unpin> Socket<T> {
                 self.collected += total;
                 return Poll::Ready(Ok(total));
             }
-            // A large part is not copied: the socket gets it together with the collected bytes.
+            // A large write is not copied: the socket gets it together with the collected bytes.
             let collected = self.pending().len();
             let bytes = if collected == 0 {
                 return write_parts(&mut self.io, cx, parts);
@@ -236,7 +238,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Batched<T> {
 const LIMIT: usize = 32 << 10;
 /// Memory that an idle connection keeps for the next batch.
 const KEPT: usize = 4 << 10;
-/// A part above this size is not copied.
+/// A write of more bytes than this is not copied to the buffer.
 const LARGE: usize = 8 << 10;
 /// Maximum number of parts of one write: the collected bytes, and the header and the payload of a frame, with room to spare.
 const PARTS: usize = 8;
@@ -255,7 +257,7 @@ mod tests {
         taken: Vec<u8>,
         writes: usize,
         is_vectored: bool,
-        /// Takes everything at once.
+        /// Whether the socket takes everything at once.
         is_fast: bool,
     }
 
@@ -332,8 +334,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the sizes, and however little the socket takes: the bytes stay in order, the batch keeps its limit, and nothing that the
-        /// socket would have taken is left after the end of a poll.
+        /// For all sizes of writes, and for all sizes that the socket takes: the bytes stay in order, the batch stays within its limit, and
+        /// after the end of a poll, nothing is left that the socket would have taken.
         #[test]
         fn bytes_stay_in_order_within_the_limit(seed in any::<u64>(), is_fast in any::<bool>()) {
             let mut rng = fastrand::Rng::with_seed(seed);
@@ -374,7 +376,7 @@ mod tests {
                 let taken = Pin::new(&mut batched).poll_write(&mut cx, &frame);
                 assert!(matches!(taken, Poll::Ready(Ok(taken)) if taken == size));
             }
-            assert_eq!(batched.lock().io.writes, 0, "nothing before the end");
+            assert_eq!(batched.lock().io.writes, 0, "a write before the end");
             batched.poll_end(&mut cx);
             assert_eq!(std::mem::take(&mut batched.lock().io.writes), 1);
         }

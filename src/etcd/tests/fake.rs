@@ -1,5 +1,5 @@
 //! A scripted etcd. It sends real messages over an in-memory connection, in the orders and with the faults that were measured on real
-//! servers. Labels such as A2 (a) and B6 number the measured behaviours.
+//! servers.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -46,7 +46,7 @@ pub(super) struct Fake {
 /// The faults to inject, and the requests counted so far.
 pub(super) struct Script {
     pub(super) rng: fastrand::Rng,
-    /// Percentage of exchanges with a fault.
+    /// Percentage of requests and watch messages with a fault.
     pub(super) faults: u8,
     /// Number of further watch streams that are opened but send no message.
     pub(super) mute_watches: u32,
@@ -88,7 +88,7 @@ pub(super) struct Script {
 }
 
 impl Script {
-    /// Decides at random whether the next exchange has a fault. If so, returns which of the `ways` faults it is.
+    /// Decides at random whether the next request or message has a fault. If so, returns the number of the fault, which is below `ways`.
     pub(super) fn fault(&mut self, ways: u8) -> Option<u8> {
         (self.rng.u8(..100) < self.faults).then(|| self.rng.u8(..ways))
     }
@@ -132,8 +132,8 @@ impl Fake {
     }
 
     /// Asserts a property that every request must have. A panic in the task of the server would only end a connection, and the library
-    /// recovers from that. So the assertion holds the lock of the script: the panic poisons the lock, and the next access to the script
-    /// fails the test.
+    /// recovers from that. So the script is locked during the assertion: the panic poisons the lock, and the next access to the script
+    /// panics in the test.
     pub(super) fn insist(&self, holds: bool, what: &str) {
         let _poisoned = self.script();
         assert!(holds, "{what}");
@@ -143,7 +143,7 @@ impl Fake {
         *self.script().counts.entry(kind).or_default() += 1;
     }
 
-    /// Returns the store after it has expired old leases.
+    /// Removes expired leases, and returns the store.
     pub(super) fn store(&self) -> MutexGuard<'_, Store> {
         let mut store = self.store.lock().expect(BROKEN);
         let before = store.revision;
@@ -173,7 +173,7 @@ impl Fake {
     pub(super) fn etcd_at(&self, addresses: impl IntoIterator<Item = String>) -> Etcd {
         let addresses = addresses.into_iter();
         let addresses: Vec<Address> = addresses
-            .map(|address| address.parse().expect("valid"))
+            .map(|address| address.parse().expect("a valid address"))
             .collect();
         let credentials = self.script().users.credentials();
         Etcd::lazy(
@@ -277,7 +277,7 @@ fn is_well_formed<T>(fake: &Fake, request: &Request<T>, unary: bool) {
     let asks = asks.is_some_and(|asks| asks == "true");
     fake.insist(asks, "hasleader is missing");
     let deadline = request.metadata().contains_key("grpc-timeout");
-    fake.insist(deadline == unary, "unary requests have a deadline");
+    fake.insist(deadline == unary, "only unary requests need a deadline");
 }
 
 fn range(store: &Store, request: &PbRangeRequest) -> Result<PbRangeResponse, Status> {
@@ -348,8 +348,8 @@ fn txn(store: &mut Store, request: PbTxnRequest) -> Result<PbTxnResponse, Status
                 response: Some(PbTxnOpResponse::ResponseRange(range(store, &request)?)),
             },
             Some(PbTxnOpRequest::RequestPut(put)) => {
-                assert_ne!(put.lease, 0, "every put has a lease");
-                assert!(guarded(&put.key), "every put is guarded by a comparison");
+                assert_ne!(put.lease, 0, "a put without a lease");
+                assert!(guarded(&put.key), "a put without a comparison");
                 if !store.leases.contains_key(&put.lease) {
                     return Err(Status::not_found("etcdserver: requested lease not found"));
                 }
@@ -380,7 +380,7 @@ impl PbKvService for Fake {
         request: Request<PbRangeRequest>,
     ) -> Result<Response<PbRangeResponse>, Status> {
         is_well_formed(self, &request, true);
-        self.insist(!request.get_ref().serializable, "reads are linearizable");
+        self.insist(!request.get_ref().serializable, "a read is serializable");
         let one = request.get_ref().range_end.is_empty();
         self.count(if one || request.get_ref().limit == 1 {
             "read"
@@ -524,8 +524,8 @@ impl PbLeaseService for Fake {
                     fake.script().closed_renewals -= 1;
                     break;
                 }
-                // A8: a leader that was frozen responds to a renewal of a lease that the cluster has removed. The response has an old raft
-                // term.
+                // As measured: a former leader that was frozen answers the renewal of a lease that the cluster has already removed. The
+                // response has an old raft term.
                 let lie = {
                     let mut script = fake.script();
                     let stale = script.stale_renewals > 0;
@@ -573,7 +573,7 @@ fn renewal(store: &mut Store, id: i64, lie: bool) -> PbLeaseKeepAliveResponse {
         ttl = i64::try_from(length.as_secs()).unwrap_or(i64::MAX);
     }
     if lie {
-        // The old leader may also report that a lease does not exist, because it has not received the grant.
+        // The former leader may also report that a lease does not exist, because it has not received the grant.
         ttl = if id % 2 == 0 { 10 } else { 0 };
         header.raft_term -= 1;
     }
@@ -593,7 +593,7 @@ impl PbWatchService for Fake {
         request: Request<Streaming<PbWatchRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         is_well_formed(self, &request, false);
-        // A10 (a): etcd rejects an invalid token with a message on the stream, not with a status.
+        // As measured: etcd rejects an invalid token with a message on the stream, not with a status.
         let refusal = self.admits(&request).err();
         self.script().watches += 1;
         if self.script().fault(4) == Some(0) {

@@ -1,4 +1,4 @@
-//! A fleet in virtual time: counts the requests of many clients and servers to the scripted etcd. docs/capacity.md has these totals.
+//! A fleet in virtual time: counts the requests of many clients and servers to the scripted etcd. docs/capacity.md states these numbers.
 
 use std::collections::BTreeMap;
 
@@ -7,18 +7,18 @@ use super::*;
 /// The number of servers. Each client knows all of them.
 const SERVERS: usize = 40;
 
-/// A client that keeps its resolver, and a server that keeps its registration.
+/// The scripted etcd, the resolver of each client, and the registration of each server.
 struct Fleet {
     fake: Fake,
     resolvers: Vec<Resolver>,
     registrations: Vec<Registration>,
 }
 
-/// The requests of an interval.
+/// The numbers of requests in an interval.
 #[derive(Debug, Default)]
 struct Counted {
     total: BTreeMap<&'static str, u64>,
-    /// Most requests within one second.
+    /// The largest number of requests within one second.
     peak: u64,
 }
 
@@ -34,7 +34,7 @@ impl Counted {
 }
 
 impl Fleet {
-    /// Starts all servers, and then all clients, within a second each.
+    /// Starts all servers, and then all clients. Waits until every client knows every server.
     async fn start(clients: usize) -> Self {
         let fake = Fake::new(1, 0);
         let keyspace = Keyspace::new("/gRPC/");
@@ -48,7 +48,7 @@ impl Fleet {
                 "greeter",
             );
             let builder = builder.address(format!("127.0.0.1:{}", server + 1));
-            registrations.push(builder.register().await.expect("registered"));
+            registrations.push(builder.register().await.expect("a registration"));
         }
         let resolver = |_| {
             let etcd = fake.etcd(1);
@@ -75,13 +75,13 @@ impl Fleet {
         self.registrations.iter().all(registered) && self.resolvers.iter().all(known)
     }
 
-    /// Waits until every server is registered and every client has the exact set. Returns the time that it took.
+    /// Waits until every server is registered and every client knows all servers. Returns the time that it took.
     async fn until_right(&self, bound: Duration) -> Duration {
         let start = Instant::now();
         while !self.is_right() {
             assert!(
                 Instant::now().saturating_duration_since(start) < bound,
-                "not right after {bound:?}"
+                "a server is not registered or not known to every client after {bound:?}"
             );
             sleep(Duration::from_millis(100)).await;
         }
@@ -104,7 +104,7 @@ impl Fleet {
     }
 }
 
-/// Returns the number of clients: a few in the test suite, ten thousand in `make fleet`.
+/// Returns the number of clients: 60 in the test suite, 10 000 in `make fleet`.
 fn clients() -> usize {
     let given = std::env::var("TEST_FLEET").ok();
     given.and_then(|given| given.parse().ok()).unwrap_or(60)
@@ -115,15 +115,15 @@ fn clients() -> usize {
     clippy::cast_precision_loss,
     reason = "a count of requests is far below 2^52"
 )]
-fn a_fleet_in_virtual_time_sends_what_the_page_on_capacity_states() {
+fn a_fleet_in_virtual_time_sends_as_many_requests_as_documented() {
     let mut paused = tokio::runtime::Builder::new_current_thread();
     let paused = paused.enable_all().start_paused(true).build();
     let clients = clients();
-    // Jitter and lease ids are drawn on this thread.
+    // Jitter and lease ids use the random number generator of this thread.
     fastrand::seed(1);
     paused.expect("a runtime").block_on(async move {
         let fleet = Fleet::start(clients).await;
-        // At rest: every reconciliation has its turn.
+        // Requests at rest. In 450 s, each client reconciles its instances twice on average.
         sleep(Duration::from_secs(60)).await;
         let interval = Duration::from_secs(450);
         let rest = fleet.count(interval).await;
@@ -139,7 +139,7 @@ fn a_fleet_in_virtual_time_sends_what_the_page_on_capacity_states() {
             let found = mean(kind);
             assert!(
                 (found / expected - 1.0).abs() < 0.2,
-                "{kind}: {found} in a second, not {expected}"
+                "{kind}: {found} requests per second, expected {expected}"
             );
         }
         let all: u64 = rest.total.values().sum();
@@ -155,11 +155,12 @@ fn a_fleet_in_virtual_time_sends_what_the_page_on_capacity_states() {
         println!("20 s after a restart: {after:?}");
         fleet.until_right(Duration::from_secs(10)).await;
         let all: u64 = after.total.values().sum();
-        // A client reads one key as a check and opens a watch. A server renews, reads its key and opens a watch.
+        // The estimate has two requests for each client: it reads one key as a check and opens a watch. It has eight for each server, which
+        // renews its lease, reads its key and opens a watch. The requests at rest are added.
         let expected = 2.0 * clients + 8.0 * servers + 20.0 * all_at_rest(clients, servers);
         assert!(
             all as f64 <= 1.2 * expected,
-            "{all} requests in 20 s, not {expected}"
+            "{all} requests in 20 s, estimate {expected}"
         );
         let lists = after.total.get("list").copied().unwrap_or_default();
         assert!(
@@ -169,6 +170,7 @@ fn a_fleet_in_virtual_time_sends_what_the_page_on_capacity_states() {
     });
 }
 
+/// Returns the expected number of requests per second at rest.
 fn all_at_rest(clients: f64, servers: f64) -> f64 {
     (clients + servers) / 30.0 + servers / 5.0 + servers / 45.0 + clients / 225.0
 }

@@ -50,6 +50,7 @@ fn seeds() -> std::ops::Range<u64> {
     first..first + number("TEST_SEEDS").unwrap_or(150)
 }
 
+/// A scripted etcd, with a resolver and a registration that use it.
 struct World {
     fake: Fake,
     resolver: Resolver,
@@ -69,7 +70,8 @@ enum Backup {
 }
 
 impl World {
-    /// Creates the world. In a lossy world, watches lose deletions, and the resolver reconciles periodically.
+    /// Creates a registration and a resolver with a scripted etcd. In a lossy world, watches lose deletions, and the resolver reconciles
+    /// periodically.
     async fn new(seed: u64, lossy: bool) -> Self {
         let fake = Fake::new(seed, 0);
         let etcd = fake.etcd(2);
@@ -199,13 +201,13 @@ async fn play(seed: u64) {
     }
     world.fake.script().faults = 0;
     world.fake.script().lost_deletes = 0;
-    // The bound covers the time until a silent watch stream is detected (41 s), a list after a backoff, and a new lease. In a lossy world, it also covers
-    // the reconciliations that find the lost deletions.
+    // The bound covers the time until a silent watch stream is detected (41 s), a list after a backoff, and a new lease. In a lossy world,
+    // it also covers the reconciliations that find the lost deletions.
     let bound = Duration::from_secs(65) + RECONCILE * 2 * u32::from(lossy);
     let right = world.becomes_right(bound).await;
     assert!(
         right,
-        "TEST_SEED={seed}: {:?} {:?} {:?}; the store has {:?}",
+        "TEST_SEED={seed}: wrong after {bound:?}: {:?} {:?} {:?}; the store has {:?}",
         world.registration.state(),
         world.resolver.status(),
         world.resolver.instances(),
@@ -219,7 +221,7 @@ async fn play(seed: u64) {
     );
     world.registration.deregister().await.expect("no error");
     let own = world.fake.store().values("/gRPC/second/");
-    assert!(own.is_empty(), "TEST_SEED={seed}: {own:?} is left");
+    assert!(own.is_empty(), "TEST_SEED={seed}: left over: {own:?}");
 }
 
 /// Each history has a runtime and a paused clock of its own. As many histories run in parallel as there are processors.
@@ -301,12 +303,14 @@ async fn leases_use_a_separate_connection() {
         "a read must not open the connection for leases"
     );
     let lease = LeaseId::new(42);
-    etcd.grant(lease, TTL, deadline).await.expect("granted");
-    etcd.keep_alive(lease, 0, deadline).await.expect("renewed");
-    assert_eq!(fake.script().connections, 2, "one connection for leases");
-    etcd.revoke(lease, deadline).await.expect("revoked");
+    etcd.grant(lease, TTL, deadline).await.expect("a lease");
+    etcd.keep_alive(lease, 0, deadline)
+        .await
+        .expect("a renewal");
+    assert_eq!(fake.script().connections, 2, "not one more connection");
+    etcd.revoke(lease, deadline).await.expect("a revocation");
     etcd.read(&key).await.expect("no error");
-    assert_eq!(fake.script().connections, 2, "no further connection");
+    assert_eq!(fake.script().connections, 2, "not the same connections");
     let script = fake.script();
     assert!(
         script.keys_over.is_disjoint(&script.leases_over),
@@ -325,9 +329,11 @@ async fn one_wrong_endpoint_among_good_ones_causes_no_failure() {
     let deadline = Duration::from_secs(1);
     for id in 1..100 {
         let lease = LeaseId::new(id);
-        etcd.grant(lease, TTL, deadline).await.expect("granted");
-        etcd.keep_alive(lease, 0, deadline).await.expect("renewed");
-        etcd.read_once(&key, deadline).await.expect("read");
+        etcd.grant(lease, TTL, deadline).await.expect("a lease");
+        etcd.keep_alive(lease, 0, deadline)
+            .await
+            .expect("a renewal");
+        etcd.read_once(&key, deadline).await.expect("a read");
         let range = Range::prefix(PREFIX);
         let mut watch = etcd.watch(&range, None).await.expect("a watch");
         assert!(watch.message().await.expect("a message").created);
@@ -343,8 +349,8 @@ async fn a_watch_without_a_first_message_times_out_after_two_seconds() {
     let range = Range::prefix(PREFIX);
     fake.script().mute_watches = 1;
     let start = Instant::now();
-    let mut watch = etcd.watch(&range, None).await.expect("a head");
-    let error = watch.message().await.expect_err("no message");
+    let mut watch = etcd.watch(&range, None).await.expect("a watch");
+    let error = watch.message().await.expect_err("a timeout");
     let took = Instant::now().saturating_duration_since(start);
     assert_eq!(error.kind(), EtcdErrorKind::DeadlineExceeded);
     let bounds = Duration::from_secs(2)..Duration::from_millis(2_500);
@@ -352,7 +358,7 @@ async fn a_watch_without_a_first_message_times_out_after_two_seconds() {
     // The failure counts against the member: the next watch uses another member.
     etcd.record_watch_end(&watch, &error);
     for _ in 0..20 {
-        let mut next = etcd.watch(&range, None).await.expect("a head");
+        let mut next = etcd.watch(&range, None).await.expect("a watch");
         assert!(next.message().await.expect("a message").created);
         assert_ne!(&*next.endpoint(), error.endpoint().expect("a member"));
     }

@@ -46,7 +46,7 @@ async fn arrives(fake: &Fake, resolver: &Resolver, bound: Duration) -> bool {
 async fn many_rejected_requests_fetch_one_token() {
     let (fake, etcd) = protected();
     let key = Key::from("/a");
-    etcd.read(&key).await.expect("a token was fetched");
+    etcd.read(&key).await.expect("a read with a new token");
     assert_eq!(fake.script().users.authentications, 1);
     fake.script().users.token += 1;
     let mut reads = tokio::task::JoinSet::new();
@@ -55,7 +55,7 @@ async fn many_rejected_requests_fetch_one_token() {
         reads.spawn(async move { etcd.read(&key).await.map(drop) });
     }
     for outcome in reads.join_all().await {
-        outcome.expect("a token was fetched");
+        outcome.expect("a read with a new token");
     }
     assert_eq!(fake.script().users.authentications, 2);
 }
@@ -69,7 +69,7 @@ async fn a_new_token_is_used_at_the_member_that_issued_it() {
     let key = Key::from("/a");
     for round in 1..=20 {
         let etcd = fake.etcd(3);
-        etcd.read(&key).await.expect("a token was fetched");
+        etcd.read(&key).await.expect("a read with a new token");
         assert_eq!(fake.script().users.authentications, round);
         sleep(Duration::from_secs(1)).await;
     }
@@ -83,7 +83,7 @@ async fn clients_rejected_at_the_same_time_spread_their_token_requests() {
     let key = Key::from("/a");
     let clients: Vec<_> = (0..CLIENTS).map(|_| fake.etcd(1)).collect();
     for etcd in &clients {
-        etcd.read(&key).await.expect("a token was fetched");
+        etcd.read(&key).await.expect("a read with a new token");
     }
     fake.script().users.token += 1;
     let start = Instant::now();
@@ -96,16 +96,22 @@ async fn clients_rejected_at_the_same_time_spread_their_token_requests() {
     let mut before = fake.script().users.authentications;
     while before < 2 * CLIENTS {
         let took = Instant::now().saturating_duration_since(start);
-        assert!(took < Duration::from_secs(1), "{before} in {took:?}");
+        assert!(
+            took < Duration::from_secs(1),
+            "only {before} exchanges after {took:?}"
+        );
         sleep(Duration::from_millis(20)).await;
         let now = fake.script().users.authentications;
         most = most.max(now - before);
         before = now;
     }
     for outcome in reads.join_all().await {
-        outcome.expect("a token was fetched");
+        outcome.expect("a read with a new token");
     }
-    assert!(most <= CLIENTS / 2, "{most} of {CLIENTS} within 20 ms");
+    assert!(
+        most <= CLIENTS / 2,
+        "{most} of {CLIENTS} exchanges within 20 ms"
+    );
 }
 
 /// etcd continues to hash a password after the caller has timed out. A client that abandoned each request and sent a new one would never
@@ -114,7 +120,7 @@ async fn clients_rejected_at_the_same_time_spread_their_token_requests() {
 async fn a_server_that_is_busy_hashing_passwords_gets_few_requests() {
     let (fake, etcd) = protected();
     let key = Key::from("/a");
-    etcd.read(&key).await.expect("a token was fetched");
+    etcd.read(&key).await.expect("a read with a new token");
     fake.script().users.token += 1;
     fake.script().users.overloaded = true;
     let start = Instant::now();
@@ -170,7 +176,7 @@ async fn a_changed_password_is_reported_and_retried_slowly() {
         (10..=42).contains(&asked),
         "{asked} exchanges in ten minutes"
     );
-    assert_eq!(resolver.instances().len(), 1, "no instance is removed");
+    assert_eq!(resolver.instances().len(), 1, "an instance is missing");
     let error = resolver.status().last_error.expect("an error");
     assert_eq!(error.kind(), EtcdErrorKind::BadCredentials);
     fake.script().users.password = Some("secret".to_owned());
@@ -193,10 +199,11 @@ async fn a_client_without_permission_retries_slowly_until_it_has_permission() {
     assert!((20..=42).contains(&pages), "{pages} lists in ten minutes");
     fake.script().users.denied = false;
     let ready = timeout(Duration::from_secs(40), resolver.ready()).await;
-    ready.expect("the user has permission");
+    ready.expect("a ready resolver");
 }
 
-/// etcd may report the missing permission for one token and later reject another one: the client may have fetched a newer token in between.
+/// After etcd has reported a missing permission for one token, it may reject another token, because the client may have fetched a newer
+/// token in between.
 #[tokio::test(start_paused = true)]
 async fn a_permission_that_is_revoked_and_restored_is_found_with_a_new_token() {
     let (fake, etcd) = protected();
@@ -206,14 +213,14 @@ async fn a_permission_that_is_revoked_and_restored_is_found_with_a_new_token() {
     fake.script().users.denied = true;
     fake.cut();
     sleep(Duration::from_secs(60)).await;
-    assert_eq!(resolver.instances().len(), 1, "no instance is removed");
+    assert_eq!(resolver.instances().len(), 1, "an instance is missing");
     // A change of the store's users invalidates every token.
     fake.script().users.token += 1;
     fake.script().users.denied = false;
     assert!(arrives(&fake, &resolver, Duration::from_secs(40)).await);
 }
 
-/// Older servers renew leases whatever the token is, so only the reads of the key and the watch on it fail.
+/// Older servers renew leases whatever the token is, so only the reads of the registered key and the watch on that key fail.
 #[tokio::test(start_paused = true)]
 async fn a_registration_with_a_changed_password_retries_slowly() {
     let (fake, etcd) = protected();
@@ -255,7 +262,7 @@ async fn a_registration_with_a_changed_password_retries_slowly() {
     registration.deregister().await.expect("no error");
 }
 
-/// The watch on the key renews the token itself, and does not wait until a read renews it.
+/// The watch on the registered key fetches a new token itself, and does not wait until a read fetches one.
 #[tokio::test(start_paused = true)]
 async fn a_rejected_watch_of_a_registration_continues_with_a_new_token() {
     let (fake, etcd) = protected();
@@ -280,7 +287,7 @@ async fn a_rejected_watch_of_a_registration_continues_with_a_new_token() {
         }
     };
     let back = timeout(Duration::from_secs(1), back).await;
-    back.expect("the change is detected at once");
+    back.expect("the key is written again within 1 s");
     registration.deregister().await.expect("no error");
 }
 
@@ -290,20 +297,20 @@ async fn a_rejected_watch_of_a_registration_continues_with_a_new_token() {
 async fn a_detached_client_fetches_its_own_token() {
     let (fake, etcd) = protected();
     let key = Key::from("/a");
-    etcd.read(&key).await.expect("a token was fetched");
+    etcd.read(&key).await.expect("a read with a new token");
     let detached = etcd.detached();
-    detached.read(&key).await.expect("the token is shared");
+    detached.read(&key).await.expect("a read with its token");
     assert_eq!(fake.script().users.authentications, 1);
     fake.script().users.token += 1;
     // The request starts to fetch a token and is then not polled, as on a busy runtime.
     let mut busy = pin!(etcd.read(&key));
     while fake.script().users.authentications == 1 {
         let step = timeout(Duration::from_millis(1), busy.as_mut()).await;
-        assert!(step.is_err(), "the request is still waiting");
+        assert!(step.is_err(), "the request has already ended");
     }
     let start = Instant::now();
-    detached.read(&key).await.expect("a token was fetched");
+    detached.read(&key).await.expect("a read with a new token");
     let took = Instant::now().saturating_duration_since(start);
     assert!(took < Duration::from_secs(1), "{took:?}");
-    busy.await.expect("a token was fetched");
+    busy.await.expect("a read with a new token");
 }

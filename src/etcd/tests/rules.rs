@@ -1,4 +1,4 @@
-//! Tests of single rules that a random history may not exercise.
+//! Tests of single rules that the random histories of the parent module may not exercise.
 
 use std::io::ErrorKind;
 use std::time::Duration;
@@ -68,7 +68,7 @@ async fn a_concurrent_write_between_read_and_put_is_not_overwritten() {
     );
     assert!(
         fake.script().usurped.is_none(),
-        "the other write came between read and put"
+        "the other write did not come between read and put"
     );
     sleep(TTL * 3).await;
     assert_eq!(lease(&fake), other);
@@ -80,7 +80,7 @@ async fn a_renewal_from_an_old_raft_term_is_retried_at_another_member() {
     for round in 1..20 {
         let etcd = fake.etcd(2);
         let lease = LeaseId::new(round);
-        etcd.grant(lease, TTL, DEADLINE).await.expect("granted");
+        etcd.grant(lease, TTL, DEADLINE).await.expect("a lease");
         let term = fake.store().term;
         fake.script().stale_renewals = 2;
         let mut refused_at = Vec::new();
@@ -93,7 +93,7 @@ async fn a_renewal_from_an_old_raft_term_is_retried_at_another_member() {
         assert_ne!(refused_at[0], refused_at[1]);
         etcd.keep_alive(lease, term, DEADLINE)
             .await
-            .expect("renewed");
+            .expect("a renewal");
     }
 }
 
@@ -115,9 +115,9 @@ async fn a_store_that_was_restored_keeps_its_registrations() {
         panic!("{state:?}");
     };
     assert!(last_error.is_none(), "{last_error:?}");
-    assert_eq!(lease(&fake), before, "the lease is unchanged");
+    assert_eq!(lease(&fake), before, "the lease has changed");
     let kv = fake.store().keys[&own_key()].clone();
-    let value = String::from_utf8(kv.value).expect("text");
+    let value = String::from_utf8(kv.value).expect("UTF-8");
     assert!(value.contains("\"weight\":9"), "{value}");
     // After the restore, the registration must still detect that its key is deleted.
     fake.store().apply(vec![(own_key(), None)]);
@@ -138,9 +138,9 @@ async fn a_key_is_verified_while_its_watch_is_silent() {
     assert_eq!(
         fake.script().lost_deletes,
         0,
-        "the watch received the deletion"
+        "the scripted etcd has not dropped the deletion"
     );
-    assert_eq!(lease(&fake), 0, "the watch dropped the deletion");
+    assert_eq!(lease(&fake), 0, "the registration has seen the deletion");
     let bound = Duration::from_secs(65);
     until(bound, "the key is restored", || lease(&fake) != 0).await;
     assert!(registered.state().is_registered());
@@ -151,9 +151,11 @@ async fn a_renewal_leaves_no_stream_open() {
     let fake = Fake::new(1, 0);
     let etcd = fake.etcd(1);
     let lease = LeaseId::new(42);
-    etcd.grant(lease, TTL, DEADLINE).await.expect("granted");
+    etcd.grant(lease, TTL, DEADLINE).await.expect("a lease");
     for _ in 0..5 {
-        etcd.keep_alive(lease, 0, DEADLINE).await.expect("renewed");
+        etcd.keep_alive(lease, 0, DEADLINE)
+            .await
+            .expect("a renewal");
     }
     let closed = || fake.script().renewing == 0;
     until(DEADLINE, "the streams are closed", closed).await;
@@ -164,12 +166,14 @@ async fn a_renewal_that_ends_without_a_response_does_not_end_the_lease() {
     let fake = Fake::new(1, 0);
     let etcd = fake.etcd(1);
     let lease = LeaseId::new(42);
-    etcd.grant(lease, TTL, DEADLINE).await.expect("granted");
+    etcd.grant(lease, TTL, DEADLINE).await.expect("a lease");
     fake.script().closed_renewals = 1;
     let error = etcd.keep_alive(lease, 0, DEADLINE).await;
-    let error = error.expect_err("no answer");
+    let error = error.expect_err("an error");
     assert_eq!(error.kind(), EtcdErrorKind::Unavailable);
-    etcd.keep_alive(lease, 0, DEADLINE).await.expect("renewed");
+    etcd.keep_alive(lease, 0, DEADLINE)
+        .await
+        .expect("a renewal");
 }
 
 #[tokio::test(start_paused = true)]
@@ -180,7 +184,7 @@ async fn a_grant_whose_response_was_lost_can_be_repeated() {
     let registered = registration(fake.etcd(2)).register().await;
     let _registered = registered.expect("no error");
     assert!(since(start) < TTL / 2, "{:?}", since(start));
-    assert_eq!(fake.store().leases.len(), 1, "the same lease");
+    assert_eq!(fake.store().leases.len(), 1, "a second lease was granted");
 }
 
 #[tokio::test(start_paused = true)]
@@ -188,10 +192,10 @@ async fn no_key_is_written_if_the_store_ignores_the_requested_lease_id() {
     let fake = Fake::new(1, 0);
     fake.script().chooses_leases = true;
     let error = registration(fake.etcd(1)).register().await;
-    let error = error.expect_err("another lease id");
+    let error = error.expect_err("a rejected lease id");
     let text = error.to_string();
     assert!(text.contains("in place of"), "{text}");
-    assert!(fake.store().keys.is_empty(), "no key is written");
+    assert!(fake.store().keys.is_empty(), "a key was written");
 }
 
 /// Watches that share a stream receive only their own events, whether the server uses the requested watch ids or its own.
@@ -208,7 +212,7 @@ async fn watches_on_one_stream_receive_their_own_events() {
             watches.push(etcd.watch(&range, None).await.expect("a watch"));
         }
         for watch in &mut watches {
-            watch.created().await.expect("created");
+            watch.created().await.expect("created watchers");
         }
         assert_eq!(etcd.watch_streams(), 1);
         // A dropped watch does not affect the others.
@@ -239,7 +243,7 @@ async fn watches_on_one_stream_receive_their_own_events() {
 /// The client has a single address, as behind a load balancer, so a renewal can succeed only on a new connection. The client replaces the
 /// frozen connection after two requests without a response.
 #[tokio::test(start_paused = true)]
-async fn constant_weight_changes_do_not_delay_a_renewal_past_its_deadline() {
+async fn frequent_changes_of_the_weight_do_not_let_the_lease_expire() {
     let fake = Fake::new(1, 0);
     let registered = registration(fake.etcd(1)).register().await;
     let registered = registered.expect("no error");
@@ -256,7 +260,7 @@ async fn constant_weight_changes_do_not_delay_a_renewal_past_its_deadline() {
         drop(timeout(Duration::from_millis(300), change).await);
         sleep(Duration::from_millis(10)).await;
     }
-    assert_eq!(lease(&fake), before, "the lease is unchanged");
+    assert_eq!(lease(&fake), before, "the lease has changed");
     assert!(registered.state().is_registered());
 }
 
@@ -316,8 +320,8 @@ async fn a_resolver_moves_from_a_member_whose_watch_is_silent() {
     }
 }
 
-/// The registration detects the silence of its watch after 8 s, and waits at most one second before it opens a new watch. On the same
-/// member, the new watch would take 2 s more, because that member does not create it.
+/// The registration detects the silence of its watch after at most 41 s, and waits at most one second before it opens a new watch. On the
+/// same member, the new watch would take 2 s more, because that member does not create it.
 #[tokio::test(start_paused = true)]
 async fn a_registration_moves_from_a_member_whose_watch_becomes_silent() {
     for seed in 0..20 {
@@ -345,7 +349,10 @@ async fn a_key_watch_that_cannot_be_opened_is_retried_slowly() {
     let before = fake.script().watches;
     sleep(Duration::from_secs(600)).await;
     let watches = fake.script().watches - before;
-    assert!((30..=80).contains(&watches), "{watches} in ten minutes");
+    assert!(
+        (30..=80).contains(&watches),
+        "{watches} watches in ten minutes"
+    );
     assert!(registered.state().is_registered());
 }
 
@@ -380,7 +387,7 @@ async fn repeated_changes_of_an_address_are_merged() {
 
 /// A page of 400 values takes 24 MB, which exceeds the limit for one message.
 #[tokio::test(start_paused = true)]
-async fn a_page_larger_than_sixteen_mib_is_rejected() {
+async fn a_page_larger_than_sixteen_mib_is_listed_in_two_halves() {
     let fake = Fake::new(1, 0);
     for number in 0..400 {
         let key = format!("{PREFIX}{number}").into_bytes();
@@ -400,7 +407,7 @@ async fn a_page_larger_than_sixteen_mib_is_rejected() {
     assert_eq!(
         fake.script().pages,
         3,
-        "one full page that failed and two halves"
+        "not one full page that failed and two halves"
     );
 }
 
@@ -449,11 +456,11 @@ async fn a_refused_connection_makes_the_resolver_read_the_key() {
     assert_eq!(
         channel.endpoints().len(),
         1,
-        "the instance is still registered"
+        "an instance that is still registered was removed"
     );
 }
 
-/// Keys that were rejected because of a limit must be used when the limit no longer applies. Nothing writes them again.
+/// Keys that were rejected because of a limit must be used when the limit no longer applies, although nothing writes them again.
 #[tokio::test(start_paused = true)]
 async fn keys_over_a_limit_are_used_after_other_keys_are_deleted() {
     let fake = Fake::new(1, 0);

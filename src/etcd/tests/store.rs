@@ -92,7 +92,7 @@ impl Store {
             .retain(|(revision, _)| *revision >= self.revision);
     }
 
-    /// A3: loses all data, like a member that restarts with the same flags and without its data. The cluster id stays the same, and the
+    /// Loses all data, like a member that restarts with the same flags and without its data. The cluster id stays the same, and the
     /// revision and the raft term start again.
     pub(super) fn wipe(&mut self) {
         *self = Self {

@@ -52,7 +52,7 @@ impl Users {
         format!("token{}", self.token)
     }
 
-    /// Returns whether a member accepts the valid token.
+    /// Returns whether a member already accepts the valid token.
     fn known_to(&self, member: &Arc<str>) -> bool {
         let issued = self.issued.as_ref();
         issued.is_none_or(|(issuer, at)| issuer == member || Instant::now() >= *at + self.lag)
@@ -103,7 +103,7 @@ impl Service<http::Request<Body>> for Authenticate {
         let authenticates = request.uri().path() == "/etcdserverpb.Auth/Authenticate";
         fake.insist(
             authenticates,
-            "the only request to the service Auth is `Authenticate`",
+            "a request to the service Auth is not `Authenticate`",
         );
         fake.script().users.authentications += 1;
         Box::pin(async move {

@@ -14,7 +14,8 @@ struct Watcher {
     next: i64,
     start: Vec<u8>,
     end: Vec<u8>,
-    /// Whether the watcher is a probe, which receives neither puts nor deletes.
+    /// Whether the watcher filters out puts and deletes. Only a probe does: a watcher with which the client checks whether the stream
+    /// works.
     deaf: bool,
 }
 
@@ -85,7 +86,7 @@ impl Stream {
 
     fn message(&self, watch_id: i64) -> PbWatchResponse {
         PbWatchResponse {
-            // A2 (a): the revision in the header may be higher than the revisions of the events.
+            // As measured: the revision in the header may be higher than the revisions of the events.
             header: Some(self.header()),
             watch_id,
             ..PbWatchResponse::default()
@@ -102,7 +103,10 @@ impl Stream {
                     !create.fragment,
                     "fragments must not be requested, because they are slow",
                 );
-                fake.insist(!deaf || create.filters.len() == 2, "a probe has no events");
+                fake.insist(
+                    !deaf || create.filters.len() == 2,
+                    "a probe must filter puts and deletes",
+                );
                 if let Some(refusal) = &self.refusal {
                     let refused = PbWatchResponse {
                         created: true,
@@ -167,8 +171,8 @@ impl Stream {
         }
     }
 
-    /// A2 (d): cancels a watcher, because the events that it still needs are compacted. The creation of the watcher has succeeded before,
-    /// and the header of the cancellation has no revision.
+    /// Cancels a watcher, because the events that it still needs are compacted. As measured, the creation of the watcher has succeeded
+    /// before, and the header of the cancellation has no revision.
     async fn overtaken(&mut self, id: i64, compacted: i64) -> Alive {
         self.watchers.retain(|watcher| watcher.id != id);
         let cancelled = PbWatchResponse {
@@ -199,7 +203,7 @@ impl Stream {
                 self.overtaken(id, compacted).await?;
                 continue;
             }
-            // A3: a wiped store has a lower revision than the watcher waits for. The watcher then receives nothing.
+            // As measured: a wiped store has a lower revision than the watcher waits for. The watcher then receives nothing.
             if deaf || reached < next {
                 continue;
             }
@@ -213,7 +217,7 @@ impl Stream {
         Ok(())
     }
 
-    /// B6: real servers have lost deletions. Removes the events that the script loses.
+    /// Removes the deletions that the script loses. Real servers have lost deletions.
     fn without_lost(&self, mut events: Vec<PbEvent>) -> Vec<PbEvent> {
         let mut script = self.fake.script();
         events.retain(|event| {
@@ -236,12 +240,12 @@ impl Stream {
                 self.answers.send(Err(broken)).await.map_err(drop)?;
                 return Err(());
             }
-            // A2 (c): an answer to a progress request overtakes the events.
+            // As measured: an answer to a progress request overtakes the events.
             Some(3) => {
                 let progress = self.message(-1);
                 self.send(progress).await?;
             }
-            // A2 (f): a member that lags replays events that are older than the requested revision.
+            // As measured: a member that lags replays events that are older than the requested revision.
             Some(4 | 5) => {
                 let replayed = PbWatchResponse {
                     events: stale,

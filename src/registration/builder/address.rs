@@ -29,13 +29,14 @@ impl RegistrationBuilder {
     /// Returns the local address from which the kernel would send to etcd, with the port of the listener. Clients that reach the same etcd
     /// can most likely reach the server at this address.
     async fn routed(&self, bound: SocketAddr) -> Result<Address, AddressError> {
-        // An external client does not expose the addresses of etcd. The address of the default route is then the best guess.
+        // An etcd client that the application passed to `Registry::from_client` does not expose the addresses of etcd. The list is then
+        // empty, and the local address of the default route is the best guess.
         let endpoints = self.etcd.endpoints();
         for target in &endpoints {
             if let Some(ip) = local_ip(target, bound.ip()).await {
                 if ip.is_loopback() {
-                    // If each host runs an etcd proxy, all servers of a fleet that listen on the same port would advertise the same
-                    // loopback address, and overwrite each other's key.
+                    // If each host of a fleet runs an etcd proxy, all servers that listen on the same port advertise the same loopback
+                    // address, and overwrite each other's key.
                     tracing::warn!(
                         %ip,
                         "etcd is on this host, so the registration advertises a loopback address, which no other host can reach; set the host or the address, for example from POD_IP"
@@ -57,7 +58,7 @@ impl RegistrationBuilder {
             }
             return SocketAddr::new(ip, bound.port()).try_into();
         }
-        let reason = "is unspecified, and no local address routes to etcd";
+        let reason = "is unspecified, and this host has no route to etcd and no default route";
         Err(AddressError::new(&bound.to_string(), reason))
     }
 }

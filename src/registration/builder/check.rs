@@ -30,7 +30,7 @@ impl RegistrationBuilder {
         self.entry(address).map(drop)
     }
 
-    /// Rejects the options of a server that registers itself. Without such a server, they would have no effect.
+    /// Rejects options that have an effect only if a server registers itself ([`ServeRegistered`](crate::ServeRegistered)).
     pub(super) fn check_without_server(&self) -> Result<(), RegisterError> {
         self.serve.first_set().map_or(Ok(()), |option| {
             Err(self.invalid(format!(

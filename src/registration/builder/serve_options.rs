@@ -77,9 +77,9 @@ impl RegistrationBuilder {
     /// no health service is added. [`register`](Self::register) rejects this option.
     ///
     /// The server as a whole (the name `""`) and each registered service are `SERVING` until the shutdown begins. All names then become
-    /// `NOT_SERVING` before any other step of the shutdown, and each `Watch` ends when the listener closes. For further names, or to set a
-    /// status yourself, see [`health_reporter`](Self::health_reporter). The status does not depend on etcd: a server that has lost its
-    /// entry still serves.
+    /// `NOT_SERVING` before any other step of the shutdown, and each `Watch` call ends when the listener closes. For further names, or to
+    /// set a status yourself, see [`health_reporter`](Self::health_reporter). The status does not depend on etcd: a server that has lost
+    /// its entry still serves.
     ///
     /// ```no_run
     /// # use tonic::transport::server::Router;
@@ -104,7 +104,7 @@ impl RegistrationBuilder {
     }
 
     /// Adds the health service like [`health`](Self::health), but with the statuses of `reporter`. The reporter can set any name at any
-    /// time. Once the shutdown begins, all names are `NOT_SERVING`, whatever the statuses of the reporter.
+    /// time. Once the shutdown begins, all names are `NOT_SERVING`, whatever statuses the reporter has.
     ///
     /// ```no_run
     /// # async fn run(registry: tonic_etcd::Registry) {

@@ -1,4 +1,4 @@
-//! Handles the inputs of the lease machine: the results of etcd requests, and the events of the watch.
+//! Handles the inputs of the lease machine ([`Machine`]): the results of etcd requests, and the events of the watch.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Event, KeepAlive, KeyValue, LeaseId, Revision};
 
 impl Machine {
-    /// Handles the result of a grant: the TTL that etcd chose.
+    /// Handles the result of a grant: the TTL that etcd chose, or an error.
     pub(in crate::registration) fn on_granted(
         &mut self,
         lease: LeaseId,
@@ -152,8 +152,8 @@ impl Machine {
         now: Instant,
     ) {
         if leaving {
-            // The leave marker is best effort: each batch of 100 keys is written once, and a failed write ends the attempt. The revoke
-            // follows.
+            // The leave marker (a field that tells clients that the server is leaving) is best effort. Each batch of 100 keys is written
+            // once. After a failed write, the remaining batches are skipped. In both cases, the lease is then revoked.
             for put in self.puts() {
                 self.keys[put.index].held = None;
             }
@@ -293,7 +293,7 @@ impl Machine {
         lease.renew_at = now + wait;
     }
 
-    /// Handles the loss of the lease, which also deletes the keys. Starts again with a grant.
+    /// Handles the loss of the lease. etcd deletes the keys of a lost lease, so the registration starts again with a grant.
     fn lease_lost(&mut self, error: EtcdError, now: Instant) {
         let confirmed = self.lease.is_some_and(|lease| lease.confirmed);
         self.lose_lease();
@@ -307,8 +307,9 @@ impl Machine {
         let spread = self.ttl.mul_f64(self.rng.f64() / 3.0);
         self.not_before = self.disturbed.then(|| now + spread);
         if !confirmed {
-            // The lease was lost before its first successful renewal or put. This happens if one address leads to two stores: one grants
-            // the lease, the other receives the next request. The next lease would be lost as well, so the backoff applies.
+            // The lease was lost before its first successful renewal or put. This happens if one address leads to two stores: one store
+            // grants the lease, and the other store receives the next request. The next lease would be lost as well, so the backoff
+            // applies.
             let wait = self.backoff.next(&mut self.rng);
             self.not_before = self.not_before.max(Some(now + wait));
         }
@@ -367,7 +368,7 @@ impl Machine {
             && entry.removal == Removal::Done
             && self.lease.is_some_and(|lease| lease.id == kv.lease)
         {
-            // This is the event of a put that failed for the registration. etcd nevertheless applied it, after the key was deleted.
+            // The registration received an error for this put, but etcd applied the put after it had deleted the key.
             entry.removal = Removal::Requested;
             entry.held = Some(kv.mod_revision);
         }
@@ -395,7 +396,7 @@ impl Machine {
                         entry.foreign = Some(kv.lease);
                         self.select_state(now);
                     }
-                    // This is the delayed event of a put that the registration sent before it last lost its lease.
+                    // The event is delayed: the registration sent this put under an earlier lease.
                     Event::Put(_) => self.state = State::Reading,
                     Event::Delete { .. } => {
                         entry.held = None;
@@ -439,8 +440,8 @@ impl Machine {
     }
 
     fn supersede(&mut self, now: Instant) {
-        // No live key is attached to the lease, so the lease can expire by itself. If a removed key is not deleted yet, the lease is
-        // recorded for a later revoke.
+        // No live key (a key that is not being removed) is attached to the lease, so the lease can expire by itself. If a removed key is
+        // not deleted yet, the lease is recorded for a later revoke, which also deletes that key.
         let mut entries = self.keys.iter();
         if entries.any(|entry| entry.removal == Removal::Requested) {
             self.record_unrevoked();

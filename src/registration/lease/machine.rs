@@ -1,4 +1,5 @@
-//! The lease machine: its commands, its state, and the requests of its owner task.
+//! The lease machine, which is the state machine of one registration: its state, its commands for the owner task (the task that executes
+//! them), and the requests of that task.
 
 use std::time::Duration;
 
@@ -16,8 +17,9 @@ pub(in crate::registration) enum Command {
     Grant { lease: LeaseId, deadline: Duration },
     /// Read the keys of [`Machine::live`] linearizably. The result is passed to [`Machine::on_read`].
     Read { deadline: Duration },
-    /// In one transaction, put the value, with or without the leave marker, under the keys of [`Machine::puts`]. The transaction writes
-    /// nothing unless each key has its expected mod revision. The result is passed to [`Machine::on_put`].
+    /// In one transaction, put the value under the keys of [`Machine::puts`]. If `leaving` is set, the value contains the leave marker, a
+    /// field that tells clients that the server is leaving. The transaction writes nothing unless each key has its expected mod revision.
+    /// The result is passed to [`Machine::on_put`].
     Put {
         lease: LeaseId,
         leaving: bool,
@@ -68,7 +70,7 @@ pub(in crate::registration) struct Machine {
     pub(super) disturbed: bool,
     /// Whether the format has a leave marker.
     pub(super) has_leave_marker: bool,
-    /// Until this time, no request except renewals is sent.
+    /// Until this time, no request except a renewal is sent. In the state `Superseded`, only the reads wait for this time.
     pub(super) not_before: Option<Instant>,
     pub(super) backoff: Backoff,
     pub(super) rng: fastrand::Rng,
@@ -213,7 +215,7 @@ impl Machine {
             if entry.removal == Removal::None {
                 entry.removal = Removal::Requested;
             }
-            // Without any lease, no own key exists.
+            // Without a current or earlier lease, no key of this registration exists.
             if self.lease.is_none() && self.unrevoked.is_empty() {
                 entry.mark_lost();
             }
@@ -256,7 +258,8 @@ impl Machine {
         };
         self.not_before = None;
         self.state = State::Leaving { leave_marker, next };
-        // Without any lease, no own key exists. A grant whose response was lost may leave a lease, but no key is attached to it.
+        // Without a current or earlier lease, no key of this registration exists. A grant whose response was lost may leave a lease in
+        // etcd, but no key is attached to that lease.
         if self.lease.is_none() && self.unrevoked.is_empty() {
             self.on_removed(next);
         }
@@ -293,14 +296,17 @@ pub(super) const TTL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 pub(in crate::registration) const LEAVE_MARKER_MAX: Duration = Duration::from_millis(500);
 /// Maximum wait between attempts while etcd rejects the credentials or denies the permission.
 pub(super) const OPERATOR_WAIT: Duration = Duration::from_secs(30);
-/// Maximum time between two reads of the keys while the keys are watched; the minimum is half of it. The watch reports the loss of a key at
-/// once, so the read only finds a loss that the watch has not delivered. While the keys are not watched, they are read after each renewal.
+/// Maximum time after a read of the keys until the next read is due; the minimum is half of it. A due read follows the next renewal. The
+/// watch reports the loss of a key at once, so the read only finds a loss that the watch has not delivered. While the keys are not watched,
+/// they are read after each renewal.
 pub(super) const VERIFY_INTERVAL: Duration = Duration::from_secs(60);
-/// Wait between reads of a key of another server. The reads detect the deletion of the key even if the watch cannot be opened.
+/// Maximum time between two reads while every live key belongs to another server; the minimum is half of it. The reads detect the deletion
+/// of a key even if the watch cannot be opened.
 pub(super) const SUPERSEDED_READ: Duration = Duration::from_secs(10);
 /// Maximum number of puts in one transaction. etcd rejects more than 128 operations with its default settings.
 const PUTS_MAX: usize = 100;
-/// Maximum number of own leases that are remembered. Each of them, except the first, replaced an earlier lease.
+/// Maximum number of leases in [`Machine::granted`]. Each of them, except the first, replaced an earlier lease. The oldest one is forgotten
+/// first.
 pub(super) const GRANTED_KEPT: usize = 64;
 /// Maximum number of earlier leases that are kept for a later revoke. An earlier lease is kept, for example, after a pause during an
 /// outage.

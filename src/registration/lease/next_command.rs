@@ -87,8 +87,8 @@ impl Machine {
             (State::Registered, _) => Command::Wait {
                 until: earliest(renew_at, again),
             },
-            // The watch reports the deletion of another server's key. The slow reads detect the deletion even if the watch cannot be
-            // opened.
+            // The watch reports the deletion of another server's key. The reads, one every 5 s to 10 s, detect the deletion even if the
+            // watch cannot be opened.
             (State::Superseded, _) => match self.not_before {
                 Some(not_before) if not_before > now => Command::Wait {
                     until: earliest(Some(not_before), again),

@@ -17,7 +17,7 @@ pub(super) enum State {
     Registered,
     /// Every live key belongs to another server.
     Superseded,
-    /// The keys are being removed. `leave_marker`: whether the leave marker must still be written.
+    /// The keys are being removed. `leave_marker` states whether the leave marker (a field in the value) must still be written.
     Leaving {
         leave_marker: bool,
         next: AfterRevoke,

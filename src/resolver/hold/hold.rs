@@ -11,17 +11,18 @@ use tonic_balance::Address;
 /// The held instances, and the state that decides whether the next instance that vanishes is held.
 #[derive(Debug)]
 pub(in crate::resolver) struct Hold {
-    /// Duration of each hold; `None` disables holds.
+    /// Time for which an instance is held; `None` disables holds.
     length: Option<Duration>,
     pub(super) rng: fastrand::Rng,
     registered: HashSet<Address>,
     /// Number of planned departures since the start.
     planned_departures: usize,
-    /// Strengths of the set within the window, each with the time at which the set lost that strength. Contains only strengths that exceed
-    /// every later strength.
+    /// Strengths (see [`Peak`]) that the set had in the last 10 s, each with the time at which it ended. Contains only strengths that
+    /// exceed every later strength.
     peaks: VecDeque<Peak>,
     held: HashMap<Address, Held>,
-    /// Held addresses with their deadlines, ordered by deadline. An address that is registered again stays in the queue until its deadline.
+    /// Held addresses with the deadlines of their holds, ordered by deadline. An address that is registered again stays in the queue until
+    /// this deadline.
     queue: VecDeque<(Instant, Address)>,
     episode: Option<Episode>,
     /// Number of episodes since the start.
@@ -29,8 +30,8 @@ pub(in crate::resolver) struct Hold {
 }
 
 /// A past size of the set. `strength` is the size plus the number of planned departures up to then. A planned departure reduces the size by
-/// one and increases the number of departures by one, so it does not change the strength. [`Hold::size`] subtracts all planned departures
-/// from the strength. The result is the size that the current set is compared with.
+/// one and increases the number of departures by one, so it does not change the strength. To compare the current set with a past one,
+/// [`Hold::size`] subtracts all planned departures up to now from the strength.
 #[derive(Clone, Copy, Debug)]
 struct Peak {
     ended: Instant,
@@ -43,19 +44,19 @@ struct Held {
     until: Instant,
 }
 
-/// The time from the first held instance to the end of the last hold.
+/// The period in which instances are held, from the first hold to the end of the last one.
 #[derive(Clone, Copy, Debug)]
 struct Episode {
     /// Strength of the set before the loss.
     strength: usize,
-    /// Number of instances that were not registered again before their hold ended.
+    /// Number of instances that were still not registered when their hold ended.
     removed: usize,
 }
 
-/// The outcome of a step.
+/// The outcome of [`Hold::on_changes`] or [`Hold::on_time`].
 #[derive(Debug, Default)]
 pub(in crate::resolver) struct Outcome {
-    /// Addresses that are no longer held and were not registered again.
+    /// Addresses whose hold has ended without a new registration. They leave the set.
     pub(in crate::resolver) released: Vec<Address>,
     pub(in crate::resolver) news: Option<News>,
 }
@@ -72,7 +73,7 @@ pub(in crate::resolver) enum News {
     },
     /// Half of the set is registered again, or all held instances are registered again.
     Recovered { registered: usize, removed: usize },
-    /// The last hold has ended, and fewer than half of the set is registered.
+    /// No instance is held any more, at least one hold has ended at its deadline, and fewer than half of the set is registered.
     Over { registered: usize, removed: usize },
 }
 
@@ -117,11 +118,11 @@ impl Hold {
         self.queue.front().map(|(until, _)| *until)
     }
 
-    /// Applies the changes of one step. `here` contains the changed addresses that are registered now, whether they are new or not. `gone`
+    /// Applies a batch of changes. `here` contains the changed addresses that are registered now, whether they are new or not. `gone`
     /// contains the last instance of each address that is no longer registered.
     ///
-    /// The order of changes within a step has no meaning. New addresses are therefore counted first. Otherwise, a fleet that is replaced in
-    /// one transaction would look lost. If only some of the instances that vanish together must be held, they are chosen at random.
+    /// The order of changes within a batch has no meaning. New addresses are therefore counted first. Otherwise, a fleet that is replaced
+    /// in one transaction would look lost. If only some of the instances that vanish in one batch must be held, these are chosen at random.
     /// Otherwise, all clients would use the same few servers.
     pub(in crate::resolver) fn on_changes(
         &mut self,
@@ -165,7 +166,7 @@ impl Hold {
         self.end_episode_if_over()
     }
 
-    /// Removes the instances that are marked as leaving. Returns the other instances that were registered.
+    /// Removes the instances that are marked as leaving. Returns those of the others that are registered, without removing them.
     fn remove_leaving(&mut self, gone: Vec<Instance>) -> Vec<Instance> {
         let mut vanished = Vec::new();
         for instance in gone {
@@ -182,8 +183,8 @@ impl Hold {
         vanished
     }
 
-    /// Records that the set had the strength `before` until now. Returns the reference for [`Hold::is_lost`]: the greatest strength of the
-    /// window, or the strength of the set before the current episode if that is greater.
+    /// Records that the set had the strength `before` until now. Returns the strength that [`Hold::is_lost`] compares with: the greatest
+    /// strength of the last 10 s, or the strength of the set before the current episode, whichever is greater.
     fn strength(&mut self, before: usize, now: Instant) -> usize {
         while self
             .peaks
@@ -204,12 +205,12 @@ impl Hold {
             self.peaks.pop_front();
         }
         let recent = self.peaks.front().map_or(before, |peak| peak.strength);
-        // While instances are held, the reference is at least the strength of the set before the loss.
+        // While instances are held, the result is at least the strength of the set before the loss.
         self.episode
             .map_or(recent, |episode| episode.strength.max(recent))
     }
 
-    /// Returns the size that a set of this strength would have after all planned departures.
+    /// Returns the size that a set of this strength would have if only the planned departures up to now had reduced it.
     fn size(&self, strength: usize) -> usize {
         strength.saturating_sub(self.planned_departures)
     }
@@ -291,6 +292,6 @@ impl Hold {
 
 /// Limit on the length of a hold, so that its deadline fits into an `Instant`.
 const LENGTH_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
-/// The time over which removals are summed. When all leases are lost at once, they expire one after another. Leases of the default TTL of
-/// 15 s are renewed every 5 s (a third of the TTL), so they expire within 5 s. The window must be longer than these 5 s.
+/// The time over which removals are summed. When all leases are lost at once, they expire one after another. Leases with the default TTL of
+/// 15 s are renewed every 5 s (a third of the TTL), so all of them expire within 5 s. The window must be longer than these 5 s.
 const WINDOW: Duration = Duration::from_secs(10);

@@ -1,5 +1,5 @@
-//! The mass-removal hold, without I/O. An instance that vanishes from the registry together with most other instances is kept for a limited
-//! time, as a last resort.
+//! The mass-removal hold, without I/O. An instance that vanishes from the registry together with most other instances is held: it is kept
+//! for a limited time, as a last resort.
 //!
 //! ```text
 //!               vanished, less than half is left            the hold is over, or half is back
@@ -9,8 +9,8 @@
 //!      └──────────────── registered again ──────────┘
 //! ```
 //!
-//! *Half* means half of the largest set of the last 10 s. A set that etcd loses through a bug or a stuck leader does not vanish in one
-//! step, because leases that expire together are delivered as separate deletes. Only the sum of the removals over a period distinguishes
+//! *Half* means half of the largest set of the last 10 s. If etcd loses a set through a bug or a stuck leader, the keys do not vanish at
+//! once, because keys whose leases expire together are deleted in separate events. Only the sum of the removals over a period distinguishes
 //! such a loss from the normal turnover of servers. Only sizes are compared, so a fleet that is replaced by a fleet at other addresses is
 //! not a loss.
 //!

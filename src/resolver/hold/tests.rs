@@ -13,7 +13,7 @@ use crate::instance::{Advertisement, Instance};
 const LENGTH: Duration = Duration::from_secs(30);
 
 fn address(number: u16) -> Address {
-    Address::try_from(std::net::SocketAddr::from(([10, 0, 0, 1], number + 1))).expect("valid")
+    Address::try_from(std::net::SocketAddr::from(([10, 0, 0, 1], number + 1))).expect("an address")
 }
 
 fn instance(number: u16) -> Instance {
@@ -26,7 +26,7 @@ fn leaving(number: u16) -> Instance {
     Instance::from(advertisement)
 }
 
-/// A hold over a set whose instances were all registered a minute ago.
+/// A [`Hold`] for a set whose instances were all registered a minute ago.
 struct Fleet {
     hold: Hold,
     now: Instant,
@@ -64,11 +64,11 @@ impl Fleet {
 }
 
 #[test]
-fn half_of_a_set_that_is_removed_at_once_is_held() {
+fn when_a_whole_set_is_removed_half_of_it_is_held() {
     for (size, held) in [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (10, 5), (101, 51)] {
         let mut fleet = Fleet::of(size);
         let outcome = fleet.gone(0..size);
-        assert_eq!(fleet.hold.len(), held, "of {size}");
+        assert_eq!(fleet.hold.len(), held, "a set of {size}");
         let began = News::Began {
             registered: 0,
             of: usize::from(size),
@@ -80,7 +80,7 @@ fn half_of_a_set_that_is_removed_at_once_is_held() {
 }
 
 #[test]
-fn leases_that_expire_one_by_one_are_held_too() {
+fn instances_whose_leases_expire_one_by_one_are_held() {
     let mut fleet = Fleet::of(4);
     for number in 0..4 {
         fleet.gone([number]);
@@ -102,7 +102,7 @@ fn instances_removed_slowly_are_not_held() {
 }
 
 #[test]
-fn a_hold_ends_separately_for_each_instance() {
+fn each_instance_is_held_for_the_full_time() {
     let mut fleet = Fleet::of(4);
     fleet.gone([0, 1]);
     fleet.gone([2]);
@@ -164,7 +164,11 @@ fn an_instance_that_is_registered_again_is_no_longer_held() {
 fn an_instance_marked_as_leaving_is_not_held() {
     let mut fleet = Fleet::of(10);
     fleet.left(0..10);
-    assert_eq!(fleet.hold.len(), 0, "a planned pause of all instances");
+    assert_eq!(
+        fleet.hold.len(),
+        0,
+        "instances that are all paused on purpose must not be held"
+    );
 
     let mut fleet = Fleet::of(10);
     fleet.left(0..6);
@@ -173,7 +177,7 @@ fn an_instance_marked_as_leaving_is_not_held() {
     assert_eq!(
         fleet.hold.len(),
         0,
-        "half of the four expected instances are left"
+        "no instance must be held while two of the four expected instances are left"
     );
     fleet.gone([8]);
     assert!(fleet.hold.get(&address(8)).is_some());
@@ -188,13 +192,21 @@ fn a_replaced_fleet_is_not_held() {
     fleet
         .hold
         .on_changes((10..20).map(address).collect::<Vec<_>>(), gone, fleet.now);
-    assert_eq!(fleet.hold.len(), 0, "in one transaction");
+    assert_eq!(
+        fleet.hold.len(),
+        0,
+        "a fleet that is replaced in one transaction must not be held"
+    );
     for number in 0..10 {
         fleet.gone([10 + number]);
         fleet.here([20 + number]);
         fleet.pass(500);
     }
-    assert_eq!(fleet.hold.len(), 0, "one by one");
+    assert_eq!(
+        fleet.hold.len(),
+        0,
+        "a fleet that is replaced one by one must not be held"
+    );
 }
 
 #[test]
@@ -219,7 +231,7 @@ fn nothing_is_held_while_the_hold_is_disabled() {
 }
 
 #[test]
-fn the_longest_hold_duration_does_not_panic() {
+fn the_longest_hold_duration_causes_no_panic() {
     let mut hold = Hold::new(Some(Duration::MAX), fastrand::Rng::with_seed(1));
     let now = Instant::now();
     hold.on_changes((0..9).map(address).collect::<Vec<_>>(), Vec::new(), now);
@@ -242,13 +254,13 @@ fn held_instances_are_chosen_at_random() {
         kept.sort();
         kept
     };
-    assert_ne!(kept(1), kept(2), "clients hold different instances");
+    assert_ne!(kept(1), kept(2), "clients must hold different instances");
 }
 
-/// A direct implementation of the rule over the whole history.
+/// A direct implementation of the rule that decides which instances are held. It keeps the whole history.
 #[derive(Debug, Default)]
 struct Model {
-    /// The time of each step, the size of the set after the step, and the number of planned departures up to then.
+    /// For each batch of changes: its time, the size of the set after it, and the number of planned departures up to then.
     history: Vec<(Instant, usize, usize)>,
     registered: BTreeSet<Address>,
     held: BTreeMap<Address, Instant>,
@@ -295,7 +307,7 @@ impl Model {
         held
     }
 
-    /// Ends the holds according to the rule. The test fills `held` from the hold under test, because instances are chosen at random.
+    /// Ends the holds according to the rule. The test copies the held instances into `held`, because they are chosen at random.
     fn conclude(&mut self) {
         let back = self
             .before
@@ -345,7 +357,7 @@ proptest! {
                 .iter()
                 .filter(|(number, _)| hold.get(&address(*number)).is_some())
                 .collect();
-            prop_assert!(fresh.iter().all(|(_, planned)| !planned), "an instance marked as leaving is not held");
+            prop_assert!(fresh.iter().all(|(_, planned)| !planned), "an instance marked as leaving must not be held");
             prop_assert_eq!(fresh.len(), expected);
             model.held.extend(fresh.iter().map(|(number, _)| (address(*number), now + LENGTH)));
             model.conclude();

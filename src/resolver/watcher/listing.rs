@@ -33,7 +33,7 @@ impl Machine {
                 }
                 let listing = std::mem::take(listing);
                 // The key to check is from the first page. If the store is wiped between two pages, a key of a later page is from the new
-                // store, so the check would not detect the wipe.
+                // store, so a check of that key would not detect the wipe.
                 let check = listing.check.filter(|_| !listing.after_failed_check);
                 self.complete(header, listing.kvs, listing.oversized);
                 self.page_cap = PAGE_LIMIT;
@@ -156,7 +156,7 @@ impl Machine {
     }
 }
 
-/// Lower limit of `page_cap`, in keys. Any link that can carry the responses of calls can carry a page of this size.
+/// Minimum of `page_cap`, in keys. Any link that can carry the responses of calls can carry a page of this size.
 pub(super) const PAGE_CAP_MIN: i64 = 10;
-/// Number of interruptions of a list by compaction after which its pages are no longer pinned to one revision.
+/// A list that was interrupted this many times, usually by compaction, is no longer pinned to one revision.
 const UNPINNED_AFTER: u32 = 3;

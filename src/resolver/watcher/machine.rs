@@ -10,7 +10,7 @@ use crate::error::EtcdError;
 use crate::keyspace::{Event, Header, Key, ListRequest, Range, Revision};
 use crate::slots::Slots;
 
-/// The next action of the task that owns the machine. The task reports the result of each command with one call to the machine.
+/// The next action of the task that owns the [`Machine`]. The task reports the result of each command with one call to the machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::resolver) enum Command {
     /// Request a page of the list; report the result with [`Machine::on_page`].
@@ -21,9 +21,9 @@ pub(in crate::resolver) enum Command {
     /// Receive the next message of the watch; report it with [`Machine::on_message`], or the end of the watch with
     /// [`Machine::on_watch_ended`]. If the time of [`Machine::due`] is reached first, call [`Machine::on_time`].
     Receive,
-    /// Read a key linearizably and keep the watch open; report the result with [`Machine::on_checked`].
+    /// Read the version of a key linearizably and keep the watch open; report the result with [`Machine::on_checked`].
     Check(Key),
-    /// Request a page of key names and keep the watch open; report the result with [`Machine::on_names`].
+    /// Request a page of keys without values and keep the watch open; report the result with [`Machine::on_names`].
     Reconcile(ListRequest),
     /// Read a key with its value, linearizably, and keep the watch open; report the result with [`Machine::on_read`].
     Read(Key),
@@ -33,7 +33,7 @@ pub(in crate::resolver) enum Command {
     Wait(Duration),
 }
 
-/// The state machine of one prefix.
+/// The list-and-watch state machine of one prefix, without I/O.
 #[derive(Debug)]
 pub(in crate::resolver) struct Machine {
     pub(super) range: Range,
@@ -43,19 +43,20 @@ pub(in crate::resolver) struct Machine {
     pub(super) last_header: Header,
     /// Every key of the prefix as last applied, whether or not its value can be decoded.
     pub(super) keys: BTreeMap<Key, KeyState>,
-    /// Keys that a read found deleted, with the revision of the read. An entry is removed when the watch has reached that revision.
+    /// Tombstones: keys that did not exist when they were read, with the revision of the read. A tombstone is removed when the watch has
+    /// reached its revision.
     pub(super) tombstones: HashMap<Key, Revision>,
     pub(super) reconciler: Reconciler,
     /// Changes that are not published yet.
     pub(super) update: Vec<Event>,
     pub(super) backoff: Backoff,
     pub(super) rng: fastrand::Rng,
-    /// Whether the last watch was rejected and the token was renewed for the next watch.
+    /// Whether the last watch was rejected, so that the next watch uses a fresh token.
     pub(super) token_renewed: bool,
     pub(super) fruitless: FruitlessWatches,
-    /// Number of keys to request per page. Halved when a response is too large, and doubled after each page.
+    /// Number of keys to request per page. Halved when a response is too large, and doubled after each page, up to `page_cap`.
     pub(super) page_limit: i64,
-    /// Upper limit of `page_limit`. Halved when a page exceeds the call timeout.
+    /// Upper limit of `page_limit`. Halved when the request for a page times out.
     pub(super) page_cap: i64,
     pub(in crate::resolver) report: Report,
 }
@@ -82,8 +83,8 @@ pub(in crate::resolver) struct Report {
 }
 
 impl Machine {
-    /// Creates a machine that begins with a list. `reconcile` is the maximum time between two reconciliations, and `slots` are the times at
-    /// which the services of the registry are reconciled.
+    /// Creates a machine that begins with a list. `reconcile` is the maximum time between two reconciliations. `slots` are the times at
+    /// which the services of the registry are reconciled together.
     pub(in crate::resolver) fn new(
         range: Range,
         reconcile: Option<Duration>,
@@ -138,7 +139,7 @@ impl Machine {
         }
     }
 
-    /// Returns the key that was written last. Of all keys, it is the least likely to exist unchanged in a store with another history.
+    /// Returns the key that was written last. Of all keys, this key is the least likely to exist unchanged in a store with another history.
     pub(super) fn newest(&self) -> Option<Key> {
         let newest = self.keys.iter().max_by_key(|(_, state)| state.mod_revision);
         newest.map(|(key, _)| key.clone())

@@ -1,5 +1,5 @@
-//! Reconciliation. It runs beside the watch, because a watch can lose events. All keys are periodically compared with a list, and single
-//! keys are read.
+//! Reconciliation: while the watch is open, the known keys are periodically compared with those in etcd, and single keys are read. It is
+//! needed because a watch can lose events.
 //!
 //! ```text
 //!   every few minutes ──▶ changes and count ──▶ as known? ──▶ done
@@ -10,15 +10,17 @@
 //!   an address refuses connections ─────────────────────── within 2 s ───────────────┘
 //! ```
 //!
-//! One request returns the number of all keys, and the names of the keys written since the last agreement. If the changed keys are known
-//! as they are in etcd, and the number of keys is right, then no key differs: a key that was not written since then is as it was at the last
-//! agreement, unless it was deleted, and then the number is lower. Most reconciliations end here. Every hour or so, all names are listed
-//! even so.
+//! The last *agreement* is the last revision at which the known keys were verified to be the keys in etcd. One request returns the number
+//! of all keys, and the names of the keys written since the last agreement. If these keys are known as they are in etcd, and the number of
+//! known keys is the number in etcd, then no key differs. The reason: a key that was not written since the last agreement is either
+//! unchanged or deleted, and a delete would make the numbers differ. Most reconciliations end here. Every sixteenth reconciliation lists
+//! all names nevertheless, with the default interval about once an hour.
 //!
 //! A difference in a list of names does not show that the watch has lost an event, because the watch may still deliver the change. The key
-//! becomes a suspect, and the watch gets 5 s to deliver the change. Only a linearizable read of the key itself is trusted. The read
-//! replaces every event of the key up to the revision of its response. If such an event arrives later, it is dropped: the event is compared
-//! with the key's mod revision if the key exists, or else with its [`tombstone`](Machine::add_tombstone).
+//! becomes a suspect, and the watch gets 5 s to deliver the change. Only a linearizable read of the key itself is trusted. The result of
+//! the read stands for every event of the key up to the revision of the response. If such an event arrives later, it is dropped. To
+//! recognise such an event, its revision is compared with the mod revision of the key, or with the [tombstone](Machine::add_tombstone) if
+//! the key does not exist.
 
 use std::collections::HashMap;
 use std::ops::Bound;
@@ -42,7 +44,7 @@ impl Machine {
         matches!(&self.state, State::Watching(watching) if watching.opened.is_some())
     }
 
-    /// Returns the command that is due while the watch stays open.
+    /// Returns the command that is due. The watch stays open, unless the prefix is listed again.
     pub(in crate::resolver) fn on_time(&mut self, now: Instant) -> Command {
         if !self.is_watching() {
             return self.on_wake();
@@ -76,8 +78,8 @@ impl Machine {
         Command::Receive
     }
 
-    /// Lists all keys and values again, within a minute. All clients of a service notice at the same time that they must list, so the lists
-    /// are spread.
+    /// Schedules a list of all keys and values, at a random time within the next minute. All clients of a service notice at the same time
+    /// that they must list, so the lists are spread.
     pub(in crate::resolver) fn list_again(&mut self, now: Instant) {
         let at = now + LIST_AGAIN_SPREAD.mul_f64(self.rng.f64());
         self.reconciler.list_again_at.get_or_insert(at);
@@ -112,8 +114,8 @@ impl Machine {
         let page = match answer {
             Ok(page) => page,
             Err(error) => {
-                // The failure is not reported, because only the watch shows whether etcd is reachable. The next reconciliation repeats the
-                // comparison.
+                // The failure is not added to the status, because only the watch shows whether etcd is reachable. The next reconciliation
+                // repeats the comparison.
                 tracing::debug!(%error, "could not list the keys for reconciliation");
                 return self.finish_names(now);
             }
@@ -124,7 +126,7 @@ impl Machine {
         self.last_header = page.header;
         if let Some(since) = changes_since {
             if !self.agrees(since, &page) {
-                // A change is possibly on its way to the watch, so the names are compared before anything is read.
+                // The watch may still deliver a change. So all names are compared before any key is read.
                 return Command::Reconcile(self.all_names());
             }
             self.reconciler.on_agreed(page.header.revision);
@@ -138,7 +140,7 @@ impl Machine {
         let next = next.map(|kv| kv.key.successor());
         self.compare(&start, next.as_ref(), &page, revision);
         match next {
-            // With too many suspects, the prefix is probably listed again, so the remaining pages are not needed.
+            // With too many suspects, the whole prefix will probably be listed again, so the remaining pages are not needed.
             Some(next) if self.reconciler.suspects.len() <= SUSPECTS_MAX => {
                 self.reconciler.cursor = Some((next.clone(), revision));
                 Command::Reconcile(self.names(next, revision))
@@ -154,7 +156,8 @@ impl Machine {
         }
     }
 
-    /// Returns whether the keys are those in etcd. `page` has the changes since a revision at which they were.
+    /// Returns whether the known keys are the keys in etcd. `since` is the last revision at which they were. `page` has the keys that were
+    /// written after `since`.
     fn agrees(&self, since: Revision, page: &Page) -> bool {
         let changed = |known: &&KeyState| known.mod_revision > since;
         let is_known = |kv: &KeyValue| {
@@ -173,7 +176,7 @@ impl Machine {
         Command::Receive
     }
 
-    /// Compares the keys from `start` up to `end` with a page, and records each difference as a suspect.
+    /// Compares the known keys from `start` up to `end` with a page, and records each key that differs as a suspect.
     fn compare(&mut self, start: &Key, end: Option<&Key>, page: &Page, at: Revision) {
         let mut listed: HashMap<_, _> = page.kvs.iter().map(|kv| (&kv.key, kv)).collect();
         let end = end.map_or(Bound::Unbounded, Bound::Excluded);
@@ -217,8 +220,8 @@ impl Machine {
         Command::Receive
     }
 
-    /// Handles a report that the server named by a key refuses connections. One read shows whether the key still exists. The read is
-    /// delayed and rate-limited.
+    /// Handles a report that the address in the value of a key refuses connections. One read shows whether the key still exists. The read
+    /// is delayed and rate-limited.
     pub(in crate::resolver) fn on_refused_connection(&mut self, key: &Key, now: Instant) {
         let reconciler = &mut self.reconciler;
         let lately = |at: &Instant| now.saturating_duration_since(*at) < REPORT_INTERVAL;
@@ -267,7 +270,7 @@ impl Machine {
                     self.apply_read(key, found, header.revision);
                 }
             }
-            Err(error) => tracing::debug!(?key, %error, "could not read a key to verify it"),
+            Err(error) => tracing::debug!(?key, %error, "could not read a key to compare it"),
         }
         if self.reconciler.has_lost_event && self.reconciler.confirming.is_empty() {
             return self.reopen_watch();
@@ -286,8 +289,8 @@ impl Machine {
         self.add_tombstone(key, revision);
     }
 
-    /// Records that a key did not exist at a revision. Without this record, a put that is older than the read but is delivered after it
-    /// would restore the key. The key would then possibly stay, because the event that the watch has lost can be the delete of this key.
+    /// Records that a key did not exist at a revision. Without this record, a put that is older than the read but is delivered after the
+    /// read would restore the key. The key might then never be removed, because the watch may have lost the delete of this very key.
     fn add_tombstone(&mut self, key: Key, revision: Revision) {
         self.tombstones.insert(key, revision);
     }
@@ -305,17 +308,17 @@ impl Machine {
     }
 }
 
-/// Number of reconciliations that compare only the changes between two that list all names. With the default interval, all names are listed
-/// about once an hour.
+/// A reconciliation lists all names after this many reconciliations in a row that compared only the changes. With the default interval, all
+/// names are listed about once an hour.
 const COMPLETE_LIST_AFTER: u32 = 15;
-/// Limit of suspects. Above it, a list costs less than the reads.
+/// Maximum number of suspects that are read individually. With more suspects, a list of the whole prefix costs less than the reads.
 const SUSPECTS_MAX: usize = 100;
 /// The time over which the reads after reports are spread. When a server crashes, all of its clients detect it within the same
 /// milliseconds.
 const REPORT_SPREAD: Duration = Duration::from_secs(2);
-/// The time over which the lists of all clients are spread.
+/// The time over which the lists that [`Machine::list_again`] schedules are spread.
 const LIST_AGAIN_SPREAD: Duration = Duration::from_secs(60);
-/// Minimum time between two reports of the same key that cause a read.
+/// After a report that causes a read, further reports about the same key are ignored for this time.
 const REPORT_INTERVAL: Duration = Duration::from_secs(10);
 /// Limit on the number of pending reads. Further reports are dropped; an address that keeps refusing connections is reported again.
 const READS_MAX: usize = 100;

@@ -19,30 +19,30 @@ pub(super) struct Reconciler {
     pub(super) next_list: Option<Instant>,
     /// The time at which all keys and values are listed again, if that is necessary.
     pub(super) list_again_at: Option<Instant>,
-    /// The first key of the next page of the list in progress, and the revision that the list is pinned to.
+    /// While names are listed: the first key of the next page, and the revision that the list is pinned to.
     pub(super) cursor: Option<(Key, Revision)>,
     /// The last revision at which the keys were known to be those in etcd.
     pub(super) agreed: Option<Revision>,
-    /// While the changes since `agreed` are requested: that revision.
+    /// A copy of `agreed` while the changes since that revision are requested, and `None` at other times.
     pub(super) changes_since: Option<Revision>,
-    /// Number of reconciliations since the last complete list that compared only the changes.
+    /// Number of reconciliations in a row that compared only the changes. A complete list without a difference resets it to 0.
     pub(super) compared_changes: u32,
     pub(super) suspects: Vec<Suspect>,
     /// The time until which the watch may deliver the changes of the suspects.
     pub(super) settle_at: Option<Instant>,
     /// Keys to read, with the earliest time of each read.
     pub(super) reads: BTreeSet<(Instant, Key)>,
-    /// Earliest time of the next read, whatever the key.
+    /// Earliest time of the next read of any key.
     next_read: Option<Instant>,
     /// Time of the last accepted report about each key, from [`ResolverFeedback`](crate::resolver::ResolverFeedback).
     pub(super) reported: HashMap<Key, Instant>,
-    /// Suspects whose read is pending. If the result of such a read differs from the known state, the watch has lost an event.
+    /// Former suspects whose read is pending. If the result of such a read differs from the known state, the watch has lost an event.
     pub(super) confirming: BTreeSet<Key>,
-    /// Whether such a read has shown that the watch has lost an event.
+    /// Whether the read of a key in `confirming` has shown that the watch has lost an event.
     pub(super) has_lost_event: bool,
 }
 
-/// A key whose listed version differs from the known version.
+/// A key whose listed version differs from the known version. The watch may still deliver the change.
 #[derive(Debug)]
 pub(super) struct Suspect {
     pub(super) key: Key,
@@ -104,7 +104,7 @@ impl Reconciler {
         self.next_list = Some(self.slots.align(at, earliest, interval / SLOTS));
     }
 
-    /// Handles a complete list with values, which resolves every doubt.
+    /// Handles a complete list with values. After such a list, no key is suspect and no read is pending.
     pub(super) fn on_listed(&mut self, revision: Revision) {
         self.on_agreed(revision);
         self.compared_changes = 0;
@@ -148,8 +148,8 @@ impl Reconciler {
     }
 }
 
-/// Number of slots in one interval. A process that watches many services sends at most one request for each slot and a hundred services
-/// that are reconciled in it.
+/// Number of slots in one interval. The services of a registry that are reconciled in the same slot share their requests for changes: one
+/// transaction is sent for each hundred services.
 const SLOTS: u32 = 16;
 /// Limit on the interval, so that the time of the next reconciliation fits into an `Instant`.
 pub(super) const INTERVAL_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -158,6 +158,5 @@ pub(super) const INTERVAL_MIN: Duration = Duration::from_millis(100);
 /// Minimum time from the response to a read to the next read. Even if a thousand servers fail at once, a client sends etcd at most ten
 /// reads per second for each prefix.
 pub(super) const READ_STEP: Duration = Duration::from_millis(100);
-/// Time for the watch to deliver the changes of suspects, and wait after a failed read. It is the silence after which a watch stream is
-/// probed.
+/// The time that the watch gets to deliver the changes of suspects. Also the minimum time from a failed read to the next read.
 pub(super) const SETTLE: Duration = Duration::from_secs(5);

@@ -1,5 +1,5 @@
-//! Handles the end of a watch. A new watch is opened at the same revision. The prefix is listed again instead if the revision was
-//! compacted, if an event is too large, or if several watches deliver nothing.
+//! Handles the end of a watch. Normally, a new watch is opened at the revision of the last applied event. The prefix is listed again
+//! instead if this revision was compacted, if an event is too large, or if several watches in a row deliver nothing.
 
 use std::time::Duration;
 
@@ -41,8 +41,8 @@ impl Machine {
             _ if fruitless && self.fruitless.must_list(silent) => {
                 self.state = State::Listing(Listing::default());
             }
-            // A watch that delivered events is reopened within a second. A backlog is therefore delivered even if the connection fails
-            // repeatedly. The remaining wait limits the load on the server.
+            // After a watch that delivered events, the next one is opened within a second. A backlog is therefore delivered even if the
+            // connection fails repeatedly. A wait remains, to limit the load on the server.
             _ if progressed => self.backoff.cap_next(MAX_WAIT_AFTER_PROGRESS),
             _ => {}
         }
@@ -67,7 +67,7 @@ impl Machine {
 
     /// Handles the result of [`Command::RenewToken`].
     pub(in crate::resolver) fn on_token(&mut self, outcome: Result<(), EtcdError>) -> Command {
-        // The rejection counts as the first of two only if the next attempt uses a fresh token.
+        // Without a fresh token, the rejection of the next watch must count as a first rejection again.
         self.token_renewed = outcome.is_ok();
         match outcome {
             // Credentials that are wrong are retried slowly, because each attempt costs etcd a password hash.
@@ -84,7 +84,7 @@ impl Machine {
         self.on_wake()
     }
 
-    /// Returns a wait after a failure, which prevents a busy loop. The wait is jittered. It is long if only an operator can resolve the
+    /// Records a failure, and returns a jittered wait that prevents a busy loop. The wait is long if only an operator can resolve the
     /// failure.
     pub(super) fn wait(&mut self, error: EtcdError) -> Command {
         let slowly = error.kind().needs_operator();
@@ -98,7 +98,7 @@ impl Machine {
 
 /// Maximum wait after a watch that delivered events.
 const MAX_WAIT_AFTER_PROGRESS: Duration = Duration::from_secs(1);
-/// A watch that was open for this long was healthy. Its end is the first failure of a new series.
+/// A watch that was open for at least this long was healthy. Its end is the first failure of a new series, so the backoff is reset.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 /// Maximum wait between attempts if only an operator can resolve the failure, such as rejected credentials or permissions.
 pub(super) const OPERATOR_WAIT: Duration = Duration::from_secs(30);

@@ -20,8 +20,9 @@ pub(super) struct Listing {
     pub(super) header: Option<Header>,
     /// First key of the next page; `None` for the start of the range.
     pub(super) next: Option<Key>,
-    /// Number of times that compaction has interrupted the list. From the third time on, the pages are not pinned to one revision. The
-    /// result is still exact, because the watch starts at the revision of the first page and delivers all later changes.
+    /// Number of times that the list was interrupted because its revision was compacted, or was ahead of the store. From the third time on,
+    /// the pages are not pinned to one revision. The result is still exact, because the watch starts at the revision of the first page and
+    /// delivers all later changes.
     pub(super) compacted: u32,
     /// Whether the next request reads only the name of a key that is too large to receive.
     pub(super) reads_name_only: bool,
@@ -40,24 +41,26 @@ pub(super) struct Listing {
 /// An open watch, or the watch to open next.
 #[derive(Debug)]
 pub(super) struct Watching {
+    /// R: the revision of the list, or later of the last applied event. If the watch ends, the next one is opened at R.
     pub(super) revision: Revision,
     /// Revision at which the watch was opened.
     pub(super) began: Revision,
+    /// Time at which the watch was opened; `None` until then.
     pub(super) opened: Option<Instant>,
     /// Whether the header of a message had a higher revision than R. If so, the watch possibly has a backlog to deliver.
     pub(super) behind: bool,
     /// Events of a revision that has not been received completely.
     pub(super) pending: Vec<Event>,
-    /// The key that the check reads after the opening, to find out whether the store is still the one that the set was listed from. `None`
-    /// once the check is requested, and for a watch without a check.
+    /// The key that the check reads when the watch has been opened. The check finds out whether the store is still the one that the set was
+    /// listed from. `None` once the check is requested, and for a watch without a check.
     pub(super) check: Option<Key>,
     /// Whether a header below R or of another cluster has already caused a check on this watch.
     pub(super) suspicion_checked: bool,
 }
 
-/// Counts consecutive watches that delivered nothing although the store was ahead of R. Their backlog may be larger than a server or a link
-/// can deliver in time, and a further watch would then fail in the same way. A list is split into pages, which shrink on a slow link, so it
-/// can succeed.
+/// Counts consecutive watches that delivered nothing although the store was ahead of R. The backlog of such a watch may be larger than a
+/// server or a link can deliver in time. A further watch would then fail in the same way. A list can succeed, because it is split into
+/// pages, which shrink on a slow link.
 #[derive(Debug)]
 pub(super) struct FruitlessWatches {
     watches: u32,
@@ -108,7 +111,7 @@ impl KeyState {
         }
     }
 
-    /// Returns whether the two states are of the same write. Digests are compared only if both are known.
+    /// Returns whether both states result from the same write. Digests are compared only if both are known.
     pub(super) fn is_same(&self, other: &Self) -> bool {
         let differs = |(mine, its): (u64, u64)| mine != its;
         self.create_revision == other.create_revision
@@ -117,7 +120,7 @@ impl KeyState {
             && !self.digest.zip(other.digest).is_some_and(differs)
     }
 
-    /// Returns whether both states exist and are of the same write, or neither exists.
+    /// Returns whether both states exist and result from the same write, or neither exists.
     pub(super) fn agree(left: Option<&Self>, right: Option<&Self>) -> bool {
         match (left, right) {
             (Some(left), Some(right)) => left.is_same(right),
@@ -129,6 +132,6 @@ impl KeyState {
 /// Number of consecutive fruitless watches after which the prefix is listed for the first time. A watch that ended by a timeout counts
 /// twice.
 const FRUITLESS_FIRST: u32 = 3;
-/// Upper limit of the number of watches after which the prefix is listed. The number grows because a fruitless watch does not prove a
-/// backlog: the revision of the store also increases with writes to keys of other prefixes.
+/// Upper limit of the number of fruitless watches after which the prefix is listed. The number grows because a fruitless watch does not
+/// prove a backlog: the revision of the store also increases with writes to keys of other prefixes.
 const FRUITLESS_MAX: u32 = 48;

@@ -52,7 +52,7 @@ impl Machine {
         let suspicious =
             (lags || foreign) && !std::mem::replace(&mut watching.suspicion_checked, true);
 
-        // Events below R are dropped. They are old events that a lagging member delivers again.
+        // Events below R (`watching.revision`) are dropped. They are old events that a lagging member delivers again.
         let floor = watching.revision;
         watching.pending.extend(
             message
@@ -84,8 +84,8 @@ impl Machine {
         for event in ready {
             self.apply(event);
         }
-        // Tombstones are removed only after the loop, because one message may contain an event that a tombstone must suppress, followed by
-        // events with higher revisions than that of the tombstone.
+        // Tombstones are removed only after all events are applied. One message may contain an event that a tombstone must suppress, and
+        // after it an event with a higher revision than that of the tombstone.
         self.tombstones.retain(|_, gone| *gone > passed);
         if !suspicious {
             return Command::Receive;
@@ -143,7 +143,8 @@ impl Machine {
         let floor = watching.revision;
         let same = found.is_some_and(|found| {
             self.keys.get(&found.key).is_some_and(|known| {
-                // If the owner has written the key again under the same lease, the store is the same, and the watch delivers that write.
+                // A later write under the same lease is by the owner of the key. The store is then the same, and the watch delivers the
+                // write.
                 let later = found.mod_revision > floor && known.lease != LeaseId::NONE;
                 known.lease == found.lease && (later || known.is_same(&KeyState::of(&found)))
             })

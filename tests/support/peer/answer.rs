@@ -31,14 +31,14 @@ pub enum Answer {
     NoTrailers,
     /// The stream is reset with `REFUSED_STREAM` before the call runs.
     Refuse,
-    /// A stream is reset with CANCEL after this time.
+    /// The stream is reset with CANCEL after this time.
     Cancel(Duration),
     /// No response until the client cancels the call.
     Hang,
     /// For streams: headers and one message at once, and then nothing until the client cancels the call.
     Quiet,
-    /// The server ends the call when its own timer for the deadline fires. Until then, a unary call gets no response; a stream gets its headers
-    /// and one message.
+    /// The server ends the call when its own timer for the deadline fires. Until then, a unary call gets no response. A stream gets its
+    /// headers and one message.
     Overrun(Enforce),
 }
 
@@ -51,7 +51,7 @@ pub enum Enforce {
     Status,
 }
 
-/// HTML, as sent by proxies.
+/// An HTML page like those of proxies.
 pub const HTML: &str = "<html><body><h1>Not the page you are looking for</h1></body></html>";
 
 impl Answer {
@@ -202,7 +202,9 @@ async fn sleep_unless_zero(delay: Duration) {
 
 /// Returns the time until the client's deadline, from the `grpc-timeout` header.
 fn timeout(headers: &HeaderMap) -> Duration {
-    let value = headers.get("grpc-timeout").expect("a call with a deadline");
+    let value = headers
+        .get("grpc-timeout")
+        .expect("the call must have a deadline");
     let value = value.to_str().unwrap();
     let (digits, unit) = value.split_at(value.len() - 1);
     let number: u64 = digits.parse().unwrap();

@@ -21,7 +21,7 @@ pub enum Speaks {
 }
 
 impl Speaks {
-    /// Returns the name of the protocol in errors.
+    /// Returns the name of the protocol, as errors of the channel contain it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Http1 => "HTTP/1",
@@ -93,7 +93,7 @@ async fn answer(mut socket: TcpStream, speaks: Speaks) {
     }
     let _ = socket.write_all(speaks.words()).await;
     let _ = socket.shutdown().await;
-    // Reads the remaining bytes. Unread bytes would turn the orderly close into a reset, which discards the response.
+    // The remaining bytes are read. Unread bytes would turn the graceful close into a reset, which discards the response.
     let drained = async { while matches!(socket.read(&mut buffer).await, Ok(1..)) {} };
     let _ = timeout(Duration::from_secs(1), drained).await;
 }

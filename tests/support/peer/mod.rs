@@ -31,7 +31,7 @@ pub struct Manner {
     pub close: Option<Close>,
     pub limit: Option<Limit>,
     pub police: Option<Police>,
-    /// Limit of open streams per connection.
+    /// Limit on the number of open streams of a connection.
     pub max_streams: Option<u32>,
 }
 
@@ -44,7 +44,7 @@ pub struct Close {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum When {
-    /// At this request of a connection.
+    /// At the request of a connection with this number, counted from 1.
     Requests(u32),
     /// At this age of a connection.
     Age(Duration),
@@ -67,7 +67,7 @@ pub enum How {
     Fin,
 }
 
-/// Limit of a block of request headers, in bytes on the wire, and the reaction to a larger block.
+/// Limit on the size of a block of request headers, in bytes on the wire, and the reaction to a larger block.
 #[derive(Clone, Copy, Debug)]
 pub struct Limit {
     pub bytes: u32,
@@ -78,13 +78,13 @@ pub struct Limit {
 
 #[derive(Clone, Copy, Debug)]
 pub enum Beyond {
-    /// Sends a GOAWAY with this code, and then closes the connection. The last stream of the GOAWAY is below the stream of the request.
+    /// Sends a GOAWAY with this code, and then closes the connection. The last stream ID in the GOAWAY is lower than that of the request.
     Goaway(Reason),
     /// Closes the connection without a frame.
     Drop,
 }
 
-/// The implementation whose rules for PINGs the server enforces.
+/// The implementation whose rules for PINGs the server enforces. A strike is a PING that counts against the client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Police {
     /// `KeepAliveEnforcer` of grpc-java: every PING is a strike. The strikes are reset when the server sends HEADERS or DATA. The third

@@ -57,7 +57,7 @@ pub(super) async fn run(io: BoxIo, far: DuplexStream, shared: Arc<Shared>, leave
         () = outbound => {}
         () = age => {}
     }
-    // Continues to read. Unread bytes would turn the close into a reset, which can discard the last frames.
+    // The frames of the client are still read. Unread bytes would turn the close into a reset, which can discard the last frames.
     wire.lock().unwrap().ended = true;
     let _ = timeout(DRAIN, inbound).await;
 }
@@ -156,14 +156,14 @@ struct Wire<'a> {
     ended: bool,
 }
 
-/// What a further request does to a connection that shuts down.
+/// The effect of a further request on a connection that shuts down.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Shutdown {
-    /// Nothing.
+    /// No effect.
     Lenient,
-    /// Nothing until the PING response is received.
+    /// No effect until the PING response is received. Then the state becomes `Over`.
     Strict,
-    /// It ends the connection.
+    /// The request ends the connection.
     Over,
 }
 
@@ -187,7 +187,7 @@ impl Wire<'_> {
             if let Some(Close { how, .. }) =
                 self.close.take_if(|close| close.when == When::Unserved)
             {
-                // The request is beyond the last stream of the GOAWAY.
+                // The stream of the request is above the last stream of the GOAWAY.
                 self.last = self.below;
                 self.close(how);
             }
@@ -243,7 +243,7 @@ impl Wire<'_> {
         self.closing && self.open.is_empty()
     }
 
-    /// Begins the orderly close of the connection.
+    /// Begins to close the connection. Open streams can still end.
     fn close(&mut self, how: How) {
         match how {
             How::Graceful | How::Strict => {
@@ -303,8 +303,8 @@ impl Wire<'_> {
     }
 }
 
-/// The strikes since the server last sent HEADERS or DATA. Real servers also permit one PING every five minutes. This is left out, because
-/// no test lasts for so long.
+/// The strikes since the server last sent HEADERS or DATA. A strike is a PING that counts against the client. Real servers also permit one
+/// PING every five minutes. This rule is left out, because no test lasts that long.
 struct Strikes {
     police: Police,
     count: u32,

@@ -1,5 +1,6 @@
-//! Handles the requests that calls make to the driver: to replace a connection that a call has given up, to dial resting connections, to
-//! check silent connections, to quarantine an endpoint that does not answer with gRPC, or to add a connection.
+//! Handles the requests of calls to the driver: replace a connection that the caller has given up (`BalancedChannel::reconnect`), dial
+//! resting connections, check silent connections, quarantine an endpoint whose responses are not gRPC, or add a connection. A *resting*
+//! connection was closed while no call needed it. On a *silent* connection, nothing was read for a while.
 
 use tokio::time::Instant;
 
@@ -18,7 +19,7 @@ impl Driver {
         self.scaling.request(Instant::now());
     }
 
-    /// Replaces the connections that calls have given up.
+    /// Replaces the connections that callers have given up.
     fn redial_given_up(&mut self) {
         let given_up = self.shared.given_up();
         if given_up.is_empty() {
@@ -32,8 +33,8 @@ impl Driver {
             }
         }
         self.publish();
-        // The connections stay in the list of given-up connections until `publish` has returned. Until then, a pick can still find these
-        // connections, and calls use the list to exclude them.
+        // Calls use the list of given-up connections to exclude these connections. A pick can still find the connections until `publish`
+        // has returned, so they stay in the list until then.
         self.shared.forget_given_up(&given_up);
     }
 
@@ -54,7 +55,7 @@ impl Driver {
         self.reclassify(&address);
     }
 
-    /// Closes a connection and queues a dial in its place. Calls in flight continue until they end or the connection breaks.
+    /// Closes a connection, and queues a dial for a new one in its place. Calls in flight continue until they end or the connection breaks.
     pub(super) fn replace_connection(
         &mut self,
         id: SubchannelId,
@@ -79,8 +80,9 @@ impl Driver {
         }
     }
 
-    /// Dials one resting connection if calls were sent on the channel since the last scan, so that the endpoint of this connection gets its
-    /// share of the calls again. Only one connection is dialled per scan, because a caller with few calls needs no more.
+    /// Dials one resting connection if calls were sent on the channel since the last scan (the last call of this function). The endpoint of
+    /// the connection then gets its share of the calls again. Only one connection is dialled per scan, because a caller with few calls
+    /// needs no more.
     pub(super) fn wake_resting_for_calls(&mut self) {
         let endpoints = self.endpoints.values().map(|entry| &entry.endpoint);
         let calls = || endpoints.map(|endpoint| endpoint.calls()).sum::<u64>();
@@ -122,8 +124,8 @@ impl Driver {
         }
     }
 
-    /// Closes additional connections that have reached their minimum lifetime and are not needed any more: the calls to the endpoint need
-    /// at most half of the streams of its other connections.
+    /// Closes additional connections that have reached their minimum lifetime and are not needed any more. An additional connection is not
+    /// needed if the calls to the endpoint use at most half as many streams as its other connections have.
     pub(super) fn remove_connections(&mut self, now: Instant) {
         for address in self.scaling.old(now) {
             let is_dispensable = self.endpoints.get(&address).is_none_or(|entry| {
@@ -144,7 +146,7 @@ impl Driver {
         if entry.subchannels.len() <= self.options.connections_per_endpoint {
             return;
         }
-        // A second connection, which was dialled beside a silent one, is not an additional connection, so it is skipped.
+        // The second connection, which was dialled beside a silent one, does not count as additional, so it is skipped.
         let second = entry.second.subchannel();
         let mut ids = entry.subchannels.iter();
         let Some(last) = ids.rposition(|id| Some(*id) != second) else {

@@ -186,7 +186,7 @@ impl Driver {
         self.publication.set_last_error(address.clone(), reason);
     }
 
-    /// Handles the timer of a subchannel: the end of its backoff or of its rest.
+    /// Handles an expired timer of a subchannel. The timer ends a backoff, or the wait of a resting subchannel.
     pub(super) fn on_backoff_over(&mut self, id: SubchannelId, now: Instant) {
         let Some((address, state)) = self.subchannels.take(id) else {
             return;

@@ -1,4 +1,5 @@
-//! Handles the events of connections: silence, recovery, new stream limits, and the end of a connection.
+//! Handles the events of connections: nothing was read for a while (silence), the peer answers again, the peer has changed its limit on
+//! streams, or the connection has ended.
 
 use std::sync::Arc;
 
@@ -47,8 +48,9 @@ impl Driver {
         }
     }
 
-    /// Handles a connection on which nothing was read in time. If the peer has left a PING unanswered, the connection gets no calls until
-    /// it recovers.
+    /// Handles a connection on which nothing was read in time. If the peer has left a PING unanswered ([`Silence::Stalled`]), the
+    /// connection gets no calls until the peer answers again. If no PING was permitted ([`Silence::Doubtful`]), the connection still gets
+    /// calls.
     fn on_silent(&mut self, dial_id: DialId, silence: Silence) {
         let Some((id, address, subchannel)) = self.subchannels.of_connection(dial_id) else {
             return;
@@ -85,8 +87,8 @@ impl Driver {
         subchannel.set_silence(Silence::None);
         self.update_ready_set(id);
         if let Some((_, subchannel)) = self.subchannels.ready(id) {
-            // A doubtful connection stays in the ready set. But a call that has checked the connection without success excludes it, and may
-            // wait in the queue. The free streams of the recovered connection are offered to such calls.
+            // A doubtful connection stays in the ready set. But a call whose check of the connection failed excludes the connection, and
+            // may wait in the queue. The free streams of the recovered connection are offered to such calls.
             subchannel.connection().offer();
         }
         self.shared.changed.notify_waiters();

@@ -1,4 +1,4 @@
-//! Dials: the subchannels that wait for a dial, and the dials in progress.
+//! The subchannels that wait to be dialled, and the dials in progress.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -9,7 +9,7 @@ use crate::transport::connect::DialError;
 use crate::transport::connection_task::CloseReason;
 use crate::transport::http2::Connection;
 
-/// The queues of subchannels to dial, and the tasks that dial.
+/// The queues of subchannels that wait to be dialled, and the tasks that dial.
 #[derive(Debug, Default)]
 pub(super) struct Dials {
     queue: VecDeque<SubchannelId>,
@@ -41,7 +41,7 @@ pub(super) struct Dialled {
     pub(super) subchannel: SubchannelId,
     pub(super) id: DialId,
     pub(super) outcome: Result<Connection, DialError>,
-    /// The reason why the connection has ended, if it has already ended.
+    /// Why the connection has ended, if it has already ended.
     pub(super) closed: Option<CloseReason>,
 }
 
@@ -59,9 +59,9 @@ impl Dials {
         queue.swap(index, last);
     }
 
-    /// Removes and returns the next subchannel to dial, unless the limit on dials is reached. Failing subchannels are dialled last, and use
-    /// at most half of the dials. A dial to an endpoint that does not answer lasts until its timeout. Once a dial to such an endpoint has
-    /// failed, its later dials do not delay the dials to other endpoints.
+    /// Removes and returns the next subchannel to dial, unless the limit on concurrent dials is reached. Failing subchannels are dialled
+    /// last, and use at most half of the limit. The reason is that a dial to an endpoint that does not answer lasts until its timeout. Once
+    /// such a dial has failed, later dials to the same endpoint do not delay the dials to other endpoints.
     pub(super) fn next(&mut self) -> Option<SubchannelId> {
         if self.tasks.len() >= MAX_DIALS {
             return None;
@@ -132,8 +132,9 @@ impl Dials {
         })
     }
 
-    /// Handles the end of a connection. Returns the reason if the outcome of the connection's dial was already handled, or if
-    /// the dial was forgotten. Otherwise keeps the reason for [`finish`](Self::finish), which returns it together with the outcome.
+    /// Handles the end of a connection, with its close reason. Returns the reason if the outcome of the connection's dial was already
+    /// handled, or if the dial was forgotten. Otherwise keeps the reason for [`finish`](Self::finish), which returns it together with the
+    /// outcome.
     pub(super) fn on_closed(&mut self, id: DialId, reason: CloseReason) -> Option<CloseReason> {
         let mut in_progress = self.in_progress.values();
         if in_progress.any(|dial| dial.id == id) {
@@ -211,12 +212,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_close_of_a_connection_is_returned_with_the_outcome_of_its_dial() {
+    async fn the_close_reason_of_a_connection_is_returned_with_the_outcome_of_its_dial() {
         let mut dials = Dials::default();
         dials.start(1, 11, false, fails());
         assert!(dials.on_closed(11, CloseReason::Closed).is_none());
-        let ended = dials.ended().await.expect("a dial");
-        let dialled = dials.finish(ended).expect("not forgotten");
+        let ended = dials.ended().await.expect("a dial should end");
+        let dialled = dials.finish(ended).expect("the dial should be known");
         assert!(dialled.closed.is_some());
         assert!(dials.on_closed(11, CloseReason::Closed).is_some());
     }

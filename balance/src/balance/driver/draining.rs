@@ -1,4 +1,4 @@
-//! Connections that take no more calls, and close after their last call.
+//! Draining connections: they take no more calls, and are closed after their last call.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! The task of a channel: its state, its loop and its timers.
+//! The driver, which is the one task of a channel: its state, its loop and its timers.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -33,7 +33,7 @@ use crate::balance::shared::Shared;
 use crate::balance::updates::Updates;
 use crate::transport::connect::Connector;
 
-/// Owns the subchannels of a channel, and publishes its ready set.
+/// Owns the subchannels of a channel, and publishes the ready set: the connections that calls can pick.
 #[derive(Debug)]
 pub(in crate::balance) struct Driver {
     pub(super) shared: Arc<Shared>,
@@ -110,8 +110,8 @@ impl Driver {
             self.on_time(Instant::now());
             self.dial_queued();
             let wake = self.wake_at();
-            // Lost connections are handled first. The stream of changes is last: it may always be ready and would then starve the other
-            // branches.
+            // The events of connections, such as a lost connection, are handled first. The stream of endpoint changes is last, because it
+            // may always be ready and would then starve the other branches.
             tokio::select! {
                 biased;
                 Some((dial_id, event)) = self.events.recv() => self.on_event(dial_id, event),
@@ -156,7 +156,7 @@ impl Driver {
         first.map_or(refresh, |first| first.min(refresh))
     }
 
-    /// Returns the time of the next refresh. The interval is longer while the channel is not in use and no other work waits for a refresh.
+    /// Returns the time of the next refresh. The interval is longer if the channel is not in use and no other work waits for a refresh.
     fn refresh_at(&self) -> Instant {
         let waits = self.slow_start.is_waiting()
             || self.quarantines.is_waiting()

@@ -1,4 +1,4 @@
-//! Applies the changes of discovery: endpoints are added, updated and removed.
+//! Applies the changes that discovery reports: adds, updates and removes endpoints.
 
 use std::sync::Arc;
 
@@ -21,7 +21,8 @@ impl Driver {
     where
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
-        // A batch that has only errors does not make the set known.
+        // If a batch has only errors, discovery may not have reported any endpoint yet. The set then does not count as known, even if
+        // `batch.known` is true.
         let is_usable = batch.changes.is_empty() || batch.changes.iter().any(Result::is_ok);
         for change in batch.changes {
             match change {
@@ -132,7 +133,7 @@ impl Driver {
             }
             State::TransientFailure(subchannel) if last_resort => State::Idle(subchannel.retry()),
             // The subchannel is added to the regular queue, which is dialled first. It also stays in the queue of failing subchannels. When
-            // that entry is reached, the subchannel is no longer idle, so the entry is skipped.
+            // its entry in that queue is reached, the subchannel is no longer idle, so the entry is skipped.
             State::Idle(subchannel)
                 if is_new_generation && !last_resort && subchannel.is_failing() =>
             {
@@ -175,7 +176,7 @@ impl Driver {
         self.publication.now();
     }
 
-    /// Closes a connection after its last call. No call is sent on the connection from now on.
+    /// Removes a connection from the ready sets, so that no call is sent on it from now on. The connection is closed after its last call.
     pub(super) fn close(&mut self, id: SubchannelId, subchannel: Subchannel<Ready>) {
         let connection = subchannel.connection();
         self.evict(id, connection);

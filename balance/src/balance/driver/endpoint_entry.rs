@@ -1,4 +1,4 @@
-//! An endpoint of the current set.
+//! An endpoint of the current set, as the driver stores it.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,10 +18,11 @@ pub(super) struct EndpointEntry {
     pub(super) subchannels: Vec<SubchannelId>,
     pub(super) class: Class,
     pub(super) ejection: Ejection,
-    /// The second connection, which is dialled while another connection is silent. It loses this role when one of the two connections
-    /// answers.
+    /// The second connection, which is dialled while another connection is silent (nothing was read on it for a while). When one of the two
+    /// answers, the second connection becomes a regular connection or is closed.
     pub(super) second: SecondConnection,
-    /// Whether a connection has become ready since the last failed dial and since the last new generation. Used for slow start.
+    /// Whether a connection has become ready since the last failed dial, and since the server at the address was last replaced or
+    /// restarted. Used for slow start.
     pub(super) is_warm: bool,
     /// The keep-alive for later connections. Its interval is doubled when the server rejects PINGs. `None` if keep-alive is disabled.
     pub(super) keep_alive: Option<KeepAlive>,
@@ -49,7 +50,8 @@ impl EndpointEntry {
         }
     }
 
-    /// Discards all observations, because another server has the address now, or the server was restarted.
+    /// Discards all observations. Called for a new generation of the endpoint: another server has the address now, or the server was
+    /// restarted.
     pub(super) fn on_new_generation(&mut self) {
         self.ejection = Ejection::default();
         self.second.reset_backoff();

@@ -1,4 +1,4 @@
-//! Active health checks: a task for each connection watches the health status that the server reports, and the driver applies it.
+//! Active health checks: for each connection, a task watches the health status that the server reports, and the driver applies this status.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +15,8 @@ use crate::balance::subchannel::StopOnDrop;
 use crate::transport::health_client::HealthCheck;
 
 impl Driver {
-    /// Starts the health watch of a connection. Returns `None` if health checks are disabled, or if the peer allows no stream for them.
+    /// Starts the health watch of a connection. Returns `None` if health checks are disabled, or if the peer allows only one stream, which
+    /// calls need.
     pub(super) fn watch_health(
         &mut self,
         dial_id: DialId,
@@ -60,8 +61,8 @@ impl Driver {
             Health::Unknown => {}
             Health::Serving => {
                 tracing::info!(%address, "endpoint is healthy");
-                // The new connection replaces silent ones only now. Before its server reports SERVING, the new connection may be worse than
-                // a silent one.
+                // The new connection replaces silent connections (those on which nothing was read for a while) only now. Before its server
+                // reports SERVING, the new connection may be worse than a silent one.
                 self.replace_silent(&address, id);
                 self.begin_slow_start(&address, Instant::now());
             }

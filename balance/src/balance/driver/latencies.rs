@@ -4,7 +4,7 @@ use super::ready_set_pair::ReadySets;
 use crate::balance::load::{Estimate, LoadHandle, Loads, Ticks, median};
 use crate::balance::ready_connection::ReadyEntry;
 
-/// Creates the loads of connections, and refreshes their estimates.
+/// Creates the [`Load`](crate::balance::load::Load) of each connection, and refreshes its latency estimate.
 #[derive(Debug)]
 pub(super) struct Latencies {
     loads: Loads,
@@ -25,7 +25,8 @@ impl Latencies {
         self.median
     }
 
-    /// Returns the load of a new connection, with the estimate of an earlier connection to the endpoint, or else with the median.
+    /// Returns the load of a new connection. It starts with the estimate of an earlier connection to the endpoint if there was one, and
+    /// else with the median.
     pub(super) fn begin(&mut self, inherited: Option<Estimate>) -> LoadHandle {
         self.loads.begin(inherited, self.median)
     }

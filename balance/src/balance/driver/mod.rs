@@ -1,7 +1,7 @@
-//! The driver: the one task that starts dials, handles the loss of connections, closes them, and publishes the ready set.
+//! The driver: the one task that dials, closes and replaces connections, and publishes the ready set (the connections that calls can pick).
 //!
 //! The state of the driver is divided into parts. Each part owns its fields and does not refer to the driver. `driver.rs` has the loop. The
-//! handlers are the other modules of the first group, each with an `impl Driver`. A handler uses only the parts that it needs.
+//! other modules of the first group below are handlers, each with an `impl Driver`. A handler uses only the parts that it needs.
 
 // The loop and the handlers.
 mod call_demand;

@@ -4,7 +4,8 @@ use tokio::time::Instant;
 
 use crate::balance::outlier::{self, Counts, Ejection, OutlierDetection};
 
-/// Outlier detection, if it is enabled, and the time of its next sweep.
+/// Outlier detection, if it is enabled, and the time of its next sweep. A sweep evaluates the calls of all endpoints since the previous
+/// one.
 #[derive(Debug)]
 pub(super) struct OutlierSchedule {
     config: Option<OutlierDetection>,

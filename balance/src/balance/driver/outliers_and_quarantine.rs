@@ -40,8 +40,8 @@ impl Driver {
             let Some(entry) = self.endpoints.get(address) else {
                 continue;
             };
-            // If the address was removed and added again in the meantime, the report is about the old endpoint and is ignored. A report is
-            // also ignored if the endpoint has sent a gRPC response since.
+            // A report is ignored if it is about an old endpoint, whose address was removed and added again in the meantime. It is also
+            // ignored if the endpoint has sent a gRPC response since the report.
             if !Arc::ptr_eq(&entry.endpoint, &endpoint) || endpoint.is_grpc() {
                 continue;
             }
@@ -52,7 +52,8 @@ impl Driver {
         }
     }
 
-    /// Ends the quarantines that have expired. Their endpoints get ordinary picks again, on probation.
+    /// Ends the quarantines that have expired. Their endpoints get ordinary picks again, on probation: the next response that is not gRPC
+    /// starts a longer quarantine.
     pub(super) fn end_quarantines(&mut self, now: Instant) {
         let endpoints = &self.endpoints;
         let is_grpc = |address: &Address| {

@@ -1,4 +1,5 @@
-//! The next publication: its time, its summary, and the endpoints whose state it changes.
+//! The next publication, which replaces the ready set that calls pick from: its time, its summary, and the endpoints whose state it
+//! changes.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,10 +17,10 @@ pub(super) struct PendingPublication {
     summary: Summary,
     /// The time of the next publication, if there are changes.
     publish_at: Option<Instant>,
-    /// Endpoints that became ready.
+    /// Endpoints that became ready since the last publication.
     became_ready: Vec<Address>,
-    /// Endpoints that were removed. The flag is true if calls to the endpoint were in flight at that time. A removed endpoint stays in the
-    /// list of endpoints until the publication, because a pick can still find it.
+    /// Endpoints that were removed since the last publication. The flag is true if calls to the endpoint were in flight when it was
+    /// removed. A removed endpoint stays in the list of endpoints until the publication, because a pick can still find it.
     removed: Vec<(Arc<Endpoint>, bool)>,
 }
 
@@ -37,8 +38,8 @@ impl PendingPublication {
         self.publish_at.is_some_and(|at| at <= now)
     }
 
-    /// Schedules a publication. If the ready set is large, the publication is delayed by `BATCH_DELAY`, so that it includes further
-    /// changes.
+    /// Schedules a publication. If the ready set is large, the publication is delayed by [`BATCH_DELAY`], so that further changes can be
+    /// included.
     pub(super) fn soon(&mut self) {
         let delay = if self.summary.ready < SMALL_SET {
             Duration::ZERO
@@ -68,7 +69,7 @@ impl PendingPublication {
         self.summary.endpoints = endpoints;
     }
 
-    /// Records the last error of the source of endpoints; `None` if the source works again.
+    /// Records the last error of the source of endpoints, which is the stream of changes; `None` if the source works again.
     pub(super) fn set_source_error(&mut self, error: Option<Arc<str>>) {
         self.summary.source_error = error;
     }
@@ -144,7 +145,7 @@ mod tests {
     use super::*;
 
     fn address() -> Address {
-        "10.0.0.5:80".parse().expect("an address")
+        "10.0.0.5:80".parse().expect("a valid address")
     }
 
     #[tokio::test(start_paused = true)]
@@ -152,7 +153,7 @@ mod tests {
         let now = Instant::now();
         let mut publication = PendingPublication::default();
         publication.soon();
-        assert!(publication.is_due(now), "the set is small");
+        assert!(publication.is_due(now), "a small set must not wait");
         publication.clear();
         publication.summarize(SMALL_SET, false);
         publication.soon();
@@ -180,7 +181,7 @@ mod tests {
     async fn the_error_of_a_removed_endpoint_is_forgotten() {
         let mut publication = PendingPublication::default();
         publication.set_last_error(address(), "refused".into());
-        let other = "10.0.0.6:80".parse().expect("an address");
+        let other = "10.0.0.6:80".parse().expect("a valid address");
         let other = Arc::new(Endpoint::new(other));
         publication.on_removed(other, Class::Failing, false);
         assert!(publication.summary().last_error.is_some());

@@ -64,7 +64,7 @@ impl Driver {
         weight.saturating_mul(self.zones.factor(entry.attributes.zone()))
     }
 
-    /// Starts the growth of an endpoint's weight if the endpoint has just become ready and its server is not warm.
+    /// Starts the growth of an endpoint's weight (slow start) if the endpoint has just become ready and its server is not warm.
     pub(super) fn begin_slow_start(&mut self, address: &Address, now: Instant) {
         if !self.slow_start.is_enabled() {
             return;
@@ -72,15 +72,15 @@ impl Driver {
         let Some(entry) = self.endpoints.get_mut(address) else {
             return;
         };
-        // The server is warm if another connection is ready. It is also warm if a connection has become ready and, since then, no dial has
-        // failed and the endpoint was not replaced by a new one at the same address.
+        // The server is warm if another connection is ready. It is also warm if an earlier connection became ready, and since then no dial
+        // has failed and the server was not replaced or restarted.
         if entry.class == Class::Ready || std::mem::replace(&mut entry.is_warm, true) {
             return;
         }
         self.slow_start.start(address, now);
     }
 
-    /// Updates the weights that still grow.
+    /// Updates the weights that still grow in slow start.
     pub(super) fn grow_weights(&mut self, now: Instant) {
         for address in self.slow_start.grow(now) {
             self.update_ready_sets(&address);
@@ -128,7 +128,8 @@ impl Driver {
         if self.shared.has_ended() {
             return self.publication.clear();
         }
-        // A change of the factors schedules a publication, which this one already contains.
+        // If a factor changes, `update_zone_factors` schedules a publication. The current publication already includes the change, so the
+        // scheduled one is cleared.
         self.update_zone_factors();
         self.publication.clear();
         let ready = self.ready_sets.freeze();
@@ -153,12 +154,13 @@ impl Driver {
         }
     }
 
-    /// Drops removed endpoints from the endpoints that the channel reports, once their last call has ended.
+    /// Removes an endpoint from the list of endpoints that the channel reports, if discovery has removed the endpoint and its last call has
+    /// ended.
     pub(super) fn forget_drained(&mut self) {
         for endpoint in self.draining.take_drained() {
             let entry = self.endpoints.get(endpoint.address());
-            // If the endpoint is still in the set, the drained connection was surplus or was replaced. A removed endpoint may have further
-            // connections with calls.
+            // If the endpoint is still in the set, only its connection was closed, because it was replaced or no longer needed. A removed
+            // endpoint may have other connections with calls.
             let is_removed = entry.is_none_or(|entry| !Arc::ptr_eq(&entry.endpoint, &endpoint));
             if is_removed && !self.draining.contains(&endpoint) {
                 self.shared.forget(&endpoint);

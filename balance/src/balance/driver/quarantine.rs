@@ -42,7 +42,7 @@ impl Quarantines {
         Some(length)
     }
 
-    /// Returns whether an endpoint is in quarantine or on probation.
+    /// Returns whether any endpoint is in quarantine or on probation.
     pub(super) fn is_waiting(&self) -> bool {
         !self.0.is_empty()
     }
@@ -78,10 +78,10 @@ impl Quarantines {
     }
 }
 
-/// Length of the first quarantine. It is usually longer than the restart of a server behind a proxy.
+/// Length of the first quarantine. A server behind a proxy usually restarts in less time.
 const FIRST: Duration = Duration::from_secs(1);
 /// Limit on the length of a quarantine. It is shorter than the limit on an ejection (five minutes in gRFC A50), because a failed probation
-/// costs only one call or a few calls.
+/// costs only one call, or a few calls that are sent at the same time.
 const LONGEST: Duration = Duration::from_secs(30);
 
 #[cfg(test)]
@@ -90,33 +90,35 @@ mod tests {
 
     #[test]
     fn each_failed_probation_starts_a_longer_quarantine_and_a_grpc_answer_ends_it() {
-        let address: Address = "10.0.0.5:80".parse().expect("an address");
+        let address: Address = "10.0.0.5:80".parse().expect("a valid address");
         let mut now = Instant::now();
         let mut quarantines = Quarantines::default();
         let mut lengths = Vec::new();
         for _ in 0..7 {
-            let length = quarantines.on_report(&address, now).expect("a quarantine");
+            let length = quarantines
+                .on_report(&address, now)
+                .expect("a report should start a quarantine");
             assert!(quarantines.is_quarantined(&address));
-            assert_eq!(quarantines.on_report(&address, now), None, "reported twice");
+            assert_eq!(quarantines.on_report(&address, now), None, "started again");
             assert!(quarantines.on_time(now, |_| false).is_empty());
             now += length;
             assert_eq!(
                 quarantines.on_time(now, |_| false),
                 std::slice::from_ref(&address)
             );
-            assert!(!quarantines.is_quarantined(&address), "on probation");
+            assert!(!quarantines.is_quarantined(&address), "not on probation");
             assert!(quarantines.on_time(now, |_| false).is_empty());
             lengths.push(length.as_secs());
         }
         assert_eq!(lengths, [1, 2, 4, 8, 16, 30, 30]);
         assert!(quarantines.on_time(now, |_| true).is_empty());
         let length = quarantines.on_report(&address, now);
-        assert_eq!(length, Some(FIRST), "the probation had ended");
+        assert_eq!(length, Some(FIRST), "the probation should have ended");
     }
 
     #[test]
-    fn a_fresh_registration_ends_the_quarantine() {
-        let address: Address = "10.0.0.5:80".parse().expect("an address");
+    fn forget_ends_the_quarantine_and_resets_its_length() {
+        let address: Address = "10.0.0.5:80".parse().expect("a valid address");
         let now = Instant::now();
         let mut quarantines = Quarantines::default();
         quarantines.on_report(&address, now);

@@ -147,7 +147,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_is_in_one_of_the_sets() {
+    fn an_entry_is_in_at_most_one_of_the_sets() {
         let mut sets = ReadySets::new(false);
         let entry = Fake::default();
         assert_eq!(sets.place(1, entry.clone(), 1, false), Placed::Changed);

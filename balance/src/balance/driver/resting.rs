@@ -1,4 +1,4 @@
-//! Resting subchannels: their connections ended while no call needed them. A resting subchannel is dialled when a call needs a connection,
+//! Resting subchannels, whose connections ended while no call needed them. A resting subchannel is dialled when a call needs a connection,
 //! or after a wait.
 
 use std::collections::HashSet;
@@ -9,7 +9,7 @@ use super::subchannel_table::SubchannelId;
 #[derive(Debug, Default)]
 pub(super) struct Resting {
     subchannels: HashSet<SubchannelId>,
-    /// The total number of calls at the last scan; `None` if no subchannel rested then.
+    /// The total number of calls up to the last scan; `None` if no subchannel rested at that time.
     calls: Option<u64>,
 }
 
@@ -31,7 +31,7 @@ impl Resting {
     /// number of calls.
     pub(super) fn scan(&mut self, calls: impl FnOnce() -> u64) -> Option<SubchannelId> {
         let Some(&id) = self.subchannels.iter().next() else {
-            // No subchannel rests. The count is discarded, so that calls before the next subchannel rests do not count.
+            // No subchannel rests. The count is discarded, so that calls that are sent before a subchannel rests again do not cause a dial.
             self.calls = None;
             return None;
         };
@@ -50,15 +50,15 @@ mod tests {
         let mut resting = Resting::default();
         assert_eq!(resting.scan(|| unreachable!("nothing rests")), None);
         resting.insert(7);
-        assert_eq!(resting.scan(|| 100), None, "calls from before the rest");
+        assert_eq!(resting.scan(|| 100), None, "calls came before the rest");
         assert_eq!(resting.scan(|| 100), None);
         assert_eq!(resting.scan(|| 101), Some(7));
         assert_eq!(resting.scan(|| 101), None);
-        assert_eq!(resting.scan(|| 60), None, "an endpoint was removed");
+        assert_eq!(resting.scan(|| 60), None, "a lower count is no new call");
         assert_eq!(resting.scan(|| 61), Some(7));
         resting.remove(7);
         assert_eq!(resting.scan(|| 102), None);
         resting.insert(8);
-        assert_eq!(resting.scan(|| 103), None, "the count starts again");
+        assert_eq!(resting.scan(|| 103), None, "the count should start again");
     }
 }

@@ -26,7 +26,7 @@ impl Scaling {
         }
     }
 
-    /// Schedules a scan, because a call waits.
+    /// Schedules a scan. Called when a call waits.
     pub(super) fn request(&mut self, now: Instant) {
         let earliest = self.scanned_at + SCAN_INTERVAL;
         self.scan_at.get_or_insert(earliest.max(now));
@@ -84,14 +84,14 @@ mod tests {
         assert_eq!(scaling.next(), Some(at(5)));
         assert!(!scaling.take_due(at(4)));
         assert!(scaling.take_due(at(6)));
-        assert!(!scaling.take_due(at(6)), "done");
+        assert!(!scaling.take_due(at(6)), "the scan was already taken");
         scaling.request(at(100));
         assert_eq!(scaling.next(), Some(at(100)));
     }
 
     #[test]
     fn an_additional_connection_is_kept_for_a_while() {
-        let address: Address = "10.0.0.5:80".parse().expect("an address");
+        let address: Address = "10.0.0.5:80".parse().expect("a valid address");
         let start = Instant::now();
         let mut scaling = Scaling::new(start);
         scaling.on_added(address.clone(), start);

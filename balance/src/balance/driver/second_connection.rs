@@ -1,7 +1,8 @@
 //! The second connection of an endpoint.
 //!
-//! A silent connection does not show that its server is down: a middlebox may have dropped the flow, or the address may lead to several
-//! servers. So a second connection is dialled beside the silent one, and the first of the two that answers is used.
+//! A silent connection, on which nothing was read for a while, does not show that its server is down: a middlebox may have dropped the
+//! flow, or the address may lead to several servers. So a second connection is dialled beside the silent one. Whichever of the two
+//! connections answers first is used.
 
 use std::time::Duration;
 
@@ -77,10 +78,10 @@ mod tests {
         second.on_dial(now, &mut rng);
         second.set(Some(7));
         let later = now + Duration::from_secs(2);
-        assert!(!second.may_dial(later), "one is being dialled");
+        assert!(!second.may_dial(later), "one exists already");
         assert!(!second.take_if(8));
         assert!(second.take_if(7));
-        assert!(!second.may_dial(now), "the backoff is not over");
+        assert!(!second.may_dial(now), "the backoff should not be over");
         assert!(second.may_dial(later));
         second.on_dial(now, &mut rng);
         second.reset_backoff();

@@ -1,4 +1,5 @@
-//! Handles silent connections: a second connection is dialled beside a silent one, and the first of the two that answers is used.
+//! Handles silent connections, on which nothing was read for a while: a second connection is dialled beside a silent one. Whichever of the
+//! two connections answers first is used.
 
 use tokio::time::Instant;
 
@@ -8,8 +9,9 @@ use crate::address::Address;
 use crate::balance::endpoint::UNCHECKED_SILENCE;
 
 impl Driver {
-    /// Dials a second connection beside a silent one. Does nothing if the endpoint has a second connection, if the backoff after the previous
-    /// dial of one still runs, or if the endpoint is a last resort. `has_served`: whether the silent connection has served a call. If so, the backoff ends.
+    /// Dials a second connection beside a silent one. Does not dial if the endpoint already has a second connection, if the backoff since
+    /// the last second connection is not over, or if the endpoint is a last resort. `has_served`: whether the silent connection has served
+    /// a call. If so, the backoff ends at once.
     pub(super) fn dial_beside(&mut self, address: &Address, has_served: bool) {
         let Some(entry) = self.endpoints.get_mut(address) else {
             return;

@@ -1,9 +1,9 @@
 //! Slow start: the weight of an endpoint that has just become ready grows gradually.
 //!
-//! A new server has cold caches, empty pools and code that is not compiled yet. Even without slow start, the default policy does not
-//! flood a new server, because its first latency estimate is the median of all endpoints. For servers that need a gentler start, slow start lets the weight
-//! grow over a window. The formula is Envoy's with an aggression of 1: the weight is multiplied by the elapsed fraction of the window, at
-//! least 0.1.
+//! A new server has cold caches, empty pools and code that is not compiled yet. Even without slow start, the default policy does not flood
+//! a new server, because its first latency estimate is the median of all endpoints. For servers that need a gentler start, slow start lets
+//! the weight grow over a configured time, the *window*. The formula is Envoy's with an aggression of 1: the weight is multiplied by the
+//! elapsed fraction of the window, at least 0.1.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use crate::address::Address;
 /// The endpoints whose weight still grows.
 #[derive(Debug)]
 pub(super) struct SlowStart {
-    /// The time in which a weight grows; `None` if slow start is disabled.
+    /// The time in which a weight grows to its full value; `None` if slow start is disabled.
     window: Option<Duration>,
     /// The time when each endpoint became ready.
     started: HashMap<Address, Instant>,
@@ -49,8 +49,8 @@ impl SlowStart {
         self.started.remove(address);
     }
 
-    /// Returns the endpoints whose weight may have grown since the last call. An endpoint that has reached its full weight is returned once more
-    /// and then forgotten.
+    /// Returns the endpoints whose weight may have grown since this function was last called. An endpoint that has reached its full weight
+    /// is returned once more and then forgotten.
     pub(super) fn grow(&mut self, now: Instant) -> Vec<Address> {
         let grown = self.started.keys().cloned().collect();
         let window = self.window.unwrap_or_default();
@@ -94,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_share_grows_from_a_tenth_to_one() {
+    fn a_weight_grows_from_a_tenth_to_its_full_value() {
         let window = Duration::from_secs(10);
         let at = |seconds| grown(2, Duration::from_secs(seconds), window);
         assert_eq!(
@@ -107,7 +107,7 @@ mod tests {
 
     #[test]
     fn grow_returns_an_endpoint_for_the_last_time_when_its_weight_is_full() {
-        let address: Address = "10.0.0.5:80".parse().expect("an address");
+        let address: Address = "10.0.0.5:80".parse().expect("a valid address");
         let now = Instant::now();
         let at = |seconds| now + Duration::from_secs(seconds);
         let mut slow_start = SlowStart::new(Some(Duration::from_secs(10)));
@@ -123,7 +123,7 @@ mod tests {
 
     #[test]
     fn without_slow_start_weights_are_those_of_the_endpoints() {
-        let address: Address = "10.0.0.5:80".parse().expect("an address");
+        let address: Address = "10.0.0.5:80".parse().expect("a valid address");
         let mut slow_start = SlowStart::new(None);
         slow_start.start(&address, Instant::now());
         assert_eq!(slow_start.current_weight(&address, 3, Instant::now()), 3);

@@ -12,7 +12,7 @@ use crate::balance::subchannel::{Connecting, Idle, Ready, Resting, Subchannel, T
 /// The number of a subchannel. Numbers are never reused.
 pub(super) type SubchannelId = u64;
 
-/// The number of a dial and of the connection that it makes.
+/// The number of a dial, and of the connection that the dial makes.
 pub(super) type DialId = u64;
 
 /// A subchannel in any of its states.
@@ -33,8 +33,8 @@ pub(super) enum Class {
     Failing,
 }
 
-/// The table of subchannels. Subchannels are stored here and not in the entry of their endpoint, so that a transition can take a state out
-/// and insert the next one.
+/// The table of subchannels. They are stored here and not in the entry of their endpoint, so that a transition can take the old state out
+/// of the table and insert the new one.
 #[derive(Debug, Default)]
 pub(super) struct Subchannels {
     states: HashMap<SubchannelId, (Address, State)>,
@@ -71,7 +71,7 @@ impl Subchannels {
         self.states.keys().copied().collect()
     }
 
-    /// Returns a subchannel and its address if it is ready.
+    /// Returns a subchannel and its address if the subchannel is ready.
     pub(super) fn ready(&self, id: SubchannelId) -> Option<(&Address, &Subchannel<Ready>)> {
         match self.states.get(&id)? {
             (address, State::Ready(subchannel)) => Some((address, subchannel)),
@@ -114,7 +114,7 @@ impl Subchannels {
         self.connections.retain(|_, connected| *connected != id);
     }
 
-    /// Returns the subchannel, among `ids`, that has this connection.
+    /// Returns the subchannel in `ids` that has this connection.
     pub(super) fn find(
         &self,
         ids: &[SubchannelId],
@@ -132,7 +132,7 @@ impl Subchannels {
         matches!(self.states.get(&id), Some((_, State::Idle(idle))) if idle.is_failing())
     }
 
-    /// Returns whether the subchannel is connected, but nothing was read from its peer in time.
+    /// Returns whether the subchannel is silent: it is connected, but nothing was read from the peer in time.
     pub(super) fn is_silent(&self, id: SubchannelId) -> bool {
         self.ready(id).is_some_and(|(_, ready)| ready.is_silent())
     }
@@ -145,8 +145,8 @@ impl Subchannels {
         })
     }
 
-    /// Returns whether the last ready one of these subchannels can be removed: the calls on all of them need at most half of the streams of
-    /// the other ready ones.
+    /// Returns whether the last ready subchannel of these can be removed: the calls in flight on all of them use at most half as many
+    /// streams as the other ready subchannels have.
     pub(super) fn can_spare_one(&self, ids: &[SubchannelId]) -> bool {
         let (mut in_flight, mut room) = (0_usize, Vec::new());
         for (_, ready) in ids.iter().filter_map(|id| self.ready(*id)) {
@@ -159,8 +159,8 @@ impl Subchannels {
         in_flight.saturating_mul(2) <= room
     }
 
-    /// Returns the class and the state of an endpoint with these subchannels. A ready subchannel determines both. Without a ready
-    /// subchannel, the first subchannel that is not failing determines them. If all subchannels are failing, the last one does.
+    /// Returns the class and the state of an endpoint with these subchannels. If a subchannel is of the class `Ready`, it determines both.
+    /// Otherwise the first subchannel that is not of the class `Failing` determines them. If all are failing, the last one does.
     pub(super) fn classify(
         &self,
         ids: &[SubchannelId],
@@ -225,7 +225,7 @@ mod tests {
     }
 
     fn table(states: impl IntoIterator<Item = State>) -> (Subchannels, Vec<SubchannelId>) {
-        let address: Address = "10.0.0.5:80".parse().expect("an address");
+        let address: Address = "10.0.0.5:80".parse().expect("a valid address");
         let (mut table, mut ids) = (Subchannels::default(), Vec::new());
         for state in states {
             let id = table.next_id();
@@ -288,9 +288,9 @@ mod tests {
     async fn a_connection_is_found_by_its_number_only_while_it_is_ready() {
         let (mut table, ids) = table([State::Idle(idle())]);
         table.on_connected(11, ids[0]);
-        assert!(table.of_connection(11).is_none(), "not ready");
+        assert!(table.of_connection(11).is_none(), "found, but not ready");
         table.forget_connection(ids[0]);
         assert!(table.take_closed(11).is_none());
-        assert!(table.take(ids[0]).is_some(), "still in the table");
+        assert!(table.take(ids[0]).is_some(), "no longer in the table");
     }
 }

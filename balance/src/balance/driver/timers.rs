@@ -1,4 +1,4 @@
-//! The timers of subchannels: the ends of backoffs and of rests.
+//! The timers of subchannels: the end of a backoff, or of the wait of a resting subchannel.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;

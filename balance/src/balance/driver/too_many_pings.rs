@@ -1,4 +1,4 @@
-//! The response to a server that closes a connection because of its PINGs (`too_many_pings`, gRFC A8).
+//! Reacts to a server that closes a connection because the client has sent too many PINGs (`too_many_pings`, gRFC A8).
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ impl Driver {
         if let Some(interval) = entry.on_too_many_pings() {
             tracing::warn!(%address, ?interval, "too many pings: the keep-alive interval is doubled");
         } else {
-            tracing::warn!(%address, "the server has closed a connection because of its PINGs");
+            tracing::warn!(%address, "the server has closed a connection because the client sent too many PINGs");
         }
     }
 }
@@ -47,7 +47,7 @@ mod tests {
 
     #[test]
     fn each_complaint_about_pings_doubles_the_interval() {
-        let address = "10.0.0.5:80".parse().expect("an address");
+        let address = "10.0.0.5:80".parse().expect("a valid address");
         let keep_alive = KeepAlive {
             permit: Duration::from_secs(15),
             interval: Duration::from_secs(10),
@@ -62,7 +62,7 @@ mod tests {
         );
         assert_eq!(entry.on_too_many_pings(), Some(Duration::from_secs(20)));
         assert_eq!(entry.on_too_many_pings(), Some(Duration::from_secs(40)));
-        let keep_alive = entry.keep_alive.expect("enabled");
+        let keep_alive = entry.keep_alive.expect("enabled above");
         assert_eq!(keep_alive.permit, Duration::from_secs(40));
         for _ in 0..40 {
             entry.on_too_many_pings();

@@ -1,4 +1,4 @@
-//! Zone preference: the factors that keep calls in the zone of the caller, up to the capacity of that zone.
+//! Zone preference: factors for the weights of endpoints. They keep calls in the zone of the caller, up to the capacity of that zone.
 
 use crate::balance::zone::{Zones, factors};
 
@@ -42,7 +42,7 @@ impl ZonePreference {
         let mut weights = Zones::<u64>::new();
         for (zone, weight) in endpoints {
             let zone = zone.unwrap_or_default();
-            // The lookup before the insertion avoids a copy of the zone's name for each endpoint.
+            // A lookup comes before the insertion, so that the name of a zone is not copied for each endpoint.
             match weights.get_mut(zone) {
                 Some(sum) => *sum = sum.saturating_add(weight),
                 None => drop(weights.insert(zone.into(), weight)),
@@ -70,14 +70,14 @@ mod tests {
     #[test]
     fn factors_follow_the_ready_endpoints() {
         let mut zones = ZonePreference::new(Some("a".into()));
-        assert_eq!(zones.factor(Some("a")), 1, "nothing is ready");
+        assert_eq!(zones.factor(Some("a")), 1, "no weight is known yet");
         let endpoints = [(Some("a"), 2), (Some("b"), 1), (Some("a"), 1), (None, 1)];
         assert!(zones.update(endpoints.into_iter()));
         assert_eq!(zones.factor(Some("a")), MAX_FACTOR);
         assert_eq!(zones.factor(Some("b")), 1);
-        assert!(!zones.update(endpoints.into_iter()), "nothing has changed");
+        assert!(!zones.update(endpoints.into_iter()), "no weight changed");
         assert!(zones.update([(None, 5)].into_iter()));
-        assert_eq!(zones.factor(None), MAX_FACTOR, "no endpoint is near");
+        assert_eq!(zones.factor(None), MAX_FACTOR, "no local endpoint");
     }
 
     #[test]

@@ -62,8 +62,8 @@ impl OutlierDetection {
         self
     }
 
-    /// Sets the duration of the first ejection. Each further ejection of the endpoint is longer by this duration. Each interval in which
-    /// the endpoint is not ejected makes its next ejection shorter by the same duration. Default 30 s.
+    /// Sets the duration of the first ejection. Each further ejection of the endpoint is longer by this duration. For each interval without
+    /// an ejection, the next ejection of the endpoint is shorter by the same duration. Default 30 s.
     pub fn base_ejection_time(mut self, time: Duration) -> Self {
         self.base_ejection_time = time;
         self
@@ -76,8 +76,8 @@ impl OutlierDetection {
         self
     }
 
-    /// Sets the percentage of endpoints that can be ejected at once. Whatever the percentage is, one endpoint can be ejected, and the last
-    /// endpoint is never ejected. Default 10. Values above 100 count as 100.
+    /// Sets the percentage of endpoints that can be ejected at the same time. One endpoint can be ejected even if that exceeds the
+    /// percentage. The last endpoint that is not ejected is never ejected. Default 10. Values above 100 count as 100.
     pub fn max_ejection_percent(mut self, percent: u32) -> Self {
         self.max_ejection_percent = percent.min(100);
         self
@@ -95,7 +95,7 @@ impl OutlierDetection {
         self
     }
 
-    /// Sets the rule that limits the percentage of failures. Enabled by default.
+    /// Sets the rule that ejects endpoints with too high a percentage of failures. Enabled by default.
     pub fn failure_percentage(mut self, rule: FailurePercentageEjection) -> Self {
         self.failure_percentage = Some(rule);
         self

@@ -13,7 +13,8 @@ pub(in crate::balance) struct Counts {
     pub(in crate::balance) overruns: u64,
 }
 
-/// Whether an endpoint is ejected, and the factor by which `base_ejection_time` is multiplied for its ejection.
+/// Whether an endpoint is ejected, and since when. The length of the ejection is `base_ejection_time` times `multiplier`, up to
+/// `max_ejection_time`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(in crate::balance) struct Ejection {
     since: Option<Instant>,
@@ -30,7 +31,7 @@ impl Ejection {
         self.multiplier = self.multiplier.saturating_add(1);
     }
 
-    /// Returns whether the endpoint is ejected and the time of its ejection is over.
+    /// Returns true if the endpoint is ejected and the time of its ejection is over.
     fn is_over(&self, config: &OutlierDetection, now: Instant) -> bool {
         let longest = config.max_ejection_time.max(config.base_ejection_time);
         let time = config.base_ejection_time.saturating_mul(self.multiplier);
@@ -63,7 +64,7 @@ pub(in crate::balance) fn sweep(
 /// Ejects the endpoints whose success rate is far below the mean.
 #[expect(
     clippy::cast_precision_loss,
-    reason = "rates need no more digits than calls within an interval have"
+    reason = "the counts of calls within an interval are far below 2^53"
 )]
 fn eject_by_success_rate(
     rule: &SuccessRateEjection,
@@ -118,8 +119,8 @@ fn eject_where(
     let all = hosts.len();
     let mut ejected = hosts.iter().filter(|(_, e)| e.is_ejected()).count();
     for (counts, ejection) in hosts {
-        // The first ejection is allowed whatever the percentage is: 10 % of a small set would be less than one endpoint. One endpoint that
-        // is not ejected always remains.
+        // The first ejection is allowed whatever the percentage is, because 10 % of a small set would be less than one endpoint. The last
+        // endpoint that is not ejected is never ejected.
         let within =
             ejected == 0 || (ejected + 1) * 100 <= all * config.max_ejection_percent as usize;
         if !ejection.is_ejected() && within && ejected + 1 < all && is_outlier(counts) {
@@ -180,12 +181,12 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_that_fails_nearly_all_calls_is_ejected_even_among_failing_ones() {
+    fn an_endpoint_that_fails_nearly_all_calls_is_ejected_even_if_the_others_fail_often() {
         let config = OutlierDetection::new().without_success_rate();
         let mut hosts = vec![counts(20, 80), counts(20, 80), counts(10, 90)];
         hosts.extend([counts(20, 80), counts(15, 85)]);
         sweep(&config, &mut hosts, Instant::now());
-        assert_eq!(ejected(&hosts), [2], "85 percent itself is not enough");
+        assert_eq!(ejected(&hosts), [2], "exactly 85 % is not enough");
     }
 
     #[test]

@@ -1,3 +1,3 @@
-//! Tests of several files of this folder together.
+//! Tests that involve several files of this folder.
 
 mod simulation;

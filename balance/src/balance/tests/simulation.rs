@@ -13,9 +13,9 @@ use crate::balance::ready_set::{ReadySet, ReadySetBuilder};
 /// How calls arrive.
 #[derive(Clone, Copy, Debug)]
 enum Callers {
-    /// One call per period, in microseconds.
+    /// One call is started per period. The value is the period in microseconds.
     OpenLoop(u64),
-    /// A number of callers. Each caller starts a call when its previous call has ended.
+    /// The value is the number of callers. Each caller starts a call when its previous call has ended.
     ClosedLoop(u32),
 }
 
@@ -26,7 +26,8 @@ struct Server {
     service_time_us: f64,
     /// The time that each other call in flight adds, as a multiple of `service_time_us`.
     queueing: f64,
-    /// The time that one second of idleness adds to the next call, as a multiple of `service_time_us`.
+    /// The time that each second of idleness adds to the next call, as a multiple of `service_time_us`. Idleness of more than a second
+    /// counts as a second.
     idle_penalty: f64,
 }
 
@@ -141,7 +142,7 @@ impl Simulation {
 
     fn start(&mut self, now: u64) {
         let Pick::Taken(connection) = self.picker.pick(&self.set, |_| true, SCAN_LIMIT) else {
-            panic!("there is no limit");
+            panic!("a connection without a limit should take the call");
         };
         let index = connection.server;
         let server = &self.servers[index];
@@ -156,7 +157,7 @@ impl Simulation {
             (1.0 + server.queueing * f64::from(others)) * (1.0 + server.idle_penalty * idle);
         let noise = 0.8 + 0.4 * self.rng.f64();
         let took = Duration::from_secs_f64(server.service_time_us * slower * noise / 1e6);
-        let end = now + u64::try_from(took.as_micros()).expect("some milliseconds");
+        let end = now + u64::try_from(took.as_micros()).expect("fits into 64 bits");
         self.calls[index] += 1;
         self.running.push(Reverse((end, index, now)));
     }
@@ -216,7 +217,7 @@ fn assert_fair(policy: LbPolicy, servers: [Server; 2]) {
         let share = Simulation::new(policy, &servers).shares(callers)[1];
         assert!(
             (share - fair).abs() < 0.03,
-            "{callers:?}: {share} of {fair}, {servers:?}"
+            "{callers:?}: share {share} instead of {fair}, {servers:?}"
         );
     }
 }
@@ -235,8 +236,9 @@ fn equal_servers_get_shares_by_weight_for_every_arrival_pattern() {
 
 #[test]
 fn a_rarely_called_cold_server_keeps_its_share() {
-    // A call to a server that was idle for a second takes eleven times as long. With one call every 20 ms, a call to the server with the
-    // smaller weight takes about one and a half times as long as a call to the other.
+    // A call to a server that was idle for a second takes eleven times as long as without idleness. With one call every 20 ms and the
+    // weights 100 and 30, a call to the server with the smaller weight takes about one and a half times as long as a call to the other
+    // server.
     let cold = Server {
         idle_penalty: 10.0,
         ..EQUAL
@@ -277,7 +279,7 @@ fn a_slow_server_is_avoided_at_every_weight() {
             Callers::ClosedLoop(32),
         ] {
             let share = Simulation::new(LbPolicy::Latency, &servers).shares(callers)[1];
-            assert!(share < 0.01, "{callers:?}: {share}, {servers:?}");
+            assert!(share < 0.01, "{callers:?}: share {share}, {servers:?}");
         }
     }
 }

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 ///
 /// [A6]: https://github.com/grpc/proposal/blob/master/A6-client-retries.md
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use = "a budget does nothing before a channel is given it"]
+#[must_use = "a budget does nothing until a channel is built with it"]
 pub struct RetryBudget {
     /// `size` and `ratio` are in thousandths of a token, because A6 allows three decimal places.
     size: u32,
@@ -28,7 +28,7 @@ impl RetryBudget {
         #[expect(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,
-            reason = "clamped, and NaN becomes 0"
+            reason = "the value is clamped, and the cast turns NaN into 0"
         )]
         let ratio = (ratio.clamp(0.0, 1.0) * 1_000.0).round() as u32;
         Self {

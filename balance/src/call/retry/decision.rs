@@ -161,7 +161,7 @@ mod tests {
                 Decision::GiveUp(why) => return (waits, why),
             }
         }
-        unreachable!("there are failures")
+        unreachable!("the list of failures is empty")
     }
 
     #[test]
@@ -201,9 +201,12 @@ mod tests {
         run(&policy, &tokens, &[(Code::NotFound, Pushback::None)]);
         assert!(
             tokens.allows_retry(),
-            "codes outside the policy are not counted"
+            "a code outside the policy must not take a token"
         );
         run(&policy, &tokens, &[(Code::NotFound, Pushback::Never)]);
-        assert!(!tokens.allows_retry(), "a negative pushback is counted");
+        assert!(
+            !tokens.allows_retry(),
+            "a pushback that forbids retries must take a token"
+        );
     }
 }

@@ -148,7 +148,7 @@ mod tests {
         }
         assert!(
             retries.retry("/b.Service/Get").is_none(),
-            "one attempt disables retries"
+            "a limit of one attempt must disable retries"
         );
         assert!(retries.retry("/c.Service/Get").is_none());
         assert!(retries.hedging("/c.Service/Get").is_some());
@@ -160,6 +160,6 @@ mod tests {
         for name in ["", "/", "a//b", "a/b/c", "//a"] {
             policies.set(name, retry(Code::Unavailable));
         }
-        assert!(policies.build().is_none(), "no policy was set");
+        assert!(policies.build().is_none(), "a policy was set");
     }
 }

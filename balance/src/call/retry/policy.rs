@@ -43,7 +43,7 @@ use tonic::Code;
 /// [`ChannelBuilder::retry_for`]: crate::channel::ChannelBuilder::retry_for
 /// [`RetryBudget`]: crate::channel::RetryBudget
 #[derive(Clone, Debug, PartialEq)]
-#[must_use = "a policy does nothing before a channel is given it"]
+#[must_use = "a policy does nothing until a channel is built with it"]
 pub struct RetryPolicy {
     codes: Codes,
     attempts: u32,
@@ -100,7 +100,7 @@ impl RetryPolicy {
         self.attempts
     }
 
-    /// Returns the wait that follows this number of earlier waits. `random` is between 0 and 1.
+    /// Returns the next wait, if the policy has already chosen this number of waits for the call. `random` is between 0 and 1.
     pub(in crate::call) fn wait(&self, waits: u32, random: f64) -> Duration {
         let factor = self
             .multiplier
@@ -136,7 +136,7 @@ impl RetryPolicy {
 /// [`ChannelBuilder::hedge`]: crate::channel::ChannelBuilder::hedge
 /// [`ChannelBuilder::hedge_for`]: crate::channel::ChannelBuilder::hedge_for
 #[derive(Clone, Debug, PartialEq)]
-#[must_use = "a policy does nothing before a channel is given it"]
+#[must_use = "a policy does nothing until a channel is built with it"]
 pub struct HedgingPolicy {
     attempts: u32,
     delay: Duration,
@@ -213,7 +213,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn waits_double_to_the_bound_and_vary_by_a_fifth() {
+    fn waits_double_up_to_the_limit_and_vary_by_a_fifth() {
         let policy = RetryPolicy::new([Code::Unavailable]);
         for (waits, expected) in [
             (0, 0.1),

@@ -49,20 +49,20 @@ async fn a_refused_call_is_sent_to_another_server_and_runs_once() {
     assert_eq!(processed.load(Ordering::SeqCst), 200, "no call runs twice");
     assert!(
         refused.load(Ordering::SeqCst) > 0,
-        "the refusing server received calls"
+        "the refusing server must receive calls"
     );
     assert!(
         channel
             .endpoints()
             .iter()
             .all(|status| status.failures == 0),
-        "a refused stream is not a failure"
+        "a refused stream must not count as a failure"
     );
     idle(&channel).await;
 }
 
 #[tokio::test]
-async fn a_call_refused_by_every_server_fails_after_four_attempts() {
+async fn a_call_refused_by_every_server_fails_after_four_sends() {
     let seen = Arc::default();
     let servers: Vec<_> = (0..6)
         .map(|_| resetting(Reason::REFUSED_STREAM, &seen))
@@ -77,12 +77,12 @@ async fn a_call_refused_by_every_server_fails_after_four_attempts() {
     assert_eq!(
         seen.load(Ordering::SeqCst),
         4,
-        "one attempt and three retries: {status:?}"
+        "the call must be sent once, and then three more times: {status:?}"
     );
 }
 
 #[tokio::test]
-async fn a_lone_server_that_refuses_gets_one_attempt() {
+async fn a_lone_server_that_refuses_a_call_receives_it_once() {
     let seen = Arc::default();
     let server = resetting(Reason::REFUSED_STREAM, &seen);
     let channel = over([server.address()]);
@@ -93,7 +93,7 @@ async fn a_lone_server_that_refuses_gets_one_attempt() {
 }
 
 #[tokio::test]
-async fn other_resets_are_not_replayed_and_keep_their_code() {
+async fn calls_reset_for_other_reasons_are_not_sent_again() {
     for (reason, code) in [
         (Reason::CANCEL, Code::Cancelled),
         (Reason::INTERNAL_ERROR, Code::Internal),
@@ -109,7 +109,7 @@ async fn other_resets_are_not_replayed_and_keep_their_code() {
         assert_eq!(
             seen.load(Ordering::SeqCst),
             1,
-            "{reason:?} may have been processed"
+            "a call reset with {reason:?} may have run, so it must not be sent again"
         );
     }
 }
@@ -194,7 +194,7 @@ async fn a_connection_lost_during_a_call_is_unavailable_and_names_the_endpoint()
     assert_eq!(
         processed.load(Ordering::SeqCst),
         0,
-        "it may have been processed"
+        "the call may have run, so it must not be sent again"
     );
     until("the channel detects the lost connection", || {
         channel
@@ -207,7 +207,7 @@ async fn a_connection_lost_during_a_call_is_unavailable_and_names_the_endpoint()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn graceful_restarts_fail_no_call_and_run_none_twice() {
+async fn no_call_fails_during_graceful_restarts() {
     let mut servers: Vec<_> = (0..3).map(|_| Greeter::start("one")).collect();
     let channel = over(servers.iter().map(Greeter::address));
     ready(&channel, 3).await;
@@ -259,7 +259,7 @@ async fn a_lone_server_can_restart_between_calls() {
 }
 
 #[tokio::test]
-async fn repeated_kills_fail_only_the_calls_in_flight() {
+async fn no_call_fails_after_a_kill_and_the_restarted_server_is_used_again() {
     let steady = Greeter::start("steady");
     let shaky = Raw::start(|_| ());
     let port = shaky.address.port();
@@ -283,7 +283,7 @@ async fn repeated_kills_fail_only_the_calls_in_flight() {
 }
 
 #[tokio::test]
-async fn a_malformed_request_is_internal_and_no_failure_of_the_endpoint() {
+async fn a_malformed_request_fails_with_internal_and_later_calls_succeed() {
     use tower::Service;
     let server = Greeter::start("alpha");
     let mut channel = over([server.address()]);
@@ -297,7 +297,7 @@ async fn a_malformed_request_is_internal_and_no_failure_of_the_endpoint() {
     assert_eq!(status.code(), Code::Internal, "{status}");
     say(&channel)
         .await
-        .expect("the connection is as good as before");
+        .expect("the endpoint still serves other calls");
 }
 
 #[tokio::test]
@@ -307,7 +307,7 @@ async fn a_call_above_the_last_stream_of_a_goaway_is_sent_to_another_server() {
     let other = counting(&processed);
     let channel = over([shy, other.address()]);
     ready(&channel, 2).await;
-    // The channel uses the default policy. Like round robin, this policy picks the shy server after some calls.
+    // The channel uses the default policy. Like round robin, this policy picks the shy server, which sends a GOAWAY, after some calls.
     let left = async {
         while channel
             .endpoints()
@@ -323,7 +323,7 @@ async fn a_call_above_the_last_stream_of_a_goaway_is_sent_to_another_server() {
     let calls: u64 = channel.endpoints().iter().map(|status| status.calls).sum();
     assert!(
         calls > processed.load(Ordering::SeqCst) as u64,
-        "one call was sent twice"
+        "a call must be sent to both servers"
     );
 }
 
@@ -500,7 +500,7 @@ async fn calls_waiting_for_a_free_stream_are_not_queued_on_a_connection() {
     .await;
     assert!(
         full.accepted.try_recv().is_err(),
-        "no call is queued on the connections"
+        "a call is queued on a connection"
     );
     let rescue = Greeter::start("rescue");
     insert(&changes, &rescue.address(), Attributes::new());
@@ -512,7 +512,7 @@ async fn calls_waiting_for_a_free_stream_are_not_queued_on_a_connection() {
         .iter()
         .filter_map(|outcome| outcome.as_ref().err())
         .collect();
-    assert!(failed.len() <= 2, "only sent calls are lost: {failed:?}");
+    assert!(failed.len() <= 2, "more than two calls failed: {failed:?}");
     idle(&channel).await;
 }
 
@@ -583,7 +583,7 @@ async fn keep_alive_closes_an_unresponsive_connection() {
 }
 
 #[tokio::test]
-async fn pings_keep_an_idle_connection_open() {
+async fn frequent_keep_alive_pings_do_not_close_an_idle_connection() {
     let server = Greeter::start("alpha");
     let channel = BalancedChannel::builder()
         .http2_keep_alive_interval(Duration::from_millis(5))

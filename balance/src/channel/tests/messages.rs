@@ -115,7 +115,7 @@ async fn messages_are_compressed_in_both_directions() {
     let message = reply.into_inner().message;
     assert!(
         message.starts_with(&name) && message.ends_with("gzip -"),
-        "the request was compressed"
+        "the request must be compressed"
     );
 
     let requests = tokio_stream::iter((0..10).map({
@@ -180,7 +180,7 @@ async fn an_error_keeps_its_message_details_and_metadata() {
     assert_eq!(
         channel.endpoints()[0].failures,
         0,
-        "the failure is not counted for the endpoint"
+        "the failure must not be counted for the endpoint"
     );
     idle(&channel).await;
 }
@@ -220,7 +220,7 @@ async fn a_large_message_to_a_slow_reader_does_not_block_other_calls() {
     }
     assert!(
         passed > 3,
-        "{passed} small calls ended before the large one"
+        "only {passed} small calls ended before the large one"
     );
     if let Some((_, call)) = small {
         call.abort();
@@ -229,7 +229,7 @@ async fn a_large_message_to_a_slow_reader_does_not_block_other_calls() {
     let head = Response::builder().header("grpc-status", "5").body(());
     respond
         .send_response(head.expect("a head"), true)
-        .expect("sent");
+        .expect("an open stream");
     let status = in_time("a call", large)
         .await
         .expect("no panic")

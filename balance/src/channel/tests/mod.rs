@@ -195,7 +195,7 @@ async fn the_authority_is_the_address_of_the_endpoint_and_the_user_agent_is_ours
     });
     let (request, respond) = raw.accept().await;
     assert_eq!(
-        request.uri().authority().expect("one").as_str(),
+        request.uri().authority().expect("an authority").as_str(),
         raw.address()
     );
     assert_eq!(request.uri().scheme_str(), Some("http"));
@@ -212,7 +212,7 @@ async fn the_authority_is_the_address_of_the_endpoint_and_the_user_agent_is_ours
 }
 
 #[tokio::test]
-async fn an_endpoint_that_is_down_or_unresponsive_from_the_start_fails_no_call() {
+async fn no_call_fails_while_one_endpoint_is_down_and_another_never_responds() {
     let servers = [Greeter::start("alpha"), Greeter::start("beta")];
     let (_silent, hole) = black_hole();
     let mut addresses: Vec<_> = servers.iter().map(Greeter::address).collect();
@@ -262,13 +262,13 @@ async fn a_call_with_all_endpoints_down_fails_at_once_with_counts_and_the_last_c
     assert!(message.contains("refused"), "{message}");
     assert!(
         std::error::Error::source(&status).is_some(),
-        "the cause has its own type"
+        "the status must have a source"
     );
     assert!(took < Duration::from_secs(2), "{took:?}");
 }
 
 #[tokio::test]
-async fn a_set_that_stays_unknown_fails_at_the_startup_timeout() {
+async fn calls_fail_after_the_startup_timeout_if_the_set_of_endpoints_is_unknown() {
     let stream =
         tokio_stream::pending::<Result<Change<Address, Attributes>, std::convert::Infallible>>();
     let (outcome, took) = timed(async {
@@ -287,12 +287,12 @@ async fn a_set_that_stays_unknown_fails_at_the_startup_timeout() {
     let (outcome, took) = timed(say(&channel)).await;
     assert!(
         outcome.is_err() && took < Duration::from_millis(900),
-        "the timeout is that of the channel"
+        "the second call must not wait for the startup timeout again"
     );
 }
 
 #[tokio::test]
-async fn an_option_with_which_no_call_could_succeed_makes_the_channel_invalid() {
+async fn an_invalid_value_of_an_option_makes_the_channel_invalid() {
     let builder = || BalancedChannel::builder().addresses(["127.0.0.1:1"]);
     for (builder, word) in [
         (builder().max_backoff(Duration::ZERO), "max_backoff"),
@@ -337,7 +337,7 @@ async fn a_wait_for_ready_call_is_served_by_a_new_endpoint() {
     .await;
     assert!(
         say(&channel).await.is_err(),
-        "a call does not wait by default"
+        "a call must not wait by default"
     );
     let mut client = GreeterClient::new(channel.clone());
     let mut request = Request::new(hello("patient"));
@@ -389,13 +389,13 @@ async fn the_deadline_applies_to_a_server_that_does_not_respond() {
     let status = in_time("a call", call)
         .await
         .expect("no panic")
-        .expect_err("overdue");
+        .expect_err("an exceeded deadline");
     assert_eq!(status.code(), Code::DeadlineExceeded);
     let reset = in_time("a reset", std::future::poll_fn(|cx| respond.poll_reset(cx))).await;
     assert_eq!(
         reset.expect("a reset"),
         Reason::CANCEL,
-        "the server receives a reset"
+        "the server must receive a reset with CANCEL"
     );
     idle(&channel).await;
 }
@@ -471,7 +471,8 @@ async fn an_endpoint_that_is_no_longer_listed_is_not_picked() {
         insert(&changes, &address(index), Attributes::new());
     }
     ready(&channel, ENDPOINTS).await;
-    // The removals are sent as one batch. Picks can see the first removals while the driver still applies the last ones.
+    // The removals are sent as one batch. Picks can see the first removals while the driver, the channel's background task, still applies
+    // the last ones.
     for index in 1..ENDPOINTS {
         remove(&changes, &address(index));
     }
@@ -518,7 +519,7 @@ async fn attributes_change_without_a_reconnect() {
         channel.endpoints().iter().any(|status| status.weight == 9)
     })
     .await;
-    // Picks use the new weight after the next ready set is published.
+    // Picks use the new weight as soon as the next ready set, from which connections are picked, is published.
     let heavy = async { while tally(&channel, 400).await["heavy"] <= 300 {} };
     in_time("the share of the heavy endpoint", heavy).await;
     assert!(
@@ -540,14 +541,14 @@ async fn a_last_resort_serves_only_while_nothing_else_is_ready_and_is_never_dial
         &held.address(),
         Attributes::new().with_last_resort(true),
     );
-    until("the channel applies the rank", || {
+    until("the channel applies the last resort", || {
         channel.endpoints()[0].last_resort
     })
     .await;
     assert_eq!(
         tally(&channel, 10).await["held"],
         10,
-        "no other endpoint exists"
+        "a last resort must serve calls while no other endpoint exists"
     );
     insert(&changes, &fresh.address(), Attributes::new());
     ready(&channel, 2).await;
@@ -556,7 +557,7 @@ async fn a_last_resort_serves_only_while_nothing_else_is_ready_and_is_never_dial
     assert_eq!(
         tally(&channel, 10).await["fresh"],
         10,
-        "a last resort receives no calls"
+        "a last resort must receive no calls while another endpoint is ready"
     );
     remove(&changes, &fresh.address());
     until("the channel applies the removal", || {
@@ -699,7 +700,7 @@ async fn a_limit_of_one_stream_serves_a_hundred_callers() {
             async move {
                 assert!(
                     running.fetch_add(1, Ordering::SeqCst) < 2,
-                    "two connections at most"
+                    "more than two calls run at once"
                 );
                 tokio::task::yield_now().await;
                 running.fetch_sub(1, Ordering::SeqCst);
@@ -718,7 +719,7 @@ async fn a_limit_of_one_stream_serves_a_hundred_callers() {
     assert_eq!(
         channel.endpoints()[0].connections,
         2,
-        "a second connection is opened when the streams are used up"
+        "a second connection must be opened when the streams are used up"
     );
     idle(&channel).await;
 }
@@ -759,7 +760,7 @@ async fn calls_beyond_max_waiters_are_rejected() {
     let first = in_time("a refusal", calls.join_next())
         .await
         .expect("a call");
-    let status = first.expect("no panic").expect_err("one too many");
+    let status = first.expect("no panic").expect_err("one call too many");
     assert_eq!(status.code(), Code::ResourceExhausted);
     assert!(status.message().contains("3 calls are waiting"), "{status}");
 }
@@ -857,7 +858,7 @@ async fn a_response_without_a_body_is_valid() {
     assert_eq!(
         channel.endpoints()[0].failures,
         0,
-        "the failure is not counted for the server"
+        "the failure must not be counted for the server"
     );
     assert_eq!(channel.endpoints()[0].in_flight, 0);
 }
@@ -874,7 +875,7 @@ async fn ten_thousand_concurrent_calls_are_all_served() {
     // Calls and servers share one thread, so the timeout is long.
     let bound = Duration::from_secs(90);
     let outcomes = tokio::time::timeout(bound, calls.join_all()).await;
-    let outcomes = outcomes.expect("ten thousand calls take too long");
+    let outcomes = outcomes.expect("ten thousand calls within 90 s");
     assert!(outcomes.iter().all(Result::is_ok));
     idle(&channel).await;
 }

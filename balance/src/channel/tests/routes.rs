@@ -112,13 +112,14 @@ async fn a_replaced_connection_gets_no_new_calls_and_its_streams_continue() {
         assert_eq!(
             connections.load(Ordering::SeqCst),
             round + 1,
-            "a new connection is open"
+            "a new connection must be open"
         );
     }
     feed.send(hello("still here")).expect("an open stream");
     let reply = in_time("a reply", replies.message()).await;
     assert!(reply.expect("a reply").is_some());
-    // At its next periodic check, the driver closes old connections without calls. The endpoint stays ready.
+    // At its next periodic check, the driver, the channel's background task, closes old connections without calls. The endpoint stays
+    // ready.
     until("the old connections are closed", || {
         channel.endpoints()[0].connections == 2
     })

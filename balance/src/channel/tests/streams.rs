@@ -1,4 +1,4 @@
-//! Edge cases of request bodies and response bodies: unread, dropped, parked, answered early, stalled.
+//! Edge cases of request bodies and response bodies: unread, dropped, parked (no longer polled), answered early, stalled.
 
 use super::*;
 
@@ -104,7 +104,7 @@ async fn an_unread_stream_of_small_messages_does_not_block_other_calls() {
 }
 
 #[tokio::test]
-async fn thousands_of_dropped_streams_fail_no_call() {
+async fn no_call_fails_after_thousands_of_dropped_streams() {
     let server = Raw::answering(
         |_| (),
         |call: support::Accepted| async {
@@ -123,7 +123,7 @@ async fn thousands_of_dropped_streams_fail_no_call() {
     assert_eq!(
         channel.endpoints()[0].last_error,
         None,
-        "the connection is still open"
+        "the connection must stay open"
     );
     idle(&channel).await;
 }
@@ -156,13 +156,13 @@ async fn the_deadline_applies_to_the_response_stream() {
         in_time("a frame", frame).await
     };
     next().await.expect("a frame").expect("the first message");
-    let status = next().await.expect("a frame").expect_err("overdue");
+    let status = next().await.expect("a frame").expect_err("a late frame");
     assert_eq!(status.code(), Code::DeadlineExceeded);
     assert!(
         status.message().contains("reading the response"),
         "{status}"
     );
-    assert!(next().await.is_none(), "the stream has ended");
+    assert!(next().await.is_none(), "the error must end the stream");
     idle(&channel).await;
 }
 
@@ -175,7 +175,7 @@ async fn the_deadline_applies_while_messages_are_always_available() {
     let start = tokio::time::Instant::now();
     let status = loop {
         let next = std::future::poll_fn(|cx| http_body::Body::poll_frame(body.as_mut(), cx));
-        match in_time("a frame", next).await.expect("no end") {
+        match in_time("a frame", next).await.expect("a frame") {
             Ok(_) => tokio::time::sleep(Duration::from_millis(2)).await,
             Err(status) => break status,
         }
@@ -202,7 +202,7 @@ async fn parked_uploads_do_not_block_other_calls() {
         });
         // The call is polled for 2 ms during the upload and then parked.
         let moment = tokio::time::timeout(Duration::from_millis(2), &mut call);
-        assert!(moment.await.is_err(), "the upload has not ended");
+        assert!(moment.await.is_err(), "the upload ended too early");
         parked.push((feed, call));
     }
     say(&channel).await.expect("an answer");

@@ -11,7 +11,7 @@ use crate::channel::error::ChannelError;
     dead_code,
     clippy::unwrap_used,
     unreachable_pub,
-    reason = "the integration tests use the rest; a failed step is a failed test"
+    reason = "the integration tests use the other functions; a failed unwrap fails the test"
 )]
 mod authority;
 
@@ -149,7 +149,7 @@ async fn the_client_certificate_is_sent_on_request() {
     assert_eq!(status.code(), Code::Unavailable);
     assert!(
         status.message().contains("ertificate"),
-        "the message names the reason: {status}"
+        "the message must name the reason: {status}"
     );
 
     authority.sign("client", "caller.internal");

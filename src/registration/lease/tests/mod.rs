@@ -132,6 +132,7 @@ fn delivered<T>(fate: Fate, answer: T) -> Result<T, EtcdError> {
     }
 }
 
+/// Executes the commands of a machine against the simulated etcd, in simulated time.
 struct Player {
     store: Store,
     machine: Machine,
@@ -217,7 +218,7 @@ impl Player {
                 }
                 self.machine.on_revoked(delivered(fate, ()), self.now);
             }
-            Command::Delete { .. } => panic!("a lone key was removed"),
+            Command::Delete { .. } => panic!("the machine deletes its only key"),
             Command::Wait { until } => {
                 let bound = self.now + TTL;
                 self.now = until.map_or(bound, |until| until.min(bound)).max(self.now);
@@ -322,7 +323,7 @@ proptest! {
                 _ => Fate::Good,
             };
             player.step(fate);
-            assert_ne!(player.store.key.as_ref().map(|kv| kv.lease), Some(LeaseId::NONE), "never without a lease");
+            assert_ne!(player.store.key.as_ref().map(|kv| kv.lease), Some(LeaseId::NONE), "the key must always have a lease");
         }
         // The faults end here. The watch on the key, which was lost, is opened again.
         player.seen = player.store.events.len();
@@ -350,7 +351,7 @@ proptest! {
             player.step(fate);
         }
         let first = player.store.owners.iter().position(|owner| *owner == other).expect("the other server has written");
-        assert!(player.store.owners[first..].iter().all(|owner| *owner == other), "no later write replaces the other server's key");
+        assert!(player.store.owners[first..].iter().all(|owner| *owner == other), "no later write may replace the other server's key");
         for _ in 0..20 {
             player.deliver();
             player.step(Fate::Good);
@@ -362,7 +363,7 @@ proptest! {
     }
 
     #[test]
-    fn a_deregistration_leaves_no_key_and_no_lease(seed in any::<u64>()) {
+    fn a_deregistration_leaves_no_key(seed in any::<u64>()) {
         let mut player = Player::new(seed);
         for _ in 0..player.rng.u8(0..8) {
             let fate = if player.rng.bool() { Fate::AnswerLost } else { Fate::Good };
@@ -441,7 +442,7 @@ fn leases_that_are_granted_together_are_renewed_over_a_third_of_the_ttl() {
 }
 
 #[test]
-fn without_a_response_the_old_lease_is_retried_every_quarter_of_the_ttl() {
+fn renewals_without_a_response_are_repeated_and_the_lease_is_kept() {
     let mut player = Player::registered(3);
     let start = player.now;
     let mut last = None;
@@ -458,16 +459,16 @@ fn without_a_response_the_old_lease_is_retried_every_quarter_of_the_ttl() {
     assert_eq!(
         player.machine.phase(player.now),
         Phase::Registering,
-        "the lease may have expired"
+        "a lease that may have expired must not count as registered"
     );
     assert!(
         player.machine.lease.is_some(),
-        "a lease is only dropped after a response of etcd"
+        "without a response of etcd, the lease must be kept"
     );
 }
 
 #[test]
-fn a_fleet_registers_again_over_a_third_of_the_ttl_and_a_single_loss_at_once() {
+fn after_an_outage_registrations_are_spread_and_a_single_loss_is_repaired_at_once() {
     let mut waits = Vec::new();
     for seed in 0..200 {
         let mut player = Player::registered(seed);
@@ -480,7 +481,7 @@ fn a_fleet_registers_again_over_a_third_of_the_ttl_and_a_single_loss_at_once() {
     let late = waits.iter().filter(|wait| **wait > TTL / 6).count();
     assert!(
         (40..160).contains(&late),
-        "{late} of 200 waited for more than half of the spread"
+        "{late} of 200 waited for more than half of the spread; about half of them must"
     );
 
     let mut player = Player::registered(1);
@@ -488,13 +489,13 @@ fn a_fleet_registers_again_over_a_third_of_the_ttl_and_a_single_loss_at_once() {
     let took = player.settle();
     assert!(
         took <= Duration::from_millis(50),
-        "a lease that was revoked by hand is replaced at once, not after {took:?}"
+        "a lease that was revoked by hand must be replaced at once, not after {took:?}"
     );
     player.store.delete();
     let took = player.settle();
     assert!(
         took <= Duration::from_millis(50),
-        "a key that was deleted is put back at once, not after {took:?}"
+        "a key that was deleted must be put back at once, not after {took:?}"
     );
 }
 
@@ -520,7 +521,7 @@ fn a_response_from_an_old_raft_term_renews_nothing() {
     let again = player.machine.command(later);
     assert!(
         matches!(again, Command::Renew { term: 5, .. }),
-        "the renewal is repeated at once, not {again:?}"
+        "the renewal must be repeated at once, not {again:?}"
     );
 }
 
@@ -547,17 +548,17 @@ fn a_restored_store_is_detected() {
     assert!(player.is_registered(), "{:?}", player.machine);
     assert!(
         player.machine.expires() > before,
-        "the renewal extends the lease"
+        "the renewals must extend the lease"
     );
     assert_eq!(
         player.machine.lease.map(|lease| lease.id),
         lease.map(|lease| lease.id),
-        "the lease is kept"
+        "the lease must be kept"
     );
     assert_eq!(
         player.store.owners.len(),
         writes + 1,
-        "the value is written once"
+        "the value must be written exactly once"
     );
     // A later change of the key is still detected.
     player.store.delete();
@@ -635,7 +636,7 @@ fn changes_missed_while_the_watch_was_closed_are_found_by_a_read() {
 }
 
 #[test]
-fn a_key_held_by_another_is_polled_if_it_cannot_be_watched() {
+fn a_key_of_another_server_is_polled_if_it_cannot_be_watched() {
     let mut player = Player::registered(9);
     player.store.put(LeaseId::NONE);
     player.deliver();
@@ -664,7 +665,7 @@ fn raft_terms_start_again_after_a_wipe() {
     }
     assert!(
         player.machine.expires() > expires,
-        "the renewal extends the lease"
+        "the renewals must extend the lease"
     );
     assert!(player.is_registered());
 }
@@ -688,9 +689,9 @@ fn a_rejected_renewal_is_retried_while_the_lease_is_valid() {
     assert!(tries >= 3, "{tries} attempts");
     assert!(
         player.settle() <= TTL / 4,
-        "the lease survives a short outage"
+        "the lease must survive a short outage"
     );
-    assert_eq!(player.store.owners.len(), 1, "the key was never lost");
+    assert_eq!(player.store.owners.len(), 1, "the key must never be lost");
 }
 
 #[test]
@@ -707,7 +708,7 @@ fn a_put_whose_response_was_lost_is_not_repeated() {
 }
 
 #[test]
-fn a_full_store_is_retried_with_growing_waits() {
+fn puts_to_a_full_store_are_retried_with_growing_waits() {
     let mut player = Player::registered(13);
     player.machine.on_new_value();
     let start = player.now;
@@ -751,12 +752,16 @@ fn keys_are_read_every_minute_and_after_each_renewal_while_they_are_not_watched(
         renewals_between_reads(&mut player);
         for _ in 0..2 {
             let between = renewals_between_reads(&mut player);
-            assert!(renewals.contains(&between), "{watched}: {between}");
+            assert!(
+                renewals.contains(&between),
+                "watched: {watched}, {between} renewals between two reads"
+            );
         }
     }
 }
 
-/// Fails every renewal with `kind` for `time`. Returns the number of attempts and the longest wait between two attempts.
+/// For the duration `time`, answers every renewal with an error of this kind. Returns the number of attempts and the longest wait between
+/// two attempts.
 fn failing_renewals(player: &mut Player, kind: EtcdErrorKind, time: Duration) -> (u32, Duration) {
     let (start, mut last, mut tries, mut longest) = (player.now, player.now, 0, Duration::ZERO);
     while player.now < start + time {
@@ -798,7 +803,7 @@ fn a_long_ttl_does_not_make_long_waits() {
 }
 
 #[test]
-fn a_rejected_renewal_is_retried_twice_per_ttl_once_the_lease_may_have_expired() {
+fn after_the_expiry_a_rejected_renewal_is_retried_once_or_twice_per_ttl() {
     let mut player = Player::registered(16);
     failing_renewals(&mut player, EtcdErrorKind::PermissionDenied, TTL);
     let time = TTL * 100;

@@ -28,7 +28,7 @@ impl Pair {
     }
 
     fn lease(&self) -> LeaseId {
-        self.machine.lease.expect("a lease").id
+        self.machine.lease.expect("the machine has a lease").id
     }
 
     fn step(&mut self) -> Command {
@@ -172,7 +172,7 @@ fn a_key_is_deleted_after_the_old_lease_is_revoked() {
 #[test]
 fn a_revoke_without_a_response_is_repeated_after_the_key_has_a_new_lease() {
     let mut player = Player::registered(20);
-    let old = player.machine.lease.expect("a lease").id;
+    let old = player.machine.lease.expect("the machine has a lease").id;
     player.machine.on_pause();
     player.step(Fate::Good);
     assert!(matches!(player.step(Fate::Lost), Command::Revoke { .. }));
@@ -191,7 +191,8 @@ fn a_revoke_without_a_response_is_repeated_after_the_key_has_a_new_lease() {
 
 #[test]
 fn a_deregistration_waits_for_the_revoke_of_the_old_lease() {
-    // The deregistration happens before or after the grant of the new lease. The last case has two old leases.
+    // `steps` is the number of commands between the resume and the deregistration: the new lease is not granted yet, or is granted, or is
+    // granted and the keys are read. The last case has two old leases.
     for (steps, pauses) in [(0, 1), (1, 1), (2, 1), (1, 2)] {
         let mut player = Player::registered(21);
         for _ in 0..pauses {
@@ -230,7 +231,7 @@ fn a_lease_lost_immediately_after_its_grant_is_not_replaced_in_a_loop() {
         grants += u32::from(matches!(player.step(Fate::Good), Command::Grant { .. }));
         assert!(grants < 200, "{:?}", player.now - start);
     }
-    assert!(grants > 30, "{grants}");
+    assert!(grants > 30, "{grants} grants");
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! Runs the machine against a simulated store. The store changes, compacts its history, lags, cuts streams at any point, splits revisions
-//! over fragments, and is wiped. In every order of these steps, the final set must match the content of the store.
+//! Runs the [`Machine`] against a simulated store. The store changes, compacts its history, lags, cuts streams at any point, splits
+//! revisions into fragments, and is wiped. For every order of these steps, the final set must match the content of the store.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -38,7 +38,7 @@ struct Store {
     term: u64,
     /// Whether the watches of the store lose events.
     has_lost_event: bool,
-    /// Whether every list succeeds, with pages as large as requested.
+    /// Whether every list succeeds and returns pages as large as requested.
     steady: bool,
 }
 
@@ -137,7 +137,7 @@ impl Store {
             _ => {}
         }
         // A server may return fewer keys than requested, for example because of its own smaller limit.
-        let mut limit = usize::try_from(request.limit).expect("positive");
+        let mut limit = usize::try_from(request.limit).expect("the limit is positive");
         if !self.steady && request.written_after == Revision::ZERO {
             limit = limit.min(self.rng.usize(1..20));
         }
@@ -217,13 +217,13 @@ fn error(kind: EtcdErrorKind) -> EtcdError {
     EtcdError::new(kind, "test", "127.0.0.1:1", "scripted")
 }
 
-/// The machine, the simulated store, and the set built from the machine's updates.
+/// The machine, the simulated store, and the set that results from the machine's updates.
 struct Player {
     store: Store,
     machine: Machine,
     snapshot: Instances,
     stream: VecDeque<Result<WatchMessage, EtcdErrorKind>>,
-    /// Revision up to which the current stream has sent every event.
+    /// Revision up to which the current stream contains every event.
     sent: i64,
     now: Instant,
     command: Command,
@@ -255,7 +255,7 @@ impl Player {
     fn step(&mut self, faults: bool) {
         let waiting = matches!(self.command, Command::Wait(_) | Command::RenewToken(_));
         let restarted = !waiting && std::mem::take(&mut self.restarted);
-        // These commands do not close the watch. After a restart, the watch must fail as well.
+        // These commands keep the watch open. After a restart, not only the request must fail, but also the watch.
         self.restarted |=
             restarted && matches!(self.command, Command::Reconcile(_) | Command::Read(_));
         let fault = restarted || faults && self.store.rng.u8(..) < 25;
@@ -318,7 +318,7 @@ impl Player {
             ),
             Command::Read(key) => machine.on_read(key.clone(), Ok(self.store.value(key)), self.now),
             Command::RenewToken(wait) | Command::Wait(wait) => {
-                assert!(*wait >= BACKOFF_FIRST / 2, "every wait has a minimum");
+                assert!(*wait >= BACKOFF_FIRST / 2, "the wait is too short");
                 self.now += *wait;
                 match self.command {
                     Command::RenewToken(_) => {
@@ -349,7 +349,7 @@ impl Player {
             .apply(update, self.machine.range(), &Decoder::default());
         assert!(
             !silent || self.snapshot.len() == before,
-            "only changes of the store change the set"
+            "the set must not change without an update"
         );
     }
 
@@ -359,8 +359,9 @@ impl Player {
             && self.sent == self.store.revision
     }
 
-    /// Runs the machine until it is idle, and checks that the set contains the last good value of each key. The machine does not receive
-    /// good values from before the first list of a key, so only deleted keys and keys with a good current value are compared.
+    /// Runs the machine until it is idle, and checks that the set contains the last good value (one that can be decoded) of each key. The
+    /// machine does not receive a good value that is replaced by a bad one before the machine lists the key. So only deleted keys, and keys
+    /// whose current value is good, are compared.
     fn check(&mut self) {
         for _ in 0..10_000 {
             if self.is_idle() {
@@ -383,7 +384,7 @@ impl Player {
             assert!(self.snapshot.get(address).is_some(), "{address} is lost");
         }
         for instance in self.snapshot.instances() {
-            let key = Key::from(instance.location().expect("read").key());
+            let key = Key::from(instance.location().expect("a location").key());
             assert!(listed.contains_key(&key), "{key} is stale");
             if let Some(address) = good.get(&key) {
                 assert_eq!(instance.address(), address, "{key} has an old value");
@@ -396,7 +397,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 500, ..ProptestConfig::default() })]
 
     #[test]
-    fn the_set_converges_after_any_fault(seed in any::<u64>()) {
+    fn the_set_matches_the_store_after_any_faults(seed in any::<u64>()) {
         let mut player = Player::new(seed);
         for _ in 0..200 {
             match player.store.rng.u8(..) {
@@ -469,12 +470,12 @@ fn reopened(player: &mut Player) -> Key {
     assert!(matches!(wait, Command::Wait(_)));
     assert!(
         player.machine.report.trouble.is_some(),
-        "the report contains the error"
+        "the report must contain the error"
     );
     assert_eq!(player.machine.on_wake(), Command::Watch(revision));
     match player.machine.on_watch_opened(player.now) {
         Command::Check(key) => key,
-        other => panic!("a new watch starts with a check, not {other:?}"),
+        other => panic!("a new watch must start with a check, not {other:?}"),
     }
 }
 
@@ -492,7 +493,7 @@ fn a_watch_that_ends_is_resumed_without_a_list() {
 }
 
 #[test]
-fn a_store_with_a_lower_revision_or_missing_keys_is_listed_again() {
+fn a_store_with_another_history_is_listed_again() {
     for damage in [
         "revision",
         "term",
@@ -523,7 +524,7 @@ fn a_store_with_a_lower_revision_or_missing_keys_is_listed_again() {
     }
 }
 
-/// The revision of the restored store lies between the revision of the last read and that of the last event of the watch.
+/// The revision of the restored store is higher than that of the last read, and lower than that of the last event of the watch.
 #[test]
 fn a_store_restored_to_before_an_event_is_listed_again() {
     let mut player = populated(2);
@@ -561,7 +562,7 @@ fn a_watch_closed_after_each_message_is_reopened_within_a_second() {
         player.machine.on_message(message(next, vec![event], false));
         let ended = error(EtcdErrorKind::Unavailable);
         let Command::Wait(wait) = player.machine.on_watch_ended(ended, player.now) else {
-            panic!("a wait")
+            panic!("the end of a watch must cause a wait")
         };
         waits.push(wait);
         player.machine.on_wake();
@@ -571,8 +572,8 @@ fn a_watch_closed_after_each_message_is_reopened_within_a_second() {
     assert!(waits.iter().all(|wait| within.contains(wait)), "{waits:?}");
 }
 
-/// Runs one watch of a store that is `ahead` revisions ahead of R. If `brings` is true, the watch delivers an event. The watch ends with
-/// the error `end` after `lives` seconds. Returns whether the machine then requests a list.
+/// Runs one watch of a store that is `ahead` revisions ahead of R, the revision at which the watch was opened. If `brings` is true, the
+/// watch delivers an event. The watch ends with the error `end` after `lives` seconds. Returns whether the machine then requests a list.
 fn is_followed_by_a_list(
     player: &mut Player,
     ahead: i64,
@@ -596,7 +597,7 @@ fn is_followed_by_a_list(
     matches!(player.machine.on_wake(), Command::List(_))
 }
 
-/// If a server could not send a backlog in time once, the next watch does not receive it in time either.
+/// If a watch could not deliver a backlog in time, a further watch would probably not deliver it in time either.
 #[test]
 fn a_watch_without_progress_on_a_backlog_is_replaced_by_a_list() {
     let silent = EtcdErrorKind::DeadlineExceeded;
@@ -609,10 +610,10 @@ fn a_watch_without_progress_on_a_backlog_is_replaced_by_a_list() {
         let mut player = populated(2);
         reopened(&mut player);
         let mut once = || is_followed_by_a_list(&mut player, ahead, brings, silent, lives);
-        assert!(!once(), "the next watch uses another member");
+        assert!(!once(), "one such watch must not cause a list");
         assert_eq!(once(), lists, "{:?}", (ahead, brings, lives));
     }
-    // The third watch in a row that is cut before it delivers anything causes a list.
+    // If three watches in a row are cut before they deliver anything, the third one causes a list.
     let cut = EtcdErrorKind::Unavailable;
     let mut player = populated(2);
     reopened(&mut player);
@@ -629,8 +630,8 @@ fn a_watch_without_progress_on_a_backlog_is_replaced_by_a_list() {
     }
 }
 
-/// The store may be ahead only because of writes to other keys, and its watches may be cut all the time. Lists must then not be repeated at
-/// the same rate.
+/// A fruitless watch delivers nothing although the store is ahead. The store may be ahead only because of writes to other keys, and the
+/// watches may be cut all the time. The lists must then become less frequent.
 #[test]
 fn lists_after_fruitless_watches_become_less_frequent() {
     let mut fruitless = FruitlessWatches::default();
@@ -646,7 +647,7 @@ fn lists_after_fruitless_watches_become_less_frequent() {
 }
 
 #[test]
-fn the_most_recently_written_key_is_checked() {
+fn the_key_written_last_is_checked() {
     let mut player = populated(2);
     let newest = player.machine.keys.iter();
     let newest = newest.max_by_key(|(_, known)| known.mod_revision);
@@ -694,13 +695,13 @@ fn every_linearizable_response_raises_the_known_revision() {
             .on_checked(Ok((behind, checked(&found))), player.now);
         assert!(
             matches!(next, Command::List(_)),
-            "a lower revision after a {answer} causes a list, not {next:?}"
+            "a lower revision after a {answer} must cause a list, not {next:?}"
         );
     }
 }
 
 #[test]
-fn a_list_that_fails_the_check_is_repeated_once() {
+fn the_watch_after_a_failed_check_and_a_list_is_not_checked() {
     let mut player = populated(2);
     let key = reopened(&mut player);
     let (header, _) = player.store.read(&key);
@@ -715,11 +716,11 @@ fn a_list_that_fails_the_check_is_repeated_once() {
     }
     assert!(matches!(command, Command::Watch(_)));
     let next = player.machine.on_watch_opened(player.now);
-    assert_eq!(next, Command::Receive, "the list is repeated only once");
+    assert_eq!(next, Command::Receive, "the watch must not be checked");
 }
 
 #[test]
-fn a_key_written_again_by_its_owner_is_not_a_store_change() {
+fn a_key_written_again_under_its_lease_passes_the_check() {
     let mut player = populated(2);
     let key = reopened(&mut player);
     let (header, found) = player.store.read(&key);
@@ -750,7 +751,7 @@ fn a_watch_that_cannot_be_checked_is_reopened_and_checked_again() {
 }
 
 #[test]
-fn an_empty_set_is_listed_again() {
+fn an_empty_set_is_listed_again_when_its_watch_ends() {
     let mut player = Player::new(3);
     listed(&mut player);
     player
@@ -786,7 +787,7 @@ fn a_fragmented_revision_is_applied_atomically() {
     assert_eq!(
         player.machine.take_update(),
         [put("a", revision + 1)],
-        "the second revision is not complete"
+        "the second revision is not complete, so its event must wait"
     );
     player
         .machine
@@ -794,7 +795,7 @@ fn a_fragmented_revision_is_applied_atomically() {
     assert_eq!(
         player.machine.report.revision.unwrap().get(),
         revision + 1,
-        "the incomplete revision is requested again"
+        "the incomplete revision must be requested again"
     );
 
     let mut player = populated(5);
@@ -833,7 +834,7 @@ fn a_lagging_member_causes_one_check_and_no_list() {
         .machine
         .on_message(message(revision - 1, Vec::new(), false))
     else {
-        panic!("the lower revision is not checked")
+        panic!("a message with a lower revision must cause a check")
     };
     let answer = player.store.read(&key);
     assert_eq!(
@@ -845,7 +846,7 @@ fn a_lagging_member_causes_one_check_and_no_list() {
             .machine
             .on_message(message(revision - 1, Vec::new(), false)),
         Command::Receive,
-        "one check per stream"
+        "one watch must cause at most one check"
     );
 }
 
@@ -859,7 +860,7 @@ fn a_list_compacted_three_times_is_no_longer_pinned_to_a_revision() {
     );
     let page = |revision: i64| {
         let Event::Put(kv) = put("a", 1) else {
-            panic!("a put")
+            panic!("the event is not a put")
         };
         let header = Header {
             cluster_id: 7,
@@ -876,7 +877,7 @@ fn a_list_compacted_three_times_is_no_longer_pinned_to_a_revision() {
     machine.on_wake();
     for round in 0..4 {
         let Command::List(second) = machine.on_page(Ok(page(10 + round))) else {
-            panic!("no further page is requested")
+            panic!("the next page must be requested")
         };
         let pinned = if round < 3 { 10 + round } else { 0 };
         assert_eq!(second.revision.get(), pinned, "round {round}");
@@ -895,12 +896,12 @@ fn a_list_compacted_three_times_is_no_longer_pinned_to_a_revision() {
     assert_eq!(
         machine.on_page(Ok(last)),
         Command::Watch(Revision::new(13)),
-        "the watch starts after the revision of the first page"
+        "the watch must start at the revision of the first page"
     );
 }
 
 #[test]
-fn a_page_that_is_too_large_is_halved_until_one_key_is_skipped() {
+fn pages_that_are_too_large_are_halved_and_a_single_large_key_is_skipped() {
     let mut machine = Machine::new(
         Range::prefix(PREFIX),
         None,
@@ -911,7 +912,7 @@ fn a_page_that_is_too_large_is_halved_until_one_key_is_skipped() {
     let mut limits = Vec::new();
     let reads_name_only = loop {
         let Command::List(request) = command else {
-            panic!("{command:?}")
+            panic!("a list was expected, not {command:?}")
         };
         if request.keys_only {
             break request;
@@ -922,7 +923,7 @@ fn a_page_that_is_too_large_is_halved_until_one_key_is_skipped() {
     assert_eq!(limits, [500, 250, 125, 62, 31, 15, 7, 3, 1]);
     assert_eq!(reads_name_only.limit, 1);
     let Event::Put(kv) = put("huge", 1) else {
-        panic!("a put")
+        panic!("the event is not a put")
     };
     let next = machine.on_page(Ok(Page {
         kvs: vec![kv.clone()],
@@ -930,12 +931,12 @@ fn a_page_that_is_too_large_is_halved_until_one_key_is_skipped() {
         ..Page::default()
     }));
     let Command::List(next) = next else {
-        panic!("{next:?}")
+        panic!("a list was expected, not {next:?}")
     };
     assert_eq!(
         next.range.start,
         kv.key.successor(),
-        "the next page starts after the key"
+        "the next page must start after the skipped key"
     );
     assert!(!next.keys_only);
     machine.on_page(Ok(Page::default()));
@@ -946,7 +947,7 @@ fn a_page_that_is_too_large_is_halved_until_one_key_is_skipped() {
 }
 
 #[test]
-fn rejections_renew_the_token_once_and_are_then_retried_slowly() {
+fn a_rejected_watch_renews_the_token_once_and_is_then_retried_slowly() {
     let mut player = populated(10);
     let first = player
         .machine
@@ -967,20 +968,20 @@ fn rejections_renew_the_token_once_and_are_then_retried_slowly() {
 
 /// After a change of the etcd users, the watches of all clients are rejected at the same time.
 #[test]
-fn rejections_of_many_clients_spread_their_token_renewals() {
+fn token_renewals_of_many_clients_are_spread() {
     let mut waits: Vec<_> = (0..100)
         .map(|seed| {
             let mut player = populated(seed);
             let refused = error(EtcdErrorKind::InvalidToken);
             match player.machine.on_watch_ended(refused, player.now) {
                 Command::RenewToken(wait) => wait,
-                other => panic!("{other:?}"),
+                other => panic!("a token renewal was expected, not {other:?}"),
             }
         })
         .collect();
     waits.sort_unstable();
     waits.dedup();
-    assert!(waits.len() > 90, "{} of 100", waits.len());
+    assert!(waits.len() > 90, "{} waits of 100 differ", waits.len());
     assert!(waits[waits.len() - 1] >= waits[0] * 3 / 2, "{waits:?}");
 }
 
@@ -1010,7 +1011,7 @@ fn a_wrong_password_is_retried_slowly_and_reported() {
         let next = player.machine.on_token(wrong);
         assert!(
             matches!(next, Command::Wait(wait) if wait >= OPERATOR_WAIT / 2),
-            "each attempt costs a password hash, so it waits, not {next:?}"
+            "a wrong password must cause a long wait, not {next:?}"
         );
         let trouble = player.machine.report.trouble.as_ref();
         let kind = trouble.map(EtcdError::kind);
@@ -1027,7 +1028,7 @@ fn an_event_that_is_too_large_is_listed_and_skipped() {
         .machine
         .on_watch_ended(error(EtcdErrorKind::ResponseTooLarge), player.now);
     let Command::List(_) = player.machine.on_wake() else {
-        panic!("a list")
+        panic!("an event that is too large must cause a list")
     };
     let header = Header {
         cluster_id: 7,
@@ -1042,7 +1043,7 @@ fn an_event_that_is_too_large_is_listed_and_skipped() {
     assert_eq!(
         next,
         Command::Watch(Revision::new(revision + 2)),
-        "the watch starts after the skipped event"
+        "the watch must start after the skipped event"
     );
 }
 
@@ -1055,7 +1056,7 @@ fn a_key_whose_new_value_is_too_large_keeps_its_last_good_value() {
         fastrand::Rng::with_seed(13),
     );
     let Event::Put(kv) = put("a", 2) else {
-        panic!("a put")
+        panic!("the event is not a put")
     };
     let header = Header {
         cluster_id: 7,
@@ -1083,8 +1084,8 @@ fn a_key_whose_new_value_is_too_large_keeps_its_last_good_value() {
             ..kv.clone()
         };
         machine.on_page(Ok(page(&larger)));
-        assert!(machine.take_update().is_empty(), "nothing is deleted");
-        assert_eq!(machine.report.oversized, 1, "the key is counted once");
+        assert!(machine.take_update().is_empty(), "no key must change");
+        assert_eq!(machine.report.oversized, 1, "the key must be counted once");
         machine.on_watch_ended(error(EtcdErrorKind::Compacted), Instant::now());
     }
 }
@@ -1103,7 +1104,7 @@ fn pages_that_time_out_become_smaller() {
         command = machine.on_wake();
     }
     let Command::List(request) = command else {
-        panic!("{command:?}")
+        panic!("a list was expected, not {command:?}")
     };
     assert_eq!(request.limit, PAGE_CAP_MIN);
 }

@@ -14,7 +14,7 @@ impl Player {
         }
     }
 
-    /// Changes the store without sending the events to the watch.
+    /// Changes the store. The watch does not deliver the events.
     fn change_unseen(&mut self, change: impl FnOnce(&mut Store)) {
         assert!(self.is_idle());
         change(&mut self.store);
@@ -57,7 +57,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
 
     #[test]
-    fn events_missing_from_a_watch_are_found(seed in any::<u64>()) {
+    fn events_that_a_watch_loses_are_found(seed in any::<u64>()) {
         let mut player = Player::new(seed);
         player.store.has_lost_event = true;
         for _ in 0..100 {
@@ -92,7 +92,7 @@ proptest! {
 }
 
 #[test]
-fn a_lost_delete_is_found_by_the_next_list_and_the_watch_is_reopened() {
+fn a_lost_delete_is_found_by_the_next_reconciliation_and_the_watch_is_reopened() {
     let mut player = populated(21);
     let gone = some_key(&player);
     player.change_unseen(|store| store.delete(&gone));
@@ -105,13 +105,13 @@ fn a_lost_delete_is_found_by_the_next_list_and_the_watch_is_reopened() {
     assert_eq!(
         report.watches,
         before.watches + 1,
-        "the watch is reopened after a loss"
+        "the watch must be reopened after a loss"
     );
-    assert_eq!(report.reads, 1, "one suspect key is read");
+    assert_eq!(report.reads, 1, "only the suspect key must be read");
 }
 
 #[test]
-fn a_lost_put_is_found_by_the_next_list() {
+fn a_lost_put_is_found_by_the_next_reconciliation() {
     let mut player = populated(22);
     let changed = some_key(&player);
     player.change_unseen(|store| {
@@ -123,12 +123,12 @@ fn a_lost_put_is_found_by_the_next_list() {
     assert_eq!(player.machine.report.repaired, 2);
 }
 
-/// A write with the same revision and another lease belongs to another store. So does a write with another revision and the same lease.
+/// A write with the same revision and another lease is a different write. So is a write with another revision and the same lease.
 #[test]
-fn a_list_is_compared_by_revision_and_by_lease() {
+fn a_reconciliation_compares_revisions_and_leases() {
     for difference in ["lease", "mod revision", "create revision"] {
         let mut player = populated(22);
-        let due = player.machine.due().expect("a list is due");
+        let due = player.machine.due().expect("a reconciliation is due");
         let request = player.machine.on_time(due);
         assert!(matches!(request, Command::Reconcile(_)), "{request:?}");
         all_names(&mut player, due);
@@ -141,7 +141,7 @@ fn a_list_is_compared_by_revision_and_by_lease() {
         }
         let reported = kv.key.clone();
         assert_eq!(player.machine.on_names(Ok(page), due), Command::Receive);
-        let settle_at = player.machine.due().expect("a suspect key");
+        let settle_at = player.machine.due().expect("a key is suspect");
         let mut next = player.machine.on_time(settle_at);
         if next == Command::Receive {
             next = player.machine.on_time(settle_at);
@@ -150,9 +150,10 @@ fn a_list_is_compared_by_revision_and_by_lease() {
     }
 }
 
-/// The watch loses the delete of one key and the put of another, so that the number of keys is right, and then delivers a later change.
+/// The watch loses the delete of one key and the put of another key, and then delivers a later change. The number of known keys is
+/// therefore the same as in the store.
 #[test]
-fn a_lost_replacement_is_found_although_the_number_of_keys_is_right() {
+fn a_lost_replacement_is_found_although_the_number_of_keys_is_the_same() {
     let mut player = populated(31);
     let gone = some_key(&player);
     player.change_unseen(|store| {
@@ -166,7 +167,7 @@ fn a_lost_replacement_is_found_although_the_number_of_keys_is_right() {
 }
 
 #[test]
-fn a_set_without_differences_costs_one_small_request() {
+fn a_reconciliation_without_differences_costs_one_small_request() {
     let mut player = populated(32);
     player.store.put(&key("new"), "10.9.9.9:1");
     player.rest(Duration::from_secs(10));
@@ -175,7 +176,7 @@ fn a_set_without_differences_costs_one_small_request() {
     for _ in 0..64 {
         let due = player.machine.due().expect("a reconciliation is due");
         let Command::Reconcile(request) = player.machine.on_time(due) else {
-            panic!("no reconciliation is due")
+            panic!("a reconciliation must be due")
         };
         player.store.steady = true;
         let page = player.store.list(&request).expect("a page");
@@ -183,16 +184,19 @@ fn a_set_without_differences_costs_one_small_request() {
             complete += 1;
             assert_eq!(page.kvs.len(), known);
         } else {
-            assert!(page.kvs.len() <= 1, "only what was written since the list");
+            assert!(
+                page.kvs.len() <= 1,
+                "only the keys written since the last agreement must be returned"
+            );
         }
         assert_eq!(player.machine.on_names(Ok(page), due), Command::Receive);
     }
-    assert_eq!(complete, 4, "all names are listed every 16th time");
+    assert_eq!(complete, 4, "every 16th reconciliation must list all names");
     assert_eq!(player.machine.report.reads, 0);
 }
 
 #[test]
-fn nothing_is_read_while_the_watch_is_complete() {
+fn no_key_is_repaired_while_the_watch_delivers_every_change() {
     for seed in 23..33 {
         let mut player = populated(seed);
         player.store.steady = true;
@@ -221,20 +225,20 @@ fn nothing_is_read_while_the_watch_is_complete() {
 }
 
 #[test]
-fn a_change_in_flight_is_awaited() {
+fn a_change_that_the_watch_delivers_late_is_awaited() {
     let mut player = populated(24);
     let late = some_key(&player);
     // The store contains the delete, but the watch has not sent it yet.
     player.store.delete(&late);
-    let due = player.machine.due().expect("a list is due");
+    let due = player.machine.due().expect("a reconciliation is due");
     let Command::Reconcile(request) = player.machine.on_time(due) else {
-        panic!("no reconciliation is due")
+        panic!("a reconciliation must be due")
     };
     assert!(request.keys_only);
     all_names(&mut player, due);
     let page = whole(&player.store);
     assert_eq!(player.machine.on_names(Ok(page), due), Command::Receive);
-    let settle_at = player.machine.due().expect("a suspect key");
+    let settle_at = player.machine.due().expect("a key is suspect");
     assert_eq!(settle_at, due + Duration::from_secs(5));
     player.machine.on_message(message(
         player.store.revision,
@@ -255,7 +259,7 @@ fn whole(store: &Store) -> Page {
     }
 }
 
-/// Answers the request for the changes so that all names are requested.
+/// Answers the request for the changes with a wrong number of keys. The machine must then request all names.
 fn all_names(player: &mut Player, due: Instant) {
     let changes = Page {
         header: player.store.header(),
@@ -264,7 +268,7 @@ fn all_names(player: &mut Player, due: Instant) {
     };
     let next = player.machine.on_names(Ok(changes), due);
     let Command::Reconcile(request) = next else {
-        panic!("the names are not compared: {next:?}")
+        panic!("all names must be requested next, not {next:?}")
     };
     assert_eq!(request.written_after, Revision::ZERO);
 }
@@ -275,7 +279,7 @@ fn a_put_older_than_a_read_does_not_restore_the_key() {
     let gone = some_key(&player);
     player.machine.on_refused_connection(&gone, player.now);
     let before = player.store.revision;
-    // The key is written once more and then deleted. The read returns the result before the watch delivers either event.
+    // The key is written once more and then deleted. The read returns this result before the watch delivers either event.
     player.store.put(&gone, "10.9.9.9:3");
     let put = player.store.history.last().expect("a put").clone();
     player.store.delete(&gone);
@@ -303,7 +307,7 @@ fn a_put_older_than_a_read_does_not_restore_the_key() {
 }
 
 #[test]
-fn a_thousand_suspect_keys_are_read_at_a_limited_rate() {
+fn a_thousand_reported_keys_are_read_at_a_limited_rate() {
     let mut machine = Machine::new(
         Range::prefix(PREFIX),
         None,
@@ -342,7 +346,7 @@ fn a_thousand_suspect_keys_are_read_at_a_limited_rate() {
 
 /// When a server crashes, the connections of all clients are refused at once.
 #[test]
-fn reads_of_many_clients_are_spread_over_two_seconds() {
+fn reads_of_many_clients_after_a_crash_are_spread_over_two_seconds() {
     let waits: Vec<_> = (0..100)
         .map(|seed| {
             let mut player = populated(seed);
@@ -360,12 +364,12 @@ fn reads_of_many_clients_are_spread_over_two_seconds() {
         let reads = reads.count();
         assert!(
             (10..=40).contains(&reads),
-            "{reads} of 100 reads after {from:?}"
+            "{reads} of 100 reads are due from {from:?} to {to:?}"
         );
     }
 }
 
-/// No message of the watch is received while a key is read.
+/// No message of the watch is received while a key is read. So there must be a pause between two reads.
 #[test]
 fn the_watch_is_polled_between_two_slow_reads() {
     let mut player = populated(26);
@@ -394,10 +398,10 @@ fn the_watch_is_polled_between_two_slow_reads() {
     }
 }
 
-/// After an outage of etcd, the lists of all clients are overdue. They are spread over one interval, so that no second has more lists than
-/// before the outage.
+/// After an outage of etcd, the reconciliations of all clients are overdue. They are spread over one interval, so that their rate is about
+/// the same as before the outage.
 #[test]
-fn lists_that_were_due_during_an_outage_are_spread_over_an_interval() {
+fn reconciliations_due_during_an_outage_are_spread_over_an_interval() {
     const CLIENTS: u64 = 200;
     let mut waits = Vec::new();
     for seed in 0..CLIENTS {
@@ -408,7 +412,7 @@ fn lists_that_were_due_during_an_outage_are_spread_over_an_interval() {
             .on_watch_ended(error(EtcdErrorKind::Unavailable), player.now);
         player.machine.on_wake();
         player.machine.on_watch_opened(later);
-        let due = player.machine.due().expect("a list is due");
+        let due = player.machine.due().expect("a reconciliation is due");
         waits.push(due.saturating_duration_since(later));
     }
     assert!(waits.iter().all(|wait| *wait <= RECONCILE), "{waits:?}");
@@ -420,13 +424,13 @@ fn lists_that_were_due_during_an_outage_are_spread_over_an_interval() {
         let count = within.count();
         assert!(
             (5..=50).contains(&count),
-            "{count} of {CLIENTS} in tenth {tenth}"
+            "{count} of {CLIENTS} reconciliations are in tenth {tenth} of the interval"
         );
     }
 }
 
 #[test]
-fn a_read_from_another_store_causes_a_list() {
+fn the_response_of_another_store_to_a_read_causes_a_list() {
     for damage in ["revision", "cluster", "mod revision"] {
         let mut player = populated(27);
         let reported = player.machine.newest().expect("a key");
@@ -445,9 +449,9 @@ fn a_read_from_another_store_causes_a_list() {
 }
 
 #[test]
-fn a_failed_list_changes_nothing_and_is_repeated_later() {
+fn a_failed_reconciliation_changes_nothing_and_is_repeated_later() {
     let mut player = populated(28);
-    let due = player.machine.due().expect("a list is due");
+    let due = player.machine.due().expect("a reconciliation is due");
     assert!(matches!(player.machine.on_time(due), Command::Reconcile(_)));
     let failed = Err(error(EtcdErrorKind::Unavailable));
     assert_eq!(player.machine.on_names(failed, due), Command::Receive);

@@ -1,4 +1,4 @@
-//! Compares the behaviour of every state for every input with `table.txt`.
+//! Compares the behaviour of the machine in every state, for every input, with `table.txt`.
 
 use std::fmt::Write;
 
@@ -219,8 +219,8 @@ fn change(update: &[Event]) -> &'static str {
     }
 }
 
-/// Returns the table of the machine's actual behaviour. For each input and state, it contains the command, the next state, and whether a
-/// key was put or deleted.
+/// Returns the table of the machine's actual behaviour. For each input and state, the table contains the command, the next state, and
+/// whether a key was put (`+`) or deleted (`-`).
 fn table() -> String {
     let mut table = String::new();
     for (input, play) in INPUTS {
@@ -243,7 +243,7 @@ fn table() -> String {
 }
 
 #[test]
-fn every_state_handles_every_input_as_in_the_table() {
+fn the_machine_handles_every_input_in_every_state_as_in_the_table() {
     let (is, expected) = (table(), include_str!("table.txt"));
     for (is, expected) in is.lines().zip(expected.lines()) {
         if is != expected {
