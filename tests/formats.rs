@@ -181,7 +181,6 @@ const EQUAL: &[(&str, &str)] = &[
         "https://greeter.example.org/base?x=1",
         "https://greeter.example.org:443/base?x=1",
     ),
-    ("group=a&group=b%26c", "group=a&group=b%26c"),
 ];
 
 #[test]

@@ -38,7 +38,9 @@ const PACKAGES: &[Package] = &[
     Package {
         name: "tonic-etcd",
         sources: concat!(env!("CARGO_MANIFEST_DIR"), "/src"),
-        vocabulary: &["backoff", "error", "format", "instance", "keyspace"],
+        vocabulary: &[
+            "backoff", "error", "format", "instance", "keyspace", "slots",
+        ],
         allowed: &[
             ("etcd", &[]),
             ("resolver", &["etcd"]),

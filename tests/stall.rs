@@ -162,6 +162,11 @@ async fn calls_wait_for_a_lone_frozen_server_and_succeed_after_it_thaws() {
     })
     .await;
     let waiting = tokio::spawn(call(channel.clone(), Duration::from_secs(10)));
+    // Any call before the server continues can only wait.
+    call(channel.clone(), Duration::from_millis(500))
+        .await
+        .expect_err("a frozen server answers no call");
+    assert!(!waiting.is_finished());
     signal(&only, Signal::SIGCONT);
     waiting.await.unwrap().unwrap();
 }

@@ -110,7 +110,7 @@ fn instructions(policy: &str, endpoints: usize) -> String {
         .args([
             "--tool=callgrind",
             "--callgrind-out-file=/dev/null",
-            "--toggle-collect=tonic_etcd::channel::bench::pick*",
+            "--toggle-collect=tonic_balance::channel::bench::pick*",
         ])
         .arg(std::env::current_exe().unwrap())
         .args(["count", policy, &endpoints.to_string(), &picks.to_string()])

@@ -50,11 +50,13 @@ impl ReconcileBatch {
 
 /// Held by the task that collects a batch. If the runtime of that task ends before the batch is sent, the drop empties the batch, and the
 /// owner of each request sends the request alone. Without the drop, the requests of other runtimes would wait forever.
-struct Collection(Etcd);
+struct Collection(Option<Etcd>);
 
 impl Drop for Collection {
     fn drop(&mut self) {
-        drop(self.0.0.reconcile_batch.take());
+        if let Some(etcd) = &self.0 {
+            drop(etcd.0.reconcile_batch.take());
+        }
     }
 }
 
@@ -68,10 +70,12 @@ impl Etcd {
             reply,
         });
         if is_first {
-            let collection = Collection(self.clone());
+            let mut collection = Collection(Some(self.clone()));
             tokio::spawn(async move {
                 tokio::time::sleep(COLLECT).await;
-                let etcd = &collection.0;
+                let Some(etcd) = collection.0.take() else {
+                    return;
+                };
                 let mut batch = etcd.0.reconcile_batch.take();
                 while !batch.is_empty() {
                     let rest = batch.split_off(batch.len().min(OPERATIONS_MAX));

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 use tonic_balance::{Address, AddressPolicy};
@@ -154,20 +155,29 @@ impl Cache {
         if let Some(directory) = self.file.parent() {
             create_private(directory)?;
         }
-        // The name contains the process id, because several processes may share the directory.
-        let beside = self
-            .file
-            .with_extension(format!("{}.tmp", std::process::id()));
+        // The name is unique, because several processes, and several resolvers of one process, may share the directory.
+        let number = STORED.fetch_add(1, Ordering::Relaxed);
+        let extension = format!("{}-{number}.tmp", std::process::id());
+        let beside = self.file.with_extension(extension);
         let mut options = fs::OpenOptions::new();
         options.write(true).create(true).truncate(true);
         #[cfg(unix)]
         std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
         let mut written = options.open(&beside)?;
-        written.write_all(&serde_json::to_vec(&file)?)?;
-        written.sync_all()?;
-        fs::rename(&beside, &self.file)
+        let text = serde_json::to_vec(&file)?;
+        let installed = written
+            .write_all(&text)
+            .and_then(|()| written.sync_all())
+            .and_then(|()| fs::rename(&beside, &self.file));
+        if installed.is_err() {
+            let _ = fs::remove_file(&beside);
+        }
+        installed
     }
 }
+
+/// Number of files that this process has written.
+static STORED: AtomicU64 = AtomicU64::new(0);
 
 /// Creates a directory if it is missing. Only its owner can then read it. An existing directory keeps its permissions.
 fn create_private(directory: &Path) -> io::Result<()> {

@@ -25,8 +25,8 @@ pub(super) struct Instances {
     /// Number of keys with a good value.
     used: usize,
     limit: Limit,
-    /// Whether a value was rejected because of a limit since [`Instances::take_room`] last returned true.
-    is_over_limit: bool,
+    /// The size of the smallest key and value that were rejected because of a limit since [`Instances::take_room`] last returned true.
+    smallest_over_limit: Option<usize>,
 }
 
 /// The state of one key.
@@ -115,7 +115,10 @@ impl Instances {
         };
         let bytes = kv.key.as_bytes().len() + kv.value.len();
         if let Err(error) = self.check_limit(&kv.key, bytes) {
-            self.is_over_limit = true;
+            let smallest = self
+                .smallest_over_limit
+                .map_or(bytes, |least| least.min(bytes));
+            self.smallest_over_limit = Some(smallest);
             return self.reject(kv, error, applied);
         }
         let id = String::from_utf8_lossy(range.suffix(&kv.key)).into_owned();
@@ -151,7 +154,7 @@ impl Instances {
     /// however often a list contains it.
     fn reject(&mut self, kv: KeyValue, error: FormatError, applied: &mut Applied) {
         let is_known = self.keys.contains_key(&kv.key);
-        if !is_known && self.keys.len() >= self.limit.keys + REJECTED {
+        if !is_known && self.keys.len() >= self.limit.keys.saturating_add(REJECTED) {
             // The write is counted, and is counted again with each list. `Instances::rejected` does not return it.
             applied.rejected += 1;
             applied
@@ -195,12 +198,21 @@ impl Instances {
     }
 
     /// Returns whether values that were rejected because of a limit may now be accepted. The prefixes must then be listed again, because
-    /// these values were not kept. Returns true only while a tenth of each limit is free. Otherwise, a set that stays at a limit would
-    /// cause a list for each removed key.
+    /// these values were not kept. Returns true only while a tenth of each limit is free, and the smallest of these values fits.
+    /// Otherwise, a set that stays at a limit would cause a list for each removed key.
     pub(super) fn take_room(&mut self) -> bool {
         let Limit { keys, bytes } = self.limit;
-        let has_room = self.used <= keys - keys.div_ceil(10) && self.bytes <= bytes - bytes / 10;
-        has_room && std::mem::take(&mut self.is_over_limit)
+        let Some(smallest) = self.smallest_over_limit else {
+            return false;
+        };
+        let has_room = self.used < keys
+            && self.used <= keys - keys / 10
+            && self.bytes.saturating_add(smallest) <= bytes
+            && self.bytes <= bytes - bytes / 10;
+        if has_room {
+            self.smallest_over_limit = None;
+        }
+        has_room
     }
 
     /// Returns the keys whose latest value is not used, with the revision of the write and the reason.
@@ -342,6 +354,12 @@ mod tests {
         apply(&mut set, [delete(&key(1), 12)]);
         assert!(set.take_room());
         assert!(!set.take_room(), "free room must be reported only once");
+        // A value that can never fit must not cause lists.
+        let large = "x".repeat(10_000);
+        let large = format!("{{\"Addr\":\"10.0.0.2:80\",\"Metadata\":\"{large}\"}}");
+        let applied = apply(&mut set, [put(&key(20), &large, 20, 20, 1)]);
+        assert_eq!(applied.rejected, 1);
+        assert!(!set.take_room());
     }
 
     #[test]

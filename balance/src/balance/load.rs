@@ -104,7 +104,7 @@ impl Load {
 
     /// Returns the seconds since the last sample. The result wraps around with [`Ticks`], after about three days.
     pub(crate) fn since_last_sample(&self, now: Ticks) -> f32 {
-        now.long_since(Estimate::unpack(self.estimate.load(Ordering::Relaxed)).updated)
+        now.since(Estimate::unpack(self.estimate.load(Ordering::Relaxed)).updated)
     }
 
     /// Records a call that was dropped, or overran its deadline, before the head of its response was received. The call would have taken at
@@ -303,9 +303,11 @@ impl Ticks {
         Self(millis as u32 & TICK_MASK)
     }
 
-    /// Returns the seconds since a time that may be days ago. Unlike in [`since`](Self::since), a long difference does not count as a
-    /// backward step of the clock. Only a backward step of less than a second is recognised. It counts as zero.
-    fn long_since(self, earlier: Self) -> f32 {
+    /// Returns the seconds since an earlier time, which may be days ago.
+    ///
+    /// Two callers may read the clock in one order and update the estimate in the opposite order. A difference of less than a second in the
+    /// wrong direction therefore counts as zero, and not as three days.
+    fn since(self, earlier: Self) -> f32 {
         let millis = self.0.wrapping_sub(earlier.0) & TICK_MASK;
         if TICK_MASK - millis < 1_000 {
             return 0.0;
@@ -316,22 +318,6 @@ impl Ticks {
         )]
         let seconds = millis as f32 / 1e3;
         seconds
-    }
-
-    /// Returns the seconds since an earlier time. A difference of more than [`BACKWARDS`] counts as zero.
-    fn since(self, earlier: Self) -> f32 {
-        #[expect(
-            clippy::cast_precision_loss,
-            reason = "an error of milliseconds does not count after hours"
-        )]
-        let millis = (self.0.wrapping_sub(earlier.0) & TICK_MASK) as f32;
-        // Two callers may read the clock in one order and update the estimate in the opposite order. The negative difference then counts as
-        // zero, not as three days.
-        if millis > BACKWARDS {
-            0.0
-        } else {
-            millis / 1e3
-        }
     }
 }
 
@@ -360,8 +346,6 @@ const TIME_CONSTANT: f32 = 3.0;
 const WARM: u8 = 15;
 const SAMPLE_BITS: u32 = 4;
 const TICK_MASK: u32 = u32::MAX >> SAMPLE_BITS;
-/// Limit on the difference of two times, in milliseconds. It is about 28 hours. A larger difference counts as a backward step of the clock.
-const BACKWARDS: f32 = 1e8;
 /// Minimum latency that a failed call counts as, in microseconds.
 const MIN_FAILURE_LATENCY: f32 = 100_000.0;
 /// A failed call counts as at least this many times the median of all endpoints.
@@ -505,6 +489,22 @@ mod tests {
             near(Ticks(2).since(Ticks(TICK_MASK)), 0.003),
             "the difference across the wrap should be 3 ms"
         );
+    }
+
+    #[test]
+    fn an_estimate_stays_decayed_after_days_without_calls() {
+        let load = warmed(ms(50), Ticks(0));
+        for hours in [1, 20, 30, 50, 70] {
+            let estimate = load.estimate().expect("samples");
+            let decayed = estimate.decayed(1_000.0, Ticks(hours * 3_600_000));
+            assert!(near(decayed, 1_000.0), "{decayed} us after {hours} h");
+            let next = estimate.with(2_000.0, Ticks(hours * 3_600_000));
+            assert!(
+                near(next.mean(), 2_000.0),
+                "{} us after {hours} h",
+                next.mean()
+            );
+        }
     }
 
     #[test]

@@ -445,17 +445,17 @@ fn leases_that_are_granted_together_are_renewed_over_a_third_of_the_ttl() {
 fn renewals_without_a_response_are_repeated_and_the_lease_is_kept() {
     let mut player = Player::registered(3);
     let start = player.now;
-    let mut last = None;
+    let (mut last, mut attempts) = (None, 0);
     while player.now.saturating_duration_since(start) < TTL * 20 {
         if let Command::Renew { .. } = player.step(Fate::Lost) {
+            attempts += 1;
             if let Some(last) = last.replace(player.now) {
                 let gap = player.now.saturating_duration_since(last);
                 assert!(gap <= TTL / 4 + TTL / 6, "{gap:?} between two attempts");
-            } else {
-                // The first attempt is due after a third of the TTL.
             }
         }
     }
+    assert!(attempts >= 40, "only {attempts} attempts in twenty TTLs");
     assert_eq!(
         player.machine.phase(player.now),
         Phase::Registering,
@@ -798,7 +798,11 @@ fn a_long_ttl_does_not_make_long_waits() {
         ..lease
     });
     let time = Duration::from_secs(120);
-    let (_, longest) = failing_renewals(&mut player, EtcdErrorKind::DeadlineExceeded, time);
+    let (attempts, longest) = failing_renewals(&mut player, EtcdErrorKind::DeadlineExceeded, time);
+    assert!(
+        f64::from(attempts) >= time.div_duration_f64(RETRY_MAX).floor(),
+        "only {attempts} attempts in {time:?}"
+    );
     assert!(longest <= RETRY_MAX, "{longest:?}");
 }
 
