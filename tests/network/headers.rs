@@ -80,4 +80,5 @@ async fn a_connection_survives_calls_with_several_connection_headers() {
     }
     assert_eq!(peer.connections(), 1, "all calls must use one connection");
     assert_eq!(peer.executed(), 10);
+    assert_eq!(peer.kept(), 10, "other headers must be sent");
 }

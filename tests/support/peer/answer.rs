@@ -76,6 +76,9 @@ pub(super) async fn run(
     }
     Counts::add(&shared.counts.executed);
     let (head, body) = request.into_parts();
+    if head.headers.contains_key("x-kept") {
+        Counts::add(&shared.counts.kept);
+    }
     match manner.answer {
         Answer::Http {
             status,

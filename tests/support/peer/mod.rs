@@ -128,6 +128,7 @@ pub struct Counts {
     open: AtomicUsize,
     requests: AtomicUsize,
     executed: AtomicUsize,
+    kept: AtomicUsize,
     pings: AtomicUsize,
     /// Lifetimes of the connections that were ended because of too many PINGs.
     scolded: Mutex<Vec<Duration>>,
@@ -259,6 +260,11 @@ impl Peer {
     /// Returns the number of calls that a handler has begun.
     pub fn executed(&self) -> usize {
         self.shared.counts.executed.load(Ordering::SeqCst)
+    }
+
+    /// Returns the number of executed calls with the header `x-kept`.
+    pub fn kept(&self) -> usize {
+        self.shared.counts.kept.load(Ordering::SeqCst)
     }
 
     /// Returns the number of received PINGs, without acknowledgements.

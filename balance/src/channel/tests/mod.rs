@@ -595,7 +595,16 @@ async fn a_last_resort_serves_only_while_nothing_else_is_ready_and_is_never_dial
 
 #[tokio::test]
 async fn a_new_registration_ends_the_backoff() {
-    let (changes, channel) = fed();
+    let (changes, stream) = mpsc::unbounded_channel();
+    let dials = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&dials);
+    let channel = BalancedChannel::builder()
+        .connector(move |address: Address| {
+            counted.fetch_add(1, Ordering::SeqCst);
+            async move { TcpStream::connect(address.as_str()).await }
+        })
+        .discover(UnboundedReceiverStream::new(stream))
+        .connect_lazy();
     let address = refusing();
     // After each failure the endpoint waits for a backoff of about 1 s. This is longer than the 500 ms in which the test expects the last
     // dial.
@@ -607,15 +616,20 @@ async fn a_new_registration_ends_the_backoff() {
                 .any(|status| status.state == EndpointState::TransientFailure)
         })
         .await;
+        let before = dials.load(Ordering::SeqCst);
         insert(
             &changes,
             &address,
             Attributes::new().with_generation(generation),
         );
-        until("the endpoint is dialled at once", || {
-            channel.endpoints()[0].state == EndpointState::TransientFailure
-        })
-        .await;
+        let dialled = until("the endpoint is dialled", || {
+            dials.load(Ordering::SeqCst) > before
+        });
+        let ((), took) = timed(dialled).await;
+        assert!(
+            took < Duration::from_millis(500),
+            "the dial waited for the backoff: {took:?}"
+        );
     }
     let port = address
         .rsplit(':')
