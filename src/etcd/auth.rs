@@ -57,7 +57,8 @@ impl Auth {
     pub(super) fn detached(&self) -> Self {
         let auth = Self::new(self.0.credentials.clone());
         auth.0.token.set(self.0.token.get());
-        auth.set_issuer(self.new_issuer());
+        let issued = self.issued().clone();
+        *auth.issued() = issued;
         auth
     }
 
@@ -81,7 +82,7 @@ impl Auth {
     /// Returns the member that issued the token, if the token is less than a second old. The issuer accepts the token at once. Other
     /// members accept it a moment later, after the raft log was replicated to them.
     pub(super) fn new_issuer(&self) -> Option<Address> {
-        let issued = self.0.issued.lock().unwrap_or_else(PoisonError::into_inner);
+        let issued = self.issued();
         let (at, member) = issued.as_ref()?;
         (Instant::now().saturating_duration_since(*at) < NEW_TOKEN_TIME).then(|| member.clone())
     }
@@ -115,14 +116,17 @@ impl Auth {
     /// Returns whether the token is too new to have expired under etcd's default settings. If etcd forbids a request with such a token, a
     /// new token does not help. Without this check, each attempt of each client that lacks a permission would cost etcd a password hash.
     pub(super) fn cannot_be_expired(&self) -> bool {
-        let issued = self.0.issued.lock().unwrap_or_else(PoisonError::into_inner);
+        let issued = self.issued();
         let at = issued.as_ref().map(|(at, _)| *at);
         at.is_some_and(|at| Instant::now().saturating_duration_since(at) < DEFAULT_TOKEN_TTL)
     }
 
+    fn issued(&self) -> MutexGuard<'_, Option<(Instant, Address)>> {
+        self.0.issued.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn set_issuer(&self, member: Option<Address>) {
-        let mut issued = self.0.issued.lock().unwrap_or_else(PoisonError::into_inner);
-        *issued = member.map(|member| (Instant::now(), member));
+        *self.issued() = member.map(|member| (Instant::now(), member));
     }
 
     /// Returns how the caller replaces the token that etcd rejected. `refused` is the token of the rejected request, or `None` if the
@@ -131,6 +135,8 @@ impl Auth {
         let Some(credentials) = &self.0.credentials else {
             return Replacement::Done(Ok(false));
         };
+        // The lock is taken before the token is read. Otherwise, an exchange could end in between, and the caller would begin another one.
+        let mut refreshing = self.refreshing();
         let current = self.0.token.get();
         let same = match (&current, refused) {
             (Some(current), Some(refused)) => Arc::ptr_eq(current, refused),
@@ -140,7 +146,6 @@ impl Auth {
         if !same {
             return Replacement::Done(Ok(true));
         }
-        let mut refreshing = self.refreshing();
         if let Some(error) = refreshing.cached_error(now) {
             return Replacement::Done(Err(error));
         }
@@ -170,15 +175,17 @@ impl Auth {
         member: Option<Address>,
         elapsed: Duration,
     ) -> Result<bool, EtcdError> {
+        let answer = answer.and_then(|token| {
+            HeaderValue::from_str(&token).map_err(|source| {
+                let kind = EtcdErrorKind::Unavailable;
+                let member = member.as_ref().map_or("(no member)", Address::as_str);
+                EtcdError::new(kind, "authenticate", member, source)
+            })
+        });
         self.refreshing()
             .on_answer(answer.as_ref().err(), elapsed, Instant::now());
         match answer {
-            Ok(token) => {
-                let mut header = HeaderValue::from_str(&token).map_err(|source| {
-                    let kind = EtcdErrorKind::Unavailable;
-                    let member = member.as_ref().map_or("(no member)", Address::as_str);
-                    EtcdError::new(kind, "authenticate", member, source)
-                })?;
+            Ok(mut header) => {
                 // Keeps the token out of debug output and out of HPACK's table.
                 header.set_sensitive(true);
                 self.set_issuer(member);
@@ -192,6 +199,7 @@ impl Auth {
                 );
                 let had_token = self.0.token.get().is_some();
                 self.0.token.set(None);
+                self.set_issuer(None);
                 Ok(had_token)
             }
             Err(error) => Err(error),

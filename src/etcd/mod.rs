@@ -16,6 +16,7 @@ mod lease;
 mod limits;
 mod member_health;
 mod members;
+mod reconcile;
 mod reconcile_batch;
 mod request_channel;
 mod retry;

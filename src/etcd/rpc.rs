@@ -1,6 +1,7 @@
 //! Two calls that `etcd-client` does not offer in the required form: a single keep-alive that exposes the raft term of the response, and
 //! the exchange of credentials for a token. The messages are those of etcd, with only the fields that are used here.
 
+use std::fmt;
 use std::time::Duration;
 
 use http::uri::PathAndQuery;
@@ -26,6 +27,7 @@ struct ResponseHeader {
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
+#[prost(skip_debug)]
 struct AuthenticateRequest {
     #[prost(string, tag = "1")]
     name: String,
@@ -33,10 +35,29 @@ struct AuthenticateRequest {
     password: String,
 }
 
+/// Does not print the password.
+impl fmt::Debug for AuthenticateRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = &self.name;
+        f.debug_struct("AuthenticateRequest")
+            .field("name", name)
+            .finish_non_exhaustive()
+    }
+}
+
 #[derive(Clone, PartialEq, prost::Message)]
+#[prost(skip_debug)]
 struct AuthenticateResponse {
     #[prost(string, tag = "2")]
     token: String,
+}
+
+/// Does not print the token.
+impl fmt::Debug for AuthenticateResponse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AuthenticateResponse")
+            .finish_non_exhaustive()
+    }
 }
 
 #[derive(Clone, PartialEq, prost::Message)]

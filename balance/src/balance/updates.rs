@@ -83,6 +83,8 @@ impl<S: Stream> Updates<S> {
                 }
             }
         }
+        // If the stream has no further change, the next poll returns an empty batch, after which the set is known.
+        self.settling |= self.known.is_none();
         Poll::Ready(Batch {
             changes,
             known: false,
@@ -128,6 +130,23 @@ mod tests {
         assert_eq!((batch.changes, batch.known), (vec![1, 2], true));
         drop(next);
         drop(sender);
+        let batch = assert_ready!(task::spawn(feed.next()).poll());
+        assert!(batch.known && batch.changes.is_empty());
+        assert_pending!(task::spawn(feed.next()).poll());
+    }
+
+    #[test]
+    fn a_set_that_fills_whole_batches_is_known() {
+        let (sender, changes) = tokio::sync::mpsc::unbounded_channel();
+        let changes = tokio_stream::wrappers::UnboundedReceiverStream::new(changes);
+        let mut feed = Updates::new(changes);
+        for change in 0..2 * BATCH {
+            sender.send(change).expect("open");
+        }
+        for _ in 0..2 {
+            let batch = assert_ready!(task::spawn(feed.next()).poll());
+            assert_eq!((batch.changes.len(), batch.known), (BATCH, false));
+        }
         let batch = assert_ready!(task::spawn(feed.next()).poll());
         assert!(batch.known && batch.changes.is_empty());
         assert_pending!(task::spawn(feed.next()).poll());

@@ -601,7 +601,7 @@ async fn a_new_registration_ends_the_backoff() {
     let channel = BalancedChannel::builder()
         .connector(move |address: Address| {
             counted.fetch_add(1, Ordering::SeqCst);
-            async move { TcpStream::connect(address.as_str()).await }
+            async move { tokio::net::TcpStream::connect(address.as_str()).await }
         })
         .discover(UnboundedReceiverStream::new(stream))
         .connect_lazy();
