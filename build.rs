@@ -1,11 +1,11 @@
-//! Generates the code for the gRPC services of the examples and tests. For a crate that depends on the
-//! library, the feature `helloworld` is off, and this script does nothing.
+//! Generates the code for the gRPC services of the examples and tests. If this package is built as a dependency, the feature `helloworld`
+//! is off, and nothing is generated.
 
 #[cfg(feature = "helloworld")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     for proto in [
         "proto/helloworld.proto",
-        // This file is missing in the published package, which has no tests.
+        // The published package has no tests and does not contain this file.
         "tests/interop_peers/proto/interop.proto",
     ] {
         if std::path::Path::new(proto).exists() {

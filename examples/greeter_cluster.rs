@@ -1,13 +1,15 @@
-//! A complete cluster on this machine: an etcd (started here, or the cluster at `ETCD_ENDPOINTS`), three servers, and a client that sends
-//! calls at a steady pace. Then a fourth server joins, the first server shuts down, and another server is killed and restarted.
+//! A complete cluster on this machine: an etcd (started here, or the cluster at `ETCD_ENDPOINTS`),
+//! three servers, and a client that sends calls at a steady pace. Then a fourth server joins, the
+//! first server shuts down, and another server is killed and restarted.
 //!
 //! ```sh
 //! cargo run --example greeter_cluster
 //! ```
 //!
 //! The program ends after about twenty seconds. It fails if the client does not call the new
-//! server, if the client calls the server that has shut down, or if a call fails. Only calls in
-//! flight on the killed server may fail: at most one for each of the 8 callers.
+//! server, or if the client calls the server that has shut down. It also fails if a call fails,
+//! except for the calls that fail around the time of the kill. At most 8 calls may fail at that
+//! time, because each of the 8 callers has at most one call in flight.
 #![allow(clippy::print_stdout, reason = "the example prints its results")]
 
 mod greeter;
@@ -42,7 +44,8 @@ async fn main() -> Result<(), Error> {
     {
         return serve_greeter(name, endpoints).await;
     }
-    // The demonstration takes about twenty seconds. If it takes more than a minute, the program fails.
+    // The demonstration takes about twenty seconds. If it takes more than a minute, the program
+    // fails.
     timeout(Duration::from_secs(60), show()).await?
 }
 
@@ -132,7 +135,7 @@ async fn show() -> Result<(), Error> {
         println!("the last failure: {}", tally.last_failure);
     }
     println!(
-        "{} calls were in flight on beta when it was killed; they failed, but the next line does not count them as failed",
+        "{} calls failed when beta was killed; the next line does not count them as failed",
         tally.caught
     );
     println!(
@@ -168,9 +171,9 @@ async fn kill_and_restart(
 #[derive(Default)]
 struct Tally {
     served: BTreeMap<String, u64>,
-    /// Number of calls that failed for any other reason than the kill.
+    /// Number of calls that failed outside the [`Kill`] period.
     failed: u64,
-    /// Number of calls that failed because their server was killed.
+    /// Number of calls that failed in the [`Kill`] period.
     caught: u64,
     kill: Option<Kill>,
     last_failure: String,
@@ -190,7 +193,7 @@ impl Tally {
     }
 }
 
-/// The period in which calls may fail because beta was killed. It begins just before the signal,
+/// The period in which calls may fail because beta was killed. It begins just before the SIGKILL,
 /// and ends 250 ms after the exit of the process. By then, the client has detected the closed
 /// connections.
 struct Kill {
@@ -266,7 +269,7 @@ async fn watch(title: &str, tally: &Mutex<Tally>, resolver: &Resolver, time: Dur
         sleep(Duration::from_millis(100)).await;
         if live {
             print!("\r\x1b[K{}", show());
-            // A failed write to the terminal does not fail the program.
+            // A failed flush of the terminal does not fail the program.
             let _ = std::io::stdout().flush();
         }
     }
@@ -323,8 +326,8 @@ impl ServerProcess {
             tally.kill = Some(Kill { from, until: None });
         }
         self.child.kill().await?;
-        // The kernel has now closed the sockets of the process. Until the client has detected this, it may still send a call on one of
-        // them.
+        // The kernel has now closed the sockets of the process. Until the client has detected this,
+        // it may still send a call on a closed connection.
         let until = Some(Instant::now() + Duration::from_millis(250));
         if let Ok(mut tally) = tally.lock() {
             tally.kill = Some(Kill { from, until });

@@ -1,4 +1,5 @@
-//! A gRPC server that is registered in etcd. Several servers can run at once, because each of them binds a free port:
+//! A gRPC server that is registered in etcd. Several servers can run at once, because each of them
+//! binds a free port:
 //!
 //! ```sh
 //! cargo run --example greeter_server

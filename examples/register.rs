@@ -1,4 +1,5 @@
-//! Registers any address under any key, prints each renewal of the lease, and deletes the key on Ctrl-C or SIGTERM:
+//! Registers any address under any key, prints each renewal of the lease, and deletes the key on
+//! Ctrl-C or SIGTERM:
 //!
 //! ```sh
 //! cargo run --example register -- /web/node1 localhost:8000
@@ -72,7 +73,8 @@ fn describe(state: &RegistrationState) -> String {
     }
 }
 
-/// Installs handlers for Ctrl-C and SIGTERM. The returned future completes on the first of these signals.
+/// Installs handlers for Ctrl-C and SIGTERM. The returned future completes on the first of these
+/// signals.
 #[cfg(unix)]
 fn stop_signal() -> std::io::Result<impl Future<Output = ()>> {
     use tokio::signal::unix::{SignalKind, signal};

@@ -73,7 +73,7 @@ mod tests {
         let mut waits: Vec<_> = (0..100).map(|_| jittered(step, &mut rng)).collect();
         waits.sort();
         waits.dedup();
-        assert!(waits.len() > 90, "{} of 100 differ", waits.len());
+        assert!(waits.len() > 90, "only {} of 100 differ", waits.len());
         assert!(waits[0] < step * 2 / 3 && waits[waits.len() - 1] > step * 5 / 6);
     }
 

@@ -1,8 +1,8 @@
 //! The errors of all public operations, and the kinds of etcd errors.
 //!
-//! The text of each error is complete: it is one line with what failed, where, all causes, and what to do. The causes are in the fields of
-//! the errors. `Error::source` returns `None`, because reporters that print the chain of sources, such as anyhow's, would otherwise print
-//! the causes twice.
+//! The text of each error is one line: what failed, where, and all causes. If a fix is known, the text also says what to do. The causes are
+//! also in the fields of the errors. `Error::source` returns `None`, because reporters that print the chain of sources, such as anyhow's,
+//! would otherwise print the causes twice.
 
 use std::fmt;
 use std::io;
@@ -143,8 +143,8 @@ impl PartialEq for EtcdError {
 
 impl Eq for EtcdError {}
 
-/// The kind of an [`EtcdError`]. The kind of an error from etcd is derived from the error's text. The gRPC code is not sufficient, because
-/// different errors have the same code: four of these kinds have `OutOfRange`.
+/// The kind of an [`EtcdError`]. The kind of an error from etcd is derived from its text. The gRPC code counts only if the text is unknown,
+/// because different errors have the same code: four of these kinds have `OutOfRange`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum EtcdErrorKind {
@@ -499,7 +499,7 @@ mod tests {
         assert_eq!(error.to_string(), line);
         assert_eq!(causes(&error), line);
         assert!(std::error::Error::source(&error).is_none());
-        let status = error.status().expect("a status");
+        let status = error.status().expect("the gRPC status");
         assert_eq!(status.message(), "greeter: no route");
         let refused = RegistryError::Refused {
             endpoints: vec!["10.0.0.1:2379".to_owned()],

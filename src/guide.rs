@@ -1,4 +1,4 @@
-//! Guides: the behaviour in failures, the errors, and a comparison with the libraries for Go.
+//! Guides: the behaviour during failures, the errors, and a comparison with the libraries for Go.
 
 pub mod behaviour {
     #![doc = include_str!("../docs/behaviour.md")]

@@ -194,7 +194,7 @@ impl Instance {
         self.data.advertisement.tls
     }
 
-    /// Returns whether the last value of the instance announces that the server is being deregistered or paused.
+    /// Returns whether the registry value announces that the server is being deregistered or paused.
     #[must_use]
     pub fn is_leaving(&self) -> bool {
         self.data.advertisement.leaving
@@ -207,6 +207,8 @@ impl Instance {
     }
 
     /// Returns the instance id: the part of the key after the service's prefix. Returns `None` for an instance that was not read from etcd.
+    /// The only exception is the instance that [`InstanceFormat::key`](crate::format::InstanceFormat::key) receives for a registration with
+    /// a configured instance id.
     #[must_use]
     pub fn id(&self) -> Option<&str> {
         self.data.id.as_deref()
@@ -285,7 +287,8 @@ impl Advertisement {
             .unwrap_or_default()
     }
 
-    /// Returns the name of the first attribute that differs between the two advertisements, if any.
+    /// Returns a description of the first attribute that differs between the two advertisements, if any. For the weight, it contains the
+    /// value.
     pub(crate) fn difference(&self, other: &Self) -> Option<String> {
         let first = |name: &str| Some(name.to_owned());
         if self.address != other.address {

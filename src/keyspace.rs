@@ -1,5 +1,5 @@
-//! The etcd data types that the resolver, the registration and the etcd client share: keys, ranges, revisions, leases, events. Nothing in
-//! this module does I/O.
+//! The etcd data types that the resolver, the registration and the etcd client share: keys, ranges, revisions, leases, events. This module
+//! does no I/O.
 
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -195,7 +195,7 @@ pub(crate) struct KeyValue {
 }
 
 impl KeyValue {
-    /// Returns the version: it identifies the write that created this value.
+    /// Returns the version, which identifies the write that created this value.
     pub(crate) fn version(&self) -> KeyVersion {
         let mut hasher = DefaultHasher::new();
         self.value.hash(&mut hasher);
@@ -217,9 +217,9 @@ impl KeyValue {
     }
 }
 
-/// Identifies one write of a key. Revisions alone are ambiguous: a store that was wiped and filled again can repeat every revision. Lease
-/// ids are not repeated, so the lease is compared as well. Writes of keys without a lease are distinguished by the create revision and the
-/// digest of the value. Two writes with equal fields are equivalent.
+/// Identifies one write of a key. All fields are compared, because revisions alone are ambiguous: a store that was wiped and filled again
+/// can repeat every revision. Lease ids are not repeated, so the lease shows whether a key was written anew. For a key without a lease, the
+/// digest of the value serves this purpose. Two writes with equal fields are equivalent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct KeyVersion {
     pub(crate) key: Key,
@@ -320,7 +320,7 @@ pub(crate) struct WatchMessage {
     /// of the events, so a watch must not resume from the revision of the header.
     pub(crate) header: Header,
     pub(crate) events: Vec<Event>,
-    /// Whether the next message has further events of the last event's revision.
+    /// Whether the next message may have further events of the same revision as the last event.
     pub(crate) fragment: bool,
     pub(crate) created: bool,
     pub(crate) canceled: bool,
@@ -329,7 +329,7 @@ pub(crate) struct WatchMessage {
     pub(crate) cancel_reason: String,
 }
 
-/// The prefix of the keys of all services. If the registry has no prefix, the default prefix of the written format applies.
+/// The prefix of the keys of all services. If none is configured, each [`Format`](crate::Format) uses its own default prefix.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Keyspace {
     prefix: Option<String>,

@@ -71,7 +71,7 @@
 //!
 //! # Features
 //!
-//! No feature is enabled by default. Everything above then works, but only over plaintext connections.
+//! No feature is enabled by default. Without features, everything above works, but only over plaintext connections.
 //!
 //! - `tls`: TLS to etcd and to servers, with rustls;
 //! - `health`: the gRPC health service of a registered server, `RegistrationBuilder::health`;

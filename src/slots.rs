@@ -1,13 +1,13 @@
-//! Common times for the periodic requests of one process.
+//! The times at which the services of one registry send their periodic requests.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The slots of one registry: times at a fixed distance, the width. All services of the registry share them, so that their periodic
-/// requests are due together and can be sent as one.
+/// The slots of one registry: equally spaced times. The distance between two slots, the width, is an argument of [`align`](Self::align).
+/// All services of the registry share the slots, so that their periodic requests are due together and can be sent as one.
 ///
-/// The slots of each registry start with a random phase. Without it, processes that started together would send their requests together.
+/// The first slot has a random offset. Without it, processes that started together would send their requests together.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Slots {
     start: Instant,
@@ -21,7 +21,7 @@ impl Slots {
         Self { start, phase }
     }
 
-    /// Returns the time of the last slot that is not after `at`, or of the first slot that is not before `earliest`, whichever is later.
+    /// Returns the later of two times: the last slot that is not after `at`, and the first slot that is not before `earliest`.
     pub(crate) fn align(&self, at: Instant, earliest: Instant, width: Duration) -> Instant {
         let first = self.start + width.mul_f64(self.phase);
         let at = at.max(earliest);
@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_within_one_slot_become_the_same_time_and_stay_within_their_bounds() {
+    fn an_aligned_time_is_a_slot_within_the_bounds() {
         let mut rng = fastrand::Rng::with_seed(1);
         let (start, width) = (Instant::now(), Duration::from_secs(15));
         for _ in 0..1_000 {
@@ -54,7 +54,7 @@ mod tests {
             assert_eq!(since.as_nanos() % width.as_nanos(), 0);
             assert!(
                 aligned <= at || at - earliest < width,
-                "moved up although a slot is in the range"
+                "the slot is after `at`, but an earlier slot was in the range"
             );
         }
     }

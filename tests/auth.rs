@@ -21,10 +21,10 @@ use tonic_etcd::{
 
 const TTL: Duration = Duration::from_secs(5);
 
-/// A server and a client, each with the minimal rights in etcd.
+/// A registration and a resolver. Each of them connects to etcd through a proxy of its own, as a user with the minimal rights.
 struct Pair<'a> {
     etcd: &'a Etcd,
-    /// The proxy between the server and etcd, and the proxy between the client and etcd.
+    /// The proxy of the registration, and the proxy of the resolver.
     ways: [Proxy; 2],
     registration: Registration,
     resolver: Resolver,
@@ -58,15 +58,15 @@ impl<'a> Pair<'a> {
         }
     }
 
-    /// Returns the operator's client with a fresh token.
+    /// Returns a new client of the user `root`, which therefore has a new token.
     async fn root(&self) -> etcd_client::Client {
         root(self.etcd).await
     }
 
-    /// Asserts that renewals, writes and events continue. `what` is the text of the failure.
+    /// Asserts that renewals, writes and events continue. `what` describes this expectation, and is printed if it is not met.
     async fn is_well(&mut self, what: &str) {
         let mut states = self.registration.watch_state();
-        // The first change is the current state.
+        // The first `changed` returns at once, for the current state.
         for _ in 0..3 {
             tokio::time::timeout(TTL * 2, states.changed())
                 .await
@@ -103,8 +103,8 @@ async fn heals(etcd: Etcd) {
     let lease = list(&pair.root().await, &key).await[0].2;
     pair.is_well("renewals, writes and events continue while tokens expire")
         .await;
-    // If etcd rejects the token of a call, the call renews the token. Watches are tested separately, because etcd may reject a new watch
-    // with a message on the watch stream.
+    // A call whose token is rejected renews the token. Watches are tested separately, because etcd may reject a new watch with a message on
+    // the stream, and not with the status of the call.
     let watches = pair.resolver.status().watches;
     for way in &pair.ways {
         way.reset();
@@ -137,7 +137,7 @@ async fn heals(etcd: Etcd) {
         "the lease must not change"
     );
 
-    // The test changes the password back only after the state of the registration has reported the rejection.
+    // The password is changed. The test changes it back only after the state of the registration has reported the rejection.
     pair.root()
         .await
         .user_change_password("writer", "another")
@@ -167,7 +167,7 @@ async fn heals(etcd: Etcd) {
         .user_change_password("writer", "writer-password")
         .await
         .unwrap();
-    eventually("registered again", async || {
+    eventually("the server is registered again", async || {
         pair.registration.state().is_registered()
     })
     .await;
@@ -194,10 +194,11 @@ async fn rejected_signed_tokens_are_renewed() {
     Box::pin(heals(etcd)).await;
 }
 
-/// One member issues a token, and the other members know it only a moment later. Requests in this moment must not fail.
+/// One member issues a token, and the other members know the token only a moment later. Requests to these members must not fail in the
+/// meantime.
 #[tokio::test]
 async fn requests_with_a_new_token_succeed_at_every_member() {
-    // The long timeouts prevent an election during the test. An election would make the operator's writes fail.
+    // The long timeouts prevent an election during the test. During an election, the writes of `protect` would fail.
     let etcd = Etcd::builder().members(3).arg("--heartbeat-interval=500");
     let etcd = etcd.arg("--election-timeout=5000");
     let etcd = etcd.start().await.unwrap();

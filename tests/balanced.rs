@@ -103,7 +103,7 @@ async fn calls_continue_while_etcd_is_down() {
     let channel = registry.channel("greeter").connect().await.unwrap();
     let callers = Callers::start(&channel, 8);
     etcd.kill(0).await.unwrap();
-    // Twice the TTL. Nothing is expected to happen in this time.
+    // The instances must stay for longer than their TTL.
     tokio::time::sleep(ttl * 2).await;
     assert_eq!(resolver.instances().len(), 3);
     etcd.restart(0).await.unwrap();
@@ -143,7 +143,7 @@ async fn without_a_server_the_error_states_the_cause() {
         registry.channel("greeter").connect().await.is_err(),
         "`connect` must fail too"
     );
-    // While all endpoints are down, the error contains the last cause.
+    // While every endpoint is down, the error names an endpoint and the cause of its failure.
     let dead = registry
         .registration("greeter")
         .address("127.0.0.1:1")
@@ -170,7 +170,7 @@ async fn without_a_server_the_error_states_the_cause() {
 }
 
 #[tokio::test]
-async fn a_server_and_a_channel_each_start_in_one_line() {
+async fn a_channel_for_an_etcd_target_follows_the_registered_server() {
     let etcd = etcd().await;
     let registry: Registry = registry(&etcd).await;
     let counter = Counting::default();

@@ -1,4 +1,5 @@
-//! Errors of `connect` when etcd is unreachable, or when another kind of server answers.
+//! `Registry::connect`: its errors, for example when etcd is unreachable or when another kind of server answers, and the configurations
+//! with which it must succeed.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -22,7 +23,7 @@ use tonic_etcd::{
     error::{RegisterError, RegistryError},
 };
 
-/// Connects to endpoints for which `connect` must fail, and returns the error. The error must occur in time.
+/// Connects to endpoints for which `connect` must fail, and returns the error. The error must occur within 30 s.
 async fn refused(endpoints: &[&str]) -> RegistryError {
     let connecting = Registry::connect(endpoints.iter().copied());
     timeout(Duration::from_secs(30), connecting)
@@ -43,7 +44,8 @@ async fn connect_error(endpoint: &str) -> RegistryError {
     refused(&[endpoint]).await
 }
 
-/// Starts a server that answers the first bytes of each connection with `bytes`, and then closes the connection. Returns its address.
+/// Starts a server that answers the first bytes of each connection with `bytes`, and then closes its side of the connection. Returns the
+/// address of the server.
 async fn answers(bytes: &'static [u8]) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -51,7 +53,8 @@ async fn answers(bytes: &'static [u8]) -> String {
         while let Ok((mut socket, _)) = listener.accept().await {
             let _ = socket.read(&mut [0; 64]).await;
             let _ = socket.write_all(bytes).await;
-            // If a socket is closed while it has unread bytes, it sends a reset, and the client may then lose the answer.
+            // Only the write half is closed, and the rest of the request is read. If a socket is closed while it has unread bytes, it sends
+            // a reset, and the client may then lose the answer.
             let _ = socket.shutdown().await;
             tokio::spawn(async move { while let Ok(1..) = socket.read(&mut [0; 64]).await {} });
         }
@@ -74,7 +77,7 @@ async fn a_refused_connection_lists_the_endpoints_tried() {
 }
 
 #[tokio::test]
-async fn a_server_that_accepts_and_does_not_respond_times_out() {
+async fn a_server_that_accepts_but_never_responds_is_unreachable() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let error = refused(&[&address]).await;
@@ -114,7 +117,7 @@ async fn another_grpc_server_is_reported_as_not_etcd() {
 }
 
 #[tokio::test]
-async fn a_tls_server_is_distinguished_from_a_dead_one() {
+async fn plaintext_to_a_tls_server_is_a_tls_error() {
     // A TLS server answers an HTTP/2 preface with the alert `unexpected_message`.
     let address = answers(&[0x15, 0x03, 0x03, 0x00, 0x02, 0x02, 0x0a]).await;
     let error = connect_error(&address).await;
@@ -124,7 +127,7 @@ async fn a_tls_server_is_distinguished_from_a_dead_one() {
 
 #[cfg(feature = "tls")]
 #[tokio::test]
-async fn a_plaintext_etcd_is_distinguished_from_a_tls_one() {
+async fn tls_to_a_plaintext_etcd_is_a_tls_error() {
     let etcd = etcd().await;
     let endpoint = format!("https://{}", etcd.endpoint(0).unwrap());
     let error = connect_error(&endpoint).await;
@@ -252,7 +255,7 @@ async fn authentication_works_from_connect_to_registration() {
         .unwrap();
     knows(&resolver, &["127.0.0.1:80"]).await;
     let mut states = registration.watch_state();
-    // The first change is the current state. The other three are renewals, which together take longer than a token is valid.
+    // The first `changed` returns at once, for the current state. The other three are renewals, so they take longer than a token is valid.
     for _ in 0..4 {
         states.changed().await.unwrap();
         assert!(
@@ -273,7 +276,7 @@ async fn authentication_works_from_connect_to_registration() {
     registration.deregister().await.unwrap();
     knows(&resolver, &[]).await;
 
-    // A client without write permission fails at once, with etcd's reason.
+    // Without write permission, `register` fails at once, with the reason that etcd gives.
     let denied = reader
         .registration("greeter")
         .address("127.0.0.1:80")

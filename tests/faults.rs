@@ -1,6 +1,7 @@
-//! Calls, keys and watches during failures of etcd, with real servers, a real etcd and callers that never pause. No call fails.
+//! Calls, keys and watches during failures of a real etcd. Where callers run, they call real servers without a pause, and no call may fail.
 //!
-//! The faults are short, so that the tests stay quick. With `SOAK=1` (`make soak`), they last for one to three minutes.
+//! With `SOAK=1` (`make soak`), an outage of etcd and a freeze of its leader last for 60 s instead of 12 s, and the unrelated writes for
+//! 180 s instead of 8 s.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -74,7 +75,7 @@ impl Fleet {
         Callers::start(&self.channel, 4)
     }
 
-    /// Waits until the servers have served further calls.
+    /// Waits until the servers have served more than a hundred further calls.
     async fn serves(&self) {
         let before = self.counter.count();
         eventually("calls continue", async || {
@@ -86,7 +87,7 @@ impl Fleet {
 
 /// Returns how often `keys` were deleted in the whole history of the store. The history must not have been compacted.
 async fn deletions(etcd: &etcd_client::Client, keys: &[String]) -> usize {
-    // An election may be in progress.
+    // During an election, etcd does not answer this read.
     let mut end = 0;
     eventually("etcd answers", async || {
         let read = etcd.kv_client().get("/", None).await;
@@ -96,7 +97,7 @@ async fn deletions(etcd: &etcd_client::Client, keys: &[String]) -> usize {
     .await;
     let options = WatchOptions::new().with_prefix().with_start_revision(1);
     let mut watch = etcd.watch_client().watch("/", Some(options)).await.unwrap();
-    // The event of a write to another key marks the end of the history, because its revision is greater than `end`.
+    // The revision of this write is greater than `end`, so its event marks the end of the history.
     eventually("etcd writes", async || {
         etcd.kv_client().put("/end", "", None).await.is_ok()
     })
@@ -228,14 +229,14 @@ async fn a_restored_etcd_keeps_live_servers_and_loses_dead_ones() {
         known.len() == 3 && !known.contains(&ghost.1.to_owned())
     })
     .await;
-    within(ttl * 2, "the registration is unchanged", async || {
+    within(ttl * 2, "the key contains the weight again", async || {
         let listed = list(&client(&etcd).await, registration.key()).await;
         let value = listed.first().map(|(_, value, _)| value.clone());
         let restored = value.is_some_and(|value| value.contains("\"weight\":9"));
         restored && registration.state().is_registered()
     })
     .await;
-    // The registration stays registered: every renewal within two more TTLs must succeed.
+    // The registration must stay registered for two more TTLs. For this, its renewals must succeed.
     let end = Instant::now() + ttl * 2;
     while Instant::now() < end {
         let state = registration.state();
@@ -307,7 +308,8 @@ async fn a_watch_closed_after_every_message_misses_nothing() {
         write("127.0.0.1:1").await;
         let resolver = registry.resolver("greeter").start();
         resolver.ready().await;
-        // The resolver may still be opening its watch.
+        // If the watch is already open, it delivers the next change, and the relay then ends it. If the resolver is still opening the
+        // watch, the relay refuses it. In both cases, no watch is open during the backlog.
         relay.refuse_watches(true);
         write("127.0.0.1:2").await;
         eventually(
@@ -325,7 +327,7 @@ async fn a_watch_closed_after_every_message_misses_nothing() {
         let mut expected: Vec<_> = listed.into_iter().map(|(_, value, _)| value).collect();
         expected.sort();
         expected.dedup();
-        // The relay ends each watch after one message with events. The resolver opens the watch again after a wait, which grows up to 5 s.
+        // The relay ends each watch after one message with events. The resolver opens the watch again after a backoff of up to 5 s.
         within(Duration::from_secs(90), "the set is exact", async || {
             let mut known = addresses(&resolver);
             known.sort();
@@ -373,7 +375,7 @@ async fn change_arrives(fleet: &Fleet, etcd: &Etcd, bad: usize, port: u16) {
     .await;
     let since = Instant::now().saturating_duration_since(start);
     println!(
-        "member {bad} is bad: the change arrived {took:?} after its write, {since:?} after the fault"
+        "member {bad} has failed: the change arrived {took:?} after its write, {since:?} after the fault"
     );
     registration.deregister().await.unwrap();
 }
@@ -381,7 +383,7 @@ async fn change_arrives(fleet: &Fleet, etcd: &Etcd, bad: usize, port: u16) {
 /// Waits until a leader is elected, and returns its index.
 async fn leader(etcd: &Etcd) -> usize {
     let mut leader = None;
-    eventually("the members are connected", async || {
+    eventually("a leader is elected", async || {
         leader = etcd.leader().await;
         leader.is_some()
     })
@@ -389,22 +391,22 @@ async fn leader(etcd: &Etcd) -> usize {
     leader.unwrap()
 }
 
-/// Returns how many keys of a fleet were deleted, according to a healthy member.
+/// Returns how often keys of a fleet were deleted, according to a healthy member.
 async fn lost(fleet: &Fleet, etcd: &Etcd, bad: usize) -> usize {
     let well = (bad + 1) % etcd.members();
     let by_hand = etcd_client::Client::connect([etcd.endpoint(well).unwrap()], None).await;
     deletions(&by_hand.unwrap(), &fleet.keys).await
 }
 
-/// The leader is killed. Then the members are frozen one after the other, and then isolated one after the other. So each fault also affects
-/// the leader, and the members to which the client and the servers are connected.
+/// The leader is killed. Then each member in turn is frozen, and then each member in turn is isolated. So each kind of fault also affects
+/// the leader. The freezes and the isolations also affect the members to which the resolver and the registrations are connected.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_dead_frozen_or_isolated_member_loses_no_key_and_fails_no_call() {
     let starting = Etcd::builder().members(3).partitionable().start();
     let mut etcd = starting.await.unwrap();
     let registry = Registry::connect(etcd.endpoints()).await.unwrap();
-    // The TTL is longer than each freeze. Otherwise a thawed leader could revoke leases that were renewed in the meantime: see the next
-    // test.
+    // The TTL is longer than each freeze. Otherwise, a thawed leader could revoke leases that were renewed during the freeze, as in the
+    // next test.
     let fleet = Fleet::start(&registry, 3, Duration::from_secs(30)).await;
     let callers = fleet.callers();
 
@@ -514,7 +516,7 @@ async fn a_server_frozen_past_its_ttl_does_not_take_its_key_back() {
     let lease = list(&by_hand, key).await[0].2;
     signal(&old, Signal::SIGCONT);
     line_with(&mut old_says, "another server has the key").await;
-    // Two TTLs of 5 s, with three renewals each.
+    // The first line is the current state. The other five are renewals, which together take longer than the TTL of 5 s.
     for _ in 0..6 {
         line_with(&mut new_says, "registered under lease").await;
         let listed = list(&by_hand, key).await;

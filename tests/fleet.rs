@@ -32,8 +32,8 @@ fn fresh(resolvers: &[Resolver]) -> usize {
     resolvers.iter().filter(is_fresh).count()
 }
 
-/// A server or proxy limits the streams of a connection. If each service had a watch stream of its own, no stream would be free, and a
-/// registration on the same registry would wait for ever.
+/// A server or a proxy may limit the number of streams of a connection. If each service had a watch stream of its own, no stream would be
+/// free, and a registration on the same registry would wait for ever.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_services_are_watched_within_a_limit_of_a_hundred_streams() {
     const SERVICES: usize = 1_000;
@@ -48,7 +48,7 @@ async fn a_thousand_services_are_watched_within_a_limit_of_a_hundred_streams() {
     let start = Instant::now();
     let watch = |service| registry.resolver(format!("service{service}")).start();
     let resolvers: Vec<_> = (0..SERVICES).map(watch).collect();
-    within(Duration::from_secs(10), "all `Fresh`", async || {
+    within(Duration::from_secs(10), "all are `Fresh`", async || {
         fresh(&resolvers) == SERVICES
     })
     .await;
@@ -72,8 +72,8 @@ async fn a_thousand_services_are_watched_within_a_limit_of_a_hundred_streams() {
     drop(registration);
 }
 
-/// The watches of a registry share few streams. Many events of one watch do not delay the events of another watch, and the end of one watch
-/// does not end the others.
+/// The watches of a registry share few streams. Many events of one watch must not delay the events of another watch, and the end of one
+/// watch must not end the others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flooded_prefix_does_not_delay_others() {
     let etcd = support::etcd().await;
@@ -153,7 +153,7 @@ async fn a_fleet_recovers_from_a_restart_within_two_password_hashes_per_client()
     );
 }
 
-/// A deployment during an outage of etcd: clients that start in this time use the servers in the cache that the last run has written.
+/// A client that starts during an outage of etcd uses the servers in the cache file that its last run has written.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_start_without_etcd_serves_calls_from_the_cache_and_the_first_list_replaces_it() {
     let mut etcd = support::etcd().await;
@@ -235,7 +235,7 @@ async fn a_start_without_etcd_serves_calls_from_the_cache_and_the_first_list_rep
     .await;
 }
 
-/// A client starts with a seed while etcd does not respond. Then etcd answers with an empty list, for example because its data was lost.
+/// A client starts with two seeds while etcd does not respond. Then etcd answers with an empty list, for example because its data was lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_empty_first_list_does_not_drop_the_servers_in_use() {
     let mut etcd = support::etcd().await;
@@ -264,7 +264,7 @@ async fn an_empty_first_list_does_not_drop_the_servers_in_use() {
         async || handle.status().state == ResolverState::Fresh,
     )
     .await;
-    // Of two instances, one is enough for "half of the set", so one is held.
+    // The empty list removes both instances. The resolver then holds half of the set: one instance stays in the set as a last resort.
     assert_eq!((handle.status().cached, handle.status().held), (0, 1));
     for _ in 0..10 {
         say().await.unwrap();
@@ -340,6 +340,6 @@ async fn watches_through_etcds_own_proxy_receive_their_own_events() {
     assert_eq!(
         lists,
         u64::from(SERVICES),
-        "the watches must deliver the events"
+        "the watches must deliver the events, without a further list"
     );
 }

@@ -184,7 +184,7 @@ const EQUAL: &[(&str, &str)] = &[
 ];
 
 #[test]
-fn keys_with_more_than_the_address_are_written_as_read() {
+fn reading_then_writing_keeps_keys_that_contain_more_than_the_address() {
     for (format, prefix) in [
         (Format::Rpcx, "/rpcx_test/"),
         (Format::DubboInterface, "/dubbo/"),
@@ -214,8 +214,8 @@ fn deviations_of_the_original_libraries_are_tolerated() {
     }
 }
 
-/// Values that differ from what the format's own library writes, and the expected result of reading them: parts are missing, or there are
-/// additional parts. Each tolerated deviation has at least one value.
+/// Values that differ from those of the format's own library, because parts are missing or added: the format, the key, the value, and the
+/// expected result of reading it. Each tolerated deviation has at least one value.
 const TOLERATED: &[(Format, &str, &str, &str)] = &[
     // Field names in any case, as in Go's decoder; unknown fields; no `Op`; an `Op` that means delete.
     (
@@ -537,8 +537,8 @@ fn several_formats_under_one_prefix_are_distinguished() {
             read: expected,
         } in golden(&format)
         {
-            // A kratos value with the name of another service is left out, because `Mixed` does not compare the name. A plain value can
-            // also be read as a go-zero value, with the same result.
+            // A kratos value with the name of another service is left out, because `Mixed` does not compare the name. A value of the plain
+            // format can also be read as a go-zero value, with the same result.
             let named_otherwise = value.contains("helloworld-admin");
             let read = read(&Format::Mixed, &key, &value);
             if !named_otherwise {
@@ -715,7 +715,8 @@ fn fields_that_a_format_cannot_store_are_named_in_the_error() {
     assert!(error.contains("limit"), "{error}");
 }
 
-/// A custom format that panics for the value `panic`. All other values have an unspecified address and a weight above the limit.
+/// A custom format that panics for the value `panic`. It decodes every other value to an instance with an unspecified address and a weight
+/// above the limit.
 #[derive(Debug)]
 struct Loud;
 

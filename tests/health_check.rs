@@ -186,7 +186,7 @@ async fn is(channel: &BalancedChannel, address: SocketAddr, state: EndpointState
 async fn call(channel: &BalancedChannel) -> Result<(), Status> {
     let mut client = GreeterClient::new(channel.clone());
     let called = timeout(SOON, client.say_hello(hello())).await;
-    called.expect("in time").map(drop)
+    called.expect("an outcome in time").map(drop)
 }
 
 #[tokio::test]
@@ -205,7 +205,7 @@ async fn calls_follow_the_health_status_and_none_fails_when_it_changes() {
         assert_eq!(
             down.greeter.count(),
             before,
-            "a server that does not serve was called"
+            "a server whose status is not `Serving` was called"
         );
         // For a moment, both servers serve, so that at any time at least one of them serves.
         down.say(Say(Wire::Serving));
@@ -262,7 +262,7 @@ async fn without_a_serving_server_calls_fail_with_the_reason_or_wait_for_ready()
         Patient::start(Say(Wire::Unknown)).await,
     ];
     let channel = over(checked(), &[&servers[0], &servers[1]]);
-    let status = call(&channel).await.expect_err("no server serves");
+    let status = call(&channel).await.expect_err("the call must fail");
     assert_eq!(status.code(), Code::Unavailable);
     for part in ["0 of 2 endpoints ready", "its health check reports"] {
         assert!(status.message().contains(part), "{status}");
@@ -276,7 +276,7 @@ async fn without_a_serving_server_calls_fail_with_the_reason_or_wait_for_ready()
         }
     });
     servers[1].say(Say(Wire::Serving));
-    let waited = timeout(SOON, waiting).await.expect("in time");
+    let waited = timeout(SOON, waiting).await.expect("an outcome in time");
     waited.expect("no panic").expect("the call succeeds");
     let known = channel.endpoints();
     assert!(known.iter().all(|one| one.last_error.is_some()));
@@ -292,10 +292,8 @@ async fn a_server_without_a_health_response_is_not_used_but_is_watched_again() {
             .max_backoff(Duration::from_millis(20)),
         &[&silent],
     );
-    // Until the timeout, a call waits for the first response, as it would wait for a connection.
-    let status = call(&channel)
-        .await
-        .expect_err("the server does not respond");
+    // A call waits for the first response of the health watch until the timeout, as it would wait for a connection.
+    let status = call(&channel).await.expect_err("the call must fail");
     assert_eq!(status.code(), Code::Unavailable);
     assert!(status.message().contains("no answer within"), "{status}");
     eventually("the watch is opened again", async || silent.begun() >= 3).await;
@@ -336,7 +334,7 @@ async fn one_stream_is_reserved_for_the_health_watch_unless_the_server_allows_on
         .await;
         assert!(
             server.watches() <= 2,
-            "there must be one watch for each connection"
+            "at most two connections may be open, with one watch each"
         );
         assert_eq!(server.watches() > 0, watches > 0);
         callers.none_failed().await;

@@ -45,8 +45,8 @@ async fn locate(channel: &BalancedChannel) -> BTreeMap<u32, String> {
     located
 }
 
-/// Waits until as many endpoints are ready as servers are running. There may be more endpoints, because the keys of killed servers remain
-/// for one TTL.
+/// Waits until four endpoints are ready, one for each running server. There may be more endpoints, because the keys of killed servers
+/// remain for one TTL.
 async fn serving(channel: &BalancedChannel) {
     eventually("four endpoints are ready", async || {
         let endpoints = channel.endpoints();
@@ -115,7 +115,7 @@ async fn a_kill_fails_only_the_calls_in_flight_on_the_killed_server() {
         servers.push(greeter_server(&etcd));
         serving(&channel).await;
     }
-    // The callers go on for a while after the last kill.
+    // The callers continue for one second after the last kill.
     tokio::time::sleep(Duration::from_secs(1)).await;
     let calls = callers.none_failed().await;
     assert!(calls > 1_000, "{calls}");

@@ -1,5 +1,5 @@
 //! Checks the imports in both packages: each folder imports only the layers below it, and no files import each other in a cycle. Files of
-//! pure logic name neither tokio nor tonic, except for `tokio::time::Instant` and `tonic::Code`.
+//! pure logic use neither tokio nor tonic, except for `tokio::time::Instant` and `tonic::Code`.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -298,7 +298,7 @@ fn circle(imports: &BTreeMap<&str, BTreeSet<String>>, start: &str) -> Option<Vec
 }
 
 #[test]
-fn pure_files_name_no_runtime() {
+fn pure_files_use_no_runtime() {
     let names_runtime = |line: &&str| {
         (line.contains("tokio::") && !line.contains("tokio::time::Instant"))
             || (line.contains("tonic::") && !line.contains("tonic::Code"))
@@ -317,7 +317,7 @@ fn pure_files_name_no_runtime() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// The picture in ARCHITECTURE.md has an arrow for every import between folders, and no other arrow. It leaves out the vocabulary.
+/// The picture in ARCHITECTURE.md has an arrow for every import between folders, and no other arrow. The vocabulary is left out.
 #[test]
 fn the_picture_of_the_architecture_shows_the_imports() {
     let page = include_str!("../ARCHITECTURE.md");
@@ -353,8 +353,8 @@ fn the_picture_of_the_architecture_shows_the_imports() {
     assert_eq!(drawn, real, "left: the picture; right: the imports");
 }
 
-/// A `mod.rs` contains only docs, modules and re-exports. If it contained a type, the files that it declares would import the type, and the
-/// imports would form a cycle.
+/// A `mod.rs` outside `testing` contains only docs, modules and re-exports. If it contained a type, the files that it declares would import
+/// the type, and the imports would form a cycle.
 #[test]
 fn a_mod_file_has_no_logic() {
     let mut wrong = Vec::new();
@@ -383,7 +383,7 @@ fn a_mod_file_has_no_logic() {
 }
 
 #[test]
-fn only_the_folders_etcd_and_registry_name_etcd_client() {
+fn only_the_folders_etcd_and_registry_use_etcd_client() {
     let files = load(&PACKAGES[1]);
     let named = files
         .iter()

@@ -1,6 +1,6 @@
 //! Log output for an invalid value and for a mass removal, which is the removal of most instances at once. The test runs in a process of
-//! its own. Otherwise, other tests could register the same call sites on threads without a subscriber, and the subscriber of this thread
-//! would miss events.
+//! its own. Otherwise, other tests could register the same tracing call sites on threads without a subscriber, and the subscriber of this
+//! thread would miss events.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,

@@ -1,7 +1,8 @@
-//! Failures of etcd under one process that serves and calls 300 services. No call fails, and every set is exact again afterwards.
+//! Failures of etcd under one process that serves and calls 300 services. No call fails, and afterwards each resolver has exactly the
+//! registered servers again.
 //!
-//! `tests/faults.rs` has the same failures with one service. With many services, the watches share streams, the registrations share
-//! connections, and everything that the failure interrupts starts again at the same time.
+//! `tests/faults.rs` has similar failures with one service. With many services, the watches share streams, the registrations share
+//! connections, and all interrupted watches and renewals start again at the same time.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -31,14 +32,14 @@ use tonic_etcd::{BalancedChannel, Registration, Registry, Resolver, resolver::Re
 const SERVICES: usize = 300;
 const TTL: Duration = Duration::from_secs(10);
 
-/// The prefix of all services. The roles of the test with passwords permit only keys under this prefix.
+/// The prefix of all services. The roles that `protect` creates permit only keys under this prefix.
 const PREFIX: &str = "/gRPC/greeter/";
 
 fn name(service: usize) -> String {
     format!("service{service:03}")
 }
 
-/// One process with two servers of each service, and a resolver and a channel for each service.
+/// Two servers in this process, which both serve all services, and a resolver and a channel for each service.
 struct Process {
     servers: [SocketAddr; 2],
     _tasks: [JoinHandle<()>; 2],
@@ -48,7 +49,8 @@ struct Process {
 }
 
 impl Process {
-    /// The first server registers all services under one lease. The second server has a registration with its own lease for each service.
+    /// The first server registers all services under one lease. For the second server, each service has a registration and a lease of its
+    /// own.
     async fn start(server: Registry, client: Registry) -> Self {
         let (server, client) = (server.with_prefix(PREFIX), client.with_prefix(PREFIX));
         let (first, one) = support::greeter("one").await;
@@ -78,7 +80,8 @@ impl Process {
         process
     }
 
-    /// Returns the number of services whose resolver is fresh and has exactly the registered servers, and these only.
+    /// Returns the number of services whose resolver is `Fresh` and has exactly the two servers. Held instances, which are a last resort,
+    /// are not counted.
     fn exact(&self) -> usize {
         let servers: BTreeSet<_> = self.servers.iter().map(ToString::to_string).collect();
         let is_exact = |resolver: &&Resolver| {
@@ -152,7 +155,7 @@ impl Process {
 /// The number of calls of one caller, and its failed calls with their services.
 type Called = (usize, Vec<(usize, Status)>);
 
-/// Callers that call all services in turn, without a pause.
+/// Callers that call all services in turn. They pause only after a failed call, for 1 ms.
 struct Callers {
     stop: Arc<AtomicBool>,
     tasks: Vec<JoinHandle<Called>>,
@@ -211,7 +214,8 @@ async fn no_call_fails_while_etcd_is_down_wiped_or_changed_by_hand() {
     process.is_exact_within(TTL * 2).await;
     callers.none_failed("an outage").await;
 
-    // Compacted history: the watches cannot resume, so every service is listed again.
+    // The history is compacted directly after the restart. Watches that have not resumed by then cannot resume, so their services are
+    // listed again.
     let callers = process.callers();
     let by_hand = client(&etcd).await;
     etcd.kill(0).await.unwrap();
@@ -244,7 +248,7 @@ async fn no_call_fails_while_etcd_is_down_wiped_or_changed_by_hand() {
     process.is_exact_within(TTL * 2).await;
     callers.none_failed("the deletion of all keys").await;
 
-    // Values that cannot be used, in one service. The other services must not be delayed.
+    // One service gets 5 000 values that cannot be used. The changes of the other services must not be delayed.
     let callers = process.callers();
     let flooded = format!("{PREFIX}{}/", name(7));
     for number in 0..50 {
@@ -312,7 +316,7 @@ async fn no_call_fails_while_a_member_is_dead_frozen_or_isolated() {
 /// Waits until a leader is elected, and returns its index.
 async fn leader(etcd: &Etcd) -> usize {
     let mut leader = None;
-    eventually("the members are connected", async || {
+    eventually("a leader is elected", async || {
         leader = etcd.leader().await;
         leader.is_some()
     })
@@ -320,7 +324,7 @@ async fn leader(etcd: &Etcd) -> usize {
     leader.unwrap()
 }
 
-/// Tokens that expire, a change of the users, and a restart that loses all tokens.
+/// Tokens become invalid when they expire, when a role is added, and when a restart loses them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_call_fails_while_tokens_become_invalid() {
     let starting = Etcd::builder().arg("--auth-token-ttl=2").start();
@@ -337,14 +341,14 @@ async fn no_call_fails_while_tokens_become_invalid() {
     let mut users = support::roles::root(&etcd).await;
     users.role_add("another").await.unwrap();
     process
-        .change_arrives(&by_hand, "another revision of the users")
+        .change_arrives(&by_hand, "the addition of a role")
         .await;
     etcd.kill(0).await.unwrap();
     etcd.restart(0).await.unwrap();
     process.is_exact_within(TTL * 2).await;
     let by_hand = support::roles::root(&etcd).await;
     process
-        .change_arrives(&by_hand, "a restart without tokens")
+        .change_arrives(&by_hand, "a restart that loses the tokens")
         .await;
     callers.none_failed("invalid tokens").await;
 }

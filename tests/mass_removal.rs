@@ -1,5 +1,5 @@
-//! All instances are removed from a real etcd while their servers still run. The resolver then holds half of the instances: for a limited
-//! time, the hold, they stay in its set as a last resort, which the channel uses only while no other endpoint is ready.
+//! All instances are removed from a real etcd while their servers still run. The resolver then holds half of the instances: they stay in
+//! its set as a last resort, which the channel uses only while no other endpoint is ready. The hold lasts for a limited time.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -120,7 +120,7 @@ async fn delete_all(etcd: &Etcd) {
     assert_eq!(response.deleted(), i64::try_from(SERVERS).unwrap());
 }
 
-/// Waits until half of the instances are held and the others are removed. Returns the time of the last poll before the hold began.
+/// Waits until half of the instances are held and the others are removed.
 async fn half_is_held(resolver: &Resolver) {
     eventually("half of the instances are held", async || {
         let (instances, status) = (resolver.instances(), resolver.status());
@@ -259,7 +259,7 @@ async fn instances_that_are_paused_or_deregistered_are_not_held() {
         refused.is_err_and(|status| status.code() == Code::Unavailable)
     })
     .await;
-    // Resumed instances get calls again. Their deregistration is planned too, so it is not held.
+    // Resumed instances get calls again. A deregistration is a planned removal like a pause, so they are not held after it either.
     for registration in &registrations {
         registration.resume().await.unwrap();
     }
@@ -346,7 +346,7 @@ async fn the_return_of_half_of_the_set_ends_the_hold() {
         &back.iter().map(String::as_str).collect::<Vec<_>>(),
     )
     .await;
-    // If the held instances have the same addresses as the new keys, the wait above ends before the hold does.
+    // If the held instances have the same addresses as the new keys, the wait above may end while they are still held.
     eventually("no instance is held", async || resolver.status().held == 0).await;
     assert!(!resolver.instances().iter().any(Instance::is_last_resort));
     let (calls, failed) = callers.stopped().await;

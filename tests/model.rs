@@ -1,5 +1,5 @@
-//! Random histories of a whole channel, checked against a model: endpoints are inserted, changed, killed, recovered and removed while
-//! callers call. The test runs alone in its process, so that it can count leaked tasks and files.
+//! Random histories of a whole channel, checked against a model: servers are inserted, changed, killed, recovered and removed while calls
+//! are made. The test runs alone in its process, so that it can count leaked tasks and files.
 #![allow(
     clippy::unwrap_used,
     clippy::panic,
@@ -33,7 +33,7 @@ use tower::discover::Change;
 
 const SERVERS: usize = 5;
 
-/// One step of a history.
+/// One step of a history. The registry is the stream of changes that the channel reads.
 #[derive(Clone, Debug)]
 enum Op {
     /// The registry inserts the server, possibly again with another weight.
@@ -50,11 +50,11 @@ enum Op {
     Calls(usize),
     /// Calls that are dropped before their response.
     Cancelled(usize),
-    /// A stream that stays open, half read.
+    /// A stream that stays open after one reply was read.
     Open,
     /// The oldest open stream is dropped.
     Close,
-    /// Waits until the ready set matches the registry.
+    /// Waits until the ready endpoints are exactly the registered servers that are up.
     Settle,
 }
 
@@ -173,8 +173,8 @@ impl World {
             ready.collect::<BTreeSet<_>>() == names && expected.iter().all(connected)
         })
         .await;
-        // The channel reports a state up to a millisecond before picks use it. This call waits for a ready endpoint, so it ends only after
-        // picks use the state.
+        // The channel reports a state up to a millisecond before load balancing uses it. This call waits for a ready endpoint, so it ends
+        // only after load balancing uses the state.
         if !expected.is_empty() {
             call(&self.channel, &self.known, true, 0).await.unwrap();
         }

@@ -19,7 +19,7 @@ fn cargo(args: &[&str]) -> Vec<String> {
     text.lines().map(str::to_owned).collect()
 }
 
-/// Returns the names of a package's dependencies.
+/// Returns the names of a package and of all its direct and transitive dependencies.
 fn dependencies(package: &str, features: &[&str]) -> BTreeSet<String> {
     let tree = ["tree", "--locked", "-p", package, "-e", "normal,build"];
     let format = ["--prefix", "none", "-f", "{p}"];
@@ -77,7 +77,7 @@ fn every_dependency_has_a_compatible_licence() {
         let Some((package, licence)) = line.split_once('|') else {
             continue;
         };
-        // A `WITH` exception only adds rights, so it is ignored.
+        // `LLVM-exception` only adds rights to its licence, so it is ignored. Other exceptions fail the test.
         let licence = licence
             .replace(" (*)", "")
             .replace(" WITH LLVM-exception", "");
@@ -143,8 +143,8 @@ fn licences_in_parentheses_are_evaluated_as_one_term() {
 
 #[test]
 fn only_known_crates_are_linked_in_two_versions() {
-    // ring needs another version of getrandom than tempfile, a dependency of the feature `testing`. The procedural macros need different
-    // versions of syn, which is not linked.
+    // ring and tempfile need different versions of getrandom. tempfile is linked only with the feature `testing`. The procedural macros
+    // need different versions of syn, which is not linked.
     const KNOWN: [&str; 2] = ["getrandom", "syn"];
     let tree = ["tree", "--locked", "--workspace", "--all-features"];
     let format = ["-e", "normal", "--prefix", "none", "-f", "{p}"];

@@ -78,7 +78,10 @@ async fn members_are_stopped_killed_frozen_wiped_and_restarted() {
     );
     etcd.thaw(0).await.unwrap();
     etcd.stop(0).await.unwrap();
-    assert!(etcd.restore(0).await.is_err(), "no backup exists yet");
+    assert!(
+        etcd.restore(0).await.is_err(),
+        "`restore` must fail without a backup"
+    );
     etcd.restart(0).await.unwrap();
     assert_eq!(list(&client(&etcd).await, "/").await.len(), 1);
     etcd.stop(0).await.unwrap();
@@ -133,7 +136,7 @@ async fn the_discover_example_prints_what_the_register_example_changes() {
     let mut log = lines(&mut register);
     line_with(&mut log, "localhost:8000 is registered as /web/node1").await;
     line_with(&mut found, "+ localhost:8000").await;
-    // Two renewals.
+    // The first line is the current state, and the second is a renewal.
     for _ in 0..2 {
         let line = line_with(&mut log, "registered under lease").await;
         assert!(line.ends_with(" s left"), "{line}");

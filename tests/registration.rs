@@ -145,7 +145,7 @@ async fn a_registration_writes_the_configured_values() {
             .unwrap()
             .leases()
             .is_empty(),
-        "no lease is left"
+        "a lease is left"
     );
 }
 
@@ -240,7 +240,7 @@ async fn an_outage_longer_than_the_ttl_is_survived() {
 #[tokio::test]
 async fn a_wiped_etcd_is_filled_again_within_a_ttl() {
     let mut etcd = etcd().await;
-    // The TTL of the other tests is too short here: most of it would pass while the client waits before it dials etcd again.
+    // The TTL of the other tests is too short here: most of that TTL would pass while the client waits before it dials etcd again.
     let ttl = TTL * 3;
     let registration = describe(&registry(&etcd).await).ttl(ttl).register().await;
     let registration = registration.unwrap();
@@ -434,7 +434,10 @@ async fn changes_while_etcd_is_down_are_written_when_it_is_available_again() {
         .await
         .unwrap();
     etcd.kill(0).await.unwrap();
-    let error = registration.set_weight(9).await.expect_err("etcd is down");
+    let error = registration
+        .set_weight(9)
+        .await
+        .expect_err("`set_weight` must fail without etcd");
     assert!(matches!(error, RegisterError::TimedOut { .. }), "{error:?}");
     assert!(
         error.to_string().contains(&etcd.endpoint(0).unwrap())
@@ -574,7 +577,7 @@ async fn invalid_input_is_rejected_before_any_request_and_the_error_names_it() {
         let error = refused.expect_err(word);
         assert!(
             error.to_string().contains(word),
-            "{error} should contain {word:?}"
+            "the error must contain {word:?}: {error}"
         );
     }
 }
@@ -674,7 +677,7 @@ async fn several_services_share_one_lease_and_are_deregistered_one_by_one() {
         .delete(all[7].as_str(), None)
         .await
         .unwrap();
-    // The registration watches each of its keys, so it puts the key back before the next renewal.
+    // The registration watches each of its keys, so it puts the key back at once. The next renewal follows within a third of the TTL.
     within(TTL * 4 / 3, "the key is restored", async || {
         kept(&by_hand, &registration).await == all
     })
@@ -704,7 +707,7 @@ async fn several_services_share_one_lease_and_are_deregistered_one_by_one() {
     }
     let left: Vec<_> = [&all[1..3], &all[4..]].concat();
     let mut states = registration.watch_state();
-    // The first change is the current state, and the second is a renewal.
+    // The first `changed` returns at once, for the current state. The second waits for a renewal.
     for _ in 0..2 {
         timeout(SOON, states.changed()).await.unwrap().unwrap();
         assert!(states.borrow_and_update().is_registered());
@@ -725,7 +728,7 @@ async fn several_services_share_one_lease_and_are_deregistered_one_by_one() {
         RegistrationState::Deregistered
     ));
     let leases = by_hand.lease_client().leases().await.unwrap();
-    assert!(leases.leases().is_empty(), "no lease is left");
+    assert!(leases.leases().is_empty(), "a lease is left");
 }
 
 #[tokio::test]
@@ -778,7 +781,8 @@ async fn only_the_service_taken_over_by_another_server_is_superseded() {
 async fn busy_for_three_ttls(dedicated_thread: bool) -> bool {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
-    // After this registration, the registry's connections are open, and this runtime drives them.
+    // After this registration, the connections of the registry are open and are driven by this runtime. A dedicated thread must not use
+    // them.
     let other = describe(&registry).register().await.unwrap();
     other.deregister().await.unwrap();
     let registration = describe(&registry)
@@ -788,7 +792,7 @@ async fn busy_for_three_ttls(dedicated_thread: bool) -> bool {
         .await
         .unwrap();
     let before = lease(&registration).unwrap();
-    // The blocked thread is the subject of the test.
+    // Blocks the only thread of the runtime.
     std::thread::sleep(Duration::from_secs(9));
     let by_hand = client(&etcd).await;
     let listed = list(&by_hand, registration.key()).await;

@@ -50,7 +50,8 @@ async fn servers_are_called_until_the_keys_that_were_put_by_hand_are_deleted() {
         .await
         .unwrap();
 
-    // With mass removal protection, if both instances are removed within seconds, the second is held: it stays in the set for a while.
+    // Mass removal protection is off. Otherwise, if both instances were removed within seconds, the second would be held: it would stay in
+    // the set for a while.
     let resolver = registry(&etcd)
         .await
         .resolver("greeter")
@@ -243,7 +244,7 @@ async fn a_resolver_can_be_limited_to_one_format() {
 }
 
 #[tokio::test]
-async fn an_invalid_service_name_is_a_known_empty_set_with_an_error() {
+async fn a_resolver_with_an_invalid_service_name_is_ready_and_reports_the_error() {
     let etcd = etcd().await;
     for service in ["", "a/b"] {
         let resolver = registry(&etcd).await.resolver(service).start();
@@ -297,7 +298,7 @@ async fn dropping_the_last_handle_ends_the_watch() {
     .await;
     let second = resolver.clone();
     let channel = resolver.into_tonic_channel();
-    eventually("still one watch", async || {
+    eventually("there is still one watch", async || {
         watchers(&etcd).await == before + 1
     })
     .await;
@@ -401,8 +402,8 @@ fn length(short: u64, long: u64) -> Duration {
 #[tokio::test]
 async fn a_quiet_watch_is_probed_and_not_reopened() {
     let etcd = etcd().await;
-    // The watch stream of an external client is probed after 5 s of silence: the client opens a second watcher, to check that the stream
-    // works. Other clients probe after 22 to 38 s.
+    // If the registry uses a client that the user provides, its watch stream is probed after 5 s of silence: a second watch is opened, to
+    // check that the stream works. The streams of other registries are probed after 22 to 38 s.
     let registry = Registry::from_client(client(&etcd).await);
     let resolver = registry.resolver("greeter").start();
     resolver.ready().await;
@@ -503,8 +504,8 @@ async fn reconciliations_find_no_difference_while_keys_change() {
         }
     }
     let compared = resolver.status().reconciliations;
-    // A reconciliation during the changes may have found differences that the watch has not delivered yet. Later reconciliations must find
-    // that these differences are gone.
+    // A reconciliation during the changes may have found keys whose changes the watch had not delivered yet. Such a difference must be gone
+    // at the next reconciliation, so nothing is repaired.
     eventually("ten more reconciliations are made", async || {
         resolver.status().reconciliations >= compared + 10
     })
@@ -516,7 +517,7 @@ async fn reconciliations_find_no_difference_while_keys_change() {
 }
 
 #[tokio::test]
-async fn instances_that_refuse_connections_are_read_rarely_and_kept_while_registered() {
+async fn instances_that_refuse_connections_are_kept_and_their_keys_are_read_rarely() {
     let etcd = etcd().await;
     let mut by_hand = client(&etcd).await;
     for batch in 0..10 {
@@ -537,6 +538,7 @@ async fn instances_that_refuse_connections_are_read_rarely_and_kept_while_regist
         resolver.instances().len() == 1_000
     })
     .await;
+    // Reports instances that refuse connections. The resolver then reads their keys.
     let feedback = resolver.feedback();
     feedback.refused(&"127.0.0.1:60000".parse().unwrap());
     let first = resolver.instances()[0].address().clone();
@@ -741,7 +743,7 @@ async fn the_resolver_moves_to_another_member_if_its_member_dies_or_freezes() {
         etcd.freeze(member).await.unwrap();
         kept.push(write(&etcd, member, 200 + u16::try_from(member).unwrap()).await);
         let start = Instant::now();
-        // The connection to the frozen member is closed after 6 s of silence, and 3 s without a response to a PING.
+        // After 6 s of silence, the client sends a PING to the frozen member. After 3 s without a response, it closes the connection.
         eventually("the change is applied", async || {
             addresses(&resolver).len() == kept.len()
         })
@@ -752,8 +754,8 @@ async fn the_resolver_moves_to_another_member_if_its_member_dies_or_freezes() {
     }
 }
 
-/// Returns whether a resolver contains the listed instances. If the value of a key turns bad, the resolver keeps the last good value. So it
-/// may also contain an instance for such a key.
+/// Returns whether a resolver contains exactly the listed instances. If the value of a key turns bad, the resolver keeps the last good
+/// value. So it may also contain the instance of such a key.
 fn is_what_is_listed(resolver: &Resolver, listed: &[(String, String, i64)]) -> bool {
     let (good, bad): (Vec<_>, Vec<_>) = listed
         .iter()

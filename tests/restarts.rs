@@ -111,8 +111,8 @@ async fn stream(mut client: Client) -> Result<(), Status> {
     Ok(())
 }
 
-/// Default number of restarts. An environment variable with the same name overrides this number and [`SOAK`]. The environment variable
-/// `SEED` repeats the choices of a run.
+/// Default number of restarts. The environment variable `RESTARTS` overrides this number and [`SOAK`], and the environment variable `SEED`
+/// repeats the choices of a run.
 const RESTARTS: u64 = 100;
 /// Number of restarts with `SOAK=1` in the environment.
 const SOAK: u64 = 1_000;

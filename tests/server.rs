@@ -416,7 +416,7 @@ async fn attributes_change_without_a_reconnect_on_the_tonic_channel() {
         .await;
         greeter.say_hello(hello()).await.unwrap();
     }
-    // A new registration of the same address does not cause a reconnect either.
+    // After a new registration of the same address, at most one further connection is opened.
     let by_hand = client(etcd).await;
     let lease = |instance: &tonic_etcd::Instance| instance.location().unwrap().lease();
     let before = lease(&resolver.instances()[0]);

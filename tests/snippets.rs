@@ -340,7 +340,7 @@ mod errors {
     }
 }
 
-/// Returns the text without whitespace and trailing commas: rustfmt places them differently here and on the page.
+/// Returns the text without whitespace and trailing commas, because rustfmt places them differently here and on the page.
 fn plain(text: &str) -> String {
     let text: String = text.split_whitespace().collect();
     text.replace(",)", ")").replace(",}", "}")

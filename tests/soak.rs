@@ -244,7 +244,7 @@ async fn concurrent_faults_leak_no_resources() {
     assert!(count(&tally.calls) > 1_000);
     assert!(
         late < early + early / 2 + 20_000,
-        "{early} KiB grew to {late} KiB"
+        "the memory grew from {early} KiB to {late} KiB"
     );
     drop(channel);
     // The resolver that the test started still runs. It may have a few more tasks and files than before, because its watch was opened again

@@ -25,8 +25,8 @@ use tonic_etcd::{
 
 const SERVERS: usize = 4;
 const CALLERS: usize = 16;
-/// Duration of the freeze. It is longer than the channel takes to eject the server, and longer than any wait before the channel uses an
-/// ejected server again. It is shorter than the TTL of the server's lease, so that the server stays registered.
+/// Duration of the freeze. The channel ejects the server in less time, and would use a recovered server again in less time. The freeze is
+/// shorter than the TTL of the server's lease, so that the server stays registered.
 const FROZEN: Duration = Duration::from_secs(6);
 
 async fn call(channel: BalancedChannel, deadline: Duration) -> Result<(String, String), Status> {
@@ -95,7 +95,7 @@ async fn a_frozen_server_fails_a_handful_of_calls_and_is_used_again_after_it_tha
     // Only calls that are sent to the frozen server may fail.
     let sent = || status(&channel, &frozen).calls;
     let before = sent();
-    let out = within(FROZEN, "the frozen server receives no calls", async || {
+    let out = within(FROZEN, "the frozen server is ejected", async || {
         status(&channel, &frozen).ejected
     })
     .await;
@@ -114,7 +114,7 @@ async fn a_frozen_server_fails_a_handful_of_calls_and_is_used_again_after_it_tha
     // Calls that picked the server before its ejection may still be sent.
     assert!(
         all - first <= CALLERS as u64,
-        "{first} calls before the ejection, and then {}",
+        "the server received {first} calls before the ejection, and {} after it",
         all - first
     );
     assert!(
@@ -162,10 +162,10 @@ async fn calls_wait_for_a_lone_frozen_server_and_succeed_after_it_thaws() {
     })
     .await;
     let waiting = tokio::spawn(call(channel.clone(), Duration::from_secs(10)));
-    // Any call before the server continues can only wait.
+    // While the server is frozen, every call can only wait.
     call(channel.clone(), Duration::from_millis(500))
         .await
-        .expect_err("a frozen server answers no call");
+        .expect_err("a call to a frozen server must fail");
     assert!(!waiting.is_finished());
     signal(&only, Signal::SIGCONT);
     waiting.await.unwrap().unwrap();

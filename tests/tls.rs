@@ -150,7 +150,7 @@ async fn a_client_certificate_replaces_the_password() {
         .await
         .unwrap();
     auth.role_add("root").await.unwrap();
-    // etcd never compares these passwords: both users present certificates.
+    // etcd never compares these passwords, because no client of this test sends one.
     for (user, role) in [("greeter", "greeter"), ("root", "root")] {
         auth.user_add(user, "unused", None).await.unwrap();
         auth.user_grant_role(user, role).await.unwrap();

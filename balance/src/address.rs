@@ -188,8 +188,8 @@ fn parse_port(port: &str) -> Result<u16, &'static str> {
     }
 }
 
-/// Checks the part of an address after `unix:`, and returns the path of the socket. Accepts both forms of gRPC's naming document:
-/// `unix:/path` and `unix:///path`.
+/// Checks the part of an address after `unix:`, and returns the path of the socket. Accepts both forms of an absolute path in gRPC's naming
+/// document: `unix:/path` and `unix:///path`.
 fn check_path(path: &str) -> Result<&str, &'static str> {
     let path = path.strip_prefix("//").unwrap_or(path);
     if !path.starts_with('/') || path.starts_with("//") {
@@ -378,9 +378,9 @@ impl AddressPolicy {
     }
 }
 
-/// Returns the IPv4 address inside an IPv6 address that a gateway translates, and any other address unchanged. The gateway forwards to the
-/// IPv4 address, so the policy must check that address. The prefixes are those of NAT64 (`64:ff9b::/96`, RFC 6052; `64:ff9b:1::/48`, RFC
-/// 8215) and of 6to4 (`2002::/16`, RFC 3056).
+/// If a gateway translates this IPv6 address to an IPv4 address, returns that IPv4 address. Returns any other address unchanged. The
+/// gateway forwards to the IPv4 address, so the policy must check that address. The prefixes are those of NAT64 (`64:ff9b::/96`, RFC 6052;
+/// `64:ff9b:1::/48`, RFC 8215) and of 6to4 (`2002::/16`, RFC 3056).
 fn embedded_v4(ip: IpAddr) -> IpAddr {
     let IpAddr::V6(v6) = ip else {
         return ip;
@@ -388,7 +388,7 @@ fn embedded_v4(ip: IpAddr) -> IpAddr {
     let octets = v6.octets();
     let v4 = match v6.segments() {
         [0x64, 0xff9b, 0, 0, 0, 0, ..] => [octets[12], octets[13], octets[14], octets[15]],
-        // With a prefix of 48 bits, the octet in the middle is skipped (RFC 6052, section 2.2).
+        // With a prefix of 48 bits, octet 8 is not part of the IPv4 address (RFC 6052, section 2.2).
         [0x64, 0xff9b, 1, ..] => [octets[6], octets[7], octets[9], octets[10]],
         [0x2002, ..] => [octets[2], octets[3], octets[4], octets[5]],
         _ => return ip,

@@ -58,8 +58,9 @@ impl Attributes {
 
     /// Sets a number that changes each time the server at the address is started again. Default 0.
     ///
-    /// When the number changes, the channel discards what it has observed about the endpoint. The backoff, the ejection and the quarantine
-    /// end, and slow start applies again. A connection that does not answer is replaced.
+    /// When the number changes, the channel discards what it has observed about the endpoint. The backoff between dials ends. An ejection
+    /// by outlier detection ends as well, and so does a quarantine after responses that are not gRPC. Slow start applies again. A
+    /// connection that does not answer is replaced.
     #[must_use]
     pub fn with_generation(mut self, generation: u64) -> Self {
         self.generation = generation;

@@ -100,7 +100,7 @@ pub struct Measured {
     pub counters: Counters,
     pub gauges: Gauges,
     pub time: Duration,
-    /// Maximum number of requests per second, each measured over about one second. `None` if the measurement was shorter.
+    /// Maximum rate, in requests per second. Each rate is measured over about one second. `None` if the measurement was shorter.
     pub peak: Option<f64>,
 }
 
@@ -151,7 +151,7 @@ impl Meter {
         busiest.map_or(0, |(member, _)| member)
     }
 
-    /// Excludes a member that does not respond from the readings, until [`Meter::include`] is called.
+    /// Excludes from the readings a member that does not respond, until [`Meter::include`] is called.
     pub fn exclude(&mut self, member: usize) {
         self.silent.push(member);
     }

@@ -37,7 +37,7 @@ impl Process {
     }
 }
 
-/// The numbers of services and instances, the start of the services, and the values of the instances.
+/// What the process watches, and how it starts to watch.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
     pub services: usize,
@@ -45,7 +45,7 @@ pub struct Shape {
     pub instances: usize,
     /// Whether the resolvers of all services start at once. Otherwise they start one after the other.
     pub at_once: bool,
-    /// Whether the values have metadata.
+    /// Whether the values of the keys have metadata.
     pub metadata: bool,
 }
 

@@ -357,8 +357,8 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Freezes the member with the most watch streams for 10 s. A key is written in this time, and every client must receive it, at the
-    /// latest after the member thaws.
+    /// Freezes the member with the most watch streams for 10 s. Meanwhile a key is written. Every client must receive the key, at the
+    /// latest after the member is thawed.
     async fn freeze(&mut self) -> Result<()> {
         const FROZEN: Duration = Duration::from_secs(10);
         let lists = self.fleet.lists();

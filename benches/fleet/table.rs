@@ -32,7 +32,7 @@ pub enum Scale {
     Total,
     /// As `Total`, but each change of a server causes an event for each client, so the events grow with clients times servers.
     Changes,
-    /// The scenario determines the rates, and not the size of the fleet. No figures for larger fleets are computed.
+    /// The scenario determines the rates; the size of the fleet does not. No figures for larger fleets are computed.
     None,
 }
 
@@ -140,8 +140,8 @@ impl Row {
         let peak = self.measured.peak.filter(|_| self.lists == 0);
         cells.push(peak.map_or_else(String::new, |peak| format!("{}/s", short(peak * factor))));
         let connections = self.measured.gauges.connections as f64 * factor;
-        // The CPU time for events and lists does not only grow with the number of processes. So it is computed only for `Rate`, and for
-        // `Total` without lists.
+        // The CPU time for events and lists does not grow linearly with the number of processes. So the CPU time is computed only for
+        // `Rate`, and for `Total` without lists.
         let cpu = self.measured.counters.cpu * factor;
         cells.push(match self.scale {
             Scale::Rate => format!("{:.0} %", cpu / seconds * 100.0),

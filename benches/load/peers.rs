@@ -195,8 +195,8 @@ fn pick<T>(connections: &[(T, AtomicUsize)]) -> usize {
     if load(a) <= load(b) { a } else { b }
 }
 
-/// Counts a call as load of its connection until it is dropped. [`Hyper`] drops the ticket when the response head has arrived. [`H2`] drops
-/// it together with the response body.
+/// Counts a call as load of its connection until the ticket is dropped. [`Hyper`] drops the ticket when the response head has arrived.
+/// [`H2`] drops the ticket together with the response body.
 struct Ticket<T> {
     connections: Arc<[(T, AtomicUsize)]>,
     index: usize,

@@ -6,7 +6,7 @@
     unused_qualifications,
     unreachable_pub,
     clippy::allow_attributes_without_reason,
-    reason = "each example uses its part of the generated code"
+    reason = "the code is generated, and each example uses only a part of it"
 )]
 
 use tonic::{Request, Response, Status, Streaming};
@@ -73,14 +73,14 @@ impl NamedGreeter {
     }
 }
 
-/// Returns the etcd endpoints in `ETCD_ENDPOINTS`, which are separated by commas. If the variable
-/// is not set, returns the default port of etcd on this machine.
+/// Returns the comma-separated etcd endpoints in `ETCD_ENDPOINTS`. If the variable is not set,
+/// returns the default port of etcd on this machine.
 pub fn etcd_endpoints() -> Vec<String> {
     let endpoints = std::env::var("ETCD_ENDPOINTS").unwrap_or_else(|_| "127.0.0.1:2379".to_owned());
     endpoints.split(',').map(str::to_owned).collect()
 }
 
-/// Prints the error of a failed program to stderr and returns the exit code.
+/// Returns the exit code of the program. If it failed, prints its error to stderr.
 #[allow(clippy::print_stderr, reason = "errors are printed to stderr")]
 pub fn report(outcome: Result<(), Box<dyn std::error::Error>>) -> std::process::ExitCode {
     match outcome {
@@ -92,7 +92,7 @@ pub fn report(outcome: Result<(), Box<dyn std::error::Error>>) -> std::process::
     }
 }
 
-/// Returns an error and its causes on one line.
+/// Formats an error and its causes as one line.
 pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     let texts: Vec<_> = causes.map(ToString::to_string).collect();

@@ -35,8 +35,8 @@ struct Inner {
     issued: Mutex<Option<(Instant, Address)>>,
     /// Whether a registration needs the token to renew its lease.
     renews_leases: AtomicBool,
-    /// The largest number of keys that a resolver of this client has known: an estimate of the number of servers that also exchange their
-    /// passwords.
+    /// The largest number of keys that a resolver of this client has known. Each key belongs to a registered server, which probably
+    /// exchanges its own password with the same etcd.
     known_servers: AtomicUsize,
 }
 
@@ -97,24 +97,25 @@ impl Auth {
         self.0.known_servers.fetch_max(count, Ordering::Relaxed);
     }
 
-    /// Returns the longest wait before the exchange for a rejected token; the actual wait is a random part of it. After a restart of etcd
-    /// or a change of its users, all processes exchange their passwords at the same time, and share the processor time of etcd. If a server
-    /// does not get a token within the TTL, its lease expires. A client without a token only uses an older set of instances for a while. So
-    /// clients wait longer than servers.
+    /// Returns the longest wait before a rejected token is replaced; the actual wait is a random part of it. After a restart of etcd or a
+    /// change of its users, all processes exchange their passwords at the same time, and share the processor time of etcd. If a server does
+    /// not get a token within the TTL, its lease expires. A client without a token only uses an older set of instances for a while. So a
+    /// client that knows many servers waits longer than they do.
     fn spread(&self, fastest: Duration) -> Duration {
         if self.0.renews_leases.load(Ordering::Relaxed) {
             return REFRESH_SPREAD;
         }
         let servers = self.0.known_servers.load(Ordering::Relaxed);
         let servers = u32::try_from(servers).unwrap_or(u32::MAX);
-        // If the process was started together with the fleet, even its fastest exchange took much longer than one hash.
+        // If the process was started together with the fleet, even its fastest exchange took much longer than one hash. Without the limit,
+        // the wait would then be too long.
         let hash = fastest.min(HASH_MAX);
         let hashes = hash.saturating_mul(servers).saturating_mul(2);
         hashes.clamp(REFRESH_SPREAD, CLIENT_SPREAD_MAX)
     }
 
     /// Returns whether the token is too new to have expired under etcd's default settings. If etcd forbids a request with such a token, a
-    /// new token does not help. Without this check, each attempt of each client that lacks a permission would cost etcd a password hash.
+    /// new token does not help. Without this check, a client that lacks a permission would cost etcd a password hash at each attempt.
     pub(super) fn cannot_be_expired(&self) -> bool {
         let issued = self.issued();
         let at = issued.as_ref().map(|(at, _)| *at);
@@ -129,8 +130,8 @@ impl Auth {
         *self.issued() = member.map(|member| (Instant::now(), member));
     }
 
-    /// Returns how the caller replaces the token that etcd rejected. `refused` is the token of the rejected request, or `None` if the
-    /// request carried no token.
+    /// Returns what the caller must do to replace a token that etcd rejected. `refused` is the token of the rejected request, or `None` if
+    /// the request carried no token.
     pub(super) fn replacement(&self, refused: Option<&Token>, now: Instant) -> Replacement {
         let Some(credentials) = &self.0.credentials else {
             return Replacement::Done(Ok(false));
@@ -214,9 +215,9 @@ impl Auth {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes an external client exchange its credentials, if it has any, for a new token. Without this call, the client replaces an expired
-    /// token, but not a token that became invalid after a change of the store's users. Returns true on success, because the client does not
-    /// expose whether its token has changed.
+    /// Makes an external client exchange its credentials, if it has any, for a new token. By itself, the client replaces an expired token,
+    /// but not a token that became invalid after a change of the store's users. Returns true on success, because the client does not expose
+    /// whether its token has changed.
     pub(super) async fn refresh_client(
         &self,
         client: &etcd_client::Client,
@@ -290,7 +291,7 @@ struct ExchangeState {
     last: Option<(Instant, EtcdError)>,
     backoff: Backoff,
     running: Option<Running>,
-    /// The duration of the fastest successful exchange: about the time of one password hash.
+    /// The duration of the fastest successful exchange. If etcd was idle then, this is about the time of one password hash.
     fastest: Option<Duration>,
 }
 
@@ -346,12 +347,14 @@ const BACKOFF_MAX: Duration = Duration::from_secs(10);
 const NEW_TOKEN_TIME: Duration = Duration::from_secs(1);
 /// The default of etcd's `--auth-token-ttl`.
 const DEFAULT_TOKEN_TTL: Duration = Duration::from_secs(300);
-/// The shortest interval over which exchanges for rejected tokens are spread. This wait counts against a call's deadline of 2 s.
+/// The shortest interval over which the replacements of rejected tokens are spread. The wait counts against the 2 s deadline of the
+/// rejected request.
 const REFRESH_SPREAD: Duration = Duration::from_millis(200);
-/// Limit on the assumed time of one password hash. It is a typical value: etcd takes 50 to 130 ms with its default settings.
+/// Limit on the assumed time of one password hash. It is a typical value: with its default settings, etcd takes 50 to 130 ms. A higher
+/// limit would delay the clients of a busy etcd longer than its hashes require.
 const HASH_MAX: Duration = Duration::from_millis(100);
-/// Limit on the interval over which the exchanges of clients are spread: the default lease TTL. In this time, one core computes the hashes
-/// of about 200 servers.
+/// Limit on the interval over which the exchanges of clients are spread: the default lease TTL. With a hash time of 100 ms, the interval
+/// reaches this limit at 75 known servers. In 15 s, one core computes 150 such hashes.
 const CLIENT_SPREAD_MAX: Duration = Duration::from_secs(15);
 
 impl std::fmt::Debug for Auth {

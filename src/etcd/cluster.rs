@@ -33,7 +33,8 @@ pub(super) struct Cluster {
     /// The id of the cluster, which every response must have.
     pub(super) id: Arc<ClusterId>,
     pub(super) reconcile_batch: ReconcileBatch,
-    /// The common times at which the resolvers of this handle reconcile their services: compare them with a list of the keys in etcd.
+    /// The times at which the resolvers of this handle compare their services with the keys in etcd (reconciliation). All resolvers share
+    /// these times.
     slots: Slots,
 }
 
@@ -220,13 +221,14 @@ impl Etcd {
         self.0.auth.token()
     }
 
-    /// Records that a registration renews its lease with this client, so that the exchange for a rejected token waits at most 200 ms.
+    /// Records that a registration renews its lease with this client. From then on, the replacement of a rejected token is delayed by at
+    /// most 200 ms.
     pub(crate) fn set_renews_leases(&self) {
         self.0.auth.set_renews_leases();
     }
 
-    /// Records how many servers a resolver of this client knows. The more there are, the longer the exchange for a rejected token waits, so
-    /// that the servers get their tokens first.
+    /// Records how many registered servers a resolver of this client knows. The more there are, the longer the client may delay the
+    /// replacement of a rejected token, so that the servers, which must renew their leases, get their tokens first.
     pub(crate) fn on_known_servers(&self, count: usize) {
         self.0.auth.on_known_servers(count);
     }

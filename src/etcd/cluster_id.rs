@@ -1,9 +1,9 @@
 //! Compares the cluster ids in the responses, so that one client uses one cluster.
 //!
-//! An endpoint of another cluster is a mistake in the configuration, or a name that leads to two clusters. A lease of one cluster does not
-//! exist in the other, and the keys differ, so a client that used both would have to register and to list again each time it changed to the
-//! other cluster. A response from another cluster counts as a failure of its member. If no member of the first cluster answers any more,
-//! the client assumes that the cluster was replaced, and uses the new one.
+//! An endpoint of another cluster is a mistake in the configuration, or a DNS name that resolves to members of two clusters. A lease of one
+//! cluster does not exist in the other, and the keys differ, so a client that used both would have to register and to list again each time
+//! it changed to the other cluster. A response from another cluster counts as a failure of its member. If only the other cluster has
+//! answered for 10 s, the client assumes that the first cluster was replaced, and uses the other one.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -33,8 +33,8 @@ struct Others {
 }
 
 impl ClusterId {
-    /// Returns an error if the response is from another cluster than earlier responses, unless that cluster has replaced the first one.
-    /// Stores without cluster ids are accepted.
+    /// Returns an error if the response is from a different cluster than earlier responses, unless that cluster now counts as the
+    /// replacement of the first one. Stores without cluster ids are accepted.
     pub(super) fn check(
         &self,
         header: Header,
@@ -79,12 +79,12 @@ impl ClusterId {
 }
 
 /// The time without a response from the first cluster after which another cluster counts as its replacement. It is shorter than the default
-/// TTL (15 s), so that servers are registered in the new cluster within about a TTL, and longer than the election of a leader, during which
-/// a cluster does not answer.
+/// TTL (15 s), so that servers are registered in the new cluster within about a TTL. It is longer than the election of a leader, because a
+/// cluster does not answer during an election.
 const REPLACED_AFTER: Duration = Duration::from_secs(10);
 /// Minimum number of responses from the other cluster before it counts as the replacement.
 const REPLACED_RESPONSES: u32 = 3;
-/// Responses from the other cluster that are further apart do not count together.
+/// If two responses from the other cluster are further apart than this, the count starts again.
 const PAUSE: Duration = Duration::from_secs(10);
 
 #[cfg(test)]
@@ -103,35 +103,35 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_second_cluster_is_rejected_while_the_first_answers() {
         let cluster = ClusterId::default();
-        check(&cluster, 0).expect("a store without ids must pass");
-        check(&cluster, 7).expect("the first cluster must pass");
+        check(&cluster, 0).expect("a store without ids must be accepted");
+        check(&cluster, 7).expect("the first cluster must be accepted");
         for _ in 0..20 {
             tokio::time::advance(Duration::from_secs(3)).await;
             assert_eq!(check(&cluster, 8), Err(EtcdErrorKind::OtherCluster));
             tokio::time::advance(Duration::from_secs(1)).await;
-            check(&cluster, 7).expect("the same cluster must pass");
+            check(&cluster, 7).expect("the first cluster must be accepted");
         }
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_cluster_that_replaces_the_first_is_used_after_ten_seconds() {
         let cluster = ClusterId::default();
-        check(&cluster, 7).expect("the first cluster must pass");
+        check(&cluster, 7).expect("the first cluster must be accepted");
         for _ in 0..3 {
-            check(&cluster, 8).expect_err("another cluster must fail");
+            check(&cluster, 8).expect_err("another cluster must be rejected");
             tokio::time::advance(Duration::from_secs(4)).await;
         }
-        check(&cluster, 8).expect("the new cluster must pass");
-        check(&cluster, 7).expect_err("the old cluster must fail");
+        check(&cluster, 8).expect("the new cluster must be accepted");
+        check(&cluster, 7).expect_err("the old cluster must be rejected");
     }
 
-    /// A client that is idle for hours sends no request, so the silence of the first cluster shows nothing.
+    /// An idle client sends no requests, so it cannot know whether the first cluster would answer.
     #[tokio::test(start_paused = true)]
     async fn rare_responses_of_another_cluster_do_not_replace_the_first() {
         let cluster = ClusterId::default();
-        check(&cluster, 7).expect("the first cluster must pass");
+        check(&cluster, 7).expect("the first cluster must be accepted");
         for _ in 0..10 {
-            check(&cluster, 8).expect_err("another cluster must fail");
+            check(&cluster, 8).expect_err("another cluster must be rejected");
             tokio::time::advance(Duration::from_secs(60)).await;
         }
     }

@@ -105,8 +105,8 @@ const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(3);
 /// interval.
 const KEEP_ALIVE_PERMIT: Duration = Duration::from_secs(5);
 
-/// Limit on the time of a connection attempt. It is not longer than the 2 s deadline of a call, so that a member whose packets are dropped
-/// can be distinguished from a slow member.
+/// Limit on the time of a connection attempt. It is not longer than the 2 s deadline of a request, so that the client can tell a member
+/// whose packets are dropped from a slow member.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Limit on the backoff between connection attempts. It is short, because a restarted etcd extends all leases by one TTL, and the client
 /// must reconnect while most of that TTL is left.
@@ -248,7 +248,7 @@ async fn explain(config: &Config, members: &[MemberEndpoint], cause: EtcdError) 
     }
 }
 
-/// Parts of the texts of the rustls errors that a wrong configuration causes.
+/// Words that occur in rustls errors if the TLS configuration is wrong.
 const TLS_WORDS: [&str; 5] = [
     "fatal alert",
     "certificate",

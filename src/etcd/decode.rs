@@ -16,8 +16,8 @@ pub(super) fn header(header: Option<&etcd_client::proto::PbResponseHeader>) -> H
 pub(super) fn key_value(kv: etcd_client::proto::PbKeyValue) -> KeyValue {
     let mut value = kv.value;
     if value.len() > MAX_VALUE {
-        // The format rejects such a value when it decodes the value later. The value is cut to one byte above the limit, so that a list of
-        // many such values does not fill the memory until then.
+        // The value is truncated, so that a list of many such values does not fill the memory. One byte more than the limit is kept, so
+        // that the decoder of the format, which runs later, still rejects the value as too large.
         value.truncate(MAX_VALUE + 1);
         value.shrink_to_fit();
     }

@@ -86,7 +86,7 @@ mod tests {
             "root:s3cret@a:1",
             "http://root:s3:cret@@a:1",
         ] {
-            let error = MemberEndpoint::parse(endpoint, false).expect_err("invalid");
+            let error = MemberEndpoint::parse(endpoint, false).expect_err("a rejection");
             let text = format!("{error} {error:?}");
             assert!(!text.contains("s3"), "{text}");
             assert!(text.contains("root"), "{text}");
@@ -101,7 +101,7 @@ mod tests {
             ("[::1]:2379", "[::1]:2379"),
             (" etcd-0.etcd:2379 ", "etcd-0.etcd:2379"),
         ] {
-            let parsed = MemberEndpoint::parse(endpoint, false).expect("valid");
+            let parsed = MemberEndpoint::parse(endpoint, false).expect("an endpoint");
             assert_eq!(parsed.address().as_str(), authority);
             assert!(!parsed.is_tls());
         }
@@ -120,7 +120,7 @@ mod tests {
             "::1:2379",
             ":2379",
         ] {
-            let error = MemberEndpoint::parse(endpoint, false).expect_err("invalid");
+            let error = MemberEndpoint::parse(endpoint, false).expect_err("a rejection");
             assert!(
                 error.to_string().contains(&format!("{endpoint:?}")),
                 "{error}"

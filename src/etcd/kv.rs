@@ -17,8 +17,8 @@ use crate::keyspace::{
 };
 
 impl Etcd {
-    /// Reads one page of a range, linearizably. The page has up to `limit` keys, at `revision` or, if `revision` is zero, at the newest
-    /// revision.
+    /// Reads one page of a range, linearizably. The page has up to `limit` keys. It is read at `revision`, or at the newest revision if
+    /// `revision` is zero.
     pub(crate) async fn list(&self, request: &ListRequest) -> Result<Page, EtcdError> {
         const OPERATION: &str = "list";
         self.call(OPERATION, |channel| {
@@ -96,8 +96,8 @@ impl Etcd {
         Ok((header, found))
     }
 
-    /// Reads the keys in the given order, linearizably. Each batch of a hundred keys is read at one revision, in a single attempt. Returns
-    /// the header of the last batch, and one result for each key.
+    /// Reads the keys in the given order, linearizably. Each batch of up to 100 keys is read in one request, at one revision, with a single
+    /// attempt. Returns the header of the last batch, and one result for each key.
     pub(crate) async fn read_each(
         &self,
         keys: &[Key],

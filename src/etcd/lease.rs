@@ -45,9 +45,9 @@ impl Etcd {
         .await
     }
 
-    /// Renews a lease. A response with a raft term below `term` is an error, because it does not prove that the lease was renewed: a former
-    /// leader that was frozen for a while sends such responses even for leases that the cluster has already removed. Makes a single
-    /// attempt.
+    /// Renews a lease. A response with a raft term below `term` (the term of the caller's last linearizable read, or of a later renewal) is
+    /// an error, because it does not prove that the lease was renewed: a former leader that was frozen for a while sends such responses
+    /// even for leases that the cluster has already removed. Makes a single attempt.
     pub(crate) async fn keep_alive(
         &self,
         lease: LeaseId,

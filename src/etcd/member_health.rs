@@ -111,8 +111,8 @@ impl MemberHealth {
 const FIRST_PENALTY: Duration = Duration::from_secs(5);
 /// Limit on the duration of a penalty. With this limit, a member that always fails costs one attempt per minute.
 const LONGEST_PENALTY: Duration = Duration::from_secs(60);
-/// Number of consecutive requests without a response after which a connection is replaced. One missing response is not enough, because a
-/// stalled disk may be the cause.
+/// Number of consecutive requests without a response after which a connection is replaced. One missing response is not enough, because its
+/// cause may be a stalled disk.
 const MAX_UNANSWERED: u32 = 2;
 
 #[cfg(test)]
@@ -120,7 +120,7 @@ mod tests {
     use super::*;
 
     fn member(port: u16) -> Address {
-        format!("127.0.0.1:{port}").parse().expect("valid")
+        format!("127.0.0.1:{port}").parse().expect("an address")
     }
 
     #[test]
@@ -160,23 +160,26 @@ mod tests {
         assert!(!fails(Traffic::Keys, Failure::Timeout));
         assert!(
             !fails(Traffic::Leases, Failure::Timeout),
-            "the channel for leases counts separately"
+            "the channel for leases must count separately"
         );
         assert!(
             !fails(Traffic::Keys, Failure::Error),
-            "an error is a response"
+            "an error must count as a response"
         );
         assert!(!fails(Traffic::Keys, Failure::Timeout));
         assert!(fails(Traffic::Keys, Failure::Timeout));
         assert!(
             !fails(Traffic::Keys, Failure::Timeout),
-            "a new connection starts without timeouts"
+            "a new connection must start without timeouts"
         );
         assert!(fails(Traffic::Keys, Failure::StreamTimeout));
         // A response on the channel for keys does not clear the earlier timeout on the channel for leases.
         health.on_answer(&member(1), Traffic::Keys);
-        assert!(health.avoided(now).is_empty(), "avoided after a response");
+        assert!(
+            health.avoided(now).is_empty(),
+            "a member that has responded must not be avoided"
+        );
         let fails = health.on_failure(&member(1), Traffic::Leases, Failure::Timeout, now);
-        assert!(fails, "a second timeout in a row replaces the connection");
+        assert!(fails, "a second timeout must replace the connection");
     }
 }

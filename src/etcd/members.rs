@@ -57,8 +57,8 @@ impl Members {
         };
         let mut avoided = self.health().avoided(Instant::now());
         if let Some(issuer) = auth.new_issuer() {
-            // Other members may not have received the token yet, so this request avoids them as well. Members with recent failures stay
-            // last in the list, and so are the last choice.
+            // Other members may not have received the token yet, so this request avoids them as well. The members with recent failures stay
+            // at the end of the list, so they are chosen last.
             let others = self.addresses.iter().filter(|member| **member != issuer);
             let well = others.filter(|member| !avoided.contains(member)).cloned();
             avoided = well.chain(avoided.iter().cloned()).collect();
@@ -83,7 +83,8 @@ impl Members {
         }
     }
 
-    /// Records that the member that received the request has responded. Errors that another member would return as well count as responses.
+    /// Records that the member that received the request has responded. An error counts as a response if other members would return it as
+    /// well.
     pub(super) fn on_answer(&self, service: &RequestService, traffic: Traffic) {
         if let Some(member) = service.routing.address() {
             self.health().on_answer(&member, traffic);

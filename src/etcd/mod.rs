@@ -1,8 +1,8 @@
 //! The etcd client of this crate. Outside this module, only `Registry::from_client` names the crate `etcd_client`.
 //!
 //! The module sends requests over channels that are balanced over all members. A member that is down, or that has stopped responding, gets
-//! no further requests. Some failures do not show on the connection, for example the loss of the leader. [`member_health`] records failed
-//! requests and streams, so that later requests avoid the member that caused them.
+//! no requests while another member is available. Some failures do not show on the connection, for example the loss of the leader.
+//! [`member_health`] records failed requests and streams, so that later requests avoid the failing member.
 
 mod auth;
 mod cluster;

@@ -1,5 +1,6 @@
-//! Sends the reconciliation requests of several services as one transaction. A resolver sends such a request periodically, to find changes
-//! that its watch has not delivered. A process that watches a thousand services would otherwise send several requests per second at rest.
+//! Sends the reconciliation requests of several services as one transaction. A resolver periodically reconciles its service: it compares
+//! the keys in etcd with those that it knows, to find changes that its watch has not delivered. Without this module, a process with a
+//! thousand services would send several requests per second at rest.
 //!
 //! A batch must not let one service affect another: if etcd rejects the transaction, for example because of the permissions on one prefix,
 //! each service sends its own request.

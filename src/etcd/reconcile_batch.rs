@@ -13,7 +13,7 @@ pub(super) struct ReconcileBatch(Mutex<Vec<Pending>>);
 
 pub(super) struct Pending {
     pub(super) request: ListRequest,
-    /// Receives the response. Dropped if the request has to be sent alone.
+    /// Receives the response. If it is dropped without a response, the owner of the request sends the request alone.
     pub(super) reply: oneshot::Sender<Result<Page, EtcdError>>,
 }
 

@@ -85,7 +85,8 @@ impl RequestService {
     pub(super) fn endpoint(&self) -> String {
         let address = self.routing.address();
         let address = address.or_else(|| self.channel.last_failed_endpoint());
-        // There is no address if the request was not sent and no connection has failed: the connections are still being established.
+        // There is no address if the request was not sent and no connection has failed, for example while the first connections are being
+        // established.
         address.map_or_else(|| "(no member)".to_owned(), |address| address.to_string())
     }
 }

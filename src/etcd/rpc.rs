@@ -112,8 +112,8 @@ pub(super) async fn keep_alive(
     grpc.ready().await.map_err(failed)?;
     let codec = ProstCodec::<LeaseKeepAliveRequest, LeaseKeepAliveResponse>::default();
     let path = PathAndQuery::from_static(LEASE_KEEP_ALIVE);
-    // The request stream stays open after the request, because `etcd grpc-proxy` treats its end as the end of the call and sends no
-    // response. Dropping the response stream ends the call.
+    // The request stream stays open after the request. If it ended, `etcd grpc-proxy` would end the call without a response. Dropping the
+    // response stream ends the call.
     let requests = tokio_stream::once(LeaseKeepAliveRequest { id: lease.get() });
     let request = Request::new(requests.chain(tokio_stream::pending()));
     let mut answers = grpc
@@ -131,7 +131,7 @@ pub(super) async fn keep_alive(
     Ok((header, answer.ttl))
 }
 
-/// Creates the error for a stream that ended before its response. It is then unknown whether the lease was renewed.
+/// Creates the error for a stream that ended before its response. The lease may or may not have been renewed.
 pub(super) fn closed(operation: &'static str, endpoint: &str) -> EtcdError {
     let source = "the stream ended without an answer";
     EtcdError::new(EtcdErrorKind::Unavailable, operation, endpoint, source)

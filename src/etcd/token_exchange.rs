@@ -74,8 +74,8 @@ impl Etcd {
             })
     }
 
-    /// Exchanges the credentials for a token. If no answer arrives for a while, sends a further request, to another member if there is one.
-    /// The earlier requests stay open.
+    /// Exchanges the credentials for a token. If no answer arrives for a while, or if a member fails, sends a further request, to another
+    /// member if there is one. The earlier requests stay open.
     async fn exchange(&self, credentials: &Credentials) -> Answer {
         let end = Instant::now() + EXCHANGE_LIMIT;
         let mut requests = JoinSet::new();
@@ -151,8 +151,8 @@ impl Etcd {
         Ok(service)
     }
 
-    /// Handles a member that has not answered. The next request avoids the member, and a PING checks its connection: a busy member responds
-    /// to the PING, a frozen member does not.
+    /// Handles a member that has not answered. If there are other members, the next request avoids this one. A PING checks its connection:
+    /// a busy member responds to the PING, a frozen member does not.
     fn on_silence(&self, service: &RequestService, since: Instant) {
         if let Source::Members(members) = &self.0.source
             && members.addresses.len() > 1
@@ -177,7 +177,7 @@ async fn answer(requests: &mut JoinSet<Answer>) -> Option<Answer> {
 /// Time between a failure and the request to another member.
 const NEXT_MEMBER_DELAY: Duration = Duration::from_millis(150);
 
-/// If there is a single member: time after which a second request is sent to it. In this time, one core computes about 100 hashes.
+/// If there is a single member: time after which a second request is sent to it. In this time, one core computes 100 hashes of 80 ms each.
 const SINGLE_MEMBER_WAIT: Duration = Duration::from_secs(8);
-/// Maximum duration of an exchange. In this time, one core computes the hashes of about 1 000 clients, with one repeated request for each.
+/// Maximum duration of an exchange. In this time, one core computes 1 500 hashes of 80 ms each: two requests of each of 750 clients.
 const EXCHANGE_LIMIT: Duration = Duration::from_secs(120);

@@ -23,9 +23,9 @@ pub(crate) struct Watch {
     guard: WatchGuard,
     /// Number of watchers that the server has not created yet.
     uncreated: usize,
-    /// True if the caller must not record the end of this watch as a failure of its member: another watch of the same stream has recorded
-    /// it, or the error shows nothing about the member. The watches of a stream that has ended share this flag. `None` while the watch
-    /// works.
+    /// `None` until [`message`](Self::message) has returned an error. Then true if the caller must not record the error as a failure of the
+    /// member, because another watch of the same stream has recorded the failure, or because the error shows nothing about the member. All
+    /// watches of a stream that has ended share the flag.
     is_reported: Option<Arc<AtomicBool>>,
     opened: Instant,
 }
@@ -106,7 +106,7 @@ impl Watch {
         self.channel.endpoint()
     }
 
-    /// Converts the reason in a cancellation message to an error.
+    /// Converts a cancellation message of the server into an error.
     pub(crate) fn cancel_error(&self, message: &WatchMessage) -> EtcdError {
         if let Some(compacted) = message.compacted {
             let source = format!("history before revision {compacted} is compacted");

@@ -2,8 +2,8 @@
 //!
 //! One stream per watch does not scale. Servers and proxies limit the streams of a connection (`--max-concurrent-streams`): watches beyond
 //! the limit would wait forever, together with reads and writes on the same connection. Each silent stream also costs a probe now and then:
-//! a request that shows whether the stream still works. So one task owns a stream, and delivers each message to the watch that the message
-//! is for. A watch has one watcher at the server for each of its ranges.
+//! a request that shows whether the stream still works. So watches share streams. One task owns each stream, and delivers each message to
+//! the watch that the message is for. A watch has one watcher at the server for each of its ranges.
 //!
 //! If the server cancels or rejects a watch, or has compacted the history that the watch needs, only that watch ends. A watch whose owner
 //! does not receive the messages fast enough is cancelled, so that the messages do not fill the memory. When the stream ends, all its
@@ -92,7 +92,7 @@ struct Subscriber {
     ranges: Vec<Range>,
     from: Option<Revision>,
     deliveries: mpsc::UnboundedSender<Delivery>,
-    /// Estimated number of bytes that the task has queued for the watch and that its owner has not received yet.
+    /// Estimated number of bytes of the messages that are queued for the watch: its owner has not received them yet.
     backlog: Arc<AtomicUsize>,
 }
 
@@ -131,7 +131,7 @@ impl WatchStreams {
         self.0.open().len()
     }
 
-    /// Starts a watch on a shared stream. If no open stream with this token has room, opens a stream over `channel`, and waits for the
+    /// Starts a watch on a shared stream. If no open stream with this token has room, opens a stream over `channel`, and waits for its
     /// response headers. Does not wait until the watchers are created.
     pub(super) async fn watch(
         &self,
@@ -254,7 +254,7 @@ impl WatchStreams {
     }
 }
 
-/// A queued request for a watcher: it was not sent yet.
+/// A request for a watcher that is queued and not sent yet.
 #[derive(Debug)]
 struct WatcherRequest {
     subscriber: u64,
@@ -296,7 +296,8 @@ enum Creating {
 struct SubscriberState {
     subscriber: Subscriber,
     watchers: Vec<i64>,
-    /// Whether the server may still send the history that the watch has requested. Only history can make a message exceed the size limit.
+    /// Whether the server may still send history (past events) that the watch has requested. Only history can make a message exceed the
+    /// size limit.
     is_behind: bool,
 }
 
@@ -330,7 +331,7 @@ struct Task {
     /// The id of each watcher's subscriber, by the id of the watcher.
     watchers: HashMap<i64, u64>,
     subscribers: HashMap<u64, SubscriberState>,
-    /// The start of the current timeout: the time of the last message or probe, or of a request that followed an idle time.
+    /// The start of the current timeout: the time of the last message or probe, or of a new watch on a stream without open requests.
     last_activity: Instant,
     /// The silence after which the next probe is sent.
     probe_after: Duration,
@@ -529,8 +530,8 @@ impl Task {
                 return Ok(());
             }
             if message.canceled && self.watchers.contains_key(&id) {
-                // A probe with the id of an existing watcher was rejected for another reason. Up to etcd 3.4.21 and 3.5.5, the rejection
-                // has the id of the existing watcher, and etcd sends no more events of that watcher.
+                // A probe with the id of an existing watcher was rejected, but not because its id is in use. Up to etcd 3.4.21 and 3.5.5,
+                // the rejection has the id of the existing watcher, and etcd sends no more events of that watcher.
                 let kind = EtcdErrorKind::Unavailable;
                 let reason = format!("a probe was rejected: {}", message.cancel_reason);
                 return Err(EtcdError::new(kind, "watch", &self.endpoint(), reason));
@@ -588,8 +589,7 @@ impl Task {
             .backlog
             .fetch_add(bytes, Ordering::Relaxed);
         let delivery = if before > 0 && before + bytes > MAX_BACKLOG {
-            let reason =
-                format!("more than {MAX_BACKLOG} bytes of events were not received by their watch");
+            let reason = format!("the unread events of the watch exceed {MAX_BACKLOG} bytes");
             let kind = EtcdErrorKind::ResponseTooLarge;
             let error = EtcdError::new(kind, "watch", &self.channel.endpoint(), reason);
             Delivery::Ended {
@@ -625,9 +625,9 @@ impl Task {
     ///
     /// The request has the id of an existing watcher. etcd rejects the request with one message, so a probe costs one request and one
     /// answer. If the server chooses the ids itself, or may reject the token of the stream, the request has a new id. The server then
-    /// creates a watcher, which receives no events and is cancelled as soon as it was created.
+    /// creates a watcher, which receives no events and is cancelled as soon as it is created.
     ///
-    /// A progress request cannot be the probe: etcd 3.5.22, 3.6.2 and later do not answer it on a quiet watch.
+    /// A progress request cannot be the probe: from 3.5.22 and 3.6.2 on, etcd does not answer it on a quiet watch.
     async fn send_probe(&mut self) -> Result<(), EtcdError> {
         self.last_activity = Instant::now();
         self.probe_after = probe_after(&self.channel);
@@ -652,7 +652,7 @@ impl Task {
     /// Ends all watches of the stream with the error.
     fn fail(mut self, error: &EtcdError) {
         self.retire();
-        // Includes the watches that were added before the stream was removed from the list, and that the task has not handled yet.
+        // Watches that were added before the stream was removed from the list, and that the task has not handled yet, end as well.
         while let Ok(command) = self.commands.try_recv() {
             if let Command::Subscribe(subscriber) = command {
                 self.subscribers
@@ -663,8 +663,8 @@ impl Task {
         let has_cause = self.subscribers.values().any(|watched| watched.is_behind);
         let is_reported = Arc::new(AtomicBool::new(false));
         for watched in self.subscribers.into_values() {
-            // Only history makes a message too large, so a watch that has received its history is not the cause. It gets another error,
-            // after which its owner only resumes the watch.
+            // Only history makes a message too large, so a watch that has received its history is not the cause. It gets a different error,
+            // after which its owner resumes the watch and does not list the keys.
             let error = if is_too_large && has_cause && !watched.is_behind {
                 let reason = "another watch's message on the stream was too large";
                 let kind = EtcdErrorKind::Unavailable;
@@ -720,12 +720,12 @@ fn event(event: etcd_client::proto::PbEvent) -> Option<Event> {
     }
 }
 
-/// Returns the silence after which a probe is sent. It is random, so that processes that were started together do not send their probes
-/// together.
+/// Returns the silence after which a probe is sent. On the channel of the registry, it is random, so that processes that were started
+/// together do not send their probes together.
 ///
-/// On the channel of the registry, the keep-alive closes a dead connection within 9 s. The probe is then needed only if PINGs are answered
-/// but watches are not served: by an HTTP/2 proxy whose etcd is dead, or by an etcd that does not serve watches. An external client has no
-/// such keep-alive.
+/// That channel also has an HTTP/2 keep-alive, which closes a dead connection within 9 s. So the probe is needed only if the peer answers
+/// PINGs but does not serve watches. The peer is then an HTTP/2 proxy whose etcd is dead, or an etcd with a fault. An external client may
+/// have no keep-alive, so its probes are sent earlier.
 fn probe_after(channel: &RequestChannel) -> Duration {
     if channel.service.is_some() {
         PROBE_AFTER.mul_f64(0.75 + 0.5 * fastrand::f64())
@@ -738,8 +738,8 @@ fn probe_after(channel: &RequestChannel) -> Duration {
 const PROBE_AFTER: Duration = Duration::from_secs(30);
 /// The silence after which a probe is sent on the channel of an external client.
 const PROBE_AFTER_EXTERNAL: Duration = Duration::from_secs(5);
-/// Limit on the time until a probe is answered. On etcd 3.4.23 to 3.5.30, an answer took 0.2 to 2 ms, also during catch-up and through
-/// grpc-proxy.
+/// Limit on the time until a probe is answered. On etcd 3.4.23 to 3.5.30, an answer took 0.2 to 2 ms, even while the server sent history,
+/// and through `etcd grpc-proxy`.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Limit on the time until the request for a watcher is answered on a stream that has worked before.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
@@ -751,7 +751,7 @@ const MAX_WATCHERS: usize = 1_000;
 const MAX_UNANSWERED: usize = 64;
 /// The id of the first watcher of a stream. With 0, the server would choose the id.
 const FIRST_ID: i64 = 1;
-/// Limit on the bytes that are queued for a watch and that its owner has not received yet. A single message may exceed this limit.
+/// Limit on the bytes of the messages that are queued for a watch. A single message may exceed this limit.
 const MAX_BACKLOG: usize = 4 * MAX_MESSAGE;
 
 /// Estimates the memory that a message takes.

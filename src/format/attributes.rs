@@ -8,8 +8,8 @@ use tonic_balance::Address;
 /// How a format stores attributes in its map of metadata.
 #[derive(Debug)]
 pub(super) struct Attributes {
-    /// The names of the attributes that are in the map. If a format has a field of its own for an attribute, an entry of the map with that
-    /// name is ordinary metadata.
+    /// The names of the attributes that the format stores in the map. If the format has a field of its own for an attribute, an entry of
+    /// the map with the name of this attribute is ordinary metadata.
     pub(super) names: &'static [&'static str],
     /// Whether all values in the map are strings.
     pub(super) texts: bool,
@@ -59,8 +59,8 @@ impl Attributes {
         }
     }
 
-    /// Returns the map to write. `kept` has the entries that [`Attributes::leftover`] returned when the value was decoded. If a kept entry
-    /// means the same as the entry that would be written, the kept entry is used. So metadata that was a number stays a number.
+    /// Returns the map to write. `kept` contains the entries that [`Attributes::leftover`] returned when the value was decoded. A kept
+    /// entry replaces the entry that would be written if both decode to the same. So metadata that was a number stays a number.
     pub(super) fn write(
         &self,
         advertisement: &Advertisement,
@@ -161,11 +161,11 @@ impl Attributes {
 /// Names that are attributes in at least one format. A registration must not use them for its own metadata.
 pub(crate) const RESERVED: [&str; 4] = ["weight", "zone", "version", "leaving"];
 
-/// Maximum weight. The sum of ten thousand such weights fits into 64 bits, with room for a multiplication.
+/// The maximum weight. The sum of ten thousand such weights is 10^10. So it fits into 64 bits even after a multiplication by 10^9.
 pub(crate) const MAX_WEIGHT: u32 = 1_000_000;
 
 /// Returns the weight that a number or a decimal string contains. Any other value, and a number below 1, results in `default`. The weight
-/// is capped, so that sums of weights cannot overflow.
+/// is capped at [`MAX_WEIGHT`], so that sums of weights cannot overflow.
 pub(super) fn weight(value: &Value, default: u32) -> u32 {
     let weight = match value {
         Value::Number(number) => number.as_i64().or_else(|| number.as_f64().map(whole)),

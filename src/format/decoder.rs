@@ -19,7 +19,7 @@ pub(crate) struct Decoder {
 }
 
 impl Decoder {
-    /// Decodes the value of a key. Returns `None` if the key is not the key of a callable instance.
+    /// Decodes the value of a key. Returns `None` if the key is not the key of an instance that can be called.
     ///
     /// # Errors
     ///
@@ -27,7 +27,7 @@ impl Decoder {
     /// Arbitrary bytes never cause a panic.
     pub(crate) fn read(&self, key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
         if key.len() > MAX_VALUE || value.len() > MAX_VALUE {
-            let reason = format!("is over the limit of {MAX_VALUE} bytes, or its key is");
+            let reason = format!("has more than {MAX_VALUE} bytes, or its key does");
             return Err(FormatError::new(reason));
         }
         let read = match &self.format {
@@ -57,7 +57,7 @@ impl Decoder {
 
 impl Format {
     /// Decodes the instance at a key. The instance has no [id](Instance::id) and no [location](Instance::location), because these are known
-    /// only after a read from etcd. Returns `None` if the key is not the key of a callable instance.
+    /// only after a read from etcd. Returns `None` if the key is not the key of an instance that can be called.
     ///
     /// # Errors
     ///

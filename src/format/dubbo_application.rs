@@ -10,8 +10,8 @@ use super::text::{last_segment, parent, text};
 use crate::instance::{Advertisement, Instance};
 use tonic_balance::Address;
 
-/// The key is `/services/<application>/<id>`. The address is `Host` with the port of the `tri` or `grpc` endpoint, or else `Address`. The
-/// weight is in `Weight`, 100 by default.
+/// The key is `/services/<application>/<id>`. The address is usually `Host` with the port of the `tri` or `grpc` endpoint; see
+/// [`Place::called`] for the other cases. The weight is in `Weight`, 100 by default.
 #[derive(Debug)]
 pub(super) struct DubboApplication;
 
@@ -129,9 +129,9 @@ impl Place {
         }
     }
 
-    /// Returns the address to call. If a gRPC endpoint has a valid port, the address is that port at `Host`, or at the host of `Address` if
-    /// `Host` is empty. Otherwise the address is `Address`, or `Host` with `Port` if `Address` is empty. Returns `None` if the instance has
-    /// endpoints, but no gRPC endpoint.
+    /// Returns the address to call. A gRPC endpoint is one with the protocol `tri` or `grpc`. If a gRPC endpoint has a valid port, the
+    /// address is `Host` with this port. If `Host` is empty, the host of `Address` is used instead. Without such a port, the address is
+    /// `Address`, or `Host` with `Port` if `Address` is empty. Returns `None` if the instance has endpoints, but no gRPC endpoint.
     fn called(&self) -> Result<Option<Address>, FormatError> {
         let text = |value: &Value| {
             let text = value.as_str().filter(|text| !text.is_empty());
@@ -160,7 +160,7 @@ impl Place {
         Ok(Some(address.parse()?))
     }
 
-    /// Returns the fields that were kept from decoding, if they still contain `address`. Otherwise returns `None`.
+    /// Returns the fields as they were decoded, if the address in them is still `address`. Otherwise returns `None`.
     fn kept(object: &mut Object, address: &Address) -> Option<Self> {
         let written = Self::of(address);
         let place = Self {

@@ -8,7 +8,7 @@ use tonic_balance::error::AddressError;
 /// The reason why a format cannot read a key and its value, or cannot write an instance.
 ///
 /// The text completes a sentence: "the value *has no Addr*". It does not repeat the value, because a registry may hold data that must not
-/// be logged. Only a valid address that the address policy rejects is part of the text.
+/// be logged. The only exception is a valid address that the address policy rejects.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FormatError(Cow<'static, str>);
 

@@ -69,8 +69,8 @@ pub(super) fn read(mut object: Object) -> Result<Instance, FormatError> {
     Ok(advertisement.into())
 }
 
-/// Returns the `Metadata` to write. The kept `Metadata` may be any JSON. Its JSON type is preserved, unless only a map can hold the
-/// attributes.
+/// Returns the `Metadata` to write. `kept` is the `Metadata` that was decoded, which may be any JSON. Its JSON type is preserved, unless
+/// only a map can hold the attributes.
 fn metadata(advertisement: &Advertisement, kept: Option<Value>) -> Value {
     let kept = match kept {
         Some(Value::Object(kept)) => return ATTRIBUTES.write(advertisement, &kept).into(),

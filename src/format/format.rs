@@ -1,4 +1,4 @@
-//! The choice of a format.
+//! The type that selects a format.
 
 use std::fmt;
 use std::hash::{Hash, Hasher};
@@ -16,8 +16,8 @@ use crate::keyspace::with_slash;
 ///
 /// A registration writes [`EtcdNaming`](Self::EtcdNaming) by default. A resolver without a format recognises the formats whose values
 /// contain the address (see the column "address" of the table below). It checks for JSON, then for a URL, then for `host:port`. For JSON,
-/// the field that contains the address shows which format the value has. The field `address` is ambiguous: the value is read as one of
-/// dubbo-go if it also contains a host or a service name, and otherwise as one of kitex. A resolver without a format never reads an
+/// the field that contains the address shows which format the value has. The field `address` is ambiguous: a value that also contains a
+/// host or a service name is read as `DubboApplication`, any other value as `Kitex`. A resolver without a format never reads an
 /// address from a key. If the keys contain the addresses, set the format, or [`Mixed`](Self::Mixed).
 ///
 /// | format | key, with the default prefix | address | weight (default) | TLS hint |
@@ -53,19 +53,20 @@ pub enum Format {
     /// A URL such as `http://10.0.0.5:50051`, as in go-kit and many custom registries. Readers accept the schemes `http`, `https`, `grpc`,
     /// `grpcs`, `tcp` and `tri`.
     Url,
-    /// go-zero: `host:port` under `<key>/<id>`, without a prefix.
+    /// go-zero: the value `host:port` at `<key>/<id>`, without a prefix. `<key>` is the `Key` in go-zero's configuration, and the service
+    /// of this library.
     GoZero,
     /// go-kratos' `contrib/registry/etcd`. Instances without a gRPC endpoint, and instances whose name differs from the name in the key,
     /// are ignored.
     Kratos,
     /// kitex' `registry-etcd`. For hertz, set the prefix of the registry to `hertz/registry-etcd`.
     Kitex,
-    /// go-micro's etcd registry. Nodes with another protocol than gRPC are ignored.
+    /// go-micro's etcd registry. Nodes whose protocol is not gRPC are ignored.
     GoMicro,
     /// rpcx' etcd plugin. rpcx has no base path of its own, so the default is the base path of its examples. Instances with
-    /// `state=inactive`, and instances on other networks than TCP, are ignored.
+    /// `state=inactive`, and instances whose network is not TCP, are ignored.
     Rpcx,
-    /// dubbo-go's interface-level registry. Providers with other protocols than `tri` and `grpc` are ignored. The key contains all
+    /// dubbo-go's interface-level registry. Providers whose protocol is neither `tri` nor `grpc` are ignored. The key contains all
     /// attributes, so the weight cannot change without a new key.
     DubboInterface,
     /// dubbo-go's application-level registry. An instance is ignored if it is disabled, if it is not healthy, or if it lists endpoints and
@@ -81,9 +82,9 @@ pub enum Format {
     /// For reading only: for a prefix that contains several formats. Values are recognised as by a resolver without a format. If the value
     /// contains no address, the key is read.
     ///
-    /// The result is a guess. An empty value whose key ends in `host:port` is an instance, whichever library has written it. JSON without
-    /// an address under such a key is a value of `GoFrame`. An `@` in the last part of the key marks an instance of rpcx, and so does a `=`
-    /// in the value of a key that ends in `host:port`. An escaped URL below `providers` is an instance of dubbo-go.
+    /// The result is a guess. If the key ends in `host:port`, an empty value is an instance, whichever library has written it, and a JSON
+    /// object without an address is an instance of `GoFrame`. A `=` in any other value of such a key marks an instance of rpcx, and so does
+    /// an `@` in the last part of any key. An escaped URL below `providers` is an instance of dubbo-go.
     ///
     /// Weights are not converted: a kitex instance with the default weight (10) receives ten times the calls of an instance in etcd's own
     /// format with the default weight (1). If a prefix contains only one format, set that format.

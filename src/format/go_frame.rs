@@ -65,7 +65,8 @@ impl InstanceFormat for GoFrame {
             Some((first, others)) => (first, Some(others)),
             None => (last_segment(key), None),
         };
-        // The first valid address is used. Only if it is the first of all, the other addresses are kept for a later write.
+        // The first valid address is used. The other addresses are kept for a later write, unless an invalid address precedes the valid
+        // one.
         let (address, others) = match address.parse::<Address>() {
             Ok(address) => (address, others),
             Err(error) => {
@@ -104,7 +105,7 @@ impl InstanceFormat for GoFrame {
 }
 
 const NAME: &str = "GoFrame";
-/// The version in the key of an instance without a version.
+/// The version that the key contains if the instance has none.
 const LATEST: &str = "latest";
 const ATTRIBUTES: Attributes = Attributes {
     names: &["weight", "zone", "leaving"],

@@ -11,7 +11,7 @@ use crate::instance::{Advertisement, DEFAULT_WEIGHT, Instance};
 use tonic_balance::Address;
 
 /// The key is `/micro/registry/<service>/<node id>`. The address is in `nodes[].address`, and the attributes are in the `metadata` of the
-/// node. Nodes with another protocol than gRPC are ignored.
+/// node. Nodes whose protocol is not gRPC are ignored.
 #[derive(Debug)]
 pub(super) struct GoMicro;
 
@@ -85,7 +85,8 @@ pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, Fo
         .take_text("version")
         .filter(|version| version != LATEST);
     let mut metadata = node.take_map("metadata");
-    // The entries of `OWN` are dropped, because `node` writes them again. Entries with the same names but other values are kept.
+    // The entries of `OWN` are dropped, because the function `node` writes them again. Entries with the same names but other values are
+    // kept.
     metadata.retain(|name, value| !OWN.contains(&(name, value.as_str().unwrap_or_default())));
     ATTRIBUTES.read(&mut advertisement, &metadata);
     let leftover = ATTRIBUTES.leftover(&advertisement, metadata);
@@ -137,7 +138,7 @@ fn node(key: &str, advertisement: &Advertisement, kept: Map<String, Value>) -> V
 }
 
 const NAME: &str = "GoMicro";
-/// The version in the value of an instance without a version.
+/// The version that the value contains if the instance has none.
 const LATEST: &str = "latest";
 /// The metadata that go-micro's gRPC server writes for each of its nodes.
 const OWN: [(&str, &str); 4] = [

@@ -1,4 +1,5 @@
-//! go-zero's `core/discov`: the key is `<key>/<id>`, without a default prefix, and the value is `host:port`.
+//! go-zero's `core/discov`: the key is `<service>/<id>`, without a default prefix, and the value is `host:port`. go-zero's configuration
+//! calls the service `Key`.
 
 use super::error::FormatError;
 use super::instance_format::InstanceFormat;
@@ -6,7 +7,7 @@ use super::plain;
 use super::text::text;
 use crate::instance::Instance;
 
-/// The key is `<key>/<id>`, and the value is the address. go-zero writes lease ids or configured numbers as ids, and its readers ignore the
+/// The key is `<service>/<id>`, and the value is the address. go-zero writes lease ids or configured numbers as ids. Its readers ignore the
 /// ids.
 #[derive(Debug)]
 pub(super) struct GoZero;

@@ -93,8 +93,8 @@ pub trait InstanceFormat: fmt::Debug + Send + Sync {
     /// Fails if the format has no value for the instance. The registration is then rejected.
     fn encode(&self, key: &str, instance: &Instance) -> Result<Vec<u8>, FormatError>;
 
-    /// Decodes the instance at a key. Returns `None` if the key is not the key of an instance that can be called: if it belongs to a
-    /// folder, to a server with another protocol, or to an instance that is marked as out of service.
+    /// Decodes the instance at a key. Returns `None` if the key is not the key of an instance that can be called: for example, if it
+    /// belongs to a folder, to a server that does not serve gRPC, or to an instance that is marked as out of service.
     ///
     /// The function must not panic, whatever the bytes are. The callers check the address policy and the limits on size and weight.
     ///

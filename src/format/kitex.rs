@@ -70,7 +70,7 @@ pub(super) fn read(mut object: Object) -> Result<Instance, FormatError> {
 }
 
 const NAME: &str = "Kitex";
-/// The default weight. kitex readers also use it for a weight that is not above 0.
+/// The default weight. kitex readers also use this weight if the weight in the value is 0 or less.
 const WEIGHT: u32 = 10;
 const ATTRIBUTES: Attributes = Attributes {
     names: &["zone", "version", "leaving"],

@@ -62,7 +62,7 @@ impl InstanceFormat for Kratos {
     }
 }
 
-/// Returns whether `folder` is the folder of `service`. The name of the service may contain slashes.
+/// Returns whether `folder`, a key without its last part, is the folder of `service`. The name of the service may contain slashes.
 fn is_folder(folder: &str, service: &str) -> bool {
     let before = folder.strip_suffix(service);
     before.is_some_and(|before| before.is_empty() || before.ends_with('/') || service.is_empty())
@@ -97,8 +97,8 @@ pub(super) fn read(key: &str, mut object: Object) -> Result<Option<Instance>, Fo
     Ok(Some(advertisement.into()))
 }
 
-/// Returns the first gRPC endpoint with a valid address. If no gRPC endpoint has one, returns the error of the first gRPC endpoint. Returns
-/// `None` if there is no gRPC endpoint.
+/// Returns the first gRPC endpoint with a valid address. If the addresses of all gRPC endpoints are invalid, returns the error of the
+/// first gRPC endpoint. Returns `None` if there is no gRPC endpoint.
 fn grpc_endpoint(endpoints: &Value) -> Option<Result<(Parts<'_>, Address), FormatError>> {
     let urls = endpoints.as_array()?.iter().filter_map(Value::as_str);
     let mut unusable = None;
@@ -127,8 +127,8 @@ fn is_grpc(url: &str) -> bool {
     })
 }
 
-/// Returns the endpoints to write. Endpoints with other protocols are kept unchanged. The gRPC endpoint is kept unchanged if it has the
-/// address and the TLS setting of the instance, and is replaced otherwise.
+/// Returns the endpoints to write. The first valid gRPC endpoint of `kept` is replaced, unless it has the address and the TLS setting of
+/// the instance. If there is no valid gRPC endpoint, one is added. All other endpoints are kept unchanged.
 fn endpoints(advertisement: &Advertisement, kept: Option<Value>) -> Value {
     let scheme = if advertisement.tls { "grpcs" } else { "grpc" };
     let url = format!("{scheme}://{}", advertisement.address);

@@ -44,13 +44,13 @@ impl Object {
             || OUT_OF_SERVICE.iter().any(|name| is(name, true))
     }
 
-    /// Takes a field. `null` counts as a missing field, because Go writes empty values as `null`.
+    /// Removes and returns a field. `null` counts as a missing field, because Go writes empty values as `null`.
     pub(super) fn take(&mut self, name: &str) -> Option<Value> {
         let key = self.name_of(name)?.to_owned();
         self.0.remove(&key).filter(|value| !value.is_null())
     }
 
-    /// Takes a field. Returns `None` if it is not a string, or if it is an empty string.
+    /// Removes and returns a string. Returns `None` if the field is not a string, or is an empty string.
     pub(super) fn take_text(&mut self, name: &str) -> Option<String> {
         match self.take(name)? {
             Value::String(text) if !text.is_empty() => Some(text),
@@ -58,7 +58,7 @@ impl Object {
         }
     }
 
-    /// Takes a map. `null`, a missing field and a value of another type result in an empty map.
+    /// Removes and returns a map. `null`, a missing field and a value of another type result in an empty map.
     pub(super) fn take_map(&mut self, name: &str) -> Map<String, Value> {
         match self.take(name) {
             Some(Value::Object(map)) => map,
@@ -73,7 +73,7 @@ impl Object {
         }
     }
 
-    /// Takes the kept JSON form of a weight, and returns it if it still means `weight`. Otherwise returns `weight` as a number.
+    /// Removes the kept JSON form of a weight, and returns it if it still decodes to `weight`. Otherwise returns `weight` as a number.
     pub(super) fn take_weight(&mut self, name: &str, weight: u32, default: u32) -> Value {
         self.take(name)
             .filter(|kept| super::attributes::weight(kept, default) == weight)

@@ -14,8 +14,8 @@ use super::{
 use crate::instance::Instance;
 use tonic_balance::Address;
 
-/// Recognises the format of a value by its contents, and decodes the value. The key is used only to find fields, such as the id, that have
-/// the default value for this key. These fields need not be kept for a later write.
+/// Recognises the format of a value by its contents, and decodes the value. The key has only one use: a field, such as
+/// the id, that has the default value for this key need not be kept for a later write.
 pub(super) fn by_value(key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
     let text = text(value)?;
     if text.starts_with('{') {
@@ -65,7 +65,7 @@ impl InstanceFormat for Mixed {
 
     fn encode(&self, _: &str, _: &Instance) -> Result<Vec<u8>, FormatError> {
         Err(FormatError::of(
-            "is only for reading; set the format to write",
+            "is only for reading; set a format that can be written",
         ))
     }
 

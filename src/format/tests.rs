@@ -6,7 +6,7 @@ fn read(value: &str) -> Result<Advertisement, FormatError> {
 }
 
 #[test]
-fn every_known_format_is_detected() {
+fn every_format_with_the_address_in_the_value_is_recognised() {
     for value in [
         "10.0.0.5:8080",
         "10.0.0.5:8080\n",
@@ -26,7 +26,7 @@ fn every_known_format_is_detected() {
 }
 
 #[test]
-fn attributes_are_read_from_every_location_of_a_format() {
+fn attributes_are_read_from_metadata_and_from_fields() {
     let naming = r#"{"Op":0,"Addr":"10.0.0.5:80","Metadata":{"weight":3,"zone":"eu-1a","version":"1.2.0","rack":"7","nested":{"a":[1]}}}"#;
     let read_naming = read(naming).expect("the value of etcd naming is valid");
     assert_eq!(
@@ -48,14 +48,14 @@ fn attributes_are_read_from_every_location_of_a_format() {
     );
     assert_eq!(
         read(r#"{"address":"10.0.0.5:80","weight":-4}"#)
-            .expect("a weight below 1 is valid")
+            .expect("a value with a weight below 1 is read")
             .weight,
         10,
-        "kitex uses its default for weights below 1"
+        "kitex' default weight must replace a weight below 1"
     );
     assert_eq!(
         read(r#"{"address":"10.0.0.5:80","weight":1e300}"#)
-            .expect("a weight above the limit is valid")
+            .expect("a value with a weight above the limit is read")
             .weight,
         MAX_WEIGHT
     );
@@ -91,7 +91,7 @@ fn invalid_values_cause_an_error_and_no_panic() {
         let error = read(value).expect_err("an invalid value must be an error");
         assert!(
             error.to_string().len() < 200,
-            "an error must not repeat the value"
+            "the error must be too short to repeat a long value"
         );
     }
     assert!(Decoder::default().decode(b"\xff\xfe").is_err());

@@ -69,7 +69,7 @@ impl Entry {
         Ok(())
     }
 
-    /// Returns the entry with another weight, if the format can represent it.
+    /// Returns a copy of the entry with another weight. Fails if the format cannot represent the weight.
     pub(super) fn weighted(&self, weight: u32) -> Result<Self, FormatError> {
         let instance = self.instance.clone().with_weight(weight);
         let entry = Self {

@@ -1,4 +1,4 @@
-//! A handle of the registration of a server, for code outside the server.
+//! A handle of a server's registration, for code outside the server.
 
 use tokio::sync::watch;
 use tonic_balance::Address;
@@ -9,7 +9,7 @@ use crate::error::RegisterError;
 /// A handle of a registration, returned by [`RegistrationBuilder::handle`](crate::registration::RegistrationBuilder::handle). The handle
 /// does not keep the server registered.
 ///
-/// Clones refer to the same registration. The methods of a handle wait until the server has started.
+/// Clones refer to the same registration. The methods of a handle wait until the registration has started.
 #[derive(Clone, Debug)]
 pub struct RegistrationHandle {
     started: watch::Receiver<Option<Started>>,
@@ -20,8 +20,8 @@ impl RegistrationHandle {
         Self { started }
     }
 
-    /// Waits until the server has bound its socket, and returns the address that the server advertises. Returns `None` if the server ends
-    /// before that.
+    /// Waits until the registration has started, which is after the server has bound its socket. Returns the address that the server
+    /// advertises, or `None` if the server ends before its registration starts.
     ///
     /// # Cancel safety
     ///
@@ -31,8 +31,8 @@ impl RegistrationHandle {
         Some(started.parts.entry.instance.address().clone())
     }
 
-    /// Waits until the server has bound its socket, and returns its keys in etcd, one for each service. Returns `None` if the server ends
-    /// before that.
+    /// Waits until the registration has started, which is after the server has bound its socket. Returns the keys in etcd, one for each
+    /// service, or `None` if the server ends before its registration starts.
     ///
     /// # Cancel safety
     ///
@@ -45,7 +45,7 @@ impl RegistrationHandle {
         self.started().await.map(keys)
     }
 
-    /// Removes the entry until [`resume`](Self::resume). The server still serves the calls that it receives.
+    /// Removes the entry until [`resume`](Self::resume) is called. The server still serves the calls that it receives.
     ///
     /// # Errors
     ///

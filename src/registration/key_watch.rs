@@ -15,14 +15,14 @@ use crate::keyspace::{Event, Key};
 /// The watch on the registration's own keys, over one stream.
 pub(super) struct KeyWatch {
     open: Option<Watch>,
-    /// The task that opens a watch. At each renewal of the lease, the future of [`KeyWatch::next`] is dropped. If the attempt ran inside
-    /// `next`, it would start again at each renewal, and with a short TTL it might never finish. An attempt that is not polled during the
-    /// renewal could also hold the lock of the token, which the renewal may need.
+    /// The task that opens a watch. A task is needed, because the future of [`KeyWatch::next`] is dropped at each renewal of the lease. An
+    /// attempt inside `next` would start again at each renewal, and with a short TTL it might never finish. During a renewal, such an
+    /// attempt would not be polled, but could hold the lock of the auth token that the renewal may need.
     opening: JoinSet<Result<Watch, EtcdError>>,
     /// The time at which the open watch was opened.
     since: Option<Instant>,
     backoff: Backoff,
-    /// The token with which the watch was opened.
+    /// The auth token of the last attempt to open the watch.
     token: Option<Token>,
     /// The earliest time of the next attempt to open the watch.
     not_before: Option<Instant>,
@@ -82,8 +82,8 @@ impl KeyWatch {
         self.open = None;
         let refused = error.kind().is_refusal();
         self.refusals = if refused { self.refusals + 1 } else { 0 };
-        // After the first rejection, a new token may help. After the second rejection, or if no token can be obtained, only an operator can
-        // resolve the error.
+        // After the first rejection, a new token may help. After the second rejection, or after another error that needs an operator, the
+        // next attempt waits for longer.
         let needs_operator = self.refusals > 1 || !refused && error.kind().needs_operator();
         let since = self.since.take();
         if since.is_some_and(|since| Instant::now().saturating_duration_since(since) >= REOPEN_MAX)
@@ -118,7 +118,7 @@ impl KeyWatch {
         Ok(())
     }
 
-    /// Waits until the backoff has ended, and replaces a rejected token.
+    /// Waits until the backoff has ended, and replaces a rejected auth token.
     async fn wait_and_renew_token(&mut self, etcd: &Etcd) -> Result<(), EtcdError> {
         if let Some(not_before) = self.not_before {
             sleep_until(not_before).await;
@@ -137,5 +137,5 @@ const REOPEN_FIRST: Duration = Duration::from_secs(1);
 /// Maximum time between two attempts to open the watch. The time grows because each opened watch also costs a read of the keys. A watch
 /// that was open for this long counts as healthy and resets the backoff.
 const REOPEN_MAX: Duration = Duration::from_secs(15);
-/// Time between attempts while only an operator can resolve the error.
+/// Maximum time between attempts while only an operator can resolve the error; the minimum is half of it.
 const OPERATOR_WAIT: Duration = Duration::from_secs(30);

@@ -234,7 +234,7 @@ impl Registration {
 
     /// Removes the entry of one of [several services](crate::registration::RegistrationBuilder::additional_service). The entries of the
     /// other services stay. Removing the last entry ends the registration, as [`deregister`](Self::deregister) does. A second call for the
-    /// same service has no effect.
+    /// same service has no effect, but fails if the registration has ended.
     ///
     /// # Errors
     ///

@@ -154,8 +154,8 @@ impl Task {
             }
             return;
         }
-        // A request does not interrupt a grant. The machine revokes only leases whose grant it has recorded, so the lease of an interrupted
-        // grant would remain until it expires.
+        // A request of the owner does not interrupt a grant. The machine revokes only leases whose grant it has recorded, so the lease of
+        // an interrupted grant would remain until it expires.
         let interruptible = listening && !matches!(command, Command::Grant { .. });
         let sent = Instant::now();
         let mut deferred = Vec::new();
@@ -167,8 +167,8 @@ impl Task {
                     biased;
                     () = &mut exchange => break None,
                     () = sleep_until(give_up) => break None,
-                    // The number of deferred requests is limited. Otherwise, a caller that sends requests in a tight loop could delay the
-                    // response to the etcd request. The caller could also delay the timeout, after which another member is tried.
+                    // The number of deferred requests is limited. Otherwise, a caller that sends requests in a tight loop could delay two
+                    // things: the response to the etcd request, and the timeout after which another member is tried.
                     request = self.inbox.recv(), if interruptible && deferred.len() < DEFERRED_MAX => match request {
                         Some(request @ (Request::SetWeight(..) | Request::Resume(_))) => deferred.push(request),
                         urgent => break Some(urgent),
@@ -367,7 +367,7 @@ async fn execute(
         } => {
             if let Some(expected) = leave_marker {
                 let puts = entry.guarded_puts(&[Put { index, expected }], true, lease);
-                // The leave marker is best effort: its result is ignored.
+                // The leave marker is best effort, so the result of this put is ignored.
                 drop(etcd.put_if(&puts, deadline.min(LEAVE_MARKER_MAX)).await);
             }
             let answer = etcd.delete_if(&entry.keys[index], lease, deadline).await;
@@ -391,5 +391,5 @@ async fn execute(
 
 /// Maximum number of requests that are deferred until the current etcd request ends. Further requests wait in the inbox.
 const DEFERRED_MAX: usize = 8;
-/// Duration of a timer that must not fire.
+/// Duration of a timer that stands for an unlimited wait. If the timer fires, the task only derives its next command again.
 const FAR_FUTURE: Duration = Duration::from_secs(24 * 60 * 60);

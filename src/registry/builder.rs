@@ -114,8 +114,8 @@ impl RegistryBuilder {
     ///
     /// Fails as [`Registry::connect`] does.
     pub async fn connect(self) -> Result<Registry, RegistryError> {
-        // The probe reads the prefix itself as a key. No server writes this key, and every user with read access to the prefix may read it.
-        // An empty key is not valid in etcd, so `/` is read instead.
+        // The round trip reads the prefix itself as a key. No server writes this key, and every user with read access to the prefix may
+        // read it. An empty key is not valid in etcd, so `/` is read instead of an empty prefix.
         let probe = match self.keyspace.prefix() {
             "" => "/",
             prefix => prefix,

@@ -20,8 +20,8 @@ use crate::resolver::{Resolver, ResolverBuilder, ResolverState};
 /// [`Registry::channel`].
 ///
 /// For services that go-zero has registered, the forms of go-zero are accepted as well: `discov://host:port/key` and
-/// `etcd:///host:port?key=key`. go-zero also writes the first of them with the scheme `etcd://`. Such a URL cannot be distinguished from
-/// the form of this library, and is read as that form. For the form of grpc-go, `etcd:///service`, which names no members, see
+/// `etcd:///host:port?key=key`. go-zero also writes the first form with the scheme `etcd://`, but this function reads such a URL as the
+/// form of this library, because the two cannot be distinguished. For the form of grpc-go, `etcd:///service`, which names no members, see
 /// [`Registry::channel_to`].
 ///
 /// ```no_run
@@ -45,9 +45,9 @@ pub async fn connect(target: impl Into<String>) -> Result<BalancedChannel, Regis
     Ok(registry.channel_for(lookup).connect().await?)
 }
 
-/// Copies the weight, the zone and the last-resort flag. The [generation](Attributes::generation), a number that tells the channel that the
-/// server was started again, changes with a new lease or a recreated key. In both cases, the address now belongs to another server, or to
-/// the same server after a restart.
+/// Copies the weight, the zone and the last-resort flag. The [generation](Attributes::generation) changes with a new lease or a recreated
+/// key. In both cases, the server may have been restarted, or the address may belong to another server now. When the generation changes,
+/// the channel discards what it has observed about the endpoint.
 impl From<Instance> for Attributes {
     fn from(instance: Instance) -> Self {
         let location = instance.location();

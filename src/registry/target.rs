@@ -92,7 +92,7 @@ impl Target {
         if path.is_empty() || path.ends_with('/') {
             return Err("it names no service");
         }
-        // A path with a comma, or a path that is an address, is a list of members and not a service name.
+        // A path that contains a comma, or that is an address, is most likely a list of members and not a service name.
         let is_member = |member: &str| member.parse::<crate::Address>().is_ok();
         if path.contains(',') || is_member(path) {
             return Err(
@@ -222,9 +222,11 @@ mod tests {
             assert!(error.contains(&format!("{shown:?}")), "{error}");
             assert!(error.contains(word), "{target} {error}");
         }
-        let error = Target::with_members("etcd:///svc").expect_err("no members");
+        let error = Target::with_members("etcd:///svc")
+            .expect_err("a target without members must be rejected");
         assert!(error.to_string().contains("channel_to"), "{error}");
-        let error = Target::of_registry("etcd://a:1/svc").expect_err("members");
+        let error = Target::of_registry("etcd://a:1/svc")
+            .expect_err("a target with members must be rejected");
         assert!(error.to_string().contains("tonic_etcd::connect"), "{error}");
     }
 }

@@ -161,7 +161,7 @@ fn endpoint(address: &Address) -> Result<transport::Endpoint, transport::Error> 
     Ok(endpoint.connect_timeout(CONNECT_TIMEOUT))
 }
 
-/// Capacity of the queue of changes. The capacity has no effect on the result, because changes that do not fit stay in the resolver.
+/// Capacity of the queue of changes. The capacity has no effect on the result, because `feed` waits while the queue is full.
 const CHANGES: usize = 64;
 /// Timeout of a connection attempt. An attempt fails after this time if all packets to an address are dropped. The value is the same as in
 /// tonic-xds, and is half of the timeout of a first attempt in gRPC's connection backoff document.
@@ -172,7 +172,7 @@ mod tests {
     use super::*;
 
     fn address(port: u16) -> Address {
-        Address::try_from(std::net::SocketAddr::from(([127, 0, 0, 1], port))).expect("valid")
+        Address::try_from(std::net::SocketAddr::from(([127, 0, 0, 1], port))).expect("an address")
     }
 
     fn insert(port: u16, held: bool) -> Change<Address, Instance> {

@@ -54,8 +54,8 @@ impl ResolverBuilder {
         }
     }
 
-    /// Restricts the resolver to keys and values of this format, under the prefix at which the format stores a service. By default, the
-    /// resolver watches the prefix of [`Format::EtcdNaming`], and recognises the format of each value; see [`Format`].
+    /// Sets the only format that the resolver reads. A resolver of a service then watches the prefix at which this format stores the
+    /// service. By default, it watches the prefix of [`Format::EtcdNaming`], and recognises the format of each value; see [`Format`].
     pub fn format(mut self, format: Format) -> Self {
         self.options.decoder.format = Some(format);
         self
@@ -73,8 +73,8 @@ impl ResolverBuilder {
     ///
     /// The protection starts when removals leave fewer than half of the largest set of the last 10 s, and at least two instances have been
     /// removed. The instance whose removal crosses this limit is kept, and so is each instance that is removed while fewer than half
-    /// remain. A kept instance has [`is_last_resort`](crate::Instance::is_last_resort) set. It is removed after this duration, or once half
-    /// of the set is registered again.
+    /// remain. A kept instance has [`is_last_resort`](crate::Instance::is_last_resort) set. It is removed after this duration, or as
+    /// soon as half of the set is registered again.
     ///
     /// Such removals may be due to an operator's mistake, to a fault in etcd, or to a planned shutdown of the whole fleet, and the registry
     /// looks the same in each case. A [`BalancedChannel`](crate::BalancedChannel) therefore calls a kept instance only while no other
@@ -82,7 +82,7 @@ impl ResolverBuilder {
     /// kept instances as soon as any instance is registered.
     ///
     /// An instance that deregisters or pauses is not kept if its format can mark a planned departure: [`Format::EtcdNaming`] can,
-    /// [`Format::Plain`] cannot. The start and the end of each period in which instances are kept are logged.
+    /// [`Format::Plain`] cannot. The resolver logs the start and the end of each period in which it keeps instances.
     /// [`ResolverStatus::held`](crate::resolver::ResolverStatus::held) is the number of instances that are kept now, and
     /// [`mass_removals`](crate::resolver::ResolverStatus::mass_removals) is the number of such periods.
     pub fn mass_removal_protection(mut self, hold: Option<Duration>) -> Self {
@@ -115,8 +115,8 @@ impl ResolverBuilder {
 
     /// Sets the limit on the number of keys that the resolver stores. The default is 100 000.
     ///
-    /// A key beyond the limit is not used. It counts as a [rejected value](crate::resolver::ResolverStatus::rejected_values), and is listed
-    /// by [`Resolver::rejected`]. A writer that fills the prefix therefore cannot fill the memory of every client.
+    /// A key beyond the limit is not used. It counts as a [rejected value](crate::resolver::ResolverStatus::rejected_values), and
+    /// [`Resolver::rejected`] returns it. A writer that fills the prefix therefore cannot fill the memory of every client.
     pub fn max_keys(mut self, keys: usize) -> Self {
         self.options.limit.keys = keys;
         self
@@ -137,22 +137,22 @@ impl ResolverBuilder {
     /// begins with a request for the number of keys, and for the names of the keys that were written since the last reconciliation. If
     /// these differ from what the resolver has, and in every sixteenth reconciliation, the resolver lists all names, revisions and leases.
     /// Such a list is about a megabyte for 10 000 instances. If a key in this list differs, the watch gets 5 s to deliver the change. If
-    /// the difference remains, the key is read individually.
+    /// the difference remains, the key is read individually. If it remains for more than 100 keys, the whole set is listed again instead.
     /// [`ResolverStatus::repaired`](crate::resolver::ResolverStatus::repaired) counts the keys that were corrected.
     pub fn reconcile_interval(mut self, interval: Option<Duration>) -> Self {
         self.options.reconcile = interval;
         self
     }
 
-    /// Keeps the last good set in a file in this directory. After the next start, the resolver uses this set until etcd answers. Disabled
-    /// by default.
+    /// Stores the registered instances in a file in this directory. After the next start, the resolver uses them until etcd answers.
+    /// Disabled by default.
     ///
     /// The file is used if etcd has not answered within 50 ms. The [status](Resolver::status) is then
     /// [`Stale`](crate::resolver::ResolverState::Stale), a warning is logged, and the first complete list replaces the set. The file is
-    /// written about a second after a change, and never for an empty set. The directory is created if it is missing; only its owner can
-    /// then read it. If the first list has fewer than half of the cached instances, the missing ones are kept as after any
-    /// [mass removal](Self::mass_removal_protection). A file is logged and ignored if it is corrupt, has another version, or belongs to
-    /// another service.
+    /// written about a second after a change, and never for an empty set. A missing directory is created; on Unix, only its owner can read
+    /// it. Cached instances that the first list does not contain count as removed together, so some of them may be kept as after any
+    /// [mass removal](Self::mass_removal_protection). A file that is corrupt, has another version, or was written for other prefixes is
+    /// ignored, and a warning is logged.
     ///
     /// ```no_run
     /// # fn run(registry: tonic_etcd::Registry) {
@@ -167,8 +167,8 @@ impl ResolverBuilder {
         self
     }
 
-    /// Sets the instances to use while etcd has not answered since the start, if there is no usable [cache](Self::cache_dir). The default
-    /// is no seeds.
+    /// Sets the instances to use after the start until etcd answers, if there is no usable [cache](Self::cache_dir). The default is no
+    /// seeds.
     pub fn seeds(mut self, instances: impl IntoIterator<Item = Instance>) -> Self {
         self.options.seeds = instances.into_iter().collect();
         self

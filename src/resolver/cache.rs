@@ -1,7 +1,7 @@
 //! The cache: a file with the last good set of a service, for a start without etcd.
 //!
 //! A new file is written under a temporary name, flushed to the disk, and renamed, so that a reader never sees an incomplete file. A file
-//! is logged and ignored if it is corrupt, has another version, or belongs to another service.
+//! that is corrupt, has another version, or was written for other prefixes is ignored, and a warning is logged.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -155,7 +155,7 @@ impl Cache {
         if let Some(directory) = self.file.parent() {
             create_private(directory)?;
         }
-        // The name is unique, because several processes, and several resolvers of one process, may share the directory.
+        // The temporary name is unique, because several processes, and several resolvers of one process, may share the directory.
         let number = STORED.fetch_add(1, Ordering::Relaxed);
         let extension = format!("{}-{number}.tmp", std::process::id());
         let beside = self.file.with_extension(extension);
@@ -176,10 +176,10 @@ impl Cache {
     }
 }
 
-/// Number of files that this process has written.
+/// Number of files that this process has begun to write. Each temporary name contains this number.
 static STORED: AtomicU64 = AtomicU64::new(0);
 
-/// Creates a directory if it is missing. Only its owner can then read it. An existing directory keeps its permissions.
+/// Creates a directory if it is missing. On Unix, only the owner can read the new directory. An existing directory keeps its permissions.
 fn create_private(directory: &Path) -> io::Result<()> {
     let mut builder = fs::DirBuilder::new();
     builder.recursive(true);
@@ -188,7 +188,7 @@ fn create_private(directory: &Path) -> io::Result<()> {
     builder.create(directory)
 }
 
-/// Computes FNV-1a with 64 bits. It detects damage, not forgery: the permissions of the directory protect against forgery.
+/// Returns the 64-bit FNV-1a hash. It detects damage, not forgery: the permissions of the directory protect against forgery.
 fn checksum(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
@@ -211,7 +211,7 @@ mod tests {
         let folder = directory.path().join("new");
         let cache = Cache::new(&folder, "a/b", vec!["/gRPC/a/b/".to_owned()]);
         let policy = AddressPolicy::default();
-        assert!(cache.load(&policy).expect("absence is no error").is_none());
+        assert!(cache.load(&policy).expect("no file is no error").is_none());
         let one = instance("10.0.0.1:80")
             .with_weight(3)
             .with_zone("a")
@@ -234,12 +234,12 @@ mod tests {
                 |path: &Path| fs::metadata(path).expect("it exists").permissions().mode() & 0o777;
             assert_eq!((mode(cache.file()), mode(&folder)), (0o600, 0o700));
         }
-        let files = fs::read_dir(&folder).expect("it is readable").count();
-        assert_eq!(files, 1, "no temporary file is left");
+        let files = fs::read_dir(&folder).expect("it can be read").count();
+        assert_eq!(files, 1, "no temporary file must be left");
     }
 
     #[test]
-    fn a_damaged_file_or_one_of_another_version_or_service_is_an_error() {
+    fn a_file_with_damage_another_version_or_other_prefixes_is_rejected() {
         let directory = tempfile::tempdir().expect("a directory");
         let cache = Cache::new(directory.path(), "a", vec!["/gRPC/a/".to_owned()]);
         let policy = AddressPolicy::default();

@@ -1,4 +1,4 @@
-//! Reports to the resolver that a connection was refused.
+//! The handle that reports refused connections to a resolver.
 
 use std::sync::Arc;
 
@@ -10,10 +10,10 @@ use tonic_balance::Address;
 /// [`Resolver::feedback`](crate::Resolver::feedback).
 ///
 /// Normally, an instance is removed when the watch delivers the delete of its key. Feedback covers the case that the watch has lost the
-/// delete. After a report, each key that contains the address is read once, at a random time within 2 s. The resolver applies the result:
-/// the instance is removed, updated, or left unchanged. For 10 s after a report about a key, further reports about this key are ignored.
-/// For each of its prefixes, a resolver reads at most ten keys per second. This limits the load on etcd even if a whole fleet fails at
-/// once.
+/// delete. After a report, each key whose value contains the address is read once. The resolver applies the result: the instance is
+/// removed, updated, or left unchanged. The read becomes due at a random time within 2 s. For each of its prefixes, a resolver reads at
+/// most ten keys per second. This limits the load on etcd even if a whole fleet fails at once. For 10 s after a report about a key,
+/// further reports about this key are ignored.
 ///
 /// A handle does not keep the resolver's watch open. A clone is cheap: it increments a reference count.
 #[derive(Clone, Debug)]
@@ -41,5 +41,5 @@ pub(super) fn channel() -> (mpsc::Sender<Address>, mpsc::Receiver<Address>) {
     mpsc::channel(REPORTS)
 }
 
-/// Number of reports that the queue can hold. It is larger than the maximum number of pending reads (100).
+/// Number of reports that the queue can hold. This number is larger than the maximum number of pending reads (100).
 const REPORTS: usize = 256;

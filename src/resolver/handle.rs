@@ -26,7 +26,7 @@ use crate::instance::Instance;
 /// ```
 ///
 /// A handle does not keep the watch open. When the last clone of the resolver and the last channel that uses it have been dropped,
-/// the instances no longer change, and the status reports as an error that the task of the resolver has ended.
+/// the instances no longer change, and the status contains an error: the task of the resolver has ended.
 #[derive(Clone, Debug)]
 pub struct ResolverHandle(Arc<Core>);
 

@@ -12,8 +12,8 @@ use tonic_balance::Address;
 
 /// The registered instances, indexed by key and by address.
 ///
-/// A *good* value is a value that can be decoded and does not exceed a limit. The last good value of a key stays in use until the
-/// next good value or a delete.
+/// A *good* value is a value that the [`Decoder`] accepts and that does not exceed a limit. The last good value of a key stays in use
+/// until the next good value or a delete.
 #[derive(Debug, Default)]
 pub(super) struct Instances {
     keys: BTreeMap<Key, Entry>,
@@ -25,7 +25,8 @@ pub(super) struct Instances {
     /// Number of keys with a good value.
     used: usize,
     limit: Limit,
-    /// The size of the smallest key and value that were rejected because of a limit since [`Instances::take_room`] last returned true.
+    /// The smallest size, in bytes, of a key and its value among those that were rejected because of a limit. `None` if none was rejected
+    /// since [`Instances::take_room`] last returned true.
     smallest_over_limit: Option<usize>,
 }
 
@@ -56,8 +57,8 @@ pub(super) struct Limit {
 }
 
 impl Default for Limit {
-    /// Returns the default limits: 100 000 keys, a thousand times as many as a large service has, and 64 MiB, about a hundredth of the
-    /// memory of a small host.
+    /// Returns the default limits: 100 000 keys and 64 MiB. The number of keys is a thousand times that of a large service. The memory is
+    /// about a hundredth of that of a small host.
     fn default() -> Self {
         Self {
             keys: 100_000,
@@ -155,7 +156,8 @@ impl Instances {
     fn reject(&mut self, kv: KeyValue, error: FormatError, applied: &mut Applied) {
         let is_known = self.keys.contains_key(&kv.key);
         if !is_known && self.keys.len() >= self.limit.keys.saturating_add(REJECTED) {
-            // The write is counted, and is counted again with each list. `Instances::rejected` does not return it.
+            // There is no room to record the write. It is counted, and is counted again with each list. `Instances::rejected` does not
+            // return it.
             applied.rejected += 1;
             applied
                 .first_rejected
@@ -198,8 +200,9 @@ impl Instances {
     }
 
     /// Returns whether values that were rejected because of a limit may now be accepted. The prefixes must then be listed again, because
-    /// these values were not kept. Returns true only while a tenth of each limit is free, and the smallest of these values fits.
-    /// Otherwise, a set that stays at a limit would cause a list for each removed key.
+    /// these values were not kept. Returns true only while a tenth of each limit is free, and the smallest of these values fits. Without
+    /// this condition, a set that stays at a limit would cause a list for each removed key. After it has returned true, the method returns
+    /// false until a limit causes another rejection.
     pub(super) fn take_room(&mut self) -> bool {
         let Limit { keys, bytes } = self.limit;
         let Some(smallest) = self.smallest_over_limit else {
@@ -334,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_is_due_once_a_tenth_of_an_exceeded_limit_is_free() {
+    fn room_is_reported_when_a_tenth_of_an_exceeded_limit_is_free() {
         let mut set = Instances::new(Limit {
             keys: 10,
             bytes: 10_000,
@@ -386,7 +389,7 @@ mod tests {
         assert_eq!(
             known(&set),
             ["b=10.0.0.1:80"],
-            "the two keys contain the same address"
+            "two keys of one address must be one instance"
         );
         // Deleted keys no longer count towards the limit.
         apply(&mut set, [delete("/s/b", 3), delete("/s/c", 3)]);
@@ -431,13 +434,13 @@ mod tests {
         assert_eq!(
             known(&snapshot),
             ["b=1.1.1.1:1"],
-            "the key created last describes the address"
+            "the key created last must describe the address"
         );
         apply(&mut snapshot, [delete("/s/b", 4)]);
         assert_eq!(
             known(&snapshot),
             ["a=1.1.1.1:1"],
-            "the other key still contains the address"
+            "the address must stay while one of its keys exists"
         );
         let applied = apply(&mut snapshot, [delete("/s/a", 5)]);
         assert_eq!(known(&snapshot), [""; 0]);
@@ -450,7 +453,7 @@ mod tests {
         apply(&mut snapshot, [put("/s/a", "1.1.1.1:1", 2, 2, 7)]);
         let applied = apply(&mut snapshot, [put("/s/a", "2.2.2.2:2", 2, 3, 7)]);
         assert_eq!(known(&snapshot), ["a=2.2.2.2:2"]);
-        assert_eq!(applied.changed.len(), 2, "both addresses have changed");
+        assert_eq!(applied.changed.len(), 2, "both addresses must change");
     }
 
     #[test]
@@ -502,7 +505,7 @@ mod tests {
         assert_eq!(
             again.changed.len(),
             1,
-            "a key under another lease is a new registration"
+            "a key under another lease must be a change"
         );
     }
 }

@@ -1,9 +1,9 @@
 //! Finds the instances of a service: lists the keys under a prefix, watches them, and publishes every change.
 //!
-//! One task per prefix owns the state machine of `watcher`, which does no I/O, and executes its commands. All prefixes share one set of
-//! instances (`instances`). Subscribers receive the newest state, not a queue of changes: each [`Resolver`] records the addresses that have
-//! changed since its last poll. A slow subscriber may miss intermediate states, but it never misses the final state and never blocks a
-//! task.
+//! Each prefix has a state machine without I/O (`watcher`), and one task that executes the commands of this machine. All prefixes share one
+//! set of instances (`instances`). Subscribers receive the newest state, not a queue of changes: each [`Resolver`] records the addresses
+//! that have changed since its last poll. A slow subscriber may miss intermediate states, but it never misses the final state and never
+//! blocks a task.
 
 mod builder;
 mod cache;

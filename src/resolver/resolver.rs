@@ -31,7 +31,7 @@ use crate::keyspace::Range;
 /// unreachable.
 ///
 /// A clone is a separate subscription to the same watch. Its stream begins with an insert for every known instance. The watch is closed
-/// when the last clone is dropped.
+/// when the resolver and all of its clones have been dropped.
 ///
 /// ```no_run
 /// use tokio_stream::StreamExt;
@@ -74,8 +74,8 @@ impl Drop for Tasks {
 }
 
 impl Resolver {
-    /// Starts one task per range, and one task that drops held instances at their deadline. If a cache or seeds are configured, also starts
-    /// one task that loads them and writes the cache.
+    /// Starts one task per range, and one task that ends the mass-removal holds at their deadlines. If a cache or seeds are configured,
+    /// also starts one task that loads them and writes the cache.
     ///
     /// # Panics
     ///
@@ -149,8 +149,8 @@ impl Resolver {
     }
 
     /// Returns the keys whose latest value is not used, because it cannot be decoded, because the address policy rejects its address, or
-    /// because it is over a limit. Used and rejected keys together, the resolver remembers at most 1 000 keys more than
-    /// [`max_keys`](crate::resolver::ResolverBuilder::max_keys). Further rejected keys are counted, but not returned.
+    /// because it is over a limit. A further rejected key is only counted if the resolver already stores
+    /// [`max_keys`](crate::resolver::ResolverBuilder::max_keys) plus 1 000 keys, used and rejected keys together.
     #[must_use]
     pub fn rejected(&self) -> Vec<RejectedKey> {
         self.core.rejected()

@@ -29,7 +29,7 @@ pub struct ResolverStatus {
     pub lists: u64,
     /// Number of watches opened since the start.
     pub watches: u64,
-    /// Number of reconciliations since the start. A reconciliation compares the known keys with a list of the keys in etcd.
+    /// Number of reconciliations since the start. A reconciliation compares the known keys with the keys in etcd.
     pub reconciliations: u64,
     /// Number of reads of individual keys since the start. A key is read if it differed in a reconciliation, or if
     /// [`ResolverFeedback`](crate::resolver::ResolverFeedback) reported its address.
@@ -66,8 +66,8 @@ pub enum ResolverState {
     Unknown,
     /// The set is in sync with etcd.
     Fresh,
-    /// The set is the last known one, or comes from the cache or the seeds. Either etcd has not answered yet, is unreachable, or rejects
-    /// the requests, or the resolver cannot send requests, because its service name is invalid or its task has ended.
+    /// The set is the last known one, or comes from the cache or the seeds. Possible reasons: etcd has not answered yet, is unreachable, or
+    /// rejects the requests; the service name is invalid; the task of the resolver has ended.
     Stale,
 }
 

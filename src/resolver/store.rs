@@ -154,8 +154,9 @@ impl Shared {
         news
     }
 
-    /// Replaces the instances of the cache, or the seeds, by the listed ones. If fewer than half of the cached instances are listed, for
-    /// example because etcd has lost its data, the others are held as after any mass removal. Returns the addresses that may have changed.
+    /// Replaces the instances of the cache, or the seeds, by the listed ones. The instances that are not listed count as removed in one
+    /// batch, so some of them may be held as after any mass removal, for example if etcd has lost its data. Returns the addresses that may
+    /// have changed.
     fn end_fallback(&mut self, now: Instant) -> (Vec<Address>, Option<News>) {
         let fallback = std::mem::take(&mut self.fallback);
         let addresses: Vec<_> = fallback.keys().cloned().collect();

@@ -90,8 +90,8 @@ pub(super) async fn run(
     }
 }
 
-/// Reports the end of a task when it is dropped. The task never ends by itself: its runtime was shut down, the task panicked, or the last
-/// [`Resolver`](super::Resolver) was dropped. In the last case, only a handle of the resolver can still read the report.
+/// When dropped, reports the end of the task that owns it. The task never ends by itself. So its runtime was shut down, the task panicked,
+/// or the last [`Resolver`](super::Resolver) was dropped. In the last case, only a handle of the resolver can still read the report.
 struct ReportEnd<'a> {
     core: &'a Core,
     index: usize,
@@ -202,7 +202,7 @@ async fn receive(
     let message = tokio::select! {
         biased;
         // The timer is polled before the messages, because frequent messages could otherwise starve it. The timer cannot starve the
-        // messages, because it is due again only much later.
+        // messages, because no action of the timer is due again at once.
         () = due => return machine.on_time(Instant::now()),
         message = open.message() => message,
         Some(address) = reported.recv() => {

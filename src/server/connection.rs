@@ -105,7 +105,8 @@ impl<T: Connected> Connection<T> {
         }
     }
 
-    /// Runs an operation on the socket, unless the server has closed the connection. The close wakes a pending operation.
+    /// Runs an operation on the socket, unless the server has closed the connection. If the server closes the connection while the
+    /// operation is pending, the task is woken.
     fn poll_unless_ended<O>(
         &mut self,
         cx: &mut Context<'_>,
@@ -124,7 +125,7 @@ impl<T: Connected> Connection<T> {
         outcome
     }
 
-    /// Returns an error if the server has closed the connection. Otherwise, registers the task to be woken by the close.
+    /// Returns an error if the server has closed the connection. Otherwise, registers the task to be woken when the server closes it.
     fn check_ended(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         let unopened = !self.opening.is_over() && self.unopened.as_mut().poll(cx).is_ready();
         if unopened || self.cut.as_mut().poll(cx).is_ready() {
@@ -205,6 +206,6 @@ impl<T: AsyncWrite + Connected + Unpin> AsyncWrite for Connection<T> {
     }
 }
 
-/// Idle time before the first keep-alive probe. A client that has disappeared silently is detected within minutes, because the kernel by
-/// default sends nine probes, 75 s apart.
+/// Idle time before the first keep-alive probe. With the defaults of Linux (nine probes, 75 s apart), a client that has disappeared
+/// silently is detected within 13 minutes.
 const TCP_KEEPALIVE: Duration = Duration::from_secs(60);

@@ -1,5 +1,5 @@
 //! The health service of a server that registers itself. While the server serves, the service reports the statuses of a reporter. Once the
-//! shutdown begins, it reports `NOT_SERVING` for every name.
+//! shutdown begins, the service reports `NOT_SERVING` for every name that the reporter has.
 //!
 //! A reporter alone is not sufficient. It does not list its names, so the server could not set all of them to `NOT_SERVING`. Its open
 //! watches would also delay the drain.
@@ -77,7 +77,7 @@ impl Health for LameDuck {
 }
 
 /// The stream of the statuses of one name. It ends when the listener closes, because an open watch would delay the drain. The last status
-/// is always `NOT_SERVING`.
+/// before this end is always `NOT_SERVING`.
 #[derive(Debug)]
 pub(super) struct Watching {
     reported: Reported,

@@ -54,8 +54,8 @@ impl Incoming {
         }
     }
 
-    /// Returns a connection that the kernel has already accepted. The socket is polled directly, because the runtime may not have received
-    /// the readiness event yet.
+    /// Returns a connection that the kernel has already accepted, if there is one. The socket is polled directly, because the runtime may
+    /// not have received the readiness event yet.
     fn remaining(&mut self) -> Option<Connection> {
         // The number is limited, so that a flood of new connections cannot keep the socket open.
         self.remainder = self.remainder.checked_sub(1)?;
@@ -70,8 +70,8 @@ impl Stream for Incoming {
     type Item = io::Result<Connection>;
 
     /// Returns the next connection. After the drain has begun, the stream first returns the connections that the kernel has already
-    /// accepted. Closing the socket would reset them, although their clients may have sent a call. Then the stream ends, and tonic drops
-    /// it, which closes the socket.
+    /// accepted: closing the socket would reset them, although their clients may have sent a call. After these connections, the stream
+    /// ends. tonic then drops it, which closes the socket.
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         if self.closing.as_mut().poll(cx).is_ready() {
             return Poll::Ready(self.remaining().map(Ok));
@@ -127,8 +127,8 @@ where
     }
 }
 
-/// Limit on the accept queue. It is the default limit of the kernel (`net.core.somaxconn`). With a shorter queue, simultaneous reconnects
-/// of a fleet would be refused.
+/// Limit on the accept queue. It is the default limit of Linux (`net.core.somaxconn`, since 5.4). With a shorter queue, simultaneous
+/// reconnects of a fleet would overflow the queue.
 const BACKLOG: i32 = 4096;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -148,7 +148,7 @@ mod tests {
         );
         let bound = incoming.listener.local_addr().expect("an address");
         let clients: Vec<_> = (0..3)
-            .map(|_| std::net::TcpStream::connect(bound).expect("connects"))
+            .map(|_| std::net::TcpStream::connect(bound).expect("a connection"))
             .collect();
         connections.drain();
         for _ in &clients {

@@ -1,4 +1,4 @@
-//! Serves a router that is registered in etcd, from the bind of the listener to the last call.
+//! Serves a router that is registered in etcd, from the binding of the listener to the end of the last call.
 
 mod connection;
 #[cfg(feature = "health")]

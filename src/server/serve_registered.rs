@@ -346,8 +346,8 @@ where
         }
         None => router,
     };
-    // The stream `incoming` ends by itself. After its end, tonic waits for open connections only if it was given a shutdown signal. It is
-    // therefore given a signal that never completes.
+    // The stream `incoming` ends by itself. After its end, tonic waits for open connections only if it was given a shutdown signal. So
+    // tonic is given a signal that never completes.
     let serving = router.serve_with_incoming_shutdown(incoming, pending());
     let task = tokio::spawn(serving.in_current_span());
     let server = Serving::new(task, connections, &registration.serve);

@@ -1,4 +1,4 @@
-//! The phases of a server from its first connection to the last, and the order of its shutdown.
+//! The phases of a server from its first connection to its last, and the order of its shutdown.
 
 use std::convert::Infallible;
 use std::future::{Future, pending};
@@ -108,7 +108,7 @@ impl Serving {
         }
     }
 
-    /// Ends the server because its registration failed. Clients have not received its address, so no drain is needed.
+    /// Ends the server because its registration failed. Hardly any client has received its address, so no drain is needed.
     async fn stop(mut self, error: RegisterError) -> ServeError {
         match self.cut().await {
             Ok(()) => error.into(),
@@ -209,8 +209,8 @@ async fn deregister(registration: Registration) {
     }
 }
 
-/// Time for a connected client to start HTTP after the drain has begun. It covers many round trips, and is short compared with the drain
-/// timeout.
+/// Time for a connected client to start HTTP after the drain has begun. It covers many round trips, and is short compared with the default
+/// drain timeout.
 const OPENING_TIMEOUT: Duration = Duration::from_millis(200);
 /// Time for connections to end after the cut. Each connection ends at its next poll, and only code that blocks a thread can delay this
 /// poll.
@@ -236,15 +236,15 @@ mod tests {
         let drain = timeout(Duration::from_secs(3_600), server.drain());
         drain
             .await
-            .expect("the drain ends")
-            .expect("an abandoned connection is not an error");
+            .expect("the drain must end")
+            .expect("an abandoned connection must not be an error");
         let took = Instant::now().saturating_duration_since(start);
         let bound = options.drain_timeout() + CUT_TIMEOUT;
         assert!(took >= bound && took < bound + CUT_TIMEOUT, "{took:?}");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_drain_with_a_zero_timeout_ends_at_once() {
+    async fn a_drain_with_a_zero_timeout_cuts_connections_at_once() {
         let options = ServeOptions {
             drain_timeout: Some(Duration::ZERO),
             ..ServeOptions::default()
@@ -255,8 +255,8 @@ mod tests {
         let drain = timeout(Duration::from_secs(3_600), server.drain());
         drain
             .await
-            .expect("the drain ends")
-            .expect("an abandoned connection is not an error");
+            .expect("the drain must end")
+            .expect("an abandoned connection must not be an error");
         let took = Instant::now().saturating_duration_since(start);
         assert!(took < CUT_TIMEOUT + OPENING_TIMEOUT, "{took:?}");
     }

@@ -2,8 +2,8 @@
 
 use std::io;
 
-/// Receives SIGTERM and SIGINT on Unix. On Windows, receives Ctrl-C, Ctrl-Break, and the events that close the console or shut down the
-/// system. On other platforms, receives Ctrl-C.
+/// Receives SIGTERM and SIGINT on Unix. On Windows, receives Ctrl-C, Ctrl-Break, and the events that announce the close of the console and
+/// the shutdown of the system. On other platforms, receives Ctrl-C.
 #[derive(Debug)]
 pub(super) struct Signals {
     #[cfg(unix)]

@@ -15,8 +15,8 @@ use super::{
     peers::Peers,
 };
 
-/// Maximum number of start attempts. An attempt fails if another process has taken one of the ports
-/// that were free before.
+/// Maximum number of start attempts. The start is repeated only if another process has taken one of
+/// the ports after it was found free.
 const START_ATTEMPTS: usize = 5;
 
 /// Builder of an [`Etcd`], returned by [`Etcd::builder`].

@@ -48,7 +48,8 @@ pub enum ProcessError {
         /// The last lines of its log.
         log: String,
     },
-    /// A signal could not be sent to a member, or had no effect in time.
+    /// A signal could not be sent to a member or had no effect in time, or the exit status of a
+    /// member could not be read.
     #[error("could not stop, freeze or resume etcd member {member}: {cause}")]
     #[non_exhaustive]
     Signal {

@@ -100,8 +100,8 @@ impl Etcd {
     ///
     /// This function queries every running member; frozen members do not respond. Two members may
     /// claim to be the leader, for example after a leader was thawed. The claim with the later raft
-    /// term is correct and is returned. Newer servers with authentication enabled reject the query,
-    /// so the result is then `None`.
+    /// term is correct and is returned. If authentication is enabled, newer versions of etcd reject
+    /// the query, and the result is `None`.
     pub async fn leader(&self) -> Option<usize> {
         let mut asked = JoinSet::new();
         for member in &self.members {
@@ -286,7 +286,7 @@ impl Etcd {
     ///
     /// # Errors
     ///
-    /// Fails if a member is running, in which case nothing is deleted, or if some data cannot be
+    /// Fails if a member is running; nothing is deleted then. Also fails if some data cannot be
     /// deleted.
     pub async fn wipe_all(&mut self) -> Result<(), ProcessError> {
         for member in &mut self.members {

@@ -113,7 +113,8 @@ impl Member {
         Ok(())
     }
 
-    /// Fails if the process has exited by itself since it was started.
+    /// Fails if the process has exited since it was started. Succeeds if there is no process,
+    /// because the member was stopped or its exit was already detected.
     pub(super) fn check_running(&mut self) -> Result<(), ProcessError> {
         let Some(exited) = self.process.take_if(Process::has_exited) else {
             return Ok(());
@@ -126,7 +127,8 @@ impl Member {
         })
     }
 
-    /// Sends SIGTERM to the process, and kills it if it does not exit in time.
+    /// Sends SIGTERM to the process, and kills it if it does not exit in time. Has no effect if the
+    /// member is stopped.
     pub(super) async fn stop(&mut self) -> Result<(), ProcessError> {
         let failed = signal_error(self.index);
         let Some(process) = self.running() else {
@@ -139,11 +141,14 @@ impl Member {
             self.process = None;
             return Ok(());
         }
-        tracing::warn!(member = self.index, "SIGTERM had no effect; killing etcd");
+        tracing::warn!(
+            member = self.index,
+            "etcd did not exit in time after SIGTERM; killing it"
+        );
         self.kill().await
     }
 
-    /// Kills the process and waits until it has exited.
+    /// Kills the process and waits until it has exited. Has no effect if the member is stopped.
     pub(super) async fn kill(&mut self) -> Result<(), ProcessError> {
         let failed = signal_error(self.index);
         let Some(process) = self.running() else {
@@ -268,7 +273,7 @@ pub(super) fn flags(
     flags.into_iter().map(OsString::from).collect()
 }
 
-/// Returns a function that converts the error of a signal that was sent to this member.
+/// Returns a function that converts the I/O error of an operation on the process of this member.
 fn signal_error(member: usize) -> impl Fn(io::Error) -> ProcessError {
     move |cause| ProcessError::Signal { member, cause }
 }
@@ -326,8 +331,8 @@ mod tests {
     }
 
     #[test]
-    fn every_member_is_configured_with_all_peers_and_its_own_ports() {
-        let ports = [Ports::draw(), Ports::draw()].map(|ports| ports.expect("ports are free"));
+    fn a_member_is_configured_with_all_peers_and_its_own_ports() {
+        let ports = [Ports::draw(), Ports::draw()].map(|ports| ports.expect("free ports"));
         let peers = [1, 2];
         let flags = flags(1, &ports, &peers, true, "a-token");
         let [_, own] = ports;

@@ -53,7 +53,7 @@ impl Links {
         self.isolated.iter().any(cut)
     }
 
-    /// Closes the connections of isolated members, or all connections.
+    /// Closes the connections of isolated members, or all connections if `all` is true.
     fn close(&mut self, all: bool) {
         let open = std::mem::take(&mut self.open);
         for link in open {
@@ -130,7 +130,8 @@ fn accept(listener: &TcpListener, to: usize, target: u16, shared: &Arc<Shared>) 
             return;
         }
         let shared = Arc::clone(shared);
-        // `forward` fails when either end closes its connection. The error needs no report.
+        // `forward` fails if a connection is refused, or is closed before the head of the first
+        // request was forwarded. The error needs no report.
         thread::spawn(move || forward(inbound, to, target, &shared).ok());
     }
 }
@@ -175,8 +176,8 @@ fn read_head(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
     Ok(head)
 }
 
-/// Returns the id of the member that sent a request. Raft requests between members contain it in
-/// the header `X-Server-From`.
+/// Returns the id of the member that sent a request. Raft requests between members contain the id
+/// in the header `X-Server-From`.
 fn sender(head: &[u8]) -> Option<String> {
     let head = String::from_utf8_lossy(head);
     head.lines().find_map(|line| {

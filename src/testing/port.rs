@@ -8,9 +8,9 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-/// The range from which ports are drawn. It is below the ephemeral ports of every common system.
-/// Therefore no outgoing connection can take a port before etcd has bound it, or while the member
-/// that uses the port is stopped.
+/// The range from which ports are drawn. It is below the default ephemeral ports of Linux (from
+/// 32768) and macOS (from 49152). Therefore no outgoing connection can take a port before etcd has
+/// bound it, or while the member that uses the port is stopped.
 const CANDIDATES: Range<u16> = 10_000..30_000;
 
 /// Maximum number of candidates that [`Port::draw`] tries before it returns the last error.
@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn allocated_ports_are_below_the_ephemeral_range() {
+    fn a_drawn_port_is_in_the_range_of_candidates() {
         let port = Port::draw().expect("some port is free");
         assert!(CANDIDATES.contains(&port.number()));
     }

@@ -96,9 +96,9 @@ mod tests {
         let term = parse_leading_term(&status("12", r#","leader":"12""#));
         assert_eq!(term, Some(7));
         let term = parse_leading_term(&status("12", r#","leader":"13""#));
-        assert_eq!(term, None, "another member is the leader");
+        assert_eq!(term, None, "must not lead: another member is the leader");
         let term = parse_leading_term(&status("12", ""));
-        assert_eq!(term, None, "the cluster has no leader");
+        assert_eq!(term, None, "must not lead: the cluster has no leader");
     }
 
     #[test]

@@ -42,7 +42,7 @@ const REAP_ATTEMPTS: usize = 2_000;
 pub(super) struct Process {
     /// The server.
     etcd: Child,
-    /// The watchdog. `None` only during construction and destruction.
+    /// The watchdog. `None` before it is started and after it was killed.
     watchdog: Option<Child>,
 }
 
@@ -88,8 +88,8 @@ impl Process {
     }
 
     /// Waits until a SIGSTOP has taken effect if `frozen` is true, or a SIGCONT if it is false.
-    /// Returns false if the timeout elapses first. Does not wait on a system that does not report
-    /// this state.
+    /// Returns false if the timeout elapses first. On a system that does not report this state,
+    /// returns true at once.
     pub(super) async fn is_frozen_within(&self, frozen: bool, bound: Duration) -> bool {
         let change = async {
             while self.is_frozen().is_some_and(|now| now != frozen) {
@@ -116,14 +116,16 @@ impl Process {
         waitid(Id::Pid(self.pid()), flags) != Ok(WaitStatus::StillAlive)
     }
 
-    /// Returns whether etcd has exited. On this system the check also reaps etcd, shortly before
-    /// the watchdog is killed.
+    /// Returns whether etcd has exited. On this system, the check also reaps etcd. If etcd has
+    /// exited, the callers then kill the watchdog: they drop the [`Process`] or call
+    /// [`Process::reap`].
     #[cfg(not(target_os = "linux"))]
     pub(super) fn has_exited(&mut self) -> bool {
         !matches!(self.etcd.try_wait(), Ok(None))
     }
 
-    /// Returns whether etcd is stopped by a SIGSTOP; `None` if the system does not report it.
+    /// Returns whether a signal such as SIGSTOP has stopped etcd; `None` if the state cannot be
+    /// read.
     #[cfg(target_os = "linux")]
     fn is_frozen(&self) -> Option<bool> {
         use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
@@ -144,8 +146,9 @@ impl Process {
         Pid::from_raw(self.etcd.id().cast_signed())
     }
 
-    /// Kills and reaps the watchdog. It must be called before etcd is reaped; see
-    /// [`Process::has_exited`].
+    /// Kills and reaps the watchdog. Where [`Process::has_exited`] does not reap etcd, this
+    /// function is called before etcd is reaped, so that the watchdog cannot kill another process
+    /// with the same pid.
     fn dismiss_watchdog(&mut self) {
         if let Some(mut watchdog) = self.watchdog.take() {
             // The watchdog is killed before `wait` closes its pipe, so that it never reads the end

@@ -32,7 +32,7 @@ fn describe(package: &str) -> Value {
     serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap()
 }
 
-/// Returns the features of a package that users may enable.
+/// Returns the features that a user of the package may enable.
 fn features(package: &str) -> &'static str {
     match package {
         "tonic-balance" => "tls",

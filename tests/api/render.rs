@@ -17,7 +17,7 @@ impl<'a> Crate<'a> {
         Self { index, root }
     }
 
-    /// Returns all public items, each with its path.
+    /// Returns one line for each public item.
     pub(crate) fn items(&self) -> BTreeSet<String> {
         let mut found = BTreeSet::new();
         let name = text(&self.root["name"]);
@@ -191,7 +191,7 @@ fn function(path: &str, function: &Value) -> String {
     format!("{words}fn {path}{generics}({}){output}", inputs.join(", "))
 }
 
-/// Renders the attributes that callers depend on.
+/// Renders the attributes `must_use` and `non_exhaustive`, on which callers depend.
 fn marks(item: &Value) -> String {
     let mut marks = String::new();
     for attribute in list(&item["attrs"]) {

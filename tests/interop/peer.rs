@@ -212,8 +212,8 @@ impl Load {
         serde_json::from_str(&line.unwrap().expect("the client prints a report")).unwrap()
     }
 
-    /// Requests reports until one satisfies the condition and contains enough calls. Returns this report, with the failures of all reports
-    /// so far.
+    /// Requests reports until one satisfies the condition and contains more than 30 successful calls. Returns this report, with the
+    /// failures of all reports so far.
     pub async fn until(&mut self, what: &str, condition: impl Fn(&Tally) -> bool) -> Tally {
         let mut failed = 0;
         let mut found = None;

@@ -86,7 +86,7 @@ async fn a_non_grpc_answer_is_reported_with_its_code_and_origin() {
     }
     assert!(
         wrong.is_empty(),
-        "{} of {} responses must have another code: {wrong:#?}",
+        "{} of {} responses failed the call with a wrong code: {wrong:#?}",
         wrong.len(),
         ANSWERS.len()
     );
@@ -160,8 +160,8 @@ fn names_the_end(text: &str) -> bool {
     text.contains("trailers") || text.contains("status")
 }
 
-/// Runs a server with this answer beside `good` good servers. One second after the start, counts for 1.5 s the calls that this server
-/// receives. Returns their number, and their share of all calls in percent.
+/// Runs a server with this answer beside `good` good servers, waits for 1 s, and then counts calls for 1.5 s. Returns the number of calls
+/// that the server with this answer received, and its share of all calls in percent.
 async fn share(answer: Answer, good: usize) -> (usize, f64) {
     let bad = Peer::answering(answer).await;
     // The good servers are slower, because a real reply takes longer than an error page.
@@ -209,7 +209,7 @@ async fn gets_few_calls(good: usize) {
         Answer::NoTrailers,
     ] {
         let (count, share) = share(answer, good).await;
-        // On a busy machine, there are few calls. One call of each caller may then be more than a hundredth of all calls.
+        // On a busy machine, there are few calls in total. One call of each caller may then be more than 1 % of all calls.
         if share > 1.0 && count > CALLERS {
             wrong.push((answer, share));
         }

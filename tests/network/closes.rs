@@ -19,7 +19,7 @@ async fn closing(servers: usize, when: When, how: How) -> Vec<Peer> {
     peers
 }
 
-/// Runs callers over servers for a period and asserts that no call fails.
+/// Runs callers over servers that close connections, and asserts that no call fails.
 async fn calls_go_well(
     builder: ChannelBuilder,
     (servers, callers): (usize, usize),
@@ -30,7 +30,7 @@ async fn calls_go_well(
     let channel = over(builder, &addresses(&peers)).await;
     let callers_at_work = Callers::start(&channel, callers);
     let what = format!("{servers} servers, {callers} callers, {when:?}, {how:?}");
-    // On a busy machine, the calls continue until enough connections have closed.
+    // On a busy machine, the period may be too short. The calls then continue until the servers have closed enough connections.
     let connections = || peers.iter().map(Peer::connections).sum::<usize>();
     let enough = Instant::now() + ms(15_000);
     sleep(period).await;
@@ -83,8 +83,8 @@ async fn a_goaway_after_a_hundred_requests_fails_no_call() {
     }
 }
 
-/// `How::Goaway` is tested with one caller only, because each connection serves one call. Of 16 concurrent calls, some would be refused
-/// more often than the channel retries them transparently.
+/// `How::Goaway` is tested with one caller only, because each connection then serves exactly one call. Of 16 concurrent calls, some would
+/// be refused more often than the channel sends a refused call again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_goaway_after_every_request_fails_no_call() {
     for (servers, callers, how) in [
@@ -168,9 +168,9 @@ async fn with_retries_a_close_without_a_goaway_fails_only_calls_that_lost_two_co
             unexpected.is_empty(),
             "{what}: only calls that lost two connections may fail: {unexpected:?}"
         );
-        // About 5 % of the calls are on a connection that the server closes. Of these calls, 5 to 10 % also lose their second connection.
-        // These are at most half a percent of all calls. Calls that were on one closed connection are sent again at the same time, so the
-        // next close can fail the second attempts of all callers.
+        // About 5 % of the calls are open on a connection when the server closes it. Of these calls, 5 to 10 % also lose their second
+        // connection, which is at most 0.5 % of all calls. The calls that were open on a closed connection are sent again at the same
+        // time, so the next close can fail the second attempts of all callers.
         let most = usize::try_from(calls / 50).unwrap_or(usize::MAX) + sizes.1;
         assert!(
             failed.len() <= most,
@@ -200,7 +200,7 @@ async fn streams_open_at_a_goaway_are_finished() {
     }
 }
 
-/// Open calls end on the old connection, and new calls do not wait for these calls.
+/// Open calls finish on the old connection, and new calls do not wait for the open calls.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_long_call_finishes_on_its_connection_while_a_new_connection_serves() {
     for how in [How::Goaway, How::Graceful] {

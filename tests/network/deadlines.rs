@@ -1,4 +1,4 @@
-//! Deadlines that the server also enforces, with a timer that fires before the client's.
+//! Deadlines that the server also enforces, with a timer that fires before the timer of the client.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ async fn call(channel: BalancedChannel, deadline: Duration, unary: bool) -> Resu
     stream(GreeterClient::new(channel), request).await.map(drop)
 }
 
-/// Sends calls that all exceed their deadline, eight at a time. Returns the number of calls, and the statuses with another code than
+/// Sends calls that all exceed their deadline, eight at a time. Returns the number of calls, and the statuses whose code is not
 /// `DEADLINE_EXCEEDED`.
 async fn overruns(
     channel: &BalancedChannel,

@@ -27,11 +27,12 @@ async fn timed(channel: &BalancedChannel) -> u128 {
     took.as_millis()
 }
 
-/// The channel checks the silent connection with a PING before the call. The response arrives after the timeout of the check, and the call
-/// is sent as soon as it arrives.
+/// The channel checks the silent connection with a PING before the call. The response to the PING arrives after the timeout of the check.
+/// The call is sent as soon as this response arrives.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_call_is_sent_as_soon_as_a_slow_path_answers() {
     let (_peer, link, channel) = called(Manner::default()).await;
+    // The link delays both directions of the open connection by 300 ms, and answers no new connection.
     link.set(Behaviour::Established(ms(300)));
     // The channel checks a connection only after more than 1 s of silence.
     sleep(ms(1_200)).await;

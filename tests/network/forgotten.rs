@@ -1,4 +1,4 @@
-//! Flows that a middlebox has forgotten: TCP acknowledges sent data, no response is received, and new connections work.
+//! TCP connections (*flows*) that a middlebox has forgotten: sent data is acknowledged, but no response is received. New connections work.
 
 use tokio::time::{Instant, sleep};
 use tonic_etcd::BalancedChannel;
@@ -55,7 +55,7 @@ async fn the_call_after_a_silence_gets_a_new_connection_within_its_deadline() {
     );
     assert!(
         links[0].accepted() <= 4,
-        "the channel must dial once more, not once per call"
+        "at most 4 connections are expected, because the channel must not dial once per call"
     );
 }
 
@@ -116,7 +116,7 @@ async fn callers_after_a_silence_are_served_within_one_deadline() {
     super::all_well(callers, ms(3_000), "after a silence").await;
 }
 
-/// Before each call, the link forgets the flow of the call before. The channel must establish a new connection in time.
+/// Before each call, the link forgets the flow of the previous call. The channel must establish a new connection in time.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_caller_slower_than_the_flow_timeout_loses_at_most_its_first_call() {
     let (_peers, links, addresses) = forgetful(1).await;

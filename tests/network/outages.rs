@@ -1,5 +1,5 @@
-//! The backoff between dials: graceful closes after an outage, servers that close a connection before it has served a call, and proxies
-//! that close idle connections.
+//! The backoff between dials. It is tested with graceful closes after an outage, with servers that close each connection before it has
+//! served a call, and with proxies that close idle connections.
 
 use std::time::Duration;
 
@@ -77,7 +77,7 @@ async fn a_server_that_closes_before_it_serves_is_not_dialled_in_a_loop() {
             let known = channel.endpoints();
             let has_served = known.iter().filter(|one| one.latency.is_some()).count() >= 2;
             if !has_served {
-                // Only the good servers answer. A call on a connection that closes without a GOAWAY may fail.
+                // A call may be sent to the broken server, and fails if that server closes the connection without a GOAWAY.
                 let _ = say(&channel, ms(1_000)).await;
             }
             has_served

@@ -1,4 +1,4 @@
-//! Tests of the test servers ([`Peer`]) and of the links in front of them ([`Link`]), whose properties the other tests rely on.
+//! Tests of the test servers ([`Peer`]) and of the links in front of them ([`Link`]). Other tests rely on their properties.
 
 use std::time::Duration;
 

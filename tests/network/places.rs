@@ -80,8 +80,8 @@ async fn a_permit_that_a_retry_excludes_is_given_to_the_next_waiter() {
     );
 }
 
-/// A call that one server has refused waits for the other server, and never uses a permit on the first. A permit on the first server is
-/// given to the calls behind this call.
+/// A call that the first server has refused waits for the second server, and uses no permit on the first server. Such a permit is given to
+/// the calls behind the refused call.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_permit_on_a_server_that_refused_the_first_waiter_is_given_to_the_next_waiter() {
     let refusing = Peer::start(one_stream(Answer::Refuse, 0)).await;
@@ -125,7 +125,7 @@ async fn a_permit_on_a_server_that_refused_the_first_waiter_is_given_to_the_next
     );
 }
 
-/// A server in this process with one stream per connection. It answers one call for each permit of its semaphore.
+/// A server in this process with one stream per connection. Each permit that a test adds to the semaphore lets the server answer one call.
 #[derive(Clone)]
 struct Gated {
     begun: Arc<AtomicUsize>,

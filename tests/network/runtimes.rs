@@ -21,7 +21,7 @@ fn runtime() -> Runtime {
         .unwrap()
 }
 
-/// Asserts that an outcome is a success or an error that names the runtime, and that it was returned within the bound.
+/// Asserts that an outcome was returned before its timeout, and that it is a success or an error that names the runtime.
 fn served_or_explained<T, E: std::error::Error + 'static>(
     what: &str,
     outcome: Result<Result<T, E>, tokio::time::error::Elapsed>,

@@ -1,4 +1,4 @@
-//! Sources of endpoints that begin with an error, and filters between a resolver and a channel.
+//! Sources of endpoints that begin with an error, and stream adapters and filters between a resolver and a channel.
 
 use std::convert::Infallible;
 use std::io;
@@ -39,11 +39,11 @@ async fn an_error_of_the_source_is_not_an_empty_set() {
     assert_eq!(error.code(), Code::Unavailable, "{error:?}");
     assert!(
         error.message().contains("the zoo is closed today"),
-        "the source's own error must be shown: {error:?}"
+        "the message must contain the error of the source: {error:?}"
     );
     assert!(
         !error.message().contains("nothing is registered"),
-        "the unknown set must not be reported as empty: {error:?}"
+        "a set that is not known yet must not be reported as empty: {error:?}"
     );
     assert!(
         took >= ms(300),
@@ -89,11 +89,12 @@ async fn the_last_error_of_a_source_that_has_ended_is_shown() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_error_of_a_filtered_stream_without_endpoints_names_the_source() {
+async fn the_error_of_an_adapted_stream_without_endpoints_names_the_source() {
     let etcd = etcd().await;
     let registry = registry(&etcd).await;
     let resolver = registry.resolver("greeter").start();
     resolver.ready().await;
+    // Behind the adapter, the channel sees only a stream, and cannot detect that the set is complete and empty.
     let filtered = resolver.map(Ok::<_, Infallible>).map(Result::unwrap);
     let builder = BalancedChannel::builder()
         .service("greeter")
@@ -184,7 +185,8 @@ async fn a_filter_that_accepts_some_endpoints_uses_them() {
     }
 }
 
-/// With the filter of the resolver, the channel detects when the set is complete. With a filter on the stream of changes, it cannot.
+/// With the filter of the resolver, the channel detects when the set is complete. With a filter on the stream of changes, it cannot detect
+/// this.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn calls_fail_at_once_if_the_filter_of_the_resolver_accepts_no_instance() {
     let etcd = etcd().await;

@@ -61,7 +61,7 @@ pub async fn large_unary(channel: BalancedChannel) {
     large(channel).await.unwrap();
 }
 
-/// Sends the large unary call of gRPC's cases, which several tests use.
+/// Sends the call of gRPC's case `large_unary`. Several tests use this call.
 pub async fn large(channel: BalancedChannel) -> Result<(), Status> {
     let mut request = Request::new(large_request());
     request.set_timeout(SOON);

@@ -52,8 +52,8 @@ async fn every_case(kind: Kind, tls: Option<&Localhost>) {
         println!("{what}: a compressed request is rejected: {status:?}");
         return;
     }
-    // The other servers list the cases with compressed requests as unsupported, because these servers accept an uncompressed request that
-    // announces compression. The cases in `compression::REQUESTS` do not send such a request, so they also run if they are in the list.
+    // The other servers list the cases with compressed requests as unsupported, because they accept an uncompressed request that announces
+    // compression. `compression::REQUESTS` has these cases without that request, so the cases run although they are listed as unsupported.
     let mut compressed = compression::REQUESTS.to_vec();
     let unsupported = kind.unsupported().await;
     let is_supported = |(name, _): &&Case| !unsupported.iter().any(|other| other == name);

@@ -1,5 +1,5 @@
-//! The cases with compression, without their probes. A probe is an uncompressed request that announces compression. The cases expect that a
-//! server rejects the probe, but no server does.
+//! gRPC's interop cases with compression, without their probes. A probe is an uncompressed request that announces compression. The cases
+//! expect that a server rejects the probe, but none of the tested servers rejects it.
 
 use tokio_stream::iter;
 use tonic::codec::CompressionEncoding;

@@ -45,7 +45,7 @@ pub struct Setup {
     pub kind: Kind,
     /// Additional directives. `tests/interop_peers/README.md` describes where they are inserted.
     pub extra: &'static str,
-    /// Client timeout of haproxy, which has no default.
+    /// haproxy's `timeout client`, which has no default.
     pub timeout_client: &'static str,
 }
 

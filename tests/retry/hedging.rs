@@ -11,7 +11,7 @@ fn hedged(attempts: u32, delay: Duration) -> ChannelBuilder {
 }
 
 #[tokio::test]
-async fn a_slow_server_costs_one_hedging_delay_and_the_losing_call_is_cancelled() {
+async fn a_call_to_a_hanging_server_is_hedged_and_the_losing_attempt_is_cancelled() {
     let servers = [
         Server::always(Act::Hang).await,
         Server::always(Act::Reply).await,
@@ -30,7 +30,7 @@ async fn a_slow_server_costs_one_hedging_delay_and_the_losing_call_is_cancelled(
         "this server must receive each call exactly once"
     );
     let lost = servers[0].count();
-    eventually("the losing calls are cancelled", async || {
+    eventually("the losing attempts are cancelled", async || {
         servers[0].cancelled() == lost
     })
     .await;
@@ -92,7 +92,7 @@ async fn a_non_fatal_failure_sends_the_next_hedge_at_once() {
         Server::always(Act::Reset(Reason::REFUSED_STREAM)).await,
         Server::always(Act::Reply).await,
     ];
-    // A server that answers with REFUSED_STREAM has not processed the attempt, so it does not count as one of the two attempts.
+    // A server that answers with REFUSED_STREAM has not processed the attempt, so this attempt does not count toward the limit of two.
     let channel = over(hedged(2, NEVER), &servers).await;
     for _ in 0..30 {
         say(&channel)

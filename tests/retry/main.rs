@@ -157,7 +157,7 @@ async fn the_error_lists_every_attempt_and_no_server_is_tried_twice() {
 }
 
 #[tokio::test]
-async fn a_retry_never_uses_the_server_of_the_last_attempt() {
+async fn with_two_servers_each_retry_uses_the_other_server() {
     let servers = [Server::always(DOWN).await, Server::always(DOWN).await];
     let channel = over(retrying(policy().max_attempts(5)), &servers).await;
     for _ in 0..10 {
@@ -397,7 +397,7 @@ async fn a_response_head_that_was_not_delivered_does_not_prevent_a_retry() {
 }
 
 #[tokio::test]
-async fn resets_and_http_errors_are_retried_by_their_codes() {
+async fn resets_and_http_errors_are_retried_according_to_their_codes() {
     for (act, code) in [
         (Act::Reset(Reason::INTERNAL_ERROR), Code::Internal),
         (
@@ -444,7 +444,7 @@ async fn a_missing_endpoint_is_retried_as_unavailable() {
 }
 
 #[tokio::test]
-async fn a_request_of_any_size_is_resent_completely() {
+async fn a_large_unary_request_is_resent_completely() {
     let servers = [Server::always(DOWN).await];
     let channel = over(retrying(policy()), &servers).await;
     let mut client = GreeterClient::new(channel);

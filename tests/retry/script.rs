@@ -32,7 +32,7 @@ pub(super) enum Act {
     HeadThenReset(Duration),
     /// Resets the stream before any response.
     Reset(Reason),
-    /// Sends no response until the client cancels the call. The cancelled calls are counted.
+    /// Sends no response. Calls that the client cancels are counted.
     Hang,
 }
 
@@ -129,11 +129,11 @@ impl Seen {
     }
 }
 
-/// The index of a call in the list of received calls. The body of the call is appended to its record there.
+/// The record of a call: the list of received calls, and the index of the call in this list.
 struct Record(Arc<Mutex<Vec<Seen>>>, usize);
 
 impl Record {
-    /// Reads a frame of a request. Returns false at the end of the request.
+    /// Reads a frame of a request and appends it to the record. Returns false at the end of the request.
     async fn read(&self, body: &mut RecvStream) -> bool {
         let Some(Ok(data)) = body.data().await else {
             return false;

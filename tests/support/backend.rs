@@ -154,7 +154,7 @@ async fn serve(socket: TcpStream, served: Arc<AtomicUsize>) {
     }
 }
 
-/// Answers a call after the number of milliseconds in its `name`: a unary call with one reply, any other call with an endless stream.
+/// Answers a call after the number of milliseconds in its `name`. A unary call gets one reply. Any other call gets an endless stream.
 async fn answer(
     request: Request<RecvStream>,
     mut respond: SendResponse<Bytes>,

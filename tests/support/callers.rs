@@ -24,7 +24,8 @@ pub struct Failed {
     pub status: Status,
 }
 
-/// Callers that pause only for 1 ms after a failed call. Without this pause, calls that fail at once would fail a million times.
+/// Callers that send one call after the other. Only after a failed call, a caller pauses, for 1 ms. Without this pause, calls that fail at
+/// once would produce millions of failures.
 pub struct Callers {
     stop: watch::Sender<bool>,
     calls: Arc<AtomicU64>,

@@ -17,7 +17,7 @@ use super::Registered;
 use super::greeter::greeter_server::{Greeter, GreeterServer};
 use super::greeter::{HelloReply, HelloRequest};
 
-/// Counts unary and server-streaming calls together. A request for zero replies is answered with an endless stream.
+/// Counts unary and server-streaming calls together. A server-streaming call that requests zero replies gets an endless stream.
 #[derive(Clone, Debug, Default)]
 pub struct Counting {
     calls: Arc<AtomicU64>,

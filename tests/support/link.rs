@@ -254,7 +254,7 @@ async fn pump(
     let mut buffer = vec![0; CHUNK];
     loop {
         let behaviour = *behaves.borrow_and_update();
-        // On a slow link, small reads make the flow of bytes even.
+        // On a slow link, small reads keep the rate even.
         let room = match behaviour {
             Behaviour::Rate(rate) => (rate / 100).clamp(64, CHUNK as u64),
             _ => CHUNK as u64,

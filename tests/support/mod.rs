@@ -46,7 +46,7 @@ use greeter::{HelloRequest, NamedGreeter};
 
 pub const SERVICE: &str = "helloworld.Greeter";
 
-/// Timeout for events that should occur at once, long enough for a busy machine.
+/// Timeout for events that should occur at once. It is long enough for a busy machine.
 pub const SOON: Duration = Duration::from_secs(20);
 
 /// Starts an etcd with one member.
@@ -84,7 +84,7 @@ impl World {
             .grace_period(Duration::from_millis(10))
     }
 
-    /// Starts a server and waits until the resolver contains it. Returns the server and its address.
+    /// Starts the only server, and waits until the resolver contains it. Returns the server and its address.
     pub async fn start(&self, registration: RegistrationBuilder) -> (Registered, String) {
         let server = Registered::start("alpha", "127.0.0.1:0", registration);
         (server, self.the_one().await)

@@ -1,4 +1,4 @@
-//! A TCP proxy that can be cut. It simulates the network between two processes of one machine.
+//! A TCP proxy that can close its connections and stop forwarding. It simulates the network between two processes of one machine.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
-/// Forwards connections to a target while it is open.
+/// Forwards connections to a target until [`cut`](Proxy::cut) is called.
 pub struct Proxy {
     pub address: SocketAddr,
     open: watch::Sender<bool>,

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 /// The backoff of gRPC's connection backoff document. The first wait is 1 s, and each further wait is 1.6 times as long as the one before.
-/// No wait is longer than the maximum, except for the random jitter of ±20 % that is then applied to each wait.
+/// Waits are limited to the maximum. A random jitter of ±20 % is then applied to each wait, so a wait can be up to 20 % longer than the
+/// maximum.
 #[derive(Clone, Debug)]
 pub(super) struct ConnectBackoff {
     max: Duration,

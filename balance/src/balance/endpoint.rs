@@ -26,7 +26,7 @@ pub(crate) struct Endpoint {
     overruns: AtomicU64,
     /// Calls that are no evidence about the endpoint, because the server refused to process them, or the caller dropped them.
     inconclusive: AtomicU64,
-    /// The longest silence after which a connection still answered, and the time of the last successful check.
+    /// The longest silence (time without a read) after which a connection still answered, and the time of the last successful check.
     survived_silence: Mutex<Option<(Duration, Instant)>>,
     /// The size in bytes of the largest metadata that the endpoint has accepted on a private connection, which is dialled for one call.
     largest_metadata: AtomicUsize,
@@ -183,9 +183,9 @@ impl Endpoint {
             })
     }
 
-    /// Records the result of a check after a silence. If the connection is alive, silences of up to this length are not checked for a
-    /// while, because the timeouts of middleboxes do not change from minute to minute. If the connection is dead, the longest trusted
-    /// silence is discarded.
+    /// Records the result of a check after a silence. If the connection is alive, silences of up to this length are not checked for
+    /// [`TRUST_DURATION`], because the timeouts of middleboxes do not change from minute to minute. If the connection is dead, the longest
+    /// trusted silence is discarded.
     pub(super) fn on_checked(&self, silence: Duration, is_alive: bool, now: Instant) {
         let longest = self.trusted_silence(now).max(silence);
         *self.survived_silence() = is_alive.then_some((longest, now));
@@ -197,14 +197,14 @@ impl Endpoint {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Discards the longest trusted silence. Called when nothing was read on a connection in time. Other connections may then be dead after
-    /// a silence that earlier connections survived.
+    /// Discards the longest trusted silence. Called when nothing was read on a connection in time, because other connections may now be
+    /// dead after a silence that earlier connections survived.
     pub(super) fn forget_silence(&self) {
         *self.survived_silence() = None;
     }
 
-    /// Discards all observations of the old server. Called for a new generation of the endpoint, because the address may belong to a
-    /// different server now.
+    /// Discards the observations of the old server, except for its latency, its last error and the counters. Called for a new generation of
+    /// the endpoint, because the address may belong to a different server now.
     pub(super) fn forget(&self) {
         self.forget_silence();
         self.largest_metadata.store(0, Ordering::Relaxed);
@@ -364,7 +364,8 @@ pub struct EndpointStatus {
     /// calls ([`OutlierDetection`](crate::channel::OutlierDetection)) or does not answer with gRPC, it gets calls only while no other
     /// endpoint is ready.
     pub ejected: bool,
-    /// Why the last attempt to connect failed, why the last connection was lost, or why the last response did not count as gRPC.
+    /// The last error: why an attempt to connect failed, why a connection was lost or gets no calls, or why a response did not count as
+    /// gRPC.
     pub last_error: Option<String>,
 }
 
@@ -373,8 +374,8 @@ pub struct EndpointStatus {
 #[non_exhaustive]
 pub enum EndpointState {
     /// No connection exists, and none is being dialled. There are three possible reasons. The endpoint waits for its turn to be dialled. It
-    /// is a last resort, which is not dialled. Or its server has closed a connection that no call used; the endpoint is then dialled again
-    /// when a call needs it, or after a wait.
+    /// is a last resort, which is not dialled. Or its connection has ended while no call needed it; the endpoint is then dialled again when
+    /// a call needs it, or after a wait.
     Idle,
     /// A connection is being dialled.
     Connecting,
@@ -388,7 +389,8 @@ pub enum EndpointState {
     Draining,
 }
 
-/// After a silence of up to this length, every connection is used without a check.
+/// After a silence of up to this length, a connection is used without a check. If the tasks of the connections share one thread with the
+/// callers, a shorter limit applies (see [`Permit::is_doubtful`](super::permit::Permit::is_doubtful)).
 pub(super) const UNCHECKED_SILENCE: Duration = Duration::from_secs(1);
 /// Time for which a silence remains trusted after a connection has survived it.
 const TRUST_DURATION: Duration = Duration::from_secs(600);

@@ -55,7 +55,7 @@ impl HealthWatch {
     /// Records a status. Returns the health if it has changed.
     pub(super) fn on_status(&mut self, status: ServingStatus) -> Option<Health> {
         let health = match status {
-            // A health service that has no status for this service does not report that the service is down.
+            // If the health service has no status for this service, this does not mean that the service is down.
             ServingStatus::Serving | ServingStatus::ServiceUnknown => Health::Serving,
             ServingStatus::NotServing => not_serving("NOT_SERVING"),
             ServingStatus::Unknown => not_serving("UNKNOWN"),
@@ -75,7 +75,7 @@ impl HealthWatch {
             return Restart::Never(Health::Serving);
         }
         // Proxies limit the duration of a call, and servers limit the age of a connection. The end of a watch that has reported a status is
-        // therefore no failure, however often it happens. But if a server answers each watch and then ends it at once, it must not be
+        // therefore no failure, however often it happens. But a server that answers each watch and then ends the watch at once must not be
         // queried in a tight loop.
         if let Some(health) = self.last_status.take() {
             self.backoff.reset();
@@ -101,10 +101,11 @@ impl HealthWatch {
     }
 }
 
-/// Minimum duration of a watch after which the next watch is started without a wait, whichever side ended it.
+/// If a watch has reported a status and lasted at least this long, the next watch is started without a wait, whichever side ended the first
+/// one.
 const MIN_LIFETIME: Duration = Duration::from_secs(1);
-/// Wait before the next watch, if a watch has reported a status and then ended within [`MIN_LIFETIME`]. A random jitter of ±20 % is
-/// applied.
+/// Wait before the next watch, if a watch has reported a status and ended within [`MIN_LIFETIME`]. There is no wait after the first such
+/// watch. A random jitter of ±20 % is applied.
 const RESTART_INTERVAL: Duration = Duration::from_secs(1);
 /// Minimum wait after a watch that reported no status, even if the channel's maximum backoff is shorter. It prevents queries in a tight
 /// loop.
@@ -151,7 +152,7 @@ mod tests {
         let (mut watch, mut rng) = watch();
         let why = Status::not_found("service not registered");
         let Restart::After(health, wait) = watch.on_end(&why, Duration::ZERO, &mut rng) else {
-            unreachable!("not watched again after a wait");
+            unreachable!("the watch must be restarted after a wait");
         };
         assert_eq!(health, Health::Serving);
         assert!(wait > Duration::from_millis(700));
@@ -165,7 +166,7 @@ mod tests {
         for _ in 0..5 {
             let end = watch.on_end(&ended, Duration::ZERO, &mut rng);
             let Restart::After(Health::NotServing(why), wait) = end else {
-                unreachable!("not retried after a wait: {end:?}");
+                unreachable!("the watch must be restarted after a wait: {end:?}");
             };
             assert!(why.contains("the stream ended"), "{why}");
             assert!(wait > last, "{wait:?} after {last:?}");
@@ -174,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_watch_that_ends_is_reopened_at_once_but_not_in_a_loop() {
+    fn a_watch_that_ends_is_restarted_at_once_but_not_in_a_loop() {
         let (mut watch, mut rng) = watch();
         let ended = Status::unavailable("the stream ended");
         let mut end_after = |lasted: u64| {
@@ -188,16 +189,20 @@ mod tests {
         for _ in 0..5 {
             let end = end_after(0);
             let stands = matches!(end, Restart::After(Health::Serving, wait) if wait > Duration::from_millis(700));
-            assert!(stands, "the last health should stand: {end:?}");
+            assert!(stands, "the last health must stay valid: {end:?}");
             let Restart::After(_, wait) = end else {
-                unreachable!("not restarted after a wait: {end:?}");
+                unreachable!("the watch must be restarted after a wait: {end:?}");
             };
             assert!(
                 wait < Duration::from_secs(2),
                 "a server that responds must not cause growing waits: {wait:?}"
             );
         }
-        assert_eq!(end_after(60), Restart::Now, "restarted after a wait");
-        assert_eq!(end_after(0), Restart::Now, "the wait was not reset");
+        assert_eq!(end_after(60), Restart::Now, "a long watch must not wait");
+        assert_eq!(
+            end_after(0),
+            Restart::Now,
+            "the first short watch after a long one must not wait"
+        );
     }
 }

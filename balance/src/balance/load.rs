@@ -1,6 +1,6 @@
 //! The load of a connection: its calls in flight and its latency.
 //!
-//! The latency is a time-weighted mean of the time from a request to the head of its response. The peak latency is not used. If the methods
+//! The latency is a time-weighted mean of the time from a request to the head of its response. The peak latency is not used: if the methods
 //! differ widely in cost, the peak would punish the server that happened to get the last expensive call. The duration of a stream after the
 //! head does not count.
 //!
@@ -135,8 +135,8 @@ impl Load {
         }
     }
 
-    /// Updates the latency that picks compare. An estimate without new samples approaches the median of all endpoints, so that an endpoint
-    /// that was slow once is tried again.
+    /// Updates the latency that picks compare. Without new samples, this latency approaches the median of all endpoints, so that an
+    /// endpoint that was slow once is tried again.
     pub(crate) fn refresh(&self, median: f32, now: Ticks) {
         self.median.store(median.to_bits(), Ordering::Relaxed);
         let estimate = Estimate::unpack(self.estimate.load(Ordering::Relaxed));
@@ -252,8 +252,8 @@ impl Estimate {
         }
     }
 
-    /// Returns the latency that picks compare, as it is right after a sample. With fewer than [`WARM`] samples, an endpoint counts as no
-    /// slower than the median.
+    /// Returns the latency that picks compare right after a sample, before it decays. With fewer than [`WARM`] samples, an endpoint counts
+    /// as no slower than the median.
     fn effective(self, median: f32) -> f32 {
         match self.samples {
             0 => median,
@@ -314,7 +314,7 @@ impl Ticks {
         }
         #[expect(
             clippy::cast_precision_loss,
-            reason = "an error of milliseconds does not count"
+            reason = "an error of a few milliseconds does not matter"
         )]
         let seconds = millis as f32 / 1e3;
         seconds
@@ -401,7 +401,7 @@ mod tests {
     fn the_first_sample_sets_the_estimate_and_a_few_samples_are_averaged() {
         let load = Load::fresh(None, 0.0);
         load.on_head(ms(4), Ticks(0));
-        assert!(near(load.estimate().expect("one sample").mean(), 4_000.0));
+        assert!(near(load.estimate().expect("has samples").mean(), 4_000.0));
         load.on_head(ms(2), Ticks(0));
         assert!(near(load.estimate().expect("has samples").mean(), 3_000.0));
     }
@@ -426,7 +426,7 @@ mod tests {
     fn a_failure_counts_as_slow_however_fast_it_was() {
         let load = warmed(ms(1), Ticks(0));
         load.on_failure(ms(0), Ticks(1_000));
-        assert!(load.latency() > 20_000.0, "fast: {}", load.latency());
+        assert!(load.latency() > 20_000.0, "{} us", load.latency());
     }
 
     #[test]
@@ -434,11 +434,14 @@ mod tests {
         let load = warmed(ms(1), Ticks(5_000));
         for hours in [1, 28, 62, 74] {
             let now = Ticks((5_000 + hours * 3_600_000) & TICK_MASK);
-            assert!(load.since_last_sample(now) > 1.0, "{hours} h: no silence");
+            assert!(
+                load.since_last_sample(now) > 1.0,
+                "after {hours} h, more than 1 s must have passed"
+            );
         }
         assert!(
             load.since_last_sample(Ticks(4_990)) < 1.0,
-            "a step back of ten milliseconds counts as silence"
+            "a step back of ten milliseconds must not count as silence"
         );
     }
 
@@ -475,7 +478,7 @@ mod tests {
         load.set_limit(2);
         assert!(load.acquire() && load.acquire());
         assert!(!load.acquire());
-        assert_eq!(load.in_flight(), 2, "changed by a failed acquire");
+        assert_eq!(load.in_flight(), 2, "a failed acquire must not count");
         load.release();
         assert!(load.acquire());
         load.set_limit(0);
@@ -495,7 +498,7 @@ mod tests {
     fn an_estimate_stays_decayed_after_days_without_calls() {
         let load = warmed(ms(50), Ticks(0));
         for hours in [1, 20, 30, 50, 70] {
-            let estimate = load.estimate().expect("samples");
+            let estimate = load.estimate().expect("has samples");
             let decayed = estimate.decayed(1_000.0, Ticks(hours * 3_600_000));
             assert!(near(decayed, 1_000.0), "{decayed} us after {hours} h");
             let next = estimate.with(2_000.0, Ticks(hours * 3_600_000));

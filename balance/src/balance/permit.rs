@@ -116,7 +116,7 @@ impl Permit {
         self.connection.endpoint().on_answer();
     }
 
-    /// Records the head of the response. `failure`: the cause of the failure, if the head reports one.
+    /// Records the head of the response. `failure`: the cause, if the head reports a failure.
     pub(crate) fn on_head(&mut self, now: Instant, failure: Option<Blame>) {
         let Some(sent) = self.sent.take() else {
             return;
@@ -149,8 +149,8 @@ impl Permit {
         self.fail(now.saturating_duration_since(sent), now, blame);
     }
 
-    /// Records that the call overran its deadline. Requests a PING, which shows whether the server is only slow, or does not answer any
-    /// more.
+    /// Records that the call overran its deadline. If nothing was read since the call was sent, requests a PING, which shows whether the
+    /// server is only slow, or does not answer any more.
     pub(crate) fn on_deadline_exceeded(&mut self, now: Instant) {
         self.connection.endpoint().on_overrun();
         // If the head of the response was already received, `sent` is `None`. A PING is then sent only if nothing was read for
@@ -197,7 +197,8 @@ impl Drop for Permit {
     }
 }
 
-/// Minimum time after which a dropped call may have overrun a deadline. The value is half of the shortest deadlines in common use.
+/// If a call is dropped at least this long after it was sent, the drop may be a timeout that the caller enforces. The value is half of the
+/// shortest deadlines in common use (200 ms).
 const MIN_OVERRUN: Duration = Duration::from_millis(100);
 /// If the last sample is younger than this, in seconds, a connection is not doubtful.
 const RECENT_SAMPLE: f32 = 1.0;

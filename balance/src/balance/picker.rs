@@ -18,8 +18,8 @@ pub enum LbPolicy {
     ///
     /// Endpoints are drawn by weight. If two endpoints have different weights, their calls in flight are divided by their weights, and
     /// their latencies are ignored unless they differ by more than a factor of four. If the latencies are ignored, the endpoint that was
-    /// drawn first is usually picked. The second one is picked only if, even with one more call, it would have less than half as many calls
-    /// in flight per unit of weight as the first.
+    /// drawn first is usually picked. The second one is picked only if the first has more than twice as many calls in flight per unit of
+    /// weight. For this comparison, one call divided by the smaller weight is added to the number of the second.
     #[default]
     Latency,
     /// Draws two endpoints at random, and picks the endpoint with fewer calls in flight. Weights have the same effect as in
@@ -75,7 +75,7 @@ impl Picker {
     }
 
     /// Picks a connection that is `usable` for the call, and reserves a stream on it. If none of the connections that the policy draws can
-    /// take the call, scans up to `scan_limit` adjacent slots.
+    /// take the call, scans up to `scan_limit` adjacent slots (entries of the set).
     pub(crate) fn pick<'a, M: Candidate>(
         &self,
         set: &'a ReadySet<M>,
@@ -209,8 +209,8 @@ fn is_worse_by_far(in_flight: (u32, u32), weights: (u32, u32), latencies: (f32, 
         float(in_flight.0) * float(weights.1),
         float(in_flight.1) * float(weights.0),
     );
-    // One call at the endpoint with the smaller weight, in the same unit as `first` and `second`. If one call were instead divided by the
-    // weight of its own endpoint on each side, the endpoint with the larger weight would always be the better one of two idle endpoints.
+    // One call at the endpoint with the smaller weight, in the same unit as `first` and `second`. If each side added one call divided by
+    // its own weight instead, the endpoint with the larger weight would always be the better one of two idle endpoints.
     let one_call = float(weights.0.max(weights.1));
     if are_alike(latencies, LATENCY_NOISE_UNEQUAL_WEIGHTS) {
         first > IMBALANCE * (second + one_call)
@@ -267,7 +267,8 @@ const LATENCY_NOISE: f32 = 1.25;
 /// The same factor for endpoints of different weights.
 const LATENCY_NOISE_UNEQUAL_WEIGHTS: f32 = 4.0;
 /// If two endpoints have different weights and similar latencies, the first is worse by far if it has more than this many times as many
-/// calls in flight per unit of weight as the second would have with one more call.
+/// calls in flight per unit of weight as the second. One call divided by the smaller weight is added to the number of the second before the
+/// comparison.
 const IMBALANCE: f32 = 2.0;
 
 #[cfg(test)]
@@ -450,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_endpoint_is_tried_once_per_turn_and_all_others_share_its_turns() {
+    fn a_full_endpoint_misses_its_turns_and_the_others_share_them_by_weight() {
         let weights = [1, 1, 1, 1, 1, 1, 1, 2];
         let (fakes, set) = set(weights.map(|weight| (0.0, weight, 1_000)));
         fakes[0].in_flight.store(1_000, Ordering::Relaxed);

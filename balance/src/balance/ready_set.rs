@@ -174,6 +174,7 @@ pub(crate) struct ReadySetBuilder<K, M> {
     /// The slots ordered by weight; `None` if the policy takes no turns.
     ranking: Option<Ranking>,
     chunks: Vec<Chunk<M>>,
+    /// The indexes of the chunks that must be built again.
     stale: BTreeSet<usize>,
 }
 
@@ -342,7 +343,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_frozen_set_contains_exactly_the_applied_changes(ops in proptest::collection::vec(op(), 0..600)) {
+        fn a_frozen_set_contains_exactly_the_entries_that_the_changes_leave(ops in proptest::collection::vec(op(), 0..600)) {
             let mut builder = ReadySetBuilder::new(true);
             let mut model = BTreeMap::new();
             for op in ops {

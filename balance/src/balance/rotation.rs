@@ -235,8 +235,8 @@ impl<T: Clone> Segments<T> {
         let shift = mean.max(1).ilog2();
         let mut guide = Vec::new();
         for (index, segment) in (0..).zip(list.iter()) {
-            // Extends the guide to all buckets that start before the end of this segment, except for the buckets that an earlier segment
-            // reaches into.
+            // Adds this segment to the guide for each bucket that starts before the end of the segment, unless an earlier segment reaches
+            // into the bucket.
             let buckets = ((segment.end - 1) >> shift) + 1;
             guide.resize(usize::try_from(buckets).unwrap_or_default(), index);
         }
@@ -410,12 +410,12 @@ mod tests {
             weights[4_321] = heavy;
             let counts = counts(&weights, 77, 10_000);
             let error = counts[4_321] - fair(&weights, 10_000)[4_321];
-            assert!(error.abs() < LINE, "weight {heavy}: {error} turns off");
+            assert!(error.abs() < LINE, "weight {heavy}: off by {error} turns");
         }
     }
 
     #[test]
-    fn classes_of_weights_get_their_shares_among_ten_thousand() {
+    fn slots_of_similar_weight_together_get_their_share() {
         let mut rng = fastrand::Rng::with_seed(7);
         let decades = (0..10_000).map(|index| 10_u32.pow(index % 6)).collect();
         let random = (0..10_000).map(|_| rng.u32(1..=100_000)).collect();
@@ -444,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slot_of_weight_two_among_three_of_one_never_has_two_turns_in_a_row() {
+    fn a_slot_of_weight_two_among_slots_of_weight_one_never_has_two_turns_in_a_row() {
         let rotation = ranking(&[1, 2, 1, 1]).rotation();
         let indexes: Vec<_> = turns(&rotation, 3, 100).collect();
         assert!(

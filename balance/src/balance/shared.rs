@@ -25,7 +25,7 @@ use crate::transport::connect::{Connector, DialError, DialHistory};
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(super) published: ArcSwap<Published>,
-    /// Wakes the calls that wait for a connection, after each published set.
+    /// Wakes the calls that wait for a connection: after each publication, and after a change that may let more calls use a connection.
     pub(super) changed: Notify,
     /// Wakes the driver when a call waits, when the caller has given up a connection, when a call has found a connection dead, or when a
     /// call has reported a response that is not gRPC.
@@ -104,8 +104,8 @@ impl Shared {
         &self.waiters
     }
 
-    /// Wakes the driver because a call waits. The driver adds a connection to each endpoint whose streams are all in use, and dials resting
-    /// subchannels.
+    /// Wakes the driver because a call waits. The driver adds a connection to each endpoint whose streams are all in use, and dials the
+    /// resting subchannels, whose connections ended while no call needed them.
     pub(crate) fn demand(&self) {
         self.call_waits.store(true, Ordering::Relaxed);
         self.demand.notify_one();
@@ -156,7 +156,7 @@ impl Shared {
     ///
     /// # Cancel safety
     ///
-    /// Dropping the future closes the connection.
+    /// Dropping the future stops the dial and closes the connection.
     pub(crate) async fn dial_private(
         &self,
         endpoint: &Arc<Endpoint>,
@@ -263,9 +263,9 @@ pub(super) struct Published {
     pub(super) summary: Summary,
 }
 
-/// One published state, for both a pick and the decision that follows a pick without a result: whether the call waits or fails. If the
-/// state were loaded once for each, an endpoint could become ready in between. The pick would then find no ready endpoint, the decision
-/// would find no pending endpoint, and the call would fail.
+/// One published state, for two steps: a pick, and if the pick finds no connection, the decision whether the call waits or fails. If each
+/// step loaded the state, an endpoint could become ready in between. The pick would then find no ready endpoint, the decision would find no
+/// pending endpoint, and the call would fail.
 #[derive(Debug)]
 pub(crate) struct Snapshot<'a> {
     pub(super) picker: &'a Picker,

@@ -80,7 +80,9 @@ impl Waiters {
 
     /// Adds a call to the queue. Returns `None` if the queue is full.
     pub(crate) fn join(self: &Arc<Self>, exclusions: Exclusions) -> Option<Waiting> {
-        // SeqCst: see `Load::acquire`. From here on, a stream that is released is handed to a waiter that can use it.
+        // SeqCst: see `Load::acquire`. From here on, `release` looks for waiters. If it looks before this call is in the queue, it releases
+        // the stream, and then offers the stream if `joined` has changed. If `joined` changes only later, this call finds the free stream,
+        // because it searches the ready set after it has joined.
         let waiting = self.waiting.fetch_add(1, Ordering::SeqCst);
         if waiting >= self.limit {
             self.waiting.fetch_sub(1, Ordering::SeqCst);
@@ -105,7 +107,7 @@ impl Waiters {
         })
     }
 
-    /// Returns how many calls wait.
+    /// Returns the number of waiting calls. A call counts until its [`Waiting`] is dropped, even if a permit was already given to the call.
     pub(crate) fn waiting(&self) -> usize {
         self.waiting.load(Ordering::SeqCst)
     }

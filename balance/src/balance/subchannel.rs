@@ -32,18 +32,21 @@ pub(super) struct Subchannel<S> {
     rest_backoff: ConnectBackoff,
     /// Number of consecutive dials that failed.
     failed: usize,
-    /// Number of consecutive connections that were closed gracefully without serving a call, although calls needed them. `last_use` belongs
-    /// to the latest of these connections. If a call on that connection is answered after the connection was closed, the count starts
-    /// again.
+    /// Number of connections that were closed gracefully without an answered call, although calls needed them. An answered call and a new
+    /// generation of the endpoint set the count to 0. A connection that ends in another way does not change the count.
     unserved: u32,
+    /// The use of the previous connection, if that connection was counted in `unserved`. If a call on it is answered after its close,
+    /// `unserved` is set to 0 when the next connection ends.
     last_use: Option<Arc<ConnectionUse>>,
-    /// Set by a failure, and cleared when a connection is ready. The flag stays set during the backoff and the next dial. Otherwise calls
-    /// would wait during each dial to an endpoint that is down.
+    /// Whether the subchannel counts as failing. Calls do not wait for a failing subchannel. The flag is set by a failure. It is cleared
+    /// when a connection is ready, and by a new generation of the endpoint. It stays set during the backoff and the next dial, because
+    /// calls would otherwise wait during each dial to an endpoint that is down.
     failing: bool,
-    /// Whether the subchannel was already dialled again at once after an early loss. In an early loss, a connection ends within
-    /// [`MIN_LIFETIME`], not gracefully, and without an answered call. The next early loss leads to `TransientFailure`.
+    /// Whether an early loss was already followed by an immediate dial. An early loss is the end of a connection within [`MIN_LIFETIME`],
+    /// not gracefully, and without an answered call. If the flag is set, the next early loss leads to `TransientFailure`.
     redialled_immediately: bool,
-    /// Whether calls wait for the next connection.
+    /// Whether calls need the next connection: a call waited when the subchannel left `Resting`, or an earlier connection was closed
+    /// gracefully before it served the calls that needed it.
     wanted: bool,
     state: S,
 }
@@ -134,8 +137,8 @@ impl<S> Subchannel<S> {
         }
     }
 
-    /// Discards the observations of earlier connections. Called for a new generation of the endpoint (for example a new registration), and
-    /// after a connection has served a call.
+    /// Discards the observations of earlier connections, except for the number of failed dials. Called for a new generation of the endpoint
+    /// (for example a new registration), and after a connection has served a call.
     fn forget(&mut self) {
         self.backoff.reset();
         self.rest_backoff.reset();
@@ -349,7 +352,7 @@ impl Subchannel<Resting> {
         self.state.until
     }
 
-    /// Ends the rest. `wanted` is true if a call waits for the connection.
+    /// Leaves `Resting`, so that the subchannel can be dialled. `wanted` is true if a call waits for the connection.
     pub(super) fn wake(mut self, wanted: bool) -> Subchannel<Idle> {
         self.wanted = wanted;
         self.into_state(Idle)
@@ -366,7 +369,7 @@ impl Subchannel<TransientFailure> {
         self.into_state(Idle)
     }
 
-    /// Skips the remaining backoff and clears all failures. Called for a new generation of the endpoint.
+    /// Skips the remaining backoff, and discards the observations of the previous generation of the endpoint.
     pub(super) fn reset(mut self) -> Subchannel<Idle> {
         self.forget();
         self.into_state(Idle)
@@ -382,8 +385,8 @@ impl Subchannel<Draining> {
 
 /// A connection that lived this long since the start of its dial counts as successful, even if no call used it.
 const MIN_LIFETIME: Duration = Duration::from_secs(1);
-/// Limit on the number of consecutive connections that were closed gracefully, although calls needed them and none was served. At this
-/// limit, the subchannel counts as failing.
+/// The subchannel counts as failing when this many connections were closed gracefully without an answered call, although calls needed them.
+/// An answered call resets the count.
 const MAX_UNSERVED: u32 = 5;
 
 #[cfg(test)]
@@ -399,13 +402,13 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_subchannel_keeps_failing_until_a_connection_works() {
+    async fn a_subchannel_is_failing_during_the_next_dial_but_not_after_a_new_generation() {
         let mut rng = fastrand::Rng::with_seed(7);
         let now = Instant::now();
         let failed = connecting(idle(), now).failed(&mut rng, now);
         assert!(failed.is_failing());
         let again = connecting(failed.retry(), now);
-        assert!(again.is_failing(), "not failing during the attempt");
+        assert!(again.is_failing(), "the subchannel must stay failing");
         let failed = again.failed(&mut rng, now);
         assert!(
             !failed.reset().is_failing(),
@@ -436,7 +439,7 @@ mod tests {
         assert!(failed.until() < now + Duration::from_secs(2));
     }
 
-    /// Makes a connection and ends it.
+    /// Returns the state after a connection that was made and ended at the time `now`.
     fn lose(
         mut subchannel: Subchannel<Idle>,
         ending: Ending,
@@ -459,8 +462,8 @@ mod tests {
         Ending { graceful, used }
     }
 
-    /// Returns a subchannel with a long backoff, caused by an outage. This backoff must not delay the dials after later connections that
-    /// served calls or were closed gracefully.
+    /// Returns a subchannel after ten failed dials, so its next backoff is about 110 s. This backoff must not delay the next dial after a
+    /// connection that has served a call, or that was closed gracefully while no call needed it.
     fn after_an_outage(now: Instant, rng: &mut fastrand::Rng) -> Subchannel<Idle> {
         let mut subchannel = idle();
         for _ in 0..10 {
@@ -509,7 +512,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn consecutive_connections_that_serve_no_waiting_call_count_as_a_failure() {
+    async fn repeated_graceful_closes_before_any_answered_call_count_as_a_failure() {
         let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
         let mut subchannel = idle();
         for _ in 1..MAX_UNSERVED {
@@ -549,7 +552,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_connection_that_was_dialled_for_a_call_but_carried_none_is_not_a_failure() {
+    async fn connections_that_last_without_a_call_lead_to_growing_waits_and_not_to_a_failure() {
         let (mut rng, now) = (fastrand::Rng::with_seed(7), Instant::now());
         let lost = lose(idle(), ending(true, false, false), &mut rng, now);
         let Lost::Resting(resting) = lost else {

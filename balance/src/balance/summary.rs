@@ -17,11 +17,11 @@ pub(crate) struct Summary {
     pub(crate) ended: Option<Arc<str>>,
     /// The last error of the source of endpoints.
     pub(crate) source_error: Option<Arc<str>>,
-    /// The last failed attempt to connect, or the last lost connection.
+    /// The last error of an endpoint: a failed attempt to connect, or a connection that was lost, does not answer or is not healthy.
     pub(crate) last_error: Option<Arc<EndpointError>>,
 }
 
-/// An error of an endpoint's connection.
+/// An error of an endpoint.
 #[derive(Debug, thiserror::Error)]
 #[error("endpoint {address}: {reason}")]
 pub(crate) struct EndpointError {

@@ -123,8 +123,8 @@ mod tests {
         ));
         let mut next = task::spawn(feed.next());
         assert_pending!(next.poll());
-        sender.send(1).expect("open");
-        sender.send(2).expect("open");
+        sender.send(1).expect("the channel should be open");
+        sender.send(2).expect("the channel should be open");
         assert!(next.is_woken());
         let batch = assert_ready!(next.poll());
         assert_eq!((batch.changes, batch.known), (vec![1, 2], true));
@@ -161,7 +161,7 @@ mod tests {
         let mut feed = Updates::known_after(tokio_stream::pending::<u8>(), known);
         let mut next = task::spawn(feed.next());
         assert_pending!(next.poll());
-        signal.send(()).expect("open");
+        signal.send(()).expect("the channel should be open");
         assert!(assert_ready!(next.poll()).known);
     }
 
@@ -171,7 +171,7 @@ mod tests {
         let (sender, changes) = tokio::sync::mpsc::unbounded_channel();
         let changes = tokio_stream::wrappers::UnboundedReceiverStream::new(changes);
         let mut feed = Updates::known_after(changes, known);
-        sender.send(1).expect("open");
+        sender.send(1).expect("the channel should be open");
         assert!(!assert_ready!(task::spawn(feed.next()).poll()).known);
     }
 

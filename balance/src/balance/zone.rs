@@ -1,12 +1,12 @@
-//! Zone preference: for the callers in one zone, computes a factor for each zone. The weights of the endpoints in that zone are multiplied
-//! by the factor. Performs no I/O.
+//! Zone preference: computes a factor for each zone, for the callers in one zone. The factor of a zone multiplies the weights of its
+//! endpoints. This module performs no I/O.
 //!
 //! The computation assumes that callers are spread evenly over the zones. With `n` zones, the callers of each zone then make `1 / n` of all
 //! calls. This fraction is the *demand* of a zone. The *part* of a zone is its share of all weights, and so the share of all calls that its
 //! endpoints can take. If the part of a zone is at least its demand, the zone serves all calls of its own callers. If the part is smaller,
 //! the zone serves as many calls of its own callers as its part allows. The remaining calls are sent to zones with spare capacity, in
 //! proportion to that capacity. So as few calls as possible leave their zone, and no endpoint gets more calls than its share by weight,
-//! even in a small zone.
+//! even in a small zone. The exception is the few calls that the smallest factor sends to other zones (see [`MAX_FACTOR`]).
 
 use std::collections::BTreeMap;
 
@@ -62,7 +62,7 @@ pub(super) fn factors(own: &str, weights: &Zones<u64>) -> Zones<u32> {
 }
 
 /// The factor of the zone that is used most. The smallest factor is 1, a thousandth of this one. So endpoints in other zones still get a
-/// few calls, which measure their latency.
+/// few calls, and their latency is known.
 pub(super) const MAX_FACTOR: u32 = 1_000;
 
 #[cfg(test)]
@@ -108,7 +108,7 @@ mod tests {
     }
 
     proptest! {
-        /// If callers are spread evenly, no zone gets more than its share by weight, however small a zone is.
+        /// If callers are spread evenly, no zone gets more than its share by weight, however small the zone is.
         #[test]
         fn no_zone_is_overloaded(weights in proptest::collection::vec(1..100_u32, 2..6)) {
             let weights: Vec<_> = weights.into_iter().map(u64::from).collect();

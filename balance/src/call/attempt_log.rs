@@ -83,7 +83,7 @@ mod tests {
             status.message(),
             "gone (3 attempts: a:1 Unavailable, no ready endpoint (Unavailable), b:2 Unavailable; enough)"
         );
-        assert!(status.source().is_some(), "the last failure is no source");
+        assert!(status.source().is_some(), "the status must have a source");
     }
 
     #[test]

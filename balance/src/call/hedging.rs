@@ -143,8 +143,8 @@ impl Hedging {
             };
             drop(snapshot);
             // A hedge with large metadata is not sent, because it would need a private connection. A connection from which nothing was read
-            // for long is used without a check, because other attempts are in flight anyway, and because on a channel with few calls, this
-            // may apply to all connections.
+            // for long is used without a check, for two reasons: other attempts are in flight anyway, and on a channel with few calls, all
+            // connections may have been silent for that long.
             if !has_small_metadata(&self.conclusion.call, &permit) {
                 break;
             }
@@ -170,7 +170,7 @@ impl Hedging {
             && self.sent < self.policy.attempt_limit()
     }
 
-    /// Schedules the next hedge after this wait, if another hedge is allowed.
+    /// Schedules the next hedge after `wait`, if another hedge is allowed.
     fn schedule(&mut self, wait: Duration) {
         let next = Instant::now().checked_add(wait);
         self.next = next.filter(|_| self.may_send());
@@ -210,7 +210,8 @@ impl Hedging {
         recover(core, call, attempt, error, &mut self.history, *deadline).await
     }
 
-    /// Records the outcome of an attempt, and returns it if it ends the call. Otherwise keeps it, in case no other attempt succeeds.
+    /// Records the outcome of an attempt. Returns the outcome if it ends the call. Otherwise keeps the outcome, in case no other attempt
+    /// succeeds.
     fn record(&mut self, mut outcome: Outcome) -> Option<Outcome> {
         let Some((code, pushback)) = self.conclusion.record_failure(&outcome) else {
             return Some(outcome);
@@ -250,7 +251,8 @@ impl Hedging {
         self.conclusion.finish(outcome, previous, None)
     }
 
-    /// Ends the call after its deadline. Adds each open attempt to the attempt log, and requests a PING on its connection.
+    /// Ends the call after its deadline. Adds each open attempt to the attempt log, and requests a PING on its connection if nothing was
+    /// read from the connection since the attempt was sent.
     fn deadline_exceeded(
         mut self,
         late: Deadline,

@@ -16,7 +16,7 @@ pub(super) enum Head {
 }
 
 impl Head {
-    /// Classifies a response head. If it were not classified, the error page of a proxy would count as a fast success.
+    /// Classifies a response head. Without this function, the error page of a proxy would count as a fast success.
     pub(super) fn of<T>(response: &Response<T>) -> Self {
         let (mut code, mut is_grpc) = (None, false);
         // One pass over the few headers costs less than two look-ups, because each look-up hashes its name.
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn a_response_without_grpc_headers_is_not_grpc() {
+    fn a_head_is_grpc_with_a_grpc_status_or_with_http_200_and_a_grpc_content_type() {
         let grpc = ("content-type", "application/grpc+proto");
         let html = ("content-type", "text/html");
         let not_found = Head::Grpc(Some(Code::NotFound));
@@ -152,7 +152,7 @@ mod tests {
     fn only_a_response_head_with_an_error_is_a_failure() {
         let grpc = ("content-type", "application/grpc");
         let begun = response(200, &[grpc]);
-        assert_eq!(failure(&begun), None, "a partial response is no failure");
+        assert_eq!(failure(&begun), None, "no status must be no failure");
         assert_eq!(failure(&response(200, &[grpc, ("grpc-status", "0")])), None);
         for (http, code) in [
             (200, Code::Unknown),

@@ -7,7 +7,7 @@ use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::transport::deadline::GRPC_TIMEOUT;
 
-/// The headers of a request. Each send takes a header map, and another send can take the same headers again.
+/// The headers of a request, for any number of sends.
 ///
 /// h2 takes ownership of the header map, so another send needs another map. Most calls have only the headers that every call has. Such a
 /// call moves its map to h2 without a copy, and rebuilds the headers if it is sent again. A copy would need two allocations, and is rarely

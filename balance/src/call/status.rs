@@ -23,9 +23,9 @@ use crate::transport::h2_error::is_unprocessed;
 ///
 /// The error is in the source chain of the call's `Status`. Walk the whole chain, because after retries another `Status` precedes the
 /// error. The error is present in these cases: the server returned an error, the response was not gRPC, the connection failed, the deadline
-/// passed after the call was sent, or the call was not sent because its metadata was too large or because the private connection that it
-/// needed, for this call alone, could not be dialled. It is absent if no endpoint was picked, and if the deadline of a hedged call passed.
-/// The message of a status that the server returned does not name the endpoint, but this error does.
+/// passed after the call was sent, the metadata was too large for the call to be sent, or the call needed a private connection (for this
+/// call alone) that could not be dialled. The error is absent if no endpoint was picked, and if the deadline of a hedged call passed. The
+/// message of a status that the server returned does not name the endpoint, but this error does.
 ///
 /// ```
 /// use std::error::Error;
@@ -82,8 +82,8 @@ impl Error for CallError {
 }
 
 /// Returns the status of a call whose connection or stream failed. `blame` is the error code of the endpoint's GOAWAY, if any. If `error`
-/// is not the GOAWAY itself, the message contains this code as well. This is the case for a call whose stream id is at most the GOAWAY's
-/// last stream id: the call fails only later, when the socket closes, and its error does not contain the code.
+/// is not the GOAWAY itself, the message contains this code as well. `error` is not the GOAWAY if the stream id of the call is at most the
+/// GOAWAY's last stream id: such a call fails only later, when the socket closes, and its error does not contain the code.
 pub(super) fn connection_or_stream_failed(
     service: &str,
     address: &Address,

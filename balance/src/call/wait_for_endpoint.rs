@@ -19,8 +19,8 @@ pub(super) async fn wait_for_endpoint(
     history: &mut History,
     wait_for_ready: bool,
 ) -> Result<Permit, Status> {
-    // Yields to the scheduler when the task's cooperative budget is used up. A caller that retries failing calls in a tight loop would
-    // otherwise starve the driver, the channel's background task, for which it waits.
+    // Yields to the scheduler when the task's cooperative budget is used up. Otherwise, a caller that retries failing calls in a tight loop
+    // would starve the channel's background task (the driver), although the calls wait for this task.
     tokio::task::coop::consume_budget().await;
     let shared = core.shared();
     if history.is_exhausted() {

@@ -108,7 +108,7 @@ impl BalancedChannel {
         self.0.shared().has_ended()
     }
 
-    /// Returns the endpoint whose connection, or whose attempt to connect, failed last.
+    /// Returns the endpoint at which a connection, or an attempt to connect, failed last.
     #[must_use]
     pub fn last_failed_endpoint(&self) -> Option<Address> {
         let summary = self.0.shared().summary();

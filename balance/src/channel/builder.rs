@@ -178,8 +178,7 @@ impl<S> ChannelBuilder<S> {
     }
 
     /// Sets the limit on the wait between two attempts to connect to an endpoint, before the random variation of 20 %. Default 120 s, as in
-    /// gRPC's connection backoff document. A fresh registration ends the wait in any case. 0 makes the channel
-    /// invalid.
+    /// gRPC's connection backoff document. A new registration of the endpoint ends the wait in any case. 0 makes the channel invalid.
     pub fn max_backoff(mut self, backoff: Duration) -> Self {
         if backoff.is_zero() {
             let reason = "max_backoff is 0, so a failing endpoint would be dialled without a pause";

@@ -138,7 +138,7 @@ impl<S> Endpoints<S> {
         self
     }
 
-    /// Sets a function that is called when an endpoint refuses a connection. The function must not block.
+    /// Sets a function that is called after each failed attempt to connect to an endpoint. The function must not block.
     #[must_use]
     pub fn on_refused(mut self, on_refused: impl Fn(&Address) + Send + Sync + 'static) -> Self {
         self.on_refused = Some(OnRefused(Arc::new(on_refused)));

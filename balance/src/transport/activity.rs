@@ -114,8 +114,8 @@ impl Activity {
         self.is_busy.get().is_some_and(|is_busy| is_busy())
     }
 
-    /// Returns the state with which [`wait_since`](Self::wait_since) compares. Call this function before the PING is requested. Otherwise
-    /// the wait could miss the answer.
+    /// Returns the mark for [`wait_since`](Self::wait_since). Call this function before the PING is requested. Otherwise the wait could
+    /// miss the answer.
     pub(super) fn mark(&self) -> Mark {
         Mark {
             bytes: self.bytes.load(Ordering::SeqCst),

@@ -124,13 +124,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn formatting_rounds_down_by_less_than_a_unit(nanos in 0_u64..) {
+        fn formatting_rounds_down_by_at_most_a_ten_thousandth(nanos in 0_u64..) {
             let timeout = Duration::from_nanos(nanos);
             let value = format(timeout);
             let back = parsed(value.to_str().expect("ASCII")).expect("a formatted timeout can be parsed");
             prop_assert!(back <= timeout);
             // If the timeout does not fit in nanoseconds, the number has at least six digits, because the factor between two units is at
-            // most 1 000. Less than one unit is lost, which is less than a hundred-thousandth. The assertion allows a ten-thousandth.
+            // most 1 000. Less than one unit is lost, so less than a hundred-thousandth of the timeout is lost. The assertion allows a
+            // ten-thousandth.
             prop_assert!(timeout.saturating_sub(back) <= timeout / 10_000);
         }
     }

@@ -55,8 +55,8 @@ impl Exchange {
         Poll::Ready(Ok(response.map(|stream| Incoming::new(stream, pump))))
     }
 
-    /// After a failure, waits until the pump, which is the task that sends the body, has ended. Returns the result of the pump, such as the
-    /// body for another attempt. Returns `None` if the body has no pump, or if the runtime has ended.
+    /// After a failure, waits until the pump (the task that sends the body) has ended. Returns the result of the pump, such as the body for
+    /// another attempt. Returns `None` if the body has no pump, or if the runtime has ended.
     pub(crate) async fn into_pumped(self) -> Option<Pumped> {
         self.pump?.finish().await
     }

@@ -50,8 +50,8 @@ impl FrameReader {
         }
     }
 
-    /// Parses the next bytes and reports the frames that they complete. Returns the number of bytes parsed: all of them, or those up to the
-    /// end of a GOAWAY.
+    /// Parses the next bytes and reports the frames in them. Returns the number of bytes parsed: all of them, or those up to the end of a
+    /// GOAWAY.
     pub(super) fn read(&mut self, all: &[u8], mut on_frame: impl FnMut(Frame)) -> usize {
         let mut bytes = all;
         while !bytes.is_empty() {

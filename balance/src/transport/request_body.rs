@@ -68,7 +68,7 @@ fn poll_data(body: &mut Body, cx: &mut Context<'_>) -> Result<Poll<Option<Bytes>
     }
 }
 
-/// Whether a body can be recalled, that is, taken back from its pump while the stream is open.
+/// Whether a body can be recalled: taken back, while the stream is open, from its [`Pump`], the task that sends the body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Recall {
     Never,

@@ -15,7 +15,7 @@ use super::request_body::{Pump, Pumped};
 #[derive(Debug)]
 pub(crate) struct Incoming {
     stream: RecvStream,
-    /// The pump of the request body, which is stopped at the end of the response.
+    /// The task that sends the request body. The pump is stopped at the end of the response.
     pump: Option<Pump>,
     data_ended: bool,
     ahead: Option<Box<Ahead>>,

@@ -16,8 +16,8 @@
 //!
 //! - The keep-alive waits until the next PING is allowed.
 //! - A request for the sweep or after a dropped call is ignored.
-//! - After an overrun deadline, and for the check, no PING is sent, but the next read is awaited. If nothing is read in time, the channel's
-//!   background task, the driver, dials a second connection beside the first. The first connection stays in use until the second is ready.
+//! - After an overrun deadline, and for the check, no PING is sent, but the next read is awaited. If nothing is read in time, the channel
+//!   dials a second connection beside the first. The first connection stays in use until the second is ready.
 //!
 //! Any byte that is read shows that the peer is alive, not only a PONG. On a slow link, the PONG is queued behind the responses.
 
@@ -72,7 +72,7 @@ pub(super) struct Pings {
 struct Expiry {
     at: Instant,
     bytes: u64,
-    /// Whether a PING is outstanding whose answer is due by that time.
+    /// Whether the answer to a PING is due by that time. If false, no PING was sent, and any read is awaited.
     pinged: bool,
     /// The number of times that the limit was extended because our own process was not scheduled.
     extended: u32,
@@ -281,7 +281,7 @@ impl Pings {
             self.schedule_keep_alive(now);
             return None;
         }
-        // With `while_idle`, the servers permit PINGs on idle connections, so the interval for open calls applies.
+        // `while_idle` means that the servers permit PINGs on idle connections, so the interval for open calls applies.
         if !self.outstanding && !self.may_ping(now, progress, true) {
             self.keep_alive_at = self.last_ping.checked_add(keep_alive.permit);
             return None;
@@ -381,13 +381,13 @@ mod tests {
         let ping = pings.on_request(PingCause::Overrun, now, silent, true);
         assert_eq!(ping, Some(Action::Ping));
         let again = pings.on_request(PingCause::Overrun, now, silent, true);
-        assert_eq!(again, None, "one ping at a time");
+        assert_eq!(again, None, "a second PING was sent");
         assert_eq!(pings.on_time(now + ms(999), silent, true), None);
         let stalled = pings.on_time(now + ms(1_000), silent, true);
         assert_eq!(stalled, Some(Action::Stalled));
         let cause = pings.on_request(PingCause::Overrun, now + ms(1_001), silent, true);
         assert_eq!(cause, None);
-        assert_eq!(pings.wake_at(), None, "no timer ends the stall");
+        assert_eq!(pings.wake_at(), None, "a timer would end the stall");
         assert_eq!(pings.on_read(silent), None);
         assert_eq!(
             pings.on_read(progress(117, 0, now)),
@@ -442,9 +442,9 @@ mod tests {
         pings.on_request(PingCause::Overrun, now + ms(6_000), then, true);
         let read = progress(1_001, 2, now);
         assert_eq!(pings.on_time(now + ms(7_000), read, true), None);
-        assert!(pings.is_outstanding(), "the PING is unanswered");
+        assert!(pings.is_outstanding(), "the PING must be unanswered");
         let second = pings.on_request(PingCause::Overrun, now + ms(7_100), read, true);
-        assert_eq!(second, None, "h2 allows one PING at a time");
+        assert_eq!(second, None, "a second PING was sent");
         let stalled = pings.on_time(now + ms(8_100), read, true);
         assert_eq!(stalled, Some(Action::Stalled));
     }
@@ -524,7 +524,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_ping_budget_a_connection_is_doubtful_until_the_budget_is_renewed() {
+    fn without_a_ping_budget_silence_is_doubtful_and_a_ping_follows_when_the_budget_allows_it() {
         let (mut pings, now) = pings(None);
         let silent = progress(100, 0, now);
         let ping = pings.on_request(PingCause::Overrun, now, silent, true);
@@ -532,7 +532,7 @@ mod tests {
         pings.on_pong(now, silent);
         for cause in [PingCause::Dropped, PingCause::Sweep] {
             assert_eq!(pings.on_request(cause, now, silent, true), None);
-            assert_eq!(pings.wake_at(), None, "{cause:?} starts no timer");
+            assert_eq!(pings.wake_at(), None, "{cause:?} started a timer");
         }
         assert_eq!(
             pings.on_request(PingCause::Silence, now, silent, true),
@@ -544,7 +544,7 @@ mod tests {
         assert_eq!(pings.on_read(read_again), Some(Action::Recovered));
         let later = now + BUSY_INTERVAL;
         let idle = pings.on_request(PingCause::Silence, later, read_again, true);
-        assert_eq!(idle, None, "a waiting call has no open stream");
+        assert_eq!(idle, None, "a waiting call must count as idle");
         pings.on_read(progress(102, 0, now));
         let busy = pings.on_request(PingCause::Overrun, later, progress(102, 0, now), true);
         assert_eq!(busy, Some(Action::Ping));
@@ -560,10 +560,10 @@ mod tests {
         let doubtful = pings.on_time(now + ms(250), silent, true);
         assert_eq!(doubtful, Some(Action::Doubtful));
         let again = pings.on_request(PingCause::Silence, now + ms(300), silent, true);
-        assert_eq!(again, Some(Action::Doubtful), "the call does not wait");
+        assert_eq!(again, Some(Action::Doubtful), "the call must not wait");
         let later = now + BUSY_INTERVAL;
         let ping = pings.on_request(PingCause::Overrun, later, silent, true);
-        assert_eq!(ping, Some(Action::Ping), "the PING budget is renewed");
+        assert_eq!(ping, Some(Action::Ping), "the budget must be renewed");
         let stalled = pings.on_time(later + ms(1_000), silent, true);
         assert_eq!(stalled, Some(Action::Stalled));
         let proven = pings.on_request(PingCause::Silence, later + ms(1_001), silent, true);
@@ -603,7 +603,7 @@ mod tests {
     };
 
     #[test]
-    fn the_keep_alive_pings_after_silence_and_closes_without_a_response() {
+    fn the_keep_alive_sends_a_ping_after_silence_and_closes_the_connection_without_an_answer() {
         let (mut pings, now) = pings(Some(KEEP_ALIVE));
         let silent = progress(0, 0, now);
         assert_eq!(pings.wake_at(), Some(now + ms(10_000)));
@@ -614,7 +614,7 @@ mod tests {
         pings.on_pong(at, silent);
         assert_eq!(pings.wake_at(), Some(now + ms(20_500)));
         let ping = pings.on_time(now + ms(20_500), silent, true);
-        assert_eq!(ping, Some(Action::Ping), "the permit time has passed");
+        assert_eq!(ping, Some(Action::Ping), "a permitted PING must be sent");
         // A request for a PING in the meantime waits for the answer to the same PING.
         let cause = pings.on_request(PingCause::Overrun, now + ms(20_600), silent, true);
         assert_eq!(cause, None);
@@ -649,7 +649,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_that_receives_data_is_neither_pinged_nor_closed() {
+    fn received_bytes_delay_the_keep_alive_ping_and_prevent_the_close() {
         let (mut pings, now) = pings(Some(KEEP_ALIVE));
         let at = now + ms(9_999);
         assert_eq!(
@@ -662,7 +662,7 @@ mod tests {
         assert_eq!(ping, Some(Action::Ping));
         let trickle = progress(6, 0, later + ms(2_999));
         let queued = pings.on_time(later + ms(3_000), trickle, true);
-        assert_eq!(queued, None, "a byte shows that the peer is alive");
+        assert_eq!(queued, None, "a byte must show that the peer is alive");
         assert_eq!(pings.wake_at(), Some(trickle.at + ms(10_000)));
     }
 

@@ -82,7 +82,7 @@ impl Pair {
     }
 
     fn order(&self, order: Order) {
-        assert!(self.control.send(order).is_ok(), "a live server");
+        assert!(self.control.send(order).is_ok(), "the server must run");
     }
 }
 
@@ -186,7 +186,7 @@ async fn a_call_returns_its_response_and_trailers() {
     let data = poll_fn(|cx| body.poll_frame(cx)).await;
     let data = data.expect("a frame").expect("no error").into_data();
     assert_eq!(data.expect("data"), "hello");
-    assert!(!body.is_complete(), "the trailers are still unread");
+    assert!(!body.is_complete(), "the body must have unread trailers");
     let trailers = poll_fn(|cx| body.poll_frame(cx)).await;
     assert!(trailers.expect("a frame").expect("no error").is_trailers());
     assert!(body.is_complete());
@@ -228,7 +228,7 @@ async fn after_a_goaway_new_calls_are_rejected_and_open_calls_may_have_run() {
     let mut pair = Pair::new(|_| ()).await;
     let mut below = pair.send(single());
     let (_request, _respond) = pair.accept().await;
-    // The server has accepted only the first call, so the stream id of a second call would be above the GOAWAY's last stream id.
+    // The server has accepted the call, so the GOAWAY's last stream id is the stream id of the call. The server may have run the call.
     pair.order(Order::GoAway(Reason::NO_ERROR));
     let left = timeout(PATIENCE, pair.left.recv()).await.expect("in time");
     assert!(left.expect("a reason").is_graceful());
@@ -239,7 +239,10 @@ async fn after_a_goaway_new_calls_are_rejected_and_open_calls_may_have_run() {
     let error = head(&mut below)
         .await
         .expect_err("the connection is closed");
-    assert!(!is_unprocessed(&error), "the call may have run: {error}");
+    assert!(
+        !is_unprocessed(&error),
+        "the call may have run, so it must not count as unprocessed: {error}"
+    );
 }
 
 #[tokio::test]
@@ -281,12 +284,12 @@ async fn a_broken_connection_does_not_prove_a_call_unprocessed() {
         .expect_err("the peer has disconnected");
     assert!(
         !is_unprocessed(&error),
-        "the call may have been processed: {error}"
+        "the call may have run, so it must not count as unprocessed: {error}"
     );
 }
 
 #[tokio::test]
-async fn only_a_refused_stream_is_unprocessed() {
+async fn a_reset_stream_is_unprocessed_only_with_refused_stream() {
     let mut pair = Pair::new(|_| ()).await;
     for (reason, unprocessed) in [
         (Reason::REFUSED_STREAM, true),
@@ -307,7 +310,7 @@ async fn a_local_h2_error_does_not_prove_a_call_unprocessed() {
     let (near, mut far) = duplex(1 << 16);
     let server = tokio::spawn(async move {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
-        // The server sends SETTINGS, acknowledges the client's SETTINGS, and answers the client's PING.
+        // The server sends SETTINGS and, in advance, the acknowledgement of the client's SETTINGS. Then it answers the client's PING.
         let mut preface = [0; 24];
         far.read_exact(&mut preface).await.expect("a preface");
         far.write_all(b"\0\0\0\x04\0\0\0\0\0\0\0\0\x04\x01\0\0\0\0")
@@ -343,7 +346,7 @@ async fn a_local_h2_error_does_not_prove_a_call_unprocessed() {
     let error = head(&mut exchange).await.expect_err("a protocol error");
     assert!(
         error.is_go_away(),
-        "h2 reports its own error as a GOAWAY: {error}"
+        "h2 must report its own error as a GOAWAY: {error}"
     );
     assert!(!is_unprocessed(&error));
     server.abort();
@@ -363,7 +366,7 @@ async fn a_malformed_request_is_distinguished_from_a_lost_connection() {
 }
 
 #[tokio::test]
-async fn a_complete_request_body_is_gathered_without_a_stream() {
+async fn only_an_incomplete_request_body_is_gathered_as_a_stream() {
     let (feed, body) = fed();
     feed.send("x".into()).expect("fed");
     drop(feed);
@@ -473,7 +476,7 @@ async fn the_small_body_of_a_refused_stream_is_returned() {
 }
 
 #[tokio::test]
-async fn a_failing_body_resets_the_call_with_the_error_of_the_body() {
+async fn if_a_body_fails_the_stream_is_reset_and_the_call_fails_with_the_error_of_the_body() {
     struct Failing;
     impl http_body::Body for Failing {
         type Data = Bytes;
@@ -652,7 +655,7 @@ async fn a_call_at_the_last_stream_of_a_goaway_may_have_run() {
         .expect_err("the connection is closed");
     assert!(
         error.is_io() && !error.is_go_away(),
-        "the error is not a GOAWAY: {error:?}"
+        "the error must be an I/O error and not a GOAWAY: {error:?}"
     );
     assert!(!is_unprocessed(&error), "{error}");
     assert!(left.recv().await.is_some());
@@ -670,7 +673,7 @@ async fn a_refusal_after_the_response_head_is_an_error_of_the_body() {
     stream.send_reset(Reason::REFUSED_STREAM);
     let frame = timeout(PATIENCE, poll_fn(|cx| body.poll_frame(cx))).await;
     match frame.expect("in time") {
-        // The received head proves that the call was processed. The error alone does not prove it.
+        // `is_unprocessed` sees only the error, so it returns true. The call was processed nevertheless: its head was received.
         Some(Err(super::response_body::Broken::Stream(error))) => assert!(is_unprocessed(&error)),
         other => panic!("expected the reset of the stream, got {other:?}"),
     }
@@ -707,7 +710,7 @@ async fn the_stream_limit_follows_the_settings_of_the_peer() {
     // SETTINGS with MAX_CONCURRENT_STREAMS of 3.
     let settings = b"\0\0\x06\x04\0\0\0\0\0\0\x03\0\0\0\x03";
     let (client, _left) = scripted(settings, false).await;
-    assert!(client.max_streams() > 3, "the peer announced no limit");
+    assert!(client.max_streams() > 3, "the limit must not be known yet");
     let _exchange = Exchange::start(&client, request(), single(), Recall::Never).expect("sent");
     let known = async {
         while client.max_streams() != 3 {
@@ -718,7 +721,7 @@ async fn the_stream_limit_follows_the_settings_of_the_peer() {
 }
 
 #[tokio::test]
-async fn the_second_address_is_used_if_the_first_does_not_respond() {
+async fn the_second_address_is_used_if_the_first_refuses_or_does_not_respond() {
     let listen = |backlog| {
         let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
         let local = std::net::SocketAddr::from(([127, 0, 0, 1], 0));

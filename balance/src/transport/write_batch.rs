@@ -21,10 +21,10 @@ struct Socket<T> {
     /// Whether writes are collected. It is false before the connection's task runs, because nothing would then write the collected bytes to
     /// the socket.
     is_batching: bool,
-    /// Bytes that h2 has written. Those before `written` are in the socket.
+    /// Bytes that h2 has written. Those before `written` are already in the socket.
     buffer: Vec<u8>,
     written: usize,
-    /// Bytes that were collected since the buffer was last empty at the end of a poll.
+    /// The number of bytes that were collected since a poll last ended with an empty buffer.
     collected: usize,
     /// Whether the socket must be flushed.
     needs_flush: bool,
@@ -367,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn the_frames_of_one_poll_are_one_write() {
+    fn the_frames_of_one_poll_are_sent_in_one_write() {
         let mut batched = batched(2, true);
         let mut cx = Context::from_waker(Waker::noop());
         for size in [16, 300, 900, 5_000] {
@@ -376,7 +376,7 @@ mod tests {
                 let taken = Pin::new(&mut batched).poll_write(&mut cx, &frame);
                 assert!(matches!(taken, Poll::Ready(Ok(taken)) if taken == size));
             }
-            assert_eq!(batched.lock().io.writes, 0, "a write before the end");
+            assert_eq!(batched.lock().io.writes, 0, "a write before poll_end");
             batched.poll_end(&mut cx);
             assert_eq!(std::mem::take(&mut batched.lock().io.writes), 1);
         }

@@ -35,7 +35,7 @@ use tonic_balance::BalancedChannel;
 pub(super) struct Fake {
     store: Arc<Mutex<Store>>,
     script: Arc<Mutex<Script>>,
-    /// A counter that is incremented at each change of the store, and when every stream must end.
+    /// A counter that is incremented when the store changes, and when all streams must end. Streams wait for its changes.
     pub(super) changed: watch::Sender<u64>,
     /// The number of the connection that this value serves.
     connection: u32,
@@ -67,7 +67,7 @@ pub(super) struct Script {
     pub(super) frozen: u32,
     /// The member whose watches send no more messages.
     pub(super) mute: Option<&'static str>,
-    /// Number of further renewals that get no response: their streams end.
+    /// Number of further renewals whose streams end without a response.
     pub(super) closed_renewals: u32,
     /// Number of requested watch streams.
     pub(super) watches: u32,
@@ -88,7 +88,8 @@ pub(super) struct Script {
 }
 
 impl Script {
-    /// Decides at random whether the next request or message has a fault. If so, returns the number of the fault, which is below `ways`.
+    /// Decides at random whether the next request or message has a fault. If so, returns a random number below `ways`, which chooses the
+    /// fault.
     pub(super) fn fault(&mut self, ways: u8) -> Option<u8> {
         (self.rng.u8(..100) < self.faults).then(|| self.rng.u8(..ways))
     }
@@ -270,14 +271,17 @@ impl Fake {
     }
 }
 
-/// Checks the metadata of a request. Every request must have `hasleader`, which makes a member without a leader reject it. Unary requests,
-/// and only these, must have a deadline.
+/// Checks the metadata of a request. Every request must have `hasleader`, so that a member without a leader rejects the request. Unary
+/// requests, and only these, must have a deadline.
 fn is_well_formed<T>(fake: &Fake, request: &Request<T>, unary: bool) {
     let asks = request.metadata().get("hasleader");
     let asks = asks.is_some_and(|asks| asks == "true");
-    fake.insist(asks, "hasleader is missing");
+    fake.insist(asks, "`hasleader` is missing");
     let deadline = request.metadata().contains_key("grpc-timeout");
-    fake.insist(deadline == unary, "only unary requests need a deadline");
+    fake.insist(
+        deadline == unary,
+        "unary requests, and only these, must have a deadline",
+    );
 }
 
 fn range(store: &Store, request: &PbRangeRequest) -> Result<PbRangeResponse, Status> {
@@ -348,8 +352,8 @@ fn txn(store: &mut Store, request: PbTxnRequest) -> Result<PbTxnResponse, Status
                 response: Some(PbTxnOpResponse::ResponseRange(range(store, &request)?)),
             },
             Some(PbTxnOpRequest::RequestPut(put)) => {
-                assert_ne!(put.lease, 0, "a put without a lease");
-                assert!(guarded(&put.key), "a put without a comparison");
+                assert_ne!(put.lease, 0, "a put must have a lease");
+                assert!(guarded(&put.key), "a put must have a comparison");
                 if !store.leases.contains_key(&put.lease) {
                     return Err(Status::not_found("etcdserver: requested lease not found"));
                 }
@@ -380,7 +384,10 @@ impl PbKvService for Fake {
         request: Request<PbRangeRequest>,
     ) -> Result<Response<PbRangeResponse>, Status> {
         is_well_formed(self, &request, true);
-        self.insist(!request.get_ref().serializable, "a read is serializable");
+        self.insist(
+            !request.get_ref().serializable,
+            "a read must be linearizable",
+        );
         let one = request.get_ref().range_end.is_empty();
         self.count(if one || request.get_ref().limit == 1 {
             "read"

@@ -146,7 +146,7 @@ fn a_fleet_in_virtual_time_sends_as_many_requests_as_documented() {
         let all = all as f64 / interval.as_secs_f64();
         assert!(
             rest.peak as f64 <= 3.0 * all + 20.0,
-            "{} requests in one second, {all} on average",
+            "a peak of {} requests in one second, but {all} on average",
             rest.peak
         );
         // etcd restarts: every stream ends at once.
@@ -160,12 +160,12 @@ fn a_fleet_in_virtual_time_sends_as_many_requests_as_documented() {
         let expected = 2.0 * clients + 8.0 * servers + 20.0 * all_at_rest(clients, servers);
         assert!(
             all as f64 <= 1.2 * expected,
-            "{all} requests in 20 s, estimate {expected}"
+            "{all} requests in 20 s are too many: the estimate is {expected}"
         );
         let lists = after.total.get("list").copied().unwrap_or_default();
         assert!(
             (lists as f64) < 20.0 + clients / 4.0,
-            "{lists} lists in 20 s"
+            "{lists} lists in 20 s are too many"
         );
     });
 }

@@ -46,7 +46,8 @@ async fn connect(endpoints: Vec<String>) -> Etcd {
     connected.expect("a connection")
 }
 
-/// Reads one key repeatedly. Returns the number of failures, the duration of the slowest read, and the mean duration of the other reads.
+/// Reads one key repeatedly. Returns the number of failures, the duration of the slowest read, and the mean duration of the other reads
+/// (approximately: their sum is divided by the number of all reads).
 async fn ours(etcd: &Etcd, reads: u32) -> (u32, Duration, Duration) {
     let (mut failed, mut slowest, mut total) = (0, Duration::ZERO, Duration::ZERO);
     for _ in 0..reads {
@@ -89,9 +90,9 @@ async fn reads(etcd: &Etcd, reads: usize) -> Vec<Duration> {
     took
 }
 
-/// Prints how many reads waited for a deadline of 2 s, the index of the last of them, and the duration of the slowest read. At most `few`
-/// reads may wait, and each read must take less than `longest`. The read that first reaches the failing member is random. After one slow
-/// response, later reads may avoid the member.
+/// Prints how many reads waited (took more than 1.5 s, because one of their requests ran into its 2 s deadline), the index of the last of
+/// them, and the duration of the slowest read. At most `few` reads may wait, and each read must take less than `longest`. It is random
+/// which read first reaches the failing member. Later reads avoid the member for a while.
 fn few_wait(what: &str, took: &[Duration], few: usize, longest: Duration) {
     let waits = |took: &&Duration| **took > Duration::from_millis(1_500);
     let waited = took.iter().filter(waits).count();
@@ -104,8 +105,8 @@ fn few_wait(what: &str, took: &[Duration], few: usize, longest: Duration) {
         "{what}: 0 of {} reads failed, {waited} waited, the last of them number {last:?}; the slowest took {slowest:?}, the median {median:?}",
         took.len()
     );
-    assert!(waited <= few, "{waited} reads waited, allowed {few}");
-    assert!(*slowest < longest, "{slowest:?}");
+    assert!(waited <= few, "{waited} reads waited, limit {few}");
+    assert!(*slowest < longest, "the slowest read took {slowest:?}");
 }
 
 #[tokio::test]
@@ -158,7 +159,7 @@ async fn watch_at(etcd: &Etcd, is_it: impl Fn(&str) -> bool) -> Watch {
             "no watch was opened on the member"
         );
         drop(watch);
-        // Otherwise the next watch would share this stream.
+        // Without this wait, the next watch would share the stream.
         super::rules::until(Duration::from_secs(2), "the stream is closed", || {
             etcd.watch_streams() == 0
         })
@@ -197,7 +198,8 @@ async fn a_watch_is_moved_from_a_member_that_freezes_or_loses_its_leader() {
         let error = end(&mut watch).await;
         println!("{fault}: the watch ended after {:?}: {error}", since(start));
         assert_eq!(error.endpoint(), Some(&*address));
-        // The watch ends after 6 s of silence and 3 s without an answer to the PING.
+        // On a frozen member, the watch ends after 6 s of silence and 3 s without an answer to the PING. A member without a leader ends the
+        // watch itself.
         let bound = Duration::from_secs(12);
         assert!(since(start) < bound, "{:?}", since(start));
         etcd.record_watch_end(&watch, &error);
@@ -279,7 +281,7 @@ async fn reads_succeed_while_one_member_is_dead_and_another_is_frozen() {
     assert!(mean < Duration::from_millis(200), "{mean:?}");
 }
 
-/// Starts a proxy with one address for several members, like a service in Kubernetes, and returns the address. Each new connection is
+/// Starts a proxy with one address for several members, like a Kubernetes Service, and returns the address. Each new connection is
 /// forwarded to the member that the test has set.
 async fn service(mut member: watch::Receiver<String>) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
@@ -311,14 +313,15 @@ async fn a_frozen_member_behind_a_load_balancer_is_replaced_by_a_new_connection(
         .expect("a lease");
     cluster.freeze(frozen).await.expect("a frozen member");
     member.send_replace(cluster.endpoint(well).unwrap());
-    // The read waits for a check of the silent connection or for two deadlines, and then for a new connection.
+    // The read waits until a PING has shown that the connection is dead, or for two deadlines. Then it waits for a new connection.
     let start = Instant::now();
     etcd.read(&Key::from("/a")).await.expect("a read");
     assert!(since(start) < Duration::from_secs(10), "{:?}", since(start));
+    // After two renewals without a response, the client replaces the connection for leases.
     for _ in 0..2 {
         drop(etcd.keep_alive(lease, 0, deadline).await);
     }
-    // The renewal needs a new connection, so its deadline is longer.
+    // This renewal has to wait for the new connection, so its deadline is longer.
     let long = Duration::from_secs(5);
     etcd.keep_alive(lease, 0, long).await.expect("a renewal");
 }

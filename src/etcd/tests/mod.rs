@@ -35,8 +35,8 @@ const PREFIX: &str = "/gRPC/greeter/";
 const TTL: Duration = Duration::from_secs(6);
 const RECONCILE: Duration = Duration::from_secs(20);
 
-/// Returns the seeds. Each seed determines one random sequence of events and faults, which [`play`] runs. By default, these are 150
-/// consecutive numbers from a random start. `TEST_SEEDS` sets another count, and `TEST_SEED` a single seed.
+/// Returns the seeds. Each seed determines one history: a random sequence of events and faults, which [`play`] runs. By default, these are
+/// 150 consecutive numbers from a random start. `TEST_SEEDS` sets another count, and `TEST_SEED` a single seed.
 fn seeds() -> std::ops::Range<u64> {
     let number = |name: &str| {
         let value = std::env::var(name).ok()?;
@@ -96,7 +96,7 @@ impl World {
         }
     }
 
-    /// Plays one random event, as operators, other servers or etcd itself may cause it.
+    /// Plays one random event that operators, other servers or etcd itself can cause.
     fn happen(&self) {
         let change = |rng: &mut fastrand::Rng| {
             let key = format!("{PREFIX}{}", rng.u8(..12)).into_bytes();
@@ -307,10 +307,18 @@ async fn leases_use_a_separate_connection() {
     etcd.keep_alive(lease, 0, deadline)
         .await
         .expect("a renewal");
-    assert_eq!(fake.script().connections, 2, "not one more connection");
+    assert_eq!(
+        fake.script().connections,
+        2,
+        "lease requests must share one more connection"
+    );
     etcd.revoke(lease, deadline).await.expect("a revocation");
     etcd.read(&key).await.expect("no error");
-    assert_eq!(fake.script().connections, 2, "not the same connections");
+    assert_eq!(
+        fake.script().connections,
+        2,
+        "further requests must use the same connections"
+    );
     let script = fake.script();
     assert!(
         script.keys_over.is_disjoint(&script.leases_over),

@@ -49,7 +49,7 @@ fn services(count: usize) -> Vec<String> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn each_of_many_services_gets_its_own_keys_from_one_request() {
+async fn each_of_many_services_gets_its_own_keys_from_a_shared_request() {
     let fake = Fake::new(1, 0);
     let services = services(150);
     for service in &services {
@@ -63,7 +63,7 @@ async fn each_of_many_services_gets_its_own_keys_from_one_request() {
     assert_eq!(
         counts.get("txn"),
         Some(&2),
-        "not one request for each hundred services: {counts:?}"
+        "there must be one request for each hundred services: {counts:?}"
     );
     assert_eq!(counts.get("list"), None, "{counts:?}");
 }
@@ -102,10 +102,10 @@ fn a_runtime_that_ends_while_it_collects_a_batch_blocks_no_other_runtime() {
     answer
         .expect("the request must not wait for a runtime that has ended")
         .expect("the request must not panic")
-        .expect("the request is sent alone");
+        .expect("the request must be sent alone");
 }
 
-/// At rest, the only requests of a client are reconciliations and the probes of its watch stream.
+/// At rest, a client sends only reconciliation requests, and probes: requests that show whether its watch stream still works.
 #[tokio::test(start_paused = true)]
 async fn a_process_with_many_services_sends_few_requests_at_rest() {
     let fake = Fake::new(1, 0);
@@ -137,8 +137,8 @@ async fn a_process_with_many_services_sends_few_requests_at_rest() {
             .min(),
     );
     assert!(reconciled >= Some(6), "{reconciled:?}");
-    // In half an hour, the 300 services are reconciled 2 400 times (once in 225 s). For every sixteenth reconciliation, 150 in total, the
-    // resolver sends a separate list request.
+    // In half an hour, there are 2 400 reconciliations: one in 225 s for each of the 300 services. For every sixteenth reconciliation of a
+    // service, 150 in total, the resolver sends a separate list request. The others share requests.
     assert!(sent < 450, "{sent} requests in half an hour");
 }
 
@@ -151,7 +151,7 @@ async fn a_prefix_that_may_not_be_read_affects_no_other_service() {
     use crate::testing;
     use etcd_client::{Client, Permission, PermissionType};
 
-    let server = testing::Etcd::start().await.expect("etcd starts");
+    let server = testing::Etcd::start().await.expect("a running etcd");
     let mut root = Client::connect(server.endpoints(), None)
         .await
         .expect("a connection");

@@ -1,4 +1,5 @@
-//! Tests of expired tokens and changed passwords, and of the load that they cause on the server, which hashes a password for each token.
+//! Tests of expired tokens and changed passwords. They also count the exchanges of a password for a token, because the server has to
+//! compute a password hash for each of them.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -27,7 +28,7 @@ fn resolver(etcd: Etcd) -> Resolver {
     ResolverBuilder::service(etcd, &keyspace, "greeter", AddressPolicy::default()).start()
 }
 
-/// Adds an instance, and returns whether the resolver receives it in time.
+/// Adds an instance, and returns whether the resolver receives it within `bound`.
 async fn arrives(fake: &Fake, resolver: &Resolver, bound: Duration) -> bool {
     let before = resolver.instances().len();
     let key = format!("{PREFIX}{before}").into_bytes();
@@ -131,7 +132,7 @@ async fn a_server_that_is_busy_hashing_passwords_gets_few_requests() {
     // The overloaded server takes 60 s for a hash.
     assert!(took < Duration::from_secs(65), "{took:?}");
     let asked = fake.script().users.authentications - 1;
-    assert!((1..=3).contains(&asked), "{asked} exchanges");
+    assert!((1..=3).contains(&asked), "{asked} requests");
 }
 
 /// etcd rejects an invalid token in the first message of a watch. Older servers report it with the text for a missing permission.
@@ -202,10 +203,10 @@ async fn a_client_without_permission_retries_slowly_until_it_has_permission() {
     ready.expect("a ready resolver");
 }
 
-/// After etcd has reported a missing permission for one token, it may reject another token, because the client may have fetched a newer
-/// token in between.
+/// After two rejections of its watch in a row, the resolver assumes that it lacks a permission. It must still replace its token if etcd
+/// later rejects a watch because of the token.
 #[tokio::test(start_paused = true)]
-async fn a_permission_that_is_revoked_and_restored_is_found_with_a_new_token() {
+async fn a_resolver_recovers_when_a_permission_returns_and_the_old_token_is_invalid() {
     let (fake, etcd) = protected();
     let resolver = resolver(etcd);
     resolver.ready().await;
@@ -269,7 +270,7 @@ async fn a_rejected_watch_of_a_registration_continues_with_a_new_token() {
     let keyspace = Keyspace::new("/gRPC/");
     let policy = AddressPolicy::default();
     let registration = RegistrationBuilder::service(etcd, policy, keyspace, "greeter");
-    // With this TTL, the registration renews its lease only every 20 s. It reads its key only then.
+    // With this TTL, the registration renews its lease, and reads its key, only every 20 s.
     let ttl = Duration::from_secs(60);
     let registration = registration.address("127.0.0.1:1").ttl(ttl);
     let registration = registration.register().await.expect("no error");
@@ -287,7 +288,7 @@ async fn a_rejected_watch_of_a_registration_continues_with_a_new_token() {
         }
     };
     let back = timeout(Duration::from_secs(1), back).await;
-    back.expect("the key is written again within 1 s");
+    back.expect("the key must be written again within 1 s");
     registration.deregister().await.expect("no error");
 }
 
@@ -299,7 +300,7 @@ async fn a_detached_client_fetches_its_own_token() {
     let key = Key::from("/a");
     etcd.read(&key).await.expect("a read with a new token");
     let detached = etcd.detached();
-    detached.read(&key).await.expect("a read with its token");
+    detached.read(&key).await.expect("a read with the token");
     assert_eq!(fake.script().users.authentications, 1);
     fake.script().users.token += 1;
     // The request starts to fetch a token and is then not polled, as on a busy runtime.

@@ -68,7 +68,7 @@ async fn a_concurrent_write_between_read_and_put_is_not_overwritten() {
     );
     assert!(
         fake.script().usurped.is_none(),
-        "the other write did not come between read and put"
+        "the other write did not happen between read and put"
     );
     sleep(TTL * 3).await;
     assert_eq!(lease(&fake), other);
@@ -126,7 +126,7 @@ async fn a_store_that_was_restored_keeps_its_registrations() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_key_is_verified_while_its_watch_is_silent() {
+async fn a_deleted_key_is_restored_although_its_watch_has_lost_the_deletion() {
     let fake = Fake::new(1, 0);
     let registered = registration(fake.etcd(2)).register().await;
     let registered = registered.expect("no error");
@@ -140,7 +140,7 @@ async fn a_key_is_verified_while_its_watch_is_silent() {
         0,
         "the scripted etcd has not dropped the deletion"
     );
-    assert_eq!(lease(&fake), 0, "the registration has seen the deletion");
+    assert_eq!(lease(&fake), 0, "the key has already been restored");
     let bound = Duration::from_secs(65);
     until(bound, "the key is restored", || lease(&fake) != 0).await;
     assert!(registered.state().is_registered());
@@ -275,7 +275,7 @@ async fn a_detached_client_uses_separate_connections() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_stream_that_ends_cleanly_is_reopened_at_once() {
+async fn a_stream_that_ends_cleanly_is_reopened_within_three_seconds() {
     let fake = Fake::new(1, 0);
     let keyspace = Keyspace::new("/gRPC/");
     let policy = AddressPolicy::default();
@@ -407,11 +407,11 @@ async fn a_page_larger_than_sixteen_mib_is_listed_in_two_halves() {
     assert_eq!(
         fake.script().pages,
         3,
-        "not one full page that failed and two halves"
+        "one full page must fail, and two halves must follow"
     );
 }
 
-/// The registration has more keys than one transaction of etcd can write.
+/// The registration has more keys (151) than one transaction of etcd can write.
 #[tokio::test(start_paused = true)]
 async fn every_key_is_marked_as_leaving_before_its_deletion() {
     let fake = Fake::new(1, 0);

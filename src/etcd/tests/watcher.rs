@@ -14,7 +14,7 @@ struct Watcher {
     next: i64,
     start: Vec<u8>,
     end: Vec<u8>,
-    /// Whether the watcher filters out puts and deletes. Only a probe does: a watcher with which the client checks whether the stream
+    /// Whether the watcher filters out puts and deletes. The client requests such a watcher only as a probe, to check whether the stream
     /// works.
     deaf: bool,
 }
@@ -171,8 +171,8 @@ impl Stream {
         }
     }
 
-    /// Cancels a watcher, because the events that it still needs are compacted. As measured, the creation of the watcher has succeeded
-    /// before, and the header of the cancellation has no revision.
+    /// Cancels a watcher, because the events that it still needs are compacted. As measured, etcd creates the watcher before it cancels it,
+    /// and the header of the cancellation has no revision.
     async fn overtaken(&mut self, id: i64, compacted: i64) -> Alive {
         self.watchers.retain(|watcher| watcher.id != id);
         let cancelled = PbWatchResponse {
@@ -203,7 +203,7 @@ impl Stream {
                 self.overtaken(id, compacted).await?;
                 continue;
             }
-            // As measured: a wiped store has a lower revision than the watcher waits for. The watcher then receives nothing.
+            // As measured: if the revision of a wiped store is below the revision that the watcher waits for, the watcher receives nothing.
             if deaf || reached < next {
                 continue;
             }

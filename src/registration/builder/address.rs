@@ -26,8 +26,8 @@ impl RegistrationBuilder {
         self.accepted(address)
     }
 
-    /// Returns the local address from which the kernel would send to etcd, with the port of the listener. Clients that reach the same etcd
-    /// can most likely reach the server at this address.
+    /// Returns the local IP address from which the kernel would send to etcd, with the port of the listener. Clients that reach the same
+    /// etcd can most likely reach the server at this address.
     async fn routed(&self, bound: SocketAddr) -> Result<Address, AddressError> {
         // An etcd client that the application passed to `Registry::from_client` does not expose the addresses of etcd. The list is then
         // empty, and the local address of the default route is the best guess.
@@ -63,15 +63,16 @@ impl RegistrationBuilder {
     }
 }
 
-/// Returns the local address from which the kernel would send to `target`. To find it, a UDP socket is connected, which sends no packet.
+/// Returns the local address from which the kernel would send to `target`. To find this address, a UDP socket is connected. This sends no
+/// packet.
 async fn local_ip(target: &str, bound: IpAddr) -> Option<IpAddr> {
     let targets = tokio::time::timeout(LOOKUP, tokio::net::lookup_host(target));
     let targets = targets.await.ok()?.ok()?;
     for target in targets {
         let any: SocketAddr = match target {
             SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
-            // A listener on 0.0.0.0 does not accept IPv6, so an IPv6 address cannot be advertised. A listener on [::] accepts IPv4 and
-            // IPv6.
+            // A listener on 0.0.0.0 does not accept IPv6, so an IPv6 address cannot be advertised. A listener on [::] also accepts IPv4
+            // with the default settings of Linux and macOS.
             SocketAddr::V6(_) if bound.is_ipv4() => continue,
             SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
         };
@@ -110,7 +111,7 @@ mod tests {
             ("[::1]", "[::1]:80"),
             ("greeter", "greeter:80"),
         ] {
-            assert_eq!(with_port(host, 80).expect("valid").as_str(), address);
+            assert_eq!(with_port(host, 80).expect("an address").as_str(), address);
         }
         assert!(with_port("a:1", 80).is_err());
     }

@@ -12,8 +12,8 @@ use crate::registration::entry::{Entry, check_weight};
 use tonic_balance::{Address, error::AddressError};
 
 impl RegistrationBuilder {
-    /// Checks everything that can be checked without etcd. For a server, this check runs before the listener is bound, so the port may be
-    /// unknown.
+    /// Checks everything that can be checked without etcd. If a server registers itself, this check runs before the listener is bound, so
+    /// the port may be unknown.
     pub(crate) fn check(&self) -> Result<(), RegisterError> {
         self.check_values().map_err(|reason| self.invalid(reason))?;
         let address = match (&self.address, &self.target) {
@@ -123,7 +123,7 @@ impl RegistrationBuilder {
             }
             if RESERVED.contains(&name.as_str()) {
                 return Err(format!(
-                    "the metadata name {name:?} is reserved; use the setter of that name"
+                    "the metadata name {name:?} is reserved for the attribute of that name"
                 ));
             }
         }
@@ -229,8 +229,8 @@ const MIN_TTL: Duration = Duration::from_secs(2);
 /// Maximum TTL. A larger value is most likely a mistake in the unit.
 const MAX_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Maximum length of an exact key, in bytes. Readers reject keys longer than 64 KiB. This limit is lower, because a key of more than 4 KiB
-/// is most likely a mistake.
+/// Maximum length of an exact key, in bytes. Resolvers reject keys longer than 64 KiB. This limit is lower, because a key of more than
+/// 4 KiB is most likely a mistake.
 const MAX_KEY: usize = 4_096;
 
 #[cfg(test)]

@@ -168,7 +168,8 @@ impl RegistrationBuilder {
         self
     }
 
-    /// Sets the host that clients dial. The port is the port of the listener. By default, the host is the host of the listener's address.
+    /// Sets the host that clients dial. The port is the port of the listener. By default, the host is the IP address of the listener. If
+    /// that address is unspecified, the default is the same as for [`address`](Self::address).
     pub fn host(mut self, host: impl Into<String>) -> Self {
         self.host = Some(host.into());
         self
@@ -207,7 +208,7 @@ impl RegistrationBuilder {
         self
     }
 
-    /// Adds one metadata entry. The names `weight`, `zone`, `version` and `leaving` are rejected, because they are attributes.
+    /// Adds one metadata entry. The names `weight`, `zone`, `version` and `leaving` are rejected, because they are the names of attributes.
     pub fn metadata(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.advertisement
             .metadata
@@ -217,8 +218,8 @@ impl RegistrationBuilder {
 
     /// Sets the time to live of the lease: how long etcd keeps the entry of a server that has died. The TTL must be from 2 s to 1 day; 2 s
     /// is the minimum of etcd with its default settings. Fractions of a second are rounded up. The default is 15 s. The lease is renewed
-    /// after a third of the TTL that etcd grants. The entry of a dead server can remain for longer than the TTL, because the TTL of every
-    /// lease restarts when etcd elects a leader.
+    /// after a third of the TTL that etcd grants, and the first time earlier. The entry of a dead server can remain for longer than the
+    /// TTL, because the TTL of every lease restarts when etcd elects a leader.
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.ttl = ttl;
         self
@@ -238,15 +239,16 @@ impl RegistrationBuilder {
         self
     }
 
-    /// Sets how long [`deregister`](Registration::deregister) and changes of a registration retry while etcd is unavailable. The default is
-    /// 5 s. An entry that a deregistration could not remove is removed when its lease expires.
+    /// Sets the timeout of [`deregister`](Registration::deregister) and of the other changes of a registration, which retry while etcd is
+    /// unavailable. The default is 5 s. After the timeout, a deregistration is abandoned, and other changes are still attempted in the
+    /// background. An entry that a deregistration could not remove is removed when its lease expires.
     pub fn deregister_timeout(mut self, timeout: Duration) -> Self {
         self.deregister_timeout = timeout;
         self
     }
 
-    /// Returns a receiver for the state of the registration. It is valid before the registration starts: create it before you pass the
-    /// builder to a server.
+    /// Returns a receiver for the state of the registration. The receiver is valid before the registration starts, so create it before you
+    /// pass the builder to a server.
     #[must_use]
     pub fn watch_state(&self) -> watch::Receiver<RegistrationState> {
         self.states.subscribe()
@@ -260,7 +262,8 @@ impl RegistrationBuilder {
     ///
     /// An invalid option is rejected before the first request to etcd; the error names the option. An error that only an operator can
     /// resolve (permission denied, credentials) is returned at once. If etcd is unavailable, an error is returned after
-    /// [`startup_timeout`](Self::startup_timeout). After an error, nothing stays registered.
+    /// [`startup_timeout`](Self::startup_timeout). After an error, the registration has ended. An entry that could not be removed is
+    /// removed when its lease expires.
     ///
     /// # Cancel safety
     ///

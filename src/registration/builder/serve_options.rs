@@ -11,8 +11,8 @@ use crate::registration::serve_options::Health;
 use crate::registration::serve_options::ServerState;
 
 impl RegistrationBuilder {
-    /// Sets how long a server continues to accept connections after its entry was removed from etcd. During this grace period, every client
-    /// receives the removal from etcd. The default is 1 s, many times the delay of a watch event. [`register`](Self::register) rejects this
+    /// Sets the grace period: how long a server continues to accept connections after its entry was removed from etcd. In this time,
+    /// clients receive the removal. The default is 1 s, many times the delay of a watch event. [`register`](Self::register) rejects this
     /// option.
     pub fn grace_period(mut self, grace: Duration) -> Self {
         self.serve.grace_period = Some(grace);
@@ -27,8 +27,8 @@ impl RegistrationBuilder {
         self
     }
 
-    /// Returns a handle of the registration of a server that [`ServeRegistered`](crate::ServeRegistered) runs. The handle returns the
-    /// address and the keys of the server. It can also pause and resume the registration and change its weight while the server serves.
+    /// Returns a handle of a registration that [`ServeRegistered`](crate::ServeRegistered) starts. The handle returns the address and the
+    /// keys of the server. It can also pause and resume the registration and change its weight while the server serves.
     ///
     /// ```no_run
     /// # async fn run(router: tonic::transport::server::Router, registry: tonic_etcd::Registry) -> Result<(), Box<dyn std::error::Error>> {
@@ -51,7 +51,7 @@ impl RegistrationBuilder {
     }
 
     /// Returns a receiver for the state of a server that registers itself ([`ServeRegistered`](crate::ServeRegistered)). A handler of an
-    /// endless stream can use it to end the stream at the shutdown. The last state contains the number of cut connections.
+    /// endless stream can use this receiver to end the stream at the shutdown. The last state contains the number of cut connections.
     ///
     /// ```no_run
     /// # fn run(registry: &tonic_etcd::Registry) {
@@ -116,8 +116,8 @@ impl RegistrationBuilder {
     /// # }
     /// ```
     ///
-    /// Do not add the `HealthServer` that `tonic_health::server::health_reporter()` returns together with a reporter: the service that is
-    /// added here reads the same reporter.
+    /// `tonic_health::server::health_reporter()` returns a reporter and a `HealthServer`. Pass only the reporter to this function, and do
+    /// not add the `HealthServer` to the router: the service that is added here reads the same reporter.
     pub fn health_reporter(mut self, reporter: tonic_health::server::HealthReporter) -> Self {
         self.serve.health = Some(Health {
             reporter,

@@ -26,7 +26,7 @@ impl Machine {
                 let ttl = ttl.min(TTL_MAX);
                 (ttl, sent + self.first_renewal(ttl))
             }
-            // An earlier attempt granted this lease, and its response was lost. Only a renewal returns the remaining TTL, so the lease is
+            // An earlier attempt granted this lease, and the response was lost. Only a renewal returns the remaining TTL, so the lease is
             // renewed at once.
             Err(error)
                 if error.kind() == EtcdErrorKind::LeaseExists
@@ -48,8 +48,8 @@ impl Machine {
         };
         self.not_before = None;
         self.last_error = None;
-        // The new lease may be in another store than the previous lease. The raft terms of that store may have started anew, so lower terms
-        // are valid again.
+        // The store may be another one than before, for example after a wipe, and its raft terms may have started again. So lower terms are
+        // valid again.
         self.term = 0;
         self.granted.push(lease);
         if self.granted.len() > GRANTED_KEPT {
@@ -144,7 +144,8 @@ impl Machine {
         }
     }
 
-    /// Handles the result of a put: the new revision of the keys, or `None` if another client has written one of them first.
+    /// Handles the result of a put: the new revision of the keys, or `None` if nothing was written because another client has changed one
+    /// of the keys.
     pub(in crate::registration) fn on_put(
         &mut self,
         leaving: bool,
@@ -284,8 +285,8 @@ impl Machine {
         let wait = if needs_operator && lease.expires <= now {
             jittered(lease.ttl.min(OPERATOR_WAIT), &mut self.rng)
         } else if lease.failed == 1 {
-            // After the first failure, the renewal is retried at once, on another member if available: the cause may be limited to the
-            // first member.
+            // After the first failure, the renewal is retried at once, on another member if available: the cause may concern only the
+            // member that received the request.
             Duration::ZERO
         } else {
             self.backoff.next(&mut self.rng)
@@ -433,8 +434,8 @@ impl Machine {
         self.disturbed = true;
     }
 
-    /// Records the raft term of a linearizable response. The terms of such responses decrease only if the store was restored from a backup.
-    /// The lower term is then the valid one.
+    /// Records the raft term of a linearizable response. The terms of such responses decrease only if the store was wiped or restored from
+    /// a backup. The lower term is then the valid one.
     pub(in crate::registration) fn on_term(&mut self, term: u64) {
         self.term = term;
     }

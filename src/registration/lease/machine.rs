@@ -1,5 +1,5 @@
-//! The lease machine, which is the state machine of one registration: its state, its commands for the owner task (the task that executes
-//! them), and the requests of that task.
+//! The lease machine: the state machine of one registration. It returns commands for the owner task (the task that executes them), and
+//! receives the results of the commands and the requests of that task.
 
 use std::time::Duration;
 
@@ -167,7 +167,7 @@ impl Machine {
         self.state == State::Registered && !self.live_entries().any(KeyEntry::is_pending)
     }
 
-    /// Returns whether a key is removed for good.
+    /// Returns whether a key is removed for good, or does not exist.
     pub(in crate::registration) fn is_gone(&self, index: usize) -> bool {
         let is_deleted = |entry: &KeyEntry| entry.removal == Removal::Done;
         self.state == State::Deregistered || self.keys.get(index).is_none_or(is_deleted)
@@ -282,8 +282,8 @@ impl Machine {
     }
 }
 
-/// Maximum step of the backoff. After an outage, every lease is valid again for one TTL. With longer waits, the leases of a fleet would
-/// expire after etcd has recovered, before they are renewed.
+/// Maximum step of the backoff. When etcd recovers from an outage, it extends every lease to a whole TTL. With longer steps, leases could
+/// expire in that time, before the next attempt to renew them.
 pub(super) const RETRY_MAX: Duration = Duration::from_secs(3);
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 /// Maximum timeout of a request. A healthy member responds within milliseconds.
@@ -305,8 +305,8 @@ pub(super) const VERIFY_INTERVAL: Duration = Duration::from_secs(60);
 pub(super) const SUPERSEDED_READ: Duration = Duration::from_secs(10);
 /// Maximum number of puts in one transaction. etcd rejects more than 128 operations with its default settings.
 const PUTS_MAX: usize = 100;
-/// Maximum number of leases in [`Machine::granted`]. Each of them, except the first, replaced an earlier lease. The oldest one is forgotten
-/// first.
+/// Maximum number of leases in [`Machine::granted`]. The oldest lease is forgotten first. Each lease, except the first one, replaced an
+/// earlier lease.
 pub(super) const GRANTED_KEPT: usize = 64;
 /// Maximum number of earlier leases that are kept for a later revoke. An earlier lease is kept, for example, after a pause during an
 /// outage.

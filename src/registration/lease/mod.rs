@@ -13,11 +13,12 @@
 //!               └── resume ── Paused ◀── pause ── Leaving ── deregister ──▶ Deregistered
 //! ```
 //!
-//! `foreign` means that the key belongs to another server. `time to verify` means that a periodic read of the keys is due.
+//! `foreign` means that the key belongs to another server. `time to verify` means that a periodic read of the keys is due. A request to
+//! pause or to deregister leads from every state to `Leaving`. The two labels after `Leaving` name this request.
 //!
-//! The state and the current time alone determine the next command ([`Machine::command`]). If the owner task cancels a command before its
-//! result is known, the machine returns the same command again. The repetition is safe because every write is guarded by the mod revision
-//! of the key, and by a lease that ends with the registration.
+//! The state and the current time alone determine the next command ([`Machine::command`]). If the owner task (the task that executes the
+//! commands) cancels a command before its result is known, the machine returns the same command again. The repetition is safe because every
+//! write is guarded by the mod revision of the key, and by a lease that ends with the registration.
 
 mod answers;
 mod machine;

@@ -40,8 +40,8 @@ impl Machine {
         }
         let is_due = |at: Option<Instant>| at.is_none_or(|at| at <= now);
         let due = |entry: &KeyEntry| entry.removal == Removal::Requested && is_due(entry.delete_at);
-        // While an earlier lease is not revoked, the key may still be attached to it. A delete affects only a key that is attached to the
-        // current lease, so the earlier lease is revoked first.
+        // While an earlier lease is not revoked, a key to be deleted may still be attached to it. A delete affects only a key that is
+        // attached to the current lease, so the earlier lease is revoked first.
         if let Some(index) = self.keys.iter().position(due)
             && let Some(lease) = &self.lease
             && self.unrevoked.is_empty()
@@ -53,8 +53,8 @@ impl Machine {
                 deadline,
             };
         }
-        // In these states, no live key needs an earlier lease: each is attached to the current lease, or belongs to another server. So an
-        // earlier lease can be revoked, which deletes the keys that are still attached to it.
+        // In these states, no live key needs an earlier lease: each live key is attached to the current lease, or belongs to another
+        // server. So an earlier lease can be revoked. The revoke deletes the keys that are still attached to that earlier lease.
         if let (State::Registered | State::Superseded, Some(lease)) =
             (self.state, self.unrevoked.last())
             && is_due(self.revoke_at)

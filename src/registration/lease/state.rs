@@ -29,7 +29,7 @@ pub(super) enum State {
 /// One key and its known state.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct KeyEntry {
-    /// The mod revision of the last own write, while the key exists under the registration's lease.
+    /// The mod revision of the last own write. `None` if the key is not known to exist under the registration's lease.
     pub(super) held: Option<Revision>,
     /// The mod revision that the next put expects, or `None` if no put is needed.
     pub(super) expected: Option<Revision>,
@@ -52,12 +52,12 @@ pub(super) enum Claim {
     Made,
 }
 
-/// The value of a key in etcd.
+/// Whether etcd has the newest value of a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Value {
-    /// The current value is not known to be in etcd.
+    /// The newest value is not known to be in etcd.
     Pending,
-    /// The current value is in etcd.
+    /// The newest value is in etcd.
     Written,
 }
 
@@ -87,7 +87,7 @@ impl KeyEntry {
         self.removal == Removal::None
     }
 
-    /// Returns whether the current value must still be written.
+    /// Returns whether the newest value must still be written.
     pub(super) fn is_pending(&self) -> bool {
         self.value == Value::Pending
     }
@@ -119,7 +119,7 @@ pub(super) struct Lease {
     pub(super) renew_at: Instant,
     /// Number of failed renewals since the last success.
     pub(super) failed: u32,
-    /// The time after which a renewal is followed by a read of the keys, even if the keys are watched.
+    /// From this time on, the next successful renewal is followed by a read of the keys, even if the keys are watched.
     pub(super) verify_at: Instant,
     /// Whether a renewal or a put under this lease has succeeded.
     pub(super) confirmed: bool,

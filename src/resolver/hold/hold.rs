@@ -17,12 +17,11 @@ pub(in crate::resolver) struct Hold {
     registered: HashSet<Address>,
     /// Number of planned departures since the start.
     planned_departures: usize,
-    /// Strengths (see [`Peak`]) that the set had in the last 10 s, each with the time at which it ended. Contains only strengths that
-    /// exceed every later strength.
+    /// Strengths (see [`Peak`]) that the set had in the last 10 s. A strength is omitted if a later one is at least as large.
     peaks: VecDeque<Peak>,
     held: HashMap<Address, Held>,
     /// Held addresses with the deadlines of their holds, ordered by deadline. An address that is registered again stays in the queue until
-    /// this deadline.
+    /// this deadline, or until the episode ends.
     queue: VecDeque<(Instant, Address)>,
     episode: Option<Episode>,
     /// Number of episodes since the start.
@@ -34,6 +33,7 @@ pub(in crate::resolver) struct Hold {
 /// [`Hold::size`] subtracts all planned departures up to now from the strength.
 #[derive(Clone, Copy, Debug)]
 struct Peak {
+    /// The time until which the set had this strength.
     ended: Instant,
     strength: usize,
 }
@@ -49,7 +49,7 @@ struct Held {
 struct Episode {
     /// Strength of the set before the loss.
     strength: usize,
-    /// Number of instances that were still not registered when their hold ended.
+    /// Number of instances whose hold has ended at its deadline, because they were not registered again.
     removed: usize,
 }
 
@@ -166,7 +166,7 @@ impl Hold {
         self.end_episode_if_over()
     }
 
-    /// Removes the instances that are marked as leaving. Returns those of the others that are registered, without removing them.
+    /// Removes the instances that are marked as leaving. Returns the other registered instances of `gone`, which stay in `registered`.
     fn remove_leaving(&mut self, gone: Vec<Instance>) -> Vec<Instance> {
         let mut vanished = Vec::new();
         for instance in gone {
@@ -293,5 +293,5 @@ impl Hold {
 /// Limit on the length of a hold, so that its deadline fits into an `Instant`.
 const LENGTH_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
 /// The time over which removals are summed. When all leases are lost at once, they expire one after another. Leases with the default TTL of
-/// 15 s are renewed every 5 s (a third of the TTL), so all of them expire within 5 s. The window must be longer than these 5 s.
+/// 15 s are renewed every 5 s (a third of the TTL), so all of them expire within a period of 5 s. The window must be longer than these 5 s.
 const WINDOW: Duration = Duration::from_secs(10);

@@ -80,7 +80,7 @@ fn when_a_whole_set_is_removed_half_of_it_is_held() {
 }
 
 #[test]
-fn instances_whose_leases_expire_one_by_one_are_held() {
+fn the_last_half_of_a_set_whose_leases_expire_one_by_one_is_held() {
     let mut fleet = Fleet::of(4);
     for number in 0..4 {
         fleet.gone([number]);
@@ -282,6 +282,7 @@ impl Model {
         strengths.chain(self.before).max().unwrap_or_default()
     }
 
+    /// Applies a batch of changes. Returns the number of instances of this batch that must be held.
     fn step(&mut self, here: &[u16], gone: &[(u16, bool)], now: Instant) -> usize {
         let largest = self.largest(now);
         for number in here {
@@ -296,7 +297,8 @@ impl Model {
             }
         }
         let size = largest.saturating_sub(self.left);
-        // An instance that vanishes is held if its removal leaves fewer than half of the set.
+        // An instance that vanishes is held if its removal leaves fewer than half of the set. `later` is the number of instances of the
+        // batch that are removed after it.
         let held = (0..vanished)
             .filter(|later| size >= 2 && (self.registered.len() + later) * 2 < size)
             .count();
@@ -307,7 +309,8 @@ impl Model {
         held
     }
 
-    /// Ends the holds according to the rule. The test copies the held instances into `held`, because they are chosen at random.
+    /// Ends all holds if half of the set is registered again. The test itself adds the instances to `held`, because they are chosen at
+    /// random.
     fn conclude(&mut self) {
         let back = self
             .before

@@ -51,12 +51,12 @@ pub(in crate::resolver) struct Machine {
     pub(super) update: Vec<Event>,
     pub(super) backoff: Backoff,
     pub(super) rng: fastrand::Rng,
-    /// Whether the last watch was rejected, so that the next watch uses a fresh token.
+    /// Whether the token was renewed because the last watch was rejected. If the next watch is rejected as well, the permission is missing.
     pub(super) token_renewed: bool,
     pub(super) fruitless: FruitlessWatches,
     /// Number of keys to request per page. Halved when a response is too large, and doubled after each page, up to `page_cap`.
     pub(super) page_limit: i64,
-    /// Upper limit of `page_limit`. Halved when the request for a page times out.
+    /// Upper limit of `page_limit`. Halved when the request for a page times out, and reset when a list is complete.
     pub(super) page_cap: i64,
     pub(in crate::resolver) report: Report,
 }
@@ -145,8 +145,8 @@ impl Machine {
         newest.map(|(key, _)| key.clone())
     }
 
-    /// Returns whether a linearizable response is from a different store than the last linearizable response. In one store, the revision
-    /// and the term never decrease.
+    /// Returns whether the header of a linearizable response is from another store than `last_header`. In one store, the revision and the
+    /// term never decrease.
     pub(super) fn is_other_store(&self, header: Header) -> bool {
         header.cluster_id != self.last_header.cluster_id
             || header.revision < self.last_header.revision

@@ -1,5 +1,5 @@
-//! Reconciliation: while the watch is open, the known keys are periodically compared with those in etcd, and single keys are read. It is
-//! needed because a watch can lose events.
+//! Reconciliation finds changes that a watch has lost. While the watch is open, the known keys are periodically compared with those in
+//! etcd, and single keys are read.
 //!
 //! ```text
 //!   every few minutes ──▶ changes and count ──▶ as known? ──▶ done
@@ -11,14 +11,14 @@
 //! ```
 //!
 //! The last *agreement* is the last revision at which the known keys were verified to be the keys in etcd. One request returns the number
-//! of all keys, and the names of the keys written since the last agreement. If these keys are known as they are in etcd, and the number of
-//! known keys is the number in etcd, then no key differs. The reason: a key that was not written since the last agreement is either
-//! unchanged or deleted, and a delete would make the numbers differ. Most reconciliations end here. Every sixteenth reconciliation lists
-//! all names nevertheless, with the default interval about once an hour.
+//! of all keys, and the names of the keys written since the last agreement. If the known versions of these keys are those in etcd, and the
+//! number of known keys is the number in etcd, then no key differs. The reason: a key that was not written since the last agreement is
+//! either unchanged or deleted, and a delete would make the numbers differ. Most reconciliations end here. Every sixteenth reconciliation
+//! lists all names nevertheless. With the default interval, this is about once an hour.
 //!
 //! A difference in a list of names does not show that the watch has lost an event, because the watch may still deliver the change. The key
-//! becomes a suspect, and the watch gets 5 s to deliver the change. Only a linearizable read of the key itself is trusted. The result of
-//! the read stands for every event of the key up to the revision of the response. If such an event arrives later, it is dropped. To
+//! becomes a suspect, and the watch gets 5 s to deliver the change. Only a linearizable read of the key itself is trusted. Its result
+//! replaces every event of the key up to the revision of the response. If the watch delivers such an event later, the event is dropped. To
 //! recognise such an event, its revision is compared with the mod revision of the key, or with the [tombstone](Machine::add_tombstone) if
 //! the key does not exist.
 
@@ -126,7 +126,7 @@ impl Machine {
         self.last_header = page.header;
         if let Some(since) = changes_since {
             if !self.agrees(since, &page) {
-                // The watch may still deliver a change. So all names are compared before any key is read.
+                // The watch may still deliver the changes. So no key is read yet: all names are compared, to find the keys that differ.
                 return Command::Reconcile(self.all_names());
             }
             self.reconciler.on_agreed(page.header.revision);
@@ -156,8 +156,8 @@ impl Machine {
         }
     }
 
-    /// Returns whether the known keys are the keys in etcd. `since` is the last revision at which they were. `page` has the keys that were
-    /// written after `since`.
+    /// Returns whether the known keys are the keys in etcd. `since` is the last revision at which this was the case. `page` contains the
+    /// keys that were written after `since`.
     fn agrees(&self, since: Revision, page: &Page) -> bool {
         let changed = |known: &&KeyState| known.mod_revision > since;
         let is_known = |kv: &KeyValue| {
@@ -301,7 +301,7 @@ impl Machine {
         let State::Watching(watching) = &self.state else {
             return self.on_wake();
         };
-        tracing::warn!(revision = %watching.revision, "a list found changes that the watch has lost: opening a new watch");
+        tracing::warn!(revision = %watching.revision, "reconciliation found changes that the watch has lost: opening a new watch");
         let revision = watching.revision;
         self.state = State::Resuming { revision };
         self.on_wake()

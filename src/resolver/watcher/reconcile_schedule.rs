@@ -78,7 +78,7 @@ impl Reconciler {
     pub(super) fn on_watch_opened(&mut self, now: Instant, rng: &mut fastrand::Rng) {
         self.cursor = None;
         self.changes_since = None;
-        // The 5 s start again, because the new watch possibly delivers a backlog first.
+        // The time for the delivery of the suspects' changes (5 s) starts again, because the new watch possibly delivers a backlog first.
         self.settle_at = self.settle_at.map(|_| now + SETTLE);
         let Some(interval) = self.interval else {
             return;
@@ -140,7 +140,7 @@ impl Reconciler {
         self.reads.pop_first().map(|(_, key)| key)
     }
 
-    /// Sets the earliest time of the next read after the response to a read. No message of the watch is received while a key is read.
+    /// Handles the response to a read: sets the earliest time of the next read. No message of the watch is received while a key is read.
     /// Without a pause between the reads, a slow etcd would block the watch for several reads in a row.
     pub(super) fn on_answer(&mut self, failed: bool, now: Instant) {
         let wait = if failed { SETTLE } else { READ_STEP };
@@ -148,8 +148,8 @@ impl Reconciler {
     }
 }
 
-/// Number of slots in one interval. The services of a registry that are reconciled in the same slot share their requests for changes: one
-/// transaction is sent for each hundred services.
+/// Number of slots in one interval. The services of a registry that are reconciled in the same slot (see [`Slots`]) send their requests for
+/// changes together, in transactions of up to a hundred services.
 const SLOTS: u32 = 16;
 /// Limit on the interval, so that the time of the next reconciliation fits into an `Instant`.
 pub(super) const INTERVAL_MAX: Duration = Duration::from_secs(365 * 24 * 3600);

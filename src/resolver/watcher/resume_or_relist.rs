@@ -1,5 +1,6 @@
 //! Handles the end of a watch. Normally, a new watch is opened at the revision of the last applied event. The prefix is listed again
-//! instead if this revision was compacted, if an event is too large, or if several watches in a row deliver nothing.
+//! instead if this revision was compacted or is ahead of the store, if an event is too large, or if several watches in a row deliver
+//! nothing although the store is ahead.
 
 use std::time::Duration;
 
@@ -41,8 +42,9 @@ impl Machine {
             _ if fruitless && self.fruitless.must_list(silent) => {
                 self.state = State::Listing(Listing::default());
             }
-            // After a watch that delivered events, the next one is opened within a second. A backlog is therefore delivered even if the
-            // connection fails repeatedly. A wait remains, to limit the load on the server.
+            // After a watch that delivered events, the next one is opened within a second, unless only an operator can resolve the error.
+            // A backlog is therefore delivered even if the connection fails repeatedly. A short wait remains, to limit the load on the
+            // server.
             _ if progressed => self.backoff.cap_next(MAX_WAIT_AFTER_PROGRESS),
             _ => {}
         }
@@ -96,7 +98,7 @@ impl Machine {
     }
 }
 
-/// Maximum wait after a watch that delivered events.
+/// Maximum wait after a watch that delivered events. Errors that need an operator are excepted: see [`OPERATOR_WAIT`].
 const MAX_WAIT_AFTER_PROGRESS: Duration = Duration::from_secs(1);
 /// A watch that was open for at least this long was healthy. Its end is the first failure of a new series, so the backoff is reset.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);

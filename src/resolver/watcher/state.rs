@@ -26,22 +26,22 @@ pub(super) struct Listing {
     pub(super) compacted: u32,
     /// Whether the next request reads only the name of a key that is too large to receive.
     pub(super) reads_name_only: bool,
-    /// The key on the first page with the highest mod revision. The check of the watch after the list reads this key.
+    /// Of the keys on the first page, the one with the highest mod revision. The check of the watch after the list reads this key.
     pub(super) check: Option<Key>,
     /// Keys whose value is too large to receive.
     pub(super) oversized: Vec<KeyVersion>,
     /// Whether an event that was too large to receive has caused this list. If so, the watch begins after the revision of the list, so that
     /// the event is not delivered again.
     pub(super) skips_oversized_event: bool,
-    /// Whether a failed check has caused this list. If so, the watch after this list is not checked. If keys change constantly, every check
-    /// would fail, and lists would be repeated without end.
+    /// Whether a failed check or a reconciliation has caused this list. If so, the watch after this list is not checked. If it were
+    /// checked, keys that change constantly could make every check fail, and lists would be repeated without end.
     pub(super) after_failed_check: bool,
 }
 
 /// An open watch, or the watch to open next.
 #[derive(Debug)]
 pub(super) struct Watching {
-    /// R: the revision of the list, or later of the last applied event. If the watch ends, the next one is opened at R.
+    /// R: the revision of the list, and later that of the last applied event. If the watch ends, the next one is opened at R.
     pub(super) revision: Revision,
     /// Revision at which the watch was opened.
     pub(super) began: Revision,
@@ -58,9 +58,9 @@ pub(super) struct Watching {
     pub(super) suspicion_checked: bool,
 }
 
-/// Counts consecutive watches that delivered nothing although the store was ahead of R. The backlog of such a watch may be larger than a
-/// server or a link can deliver in time. A further watch would then fail in the same way. A list can succeed, because it is split into
-/// pages, which shrink on a slow link.
+/// Counts consecutive watches that delivered nothing although the store was ahead of R, the revision that the set has reached. The backlog
+/// of such a watch may be larger than a server or a link can deliver in time. A further watch would then fail in the same way. A list can
+/// succeed, because it is split into pages, which shrink on a slow link.
 #[derive(Debug)]
 pub(super) struct FruitlessWatches {
     watches: u32,

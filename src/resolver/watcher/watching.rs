@@ -85,7 +85,7 @@ impl Machine {
             self.apply(event);
         }
         // Tombstones are removed only after all events are applied. One message may contain an event that a tombstone must suppress, and
-        // after it an event with a higher revision than that of the tombstone.
+        // then an event with a higher revision, after which the tombstone is no longer needed.
         self.tombstones.retain(|_, gone| *gone > passed);
         if !suspicious {
             return Command::Receive;

@@ -27,7 +27,7 @@ pub enum Answer {
     },
     /// Headers with this grpc-status, and nothing else.
     Fail(Code),
-    /// gRPC headers and a message, and then the end without trailers.
+    /// gRPC headers and a message, and then the end of the stream without trailers.
     NoTrailers,
     /// The stream is reset with `REFUSED_STREAM` before the call runs.
     Refuse,
@@ -137,7 +137,7 @@ pub(super) async fn run(
     }
 }
 
-/// Waits for the deadline on the server's clock and then ends the call.
+/// Waits until shortly before the deadline (see [`EARLY`]) and then ends the call.
 async fn overrun(mut respond: SendResponse<Bytes>, how: Enforce, unary: bool, deadline: Instant) {
     let mut stream = None;
     if !unary {

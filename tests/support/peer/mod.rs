@@ -1,5 +1,5 @@
-//! A gRPC server on bare `h2` that behaves well or badly, according to its [`Manner`], like servers and proxies in production. The [`wire`]
-//! between the socket and `h2` counts, rejects and adds frames.
+//! A gRPC server on bare `h2`. Its [`Manner`] defines whether it behaves well or badly, as servers and proxies in production do. The
+//! [`wire`] between the socket and `h2` counts, rejects and adds frames.
 
 pub mod answer;
 pub mod foreign;
@@ -22,7 +22,7 @@ pub use answer::Answer;
 #[derive(Clone, Debug, Default)]
 pub struct Manner {
     pub answer: Answer,
-    /// Delay of each answer.
+    /// Delay of the answers `Reply`, `Quiet`, `NoTrailers`, `Http` and `Fail`.
     pub delay: Duration,
     /// The content-type of replies, if not `application/grpc`.
     pub content_type: Option<&'static str>,
@@ -44,7 +44,7 @@ pub struct Close {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum When {
-    /// At the request of a connection with this number, counted from 1.
+    /// At the request with this number on a connection, counted from 1.
     Requests(u32),
     /// At this age of a connection.
     Age(Duration),
@@ -298,7 +298,7 @@ impl Drop for Open {
     }
 }
 
-/// Serves one connection: the wire, and `h2` behind it. Ends when the wire has ended.
+/// Serves one connection with the wire, and with `h2` behind the wire. Returns when the wire has ended.
 async fn serve(io: BoxIo, shared: Arc<Shared>) {
     let (near, far) = tokio::io::duplex(PIPE);
     let leave = Arc::new(Notify::new());

@@ -140,30 +140,31 @@ struct Wire<'a> {
     leave: &'a Notify,
     counts: &'a Counts,
     began: Instant,
-    /// Streams that have not ended.
+    /// Accepted streams that have not ended.
     open: HashSet<u32>,
     requests: u32,
-    /// ID of the last stream. `below` is the ID of the stream before it.
+    /// ID of the last stream that the client has opened and that was not dropped as [`When::Unserved`].
     last: u32,
+    /// ID of the stream that was opened before `last`.
     below: u32,
-    /// Size of the header block that is being received, in bytes.
+    /// Number of bytes in the HEADERS and CONTINUATION frames since the last stream was opened, without the frame headers.
     block: usize,
     /// Streams above this ID are dropped.
     ceiling: Option<u32>,
-    /// Whether the connection ends with the last open stream.
+    /// Whether the connection ends as soon as no stream is open.
     closing: bool,
     shutdown: Shutdown,
     ended: bool,
 }
 
-/// The effect of a further request on a connection that shuts down.
+/// What happens if the client opens a further stream while the connection shuts down.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Shutdown {
-    /// No effect.
+    /// The wire does not react to the stream.
     Lenient,
-    /// No effect until the PING response is received. Then the state becomes `Over`.
+    /// As `Lenient`, until the response to the PING of the shutdown is received. Then the state becomes `Over`.
     Strict,
-    /// The request ends the connection.
+    /// The wire closes the connection.
     Over,
 }
 
@@ -187,7 +188,7 @@ impl Wire<'_> {
             if let Some(Close { how, .. }) =
                 self.close.take_if(|close| close.when == When::Unserved)
             {
-                // The stream of the request is above the last stream of the GOAWAY.
+                // The stream of this request is above the new `last`, so `How::Goaway` and `How::Fin` drop it.
                 self.last = self.below;
                 self.close(how);
             }
@@ -243,7 +244,7 @@ impl Wire<'_> {
         self.closing && self.open.is_empty()
     }
 
-    /// Begins to close the connection. Open streams can still end.
+    /// Begins to close the connection. Open streams are still served until they end.
     fn close(&mut self, how: How) {
         match how {
             How::Graceful | How::Strict => {
@@ -291,7 +292,7 @@ impl Wire<'_> {
         self.cut();
     }
 
-    /// Counts a received PING as a strike, and ends the connection at the third strike.
+    /// Counts a received PING, and ends the connection at the third strike.
     fn police(&mut self) {
         if self.ended || !self.strikes.as_mut().is_some_and(Strikes::strike) {
             return;

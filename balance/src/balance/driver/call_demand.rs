@@ -1,6 +1,10 @@
-//! Handles the requests of calls to the driver: replace a connection that the caller has given up (`BalancedChannel::reconnect`), dial
-//! resting connections, check silent connections, quarantine an endpoint whose responses are not gRPC, or add a connection. A *resting*
-//! connection was closed while no call needed it. On a *silent* connection, nothing was read for a while.
+//! Handles what calls request from the driver:
+//!
+//! - to replace a connection that the caller has given up (`BalancedChannel::reconnect`);
+//! - to dial *resting* connections, which were closed while no call needed them;
+//! - to check *silent* connections, on which nothing was read for a while;
+//! - to quarantine an endpoint whose responses are not gRPC;
+//! - to add a connection to an endpoint whose streams are all in use.
 
 use tokio::time::Instant;
 
@@ -33,12 +37,12 @@ impl Driver {
             }
         }
         self.publish();
-        // Calls use the list of given-up connections to exclude these connections. A pick can still find the connections until `publish`
-        // has returned, so they stay in the list until then.
+        // Calls exclude the connections in the list of given-up connections. Picks can find these connections until `publish` has returned,
+        // so they stay in the list until then.
         self.shared.forget_given_up(&given_up);
     }
 
-    /// Replaces a ready connection by a new one, even if its peer still answers.
+    /// Replaces a ready connection, even if its peer still answers.
     fn redial(&mut self, id: SubchannelId) {
         let Some((address, state)) = self.subchannels.take(id) else {
             return;
@@ -50,7 +54,8 @@ impl Driver {
             state => state,
         };
         self.subchannels.insert(id, address.clone(), state);
-        // If a second connection was dialled beside the old connection, the second connection is not needed any more.
+        // If a second connection was dialled beside the old connection, the second connection is no longer needed, unless another
+        // connection of the endpoint is silent.
         self.drop_second_connection(&address);
         self.reclassify(&address);
     }
@@ -80,9 +85,8 @@ impl Driver {
         }
     }
 
-    /// Dials one resting connection if calls were sent on the channel since the last scan (the last call of this function). The endpoint of
-    /// the connection then gets its share of the calls again. Only one connection is dialled per scan, because a caller with few calls
-    /// needs no more.
+    /// Dials one resting connection if calls were sent on the channel since this function last ran. The endpoint of the connection then
+    /// gets its share of the calls again. Only one connection is dialled each time, because a caller with few calls needs no more.
     pub(super) fn wake_resting_for_calls(&mut self) {
         let endpoints = self.endpoints.values().map(|entry| &entry.endpoint);
         let calls = || endpoints.map(|endpoint| endpoint.calls()).sum::<u64>();
@@ -125,11 +129,11 @@ impl Driver {
     }
 
     /// Closes additional connections that have reached their minimum lifetime and are not needed any more. An additional connection is not
-    /// needed if the calls to the endpoint use at most half as many streams as its other connections have.
+    /// needed if the calls in flight to the endpoint would use at most half of the streams of its other connections.
     pub(super) fn remove_connections(&mut self, now: Instant) {
         for address in self.scaling.old(now) {
             let is_dispensable = self.endpoints.get(&address).is_none_or(|entry| {
-                // A silent connection takes few calls or none, so the additional connection is needed as its replacement.
+                // A silent connection may be dead, so the additional connection may be needed as its replacement.
                 !self.has_silent(&address) && self.subchannels.can_spare_one(&entry.subchannels)
             });
             if is_dispensable {
@@ -146,7 +150,7 @@ impl Driver {
         if entry.subchannels.len() <= self.options.connections_per_endpoint {
             return;
         }
-        // The second connection, which was dialled beside a silent one, does not count as additional, so it is skipped.
+        // A second connection that was dialled beside a silent one does not count as additional, so it is skipped.
         let second = entry.second.subchannel();
         let mut ids = entry.subchannels.iter();
         let Some(last) = ids.rposition(|id| Some(*id) != second) else {

@@ -143,7 +143,7 @@ impl Driver {
             self.begin_slow_start(address, Instant::now());
             self.update_ready_set(id);
         }
-        // The other connections of an endpoint are dialled only after the first one is ready.
+        // The other connections of an endpoint are dialled only after its first connection is established.
         for _ in 0..missing {
             self.add_subchannel(address, dial);
         }
@@ -191,13 +191,13 @@ impl Driver {
         let Some((address, state)) = self.subchannels.take(id) else {
             return;
         };
+        // Timers cannot be cancelled, so the timer of an earlier wait may expire during a later wait. The guards ignore such a timer.
         let state = match state {
             State::Resting(subchannel) if subchannel.until() <= now => {
                 self.resting.remove(id);
                 self.enqueue(id);
                 State::Idle(subchannel.wake(false))
             }
-            // Timers cannot be cancelled, so the timer of an earlier wait may fire during a later wait. The guards ignore such a timer.
             State::TransientFailure(subchannel) if subchannel.until() <= now => {
                 self.dials
                     .enqueue(id, subchannel.is_failing(), &mut self.rng);

@@ -41,7 +41,7 @@ impl Driver {
         if self.options.health_check.is_some() && !subchannel.connection().http2().has_reserve() {
             // The health watch uses the only stream, so h2 would queue every call until the watch ends.
             let address = address.clone();
-            tracing::warn!(%address, "health check stopped: the endpoint allows only one stream, which calls need");
+            tracing::warn!(%address, "health check stopped: the endpoint allows only one stream, and calls need that stream");
             subchannel.end_health_watch();
             self.update_ready_set(id);
             self.reclassify(&address);
@@ -60,13 +60,14 @@ impl Driver {
             return;
         }
         let address = address.clone();
-        // If the connection has served calls, the backoff for second connections is reset, so a second connection is dialled at once.
+        // If the connection has served calls, `dial_beside` resets the backoff for second connections, so that a second connection can be
+        // dialled at once.
         let has_served = subchannel.connection().used().is_answered();
         if silence == Silence::Stalled {
-            tracing::warn!(%address, "connection does not answer: dialling a second connection");
+            tracing::warn!(%address, "connection does not answer and gets no calls");
             self.set_last_error(&address, "does not answer any more".into());
         } else {
-            tracing::debug!(%address, "nothing was read on the connection: dialling a second connection");
+            tracing::debug!(%address, "nothing was read on the connection in time; it still gets calls");
         }
         self.update_ready_set(id);
         self.dial_beside(&address, has_served);
@@ -87,8 +88,9 @@ impl Driver {
         subchannel.set_silence(Silence::None);
         self.update_ready_set(id);
         if let Some((_, subchannel)) = self.subchannels.ready(id) {
-            // A doubtful connection stays in the ready set. But a call whose check of the connection failed excludes the connection, and
-            // may wait in the queue. The free streams of the recovered connection are offered to such calls.
+            // A doubtful connection stays in the ready set, so `update_ready_set` does not offer its free streams to waiting calls. But a
+            // call excludes the connection after a failed check, and may then wait in the queue. Now that bytes were read, such a call can
+            // use the connection again.
             subchannel.connection().offer();
         }
         self.shared.changed.notify_waiters();

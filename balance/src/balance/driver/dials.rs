@@ -32,7 +32,7 @@ struct Dial {
     is_retry: bool,
 }
 
-/// The end of a task that dials.
+/// The result of a task that dials, with the id of the task.
 pub(super) type Ended = Result<(Id, Result<Connection, DialError>), JoinError>;
 
 /// The outcome of a dial.
@@ -60,8 +60,8 @@ impl Dials {
     }
 
     /// Removes and returns the next subchannel to dial, unless the limit on concurrent dials is reached. Failing subchannels are dialled
-    /// last, and use at most half of the limit. The reason is that a dial to an endpoint that does not answer lasts until its timeout. Once
-    /// such a dial has failed, later dials to the same endpoint do not delay the dials to other endpoints.
+    /// last, and use at most half of the limit. The reason: each dial to an endpoint that does not answer lasts until the timeout. Only the
+    /// first dial to such an endpoint may delay the dials to other endpoints.
     pub(super) fn next(&mut self) -> Option<SubchannelId> {
         if self.tasks.len() >= MAX_DIALS {
             return None;

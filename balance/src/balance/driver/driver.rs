@@ -1,4 +1,4 @@
-//! The driver, which is the one task of a channel: its state, its loop and its timers.
+//! The driver of a channel, which runs in one task: its state, its loop and its timers.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -48,7 +48,7 @@ pub(in crate::balance) struct Driver {
     pub(super) dials: Dials,
     pub(super) timers: Timers,
     pub(super) resting: Resting,
-    /// Endpoints that have a silent connection.
+    /// Endpoints that had a silent connection (on which nothing was read for a while) at the last refresh or since then.
     pub(super) silent: HashSet<Address>,
     pub(super) scaling: Scaling,
     pub(super) draining: DrainingConnections,
@@ -137,8 +137,8 @@ impl Driver {
         if self.detection.is_due(now) {
             self.detect_outliers(now);
         }
-        // Reads the clock again, because the steps above may schedule a publication for a time after `now`. With `now`, an outlier that was
-        // just ejected would stay in the ready set until the next tick of the timer.
+        // Reads the clock again, because the steps above may schedule a publication for a time after `now`. If `now` were used, an outlier
+        // that was just ejected would stay in the ready set until the next tick of the timer.
         if self.publication.is_due(Instant::now()) {
             self.publish();
         }

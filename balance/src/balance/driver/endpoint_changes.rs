@@ -176,7 +176,7 @@ impl Driver {
         self.publication.now();
     }
 
-    /// Removes a connection from the ready sets, so that no call is sent on it from now on. The connection is closed after its last call.
+    /// Removes a connection from the ready sets. The connection is closed after its last call.
     pub(super) fn close(&mut self, id: SubchannelId, subchannel: Subchannel<Ready>) {
         let connection = subchannel.connection();
         self.evict(id, connection);
@@ -184,7 +184,8 @@ impl Driver {
         self.draining.push(endpoint, subchannel.drain());
     }
 
-    /// Removes a connection from the sets that calls pick from.
+    /// Removes a connection from the ready sets. Waiting calls no longer get streams of this connection. Picks can find the connection
+    /// until the next publication, which is due at once.
     pub(super) fn evict(&mut self, id: SubchannelId, connection: &Arc<ReadyConnection>) {
         connection.set_takes_calls(false);
         if self.ready_sets.remove(id) {

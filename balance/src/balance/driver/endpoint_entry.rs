@@ -21,12 +21,13 @@ pub(super) struct EndpointEntry {
     /// The second connection, which is dialled while another connection is silent (nothing was read on it for a while). When one of the two
     /// answers, the second connection becomes a regular connection or is closed.
     pub(super) second: SecondConnection,
-    /// Whether a connection has become ready since the last failed dial, and since the server at the address was last replaced or
-    /// restarted. Used for slow start.
+    /// Set when a connection becomes ready. Cleared when a dial fails, and when the server at the address is replaced or restarted. While
+    /// it is set, a connection that becomes ready does not begin a slow start. Used only if slow start is enabled.
     pub(super) is_warm: bool,
-    /// The keep-alive for later connections. Its interval is doubled when the server rejects PINGs. `None` if keep-alive is disabled.
+    /// The keep-alive for later connections. Its interval is doubled each time the server closes a connection with `too_many_pings`. `None`
+    /// if keep-alive is disabled.
     pub(super) keep_alive: Option<KeepAlive>,
-    /// The counters at the last sweep of the outlier detection.
+    /// The counters at the last sweep, the evaluation at the end of each interval of the outlier detection.
     swept: Tally,
 }
 
@@ -50,8 +51,8 @@ impl EndpointEntry {
         }
     }
 
-    /// Discards all observations. Called for a new generation of the endpoint: another server has the address now, or the server was
-    /// restarted.
+    /// Discards the observations that are not valid for another server. Called for a new generation of the endpoint: another server has the
+    /// address now, or the server was restarted.
     pub(super) fn on_new_generation(&mut self) {
         self.ejection = Ejection::default();
         self.second.reset_backoff();
@@ -59,7 +60,7 @@ impl EndpointEntry {
         self.endpoint.forget();
     }
 
-    /// Returns the counts of the calls since the last sweep, and the ejection.
+    /// Returns the counts of the calls since this function was last called, and the ejection.
     pub(super) fn sweep(&mut self) -> (Counts, Ejection) {
         let tally = self.endpoint.tally();
         let before = std::mem::replace(&mut self.swept, tally);

@@ -15,8 +15,8 @@ use crate::balance::subchannel::StopOnDrop;
 use crate::transport::health_client::HealthCheck;
 
 impl Driver {
-    /// Starts the health watch of a connection. Returns `None` if health checks are disabled, or if the peer allows only one stream, which
-    /// calls need.
+    /// Starts the health watch of a connection. Returns `None` if health checks are disabled, or if the peer allows only one stream,
+    /// because calls need that stream.
     pub(super) fn watch_health(
         &mut self,
         dial_id: DialId,
@@ -25,7 +25,7 @@ impl Driver {
         let check = self.options.health_check.clone()?;
         let address = connection.endpoint().address();
         if !connection.http2().has_reserve() {
-            tracing::warn!(%address, "no health check: the endpoint allows only one stream, which calls need");
+            tracing::warn!(%address, "no health check: the endpoint allows only one stream, and calls need that stream");
             return None;
         }
         let report = self.events.reporter(dial_id);
@@ -61,8 +61,8 @@ impl Driver {
             Health::Unknown => {}
             Health::Serving => {
                 tracing::info!(%address, "endpoint is healthy");
-                // The new connection replaces silent connections (those on which nothing was read for a while) only now. Before its server
-                // reports SERVING, the new connection may be worse than a silent one.
+                // If this is the second connection, it replaces the silent connections (on which nothing was read for a while) only now.
+                // Before its server reports SERVING, the second connection may be worse than a silent one.
                 self.replace_silent(&address, id);
                 self.begin_slow_start(&address, Instant::now());
             }

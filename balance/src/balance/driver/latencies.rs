@@ -1,10 +1,10 @@
-//! The latency estimates of all connections, and their median.
+//! The latencies of all connections, and their median.
 
 use super::ready_set_pair::ReadySets;
 use crate::balance::load::{Estimate, LoadHandle, Loads, Ticks, median};
 use crate::balance::ready_connection::ReadyEntry;
 
-/// Creates the [`Load`](crate::balance::load::Load) of each connection, and refreshes its latency estimate.
+/// Creates the [`Load`](crate::balance::load::Load) of each connection, and refreshes the latency that picks compare.
 #[derive(Debug)]
 pub(super) struct Latencies {
     loads: Loads,
@@ -31,8 +31,8 @@ impl Latencies {
         self.loads.begin(inherited, self.median)
     }
 
-    /// Computes the median, and updates the estimate of each connection. Returns whether a connection has a call in flight, or had one
-    /// within the last 10 s.
+    /// Computes the median latency of the primary set. For each connection, updates the latency that picks compare. Returns whether a
+    /// connection has a call in flight, or had one within the last 10 s.
     pub(super) fn refresh(&mut self, sets: &ReadySets<ReadyEntry>, now: Ticks) -> bool {
         let primary = sets.primary();
         let estimates = primary.filter_map(|entry| entry.load().estimate());

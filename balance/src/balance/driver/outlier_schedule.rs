@@ -5,7 +5,7 @@ use tokio::time::Instant;
 use crate::balance::outlier::{self, Counts, Ejection, OutlierDetection};
 
 /// Outlier detection, if it is enabled, and the time of its next sweep. A sweep evaluates the calls of all endpoints since the previous
-/// one.
+/// sweep.
 #[derive(Debug)]
 pub(super) struct OutlierSchedule {
     config: Option<OutlierDetection>,
@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sweeps_keep_their_interval_and_need_a_configuration() {
+    fn a_sweep_is_due_one_interval_after_the_last_and_never_without_a_configuration() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut detection = OutlierSchedule::new(Some(OutlierDetection::new()), start);

@@ -1,4 +1,5 @@
-//! Excludes endpoints from ordinary picks, either because too many of their calls failed, or because their responses are not gRPC.
+//! Excludes endpoints from ordinary picks, either because too many of their calls failed (ejection), or because their responses are not
+//! gRPC (quarantine). Such an endpoint gets calls only while no other endpoint is ready.
 
 use std::sync::Arc;
 

@@ -1,5 +1,5 @@
-//! The next publication, which replaces the ready set that calls pick from: its time, its summary, and the endpoints whose state it
-//! changes.
+//! Collects changes for the next publication. A publication replaces the ready set, from which calls pick, together with the summary. It
+//! also changes the reported state of endpoints that became ready or were removed.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use crate::address::Address;
 use crate::balance::endpoint::Endpoint;
 use crate::balance::summary::{EndpointError, Summary};
 
-/// The changes since the last publication.
+/// The changes since the last publication, and the summary for the next one.
 #[derive(Debug, Default)]
 pub(super) struct PendingPublication {
     summary: Summary,
@@ -20,7 +20,7 @@ pub(super) struct PendingPublication {
     /// Endpoints that became ready since the last publication.
     became_ready: Vec<Address>,
     /// Endpoints that were removed since the last publication. The flag is true if calls to the endpoint were in flight when it was
-    /// removed. A removed endpoint stays in the list of endpoints until the publication, because a pick can still find it.
+    /// removed. Until the publication, a removed endpoint stays in the list that the channel reports, because a pick can still find it.
     removed: Vec<(Arc<Endpoint>, bool)>,
 }
 
@@ -74,13 +74,13 @@ impl PendingPublication {
         self.summary.source_error = error;
     }
 
-    /// Records an error of an endpoint's connection.
+    /// Records an error of an endpoint.
     pub(super) fn set_last_error(&mut self, address: Address, reason: Arc<str>) {
         self.summary.last_error = Some(Arc::new(EndpointError { address, reason }));
         self.soon();
     }
 
-    /// Handles a change of the class of an endpoint.
+    /// Handles a change of the class of an endpoint: ready, pending or failing.
     pub(super) fn on_class(&mut self, address: &Address, before: Class, class: Class) {
         if before == class {
             return;

@@ -15,9 +15,9 @@ use crate::balance::ready_connection::ReadyEntry;
 use crate::balance::shared::Published;
 
 impl Driver {
-    /// Puts a connection into the right ready set. If the peer does not answer or is not healthy, the connection is in no set. If the
-    /// endpoint is ejected, in quarantine or marked as a last resort, the connection is in the last-resort set. Otherwise it is in the
-    /// primary set.
+    /// Puts a connection into the right ready set. If the peer does not answer or has not reported that it is healthy, the connection is in
+    /// no set. If the endpoint is ejected, in quarantine or marked as a last resort, the connection is in the last-resort set. Otherwise it
+    /// is in the primary set.
     pub(super) fn update_ready_set(&mut self, id: SubchannelId) {
         let Some((address, subchannel)) = self.subchannels.ready(id) else {
             return;
@@ -159,8 +159,8 @@ impl Driver {
     pub(super) fn forget_drained(&mut self) {
         for endpoint in self.draining.take_drained() {
             let entry = self.endpoints.get(endpoint.address());
-            // If the endpoint is still in the set, only its connection was closed, because it was replaced or no longer needed. A removed
-            // endpoint may have other connections with calls.
+            // If the endpoint is still in the set, only one of its connections was closed, because this connection was replaced or no
+            // longer needed. A removed endpoint may have other connections whose calls are still in flight.
             let is_removed = entry.is_none_or(|entry| !Arc::ptr_eq(&entry.endpoint, &endpoint));
             if is_removed && !self.draining.contains(&endpoint) {
                 self.shared.forget(&endpoint);

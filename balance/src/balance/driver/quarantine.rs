@@ -1,8 +1,8 @@
 //! Quarantine of endpoints whose answers are not gRPC responses, such as error pages of a proxy, or answers of a different server at the
 //! address.
 //!
-//! Such endpoints answer quickly, so latency-based picking prefers them although every call fails. They are moved to the last-resort set
-//! for a while, the *quarantine*. Then they get ordinary picks again, on *probation*. If an answer on probation is not gRPC, the next
+//! Such endpoints answer quickly, so latency-based picking would prefer them although every call fails. They are moved to the last-resort
+//! set for a while, the *quarantine*. Then they get ordinary picks again, on *probation*. If an answer on probation is not gRPC, the next
 //! quarantine is twice as long, up to a limit. If all endpoints are in quarantine, calls still use them.
 
 use std::collections::HashMap;
@@ -26,7 +26,7 @@ struct Quarantine {
 
 impl Quarantines {
     /// Handles a report about an endpoint that does not answer with gRPC. Starts a quarantine and returns its length. Returns `None` if the
-    /// endpoint is already in quarantine, because several calls in flight can report the same endpoint.
+    /// endpoint is already in quarantine: several calls that were in flight can report the same endpoint.
     pub(super) fn on_report(&mut self, address: &Address, now: Instant) -> Option<Duration> {
         if self.is_quarantined(address) {
             return None;
@@ -89,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_failed_probation_starts_a_longer_quarantine_and_a_grpc_answer_ends_it() {
+    fn a_failed_probation_starts_a_longer_quarantine_and_a_grpc_answer_ends_the_probation() {
         let address: Address = "10.0.0.5:80".parse().expect("a valid address");
         let mut now = Instant::now();
         let mut quarantines = Quarantines::default();
@@ -99,21 +99,28 @@ mod tests {
                 .on_report(&address, now)
                 .expect("a report should start a quarantine");
             assert!(quarantines.is_quarantined(&address));
-            assert_eq!(quarantines.on_report(&address, now), None, "started again");
+            assert_eq!(
+                quarantines.on_report(&address, now),
+                None,
+                "a report during a quarantine must not start another one"
+            );
             assert!(quarantines.on_time(now, |_| false).is_empty());
             now += length;
             assert_eq!(
                 quarantines.on_time(now, |_| false),
                 std::slice::from_ref(&address)
             );
-            assert!(!quarantines.is_quarantined(&address), "not on probation");
+            assert!(
+                !quarantines.is_quarantined(&address),
+                "an endpoint on probation must not count as quarantined"
+            );
             assert!(quarantines.on_time(now, |_| false).is_empty());
             lengths.push(length.as_secs());
         }
         assert_eq!(lengths, [1, 2, 4, 8, 16, 30, 30]);
         assert!(quarantines.on_time(now, |_| true).is_empty());
         let length = quarantines.on_report(&address, now);
-        assert_eq!(length, Some(FIRST), "the probation should have ended");
+        assert_eq!(length, Some(FIRST), "the probation must have ended");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Resting subchannels, whose connections ended while no call needed them. A resting subchannel is dialled when a call needs a connection,
+//! Resting subchannels: their connections ended while no call needed them. A resting subchannel is dialled when a call needs a connection,
 //! or after a wait.
 
 use std::collections::HashSet;
@@ -27,8 +27,8 @@ impl Resting {
         std::mem::take(&mut self.subchannels)
     }
 
-    /// Returns one of the subchannels if calls were sent since the last scan. The subchannel stays in the set. `calls` returns the total
-    /// number of calls.
+    /// Returns one of the subchannels if calls were sent since the last scan and a subchannel rested at that time. The subchannel stays in
+    /// the set. `calls` returns the total number of calls.
     pub(super) fn scan(&mut self, calls: impl FnOnce() -> u64) -> Option<SubchannelId> {
         let Some(&id) = self.subchannels.iter().next() else {
             // No subchannel rests. The count is discarded, so that calls that are sent before a subchannel rests again do not cause a dial.
@@ -50,15 +50,15 @@ mod tests {
         let mut resting = Resting::default();
         assert_eq!(resting.scan(|| unreachable!("nothing rests")), None);
         resting.insert(7);
-        assert_eq!(resting.scan(|| 100), None, "calls came before the rest");
+        assert_eq!(resting.scan(|| 100), None, "earlier calls must not count");
         assert_eq!(resting.scan(|| 100), None);
         assert_eq!(resting.scan(|| 101), Some(7));
         assert_eq!(resting.scan(|| 101), None);
-        assert_eq!(resting.scan(|| 60), None, "a lower count is no new call");
+        assert_eq!(resting.scan(|| 60), None, "a lower count must not dial");
         assert_eq!(resting.scan(|| 61), Some(7));
         resting.remove(7);
         assert_eq!(resting.scan(|| 102), None);
         resting.insert(8);
-        assert_eq!(resting.scan(|| 103), None, "the count should start again");
+        assert_eq!(resting.scan(|| 103), None, "the count must start again");
     }
 }

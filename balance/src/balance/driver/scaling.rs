@@ -74,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn requests_share_a_scan_and_scans_keep_their_interval() {
+    fn several_requests_cause_one_scan_and_scans_have_a_minimum_interval() {
         let start = Instant::now();
         let at = |millis| start + Duration::from_millis(millis);
         let mut scaling = Scaling::new(start);
@@ -84,13 +84,13 @@ mod tests {
         assert_eq!(scaling.next(), Some(at(5)));
         assert!(!scaling.take_due(at(4)));
         assert!(scaling.take_due(at(6)));
-        assert!(!scaling.take_due(at(6)), "the scan was already taken");
+        assert!(!scaling.take_due(at(6)), "a scan must be due only once");
         scaling.request(at(100));
         assert_eq!(scaling.next(), Some(at(100)));
     }
 
     #[test]
-    fn an_additional_connection_is_kept_for_a_while() {
+    fn an_additional_connection_is_kept_for_its_minimum_lifetime() {
         let address: Address = "10.0.0.5:80".parse().expect("a valid address");
         let start = Instant::now();
         let mut scaling = Scaling::new(start);

@@ -1,8 +1,8 @@
 //! The second connection of an endpoint.
 //!
-//! A silent connection, on which nothing was read for a while, does not show that its server is down: a middlebox may have dropped the
-//! flow, or the address may lead to several servers. So a second connection is dialled beside the silent one. Whichever of the two
-//! connections answers first is used.
+//! A connection is silent if nothing was read on it for a while. Silence does not show that the server is down: a middlebox may have
+//! dropped the flow, or the address may lead to several servers. So a second connection is dialled beside the silent one, and the first of
+//! the two connections that answers is used.
 
 use std::time::Duration;
 
@@ -29,7 +29,7 @@ impl SecondConnection {
         }
     }
 
-    /// Ends the backoff, so that the next second connection can be dialled at once.
+    /// Ends the backoff, so that another second connection can be dialled at once.
     pub(super) fn reset_backoff(&mut self) {
         self.backoff.reset();
         self.not_before = None;
@@ -54,12 +54,12 @@ impl SecondConnection {
         self.subchannel = subchannel;
     }
 
-    /// Ends the role of the second connection, and returns its subchannel.
+    /// Forgets which subchannel is the second connection, and returns this subchannel.
     pub(super) fn take(&mut self) -> Option<SubchannelId> {
         self.subchannel.take()
     }
 
-    /// Ends the role of the second connection if its subchannel is `id`. Returns true in that case.
+    /// If `id` is the subchannel of the second connection, forgets that role and returns true.
     pub(super) fn take_if(&mut self, id: SubchannelId) -> bool {
         self.subchannel.take_if(|second| *second == id).is_some()
     }
@@ -78,10 +78,10 @@ mod tests {
         second.on_dial(now, &mut rng);
         second.set(Some(7));
         let later = now + Duration::from_secs(2);
-        assert!(!second.may_dial(later), "one exists already");
+        assert!(!second.may_dial(later), "only one may exist");
         assert!(!second.take_if(8));
         assert!(second.take_if(7));
-        assert!(!second.may_dial(now), "the backoff should not be over");
+        assert!(!second.may_dial(now), "the backoff must not be over");
         assert!(second.may_dial(later));
         second.on_dial(now, &mut rng);
         second.reset_backoff();

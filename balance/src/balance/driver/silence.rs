@@ -1,5 +1,5 @@
-//! Handles silent connections, on which nothing was read for a while: a second connection is dialled beside a silent one. Whichever of the
-//! two connections answers first is used.
+//! Handles silent connections, on which nothing was read for a while: a second connection is dialled beside a silent one. The first of the
+//! two connections that answers is used.
 
 use tokio::time::Instant;
 
@@ -10,8 +10,8 @@ use crate::balance::endpoint::UNCHECKED_SILENCE;
 
 impl Driver {
     /// Dials a second connection beside a silent one. Does not dial if the endpoint already has a second connection, if the backoff since
-    /// the last second connection is not over, or if the endpoint is a last resort. `has_served`: whether the silent connection has served
-    /// a call. If so, the backoff ends at once.
+    /// the last dial of a second connection is not over, or if the endpoint is a last resort. `has_served`: whether the silent connection
+    /// has served a call. If so, the backoff ends at once.
     pub(super) fn dial_beside(&mut self, address: &Address, has_served: bool) {
         let Some(entry) = self.endpoints.get_mut(address) else {
             return;
@@ -57,8 +57,8 @@ impl Driver {
         })
     }
 
-    /// Ends the role of the second connection if no connection of the endpoint is silent any more. Closes the second connection, unless it
-    /// replaces a regular connection that has ended.
+    /// Closes the second connection if no connection of the endpoint is silent any more. But if a regular connection has ended in the
+    /// meantime, the second connection stays and becomes a regular one.
     pub(super) fn drop_second_connection(&mut self, address: &Address) {
         if self.has_silent(address) {
             return;
@@ -129,8 +129,8 @@ impl Driver {
         true
     }
 
-    /// If a call has found a connection dead, checks the other connections on which nothing was read for a while. Without these checks,
-    /// later calls could be sent on dead connections.
+    /// If a call has found a connection dead, checks up to [`CHECKS`] connections of the primary set on which nothing was read for a while.
+    /// Without these checks, later calls could be sent on dead connections.
     pub(super) fn check_silent(&mut self) {
         if !self.shared.take_found_dead() {
             return;

@@ -1,9 +1,9 @@
 //! Slow start: the weight of an endpoint that has just become ready grows gradually.
 //!
 //! A new server has cold caches, empty pools and code that is not compiled yet. Even without slow start, the default policy does not flood
-//! a new server, because its first latency estimate is the median of all endpoints. For servers that need a gentler start, slow start lets
-//! the weight grow over a configured time, the *window*. The formula is Envoy's with an aggression of 1: the weight is multiplied by the
-//! elapsed fraction of the window, at least 0.1.
+//! a new server, because a connection without samples counts as having the median latency of all endpoints. For servers that need a gentler
+//! start, slow start lets the weight grow over a configured time, the *window*. The formula is Envoy's with an aggression of 1: the weight
+//! is multiplied by the elapsed fraction of the window, but by no less than 0.1.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use crate::address::Address;
 pub(super) struct SlowStart {
     /// The time in which a weight grows to its full value; `None` if slow start is disabled.
     window: Option<Duration>,
-    /// The time when each endpoint became ready.
+    /// The time when the weight of each endpoint began to grow.
     started: HashMap<Address, Instant>,
 }
 

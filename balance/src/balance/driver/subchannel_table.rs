@@ -145,8 +145,8 @@ impl Subchannels {
         })
     }
 
-    /// Returns whether the last ready subchannel of these can be removed: the calls in flight on all of them use at most half as many
-    /// streams as the other ready subchannels have.
+    /// Returns whether the last ready subchannel of these can be removed: the calls in flight on all of them would use at most half of the
+    /// streams of the other ready subchannels.
     pub(super) fn can_spare_one(&self, ids: &[SubchannelId]) -> bool {
         let (mut in_flight, mut room) = (0_usize, Vec::new());
         for (_, ready) in ids.iter().filter_map(|id| self.ready(*id)) {
@@ -281,16 +281,23 @@ mod tests {
         assert_eq!(class, Class::Pending);
         let (class, _) = table.classify(&ids[..1], false);
         assert_eq!(class, Class::Failing);
-        assert_eq!(table.classify(&[], false).0, Class::Failing, "removed");
+        assert_eq!(
+            table.classify(&[], false).0,
+            Class::Failing,
+            "an endpoint without subchannels must be failing"
+        );
     }
 
     #[tokio::test]
-    async fn a_connection_is_found_by_its_number_only_while_it_is_ready() {
+    async fn a_connection_that_is_not_ready_is_not_found_and_a_forgotten_one_is_not_taken() {
         let (mut table, ids) = table([State::Idle(idle())]);
         table.on_connected(11, ids[0]);
-        assert!(table.of_connection(11).is_none(), "found, but not ready");
+        assert!(
+            table.of_connection(11).is_none(),
+            "a subchannel that is not ready must not be found"
+        );
         table.forget_connection(ids[0]);
         assert!(table.take_closed(11).is_none());
-        assert!(table.take(ids[0]).is_some(), "no longer in the table");
+        assert!(table.take(ids[0]).is_some(), "the entry must stay");
     }
 }

@@ -1,4 +1,4 @@
-//! The timers of subchannels: the end of a backoff, or of the wait of a resting subchannel.
+//! The timers of subchannels. Each ends a backoff, or the wait of a resting subchannel, whose connection ended while no call needed it.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -7,7 +7,8 @@ use tokio::time::Instant;
 
 use super::subchannel_table::SubchannelId;
 
-/// Timers in the order of their times. A timer cannot be cancelled: when it expires, the driver checks the state of the subchannel.
+/// Timers in the order of their times. A timer cannot be cancelled. When it expires, the driver checks whether the subchannel still waits
+/// for it.
 #[derive(Debug, Default)]
 pub(super) struct Timers(BinaryHeap<Reverse<(Instant, SubchannelId)>>);
 

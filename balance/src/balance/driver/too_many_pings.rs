@@ -9,7 +9,8 @@ use crate::balance::limits::MAX_DURATION;
 use crate::balance::ready_connection::ReadyConnection;
 
 impl Driver {
-    /// Makes later connections to an endpoint send fewer PINGs if its server has closed `connection` with `too_many_pings`.
+    /// If the server has closed `connection` with `too_many_pings`, doubles the keep-alive interval of later connections to the endpoint.
+    /// If keep-alive is disabled, only logs a warning.
     pub(super) fn check_too_many_pings(&mut self, address: &Address, connection: &ReadyConnection) {
         if !connection.http2().has_too_many_pings() {
             return;
@@ -46,7 +47,7 @@ mod tests {
     use crate::transport::stall_detection::KeepAlive;
 
     #[test]
-    fn each_complaint_about_pings_doubles_the_interval() {
+    fn each_report_of_too_many_pings_doubles_the_interval_up_to_the_maximum() {
         let address = "10.0.0.5:80".parse().expect("a valid address");
         let keep_alive = KeepAlive {
             permit: Duration::from_secs(15),
@@ -62,7 +63,7 @@ mod tests {
         );
         assert_eq!(entry.on_too_many_pings(), Some(Duration::from_secs(20)));
         assert_eq!(entry.on_too_many_pings(), Some(Duration::from_secs(40)));
-        let keep_alive = entry.keep_alive.expect("enabled above");
+        let keep_alive = entry.keep_alive.expect("keep-alive should be enabled");
         assert_eq!(keep_alive.permit, Duration::from_secs(40));
         for _ in 0..40 {
             entry.on_too_many_pings();

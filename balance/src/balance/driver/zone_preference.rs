@@ -68,16 +68,19 @@ mod tests {
     use crate::balance::zone::MAX_FACTOR;
 
     #[test]
-    fn factors_follow_the_ready_endpoints() {
+    fn the_own_zone_has_the_largest_factor_while_it_has_endpoints() {
         let mut zones = ZonePreference::new(Some("a".into()));
-        assert_eq!(zones.factor(Some("a")), 1, "no weight is known yet");
+        assert_eq!(zones.factor(Some("a")), 1, "the initial factor must be 1");
         let endpoints = [(Some("a"), 2), (Some("b"), 1), (Some("a"), 1), (None, 1)];
         assert!(zones.update(endpoints.into_iter()));
         assert_eq!(zones.factor(Some("a")), MAX_FACTOR);
         assert_eq!(zones.factor(Some("b")), 1);
-        assert!(!zones.update(endpoints.into_iter()), "no weight changed");
+        assert!(
+            !zones.update(endpoints.into_iter()),
+            "equal weights must not change a factor"
+        );
         assert!(zones.update([(None, 5)].into_iter()));
-        assert_eq!(zones.factor(None), MAX_FACTOR, "no local endpoint");
+        assert_eq!(zones.factor(None), MAX_FACTOR, "all factors must be equal");
     }
 
     #[test]

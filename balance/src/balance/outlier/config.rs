@@ -62,8 +62,8 @@ impl OutlierDetection {
         self
     }
 
-    /// Sets the duration of the first ejection. Each further ejection of the endpoint is longer by this duration. For each interval without
-    /// an ejection, the next ejection of the endpoint is shorter by the same duration. Default 30 s.
+    /// Sets the duration of the first ejection. Each further ejection of the endpoint is longer by this duration. For each interval in
+    /// which the endpoint is not ejected, its next ejection is shorter by the same duration. Default 30 s.
     pub fn base_ejection_time(mut self, time: Duration) -> Self {
         self.base_ejection_time = time;
         self

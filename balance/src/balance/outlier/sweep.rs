@@ -186,7 +186,7 @@ mod tests {
         let mut hosts = vec![counts(20, 80), counts(20, 80), counts(10, 90)];
         hosts.extend([counts(20, 80), counts(15, 85)]);
         sweep(&config, &mut hosts, Instant::now());
-        assert_eq!(ejected(&hosts), [2], "exactly 85 % is not enough");
+        assert_eq!(ejected(&hosts), [2], "exactly 85 % must not eject");
     }
 
     #[test]

@@ -121,14 +121,14 @@ mod tests {
         for _ in 0..100 {
             tokens.on_success();
         }
-        assert!(!tokens.on_failure(), "the bucket has at most two tokens");
+        assert!(!tokens.on_failure(), "more than two tokens in the bucket");
         for _ in 0..100 {
             tokens.on_failure();
         }
         tokens.on_success();
         assert!(!tokens.allows_retry());
         tokens.on_success();
-        assert!(tokens.allows_retry(), "the bucket is never negative");
+        assert!(tokens.allows_retry(), "the bucket must not be negative");
     }
 
     #[test]

@@ -10,12 +10,12 @@ use tonic::Code;
 /// for one service or method ([`ChannelBuilder::retry_for`]). Name only codes after which a method can safely run again. A call that the
 /// server certainly did not process is sent again even without a policy. Such a transparent retry does not count as an attempt.
 ///
-/// - A call is retried only if the caller has received no part of the response. Four failures can be retried: a lost connection and no
-///   reachable endpoint (both `UNAVAILABLE`), a reset stream, and an error that is the whole response. A server sends such a response if it
-///   fails a call before it has sent a message.
+/// - A call is retried only if the caller has received no part of the response. These failures can be retried: a lost connection, no
+///   reachable endpoint (both are `UNAVAILABLE`), a reset stream, and a response that consists only of an error. A server sends such a
+///   response if the call fails before the server has sent a message.
 /// - If the request is one message, the beginning of the response is buffered, so that the call can still be retried if the server is
 ///   killed while it responds. Buffering ends when the response is complete, when 64 KiB are buffered, 5 ms after the first frame, or 50 ms
-///   after the head if no frame follows. In A6, a call is committed when its head is received, and it is not retried after that.
+///   after the head if no frame follows. A6 is stricter: a call is never retried after its response head was received.
 /// - Each further attempt is sent to an endpoint that the call has not used. If no such endpoint is ready, the attempt is sent to any
 ///   endpoint except the endpoint that failed last. The endpoint that failed last is used only if no other endpoint is ready.
 /// - A request of one message is sent again whatever its size: the bytes are shared, not copied. Of a request stream, the first message is
@@ -100,7 +100,8 @@ impl RetryPolicy {
         self.attempts
     }
 
-    /// Returns the next wait, if the policy has already chosen this number of waits for the call. `random` is between 0 and 1.
+    /// Returns the wait before the next attempt. `waits` is the number of waits that the policy has already chosen for the call. `random`
+    /// is between 0 and 1.
     pub(in crate::call) fn wait(&self, waits: u32, random: f64) -> Duration {
         let factor = self
             .multiplier

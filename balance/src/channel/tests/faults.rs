@@ -46,7 +46,7 @@ async fn a_refused_call_is_sent_to_another_server_and_runs_once() {
             .await
             .expect("the other server serves the call");
     }
-    assert_eq!(processed.load(Ordering::SeqCst), 200, "no call runs twice");
+    assert_eq!(processed.load(Ordering::SeqCst), 200, "a call ran twice");
     assert!(
         refused.load(Ordering::SeqCst) > 0,
         "the refusing server must receive calls"
@@ -115,7 +115,7 @@ async fn calls_reset_for_other_reasons_are_not_sent_again() {
 }
 
 #[tokio::test]
-async fn a_refusal_after_the_head_is_not_replayed() {
+async fn a_call_refused_after_the_head_is_not_sent_again() {
     let seen = Arc::new(AtomicUsize::new(0));
     let (read, reading) = tokio::sync::watch::channel(false);
     let answer = |seen: Arc<AtomicUsize>, reading: tokio::sync::watch::Receiver<bool>| {
@@ -149,7 +149,7 @@ async fn a_refusal_after_the_head_is_not_replayed() {
 }
 
 #[tokio::test]
-async fn a_streamed_call_is_replayed_while_its_first_messages_are_buffered() {
+async fn a_streamed_call_is_sent_again_while_its_first_messages_are_buffered() {
     let (refused, processed) = (Arc::default(), Arc::default());
     let servers = [
         resetting(Reason::REFUSED_STREAM, &refused),
@@ -174,7 +174,7 @@ async fn a_streamed_call_is_replayed_while_its_first_messages_are_buffered() {
 }
 
 #[tokio::test]
-async fn a_connection_lost_during_a_call_is_unavailable_and_names_the_endpoint() {
+async fn a_call_whose_connection_is_lost_fails_with_unavailable_and_names_the_endpoint() {
     let mut raw = Raw::start(|_| ());
     let processed = Arc::default();
     let other = counting(&processed);
@@ -315,7 +315,7 @@ async fn a_call_above_the_last_stream_of_a_goaway_is_sent_to_another_server() {
     let other = counting(&processed);
     let channel = over([shy, other.address()]);
     ready(&channel, 2).await;
-    // The channel uses the default policy. Like round robin, this policy picks the shy server, which sends a GOAWAY, after some calls.
+    // After some calls, the default policy of the channel picks the server that sends a GOAWAY.
     let left = async {
         while channel
             .endpoints()
@@ -337,7 +337,7 @@ async fn a_call_above_the_last_stream_of_a_goaway_is_sent_to_another_server() {
 
 /// The endpoint `beta` refuses all connections. It could do so for hours, so the call must not wait for it.
 #[tokio::test]
-async fn a_call_above_the_last_stream_of_a_goaway_is_resent_after_a_reconnect() {
+async fn a_call_above_the_last_stream_of_a_goaway_is_sent_again_after_a_reconnect() {
     let (shy, back) = (support::shy(0), Greeter::start("back"));
     let (dials, then) = (AtomicUsize::new(0), back.address());
     let channel = BalancedChannel::builder()
@@ -438,7 +438,8 @@ async fn a_thousand_unresponsive_endpoints_do_not_delay_the_others() {
     for port in 1..=3_000 {
         insert(&changes, &format!("hole:{port}"), Attributes::new());
     }
-    // By now every endpoint has been dialled and has failed. At any time, more endpoints are due for a dial than the channel dials at once.
+    // After this sleep, every endpoint has been dialled and has failed. From now on, more endpoints are due for a dial than the channel
+    // dials at once.
     tokio::time::sleep(Duration::from_secs(180)).await;
     for round in 1..=10 {
         insert(&changes, &format!("alpha:{round}"), Attributes::new());
@@ -475,7 +476,7 @@ async fn the_longest_durations_are_accepted() {
 }
 
 #[tokio::test]
-async fn a_call_at_the_last_stream_of_a_goaway_is_not_replayed() {
+async fn a_call_at_the_last_stream_of_a_goaway_is_not_sent_again() {
     let processed = Arc::default();
     let shy = support::shy(1);
     let other: support::Cut = counting(&processed);
@@ -511,7 +512,7 @@ async fn calls_waiting_for_a_free_stream_are_not_queued_on_a_connection() {
         let channel = channel.clone();
         calls.spawn(async move { say(&channel).await });
     }
-    // The endpoint may have two connections now, with one stream each.
+    // Each connection allows one stream. All streams are in use and calls wait, so the channel opens a second connection.
     let running = [full.accept().await, full.accept().await];
     until("the other calls wait", || {
         channel.endpoints()[0].in_flight == 2
@@ -627,7 +628,7 @@ async fn count_calls(
 ) -> io::Result<()> {
     let mut preface = [0; 24];
     io.read_exact(&mut preface).await?;
-    // Sends SETTINGS and acknowledges the client's SETTINGS.
+    // Sends SETTINGS and, in advance, the acknowledgement of the client's SETTINGS.
     io.write_all(b"\0\0\0\x04\0\0\0\0\0\0\0\0\x04\x01\0\0\0\0")
         .await?;
     loop {
@@ -685,11 +686,11 @@ async fn a_lowered_stream_limit_is_respected() {
         call();
     }
     until("all calls are received", || count(0) + count(1) == 10).await;
-    assert_eq!(count(0), 2, "as many calls as the server allows");
+    assert_eq!(count(0), 2, "the first connection must carry two calls");
 }
 
 #[tokio::test]
-async fn a_lone_stream_is_used_for_calls_and_not_for_the_health_watch() {
+async fn the_only_stream_of_a_connection_is_used_for_calls_and_not_for_the_health_watch() {
     let calls = Arc::<AtomicUsize>::default();
     let counted = Arc::clone(&calls);
     let channel = BalancedChannel::builder()

@@ -82,7 +82,7 @@ impl greeter_server::Greeter for Mirror {
     }
 }
 
-/// Starts a [`Mirror`] on loopback that supports compression, and returns a channel to it.
+/// Starts a [`Mirror`] with compression on a loopback address, and returns a channel to it.
 fn mirror() -> BalancedChannel {
     let listener = support::listen(0);
     let address = listener.local_addr().expect("an address");
@@ -157,7 +157,7 @@ async fn binary_metadata_passes_in_both_directions_and_interceptors_add_metadata
     let status = client.say_hello(hello("it")).await.expect_err("refused");
     assert_eq!(status.code(), Code::Unauthenticated);
     let calls: u64 = channel.endpoints().iter().map(|status| status.calls).sum();
-    assert_eq!(calls, 1, "a call rejected by an interceptor is not sent");
+    assert_eq!(calls, 1, "a call rejected by an interceptor was sent");
 }
 
 #[tokio::test]
@@ -202,8 +202,8 @@ async fn a_large_message_to_a_slow_reader_does_not_block_other_calls() {
         let data = data.expect("no error");
         received += data.len();
         let _ = body.flow_control().release_capacity(data.len());
-        // A small call does not wait for the large one. The server keeps reading the large request, because both calls share the connection
-        // window.
+        // A small call must not wait for the end of the large one. The requests of both calls share the connection window, so the server
+        // keeps reading the large request. Otherwise its unread data would fill the window.
         let (answered, call) = small.take().unwrap_or_else(|| {
             let channel = channel.clone();
             let call = tokio::spawn(async move { say(&channel).await });

@@ -164,7 +164,7 @@ async fn every_policy_distributes_calls_over_all_servers() {
 }
 
 #[tokio::test]
-async fn interceptors_and_large_messages_pass() {
+async fn a_large_message_passes_through_an_interceptor() {
     let server = Greeter::start("alpha");
     let channel = over([server.address()]);
     let mut client = GreeterClient::with_interceptor(channel, |mut request: Request<()>| {
@@ -183,7 +183,7 @@ async fn interceptors_and_large_messages_pass() {
 }
 
 #[tokio::test]
-async fn the_authority_is_the_address_of_the_endpoint_and_the_user_agent_is_ours() {
+async fn the_authority_is_the_address_of_the_endpoint_and_the_user_agent_names_the_library() {
     let mut raw = Raw::start(|_| ());
     let channel = BalancedChannel::builder()
         .user_agent("greeter/1.0")
@@ -221,7 +221,7 @@ async fn no_call_fails_while_one_endpoint_is_down_and_another_never_responds() {
     let tally = tally(&channel, 1_000).await;
     assert_eq!(tally.values().sum::<usize>(), 1_000);
     let statuses = channel.endpoints();
-    // The endpoint may be connecting again at this moment, so the test only checks that it is not ready.
+    // The endpoint that refuses connections may be connecting again at this moment, so the test only checks that it is not ready.
     let failing = statuses.iter().find(|status| status.last_error.is_some());
     let failing = failing.expect("one endpoint refuses connections");
     assert_ne!(failing.state, EndpointState::Ready);
@@ -471,8 +471,8 @@ async fn an_endpoint_that_is_no_longer_listed_is_not_picked() {
         insert(&changes, &address(index), Attributes::new());
     }
     ready(&channel, ENDPOINTS).await;
-    // The removals are sent as one batch. Picks can see the first removals while the driver, the channel's background task, still applies
-    // the last ones.
+    // The removals are sent as one batch. Picks can already see the first removals while the channel's background task still applies the
+    // last ones.
     for index in 1..ENDPOINTS {
         remove(&changes, &address(index));
     }
@@ -519,7 +519,7 @@ async fn attributes_change_without_a_reconnect() {
         channel.endpoints().iter().any(|status| status.weight == 9)
     })
     .await;
-    // Picks use the new weight as soon as the next ready set, from which connections are picked, is published.
+    // Picks use the new weight when the next ready set (the set of connections from which picks are made) is published.
     let heavy = async { while tally(&channel, 400).await["heavy"] <= 300 {} };
     in_time("the share of the heavy endpoint", heavy).await;
     assert!(
@@ -606,7 +606,7 @@ async fn a_new_registration_ends_the_backoff() {
         .discover(UnboundedReceiverStream::new(stream))
         .connect_lazy();
     let address = refusing();
-    // After each failure the endpoint waits for a backoff of about 1 s. This is longer than the 500 ms in which the test expects the last
+    // After each failure the endpoint waits for a backoff of about 1 s. This is longer than the 500 ms within which the test expects each
     // dial.
     insert(&changes, &address, Attributes::new().with_generation(1));
     for generation in 2..=4 {
@@ -703,7 +703,7 @@ async fn an_outlier_stays_ejected_until_it_is_registered_again() {
 }
 
 #[tokio::test]
-async fn a_limit_of_one_stream_serves_a_hundred_callers() {
+async fn a_server_with_a_limit_of_one_stream_serves_a_hundred_callers() {
     let running = Arc::new(AtomicUsize::new(0));
     let server = Raw::answering(
         |builder| {
@@ -794,13 +794,13 @@ async fn dropping_the_last_clone_closes_the_connections() {
 }
 
 #[tokio::test]
-async fn several_connections_share_the_calls_of_an_endpoint() {
+async fn an_endpoint_with_several_connections_serves_all_calls() {
     let server = Greeter::start("alpha");
     let channel = BalancedChannel::builder()
         .connections_per_endpoint(4)
         .addresses([server.address()])
         .connect_lazy();
-    until("four connections", || {
+    until("four connections are open", || {
         channel
             .endpoints()
             .iter()
@@ -832,7 +832,7 @@ async fn a_custom_connector_is_used() {
 }
 
 #[tokio::test]
-async fn a_connector_that_panics_is_a_failed_dial() {
+async fn a_panic_of_the_connector_counts_as_a_failed_dial() {
     let channel = BalancedChannel::builder()
         .connector(|_| async {
             panic!("a panic in a connector") as std::io::Result<tokio::io::DuplexStream>
@@ -901,7 +901,7 @@ async fn a_body_read_frame_by_frame_releases_its_window() {
         |_| (),
         |(_, mut respond)| async move {
             let mut stream = respond.send_response(grpc_head(), false).expect("a head");
-            // A message of 1 024 bytes after the frame header: the tag and length of the field, and the text.
+            // A message of 1 024 bytes after gRPC's prefix of 5 bytes: the tag and the length of the field, and the text.
             let message = [&[0, 0, 0, 4, 0, 10, 0xfd, 7][..], &[b'x'; 1021]].concat();
             let message = Bytes::from(message);
             for _ in 0..10_000 {

@@ -67,7 +67,7 @@ async fn avoided_endpoints_get_no_call_while_another_is_ready() {
 }
 
 #[tokio::test]
-async fn a_reported_failure_counts_against_the_endpoint() {
+async fn a_reported_failure_raises_the_latency_estimate() {
     let server = Greeter::start("alpha");
     let channel = over([server.address()]);
     let route = avoiding(&[]);
@@ -118,8 +118,7 @@ async fn a_replaced_connection_gets_no_new_calls_and_its_streams_continue() {
     feed.send(hello("still here")).expect("an open stream");
     let reply = in_time("a reply", replies.message()).await;
     assert!(reply.expect("a reply").is_some());
-    // At its next periodic check, the driver, the channel's background task, closes old connections without calls. The endpoint stays
-    // ready.
+    // The channel's background task closes old connections without calls at its next periodic check. The endpoint stays ready.
     until("the old connections are closed", || {
         channel.endpoints()[0].connections == 2
     })

@@ -95,7 +95,7 @@ async fn an_unread_stream_of_small_messages_does_not_block_other_calls() {
     let start = tokio::time::Instant::now();
     let mut calls = 0;
     while tokio::time::Instant::now().saturating_duration_since(start) < unread || calls <= 100 {
-        say(&channel).await.expect("a unary call meanwhile");
+        say(&channel).await.expect("an answer to a unary call");
         calls += 1;
     }
     assert_eq!(read_all(&mut body).await, 400_000);
@@ -276,8 +276,8 @@ async fn an_upload_to_a_server_that_never_reads_is_limited_by_the_window() {
     });
     let call = tokio::spawn(async move { client.greet_all(requests).await.map(drop) });
     let accepted = raw.accept().await;
-    until("the first is taken", || produced.load(Ordering::SeqCst) > 0).await;
-    // During 100 other calls the channel would take more messages of the upload, if the window did not limit it.
+    until("a message is taken", || produced.load(Ordering::SeqCst) > 0).await;
+    // If the window did not limit the upload, the channel would take more of its messages during these 100 calls.
     for _ in 0..100 {
         let other = tokio::spawn({
             let channel = channel.clone();
@@ -329,7 +329,7 @@ async fn cancelled_calls_and_half_read_streams_do_not_affect_other_calls() {
         replies: 100,
         ..hello("stream")
     };
-    for _ in 0..soak("rounds of 20 given up", 300, 5_000) {
+    for _ in 0..soak("rounds of 20 cancelled calls", 300, 5_000) {
         let mut cancelled = JoinSet::new();
         for call in 0..20 {
             let (mut client, channel, request) = (client.clone(), channel.clone(), request.clone());
@@ -354,6 +354,6 @@ async fn cancelled_calls_and_half_read_streams_do_not_affect_other_calls() {
     }
     let status = &channel.endpoints()[0];
     assert_eq!((status.connections, status.failures), (1, 0));
-    assert_eq!(status.last_error, None, "no connection was lost");
+    assert_eq!(status.last_error, None, "a connection was lost");
     idle(&channel).await;
 }

@@ -297,7 +297,8 @@ pub(super) async fn ready(channel: &BalancedChannel, endpoints: usize) {
     .await;
 }
 
-/// Returns how often a test repeats a step: `full` times with `SOAK=1` in the environment, and otherwise `small` times, which is printed.
+/// Returns the number of steps or of seconds of a test: `full` with `SOAK=1` in the environment, and otherwise `small`. If it is `small`, a
+/// line that says so is printed.
 pub(super) fn soak(what: &str, small: usize, full: usize) -> usize {
     if std::env::var_os("SOAK").is_some_and(|soak| soak == "1") {
         return full;

@@ -218,7 +218,7 @@ impl Player {
                 }
                 self.machine.on_revoked(delivered(fate, ()), self.now);
             }
-            Command::Delete { .. } => panic!("the machine deletes its only key"),
+            Command::Delete { .. } => panic!("a machine with one key must send no delete"),
             Command::Wait { until } => {
                 let bound = self.now + TTL;
                 self.now = until.map_or(bound, |until| until.min(bound)).max(self.now);
@@ -304,7 +304,7 @@ proptest! {
                 }
                 10..12 => player.store.term += 1,
                 44..46 => {
-                    // The store is restored from a backup: terms start again, and leases still exist.
+                    // The store is restored from a backup: raft terms start again, but leases still exist.
                     player.store.term = 2;
                     player.machine.on_watch_lost();
                     player.machine.on_watch_opened();
@@ -325,7 +325,7 @@ proptest! {
             player.step(fate);
             assert_ne!(player.store.key.as_ref().map(|kv| kv.lease), Some(LeaseId::NONE), "the key must always have a lease");
         }
-        // The faults end here. The watch on the key, which was lost, is opened again.
+        // The faults end here. The watch on the key is opened again, and does not deliver earlier events.
         player.seen = player.store.events.len();
         player.machine.on_watch_opened();
         let took = player.settle();
@@ -377,7 +377,7 @@ proptest! {
         let mut steps = 0;
         while player.step(Fate::Good) != Command::End {
             steps += 1;
-            assert!(steps < 20, "the machine does not end: {:?}", player.machine);
+            assert!(steps < 20, "the machine must end: {:?}", player.machine);
         }
         assert_eq!(player.store.key, None);
         assert_eq!(player.machine.phase(player.now), Phase::Deregistered);
@@ -414,7 +414,7 @@ fn a_lease_is_renewed_at_a_third_of_its_ttl_and_a_failure_is_retried_at_once() {
     );
     player.step(Fate::Lost);
     let Command::Renew { deadline, .. } = player.machine.command(player.now) else {
-        panic!("no second attempt follows")
+        panic!("a failed renewal must be repeated at once")
     };
     assert_eq!(deadline, TTL / 6);
 }
@@ -432,7 +432,7 @@ fn leases_that_are_granted_together_are_renewed_over_a_third_of_the_ttl() {
         waits.push(player.now.saturating_duration_since(registered));
     }
     assert!(waits.iter().all(|wait| *wait <= TTL / 3), "{waits:?}");
-    // Each tenth of this time has at most a quarter of the renewals.
+    // This third of the TTL is divided into ten parts. At most a quarter of the renewals may fall into one part.
     let part = TTL / 30;
     for start in 0..10 {
         let within = part * start..part * (start + 1);
@@ -451,7 +451,7 @@ fn renewals_without_a_response_are_repeated_and_the_lease_is_kept() {
             attempts += 1;
             if let Some(last) = last.replace(player.now) {
                 let gap = player.now.saturating_duration_since(last);
-                assert!(gap <= TTL / 4 + TTL / 6, "{gap:?} between two attempts");
+                assert!(gap <= TTL / 4 + TTL / 6, "the wait was {gap:?}");
             }
         }
     }
@@ -481,7 +481,7 @@ fn after_an_outage_registrations_are_spread_and_a_single_loss_is_repaired_at_onc
     let late = waits.iter().filter(|wait| **wait > TTL / 6).count();
     assert!(
         (40..160).contains(&late),
-        "{late} of 200 waited for more than half of the spread; about half of them must"
+        "about half of the 200 must wait for more than half of the spread, not {late}"
     );
 
     let mut player = Player::registered(1);
@@ -558,7 +558,7 @@ fn a_restored_store_is_detected() {
     assert_eq!(
         player.store.owners.len(),
         writes + 1,
-        "the value must be written exactly once"
+        "the value must be written again exactly once"
     );
     // A later change of the key is still detected.
     player.store.delete();
@@ -566,7 +566,7 @@ fn a_restored_store_is_detected() {
 }
 
 #[test]
-fn a_renewal_counts_from_the_time_it_was_sent() {
+fn a_renewed_lease_expires_one_ttl_after_the_renewal_was_sent() {
     let mut player = Player::registered(5);
     let sent = player.now;
     let answered = sent + Duration::from_secs(1);
@@ -593,7 +593,7 @@ fn a_full_store_and_a_lost_leader_are_transient_errors() {
         assert_eq!(
             player.machine.lease.map(|lease| lease.id),
             lease,
-            "{kind:?} must keep the lease"
+            "the lease must be kept after {kind:?}"
         );
         assert!(player.is_registered());
     }
@@ -686,7 +686,7 @@ fn a_rejected_renewal_is_retried_while_the_lease_is_valid() {
             other => panic!("{other:?}"),
         }
     }
-    assert!(tries >= 3, "{tries} attempts");
+    assert!(tries >= 3, "only {tries} attempts");
     assert!(
         player.settle() <= TTL / 4,
         "the lease must survive a short outage"
@@ -739,7 +739,7 @@ fn renewals_between_reads(player: &mut Player) -> u32 {
 }
 
 #[test]
-fn keys_are_read_every_minute_and_after_each_renewal_while_they_are_not_watched() {
+fn watched_keys_are_read_every_minute_and_unwatched_keys_after_each_renewal() {
     let mut player = Player::registered(14);
     // The lease is renewed every 2 s.
     for (watched, renewals) in [(true, 15..=31), (false, 1..=1), (true, 15..=31)] {

@@ -71,7 +71,7 @@ impl Pair {
 
 /// Simulates a put that was sent to a frozen member. The member applies the put after the key was deleted through another member.
 #[test]
-fn a_put_applied_after_the_deletion_of_its_key_is_deleted() {
+fn a_key_that_a_late_put_restores_is_deleted_again() {
     let mut pair = Pair::registered();
     pair.machine.on_remove(1);
     assert!(matches!(pair.step(), Command::Delete { index: 1, .. }));
@@ -91,7 +91,7 @@ fn a_rejected_deletion_does_not_affect_other_keys() {
     let refused = Err(error(EtcdErrorKind::PermissionDenied));
     pair.machine.on_deleted(1, refused, pair.now);
     let Command::Wait { until: Some(until) } = pair.machine.command(pair.now) else {
-        panic!("the deletion is repeated at once");
+        panic!("a rejected deletion must not be repeated at once");
     };
     assert!(until > pair.now);
     let lost = Event::Delete {
@@ -211,12 +211,12 @@ fn a_deregistration_waits_for_the_revoke_of_the_old_lease() {
             assert!(
                 player.machine.phase(player.now) != Phase::Deregistered
                     || player.store.key.is_none(),
-                "{steps} {pauses}"
+                "steps: {steps}, pauses: {pauses}"
             );
             player.step(Fate::Good);
         }
         assert_eq!(player.machine.phase(player.now), Phase::Deregistered);
-        assert_eq!(player.store.leases, [], "{steps} {pauses}");
+        assert_eq!(player.store.leases, [], "steps: {steps}, pauses: {pauses}");
     }
 }
 
@@ -229,9 +229,9 @@ fn a_lease_lost_immediately_after_its_grant_is_not_replaced_in_a_loop() {
     while player.now < start + Duration::from_secs(60) {
         player.store.leases.clear();
         grants += u32::from(matches!(player.step(Fate::Good), Command::Grant { .. }));
-        assert!(grants < 200, "{:?}", player.now - start);
+        assert!(grants < 200, "{grants} grants in {:?}", player.now - start);
     }
-    assert!(grants > 30, "{grants} grants");
+    assert!(grants > 30, "only {grants} grants");
 }
 
 #[test]
@@ -239,7 +239,7 @@ fn a_lease_id_that_is_in_use_is_not_adopted() {
     let mut player = Player::new(23);
     let exists = || Err(error(EtcdErrorKind::LeaseExists));
     let Command::Grant { lease, .. } = player.machine.command(player.now) else {
-        panic!("the first command is not a grant");
+        panic!("the first command must be a grant");
     };
     // No earlier grant used this lease id.
     player
@@ -247,7 +247,7 @@ fn a_lease_id_that_is_in_use_is_not_adopted() {
         .on_granted(lease, exists(), player.now, player.now);
     player.now += TTL;
     let Command::Grant { lease: other, .. } = player.machine.command(player.now) else {
-        panic!("no other lease is requested");
+        panic!("another lease must be requested");
     };
     assert_ne!(other, lease);
     // An earlier grant used this lease id, so the lease is the registration's own.

@@ -1,5 +1,5 @@
 //! Runs the [`Machine`] against a simulated store. The store changes, compacts its history, lags, cuts streams at any point, splits
-//! revisions into fragments, and is wiped. For every order of these steps, the final set must match the content of the store.
+//! revisions into fragments, and is wiped. After any random order of these steps, the set must match the content of the store.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -255,7 +255,7 @@ impl Player {
     fn step(&mut self, faults: bool) {
         let waiting = matches!(self.command, Command::Wait(_) | Command::RenewToken(_));
         let restarted = !waiting && std::mem::take(&mut self.restarted);
-        // These commands keep the watch open. After a restart, not only the request must fail, but also the watch.
+        // These commands keep the watch open. After a restart, both the request and the watch must fail.
         self.restarted |=
             restarted && matches!(self.command, Command::Reconcile(_) | Command::Read(_));
         let fault = restarted || faults && self.store.rng.u8(..) < 25;
@@ -359,9 +359,9 @@ impl Player {
             && self.sent == self.store.revision
     }
 
-    /// Runs the machine until it is idle, and checks that the set contains the last good value (one that can be decoded) of each key. The
-    /// machine does not receive a good value that is replaced by a bad one before the machine lists the key. So only deleted keys, and keys
-    /// whose current value is good, are compared.
+    /// Runs the machine until it is idle. Then checks that the set contains no deleted key, and that it contains the current value of each
+    /// key if this value is good (can be decoded). If the current value is bad, the value in the set is not checked: the machine may have
+    /// missed the last good value, because a bad one replaced it before the machine listed the key.
     fn check(&mut self) {
         for _ in 0..10_000 {
             if self.is_idle() {
@@ -417,6 +417,7 @@ proptest! {
     }
 }
 
+/// Runs the machine until it is idle.
 fn listed(player: &mut Player) {
     for _ in 0..1_000 {
         if player.is_idle() {
@@ -526,7 +527,7 @@ fn a_store_with_another_history_is_listed_again() {
 
 /// The revision of the restored store is higher than that of the last read, and lower than that of the last event of the watch.
 #[test]
-fn a_store_restored_to_before_an_event_is_listed_again() {
+fn a_store_restored_to_a_revision_before_the_last_event_is_listed_again() {
     let mut player = populated(2);
     let seen = player.machine.last_header.revision.get();
     let brought = put("later", seen + 50);
@@ -701,7 +702,7 @@ fn every_linearizable_response_raises_the_known_revision() {
 }
 
 #[test]
-fn the_watch_after_a_failed_check_and_a_list_is_not_checked() {
+fn the_watch_after_the_list_that_a_failed_check_causes_is_not_checked() {
     let mut player = populated(2);
     let key = reopened(&mut player);
     let (header, _) = player.store.read(&key);
@@ -795,7 +796,7 @@ fn a_fragmented_revision_is_applied_atomically() {
     assert_eq!(
         player.machine.report.revision.unwrap().get(),
         revision + 1,
-        "the incomplete revision must be requested again"
+        "the next watch must start before the incomplete revision"
     );
 
     let mut player = populated(5);
@@ -981,7 +982,7 @@ fn token_renewals_of_many_clients_are_spread() {
         .collect();
     waits.sort_unstable();
     waits.dedup();
-    assert!(waits.len() > 90, "{} waits of 100 differ", waits.len());
+    assert!(waits.len() > 90, "only {} of 100 differ", waits.len());
     assert!(waits[waits.len() - 1] >= waits[0] * 3 / 2, "{waits:?}");
 }
 
@@ -1021,7 +1022,7 @@ fn a_wrong_password_is_retried_slowly_and_reported() {
 }
 
 #[test]
-fn an_event_that_is_too_large_is_listed_and_skipped() {
+fn an_event_that_is_too_large_causes_a_list_and_is_skipped() {
     let mut player = populated(12);
     let revision = player.machine.report.revision.unwrap().get();
     player

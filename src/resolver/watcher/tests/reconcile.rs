@@ -295,7 +295,7 @@ fn a_put_older_than_a_read_does_not_restore_the_key() {
     player
         .machine
         .on_message(message(before + 1, vec![put], false));
-    assert_eq!(player.machine.take_update(), [], "the key stays deleted");
+    assert_eq!(player.machine.take_update(), [], "the key must not return");
     // A later registration restores the key.
     player.store.put(&gone, "10.9.9.9:4");
     let again = player.store.history.last().expect("a put").clone();
@@ -333,6 +333,8 @@ fn a_thousand_reported_keys_are_read_at_a_limited_rate() {
             && let Command::Read(key) = machine.on_time(now)
         {
             let last = read.insert(key.clone(), now);
+            // After an accepted report about a key, further reports about it are ignored for 10 s. The reads of a key are not exactly
+            // 10 s apart, because each read is delayed by a random time of up to 2 s.
             assert!(last.is_none_or(|last| now >= last + Duration::from_secs(8)));
             let answer = store.value(&key);
             assert_eq!(machine.on_read(key, Ok(answer), now), Command::Receive);
@@ -380,7 +382,7 @@ fn the_watch_is_polled_between_two_slow_reads() {
     let mut now = player.now + Duration::from_secs(3);
     for failed in [false, true] {
         let Command::Read(key) = player.machine.on_time(now) else {
-            panic!("a read is due");
+            panic!("a read must be due");
         };
         now += Duration::from_secs(2);
         let answer = if failed {
@@ -430,7 +432,7 @@ fn reconciliations_due_during_an_outage_are_spread_over_an_interval() {
 }
 
 #[test]
-fn the_response_of_another_store_to_a_read_causes_a_list() {
+fn a_read_answered_by_another_store_causes_a_list() {
     for damage in ["revision", "cluster", "mod revision"] {
         let mut player = populated(27);
         let reported = player.machine.newest().expect("a key");
@@ -475,7 +477,7 @@ fn intervals_of_any_length_are_accepted() {
 }
 
 #[test]
-fn a_watch_that_lost_most_events_is_replaced_by_a_list() {
+fn the_loss_of_changes_of_more_than_a_hundred_keys_causes_a_list() {
     let mut player = populated(29);
     player.change_unseen(|store| {
         for number in 0..150 {

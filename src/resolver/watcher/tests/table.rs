@@ -1,4 +1,4 @@
-//! Compares the behaviour of the machine in every state, for every input, with `table.txt`.
+//! Compares the machine's response to every input in every state with `table.txt`.
 
 use std::fmt::Write;
 
@@ -112,7 +112,7 @@ const INPUTS: [Input; 30] = [
     ("message", |machine, _| {
         machine.on_message(message(11, vec![put("a", 11)], false))
     }),
-    ("message, of the past", |machine, _| {
+    ("message, lower revision", |machine, _| {
         machine.on_message(message(9, Vec::new(), false))
     }),
     ("message, another cluster", |machine, _| {
@@ -151,11 +151,11 @@ const INPUTS: [Input; 30] = [
     ("no fresh token, wrong password", |machine, _| {
         machine.on_token(Err(error(EtcdErrorKind::BadCredentials)))
     }),
-    ("doubt, and its time", |machine, now| {
+    ("refused connection, read due", |machine, now| {
         machine.on_refused_connection(&known().key, now);
         machine.on_time(now + Duration::from_secs(2))
     }),
-    ("time to compare", |machine, now| {
+    ("reconciliation due", |machine, now| {
         machine.on_time(now + RECONCILE)
     }),
     ("names, the same", |machine, now| {
@@ -250,5 +250,5 @@ fn the_machine_handles_every_input_in_every_state_as_in_the_table() {
             println!("is       {is}\nexpected {expected}");
         }
     }
-    assert!(is == expected, "the table is now:\n{is}");
+    assert!(is == expected, "the table has changed. It is now:\n{is}");
 }
