@@ -538,12 +538,12 @@ async fn unrelated_writes_cause_no_list_and_no_new_watch() {
     let etcd = Etcd::builder().members(3).arg("--heartbeat-interval=500");
     let etcd = etcd.arg("--election-timeout=5000").start().await.unwrap();
     let by_hand = client(&etcd).await;
-    let resolvers: Vec<_> = {
+    // Resolvers of one registry would share a watch.
+    let mut resolvers = Vec::new();
+    for _ in 0..4 {
         let registry = Registry::connect(etcd.endpoints()).await.unwrap();
-        (0..4)
-            .map(|_| registry.resolver("greeter").start())
-            .collect()
-    };
+        resolvers.push(registry.resolver("greeter").start());
+    }
     for resolver in &resolvers {
         resolver.ready().await;
     }

@@ -113,7 +113,7 @@ async fn an_invalid_value_is_logged_once_without_the_value_and_a_mass_removal_in
         service,
         "registered=0",
         "of=4",
-        "length=500ms",
+        "kept_for=500ms",
         "as a last resort",
     ];
     assert_eq!(warned(&began), 1, "{text}");

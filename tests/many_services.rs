@@ -168,8 +168,9 @@ impl Callers {
             let (channels, stop) = (channels.to_vec(), Arc::clone(&stop));
             tokio::spawn(async move {
                 let (mut calls, mut failed) = (0, Vec::new());
-                while !stop.load(Ordering::Relaxed) {
-                    let service = (first * 150 + calls) % channels.len();
+                // Together, the two callers call each service at least once.
+                while !stop.load(Ordering::Relaxed) || calls < SERVICES / 2 {
+                    let service = (first * SERVICES / 2 + calls) % channels.len();
                     let mut client = GreeterClient::new(channels[service].clone());
                     calls += 1;
                     if let Err(status) = client.say_hello(with_deadline(hello())).await {
@@ -191,7 +192,6 @@ impl Callers {
         self.stop.store(true, Ordering::Relaxed);
         for task in self.tasks {
             let (calls, failed) = task.await.unwrap();
-            assert!(calls > 50, "{what}: only {calls} calls");
             assert!(
                 failed.is_empty(),
                 "{what}: {} of {calls} calls failed: {:?}",
@@ -239,12 +239,26 @@ async fn no_call_fails_while_etcd_is_down_wiped_or_changed_by_hand() {
     callers.none_failed("the loss of all data").await;
 
     let callers = process.callers();
+    let mass_removals = || -> Vec<_> {
+        let resolvers = process.resolvers.iter();
+        resolvers
+            .map(|resolver| resolver.status().mass_removals)
+            .collect()
+    };
+    let before = mass_removals();
     let all = DeleteOptions::new().with_prefix();
     by_hand
         .kv_client()
         .delete("/gRPC/", Some(all))
         .await
         .unwrap();
+    within(TTL, "every resolver sees the deletion", async || {
+        mass_removals()
+            .into_iter()
+            .zip(&before)
+            .all(|(now, before)| now > *before)
+    })
+    .await;
     process.is_exact_within(TTL * 2).await;
     callers.none_failed("the deletion of all keys").await;
 

@@ -438,16 +438,18 @@ async fn a_thousand_unrelated_writes_per_second_cause_no_list() {
     // The long timeouts prevent an election, which would end the watches.
     let etcd = Etcd::builder().members(3).arg("--heartbeat-interval=500");
     let etcd = etcd.arg("--election-timeout=5000").start().await.unwrap();
-    let registry = Registry::connect(etcd.endpoints()).await.unwrap();
     let mut by_hand = client(&etcd).await;
     by_hand
         .put("/gRPC/greeter/1", "127.0.0.1:1", None)
         .await
         .unwrap();
-    // With several resolvers, it is likely that some of them watch a member that lags behind the member that answered their list.
-    let resolvers: Vec<_> = (0..5)
-        .map(|_| registry.resolver("greeter").start())
-        .collect();
+    // With several watches, it is likely that some of them are at a member that lags behind the member that answered their list. Resolvers
+    // of one registry would share a watch.
+    let mut resolvers = Vec::new();
+    for _ in 0..5 {
+        let registry = Registry::connect(etcd.endpoints()).await.unwrap();
+        resolvers.push(registry.resolver("greeter").start());
+    }
     let mut tasks = tokio::task::JoinSet::new();
     let end = Instant::now() + length(6, 120);
     for writer in 0..16 {
@@ -857,4 +859,93 @@ async fn ten_thousand_random_steps_match_a_list_of_etcd() {
             "the stream of changes must match the set"
         );
     }
+}
+
+#[tokio::test]
+async fn resolvers_and_channels_of_one_service_share_one_watch_and_one_set() {
+    let etcd = etcd().await;
+    let mut by_hand = client(&etcd).await;
+    let mut put = async |port: u16| {
+        let key = format!("/gRPC/greeter/{port}");
+        let address = format!("127.0.0.1:{port}");
+        by_hand.put(key, address, None).await.unwrap();
+    };
+    put(1).await;
+    let registry = registry(&etcd).await;
+    let before = watchers(&etcd).await;
+    let first = registry.resolver("greeter").start();
+    let channel = registry.clone().channel("greeter").connect_lazy();
+    let others: Vec<_> = (0..10)
+        .map(|_| registry.resolver("greeter").start())
+        .collect();
+    knows(&first, &["127.0.0.1:1"]).await;
+    for other in &others {
+        knows(other, &["127.0.0.1:1"]).await;
+    }
+    eventually("the channel knows the instance", async || {
+        channel.endpoints().len() == 1
+    })
+    .await;
+    assert_eq!(watchers(&etcd).await, before + 1);
+    assert_eq!((others[0].status().lists, first.status().watches), (1, 1));
+    // Each of them receives the changes, also after the first one was dropped.
+    drop(first);
+    put(2).await;
+    for other in &others {
+        knows(other, &["127.0.0.1:1", "127.0.0.1:2"]).await;
+    }
+    eventually("the channel knows both instances", async || {
+        channel.endpoints().len() == 2
+    })
+    .await;
+    // Another option needs another set.
+    let limited = registry.resolver("greeter").max_keys(1).start();
+    let filtered = registry
+        .resolver("greeter")
+        .filter(|instance| instance.address().port() == Some(2))
+        .start();
+    knows(&filtered, &["127.0.0.1:2"]).await;
+    eventually("one key is over the limit", async || {
+        limited.rejected().len() == 1
+    })
+    .await;
+    eventually("three sets are watched", async || {
+        watchers(&etcd).await == before + 3
+    })
+    .await;
+    drop((others, limited, filtered, channel));
+    eventually("no set is watched", async || {
+        watchers(&etcd).await == before
+    })
+    .await;
+    // A new resolver starts again.
+    let again = registry.resolver("greeter").start();
+    knows(&again, &["127.0.0.1:1", "127.0.0.1:2"]).await;
+}
+
+/// A registry outlives a runtime, for example in tests that share it.
+#[test]
+fn a_resolver_shares_no_watch_with_a_runtime_that_may_end() {
+    let runtime = || {
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap()
+    };
+    let (one, other) = (runtime(), runtime());
+    let etcd = one.block_on(etcd());
+    let registry = one.block_on(registry(&etcd));
+    let first = one.block_on(async { registry.resolver("greeter").start() });
+    let second = other.block_on(async { registry.resolver("greeter").start() });
+    one.block_on(first.ready());
+    other.block_on(second.ready());
+    one.shutdown_timeout(Duration::from_secs(5));
+    other.block_on(async {
+        let mut by_hand = client(&etcd).await;
+        let put = by_hand.put("/gRPC/greeter/1", "127.0.0.1:1", None);
+        put.await.unwrap();
+        knows(&second, &["127.0.0.1:1"]).await;
+    });
+    drop(first);
 }

@@ -20,8 +20,8 @@ use super::reconcile_batch::Pending;
 use crate::error::EtcdError;
 use crate::keyspace::{ListRequest, Page};
 
-/// Held by the task that collects a batch. If the runtime of that task ends before the batch is sent, the drop empties the batch, and the
-/// owner of each request sends the request alone. Without the drop, the requests of other runtimes would wait forever.
+/// Held by the task that collects a batch, until the task takes the batch. If the runtime of the task ends earlier, the drop of this value
+/// empties the batch, and the owner of each request sends the request alone. Without it, the requests of other runtimes would wait forever.
 struct Collection(Option<Etcd>);
 
 impl Drop for Collection {
@@ -33,7 +33,8 @@ impl Drop for Collection {
 }
 
 impl Etcd {
-    /// Reads one page as [`Etcd::list`] does. Requests that are made within 20 ms are sent as one transaction.
+    /// Reads one page as [`Etcd::list`] does. Requests that are made within 20 ms share transactions of up to [`OPERATIONS_MAX`] requests.
+    /// A request that is the only one of its transaction is sent alone, as a list request.
     pub(crate) async fn reconcile(&self, request: &ListRequest) -> Result<Page, EtcdError> {
         let (reply, answer) = oneshot::channel();
         let request_of = request.clone();
@@ -128,6 +129,6 @@ impl Etcd {
     }
 }
 
-/// The time in which requests are collected. The reconciliations of one process are due at the same time, so the time covers only the
-/// wake-up of their tasks.
+/// The time in which requests are collected. It is short, because the reconciliations of one registry are due at the same time (see
+/// [`Slots`](crate::slots::Slots)) and only their tasks wake up one after another.
 const COLLECT: Duration = Duration::from_millis(20);

@@ -6,6 +6,7 @@ use super::registry::Registry;
 use crate::error::RegistryError;
 use crate::etcd::{Config, Credentials, Etcd};
 use crate::keyspace::{Key, Keyspace};
+use crate::resolver::RunningResolvers;
 
 impl Registry {
     /// Connects to etcd with default options and makes one round trip, so that a wrong address or a missing password is reported as an
@@ -153,6 +154,7 @@ impl RegistryBuilder {
             etcd,
             keyspace: self.keyspace,
             policy: self.policy,
+            resolvers: RunningResolvers::default(),
         }
     }
 }

@@ -9,7 +9,7 @@ use crate::etcd::Etcd;
 use crate::format::Format;
 use crate::keyspace::Keyspace;
 use crate::registration::RegistrationBuilder;
-use crate::resolver::ResolverBuilder;
+use crate::resolver::{ResolverBuilder, RunningResolvers};
 
 /// A registry of services in etcd. A clone is cheap, and all clones share the connections.
 ///
@@ -27,6 +27,7 @@ pub struct Registry {
     pub(super) etcd: Etcd,
     pub(super) keyspace: Keyspace,
     pub(super) policy: AddressPolicy,
+    pub(super) resolvers: RunningResolvers,
 }
 
 impl Registry {
@@ -42,6 +43,7 @@ impl Registry {
             etcd: Etcd::from_client(client),
             keyspace: Keyspace::default(),
             policy: AddressPolicy::default(),
+            resolvers: RunningResolvers::default(),
         }
     }
 
@@ -87,6 +89,10 @@ impl Registry {
 
     /// Returns a builder of a resolver that watches the instances of a service. The watch begins with [`start`](ResolverBuilder::start).
     ///
+    /// Resolvers and channels of one service share one watch and one set of instances, if they are started on the same runtime by this
+    /// registry or its clones, and have the same options. A [filter](ResolverBuilder::filter) is the same option only in clones of one
+    /// builder.
+    ///
     /// ```no_run
     /// # async fn run(registry: tonic_etcd::Registry) {
     /// let resolver = registry.resolver("helloworld.Greeter").start();
@@ -94,12 +100,9 @@ impl Registry {
     /// # }
     /// ```
     pub fn resolver(&self, service: impl Into<String>) -> ResolverBuilder {
-        ResolverBuilder::service(
-            self.etcd.clone(),
-            &self.keyspace,
-            &service.into(),
-            self.policy.clone(),
-        )
+        let (etcd, policy) = (self.etcd.clone(), self.policy.clone());
+        ResolverBuilder::service(etcd, &self.keyspace, &service.into(), policy)
+            .sharing(&self.resolvers)
     }
 
     /// Returns a builder of a resolver that watches all keys under the given prefixes. A missing trailing slash is added to each prefix:
@@ -111,6 +114,7 @@ impl Registry {
     {
         let prefixes: Vec<_> = prefixes.into_iter().map(Into::into).collect();
         ResolverBuilder::prefixes(self.etcd.clone(), &prefixes, self.policy.clone())
+            .sharing(&self.resolvers)
     }
 
     /// Returns a builder of a channel that is balanced over the instances of a service.

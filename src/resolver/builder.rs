@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::cache::Cache;
 use super::options::{Filter, Options};
 use super::resolver::Resolver;
+use super::running::RunningResolvers;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::etcd::Etcd;
 use crate::format::Format;
@@ -21,6 +22,7 @@ pub struct ResolverBuilder {
     service: String,
     source: Source,
     options: Options,
+    running: RunningResolvers,
 }
 
 /// The keys to watch.
@@ -42,6 +44,7 @@ impl ResolverBuilder {
             service: service.to_owned(),
             source: Source::Service(keyspace.clone()),
             options: Options::new(policy),
+            running: RunningResolvers::default(),
         }
     }
 
@@ -51,7 +54,14 @@ impl ResolverBuilder {
             service: prefixes.join(", "),
             source: Source::Prefixes(prefixes.to_vec()),
             options: Options::new(policy),
+            running: RunningResolvers::default(),
         }
+    }
+
+    /// Sets the resolvers with which this one can share its watch.
+    pub(crate) fn sharing(mut self, running: &RunningResolvers) -> Self {
+        self.running = running.clone();
+        self
     }
 
     /// Sets the only format that the resolver reads. A resolver of a service then watches the prefix at which this format stores the
@@ -189,6 +199,7 @@ impl ResolverBuilder {
             etcd,
             service,
             options,
+            running,
             ..
         } = self;
         let (prefixes, trouble) = match prefixes {
@@ -205,7 +216,7 @@ impl ResolverBuilder {
                 )
             }
         };
-        let ranges = prefixes
+        let ranges: Vec<_> = prefixes
             .iter()
             .map(|prefix| Range::prefix(prefix))
             .collect();
@@ -213,7 +224,16 @@ impl ResolverBuilder {
             .cache_dir
             .as_ref()
             .map(|directory| Cache::new(directory, &service, prefixes));
-        Resolver::start(&etcd, service, ranges, options, file, trouble)
+        running.join_or_start(&service, &ranges, &options, || {
+            Resolver::start(
+                &etcd,
+                service.clone(),
+                ranges.clone(),
+                options.clone(),
+                file,
+                trouble,
+            )
+        })
     }
 
     /// Returns the prefixes to watch, or the reason why the service name or the prefixes are invalid.

@@ -50,7 +50,7 @@ struct Rejected {
 }
 
 /// The limits on a set of instances. Keys beyond a limit are rejected, so that a writer cannot fill the memory of every client.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Limit {
     pub(super) keys: usize,
     pub(super) bytes: usize,

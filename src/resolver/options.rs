@@ -11,7 +11,7 @@ use crate::format::Decoder;
 use crate::instance::Instance;
 
 /// The options that a [`ResolverBuilder`](super::ResolverBuilder) sets.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct Options {
     pub(super) decoder: Decoder,
     pub(super) hold: Option<Duration>,
@@ -35,6 +35,13 @@ impl Filter {
 
     pub(super) fn accepts(&self, instance: &Instance) -> bool {
         (self.0)(instance)
+    }
+}
+
+/// Two filters are equal if they are clones of each other, because functions cannot be compared.
+impl PartialEq for Filter {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
     }
 }
 

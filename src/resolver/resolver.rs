@@ -63,7 +63,7 @@ pub struct Resolver {
 
 /// Aborts the tasks when the last subscription is dropped.
 #[derive(Debug)]
-struct Tasks(Vec<AbortHandle>);
+pub(super) struct Tasks(Vec<AbortHandle>);
 
 impl Drop for Tasks {
     fn drop(&mut self) {
@@ -108,12 +108,27 @@ impl Resolver {
             let task = task::run(etcd.clone(), machine, Arc::clone(&core), index, reported);
             tasks.push(tokio::spawn(task.instrument(span)).abort_handle());
         }
+        let feedback = ResolverFeedback::new(prefixes);
+        Self::subscribed(core, Arc::new(Tasks(tasks)), feedback)
+    }
+
+    /// Creates a subscription.
+    pub(super) fn subscribed(
+        core: Arc<Core>,
+        tasks: Arc<Tasks>,
+        feedback: ResolverFeedback,
+    ) -> Self {
         Self {
             subscription: core.subscribe(),
             core,
-            tasks: Arc::new(Tasks(tasks)),
-            feedback: ResolverFeedback::new(prefixes),
+            tasks,
+            feedback,
         }
+    }
+
+    /// Returns the parts that all subscriptions share.
+    pub(super) fn parts(&self) -> (&Arc<Core>, &Arc<Tasks>, &ResolverFeedback) {
+        (&self.core, &self.tasks, &self.feedback)
     }
 
     /// Returns the policy for the addresses of instances.
@@ -188,12 +203,8 @@ impl Resolver {
 
 impl Clone for Resolver {
     fn clone(&self) -> Self {
-        Self {
-            subscription: self.core.subscribe(),
-            core: Arc::clone(&self.core),
-            tasks: Arc::clone(&self.tasks),
-            feedback: self.feedback.clone(),
-        }
+        let (core, tasks) = (Arc::clone(&self.core), Arc::clone(&self.tasks));
+        Self::subscribed(core, tasks, self.feedback.clone())
     }
 }
 

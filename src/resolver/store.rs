@@ -371,6 +371,16 @@ impl Core {
         self.announce(None, Vec::new());
     }
 
+    /// Returns whether the task of a prefix has ended, so that the instances no longer change.
+    pub(super) fn has_ended(&self) -> bool {
+        let shared = self.lock();
+        let mut troubles = shared
+            .reports
+            .iter()
+            .filter_map(|report| report.trouble.as_ref());
+        troubles.any(|error| error.kind() == EtcdErrorKind::TaskEnded)
+    }
+
     /// Ends the holds whose deadline has passed. Returns the deadline of the next hold.
     pub(super) fn release(&self, now: Instant) -> Option<Instant> {
         let mut shared = self.lock();

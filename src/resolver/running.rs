@@ -1,0 +1,100 @@
+//! The running resolvers of a registry. Resolvers of the same keys, with the same options, share one watch and one set of instances.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use tokio::runtime::{Handle, Id};
+
+use super::feedback::ResolverFeedback;
+use super::options::Options;
+use super::resolver::{Resolver, Tasks};
+use super::store::Core;
+use crate::keyspace::Range;
+
+/// The running resolvers of a registry and of its clones.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct RunningResolvers(Arc<Mutex<Running>>);
+
+#[derive(Debug, Default)]
+struct Running {
+    by_service: HashMap<String, Vec<Entry>>,
+    /// The number of services above which the map is searched for services without a resolver.
+    prune_above: usize,
+}
+
+/// A resolver, as long as a clone of it exists.
+#[derive(Debug)]
+struct Entry {
+    /// The runtime of the tasks. Resolvers on another runtime do not share them: their set would no longer change after that runtime has
+    /// ended.
+    runtime: Id,
+    ranges: Vec<Range>,
+    options: Options,
+    core: Weak<Core>,
+    tasks: Weak<Tasks>,
+    feedback: ResolverFeedback,
+}
+
+impl Entry {
+    fn is_alive(&self) -> bool {
+        self.tasks.strong_count() > 0
+    }
+
+    /// Returns a further subscription. Returns `None` if the resolver has ended.
+    fn join(&self) -> Option<Resolver> {
+        let (tasks, core) = (self.tasks.upgrade()?, self.core.upgrade()?);
+        if core.has_ended() {
+            return None;
+        }
+        Some(Resolver::subscribed(core, tasks, self.feedback.clone()))
+    }
+}
+
+impl RunningResolvers {
+    /// Returns a subscription to the running resolver of these keys, or else starts one.
+    pub(super) fn join_or_start(
+        &self,
+        service: &str,
+        ranges: &[Range],
+        options: &Options,
+        start: impl FnOnce() -> Resolver,
+    ) -> Resolver {
+        let runtime = Handle::current().id();
+        // The lock is held during the start, so that two concurrent starts do not begin two watches.
+        let mut running = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let entries = running.by_service.entry(service.to_owned()).or_default();
+        entries.retain(Entry::is_alive);
+        let is_same = |entry: &&Entry| {
+            entry.runtime == runtime && entry.ranges == ranges && entry.options == *options
+        };
+        if let Some(joined) = entries.iter().filter(is_same).find_map(Entry::join) {
+            return joined;
+        }
+        let resolver = start();
+        let (core, tasks, feedback) = resolver.parts();
+        entries.push(Entry {
+            runtime,
+            ranges: ranges.to_vec(),
+            options: options.clone(),
+            core: Arc::downgrade(core),
+            tasks: Arc::downgrade(tasks),
+            feedback: feedback.clone(),
+        });
+        running.prune();
+        resolver
+    }
+}
+
+impl Running {
+    /// Removes the services without a resolver, from time to time. A program may use names that it does not use again.
+    fn prune(&mut self) {
+        if self.by_service.len() <= self.prune_above {
+            return;
+        }
+        self.by_service
+            .retain(|_, entries| entries.iter().any(Entry::is_alive));
+        self.prune_above = self.by_service.len() * 2 + PRUNE_MIN;
+    }
+}
+
+const PRUNE_MIN: usize = 16;
