@@ -106,11 +106,15 @@ impl Process {
             sleep(Duration::from_millis(50)).await;
         }
         let exact = self.exact();
+        let states = self.registrations.iter().map(Registration::state);
+        let unregistered: Vec<_> = states.filter(|state| !state.is_registered()).collect();
         let wrong = self.resolvers.iter().find(|resolver| {
             resolver.status().state != ResolverState::Fresh || resolver.instances().len() != 2
         });
         panic!(
-            "only {exact} of {SERVICES} sets are exact after {bound:?}; for example {:?}",
+            "{exact} of {SERVICES} sets are exact after {bound:?}, {} registrations are not registered; for example {:?} {:?}",
+            unregistered.len(),
+            unregistered.first(),
             wrong.map(|resolver| (resolver.status(), resolver.instances()))
         );
     }

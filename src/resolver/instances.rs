@@ -155,7 +155,8 @@ impl Instances {
     /// however often a list contains it.
     fn reject(&mut self, kv: KeyValue, error: FormatError, applied: &mut Applied) {
         let is_known = self.keys.contains_key(&kv.key);
-        if !is_known && self.keys.len() >= self.limit.keys.saturating_add(REJECTED) {
+        // Keys without a good value are not in `used`.
+        if !is_known && self.keys.len() - self.used >= REJECTED {
             // There is no room to record the write. It is counted, and is counted again with each list. `Instances::rejected` does not
             // return it.
             applied.rejected += 1;
@@ -281,7 +282,7 @@ impl Instances {
     }
 }
 
-/// Number of keys with rejected values that are kept in addition to the limit on keys, so that [`Instances::rejected`] can return them.
+/// Limit on the keys without a good value that are kept, so that [`Instances::rejected`] can return them.
 const REJECTED: usize = 1_000;
 
 /// Returns the create revision of an instance's key.

@@ -164,8 +164,8 @@ impl Resolver {
     }
 
     /// Returns the keys whose latest value is not used, because it cannot be decoded, because the address policy rejects its address, or
-    /// because it is over a limit. A further rejected key is only counted if the resolver already stores
-    /// [`max_keys`](crate::resolver::ResolverBuilder::max_keys) plus 1 000 keys, used and rejected keys together.
+    /// because it is over a limit. The resolver remembers at most 1 000 keys that never had a good value. Further rejected keys are counted,
+    /// but not returned.
     #[must_use]
     pub fn rejected(&self) -> Vec<RejectedKey> {
         self.core.rejected()

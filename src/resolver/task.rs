@@ -131,8 +131,8 @@ pub(super) async fn keep_cache(
             None => None,
         };
         let (instances, from) = match cached {
-            Some(cached) => (cached, "the cache"),
-            None => (seeds, "the seeds"),
+            Some(cached) if !cached.is_empty() => (cached, "the cache"),
+            _ => (seeds, "the seeds"),
         };
         let count = instances.len();
         if count > 0 && core.use_fallback(instances) {

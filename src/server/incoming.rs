@@ -57,12 +57,21 @@ impl Incoming {
     /// Returns a connection that the kernel has already accepted, if there is one. The socket is polled directly, because the runtime may
     /// not have received the readiness event yet.
     fn remaining(&mut self) -> Option<Connection> {
-        // The number is limited, so that a flood of new connections cannot keep the socket open.
-        self.remainder = self.remainder.checked_sub(1)?;
-        let (socket, _) = socket2::SockRef::from(&self.listener).accept().ok()?;
-        socket.set_nonblocking(true).ok()?;
-        let stream = TcpStream::from_std(socket.into()).ok()?;
-        Some(Connection::tcp(stream, &self.connections))
+        loop {
+            // The number is limited, so that a flood of new connections cannot keep the socket open.
+            self.remainder = self.remainder.checked_sub(1)?;
+            let accepted = socket2::SockRef::from(&self.listener).accept();
+            let opened = accepted.and_then(|(socket, _)| {
+                socket.set_nonblocking(true)?;
+                TcpStream::from_std(socket.into())
+            });
+            match opened {
+                Ok(stream) => return Some(Connection::tcp(stream, &self.connections)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+                // This connection is lost, for example because its client has given up, but the others are not.
+                Err(_) => {}
+            }
+        }
     }
 }
 

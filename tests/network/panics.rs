@@ -131,10 +131,11 @@ async fn a_connection_whose_task_has_panicked_is_replaced() {
     faulty.store(true, Ordering::SeqCst);
     // The task of the connection panics during this call. The call must end nevertheless.
     let outcome = say(&channel, ms(2_000)).await;
-    println!("{outcome:?}");
+    outcome.expect_err("the task of the connection must have panicked");
     faulty.store(false, Ordering::SeqCst);
     within(ms(5_000), "a new connection serves", async || {
         say(&channel, ms(500)).await.is_ok()
     })
     .await;
+    assert!(peer.connections() >= 2, "the connection must be replaced");
 }

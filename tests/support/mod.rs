@@ -16,7 +16,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tonic::transport::server::Router;
 use tonic::transport::{Channel, Server};
 use tonic_etcd::testing::Etcd;
@@ -144,7 +144,10 @@ pub async fn within(
 ) -> Duration {
     let start = Instant::now();
     loop {
-        if timeout(bound, condition()).await.unwrap_or_default() {
+        if timeout_at(start + bound, condition())
+            .await
+            .unwrap_or_default()
+        {
             return Instant::now().saturating_duration_since(start);
         }
         let waited = Instant::now().saturating_duration_since(start);

@@ -321,14 +321,18 @@ mod tests {
         }
     }
 
-    fn batched(seed: u64, is_fast: bool) -> Batched<Slow> {
-        let batched = Batched::new(Slow {
+    fn unstarted(seed: u64, is_fast: bool) -> Batched<Slow> {
+        Batched::new(Slow {
             rng: fastrand::Rng::with_seed(seed),
             taken: Vec::new(),
             writes: 0,
             is_vectored: seed.is_multiple_of(2),
             is_fast,
-        });
+        })
+    }
+
+    fn batched(seed: u64, is_fast: bool) -> Batched<Slow> {
+        let batched = unstarted(seed, is_fast);
         batched.start();
         batched
     }
@@ -413,8 +417,7 @@ mod tests {
 
     #[test]
     fn writes_before_the_task_starts_are_not_collected() {
-        let mut batched = batched(2, true);
-        batched.lock().is_batching = false;
+        let mut batched = unstarted(2, true);
         let mut cx = Context::from_waker(Waker::noop());
         let _ = Pin::new(&mut batched).poll_write(&mut cx, &[7; 16]);
         assert_eq!(batched.lock().io.taken.len(), 16);

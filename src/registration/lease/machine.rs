@@ -251,10 +251,18 @@ impl Machine {
     }
 
     fn begin_removal(&mut self, next: AfterRevoke) {
-        let leave_marker = match self.state {
+        let (leave_marker, next) = match self.state {
             State::Deregistered => return,
-            State::Leaving { leave_marker, .. } => leave_marker,
-            _ => self.has_leave_marker && self.live_entries().any(|entry| entry.held.is_some()),
+            // A pause must not turn a deregistration into a pause: a resume would then register a server that has stopped.
+            State::Leaving {
+                leave_marker,
+                next: AfterRevoke::Deregister,
+            } => (leave_marker, AfterRevoke::Deregister),
+            State::Leaving { leave_marker, .. } => (leave_marker, next),
+            _ => {
+                let is_known = self.live_entries().any(|entry| entry.held.is_some());
+                (self.has_leave_marker && is_known, next)
+            }
         };
         self.not_before = None;
         self.state = State::Leaving { leave_marker, next };

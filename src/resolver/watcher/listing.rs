@@ -14,6 +14,7 @@ impl Machine {
         match answer {
             Ok(page) => {
                 self.page_limit = (self.page_limit * 2).min(self.page_cap);
+                let is_first = listing.header.is_none();
                 let header = *listing.header.get_or_insert(page.header);
                 let more = page.more && !page.kvs.is_empty();
                 listing.next = page.kvs.last().map(|kv| kv.key.successor());
@@ -22,7 +23,7 @@ impl Machine {
                         .oversized
                         .extend(page.kvs.iter().map(KeyValue::named));
                 } else {
-                    if listing.kvs.is_empty() {
+                    if is_first {
                         let newest = page.kvs.iter().max_by_key(|kv| kv.mod_revision);
                         listing.check = newest.map(|kv| kv.key.clone());
                     }

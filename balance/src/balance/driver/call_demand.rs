@@ -68,7 +68,11 @@ impl Driver {
         subchannel: Subchannel<Ready>,
     ) -> Subchannel<Idle> {
         tracing::info!(%address, "closing a connection and dialling a new one");
-        subchannel.connection().endpoint().set_ejected(false);
+        // The connection may have been stalled, but the ejection of the endpoint outlasts it.
+        let entry = self.endpoints.get(address);
+        let ejected = entry.is_some_and(|entry| entry.ejection.is_ejected())
+            || self.quarantines.is_quarantined(address);
+        subchannel.connection().endpoint().set_ejected(ejected);
         self.close(id, subchannel);
         // The new connection takes over the subchannel's id, so later events of the old connection must not be applied to the new one.
         self.subchannels.forget_connection(id);

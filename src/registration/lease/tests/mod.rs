@@ -385,6 +385,25 @@ proptest! {
 }
 
 #[test]
+fn a_pause_and_a_resume_do_not_restore_a_server_that_is_being_deregistered() {
+    for lost in 0..4 {
+        let mut player = Player::registered(40);
+        player.machine.on_deregister();
+        for _ in 0..lost {
+            player.step(Fate::Lost);
+        }
+        player.machine.on_pause();
+        player.machine.on_resume();
+        let mut steps = 0;
+        while player.step(Fate::Good) != Command::End {
+            steps += 1;
+            assert!(steps < 20, "the machine must end: {:?}", player.machine);
+        }
+        assert_eq!(player.store.key, None);
+    }
+}
+
+#[test]
 fn a_restarted_server_takes_over_its_key_at_once() {
     let mut player = Player::new(1);
     player
