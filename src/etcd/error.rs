@@ -72,6 +72,10 @@ const TEXTS: &[(&str, EtcdErrorKind)] = &[
         EtcdErrorKind::ResponseTooLarge,
     ),
     ("request is too large", EtcdErrorKind::RequestTooLarge),
+    (
+        "too many operations in txn request",
+        EtcdErrorKind::RequestTooLarge,
+    ),
     // The text of grpc-go, which rejects the message before etcd receives it.
     (
         "received message larger than max",

@@ -9,25 +9,29 @@ use std::time::Duration;
 
 use etcd_client::proto::PbTxnOpResponse;
 use etcd_client::{Txn, TxnOp};
+use tokio::runtime::{Handle, Id};
 use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use super::cluster::Etcd;
 use super::decode::{header, key_value};
 use super::error;
 use super::kv::{self, OPERATIONS_MAX};
-use super::limits::MAX_MESSAGE;
+use super::limits::{DEADLINE, MAX_MESSAGE};
+use super::member_health::Traffic;
 use super::reconcile_batch::Pending;
 use crate::error::EtcdError;
 use crate::keyspace::{ListRequest, Page};
 
 /// Held by the task that collects a batch, until the task takes the batch. If the runtime of the task ends earlier, the drop of this value
-/// empties the batch, and the owner of each request sends the request alone. Without it, the requests of other runtimes would wait forever.
-struct Collection(Option<Etcd>);
+/// empties the batch, and the owner of each request sends the request alone.
+struct Collection(Option<(Etcd, Id)>);
 
 impl Drop for Collection {
     fn drop(&mut self) {
-        if let Some(etcd) = &self.0 {
-            drop(etcd.0.reconcile_batch.take());
+        if let Some((etcd, runtime)) = &self.0 {
+            drop(etcd.0.reconcile_batch.take(*runtime));
         }
     }
 }
@@ -36,42 +40,50 @@ impl Etcd {
     /// Reads one page as [`Etcd::list`] does. Requests that are made within 20 ms share transactions of up to [`OPERATIONS_MAX`] requests.
     /// A request that is the only one of its transaction is sent alone, as a list request.
     pub(crate) async fn reconcile(&self, request: &ListRequest) -> Result<Page, EtcdError> {
-        let (reply, answer) = oneshot::channel();
-        let request_of = request.clone();
-        let is_first = self.0.reconcile_batch.push(Pending {
-            request: request_of,
-            reply,
-        });
-        if is_first {
-            let mut collection = Collection(Some(self.clone()));
-            tokio::spawn(async move {
-                tokio::time::sleep(COLLECT).await;
-                let Some(etcd) = collection.0.take() else {
-                    return;
-                };
-                let mut batch = etcd.0.reconcile_batch.take();
-                while !batch.is_empty() {
-                    let rest = batch.split_off(batch.len().min(OPERATIONS_MAX));
-                    etcd.send_batch(batch).await;
-                    batch = rest;
-                }
-            });
+        let batch = &self.0.reconcile_batch;
+        if !batch.is_paused(Instant::now()) {
+            let runtime = Handle::current().id();
+            let (reply, answer) = oneshot::channel();
+            let pending = Pending {
+                request: request.clone(),
+                reply,
+            };
+            if batch.push(runtime, pending) {
+                let mut collection = Collection(Some((self.clone(), runtime)));
+                tokio::spawn(async move {
+                    tokio::time::sleep(COLLECT).await;
+                    if let Some((etcd, runtime)) = collection.0.take() {
+                        etcd.send_all(etcd.0.reconcile_batch.take(runtime)).await;
+                    }
+                });
+            }
+            // The resolver receives no message of its watch while it waits, so the wait is short.
+            if let Ok(Ok(answer)) = tokio::time::timeout(COLLECT + DEADLINE, answer).await {
+                return answer;
+            }
         }
-        match answer.await {
-            Ok(answer) => answer,
-            Err(_) => self.list(request).await,
+        self.list(request).await
+    }
+
+    /// Sends the requests in transactions, all at once.
+    async fn send_all(&self, mut batch: Vec<Pending>) {
+        // Resolvers that have ended no longer wait for a response.
+        batch.retain(|pending| !pending.reply.is_closed());
+        let mut transactions = JoinSet::new();
+        while !batch.is_empty() {
+            let rest = batch.split_off(batch.len().min(OPERATIONS_MAX));
+            let (etcd, one) = (self.clone(), std::mem::replace(&mut batch, rest));
+            transactions.spawn(async move { etcd.send_batch(one).await });
         }
+        transactions.join_all().await;
     }
 
     async fn send_batch(&self, batch: Vec<Pending>) {
-        // Resolvers that have ended no longer wait for a response.
-        let batch: Vec<_> = batch
-            .into_iter()
-            .filter(|pending| !pending.reply.is_closed())
-            .collect();
         if batch.len() < 2 {
             return;
         }
+        // A single attempt: if it fails, each request is repeated alone. The cause may be the transaction itself, for example a prefix that
+        // may not be read, a lower limit on its operations, or a proxy that does not support it.
         match self.list_all(&batch).await {
             Ok(pages) => {
                 // If the response is too short, the remaining requests are sent alone.
@@ -81,14 +93,9 @@ impl Etcd {
                     }
                 }
             }
-            // etcd is unavailable at present, so separate requests would fail as well.
-            Err(error) if error.kind().is_transient() => {
-                for pending in batch {
-                    let _ = pending.reply.send(Err(error.clone()));
-                }
-            }
             Err(error) => {
                 tracing::debug!(%error, "could not reconcile several services with one request");
+                self.0.reconcile_batch.pause(Instant::now() + PAUSE);
             }
         }
     }
@@ -96,7 +103,7 @@ impl Etcd {
     /// Reads one page for each request, all at one revision.
     async fn list_all(&self, batch: &[Pending]) -> Result<Vec<Option<Page>>, EtcdError> {
         const OPERATION: &str = "list";
-        self.call(OPERATION, |channel| {
+        self.attempt(Traffic::Keys, OPERATION, DEADLINE, |channel| {
             let gets = batch.iter().map(|pending| {
                 let start = pending.request.range.start.as_bytes();
                 TxnOp::get(start, Some(kv::list_options(&pending.request)))
@@ -132,3 +139,5 @@ impl Etcd {
 /// The time in which requests are collected. It is short, because the reconciliations of one registry are due at the same time (see
 /// [`Slots`](crate::slots::Slots)) and only their tasks wake up one after another.
 const COLLECT: Duration = Duration::from_millis(20);
+/// The time in which each request is sent alone after a failed transaction.
+const PAUSE: Duration = Duration::from_secs(600);

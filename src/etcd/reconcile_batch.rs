@@ -1,15 +1,26 @@
 //! The reconciliation requests that wait for the next transaction.
 
+use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use tokio::runtime::Id;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use crate::error::EtcdError;
 use crate::keyspace::{ListRequest, Page};
 
-/// The requests that wait for the next transaction.
+/// The requests that wait for the next transaction. Each runtime has its own batch: a runtime that is not driven at present must not delay
+/// the requests of another one.
 #[derive(Default)]
-pub(super) struct ReconcileBatch(Mutex<Vec<Pending>>);
+pub(super) struct ReconcileBatch(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    waiting: HashMap<Id, Vec<Pending>>,
+    /// The time until which requests are sent alone, because a transaction has failed.
+    paused_until: Option<Instant>,
+}
 
 pub(super) struct Pending {
     pub(super) request: ListRequest,
@@ -19,17 +30,26 @@ pub(super) struct Pending {
 
 impl ReconcileBatch {
     /// Adds a request. Returns whether it is the first one of a batch.
-    pub(super) fn push(&self, pending: Pending) -> bool {
-        let mut waiting = self.lock();
-        waiting.push(pending);
-        waiting.len() == 1
+    pub(super) fn push(&self, runtime: Id, pending: Pending) -> bool {
+        let mut state = self.lock();
+        let batch = state.waiting.entry(runtime).or_default();
+        batch.push(pending);
+        batch.len() == 1
     }
 
-    pub(super) fn take(&self) -> Vec<Pending> {
-        std::mem::take(&mut *self.lock())
+    pub(super) fn take(&self, runtime: Id) -> Vec<Pending> {
+        self.lock().waiting.remove(&runtime).unwrap_or_default()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Pending>> {
+    pub(super) fn pause(&self, until: Instant) {
+        self.lock().paused_until = Some(until);
+    }
+
+    pub(super) fn is_paused(&self, now: Instant) -> bool {
+        self.lock().paused_until.is_some_and(|until| now < until)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -3,7 +3,8 @@
 //! The unit of load balancing is the address. Several keys may contain the same address, for example after a restart under a new instance
 //! id. The key with the highest create revision then describes the address. The address is removed with its last key.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::hash_map::Entry as Slot;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::format::{Decoder, FormatError};
 use crate::instance::{Instance, KeyLocation};
@@ -17,9 +18,8 @@ use tonic_balance::Address;
 #[derive(Debug, Default)]
 pub(super) struct Instances {
     keys: BTreeMap<Key, Entry>,
-    /// The keys that contain each address, ordered by create revision. Nearly every address has one key, so the list is a `Vec`: the
-    /// smallest `BTreeSet` has memory for eleven entries.
-    addresses: HashMap<Address, Vec<(Revision, Key)>>,
+    /// The keys that contain each address, ordered by create revision.
+    addresses: HashMap<Address, Keys>,
     /// Total size, in bytes, of the keys that have a good value, and of these values.
     bytes: usize,
     /// Number of keys with a good value.
@@ -28,6 +28,53 @@ pub(super) struct Instances {
     /// The smallest size, in bytes, of a key and its value among those that were rejected because of a limit. `None` if none was rejected
     /// since [`Instances::take_room`] last returned true.
     smallest_over_limit: Option<usize>,
+}
+
+/// The keys that contain one address. Nearly every address has one key, and a set would have memory for eleven.
+#[derive(Debug)]
+enum Keys {
+    One((Revision, Key)),
+    Several(BTreeSet<(Revision, Key)>),
+}
+
+impl Keys {
+    fn insert(&mut self, key: (Revision, Key)) {
+        match self {
+            Self::One(known) if *known == key => {}
+            Self::One(known) => *self = Self::Several(BTreeSet::from([known.clone(), key])),
+            Self::Several(keys) => {
+                keys.insert(key);
+            }
+        }
+    }
+
+    /// Removes a key. Returns whether no key is left; the value must then be dropped.
+    fn remove(&mut self, key: &(Revision, Key)) -> bool {
+        match self {
+            Self::One(known) => known == key,
+            Self::Several(keys) => {
+                keys.remove(key);
+                keys.is_empty()
+            }
+        }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &Key> {
+        let (one, several) = match self {
+            Self::One((_, key)) => (Some(key), None),
+            Self::Several(keys) => (None, Some(keys)),
+        };
+        let several = several.into_iter().flatten().map(|(_, key)| key);
+        one.into_iter().chain(several)
+    }
+
+    /// Returns the key with the highest create revision.
+    fn newest(&self) -> Option<&Key> {
+        match self {
+            Self::One((_, key)) => Some(key),
+            Self::Several(keys) => keys.last().map(|(_, key)| key),
+        }
+    }
 }
 
 /// The state of one key.
@@ -143,10 +190,11 @@ impl Instances {
             }
         }
         let named = (created(&instance), kv.key);
-        let keys = self.addresses.entry(instance.address().clone());
-        let keys = keys.or_insert_with(|| Vec::with_capacity(1));
-        if let Err(position) = keys.binary_search(&named) {
-            keys.insert(position, named);
+        match self.addresses.entry(instance.address().clone()) {
+            Slot::Vacant(vacant) => {
+                vacant.insert(Keys::One(named));
+            }
+            Slot::Occupied(mut keys) => keys.get_mut().insert(named),
         }
         applied.changed.push(instance.address().clone());
     }
@@ -247,10 +295,7 @@ impl Instances {
         let Some(keys) = self.addresses.get_mut(before.address()) else {
             return false;
         };
-        if let Ok(position) = keys.binary_search(&(created(before), key.clone())) {
-            keys.remove(position);
-        }
-        let unnamed = keys.is_empty();
+        let unnamed = keys.remove(&(created(before), key.clone()));
         if unnamed {
             self.addresses.remove(before.address());
         }
@@ -259,13 +304,13 @@ impl Instances {
 
     /// Returns the keys that contain an address.
     pub(super) fn keys(&self, address: &Address) -> impl Iterator<Item = &Key> {
-        let keys = self.addresses.get(address).into_iter().flatten();
-        keys.map(|(_, key)| key)
+        let keys = self.addresses.get(address).into_iter();
+        keys.flat_map(Keys::iter)
     }
 
     /// Returns the instance at an address, if one is registered.
     pub(super) fn get(&self, address: &Address) -> Option<&Instance> {
-        let (_, key) = self.addresses.get(address)?.last()?;
+        let key = self.addresses.get(address)?.newest()?;
         self.keys.get(key)?.instance.as_ref()
     }
 

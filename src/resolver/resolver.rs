@@ -63,11 +63,21 @@ pub struct Resolver {
 
 /// Aborts the tasks when the last subscription is dropped.
 #[derive(Debug)]
-pub(super) struct Tasks(Vec<AbortHandle>);
+pub(super) struct Tasks {
+    handles: Vec<AbortHandle>,
+    options: Options,
+}
+
+impl Tasks {
+    /// Returns the options with which the resolver was started.
+    pub(super) fn options(&self) -> &Options {
+        &self.options
+    }
+}
 
 impl Drop for Tasks {
     fn drop(&mut self) {
-        for task in &self.0 {
+        for task in &self.handles {
             task.abort();
         }
     }
@@ -84,20 +94,17 @@ impl Resolver {
         etcd: &Etcd,
         service: String,
         ranges: Vec<Range>,
-        mut options: Options,
+        options: Options,
         file: Option<Cache>,
         trouble: Option<EtcdError>,
     ) -> Self {
         let reconcile = options.reconcile;
-        let (seeds, policy) = (
-            std::mem::take(&mut options.seeds),
-            options.decoder.policy.clone(),
-        );
-        let core = Arc::new(Core::new(service, ranges.len(), options, trouble));
-        let mut tasks = vec![tokio::spawn(task::release_holds(Arc::clone(&core))).abort_handle()];
+        let (seeds, policy) = (options.seeds.clone(), options.decoder.policy.clone());
+        let core = Arc::new(Core::new(service, ranges.len(), options.clone(), trouble));
+        let mut handles = vec![tokio::spawn(task::release_holds(Arc::clone(&core))).abort_handle()];
         if file.is_some() || !seeds.is_empty() {
             let task = task::keep_cache(Arc::clone(&core), file, seeds, policy);
-            tasks.push(tokio::spawn(task.in_current_span()).abort_handle());
+            handles.push(tokio::spawn(task.in_current_span()).abort_handle());
         }
         let mut prefixes = Vec::with_capacity(ranges.len());
         for (index, range) in ranges.into_iter().enumerate() {
@@ -106,10 +113,10 @@ impl Resolver {
             let (reports, reported) = super::feedback::channel();
             prefixes.push(reports);
             let task = task::run(etcd.clone(), machine, Arc::clone(&core), index, reported);
-            tasks.push(tokio::spawn(task.instrument(span)).abort_handle());
+            handles.push(tokio::spawn(task.instrument(span)).abort_handle());
         }
         let feedback = ResolverFeedback::new(prefixes);
-        Self::subscribed(core, Arc::new(Tasks(tasks)), feedback)
+        Self::subscribed(core, Arc::new(Tasks { handles, options }), feedback)
     }
 
     /// Creates a subscription.

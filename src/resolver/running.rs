@@ -29,9 +29,16 @@ struct Entry {
     /// ended.
     runtime: Id,
     ranges: Vec<Range>,
-    options: Options,
     core: Weak<Core>,
+    /// The tasks also have the options. An entry must not own them: a filter can own a resolver or a registry.
     tasks: Weak<Tasks>,
+    feedback: ResolverFeedback,
+}
+
+/// The parts of a running resolver.
+struct Found {
+    core: Arc<Core>,
+    tasks: Arc<Tasks>,
     feedback: ResolverFeedback,
 }
 
@@ -40,13 +47,16 @@ impl Entry {
         self.tasks.strong_count() > 0
     }
 
-    /// Returns a further subscription. Returns `None` if the resolver has ended.
-    fn join(&self) -> Option<Resolver> {
-        let (tasks, core) = (self.tasks.upgrade()?, self.core.upgrade()?);
-        if core.has_ended() {
+    fn find(&self, runtime: Id, ranges: &[Range], options: &Options) -> Option<Found> {
+        if self.runtime != runtime || self.ranges != ranges {
             return None;
         }
-        Some(Resolver::subscribed(core, tasks, self.feedback.clone()))
+        let (tasks, core) = (self.tasks.upgrade()?, self.core.upgrade()?);
+        (*tasks.options() == *options && !core.has_ended()).then(|| Found {
+            core,
+            tasks,
+            feedback: self.feedback.clone(),
+        })
     }
 }
 
@@ -60,22 +70,29 @@ impl RunningResolvers {
         start: impl FnOnce() -> Resolver,
     ) -> Resolver {
         let runtime = Handle::current().id();
-        // The lock is held during the start, so that two concurrent starts do not begin two watches.
+        // The lock is held during the start, so that two concurrent starts do not begin two watches. It is not held during a subscription,
+        // which calls the filter of the user.
         let mut running = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let entries = running.by_service.entry(service.to_owned()).or_default();
         entries.retain(Entry::is_alive);
-        let is_same = |entry: &&Entry| {
-            entry.runtime == runtime && entry.ranges == ranges && entry.options == *options
-        };
-        if let Some(joined) = entries.iter().filter(is_same).find_map(Entry::join) {
-            return joined;
+        let mut found = entries.iter();
+        let found = found.find_map(|entry| entry.find(runtime, ranges, options));
+        if let Some(Found {
+            core,
+            tasks,
+            feedback,
+        }) = found
+        {
+            drop(running);
+            // A resolver that waits after a failure tries again at once, as a new one would.
+            core.wake();
+            return Resolver::subscribed(core, tasks, feedback);
         }
         let resolver = start();
         let (core, tasks, feedback) = resolver.parts();
         entries.push(Entry {
             runtime,
             ranges: ranges.to_vec(),
-            options: options.clone(),
             core: Arc::downgrade(core),
             tasks: Arc::downgrade(tasks),
             feedback: feedback.clone(),

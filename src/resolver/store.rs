@@ -31,6 +31,8 @@ pub(super) struct Core {
     pub(super) held: Notify,
     /// Wakes the task that writes the cache.
     pub(super) changed: Notify,
+    /// Wakes the task of each prefix.
+    woken: Vec<Notify>,
 }
 
 #[derive(Debug)]
@@ -164,8 +166,10 @@ impl Shared {
             .into_values()
             .filter(|instance| self.registered.get(instance.address()).is_none())
             .collect();
-        self.hold.on_changes(addresses.clone(), Vec::new(), now);
-        let Outcome { released, news } = self.hold.on_changes(Vec::new(), unregistered, now);
+        let before = self.hold.on_changes(addresses.clone(), Vec::new(), now);
+        let after = self.hold.on_changes(Vec::new(), unregistered, now);
+        let released = before.released.into_iter().chain(after.released);
+        let news = after.news.or(before.news);
         (addresses.into_iter().chain(released).collect(), news)
     }
 
@@ -229,6 +233,7 @@ impl Core {
             shared: Mutex::new(shared),
             status,
             held: Notify::new(),
+            woken: (0..prefixes).map(|_| Notify::new()).collect(),
             changed: Notify::new(),
         }
     }
@@ -326,9 +331,14 @@ impl Core {
         if shared.registered.take_room() {
             // The rejected keys may belong to any prefix.
             shared.list_again.fill(true);
+            self.wake();
         }
         if shared.list_again.get_mut(index).is_some_and(std::mem::take) {
             machine.list_again(now);
+        }
+        // What the watch says about an address is newer than the cache.
+        for address in &applied.changed {
+            shared.fallback.remove(address);
         }
         let mut news = shared.on_applied(&mut applied, now);
         let mut wakers = shared.notify(&applied.changed);
@@ -371,14 +381,27 @@ impl Core {
         self.announce(None, Vec::new());
     }
 
+    /// Wakes the tasks of all prefixes, so that they handle a request to list again, or end a wait after a failure.
+    pub(super) fn wake(&self) {
+        for woken in &self.woken {
+            woken.notify_one();
+        }
+    }
+
+    /// Completes when the task of a prefix is woken.
+    pub(super) async fn woken(&self, index: usize) {
+        match self.woken.get(index) {
+            Some(woken) => woken.notified().await,
+            None => std::future::pending().await,
+        }
+    }
+
     /// Returns whether the task of a prefix has ended, so that the instances no longer change.
     pub(super) fn has_ended(&self) -> bool {
-        let shared = self.lock();
-        let mut troubles = shared
-            .reports
-            .iter()
-            .filter_map(|report| report.trouble.as_ref());
-        troubles.any(|error| error.kind() == EtcdErrorKind::TaskEnded)
+        // The status is read instead of the shared state, whose lock is held while a filter runs.
+        let status = self.status.borrow();
+        let error = status.last_error.as_ref();
+        error.is_some_and(|error| error.kind() == EtcdErrorKind::TaskEnded)
     }
 
     /// Ends the holds whose deadline has passed. Returns the deadline of the next hold.

@@ -48,7 +48,7 @@ pub(super) async fn run(
                 }
             }
             Command::Receive => {
-                receive(&etcd, &mut machine, &mut watch, &core, &mut reported).await
+                receive(&etcd, &mut machine, &mut watch, &core, index, &mut reported).await
             }
             Command::Check(key) => {
                 let answer = etcd.version(&key, machine.knows_value(&key)).await;
@@ -81,7 +81,10 @@ pub(super) async fn run(
             }
             Command::Wait(wait) => {
                 watch = None;
-                tokio::time::sleep(wait).await;
+                tokio::select! {
+                    () = tokio::time::sleep(wait) => {}
+                    () = core.woken(index) => {}
+                }
                 machine.on_wake()
             }
         };
@@ -193,6 +196,7 @@ async fn receive(
     machine: &mut Machine,
     watch: &mut Option<Watch>,
     core: &Core,
+    index: usize,
     reported: &mut mpsc::Receiver<Address>,
 ) -> Command {
     let Some(open) = watch else {
@@ -205,6 +209,7 @@ async fn receive(
         // messages, because no action of the timer is due again at once.
         () = due => return machine.on_time(Instant::now()),
         message = open.message() => message,
+        () = core.woken(index) => return Command::Receive,
         Some(address) = reported.recv() => {
             for key in core.lock().registered.keys(&address) {
                 machine.on_refused_connection(key, Instant::now());

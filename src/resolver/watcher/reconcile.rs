@@ -29,7 +29,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::machine::{Command, Machine, PAGE_LIMIT};
-use super::reconcile_schedule::{SETTLE, Suspect};
+use super::reconcile_schedule::{LIST_AGAIN_SPREAD, SETTLE, Suspect};
 use super::state::{KeyState, State};
 use crate::error::EtcdError;
 use crate::keyspace::{Event, Header, Key, KeyValue, ListRequest, Page, Range, Revision};
@@ -316,8 +316,6 @@ const SUSPECTS_MAX: usize = 100;
 /// The time over which the reads after reports are spread. When a server crashes, all of its clients detect it within the same
 /// milliseconds.
 const REPORT_SPREAD: Duration = Duration::from_secs(2);
-/// The time over which the lists that [`Machine::list_again`] schedules are spread.
-const LIST_AGAIN_SPREAD: Duration = Duration::from_secs(60);
 /// After a report that causes a read, further reports about the same key are ignored for this time.
 const REPORT_INTERVAL: Duration = Duration::from_secs(10);
 /// Limit on the number of pending reads. Further reports are dropped; an address that keeps refusing connections is reported again.

@@ -80,6 +80,10 @@ impl Reconciler {
         self.changes_since = None;
         // The time for the delivery of the suspects' changes (5 s) starts again, because the new watch possibly delivers a backlog first.
         self.settle_at = self.settle_at.map(|_| now + SETTLE);
+        // A list that became due during an outage is spread again, because it is due for all clients.
+        if self.list_again_at.is_some_and(|at| at <= now) {
+            self.list_again_at = Some(now + LIST_AGAIN_SPREAD.mul_f64(rng.f64()));
+        }
         let Some(interval) = self.interval else {
             return;
         };
@@ -148,6 +152,8 @@ impl Reconciler {
     }
 }
 
+/// The time over which the further lists of all clients are spread.
+pub(super) const LIST_AGAIN_SPREAD: Duration = Duration::from_secs(60);
 /// Number of slots in one interval. The services of a registry that are reconciled in the same slot (see [`Slots`]) send their requests for
 /// changes together, in transactions of up to a hundred services.
 const SLOTS: u32 = 16;

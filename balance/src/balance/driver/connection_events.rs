@@ -150,6 +150,8 @@ impl Driver {
             }
         };
         self.subchannels.insert(id, address.clone(), state);
+        // Whether the endpoint counts as ejected depends on its other connections.
+        self.update_ready_sets(&address);
         self.reclassify(&address);
     }
 }
