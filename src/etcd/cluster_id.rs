@@ -135,4 +135,25 @@ mod tests {
             tokio::time::advance(Duration::from_secs(60)).await;
         }
     }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_response_without_an_id_shows_nothing_about_the_cluster() {
+        let cluster = ClusterId::default();
+        check(&cluster, 7).expect("the first");
+        check(&cluster, 0).expect("a response without an id");
+        check(&cluster, 8).expect_err("another");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn responses_less_than_ten_seconds_apart_count_together() {
+        for (seconds, replaced) in [(9, true), (10, false)] {
+            let cluster = ClusterId::default();
+            check(&cluster, 7).expect("the first");
+            for _ in 0..2 {
+                check(&cluster, 8).expect_err("another");
+                tokio::time::advance(Duration::from_secs(seconds)).await;
+            }
+            assert_eq!(check(&cluster, 8).is_ok(), replaced, "{seconds}");
+        }
+    }
 }

@@ -182,4 +182,17 @@ mod tests {
         let fails = health.on_failure(&member(1), Traffic::Leases, Failure::Timeout, now);
         assert!(fails, "a second timeout must replace the connection");
     }
+
+    #[test]
+    fn one_watch_timeout_is_enough_and_a_response_ends_the_count() {
+        let (mut health, now) = (MemberHealth::default(), Instant::now());
+        let watch = Failure::StreamTimeout;
+        assert!(health.on_failure(&member(1), Traffic::Keys, watch, now));
+        for _ in 0..3 {
+            let silent = Failure::Timeout;
+            let replaced = health.on_failure(&member(2), Traffic::Keys, silent, now);
+            assert!(!replaced, "the timeouts are not consecutive");
+            health.on_answer(&member(2), Traffic::Keys);
+        }
+    }
 }

@@ -115,3 +115,59 @@ pub(super) fn check_weight(weight: u32) -> Result<(), String> {
         "the weight is {weight}; it must be from 1 to {MAX_WEIGHT}. To get no calls, pause the registration"
     ))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(format: Format, filler: usize) -> Result<Entry, FormatError> {
+        let address = "127.0.0.1:1".parse().expect("valid");
+        let mut advertisement = Advertisement::new(address);
+        if filler > 0 {
+            let filler = "x".repeat(filler);
+            advertisement.metadata.insert("a".to_owned(), filler);
+        }
+        let keys = ["/s/a".to_owned(), "/s/b".to_owned()];
+        Entry::new(
+            &keys,
+            Vec::new(),
+            advertisement,
+            format,
+            Duration::from_secs(15),
+        )
+    }
+
+    #[test]
+    fn weights_from_one_to_the_maximum_are_accepted() {
+        for (weight, accepted) in [
+            (0, false),
+            (1, true),
+            (MAX_WEIGHT, true),
+            (MAX_WEIGHT + 1, false),
+        ] {
+            assert_eq!(check_weight(weight).is_ok(), accepted, "{weight}");
+        }
+    }
+
+    /// Every later value of an accepted entry must be accepted by the readers.
+    #[test]
+    fn an_entry_has_room_for_the_maximum_weight_and_the_leave_marker() {
+        let accepted = (1..=MAX_VALUE).rev();
+        let mut accepted = accepted.filter_map(|filler| entry(Format::EtcdNaming, filler).ok());
+        let longest = accepted.next().expect("a short value is accepted");
+        let weighted = longest.weighted(MAX_WEIGHT).expect("within the limits");
+        assert_eq!(weighted.encode(0, true).len(), MAX_VALUE);
+    }
+
+    #[test]
+    fn only_a_format_with_a_leave_marker_has_another_value_for_a_leaving_server() {
+        for (format, has_leave_marker) in [(Format::EtcdNaming, true), (Format::Plain, false)] {
+            let entry = entry(format, 0).expect("valid");
+            assert_eq!(entry.has_leave_marker(), has_leave_marker);
+            for index in 0..2 {
+                let differs = entry.encode(index, true) != entry.encode(index, false);
+                assert_eq!(differs, has_leave_marker);
+            }
+        }
+    }
+}

@@ -163,9 +163,11 @@ impl Instances {
         };
         let bytes = kv.key.as_bytes().len() + kv.value.len();
         if let Err(error) = self.check_limit(&kv.key, bytes) {
+            let before = self.keys.get(&kv.key).map_or(0, |entry| entry.bytes);
+            let growth = bytes.saturating_sub(before);
             let smallest = self
                 .smallest_over_limit
-                .map_or(bytes, |least| least.min(bytes));
+                .map_or(growth, |least| least.min(growth));
             self.smallest_over_limit = Some(smallest);
             return self.reject(kv, error, applied);
         }
@@ -553,5 +555,83 @@ mod tests {
             1,
             "a key under another lease must be a change"
         );
+    }
+
+    #[test]
+    fn the_key_that_was_created_last_describes_its_address() {
+        let mut set = Instances::default();
+        let address = "1.1.1.1:1";
+        let keys = [("/s/b", 2), ("/s/a", 4), ("/s/c", 3)];
+        apply(&mut set, keys.map(|(key, at)| put(key, address, at, at, 7)));
+        assert_eq!(known(&set), ["a=1.1.1.1:1"]);
+        let keys: Vec<_> = set.keys(&address.parse().expect("valid")).collect();
+        let expected = ["/s/b", "/s/c", "/s/a"].map(Key::from);
+        assert_eq!(keys, expected.iter().collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn an_address_vanishes_with_its_last_key() {
+        for moves in [true, false] {
+            let mut set = Instances::default();
+            let keys = ["/s/a", "/s/b"];
+            apply(&mut set, keys.map(|key| put(key, "1.1.1.1:1", 2, 2, 7)));
+            for (key, last) in [("/s/a", false), ("/s/b", true)] {
+                let event = if moves {
+                    put(key, "2.2.2.2:2", 2, 3, 7)
+                } else {
+                    delete(key, 3)
+                };
+                let vanished = apply(&mut set, [event]).vanished;
+                let address = "1.1.1.1:1".parse().expect("valid");
+                assert_eq!(vanished.contains_key(&address), last, "{key}");
+                assert!(vanished.len() <= 1);
+            }
+        }
+    }
+
+    #[test]
+    fn the_limit_on_bytes_counts_the_last_good_value_of_each_key() {
+        let size = "/s/a1".len() + "10.0.0.1:80".len();
+        let mut set = Instances::new(Limit {
+            keys: 10,
+            bytes: 2 * size + 1,
+        });
+        let mut rejected = |key, value, at| apply(&mut set, [put(key, value, 1, at, 1)]).rejected;
+        assert_eq!(rejected("/s/a1", "10.0.0.1:80", 1), 0);
+        assert_eq!(rejected("/s/a2", "10.0.0.2:80", 2), 0);
+        assert_eq!(rejected("/s/a1", "10.0.0.1:801", 3), 0, "the exact limit");
+        assert_eq!(rejected("/s/a1", "10.0.0.1:8012", 4), 1);
+        assert!(!set.take_room(), "all bytes are used");
+        apply(&mut set, [delete("/s/a2", 5)]);
+        assert!(set.take_room());
+        let next = apply(&mut set, [put("/s/a3", "10.0.0.3:80", 6, 6, 1)]);
+        assert_eq!(next.rejected, 0);
+    }
+
+    #[test]
+    fn rejected_writes_beyond_the_limit_are_counted_but_not_kept() {
+        let mut set = Instances::new(Limit {
+            keys: 2,
+            bytes: 1_000,
+        });
+        let bad = |number: usize, at| put(&format!("/s/{number}"), "{", 1, at, 1);
+        let applied = apply(&mut set, (0..1_100).map(|number| bad(number, 1)));
+        assert_eq!(applied.rejected, 1_100);
+        assert_eq!(set.rejected().count(), REJECTED);
+        let applied = apply(&mut set, [bad(0, 2)]);
+        assert_eq!(applied.rejected, 1, "a key that is kept");
+        let latest = set.rejected().map(|(_, revision, _)| revision).max();
+        assert_eq!(latest, Some(Revision::new(2)));
+        let applied = apply(&mut set, [bad(2_000, 3)]);
+        let (key, ..) = applied.first_rejected.expect("a rejected write");
+        assert_eq!(key, Key::from("/s/2000"));
+    }
+
+    /// In a store that was restored, another write can have the same revision.
+    #[test]
+    fn a_rejected_write_of_another_lease_is_counted() {
+        let mut set = Instances::default();
+        let applied = apply(&mut set, [7, 8].map(|lease| put("/s/a", "{", 2, 3, lease)));
+        assert_eq!(applied.rejected, 2);
     }
 }

@@ -69,6 +69,10 @@ impl RunningResolvers {
         options: &Options,
         start: impl FnOnce() -> Resolver,
     ) -> Resolver {
+        if ranges.is_empty() {
+            // Nothing is watched, and each resolver has its own reason.
+            return start();
+        }
         let runtime = Handle::current().id();
         // The lock is held during the start, so that two concurrent starts do not begin two watches. It is not held during a subscription,
         // which calls the filter of the user.

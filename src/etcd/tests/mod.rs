@@ -7,6 +7,7 @@
 mod fake;
 mod fleet;
 #[cfg(feature = "testing")]
+mod key_watch;
 mod members;
 mod reconcile_batch;
 mod refusals;

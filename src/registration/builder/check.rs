@@ -168,8 +168,8 @@ impl RegistrationBuilder {
                 "the instance id is longer than {SERVICE_MAX} bytes"
             ));
         }
-        if id
-            .is_some_and(|id| id.is_empty() || id.contains('/') || id.chars().any(char::is_control))
+        if let Some(id) = id
+            && (id.is_empty() || id.contains('/') || id.chars().any(char::is_control))
         {
             return Err(format!(
                 "the instance id {id:?} is empty, or contains a slash or a control character"

@@ -257,6 +257,63 @@ fn held_instances_are_chosen_at_random() {
     assert_ne!(kept(1), kept(2), "clients must hold different instances");
 }
 
+/// A set is compared with its largest size of the last 10 s.
+#[test]
+fn a_removal_exactly_ten_seconds_ago_counts() {
+    for (millis, held) in [(10_000, true), (10_001, false)] {
+        let mut fleet = Fleet::of(4);
+        fleet.gone([0, 1]);
+        fleet.pass(millis);
+        fleet.gone([2]);
+        assert_eq!(fleet.hold.get(&address(2)).is_some(), held, "{millis}");
+    }
+}
+
+#[test]
+fn an_instance_that_was_not_registered_does_not_count() {
+    let mut fleet = Fleet::of(4);
+    fleet.gone(0..3);
+    assert_eq!(fleet.hold.len(), 1);
+    fleet.gone([20]);
+    assert_eq!(fleet.hold.len(), 1, "it is not held");
+    let mut fleet = Fleet::of(10);
+    fleet.gone(0..4);
+    fleet.left(20..28);
+    fleet.gone(4..6);
+    assert_eq!(fleet.hold.len(), 1, "it is no planned departure");
+}
+
+#[test]
+fn the_news_tell_whether_the_set_has_recovered() {
+    // Half is back after some holds have ended.
+    let mut fleet = Fleet::of(10);
+    fleet.gone(0..9);
+    fleet.pass(1_000);
+    fleet.gone([9]);
+    fleet.pass(29_000);
+    let removed = fleet.hold.on_time(fleet.now).released.len();
+    assert!(removed > 0 && fleet.hold.len() > 0);
+    let all = removed + fleet.hold.len();
+    let recovered = News::Recovered {
+        registered: 5,
+        removed: all,
+    };
+    assert_eq!(fleet.here(20..25).news, Some(recovered));
+    // The only held instance is back, but after planned departures that is less than half.
+    let mut fleet = Fleet::of(10);
+    fleet.gone(0..6);
+    let held: Vec<_> = (0..6)
+        .filter(|number| fleet.hold.get(&address(*number)).is_some())
+        .collect();
+    assert_eq!(held.len(), 1);
+    fleet.left([6, 7]);
+    let recovered = News::Recovered {
+        registered: 3,
+        removed: 0,
+    };
+    assert_eq!(fleet.here(held).news, Some(recovered));
+}
+
 /// A direct implementation of the rule that decides which instances are held. It keeps the whole history.
 #[derive(Debug, Default)]
 struct Model {

@@ -12,6 +12,7 @@ use super::*;
 use crate::error::{EtcdError, EtcdErrorKind};
 use crate::keyspace::{Event, Header, KeepAlive, Key, KeyValue, LeaseId, Revision};
 
+mod answers;
 mod taken_away;
 
 const TTL: Duration = Duration::from_secs(6);

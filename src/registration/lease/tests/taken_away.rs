@@ -3,18 +3,18 @@
 use super::*;
 
 /// A machine with two or more registered keys. Its commands are executed without faults.
-struct Pair {
-    machine: Machine,
-    now: Instant,
+pub(super) struct Pair {
+    pub(super) machine: Machine,
+    pub(super) now: Instant,
     revision: i64,
 }
 
 impl Pair {
-    fn registered() -> Self {
+    pub(super) fn registered() -> Self {
         Self::of(2)
     }
 
-    fn of(keys: usize) -> Self {
+    pub(super) fn of(keys: usize) -> Self {
         let mut pair = Self {
             machine: Machine::new(TTL, keys, true, fastrand::Rng::with_seed(1)),
             now: Instant::now(),
@@ -27,11 +27,11 @@ impl Pair {
         pair
     }
 
-    fn lease(&self) -> LeaseId {
+    pub(super) fn lease(&self) -> LeaseId {
         self.machine.lease.expect("the machine has a lease").id
     }
 
-    fn step(&mut self) -> Command {
+    pub(super) fn step(&mut self) -> Command {
         let command = self.machine.command(self.now);
         match command {
             Command::Grant { lease, .. } => {

@@ -22,8 +22,10 @@ use crate::keyspace::{
 };
 use crate::slots::Slots;
 
+mod lists;
 mod reconcile;
 mod table;
+mod watches;
 
 const PREFIX: &str = "/gRPC/greeter/";
 const RECONCILE: Duration = Duration::from_secs(60);

@@ -4,6 +4,8 @@ use proptest::prelude::{ProptestConfig, any, proptest};
 
 use super::*;
 
+mod limits;
+
 impl Player {
     /// Runs the machine for the given time, without faults.
     fn rest(&mut self, time: Duration) {
