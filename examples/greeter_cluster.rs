@@ -8,8 +8,8 @@
 //!
 //! The program ends after about twenty seconds. It fails if the client does not call the new
 //! server, or if the client calls the server that has shut down. It also fails if a call fails,
-//! except for the calls that fail around the time of the kill. At most 8 calls may fail at that
-//! time, because each of the 8 callers has at most one call in flight.
+//! with one exception: around the time of the kill, up to 8 calls are allowed to fail, because each
+//! of the 8 callers has at most one call in flight.
 #![allow(clippy::print_stdout, reason = "the example prints its results")]
 
 mod greeter;
@@ -145,7 +145,7 @@ async fn show() -> Result<(), Error> {
         tally.servers()
     );
     if tally.failed > 0 || tally.caught > CALLERS as u64 {
-        return Err("unexpected failed calls".into());
+        return Err("calls failed that the kill of beta does not explain".into());
     }
     Ok(())
 }
@@ -291,7 +291,8 @@ async fn until(what: &str, condition: impl Fn() -> bool) -> Result<(), Error> {
 struct ServerProcess {
     child: Child,
     /// The pipe to the standard input of the process. The process exits when the pipe is closed. If
-    /// `child` owned the pipe, `Child::wait` would close it.
+    /// `child` owned the pipe, `Child::wait` would close it, and the process would exit before its
+    /// graceful shutdown is complete.
     _stdin: Option<ChildStdin>,
 }
 

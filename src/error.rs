@@ -20,7 +20,7 @@ pub use tonic_balance::error::{AddressError, CallError, ChannelError};
 ///
 /// The text contains all causes, so [`source`](std::error::Error::source) returns `None`. [`status`](Self::status) returns the gRPC status.
 ///
-/// Clones share one error by a reference count, so that the status of a resolver or the state of a registration can keep the last error.
+/// A clone is a reference to the same error. So a resolver and a registration can keep their last error and return it repeatedly.
 #[derive(Clone, Debug)]
 pub struct EtcdError(Arc<Inner>);
 
@@ -215,8 +215,8 @@ impl EtcdErrorKind {
         )
     }
 
-    /// Returns whether only an operator can resolve the error. At the start of a registration, such an error is final. Later, the request
-    /// is retried after long waits.
+    /// Returns whether only an operator can resolve the error. At the start of a registration, such an error is final. Once the server is
+    /// registered, the request is retried after long waits.
     pub(crate) fn needs_operator(self) -> bool {
         self.is_refusal()
             || matches!(

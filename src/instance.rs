@@ -216,7 +216,7 @@ impl Instance {
 
     /// Returns the key from which the instance was read, or `None` for an instance that was not read from etcd.
     ///
-    /// If the lease or the create revision at an address changes, the server has registered anew: it was restarted, or it registered again.
+    /// If the lease or the create revision at an address changes, the server has registered again, with or without a restart.
     #[must_use]
     pub fn location(&self) -> Option<&KeyLocation> {
         self.data.location.as_ref()
@@ -287,8 +287,8 @@ impl Advertisement {
             .unwrap_or_default()
     }
 
-    /// Returns a description of the first attribute that differs between the two advertisements, if any. For the weight, it contains the
-    /// value.
+    /// Returns a description of the first attribute that differs between the two advertisements, if any. If this is the weight, the
+    /// description contains the weight of `self`.
     pub(crate) fn difference(&self, other: &Self) -> Option<String> {
         let first = |name: &str| Some(name.to_owned());
         if self.address != other.address {

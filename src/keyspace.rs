@@ -301,6 +301,7 @@ pub(crate) struct GuardedPut {
     pub(crate) key: Key,
     pub(crate) value: Vec<u8>,
     pub(crate) lease: LeaseId,
+    /// The mod revision that the key must still have; zero if the key must not exist.
     pub(crate) expected: Revision,
 }
 
@@ -324,7 +325,7 @@ pub(crate) struct WatchMessage {
     pub(crate) fragment: bool,
     pub(crate) created: bool,
     pub(crate) canceled: bool,
-    /// The oldest revision in the history of the store, if the watch requested an older one.
+    /// The oldest revision in the history of the store, if the watch requested an older revision.
     pub(crate) compacted: Option<Revision>,
     pub(crate) cancel_reason: String,
 }

@@ -264,8 +264,8 @@ impl AddressError {
     }
 }
 
-/// Returns a URL or an address in a form for errors and logs. If it contains an `@`, the part between the user name and the last `@` is
-/// replaced by `:***`, because it may be a password.
+/// Returns a URL or an address in a form for errors and logs. If the text contains an `@`, the part between the user name and the last `@`
+/// is replaced by `:***`, because this part may be a password.
 #[must_use]
 pub fn without_password(given: &str) -> Cow<'_, str> {
     let (scheme, rest) = match given.split_once("://") {

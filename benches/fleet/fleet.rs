@@ -47,8 +47,8 @@ pub struct Fleet {
     servers: Vec<Server>,
     /// Number of addresses that were used so far.
     addresses: u32,
-    /// Addresses of the instances that the operator wrote. A client whose set contains the last of these addresses has received all earlier
-    /// changes.
+    /// Addresses of the instances that the operator (an etcd client outside the fleet) wrote. A client whose set contains the last of these
+    /// addresses has received all earlier changes.
     canaries: Vec<String>,
 }
 
@@ -155,8 +155,8 @@ impl Fleet {
         self.canaries.clear();
     }
 
-    /// Waits until all clients and servers are right. A client is right if its set is fresh and consists of exactly the servers and the
-    /// canaries. A server is right if it is registered. Returns the times since `start`.
+    /// Waits until all clients and servers are right. A client is right if its set is [fresh](ResolverState::Fresh) and consists of exactly
+    /// the servers and the canaries. A server is right if it is registered. Returns the times since `start`.
     pub async fn right(&self, start: Instant, limit: Duration) -> Result<Right> {
         let servers = self
             .servers
@@ -180,7 +180,7 @@ impl Fleet {
                 is_wrong
             });
             if wrong.is_empty() {
-                // A client or server that was right before may be wrong again.
+                // A client or server that was right at an earlier check may be wrong by now.
                 wrong = all();
                 wrong.retain(|(_, member)| member.fault(&expected).is_some());
                 if wrong.is_empty() {

@@ -5,9 +5,10 @@
 //! cargo bench --bench fleet -- --number 300 restart wipe        # some scenarios, with 300 clients and 300 servers
 //! ```
 //!
-//! Clients and servers are real registries in this process: each client has one resolver, and each server one registration. etcd is real.
-//! It runs on a core of its own if the machine has several cores and `taskset` is installed. The figures of etcd are read from its
-//! `/metrics`, except the number of connections, which is read from `/proc/net/tcp`.
+//! All clients and servers run in this process, and each has a `Registry` of its own, with its own connections to etcd. A client has one
+//! resolver, and a server has one registration. etcd is a separate process. It runs on a core of its own if the machine has several cores
+//! and `taskset` is installed. The figures of etcd are read from its `/metrics`, except the number of connections, which is read from
+//! `/proc/net/tcp`.
 //!
 //! | Scenario | Actions |
 //! |---|---|
@@ -121,7 +122,7 @@ async fn services(options: &Options, at_once: bool) -> Result<()> {
     };
     let (received, sent) = process.rates();
     println!(
-        "one process, {services} services, {start}: fresh after {:?}; at rest {received:.2} messages/s to etcd and {sent:.2} from it (goal: under 1); {:.1} kB for each service with one instance (goal: under 16 kB)",
+        "one process, {services} services, {start}: all sets up to date after {:?}; at rest {received:.2} messages/s to etcd and {sent:.2} from it (goal: under 1); {:.1} kB for each service with one instance (goal: under 16 kB)",
         process.fresh,
         process.memory / services as f64 / 1e3
     );
@@ -144,7 +145,7 @@ async fn instances(options: &Options, metadata: bool) -> Result<()> {
         "only an address"
     };
     println!(
-        "one service, {instances} instances with {values}: fresh after {:?}; {:.2} kB for each instance (goal: under 1 kB)",
+        "one service, {instances} instances with {values}: the set is up to date after {:?}; {:.2} kB for each instance (goal: under 1 kB)",
         process.fresh,
         process.memory / instances as f64 / 1e3
     );
@@ -157,7 +158,8 @@ async fn scenarios(options: &Options, rows: &mut Vec<Row>) -> Result<()> {
     scenarios::passwords(options, rows).await
 }
 
-/// Prints the goals for a fleet, and whether the fleet has reached them.
+/// Prints the goals, and whether they are reached. The requests at rest are computed from the measured fleet for a fleet of `NUMBER`
+/// clients and `NUMBER` servers.
 fn goals(rows: &[Row]) {
     const NUMBER: usize = 10_000;
     let verdict = |is_reached: bool| if is_reached { "reached" } else { "missed" };
@@ -166,13 +168,13 @@ fn goals(rows: &[Row]) {
         if row.name == "rest" {
             let rate = row.rate(NUMBER);
             println!(
-                "at rest, {NUMBER} clients and servers: {rate:.0} requests/s (goal: under 1 000), {}",
+                "at rest, computed for {NUMBER} clients and {NUMBER} servers: {rate:.0} requests/s (goal: under 1 000), {}",
                 verdict(rate < 1e3)
             );
         }
         if let ("restart", Some(right)) = (row.name.as_str(), row.right) {
             println!(
-                "restart: all right after {:?} (goal: 10 s), {}",
+                "restart: all clients and servers are right after {:?} (goal: under 10 s), {}",
                 right.all,
                 verdict(right.all.as_secs() < 10)
             );
@@ -180,7 +182,7 @@ fn goals(rows: &[Row]) {
     }
 }
 
-/// Returns a client of the operator. Called before etcd requires passwords.
+/// Returns an etcd client without credentials, for [`roles`]. It works only until authentication is enabled.
 async fn client(etcd: &Etcd) -> etcd_client::Client {
     etcd_client::Client::connect(etcd.endpoints(), None)
         .await

@@ -85,8 +85,9 @@ pub async fn measure(options: &Options, shape: Shape) -> Result<Process> {
     let mut lines = BufReader::new(output).lines();
     let mut figure = async || -> Result<f64> {
         let line = timeout(PATIENCE, lines.next_line()).await;
-        let line =
-            line.map_err(|_| format!("{services} services are not fresh in {PATIENCE:?}"))?;
+        let line = line.map_err(|_| {
+            format!("the sets of {services} services are not up to date after {PATIENCE:?}")
+        })?;
         let line = line.ok().flatten().unwrap_or_default();
         line.parse().map_err(|error| {
             format!("read {line:?} from the process with {services} services: {error}")

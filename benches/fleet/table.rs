@@ -234,21 +234,21 @@ const HEADER: [&str; 19] = [
     "Watch events",
     "Authenticate",
     "Requests",
-    "Most in 1 s",
+    "Most requests in 1 s",
     "etcd CPU",
     "etcd memory",
     "Sent by etcd",
     "Lists",
     "Connections",
     "Watchers, streams",
-    "Right after: half, all",
+    "Time until half, all of the processes are right",
 ];
 
 const LEGEND: &str = "
 All figures are of etcd: of all members together, except the CPU in percent, which is of one core. \"Requests\" are all messages that etcd
 receives; each message of a stream counts. \"Watch requests\" create and cancel watchers; each has one response. \"Watch events\" are the other
-messages of watches, which etcd sends. \"Lists\" are complete lists by clients. \"Right after\" is the time until half and all of the processes
-are right: every client has exactly the registered servers and a key that was written during the scenario, and every server is registered.
+messages of watches, which etcd sends. \"Lists\" are complete lists by clients. Processes are clients and servers. A
+client is right if it has exactly the registered servers and all keys that the operator wrote. A server is right if it is registered.
 
 A computed row is linear in the number of clients and servers. Exceptions: a figure with \"*\" grows with clients times servers, because the
 servers change; a figure with \"+\" includes one request for every 500 keys of each list. A figure that is not linear and has no rule is

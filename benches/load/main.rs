@@ -265,5 +265,5 @@ async fn unequal() {
         }),
     ];
     let load = Load::mixed(32, 1_000, 100_000).warm_up(Duration::from_secs(1));
-    compare("L2: 4 equal endpoints, 90 % of the calls take 1 ms and 10 % 100 ms, 32 callers (latency of the short ones)", &load, &peers, Table::Latencies).await;
+    compare("L2: 4 equal endpoints, 90 % of the calls take 1 ms and 10 % take 100 ms, 32 callers (the latencies are those of the calls of 1 ms)", &load, &peers, Table::Latencies).await;
 }

@@ -280,10 +280,10 @@ pub async fn compare(title: &str, load: &Load, peers: &[Peer], table: Table) {
     println!("\n{title}\n");
     match table {
         Table::Ratios => println!(
-            "| peer | calls/s | CPU per call | p50 | calls/s x | CPU x | p50 x | failed |\n|---|---|---|---|---|---|---|---|"
+            "| peer | calls/s | CPU per call | p50 | ratio of calls/s | ratio of CPU per call | ratio of p50 | failed |\n|---|---|---|---|---|---|---|---|"
         ),
         Table::Latencies => println!(
-            "| peer | calls/s | p50 | p99 | p99.9 | calls/s x | failed |\n|---|---|---|---|---|---|---|"
+            "| peer | calls/s | p50 | p99 | p99.9 | ratio of calls/s | failed |\n|---|---|---|---|---|---|---|"
         ),
     }
     for (peer, own) in peers.iter().zip(&samples) {

@@ -27,7 +27,7 @@ const REST: Duration = Duration::from_millis(40);
 
 pub fn run() {
     println!(
-        "\nL5: the time from `put` to the first call that the new endpoint serves, and from `delete` to the last call (target: at most 2 x the time of a bare watch event, TCP and HTTP/2 connect, and call)\n"
+        "\nL5: the time from `put` until the new endpoint serves the first call, and from `delete` until the last call to the endpoint is sent (target: at most twice as long as a bare watch event, TCP and HTTP/2 connect, and call)\n"
     );
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -76,7 +76,7 @@ async fn measure() {
         beside_leaves.push(leave(&client, "beside", &beside, subject).await);
     }
     println!(
-        "| | since the request, p50 | p90 | x bare | since etcd's answer, p50 | p90 |\n|---|---|---|---|---|---|"
+        "| | since the request, p50 | p90 | ratio of p50 to bare | since etcd's answer, p50 | p90 |\n|---|---|---|---|---|---|"
     );
     print(
         "`put`, bare: event, connect, call",

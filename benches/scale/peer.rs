@@ -89,7 +89,7 @@ impl AsyncWrite for Peer {
     }
 }
 
-/// Sets a connector on the builder, so that every connection leads to an in-memory peer, for all addresses.
+/// Sets a connector with which every connection, to any address, leads to an in-memory peer.
 pub fn in_memory<S>(builder: ChannelBuilder<S>, policy: LbPolicy) -> ChannelBuilder<S> {
     builder
         .policy(policy)

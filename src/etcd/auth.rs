@@ -35,8 +35,8 @@ struct Inner {
     issued: Mutex<Option<(Instant, Address)>>,
     /// Whether a registration needs the token to renew its lease.
     renews_leases: AtomicBool,
-    /// The largest number of keys that a resolver of this client has known. Each key belongs to a registered server, which probably
-    /// exchanges its own password with the same etcd.
+    /// The largest number of keys that a resolver of this client has known. Each key belongs to a registered server, which probably also
+    /// exchanges a password for a token of the same etcd.
     known_servers: AtomicUsize,
 }
 
@@ -97,19 +97,24 @@ impl Auth {
         self.0.known_servers.fetch_max(count, Ordering::Relaxed);
     }
 
-    /// Returns the longest wait before a rejected token is replaced; the actual wait is a random part of it. After a restart of etcd or a
-    /// change of its users, all processes exchange their passwords at the same time, and share the processor time of etcd. If a server does
-    /// not get a token within the TTL, its lease expires. A client without a token only uses an older set of instances for a while. So a
-    /// client that knows many servers waits longer than they do.
+    /// Returns the longest wait before a rejected token is replaced. The actual wait is a random time between zero and this limit.
+    ///
+    /// After a restart of etcd or a change of its users, all processes exchange their passwords at the same time, and share the processor
+    /// time of etcd. If a server does not get a token within the TTL, its lease expires. A client without a token only uses an older set of
+    /// instances for a while. So a client that knows many servers waits longer than the servers.
+    ///
+    /// `fastest` is the duration of the client's fastest exchange: the estimate of the time that etcd takes for one password hash.
     fn spread(&self, fastest: Duration) -> Duration {
         if self.0.renews_leases.load(Ordering::Relaxed) {
             return REFRESH_SPREAD;
         }
         let servers = self.0.known_servers.load(Ordering::Relaxed);
         let servers = u32::try_from(servers).unwrap_or(u32::MAX);
-        // If the process was started together with the fleet, even its fastest exchange took much longer than one hash. Without the limit,
-        // the wait would then be too long.
+        // If the process was started together with the fleet, even its fastest exchange took much longer than one hash. So the estimate is
+        // limited to `HASH_MAX`; otherwise the wait would be too long.
         let hash = fastest.min(HASH_MAX);
+        // The waits of clients are evenly distributed below this limit, so the mean wait is half of it. The factor 2 makes the mean wait as
+        // long as one core needs for the hashes of all servers.
         let hashes = hash.saturating_mul(servers).saturating_mul(2);
         hashes.clamp(REFRESH_SPREAD, CLIENT_SPREAD_MAX)
     }
@@ -282,12 +287,12 @@ impl Running {
 
 /// The state of the exchange of the credentials for a token.
 struct ExchangeState {
-    /// Whether an exchange was started before. The first exchange starts at once, and later exchanges are spread over time.
+    /// Whether the first exchange has been started. The first exchange starts at once. Each later exchange starts after a random wait.
     is_first_done: bool,
     /// The number of consecutive failures that may have cost etcd a password hash.
     failures: u32,
-    /// The last of these failures, and the end of the backoff after it. The backoff is necessary, because etcd continues to hash for
-    /// callers that have timed out: a fleet that retries without a backoff would never get a token.
+    /// The last failure after which a backoff was started, and the end of that backoff. The backoff is necessary, because etcd continues to
+    /// hash for callers that have timed out: a fleet that retries without a backoff would never get a token.
     last: Option<(Instant, EtcdError)>,
     backoff: Backoff,
     running: Option<Running>,
@@ -342,19 +347,19 @@ impl ExchangeState {
 
 const BACKOFF_FIRST: Duration = Duration::from_millis(500);
 const BACKOFF_MAX: Duration = Duration::from_secs(10);
-/// Age up to which a token counts as new: other members may not have received it yet, and [`Auth::refresh_client`] does not replace it
-/// again.
+/// Age up to which a token counts as new. A member other than the issuer may not have received a new token yet, and
+/// [`Auth::refresh_client`] does not replace a new token.
 const NEW_TOKEN_TIME: Duration = Duration::from_secs(1);
 /// The default of etcd's `--auth-token-ttl`.
 const DEFAULT_TOKEN_TTL: Duration = Duration::from_secs(300);
-/// The shortest interval over which the replacements of rejected tokens are spread. The wait counts against the 2 s deadline of the
-/// rejected request.
+/// The shortest interval over which the replacements of rejected tokens are spread. It is short, because a rejected request usually waits
+/// at most 2 s for the new token, including this wait.
 const REFRESH_SPREAD: Duration = Duration::from_millis(200);
-/// Limit on the assumed time of one password hash. It is a typical value: with its default settings, etcd takes 50 to 130 ms. A higher
-/// limit would delay the clients of a busy etcd longer than its hashes require.
+/// Limit on the estimated time of one password hash. With its default settings, etcd takes 50 to 130 ms for a hash. A higher limit would
+/// delay the clients of a busy etcd longer than the hashes require.
 const HASH_MAX: Duration = Duration::from_millis(100);
 /// Limit on the interval over which the exchanges of clients are spread: the default lease TTL. With a hash time of 100 ms, the interval
-/// reaches this limit at 75 known servers. In 15 s, one core computes 150 such hashes.
+/// reaches this limit at 75 known servers (2 * 75 * 100 ms).
 const CLIENT_SPREAD_MAX: Duration = Duration::from_secs(15);
 
 impl std::fmt::Debug for Auth {

@@ -201,7 +201,7 @@ impl Etcd {
             return;
         }
         match (&self.0.source, &watch.channel.service) {
-            // A watch ends with this error only after the member was silent for seconds, so its connection is replaced at once.
+            // A watch ends with this error only after the member was silent for seconds, so the connection to it is replaced at once.
             (Source::Members(members), Some(service))
                 if error.kind() == EtcdErrorKind::DeadlineExceeded =>
             {
@@ -216,7 +216,8 @@ impl Etcd {
         self.0.slots
     }
 
-    /// Returns the token in use. The caller passes it to [`Etcd::on_token_rejected`] if etcd rejects a watch that is opened now.
+    /// Returns the token in use. A caller that opens a watch keeps this token, and passes it to [`Etcd::on_token_rejected`] if etcd rejects
+    /// the watch.
     pub(crate) fn token(&self) -> Option<Token> {
         self.0.auth.token()
     }
@@ -227,8 +228,8 @@ impl Etcd {
         self.0.auth.set_renews_leases();
     }
 
-    /// Records how many registered servers a resolver of this client knows. The more there are, the longer the client may delay the
-    /// replacement of a rejected token, so that the servers, which must renew their leases, get their tokens first.
+    /// Records how many registered servers a resolver of this client knows. The more servers there are, the longer this client may delay
+    /// the replacement of a rejected token. So the servers, which must renew their leases, get their tokens first.
     pub(crate) fn on_known_servers(&self, count: usize) {
         self.0.auth.on_known_servers(count);
     }

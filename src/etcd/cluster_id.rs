@@ -19,9 +19,9 @@ pub(super) struct ClusterId(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    /// The id in the first response; 0 before it.
+    /// The id of the cluster in use; 0 until a response has an id.
     id: u64,
-    /// The responses from another cluster since the last response from this one.
+    /// The responses from another cluster since the last response from the cluster in use.
     others: Option<Others>,
 }
 
@@ -33,8 +33,8 @@ struct Others {
 }
 
 impl ClusterId {
-    /// Returns an error if the response is from a different cluster than earlier responses, unless that cluster now counts as the
-    /// replacement of the first one. Stores without cluster ids are accepted.
+    /// Returns an error if the response is from another cluster than the one in use. If the other cluster now counts as the replacement,
+    /// uses it from now on, and returns no error. Stores without cluster ids are accepted.
     pub(super) fn check(
         &self,
         header: Header,
@@ -50,7 +50,8 @@ impl ClusterId {
             }
             return Ok(());
         }
-        // A longer pause between two responses does not show that the first cluster is silent, because the client may have been idle.
+        // Only responses less than `PAUSE` apart are counted together: during a longer pause, the client may have been idle, so the pause
+        // does not show that the first cluster is silent.
         let recent = state
             .others
             .filter(|others| now.saturating_duration_since(others.last) < PAUSE);

@@ -1,7 +1,7 @@
 //! The failure records of members. Requests avoid a member with recent failures while other members are available.
 //!
-//! The channel only observes connections, and the connection of a failing member may look healthy. A member that has lost its cluster, is
-//! not an etcd, or has a stalled disk can be recognised only by its responses or by the lack of them.
+//! The balanced channel observes only connections, and the connection to a failing member may look healthy. A member that has lost its
+//! cluster, is not an etcd, or has a stalled disk can be recognised only by its responses or by the lack of them.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -32,7 +32,7 @@ struct FailureRecord {
     unanswered: [u32; 2],
 }
 
-/// The failure of a member.
+/// The kind of a failure of a member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Failure {
     /// The member returned an error, or its connection broke.

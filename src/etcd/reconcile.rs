@@ -1,6 +1,6 @@
 //! Sends the reconciliation requests of several services as one transaction. A resolver periodically reconciles its service: it compares
 //! the keys in etcd with those that it knows, to find changes that its watch has not delivered. Without this module, a process with a
-//! thousand services would send several requests per second at rest.
+//! thousand services would send several requests per second even while no key changes.
 //!
 //! A batch must not let one service affect another: if etcd rejects the transaction, for example because of the permissions on one prefix,
 //! each service sends its own request.
@@ -24,8 +24,8 @@ use super::reconcile_batch::Pending;
 use crate::error::EtcdError;
 use crate::keyspace::{ListRequest, Page};
 
-/// Held by the task that collects a batch, until the task takes the batch. If the runtime of the task ends earlier, the drop of this value
-/// empties the batch, and the owner of each request sends the request alone.
+/// A drop guard of the task that collects a batch. The task disarms the guard when it takes the batch. If the runtime of the task ends
+/// before that, the guard is dropped and empties the batch, and the owner of each request sends the request alone.
 struct Collection(Option<(Etcd, Id)>);
 
 impl Drop for Collection {
@@ -86,7 +86,7 @@ impl Etcd {
         // may not be read, a lower limit on its operations, or a proxy that does not support it.
         match self.list_all(&batch).await {
             Ok(pages) => {
-                // If the response is too short, the remaining requests are sent alone.
+                // A request without a page in the response is sent alone by its owner.
                 for (pending, page) in batch.into_iter().zip(pages) {
                     if let Some(page) = page {
                         let _ = pending.reply.send(Ok(page));
@@ -136,8 +136,8 @@ impl Etcd {
     }
 }
 
-/// The time in which requests are collected. It is short, because the reconciliations of one registry are due at the same time (see
-/// [`Slots`](crate::slots::Slots)) and only their tasks wake up one after another.
+/// The time in which requests are collected. It can be short: the reconciliations of one registry are due at the same time (see
+/// [`Slots`](crate::slots::Slots)), so their requests are only as far apart as the wake-ups of their tasks.
 const COLLECT: Duration = Duration::from_millis(20);
 /// The time in which each request is sent alone after a failed transaction.
 const PAUSE: Duration = Duration::from_secs(600);

@@ -24,7 +24,7 @@ struct State {
 
 pub(super) struct Pending {
     pub(super) request: ListRequest,
-    /// Receives the response. If it is dropped without a response, the owner of the request sends the request alone.
+    /// Sends the response to the owner of the request. If this sender is dropped unused, the owner sends the request alone.
     pub(super) reply: oneshot::Sender<Result<Page, EtcdError>>,
 }
 

@@ -142,7 +142,7 @@ pub(super) async fn with_deadline<T>(
 /// Maximum number of attempts. If one of three members is dead and another one is frozen, five attempts still reach the third member twice.
 const MAX_ATTEMPTS: u32 = 5;
 /// Wait after the first attempt, if there is a single member. It doubles after each further attempt and is jittered, so the four waits
-/// between five attempts take 1.1 to 2.2 s in total.
+/// between five attempts take 1.1 to 2.2 s in total. With several members, the waits before every member has had an attempt are omitted.
 const RETRY_STEP: Duration = Duration::from_millis(150);
 /// Wait after the first attempt if the cluster has no leader. It doubles after each further attempt and is jittered, so the four waits take
 /// 3 to 6 s in total. Within that time, a cluster with the default election timeout of 1 s elects a leader even if the first vote is split.

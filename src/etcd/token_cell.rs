@@ -14,7 +14,7 @@ pub(crate) struct Credentials {
 /// A token as a header value. Two tokens are the same if they share one allocation.
 pub(crate) type Token = Arc<HeaderValue>;
 
-/// The cell with the token in use. Clones share the cell: `auth` writes the token, and every request reads it.
+/// The cell with the token in use. Clones share the cell. The module `auth` writes the token, and every request reads it.
 #[derive(Clone, Default)]
 pub(super) struct TokenCell(Arc<ArcSwapOption<HeaderValue>>);
 

@@ -4,7 +4,7 @@
 //! After a restart in which etcd loses its tokens, all clients exchange their credentials at the same time. If each client timed out after
 //! 2 s and tried again, a server with a single core would compute hashes only for abandoned requests. So an exchange runs in a separate
 //! task, which continues after the requests that wait for it have timed out. If the task sends a second request, the first one stays open,
-//! and the answer that arrives first is used.
+//! and the first answer that is not a transient error is used.
 
 use std::time::Duration;
 
@@ -177,7 +177,7 @@ async fn answer(requests: &mut JoinSet<Answer>) -> Option<Answer> {
 /// Time between a failure and the request to another member.
 const NEXT_MEMBER_DELAY: Duration = Duration::from_millis(150);
 
-/// If there is a single member: time after which a second request is sent to it. In this time, one core computes 100 hashes of 80 ms each.
+/// Time after which a second request is sent to the member, if there is only one. In this time, one core computes 100 hashes of 80 ms each.
 const SINGLE_MEMBER_WAIT: Duration = Duration::from_secs(8);
 /// Maximum duration of an exchange. In this time, one core computes 1 500 hashes of 80 ms each: two requests of each of 750 clients.
 const EXCHANGE_LIMIT: Duration = Duration::from_secs(120);

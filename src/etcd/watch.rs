@@ -23,8 +23,8 @@ pub(crate) struct Watch {
     guard: WatchGuard,
     /// Number of watchers that the server has not created yet.
     uncreated: usize,
-    /// `None` until [`message`](Self::message) has returned an error. Then true if the caller must not record the error as a failure of the
-    /// member, because another watch of the same stream has recorded the failure, or because the error shows nothing about the member. All
+    /// `None` until [`message`](Self::message) has returned an error. Afterwards, the flag is true if the caller must not record the error
+    /// as a failure of the member: another watch of the same stream has recorded it, or the error shows nothing about the member. All
     /// watches of a stream that has ended share the flag.
     is_reported: Option<Arc<AtomicBool>>,
     opened: Instant,
@@ -63,7 +63,7 @@ impl Watch {
     pub(crate) async fn message(&mut self) -> Result<WatchMessage, EtcdError> {
         let received = if self.uncreated > 0 {
             // The task of the stream has shorter timeouts, but they are not sufficient: they do not fire if no thread drives the runtime of
-            // the task, and messages of other watches restart them.
+            // the task, and each message for another watch on the stream restarts them.
             let received = timeout_at(self.opened + CREATED, self.deliveries.recv()).await;
             let Ok(received) = received else {
                 self.is_reported = Some(Arc::new(AtomicBool::new(true)));

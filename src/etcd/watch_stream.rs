@@ -1,7 +1,7 @@
 //! Shared watch streams: all watches of a client are multiplexed on few streams.
 //!
-//! One stream per watch does not scale. Servers and proxies limit the streams of a connection (`--max-concurrent-streams`): watches beyond
-//! the limit would wait forever, together with reads and writes on the same connection. Each silent stream also costs a probe now and then:
+//! One stream per watch does not scale. Servers and proxies limit the streams of a connection (`--max-concurrent-streams`). Watches beyond
+//! the limit would wait forever, and so would reads and writes on the same connection. Each silent stream also costs a probe now and then:
 //! a request that shows whether the stream still works. So watches share streams. One task owns each stream, and delivers each message to
 //! the watch that the message is for. A watch has one watcher at the server for each of its ranges.
 //!
@@ -36,7 +36,7 @@ pub(super) struct WatchStreams(Arc<Shared>);
 #[derive(Debug, Default)]
 struct Shared {
     cluster: Arc<ClusterId>,
-    /// Held while a stream is opened, so that watches that start at the same time share one stream.
+    /// Locked while a stream is opened, so that watches that start at the same time share one stream.
     opening: tokio::sync::Mutex<()>,
     open: Mutex<Vec<OpenStream>>,
 }
@@ -92,7 +92,7 @@ struct Subscriber {
     ranges: Vec<Range>,
     from: Option<Revision>,
     deliveries: mpsc::UnboundedSender<Delivery>,
-    /// Estimated number of bytes of the messages that are queued for the watch: its owner has not received them yet.
+    /// Estimated number of bytes of the queued messages: those that the owner of the watch has not received yet.
     backlog: Arc<AtomicUsize>,
 }
 
@@ -530,8 +530,8 @@ impl Task {
                 return Ok(());
             }
             if message.canceled && self.watchers.contains_key(&id) {
-                // A probe with the id of an existing watcher was rejected, but not because its id is in use. Up to etcd 3.4.21 and 3.5.5,
-                // the rejection has the id of the existing watcher, and etcd sends no more events of that watcher.
+                // A probe with the id of an existing watcher was rejected, for another reason than the duplicate id. Up to etcd 3.4.21 and
+                // 3.5.5, the rejection has the id of the existing watcher, and etcd sends no more events of that watcher.
                 let kind = EtcdErrorKind::Unavailable;
                 let reason = format!("a probe was rejected: {}", message.cancel_reason);
                 return Err(EtcdError::new(kind, "watch", &self.endpoint(), reason));
@@ -621,11 +621,11 @@ impl Task {
         }
     }
 
-    /// Requests a watcher. The answer, or any other message, shows that the stream works.
+    /// Sends a probe: a request for a watcher. The answer, or any other message, shows that the stream works.
     ///
-    /// The request has the id of an existing watcher. etcd rejects the request with one message, so a probe costs one request and one
-    /// answer. If the server chooses the ids itself, or may reject the token of the stream, the request has a new id. The server then
-    /// creates a watcher, which receives no events and is cancelled as soon as it is created.
+    /// Usually, the request has the id of an existing watcher. etcd rejects it with one message, so a probe costs one request and one
+    /// answer. If no watcher exists, if the server chooses the ids itself, or if it may reject the token of the stream, the request has a
+    /// new id. The server then creates a watcher, which receives no events and is cancelled as soon as it is created.
     ///
     /// A progress request cannot be the probe: from 3.5.22 and 3.6.2 on, etcd does not answer it on a quiet watch.
     async fn send_probe(&mut self) -> Result<(), EtcdError> {
@@ -663,10 +663,10 @@ impl Task {
         let has_cause = self.subscribers.values().any(|watched| watched.is_behind);
         let is_reported = Arc::new(AtomicBool::new(false));
         for watched in self.subscribers.into_values() {
-            // Only history makes a message too large, so a watch that has received its history is not the cause. It gets a different error,
-            // after which its owner resumes the watch and does not list the keys.
+            // Only history makes a message too large, so a watch that has received its history is not the cause. Such a watch gets a
+            // different error, after which its owner resumes the watch and does not list the keys.
             let error = if is_too_large && has_cause && !watched.is_behind {
-                let reason = "another watch's message on the stream was too large";
+                let reason = "a message for another watch on the stream was too large";
                 let kind = EtcdErrorKind::Unavailable;
                 EtcdError::new(kind, "watch", &self.channel.endpoint(), reason)
             } else {
@@ -747,11 +747,13 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
 const DUPLICATE: &str = "duplicate watch";
 /// Limit on the watchers of one stream, because a long message delays all watchers of its stream.
 const MAX_WATCHERS: usize = 1_000;
-/// Maximum number of requests for watchers that are not answered yet. The queue of `etcd-client` has room for 100 requests.
+/// Maximum number of requests for watchers that are not answered yet. All of them fit into the queue of `etcd-client`, which has room for
+/// 100 requests.
 const MAX_UNANSWERED: usize = 64;
 /// The id of the first watcher of a stream. With 0, the server would choose the id.
 const FIRST_ID: i64 = 1;
-/// Limit on the bytes of the messages that are queued for a watch. A single message may exceed this limit.
+/// Limit on the estimated bytes of the messages that are queued for a watch. A message is accepted at any size if no other message is
+/// queued.
 const MAX_BACKLOG: usize = 4 * MAX_MESSAGE;
 
 /// Estimates the memory that a message takes.

@@ -60,7 +60,8 @@ impl Attributes {
     }
 
     /// Returns the map to write. `kept` contains the entries that [`Attributes::leftover`] returned when the value was decoded. A kept
-    /// entry replaces the entry that would be written if both decode to the same. So metadata that was a number stays a number.
+    /// entry is written unchanged if it still decodes to the current value in `advertisement`. So metadata that was a number stays a
+    /// number.
     pub(super) fn write(
         &self,
         advertisement: &Advertisement,
@@ -120,7 +121,7 @@ impl Attributes {
         map
     }
 
-    /// Returns an advertisement that contains one entry of a map and nothing else.
+    /// Returns an advertisement that contains the address, one entry of a map and nothing else.
     fn only_entry(&self, address: &Address, name: &str, value: &Value) -> Advertisement {
         let mut single = Advertisement::new(address.clone());
         single.weight = self.weight;
@@ -128,7 +129,7 @@ impl Attributes {
         single
     }
 
-    /// Returns an advertisement that contains the attribute and the metadata of this name and nothing else.
+    /// Returns an advertisement that contains the address, the attribute and the metadata of this name, and nothing else.
     fn only_attribute(&self, advertisement: &Advertisement, name: &str) -> Advertisement {
         let mut single = Advertisement::new(advertisement.address.clone());
         single.weight = self.weight;

@@ -1,4 +1,4 @@
-//! dubbo-go's application-level registry: JSON with Go's field names, followed by a newline.
+//! dubbo-go's application-level registry: JSON with the field names of the Go struct, followed by a newline.
 
 use serde_json::{Value, json};
 
@@ -188,7 +188,7 @@ impl Place {
 /// The contents of the list of endpoints, which is JSON inside JSON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ports {
-    /// The list is missing, unreadable or empty, or no gRPC endpoint has a valid port.
+    /// The list is missing, unreadable or empty, or it has gRPC endpoints, but none with a valid port.
     Unknown,
     /// The list has endpoints, but no gRPC endpoint.
     Foreign,

@@ -54,7 +54,7 @@ pub enum Format {
     /// `grpcs`, `tcp` and `tri`.
     Url,
     /// go-zero: the value `host:port` at `<key>/<id>`, without a prefix. `<key>` is the `Key` in go-zero's configuration, and the service
-    /// of this library.
+    /// name in this library.
     GoZero,
     /// go-kratos' `contrib/registry/etcd`. Instances without a gRPC endpoint, and instances whose name differs from the name in the key,
     /// are ignored.
@@ -79,12 +79,12 @@ pub enum Format {
     GoFrame,
     /// `<service>/<host:port>` with an empty value, as the npm package `@zcong/grpc-etcd-resolver` writes and reads it.
     AddressInKey,
-    /// For reading only: for a prefix that contains several formats. Values are recognised as by a resolver without a format. If the value
-    /// contains no address, the key is read.
+    /// For reading only: for a prefix that contains several formats. Values are recognised as by a resolver without a format. If a value
+    /// contains no address, the address is read from the key.
     ///
-    /// The result is a guess. If the key ends in `host:port`, an empty value is an instance, whichever library has written it, and a JSON
-    /// object without an address is an instance of `GoFrame`. A `=` in any other value of such a key marks an instance of rpcx, and so does
-    /// an `@` in the last part of any key. An escaped URL below `providers` is an instance of dubbo-go.
+    /// The format of such a key is a guess. A key that ends in `host:port` is read as `AddressInKey` if its value is empty, whichever
+    /// library has written it, as `GoFrame` if its value is a JSON object, and as `Rpcx` if its value contains a `=`. A key whose last part
+    /// contains an `@` is read as `Rpcx`. A key that ends in an escaped URL below `providers` is read as `DubboInterface`.
     ///
     /// Weights are not converted: a kitex instance with the default weight (10) receives ten times the calls of an instance in etcd's own
     /// format with the default weight (1). If a prefix contains only one format, set that format.

@@ -54,8 +54,8 @@ pub trait InstanceFormat: fmt::Debug + Send + Sync {
     /// Returns the name of the format, for error messages and logs.
     fn name(&self) -> &str;
 
-    /// Returns the prefix of all services. A [prefix](crate::registry::RegistryBuilder::prefix) of the registry replaces it. The prefix is
-    /// empty or ends in a slash. The default is `/gRPC/`.
+    /// Returns the prefix of all services. A [prefix](crate::registry::RegistryBuilder::prefix) of the registry replaces it. The prefix can
+    /// be empty. If any other prefix does not end in a slash, a slash is appended. The default is `/gRPC/`.
     fn default_prefix(&self) -> &str {
         DEFAULT_PREFIX
     }

@@ -127,8 +127,8 @@ fn is_grpc(url: &str) -> bool {
     })
 }
 
-/// Returns the endpoints to write. The first valid gRPC endpoint of `kept` is replaced, unless it has the address and the TLS setting of
-/// the instance. If there is no valid gRPC endpoint, one is added. All other endpoints are kept unchanged.
+/// Returns the endpoints to write. The first valid gRPC endpoint of `kept` is replaced, unless it already has the address and the TLS
+/// setting of the instance. If there is no valid gRPC endpoint, one is added. All other endpoints are kept unchanged.
 fn endpoints(advertisement: &Advertisement, kept: Option<Value>) -> Value {
     let scheme = if advertisement.tls { "grpcs" } else { "grpc" };
     let url = format!("{scheme}://{}", advertisement.address);

@@ -14,8 +14,8 @@ use super::{
 use crate::instance::Instance;
 use tonic_balance::Address;
 
-/// Recognises the format of a value by its contents, and decodes the value. The key has only one use: a field, such as
-/// the id, that has the default value for this key need not be kept for a later write.
+/// Recognises the format of a value by its contents, and decodes the value. The key is not used to recognise the format. It only determines
+/// the default values of some fields, such as the id. A field with its default value is not kept for a later write.
 pub(super) fn by_value(key: &str, value: &[u8]) -> Result<Option<Instance>, FormatError> {
     let text = text(value)?;
     if text.starts_with('{') {

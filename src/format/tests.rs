@@ -88,10 +88,10 @@ fn invalid_values_cause_an_error_and_no_panic() {
         &deep_object,
         &long,
     ] {
-        let error = read(value).expect_err("an invalid value must be an error");
+        let error = read(value).expect_err("an invalid value must cause an error");
         assert!(
             error.to_string().len() < 200,
-            "the error must be too short to repeat a long value"
+            "the error must have fewer than 200 bytes, so that it cannot repeat a long value"
         );
         assert!(!error.to_string().contains("user:pw"), "{error}");
     }

@@ -34,7 +34,7 @@ impl InstanceFormat for Url {
     }
 }
 
-/// Decodes a URL. Fails if its scheme is not one of those that gRPC servers are registered with.
+/// Decodes a URL. Fails if the scheme is not one of those under which gRPC servers are registered.
 pub(super) fn read(url: &str) -> Result<Instance, FormatError> {
     let parts = Parts::of(url)?;
     if !["http", "https", "grpc", "grpcs", "tcp", "tri"].contains(&&*parts.scheme) {

@@ -50,7 +50,7 @@ impl Entry {
     }
 
     /// Checks that the largest value that the entry can ever have is not longer than [`MAX_VALUE`]. This value has the maximum weight and
-    /// the leave marker.
+    /// the leave marker, a field that tells clients that the server is about to deregister.
     fn check_room(&self) -> Result<(), FormatError> {
         let mut largest = self.instance.clone();
         largest.advertisement_mut().weight = MAX_WEIGHT;
@@ -85,7 +85,7 @@ impl Entry {
         leaving
     }
 
-    /// Returns whether the format has a leave marker: a field that tells clients that the server is about to deregister.
+    /// Returns whether the format has a leave marker.
     pub(super) fn has_leave_marker(&self) -> bool {
         let leaving = self.leaving();
         let mut keys = self.keys.iter();

@@ -17,7 +17,7 @@ pub(super) struct KeyWatch {
     open: Option<Watch>,
     /// The task that opens a watch. A task is needed, because the future of [`KeyWatch::next`] is dropped at each renewal of the lease. An
     /// attempt inside `next` would start again at each renewal, and with a short TTL it might never finish. During a renewal, such an
-    /// attempt would not be polled, but could hold the lock of the auth token that the renewal may need.
+    /// attempt would not be polled, but could hold the lock of the auth token. The renewal could then wait for this lock.
     opening: JoinSet<Result<Watch, EtcdError>>,
     /// The time at which the open watch was opened.
     since: Option<Instant>,
@@ -32,7 +32,7 @@ pub(super) struct KeyWatch {
 
 /// An event of the watch on the registration's own keys.
 pub(super) enum News {
-    /// The watch is open: every later change of the keys is received.
+    /// The watch is open: from now on, it reports every change of the keys.
     Opened,
     Events(Vec<Event>),
     /// The watch has ended, or could not be opened.
@@ -82,8 +82,8 @@ impl KeyWatch {
         self.open = None;
         let refused = error.kind().is_refusal();
         self.refusals = if refused { self.refusals + 1 } else { 0 };
-        // After the first rejection, a new token may help. After the second rejection, or after another error that needs an operator, the
-        // next attempt waits for longer.
+        // After the first rejection, a new token can help. After the second rejection, or after another error that needs an operator, the
+        // wait is 15 s to 30 s instead of the backoff.
         let needs_operator = self.refusals > 1 || !refused && error.kind().needs_operator();
         let since = self.since.take();
         if since.is_some_and(|since| Instant::now().saturating_duration_since(since) >= REOPEN_MAX)
@@ -118,7 +118,7 @@ impl KeyWatch {
         Ok(())
     }
 
-    /// Waits until the backoff has ended, and replaces a rejected auth token.
+    /// Waits until the next attempt is due, and replaces a rejected auth token.
     async fn wait_and_renew_token(&mut self, etcd: &Etcd) -> Result<(), EtcdError> {
         if let Some(not_before) = self.not_before {
             sleep_until(not_before).await;
@@ -132,10 +132,11 @@ impl KeyWatch {
     }
 }
 
-/// Time before the first attempt to open the watch again. While the watch is not open, the keys are read after each renewal.
+/// Maximum time before the first attempt to open the watch again; the minimum is half of it. A wait is acceptable, because the keys are
+/// read after each renewal while the watch is not open.
 const REOPEN_FIRST: Duration = Duration::from_secs(1);
-/// Maximum time between two attempts to open the watch. The time grows because each opened watch also costs a read of the keys. A watch
-/// that was open for this long counts as healthy and resets the backoff.
+/// Maximum time between two attempts to open the watch. The time grows up to this limit, because each opening of the watch also causes a
+/// read of the keys. A watch that was open for this long counts as healthy and resets the backoff.
 const REOPEN_MAX: Duration = Duration::from_secs(15);
 /// Maximum time between attempts while only an operator can resolve the error; the minimum is half of it.
 const OPERATOR_WAIT: Duration = Duration::from_secs(30);

@@ -38,7 +38,7 @@ use crate::etcd::Etcd;
 #[must_use = "dropping it deregisters the server"]
 pub struct Registration {
     pub(super) parts: Arc<Parts>,
-    /// The task deregisters when the last sender is dropped.
+    /// The task deregisters the server when the last sender is dropped.
     pub(super) requests: mpsc::Sender<Request>,
 }
 
@@ -278,7 +278,7 @@ impl Registration {
             sent.map_err(|_| Failure::Ended)?;
             outcome.await.unwrap_or(Err(Failure::Ended))
         };
-        // The task abandons a deregistration after `change_timeout` and then sends the result. This timeout is slightly longer, so that the
+        // The task abandons a deregistration after `change_timeout` and then sends the result. The timeout here is 1 s longer, so that this
         // result still arrives.
         match timeout(
             self.parts.change_timeout.saturating_add(ANSWER_SLACK),

@@ -6,7 +6,7 @@ use tokio::sync::watch;
 
 use super::registration::Started;
 
-/// The state of a server that registers itself. It changes only in the order of the variants, and it may skip a variant.
+/// The state of a server that registers itself. It changes only in the order of the variants, and can skip a variant.
 ///
 /// At the drain timeout, open connections are cut. A handler of an endless stream avoids the cut if it ends the stream once the server
 /// [drains](Self::is_draining).

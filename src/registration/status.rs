@@ -27,7 +27,8 @@ pub enum RegistrationState {
         /// The last failure, if no request has succeeded since.
         last_error: Option<EtcdError>,
     },
-    /// Another server has written the key. The registration does not overwrite it, and writes its own key again once that key is deleted.
+    /// Another server has written the key. The registration does not overwrite the other server's entry, and registers the server again
+    /// once that entry is deleted.
     #[non_exhaustive]
     Superseded {
         /// The lease that the key is now attached to; `None` for a key without a lease.

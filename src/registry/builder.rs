@@ -162,7 +162,8 @@ impl RegistryBuilder {
 impl std::fmt::Debug for RegistryBuilder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("RegistryBuilder")
-            // Endpoints are checked only when the registry connects. Until then they may contain a password, so only their number is shown.
+            // Endpoints are checked only when the registry connects. Until then, they can contain a password, so only their number is
+            // shown.
             .field("endpoints", &self.config.endpoints.len())
             .field("prefix", &self.keyspace.prefix())
             .finish_non_exhaustive()

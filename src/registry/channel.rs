@@ -45,9 +45,9 @@ pub async fn connect(target: impl Into<String>) -> Result<BalancedChannel, Regis
     Ok(registry.channel_for(lookup).connect().await?)
 }
 
-/// Copies the weight, the zone and the last-resort flag. The [generation](Attributes::generation) changes with a new lease or a recreated
-/// key. In both cases, the server may have been restarted, or the address may belong to another server now. When the generation changes,
-/// the channel discards what it has observed about the endpoint.
+/// Copies the weight, the zone, and the last-resort flag (set if the instance is gone from etcd and is only kept as a last resort). The
+/// [generation](Attributes::generation) changes with a new lease or a recreated key. In both cases, the server may have been restarted, or
+/// the address may belong to another server now. When the generation changes, the channel discards what it has observed about the endpoint.
 impl From<Instance> for Attributes {
     fn from(instance: Instance) -> Self {
         let location = instance.location();

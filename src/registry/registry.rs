@@ -34,9 +34,9 @@ impl Registry {
     /// Creates a registry from an existing etcd client, under the default prefix. [`with_prefix`](Self::with_prefix) and
     /// [`with_address_policy`](Self::with_address_policy) set the other options.
     ///
-    /// Build the client with `with_require_leader(true)` and `with_auto_token_refresh(true)`. Without the first option, a member that is
-    /// cut off from its cluster does not respond. Without the second option, an expired token is not renewed. The client balances its own
-    /// requests, so failover from a frozen member depends on the client.
+    /// Build the client with `with_require_leader(true)` and `with_auto_token_refresh(true)`. Without the first option, a watch at a member
+    /// that is cut off from its cluster receives nothing, not even an error. Without the second option, an expired token is not renewed.
+    /// The client balances its own requests, so failover from a frozen member depends on the client.
     #[must_use]
     pub fn from_client(client: etcd_client::Client) -> Self {
         Self {

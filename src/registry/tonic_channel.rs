@@ -18,8 +18,9 @@ use tonic_balance::Address;
 impl Resolver {
     /// Creates tonic's own balanced channel over the instances of this resolver, with plaintext endpoints.
     ///
-    /// The resolver feeds the channel until the last clone of the channel is dropped. The watch ends then. A changed attribute (weight,
-    /// metadata, a new lease) causes no reconnect.
+    /// The resolver feeds the channel until the last clone of the channel is dropped. The resolver is then dropped as well, which ends its
+    /// watch, unless another resolver or channel shares this watch. A changed attribute (weight, metadata, a new lease) causes no
+    /// reconnect.
     ///
     /// The channel has the limits of tonic's implementation. It picks an endpoint at random, and treats an endpoint that refuses
     /// connections as ready. While there is no endpoint, a call waits, even beyond its deadline. Wrap calls in [`tokio::time::timeout`] if
@@ -113,7 +114,7 @@ async fn batch(resolver: &mut Resolver) -> Vec<Change<Address, Instance>> {
 struct Set {
     registered: HashSet<Address>,
     /// The addresses of held instances: they are gone from etcd, and the resolver keeps them as a last resort. The channel keeps them only
-    /// while no instance is registered, because it treats a dead endpoint as ready and sends calls to it.
+    /// while no instance is registered, because tonic's channel treats a dead endpoint as ready and sends calls to it.
     held: HashSet<Address>,
 }
 
@@ -164,7 +165,7 @@ fn endpoint(address: &Address) -> Result<transport::Endpoint, transport::Error> 
 /// Capacity of the queue of changes. The capacity has no effect on the result, because `feed` waits while the queue is full.
 const CHANGES: usize = 64;
 /// Timeout of a connection attempt. An attempt fails after this time if all packets to an address are dropped. The value is the same as in
-/// tonic-xds, and is half of the timeout of a first attempt in gRPC's connection backoff document.
+/// tonic-xds, and is half of the 20 s that gRPC's connection backoff document sets for a first attempt.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[cfg(test)]

@@ -83,10 +83,10 @@ impl ResolverBuilder {
     ///
     /// The protection starts when removals leave fewer than half of the largest set of the last 10 s, and at least two instances have been
     /// removed. The instance whose removal crosses this limit is kept, and so is each instance that is removed while fewer than half
-    /// remain. A kept instance has [`is_last_resort`](crate::Instance::is_last_resort) set. It is removed after this duration, or as
-    /// soon as half of the set is registered again.
+    /// remain. A kept instance has [`is_last_resort`](crate::Instance::is_last_resort) set. It is removed after the configured duration, or
+    /// earlier, as soon as half of the set is registered again.
     ///
-    /// Such removals may be due to an operator's mistake, to a fault in etcd, or to a planned shutdown of the whole fleet, and the registry
+    /// Such removals can be due to an operator's mistake, to a fault in etcd, or to a planned shutdown of the whole fleet, and the registry
     /// looks the same in each case. A [`BalancedChannel`](crate::BalancedChannel) therefore calls a kept instance only while no other
     /// instance is ready, and only over an existing connection. It never dials a kept instance. `Resolver::into_tonic_channel` drops the
     /// kept instances as soon as any instance is registered.

@@ -1,4 +1,4 @@
-//! The cache: a file with the last good set of a service, for a start without etcd.
+//! The cache: a file with the last known instances of a service, for a start while etcd does not answer.
 //!
 //! A new file is written under a temporary name, flushed to the disk, and renamed, so that a reader never sees an incomplete file. A file
 //! that is corrupt, has another version, or was written for other prefixes is ignored, and a warning is logged.
@@ -188,7 +188,7 @@ fn create_private(directory: &Path) -> io::Result<()> {
     builder.create(directory)
 }
 
-/// Returns the 64-bit FNV-1a hash. It detects damage, not forgery: the permissions of the directory protect against forgery.
+/// Returns the 64-bit FNV-1a hash. It detects damage, but not forgery. Only the permissions of the directory can prevent forgery.
 fn checksum(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
         (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
@@ -207,11 +207,16 @@ mod tests {
 
     #[test]
     fn a_stored_set_is_loaded() {
-        let directory = tempfile::tempdir().expect("a directory");
+        let directory = tempfile::tempdir().expect("a directory is created");
         let folder = directory.path().join("new");
         let cache = Cache::new(&folder, "a/b", vec!["/gRPC/a/b/".to_owned()]);
         let policy = AddressPolicy::default();
-        assert!(cache.load(&policy).expect("no file is no error").is_none());
+        assert!(
+            cache
+                .load(&policy)
+                .expect("a missing file is not an error")
+                .is_none()
+        );
         let one = instance("10.0.0.1:80")
             .with_weight(3)
             .with_zone("a")
@@ -226,7 +231,10 @@ mod tests {
         cache.store(&[one]).expect("the set is stored");
         let forbidden =
             AddressPolicy::default().allow("192.168.0.0/16".parse().expect("a network"));
-        assert_eq!(cache.load(&forbidden).expect("loaded"), Some(Vec::new()));
+        assert_eq!(
+            cache.load(&forbidden).expect("the file is loaded"),
+            Some(Vec::new())
+        );
         #[cfg(unix)]
         {
             use std::os::unix::fs::PermissionsExt;
@@ -234,16 +242,20 @@ mod tests {
                 |path: &Path| fs::metadata(path).expect("it exists").permissions().mode() & 0o777;
             assert_eq!((mode(cache.file()), mode(&folder)), (0o600, 0o700));
         }
-        let files = fs::read_dir(&folder).expect("it can be read").count();
+        let files = fs::read_dir(&folder)
+            .expect("the directory is readable")
+            .count();
         assert_eq!(files, 1, "no temporary file must be left");
     }
 
     #[test]
-    fn a_file_with_damage_another_version_or_other_prefixes_is_rejected() {
-        let directory = tempfile::tempdir().expect("a directory");
+    fn a_file_that_is_damaged_or_has_another_version_or_other_prefixes_is_rejected() {
+        let directory = tempfile::tempdir().expect("a directory is created");
         let cache = Cache::new(directory.path(), "a", vec!["/gRPC/a/".to_owned()]);
         let policy = AddressPolicy::default();
-        cache.store(&[instance("10.0.0.1:80")]).expect("stored");
+        cache
+            .store(&[instance("10.0.0.1:80")])
+            .expect("the set is stored");
         let good = fs::read_to_string(cache.file()).expect("the file is readable");
         for (bad, reason) in [
             (String::new(), "not valid"),
@@ -263,7 +275,10 @@ mod tests {
             ..cache.clone()
         };
         fs::write(cache.file(), good).expect("the file is written");
-        let error = other.load(&policy).expect_err("wrong prefixes").to_string();
+        let error = other
+            .load(&policy)
+            .expect_err("a file for other prefixes must be rejected")
+            .to_string();
         assert!(error.contains("/gRPC/a/"), "{error}");
     }
 }

@@ -24,9 +24,9 @@ impl ResolverFeedback {
         Self(prefixes.into())
     }
 
-    /// Reports that a connection to the address was refused, or was lost as soon as it was open. Call this function once per connection
-    /// attempt. With a backoff between attempts, the reports are rare. This function never waits: a report is dropped if too many reports
-    /// are pending.
+    /// Reports that a connection to the address was refused, or was lost as soon as it was open. Call this function once per failed
+    /// connection attempt. With a backoff between attempts, the reports are rare. This function never waits: a report is dropped if too
+    /// many reports are pending.
     pub fn refused(&self, address: &Address) {
         for prefix in &*self.0 {
             // An error means that the queue is full or that the resolver was dropped. An address that keeps refusing connections is
@@ -41,5 +41,6 @@ pub(super) fn channel() -> (mpsc::Sender<Address>, mpsc::Receiver<Address>) {
     mpsc::channel(REPORTS)
 }
 
-/// Number of reports that the queue can hold. This number is larger than the maximum number of pending reads (100).
+/// Number of reports that the queue can hold. While 100 reads are pending, reports are dropped anyway, so a longer queue would not cause
+/// more reads.
 const REPORTS: usize = 256;

@@ -25,8 +25,8 @@ pub(super) struct Instances {
     /// Number of keys with a good value.
     used: usize,
     limit: Limit,
-    /// The smallest size, in bytes, of a key and its value among those that were rejected because of a limit. `None` if none was rejected
-    /// since [`Instances::take_room`] last returned true.
+    /// Of the keys that were rejected because of a limit, the smallest size of a key and its value, in bytes. `None` if no key was rejected
+    /// for this reason since [`Instances::take_room`] last returned true.
     smallest_over_limit: Option<usize>,
 }
 
@@ -104,8 +104,8 @@ pub(super) struct Limit {
 }
 
 impl Default for Limit {
-    /// Returns the default limits: 100 000 keys and 64 MiB. The number of keys is a thousand times that of a large service. The memory is
-    /// about a hundredth of that of a small host.
+    /// Returns the default limits: 100 000 keys and 64 MiB. 100 000 keys are a thousand times the keys of a service with a hundred
+    /// instances. 64 MiB are less than a hundredth of the memory of a host with 8 GiB.
     fn default() -> Self {
         Self {
             keys: 100_000,
@@ -205,7 +205,7 @@ impl Instances {
     /// however often a list contains it.
     fn reject(&mut self, kv: KeyValue, error: FormatError, applied: &mut Applied) {
         let is_known = self.keys.contains_key(&kv.key);
-        // Keys without a good value are not in `used`.
+        // `used` does not count keys without a good value, so the difference is the number of such keys.
         if !is_known && self.keys.len() - self.used >= REJECTED {
             // There is no room to record the write. It is counted, and is counted again with each list. `Instances::rejected` does not
             // return it.
@@ -250,10 +250,10 @@ impl Instances {
         Ok(())
     }
 
-    /// Returns whether values that were rejected because of a limit may now be accepted. The prefixes must then be listed again, because
+    /// Returns whether values that were rejected because of a limit could be accepted now. The prefixes must then be listed again, because
     /// these values were not kept. Returns true only while a tenth of each limit is free, and the smallest of these values fits. Without
-    /// this condition, a set that stays at a limit would cause a list for each removed key. After it has returned true, the method returns
-    /// false until a limit causes another rejection.
+    /// this condition, a set that stays at a limit would cause a list for each removed key. After a call that returned true, the next calls
+    /// return false until a limit causes another rejection.
     pub(super) fn take_room(&mut self) -> bool {
         let Limit { keys, bytes } = self.limit;
         let Some(smallest) = self.smallest_over_limit else {

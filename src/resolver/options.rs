@@ -14,7 +14,9 @@ use crate::instance::Instance;
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Options {
     pub(super) decoder: Decoder,
+    /// The time for which an instance is held, that is, kept as a last resort after a mass removal.
     pub(super) hold: Option<Duration>,
+    /// The maximum time between two reconciliations.
     pub(super) reconcile: Option<Duration>,
     pub(super) filter: Option<Filter>,
     pub(super) limit: Limit,
@@ -71,5 +73,6 @@ impl Options {
 /// The default reconciliation interval. The load is negligible: even if every reconciliation listed all names, a thousand clients of a
 /// service with a hundred instances would receive about 45 kB per second in total (100 bytes for each instance, every 225 s on average).
 const RECONCILE: Duration = Duration::from_secs(300);
-/// The default duration of a hold: twice the default TTL. A running server that has lost its entry registers again within one TTL.
+/// The default time for which an instance is held, that is, kept as a last resort after a mass removal: twice the default TTL, because a
+/// running server that has lost its entry registers again within one TTL.
 const HOLD: Duration = Duration::from_secs(30);

@@ -27,8 +27,8 @@ use crate::keyspace::Range;
 
 /// The current set of instances of a service, as a `Stream` of [`Change`]s. A resolver therefore implements [`tower::discover::Discover`].
 ///
-/// The stream never ends and never fails. [`status`](Self::status) reports failures of etcd. No instance is removed because etcd is
-/// unreachable.
+/// The stream never ends and never fails. [`status`](Self::status) reports failures of etcd. The loss of the connection to etcd never
+/// removes an instance.
 ///
 /// A clone is a separate subscription to the same watch. Its stream begins with an insert for every known instance. The watch is closed
 /// when the resolver and all of its clones have been dropped.
@@ -84,8 +84,8 @@ impl Drop for Tasks {
 }
 
 impl Resolver {
-    /// Starts one task per range, and one task that ends the mass-removal holds at their deadlines. If a cache or seeds are configured,
-    /// also starts one task that loads them and writes the cache.
+    /// Starts one task per range, and one task that ends each hold at its deadline. (A held instance is one that is kept as a last resort
+    /// after a mass removal.) If a cache or seeds are configured, also starts one task that loads them and writes the cache.
     ///
     /// # Panics
     ///

@@ -1,4 +1,5 @@
-//! The running resolvers of a registry. Resolvers of the same keys, with the same options, share one watch and one set of instances.
+//! The running resolvers of a registry. Resolvers of the same service and keys, with the same options and on the same runtime, share one
+//! watch and one set of instances.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -18,15 +19,15 @@ pub(crate) struct RunningResolvers(Arc<Mutex<Running>>);
 #[derive(Debug, Default)]
 struct Running {
     by_service: HashMap<String, Vec<Entry>>,
-    /// The number of services above which the map is searched for services without a resolver.
+    /// If the map has more services than this number, it is searched for services without a resolver.
     prune_above: usize,
 }
 
-/// A resolver, as long as a clone of it exists.
+/// A resolver. The entry does not keep the resolver running: the resolver ends when its last clone is dropped.
 #[derive(Debug)]
 struct Entry {
-    /// The runtime of the tasks. Resolvers on another runtime do not share them: their set would no longer change after that runtime has
-    /// ended.
+    /// The runtime on which the tasks run. A resolver that is started on another runtime gets tasks of its own, because these tasks end
+    /// with their runtime.
     runtime: Id,
     ranges: Vec<Range>,
     core: Weak<Core>,
@@ -61,7 +62,8 @@ impl Entry {
 }
 
 impl RunningResolvers {
-    /// Returns a subscription to the running resolver of these keys, or else starts one.
+    /// Returns a subscription to the resolver that already runs for this service and these keys, with these options and on this runtime. If
+    /// there is none, starts a resolver.
     pub(super) fn join_or_start(
         &self,
         service: &str,
@@ -107,7 +109,8 @@ impl RunningResolvers {
 }
 
 impl Running {
-    /// Removes the services without a resolver, from time to time. A program may use names that it does not use again.
+    /// Removes the services without a resolver if the map has more than `prune_above` services. Without this, the map would grow forever in
+    /// a program that uses each service name only once.
     fn prune(&mut self) {
         if self.by_service.len() <= self.prune_above {
             return;
@@ -118,4 +121,5 @@ impl Running {
     }
 }
 
+/// After a search, the map is not searched again before it has more services than this.
 const PRUNE_MIN: usize = 16;

@@ -329,7 +329,7 @@ impl Core {
             }
         }
         if shared.registered.take_room() {
-            // The rejected keys may belong to any prefix.
+            // The rejected keys can belong to any prefix, so every prefix is listed again.
             shared.list_again.fill(true);
             self.wake();
         }

@@ -1,4 +1,5 @@
-//! The tasks of a resolver: one for each prefix, one that ends holds, and one for the cache and the seeds.
+//! The tasks of a resolver: one for each prefix, one that ends holds, and one for the cache and the seeds. A held instance is one that is
+//! kept as a last resort after a mass removal.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -56,7 +57,7 @@ pub(super) async fn run(
             }
             Command::Reconcile(request) => {
                 // A request for changes is sent in one transaction with those of other services. A list of all names is sent alone, because
-                // several such lists may not fit into one response.
+                // several such lists could exceed the maximum size of a response.
                 let page = if request.written_after == Revision::ZERO {
                     etcd.list(&request).await
                 } else {
@@ -93,8 +94,9 @@ pub(super) async fn run(
     }
 }
 
-/// When dropped, reports the end of the task that owns it. The task never ends by itself. So its runtime was shut down, the task panicked,
-/// or the last [`Resolver`](super::Resolver) was dropped. In the last case, only a handle of the resolver can still read the report.
+/// When dropped, reports the end of the task that owns it. The task never ends by itself. A drop therefore means that its runtime was shut
+/// down, that it panicked, or that the last [`Resolver`](super::Resolver) was dropped. In the last case, only a handle of the resolver can
+/// still read the report.
 struct ReportEnd<'a> {
     core: &'a Core,
     index: usize,

@@ -23,7 +23,8 @@ pub(super) struct Incoming {
     closing: Pin<Box<WaitForCancellationFutureOwned>>,
     /// Number of connections that may still be accepted after the drain has begun.
     remainder: u32,
-    /// The wait after an accept error. Without it, most accept errors, such as a lack of file descriptors, would recur at once.
+    /// The wait after an accept error. Without this wait, most accept errors, such as a lack of file descriptors, would recur at once, in a
+    /// tight loop.
     pause: Option<Pin<Box<Sleep>>>,
 }
 
@@ -58,7 +59,7 @@ impl Incoming {
     /// not have received the readiness event yet.
     fn remaining(&mut self) -> Option<Connection> {
         loop {
-            // The number is limited, so that a flood of new connections cannot keep the socket open.
+            // The number of these connections is limited, so that a flood of new connections cannot keep the socket open.
             self.remainder = self.remainder.checked_sub(1)?;
             let accepted = socket2::SockRef::from(&self.listener).accept();
             let opened = accepted.and_then(|(socket, _)| {

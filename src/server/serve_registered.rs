@@ -77,8 +77,8 @@ pub trait ServeRegistered: sealed::Sealed + Sized {
     /// the console, and the shutdown of the system.
     ///
     /// A second signal ends the server at once: the listener and every connection are closed without a grace period. A deregistration in
-    /// progress gets 500 ms more, because clients would otherwise dial a stopped server until the lease expires. A healthy etcd needs a
-    /// fraction of that time.
+    /// progress gets 500 ms more, because clients would otherwise dial a stopped server until the lease expires. A healthy etcd needs only
+    /// a fraction of these 500 ms.
     ///
     /// # Errors
     ///
@@ -272,7 +272,7 @@ where
     }
 }
 
-/// Waits for the stop signal. Returns the future of a second signal, which would end the server at once. This future never completes,
+/// Waits for the stop signal. Returns the future of a second signal, which would end the server at once. Here, that future never completes,
 /// because the caller passes only one signal. So the shutdown is always graceful.
 async fn once(signal: impl Future<Output = ()>) -> impl Future<Output = ()> {
     signal.await;
@@ -311,7 +311,7 @@ fn listen(
     })
 }
 
-/// Serves on a stream of connections. The stream ends when the drain begins.
+/// Serves on a stream of connections. The stream ends after the drain has begun.
 async fn serve<L, ResBody, N, I, T, E>(
     router: Router<L>,
     listening: Listening<I>,

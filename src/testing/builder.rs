@@ -58,7 +58,7 @@ impl EtcdBuilder {
         self
     }
 
-    /// Adds a flag for every member, such as `--auth-token=simple`. May be called repeatedly.
+    /// Adds a flag for every member, such as `--auth-token=simple`. Can be called repeatedly.
     ///
     /// etcd's default election timeout is one second. A single member waits for a random part of it
     /// before it serves. Tests that start many members can add `--heartbeat-interval=10` and

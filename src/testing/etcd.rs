@@ -98,10 +98,10 @@ impl Etcd {
 
     /// Returns the index of the leader, if the cluster has one.
     ///
-    /// This function queries every running member; frozen members do not respond. Two members may
-    /// claim to be the leader, for example after a leader was thawed. The claim with the later raft
-    /// term is correct and is returned. If authentication is enabled, newer versions of etcd reject
-    /// the query, and the result is `None`.
+    /// This function queries every running member; frozen members do not respond. Two members can
+    /// claim to be the leader, for example after a leader was thawed. The one with the higher raft
+    /// term is the leader. If authentication is enabled, newer versions of etcd reject the query,
+    /// and the result is `None`.
     pub async fn leader(&self) -> Option<usize> {
         let mut asked = JoinSet::new();
         for member in &self.members {

@@ -34,11 +34,12 @@
 //!
 //! # Cleanup
 //!
-//! Dropping an [`Etcd`] kills its members and removes its directory. The value is not dropped after
-//! a `SIGKILL`, an abort or `std::process::exit`, and is never dropped in a `static`. In these
-//! cases, a small `sh` process beside each member kills the member and removes the directory as
-//! soon as the owner process has exited. Nothing is left behind in either case. Members do not
-//! belong to the process group of the terminal, so Ctrl-C reaches only the owner.
+//! Dropping an [`Etcd`] kills its members and removes its directory. But the value is not dropped
+//! if the owner (the process that has started etcd) ends by a `SIGKILL`, an abort or
+//! `std::process::exit`, or if the value is in a `static`. In these cases, a small `sh` process
+//! beside each member kills the member and removes the directory as soon as the owner has exited.
+//! Nothing is left behind in either case. Members do not belong to the process group of the
+//! terminal, so Ctrl-C reaches only the owner.
 //!
 //! # Limits
 //!

@@ -41,7 +41,7 @@ struct Links {
 struct Link {
     /// The index of the member that accepted the connection.
     to: usize,
-    /// The id of the member that opened the connection, if its first request contains it.
+    /// The id of the member that opened the connection, if the first request contains this id.
     from: Option<String>,
     /// The two TCP connections of the proxy: from the sender, and to the target.
     ends: [TcpStream; 2],

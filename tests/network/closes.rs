@@ -83,8 +83,8 @@ async fn a_goaway_after_a_hundred_requests_fails_no_call() {
     }
 }
 
-/// `How::Goaway` is tested with one caller only, because each connection then serves exactly one call. Of 16 concurrent calls, some would
-/// be refused more often than the channel sends a refused call again.
+/// `How::Goaway` is tested with one caller only, because each connection then serves exactly one call. Of 16
+/// concurrent calls, each GOAWAY would exclude 15. The channel sends an excluded call again at most 64 times, so a call could fail.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_goaway_after_every_request_fails_no_call() {
     for (servers, callers, how) in [

@@ -1,4 +1,4 @@
-//! Unread responses beside other calls on the same connection.
+//! Streams whose responses the caller does not read, and other calls on the same connection.
 
 use tonic_etcd::BalancedChannel;
 
@@ -7,7 +7,7 @@ use super::support::greeter::greeter_client::GreeterClient;
 use super::support::peer::{Manner, Peer};
 use super::{addresses, ms, over, say};
 
-/// Each stream has more data to send than its window permits.
+/// The responses of each stream are larger than its flow-control window. So the server cannot send all of them before they are read.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unread_streams_do_not_stop_other_calls() {
     let big = Manner {
@@ -39,9 +39,12 @@ async fn unread_streams_do_not_stop_other_calls() {
         "{failed} of 40 calls failed with {} unread streams",
         unread.len()
     );
-    assert_eq!(failed, 0, "unread streams must not stop other calls");
+    assert_eq!(
+        failed, 0,
+        "no other call may fail while the streams are not read"
+    );
     assert_eq!(peer.connections(), 1, "all calls must use one connection");
-    // The messages that waited for the window are complete.
+    // Once a stream is read, the server sends the messages that did not fit into the window.
     let mut last = unread.pop().unwrap();
     let mut replies = 0;
     while last.message().await.unwrap().is_some() {
@@ -49,6 +52,6 @@ async fn unread_streams_do_not_stop_other_calls() {
     }
     assert_eq!(
         replies, 18,
-        "the unread stream must be complete when it is read"
+        "the stream must yield all its messages when it is read at last"
     );
 }

@@ -501,7 +501,9 @@ async fn a_request_stream_beyond_the_buffer_is_not_resent() {
     let status = outcome.unwrap_err();
     assert_eq!(calls.len(), 1);
     assert!(
-        status.message().contains("too much of the request"),
+        status
+            .message()
+            .contains("the request cannot be sent again"),
         "{status}"
     );
 }

@@ -154,7 +154,8 @@ async fn serve(socket: TcpStream, served: Arc<AtomicUsize>) {
     }
 }
 
-/// Answers a call after the number of milliseconds in its `name`. A unary call gets one reply. Any other call gets an endless stream.
+/// Answers a call after a delay: the field `name` of the request contains the number of milliseconds. A unary call gets one reply. Any
+/// other call gets an endless stream.
 async fn answer(
     request: Request<RecvStream>,
     mut respond: SendResponse<Bytes>,

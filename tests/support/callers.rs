@@ -24,8 +24,8 @@ pub struct Failed {
     pub status: Status,
 }
 
-/// Callers that send one call after the other. Only after a failed call, a caller pauses, for 1 ms. Without this pause, calls that fail at
-/// once would produce millions of failures.
+/// Callers that send one call after the other. After a failed call, a caller pauses for 1 ms. Without this pause, calls that fail at once
+/// would produce millions of failures.
 pub struct Callers {
     stop: watch::Sender<bool>,
     calls: Arc<AtomicU64>,

@@ -294,5 +294,5 @@ async fn pump(
 }
 
 const CHUNK: usize = 16 * 1024;
-/// Time for which one direction stays open after the other has ended.
+/// Time for which one direction of a flow stays open after the other direction has ended.
 const LINGER: Duration = Duration::from_millis(500);

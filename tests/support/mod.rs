@@ -1,4 +1,4 @@
-//! Shared parts of the tests: an etcd of the test, test servers, callers, relays, and polling with a timeout.
+//! Shared parts of the tests: a real etcd, test servers, callers, relays, and polling with a timeout.
 #![allow(
     dead_code,
     unreachable_pub,

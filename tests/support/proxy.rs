@@ -1,4 +1,4 @@
-//! A TCP proxy that can close its connections and stop forwarding. It simulates the network between two processes of one machine.
+//! A TCP proxy that can close its connections, and can refuse new ones. It simulates the network between two processes of one machine.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
-/// Forwards connections to a target until [`cut`](Proxy::cut) is called.
+/// Forwards connections to a target. After [`cut`](Proxy::cut), closes new connections at once, until [`heal`](Proxy::heal) is called.
 pub struct Proxy {
     pub address: SocketAddr,
     open: watch::Sender<bool>,
@@ -59,22 +59,22 @@ impl Proxy {
         }
     }
 
-    /// Closes every connection, and forwards no new connections until `heal`.
+    /// Closes every connection. Also closes each new connection at once, until [`heal`](Self::heal) is called.
     pub fn cut(&self) {
         self.open.send_replace(false);
     }
 
-    /// Closes every connection. New connections are still forwarded.
+    /// Closes every connection once. Does not change whether new connections are forwarded.
     pub fn reset(&self) {
         self.open.send_modify(|_| {});
     }
 
-    /// Forwards new connections again.
+    /// Ends the effect of [`cut`](Self::cut): new connections are forwarded again.
     pub fn heal(&self) {
         self.open.send_replace(true);
     }
 
-    /// Returns the number of connections that were forwarded.
+    /// Returns the number of connections accepted so far, without those that were closed at once because of [`cut`](Self::cut).
     pub fn accepted(&self) -> usize {
         self.accepted.load(Ordering::SeqCst)
     }

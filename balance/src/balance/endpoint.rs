@@ -183,9 +183,9 @@ impl Endpoint {
             })
     }
 
-    /// Records the result of a check after a silence. If the connection is alive, silences of up to this length are not checked for
-    /// [`TRUST_DURATION`], because the timeouts of middleboxes do not change from minute to minute. If the connection is dead, the longest
-    /// trusted silence is discarded.
+    /// Records the result of a check after a silence. If the connection is alive, a silence of up to this length is trusted during the next
+    /// [`TRUST_DURATION`]: after such a silence, calls use a connection without a check. The reason is that the timeouts of middleboxes do
+    /// not change from minute to minute. If the connection is dead, the longest trusted silence is discarded.
     pub(super) fn on_checked(&self, silence: Duration, is_alive: bool, now: Instant) {
         let longest = self.trusted_silence(now).max(silence);
         *self.survived_silence() = is_alive.then_some((longest, now));

@@ -22,13 +22,15 @@ pub(super) enum Health {
     NotServing(Arc<str>),
 }
 
-/// The health watch on one connection.
+/// The state of the health watches on one connection. A watch is one streaming call. When it ends, the next watch is started, unless the
+/// server has no health service.
 #[derive(Debug)]
 pub(super) struct HealthWatch {
     backoff: ConnectBackoff,
-    /// The health according to the last status that this watch received.
+    /// The health according to the last status of the current watch; `None` before the first status of the watch.
     last_status: Option<Health>,
-    /// Whether a watch shorter than [`MIN_LIFETIME`] was already restarted without a wait. Cleared by a longer watch.
+    /// Whether a watch shorter than [`MIN_LIFETIME`] was already followed by the next watch without a wait. Cleared by a watch that has
+    /// reported a status and was not shorter.
     restarted_immediately: bool,
 }
 
@@ -101,11 +103,10 @@ impl HealthWatch {
     }
 }
 
-/// If a watch has reported a status and lasted at least this long, the next watch is started without a wait, whichever side ended the first
-/// one.
+/// A watch that has reported a status and lasted at least this long is followed by the next watch without a wait, whichever side ended it.
 const MIN_LIFETIME: Duration = Duration::from_secs(1);
-/// Wait before the next watch, if a watch has reported a status and ended within [`MIN_LIFETIME`]. There is no wait after the first such
-/// watch. A random jitter of ±20 % is applied.
+/// Wait after a watch that has reported a status and ended within [`MIN_LIFETIME`]. Of several such watches in a row, the first is followed
+/// by the next without a wait. A random jitter of ±20 % is applied.
 const RESTART_INTERVAL: Duration = Duration::from_secs(1);
 /// Minimum wait after a watch that reported no status, even if the channel's maximum backoff is shorter. It prevents queries in a tight
 /// loop.

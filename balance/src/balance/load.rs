@@ -341,8 +341,8 @@ const SLAB: usize = 64;
 /// Time constant of the mean, in seconds. The weight of a sample depends on time and not on the number of samples, because there can be
 /// many samples per second.
 const TIME_CONSTANT: f32 = 3.0;
-/// Number of samples from which an estimate is used as it is. With fewer samples, it is capped at the median. The value is the largest
-/// number that fits into `SAMPLE_BITS` bits.
+/// An estimate with at least this many samples is used as it is. With fewer samples, the estimate is capped at the median. The value is the
+/// largest number that fits into `SAMPLE_BITS` bits.
 const WARM: u8 = 15;
 const SAMPLE_BITS: u32 = 4;
 const TICK_MASK: u32 = u32::MAX >> SAMPLE_BITS;

@@ -19,7 +19,7 @@ pub enum LbPolicy {
     /// Endpoints are drawn by weight. If two endpoints have different weights, their calls in flight are divided by their weights, and
     /// their latencies are ignored unless they differ by more than a factor of four. If the latencies are ignored, the endpoint that was
     /// drawn first is usually picked. The second one is picked only if the first has more than twice as many calls in flight per unit of
-    /// weight. For this comparison, one call divided by the smaller weight is added to the number of the second.
+    /// weight. For this comparison, one call divided by the smaller weight is added to the calls per unit of weight of the second.
     #[default]
     Latency,
     /// Draws two endpoints at random, and picks the endpoint with fewer calls in flight. Weights have the same effect as in
@@ -198,9 +198,9 @@ fn is_worse_among_equals(in_flight: (u32, u32), latencies: (f32, f32)) -> bool {
 /// Returns whether the first of two endpoints of different weights is worse by far.
 ///
 /// Smaller differences are ignored: the endpoint that was drawn first is used. The draw alone then gives each endpoint its share, for any
-/// number of callers. Small differences do not show that an endpoint is slow. Differences in latency are often caused by the weights: the
-/// endpoint with the larger weight is busier, and the other one is idle for longer between calls. If few calls are in flight, one call more
-/// or less is a large relative difference. If many calls are in flight, their number varies with the latency.
+/// number of callers. Small differences do not show that an endpoint is slow, for three reasons. Differences in latency are often caused by
+/// the weights: the endpoint with the larger weight is busier, and the other one is idle for longer between calls. If few calls are in
+/// flight, one call more or less is a large relative difference. If many calls are in flight, their number varies with the latency.
 // Never inlined, so that the code of picks from sets with equal weights does not contain the conversions of this function.
 #[inline(never)]
 fn is_worse_by_far(in_flight: (u32, u32), weights: (u32, u32), latencies: (f32, f32)) -> bool {
@@ -260,15 +260,15 @@ impl Rng {
 
 /// Maximum number of draws before the scan. In round robin, each draw is one turn.
 const DRAWS: usize = 4;
-/// Maximum number of slots that are scanned after the draws, if the call has not waited yet.
+/// Maximum number of slots that are scanned after the draws, if the call is not in the wait queue. A call in the queue can scan more slots.
 pub(crate) const SCAN_LIMIT: usize = 128;
 /// Latencies of endpoints with equal weights are alike if they differ by at most this factor.
 const LATENCY_NOISE: f32 = 1.25;
 /// The same factor for endpoints of different weights.
 const LATENCY_NOISE_UNEQUAL_WEIGHTS: f32 = 4.0;
 /// If two endpoints have different weights and similar latencies, the first is worse by far if it has more than this many times as many
-/// calls in flight per unit of weight as the second. One call divided by the smaller weight is added to the number of the second before the
-/// comparison.
+/// calls in flight per unit of weight as the second. One call divided by the smaller weight is added to the calls per unit of weight of the
+/// second before the comparison.
 const IMBALANCE: f32 = 2.0;
 
 #[cfg(test)]

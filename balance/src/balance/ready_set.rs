@@ -1,7 +1,7 @@
 //! The ready set: immutable, read by every call without a lock, and cheap to replace.
 //!
 //! The set is a list of chunks, and successive sets share unchanged chunks. A change rebuilds the chunks that it touches and the short list
-//! of chunks, but not the whole set. With 10 000 connections, a change takes a few microseconds instead of 100 µs.
+//! of chunks, but not the whole set. With 10 000 connections, a change takes a few microseconds instead of 100.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;

@@ -221,7 +221,7 @@ impl Shared {
     /// Ends the channel: waiting calls and all later calls fail with this reason.
     pub(super) fn end(&self, why: &str, summary: &Summary) {
         // Keeps the first reason. `Balancer::end` sets the reason why the channel is invalid, and then aborts the driver. When the driver
-        // is dropped, it calls this function again.
+        // is dropped, it calls this function again, with another reason.
         if self.ended.set(why.into()).is_err() {
             return;
         }

@@ -32,8 +32,9 @@ pub(super) struct Subchannel<S> {
     rest_backoff: ConnectBackoff,
     /// Number of consecutive dials that failed.
     failed: usize,
-    /// Number of connections that were closed gracefully without an answered call, although calls needed them. An answered call and a new
-    /// generation of the endpoint set the count to 0. A connection that ends in another way does not change the count.
+    /// Number of connections that were closed gracefully without an answered call, although calls needed them. An answered call sets the
+    /// count to 0, and so does a new generation of the endpoint (another server, or the same server after a restart). A connection that
+    /// ends in another way does not change the count.
     unserved: u32,
     /// The use of the previous connection, if that connection was counted in `unserved`. If a call on it is answered after its close,
     /// `unserved` is set to 0 when the next connection ends.
@@ -383,7 +384,7 @@ impl Subchannel<Draining> {
     }
 }
 
-/// A connection that lived this long since the start of its dial counts as successful, even if no call used it.
+/// A connection that ends at least this long after the start of its dial counts as successful, even if no call used it.
 const MIN_LIFETIME: Duration = Duration::from_secs(1);
 /// The subchannel counts as failing when this many connections were closed gracefully without an answered call, although calls needed them.
 /// An answered call resets the count.

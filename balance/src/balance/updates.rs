@@ -10,7 +10,8 @@ use tokio_stream::Stream;
 pub(crate) struct Updates<S> {
     changes: Option<Pin<Box<S>>>,
     known: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
-    /// True from the completion of `known` until the changes that were ready at that time have been read.
+    /// Whether a batch must be returned even if no change is ready, to report that the set is known. True after `known` has completed, or
+    /// after a full batch if `known` is not awaited, until the stream has no further change ready.
     settling: bool,
 }
 
@@ -32,7 +33,8 @@ impl<S: Stream> Updates<S> {
         }
     }
 
-    /// Wraps a stream. The set counts as known once `known` has completed and the changes that were ready at that time were read.
+    /// Wraps a stream. The set counts as known once `known` has completed and the changes that were ready at that time were read, or when
+    /// the stream ends.
     pub(crate) fn known_after(
         changes: S,
         known: impl Future<Output = ()> + Send + 'static,

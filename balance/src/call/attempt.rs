@@ -27,7 +27,7 @@ pub(super) enum Try {
     /// The first send, without a wait before it. The timeout in the headers still equals the remaining time, so it is not rewritten.
     First,
     /// A send after a wait or after another send. The timeout in the headers is replaced with the remaining time. `previous` is the number
-    /// of earlier attempts, which a server may have received.
+    /// of earlier attempts that a server may have received; it can be 0.
     Later { previous: u32 },
 }
 

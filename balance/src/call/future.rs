@@ -217,7 +217,8 @@ impl State {
         }
         if let Some(policy) = channel.hedging(request)
             && !matches!(body, Outgoing::Stream { .. })
-            // A call with large metadata may make the peer end the connection. Its hedges could end further connections.
+            // A call with large metadata is not hedged: it may make the peer end the connection, and its hedges could end further
+            // connections.
             && request.metadata_size() <= TRUSTED_METADATA
         {
             let policy = policy.clone();

@@ -142,9 +142,10 @@ impl Hedging {
                 break;
             };
             drop(snapshot);
-            // A hedge with large metadata is not sent, because it would need a private connection. A connection from which nothing was read
-            // for long is used without a check, for two reasons: other attempts are in flight anyway, and on a channel with few calls, all
-            // connections may have been silent for that long.
+            // A hedge with large metadata is not sent, because it would need a private connection. If nothing was read from a connection
+            // for long, other calls wait for the answer to a PING before they are sent. A hedge does not wait, for two reasons: it can fail
+            // without harm, because other attempts are in flight; and on a channel with few calls, all connections may have been silent for
+            // that long, so no hedge would be sent in time.
             if !has_small_metadata(&self.conclusion.call, &permit) {
                 break;
             }

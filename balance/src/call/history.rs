@@ -49,7 +49,8 @@ struct Failure {
 }
 
 impl History {
-    /// Creates the history of a call with a [`Routing`]. The first attempt does not use the connections in `given_up`.
+    /// Creates the history of a call with a [`Routing`]. `given_up` contains the connections that the channel is about to replace. The
+    /// first attempt does not use them.
     pub(super) fn with_routing(route: Routing, given_up: Vec<Arc<ReadyConnection>>) -> Self {
         Self {
             connections: given_up,

@@ -152,7 +152,11 @@ mod tests {
     fn only_a_response_head_with_an_error_is_a_failure() {
         let grpc = ("content-type", "application/grpc");
         let begun = response(200, &[grpc]);
-        assert_eq!(failure(&begun), None, "no status must be no failure");
+        assert_eq!(
+            failure(&begun),
+            None,
+            "a head without a status must not count as a failure"
+        );
         assert_eq!(failure(&response(200, &[grpc, ("grpc-status", "0")])), None);
         for (http, code) in [
             (200, Code::Unknown),

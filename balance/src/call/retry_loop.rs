@@ -107,7 +107,9 @@ impl Attempts {
             let Some(body) = take_body(&mut outcome).await? else {
                 return self.finish(
                     outcome,
-                    Some("too much of the request was sent to send it again"),
+                    Some(
+                        "the request cannot be sent again, because too much of it was already sent",
+                    ),
                 );
             };
             self.end_attempt(outcome);

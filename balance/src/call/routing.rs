@@ -50,8 +50,8 @@ impl Routing {
     /// Reports a failure that only the caller can detect: a failure of the call, or of a stream that the call opened. The failure changes
     /// the latency estimate of the connection in the same way as any failed call.
     ///
-    /// `silent_since` is the time since which a response has been overdue. If it is set, and nothing was read from the connection since
-    /// then, a PING checks the connection.
+    /// `silent_since` is set if the caller has waited for a response in vain: it is the time when this wait began. If nothing was read from
+    /// the connection since that time, the channel sends a PING to check the connection.
     pub fn report_failure(&self, now: Instant, silent_since: Option<Instant>) {
         if let Some(connection) = &*self.lock() {
             connection.on_reported_failure(now, silent_since);

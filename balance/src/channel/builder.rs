@@ -114,10 +114,11 @@ impl<S> ChannelBuilder<S> {
 
     /// Sets the zone of the caller. Endpoints of the same zone are preferred while they have capacity. Default: no preference.
     ///
-    /// The channel assumes that callers are spread evenly over the zones. The capacity of a zone is its share of the weights of all ready
-    /// endpoints. If the capacity of a zone is sufficient for its own callers, the zone serves all their calls. Otherwise it serves as many
-    /// calls as its weight allows, and the remaining calls are sent to zones with spare capacity. So no endpoint gets more calls than its
-    /// weight allows. About one call in a thousand is sent to another zone in any case.
+    /// The channel assumes that callers are spread evenly over the zones, so with `n` zones the callers of each zone make `1 / n` of all
+    /// calls. The capacity of a zone is its share of the weights of all ready endpoints. If the capacity is at least `1 / n`, the zone
+    /// serves all calls of its own callers. Otherwise it serves as many of them as its capacity allows, and the remaining calls are sent to
+    /// zones with spare capacity. In any case, each endpoint outside the zone gets a few calls: at least a thousandth of the calls that an
+    /// endpoint with the same weight in the preferred zone gets.
     pub fn zone(mut self, zone: impl Into<String>) -> Self {
         self.config.options.zone = Some(zone.into().into());
         self
@@ -216,8 +217,9 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Sets whether the limits of HTTP/2 against hostile servers are enforced. Disabled by default, because with these limits a connection
-    /// is closed after at most a thousand cancelled calls, and then all calls on the connection fail.
+    /// Sets whether the limits of the `h2` crate on reset streams and on small frames are enforced. These limits protect the client against
+    /// hostile servers. They are disabled by default, because cancelled calls count as reset streams: after at most a thousand cancelled
+    /// calls, `h2` closes the connection, and all calls on it fail.
     pub fn http2_abuse_limits(mut self, limits: bool) -> Self {
         self.config.connector.http2.http2_abuse_limits = limits;
         self
@@ -273,8 +275,8 @@ impl<S> ChannelBuilder<S> {
         self
     }
 
-    /// Sets the scheme and the authority of calls. The default authority is the server name of the TLS configuration, or else the
-    /// endpoint's address.
+    /// Sets the scheme and the authority of calls. The default scheme is `https` if TLS is configured, and `http` otherwise. The default
+    /// authority is the server name of the TLS configuration, or else the authority of the request, or else the endpoint's address.
     pub fn origin(mut self, origin: Uri) -> Self {
         self.config.origin = Some(origin);
         self
@@ -470,8 +472,8 @@ impl Config {
         if let Some(policy) = self.address_policy.or(policy) {
             connector.policy = policy;
         }
-        // With TLS, the authority of calls is the name that the servers' certificates must be valid for. The source of endpoints cannot
-        // change it.
+        // If the TLS configuration names the servers, and the program sets no other `origin`, this name is the authority of all calls. The
+        // source of endpoints cannot change it.
         let mut scheme = if connector.is_tls() {
             Scheme::HTTPS
         } else {

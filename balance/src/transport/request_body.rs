@@ -68,11 +68,11 @@ fn poll_data(body: &mut Body, cx: &mut Context<'_>) -> Result<Poll<Option<Bytes>
     }
 }
 
-/// Whether a body can be recalled: taken back, while the stream is open, from its [`Pump`], the task that sends the body.
+/// Whether a body can be recalled: taken back from its [`Pump`] (the task that sends the body) while the stream is open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Recall {
     Never,
-    /// The call may be sent again after an error in its response.
+    /// The body can be recalled, because the call is possibly sent again after an error in its response.
     Possible,
 }
 

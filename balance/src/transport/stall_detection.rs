@@ -340,7 +340,8 @@ pub(super) const CHECK_TIMEOUT: Duration = Duration::from_millis(250);
 const LATE_TIMER: Duration = Duration::from_millis(50);
 /// The timeouts of a stall and of a check are at least this many round trips, so that they suit paths with a long round trip.
 pub(super) const ROUND_TRIPS: u32 = 4;
-/// Maximum number of PINGs between two HEADERS or DATA frames of the peer. gRFC A8 allows two strikes.
+/// Maximum number of PINGs between two HEADERS or DATA frames of the peer. A server that follows gRFC A8 tolerates two PINGs that are too
+/// frequent.
 const MAX_PINGS_WITHOUT_RESPONSE: u32 = 2;
 /// Maximum number of extensions of a time limit. With this maximum, waits also end in a process that is never scheduled in time.
 const MAX_EXTENSIONS: u32 = 3;
@@ -387,7 +388,11 @@ mod tests {
         assert_eq!(stalled, Some(Action::Stalled));
         let cause = pings.on_request(PingCause::Overrun, now + ms(1_001), silent, true);
         assert_eq!(cause, None);
-        assert_eq!(pings.wake_at(), None, "a timer would end the stall");
+        assert_eq!(
+            pings.wake_at(),
+            None,
+            "no timer must run while the peer counts as stalled"
+        );
         assert_eq!(pings.on_read(silent), None);
         assert_eq!(
             pings.on_read(progress(117, 0, now)),
@@ -463,9 +468,9 @@ mod tests {
         assert_eq!(stalled, Some(Action::Stalled));
     }
 
-    /// Simulates a server that counts PINGs as grpc-java does: each PING is a strike, and a HEADERS or DATA frame that the server sends
-    /// later clears the strikes. Frames cross, answers are late, streams are reset, calls are dropped, and the keep-alive sends PINGs as
-    /// well.
+    /// Simulates a server that counts PINGs as grpc-java does: each PING is a strike against the client, and a HEADERS or DATA frame that
+    /// the server sends later clears all strikes. PINGs and frames cross on the way, answers are late, streams are reset, calls are
+    /// dropped, and the keep-alive sends PINGs as well.
     #[test]
     fn at_most_two_pings_are_sent_between_two_responses() {
         let seed = fastrand::u64(..);
@@ -544,7 +549,10 @@ mod tests {
         assert_eq!(pings.on_read(read_again), Some(Action::Recovered));
         let later = now + BUSY_INTERVAL;
         let idle = pings.on_request(PingCause::Silence, later, read_again, true);
-        assert_eq!(idle, None, "a waiting call must count as idle");
+        assert_eq!(
+            idle, None,
+            "a call that waits for a check must not make the connection busy"
+        );
         pings.on_read(progress(102, 0, now));
         let busy = pings.on_request(PingCause::Overrun, later, progress(102, 0, now), true);
         assert_eq!(busy, Some(Action::Ping));

@@ -402,7 +402,7 @@ async fn parked_uploads_do_not_block_the_connection() {
         let (feed, body) = fed();
         feed.send(Bytes::from(vec![0; 1 << 20])).expect("fed");
         let mut exchange = pair.send(gather(body).await);
-        // The call is polled once and then parked.
+        // The call is polled once and then parked (no longer polled).
         poll_fn(|cx| {
             let _ = exchange.poll_head(cx);
             std::task::Poll::Ready(())
@@ -530,7 +530,7 @@ async fn thousands_of_half_read_streams_leave_the_connection_window_intact() {
         frame
             .expect("in time")
             .expect("a frame")
-            .expect("the stream survives the end of others");
+            .expect("a frame, although earlier streams were dropped");
     }
     // If the window of the connection is intact, a response of twenty stream windows is received.
     let mut exchange = pair.send(single());

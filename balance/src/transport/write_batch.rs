@@ -380,7 +380,11 @@ mod tests {
                 let taken = Pin::new(&mut batched).poll_write(&mut cx, &frame);
                 assert!(matches!(taken, Poll::Ready(Ok(taken)) if taken == size));
             }
-            assert_eq!(batched.lock().io.writes, 0, "a write before poll_end");
+            assert_eq!(
+                batched.lock().io.writes,
+                0,
+                "nothing must be written before poll_end"
+            );
             batched.poll_end(&mut cx);
             assert_eq!(std::mem::take(&mut batched.lock().io.writes), 1);
         }

@@ -155,7 +155,7 @@ impl Fake {
         store
     }
 
-    /// Ends every watch stream, like a member that restarts.
+    /// Ends every watch stream, as the restart of a member does.
     pub(super) fn cut(&self) {
         self.store().epoch += 1;
         self.tell();
@@ -353,7 +353,7 @@ fn txn(store: &mut Store, request: PbTxnRequest) -> Result<PbTxnResponse, Status
             },
             Some(PbTxnOpRequest::RequestPut(put)) => {
                 assert_ne!(put.lease, 0, "a put must have a lease");
-                assert!(guarded(&put.key), "a put must have a comparison");
+                assert!(guarded(&put.key), "a put must compare the mod revision");
                 if !store.leases.contains_key(&put.lease) {
                     return Err(Status::not_found("etcdserver: requested lease not found"));
                 }

@@ -67,6 +67,7 @@ impl Fleet {
         fleet
     }
 
+    /// Returns whether every server is registered and every client knows all servers.
     fn is_right(&self) -> bool {
         let registered = |registration: &Registration| registration.state().is_registered();
         let known = |resolver: &Resolver| {
@@ -75,7 +76,7 @@ impl Fleet {
         self.registrations.iter().all(registered) && self.resolvers.iter().all(known)
     }
 
-    /// Waits until every server is registered and every client knows all servers. Returns the time that it took.
+    /// Waits until [`is_right`](Self::is_right) returns true. Returns the time that this took.
     async fn until_right(&self, bound: Duration) -> Duration {
         let start = Instant::now();
         while !self.is_right() {
@@ -155,8 +156,8 @@ fn a_fleet_in_virtual_time_sends_as_many_requests_as_documented() {
         println!("20 s after a restart: {after:?}");
         fleet.until_right(Duration::from_secs(10)).await;
         let all: u64 = after.total.values().sum();
-        // The estimate has two requests for each client: it reads one key as a check and opens a watch. It has eight for each server, which
-        // renews its lease, reads its key and opens a watch. The requests at rest are added.
+        // The estimate: two requests for each client, which reads one key as a check and opens a watch; eight for each server, which renews
+        // its lease, reads its key and opens a watch; and the requests at rest.
         let expected = 2.0 * clients + 8.0 * servers + 20.0 * all_at_rest(clients, servers);
         assert!(
             all as f64 <= 1.2 * expected,

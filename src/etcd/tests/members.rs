@@ -102,7 +102,7 @@ fn few_wait(what: &str, took: &[Duration], few: usize, longest: Duration) {
     sorted.sort();
     let median = sorted[sorted.len() / 2];
     println!(
-        "{what}: 0 of {} reads failed, {waited} waited, the last of them number {last:?}; the slowest took {slowest:?}, the median {median:?}",
+        "{what}: 0 of {} reads failed, {waited} waited, index of the last one {last:?}; the slowest took {slowest:?}, the median {median:?}",
         took.len()
     );
     assert!(waited <= few, "{waited} reads waited, limit {few}");
@@ -127,14 +127,14 @@ async fn one_frozen_or_dead_member_of_three_delays_one_read() {
     cluster.freeze(follower).await.expect("a frozen member");
     let took = reads(&etcd, 300).await;
     let (refused, hung) = stock(&client, 300).await;
-    println!("etcd-client: {refused} of 300 failed, {hung} hung");
+    println!("etcd-client: {refused} of 300 failed, {hung} timed out");
     few_wait("one frozen", &took, 1, Duration::from_millis(3_900));
     cluster.thaw(follower).await.expect("a thawed member");
 
     cluster.kill(follower).await.expect("a dead member");
     let took = reads(&etcd, 300).await;
     let (refused, hung) = stock(&client, 300).await;
-    println!("etcd-client: {refused} of 300 failed, {hung} hung");
+    println!("etcd-client: {refused} of 300 failed, {hung} timed out");
     few_wait("one dead", &took, 0, Duration::from_millis(1_900));
     cluster.restart(follower).await.expect("a restart");
 
@@ -253,7 +253,7 @@ async fn reads_succeed_while_one_member_is_dead_and_another_is_frozen() {
     let (failed, slowest, mean) = ours(&etcd, 300).await;
     let (refused, hung) = stock(&client, 300).await;
     println!(
-        "dead: {failed} of 300 reads failed, the slowest {slowest:?}, the others {mean:?}; etcd-client: {refused} failed, {hung} hung"
+        "dead: {failed} of 300 reads failed, the slowest {slowest:?}, the others {mean:?}; etcd-client: {refused} failed, {hung} timed out"
     );
     assert_eq!(failed, 0);
 
@@ -263,8 +263,8 @@ async fn reads_succeed_while_one_member_is_dead_and_another_is_frozen() {
     // The bound covers two deadlines, and an election if the frozen member is the leader.
     assert!(slowest < Duration::from_secs(12), "{slowest:?}");
     assert!(mean < Duration::from_millis(200), "{mean:?}");
-    // The failures that reads have recorded also apply to lease requests. If no read has reached the frozen member, the first renewal may
-    // reach it and fail.
+    // Lease requests avoid the members on which reads have failed. If no read has reached the frozen member, the first renewal may reach it
+    // and fail.
     let start = Instant::now();
     if etcd.keep_alive(lease, 0, deadline).await.is_err() {
         etcd.keep_alive(lease, 0, deadline)
@@ -275,7 +275,7 @@ async fn reads_succeed_while_one_member_is_dead_and_another_is_frozen() {
     let (failed, slowest, mean) = ours(&etcd, 300).await;
     let (refused, hung) = stock(&client, 300).await;
     println!(
-        "dead and frozen: {failed} of 300 reads failed, the slowest {slowest:?}, the others {mean:?}; etcd-client: {refused} failed, {hung} hung"
+        "dead and frozen: {failed} of 300 reads failed, the slowest {slowest:?}, the others {mean:?}; etcd-client: {refused} failed, {hung} timed out"
     );
     assert_eq!(failed, 0);
     assert!(mean < Duration::from_millis(200), "{mean:?}");

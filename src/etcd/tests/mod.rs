@@ -1,4 +1,4 @@
-//! Tests of the resolver and the registration, with the real client and a scripted etcd, in paused time.
+//! Tests of the resolver and the registration with the real client. Most of them use a scripted etcd and paused time.
 #![allow(
     clippy::print_stdout,
     reason = "the tests print their seeds and the measured costs of failing members"
@@ -57,8 +57,8 @@ struct World {
     resolver: Resolver,
     registration: Registration,
     lossy: bool,
-    /// An earlier state of the store. It is restored at most once. The client detects a restore by its lower raft term, and a second
-    /// restore would have the same term as the first.
+    /// An earlier state of the store. It is restored at most once: the client detects a restore by the lower raft term, and after a second
+    /// restore the term would be the same as after the first.
     backup: RefCell<Backup>,
 }
 
@@ -157,6 +157,7 @@ impl World {
         self.fake.tell();
     }
 
+    /// Returns whether the registration has all its keys under a valid lease, and the resolver knows exactly the values in the store.
     fn is_right(&self) -> bool {
         let store = self.fake.store();
         let mut known: Vec<_> = self
@@ -214,7 +215,7 @@ async fn play(seed: u64) {
         world.resolver.instances(),
         world.fake.store().values(PREFIX)
     );
-    // The state must also remain correct.
+    // The correct state must last.
     sleep(TTL * 2).await;
     assert!(
         world.is_right(),
@@ -222,7 +223,7 @@ async fn play(seed: u64) {
     );
     world.registration.deregister().await.expect("no error");
     let own = world.fake.store().values("/gRPC/second/");
-    assert!(own.is_empty(), "TEST_SEED={seed}: left over: {own:?}");
+    assert!(own.is_empty(), "TEST_SEED={seed}: keys remain: {own:?}");
 }
 
 /// Each history has a runtime and a paused clock of its own. As many histories run in parallel as there are processors.

@@ -76,7 +76,7 @@ async fn a_single_service_is_reconciled_without_a_transaction() {
     assert_eq!(fake.script().counts.get("txn"), None);
 }
 
-/// A registry can be used on several runtimes. A runtime that ends while it collects a batch must not affect the others.
+/// Several runtimes can use one registry. A runtime that ends while it collects a batch must not block the requests of the others.
 #[test]
 fn a_runtime_that_ends_while_it_collects_a_batch_blocks_no_other_runtime() {
     let runtime = || {
@@ -101,8 +101,8 @@ fn a_runtime_that_ends_while_it_collects_a_batch_blocks_no_other_runtime() {
         second.block_on(async { tokio::time::timeout(Duration::from_secs(60), joins).await });
     answer
         .expect("the request must not wait for a runtime that has ended")
-        .expect("the request must not panic")
-        .expect("the request must be sent alone");
+        .expect("the task must not panic")
+        .expect("the request must succeed without the batch");
 }
 
 /// At rest, a client sends only reconciliation requests, and probes: requests that show whether its watch stream still works.
@@ -137,15 +137,15 @@ async fn a_process_with_many_services_sends_few_requests_at_rest() {
             .min(),
     );
     assert!(reconciled >= Some(6), "{reconciled:?}");
-    // In half an hour, there are 2 400 reconciliations: one in 225 s for each of the 300 services. For every sixteenth reconciliation of a
-    // service, 150 in total, the resolver sends a separate list request. The others share requests.
+    // In half an hour, there are 2 400 reconciliations: one in 225 s for each of the 300 services. Every sixteenth reconciliation of a
+    // service is a separate list request, which makes 150. The other reconciliations share requests.
     assert!(sent < 450, "{sent} requests in half an hour");
 }
 
 /// etcd rejects a transaction if the user may not read one of its keys.
 #[cfg(feature = "testing")]
 #[tokio::test]
-async fn a_prefix_that_may_not_be_read_affects_no_other_service() {
+async fn a_prefix_without_read_permission_affects_no_other_service() {
     use crate::error::EtcdErrorKind;
     use crate::etcd::{Config, Credentials};
     use crate::testing;

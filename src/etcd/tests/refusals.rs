@@ -221,7 +221,8 @@ async fn a_resolver_recovers_when_a_permission_returns_and_the_old_token_is_inva
     assert!(arrives(&fake, &resolver, Duration::from_secs(40)).await);
 }
 
-/// Older servers renew leases whatever the token is, so only the reads of the registered key and the watch on that key fail.
+/// In the first round, the server renews leases whatever the token is, as older servers do. So only the reads of the registered key and the
+/// watch on that key fail. In the second round, the renewals fail as well.
 #[tokio::test(start_paused = true)]
 async fn a_registration_with_a_changed_password_retries_slowly() {
     let (fake, etcd) = protected();

@@ -339,7 +339,7 @@ async fn a_registration_moves_from_a_member_whose_watch_becomes_silent() {
     }
 }
 
-/// A member may renew leases but not serve watches. The registrations of a fleet must then not retry their watches every second.
+/// If a member renews leases but does not serve watches, the registrations of a fleet must not retry their watches every second.
 #[tokio::test(start_paused = true)]
 async fn a_key_watch_that_cannot_be_opened_is_retried_slowly() {
     let fake = Fake::new(1, 0);

@@ -128,6 +128,7 @@ impl Store {
         events.filter(within).collect()
     }
 
+    /// Returns the distinct values of all keys with the prefix, sorted.
     pub(super) fn values(&self, prefix: &str) -> Vec<String> {
         let mine = self
             .keys

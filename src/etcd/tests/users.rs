@@ -30,11 +30,11 @@ pub(super) struct Users {
     pub(super) denied: bool,
     /// Whether the renewal of a lease requires a valid token; older servers renew a lease without one.
     pub(super) renewals_are_checked: bool,
-    /// Whether a password hash takes 60 s and not 0.1 s. No request waits that long for a token.
+    /// Whether a password hash takes 60 s instead of 0.1 s. No request waits 60 s for a token.
     pub(super) overloaded: bool,
     /// Number of requested exchanges of a password for a token.
     pub(super) authentications: u32,
-    /// The time for which only the member that issued a token accepts the token. After it, all members do.
+    /// The time for which only the member that issued a token accepts the token. After this time, all members accept it.
     pub(super) lag: Duration,
     /// The member that issued the last token, and the time at which it did so.
     issued: Option<(Arc<str>, Instant)>,

@@ -27,7 +27,7 @@ struct Stream {
     answers: mpsc::Sender<Result<PbWatchResponse, Status>>,
     watchers: Vec<Watcher>,
     ids: i64,
-    /// Whether the stream stays open but sends no more messages.
+    /// Whether the server sends no more messages on this stream. A silent stream stays open.
     silent: bool,
     /// If set, every watcher is rejected with this reason.
     refusal: Option<Status>,
@@ -171,8 +171,8 @@ impl Stream {
         }
     }
 
-    /// Cancels a watcher, because the events that it still needs are compacted. As measured, etcd creates the watcher before it cancels it,
-    /// and the header of the cancellation has no revision.
+    /// Cancels a watcher, because the events that it still needs are compacted. As measured, etcd first creates and then cancels such a
+    /// watcher, and the header of the cancellation has no revision.
     async fn overtaken(&mut self, id: i64, compacted: i64) -> Alive {
         self.watchers.retain(|watcher| watcher.id != id);
         let cancelled = PbWatchResponse {
@@ -217,7 +217,8 @@ impl Stream {
         Ok(())
     }
 
-    /// Removes the deletions that the script loses. Real servers have lost deletions.
+    /// Drops the next deletions, as many as [`Script::lost_deletes`](super::fake::Script::lost_deletes) says. Real servers have also failed
+    /// to send deletions.
     fn without_lost(&self, mut events: Vec<PbEvent>) -> Vec<PbEvent> {
         let mut script = self.fake.script();
         events.retain(|event| {
@@ -228,13 +229,15 @@ impl Stream {
         events
     }
 
-    /// Chooses at random a fault that precedes the events or replaces them.
+    /// Injects a random fault, or none, before the next events are sent. Some faults silence or end the stream, so that these events are
+    /// never sent on it.
     async fn disturb(&mut self, id: i64, stale: Vec<PbEvent>) -> Alive {
         let fault = self.fake.script().fault(9);
         match fault {
             Some(0) => self.silent = true,
-            // Streams end cleanly, or with an error without details.
+            // The stream ends without an error status.
             Some(1) => return Err(()),
+            // The stream ends with an error status that gives no details.
             Some(2) => {
                 let broken = Status::unknown("transport error");
                 self.answers.send(Err(broken)).await.map_err(drop)?;

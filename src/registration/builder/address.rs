@@ -45,6 +45,7 @@ impl RegistrationBuilder {
                 return SocketAddr::new(ip, bound.port()).try_into();
             }
         }
+        // These addresses are reserved for documentation, so no route except the default route leads to them.
         for target in ["192.0.2.1:9", "[2001:db8::1]:9"] {
             let Some(ip) = local_ip(target, bound.ip()).await else {
                 continue;

@@ -19,6 +19,7 @@ impl RegistrationBuilder {
         let address = match (&self.address, &self.target) {
             (Some(address), _) => self.accepted(address.parse())?,
             (None, Target::Service { .. }) => {
+                // The address is not known yet. A placeholder takes its place, so that the other options can be checked.
                 let any = Address::try_from(SocketAddr::from((Ipv4Addr::LOCALHOST, 1)));
                 any.map_err(|error| self.invalid(error.to_string()))?
             }

@@ -152,8 +152,8 @@ impl RegistrationBuilder {
     }
 
     /// Sets whether the registration runs on its own thread, with its own connections. The lease is then renewed even if calls occupy every
-    /// thread of the application's runtime for longer than the TTL. Disabled by default. A client passed to
-    /// [`Registry::from_client`](crate::Registry::from_client) keeps its connections on the runtime that created them.
+    /// thread of the application's runtime for longer than the TTL. Disabled by default. The option has less effect with a client passed to
+    /// [`Registry::from_client`](crate::Registry::from_client), because that client keeps its connections on the runtime that created them.
     pub fn dedicated_thread(mut self, dedicated_thread: bool) -> Self {
         self.dedicated_thread = dedicated_thread;
         self
@@ -169,7 +169,7 @@ impl RegistrationBuilder {
     }
 
     /// Sets the host that clients dial. The port is the port of the listener. By default, the host is the IP address of the listener. If
-    /// that address is unspecified, the default is the same as for [`address`](Self::address).
+    /// that address is unspecified, the default is the local address of the route to etcd, as for [`address`](Self::address).
     pub fn host(mut self, host: impl Into<String>) -> Self {
         self.host = Some(host.into());
         self
@@ -189,7 +189,7 @@ impl RegistrationBuilder {
         self
     }
 
-    /// Sets whether the entry states that the server uses TLS, if the [`Format`] has a field for that. Clients of other libraries may use
+    /// Sets whether the entry states that the server uses TLS, if the [`Format`] has a field for that. Clients of other libraries can use
     /// this hint when they connect; clients of this library ignore it. Disabled by default.
     pub fn tls_hint(mut self, tls: bool) -> Self {
         self.advertisement.tls = tls;
@@ -218,8 +218,8 @@ impl RegistrationBuilder {
 
     /// Sets the time to live of the lease: how long etcd keeps the entry of a server that has died. The TTL must be from 2 s to 1 day; 2 s
     /// is the minimum of etcd with its default settings. Fractions of a second are rounded up. The default is 15 s. The lease is renewed
-    /// after a third of the TTL that etcd grants, and the first time earlier. The entry of a dead server can remain for longer than the
-    /// TTL, because the TTL of every lease restarts when etcd elects a leader.
+    /// whenever a third of the TTL that etcd grants has passed; the first renewal is earlier, at a random time. The entry of a dead server
+    /// can remain for longer than the TTL, because the TTL of every lease restarts when etcd elects a leader.
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.ttl = ttl;
         self
@@ -239,9 +239,9 @@ impl RegistrationBuilder {
         self
     }
 
-    /// Sets the timeout of [`deregister`](Registration::deregister) and of the other changes of a registration, which retry while etcd is
-    /// unavailable. The default is 5 s. After the timeout, a deregistration is abandoned, and other changes are still attempted in the
-    /// background. An entry that a deregistration could not remove is removed when its lease expires.
+    /// Sets the timeout of [`deregister`](Registration::deregister) and of the other changes of a registration. All of them retry while
+    /// etcd is unavailable. The default is 5 s. After the timeout, a deregistration is abandoned, and other changes are still attempted in
+    /// the background. An entry that a deregistration could not remove is removed when its lease expires.
     pub fn deregister_timeout(mut self, timeout: Duration) -> Self {
         self.deregister_timeout = timeout;
         self

@@ -153,8 +153,9 @@ impl Machine {
         now: Instant,
     ) {
         if leaving {
-            // The leave marker (a field that tells clients that the server is leaving) is best effort. Each batch of 100 keys is written
-            // once. After a failed write, the remaining batches are skipped. In both cases, the lease is then revoked.
+            // The leave marker (a field that tells clients that the server is leaving) is best effort. Each batch of up to 100 keys is
+            // written only once, and after a failed write, the remaining batches are skipped. The lease is then revoked, even if some keys
+            // have no marker.
             for put in self.puts() {
                 self.keys[put.index].held = None;
             }
@@ -280,8 +281,8 @@ impl Machine {
             return;
         };
         lease.failed += 1;
-        // While the lease is valid, renewals are retried at the same rate after every kind of error. If an operator resolves the error
-        // before the lease expires, no key is lost.
+        // While the lease is valid, renewals are retried at the same rate after every kind of error. So no key is lost if an operator
+        // resolves the error before the lease expires.
         let wait = if needs_operator && lease.expires <= now {
             jittered(lease.ttl.min(OPERATOR_WAIT), &mut self.rng)
         } else if lease.failed == 1 {
@@ -441,8 +442,8 @@ impl Machine {
     }
 
     fn supersede(&mut self, now: Instant) {
-        // No live key (a key that is not being removed) is attached to the lease, so the lease can expire by itself. If a removed key is
-        // not deleted yet, the lease is recorded for a later revoke, which also deletes that key.
+        // No live key (a key that is not being removed) is attached to the lease, so the lease can expire by itself. But if a key that must
+        // be deleted still exists, the lease is recorded for a later revoke, which also deletes that key.
         let mut entries = self.keys.iter();
         if entries.any(|entry| entry.removal == Removal::Requested) {
             self.record_unrevoked();

@@ -1,5 +1,6 @@
-//! The lease machine: the state machine of one registration. It returns commands for the owner task (the task that executes them), and
-//! receives the results of the commands and the requests of that task.
+//! The lease machine: the state machine of one registration. The owner task asks the machine for the next command and executes the command.
+//! It passes three kinds of input to the machine: the results of the commands, the events of the watch on the keys, and the requests of the
+//! application, such as a pause.
 
 use std::time::Duration;
 
@@ -70,7 +71,8 @@ pub(in crate::registration) struct Machine {
     pub(super) disturbed: bool,
     /// Whether the format has a leave marker.
     pub(super) has_leave_marker: bool,
-    /// Until this time, no request except a renewal is sent. In the state `Superseded`, only the reads wait for this time.
+    /// Before this time, only renewals are sent. There is one exception: in the state `Superseded`, this time delays only the next read of
+    /// the keys.
     pub(super) not_before: Option<Instant>,
     pub(super) backoff: Backoff,
     pub(super) rng: fastrand::Rng,
@@ -167,7 +169,7 @@ impl Machine {
         self.state == State::Registered && !self.live_entries().any(KeyEntry::is_pending)
     }
 
-    /// Returns whether a key is removed for good, or does not exist.
+    /// Returns whether the key with this index is removed for good. Also returns true if no key has this index.
     pub(in crate::registration) fn is_gone(&self, index: usize) -> bool {
         let is_deleted = |entry: &KeyEntry| entry.removal == Removal::Done;
         self.state == State::Deregistered || self.keys.get(index).is_none_or(is_deleted)
@@ -194,7 +196,7 @@ impl Machine {
         self.keys.iter().filter(|entry| entry.is_live())
     }
 
-    /// Returns the time at which the lease expires. At that time, the phase may change without an input.
+    /// Returns the time at which the lease expires. At that time, the phase can change although the machine receives no input.
     pub(in crate::registration) fn expires(&self) -> Option<Instant> {
         self.lease.map(|lease| lease.expires)
     }
@@ -237,8 +239,8 @@ impl Machine {
                     ..
                 }
         ) {
-            // A revoke of the lease may be in flight, so the registration continues with a new lease. If that revoke did not reach etcd,
-            // the old lease is revoked later, once the keys are attached to the new lease.
+            // A revoke of the lease may be in flight, so the registration continues with a new lease. That revoke may also be lost, so the
+            // old lease is revoked again later, once the keys are attached to the new lease.
             self.record_unrevoked();
             self.lose_lease();
             self.register();
@@ -290,8 +292,8 @@ impl Machine {
     }
 }
 
-/// Maximum step of the backoff. When etcd recovers from an outage, it extends every lease to a whole TTL. With longer steps, leases could
-/// expire in that time, before the next attempt to renew them.
+/// Limit of the backoff step for TTLs above 12 s. For shorter TTLs, the limit is a quarter of the TTL. With a long TTL, a quarter would be
+/// too long: with a TTL of 10 minutes, a lost entry could be missing for up to 150 s after etcd has recovered.
 pub(super) const RETRY_MAX: Duration = Duration::from_secs(3);
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 /// Maximum timeout of a request. A healthy member responds within milliseconds.
@@ -299,23 +301,23 @@ pub(super) const DEADLINE_MAX: Duration = Duration::from_secs(2);
 /// Maximum TTL that is accepted from etcd. No registration requests a longer TTL, so a longer TTL in a response is a fault of the store,
 /// and is capped.
 pub(super) const TTL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
-/// Maximum timeout of the request that writes the leave marker. The marker is best effort, and the revoke that follows needs the remaining
-/// time.
+/// Maximum timeout of the request that writes the leave marker. The marker is best effort, and the revoke that follows needs most of the
+/// deregister timeout.
 pub(in crate::registration) const LEAVE_MARKER_MAX: Duration = Duration::from_millis(500);
 /// Maximum wait between attempts while etcd rejects the credentials or denies the permission.
 pub(super) const OPERATOR_WAIT: Duration = Duration::from_secs(30);
-/// Maximum time after a read of the keys until the next read is due; the minimum is half of it. A due read follows the next renewal. The
-/// watch reports the loss of a key at once, so the read only finds a loss that the watch has not delivered. While the keys are not watched,
-/// they are read after each renewal.
+/// Maximum time from a read of the keys until the next read is due; the minimum is half of it. A read that is due is sent after the next
+/// successful renewal. The watch reports the loss of a key at once, so these reads only find a loss that the watch has not delivered. While
+/// the keys are not watched, they are read after each renewal.
 pub(super) const VERIFY_INTERVAL: Duration = Duration::from_secs(60);
 /// Maximum time between two reads while every live key belongs to another server; the minimum is half of it. The reads detect the deletion
 /// of a key even if the watch cannot be opened.
 pub(super) const SUPERSEDED_READ: Duration = Duration::from_secs(10);
 /// Maximum number of puts in one transaction. etcd rejects more than 128 operations with its default settings.
 const PUTS_MAX: usize = 100;
-/// Maximum number of leases in [`Machine::granted`]. The oldest lease is forgotten first. Each lease, except the first one, replaced an
-/// earlier lease.
+/// Maximum number of leases in [`Machine::granted`]. The oldest lease is forgotten first. A lease that was replaced so many times has been
+/// revoked or has expired in practice, so no key is attached to it.
 pub(super) const GRANTED_KEPT: usize = 64;
-/// Maximum number of earlier leases that are kept for a later revoke. An earlier lease is kept, for example, after a pause during an
-/// outage.
+/// Maximum number of earlier leases that are kept for a later revoke. An earlier lease is kept, for example, if the registration is paused
+/// and resumed during an outage. Beyond this number, the oldest lease is not revoked and expires by itself.
 const UNREVOKED_KEPT: usize = 8;

@@ -121,8 +121,8 @@ impl Machine {
         Command::Revoke { lease, deadline }
     }
 
-    /// Returns the timeout of a request: a sixth of the TTL, at most 2 s. After this timeout, there is time to send a renewal again, to
-    /// another member, while the lease is still valid.
+    /// Returns the timeout of a request: a sixth of the TTL, at most 2 s. If a renewal exceeds this timeout, there is still time to send it
+    /// again, to another member, before the lease expires.
     pub(super) fn deadline(&self) -> Duration {
         let ttl = self.lease.map_or(self.ttl, |lease| lease.ttl);
         (ttl / 6).min(DEADLINE_MAX)

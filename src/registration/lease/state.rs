@@ -29,7 +29,8 @@ pub(super) enum State {
 /// One key and its known state.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct KeyEntry {
-    /// The mod revision of the last own write. `None` if the key is not known to exist under the registration's lease.
+    /// The mod revision of the registration's last write of the key. `None` if the key is not known to exist under the registration's
+    /// lease.
     pub(super) held: Option<Revision>,
     /// The mod revision that the next put expects, or `None` if no put is needed.
     pub(super) expected: Option<Revision>,

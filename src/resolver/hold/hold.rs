@@ -1,4 +1,5 @@
-//! The held instances, and the rule that decides whether an instance that vanishes is held.
+//! The held instances, which vanished together with most others and are kept for a limited time. Also the rule that decides whether an
+//! instance that vanishes is held.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
@@ -56,7 +57,7 @@ struct Episode {
 /// The outcome of [`Hold::on_changes`] or [`Hold::on_time`].
 #[derive(Debug, Default)]
 pub(in crate::resolver) struct Outcome {
-    /// Addresses whose hold has ended without a new registration. They leave the set.
+    /// Addresses whose hold has ended without a new registration. They are removed from the set.
     pub(in crate::resolver) released: Vec<Address>,
     pub(in crate::resolver) news: Option<News>,
 }
@@ -166,7 +167,8 @@ impl Hold {
         self.end_episode_if_over()
     }
 
-    /// Removes the instances that are marked as leaving. Returns the other registered instances of `gone`, which stay in `registered`.
+    /// Removes the instances that are marked as leaving. Returns the other registered instances of `gone`. These stay in `registered` until
+    /// the caller removes them.
     fn remove_leaving(&mut self, gone: Vec<Instance>) -> Vec<Instance> {
         let mut vanished = Vec::new();
         for instance in gone {

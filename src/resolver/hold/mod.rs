@@ -9,10 +9,10 @@
 //!      └──────────────── registered again ──────────┘
 //! ```
 //!
-//! *Half* means half of the largest set of the last 10 s. If etcd loses a set through a bug or a stuck leader, the keys do not vanish at
-//! once, because keys whose leases expire together are deleted in separate events. Only the sum of the removals over a period distinguishes
-//! such a loss from the normal turnover of servers. Only sizes are compared, so the replacement of a fleet by one at other addresses is
-//! not a loss.
+//! *Half* means half of the largest set of the last 10 s. If etcd loses the keys of a set through a bug or a stuck leader, the keys do not
+//! vanish at once, because keys whose leases expire together are deleted in separate events. Only the sum of the removals over a period
+//! distinguishes such a loss from the normal turnover of servers. Only sizes are compared, so the replacement of a fleet by one at other
+//! addresses is not a loss.
 //!
 //! An instance whose last value marks a planned departure does not count as vanished. It is also subtracted from the size that *half*
 //! refers to, so that planned departures do not count as a loss.

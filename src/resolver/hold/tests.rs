@@ -1,4 +1,4 @@
-//! Tests of each kind of loss, and a comparison of random changes with a model that keeps the whole history.
+//! Tests of each kind of loss. A property test applies random changes to a [`Hold`] and to a simple model, and compares the held instances.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -52,11 +52,13 @@ impl Fleet {
         self.hold.on_changes(here, Vec::new(), self.now)
     }
 
+    /// Removes instances that are not marked as leaving.
     fn gone(&mut self, numbers: impl IntoIterator<Item = u16>) -> Outcome {
         let gone = numbers.into_iter().map(instance).collect();
         self.hold.on_changes([], gone, self.now)
     }
 
+    /// Removes instances that are marked as leaving.
     fn left(&mut self, numbers: impl IntoIterator<Item = u16>) -> Outcome {
         let gone = numbers.into_iter().map(leaving).collect();
         self.hold.on_changes([], gone, self.now)
@@ -68,7 +70,7 @@ fn when_a_whole_set_is_removed_half_of_it_is_held() {
     for (size, held) in [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (10, 5), (101, 51)] {
         let mut fleet = Fleet::of(size);
         let outcome = fleet.gone(0..size);
-        assert_eq!(fleet.hold.len(), held, "a set of {size}");
+        assert_eq!(fleet.hold.len(), held, "held of a set of {size}");
         let began = News::Began {
             registered: 0,
             of: usize::from(size),
@@ -167,7 +169,7 @@ fn an_instance_marked_as_leaving_is_not_held() {
     assert_eq!(
         fleet.hold.len(),
         0,
-        "instances that are all paused on purpose must not be held"
+        "instances that are marked as leaving must not be held"
     );
 
     let mut fleet = Fleet::of(10);
@@ -177,7 +179,7 @@ fn an_instance_marked_as_leaving_is_not_held() {
     assert_eq!(
         fleet.hold.len(),
         0,
-        "no instance must be held while two of the four expected instances are left"
+        "no instance must be held while two of the four instances not marked as leaving are registered"
     );
     fleet.gone([8]);
     assert!(fleet.hold.get(&address(8)).is_some());
@@ -321,8 +323,10 @@ struct Model {
     history: Vec<(Instant, usize, usize)>,
     registered: BTreeSet<Address>,
     held: BTreeMap<Address, Instant>,
+    /// Number of planned departures since the start.
     left: usize,
-    /// The strength of the set before the loss. `None` while no instance is held.
+    /// The strength of the set before the loss: its size plus the number of planned departures up to then. `None` while no instance is
+    /// held.
     before: Option<usize>,
 }
 

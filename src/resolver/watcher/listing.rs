@@ -33,8 +33,9 @@ impl Machine {
                     return self.on_wake();
                 }
                 let listing = std::mem::take(listing);
-                // The key to check is from the first page. If the store is wiped between two pages, a key of a later page is from the new
-                // store, so a check of that key would not detect the wipe.
+                // After the watch is opened, the check reads this key to find out whether the store is still the same. The key is from the
+                // first page: if the store is wiped between two pages, a key of a later page is from the new store, so a check of that key
+                // would not detect the wipe.
                 let check = listing.check.filter(|_| !listing.after_failed_check);
                 self.complete(header, listing.kvs, listing.oversized);
                 self.page_cap = PAGE_LIMIT;
@@ -157,7 +158,7 @@ impl Machine {
     }
 }
 
-/// Minimum of `page_cap`, in keys. Any link that can carry the responses of calls can carry a page of this size.
+/// Minimum of `page_cap`, in keys. Ten values of the usual 150 bytes are 1.5 kB, so an even smaller page would not help on a slow link.
 pub(super) const PAGE_CAP_MIN: i64 = 10;
 /// A list that was interrupted this many times, usually by compaction, is no longer pinned to one revision.
 const UNPINNED_AFTER: u32 = 3;

@@ -162,6 +162,6 @@ impl Machine {
 
 pub(super) const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(5);
-/// Maximum number of keys per page. 500 values of the usual 150 bytes are 75 KiB. If values are larger, the page size is halved until a
+/// Maximum number of keys per page. 500 values of the usual 150 bytes are 75 kB. If values are larger, the page size is halved until a
 /// page can be received.
 pub(super) const PAGE_LIMIT: i64 = 500;

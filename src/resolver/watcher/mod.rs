@@ -23,9 +23,10 @@
 //!
 //! A message whose header has a revision below R, or another cluster id, also causes a check, at most once per watch.
 //!
-//! There are two exceptions. The watch after an empty list is not checked, because there is no key to read. If a check fails, that is, if
-//! it finds signs of another store, the prefix is listed again, and the watch after this list is not checked. If that watch were checked,
-//! keys that change constantly could make each check fail, and each failure would cause another list.
+//! Two kinds of watch are not checked when they are opened. The first is the watch after an empty list, because there is no key to read.
+//! The second is the watch after a failed check: if a check fails, that is, if it finds signs of another store, the prefix is listed again,
+//! and the watch after this list is not checked. If that watch were checked, keys that change constantly could make each check fail, and
+//! each failure would cause another list.
 //!
 //! The header of a watch message never changes R, because the header is ahead of the events while a watch delivers a backlog. A watch is
 //! opened at R, not at R + 1, because the previous stream may have ended in the middle of revision R. An event of revision R may then be

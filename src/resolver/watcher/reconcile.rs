@@ -35,7 +35,7 @@ use crate::error::EtcdError;
 use crate::keyspace::{Event, Header, Key, KeyValue, ListRequest, Page, Range, Revision};
 
 impl Machine {
-    /// Returns the time at which [`Machine::on_time`] is due; `None` while no watch is open.
+    /// Returns the time at which [`Machine::on_time`] is due. `None` if nothing is scheduled, or while no watch is open.
     pub(in crate::resolver) fn due(&self) -> Option<Instant> {
         self.reconciler.due().filter(|_| self.is_watching())
     }
@@ -318,5 +318,5 @@ const SUSPECTS_MAX: usize = 100;
 const REPORT_SPREAD: Duration = Duration::from_secs(2);
 /// After a report that causes a read, further reports about the same key are ignored for this time.
 const REPORT_INTERVAL: Duration = Duration::from_secs(10);
-/// Limit on the number of pending reads. Further reports are dropped; an address that keeps refusing connections is reported again.
+/// While this many reads are pending, further reports are dropped. An address that keeps refusing connections is reported again.
 const READS_MAX: usize = 100;

@@ -16,6 +16,7 @@ pub(super) struct Reconciler {
     /// Maximum time between two reconciliations; `None` disables them.
     pub(super) interval: Option<Duration>,
     slots: Slots,
+    /// The time of the next reconciliation.
     pub(super) next_list: Option<Instant>,
     /// The time at which all keys and values are listed again, if that is necessary.
     pub(super) list_again_at: Option<Instant>,
@@ -159,7 +160,7 @@ pub(super) const LIST_AGAIN_SPREAD: Duration = Duration::from_secs(60);
 const SLOTS: u32 = 16;
 /// Limit on the interval, so that the time of the next reconciliation fits into an `Instant`.
 pub(super) const INTERVAL_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
-/// Minimum interval. With a shorter interval, clients would list without a pause.
+/// Minimum interval. With an interval near zero, clients would send requests to etcd without a pause.
 pub(super) const INTERVAL_MIN: Duration = Duration::from_millis(100);
 /// Minimum time from the response to a read to the next read. Even if a thousand servers fail at once, a client sends etcd at most ten
 /// reads per second for each prefix.

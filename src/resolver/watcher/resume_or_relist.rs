@@ -1,6 +1,6 @@
 //! Handles the end of a watch. Normally, a new watch is opened at the revision of the last applied event. The prefix is listed again
 //! instead if this revision was compacted or is ahead of the store, if an event is too large, or if several watches in a row deliver
-//! nothing although the store is ahead.
+//! nothing although the store is at a higher revision.
 
 use std::time::Duration;
 

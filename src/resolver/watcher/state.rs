@@ -54,7 +54,7 @@ pub(super) struct Watching {
     /// The key that the check reads when the watch has been opened. The check finds out whether the store is still the one that the set was
     /// listed from. `None` once the check is requested, and for a watch without a check.
     pub(super) check: Option<Key>,
-    /// Whether a header below R or of another cluster has already caused a check on this watch.
+    /// Whether a header with a revision below R, or with another cluster id, has already caused a check on this watch.
     pub(super) suspicion_checked: bool,
 }
 

@@ -1,5 +1,5 @@
-//! A gRPC server on bare `h2`. Its [`Manner`] defines whether it behaves well or badly, as servers and proxies in production do. The
-//! [`wire`] between the socket and `h2` counts, rejects and adds frames.
+//! A gRPC server on bare `h2`. Its [`Manner`] defines how it behaves: well, or with a fault that servers and proxies in production have.
+//! The [`wire`] between the socket and `h2` counts, rejects and adds frames.
 
 pub mod answer;
 pub mod foreign;

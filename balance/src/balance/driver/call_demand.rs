@@ -54,8 +54,8 @@ impl Driver {
             state => state,
         };
         self.subchannels.insert(id, address.clone(), state);
-        // If a second connection was dialled beside the old connection, the second connection is no longer needed, unless another
-        // connection of the endpoint is silent.
+        // If the old connection was silent, a second connection was dialled beside it. The second connection is no longer needed, unless
+        // another connection of the endpoint is silent as well.
         self.drop_second_connection(&address);
         self.reclassify(&address);
     }
@@ -68,7 +68,9 @@ impl Driver {
         subchannel: Subchannel<Ready>,
     ) -> Subchannel<Idle> {
         tracing::info!(%address, "closing a connection and dialling a new one");
-        // The connection may have been stalled, but the ejection of the endpoint outlasts it.
+        // An endpoint also counts as ejected while all its connections are stalled, which means that the peer does not answer. The new
+        // connection is not stalled, so from now on the endpoint counts as ejected only for an ejection by the outlier detection or a
+        // quarantine.
         let entry = self.endpoints.get(address);
         let ejected = entry.is_some_and(|entry| entry.ejection.is_ejected())
             || self.quarantines.is_quarantined(address);
@@ -115,8 +117,8 @@ impl Driver {
         self.subchannels.insert(id, address, state);
     }
 
-    /// Adds a connection to every endpoint whose streams are all in use. An endpoint gets at most one additional connection, and a last
-    /// resort gets none.
+    /// Adds a connection to every endpoint whose streams are all in use. An endpoint gets at most one additional connection. A last resort,
+    /// which gets calls only while no other endpoint is ready, gets none.
     pub(super) fn add_connections(&mut self) {
         let limit = self.options.connections_per_endpoint + 1;
         let full = self.endpoints.iter().filter(|(_, entry)| {

@@ -186,7 +186,8 @@ impl Driver {
         self.publication.set_last_error(address.clone(), reason);
     }
 
-    /// Handles an expired timer of a subchannel. The timer ends a backoff, or the wait of a resting subchannel.
+    /// Handles an expired timer of a subchannel. The timer ends a backoff, or the wait of a resting subchannel, whose connection ended
+    /// while no call needed it.
     pub(super) fn on_backoff_over(&mut self, id: SubchannelId, now: Instant) {
         let Some((address, state)) = self.subchannels.take(id) else {
             return;

@@ -88,9 +88,10 @@ impl Driver {
         subchannel.set_silence(Silence::None);
         self.update_ready_set(id);
         if let Some((_, subchannel)) = self.subchannels.ready(id) {
-            // A doubtful connection stays in the ready set, so `update_ready_set` does not offer its free streams to waiting calls. But a
-            // call excludes the connection after a failed check, and may then wait in the queue. Now that bytes were read, such a call can
-            // use the connection again.
+            // A doubtful connection stays in the ready set, so `update_ready_set` does not offer its free streams to waiting calls. But
+            // before a call is sent on a silent connection, the call checks the connection with a PING. If there is no answer, the call
+            // excludes the connection and may have to wait in the queue. Now that bytes were read, such a call can use the connection
+            // again.
             subchannel.connection().offer();
         }
         self.shared.changed.notify_waiters();

@@ -137,8 +137,9 @@ impl Driver {
         if self.detection.is_due(now) {
             self.detect_outliers(now);
         }
-        // Reads the clock again, because the steps above may schedule a publication for a time after `now`. If `now` were used, an outlier
-        // that was just ejected would stay in the ready set until the next tick of the timer.
+        // Reads the clock again, because the steps above may schedule a publication for a time after `now`. If `now` were used, such a
+        // publication would not count as due in this iteration of the loop, and an outlier that was just ejected would stay in the ready
+        // set until the next iteration.
         if self.publication.is_due(Instant::now()) {
             self.publish();
         }

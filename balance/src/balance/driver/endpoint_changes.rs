@@ -115,7 +115,8 @@ impl Driver {
         };
         let state = match state {
             State::Ready(subchannel) if is_new_generation && subchannel.is_silent() => {
-                // The connection became silent under the previous generation, so it is replaced at once.
+                // The connection became silent (nothing was read on it for a while) under the previous generation, so it is replaced at
+                // once.
                 self.drop_second_connection(&address);
                 State::Idle(self.replace_connection(id, &address, subchannel))
             }

@@ -27,7 +27,7 @@ pub(super) struct EndpointEntry {
     /// The keep-alive for later connections. Its interval is doubled each time the server closes a connection with `too_many_pings`. `None`
     /// if keep-alive is disabled.
     pub(super) keep_alive: Option<KeepAlive>,
-    /// The counters at the last sweep, the evaluation at the end of each interval of the outlier detection.
+    /// The counters at the last sweep. A sweep is the evaluation of all endpoints by the outlier detection, once in each interval.
     swept: Tally,
 }
 

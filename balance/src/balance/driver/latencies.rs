@@ -31,8 +31,9 @@ impl Latencies {
         self.loads.begin(inherited, self.median)
     }
 
-    /// Computes the median latency of the primary set. For each connection, updates the latency that picks compare. Returns whether a
-    /// connection has a call in flight, or had one within the last 10 s.
+    /// Computes the median latency of the primary set, which contains the connections that calls normally pick from. For each ready
+    /// connection, updates the latency that picks compare. Returns whether any ready connection has a call in flight, or has recorded a
+    /// latency sample within the last 10 s.
     pub(super) fn refresh(&mut self, sets: &ReadySets<ReadyEntry>, now: Ticks) -> bool {
         let primary = sets.primary();
         let estimates = primary.filter_map(|entry| entry.load().estimate());

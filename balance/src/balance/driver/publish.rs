@@ -64,7 +64,9 @@ impl Driver {
         weight.saturating_mul(self.zones.factor(entry.attributes.zone()))
     }
 
-    /// Starts the growth of an endpoint's weight (slow start) if the endpoint has just become ready and its server is not warm.
+    /// Starts the growth of an endpoint's weight (slow start) if the endpoint has just become ready, unless its server is warm. A server is
+    /// warm if another connection is ready. It is also warm if an earlier connection became ready, and since then no dial has failed and
+    /// the server was not replaced or restarted.
     pub(super) fn begin_slow_start(&mut self, address: &Address, now: Instant) {
         if !self.slow_start.is_enabled() {
             return;
@@ -72,8 +74,6 @@ impl Driver {
         let Some(entry) = self.endpoints.get_mut(address) else {
             return;
         };
-        // The server is warm if another connection is ready. It is also warm if an earlier connection became ready, and since then no dial
-        // has failed and the server was not replaced or restarted.
         if entry.class == Class::Ready || std::mem::replace(&mut entry.is_warm, true) {
             return;
         }

@@ -54,7 +54,7 @@ mod tests {
         assert_eq!(resting.scan(|| 100), None);
         assert_eq!(resting.scan(|| 101), Some(7));
         assert_eq!(resting.scan(|| 101), None);
-        assert_eq!(resting.scan(|| 60), None, "a lower count must not dial");
+        assert_eq!(resting.scan(|| 60), None, "a decrease must cause no dial");
         assert_eq!(resting.scan(|| 61), Some(7));
         resting.remove(7);
         assert_eq!(resting.scan(|| 102), None);

@@ -26,7 +26,7 @@ impl Scaling {
         }
     }
 
-    /// Schedules a scan. Called when a call waits.
+    /// Schedules a scan. Called whenever calls have requested something from the driver, because a call may then wait for a stream.
     pub(super) fn request(&mut self, now: Instant) {
         let earliest = self.scanned_at + SCAN_INTERVAL;
         self.scan_at.get_or_insert(earliest.max(now));

@@ -78,10 +78,10 @@ mod tests {
         second.on_dial(now, &mut rng);
         second.set(Some(7));
         let later = now + Duration::from_secs(2);
-        assert!(!second.may_dial(later), "only one may exist");
+        assert!(!second.may_dial(later), "must not dial while one exists");
         assert!(!second.take_if(8));
         assert!(second.take_if(7));
-        assert!(!second.may_dial(now), "the backoff must not be over");
+        assert!(!second.may_dial(now), "a dial must wait for the backoff");
         assert!(second.may_dial(later));
         second.on_dial(now, &mut rng);
         second.reset_backoff();

@@ -129,8 +129,8 @@ impl Driver {
         true
     }
 
-    /// If a call has found a connection dead, checks up to [`CHECKS`] connections of the primary set on which nothing was read for a while.
-    /// Without these checks, later calls could be sent on dead connections.
+    /// If a call has found a connection dead, requests a PING on each connection of the primary set on which nothing was read for a while,
+    /// but on at most [`CHECKS`] of them. Without these checks, later calls could be sent on dead connections.
     pub(super) fn check_silent(&mut self) {
         if !self.shared.take_found_dead() {
             return;

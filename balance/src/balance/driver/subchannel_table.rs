@@ -145,8 +145,8 @@ impl Subchannels {
         })
     }
 
-    /// Returns whether the last ready subchannel of these can be removed: the calls in flight on all of them would use at most half of the
-    /// streams of the other ready subchannels.
+    /// Returns whether the last of the ready subchannels in `ids` can be removed: the calls in flight on all ready subchannels would use at
+    /// most half of the streams of the remaining ones.
     pub(super) fn can_spare_one(&self, ids: &[SubchannelId]) -> bool {
         let (mut in_flight, mut room) = (0_usize, Vec::new());
         for (_, ready) in ids.iter().filter_map(|id| self.ready(*id)) {

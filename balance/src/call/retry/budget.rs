@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// token. While half of the bucket or less is left, no policy sends a call again, and the failure is returned to the caller.
 ///
 /// The default is 1 000 tokens and a fraction of 0.1. The fraction is that of the example in A6: in the long run, at most one call in ten
-/// is a retry. The size of the bucket is the largest that implementations of A6 allow. The size in the example, 10, is too small: a killed
-/// server fails all its calls at once, and after five failures a bucket of 10 allows no retry.
+/// is a retry. The size of the bucket is the largest that implementations of A6 allow. The size in the example, 10, is too small: when a
+/// server is killed, all its calls fail at once, and after five failures a bucket of 10 allows no retry.
 ///
 /// [A6]: https://github.com/grpc/proposal/blob/master/A6-client-retries.md
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,7 +121,10 @@ mod tests {
         for _ in 0..100 {
             tokens.on_success();
         }
-        assert!(!tokens.on_failure(), "more than two tokens in the bucket");
+        assert!(
+            !tokens.on_failure(),
+            "the bucket must not hold more than its size"
+        );
         for _ in 0..100 {
             tokens.on_failure();
         }

@@ -46,7 +46,11 @@ async fn a_refused_call_is_sent_to_another_server_and_runs_once() {
             .await
             .expect("the other server serves the call");
     }
-    assert_eq!(processed.load(Ordering::SeqCst), 200, "a call ran twice");
+    assert_eq!(
+        processed.load(Ordering::SeqCst),
+        200,
+        "each call must run once"
+    );
     assert!(
         refused.load(Ordering::SeqCst) > 0,
         "the refusing server must receive calls"
@@ -331,11 +335,11 @@ async fn a_call_above_the_last_stream_of_a_goaway_is_sent_to_another_server() {
     let calls: u64 = channel.endpoints().iter().map(|status| status.calls).sum();
     assert!(
         calls > processed.load(Ordering::SeqCst) as u64,
-        "a call must be sent to both servers"
+        "at least one call must have been sent to both servers"
     );
 }
 
-/// The endpoint `beta` refuses all connections. It could do so for hours, so the call must not wait for it.
+/// The endpoint `beta` refuses all connections. It could do so for hours, so the call must not wait for `beta`.
 #[tokio::test]
 async fn a_call_above_the_last_stream_of_a_goaway_is_sent_again_after_a_reconnect() {
     let (shy, back) = (support::shy(0), Greeter::start("back"));
@@ -416,7 +420,8 @@ async fn a_stream_freed_on_one_of_a_thousand_connections_is_used() {
     }
 }
 
-/// A dial of an endpoint that does not respond lasts until the connect timeout.
+/// 3 000 endpoints do not respond, and each dial of such an endpoint lasts until the connect timeout. A new endpoint that responds is
+/// nevertheless ready within a second.
 #[tokio::test(start_paused = true)]
 async fn a_thousand_unresponsive_endpoints_do_not_delay_the_others() {
     let (changes, stream) = mpsc::unbounded_channel();
@@ -514,13 +519,13 @@ async fn calls_waiting_for_a_free_stream_are_not_queued_on_a_connection() {
     }
     // Each connection allows one stream. All streams are in use and calls wait, so the channel opens a second connection.
     let running = [full.accept().await, full.accept().await];
-    until("the other calls wait", || {
+    until("two calls are in flight", || {
         channel.endpoints()[0].in_flight == 2
     })
     .await;
     assert!(
         full.accepted.try_recv().is_err(),
-        "a call is queued on a connection"
+        "the server must receive only one call on each connection"
     );
     let rescue = Greeter::start("rescue");
     insert(&changes, &rescue.address(), Attributes::new());
@@ -595,7 +600,7 @@ async fn keep_alive_closes_an_unresponsive_connection() {
     assert_eq!(status.code(), Code::Unavailable, "{status}");
     assert!(took < Duration::from_secs(10), "{took:?}");
     let error = channel.endpoints()[0].last_error.clone();
-    until("the endpoint is dialled again", || {
+    until("the endpoint is no longer ready", || {
         channel.endpoints()[0].state != EndpointState::Ready
     })
     .await;
@@ -676,7 +681,8 @@ async fn a_lowered_stream_limit_is_respected() {
         callers.spawn(async move { say(&channel).await });
     };
     ready(&channel, 1).await;
-    // A new limit is published like a new ready set, so that waiting calls pick again.
+    // When the peer changes its stream limit, the channel notifies waiting calls, so that they pick again. This notification shows that the
+    // channel has applied the new limit.
     let limited = channel.0.shared().changed().notified();
     tokio::pin!(limited);
     limited.as_mut().enable();
@@ -690,7 +696,7 @@ async fn a_lowered_stream_limit_is_respected() {
 }
 
 #[tokio::test]
-async fn the_only_stream_of_a_connection_is_used_for_calls_and_not_for_the_health_watch() {
+async fn a_health_watch_gives_up_its_stream_if_the_connection_allows_only_one() {
     let calls = Arc::<AtomicUsize>::default();
     let counted = Arc::clone(&calls);
     let channel = BalancedChannel::builder()

@@ -157,7 +157,10 @@ async fn binary_metadata_passes_in_both_directions_and_interceptors_add_metadata
     let status = client.say_hello(hello("it")).await.expect_err("refused");
     assert_eq!(status.code(), Code::Unauthenticated);
     let calls: u64 = channel.endpoints().iter().map(|status| status.calls).sum();
-    assert_eq!(calls, 1, "a call rejected by an interceptor was sent");
+    assert_eq!(
+        calls, 1,
+        "a call that an interceptor rejects must not be sent"
+    );
 }
 
 #[tokio::test]
@@ -180,7 +183,7 @@ async fn an_error_keeps_its_message_details_and_metadata() {
     assert_eq!(
         channel.endpoints()[0].failures,
         0,
-        "the failure must not be counted for the endpoint"
+        "FAILED_PRECONDITION must not count as a failure of the endpoint"
     );
     idle(&channel).await;
 }

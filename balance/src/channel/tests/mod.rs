@@ -580,7 +580,7 @@ async fn a_last_resort_serves_only_while_nothing_else_is_ready_and_is_never_dial
         &other.address(),
         Attributes::new().with_last_resort(true),
     );
-    // The sleep is longer than the first backoff, so a dial would have happened by now.
+    // The sleep is longer than the first backoff, so any dial happens before the end of the sleep.
     tokio::time::sleep(Duration::from_millis(1_500)).await;
     assert_eq!(channel.endpoints().len(), 2);
     let dialled = other.connections.load(Ordering::SeqCst);
@@ -872,7 +872,7 @@ async fn a_response_without_a_body_is_valid() {
     assert_eq!(
         channel.endpoints()[0].failures,
         0,
-        "the failure must not be counted for the server"
+        "NOT_FOUND must not count as a failure of the endpoint"
     );
     assert_eq!(channel.endpoints()[0].in_flight, 0);
 }

@@ -91,7 +91,7 @@ async fn an_unread_stream_of_small_messages_does_not_block_other_calls() {
     );
     let channel = over([server.address()]);
     let mut body = open(&channel).await;
-    let unread = Duration::from_secs(soak("seconds unread", 1, 6) as u64);
+    let unread = Duration::from_secs(soak("seconds in which the stream is not read", 1, 6) as u64);
     let start = tokio::time::Instant::now();
     let mut calls = 0;
     while tokio::time::Instant::now().saturating_duration_since(start) < unread || calls <= 100 {
@@ -261,8 +261,8 @@ async fn a_response_during_an_upload_is_delivered() {
 
 #[tokio::test]
 async fn an_upload_to_a_server_that_never_reads_is_limited_by_the_window() {
-    // By default, the connection window of h2 is as large as one stream window. The upload would then use up the server's connection
-    // window, and stop the other calls.
+    // By default, the connection window of h2 is as large as one stream window, so the upload would use it up and stop the other calls. The
+    // server of this test has a larger connection window.
     let mut raw = Raw::start(|builder| {
         builder.initial_connection_window_size(1 << 20);
     });

@@ -297,13 +297,13 @@ pub(super) async fn ready(channel: &BalancedChannel, endpoints: usize) {
     .await;
 }
 
-/// Returns the number of steps or of seconds of a test: `full` with `SOAK=1` in the environment, and otherwise `small`. If it is `small`, a
-/// line that says so is printed.
+/// Returns how many steps or seconds a test runs: `full` with `SOAK=1` in the environment, and otherwise `small`. If the result is `small`,
+/// prints both numbers.
 pub(super) fn soak(what: &str, small: usize, full: usize) -> usize {
     if std::env::var_os("SOAK").is_some_and(|soak| soak == "1") {
         return full;
     }
-    println!("{what}: {small} of {full}; all of them with SOAK=1");
+    println!("{what}: {small}; with SOAK=1: {full}");
     small
 }
 

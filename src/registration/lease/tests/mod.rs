@@ -1,5 +1,5 @@
-//! Tests of the machine with a simulated etcd, which loses responses, drops leases, restarts, and accepts writes of other clients to the
-//! key.
+//! Tests of the lease machine (the state machine of a registration) with a simulated etcd, which loses responses, drops leases, restarts,
+//! and accepts writes of other clients to the key.
 
 use std::time::Duration;
 
@@ -108,6 +108,7 @@ fn error(kind: EtcdErrorKind) -> EtcdError {
     EtcdError::new(kind, "test", "127.0.0.1:1", "scripted")
 }
 
+/// The result of a read by a machine that has only one key.
 fn alone(kv: Option<KeyValue>, current: bool) -> Found {
     Found {
         index: 0,
@@ -334,7 +335,7 @@ proptest! {
     }
 
     #[test]
-    fn two_owners_never_alternate(seed in any::<u64>()) {
+    fn a_registered_server_never_overwrites_the_key_of_another_server(seed in any::<u64>()) {
         let mut player = Player::registered(seed);
         let other = LeaseId::new(42);
         for round in 0..60 {
@@ -351,7 +352,7 @@ proptest! {
             let fate = if player.rng.u8(..) < 60 { Fate::AnswerLost } else { Fate::Good };
             player.step(fate);
         }
-        let first = player.store.owners.iter().position(|owner| *owner == other).expect("the other server has written");
+        let first = player.store.owners.iter().position(|owner| *owner == other).expect("the other server must have written the key");
         assert!(player.store.owners[first..].iter().all(|owner| *owner == other), "no later write may replace the other server's key");
         for _ in 0..20 {
             player.deliver();
@@ -457,7 +458,7 @@ fn leases_that_are_granted_together_are_renewed_over_a_third_of_the_ttl() {
     for start in 0..10 {
         let within = part * start..part * (start + 1);
         let many = waits.iter().filter(|wait| within.contains(wait)).count();
-        assert!(many <= 50, "{many} of 200 in {within:?}");
+        assert!(many <= 50, "{many} of 200 renewals are in {within:?}");
     }
 }
 
@@ -471,7 +472,7 @@ fn renewals_without_a_response_are_repeated_and_the_lease_is_kept() {
             attempts += 1;
             if let Some(last) = last.replace(player.now) {
                 let gap = player.now.saturating_duration_since(last);
-                assert!(gap <= TTL / 4 + TTL / 6, "the wait was {gap:?}");
+                assert!(gap <= TTL / 4 + TTL / 6, "two attempts were {gap:?} apart");
             }
         }
     }
@@ -501,7 +502,7 @@ fn after_an_outage_registrations_are_spread_and_a_single_loss_is_repaired_at_onc
     let late = waits.iter().filter(|wait| **wait > TTL / 6).count();
     assert!(
         (40..160).contains(&late),
-        "about half of the 200 must wait for more than half of the spread, not {late}"
+        "of 200 servers, about half must wait for more than a sixth of the TTL, not {late}"
     );
 
     let mut player = Player::registered(1);
@@ -703,7 +704,7 @@ fn a_rejected_renewal_is_retried_while_the_lease_is_valid() {
                 player.machine.on_renewed(refused, player.now, player.now);
             }
             Command::Wait { until: Some(until) } => player.now = until,
-            other => panic!("{other:?}"),
+            other => panic!("unexpected command: {other:?}"),
         }
     }
     assert!(tries >= 3, "only {tries} attempts");
@@ -743,7 +744,7 @@ fn puts_to_a_full_store_are_retried_with_growing_waits() {
             player.step(Fate::Good);
         }
     }
-    assert!((3..15).contains(&puts), "{puts} puts");
+    assert!((3..15).contains(&puts), "{puts} puts in one TTL");
 }
 
 /// Runs without faults until the next read of the keys. Returns the number of renewals before that read.
@@ -796,14 +797,14 @@ fn failing_renewals(player: &mut Player, kind: EtcdErrorKind, time: Duration) ->
                 last = player.now;
             }
             Command::Wait { until: Some(until) } => player.now = until,
-            other => panic!("{other:?}"),
+            other => panic!("unexpected command: {other:?}"),
         }
     }
     (tries, longest)
 }
 
 #[test]
-fn a_long_ttl_does_not_make_long_waits() {
+fn with_a_long_ttl_failed_renewals_are_still_retried_every_few_seconds() {
     let ttl = Duration::from_secs(600);
     let mut player = Player::registered(15);
     let (lease, now) = (player.machine.lease, player.now);

@@ -53,7 +53,7 @@ impl Pair {
                 self.machine.on_put(false, written, self.now);
             }
             Command::Delete { index, .. } => self.machine.on_deleted(index, Ok(()), self.now),
-            other => panic!("{other:?}"),
+            other => panic!("unexpected command: {other:?}"),
         }
         command
     }
@@ -191,8 +191,8 @@ fn a_revoke_without_a_response_is_repeated_after_the_key_has_a_new_lease() {
 
 #[test]
 fn a_deregistration_waits_for_the_revoke_of_the_old_lease() {
-    // `steps` is the number of commands between the resume and the deregistration: the new lease is not granted yet, or is granted, or is
-    // granted and the keys are read. The last case has two old leases.
+    // `steps` is the number of commands between the last resume and the deregistration. With one pause and 0 steps, the new lease is not
+    // granted yet; with 1 step, it is granted; with 2 steps, the key is also read. With two pauses, there are two old leases.
     for (steps, pauses) in [(0, 1), (1, 1), (2, 1), (1, 2)] {
         let mut player = Player::registered(21);
         for _ in 0..pauses {

@@ -320,7 +320,7 @@ impl Player {
             ),
             Command::Read(key) => machine.on_read(key.clone(), Ok(self.store.value(key)), self.now),
             Command::RenewToken(wait) | Command::Wait(wait) => {
-                assert!(*wait >= BACKOFF_FIRST / 2, "the wait is too short");
+                assert!(*wait >= BACKOFF_FIRST / 2, "the wait {wait:?} is too short");
                 self.now += *wait;
                 match self.command {
                     Command::RenewToken(_) => {
@@ -383,11 +383,11 @@ impl Player {
             .filter_map(|(key, kv)| Some((key.clone(), decoder.decode(&kv.value).ok()?.address)))
             .collect();
         for address in good.values() {
-            assert!(self.snapshot.get(address).is_some(), "{address} is lost");
+            assert!(self.snapshot.get(address).is_some(), "{address} is missing");
         }
         for instance in self.snapshot.instances() {
             let key = Key::from(instance.location().expect("a location").key());
-            assert!(listed.contains_key(&key), "{key} is stale");
+            assert!(listed.contains_key(&key), "{key} must be deleted");
             if let Some(address) = good.get(&key) {
                 assert_eq!(instance.address(), address, "{key} has an old value");
             }
@@ -633,8 +633,8 @@ fn a_watch_without_progress_on_a_backlog_is_replaced_by_a_list() {
     }
 }
 
-/// A fruitless watch delivers nothing although the store is ahead. The store may be ahead only because of writes to other keys, and the
-/// watches may be cut all the time. The lists must then become less frequent.
+/// A fruitless watch delivers nothing although the store is at a higher revision. Possibly, the revision is higher only because of writes
+/// to keys outside the prefix, and all watches are cut early. The lists must then become less frequent.
 #[test]
 fn lists_after_fruitless_watches_become_less_frequent() {
     let mut fruitless = FruitlessWatches::default();
@@ -704,7 +704,7 @@ fn every_linearizable_response_raises_the_known_revision() {
 }
 
 #[test]
-fn the_watch_after_the_list_that_a_failed_check_causes_is_not_checked() {
+fn after_a_failed_check_and_a_list_the_next_watch_is_not_checked() {
     let mut player = populated(2);
     let key = reopened(&mut player);
     let (header, _) = player.store.read(&key);
@@ -984,7 +984,7 @@ fn token_renewals_of_many_clients_are_spread() {
         .collect();
     waits.sort_unstable();
     waits.dedup();
-    assert!(waits.len() > 90, "only {} of 100 differ", waits.len());
+    assert!(waits.len() > 90, "{} of 100 waits differ", waits.len());
     assert!(waits[waits.len() - 1] >= waits[0] * 3 / 2, "{waits:?}");
 }
 

@@ -224,7 +224,7 @@ fn change(update: &[Event]) -> &'static str {
 fn table() -> String {
     let mut table = String::new();
     for (input, play) in INPUTS {
-        writeln!(table, "{input}").expect("write to a string");
+        writeln!(table, "{input}").expect("a write to a string succeeds");
         for (start, machine) in STATES {
             let mut machine = machine();
             machine.take_update();
@@ -236,7 +236,7 @@ fn table() -> String {
                 command(&next),
                 outcome.trim_end()
             )
-            .expect("write to a string");
+            .expect("a write to a string succeeds");
         }
     }
     table

@@ -169,7 +169,7 @@ fn a_lost_replacement_is_found_although_the_number_of_keys_is_the_same() {
 }
 
 #[test]
-fn a_reconciliation_without_differences_costs_one_small_request() {
+fn without_differences_only_every_sixteenth_reconciliation_lists_all_names() {
     let mut player = populated(32);
     player.store.put(&key("new"), "10.9.9.9:1");
     player.rest(Duration::from_secs(10));
@@ -479,7 +479,7 @@ fn intervals_of_any_length_are_accepted() {
 }
 
 #[test]
-fn the_loss_of_changes_of_more_than_a_hundred_keys_causes_a_list() {
+fn lost_changes_of_more_than_a_hundred_keys_cause_a_list() {
     let mut player = populated(29);
     player.change_unseen(|store| {
         for number in 0..150 {
